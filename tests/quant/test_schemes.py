@@ -1,0 +1,61 @@
+"""Schemes: names, the manifest's form, shapes and bytes."""
+
+import pytest
+
+from tiered.errors import ConfigError
+from tiered.quant import GroupScheme
+
+ALL = [GroupScheme(bits, group_size) for bits in (4, 8) for group_size in (32, 64, 128)]
+
+
+@pytest.mark.parametrize("scheme", ALL, ids=lambda scheme: scheme.name)
+def test_name_and_json_round_trip(scheme: GroupScheme) -> None:
+    assert GroupScheme.parse(scheme.name) == scheme
+    assert GroupScheme.from_json(scheme.to_json()) == scheme
+
+
+def test_a_name_without_a_group_size_means_64() -> None:
+    assert GroupScheme.parse("int8") == GroupScheme(bits=8, group_size=64)
+    assert GroupScheme.parse("int4-g64").name == "int4-g64"
+
+
+@pytest.mark.parametrize(
+    "name", ["", "int4-", "int4-g", "INT4", "int3-g64", "int4-g48", "nf4", " int4", "int4-g64 "]
+)
+def test_parse_refuses_a_name_it_does_not_know(name: str) -> None:
+    with pytest.raises(ConfigError, match="expected"):
+        GroupScheme.parse(name)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"bits": 4},
+        {"bits": 4.0, "group_size": 64},
+        {"bits": "4", "group_size": 64},
+        {"bits": 4, "group_size": True},
+        {"bits": 4, "group_size": 64, "codebook": "nf4"},
+    ],
+)
+def test_from_json_refuses_what_it_cannot_honour(fields: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match="expected"):
+        GroupScheme.from_json(fields)
+
+
+def test_shapes_and_bytes() -> None:
+    int4, int8 = GroupScheme(4), GroupScheme(8)
+    assert int4.q_shape(3, 128) == (3, 64)
+    assert int8.q_shape(3, 128) == (3, 128)
+    assert int4.scale_shape(3, 128) == int4.zero_shape(3, 128) == (3, 2)
+    assert int4.nbytes(1, 64) == 35
+    assert int8.nbytes(1, 64) == 67
+    assert int4.nbytes(12288, 12288) == 12288 * 12288 // 64 * 35
+
+
+@pytest.mark.parametrize(("out_features", "in_features"), [(4, 100), (4, 0), (0, 64), (4, 32)])
+def test_a_shape_that_does_not_fit_is_refused_by_name(out_features: int, in_features: int) -> None:
+    scheme = GroupScheme(4)
+    assert not scheme.accepts(out_features, in_features)
+    with pytest.raises(ConfigError, match=r"int4-g64 expects `in`"):
+        scheme.nbytes(out_features, in_features)

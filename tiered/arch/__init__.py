@@ -1,0 +1,16 @@
+"""What a model family looks like: its table entry, its graph on the meta device, its blocks."""
+
+from tiered.arch.families import FAMILIES, Family, family_for
+from tiered.arch.skeleton import BlockTensors, ParameterInfo, Skeleton, build_skeleton, load_config, text_config
+
+__all__ = [
+    "FAMILIES",
+    "BlockTensors",
+    "Family",
+    "ParameterInfo",
+    "Skeleton",
+    "build_skeleton",
+    "family_for",
+    "load_config",
+    "text_config",
+]

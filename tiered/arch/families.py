@@ -1,0 +1,78 @@
+"""The families the engine drives, as data: one line each, no branches elsewhere.
+
+A family is listed once a parity test (`tests/model/test_families.py`) has shown that recording its base model's
+forward and replaying it block by block gives the same logits as transformers.
+"""
+
+from dataclasses import dataclass
+
+from tiered.errors import UnsupportedFamilyError
+
+
+@dataclass(frozen=True)
+class Family:
+    """How the engine finds its way in one `model_type`."""
+
+    model_type: str
+    layers: str
+    """Path of the ModuleList of decoder layers inside the causal LM, e.g. "model.decoder.layers"."""
+    returns_tuple: bool = False
+    """The layer returns (hidden, ...) and the base model takes element 0."""
+    exact_dtype: str | None = None
+    """Compute dtype the family's own code insists on; None where any floating type works."""
+
+
+_MODEL_LAYERS = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "phi",
+    "phi3",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "stablelm",
+    "starcoder2",
+    "olmo",
+    "olmo2",
+    "olmo3",
+    "granite",
+    "cohere",
+    "cohere2",
+    "smollm3",
+    "glm",
+    "glm4",
+    "helium",
+    "nemotron",
+    "exaone4",
+    "ministral",
+    "arcee",
+    "seed_oss",
+)
+
+FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for family in (
+        Family("opt", "model.decoder.layers"),
+        Family("gpt_neox", "gpt_neox.layers"),
+        Family("bloom", "transformer.h", returns_tuple=True),
+        Family("falcon", "transformer.h", returns_tuple=True),
+        *(Family(name, "model.layers") for name in _MODEL_LAYERS),
+    )
+}
+
+
+def family_for(model_type: str) -> Family:
+    """The table entry of `model_type`.
+
+    Raises UnsupportedFamilyError, which lists what is supported.
+    """
+    family = FAMILIES.get(model_type)
+    if family is None:
+        raise UnsupportedFamilyError(
+            f"model family {model_type!r} is not supported: tiered drives decoder-only families whose layers "
+            f"it has been tested to replay exactly, which are {', '.join(sorted(FAMILIES))}. "
+            "Mixture-of-experts, encoder-decoder, recurrent and multimodal checkpoints are not among them."
+        )
+    return family

@@ -1,0 +1,168 @@
+"""A model's graph without its weights: built by transformers on the meta device, and cut into blocks.
+
+In: a Hugging Face configuration. Out: the causal LM with meta parameters and real buffers, and the list of tensors
+that each block (embed, outer, every layer, head) must hold. `convert/` uses it to know what a checkpoint has to
+contain, `model/` to run it.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from tiered.arch.families import Family, family_for
+from tiered.errors import CheckpointError, ConfigError, UnsupportedFamilyError
+
+
+@dataclass(frozen=True)
+class ParameterInfo:
+    """One tensor a block holds: its full Hugging Face name, shape, and whether a linear layer multiplies by it."""
+
+    name: str
+    shape: tuple[int, ...]
+    is_linear: bool
+
+    @property
+    def numel(self) -> int:
+        return int(torch.Size(self.shape).numel())
+
+
+@dataclass(frozen=True)
+class BlockTensors:
+    """The tensors of one block. `prefix` is stripped from names when the block is bound to its module."""
+
+    name: str
+    role: str
+    """"embed" (token embedding), "outer" (position tables, projections, final norms), "layer" or "head"."""
+    prefix: str
+    parameters: tuple[ParameterInfo, ...]
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """The causal LM on the meta device and where its parts are."""
+
+    model: PreTrainedModel
+    config: PretrainedConfig
+    family: Family
+    embed_name: str
+    """Full name of the token embedding's weight."""
+    head_name: str
+    """Full name of the output projection's weight; equal to `embed_name`'s storage where `tied`."""
+    tied: bool
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The decoder layers, in order."""
+        layers = self.model.get_submodule(self.family.layers)
+        assert isinstance(layers, nn.ModuleList)
+        return layers
+
+    def blocks(self) -> Iterator[BlockTensors]:
+        """embed, outer, every layer, and head where it is not tied to embed; in that order."""
+        head = self.head_name.removesuffix("weight")
+        layer_prefixes = [f"{self.family.layers}.{i}." for i in range(len(self.layers))]
+        linear = {f"{name}.weight" for name, module in self.model.named_modules() if isinstance(module, nn.Linear)}
+        by_prefix: dict[str, list[ParameterInfo]] = {prefix: [] for prefix in layer_prefixes}
+        outer: list[ParameterInfo] = []
+        heads: list[ParameterInfo] = []
+        for name, tensor in _stored_tensors(self.model):
+            info = ParameterInfo(name, tuple(tensor.shape), name in linear)
+            if name == self.embed_name:
+                yield BlockTensors("embed", "embed", name.removesuffix("weight"), (info,))
+            elif name.startswith(self.family.layers + "."):
+                index = int(name[len(self.family.layers) + 1 :].split(".", 1)[0])
+                by_prefix[layer_prefixes[index]].append(info)
+            elif name.startswith(head):
+                # A tied head's weight is the embedding's; a bias of it, if any, stays in memory.
+                (outer if self.tied else heads).append(info)
+            else:
+                outer.append(info)
+        yield BlockTensors("outer", "outer", "", tuple(p for p in outer if p.name != self.head_name))
+        for index, prefix in enumerate(layer_prefixes):
+            yield BlockTensors(f"layer-{index:03d}", "layer", prefix, tuple(by_prefix[prefix]))
+        if not self.tied:
+            yield BlockTensors("head", "head", head, tuple(heads))
+
+
+def _stored_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters and persistent buffers: what a checkpoint holds. Tied parameters come under each of their names."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    yield from parameters.items()
+    for name in model.state_dict(keep_vars=True):
+        if name not in parameters:
+            yield name, model.get_buffer(name)
+
+
+def load_config(folder: Path) -> PretrainedConfig:
+    """The configuration in `folder`/config.json, without running code from the folder.
+
+    A wrapper configuration around a text model is an error: its checkpoint holds more than a language model.
+    Raises CheckpointError where the file is missing or is no configuration, UnsupportedFamilyError where the model
+    is of a family that is not in the table.
+    """
+    path = folder / "config.json"
+    try:
+        raw = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{folder}: no config.json; expected a Hugging Face model folder (config.json, tokenizer files, weights)"
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: not valid JSON ({error}); download the file again") from None
+    if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
+        raise CheckpointError(f"{path}: has no 'model_type'; expected a Hugging Face model configuration")
+    family_for(raw["model_type"])
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: transformers cannot read it: {error}") from error
+
+
+def text_config(values: dict[str, Any]) -> PretrainedConfig:
+    """A configuration from keyword arguments, as `configs/models/*.toml` hold them: model_type and its fields."""
+    fields = dict(values)
+    model_type = fields.pop("model_type", None)
+    if not isinstance(model_type, str):
+        raise ConfigError("model shape: [config] has no model_type")
+    family_for(model_type)
+    config: PretrainedConfig = AutoConfig.for_model(model_type, **fields)
+    return config
+
+
+def build_skeleton(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> Skeleton:
+    """The model of `config` with parameters on the meta device and real buffers, ready for evaluation.
+
+    Buffers must be real: rotary frequencies are in no checkpoint, and a meta buffer gives garbage without an error.
+    Raises UnsupportedFamilyError where the graph is not what the family's table entry says.
+    """
+    family = family_for(config.model_type)
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    model.eval().requires_grad_(False)
+    try:
+        layers = model.get_submodule(family.layers)
+    except AttributeError:
+        layers = None
+    embed, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if not isinstance(layers, nn.ModuleList) or not isinstance(embed, nn.Embedding) or not isinstance(head, nn.Linear):
+        raise UnsupportedFamilyError(
+            f"model family {config.model_type!r}: this version of transformers lays it out differently from what "
+            f"tiered expects (layers at {family.layers!r}, an nn.Embedding, an nn.Linear head); "
+            "install a version of transformers within tiered's range"
+        )
+    names = {id(module): name for name, module in model.named_modules()}
+    return Skeleton(
+        model=model,
+        config=config,
+        family=family,
+        embed_name=f"{names[id(embed)]}.weight",
+        head_name=f"{names[id(head)]}.weight",
+        tied=bool(config.tie_word_embeddings),
+    )

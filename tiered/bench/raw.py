@@ -1,0 +1,94 @@
+"""Raw disk bandwidth: the fastest these files can be read here, by code that knows nothing of stores or schedulers.
+
+A sweep over block sizes and thread counts with plain positional reads; the best combination counts. Nothing is
+computed meanwhile, and the memory is lent by the caller so that measuring stays within a budget.
+"""
+
+import itertools
+import os
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from tiered.errors import ReadError
+from tiered.store import PAGE
+from tiered.units import MIB, round_down
+
+BLOCK_SIZES: Final = (4 * MIB, 8 * MIB, 16 * MIB)
+THREADS: Final = (2, 4, 8)
+SECONDS_EACH: Final = 0.15
+
+
+@dataclass(frozen=True)
+class RawBandwidth:
+    """The best of a sweep."""
+
+    bytes_per_second: float
+    block_nbytes: int
+    threads: int
+    bytes_read: int
+    """By the whole sweep."""
+
+
+def measure_raw(files: Sequence[Path], memory: memoryview, direct: bool, seconds: float = SECONDS_EACH) -> RawBandwidth:
+    """Sweep over `files`, reading into `memory` (page-aligned). `direct` reads with O_DIRECT.
+
+    Raises ReadError where the files cannot be read.
+    """
+    best = RawBandwidth(0.0, 0, 0, 0)
+    total = 0
+    flags = os.O_RDONLY | os.O_CLOEXEC | (os.O_DIRECT if direct else 0)
+    descriptors: list[tuple[int, int]] = []
+    try:
+        for path in dict.fromkeys(files):
+            fd = os.open(path, flags)
+            descriptors.append((fd, os.fstat(fd).st_size))
+        largest = max(size for _, size in descriptors)
+        turn = itertools.count()
+        for block, threads in itertools.product(BLOCK_SIZES, THREADS):
+            # A memory or a file too small for this combination is read in what it has.
+            piece = min(block, round_down(memory.nbytes // threads, PAGE), largest)
+            if piece < min(block, largest) // 2 or piece < PAGE:
+                continue
+            rate, nbytes = _run(descriptors, memory, piece, threads, seconds, next(turn))
+            total += nbytes
+            if rate > best.bytes_per_second:
+                best = RawBandwidth(rate, piece, threads, 0)
+    except OSError as error:
+        raise ReadError(f"{error.filename or files[0]}: cannot be read: {error.strerror}") from error
+    finally:
+        for fd, _ in descriptors:
+            os.close(fd)
+    return RawBandwidth(best.bytes_per_second, best.block_nbytes, best.threads, total)
+
+
+def _run(
+    files: Sequence[tuple[int, int]], memory: memoryview, piece: int, threads: int, seconds: float, turn: int
+) -> tuple[float, int]:
+    """Bytes per second and bytes of one combination; `turn` makes each start elsewhere in the files."""
+    pieces = [(fd, start) for fd, size in files for start in range(0, max(size - piece, 0) + 1, piece)]
+    position = itertools.count(turn * len(pieces) // 9)
+    counts, errors = [0] * threads, list[OSError]()
+    deadline = time.perf_counter() + seconds
+
+    def read(worker: int) -> None:
+        target = memory[worker * piece : (worker + 1) * piece]
+        try:
+            while time.perf_counter() < deadline:
+                fd, start = pieces[next(position) % len(pieces)]
+                counts[worker] += os.preadv(fd, [target], start)
+        except OSError as error:
+            errors.append(error)
+
+    workers = [threading.Thread(target=read, args=(worker,)) for worker in range(threads)]
+    began = time.perf_counter()
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    if errors:
+        raise errors[0]
+    return sum(counts) / (time.perf_counter() - began), sum(counts)

@@ -1,0 +1,62 @@
+"""`tiered generate`: prompts in, text out, a report at the end."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+_POSITIVE = click.IntRange(min=1)
+
+
+@click.command("generate")
+@click.argument("store", type=click.Path(path_type=Path))
+@click.option("-p", "--prompt", "prompts", multiple=True, help="A prompt; repeat for a batch.")
+@click.option(
+    "-f", "--file", "files", multiple=True, type=click.File("r", encoding="utf-8"), help="A file that is one prompt."
+)
+@click.option("-n", "--max-new-tokens", default=128, show_default=True, type=_POSITIVE, help="Tokens to generate.")
+@click.option("--temperature", default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--top-k", default=0, show_default=True, help="Sample from the k likeliest tokens; 0: all.")
+@click.option("--top-p", default=1.0, show_default=True, help="Sample from the likeliest tokens of this total mass.")
+@click.option("--min-p", default=0.0, show_default=True, help="Drop tokens below this share of the likeliest.")
+@click.option("--repetition-penalty", default=1.0, show_default=True, help="Above 1 discourages repetition.")
+@click.option("--seed", default=0, show_default=True, help="For sampling.")
+@click.option("--stop", "stops", multiple=True, help="End at this text; repeatable.")
+@click.option("--ignore-eos", is_flag=True, help="Go on past the end-of-text token.")
+@click.option("--prompt-tokens", type=_POSITIVE, help="A random prompt of exactly N tokens, for measuring.")
+@click.option("--chat", is_flag=True, help="Apply the tokenizer's chat template to each prompt.")
+@click.option("--dtype", default="auto", show_default=True, help="auto, bfloat16 or float32: what is computed in.")
+@click.option("--verify", default="first", show_default=True, type=click.Choice(["first", "always", "never"]))
+@click.option("--tiers", default="disk,cpu", show_default=True, help="Where weights may be, slowest first.")
+@click.option("--ram", help="Budget for the whole process, such as 2GiB. [default: 90% of what is free]")
+@click.option("--threads", type=_POSITIVE, help="Compute threads. [default: all processors]")
+@click.option("--prefetch", type=click.IntRange(min=0), help="Blocks read ahead; 0: none. [default: as memory allows]")
+@click.option("--measure/--no-measure", default=True, help="Measure the raw disk bandwidth before and after.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+@click.option("--trace", "trace_path", type=click.Path(path_type=Path, dir_okay=False), help="Write a Perfetto trace.")
+def command(**options: Any) -> None:
+    """Generate text from STORE, the folder that 'tiered convert' wrote.
+
+    Prompts come from -p, -f, or standard input. The text goes to standard output, everything else to standard
+    error.
+    """
+    from tiered.cli.generation import Request, run
+
+    result = run(Request(**_read_prompts(options)))
+    if options["as_json"]:
+        click.echo(json.dumps(result, indent=2, ensure_ascii=False))
+
+
+def _read_prompts(options: dict[str, Any]) -> dict[str, Any]:
+    """The options with all prompts in one list."""
+    options = dict(options)
+    prompts = [*options.pop("prompts"), *(file.read() for file in options.pop("files"))]
+    if options["prompt_tokens"] is not None and prompts:
+        raise click.UsageError("--prompt-tokens makes its own prompt; drop -p and -f")
+    if options["prompt_tokens"] is None and not prompts:
+        if sys.stdin.isatty():
+            raise click.UsageError("no prompt: pass -p TEXT or -f FILE, or pipe text to standard input")
+        prompts = [sys.stdin.read()]
+    return {**options, "prompts": tuple(prompts)}

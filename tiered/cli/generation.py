@@ -1,0 +1,216 @@
+"""What `tiered generate` does, step by step: prompts, plan, passes, report. Heavy imports live here."""
+
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+
+from tiered.bench import measure_raw
+from tiered.cli.screen import StatusLine, TextWriter
+from tiered.errors import ConfigError, StoreError
+from tiered.generate import Report, Sampler, SamplingParams, Sequence, Surroundings, generate, make_report
+from tiered.io import ReadMode, VerifyPolicy
+from tiered.plan import parse_tiers, process_peak_rss_bytes
+from tiered.runtime import Load, Options, Runtime
+from tiered.store import Store
+from tiered.units import parse_size
+
+
+@dataclass(frozen=True)
+class Request:
+    """The options of the command, as they were given."""
+
+    store: Path
+    prompts: tuple[str, ...]
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    seed: int
+    stops: tuple[str, ...]
+    ignore_eos: bool
+    prompt_tokens: int | None
+    chat: bool
+    dtype: str
+    verify: str
+    tiers: str
+    ram: str | None
+    threads: int | None
+    prefetch: int | None
+    measure: bool
+    as_json: bool
+    trace_path: Path | None
+
+
+@dataclass(frozen=True)
+class _Counters:
+    """The kernel's own figures for this process."""
+
+    read: int | None
+    written: int | None
+
+    @classmethod
+    def now(cls) -> "_Counters":
+        try:
+            lines = Path("/proc/self/io").read_text().splitlines()
+        except OSError:
+            return cls(None, None)
+        values = {key: int(value) for key, value in (line.split(": ") for line in lines)}
+        return cls(values["read_bytes"], values["write_bytes"])
+
+
+def run(request: Request) -> dict[str, Any]:
+    """Generate, writing text and report as they come; returns what `--json` prints."""
+    sampling = SamplingParams(
+        request.temperature,
+        request.top_k,
+        request.top_p,
+        request.min_p,
+        request.repetition_penalty,
+        request.seed,
+    )
+    options = Options(
+        ram=None if request.ram is None else parse_size(request.ram),
+        tiers=parse_tiers(request.tiers),
+        dtype=request.dtype,
+        threads=request.threads,
+        verify=VerifyPolicy(request.verify),
+        prefetch=request.prefetch,
+        keep_spans=request.trace_path is not None,
+    )
+    if "" in request.stops:
+        raise ConfigError("--stop: expected some text, found none")
+    if request.trace_path is not None and not request.trace_path.absolute().parent.is_dir():
+        raise ConfigError(f"--trace {request.trace_path}: the folder does not exist")
+    store = Store.open(request.store)
+    tokenizer = _load_tokenizer(store)
+    prompts = _encode(request, store, tokenizer)
+    eos = frozenset() if request.ignore_eos else _eos_ids(store, tokenizer)
+    sequences = [
+        Sequence(ids, Sampler(sampling, number), tokenizer, request.max_new_tokens, eos, request.stops)
+        for number, ids in enumerate(prompts)
+    ]
+    longest = max(map(len, prompts))
+    _check_context(store, longest + request.max_new_tokens)
+    load = Load(len(prompts), longest + request.max_new_tokens, longest)
+    with Runtime(store, load, options) as runtime:
+        report = _generate(request, runtime, sequences)
+    if request.trace_path is not None:
+        runtime.trace.write(request.trace_path)
+    if not request.as_json:
+        for line in report.lines():
+            click.echo(line, err=True)
+    completions = [{"text": s.text, "token_ids": s.token_ids, "finish_reason": s.finish_reason} for s in sequences]
+    shown = list(request.prompts) or [tokenizer.decode(ids) for ids in prompts]
+    return {"prompts": shown, "completions": completions, "report": report.to_json()}
+
+
+def _generate(request: Request, runtime: Runtime, sequences: list[Sequence]) -> Report:
+    """Measure, generate, measure."""
+    titles = [""] * len(sequences)
+    if len(sequences) > 1:
+        titles = [f"[{number}] " for number in range(1, len(sequences) + 1)]
+    writer = None if request.as_json else TextWriter(sequences, titles)
+    with StatusLine(lambda: runtime.bytes_read) as status:
+        measure = request.measure and bool(runtime.plan.streamed_nbytes)
+        raw = []
+        if measure:
+            status.say("measuring the disk")
+            raw.append(_measure(runtime))
+        before = _Counters.now()
+        status.say(f"reading {runtime.store.name}")
+
+        def on_tokens() -> None:
+            status.clear()
+            if writer is not None:
+                writer.update()
+
+        generation = generate(runtime, sequences, runtime.rows_per_micro_batch, on_tokens, status.on_block)
+        waited, idle = runtime.wait_seconds, generation.decode_disk_idle_seconds
+        after = _Counters.now()
+        runtime.stop_streaming()
+        if measure:
+            status.say("measuring the disk again")
+            raw.append(_measure(runtime))
+    around = Surroundings(
+        plan=runtime.plan,
+        raw_disk_bandwidth=max(raw) if raw else None,
+        bytes_read=runtime.bytes_read,
+        bytes_read_kernel=None if after.read is None or before.read is None else after.read - before.read,
+        bytes_written=None if after.written is None or before.written is None else after.written - before.written,
+        peak_rss_bytes=process_peak_rss_bytes(),
+        compute_wait_seconds=waited,
+        disk_wait_seconds=idle,
+        read_mode=runtime.reader.mode.value if runtime.reader.mode is not None else "nothing read",
+        synthetic=runtime.store.manifest.synthetic,
+    )
+    return make_report(generation, around)
+
+
+def _measure(runtime: Runtime) -> float:
+    """Raw bandwidth of the files that are streamed, in bytes per second."""
+    tape = runtime.store.tape
+    files = [runtime.store.file_path(b) for i, b in enumerate(tape) if i not in runtime.plan.placement.resident]
+    direct = runtime.probe_read_mode() is ReadMode.DIRECT
+    return measure_raw(files, runtime.scratch_memory(), direct).bytes_per_second
+
+
+def _load_tokenizer(store: Store) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(store.path, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise StoreError(
+            f"{store.path}: its tokenizer cannot be loaded ({error}); copy the model's tokenizer files into the store"
+        ) from error
+
+
+def _encode(request: Request, store: Store, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Token ids of every prompt; never none."""
+    if request.prompt_tokens is not None:
+        generator = torch.Generator().manual_seed(request.seed)
+        vocab = min(len(tokenizer), store.vocab_size)
+        return [torch.randint(0, vocab, (request.prompt_tokens,), generator=generator).tolist()]
+    encoded = []
+    for prompt in request.prompts:
+        if request.chat:
+            encoded.append(_apply_chat(tokenizer, prompt))
+        else:
+            encoded.append(list(tokenizer(prompt)["input_ids"]))
+        if not encoded[-1]:
+            raise ConfigError("an empty prompt gives this tokenizer nothing to start from; pass some text")
+    return encoded
+
+
+def _apply_chat(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    if tokenizer.chat_template is None:
+        raise ConfigError("--chat: this model's tokenizer has no chat template; drop --chat to continue plain text")
+    message = [{"role": "user", "content": prompt}]
+    ids = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)["input_ids"]
+    return list(ids)
+
+
+def _eos_ids(store: Store, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Every token that ends a text, by the generation configuration, else by the tokenizer."""
+    found: Any = None
+    if (store.path / "generation_config.json").is_file():
+        found = GenerationConfig.from_pretrained(store.path).eos_token_id
+    if found is None:
+        found = tokenizer.eos_token_id
+    return frozenset(found if isinstance(found, Items) else [found] if found is not None else [])
+
+
+def _check_context(store: Store, tokens: int) -> None:
+    from tiered.arch import load_config
+
+    limit = getattr(load_config(store.path), "max_position_embeddings", None)
+    if limit is not None and tokens > limit:
+        raise ConfigError(
+            f"prompt and completion come to {tokens} tokens, this model has positions for {limit}; "
+            "shorten the prompt or lower --max-new-tokens"
+        )

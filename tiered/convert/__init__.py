@@ -1,0 +1,33 @@
+"""From a checkpoint to a store: `convert_checkpoint` is what `tiered convert` calls."""
+
+from pathlib import Path
+
+from tiered.convert.convert import Conversion
+from tiered.convert.open import open_checkpoint, open_shape
+from tiered.convert.options import ConvertOptions, ConvertProgress, ConvertResult, ProgressFunction
+from tiered.convert.resolve import resolve_checkpoint, resolve_shape
+
+__all__ = ["ConvertOptions", "ConvertProgress", "ConvertResult", "ProgressFunction", "convert_checkpoint"]
+
+
+def convert_checkpoint(
+    source: str | Path,
+    output: Path | None = None,
+    options: ConvertOptions | None = None,
+    progress: ProgressFunction | None = None,
+) -> ConvertResult:
+    """Convert `source` into the store `output` (default: NAME.tiered in the current folder).
+
+    `source` is a local Hugging Face folder, a hub id, a known name, or with `options.synthetic` a known shape or a
+    toml file of one. Raises ConfigError for bad usage, UnsupportedFamilyError, CheckpointError for a damaged or
+    foreign checkpoint, BudgetError, DiskFullError and ReadError. Whatever ends it, finished blocks are kept and the
+    same call resumes.
+    """
+    options = options or ConvertOptions()
+    if options.synthetic:
+        shape = resolve_shape(source)
+        conversion = Conversion(output or Path(f"{shape.name}.tiered"), options, progress)
+        return conversion.run(lambda: open_shape(shape, options))
+    place = resolve_checkpoint(source)
+    conversion = Conversion(output or Path(f"{place.name}.tiered"), options, progress)
+    return conversion.run(lambda: open_checkpoint(place, options, conversion))

@@ -1,0 +1,117 @@
+"""One block file: written from a source, or recognized as finished by an earlier attempt."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Final
+
+import torch
+import xxhash
+
+from tiered.convert.compression import Compression, is_candidate
+from tiered.convert.recipe import BlockRecipe, TensorRecipe
+from tiered.convert.source import WeightSource
+from tiered.errors import StoreError
+from tiered.quant import CompressedTensor
+from tiered.quant.zstd import FRAME_NBYTES
+from tiered.store import CHUNK_NBYTES, BlockWriter, FileInfo
+from tiered.store.block import read_layout
+from tiered.store.format import tensor_nbytes
+
+Advance = Callable[[int], None]
+"""Told how many more bytes of the store (before zstd) have been written."""
+
+_HASH_READ_NBYTES: Final = 4 << 20
+
+
+def write_block(
+    folder: Path, block: BlockRecipe, source: WeightSource, compression: Compression, advance: Advance
+) -> FileInfo:
+    """Write `block` from `source`, whose block is open, tensor by tensor in row panels."""
+    with BlockWriter(folder / block.path, folder, [tensor.name for tensor in block.tensors]) as writer:
+        candidates = {t.name for t in block.tensors if compression.mode != "none" and is_candidate(t, block.role)}
+        largest = (tensor_nbytes(source.dtype(t), t.shape) for t in block.tensors if t.name in candidates)
+        writer.reserve_frames(sum(-(-nbytes // FRAME_NBYTES) for nbytes in largest))
+        for tensor in block.tensors:
+            rule = compression if tensor.name in candidates else None
+            add = _add_plain if tensor.scheme is None else _add_packed
+            add(writer, tensor, source, rule, advance)
+        return writer.finish()
+
+
+def finished_block(folder: Path, block: BlockRecipe) -> FileInfo | None:
+    """The entry of `block` where its file is whole and what the recipe says; its checksums are taken anew."""
+    path = folder / block.path
+    try:
+        nbytes = path.stat().st_size
+        layout = read_layout(folder, FileInfo(block.path, nbytes, ()))
+    except (FileNotFoundError, StoreError):
+        return None
+    found = {name: (weight.shape, weight.scheme) for name, weight in layout.weights.items()}
+    if found != {tensor.name: (tensor.shape, tensor.scheme) for tensor in block.tensors}:
+        return None
+    return FileInfo(block.path, nbytes, _checksums(path))
+
+
+def _add_packed(
+    writer: BlockWriter, tensor: TensorRecipe, source: WeightSource, rule: Compression | None, advance: Advance
+) -> None:
+    assert tensor.scheme is not None
+    out, in_ = tensor.shape
+    name, shape = f"{tensor.name}.q", tensor.scheme.q_shape(out, in_)
+    packed = source.packed(tensor)
+    compressed = rule.attempt(packed.q) if rule is not None else None
+    if compressed is None:
+        if rule is not None:  # the attempt has consumed some
+            packed = source.packed(tensor)
+        writer.add(name, torch.uint8, shape, _counted(packed.q, advance))
+    else:
+        _add_compressed(writer, name, torch.uint8, shape, compressed, advance)
+    scale = tensor.scheme.scale_shape(out, in_)
+    writer.add(f"{tensor.name}.scale", torch.float16, scale, _counted(iter(packed.scale), advance))
+    writer.add(f"{tensor.name}.zero", torch.uint8, scale, _counted(iter(packed.zero), advance))
+    writer.add_scheme(tensor.name, tensor.scheme, tensor.shape)
+
+
+def _add_plain(
+    writer: BlockWriter, tensor: TensorRecipe, source: WeightSource, rule: Compression | None, advance: Advance
+) -> None:
+    dtype = source.dtype(tensor)
+    compressed = rule.attempt(source.plain(tensor)) if rule is not None else None
+    if compressed is None:
+        writer.add(tensor.name, dtype, tensor.shape, _counted(source.plain(tensor), advance))
+    else:
+        _add_compressed(writer, tensor.name, dtype, tensor.shape, compressed, advance)
+
+
+def _add_compressed(
+    writer: BlockWriter,
+    name: str,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    compressed: CompressedTensor,
+    advance: Advance,
+) -> None:
+    payload = memoryview(compressed.payload)
+    writer.add_compressed(name, dtype, shape, payload, compressed.frames, compressed.frame_nbytes)
+    advance(compressed.nbytes)
+
+
+def _counted(chunks: Iterator[memoryview], advance: Advance) -> Iterator[memoryview]:
+    for chunk in chunks:
+        yield chunk
+        advance(chunk.nbytes)
+
+
+def _checksums(path: Path) -> tuple[str, ...]:
+    digests = []
+    with path.open("rb", buffering=0) as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        nbytes = path.stat().st_size
+        for start in range(0, nbytes, CHUNK_NBYTES):
+            hasher = xxhash.xxh3_64()
+            for offset in range(start, min(start + CHUNK_NBYTES, nbytes), _HASH_READ_NBYTES):
+                hasher.update(os.pread(file.fileno(), _HASH_READ_NBYTES, offset))
+            digests.append(hasher.hexdigest())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return tuple(digests)

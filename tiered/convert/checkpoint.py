@@ -1,0 +1,173 @@
+"""A Hugging Face checkpoint as a source of weights: names mapped, shapes checked, tensors read in row panels."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any, Final, Literal
+
+import torch
+import xxhash
+from transformers import PretrainedConfig
+
+from tiered.arch import Skeleton
+from tiered.convert.index import WeightIndex
+from tiered.convert.names import NameMap
+from tiered.convert.recipe import BlockRecipe, TensorRecipe
+from tiered.convert.source import Packed, StoredTensor, WeightFiles, tensor_bytes
+from tiered.errors import CheckpointError
+from tiered.quant import quantize
+
+COPIED: Final = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""Copied verbatim into the store where the source has them."""
+
+
+class Checkpoint:
+    """A `WeightSource` over the files of a checkpoint."""
+
+    synthetic = False
+
+    def __init__(
+        self, files: WeightFiles, index: WeightIndex, names: NameMap, skeleton: Skeleton, clip: Literal["mse", "minmax"]
+    ) -> None:
+        self._files, self._index, self._names, self._clip = files, index, names, clip
+        self._config: PretrainedConfig = skeleton.config
+        self._embed_name = skeleton.embed_name
+        self._identity = {
+            "kind": files.kind,
+            "name": files.name,
+            "revision": files.revision,
+            "fingerprint": self._fingerprint(),
+        }
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        return self._identity
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        return self._names.warnings
+
+    def extra_files(self) -> Mapping[str, Callable[[], bytes]]:
+        return {name: partial(self._read_small, name) for name in COPIED if name in self._files.names}
+
+    def files_of(self, block: BlockRecipe) -> frozenset[str]:
+        return frozenset(self._index.file_of[name] for name in self._checkpoint_names(block))
+
+    def check(self, block: BlockRecipe) -> None:
+        wrong: list[str] = []
+        for tensor in block.tensors:
+            name = self._names.sources[tensor.name]
+            stored = self._stored(name)
+            if stored is not None and stored.shape != tensor.shape:
+                wrong.append(f"{name} is {list(stored.shape)}, expected {list(tensor.shape)}")
+            elif stored is not None and not stored.dtype.is_floating_point:
+                wrong.append(f"{name} holds {stored.dtype}, expected floating point")
+        if wrong:
+            raise CheckpointError(
+                f"{self._files.name}: {len(wrong)} tensors of {block.name} are not what config.json describes: "
+                f"{'; '.join(wrong[:5])}{'; …' if len(wrong) > 5 else ''}"
+            )
+
+    def fetch(self, block: BlockRecipe) -> None:
+        for file in sorted(self.files_of(block)):
+            self._files.path(file)
+
+    def open_block(self, block: BlockRecipe) -> None:
+        for file in sorted(self.files_of(block)):
+            self._index.reader.tensors(self._files.path(file))
+        self.check(block)
+        if block.role == "embed" and self._names.duplicate_head is not None:
+            self._check_duplicate_head(self._names.duplicate_head)
+
+    def dtype(self, tensor: TensorRecipe) -> torch.dtype:
+        stored = self._stored(self._names.sources[tensor.name])
+        if stored is not None:
+            return stored.dtype
+        claimed = getattr(self._config, "dtype", None)
+        return claimed if isinstance(claimed, torch.dtype) else torch.float32
+
+    def plain(self, tensor: TensorRecipe) -> Iterator[memoryview]:
+        return map(tensor_bytes, self._panels(self._names.sources[tensor.name]))
+
+    def packed(self, tensor: TensorRecipe) -> Packed:
+        assert tensor.scheme is not None
+        scheme = tensor.scheme
+        scales: list[memoryview] = []
+        zeros: list[memoryview] = []
+
+        def codes() -> Iterator[memoryview]:
+            for panel in self._panels(self._names.sources[tensor.name]):
+                part = quantize(panel, scheme, clip=self._clip, name=tensor.name)
+                scales.append(tensor_bytes(part.scale))
+                zeros.append(tensor_bytes(part.zero))
+                yield tensor_bytes(part.q)
+
+        return Packed(codes(), scales, zeros)
+
+    def release(self, files: frozenset[str]) -> None:
+        for name in sorted(files):
+            self._files.release(name)
+
+    def working_nbytes(self) -> int:
+        here = [self._files.path(name) for name in self._index.files if self._files.is_here(name)]
+        return max((self._index.reader.working_nbytes(path) for path in here), default=0)
+
+    def close(self) -> None:
+        self._index.reader.close()
+
+    def _checkpoint_names(self, block: BlockRecipe) -> list[str]:
+        names = [self._names.sources[tensor.name] for tensor in block.tensors]
+        if block.role == "embed" and self._names.duplicate_head is not None:
+            names.append(self._names.duplicate_head)
+        return names
+
+    def _stored(self, name: str) -> StoredTensor | None:
+        """What the file says of a tensor; None where asking would mean fetching it or reading it all."""
+        file = self._index.file_of[name]
+        if not self._files.is_here(file):
+            return None
+        path = self._files.path(file)
+        tensors = self._index.reader.known(path)
+        if tensors is not None and name not in tensors:
+            raise CheckpointError(f"{path}: lacks tensor {name}, which the checkpoint's index places there")
+        return None if tensors is None else tensors[name]
+
+    def _panels(self, name: str) -> Iterator[torch.Tensor]:
+        return self._index.reader.panels(self._files.path(self._index.file_of[name]), name)
+
+    def _check_duplicate_head(self, head: str) -> None:
+        """A tied head that is also stored must be the embedding, or the model would be another than it says."""
+        embedding = self._names.sources[self._embed_name]
+        same = self._stored(head) == self._stored(embedding)
+        if same:
+            pairs = zip(self._panels(embedding), self._panels(head), strict=True)
+            same = all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in pairs)
+        if not same:
+            raise CheckpointError(
+                f"{self._files.name}: config.json ties the output projection to the embedding, but {head} differs from "
+                f"{embedding}; set tie_word_embeddings to false in config.json if the projection is meant to be used"
+            )
+
+    def _read_small(self, name: str) -> bytes:
+        return self._files.path(name).read_bytes()
+
+    def _fingerprint(self) -> str:
+        """Of the weight files, the tensors' places, and what is copied."""
+        digest = xxhash.xxh3_128(self._files.fingerprint(self._index.files).encode())
+        digest.update(json.dumps(sorted(self._index.file_of.items())).encode())
+        for name, read in sorted(self.extra_files().items()):
+            digest.update(name.encode() + b"\0" + read())
+        return digest.hexdigest()

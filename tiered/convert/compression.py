@@ -1,0 +1,121 @@
+"""Where zstd pays: measured once for each conversion, decided for each tensor.
+
+Only what is streamed and not int4 is a candidate: embedding rows are read one by one and must lie plain in their
+file, the outer tensors are read once, and group int4 codes do not shrink.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any, Final, Self
+
+from tiered.convert.recipe import BlockRecipe, TensorRecipe
+from tiered.quant import CompressedTensor, compress, pays
+from tiered.quant.zstd import FRAME_NBYTES, WORST_RATIO
+from tiered.units import MIB
+
+_TRIAL_NBYTES: Final = 4 * FRAME_NBYTES
+_PROBE_NBYTES: Final = 64 * MIB
+_PROBE_READ_NBYTES: Final = 4 * MIB
+_LEAST_NBYTES: Final = 64 << 10
+"""Smaller tensors are not worth the frames' table."""
+
+
+@dataclass(frozen=True)
+class Compression:
+    """The rule of one conversion; kept in its progress file, so that a resumed one decides the same."""
+
+    mode: str  # auto, zstd or none
+    disk_bytes_per_second: float = 0.0  # auto: of the disk that will be read
+    cores: int = 1  # auto: that would decode
+
+    @classmethod
+    def measure(cls, mode: str, blocks: tuple[BlockRecipe, ...], folder: Path) -> Self:
+        """The rule for a store in `folder`, which exists; the disk is only probed where the answer matters."""
+        if mode == "auto" and any(is_candidate(t, block.role) for block in blocks for t in block.tensors):
+            return cls(mode, round(read_bandwidth(folder)), len(os.sched_getaffinity(0)))
+        return cls("none" if mode == "auto" else mode)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Self:
+        return cls(str(value["mode"]), float(value["disk_bytes_per_second"]), int(value["cores"]))
+
+    def to_json(self) -> dict[str, Any]:
+        return {"mode": self.mode, "disk_bytes_per_second": self.disk_bytes_per_second, "cores": self.cores}
+
+    def keeps(self, ratio: float) -> bool:
+        """Whether a tensor that shrinks to `ratio` of its size is stored so."""
+        if self.mode == "auto":
+            return pays(ratio, self.disk_bytes_per_second, self.cores)
+        return self.mode == "zstd" and ratio < WORST_RATIO
+
+    def attempt(self, chunks: Iterator[memoryview]) -> CompressedTensor | None:
+        """The tensor of these bytes compressed, or None where that does not pay, which the first few MiB foretell."""
+        frames: list[int] = []
+        payload: list[bytes] = []
+        nbytes = 0
+        for frame in _rechunk(chunks, FRAME_NBYTES):
+            packed = compress(frame)
+            frames.extend(packed.frames)
+            payload.append(packed.payload)
+            nbytes += packed.nbytes
+            if nbytes == _TRIAL_NBYTES and not self.keeps(sum(frames) / nbytes):
+                return None
+        result = CompressedTensor(tuple(frames), b"".join(payload), nbytes, FRAME_NBYTES)
+        return result if self.keeps(result.ratio) else None
+
+
+def is_candidate(tensor: TensorRecipe, role: str) -> bool:
+    """Whether a tensor of a block of `role` may be compressed at all."""
+    if role not in ("layer", "head") or tensor.numel < _LEAST_NBYTES:
+        return False
+    return tensor.scheme is None or tensor.scheme.bits == 8
+
+
+def read_bandwidth(folder: Path) -> float:
+    """Bytes per second that the disk under `folder` reads past the page cache, from a file written for the purpose."""
+    path = folder / "bandwidth.part"
+    noise = os.urandom(_PROBE_READ_NBYTES)
+    try:
+        with path.open("wb") as file:
+            for _ in range(_PROBE_NBYTES // len(noise)):
+                file.write(noise)
+            file.flush()
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        return _timed_read(path)
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _timed_read(path: Path) -> float:
+    import mmap
+
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
+    except OSError:  # no O_DIRECT here; the pages were dropped above
+        fd = os.open(path, os.O_RDONLY)
+    try:
+        with mmap.mmap(-1, _PROBE_READ_NBYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as buffer:
+            start = perf_counter()
+            done = 0
+            while (count := os.preadv(fd, [buffer], done)) > 0:
+                done += count
+            return done / (perf_counter() - start)
+    finally:
+        os.close(fd)
+
+
+def _rechunk(chunks: Iterator[memoryview], size: int) -> Iterator[memoryview]:
+    """The same bytes in pieces of `size`, the last one shorter."""
+    pending = bytearray()
+    for chunk in chunks:
+        pending += chunk
+        whole = len(pending) // size * size
+        for start in range(0, whole, size):
+            yield memoryview(bytes(pending[start : start + size]))
+        del pending[:whole]
+    if pending:
+        yield memoryview(bytes(pending))

@@ -1,0 +1,102 @@
+"""From checkpoint names to model names: which tensor of the checkpoint holds each tensor of the model.
+
+In: the skeleton's tensor names and the checkpoint's. Out: a `NameMap`. Pure.
+Checkpoints of a bare base model drop its prefix (`decoder.…` for `model.decoder.…`, `h.0…` for `transformer.h.0…`),
+tied heads are absent or a copy, and old ones carry buffers that transformers recomputes.
+"""
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from tiered.arch import Skeleton
+from tiered.errors import CheckpointError
+
+_JUNK: Final = re.compile(
+    r"(rotary_emb\.(inv_freq|cos_cached|sin_cached)|rope\.freqs|(attention|attn)\.(bias|masked_bias)"
+    r"|position_ids|(^|\.)_?version)$"
+)
+_NAMES_SHOWN: Final = 5
+
+
+@dataclass(frozen=True)
+class NameMap:
+    """Where each tensor of the model is in the checkpoint."""
+
+    sources: Mapping[str, str]
+    """Model name -> checkpoint name."""
+    duplicate_head: str | None
+    """A tied head that the checkpoint holds as well; it must equal the embedding."""
+    warnings: tuple[str, ...]
+
+
+def map_names(skeleton: Skeleton, checkpoint: Collection[str]) -> NameMap:
+    """Find every tensor of `skeleton` among the names of `checkpoint`.
+
+    Raises CheckpointError, which names the first few that are missing.
+    """
+    present = set(checkpoint)
+    base = str(skeleton.model.base_model_prefix)
+    wanted = [parameter.name for block in skeleton.blocks() for parameter in block.parameters]
+    sources = {name: found for name in wanted if (found := _find(name, present, base)) is not None}
+    warnings: list[str] = []
+    head = _find(skeleton.head_name, present, base)
+    duplicate_head = None
+    if skeleton.tied:
+        if skeleton.embed_name in sources:
+            duplicate_head = head
+        elif head is not None:  # tying is symmetric: either of the two names may have been saved
+            sources[skeleton.embed_name] = head
+    elif skeleton.head_name not in sources and skeleton.embed_name in sources:
+        sources[skeleton.head_name] = _embedding_as_head(skeleton, sources[skeleton.embed_name], warnings)
+    missing = [name for name in wanted if name not in sources]
+    if missing:
+        raise CheckpointError(
+            f"checkpoint lacks {len(missing)} of the {len(wanted)} tensors of this model: {_some(missing)} "
+            f"(looked for them with and without the prefix {base + '.'!r}); it has {_some(sorted(present))}. "
+            "Does config.json belong to these weights, and are all files there?"
+        )
+    used = {*sources.values(), *([duplicate_head] if duplicate_head else [])}
+    unexpected = sorted(name for name in present - used if not _is_junk(name, skeleton))
+    if unexpected:
+        warnings.append(
+            f"{len(unexpected)} tensors of the checkpoint have no place in the model and were left out: "
+            f"{_some(unexpected)}"
+        )
+    return NameMap(sources, duplicate_head, tuple(warnings))
+
+
+def _find(name: str, present: set[str], base: str) -> str | None:
+    """The checkpoint's name for the model's `name`: the same, or without the base model's prefix."""
+    for candidate in (name, name.removeprefix(base + ".")):
+        if candidate in present:
+            return candidate
+    return None
+
+
+def _embedding_as_head(skeleton: Skeleton, embedding: str, warnings: list[str]) -> str:
+    """The tensor to use for an absent head that config.json declares untied; raises where that would be a guess."""
+    config = skeleton.config
+    if not type(config)().tie_word_embeddings:
+        raise CheckpointError(
+            f"checkpoint lacks the output projection {skeleton.head_name!r}, and config.json says that it is not the "
+            f"embedding (tie_word_embeddings is false, the default of {config.model_type!r}); "
+            "download the missing file, or set tie_word_embeddings to true if the two are in fact one"
+        )
+    warnings.append(
+        f"checkpoint lacks {skeleton.head_name!r} though config.json says tie_word_embeddings is false; "
+        f"{config.model_type!r} models tie them by default, so the embedding serves as head as well"
+    )
+    return embedding
+
+
+def _is_junk(name: str, skeleton: Skeleton) -> bool:
+    """Whether a name without a place in the model is one that transformers itself leaves out."""
+    ignored = getattr(skeleton.model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    return bool(_JUNK.search(name)) or any(re.search(pattern, name) for pattern in ignored)
+
+
+def _some(names: Collection[str]) -> str:
+    shown = ", ".join(list(names)[:_NAMES_SHOWN])
+    return f"{shown}, …" if len(names) > _NAMES_SHOWN else shown or "none"

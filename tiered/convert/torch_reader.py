@@ -1,0 +1,107 @@
+"""Checkpoints in torch's own format (`pytorch_model*.bin`), read without executing pickles.
+
+The zip format is mapped, and mapped anew every so often so that pages already read do not pile up in our memory.
+The legacy format (before torch 1.6) can only be read whole: there the conversion needs memory for one file.
+"""
+
+import pickle
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from tiered.convert.source import PANEL_NBYTES, StoredTensor, panel_rows
+from tiered.errors import CheckpointError
+
+_REMAP_NBYTES: Final = 64 << 20
+_ZIP_MAGIC: Final = b"PK\x03\x04"
+
+
+class TorchReader:
+    """Holds at most one file: mapped (zip) or in memory (legacy)."""
+
+    def __init__(self) -> None:
+        self._held: tuple[Path, dict[str, torch.Tensor]] | None = None
+        self._tensors: dict[Path, dict[str, StoredTensor]] = {}
+        self._touched = 0
+
+    def tensors(self, path: Path) -> Mapping[str, StoredTensor]:
+        if path not in self._tensors:
+            self._tensors[path] = {
+                name: StoredTensor(tensor.dtype, tuple(tensor.shape)) for name, tensor in self._load(path).items()
+            }
+        return self._tensors[path]
+
+    def panels(self, path: Path, name: str) -> Iterator[torch.Tensor]:
+        stored = self.tensors(path)[name]
+        if not stored.shape:
+            yield self._load(path)[name].clone()
+            return
+        rows, _, step = panel_rows(stored.shape, stored.dtype.itemsize)
+        for start in range(0, rows, step):
+            # A copy: the tensor may be a strided view, and must not keep the mapping alive.
+            panel = self._load(path)[name][start : start + step].clone(memory_format=torch.contiguous_format)
+            self._touched += panel.nbytes
+            if self._touched >= _REMAP_NBYTES and is_zip(path):
+                self.close()
+            yield panel
+
+    def known(self, path: Path) -> Mapping[str, StoredTensor] | None:
+        return self.tensors(path) if path in self._tensors or is_zip(path) else None
+
+    def working_nbytes(self, path: Path) -> int:
+        if is_zip(path):
+            return _REMAP_NBYTES + 2 * PANEL_NBYTES
+        return path.stat().st_size + PANEL_NBYTES
+
+    def close(self) -> None:
+        self._held = None
+        self._touched = 0
+
+    def _load(self, path: Path) -> dict[str, torch.Tensor]:
+        if self._held is None or self._held[0] != path:
+            self.close()  # before loading the next: two legacy files would not fit
+            self._held = (path, _load_state_dict(path))
+        return self._held[1]
+
+
+def is_zip(path: Path) -> bool:
+    """Whether torch wrote `path` in the zip format."""
+    with path.open("rb") as file:
+        return file.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC
+
+
+def _load_state_dict(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        mapped = is_zip(path)
+        loaded: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: missing") from None
+    # Damaged input raises whatever the damaged part happens to hit, inside the unpickler too.
+    except (
+        pickle.UnpicklingError,
+        zipfile.BadZipFile,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        KeyError,
+        IndexError,
+        TypeError,
+        AttributeError,
+        AssertionError,
+        UnicodeDecodeError,
+        OverflowError,
+        ImportError,
+    ) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"{path}: cannot be read as a torch checkpoint of plain tensors ({type(error).__name__}: {reason}); "
+            "pickled code is never run: download the file again, or use a safetensors copy of the checkpoint"
+        ) from None
+    if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
+        loaded = loaded["state_dict"]
+    if not isinstance(loaded, dict) or not loaded:
+        raise CheckpointError(f"{path}: expected a dict of tensors by name, found {type(loaded).__name__}")
+    return {str(name): tensor for name, tensor in loaded.items() if isinstance(tensor, torch.Tensor)}

@@ -1,0 +1,78 @@
+"""Every error `tiered` raises on purpose, and the exit code that goes with it.
+
+TieredError                 1   something failed while running
+├── ReadError               1   the operating system could not read (EIO, a vanished file)
+├── DiskFullError           1   no space left while writing
+├── NotSupportedError       1   the facade refuses an operation that offloaded weights cannot honour
+├── ConfigError             2   bad usage: an option, a combination, an unknown name
+│   └── UnsupportedFamilyError  2   a model family the engine cannot drive
+├── BudgetError             3   no plan fits the budget
+├── CorruptError            4   stored bytes are not what they should be
+│   ├── StoreError          4   a tiered store: truncated, damaged, foreign, half-converted
+│   └── CheckpointError     4   a source checkpoint: truncated, damaged, lacking tensors
+└── InterruptedRun        130   cancelled by the user
+
+Messages name the file or key, what was expected, what was found, and what to do next.
+Only `cli/` turns these into terminal output.
+"""
+
+
+class TieredError(Exception):
+    """Base of all errors raised on purpose; `exit_code` is what the command line returns."""
+
+    exit_code = 1
+
+
+class ReadError(TieredError):
+    """The operating system failed a read; the bytes on disk may be fine."""
+
+
+class DiskFullError(TieredError):
+    """A write failed for lack of space; what was finished before is kept."""
+
+
+class NotSupportedError(TieredError):
+    """An operation that makes no sense for weights that are not in memory."""
+
+
+class ConfigError(TieredError):
+    """Bad usage: a value, a combination of options, an unknown name."""
+
+    exit_code = 2
+
+
+class UnsupportedFamilyError(ConfigError):
+    """A model family that the engine cannot drive."""
+
+
+class BudgetError(TieredError):
+    """No plan fits the memory budget.
+
+    `smallest_bytes` is the smallest budget that would, where one is known.
+    """
+
+    exit_code = 3
+
+    def __init__(self, message: str, smallest_bytes: int | None = None) -> None:
+        super().__init__(message)
+        self.smallest_bytes = smallest_bytes
+
+
+class CorruptError(TieredError):
+    """Stored bytes are not what they should be."""
+
+    exit_code = 4
+
+
+class StoreError(CorruptError):
+    """A store that is truncated, damaged, foreign or half-converted."""
+
+
+class CheckpointError(CorruptError):
+    """A source checkpoint that is truncated, damaged or lacks tensors."""
+
+
+class InterruptedRun(TieredError):
+    """The user cancelled the run."""
+
+    exit_code = 130

@@ -1,0 +1,170 @@
+"""The report of a run: what it took, beside what the machine could have done.
+
+    bound = max((S - M) / B, C)
+
+S: bytes of the tape. M: all that the budget leaves after baseline, KV cache, workspace and two blocks, used or not.
+B: raw disk bandwidth, measured before and after by code of its own. C: compute seconds of a decode pass, measured.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from tiered.generate.loop import Generation
+from tiered.plan import Plan
+from tiered.units import format_rate, format_seconds, format_size
+
+
+@dataclass(frozen=True)
+class Report:
+    """Bytes and seconds; bandwidths in bytes per second. None where there is nothing to measure."""
+
+    prompt_tokens: int
+    generated_tokens: int
+    first_token_seconds: float
+    prefill_seconds: float
+    prefill_tokens_per_second: float
+    decode_seconds: float
+    tokens_per_second: float | None
+    seconds_per_pass: float | None
+    compute_seconds_per_pass: float | None
+    passes: int
+    bytes_read: int
+    bytes_read_kernel: int | None
+    bytes_read_per_token: float
+    bytes_written: int | None
+    disk_bandwidth: float | None
+    raw_disk_bandwidth: float | None
+    bound_seconds_per_pass: float | None
+    bound_share: float | None
+    bottleneck: str | None
+    """"disk", "compute" or "memory" (everything resident); None where no decode pass ran."""
+    compute_wait_seconds: float
+    disk_wait_seconds: float
+    block_overhead_seconds: float
+    """Median wall time per block beyond computing and waiting for reads."""
+    peak_rss_bytes: int
+    ram_budget_bytes: int
+    tape_bytes: int
+    resident_bytes: int
+    read_mode: str
+    synthetic: bool
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def lines(self) -> list[str]:
+        """The report as people read it."""
+        lines = []
+        if self.synthetic:
+            lines.append("synthetic weights: a benchmark, not a language model")
+        lines.append(
+            f"prefill   {self.prompt_tokens} tokens in {format_seconds(self.prefill_seconds)}, "
+            f"first token after {format_seconds(self.first_token_seconds)}"
+        )
+        if self.tokens_per_second is not None and self.seconds_per_pass is not None:
+            lines.append(
+                f"decode    {self.tokens_per_second:.3g} tokens/s, {format_seconds(self.seconds_per_pass)} per pass "
+                f"({self.passes} passes, compute {format_seconds(self.compute_seconds_per_pass or 0)} of each)"
+            )
+        lines.append(
+            f"disk      {format_size(self.bytes_read)} read ({self.bytes_read_per_token / 1e9:.3g} GB per token), "
+            f"{format_size(self.bytes_written or 0)} written, {self.read_mode}"
+        )
+        lines += self._bandwidth_lines()
+        lines.append(
+            f"waits     compute waited {format_seconds(self.compute_wait_seconds)} for the disk, "
+            f"the disk {format_seconds(self.disk_wait_seconds)} for compute"
+        )
+        over = ", OVER BUDGET" if self.peak_rss_bytes > self.ram_budget_bytes else ""
+        lines.append(
+            f"memory    peak {format_size(self.peak_rss_bytes)} of {format_size(self.ram_budget_bytes)}{over}; "
+            f"{format_size(self.resident_bytes)} of {format_size(self.tape_bytes)} weights resident"
+        )
+        return lines
+
+    def _bandwidth_lines(self) -> list[str]:
+        lines = []
+        if self.disk_bandwidth is not None and self.raw_disk_bandwidth:
+            share = self.disk_bandwidth / self.raw_disk_bandwidth
+            lines.append(
+                f"          {format_rate(self.disk_bandwidth)} while decoding, {share:.0%} of the "
+                f"{format_rate(self.raw_disk_bandwidth)} measured raw"
+            )
+        if self.bound_share is not None and self.bound_seconds_per_pass is not None:
+            what = {
+                "disk": "disk-bound",
+                "compute": "compute-bound: no evidence for the disk",
+                "memory": "all weights in memory: compute-bound",
+            }[self.bottleneck or "disk"]
+            lines.append(
+                f"bound     {format_seconds(self.bound_seconds_per_pass)} per pass possible here, "
+                f"{self.bound_share:.0%} of it reached ({what})"
+            )
+        return lines
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a report needs to know that the generation does not."""
+
+    plan: Plan
+    raw_disk_bandwidth: float | None
+    bytes_read: int
+    bytes_read_kernel: int | None
+    bytes_written: int | None
+    peak_rss_bytes: int
+    compute_wait_seconds: float
+    disk_wait_seconds: float
+    read_mode: str
+    synthetic: bool
+
+
+def make_report(generation: Generation, around: Surroundings) -> Report:
+    """Put the figures of one run together."""
+    decode = generation.passes[1:]
+    per_pass = generation.decode_seconds / len(decode) if decode else None
+    compute = sum(p.compute_seconds for p in decode) / len(decode) if decode else None
+    first = generation.passes[0] if generation.passes else None
+    plan, raw = around.plan, around.raw_disk_bandwidth
+    bound = bottleneck = None
+    if compute is not None:
+        streamed = sum(plan.tape_sizes) - plan.bound_resident_nbytes
+        disk = streamed / raw if raw else None
+        if streamed == 0:
+            bound, bottleneck = compute, "memory"
+        elif disk is not None:
+            bound, bottleneck = max(disk, compute), "compute" if compute > disk else "disk"
+    tokens = generation.generated_tokens
+    decoded = tokens - (first.logits_rows if first is not None else 0)
+    prefill = first.seconds if first is not None else 0.0
+    overheads = sorted(s for p in generation.passes for s in p.block_seconds)
+    return Report(
+        prompt_tokens=generation.prompt_tokens,
+        generated_tokens=tokens,
+        first_token_seconds=generation.first_token_seconds,
+        prefill_seconds=prefill,
+        prefill_tokens_per_second=generation.prompt_tokens / prefill if prefill else 0.0,
+        decode_seconds=generation.decode_seconds,
+        tokens_per_second=decoded / generation.decode_seconds if decode else None,
+        seconds_per_pass=per_pass,
+        compute_seconds_per_pass=compute,
+        passes=len(generation.passes),
+        bytes_read=around.bytes_read,
+        bytes_read_kernel=around.bytes_read_kernel,
+        bytes_read_per_token=around.bytes_read / max(tokens, 1),
+        bytes_written=around.bytes_written,
+        disk_bandwidth=generation.decode_bytes / generation.decode_seconds if decode else None,
+        raw_disk_bandwidth=raw,
+        bound_seconds_per_pass=bound,
+        bound_share=bound / per_pass if bound is not None and per_pass else None,
+        bottleneck=bottleneck,
+        compute_wait_seconds=around.compute_wait_seconds,
+        disk_wait_seconds=around.disk_wait_seconds,
+        block_overhead_seconds=overheads[len(overheads) // 2] if overheads else 0.0,
+        peak_rss_bytes=around.peak_rss_bytes,
+        ram_budget_bytes=plan.budget,
+        tape_bytes=sum(plan.tape_sizes),
+        resident_bytes=plan.placement.resident_nbytes,
+        read_mode=around.read_mode,
+        synthetic=around.synthetic,
+    )

@@ -1,0 +1,89 @@
+"""One sequence: its tokens, its text as it becomes final, and why it ended."""
+
+from collections.abc import Sequence as Strings
+from typing import Protocol
+
+from tiered.generate.sampling import Sampler
+
+
+class Decoder(Protocol):
+    """The part of a Hugging Face tokenizer that turns tokens into text."""
+
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool = ...) -> str: ...
+
+
+class Sequence:
+    """A prompt and its completion."""
+
+    def __init__(
+        self,
+        prompt_ids: list[int],
+        sampler: Sampler,
+        decoder: Decoder,
+        max_new_tokens: int,
+        eos_ids: frozenset[int],
+        stops: Strings[str] = (),
+    ) -> None:
+        self.prompt_ids = prompt_ids
+        self.token_ids: list[int] = []
+        self.finish_reason: str | None = None
+        """None while running; then "stop" (end of text or a stop string) or "length"."""
+        self.max_new_tokens = max_new_tokens
+        self._sampler, self._decoder = sampler, decoder
+        self._eos_ids, self._stops = eos_ids, tuple(stops)
+        self._text = ""
+        self._stable = 0
+        """Characters of the text that no later token can change or take back."""
+        self._start = 0
+        """First token of the stretch that is decoded again with every token."""
+        self._head = ""
+        """Text of the tokens before it."""
+
+    @property
+    def text(self) -> str:
+        """The completion so far, without stop strings; what may still change is missing until the end."""
+        return self._text[: self._stable]
+
+    @property
+    def sampler(self) -> Sampler:
+        return self._sampler
+
+    def append(self, token: int) -> None:
+        """Take the next token."""
+        self.token_ids.append(token)
+        if token in self._eos_ids:
+            self._finish("stop")
+            return
+        self._decode()
+        found = [at for stop in self._stops if (at := self._text.find(stop)) >= 0]
+        if found:
+            self._text = self._text[: min(found)]
+            self._finish("stop")
+        elif len(self.token_ids) >= self.max_new_tokens:
+            self._finish("length")
+        else:
+            self._stable = max(self._stable, self._stable_length())
+
+    def _finish(self, reason: str) -> None:
+        self.finish_reason = reason
+        self._stable = len(self._text)
+
+    def _decode(self) -> None:
+        tail = self._decoder.decode(self.token_ids[self._start :], skip_special_tokens=True)
+        self._text = self._head + tail
+        # Decoding all tokens every time would be quadratic. A new stretch may begin at a line's end: no tokenizer
+        # joins characters across it, and what a decoder does at the start of a text it did with the line before.
+        if tail.endswith("\n") and len(self.token_ids) - self._start > 32:
+            self._head, self._start = self._text, len(self.token_ids)
+
+    def _stable_length(self) -> int:
+        """Text that is final: without half a character, and without what may become a stop string."""
+        length = len(self._text)
+        while length and self._text[length - 1] == "\N{REPLACEMENT CHARACTER}":
+            length -= 1
+        for stop in self._stops:
+            for size in range(min(len(stop) - 1, length), 0, -1):
+                if self._text[:length].endswith(stop[:size]):
+                    length -= size
+                    break
+        return length

@@ -1,0 +1,100 @@
+"""The arena: one accounted pool from which every large buffer is taken.
+
+Private anonymous memory, because shared mappings get no huge pages and count as shmem; huge pages advised, because
+they mean fewer segments per disk request; kept out of children, because O_DIRECT into private memory is unsafe
+across fork.
+"""
+
+import mmap
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self
+
+import torch
+
+from tiered.errors import BudgetError
+from tiered.store import PAGE
+from tiered.units import format_size, round_up
+
+
+@dataclass(frozen=True, eq=False)
+class Slab:
+    """Page-aligned bytes borrowed from an arena."""
+
+    label: str
+    offset: int
+    nbytes: int
+    view: memoryview = field(repr=False)
+
+    def tensor(self) -> torch.Tensor:
+        """The same bytes as a uint8 tensor; it must not be used after the slab is released."""
+        return torch.frombuffer(self.view, dtype=torch.uint8)
+
+
+class Arena:
+    """A pool of `nbytes` with first-fit borrowing. Pages are taken from the system when they are first touched."""
+
+    def __init__(self, nbytes: int) -> None:
+        self._nbytes = max(round_up(nbytes, PAGE), PAGE)
+        self._map = mmap.mmap(-1, self._nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        for advice in (mmap.MADV_HUGEPAGE, mmap.MADV_DONTFORK):
+            try:
+                self._map.madvise(advice)
+            except OSError:
+                # Kernels built without huge pages refuse the advice; memory works all the same.
+                continue
+        self._borrowed: dict[int, Slab] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    @property
+    def nbytes(self) -> int:
+        return self._nbytes
+
+    @property
+    def in_use(self) -> Mapping[str, int]:
+        """Bytes borrowed now, by label."""
+        used: dict[str, int] = {}
+        for slab in self._borrowed.values():
+            used[slab.label] = used.get(slab.label, 0) + slab.nbytes
+        return used
+
+    def borrow(self, nbytes: int, label: str) -> Slab:
+        """A slab of at least `nbytes`. Raises BudgetError where no gap is large enough."""
+        wanted = max(round_up(nbytes, PAGE), PAGE)
+        start = self._find_gap(wanted)
+        if start is None:
+            raise BudgetError(
+                f"{label}: {format_size(wanted)} do not fit the arena of {format_size(self._nbytes)}, "
+                f"of which {format_size(sum(self.in_use.values()))} are in use"
+            )
+        slab = Slab(label, start, wanted, memoryview(self._map)[start : start + wanted])
+        self._borrowed[start] = slab
+        return slab
+
+    def release(self, slab: Slab) -> None:
+        """Give a slab back; its pages stay with the process for the next borrower."""
+        found = self._borrowed.pop(slab.offset, None)
+        assert found is slab, f"{slab.label}: released twice, or not from this arena"
+
+    def close(self) -> None:
+        """Drop the memory. Views that are still referenced keep it mapped until they go, so nothing can dangle."""
+        self._borrowed.clear()
+        try:
+            self._map.close()
+        except BufferError:
+            # A tensor still looks at it; the mapping goes with the last reference.
+            return
+
+    def _find_gap(self, wanted: int) -> int | None:
+        position = 0
+        for offset in sorted(self._borrowed):
+            if offset - position >= wanted:
+                return position
+            position = offset + self._borrowed[offset].nbytes
+        return position if self._nbytes - position >= wanted else None

@@ -1,0 +1,222 @@
+"""The disk reader: positional reads of whole pieces, in a pool of its own threads, into memory it is given.
+
+In: a file of the store and page-aligned memory. Out: the memory filled and, where the policy says so, verified.
+The event loop only waits; the reads run in the pool (`aiofiles.os.wrap` over this module's plain functions).
+"""
+
+import errno
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Protocol, Self
+
+import aiofiles.os
+
+from tiered.errors import InterruptedRun, ReadError, StoreError
+from tiered.io.modes import ReadMode, is_refusal, probe_mode
+from tiered.io.verify import ChunkVerifier
+from tiered.store import CHUNK_NBYTES, PAGE, FileInfo
+from tiered.trace import Tracer
+
+PIECE_NBYTES: Final = 8 << 20
+"""Bytes per read: large enough that a few threads keep any SSD busy, small enough to share a ring fairly."""
+
+logger = logging.getLogger(__name__)
+
+
+class Faults(Protocol):
+    """The system call, replaceable so that tests can make it fail."""
+
+    def __call__(self, fd: int, buffers: Sequence[memoryview], offset: int, flags: int, /) -> int: ...
+
+
+@dataclass
+class _OpenFile:
+    fd: int
+    mode: ReadMode
+
+
+class DiskReader:
+    """Reads files below `root` with `threads` reads in flight. A context manager: leaving it waits for all reads."""
+
+    def __init__(
+        self,
+        root: Path,
+        verifier: ChunkVerifier,
+        trace: Tracer,
+        threads: int = 4,
+        mode: ReadMode | None = None,
+        preadv: Faults = os.preadv,
+    ) -> None:
+        self._root = root
+        self._verifier = verifier
+        self._trace = trace
+        self._preadv = preadv
+        self._files: dict[str, _OpenFile] = {}
+        self._retired: list[int] = []
+        self._lock = threading.Lock()
+        self._closing = False
+        self._bytes_read = 0
+        self._in_flight = 0
+        self._idle_since = time.perf_counter()
+        self._idle_seconds = 0.0
+        self.mode = mode
+        self.refused: tuple[str, ...] = ()
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="tiered-read")
+        self._read_piece_async = aiofiles.os.wrap(self._read_piece)
+        self._call_async = aiofiles.os.wrap(_call)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes the system calls have delivered so far."""
+        return self._bytes_read
+
+    @property
+    def idle_seconds(self) -> float:
+        """Seconds so far in which no read was queued or running."""
+        with self._lock:
+            now = time.perf_counter() - self._idle_since if self._in_flight == 0 else 0.0
+            return self._idle_seconds + now
+
+    async def read_chunk(self, file: FileInfo, chunk: int, memory: memoryview) -> None:
+        """Read chunk number `chunk` of `file` into its place in `memory` (the whole file's), piece by piece.
+
+        Pieces of different chunks run side by side; those of one chunk follow each other in one thread, which then
+        tests the checksum while the data is still warm. Raises ReadError or StoreError.
+        """
+        start = chunk * CHUNK_NBYTES
+        stop = min(start + CHUNK_NBYTES, file.nbytes)
+        self._enter()
+        try:
+            await self._read_piece_async(file, chunk, start, memory[start:stop], executor=self._pool)
+        finally:
+            self._leave()
+
+    async def read_pages(self, file: FileInfo, offset: int, memory: memoryview) -> None:
+        """Read `memory.nbytes` from `offset` (both multiples of 4096) without touching checksums."""
+        self._enter()
+        try:
+            await self._call_async(lambda: self._read(file, offset, memory), executor=self._pool)
+        finally:
+            self._leave()
+
+    async def call(self, work: Callable[[], None]) -> None:
+        """Run `work` (a decompression) in the pool."""
+        await self._call_async(work, executor=self._pool)
+
+    def close(self) -> None:
+        """Drop queued reads, wait for running ones, close the files: nothing touches memory afterwards."""
+        self._closing = True
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        with self._lock:
+            for fd in (*self._retired, *(file.fd for file in self._files.values())):
+                os.close(fd)
+            self._files.clear()
+            self._retired.clear()
+
+    def _enter(self) -> None:
+        with self._lock:
+            if self._in_flight == 0:
+                self._idle_seconds += time.perf_counter() - self._idle_since
+            self._in_flight += 1
+
+    def _leave(self) -> None:
+        with self._lock:
+            self._in_flight -= 1
+            if self._in_flight == 0:
+                self._idle_since = time.perf_counter()
+
+    def _read_piece(self, file: FileInfo, chunk: int, start: int, memory: memoryview) -> None:
+        for offset in range(0, memory.nbytes, PIECE_NBYTES):
+            self._read(file, start + offset, memory[offset : offset + PIECE_NBYTES])
+        if self._verifier.wants(file, chunk):
+            self._verifier.check(file, chunk, memory)
+
+    def _read(self, file: FileInfo, offset: int, memory: memoryview) -> None:
+        """Fill `memory`, however many system calls that takes."""
+        done = 0
+        with self._trace.span("disk", file.path, memory.nbytes):
+            while done < memory.nbytes:
+                if self._closing:
+                    raise InterruptedRun("the reader is closing")
+                count = self._read_once(file, offset + done, memory[done:])
+                if count == 0:
+                    raise StoreError(
+                        f"{self._root / file.path}: ends at byte {offset + done:,}, expected {file.nbytes:,}; "
+                        "it was truncated while in use, convert the model again"
+                    )
+                # An O_DIRECT read may come back short; it can only go on from a page boundary.
+                done += count if offset + done + count >= file.nbytes else count // PAGE * PAGE or count
+        with self._lock:
+            self._bytes_read += memory.nbytes
+
+    def _read_once(self, file: FileInfo, offset: int, memory: memoryview) -> int:
+        path = self._root / file.path
+        while True:
+            opened = self._open(file)
+            try:
+                count = self._preadv(opened.fd, [memory], offset, opened.mode.read_flags)
+            except InterruptedError:
+                continue
+            except OSError as error:
+                if is_refusal(error) and opened.mode is not ReadMode.BUFFERED:
+                    self._step_down(file, opened, error)
+                    continue
+                name = errno.errorcode.get(error.errno or 0, "?")
+                raise ReadError(
+                    f"{path}: read of {memory.nbytes:,} bytes at {offset:,} failed: {error.strerror} ({name}); "
+                    "check the disk and the kernel log"
+                ) from error
+            if opened.mode is ReadMode.BUFFERED:
+                os.posix_fadvise(opened.fd, offset, count, os.POSIX_FADV_DONTNEED)
+            return count
+
+    def _open(self, file: FileInfo) -> _OpenFile:
+        with self._lock:
+            opened = self._files.get(file.path)
+            if opened is not None:
+                return opened
+            path = self._root / file.path
+            try:
+                if self.mode is None:
+                    probe = probe_mode(path)
+                    self.mode, self.refused = probe.mode, probe.refused
+                    if probe.refused:
+                        logger.warning("reading with %s (%s)", probe.mode.value, "; ".join(probe.refused))
+                opened = _OpenFile(os.open(path, self.mode.open_flags), self.mode)
+            except FileNotFoundError:
+                raise StoreError(f"{path}: missing; it was removed while in use, convert the model again") from None
+            except OSError as error:
+                raise ReadError(f"{path}: cannot be opened: {error.strerror}") from error
+            self._files[file.path] = opened
+            return opened
+
+    def _step_down(self, file: FileInfo, opened: _OpenFile, error: OSError) -> None:
+        """A refusal at read time: use the next rung of the ladder for this file and all that are opened later."""
+        with self._lock:
+            current = self._files.get(file.path)
+            if current is not opened or self.mode is None:
+                return
+            # Other threads may be reading from the old descriptor: it is closed with the reader.
+            self._retired.append(opened.fd)
+            del self._files[file.path]
+            if self.mode is opened.mode:
+                self.mode = opened.mode.next
+                self.refused = (*self.refused, f"{opened.mode.value}: {error.strerror}")
+                logger.warning("%s refused while reading; using %s", opened.mode.value, self.mode.value)
+
+
+def _call(work: Callable[[], None]) -> None:
+    work()

@@ -1,0 +1,49 @@
+"""Checksums on the way in: a chunk is tested in the reader thread that completes it, before anyone computes on it."""
+
+import threading
+from collections import defaultdict
+from enum import Enum
+
+from tiered.errors import StoreError
+from tiered.store import CHUNK_NBYTES, FileInfo, hash_chunk
+from tiered.trace import Tracer
+
+
+class VerifyPolicy(Enum):
+    """When a chunk's checksum is tested."""
+
+    FIRST = "first"
+    ALWAYS = "always"
+    NEVER = "never"
+
+
+class ChunkVerifier:
+    """Remembers which chunks of which files have been found good."""
+
+    def __init__(self, policy: VerifyPolicy, trace: Tracer) -> None:
+        self._policy = policy
+        self._trace = trace
+        self._good: defaultdict[str, set[int]] = defaultdict(set)
+        self._lock = threading.Lock()
+
+    def wants(self, file: FileInfo, chunk: int) -> bool:
+        """Whether this chunk has to be tested when it is read now."""
+        if self._policy is VerifyPolicy.NEVER:
+            return False
+        if self._policy is VerifyPolicy.ALWAYS:
+            return True
+        with self._lock:
+            return chunk not in self._good[file.path]
+
+    def check(self, file: FileInfo, chunk: int, data: memoryview) -> None:
+        """Test `data`, the whole of one chunk; raises StoreError naming file and chunk."""
+        with self._trace.span("verify", f"{file.path}#{chunk}", data.nbytes):
+            found = hash_chunk(data)
+        if found != file.checksums[chunk]:
+            start = chunk * CHUNK_NBYTES
+            raise StoreError(
+                f"{file.path}: chunk {chunk} (bytes {start:,} to {start + data.nbytes:,}) is corrupt: expected xxh3 "
+                f"{file.checksums[chunk]}, found {found}; see 'tiered verify', then convert the model again"
+            )
+        with self._lock:
+            self._good[file.path].add(chunk)

@@ -1,0 +1,7 @@
+"""transformers' graph, our weights: offloaded linears, the recorder, the engine."""
+
+from tiered.model.bind import BoundModel, OffloadedLinear
+from tiered.model.engine import Engine, MicroBatch, OnBlock, Pass
+from tiered.model.record import Recorder
+
+__all__ = ["BoundModel", "Engine", "MicroBatch", "OffloadedLinear", "OnBlock", "Pass", "Recorder"]

@@ -1,0 +1,109 @@
+"""Record and replay: the base model's forward without its layers.
+
+transformers' own forward computes embeddings' neighbours (positions, masks, rotary tables), calls the layers, and
+finishes with norm and head. Stand-ins take the layers' place. While recording, each notes the arguments it was
+called with and the last one aborts; while replaying, they pass the final hidden states through, so that the model's
+own norm, projection, head and soft caps run on it. No family's code is repeated here.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from tiered.arch import Skeleton
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """What the base model passes to one layer besides the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Recording:
+    """The start of a forward: hidden states that enter the first layer, and every layer's other arguments."""
+
+    hidden: torch.Tensor  # [rows, tokens, hidden]
+    calls: tuple[LayerCall, ...]
+
+
+class _Recorded(Exception):  # noqa: N818 - control flow, not an error
+    """Unwinds the base model's forward after its last layer has been called."""
+
+
+class Recorder:
+    """Owns the stand-ins of one skeleton. The layers themselves are kept by the caller."""
+
+    def __init__(self, skeleton: Skeleton) -> None:
+        self._model = skeleton.model
+        self._returns_tuple = skeleton.family.returns_tuple
+        self._calls: list[LayerCall] = []
+        self._first_hidden: torch.Tensor | None = None
+        self._final: torch.Tensor | None = None
+        self._width = skeleton.model.get_input_embeddings().embedding_dim
+        layers = list(skeleton.layers)
+        path, _, name = skeleton.family.layers.rpartition(".")
+        stand_ins = nn.ModuleList(_StandIn(self, index, layer) for index, layer in enumerate(layers))
+        setattr(skeleton.model.get_submodule(path), name, stand_ins)
+        self._count = len(layers)
+
+    def record(self, **kwargs: Any) -> Recording:
+        """Run the model's forward (with `inputs_embeds`) up to its last layer."""
+        self._calls, self._first_hidden, self._final = [], None, None
+        try:
+            self._model(**kwargs)
+        except _Recorded:
+            assert self._first_hidden is not None
+            recording = Recording(self._first_hidden, tuple(self._calls))
+            self._calls, self._first_hidden = [], None
+            return recording
+        raise AssertionError("the base model did not call its last layer")
+
+    def replay(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits [rows, tokens, vocab] of final hidden states [rows, tokens, hidden]."""
+        self._final = hidden
+        try:
+            # Embeddings of the right shape that nobody looks at: neither the table nor the cache is touched again.
+            stand_in = hidden.new_zeros((*hidden.shape[:2], self._width))
+            logits: torch.Tensor = self._model(inputs_embeds=stand_in, use_cache=False).logits
+            return logits
+        finally:
+            self._final = None
+
+    def on_layer(self, index: int, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Called by stand-in `index` in its layer's place."""
+        if self._final is not None:
+            hidden = self._final
+        else:
+            if index == 0:
+                self._first_hidden = hidden
+            self._calls.append(LayerCall(args, kwargs))
+            if index == self._count - 1:
+                raise _Recorded
+        return (hidden, None) if self._returns_tuple else hidden
+
+
+class _StandIn(nn.Module):
+    """A layer's stand-in; attributes the base model asks for (an attention type, say) are the layer's own."""
+
+    def __init__(self, recorder: Recorder, index: int, layer: nn.Module) -> None:
+        super().__init__()
+        # Past nn.Module's bookkeeping: the layer must not become a submodule, nor the recorder one's attribute.
+        object.__setattr__(self, "_real", layer)
+        object.__setattr__(self, "_recorder", recorder)
+        object.__setattr__(self, "_index", index)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(object.__getattribute__(self, "_real"), name)
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        recorder: Recorder = object.__getattribute__(self, "_recorder")
+        return recorder.on_layer(object.__getattribute__(self, "_index"), hidden_states, args, kwargs)

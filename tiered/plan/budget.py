@@ -1,0 +1,134 @@
+"""How much memory there is: from the process, the machine, and the cgroups above the process.
+
+The default budget is 90 % of the least of MemAvailable + own RSS and, for the cgroup and each of its ancestors,
+limit - (usage - file cache without shmem) + own RSS: what the limit leaves once reclaimable cache is gone and this
+process's own pages, which the budget is to cover, are counted back in.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+DEFAULT_SHARE: Final = 0.9
+_UNLIMITED: Final = 1 << 60
+"""cgroup v1 writes a number near 2**63 for "no limit"."""
+
+
+@dataclass(frozen=True)
+class Limit:
+    """One thing that bounds memory."""
+
+    name: str
+    available: int
+    """Bytes this process may use in all, by this limit."""
+
+
+def process_rss_bytes() -> int:
+    """VmRSS of this process."""
+    return _status_kib("VmRSS") * 1024
+
+
+def process_peak_rss_bytes() -> int:
+    """VmHWM of this process: its largest resident size so far, as the kernel saw it."""
+    return _status_kib("VmHWM") * 1024
+
+
+def available_budget(share: float = DEFAULT_SHARE) -> int:
+    """The default budget in bytes."""
+    return int(min(limit.available for limit in memory_limits()) * share)
+
+
+def memory_limits(proc: Path = Path("/proc"), cgroup_mount: Path = Path("/sys/fs/cgroup")) -> list[Limit]:
+    """Everything that bounds this process's memory, with what it leaves; the least one counts."""
+    rss = _status_kib("VmRSS", proc) * 1024
+    limits = [Limit("MemAvailable", _meminfo_kib("MemAvailable", proc) * 1024 + rss)]
+    for folder in _cgroup_folders(proc, cgroup_mount):
+        found = _cgroup_available(folder)
+        if found is not None:
+            limits.append(Limit(str(folder), found + rss))
+    return limits
+
+
+def _status_kib(key: str, proc: Path = Path("/proc")) -> int:
+    return _keyed_kib(proc / "self/status", key)
+
+
+def _meminfo_kib(key: str, proc: Path) -> int:
+    return _keyed_kib(proc / "meminfo", key)
+
+
+def _keyed_kib(path: Path, key: str) -> int:
+    for line in path.read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1])
+    raise KeyError(f"{path} has no {key}")
+
+
+def _cgroup_folders(proc: Path, mount: Path) -> Iterator[Path]:
+    """The memory cgroup of this process and its ancestors, innermost first; v1 or v2, whichever has memory."""
+    for line in (proc / "self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "memory":
+            root = mount / "memory"
+        elif controllers == "" and (mount / "cgroup.controllers").exists():
+            root = mount
+        else:
+            continue
+        folder = root / path.lstrip("/")
+        # In a container the path may lie outside what is mounted; the mount's root is then our own group.
+        folder = folder if folder.is_dir() else root
+        while True:
+            yield folder
+            if folder == root:
+                break
+            folder = folder.parent
+
+
+def _cgroup_available(folder: Path) -> int | None:
+    """limit - (usage - file cache without shmem) of one group; None where it has no limit."""
+    try:
+        if (folder / "memory.limit_in_bytes").exists():
+            limit = int((folder / "memory.limit_in_bytes").read_text())
+            usage = int((folder / "memory.usage_in_bytes").read_text())
+            stat, prefix = _stat(folder), "total_"
+            cache = stat.get(f"{prefix}cache", 0) - stat.get(f"{prefix}shmem", 0)
+        else:
+            text = (folder / "memory.max").read_text().strip()
+            if text == "max":
+                return None
+            limit, usage = int(text), int((folder / "memory.current").read_text())
+            stat = _stat(folder)
+            cache = stat.get("file", 0) - stat.get("shmem", 0)
+    except OSError:
+        # The v2 root group has no limit files.
+        return None
+    return None if limit >= _UNLIMITED else limit - (usage - max(cache, 0))
+
+
+def _stat(folder: Path) -> dict[str, int]:
+    lines = (folder / "memory.stat").read_text().splitlines()
+    return {key: int(value) for key, value in (line.split() for line in lines)}
+
+
+def pin_malloc() -> None:
+    """Make glibc give large blocks back when they are freed, and keep few arenas.
+
+    By default the threshold above which an allocation is its own mapping grows with every one that is freed, up to
+    32 MiB, and each thread gets an arena: activations would then stay in RSS after use, outside every plan.
+    """
+    import ctypes
+
+    m_mmap_threshold, m_trim_threshold, m_arena_max = -3, -1, -8
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallopt"):
+        return
+    libc.mallopt(m_arena_max, 2)
+    libc.mallopt(m_mmap_threshold, 1 << 20)
+    libc.mallopt(m_trim_threshold, 8 << 20)
+
+
+def cpu_count() -> int:
+    """Processors this process may run on."""
+    return len(os.sched_getaffinity(0))

@@ -1,0 +1,146 @@
+"""Weights of a realistic distribution at the speed of a copy, to benchmark models that are not on this disk.
+
+A pool of random groups is quantized once; every tensor is then served as views into the pool, from offsets
+drawn from (seed, tensor name). A writer that wants a store of OPT-175B calls, for each linear weight,
+`q_chunks`, `scale_chunks` and `zero_chunks`, and for each 16-bit tensor `normal_chunks`.
+
+What is realistic: the distribution of codes, scales and zeros (hence compressibility, and the numeric range
+of what kernels compute), and the standard deviation of each dequantized weight. What is not: **the pool
+repeats**. A tensor longer than one run meets the same groups again, tensors share groups with one another (so
+never measure deduplication or compression across chunks), and no structure of a trained model is there: text
+generated from such weights means nothing.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from typing import Final, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tiered.errors import ConfigError
+from tiered.quant.quantize import quantize
+from tiered.quant.schemes import GroupScheme
+from tiered.units import MIB
+
+CHUNK_NBYTES: Final = 8 * MIB  # no chunk is larger; also the length of one run through the pool
+POOL_NBYTES: Final = 32 * MIB
+
+_MAKING_GROUPS: Final = 1 << 14  # quantized at a time while the pool is made
+_NORMAL_DTYPES: Final = (torch.bfloat16, torch.float16, torch.float32)
+_GREATEST_FP16: Final = 65504.0
+
+
+class SyntheticPool:
+    """Unit-variance groups of one scheme, and normal values for what is not quantized.
+
+    The three streams of a weight are consistent: they follow the same offsets, so that every group keeps the
+    scale and zero it was quantized with. Chunks are read-only views, row-major and at most CHUNK_NBYTES each;
+    the same (seed, key) gives the same bytes under one version of torch.
+    """
+
+    def __init__(
+        self,
+        scheme: GroupScheme,
+        seed: int = 0,
+        *,
+        nbytes: int = POOL_NBYTES,
+        tails: Literal["gaussian", "t6"] = "gaussian",
+    ) -> None:
+        """Make `nbytes` of packed codes; `tails="t6"` draws from Student's t with 6 degrees of freedom, whose
+        outliers are nearer to those of trained weights and whose draws take a few times longer."""
+        if tails not in ("gaussian", "t6"):
+            raise ConfigError(f"synthetic tails {tails!r}: expected gaussian or t6")
+        groups = nbytes // scheme.group_q_nbytes
+        if groups < 1:
+            raise ConfigError(f"synthetic pool of {nbytes} bytes: expected at least {scheme.group_q_nbytes}")
+        self.scheme = scheme
+        self.seed = seed
+        generator = torch.Generator().manual_seed(seed)
+        self._q = np.empty((groups, scheme.group_q_nbytes), np.uint8)
+        self._scale = np.empty(groups, np.float32)  # of unit-variance weights; cast to fp16 once scaled
+        self._zero = np.empty(groups, np.uint8)
+        # As many bytes as the codes take.
+        normal = torch.empty(groups, scheme.group_q_nbytes // 4, dtype=torch.float32)
+        for start in range(0, groups, _MAKING_GROUPS):
+            part = slice(start, min(start + _MAKING_GROUPS, groups))
+            values = _draw((part.stop - start, scheme.group_size), tails, generator)
+            q, scale, zero = quantize(values, scheme)
+            self._q[part] = q.numpy()
+            self._scale[part] = scale[:, 0].numpy()
+            self._zero[part] = zero[:, 0].numpy()
+            normal[part] = values[:, : normal.shape[1]]
+        self._normal = normal.flatten()
+        self._run_groups = max(1, min(CHUNK_NBYTES // scheme.group_q_nbytes, groups // 2))
+
+    def q_chunks(self, out_features: int, in_features: int, key: str) -> Iterator[memoryview]:
+        """The bytes of NAME.q of a weight [out, in] called `key`."""
+        for run in self._runs(out_features, in_features, key):
+            yield _view(self._q[run])
+
+    def scale_chunks(self, out_features: int, in_features: int, key: str, std: float) -> Iterator[memoryview]:
+        """The bytes of NAME.scale, such that the dequantized weight's standard deviation is `std`."""
+        largest = float(self._scale.max()) * std
+        if not 0 < largest <= _GREATEST_FP16:
+            raise ConfigError(
+                f"{key}: standard deviation {std!r}: expected more than 0 and scales within fp16"
+            )
+        for run in self._runs(out_features, in_features, key):
+            yield _view((self._scale[run] * np.float32(std)).astype(np.float16))
+
+    def zero_chunks(self, out_features: int, in_features: int, key: str) -> Iterator[memoryview]:
+        """The bytes of NAME.zero."""
+        for run in self._runs(out_features, in_features, key):
+            yield _view(self._zero[run])
+
+    def normal_chunks(
+        self, numel: int, dtype: torch.dtype, std: float, key: str, *, mean: float = 0.0
+    ) -> Iterator[memoryview]:
+        """The bytes of `numel` values of a 16- or 32-bit tensor; `mean` is for the weights of norms."""
+        if dtype not in _NORMAL_DTYPES:
+            raise ConfigError(f"{key}: synthetic dtype {dtype}: expected bfloat16, float16 or float32")
+        run_numel = min(CHUNK_NBYTES // dtype.itemsize, self._normal.numel() // 2)
+        # A tensor longer than one run converts the whole pool once and then only serves views of it.
+        base, values = 0, self._normal
+        if numel <= run_numel:
+            base = self._offset(key, 0, self._normal.numel() - run_numel)
+            values = self._normal[base : base + numel]
+        served = _bytes_of((values * std).add_(mean).to(dtype))
+        for index, start in enumerate(range(0, numel, run_numel)):
+            offset = self._offset(key, index, self._normal.numel() - run_numel) - base
+            count = min(run_numel, numel - start)
+            yield _view(served[offset * dtype.itemsize : (offset + count) * dtype.itemsize])
+
+    def _runs(self, out_features: int, in_features: int, key: str) -> Iterator[slice]:
+        """The pool's groups that make up the weight, in row-major order."""
+        rows, groups_per_row = self.scheme.scale_shape(out_features, in_features)
+        total = rows * groups_per_row
+        for index, start in enumerate(range(0, total, self._run_groups)):
+            offset = self._offset(key, index, len(self._q) - self._run_groups)
+            yield slice(offset, offset + min(self._run_groups, total - start))
+
+    def _offset(self, key: str, index: int, last: int) -> int:
+        """Where run `index` of tensor `key` starts: 0 to `last`, the same on every machine."""
+        digest = hashlib.blake2b(f"{self.seed}/{index}/{key}".encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "little") % (last + 1)
+
+
+def _draw(shape: tuple[int, int], tails: str, generator: torch.Generator) -> Tensor:
+    """Random values of mean 0 and variance 1."""
+    values = torch.randn(shape, generator=generator, dtype=torch.float32)
+    if tails == "t6":
+        # chi-squared with 6 degrees of freedom is twice the sum of three exponentials; t6 has variance 6/4.
+        exponentials = torch.empty(3, *shape, dtype=torch.float32).exponential_(generator=generator)
+        values *= exponentials.sum(0).mul_(2 / 6).rsqrt_().mul_((4 / 6) ** 0.5)
+    return values
+
+
+def _bytes_of(tensor: Tensor) -> NDArray[np.uint8]:
+    return tensor.view(torch.uint8).numpy()  # numpy has no bfloat16
+
+
+def _view(array: NDArray[np.generic]) -> memoryview:
+    """The contiguous array's bytes, read-only: chunks share the pool."""
+    return array.view(np.uint8).data.toreadonly().cast("B")

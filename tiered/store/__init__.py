@@ -1,0 +1,31 @@
+"""The store: a folder of quantized safetensors blocks that `tiered convert` writes and everything else reads."""
+
+from tiered.store.format import (
+    ALIGNMENT,
+    CHUNK_NBYTES,
+    PAGE,
+    TensorEntry,
+    checkpoint_header,
+    hash_chunk,
+    read_header,
+)
+from tiered.store.manifest import BlockInfo, FileInfo, Manifest, Weight
+from tiered.store.open import Store
+from tiered.store.write import BlockWriter, atomic_write
+
+__all__ = [
+    "ALIGNMENT",
+    "CHUNK_NBYTES",
+    "PAGE",
+    "BlockInfo",
+    "BlockWriter",
+    "FileInfo",
+    "Manifest",
+    "Store",
+    "TensorEntry",
+    "Weight",
+    "atomic_write",
+    "checkpoint_header",
+    "hash_chunk",
+    "read_header",
+]

@@ -1,0 +1,146 @@
+"""The safetensors container, as blocks and checkpoints use it: headers in and out, with every bound checked.
+
+A file is 8 bytes of little-endian header length, a JSON header, and tensor data without holes. Blocks add three
+rules so that a whole file can be read with O_DIRECT and used where it lands: data starts on a multiple of 4096
+(the header is padded with spaces), tensors start on multiples of 64 and the file ends on a multiple of 4096
+(explicit U8 tensors `__pad…` fill the gaps, because a safetensors file may not have holes).
+"""
+
+import json
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+import xxhash
+
+from tiered.errors import CorruptError, StoreError
+
+PAGE: Final = 4096
+"""Alignment of file offsets, lengths and memory for O_DIRECT."""
+ALIGNMENT: Final = 64
+"""Alignment of every tensor in a block: a cache line, and the widest vector register."""
+CHUNK_NBYTES: Final = 16 << 20
+"""Bytes covered by one checksum."""
+MAX_HEADER_NBYTES: Final = 100 << 20
+"""The format's own limit; a larger claim is a damaged or foreign file."""
+
+DTYPES: Final[dict[str, torch.dtype]] = {
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "BOOL": torch.bool,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+DTYPE_NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor of a safetensors file. `offset` counts from the start of the file, not of the data."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+def hash_chunk(data: Any) -> str:
+    """The checksum of one chunk: xxh3, 64 bit, in hexadecimal."""
+    return xxhash.xxh3_64_hexdigest(data)
+
+
+def tensor_nbytes(dtype: torch.dtype, shape: Sequence[int]) -> int:
+    """Bytes of a dense tensor."""
+    return int(torch.Size(shape).numel()) * dtype.itemsize
+
+
+def header_bytes(
+    entries: Sequence[TensorEntry], metadata: Mapping[str, str], data_start: int, reserved: int | None = None
+) -> bytes:
+    """The first `data_start` bytes of a block: header length, JSON, spaces.
+
+    Offsets in `entries` count from the start of the file; the header stores them from the start of the data.
+    """
+    table: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
+    for entry in entries:
+        begin = entry.offset - data_start
+        table[entry.name] = {
+            "dtype": DTYPE_NAMES[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [begin, begin + entry.nbytes],
+        }
+    text = json.dumps(table, separators=(",", ":")).encode()
+    room = data_start - 8
+    assert len(text) <= room, (len(text), room, reserved)
+    return struct.pack("<Q", room) + text + b" " * (room - len(text))
+
+
+def read_header(path: Path, error: type[CorruptError] = StoreError) -> tuple[list[TensorEntry], dict[str, str], int]:
+    """The tensors of a safetensors file in file order, its metadata, and where its data starts.
+
+    Every claim is checked against the file before it is believed. Raises `error`, which names the file, what it
+    claims and what it has.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            prefix = file.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
+            if not 2 <= length <= min(MAX_HEADER_NBYTES, size - 8):
+                claim = f"header claims {length:,} bytes" if length >= 0 else "no header"
+                raise error(f"{path}: {claim}, file has {size:,}; not a whole safetensors file")
+            raw = file.read(length)
+    except FileNotFoundError:
+        raise error(f"{path}: missing") from None
+    return (*_parse_header(path, raw, length + 8, size, error), length + 8)
+
+
+def checkpoint_header(path: Path) -> list[TensorEntry]:
+    """The tensors of a checkpoint's safetensors file; raises CheckpointError."""
+    from tiered.errors import CheckpointError
+
+    return read_header(path, CheckpointError)[0]
+
+
+def _parse_header(
+    path: Path, raw: bytes, data_start: int, size: int, error: type[CorruptError]
+) -> tuple[list[TensorEntry], dict[str, str]]:
+    try:
+        table = json.loads(raw)
+        metadata = {str(k): str(v) for k, v in dict(table.pop("__metadata__", None) or {}).items()}
+        entries = [_parse_entry(name, value, data_start) for name, value in table.items()]
+    except (ValueError, TypeError, KeyError, AttributeError, UnicodeDecodeError) as reason:
+        raise error(f"{path}: damaged safetensors header ({reason})") from None
+    entries.sort(key=lambda entry: entry.offset)
+    position = data_start
+    for entry in entries:
+        expected = tensor_nbytes(entry.dtype, entry.shape)
+        if entry.nbytes != expected or min(entry.shape, default=0) < 0:
+            raise error(
+                f"{path}: tensor {entry.name} of shape {entry.shape} takes {expected:,} bytes, "
+                f"header claims {entry.nbytes:,}"
+            )
+        if entry.offset != position:
+            raise error(f"{path}: tensor {entry.name} starts at byte {entry.offset:,}, expected {position:,}")
+        position += entry.nbytes
+    if position != size:
+        raise error(f"{path}: header claims {position:,} bytes, file has {size:,}; it is truncated or damaged")
+    return entries, metadata
+
+
+def _parse_entry(name: str, value: dict[str, Any], data_start: int) -> TensorEntry:
+    dtype = DTYPES.get(value["dtype"])
+    if dtype is None:
+        raise ValueError(f"tensor {name} has dtype {value['dtype']!r}; known are {', '.join(DTYPES)}")
+    begin, end = value["data_offsets"]
+    shape = tuple(int(n) for n in value["shape"])
+    return TensorEntry(name, dtype, shape, data_start + int(begin), int(end) - int(begin))

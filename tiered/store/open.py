@@ -1,0 +1,87 @@
+"""An opened store: its manifest, its blocks with checked headers, its tape. Reads headers only."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from tiered.errors import StoreError
+from tiered.store.block import BlockLayout, read_layout
+from tiered.store.manifest import MANIFEST_NAME, BlockInfo, Manifest
+
+PROGRESS_NAME = "conversion.json"
+"""What an unfinished conversion leaves in place of a manifest."""
+
+
+@dataclass(frozen=True)
+class Store:
+    """A store whose headers have been read and found consistent; its data is checked when it is read."""
+
+    path: Path
+    manifest: Manifest
+    layouts: Mapping[str, BlockLayout]
+    """By file path, as the manifest spells it."""
+
+    @classmethod
+    def open(cls, path: Path | str) -> "Store":
+        """Open the store at `path`.
+
+        Raises StoreError where there is none, it is foreign, half-converted, truncated or damaged.
+        """
+        folder = Path(path)
+        manifest_path = folder / MANIFEST_NAME
+        try:
+            text = manifest_path.read_text()
+        except (FileNotFoundError, NotADirectoryError):
+            raise StoreError(_why_no_manifest(folder)) from None
+        except UnicodeDecodeError:
+            raise StoreError(f"{manifest_path}: not text; the store is damaged, convert the model again") from None
+        manifest = Manifest.from_json(text, manifest_path)
+        layouts = {file.path: read_layout(folder, file) for file in manifest.files}
+        if not (folder / "config.json").is_file():
+            raise StoreError(f"{folder / 'config.json'}: missing; convert the model again")
+        return cls(folder, manifest, layouts)
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name.removesuffix(".tiered")
+
+    @cached_property
+    def blocks(self) -> dict[str, BlockInfo]:
+        """Every block by name."""
+        return {block.name: block for block in self.manifest.blocks}
+
+    @cached_property
+    def tape(self) -> tuple[BlockInfo, ...]:
+        """The blocks of one pass, in order: every layer, then the head."""
+        return tuple(self.blocks[name] for name in self.manifest.tape)
+
+    def layout(self, block: BlockInfo) -> BlockLayout:
+        """The layout of a block's file."""
+        return self.layouts[block.file.path]
+
+    def file_path(self, block: BlockInfo) -> Path:
+        return self.path / block.file.path
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the token embedding."""
+        (weight,) = self.layout(self.blocks["embed"]).weights.values()
+        return weight.shape[0]
+
+    @property
+    def tape_nbytes(self) -> int:
+        """S of the bound: bytes one pass streams when nothing is resident."""
+        return sum(block.file.nbytes for block in self.tape)
+
+
+def _why_no_manifest(folder: Path) -> str:
+    if not folder.exists():
+        return f"{folder}: no such store; make one with 'tiered convert MODEL -o {folder}'"
+    if not folder.is_dir():
+        return f"{folder}: a file, expected the folder that 'tiered convert' wrote"
+    if (folder / PROGRESS_NAME).exists():
+        return f"{folder}: the conversion has not finished; run the same 'tiered convert' command again to resume it"
+    if (folder / "config.json").exists():
+        return f"{folder}: a model folder, not a store (no {MANIFEST_NAME}); convert it first with 'tiered convert {folder}'"
+    return f"{folder}: not a store (no {MANIFEST_NAME}); pass the folder that 'tiered convert' wrote"

@@ -1,0 +1,197 @@
+"""Writing a block: tensors stream in one after the other, the file appears whole or not at all."""
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Self
+
+import torch
+import xxhash
+
+from tiered.errors import DiskFullError
+from tiered.quant import GroupScheme
+from tiered.store.block import METADATA_KEY, PAD_PREFIX, ZSTD_SUFFIX, Compressed, block_metadata
+from tiered.store.format import ALIGNMENT, CHUNK_NBYTES, PAGE, TensorEntry, hash_chunk, header_bytes, tensor_nbytes
+from tiered.store.manifest import FileInfo
+from tiered.units import format_size, round_up
+
+_WRITEBACK_NBYTES = 64 << 20
+"""Start write-back this often, so that dirty pages never pile up to a limit and fsync has little left to do."""
+
+
+class BlockWriter:
+    """Writes one block to `path`.part, then fsyncs and renames it.
+
+    Room for the header is reserved from the names and shapes to come (`reserve`), so that the data can be written
+    in one forward sweep; the header goes in last. Use as a context manager: an exception leaves the .part file,
+    which the next attempt overwrites.
+    """
+
+    def __init__(self, path: Path, root: Path, names: Sequence[str]) -> None:
+        self._path, self._root = path, root
+        self._part = path.with_name(path.name + ".part")
+        self._entries: list[TensorEntry] = []
+        self._schemes: dict[str, tuple[GroupScheme, tuple[int, ...]]] = {}
+        self._compressed: list[Compressed] = []
+        # A generous bound on the JSON: per tensor its name up to four times (parts, pads, metadata) and fixed text.
+        # Compressed tensors name every frame, which `reserve_frames` adds.
+        self._reserved = 4096 + sum(4 * len(name.encode()) + 700 for name in names)
+        self._data_start = 0
+        self._file: BinaryIO | None = None
+        self._written = 0
+        self._flushed = 0
+        self._hasher = xxhash.xxh3_64()
+        self._checksums: list[str] = []
+
+    def __enter__(self) -> Self:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self._part.open("w+b")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def reserve_frames(self, count: int) -> None:
+        """Leave room in the header for `count` more zstd frame sizes; only before the first tensor."""
+        assert self._data_start == 0
+        self._reserved += 12 * count
+
+    def add(self, name: str, dtype: torch.dtype, shape: Sequence[int], chunks: Iterable[memoryview]) -> None:
+        """Append one tensor, whose bytes come in `chunks` in order."""
+        self._start()
+        entry = TensorEntry(name, dtype, tuple(shape), self._written, tensor_nbytes(dtype, shape))
+        self._append(entry, chunks)
+
+    def add_scheme(self, name: str, scheme: GroupScheme, shape: Sequence[int]) -> None:
+        """Record that tensors NAME.q, NAME.scale and NAME.zero together are weight NAME."""
+        self._schemes[name] = (scheme, tuple(shape))
+
+    def add_compressed(
+        self,
+        name: str,
+        dtype: torch.dtype,
+        shape: Sequence[int],
+        payload: memoryview,
+        frames: Sequence[int],
+        frame_nbytes: int,
+    ) -> None:
+        """Append a tensor as zstd frames, under NAME.zst."""
+        self._start()
+        source = TensorEntry(name + ZSTD_SUFFIX, torch.uint8, (len(payload),), self._written, len(payload))
+        # Where it decodes to is decided when the block is read.
+        target = TensorEntry(name, dtype, tuple(shape), 0, tensor_nbytes(dtype, shape))
+        self._compressed.append(Compressed(source, target, tuple(frames), frame_nbytes))
+        self._append(source, [payload])
+
+    def finish(self) -> FileInfo:
+        """Write the header, fsync, rename, fsync the folder. The block now exists; returns its entry."""
+        file = self._open_file()
+        self._start()
+        self._pad_to(PAGE)
+        if self._written % CHUNK_NBYTES:
+            self._checksums.append(self._hasher.hexdigest())
+        metadata = {"format": "pt", METADATA_KEY: block_metadata(self._schemes, self._compressed)}
+        header = header_bytes(self._entries, metadata, self._data_start)
+        with _disk_full(self._part):
+            file.seek(0)
+            file.write(header)
+            file.flush()
+            os.fsync(file.fileno())
+        # The first chunk holds the header, so it can only be hashed now; it is still in the page cache.
+        file.seek(0)
+        self._checksums[0] = hash_chunk(file.read(CHUNK_NBYTES))
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        nbytes = self._written
+        file.close()
+        self._file = None
+        self._part.replace(self._path)
+        _fsync_folder(self._path.parent)
+        return FileInfo(self._path.relative_to(self._root).as_posix(), nbytes, tuple(self._checksums))
+
+    def _open_file(self) -> BinaryIO:
+        assert self._file is not None, "BlockWriter is used inside its with block"
+        return self._file
+
+    def _start(self) -> None:
+        if self._data_start == 0:
+            self._data_start = round_up(self._reserved, PAGE)
+            self._write(memoryview(bytes(self._data_start)))
+
+    def _append(self, entry: TensorEntry, chunks: Iterable[memoryview]) -> None:
+        self._entries.append(entry)
+        for chunk in chunks:
+            self._write(memoryview(chunk).cast("B"))
+        written = self._written - entry.offset
+        assert written == entry.nbytes, f"{entry.name}: {written} bytes written, {entry.nbytes} expected"
+        self._pad_to(ALIGNMENT)
+
+    def _pad_to(self, multiple: int) -> None:
+        gap = round_up(self._written, multiple) - self._written
+        if gap:
+            self._entries.append(
+                TensorEntry(f"{PAD_PREFIX}{len(self._entries)}", torch.uint8, (gap,), self._written, gap)
+            )
+            self._write(memoryview(bytes(gap)))
+
+    def _write(self, data: memoryview) -> None:
+        file = self._open_file()
+        with _disk_full(self._part):
+            file.write(data)
+        while data.nbytes:
+            room = CHUNK_NBYTES - self._written % CHUNK_NBYTES
+            self._hasher.update(data[:room])
+            self._written += min(room, data.nbytes)
+            data = data[room:]
+            if self._written % CHUNK_NBYTES == 0:
+                self._checksums.append(self._hasher.hexdigest())
+                self._hasher.reset()
+        if self._written - self._flushed >= _WRITEBACK_NBYTES:
+            self._write_back(file)
+
+    def _write_back(self, file: BinaryIO) -> None:
+        with _disk_full(self._part):
+            file.flush()
+            os.fdatasync(file.fileno())
+        # Keep the first chunk: its checksum is taken at the end.
+        start = max(self._flushed, CHUNK_NBYTES)
+        os.posix_fadvise(file.fileno(), start, max(self._written - start, 0), os.POSIX_FADV_DONTNEED)
+        self._flushed = self._written
+
+
+def atomic_write(path: Path, content: str | bytes) -> None:
+    """Replace `path` by `content`, durably: either the old file or the whole new one is there after a crash."""
+    part = path.with_name(path.name + ".part")
+    with _disk_full(part):
+        with part.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+        _fsync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def _disk_full(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        stat = os.statvfs(path.parent)
+        raise DiskFullError(
+            f"{path}: the disk is full ({format_size(stat.f_bavail * stat.f_frsize)} free); "
+            "finished blocks are kept: free some space and run the same command again to resume"
+        ) from error
+
+
+def _fsync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

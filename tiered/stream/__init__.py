@@ -1,0 +1,7 @@
+"""The scheduler: blocks of the tape arrive in order, read ahead of the computation."""
+
+from tiered.stream.embedding import EmbeddingRows
+from tiered.stream.ring import Ring
+from tiered.stream.streamer import LoadedBlock, Streamer
+
+__all__ = ["EmbeddingRows", "LoadedBlock", "Ring", "Streamer"]
