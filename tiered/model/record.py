@@ -32,7 +32,7 @@ class Recording:
     calls: tuple[LayerCall, ...]
 
 
-class _Recorded(Exception):  # noqa: N818 - control flow, not an error
+class _Recorded(Exception):
     """Unwinds the base model's forward after its last layer has been called."""
 
 
