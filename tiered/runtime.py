@@ -45,8 +45,8 @@ from tiered.stream import EmbeddingRows, Streamer
 from tiered.trace import Tracer
 from tiered.units import MIB, round_up
 
-READ_THREADS: Final = 4
-"""Reads in flight: with pieces of 8 MiB enough to keep an NVMe drive's queue full."""
+READ_THREADS: Final = 8
+"""Reads in flight."""
 _GROWTH_NBYTES: Final = 24 * MIB
 """What the process itself grows by while running: code pages touched for the first time, thread stacks."""
 _POLL_SECONDS: Final = 0.1

@@ -1,0 +1,258 @@
+"""Scrubbing: every checksum of a store, in parallel, at the speed of the disk. Nothing stops it at the first damage.
+
+In: a store's folder and manifest. Out: everything that is wrong, by file and chunk. `tiered verify` calls it.
+
+Each thread takes the next chunk and reads it in pieces through a page-aligned buffer of its own, hashing each piece
+while it is still in the processor's cache: memory is threads times one piece, whatever the store's size.
+"""
+
+import errno
+import mmap
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import xxhash
+
+from tiered.errors import StoreError
+from tiered.io.disk import PIECE_NBYTES, Faults
+from tiered.io.modes import ReadMode, is_refusal, probe_mode
+from tiered.store import CHUNK_NBYTES, FileInfo, Manifest, Store
+from tiered.store.block import read_layout
+from tiered.store.manifest import MANIFEST_NAME
+
+DEFAULT_THREADS: Final = 8
+_POLL_SECONDS: Final = 0.1
+
+OnProgress = Callable[[int], None]
+"""Called with the bytes read so far, a few times a second, in the caller's thread."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong. `chunk` and its byte range [start, stop) are None where the whole file is meant."""
+
+    file: str
+    problem: str
+    is_corrupt: bool
+    """The bytes are wrong or missing; False: the operating system could not read them."""
+    chunk: int | None = None
+    start: int | None = None
+    stop: int | None = None
+    expected: str | None = None
+    found: str | None = None
+
+    def __str__(self) -> str:
+        if self.chunk is None:
+            return self.problem
+        return f"{self.file}: chunk {self.chunk} (bytes {self.start:,} to {self.stop:,}) {self.problem}"
+
+
+@dataclass(frozen=True)
+class ScrubReport:
+    """What was read and what is wrong, in the order of the manifest."""
+
+    files: int
+    chunks: int
+    bytes_read: int
+    seconds: float
+    read_mode: str | None
+    refused: tuple[str, ...]
+    findings: tuple[Finding, ...]
+
+    @property
+    def bytes_per_second(self) -> float:
+        return self.bytes_read / self.seconds if self.seconds else 0.0
+
+    @property
+    def corrupt(self) -> tuple[Finding, ...]:
+        return tuple(finding for finding in self.findings if finding.is_corrupt)
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "bytes_per_second": self.bytes_per_second}
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest alone, so that damaged block files can be looked into. Raises StoreError as Store.open does."""
+    path = folder / MANIFEST_NAME
+    if not path.is_file():
+        return Store.open(folder).manifest  # which says why there is none
+    try:
+        return Manifest.from_json(path.read_text(), path)
+    except UnicodeDecodeError:
+        raise StoreError(f"{path}: not text; the store is damaged, convert the model again") from None
+
+
+def check_headers(folder: Path, manifest: Manifest) -> list[Finding]:
+    """What is wrong with files before any data is read: missing, another size, no header, no block."""
+    findings = []
+    if not (folder / "config.json").is_file():
+        findings.append(Finding("config.json", f"{folder / 'config.json'}: missing", is_corrupt=True))
+    for file in manifest.files:
+        try:
+            read_layout(folder, file)
+        except StoreError as error:
+            findings.append(Finding(file.path, str(error), is_corrupt=True))
+        except OSError as error:
+            problem = f"{folder / file.path}: cannot be read: {_name(error)}"
+            findings.append(Finding(file.path, problem, is_corrupt=False))
+    return findings
+
+
+def scrub(
+    folder: Path,
+    manifest: Manifest,
+    threads: int = DEFAULT_THREADS,
+    on_progress: OnProgress | None = None,
+    preadv: Faults = os.preadv,
+) -> ScrubReport:
+    """Test headers and every chunk of every file. KeyboardInterrupt ends it within one piece per thread."""
+    began = time.perf_counter()
+    findings = check_headers(folder, manifest)
+    work = _Scrub(folder, manifest, preadv)
+    work.run(threads, on_progress)
+    # Whatever the threads' order was, a report reads like the manifest: by file, header first.
+    order = {file.path: number for number, file in enumerate(manifest.files)}
+    findings += work.findings
+    findings.sort(key=lambda f: (order.get(f.file, -1), -1 if f.chunk is None else f.chunk))
+    return ScrubReport(
+        files=len(manifest.files),
+        chunks=sum(len(file.checksums) for file in manifest.files),
+        bytes_read=work.bytes_read,
+        seconds=time.perf_counter() - began,
+        read_mode=None if work.mode is None else work.mode.value,
+        refused=work.refused,
+        findings=tuple(findings),
+    )
+
+
+class _Scrub:
+    """The threads' shared state."""
+
+    def __init__(self, folder: Path, manifest: Manifest, preadv: Faults) -> None:
+        self._folder, self._preadv = folder, preadv
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._errors: list[BaseException] = []
+        self.findings: list[Finding] = []
+        self.bytes_read = 0
+        self.mode: ReadMode | None = None
+        self.refused: tuple[str, ...] = ()
+        self._chunks = self._readable_chunks(manifest)
+
+    def run(self, threads: int, on_progress: OnProgress | None) -> None:
+        workers = [threading.Thread(target=self._work, name="tiered-scrub") for _ in range(threads)]
+        try:
+            for worker in workers:
+                worker.start()
+            while any(worker.is_alive() for worker in workers):
+                workers[0].join(_POLL_SECONDS) if workers[0].is_alive() else time.sleep(_POLL_SECONDS / 10)
+                if on_progress is not None:
+                    on_progress(self.bytes_read)
+        finally:
+            self._stop.set()
+            for worker in workers:
+                if worker.ident is not None:
+                    worker.join()
+        if self._errors:
+            raise self._errors[0]
+
+    def _readable_chunks(self, manifest: Manifest) -> Iterator[tuple[FileInfo, int]]:
+        """Chunks that lie whole within what their file really has: the header check tells of the others."""
+        for file in manifest.files:
+            try:
+                size = min((self._folder / file.path).stat().st_size, file.nbytes)
+            except OSError:
+                continue
+            for chunk in range(len(file.checksums)):
+                if min((chunk + 1) * CHUNK_NBYTES, file.nbytes) <= size:
+                    yield file, chunk
+
+    def _next(self) -> tuple[FileInfo, int] | None:
+        with self._lock:
+            return None if self._stop.is_set() else next(self._chunks, None)
+
+    def _work(self) -> None:
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        try:
+            with mmap.mmap(-1, PIECE_NBYTES, flags=flags) as buffer, memoryview(buffer) as memory:
+                while (item := self._next()) is not None:
+                    self._test(*item, memory)
+        except BaseException as error:
+            self._errors.append(error)
+            self._stop.set()
+
+    def _test(self, file: FileInfo, chunk: int, memory: memoryview) -> None:
+        """Read one chunk and compare its checksum; what is wrong goes to the findings."""
+        start = chunk * CHUNK_NBYTES
+        stop = min(start + CHUNK_NBYTES, file.nbytes)
+        expected = file.checksums[chunk]
+        try:
+            found = self._hash(file, start, stop, memory)
+        except OSError as error:
+            problem = f"cannot be read: {_name(error)}"
+            self._add(Finding(file.path, problem, False, chunk, start, stop, expected))
+            return
+        if found is None:
+            problem = "ends early: the file was truncated just now"
+            self._add(Finding(file.path, problem, True, chunk, start, stop, expected))
+        elif found != expected and not self._stop.is_set():
+            problem = f"is corrupt: expected xxh3 {expected}, found {found}"
+            self._add(Finding(file.path, problem, True, chunk, start, stop, expected, found))
+
+    def _hash(self, file: FileInfo, start: int, stop: int, memory: memoryview) -> str | None:
+        """The checksum of bytes [start, stop), or None where the file ends before `stop`."""
+        path = self._folder / file.path
+        mode = self._mode_for(path)
+        while True:
+            fd = os.open(path, mode.open_flags)
+            try:
+                return self._hash_open(fd, mode, start, stop, memory)
+            except OSError as error:
+                if not is_refusal(error) or mode is ReadMode.BUFFERED:
+                    raise
+                mode = self._step_down(mode, error)
+            finally:
+                os.close(fd)
+
+    def _hash_open(self, fd: int, mode: ReadMode, start: int, stop: int, memory: memoryview) -> str | None:
+        checksum, position = xxhash.xxh3_64(), start
+        while position < stop and not self._stop.is_set():
+            piece = memory[: min(len(memory), stop - position)]
+            count = self._preadv(fd, [piece], position, mode.read_flags)
+            if count == 0:
+                return None
+            checksum.update(piece[:count])
+            if mode is ReadMode.BUFFERED:
+                os.posix_fadvise(fd, position, count, os.POSIX_FADV_DONTNEED)
+            position += count
+            with self._lock:
+                self.bytes_read += count
+        return checksum.hexdigest()
+
+    def _mode_for(self, path: Path) -> ReadMode:
+        with self._lock:
+            if self.mode is None:
+                probe = probe_mode(path)
+                self.mode, self.refused = probe.mode, probe.refused
+            return self.mode
+
+    def _step_down(self, mode: ReadMode, error: OSError) -> ReadMode:
+        """A refusal at read time: the next rung of the ladder, for every thread."""
+        with self._lock:
+            if self.mode is mode:
+                self.mode = mode.next
+                self.refused = (*self.refused, f"{mode.value}: {error.strerror}")
+            return mode.next
+
+    def _add(self, finding: Finding) -> None:
+        with self._lock:
+            self.findings.append(finding)
+
+
+def _name(error: OSError) -> str:
+    return f"{error.strerror} ({errno.errorcode.get(error.errno or 0, '?')})"
