@@ -332,7 +332,7 @@ class Runtime:
         layout = self.store.layout(block)
         # Not from the arena: the tensors outlive the reading only in the compute dtype, and the rest goes back.
         memory = _aligned(layout.memory_nbytes)
-        view = memoryview(memory.numpy())
+        view = memoryview(memory.numpy())  # type: ignore[arg-type]  # numpy's stubs lack the buffer protocol here
         for chunk in range(-(-block.file.nbytes // CHUNK_NBYTES)):
             await self.reader.read_chunk(block.file, chunk, view)
         for item in layout.compressed:

@@ -15,9 +15,7 @@ from tiered.quant import pack_int4, unpack_int4
     group_size=st.sampled_from([32, 64, 128]),
     seed=st.integers(0, 2**32),
 )
-def test_unpack_inverts_pack_and_pack_inverts_unpack(
-    rows: int, groups: int, group_size: int, seed: int
-) -> None:
+def test_unpack_inverts_pack_and_pack_inverts_unpack(rows: int, groups: int, group_size: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 16, (rows, groups * group_size), dtype=torch.uint8, generator=generator)
     packed = pack_int4(codes, group_size)

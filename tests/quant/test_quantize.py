@@ -34,12 +34,10 @@ def codes_of(quantized: QuantizedTensor, scheme: GroupScheme) -> Tensor:
 
 
 def per_group(tensor: Tensor, scheme: GroupScheme) -> Tensor:
-    return tensor.unflatten(1, (-1, scheme.group_size))  # type: ignore[no-untyped-call, no-any-return]
+    return tensor.unflatten(1, (-1, scheme.group_size))  # type: ignore[no-any-return]
 
 
-def naive(
-    group: NDArray[np.float32], scheme: GroupScheme, factors: tuple[float, ...]
-) -> tuple[list[int], float, int]:
+def naive(group: NDArray[np.float32], scheme: GroupScheme, factors: tuple[float, ...]) -> tuple[list[int], float, int]:
     """Codes, scale and zero of one group, written from the module's docstring, one number at a time."""
     f32, n = np.float32, np.float32(scheme.max_code)
     low, high = min(f32(0), group.min()), max(f32(0), group.max())
@@ -53,8 +51,7 @@ def naive(
         zero = min(np.rint(-lo * inverse), n)
         levels = [min(max(np.rint(weight * inverse), -zero), n - zero) for weight in group]
         errors = [
-            (weight - level * scale) * (weight - level * scale)
-            for weight, level in zip(group, levels, strict=True)
+            (weight - level * scale) * (weight - level * scale) for weight, level in zip(group, levels, strict=True)
         ]
         while len(errors) > 1:
             half = len(errors) // 2
@@ -138,8 +135,7 @@ def test_clipping_never_loses_to_minmax_in_any_group(seed: int, group_size: int)
 def test_clipping_pays_on_gaussian_weights() -> None:
     weight = torch.randn(64, 4096, generator=torch.Generator().manual_seed(0))
     clipped, full = (
-        (weight - dequantize(*quantize(weight, INT4, clip=clip), INT4)).square().sum()
-        for clip in ("mse", "minmax")
+        (weight - dequantize(*quantize(weight, INT4, clip=clip), INT4)).square().sum() for clip in ("mse", "minmax")
     )
     assert clipped < 0.94 * full
 
@@ -198,7 +194,7 @@ def test_weights_that_are_not_finite_are_counted(scheme: GroupScheme, clip: Clip
 
 def test_bad_arguments_are_named() -> None:
     with pytest.raises(ConfigError, match="median"):
-        quantize(weights(2, 64), INT4, clip="median")  # type: ignore[arg-type]
+        quantize(weights(2, 64), INT4, clip="median")[arg - type]
     with pytest.raises(ConfigError, match=r"\[2, 100\]"):
         quantize(weights(2, 100), INT4)
     with pytest.raises(ConfigError, match=r"torch\.int64"):

@@ -19,9 +19,7 @@ def test_a_name_without_a_group_size_means_64() -> None:
     assert GroupScheme.parse("int4-g64").name == "int4-g64"
 
 
-@pytest.mark.parametrize(
-    "name", ["", "int4-", "int4-g", "INT4", "int3-g64", "int4-g48", "nf4", " int4", "int4-g64 "]
-)
+@pytest.mark.parametrize("name", ["", "int4-", "int4-g", "INT4", "int3-g64", "int4-g48", "nf4", " int4", "int4-g64 "])
 def test_parse_refuses_a_name_it_does_not_know(name: str) -> None:
     with pytest.raises(ConfigError, match="expected"):
         GroupScheme.parse(name)

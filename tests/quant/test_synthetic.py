@@ -27,12 +27,8 @@ def weight_of(pool: SyntheticPool, out_features: int, in_features: int, key: str
     zero = b"".join(pool.zero_chunks(out_features, in_features, key))
     return dequantize(
         torch.from_numpy(np.frombuffer(q, np.uint8).copy()).view(scheme.q_shape(out_features, in_features)),
-        torch.from_numpy(np.frombuffer(scale, np.float16).copy()).view(
-            scheme.scale_shape(out_features, in_features)
-        ),
-        torch.from_numpy(np.frombuffer(zero, np.uint8).copy()).view(
-            scheme.zero_shape(out_features, in_features)
-        ),
+        torch.from_numpy(np.frombuffer(scale, np.float16).copy()).view(scheme.scale_shape(out_features, in_features)),
+        torch.from_numpy(np.frombuffer(zero, np.uint8).copy()).view(scheme.zero_shape(out_features, in_features)),
         scheme,
     )
 

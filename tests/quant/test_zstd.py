@@ -44,9 +44,7 @@ def test_no_flipped_bit_goes_unnoticed() -> None:
         damaged = bytearray(compressed.payload)
         damaged[bit // 8] ^= 1 << bit % 8
         try:
-            decompress_into(
-                damaged, compressed.frames, compressed.frame_nbytes, memoryview(out), name="fc1.q"
-            )
+            decompress_into(damaged, compressed.frames, compressed.frame_nbytes, memoryview(out), name="fc1.q")
         except StoreError as error:
             assert str(error).startswith("fc1.q: ")
         else:

@@ -47,8 +47,21 @@ _MODEL_LAYERS = (
     "nemotron",
     "exaone4",
     "ministral",
+    "ministral3",
     "arcee",
     "seed_oss",
+    "cwm",
+    "diffllama",
+    "ernie4_5",
+    "granite_swa",
+    "hunyuan_v1_dense",
+    "hyperclovax",
+    "jais2",
+    "nanochat",
+    "persimmon",
+    "vaultgemma",
+    "xglm",
+    "modernbert-decoder",
 )
 
 FAMILIES: dict[str, Family] = {
@@ -58,6 +71,13 @@ FAMILIES: dict[str, Family] = {
         Family("gpt_neox", "gpt_neox.layers"),
         Family("bloom", "transformer.h", returns_tuple=True),
         Family("falcon", "transformer.h", returns_tuple=True),
+        Family("gptj", "transformer.h", returns_tuple=True),
+        Family("codegen", "transformer.h", returns_tuple=True),
+        Family("mpt", "transformer.blocks", returns_tuple=True),
+        Family("gpt_bigcode", "transformer.h"),
+        Family("gpt_neo", "transformer.h", returns_tuple=True),
+        Family("gpt_neox_japanese", "gpt_neox_japanese.layers", returns_tuple=True),
+        Family("biogpt", "biogpt.layers"),
         *(Family(name, "model.layers") for name in _MODEL_LAYERS),
     )
 }

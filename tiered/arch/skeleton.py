@@ -64,6 +64,13 @@ class Skeleton:
         assert isinstance(layers, nn.ModuleList)
         return layers
 
+    @property
+    def embedding(self) -> nn.Embedding:
+        """The token embedding's module."""
+        module = self.model.get_input_embeddings()
+        assert isinstance(module, nn.Embedding)
+        return module
+
     def blocks(self) -> Iterator[BlockTensors]:
         """embed, outer, every layer, and head where it is not tied to embed; in that order."""
         head = self.head_name.removesuffix("weight")
@@ -120,9 +127,10 @@ def load_config(folder: Path) -> PretrainedConfig:
         raise CheckpointError(f"{path}: has no 'model_type'; expected a Hugging Face model configuration")
     family_for(raw["model_type"])
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: transformers cannot read it: {error}") from error
+    return config
 
 
 def text_config(values: dict[str, Any]) -> PretrainedConfig:

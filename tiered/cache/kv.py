@@ -42,14 +42,14 @@ def kv_shape(config: PretrainedConfig, dtype: torch.dtype) -> KVShape:
     return KVShape(int(heads), int(head_dim), int(config.num_hidden_layers), dtype)
 
 
-class KVLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers' classes are untyped
+class KVLayer(CacheLayerMixin):
     """One layer: keys and values [sequences, heads, capacity, head_dim], of which the first `length` are filled."""
 
     is_sliding = False
     is_croppable = True
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._keys, self._values = keys, values
         self._length = 0
         self._sequences = keys.shape[0]
@@ -104,7 +104,7 @@ class KVLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers' classes a
         self._length = 0
 
 
-class KVCache(Cache):  # type: ignore[misc]
+class KVCache(Cache):
     """A cache for `sequences` sequences of at most `capacity` tokens, in `memory` (uint8)."""
 
     def __init__(self, shape: KVShape, sequences: int, capacity: int, memory: torch.Tensor) -> None:
@@ -114,13 +114,13 @@ class KVCache(Cache):  # type: ignore[misc]
         super().__init__(layers=[KVLayer(states[i, 0], states[i, 1]) for i in range(shape.layers)])
 
 
-class _PositionLayer(CacheLayerMixin):  # type: ignore[misc]
+class _PositionLayer(CacheLayerMixin):
     """A layer that only knows how many tokens came before."""
 
     is_sliding = False
 
     def __init__(self, length: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._length = length
         self.is_initialized = True
 
@@ -142,7 +142,7 @@ class _PositionLayer(CacheLayerMixin):  # type: ignore[misc]
         return -1
 
 
-class PositionCache(Cache):  # type: ignore[misc]
+class PositionCache(Cache):
     """Stands for a cache of `length` tokens while masks and positions of a chunk are computed.
 
     All chunks of a prompt are recorded before any layer has run, when the real cache is still empty.

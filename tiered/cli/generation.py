@@ -107,7 +107,7 @@ def run(request: Request) -> dict[str, Any]:
         for line in report.lines():
             click.echo(line, err=True)
     completions = [{"text": s.text, "token_ids": s.token_ids, "finish_reason": s.finish_reason} for s in sequences]
-    shown = list(request.prompts) or [tokenizer.decode(ids) for ids in prompts]
+    shown = list(request.prompts) or [str(tokenizer.decode(ids)) for ids in prompts]
     return {"prompts": shown, "completions": completions, "report": report.to_json()}
 
 
@@ -191,8 +191,8 @@ def _apply_chat(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     if tokenizer.chat_template is None:
         raise ConfigError("--chat: this model's tokenizer has no chat template; drop --chat to continue plain text")
     message = [{"role": "user", "content": prompt}]
-    ids = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)["input_ids"]
-    return list(ids)
+    encoded: Any = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)
+    return list(encoded["input_ids"])
 
 
 def _eos_ids(store: Store, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

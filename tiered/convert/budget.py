@@ -74,7 +74,7 @@ def peak_rss_bytes() -> int:
     for line in Path(f"/proc/{os.getpid()}/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
-    return psutil.Process().memory_info().rss
+    return int(psutil.Process().memory_info().rss)
 
 
 def _tensor_working_nbytes(tensor: TensorRecipe, block: BlockRecipe, rule: Compression) -> int:

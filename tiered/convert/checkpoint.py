@@ -1,15 +1,13 @@
 """A Hugging Face checkpoint as a source of weights: names mapped, shapes checked, tensors read in row panels."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, Final, Literal
 
 import torch
 import xxhash
-from transformers import PretrainedConfig
 
-from tiered.arch import Skeleton
 from tiered.convert.index import WeightIndex
 from tiered.convert.names import NameMap
 from tiered.convert.recipe import BlockRecipe, TensorRecipe
@@ -40,11 +38,17 @@ class Checkpoint:
     synthetic = False
 
     def __init__(
-        self, files: WeightFiles, index: WeightIndex, names: NameMap, skeleton: Skeleton, clip: Literal["mse", "minmax"]
+        self,
+        files: WeightFiles,
+        index: WeightIndex,
+        names: NameMap,
+        embed_name: str,
+        claimed_dtype: torch.dtype,
+        clip: Literal["mse", "minmax"],
     ) -> None:
         self._files, self._index, self._names, self._clip = files, index, names, clip
-        self._config: PretrainedConfig = skeleton.config
-        self._embed_name = skeleton.embed_name
+        self._embed_name, self._claimed_dtype = embed_name, claimed_dtype
+        self._released: frozenset[str] = frozenset()
         self._identity = {
             "kind": files.kind,
             "name": files.name,
@@ -94,10 +98,7 @@ class Checkpoint:
 
     def dtype(self, tensor: TensorRecipe) -> torch.dtype:
         stored = self._stored(self._names.sources[tensor.name])
-        if stored is not None:
-            return stored.dtype
-        claimed = getattr(self._config, "dtype", None)
-        return claimed if isinstance(claimed, torch.dtype) else torch.float32
+        return self._claimed_dtype if stored is None else stored.dtype
 
     def plain(self, tensor: TensorRecipe) -> Iterator[memoryview]:
         return map(tensor_bytes, self._panels(self._names.sources[tensor.name]))
@@ -118,8 +119,15 @@ class Checkpoint:
         return Packed(codes(), scales, zeros)
 
     def release(self, files: frozenset[str]) -> None:
-        for name in sorted(files):
+        if files - self._released:
+            self._index.reader.close()  # an open file would go on taking its space
+        for name in sorted(files - self._released):
             self._files.release(name)
+        self._released |= files
+
+    def fetch_nbytes(self, blocks: Iterable[BlockRecipe]) -> tuple[int, ...]:
+        needed = frozenset().union(*(self.files_of(block) for block in blocks))
+        return tuple(self._files.nbytes(name) or 1 for name in sorted(needed) if not self._files.is_here(name))
 
     def working_nbytes(self) -> int:
         here = [self._files.path(name) for name in self._index.files if self._files.is_here(name)]

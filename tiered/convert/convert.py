@@ -14,7 +14,7 @@ from time import perf_counter
 from typing import Any
 
 from tiered.convert.block import finished_block, write_block
-from tiered.convert.budget import check_ram, check_space, disk_full_named
+from tiered.convert.budget import check_ram, check_space, disk_full_named, on_same_disk
 from tiered.convert.compression import Compression
 from tiered.convert.folder import (
     ProgressFile,
@@ -25,6 +25,7 @@ from tiered.convert.folder import (
     owned_files,
     remove_stray_parts,
 )
+from tiered.convert.hub import cache_folder
 from tiered.convert.options import ConvertOptions, ConvertProgress, ConvertResult, ProgressFunction
 from tiered.convert.plan import StorePlan
 from tiered.convert.recipe import BlockRecipe
@@ -96,7 +97,7 @@ class Conversion:
         rule = progress.compression or Compression(self._options.settings()["compress"])
         check_ram(self._options.ram_bytes, source.working_nbytes(), plan.files, rule)
         reclaimed = 0 if mine else sum(path.stat().st_size for path in owned_files(folder))
-        check_space(folder, sum(self._nbytes(block, source) for block in rest), reclaimed)
+        self._check_space(source, rest, reclaimed)
 
         self._hold_folder()
         if progress.discarding:
@@ -104,6 +105,19 @@ class Conversion:
         if progress.compression is None:
             rule = Compression.measure(rule.mode, plan.files, folder)
         self._progress = replace(progress, source=identity, compression=rule).save(folder)
+
+    def _check_space(self, source: WeightSource, rest: Sequence[BlockRecipe], reclaimed: int) -> None:
+        """Room for the blocks to come, and for what has to be downloaded for them."""
+        downloads = sorted(source.fetch_nbytes(rest), reverse=True)
+        # With --delete-downloads two files are here at once (a block may straddle them), and the one that holds
+        # the first tensors outside the layers.
+        fetched = sum(downloads[:3] if self._options.delete_downloads else downloads)
+        needed = sum(self._nbytes(block, source) for block in rest)
+        if fetched and on_same_disk(self._folder, cache_folder()):
+            needed += fetched
+        elif fetched:
+            check_space(cache_folder(), fetched)
+        check_space(self._folder, needed, reclaimed)
 
     def _convert(self, source: WeightSource, plan: StorePlan) -> None:
         for name, read in source.extra_files().items():
@@ -127,7 +141,9 @@ class Conversion:
         return self._progress.compression
 
     def _write(self, block: BlockRecipe, source: WeightSource, plan: StorePlan) -> FileInfo:
-        source.fetch(block)
+        if source.fetch_nbytes([block]):
+            self._tell(block, downloading=True)
+            source.fetch(block)
         check_ram(self._options.ram_bytes, source.working_nbytes(), plan.files, self._rule)
         source.open_block(block)
         expected, before = self._nbytes(block, source), self._done_nbytes
@@ -141,10 +157,10 @@ class Conversion:
         self._tell(block)
         return info
 
-    def _tell(self, block: BlockRecipe) -> None:
+    def _tell(self, block: BlockRecipe, *, downloading: bool = False) -> None:
         if self._report is not None:
             done, total = self._done_nbytes, self._total_nbytes
-            self._report(ConvertProgress(block.name, done, max(total, done), self._skipped_nbytes))
+            self._report(ConvertProgress(block.name, done, max(total, done), self._skipped_nbytes, downloading))
 
     def _release(self, order: Sequence[BlockRecipe], source: WeightSource) -> None:
         """Give back the files that only finished blocks need, unless nothing is left to do (see `_convert`)."""

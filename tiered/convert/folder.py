@@ -1,9 +1,9 @@
 """The output folder: what state it is in, the progress file that lets a conversion resume, and what may be deleted.
 
-    missing or empty   a new conversion may begin
-    unfinished         conversion.json and no manifest: the same command resumes
-    finished           a manifest (conversion.json may still be there: killed between the last two steps)
-    foreign            anything else: never touched, not even with --force
+missing or empty   a new conversion may begin
+unfinished         conversion.json and no manifest: the same command resumes
+finished           a manifest (conversion.json may still be there: killed between the last two steps)
+foreign            anything else: never touched, not even with --force
 """
 
 import fcntl
@@ -108,7 +108,7 @@ def check_usable(folder: Path, settings: Mapping[str, Any], force: bool) -> Prog
     state = state_of(folder)
     if state == "foreign":
         raise ConfigError(
-            f"{folder}: exists and is neither empty nor a store nor an unfinished conversion; nothing in it is touched: "
+            f"{folder}: neither empty nor a store nor an unfinished conversion, so nothing in it is touched: "
             "choose another folder with -o"
         )
     try:

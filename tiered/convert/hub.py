@@ -1,11 +1,27 @@
-"""A checkpoint's files on the hub. (Being written.)"""
+"""A checkpoint's files on the hub: fetched one by one as blocks need them, and on request removed again.
 
-from collections.abc import Iterable
+huggingface_hub does the work, so HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE mean what its documentation says.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Final, Protocol
+
+import huggingface_hub
+import xxhash
+from huggingface_hub import errors
+
+from tiered.errors import CheckpointError, ConfigError, ReadError
+
+# Base of what its HTTP client raises, whichever client that is.
+_HTTPError: Final = errors.HTTPError  # type: ignore[attr-defined]
+_WEIGHT_SUFFIXES: Final = (".safetensors", ".bin")
 
 
 class Ledger(Protocol):
+    """Remembers across attempts which files this conversion fetched."""
+
     @property
     def downloaded(self) -> frozenset[str]: ...
 
@@ -13,21 +29,106 @@ class Ledger(Protocol):
 
 
 class HubFiles:
+    """The files of one revision of a repository, which is pinned to its commit when this is made."""
+
     kind = "hub"
 
     def __init__(self, repo_id: str, revision: str | None, ledger: Ledger, *, delete: bool) -> None:
-        raise NotImplementedError
+        self._repo_id, self._ledger, self._delete = repo_id, ledger, delete
+        with _explained(repo_id, revision):
+            try:
+                self._commit, self._sizes = _list_online(repo_id, revision)
+            except errors.HfHubHTTPError:
+                raise  # the hub has answered
+            except (errors.OfflineModeIsEnabled, _HTTPError):
+                self._commit, self._sizes = _list_cache(repo_id, revision)
 
-    name = ""
-    revision: str | None = None
-    names: frozenset[str] = frozenset()
+    @property
+    def name(self) -> str:
+        return self._repo_id
 
-    def nbytes(self, name: str) -> int | None: ...
+    @property
+    def revision(self) -> str | None:
+        return self._commit
 
-    def is_here(self, name: str) -> bool: ...
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset(self._sizes)
 
-    def path(self, name: str) -> Path: ...
+    def nbytes(self, name: str) -> int | None:
+        return self._sizes[name]
 
-    def release(self, name: str) -> None: ...
+    def is_here(self, name: str) -> bool:
+        return self._cached(name) is not None
 
-    def fingerprint(self, names: Iterable[str]) -> str: ...
+    def path(self, name: str) -> Path:
+        cached = self._cached(name)
+        if cached is not None:
+            return cached
+        if name.endswith(_WEIGHT_SUFFIXES) and name not in self._ledger.downloaded:
+            self._ledger.enter_download(name)  # first: a kill while downloading must not forget it
+        with _explained(self._repo_id, self._commit):
+            return Path(huggingface_hub.hf_hub_download(self._repo_id, name, revision=self._commit))
+
+    def release(self, name: str) -> None:
+        pointer = self._cached(name)
+        if not self._delete or pointer is None or name not in self._ledger.downloaded:
+            return
+        blob = pointer.resolve()
+        pointer.unlink()
+        snapshots = pointer.parents[len(Path(name).parts)]
+        if blob != pointer and not any(p.is_symlink() and p.resolve() == blob for p in snapshots.rglob("*")):
+            blob.unlink(missing_ok=True)
+
+    def fingerprint(self, names: Iterable[str]) -> str:
+        return xxhash.xxh3_128_hexdigest("\0".join([self._repo_id, self._commit, *sorted(names)]).encode())
+
+    def _cached(self, name: str) -> Path | None:
+        found = huggingface_hub.try_to_load_from_cache(self._repo_id, name, revision=self._commit)
+        return Path(found) if isinstance(found, str) else None
+
+
+def cache_folder() -> Path:
+    """Where huggingface_hub puts downloads."""
+    return Path(huggingface_hub.constants.HF_HUB_CACHE)
+
+
+def _list_online(repo_id: str, revision: str | None) -> tuple[str, dict[str, int | None]]:
+    info = huggingface_hub.HfApi().model_info(repo_id, revision=revision, files_metadata=True)
+    return str(info.sha), {file.rfilename: file.size for file in info.siblings or ()}
+
+
+def _list_cache(repo_id: str, revision: str | None) -> tuple[str, dict[str, int | None]]:
+    """Commit and files of what the cache holds; enough where an earlier download was complete."""
+    config = Path(huggingface_hub.hf_hub_download(repo_id, "config.json", revision=revision, local_files_only=True))
+    snapshot = config.parent
+    return snapshot.name, {path.name: path.stat().st_size for path in snapshot.iterdir() if path.is_file()}
+
+
+@contextmanager
+def _explained(repo_id: str, revision: str | None) -> Iterator[None]:
+    """Turn the library's exceptions into ours."""
+    try:
+        yield
+    except errors.GatedRepoError:
+        raise ConfigError(
+            f"{repo_id}: its owners grant access on request; accept the conditions on its page, "
+            "then set HF_TOKEN to a token of that account"
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise ConfigError(
+            f"{repo_id}: no such folder, and no such repository on the hub (or a private one: set HF_TOKEN)"
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise ConfigError(f"{repo_id}: has no revision {revision!r}; pass a branch, tag or commit of it") from None
+    except errors.HFValidationError as error:
+        raise ConfigError(f"{repo_id}: not a hub id ({error})") from None
+    except errors.LocalEntryNotFoundError as error:
+        raise ReadError(
+            f"{repo_id}: the hub cannot be reached (or HF_HUB_OFFLINE is set) and a file is not in the cache; "
+            f"run the same command again once it can ({error})"
+        ) from error
+    except errors.EntryNotFoundError as error:
+        raise CheckpointError(f"{repo_id}: lacks a file the conversion needs ({error})") from error
+    except (errors.OfflineModeIsEnabled, _HTTPError) as error:
+        raise ReadError(f"{repo_id}: downloading failed ({error}); run the same command again to resume") from error

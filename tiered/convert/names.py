@@ -17,6 +17,8 @@ _JUNK: Final = re.compile(
     r"(rotary_emb\.(inv_freq|cos_cached|sin_cached)|rope\.freqs|(attention|attn)\.(bias|masked_bias)"
     r"|position_ids|(^|\.)_?version)$"
 )
+_PUBLISHED_NAMES: Final = {"lm_head.": "embed_out."}
+"""Beginnings of names that transformers has changed since checkpoints were published (GPT-NeoX): new -> old."""
 _NAMES_SHOWN: Final = 5
 
 
@@ -68,11 +70,10 @@ def map_names(skeleton: Skeleton, checkpoint: Collection[str]) -> NameMap:
 
 
 def _find(name: str, present: set[str], base: str) -> str | None:
-    """The checkpoint's name for the model's `name`: the same, or without the base model's prefix."""
-    for candidate in (name, name.removeprefix(base + ".")):
-        if candidate in present:
-            return candidate
-    return None
+    """The checkpoint's name for the model's `name`: the same, without the base model's prefix, or an old one."""
+    old = (before + name.removeprefix(now) for now, before in _PUBLISHED_NAMES.items() if name.startswith(now))
+    candidates = (name, name.removeprefix(base + "."), *old)
+    return next((candidate for candidate in candidates if candidate in present), None)
 
 
 def _embedding_as_head(skeleton: Skeleton, embedding: str, warnings: list[str]) -> str:

@@ -1,5 +1,6 @@
 """Opens what is to be converted: the source of its weights, and the plan of the store they make."""
 
+import torch
 from transformers import PretrainedConfig
 
 from tiered.arch import build_skeleton, load_config
@@ -17,9 +18,7 @@ from tiered.convert.synthetic import Synthetic, shape_config
 from tiered.errors import CheckpointError, ConfigError
 
 
-def open_checkpoint(
-    place: Folder | HubId, options: ConvertOptions, ledger: Ledger
-) -> tuple[WeightSource, StorePlan]:
+def open_checkpoint(place: Folder | HubId, options: ConvertOptions, ledger: Ledger) -> tuple[WeightSource, StorePlan]:
     """The checkpoint at `place`; downloads of weights are entered in `ledger` before they begin."""
     if isinstance(place, Folder):
         if state_of(place.path) in ("finished", "unfinished"):
@@ -30,10 +29,12 @@ def open_checkpoint(
         files = HubFiles(place.repo_id, options.revision, ledger, delete=options.delete_downloads)
         config = load_config(files.path("config.json").parent)
     _refuse_quantized(files, config)
+    claimed = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     skeleton = build_skeleton(config)
     index = find_weights(files)
     names = map_names(skeleton, index.file_of)
-    return Checkpoint(files, index, names, skeleton, options.clip), plan_store(skeleton, options)
+    checkpoint = Checkpoint(files, index, names, skeleton.embed_name, claimed, options.clip)
+    return checkpoint, plan_store(skeleton, options)
 
 
 def open_shape(shape: Shape, options: ConvertOptions) -> tuple[WeightSource, StorePlan]:

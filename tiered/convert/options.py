@@ -77,6 +77,8 @@ class ConvertProgress:
     nbytes_total: int
     nbytes_skipped: int
     """Of `nbytes_done`, those that earlier attempts had finished: they say nothing about speed."""
+    downloading: bool = False
+    """The block's files are being downloaded; nothing is written until that is done."""
 
 
 ProgressFunction = Callable[[ConvertProgress], None]

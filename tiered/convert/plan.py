@@ -13,7 +13,7 @@ from tiered.store import BlockInfo, FileInfo, Manifest
 
 @dataclass(frozen=True)
 class PlannedBlock:
-    """An entry of the manifest; several may share a file's content description, as repeated layers and tied heads do."""
+    """An entry of the manifest. Repeated layers and tied heads name a file that another entry names too."""
 
     name: str
     role: str
@@ -38,8 +38,9 @@ class StorePlan:
         """Numbers that the block files stand for."""
         return sum(tensor.numel for block in self.files for tensor in block.tensors)
 
-    def manifest(self, files: Mapping[str, FileInfo], source: Mapping[str, Any],
-        compress: str, *, synthetic: bool) -> Manifest:
+    def manifest(
+        self, files: Mapping[str, FileInfo], source: Mapping[str, Any], compress: str, *, synthetic: bool
+    ) -> Manifest:
         """The manifest once every file of the plan has been written."""
         return Manifest(
             source=source,
@@ -90,9 +91,7 @@ def plan_store(skeleton: Skeleton, options: ConvertOptions) -> StorePlan:
     )
 
 
-def _planned_blocks(
-    files: tuple[BlockRecipe, ...], layers: list[BlockTensors], tied: bool
-) -> tuple[PlannedBlock, ...]:
+def _planned_blocks(files: tuple[BlockRecipe, ...], layers: list[BlockTensors], tied: bool) -> tuple[PlannedBlock, ...]:
     """embed, outer, every layer in order, head."""
     by_role: dict[str, list[BlockRecipe]] = {}
     for file in files:

@@ -67,7 +67,9 @@ class BlockRecipe:
 def block_recipes(blocks: Iterable[BlockTensors], options: ConvertOptions) -> tuple[BlockRecipe, ...]:
     """The recipe of every block that holds anything: a family may have no `outer` tensors."""
     return tuple(
-        BlockRecipe(block.name, block.role, block.prefix, tuple(_tensor(p, block.role, options) for p in block.parameters))
+        BlockRecipe(
+            block.name, block.role, block.prefix, tuple(_tensor(p, block.role, options) for p in block.parameters)
+        )
         for block in blocks
         if block.parameters
     )

@@ -45,6 +45,9 @@ class WeightSource(Protocol):
     def fetch(self, block: BlockRecipe) -> None:
         """Bring the files of the block here; from then on `working_nbytes` counts them."""
 
+    def fetch_nbytes(self, blocks: Iterable[BlockRecipe]) -> tuple[int, ...]:
+        """Sizes of the files that these blocks need and that are not here yet."""
+
     def open_block(self, block: BlockRecipe) -> None:
         """Check all of the block, whose files are here; called before any of its tensors is read."""
 
@@ -137,4 +140,4 @@ def panel_rows(shape: tuple[int, ...], itemsize: int) -> tuple[int, int, int]:
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous tensor; nothing is copied."""
     # A scalar has no last dimension to reinterpret, and numpy knows no bfloat16.
-    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data

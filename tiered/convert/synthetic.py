@@ -6,7 +6,7 @@ added to the residual stream smaller by sqrt(2 * layers).
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from math import sqrt
 from typing import Any, Final
@@ -44,7 +44,6 @@ def shape_config(shape: Shape) -> PretrainedConfig:
             f"{shape.name}: vocab_size {config.vocab_size}; the byte-level stand-in tokenizer needs {LEAST_VOCAB}"
         )
     config.bos_token_id, config.eos_token_id, config.pad_token_id = BOS_ID, EOS_ID, PAD_ID
-    config.dtype = _DTYPE
     return config
 
 
@@ -56,6 +55,7 @@ class Synthetic:
 
     def __init__(self, shape: Shape, skeleton: Skeleton, options: ConvertOptions) -> None:
         config = skeleton.config
+        config.dtype = _DTYPE  # building the skeleton has put its own there
         config.architectures = [type(skeleton.model).__name__]
         self._layers = len(skeleton.layers)
         self._linear = {p.name for block in skeleton.blocks() for p in block.parameters if p.is_linear}
@@ -87,6 +87,9 @@ class Synthetic:
 
     def fetch(self, block: BlockRecipe) -> None:
         """Nothing to fetch."""
+
+    def fetch_nbytes(self, blocks: Iterable[BlockRecipe]) -> tuple[int, ...]:
+        return ()
 
     def open_block(self, block: BlockRecipe) -> None:
         """Nothing to open."""

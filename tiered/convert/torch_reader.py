@@ -4,6 +4,7 @@ The zip format is mapped, and mapped anew every so often so that pages already r
 The legacy format (before torch 1.6) can only be read whole: there the conversion needs memory for one file.
 """
 
+import errno
 import pickle
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -13,7 +14,7 @@ from typing import Any, Final
 import torch
 
 from tiered.convert.source import PANEL_NBYTES, StoredTensor, panel_rows
-from tiered.errors import CheckpointError
+from tiered.errors import BudgetError, CheckpointError, ReadError
 
 _REMAP_NBYTES: Final = 64 << 20
 _ZIP_MAGIC: Final = b"PK\x03\x04"
@@ -79,6 +80,11 @@ def _load_state_dict(path: Path) -> dict[str, torch.Tensor]:
         loaded: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: missing") from None
+    except MemoryError as error:
+        raise BudgetError(
+            f"{path}: a file in torch's legacy format is read whole, and there is no memory for it; "
+            "use a safetensors copy of the checkpoint"
+        ) from error
     # Damaged input raises whatever the damaged part happens to hit, inside the unpickler too.
     except (
         pickle.UnpicklingError,
@@ -94,7 +100,10 @@ def _load_state_dict(path: Path) -> dict[str, torch.Tensor]:
         UnicodeDecodeError,
         OverflowError,
         ImportError,
+        OSError,
     ) as error:
+        if isinstance(error, OSError) and error.errno == errno.EIO:
+            raise ReadError(f"{path}: reading failed: {error.strerror}") from error
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(
             f"{path}: cannot be read as a torch checkpoint of plain tensors ({type(error).__name__}: {reason}); "

@@ -69,7 +69,7 @@ class Sampler:
         """Token number `index` of the completion, from logits [vocab] after `ids` (prompt and completion so far)."""
         scores = logits.float()[None]
         if self._processors:
-            scores = self._processors(torch.tensor([ids]), scores)
+            scores = self._processors(torch.tensor([ids]), scores)  # type: ignore[arg-type]
         if self._params.temperature == 0:
             return int(scores.argmax())
         generator = np.random.Generator(np.random.Philox(key=self._params.seed, counter=[0, 0, index, self._request]))

@@ -1,7 +1,7 @@
 """One sequence: its tokens, its text as it becomes final, and why it ended."""
 
 from collections.abc import Sequence as Strings
-from typing import Protocol
+from typing import Any, Protocol
 
 from tiered.generate.sampling import Sampler
 
@@ -9,7 +9,7 @@ from tiered.generate.sampling import Sampler
 class Decoder(Protocol):
     """The part of a Hugging Face tokenizer that turns tokens into text."""
 
-    def decode(self, token_ids: list[int], *, skip_special_tokens: bool = ...) -> str: ...
+    def decode(self, token_ids: list[int], skip_special_tokens: bool = ...) -> Any: ...
 
 
 class Sequence:
@@ -69,7 +69,7 @@ class Sequence:
         self._stable = len(self._text)
 
     def _decode(self) -> None:
-        tail = self._decoder.decode(self.token_ids[self._start :], skip_special_tokens=True)
+        tail: str = self._decoder.decode(self.token_ids[self._start :], skip_special_tokens=True)
         self._text = self._head + tail
         # Decoding all tokens every time would be quadratic. A new stretch may begin at a line's end: no tokenizer
         # joins characters across it, and what a decoder does at the start of a text it did with the line before.

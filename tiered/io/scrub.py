@@ -18,10 +18,10 @@ from typing import Any, Final
 
 import xxhash
 
-from tiered.errors import StoreError
+from tiered.errors import ReadError, StoreError
 from tiered.io.disk import PIECE_NBYTES, Faults
 from tiered.io.modes import ReadMode, is_refusal, probe_mode
-from tiered.store import CHUNK_NBYTES, FileInfo, Manifest, Store
+from tiered.store import CHUNK_NBYTES, PAGE, FileInfo, Manifest, Store
 from tiered.store.block import read_layout
 from tiered.store.manifest import MANIFEST_NAME
 
@@ -77,14 +77,18 @@ class ScrubReport:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest alone, so that damaged block files can be looked into. Raises StoreError as Store.open does."""
+    """The manifest alone, so that damaged block files can be looked into. Raises StoreError as Store.open does,
+    and ReadError where the operating system could not read it.
+    """
     path = folder / MANIFEST_NAME
-    if not path.is_file():
-        return Store.open(folder).manifest  # which says why there is none
     try:
+        if not path.is_file():
+            return Store.open(folder).manifest  # which says why there is none
         return Manifest.from_json(path.read_text(), path)
     except UnicodeDecodeError:
         raise StoreError(f"{path}: not text; the store is damaged, convert the model again") from None
+    except OSError as error:
+        raise ReadError(f"{path}: cannot be read: {_name(error)}; check permissions and the disk") from error
 
 
 def check_headers(folder: Path, manifest: Manifest) -> list[Finding]:
@@ -149,10 +153,11 @@ class _Scrub:
         try:
             for worker in workers:
                 worker.start()
-            while any(worker.is_alive() for worker in workers):
-                workers[0].join(_POLL_SECONDS) if workers[0].is_alive() else time.sleep(_POLL_SECONDS / 10)
-                if on_progress is not None:
-                    on_progress(self.bytes_read)
+            for worker in workers:
+                while worker.is_alive():
+                    worker.join(_POLL_SECONDS)
+                    if on_progress is not None:
+                        on_progress(self.bytes_read)
         finally:
             self._stop.set()
             for worker in workers:
@@ -226,6 +231,9 @@ class _Scrub:
             count = self._preadv(fd, [piece], position, mode.read_flags)
             if count == 0:
                 return None
+            if count < len(piece):
+                # O_DIRECT can only go on from a page boundary.
+                count = count // PAGE * PAGE or count
             checksum.update(piece[:count])
             if mode is ReadMode.BUFFERED:
                 os.posix_fadvise(fd, position, count, os.POSIX_FADV_DONTNEED)

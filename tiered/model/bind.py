@@ -50,7 +50,7 @@ class BoundModel:
         self.head = OffloadedLinear(_linear_at(skeleton.model, skeleton.head_name), cancel)
         skeleton.model.set_output_embeddings(self.head)
         # It only matters to training, and it would have to be a row of the few that `embed` looks up in.
-        skeleton.model.get_input_embeddings().padding_idx = None
+        skeleton.embedding.padding_idx = None
 
     def set_outer(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Give the parts outside layers, embedding and head their tensors, by full name, for good."""
@@ -65,7 +65,7 @@ class BoundModel:
 
     def embed(self, rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """What the model's own embedding module makes of table `rows` [n, width] at `index` [...]."""
-        module = self.skeleton.model.get_input_embeddings()
+        module = self.skeleton.embedding
         embedded: torch.Tensor = functional_call(module, {"weight": rows}, (index,))
         return embedded
 

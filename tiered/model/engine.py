@@ -140,7 +140,7 @@ class Engine:
             self._cancel.check()
             start = time.perf_counter()
             try:
-                with torch.inference_mode():
+                with torch.no_grad():
                     return work()
             finally:
                 seconds = time.perf_counter() - start
@@ -174,7 +174,8 @@ class Engine:
         position_ids = batch.position_ids
         recording = self._recorder.record(
             inputs_embeds=embedded,
-            attention_mask=_slice_mask(batch.attention_mask, past, start, stop),
+            # Untouched where possible: a preallocating cache wants masks wider than what is filled.
+            attention_mask=batch.attention_mask if whole else _slice_mask(batch.attention_mask, past, start, stop),
             position_ids=None if position_ids is None else position_ids[:, start:stop],
             past_key_values=cache,
             use_cache=True,

@@ -45,7 +45,7 @@ class Recorder:
         self._calls: list[LayerCall] = []
         self._first_hidden: torch.Tensor | None = None
         self._final: torch.Tensor | None = None
-        self._width = skeleton.model.get_input_embeddings().embedding_dim
+        self._width = int(skeleton.embedding.embedding_dim)
         layers = list(skeleton.layers)
         path, _, name = skeleton.family.layers.rpartition(".")
         stand_ins = nn.ModuleList(_StandIn(self, index, layer) for index, layer in enumerate(layers))

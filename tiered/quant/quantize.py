@@ -125,9 +125,7 @@ def _panel_rows(columns: int) -> int:
     return max(1, PANEL_BYTES // (4 * columns))
 
 
-def _quantize_groups(
-    groups: Tensor, scheme: GroupScheme, factors: tuple[float, ...]
-) -> tuple[Tensor, Tensor, Tensor]:
+def _quantize_groups(groups: Tensor, scheme: GroupScheme, factors: tuple[float, ...]) -> tuple[Tensor, Tensor, Tensor]:
     """Codes, scale and zero, all float32, of the columns of `groups` [group, n]; a scale that is not finite
     means that a weight was not, or that its group spans too much."""
     max_code = scheme.max_code

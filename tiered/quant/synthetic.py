@@ -84,9 +84,7 @@ class SyntheticPool:
         """The bytes of NAME.scale, such that the dequantized weight's standard deviation is `std`."""
         largest = float(self._scale.max()) * std
         if not 0 < largest <= _GREATEST_FP16:
-            raise ConfigError(
-                f"{key}: standard deviation {std!r}: expected more than 0 and scales within fp16"
-            )
+            raise ConfigError(f"{key}: standard deviation {std!r}: expected more than 0 and scales within fp16")
         for run in self._runs(out_features, in_features, key):
             yield _view((self._scale[run] * np.float32(std)).astype(np.float16))
 

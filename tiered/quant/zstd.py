@@ -76,8 +76,7 @@ def decompress_frame(frame: Buffer, out: memoryview, *, name: str = "tensor") ->
         claimed = zstandard.get_frame_parameters(frame).content_size
         if claimed != len(out):
             raise StoreError(
-                f"{name}: expected a zstd frame of {len(out):,} bytes, found one of {claimed:,}; "
-                f"run 'tiered verify'"
+                f"{name}: expected a zstd frame of {len(out):,} bytes, found one of {claimed:,}; run 'tiered verify'"
             )
         out[:] = zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False)
     except zstandard.ZstdError as error:

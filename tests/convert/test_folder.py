@@ -1,0 +1,208 @@
+"""What a conversion may do to the folder it is pointed at."""
+
+import errno
+import json
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+
+from tests.convert.models import TRAINED, store_digest
+from tiered.convert import ConvertOptions, convert_checkpoint
+from tiered.convert.folder import locked, state_of
+from tiered.errors import ConfigError, DiskFullError, StoreError
+from tiered.store import BlockWriter, Store
+
+Usage = namedtuple("Usage", "total used free")
+
+
+class Stop(Exception):
+    """Ends a conversion at a chosen block, as a crash would."""
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, name: str, error: Exception | None = None) -> None:
+    """Make writing block `name` fail after some of its bytes."""
+    finish = BlockWriter.finish
+
+    def failing(self: BlockWriter) -> object:
+        if self._path.name.startswith(name):
+            raise error or Stop
+        return finish(self)
+
+    monkeypatch.setattr(BlockWriter, "finish", failing)
+
+
+@pytest.fixture
+def half(tmp_path: Path) -> Path:
+    """An unfinished conversion of the trained checkpoint."""
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, "layer-004")
+        with pytest.raises(Stop):
+            convert_checkpoint(TRAINED, tmp_path / "half", ConvertOptions())
+    return tmp_path / "half"
+
+
+def test_a_finished_store_is_kept_unless_forced(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    convert_checkpoint(TRAINED, out, ConvertOptions())
+    before = store_digest(out)
+    with pytest.raises(ConfigError, match=r"already a finished store; replace it with --force"):
+        convert_checkpoint(TRAINED, out, ConvertOptions(quant="int8"))
+    assert store_digest(out) == before
+    convert_checkpoint(TRAINED, out, ConvertOptions(quant="int8", force=True))
+    assert Store.open(out).manifest.quantization["layers"] == "int8-g64"
+    convert_checkpoint(TRAINED, out, ConvertOptions(force=True))
+    assert store_digest(out) == before
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_users_folder_is_never_touched(force: bool, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (out / "blocks").mkdir(parents=True)
+    (out / "blocks" / "precious.txt").write_text("mine")
+    (out / "manifest.json").write_text('{"format": "another program"}')
+    before = store_digest(out)
+    with pytest.raises(ConfigError, match="nothing in it is touched"):
+        convert_checkpoint(TRAINED, out, ConvertOptions(force=force))
+    assert store_digest(out) == before
+
+
+def test_the_source_folder_is_no_output(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(TRAINED, source)
+    before = store_digest(source)
+    with pytest.raises(ConfigError, match="nothing in it is touched"):
+        convert_checkpoint(source, source, ConvertOptions(force=True))
+    assert store_digest(source) == before
+
+
+def test_force_leaves_a_users_files_in_a_store(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    convert_checkpoint(TRAINED, out, ConvertOptions())
+    (out / "notes.txt").write_text("mine")
+    (out / "blocks" / "notes.txt").write_text("mine")
+    convert_checkpoint(TRAINED, out, ConvertOptions(force=True))
+    assert (out / "notes.txt").read_text() == (out / "blocks" / "notes.txt").read_text() == "mine"
+
+
+def test_an_empty_folder_is_used(tmp_path: Path) -> None:
+    assert state_of(tmp_path) == "new"
+    convert_checkpoint(TRAINED, tmp_path, ConvertOptions())
+    assert state_of(tmp_path) == "finished"
+
+
+def test_the_same_call_resumes_and_the_bytes_are_the_same(half: Path, tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="run the same 'tiered convert' command again"):
+        Store.open(half)
+    times = {path.name: path.stat().st_mtime_ns for path in (half / "blocks").glob("*.safetensors")}
+    assert len(times) == 6  # embed, outer, four layers
+    (half / "blocks" / "stray.safetensors.part").write_text("left by a kill")
+    result = convert_checkpoint(TRAINED, half, ConvertOptions())
+    assert result.resumed_blocks == len(times)
+    assert all((half / "blocks" / name).stat().st_mtime_ns == time for name, time in times.items())
+    convert_checkpoint(TRAINED, tmp_path / "whole", ConvertOptions())
+    assert store_digest(half) == store_digest(tmp_path / "whole")
+
+
+def test_resuming_with_other_settings_is_refused_or_forced(half: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"other settings \(quant 'int4' there, 'int8' now\)"):
+        convert_checkpoint(TRAINED, half, ConvertOptions(quant="int8"))
+    result = convert_checkpoint(TRAINED, half, ConvertOptions(quant="int8", force=True))
+    assert result.resumed_blocks == 0
+    convert_checkpoint(TRAINED, tmp_path / "whole", ConvertOptions(quant="int8"))
+    assert store_digest(half) == store_digest(tmp_path / "whole")
+
+
+def test_resuming_from_a_fine_tuned_copy_is_refused(half: Path, tmp_path: Path) -> None:
+    other = tmp_path / "opt-docs-8m"
+    shutil.copytree(TRAINED, other)
+    content = bytearray((other / "model.safetensors").read_bytes())
+    content[-4_000_000:] = bytes(4_000_000)
+    (other / "model.safetensors").write_bytes(content)
+    with pytest.raises(ConfigError, match="another checkpoint"):
+        convert_checkpoint(other, half, ConvertOptions())
+
+
+def test_a_forced_command_resumes_its_own_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    convert_checkpoint(TRAINED, out, ConvertOptions(quant="int8"))
+    with monkeypatch.context() as patch:
+        stop_at(patch, "layer-004")
+        with pytest.raises(Stop):
+            convert_checkpoint(TRAINED, out, ConvertOptions(force=True))
+    assert convert_checkpoint(TRAINED, out, ConvertOptions(force=True)).resumed_blocks == 6
+
+
+def test_a_damaged_block_is_written_again(half: Path, tmp_path: Path) -> None:
+    block = half / "blocks" / "layer-002.safetensors"
+    block.write_bytes(block.read_bytes()[:-4096])
+    assert convert_checkpoint(TRAINED, half, ConvertOptions()).resumed_blocks == 5
+    convert_checkpoint(TRAINED, tmp_path / "whole", ConvertOptions())
+    assert store_digest(half) == store_digest(tmp_path / "whole")
+
+
+def test_a_kill_between_the_last_two_steps_is_finished_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, unlink = tmp_path / "out", Path.unlink
+
+    def failing(self: Path, missing_ok: bool = False) -> None:
+        if self.name == "conversion.json":
+            raise Stop
+        unlink(self, missing_ok)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", failing)
+        with pytest.raises(Stop):
+            convert_checkpoint(TRAINED, out, ConvertOptions())
+    Store.open(out)
+    result = convert_checkpoint(TRAINED, out, ConvertOptions())
+    assert result.resumed_blocks == 10 and not (out / "conversion.json").exists()
+
+
+def test_a_kill_while_discarding_takes_no_old_block_for_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, unlink = tmp_path / "out", Path.unlink
+    convert_checkpoint(TRAINED, out, ConvertOptions(compress="none"))
+
+    def failing(self: Path, missing_ok: bool = False) -> None:
+        if self.name == "layer-003.safetensors":
+            raise Stop
+        unlink(self, missing_ok)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", failing)
+        with pytest.raises(Stop):
+            convert_checkpoint(TRAINED, out, ConvertOptions(clip="minmax", force=True))
+    assert (out / "blocks" / "layer-005.safetensors").exists()
+    assert convert_checkpoint(TRAINED, out, ConvertOptions(clip="minmax")).resumed_blocks == 0
+
+
+def test_a_full_disk_is_named_and_resumable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        stop_at(patch, "layer-004", OSError(errno.ENOSPC, "No space left on device"))
+        with pytest.raises(DiskFullError, match="run the same command again to resume"):
+            convert_checkpoint(TRAINED, out, ConvertOptions())
+    assert convert_checkpoint(TRAINED, out, ConvertOptions()).resumed_blocks == 6
+
+
+def test_too_little_space_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10 << 30, 10 << 30, 1 << 20))
+    with pytest.raises(DiskFullError, match=r"the store needs .* MiB, the disk has 1 MiB free"):
+        convert_checkpoint(TRAINED, tmp_path / "out", ConvertOptions())
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_conversions_into_one_folder_do_not_mix(tmp_path: Path) -> None:
+    with locked(tmp_path), pytest.raises(ConfigError, match="another conversion is writing to it"):
+        convert_checkpoint(TRAINED, tmp_path, ConvertOptions())
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"format": "tiered-conversion", "version": 99}'])
+def test_a_foreign_progress_file_is_named(content: str, tmp_path: Path) -> None:
+    (tmp_path / "conversion.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"conversion\.json: not a progress file"):
+        convert_checkpoint(TRAINED, tmp_path, ConvertOptions())
+    convert_checkpoint(TRAINED, tmp_path, ConvertOptions(force=True))
+    assert json.loads((tmp_path / "manifest.json").read_text())["format"] == "tiered-store"

@@ -1,0 +1,106 @@
+"""Killed at any moment, the same command goes on, and the store comes out the same."""
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.convert.models import save_model, store_digest, tiny_model
+from tiered.convert import ConvertOptions, convert_checkpoint
+from tiered.store import Store
+
+# Slowed down per chunk written, so that a kill can fall anywhere; says when imports are over.
+CHILD = """
+import sys, time
+from pathlib import Path
+from tiered.convert import ConvertOptions, convert_checkpoint
+print("ready", flush=True)
+convert_checkpoint(sys.argv[1], Path(sys.argv[2]), ConvertOptions(), lambda _: time.sleep(0.002))
+"""
+
+
+def spawn(source: Path, out: Path) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-c", CHILD, str(source), str(out)]
+    return subprocess.Popen(command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True)
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_the_store_is_the_same(tmp_path: Path) -> None:
+    source = save_model(tmp_path / "source", tiny_model("llama"), "60KB")
+    convert_checkpoint(source, tmp_path / "whole", ConvertOptions())
+    out, dice = tmp_path / "out", random.Random(5)
+    kills = 0
+    for _ in range(6):
+        with spawn(source, out) as child:
+            assert child.stdout is not None and child.stdout.readline() == "ready\n"
+            time.sleep(dice.uniform(0.0, 0.7))
+            child.send_signal(signal.SIGKILL)
+            kills += child.wait() == -signal.SIGKILL
+        if (out / "manifest.json").exists():
+            break
+    if not (out / "manifest.json").exists() or (out / "conversion.json").exists():
+        convert_checkpoint(source, out, ConvertOptions())
+    assert kills >= 1
+    Store.open(out)
+    assert store_digest(out) == store_digest(tmp_path / "whole")
+
+
+class Killed(BaseException):
+    """As abrupt as a signal: no handler of ours catches it."""
+
+
+def test_stopped_before_any_durable_write_the_store_is_the_same(tmp_path: Path) -> None:
+    source = save_model(tmp_path / "source", tiny_model("bloom"))
+    options = ConvertOptions()
+    convert_checkpoint(source, tmp_path / "whole", options)
+    expected = store_digest(tmp_path / "whole")
+    replace = Path.replace
+    step = 0
+    while True:
+        step += 1
+        out, renames = tmp_path / f"out-{step}", 0
+
+        def failing(self: Path, target: Path, limit: int = step) -> Path:
+            nonlocal renames
+            renames += 1
+            if renames == limit:
+                raise Killed
+            return replace(self, target)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Path, "replace", failing)
+            try:
+                convert_checkpoint(source, out, options)
+                break
+            except Killed:
+                pass
+        convert_checkpoint(source, out, options)
+        assert store_digest(out) == expected, step
+    assert step > 8  # every small file, every block and the manifest
+
+
+@pytest.mark.slow
+def test_interrupted_from_the_keyboard_it_says_how_to_go_on(tmp_path: Path) -> None:
+    code = (
+        "import sys, time, tiered.convert as c\n"
+        "original = c.convert_checkpoint\n"
+        "c.convert_checkpoint = lambda s, o, k, p: original(s, o, k, lambda now: (print('go', flush=True), "
+        "time.sleep(0.2)))\n"
+        "from tiered.cli import main\n"
+        "main()\n"
+    )
+    source = save_model(tmp_path / "source", tiny_model("llama"))
+    command = [sys.executable, "-c", code, "convert", str(source), "-o", str(tmp_path / "out")]
+    with subprocess.Popen(
+        command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as child:
+        assert child.stdout is not None and child.stdout.readline() == "go\n"
+        child.send_signal(signal.SIGINT)
+        _, said = child.communicate(timeout=20)
+    assert child.returncode == 130
+    assert "the same command resumes" in said and "Traceback" not in said
+    convert_checkpoint(source, tmp_path / "out", ConvertOptions())

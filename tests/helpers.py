@@ -1,0 +1,323 @@
+"""Tiny random models of every family, their stores, and what transformers and the engine make of them.
+
+`TINY` describes the models. `Tiny` makes them, each once (the `tiny` fixture holds one for the whole session). What
+transformers answers to some prompts and what the engine does have one form, `Answers`, so that they can be compared.
+"""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from tiered.convert import ConvertOptions, convert_checkpoint
+from tiered.model import MicroBatch, Pass
+from tiered.quant import QuantizedWeight
+from tiered.runtime import Load, Options, Runtime
+from tiered.store import Store
+from tiered.units import GIB
+
+CONTEXT: Final = 64
+"""Tokens that each tiny model has positions for."""
+WINDOW: Final = 8
+"""Sliding window of the families that have one: shorter than the prompts."""
+STEPS: Final = 24
+PROMPT_LENGTHS: Final = (21, 13)
+TOLERANCE: Final = 1e-4
+"""Relative error of float32 logits that still counts as the same."""
+
+Tokens = Sequence[int]
+
+_SIZES: Final[dict[str, Any]] = {
+    "vocab_size": 160,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": CONTEXT,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    # Greedy decoding is to go on for as long as a test likes.
+    "eos_token_id": None,
+}
+_UNGROUPED: Final = {"num_key_value_heads": None, "head_dim": None}
+"""For families that know no grouped attention."""
+_SLIDING: Final = {"sliding_window": WINDOW}
+_MIXED: Final = {**_SLIDING, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+_ROPE: Final = {"rope_type": "default", "rope_theta": 10000.0}
+_OPT: Final = {**_UNGROUPED, "model_type": "opt", "ffn_dim": 128, "word_embed_proj_dim": 64}
+_FALCON: Final = {**_UNGROUPED, "model_type": "falcon", "ffn_hidden_size": 128}
+_SOFT_CAPS: Final = {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0}
+
+TINY: Final[dict[str, dict[str, Any]]] = {
+    "opt": _OPT,
+    "opt-350m": {**_OPT, "word_embed_proj_dim": 32, "do_layer_norm_before": False},
+    "gpt_neox": {**_UNGROUPED, "use_parallel_residual": True},
+    "gpt_neox-sequential": {**_UNGROUPED, "model_type": "gpt_neox", "use_parallel_residual": False},
+    "bloom": _UNGROUPED,
+    "falcon": {**_FALCON, "multi_query": True, "alibi": False},
+    "falcon-new": {**_FALCON, "new_decoder_architecture": True, "num_kv_heads": 2, "alibi": False},
+    "falcon-alibi": {**_FALCON, "multi_query": False, "parallel_attn": False, "alibi": True, "bias": True},
+    "llama": {},
+    "llama-tied-biased": {
+        "model_type": "llama",
+        "tie_word_embeddings": True,
+        "attention_bias": True,
+        "mlp_bias": True,
+    },
+    "llama-scaled-rope": {
+        "model_type": "llama",
+        "rope_parameters": {
+            **_ROPE,
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
+    },
+    "mistral": _SLIDING,
+    "qwen2": {},
+    "qwen2-sliding-yarn": {
+        **_SLIDING,
+        "model_type": "qwen2",
+        "use_sliding_window": True,
+        "max_window_layers": 1,
+        "rope_parameters": {**_ROPE, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+    },
+    "qwen3": {},
+    "phi": {"qk_layernorm": True},
+    "phi3": _SLIDING,
+    "gemma": {},
+    "gemma2": {**_MIXED, **_SOFT_CAPS, "query_pre_attn_scalar": 16},
+    "gemma3_text": {**_MIXED, "query_pre_attn_scalar": 16},
+    "stablelm": {"use_qkv_bias": True},
+    "stablelm-parallel": {"model_type": "stablelm", "use_parallel_residual": True, "qk_layernorm": True},
+    "starcoder2": _SLIDING,
+    "olmo": {"clip_qkv": 1.0},
+    "olmo2": {},
+    "olmo3": _MIXED,
+    "granite": {"attention_multiplier": 0.3, "residual_multiplier": 0.5, "logits_scaling": 2.0},
+    "cohere": {"use_qk_norm": True},
+    "cohere2": _MIXED,
+    "smollm3": {"no_rope_layers": [1, 0, 1]},
+    "glm": {},
+    "glm4": {},
+    "helium": {},
+    "nemotron": {},
+    "exaone4": _MIXED,
+    "ministral": _MIXED,
+    "ministral3": {
+        "rope_parameters": {**_ROPE, "llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 16}
+    },
+    "arcee": {},
+    "seed_oss": {},
+    "cwm": {**_MIXED, "rope_parameters": _ROPE},
+    "diffllama": {},
+    "ernie4_5": {},
+    "granite_swa": _MIXED,
+    "hunyuan_v1_dense": {},
+    "hyperclovax": {},
+    "jais2": {},
+    "nanochat": {},
+    "persimmon": _UNGROUPED,
+    "vaultgemma": {**_MIXED, **_SOFT_CAPS},
+    "xglm": {**_UNGROUPED, "ffn_dim": 96},
+    "biogpt": _UNGROUPED,
+    "gptj": {**_UNGROUPED, "rotary_dim": 8},
+    "codegen": {**_UNGROUPED, "rotary_dim": 8},
+    "mpt": _UNGROUPED,
+    "gpt_bigcode": {**_UNGROUPED, "multi_query": True},
+    "gpt_bigcode-heads": {**_UNGROUPED, "model_type": "gpt_bigcode", "multi_query": False},
+    "gpt_neo": {
+        **_UNGROUPED,
+        "attention_types": [[["global", "local"], 2]],
+        "num_hidden_layers": 4,
+        "window_size": WINDOW,
+    },
+    "gpt_neox_japanese": _UNGROUPED,
+    "modernbert-decoder": {**_MIXED, **_UNGROUPED},
+}
+"""Configurations by name, on top of `_SIZES`; the name is the model_type where none is given."""
+
+
+def tiny_config(name: str) -> Any:
+    """The configuration of tiny model `name`."""
+    fields = {"model_type": name, **_SIZES, **TINY[name]}
+    return AutoConfig.for_model(**{key: value for key, value in fields.items() if value is not None})
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Per prompt: the tokens chosen greedily, and logits [prompt + tokens - 1, vocab] at every position."""
+
+    tokens: tuple[Tokens, ...]
+    logits: tuple[torch.Tensor, ...]
+
+
+class Tiny:
+    """Makes the tiny models, their stores and their reference answers in `folder`, each when first asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        # Per instance, so that nothing outlives the session's folder.
+        self.checkpoint = cache(self._checkpoint)
+        self.store = cache(self._store)
+        self.reference = cache(self._reference)
+
+    def model(self, name: str, quant: str = "none") -> PreTrainedModel:
+        """The model as transformers loads it, in float32; `quant` gives it the weights of that store instead."""
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(self.checkpoint(name), dtype=torch.float32)
+        if quant != "none":
+            load_stored_weights(model, self.store(name, quant))
+        return model
+
+    def _checkpoint(self, name: str) -> Path:
+        folder = self._folder / name
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(tiny_config(name), dtype=torch.float32)
+        randomize(model)
+        model.generation_config.eos_token_id = None
+        model.save_pretrained(folder)
+        return folder
+
+    def _store(self, name: str, quant: str = "none") -> Store:
+        output = self._folder / f"{name}-{quant}.tiered"
+        convert_checkpoint(self.checkpoint(name), output, ConvertOptions(quant=quant, compress="none"))
+        return Store.open(output)
+
+    def _reference(self, name: str, quant: str = "none", steps: int = STEPS) -> Answers:
+        return reference_answers(self.model(name, quant), prompts_for(name), steps)
+
+
+def randomize(model: PreTrainedModel) -> None:
+    """Make every parameter unlike every other, so that a swapped, dropped or unscaled one shows in the logits."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim > 1:
+                parameter.copy_(noise / parameter.shape[-1] ** 0.5)
+            else:
+                parameter.add_(0.2 * noise)
+
+
+def load_stored_weights(model: PreTrainedModel, store: Store) -> None:
+    """Overwrite the parameters of `model` with those of `store`, dequantized, by reading its files whole."""
+    state = model.state_dict()
+    with torch.no_grad():
+        for block in store.manifest.blocks:
+            memory = torch.frombuffer(bytearray(store.file_path(block).read_bytes()), dtype=torch.uint8)
+            for name, weight in store.layout(block).weights.items():
+                value = weight.view(memory)
+                if isinstance(value, QuantizedWeight):
+                    value = value.rows(0, value.shape[0], torch.float32)
+                state[name].copy_(value)
+
+
+def prompts_for(name: str) -> list[list[int]]:
+    """Two random prompts of different length, the same ones for every model."""
+    vocab = tiny_config(name).vocab_size
+    generator = torch.Generator().manual_seed(2)
+    return [torch.randint(3, vocab, (length,), generator=generator).tolist() for length in PROMPT_LENGTHS]
+
+
+def reference_logits(model: PreTrainedModel, ids: Tokens) -> torch.Tensor:
+    """What transformers computes without cache, padding or neighbours: [tokens, vocab]."""
+    with torch.inference_mode():
+        logits: torch.Tensor = model(torch.tensor([list(ids)]), use_cache=False).logits
+    return logits[0]
+
+
+def reference_answers(model: PreTrainedModel, prompts: Sequence[Tokens], steps: int) -> Answers:
+    """Greedy continuations by transformers' own `generate`, and the logits of each whole text in one forward."""
+    tokens, logits = [], []
+    for prompt in prompts:
+        ids = torch.tensor([list(prompt)])
+        # `generate` only exists on classes that mix it in, which `PreTrainedModel` itself does not.
+        output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=steps, do_sample=False)  # type: ignore[operator]
+        new = output[0, len(prompt) :].tolist()
+        tokens.append(new)
+        logits.append(reference_logits(model, [*prompt, *new[:-1]]))
+    return Answers(tuple(tokens), tuple(logits))
+
+
+@dataclass
+class _Group:
+    """Prompts of one micro-batch, padded on the left."""
+
+    micro_batch: MicroBatch
+    mask: torch.Tensor  # [rows, tokens so far]
+
+
+def run_greedy(
+    runtime: Runtime, prompts: Sequence[Tokens], steps: int = STEPS, rows: int = 1, end: bool = True
+) -> Answers:
+    """What the engine makes of `prompts`, `rows` of them in each micro-batch; the last pass is announced if `end`."""
+    tokens: list[list[int]] = [[] for _ in prompts]
+    logits: list[list[torch.Tensor]] = [[] for _ in prompts]
+    with ExitStack() as stack:
+        groups = []
+        for start in range(0, len(prompts), rows):
+            members = prompts[start : start + rows]
+            capacity = max(map(len, members)) + steps
+            groups.append(_padded(members, stack.enter_context(runtime.new_cache(len(members), capacity))))
+        for step in range(steps):
+            pass_ = runtime.forward([g.micro_batch for g in groups], is_last=end and step == steps - 1)
+            _collect(groups, pass_, tokens, logits, rows)
+    return Answers(tuple(tokens), tuple(torch.cat(parts) for parts in logits))
+
+
+def _padded(prompts: Sequence[Tokens], cache: Any) -> _Group:
+    length = max(map(len, prompts))
+    ids = torch.tensor([[0] * (length - len(prompt)) + list(prompt) for prompt in prompts])
+    mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    return _Group(_micro_batch(ids, mask, cache), mask)
+
+
+def _micro_batch(ids: torch.Tensor, mask: torch.Tensor, cache: Any) -> MicroBatch:
+    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    return MicroBatch(ids, cache, mask if bool((mask == 0).any()) else None, positions, logits_to_keep=0)
+
+
+def _collect(
+    groups: list[_Group], pass_: Pass, tokens: list[list[int]], logits: list[list[torch.Tensor]], rows: int
+) -> None:
+    """Take the logits of real positions, choose the next tokens, and set up the next pass."""
+    for number, (group, found) in enumerate(zip(groups, pass_.logits, strict=True)):
+        real = group.mask[:, -found.shape[1] :].bool()
+        following = found[:, -1].argmax(-1, keepdim=True)
+        for row in range(found.shape[0]):
+            logits[number * rows + row].append(found[row, real[row]].clone())
+            tokens[number * rows + row].append(int(following[row]))
+        group.mask = torch.cat([group.mask, torch.ones_like(following)], dim=1)
+        group.micro_batch = _micro_batch(following, group.mask, group.micro_batch.cache)
+
+
+def relative_error(found: Answers, expected: Answers) -> float:
+    """The largest difference of any logit, relative to the largest logit of the same text."""
+    errors = []
+    for a, b in zip(found.logits, expected.logits, strict=True):
+        assert a.shape == b.shape
+        errors.append(float((a - b).abs().max() / b.abs().max()))
+    # max() of a list would pass over NaN.
+    return float(torch.tensor(errors).max())
+
+
+def assert_same(found: Answers, expected: Answers) -> None:
+    """Same greedy tokens, and logits within TOLERANCE."""
+    error = relative_error(found, expected)
+    assert error <= TOLERANCE, f"relative error of logits {error:.2e}"
+    assert found.tokens == expected.tokens
+
+
+def open_runtime(store: Store, **options: Any) -> Runtime:
+    """A runtime of `store` for the test prompts, in float32, in plenty of memory unless `ram` says otherwise."""
+    load = Load(sequences=len(PROMPT_LENGTHS), context=CONTEXT, prompt=max(PROMPT_LENGTHS))
+    return Runtime(store, load, Options(**{"dtype": "float32", "ram": 16 * GIB, "threads": 1, **options}))

@@ -1,0 +1,177 @@
+"""The Python API behaves as transformers documents its models, on weights that are streamed."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextStreamer,
+)
+
+import tiered
+from tiered.api import LoadedModel
+from tiered.convert import ConvertOptions, convert_checkpoint
+from tiered.errors import BudgetError, ConfigError, NotSupportedError, StoreError
+
+CHECKPOINT = Path(__file__).parent / "data/models/opt-docs-8m"
+PROMPT = "The function returns"
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("api") / "opt-docs-8m.tiered"
+    convert_checkpoint(CHECKPOINT, path, ConvertOptions(quant="none"))
+    return path
+
+
+@pytest.fixture(scope="module")
+def loaded(store: Path) -> Iterator[LoadedModel]:
+    with tiered.load(store, dtype="float32", context=256, sequences=4) as loaded:
+        yield loaded
+
+
+@pytest.fixture(scope="module")
+def reference() -> Any:
+    return AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"do_sample": False},
+        {"do_sample": True, "top_k": 20, "temperature": 0.8},
+        {"do_sample": False, "num_beams": 4},
+        {"do_sample": True, "num_return_sequences": 3},
+        {"do_sample": False, "cache_implementation": "static"},
+        {"do_sample": False, "prompt_lookup_num_tokens": 3},
+        {"do_sample": False, "use_cache": False},
+        {"do_sample": False, "repetition_penalty": 1.3, "return_dict_in_generate": True, "output_scores": True},
+    ],
+    ids=lambda arguments: ",".join(f"{key}={value}" for key, value in arguments.items()),
+)
+def test_generate_gives_the_tokens_that_the_model_in_memory_gives(
+    loaded: LoadedModel, reference: Any, arguments: dict[str, Any]
+) -> None:
+    inputs = loaded.tokenizer(PROMPT, return_tensors="pt")
+    results = []
+    for model in (loaded.model, reference):
+        torch.manual_seed(0)
+        result = model.generate(**inputs, max_new_tokens=12, **arguments)
+        results.append(getattr(result, "sequences", result))
+    assert torch.equal(*results)
+
+
+def test_a_padded_batch_gives_the_tokens_that_the_model_in_memory_gives(loaded: LoadedModel, reference: Any) -> None:
+    loaded.tokenizer.padding_side = "left"
+    inputs = loaded.tokenizer([PROMPT, "To install the package, run the following"], padding=True, return_tensors="pt")
+    outputs = [m.generate(**inputs, max_new_tokens=10, do_sample=False) for m in (loaded.model, reference)]
+    assert torch.equal(*outputs)
+
+
+def test_logits_of_every_position_equal_those_of_the_model_in_memory(loaded: LoadedModel, reference: Any) -> None:
+    inputs = loaded.tokenizer(PROMPT, return_tensors="pt")
+    expected = reference(**inputs).logits
+    found = loaded.model(**inputs).logits
+    assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+def test_a_prompt_longer_than_a_chunk_is_one_pass(store: Path, reference: Any) -> None:
+    ids = torch.randint(3, 4000, (1, 100), generator=torch.Generator().manual_seed(0))
+    with tiered.load(store, dtype="float32", context=128) as loaded:
+        object.__setattr__(loaded.runtime.workspace, "rows", 16)
+        found = loaded.model(ids, logits_to_keep=1).logits
+        assert loaded.runtime.passes == 1
+        expected = reference(ids, logits_to_keep=1).logits
+        assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+def test_past_key_values_continue_where_they_ended(loaded: LoadedModel, reference: Any) -> None:
+    inputs = loaded.tokenizer(PROMPT, return_tensors="pt")
+    cache = DynamicCache(config=loaded.model.config)
+    first = loaded.model.generate(**inputs, max_new_tokens=8, past_key_values=cache, do_sample=False)
+    assert cache.get_seq_length() == first.shape[1] - 1
+    second = loaded.model.generate(first, max_new_tokens=8, past_key_values=cache, do_sample=False)
+    assert torch.equal(second, reference.generate(**inputs, max_new_tokens=16, do_sample=False))
+
+
+def test_streamers_criteria_and_processors_are_called(loaded: LoadedModel, capsys: pytest.CaptureFixture[str]) -> None:
+    class StopAtSix(StoppingCriteria):
+        def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+            return torch.full((input_ids.shape[0],), input_ids.shape[1] >= 6)
+
+    class OnlyToken(LogitsProcessor):
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            forced = torch.full_like(scores, float("-inf"))
+            forced[:, 300] = 0
+            return forced
+
+    inputs = loaded.tokenizer(PROMPT, return_tensors="pt")
+    output = loaded.model.generate(
+        **inputs,
+        max_new_tokens=50,
+        do_sample=False,
+        streamer=TextStreamer(loaded.tokenizer),
+        stopping_criteria=StoppingCriteriaList([StopAtSix()]),
+        logits_processor=LogitsProcessorList([OnlyToken()]),
+    )
+    assert output.shape[1] == 6
+    assert set(output[0, inputs["input_ids"].shape[1] :].tolist()) == {300}
+    assert "The function returns" in capsys.readouterr().out
+
+
+def test_what_offloaded_weights_cannot_do_raises_with_the_reason(loaded: LoadedModel) -> None:
+    model = loaded.model
+    ids = torch.tensor([[5, 6]])
+    calls: dict[str, Callable[[], Any]] = {
+        "to": lambda: model.to("cpu"),
+        "half": model.half,
+        "state_dict": model.state_dict,
+        "save_pretrained": lambda: model.save_pretrained("x"),
+        "train": model.train,
+        "resize": lambda: model.resize_token_embeddings(10),
+        "labels": lambda: model(ids, labels=ids),
+        "embeddings": lambda: model(inputs_embeds=torch.zeros(1, 2, 256)),
+        "attentions": lambda: model(ids, output_attentions=True),
+    }
+    for name, call in calls.items():
+        with pytest.raises(NotSupportedError, match=r".{40}"):
+            call()
+            pytest.fail(f"{name} did not raise")
+    assert model.train(False) is model
+
+
+def test_device_dtype_and_size_are_those_of_the_run(loaded: LoadedModel, reference: Any) -> None:
+    assert loaded.model.device == torch.device("cpu")
+    assert loaded.model.dtype == torch.float32
+    assert loaded.model.num_parameters() == reference.num_parameters()
+
+
+def test_more_context_than_planned_is_refused_before_the_first_pass(loaded: LoadedModel) -> None:
+    passes = loaded.runtime.passes
+    inputs = loaded.tokenizer(PROMPT, return_tensors="pt")
+    with pytest.raises(BudgetError, match="context="):
+        loaded.model.generate(**inputs, max_new_tokens=2000)
+    assert loaded.runtime.passes == passes
+
+
+def test_bad_arguments_and_stores_are_named(store: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="bogus"):
+        tiered.load(store, ram="bogus")
+    with pytest.raises(ConfigError, match="sometimes"):
+        tiered.load(store, verify="sometimes")
+    with pytest.raises(ConfigError, match="gpu"):
+        tiered.load(store, tiers="disk,gpu,cpu")
+    with pytest.raises(StoreError, match="no such store"):
+        tiered.load(tmp_path / "nothing")
+    with pytest.raises(BudgetError, match="smallest budget"), tiered.load(store, ram="10MiB"):
+        pass
+    with pytest.raises(ConfigError, match=r"with tiered\.load"):
+        _ = tiered.load(store).model

@@ -1,0 +1,298 @@
+"""The Python API: a store as a Hugging Face model whose weights stay on disk.
+
+    import tiered
+
+    with tiered.load("opt-6.7b.tiered", ram="4GiB") as loaded:
+        inputs = loaded.tokenizer("The", return_tensors="pt")
+        print(loaded.tokenizer.decode(loaded.model.generate(**inputs, max_new_tokens=20)[0]))
+
+The model is a `PreTrainedModel` with `GenerationMixin`, so decoding strategies, streamers, stopping criteria, logits
+processors and caches are transformers' own. Its forward is one pass over the store.
+"""
+
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, NoReturn, Self
+
+import torch
+from transformers import (
+    AutoTokenizer,
+    DynamicCache,
+    GenerationConfig,
+    GenerationMixin,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.cache_utils import Cache, DynamicLayer
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from tiered.arch import load_config
+from tiered.cache import kv_shape
+from tiered.errors import BudgetError, ConfigError, NotSupportedError
+from tiered.io import VerifyPolicy
+from tiered.model import MicroBatch
+from tiered.plan import available_budget, parse_tiers
+from tiered.runtime import Load, Options, Runtime, compute_dtype
+from tiered.store import Store
+from tiered.units import parse_size
+
+DEFAULT_CONTEXT: Final = 2048
+_KV_SHARE: Final = 1 / 8
+"""Part of the budget that the KV cache may take where no context is asked for."""
+
+
+def load(
+    store: str | Path,
+    ram: str | int | None = None,
+    tiers: str = "disk,cpu",
+    *,
+    dtype: str = "auto",
+    threads: int | None = None,
+    context: int | None = None,
+    sequences: int = 1,
+    verify: str = "first",
+) -> "LoadedModel":
+    """Open `store` as a model that runs within `ram` ("4GiB" or bytes; default 90 % of what is free).
+
+    `context` is the longest sequence in tokens, prompt and completion together, and `sequences` how many run at
+    once, beams included: memory for their KV cache is set aside. By default one sequence of up to 2048 tokens.
+
+    Raises StoreError, ConfigError, or, when the context is entered, BudgetError.
+    """
+    if sequences < 1 or (context is not None and context < 1):
+        raise ConfigError(f"context {context} and sequences {sequences}: expected at least 1")
+    opened = Store.open(store)
+    budget = parse_size(ram) if isinstance(ram, str) else ram
+    try:
+        policy = VerifyPolicy(verify)
+    except ValueError:
+        raise ConfigError(f"verify {verify!r}: expected first, always or never") from None
+    options = Options(ram=budget, tiers=parse_tiers(tiers), dtype=dtype, threads=threads, verify=policy)
+    config = load_config(opened.path)
+    tokens = context or _default_context(config, dtype, sequences, budget or available_budget())
+    return LoadedModel(opened, config, Load(sequences, tokens), options)
+
+
+def _default_context(config: PretrainedConfig, dtype: str, sequences: int, budget: int) -> int:
+    """As much context as is useful, possible for the model, and modest in memory."""
+    per_token = kv_shape(config, compute_dtype(dtype, config)).nbytes(sequences, 1)
+    limit = getattr(config, "max_position_embeddings", None) or DEFAULT_CONTEXT
+    return max(16, min(DEFAULT_CONTEXT, limit, int(budget * _KV_SHARE) // per_token))
+
+
+class LoadedModel:
+    """A context manager: `model` and `tokenizer` inside, threads and memory gone after it."""
+
+    def __init__(self, store: Store, config: PretrainedConfig, load: Load, options: Options) -> None:
+        self._store, self._config = store, config
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self.runtime = Runtime(store, load, options)
+        self._model: OffloadedModel | None = None
+
+    def __enter__(self) -> Self:
+        # Before the runtime measures what the process itself takes.
+        _ = self.tokenizer
+        self.runtime.__enter__()
+        self._model = OffloadedModel(self._config, self.runtime)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._model = None
+        self.runtime.__exit__(kind, error, tb)
+
+    @property
+    def model(self) -> "OffloadedModel":
+        """The model; usable inside the context only."""
+        if self._model is None:
+            raise ConfigError("the model is not open: use it inside 'with tiered.load(...) as loaded:'")
+        return self._model
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The store's tokenizer."""
+        if self._tokenizer is None:
+            self._tokenizer = AutoTokenizer.from_pretrained(
+                self._store.path, trust_remote_code=False, local_files_only=True
+            )
+        return self._tokenizer
+
+
+class OffloadedModel(PreTrainedModel, GenerationMixin):
+    """A causal language model without parameters of its own: each forward streams them."""
+
+    config_class = PretrainedConfig
+    main_input_name = "input_ids"
+    _supports_sdpa = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: PretrainedConfig, runtime: Runtime) -> None:
+        super().__init__(config)
+        self._runtime = runtime
+        path = runtime.store.path
+        if (path / "generation_config.json").is_file():
+            self.generation_config = GenerationConfig.from_pretrained(path)
+        super().train(False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go and logits come from."""
+        return torch.device("cpu")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What activations are computed in; weights on disk may be quantized."""
+        return self._runtime.dtype
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Weights in the store, none of which can be trained."""
+        if only_trainable:
+            return 0
+        store = self._runtime.store
+        # A tied head is the embedding's file once more.
+        blocks = [b for b in store.blocks.values() if not (b.role == "head" and store.manifest.tied)]
+        counted = (b for b in blocks if not (exclude_embeddings and b.role == "embed"))
+        return sum(store.layout(block).weight_count for block in counted)
+
+    def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """transformers' own generate, after a look at whether what is asked for fits what `load` planned."""
+        ids = inputs if inputs is not None else kwargs.get("input_ids")
+        config = kwargs.get("generation_config") or self.generation_config
+        asked = {**config.to_dict(), **kwargs}
+        new_tokens = asked.get("max_new_tokens")
+        if isinstance(ids, torch.Tensor) and new_tokens is not None:
+            copies = max(asked.get("num_beams") or 1, asked.get("num_return_sequences") or 1)
+            self._check_room(ids.shape[0] * copies, ids.shape[1] + int(new_tokens) - 1)
+        return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]  # a protocol of private attributes
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits after `input_ids` [rows, tokens], as transformers defines it, in one pass over the store.
+
+        Raises BudgetError where the KV cache would outgrow what `load` planned for, NotSupportedError for what
+        offloaded weights cannot give (gradients, attention maps, hidden states).
+        """
+        self._refuse(input_ids, kwargs)
+        assert input_ids is not None
+        cache = past_key_values if past_key_values is not None else DynamicCache(config=self.config)
+        rows, tokens = input_ids.shape
+        self._check_room(rows, int(cache.get_seq_length()) + tokens)
+        batch = MicroBatch(input_ids, cache, attention_mask, position_ids, logits_to_keep)
+        parts = [batch] if _fits_one_pass(batch, self._runtime.rows_per_micro_batch) else self._split(batch)
+        logits = [self._runtime.forward([part]).logits[0] for part in parts]
+        # Only separate passes come in parts, and those keep every position they computed until here.
+        whole = logits[0] if len(parts) == 1 else _keep(torch.cat(logits, dim=1), logits_to_keep)
+        return CausalLMOutputWithPast(logits=whole, past_key_values=cache if use_cache is not False else None)
+
+    def _split(self, batch: MicroBatch) -> list[MicroBatch]:
+        """A prompt too long for one chunk, with a cache that one pass cannot fill chunk by chunk: several passes."""
+        rows, tokens = batch.input_ids.shape
+        past = int(batch.cache.get_seq_length())
+        step = max(1, self._runtime.rows_per_micro_batch // rows)
+        parts = []
+        for start in range(0, tokens, step):
+            stop = min(start + step, tokens)
+            mask, positions = batch.attention_mask, batch.position_ids
+            if mask is not None:
+                mask = mask[:, :, start:stop, : past + stop] if mask.ndim == 4 else mask[:, : past + stop]
+            positions = None if positions is None else positions[:, start:stop]
+            parts.append(MicroBatch(batch.input_ids[:, start:stop], batch.cache, mask, positions, 0))
+        return parts
+
+    def _check_room(self, rows: int, tokens: int) -> None:
+        load = self._runtime.load
+        if rows * tokens > load.sequences * load.context:
+            raise BudgetError(
+                f"{rows} sequences of {tokens} tokens: memory was set aside for {load.sequences} of {load.context}; "
+                "pass context= and sequences= to tiered.load (beams count as sequences)"
+            )
+
+    def _refuse(self, input_ids: torch.Tensor | None, kwargs: dict[str, Any]) -> None:
+        """Refuse what cannot be honoured, rather than ignore it."""
+        if input_ids is None:
+            raise NotSupportedError("forward without input_ids: embeddings are read from disk by token id")
+        for name, value in kwargs.items():
+            if name == "return_dict" or value is None or value is False:
+                continue
+            raise NotSupportedError(f"forward({name}=...): not available from a model whose weights are streamed")
+
+    # What a model in memory could do, and this one cannot.
+
+    def to(self, *args: Any, **kwargs: Any) -> NoReturn:  # type: ignore[override]
+        raise NotSupportedError(
+            "to(): the weights are not in memory; choose tiers and dtype in tiered.load(tiers=..., dtype=...)"
+        )
+
+    def cuda(self, *args: Any, **kwargs: Any) -> NoReturn:  # type: ignore[override]
+        self.to()
+
+    def cpu(self) -> NoReturn:
+        self.to()
+
+    def float(self, *args: Any) -> NoReturn:
+        self.to()
+
+    def half(self, *args: Any) -> NoReturn:
+        self.to()
+
+    def bfloat16(self, *args: Any) -> NoReturn:
+        self.to()
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise NotSupportedError(
+            "state_dict(): the weights do not fit in memory; the store's block files are safetensors and can be "
+            f"opened one at a time: {self._runtime.store.path / 'blocks'}"
+        )
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise NotSupportedError("load_state_dict(): a store is read-only; convert the other checkpoint instead")
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise NotSupportedError(
+            f"save_pretrained(): the weights are not in memory; copy the store itself: {self._runtime.store.path}"
+        )
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> NoReturn:  # type: ignore[override]
+        self.save_pretrained()
+
+    def train(self, mode: bool = True) -> Self:
+        """Only evaluation: `train(False)`, as `eval()` calls it, is the one mode there is."""
+        if mode:
+            raise NotSupportedError("train(): streamed, quantized weights have no gradients")
+        super().train(False)
+        return self
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        if requires_grad:
+            self.train()
+        return self
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise NotSupportedError("resize_token_embeddings(): a store is read-only; resize before converting")
+
+    def get_input_embeddings(self) -> NoReturn:
+        raise NotSupportedError("get_input_embeddings(): embedding rows are read from disk as they are needed")
+
+
+def _fits_one_pass(batch: MicroBatch, rows_per_chunk: int) -> bool:
+    """Whether the engine can take `batch` as it is: in one chunk, or in several that grow the cache in turn."""
+    rows, tokens = batch.input_ids.shape
+    if rows * tokens <= rows_per_chunk or tokens == 1:
+        return True
+    # A cache that drops or preallocates keys has lengths that only its own update knows.
+    return all(type(layer) is DynamicLayer for layer in batch.cache.layers) and not isinstance(
+        batch.attention_mask, dict
+    )
+
+
+def _keep(logits: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    index = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+    return logits[:, index]

@@ -1,0 +1,218 @@
+"""What `tiered inspect` finds out and how it is shown. Heavy imports live here.
+
+The baseline of the process is measured the way a run measures it, by building the runtime with a budget that it
+refuses, so that neither memory is taken nor weights are read; all other figures are the planner's own.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from transformers import AutoTokenizer
+
+from tiered.arch import build_skeleton, load_config
+from tiered.cli.columns import columns
+from tiered.errors import BudgetError, ConfigError
+from tiered.model.needs import Footprint, InFlight
+from tiered.plan import available_budget
+from tiered.plan.fits import Fit, fits
+from tiered.runtime import Load, Options, Runtime
+from tiered.store import Store
+from tiered.store.summary import BlockRow, StoreSummary, summarize
+from tiered.units import format_budget, format_rate, format_seconds, format_size, parse_size
+
+DEFAULT_CONTEXT: Final = 2048
+_REFUSED_BUDGET: Final = 1
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Everything the command shows."""
+
+    store: Store
+    summary: StoreSummary
+    footprint: Footprint
+    fits: tuple[Fit, ...]
+    default_budget: int
+    """What a run would take here and now without --ram."""
+    disk_bandwidth: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        manifest, summary, load = self.store.manifest, self.summary, self.footprint.load
+        return {
+            "name": self.store.name,
+            "path": str(self.store.path),
+            "family": manifest.architecture.get("model_type"),
+            "layers": manifest.architecture.get("layers"),
+            "parameters": summary.parameters,
+            "quantization": dict(manifest.quantization),
+            "synthetic": manifest.synthetic,
+            "distinct_blocks": manifest.distinct_blocks,
+            "source": dict(manifest.source),
+            "tied": manifest.tied,
+            "blocks": [row.to_json() for row in summary.rows],
+            "model_bytes": summary.model_nbytes,
+            "disk_bytes": summary.disk_nbytes,
+            "bits_per_weight": summary.bits_per_weight,
+            "bytes_per_pass": summary.tape_nbytes,
+            "dtype": _dtype_name(self.footprint),
+            "kv_bytes_per_token": self.footprint.kv.nbytes(1, 1),
+            "load": asdict(load),
+            "baseline_bytes": self.footprint.baseline,
+            "default_budget_bytes": self.default_budget,
+            "disk_bandwidth": self.disk_bandwidth,
+            "budgets_are": "estimates; a run measures its own baseline",
+            "budgets": [self._fit_json(fit) for fit in self.fits],
+        }
+
+    def _fit_json(self, fit: Fit) -> dict[str, Any]:
+        rate = self.disk_bandwidth
+        return {
+            "budget_bytes": fit.budget,
+            "resident_blocks": fit.resident_blocks,
+            "resident_bytes": fit.resident_nbytes,
+            "resident_share": fit.resident_share,
+            "bytes_read_per_pass": fit.read_nbytes,
+            "disk_seconds_per_pass": None if rate is None else fit.disk_seconds(rate),
+            "needs": asdict(self.footprint.needs(fit.budget)),
+        }
+
+
+def inspect_store(
+    path: Path, context: int | None, sequences: int, dtype: str, disk_bandwidth: float | None
+) -> Inspection:
+    """Open the store at `path` and ask the planner. Raises StoreError, ConfigError."""
+    store = Store.open(path)
+    summary = summarize(store)
+    config = load_config(store.path)
+    most = getattr(config, "max_position_embeddings", None)
+    tokens = context or min(DEFAULT_CONTEXT, most or DEFAULT_CONTEXT)
+    if most is not None and tokens > most:
+        raise ConfigError(f"--context {tokens}: this model has positions for {most}; ask for at most that many")
+    measured = _refused_runtime(store, Load(sequences, tokens), dtype)
+    # Built after the baseline has been measured, which it must not add to.
+    skeleton = build_skeleton(config, measured.dtype)
+    load = InFlight(sequences, tokens, tokens)
+    footprint = Footprint.of(store, skeleton, measured.dtype, load, measured.baseline)
+    in_memory = [store.layout(block).memory_nbytes for block in store.tape]
+    on_disk = [block.file.nbytes for block in store.tape]
+    rows = fits(in_memory, on_disk, footprint.needs)
+    return Inspection(store, summary, footprint, rows, available_budget(), disk_bandwidth)
+
+
+def _refused_runtime(store: Store, load: Load, dtype: str) -> Runtime:
+    """A runtime that has measured its process and then refused a budget of one byte."""
+    # A run has its tokenizer loaded by then. A store whose tokenizer is damaged can still be inspected.
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        AutoTokenizer.from_pretrained(store.path, local_files_only=True)
+    runtime = Runtime(store, load, Options(ram=_REFUSED_BUDGET, dtype=dtype))
+    with contextlib.suppress(BudgetError), runtime:
+        raise AssertionError("a budget of one byte was accepted")
+    return runtime
+
+
+def parse_rate(text: str) -> float:
+    """Bytes per second meant by "2GB/s" or "2GB"."""
+    number, slash, unit = text.strip().partition("/")
+    if slash and unit.strip().lower() not in ("s", "sec", "second"):
+        raise ConfigError(f"--disk-bandwidth {text!r}: expected a size per second, such as 2GB/s")
+    return float(parse_size(number))
+
+
+def lines(inspection: Inspection) -> Iterator[str]:
+    """The inspection as people read it."""
+    yield from _about(inspection)
+    yield ""
+    yield from _blocks(inspection.summary)
+    yield ""
+    yield from _budgets(inspection)
+
+
+def _about(inspection: Inspection) -> list[str]:
+    manifest, summary = inspection.store.manifest, inspection.summary
+    quantization, source = manifest.quantization, manifest.source
+    schemes = ", ".join(f"{kind} {quantization[kind]}" for kind in ("layers", "embed", "head") if kind in quantization)
+    kept = list(quantization.get("unquantized", ()))
+    rows = [
+        ("name", inspection.store.name),
+        ("family", f"{manifest.architecture.get('model_type')}, {manifest.architecture.get('layers')} layers"),
+        ("parameters", f"{summary.parameters:,} ({_short_count(summary.parameters)})"),
+        ("quantization", schemes + (f"; not quantized for their shape: {len(kept)} weights" if kept else "")),
+        ("source", " ".join(str(source[key]) for key in ("kind", "name", "revision") if source.get(key))),
+        ("size", _size(summary)),
+        ("per pass", f"{format_size(summary.tape_nbytes)} streamed when nothing is resident (S)"),
+        (
+            "KV cache",
+            f"{format_size(inspection.footprint.kv.nbytes(1, 1))} per token in {_dtype_name(inspection.footprint)}",
+        ),
+    ]
+    if manifest.synthetic:
+        distinct = manifest.distinct_blocks
+        layers = "" if distinct is None else f"; {distinct} distinct layer files stand for all layers"
+        rows.insert(1, ("synthetic", f"yes: random weights, for benchmarks only{layers}"))
+    return columns(rows, "<<")
+
+
+def _size(summary: StoreSummary) -> str:
+    text = f"{format_size(summary.model_nbytes)}, {summary.bits_per_weight:.2f} bits per weight"
+    if summary.disk_nbytes != summary.model_nbytes:
+        text += f"; {format_size(summary.disk_nbytes)} on disk, where repeated layers are stored once"
+    return text
+
+
+def _blocks(summary: StoreSummary) -> list[str]:
+    rows = [("block", "count", "file", "weights each", "bits/weight", "stored as")]
+    rows += [_block_row(row) for row in summary.rows]
+    return columns(rows, "<>>>><")
+
+
+def _block_row(row: BlockRow) -> tuple[str, ...]:
+    name = row.first if row.count == 1 else f"{row.first} … {row.last}"
+    if row.shared:
+        return name, "1 x", "shared", f"{row.weights:,}", "", "the embedding's file, streamed again"
+    formats = " + ".join(f"{name}" for name, _ in row.formats)
+    return name, f"{row.count} x", format_size(row.nbytes), f"{row.weights:,}", f"{row.bits_per_weight:.2f}", formats
+
+
+def _budgets(inspection: Inspection) -> Iterator[str]:
+    load, rate = inspection.footprint.load, inspection.disk_bandwidth
+    prompts = "one prompt" if load.sequences == 1 else f"{load.sequences} prompts"
+    yield f"what fits in which budget (estimates, for {prompts} of {load.context} tokens with completion)"
+    header = ["--ram", "resident", "share", "read per pass"]
+    if rate is not None:
+        header.append(f"disk at {format_rate(rate)}")
+    rows = [header, *(_fit_row(fit, rate) for fit in inspection.fits)]
+    yield from columns(rows, ">" * len(header), indent="  ")
+    needs = inspection.footprint.needs(inspection.fits[0].budget)
+    yield (
+        f"of the smallest, {format_size(needs.baseline)} are for the process itself (measured here), "
+        f"{format_size(needs.outer)} for tables that stay in memory, {format_size(needs.kv)} for the KV cache, "
+        f"{format_size(needs.workspace)} for activations"
+    )
+    if rate is not None:
+        yield "a pass takes at least what the disk takes; computing may take longer"
+    yield f"the default here and now is --ram {format_budget(inspection.default_budget)}"
+
+
+def _fit_row(fit: Fit, rate: float | None) -> list[str]:
+    read = format_size(fit.read_nbytes) if fit.read_nbytes else "nothing"
+    row = [_budget(fit.budget), format_size(fit.resident_nbytes), f"{fit.resident_share:.0%}", read]
+    return row if rate is None else [*row, format_seconds(fit.disk_seconds(rate)) if fit.read_nbytes else "-"]
+
+
+def _budget(nbytes: int) -> str:
+    gib = nbytes >> 30
+    return f"{gib}GiB" if gib << 30 == nbytes else format_budget(nbytes)
+
+
+def _dtype_name(footprint: Footprint) -> str:
+    return str(footprint.dtype).removeprefix("torch.")
+
+
+def _short_count(count: int) -> str:
+    for divisor, suffix in ((10**9, "B"), (10**6, "M"), (10**3, "K")):
+        if count >= divisor:
+            return f"{count / divisor:.3g} {suffix}"
+    return str(count)

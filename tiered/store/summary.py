@@ -1,0 +1,132 @@
+"""What a store holds, in figures: pure functions of its manifest and headers, for `tiered inspect` and reports.
+
+In: an opened store. Out: one row per kind of block, and totals. No weight is read.
+"""
+
+import itertools
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from tiered.store.format import DTYPE_NAMES
+from tiered.store.manifest import BlockInfo, Weight
+from tiered.store.open import Store
+
+
+@dataclass(frozen=True)
+class BlockRow:
+    """Consecutive blocks that are alike in role, size and formats."""
+
+    first: str
+    last: str
+    role: str
+    count: int
+    nbytes: int
+    """Of one block's file."""
+    weights: int
+    """Numbers that one block stands for."""
+    formats: tuple[tuple[str, int], ...]
+    """How those numbers are stored, most first: ("int4-g64", 7077888), ("F16", 12288)."""
+    shared: bool = False
+    """The block reads another block's file: a tied head."""
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.nbytes / self.weights
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "first": self.first,
+            "last": self.last,
+            "role": self.role,
+            "count": self.count,
+            "nbytes": self.nbytes,
+            "weights": self.weights,
+            "bits_per_weight": self.bits_per_weight,
+            "formats": dict(self.formats),
+            "shares_file": self.shared,
+        }
+
+
+@dataclass(frozen=True)
+class StoreSummary:
+    """A store at a glance."""
+
+    rows: tuple[BlockRow, ...]
+    parameters: int
+    """Numbers of the model: repeated synthetic layers count each, a tied head not again."""
+    model_nbytes: int
+    """Bytes of all blocks, counted like `parameters`."""
+    disk_nbytes: int
+    """Bytes of the block files there are."""
+    tape_nbytes: int
+    """S: what one pass streams when nothing is resident."""
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.model_nbytes / self.parameters
+
+
+def summarize(store: Store) -> StoreSummary:
+    """The figures of `store`."""
+    singles = [_single(store, block) for block in store.manifest.blocks]
+    own = [row for row in singles if not row.shared]
+    return StoreSummary(
+        rows=tuple(_fold(list(group)) for _, group in itertools.groupby(singles, key=_likeness)),
+        parameters=sum(row.weights for row in own),
+        model_nbytes=sum(row.nbytes for row in own),
+        disk_nbytes=sum(file.nbytes for file in store.manifest.files),
+        tape_nbytes=store.tape_nbytes,
+    )
+
+
+def format_of(weight: Weight) -> str:
+    """How a weight is stored: its scheme's name, or its dtype as safetensors spells it."""
+    return weight.scheme.name if weight.scheme is not None else DTYPE_NAMES[weight.parts[""].dtype]
+
+
+def _single(store: Store, block: BlockInfo) -> BlockRow:
+    layout = store.layout(block)
+    formats: Counter[str] = Counter()
+    for weight in layout.weights.values():
+        name = format_of(weight)
+        if any(item.target.name.startswith(weight.name) for item in layout.compressed):
+            name += "+zstd"
+        formats[name] += _numel(weight)
+    # Repeated synthetic layers are blocks of their own; only a tied head is the same numbers once more.
+    shared = block.role == "head" and store.manifest.tied
+    return BlockRow(
+        block.name,
+        block.name,
+        block.role,
+        1,
+        block.file.nbytes,
+        layout.weight_count,
+        tuple(formats.most_common()),
+        shared,
+    )
+
+
+def _numel(weight: Weight) -> int:
+    count = 1
+    for n in weight.shape:
+        count *= n
+    return count
+
+
+def _likeness(row: BlockRow) -> tuple[object, ...]:
+    return row.role, row.nbytes, row.weights, row.formats, row.shared
+
+
+def _fold(rows: list[BlockRow]) -> BlockRow:
+    first = rows[0]
+    return BlockRow(
+        first.first,
+        rows[-1].last,
+        first.role,
+        len(rows),
+        first.nbytes,
+        first.weights,
+        first.formats,
+        first.shared,
+    )
