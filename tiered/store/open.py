@@ -83,6 +83,8 @@ def _why_no_manifest(folder: Path) -> str:
     if (folder / PROGRESS_NAME).exists():
         return f"{folder}: the conversion has not finished; run the same 'tiered convert' command again to resume it"
     if (folder / "config.json").exists():
-        return f"{folder}: a model folder, not a store (no {MANIFEST_NAME}); "
+        return (
+            f"{folder}: a model folder, not a store (no {MANIFEST_NAME}); "
             f"convert it first with 'tiered convert {folder}'"
+        )
     return f"{folder}: not a store (no {MANIFEST_NAME}); pass the folder that 'tiered convert' wrote"

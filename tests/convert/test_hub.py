@@ -1,0 +1,226 @@
+"""Hub ids: files come one by one, and go again when asked to. The hub is a server on this machine."""
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+
+from tests.convert.models import save_bin, save_model, store_digest, tiny_model
+from tiered.convert import ConvertOptions, convert_checkpoint
+from tiered.errors import ConfigError, ReadError
+from tiered.store import BlockWriter, Store
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+REPO = "someone/tiny"
+
+
+class FakeHub:
+    """Serves a folder as one repository with one commit, and remembers what was fetched."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.fetched: list[str] = []
+        self.status: int | None = None
+        self.code: str | None = None
+        hub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_HEAD(self) -> None:
+                hub.answer(self, body=False)
+
+            def do_GET(self) -> None:
+                hub.answer(self, body=True)
+
+            def log_message(self, *_: object) -> None:
+                """Tests read no access log."""
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        self.thread = threading.Thread(target=self.server.serve_forever)
+
+    def answer(self, request: BaseHTTPRequestHandler, *, body: bool) -> None:
+        path = request.path.split("?")[0]
+        if self.status is not None:
+            self._send(request, b"{}", self.status, {"X-Error-Code": self.code or ""}, body)
+        elif path in (f"/api/models/{REPO}", f"/api/models/{REPO}/revision/main", f"/api/models/{REPO}/revision/{COMMIT}"):
+            files = [{"rfilename": p.name, "size": p.stat().st_size} for p in sorted(self.folder.iterdir())]
+            info = json.dumps({"id": REPO, "modelId": REPO, "sha": COMMIT, "siblings": files}).encode()
+            self._send(request, info, 200, {"Content-Type": "application/json"}, body)
+        elif path.startswith("/api/"):
+            self._send(request, b"{}", 404, {"X-Error-Code": "RevisionNotFound"}, body)
+        else:
+            name = path.rsplit("/", 1)[-1]
+            content = (self.folder / name).read_bytes()
+            if body:
+                self.fetched.append(name)
+            etag = f'"{hashlib.sha256(content).hexdigest()}"'
+            self._send(request, content, 200, {"ETag": etag, "X-Repo-Commit": COMMIT}, body)
+
+    @staticmethod
+    def _send(
+        request: BaseHTTPRequestHandler, content: bytes, status: int, headers: dict[str, str], body: bool
+    ) -> None:
+        request.send_response(status)
+        for key, value in {**headers, "Content-Length": str(len(content))}.items():
+            request.send_header(key, value)
+        request.end_headers()
+        if body:
+            request.wfile.write(content)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "cache"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture
+def hub(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    fake = FakeHub(save_model(tmp_path / "repo", tiny_model("llama"), "60KB"))
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", fake.url)
+    fake.thread.start()
+    yield fake
+    fake.server.shutdown()
+    fake.thread.join()
+    fake.server.server_close()
+
+
+def weights_in(cache: Path) -> set[str]:
+    """Weight files that the cache still shows, and the blobs behind them."""
+    found = {p.name for p in cache.rglob("snapshots/*/*") if p.suffix in (".safetensors", ".bin")}
+    blobs = [p for p in cache.rglob("blobs/*") if p.stat().st_size > 20_000 and p.suffix != ".json"]
+    assert len(blobs) == len(found), "blobs and pointers go together"
+    return found
+
+
+def shards(folder: Path) -> set[str]:
+    return {path.name for path in folder.glob("*.safetensors")}
+
+
+def blocks(digest: dict[str, str]) -> dict[str, str]:
+    return {name: value for name, value in digest.items() if name != "manifest.json"}
+
+
+def test_a_hub_id_gives_the_blocks_of_the_folder(hub: FakeHub, cache: Path, tmp_path: Path) -> None:
+    convert_checkpoint(REPO, tmp_path / "out", ConvertOptions())
+    convert_checkpoint(hub.folder, tmp_path / "local", ConvertOptions())
+    assert blocks(store_digest(tmp_path / "out")) == blocks(store_digest(tmp_path / "local"))
+    source = Store.open(tmp_path / "out").manifest.source
+    assert (source["kind"], source["name"], source["revision"]) == ("hub", REPO, COMMIT)
+    assert weights_in(cache) == shards(hub.folder)
+
+
+def test_known_names_lead_to_the_hub(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = tmp_path / "configs" / "models"
+    shapes.mkdir(parents=True)
+    (shapes / "tiny.toml").write_text(f'name = "tiny"\nhub_id = "{REPO}"\n[config]\nmodel_type = "llama"\n')
+    monkeypatch.setattr("tiered.convert.resolve.config_dir", lambda: tmp_path / "configs")
+    monkeypatch.chdir(tmp_path)
+    assert convert_checkpoint("tiny").store == Path("tiny.tiered")
+
+
+def test_downloads_are_deleted_as_soon_as_they_are_converted(hub: FakeHub, cache: Path, tmp_path: Path) -> None:
+    held: list[int] = []
+
+    def watch(_: object) -> None:
+        held.append(len(weights_in(cache)))
+
+    convert_checkpoint(REPO, tmp_path / "out", ConvertOptions(delete_downloads=True), watch)
+    assert weights_in(cache) == set()
+    assert sorted(n for n in hub.fetched if n in shards(hub.folder)) == sorted(shards(hub.folder))  # each once
+    assert max(held) < len(shards(hub.folder)) / 2
+    convert_checkpoint(hub.folder, tmp_path / "local", ConvertOptions())
+    assert blocks(store_digest(tmp_path / "out")) == blocks(store_digest(tmp_path / "local"))
+
+
+def test_files_that_were_there_before_stay(hub: FakeHub, cache: Path, tmp_path: Path) -> None:
+    mine = sorted(shards(hub.folder))[2]
+    huggingface_hub.hf_hub_download(REPO, mine, revision=COMMIT)
+    convert_checkpoint(REPO, tmp_path / "out", ConvertOptions(delete_downloads=True))
+    assert weights_in(cache) == {mine}
+
+
+def test_a_blob_that_another_revision_uses_stays(hub: FakeHub, cache: Path, tmp_path: Path) -> None:
+    shared = sorted(shards(hub.folder))[2]
+    blob = Path(huggingface_hub.hf_hub_download(REPO, shared, revision=COMMIT)).resolve()
+    snapshot = next(cache.glob("models--*/snapshots")) / COMMIT
+    snapshot.rename(snapshot.with_name("f" * 40))
+    convert_checkpoint(REPO, tmp_path / "out", ConvertOptions(delete_downloads=True))
+    assert blob.exists()
+
+
+@pytest.mark.parametrize("delete", [True, False])
+def test_a_stopped_download_resumes_and_fetches_nothing_twice(
+    delete: bool, hub: FakeHub, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish = BlockWriter.finish
+
+    def failing(self: Any) -> object:
+        if self._path.name.startswith("layer-001"):
+            raise KeyboardInterrupt
+        return finish(self)
+
+    options = ConvertOptions(delete_downloads=delete)
+    with monkeypatch.context() as patch:
+        patch.setattr(BlockWriter, "finish", failing)
+        with pytest.raises(KeyboardInterrupt):
+            convert_checkpoint(REPO, tmp_path / "out", options)
+    assert convert_checkpoint(REPO, tmp_path / "out", options).resumed_blocks > 0
+    weights = [name for name in hub.fetched if name in shards(hub.folder)]
+    assert len(weights) == len(set(weights))
+    assert weights_in(cache) == (set() if delete else shards(hub.folder))
+    convert_checkpoint(REPO, tmp_path / "whole", ConvertOptions())
+    assert store_digest(tmp_path / "out") == store_digest(tmp_path / "whole")
+
+
+def test_a_single_file_is_deleted_too(hub: FakeHub, cache: Path, tmp_path: Path) -> None:
+    hub.folder = save_bin(tmp_path / "bin", tiny_model("llama"))
+    convert_checkpoint(REPO, tmp_path / "out", ConvertOptions(delete_downloads=True))
+    assert hub.fetched.count("pytorch_model.bin") == 1 and weights_in(cache) == set()
+
+
+def test_offline_uses_the_cache_or_says_what_is_missing(
+    hub: FakeHub, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    convert_checkpoint(REPO, tmp_path / "online", ConvertOptions())
+    fetched = list(hub.fetched)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    convert_checkpoint(REPO, tmp_path / "offline", ConvertOptions())
+    assert hub.fetched == fetched
+    assert store_digest(tmp_path / "offline") == store_digest(tmp_path / "online")
+    with pytest.raises(ReadError, match="cannot be reached"):
+        convert_checkpoint("someone/other", tmp_path / "other", ConvertOptions())
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "error", "message"),
+    [
+        (404, "RepoNotFound", ConfigError, "no such repository"),
+        (403, "GatedRepo", ConfigError, "HF_TOKEN"),
+        (500, None, ReadError, "run the same command again"),
+    ],
+)
+def test_the_hubs_answers_are_explained(
+    status: int, code: str | None, error: type[Exception], message: str, hub: FakeHub, tmp_path: Path
+) -> None:
+    hub.status, hub.code = status, code
+    with pytest.raises(error, match=message):
+        convert_checkpoint(REPO, tmp_path / "out", ConvertOptions())
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_revision_is_named(hub: FakeHub, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="has no revision 'v9'"):
+        convert_checkpoint(REPO, tmp_path / "out", ConvertOptions(revision="v9"))
+
+
+def test_opt_175b_explains_where_its_weights_are(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"992 metaseq shards.*--synthetic"):
+        convert_checkpoint("opt-175b", tmp_path / "out", ConvertOptions())
