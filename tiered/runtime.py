@@ -227,7 +227,8 @@ class Runtime:
         self.start_streaming()
         assert self._loop is not None and self._streamer is not None
         self.passes += 1
-        self._loop.call_soon_threadsafe(self._streamer.end_after, self.passes if is_last else None)
+        end = self.passes - self._passes_before if is_last else None
+        self._loop.call_soon_threadsafe(self._streamer.end_after, end)
         pass_ = self.engine.run_pass(list(batch), self._streamer, len(self.store.tape), on_block)
         try:
             return self._wait(asyncio.run_coroutine_threadsafe(pass_, self._loop))
@@ -255,6 +256,8 @@ class Runtime:
         """Start the loop thread and the reading; done by the first pass if not before."""
         if self._streamer is not None:
             return
+        self._passes_before = self.passes
+        self.engine.rewind()
         started: Future[None] = Future()
         self._thread = threading.Thread(target=self._run_loop, args=(started,), name="tiered-loop", daemon=True)
         self._thread.start()

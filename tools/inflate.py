@@ -154,9 +154,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         found = sum(entry.name.endswith(suffix) for entry in entries)
         layers = config["num_hidden_layers"]
         if found != layers:
-            raise CheckpointError(
-                f"{folder}: found {found} tensors named *{suffix}, expected {layers}, one per layer"
-            )
+            raise CheckpointError(f"{folder}: found {found} tensors named *{suffix}, expected {layers}, one per layer")
     return checkpoint
 
 
@@ -191,9 +189,7 @@ def width_for(checkpoint: Checkpoint, size_bytes: int) -> int:
             f"--size {format_size(size_bytes)}: {checkpoint.folder} has {format_size(checkpoint.nbytes)} "
             "already; ask for more than that"
         )
-    unit = sum(
-        checkpoint.widened(entry, checkpoint.width + 1).nbytes - entry.nbytes for entry in checkpoint.entries
-    )
+    unit = sum(checkpoint.widened(entry, checkpoint.width + 1).nbytes - entry.nbytes for entry in checkpoint.entries)
     missing = size_bytes - checkpoint.nbytes
     return round_up(checkpoint.width + -(-missing // unit), WIDTH_MULTIPLE)
 
@@ -246,9 +242,7 @@ def write_shard(
                 file.write(piece.contiguous().flatten().view(torch.uint8).numpy().data)
 
 
-def pieces(
-    tensor: torch.Tensor, shape: tuple[int, ...], generator: torch.Generator
-) -> Iterator[torch.Tensor]:
+def pieces(tensor: torch.Tensor, shape: tuple[int, ...], generator: torch.Generator) -> Iterator[torch.Tensor]:
     """`tensor` widened to `shape`, as runs of rows: random rows below, zero columns to the right."""
     rows = max(1, CHUNK_BYTES // (4 * torch.Size(shape[1:]).numel()))  # [rows, ...] of float32 random numbers
     if tensor.shape[1:] == shape[1:]:
@@ -268,12 +262,8 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="inflate.py", description="Widen a checkpoint; its text stays the same."
-    )
-    parser.add_argument(
-        "source", metavar="SRC", type=Path, help="checkpoint folder in the Hugging Face layout"
-    )
+    parser = argparse.ArgumentParser(prog="inflate.py", description="Widen a checkpoint; its text stays the same.")
+    parser.add_argument("source", metavar="SRC", type=Path, help="checkpoint folder in the Hugging Face layout")
     parser.add_argument("target", metavar="DST", type=Path, help="folder to write")
     parser.add_argument("--size", required=True, help="bytes of weights wanted, such as 2GB")
     parser.add_argument("--seed", type=int, default=0, help="of the random rows (default: 0)")

@@ -157,9 +157,7 @@ class Report:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
-    own, command = (
-        (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
-    )
+    own, command = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
     options = parser().parse_args(own)
     # Held back from here on, so that no signal can leave a group behind; `run` passes them on.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
@@ -285,9 +283,7 @@ def parents_v2(refusals: list[str]) -> Iterator[Path]:
     for folder in (own, *(above for above in own.parents if above.is_relative_to(mount.point))):
         offered = (folder / "cgroup.controllers").read_text().split()
         if "memory" not in offered:
-            refusals.append(
-                f"cgroup v2: {folder} offers no memory controller (it offers: {' '.join(offered)})"
-            )
+            refusals.append(f"cgroup v2: {folder} offers no memory controller (it offers: {' '.join(offered)})")
             continue
         switch = folder / "cgroup.subtree_control"
         try:
@@ -379,14 +375,10 @@ def parser() -> argparse.ArgumentParser:
         usage="limit.py --memory SIZE [--json FILE] [--or-unlimited] -- COMMAND ARGUMENT... | --check",
         description="Run a command in a memory cgroup and report what it used.",
     )
-    result.add_argument(
-        "--memory", metavar="SIZE", help="limit of memory and page cache, such as 1GiB; no swap"
-    )
+    result.add_argument("--memory", metavar="SIZE", help="limit of memory and page cache, such as 1GiB; no swap")
     result.add_argument("--json", metavar="FILE", type=Path, help="also write the report here")
     result.add_argument("--or-unlimited", action="store_true", help="run even where memory cannot be limited")
-    result.add_argument(
-        "--check", action="store_true", help="only say which method works (0) or why none (125)"
-    )
+    result.add_argument("--check", action="store_true", help="only say which method works (0) or why none (125)")
     return result
 
 

@@ -126,6 +126,10 @@ class Engine:
             tuple(overheads),
         )
 
+    def rewind(self) -> None:
+        """A new streamer begins at the start of the tape."""
+        self._expected = 0
+
     async def _resynchronize(self, streamer: Streamer, tape_length: int) -> None:
         """After an interrupted pass the tape stands in the middle: let the rest of it go by."""
         while self._expected:

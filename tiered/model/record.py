@@ -6,6 +6,7 @@ called with and the last one aborts; while replaying, they pass the final hidden
 own norm, projection, head and soft caps run on it. No family's code is repeated here.
 """
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -51,12 +52,15 @@ class Recorder:
         stand_ins = nn.ModuleList(_StandIn(self, index, layer) for index, layer in enumerate(layers))
         setattr(skeleton.model.get_submodule(path), name, stand_ins)
         self._count = len(layers)
+        self._accepted = set(inspect.signature(skeleton.model.forward).parameters)
 
     def record(self, **kwargs: Any) -> Recording:
         """Run the model's forward (with `inputs_embeds`) up to its last layer."""
         self._calls, self._first_hidden, self._final = [], None, None
+        # A family without positions (ALiBi) takes none; passing them on would reach its layers.
+        given = {name: value for name, value in kwargs.items() if name != "position_ids" or name in self._accepted}
         try:
-            self._model(**kwargs)
+            self._model(**given)
         except _Recorded:
             assert self._first_hidden is not None
             recording = Recording(self._first_hidden, tuple(self._calls))
