@@ -22,7 +22,7 @@ from transformers import PretrainedConfig
 
 from tiered.arch import Skeleton, build_skeleton, load_config
 from tiered.cache import KVCache, kv_shape
-from tiered.errors import ConfigError
+from tiered.errors import BudgetError, ConfigError
 from tiered.io import Arena, ChunkVerifier, DiskReader, Faults, ReadMode, Slab, VerifyPolicy, probe_mode
 from tiered.kernels import CancelFlag, scratch_nbytes
 from tiered.model import BoundModel, Engine, MicroBatch, OnBlock, Pass, Recorder
@@ -40,6 +40,7 @@ from tiered.plan import (
     process_rss_bytes,
     workspace_for,
 )
+from tiered.plan.fits import smallest_budget
 from tiered.store import CHUNK_NBYTES, PAGE, Store
 from tiered.stream import EmbeddingRows, Streamer
 from tiered.trace import Tracer
@@ -49,6 +50,8 @@ READ_THREADS: Final = 8
 """Reads in flight."""
 _GROWTH_NBYTES: Final = 24 * MIB
 """What the process itself grows by while running: code pages touched for the first time, thread stacks."""
+_BASELINE_VARIES_NBYTES: Final = 4 * MIB
+"""How much the process itself differs from run to run: a budget that was named as enough must be so next time."""
 _POLL_SECONDS: Final = 0.1
 
 T = TypeVar("T")
@@ -160,17 +163,30 @@ class Runtime:
         stack.callback(self.stop_streaming)
 
     def _make_plan(self, shape: Shape) -> tuple[Plan, Workspace]:
+        sizes = [self.store.layout(block).memory_nbytes for block in self.store.tape]
+        try:
+            needs, workspace = self._needs(shape, self.budget)
+            return make_plan(sizes, needs, self.budget, self.options.tiers), workspace
+        except BudgetError:
+            # A larger budget computes more rows at once, which takes more: the planner is asked what it agrees to.
+            smallest = smallest_budget(
+                sizes, lambda budget: self._needs(shape, budget, _BASELINE_VARIES_NBYTES)[0], self.options.tiers
+            )
+        needs, workspace = self._needs(shape, smallest, _BASELINE_VARIES_NBYTES)
+        return make_plan(sizes, needs, self.budget, self.options.tiers), workspace
+
+    def _needs(self, shape: Shape, budget: int, spare: int = 0) -> tuple[Needs, Workspace]:
+        """What this run takes besides blocks if it may take `budget`, with `spare` bytes more for the process."""
         load = self.load
         tokens = load.sequences * (load.prompt or load.context)
-        workspace = workspace_for(shape, tokens, load.sequences, load.context, self.budget)
+        workspace = workspace_for(shape, tokens, load.sequences, load.context, budget)
         needs = Needs(
-            baseline=self.baseline,
+            baseline=self.baseline + spare,
             outer=self._outer_nbytes() + self._side_nbytes() + CHUNK_NBYTES,
             kv=round_up(self.kv_shape.nbytes(load.sequences, load.context), PAGE) + load.sequences * PAGE,
             workspace=workspace.nbytes,
         )
-        sizes = [self.store.layout(block).memory_nbytes for block in self.store.tape]
-        return make_plan(sizes, needs, self.budget, self.options.tiers), workspace
+        return needs, workspace
 
     def _outer_nbytes(self) -> int:
         """Outer tensors as they will be held: in the compute dtype, with the block they are read through."""
@@ -232,11 +248,14 @@ class Runtime:
         pass_ = self.engine.run_pass(list(batch), self._streamer, len(self.store.tape), on_block)
         try:
             return self._wait(asyncio.run_coroutine_threadsafe(pass_, self._loop))
-        except BaseException:
+        except BaseException as error:
             self.cancel.set()
             # The compute thread is done with the interrupted block before the flag is lowered again.
             self._compute.submit(lambda: None).result()
             self.cancel.clear()
+            if isinstance(error, Exception):
+                # Which block of the tape comes next is only known after an interruption; a failure starts over.
+                self.stop_streaming()
             raise
 
     def compute(self, work: Callable[[], T]) -> T:
@@ -325,6 +344,18 @@ class Runtime:
             self._streamer = streamer
             started.set_result(None)
             await self._stop.wait()
+        if not self.cancel.is_set:
+            await self._finish_reads()
+
+    async def _finish_reads(self) -> None:
+        """Wait for reads that were running when they were cancelled: their memory is about to be used again."""
+        # All threads of the pool meet here, so each of them has ended what it did before.
+        meeting = threading.Barrier(READ_THREADS)
+
+        def meet() -> None:
+            meeting.wait()
+
+        await asyncio.gather(*(self.reader.call(meet) for _ in range(READ_THREADS)))
 
     async def _load_tables(self) -> None:
         """Read what stays in memory apart from blocks: outer tensors, embedding scales and zeros."""
@@ -350,7 +381,8 @@ def _activations(skeleton: Skeleton, dtype: torch.dtype) -> Shape:
     layers = (p.shape for block in skeleton.blocks() if block.role == "layer" for p in block.parameters)
     return Shape(
         hidden=config.hidden_size,
-        widest=max(shape[0] for shape in layers),
+        # Of a stack, one expert's: its tokens pass through one after the other.
+        widest=max(shape[-2:][0] for shape in layers),
         vocab=config.vocab_size,
         heads=config.num_attention_heads,
         itemsize=dtype.itemsize,

@@ -1,6 +1,7 @@
 """Sizes and durations between people and numbers: "8GiB" <-> bytes, 93.2 -> "1 min 33 s"."""
 
 import re
+from decimal import Decimal
 from typing import Final
 
 from tiered.errors import ConfigError
@@ -9,7 +10,7 @@ KIB: Final = 1 << 10
 MIB: Final = 1 << 20
 GIB: Final = 1 << 30
 
-_SIZE = re.compile(r"^\s*(\d+(?:\.\d*)?|\.\d+)\s*([kmgt]?)(i?)(b?)\s*$", re.IGNORECASE)
+_SIZE = re.compile(r"^\s*(\d+(?:\.\d*)?|\.\d+)\s*(?:([kmgt])(i?))?(b?)\s*$", re.IGNORECASE)
 _POWERS: Final = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 
@@ -24,7 +25,8 @@ def parse_size(text: str) -> int:
     number, prefix, binary, byte = match.groups()
     # "8G" follows the convention of memory sizes (ulimit, java, docker): binary; only "8GB" is decimal.
     base = 1000 if byte and prefix and not binary else 1024
-    nbytes = int(float(number) * base ** _POWERS[prefix.lower()])
+    # Exactly: a float has too few digits for some numbers of bytes, and no room at all for others.
+    nbytes = int(Decimal(number) * base ** _POWERS[(prefix or "").lower()])
     if nbytes <= 0:
         raise ConfigError(f"size {text!r}: expected more than zero bytes")
     return nbytes
@@ -51,9 +53,9 @@ def format_rate(bytes_per_second: float) -> str:
 
 def format_seconds(seconds: float) -> str:
     """A duration a person reads at a glance: "840 ms", "12.3 s", "4 min 10 s", "2 h 05 min"."""
-    if seconds < 1:
+    if seconds < 0.9995:
         return f"{seconds * 1e3:.0f} ms"
-    if seconds < 60:
+    if seconds < 59.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:

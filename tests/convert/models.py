@@ -1,6 +1,7 @@
 """Small checkpoints in the forms that Hugging Face folders come in, and what a store says of them."""
 
 import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -56,8 +57,6 @@ def save_model(folder: Path, model: PreTrainedModel, shard: str = "5GB") -> Path
 
 def save_bin(folder: Path, model: PreTrainedModel, *, zipped: bool = True, shards: int = 1) -> Path:
     """A torch checkpoint: `pytorch_model.bin`, or shards with an index."""
-    import json
-
     folder.mkdir()
     model.config.save_pretrained(folder)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -65,7 +64,7 @@ def save_bin(folder: Path, model: PreTrainedModel, *, zipped: bool = True, shard
     if shards == 1:
         torch.save(state, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
         return folder
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for shard in range(shards):
         file = f"pytorch_model-{shard + 1:05d}-of-{shards:05d}.bin"
         part = names[shard * len(names) // shards : (shard + 1) * len(names) // shards]

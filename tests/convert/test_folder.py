@@ -11,7 +11,7 @@ import pytest
 from tests.convert.models import TRAINED, store_digest
 from tiered.convert import ConvertOptions, convert_checkpoint
 from tiered.convert.folder import locked, state_of
-from tiered.errors import ConfigError, DiskFullError, StoreError
+from tiered.errors import ConfigError, DiskFullError, ReadError, StoreError
 from tiered.store import BlockWriter, Store
 
 Usage = namedtuple("Usage", "total used free")
@@ -183,6 +183,15 @@ def test_a_full_disk_is_named_and_resumable(tmp_path: Path, monkeypatch: pytest.
         with pytest.raises(DiskFullError, match="run the same command again to resume"):
             convert_checkpoint(TRAINED, out, ConvertOptions())
     assert convert_checkpoint(TRAINED, out, ConvertOptions()).resumed_blocks == 6
+
+
+@pytest.mark.parametrize(("number", "error"), [(errno.EROFS, ConfigError), (errno.EIO, ReadError)])
+def test_what_the_system_refuses_is_named(
+    number: int, error: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop_at(monkeypatch, "layer-004", OSError(number, "refused by a test"))
+    with pytest.raises(error, match="refused by a test"):
+        convert_checkpoint(TRAINED, tmp_path / "out", ConvertOptions())
 
 
 def test_too_little_space_is_refused_before_anything_is_written(

@@ -48,7 +48,11 @@ class FakeHub:
         path = request.path.split("?")[0]
         if self.status is not None:
             self._send(request, b"{}", self.status, {"X-Error-Code": self.code or ""}, body)
-        elif path in (f"/api/models/{REPO}", f"/api/models/{REPO}/revision/main", f"/api/models/{REPO}/revision/{COMMIT}"):
+        elif path in (
+            f"/api/models/{REPO}",
+            f"/api/models/{REPO}/revision/main",
+            f"/api/models/{REPO}/revision/{COMMIT}",
+        ):
             files = [{"rfilename": p.name, "size": p.stat().st_size} for p in sorted(self.folder.iterdir())]
             info = json.dumps({"id": REPO, "modelId": REPO, "sha": COMMIT, "siblings": files}).encode()
             self._send(request, info, 200, {"Content-Type": "application/json"}, body)
@@ -84,6 +88,10 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def hub(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     fake = FakeHub(save_model(tmp_path / "repo", tiny_model("llama"), "60KB"))
+    template = huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(
+        huggingface_hub.constants.ENDPOINT, fake.url
+    )
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", fake.url)
     fake.thread.start()
     yield fake

@@ -117,9 +117,7 @@ class TestLimited:
         if method.startswith("cgroup"):
             assert not Path(method.partition("(")[2].rstrip(")")).exists()
 
-    def test_a_systemd_scope_reports_the_same_figures(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_a_systemd_scope_reports_the_same_figures(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         mount = limit.mounted("cgroup", "memory")
         if mount is None:
             pytest.skip("the stand-in for systemd-run needs a v1 memory controller")
@@ -196,9 +194,7 @@ def test_or_unlimited_runs_and_says_so(tmp_path: Path, capsys: pytest.CaptureFix
     assert (report["limited"], report["cgroup_peak_bytes"], report["oom_kills"]) == (False, None, None)
 
 
-@pytest.mark.parametrize(
-    "arguments", [[], ["--memory", "1GiB"], ["--memory", "much", "--", "true"], ["--", "true"]]
-)
+@pytest.mark.parametrize("arguments", [[], ["--memory", "1GiB"], ["--memory", "much", "--", "true"], ["--", "true"]])
 def test_bad_usage_exits_with_2(arguments: Sequence[str]) -> None:
     assert limit.main(arguments) == 2
 

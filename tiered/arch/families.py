@@ -64,6 +64,28 @@ _MODEL_LAYERS = (
     "modernbert-decoder",
 )
 
+_MIXTURES = (
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+    "olmoe",
+    "phimoe",
+    "granitemoe",
+    "granitemoeshared",
+    "granitemoe_swa",
+    "ernie4_5_moe",
+    "glm4_moe",
+    "dots1",
+    "minimax_m2",
+    "hunyuan_v1_moe",
+    "flex_olmo",
+    "exaone_moe",
+    "cohere2_moe",
+    "solar_open",
+    "mellum",
+)
+"""Mixtures of experts: every layer is streamed whole, whichever experts its tokens are routed to."""
+
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
@@ -78,7 +100,7 @@ FAMILIES: dict[str, Family] = {
         Family("gpt_neo", "transformer.h", returns_tuple=True),
         Family("gpt_neox_japanese", "gpt_neox_japanese.layers", returns_tuple=True),
         Family("biogpt", "biogpt.layers"),
-        *(Family(name, "model.layers") for name in _MODEL_LAYERS),
+        *(Family(name, "model.layers") for name in (*_MODEL_LAYERS, *_MIXTURES)),
     )
 }
 
@@ -93,6 +115,6 @@ def family_for(model_type: str) -> Family:
         raise UnsupportedFamilyError(
             f"model family {model_type!r} is not supported: tiered drives decoder-only families whose layers "
             f"it has been tested to replay exactly, which are {', '.join(sorted(FAMILIES))}. "
-            "Mixture-of-experts, encoder-decoder, recurrent and multimodal checkpoints are not among them."
+            "Encoder-decoder, recurrent and multimodal checkpoints are not among them."
         )
     return family

@@ -6,6 +6,7 @@ contain, `model/` to run it.
 """
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +23,12 @@ from tiered.errors import CheckpointError, ConfigError, UnsupportedFamilyError
 
 @dataclass(frozen=True)
 class ParameterInfo:
-    """One tensor a block holds: its full Hugging Face name, shape, and whether a linear layer multiplies by it."""
+    """One tensor a block holds: its full Hugging Face name and its shape."""
 
     name: str
     shape: tuple[int, ...]
     is_linear: bool
+    """A linear layer multiplies by it; or it is a stack [experts, out, in] of such weights."""
 
     @property
     def numel(self) -> int:
@@ -75,7 +77,7 @@ class Skeleton:
         """embed, outer, every layer, and head where it is not tied to embed; in that order."""
         head = self.head_name.removesuffix("weight")
         layer_prefixes = [f"{self.family.layers}.{i}." for i in range(len(self.layers))]
-        linear = {f"{name}.weight" for name, module in self.model.named_modules() if isinstance(module, nn.Linear)}
+        linear = set(_linear_weights(self.model))
         by_prefix: dict[str, list[ParameterInfo]] = {prefix: [] for prefix in layer_prefixes}
         outer: list[ParameterInfo] = []
         heads: list[ParameterInfo] = []
@@ -96,6 +98,31 @@ class Skeleton:
             yield BlockTensors(f"layer-{index:03d}", "layer", prefix, tuple(by_prefix[prefix]))
         if not self.tied:
             yield BlockTensors("head", "head", head, tuple(heads))
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether `module` is a linear layer and nothing more: some routers are a subclass that does more."""
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+
+
+def is_expert_stack(module: nn.Module) -> bool:
+    """Whether `module` is what transformers gives a mixture's experts as, in its plainest form.
+
+    That is a forward(hidden, top_k_index, top_k_weights) over `gate_up_proj` [experts, 2 * inner, hidden], gate above
+    up, and `down_proj` [experts, hidden, inner]. The attributes are those by which transformers' own implementations
+    (eager, grouped) know what to compute.
+    """
+    expected = {"has_gate": True, "is_concatenated": True, "is_transposed": False, "has_bias": False}
+    expected["has_post_expert_norm"] = False
+    return all(getattr(module, name, None) is value for name, value in expected.items())
+
+
+def _linear_weights(model: nn.Module) -> Iterator[str]:
+    for name, module in model.named_modules():
+        if is_plain_linear(module):
+            yield f"{name}.weight"
+        elif is_expert_stack(module):
+            yield from (f"{name}.gate_up_proj", f"{name}.down_proj")
 
 
 def _stored_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -154,6 +181,7 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype = torch.float32)
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     model.eval().requires_grad_(False)
+    _keep_in_float32(model)
     try:
         layers = model.get_submodule(family.layers)
     except AttributeError:
@@ -174,3 +202,11 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype = torch.float32)
         head_name=f"{names[id(head)]}.weight",
         tied=bool(config.tie_word_embeddings),
     )
+
+
+def _keep_in_float32(model: PreTrainedModel) -> None:
+    """Give tensors that transformers loads in float32 whatever the model's dtype (routers' biases) that dtype."""
+    patterns = sorted(model._keep_in_fp32_modules_strict or ())
+    for name, tensor in _stored_tensors(model):
+        if any(re.search(pattern.replace("*", ".*"), name) for pattern in patterns):
+            tensor.data = tensor.data.float()

@@ -3,7 +3,7 @@
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import click
 
@@ -52,11 +52,25 @@ def command(**options: Any) -> None:
 def _read_prompts(options: dict[str, Any]) -> dict[str, Any]:
     """The options with all prompts in one list."""
     options = dict(options)
-    prompts = [*options.pop("prompts"), *(file.read() for file in options.pop("files"))]
+    prompts = [("-p", text) for text in options.pop("prompts")]
+    prompts += [(file.name, _read(file, file.name)) for file in options.pop("files")]
     if options["prompt_tokens"] is not None and prompts:
         raise click.UsageError("--prompt-tokens makes its own prompt; drop -p and -f")
     if options["prompt_tokens"] is None and not prompts:
         if sys.stdin.isatty():
             raise click.UsageError("no prompt: pass -p TEXT or -f FILE, or pipe text to standard input")
-        prompts = [sys.stdin.read()]
-    return {**options, "prompts": tuple(prompts)}
+        prompts = [("standard input", _read(sys.stdin, "standard input"))]
+    for source, text in prompts:
+        # Bytes that are no text reach us as lone surrogates where Python lets them pass.
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise click.UsageError(f"{source}: not UTF-8; pass text in that encoding")
+    return {**options, "prompts": tuple(text for _, text in prompts)}
+
+
+def _read(file: TextIO, name: str) -> str:
+    try:
+        return file.read()
+    except UnicodeDecodeError as error:
+        raise click.UsageError(f"{name}: not UTF-8 ({error.reason} at byte {error.start}); convert it") from None
+    except OSError as error:
+        raise click.UsageError(f"{name}: cannot be read: {error.strerror}") from None

@@ -7,8 +7,9 @@ from typing import Any
 
 import click
 import torch
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
+from tiered.arch import load_config
 from tiered.bench import measure_raw
 from tiered.cli.screen import StatusLine, TextWriter
 from tiered.errors import ConfigError, StoreError
@@ -86,9 +87,11 @@ def run(request: Request) -> dict[str, Any]:
     )
     if "" in request.stops:
         raise ConfigError("--stop: expected some text, found none")
-    if request.trace_path is not None and not request.trace_path.absolute().parent.is_dir():
-        raise ConfigError(f"--trace {request.trace_path}: the folder does not exist")
+    if request.trace_path is not None:
+        _check_writable(request.trace_path)
     store = Store.open(request.store)
+    # Before the tokenizer, which reads it too and would be blamed for it.
+    config = load_config(store.path)
     tokenizer = _load_tokenizer(store)
     prompts = _encode(request, store, tokenizer)
     eos = frozenset() if request.ignore_eos else _eos_ids(store, tokenizer)
@@ -97,7 +100,7 @@ def run(request: Request) -> dict[str, Any]:
         for number, ids in enumerate(prompts)
     ]
     longest = max(map(len, prompts))
-    _check_context(store, longest + request.max_new_tokens)
+    _check_context(config, longest + request.max_new_tokens)
     load = Load(len(prompts), longest + request.max_new_tokens, longest)
     with Runtime(store, load, options) as runtime:
         report = _generate(request, runtime, sequences)
@@ -111,13 +114,26 @@ def run(request: Request) -> dict[str, Any]:
     return {"prompts": shown, "completions": completions, "report": report.to_json()}
 
 
+def _check_writable(path: Path) -> None:
+    """Refuse, before any work, a trace file that could not be written after it."""
+    there = path.exists()
+    try:
+        path.open("a").close()
+        if not there:
+            path.unlink()
+    except OSError as error:
+        raise ConfigError(f"--trace {path}: cannot be written: {error.strerror}; name another file") from None
+
+
 def _generate(request: Request, runtime: Runtime, sequences: list[Sequence]) -> Report:
     """Measure, generate, measure."""
     titles = [""] * len(sequences)
     if len(sequences) > 1:
         titles = [f"[{number}] " for number in range(1, len(sequences) + 1)]
-    writer = None if request.as_json else TextWriter(sequences, titles)
-    with StatusLine(lambda: runtime.bytes_read) as status:
+    with (
+        TextWriter([] if request.as_json else sequences, titles) as writer,
+        StatusLine(lambda: runtime.bytes_read, lambda: writer.at_edge) as status,
+    ):
         measure = request.measure and bool(runtime.plan.streamed_nbytes)
         raw = []
         if measure:
@@ -128,8 +144,7 @@ def _generate(request: Request, runtime: Runtime, sequences: list[Sequence]) -> 
 
         def on_tokens() -> None:
             status.clear()
-            if writer is not None:
-                writer.update()
+            writer.update()
 
         generation = generate(runtime, sequences, runtime.rows_per_micro_batch, on_tokens, status.on_block)
         waited, idle = runtime.wait_seconds, generation.decode_disk_idle_seconds
@@ -205,10 +220,8 @@ def _eos_ids(store: Store, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]
     return frozenset(found if isinstance(found, Items) else [found] if found is not None else [])
 
 
-def _check_context(store: Store, tokens: int) -> None:
-    from tiered.arch import load_config
-
-    limit = getattr(load_config(store.path), "max_position_embeddings", None)
+def _check_context(config: PretrainedConfig, tokens: int) -> None:
+    limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and tokens > limit:
         raise ConfigError(
             f"prompt and completion come to {tokens} tokens, this model has positions for {limit}; "

@@ -1,14 +1,22 @@
 """What a person sees while text is generated: the text on standard output, one status line on standard error."""
 
+import logging
+import os
 import sys
+import threading
 import time
+import unicodedata
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Protocol, Self, TextIO
+from typing import Final, Protocol, Self, TextIO
 
 from tiered.units import format_rate, format_seconds
 
-_REFRESH_SECONDS = 0.1
+_REFRESH_SECONDS: Final = 0.1
+_TAB: Final = 8
+# To the line below the text, made by scrolling if need be; and, with that line erased, back to where the text ended.
+_LINE_BELOW: Final = "\x1bD\x1b[A\x1b7\x1b[B\r"
+_BACK: Final = "\x1b8\x1b[B\x1b[2K\x1b8"
 
 
 class Writes(Protocol):
@@ -21,25 +29,86 @@ class Writes(Protocol):
     def finish_reason(self) -> str | None: ...
 
 
-class StatusLine:
-    """One line on a terminal that is rewritten while a pass runs, and gone when it ends. Silent elsewhere.
+class TextWriter:
+    """Writes completions to standard output as they become final, one sequence after the other.
 
-    Where standard output is the same terminal, text is only ever written while the line is off the screen.
+    The sequence in front streams; the ones behind it wait until it has ended, so that texts never mix.
     """
 
-    def __init__(self, bytes_read: Callable[[], int], stream: TextIO = sys.stderr) -> None:
-        self._stream = stream
-        self._on = stream.isatty()
-        self._bytes_read = bytes_read
-        self._shown = 0.0
-        self._visible = False
-        self._begin()
+    def __init__(self, sequences: Sequence[Writes], titles: Sequence[str], stream: TextIO | None = None) -> None:
+        self._sequences, self._titles = sequences, titles
+        self._stream = sys.stdout if stream is None else stream
+        self._edge = _Edge(self._stream) if _is_terminal(self._stream) else None
+        self._front = 0
+        self._written = 0
+        self._started = False
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if self._started:
+            # A text that breaks off still ends its line: what comes next is not part of it.
+            self._write("\n")
+            self._stream.flush()
+
+    def update(self) -> None:
+        """Write what has become final since the last call."""
+        while self._front < len(self._sequences):
+            sequence = self._sequences[self._front]
+            if not self._started:
+                self._write(self._titles[self._front])
+                self._started = True
+            text = sequence.text
+            self._write(text[self._written :])
+            self._written = len(text)
+            if sequence.finish_reason is None:
+                break
+            self._write("\n")
+            self._front, self._written, self._started = self._front + 1, 0, False
+        self._stream.flush()
+
+    @property
+    def at_edge(self) -> str:
+        """The character in a terminal's last column behind which the text goes on; "" anywhere else."""
+        return "" if self._edge is None else self._edge.held
+
+    def _write(self, text: str) -> None:
+        self._stream.write(text)
+        if self._edge is not None:
+            self._edge.follow(text)
+
+
+class StatusLine:
+    """One line on a terminal that is rewritten while a pass runs, and gone when it ends. Silent elsewhere.
+
+    It stands below the text, whose end the cursor returns to before more is written. `at_edge` tells what a cursor
+    cannot return to: a terminal that has filled a line waits behind its last column, and any movement forgets that.
+    """
+
+    def __init__(
+        self, bytes_read: Callable[[], int], at_edge: Callable[[], str] = str, stream: TextIO | None = None
+    ) -> None:
+        self._stream = sys.stderr if stream is None else stream
+        self._on = _is_terminal(self._stream)
+        self._bytes_read, self._at_edge = bytes_read, at_edge
+        self._shown = 0.0
+        self._visible = False
+        self._blocks_of_pass = 0
+        # Blocks are reported by the thread that schedules, which an interrupted caller does not wait for.
+        self._lock = threading.Lock()
+        self._begin()
+
+    def __enter__(self) -> Self:
+        for handler in logging.getLogger().handlers:
+            handler.addFilter(self._before_message)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        for handler in logging.getLogger().handlers:
+            handler.removeFilter(self._before_message)
         self.clear()
+        self._on = False
 
     def on_block(self, done: int, total: int) -> None:
         """A block of the running pass has been computed."""
@@ -47,26 +116,34 @@ class StatusLine:
         if done == 1 and self._blocks_of_pass:
             self._begin()
         self._blocks_of_pass = done
-        if not self._on or now - self._shown < _REFRESH_SECONDS:
+        if now - self._shown < _REFRESH_SECONDS:
             return
         self._shown = now
         elapsed = now - self._pass_began
         rate = (self._bytes_read() - self._bytes_before) / elapsed if elapsed else 0.0
         left = elapsed / done * (total - done)
-        self._write(f"layer {done}/{total}  {format_rate(rate)}  {format_seconds(left)} left in this pass")
+        self.say(f"layer {done}/{total}  {format_rate(rate)}  {format_seconds(left)} left in this pass")
 
     def say(self, text: str) -> None:
         """Show `text` until something else happens."""
-        if self._on:
-            self._write(text)
+        with self._lock:
+            if not self._on:
+                return
+            # A status that wrapped would take two lines, and might scroll the place to return to away.
+            self._write((_BACK if self._visible else "") + _LINE_BELOW + text[: _columns(self._stream) - 1])
+            self._visible = True
 
     def clear(self) -> None:
         """Take the line off the screen."""
-        if self._visible:
-            # Restore the cursor to where the text ended, and erase what the line wrote below it.
-            self._stream.write("\x1b8\x1b[J")
-            self._stream.flush()
-            self._visible = False
+        with self._lock:
+            if self._visible:
+                self._write(_BACK + _again(self._at_edge()))
+                self._visible = False
+
+    def _before_message(self, _: logging.LogRecord) -> bool:
+        """A warning is about to be written to the same screen; the next block brings the status back."""
+        self.clear()
+        return True
 
     def _begin(self) -> None:
         self._pass_began = time.perf_counter()
@@ -74,37 +151,55 @@ class StatusLine:
         self._blocks_of_pass = 0
 
     def _write(self, text: str) -> None:
-        self.clear()
-        # Save the cursor where the text stands; the status goes to the next line.
-        self._stream.write(f"\n\x1b[1A\x1b7\x1b[B\r{text}")
+        self._stream.write(text)
         self._stream.flush()
-        self._visible = True
 
 
-class TextWriter:
-    """Writes completions to standard output as they become final, one sequence after the other.
+class _Edge:
+    """Follows a terminal's cursor along a line, to know when it waits behind the last column."""
 
-    The sequence in front streams; the ones behind it wait until it has ended, so that texts never mix.
-    """
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._column = 0
+        self.held = ""
 
-    def __init__(self, sequences: Sequence[Writes], titles: Sequence[str], stream: TextIO = sys.stdout) -> None:
-        self._sequences, self._titles, self._stream = sequences, titles, stream
-        self._front = 0
-        self._written = 0
-        self._started = False
+    def follow(self, text: str) -> None:
+        """`text` has been written."""
+        columns = _columns(self._stream)
+        for character in text:
+            width = _width(character)
+            if character in "\r\n":
+                self._column = 0
+            elif character == "\t":
+                self._column = min(self._column + _TAB - self._column % _TAB, columns - 1)
+            elif width == 0:
+                self.held += character if self.held else ""
+                continue
+            else:
+                # What does not fit any more begins the next line.
+                self._column = self._column + width if self._column + width <= columns else width
+            self.held = character if width and self._column == columns else ""
 
-    def update(self) -> None:
-        """Write what has become final since the last call."""
-        while self._front < len(self._sequences):
-            sequence = self._sequences[self._front]
-            if not self._started:
-                self._stream.write(self._titles[self._front])
-                self._started = True
-            text = sequence.text
-            self._stream.write(text[self._written :])
-            self._written = len(text)
-            if sequence.finish_reason is None:
-                break
-            self._stream.write("\n")
-            self._front, self._written, self._started = self._front + 1, 0, False
-        self._stream.flush()
+
+def _again(held: str) -> str:
+    """What puts `held` where the cursor is, in the last column, once more: the terminal then waits behind it again."""
+    return "\b" * (_width(held[0]) - 1) + held if held else ""
+
+
+def _width(character: str) -> int:
+    """Columns that `character` takes."""
+    if unicodedata.category(character) in ("Mn", "Me", "Cf", "Cc"):
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
+
+
+def _is_terminal(stream: TextIO) -> bool:
+    """Whether `stream` goes to a screen that understands cursor movements."""
+    return stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+
+
+def _columns(stream: TextIO) -> int:
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or 80
+    except OSError:
+        return 80

@@ -57,7 +57,7 @@ def _add_packed(
     writer: BlockWriter, tensor: TensorRecipe, source: WeightSource, rule: Compression | None, advance: Advance
 ) -> None:
     assert tensor.scheme is not None
-    out, in_ = tensor.shape
+    out, in_ = tensor.matrix
     name, shape = f"{tensor.name}.q", tensor.scheme.q_shape(out, in_)
     packed = source.packed(tensor)
     compressed = rule.attempt(packed.q) if rule is not None else None

@@ -14,12 +14,12 @@ import torch
 from tiered.convert.compression import Compression, is_candidate
 from tiered.convert.recipe import BlockRecipe, TensorRecipe
 from tiered.convert.source import PANEL_NBYTES
-from tiered.errors import BudgetError, DiskFullError
+from tiered.errors import BudgetError, ConfigError, DiskFullError, ReadError
 from tiered.store.format import tensor_nbytes
 from tiered.units import MIB, format_budget, format_size
 
-_SLACK_NBYTES: Final = 96 * MIB
-"""Allocator, threads' stacks, headers, the temporaries of quantizing: measured, see tests/convert/test_memory.py."""
+_SLACK_NBYTES: Final = 48 * MIB
+"""Allocator, threads' stacks, headers: measured, see tests/convert/test_memory.py."""
 _SPACE_SLACK_NBYTES: Final = 4 * MIB
 
 
@@ -34,8 +34,9 @@ def check_ram(ram_bytes: int | None, source_nbytes: int, blocks: Iterable[BlockR
     if needed > ram_bytes:
         raise BudgetError(
             f"--ram {format_budget(ram_bytes)}: converting this takes up to {format_budget(needed)} "
-            f"({format_size(now)} for the interpreter and its libraries, {format_size(source_nbytes)} to read the "
-            f"source, {format_size(working - source_nbytes)} to convert); pass at least --ram {format_budget(needed)}",
+            f"({format_size(now)} for the interpreter and its libraries, {format_size(source_nbytes)} to read and "
+            f"quantize the source, {format_size(working - source_nbytes)} to write); "
+            f"pass at least --ram {format_budget(needed)}",
             smallest_bytes=needed,
         )
 
@@ -52,17 +53,24 @@ def check_space(folder: Path, needed_nbytes: int, reclaimed_nbytes: int = 0) -> 
 
 
 @contextmanager
-def disk_full_named(folder: Path) -> Iterator[None]:
-    """Turn the operating system's "no space left" into DiskFullError, wherever inside the block it came up."""
+def os_errors_named(folder: Path) -> Iterator[None]:
+    """Turn what the operating system refuses anywhere inside the block into errors that say what to do."""
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise DiskFullError(
-            f"{error.filename or folder}: the disk is full; finished blocks are kept: "
-            "free some space and run the same command again to resume"
-        ) from error
+        name = error.filename or folder
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFullError(
+                f"{name}: the disk is full; finished blocks are kept: "
+                "free some space and run the same command again to resume"
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise ConfigError(
+                f"{name}: {error.strerror}; choose another folder with -o, or change who may use it"
+            ) from error
+        if error.errno == errno.EIO:
+            raise ReadError(f"{name}: {error.strerror}; run the same command again to resume") from error
+        raise
 
 
 def on_same_disk(one: Path, other: Path) -> bool:
@@ -81,7 +89,7 @@ def _tensor_working_nbytes(tensor: TensorRecipe, block: BlockRecipe, rule: Compr
     """What grows with a tensor: its scales and zeros wait for the codes to be written, a payload for its table."""
     nbytes = 0
     if tensor.scheme is not None:
-        scale = tensor.scheme.scale_shape(*tensor.shape)
+        scale = tensor.scheme.scale_shape(*tensor.matrix)
         nbytes += tensor_nbytes(torch.float16, scale) + tensor_nbytes(torch.uint8, scale)
     if rule.mode != "none" and is_candidate(tensor, block.role):
         # The frames, and once more while they are joined.

@@ -12,8 +12,9 @@ from tiered.convert.index import WeightIndex
 from tiered.convert.names import NameMap
 from tiered.convert.recipe import BlockRecipe, TensorRecipe
 from tiered.convert.source import Packed, StoredTensor, WeightFiles, tensor_bytes
+from tiered.convert.workers import WORKER_NBYTES, Quantizers, worker_count
 from tiered.errors import CheckpointError
-from tiered.quant import quantize
+from tiered.quant import folded
 
 COPIED: Final = (
     "config.json",
@@ -49,6 +50,7 @@ class Checkpoint:
         self._files, self._index, self._names, self._clip = files, index, names, clip
         self._embed_name, self._claimed_dtype = embed_name, claimed_dtype
         self._released: frozenset[str] = frozenset()
+        self._quantizers = Quantizers()
         self._identity = {
             "kind": files.kind,
             "name": files.name,
@@ -73,12 +75,19 @@ class Checkpoint:
     def check(self, block: BlockRecipe) -> None:
         wrong: list[str] = []
         for tensor in block.tensors:
-            name = self._names.sources[tensor.name]
-            stored = self._stored(name)
-            if stored is not None and stored.shape != tensor.shape:
-                wrong.append(f"{name} is {list(stored.shape)}, expected {list(tensor.shape)}")
-            elif stored is not None and not stored.dtype.is_floating_point:
-                wrong.append(f"{name} holds {stored.dtype}, expected floating point")
+            names = self._names.sources[tensor.name]
+            shape, dtype = _part_shape(tensor.shape, len(names)), None
+            for name in names:
+                stored = self._stored(name)
+                if stored is None:
+                    continue
+                dtype = dtype or stored.dtype
+                if stored.shape != shape:
+                    wrong.append(f"{name} is {list(stored.shape)}, expected {list(shape)}")
+                elif not stored.dtype.is_floating_point:
+                    wrong.append(f"{name} holds {stored.dtype}, expected floating point")
+                elif stored.dtype != dtype:
+                    wrong.append(f"{name} holds {stored.dtype}, others of {tensor.name} {dtype}")
         if wrong:
             raise CheckpointError(
                 f"{self._files.name}: {len(wrong)} tensors of {block.name} are not what config.json describes: "
@@ -97,7 +106,7 @@ class Checkpoint:
             self._check_duplicate_head(self._names.duplicate_head)
 
     def dtype(self, tensor: TensorRecipe) -> torch.dtype:
-        stored = self._stored(self._names.sources[tensor.name])
+        stored = self._stored(self._names.sources[tensor.name][0])
         return self._claimed_dtype if stored is None else stored.dtype
 
     def plain(self, tensor: TensorRecipe) -> Iterator[memoryview]:
@@ -111,10 +120,10 @@ class Checkpoint:
 
         def codes() -> Iterator[memoryview]:
             for panel in self._panels(self._names.sources[tensor.name]):
-                part = quantize(panel, scheme, clip=self._clip, name=tensor.name)
-                scales.append(tensor_bytes(part.scale))
-                zeros.append(tensor_bytes(part.zero))
-                yield tensor_bytes(part.q)
+                for part in self._quantizers.quantize(panel, scheme, self._clip, tensor.name):
+                    scales.append(tensor_bytes(part.scale))
+                    zeros.append(tensor_bytes(part.zero))
+                    yield tensor_bytes(part.q)
 
         return Packed(codes(), scales, zeros)
 
@@ -131,13 +140,15 @@ class Checkpoint:
 
     def working_nbytes(self) -> int:
         here = [self._files.path(name) for name in self._index.files if self._files.is_here(name)]
-        return max((self._index.reader.working_nbytes(path) for path in here), default=0)
+        reading = max((self._index.reader.working_nbytes(path) for path in here), default=0)
+        return reading + worker_count() * WORKER_NBYTES
 
     def close(self) -> None:
+        self._quantizers.close()
         self._index.reader.close()
 
     def _checkpoint_names(self, block: BlockRecipe) -> list[str]:
-        names = [self._names.sources[tensor.name] for tensor in block.tensors]
+        names = [name for tensor in block.tensors for name in self._names.sources[tensor.name]]
         if block.role == "embed" and self._names.duplicate_head is not None:
             names.append(self._names.duplicate_head)
         return names
@@ -153,15 +164,17 @@ class Checkpoint:
             raise CheckpointError(f"{path}: lacks tensor {name}, which the checkpoint's index places there")
         return None if tensors is None else tensors[name]
 
-    def _panels(self, name: str) -> Iterator[torch.Tensor]:
-        return self._index.reader.panels(self._files.path(self._index.file_of[name]), name)
+    def _panels(self, names: Iterable[str]) -> Iterator[torch.Tensor]:
+        """The rows of these tensors, one tensor after the other."""
+        for name in names:
+            yield from self._index.reader.panels(self._files.path(self._index.file_of[name]), name)
 
     def _check_duplicate_head(self, head: str) -> None:
         """A tied head that is also stored must be the embedding, or the model would be another than it says."""
-        embedding = self._names.sources[self._embed_name]
+        (embedding,) = self._names.sources[self._embed_name]
         same = self._stored(head) == self._stored(embedding)
         if same:
-            pairs = zip(self._panels(embedding), self._panels(head), strict=True)
+            pairs = zip(self._panels([embedding]), self._panels([head]), strict=True)
             same = all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in pairs)
         if not same:
             raise CheckpointError(
@@ -179,3 +192,9 @@ class Checkpoint:
         for name, read in sorted(self.extra_files().items()):
             digest.update(name.encode() + b"\0" + read())
         return digest.hexdigest()
+
+
+def _part_shape(shape: tuple[int, ...], count: int) -> tuple[int, ...]:
+    """The shape of each of the `count` tensors whose rows make up one of `shape`."""
+    rows, in_features = folded(shape)
+    return shape if count == 1 else (rows // count, in_features)

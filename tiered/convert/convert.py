@@ -14,7 +14,7 @@ from time import perf_counter
 from typing import Any
 
 from tiered.convert.block import finished_block, write_block
-from tiered.convert.budget import check_ram, check_space, disk_full_named, on_same_disk
+from tiered.convert.budget import check_ram, check_space, on_same_disk, os_errors_named
 from tiered.convert.compression import Compression
 from tiered.convert.folder import (
     ProgressFile,
@@ -62,7 +62,7 @@ class Conversion:
     def run(self, open_source: OpenSource) -> ConvertResult:
         """Convert what `open_source` opens."""
         started = perf_counter()
-        with self._held, disk_full_named(self._folder):
+        with self._held, os_errors_named(self._folder):
             source, plan = open_source()
             with closing(source):
                 for block in plan.files:

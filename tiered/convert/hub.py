@@ -95,7 +95,11 @@ def cache_folder() -> Path:
 
 def _list_online(repo_id: str, revision: str | None) -> tuple[str, dict[str, int | None]]:
     info = huggingface_hub.HfApi().model_info(repo_id, revision=revision, files_metadata=True)
-    return str(info.sha), {file.rfilename: file.size for file in info.siblings or ()}
+    sizes = {file.rfilename: file.size for file in info.siblings or ()}
+    if "config.json" in sizes:
+        # By the name of the revision, so that the cache knows what it means once the hub is out of reach.
+        huggingface_hub.hf_hub_download(repo_id, "config.json", revision=revision)
+    return str(info.sha), sizes
 
 
 def _list_cache(repo_id: str, revision: str | None) -> tuple[str, dict[str, int | None]]:

@@ -2,12 +2,14 @@
 
 In: the skeleton's tensor names and the checkpoint's. Out: a `NameMap`. Pure.
 Checkpoints of a bare base model drop its prefix (`decoder.…` for `model.decoder.…`, `h.0…` for `transformer.h.0…`),
-tied heads are absent or a copy, and old ones carry buffers that transformers recomputes.
+tied heads are absent or a copy, old ones carry buffers that transformers recomputes, and most hold one tensor per
+expert and matrix where the model has one stack of all.
 """
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Final
 
 from tiered.arch import Skeleton
@@ -19,6 +21,21 @@ _JUNK: Final = re.compile(
 )
 _PUBLISHED_NAMES: Final = {"lm_head.": "embed_out."}
 """Beginnings of names that transformers has changed since checkpoints were published (GPT-NeoX): new -> old."""
+_PUBLISHED_PARTS: Final = (
+    (".mlp.", ".block_sparse_moe."),  # Mixtral and its like
+    (".mlp.router.", ".block_sparse_moe.gate."),  # Phi-MoE
+    (".mlp.gate.moe_statics.", ".mlp.moe_statics."),  # ERNIE 4.5
+    (".mlp.gate.e_score_correction_bias", ".mlp.e_score_correction_bias"),  # EXAONE-MoE
+    (".block_sparse_moe.experts.gate_up_proj", ".block_sparse_moe.input_linear.weight"),  # Granite-MoE
+    (".block_sparse_moe.experts.down_proj", ".block_sparse_moe.output_linear.weight"),
+    (".block_sparse_moe.router.", ".block_sparse_moe.router.layer."),
+)
+"""Parts of names that differ in published checkpoints: new, old."""
+_EXPERT_PARTS: Final = {
+    "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
+    "down_proj": (("down_proj",), ("w2",)),
+}
+"""The matrices that lie below one another in each expert of a stack, as published checkpoints may call them."""
 _NAMES_SHOWN: Final = 5
 
 
@@ -26,8 +43,8 @@ _NAMES_SHOWN: Final = 5
 class NameMap:
     """Where each tensor of the model is in the checkpoint."""
 
-    sources: Mapping[str, str]
-    """Model name -> checkpoint name."""
+    sources: Mapping[str, tuple[str, ...]]
+    """Model name -> checkpoint name; several where the model has their rows one below the other in one tensor."""
     duplicate_head: str | None
     """A tied head that the checkpoint holds as well; it must equal the embedding."""
     warnings: tuple[str, ...]
@@ -40,8 +57,13 @@ def map_names(skeleton: Skeleton, checkpoint: Collection[str]) -> NameMap:
     """
     present = set(checkpoint)
     base = str(skeleton.model.base_model_prefix)
-    wanted = [parameter.name for block in skeleton.blocks() for parameter in block.parameters]
-    sources = {name: found for name in wanted if (found := _find(name, present, base)) is not None}
+    shapes = {parameter.name: parameter.shape for block in skeleton.blocks() for parameter in block.parameters}
+    sources: dict[str, tuple[str, ...]] = {}
+    for name, shape in shapes.items():
+        found = _find(name, present, base)
+        parts = (found,) if found is not None else _find_experts(name, shape, present, base)
+        if parts:
+            sources[name] = parts
     warnings: list[str] = []
     head = _find(skeleton.head_name, present, base)
     duplicate_head = None
@@ -49,17 +71,19 @@ def map_names(skeleton: Skeleton, checkpoint: Collection[str]) -> NameMap:
         if skeleton.embed_name in sources:
             duplicate_head = head
         elif head is not None:  # tying is symmetric: either of the two names may have been saved
-            sources[skeleton.embed_name] = head
+            sources[skeleton.embed_name] = (head,)
     elif skeleton.head_name not in sources and skeleton.embed_name in sources:
         sources[skeleton.head_name] = _embedding_as_head(skeleton, sources[skeleton.embed_name], warnings)
-    missing = [name for name in wanted if name not in sources]
+    missing = [name for name in shapes if name not in sources]
+    missing += sorted(part for parts in sources.values() for part in parts if part not in present)
     if missing:
+        total = len(shapes) + sum(len(parts) - 1 for parts in sources.values())
         raise CheckpointError(
-            f"checkpoint lacks {len(missing)} of the {len(wanted)} tensors of this model: {_some(missing)} "
+            f"checkpoint lacks {len(missing)} of the {total} tensors of this model: {_some(missing)} "
             f"(looked for them with and without the prefix {base + '.'!r}); it has {_some(sorted(present))}. "
             "Does config.json belong to these weights, and are all files there?"
         )
-    used = {*sources.values(), *([duplicate_head] if duplicate_head else [])}
+    used = {*chain.from_iterable(sources.values()), *([duplicate_head] if duplicate_head else [])}
     unexpected = sorted(name for name in present - used if not _is_junk(name, skeleton))
     if unexpected:
         warnings.append(
@@ -71,12 +95,29 @@ def map_names(skeleton: Skeleton, checkpoint: Collection[str]) -> NameMap:
 
 def _find(name: str, present: set[str], base: str) -> str | None:
     """The checkpoint's name for the model's `name`: the same, without the base model's prefix, or an old one."""
+    return next((candidate for candidate in _candidates(name, base) if candidate in present), None)
+
+
+def _candidates(name: str, base: str) -> Iterator[str]:
     old = (before + name.removeprefix(now) for now, before in _PUBLISHED_NAMES.items() if name.startswith(now))
-    candidates = (name, name.removeprefix(base + "."), *old)
-    return next((candidate for candidate in candidates if candidate in present), None)
+    parts = (name.replace(now, before) for now, before in _PUBLISHED_PARTS if now in name)
+    for candidate in (name, *old, *parts):
+        yield candidate
+        yield candidate.removeprefix(base + ".")
 
 
-def _embedding_as_head(skeleton: Skeleton, embedding: str, warnings: list[str]) -> str:
+def _find_experts(name: str, shape: Sequence[int], present: set[str], base: str) -> tuple[str, ...]:
+    """The checkpoint's names for all matrices of a stack, if it has any of them, in the order of the stack's rows."""
+    for candidate in _candidates(name, base):
+        experts, _, stack = candidate.rpartition(".")
+        for matrices in _EXPERT_PARTS.get(stack, ()):
+            parts = tuple(f"{experts}.{index}.{matrix}.weight" for index in range(shape[0]) for matrix in matrices)
+            if not present.isdisjoint(parts):
+                return parts
+    return ()
+
+
+def _embedding_as_head(skeleton: Skeleton, embedding: tuple[str, ...], warnings: list[str]) -> tuple[str, ...]:
     """The tensor to use for an absent head that config.json declares untied; raises where that would be a guess."""
     config = skeleton.config
     if not type(config)().tie_word_embeddings:

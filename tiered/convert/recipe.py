@@ -13,7 +13,7 @@ import torch
 
 from tiered.arch import BlockTensors, ParameterInfo
 from tiered.convert.options import ConvertOptions
-from tiered.quant import GroupScheme
+from tiered.quant import GroupScheme, folded
 from tiered.store.format import ALIGNMENT, PAGE, tensor_nbytes
 from tiered.units import round_up
 
@@ -33,11 +33,16 @@ class TensorRecipe:
         """Bytes in the block file, where the source holds it as `dtype`."""
         if self.scheme is None:
             return round_up(tensor_nbytes(dtype, self.shape), ALIGNMENT)
-        out, in_ = self.shape
+        out, in_ = self.matrix
         scale = self.scheme.scale_shape(out, in_)
         sizes = [tensor_nbytes(torch.uint8, self.scheme.q_shape(out, in_))]
         sizes += [tensor_nbytes(torch.float16, scale), tensor_nbytes(torch.uint8, scale)]
         return sum(round_up(size, ALIGNMENT) for size in sizes)
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """(rows, in) as which it is quantized: a stack [experts, out, in] one expert below the other."""
+        return folded(self.shape)
 
     @property
     def numel(self) -> int:
@@ -88,11 +93,11 @@ def quantizable(block: BlockTensors) -> tuple[str, ...]:
 
 def _tensor(parameter: ParameterInfo, role: str, options: ConvertOptions) -> TensorRecipe:
     scheme = options.layer_scheme if role == "layer" else options.embed_scheme
-    if scheme is not None and not (_is_quantizable(parameter, role) and scheme.accepts(*parameter.shape)):
+    if scheme is not None and not (_is_quantizable(parameter, role) and scheme.accepts(*folded(parameter.shape))):
         scheme = None
     return TensorRecipe(parameter.name, parameter.shape, scheme)
 
 
 def _is_quantizable(parameter: ParameterInfo, role: str) -> bool:
     """Embedding, head and the layers' linear weights; what is outside them stays resident and small."""
-    return len(parameter.shape) == 2 and (role == "embed" or (role in ("layer", "head") and parameter.is_linear))
+    return role == "embed" or (role in ("layer", "head") and parameter.is_linear)

@@ -16,10 +16,14 @@ class SafetensorsReader:
 
     def __init__(self) -> None:
         self._entries: dict[Path, dict[str, TensorEntry]] = {}
+        self._tensors: dict[Path, dict[str, StoredTensor]] = {}
         self._open: tuple[Path, int] | None = None
 
     def tensors(self, path: Path) -> Mapping[str, StoredTensor]:
-        return {name: StoredTensor(entry.dtype, entry.shape) for name, entry in self._header(path).items()}
+        if path not in self._tensors:  # asked for once per tensor, of which there may be thousands
+            entries = self._header(path)
+            self._tensors[path] = {name: StoredTensor(entry.dtype, entry.shape) for name, entry in entries.items()}
+        return self._tensors[path]
 
     def panels(self, path: Path, name: str) -> Iterator[torch.Tensor]:
         entry = self._header(path)[name]
@@ -33,7 +37,7 @@ class SafetensorsReader:
             data = memoryview(buffer)[: count * row_nbytes]
             _read(self._fd(path), path, entry.offset + start * row_nbytes, data)
             flat = torch.frombuffer(data, dtype=entry.dtype)
-            yield flat.view(count, *entry.shape[1:]) if entry.shape else flat.view(())
+            yield flat.view(count, row_numel) if len(entry.shape) > 1 else flat.view(entry.shape and (count,))
 
     def known(self, path: Path) -> Mapping[str, StoredTensor] | None:
         return self.tensors(path)

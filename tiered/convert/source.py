@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 
 from tiered.convert.recipe import BlockRecipe, TensorRecipe
+from tiered.quant import folded
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ class WeightReader(Protocol):
         """What `path` holds; raises CheckpointError where it is damaged or of another format."""
 
     def panels(self, path: Path, name: str) -> Iterator[torch.Tensor]:
-        """The tensor in runs of whole rows, each valid until the next is asked for."""
+        """The tensor in runs of whole rows, each valid until the next is asked for; a stack's rows are folded."""
 
     def known(self, path: Path) -> Mapping[str, StoredTensor] | None:
         """As `tensors`, or None where that would mean reading the whole file and has not been done yet."""
@@ -131,9 +132,8 @@ PANEL_NBYTES = 16 << 20
 
 
 def panel_rows(shape: tuple[int, ...], itemsize: int) -> tuple[int, int, int]:
-    """(rows, values in a row, rows in a panel) of a tensor; a scalar is one row of one value."""
-    rows = shape[0] if shape else 1
-    row_numel = int(torch.Size(shape[1:]).numel())
+    """(rows, values in a row, rows in a panel) of a tensor; a scalar is one row, a stack the rows of all its matrices."""
+    rows, row_numel = folded(shape) if len(shape) > 1 else (shape[0] if shape else 1, 1)
     return rows, row_numel, max(1, PANEL_NBYTES // max(1, row_numel * itemsize))
 
 

@@ -21,6 +21,7 @@ from tiered.convert.recipe import BlockRecipe, TensorRecipe
 from tiered.convert.resolve import Shape
 from tiered.convert.source import Packed
 from tiered.convert.stand_in import BOS_ID, EOS_ID, LEAST_VOCAB, PAD_ID, tokenizer_files
+from tiered.convert.workers import one_torch_thread
 from tiered.errors import ConfigError
 from tiered.quant import GroupScheme, SyntheticPool
 from tiered.units import MIB
@@ -30,7 +31,7 @@ _SMALL_STD: Final = 0.02
 _POOL_NBYTES: Final = 32 * MIB
 _LEAST_POOL_NBYTES: Final = 1 * MIB
 _VERSION: Final = 1  # of how weights are drawn; part of the fingerprint
-_WRITES_TO_RESIDUAL: Final = re.compile(r"\.(o_proj|out_proj|down_proj|fc2|c_proj|dense|dense_4h_to_h)\.weight$")
+_WRITES_TO_RESIDUAL: Final = re.compile(r"\.(o_proj|out_proj|down_proj|fc2|c_proj|dense|dense_4h_to_h)(\.weight)?$")
 
 
 def shape_config(shape: Shape) -> PretrainedConfig:
@@ -105,7 +106,7 @@ class Synthetic:
     def packed(self, tensor: TensorRecipe) -> Packed:
         assert tensor.scheme is not None
         pool = self._pool(tensor.scheme)
-        out, in_ = tensor.shape
+        out, in_ = tensor.matrix
         _, std = self._distribution(tensor)
         return Packed(
             pool.q_chunks(out, in_, tensor.name),
@@ -133,7 +134,8 @@ class Synthetic:
 
     def _pool(self, scheme: GroupScheme) -> SyntheticPool:
         if scheme not in self._pools:
-            self._pools[scheme] = SyntheticPool(scheme, self._seed, nbytes=self._pool_nbytes)
+            with one_torch_thread():
+                self._pools[scheme] = SyntheticPool(scheme, self._seed, nbytes=self._pool_nbytes)
         return self._pools[scheme]
 
 

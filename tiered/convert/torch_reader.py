@@ -16,7 +16,7 @@ import torch
 from tiered.convert.source import PANEL_NBYTES, StoredTensor, panel_rows
 from tiered.errors import BudgetError, CheckpointError, ReadError
 
-_REMAP_NBYTES: Final = 64 << 20
+_REMAP_NBYTES: Final = 32 << 20
 _ZIP_MAGIC: Final = b"PK\x03\x04"
 
 
@@ -43,7 +43,9 @@ class TorchReader:
         rows, _, step = panel_rows(stored.shape, stored.dtype.itemsize)
         for start in range(0, rows, step):
             # A copy: the tensor may be a strided view, and must not keep the mapping alive.
-            panel = self._load(path)[name][start : start + step].clone(memory_format=torch.contiguous_format)
+            part = _folded(self._load(path)[name])[start : start + step]
+            panel = part.clone(memory_format=torch.contiguous_format)
+            del part
             self._touched += panel.nbytes
             if self._touched >= _REMAP_NBYTES and is_zip(path):
                 self.close()
@@ -66,6 +68,11 @@ class TorchReader:
             self.close()  # before loading the next: two legacy files would not fit
             self._held = (path, _load_state_dict(path))
         return self._held[1]
+
+
+def _folded(tensor: torch.Tensor) -> torch.Tensor:
+    """A stack's matrices one below the other; anything else as it is."""
+    return tensor.flatten(end_dim=-2) if tensor.ndim > 2 else tensor
 
 
 def is_zip(path: Path) -> bool:

@@ -79,8 +79,8 @@ class Arena:
 
     def release(self, slab: Slab) -> None:
         """Give a slab back; its pages stay with the process for the next borrower."""
-        found = self._borrowed.pop(slab.offset, None)
-        assert found is slab, f"{slab.label}: released twice, or not from this arena"
+        assert self._borrowed.get(slab.offset) is slab, f"{slab.label}: released twice, or not from this arena"
+        del self._borrowed[slab.offset]
 
     def close(self) -> None:
         """Drop the memory. Views that are still referenced keep it mapped until they go, so nothing can dangle."""

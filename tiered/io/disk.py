@@ -4,12 +4,13 @@ In: a file of the store and page-aligned memory. Out: the memory filled and, whe
 The event loop only waits; the reads run in the pool (`aiofiles.os.wrap` over this module's plain functions).
 """
 
+import asyncio
 import errno
 import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +71,6 @@ class DiskReader:
         self.mode = mode
         self.refused: tuple[str, ...] = ()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="tiered-read")
-        self._read_piece_async = aiofiles.os.wrap(self._read_piece)
         self._call_async = aiofiles.os.wrap(_call)
 
     def __enter__(self) -> Self:
@@ -99,23 +99,37 @@ class DiskReader:
         """
         start = chunk * CHUNK_NBYTES
         stop = min(start + CHUNK_NBYTES, file.nbytes)
-        self._enter()
-        try:
-            await self._read_piece_async(file, chunk, start, memory[start:stop], executor=self._pool)
-        finally:
-            self._leave()
+        part = memory[start:stop]
+        await self._read_in_pool(lambda abandoned: self._read_piece(file, chunk, start, part, abandoned))
 
     async def read_pages(self, file: FileInfo, offset: int, memory: memoryview) -> None:
         """Read `memory.nbytes` from `offset` (both multiples of 4096) without touching checksums."""
-        self._enter()
-        try:
-            await self._call_async(lambda: self._read(file, offset, memory), executor=self._pool)
-        finally:
-            self._leave()
+        await self._read_in_pool(lambda abandoned: self._read(file, offset, memory, abandoned))
 
     async def call(self, work: Callable[[], None]) -> None:
         """Run `work` (a decompression) in the pool."""
-        await self._call_async(work, executor=self._pool)
+        await self._in_pool(lambda abandoned: work())
+
+    async def _read_in_pool(self, work: Callable[[threading.Event], None]) -> None:
+        self._enter()
+        try:
+            await self._in_pool(work)
+        finally:
+            self._leave()
+
+    async def _in_pool(self, work: Callable[[threading.Event], None]) -> None:
+        """Run `work` in the pool, with an event that tells it to stop.
+
+        A thread cannot be cancelled: a cancelled caller goes on only when the thread has left the memory alone.
+        """
+        abandoned = threading.Event()
+        running = asyncio.ensure_future(self._call_async(work, abandoned, executor=self._pool))
+        try:
+            await asyncio.shield(running)
+        except asyncio.CancelledError:
+            abandoned.set()
+            await asyncio.gather(running, return_exceptions=True)
+            raise
 
     def close(self) -> None:
         """Drop queued reads, wait for running ones, close the files: nothing touches memory afterwards."""
@@ -139,19 +153,21 @@ class DiskReader:
             if self._in_flight == 0:
                 self._idle_since = time.perf_counter()
 
-    def _read_piece(self, file: FileInfo, chunk: int, start: int, memory: memoryview) -> None:
+    def _read_piece(
+        self, file: FileInfo, chunk: int, start: int, memory: memoryview, abandoned: threading.Event
+    ) -> None:
         for offset in range(0, memory.nbytes, PIECE_NBYTES):
-            self._read(file, start + offset, memory[offset : offset + PIECE_NBYTES])
+            self._read(file, start + offset, memory[offset : offset + PIECE_NBYTES], abandoned)
         if self._verifier.wants(file, chunk):
             self._verifier.check(file, chunk, memory)
 
-    def _read(self, file: FileInfo, offset: int, memory: memoryview) -> None:
+    def _read(self, file: FileInfo, offset: int, memory: memoryview, abandoned: threading.Event) -> None:
         """Fill `memory`, however many system calls that takes."""
         done = 0
         with self._trace.span("disk", file.path, memory.nbytes):
             while done < memory.nbytes:
-                if self._closing:
-                    raise InterruptedRun("the reader is closing")
+                if self._closing or abandoned.is_set():
+                    raise InterruptedRun("the read is no longer wanted")
                 count = self._read_once(file, offset + done, memory[done:])
                 if count == 0:
                     raise StoreError(
@@ -219,5 +235,13 @@ class DiskReader:
                 logger.warning("%s refused while reading; using %s", opened.mode.value, self.mode.value)
 
 
-def _call(work: Callable[[], None]) -> None:
-    work()
+async def all_of(reads: Iterable[Awaitable[None]]) -> None:
+    """Wait for every one of `reads`, then raise the first error: when this returns, none of them runs any more."""
+    for result in await asyncio.gather(*reads, return_exceptions=True):
+        if result is not None:
+            raise result
+
+
+def _call(work: Callable[[threading.Event], None], abandoned: threading.Event) -> None:
+    if not abandoned.is_set():
+        work(abandoned)

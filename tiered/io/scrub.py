@@ -7,11 +7,10 @@ while it is still in the processor's cache: memory is threads times one piece, w
 """
 
 import errno
-import mmap
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -19,6 +18,7 @@ from typing import Any, Final
 import xxhash
 
 from tiered.errors import ReadError, StoreError
+from tiered.io.arena import Arena, Slab
 from tiered.io.disk import PIECE_NBYTES, Faults
 from tiered.io.modes import ReadMode, is_refusal, probe_mode
 from tiered.store import CHUNK_NBYTES, PAGE, FileInfo, Manifest, Store
@@ -149,7 +149,19 @@ class _Scrub:
         self._chunks = self._readable_chunks(manifest)
 
     def run(self, threads: int, on_progress: OnProgress | None) -> None:
-        workers = [threading.Thread(target=self._work, name="tiered-scrub") for _ in range(threads)]
+        with Arena(threads * PIECE_NBYTES) as arena:
+            slabs = [arena.borrow(PIECE_NBYTES, "scrub") for _ in range(threads)]
+            self._run_in(slabs, on_progress)
+            for slab in slabs:
+                arena.release(slab)
+        if self._errors:
+            raise self._errors[0]
+        if on_progress is not None:
+            on_progress(self.bytes_read)
+
+    def _run_in(self, slabs: Sequence[Slab], on_progress: OnProgress | None) -> None:
+        """One thread per slab; returns, or raises, when none runs any more."""
+        workers = [threading.Thread(target=self._work, args=(slab.view,), name="tiered-scrub") for slab in slabs]
         try:
             for worker in workers:
                 worker.start()
@@ -163,8 +175,6 @@ class _Scrub:
             for worker in workers:
                 if worker.ident is not None:
                     worker.join()
-        if self._errors:
-            raise self._errors[0]
 
     def _readable_chunks(self, manifest: Manifest) -> Iterator[tuple[FileInfo, int]]:
         """Chunks that lie whole within what their file really has: the header check tells of the others."""
@@ -181,12 +191,10 @@ class _Scrub:
         with self._lock:
             return None if self._stop.is_set() else next(self._chunks, None)
 
-    def _work(self) -> None:
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    def _work(self, memory: memoryview) -> None:
         try:
-            with mmap.mmap(-1, PIECE_NBYTES, flags=flags) as buffer, memoryview(buffer) as memory:
-                while (item := self._next()) is not None:
-                    self._test(*item, memory)
+            while (item := self._next()) is not None:
+                self._test(*item, memory)
         except BaseException as error:
             self._errors.append(error)
             self._stop.set()

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from tiered.arch import Skeleton
+from tiered.arch import Skeleton, is_expert_stack, is_plain_linear
 from tiered.kernels import CancelFlag, linear
+from tiered.model.experts import OffloadedExperts
 from tiered.quant import QuantizedWeight
 
 AnyWeight = torch.Tensor | QuantizedWeight
@@ -46,7 +47,7 @@ class BoundModel:
         self.skeleton, self.dtype = skeleton, dtype
         self.layers: list[nn.Module] = list(skeleton.layers)
         for layer in self.layers:
-            _offload_linears(layer, cancel)
+            _offload(layer, cancel)
         self.head = OffloadedLinear(_linear_at(skeleton.model, skeleton.head_name), cancel)
         skeleton.model.set_output_embeddings(self.head)
         # It only matters to training, and it would have to be a row of the few that `embed` looks up in.
@@ -73,6 +74,7 @@ class BoundModel:
     def lend(self, module: nn.Module, weights: Mapping[str, AnyWeight]) -> Iterator["Lent"]:
         """Lend `weights`, named as inside `module`, for the duration of the context."""
         linears: list[OffloadedLinear] = []
+        stacks: list[OffloadedExperts] = []
         small: dict[str, torch.Tensor] = {}
         for name, weight in weights.items():
             path, _, attribute = name.rpartition(".")
@@ -81,8 +83,13 @@ class BoundModel:
                 target.lent = weight
                 linears.append(target)
                 continue
+            if isinstance(target, OffloadedExperts):
+                target.lent[attribute] = weight
+                stacks.append(target)
+                continue
             assert isinstance(weight, torch.Tensor), f"{name}: only linear layers can be quantized"
-            tensor = weight.to(self.dtype) if weight.is_floating_point() else weight
+            # The graph's own dtype: the compute dtype, but for what a family insists on having in float32.
+            tensor = weight.to(getattr(target, attribute).dtype) if weight.is_floating_point() else weight
             if isinstance(target, OffloadedLinear):
                 target.lent_bias = tensor
             else:
@@ -92,6 +99,8 @@ class BoundModel:
         finally:
             for target in linears:
                 target.lent = target.lent_bias = None
+            for stack in stacks:
+                stack.lent.clear()
 
 
 class Lent:
@@ -104,12 +113,15 @@ class Lent:
         return functional_call(self._module, self._small, args, kwargs)
 
 
-def _offload_linears(module: nn.Module, cancel: CancelFlag) -> None:
+def _offload(module: nn.Module, cancel: CancelFlag) -> None:
     for name, child in module.named_children():
-        if isinstance(child, nn.Linear):
+        if is_plain_linear(child):
+            assert isinstance(child, nn.Linear)
             setattr(module, name, OffloadedLinear(child, cancel))
+        elif is_expert_stack(child):
+            setattr(module, name, OffloadedExperts(child, cancel))
         else:
-            _offload_linears(child, cancel)
+            _offload(child, cancel)
 
 
 def _linear_at(model: nn.Module, weight_name: str) -> nn.Linear:

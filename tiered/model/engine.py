@@ -177,6 +177,7 @@ class Engine:
         cache = batch.cache if whole else PositionCache(past + start, len(self._model.layers))
         position_ids = batch.position_ids
         recording = self._recorder.record(
+            _last_positions(batch, past),
             inputs_embeds=embedded,
             # Untouched where possible: a preallocating cache wants masks wider than what is filled.
             attention_mask=batch.attention_mask if whole else _slice_mask(batch.attention_mask, past, start, stop),
@@ -215,6 +216,13 @@ def _keep(hidden: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Ten
     """The positions of hidden [rows, tokens, hidden] that need logits, as transformers selects them."""
     index = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
     return hidden[:, index]
+
+
+def _last_positions(batch: MicroBatch, past: int) -> torch.Tensor:
+    """Where the texts of `batch` end so far: [rows], or [1] where positions are just counted."""
+    if batch.position_ids is None:
+        return torch.tensor([past + batch.input_ids.shape[1] - 1])
+    return batch.position_ids.amax(1)
 
 
 def _slice_mask(mask: Any, past: int, start: int, stop: int) -> Any:

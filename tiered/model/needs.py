@@ -75,7 +75,8 @@ def activation_shape(skeleton: Skeleton, dtype: torch.dtype) -> Shape:
     layers = (p.shape for block in skeleton.blocks() if block.role == "layer" for p in block.parameters)
     return Shape(
         hidden=config.hidden_size,
-        widest=max(shape[0] for shape in layers),
+        # Of a stack, one expert's: its tokens pass through one after the other.
+        widest=max(shape[-2:][0] for shape in layers),
         vocab=config.vocab_size,
         heads=config.num_attention_heads,
         itemsize=dtype.itemsize,

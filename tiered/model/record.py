@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from tiered.arch import Skeleton
+from tiered.model.rotary import stand_in_for_rotaries
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,16 @@ class Recorder:
         stand_ins = nn.ModuleList(_StandIn(self, index, layer) for index, layer in enumerate(layers))
         setattr(skeleton.model.get_submodule(path), name, stand_ins)
         self._count = len(layers)
+        self._rotaries = stand_in_for_rotaries(skeleton.model)
         self._accepted = set(inspect.signature(skeleton.model.forward).parameters)
 
-    def record(self, **kwargs: Any) -> Recording:
-        """Run the model's forward (with `inputs_embeds`) up to its last layer."""
+    def record(self, last_positions: torch.Tensor | None = None, **kwargs: Any) -> Recording:
+        """Run the model's forward (with `inputs_embeds`) up to its last layer.
+
+        `last_positions` [rows] or [1] says where texts end that are shown only in part.
+        """
         self._calls, self._first_hidden, self._final = [], None, None
+        self._show_ends(last_positions)
         # A family without positions (ALiBi) takes none; passing them on would reach its layers.
         given = {name: value for name, value in kwargs.items() if name != "position_ids" or name in self._accepted}
         try:
@@ -66,6 +72,8 @@ class Recorder:
             recording = Recording(self._first_hidden, tuple(self._calls))
             self._calls, self._first_hidden = [], None
             return recording
+        finally:
+            self._show_ends(None)
         raise AssertionError("the base model did not call its last layer")
 
     def replay(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -90,6 +98,10 @@ class Recorder:
             if index == self._count - 1:
                 raise _Recorded
         return (hidden, None) if self._returns_tuple else hidden
+
+    def _show_ends(self, last_positions: torch.Tensor | None) -> None:
+        for rotary in self._rotaries:
+            rotary.last_positions = last_positions
 
 
 class _StandIn(nn.Module):

@@ -22,7 +22,7 @@ class WholeTextRotary(nn.Module):
 
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin, [rows, tokens, dim] each, of position_ids [rows, tokens]; of x only dtype and device count."""
-        last = position_ids[:, -1] if self.last_positions is None else self.last_positions.expand(len(position_ids))
+        last = position_ids.amax(1) if self.last_positions is None else self.last_positions.expand(len(position_ids))
         tables = [self._row(x[:1], row, end, kwargs) for row, end in zip(position_ids, last, strict=True)]
         return torch.cat([cos for cos, _ in tables]), torch.cat([sin for _, sin in tables])
 

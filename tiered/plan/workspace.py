@@ -19,7 +19,7 @@ class Shape:
 
     hidden: int
     widest: int
-    """The largest `out` of any linear layer in a decoder layer."""
+    """The largest `out` of any linear layer or expert in a decoder layer."""
     vocab: int
     heads: int
     itemsize: int
@@ -43,7 +43,7 @@ def row_nbytes(shape: Shape, context: int) -> int:
     """Bytes that one row (token) needs at most while it is inside a layer, with `context` keys to attend to.
 
     Hidden states: residual, normalized, q, k, v, attention output, and a float32 copy where a norm widens; the
-    feed-forward's result, its activation and gate; one mask row, and for eager families the scores of all heads
+    feed-forward's result, its activation and gate (experts compute one after the other); one mask row, and for eager families the scores of all heads
     before and after softmax, in float32.
     """
     hidden = shape.hidden * (6 * shape.itemsize + 8)

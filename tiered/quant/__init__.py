@@ -2,7 +2,7 @@
 
 from tiered.quant.pack import pack_int4, unpack_int4
 from tiered.quant.quantize import QuantizedTensor, dequantize, quantize
-from tiered.quant.schemes import GroupScheme
+from tiered.quant.schemes import GroupScheme, folded
 from tiered.quant.synthetic import SyntheticPool
 from tiered.quant.weight import QuantizedWeight
 from tiered.quant.zstd import CompressedTensor, compress, decompress_frame, decompress_into, pays
@@ -17,6 +17,7 @@ __all__ = [
     "decompress_frame",
     "decompress_into",
     "dequantize",
+    "folded",
     "pack_int4",
     "pays",
     "quantize",

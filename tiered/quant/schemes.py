@@ -9,8 +9,9 @@ at 4 bits two per byte, [out, in / 2], in the order that `pack.py` describes.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Final, Self
 
 from tiered.errors import ConfigError
@@ -22,6 +23,16 @@ DEFAULT_GROUP_SIZE: Final = 64
 _NAME = re.compile(r"int(\d+)(?:-g(\d+))?")
 _SCALE_NBYTES: Final = 2  # fp16
 _ZERO_NBYTES: Final = 1  # u8
+
+
+def folded(shape: Sequence[int]) -> tuple[int, int]:
+    """(rows, in) of a weight of `shape` [..., in]: a stack's matrices lie one below the other.
+
+    >>> folded((8, 128, 64))
+    (1024, 64)
+    """
+    *leading, in_features = shape
+    return prod(leading), in_features
 
 
 @dataclass(frozen=True)

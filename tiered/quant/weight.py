@@ -10,7 +10,7 @@ from tiered.quant.schemes import GroupScheme
 
 @dataclass(frozen=True, eq=False)
 class QuantizedWeight:
-    """A linear weight [out, in] as codes; the tensors are views of a block's memory."""
+    """A linear weight [out, in] as codes; the tensors are views of a block's memory. A stack's rows are folded."""
 
     codes: QuantizedTensor
     scheme: GroupScheme
@@ -21,8 +21,12 @@ class QuantizedWeight:
         rows, groups = self.codes.scale.shape
         return rows, groups * self.scheme.group_size
 
+    def part(self, start: int, stop: int) -> "QuantizedWeight":
+        """Rows start..stop, still quantized. Nothing is copied."""
+        q, scale, zero = self.codes
+        return QuantizedWeight(QuantizedTensor(q[start:stop], scale[start:stop], zero[start:stop]), self.scheme)
+
     def rows(self, start: int, stop: int, dtype: dtype) -> Tensor:
         """Rows start..stop, dequantized: [stop - start, in] of `dtype`."""
-        part = slice(start, stop)
-        q, scale, zero = self.codes
-        return dequantize(q[part], scale[part], zero[part], self.scheme, dtype)
+        q, scale, zero = self.part(start, stop).codes
+        return dequantize(q, scale, zero, self.scheme, dtype)

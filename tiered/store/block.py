@@ -13,8 +13,17 @@ from typing import Any, Final
 import torch
 
 from tiered.errors import ConfigError, StoreError
-from tiered.quant import GroupScheme, decompress_into
-from tiered.store.format import ALIGNMENT, DTYPE_NAMES, DTYPES, PAGE, TensorEntry, read_header, tensor_nbytes
+from tiered.quant import GroupScheme, decompress_into, folded
+from tiered.store.format import (
+    ALIGNMENT,
+    DTYPE_NAMES,
+    DTYPES,
+    PAGE,
+    TensorEntry,
+    read_header,
+    tensor_nbytes,
+    whole_numbers,
+)
 from tiered.store.manifest import FileInfo, Weight
 from tiered.units import round_up
 
@@ -36,7 +45,7 @@ class Compressed:
         """Decompress inside `memory`, the block's memory from its first byte; raises StoreError where it cannot."""
         payload = memory[self.source.offset : self.source.offset + self.source.nbytes]
         out = memory[self.target.offset : self.target.offset + self.target.nbytes]
-        decompress_into(payload, self.frames, self.frame_nbytes, out)
+        decompress_into(payload, self.frames, self.frame_nbytes, out, name=self.target.name)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -79,7 +88,8 @@ def read_layout(folder: Path, file: FileInfo) -> BlockLayout:
     path = folder / file.path
     try:
         found = path.stat().st_size
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        # ValueError: a damaged manifest may name what no file can be called.
         raise StoreError(f"{path}: missing; the store is incomplete, convert the model again") from None
     if found != file.nbytes:
         raise StoreError(
@@ -90,7 +100,7 @@ def read_layout(folder: Path, file: FileInfo) -> BlockLayout:
     try:
         described = json.loads(metadata[METADATA_KEY])
         zstd, schemes = dict(described["zstd"]), dict(described["weights"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise StoreError(f"{path}: not a block of a tiered store (metadata: {error})") from None
     if data_start % PAGE:
         raise StoreError(f"{path}: data starts at byte {data_start}, expected a multiple of {PAGE}")
@@ -115,13 +125,15 @@ def _place_compressed(
     by_name = {entry.name: entry for entry in entries}
     placed, position = [], file_nbytes
     for name, value in zstd.items():
-        dtype, shape = DTYPES[value["dtype"]], tuple(map(int, value["shape"]))
+        dtype, shape = DTYPES[value["dtype"]], whole_numbers(value["shape"])
         target = TensorEntry(name, dtype, shape, position, tensor_nbytes(dtype, shape))
         source = by_name[name + ZSTD_SUFFIX]
-        frames = tuple(map(int, value["frames"]))
+        frames, (frame_nbytes,) = whole_numbers(value["frames"]), whole_numbers([value["frame_nbytes"]])
         if sum(frames) != source.nbytes:
             raise ValueError(f"{name}: frames of {sum(frames):,} bytes in a tensor of {source.nbytes:,}")
-        placed.append(Compressed(source, target, frames, int(value["frame_nbytes"])))
+        if not (len(frames) - 1) * frame_nbytes < target.nbytes <= len(frames) * frame_nbytes:
+            raise ValueError(f"{name}: {len(frames)} frames of {frame_nbytes:,} bytes for {target.nbytes:,} bytes")
+        placed.append(Compressed(source, target, frames, frame_nbytes))
         position = round_up(position + target.nbytes, ALIGNMENT)
     return tuple(placed), round_up(position, PAGE)
 
@@ -130,8 +142,8 @@ def _group(stored: Mapping[str, TensorEntry], schemes: Mapping[str, Any]) -> dic
     weights: dict[str, Weight] = {}
     parts_of: set[str] = set()
     for name, value in schemes.items():
-        scheme, shape = GroupScheme.parse(value["scheme"]), tuple(map(int, value["shape"]))
-        out, in_ = shape
+        scheme, shape = GroupScheme.parse(value["scheme"]), whole_numbers(value["shape"])
+        out, in_ = folded(shape)
         parts = {part: stored[f"{name}.{part}"] for part in ("q", "scale", "zero")}
         expected = {"q": scheme.q_shape(out, in_), "scale": scheme.scale_shape(out, in_)}
         expected["zero"] = expected["scale"]

@@ -7,6 +7,7 @@ rules so that a whole file can be read with O_DIRECT and used where it lands: da
 """
 
 import json
+import math
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -60,7 +61,17 @@ def hash_chunk(data: Any) -> str:
 
 def tensor_nbytes(dtype: torch.dtype, shape: Sequence[int]) -> int:
     """Bytes of a dense tensor."""
-    return int(torch.Size(shape).numel()) * dtype.itemsize
+    # Not torch's numel: it wraps around at 2**64, and a damaged header may claim any shape.
+    return math.prod(shape) * dtype.itemsize
+
+
+def whole_numbers(value: Any) -> tuple[int, ...]:
+    """The list `value` of a JSON header as sizes: integers from 0. Raises TypeError or ValueError."""
+    if not isinstance(value, list) or any(type(n) is not int for n in value):
+        raise TypeError(f"expected a list of integers, found {value!r}")
+    if min(value, default=0) < 0:
+        raise ValueError(f"expected no negative numbers, found {value!r}")
+    return tuple(value)
 
 
 def header_bytes(
@@ -118,13 +129,14 @@ def _parse_header(
         table = json.loads(raw)
         metadata = {str(k): str(v) for k, v in dict(table.pop("__metadata__", None) or {}).items()}
         entries = [_parse_entry(name, value, data_start) for name, value in table.items()]
-    except (ValueError, TypeError, KeyError, AttributeError, UnicodeDecodeError) as reason:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as reason:
         raise error(f"{path}: damaged safetensors header ({reason})") from None
-    entries.sort(key=lambda entry: entry.offset)
+    # Empty tensors come before the one that starts where they do.
+    entries.sort(key=lambda entry: (entry.offset, entry.nbytes))
     position = data_start
     for entry in entries:
         expected = tensor_nbytes(entry.dtype, entry.shape)
-        if entry.nbytes != expected or min(entry.shape, default=0) < 0:
+        if entry.nbytes != expected:
             raise error(
                 f"{path}: tensor {entry.name} of shape {entry.shape} takes {expected:,} bytes, "
                 f"header claims {entry.nbytes:,}"
@@ -141,6 +153,5 @@ def _parse_entry(name: str, value: dict[str, Any], data_start: int) -> TensorEnt
     dtype = DTYPES.get(value["dtype"])
     if dtype is None:
         raise ValueError(f"tensor {name} has dtype {value['dtype']!r}; known are {', '.join(DTYPES)}")
-    begin, end = value["data_offsets"]
-    shape = tuple(int(n) for n in value["shape"])
-    return TensorEntry(name, dtype, shape, data_start + int(begin), int(end) - int(begin))
+    begin, end = whole_numbers(value["data_offsets"])
+    return TensorEntry(name, dtype, whole_numbers(value["shape"]), data_start + begin, end - begin)

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import torch
 
@@ -18,6 +18,9 @@ from tiered.store.format import CHUNK_NBYTES, PAGE, TensorEntry
 MANIFEST_NAME: Final = "manifest.json"
 FORMAT: Final = "tiered-store"
 VERSION: Final = 1
+ROLES: Final = ("embed", "outer", "layer", "head")
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class Weight:
     """One logical weight of a block and where its parts lie in the block's memory.
 
     `scheme` is None for a plain tensor (`parts` holds one entry, ""); a quantized one has parts "q", "scale" and
-    "zero".
+    "zero", whose rows are those of all its matrices where `shape` is a stack's, [experts, out, in].
     """
 
     name: str
@@ -120,7 +123,7 @@ class Manifest:
         """Parse and check the text of the manifest at `path`; raises StoreError naming it."""
         try:
             value = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise StoreError(f"{path}: not valid JSON ({error}); the store is damaged, convert it again") from None
         if not isinstance(value, dict) or value.get("format") != FORMAT:
             raise StoreError(f"{path}: not a tiered store's manifest; pass the folder that 'tiered convert' wrote")
@@ -137,31 +140,60 @@ class Manifest:
 
     @classmethod
     def _from_value(cls, value: dict[str, Any]) -> "Manifest":
-        files = {}
-        for raw in value["files"]:
-            file = FileInfo(str(raw["path"]), int(raw["nbytes"]), tuple(map(str, raw["xxh3_64"])))
-            chunks = -(-file.nbytes // CHUNK_NBYTES)
-            if file.nbytes <= 0 or file.nbytes % PAGE or len(file.checksums) != chunks:
-                raise ValueError(f"{file.path}: {file.nbytes} bytes with {len(file.checksums)} checksums is impossible")
-            if Path(file.path).is_absolute() or ".." in Path(file.path).parts:
-                raise ValueError(f"{file.path}: points outside the store")
-            files[file.path] = file
-        blocks = tuple(
-            BlockInfo(str(raw["name"]), str(raw["role"]), files[raw["file"]], str(raw["prefix"]))
-            for raw in value["blocks"]
-        )
-        tape = tuple(map(str, value["tape"]))
-        unknown = set(tape) - {block.name for block in blocks}
+        if _field(value, "checksum_chunk_nbytes", int) != CHUNK_NBYTES:
+            raise ValueError(f"checksum_chunk_nbytes is {value['checksum_chunk_nbytes']}, expected {CHUNK_NBYTES}")
+        files = {file.path: file for file in map(_file, _field(value, "files", list))}
+        blocks = {block.name: block for block in (_block(raw, files) for raw in _field(value, "blocks", list))}
+        if len(blocks) != len(value["blocks"]):
+            names = [raw["name"] for raw in value["blocks"]]
+            raise ValueError(f"several blocks are named {next(name for name in names if names.count(name) > 1)}")
+        if "embed" not in blocks:
+            raise ValueError("there is no block embed")
+        tape = tuple(map(str, _field(value, "tape", list)))
+        unknown = set(tape) - set(blocks)
         if unknown or not tape:
             raise ValueError(f"tape names unknown blocks {sorted(unknown)}" if unknown else "tape is empty")
+        distinct = None if value["distinct_blocks"] is None else _field(value, "distinct_blocks", int)
+        if distinct is not None and distinct < 1:
+            raise ValueError(f"distinct_blocks is {distinct}, expected at least 1")
         return cls(
-            source=dict(value["source"]),
-            architecture=dict(value["architecture"]),
-            quantization=dict(value["quantization"]),
+            source=_field(value, "source", dict),
+            architecture=_field(value, "architecture", dict),
+            quantization=_field(value, "quantization", dict),
             files=tuple(files.values()),
-            blocks=blocks,
+            blocks=tuple(blocks.values()),
             tape=tape,
-            tied=bool(value["tied"]),
-            synthetic=bool(value["synthetic"]),
-            distinct_blocks=value["distinct_blocks"],
+            tied=_field(value, "tied", bool),
+            synthetic=_field(value, "synthetic", bool),
+            distinct_blocks=distinct,
         )
+
+
+def _field(value: Any, key: str, kind: type[T]) -> T:
+    """Field `key` of the object `value`, which must be of exactly this kind: neither 1.0 nor true is a number here."""
+    if not isinstance(value, dict):
+        raise TypeError(f"expected an object with {key}, found {value!r}")
+    found = value[key]
+    if type(found) is not kind:
+        raise TypeError(f"{key} is {found!r}, expected a {kind.__name__}")
+    return found
+
+
+def _file(raw: Any) -> FileInfo:
+    path, nbytes = _field(raw, "path", str), _field(raw, "nbytes", int)
+    checksums = tuple(_field({"xxh3_64": checksum}, "xxh3_64", str) for checksum in _field(raw, "xxh3_64", list))
+    if nbytes <= 0 or nbytes % PAGE or len(checksums) != -(-nbytes // CHUNK_NBYTES):
+        raise ValueError(f"{path}: {nbytes} bytes with {len(checksums)} checksums is impossible")
+    parts = Path(path).parts
+    if not parts or Path(path).is_absolute() or ".." in parts or "\0" in path:
+        raise ValueError(f"{path!r}: points outside the store")
+    return FileInfo(path, nbytes, checksums)
+
+
+def _block(raw: Any, files: Mapping[str, FileInfo]) -> BlockInfo:
+    name, role, path = _field(raw, "name", str), _field(raw, "role", str), _field(raw, "file", str)
+    if role not in ROLES:
+        raise ValueError(f"block {name}: role is {role!r}, expected one of {', '.join(ROLES)}")
+    if path not in files:
+        raise ValueError(f"block {name}: its file {path} is not among the files")
+    return BlockInfo(name, role, files[path], _field(raw, "prefix", str))

@@ -5,7 +5,7 @@ In: an opened store. Out: one row per kind of block, and totals. No weight is re
 
 import itertools
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tiered.store.format import DTYPE_NAMES
@@ -15,14 +15,17 @@ from tiered.store.open import Store
 
 @dataclass(frozen=True)
 class BlockRow:
-    """Consecutive blocks that are alike in role, size and formats."""
+    """Consecutive blocks that are alike in role, weights and formats."""
 
     first: str
     last: str
     role: str
     count: int
     nbytes: int
-    """Of one block's file."""
+    """Of all these blocks' files together."""
+    smallest_nbytes: int
+    largest_nbytes: int
+    """Of one file: compressed blocks differ a little."""
     weights: int
     """Numbers that one block stands for."""
     formats: tuple[tuple[str, int], ...]
@@ -32,7 +35,7 @@ class BlockRow:
 
     @property
     def bits_per_weight(self) -> float:
-        return 8 * self.nbytes / self.weights
+        return 8 * self.nbytes / (self.weights * self.count)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -41,7 +44,9 @@ class BlockRow:
             "role": self.role,
             "count": self.count,
             "nbytes": self.nbytes,
-            "weights": self.weights,
+            "smallest_nbytes": self.smallest_nbytes,
+            "largest_nbytes": self.largest_nbytes,
+            "weights_each": self.weights,
             "bits_per_weight": self.bits_per_weight,
             "formats": dict(self.formats),
             "shares_file": self.shared,
@@ -88,22 +93,17 @@ def format_of(weight: Weight) -> str:
 def _single(store: Store, block: BlockInfo) -> BlockRow:
     layout = store.layout(block)
     formats: Counter[str] = Counter()
+    compressed = {item.target.name for item in layout.compressed}
     for weight in layout.weights.values():
         name = format_of(weight)
-        if any(item.target.name.startswith(weight.name) for item in layout.compressed):
+        if any(entry.name in compressed for entry in weight.parts.values()):
             name += "+zstd"
         formats[name] += _numel(weight)
     # Repeated synthetic layers are blocks of their own; only a tied head is the same numbers once more.
     shared = block.role == "head" and store.manifest.tied
+    size, weights = block.file.nbytes, layout.weight_count
     return BlockRow(
-        block.name,
-        block.name,
-        block.role,
-        1,
-        block.file.nbytes,
-        layout.weight_count,
-        tuple(formats.most_common()),
-        shared,
+        block.name, block.name, block.role, 1, size, size, size, weights, tuple(formats.most_common()), shared
     )
 
 
@@ -115,18 +115,15 @@ def _numel(weight: Weight) -> int:
 
 
 def _likeness(row: BlockRow) -> tuple[object, ...]:
-    return row.role, row.nbytes, row.weights, row.formats, row.shared
+    return row.role, row.weights, row.formats, row.shared
 
 
 def _fold(rows: list[BlockRow]) -> BlockRow:
-    first = rows[0]
-    return BlockRow(
-        first.first,
-        rows[-1].last,
-        first.role,
-        len(rows),
-        first.nbytes,
-        first.weights,
-        first.formats,
-        first.shared,
+    return replace(
+        rows[0],
+        last=rows[-1].last,
+        count=len(rows),
+        nbytes=sum(row.nbytes for row in rows),
+        smallest_nbytes=min(row.nbytes for row in rows),
+        largest_nbytes=max(row.nbytes for row in rows),
     )

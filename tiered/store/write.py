@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
@@ -43,17 +44,23 @@ class BlockWriter:
         self._file: BinaryIO | None = None
         self._written = 0
         self._flushed = 0
+        self._syncer = ThreadPoolExecutor(1, thread_name_prefix="tiered-sync")
+        self._write_back_done: Future[None] | None = None
         self._hasher = xxhash.xxh3_64()
         self._checksums: list[str] = []
 
     def __enter__(self) -> Self:
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self._part.open("w+b")
+        with _disk_full(self._part):
+            self._file = self._part.open("w+b")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._syncer.shutdown(wait=True)
         if self._file is not None:
-            self._file.close()
+            # Closing writes what is still buffered; on a full disk that fails once more, and must not hide the error.
+            with contextlib.suppress(OSError):
+                self._file.close()
             self._file = None
 
     def reserve_frames(self, count: int) -> None:
@@ -97,6 +104,7 @@ class BlockWriter:
             self._checksums.append(self._hasher.hexdigest())
         metadata = {"format": "pt", METADATA_KEY: block_metadata(self._schemes, self._compressed)}
         header = header_bytes(self._entries, metadata, self._data_start)
+        self._await_write_back()
         with _disk_full(self._part):
             file.seek(0)
             file.write(header)
@@ -154,13 +162,26 @@ class BlockWriter:
             self._write_back(file)
 
     def _write_back(self, file: BinaryIO) -> None:
+        """Send the latest stretch to disk while the caller makes the next one, once the stretch before is there."""
+        self._await_write_back()
         with _disk_full(self._part):
             file.flush()
-            os.fdatasync(file.fileno())
         # Keep the first chunk: its checksum is taken at the end.
-        start = max(self._flushed, CHUNK_NBYTES)
-        os.posix_fadvise(file.fileno(), start, max(self._written - start, 0), os.POSIX_FADV_DONTNEED)
+        start, fd = max(self._flushed, CHUNK_NBYTES), file.fileno()
+        nbytes = max(self._written - start, 0)
+
+        def sync() -> None:
+            os.fdatasync(fd)
+            os.posix_fadvise(fd, start, nbytes, os.POSIX_FADV_DONTNEED)
+
+        self._write_back_done = self._syncer.submit(sync)
         self._flushed = self._written
+
+    def _await_write_back(self) -> None:
+        done, self._write_back_done = self._write_back_done, None
+        if done is not None:
+            with _disk_full(self._part):
+                done.result()
 
 
 def atomic_write(path: Path, content: str | bytes) -> None:

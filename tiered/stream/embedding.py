@@ -4,7 +4,6 @@ In: token ids. Out: the rows of the distinct ones. Rows lie at any byte, so each
 the pages around it; neighbours whose pages touch become one read. Scales and zeros are resident.
 """
 
-import asyncio
 import functools
 import itertools
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from typing import Final
 
 import torch
 
-from tiered.io import ChunkVerifier, DiskReader, Slab
+from tiered.io import ChunkVerifier, DiskReader, Slab, all_of
 from tiered.quant import QuantizedTensor, QuantizedWeight
 from tiered.store import CHUNK_NBYTES, PAGE, BlockInfo, Store, TensorEntry, Weight
 from tiered.units import round_down, round_up
@@ -76,11 +75,9 @@ class EmbeddingRows:
             for run in batch:
                 await self._verify(run.offset, run.stop)
             positions = list(itertools.accumulate((run.stop - run.offset for run in batch), initial=0))
-            await asyncio.gather(
-                *(
-                    self._reader.read_pages(self._block.file, run.offset, self._staging.view[start:stop])
-                    for run, start, stop in zip(batch, positions, positions[1:], strict=False)
-                )
+            await all_of(
+                self._reader.read_pages(self._block.file, run.offset, self._staging.view[start:stop])
+                for run, start, stop in zip(batch, positions, positions[1:], strict=False)
             )
             rows = sum(len(run.rows) for run in batch)
             await self._reader.call(

@@ -20,7 +20,7 @@ from typing import Self
 
 import torch
 
-from tiered.io import DiskReader, Slab
+from tiered.io import DiskReader, Slab, all_of
 from tiered.plan import Placement
 from tiered.quant import QuantizedWeight
 from tiered.store import CHUNK_NBYTES, BlockInfo, Store
@@ -69,10 +69,14 @@ class Streamer:
     ) -> None:
         self._store, self._placement, self._reader, self._trace = store, placement, reader, trace
         self._resident = resident
-        self._present: set[int] = set()
+        self._loading: dict[int, asyncio.Future[None]] = {}
+        """Resident blocks that have been asked for: a later pass waits for the same reads, and fails with them."""
         self._ring_slab = ring
         self._ring = Ring(ring.nbytes) if ring is not None else None
         self._queue: asyncio.Queue[_Queued] = asyncio.Queue(maxsize=len(store.tape))
+        self._oldest: _Queued | None = None
+        """Taken from the queue and not handed out yet: where the one who waited for it was cancelled."""
+        self._asked = False
         self._credits = asyncio.Semaphore(prefetch) if prefetch is not None else None
         self._last_pass: int | None = None
         self._resumed = asyncio.Event()
@@ -102,13 +106,28 @@ class Streamer:
         self._resumed.set()
 
     async def next(self) -> LoadedBlock:
-        """The next block of the tape, read and decoded. Raises what its reads raised."""
+        """The next block of the tape, read and decoded. Raises what its reads raised.
+
+        Cancelled, it may be called again, for the same block.
+        """
         start = time.perf_counter()
-        if self._credits is not None:
+        if self._credits is not None and not self._asked:
             self._credits.release()
-        queued = await self._queue.get()
-        await queued.done
-        assert queued.loaded is not None
+        self._asked = True
+        if self._oldest is None:
+            self._oldest = await self._queue.get()
+        queued = self._oldest
+        # Not `await queued.done`: cancelling that would cancel the future itself, which the load has yet to set.
+        await asyncio.wait([queued.done])
+        if queued.loaded is None:
+            # The feed has ended with this error, nothing will follow.
+            queued.done.result()
+            raise AssertionError("only errors come without a block")
+        self._oldest, self._asked = None, False
+        if queued.done.exception() is not None:
+            self._loading.pop(queued.loaded.position, None)
+            await self.release(queued.loaded)
+        queued.done.result()
         waited = time.perf_counter() - start
         self.wait_seconds += waited
         self._trace.record("wait", queued.loaded.info.name, start, waited)
@@ -134,7 +153,7 @@ class Streamer:
         except Exception as error:
             # A feed that dies silently would leave `next` waiting for ever.
             failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            failed.set_exception(error)
+            _fail(failed, error)
             await self._queue.put(_Queued(None, failed))
 
     async def _start(self, position: int) -> _Queued:
@@ -154,26 +173,32 @@ class Streamer:
         def weights() -> dict[str, torch.Tensor | QuantizedWeight]:
             return {name.removeprefix(info.prefix): weight.view(memory) for name, weight in layout.weights.items()}
 
-        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        if position in self._present:
-            done.set_result(None)
-        else:
+        done = self._loading.get(position)
+        if done is None:
+            done = asyncio.get_running_loop().create_future()
             load = self._group.create_task(self._load(info, view, done), name=f"tiered-load-{info.name}")
             self._loads.add(load)
             load.add_done_callback(self._loads.discard)
             if span is None:
-                self._present.add(position)
+                self._loading[position] = done
         return _Queued(LoadedBlock(position, info, memory, weights, span), done)
 
     async def _load(self, info: BlockInfo, view: memoryview, done: asyncio.Future[None]) -> None:
         """Read a block's chunks side by side, then decode what is compressed."""
         chunks = range(-(-info.file.nbytes // CHUNK_NBYTES))
         try:
-            await asyncio.gather(*(self._reader.read_chunk(info.file, chunk, view) for chunk in chunks))
+            # All of them end before one that failed is reported: the memory may then be lent to another block.
+            await all_of(self._reader.read_chunk(info.file, chunk, view) for chunk in chunks)
             for item in self._store.layout(info).compressed:
                 with self._trace.span("decode", item.target.name, item.target.nbytes):
                     await self._reader.call(functools.partial(item.decode, view))
         except Exception as error:
-            done.set_exception(error)
+            _fail(done, error)
         else:
             done.set_result(None)
+
+
+def _fail(future: asyncio.Future[None], error: Exception) -> None:
+    """Set the exception, and note it as seen: where nobody asks for it any more, asyncio is not to print it."""
+    future.set_exception(error)
+    future.exception()

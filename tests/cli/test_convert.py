@@ -1,0 +1,111 @@
+"""`tiered convert` from the outside: exit codes, what it says, and where."""
+
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from click.testing import CliRunner
+
+from tests.convert.models import TRAINED
+from tiered.cli.convert import command, summary
+from tiered.convert import ConvertResult
+from tiered.errors import BudgetError, ConfigError, StoreError
+from tiered.store import Store
+
+
+def run(*words: str | Path) -> "subprocess.CompletedProcess[str]":
+    code = "from tiered.cli import main; main()"
+    arguments = [sys.executable, "-c", code, "convert", *map(str, words)]
+    return subprocess.run(arguments, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
+
+
+def test_it_converts_and_says_what_to_do_next(tmp_path: Path) -> None:
+    done = run(TRAINED, "-o", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert "11 blocks" in done.stdout and "int4-g64" in done.stdout and "bits per weight" in done.stdout
+    assert f"next: tiered generate {tmp_path / 'out'}" in done.stdout
+    assert "100%" in done.stderr and "\x1b" not in done.stderr  # lines, not a bar, where there is no terminal
+    Store.open(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["opt-175b"], 2, "992 metaseq shards"),
+        (["no-such-thing"], 2, "no such folder"),
+        ([str(TRAINED), "--quant", "int3"], 2, "int3"),
+        ([str(TRAINED), "--ram", "much"], 2, "expected a number with a unit"),
+        ([str(TRAINED), "--ram", "100MiB"], 3, "pass at least --ram"),
+        ([str(TRAINED.parent)], 4, "no config.json"),
+    ],
+)
+def test_mistakes_have_their_exit_code_and_no_traceback(
+    words: list[str], code: int, message: str, tmp_path: Path
+) -> None:
+    done = run(*words, "-o", tmp_path / "out")
+    assert done.returncode == code, done.stderr
+    assert message in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_options_reach_the_conversion(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = [
+        "tiny-opt",
+        "--synthetic",
+        "--distinct-blocks",
+        "1",
+        "--seed",
+        "3",
+        "--quant",
+        "int8",
+        "--group-size",
+        "32",
+    ]
+    done = CliRunner().invoke(command, [*words, "-o", str(out)], catch_exceptions=False)
+    assert done.exit_code == 0 and "synthetic (random weights)" in done.output
+    manifest = Store.open(out).manifest
+    assert manifest.synthetic and manifest.distinct_blocks == 1
+    assert manifest.quantization["layers"] == "int8-g32"
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        ([str(TRAINED), "--distinct-blocks", "2"], ConfigError),
+        (["tiny-opt", "--synthetic", "--revision", "main"], ConfigError),
+        ([str(TRAINED), "--ram", "1MiB"], BudgetError),
+    ],
+)
+def test_errors_pass_through_to_the_group(words: list[str], error: type[Exception], tmp_path: Path) -> None:
+    done = CliRunner().invoke(command, [*words, "-o", str(tmp_path / "out")])
+    assert isinstance(done.exception, error)
+
+
+def test_an_unfinished_store_tells_how_to_go_on(tmp_path: Path) -> None:
+    (tmp_path / "conversion.json").write_text("{}")
+    with pytest.raises(StoreError, match="same 'tiered convert' command again"):
+        Store.open(tmp_path)
+
+
+def test_the_summary_lists_what_stayed_unquantized_and_warnings() -> None:
+    fields = {"store": Path("x.tiered"), "blocks": 3, "nbytes": 1000, "weights": 2000, "seconds": 1.0}
+    rest = {"resumed_blocks": 2, "scheme": "int4-g64", "warnings": ("odd names",), "synthetic": False}
+    text = summary(ConvertResult(unquantized=tuple("abcdef"), **fields, **rest))  # type: ignore[arg-type]
+    assert "not quantized: 6 weights" in text and "(a, b, c, d, …)" in text
+    assert "warning: odd names" in text and "resumed: 2" in text and "4.00 bits per weight" in text
+
+
+def test_the_bar_shows_speed_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tiered.cli.convert import _Rate
+    from tiered.convert import ConvertProgress
+
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr("time.perf_counter", lambda: clock.now)
+    rate = _Rate()
+    rate.describe(ConvertProgress("embed", 10**9, 5 * 10**9, 10**9))
+    clock.now = 2.0
+    text = rate.describe(ConvertProgress("layer-000", 3 * 10**9, 5 * 10**9, 10**9))
+    assert "1.00 GB/s" in text and "2.0 s left" in text

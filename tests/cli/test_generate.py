@@ -1,0 +1,399 @@
+"""`tiered generate` gives the checkpoint's own text, whatever the budget, and says plainly what it cannot do."""
+
+import io
+import json
+import re
+import time
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.commands import CHECKPOINT, LIMIT, TIERED, TerminalInput, copy_store, make_store, run_apart, run_here
+from tests.commands import smallest_ram as named_ram
+from tiered.errors import BudgetError
+from tiered.runtime import Load, Options, Runtime
+from tiered.store import Store
+from tiered.units import MIB, parse_size
+
+PROMPTS = ("To install the package, run", "The function returns", "def main():\n")
+FLOAT32 = ("--dtype", "float32")
+QUIET = ("--no-measure",)
+FIELDS: dict[str, type | tuple[type, ...]] = {
+    "prefill_seconds": float,
+    "decode_seconds": float,
+    "tokens_per_second": float,
+    "seconds_per_pass": float,
+    "passes": int,
+    "bytes_read": int,
+    "bytes_written": (int, type(None)),
+    "disk_bandwidth": float,
+    "raw_disk_bandwidth": (float, type(None)),
+    "bound_share": float,
+    "compute_wait_seconds": float,
+    "disk_wait_seconds": float,
+    "peak_rss_bytes": int,
+    "ram_budget_bytes": int,
+}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_store(tmp_path_factory.mktemp("generate"))
+
+
+@pytest.fixture(scope="module")
+def reference() -> Callable[[str, int], tuple[str, list[int]]]:
+    """Text and tokens of transformers' own greedy generate on the checkpoint, in float32."""
+    model = AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
+
+    @cache
+    def answer(prompt: str, tokens: int) -> tuple[str, list[int]]:
+        inputs = tokenizer(prompt, return_tensors="pt")
+        output = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
+        ids = output[0, inputs["input_ids"].shape[1] :].tolist()
+        return str(tokenizer.decode(ids, skip_special_tokens=True)), ids
+
+    return answer
+
+
+def answer(*words: str | Path) -> dict[str, Any]:
+    """What --json prints."""
+    done = run_here("generate", *words, "--json")
+    assert done.code == 0, done.err
+    assert done.err == ""
+    result = json.loads(done.out)
+    assert isinstance(result, dict)
+    return result
+
+
+def tokens_of(*words: str | Path) -> list[list[int]]:
+    return [completion["token_ids"] for completion in answer(*words, *QUIET)["completions"]]
+
+
+def smallest_ram(*words: str | Path) -> str:
+    """The budget in which this process, as large as it has become by now, can run `words`."""
+    done = run_here("generate", *words, "--ram", "1MiB")
+    assert done.code == 3, done.err
+    return named_ram(done.err)
+
+
+# What is generated.
+
+
+def test_the_greedy_text_is_that_of_transformers(store: Path, reference: Callable[..., Any]) -> None:
+    done = run_here("generate", store, "-p", PROMPTS[1], "-n", "40", *FLOAT32)
+    assert done.code == 0, done.err
+    assert done.out == reference(PROMPTS[1], 40)[0] + "\n"
+
+
+def test_prompts_of_a_batch_get_their_own_texts_in_order(store: Path, reference: Callable[..., Any]) -> None:
+    words = [word for prompt in PROMPTS for word in ("-p", prompt)]
+    done = run_here("generate", store, *words, "-n", "24", *FLOAT32, *QUIET)
+    texts = [reference(prompt, 24)[0] for prompt in PROMPTS]
+    assert done.out == "".join(f"[{number}] {text}\n" for number, text in enumerate(texts, start=1))
+    found = answer(store, *words, "-n", "24", *FLOAT32, *QUIET)
+    assert found["prompts"] == list(PROMPTS)
+    assert [completion["text"] for completion in found["completions"]] == texts
+    assert [completion["token_ids"] for completion in found["completions"]] == [reference(p, 24)[1] for p in PROMPTS]
+
+
+def test_a_prompt_comes_from_an_option_a_file_or_standard_input(store: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompt.txt").write_text(PROMPTS[1], encoding="utf-8")
+    options = ("-n", "8", *QUIET)
+    by_option = run_here("generate", store, "-p", PROMPTS[1], *options)
+    by_file = run_here("generate", store, "-f", tmp_path / "prompt.txt", *options)
+    by_input = run_here("generate", store, *options, stdin=PROMPTS[1])
+    assert by_option.code == 0
+    assert by_option.out == by_file.out == by_input.out
+    both = answer(store, "-f", tmp_path / "prompt.txt", "-p", PROMPTS[0], *options)
+    assert both["prompts"] == [PROMPTS[0], PROMPTS[1]]
+
+
+@pytest.mark.parametrize("count", [1, 500])
+def test_prompt_tokens_makes_a_prompt_of_exact_length(store: Path, count: int) -> None:
+    found = answer(store, "--prompt-tokens", str(count), "-n", "2", *QUIET)
+    assert found["report"]["prompt_tokens"] == count
+    assert len(found["completions"][0]["token_ids"]) == 2
+
+
+def test_as_many_tokens_as_asked_for(store: Path) -> None:
+    for count in (1, 7):
+        (completion,) = answer(store, "-p", PROMPTS[0], "-n", str(count), *QUIET)["completions"]
+        assert (len(completion["token_ids"]), completion["finish_reason"]) == (count, "length")
+
+
+def test_the_text_ends_before_a_stop(store: Path, reference: Callable[..., Any]) -> None:
+    whole = reference(PROMPTS[1], 40)[0]
+    stop = whole[20:26]
+    words = (store, "-p", PROMPTS[1], "-n", "40", *FLOAT32, "--stop", "never seen", "--stop", stop, *QUIET)
+    assert run_here("generate", *words).out == whole[: whole.index(stop)] + "\n"
+    (completion,) = answer(*words)["completions"]
+    assert completion["text"] == whole[: whole.index(stop)]
+    assert completion["finish_reason"] == "stop"
+
+
+def test_the_end_of_text_ends_it_unless_ignored(store: Path, tmp_path: Path, reference: Callable[..., Any]) -> None:
+    ids = reference(PROMPTS[1], 12)[1]
+    end = next(token for number, token in enumerate(ids) if number >= 3 and token not in ids[:number])
+    copy = copy_store(store, tmp_path)
+    (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": [end]}), encoding="utf-8")
+    words = ("-p", PROMPTS[1], "-n", "12", *FLOAT32, *QUIET)
+    (completion,) = answer(copy, *words)["completions"]
+    assert completion["token_ids"] == ids[: ids.index(end) + 1]
+    assert completion["finish_reason"] == "stop"
+    assert tokens_of(copy, *words, "--ignore-eos") == [ids]
+
+
+def test_a_seed_repeats_a_sample_and_another_one_does_not(store: Path) -> None:
+    words = (store, "-p", PROMPTS[0], "-n", "16", "--temperature", "1")
+    first, again, other = (tokens_of(*words, "--seed", seed) for seed in ("7", "7", "8"))
+    assert first == again
+    assert first != other
+
+
+def test_neighbours_change_neither_text_nor_sample(store: Path) -> None:
+    words = (store, "-n", "12", "--temperature", "1", *FLOAT32)
+    alone = tokens_of(*words, "-p", PROMPTS[0])
+    together = tokens_of(*words, "-p", PROMPTS[0], "-p", PROMPTS[1])
+    assert together[0] == alone[0]
+
+
+def test_neither_budget_nor_read_ahead_changes_the_tokens(store: Path) -> None:
+    words = (store, "-p", PROMPTS[1], "-n", "12", *FLOAT32)
+    expected = tokens_of(*words)
+    smallest = smallest_ram(*words)
+    more = f"{parse_size(smallest) // MIB + 6}MiB"
+    for options in (
+        ("--prefetch", "0"),
+        ("--ram", smallest),
+        ("--ram", smallest, "--prefetch", "0"),
+        ("--ram", more),
+        ("--ram", more, "--prefetch", "1"),
+        ("--tiers", "cpu"),
+    ):
+        assert tokens_of(*words, *options) == expected, options
+
+
+# Chat.
+
+
+def test_chat_without_a_template_is_explained(store: Path) -> None:
+    done = run_here("generate", store, "--chat", "-p", "Hello")
+    assert done.code == 2
+    assert "--chat" in done.err and "no chat template" in done.err and "drop --chat" in done.err
+
+
+def test_chat_applies_the_template(store: Path, tmp_path: Path) -> None:
+    copy = copy_store(store, tmp_path)
+    path = copy / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["chat_template"] = (
+        "{{ bos_token }}{% for m in messages %}Q: {{ m['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}A:{% endif %}"
+    )
+    path.write_text(json.dumps(config), encoding="utf-8")
+    plain = tokens_of(copy, "-p", "Q: What is a list?\nA:", "-n", "10")
+    assert tokens_of(copy, "--chat", "-p", "What is a list?", "-n", "10") == plain
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--dtype", "float16"), ("float16", "auto, bfloat16 or float32")),
+        (("--tiers", "nvme"), ("unknown tier 'nvme'", "disk, cpu and gpu")),
+        (("--tiers", "disk,gpu"), ("computes on the CPU only", "disk,cpu")),
+        (("--tiers", "cpu,disk"), ("slowest first", "disk,cpu")),
+        (("--tiers", "disk"), ("need a tier that computes", "disk,cpu")),
+        (("--ram", "lots"), ("lots", "8GiB")),
+        (("--stop", ""), ("--stop",)),
+        (("--temperature", "-1"), ("temperature -1",)),
+        (("--top-p", "0"), ("top-p 0",)),
+        (("-n", "0"), ("-n",)),
+        (("-n", "3000"), ("2048", "--max-new-tokens")),
+        (("--prompt-tokens", "10"), ("--prompt-tokens", "drop -p")),
+        (("-f", "no/such/file"), ("no/such/file",)),
+        (("--trace", "no/such/folder/trace.json"), ("--trace", "no/such/folder/trace.json")),
+        (("--trace", "/proc/trace.json"), ("--trace", "/proc/trace.json")),
+        (("--trace", "/"), ("--trace",)),
+        (("--prompt", "\udcff"), ("not UTF-8",)),
+    ],
+)
+def test_bad_usage_is_explained(store: Path, words: tuple[str, ...], told: tuple[str, ...]) -> None:
+    done = run_here("generate", store, "-p", "Hello", *words)
+    assert done.code == 2, done.err
+    assert done.out == ""
+    assert "Traceback" not in done.err
+    for text in told:
+        assert text in done.err
+
+
+def test_a_prompt_and_completion_beyond_the_positions_are_refused_and_up_to_them_not(store: Path) -> None:
+    done = run_here("generate", store, "--prompt-tokens", "2040", "-n", "9")
+    assert done.code == 2
+    assert "2049 tokens" in done.err and "2048" in done.err
+    assert len(tokens_of(store, "--prompt-tokens", "2046", "-n", "2", "--ignore-eos")[0]) == 2
+
+
+def test_without_a_prompt_on_a_terminal_there_is_nothing_to_wait_for(store: Path) -> None:
+    done = run_here("generate", store, stdin=TerminalInput())
+    assert done.code == 2
+    assert "no prompt" in done.err and "-p" in done.err
+
+
+def test_an_empty_prompt_starts_from_the_token_that_begins_texts(store: Path, reference: Callable[..., Any]) -> None:
+    assert tokens_of(store, "-p", "", "-n", "8", *FLOAT32) == [reference("", 8)[1]]
+
+
+def test_an_empty_prompt_without_such_a_token_is_explained(store: Path, tmp_path: Path) -> None:
+    copy = copy_store(store, tmp_path)
+    path = copy / "tokenizer.json"
+    tokenizer = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**tokenizer, "post_processor": None}), encoding="utf-8")
+    for done in (run_here("generate", copy, "-p", ""), run_here("generate", copy, stdin="")):
+        assert done.code == 2, done
+        assert "empty prompt" in done.err
+
+
+def test_a_prompt_that_is_no_text_is_explained(store: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompt.bin").write_bytes(b"caf\xe9 au lait")
+    binary = io.TextIOWrapper(io.BytesIO(b"caf\xe9 au lait"), encoding="utf-8")
+    for done in (
+        run_here("generate", store, "-f", tmp_path / "prompt.bin"),
+        run_here("generate", store, stdin=binary),
+    ):
+        assert done.code == 2
+        assert "not UTF-8" in done.err
+
+
+# Tiers and budgets.
+
+
+def test_the_cpu_tier_reads_each_block_once(store: Path) -> None:
+    report = answer(store, "-p", PROMPTS[0], "-n", "12", "--tiers", "cpu", *QUIET)["report"]
+    assert report["resident_bytes"] == report["tape_bytes"]
+    assert 0 <= report["bytes_read"] - Store.open(store).tape_nbytes <= _besides_the_tape(store, 12)
+
+
+def test_a_streaming_run_reads_what_is_not_resident_once_per_pass(store: Path) -> None:
+    words = (store, "-p", PROMPTS[0], "-n", "12")
+    report = answer(*words, "--ram", smallest_ram(*words), *QUIET)["report"]
+    assert report["resident_bytes"] < report["tape_bytes"] / 2
+    streamed = (report["tape_bytes"] - report["resident_bytes"]) * report["passes"] + report["resident_bytes"]
+    assert 0 <= report["bytes_read"] - streamed <= _besides_the_tape(store, 12)
+
+
+def _besides_the_tape(store: Path, tokens: int) -> int:
+    """At most: outer tensors, the embedding once for its checksum, and two pages for every token's row."""
+    opened = Store.open(store)
+    once = sum(opened.blocks[name].file.nbytes for name in ("outer", "embed"))
+    return once + 2 * 4096 * (tokens + 16)
+
+
+def test_a_budget_that_cannot_work_is_refused_before_anything_is_read(store: Path) -> None:
+    reads = 0
+
+    def count(*_: object) -> int:
+        nonlocal reads
+        reads += 1
+        raise AssertionError("nothing is to be read")
+
+    runtime = Runtime(Store.open(store), Load(), Options(ram=64 * MIB, preadv=count))
+    with pytest.raises(BudgetError, match="too small"), runtime:
+        pass
+    assert reads == 0
+    done = run_here("generate", store, "-p", "Hello", "--tiers", "cpu", "--ram", "64MiB")
+    assert done.code == 3
+    assert "all blocks" in done.err and "or use --tiers disk,cpu" in done.err
+
+
+@pytest.mark.parametrize("words", [("-p", PROMPTS[0]), ("--prompt-tokens", "500")])
+def test_exactly_the_budget_that_a_refusal_names_works_and_is_kept(
+    store: Path, tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    refused = run_apart((*TIERED, "generate", store, *words, "-n", "6", "--ram", "100MiB"))
+    assert (refused.code, refused.out) == (3, "")
+    assert refused.err.startswith("tiered: a budget of 100 MiB is too small. Needed: ")
+    ram = named_ram(refused.err)
+    measured = (*LIMIT, "--memory", "8GiB", "--or-unlimited", "--json", tmp_path / "limit.json", "--")
+    done = run_apart((*measured, *TIERED, "generate", store, *words, "-n", "6", "--ram", ram, "--json"))
+    assert done.code == 0, done.err
+    report = json.loads(done.out)["report"]
+    assert report["ram_budget_bytes"] == parse_size(ram)
+    assert report["peak_rss_bytes"] <= parse_size(ram)
+    assert json.loads((tmp_path / "limit.json").read_text(encoding="utf-8"))["vm_hwm_bytes"] <= parse_size(ram)
+
+
+# Report, JSON and trace.
+
+
+def test_text_goes_to_standard_output_and_all_else_to_standard_error(
+    store: Path, reference: Callable[..., Any]
+) -> None:
+    words = (store, "-p", PROMPTS[1], "-n", "12", *FLOAT32)
+    done = run_here("generate", *words, "--ram", smallest_ram(*words))
+    assert done.out == reference(PROMPTS[1], 12)[0] + "\n"
+    for start in ("prefill", "decode", "disk", "bound", "waits", "memory"):
+        assert re.search(rf"^{start} ", done.err, re.MULTILINE), done.err
+    assert "measured raw" in done.err
+    assert "\x1b" not in done.out + done.err
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_the_json_report_is_complete_and_agrees_with_itself(store: Path, streams: bool) -> None:
+    words = (store, "-p", PROMPTS[0], "-p", PROMPTS[1], "-n", "10", "--ignore-eos")
+    budget = ("--ram", smallest_ram(*words)) if streams else ()
+    began = time.perf_counter()
+    found = answer(*words, *budget)
+    wall = time.perf_counter() - began
+    report = found["report"]
+    assert set(found) == {"prompts", "completions", "report"}
+    for completion in found["completions"]:
+        assert set(completion) == {"text", "token_ids", "finish_reason"}
+    for name, kind in FIELDS.items():
+        assert isinstance(report[name], kind), name
+    assert report["passes"] == 10
+    assert report["generated_tokens"] == 20
+    assert report["tokens_per_second"] == pytest.approx(18 / report["decode_seconds"])
+    assert report["seconds_per_pass"] == pytest.approx(report["decode_seconds"] / 9)
+    assert report["prefill_seconds"] <= report["first_token_seconds"]
+    assert report["first_token_seconds"] + report["decode_seconds"] <= wall
+    assert 0 < report["bound_share"] <= 1.05
+    if report["bytes_read_kernel"] and report["read_mode"] == "O_DIRECT":
+        # The kernel also counts what this process reads otherwise, such as modules imported meanwhile.
+        assert 0 <= report["bytes_read_kernel"] - report["bytes_read"] <= 32 * MIB
+    if streams:
+        assert report["raw_disk_bandwidth"] > 0
+        assert report["disk_bandwidth"] * report["decode_seconds"] <= report["bytes_read"]
+        assert report["bottleneck"] in ("disk", "compute")
+    else:
+        assert report["bottleneck"] == "memory"
+        assert report["ram_budget_bytes"] >= report["peak_rss_bytes"]
+
+
+def test_a_trace_shows_every_lane_within_the_run(store: Path, tmp_path: Path) -> None:
+    began = time.perf_counter()
+    answer(store, "-p", PROMPTS[0], "-n", "3", "--trace", tmp_path / "trace.json", *QUIET)
+    wall_microseconds = (time.perf_counter() - began) * 1e6
+    events = json.loads((tmp_path / "trace.json").read_text(encoding="utf-8"))["traceEvents"]
+    lanes = {event["args"]["name"] for event in events if event["ph"] == "M"}
+    assert lanes >= {"disk", "compute", "wait", "verify"}
+    spans = [event for event in events if event["ph"] == "X"]
+    assert {event["cat"] for event in spans} == lanes
+    for event in spans:
+        assert event["ts"] >= 0 and event["dur"] >= 0
+        assert event["ts"] + event["dur"] <= wall_microseconds
+
+
+def test_a_refused_run_leaves_no_trace_file(store: Path, tmp_path: Path) -> None:
+    done = run_here("generate", store, "-p", "Hello", "--ram", "1MiB", "--trace", tmp_path / "trace.json")
+    assert done.code == 3
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,115 @@
+"""`tiered inspect`: its figures are those of the files and of the planner, and it reads no weights."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from tiered.cli.inspect import command
+from tiered.convert import ConvertOptions, convert_checkpoint
+from tiered.errors import ConfigError, StoreError
+from tiered.plan import Needs, make_plan, parse_tiers
+from tiered.store import Store
+
+DOCS = Path(__file__).parents[1] / "data/models/opt-docs-8m"
+
+
+@pytest.fixture(scope="module")
+def docs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("inspect") / "docs.tiered"
+    convert_checkpoint(DOCS, path, ConvertOptions(quant="int4"))
+    return path
+
+
+def inspect(*arguments: str | Path) -> str:
+    result = CliRunner().invoke(command, list(map(str, arguments)), catch_exceptions=False)
+    assert result.exit_code == 0
+    return result.stdout
+
+
+def inspect_json(*arguments: str | Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(inspect(*arguments, "--json"))
+    return found
+
+
+def test_text_names_the_model_and_folds_equal_layers(docs: Path) -> None:
+    text = inspect(docs)
+    assert "opt, 8 layers" in text
+    assert "layers int4-g64, embed int8-g64, head int8-g64" in text
+    assert "folder opt-docs-8m" in text
+    assert "synthetic" not in text
+    assert text.count("layer-00") == 2
+    assert "layer-000 … layer-007    8 x   448 KiB" in text
+    assert "estimates" in text
+    assert "disk at" not in text
+
+
+def test_sizes_are_those_of_the_files(docs: Path) -> None:
+    found = inspect_json(docs)
+    sizes = {path.stem: path.stat().st_size for path in (docs / "blocks").iterdir()}
+    assert found["disk_bytes"] == found["model_bytes"] == sum(sizes.values())
+    assert found["bytes_per_pass"] == 8 * sizes["layer-000"] + sizes["embed"]
+    assert found["bits_per_weight"] == pytest.approx(8 * sum(sizes.values()) / found["parameters"])
+    # 8 layers, keys and values, 256 numbers each.
+    assert found["kv_bytes_per_token"] == 8 * 2 * 256 * (4 if found["dtype"] == "float32" else 2)
+
+
+@pytest.mark.parametrize("options", [(), ("--context", "512", "--sequences", "3"), ("--dtype", "float32")])
+def test_budgets_are_the_planners(docs: Path, options: tuple[str, ...]) -> None:
+    found = inspect_json(docs, "--disk-bandwidth", "2GB/s", *options)
+    store = Store.open(docs)
+    sizes = [store.layout(block).memory_nbytes for block in store.tape]
+    assert found["budgets"][-1]["bytes_read_per_pass"] == 0
+    for row in found["budgets"]:
+        plan = make_plan(sizes, Needs(**row["needs"]), row["budget_bytes"], parse_tiers("disk,cpu"))
+        assert row["resident_blocks"] == len(plan.placement.resident)
+        assert row["bytes_read_per_pass"] == plan.streamed_nbytes  # nothing is compressed here
+        assert row["disk_seconds_per_pass"] == row["bytes_read_per_pass"] / 2e9
+
+
+def test_a_synthetic_store_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.tiered"
+    convert_checkpoint("tiny-opt", path, ConvertOptions(synthetic=True, distinct_blocks=1))
+    text = inspect(path)
+    assert "random weights, for benchmarks only; 1 distinct layer files" in text
+    assert "layer-000 … layer-002    3 x" in text
+    assert "on disk, where repeated layers are stored once" in text
+    assert inspect_json(path)["distinct_blocks"] == 1
+
+
+def test_no_weight_is_read(docs: Path, tmp_path: Path) -> None:
+    whole = inspect_json(docs)
+    copy = tmp_path / "docs.tiered"
+    subprocess.run(["cp", "-r", docs, copy], check=True)
+    for block in (copy / "blocks").iterdir():
+        header = block.read_bytes()[:8]
+        start = 8 + int.from_bytes(header, "little")
+        with block.open("r+b") as file:
+            file.seek(start)
+            file.write(bytes(block.stat().st_size - start))
+    assert inspect_json(copy)["blocks"] == whole["blocks"]
+
+
+def test_what_cannot_be_is_refused(docs: Path, tmp_path: Path) -> None:
+    runner = CliRunner()
+    for arguments, error, message in (
+        ([docs, "--context", "100000"], ConfigError, "this model has positions for 2048"),
+        ([docs, "--disk-bandwidth", "2GB/h"], ConfigError, "expected a size per second"),
+        ([docs, "--dtype", "int3"], ConfigError, "expected auto, bfloat16 or float32"),
+        ([tmp_path], StoreError, "not a store"),
+    ):
+        result = runner.invoke(command, list(map(str, arguments)))
+        assert isinstance(result.exception, error)
+        assert message in str(result.exception)
+
+
+def test_exit_code_of_a_missing_store() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tiered", "inspect", "no-such.tiered"], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 4
+    assert "no such store" in done.stderr

@@ -1,0 +1,86 @@
+"""Running `tiered` as a user does: in a process of its own, or, where only its answer matters, in this one."""
+
+import contextlib
+import io
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+from unittest import mock
+
+from tiered.cli import main
+from tiered.convert import ConvertOptions, convert_checkpoint
+
+ROOT: Final = Path(__file__).parent.parent
+CHECKPOINT: Final = ROOT / "tests/data/models/opt-docs-8m"
+TIERED: Final = (sys.executable, "-m", "tiered")
+LIMIT: Final = (sys.executable, str(ROOT / "tools/limit.py"))
+
+
+@dataclass(frozen=True)
+class Done:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+class TerminalInput(io.StringIO):
+    """Standard input that is somebody's keyboard."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def run_here(*words: str | Path, stdin: io.TextIOBase | str = "") -> Done:
+    """The command in this process: spares the seconds that importing torch takes."""
+    out, err = io.StringIO(), io.StringIO()
+    source = io.StringIO(stdin) if isinstance(stdin, str) else stdin
+    with (
+        mock.patch.multiple(sys, argv=["tiered", *map(str, words)], stdin=source),
+        mock.patch.dict(os.environ),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        try:
+            main()
+        except SystemExit as ended:
+            assert isinstance(ended.code, int)
+            return Done(ended.code, out.getvalue(), err.getvalue())
+
+
+def run_apart(words: Sequence[str | Path], seconds: float = 100) -> Done:
+    """Any command in a process of its own, with nothing on standard input."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        list(map(str, words)),
+        capture_output=True,
+        encoding="utf-8",
+        stdin=subprocess.DEVNULL,
+        timeout=seconds,
+        env=environment,
+        check=False,
+    )
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+def make_store(folder: Path, quant: str = "none", name: str = "opt-docs-8m.tiered") -> Path:
+    """The trained checkpoint as a store in `folder`."""
+    convert_checkpoint(CHECKPOINT, folder / name, ConvertOptions(quant=quant))
+    return folder / name
+
+
+def copy_store(store: Path, folder: Path) -> Path:
+    """A copy to change."""
+    return Path(shutil.copytree(store, folder / "copy.tiered"))
+
+
+def smallest_ram(message: str) -> str:
+    """The budget that a refusal names, as `--ram` takes it."""
+    assert "The smallest budget that works is --ram " in message, message
+    return message.partition("The smallest budget that works is --ram ")[2].split()[0].rstrip(";")

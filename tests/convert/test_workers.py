@@ -1,0 +1,32 @@
+"""Threads change the speed of quantizing, never its result."""
+
+import pytest
+import torch
+
+from tiered.convert.workers import Quantizers, one_torch_thread
+from tiered.errors import CheckpointError
+from tiered.quant import GroupScheme, quantize
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7, 64])
+@pytest.mark.parametrize("workers", [1, 3, 8])
+def test_slices_put_together_are_the_whole(rows: int, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tiered.convert.workers.worker_count", lambda: workers)
+    weight, scheme, pool = torch.randn(rows, 128), GroupScheme(4), Quantizers()
+    parts = list(pool.quantize(weight, scheme, "mse", "w"))
+    pool.close()
+    whole = quantize(weight, scheme)
+    for part, expected in zip(zip(*parts, strict=True), whole, strict=True):
+        assert torch.equal(torch.cat(part), expected)
+
+
+def test_an_error_in_a_worker_reaches_the_caller_and_torch_keeps_its_threads() -> None:
+    before, pool = torch.get_num_threads(), Quantizers()
+    with pytest.raises(CheckpointError, match="w: expected finite weights"):
+        list(pool.quantize(torch.full((4, 64), torch.nan), GroupScheme(4), "mse", "w"))
+    pool.close()
+    pool.close()
+    assert torch.get_num_threads() == before
+    with one_torch_thread():
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == before

@@ -1,0 +1,122 @@
+"""Scrubbing: failed reads, refusals, short reads and memory, with the system call replaced."""
+
+import errno
+import os
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tiered.convert import ConvertOptions, convert_checkpoint
+from tiered.io.disk import PIECE_NBYTES
+from tiered.io.scrub import read_manifest, scrub
+from tiered.store import PAGE, FileInfo, Manifest, Store
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    store = tmp_path_factory.mktemp("scrub") / "tiny.tiered"
+    convert_checkpoint("tiny-opt", store, ConvertOptions(synthetic=True))
+    return store
+
+
+@pytest.fixture(scope="module")
+def manifest(folder: Path) -> Manifest:
+    return read_manifest(folder)
+
+
+def path_of(fd: int) -> str:
+    return str(Path(f"/proc/self/fd/{fd}").readlink())
+
+
+def test_every_byte_is_read_once(folder: Path, manifest: Manifest) -> None:
+    report = scrub(folder, manifest, threads=3)
+    assert report.findings == ()
+    assert report.bytes_read == sum(file.nbytes for file in manifest.files)
+
+
+def test_a_failed_read_is_named_and_the_rest_is_still_tested(folder: Path, manifest: Manifest) -> None:
+    def preadv(fd: int, buffers: Sequence[memoryview], offset: int, flags: int) -> int:
+        if "layer-001" in path_of(fd):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return os.preadv(fd, buffers, offset, flags)
+
+    report = scrub(folder, manifest, threads=2, preadv=preadv)
+    (finding,) = report.findings
+    assert str(finding).startswith("blocks/layer-001.safetensors: chunk 0 (bytes 0 to ")
+    assert "Input/output error (EIO)" in str(finding)
+    assert not finding.is_corrupt and report.corrupt == ()
+    left = [file.nbytes for file in manifest.files if "layer-001" not in file.path]
+    assert report.bytes_read == sum(left)
+
+
+def test_a_refusal_while_reading_steps_down_the_ladder(folder: Path, manifest: Manifest) -> None:
+    refused = threading.Event()
+
+    def preadv(fd: int, buffers: Sequence[memoryview], offset: int, flags: int) -> int:
+        if not refused.is_set():
+            refused.set()
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return os.preadv(fd, buffers, offset, 0)
+
+    report = scrub(folder, manifest, threads=1, preadv=preadv)
+    assert report.findings == ()
+    assert report.read_mode != "O_DIRECT"
+    assert "O_DIRECT: Invalid argument" in report.refused
+
+
+def test_short_reads_go_on_from_a_page(folder: Path, manifest: Manifest) -> None:
+    def preadv(fd: int, buffers: Sequence[memoryview], offset: int, flags: int) -> int:
+        assert offset % PAGE == 0
+        return min(os.preadv(fd, buffers, offset, flags), PAGE + 100)
+
+    assert scrub(folder, manifest, threads=2, preadv=preadv).findings == ()
+
+
+def test_memory_is_one_piece_per_thread(folder: Path, manifest: Manifest) -> None:
+    addresses: set[int] = set()
+
+    def preadv(fd: int, buffers: Sequence[memoryview], offset: int, flags: int) -> int:
+        (buffer,) = buffers
+        assert buffer.nbytes <= PIECE_NBYTES
+        addresses.add(np.frombuffer(buffer, np.uint8).ctypes.data // PIECE_NBYTES)
+        return os.preadv(fd, buffers, offset, flags)
+
+    scrub(folder, manifest, threads=2, preadv=preadv)
+    assert 1 <= len(addresses) <= 3  # two pieces side by side, wherever they begin
+
+
+def test_an_error_in_a_thread_reaches_the_caller(folder: Path, manifest: Manifest) -> None:
+    def preadv(fd: int, buffers: Sequence[memoryview], offset: int, flags: int) -> int:
+        raise RuntimeError("broken")
+
+    with pytest.raises(RuntimeError, match="broken"):
+        scrub(folder, manifest, threads=2, preadv=preadv)
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_corrupt(folder: Path, manifest: Manifest) -> None:
+    report = scrub(folder, manifest, threads=1, preadv=lambda fd, buffers, offset, flags: 0)
+    assert len(report.corrupt) == len(manifest.files)
+    assert "truncated" in str(report.corrupt[0])
+
+
+def test_a_directory_in_place_of_a_block_is_named(folder: Path, manifest: Manifest) -> None:
+    files = (*manifest.files, FileInfo("blocks", PAGE, ("0" * 16,)))
+    odd = Manifest(
+        manifest.source, manifest.architecture, manifest.quantization, files, manifest.blocks, manifest.tape, True
+    )
+    report = scrub(folder, odd, threads=1)
+    assert {finding.file for finding in report.findings} == {"blocks"}
+
+
+def test_progress_ends_at_the_total(folder: Path, manifest: Manifest) -> None:
+    seen: list[int] = []
+    report = scrub(folder, manifest, 2, seen.append)
+    assert seen[-1] == report.bytes_read
+    assert seen == sorted(seen)
+
+
+def test_the_manifest_is_the_stores(folder: Path, manifest: Manifest) -> None:
+    assert manifest == Store.open(folder).manifest

@@ -1,0 +1,206 @@
+"""Same answers whatever the memory, the read-ahead and the split; and exactly the planned bytes read.
+
+Budgets are derived from the plan itself: what the process needs, plus room for so many blocks.
+"""
+
+import threading
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, Final
+
+import pytest
+import torch
+
+from tests.helpers import STEPS, Tiny, assert_same, open_runtime, prompts_for, run_greedy
+from tiered.errors import BudgetError, InterruptedRun
+from tiered.io import Arena, VerifyPolicy
+from tiered.model import MicroBatch
+from tiered.plan import Plan, Tier
+from tiered.plan.placement import full_ring
+from tiered.runtime import Runtime
+from tiered.store import PAGE, Store
+from tiered.units import MIB
+
+FAMILIES: Final = ("opt", "llama", "gemma3_text", "bloom")
+ROOM: Final[dict[str, Callable[[tuple[int, ...]], int]]] = {
+    "all resident": sum,
+    "some resident": lambda sizes: full_ring(sizes) + max(sizes),
+    "ring of two blocks": full_ring,
+    "smallest ring": max,
+}
+"""Bytes left for blocks of the given sizes."""
+PREFETCH: Final = (None, 0, 1)
+SPLITS: Final = ((1, 1), (1, 5), (2, 5), (1, None), (2, None))
+"""Prompts per micro-batch, and rows per chunk."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def steady_baseline() -> None:
+    """Raise this process's peak, which every plan begins with, above what the tests will reach.
+
+    The blocks of tiny models are smaller than the noise in the size of a process that imports and compares.
+    """
+    torch.ones(256 * MIB, dtype=torch.uint8).sum()
+
+
+def plan_of(store: Store, **options: Any) -> Plan:
+    """The plan for `store` where memory does not matter."""
+    with open_runtime(store, **options) as runtime:
+        return runtime.plan
+
+
+def budget_for(store: Store, room: str, **options: Any) -> int:
+    """The budget that leaves the room for blocks that ROOM calls `room`."""
+    plan = plan_of(store, **options)
+    return plan.needs.total + ROOM[room](plan.tape_sizes)
+
+
+def tape_bytes_read(runtime: Runtime) -> Counter[str]:
+    """Bytes read from each file of the tape for streaming it; embedding rows of a tied head's file not counted."""
+    sizes = {block.file.path: block.file.nbytes for block in runtime.store.tape}
+    count: Counter[str] = Counter()
+    for span in runtime.trace.spans:
+        # Files are smaller than one read here, so a block is read by one span.
+        if span.lane == "disk" and span.nbytes == sizes.get(span.name):
+            count[span.name] += span.nbytes
+    return count
+
+
+def planned_bytes(runtime: Runtime, passes: int) -> Counter[str]:
+    """What `passes` passes should read: a resident block once, any other every time."""
+    planned: Counter[str] = Counter()
+    for position, block in enumerate(runtime.store.tape):
+        planned[block.file.path] += block.file.nbytes * (1 if position in runtime.plan.placement.resident else passes)
+    return planned
+
+
+@pytest.mark.parametrize("room", ROOM)
+@pytest.mark.parametrize("prefetch", PREFETCH)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_budget_and_read_ahead_change_nothing(tiny: Tiny, name: str, prefetch: int | None, room: str) -> None:
+    # Each cell takes the next split; the test below takes all splits in one cell.
+    turn = FAMILIES.index(name) + PREFETCH.index(prefetch) + list(ROOM).index(room)
+    rows, chunk = SPLITS[turn % len(SPLITS)]
+    store, steps = tiny.store(name), 4
+    options: dict[str, Any] = {"prefetch": prefetch, "rows_per_chunk": chunk, "verify": VerifyPolicy.NEVER}
+    ram = budget_for(store, room, **options)
+    with open_runtime(store, ram=ram, keep_spans=True, **options) as runtime:
+        check_placement(runtime.plan, room)
+        first = run_greedy(runtime, prompts_for(name), steps, rows, end=False)
+        second = run_greedy(runtime, prompts_for(name), steps, rows)
+    assert_same(first, tiny.reference(name))
+    assert_same(second, tiny.reference(name))
+    assert tape_bytes_read(runtime) == planned_bytes(runtime, passes=2 * steps)
+    assert runtime.bytes_read == runtime.trace.total("disk").nbytes
+    rest = runtime.bytes_read - tape_bytes_read(runtime).total()
+    assert rest == sum(s.nbytes for s in runtime.trace.spans if s.lane == "disk" and is_table(s.name, s.nbytes, store))
+
+
+def check_placement(plan: Plan, room: str) -> None:
+    """The budget gave the placement it is named after."""
+    placement, sizes = plan.placement, plan.tape_sizes
+    if room == "all resident":
+        assert len(placement.resident) == len(sizes)
+        assert placement.ring_nbytes == 0
+    elif room == "some resident":
+        assert 0 < len(placement.resident) < len(sizes)
+    else:
+        assert not placement.resident
+        assert placement.ring_nbytes == ROOM[room](sizes)
+
+
+def is_table(path: str, nbytes: int, store: Store) -> bool:
+    """Whether a read was of embedding rows or outer tensors."""
+    if "outer" in store.blocks and path == store.blocks["outer"].file.path:
+        return True
+    embed = store.blocks["embed"].file
+    return path == embed.path and nbytes != embed.nbytes
+
+
+@pytest.mark.parametrize(("rows", "chunk"), SPLITS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_split_into_micro_batches_and_chunks_changes_nothing(
+    tiny: Tiny, name: str, rows: int, chunk: int | None
+) -> None:
+    store = tiny.store(name)
+    ram = budget_for(store, "some resident", rows_per_chunk=chunk)
+    with open_runtime(store, ram=ram, rows_per_chunk=chunk) as runtime:
+        assert_same(run_greedy(runtime, prompts_for(name), 6, rows), tiny.reference(name))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_cpu_tier_alone_loads_all_and_reads_it_once(tiny: Tiny, name: str) -> None:
+    options: dict[str, Any] = {"tiers": (Tier.CPU,), "keep_spans": True, "verify": VerifyPolicy.NEVER}
+    with open_runtime(tiny.store(name), **options) as runtime:
+        found = run_greedy(runtime, prompts_for(name), STEPS, rows=2)
+    assert_same(found, tiny.reference(name))
+    assert tape_bytes_read(runtime) == planned_bytes(runtime, passes=1)
+
+
+def test_the_cpu_tier_alone_refuses_a_budget_that_would_stream(tiny: Tiny) -> None:
+    ram = budget_for(tiny.store("llama"), "some resident")
+    with pytest.raises(BudgetError, match="disk,cpu"), open_runtime(tiny.store("llama"), ram=ram, tiers=(Tier.CPU,)):
+        pass
+
+
+@pytest.mark.parametrize("prefetch", PREFETCH)
+@pytest.mark.parametrize("blocks_before", [1, 3])
+def test_the_pass_after_an_interrupted_one_is_right(tiny: Tiny, prefetch: int | None, blocks_before: int) -> None:
+    store, prompts = tiny.store("llama"), prompts_for("llama")
+    with open_runtime(store, ram=budget_for(store, "smallest ring"), prefetch=prefetch) as runtime:
+
+        def interrupt(done: int, _of: int) -> None:
+            if done == blocks_before:
+                thread = threading.Thread(target=runtime.cancel.set)
+                thread.start()
+                thread.join()
+
+        for _ in range(2):
+            with runtime.new_cache(1, len(prompts[0])) as cache, pytest.raises(InterruptedRun):
+                runtime.forward([MicroBatch(torch.tensor([prompts[0]]), cache)], interrupt)
+            assert "kv" not in runtime.arena.in_use
+        assert_same(run_greedy(runtime, prompts, steps=3), tiny.reference("llama"))
+
+
+def test_the_pass_after_a_failing_callback_is_right(tiny: Tiny) -> None:
+    def fail(done: int, _of: int) -> None:
+        if done == 2:
+            raise ValueError("of the caller's own")
+
+    store, prompts = tiny.store("opt"), prompts_for("opt")
+    with open_runtime(store, ram=budget_for(store, "ring of two blocks")) as runtime:
+        with runtime.new_cache(1, len(prompts[0])) as cache, pytest.raises(ValueError, match="of the caller's own"):
+            runtime.forward([MicroBatch(torch.tensor([prompts[0]]), cache)], fail)
+        assert_same(run_greedy(runtime, prompts, steps=3), tiny.reference("opt"))
+
+
+@pytest.mark.parametrize("end", [True, False])
+@pytest.mark.parametrize("room", ROOM)
+def test_nothing_is_left_at_exit(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, room: str, end: bool) -> None:
+    left: list[dict[str, int]] = []
+    close = Arena.close
+
+    def note_and_close(arena: Arena) -> None:
+        left.append(dict(arena.in_use))
+        close(arena)
+
+    monkeypatch.setattr(Arena, "close", note_and_close)
+    store = tiny.store("llama")
+    with open_runtime(store, ram=budget_for(store, room)) as runtime:
+        run_greedy(runtime, prompts_for("llama"), steps=2, end=end)
+        assert runtime.arena.in_use
+    assert left[-1] == {}
+    assert runtime.arena.in_use == {}
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("tiered")]
+
+
+def test_a_refused_budget_names_the_smallest_that_works(tiny: Tiny) -> None:
+    store, prompts = tiny.store("llama"), prompts_for("llama")
+    with pytest.raises(BudgetError, match="--ram") as refused, open_runtime(store, ram=64 * MIB):
+        pass
+    smallest = refused.value.smallest_bytes
+    assert smallest is not None
+    with open_runtime(store, ram=smallest) as runtime:
+        assert_same(run_greedy(runtime, prompts, steps=3), tiny.reference("llama"))
+    with pytest.raises(BudgetError), open_runtime(store, ram=smallest - PAGE):
+        pass

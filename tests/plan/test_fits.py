@@ -1,0 +1,50 @@
+"""The table of budgets says what the planner would say."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tiered.errors import BudgetError
+from tiered.plan import Needs, make_plan
+from tiered.plan.fits import LOADED, STREAMING, fits, ladder, smallest_budget
+from tiered.units import GIB, MIB, round_up
+
+SIZES = st.lists(st.integers(1, 4000).map(lambda n: n * 4096), min_size=1, max_size=12)
+
+
+def growing(budget: int) -> Needs:
+    """Needs that grow with the budget, as activations do, up to a point."""
+    return Needs(300 * MIB, 20 * MIB, 50 * MIB, 10 * MIB + min(budget // 16, 100 * MIB))
+
+
+@pytest.mark.parametrize("tiers", [STREAMING, LOADED])
+@given(sizes=SIZES)
+def test_the_smallest_budget_works_and_a_smaller_one_does_not(tiers: tuple[()], sizes: list[int]) -> None:
+    smallest = smallest_budget(sizes, growing, tiers)
+    assert make_plan(sizes, growing(smallest), smallest, tiers).placement.nbytes <= smallest
+    with pytest.raises(BudgetError):
+        make_plan(sizes, growing(smallest - MIB), smallest - MIB, tiers)
+
+
+@given(sizes=SIZES)
+def test_more_memory_never_reads_more(sizes: list[int]) -> None:
+    rows = fits(sizes, sizes, growing)
+    assert all(row.resident_nbytes + row.read_nbytes == sum(sizes) for row in rows)
+    assert [row.read_nbytes for row in rows] == sorted((row.read_nbytes for row in rows), reverse=True)
+    assert rows[-1].read_nbytes == 0 and rows[-1].resident_share == 1
+
+
+def test_bytes_read_are_those_of_files() -> None:
+    in_memory, on_disk = [8 * MIB] * 10, [5 * MIB] * 10
+    smallest, *_, everything = fits(in_memory, on_disk, lambda budget: Needs(100 * MIB, 0, 0, 0))
+    assert smallest.budget == 108 * MIB
+    assert smallest.read_nbytes == 50 * MIB
+    assert everything.budget == 180 * MIB
+    assert smallest.disk_seconds(5 * MIB) == 10
+
+
+def test_the_ladder_doubles_between_its_ends() -> None:
+    assert ladder(1500 * MIB, 9 * GIB) == (1500 * MIB, 2 * GIB, 4 * GIB, 8 * GIB, 9 * GIB)
+    assert ladder(300 * MIB, 400 * MIB) == (300 * MIB, 400 * MIB)
+    assert ladder(300 * MIB, 300 * MIB) == (300 * MIB,)
+    assert ladder(2 * GIB, round_up(4 * GIB, MIB)) == (2 * GIB, 4 * GIB)

@@ -1,0 +1,81 @@
+"""Small stores of given shape, written block by block: for tests that need no model."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from tiered.quant import GroupScheme, QuantizedTensor, compress, quantize
+from tiered.store import BlockInfo, BlockWriter, FileInfo, Manifest, Store, atomic_write
+from tiered.store.manifest import MANIFEST_NAME
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()).cast("B")  # type: ignore[arg-type]
+
+
+def random_bytes(nbytes: int, seed: int) -> torch.Tensor:
+    return torch.randint(0, 256, (nbytes,), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def random_quantized(rows: int, columns: int, scheme: GroupScheme, seed: int = 0) -> QuantizedTensor:
+    return quantize(torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)), scheme)
+
+
+def write_block(
+    root: Path,
+    path: str,
+    plain: Mapping[str, torch.Tensor],
+    quantized: Mapping[str, tuple[GroupScheme, QuantizedTensor]] | None = None,
+    compressed: Mapping[str, torch.Tensor] | None = None,
+    frame_nbytes: int = 4096,
+) -> FileInfo:
+    """One block file of these tensors."""
+    quantized, compressed = quantized or {}, compressed or {}
+    with BlockWriter(root / path, root, [*plain, *quantized, *compressed]) as writer:
+        packed = {name: compress(bytes_of(tensor), frame_nbytes) for name, tensor in compressed.items()}
+        writer.reserve_frames(sum(len(item.frames) for item in packed.values()))
+        for name, tensor in plain.items():
+            writer.add(name, tensor.dtype, tensor.shape, [bytes_of(tensor)])
+        for name, (scheme, codes) in quantized.items():
+            for part, tensor in zip(("q", "scale", "zero"), codes, strict=True):
+                writer.add(f"{name}.{part}", tensor.dtype, tensor.shape, [bytes_of(tensor)])
+            rows, groups = codes.scale.shape
+            writer.add_scheme(name, scheme, (rows, groups * scheme.group_size))
+        for name, tensor in compressed.items():
+            item = packed[name]
+            writer.add_compressed(
+                name, tensor.dtype, tensor.shape, memoryview(item.payload), item.frames, item.frame_nbytes
+            )
+        return writer.finish()
+
+
+def write_store(
+    root: Path, sizes: Sequence[int], embed: FileInfo | None = None, compressed: frozenset[int] = frozenset()
+) -> Store:
+    """A store whose tape is one block of about `sizes[i]` random bytes each, the last one its head."""
+    root.mkdir(exist_ok=True)
+    embed = embed or write_block(root, "blocks/embed.safetensors", {"embed.weight": random_bytes(64, 99).view(8, 8)})
+    names = [f"layer-{i:03d}" for i in range(len(sizes) - 1)] + ["head"]
+    blocks = [BlockInfo("embed", "embed", embed, "embed.")]
+    for position, (name, nbytes) in enumerate(zip(names, sizes, strict=True)):
+        path, prefix = f"blocks/{name}.safetensors", f"{name}."
+        tensor = random_bytes(nbytes, position)
+        if position in compressed:
+            tensor %= 4  # so that it does compress
+            file = write_block(root, path, {}, compressed={f"{name}.weight": tensor})
+        else:
+            file = write_block(root, path, {f"{name}.weight": tensor})
+        blocks.append(BlockInfo(name, "head" if name == "head" else "layer", file, prefix))
+    manifest = Manifest(
+        source={"kind": "test", "name": "test", "revision": None, "fingerprint": "0"},
+        architecture={"model_type": "opt", "layers": len(sizes) - 1, "embed": "embed.weight", "head": "head.weight"},
+        quantization={"layers": None, "embed": None, "head": None, "clip": None, "unquantized": []},
+        files=tuple(block.file for block in blocks),
+        blocks=tuple(blocks),
+        tape=tuple(names),
+        tied=False,
+    )
+    (root / "config.json").write_text("{}")
+    atomic_write(root / MANIFEST_NAME, manifest.to_json())
+    return Store.open(root)

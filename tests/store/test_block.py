@@ -1,0 +1,181 @@
+"""The layout of a block: every weight where its bytes are, compressed ones behind the file, foreign ones refused."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.store.make import bytes_of, random_bytes, random_quantized, write_block
+from tiered.errors import StoreError
+from tiered.quant import GroupScheme, QuantizedWeight
+from tiered.store import ALIGNMENT, PAGE, FileInfo
+from tiered.store.block import BlockLayout, read_layout
+from tiered.store.format import header_bytes, read_header
+
+INT4, INT8 = GroupScheme(4), GroupScheme(8, 32)
+PLAIN = {"norm": torch.arange(5, dtype=torch.float16), "bias": torch.randn(3, 7).to(torch.bfloat16)}
+QUANTIZED = {"fc1": (INT4, random_quantized(3, 128, INT4)), "fc2": (INT8, random_quantized(5, 32, INT8))}
+COMPRESSED = {"wide": torch.randn(3, 1000).round(), "long": torch.zeros(9000, dtype=torch.uint8)}
+
+
+def whole(tmp_path: Path) -> tuple[FileInfo, BlockLayout]:
+    file = write_block(tmp_path, "x.safetensors", PLAIN, QUANTIZED, COMPRESSED)
+    return file, read_layout(tmp_path, file)
+
+
+def load(root: Path, layout: BlockLayout) -> torch.Tensor:
+    """The block's memory, as a reader and a decoder leave it."""
+    memory = torch.zeros(layout.memory_nbytes, dtype=torch.uint8)
+    content = (root / layout.file.path).read_bytes()
+    memory[: len(content)] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    for item in layout.compressed:
+        item.decode(bytes_of(memory))
+    return memory
+
+
+def test_every_weight_is_what_was_written(tmp_path: Path) -> None:
+    _, layout = whole(tmp_path)
+    memory = load(tmp_path, layout)
+    assert set(layout.weights) == {*PLAIN, *QUANTIZED, *COMPRESSED}
+    for name, expected in {**PLAIN, **COMPRESSED}.items():
+        found = layout.weights[name].view(memory)
+        assert isinstance(found, torch.Tensor) and found.dtype == expected.dtype
+        assert torch.equal(found, expected)
+    for name, (scheme, codes) in QUANTIZED.items():
+        weight = layout.weights[name].view(memory)
+        assert isinstance(weight, QuantizedWeight) and weight.scheme == scheme
+        assert all(torch.equal(a, b) for a, b in zip(weight.codes, codes, strict=True))
+
+
+def test_weights_are_views_of_the_block_s_memory(tmp_path: Path) -> None:
+    _, layout = whole(tmp_path)
+    memory = load(tmp_path, layout)
+    start = memory.data_ptr()
+    for weight in layout.weights.values():
+        view = weight.view(memory)
+        tensors = [view] if isinstance(view, torch.Tensor) else list(view.codes)
+        assert all(start <= t.data_ptr() < start + memory.nbytes for t in tensors)
+
+
+def test_memory_is_the_file_and_what_is_decoded_behind_it(tmp_path: Path) -> None:
+    file, layout = whole(tmp_path)
+    decoded = [item.target for item in layout.compressed]
+    assert all(target.offset >= file.nbytes and target.offset % ALIGNMENT == 0 for target in decoded)
+    assert layout.memory_nbytes % PAGE == 0
+    assert layout.memory_nbytes < file.nbytes + sum(t.nbytes + ALIGNMENT for t in decoded) + PAGE
+
+
+def test_a_block_counts_the_numbers_it_stands_for(tmp_path: Path) -> None:
+    _, layout = whole(tmp_path)
+    assert layout.weight_count == 5 + 21 + 3 * 128 + 5 * 32 + 3000 + 9000
+
+
+def test_a_damaged_frame_is_a_damaged_store(tmp_path: Path) -> None:
+    _, layout = whole(tmp_path)
+    memory = load(tmp_path, layout)
+    memory[layout.compressed[0].source.offset + 20] ^= 1
+    with pytest.raises(StoreError, match="zstd frame"):
+        layout.compressed[0].decode(bytes_of(memory))
+
+
+def test_a_missing_file_is_named_with_the_remedy(tmp_path: Path) -> None:
+    file, _ = whole(tmp_path)
+    (tmp_path / file.path).unlink()
+    with pytest.raises(StoreError, match=r"x\.safetensors: missing; the store is incomplete, convert the model again"):
+        read_layout(tmp_path, file)
+
+
+@pytest.mark.parametrize("path", ["x.safetensors/y", "x\0y", "\ud800"], ids=["below a file", "NUL", "surrogate"])
+def test_a_path_that_cannot_exist_is_a_missing_file(path: str, tmp_path: Path) -> None:
+    file, _ = whole(tmp_path)
+    with pytest.raises(StoreError, match="missing"):
+        read_layout(tmp_path, replace(file, path=path))
+
+
+def test_a_truncated_file_is_told_with_both_sizes(tmp_path: Path) -> None:
+    file, _ = whole(tmp_path)
+    with (tmp_path / file.path).open("r+b") as opened:
+        opened.truncate(PAGE)
+    with pytest.raises(StoreError, match=rf"x\.safetensors: expected {file.nbytes:,} bytes, found 4,096; it is trunc"):
+        read_layout(tmp_path, file)
+
+
+def test_another_program_s_safetensors_is_no_block(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(4)}, tmp_path / "x.safetensors")
+    nbytes = (tmp_path / "x.safetensors").stat().st_size
+    with pytest.raises(StoreError, match=r"x\.safetensors: not a block of a tiered store"):
+        read_layout(tmp_path, FileInfo("x.safetensors", nbytes, ("0",)))
+
+
+def edit_metadata(root: Path, file: FileInfo, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Rewrite the header of `file` with other metadata, all offsets staying true."""
+    entries, metadata, data_start = read_header(root / file.path)
+    described = json.loads(metadata["tiered"])
+    described = change(described) or described
+    content = (root / file.path).read_bytes()
+    text = described if isinstance(described, str) else json.dumps(described)
+    (root / file.path).write_bytes(header_bytes(entries, {"tiered": text}, data_start) + content[data_start:])
+
+
+DAMAGE: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "no JSON": lambda d: "{",
+    "deeply nested": lambda d: "[" * 5000,
+    "a list": lambda d: "[]",
+    "no weights": lambda d: d.pop("weights") and None,
+    "weights that are text": lambda d: d.update(weights="abc"),
+    "a weight that is not there": lambda d: d["weights"].update(fc3=d["weights"]["fc1"]),
+    "an unknown scheme": lambda d: d["weights"]["fc1"].update(scheme="int3"),
+    "a scheme that is a number": lambda d: d["weights"]["fc1"].update(scheme=4),
+    "another scheme": lambda d: d["weights"]["fc1"].update(scheme="int8-g64"),
+    "another shape": lambda d: d["weights"]["fc1"].update(shape=[3, 64]),
+    "a shape that does not fit the groups": lambda d: d["weights"]["fc1"].update(shape=[3, 65]),
+    "a shape of one": lambda d: d["weights"]["fc1"].update(shape=[384]),
+    "a shape of infinity": lambda d: d["weights"]["fc1"].update(shape=[3, float("inf")]),
+    "a compressed tensor that is not there": lambda d: d["zstd"].update(narrow=d["zstd"]["wide"]),
+    "a compressed tensor of negative shape": lambda d: d["zstd"]["wide"].update(shape=[-3, -1000]),
+    "a compressed tensor of infinite shape": lambda d: d["zstd"]["wide"].update(shape=[float("inf")]),
+    "a compressed tensor of unknown dtype": lambda d: d["zstd"]["wide"].update(dtype="F8"),
+    "frames of no bytes": lambda d: d["zstd"]["wide"].update(frame_nbytes=0),
+    "frames that do not add up": lambda d: d["zstd"]["wide"].update(frames=[1]),
+    "too few frames": lambda d: d["zstd"]["wide"].update(frames=[sum(d["zstd"]["wide"]["frames"])]),
+    "negative frames": lambda d: d["zstd"]["wide"]["frames"].extend([-5, 5]),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_metadata_that_does_not_fit_is_refused_by_name(what: str, tmp_path: Path) -> None:
+    file, _ = whole(tmp_path)
+    edit_metadata(tmp_path, file, DAMAGE[what])
+    with pytest.raises(StoreError, match=r"x\.safetensors: (its metadata does not fit|not a block)"):
+        read_layout(tmp_path, file)
+
+
+def test_a_block_whose_tensors_are_misaligned_is_not_ours(tmp_path: Path) -> None:
+    file, _ = whole(tmp_path)
+    entries, metadata, data_start = read_header(tmp_path / file.path)
+    content = (tmp_path / file.path).read_bytes()
+    first, pad = entries[0], entries[1]
+    moved = [replace(pad, offset=first.offset), replace(first, offset=first.offset + pad.nbytes), *entries[2:]]
+    (tmp_path / file.path).write_bytes(header_bytes(moved, metadata, data_start) + content[data_start:])
+    with pytest.raises(StoreError, match=r"x\.safetensors: tensor norm is not aligned to 64 bytes"):
+        read_layout(tmp_path, file)
+
+
+def test_data_that_starts_off_a_page_is_not_ours(tmp_path: Path) -> None:
+    file, _ = whole(tmp_path)
+    entries, metadata, data_start = read_header(tmp_path / file.path)
+    content = (tmp_path / file.path).read_bytes()
+    shifted = [replace(entry, offset=entry.offset + 64) for entry in entries]
+    (tmp_path / file.path).write_bytes(header_bytes(shifted, metadata, data_start + 64) + content[data_start:])
+    with pytest.raises(StoreError, match=r"data starts at byte .* expected a multiple of 4096"):
+        read_layout(tmp_path, replace(file, nbytes=file.nbytes + 64))
+
+
+def test_pads_are_no_weights(tmp_path: Path) -> None:
+    file = write_block(tmp_path, "x.safetensors", {"a": random_bytes(10, 0), "b": random_bytes(10, 1)})
+    assert set(read_layout(tmp_path, file).weights) == {"a", "b"}

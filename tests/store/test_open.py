@@ -1,0 +1,104 @@
+"""Opening: a store opens by its headers alone; what is no store says what it is instead and what to do."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.store.make import write_store
+from tiered.errors import StoreError
+from tiered.store import PAGE, Store
+from tiered.store.manifest import MANIFEST_NAME
+from tiered.store.open import PROGRESS_NAME
+
+SIZES = (5000, 9000, 20000)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return write_store(tmp_path / "some.tiered", SIZES)
+
+
+def refused(path: Path | str, message: str) -> None:
+    with pytest.raises(StoreError, match=message) as caught:
+        Store.open(path)
+    assert caught.value.exit_code == 4
+    assert str(path) in str(caught.value)
+
+
+def test_the_tape_is_every_layer_and_the_head(store: Store) -> None:
+    assert [block.name for block in store.tape] == ["layer-000", "layer-001", "head"]
+    assert store.tape_nbytes == sum(block.file.nbytes for block in store.tape)
+    assert store.tape_nbytes == sum(store.file_path(block).stat().st_size for block in store.tape)
+
+
+def test_a_store_is_called_like_its_folder(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert store.name == "some"
+    monkeypatch.chdir(store.path)
+    assert Store.open(".").name == "some"
+
+
+def test_rows_of_the_embedding_are_the_vocabulary(store: Store) -> None:
+    assert store.vocab_size == 8
+
+
+def test_no_such_folder_says_how_to_make_one(tmp_path: Path) -> None:
+    refused(tmp_path / "gone.tiered", r"no such store; make one with 'tiered convert MODEL -o .*gone\.tiered'")
+    (tmp_path / "file").touch()
+    refused(tmp_path / "file" / "below", "no such store")
+
+
+def test_a_file_is_not_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").touch()
+    refused(tmp_path / "model.gguf", "a file, expected the folder that 'tiered convert' wrote")
+
+
+def test_an_unfinished_conversion_says_how_to_resume(tmp_path: Path) -> None:
+    (tmp_path / PROGRESS_NAME).write_text("{}")
+    (tmp_path / "config.json").write_text("{}")
+    refused(tmp_path, "the conversion has not finished; run the same 'tiered convert' command again to resume it")
+
+
+def test_a_model_folder_is_to_be_converted_first(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    refused(tmp_path, f"a model folder, not a store.*convert it first with 'tiered convert {tmp_path}'")
+
+
+def test_any_other_folder_is_no_store(tmp_path: Path) -> None:
+    refused(tmp_path, r"not a store \(no manifest\.json\)")
+
+
+def test_a_manifest_that_is_no_text_is_damaged(store: Store) -> None:
+    (store.path / MANIFEST_NAME).write_bytes(b"\xff\xfe\x80")
+    refused(store.path, "not text; the store is damaged")
+
+
+def test_a_missing_block_is_named(store: Store) -> None:
+    store.file_path(store.tape[1]).unlink()
+    refused(store.path, r"layer-001\.safetensors: missing; the store is incomplete")
+
+
+def test_a_missing_folder_of_blocks_is_a_missing_block(store: Store) -> None:
+    shutil.rmtree(store.path / "blocks")
+    refused(store.path, r"embed\.safetensors: missing")
+    (store.path / "blocks").touch()
+    refused(store.path, r"embed\.safetensors: missing")
+
+
+@pytest.mark.parametrize("change", [-PAGE, PAGE, -1])
+def test_a_block_of_another_size_is_named(store: Store, change: int) -> None:
+    path = store.file_path(store.tape[0])
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size + change)
+    refused(store.path, r"layer-000\.safetensors: expected .* bytes, found .*; it is truncated or not this store's")
+
+
+def test_a_block_without_a_header_is_named(store: Store) -> None:
+    with store.file_path(store.tape[0]).open("r+b") as file:
+        file.write(bytes(64))
+    refused(store.path, r"layer-000\.safetensors: header claims 0 bytes")
+
+
+def test_a_store_without_a_configuration_is_incomplete(store: Store) -> None:
+    (store.path / "config.json").unlink()
+    refused(store.path, r"config\.json: missing; convert the model again")

@@ -1,0 +1,70 @@
+"""The summary of a store agrees with its files."""
+
+from pathlib import Path
+
+import pytest
+
+from tiered.arch import build_skeleton, load_config
+from tiered.convert import ConvertOptions, convert_checkpoint
+from tiered.store import Store
+from tiered.store.summary import summarize
+
+DOCS = Path(__file__).parents[1] / "data/models/opt-docs-8m"
+
+
+@pytest.fixture(scope="module")
+def docs(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    path = tmp_path_factory.mktemp("summary") / "docs.tiered"
+    convert_checkpoint(DOCS, path, ConvertOptions(quant="int4"))
+    return Store.open(path)
+
+
+def test_sizes_are_those_of_the_files(docs: Store) -> None:
+    summary = summarize(docs)
+    sizes = {block.name: docs.file_path(block).stat().st_size for block in docs.manifest.blocks}
+    assert summary.disk_nbytes == sum(path.stat().st_size for path in (docs.path / "blocks").iterdir())
+    assert summary.model_nbytes == summary.disk_nbytes
+    assert summary.tape_nbytes == sum(sizes[name] for name in docs.manifest.tape)
+    for row in summary.rows:
+        assert row.smallest_nbytes == row.largest_nbytes == sizes[row.first] == sizes[row.last]
+        assert row.nbytes == row.count * sizes[row.first]
+
+
+def test_parameters_are_those_of_the_model(docs: Store) -> None:
+    model = build_skeleton(load_config(docs.path)).model
+    model.tie_weights()
+    assert summarize(docs).parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_equal_layers_are_one_row(docs: Store) -> None:
+    (layers,) = (row for row in summarize(docs).rows if row.role == "layer")
+    assert (layers.first, layers.last, layers.count) == ("layer-000", "layer-007", 8)
+    assert layers.formats[0][0] == "int4-g64"
+    assert sum(count for _, count in layers.formats) == layers.weights
+    assert 4.375 < layers.bits_per_weight < 5
+
+
+def test_a_tied_head_is_counted_once(docs: Store) -> None:
+    head = summarize(docs).rows[-1]
+    assert head.role == "head" and head.shared
+
+
+def test_repeated_layers_count_each_but_lie_on_disk_once(tmp_path: Path) -> None:
+    convert_checkpoint("tiny-opt", tmp_path / "all", ConvertOptions(synthetic=True))
+    convert_checkpoint("tiny-opt", tmp_path / "one", ConvertOptions(synthetic=True, distinct_blocks=1))
+    every, one = (summarize(Store.open(tmp_path / name)) for name in ("all", "one"))
+    assert (every.parameters, every.model_nbytes, every.tape_nbytes) == (
+        one.parameters,
+        one.model_nbytes,
+        one.tape_nbytes,
+    )
+    assert one.disk_nbytes < every.disk_nbytes == every.model_nbytes
+
+
+def test_compressed_weights_are_marked(tmp_path: Path) -> None:
+    convert_checkpoint(DOCS, tmp_path / "zstd", ConvertOptions(quant="none", compress="zstd"))
+    summary = summarize(Store.open(tmp_path / "zstd"))
+    (layers,) = (row for row in summary.rows if row.role == "layer")
+    assert layers.formats[0][0].endswith("+zstd")
+    assert layers.smallest_nbytes < layers.largest_nbytes < layers.nbytes
+    assert summary.tape_nbytes == sum(row.nbytes for row in summary.rows if row.role in ("layer", "head"))

@@ -1,0 +1,123 @@
+"""The ring: spans never overlap, come back in order, and a request that fits at all is served in the end."""
+
+import asyncio
+from collections import deque
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tiered.store import PAGE
+from tiered.stream import Ring
+from tiered.stream.ring import RingSpan
+
+
+def run(scenario: object) -> None:
+    asyncio.run(asyncio.wait_for(scenario, 20))  # type: ignore[arg-type]
+
+
+@st.composite
+def requests(draw: st.DrawFn) -> tuple[int, list[int]]:
+    """A ring's size in pages and blocks of at most that size."""
+    pages = draw(st.integers(1, 20))
+    return pages, draw(st.lists(st.integers(1, pages), min_size=1, max_size=30))
+
+
+@settings(deadline=None)
+@given(requests(), st.lists(st.booleans(), max_size=60))
+def test_blocks_in_order_never_overlap_and_never_wait_for_ever(case: tuple[int, list[int]], eager: list[bool]) -> None:
+    pages, sizes = case
+
+    async def scenario() -> None:
+        ring = Ring(pages * PAGE)
+        lent: deque[RingSpan] = deque()
+        decisions = iter(eager)
+        for size in sizes:
+            borrowing = asyncio.ensure_future(ring.borrow(size * PAGE))
+            await asyncio.sleep(0)
+            # The consumer gives back some early, and whatever must come back for the request to be served.
+            while lent and (next(decisions, False) or not borrowing.done()):
+                await ring.release(lent.popleft())
+                await asyncio.sleep(0)
+                await asyncio.sleep(0)
+            span = await asyncio.wait_for(borrowing, 5)
+            lent.append(span)
+            assert span.start % PAGE == 0 and span.stop - span.start == size * PAGE
+            assert 0 <= span.start < span.stop <= pages * PAGE
+            spans = sorted((s.start, s.stop) for s in lent)
+            assert all(a[1] <= b[0] for a, b in zip(spans, spans[1:], strict=False))
+            assert ring.in_use == sum(s.stop - s.start for s in lent)
+        while lent:
+            await ring.release(lent.popleft())
+        assert ring.in_use == 0
+
+    run(scenario())
+
+
+def test_a_request_waits_until_its_bytes_are_free() -> None:
+    async def scenario() -> None:
+        ring = Ring(3 * PAGE)
+        first, second = await ring.borrow(PAGE), await ring.borrow(PAGE)
+        waiting = asyncio.ensure_future(ring.borrow(2 * PAGE))
+        await asyncio.sleep(0.01)
+        assert not waiting.done()
+        await ring.release(first)
+        await asyncio.sleep(0.01)
+        assert not waiting.done()  # two pages are free, but not side by side
+        await ring.release(second)
+        assert (await waiting).start == 0
+
+    run(scenario())
+
+
+def test_equal_blocks_pass_two_by_two() -> None:
+    async def scenario() -> None:
+        ring = Ring(2 * PAGE)
+        spans = deque([await ring.borrow(PAGE)])
+        for _ in range(10):
+            spans.append(await ring.borrow(PAGE))  # while the one before is still in use
+            await ring.release(spans.popleft())
+
+    run(scenario())
+
+
+def test_bytes_are_lent_as_whole_pages() -> None:
+    async def scenario() -> None:
+        span = await Ring(2 * PAGE).borrow(PAGE + 1)
+        assert (span.start, span.stop) == (0, 2 * PAGE)
+
+    run(scenario())
+
+
+def test_spans_come_back_in_order() -> None:
+    async def scenario() -> None:
+        ring = Ring(2 * PAGE)
+        await ring.borrow(PAGE)
+        second = await ring.borrow(PAGE)
+        with pytest.raises(AssertionError, match="in the order they were lent"):
+            await ring.release(second)
+
+    run(scenario())
+
+
+def test_a_block_larger_than_the_ring_is_a_bug_that_shows() -> None:
+    async def scenario() -> None:
+        with pytest.raises(AssertionError, match="a block of 8192 bytes in a ring of 4096"):
+            await Ring(PAGE).borrow(2 * PAGE)
+
+    run(scenario())
+
+
+def test_a_cancelled_request_takes_nothing() -> None:
+    async def scenario() -> None:
+        ring = Ring(PAGE)
+        span = await ring.borrow(PAGE)
+        waiting = asyncio.ensure_future(ring.borrow(PAGE))
+        await asyncio.sleep(0.01)
+        waiting.cancel()
+        await asyncio.wait([waiting])
+        await ring.release(span)
+        assert ring.in_use == 0
+        await ring.borrow(PAGE)
+
+    run(scenario())

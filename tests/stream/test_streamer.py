@@ -1,0 +1,435 @@
+"""The streamer: blocks in tape order with the right bytes, no byte read twice, no error lost, no task left."""
+
+import asyncio
+import errno
+import logging
+import os
+import threading
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.store.make import write_store
+from tiered.convert import ConvertOptions, convert_checkpoint
+from tiered.errors import ReadError, StoreError
+from tiered.io import Arena, ChunkVerifier, DiskReader, Faults, VerifyPolicy
+from tiered.plan import Placement, place
+from tiered.plan.placement import full_ring, interleave, smallest_ring
+from tiered.store import CHUNK_NBYTES, Store
+from tiered.stream import LoadedBlock, Streamer
+from tiered.trace import Tracer
+
+DOCS = Path(__file__).parents[1] / "data/models/opt-docs-8m"
+SECONDS = 20.0
+SIZES = (20_000, 60_000, 5_000, 33_000, 90_000)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """Blocks of different sizes, one of them compressed."""
+    return write_store(tmp_path_factory.mktemp("stream") / "small.tiered", SIZES, compressed=frozenset({1}))
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """Blocks of one, two and three chunks."""
+    sizes = (CHUNK_NBYTES // 2, CHUNK_NBYTES + 70_000, 2 * CHUNK_NBYTES + 4096, 4096)
+    return write_store(tmp_path_factory.mktemp("stream") / "large.tiered", sizes)
+
+
+@pytest.fixture(scope="module")
+def docs(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    path = tmp_path_factory.mktemp("stream") / "docs.tiered"
+    convert_checkpoint(DOCS, path, ConvertOptions(quant="int4"))
+    return Store.open(path)
+
+
+@dataclass
+class Setup:
+    streamer: Streamer
+    reader: DiskReader
+    trace: Tracer
+    inside: AsyncExitStack
+    """Closing it leaves the streamer, while reader and memory stay."""
+
+
+def sizes_of(store: Store) -> list[int]:
+    return [store.layout(block).memory_nbytes for block in store.tape]
+
+
+def placement_of(store: Store, resident: frozenset[int], ring: str = "full") -> Placement:
+    sizes = sizes_of(store)
+    held = sum(sizes[i] for i in resident)
+    streamed = [n for i, n in enumerate(sizes) if i not in resident]
+    if not streamed:
+        return Placement(resident, held, 0)
+    nbytes = {"smallest": smallest_ring, "full": full_ring, "all": sum}[ring](streamed)
+    return Placement(resident, held, nbytes)
+
+
+@asynccontextmanager
+async def streaming(
+    store: Store,
+    placement: Placement,
+    prefetch: int | None = None,
+    preadv: Faults = os.preadv,
+    policy: VerifyPolicy = VerifyPolicy.FIRST,
+) -> AsyncIterator[Setup]:
+    """A streamer over memory that is exactly as large as planned."""
+    trace = Tracer(keep_spans=True)
+    with Arena(placement.nbytes + 4096 * (len(store.tape) + 1)) as arena:
+        sizes = sizes_of(store)
+        resident = {i: arena.borrow(sizes[i], "resident") for i in sorted(placement.resident)}
+        ring = arena.borrow(placement.ring_nbytes, "ring") if placement.ring_nbytes else None
+        with DiskReader(store.path, ChunkVerifier(policy, trace), trace, 4, preadv=preadv) as reader:
+            async with AsyncExitStack() as inside:
+                streamer = Streamer(store, placement, reader, resident, ring, trace, prefetch)
+                yield Setup(await inside.enter_async_context(streamer), reader, trace, inside)
+
+
+async def following(streamer: Streamer) -> LoadedBlock:
+    """The next block; a streamer that hangs fails."""
+    return await asyncio.wait_for(streamer.next(), SECONDS)
+
+
+async def assert_reads(reader: DiskReader, nbytes: int) -> None:
+    """The reader gets to `nbytes`, and no further by itself."""
+    for _ in range(int(SECONDS / 0.01)):
+        if reader.bytes_read >= nbytes:
+            break
+        await asyncio.sleep(0.01)
+    await asyncio.sleep(0.03)
+    assert reader.bytes_read == nbytes
+
+
+def assert_right(store: Store, block: LoadedBlock) -> None:
+    """The block's memory holds its file, and behind it what is decoded."""
+    layout = store.layout(block.info)
+    content = store.file_path(block.info).read_bytes()
+    expected = bytearray(content) + bytearray(layout.memory_nbytes - len(content))
+    found = memoryview(block.memory.numpy())  # type: ignore[arg-type]
+    for item in layout.compressed:
+        item.decode(memoryview(expected))
+        target = slice(item.target.offset, item.target.offset + item.target.nbytes)
+        assert found[target] == expected[target]
+    assert found[: len(content)] == content
+
+
+def test_weights_go_by_their_names_inside_the_block(docs: Store) -> None:
+    async def scenario() -> None:
+        async with streaming(docs, placement_of(docs, frozenset())) as setup:
+            block = await following(setup.streamer)
+            names = block.weights()
+            assert "self_attn.q_proj.weight" in names and "final_layer_norm.bias" in names
+            assert len(names) == len(docs.layout(block.info).weights)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("prefetch", [0, 1, 3, None])
+@pytest.mark.parametrize("ring", ["smallest", "full", "all"])
+@pytest.mark.parametrize("resident", [(), (1,), (0, 4), (0, 1, 2, 3), (0, 1, 2, 3, 4)])
+def test_blocks_come_in_order_with_the_right_bytes(
+    small: Store, resident: tuple[int, ...], ring: str, prefetch: int | None
+) -> None:
+    async def scenario() -> None:
+        async with streaming(small, placement_of(small, frozenset(resident), ring), prefetch) as setup:
+            for _ in range(3):
+                for position, info in enumerate(small.tape):
+                    block = await following(setup.streamer)
+                    assert (block.position, block.info) == (position, info)
+                    assert_right(small, block)
+                    await setup.streamer.release(block)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("prefetch", [0, None])
+@pytest.mark.parametrize("count", [0, 1, 4, 9])
+def test_a_converted_model_arrives_whole(docs: Store, count: int, prefetch: int | None) -> None:
+    async def scenario() -> None:
+        resident = interleave(count, len(docs.tape))
+        async with streaming(docs, placement_of(docs, resident), prefetch) as setup:
+            for _ in range(2):
+                for info in docs.tape:
+                    block = await following(setup.streamer)
+                    assert block.info == info
+                    assert_right(docs, block)
+                    await setup.streamer.release(block)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("policy", VerifyPolicy)
+def test_blocks_of_several_chunks_arrive_whole(large: Store, policy: VerifyPolicy) -> None:
+    async def scenario() -> None:
+        async with streaming(large, placement_of(large, frozenset({1})), policy=policy) as setup:
+            for _ in range(2):
+                for _ in large.tape:
+                    block = await following(setup.streamer)
+                    assert_right(large, block)
+                    await setup.streamer.release(block)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("prefetch", [0, 1, None])
+@pytest.mark.parametrize("resident", [(), (2,), (0, 1, 2, 3, 4)])
+def test_the_bytes_read_are_those_planned(small: Store, resident: tuple[int, ...], prefetch: int | None) -> None:
+    passes = 4
+    held = sum(small.tape[i].file.nbytes for i in resident)
+
+    async def scenario() -> None:
+        async with streaming(small, placement_of(small, frozenset(resident)), prefetch) as setup:
+            setup.streamer.end_after(passes)
+            for _ in range(passes * len(small.tape)):
+                await setup.streamer.release(await following(setup.streamer))
+            await assert_reads(setup.reader, held + passes * (small.tape_nbytes - held))
+            assert setup.trace.total("verify").spans == len(small.tape)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 1.0])
+def test_what_the_planner_places_can_be_streamed(small: Store, share: float) -> None:
+    sizes = sizes_of(small)
+    placement = place(sizes, int(max(sizes) + share * (sum(sizes) - max(sizes))))
+    assert placement is not None
+
+    async def scenario() -> None:
+        async with streaming(small, placement) as setup:
+            for _ in range(2 * len(sizes)):
+                block = await following(setup.streamer)
+                assert_right(small, block)
+                await setup.streamer.release(block)
+
+    asyncio.run(scenario())
+
+
+class Gate:
+    """A `preadv` that counts, and waits at a closed gate."""
+
+    def __init__(self, is_open: bool = False) -> None:
+        self._open = threading.Event()
+        self._lock = threading.Lock()
+        self.begun = threading.Event()
+        self.count = 0
+        if is_open:
+            self._open.set()
+
+    def open(self) -> None:
+        self._open.set()
+
+    def __call__(self, fd: int, buffers: Sequence[memoryview], offset: int, flags: int, /) -> int:
+        with self._lock:
+            self.count += 1
+        self.begun.set()
+        assert self._open.wait(SECONDS)
+        return os.preadv(fd, buffers, offset, flags)
+
+
+def test_reading_goes_on_while_a_block_is_in_use(small: Store) -> None:
+    async def scenario() -> None:
+        async with streaming(small, placement_of(small, frozenset(), "all")) as setup:
+            block = await following(setup.streamer)
+            await assert_reads(setup.reader, small.tape_nbytes)  # all the others, and no more than the ring holds
+            await setup.streamer.release(block)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("prefetch", [0, 1, 2])
+def test_no_more_blocks_are_read_ahead_than_allowed(small: Store, prefetch: int) -> None:
+    async def scenario() -> None:
+        async with streaming(small, placement_of(small, frozenset(), "all"), prefetch) as setup:
+            for asked in range(1, 3):
+                ahead = sum(block.file.nbytes for block in small.tape[: asked - 1 + prefetch])
+                await assert_reads(setup.reader, ahead)
+                await setup.streamer.release(await following(setup.streamer))
+
+    asyncio.run(scenario())
+
+
+def test_nothing_is_read_beyond_the_end_until_it_is_lifted(small: Store) -> None:
+    async def scenario() -> None:
+        async with streaming(small, placement_of(small, frozenset(), "all")) as setup:
+            setup.streamer.end_after(1)
+            for _ in small.tape:
+                await setup.streamer.release(await following(setup.streamer))
+            await assert_reads(setup.reader, small.tape_nbytes)
+            waiting = asyncio.ensure_future(following(setup.streamer))
+            await asyncio.sleep(0.05)
+            assert not waiting.done()
+            setup.streamer.end_after(None)
+            block = await waiting
+            assert block.position == 0
+            assert_right(small, block)
+
+    asyncio.run(scenario())
+
+
+def test_waiting_for_blocks_is_accounted_for(small: Store) -> None:
+    gate = Gate()
+
+    async def scenario() -> None:
+        async with streaming(small, placement_of(small, frozenset()), preadv=gate) as setup:
+            asyncio.get_running_loop().call_later(0.05, gate.open)
+            await following(setup.streamer)
+            assert setup.streamer.wait_seconds >= 0.04
+            assert setup.trace.total("wait").seconds == pytest.approx(setup.streamer.wait_seconds)
+
+    asyncio.run(scenario())
+
+
+def failing_at(name: str, offset: int = 0) -> Faults:
+    def preadv(fd: int, buffers: Sequence[memoryview], at: int, flags: int, /) -> int:
+        if at >= offset and name in os.readlink(f"/proc/self/fd/{fd}"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return os.preadv(fd, buffers, at, flags)
+
+    return preadv
+
+
+@pytest.mark.parametrize("prefetch", [0, None])
+@pytest.mark.parametrize("resident", [(), (2,), (0, 1, 2, 3, 4)])
+def test_a_failed_read_surfaces_where_its_block_would_have_come(
+    small: Store, resident: tuple[int, ...], prefetch: int | None
+) -> None:
+    async def scenario() -> None:
+        placement = placement_of(small, frozenset(resident))
+        async with streaming(small, placement, prefetch, failing_at("layer-002")) as setup:
+            for _ in range(3):
+                for position in range(len(small.tape)):
+                    if position == 2:  # in every pass: what was not read is never taken for present
+                        with pytest.raises(ReadError, match=r"layer-002\.safetensors: read of .*\(EIO\)"):
+                            await following(setup.streamer)
+                    else:
+                        block = await following(setup.streamer)
+                        assert block.position == position
+                        assert_right(small, block)
+                        await setup.streamer.release(block)
+
+    asyncio.run(scenario())
+
+
+def test_a_corrupt_block_surfaces_by_name(tmp_path: Path) -> None:
+    store = write_store(tmp_path / "x", SIZES)
+    with store.file_path(store.tape[1]).open("r+b") as file:
+        file.seek(30_000)
+        file.write(b"flipped")
+
+    async def scenario() -> None:
+        async with streaming(store, placement_of(store, frozenset({1}))) as setup:
+            await setup.streamer.release(await following(setup.streamer))
+            with pytest.raises(StoreError, match=r"layer-001\.safetensors: chunk 0 .* is corrupt"):
+                await following(setup.streamer)
+
+    asyncio.run(scenario())
+
+
+def test_a_block_that_does_not_decode_surfaces_by_name(tmp_path: Path) -> None:
+    store = write_store(tmp_path / "x", SIZES, compressed=frozenset({0}))
+    source = store.layout(store.tape[0]).compressed[0].source
+    with store.file_path(store.tape[0]).open("r+b") as file:
+        file.seek(source.offset + 40)
+        file.write(b"flipped")
+
+    async def scenario() -> None:
+        async with streaming(store, placement_of(store, frozenset()), policy=VerifyPolicy.NEVER) as setup:
+            with pytest.raises(StoreError, match=r"layer-000\.weight: damaged zstd frame"):
+                await following(setup.streamer)
+
+    asyncio.run(scenario())
+
+
+def test_an_error_in_the_feed_itself_surfaces_again_and_again(small: Store) -> None:
+    sizes = sizes_of(small)
+
+    async def scenario() -> None:
+        placement = Placement(frozenset(), 0, max(sizes[:4]))  # too small for the head
+        async with streaming(small, placement) as setup:
+            for _ in range(4):
+                await setup.streamer.release(await following(setup.streamer))
+            for _ in range(2):
+                with pytest.raises(AssertionError, match="in a ring of"):
+                    await following(setup.streamer)
+
+    asyncio.run(scenario())
+
+
+def test_errors_that_nobody_asks_for_make_no_noise(small: Store, caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario() -> None:
+        async with streaming(small, placement_of(small, frozenset(), "all"), preadv=failing_at("layer-")):
+            await asyncio.sleep(0.1)
+
+    with caplog.at_level(logging.WARNING, logger="asyncio"):
+        asyncio.run(scenario())
+        import gc
+
+        gc.collect()
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize("resident", [(), (0, 1, 2, 3, 4)])
+def test_leaving_while_reads_run_leaves_nothing_behind(large: Store, resident: tuple[int, ...]) -> None:
+    resident = tuple(i for i in resident if i < len(large.tape))
+
+    class Late(Gate):
+        ended = 0
+
+        def __call__(self, fd: int, buffers: Sequence[memoryview], offset: int, flags: int, /) -> int:
+            try:
+                return super().__call__(fd, buffers, offset, flags)
+            finally:
+                with self._lock:
+                    self.ended += 1
+
+    gate = Late()
+
+    async def scenario() -> None:
+        before = asyncio.all_tasks()
+        async with streaming(large, placement_of(large, frozenset(resident), "all"), preadv=gate) as setup:
+            await asyncio.to_thread(gate.begun.wait)
+            asyncio.get_running_loop().call_later(0.1, gate.open)
+            await setup.inside.aclose()
+            # The memory is free for others now: no thread reads into it any more.
+            assert asyncio.all_tasks() == before
+            assert gate.count == gate.ended
+            count = gate.count
+            await asyncio.sleep(0.05)
+            assert gate.count == count
+
+    asyncio.run(asyncio.wait_for(scenario(), SECONDS))
+
+
+def test_leaving_after_an_error_leaves_nothing_behind(large: Store) -> None:
+    async def scenario() -> None:
+        before = asyncio.all_tasks()
+        async with streaming(large, placement_of(large, frozenset(), "all"), preadv=failing_at("layer-")) as setup:
+            with pytest.raises(ReadError):
+                await following(setup.streamer)
+        assert asyncio.all_tasks() == before
+
+    asyncio.run(asyncio.wait_for(scenario(), SECONDS))
+
+
+def test_a_cancelled_wait_loses_no_block(small: Store) -> None:
+    gate = Gate()
+
+    async def scenario() -> None:
+        async with streaming(small, placement_of(small, frozenset()), preadv=gate) as setup:
+            await asyncio.to_thread(gate.begun.wait)
+            for _ in range(3):
+                with pytest.raises(asyncio.TimeoutError):
+                    await asyncio.wait_for(setup.streamer.next(), 0.02)
+            gate.open()
+            for position in range(7):
+                block = await following(setup.streamer)
+                assert block.position == position % len(small.tape)
+                assert_right(small, block)
+                await setup.streamer.release(block)
+
+    asyncio.run(scenario())

@@ -1,0 +1,362 @@
+"""Whatever is wrong with a store or a disk: one named error, its exit code, no hang, no traceback, nothing left."""
+
+import errno
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from tests.commands import CHECKPOINT, TIERED, Done, copy_store, make_store, run_apart, run_here, smallest_ram
+from tests.helpers import run_greedy
+from tiered.convert import ConvertOptions, ConvertProgress, convert_checkpoint
+from tiered.errors import BudgetError, ReadError, StoreError
+from tiered.io import Arena
+from tiered.runtime import Load, Options, Runtime
+from tiered.store import Store
+
+LAYER = "blocks/layer-003.safetensors"
+EMBED = "blocks/embed.safetensors"
+OUTER = "blocks/outer.safetensors"
+PROMPT = [[2, 100, 200, 300, 400]]
+STEPS = 4
+REMEDIES = ("convert", "download the file again", "copy the model's tokenizer files into the store")
+"""Every message about a damaged store says what to do."""
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_store(tmp_path_factory.mktemp("faults"))
+
+
+@pytest.fixture
+def store(original: Path, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    return copy_store(original, tmp_path)
+
+
+def generate(store: Path, *words: str) -> Done:
+    return run_here("generate", store, "-p", "Hello", "-n", "4", "--no-measure", *words)
+
+
+def assert_refused(done: Done, *told: str) -> None:
+    """Exit code 4 and one plain message that says all of `told` and what to do."""
+    assert done.code == 4, done
+    assert done.err.startswith("tiered: ") and done.err.count("\n") == 1, done.err
+    for text in told:
+        assert text in done.err
+    assert any(remedy in done.err for remedy in REMEDIES), done.err
+
+
+# What is no store.
+
+
+def test_a_missing_store(tmp_path: Path) -> None:
+    assert_refused(generate(tmp_path / "none.tiered"), f"{tmp_path / 'none.tiered'}: no such store")
+
+
+def test_a_model_folder() -> None:
+    assert_refused(generate(CHECKPOINT), str(CHECKPOINT), "a model folder, not a store")
+
+
+def test_a_file(tmp_path: Path) -> None:
+    (tmp_path / "model").write_bytes(b"GGUF")
+    assert_refused(generate(tmp_path / "model"), f"{tmp_path / 'model'}: a file")
+
+
+def test_some_other_folder(tmp_path: Path) -> None:
+    assert_refused(generate(tmp_path), f"{tmp_path}: not a store", "manifest.json")
+
+
+def test_an_unfinished_conversion(tmp_path: Path) -> None:
+    def stop(progress: ConvertProgress) -> None:
+        if "layer-002" in progress.block:
+            raise KeyboardInterrupt
+
+    store = tmp_path / "half.tiered"
+    with pytest.raises(KeyboardInterrupt):
+        convert_checkpoint(CHECKPOINT, store, ConvertOptions(), stop)
+    assert_refused(generate(store), str(store), "has not finished", "again to resume")
+
+
+# Damage on disk.
+
+
+def edit_manifest(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
+    def damage(store: Path) -> None:
+        path = store / "manifest.json"
+        value = json.loads(path.read_text(encoding="utf-8"))
+        change(value)
+        path.write_text(json.dumps(value), encoding="utf-8")
+
+    return damage
+
+
+def write(name: str, content: bytes) -> Callable[[Path], None]:
+    return lambda store: void((store / name).write_bytes(content))
+
+
+def void(_: object) -> None:
+    """For lambdas whose value nobody wants."""
+
+
+def truncate(name: str, keep: float) -> Callable[[Path], None]:
+    return lambda store: os.truncate(store / name, int((store / name).stat().st_size * keep))
+
+
+def zeros(name: str) -> Callable[[Path], None]:
+    return lambda store: void((store / name).write_bytes(bytes((store / name).stat().st_size)))
+
+
+def remove(name: str) -> Callable[[Path], None]:
+    return lambda store: (store / name).unlink()
+
+
+def flip(name: str, place: float) -> Callable[[Path], None]:
+    """Damage one bit, `place` of the way through the file."""
+
+    def damage(store: Path) -> None:
+        with (store / name).open("r+b") as file:
+            position = int((store / name).stat().st_size * place)
+            file.seek(position)
+            byte = file.read(1)[0]
+            file.seek(position)
+            file.write(bytes([byte ^ 4]))
+
+    return damage
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
+    "manifest of something else": (write("manifest.json", b'{"name": "an app"}'), ("manifest.json", "not a tiered")),
+    "manifest is not JSON": (write("manifest.json", b'{"format": "tiered-st'), ("manifest.json", "not valid JSON")),
+    "manifest is not text": (write("manifest.json", b"\xff\xfe\x00\x01"), ("manifest.json", "not text")),
+    "manifest of a newer version": (
+        edit_manifest(lambda value: value.update(version=2)),
+        ("manifest.json", "version 2", "reads version 1", "or use the tiered that wrote it"),
+    ),
+    "manifest lacks a key": (edit_manifest(lambda value: value.pop("tape")), ("manifest.json", "tape")),
+    "manifest points outside": (
+        edit_manifest(lambda value: value["files"][0].update(path="../../etc/passwd")),
+        ("manifest.json", "points outside the store"),
+    ),
+    "block missing": (remove(LAYER), (LAYER,)),
+    "block truncated": (truncate(LAYER, 0.5), (LAYER,)),
+    "block empty": (truncate(LAYER, 0), (LAYER,)),
+    "block too long": (lambda store: os.truncate(store / LAYER, 1 << 22), (LAYER,)),
+    "bit flip in a layer": (flip(LAYER, 0.7), (LAYER, "chunk 0", "is corrupt", "tiered verify")),
+    "bit flip in the embedding": (flip(EMBED, 0.9), (EMBED, "chunk 0", "is corrupt")),
+    "bit flip in the outer block": (flip(OUTER, 0.6), (OUTER, "chunk 0", "is corrupt")),
+    "header length is absurd": (flip(LAYER, 0), (LAYER,)),
+    "bit flip in a header": (flip(LAYER, 0.0001), (LAYER,)),
+    "a block of zeros": (
+        lambda store: void((store / LAYER).write_bytes(bytes((store / LAYER).stat().st_size))),
+        (LAYER,),
+    ),
+    "configuration missing": (remove("config.json"), ("config.json", "missing")),
+    "configuration is not JSON": (write("config.json", b"{"), ("config.json",)),
+    "tokenizer is damaged": (write("tokenizer.json", b"{"), ("tokenizer",)),
+}
+
+
+@pytest.mark.parametrize(("damage", "told"), DAMAGE.values(), ids=DAMAGE.keys())
+def test_a_damaged_store_is_refused_by_name(store: Path, damage: Callable[[Path], None], told: tuple[str, ...]) -> None:
+    damage(store)
+    assert_refused(generate(store), *told)
+    assert generate(store).out == ""
+
+
+def test_the_exit_code_of_a_process_is_that_of_the_error(store: Path) -> None:
+    flip(LAYER, 0.7)(store)
+    done = run_apart((*TIERED, "generate", store, "-p", "Hello", "-n", "4"))
+    assert_refused(done, LAYER, "is corrupt")
+
+
+def test_damage_is_found_even_where_compute_would_come_first(store: Path) -> None:
+    """A chunk's checksum is tested before anything is computed from it: no text appears."""
+    flip("blocks/layer-000.safetensors", 0.7)(store)
+    done = generate(store, "--prefetch", "0")
+    assert_refused(done, "layer-000")
+    assert done.out == ""
+
+
+# Failures while running: a system call that misbehaves.
+
+
+class Disk:
+    """os.preadv, except for call number `at` (and every `every`-th after it), which `trouble` answers."""
+
+    def __init__(self, at: int, trouble: Callable[[int, Sequence[memoryview], int, int], int], every: int = 1) -> None:
+        self._at, self._trouble, self._every = at, trouble, every
+        self._lock = threading.Lock()
+        self.calls = 0
+
+    def __call__(self, fd: int, buffers: Sequence[memoryview], offset: int, flags: int, /) -> int:
+        with self._lock:
+            number = self.calls
+            self.calls += 1
+        if number >= self._at and (number - self._at) % self._every == 0:
+            return self._trouble(fd, buffers, offset, flags)
+        return os.preadv(fd, buffers, offset, flags)
+
+
+def fail_with(number: int) -> Callable[[int, Sequence[memoryview], int, int], int]:
+    def trouble(*_: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    return trouble
+
+
+def short_by(nbytes: int) -> Callable[[int, Sequence[memoryview], int, int], int]:
+    """Reads `nbytes` less than asked for, but something."""
+
+    def trouble(fd: int, buffers: Sequence[memoryview], offset: int, flags: int) -> int:
+        count = os.preadv(fd, buffers, offset, flags)
+        return max(count - nbytes, min(count, 4096))
+
+    return trouble
+
+
+@pytest.fixture
+def emptied(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, int]]:
+    """What every arena still lent when it was closed."""
+    left: list[dict[str, int]] = []
+    close = Arena.close
+
+    def note_and_close(arena: Arena) -> None:
+        left.append(dict(arena.in_use))
+        close(arena)
+
+    monkeypatch.setattr(Arena, "close", note_and_close)
+    return left
+
+
+def streaming(store: Path, **fields: Any) -> Runtime:
+    """A runtime that streams most of the store in every pass."""
+    opened, load = Store.open(store), Load(1, 16, 8)
+    options = replace(Options(dtype="float32", threads=1), **fields)
+    with pytest.raises(BudgetError) as refused, Runtime(opened, load, replace(options, ram=1 << 20)):
+        pass
+    return Runtime(opened, load, replace(options, ram=refused.value.smallest_bytes))
+
+
+def threads_of_ours() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("tiered")]
+
+
+@pytest.fixture(scope="module")
+def expected(original: Path) -> Sequence[Sequence[int]]:
+    """The tokens of an undisturbed run, and how many reads it takes."""
+    with streaming(original) as runtime:
+        return run_greedy(runtime, PROMPT, STEPS).tokens
+
+
+@pytest.mark.parametrize("prefetch", [None, 0])
+@pytest.mark.parametrize("at", [0, 1, 2, 3, 6, 12, 25, 40])
+def test_a_failed_read_ends_the_run_by_name(
+    original: Path, emptied: list[dict[str, int]], at: int, prefetch: int | None
+) -> None:
+    disk = Disk(at, fail_with(errno.EIO))
+    with (
+        streaming(original, preadv=disk, prefetch=prefetch) as runtime,
+        pytest.raises(ReadError, match=r"\.safetensors: read of .* failed: Input/output error \(EIO\); check the disk"),
+    ):
+        run_greedy(runtime, PROMPT, STEPS)
+    assert disk.calls > at
+    assert emptied[-1] == {}
+    assert threads_of_ours() == []
+
+
+@pytest.mark.parametrize("resident", [False, True])
+@pytest.mark.parametrize("at", [0, 3, 7, 11])
+def test_after_a_passing_failure_the_runtime_can_be_used_again(
+    original: Path, expected: Sequence[Sequence[int]], at: int, resident: bool
+) -> None:
+    # Three calls fail: reads of several blocks, which are under way together.
+    disk = Disk(at, fail_with(errno.EIO), every=1)
+    runtime = streaming(original, preadv=disk)
+    if resident:
+        runtime = Runtime(runtime.store, runtime.load, replace(runtime.options, ram=None))
+    with runtime:
+        with pytest.raises(ReadError):
+            run_greedy(runtime, PROMPT, STEPS)
+        disk._at = 1 << 60
+        for _ in range(2):
+            assert run_greedy(runtime, PROMPT, STEPS, end=False).tokens == expected
+
+
+@pytest.mark.parametrize(
+    ("trouble", "every"),
+    [
+        (short_by(4096), 1),
+        (short_by(3000), 3),
+        (short_by(1 << 20), 1),
+        (fail_with(errno.EINTR), 2),
+        (fail_with(errno.EINVAL), 10**9),
+    ],
+    ids=["a page short", "short within a page", "page by page", "interrupted", "O_DIRECT refused"],
+)
+def test_reads_that_come_short_or_have_to_be_repeated_give_the_same_tokens(
+    original: Path,
+    expected: Sequence[Sequence[int]],
+    trouble: Callable[[int, Sequence[memoryview], int, int], int],
+    every: int,
+) -> None:
+    with streaming(original, preadv=Disk(4, trouble, every)) as runtime:
+        assert run_greedy(runtime, PROMPT, STEPS).tokens == expected
+
+
+def test_a_store_that_is_truncated_while_running(store: Path, emptied: list[dict[str, int]]) -> None:
+    def cut(fd: int, buffers: Sequence[memoryview], offset: int, flags: int) -> int:
+        os.truncate(store / LAYER, 1 << 16)
+        return os.preadv(fd, buffers, offset, flags)
+
+    with (
+        streaming(store, preadv=Disk(25, cut)) as runtime,
+        pytest.raises(StoreError, match=r"layer-003\.safetensors: ends at byte 65,536, expected .* convert"),
+    ):
+        run_greedy(runtime, PROMPT, STEPS)
+    assert emptied[-1] == {}
+    assert threads_of_ours() == []
+
+
+def test_a_store_that_is_removed_before_it_is_read(store: Path) -> None:
+    with streaming(store) as runtime:
+        shutil.rmtree(store / "blocks")
+        with pytest.raises((StoreError, ReadError), match=r"safetensors: missing"):
+            run_greedy(runtime, PROMPT, STEPS)
+    assert threads_of_ours() == []
+
+
+def test_bytes_that_change_after_they_were_found_good_are_found_where_always_is_asked_for(store: Path) -> None:
+    def damage(fd: int, buffers: Sequence[memoryview], offset: int, flags: int) -> int:
+        flip(LAYER, 0.7)(store)
+        return os.preadv(fd, buffers, offset, flags)
+
+    words = ("--verify", "always", "--ram", smallest_ram(generate(store, "--ram", "1MiB").err))
+    with mock.patch("tiered.cli.generation.Options", with_disk(Disk(25, damage, 10**9))):
+        assert_refused(generate(store, *words), LAYER, "is corrupt")
+
+
+def with_disk(disk: Disk) -> Callable[..., Options]:
+    """Options whose reads go through `disk`."""
+    return lambda **fields: Options(**fields, preadv=disk)
+
+
+@pytest.mark.parametrize("at", [0, 5, 30])
+def test_the_command_ends_with_1_on_a_failed_read(original: Path, at: int) -> None:
+    words = ("--ram", smallest_ram(generate(original, "--ram", "1MiB").err))
+    began = time.monotonic()
+    with mock.patch("tiered.cli.generation.Options", with_disk(Disk(at, fail_with(errno.EIO)))):
+        done = generate(original, *words)
+    assert done.code == 1
+    assert done.err.startswith("tiered: ") and done.err.count("\n") == 1, done.err
+    assert str(original / "blocks") in done.err and "(EIO); check the disk" in done.err
+    assert time.monotonic() - began < 30
+    assert threads_of_ours() == []
