@@ -17,8 +17,8 @@ from tiered.convert import ConvertOptions, convert_checkpoint
 
 ROOT: Final = Path(__file__).parent.parent
 CHECKPOINT: Final = ROOT / "tests/data/models/opt-docs-8m"
-TIERED: Final = (sys.executable, "-m", "tiered")
-LIMIT: Final = (sys.executable, str(ROOT / "tools/limit.py"))
+TIERED: Final[tuple[str | Path, ...]] = (sys.executable, "-m", "tiered")
+LIMIT: Final[tuple[str | Path, ...]] = (sys.executable, str(ROOT / "tools/limit.py"))
 
 
 @dataclass(frozen=True)

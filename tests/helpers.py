@@ -15,9 +15,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from tiered.convert import ConvertOptions, convert_checkpoint
-from tiered.model import MicroBatch, Pass
+from tiered.model import Load, MicroBatch, Pass
 from tiered.quant import QuantizedWeight
-from tiered.runtime import Load, Options, Runtime
+from tiered.runtime import Options, Runtime
 from tiered.store import Store
 from tiered.units import GIB
 
@@ -53,6 +53,17 @@ _MIXED: Final = {**_SLIDING, "layer_types": ["sliding_attention", "full_attentio
 _ROPE: Final = {"rope_type": "default", "rope_theta": 10000.0}
 _OPT: Final = {**_UNGROUPED, "model_type": "opt", "ffn_dim": 128, "word_embed_proj_dim": 64}
 _FALCON: Final = {**_UNGROUPED, "model_type": "falcon", "ffn_hidden_size": 128}
+_EXPERTS: Final = {
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4),
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+}
+"""Under every name that some family of mixtures has for it."""
+_GROUPED_EXPERTS: Final = {
+    **_EXPERTS,
+    **{"n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "n_shared_experts": 1, "norm_topk_prob": True},
+}
+"""For families that choose among groups of experts first, and have a first layer without."""
 _SOFT_CAPS: Final = {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0}
 
 TINY: Final[dict[str, dict[str, Any]]] = {
@@ -141,6 +152,23 @@ TINY: Final[dict[str, dict[str, Any]]] = {
     },
     "gpt_neox_japanese": _UNGROUPED,
     "modernbert-decoder": {**_MIXED, **_UNGROUPED},
+    "mixtral": {**_EXPERTS, **_SLIDING},
+    "qwen2_moe": {**_EXPERTS, "mlp_only_layers": [0], "shared_expert_intermediate_size": 48},
+    "qwen3_moe": {**_EXPERTS, "norm_topk_prob": True},
+    "olmoe": _EXPERTS,
+    "phimoe": _EXPERTS,
+    "granitemoe": {**_EXPERTS, "attention_multiplier": 0.3, "residual_multiplier": 0.5, "logits_scaling": 2.0},
+    "granitemoeshared": {**_EXPERTS, "shared_intermediate_size": 48},
+    "granitemoe_swa": {**_EXPERTS, **_MIXED},
+    "ernie4_5_moe": {**_EXPERTS, "moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 1},
+    "glm4_moe": _GROUPED_EXPERTS,
+    "dots1": {**_GROUPED_EXPERTS, **_MIXED},
+    "minimax_m2": _EXPERTS,
+    "flex_olmo": _EXPERTS,
+    "exaone_moe": {**_GROUPED_EXPERTS, **_MIXED, "is_moe_layer": [False, True, True]},
+    "cohere2_moe": {**_EXPERTS, **_MIXED},
+    "solar_open": _GROUPED_EXPERTS,
+    "mellum": {**_EXPERTS, **_MIXED},
 }
 """Configurations by name, on top of `_SIZES`; the name is the model_type where none is given."""
 
@@ -233,6 +261,10 @@ def randomize(model: PreTrainedModel) -> None:
                 parameter.copy_(noise / parameter.shape[-1] ** 0.5)
             else:
                 parameter.add_(0.2 * noise)
+        stored = model.state_dict()
+        for name, buffer in model.named_buffers():
+            if name in stored and buffer.is_floating_point():
+                buffer.add_(0.2 * torch.randn(buffer.shape, generator=generator))
 
 
 def load_stored_weights(model: PreTrainedModel, store: Store) -> None:
@@ -245,7 +277,7 @@ def load_stored_weights(model: PreTrainedModel, store: Store) -> None:
                 value = weight.view(memory)
                 if isinstance(value, QuantizedWeight):
                     value = value.rows(0, value.shape[0], torch.float32)
-                state[name].copy_(value)
+                state[name].copy_(value.view_as(state[name]))
 
 
 def prompts_for(name: str) -> list[list[int]]:

@@ -27,6 +27,8 @@ PARAMETERS: Final = {
     "mistral-7b": 7.242e9,
     "qwen3-8b": 8.191e9,
     "qwen3-32b": 32.762e9,
+    "mixtral-8x7b": 46.703e9,
+    "qwen3-30b-a3b": 30.532e9,
 }
 
 

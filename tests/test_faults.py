@@ -19,7 +19,8 @@ from tests.helpers import run_greedy
 from tiered.convert import ConvertOptions, ConvertProgress, convert_checkpoint
 from tiered.errors import BudgetError, ReadError, StoreError
 from tiered.io import Arena
-from tiered.runtime import Load, Options, Runtime
+from tiered.model import Load
+from tiered.runtime import Options, Runtime
 from tiered.store import Store
 
 LAYER = "blocks/layer-003.safetensors"

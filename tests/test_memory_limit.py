@@ -100,10 +100,10 @@ def test_two_gigabytes_in_one(store: Path, small: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [PROMPT, ("--prompt-tokens", "300", "--ignore-eos", "--dtype", "float32")], ids=["short", "long, float32"]
+    "words", [PROMPT, ("--prompt-tokens", "160", "--ignore-eos", "--dtype", "float32")], ids=["short", "long, float32"]
 )
 def test_the_smallest_budget_that_is_named(store: Path, small: Path, tmp_path: Path, words: tuple[str, ...]) -> None:
-    command = ("generate", store, *words, "-n", "2", "--no-measure")
+    command = ("generate", str(store), *words, "-n", "2", "--no-measure")
     refused = run_apart((*TIERED, *command, "--ram", "64MiB"))
     assert refused.code == 3, refused.err
     ram = parse_size(smallest_ram(refused.err))

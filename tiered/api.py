@@ -31,9 +31,9 @@ from tiered.arch import load_config
 from tiered.cache import kv_shape
 from tiered.errors import BudgetError, ConfigError, NotSupportedError
 from tiered.io import VerifyPolicy
-from tiered.model import MicroBatch
+from tiered.model import Load, MicroBatch
 from tiered.plan import available_budget, parse_tiers
-from tiered.runtime import Load, Options, Runtime, compute_dtype
+from tiered.runtime import Options, Runtime, compute_dtype
 from tiered.store import Store
 from tiered.units import parse_size
 

@@ -20,53 +20,44 @@ from typing import Final, Self, TypeVar
 import torch
 from transformers import PretrainedConfig
 
-from tiered.arch import Skeleton, build_skeleton, load_config
+from tiered.arch import build_skeleton, load_config
 from tiered.cache import KVCache, kv_shape
-from tiered.errors import BudgetError, ConfigError
+from tiered.errors import ConfigError
 from tiered.io import Arena, ChunkVerifier, DiskReader, Faults, ReadMode, Slab, VerifyPolicy, probe_mode
-from tiered.kernels import CancelFlag, scratch_nbytes
-from tiered.model import BoundModel, Engine, MicroBatch, OnBlock, Pass, Recorder
+from tiered.kernels import CancelFlag
+from tiered.model import (
+    BoundModel,
+    Engine,
+    Footprint,
+    Load,
+    MicroBatch,
+    OnBlock,
+    Pass,
+    Recorder,
+    activation_shape,
+)
 from tiered.plan import (
-    Needs,
     Plan,
-    Shape,
     Tier,
-    Workspace,
     available_budget,
     cpu_count,
-    make_plan,
     pin_malloc,
     process_peak_rss_bytes,
     process_rss_bytes,
-    workspace_for,
 )
-from tiered.plan.fits import smallest_budget
 from tiered.store import CHUNK_NBYTES, PAGE, Store
 from tiered.stream import EmbeddingRows, Streamer
 from tiered.trace import Tracer
-from tiered.units import MIB, round_up
+from tiered.units import MIB
 
 READ_THREADS: Final = 8
 """Reads in flight."""
 _GROWTH_NBYTES: Final = 24 * MIB
 """What the process itself grows by while running: code pages touched for the first time, thread stacks."""
-_BASELINE_VARIES_NBYTES: Final = 4 * MIB
-"""How much the process itself differs from run to run: a budget that was named as enough must be so next time."""
 _POLL_SECONDS: Final = 0.1
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Load:
-    """What a run will hold at once, so that memory for it can be set aside."""
-
-    sequences: int = 1
-    context: int = 2048
-    """Tokens per sequence, prompt and completion together."""
-    prompt: int = 0
-    """Longest prompt; 0: as long as the context."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +124,7 @@ class Runtime:
         config = load_config(self.store.path)
         self.dtype = compute_dtype(self.options.dtype, config)
         skeleton = build_skeleton(config, self.dtype)
-        shape = _activations(skeleton, self.dtype)
+        shape = activation_shape(skeleton, self.dtype)
         self.model = BoundModel(skeleton, self.dtype, self.cancel)
         recorder = Recorder(skeleton)
         self._compute = ThreadPoolExecutor(1, thread_name_prefix="tiered-compute")
@@ -143,8 +134,10 @@ class Runtime:
         self.kv_shape = kv_shape(config, self.dtype)
         self.budget = self.options.ram or available_budget()
         self.baseline = max(process_rss_bytes(), process_peak_rss_bytes()) + _GROWTH_NBYTES
-        self.plan, self.workspace = self._make_plan(shape)
-        self._open_memory(stack, self.plan)
+        self.footprint = footprint = Footprint(self.store, self.dtype, shape, self.kv_shape, self.load, self.baseline)
+        self.workspace = footprint.workspace(self.budget)
+        self.plan = footprint.plan(self.budget, self.options.tiers)
+        self._open_memory(stack, self.plan, footprint.side_nbytes)
         verifier = ChunkVerifier(self.options.verify, self.trace)
         preadv = {"preadv": self.options.preadv} if self.options.preadv is not None else {}
         self.reader = stack.enter_context(
@@ -162,47 +155,9 @@ class Runtime:
         )
         stack.callback(self.stop_streaming)
 
-    def _make_plan(self, shape: Shape) -> tuple[Plan, Workspace]:
-        sizes = [self.store.layout(block).memory_nbytes for block in self.store.tape]
-        try:
-            needs, workspace = self._needs(shape, self.budget)
-            return make_plan(sizes, needs, self.budget, self.options.tiers), workspace
-        except BudgetError:
-            # A larger budget computes more rows at once, which takes more: the planner is asked what it agrees to.
-            smallest = smallest_budget(
-                sizes, lambda budget: self._needs(shape, budget, _BASELINE_VARIES_NBYTES)[0], self.options.tiers
-            )
-        needs, workspace = self._needs(shape, smallest, _BASELINE_VARIES_NBYTES)
-        return make_plan(sizes, needs, self.budget, self.options.tiers), workspace
-
-    def _needs(self, shape: Shape, budget: int, spare: int = 0) -> tuple[Needs, Workspace]:
-        """What this run takes besides blocks if it may take `budget`, with `spare` bytes more for the process."""
-        load = self.load
-        tokens = load.sequences * (load.prompt or load.context)
-        workspace = workspace_for(shape, tokens, load.sequences, load.context, budget)
-        needs = Needs(
-            baseline=self.baseline + spare,
-            outer=self._outer_nbytes() + self._side_nbytes() + CHUNK_NBYTES,
-            kv=round_up(self.kv_shape.nbytes(load.sequences, load.context), PAGE) + load.sequences * PAGE,
-            workspace=workspace.nbytes,
-        )
-        return needs, workspace
-
-    def _outer_nbytes(self) -> int:
-        """Outer tensors as they will be held: in the compute dtype, with the block they are read through."""
-        if "outer" not in self.store.blocks:
-            return 0
-        layout = self.store.layout(self.store.blocks["outer"])
-        return layout.memory_nbytes + layout.weight_count * self.dtype.itemsize
-
-    def _side_nbytes(self) -> int:
-        (weight,) = self.store.layout(self.store.blocks["embed"]).weights.values()
-        return EmbeddingRows.side_nbytes(weight)
-
-    def _open_memory(self, stack: contextlib.ExitStack, plan: Plan) -> None:
+    def _open_memory(self, stack: contextlib.ExitStack, plan: Plan, side: int) -> None:
         """One arena for everything large, and the slabs that live as long as the runtime."""
         placement = plan.placement
-        side = self._side_nbytes()
         total = placement.nbytes + CHUNK_NBYTES + side + plan.needs.kv + PAGE * (len(self.store.tape) + 8)
         self.arena = stack.enter_context(Arena(total))
         self._staging = self._keep(stack, CHUNK_NBYTES, "staging")
@@ -373,22 +328,6 @@ class Runtime:
             item.decode(view)
         tensors = {name: weight.view(memory) for name, weight in layout.weights.items()}
         self.model.set_outer({name: tensor.clone() for name, tensor in tensors.items()})  # type: ignore[union-attr]
-
-
-def _activations(skeleton: Skeleton, dtype: torch.dtype) -> Shape:
-    """What activations' size depends on; asked before the skeleton's layers are taken out."""
-    config = skeleton.config
-    layers = (p.shape for block in skeleton.blocks() if block.role == "layer" for p in block.parameters)
-    return Shape(
-        hidden=config.hidden_size,
-        # Of a stack, one expert's: its tokens pass through one after the other.
-        widest=max(shape[-2:][0] for shape in layers),
-        vocab=config.vocab_size,
-        heads=config.num_attention_heads,
-        itemsize=dtype.itemsize,
-        eager_attention=config._attn_implementation == "eager",
-        scratch_nbytes=scratch_nbytes(),
-    )
 
 
 def _aligned(nbytes: int) -> torch.Tensor:

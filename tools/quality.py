@@ -19,9 +19,9 @@ from transformers import AutoTokenizer
 
 from tiered.cache import KVCache
 from tiered.convert import ConvertOptions, convert_checkpoint
-from tiered.model import MicroBatch
+from tiered.model import Load, MicroBatch
 from tiered.quant import GroupScheme, dequantize, quantize
-from tiered.runtime import Load, Options, Runtime
+from tiered.runtime import Options, Runtime
 from tiered.store import Store
 
 SCHEMES = {

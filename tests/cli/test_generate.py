@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.commands import CHECKPOINT, LIMIT, TIERED, TerminalInput, copy_store, make_store, run_apart, run_here
 from tests.commands import smallest_ram as named_ram
 from tiered.errors import BudgetError
-from tiered.runtime import Load, Options, Runtime
+from tiered.model import Load
+from tiered.runtime import Options, Runtime
 from tiered.store import Store
 from tiered.units import MIB, parse_size
 
@@ -49,7 +50,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def reference() -> Callable[[str, int], tuple[str, list[int]]]:
     """Text and tokens of transformers' own greedy generate on the checkpoint, in float32."""
-    model = AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
 
     @cache

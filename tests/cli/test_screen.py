@@ -272,15 +272,15 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def streaming(store: Path) -> tuple[str, ...]:
+def streaming(store: Path) -> list[str]:
     """A command that streams, and writes several lines."""
     words = ("generate", str(store), "-p", "The function returns", "-n", "48", "--prefetch", "0")
     refused = run_apart((*TIERED, *words, "--ram", "1MiB"))
-    return (*TIERED, *words, "--ram", smallest_ram(refused.err))
+    return [*map(str, TIERED), *words, "--ram", smallest_ram(refused.err)]
 
 
 @pytest.fixture(scope="module")
-def plain(streaming: tuple[str, ...]) -> str:
+def plain(streaming: list[str]) -> str:
     """What that command writes where there is no terminal."""
     done = run_apart(streaming)
     assert done.code == 0, done.err
@@ -289,9 +289,7 @@ def plain(streaming: tuple[str, ...]) -> str:
     return done.out
 
 
-def test_a_run_on_a_terminal_shows_status_lines_and_leaves_text_and_report(
-    streaming: tuple[str, ...], plain: str
-) -> None:
+def test_a_run_on_a_terminal_shows_status_lines_and_leaves_text_and_report(streaming: list[str], plain: str) -> None:
     columns, rows = 40, 10
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
@@ -315,7 +313,7 @@ def test_a_run_on_a_terminal_shows_status_lines_and_leaves_text_and_report(
 
 @pytest.mark.skipif(shutil.which("tmux") is None, reason="tmux is not installed")
 def test_a_real_terminal_shows_the_same(
-    streaming: tuple[str, ...], plain: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    streaming: list[str], plain: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.delenv("TMUX", raising=False)

@@ -32,6 +32,8 @@ FAMILIES: Final[dict[str, dict[str, Any]]] = {
     "gpt_neox": {},
     "bloom": {"n_layer": 3, "n_head": 4},
     "falcon": {},
+    "mixtral": {"num_key_value_heads": 2, "num_local_experts": 3},
+    "granitemoe": {"num_key_value_heads": 2, "num_local_experts": 3, "num_experts_per_tok": 2},
 }
 
 
@@ -97,6 +99,7 @@ def read_store(path: Path, dtype: torch.dtype | None = None) -> dict[str, torch.
             plain = weight.view(tensor)
             if isinstance(plain, QuantizedWeight):
                 plain = plain.rows(0, plain.shape[0], torch.float32)
+            plain = plain.view(weight.shape)
             weights[name] = plain if dtype is None else plain.to(dtype)
     return weights
 

@@ -23,6 +23,8 @@ num_hidden_layers = 24
 num_attention_heads = 4
 max_position_embeddings = 64
 """
+SIZES = {"mixtral": "num_key_value_heads = 4\nintermediate_size = 96\n"}
+"""Of families whose defaults are large."""
 
 
 def options(**fields: object) -> ConvertOptions:
@@ -42,11 +44,11 @@ def test_a_known_shape_becomes_a_store(name: str, quant: str, tmp_path: Path) ->
     assert config.dtype == torch.bfloat16 and config.eos_token_id == EOS_ID
 
 
-@pytest.mark.parametrize("family", ["llama", "opt", "gpt_neox", "bloom", "falcon"])
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt_neox", "bloom", "falcon", "mixtral"])
 @pytest.mark.parametrize("quant", ["int4", "none"])
 def test_logits_stay_finite_and_of_size_one_at_depth(family: str, quant: str, tmp_path: Path) -> None:
     shape = tmp_path / "deep.toml"
-    shape.write_text(DEEP.format(family=family))
+    shape.write_text(DEEP.format(family=family) + SIZES.get(family, ""))
     convert_checkpoint(shape, tmp_path / "out", options(quant=quant))
     model = AutoModelForCausalLM.from_config(load_config(tmp_path / "out"), dtype=torch.float32).eval()
     missing, unexpected = model.load_state_dict(read_store(tmp_path / "out", torch.float32), strict=False)

@@ -1,6 +1,7 @@
 """The arena: every byte accounted for, given back and lent again, in memory that is this process's own."""
 
 import os
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -160,7 +161,7 @@ def test_slabs_never_overlap_and_all_come_back(steps: list[tuple[bool, int]]) ->
             elif lent:
                 arena.release(lent.pop(number % len(lent)))
             spans = sorted((slab.offset, slab.offset + slab.nbytes) for slab in lent)
-            assert all(a[1] <= b[0] for a, b in zip(spans, spans[1:], strict=False))
+            assert all(a[1] <= b[0] for a, b in pairwise(spans))
             assert sum(arena.in_use.values()) == sum(slab.nbytes for slab in lent)
             assert all(stop <= arena.nbytes for _, stop in spans)
         for slab in lent:

@@ -365,10 +365,10 @@ def test_the_first_error_surfaces_when_no_read_runs_any_more(large: tuple[Path, 
 
 def test_descriptors_are_closed_with_the_reader(large: tuple[Path, FileInfo], memory: memoryview) -> None:
     root, file = large
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(list(Path("/proc/self/fd").iterdir()))
     with reader_of(root, Calls(failing(errno.EINVAL, times=1)), mode=ReadMode.DIRECT) as reader:
         read(reader, file, memory)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
 def test_threads_end_with_the_reader(small: tuple[Path, FileInfo], memory: memoryview) -> None:

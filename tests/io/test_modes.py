@@ -102,9 +102,9 @@ def test_memory_file_systems_can_be_read(tmp_path: Path) -> None:
 
 def test_descriptors_of_refused_modes_are_closed(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refuse(monkeypatch, ReadMode.DIRECT, ReadMode.DONTCACHE)
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(list(Path("/proc/self/fd").iterdir()))
     probe_mode(file)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
 def test_the_ladder_ends_at_buffered_reads() -> None:

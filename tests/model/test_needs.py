@@ -1,19 +1,40 @@
 """A footprint is what the runtime plans with, so that 'tiered inspect' and a run agree."""
 
+import dataclasses
+from pathlib import Path
+
 import pytest
 
-from tiered.arch import build_skeleton, load_config
 from tiered.convert import ConvertOptions, convert_checkpoint
-from tiered.model.needs import Footprint, InFlight
-from tiered.runtime import Load, Options, Runtime
+from tiered.errors import BudgetError
+from tiered.model import Load
+from tiered.plan import Tier
+from tiered.runtime import Options, Runtime
 from tiered.store import Store
 from tiered.units import GIB, MIB
 
+MIXTURE = """
+name = "tiny-mixture"
+[config]
+model_type = "mixtral"
+vocab_size = 300
+hidden_size = 64
+intermediate_size = 128
+num_hidden_layers = 2
+num_attention_heads = 4
+num_key_value_heads = 2
+num_local_experts = 16
+"""
 
-@pytest.fixture(scope="module", params=["tiny-opt", "tiny-llama"])
+
+@pytest.fixture(scope="module", params=["tiny-opt", "tiny-llama", "mixture"])
 def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Store:
     path = tmp_path_factory.mktemp("needs") / "tiny.tiered"
-    convert_checkpoint(request.param, path, ConvertOptions(synthetic=True))
+    shape: str | Path = request.param
+    if shape == "mixture":
+        shape = path.with_suffix(".toml")
+        shape.write_text(MIXTURE)
+    convert_checkpoint(shape, path, ConvertOptions(synthetic=True))
     return Store.open(path)
 
 
@@ -21,8 +42,14 @@ def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_needs_are_the_runtimes(store: Store, dtype: str, budget: int) -> None:
     load = Load(sequences=2, context=200, prompt=120)
+    refused = Runtime(store, load, Options(ram=1, dtype=dtype))
+    with pytest.raises(BudgetError), refused:
+        pass
     with Runtime(store, load, Options(ram=budget, dtype=dtype)) as runtime:
-        planned, baseline, computed = runtime.plan.needs, runtime.baseline, runtime.dtype
-    skeleton = build_skeleton(load_config(store.path), computed)
-    footprint = Footprint.of(store, skeleton, computed, InFlight(2, 200, 120), baseline)
+        planned = runtime.plan.needs
+    # The process itself may have grown in between.
+    footprint = dataclasses.replace(refused.footprint, baseline=planned.baseline)
     assert footprint.needs(budget) == planned
+    if "mixture" in store.manifest.source["name"]:
+        assert footprint.shape.widest == 2 * 128  # one expert's, not the stack's
+    assert footprint.plan(budget, (Tier.DISK, Tier.CPU)) == runtime.plan

@@ -18,7 +18,7 @@ from tiered.model import MicroBatch
 from tiered.plan import Plan, Tier
 from tiered.plan.placement import full_ring
 from tiered.runtime import Runtime
-from tiered.store import PAGE, Store
+from tiered.store import Store
 from tiered.units import MIB
 
 FAMILIES: Final = ("opt", "llama", "gemma3_text", "bloom")
@@ -202,5 +202,5 @@ def test_a_refused_budget_names_the_smallest_that_works(tiny: Tiny) -> None:
     assert smallest is not None
     with open_runtime(store, ram=smallest) as runtime:
         assert_same(run_greedy(runtime, prompts, steps=3), tiny.reference("llama"))
-    with pytest.raises(BudgetError), open_runtime(store, ram=smallest - PAGE):
+    with pytest.raises(BudgetError), open_runtime(store, ram=smallest - 8 * MIB):
         pass

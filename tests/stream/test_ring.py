@@ -2,6 +2,7 @@
 
 import asyncio
 from collections import deque
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -31,12 +32,12 @@ def test_blocks_in_order_never_overlap_and_never_wait_for_ever(case: tuple[int, 
     async def scenario() -> None:
         ring = Ring(pages * PAGE)
         lent: deque[RingSpan] = deque()
-        decisions = iter(eager)
+        decisions = deque(eager)
         for size in sizes:
             borrowing = asyncio.ensure_future(ring.borrow(size * PAGE))
             await asyncio.sleep(0)
             # The consumer gives back some early, and whatever must come back for the request to be served.
-            while lent and (next(decisions, False) or not borrowing.done()):
+            while lent and ((decisions and decisions.popleft()) or not borrowing.done()):
                 await ring.release(lent.popleft())
                 await asyncio.sleep(0)
                 await asyncio.sleep(0)
@@ -45,7 +46,7 @@ def test_blocks_in_order_never_overlap_and_never_wait_for_ever(case: tuple[int, 
             assert span.start % PAGE == 0 and span.stop - span.start == size * PAGE
             assert 0 <= span.start < span.stop <= pages * PAGE
             spans = sorted((s.start, s.stop) for s in lent)
-            assert all(a[1] <= b[0] for a, b in zip(spans, spans[1:], strict=False))
+            assert all(a[1] <= b[0] for a, b in pairwise(spans))
             assert ring.in_use == sum(s.stop - s.start for s in lent)
         while lent:
             await ring.release(lent.popleft())
@@ -57,15 +58,27 @@ def test_blocks_in_order_never_overlap_and_never_wait_for_ever(case: tuple[int, 
 def test_a_request_waits_until_its_bytes_are_free() -> None:
     async def scenario() -> None:
         ring = Ring(3 * PAGE)
-        first, second = await ring.borrow(PAGE), await ring.borrow(PAGE)
+        first, _ = await ring.borrow(PAGE), await ring.borrow(PAGE)
         waiting = asyncio.ensure_future(ring.borrow(2 * PAGE))
         await asyncio.sleep(0.01)
         assert not waiting.done()
         await ring.release(first)
-        await asyncio.sleep(0.01)
-        assert not waiting.done()  # two pages are free, but not side by side
-        await ring.release(second)
-        assert (await waiting).start == 0
+        assert (await waiting).start == 0  # the second lies at the other end
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(("layers", "layer", "head"), [(24, 10, 16), (40, 17, 27), (12, 7, 39), (5, 3, 3)])
+def test_any_two_neighbours_on_the_tape_are_in_the_ring_together(layers: int, layer: int, head: int) -> None:
+    async def scenario() -> None:
+        ring = Ring((layer + max(layer, head)) * PAGE)
+        sizes = [*[layer] * layers, head] * 4
+        previous = await ring.borrow(sizes[0] * PAGE)
+        for size in sizes[1:]:
+            # At once, while the block before it is still being computed.
+            span = await asyncio.wait_for(ring.borrow(size * PAGE), 0.01)
+            await ring.release(previous)
+            previous = span
 
     run(scenario())
 

@@ -66,8 +66,8 @@ def placement_of(store: Store, resident: frozenset[int], ring: str = "full") -> 
     streamed = [n for i, n in enumerate(sizes) if i not in resident]
     if not streamed:
         return Placement(resident, held, 0)
-    nbytes = {"smallest": smallest_ring, "full": full_ring, "all": sum}[ring](streamed)
-    return Placement(resident, held, nbytes)
+    nbytes = {"smallest": smallest_ring(streamed), "full": full_ring(streamed), "all": sum(streamed)}
+    return Placement(resident, held, nbytes[ring])
 
 
 @asynccontextmanager
@@ -286,7 +286,7 @@ def test_waiting_for_blocks_is_accounted_for(small: Store) -> None:
 
 def failing_at(name: str, offset: int = 0) -> Faults:
     def preadv(fd: int, buffers: Sequence[memoryview], at: int, flags: int, /) -> int:
-        if at >= offset and name in os.readlink(f"/proc/self/fd/{fd}"):
+        if at >= offset and name in str(Path(f"/proc/self/fd/{fd}").readlink()):
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return os.preadv(fd, buffers, at, flags)
 

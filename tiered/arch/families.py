@@ -77,7 +77,6 @@ _MIXTURES = (
     "glm4_moe",
     "dots1",
     "minimax_m2",
-    "hunyuan_v1_moe",
     "flex_olmo",
     "exaone_moe",
     "cohere2_moe",

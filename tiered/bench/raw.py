@@ -86,6 +86,7 @@ def _run(
                 place = (number % lap * threads + worker) * piece
                 counts[worker] += os.preadv(fd, [memory[place : place + piece]], start)
         except OSError as error:
+            error.filename = str(Path(f"/proc/self/fd/{fd}").readlink())
             errors.append(error)
 
     workers = [threading.Thread(target=read, args=(worker,)) for worker in range(threads)]

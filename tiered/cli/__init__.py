@@ -75,6 +75,10 @@ def main() -> NoReturn:
         # The reader of our output has gone, as `head` does: nothing to say, and nowhere to say it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename is not None else ""
+        _say(f"tiered: {where}{error.strerror or error}")
+        status = 1
     sys.exit(status)
 
 

@@ -15,8 +15,9 @@ from tiered.cli.screen import StatusLine, TextWriter
 from tiered.errors import ConfigError, StoreError
 from tiered.generate import Report, Sampler, SamplingParams, Sequence, Surroundings, generate, make_report
 from tiered.io import ReadMode, VerifyPolicy
+from tiered.model import Load
 from tiered.plan import parse_tiers, process_peak_rss_bytes
-from tiered.runtime import Load, Options, Runtime
+from tiered.runtime import Options, Runtime
 from tiered.store import Store
 from tiered.units import parse_size
 
@@ -155,6 +156,7 @@ def _generate(request: Request, runtime: Runtime, sequences: list[Sequence]) -> 
             raw.append(_measure(runtime))
     around = Surroundings(
         plan=runtime.plan,
+        tape_file_bytes=runtime.store.tape_nbytes,
         raw_disk_bandwidth=max(raw) if raw else None,
         bytes_read=runtime.bytes_read,
         bytes_read_kernel=None if after.read is None or before.read is None else after.read - before.read,

@@ -12,13 +12,13 @@ from typing import Any, Final
 
 from transformers import AutoTokenizer
 
-from tiered.arch import build_skeleton, load_config
+from tiered.arch import load_config
 from tiered.cli.columns import columns
 from tiered.errors import BudgetError, ConfigError
-from tiered.model.needs import Footprint, InFlight
+from tiered.model import Footprint, Load
 from tiered.plan import available_budget
 from tiered.plan.fits import Fit, fits
-from tiered.runtime import Load, Options, Runtime
+from tiered.runtime import Options, Runtime
 from tiered.store import Store
 from tiered.store.summary import BlockRow, StoreSummary, summarize
 from tiered.units import format_budget, format_rate, format_seconds, format_size, parse_size
@@ -92,10 +92,7 @@ def inspect_store(
     if most is not None and tokens > most:
         raise ConfigError(f"--context {tokens}: this model has positions for {most}; ask for at most that many")
     measured = _refused_runtime(store, Load(sequences, tokens), dtype)
-    # Built after the baseline has been measured, which it must not add to.
-    skeleton = build_skeleton(config, measured.dtype)
-    load = InFlight(sequences, tokens, tokens)
-    footprint = Footprint.of(store, skeleton, measured.dtype, load, measured.baseline)
+    footprint = measured.footprint
     in_memory = [store.layout(block).memory_nbytes for block in store.tape]
     on_disk = [block.file.nbytes for block in store.tape]
     rows = fits(in_memory, on_disk, footprint.needs)

@@ -132,7 +132,7 @@ PANEL_NBYTES = 16 << 20
 
 
 def panel_rows(shape: tuple[int, ...], itemsize: int) -> tuple[int, int, int]:
-    """(rows, values in a row, rows in a panel) of a tensor; a scalar is one row, a stack the rows of all its matrices."""
+    """(rows, values in a row, rows in a panel) of a tensor; a scalar is one row, a stack has those of all."""
     rows, row_numel = folded(shape) if len(shape) > 1 else (shape[0] if shape else 1, 1)
     return rows, row_numel, max(1, PANEL_NBYTES // max(1, row_numel * itemsize))
 

@@ -66,9 +66,10 @@ class Report:
                 f"decode    {self.tokens_per_second:.3g} tokens/s, {format_seconds(self.seconds_per_pass)} per pass "
                 f"({self.passes} passes, compute {format_seconds(self.compute_seconds_per_pass or 0)} of each)"
             )
+        written = "written unknown" if self.bytes_written is None else f"{format_size(self.bytes_written)} written"
         lines.append(
             f"disk      {format_size(self.bytes_read)} read ({self.bytes_read_per_token / 1e9:.3g} GB per token), "
-            f"{format_size(self.bytes_written or 0)} written, {self.read_mode}"
+            f"{written}, {self.read_mode}"
         )
         lines += self._bandwidth_lines()
         lines.append(
@@ -108,6 +109,8 @@ class Surroundings:
     """What a report needs to know that the generation does not."""
 
     plan: Plan
+    tape_file_bytes: int
+    """S: bytes of all blocks of the tape as they lie on disk."""
     raw_disk_bandwidth: float | None
     bytes_read: int
     bytes_read_kernel: int | None
@@ -128,7 +131,8 @@ def make_report(generation: Generation, around: Surroundings) -> Report:
     plan, raw = around.plan, around.raw_disk_bandwidth
     bound = bottleneck = None
     if compute is not None:
-        streamed = sum(plan.tape_sizes) - plan.bound_resident_nbytes
+        # S - M counts what is read: of compressed blocks that is less than what they take in memory.
+        streamed = round((1 - plan.bound_resident_nbytes / sum(plan.tape_sizes)) * around.tape_file_bytes)
         disk = streamed / raw if raw else None
         if streamed == 0:
             bound, bottleneck = compute, "memory"
@@ -163,7 +167,7 @@ def make_report(generation: Generation, around: Surroundings) -> Report:
         block_overhead_seconds=overheads[len(overheads) // 2] if overheads else 0.0,
         peak_rss_bytes=around.peak_rss_bytes,
         ram_budget_bytes=plan.budget,
-        tape_bytes=sum(plan.tape_sizes),
+        tape_bytes=around.tape_file_bytes,
         resident_bytes=plan.placement.resident_nbytes,
         read_mode=around.read_mode,
         synthetic=around.synthetic,

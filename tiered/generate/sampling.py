@@ -5,6 +5,7 @@ depend on what else is in the batch (Salmon et al., "Parallel random numbers: as
 """
 
 from dataclasses import dataclass
+from math import isfinite
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from tiered.errors import ConfigError
+from tiered.errors import ConfigError, TieredError
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,12 @@ class SamplingParams:
             ("top-k", self.top_k, self.top_k >= 0, "0 (off) or more"),
             ("top-p", self.top_p, 0 < self.top_p <= 1, "more than 0, at most 1"),
             ("min-p", self.min_p, 0 <= self.min_p <= 1, "between 0 and 1"),
-            ("repetition-penalty", self.repetition_penalty, self.repetition_penalty > 0, "more than 0"),
+            (
+                "repetition-penalty",
+                self.repetition_penalty,
+                0 < self.repetition_penalty < float("inf"),
+                "more than 0",
+            ),
             ("seed", self.seed, 0 <= self.seed < 1 << 64, "0 or more, below 2**64"),
         )
         for name, value, good, expected in checks:
@@ -68,6 +74,11 @@ class Sampler:
     def __call__(self, ids: list[int], logits: torch.Tensor, index: int) -> int:
         """Token number `index` of the completion, from logits [vocab] after `ids` (prompt and completion so far)."""
         scores = logits.float()[None]
+        if not isfinite(float(scores.max())):  # any NaN is the maximum
+            raise TieredError(
+                f"token {index} of request {self._request}: the model's logits are NaN or infinite; "
+                "try --dtype float32, and test the store with 'tiered verify'"
+            )
         if self._processors:
             scores = self._processors(torch.tensor([ids]), scores)  # type: ignore[arg-type]
         if self._params.temperature == 0:

@@ -37,7 +37,8 @@ class Sequence:
         self._start = 0
         """First token of the stretch that is decoded again with every token."""
         self._head = ""
-        """Text of the tokens before it."""
+        """Text of the tokens before it, and of its first `_skip` characters."""
+        self._skip = 0
 
     @property
     def text(self) -> str:
@@ -69,21 +70,26 @@ class Sequence:
         self._stable = len(self._text)
 
     def _decode(self) -> None:
-        tail: str = self._decoder.decode(self.token_ids[self._start :], skip_special_tokens=True)
-        self._text = self._head + tail
-        # Decoding all tokens every time would be quadratic. A new stretch may begin at a line's end: no tokenizer
-        # joins characters across it, and what a decoder does at the start of a text it did with the line before.
+        tail = self._decoded(self._start)
+        self._text = self._head + tail[self._skip :]
+        # Decoding all tokens every time would be quadratic. A new stretch may begin at a line's end, because no
+        # tokenizer joins characters across it. It takes the line's last token along: some decoders drop the space
+        # at the start of a text, which would be a line's indentation.
         if tail.endswith("\n") and len(self.token_ids) - self._start > 32:
-            self._head, self._start = self._text, len(self.token_ids)
+            self._head, self._start = self._text, len(self.token_ids) - 1
+            self._skip = len(self._decoded(self._start))
+
+    def _decoded(self, start: int) -> str:
+        text: str = self._decoder.decode(self.token_ids[start:], skip_special_tokens=True)
+        return text
 
     def _stable_length(self) -> int:
         """Text that is final: without half a character, and without what may become a stop string."""
         length = len(self._text)
         while length and self._text[length - 1] == "\N{REPLACEMENT CHARACTER}":
             length -= 1
+        text, held = self._text[:length], 0
         for stop in self._stops:
-            for size in range(min(len(stop) - 1, length), 0, -1):
-                if self._text[:length].endswith(stop[:size]):
-                    length -= size
-                    break
-        return length
+            sizes = range(min(len(stop) - 1, length), held, -1)
+            held = next((size for size in sizes if text.endswith(stop[:size])), held)
+        return length - held

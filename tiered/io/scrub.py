@@ -101,9 +101,8 @@ def check_headers(folder: Path, manifest: Manifest) -> list[Finding]:
             read_layout(folder, file)
         except StoreError as error:
             findings.append(Finding(file.path, str(error), is_corrupt=True))
-        except OSError as error:
-            problem = f"{folder / file.path}: cannot be read: {_name(error)}"
-            findings.append(Finding(file.path, problem, is_corrupt=False))
+        except ReadError as error:
+            findings.append(Finding(file.path, str(error), is_corrupt=False))
     return findings
 
 

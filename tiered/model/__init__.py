@@ -2,6 +2,18 @@
 
 from tiered.model.bind import BoundModel, OffloadedLinear
 from tiered.model.engine import Engine, MicroBatch, OnBlock, Pass
+from tiered.model.needs import Footprint, Load, activation_shape
 from tiered.model.record import Recorder
 
-__all__ = ["BoundModel", "Engine", "MicroBatch", "OffloadedLinear", "OnBlock", "Pass", "Recorder"]
+__all__ = [
+    "BoundModel",
+    "Engine",
+    "Footprint",
+    "Load",
+    "MicroBatch",
+    "OffloadedLinear",
+    "OnBlock",
+    "Pass",
+    "Recorder",
+    "activation_shape",
+]

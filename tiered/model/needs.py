@@ -1,32 +1,44 @@
 """What a run takes besides blocks, from headers and the configuration alone: the planner's input.
 
-In: a store, the model's graph, how many tokens are in flight, the process's baseline. Out: `Needs` at any budget.
+In: a store, the model's graph, how many tokens are in flight, the process's baseline. Out: `Needs` and the plan at
+any budget.
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Final
 
 import torch
 from transformers import PretrainedConfig
 
 from tiered.arch import Skeleton
-from tiered.cache import KVShape, kv_shape
+from tiered.cache import KVShape
+from tiered.errors import BudgetError
 from tiered.kernels import scratch_nbytes
-from tiered.plan import Needs, Shape, workspace_for
+from tiered.plan import Needs, Plan, Shape, Tier, Workspace, make_plan, workspace_for
+from tiered.plan.fits import smallest_budget
 from tiered.store import CHUNK_NBYTES, PAGE, Store
 from tiered.stream import EmbeddingRows
-from tiered.units import round_up
+from tiered.units import MIB, round_up
+
+_BASELINE_VARIES_NBYTES: Final = 4 * MIB
+"""How much the process itself differs from run to run: a budget that was named as enough must be so next time."""
 
 
 @dataclass(frozen=True)
-class InFlight:
-    """What a run holds at once."""
+class Load:
+    """What a run will hold at once, so that memory for it can be set aside."""
 
-    sequences: int
-    context: int
+    sequences: int = 1
+    context: int = 2048
     """Tokens per sequence, prompt and completion together."""
-    prompt: int
-    """Longest prompt."""
+    prompt: int = 0
+    """Longest prompt; 0: as long as the context."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in flight at most, when all prompts pass at once."""
+        return self.sequences * (self.prompt or self.context)
 
 
 @dataclass(frozen=True)
@@ -37,32 +49,46 @@ class Footprint:
     dtype: torch.dtype
     shape: Shape
     kv: KVShape
-    load: InFlight
+    load: Load
     baseline: int
 
-    @classmethod
-    def of(cls, store: Store, skeleton: Skeleton, dtype: torch.dtype, load: InFlight, baseline: int) -> "Footprint":
-        """`skeleton` must be as built: binding it takes its linear layers out."""
-        shape = activation_shape(skeleton, dtype)
-        return cls(store, dtype, shape, kv_shape(skeleton.config, dtype), load, baseline)
+    def workspace(self, budget: int) -> Workspace:
+        """Rows per chunk at `budget`, and what activations take with them."""
+        load = self.load
+        return workspace_for(self.shape, load.tokens, load.sequences, load.context, budget)
 
     def needs(self, budget: int) -> Needs:
         """What is taken at `budget`, whatever is resident."""
         load = self.load
-        workspace = workspace_for(self.shape, load.sequences * load.prompt, load.sequences, load.context, budget)
         return Needs(
             baseline=self.baseline,
             outer=self._table_nbytes,
             kv=round_up(self.kv.nbytes(load.sequences, load.context), PAGE) + load.sequences * PAGE,
-            workspace=workspace.nbytes,
+            workspace=self.workspace(budget).nbytes,
         )
+
+    def plan(self, budget: int, tiers: tuple[Tier, ...]) -> Plan:
+        """The plan at `budget`; a BudgetError names a budget that will do in the next process as well."""
+        sizes = [self.store.layout(block).memory_nbytes for block in self.store.tape]
+        try:
+            return make_plan(sizes, self.needs(budget), budget, tiers)
+        except BudgetError:
+            spared = replace(self, baseline=self.baseline + _BASELINE_VARIES_NBYTES)
+            # A larger budget computes more rows at once, which takes more: the planner is asked what it agrees to.
+            smallest = smallest_budget(sizes, spared.needs, tiers)
+        return make_plan(sizes, spared.needs(smallest), budget, tiers)
+
+    @functools.cached_property
+    def side_nbytes(self) -> int:
+        """The embedding's scales and zeros."""
+        (embed,) = self.store.layout(self.store.blocks["embed"]).weights.values()
+        return EmbeddingRows.side_nbytes(embed)
 
     @functools.cached_property
     def _table_nbytes(self) -> int:
         """Outer tensors in the compute dtype with the block they are read through, embedding scales, staging."""
         store = self.store
-        (embed,) = store.layout(store.blocks["embed"]).weights.values()
-        nbytes = EmbeddingRows.side_nbytes(embed) + CHUNK_NBYTES
+        nbytes = self.side_nbytes + CHUNK_NBYTES
         if "outer" in store.blocks:
             layout = store.layout(store.blocks["outer"])
             nbytes += layout.memory_nbytes + layout.weight_count * self.dtype.itemsize
@@ -70,7 +96,7 @@ class Footprint:
 
 
 def activation_shape(skeleton: Skeleton, dtype: torch.dtype) -> Shape:
-    """What the size of activations depends on."""
+    """What the size of activations depends on. `skeleton` must be as built: binding it takes its layers out."""
     config: PretrainedConfig = skeleton.config
     layers = (p.shape for block in skeleton.blocks() if block.role == "layer" for p in block.parameters)
     return Shape(

@@ -1,8 +1,9 @@
 """How much memory there is: from the process, the machine, and the cgroups above the process.
 
-The default budget is 90 % of the least of MemAvailable + own RSS and, for the cgroup and each of its ancestors,
-limit - (usage - file cache without shmem) + own RSS: what the limit leaves once reclaimable cache is gone and this
-process's own pages, which the budget is to cover, are counted back in.
+The default budget is 90 % of the least of MemAvailable + own anonymous memory and, for the cgroup and each of its
+ancestors, limit - (usage - file cache without shmem) + own anonymous memory: what the limit leaves once reclaimable
+cache is gone and this process's own pages, which the budget is to cover, are counted back in. Its pages of program
+files are not: they have gone with the cache already.
 """
 
 import os
@@ -42,12 +43,12 @@ def available_budget(share: float = DEFAULT_SHARE) -> int:
 
 def memory_limits(proc: Path = Path("/proc"), cgroup_mount: Path = Path("/sys/fs/cgroup")) -> list[Limit]:
     """Everything that bounds this process's memory, with what it leaves; the least one counts."""
-    rss = _status_kib("VmRSS", proc) * 1024
-    limits = [Limit("MemAvailable", _meminfo_kib("MemAvailable", proc) * 1024 + rss)]
+    own = (_status_kib("RssAnon", proc) + _status_kib("RssShmem", proc)) * 1024
+    limits = [Limit("MemAvailable", _meminfo_kib("MemAvailable", proc) * 1024 + own)]
     for folder in _cgroup_folders(proc, cgroup_mount):
         found = _cgroup_available(folder)
         if found is not None:
-            limits.append(Limit(str(folder), found + rss))
+            limits.append(Limit(str(folder), found + own))
     return limits
 
 
@@ -68,9 +69,13 @@ def _keyed_kib(path: Path, key: str) -> int:
 
 def _cgroup_folders(proc: Path, mount: Path) -> Iterator[Path]:
     """The memory cgroup of this process and its ancestors, innermost first; v1 or v2, whichever has memory."""
-    for line in (proc / "self/cgroup").read_text().splitlines():
+    try:
+        lines = (proc / "self/cgroup").read_text().splitlines()
+    except FileNotFoundError:
+        return  # a kernel without cgroups
+    for line in lines:
         _, controllers, path = line.split(":", 2)
-        if controllers == "memory":
+        if "memory" in controllers.split(","):
             root = mount / "memory"
         elif controllers == "" and (mount / "cgroup.controllers").exists():
             root = mount
@@ -95,16 +100,21 @@ def _cgroup_available(folder: Path) -> int | None:
             stat, prefix = _stat(folder), "total_"
             cache = stat.get(f"{prefix}cache", 0) - stat.get(f"{prefix}shmem", 0)
         else:
-            text = (folder / "memory.max").read_text().strip()
-            if text == "max":
-                return None
-            limit, usage = int(text), int((folder / "memory.current").read_text())
+            # Above memory.high a group is not killed but throttled, which is no way to run either.
+            limits = [_limit(folder / "memory.max"), _limit(folder / "memory.high")]
+            limit, usage = min(limits), int((folder / "memory.current").read_text())
             stat = _stat(folder)
             cache = stat.get("file", 0) - stat.get("shmem", 0)
     except OSError:
         # The v2 root group has no limit files.
         return None
     return None if limit >= _UNLIMITED else limit - (usage - max(cache, 0))
+
+
+def _limit(path: Path) -> int:
+    """A limit of cgroup v2, which may be "max" or, on old kernels, absent."""
+    text = path.read_text().strip() if path.exists() else "max"
+    return _UNLIMITED if text == "max" else int(text)
 
 
 def _stat(folder: Path) -> dict[str, int]:

@@ -49,10 +49,15 @@ class Plan:
 
     @property
     def bound_resident_nbytes(self) -> int:
-        """M of the bound: all that the budget leaves after needs and two blocks, used or not, but at most S."""
+        """M of the bound: all that the budget leaves after needs and two blocks, used or not, but at most S.
+
+        Never less than what is resident: with a large block held, the two that pass may be smaller than any two.
+        """
         total = sum(self.tape_sizes)
         free = self.budget - self.needs.total
-        return total if total <= free else max(0, min(total, free - full_ring(self.tape_sizes)))
+        if total <= free:
+            return total
+        return max(self.placement.resident_nbytes, min(total, free - full_ring(self.tape_sizes)))
 
 
 def parse_tiers(text: str) -> tuple[Tier, ...]:

@@ -43,8 +43,8 @@ def row_nbytes(shape: Shape, context: int) -> int:
     """Bytes that one row (token) needs at most while it is inside a layer, with `context` keys to attend to.
 
     Hidden states: residual, normalized, q, k, v, attention output, and a float32 copy where a norm widens; the
-    feed-forward's result, its activation and gate (experts compute one after the other); one mask row, and for eager families the scores of all heads
-    before and after softmax, in float32.
+    feed-forward's result, its activation and gate (experts compute one after the other); one mask row, and for eager
+    families the scores of all heads before and after softmax, in float32.
     """
     hidden = shape.hidden * (6 * shape.itemsize + 8)
     feed_forward = 3 * shape.widest * shape.itemsize

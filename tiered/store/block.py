@@ -101,9 +101,13 @@ def read_layout(folder: Path, file: FileInfo) -> BlockLayout:
         described = json.loads(metadata[METADATA_KEY])
         zstd, schemes = dict(described["zstd"]), dict(described["weights"])
     except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise StoreError(f"{path}: not a block of a tiered store (metadata: {error})") from None
+        raise StoreError(
+            f"{path}: not a block of a tiered store (metadata: {error}); convert the model again"
+        ) from None
     if data_start % PAGE:
-        raise StoreError(f"{path}: data starts at byte {data_start}, expected a multiple of {PAGE}")
+        raise StoreError(
+            f"{path}: data starts at byte {data_start}, expected a multiple of {PAGE}; convert the model again"
+        )
     try:
         compressed, memory_nbytes = _place_compressed(entries, zstd, file.nbytes)
         stored = {e.name: e for e in entries if not e.name.startswith(PAD_PREFIX)}
@@ -115,7 +119,10 @@ def read_layout(folder: Path, file: FileInfo) -> BlockLayout:
         raise StoreError(f"{path}: its metadata does not fit its tensors ({error}); convert the model again") from None
     misaligned = [name for name, entry in stored.items() if entry.offset % ALIGNMENT]
     if misaligned:
-        raise StoreError(f"{path}: tensor {misaligned[0]} is not aligned to {ALIGNMENT} bytes; not written by tiered")
+        raise StoreError(
+            f"{path}: tensor {misaligned[0]} is not aligned to {ALIGNMENT} bytes; not written by tiered, "
+            "convert the model again"
+        )
     return BlockLayout(file, weights, compressed, memory_nbytes)
 
 

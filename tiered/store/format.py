@@ -17,7 +17,7 @@ from typing import Any, Final
 import torch
 import xxhash
 
-from tiered.errors import CorruptError, StoreError
+from tiered.errors import CorruptError, ReadError, StoreError
 
 PAGE: Final = 4096
 """Alignment of file offsets, lengths and memory for O_DIRECT."""
@@ -108,10 +108,12 @@ def read_header(path: Path, error: type[CorruptError] = StoreError) -> tuple[lis
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
             if not 2 <= length <= min(MAX_HEADER_NBYTES, size - 8):
                 claim = f"header claims {length:,} bytes" if length >= 0 else "no header"
-                raise error(f"{path}: {claim}, file has {size:,}; not a whole safetensors file")
+                raise error(f"{path}: {claim}, file has {size:,}; not a whole safetensors file; {_remedy(error)}")
             raw = file.read(length)
     except FileNotFoundError:
-        raise error(f"{path}: missing") from None
+        raise error(f"{path}: missing; {_remedy(error)}") from None
+    except OSError as reason:
+        raise ReadError(f"{path}: cannot be read: {reason.strerror}") from reason
     return (*_parse_header(path, raw, length + 8, size, error), length + 8)
 
 
@@ -130,7 +132,7 @@ def _parse_header(
         metadata = {str(k): str(v) for k, v in dict(table.pop("__metadata__", None) or {}).items()}
         entries = [_parse_entry(name, value, data_start) for name, value in table.items()]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as reason:
-        raise error(f"{path}: damaged safetensors header ({reason})") from None
+        raise error(f"{path}: damaged safetensors header ({reason}); {_remedy(error)}") from None
     # Empty tensors come before the one that starts where they do.
     entries.sort(key=lambda entry: (entry.offset, entry.nbytes))
     position = data_start
@@ -139,13 +141,17 @@ def _parse_header(
         if entry.nbytes != expected:
             raise error(
                 f"{path}: tensor {entry.name} of shape {entry.shape} takes {expected:,} bytes, "
-                f"header claims {entry.nbytes:,}"
+                f"header claims {entry.nbytes:,}; {_remedy(error)}"
             )
         if entry.offset != position:
-            raise error(f"{path}: tensor {entry.name} starts at byte {entry.offset:,}, expected {position:,}")
+            raise error(
+                f"{path}: tensor {entry.name} starts at byte {entry.offset:,}, expected {position:,}; {_remedy(error)}"
+            )
         position += entry.nbytes
     if position != size:
-        raise error(f"{path}: header claims {position:,} bytes, file has {size:,}; it is truncated or damaged")
+        raise error(
+            f"{path}: header claims {position:,} bytes, file has {size:,}; it is truncated or damaged, {_remedy(error)}"
+        )
     return entries, metadata
 
 
@@ -155,3 +161,7 @@ def _parse_entry(name: str, value: dict[str, Any], data_start: int) -> TensorEnt
         raise ValueError(f"tensor {name} has dtype {value['dtype']!r}; known are {', '.join(DTYPES)}")
     begin, end = whole_numbers(value["data_offsets"])
     return TensorEntry(name, dtype, whole_numbers(value["shape"]), data_start + begin, end - begin)
+
+
+def _remedy(error: type[CorruptError]) -> str:
+    return "convert the model again" if error is StoreError else "download the file again"

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from tiered.errors import StoreError
+from tiered.errors import ReadError, StoreError
 from tiered.store.block import BlockLayout, read_layout
 from tiered.store.manifest import MANIFEST_NAME, BlockInfo, Manifest
 
@@ -26,7 +26,8 @@ class Store:
     def open(cls, path: Path | str) -> "Store":
         """Open the store at `path`.
 
-        Raises StoreError where there is none, it is foreign, half-converted, truncated or damaged.
+        Raises StoreError where there is none, it is foreign, half-converted, truncated or damaged, and ReadError where
+        the operating system will not let it be read.
         """
         folder = Path(path)
         manifest_path = folder / MANIFEST_NAME
@@ -34,6 +35,8 @@ class Store:
             text = manifest_path.read_text()
         except (FileNotFoundError, NotADirectoryError):
             raise StoreError(_why_no_manifest(folder)) from None
+        except OSError as error:
+            raise ReadError(f"{manifest_path}: cannot be read: {error.strerror}") from error
         except UnicodeDecodeError:
             raise StoreError(f"{manifest_path}: not text; the store is damaged, convert the model again") from None
         manifest = Manifest.from_json(text, manifest_path)

@@ -1,11 +1,13 @@
 """The ring: a bounded stretch of memory that streamed blocks pass through, first in, first out.
 
-Blocks differ in size, so there are no fixed slots: a block takes the next contiguous bytes, or the start of the
-ring where the end is too short, and waits while they are still in use.
+Blocks differ in size, so there are no fixed slots: a block takes one end of a gap, the one that leaves the most room
+in one piece once the oldest block has gone. With two blocks in it they lie at opposite ends, so any two that fit
+together side by side do fit, whatever came before; going round in address order would leave holes before a large one.
 """
 
 import asyncio
 from collections import deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from tiered.store import PAGE
@@ -52,11 +54,21 @@ class Ring:
             self._freed.notify_all()
 
     def _find(self, wanted: int) -> int | None:
-        if not self._lent:
-            return 0
-        oldest, newest = self._lent[0].start, self._lent[-1].stop
-        if self._lent[-1].start >= oldest:  # not wrapped: free are [newest, end) and [0, oldest)
-            if newest + wanted <= self._nbytes:
-                return newest
-            return 0 if wanted <= oldest else None
-        return newest if newest + wanted <= oldest else None
+        """Where to put `wanted` bytes, or None while no gap is large enough."""
+        ends = (start for low, high in self._gaps(self._lent) if high - low >= wanted for start in (low, high - wanted))
+        return max(ends, key=lambda start: self._room_after(start, wanted), default=None)
+
+    def _room_after(self, start: int, wanted: int) -> int:
+        """The largest gap once the oldest span has been released, if [start, start + wanted) is taken now."""
+        later = [*list(self._lent)[1:], RingSpan(start, start + wanted)]
+        return max((high - low for low, high in self._gaps(later)), default=0)
+
+    def _gaps(self, spans: Iterable[RingSpan]) -> Iterator[tuple[int, int]]:
+        """The free stretches between `spans`, ascending."""
+        position = 0
+        for span in sorted(spans, key=lambda span: span.start):
+            if span.start > position:
+                yield position, span.start
+            position = span.stop
+        if position < self._nbytes:
+            yield position, self._nbytes

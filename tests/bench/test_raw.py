@@ -1,0 +1,153 @@
+"""Raw bandwidth: plain reads of whole files into the memory that was lent, and nowhere else."""
+
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.store.make import bytes_of, random_bytes
+from tiered.bench import measure_raw
+from tiered.bench.raw import BLOCK_SIZES
+from tiered.errors import ReadError
+from tiered.io import Arena, ReadMode, probe_mode
+from tiered.store import PAGE
+from tiered.units import MIB
+
+SECONDS = 0.01
+GUARD = 7
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[Path]:
+    """One large and one small file."""
+    paths = [tmp_path / "large", tmp_path / "small"]
+    for path, nbytes in zip(paths, (20 * MIB, 3 * PAGE), strict=True):
+        path.write_bytes(bytes_of(random_bytes(nbytes, 1)))
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    return paths
+
+
+@pytest.fixture
+def memory() -> Iterator[memoryview]:
+    with Arena(34 * MIB) as arena:
+        slab = arena.borrow(34 * MIB, "test")
+        slab.tensor().fill_(GUARD)
+        yield slab.view
+
+
+def is_direct(path: Path) -> bool:
+    return probe_mode(path).mode is ReadMode.DIRECT
+
+
+class Spy:
+    """Notes where reads go, as addresses within `memory`."""
+
+    def __init__(self, memory: memoryview, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._base = torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
+        self._lock = threading.Lock()
+        self.reads: list[tuple[int, int, int]] = []
+        real = os.preadv
+
+        def preadv(fd: int, buffers: Sequence[Any], offset: int, flags: int = 0) -> int:
+            (buffer,) = buffers
+            place = torch.frombuffer(buffer, dtype=torch.uint8).data_ptr() - self._base
+            with self._lock:
+                self.reads.append((place, buffer.nbytes, offset))
+            return real(fd, buffers, offset, flags)
+
+        monkeypatch.setattr("tiered.bench.raw.os.preadv", preadv)
+
+
+def test_the_best_of_the_sweep_is_a_rate(files: list[Path], memory: memoryview) -> None:
+    found = measure_raw(files, memory, is_direct(files[0]), SECONDS)
+    assert found.bytes_per_second > 1e6
+    assert found.block_nbytes in BLOCK_SIZES and found.threads in (2, 4, 8)
+    assert found.bytes_read > found.block_nbytes
+
+
+def test_reads_stay_within_the_memory_that_was_lent(files: list[Path], memory: memoryview) -> None:
+    measure_raw(files, memory[PAGE : 8 * MIB + PAGE], is_direct(files[0]), SECONDS)
+    assert bytes(memory[:PAGE]) == bytes([GUARD]) * PAGE
+    assert memory[8 * MIB + PAGE :] == bytes([GUARD]) * (26 * MIB - PAGE)
+
+
+def test_concurrent_reads_go_to_different_places(
+    files: list[Path], memory: memoryview, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    direct, spy = is_direct(files[0]), Spy(memory, monkeypatch)
+    measure_raw(files, memory, direct, SECONDS)
+    assert all(place % PAGE == 0 and place + nbytes <= len(memory) for place, nbytes, _ in spy.reads)
+    assert len({place for place, _, _ in spy.reads}) > 8
+
+
+def test_reads_land_all_over_the_memory(files: list[Path], memory: memoryview, monkeypatch: pytest.MonkeyPatch) -> None:
+    direct, spy = is_direct(files[0]), Spy(memory, monkeypatch)
+    measure_raw(files, memory[: 4 * MIB], direct, 0.1)
+    touched = {page for place, nbytes, _ in spy.reads for page in range(place // PAGE, (place + nbytes) // PAGE)}
+    assert touched == set(range(4 * MIB // PAGE))
+
+
+def test_combinations_that_do_not_fit_the_memory_are_left_out(files: list[Path], memory: memoryview) -> None:
+    found = measure_raw(files, memory[: 2 * MIB], is_direct(files[0]), SECONDS)
+    assert found.bytes_per_second > 0
+    assert found.block_nbytes * found.threads <= 2 * MIB
+
+
+def test_memory_too_small_for_any_combination_measures_nothing(files: list[Path], memory: memoryview) -> None:
+    found = measure_raw(files, memory[:PAGE], is_direct(files[0]), SECONDS)
+    assert (found.bytes_per_second, found.bytes_read) == (0.0, 0)
+
+
+def test_a_single_tiny_file_is_read_again_and_again(files: list[Path], memory: memoryview) -> None:
+    found = measure_raw(files[1:], memory[: 8 * MIB], is_direct(files[1]), SECONDS)
+    assert found.bytes_per_second > 0
+    assert found.block_nbytes == 3 * PAGE
+    assert found.bytes_read % (3 * PAGE) == 0
+
+
+def test_a_file_named_twice_is_opened_once(
+    files: list[Path], memory: memoryview, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[Any] = []
+    real = os.open
+
+    def open_(path: Any, flags: int) -> int:
+        opened.append(path)
+        return real(path, flags)
+
+    monkeypatch.setattr("tiered.bench.raw.os.open", open_)
+    measure_raw([files[0], files[1], files[0]], memory, False, SECONDS)
+    assert opened == files
+
+
+def test_descriptors_are_closed_afterwards(files: list[Path], memory: memoryview) -> None:
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    measure_raw(files, memory, False, SECONDS)
+    with pytest.raises(ReadError):
+        measure_raw([*files, files[0] / "gone"], memory, False, SECONDS)
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def test_a_missing_file_is_named(tmp_path: Path, memory: memoryview) -> None:
+    with pytest.raises(ReadError, match="gone: cannot be read: No such file"):
+        measure_raw([tmp_path / "gone"], memory, False, SECONDS)
+
+
+def test_a_failing_read_names_the_file_it_was_of(
+    files: list[Path], memory: memoryview, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.preadv
+
+    def preadv(fd: int, buffers: Sequence[Any], offset: int) -> int:
+        if Path(f"/proc/self/fd/{fd}").readlink().name == "small":
+            raise OSError(5, os.strerror(5))
+        return real(fd, buffers, offset)
+
+    monkeypatch.setattr("tiered.bench.raw.os.preadv", preadv)
+    with pytest.raises(ReadError, match="small: cannot be read: Input/output error"):
+        measure_raw(files, memory, False, 0.1)

@@ -1,0 +1,170 @@
+"""The report: figures that add up, a bound that cannot flatter, words that say what was the bottleneck."""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from tiered.generate import Generation, Surroundings, make_report
+from tiered.model import Pass
+from tiered.plan import Needs, Plan, Tier, make_plan
+from tiered.plan.placement import full_ring
+from tiered.units import MIB
+
+SIZES = [100 * MIB] * 10
+NEEDS = Needs(baseline=300 * MIB, outer=10 * MIB, kv=20 * MIB, workspace=30 * MIB)
+RAW = 1e9
+
+
+def plan(blocks: float = 5.0) -> Plan:
+    """A plan whose budget leaves room for this many blocks."""
+    return make_plan(SIZES, NEEDS, NEEDS.total + int(blocks * 100 * MIB), (Tier.DISK, Tier.CPU))
+
+
+def one_pass(rows: int, seconds: float, compute: float) -> Pass:
+    return Pass((torch.zeros(rows, 1, 5),), seconds, compute, seconds - compute, (0.001, 0.003, 0.002))
+
+
+def generation(decodes: int = 4, rows: int = 2, seconds: float = 1.0, compute: float = 0.2) -> Generation:
+    passes = [one_pass(rows, 3.0, 2.0)] + [one_pass(rows, seconds, compute) for _ in range(decodes)]
+    return Generation(
+        passes=passes,
+        first_token_seconds=3.2,
+        decode_bytes=decodes * 700 * MIB,
+        decode_seconds=decodes * seconds,
+        decode_disk_idle_seconds=0.1,
+        generated_tokens=rows * (1 + decodes),
+        prompt_tokens=60,
+    )
+
+
+def around(used: Plan, **changes: Any) -> Surroundings:
+    fields: dict[str, Any] = {
+        "plan": used,
+        "raw_disk_bandwidth": RAW,
+        "bytes_read": 3800 * MIB,
+        "bytes_read_kernel": 3900 * MIB,
+        "bytes_written": 0,
+        "peak_rss_bytes": 700 * MIB,
+        "tape_file_bytes": sum(SIZES),
+        "compute_wait_seconds": 3.0,
+        "disk_wait_seconds": 0.1,
+        "read_mode": "O_DIRECT",
+        "synthetic": False,
+    }
+    return Surroundings(**{**fields, **changes})
+
+
+def test_figures_add_up() -> None:
+    report = make_report(generation(), around(plan()))
+    assert (report.prompt_tokens, report.generated_tokens, report.passes) == (60, 10, 5)
+    assert (report.prefill_seconds, report.first_token_seconds) == (3.0, 3.2)
+    assert report.prefill_tokens_per_second == 20.0
+    assert report.tokens_per_second == 8 / 4.0
+    assert report.seconds_per_pass == 1.0
+    assert report.compute_seconds_per_pass == pytest.approx(0.2)
+    assert report.bytes_read_per_token == 380 * MIB
+    assert report.disk_bandwidth == 700 * MIB
+    assert report.block_overhead_seconds == 0.002
+    assert report.tape_bytes == 1000 * MIB
+    assert report.ram_budget_bytes == plan().budget
+
+
+def test_the_bound_counts_all_that_the_budget_leaves_as_resident() -> None:
+    used = plan(5.0)
+    report = make_report(generation(), around(used))
+    streamed = sum(SIZES) - used.bound_resident_nbytes
+    assert used.bound_resident_nbytes == 500 * MIB - full_ring(SIZES)
+    assert report.bound_seconds_per_pass == pytest.approx(streamed / RAW)
+    assert report.bound_share == pytest.approx(streamed / RAW / 1.0)
+    assert report.bottleneck == "disk"
+
+
+def test_memory_that_the_plan_could_not_use_counts_too() -> None:
+    # Half a block is left over: the plan cannot use it, a better program might.
+    used = plan(5.5)
+    assert used.placement.nbytes <= 500 * MIB
+    report = make_report(generation(), around(used))
+    assert report.bound_seconds_per_pass == pytest.approx((1000 - 350) * MIB / RAW)
+
+
+def test_a_pass_that_computes_longer_than_it_reads_is_no_evidence_for_the_disk() -> None:
+    report = make_report(generation(seconds=2.0, compute=1.5), around(plan()))
+    assert (report.bottleneck, report.bound_seconds_per_pass) == ("compute", 1.5)
+    assert report.bound_share == 0.75
+    assert any("compute-bound: no evidence for the disk" in line for line in report.lines())
+
+
+def test_where_all_is_resident_memory_is_the_bottleneck() -> None:
+    report = make_report(generation(), around(plan(20.0), raw_disk_bandwidth=None))
+    assert report.bottleneck == "memory"
+    assert report.bound_seconds_per_pass == pytest.approx(0.2)
+    assert report.resident_bytes == report.tape_bytes
+    assert any("all weights in memory" in line for line in report.lines())
+
+
+def test_without_a_decode_pass_there_is_nothing_to_divide_by() -> None:
+    report = make_report(generation(decodes=0), around(plan()))
+    for name in ("tokens_per_second", "seconds_per_pass", "disk_bandwidth", "bound_share", "bottleneck"):
+        assert getattr(report, name) is None
+    assert report.lines()
+
+
+def test_without_a_raw_measurement_there_is_no_share() -> None:
+    report = make_report(generation(), around(plan(), raw_disk_bandwidth=None))
+    assert (report.bound_seconds_per_pass, report.bound_share, report.bottleneck) == (None, None, None)
+    assert not any("measured raw" in line for line in report.lines())
+
+
+def test_nothing_generated_is_a_report_too() -> None:
+    report = make_report(Generation(), around(plan(), bytes_read=0))
+    assert (report.passes, report.bytes_read_per_token, report.prefill_seconds) == (0, 0, 0)
+    assert report.lines()
+
+
+def test_lines_say_what_people_look_for() -> None:
+    text = "\n".join(make_report(generation(), around(plan())).lines())
+    assert "60 tokens in 3.0 s, first token after 3.2 s" in text
+    assert "2 tokens/s, 1.0 s per pass" in text
+    assert "3.71 GiB read (0.398 GB per token), 0 B written, O_DIRECT" in text
+    assert "0.73 GB/s while decoding, 73% of the 1.00 GB/s measured raw" in text
+    assert "compute waited 3.0 s for the disk, the disk 100 ms for compute" in text
+    assert "peak 700 MiB of 860 MiB; 300 MiB of 1000 MiB weights resident" in text
+    assert "OVER BUDGET" not in text and "synthetic" not in text
+
+
+def test_a_peak_over_the_budget_is_said_out_loud() -> None:
+    report = make_report(generation(), around(plan(), peak_rss_bytes=900 * MIB))
+    assert any("OVER BUDGET" in line for line in report.lines())
+
+
+def test_synthetic_weights_are_said_out_loud() -> None:
+    report = make_report(generation(), around(plan(), synthetic=True))
+    assert "synthetic" in report.lines()[0]
+
+
+def test_bytes_written_that_nobody_counted_are_not_zero() -> None:
+    report = make_report(generation(), around(plan(), bytes_written=None))
+    assert not any("0 B written" in line for line in report.lines())
+    assert any("written unknown" in line for line in report.lines())
+
+
+def test_a_report_is_json_with_every_figure() -> None:
+    report = make_report(generation(), around(plan()))
+    value = json.loads(json.dumps(report.to_json()))
+    expected = {
+        *("prefill_seconds", "decode_seconds", "tokens_per_second", "seconds_per_pass", "passes"),
+        *("bytes_read", "bytes_written", "disk_bandwidth", "raw_disk_bandwidth", "bound_share"),
+        *("compute_wait_seconds", "disk_wait_seconds", "peak_rss_bytes", "ram_budget_bytes"),
+    }
+    assert expected <= value.keys()
+    assert value == report.to_json()
+
+
+def test_the_bound_of_compressed_blocks_counts_what_is_read() -> None:
+    plain = make_report(generation(), around(plan()))
+    halved = make_report(generation(), around(plan(), tape_file_bytes=sum(SIZES) // 2))
+    assert plain.bound_seconds_per_pass is not None and halved.bound_seconds_per_pass is not None
+    assert halved.bound_seconds_per_pass == pytest.approx(plain.bound_seconds_per_pass / 2, rel=0.01)
+    assert halved.tape_bytes == sum(SIZES) // 2

@@ -1,0 +1,150 @@
+"""Sampling: the distribution asked for, the same tokens for the same seed whatever else runs, clear refusals."""
+
+import re
+from typing import Any
+
+import pytest
+import torch
+
+from tiered.errors import ConfigError, TieredError
+from tiered.generate import Sampler, SamplingParams
+
+LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0])
+DRAWS = 4000
+
+
+def sampler(request: int = 0, **params: Any) -> Sampler:
+    return Sampler(SamplingParams(**params), request)
+
+
+def draw(found: Sampler, count: int, logits: torch.Tensor = LOGITS) -> list[int]:
+    return [found([1, 2], logits, index) for index in range(count)]
+
+
+def test_temperature_zero_takes_the_likeliest() -> None:
+    assert draw(sampler(), 3) == [0, 0, 0]
+    assert sampler()([1], torch.tensor([0.0, 3.0, 3.0]), 0) == 1
+
+
+def test_greedy_ignores_seed_and_truncations() -> None:
+    for seed in range(5):
+        assert draw(sampler(seed=seed, top_k=2, top_p=0.1, min_p=0.9), 1) == [0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_same_seed_gives_the_same_tokens(dtype: torch.dtype) -> None:
+    logits = LOGITS.to(dtype)
+    first, again, other = (draw(sampler(temperature=1.0, seed=seed), 50, logits) for seed in (7, 7, 8))
+    assert first == again != other
+
+
+def test_what_is_drawn_depends_on_request_and_index_alone() -> None:
+    first, second = (sampler(request, temperature=1.0) for request in (0, 1))
+    alone = draw(first, 50)
+    interleaved = []
+    for index in range(50):
+        second([3], LOGITS, index)
+        interleaved.append(first([9, 9, 9], LOGITS, index))
+    assert interleaved == alone != draw(second, 50)
+    assert first([], LOGITS, 17) == alone[17]
+
+
+def test_seeds_may_be_as_large_as_they_are_allowed_to_be() -> None:
+    assert draw(sampler(temperature=1.0, seed=(1 << 64) - 1), 3)
+
+
+def expected_distribution(**params: Any) -> torch.Tensor:
+    """By the definitions of the truncations, in transformers' order."""
+    scores = LOGITS.double() / params.get("temperature", 1.0)
+    order = scores.argsort(descending=True)
+    keep = torch.ones(len(scores), dtype=torch.bool)
+    if k := params.get("top_k"):
+        keep[order[k:]] = False
+    if "top_p" in params:
+        probabilities = scores.masked_fill(~keep, -torch.inf).softmax(-1)[order]
+        keep[order[probabilities.cumsum(-1) - probabilities >= params["top_p"]]] = False
+    if "min_p" in params:
+        probabilities = scores.masked_fill(~keep, -torch.inf).softmax(-1)
+        keep &= probabilities >= params["min_p"] * probabilities.max()
+    expected: torch.Tensor = scores.masked_fill(~keep, -torch.inf).softmax(-1)
+    return expected
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {},
+        {"temperature": 0.5},
+        {"temperature": 3.0},
+        {"top_k": 1},
+        {"top_k": 3},
+        {"top_k": 50},
+        {"top_p": 0.5},
+        {"top_p": 0.8},
+        {"min_p": 0.2},
+        {"min_p": 1.0},
+        {"temperature": 2.0, "top_k": 4, "top_p": 0.9, "min_p": 0.3},
+    ],
+    ids=str,
+)
+def test_tokens_are_drawn_as_often_as_their_probability_says(params: dict[str, Any]) -> None:
+    found = torch.bincount(torch.tensor(draw(sampler(**{"temperature": 1.0, **params}), DRAWS)), minlength=5).double()
+    expected = expected_distribution(**params) * DRAWS
+    assert bool((found[expected == 0] == 0).all())
+    possible = expected > 0
+    chi_square = float(((found - expected)[possible] ** 2 / expected[possible]).sum())
+    assert chi_square < 24  # 4 degrees of freedom at most: chance would pass this once in 10,000 times, and is fixed
+
+
+def test_probability_of_zero_is_never_drawn() -> None:
+    logits = torch.tensor([-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf])
+    assert set(draw(sampler(temperature=1.0), 300, logits)) == {1, 3}
+
+
+def test_repeated_tokens_are_penalized_greedy_or_not() -> None:
+    logits = torch.tensor([1.0, 0.9, 0.0])
+    assert sampler(repetition_penalty=1.5)([0], logits, 0) == 1
+    assert sampler(repetition_penalty=1.5)([1, 2], logits, 0) == 0
+    draws = [sampler(temperature=0.1, repetition_penalty=10.0)([0], logits, index) for index in range(100)]
+    assert draws.count(1) > 95
+
+
+def test_the_logits_given_are_left_as_they_are() -> None:
+    logits = LOGITS.clone()
+    sampler(temperature=0.5, top_k=2, top_p=0.5, min_p=0.1, repetition_penalty=2.0)([0, 1], logits, 0)
+    sampler(repetition_penalty=2.0)([0, 1], logits, 0)
+    assert torch.equal(logits, LOGITS)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_numbers_are_an_error_and_no_token(bad: float, temperature: float) -> None:
+    logits = LOGITS.clone()
+    logits[3] = bad
+    with pytest.raises(TieredError, match=r"token 4 .*NaN or infinite.*--dtype float32"):
+        sampler(temperature=temperature)([1], logits, 4)
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"temperature": -0.1}, "temperature -0.1: expected 0 (greedy) or more"),
+        ({"temperature": float("nan")}, "temperature nan: expected 0 (greedy) or more"),
+        ({"temperature": float("inf")}, "temperature inf: expected 0 (greedy) or more"),
+        ({"top_k": -1}, "top-k -1: expected 0 (off) or more"),
+        ({"top_p": 0.0}, "top-p 0.0: expected more than 0, at most 1"),
+        ({"top_p": 1.1}, "top-p 1.1: expected more than 0, at most 1"),
+        ({"top_p": float("nan")}, "top-p nan: expected more than 0, at most 1"),
+        ({"min_p": -0.1}, "min-p -0.1: expected between 0 and 1"),
+        ({"min_p": 1.1}, "min-p 1.1: expected between 0 and 1"),
+        ({"repetition_penalty": 0.0}, "repetition-penalty 0.0: expected more than 0"),
+        ({"repetition_penalty": float("nan")}, "repetition-penalty nan: expected more than 0"),
+        ({"repetition_penalty": float("inf")}, "repetition-penalty inf: expected more than 0"),
+        ({"seed": -1}, "seed -1: expected 0 or more, below 2**64"),
+        ({"seed": 1 << 64}, "seed 18446744073709551616: expected 0 or more, below 2**64"),
+    ],
+)
+def test_parameters_that_cannot_be_are_explained(params: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)) as caught:
+        SamplingParams(**params)
+    assert caught.value.exit_code == 2

@@ -1,0 +1,56 @@
+"""Lent experts compute what transformers' own do, and routers' biases keep the precision they are loaded in."""
+
+import torch
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+from tests.helpers import tiny_config
+from tiered.arch import build_skeleton, is_expert_stack
+from tiered.kernels import CancelFlag
+from tiered.model import BoundModel
+from tiered.model.experts import OffloadedExperts
+from tiered.quant import GroupScheme, QuantizedWeight, quantize
+
+TOKENS, HIDDEN = 7, 64
+
+
+def make_experts() -> MixtralExperts:
+    config = tiny_config("mixtral")
+    config._experts_implementation = "eager"
+    experts = MixtralExperts(config).requires_grad_(False)
+    generator = torch.Generator().manual_seed(3)
+    for stack in experts.parameters():
+        stack.copy_(torch.randn(stack.shape, generator=generator) / 8)
+    return experts
+
+
+def test_lent_stacks_give_what_eager_experts_give() -> None:
+    experts = make_experts()
+    assert is_expert_stack(experts)
+    generator = torch.Generator().manual_seed(4)
+    hidden, weights = torch.randn(TOKENS, HIDDEN, generator=generator), torch.rand(TOKENS, 2, generator=generator)
+    # Expert 2 gets no token; the number of experts stands for a choice that is masked out.
+    chosen = torch.tensor([[0, 1], [1, 3], [3, 0], [4, 1], [0, 3], [1, 4], [3, 1]])
+    offloaded = OffloadedExperts(experts, CancelFlag())
+    offloaded.lent = {name: stack.detach() for name, stack in experts.named_parameters()}
+    torch.testing.assert_close(offloaded(hidden, chosen, weights), experts(hidden, chosen, weights))
+
+    scheme = GroupScheme(8)
+    rows = experts.gate_up_proj.flatten(0, 1)
+    packed = QuantizedWeight(quantize(rows, scheme), scheme)
+    offloaded.lent["gate_up_proj"] = packed
+    experts.gate_up_proj.copy_(packed.rows(0, rows.shape[0], torch.float32).view_as(experts.gate_up_proj))
+    torch.testing.assert_close(offloaded(hidden, chosen, weights), experts(hidden, chosen, weights))
+
+
+def test_stacks_are_given_back_and_routers_biases_stay_in_float32() -> None:
+    skeleton = build_skeleton(tiny_config("dots1"), torch.bfloat16)
+    (block,) = [block for block in skeleton.blocks() if block.name == "layer-001"]
+    model = BoundModel(skeleton, torch.bfloat16, CancelFlag())
+    (experts,) = [module for module in model.layers[1].modules() if isinstance(module, OffloadedExperts)]
+    weights = {p.name.removeprefix(block.prefix): torch.zeros(p.shape) for p in block.parameters}
+    with model.lend(model.layers[1], weights) as lent:
+        assert set(experts.lent) == {"gate_up_proj", "down_proj"}
+        small = lent._small
+    assert not experts.lent
+    assert small["mlp.gate.e_score_correction_bias"].dtype == torch.float32
+    assert small["mlp.gate.weight"].dtype == torch.bfloat16

@@ -1,0 +1,229 @@
+"""Ctrl-C ends a run soon and leaves nothing behind; in a program, the runtime can be used again after it."""
+
+import contextlib
+import os
+import pty
+import select
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.commands import ROOT, TIERED, make_store
+from tests.helpers import run_greedy
+from tiered.convert import ConvertOptions, convert_checkpoint
+from tiered.errors import BudgetError, InterruptedRun
+from tiered.model import Load
+from tiered.runtime import Options, Runtime
+from tiered.store import Store
+
+SOON = 5.0
+"""Seconds. The contract is one; these machines are shared."""
+SHAPE = """
+name = "deep"
+[config]
+model_type = "opt"
+dtype = "bfloat16"
+vocab_size = 272
+hidden_size = 2048
+ffn_dim = 8192
+num_hidden_layers = 24
+num_attention_heads = 32
+max_position_embeddings = 2048
+word_embed_proj_dim = 2048
+tie_word_embeddings = true
+pad_token_id = 1
+bos_token_id = 2
+eos_token_id = 2
+"""
+PROMPT = [[2, 100, 200, 300, 400]]
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of 30 MB whose passes take long: 24 layers over one file."""
+    folder = tmp_path_factory.mktemp("deep")
+    (folder / "deep.toml").write_text(SHAPE, encoding="utf-8")
+    options = ConvertOptions(synthetic=True, distinct_blocks=1)
+    convert_checkpoint(str(folder / "deep.toml"), folder / "deep.tiered", options)
+    return folder / "deep.tiered"
+
+
+@dataclass
+class Run:
+    """A command on a terminal."""
+
+    child: subprocess.Popen[bytes]
+    master: int
+    shown: str = ""
+
+    def wait_for(self, text: str, seconds: float = 60.0) -> None:
+        deadline = time.monotonic() + seconds
+        while text not in self.shown:
+            assert time.monotonic() < deadline and self.child.poll() is None, self.shown
+            self.read(0.1)
+
+    def read(self, seconds: float = 0.0) -> None:
+        # A terminal whose other end has closed answers EIO.
+        with contextlib.suppress(OSError):
+            while select.select([self.master], [], [], seconds)[0]:
+                self.shown += os.read(self.master, 1 << 16).decode()
+                seconds = 0.0
+
+    def interrupt(self) -> float:
+        """Press Ctrl-C; returns the seconds until the command has ended."""
+        began = time.monotonic()
+        os.write(self.master, b"\x03")
+        self.child.wait(timeout=60)
+        seconds = time.monotonic() - began
+        self.read()
+        return seconds
+
+
+@contextlib.contextmanager
+def on_a_terminal(words: Sequence[str | Path], folder: Path) -> Iterator[Run]:
+    """`words` as the foreground job of a terminal, in an empty folder and with one for temporary files."""
+    for name in ("work", "temporary"):
+        (folder / name).mkdir()
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "TERM": "xterm",
+        "TMPDIR": str(folder / "temporary"),
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    master, slave = pty.openpty()
+    command = ["setsid", "--ctty", "--wait", *map(str, words)]
+    child = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, cwd=folder / "work", env=environment)
+    os.close(slave)
+    try:
+        yield Run(child, master)
+    finally:
+        child.kill()
+        child.wait()
+        os.close(master)
+
+
+def contents(folder: Path) -> dict[str, int]:
+    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+CASES: dict[str, tuple[tuple[str, ...], str]] = {
+    "a long prefill": (("--prompt-tokens", "1900", "-n", "100", "--ram", "1GiB"), "layer 1/"),
+    "decode": (("-p", "Hello", "-n", "500", "--ignore-eos"), "layer 2"),
+    "decode without read-ahead": (("-p", "Hello", "-n", "500", "--ignore-eos", "--prefetch", "0"), "layer 2"),
+    "measuring the disk": (("-p", "Hello"), "measuring"),
+}
+
+
+@pytest.mark.parametrize(("words", "moment"), CASES.values(), ids=CASES.keys())
+def test_ctrl_c_ends_a_run_soon_and_leaves_nothing_behind(
+    deep: Path, tmp_path: Path, words: tuple[str, ...], moment: str
+) -> None:
+    before = contents(deep)
+    # Not all of it fits: there is something to stream and to measure.
+    command = (*TIERED, "generate", deep, "--ram", "700MiB", *words, "--trace", tmp_path / "trace.json")
+    with on_a_terminal(command, tmp_path) as run:
+        run.wait_for(moment)
+        seconds = run.interrupt()
+    assert run.child.returncode == 130, run.shown
+    assert run.shown.rstrip().endswith("tiered: interrupted"), run.shown
+    assert "Traceback" not in run.shown and "Error" not in run.shown, run.shown
+    assert seconds < SOON
+    assert contents(deep) == before
+    assert {path.name for path in tmp_path.rglob("*")} == {"work", "temporary"}
+
+
+# In a program.
+
+
+class SlowDisk:
+    """os.preadv, a little later."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+
+    def __call__(self, fd: int, buffers: Sequence[memoryview], offset: int, flags: int, /) -> int:
+        time.sleep(self._seconds)
+        return os.preadv(fd, buffers, offset, flags)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return Store.open(make_store(tmp_path_factory.mktemp("interrupt")))
+
+
+def streaming(store: Store, **fields: Any) -> Runtime:
+    """A runtime that streams most of the store in every pass."""
+    load, options = Load(1, 112, 8), {"dtype": "float32", "threads": 1, **fields}
+    with pytest.raises(BudgetError) as refused, Runtime(store, load, Options(ram=1 << 20, **options)):
+        pass
+    return Runtime(store, load, Options(ram=refused.value.smallest_bytes, **options))
+
+
+@contextlib.contextmanager
+def ctrl_c_after(seconds: float) -> Iterator[None]:
+    """Ctrl-C in the main thread `seconds` from now."""
+    main = threading.main_thread().ident
+    assert main is not None
+    timer = threading.Timer(seconds, signal.pthread_kill, (main, signal.SIGINT))
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
+
+
+@pytest.fixture(scope="module")
+def expected(store: Store) -> Sequence[Sequence[int]]:
+    with streaming(store) as runtime:
+        return run_greedy(runtime, PROMPT, STEPS).tokens
+
+
+@pytest.mark.parametrize("prefetch", [None, 0])
+@pytest.mark.parametrize("milliseconds", [0, 7, 30, 65, 110, 200])
+def test_the_runtime_can_be_used_again_after_ctrl_c(
+    store: Store, expected: Sequence[Sequence[int]], milliseconds: int, prefetch: int | None
+) -> None:
+    # The computation waits for the disk nearly all the time, or reads and computes in turn.
+    with streaming(store, preadv=SlowDisk(0.01), prefetch=prefetch) as runtime:
+        runtime.start_streaming()
+        for _ in range(2):
+            began = time.monotonic()
+            with pytest.raises(KeyboardInterrupt), ctrl_c_after(milliseconds / 1000):
+                run_greedy(runtime, PROMPT, 100)
+            assert time.monotonic() - began < SOON
+            assert "kv" not in runtime.arena.in_use
+        for _ in range(2):
+            assert run_greedy(runtime, PROMPT, STEPS, end=False).tokens == expected
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("tiered")]
+    assert runtime.arena.in_use == {}
+
+
+def test_ctrl_c_while_tables_are_read_leaves_the_runtime_usable(
+    store: Store, expected: Sequence[Sequence[int]]
+) -> None:
+    with streaming(store, preadv=SlowDisk(0.2)) as runtime:
+        with pytest.raises(KeyboardInterrupt), ctrl_c_after(0.05):
+            runtime.start_streaming()
+        assert run_greedy(runtime, PROMPT, 2).tokens[0] == expected[0][:2]
+
+
+def test_a_pass_that_another_thread_cancels_ends_as_interrupted(
+    store: Store, expected: Sequence[Sequence[int]]
+) -> None:
+    with streaming(store, preadv=SlowDisk(0.01)) as runtime:
+        timer = threading.Timer(0.2, runtime.cancel.set)
+        timer.start()
+        with pytest.raises(InterruptedRun):
+            run_greedy(runtime, PROMPT, 100)
+        timer.join()
+        assert run_greedy(runtime, PROMPT, STEPS).tokens == expected
