@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from tiered.cli.doctor import command
-from tiered.cli.examination import Examination, Fact
+from tiered.cli.findings import Examination, Fact
 from tiered.convert import ConvertOptions, convert_checkpoint
 from tiered.io import probe_mode
 from tiered.plan import hardware as machine

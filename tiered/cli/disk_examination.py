@@ -5,9 +5,10 @@ import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from tiered.bench import measure_raw
+from tiered.cli.findings import Examination, Fact, rate_fact
 from tiered.errors import ReadError, StoreError, TieredError
 from tiered.io import Arena, ReadMode, probe_mode
 from tiered.io.filesystem import free_nbytes, mount_of, probe_folder, queue_of
@@ -15,19 +16,14 @@ from tiered.io.modes import ProbeResult
 from tiered.io.scrub import read_manifest
 from tiered.units import GIB, MIB, format_size
 
-if TYPE_CHECKING:
-    from tiered.cli.examination import Examination, Fact
-
 MEMORY_NBYTES: Final = 64 * MIB
 TEST_NBYTES: Final = 256 * MIB
 _ENOUGH_NBYTES: Final = 64 * MIB
 """Files smaller than this are read in too short a time to say much about a disk."""
 
 
-def disk_facts(found: "Examination", path: Path, disk_test: bool) -> Iterable["Fact"]:
+def disk_facts(found: Examination, path: Path, disk_test: bool) -> Iterable[Fact]:
     """What lies below `path`, and how fast and in which way it can be read."""
-    from tiered.cli.examination import Fact
-
     yield Fact("path", str(path), str(path))
     if not path.exists():
         found.warnings.append(f"{path}: does not exist; pass a store, or the folder where one is to be")
@@ -63,9 +59,7 @@ def _block_files(path: Path) -> list[Path]:
     return [file for file in (path / info.path for info in manifest.files) if file.is_file()]
 
 
-def _queue(folder: Path) -> Iterable["Fact"]:
-    from tiered.cli.examination import Fact
-
+def _queue(folder: Path) -> Iterable[Fact]:
     try:
         queue = queue_of(folder)
     except TieredError as error:
@@ -80,9 +74,7 @@ def _queue(folder: Path) -> Iterable["Fact"]:
     yield Fact("queue requests", str(queue.requests), queue.requests)
 
 
-def _mode(found: "Examination", probe: ProbeResult, kind: str) -> Iterable["Fact"]:
-    from tiered.cli.examination import Fact
-
+def _mode(found: Examination, probe: ProbeResult, kind: str) -> Iterable[Fact]:
     yield Fact("read mode", probe.mode.value, probe.mode.value)
     yield Fact("refused modes", "; ".join(probe.refused) or "none", list(probe.refused))
     if probe.mode is not ReadMode.DIRECT:
@@ -97,9 +89,7 @@ def _mode(found: "Examination", probe: ProbeResult, kind: str) -> Iterable["Fact
         )
 
 
-def _store_bandwidth(files: Sequence[Path], probe: ProbeResult) -> Iterable["Fact"]:
-    from tiered.cli.examination import rate_fact
-
+def _store_bandwidth(files: Sequence[Path], probe: ProbeResult) -> Iterable[Fact]:
     with Arena(MEMORY_NBYTES) as arena:
         slab = arena.borrow(MEMORY_NBYTES, "bandwidth")
         raw = measure_raw(files, slab.view, probe.mode is ReadMode.DIRECT)
@@ -112,10 +102,8 @@ def _store_bandwidth(files: Sequence[Path], probe: ProbeResult) -> Iterable["Fac
     yield rate_fact("bandwidth", raw.bytes_per_second, how)
 
 
-def _tested(folder: Path, probe: ProbeResult) -> Iterable["Fact"]:
+def _tested(folder: Path, probe: ProbeResult) -> Iterable[Fact]:
     """Write a temporary file, measure on it, remove it."""
-    from tiered.cli.examination import Fact, rate_fact
-
     if free_nbytes(folder) < TEST_NBYTES + GIB:
         yield Fact("disk test", f"left out: less than {format_size(TEST_NBYTES + GIB)} are free", None)
         return

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from tiered.cli.examination import Examination
+    from tiered.cli.findings import Examination
 
 
 @click.command("doctor")

@@ -7,71 +7,22 @@ examination. A probe that fails says why in its place; it never ends the examina
 import importlib.metadata
 import platform
 import resource
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
+from tiered.cli.disk_examination import disk_facts
+from tiered.cli.findings import Examination, Fact, plain_fact, size_fact
 from tiered.plan import available_budget, memory_limits
 from tiered.plan import hardware as machine
-from tiered.units import format_rate, format_size
+from tiered.units import format_size
 
 PACKAGES: Final = ("torch", "transformers", "safetensors", "numpy")
 _AMX: Final = ("amx_tile", "amx_bf16", "amx_int8")
 
 
-@dataclass(frozen=True)
-class Fact:
-    """One line: what it is called, how a person reads it, and the same for a program."""
-
-    label: str
-    text: str
-    value: Any
-
-
-@dataclass(frozen=True)
-class Off:
-    """A feature that this machine or version does not use."""
-
-    feature: str
-    why: str
-    turn_on: str
-
-
-@dataclass
-class Examination:
-    """What was found, in the order it was looked for."""
-
-    sections: dict[str, list[Fact]] = field(default_factory=dict)
-    off: list[Off] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-
-    def switch_off(self, feature: str, why: str, turn_on: str) -> None:
-        self.off.append(Off(feature, why, turn_on))
-
-    def add(self, section: str, probe: Callable[["Examination"], Iterable[Fact]]) -> None:
-        """Run `probe` and keep what it yields; a failure becomes a fact."""
-        facts = self.sections.setdefault(section, [])
-        try:
-            facts.extend(probe(self))
-        except Exception as error:
-            # Anything may be odd on an odd machine, and an odd machine is what this command is for.
-            text = f"{type(error).__name__}: {error}"
-            facts.append(Fact(f"{section} probe failed", text, {"error": text}))
-
-    def to_json(self) -> dict[str, Any]:
-        sections = {
-            title: {fact.label.replace(" ", "_"): fact.value for fact in facts}
-            for title, facts in self.sections.items()
-        }
-        off = [{"feature": o.feature, "why": o.why, "turn_on": o.turn_on} for o in self.off]
-        return {**sections, "switched_off": off, "warnings": self.warnings}
-
-
 def examine(path: Path, disk_test: bool) -> Examination:
     """Look at everything; `path` is a store or a folder where one could be."""
-    from tiered.cli.disk_examination import disk_facts
-
     found = Examination()
     found.add("software", _software)
     found.add("cpu", _cpu)
@@ -84,12 +35,12 @@ def examine(path: Path, disk_test: bool) -> Examination:
 
 
 def _software(found: Examination) -> Iterable[Fact]:
-    yield _plain("tiered", importlib.metadata.version("tiered"))
-    yield _plain("python", platform.python_version())
-    yield _plain("kernel", platform.release())
+    yield plain_fact("tiered", importlib.metadata.version("tiered"))
+    yield plain_fact("python", platform.python_version())
+    yield plain_fact("kernel", platform.release())
     for package in PACKAGES:
         try:
-            yield _plain(package, importlib.metadata.version(package))
+            yield plain_fact(package, importlib.metadata.version(package))
         except importlib.metadata.PackageNotFoundError:
             found.warnings.append(f"{package} is not installed; install tiered with its dependencies")
             yield Fact(package, "not installed", None)
@@ -97,8 +48,8 @@ def _software(found: Examination) -> Iterable[Fact]:
 
 def _cpu(found: Examination) -> Iterable[Fact]:
     cpu = machine.cpu()
-    yield _plain("model", cpu.model)
-    yield _plain("architecture", cpu.architecture)
+    yield plain_fact("model", cpu.model)
+    yield plain_fact("architecture", cpu.architecture)
     yield Fact("processors", f"{cpu.allowed} of {cpu.present} may be used", cpu.allowed)
     yield Fact("features", " ".join(cpu.features) or "none of those asked about", list(cpu.features))
     yield Fact("missing features", " ".join(cpu.missing) or "none", list(cpu.missing))
@@ -143,7 +94,7 @@ def _why_slow() -> str:
 
 def _memory(found: Examination) -> Iterable[Fact]:
     for key in ("MemTotal", "MemAvailable"):
-        yield _size(key, machine.meminfo(key))
+        yield size_fact(key, machine.meminfo(key))
     limits = memory_limits()
     binding = min(limits, key=lambda limit: limit.available)
     values = {limit.name: limit.available for limit in limits}
@@ -171,7 +122,7 @@ def _swap(found: Examination) -> Iterable[Fact]:
 
 def _huge_pages(found: Examination) -> Iterable[Fact]:
     setting = machine.huge_pages()
-    yield _plain("huge pages", setting)
+    yield plain_fact("huge pages", setting)
     if setting == "never":
         found.switch_off(
             "huge pages",
@@ -181,7 +132,7 @@ def _huge_pages(found: Examination) -> Iterable[Fact]:
 
 
 def _cgroups(found: Examination) -> Iterable[Fact]:
-    yield _plain("version", machine.cgroup_version())
+    yield plain_fact("version", machine.cgroup_version())
     support = machine.cgroup_support()
     for way in support:
         yield Fact(way.method, "can be tried" if way.refusal is None else way.refusal, way.refusal is None)
@@ -201,16 +152,3 @@ def _gpu(found: Examination) -> Iterable[Fact]:
     yield Fact("used", "no: this version computes on the CPU only", False)
     why = "this version computes on the CPU only"
     found.switch_off("GPU", why if names else f"{why}, and torch sees none here", "a later version of tiered")
-
-
-def _plain(label: str, value: str) -> Fact:
-    return Fact(label, value, value)
-
-
-def _size(label: str, nbytes: int) -> Fact:
-    return Fact(label, format_size(nbytes), nbytes)
-
-
-def rate_fact(label: str, bytes_per_second: float, how: str) -> Fact:
-    """A measured bandwidth and how it was measured."""
-    return Fact(label, f"{format_rate(bytes_per_second)} ({how})", bytes_per_second)
