@@ -11,7 +11,7 @@ from tiered.model import Load
 from tiered.plan import Tier
 from tiered.runtime import Options, Runtime
 from tiered.store import Store
-from tiered.units import GIB, MIB
+from tiered.units import GIB
 
 MIXTURE = """
 name = "tiny-mixture"
@@ -38,7 +38,7 @@ def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return Store.open(path)
 
 
-@pytest.mark.parametrize("budget", [900 * MIB, 3 * GIB])
+@pytest.mark.parametrize("budget", [8 * GIB, 16 * GIB])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_needs_are_the_runtimes(store: Store, dtype: str, budget: int) -> None:
     load = Load(sequences=2, context=200, prompt=120)
