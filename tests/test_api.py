@@ -1,5 +1,6 @@
 """The Python API behaves as transformers documents its models, on weights that are streamed."""
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -175,3 +176,79 @@ def test_bad_arguments_and_stores_are_named(store: Path, tmp_path: Path) -> None
         pass
     with pytest.raises(ConfigError, match=r"with tiered\.load"):
         _ = tiered.load(store).model
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ([[-1]], "token -1 is not in the vocabulary"),
+        ([[4096]], "token 4096 is not in the vocabulary"),
+        ([5, 6], r"expected integers \[rows, tokens\]"),
+        ([[]], r"expected integers \[rows, tokens\]"),
+    ],
+)
+def test_ids_that_are_none_are_refused(loaded: LoadedModel, ids: list[Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        loaded.model(torch.tensor(ids))
+
+
+def test_a_sequence_longer_than_planned_is_refused_however_few_there_are(loaded: LoadedModel) -> None:
+    with pytest.raises(BudgetError, match="1 sequences of 300 tokens"):
+        loaded.model(torch.ones(1, 300, dtype=torch.long))
+
+
+def test_logits_that_do_not_fit_the_budget_are_refused(store: Path) -> None:
+    with (
+        pytest.raises(BudgetError, match="smallest") as refused,
+        tiered.load(store, ram="1MiB", dtype="float32", context=2000),
+    ):
+        pass
+    assert refused.value.smallest_bytes is not None
+    ids = torch.ones(1, 2000, dtype=torch.long)
+    with tiered.load(store, ram=refused.value.smallest_bytes, dtype="float32", context=2000) as loaded:
+        with pytest.raises(BudgetError, match="logits_to_keep"):
+            loaded.model(ids)
+        assert loaded.model(ids, logits_to_keep=1).logits.shape == (1, 1, 4096)
+
+
+def test_a_closed_model_says_so_and_can_be_opened_again(store: Path) -> None:
+    opened = tiered.load(store, context=64)
+    ids = torch.tensor([[5, 6]])
+    with opened:
+        model = opened.model
+        first = model(ids).logits
+    with pytest.raises(ConfigError, match="closed"):
+        model(ids)
+    with opened:
+        assert torch.equal(opened.model(ids).logits, first)
+
+
+def test_impossible_arguments_are_named(store: Path) -> None:
+    impossible: tuple[dict[str, Any], ...] = (
+        {"ram": 0},
+        {"threads": 0},
+        {"sequences": 0},
+        {"context": 0},
+        {"context": 99999},
+    )
+    for arguments in impossible:
+        name = next(iter(arguments))
+        with pytest.raises(ConfigError, match=name):
+            tiered.load(store, **arguments)
+
+
+def test_a_store_whose_configuration_was_changed_is_refused(store: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "changed.tiered"
+    shutil.copytree(store, copy)
+    config = copy / "config.json"
+    for change in ('"num_hidden_layers": 8', '"ffn_dim": 1024', '"vocab_size": 4096'):
+        config.write_text((store / "config.json").read_text().replace(change, change[:-1] + "5"))
+        with pytest.raises(StoreError, match=r"config\.json"), tiered.load(copy):
+            pass
+    (copy / "generation_config.json").write_text("{")
+    config.write_text((store / "config.json").read_text())
+    with pytest.raises(StoreError, match=r"generation_config\.json"), tiered.load(copy):
+        pass
+    (copy / "tokenizer.json").unlink()
+    with pytest.raises(StoreError, match="no tokenizer"), tiered.load(copy):
+        pass

@@ -217,6 +217,16 @@ def test_ctrl_c_while_tables_are_read_leaves_the_runtime_usable(
         assert run_greedy(runtime, PROMPT, 2).tokens[0] == expected[0][:2]
 
 
+def test_ctrl_c_while_tables_are_read_and_leaving_at_once_ends_every_thread(
+    store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(KeyboardInterrupt), streaming(store, preadv=SlowDisk(0.2)) as runtime, ctrl_c_after(0.05):
+        runtime.start_streaming()
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("tiered")]
+    assert runtime.arena.in_use == {}
+    assert not caplog.records
+
+
 def test_a_pass_that_another_thread_cancels_ends_as_interrupted(
     store: Store, expected: Sequence[Sequence[int]]
 ) -> None:

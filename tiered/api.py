@@ -16,7 +16,6 @@ from typing import Any, Final, NoReturn, Self
 
 import torch
 from transformers import (
-    AutoTokenizer,
     DynamicCache,
     GenerationConfig,
     GenerationMixin,
@@ -30,12 +29,13 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from tiered.arch import load_config
 from tiered.cache import kv_shape
 from tiered.errors import BudgetError, ConfigError, NotSupportedError
+from tiered.generate.tokenizer import load_generation_config, load_tokenizer
 from tiered.io import VerifyPolicy
-from tiered.model import Load, MicroBatch
+from tiered.model import Load, MicroBatch, check_token_ids
 from tiered.plan import available_budget, parse_tiers
 from tiered.runtime import Options, Runtime, compute_dtype
 from tiered.store import Store
-from tiered.units import parse_size
+from tiered.units import format_size, parse_size
 
 DEFAULT_CONTEXT: Final = 2048
 _KV_SHARE: Final = 1 / 8
@@ -60,8 +60,6 @@ def load(
 
     Raises StoreError, ConfigError, or, when the context is entered, BudgetError.
     """
-    if sequences < 1 or (context is not None and context < 1):
-        raise ConfigError(f"context {context} and sequences {sequences}: expected at least 1")
     opened = Store.open(store)
     budget = parse_size(ram) if isinstance(ram, str) else ram
     try:
@@ -70,13 +68,16 @@ def load(
         raise ConfigError(f"verify {verify!r}: expected first, always or never") from None
     options = Options(ram=budget, tiers=parse_tiers(tiers), dtype=dtype, threads=threads, verify=policy)
     config = load_config(opened.path)
-    tokens = context or _default_context(config, dtype, sequences, budget or available_budget())
+    limit = getattr(config, "max_position_embeddings", None)
+    if context is not None and limit is not None and context > limit:
+        raise ConfigError(f"context {context}: this model has positions for {limit}; ask for at most that many")
+    tokens = _default_context(config, dtype, sequences, budget or available_budget()) if context is None else context
     return LoadedModel(opened, config, Load(sequences, tokens), options)
 
 
 def _default_context(config: PretrainedConfig, dtype: str, sequences: int, budget: int) -> int:
     """As much context as is useful, possible for the model, and modest in memory."""
-    per_token = kv_shape(config, compute_dtype(dtype, config)).nbytes(sequences, 1)
+    per_token = kv_shape(config, compute_dtype(dtype, config)).nbytes(max(sequences, 1), 1)
     limit = getattr(config, "max_position_embeddings", None) or DEFAULT_CONTEXT
     return max(16, min(DEFAULT_CONTEXT, limit, int(budget * _KV_SHARE) // per_token))
 
@@ -93,8 +94,9 @@ class LoadedModel:
     def __enter__(self) -> Self:
         # Before the runtime measures what the process itself takes.
         _ = self.tokenizer
+        generation_config = load_generation_config(self._store)
         self.runtime.__enter__()
-        self._model = OffloadedModel(self._config, self.runtime)
+        self._model = OffloadedModel(self._config, self.runtime, generation_config)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
@@ -112,9 +114,7 @@ class LoadedModel:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The store's tokenizer."""
         if self._tokenizer is None:
-            self._tokenizer = AutoTokenizer.from_pretrained(
-                self._store.path, trust_remote_code=False, local_files_only=True
-            )
+            self._tokenizer = load_tokenizer(self._store)
         return self._tokenizer
 
 
@@ -126,12 +126,11 @@ class OffloadedModel(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
     _supports_attention_backend = True
 
-    def __init__(self, config: PretrainedConfig, runtime: Runtime) -> None:
+    def __init__(self, config: PretrainedConfig, runtime: Runtime, generation_config: GenerationConfig | None) -> None:
         super().__init__(config)
         self._runtime = runtime
-        path = runtime.store.path
-        if (path / "generation_config.json").is_file():
-            self.generation_config = GenerationConfig.from_pretrained(path)
+        if generation_config is not None:
+            self.generation_config = generation_config
         super().train(False)
 
     @property
@@ -154,16 +153,22 @@ class OffloadedModel(PreTrainedModel, GenerationMixin):
         counted = (b for b in blocks if not (exclude_embeddings and b.role == "embed"))
         return sum(store.layout(block).weight_count for block in counted)
 
-    def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         """transformers' own generate, after a look at whether what is asked for fits what `load` planned."""
         ids = inputs if inputs is not None else kwargs.get("input_ids")
-        config = kwargs.get("generation_config") or self.generation_config
+        config = generation_config or self.generation_config
         asked = {**config.to_dict(), **kwargs}
         new_tokens = asked.get("max_new_tokens")
         if isinstance(ids, torch.Tensor) and new_tokens is not None:
             copies = max(asked.get("num_beams") or 1, asked.get("num_return_sequences") or 1)
             self._check_room(ids.shape[0] * copies, ids.shape[1] + int(new_tokens) - 1)
-        return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]  # a protocol of private attributes
+        return super().generate(inputs, generation_config, *args, **kwargs)  # type: ignore[misc]  # a protocol of private attributes
 
     def forward(
         self,
@@ -180,11 +185,15 @@ class OffloadedModel(PreTrainedModel, GenerationMixin):
         Raises BudgetError where the KV cache would outgrow what `load` planned for, NotSupportedError for what
         offloaded weights cannot give (gradients, attention maps, hidden states).
         """
+        if not self._runtime.is_open:
+            raise ConfigError("the model is closed: use it inside 'with tiered.load(...) as loaded:'")
         self._refuse(input_ids, kwargs)
         assert input_ids is not None
         cache = past_key_values if past_key_values is not None else DynamicCache(config=self.config)
+        check_token_ids(input_ids, self._runtime.store.vocab_size)
         rows, tokens = input_ids.shape
         self._check_room(rows, int(cache.get_seq_length()) + tokens)
+        self._check_logits(rows, tokens, logits_to_keep)
         batch = MicroBatch(input_ids, cache, attention_mask, position_ids, logits_to_keep)
         parts = [batch] if _fits_one_pass(batch, self._runtime.rows_per_micro_batch) else self._split(batch)
         logits = [self._runtime.forward([part]).logits[0] for part in parts]
@@ -209,10 +218,24 @@ class OffloadedModel(PreTrainedModel, GenerationMixin):
 
     def _check_room(self, rows: int, tokens: int) -> None:
         load = self._runtime.load
-        if rows * tokens > load.sequences * load.context:
+        # Fewer sequences may not be longer: masks and scores are as wide as the context.
+        if rows > load.sequences or tokens > load.context:
             raise BudgetError(
                 f"{rows} sequences of {tokens} tokens: memory was set aside for {load.sequences} of {load.context}; "
                 "pass context= and sequences= to tiered.load (beams count as sequences)"
+            )
+
+    def _check_logits(self, rows: int, tokens: int, logits_to_keep: int | torch.Tensor) -> None:
+        """Logits of every position are the largest thing a forward can return: within the budget, or not at all."""
+        kept = min(tokens, logits_to_keep or tokens) if isinstance(logits_to_keep, int) else len(logits_to_keep)
+        vocab, plan = self._runtime.store.vocab_size, self._runtime.plan
+        # Twice: in pieces, and put together. The other half of the workspace is for what makes them.
+        nbytes = 2 * rows * kept * vocab * self.dtype.itemsize
+        reserve = plan.needs.workspace // 2 + plan.budget - plan.needs.total - plan.placement.nbytes
+        if kept > 1 and nbytes > reserve:
+            raise BudgetError(
+                f"logits of {kept} positions of {rows} sequences over {vocab} tokens take {format_size(nbytes)}, the "
+                f"budget leaves {format_size(reserve)}; pass logits_to_keep=, or a larger ram= to tiered.load"
             )
 
     def _refuse(self, input_ids: torch.Tensor | None, kwargs: dict[str, Any]) -> None:
@@ -238,6 +261,12 @@ class OffloadedModel(PreTrainedModel, GenerationMixin):
         self.to()
 
     def float(self, *args: Any) -> NoReturn:
+        self.to()
+
+    def double(self, *args: Any) -> NoReturn:
+        self.to()
+
+    def type(self, *args: Any) -> NoReturn:
         self.to()
 
     def half(self, *args: Any) -> NoReturn:

@@ -7,7 +7,6 @@ only waits, with a timeout, so that signals reach it.
 import asyncio
 import concurrent.futures
 import contextlib
-import logging
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -35,6 +34,8 @@ from tiered.model import (
     Pass,
     Recorder,
     activation_shape,
+    check_match,
+    check_token_ids,
 )
 from tiered.plan import (
     Plan,
@@ -45,8 +46,8 @@ from tiered.plan import (
     process_peak_rss_bytes,
     process_rss_bytes,
 )
-from tiered.store import CHUNK_NBYTES, PAGE, Store
-from tiered.stream import EmbeddingRows, Streamer
+from tiered.store import CHUNK_NBYTES, PAGE, BlockInfo, Store
+from tiered.stream import EmbeddingRows, Streamer, StreamThread
 from tiered.trace import Tracer
 from tiered.units import MIB
 
@@ -57,7 +58,6 @@ _GROWTH_NBYTES: Final = 24 * MIB
 _POLL_SECONDS: Final = 0.1
 
 T = TypeVar("T")
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,11 @@ class Options:
     keep_spans: bool = False
     read_mode: ReadMode | None = None
     preadv: Faults | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("ram", self.ram), ("threads", self.threads)):
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ConfigError(f"{name} {value!r}: expected a whole number above 0")
 
 
 def compute_dtype(name: str, config: PretrainedConfig) -> torch.dtype:
@@ -100,18 +105,21 @@ class Runtime:
         self.trace = Tracer(options.keep_spans)
         self.cancel = CancelFlag()
         self.passes = 0
+        self.is_open = False
         self._resources = contextlib.ExitStack()
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stream_thread: StreamThread | None = None
         self._streamer: Streamer | None = None
-        self._stop: asyncio.Event | None = None
 
     def __enter__(self) -> Self:
+        self.cancel.clear()
         with contextlib.ExitStack() as stack:
             self._build(stack)
             self._resources = stack.pop_all()
+        self.is_open = True
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.is_open = False
         self.cancel.set()
         self._resources.close()
 
@@ -124,6 +132,7 @@ class Runtime:
         config = load_config(self.store.path)
         self.dtype = compute_dtype(self.options.dtype, config)
         skeleton = build_skeleton(config, self.dtype)
+        check_match(self.store, skeleton)
         shape = activation_shape(skeleton, self.dtype)
         self.model = BoundModel(skeleton, self.dtype, self.cancel)
         recorder = Recorder(skeleton)
@@ -195,17 +204,29 @@ class Runtime:
 
         KeyboardInterrupt ends the pass within a panel of a linear layer; the runtime can be used again after it.
         """
+        for micro_batch in batch:
+            check_token_ids(micro_batch.input_ids, self.store.vocab_size)
         self.start_streaming()
-        assert self._loop is not None and self._streamer is not None
+        assert self._stream_thread is not None and self._streamer is not None
+        loop, streamer = self._stream_thread.loop, self._streamer
         self.passes += 1
-        end = self.passes - self._passes_before if is_last else None
-        self._loop.call_soon_threadsafe(self._streamer.end_after, end)
-        pass_ = self.engine.run_pass(list(batch), self._streamer, len(self.store.tape), on_block)
+        loop.call_soon_threadsafe(streamer.end_after, self.passes - self._passes_before if is_last else None)
+        begun, ended = threading.Event(), threading.Event()
+
+        async def run_pass() -> Pass:
+            begun.set()
+            try:
+                return await self.engine.run_pass(list(batch), streamer, len(self.store.tape), on_block)
+            finally:
+                ended.set()
+
         try:
-            return self._wait(asyncio.run_coroutine_threadsafe(pass_, self._loop))
+            return self._wait(asyncio.run_coroutine_threadsafe(run_pass(), loop))
         except BaseException as error:
             self.cancel.set()
-            # The compute thread is done with the interrupted block before the flag is lowered again.
+            # The flag is lowered again only when neither the pass nor the compute thread has anything left to do.
+            if begun.is_set():
+                ended.wait()
             self._compute.submit(lambda: None).result()
             self.cancel.clear()
             if isinstance(error, Exception):
@@ -222,6 +243,12 @@ class Runtime:
         """Sequences that are computed together at most."""
         return self.options.rows_per_chunk or self.workspace.rows
 
+    @property
+    def streamed_blocks(self) -> list[BlockInfo]:
+        """The blocks of the tape that are not resident."""
+        resident = self.plan.placement.resident
+        return [block for position, block in enumerate(self.store.tape) if position not in resident]
+
     def probe_read_mode(self) -> ReadMode:
         """How the store's files will be read, found out by reading a page of one."""
         return self.options.read_mode or probe_mode(self.store.file_path(self.store.tape[0])).mode
@@ -232,18 +259,18 @@ class Runtime:
             return
         self._passes_before = self.passes
         self.engine.rewind()
-        started: Future[None] = Future()
-        self._thread = threading.Thread(target=self._run_loop, args=(started,), name="tiered-loop", daemon=True)
-        self._thread.start()
-        self._wait(started)
+        self._stream_thread = StreamThread(self._load_tables, self._make_streamer)
+        try:
+            self._streamer = self._wait(self._stream_thread.ready)
+        except BaseException:
+            self.stop_streaming()
+            raise
 
     def stop_streaming(self) -> None:
         """End all reading ahead and wait for reads in flight. The next pass would start from the beginning."""
-        if self._streamer is None or self._loop is None or self._stop is None:
-            return
-        self._loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join()
-        self._streamer = self._loop = self._stop = None
+        thread, self._stream_thread, self._streamer = self._stream_thread, None, None
+        if thread is not None:
+            thread.stop()
 
     @property
     def bytes_read(self) -> int:
@@ -254,11 +281,6 @@ class Runtime:
     def disk_idle_seconds(self) -> float:
         """Seconds in which no read was queued or running."""
         return self.reader.idle_seconds
-
-    @property
-    def wait_seconds(self) -> float:
-        """Seconds the computation has waited for blocks."""
-        return self._streamer.wait_seconds if self._streamer is not None else 0.0
 
     def _wait(self, future: Future[T]) -> T:
         """The result of `future`, waited for in slices, because a signal is only seen between them."""
@@ -273,19 +295,8 @@ class Runtime:
             future.cancel()
             raise
 
-    def _run_loop(self, started: Future[None]) -> None:
-        try:
-            asyncio.run(self._serve(started))
-        except BaseException as error:
-            if started.done():
-                logger.exception("the scheduler ended with an error")
-            else:
-                started.set_exception(error)
-
-    async def _serve(self, started: Future[None]) -> None:
-        """The loop thread's one long-lived task: owns the streamer."""
-        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
-        streamer = Streamer(
+    def _make_streamer(self) -> Streamer:
+        return Streamer(
             self.store,
             self.plan.placement,
             self.reader,
@@ -294,23 +305,6 @@ class Runtime:
             self.trace,
             self.options.prefetch,
         )
-        await self._load_tables()
-        async with streamer:
-            self._streamer = streamer
-            started.set_result(None)
-            await self._stop.wait()
-        if not self.cancel.is_set:
-            await self._finish_reads()
-
-    async def _finish_reads(self) -> None:
-        """Wait for reads that were running when they were cancelled: their memory is about to be used again."""
-        # All threads of the pool meet here, so each of them has ended what it did before.
-        meeting = threading.Barrier(READ_THREADS)
-
-        def meet() -> None:
-            meeting.wait()
-
-        await asyncio.gather(*(self.reader.call(meet) for _ in range(READ_THREADS)))
 
     async def _load_tables(self) -> None:
         """Read what stays in memory apart from blocks: outer tensors, embedding scales and zeros."""

@@ -1,6 +1,7 @@
 """Raw bandwidth: plain reads of whole files into the memory that was lent, and nowhere else."""
 
 import os
+import signal
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -151,3 +152,15 @@ def test_a_failing_read_names_the_file_it_was_of(
     monkeypatch.setattr("tiered.bench.raw.os.preadv", preadv)
     with pytest.raises(ReadError, match="small: cannot be read: Input/output error"):
         measure_raw(files, memory, False, 0.1)
+
+
+def test_an_interruption_ends_the_reads_before_files_and_memory_are_taken_back(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(4 * MIB))
+    timer = threading.Timer(0.05, signal.raise_signal, [signal.SIGINT])
+    timer.start()
+    # A read that went on after its file was closed would fail in its thread, which fails this test.
+    with pytest.raises(KeyboardInterrupt):
+        measure_raw([path], memoryview(bytearray(16 * MIB)), direct=False, seconds=5.0)
+    timer.join()
+    assert not [t for t in threading.enumerate() if t is not threading.main_thread() and not t.daemon]

@@ -109,3 +109,10 @@ def test_the_bar_shows_speed_and_time_left(monkeypatch: pytest.MonkeyPatch) -> N
     clock.now = 2.0
     text = rate.describe(ConvertProgress("layer-000", 3 * 10**9, 5 * 10**9, 10**9))
     assert "1.00 GB/s" in text and "2.0 s left" in text
+
+
+def test_options_for_the_hub_are_refused_for_a_folder(tmp_path: Path) -> None:
+    for option in (["--revision", "main"], ["--delete-downloads"]):
+        result = CliRunner().invoke(command, [str(TRAINED), "-o", str(tmp_path / "out"), *option])
+        assert isinstance(result.exception, ConfigError)
+        assert "local folder" in str(result.exception)

@@ -218,6 +218,7 @@ def test_chat_applies_the_template(store: Path, tmp_path: Path) -> None:
         (("--stop", ""), ("--stop",)),
         (("--temperature", "-1"), ("temperature -1",)),
         (("--top-p", "0"), ("top-p 0",)),
+        (("--top-p", "0.9"), ("--temperature",)),
         (("-n", "0"), ("-n",)),
         (("-n", "3000"), ("2048", "--max-new-tokens")),
         (("--prompt-tokens", "10"), ("--prompt-tokens", "drop -p")),

@@ -36,6 +36,13 @@ class RawBandwidth:
     """By the whole sweep."""
 
 
+@dataclass(frozen=True)
+class _File:
+    path: str
+    fd: int
+    nbytes: int
+
+
 def measure_raw(files: Sequence[Path], memory: memoryview, direct: bool, seconds: float = SECONDS_EACH) -> RawBandwidth:
     """Sweep over `files`, reading into `memory` (page-aligned). `direct` reads with O_DIRECT.
 
@@ -44,57 +51,65 @@ def measure_raw(files: Sequence[Path], memory: memoryview, direct: bool, seconds
     best = RawBandwidth(0.0, 0, 0, 0)
     total = 0
     flags = os.O_RDONLY | os.O_CLOEXEC | (os.O_DIRECT if direct else 0)
-    descriptors: list[tuple[int, int]] = []
+    opened: list[_File] = []
     try:
         for path in dict.fromkeys(files):
             fd = os.open(path, flags)
-            descriptors.append((fd, os.fstat(fd).st_size))
-        largest = max(size for _, size in descriptors)
+            opened.append(_File(str(path), fd, os.fstat(fd).st_size))
+        largest = max(file.nbytes for file in opened)
         turn = itertools.count()
         for block, threads in itertools.product(BLOCK_SIZES, THREADS):
             piece = min(block, largest)
             if piece * threads > memory.nbytes:
                 continue
-            rate, nbytes = _run(descriptors, memory, piece, threads, seconds, next(turn))
+            rate, nbytes = _run(opened, memory, piece, threads, seconds, next(turn))
             total += nbytes
             if rate > best.bytes_per_second:
                 best = RawBandwidth(rate, piece, threads, 0)
     except OSError as error:
         raise ReadError(f"{error.filename or files[0]}: cannot be read: {error.strerror}") from error
     finally:
-        for fd, _ in descriptors:
-            os.close(fd)
+        for file in opened:
+            os.close(file.fd)
     return RawBandwidth(best.bytes_per_second, best.block_nbytes, best.threads, total)
 
 
 def _run(
-    files: Sequence[tuple[int, int]], memory: memoryview, piece: int, threads: int, seconds: float, turn: int
+    files: Sequence[_File], memory: memoryview, piece: int, threads: int, seconds: float, turn: int
 ) -> tuple[float, int]:
     """Bytes per second and bytes of one combination; `turn` makes each start elsewhere in the files."""
-    pieces = [(fd, start) for fd, size in files for start in range(0, max(size - piece, 0) + 1, piece)]
+    pieces = [(file, start) for file in files for start in range(0, max(file.nbytes - piece, 0) + 1, piece)]
     position = itertools.count(turn * len(pieces) // (len(BLOCK_SIZES) * len(THREADS)))
     lap = memory.nbytes // (piece * threads)
     counts, errors = [0] * threads, list[OSError]()
     deadline = time.perf_counter() + seconds
+    stopped = threading.Event()
 
     def read(worker: int) -> None:
         try:
             for number in itertools.count():
-                if time.perf_counter() >= deadline:
+                if stopped.is_set() or time.perf_counter() >= deadline:
                     return
-                fd, start = pieces[next(position) % len(pieces)]
+                file, start = pieces[next(position) % len(pieces)]
                 place = (number % lap * threads + worker) * piece
-                counts[worker] += os.preadv(fd, [memory[place : place + piece]], start)
+                counts[worker] += os.preadv(file.fd, [memory[place : place + piece]], start)
         except OSError as error:
-            error.filename = str(Path(f"/proc/self/fd/{fd}").readlink())
+            error.filename = file.path
             errors.append(error)
 
     workers = [threading.Thread(target=read, args=(worker,)) for worker in range(threads)]
     began = time.perf_counter()
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
+    try:
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+    finally:
+        # An interruption ends the wait, not the reads: the caller is about to take back files and memory.
+        stopped.set()
+        for worker in workers:
+            if worker.ident is not None:
+                worker.join()
     if errors:
         raise errors[0]
     return sum(counts) / (time.perf_counter() - began), sum(counts)

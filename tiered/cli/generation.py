@@ -7,13 +7,14 @@ from typing import Any
 
 import click
 import torch
-from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from tiered.arch import load_config
 from tiered.bench import measure_raw
 from tiered.cli.screen import StatusLine, TextWriter
-from tiered.errors import ConfigError, StoreError
+from tiered.errors import ConfigError
 from tiered.generate import Report, Sampler, SamplingParams, Sequence, Surroundings, generate, make_report
+from tiered.generate.tokenizer import load_generation_config, load_tokenizer
 from tiered.io import ReadMode, VerifyPolicy
 from tiered.model import Load
 from tiered.plan import parse_tiers, process_peak_rss_bytes
@@ -86,6 +87,8 @@ def run(request: Request) -> dict[str, Any]:
         prefetch=request.prefetch,
         keep_spans=request.trace_path is not None,
     )
+    if sampling.temperature == 0 and (sampling.top_k, sampling.top_p, sampling.min_p) != (0, 1.0, 0.0):
+        raise ConfigError("--top-k, --top-p and --min-p choose what to sample from: add --temperature, such as 0.7")
     if "" in request.stops:
         raise ConfigError("--stop: expected some text, found none")
     if request.trace_path is not None:
@@ -93,7 +96,7 @@ def run(request: Request) -> dict[str, Any]:
     store = Store.open(request.store)
     # Before the tokenizer, which reads it too and would be blamed for it.
     config = load_config(store.path)
-    tokenizer = _load_tokenizer(store)
+    tokenizer = load_tokenizer(store)
     prompts = _encode(request, store, tokenizer)
     eos = frozenset() if request.ignore_eos else _eos_ids(store, tokenizer)
     sequences = [
@@ -148,7 +151,6 @@ def _generate(request: Request, runtime: Runtime, sequences: list[Sequence]) -> 
             writer.update()
 
         generation = generate(runtime, sequences, runtime.rows_per_micro_batch, on_tokens, status.on_block)
-        waited, idle = runtime.wait_seconds, generation.decode_disk_idle_seconds
         after = _Counters.now()
         runtime.stop_streaming()
         if measure:
@@ -157,13 +159,13 @@ def _generate(request: Request, runtime: Runtime, sequences: list[Sequence]) -> 
     around = Surroundings(
         plan=runtime.plan,
         tape_file_bytes=runtime.store.tape_nbytes,
+        streamed_file_bytes=sum(block.file.nbytes for block in runtime.streamed_blocks),
         raw_disk_bandwidth=max(raw) if raw else None,
         bytes_read=runtime.bytes_read,
         bytes_read_kernel=None if after.read is None or before.read is None else after.read - before.read,
         bytes_written=None if after.written is None or before.written is None else after.written - before.written,
         peak_rss_bytes=process_peak_rss_bytes(),
-        compute_wait_seconds=waited,
-        disk_wait_seconds=idle,
+        disk_wait_seconds=generation.decode_disk_idle_seconds,
         read_mode=runtime.reader.mode.value if runtime.reader.mode is not None else "nothing read",
         synthetic=runtime.store.manifest.synthetic,
     )
@@ -172,19 +174,9 @@ def _generate(request: Request, runtime: Runtime, sequences: list[Sequence]) -> 
 
 def _measure(runtime: Runtime) -> float:
     """Raw bandwidth of the files that are streamed, in bytes per second."""
-    tape = runtime.store.tape
-    files = [runtime.store.file_path(b) for i, b in enumerate(tape) if i not in runtime.plan.placement.resident]
+    files = [runtime.store.file_path(block) for block in runtime.streamed_blocks]
     direct = runtime.probe_read_mode() is ReadMode.DIRECT
     return measure_raw(files, runtime.scratch_memory(), direct).bytes_per_second
-
-
-def _load_tokenizer(store: Store) -> PreTrainedTokenizerBase:
-    try:
-        return AutoTokenizer.from_pretrained(store.path, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise StoreError(
-            f"{store.path}: its tokenizer cannot be loaded ({error}); copy the model's tokenizer files into the store"
-        ) from error
 
 
 def _encode(request: Request, store: Store, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
@@ -214,9 +206,8 @@ def _apply_chat(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
 
 def _eos_ids(store: Store, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Every token that ends a text, by the generation configuration, else by the tokenizer."""
-    found: Any = None
-    if (store.path / "generation_config.json").is_file():
-        found = GenerationConfig.from_pretrained(store.path).eos_token_id
+    config = load_generation_config(store)
+    found: Any = None if config is None else config.eos_token_id
     if found is None:
         found = tokenizer.eos_token_id
     return frozenset(found if isinstance(found, Items) else [found] if found is not None else [])

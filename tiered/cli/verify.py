@@ -40,21 +40,22 @@ def command(store: Path, threads: int, as_json: bool) -> None:
             task = bar.add_task(store.name, total=total)
             report = scrub(store, manifest, threads, lambda done: bar.update(task, completed=done))
     if as_json:
-        click.echo(json.dumps({"store": str(store), **report.to_json()}, indent=2))
+        click.echo(json.dumps({"store": str(store), "synthetic": manifest.synthetic, **report.to_json()}, indent=2))
     else:
         for finding in report.findings:
             click.echo(str(finding))
-        for line in _closing(report):
+        for line in _closing(report, manifest.synthetic):
             click.echo(line)
     _raise_for(store, report)
 
 
-def _closing(report: "ScrubReport") -> list[str]:
+def _closing(report: "ScrubReport", synthetic: bool) -> list[str]:
     lines = [
         f"{report.files} files, {report.chunks} chunks: {format_size(report.bytes_read)} read in "
         f"{format_seconds(report.seconds)}, {format_rate(report.bytes_per_second)}, "
         f"{report.read_mode or 'nothing could be read'}"
     ]
+    lines += ["synthetic weights: a benchmark, not a language model"] if synthetic else []
     lines += [f"not read with {refusal}" for refusal in report.refused]
     if not report.findings:
         lines.append("every checksum is right")

@@ -23,6 +23,8 @@ def open_checkpoint(place: Folder | HubId, options: ConvertOptions, ledger: Ledg
     if isinstance(place, Folder):
         if state_of(place.path) in ("finished", "unfinished"):
             raise ConfigError(f"{place.path}: a tiered store; pass the checkpoint to convert")
+        if options.revision is not None or options.delete_downloads:
+            raise ConfigError(f"{place.path}: a local folder; --revision and --delete-downloads are for hub ids")
         files: WeightFiles = LocalFiles(place.path)
         config = load_config(place.path)
     else:

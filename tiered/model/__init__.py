@@ -1,7 +1,8 @@
 """transformers' graph, our weights: offloaded linears, the recorder, the engine."""
 
 from tiered.model.bind import BoundModel, OffloadedLinear
-from tiered.model.engine import Engine, MicroBatch, OnBlock, Pass
+from tiered.model.engine import Engine, MicroBatch, OnBlock, Pass, check_token_ids
+from tiered.model.match import check_match
 from tiered.model.needs import Footprint, Load, activation_shape
 from tiered.model.record import Recorder
 
@@ -16,4 +17,6 @@ __all__ = [
     "Pass",
     "Recorder",
     "activation_shape",
+    "check_match",
+    "check_token_ids",
 ]

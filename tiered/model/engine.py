@@ -18,6 +18,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from tiered.cache import PositionCache
+from tiered.errors import ConfigError
 from tiered.kernels import CancelFlag
 from tiered.model.bind import BoundModel
 from tiered.model.record import LayerCall, Recorder
@@ -210,6 +211,18 @@ class Engine:
                 pieces = [self._recorder.replay(part) for part in hidden.split(step, dim=1)]
                 logits.append(torch.cat(pieces, dim=1) if len(pieces) > 1 else pieces[0])
         return tuple(logits)
+
+
+def check_token_ids(input_ids: torch.Tensor, vocab: int) -> None:
+    """Refuse what is not [rows, tokens] of ids below `vocab`: rows of the embedding are read by number."""
+    if input_ids.ndim != 2 or 0 in input_ids.shape or input_ids.is_floating_point():
+        raise ConfigError(
+            f"input_ids: expected integers [rows, tokens], found {input_ids.dtype} {list(input_ids.shape)}"
+        )
+    least, most = int(input_ids.min()), int(input_ids.max())
+    if least < 0 or most >= vocab:
+        wrong = least if least < 0 else most
+        raise ConfigError(f"input_ids: token {wrong} is not in the vocabulary, which has tokens 0 to {vocab - 1}")
 
 
 def _keep(hidden: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 
 from tiered.arch import Skeleton
 from tiered.cache import KVShape
-from tiered.errors import BudgetError
+from tiered.errors import BudgetError, ConfigError
 from tiered.kernels import scratch_nbytes
 from tiered.plan import Needs, Plan, Shape, Tier, Workspace, make_plan, workspace_for
 from tiered.plan.fits import smallest_budget
@@ -34,6 +34,11 @@ class Load:
     """Tokens per sequence, prompt and completion together."""
     prompt: int = 0
     """Longest prompt; 0: as long as the context."""
+
+    def __post_init__(self) -> None:
+        for name, value in (("sequences", self.sequences), ("context", self.context)):
+            if not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name} {value!r}: expected a whole number above 0")
 
     @property
     def tokens(self) -> int:

@@ -3,5 +3,6 @@
 from tiered.stream.embedding import EmbeddingRows
 from tiered.stream.ring import Ring
 from tiered.stream.streamer import LoadedBlock, Streamer
+from tiered.stream.thread import StreamThread
 
-__all__ = ["EmbeddingRows", "LoadedBlock", "Ring", "Streamer"]
+__all__ = ["EmbeddingRows", "LoadedBlock", "Ring", "StreamThread", "Streamer"]

@@ -1,0 +1,35 @@
+"""Whether a store's blocks are those of the model that its config.json describes, asked before anything is read."""
+
+from tiered.arch import Skeleton
+from tiered.errors import StoreError
+from tiered.store import Store
+
+
+def check_match(store: Store, skeleton: Skeleton) -> None:
+    """Compare names and shapes of every block's tensors with the graph's; `skeleton` must be as built.
+
+    Raises StoreError, which names the first difference.
+    """
+    config = store.path / "config.json"
+    for expected in skeleton.blocks():
+        if not expected.parameters:
+            continue
+        block = store.blocks.get(expected.name)
+        if block is None:
+            raise StoreError(f"{config}: describes a block {expected.name!r} that the store lacks; {_REMEDY}")
+        wanted = {p.name.removeprefix(expected.prefix): p.shape for p in expected.parameters}
+        found = {
+            name.removeprefix(block.prefix): tuple(weight.shape) for name, weight in store.layout(block).weights.items()
+        }
+        for name in sorted(wanted.keys() | found.keys()):
+            if wanted.get(name) != found.get(name):
+                raise StoreError(
+                    f"{config}: describes {name!r} of block {expected.name} as {wanted.get(name, 'absent')}, "
+                    f"{block.file.path} holds {found.get(name, 'none')}; {_REMEDY}"
+                )
+    layers = sum(block.role == "layer" for block in store.tape)
+    if layers != len(skeleton.layers):
+        raise StoreError(f"{config}: describes {len(skeleton.layers)} layers, the store has {layers}; {_REMEDY}")
+
+
+_REMEDY = "config.json has been changed since the conversion: put it back, or convert the model again"

@@ -1,0 +1,68 @@
+"""The loop thread: an event loop in a thread of its own, with one long-lived task that owns the streamer."""
+
+import asyncio
+import contextlib
+import logging
+import threading
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Future
+
+from tiered.errors import InterruptedRun
+from tiered.stream.streamer import Streamer
+
+logger = logging.getLogger(__name__)
+
+
+class StreamThread:
+    """Runs `prepare`, then keeps a streamer open until `stop`. Each object starts and stops once."""
+
+    def __init__(self, prepare: Callable[[], Awaitable[None]], make_streamer: Callable[[], Streamer]) -> None:
+        self._prepare, self._make_streamer = prepare, make_streamer
+        self.ready: Future[Streamer] = Future()
+        """The open streamer, or why there is none."""
+        # Whoever waits for it may give up; that must not make the thread's own answer an error.
+        self.ready.set_running_or_notify_cancel()
+        self._running = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="tiered-loop", daemon=True)
+        self._thread.start()
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """For `run_coroutine_threadsafe`, once `ready`."""
+        return self._loop
+
+    def stop(self) -> None:
+        """End all reading, whether the streamer is open yet or not, and wait until nothing runs any more."""
+        self._running.wait()
+        # A loop that has ended by itself cannot be called any more; `ready` says why it has.
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._end)
+        self._thread.join()
+
+    def _end(self) -> None:
+        """In the loop: let the open streamer close, or cancel the preparation."""
+        if self.ready.done():
+            self._stop.set()
+        else:
+            self._task.cancel()
+
+    def _run(self) -> None:
+        try:
+            asyncio.run(self._serve())
+        except asyncio.CancelledError:
+            self.ready.set_exception(InterruptedRun("interrupted"))
+        except BaseException as error:
+            if self.ready.done():
+                logger.exception("the scheduler ended with an error")
+            else:
+                self.ready.set_exception(error)
+
+    async def _serve(self) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._task, self._loop, self._stop = task, asyncio.get_running_loop(), asyncio.Event()
+        self._running.set()
+        await self._prepare()
+        async with self._make_streamer() as streamer:
+            self.ready.set_result(streamer)
+            await self._stop.wait()
