@@ -23,6 +23,8 @@ from tiered.model import Load
 from tiered.runtime import Options, Runtime
 from tiered.store import Store
 
+pytestmark = pytest.mark.usefixtures("steady_baseline")
+
 LAYER = "blocks/layer-003.safetensors"
 EMBED = "blocks/embed.safetensors"
 OUTER = "blocks/outer.safetensors"

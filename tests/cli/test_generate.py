@@ -21,6 +21,8 @@ from tiered.runtime import Options, Runtime
 from tiered.store import Store
 from tiered.units import MIB, parse_size
 
+pytestmark = pytest.mark.usefixtures("steady_baseline")
+
 PROMPTS = ("To install the package, run", "The function returns", "def main():\n")
 FLOAT32 = ("--dtype", "float32")
 QUIET = ("--no-measure",)

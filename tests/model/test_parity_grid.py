@@ -34,13 +34,7 @@ SPLITS: Final = ((1, 1), (1, 5), (2, 5), (1, None), (2, None))
 """Prompts per micro-batch, and rows per chunk."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def steady_baseline() -> None:
-    """Raise this process's peak, which every plan begins with, above what the tests will reach.
-
-    The blocks of tiny models are smaller than the noise in the size of a process that imports and compares.
-    """
-    torch.ones(512 * MIB, dtype=torch.uint8)
+pytestmark = pytest.mark.usefixtures("steady_baseline")
 
 
 def plan_of(store: Store, **options: Any) -> Plan:
