@@ -31,7 +31,7 @@ from tiered.cache import kv_shape
 from tiered.errors import BudgetError, ConfigError, NotSupportedError
 from tiered.generate.tokenizer import load_generation_config, load_tokenizer
 from tiered.io import VerifyPolicy
-from tiered.model import Load, MicroBatch, check_token_ids
+from tiered.model import Load, MicroBatch, check_token_ids, keep_positions, slice_mask
 from tiered.plan import available_budget, parse_tiers
 from tiered.runtime import Options, Runtime, compute_dtype
 from tiered.store import Store
@@ -198,7 +198,7 @@ class OffloadedModel(PreTrainedModel, GenerationMixin):
         parts = [batch] if _fits_one_pass(batch, self._runtime.rows_per_micro_batch) else self._split(batch)
         logits = [self._runtime.forward([part]).logits[0] for part in parts]
         # Only separate passes come in parts, and those keep every position they computed until here.
-        whole = logits[0] if len(parts) == 1 else _keep(torch.cat(logits, dim=1), logits_to_keep)
+        whole = logits[0] if len(parts) == 1 else keep_positions(torch.cat(logits, dim=1), logits_to_keep)
         return CausalLMOutputWithPast(logits=whole, past_key_values=cache if use_cache is not False else None)
 
     def _split(self, batch: MicroBatch) -> list[MicroBatch]:
@@ -209,10 +209,8 @@ class OffloadedModel(PreTrainedModel, GenerationMixin):
         parts = []
         for start in range(0, tokens, step):
             stop = min(start + step, tokens)
-            mask, positions = batch.attention_mask, batch.position_ids
-            if mask is not None:
-                mask = mask[:, :, start:stop, : past + stop] if mask.ndim == 4 else mask[:, : past + stop]
-            positions = None if positions is None else positions[:, start:stop]
+            mask = slice_mask(batch.attention_mask, past, start, stop)
+            positions = None if batch.position_ids is None else batch.position_ids[:, start:stop]
             parts.append(MicroBatch(batch.input_ids[:, start:stop], batch.cache, mask, positions, 0))
         return parts
 
@@ -320,8 +318,3 @@ def _fits_one_pass(batch: MicroBatch, rows_per_chunk: int) -> bool:
     return all(type(layer) is DynamicLayer for layer in batch.cache.layers) and not isinstance(
         batch.attention_mask, dict
     )
-
-
-def _keep(logits: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
-    index = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-    return logits[:, index]

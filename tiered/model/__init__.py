@@ -1,7 +1,7 @@
 """transformers' graph, our weights: offloaded linears, the recorder, the engine."""
 
 from tiered.model.bind import BoundModel, OffloadedLinear
-from tiered.model.engine import Engine, MicroBatch, OnBlock, Pass, check_token_ids
+from tiered.model.engine import Engine, MicroBatch, OnBlock, Pass, check_token_ids, keep_positions, slice_mask
 from tiered.model.match import check_match
 from tiered.model.needs import Footprint, Load, activation_shape
 from tiered.model.record import Recorder
@@ -19,4 +19,6 @@ __all__ = [
     "activation_shape",
     "check_match",
     "check_token_ids",
+    "keep_positions",
+    "slice_mask",
 ]

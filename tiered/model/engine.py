@@ -9,7 +9,7 @@ keys of the earlier ones in the cache. So a long prompt costs one pass, and acti
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -41,8 +41,6 @@ class MicroBatch:
     position_ids: torch.Tensor | None = None  # [rows, tokens]
     logits_to_keep: int | torch.Tensor = 1
     """How many of the last positions need logits (0: all), or which."""
-    extra: Mapping[str, Any] | None = None
-    """Further keyword arguments for the model's forward."""
 
 
 @dataclass(frozen=True)
@@ -181,11 +179,10 @@ class Engine:
             _last_positions(batch, past),
             inputs_embeds=embedded,
             # Untouched where possible: a preallocating cache wants masks wider than what is filled.
-            attention_mask=batch.attention_mask if whole else _slice_mask(batch.attention_mask, past, start, stop),
+            attention_mask=batch.attention_mask if whole else slice_mask(batch.attention_mask, past, start, stop),
             position_ids=None if position_ids is None else position_ids[:, start:stop],
             past_key_values=cache,
             use_cache=True,
-            **(batch.extra or {}),
         )
         if whole:
             return recording.hidden, recording.calls
@@ -206,7 +203,9 @@ class Engine:
         with self._model.lend(self._model.head, block.weights()):
             for number, micro_batch in enumerate(batch):
                 parts = [chunk.hidden for chunk in chunks if chunk.micro_batch == number]
-                hidden = _keep(torch.cat(parts, dim=1) if len(parts) > 1 else parts[0], micro_batch.logits_to_keep)
+                hidden = keep_positions(
+                    torch.cat(parts, dim=1) if len(parts) > 1 else parts[0], micro_batch.logits_to_keep
+                )
                 step = max(1, self._rows_per_chunk // hidden.shape[0])
                 pieces = [self._recorder.replay(part) for part in hidden.split(step, dim=1)]
                 logits.append(torch.cat(pieces, dim=1) if len(pieces) > 1 else pieces[0])
@@ -225,8 +224,8 @@ def check_token_ids(input_ids: torch.Tensor, vocab: int) -> None:
         raise ConfigError(f"input_ids: token {wrong} is not in the vocabulary, which has tokens 0 to {vocab - 1}")
 
 
-def _keep(hidden: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
-    """The positions of hidden [rows, tokens, hidden] that need logits, as transformers selects them."""
+def keep_positions(hidden: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    """The positions of [rows, tokens, ...] that `logits_to_keep` means, as transformers selects them."""
     index = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
     return hidden[:, index]
 
@@ -238,12 +237,12 @@ def _last_positions(batch: MicroBatch, past: int) -> torch.Tensor:
     return batch.position_ids.amax(1)
 
 
-def _slice_mask(mask: Any, past: int, start: int, stop: int) -> Any:
+def slice_mask(mask: Any, past: int, start: int, stop: int) -> Any:
     """The part of an attention mask that concerns queries start..stop and the keys up to them."""
     if mask is None:
         return None
     if isinstance(mask, dict):
-        return {key: _slice_mask(value, past, start, stop) for key, value in mask.items()}
+        return {key: slice_mask(value, past, start, stop) for key, value in mask.items()}
     if mask.ndim == 4:
         return mask[:, :, start:stop, : past + stop]
     return mask[:, : past + stop]

@@ -5,7 +5,7 @@ The manifest is written last and atomically: a folder without one is an unfinish
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -98,7 +98,6 @@ class Manifest:
     """Random weights: good for benchmarks, not for text."""
     distinct_blocks: int | None = None
     """How many layer files there are where the manifest repeats them; None where every layer has its own."""
-    extra: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """The text of manifest.json; equal manifests give equal bytes."""
