@@ -6,11 +6,16 @@ with tiered.load("opt-6.7b.tiered", ram="4GiB") as loaded:
     ...
 """
 
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tiered.api import LoadedModel, load
     from tiered.errors import TieredError
+
+# Idle OpenMP threads of torch would spin for milliseconds after each operator, on the processors that the native
+# kernels and the readers need. OpenMP looks once, when it is loaded: before torch is imported, that is.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 __all__ = ["LoadedModel", "TieredError", "load"]
 

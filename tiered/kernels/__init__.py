@@ -1,6 +1,24 @@
-"""Linear layers straight from stored weights."""
+"""Computing straight from stored weights: native kernels, and the torch reference that they are tested against."""
 
+from tiered.kernels.attention import AttentionCall, CacheFormat, Pages, Plane, attention_reference, contiguous_pages
 from tiered.kernels.cancel import CancelFlag
-from tiered.kernels.linear import linear, scratch_nbytes
+from tiered.kernels.kernels import KERNEL_NAMES, Kernels, Mode, packed_row_nbytes, scratch_nbytes
+from tiered.kernels.library import Level, Library, load_library
 
-__all__ = ["CancelFlag", "linear", "scratch_nbytes"]
+__all__ = [
+    "KERNEL_NAMES",
+    "AttentionCall",
+    "CacheFormat",
+    "CancelFlag",
+    "Kernels",
+    "Level",
+    "Library",
+    "Mode",
+    "Pages",
+    "Plane",
+    "attention_reference",
+    "contiguous_pages",
+    "load_library",
+    "packed_row_nbytes",
+    "scratch_nbytes",
+]

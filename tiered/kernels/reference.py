@@ -1,9 +1,10 @@
-"""`linear(x, weight)` in plain torch: the reference for every native kernel, and the fallback without one.
+"""Every kernel in plain torch: the reference for the native ones, and the fallback where they cannot serve.
 
 Weights are used where they lie. What has to be widened (quantized codes, or another dtype than x) is widened in
 panels of rows, so scratch is bounded whatever the layer's size, and a panel's end is a place to stop.
 """
 
+from collections.abc import Callable
 from typing import Final
 
 import torch
@@ -30,28 +31,29 @@ def linear(
     weight: torch.Tensor | QuantizedWeight,
     bias: torch.Tensor | None = None,
     cancel: CancelFlag | None = None,
+    dequantize: Callable[[QuantizedWeight, int, int, torch.dtype], torch.Tensor] = QuantizedWeight.rows,
 ) -> torch.Tensor:
     """x [..., in] times weight [out, in] transposed, plus bias [out]: [..., out] in x's dtype.
 
-    `weight` may be of another dtype than x, or quantized. Raises InterruptedRun once `cancel` is set.
+    `weight` may be of another dtype than x, or quantized. Raises InterruptedRun once `cancel` is set. `dequantize`
+    makes panels as `QuantizedWeight.rows` does, and may be faster.
     """
     out, in_ = weight.shape
     widen = isinstance(weight, QuantizedWeight) or weight.dtype != x.dtype
     rows = max(1, PANEL_WEIGHTS // in_) if widen else max(1, DENSE_PANEL_NBYTES // (in_ * x.element_size()))
+
+    def panel(start: int, stop: int) -> torch.Tensor:
+        if isinstance(weight, QuantizedWeight):
+            return dequantize(weight, start, stop, x.dtype)
+        return weight[start:stop].to(x.dtype)
+
     if rows >= out:
-        return functional.linear(x, _panel(weight, 0, out, x.dtype), bias)
+        return functional.linear(x, panel(0, out), bias)
     y = x.new_empty((*x.shape[:-1], out))
     for start in range(0, out, rows):
         if cancel is not None:
             cancel.check()
         stop = min(start + rows, out)
         part = bias[start:stop] if bias is not None else None
-        y[..., start:stop] = functional.linear(x, _panel(weight, start, stop, x.dtype), part)
+        y[..., start:stop] = functional.linear(x, panel(start, stop), part)
     return y
-
-
-def _panel(weight: torch.Tensor | QuantizedWeight, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
-    """Rows start..stop of `weight`, as [rows, in] of `dtype`."""
-    if isinstance(weight, QuantizedWeight):
-        return weight.rows(start, stop, dtype)
-    return weight[start:stop].to(dtype)

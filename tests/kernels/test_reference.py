@@ -1,6 +1,5 @@
 """The reference kernel: what torch computes on the dequantized weight, in any panel size, and a place to stop."""
 
-import importlib
 import threading
 
 import pytest
@@ -11,18 +10,18 @@ from torch.nn import functional
 
 from tests.store.make import random_quantized
 from tiered.errors import InterruptedRun
-from tiered.kernels import CancelFlag, linear, scratch_nbytes
+from tiered.kernels import CancelFlag, reference
+from tiered.kernels.reference import linear, scratch_nbytes
 from tiered.quant import GroupScheme, QuantizedWeight, dequantize
 
 DTYPES = (torch.float32, torch.bfloat16)
-MODULE = importlib.import_module("tiered.kernels.linear")  # the package's attribute is the function
 
 
 @pytest.fixture
 def small_panels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Panels of a few rows, so that small weights have many."""
-    monkeypatch.setattr(MODULE, "PANEL_WEIGHTS", 1000)
-    monkeypatch.setattr(MODULE, "DENSE_PANEL_NBYTES", 4000)
+    monkeypatch.setattr(reference, "PANEL_WEIGHTS", 1000)
+    monkeypatch.setattr(reference, "DENSE_PANEL_NBYTES", 4000)
 
 
 def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
@@ -51,7 +50,7 @@ def test_quantized_weights_count_as_what_they_stand_for(
     bias = torch.randn(rows).to(dtype) if with_bias else None
     expected = functional.linear(x, dequantize(*codes, scheme, dtype), bias)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MODULE, "PANEL_WEIGHTS", panel)
+        patch.setattr(reference, "PANEL_WEIGHTS", panel)
         found = linear(x, QuantizedWeight(codes, scheme), bias)
     assert found.dtype == dtype and found.shape == expected.shape
     assert_close(found, expected)

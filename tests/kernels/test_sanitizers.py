@@ -1,0 +1,104 @@
+"""The native library under sanitizers, and on other processors: built with setup.py's own flags, beside a self-test.
+
+The self-test (native/) calls every entry of the C interface over levels, formats, tails and threads, with buffers that
+end exactly where the interface says, and compares with plain sums in double.
+"""
+
+import platform
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+SELF_TEST: Final = Path(__file__).with_name("native")
+# Checks at every load and store cost more than optimization gains, and compile many times faster without.
+SANITIZERS: Final = {
+    "address": ("-O0", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
+    "thread": ("-Og", "-g", "-fsanitize=thread"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("sanitizer", SANITIZERS)
+def test_no_sanitizer_finds_anything(build: Any, sanitizer: str, tmp_path: Path) -> None:
+    program = build.compiler()
+    if not program or shutil.which(program[0]) is None:
+        pytest.skip("no C++ compiler here")
+    flags = SANITIZERS[sanitizer]
+    skip_without(program, flags, tmp_path)
+    made = self_test(build, program, build.sources(), tmp_path, flags)
+    assert_passes([str(made), "20" if sanitizer == "thread" else "40"])
+
+
+@pytest.mark.slow
+def test_the_portable_kernels_are_right_on_arm(build: Any, tmp_path: Path) -> None:
+    compiler, emulator = "aarch64-linux-gnu-g++", "qemu-aarch64-static"
+    for name in (compiler, emulator):
+        if shutil.which(name) is None:
+            pytest.skip(f"no {name} here; Debian and Ubuntu: g++-aarch64-linux-gnu, qemu-user-static")
+    made = self_test(build, [compiler], build.sources("aarch64"), tmp_path, ("-O2", "-Werror"), "-static")
+    assert_passes([emulator, str(made), "20"])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="levels are of x86-64 only")
+def test_an_older_processor_meets_no_instruction_that_it_does_not_have(build: Any, tmp_path: Path) -> None:
+    program, emulator = build.compiler(), "qemu-x86_64-static"
+    if not program or shutil.which(program[0]) is None:
+        pytest.skip("no C++ compiler here")
+    made = self_test(build, program, build.sources(), tmp_path, ("-O0",))
+    for path in build.sources():
+        if build.level_of(path) in build.LEVEL_FLAGS:
+            # Of functions with such symbols the linker keeps one copy, which may be a level's, for all files.
+            assert not shared_symbols(tmp_path / f"{path.stem}.o")
+    if shutil.which(emulator) is None:
+        pytest.skip(f"no {emulator} here; Debian and Ubuntu: qemu-user-static")
+    assert "levels: 0\n" in assert_passes([emulator, "-cpu", "Nehalem", str(made), "6"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["g++", "clang++"])
+def test_compilers_have_nothing_to_warn_of(build: Any, name: str, tmp_path: Path) -> None:
+    if shutil.which(name) is None:
+        pytest.skip(f"no {name} here")
+    build.compile_all([name], build.sources(), tmp_path, "-fsyntax-only", "-Werror")
+
+
+def self_test(
+    build: Any, program: Sequence[str], sources: Sequence[Path], folder: Path, flags: Sequence[str], *link: str
+) -> Path:
+    """The program, of the library's sources and the self-test's."""
+    objects = build.compile_all(program, sources, folder, *flags)
+    include = f"-I{build.NATIVE}"
+    objects += build.compile_all(program, sorted(SELF_TEST.glob("*.cpp")), folder / "test", *flags, include)
+    made = folder / "selftest"
+    build.run([*program, *flags, *map(str, objects), "-pthread", *link, "-o", str(made)])
+    return made
+
+
+def skip_without(program: Sequence[str], flags: Sequence[str], folder: Path) -> None:
+    """Skip where an empty program cannot be built or run with `flags`: not every system has what they need."""
+    source, made = folder / "empty.cpp", folder / "empty"
+    source.write_text("int main() { return 0; }\n", encoding="utf-8")
+    for command in ([*program, *flags, str(source), "-o", str(made)], [str(made)]):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            pytest.skip(f"{' '.join(command)}: {done.stderr.strip()}")
+
+
+def shared_symbols(made: Path) -> list[str]:
+    """The weak and unique symbols of an object file."""
+    done = subprocess.run(["nm", "-C", "--defined-only", str(made)], capture_output=True, text=True, check=True)
+    return [line for line in done.stdout.splitlines() if line.split()[1] in ("W", "V", "u")]
+
+
+def assert_passes(command: Sequence[str]) -> str:
+    """Run the self-test; returns what it printed."""
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    assert "levels: 0" in done.stdout and "\n0 failures" in done.stdout
+    return done.stdout

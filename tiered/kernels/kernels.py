@@ -1,0 +1,230 @@
+"""`Kernels`: the operations on stored weights and caches, by the fastest means this machine has.
+
+In: tensors of torch and views of stored codes. Out: torch tensors. A runtime owns one `Kernels`, with its threads, and
+hands it to the modules that compute. Where the native library cannot serve (not built, another dtype or device), the
+torch reference does, with the same results up to rounding.
+"""
+
+import ctypes
+from enum import Enum
+from types import TracebackType
+from typing import Final, Literal, Self
+
+import torch
+
+from tiered.errors import ConfigError, InterruptedRun
+from tiered.kernels import quantize_native, reference
+from tiered.kernels.attention import AttentionCall, attention_reference
+from tiered.kernels.attention_native import NativeCall, serves
+from tiered.kernels.cancel import CancelFlag
+from tiered.kernels.library import Dtype, Format, Level, Library, Status, WeightArgument, load_library
+from tiered.quant import GroupScheme, QuantizedTensor, QuantizedWeight, quantize
+from tiered.quant.quantize import out_of_range
+
+_DTYPES: Final = {torch.bfloat16: Dtype.BF16, torch.float32: Dtype.F32}
+_DENSE_MULTIPLE: Final = 32
+"""`in` of an unquantized weight that the native kernels take."""
+
+
+class Mode(Enum):
+    """Which kernels may serve."""
+
+    INVARIANT = "invariant"
+    """A row's result is the same bits alone, in any batch, at any number of threads."""
+    FAST = "fast"
+    """The fastest for each number of rows, activations rounded to 8 bits per group included."""
+
+
+_THREAD_SCRATCH_NBYTES: Final = 2 << 20
+"""Of one native thread at most: sums of a panel of rows for 256 tokens, and widened weights."""
+_PACKED_NBYTES: Final = 4.5
+"""Per activation, while it is packed for a native kernel: float32 below AMX, or 16 bits, sums and rounded-up blocks."""
+
+
+def scratch_nbytes(threads: int) -> int:
+    """An upper bound on what a kernel holds besides its result and its packed activations."""
+    return max(reference.scratch_nbytes(), threads * _THREAD_SCRATCH_NBYTES)
+
+
+def packed_row_nbytes(in_features: int) -> int:
+    """An upper bound on what a kernel holds per row of activations besides its result."""
+    return int(in_features * _PACKED_NBYTES) + 4096
+
+
+KERNEL_NAMES: Final = ("auto", "torch", *(level.name.lower() for level in Level))
+"""What `Kernels(name=...)` knows: the best there is, the torch reference, or one instruction set."""
+
+
+class Kernels:
+    """Kernels with their threads. A context manager; leaving it ends the threads.
+
+    For one thread at a time. Raises ConfigError where `name` asks for what this machine cannot run.
+    """
+
+    def __init__(
+        self, threads: int, cancel: CancelFlag | None = None, mode: Mode = Mode.INVARIANT, name: str = "auto"
+    ) -> None:
+        if name not in KERNEL_NAMES:
+            raise ConfigError(f"kernels {name!r}: expected one of {', '.join(KERNEL_NAMES)}")
+        self.threads, self.mode = threads, mode
+        self.refusal: str | None = None
+        """Why the torch reference computes; None where the native library does."""
+        self.level: Level | None = None
+        self._cancel = cancel if cancel is not None else CancelFlag()
+        self._library: Library | None = None
+        self._context: int | None = None
+        library = "switched off by the name 'torch'" if name == "torch" else load_library()
+        if isinstance(library, str):
+            if name not in ("auto", "torch"):
+                raise ConfigError(f"kernels {name!r}: {library}")
+            self.refusal = library
+            return
+        level = library.best_level() if name == "auto" else Level[name.upper()]
+        refusal = library.refusal(level)
+        if refusal is not None:
+            raise ConfigError(f"kernels {name!r}: {refusal}; name another, or leave it to 'auto'")
+        self._context = library.tk_create(threads, int(level))
+        if self._context is None:
+            raise ConfigError(f"kernels: {threads} threads could not be started; lower --threads")
+        self._library, self.level = library, level
+
+    @property
+    def description(self) -> str:
+        """What computes, in a few words."""
+        by = "torch" if self.level is None else f"{self.level.name.lower()}, {self.mode.value}"
+        return f"{by}, {self.threads} thread{'' if self.threads == 1 else 's'}"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the threads and give their memory back; the torch reference serves afterwards."""
+        if self._library is not None and self._context is not None:
+            self._library.tk_destroy(self._context)
+        self._library = self._context = None
+        self.refusal = self.refusal or "closed"
+
+    def linear(
+        self, x: torch.Tensor, weight: torch.Tensor | QuantizedWeight, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """x [..., in] times weight [out, in] transposed, plus bias [out]: [..., out] in x's dtype.
+
+        `weight` may be of another dtype than x, or quantized. Raises InterruptedRun once the flag is set.
+        """
+        argument = self._native_weight(x, weight)
+        if argument is None:
+            return reference.linear(x, weight, bias, self._cancel, self.dequantize)
+        assert self._library is not None
+        out, in_ = weight.shape
+        rows = _rows(x, in_)
+        if bias is not None and bias.dtype not in _DTYPES:
+            bias = bias.to(torch.float32)
+        y = x.new_empty((*x.shape[:-1], out))
+        status = self._library.tk_linear(
+            self._context,
+            argument,
+            rows.data_ptr(),
+            rows.shape[0],
+            rows.stride(0),
+            None if bias is None else bias.data_ptr(),
+            Dtype.BF16 if bias is None else _DTYPES[bias.dtype],
+            y.data_ptr(),
+            out,
+            Dtype.BF16,
+            0 if self.mode is Mode.INVARIANT else 1,
+            self._cancel.address,
+        )
+        _check(status)
+        return y
+
+    def dequantize(self, weight: QuantizedWeight, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
+        """What `weight.rows` returns, bit for bit: rows start..stop as [stop - start, in] of `dtype`."""
+        if self._library is None or weight.codes.q.device.type != "cpu":
+            return weight.rows(start, stop, dtype)
+        rows = torch.empty(stop - start, weight.shape[1], dtype=dtype if dtype in _DTYPES else torch.float32)
+        argument = _quantized_argument(weight)
+        _check(
+            self._library.tk_dequantize(
+                self._context, argument, start, stop - start, rows.data_ptr(), _DTYPES[rows.dtype]
+            )
+        )
+        return rows.to(dtype)
+
+    def attention(self, call: AttentionCall) -> torch.Tensor:
+        """[sequences, q_len, q_heads, head_dim] in the query's dtype; 0 for queries that see no key.
+
+        With the native library a result is a function of its query and of the keys it sees, in their order, bit for
+        bit: padding, chunks, neighbours and other branches of a tree leave no trace. Raises InterruptedRun once the
+        flag is set.
+        """
+        if not self.serves_attention(call.query):
+            return attention_reference(call, self._cancel)
+        assert self._library is not None
+        out = torch.empty(call.query.shape, dtype=call.query.dtype)
+        native = NativeCall(call, out)
+        _check(self._library.tk_attention(self._context, ctypes.byref(native.arguments), self._cancel.address))
+        return out
+
+    def quantize(
+        self, weight: torch.Tensor, scheme: GroupScheme, *, clip: Literal["mse", "minmax"] = "mse", name: str = "weight"
+    ) -> QuantizedTensor:
+        """What `tiered.quant.quantize` returns, bit for bit, and raises. InterruptedRun once the flag is set."""
+        self._cancel.check()
+        weight = weight.detach()
+        if self._library is None or not quantize_native.serves(weight, scheme, clip):
+            return quantize(weight, scheme, clip=clip, name=name)
+        codes = quantize_native.empty_codes(weight, scheme)
+        arguments = quantize_native.arguments(weight, scheme, clip, codes)
+        status = self._library.tk_quantize(self._context, *arguments, self._cancel.address)
+        if status == Status.NOT_FINITE:
+            raise out_of_range(weight, scheme, name)
+        _check(status)
+        return codes
+
+    def quantizes(self, dtype: torch.dtype) -> bool:
+        """Whether `quantize` runs natively on weights of `dtype`, on all threads and without temporaries."""
+        return self._library is not None and dtype in quantize_native.DTYPES
+
+    def serves_attention(self, query: torch.Tensor) -> bool:
+        """Whether the native library computes attention for such queries [..., head_dim]; else the reference does."""
+        return self._library is not None and serves(self.level, query)
+
+    def _native_weight(self, x: torch.Tensor, weight: torch.Tensor | QuantizedWeight) -> WeightArgument | None:
+        """`weight` as the library takes it; None where it cannot serve."""
+        if self._library is None or x.dtype != torch.bfloat16 or x.device.type != "cpu" or x.shape[-1] == 0:
+            return None
+        out, in_ = weight.shape
+        if isinstance(weight, QuantizedWeight):
+            return _quantized_argument(weight)
+        if weight.dtype != torch.bfloat16 or in_ % _DENSE_MULTIPLE or not weight.is_contiguous():
+            return None
+        return WeightArgument(Format.DENSE_BF16, 0, out, in_, weight.data_ptr(), None, None)
+
+
+def _quantized_argument(weight: QuantizedWeight) -> WeightArgument:
+    q, scale, zero = weight.codes
+    assert q.is_contiguous() and scale.is_contiguous() and zero.is_contiguous()
+    kind = Format.INT4 if weight.scheme.bits == 4 else Format.INT8
+    pointers = q.data_ptr(), scale.data_ptr(), zero.data_ptr()
+    return WeightArgument(kind, weight.scheme.group_size, *weight.shape, *pointers)
+
+
+def _rows(x: torch.Tensor, in_: int) -> torch.Tensor:
+    """x as a matrix [rows, in] whose rows are contiguous; copied only where it must be."""
+    if x.shape[-1] != in_:
+        raise ConfigError(f"linear: x of {list(x.shape)}, expected [..., {in_}]")
+    rows = x.reshape(-1, in_)
+    return rows if rows.stride(-1) == 1 and (rows.shape[0] < 2 or rows.stride(0) >= in_) else rows.contiguous()
+
+
+def _check(status: int) -> None:
+    if status == Status.OK:
+        return
+    if status == Status.CANCELLED:
+        raise InterruptedRun("interrupted")
+    if status == Status.NO_MEMORY:
+        raise MemoryError("a native kernel could not get its scratch memory")
+    raise AssertionError(f"a native kernel refused its arguments: {Status(status).name}")

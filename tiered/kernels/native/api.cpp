@@ -1,0 +1,203 @@
+// The C interface: arguments are checked here, once, and handed to the context's level.
+
+#include "tiered_kernels.h"
+
+#include "attention.h"
+#include "cpu.h"
+#include "dequantize.h"
+#include "linear.h"
+#include "measure.h"
+#include "pool.h"
+#include "quantize.h"
+
+#include <exception>
+#include <new>
+
+struct tk_context {
+    tk_context(int threads, int level) : pool(threads), level(level) {}
+    tk::Pool pool;
+    int level;
+};
+
+namespace {
+
+constexpr int kMostThreads = 1024;
+
+using LinearFunction = int (*)(const tk::Linear &, tk::Pool &);
+
+LinearFunction linear_of(int level) {
+    switch (level) {
+#if defined(__x86_64__)
+        case TK_AVX2: return tk::linear_avx2;
+        case TK_AVX512: return tk::linear_avx512;
+        case TK_AMX: return tk::linear_amx;
+#endif
+        default: return tk::linear_scalar;
+    }
+}
+
+tk::ReadFunction read_of(int level) {
+#if defined(__x86_64__)
+    if (level >= TK_AVX512) return tk::read_avx512;
+    if (level == TK_AVX2) return tk::read_avx2;
+#endif
+    (void)level;
+    return tk::read_scalar;
+}
+
+tk::MultiplyFunction multiply_of(int level) {
+    switch (level) {
+#if defined(__x86_64__)
+        case TK_AVX2: return tk::multiply_avx2;
+        case TK_AVX512: return tk::multiply_avx512;
+        case TK_AMX: return tk::multiply_amx;
+#endif
+        default: return nullptr;
+    }
+}
+
+using DequantizeFunction = void (*)(tk::Dequantize &, tk::Pool &);
+
+DequantizeFunction dequantize_of(int level) {
+    switch (level) {
+#if defined(__x86_64__)
+        case TK_AVX2: return tk::dequantize_avx2;
+        case TK_AVX512:
+        case TK_AMX: return tk::dequantize_avx512;
+#endif
+        default: return tk::dequantize_scalar;
+    }
+}
+
+using QuantizeFunction = int (*)(tk::Quantize &, tk::Pool &);
+
+QuantizeFunction quantize_of(int level) {
+    switch (level) {
+#if defined(__x86_64__)
+        case TK_AVX2: return tk::quantize_avx2;
+        case TK_AVX512:
+        case TK_AMX: return tk::quantize_avx512;
+#endif
+        default: return tk::quantize_scalar;
+    }
+}
+
+bool is_dtype(int32_t dtype) { return dtype == TK_BF16 || dtype == TK_F32; }
+
+bool is_group(int32_t group) { return group == 32 || group == 64 || group == 128; }
+
+bool is_weight(const tk_weight *w) {
+    if (!w || !w->q || w->out < 1 || w->in < 1) return false;
+    if (w->format == TK_DENSE_BF16) return w->in % 32 == 0;
+    if (w->format != TK_INT4 && w->format != TK_INT8) return false;
+    if (!is_group(w->group)) return false;
+    return w->scale && w->zero && w->in % w->group == 0;
+}
+
+} // namespace
+
+int32_t tk_abi_version(void) { return TK_ABI_VERSION; }
+
+const char *tk_refusal(int32_t level) { return tk::refusal(level); }
+
+tk_context *tk_create(int32_t threads, int32_t level) {
+    if (threads < 1 || threads > kMostThreads || tk::refusal(level)) return nullptr;
+    try {
+        return new tk_context(threads, level);
+    } catch (const std::exception &) { // no memory, or no thread to be had
+        return nullptr;
+    }
+}
+
+void tk_destroy(tk_context *context) { delete context; }
+
+int64_t tk_scratch_nbytes(const tk_context *context) { return context->pool.scratch_nbytes(); }
+
+void tk_trim(tk_context *context) { context->pool.trim(); }
+
+int32_t tk_linear(tk_context *context, const tk_weight *weight, const uint16_t *x, int64_t rows, int64_t ldx,
+                  const void *bias, int32_t bias_dtype, void *y, int64_t ldy, int32_t y_dtype, int32_t mode,
+                  const int32_t *cancel) {
+    if (!context || !is_weight(weight) || !is_dtype(y_dtype) || (bias && !is_dtype(bias_dtype))) return TK_BAD_ARGUMENT;
+    if (rows < 0 || (mode != TK_INVARIANT && mode != TK_FAST)) return TK_BAD_ARGUMENT;
+    if (rows == 0) return TK_OK;
+    if (!x || !y || ldx < weight->in || ldy < weight->out) return TK_BAD_ARGUMENT;
+    tk::Linear linear = {};
+    linear.w = *weight;
+    const bool dense = weight->format == TK_DENSE_BF16;
+    linear.row_nbytes = weight->format == TK_INT4 ? weight->in / 2 : dense ? weight->in * 2 : weight->in;
+    linear.groups = dense ? 0 : weight->in / weight->group;
+    linear.x = x;
+    linear.rows = rows;
+    linear.ldx = ldx;
+    linear.bias = bias;
+    linear.bias_dtype = bias_dtype;
+    linear.y = y;
+    linear.ldy = ldy;
+    linear.y_dtype = y_dtype;
+    linear.mode = mode;
+    linear.cancel = cancel;
+    return linear_of(context->level)(linear, context->pool);
+}
+
+int32_t tk_dequantize(tk_context *context, const tk_weight *weight, int64_t first_row, int64_t rows, void *out,
+                      int32_t out_dtype) {
+    if (!context || !is_weight(weight) || weight->format == TK_DENSE_BF16 || !is_dtype(out_dtype)) {
+        return TK_BAD_ARGUMENT;
+    }
+    if (first_row < 0 || rows < 0 || first_row > weight->out - rows) return TK_BAD_ARGUMENT;
+    if (rows == 0) return TK_OK;
+    if (!out) return TK_BAD_ARGUMENT;
+    tk::Dequantize dequantize = {};
+    dequantize.w = *weight;
+    dequantize.row_nbytes = weight->format == TK_INT4 ? weight->in / 2 : weight->in;
+    dequantize.groups = weight->in / weight->group;
+    dequantize.first = first_row;
+    dequantize.rows = rows;
+    dequantize.out = out;
+    dequantize.dtype = out_dtype;
+    dequantize_of(context->level)(dequantize, context->pool);
+    return TK_OK;
+}
+
+int32_t tk_read(tk_context *context, const void *data, int64_t nbytes, uint64_t *sum) {
+    if (!context || !data || !sum || nbytes < 0 || nbytes % 4096) return TK_BAD_ARGUMENT;
+    *sum = tk::read_all(context->pool, read_of(context->level), static_cast<const uint8_t *>(data), nbytes);
+    return TK_OK;
+}
+
+int32_t tk_multiply(tk_context *context, int64_t items, int64_t *operations) {
+    if (!context || items < 0 || !operations) return TK_BAD_ARGUMENT;
+    const tk::MultiplyFunction function = multiply_of(context->level);
+    *operations = function ? tk::multiply_all(context->pool, function, items) : 0;
+    return TK_OK;
+}
+
+int32_t tk_quantize(tk_context *context, const void *weight, int32_t dtype, int64_t rows, int64_t in, int64_t ld,
+                    int32_t bits, int32_t group, int32_t clip, uint8_t *q, uint16_t *scale, uint8_t *zero,
+                    const int32_t *cancel) {
+    if (!context || (!is_dtype(dtype) && dtype != TK_F16) || !is_group(group)) return TK_BAD_ARGUMENT;
+    if (rows < 0 || in < 1 || in % group || (bits != 4 && bits != 8) || (clip != 0 && clip != 1)) return TK_BAD_ARGUMENT;
+    if (rows == 0) return TK_OK;
+    if (!weight || !q || !scale || !zero || (rows > 1 && ld < in)) return TK_BAD_ARGUMENT;
+    tk::Quantize quantize = {};
+    quantize.weight = static_cast<const unsigned char *>(weight);
+    quantize.dtype = dtype;
+    quantize.row_nbytes = ld * (dtype == TK_F32 ? 4 : 2);
+    quantize.groups = in / group;
+    quantize.all_groups = rows * quantize.groups;
+    quantize.bits = bits;
+    quantize.group = group;
+    quantize.clip = clip && bits == 4;
+    quantize.q = q;
+    quantize.scale = scale;
+    quantize.zero = zero;
+    quantize.cancel = cancel;
+    return quantize_of(context->level)(quantize, context->pool);
+}
+
+int32_t tk_attention(tk_context *context, const tk_attention_args *args, const int32_t *cancel) {
+    if (!context || !args || !tk::is_valid(*args)) return TK_BAD_ARGUMENT;
+    if (args->sequences == 0 || args->q_len == 0) return TK_OK;
+    return tk::attention(*args, context->level, context->pool, cancel);
+}

@@ -1,0 +1,422 @@
+// Quantized weights times activations in 16-bit integers: the AVX-512 level's invariant kernel.
+//
+// vpdpwssd multiplies 32 pairs of 16-bit integers and adds neighbours in 32 bits, twice a cycle: twice the rate of
+// fp32 FMA per weight, and codes need no conversion to floats first. Per token, each block of 16 groups of `in` is
+// scaled so that its largest activation becomes 32767; a group's sum of code * activation is then exact, and
+//
+//     y = sum over blocks: x_scale * sum over groups of the block: scale * sum(code * x) - scale * zero * sum(x)
+//
+// is added up in fp32, one chain per result, groups ascending, for any number of tokens. The error is that of rounding
+// the activations: 2^-16 of the largest in a block, some 5e-5 of the result for normal activations and below 2e-3 with
+// outliers of 60 times the rest, where their weights are zero.
+//
+// Lanes are 16 rows of the weight, so that a group ends in one conversion for all of them. Rows lie one behind the other
+// in memory: packed codes are transposed, four times cheaper than unpacked ones, unit by unit of 128 of `in`, and the
+// unpacked unit stays in the first-level cache while all tokens go by.
+
+#include "avx512.h"
+
+#include <cstring>
+
+namespace tk {
+
+namespace {
+
+constexpr int kUnit = 128;
+constexpr int kVectors = 4;          // of 32 activations, per unit
+constexpr int kLanes = 16;           // rows of the weight
+constexpr int kBlockGroups = 16;
+constexpr int kTile = 8;             // tokens that share loads of codes
+constexpr int kFewTokens = 4;        // that meet the codes in registers, 16 rows at a time; else 32, unpacked first
+constexpr int64_t kAheadNbytes = 512;
+constexpr int64_t kItemRows = 64;    // panels that one thread computes one after the other
+constexpr int64_t kMostTokens = 256; // more are computed one part after the other, which bounds the scratch
+constexpr int kPairs = kUnit / 2;    // vectors of an unpacked unit: two neighbours in a lane are a pair
+
+// ---- formats: kColumns 32-bit columns of a unit's stored codes; each holds kShifts pairs of codes
+
+template <int G> struct Int4Codes {
+    static constexpr int kGroup = G, kColumns = 16, kShifts = 4, kBits = 4;
+
+    // Which weight of the unit word w of vector v of the activations is for: bytes hold values i and i + G/2 of a group.
+    static constexpr int source(int v, int w) {
+        return w / (G / 4) * G + (v & 1) * (G / 2) + 2 * (w % (G / 4)) + (v >> 1);
+    }
+};
+
+template <int G> struct Int8Codes {
+    static constexpr int kGroup = G, kColumns = 32, kShifts = 2, kBits = 8;
+
+    static constexpr int source(int v, int w) {
+        const int pair = (v * 32 + w) / 2, column = pair % kColumns;
+        return 4 * column + pair / kColumns + 2 * (w & 1);
+    }
+};
+
+// ---- activations
+
+struct Activations {
+    int16_t *codes; // [block][unit][token][vector][32], in the order of `source`: pair s * kColumns + c meets shift s of column c
+    float *sums;    // [block][token][16 groups]
+    float *scales;  // [block][token]
+    int64_t tokens, units, blocks, block_units;
+};
+
+struct PackJob {
+    const Linear *l;
+    Activations x;
+    int group;
+    alignas(64) uint16_t index[kVectors][32];
+    uint32_t upper[kVectors];
+};
+
+template <class F> void set_order(PackJob &job) {
+    for (int v = 0; v < kVectors; v++) {
+        job.upper[v] = 0;
+        for (int w = 0; w < 32; w++) {
+            const int at = F::source(v, w);
+            job.index[v][w] = static_cast<uint16_t>(at & 63);
+            if (at >= 64) job.upper[v] |= 1u << w;
+        }
+    }
+}
+
+// One block of one token.
+void pack(void *argument, int, int64_t item) {
+    const PackJob &job = *static_cast<const PackJob *>(argument);
+    const Linear &l = *job.l;
+    const int64_t token = item / job.x.blocks, block = item % job.x.blocks;
+    const int64_t block_in = job.x.block_units * kUnit, start = block * block_in;
+    const int64_t count = least(block_in, l.w.in - start);
+    const uint16_t *x = l.x + token * l.ldx + start;
+    // Magnitudes of bf16 compare like integers.
+    __m512i most = _mm512_setzero_si512();
+    for (int64_t i = 0; i < count; i += 32) {
+        const __m512i bits = _mm512_maskz_loadu_epi16(first32(count - i), x + i);
+        most = _mm512_max_epu16(most, _mm512_and_si512(bits, _mm512_set1_epi16(0x7fff)));
+    }
+    const __m512i halves = _mm512_max_epu32(_mm512_and_si512(most, _mm512_set1_epi32(0xffff)), _mm512_srli_epi32(most, 16));
+    const uint32_t magnitude = _mm512_reduce_max_epu32(halves);
+    const bool finite = magnitude < 0x7f80;
+    const float largest = _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(static_cast<int>(magnitude << 16))));
+    // A largest value so small that its inverse overflows counts as zero: 2^-112 times anything sensible.
+    const bool empty = largest < 0x1p-112f;
+    const __m512 inverse = _mm512_set1_ps(finite && !empty ? 32767.0f / largest : 0.0f);
+    // What is not finite makes the token's results NaN.
+    const int64_t at_block = block * job.x.tokens + token;
+    job.x.scales[at_block] = finite ? (empty ? 0.0f : largest / 32767.0f) : largest - largest;
+    float *sums = job.x.sums + at_block * kBlockGroups;
+    _mm512_storeu_ps(sums, _mm512_setzero_ps());
+    const int64_t units = least(job.x.block_units, job.x.units - block * job.x.block_units);
+    __m512i sum = _mm512_setzero_si512();
+    for (int64_t u = 0; u < units; u++) {
+        __m512i z[4];
+        for (int i = 0; i < 4; i++) {
+            const int64_t at = u * kUnit + i * 32;
+            const __m512i bits = _mm512_maskz_loadu_epi16(first32(count - at), x + at);
+            const __m512 low = _mm512_mul_ps(widen_bf16(_mm512_castsi512_si256(bits)), inverse);
+            const __m512 high = _mm512_mul_ps(widen_bf16(_mm512_extracti64x4_epi64(bits, 1)), inverse);
+            const __m256i narrow = _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(low));
+            z[i] = _mm512_inserti64x4(_mm512_castsi256_si512(narrow), _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(high)), 1);
+            sum = _mm512_add_epi32(sum, _mm512_madd_epi16(z[i], _mm512_set1_epi16(1)));
+            if ((at + 32) % job.group == 0) {
+                sums[at / job.group] = static_cast<float>(_mm512_reduce_add_epi32(sum));
+                sum = _mm512_setzero_si512();
+            }
+        }
+        for (int v = 0; v < kVectors; v++) {
+            const __m512i index = _mm512_load_si512(job.index[v]);
+            const __m512i low = _mm512_permutex2var_epi16(z[0], index, z[1]);
+            const __m512i high = _mm512_permutex2var_epi16(z[2], index, z[3]);
+            int16_t *out = job.x.codes + ((block * job.x.block_units + u) * job.x.tokens + token) * kUnit + v * 32;
+            _mm512_storeu_si512(out, _mm512_mask_blend_epi16(job.upper[v], low, high));
+        }
+    }
+}
+
+// ---- products
+
+struct Product {
+    const Linear *l;
+    Activations x;
+    Pool *pool;
+    bool failed; // a worker got no scratch
+};
+
+// kSets times 16 rows of the weight, on their way through `in`.
+template <int kSets> struct Panel {
+    alignas(64) int32_t codes[kSets][kPairs][kLanes];                      // one unit, unpacked: [column][shift]
+    alignas(64) float scale[kSets][kBlockGroups][kLanes], shift[kSets][kBlockGroups][kLanes]; // of a block; shift: * zero
+    int64_t row[kSets][kLanes]; // beyond the last, that one again; what comes of it is not stored
+};
+
+TK_INLINE void transpose_floats(float *matrix) {
+    __m512i r[16];
+    for (int i = 0; i < 16; i++) r[i] = _mm512_load_si512(matrix + i * 16);
+    transpose16(r);
+    for (int i = 0; i < 16; i++) _mm512_store_si512(matrix + i * 16, r[i]);
+}
+
+template <int kSets> TK_INLINE void load_scales(const Linear &l, int64_t block, Panel<kSets> &panel) {
+    const int64_t group = block * kBlockGroups;
+    const __mmask16 groups = first16(l.groups - group);
+    for (int set = 0; set < kSets; set++) {
+        for (int r = 0; r < kLanes; r++) {
+            const int64_t at = panel.row[set][r] * l.groups + group;
+            const __m512 scale = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(groups, l.w.scale + at));
+            const __m512i zero = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(groups, l.w.zero + at));
+            _mm512_store_ps(panel.scale[set][r], scale);
+            _mm512_store_ps(panel.shift[set][r], _mm512_mul_ps(scale, _mm512_cvtepi32_ps(zero)));
+        }
+        transpose_floats(panel.scale[set][0]);
+        transpose_floats(panel.shift[set][0]);
+    }
+}
+
+// 64 bytes of each of a set's 16 rows from byte `at` on, transposed: vector c holds the rows' c-th 32 bits.
+template <int kSets>
+TK_INLINE void load_columns(const Linear &l, const Panel<kSets> &panel, int set, int64_t at, __m512i columns[16]) {
+    // Beyond a row's end comes the row of the next panel.
+    const int64_t left = l.row_nbytes - at, further = (kSets * kLanes - 1) * l.row_nbytes;
+    const int64_t ahead = kAheadNbytes + (left > kAheadNbytes ? 0 : further);
+    for (int r = 0; r < kLanes; r++) {
+        const uint8_t *q = static_cast<const uint8_t *>(l.w.q) + panel.row[set][r] * l.row_nbytes + at;
+        columns[r] = left >= 64 ? _mm512_loadu_si512(q) : _mm512_maskz_loadu_epi8(first64(left), q);
+        _mm_prefetch(reinterpret_cast<const char *>(q + ahead), _MM_HINT_T0);
+    }
+    transpose16(columns);
+}
+
+// The s-th pair of codes of every row of a column.
+template <class F> TK_INLINE __m512i codes_of(__m512i column, int s) {
+    const __m512i shifted = s ? _mm512_srli_epi16(column, s * F::kBits) : column;
+    const bool clean = s == F::kShifts - 1; // nothing is left above
+    return clean ? shifted : _mm512_and_si512(shifted, _mm512_set1_epi16((1 << F::kBits) - 1));
+}
+
+template <class F, int kSets> TK_INLINE void unpack(const Linear &l, int64_t unit, Panel<kSets> &panel) {
+    for (int set = 0; set < kSets; set++) {
+        for (int part = 0; part < F::kColumns / 16; part++) {
+            __m512i columns[16];
+            load_columns(l, panel, set, unit * F::kColumns * 4 + part * 64, columns);
+            for (int c = 0; c < 16; c++) {
+                for (int s = 0; s < F::kShifts; s++) {
+                    _mm512_store_si512(panel.codes[set][(part * 16 + c) * F::kShifts + s], codes_of<F>(columns[c], s));
+                }
+            }
+        }
+    }
+}
+
+TK_INLINE __m512i broadcast_pair(const int16_t *x) {
+    int32_t pair;
+    std::memcpy(&pair, x, sizeof pair);
+    return _mm512_set1_epi32(pair);
+}
+
+// A group's exact sum for 16 rows and one token, scaled and added to the fp32 sum.
+TK_INLINE void add_group(__m512i exact, const float *scale, const float *shift, float x_sum, float *to) {
+    const __m512 sum = _mm512_fnmadd_ps(_mm512_load_ps(shift), _mm512_set1_ps(x_sum), _mm512_load_ps(to));
+    _mm512_store_ps(to, _mm512_fmadd_ps(_mm512_cvtepi32_ps(exact), _mm512_load_ps(scale), sum));
+}
+
+// A unit of 16 rows times kCount tokens straight from its codes, for so few tokens that unpacking would cost more.
+template <class F, int kCount>
+TK_INLINE void multiply_packed(const Linear &l, int64_t unit, const Panel<1> &panel, const int16_t *x, const float *x_sums,
+                               int64_t group, float *sums) {
+    constexpr int kGroupColumns = F::kColumns * F::kGroup / kUnit;
+    // Integers add up the same in any order: split, so that no addition waits for the one before.
+    constexpr int kParts = 2;
+    __m512i exact[kCount][kParts];
+    for (int part = 0; part < F::kColumns / 16; part++) {
+        __m512i columns[16];
+        load_columns(l, panel, 0, unit * F::kColumns * 4 + part * 64, columns);
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; i++) {
+            const int c = part * 16 + i;
+            for (int s = 0; s < F::kShifts; s++) {
+                const __m512i codes = codes_of<F>(columns[i], s);
+                for (int t = 0; t < kCount; t++) {
+                    const bool fresh = c % kGroupColumns == 0 && s < kParts;
+                    const __m512i to = fresh ? _mm512_setzero_si512() : exact[t][s % kParts];
+                    const __m512i both = broadcast_pair(x + t * kUnit + (s * F::kColumns + c) * 2);
+                    exact[t][s % kParts] = _mm512_dpwssd_epi32(to, codes, both);
+                }
+            }
+            if ((c + 1) % kGroupColumns) continue;
+            const int64_t g = group + c / kGroupColumns;
+            for (int t = 0; t < kCount; t++) {
+                const __m512i whole = _mm512_add_epi32(exact[t][0], exact[t][1]);
+                add_group(whole, panel.scale[0][g], panel.shift[0][g], x_sums[t * kBlockGroups + g], sums + t * kLanes);
+            }
+        }
+    }
+}
+
+// The unpacked unit times kCount tokens, added to `sums` [kSets][kCount][16 rows]. `group`: its first one's place in the
+// block.
+template <class F, int kSets, int kCount>
+TK_INLINE void multiply(const Panel<kSets> &panel, const int16_t *x, const float *x_sums, int64_t group, float *sums) {
+    constexpr int kGroups = kUnit / F::kGroup, kGroupColumns = F::kColumns / kGroups;
+    for (int g = 0; g < kGroups; g++) {
+        __m512i exact[kSets][kCount];
+        for (auto &of_set : exact) {
+            for (__m512i &sum : of_set) sum = _mm512_setzero_si512();
+        }
+        for (int c = g * kGroupColumns; c < (g + 1) * kGroupColumns; c++) {
+            for (int s = 0; s < F::kShifts; s++) {
+                __m512i codes[kSets];
+                for (int set = 0; set < kSets; set++) codes[set] = _mm512_load_si512(panel.codes[set][c * F::kShifts + s]);
+                for (int t = 0; t < kCount; t++) {
+                    const __m512i both = broadcast_pair(x + t * kUnit + (s * F::kColumns + c) * 2);
+                    for (int set = 0; set < kSets; set++) {
+                        exact[set][t] = _mm512_dpwssd_epi32(exact[set][t], codes[set], both);
+                    }
+                }
+            }
+        }
+        for (int set = 0; set < kSets; set++) {
+            const float *scale = panel.scale[set][group + g], *shift = panel.shift[set][group + g];
+            for (int t = 0; t < kCount; t++) {
+                float *to = sums + (set * kCount + t) * kLanes;
+                add_group(exact[set][t], scale, shift, x_sums[t * kBlockGroups + group + g], to);
+            }
+        }
+    }
+}
+
+// An unpacked unit times all tokens; `sums` [token tile][set][token of the tile][16].
+template <class F, int kSets>
+TK_INLINE void multiply_all(const Product &p, const Panel<kSets> &panel, int64_t block, int64_t unit, float *sums) {
+    const Activations &x = p.x;
+    const int64_t group = (unit - block * x.block_units) * (kUnit / F::kGroup);
+    for (int64_t token = 0; token < x.tokens; token += kTile) {
+        const int16_t *codes = x.codes + (unit * x.tokens + token) * kUnit;
+        const float *of = x.sums + (block * x.tokens + token) * kBlockGroups;
+        float *to = sums + token * kSets * kLanes;
+        switch (least(kTile, x.tokens - token)) {
+            case 1: multiply<F, kSets, 1>(panel, codes, of, group, to); break;
+            case 2: multiply<F, kSets, 2>(panel, codes, of, group, to); break;
+            case 3: multiply<F, kSets, 3>(panel, codes, of, group, to); break;
+            case 4: multiply<F, kSets, 4>(panel, codes, of, group, to); break;
+            case 5: multiply<F, kSets, 5>(panel, codes, of, group, to); break;
+            case 6: multiply<F, kSets, 6>(panel, codes, of, group, to); break;
+            case 7: multiply<F, kSets, 7>(panel, codes, of, group, to); break;
+            default: multiply<F, kSets, kTile>(panel, codes, of, group, to); break;
+        }
+    }
+}
+
+template <class F> TK_INLINE void multiply_unit(const Product &p, Panel<2> &panel, int64_t block, int64_t unit, float *sums) {
+    unpack<F>(*p.l, unit, panel);
+    multiply_all<F>(p, panel, block, unit, sums);
+}
+
+template <class F> TK_INLINE void multiply_unit(const Product &p, Panel<1> &panel, int64_t block, int64_t unit, float *sums) {
+    const Activations &x = p.x;
+    const int64_t group = (unit - block * x.block_units) * (kUnit / F::kGroup);
+    const int16_t *codes = x.codes + unit * x.tokens * kUnit;
+    const float *of = x.sums + block * x.tokens * kBlockGroups;
+    switch (x.tokens) {
+        case 1: multiply_packed<F, 1>(*p.l, unit, panel, codes, of, group, sums); break;
+        case 2: multiply_packed<F, 2>(*p.l, unit, panel, codes, of, group, sums); break;
+        case 3: multiply_packed<F, 3>(*p.l, unit, panel, codes, of, group, sums); break;
+        default: multiply_packed<F, kFewTokens>(*p.l, unit, panel, codes, of, group, sums); break;
+    }
+}
+
+// A block's sums, scaled, onto the totals; the sums begin again.
+template <int kSets> TK_INLINE void end_block(const Activations &x, int64_t block, float *sums, float *totals) {
+    for (int64_t token = 0; token < x.tokens; token++) {
+        const int64_t tile = token - token % kTile, count = least(kTile, x.tokens - tile);
+        const __m512 scale = _mm512_set1_ps(x.scales[block * x.tokens + token]);
+        for (int set = 0; set < kSets; set++) {
+            const int64_t at = (tile * kSets + set * count + token % kTile) * kLanes;
+            _mm512_store_ps(totals + at, _mm512_fmadd_ps(_mm512_load_ps(sums + at), scale, _mm512_load_ps(totals + at)));
+            _mm512_store_ps(sums + at, _mm512_setzero_ps());
+        }
+    }
+}
+
+template <class F, int kSets>
+TK_INLINE void multiply_panel(const Product &p, int64_t first, Panel<kSets> &panel, float *sums, float *totals) {
+    const Linear &l = *p.l;
+    const int64_t floats = l.rows * kSets * kLanes;
+    for (int64_t i = 0; i < floats; i += kLanes) {
+        _mm512_store_ps(sums + i, _mm512_setzero_ps());
+        _mm512_store_ps(totals + i, _mm512_setzero_ps());
+    }
+    for (int i = 0; i < kSets * kLanes; i++) panel.row[i / kLanes][i % kLanes] = least(first + i, l.w.out - 1);
+    for (int64_t block = 0; block < p.x.blocks; block++) {
+        load_scales(l, block, panel);
+        const int64_t begin = block * p.x.block_units;
+        for (int64_t unit = begin; unit < least(begin + p.x.block_units, p.x.units); unit++) {
+            multiply_unit<F>(p, panel, block, unit, sums);
+        }
+        end_block<kSets>(p.x, block, sums, totals);
+    }
+    for (int64_t token = 0; token < l.rows; token++) {
+        const int64_t tile = token - token % kTile, count = least(kTile, l.rows - tile);
+        for (int set = 0; set < kSets && first + set * kLanes < l.w.out; set++) {
+            const float *total = totals + (tile * kSets + set * count + token % kTile) * kLanes;
+            put16(l, token, first + set * kLanes, _mm512_load_ps(total));
+        }
+    }
+}
+
+template <class F, int kSets> void rows_of_item(void *argument, int worker, int64_t item) {
+    Product &p = *static_cast<Product *>(argument);
+    const int64_t floats = p.l->rows * kSets * kLanes;
+    float *sums = static_cast<float *>(p.pool->scratch(worker, static_cast<size_t>(floats) * 8));
+    if (!sums) {
+        p.failed = true;
+        return;
+    }
+    Panel<kSets> panel;
+    const int64_t end = least((item + 1) * kItemRows, p.l->w.out);
+    for (int64_t first = item * kItemRows; first < end; first += kSets * kLanes) {
+        multiply_panel<F, kSets>(p, first, panel, sums, sums + floats);
+    }
+}
+
+template <class F> int run_tokens(const Linear &l, Pool &pool) {
+    Activations x = {};
+    x.tokens = l.rows;
+    x.units = ceil_div(l.w.in, kUnit);
+    x.block_units = kBlockGroups * F::kGroup / kUnit;
+    x.blocks = ceil_div(x.units, x.block_units);
+    const size_t codes = static_cast<size_t>(l.rows * x.blocks * x.block_units) * kUnit * 2;
+    const size_t sums = static_cast<size_t>(l.rows * x.blocks) * kBlockGroups * 4;
+    uint8_t *memory = static_cast<uint8_t *>(pool.scratch(pool.shared(), codes + sums + sums / kBlockGroups));
+    if (!memory) return TK_NO_MEMORY;
+    x.codes = reinterpret_cast<int16_t *>(memory);
+    x.sums = reinterpret_cast<float *>(memory + codes);
+    x.scales = reinterpret_cast<float *>(memory + codes + sums);
+    PackJob pack_job = {};
+    pack_job.l = &l;
+    pack_job.x = x;
+    pack_job.group = F::kGroup;
+    set_order<F>(pack_job);
+    if (!pool.run(l.rows * x.blocks, pack, &pack_job, l.cancel)) return TK_CANCELLED;
+    Product p = {&l, x, &pool, false};
+    const Job job = l.rows <= kFewTokens ? rows_of_item<F, 1> : rows_of_item<F, 2>;
+    if (!pool.run(ceil_div(l.w.out, kItemRows), job, &p, l.cancel)) return TK_CANCELLED;
+    return p.failed ? TK_NO_MEMORY : TK_OK;
+}
+
+template <class F> int run(const Linear &linear, Pool &pool) {
+    return in_parts(linear, kMostTokens, [&pool](const Linear &part) { return run_tokens<F>(part, pool); });
+}
+
+} // namespace
+
+int linear_int16_avx512(const Linear &l, Pool &pool) {
+    if (l.w.format == TK_INT4) {
+        if (l.w.group == 32) return run<Int4Codes<32>>(l, pool);
+        return l.w.group == 64 ? run<Int4Codes<64>>(l, pool) : run<Int4Codes<128>>(l, pool);
+    }
+    if (l.w.group == 32) return run<Int8Codes<32>>(l, pool);
+    return l.w.group == 64 ? run<Int8Codes<64>>(l, pool) : run<Int8Codes<128>>(l, pool);
+}
+
+} // namespace tk

@@ -1,0 +1,140 @@
+/* The C interface of the native kernels: all that Python calls. No torch or Python headers.
+ *
+ * Numbers: bf16 and fp16 are passed as their 16 bits. Matrices are row-major; strides are in elements unless a name
+ * says bytes. Pointers need no more alignment than their elements, and nothing outside the stated extents is touched.
+ * Every call returns a TK_* status. A call polls `*cancel` (may be null) at least every few milliseconds and returns
+ * TK_CANCELLED, leaving its output undefined, once that is not zero. One call at a time per context.
+ */
+#ifndef TIERED_KERNELS_H
+#define TIERED_KERNELS_H
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define TK_API __attribute__((visibility("default")))
+
+enum { TK_ABI_VERSION = 1 };
+
+enum tk_status { TK_OK = 0, TK_CANCELLED = 1, TK_BAD_ARGUMENT = 2, TK_NO_MEMORY = 3, TK_NOT_FINITE = 4 };
+
+/* Instruction sets, each a superset of the one before it. */
+enum tk_level { TK_SCALAR = 0, TK_AVX2 = 1, TK_AVX512 = 2, TK_AMX = 3, TK_LEVELS = 4 };
+
+enum tk_dtype { TK_BF16 = 0, TK_F32 = 1, TK_F16 = 2 }; /* TK_F16 is known to tk_quantize alone */
+
+/* How a weight is stored; see docs/design.md, section 5. */
+enum tk_format { TK_INT4 = 0, TK_INT8 = 1, TK_DENSE_BF16 = 2 };
+
+enum tk_mode {
+    TK_INVARIANT = 0, /* a row's result is the same bits alone, in any batch, at any number of threads */
+    TK_FAST = 1       /* the fastest kernel for the number of rows, activations in 8 bits included */
+};
+
+typedef struct tk_context tk_context; /* threads and their scratch */
+
+typedef struct tk_weight {
+    int32_t format;       /* tk_format */
+    int32_t group;        /* 32, 64 or 128; ignored for TK_DENSE_BF16 */
+    int64_t out, in;      /* in: a multiple of group, or of 32 for TK_DENSE_BF16 */
+    const void *q;        /* [out, in/2] nibbles, group-planar; [out, in] u8; or [out, in] bf16 */
+    const uint16_t *scale; /* [out, in/group] fp16 */
+    const uint8_t *zero;  /* [out, in/group] */
+} tk_weight;
+
+TK_API int32_t tk_abi_version(void);
+
+/* Null where this processor, kernel and build can run `level`, else why they cannot. */
+TK_API const char *tk_refusal(int32_t level);
+
+/* Threads (the caller's included) that run the kernels of `level`; null where that is refused or memory is short. */
+TK_API tk_context *tk_create(int32_t threads, int32_t level);
+TK_API void tk_destroy(tk_context *context);
+
+/* Bytes of scratch the context holds; tk_trim gives them back. */
+TK_API int64_t tk_scratch_nbytes(const tk_context *context);
+TK_API void tk_trim(tk_context *context);
+
+/* y [rows, out] = x [rows, in] (bf16) times the weight transposed, plus bias [out] (or null). */
+TK_API int32_t tk_linear(tk_context *context, const tk_weight *weight, const uint16_t *x, int64_t rows, int64_t ldx,
+                         const void *bias, int32_t bias_dtype, void *y, int64_t ldy, int32_t y_dtype, int32_t mode,
+                         const int32_t *cancel);
+
+/* Rows first_row to first_row + rows of a quantized weight as numbers: out [rows, in] without gaps, scale * (q - zero),
+ * which is exact in fp32, rounded once where out_dtype is TK_BF16. */
+TK_API int32_t tk_dequantize(tk_context *context, const tk_weight *weight, int64_t first_row, int64_t rows, void *out,
+                             int32_t out_dtype);
+
+/* For benchmarks: what this machine can do at most, with the context's threads and the instructions of its level. */
+
+/* Reads `nbytes` of data, a multiple of 4096, once; *sum becomes the sum of its 64-bit words. */
+TK_API int32_t tk_read(tk_context *context, const void *data, int64_t nbytes, uint64_t *sum);
+
+/* `items` times some microseconds of multiplications and additions in registers; *operations becomes their number, 0
+ * where the level has no instructions for them. */
+TK_API int32_t tk_multiply(tk_context *context, int64_t items, int64_t *operations);
+
+/* The codes, scales and zeros of a weight [rows, in] of any tk_dtype, as tiered/quant/quantize.py computes them, bit for
+ * bit; `ld` is its row stride. `bits` 4 or 8, `group` 32, 64 or 128, of which `in` is a multiple; `clip` 0 keeps each
+ * group's whole range, 1 narrows it to where the squared error is least (at 4 bits). Outputs have no gaps: q [rows,
+ * in * bits / 8], nibbles group-planar; scale [rows, in/group] fp16; zero [rows, in/group]. Returns TK_NOT_FINITE,
+ * outputs undefined, where a weight is not finite or a group spans more than an fp16 scale can express. */
+TK_API int32_t tk_quantize(tk_context *context, const void *weight, int32_t dtype, int64_t rows, int64_t in, int64_t ld,
+                           int32_t bits, int32_t group, int32_t clip, uint8_t *q, uint16_t *scale, uint8_t *zero,
+                           const int32_t *cancel);
+
+/* How a cache holds keys or values: bf16, or codes with w = scale * (q - zero), as weights have them. */
+enum tk_kv_format {
+    TK_KV_BF16 = 0,
+    TK_KV_INT8 = 1,         /* scale and zero per token and group of gcd(head_dim, 64) channels */
+    TK_KV_INT4 = 2,         /* the same; nibbles planar within each group */
+    TK_KV_INT8_CHANNEL = 3, /* keys only: scale and zero per channel, for all tokens of a page */
+    TK_KV_INT4_CHANNEL = 4
+};
+
+/* One part (codes, scales or zeros) of the pages of all sequences. Page j of sequence s, which holds its slots 64 j to
+ * 64 j + 63, is at pages[s * table_stride + j]; head h and token t begin head_stride * h + token_stride * t elements
+ * (bf16, fp16 or bytes) further. */
+typedef struct tk_plane {
+    const void *const *pages;
+    int64_t head_stride, token_stride;
+} tk_plane;
+
+/* Keys or values. `codes` [head_dim] bf16 or u8, or [head_dim / 2] nibbles; `scale` (fp16) and `zero` (u8) [groups] per
+ * token, or [head_dim] per page. Where `recent` has an entry, that page is there in bf16 too: queries whose own slot is
+ * in it read it from there, and all queries do if `codes` has no entry. */
+typedef struct tk_pages {
+    int32_t format; /* tk_kv_format of codes */
+    tk_plane codes, scale, zero, recent;
+} tk_pages;
+
+typedef struct tk_attention_args {
+    int64_t sequences, q_len, q_heads, kv_heads, head_dim; /* head_dim: a multiple of 8, at most 512 */
+    const uint16_t *q; /* bf16; strides from one sequence, query and head to the next */
+    int64_t q_stride[3];
+    uint16_t *out; /* bf16, the same shape; 0 where a query sees no key */
+    int64_t out_stride[3];
+    const int64_t *first, *count; /* [sequences]: its keys are slots first to count - 1; query i is at count - q_len + i */
+    int64_t table_stride;         /* pages per sequence in the tables */
+    tk_pages k, v;
+    float scaling;  /* of the products of query and key */
+    float softcap;  /* then capped to softcap * tanh(score / softcap); 0: not */
+    int32_t causal; /* a query sees no slot after its own */
+    int64_t window; /* nor one that is `window` or more before it; 0: no such bound */
+    const uint8_t *mask; /* null, or 0 where a query does not see a slot; strides of sequence and query */
+    int64_t mask_stride[2];
+    const float *bias; /* null, or added to scores; below -1e30: not seen; strides of sequence, head and query */
+    int64_t bias_stride[3];
+    const float *sinks; /* null, or [q_heads] scores of a key whose value is 0, which every query sees */
+} tk_attention_args;
+
+/* Softmax attention. A query's result is a function of itself and of the keys it sees, in their order, bit for bit. */
+TK_API int32_t tk_attention(tk_context *context, const tk_attention_args *args, const int32_t *cancel);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

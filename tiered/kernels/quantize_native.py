@@ -1,0 +1,39 @@
+"""A weight to be quantized as the native kernel takes it: tk_quantize of tiered_kernels.h. Called by `kernels.py`."""
+
+from typing import Final, Literal
+
+import torch
+
+from tiered.kernels.library import Dtype
+from tiered.quant import GroupScheme, QuantizedTensor
+
+DTYPES: Final = {torch.bfloat16: Dtype.BF16, torch.float32: Dtype.F32, torch.float16: Dtype.F16}
+"""Of weights that the native kernel takes; the others go through torch."""
+
+
+def serves(weight: torch.Tensor, scheme: GroupScheme, clip: str) -> bool:
+    """Whether the native kernel takes `weight`. What is wrong with the call is for the reference to say."""
+    if weight.dim() != 2 or weight.dtype not in DTYPES or weight.device.type != "cpu" or clip not in ("mse", "minmax"):
+        return False
+    rows, columns = weight.shape
+    return scheme.accepts(rows, columns) and weight.stride(1) == 1 and (rows == 1 or weight.stride(0) >= columns)
+
+
+def empty_codes(weight: torch.Tensor, scheme: GroupScheme) -> QuantizedTensor:
+    """Room for the result."""
+    shape = weight.shape
+    return QuantizedTensor(
+        torch.empty(scheme.q_shape(*shape), dtype=torch.uint8),
+        torch.empty(scheme.scale_shape(*shape), dtype=torch.float16),
+        torch.empty(scheme.zero_shape(*shape), dtype=torch.uint8),
+    )
+
+
+def arguments(
+    weight: torch.Tensor, scheme: GroupScheme, clip: Literal["mse", "minmax"], codes: QuantizedTensor
+) -> tuple[int, ...]:
+    """tk_quantize's arguments between the context and the cancel flag."""
+    rows, columns = weight.shape
+    what = (weight.data_ptr(), DTYPES[weight.dtype], rows, columns, weight.stride(0))
+    how = (scheme.bits, scheme.group_size, int(clip == "mse"))
+    return (*what, *how, codes.q.data_ptr(), codes.scale.data_ptr(), codes.zero.data_ptr())
