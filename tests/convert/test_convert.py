@@ -19,6 +19,7 @@ from tests.convert.models import (
 )
 from tiered.convert import ConvertOptions, ConvertProgress, convert_checkpoint
 from tiered.errors import CheckpointError, ConfigError, UnsupportedFamilyError
+from tiered.kernels import load_library
 from tiered.store import Store, hash_chunk
 
 PLAIN = ConvertOptions(quant="none")
@@ -103,6 +104,19 @@ def test_two_conversions_give_the_same_bytes(tmp_path: Path) -> None:
     for out in ("a", "b"):
         convert_checkpoint(TRAINED, tmp_path / out, ConvertOptions())
     assert store_digest(tmp_path / "a") == store_digest(tmp_path / "b")
+
+
+@pytest.mark.parametrize("quant", ["int4", "int8"])
+def test_with_and_without_the_native_library_the_bytes_are_the_same(
+    quant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = load_library()
+    if isinstance(library, str):
+        pytest.skip(library)
+    convert_checkpoint(TRAINED, tmp_path / "native", ConvertOptions(quant=quant))
+    monkeypatch.setattr("tiered.kernels.kernels.load_library", lambda: "not built")
+    convert_checkpoint(TRAINED, tmp_path / "torch", ConvertOptions(quant=quant))
+    assert store_digest(tmp_path / "native") == store_digest(tmp_path / "torch")
 
 
 def test_default_output_is_named_after_the_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import queue
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,42 @@ def test_panels_put_together_are_the_tensor(file: Path, monkeypatch: pytest.Monk
     (scalar,) = reader.panels(file, "scalar")
     assert scalar.shape == () and float(scalar) == 3.0
     assert list(reader.panels(file, "empty")) == []
+    reader.close()
+
+
+def test_panels_of_two_tensors_keep_out_of_each_others_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tiered.convert.source.PANEL_NBYTES", 400)
+    paths = [tmp_path / "one.safetensors", tmp_path / "two.safetensors"]
+    tensors = [torch.randn(50, 10) for _ in paths]
+    for path, tensor in zip(paths, tensors, strict=True):
+        save_file({"a": tensor}, path)
+    reader = SafetensorsReader()
+    pairs = list(zip(*(reader.panels(path, "a") for path in paths), strict=True))
+    assert len(pairs) == 5
+    # Those handed out last are still whole; the ones before have been overwritten.
+    assert all(torch.equal(panel, tensor[40:]) for panel, tensor in zip(pairs[-1], tensors, strict=True))
+    for one, other in zip(*(reader.panels(path, "a") for path in paths), strict=True):
+        assert one.shape == other.shape == (10, 10)
+    reader.close()
+
+
+def test_the_next_panels_are_read_while_one_is_used(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tiered.convert.source.PANEL_NBYTES", 200)
+    preadv, offsets = os.preadv, queue.SimpleQueue[int]()
+
+    def traced(fd: int, buffers: list[memoryview], offset: int) -> int:
+        offsets.put(offset)
+        return preadv(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", traced)
+    reader = SafetensorsReader()
+    panels = reader.panels(file, "a")
+    seen = [offsets.get(timeout=5)]  # although nobody has asked for a panel yet
+    next(panels)
+    seen += [offsets.get(timeout=5) for _ in range(2)]
+    assert seen == sorted(set(seen))
+    with pytest.raises(queue.Empty):
+        offsets.get(timeout=0.05)  # there is no buffer for another
     reader.close()
 
 

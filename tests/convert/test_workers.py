@@ -1,4 +1,4 @@
-"""Threads change the speed of quantizing, never its result."""
+"""Threads and the native kernel change the speed of quantizing, never its result."""
 
 import pytest
 import torch
@@ -10,9 +10,13 @@ from tiered.quant import GroupScheme, quantize
 
 @pytest.mark.parametrize("rows", [1, 2, 7, 64])
 @pytest.mark.parametrize("workers", [1, 3, 8])
-def test_slices_put_together_are_the_whole(rows: int, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])  # which the native kernel takes, and does not
+def test_slices_put_together_are_the_whole(
+    rows: int, workers: int, kernels: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("tiered.convert.workers.worker_count", lambda: workers)
-    weight, scheme, pool = torch.randn(rows, 128), GroupScheme(4), Quantizers()
+    weight, scheme, pool = torch.randn(rows, 128).to(dtype), GroupScheme(4), Quantizers(kernels)
     parts = list(pool.quantize(weight, scheme, "mse", "w"))
     pool.close()
     whole = quantize(weight, scheme)
@@ -20,8 +24,9 @@ def test_slices_put_together_are_the_whole(rows: int, workers: int, monkeypatch:
         assert torch.equal(torch.cat(part), expected)
 
 
-def test_an_error_in_a_worker_reaches_the_caller_and_torch_keeps_its_threads() -> None:
-    before, pool = torch.get_num_threads(), Quantizers()
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
+def test_an_error_in_a_worker_reaches_the_caller_and_torch_keeps_its_threads(kernels: str) -> None:
+    before, pool = torch.get_num_threads(), Quantizers(kernels)
     with pytest.raises(CheckpointError, match="w: expected finite weights"):
         list(pool.quantize(torch.full((4, 64), torch.nan), GroupScheme(4), "mse", "w"))
     pool.close()

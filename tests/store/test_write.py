@@ -1,6 +1,7 @@
 """Writing a block: any reader opens it, it appears whole or not at all, and a full disk says so."""
 
 import errno
+import fcntl
 import io
 import os
 from collections.abc import Callable
@@ -105,6 +106,43 @@ def test_chunks_of_any_size_make_the_same_block(tmp_path: Path) -> None:
     assert len(files[0].checksums) == 6
 
 
+@pytest.mark.parametrize("refusal", ["at once", "while writing"])
+def test_where_the_page_cache_cannot_be_bypassed_the_bytes_are_the_same(
+    refusal: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = random_bytes(5 * CHUNK_NBYTES + 77, 3)
+    files = [write_block(tmp_path, "direct.safetensors", {"a": data})]
+    if refusal == "at once":
+        monkeypatch.setattr("tiered.store.sweep.bypass_cache", lambda fd, bypass: False)
+    else:
+        monkeypatch.setattr(Path, "open", lambda path, mode: io.BufferedRandom(CachedDisk(path, mode)))
+    files.append(write_block(tmp_path, "cached.safetensors", {"a": data}))
+    assert files[0].checksums == files[1].checksums
+    monkeypatch.undo()
+    for file in files:
+        assert_well_formed(tmp_path, file)
+
+
+class CachedDisk(io.FileIO):
+    """A file system that takes the wish for direct writes and then refuses them."""
+
+    def write(self, data: Any) -> int:
+        if fcntl.fcntl(self, fcntl.F_GETFL) & os.O_DIRECT:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return super().write(data)
+
+
+def test_an_error_in_the_writing_thread_reaches_the_caller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(file: object, data: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    disk = type("BrokenDisk", (io.FileIO,), {"write": refuse})
+    monkeypatch.setattr(Path, "open", lambda path, mode: io.BufferedRandom(disk(path, mode)))
+    with pytest.raises(OSError, match="Input/output error"):
+        write_block(tmp_path, "x.safetensors", {"a": random_bytes(CHUNK_NBYTES, 0)})
+    assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors.part"]
+
+
 def test_the_same_tensors_make_the_same_bytes(tmp_path: Path) -> None:
     plain, codes = {"a": torch.ones(3)}, random_quantized(3, 128, INT4)
     for name in ("one", "two"):
@@ -161,6 +199,9 @@ def test_a_disk_full_at_a_flush_is_told_and_the_part_stays(
     call: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(f"tiered.store.write.os.{call}", refusing(number))
+    monkeypatch.setattr(
+        "tiered.store.sweep.bypass_cache", lambda fd, bypass: False
+    )  # what is not cached needs no flush
     tensor = random_bytes(5 * CHUNK_NBYTES, 0)
     with pytest.raises(DiskFullError, match=r"x\.safetensors\.part: the disk is full .*free some space and run the sa"):
         write_block(tmp_path, "x.safetensors", {"a": tensor})

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
+from itertools import pairwise
 from typing import Any, Final, Literal
 
 import torch
@@ -50,6 +51,10 @@ class Checkpoint:
         self._files, self._index, self._names, self._clip = files, index, names, clip
         self._embed_name, self._claimed_dtype = embed_name, claimed_dtype
         self._released: frozenset[str] = frozenset()
+        self._following: dict[str, str] = {}
+        """Checkpoint name -> the one that will be read next, in the open block."""
+        self._begun: dict[str, Iterator[torch.Tensor]] = {}
+        """Panels of the tensor that follows, whose first may already be on its way."""
         self._quantizers = Quantizers()
         self._identity = {
             "kind": files.kind,
@@ -104,6 +109,9 @@ class Checkpoint:
         self.check(block)
         if block.role == "embed" and self._names.duplicate_head is not None:
             self._check_duplicate_head(self._names.duplicate_head)
+        self._begun.clear()
+        names = [name for tensor in block.tensors for name in self._names.sources[tensor.name]]
+        self._following = dict(pairwise(names))
 
     def dtype(self, tensor: TensorRecipe) -> torch.dtype:
         stored = self._stored(self._names.sources[tensor.name][0])
@@ -115,17 +123,23 @@ class Checkpoint:
     def packed(self, tensor: TensorRecipe) -> Packed:
         assert tensor.scheme is not None
         scheme = tensor.scheme
-        scales: list[memoryview] = []
-        zeros: list[memoryview] = []
+        # In one piece each: what is left of every panel, between what is freed again, would leave memory full of holes.
+        scale = torch.empty(scheme.scale_shape(*tensor.matrix), dtype=torch.float16)
+        zero = torch.empty(scheme.zero_shape(*tensor.matrix), dtype=torch.uint8)
 
         def codes() -> Iterator[memoryview]:
+            scales, zeros = tensor_bytes(scale), tensor_bytes(zero)
+            done = 0
             for panel in self._panels(self._names.sources[tensor.name]):
                 for part in self._quantizers.quantize(panel, scheme, self._clip, tensor.name):
-                    scales.append(tensor_bytes(part.scale))
-                    zeros.append(tensor_bytes(part.zero))
+                    # Plain copies: torch would wake its own threads for them.
+                    count = part.zero.nbytes
+                    scales[2 * done : 2 * (done + count)] = tensor_bytes(part.scale)
+                    zeros[done : done + count] = tensor_bytes(part.zero)
+                    done += count
                     yield tensor_bytes(part.q)
 
-        return Packed(codes(), scales, zeros)
+        return Packed(codes(), [tensor_bytes(scale)], [tensor_bytes(zero)])
 
     def release(self, files: frozenset[str]) -> None:
         if files - self._released:
@@ -144,6 +158,7 @@ class Checkpoint:
         return reading + worker_count() * WORKER_NBYTES
 
     def close(self) -> None:
+        self._begun.clear()
         self._quantizers.close()
         self._index.reader.close()
 
@@ -167,7 +182,14 @@ class Checkpoint:
     def _panels(self, names: Iterable[str]) -> Iterator[torch.Tensor]:
         """The rows of these tensors, one tensor after the other."""
         for name in names:
-            yield from self._index.reader.panels(self._files.path(self._index.file_of[name]), name)
+            panels = self._begun.pop(name, None) or self._begin(name)
+            following = self._following.get(name)
+            if following is not None and following not in self._begun:
+                self._begun[following] = self._begin(following)
+            yield from panels
+
+    def _begin(self, name: str) -> Iterator[torch.Tensor]:
+        return self._index.reader.panels(self._files.path(self._index.file_of[name]), name)
 
     def _check_duplicate_head(self, head: str) -> None:
         """A tied head that is also stored must be the embedding, or the model would be another than it says."""

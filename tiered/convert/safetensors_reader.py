@@ -1,20 +1,30 @@
-"""Checkpoints in safetensors: positional reads of row panels. Not mapped: mapped pages would count as our memory."""
+"""Checkpoints in safetensors: positional reads of row panels. Not mapped: mapped pages would count as our memory.
+
+A thread reads ahead: while one panel is quantized and written, the next ones are on their way from the disk.
+"""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Final
 
 import torch
 
-from tiered.convert.source import PANEL_NBYTES, StoredTensor, panel_rows
+from tiered.convert.source import PANEL_NBYTES, StoredTensor, panel_rows, tensor_bytes
 from tiered.errors import CheckpointError, ReadError
 from tiered.store import TensorEntry, checkpoint_header
+
+_BUFFERS: Final = 3
+"""Of one tensor: what is used, and what is read meanwhile."""
 
 
 class SafetensorsReader:
     """Keeps headers, and the last file open."""
 
     def __init__(self) -> None:
+        self._thread: ThreadPoolExecutor | None = None  # the only one that opens and reads weight files
         self._entries: dict[Path, dict[str, TensorEntry]] = {}
         self._tensors: dict[Path, dict[str, StoredTensor]] = {}
         self._open: tuple[Path, int] | None = None
@@ -26,40 +36,74 @@ class SafetensorsReader:
         return self._tensors[path]
 
     def panels(self, path: Path, name: str) -> Iterator[torch.Tensor]:
+        """As `WeightReader` says; when this returns, the first panel is being read already."""
         entry = self._header(path)[name]
         rows, row_numel, step = panel_rows(entry.shape, entry.dtype.itemsize)
-        row_nbytes = row_numel * entry.dtype.itemsize
-        buffer = bytearray(min(step, rows) * row_nbytes)
-        if not buffer:
-            return
-        for start in range(0, rows, step):
-            count = min(step, rows - start)
-            data = memoryview(buffer)[: count * row_nbytes]
-            _read(self._fd(path), path, entry.offset + start * row_nbytes, data)
-            flat = torch.frombuffer(data, dtype=entry.dtype)
-            yield flat.view(count, row_numel) if len(entry.shape) > 1 else flat.view(entry.shape and (count,))
+        starts = range(0, rows if row_numel else 0, step)
+        buffers: list[torch.Tensor] = []
+
+        def begin(index: int) -> Future[torch.Tensor]:
+            if len(buffers) < _BUFFERS:
+                buffers.append(torch.empty(min(step, rows) * row_numel, dtype=entry.dtype))
+            start = starts[index]
+            flat = buffers[index % _BUFFERS][: min(step, rows - start) * row_numel]
+            panel = flat.view(-1, row_numel) if len(entry.shape) > 1 else flat.view(entry.shape and (-1,))
+            return self._submit(path, entry.offset + start * row_numel * entry.dtype.itemsize, panel)
+
+        return _read_ahead(begin, len(starts))
 
     def known(self, path: Path) -> Mapping[str, StoredTensor] | None:
         return self.tensors(path)
 
     def working_nbytes(self, path: Path) -> int:
-        return PANEL_NBYTES
+        return (_BUFFERS + 1) * PANEL_NBYTES  # one for the first panel of the tensor that comes next
 
     def close(self) -> None:
-        if self._open is not None:
-            os.close(self._open[1])
-            self._open = None
+        if self._thread is not None:
+            self._thread.shutdown(cancel_futures=True)
+            self._thread = None
+        self._close_file()
 
     def _header(self, path: Path) -> dict[str, TensorEntry]:
         if path not in self._entries:
             self._entries[path] = {entry.name: entry for entry in checkpoint_header(path)}
         return self._entries[path]
 
+    def _submit(self, path: Path, offset: int, panel: torch.Tensor) -> Future[torch.Tensor]:
+        """Have `panel` filled from `offset` of the file, in the order of these calls."""
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, "read-ahead")
+
+        def fill() -> torch.Tensor:
+            _read(self._fd(path), path, offset, tensor_bytes(panel))
+            return panel
+
+        return self._thread.submit(fill)
+
     def _fd(self, path: Path) -> int:
         if self._open is None or self._open[0] != path:
-            self.close()
+            self._close_file()
             self._open = (path, os.open(path, os.O_RDONLY | os.O_CLOEXEC))
         return self._open[1]
+
+    def _close_file(self) -> None:
+        if self._open is not None:
+            os.close(self._open[1])
+            self._open = None
+
+
+def _read_ahead(begin: Callable[[int], Future[torch.Tensor]], count: int) -> Iterator[torch.Tensor]:
+    """The panels 0 to `count`: the first is begun now, the others as soon as there is a buffer for them."""
+    begun = deque([begin(0)] if count else [])
+
+    def deliver() -> Iterator[torch.Tensor]:
+        for index in range(count):
+            panel = begun.popleft().result()
+            while (following := index + 1 + len(begun)) < min(count, index + _BUFFERS):
+                begun.append(begin(following))
+            yield panel
+
+    return deliver()
 
 
 def _read(fd: int, path: Path, offset: int, data: memoryview) -> None:

@@ -127,7 +127,7 @@ class WeightReader(Protocol):
     def close(self) -> None: ...
 
 
-PANEL_NBYTES = 16 << 20
+PANEL_NBYTES = 8 << 20
 """Source bytes read, quantized and written at a time: large enough for the disk, small beside the interpreter."""
 
 

@@ -1,7 +1,8 @@
-"""Quantizing on all cores: each slice of rows on a thread of its own, with torch's own threading off.
+"""Quantizing on all cores: natively, or with torch on a thread of its own for each slice of rows.
 
 torch would split every small operation over its threads and wait for all of them each time; on a busy machine that
-is tens of times slower than one thread that works through. Slices change no result: groups lie within rows.
+is tens of times slower than one thread that works through, so torch's own threading is off there. Neither threads nor
+slices nor the native kernel change a bit of the result: groups lie within rows.
 """
 
 import os
@@ -12,13 +13,15 @@ from typing import Final, Literal
 
 import torch
 
+from tiered.kernels import Kernels
 from tiered.quant import GroupScheme, QuantizedTensor, quantize
 from tiered.units import MIB
 
 _MOST_WORKERS: Final = 8
 """Enough for any disk; each takes WORKER_NBYTES."""
 WORKER_NBYTES: Final = 24 * MIB
-"""Temporaries of one thread that quantizes: about a dozen of `tiered.quant.quantize.PANEL_BYTES`."""
+"""Temporaries of one thread that quantizes with torch: about a dozen of `tiered.quant.quantize.PANEL_BYTES`. The
+native kernel needs a few KiB."""
 
 
 def worker_count() -> int:
@@ -38,9 +41,11 @@ def one_torch_thread() -> Iterator[None]:
 
 
 class Quantizers:
-    """A pool of quantizing threads, started when first used."""
+    """Threads that quantize, started when first used; `kernels` is the name of the kernels to use."""
 
-    def __init__(self) -> None:
+    def __init__(self, kernels: str = "auto") -> None:
+        self._name = kernels
+        self._kernels: Kernels | None = None
         self._pool: ThreadPoolExecutor | None = None
         self._torch_threads = torch.get_num_threads()
 
@@ -48,6 +53,11 @@ class Quantizers:
         self, panel: torch.Tensor, scheme: GroupScheme, clip: Literal["mse", "minmax"], name: str
     ) -> Iterator[QuantizedTensor]:
         """The parts of `panel` [rows, in], in order; when the last has come, the panel is no longer needed."""
+        if self._kernels is None:
+            self._kernels = Kernels(worker_count(), name=self._name)
+        if self._kernels.quantizes(panel.dtype):
+            yield self._kernels.quantize(panel, scheme, clip=clip, name=name)
+            return
         if self._pool is None:
             self._pool = ThreadPoolExecutor(worker_count(), "quantize", torch.set_num_threads, (1,))
         rows = -(-panel.shape[0] // worker_count())
@@ -56,6 +66,9 @@ class Quantizers:
             yield future.result()
 
     def close(self) -> None:
+        if self._kernels is not None:
+            self._kernels.close()
+            self._kernels = None
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
             self._pool = None

@@ -87,7 +87,7 @@ def quantize(
         groups = weight[panel].reshape(-1, scheme.group_size).t().to(torch.float32, memory_format=_PACKED)
         codes, panel_scale, panel_zero = _quantize_groups(groups, scheme, factors)
         if not panel_scale.isfinite().all():
-            raise _out_of_range(weight, scheme, name)
+            raise out_of_range(weight, scheme, name)
         codes = codes.t().to(torch.uint8, memory_format=_PACKED).view(-1, columns)
         q[panel] = pack_int4(codes, scheme.group_size) if scheme.bits == 4 else codes
         scale[panel] = panel_scale.view(-1, scale.shape[1])
@@ -169,7 +169,7 @@ def _squared_error(groups: Tensor, levels: Tensor, scale: Tensor, out: Tensor) -
     torch.add(error[0], error[1], out=out)
 
 
-def _out_of_range(weight: Tensor, scheme: GroupScheme, name: str) -> CheckpointError:
+def out_of_range(weight: Tensor, scheme: GroupScheme, name: str) -> CheckpointError:
     """What is wrong with a weight that gave a scale which is not finite."""
     step = _panel_rows(weight.shape[1])
     bad = 0

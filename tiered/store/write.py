@@ -2,12 +2,12 @@
 
 import contextlib
 import errno
+import io
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Self
+from typing import Self
 
 import torch
 import xxhash
@@ -17,10 +17,8 @@ from tiered.quant import GroupScheme
 from tiered.store.block import METADATA_KEY, PAD_PREFIX, ZSTD_SUFFIX, Compressed, block_metadata
 from tiered.store.format import ALIGNMENT, CHUNK_NBYTES, PAGE, TensorEntry, hash_chunk, header_bytes, tensor_nbytes
 from tiered.store.manifest import FileInfo
+from tiered.store.sweep import Sweep
 from tiered.units import format_size, round_up
-
-_WRITEBACK_NBYTES = 64 << 20
-"""Start write-back this often, so that dirty pages never pile up to a limit and fsync has little left to do."""
 
 
 class BlockWriter:
@@ -41,11 +39,9 @@ class BlockWriter:
         # Compressed tensors name every frame, which `reserve_frames` adds.
         self._reserved = 4096 + sum(4 * len(name.encode()) + 700 for name in names)
         self._data_start = 0
-        self._file: BinaryIO | None = None
+        self._file: io.BufferedRandom | None = None
+        self._sweep: Sweep | None = None
         self._written = 0
-        self._flushed = 0
-        self._syncer = ThreadPoolExecutor(1, thread_name_prefix="tiered-sync")
-        self._write_back_done: Future[None] | None = None
         self._hasher = xxhash.xxh3_64()
         self._checksums: list[str] = []
 
@@ -53,10 +49,13 @@ class BlockWriter:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with _disk_full(self._part):
             self._file = self._part.open("w+b")
+        self._sweep = Sweep(self._file.raw)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self._syncer.shutdown(wait=True)
+        if self._sweep is not None:
+            self._sweep.close()
+            self._sweep = None
         if self._file is not None:
             # Closing writes what is still buffered; on a full disk that fails once more, and must not hide the error.
             with contextlib.suppress(OSError):
@@ -104,13 +103,13 @@ class BlockWriter:
             self._checksums.append(self._hasher.hexdigest())
         metadata = {"format": "pt", METADATA_KEY: block_metadata(self._schemes, self._compressed)}
         header = header_bytes(self._entries, metadata, self._data_start)
-        self._await_write_back()
         with _disk_full(self._part):
+            self._open_sweep().finish()
             file.seek(0)
             file.write(header)
             file.flush()
             os.fsync(file.fileno())
-        # The first chunk holds the header, so it can only be hashed now; it is still in the page cache.
+        # The first chunk holds the header, so it can only be hashed now.
         file.seek(0)
         self._checksums[0] = hash_chunk(file.read(CHUNK_NBYTES))
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -121,9 +120,13 @@ class BlockWriter:
         _fsync_folder(self._path.parent)
         return FileInfo(self._path.relative_to(self._root).as_posix(), nbytes, tuple(self._checksums))
 
-    def _open_file(self) -> BinaryIO:
+    def _open_file(self) -> io.BufferedRandom:
         assert self._file is not None, "BlockWriter is used inside its with block"
         return self._file
+
+    def _open_sweep(self) -> Sweep:
+        assert self._sweep is not None, "BlockWriter is used inside its with block"
+        return self._sweep
 
     def _start(self) -> None:
         if self._data_start == 0:
@@ -147,9 +150,8 @@ class BlockWriter:
             self._write(memoryview(bytes(gap)))
 
     def _write(self, data: memoryview) -> None:
-        file = self._open_file()
         with _disk_full(self._part):
-            file.write(data)
+            self._open_sweep().append(data)
         while data.nbytes:
             room = CHUNK_NBYTES - self._written % CHUNK_NBYTES
             self._hasher.update(data[:room])
@@ -158,30 +160,6 @@ class BlockWriter:
             if self._written % CHUNK_NBYTES == 0:
                 self._checksums.append(self._hasher.hexdigest())
                 self._hasher.reset()
-        if self._written - self._flushed >= _WRITEBACK_NBYTES:
-            self._write_back(file)
-
-    def _write_back(self, file: BinaryIO) -> None:
-        """Send the latest stretch to disk while the caller makes the next one, once the stretch before is there."""
-        self._await_write_back()
-        with _disk_full(self._part):
-            file.flush()
-        # Keep the first chunk: its checksum is taken at the end.
-        start, fd = max(self._flushed, CHUNK_NBYTES), file.fileno()
-        nbytes = max(self._written - start, 0)
-
-        def sync() -> None:
-            os.fdatasync(fd)
-            os.posix_fadvise(fd, start, nbytes, os.POSIX_FADV_DONTNEED)
-
-        self._write_back_done = self._syncer.submit(sync)
-        self._flushed = self._written
-
-    def _await_write_back(self) -> None:
-        done, self._write_back_done = self._write_back_done, None
-        if done is not None:
-            with _disk_full(self._part):
-                done.result()
 
 
 def atomic_write(path: Path, content: str | bytes) -> None:
