@@ -31,6 +31,7 @@ from tiered.cache import kv_shape
 from tiered.errors import BudgetError, ConfigError, NotSupportedError
 from tiered.generate.tokenizer import load_generation_config, load_tokenizer
 from tiered.io import VerifyPolicy
+from tiered.kernels import Mode
 from tiered.model import Load, MicroBatch, check_token_ids, keep_positions, slice_mask
 from tiered.plan import available_budget, parse_tiers
 from tiered.runtime import Options, Runtime, compute_dtype
@@ -52,6 +53,8 @@ def load(
     context: int | None = None,
     sequences: int = 1,
     verify: str = "first",
+    kernels: str = "auto",
+    kernel_mode: str = "invariant",
 ) -> "LoadedModel":
     """Open `store` as a model that runs within `ram` ("4GiB" or bytes; default 90 % of what is free).
 
@@ -66,7 +69,19 @@ def load(
         policy = VerifyPolicy(verify)
     except ValueError:
         raise ConfigError(f"verify {verify!r}: expected first, always or never") from None
-    options = Options(ram=budget, tiers=parse_tiers(tiers), dtype=dtype, threads=threads, verify=policy)
+    try:
+        mode = Mode(kernel_mode)
+    except ValueError:
+        raise ConfigError(f"kernel_mode {kernel_mode!r}: expected invariant or fast") from None
+    options = Options(
+        ram=budget,
+        tiers=parse_tiers(tiers),
+        dtype=dtype,
+        threads=threads,
+        verify=policy,
+        kernels=kernels,
+        kernel_mode=mode,
+    )
     config = load_config(opened.path)
     limit = getattr(config, "max_position_embeddings", None)
     if context is not None and limit is not None and context > limit:

@@ -7,6 +7,7 @@ only waits, with a timeout, so that signals reach it.
 import asyncio
 import concurrent.futures
 import contextlib
+import logging
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +24,7 @@ from tiered.arch import build_skeleton, load_config
 from tiered.cache import KVCache, kv_shape
 from tiered.errors import ConfigError
 from tiered.io import Arena, ChunkVerifier, DiskReader, Faults, ReadMode, Slab, VerifyPolicy, probe_mode
-from tiered.kernels import CancelFlag
+from tiered.kernels import CancelFlag, Kernels, Mode
 from tiered.model import (
     BoundModel,
     Engine,
@@ -36,6 +37,8 @@ from tiered.model import (
     activation_shape,
     check_match,
     check_token_ids,
+    registered_attention,
+    use_attention,
 )
 from tiered.plan import (
     Plan,
@@ -58,6 +61,7 @@ _GROWTH_NBYTES: Final = 24 * MIB
 _POLL_SECONDS: Final = 0.1
 
 T = TypeVar("T")
+_LOG: Final = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,9 @@ class Options:
     prefetch: int | None = None
     rows_per_chunk: int | None = None
     """Overrides the planned chunk, for tests and experiments."""
+    kernels: str = "auto"
+    """A name of `tiered.kernels.KERNEL_NAMES`."""
+    kernel_mode: Mode = Mode.INVARIANT
     keep_spans: bool = False
     read_mode: ReadMode | None = None
     preadv: Faults | None = None
@@ -133,12 +140,14 @@ class Runtime:
         self.dtype = compute_dtype(self.options.dtype, config)
         skeleton = build_skeleton(config, self.dtype)
         check_match(self.store, skeleton)
-        shape = activation_shape(skeleton, self.dtype)
-        self.model = BoundModel(skeleton, self.dtype, self.cancel)
+        threads = self.options.threads or cpu_count()
+        shape = activation_shape(skeleton, self.dtype, threads)
+        self.kernels = stack.enter_context(self._open_kernels(threads))
+        use_attention(skeleton.model, stack.enter_context(registered_attention(self.kernels)))
+        self.model = BoundModel(skeleton, self.dtype, self.kernels)
         recorder = Recorder(skeleton)
         self._compute = ThreadPoolExecutor(1, thread_name_prefix="tiered-compute")
         stack.callback(self._compute.shutdown, wait=True)
-        threads = self.options.threads or cpu_count()
         self._compute.submit(_warm_up, threads, self.dtype).result()
         self.kv_shape = kv_shape(config, self.dtype)
         self.budget = self.options.ram or available_budget()
@@ -163,6 +172,13 @@ class Runtime:
             self.rows_per_micro_batch,
         )
         stack.callback(self.stop_streaming)
+
+    def _open_kernels(self, threads: int) -> Kernels:
+        kernels = Kernels(threads, self.cancel, self.options.kernel_mode, self.options.kernels)
+        if kernels.refusal is not None and self.options.kernels == "auto":
+            why = kernels.refusal
+            _LOG.warning("native kernels are off, torch's slower operators compute: %s; see 'tiered doctor'", why)
+        return kernels
 
     def _open_memory(self, stack: contextlib.ExitStack, plan: Plan, side: int) -> None:
         """One arena for everything large, and the slabs that live as long as the runtime."""

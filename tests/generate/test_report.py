@@ -51,6 +51,7 @@ def around(used: Plan, **changes: Any) -> Surroundings:
         "streamed_file_bytes": 700 * MIB,
         "disk_wait_seconds": 0.1,
         "read_mode": "O_DIRECT",
+        "kernels": "avx512, invariant, 2 threads",
         "synthetic": False,
     }
     return Surroundings(**{**fields, **changes})

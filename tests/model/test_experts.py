@@ -5,7 +5,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from tests.helpers import tiny_config
 from tiered.arch import build_skeleton, is_expert_stack
-from tiered.kernels import CancelFlag
+from tiered.kernels import Kernels
 from tiered.model import BoundModel
 from tiered.model.experts import OffloadedExperts
 from tiered.quant import GroupScheme, QuantizedWeight, quantize
@@ -30,7 +30,7 @@ def test_lent_stacks_give_what_eager_experts_give() -> None:
     hidden, weights = torch.randn(TOKENS, HIDDEN, generator=generator), torch.rand(TOKENS, 2, generator=generator)
     # Expert 2 gets no token; the number of experts stands for a choice that is masked out.
     chosen = torch.tensor([[0, 1], [1, 3], [3, 0], [4, 1], [0, 3], [1, 4], [3, 1]])
-    offloaded = OffloadedExperts(experts, CancelFlag())
+    offloaded = OffloadedExperts(experts, Kernels(1, name="torch"))
     offloaded.lent = {name: stack.detach() for name, stack in experts.named_parameters()}
     torch.testing.assert_close(offloaded(hidden, chosen, weights), experts(hidden, chosen, weights))
 
@@ -45,7 +45,7 @@ def test_lent_stacks_give_what_eager_experts_give() -> None:
 def test_stacks_are_given_back_and_routers_biases_stay_in_float32() -> None:
     skeleton = build_skeleton(tiny_config("dots1"), torch.bfloat16)
     (block,) = [block for block in skeleton.blocks() if block.name == "layer-001"]
-    model = BoundModel(skeleton, torch.bfloat16, CancelFlag())
+    model = BoundModel(skeleton, torch.bfloat16, Kernels(1, name="torch"))
     (experts,) = [module for module in model.layers[1].modules() if isinstance(module, OffloadedExperts)]
     weights = {p.name.removeprefix(block.prefix): torch.zeros(p.shape) for p in block.parameters}
     with model.lend(model.layers[1], weights) as lent:

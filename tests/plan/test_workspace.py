@@ -11,7 +11,14 @@ from tiered.plan.workspace import MAX_ROWS, row_nbytes
 from tiered.units import GIB, MIB
 
 SHAPE = Shape(
-    hidden=4096, widest=16384, vocab=50272, heads=32, itemsize=2, eager_attention=False, scratch_nbytes=16 * MIB
+    hidden=4096,
+    widest=16384,
+    vocab=50272,
+    heads=32,
+    itemsize=2,
+    eager_attention=False,
+    packed_nbytes=40 << 10,
+    scratch_nbytes=16 * MIB,
 )
 COUNTS = st.integers(1, 5000)
 BUDGETS = st.integers(64 * MIB, 1 << 40)
@@ -31,7 +38,7 @@ def test_a_larger_budget_never_computes_fewer_rows(tokens: int, context: int, bu
     assert less.rows <= greater.rows and less.nbytes <= greater.nbytes
 
 
-@pytest.mark.parametrize("field", ["hidden", "widest", "vocab", "itemsize", "scratch_nbytes"])
+@pytest.mark.parametrize("field", ["hidden", "widest", "vocab", "itemsize", "packed_nbytes", "scratch_nbytes"])
 def test_a_larger_model_takes_more(field: str) -> None:
     larger = replace(SHAPE, **{field: 2 * getattr(SHAPE, field)})
     # With rows enough for all tokens, so that only the bytes change.

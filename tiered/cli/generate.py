@@ -25,13 +25,28 @@ _POSITIVE = click.IntRange(min=1)
 @click.option("--seed", default=0, show_default=True, help="For sampling.")
 @click.option("--stop", "stops", multiple=True, help="End at this text; repeatable.")
 @click.option("--ignore-eos", is_flag=True, help="Go on past the end-of-text token.")
-@click.option("--prompt-tokens", type=_POSITIVE, help="A random prompt of exactly N tokens, for measuring.")
+@click.option("--prompt-tokens", type=_POSITIVE, help="Random prompts of exactly N tokens, for measuring.")
+@click.option("--sequences", default=1, show_default=True, type=_POSITIVE, help="So many --prompt-tokens prompts.")
 @click.option("--chat", is_flag=True, help="Apply the tokenizer's chat template to each prompt.")
 @click.option("--dtype", default="auto", show_default=True, help="auto, bfloat16 or float32: what is computed in.")
 @click.option("--verify", default="first", show_default=True, type=click.Choice(["first", "always", "never"]))
 @click.option("--tiers", default="disk,cpu", show_default=True, help="Where weights may be, slowest first.")
 @click.option("--ram", help="Budget for the whole process, such as 2GiB. [default: 90% of what is free]")
 @click.option("--threads", type=_POSITIVE, help="Compute threads. [default: all processors]")
+@click.option(
+    "--kernels",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "torch", "scalar", "avx2", "avx512", "amx"]),
+    help="What multiplies; auto is the best that this machine has.",
+)
+@click.option(
+    "--kernel-mode",
+    default="invariant",
+    show_default=True,
+    type=click.Choice(["invariant", "fast"]),
+    help="invariant: a text does not depend on what shares its batch. fast: activations may be rounded to 8 bits.",
+)
 @click.option("--prefetch", type=click.IntRange(min=0), help="Blocks read ahead; 0: none. [default: as memory allows]")
 @click.option("--measure/--no-measure", default=True, help="Measure the raw disk bandwidth before and after.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
@@ -55,7 +70,9 @@ def _read_prompts(options: dict[str, Any]) -> dict[str, Any]:
     prompts = [("-p", text) for text in options.pop("prompts")]
     prompts += [(file.name, _read(file, file.name)) for file in options.pop("files")]
     if options["prompt_tokens"] is not None and prompts:
-        raise click.UsageError("--prompt-tokens makes its own prompt; drop -p and -f")
+        raise click.UsageError("--prompt-tokens makes its own prompts; drop -p and -f")
+    if options["prompt_tokens"] is None and options["sequences"] > 1:
+        raise click.UsageError("--sequences repeats what --prompt-tokens makes; repeat -p for a batch of your own")
     if options["prompt_tokens"] is None and not prompts:
         if sys.stdin.isatty():
             raise click.UsageError("no prompt: pass -p TEXT or -f FILE, or pipe text to standard input")

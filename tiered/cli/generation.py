@@ -16,6 +16,7 @@ from tiered.errors import ConfigError
 from tiered.generate import Report, Sampler, SamplingParams, Sequence, Surroundings, generate, make_report
 from tiered.generate.tokenizer import load_generation_config, load_tokenizer
 from tiered.io import ReadMode, VerifyPolicy
+from tiered.kernels import Mode
 from tiered.model import Load
 from tiered.plan import parse_tiers, process_peak_rss_bytes
 from tiered.runtime import Options, Runtime
@@ -39,12 +40,15 @@ class Request:
     stops: tuple[str, ...]
     ignore_eos: bool
     prompt_tokens: int | None
+    sequences: int
     chat: bool
     dtype: str
     verify: str
     tiers: str
     ram: str | None
     threads: int | None
+    kernels: str
+    kernel_mode: str
     prefetch: int | None
     measure: bool
     as_json: bool
@@ -85,6 +89,8 @@ def run(request: Request) -> dict[str, Any]:
         threads=request.threads,
         verify=VerifyPolicy(request.verify),
         prefetch=request.prefetch,
+        kernels=request.kernels,
+        kernel_mode=Mode(request.kernel_mode),
         keep_spans=request.trace_path is not None,
     )
     if sampling.temperature == 0 and (sampling.top_k, sampling.top_p, sampling.min_p) != (0, 1.0, 0.0):
@@ -167,6 +173,7 @@ def _generate(request: Request, runtime: Runtime, sequences: list[Sequence]) -> 
         peak_rss_bytes=process_peak_rss_bytes(),
         disk_wait_seconds=generation.decode_disk_idle_seconds,
         read_mode=runtime.reader.mode.value if runtime.reader.mode is not None else "nothing read",
+        kernels=runtime.kernels.description,
         synthetic=runtime.store.manifest.synthetic,
     )
     return make_report(generation, around)
@@ -184,7 +191,9 @@ def _encode(request: Request, store: Store, tokenizer: PreTrainedTokenizerBase) 
     if request.prompt_tokens is not None:
         generator = torch.Generator().manual_seed(request.seed)
         vocab = min(len(tokenizer), store.vocab_size)
-        return [torch.randint(0, vocab, (request.prompt_tokens,), generator=generator).tolist()]
+        shape = (request.sequences, request.prompt_tokens)
+        ids: list[list[int]] = torch.randint(0, vocab, shape, generator=generator).tolist()
+        return ids
     encoded = []
     for prompt in request.prompts:
         if request.chat:

@@ -48,6 +48,8 @@ class Report:
     tape_bytes: int
     resident_bytes: int
     read_mode: str
+    kernels: str
+    """What computed: instruction set, mode and threads."""
     synthetic: bool
 
     def to_json(self) -> dict[str, Any]:
@@ -78,6 +80,7 @@ class Report:
                 f"waits     while decoding, compute waited {format_seconds(self.compute_wait_seconds)} for the disk, "
                 f"the disk {format_seconds(self.disk_wait_seconds)} for compute"
             )
+        lines.append(f"kernels   {self.kernels}")
         over = ", OVER BUDGET" if self.peak_rss_bytes > self.ram_budget_bytes else ""
         lines.append(
             f"memory    peak {format_size(self.peak_rss_bytes)} of {format_size(self.ram_budget_bytes)}{over}; "
@@ -122,6 +125,7 @@ class Surroundings:
     peak_rss_bytes: int
     disk_wait_seconds: float
     read_mode: str
+    kernels: str
     synthetic: bool
 
 
@@ -176,6 +180,7 @@ def make_report(generation: Generation, around: Surroundings) -> Report:
         tape_bytes=around.tape_file_bytes,
         resident_bytes=plan.placement.resident_nbytes,
         read_mode=around.read_mode,
+        kernels=around.kernels,
         synthetic=around.synthetic,
     )
 

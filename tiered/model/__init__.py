@@ -1,5 +1,6 @@
 """transformers' graph, our weights: offloaded linears, the recorder, the engine."""
 
+from tiered.model.attention import registered_attention, use_attention
 from tiered.model.bind import BoundModel, OffloadedLinear
 from tiered.model.engine import Engine, MicroBatch, OnBlock, Pass, check_token_ids, keep_positions, slice_mask
 from tiered.model.match import check_match
@@ -20,5 +21,7 @@ __all__ = [
     "check_match",
     "check_token_ids",
     "keep_positions",
+    "registered_attention",
     "slice_mask",
+    "use_attention",
 ]

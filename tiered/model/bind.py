@@ -12,7 +12,7 @@ from torch import nn
 from torch.func import functional_call
 
 from tiered.arch import Skeleton, is_expert_stack, is_plain_linear
-from tiered.kernels import CancelFlag, linear
+from tiered.kernels import Kernels
 from tiered.model.experts import OffloadedExperts
 from tiered.quant import QuantizedWeight
 
@@ -22,19 +22,19 @@ AnyWeight = torch.Tensor | QuantizedWeight
 class OffloadedLinear(nn.Module):
     """Takes an nn.Linear's place: the same function of a weight that is lent to it per block."""
 
-    def __init__(self, original: nn.Linear, cancel: CancelFlag) -> None:
+    def __init__(self, original: nn.Linear, kernels: Kernels) -> None:
         super().__init__()
         self.in_features, self.out_features = original.in_features, original.out_features
         # A head's bias may be resident (set_outer); a layer's is lent with its weight.
         self.bias = original.bias
         self.lent: AnyWeight | None = None
         self.lent_bias: torch.Tensor | None = None
-        self._cancel = cancel
+        self._kernels = kernels
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] -> [..., out_features]."""
         assert self.lent is not None, "used outside its block"
-        return linear(x, self.lent, self.bias if self.lent_bias is None else self.lent_bias, self._cancel)
+        return self._kernels.linear(x, self.lent, self.bias if self.lent_bias is None else self.lent_bias)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
@@ -43,12 +43,12 @@ class OffloadedLinear(nn.Module):
 class BoundModel:
     """A skeleton whose layers and head compute with lent weights, and whose other parts hold their own."""
 
-    def __init__(self, skeleton: Skeleton, dtype: torch.dtype, cancel: CancelFlag) -> None:
+    def __init__(self, skeleton: Skeleton, dtype: torch.dtype, kernels: Kernels) -> None:
         self.skeleton, self.dtype = skeleton, dtype
         self.layers: list[nn.Module] = list(skeleton.layers)
         for layer in self.layers:
-            _offload(layer, cancel)
-        self.head = OffloadedLinear(_linear_at(skeleton.model, skeleton.head_name), cancel)
+            _offload(layer, kernels)
+        self.head = OffloadedLinear(_linear_at(skeleton.model, skeleton.head_name), kernels)
         skeleton.model.set_output_embeddings(self.head)
         # It only matters to training, and it would have to be a row of the few that `embed` looks up in.
         skeleton.embedding.padding_idx = None
@@ -113,15 +113,15 @@ class Lent:
         return functional_call(self._module, self._small, args, kwargs)
 
 
-def _offload(module: nn.Module, cancel: CancelFlag) -> None:
+def _offload(module: nn.Module, kernels: Kernels) -> None:
     for name, child in module.named_children():
         if is_plain_linear(child):
             assert isinstance(child, nn.Linear)
-            setattr(module, name, OffloadedLinear(child, cancel))
+            setattr(module, name, OffloadedLinear(child, kernels))
         elif is_expert_stack(child):
-            setattr(module, name, OffloadedExperts(child, cancel))
+            setattr(module, name, OffloadedExperts(child, kernels))
         else:
-            _offload(child, cancel)
+            _offload(child, kernels)
 
 
 def _linear_at(model: nn.Module, weight_name: str) -> nn.Linear:

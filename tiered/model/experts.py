@@ -10,20 +10,20 @@ from typing import cast
 import torch
 from torch import nn
 
-from tiered.kernels import CancelFlag, linear
+from tiered.kernels import Kernels
 from tiered.quant import QuantizedWeight
 
 
 class OffloadedExperts(nn.Module):
     """Takes the place of a module that `tiered.arch.is_expert_stack` accepts."""
 
-    def __init__(self, original: nn.Module, cancel: CancelFlag) -> None:
+    def __init__(self, original: nn.Module, kernels: Kernels) -> None:
         super().__init__()
         self.num_experts = int(original.get_parameter("down_proj").shape[0])
         self.lent: dict[str, torch.Tensor | QuantizedWeight] = {}
         """The stacks by their names, "gate_up_proj" and "down_proj"; empty outside a loan."""
         self._apply_gate = cast(Callable[[torch.Tensor], torch.Tensor], original._apply_gate)
-        self._cancel = cancel
+        self._kernels = kernels
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -34,8 +34,8 @@ class OffloadedExperts(nn.Module):
             if expert >= self.num_experts:
                 continue  # the number that a family gives choices it has masked out
             token, choice = torch.where(top_k_index == expert)
-            gate_up = linear(hidden_states[token], self._matrix("gate_up_proj", expert), cancel=self._cancel)
-            out = linear(self._apply_gate(gate_up), self._matrix("down_proj", expert), cancel=self._cancel)
+            gate_up = self._kernels.linear(hidden_states[token], self._matrix("gate_up_proj", expert))
+            out = self._kernels.linear(self._apply_gate(gate_up), self._matrix("down_proj", expert))
             result.index_add_(0, token, (out * top_k_weights[token, choice, None]).to(result.dtype))
         return result
 

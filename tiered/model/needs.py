@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 from tiered.arch import Skeleton
 from tiered.cache import KVShape
 from tiered.errors import BudgetError, ConfigError
-from tiered.kernels import scratch_nbytes
+from tiered.kernels import packed_row_nbytes, scratch_nbytes
 from tiered.plan import Needs, Plan, Shape, Tier, Workspace, make_plan, workspace_for
 from tiered.plan.fits import smallest_budget
 from tiered.store import CHUNK_NBYTES, PAGE, Store
@@ -100,10 +100,13 @@ class Footprint:
         return nbytes
 
 
-def activation_shape(skeleton: Skeleton, dtype: torch.dtype) -> Shape:
-    """What the size of activations depends on. `skeleton` must be as built: binding it takes its layers out."""
+def activation_shape(skeleton: Skeleton, dtype: torch.dtype, threads: int) -> Shape:
+    """What the size of activations depends on, with kernels of `threads` threads.
+
+    `skeleton` must be as built: binding it takes its layers out.
+    """
     config: PretrainedConfig = skeleton.config
-    layers = (p.shape for block in skeleton.blocks() if block.role == "layer" for p in block.parameters)
+    layers = [p.shape for block in skeleton.blocks() if block.role == "layer" for p in block.parameters]
     return Shape(
         hidden=config.hidden_size,
         # Of a stack, one expert's: its tokens pass through one after the other.
@@ -112,5 +115,6 @@ def activation_shape(skeleton: Skeleton, dtype: torch.dtype) -> Shape:
         heads=config.num_attention_heads,
         itemsize=dtype.itemsize,
         eager_attention=config._attn_implementation == "eager",
-        scratch_nbytes=scratch_nbytes(),
+        packed_nbytes=packed_row_nbytes(max(shape[-1] for shape in layers)),
+        scratch_nbytes=scratch_nbytes(threads),
     )

@@ -26,8 +26,10 @@ class Shape:
     """Bytes of the compute dtype."""
     eager_attention: bool
     """The family materializes attention scores."""
+    packed_nbytes: int
+    """Of one row of activations, while a linear kernel holds it in the order it needs."""
     scratch_nbytes: int
-    """Of the linear kernel."""
+    """Of the linear kernel besides."""
 
 
 @dataclass(frozen=True)
@@ -43,14 +45,14 @@ def row_nbytes(shape: Shape, context: int) -> int:
     """Bytes that one row (token) needs at most while it is inside a layer, with `context` keys to attend to.
 
     Hidden states: residual, normalized, q, k, v, attention output, and a float32 copy where a norm widens; the
-    feed-forward's result, its activation and gate (experts compute one after the other); one mask row, and for eager
-    families the scores of all heads before and after softmax, in float32.
+    feed-forward's result, its activation and gate (experts compute one after the other); what a kernel packs of its
+    input; one mask row, and for eager families the scores of all heads before and after softmax, in float32.
     """
     hidden = shape.hidden * (6 * shape.itemsize + 8)
     feed_forward = 3 * shape.widest * shape.itemsize
     mask = 2 * context * max(shape.itemsize, 4)
     scores = 3 * context * shape.heads * 4 if shape.eager_attention else context * 4
-    return hidden + feed_forward + mask + scores
+    return hidden + feed_forward + mask + scores + shape.packed_nbytes
 
 
 def workspace_for(shape: Shape, tokens: int, sequences: int, context: int, budget: int) -> Workspace:

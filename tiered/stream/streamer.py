@@ -71,6 +71,8 @@ class Streamer:
         self._resident = resident
         self._loading: dict[int, asyncio.Future[None]] = {}
         """Resident blocks that have been asked for: a later pass waits for the same reads, and fails with them."""
+        self._views: dict[int, Mapping[str, torch.Tensor | QuantizedWeight]] = {}
+        """Of resident blocks, which stay where they are: making some forty views a block takes a while."""
         self._ring_slab = ring
         self._ring = Ring(ring.nbytes) if ring is not None else None
         self._queue: asyncio.Queue[_Queued] = asyncio.Queue(maxsize=len(store.tape))
@@ -99,6 +101,7 @@ class Streamer:
         for task in (self._feed, *self._loads):
             task.cancel()
         await self._group.__aexit__(None, None, None)
+        self._views.clear()  # their memory goes back to the arena
 
     def end_after(self, passes: int | None) -> None:
         """Read nothing beyond pass number `passes` (counted from 1, since the start); None: no end is known."""
@@ -170,8 +173,13 @@ class Streamer:
             view = self._ring_slab.view[span.start : span.stop]
         memory = torch.frombuffer(view, dtype=torch.uint8)
 
-        def weights() -> dict[str, torch.Tensor | QuantizedWeight]:
-            return {name.removeprefix(info.prefix): weight.view(memory) for name, weight in layout.weights.items()}
+        def weights() -> Mapping[str, torch.Tensor | QuantizedWeight]:
+            views = self._views.get(position)
+            if views is None:
+                views = {n.removeprefix(info.prefix): weight.view(memory) for n, weight in layout.weights.items()}
+                if span is None:
+                    self._views[position] = views
+            return views
 
         done = self._loading.get(position)
         if done is None:
