@@ -1,12 +1,14 @@
-"""How close streaming comes to the disk: synthetic stores, generated from inside a memory limit, several runs.
+"""How close passes come to the disk and to memory: synthetic stores, generated from inside a memory limit.
 
     python tools/bench_stream.py                                   opt-6.7b in bf16, in 4 GiB
-    python tools/bench_stream.py --shape opt-13b --quant int4 --ram 2GiB --runs 5
+    python tools/bench_stream.py --shape opt-13b --quant int4 --ram 2400MiB --batch 1 4 16 64
+    python tools/bench_stream.py --shape opt-13b --quant int4 --ram 14GiB --batch 1 16 --kernel-mode fast
 
-Makes the store (kept for the next time unless --clean), then runs `tiered generate --json` at batch 1 under
-tools/limit.py, and prints one row per run and the medians, as Markdown. All figures come from the runs' own reports,
-where B is the raw bandwidth of the same run and M what the budget leaves, used or not; peak memory comes from the
-kernel. Nothing is cached between runs: reads bypass the page cache (see the row "read").
+Makes the store (kept for the next time unless --clean), then runs `tiered generate --json` under tools/limit.py, and
+prints one row per run and the medians, as Markdown. All figures come from the runs' own reports, where B is the raw
+bandwidth of the same run and M what the budget leaves, used or not; peak memory comes from the kernel. Nothing is
+cached between runs: reads bypass the page cache (see the row "read"). With a budget that holds the whole store nothing
+is read while decoding; "weights GB/s" is then to be held against the memory's bandwidth, printed above the table.
 """
 
 import argparse
@@ -21,10 +23,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from tiered.bench.kernels import Limits
 from tiered.store import Store
 from tiered.units import MIB, format_rate, format_size, parse_size
 
-COLUMNS = ("GB/s", "raw GB/s", "of raw", "s/pass", "bound s", "of bound", "compute s", "ms/block", "peak", "bound by")
+COLUMNS = (
+    *("batch", "tok/s", "prefill tok/s", "s/pass", "compute s", "weights GB/s", "disk GB/s", "raw GB/s", "of raw"),
+    *("bound s", "of bound", "ms/block", "peak", "bound by"),
+)
 
 
 def main() -> int:
@@ -33,9 +39,12 @@ def main() -> int:
     parser.add_argument("--shape", default="opt-6.7b", help="a name in configs/models (default: %(default)s)")
     parser.add_argument("--quant", default="none", choices=["none", "int8", "int4"])
     parser.add_argument("--ram", default="4GiB", help="budget; the cgroup gets 128 MiB more (default: %(default)s)")
-    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--runs", type=int, default=3, help="of every batch size (default: %(default)s)")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1], help="sequences that share a pass")
     parser.add_argument("-n", "--new-tokens", type=int, default=6, help="one pass each (default: %(default)s)")
     parser.add_argument("--prompt-tokens", type=int, default=8)
+    parser.add_argument("--kernels", default="auto", help="as in tiered generate (default: %(default)s)")
+    parser.add_argument("--kernel-mode", default="invariant", choices=["invariant", "fast"])
     parser.add_argument("--dir", type=Path, default=Path(tempfile.gettempdir()), help="where the store goes")
     parser.add_argument("--clean", action="store_true", help="remove the store afterwards")
     arguments = parser.parse_args()
@@ -45,82 +54,89 @@ def main() -> int:
         subprocess.run([sys.executable, "-m", "tiered", *command], check=True)
     try:
         describe(store, arguments)
-        rows = [run(store, arguments) for _ in range(arguments.runs)]
+        for batch in arguments.batch:
+            print_rows([run(store, batch, arguments) for _ in range(arguments.runs)], batch)
     finally:
         if arguments.clean:
             shutil.rmtree(store)
-    print_rows(rows)
     return 0
 
 
 def describe(store: Path, arguments: argparse.Namespace) -> None:
-    """What was measured, on what."""
+    """What is measured, on what, and the head of the table."""
     nbytes, budget = Store.open(store).tape_nbytes, parse_size(arguments.ram)
-    cpu = next(
-        (x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), "?"
-    )
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), "?")
+    threads = os.cpu_count() or 1
+    with Limits(threads) as limits:
+        memory = limits.read_bandwidth()
     print(
-        f"synthetic {arguments.shape}, {arguments.quant}: {format_size(nbytes)} per pass, {nbytes / budget:.1f} times"
+        f"synthetic {arguments.shape}, {arguments.quant}: {format_size(nbytes)} per pass, {nbytes / budget:.1f} times "
+        f"--ram {arguments.ram}, in a cgroup of 128 MiB more, page cache included; "
+        f"{arguments.prompt_tokens} prompt tokens per sequence"
     )
-    print(f"--ram {arguments.ram}, in a cgroup of 128 MiB more, page cache included; batch 1")
-    print(f"{os.cpu_count()} cores ({cpu}), Linux {platform.release()}\n")
+    print(f"{threads} cores ({cpu}), Linux {platform.release()}; memory reads {format_rate(memory)}\n")
+    print("| " + " | ".join(COLUMNS) + " |\n|" + "---|" * len(COLUMNS), flush=True)
 
 
-def run(store: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+def run(store: Path, batch: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """One run in its own limited process; returns its report."""
     limit = parse_size(arguments.ram) + 128 * MIB
     tool = Path(__file__).with_name("limit.py")
-    generate = [
-        sys.executable,
-        "-m",
-        "tiered",
-        "generate",
-        str(store),
-        "--json",
-        "--ignore-eos",
-        "--ram",
-        arguments.ram,
-    ]
+    generate = [sys.executable, "-m", "tiered", "generate", str(store), "--json", "--ignore-eos"]
+    options = ["--ram", arguments.ram, "--kernels", arguments.kernels, "--kernel-mode", arguments.kernel_mode]
     tokens = ["--prompt-tokens", str(arguments.prompt_tokens), "-n", str(arguments.new_tokens)]
     with tempfile.NamedTemporaryFile() as usage:
         limited = [sys.executable, str(tool), "--memory", str(limit), "--json", usage.name, "--or-unlimited", "--"]
-        done = subprocess.run([*limited, *generate, *tokens], stdout=subprocess.PIPE, check=True)
+        command = [*limited, *generate, *options, *tokens, "--sequences", str(batch)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise SystemExit(f"{' '.join(command)}: exit status {done.returncode}\n{done.stderr}")
         report: dict[str, Any] = json.loads(done.stdout)["report"]
         report["usage"] = json.loads(Path(usage.name).read_text())
     return report
 
 
-def print_rows(reports: list[dict[str, Any]]) -> None:
-    """A Markdown table: runs, then medians of the numeric columns."""
-    rows = [figures(report) for report in reports]
-    print("| run | " + " | ".join(COLUMNS) + " |\n|" + "---|" * (len(COLUMNS) + 1))
-    for number, row in enumerate(rows, 1):
-        print(f"| {number} | " + " | ".join(row) + " |")
-    keys = ("disk_bandwidth", "raw_disk_bandwidth", "seconds_per_pass", "bound_seconds_per_pass", "bound_share")
-    median = {key: statistics.median(report[key] for report in reports) for key in keys}
-    share = statistics.median(r["disk_bandwidth"] / r["raw_disk_bandwidth"] for r in reports)
-    print(
-        f"\nmedian: {format_rate(median['disk_bandwidth'])}, {share:.1%} of raw bandwidth; "
-        f"{median['seconds_per_pass']:.3f} s per pass where {median['bound_seconds_per_pass']:.3f} s are possible, "
-        f"{median['bound_share']:.1%} of the bound"
-    )
-    print(f"read: {reports[0]['read_mode']}; {format_size(reports[0]['resident_bytes'])} resident")
+def print_rows(reports: list[dict[str, Any]], batch: int) -> None:
+    """The rows of one batch size, and their medians where there are several."""
+    rows = [figures(report, batch) for report in reports]
+    for row in rows:
+        print("| " + " | ".join("-" if value is None else style.format(value) for style, value in row) + " |")
+    if len(rows) > 1:
+        columns = zip(*rows, strict=True)
+        print("| " + " | ".join(f"**{median(column)}**" for column in columns) + " |")
+    sys.stdout.flush()
 
 
-def figures(report: dict[str, Any]) -> list[str]:
-    """One row of the table."""
+def figures(report: dict[str, Any], batch: int) -> list[tuple[str, Any]]:
+    """One row of the table: how to print each figure, and the figure, None where there is nothing to measure."""
+    disk, raw = report["disk_bandwidth"], report["raw_disk_bandwidth"]
+    streamed = raw is not None and disk is not None
     return [
-        f"{report['disk_bandwidth'] / 1e9:.2f}",
-        f"{report['raw_disk_bandwidth'] / 1e9:.2f}",
-        f"{report['disk_bandwidth'] / report['raw_disk_bandwidth']:.1%}",
-        f"{report['seconds_per_pass']:.3f}",
-        f"{report['bound_seconds_per_pass']:.3f}",
-        f"{report['bound_share']:.1%}",
-        f"{report['compute_seconds_per_pass']:.3f}",
-        f"{report['block_overhead_seconds'] * 1e3:.2f}",
-        format_size(report["peak_rss_bytes"]),
-        report["bottleneck"],
+        ("{}", batch),
+        ("{:.2f}", report["tokens_per_second"]),
+        ("{:.1f}", report["prefill_tokens_per_second"]),
+        ("{:.3f}", report["seconds_per_pass"]),
+        ("{:.3f}", report["compute_seconds_per_pass"]),
+        ("{:.2f}", report["tape_bytes"] / report["seconds_per_pass"] / 1e9),
+        ("{:.2f}", disk / 1e9 if streamed else None),
+        ("{:.2f}", raw / 1e9 if streamed else None),
+        ("{:.1%}", disk / raw if streamed else None),
+        ("{:.3f}", report["bound_seconds_per_pass"]),
+        ("{:.1%}", report["bound_share"]),
+        ("{:.2f}", report["block_overhead_seconds"] * 1e3),
+        ("{}", format_size(report["peak_rss_bytes"])),
+        ("{}", report["bottleneck"]),
     ]
+
+
+def median(column: tuple[tuple[str, Any], ...]) -> str:
+    """The median of a column of numbers, or what most of its texts say."""
+    style, values = column[0][0], [value for _, value in column if value is not None]
+    if not values:
+        return "-"
+    middle = statistics.mode(values) if isinstance(values[0], str) else statistics.median(values)
+    return style.format(middle)
 
 
 if __name__ == "__main__":
