@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+import tiered.kernels.kernels
+from tiered.cli import kernel_examination
 from tiered.cli.doctor import command
 from tiered.cli.findings import Examination, Fact
 from tiered.convert import ConvertOptions, convert_checkpoint
 from tiered.io import probe_mode
+from tiered.kernels import Level, Library, load_library
 from tiered.plan import hardware as machine
 from tiered.plan import memory_limits
 
@@ -42,7 +45,6 @@ def test_every_section_is_there(tmp_path: Path) -> None:
     for title in ("software", "cpu", "kernels", "memory", "cgroups", "disk", "gpu", "switched off", "warnings"):
         assert title in lines
     assert "probe failed" not in text
-    assert "torch reference; native kernels are not part of this version" in text
     assert "this version computes on the CPU only" in text
 
 
@@ -58,7 +60,7 @@ def test_figures_are_the_libraries(tmp_path: Path) -> None:
 def test_each_switched_off_feature_is_told_once_with_a_remedy(tmp_path: Path) -> None:
     off = doctor_json(tmp_path)["switched_off"]
     names = [item["feature"] for item in off]
-    assert {"native linear kernels", "GPU"} <= set(names)
+    assert "GPU" in names
     assert len(names) == len(set(names))
     assert all(item["why"] and item["turn_on"] for item in off)
 
@@ -85,6 +87,64 @@ def test_a_disk_test_cleans_up(tmp_path: Path) -> None:
     found = doctor_json(tmp_path, "--disk-test")["disk"]
     assert found["write_bandwidth"] > 0 and found["read_bandwidth"] > 0
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_kernels_in_use_are_named_with_their_library_and_speed(tmp_path: Path) -> None:
+    library = load_library()
+    if isinstance(library, str):
+        pytest.skip(library)
+    found = doctor_json(tmp_path)
+    kernels, best = found["kernels"], library.best_level()
+    assert Path(kernels["library"]).is_file()
+    assert kernels["linear"] == kernel_examination.level_name(best)
+    for rows in ("int4_1_row", "int4_64_rows"):
+        assert kernels[rows]["bytes_per_second"] > 0
+    for level in Level:
+        name = kernel_examination.level_name(level)
+        assert kernels[name] is (library.refusal(level) is None)
+        off = [item for item in found["switched_off"] if item["feature"].removesuffix(" kernels") == name]
+        assert len(off) == (level > best)
+
+
+def test_without_the_native_library_the_reason_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    why = "libtiered_kernels.so was not built: no C++ compiler"
+    monkeypatch.setattr(kernel_examination, "load_library", lambda: why)
+    monkeypatch.setattr(tiered.kernels.kernels, "load_library", lambda: why)
+    text = doctor(tmp_path)
+    assert f"torch reference; {why}" in text
+    assert "install g++ or clang++" in text
+    assert "probe failed" not in text
+    (off,) = [item for item in doctor_json(tmp_path)["switched_off"] if item["feature"] == "native kernels"]
+    assert off["why"] == why
+
+
+@pytest.mark.parametrize(
+    ("refusal", "remedy"),
+    [
+        ("the processor has no AMX (TILE, BF16)", "a processor"),
+        ("the operating system does not save AMX tiles", "an operating system or hypervisor"),
+        ("the kernel refuses AMX tiles to this process (Linux 5.16 and arch_prctl are needed)", "Linux 5.16"),
+    ],
+)
+def test_a_better_level_that_is_refused_is_switched_off_once(refusal: str, remedy: str) -> None:
+    class Refusing(Library):
+        def __init__(self) -> None:
+            pass
+
+        def refusal(self, level: Level) -> str | None:
+            return refusal if level is Level.AMX else None
+
+    found = Examination()
+    facts = {fact.label: fact for fact in kernel_examination.level_facts(found, Refusing(), Level.AVX512)}
+    assert facts["AMX"].text == f"no: {refusal}"
+    assert facts["AVX-512"].text == "in use" and facts["AVX2"].text == "can run"
+    (off,) = found.off
+    assert (off.feature, off.why) == ("AMX kernels", refusal) and remedy in off.turn_on
+
+    told = Examination()
+    told.switch_off("AMX", "said by the section on the processor", "that section's remedy")
+    assert list(kernel_examination.level_facts(told, Refusing(), Level.AVX512)) == list(facts.values())
+    assert len(told.off) == 1
 
 
 @pytest.mark.skipif(not SHM.is_dir(), reason="no /dev/shm here")

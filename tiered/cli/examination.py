@@ -13,6 +13,7 @@ from typing import Final
 
 from tiered.cli.disk_examination import disk_facts
 from tiered.cli.findings import Examination, Fact, plain_fact, size_fact
+from tiered.cli.kernel_examination import kernel_facts
 from tiered.plan import available_budget, memory_limits
 from tiered.plan import hardware as machine
 from tiered.units import format_size
@@ -26,7 +27,7 @@ def examine(path: Path, disk_test: bool) -> Examination:
     found = Examination()
     found.add("software", _software)
     found.add("cpu", _cpu)
-    found.add("kernels", _kernels)
+    found.add("kernels", kernel_facts)
     found.add("memory", _memory)
     found.add("cgroups", _cgroups)
     found.add("disk", lambda examination: disk_facts(examination, path, disk_test))
@@ -64,32 +65,6 @@ def _cpu(found: Examination) -> Iterable[Fact]:
             "this process may not run on them (taskset, a cpuset, a container's limit)",
             "start it with a wider CPU set",
         )
-
-
-def _kernels(found: Examination) -> Iterable[Fact]:
-    from tiered.cli.speed import linear_speeds
-
-    why = "native kernels are not part of this version"
-    yield Fact("linear", f"torch reference; {why}", "torch reference")
-    found.switch_off("native linear kernels", why, "a later version of tiered; nothing on this machine")
-    speeds = linear_speeds()
-    for name, speed in speeds.items():
-        yield Fact(f"{name} gflops", f"{speed / 1e9:,.0f} (16 rows, torch, measured now)", speed / 1e9)
-    fast = speeds["bfloat16"] >= speeds["float32"]
-    yield Fact("bfloat16 is fast", "yes" if fast else "no: slower than float32", fast)
-    if not fast:
-        found.switch_off(
-            "fast bfloat16",
-            f"torch multiplied bfloat16 slower than float32 just now{_why_slow()}",
-            "--dtype float32 (twice the memory for activations and KV cache), or a newer processor",
-        )
-
-
-def _why_slow() -> str:
-    able = [name for name in ("avx512_bf16", "amx_bf16", "bf16") if name in machine.cpu().features]
-    if able:
-        return f", although the processor has {' and '.join(able)}: another process may have been using it"
-    return "; the processor has no instructions for it"
 
 
 def _memory(found: Examination) -> Iterable[Fact]:
