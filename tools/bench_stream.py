@@ -113,7 +113,7 @@ def figures(report: dict[str, Any], batch: int) -> list[tuple[str, Any]]:
     disk, raw = report["disk_bandwidth"], report["raw_disk_bandwidth"]
     streamed = raw is not None and disk is not None
     return [
-        ("{}", batch),
+        ("{:.0f}", batch),
         ("{:.2f}", report["tokens_per_second"]),
         ("{:.1f}", report["prefill_tokens_per_second"]),
         ("{:.3f}", report["seconds_per_pass"]),
