@@ -38,24 +38,12 @@ struct Call {
     int64_t units, token_tiles;
     Pool *pool;
     bool failed; // a worker got no scratch
-    alignas(64) uint16_t index[kSteps][32]; // order of a step's words: which of 64, and in `upper` which half of a unit
-    uint32_t upper[kSteps];
+    WordOrder order; // of a step's words
 };
 
 template <int N> struct Number {
     static constexpr int value = N;
 };
-
-template <class F> void set_order(Call &call) {
-    for (int s = 0; s < kSteps; s++) {
-        call.upper[s] = 0;
-        for (int w = 0; w < 32; w++) {
-            const int at = F::source(s, w);
-            call.index[s][w] = static_cast<uint16_t>(at & 63);
-            if (at >= 64) call.upper[s] |= 1u << w;
-        }
-    }
-}
 
 // kPackUnits units of one token tile.
 void pack(void *argument, int, int64_t item) {
@@ -70,12 +58,7 @@ void pack(void *argument, int, int64_t item) {
             const uint16_t *x = l.x + (tile * 16 + t) * l.ldx + u * kUnit;
             __m512i z[4];
             for (int i = 0; i < 4; i++) z[i] = _mm512_maskz_loadu_epi16(first32(l.w.in - u * kUnit - 32 * i), x + 32 * i);
-            for (int s = 0; s < kSteps; s++) {
-                const __m512i index = _mm512_load_si512(call.index[s]);
-                const __m512i low = _mm512_permutex2var_epi16(z[0], index, z[1]);
-                const __m512i high = _mm512_permutex2var_epi16(z[2], index, z[3]);
-                step[s][t] = _mm512_mask_blend_epi16(call.upper[s], low, high);
-            }
+            for (int s = 0; s < kSteps; s++) step[s][t] = call.order.pick(z, s);
         }
         uint8_t *out = call.x.data + tile * call.x.tile_nbytes + u * call.x.unit_nbytes;
         for (int s = 0; s < kSteps; s++) {
@@ -88,7 +71,7 @@ void pack(void *argument, int, int64_t item) {
     }
 }
 
-// Results of a sum tile [16 weights][columns], its rows `stride` floats apart, for tokens from `token` on.
+// Results of a sum tile [16 weights][columns], for tokens from `token` on.
 TK_INLINE void put_tile(const Linear &l, int64_t token, int64_t o, const float *tile, int columns) {
     __m512i r[16];
     for (int i = 0; i < 16; i++) r[i] = _mm512_maskz_loadu_epi32(first16(columns), tile + i * columns);
@@ -271,7 +254,7 @@ template <class F> int run_tokens(const Linear &l, Pool &pool) {
     call.x.tile_nbytes = call.units * call.x.unit_nbytes;
     call.x.data = static_cast<uint8_t *>(pool.scratch(pool.shared(), static_cast<size_t>(call.token_tiles * call.x.tile_nbytes)));
     if (!call.x.data) return TK_NO_MEMORY;
-    set_order<F>(call);
+    call.order.set<F>();
     if (!pool.run(call.token_tiles * ceil_div(call.units, kPackUnits), pack, &call, l.cancel)) return TK_CANCELLED;
     const Job jobs[] = {few<F, 1>, few<F, 2>, few<F, 3>, many<F>};
     const bool is_few = call.token_tiles <= kFewTiles;

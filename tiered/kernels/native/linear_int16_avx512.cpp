@@ -56,7 +56,8 @@ template <int G> struct Int8Codes {
 // ---- activations
 
 struct Activations {
-    int16_t *codes; // [block][unit][token][vector][32], in the order of `source`: pair s * kColumns + c meets shift s of column c
+    // [block][unit][token][vector][32], in the order of `source`: pair s * kColumns + c meets shift s of column c.
+    int16_t *codes;
     float *sums;    // [block][token][16 groups]
     float *scales;  // [block][token]
     int64_t tokens, units, blocks, block_units;
@@ -66,20 +67,8 @@ struct PackJob {
     const Linear *l;
     Activations x;
     int group;
-    alignas(64) uint16_t index[kVectors][32];
-    uint32_t upper[kVectors];
+    WordOrder order;
 };
-
-template <class F> void set_order(PackJob &job) {
-    for (int v = 0; v < kVectors; v++) {
-        job.upper[v] = 0;
-        for (int w = 0; w < 32; w++) {
-            const int at = F::source(v, w);
-            job.index[v][w] = static_cast<uint16_t>(at & 63);
-            if (at >= 64) job.upper[v] |= 1u << w;
-        }
-    }
-}
 
 // One block of one token.
 void pack(void *argument, int, int64_t item) {
@@ -125,11 +114,8 @@ void pack(void *argument, int, int64_t item) {
             }
         }
         for (int v = 0; v < kVectors; v++) {
-            const __m512i index = _mm512_load_si512(job.index[v]);
-            const __m512i low = _mm512_permutex2var_epi16(z[0], index, z[1]);
-            const __m512i high = _mm512_permutex2var_epi16(z[2], index, z[3]);
             int16_t *out = job.x.codes + ((block * job.x.block_units + u) * job.x.tokens + token) * kUnit + v * 32;
-            _mm512_storeu_si512(out, _mm512_mask_blend_epi16(job.upper[v], low, high));
+            _mm512_storeu_si512(out, job.order.pick(z, v));
         }
     }
 }
@@ -396,7 +382,7 @@ template <class F> int run_tokens(const Linear &l, Pool &pool) {
     pack_job.l = &l;
     pack_job.x = x;
     pack_job.group = F::kGroup;
-    set_order<F>(pack_job);
+    pack_job.order.set<F>();
     if (!pool.run(l.rows * x.blocks, pack, &pack_job, l.cancel)) return TK_CANCELLED;
     Product p = {&l, x, &pool, false};
     const Job job = l.rows <= kFewTokens ? rows_of_item<F, 1> : rows_of_item<F, 2>;
