@@ -4,7 +4,7 @@
 transformers answers to some prompts and what the engine does have one form, `Answers`, so that they can be compared.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
@@ -15,7 +15,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from tiered.convert import ConvertOptions, convert_checkpoint
-from tiered.model import Load, MicroBatch, Pass
+from tiered.cache import SequenceKV
+from tiered.model import Load, Segment
 from tiered.quant import QuantizedWeight
 from tiered.runtime import Options, Runtime
 from tiered.store import Store
@@ -307,56 +308,46 @@ def reference_answers(model: PreTrainedModel, prompts: Sequence[Tokens], steps: 
     return Answers(tuple(tokens), tuple(logits))
 
 
-@dataclass
-class _Group:
-    """Prompts of one micro-batch, padded on the left."""
-
-    micro_batch: MicroBatch
-    mask: torch.Tensor  # [rows, tokens so far]
-
-
-def run_greedy(
-    runtime: Runtime, prompts: Sequence[Tokens], steps: int = STEPS, rows: int = 1, end: bool = True
-) -> Answers:
-    """What the engine makes of `prompts`, `rows` of them in each micro-batch; the last pass is announced if `end`."""
+def run_greedy(runtime: Runtime, prompts: Sequence[Tokens], steps: int = STEPS, end: bool = True) -> Answers:
+    """What the engine makes of `prompts`, all of them in every pass; the last pass is announced if `end`."""
     tokens: list[list[int]] = [[] for _ in prompts]
     logits: list[list[torch.Tensor]] = [[] for _ in prompts]
     with ExitStack() as stack:
-        groups = []
-        for start in range(0, len(prompts), rows):
-            members = prompts[start : start + rows]
-            capacity = max(map(len, members)) + steps
-            groups.append(_padded(members, stack.enter_context(runtime.new_cache(len(members), capacity))))
+        caches = [reserved(stack, runtime, len(prompt) + steps) for prompt in prompts]
+        following = [list(prompt) for prompt in prompts]
         for step in range(steps):
-            pass_ = runtime.forward([g.micro_batch for g in groups], is_last=end and step == steps - 1)
-            _collect(groups, pass_, tokens, logits, rows)
+            segments = [Segment(kv, ids, keep=len(ids)) for kv, ids in zip(caches, following, strict=True)]
+            found = run_segments(runtime, segments, end and step == steps - 1)
+            for number, part in enumerate(found):
+                logits[number].append(part)
+                tokens[number].append(int(part[-1].argmax()))
+            following = [[chosen[-1]] for chosen in tokens]
     return Answers(tuple(tokens), tuple(torch.cat(parts) for parts in logits))
 
 
-def _padded(prompts: Sequence[Tokens], cache: Any) -> _Group:
-    length = max(map(len, prompts))
-    ids = torch.tensor([[0] * (length - len(prompt)) + list(prompt) for prompt in prompts])
-    mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    return _Group(_micro_batch(ids, mask, cache), mask)
+def reserved(stack: ExitStack, runtime: Runtime, tokens: int) -> SequenceKV:
+    """A place in the cache that is given back with `stack`."""
+    kv = runtime.reserve(tokens)
+    assert kv is not None, "the runtime was opened for fewer tokens"
+    stack.callback(runtime.release, kv)
+    return kv
 
 
-def _micro_batch(ids: torch.Tensor, mask: torch.Tensor, cache: Any) -> MicroBatch:
-    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-    return MicroBatch(ids, cache, mask if bool((mask == 0).any()) else None, positions, logits_to_keep=0)
+def run_segments(
+    runtime: Runtime,
+    segments: Sequence[Segment],
+    is_last: bool = False,
+    on_block: Callable[[int, int], None] | None = None,
+) -> list[torch.Tensor]:
+    """One pass; the logits [keep, vocab] of each segment."""
+    parts: list[list[torch.Tensor]] = [[] for _ in segments]
 
+    def on_logits(number: int, index: int, rows: torch.Tensor) -> None:
+        assert index == sum(map(len, parts[number])), "rows come in order"
+        parts[number].append(rows.clone())
 
-def _collect(
-    groups: list[_Group], pass_: Pass, tokens: list[list[int]], logits: list[list[torch.Tensor]], rows: int
-) -> None:
-    """Take the logits of real positions, choose the next tokens, and set up the next pass."""
-    for number, (group, found) in enumerate(zip(groups, pass_.logits, strict=True)):
-        real = group.mask[:, -found.shape[1] :].bool()
-        following = found[:, -1].argmax(-1, keepdim=True)
-        for row in range(found.shape[0]):
-            logits[number * rows + row].append(found[row, real[row]].clone())
-            tokens[number * rows + row].append(int(following[row]))
-        group.mask = torch.cat([group.mask, torch.ones_like(following)], dim=1)
-        group.micro_batch = _micro_batch(following, group.mask, group.micro_batch.cache)
+    runtime.run(segments, on_logits, on_block, is_last)
+    return [torch.cat(found) if found else torch.empty(0) for found in parts]
 
 
 def relative_error(found: Answers, expected: Answers) -> float:

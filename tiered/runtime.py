@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self, TypeVar
@@ -21,25 +21,43 @@ import torch
 from transformers import PretrainedConfig
 
 from tiered.arch import build_skeleton, load_config
-from tiered.cache import KVCache, kv_shape
-from tiered.errors import ConfigError
-from tiered.io import Arena, ChunkVerifier, DiskReader, Faults, ReadMode, Slab, VerifyPolicy, probe_mode
+from tiered.cache import Bits, KVPool, SequenceKV, kv_shape
+from tiered.errors import BudgetError, ConfigError
+from tiered.io import (
+    Arena,
+    ChunkVerifier,
+    DiskReader,
+    Faults,
+    ReadMode,
+    Slab,
+    SpillFile,
+    VerifyPolicy,
+    probe_mode,
+)
 from tiered.kernels import CancelFlag, Kernels, Mode
 from tiered.model import (
     BoundModel,
+    CacheOptions,
+    ChunkLimits,
     Engine,
     Footprint,
     Load,
     MicroBatch,
+    MicroBatches,
     OnBlock,
+    OnLogits,
     Pass,
     Recorder,
+    Segment,
+    Segments,
+    Work,
     activation_shape,
     check_match,
     check_token_ids,
     registered_attention,
     use_attention,
 )
+from tiered.plan.workspace import MAX_ROWS
 from tiered.plan import (
     Plan,
     Tier,
@@ -50,7 +68,7 @@ from tiered.plan import (
     process_rss_bytes,
 )
 from tiered.store import CHUNK_NBYTES, PAGE, BlockInfo, Store
-from tiered.stream import EmbeddingRows, Streamer, StreamThread
+from tiered.stream import EmbeddingRows, KVStream, Streamer, Streams, StreamThread
 from tiered.trace import Tracer
 from tiered.units import MIB
 
@@ -76,7 +94,12 @@ class Options:
     verify: VerifyPolicy = VerifyPolicy.FIRST
     prefetch: int | None = None
     rows_per_chunk: int | None = None
-    """Overrides the planned chunk, for tests and experiments."""
+    """Tokens that are computed together at most; None: as many as memory allows and are useful."""
+    kv: str = "cpu"
+    """Where the KV cache is: "cpu", "disk", or "auto": in memory if it fits there."""
+    kv_bits: Bits = 16
+    kv_folder: Path | None = None
+    """Where the cache's file goes, if on disk; None: beside the store."""
     kernels: str = "auto"
     """A name of `tiered.kernels.KERNEL_NAMES`."""
     kernel_mode: Mode = Mode.INVARIANT
@@ -85,9 +108,11 @@ class Options:
     preadv: Faults | None = None
 
     def __post_init__(self) -> None:
-        for name, value in (("ram", self.ram), ("threads", self.threads)):
+        for name, value in (("ram", self.ram), ("threads", self.threads), ("micro-batch", self.rows_per_chunk)):
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ConfigError(f"{name} {value!r}: expected a whole number above 0")
+        if self.kv not in ("auto", "cpu", "disk"):
+            raise ConfigError(f"kv {self.kv!r}: expected auto, cpu or disk")
 
 
 def compute_dtype(name: str, config: PretrainedConfig) -> torch.dtype:
@@ -115,7 +140,7 @@ class Runtime:
         self.is_open = False
         self._resources = contextlib.ExitStack()
         self._stream_thread: StreamThread | None = None
-        self._streamer: Streamer | None = None
+        self._streams: Streams | None = None
 
     def __enter__(self) -> Self:
         self.cancel.clear()
@@ -141,20 +166,23 @@ class Runtime:
         skeleton = build_skeleton(config, self.dtype)
         check_match(self.store, skeleton)
         threads = self.options.threads or cpu_count()
-        shape = activation_shape(skeleton, self.dtype, threads)
+        self.kv_shape = kv_shape(config, self.dtype)
+        cache = CacheOptions.of(config, self.kv_shape, self.options.kv_bits, self.options.kv == "disk")
+        shape = activation_shape(skeleton, self.kv_shape, threads)
         self.kernels = stack.enter_context(self._open_kernels(threads))
-        use_attention(skeleton.model, stack.enter_context(registered_attention(self.kernels)))
+        self._attention = stack.enter_context(registered_attention(self.kernels))
+        use_attention(skeleton.model, self._attention.name)
         self.model = BoundModel(skeleton, self.dtype, self.kernels)
         recorder = Recorder(skeleton)
         self._compute = ThreadPoolExecutor(1, thread_name_prefix="tiered-compute")
         stack.callback(self._compute.shutdown, wait=True)
         self._compute.submit(_warm_up, threads, self.dtype).result()
-        self.kv_shape = kv_shape(config, self.dtype)
         self.budget = self.options.ram or available_budget()
         self.baseline = max(process_rss_bytes(), process_peak_rss_bytes()) + _GROWTH_NBYTES
-        self.footprint = footprint = Footprint(self.store, self.dtype, shape, self.kv_shape, self.load, self.baseline)
+        most_rows = self.options.rows_per_chunk or MAX_ROWS
+        self.footprint = Footprint(self.store, self.dtype, shape, cache, self.load, self.baseline, most_rows)
+        self.footprint, self.plan = footprint, _ = self._choose_plan(self.footprint)
         self.workspace = footprint.workspace(self.budget)
-        self.plan = footprint.plan(self.budget, self.options.tiers)
         self._open_memory(stack, self.plan, footprint.side_nbytes)
         verifier = ChunkVerifier(self.options.verify, self.trace)
         preadv = {"preadv": self.options.preadv} if self.options.preadv is not None else {}
@@ -162,14 +190,13 @@ class Runtime:
             DiskReader(self.store.path, verifier, self.trace, READ_THREADS, self.options.read_mode, **preadv)
         )
         self._embedding = EmbeddingRows(self.store, self.reader, verifier, self._staging)
-        self.engine = Engine(
-            self.model,
-            recorder,
-            self._embedding,
-            self._compute,
-            self.cancel,
-            self.trace,
-            self.rows_per_micro_batch,
+        self.engine = Engine(self.model, recorder, self._embedding, self._compute, self.cancel, self.trace)
+        self._limits = ChunkLimits(
+            rows=self.rows_per_micro_batch,
+            gathered=skeleton.family.gathers,
+            gathered_rows=self.workspace.gathered_rows,
+            within_pages=self.options.kv_bits != 16,
+            lent_pages=self.cache_plan.lent_pages,
         )
         stack.callback(self.stop_streaming)
 
@@ -185,6 +212,10 @@ class Runtime:
         placement = plan.placement
         total = placement.nbytes + CHUNK_NBYTES + side + plan.needs.kv + PAGE * (len(self.store.tape) + 8)
         self.arena = stack.enter_context(Arena(total))
+        self.cache_plan = cache = self.footprint.cache_plan(self.budget)
+        self.pool = KVPool(cache, self._keep(stack, cache.pool_nbytes, "kv").tensor())
+        self._kv_ring = self._keep(stack, cache.ring_nbytes, "kv ring") if cache.on_disk else None
+        self.spill = self._open_spill(stack)
         self._staging = self._keep(stack, CHUNK_NBYTES, "staging")
         self._side = self._keep(stack, side, "embedding scales") if side else None
         self._ring = self._keep(stack, placement.ring_nbytes, "ring") if placement.ring_nbytes else None
@@ -192,6 +223,28 @@ class Runtime:
             position: self._keep(stack, plan.tape_sizes[position], "resident")
             for position in sorted(placement.resident)
         }
+
+    def _choose_plan(self, footprint: Footprint) -> tuple[Footprint, Plan]:
+        """The plan, with the KV cache in memory if that is asked for, or fits."""
+        try:
+            return footprint, footprint.plan(self.budget, self.options.tiers)
+        except BudgetError:
+            if self.options.kv != "auto":
+                raise
+            on_disk = replace(footprint, cache=replace(footprint.cache, on_disk=True))
+            try:
+                return on_disk, on_disk.plan(self.budget, self.options.tiers)
+            except BudgetError:
+                pass
+            # What is short is more than the cache: the first refusal is the one to read.
+            raise
+
+    def _open_spill(self, stack: contextlib.ExitStack) -> SpillFile | None:
+        """The KV cache's file, where it is on disk."""
+        if not self.cache_plan.on_disk:
+            return None
+        folder = self.options.kv_folder or self.store.path
+        return stack.enter_context(SpillFile(folder, self.cache_plan.records_nbytes, READ_THREADS, self.trace))
 
     def _keep(self, stack: contextlib.ExitStack, nbytes: int, label: str) -> Slab:
         slab = self.arena.borrow(nbytes, label)
@@ -202,18 +255,26 @@ class Runtime:
 
     def scratch_memory(self) -> memoryview:
         """Memory of the plan that is unused while nothing streams: for measuring the disk within the budget."""
-        assert self._streamer is None
+        assert self._streams is None
         slabs = [self._staging, *([self._ring] if self._ring is not None else []), *self._resident.values()]
         return max(slabs, key=lambda slab: slab.nbytes).view
 
-    @contextlib.contextmanager
-    def new_cache(self, sequences: int, capacity: int) -> Iterator[KVCache]:
-        """A KV cache in the arena, for as long as the context lasts."""
-        slab = self.arena.borrow(self.kv_shape.nbytes(sequences, capacity), "kv")
-        try:
-            yield KVCache(self.kv_shape, sequences, capacity, slab.tensor())
-        finally:
-            self.arena.release(slab)
+    def reserve(self, tokens: int) -> SequenceKV | None:
+        """Room in the KV cache for a sequence of `tokens` tokens; None while others hold it."""
+        return self.pool.reserve(tokens)
+
+    def release(self, kv: SequenceKV) -> None:
+        """Give a sequence's room back."""
+        self.pool.release(kv)
+
+    def run(
+        self, segments: Sequence[Segment], on_logits: OnLogits, on_block: OnBlock | None = None, is_last: bool = False
+    ) -> Pass:
+        """One pass over tokens of many sequences; see `forward` for the rest."""
+        for segment in segments:
+            check_token_ids(torch.tensor([segment.input_ids]), self.store.vocab_size)
+        work = Segments(segments, self.pool, self._limits, self.workspace.head_rows, self._attention.packing, on_logits)
+        return self._run(work, on_block, is_last)
 
     def forward(self, batch: Sequence[MicroBatch], on_block: OnBlock | None = None, is_last: bool = False) -> Pass:
         """One pass. `is_last` promises that none follows, so that nothing is read ahead for one.
@@ -222,17 +283,21 @@ class Runtime:
         """
         for micro_batch in batch:
             check_token_ids(micro_batch.input_ids, self.store.vocab_size)
+        return self._run(MicroBatches(batch, self.rows_per_micro_batch, len(self.model.layers)), on_block, is_last)
+
+    def _run(self, work: Work, on_block: OnBlock | None, is_last: bool) -> Pass:
         self.start_streaming()
-        assert self._stream_thread is not None and self._streamer is not None
-        loop, streamer = self._stream_thread.loop, self._streamer
+        assert self._stream_thread is not None and self._streams is not None
+        loop, streams = self._stream_thread.loop, self._streams
         self.passes += 1
-        loop.call_soon_threadsafe(streamer.end_after, self.passes - self._passes_before if is_last else None)
+        loop.call_soon_threadsafe(streams.blocks.end_after, self.passes - self._passes_before if is_last else None)
         begun, ended = threading.Event(), threading.Event()
+        kv = streams.kv if isinstance(work, Segments) else None
 
         async def run_pass() -> Pass:
             begun.set()
             try:
-                return await self.engine.run_pass(list(batch), streamer, len(self.store.tape), on_block)
+                return await self.engine.run_pass(work, streams.blocks, len(self.store.tape), kv, on_block)
             finally:
                 ended.set()
 
@@ -257,7 +322,7 @@ class Runtime:
     @property
     def rows_per_micro_batch(self) -> int:
         """Sequences that are computed together at most."""
-        return self.options.rows_per_chunk or self.workspace.rows
+        return self.workspace.rows
 
     @property
     def streamed_blocks(self) -> list[BlockInfo]:
@@ -271,20 +336,20 @@ class Runtime:
 
     def start_streaming(self) -> None:
         """Start the loop thread and the reading; done by the first pass if not before."""
-        if self._streamer is not None:
+        if self._streams is not None:
             return
         self._passes_before = self.passes
         self.engine.rewind()
-        self._stream_thread = StreamThread(self._load_tables, self._make_streamer)
+        self._stream_thread = StreamThread(self._load_tables, self._make_streams)
         try:
-            self._streamer = self._wait(self._stream_thread.ready)
+            self._streams = self._wait(self._stream_thread.ready)
         except BaseException:
             self.stop_streaming()
             raise
 
     def stop_streaming(self) -> None:
         """End all reading ahead and wait for reads in flight. The next pass would start from the beginning."""
-        thread, self._stream_thread, self._streamer = self._stream_thread, None, None
+        thread, self._stream_thread, self._streams = self._stream_thread, None, None
         if thread is not None:
             thread.stop()
 
@@ -292,6 +357,16 @@ class Runtime:
     def bytes_read(self) -> int:
         """Bytes the reader's system calls have delivered."""
         return self.reader.bytes_read
+
+    @property
+    def kv_bytes_read(self) -> int:
+        """Bytes of the KV cache read from disk."""
+        return self.spill.bytes_read if self.spill is not None else 0
+
+    @property
+    def kv_bytes_written(self) -> int:
+        """Bytes of the KV cache written to disk."""
+        return self.spill.bytes_written if self.spill is not None else 0
 
     @property
     def disk_idle_seconds(self) -> float:
@@ -311,8 +386,8 @@ class Runtime:
             future.cancel()
             raise
 
-    def _make_streamer(self) -> Streamer:
-        return Streamer(
+    def _make_streams(self) -> Streams:
+        blocks = Streamer(
             self.store,
             self.plan.placement,
             self.reader,
@@ -321,6 +396,9 @@ class Runtime:
             self.trace,
             self.options.prefetch,
         )
+        if self.spill is None or self._kv_ring is None:
+            return Streams(blocks)
+        return Streams(blocks, KVStream(self.spill, self._kv_ring, self.kv_shape.layers, self.trace))
 
     async def _load_tables(self) -> None:
         """Read what stays in memory apart from blocks: outer tensors, embedding scales and zeros."""

@@ -4,9 +4,9 @@ import json
 from typing import Any
 
 import pytest
-import torch
 
 from tiered.generate import Generation, Surroundings, make_report
+from tiered.generate.loop import PassCost
 from tiered.model import Pass
 from tiered.plan import Needs, Plan, Tier, make_plan
 from tiered.plan.placement import full_ring
@@ -22,21 +22,17 @@ def plan(blocks: float = 5.0) -> Plan:
     return make_plan(SIZES, NEEDS, NEEDS.total + int(blocks * 100 * MIB), (Tier.DISK, Tier.CPU))
 
 
-def one_pass(rows: int, seconds: float, compute: float) -> Pass:
-    return Pass((torch.zeros(rows, 1, 5),), seconds, compute, seconds - compute, (0.001, 0.003, 0.002))
+def cost(rows: int, seconds: float, compute: float, prompt_tokens: int = 0, nbytes: int = 700 * MIB) -> PassCost:
+    pass_ = Pass((), seconds, compute, seconds - compute, (0.001, 0.003, 0.002))
+    return PassCost(pass_, seconds, prompt_tokens, rows, nbytes, 0, 0.025)
 
 
-def generation(decodes: int = 4, rows: int = 2, seconds: float = 1.0, compute: float = 0.2) -> Generation:
-    passes = [one_pass(rows, 3.0, 2.0)] + [one_pass(rows, seconds, compute) for _ in range(decodes)]
-    return Generation(
-        passes=passes,
-        first_token_seconds=3.2,
-        decode_bytes=decodes * 700 * MIB,
-        decode_seconds=decodes * seconds,
-        decode_disk_idle_seconds=0.1,
-        generated_tokens=rows * (1 + decodes),
-        prompt_tokens=60,
-    )
+def generation(
+    decodes: int = 4, rows: int = 2, seconds: float = 1.0, compute: float = 0.2, nbytes: int = 700 * MIB
+) -> Generation:
+    passes = [cost(rows, 3.0, 2.0, prompt_tokens=60)]
+    passes += [cost(rows, seconds, compute, nbytes=nbytes) for _ in range(decodes)]
+    return Generation(passes, first_token_seconds=3.2, sequences=rows, prompt_tokens=60)
 
 
 def around(used: Plan, **changes: Any) -> Surroundings:
@@ -46,6 +42,8 @@ def around(used: Plan, **changes: Any) -> Surroundings:
         "bytes_read": 3800 * MIB,
         "bytes_read_kernel": 3900 * MIB,
         "bytes_written": 0,
+        "kv_bytes_read": 0,
+        "kv_bytes_written": 0,
         "peak_rss_bytes": 700 * MIB,
         "tape_file_bytes": sum(SIZES),
         "streamed_file_bytes": 700 * MIB,
@@ -173,8 +171,7 @@ def test_the_bound_of_compressed_blocks_counts_what_is_read() -> None:
 
 def test_what_the_ring_held_before_is_no_credit() -> None:
     # Two passes that found 200 MiB in the ring read less than they used; the bound is that much lower.
-    few = generation(decodes=2)
-    few.decode_bytes = 1200 * MIB
+    few = generation(decodes=2, nbytes=600 * MIB)
     whole, lower = make_report(generation(decodes=2), around(plan())), make_report(few, around(plan()))
     assert whole.bound_share is not None and lower.bound_share is not None
     assert lower.bound_share == pytest.approx(whole.bound_share * 1200 / 1400)

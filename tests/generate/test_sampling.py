@@ -148,3 +148,20 @@ def test_parameters_that_cannot_be_are_explained(params: dict[str, Any], message
     with pytest.raises(ConfigError, match=re.escape(message)) as caught:
         SamplingParams(**params)
     assert caught.value.exit_code == 2
+
+
+def test_choices_of_a_request_draw_independently_and_repeatably() -> None:
+    params = SamplingParams(temperature=1.0, seed=7)
+    first, again, second, other = (
+        draw(Sampler(params, request, choice), 50) for request, choice in ((3, 0), (3, 0), (3, 1), (1, 3))
+    )
+    assert first == again
+    assert len({tuple(tokens) for tokens in (first, second, other)}) == 3
+
+
+@pytest.mark.parametrize("params", [{"temperature": 1.0, "top_p": 0.8}, {"temperature": 0.5, "top_k": 3}], ids=str)
+def test_only_a_repetition_penalty_looks_at_the_tokens_so_far(params: dict[str, Any]) -> None:
+    found = sampler(**params)
+    assert not found.reads_ids
+    assert [found([], LOGITS, index) for index in range(50)] == draw(found, 50)
+    assert sampler(**params, repetition_penalty=1.1).reads_ids

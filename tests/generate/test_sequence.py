@@ -225,3 +225,28 @@ def test_decoding_does_not_grow_with_the_text() -> None:
     found = sequence(Counting())
     assert feed(found, letters(text))[-1] == text
     assert longest <= 52
+
+
+def test_a_sequence_advances_by_what_its_sampler_chooses() -> None:
+    found = Sequence([1], Sampler(SamplingParams(repetition_penalty=3.0), 0), Letters(), 3, frozenset())
+    logits = torch.zeros(100)
+    logits[97], logits[98] = 2.0, 1.0
+    for _ in range(2):
+        found.advance(logits)
+    # The second time, the first choice has become less likely.
+    assert (found.token_ids, found.text, found.logprobs) == ([97, 98], "ab", None)
+
+
+def test_log_probabilities_are_recorded_for_every_token_if_asked_for() -> None:
+    found = Sequence([1], GREEDY, Letters(), 2, frozenset(), logprobs=2)
+    for likely in (97, 98):
+        found.advance(torch.nn.functional.one_hot(torch.tensor(likely), 100).float() * 5)
+    assert found.logprobs is not None and len(found.logprobs) == len(found.token_ids) == 2
+    assert [found.logprobs.top(index)[0][0] for index in range(2)] == [97, 98]
+
+
+def test_offsets_are_where_each_token_s_text_begins() -> None:
+    found = Sequence([1], GREEDY, Bytes(), LONG, frozenset(), logprobs=0)
+    for token in "aé语b".encode():
+        found.append(token)
+    assert found.offsets == [0, 1, 1, 2, 2, 2, 3]

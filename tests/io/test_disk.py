@@ -18,8 +18,7 @@ from hypothesis import strategies as st
 
 from tests.store.make import bytes_of, random_bytes, write_block
 from tiered.errors import InterruptedRun, ReadError, StoreError, TieredError
-from tiered.io import PIECE_NBYTES, Arena, ChunkVerifier, DiskReader, Faults, ReadMode, VerifyPolicy
-from tiered.io.disk import all_of
+from tiered.io import PIECE_NBYTES, Arena, ChunkVerifier, DiskReader, Faults, ReadMode, VerifyPolicy, all_of
 from tiered.store import CHUNK_NBYTES, PAGE, FileInfo
 from tiered.trace import Tracer
 

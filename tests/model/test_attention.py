@@ -95,7 +95,7 @@ def test_bfloat16_models_answer_as_exactly_as_with_transformers_attention(name: 
     model = make_model(name, torch.bfloat16)
     usual = logits_of(model)
     with registered_attention(kernels) as registered:
-        use_attention(model, registered)
+        use_attention(model, registered.name)
         found = logits_of(model)
     exact = logits_of(make_model(name, torch.bfloat16).float())
     assert len(kernels.calls) == 6, "two layers, three calls"
@@ -107,7 +107,7 @@ def test_float32_models_answer_exactly_as_before(name: str, kernels: CountingKer
     model = make_model(name, torch.float32)
     usual = logits_of(model)
     with registered_attention(kernels) as registered:
-        use_attention(model, registered)
+        use_attention(model, registered.name)
         assert torch.equal(logits_of(model), usual)
     assert not kernels.calls
 
@@ -116,7 +116,7 @@ def test_without_the_native_library_everything_goes_to_transformers() -> None:
     model = make_model("llama", torch.bfloat16)
     usual = logits_of(model)
     with CountingKernels(2, name="torch") as kernels, registered_attention(kernels) as registered:
-        use_attention(model, registered)
+        use_attention(model, registered.name)
         assert torch.equal(logits_of(model), usual)
         assert not kernels.calls
 
@@ -126,15 +126,15 @@ def test_families_with_their_own_attention_are_left_alone(kernels: CountingKerne
     model = AutoModelForCausalLM.from_config(config)
     before = model.config._attn_implementation
     with registered_attention(kernels) as registered:
-        use_attention(model, registered)
+        use_attention(model, registered.name)
     assert model.config._attn_implementation == before
 
 
 def test_a_registration_ends_with_its_context(kernels: CountingKernels) -> None:
     with registered_attention(kernels) as one, registered_attention(kernels) as other:
         assert one != other
-        assert one in ALL_ATTENTION_FUNCTIONS and other in ALL_MASK_ATTENTION_FUNCTIONS
-    for name in (one, other):
+        assert one.name in ALL_ATTENTION_FUNCTIONS and other.name in ALL_MASK_ATTENTION_FUNCTIONS
+    for name in (one.name, other.name):
         assert name not in ALL_ATTENTION_FUNCTIONS and name not in ALL_MASK_ATTENTION_FUNCTIONS
 
 

@@ -4,6 +4,8 @@ The reference knows neither cache nor padding nor chunks: it is one forward over
 longer than the sliding windows.
 """
 
+from contextlib import ExitStack
+
 import pytest
 import torch
 
@@ -18,11 +20,13 @@ from tests.helpers import (
     open_runtime,
     prompts_for,
     reference_logits,
+    reserved,
     run_greedy,
+    run_segments,
     tiny_config,
 )
 from tiered.arch import FAMILIES
-from tiered.model import MicroBatch
+from tiered.model import Segment
 
 
 def test_every_family_of_the_table_is_tested() -> None:
@@ -34,10 +38,8 @@ def test_a_family_gives_what_transformers_gives(tiny: Tiny, name: str) -> None:
     prompts, expected = prompts_for(name), tiny.reference(name)
     with open_runtime(tiny.store(name)) as runtime:
         assert_same(run_greedy(runtime, prompts), expected)
-        assert_same(run_greedy(runtime, prompts, steps=3, rows=2), expected)
-    # Chunks of three tokens: some begin, and some end, inside the padding.
     with open_runtime(tiny.store(name), rows_per_chunk=6) as runtime:
-        assert_same(run_greedy(runtime, prompts, steps=8, rows=2), expected)
+        assert_same(run_greedy(runtime, prompts, steps=8), expected)
 
 
 @pytest.mark.parametrize("quant", ["int4", "int8"])
@@ -46,7 +48,7 @@ def test_a_quantized_store_gives_what_its_dequantized_weights_give(tiny: Tiny, n
     assert tiny.store(name, quant).manifest.quantization["layers"] is not None
     expected = tiny.reference(name, quant)
     with open_runtime(tiny.store(name, quant), rows_per_chunk=6) as runtime:
-        assert_same(run_greedy(runtime, prompts_for(name), rows=2), expected)
+        assert_same(run_greedy(runtime, prompts_for(name)), expected)
 
 
 @pytest.mark.parametrize("chunk", [None, 6])
@@ -60,7 +62,7 @@ def test_rotary_frequencies_follow_the_length_of_each_text(tiny: Tiny, name: str
     with open_runtime(tiny.store(name), rows_per_chunk=chunk) as runtime:
         assert_same(run_greedy(runtime, [long], steps=8), expected)
         assert_same(run_greedy(runtime, [short], steps=2), expected_short)
-        together = run_greedy(runtime, [short, long], steps=3, rows=2)
+        together = run_greedy(runtime, [short, long], steps=3)
     assert_same(Answers(together.tokens[:1], together.logits[:1]), expected_short)
     assert_same(Answers(together.tokens[1:], together.logits[1:]), expected)
 
@@ -83,10 +85,10 @@ def cached_answers(tiny: Tiny, name: str, prompt: Tokens, steps: int) -> Answers
 def test_only_the_positions_asked_for_get_logits(tiny: Tiny) -> None:
     prompt = prompts_for("llama")[0]
     whole = tiny.reference("llama").logits[0][: len(prompt)]
-    wanted = {0: whole, 1: whole[-1:], 3: whole[-3:]}
+    wanted = {1: whole[-1:], 3: whole[-3:], len(prompt): whole}
     with open_runtime(tiny.store("llama"), rows_per_chunk=4) as runtime:
         for keep, expected in wanted.items():
-            with runtime.new_cache(1, len(prompt)) as cache:
-                batch = MicroBatch(torch.tensor([prompt]), cache, logits_to_keep=keep)
-                (found,) = runtime.forward([batch]).logits
-            torch.testing.assert_close(found[0], expected, rtol=1e-4, atol=1e-4)
+            with ExitStack() as stack:
+                kv = reserved(stack, runtime, len(prompt))
+                (found,) = run_segments(runtime, [Segment(kv, list(prompt), keep)])
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

@@ -6,15 +6,15 @@ Budgets are derived from the plan itself: what the process needs, plus room for 
 import threading
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any, Final
 
 import pytest
-import torch
 
-from tests.helpers import STEPS, Tiny, assert_same, open_runtime, prompts_for, run_greedy
+from tests.helpers import STEPS, Tiny, assert_same, open_runtime, prompts_for, reserved, run_greedy, run_segments
 from tiered.errors import BudgetError, InterruptedRun
 from tiered.io import Arena, VerifyPolicy
-from tiered.model import MicroBatch
+from tiered.model import Segment
 from tiered.plan import Plan, Tier
 from tiered.plan.placement import full_ring
 from tiered.runtime import Runtime
@@ -30,8 +30,8 @@ ROOM: Final[dict[str, Callable[[tuple[int, ...]], int]]] = {
 }
 """Bytes left for blocks of the given sizes."""
 PREFETCH: Final = (None, 0, 1)
-SPLITS: Final = ((1, 1), (1, 5), (2, 5), (1, None), (2, None))
-"""Prompts per micro-batch, and rows per chunk."""
+CHUNKS: Final = (1, 3, 5, 30, None)
+"""Rows per chunk: less than a prompt, one prompt, both."""
 
 
 pytestmark = pytest.mark.usefixtures("steady_baseline")
@@ -72,16 +72,16 @@ def planned_bytes(runtime: Runtime, passes: int) -> Counter[str]:
 @pytest.mark.parametrize("prefetch", PREFETCH)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_budget_and_read_ahead_change_nothing(tiny: Tiny, name: str, prefetch: int | None, room: str) -> None:
-    # Each cell takes the next split; the test below takes all splits in one cell.
+    # Each cell takes the next chunk size; the test below takes all of them in one cell.
     turn = FAMILIES.index(name) + PREFETCH.index(prefetch) + list(ROOM).index(room)
-    rows, chunk = SPLITS[turn % len(SPLITS)]
+    chunk = CHUNKS[turn % len(CHUNKS)]
     store, steps = tiny.store(name), 4
     options: dict[str, Any] = {"prefetch": prefetch, "rows_per_chunk": chunk, "verify": VerifyPolicy.NEVER}
     ram = budget_for(store, room, **options)
     with open_runtime(store, ram=ram, keep_spans=True, **options) as runtime:
         check_placement(runtime.plan, room)
-        first = run_greedy(runtime, prompts_for(name), steps, rows, end=False)
-        second = run_greedy(runtime, prompts_for(name), steps, rows)
+        first = run_greedy(runtime, prompts_for(name), steps, end=False)
+        second = run_greedy(runtime, prompts_for(name), steps)
     assert_same(first, tiny.reference(name))
     assert_same(second, tiny.reference(name))
     assert tape_bytes_read(runtime) == planned_bytes(runtime, passes=2 * steps)
@@ -111,22 +111,20 @@ def is_table(path: str, nbytes: int, store: Store) -> bool:
     return path == embed.path and nbytes != embed.nbytes
 
 
-@pytest.mark.parametrize(("rows", "chunk"), SPLITS)
+@pytest.mark.parametrize("chunk", CHUNKS)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_split_into_micro_batches_and_chunks_changes_nothing(
-    tiny: Tiny, name: str, rows: int, chunk: int | None
-) -> None:
+def test_the_split_into_chunks_changes_nothing(tiny: Tiny, name: str, chunk: int | None) -> None:
     store = tiny.store(name)
     ram = budget_for(store, "some resident", rows_per_chunk=chunk)
     with open_runtime(store, ram=ram, rows_per_chunk=chunk) as runtime:
-        assert_same(run_greedy(runtime, prompts_for(name), 6, rows), tiny.reference(name))
+        assert_same(run_greedy(runtime, prompts_for(name), 6), tiny.reference(name))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_cpu_tier_alone_loads_all_and_reads_it_once(tiny: Tiny, name: str) -> None:
     options: dict[str, Any] = {"tiers": (Tier.CPU,), "keep_spans": True, "verify": VerifyPolicy.NEVER}
     with open_runtime(tiny.store(name), **options) as runtime:
-        found = run_greedy(runtime, prompts_for(name), STEPS, rows=2)
+        found = run_greedy(runtime, prompts_for(name), STEPS)
     assert_same(found, tiny.reference(name))
     assert tape_bytes_read(runtime) == planned_bytes(runtime, passes=1)
 
@@ -150,9 +148,10 @@ def test_the_pass_after_an_interrupted_one_is_right(tiny: Tiny, prefetch: int | 
                 thread.join()
 
         for _ in range(2):
-            with runtime.new_cache(1, len(prompts[0])) as cache, pytest.raises(InterruptedRun):
-                runtime.forward([MicroBatch(torch.tensor([prompts[0]]), cache)], interrupt)
-            assert "kv" not in runtime.arena.in_use
+            with ExitStack() as stack, pytest.raises(InterruptedRun):
+                kv = reserved(stack, runtime, len(prompts[0]))
+                run_segments(runtime, [Segment(kv, list(prompts[0]))], on_block=interrupt)
+            assert kv.length == 0 and runtime.pool.is_empty
         assert_same(run_greedy(runtime, prompts, steps=3), tiny.reference("llama"))
 
 
@@ -163,8 +162,9 @@ def test_the_pass_after_a_failing_callback_is_right(tiny: Tiny) -> None:
 
     store, prompts = tiny.store("opt"), prompts_for("opt")
     with open_runtime(store, ram=budget_for(store, "ring of two blocks")) as runtime:
-        with runtime.new_cache(1, len(prompts[0])) as cache, pytest.raises(ValueError, match="of the caller's own"):
-            runtime.forward([MicroBatch(torch.tensor([prompts[0]]), cache)], fail)
+        with ExitStack() as stack, pytest.raises(ValueError, match="of the caller's own"):
+            kv = reserved(stack, runtime, len(prompts[0]))
+            run_segments(runtime, [Segment(kv, list(prompts[0]))], on_block=fail)
         assert_same(run_greedy(runtime, prompts, steps=3), tiny.reference("opt"))
 
 

@@ -11,6 +11,7 @@ from tiered.arch.skeleton import (
     load_config,
     text_config,
 )
+from tiered.arch.windows import layer_windows
 
 __all__ = [
     "FAMILIES",
@@ -22,6 +23,7 @@ __all__ = [
     "family_for",
     "is_expert_stack",
     "is_plain_linear",
+    "layer_windows",
     "load_config",
     "text_config",
 ]

@@ -20,6 +20,9 @@ class Family:
     """The layer returns (hidden, ...) and the base model takes element 0."""
     exact_dtype: str | None = None
     """Compute dtype the family's own code insists on; None where any floating type works."""
+    gathers: bool = False
+    """Its attention is code of its own, which wants keys and values in one piece: they are copied from the cache for
+    every layer, and sequences are padded to equal length."""
 
 
 _MODEL_LAYERS = (
@@ -51,7 +54,6 @@ _MODEL_LAYERS = (
     "arcee",
     "seed_oss",
     "cwm",
-    "diffllama",
     "ernie4_5",
     "granite_swa",
     "hunyuan_v1_dense",
@@ -60,7 +62,6 @@ _MODEL_LAYERS = (
     "nanochat",
     "persimmon",
     "vaultgemma",
-    "xglm",
     "modernbert-decoder",
 )
 
@@ -90,15 +91,17 @@ FAMILIES: dict[str, Family] = {
     for family in (
         Family("opt", "model.decoder.layers"),
         Family("gpt_neox", "gpt_neox.layers"),
-        Family("bloom", "transformer.h", returns_tuple=True),
-        Family("falcon", "transformer.h", returns_tuple=True),
-        Family("gptj", "transformer.h", returns_tuple=True),
-        Family("codegen", "transformer.h", returns_tuple=True),
-        Family("mpt", "transformer.blocks", returns_tuple=True),
+        Family("bloom", "transformer.h", returns_tuple=True, gathers=True),
+        Family("falcon", "transformer.h", returns_tuple=True, gathers=True),
+        Family("gptj", "transformer.h", returns_tuple=True, gathers=True),
+        Family("codegen", "transformer.h", returns_tuple=True, gathers=True),
+        Family("mpt", "transformer.blocks", returns_tuple=True, gathers=True),
         Family("gpt_bigcode", "transformer.h"),
-        Family("gpt_neo", "transformer.h", returns_tuple=True),
-        Family("gpt_neox_japanese", "gpt_neox_japanese.layers", returns_tuple=True),
+        Family("gpt_neo", "transformer.h", returns_tuple=True, gathers=True),
+        Family("gpt_neox_japanese", "gpt_neox_japanese.layers", returns_tuple=True, gathers=True),
         Family("biogpt", "biogpt.layers"),
+        Family("xglm", "model.layers", gathers=True),
+        Family("diffllama", "model.layers", gathers=True),
         *(Family(name, "model.layers") for name in (*_MODEL_LAYERS, *_MIXTURES)),
     )
 }

@@ -1,5 +1,29 @@
-"""The KV cache of a run: preallocated layers in the arena, behind transformers' cache interface."""
+"""The KV cache of a run: pages of 64 tokens, in memory or on disk, behind transformers' cache interface."""
 
-from tiered.cache.kv import KVCache, KVShape, PositionCache, kv_shape
+from tiered.cache.chunk import ChunkKV, GatheredKV, PackedKV, PagedKeys, PagedRead, PositionCache
+from tiered.cache.layout import PageLayout, Tables
+from tiered.cache.pool import Bits, CachePlan, KVPool, LayerGroup, SequenceKV, layer_groups
+from tiered.cache.records import Extent, LentRecords, Part
+from tiered.cache.shape import KVShape, kv_shape
 
-__all__ = ["KVCache", "KVShape", "PositionCache", "kv_shape"]
+__all__ = [
+    "Bits",
+    "CachePlan",
+    "ChunkKV",
+    "Extent",
+    "GatheredKV",
+    "KVPool",
+    "KVShape",
+    "LayerGroup",
+    "LentRecords",
+    "PackedKV",
+    "PageLayout",
+    "PagedKeys",
+    "PagedRead",
+    "Part",
+    "PositionCache",
+    "SequenceKV",
+    "Tables",
+    "kv_shape",
+    "layer_groups",
+]

@@ -27,6 +27,21 @@ _POSITIVE = click.IntRange(min=1)
 @click.option("--ignore-eos", is_flag=True, help="Go on past the end-of-text token.")
 @click.option("--prompt-tokens", type=_POSITIVE, help="Random prompts of exactly N tokens, for measuring.")
 @click.option("--sequences", default=1, show_default=True, type=_POSITIVE, help="So many --prompt-tokens prompts.")
+@click.option("--batch", type=_POSITIVE, help="Prompts that run at once. [default: all]")
+@click.option("--micro-batch", type=_POSITIVE, help="Tokens computed together inside a block. [default: as useful]")
+@click.option(
+    "--kv",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "cpu", "disk"]),
+    help="Where the KV cache is; auto: in memory if it fits.",
+)
+@click.option("--kv-bits", default="16", show_default=True, type=click.Choice(["16", "8", "4"]))
+@click.option(
+    "--kv-dir",
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    help="Where a KV cache on disk goes. [default: beside the store]",
+)
 @click.option("--chat", is_flag=True, help="Apply the tokenizer's chat template to each prompt.")
 @click.option("--dtype", default="auto", show_default=True, help="auto, bfloat16 or float32: what is computed in.")
 @click.option("--verify", default="first", show_default=True, type=click.Choice(["first", "always", "never"]))

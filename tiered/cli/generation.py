@@ -3,25 +3,30 @@
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import click
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from tiered.arch import load_config
-from tiered.bench import measure_raw
+from tiered.cache import Bits
+from tiered.cli.measuring import measured
 from tiered.cli.screen import StatusLine, TextWriter
 from tiered.errors import ConfigError
-from tiered.generate import Report, Sampler, SamplingParams, Sequence, Surroundings, generate, make_report
+from tiered.generate import Report, Sampler, SamplingParams, Sequence, generate, make_report
 from tiered.generate.tokenizer import load_generation_config, load_tokenizer
-from tiered.io import ReadMode, VerifyPolicy
+from tiered.io import VerifyPolicy
 from tiered.kernels import Mode
 from tiered.model import Load
-from tiered.plan import parse_tiers, process_peak_rss_bytes
+from tiered.plan import parse_tiers
 from tiered.runtime import Options, Runtime
 from tiered.store import Store
 from tiered.units import parse_size
+
+
+PASS_TOKENS: Final = 4096
+"""Tokens in a pass at most: far more than any processor computes while a disk reads the weights."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,11 @@ class Request:
     ignore_eos: bool
     prompt_tokens: int | None
     sequences: int
+    batch: int | None
+    micro_batch: int | None
+    kv: str
+    kv_bits: str
+    kv_dir: Path | None
     chat: bool
     dtype: str
     verify: str
@@ -53,23 +63,6 @@ class Request:
     measure: bool
     as_json: bool
     trace_path: Path | None
-
-
-@dataclass(frozen=True)
-class _Counters:
-    """The kernel's own figures for this process."""
-
-    read: int | None
-    written: int | None
-
-    @classmethod
-    def now(cls) -> "_Counters":
-        try:
-            lines = Path("/proc/self/io").read_text().splitlines()
-        except OSError:
-            return cls(None, None)
-        values = {key: int(value) for key, value in (line.split(": ") for line in lines)}
-        return cls(values["read_bytes"], values["write_bytes"])
 
 
 def run(request: Request) -> dict[str, Any]:
@@ -89,6 +82,10 @@ def run(request: Request) -> dict[str, Any]:
         threads=request.threads,
         verify=VerifyPolicy(request.verify),
         prefetch=request.prefetch,
+        rows_per_chunk=request.micro_batch,
+        kv=request.kv,
+        kv_bits=kv_bits(request.kv_bits),
+        kv_folder=request.kv_dir,
         kernels=request.kernels,
         kernel_mode=Mode(request.kernel_mode),
         keep_spans=request.trace_path is not None,
@@ -111,7 +108,8 @@ def run(request: Request) -> dict[str, Any]:
     ]
     longest = max(map(len, prompts))
     _check_context(config, longest + request.max_new_tokens)
-    load = Load(len(prompts), longest + request.max_new_tokens, longest)
+    together = min(request.batch or len(prompts), len(prompts))
+    load = Load(together, longest + request.max_new_tokens, longest, pass_tokens=PASS_TOKENS)
     with Runtime(store, load, options) as runtime:
         report = _generate(request, runtime, sequences)
     if request.trace_path is not None:
@@ -122,6 +120,12 @@ def run(request: Request) -> dict[str, Any]:
     completions = [{"text": s.text, "token_ids": s.token_ids, "finish_reason": s.finish_reason} for s in sequences]
     shown = list(request.prompts) or [str(tokenizer.decode(ids)) for ids in prompts]
     return {"prompts": shown, "completions": completions, "report": report.to_json()}
+
+
+def kv_bits(text: str) -> Bits:
+    """What --kv-bits names."""
+    known: dict[str, Bits] = {"16": 16, "8": 8, "4": 4}
+    return known[text]
 
 
 def _check_writable(path: Path) -> None:
@@ -144,46 +148,15 @@ def _generate(request: Request, runtime: Runtime, sequences: list[Sequence]) -> 
         TextWriter([] if request.as_json else sequences, titles) as writer,
         StatusLine(lambda: runtime.bytes_read, lambda: writer.at_edge) as status,
     ):
-        measure = request.measure and bool(runtime.plan.streamed_nbytes)
-        raw = []
-        if measure:
-            status.say("measuring the disk")
-            raw.append(_measure(runtime))
-        before = _Counters.now()
-        status.say(f"reading {runtime.store.name}")
 
-        def on_tokens() -> None:
+        def on_pass() -> None:
             status.clear()
             writer.update()
 
-        generation = generate(runtime, sequences, runtime.rows_per_micro_batch, on_tokens, status.on_block)
-        after = _Counters.now()
-        runtime.stop_streaming()
-        if measure:
-            status.say("measuring the disk again")
-            raw.append(_measure(runtime))
-    around = Surroundings(
-        plan=runtime.plan,
-        tape_file_bytes=runtime.store.tape_nbytes,
-        streamed_file_bytes=sum(block.file.nbytes for block in runtime.streamed_blocks),
-        raw_disk_bandwidth=max(raw) if raw else None,
-        bytes_read=runtime.bytes_read,
-        bytes_read_kernel=None if after.read is None or before.read is None else after.read - before.read,
-        bytes_written=None if after.written is None or before.written is None else after.written - before.written,
-        peak_rss_bytes=process_peak_rss_bytes(),
-        disk_wait_seconds=generation.decode_disk_idle_seconds,
-        read_mode=runtime.reader.mode.value if runtime.reader.mode is not None else "nothing read",
-        kernels=runtime.kernels.description,
-        synthetic=runtime.store.manifest.synthetic,
-    )
-    return make_report(generation, around)
-
-
-def _measure(runtime: Runtime) -> float:
-    """Raw bandwidth of the files that are streamed, in bytes per second."""
-    files = [runtime.store.file_path(block) for block in runtime.streamed_blocks]
-    direct = runtime.probe_read_mode() is ReadMode.DIRECT
-    return measure_raw(files, runtime.scratch_memory(), direct).bytes_per_second
+        width = request.batch or len(sequences)
+        with measured(runtime, status, request.measure) as around:
+            generation = generate(runtime, sequences, width, on_pass, on_block=status.on_block)
+    return make_report(generation, around.surroundings(runtime, generation.decode_disk_idle_seconds))
 
 
 def _encode(request: Request, store: Store, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

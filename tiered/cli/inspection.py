@@ -58,7 +58,7 @@ class Inspection:
             "bits_per_weight": summary.bits_per_weight,
             "bytes_per_pass": summary.tape_nbytes,
             "dtype": _dtype_name(self.footprint),
-            "kv_bytes_per_token": self.footprint.kv.nbytes(1, 1),
+            "kv_bytes_per_token": self.footprint.cache.shape.nbytes(1, 1),
             "load": asdict(load),
             "baseline_bytes": self.footprint.baseline,
             "default_budget_bytes": self.default_budget,
@@ -142,7 +142,7 @@ def _about(inspection: Inspection) -> list[str]:
         ("per pass", f"{format_size(summary.tape_nbytes)} streamed when nothing is resident (S)"),
         (
             "KV cache",
-            f"{format_size(inspection.footprint.kv.nbytes(1, 1))} per token in {_dtype_name(inspection.footprint)}",
+            f"{format_size(inspection.footprint.cache.shape.nbytes(1, 1))} per token in {_dtype_name(inspection.footprint)}",
         ),
     ]
     if manifest.synthetic:

@@ -1,133 +1,271 @@
 """The generation loop: passes over all running sequences until every one has ended.
 
-Sequences are gathered into micro-batches of similar length, padded on the left; each micro-batch has its own cache.
-Sequences that end leave their micro-batch.
+    while anything runs or waits:
+        newcomers enter while there is room          as many as `width` and the KV cache allow
+        segments = a token of each that decodes, and prompts: together `pass_tokens` tokens at most
+        one pass; each sequence that got logits takes a token
+        sequences that ended leave
+
+Prompts share passes with decoding. One that does not fit a pass goes on in the next; while others decode, prompts
+take no more of a pass than keeps it near the disk's time.
 """
 
-import contextlib
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Items
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import torch
 
-from tiered.cache import KVCache
+from tiered.cache import SequenceKV
+from tiered.errors import BudgetError
 from tiered.generate.sequence import Sequence
-from tiered.model import MicroBatch, OnBlock, Pass
-
-T = TypeVar("T")
+from tiered.model import Load, OnBlock, OnLogits, Pass, Segment
 
 
 class PassRunner(Protocol):
     """What generation needs of a runtime."""
 
     @property
+    def load(self) -> Load: ...
+
+    @property
     def bytes_read(self) -> int: ...
+
+    @property
+    def kv_bytes_read(self) -> int: ...
+
+    @property
+    def kv_bytes_written(self) -> int: ...
 
     @property
     def disk_idle_seconds(self) -> float: ...
 
-    def new_cache(self, sequences: int, capacity: int) -> AbstractContextManager[KVCache]: ...
+    def reserve(self, tokens: int) -> SequenceKV | None: ...
 
-    def forward(self, batch: Items[MicroBatch], on_block: OnBlock | None = None, is_last: bool = False) -> Pass: ...
+    def release(self, kv: SequenceKV) -> None: ...
 
-    def compute(self, work: Callable[[], T]) -> T: ...
+    def run(
+        self, segments: Items[Segment], on_logits: OnLogits, on_block: OnBlock | None = None, is_last: bool = False
+    ) -> Pass: ...
+
+
+@dataclass(frozen=True)
+class PassCost:
+    """One pass of a generation: what it did and what it took."""
+
+    pass_: Pass
+    seconds: float
+    """With what comes between it and the next: results handed over, newcomers."""
+    prompt_tokens: int
+    new_tokens: int
+    """Tokens sampled."""
+    bytes_read: int
+    """Of weights."""
+    kv_bytes: int
+    """Read and written, of a KV cache on disk."""
+    disk_idle_seconds: float
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether no prompt was in it."""
+        return self.prompt_tokens == 0
 
 
 @dataclass
 class Generation:
     """What a generation cost."""
 
-    passes: list[Pass] = field(default_factory=list)
+    passes: list[PassCost] = field(default_factory=list)
     first_token_seconds: float = 0.0
-    decode_bytes: int = 0
-    """Bytes read during the decode passes."""
-    decode_seconds: float = 0.0
-    decode_disk_idle_seconds: float = 0.0
-    generated_tokens: int = 0
+    sequences: int = 0
+    """That have begun."""
     prompt_tokens: int = 0
+    """Of all prompts that have begun."""
+
+    @property
+    def generated_tokens(self) -> int:
+        return sum(cost.new_tokens for cost in self.passes)
+
+    @property
+    def decode(self) -> list[PassCost]:
+        """The passes without prompts."""
+        return [cost for cost in self.passes if cost.is_decode]
+
+    @property
+    def decode_disk_idle_seconds(self) -> float:
+        return sum(cost.disk_idle_seconds for cost in self.decode)
+
+    @property
+    def prefill(self) -> list[PassCost]:
+        """The passes with prompts; other sequences may have decoded in them."""
+        return [cost for cost in self.passes if not cost.is_decode]
 
 
-class _Group:
-    """A micro-batch over its lifetime: some sequences, their cache, what they are fed next."""
+@dataclass(eq=False)
+class _Running:
+    """A sequence that has its place in the cache."""
 
-    def __init__(self, sequences: list[Sequence], cache: KVCache) -> None:
-        self.sequences, self.cache = sequences, cache
-        length = max(len(s.prompt_ids) for s in sequences)
-        self._ids = torch.zeros(len(sequences), length, dtype=torch.long)
-        self._mask = torch.zeros(len(sequences), length, dtype=torch.long)
-        for row, sequence in enumerate(sequences):
-            self._ids[row, length - len(sequence.prompt_ids) :] = torch.tensor(sequence.prompt_ids)
-            self._mask[row, length - len(sequence.prompt_ids) :] = 1
+    sequence: Sequence
+    kv: SequenceKV
 
-    def micro_batch(self) -> MicroBatch:
-        """What the next pass computes for this group."""
-        padded = bool((self._mask == 0).any())
-        positions = (self._mask.cumsum(1) - 1).clamp(min=0)[:, -self._ids.shape[1] :]
-        return MicroBatch(self._ids, self.cache, self._mask if padded else None, positions)
+    @property
+    def waiting_tokens(self) -> list[int]:
+        """Tokens of its text that the cache does not hold yet: one when it decodes, more before."""
+        done = self.kv.length - len(self.sequence.prompt_ids)
+        if done >= 0:
+            return self.sequence.token_ids[done:]
+        return self.sequence.prompt_ids[self.kv.length :]
 
-    def advance(self, logits: torch.Tensor) -> None:
-        """Sample a token for every sequence from logits [rows, 1, vocab], and drop the sequences that end."""
-        for row, sequence in enumerate(self.sequences):
-            ids = sequence.prompt_ids + sequence.token_ids
-            sequence.append(sequence.sampler(ids, logits[row, -1], len(sequence.token_ids)))
-        keep = [row for row, sequence in enumerate(self.sequences) if sequence.finish_reason is None]
-        if keep and len(keep) < len(self.sequences):
-            index = torch.tensor(keep)
-            self.cache.batch_select_indices(index)
-            self._mask = self._mask[index]
-        self.sequences = [self.sequences[row] for row in keep]
-        if keep:
-            self._ids = torch.tensor([[s.token_ids[-1]] for s in self.sequences])
-            self._mask = torch.cat([self._mask, self._mask.new_ones(len(keep), 1)], dim=1)
+    @property
+    def is_decoding(self) -> bool:
+        return self.kv.length >= len(self.sequence.prompt_ids)
 
 
 def generate(
     runner: PassRunner,
-    sequences: Items[Sequence],
-    rows: int,
-    on_tokens: Callable[[], None] = lambda: None,
+    sequences: Iterable[Sequence],
+    width: int,
+    on_pass: Callable[[], None] = lambda: None,
+    on_finished: Callable[[Sequence], None] = lambda sequence: None,
     on_block: OnBlock | None = None,
 ) -> Generation:
-    """Run `sequences` to their ends on `runner`, at most `rows` of them per micro-batch.
+    """Run `sequences` to their ends on `runner`, at most `width` at once.
 
-    `on_tokens` is called after every pass, when each running sequence has one token more.
+    They are taken from the iterable as there is room for them. `on_pass` is called after every pass, when each
+    sequence that got logits has one token more; `on_finished` once for every sequence that has ended, after it.
+
+    Raises BudgetError for a sequence that not even an empty cache has room for.
     """
-    result = Generation(prompt_tokens=sum(len(s.prompt_ids) for s in sequences))
-    start = time.perf_counter()
-    with contextlib.ExitStack() as stack:
-        groups = []
-        for members in micro_batches(sequences, rows):
-            capacity = max(len(s.prompt_ids) for s in members) + max(s.max_new_tokens for s in members)
-            groups.append(_Group(members, stack.enter_context(runner.new_cache(len(members), capacity))))
-        while groups:
-            began, bytes_before, idle_before = time.perf_counter(), runner.bytes_read, runner.disk_idle_seconds
-            remaining = max(s.max_new_tokens - len(s.token_ids) for group in groups for s in group.sequences)
-            pass_ = runner.forward([g.micro_batch() for g in groups], on_block, is_last=remaining == 1)
-            running = list(groups)
-            runner.compute(lambda: _advance(running, pass_))  # noqa: B023
-            result.generated_tokens += pass_.logits_rows
-            groups = [group for group in groups if group.sequences]
-            on_tokens()
-            if result.passes:
-                result.decode_bytes += runner.bytes_read - bytes_before
-                result.decode_seconds += time.perf_counter() - began
-                result.decode_disk_idle_seconds += runner.disk_idle_seconds - idle_before
-            else:
-                result.first_token_seconds = time.perf_counter() - start
-            result.passes.append(pass_)
-    return result
+    waiting = _Waiting(runner, iter(sequences))
+    running: list[_Running] = []
+    result = Generation()
+    begin = time.perf_counter()
+    try:
+        while True:
+            start, before = time.perf_counter(), _Counters.of(runner)
+            waiting.admit(running, width)
+            if not running:
+                return result
+            pass_, prompt_tokens, new_tokens = _run(runner, running, waiting, on_block)
+            if new_tokens and not result.generated_tokens:
+                result.first_token_seconds = time.perf_counter() - begin
+            on_pass()
+            ended = [item for item in running if item.sequence.finish_reason is not None]
+            running = [item for item in running if item.sequence.finish_reason is None]
+            for item in ended:
+                runner.release(item.kv)
+            for item in ended:
+                on_finished(item.sequence)
+            result.sequences, result.prompt_tokens = waiting.admitted, waiting.prompt_tokens
+            after = _Counters.of(runner)
+            result.passes.append(
+                PassCost(
+                    pass_,
+                    time.perf_counter() - start,
+                    prompt_tokens,
+                    new_tokens,
+                    after.weights - before.weights,
+                    after.kv - before.kv,
+                    after.disk_idle_seconds - before.disk_idle_seconds,
+                )
+            )
+    finally:
+        for item in running:
+            runner.release(item.kv)
 
 
-def micro_batches(sequences: Items[Sequence], rows: int) -> list[list[Sequence]]:
-    """Sequences in groups of at most `rows`, neighbours in length together so that little is padded."""
-    ordered = sorted(sequences, key=lambda s: len(s.prompt_ids))
-    return [ordered[start : start + rows] for start in range(0, len(ordered), rows)]
+@dataclass(frozen=True)
+class _Counters:
+    """What a runtime has read and written so far."""
+
+    weights: int
+    kv: int
+    disk_idle_seconds: float
+
+    @classmethod
+    def of(cls, runner: PassRunner) -> "_Counters":
+        return cls(runner.bytes_read, runner.kv_bytes_read + runner.kv_bytes_written, runner.disk_idle_seconds)
 
 
-def _advance(groups: list[_Group], pass_: Pass) -> None:
-    for group, logits in zip(groups, pass_.logits, strict=True):
-        group.advance(logits)
+class _Waiting:
+    """Sequences that have not begun."""
+
+    def __init__(self, runner: PassRunner, source: Iterator[Sequence]) -> None:
+        self._runner, self._source = runner, source
+        self._next: Sequence | None = None
+        self.admitted = 0
+        self.prompt_tokens = 0
+        self._is_exhausted = False
+
+    def admit(self, running: list[_Running], width: int) -> None:
+        """Add to `running` what the cache has room for, up to `width` in all."""
+        while len(running) < width and (sequence := self._peek()) is not None:
+            # The last token is sampled, but never passes through the model.
+            tokens = max(1, len(sequence.prompt_ids) + sequence.max_new_tokens - 1)
+            kv = self._runner.reserve(tokens)
+            if kv is None:
+                if not running:
+                    raise BudgetError(
+                        f"KV cache: no room for a sequence of {tokens} tokens although nothing else runs; "
+                        "plan for a longer context"
+                    )
+                return
+            self._next = None
+            self.admitted += 1
+            self.prompt_tokens += len(sequence.prompt_ids)
+            running.append(_Running(sequence, kv))
+
+    def is_empty(self) -> bool:
+        """Whether none waits; takes one more from the source to find out."""
+        return self._peek() is None
+
+    def _peek(self) -> Sequence | None:
+        if self._next is None and not self._is_exhausted:
+            self._next = next(self._source, None)
+            self._is_exhausted = self._next is None
+        return self._next
+
+
+def _run(
+    runner: PassRunner, running: Items[_Running], waiting: _Waiting, on_block: OnBlock | None
+) -> tuple[Pass, int, int]:
+    """One pass; returns it with the prompt tokens in it and the tokens sampled."""
+    segments, members = plan_pass(running, runner.load.tokens)
+    sampled: deque[int] = deque()
+
+    def on_logits(number: int, index: int, logits: torch.Tensor) -> None:
+        members[number].sequence.advance(logits[-1])
+        sampled.append(number)
+
+    # Nothing is read ahead for another pass if this is sure to be the last one.
+    left = max(item.sequence.max_new_tokens - len(item.sequence.token_ids) for item in running)
+    all_sample = len(members) == len(running) and all(segment.keep for segment in segments)
+    is_last = left == 1 and all_sample and waiting.is_empty()
+    pass_ = runner.run(segments, on_logits, on_block, is_last)
+    prompts = [len(s.input_ids) for s, item in zip(segments, members, strict=True) if _was_prompt(s, item)]
+    return pass_, sum(prompts), len(sampled)
+
+
+def _was_prompt(segment: Segment, item: _Running) -> bool:
+    """After the pass: whether the segment's tokens were of the prompt."""
+    return item.kv.length <= len(item.sequence.prompt_ids)
+
+
+def plan_pass(running: Items[_Running], most_tokens: int) -> tuple[list[Segment], list[_Running]]:
+    """What the next pass computes: every decoding sequence's token, then prompts in order, up to `most_tokens`."""
+    segments: list[Segment] = []
+    members: list[_Running] = []
+    room = most_tokens
+    for item in sorted(running, key=lambda item: not item.is_decoding):
+        tokens = item.waiting_tokens
+        piece = tokens if item.is_decoding else tokens[: max(room, 0)]
+        if not piece:
+            continue
+        room -= len(piece)
+        text_length = 0 if item.is_decoding else len(item.sequence.prompt_ids)
+        segments.append(Segment(item.kv, piece, int(len(piece) == len(tokens)), text_length))
+        members.append(item)
+    return segments, members

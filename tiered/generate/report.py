@@ -1,8 +1,8 @@
 """The report of a run: what it took, beside what the machine could have done.
 
-    bound = max((S - M) / B, C)
+    bound = max((S - M + K) / B, C)
 
-S: bytes of the tape. M: all that the budget leaves after baseline, KV cache, workspace and two blocks, used or not.
+S: bytes of the tape. K: bytes of the KV cache that go to disk and come from it. M: all that the budget leaves after baseline, KV cache, workspace and two blocks, used or not.
 B: raw disk bandwidth, measured before and after by code of its own. C: compute seconds of a decode pass, measured.
 """
 
@@ -32,7 +32,11 @@ class Report:
     bytes_read_kernel: int | None
     bytes_read_per_token: float
     bytes_written: int | None
+    kv_bytes_read: int
+    """Of a KV cache on disk."""
+    kv_bytes_written: int
     disk_bandwidth: float | None
+    """While decoding: weights and KV cache, reads and writes."""
     raw_disk_bandwidth: float | None
     bound_seconds_per_pass: float | None
     bound_share: float | None
@@ -74,6 +78,11 @@ class Report:
             f"disk      {format_size(self.bytes_read)} read ({self.bytes_read_per_token / 1e9:.3g} GB per token), "
             f"{written}, {self.read_mode}"
         )
+        if self.kv_bytes_read or self.kv_bytes_written:
+            lines.append(
+                f"kv cache  {format_size(self.kv_bytes_read)} read, {format_size(self.kv_bytes_written)} written: "
+                "every written byte wears an SSD; its data sheet says how many it stands (TBW)"
+            )
         lines += self._bandwidth_lines()
         if self.bottleneck in ("disk", "compute"):
             lines.append(
@@ -122,8 +131,11 @@ class Surroundings:
     bytes_read: int
     bytes_read_kernel: int | None
     bytes_written: int | None
+    kv_bytes_read: int
+    kv_bytes_written: int
     peak_rss_bytes: int
     disk_wait_seconds: float
+    """While decoding."""
     read_mode: str
     kernels: str
     synthetic: bool
@@ -131,10 +143,10 @@ class Surroundings:
 
 def make_report(generation: Generation, around: Surroundings) -> Report:
     """Put the figures of one run together."""
-    decode = generation.passes[1:]
-    per_pass = generation.decode_seconds / len(decode) if decode else None
-    compute = sum(p.compute_seconds for p in decode) / len(decode) if decode else None
-    first = generation.passes[0] if generation.passes else None
+    decode, prefill = generation.decode, generation.prefill
+    decode_seconds = sum(cost.seconds for cost in decode)
+    per_pass = decode_seconds / len(decode) if decode else None
+    compute = sum(cost.pass_.compute_seconds for cost in decode) / len(decode) if decode else None
     plan, raw = around.plan, around.raw_disk_bandwidth
     bound = bottleneck = None
     if compute is not None:
@@ -143,23 +155,25 @@ def make_report(generation: Generation, around: Surroundings) -> Report:
         # bound is that much lower, or few passes would seem to beat it.
         streamed = round((1 - plan.bound_resident_nbytes / sum(plan.tape_sizes)) * around.tape_file_bytes)
         streamed = round(streamed * _share_read(generation, around))
+        streamed += sum(cost.kv_bytes for cost in decode) // len(decode)
         disk = streamed / raw if raw else None
         if streamed == 0:
             bound, bottleneck = compute, "memory"
         elif disk is not None:
             bound, bottleneck = max(disk, compute), "compute" if compute > disk else "disk"
     tokens = generation.generated_tokens
-    decoded = tokens - (first.logits_rows if first is not None else 0)
-    prefill = first.seconds if first is not None else 0.0
-    overheads = sorted(s for p in generation.passes for s in p.block_seconds)
+    decoded = sum(cost.new_tokens for cost in decode)
+    prefill_seconds = sum(cost.pass_.seconds for cost in prefill)
+    moved = sum(cost.bytes_read + cost.kv_bytes for cost in decode)
+    overheads = sorted(s for cost in generation.passes for s in cost.pass_.block_seconds)
     return Report(
         prompt_tokens=generation.prompt_tokens,
         generated_tokens=tokens,
         first_token_seconds=generation.first_token_seconds,
-        prefill_seconds=prefill,
-        prefill_tokens_per_second=generation.prompt_tokens / prefill if prefill else 0.0,
-        decode_seconds=generation.decode_seconds,
-        tokens_per_second=decoded / generation.decode_seconds if decode else None,
+        prefill_seconds=prefill_seconds,
+        prefill_tokens_per_second=generation.prompt_tokens / prefill_seconds if prefill_seconds else 0.0,
+        decode_seconds=decode_seconds,
+        tokens_per_second=decoded / decode_seconds if decode_seconds else None,
         seconds_per_pass=per_pass,
         compute_seconds_per_pass=compute,
         passes=len(generation.passes),
@@ -167,12 +181,14 @@ def make_report(generation: Generation, around: Surroundings) -> Report:
         bytes_read_kernel=around.bytes_read_kernel,
         bytes_read_per_token=around.bytes_read / max(tokens, 1),
         bytes_written=around.bytes_written,
-        disk_bandwidth=generation.decode_bytes / generation.decode_seconds if decode else None,
+        kv_bytes_read=around.kv_bytes_read,
+        kv_bytes_written=around.kv_bytes_written,
+        disk_bandwidth=moved / decode_seconds if decode_seconds else None,
         raw_disk_bandwidth=raw,
         bound_seconds_per_pass=bound,
         bound_share=bound / per_pass if bound is not None and per_pass else None,
         bottleneck=bottleneck,
-        compute_wait_seconds=sum(p.wait_seconds for p in decode),
+        compute_wait_seconds=sum(cost.pass_.wait_seconds for cost in decode),
         disk_wait_seconds=around.disk_wait_seconds,
         block_overhead_seconds=overheads[len(overheads) // 2] if overheads else 0.0,
         peak_rss_bytes=around.peak_rss_bytes,
@@ -187,5 +203,5 @@ def make_report(generation: Generation, around: Surroundings) -> Report:
 
 def _share_read(generation: Generation, around: Surroundings) -> float:
     """Of the bytes that the decode passes streamed, how many were read while they ran."""
-    due = (len(generation.passes) - 1) * around.streamed_file_bytes
-    return min(1.0, generation.decode_bytes / due) if due else 1.0
+    due = len(generation.decode) * around.streamed_file_bytes
+    return min(1.0, sum(cost.bytes_read for cost in generation.decode) / due) if due else 1.0

@@ -1,7 +1,8 @@
 """From logits to a token: transformers' own logits processors, and a generator that is a counter.
 
-The random number of a token is a function of (seed, request, token index) alone, so what a sequence samples does not
-depend on what else is in the batch (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011: Philox).
+The random number of a token is a function of (seed, request, choice, token index) alone, so what a sequence samples
+does not depend on what else is in the batch (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011:
+Philox).
 """
 
 from dataclasses import dataclass
@@ -52,10 +53,10 @@ class SamplingParams:
 
 
 class Sampler:
-    """Chooses the tokens of one sequence."""
+    """Chooses the tokens of one sequence: choice number `choice` among the completions of request `request`."""
 
-    def __init__(self, params: SamplingParams, request: int) -> None:
-        self._params, self._request = params, request
+    def __init__(self, params: SamplingParams, request: int, choice: int = 0) -> None:
+        self._params, self._request, self._choice = params, request, choice
         processors = LogitsProcessorList()
         if params.repetition_penalty != 1.0:
             processors.append(RepetitionPenaltyLogitsProcessor(params.repetition_penalty))
@@ -70,9 +71,15 @@ class Sampler:
             if params.min_p > 0.0:
                 processors.append(MinPLogitsWarper(params.min_p))
         self._processors = processors
+        # Lists as long as a text become tensors slowly; only this processor looks at them.
+        self.reads_ids = params.repetition_penalty != 1.0
+        """Whether what is chosen depends on the tokens so far, and not on the logits alone."""
 
     def __call__(self, ids: list[int], logits: torch.Tensor, index: int) -> int:
-        """Token number `index` of the completion, from logits [vocab] after `ids` (prompt and completion so far)."""
+        """Token number `index` of the completion, from logits [vocab] after `ids` (prompt and completion so far).
+
+        `ids` may be empty unless `reads_ids`. Raises TieredError where the logits are no numbers.
+        """
         scores = logits.float()[None]
         if not isfinite(float(scores.max())):  # any NaN is the maximum
             raise TieredError(
@@ -80,10 +87,13 @@ class Sampler:
                 "try --dtype float32, and test the store with 'tiered verify'"
             )
         if self._processors:
-            scores = self._processors(torch.tensor([ids]), scores)  # type: ignore[arg-type]
+            before = torch.tensor([ids if self.reads_ids else []], dtype=torch.long)
+            scores = self._processors(before, scores)  # type: ignore[arg-type]
         if self._params.temperature == 0:
             return int(scores.argmax())
-        generator = np.random.Generator(np.random.Philox(key=self._params.seed, counter=[0, 0, index, self._request]))
+        # The lowest word counts what one generator draws; the others are this token's own.
+        counter = [0, self._choice, index, self._request]
+        generator = np.random.Generator(np.random.Philox(key=self._params.seed, counter=counter))
         cumulative = scores[0].double().softmax(-1).cumsum(-1)
         # The last sum may fall short of 1 by rounding; scaling the draw keeps it inside.
         draw = generator.random() * float(cumulative[-1])

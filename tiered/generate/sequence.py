@@ -1,9 +1,14 @@
 """One sequence: its tokens, its text as it becomes final, and why it ended."""
 
 from collections.abc import Sequence as Strings
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
+import torch
+
+from tiered.generate.logprobs import Logprobs
 from tiered.generate.sampling import Sampler
+
+_REPLACEMENT: Final = "\N{REPLACEMENT CHARACTER}"
 
 
 class Decoder(Protocol):
@@ -23,12 +28,18 @@ class Sequence:
         max_new_tokens: int,
         eos_ids: frozenset[int],
         stops: Strings[str] = (),
+        logprobs: int | None = None,
     ) -> None:
+        """`logprobs` asks for the log-probability of each token, and of that many likeliest ones at its place."""
         self.prompt_ids = prompt_ids
         self.token_ids: list[int] = []
         self.finish_reason: str | None = None
         """None while running; then "stop" (end of text or a stop string) or "length"."""
         self.max_new_tokens = max_new_tokens
+        self.logprobs = None if logprobs is None else Logprobs(logprobs)
+        """One entry per token, where they were asked for."""
+        self.offsets: list[int] = []
+        """Characters of the text before each token, where log-probabilities were asked for."""
         self._sampler, self._decoder = sampler, decoder
         self._eos_ids, self._stops = eos_ids, tuple(stops)
         self._text = ""
@@ -49,8 +60,19 @@ class Sequence:
     def sampler(self) -> Sampler:
         return self._sampler
 
+    def advance(self, logits: torch.Tensor) -> None:
+        """Choose the next token from logits [vocab], record its log-probability if asked for, and take it."""
+        ids = self.prompt_ids + self.token_ids if self._sampler.reads_ids else []
+        token = self._sampler(ids, logits, len(self.token_ids))
+        if self.logprobs is not None:
+            self.logprobs.record(logits, token)
+        self.append(token)
+
     def append(self, token: int) -> None:
         """Take the next token."""
+        if self.logprobs is not None:
+            # Half a character is none yet.
+            self.offsets.append(len(self._text.rstrip(_REPLACEMENT)))
         self.token_ids.append(token)
         if token in self._eos_ids:
             self._finish("stop")
@@ -86,7 +108,7 @@ class Sequence:
     def _stable_length(self) -> int:
         """Text that is final: without half a character, and without what may become a stop string."""
         length = len(self._text)
-        while length and self._text[length - 1] == "\N{REPLACEMENT CHARACTER}":
+        while length and self._text[length - 1] == _REPLACEMENT:
             length -= 1
         text, held = self._text[:length], 0
         for stop in self._stops:

@@ -1,8 +1,10 @@
-"""Memory and disk: the arena that owns every large buffer, and the reader that fills it."""
+"""Memory and disk: the arena that owns every large buffer, the reader that fills it, the file that it spills to."""
 
 from tiered.io.arena import Arena, Slab
-from tiered.io.disk import PIECE_NBYTES, DiskReader, Faults, all_of
+from tiered.io.disk import PIECE_NBYTES, DiskReader, Faults
 from tiered.io.modes import ReadMode, probe_mode
+from tiered.io.spill import SpillFile
+from tiered.io.threads import all_of
 from tiered.io.verify import ChunkVerifier, VerifyPolicy
 
 __all__ = [
@@ -13,6 +15,7 @@ __all__ = [
     "Faults",
     "ReadMode",
     "Slab",
+    "SpillFile",
     "VerifyPolicy",
     "all_of",
     "probe_mode",

@@ -1,26 +1,22 @@
 """The disk reader: positional reads of whole pieces, in a pool of its own threads, into memory it is given.
 
 In: a file of the store and page-aligned memory. Out: the memory filled and, where the policy says so, verified.
-The event loop only waits; the reads run in the pool (`aiofiles.os.wrap` over this module's plain functions).
+The event loop only waits; the reads run in the pool.
 """
 
-import asyncio
 import errno
 import logging
 import os
 import threading
-import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Protocol, Self
 
-import aiofiles.os
-
-from tiered.errors import InterruptedRun, ReadError, StoreError
+from tiered.errors import ReadError, StoreError
 from tiered.io.modes import ReadMode, is_refusal, probe_mode
+from tiered.io.threads import Check, IOThreads
 from tiered.io.verify import ChunkVerifier
 from tiered.store import CHUNK_NBYTES, PAGE, FileInfo
 from tiered.trace import Tracer
@@ -63,15 +59,10 @@ class DiskReader:
         self._files: dict[str, _OpenFile] = {}
         self._retired: list[int] = []
         self._lock = threading.Lock()
-        self._closing = False
         self._bytes_read = 0
-        self._in_flight = 0
-        self._idle_since = time.perf_counter()
-        self._idle_seconds = 0.0
         self.mode = mode
         self.refused: tuple[str, ...] = ()
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="tiered-read")
-        self._call_async = aiofiles.os.wrap(_call)
+        self._threads = IOThreads(threads, "tiered-read")
 
     def __enter__(self) -> Self:
         return self
@@ -87,9 +78,7 @@ class DiskReader:
     @property
     def idle_seconds(self) -> float:
         """Seconds so far in which no read was queued or running."""
-        with self._lock:
-            now = time.perf_counter() - self._idle_since if self._in_flight == 0 else 0.0
-            return self._idle_seconds + now
+        return self._threads.idle_seconds
 
     async def read_chunk(self, file: FileInfo, chunk: int, memory: memoryview) -> None:
         """Read chunk number `chunk` of `file` into its place in `memory` (the whole file's), piece by piece.
@@ -100,74 +89,37 @@ class DiskReader:
         start = chunk * CHUNK_NBYTES
         stop = min(start + CHUNK_NBYTES, file.nbytes)
         part = memory[start:stop]
-        await self._read_in_pool(lambda abandoned: self._read_piece(file, chunk, start, part, abandoned))
+        await self._threads.transfer(lambda check: self._read_piece(file, chunk, start, part, check))
 
     async def read_pages(self, file: FileInfo, offset: int, memory: memoryview) -> None:
         """Read `memory.nbytes` from `offset` (both multiples of 4096) without touching checksums."""
-        await self._read_in_pool(lambda abandoned: self._read(file, offset, memory, abandoned))
+        await self._threads.transfer(lambda check: self._read(file, offset, memory, check))
 
     async def call(self, work: Callable[[], None]) -> None:
         """Run `work` (a decompression) in the pool."""
-        await self._in_pool(lambda abandoned: work())
-
-    async def _read_in_pool(self, work: Callable[[threading.Event], None]) -> None:
-        self._enter()
-        try:
-            await self._in_pool(work)
-        finally:
-            self._leave()
-
-    async def _in_pool(self, work: Callable[[threading.Event], None]) -> None:
-        """Run `work` in the pool, with an event that tells it to stop.
-
-        A thread cannot be cancelled: a cancelled caller goes on only when the thread has left the memory alone.
-        """
-        abandoned = threading.Event()
-        running = asyncio.ensure_future(self._call_async(work, abandoned, executor=self._pool))
-        try:
-            await asyncio.shield(running)
-        except asyncio.CancelledError:
-            abandoned.set()
-            await asyncio.gather(running, return_exceptions=True)
-            raise
+        await self._threads.call(lambda check: work())
 
     def close(self) -> None:
         """Drop queued reads, wait for running ones, close the files: nothing touches memory afterwards."""
-        self._closing = True
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._threads.close()
         with self._lock:
             for fd in (*self._retired, *(file.fd for file in self._files.values())):
                 os.close(fd)
             self._files.clear()
             self._retired.clear()
 
-    def _enter(self) -> None:
-        with self._lock:
-            if self._in_flight == 0:
-                self._idle_seconds += time.perf_counter() - self._idle_since
-            self._in_flight += 1
-
-    def _leave(self) -> None:
-        with self._lock:
-            self._in_flight -= 1
-            if self._in_flight == 0:
-                self._idle_since = time.perf_counter()
-
-    def _read_piece(
-        self, file: FileInfo, chunk: int, start: int, memory: memoryview, abandoned: threading.Event
-    ) -> None:
+    def _read_piece(self, file: FileInfo, chunk: int, start: int, memory: memoryview, check: Check) -> None:
         for offset in range(0, memory.nbytes, PIECE_NBYTES):
-            self._read(file, start + offset, memory[offset : offset + PIECE_NBYTES], abandoned)
+            self._read(file, start + offset, memory[offset : offset + PIECE_NBYTES], check)
         if self._verifier.wants(file, chunk):
             self._verifier.check(file, chunk, memory)
 
-    def _read(self, file: FileInfo, offset: int, memory: memoryview, abandoned: threading.Event) -> None:
+    def _read(self, file: FileInfo, offset: int, memory: memoryview, check: Check) -> None:
         """Fill `memory`, however many system calls that takes."""
         done = 0
         with self._trace.span("disk", file.path, memory.nbytes):
             while done < memory.nbytes:
-                if self._closing or abandoned.is_set():
-                    raise InterruptedRun("the read is no longer wanted")
+                check()
                 count = self._read_once(file, offset + done, memory[done:])
                 if count == 0:
                     raise StoreError(
@@ -233,15 +185,3 @@ class DiskReader:
                 self.mode = opened.mode.next
                 self.refused = (*self.refused, f"{opened.mode.value}: {error.strerror}")
                 logger.warning("%s refused while reading; using %s", opened.mode.value, self.mode.value)
-
-
-async def all_of(reads: Iterable[Awaitable[None]]) -> None:
-    """Wait for every one of `reads`, then raise the first error: when this returns, none of them runs any more."""
-    for result in await asyncio.gather(*reads, return_exceptions=True):
-        if result is not None:
-            raise result
-
-
-def _call(work: Callable[[threading.Event], None], abandoned: threading.Event) -> None:
-    if not abandoned.is_set():
-        work(abandoned)

@@ -8,6 +8,7 @@ lives, and sets its name on the skeleton. What the native kernel does not take g
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
@@ -18,6 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
+from tiered.cache import PagedKeys
 from tiered.errors import ConfigError
 from tiered.kernels import AttentionCall, Kernels, contiguous_pages
 
@@ -33,14 +35,25 @@ _HARMLESS: Final = frozenset(
 """Arguments that change nothing here, because the mask holds them already, or that are looked at below."""
 
 
+@dataclass(frozen=True)
+class PackedMask:
+    """In a mask's place where sequences lie side by side: which tokens see which follows from their positions."""
+
+    window: int
+    """Tokens that a query sees, itself included; 0: all before it."""
+
+
 class KernelAttention:
     """An attention function in transformers' sense, for one runtime.
 
-    Masks are those of its "sdpa": none, or booleans, true where a query sees a key; also numbers to be added.
+    Masks are those of its "sdpa": none, or booleans, true where a query sees a key; also numbers to be added. Keys of
+    a packed chunk (`PagedKeys`) come with a `PackedMask`.
     """
 
     def __init__(self, kernels: Kernels) -> None:
         self._kernels = kernels
+        self.name = f"tiered-{id(self):x}"
+        self._is_packing = False
         self._biases: WeakIdKeyDictionary = WeakIdKeyDictionary()
         """Masks of numbers, in float32: every layer of a pass is handed the same one."""
 
@@ -56,6 +69,8 @@ class KernelAttention:
         **kwargs: Any,
     ) -> Output:
         """query [batch, heads, queries, head_dim], key and value [batch, kv_heads, slots, head_dim]."""
+        if isinstance(key, PagedKeys):
+            return self._packed(query, key, attention_mask, dropout, scaling, kwargs), None
         unknown = any(item is not None for name, item in kwargs.items() if name not in _HARMLESS)
         causal = kwargs.get("is_causal")
         causal = getattr(module, "is_causal", True) if causal is None else causal
@@ -79,6 +94,59 @@ class KernelAttention:
             sinks=kwargs.get("s_aux"),
         )
         return self._kernels.attention(call), None
+
+    def make_mask(self, *args: Any, **kwargs: Any) -> Any:
+        """What transformers' mask functions get from the registry: "sdpa"'s own, or only the window while packing."""
+        if self._is_packing:
+            return PackedMask(kwargs.get("local_size") or 0)
+        return sdpa_mask(*args, **kwargs)
+
+    @contextmanager
+    def packing(self) -> Iterator[None]:
+        """Masks that are made in this context are for packed chunks."""
+        self._is_packing = True
+        try:
+            yield
+        finally:
+            self._is_packing = False
+
+    def _packed(
+        self,
+        query: torch.Tensor,
+        key: PagedKeys,
+        mask: Any,
+        dropout: float,
+        scaling: float | None,
+        kwargs: dict[str, Any],
+    ) -> torch.Tensor:
+        """[1, tokens, heads, head_dim] of query [1, heads, tokens, head_dim], sequence by sequence."""
+        unknown = sorted(name for name, item in kwargs.items() if item is not None and name not in _HARMLESS)
+        if unknown or dropout or not isinstance(mask, PackedMask):
+            raise ConfigError(f"attention over pages: takes no {unknown or 'dropout, nor masks of its own'}")
+        outputs = []
+        for read in key.kv.reads(key.layer):
+            if read.window != mask.window:
+                raise ConfigError(
+                    f"layer {key.layer}: the cache keeps a window of {read.window} tokens, attention asks for "
+                    f"{mask.window}; list the family in tiered/arch/families.py as one with attention of its own"
+                )
+            sequences = len(read.count)
+            # [sequences, queries, heads, head_dim]
+            queries = query[0, :, read.start : read.stop].unflatten(1, (sequences, -1)).permute(1, 2, 0, 3)
+            call = AttentionCall(
+                query=queries,
+                kv_heads=key.shape[1],
+                keys=read.keys,
+                values=read.values,
+                first=read.first,
+                count=read.count,
+                scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+                window=read.window,
+                softcap=kwargs.get("softcap") or 0.0,
+                sinks=kwargs.get("s_aux"),
+            )
+            outputs.append(self._kernels.attention(call).flatten(0, 1))
+        return (torch.cat(outputs) if len(outputs) > 1 else outputs[0])[None]
 
     def _serves(
         self,
@@ -117,18 +185,17 @@ class KernelAttention:
 
 
 @contextmanager
-def registered_attention(kernels: Kernels) -> Iterator[str]:
-    """A name under which transformers' modules find attention by `kernels`, for as long as the context lasts."""
+def registered_attention(kernels: Kernels) -> Iterator[KernelAttention]:
+    """Attention by `kernels`, which transformers' modules find under its name for as long as the context lasts."""
     attention = KernelAttention(kernels)
-    name = f"tiered-{id(attention):x}"
-    AttentionInterface.register(name, attention)
+    AttentionInterface.register(attention.name, attention)
     # Without an entry here, models are handed no mask at all.
-    AttentionMaskInterface.register(name, sdpa_mask)
+    AttentionMaskInterface.register(attention.name, attention.make_mask)
     try:
-        yield name
+        yield attention
     finally:
         # There is no public way back out of what `register` fills, and only that is asked for masks.
-        del AttentionInterface._global_mapping[name], AttentionMaskInterface._global_mapping[name]
+        del AttentionInterface._global_mapping[attention.name], AttentionMaskInterface._global_mapping[attention.name]
 
 
 def use_attention(model: PreTrainedModel, name: str) -> None:

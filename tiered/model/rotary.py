@@ -18,10 +18,17 @@ class WholeTextRotary(nn.Module):
         super().__init__()
         self.rotary = rotary
         self.last_positions: torch.Tensor | None = None
-        """Position of the last token of each row's text, or of all rows' [1]; None: what is shown is the whole."""
+        """Position of the last token of each row's text [rows], of all rows' [1], or, where several texts lie side by
+        side in one row, of each token's [1, tokens]; None: what is shown is the whole."""
 
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin, [rows, tokens, dim] each, of position_ids [rows, tokens]; of x only dtype and device count."""
+        if self.last_positions is not None and self.last_positions.ndim == 2:
+            # Neighbours whose texts end at the same position have the same frequencies.
+            ends, counts = self.last_positions[0].unique_consecutive(return_counts=True)
+            rows = position_ids[0].split(counts.tolist())
+            tables = [self._row(x[:1], row, end, kwargs) for row, end in zip(rows, ends, strict=True)]
+            return torch.cat([cos for cos, _ in tables], 1), torch.cat([sin for _, sin in tables], 1)
         last = position_ids.amax(1) if self.last_positions is None else self.last_positions.expand(len(position_ids))
         tables = [self._row(x[:1], row, end, kwargs) for row, end in zip(position_ids, last, strict=True)]
         return torch.cat([cos for cos, _ in tables]), torch.cat([sin for _, sin in tables])

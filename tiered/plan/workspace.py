@@ -7,6 +7,8 @@ from tiered.units import MIB
 
 MAX_ROWS: Final = 512
 """More rows in one chunk no longer help: the weights' reading has long been paid for by then."""
+_HEAD_ROWS: Final = 64
+"""More logits at once gain nothing: the head's weights are in memory."""
 _SHARE: Final = 1 / 16
 """Part of the budget that activations of one chunk may take."""
 _FIXED_NBYTES: Final = 24 * MIB
@@ -30,6 +32,8 @@ class Shape:
     """Of one row of activations, while a linear kernel holds it in the order it needs."""
     scratch_nbytes: int
     """Of the linear kernel besides."""
+    gathered_nbytes: int = 0
+    """Of keys and values that one token of a context adds where a family wants them in one piece, all copies."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,10 @@ class Workspace:
     rows: int
     """Tokens per chunk: a longer prompt passes through each block in several chunks."""
     nbytes: int
+    gathered_rows: int = 1
+    """Sequences whose keys and values are gathered at once, by families that want them in one piece."""
+    head_rows: int = 1
+    """Positions whose logits are computed at once."""
 
 
 def row_nbytes(shape: Shape, context: int) -> int:
@@ -55,11 +63,22 @@ def row_nbytes(shape: Shape, context: int) -> int:
     return hidden + feed_forward + mask + scores + shape.packed_nbytes
 
 
-def workspace_for(shape: Shape, tokens: int, sequences: int, context: int, budget: int) -> Workspace:
-    """Rows per chunk for at most `tokens` in flight in `sequences` sequences, and the reserve they need."""
+def workspace_for(
+    shape: Shape, tokens: int, sequences: int, context: int, budget: int, logits: int = 0, most_rows: int = MAX_ROWS
+) -> Workspace:
+    """Rows per chunk for at most `tokens` in flight in `sequences` sequences, and the reserve they need.
+
+    `logits` positions may get logits in one pass (0: one per sequence); `most_rows` bounds the rows.
+    """
     per_row = row_nbytes(shape, context)
-    rows = max(1, min(MAX_ROWS, tokens, int(budget * _SHARE) // per_row))
+    share = int(budget * _SHARE)
+    rows = max(1, min(most_rows, tokens, share // per_row))
+    gathered = shape.gathered_nbytes * context
+    gathered_rows = max(1, min(sequences, rows, share // gathered)) if gathered else 1
     # Hidden states of everything in flight live through the whole pass, two generations of them.
     in_flight = 2 * tokens * shape.hidden * shape.itemsize
-    logits = 3 * min(sequences, rows) * shape.vocab * 4 + sequences * shape.vocab * 4
-    return Workspace(rows, _FIXED_NBYTES + shape.scratch_nbytes + rows * per_row + in_flight + logits)
+    head_rows = min(logits or sequences, rows, _HEAD_ROWS)
+    # As computed, as float32, and what sampling makes of one; and all of them as transformers' own loop keeps them.
+    nbytes = 3 * max(head_rows, min(sequences, rows)) * shape.vocab * 4 + sequences * shape.vocab * 4
+    nbytes += _FIXED_NBYTES + shape.scratch_nbytes + rows * per_row + in_flight + gathered_rows * gathered
+    return Workspace(rows, nbytes, gathered_rows, head_rows)

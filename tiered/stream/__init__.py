@@ -1,8 +1,9 @@
 """The scheduler: blocks of the tape arrive in order, read ahead of the computation."""
 
 from tiered.stream.embedding import EmbeddingRows
+from tiered.stream.kv import KVStream
 from tiered.stream.ring import Ring
 from tiered.stream.streamer import LoadedBlock, Streamer
-from tiered.stream.thread import StreamThread
+from tiered.stream.thread import Streams, StreamThread
 
-__all__ = ["EmbeddingRows", "LoadedBlock", "Ring", "StreamThread", "Streamer"]
+__all__ = ["EmbeddingRows", "KVStream", "LoadedBlock", "Ring", "StreamThread", "Streamer", "Streams"]

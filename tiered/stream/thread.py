@@ -1,4 +1,4 @@
-"""The loop thread: an event loop in a thread of its own, with one long-lived task that owns the streamer."""
+"""The loop thread: an event loop in a thread of its own, with one long-lived task that owns the streams."""
 
 import asyncio
 import contextlib
@@ -6,20 +6,31 @@ import logging
 import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
+from dataclasses import dataclass
 
 from tiered.errors import InterruptedRun
+from tiered.stream.kv import KVStream
 from tiered.stream.streamer import Streamer
 
 logger = logging.getLogger(__name__)
 
 
-class StreamThread:
-    """Runs `prepare`, then keeps a streamer open until `stop`. Each object starts and stops once."""
+@dataclass(frozen=True)
+class Streams:
+    """What moves data between disk and memory while passes run."""
 
-    def __init__(self, prepare: Callable[[], Awaitable[None]], make_streamer: Callable[[], Streamer]) -> None:
-        self._prepare, self._make_streamer = prepare, make_streamer
-        self.ready: Future[Streamer] = Future()
-        """The open streamer, or why there is none."""
+    blocks: Streamer
+    kv: KVStream | None = None
+    """Where the KV cache is on disk."""
+
+
+class StreamThread:
+    """Runs `prepare`, then keeps the streams open until `stop`. Each object starts and stops once."""
+
+    def __init__(self, prepare: Callable[[], Awaitable[None]], make_streams: Callable[[], Streams]) -> None:
+        self._prepare, self._make_streams = prepare, make_streams
+        self.ready: Future[Streams] = Future()
+        """The open streams, or why there are none."""
         # Whoever waits for it may give up; that must not make the thread's own answer an error.
         self.ready.set_running_or_notify_cancel()
         self._running = threading.Event()
@@ -32,7 +43,7 @@ class StreamThread:
         return self._loop
 
     def stop(self) -> None:
-        """End all reading, whether the streamer is open yet or not, and wait until nothing runs any more."""
+        """End all reading, whether the streams are open yet or not, and wait until nothing runs any more."""
         self._running.wait()
         # A loop that has ended by itself cannot be called any more; `ready` says why it has.
         with contextlib.suppress(RuntimeError):
@@ -40,7 +51,7 @@ class StreamThread:
         self._thread.join()
 
     def _end(self) -> None:
-        """In the loop: let the open streamer close, or cancel the preparation."""
+        """In the loop: let the open streams close, or cancel the preparation."""
         if self.ready.done():
             self._stop.set()
         else:
@@ -63,6 +74,7 @@ class StreamThread:
         self._task, self._loop, self._stop = task, asyncio.get_running_loop(), asyncio.Event()
         self._running.set()
         await self._prepare()
-        async with self._make_streamer() as streamer:
-            self.ready.set_result(streamer)
+        streams = self._make_streams()
+        async with streams.blocks, streams.kv or contextlib.nullcontext():
+            self.ready.set_result(streams)
             await self._stop.wait()

@@ -1,0 +1,242 @@
+"""The KV cache as the tokens of one chunk see it, behind transformers' interface: what they add, the pages they read.
+
+    parts = consecutive tokens of some sequences, side by side
+    update(keys, values, layer) -> the new states stored, and what attention needs to find all of them
+
+What a query reads is a function of positions alone: complete pages before its own as they are stored, its own page as
+it was computed. So neither chunks nor neighbours nor passes leave a trace in a result.
+
+Two kinds: `PackedKV` for families that ask for attention by name, and `GatheredKV` for those with attention code of
+their own, which get their keys and values in one piece.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from tiered.cache.layout import Tables
+from tiered.cache.records import LentRecords, Part
+from tiered.cache.writer import RecordWriter, TailWriter, Writer
+from tiered.errors import ConfigError
+from tiered.kernels.attention import PAGE_TOKENS, Pages
+
+
+class PositionLayer(CacheLayerMixin):
+    """A layer that only knows how many tokens came before: masks and positions ask for no more."""
+
+    is_sliding = False
+
+    def __init__(self, length: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._length = length
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        raise AssertionError("a position layer holds no states")
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        raise AssertionError("a position layer holds no states")
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self._length + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self._length
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class PositionCache(Cache):
+    """Stands for a cache of `length` tokens while masks and positions of a chunk are computed.
+
+    All chunks of a pass are recorded before any layer has run, when the real cache has not grown yet.
+    """
+
+    def __init__(self, length: int, layers: int) -> None:
+        super().__init__(layers=[PositionLayer(length) for _ in range(layers)])
+
+
+class ChunkKV(PositionCache):
+    """What both kinds of chunks share: storing what is new.
+
+    `numbers` says which of the records' parts each of `parts` is a piece of; `length` is the past that masks are made
+    for.
+    """
+
+    def __init__(self, records: LentRecords, parts: Sequence[Part], numbers: Sequence[int], length: int) -> None:
+        super().__init__(length, records.pool.shape.layers)
+        self.pool, self.records = records.pool, records
+        self.parts, self.numbers = tuple(parts), tuple(numbers)
+        self._tails = TailWriter(records, parts, numbers) if self.pool.plan.has_tails else None
+        self._writer: Writer = self._tails or RecordWriter(records, parts)
+
+    def _calls(self) -> "list[list[_Call]]":
+        """Of each group of layers: parts of one token each together, every other one by itself."""
+        singles = list(itertools.takewhile(lambda number: self.parts[number].count == 1, range(len(self.parts))))
+        bundles = [singles] if singles else []
+        bundles += [[number] for number in range(len(singles), len(self.parts))]
+        return [[self._call(group, bundle) for bundle in bundles] for group in range(len(self.records.maps))]
+
+    def _call(self, group: int, bundle: Sequence[int]) -> "_Call":
+        records, parts = self.records.maps[group], [self.parts[number] for number in bundle]
+        pages = max((part.stop - 1) // PAGE_TOKENS + 1 for part in parts)
+        offsets = torch.full((len(parts), pages), -1)
+        recent = torch.full_like(offsets, -1)
+        nbytes = self.pool.exact.record_nbytes
+        for row, (number, part) in enumerate(zip(bundle, parts, strict=True)):
+            for page in range(part.oldest_page(records.window), (part.stop - 1) // PAGE_TOKENS + 1):
+                offsets[row, page] = records.offset(self.numbers[number], page)
+            if self._tails is not None and part.is_within_a_page:
+                recent[row, part.first_page] = part.kv.tail * nbytes
+            elif self._tails is not None:
+                recent[row, part.first_page :] = torch.tensor(self._tails.fresh_pages(part)) * nbytes
+        window = records.window
+        return _Call(
+            first=torch.tensor([max(0, part.start - window + 1) if window else 0 for part in parts]),
+            count=torch.tensor([part.stop for part in parts]),
+            tokens=parts[0].count,
+            tables=self.pool.layout.tables(offsets),
+            recent=self.pool.exact.tables(recent) if self._tails is not None else None,
+            reads_fresh=not parts[0].is_within_a_page,
+        )
+
+    def _pages(self, call: "_Call", layer: int) -> tuple[Pages, Pages]:
+        """Keys and values of a call in `layer`."""
+        memory = self.records.memory(layer)
+        if self._tails is None or call.recent is None:
+            return call.tables.pages(memory)
+        keys, values = call.recent.pages(self._tails.fresh() if call.reads_fresh else self.pool.tails(layer))
+        return call.tables.pages(memory, (keys.codes, values.codes))
+
+
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """Sequences with equally many tokens in the chunk, and where their pages are in any layer of a group."""
+
+    first: torch.Tensor
+    count: torch.Tensor
+    tokens: int
+    """Of each sequence."""
+    tables: Tables
+    recent: Tables | None
+    """Pages as they were computed; None where records hold them so."""
+    reads_fresh: bool
+    """Recent pages are in fresh memory, else in the tails."""
+
+
+@dataclass(frozen=True, eq=False)
+class PagedRead:
+    """What one call of the attention kernel takes from the cache."""
+
+    start: int
+    stop: int
+    """Its queries among the chunk's tokens."""
+    first: torch.Tensor
+    """[sequences] int64, like the next: a sequence's keys are its slots first to count - 1."""
+    count: torch.Tensor
+    window: int
+    keys: Pages
+    values: Pages
+
+
+class PagedKeys(torch.Tensor):
+    """The new keys of a chunk, as a family's code hands them from the cache to its attention function.
+
+    They only carry `kv` and `layer` there: what is attended to lies in the pages. Whatever else is done with them
+    gives plain tensors, which the attention function would take for all there is; `PackedKV.check` finds that out.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    kv: "PackedKV"
+    layer: int
+
+    @classmethod
+    def of(cls, keys: torch.Tensor, kv: "PackedKV", layer: int) -> Self:
+        made = keys.as_subclass(cls)
+        made.kv, made.layer = kv, layer
+        return made
+
+
+class PackedKV(ChunkKV):
+    """Parts side by side in one row [1, tokens]: those of one token first. No padding anywhere."""
+
+    def __init__(self, records: LentRecords, parts: Sequence[Part], numbers: Sequence[int]) -> None:
+        super().__init__(records, parts, numbers, 0)
+        self._grouped = self._calls()
+        self._stored: int | None = None
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keep states [1, heads, tokens, head_dim]; what is returned finds the pages."""
+        self._writer.store(layer_idx, key_states[0], value_states[0])
+        self._stored = layer_idx
+        return PagedKeys.of(key_states, self, layer_idx), value_states
+
+    def reads(self, layer: int) -> list[PagedRead]:
+        """What attention in `layer` reads, once its own tokens are stored."""
+        assert self._stored == layer, f"layer {layer} attends, layer {self._stored} has stored"
+        self._stored = None
+        group = self.pool.group_of[layer]
+        found, token = [], 0
+        for call in self._grouped[group]:
+            stop = token + call.tokens * len(call.count)
+            keys, values = self._pages(call, layer)
+            window = self.records.maps[group].window
+            found.append(PagedRead(token, stop, call.first, call.count, window, keys, values))
+            token = stop
+        return found
+
+    def check(self, layer: int) -> None:
+        """Raises ConfigError where a family's code stored states, but did not come back for the pages."""
+        if self._stored is not None:
+            raise ConfigError(
+                f"layer {layer}: this family's attention does not ask for its keys by pages; "
+                "list it in tiered/arch/families.py as one with attention of its own"
+            )
+
+
+class GatheredKV(ChunkKV):
+    """Parts of equally many tokens as rows [parts, tokens]; keys and values come in one piece, padded on the left."""
+
+    def __init__(self, records: LentRecords, parts: Sequence[Part], numbers: Sequence[int]) -> None:
+        count = parts[0].count
+        longest = max(part.stop for part in parts)
+        super().__init__(records, parts, numbers, longest - count)
+        self._grouped = [[self._call(group, [n]) for n in range(len(parts))] for group in range(len(records.maps))]
+        self.attention_mask = None
+        if len(parts) > 1:
+            padding = torch.tensor([longest - part.stop for part in parts])
+            self.attention_mask = (torch.arange(longest) >= padding[:, None]).long()
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keep states [parts, heads, tokens, head_dim]; returns all so far, [parts, heads, longest, head_dim]."""
+        flat = (states.transpose(0, 1).flatten(1, 2) for states in (key_states, value_states))
+        self._writer.store(layer_idx, *flat)
+        calls = self._grouped[self.pool.group_of[layer_idx]]
+        longest = max(part.stop for part in self.parts)
+        shape = (len(self.parts), self.pool.shape.heads, longest, self.pool.shape.head_dim)
+        gathered = key_states.new_zeros(shape), value_states.new_zeros(shape)
+        for row, (part, call) in enumerate(zip(self.parts, calls, strict=True)):
+            for pages, states in zip(self._pages(call, layer_idx), gathered, strict=True):
+                _gather(pages, part, states[row, :, longest - part.stop :])
+        return gathered
+
+
+def _gather(pages: Pages, part: Part, out: torch.Tensor) -> None:
+    """Write slots 0 to part.stop - 1 to out [heads, slots, head_dim]."""
+    heads, slots, head_dim = out.shape
+    for start in range(0, slots, PAGE_TOKENS):
+        stop, page = min(slots, start + PAGE_TOKENS), start // PAGE_TOKENS
+        shape = (heads, stop - start, head_dim)
+        # Not in 16 bits: the scale would be rounded, and so all of a channel by the same factor.
+        out[:, start:stop] = pages.widen(0, page, shape, page >= part.first_page, torch.float32)

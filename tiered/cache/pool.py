@@ -1,0 +1,241 @@
+"""The KV cache's memory: who holds which pages of it.
+
+A page is 64 tokens of one sequence; its *record* holds their keys and values in one layer. A sequence holds a run of
+neighbouring records, the same numbers in every layer, for as long as it lives: nothing is copied when it grows, and on
+disk what one layer needs of a sequence is one extent. Layers with a sliding window form a group of their own, whose
+runs are rings: page j lies in record j modulo the ring.
+
+Where records are quantized, or on disk, the page that is being filled is also kept in the compute dtype, in the
+sequence's *tail*; a page is quantized once, when it is complete.
+"""
+
+import bisect
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from tiered.cache.layout import PageLayout
+from tiered.cache.shape import KVShape
+from tiered.errors import ConfigError
+from tiered.kernels.attention import PAGE_TOKENS
+
+Bits = Literal[16, 8, 4]
+
+
+@dataclass(frozen=True)
+class LayerGroup:
+    """Layers that keep the same tokens."""
+
+    layers: tuple[int, ...]
+    window: int
+    """Tokens that a query sees, itself included; 0: all before it."""
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """How much of which memory the cache takes, before any of it is taken."""
+
+    shape: KVShape
+    bits: Bits
+    on_disk: bool
+    groups: tuple[LayerGroup, ...]
+    sequences: int
+    """Sequences at once, at most."""
+    context: int
+    """Tokens of the longest sequence."""
+    tokens: int
+    """Tokens of all sequences together, at most."""
+    chunk: int
+    """Tokens that a sequence may be given at once, before they attend."""
+    lent_pages: int = 0
+    """Of a cache on disk, pages of a layer that are in memory together while its unit of chunks computes."""
+
+    @property
+    def has_tails(self) -> bool:
+        """Whether the pages being filled lie apart from the records."""
+        return self.on_disk or self.bits != 16
+
+    def pages(self, group: LayerGroup, tokens: int) -> int:
+        """Records that a sequence of `tokens` tokens holds in each layer of `group`."""
+        pages = -(-tokens // PAGE_TOKENS)
+        if group.window:
+            # The oldest page a query sees, all up to its own, and those that its chunk fills before it attends.
+            pages = min(pages, -(-(group.window + self.chunk) // PAGE_TOKENS) + 1)
+        return pages
+
+    def records(self, group: LayerGroup) -> int:
+        """Records per layer of `group`."""
+        most = min(self.sequences, self.tokens)
+        whole = self.pages(group, self.context)
+        # Every sequence may have a single token in its last page.
+        shared = (self.tokens + most * (PAGE_TOKENS - 1)) // PAGE_TOKENS
+        return min(most * whole, shared)
+
+    @property
+    def layout(self) -> PageLayout:
+        return PageLayout(self.shape, self.bits)
+
+    @property
+    def exact(self) -> PageLayout:
+        """Of tails, and of pages that are being put together."""
+        return PageLayout(self.shape, 16)
+
+    @property
+    def records_nbytes(self) -> int:
+        """Bytes of all records, in memory or on disk."""
+        nbytes = self.layout.record_nbytes
+        return sum(self.records(group) * len(group.layers) * nbytes for group in self.groups)
+
+    @property
+    def tails_nbytes(self) -> int:
+        """Bytes of the pages being filled, in memory."""
+        if not self.has_tails:
+            return 0
+        return self.exact.record_nbytes * self.sequences * self.shape.layers
+
+    @property
+    def ring_nbytes(self) -> int:
+        """Bytes for records on their way from disk and back: one unit computes while the next one's are read."""
+        return 2 * self.lent_pages * self.layout.record_nbytes if self.on_disk else 0
+
+    @property
+    def pool_nbytes(self) -> int:
+        """Bytes of memory that the pool itself takes."""
+        return self.tails_nbytes + (0 if self.on_disk else self.records_nbytes)
+
+    @property
+    def memory_nbytes(self) -> int:
+        """Bytes of all memory set aside for the cache."""
+        return self.pool_nbytes + self.ring_nbytes
+
+    def scratch_nbytes(self, rows: int) -> int:
+        """Bytes that a chunk of `rows` tokens takes while it puts pages together, and while they are stored."""
+        if not self.has_tails:
+            return 0
+        # A long part has a page more than its tokens fill; stacked and as they are.
+        pages = 2 * (rows // PAGE_TOKENS + 1)
+        return 2 * pages * self.exact.record_nbytes
+
+
+def layer_groups(windows: Sequence[int]) -> tuple[LayerGroup, ...]:
+    """Layers by window, from the window of each (0: none)."""
+    found: dict[int, list[int]] = {}
+    for layer, window in enumerate(windows):
+        found.setdefault(window, []).append(layer)
+    return tuple(LayerGroup(tuple(layers), window) for window, layers in sorted(found.items()))
+
+
+@dataclass(eq=False)
+class SequenceKV:
+    """One sequence's place in the cache, from `KVPool.reserve` to `release`."""
+
+    capacity: int
+    """Tokens there is room for."""
+    first: tuple[int, ...]
+    """Its first record in each group."""
+    pages: tuple[int, ...]
+    """How many it holds in each group."""
+    tail: int
+    length: int = 0
+    """Tokens stored in every layer. It grows when a pass has ended: one that failed can be run again."""
+
+    def record(self, group: int, page: int) -> int:
+        """The record of page number `page` in a group's layers."""
+        return self.first[group] + page % self.pages[group]
+
+
+@dataclass
+class _Runs:
+    """Numbers 0 to `count` - 1, lent in runs of neighbours."""
+
+    count: int
+    taken: list[tuple[int, int]] = field(default_factory=list)
+    """Starts and stops, ascending."""
+
+    def find(self, wanted: int) -> int | None:
+        """Where the first gap of `wanted` begins."""
+        position = 0
+        for start, stop in self.taken:
+            if start - position >= wanted:
+                return position
+            position = stop
+        return position if self.count - position >= wanted else None
+
+    def take(self, start: int, wanted: int) -> None:
+        bisect.insort(self.taken, (start, start + wanted))
+
+    def give_back(self, start: int, wanted: int) -> None:
+        self.taken.remove((start, start + wanted))
+
+
+class KVPool:
+    """Lends out the records of `plan`. `memory` (uint8) is `plan.pool_nbytes` long."""
+
+    def __init__(self, plan: CachePlan, memory: torch.Tensor) -> None:
+        self.plan, self.shape = plan, plan.shape
+        self.layout, self.exact = plan.layout, plan.exact
+        self._runs = [_Runs(plan.records(group)) for group in plan.groups]
+        self._tails = _Runs(plan.sequences)
+        self.group_of = [0] * self.shape.layers
+        self._layer_start = [0] * self.shape.layers
+        """Of each layer's records, in bytes, in memory or in the file."""
+        position = 0
+        for number, group in enumerate(plan.groups):
+            for layer in group.layers:
+                self.group_of[layer], self._layer_start[layer] = number, position
+                position += plan.records(group) * self.layout.record_nbytes
+        self._memory = None if plan.on_disk else memory[plan.tails_nbytes : plan.tails_nbytes + position]
+        self._tails_memory = memory[: plan.tails_nbytes]
+        self._scratch = torch.empty(0, dtype=torch.uint8)
+
+    def reserve(self, tokens: int) -> SequenceKV | None:
+        """Room for a sequence of `tokens` tokens; None while others hold it.
+
+        Raises ConfigError where it would not fit an empty cache either.
+        """
+        if not 0 < tokens <= self.plan.context:
+            raise ConfigError(f"KV cache: a sequence of {tokens} tokens, planned for 1 to {self.plan.context}")
+        pages = tuple(self.plan.pages(group, tokens) for group in self.plan.groups)
+        first = [runs.find(count) for runs, count in zip(self._runs, pages, strict=True)]
+        tail = self._tails.find(1)
+        if tail is None or None in first:
+            return None
+        starts = tuple(start for start in first if start is not None)
+        for runs, start, count in zip(self._runs, starts, pages, strict=True):
+            runs.take(start, count)
+        self._tails.take(tail, 1)
+        return SequenceKV(tokens, starts, pages, tail)
+
+    def release(self, kv: SequenceKV) -> None:
+        """Take a sequence's records back."""
+        for runs, start, count in zip(self._runs, kv.first, kv.pages, strict=True):
+            runs.give_back(start, count)
+        self._tails.give_back(kv.tail, 1)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no sequence holds anything."""
+        return not self._tails.taken
+
+    def layer_records(self, layer: int) -> torch.Tensor:
+        """uint8: the records of `layer`, in memory."""
+        assert self._memory is not None, "the records are on disk"
+        start = self._layer_start[layer]
+        return self._memory[start : start + self._runs[self.group_of[layer]].count * self.layout.record_nbytes]
+
+    def file_offset(self, layer: int, record: int) -> int:
+        """Where a record of `layer` lies in the file."""
+        return self._layer_start[layer] + record * self.layout.record_nbytes
+
+    def tails(self, layer: int) -> torch.Tensor:
+        """uint8: 16-bit records of the pages that are being filled in `layer`, one per sequence."""
+        assert self.plan.has_tails, "records hold the compute dtype themselves"
+        return self._tails_memory.view(self.shape.layers, -1)[layer]
+
+    def scratch(self, nbytes: int) -> torch.Tensor:
+        """uint8, for the pages a chunk puts together: the same memory for all chunks, which compute one by one."""
+        if self._scratch.numel() < nbytes:
+            self._scratch = torch.empty(nbytes, dtype=torch.uint8)
+        return self._scratch[:nbytes]

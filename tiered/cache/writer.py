@@ -1,0 +1,142 @@
+"""New keys and values of a chunk, into the cache: two ways, by where the page lies that is being filled.
+
+`RecordWriter` where records hold the compute dtype and are in memory: straight into them. `TailWriter` where they are
+quantized or on disk: into the sequences' tails, and a page into its record once it is complete.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from tiered.cache.records import LentRecords, Part
+from tiered.kernels.attention import PAGE_TOKENS
+
+
+States = tuple[torch.Tensor, torch.Tensor]
+"""Keys and values."""
+
+
+class Writer(Protocol):
+    """Keeps what a chunk adds to the cache, layer by layer."""
+
+    def store(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """States [heads, tokens, head_dim] of all parts, in their order."""
+
+
+class RecordWriter:
+    """Every token has its place in a record."""
+
+    def __init__(self, records: LentRecords, parts: Sequence[Part]) -> None:
+        self._pool = records.pool
+        positions = [(part, position) for part in parts for position in range(part.start, part.stop)]
+        self._slots = torch.tensor([position % PAGE_TOKENS for _, position in positions])
+        self._rows = [
+            torch.tensor([part.kv.record(group, position // PAGE_TOKENS) for part, position in positions])
+            for group in range(len(self._pool.plan.groups))
+        ]
+        """Of each group, the record that each token's page is in."""
+
+    def store(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        rows = self._rows[self._pool.group_of[layer]]
+        _scatter(self._pool.layout.dense(self._pool.layer_records(layer)), rows, self._slots, (keys, values))
+
+
+def _scatter(target: States, rows: torch.Tensor, slots: torch.Tensor, states: States) -> None:
+    """Tokens of keys and values [heads, tokens, head_dim] to their rows and slots of [rows, heads, 64, head_dim]."""
+    for memory, new in zip(target, states, strict=True):
+        memory[rows, :, slots] = new.transpose(0, 1)
+
+
+@dataclass(frozen=True)
+class _Long:
+    """A part that ends in another page than it begins in: its pages are put together in fresh memory."""
+
+    part: Part
+    number: int
+    token: int
+    """Its first one in the chunk."""
+    fresh: int
+    """The first of its fresh pages."""
+
+
+class TailWriter:
+    """Parts within a page are appended to their tails; longer ones fill fresh pages, the last of which becomes the tail.
+
+    `numbers`: which of the records' parts each part is a piece of.
+    """
+
+    def __init__(self, records: LentRecords, parts: Sequence[Part], numbers: Sequence[int]) -> None:
+        self._pool, self._records = records.pool, records
+        self._short: list[tuple[Part, int]] = []
+        self._long: list[_Long] = []
+        tokens: list[int] = []
+        tails: list[int] = []
+        slots: list[int] = []
+        token = fresh = 0
+        for part, number in zip(parts, numbers, strict=True):
+            if part.is_within_a_page:
+                self._short.append((part, number))
+                tokens += range(token, token + part.count)
+                tails += [part.kv.tail] * part.count
+                slots += [position % PAGE_TOKENS for position in range(part.start, part.stop)]
+            else:
+                self._long.append(_Long(part, number, token, fresh))
+                fresh += (part.stop - 1) // PAGE_TOKENS - part.first_page + 1
+            token += part.count
+        self._tokens, self._tails, self._slots = torch.tensor(tokens), torch.tensor(tails), torch.tensor(slots)
+        self._fresh_pages = fresh
+
+    def fresh_pages(self, part: Part) -> range:
+        """Where a long part's pages are in `fresh`, from the page of its first token on."""
+        first = next(item.fresh for item in self._long if item.part is part)
+        return range(first, first + (part.stop - 1) // PAGE_TOKENS - part.first_page + 1)
+
+    def fresh(self) -> torch.Tensor:
+        """uint8: the pages that long parts have put together in the layer that stored last."""
+        return self._pool.scratch(max(1, self._fresh_pages) * self._pool.exact.record_nbytes)
+
+    def store(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        tails, fresh = self._pool.exact.dense(self._pool.tails(layer)), self._pool.exact.dense(self.fresh())
+        if self._short:
+            tokens = slice(None) if not self._long else self._tokens
+            _scatter(tails, self._tails, self._slots, (keys[:, tokens], values[:, tokens]))
+        for item in self._long:
+            for tail, page, states in zip(tails, fresh, (keys, values), strict=True):
+                _fill(tail[item.part.kv.tail], page, item, states[:, item.token : item.token + item.part.count])
+        self._complete(layer, tails, fresh)
+
+    def _complete(self, layer: int, tails: States, fresh: States) -> None:
+        """Write the pages that have become complete to their records, for good."""
+        records = self._records.map_of(layer)
+        found = [(number, page, tails, part.kv.tail) for part, number in self._short for page in part.complete_pages]
+        found += [
+            (item.number, page, fresh, item.fresh + page - item.part.first_page)
+            for item in self._long
+            for page in item.part.complete_pages
+        ]
+        placed = [(records.offset(number, page), source, row) for number, page, source, row in found]
+        # In a layer with a window the oldest pages of a long part may have slid out already.
+        placed = [item for item in placed if item[0] >= 0]
+        if placed:
+            keys, values = (torch.stack([source[i][row] for _, source, row in placed]) for i in (0, 1))
+            offsets = torch.tensor([offset for offset, _, _ in placed])
+            self._pool.layout.store(self._records.memory(layer), offsets, keys, values)
+
+
+def _fill(tail: torch.Tensor, fresh: torch.Tensor, item: _Long, states: torch.Tensor) -> None:
+    """Put the pages of a long part together in `fresh` [pages, heads, 64, head_dim]; what is left becomes its tail.
+
+    `states` [heads, tokens, head_dim] are keys or values, as is what `tail` [heads, 64, head_dim] holds.
+    """
+    begin, left = item.part.start % PAGE_TOKENS, item.part.stop % PAGE_TOKENS
+    fresh[item.fresh, :, :begin] = tail[:, :begin]
+    slot = begin
+    token, page = 0, item.fresh
+    while token < item.part.count:
+        count = min(item.part.count - token, PAGE_TOKENS - slot)
+        fresh[page, :, slot : slot + count] = states[:, token : token + count]
+        token, page, slot = token + count, page + 1, 0
+    if left:
+        tail[:, :left] = states[:, -left:]

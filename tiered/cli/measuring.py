@@ -1,0 +1,89 @@
+"""What the system says about a run: the raw disk before and after it, and the kernel's own counters."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tiered.bench import measure_raw
+from tiered.cli.screen import StatusLine
+from tiered.generate import Surroundings
+from tiered.io import ReadMode
+from tiered.plan import process_peak_rss_bytes
+from tiered.runtime import Runtime
+
+
+@dataclass(frozen=True)
+class Counters:
+    """The kernel's figures for this process, in bytes; None where it keeps none."""
+
+    read: int | None
+    written: int | None
+
+    @classmethod
+    def now(cls) -> "Counters":
+        try:
+            lines = Path("/proc/self/io").read_text().splitlines()
+        except OSError:
+            return cls(None, None)
+        values = {key: int(value) for key, value in (line.split(": ") for line in lines)}
+        return cls(values["read_bytes"], values["write_bytes"])
+
+    def since(self, before: "Counters") -> "Counters":
+        """What has been added."""
+        read = None if self.read is None or before.read is None else self.read - before.read
+        written = None if self.written is None or before.written is None else self.written - before.written
+        return Counters(read, written)
+
+
+@dataclass
+class Measured:
+    """What was found out around a run."""
+
+    raw: list[float] = field(default_factory=list)
+    """Raw disk bandwidths, in bytes per second; none where nothing streams or nobody asked."""
+    counters: Counters = field(default_factory=lambda: Counters(None, None))
+
+    def surroundings(self, runtime: Runtime, disk_wait_seconds: float) -> Surroundings:
+        """All that a report needs to know besides the run's own figures."""
+        return Surroundings(
+            plan=runtime.plan,
+            tape_file_bytes=runtime.store.tape_nbytes,
+            streamed_file_bytes=sum(block.file.nbytes for block in runtime.streamed_blocks),
+            raw_disk_bandwidth=max(self.raw, default=None),
+            bytes_read=runtime.bytes_read,
+            bytes_read_kernel=self.counters.read,
+            bytes_written=self.counters.written,
+            kv_bytes_read=runtime.kv_bytes_read,
+            kv_bytes_written=runtime.kv_bytes_written,
+            peak_rss_bytes=process_peak_rss_bytes(),
+            disk_wait_seconds=disk_wait_seconds,
+            read_mode=runtime.reader.mode.value if runtime.reader.mode is not None else "nothing read",
+            kernels=runtime.kernels.description,
+            synthetic=runtime.store.manifest.synthetic,
+        )
+
+
+@contextmanager
+def measured(runtime: Runtime, status: StatusLine, measure: bool) -> Iterator[Measured]:
+    """Around a run: measures the raw disk before and after it, if `measure` and something streams, and counts."""
+    found = Measured()
+    measure = measure and bool(runtime.plan.streamed_nbytes)
+    if measure:
+        status.say("measuring the disk")
+        found.raw.append(_raw_bandwidth(runtime))
+    before = Counters.now()
+    status.say(f"reading {runtime.store.name}")
+    yield found
+    found.counters = Counters.now().since(before)
+    runtime.stop_streaming()
+    if measure:
+        status.say("measuring the disk again")
+        found.raw.append(_raw_bandwidth(runtime))
+
+
+def _raw_bandwidth(runtime: Runtime) -> float:
+    """Of the files that are streamed, in bytes per second."""
+    files = [runtime.store.file_path(block) for block in runtime.streamed_blocks]
+    direct = runtime.probe_read_mode() is ReadMode.DIRECT
+    return measure_raw(files, runtime.scratch_memory(), direct).bytes_per_second

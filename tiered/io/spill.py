@@ -1,0 +1,265 @@
+"""The spill file: scratch space on a disk for the KV cache, read and written past the page cache.
+
+In: offsets and page-aligned memory. Out: the bytes in the file, or back in memory. The file has no name, so nothing is
+left behind however the process ends; its space is taken when it is made, not in the middle of a run. Called by
+`stream/kv.py`.
+"""
+
+import ctypes
+import errno
+import logging
+import os
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self
+
+from tiered.errors import ConfigError, DiskFullError, ReadError, TieredError
+from tiered.io.disk import PIECE_NBYTES, Faults
+from tiered.io.filesystem import free_nbytes, mount_of
+from tiered.io.modes import ReadMode, is_refusal
+from tiered.io.threads import Check, IOThreads, all_of
+from tiered.store import PAGE
+from tiered.store.sweep import bypass_cache
+from tiered.trace import Tracer
+from tiered.units import format_size, round_up
+
+_IN_MEMORY: Final = ("tmpfs", "ramfs", "devtmpfs", "hugetlbfs")
+_NO_SPACE: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_UNSUPPORTED: Final = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+
+logger = logging.getLogger(__name__)
+
+
+class SpillFile:
+    """A file of `nbytes` in `folder`, with `threads` reads and writes in flight. Leaving the context waits for them.
+
+    Raises ConfigError where the folder cannot hold it: no folder, in memory, read-only, not enough space.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        nbytes: int,
+        threads: int,
+        trace: Tracer,
+        preadv: Faults = os.preadv,
+        pwritev: Faults = os.pwritev,
+        allocate: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self._folder, self._count, self._trace = folder, threads, trace
+        self.nbytes = round_up(max(nbytes, PAGE), PAGE)
+        self._preadv, self._pwritev = preadv, pwritev
+        self._lock = threading.Lock()
+        self._bytes_read = self._bytes_written = 0
+        _check_folder(folder, self.nbytes)
+        self._fd = _open_nameless(folder)
+        try:
+            _take_space(folder, self._fd, self.nbytes, allocate or _fallocate)
+        except BaseException:
+            os.close(self._fd)
+            raise
+        self.mode = ReadMode.DIRECT if bypass_cache(self._fd, True) else ReadMode.DONTCACHE
+        self._threads = IOThreads(threads, "tiered-spill")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes that have come back into memory so far."""
+        return self._bytes_read
+
+    @property
+    def bytes_written(self) -> int:
+        """Bytes that have gone to the file so far."""
+        return self._bytes_written
+
+    @property
+    def idle_seconds(self) -> float:
+        """Seconds so far in which nothing was to be read or written."""
+        return self._threads.idle_seconds
+
+    async def read(self, offset: int, memory: memoryview) -> None:
+        """Fill `memory` from `offset`. Both, and its size, are multiples of 4096.
+
+        Large memory is filled by several threads. Raises ReadError; when it returns or raises, no thread writes into
+        `memory` any more.
+        """
+        await self._transfer(self._read, offset, memory)
+
+    async def write(self, offset: int, memory: memoryview) -> None:
+        """Write `memory` at `offset`, aligned as for `read`; `memory` must not change meanwhile.
+
+        Raises DiskFullError where space that could not be taken beforehand is lacking now, else TieredError.
+        """
+        await self._transfer(self._write, offset, memory)
+
+    def close(self) -> None:
+        """Drop what is queued, wait for what runs, and give the space back."""
+        self._threads.close()
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    async def _transfer(self, work: Callable[[int, memoryview, Check], None], offset: int, memory: memoryview) -> None:
+        assert offset % PAGE == 0 and memory.nbytes % PAGE == 0, "direct access needs whole pages"
+        assert 0 <= offset <= self.nbytes - memory.nbytes, f"{offset:,} + {memory.nbytes:,} of {self.nbytes:,} bytes"
+        part = max(PIECE_NBYTES, round_up(-(-memory.nbytes // self._count), PAGE))
+
+        def start(begin: int) -> Callable[[Check], None]:
+            return lambda check: work(offset + begin, memory[begin : begin + part], check)
+
+        await all_of(self._threads.transfer(start(begin)) for begin in range(0, memory.nbytes, part))
+
+    def _read(self, offset: int, memory: memoryview, check: Check) -> None:
+        for piece, view in _pieces(offset, memory):
+            with self._trace.span("disk", "KV read", view.nbytes):
+                self._whole(self._preadv, "read", piece, view, check)
+            with self._lock:
+                self._bytes_read += view.nbytes
+
+    def _write(self, offset: int, memory: memoryview, check: Check) -> None:
+        for piece, view in _pieces(offset, memory):
+            with self._trace.span("disk", "KV write", view.nbytes):
+                self._whole(self._pwritev, "write", piece, view, check)
+            with self._lock:
+                self._bytes_written += view.nbytes
+
+    def _whole(self, call: Faults, verb: str, offset: int, memory: memoryview, check: Check) -> None:
+        """Transfer all of `memory`, however many system calls that takes."""
+        done = 0
+        while done < memory.nbytes:
+            check()
+            count = self._once(call, verb, offset + done, memory[done:])
+            if count == 0:
+                raise ReadError(
+                    f"{self._folder}: the KV cache's file ends at byte {offset + done:,}, expected {self.nbytes:,}; "
+                    "something has truncated it, run again"
+                )
+            # Direct access may come back short; it can only go on from a page boundary.
+            done += count if done + count == memory.nbytes else count // PAGE * PAGE or count
+
+    def _once(self, call: Faults, verb: str, offset: int, memory: memoryview) -> int:
+        while True:
+            mode = self.mode
+            try:
+                count = call(self._fd, [memory], offset, mode.read_flags)
+            except InterruptedError:
+                continue
+            except OSError as error:
+                if is_refusal(error) and mode is not ReadMode.BUFFERED:
+                    self._step_down(mode, error)
+                    continue
+                raise self._failed(verb, offset, memory.nbytes, error) from error
+            if mode is ReadMode.BUFFERED:
+                # Drops what was read, and starts writing back what was written.
+                os.posix_fadvise(self._fd, offset, count, os.POSIX_FADV_DONTNEED)
+            return count
+
+    def _step_down(self, refused: ReadMode, error: OSError) -> None:
+        """Use the next rung of the ladder from now on; what other threads have begun ends as it was begun."""
+        with self._lock:
+            if self.mode is not refused:
+                return
+            self.mode = refused.next
+            bypass_cache(self._fd, False)
+        logger.warning("%s: %s refused (%s); using %s", self._folder, refused.value, error.strerror, self.mode.value)
+
+    def _failed(self, verb: str, offset: int, nbytes: int, error: OSError) -> TieredError:
+        if error.errno in _NO_SPACE:
+            return _full(self._folder, self.nbytes, error)
+        kind = ReadError if verb == "read" else TieredError
+        name = errno.errorcode.get(error.errno or 0, "?")
+        return kind(
+            f"{self._folder}: {verb} of {nbytes:,} bytes at {offset:,} of the KV cache's file failed: "
+            f"{error.strerror} ({name}); check the disk and the kernel log"
+        )
+
+
+def _pieces(offset: int, memory: memoryview) -> list[tuple[int, memoryview]]:
+    """Offsets and views of at most 1 MiB, one after the other."""
+    return [(offset + i, memory[i : i + PIECE_NBYTES]) for i in range(0, memory.nbytes, PIECE_NBYTES)]
+
+
+def _check_folder(folder: Path, nbytes: int) -> None:
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: expected a folder for the KV cache, found none; name one with --kv-dir")
+    kind = _kind_of(folder)
+    if kind in _IN_MEMORY:
+        raise ConfigError(
+            f"{folder}: expected a disk for the KV cache, found {kind}, which is memory itself; "
+            "name a folder on a disk with --kv-dir"
+        )
+    free = free_nbytes(folder)
+    if free < nbytes:
+        raise ConfigError(
+            f"{folder}: the KV cache needs {format_size(nbytes)} there, {format_size(free)} are free; "
+            "name a folder on another disk with --kv-dir, or use fewer or shorter sequences"
+        )
+
+
+def _kind_of(folder: Path) -> str:
+    try:
+        return mount_of(folder).kind
+    except (ReadError, OSError):
+        # Not told everywhere; then the folder is taken for what it should be.
+        return "unknown"
+
+
+def _open_nameless(folder: Path) -> int:
+    """A descriptor of a new file in `folder` that no name leads to."""
+    try:
+        try:
+            return os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            # Not every file system makes files without a name; old kernels take the folder itself to be meant.
+            if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT):
+                raise
+        fd, path = tempfile.mkstemp(prefix=".tiered-kv-", dir=folder)
+        Path(path).unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"{folder}: no file for the KV cache can be made here: {error.strerror}; name another folder with --kv-dir"
+        ) from error
+    return fd
+
+
+def _take_space(folder: Path, fd: int, nbytes: int, allocate: Callable[[int, int], None]) -> None:
+    """Make the file `nbytes` long, with the space for it where the file system can tell it to be taken."""
+    try:
+        try:
+            allocate(fd, nbytes)
+        except OSError as error:
+            if error.errno not in _UNSUPPORTED:
+                raise
+            os.ftruncate(fd, nbytes)
+    except OSError as error:
+        if error.errno in _NO_SPACE:
+            raise _full(folder, nbytes, error) from error
+        raise ConfigError(
+            f"{folder}: no file of {format_size(nbytes)} for the KV cache can be made here: {error.strerror}; "
+            "name another folder with --kv-dir"
+        ) from error
+
+
+def _fallocate(fd: int, nbytes: int) -> None:
+    """fallocate(2). `os.posix_fallocate` would write all of the file where the file system cannot do it."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    function = getattr(libc, "fallocate64", None) or libc.fallocate
+    while function(fd, 0, ctypes.c_int64(0), ctypes.c_int64(nbytes)):
+        number = ctypes.get_errno()
+        if number != errno.EINTR:
+            raise OSError(number, os.strerror(number))
+
+
+def _full(folder: Path, nbytes: int, error: OSError) -> DiskFullError:
+    return DiskFullError(
+        f"{folder}: no space for the {format_size(nbytes)} of the KV cache: {error.strerror}; free some, name a folder "
+        "on another disk with --kv-dir, or use fewer or shorter sequences"
+    )

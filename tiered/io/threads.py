@@ -1,0 +1,100 @@
+"""Threads for reading and writing, and how an asynchronous caller waits for them.
+
+In: work that blocks. Out: its end, or what it raised; and how long nobody had any. Called by `disk.py` and `spill.py`.
+The event loop only waits (`aiofiles.os.wrap` over this module's plain function).
+"""
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+
+import aiofiles.os
+
+from tiered.errors import InterruptedRun
+
+Check = Callable[[], None]
+"""Raises InterruptedRun once nobody wants the work any more; work calls it between two system calls."""
+
+
+class IOThreads:
+    """`count` threads. Who opens them closes them."""
+
+    def __init__(self, count: int, name: str) -> None:
+        self._pool = ThreadPoolExecutor(count, thread_name_prefix=name)
+        self._call_async = aiofiles.os.wrap(_call)
+        self._lock = threading.Lock()
+        self._closing = False
+        self._in_flight = 0
+        self._idle_since = time.perf_counter()
+        self._idle_seconds = 0.0
+
+    @property
+    def idle_seconds(self) -> float:
+        """Seconds so far in which no transfer was queued or running."""
+        with self._lock:
+            now = time.perf_counter() - self._idle_since if self._in_flight == 0 else 0.0
+            return self._idle_seconds + now
+
+    async def transfer(self, work: Callable[[Check], None]) -> None:
+        """Run work that reads or writes: while there is some, the threads do not count as idle."""
+        self._enter()
+        try:
+            await self.call(work)
+        finally:
+            self._leave()
+
+    async def call(self, work: Callable[[Check], None]) -> None:
+        """Run `work` in a thread.
+
+        A thread cannot be cancelled: a cancelled caller goes on only when the thread has left the memory alone.
+        """
+        abandoned = threading.Event()
+
+        def check() -> None:
+            if self._closing or abandoned.is_set():
+                raise InterruptedRun("the transfer is no longer wanted")
+
+        running = asyncio.ensure_future(self._call_async(work, check, abandoned, executor=self._pool))
+        try:
+            await asyncio.shield(running)
+        except asyncio.CancelledError:
+            abandoned.set()
+            while not running.done():
+                # Whoever cancels a second time waits no less.
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.wait([running])
+            # What it raised is nobody's any more; asking for it says so.
+            _ = running.cancelled() or running.exception()
+            raise
+
+    def close(self) -> None:
+        """Drop queued work and wait for what runs: nothing touches memory afterwards."""
+        self._closing = True
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _enter(self) -> None:
+        with self._lock:
+            if self._in_flight == 0:
+                self._idle_seconds += time.perf_counter() - self._idle_since
+            self._in_flight += 1
+
+    def _leave(self) -> None:
+        with self._lock:
+            self._in_flight -= 1
+            if self._in_flight == 0:
+                self._idle_since = time.perf_counter()
+
+
+async def all_of(transfers: Iterable[Awaitable[None]]) -> None:
+    """Wait for every one of `transfers`, then raise the first error: when this returns, none of them runs any more."""
+    for result in await asyncio.gather(*transfers, return_exceptions=True):
+        if result is not None:
+            raise result
+
+
+def _call(work: Callable[[Check], None], check: Check, abandoned: threading.Event) -> None:
+    if not abandoned.is_set():
+        work(check)

@@ -1,0 +1,133 @@
+"""Micro-batches: rows of equal length that share a cache of transformers' kind. What the Hugging Face facade runs.
+
+A prompt may pass through each block in several chunks of tokens, one behind the other: a chunk finds the keys of the
+earlier ones in the cache. So a long prompt costs one pass, and activations stay small.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache
+
+from tiered.cache import PositionCache
+from tiered.errors import ConfigError
+from tiered.model.record import LayerCall, Recorder
+from tiered.model.work import Chunk, Embedded, Unit
+
+
+@dataclass(frozen=True, eq=False)
+class MicroBatch:
+    """Rows that are computed together and share a cache."""
+
+    input_ids: torch.Tensor  # [rows, tokens]
+    cache: Cache
+    attention_mask: Any = None
+    """None, [rows, past + tokens], or what the family's forward accepts: 4-D, or one per attention type."""
+    position_ids: torch.Tensor | None = None  # [rows, tokens]
+    logits_to_keep: int | torch.Tensor = 1
+    """How many of the last positions need logits (0: all), or which."""
+
+
+class MicroBatches:
+    """A pass over `batch`; its result is logits [rows, kept, vocab] per micro-batch."""
+
+    def __init__(self, batch: Sequence[MicroBatch], rows_per_chunk: int, layers: int) -> None:
+        self._batch, self._rows_per_chunk, self._layers = batch, rows_per_chunk, layers
+
+    @property
+    def ids(self) -> list[int]:
+        return sorted({int(i) for micro_batch in self._batch for i in micro_batch.input_ids.unique()})
+
+    def record(self, recorder: Recorder, embedded: Embedded) -> list[Unit]:
+        chunks = []
+        for number, micro_batch in enumerate(self._batch):
+            count, tokens = micro_batch.input_ids.shape
+            step = max(1, self._rows_per_chunk // count)
+            past = int(micro_batch.cache.get_seq_length())
+            for start in range(0, tokens, step):
+                stop = min(start + step, tokens)
+                inputs = embedded(micro_batch.input_ids[:, start:stop])
+                hidden, calls = self._record_chunk(recorder, micro_batch, inputs, past, start, stop)
+                chunks.append(Chunk(hidden, calls, number))
+        return [Unit(tuple(chunks))]
+
+    def _record_chunk(
+        self, recorder: Recorder, batch: MicroBatch, embedded: torch.Tensor, past: int, start: int, stop: int
+    ) -> tuple[torch.Tensor, tuple[LayerCall, ...]]:
+        """Hidden states that enter layer 0 and the layers' arguments, for tokens start..stop of `batch`."""
+        whole = stop - start == batch.input_ids.shape[1]
+        # Later chunks are recorded before the earlier ones have filled the cache, so a stand-in tells the lengths.
+        cache = batch.cache if whole else PositionCache(past + start, self._layers)
+        position_ids = batch.position_ids
+        recording = recorder.record(
+            _last_positions(batch, past),
+            inputs_embeds=embedded,
+            # Untouched where possible: a preallocating cache wants masks wider than what is filled.
+            attention_mask=batch.attention_mask if whole else slice_mask(batch.attention_mask, past, start, stop),
+            position_ids=None if position_ids is None else position_ids[:, start:stop],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        if whole:
+            return recording.hidden, recording.calls
+        calls = tuple(_with_cache(call, cache, batch.cache) for call in recording.calls)
+        return recording.hidden, calls
+
+    def finish(self, recorder: Recorder, units: Sequence[Unit]) -> tuple[torch.Tensor, ...]:
+        chunks = [chunk for unit in units for chunk in unit.chunks]
+        logits = []
+        for number, micro_batch in enumerate(self._batch):
+            parts = [chunk.hidden for chunk in chunks if chunk.number == number]
+            whole = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+            hidden = keep_positions(whole, micro_batch.logits_to_keep)
+            step = max(1, self._rows_per_chunk // hidden.shape[0])
+            pieces = [recorder.replay(part) for part in hidden.split(step, dim=1)]
+            logits.append(torch.cat(pieces, dim=1) if len(pieces) > 1 else pieces[0])
+        return tuple(logits)
+
+    def commit(self) -> None:
+        """The caches have grown by themselves."""
+
+
+def check_token_ids(input_ids: torch.Tensor, vocab: int) -> None:
+    """Refuse what is not [rows, tokens] of ids below `vocab`: rows of the embedding are read by number."""
+    if input_ids.ndim != 2 or 0 in input_ids.shape or input_ids.is_floating_point():
+        raise ConfigError(
+            f"input_ids: expected integers [rows, tokens], found {input_ids.dtype} {list(input_ids.shape)}"
+        )
+    least, most = int(input_ids.min()), int(input_ids.max())
+    if least < 0 or most >= vocab:
+        wrong = least if least < 0 else most
+        raise ConfigError(f"input_ids: token {wrong} is not in the vocabulary, which has tokens 0 to {vocab - 1}")
+
+
+def keep_positions(hidden: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    """The positions of [rows, tokens, ...] that `logits_to_keep` means, as transformers selects them."""
+    index = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+    return hidden[:, index]
+
+
+def _last_positions(batch: MicroBatch, past: int) -> torch.Tensor:
+    """Where the texts of `batch` end so far: [rows], or [1] where positions are just counted."""
+    if batch.position_ids is None:
+        return torch.tensor([past + batch.input_ids.shape[1] - 1])
+    return batch.position_ids.amax(1)
+
+
+def slice_mask(mask: Any, past: int, start: int, stop: int) -> Any:
+    """The part of an attention mask that concerns queries start..stop and the keys up to them."""
+    if mask is None:
+        return None
+    if isinstance(mask, dict):
+        return {key: slice_mask(value, past, start, stop) for key, value in mask.items()}
+    if mask.ndim == 4:
+        return mask[:, :, start:stop, : past + stop]
+    return mask[:, : past + stop]
+
+
+def _with_cache(call: LayerCall, stand_in: Cache, cache: Cache) -> LayerCall:
+    """The same call with the real cache in the stand-in's place."""
+    kwargs = {key: cache if value is stand_in else value for key, value in call.kwargs.items()}
+    return LayerCall(tuple(cache if value is stand_in else value for value in call.args), kwargs)

@@ -1,0 +1,231 @@
+"""Segments: consecutive tokens of sequences, side by side in chunks without padding, over the paged cache.
+
+    segments -> chunk_plan (pure) -> chunks [1, tokens] -> layers -> the rows that need logits, to the caller
+
+Segments of one token (decoding) and of many (prompts) share chunks, and so the pass. Families with attention code of
+their own get rows of equal length instead: single tokens together, padded on the left, every prompt by itself.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+
+from tiered.cache import ChunkKV, GatheredKV, KVPool, LentRecords, PackedKV, Part, SequenceKV
+from tiered.errors import ConfigError
+from tiered.kernels.attention import PAGE_TOKENS
+from tiered.model.record import Recorder
+from tiered.model.work import Chunk, Embedded, Unit
+
+OnLogits = Callable[[int, int, torch.Tensor], None]
+"""Called in the compute thread with (segment, index among its kept positions, logits [rows, vocab] in the compute
+dtype); a segment's rows come in ascending order, in pieces of bounded size."""
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """Tokens of one sequence, from position `kv.length` on."""
+
+    kv: SequenceKV
+    input_ids: list[int]
+    keep: int = 0
+    """How many of its last positions need logits."""
+    text_length: int = 0
+    """Tokens of the text that these are a piece of, where more of it is still to come: rotary frequencies of some
+    families depend on it. 0: it ends with this segment."""
+
+    @property
+    def stop(self) -> int:
+        return self.kv.length + len(self.input_ids)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tokens `start` to `stop` - 1 of segment number `segment`."""
+
+    segment: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class ChunkLimits:
+    """How chunks are formed."""
+
+    rows: int
+    """Tokens per chunk."""
+    gathered: bool = False
+    """The family needs rows of equal length."""
+    gathered_rows: int = 1
+    """Sequences whose keys and values may be gathered at once."""
+    within_pages: bool = False
+    """A gathered piece may not cross a page: its queries would see their own pages as stored."""
+    lent_pages: int = 0
+    """Pages that a unit may have in memory, where the cache is on disk; 0: no bound."""
+
+
+def chunk_plan(segments: Sequence[Segment], limits: ChunkLimits) -> list[list[list[Piece]]]:
+    """Units of chunks of pieces: every token of every segment once, a segment's own in order, in one unit.
+
+    Single tokens come first in a chunk. A segment longer than a chunk is a unit by itself, of several chunks.
+    """
+    singles = [number for number, segment in enumerate(segments) if len(segment.input_ids) == 1]
+    others = [number for number, segment in enumerate(segments) if len(segment.input_ids) > 1]
+    if limits.gathered:
+        # Neighbours in length together, so that little is padded.
+        singles.sort(key=lambda number: segments[number].kv.length)
+        rows, long = limits.gathered_rows, others
+        short = singles
+    else:
+        rows, long = limits.rows, [number for number in others if len(segments[number].input_ids) > limits.rows]
+        short = [*singles, *(number for number in others if len(segments[number].input_ids) <= rows)]
+    units: list[list[list[Piece]]] = []
+    room = pages_room = 0
+    for number in short:
+        tokens, pages = len(segments[number].input_ids), segments[number].stop // PAGE_TOKENS
+        if tokens > room or (limits.lent_pages and pages > pages_room):
+            units.append([[]])
+            room, pages_room = rows, limits.lent_pages
+        units[-1][0].append(Piece(number, 0, tokens))
+        room, pages_room = room - tokens, pages_room - pages
+    return units + [_cut(number, segments[number], limits) for number in long]
+
+
+def _cut(number: int, segment: Segment, limits: ChunkLimits) -> list[list[Piece]]:
+    """A segment in chunks of its own."""
+    chunks, start, tokens = [], 0, len(segment.input_ids)
+    while start < tokens:
+        stop = min(tokens, start + limits.rows)
+        if limits.gathered and limits.within_pages:
+            stop = min(stop, start + PAGE_TOKENS - (segment.kv.length + start) % PAGE_TOKENS)
+        chunks.append([Piece(number, start, stop)])
+        start = stop
+    return chunks
+
+
+class Segments:
+    """A pass over `segments`. `packing` is entered while packed chunks are recorded; logits go to `on_logits`."""
+
+    def __init__(
+        self,
+        segments: Sequence[Segment],
+        pool: KVPool,
+        limits: ChunkLimits,
+        head_rows: int,
+        packing: Callable[[], AbstractContextManager[None]],
+        on_logits: OnLogits,
+    ) -> None:
+        for number, segment in enumerate(segments):
+            if not segment.input_ids or segment.stop > segment.kv.capacity:
+                raise ConfigError(
+                    f"segment {number}: tokens {segment.kv.length} to {segment.stop} of a sequence with room for "
+                    f"{segment.kv.capacity}; expected at least one, and reserve as many as it will have"
+                )
+        self._segments, self._pool, self._limits = segments, pool, limits
+        self._head_rows, self._packing, self._on_logits = head_rows, packing, on_logits
+        self._plan: list[list[Piece]] = []
+
+    @property
+    def ids(self) -> list[int]:
+        return sorted({token for segment in self._segments for token in segment.input_ids})
+
+    def record(self, recorder: Recorder, embedded: Embedded) -> list[Unit]:
+        units = []
+        for chunks in chunk_plan(self._segments, self._limits):
+            numbers = sorted({piece.segment for pieces in chunks for piece in pieces})
+            segments = [self._segments[number] for number in numbers]
+            records = LentRecords(self._pool, [Part(s.kv, s.kv.length, len(s.input_ids)) for s in segments])
+            made = [self._record_chunk(recorder, embedded, records, numbers, pieces) for pieces in chunks]
+            units.append(Unit(tuple(made), records))
+        return units
+
+    def _record_chunk(
+        self,
+        recorder: Recorder,
+        embedded: Embedded,
+        records: LentRecords,
+        numbers: Sequence[int],
+        pieces: list[Piece],
+    ) -> Chunk:
+        """The chunk of `pieces`; `numbers` are the segments that `records` is for."""
+        parts, ids, ends = [], [], []
+        for piece in pieces:
+            segment = self._segments[piece.segment]
+            parts.append(Part(segment.kv, segment.kv.length + piece.start, piece.stop - piece.start))
+            ids.append(segment.input_ids[piece.start : piece.stop])
+            ends.append(max(segment.text_length, segment.stop) - 1)
+        rows = [numbers.index(piece.segment) for piece in pieces]
+        positions = [list(range(part.start, part.stop)) for part in parts]
+        kv: ChunkKV
+        if self._limits.gathered:
+            gathered = kv = GatheredKV(records, parts, rows)
+            recording = recorder.record(
+                torch.tensor(ends),
+                inputs_embeds=embedded(torch.tensor(ids)),
+                attention_mask=gathered.attention_mask,
+                position_ids=torch.tensor(positions),
+                past_key_values=kv,
+                use_cache=True,
+            )
+        else:
+            kv = PackedKV(records, parts, rows)
+            lasts = [end for part, end in zip(parts, ends, strict=True) for _ in range(part.count)]
+            with self._packing():
+                recording = recorder.record(
+                    torch.tensor([lasts]),
+                    inputs_embeds=embedded(torch.tensor([sum(ids, [])])),
+                    attention_mask=None,
+                    position_ids=torch.tensor([sum(positions, [])]),
+                    past_key_values=kv,
+                    use_cache=True,
+                )
+        self._plan.append(pieces)
+        return Chunk(recording.hidden, recording.calls, len(self._plan) - 1, kv)
+
+    def finish(self, recorder: Recorder, units: Sequence[Unit]) -> tuple[torch.Tensor, ...]:
+        """Hands logits over; returns none."""
+        wanted: list[tuple[int, int, torch.Tensor]] = []
+        for unit in units:
+            for chunk in unit.chunks:
+                wanted += self._wanted(chunk)
+        for step in _steps(wanted, self._head_rows):
+            logits = recorder.replay(torch.cat([hidden for _, _, hidden in step])[None])[0]
+            row = 0
+            for number, index, hidden in step:
+                self._on_logits(number, index, logits[row : row + len(hidden)])
+                row += len(hidden)
+        return ()
+
+    def _wanted(self, chunk: Chunk) -> list[tuple[int, int, torch.Tensor]]:
+        """(segment, index among its kept positions, hidden states [rows, hidden]) of what needs logits."""
+        found, token = [], 0
+        for row, piece in enumerate(self._plan[chunk.number]):
+            segment = self._segments[piece.segment]
+            hidden = chunk.hidden[row] if self._limits.gathered else chunk.hidden[0, token:]
+            token += piece.stop - piece.start
+            first = len(segment.input_ids) - segment.keep
+            start = max(piece.start, first)
+            if start < piece.stop:
+                found.append((piece.segment, start - first, hidden[start - piece.start : piece.stop - piece.start]))
+        return found
+
+    def commit(self) -> None:
+        for segment in self._segments:
+            segment.kv.length += len(segment.input_ids)
+
+
+def _steps(wanted: Sequence[tuple[int, int, torch.Tensor]], rows: int) -> list[list[tuple[int, int, torch.Tensor]]]:
+    """The same rows, in the same order, at most `rows` in each step."""
+    steps: list[list[tuple[int, int, torch.Tensor]]] = []
+    room = 0
+    for number, index, hidden in wanted:
+        while len(hidden):
+            if not room:
+                steps.append([])
+                room = rows
+            piece = hidden[:room]
+            steps[-1].append((number, index, piece))
+            room -= len(piece)
+            hidden, index = hidden[len(piece) :], index + len(piece)
+    return steps

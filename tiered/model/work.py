@@ -1,0 +1,65 @@
+"""What a pass computes, in the form the engine takes: chunks of rows that go through every block together.
+
+    Work.ids -> embedding rows read -> Work.record -> units of chunks -> layers -> Work.finish
+
+Two kinds: `Segments` (`segments.py`), tokens of many sequences over the paged cache, and `MicroBatches`
+(`micro_batch.py`), what transformers' own `generate` passes, over whatever cache it brings.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from tiered.cache import ChunkKV, LentRecords
+from tiered.model.bind import BoundModel
+from tiered.model.record import LayerCall, Recorder
+
+
+@dataclass(eq=False)
+class Chunk:
+    """Rows on their way through the layers."""
+
+    hidden: torch.Tensor  # [rows, tokens, hidden]
+    calls: tuple[LayerCall, ...]
+    number: int
+    """Of what it is a part of: a micro-batch, or a chunk of the plan."""
+    kv: ChunkKV | None = None
+    """Its view of the paged cache; None where the calls hold a cache of their own."""
+
+
+@dataclass(frozen=True, eq=False)
+class Unit:
+    """Chunks that compute one after the other with the same records of the cache in memory."""
+
+    chunks: tuple[Chunk, ...]
+    records: LentRecords | None = None
+
+
+class Embedded:
+    """The embedding rows of a pass, and what the model makes of them."""
+
+    def __init__(self, model: BoundModel, rows: torch.Tensor, ids: Sequence[int]) -> None:
+        self._model, self._rows, self._table = model, rows, torch.tensor(ids)
+
+    def __call__(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """[rows, tokens, width] of ids [rows, tokens]."""
+        return self._model.embed(self._rows, torch.searchsorted(self._table, input_ids.contiguous()))
+
+
+class Work(Protocol):
+    """One pass's worth of tokens."""
+
+    @property
+    def ids(self) -> list[int]:
+        """The distinct token ids, ascending."""
+
+    def record(self, recorder: Recorder, embedded: Embedded) -> list[Unit]:
+        """The chunks, ready for the first layer. In the compute thread."""
+
+    def finish(self, recorder: Recorder, units: Sequence[Unit]) -> tuple[torch.Tensor, ...]:
+        """What is left after the last layer, with the head's weights lent. In the compute thread."""
+
+    def commit(self) -> None:
+        """The pass has ended well."""
