@@ -14,8 +14,8 @@ from typing import Any, Final
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from tiered.convert import ConvertOptions, convert_checkpoint
 from tiered.cache import SequenceKV
+from tiered.convert import ConvertOptions, convert_checkpoint
 from tiered.model import Load, Segment
 from tiered.quant import QuantizedWeight
 from tiered.runtime import Options, Runtime

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -57,7 +57,6 @@ from tiered.model import (
     registered_attention,
     use_attention,
 )
-from tiered.plan.workspace import MAX_ROWS
 from tiered.plan import (
     Plan,
     Tier,
@@ -67,6 +66,7 @@ from tiered.plan import (
     process_peak_rss_bytes,
     process_rss_bytes,
 )
+from tiered.plan.workspace import MAX_ROWS
 from tiered.store import CHUNK_NBYTES, PAGE, BlockInfo, Store
 from tiered.stream import EmbeddingRows, KVStream, Streamer, Streams, StreamThread
 from tiered.trace import Tracer

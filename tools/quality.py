@@ -1,25 +1,25 @@
-"""What quantization costs: perplexity of a checkpoint by scheme, over a text, as a Markdown table.
+"""What quantization costs: perplexity of a checkpoint by scheme, of weights and of the KV cache, as Markdown tables.
 
     python tools/quality.py CHECKPOINT TEXT [--windows 64] [--length 512]
 
 Converts the checkpoint to a temporary store per scheme and scores the same windows of TEXT with each, in float32, so
 that the only difference is the weights. Squared error is that of the layers' linear weights, relative to their norm.
-Documents in TEXT are separated by lines holding only <|doc|>.
+The KV cache is scored with unquantized weights; its 16 bits are the compute dtype, so here 32.
+Documents in TEXT are separated by lines holding only <|doc|>. `tiered score` scores any text with one store.
 """
 
 import argparse
-import math
 import sys
 import tempfile
 from pathlib import Path
 
-import torch
 from safetensors import safe_open
 from transformers import AutoTokenizer
 
-from tiered.cache import KVCache
+from tiered.cache import Bits
 from tiered.convert import ConvertOptions, convert_checkpoint
-from tiered.model import Load, MicroBatch
+from tiered.generate.score import Window, score
+from tiered.model import Load
 from tiered.quant import GroupScheme, dequantize, quantize
 from tiered.runtime import Options, Runtime
 from tiered.store import Store
@@ -30,6 +30,7 @@ SCHEMES = {
     "int4, groups of 64, min/max": ConvertOptions(quant="int4", clip="minmax"),
     "int4, groups of 64, clipped": ConvertOptions(quant="int4", clip="mse"),
 }
+CACHE_BITS: tuple[Bits, ...] = (16, 8, 4)
 BATCH = 16
 """Windows per pass."""
 
@@ -43,51 +44,65 @@ def main() -> int:
     parser.add_argument("--length", type=int, default=512, help="tokens per window")
     arguments = parser.parse_args()
     windows = read_windows(arguments.checkpoint, arguments.text, arguments.windows, arguments.length)
-    print(f"{windows.shape[0]} windows of {windows.shape[1]} tokens of {arguments.text.name}\n")
+    if not windows:
+        parser.error(f"{arguments.text}: has fewer than --length {arguments.length} tokens; lower it")
+    print(f"{len(windows)} windows of {arguments.length} tokens of {arguments.text.name}\n")
+    print_weights(arguments.checkpoint, windows)
+    print()
+    print_cache(arguments.checkpoint, windows)
+    return 0
+
+
+def print_weights(checkpoint: Path, windows: list[Window]) -> None:
+    """The table of weight formats."""
     print("| weights | bits per weight | relative squared error | perplexity | change |\n|---|---|---|---|---|")
     base = None
     for name, options in SCHEMES.items():
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "store.tiered"
-            convert_checkpoint(arguments.checkpoint, path, options)
+            convert_checkpoint(checkpoint, path, options)
             store = Store.open(path)
             layers = [store.layout(block) for block in store.tape if block.role == "layer"]
             bits = 8 * sum(layout.file.nbytes for layout in layers) / sum(layout.weight_count for layout in layers)
             found = perplexity(store, windows)
         base = base or found
-        error = squared_error(arguments.checkpoint, options)
+        error = squared_error(checkpoint, options)
         print(f"| {name} | {bits:.2f} | {error:.3g} | {found:.3f} | {found / base - 1:+.2%} |", flush=True)
-    return 0
 
 
-def read_windows(checkpoint: Path, text: Path, count: int, length: int) -> torch.Tensor:
-    """[count, length] token ids: documents one after the other, each behind the start token."""
+def print_cache(checkpoint: Path, windows: list[Window]) -> None:
+    """The table of KV cache formats."""
+    print("| KV cache | perplexity | change |\n|---|---|---|")
+    base = None
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "store.tiered"
+        convert_checkpoint(checkpoint, path, ConvertOptions(quant="none"))
+        for bits in CACHE_BITS:
+            found = perplexity(Store.open(path), windows, bits)
+            base = base or found
+            print(f"| {bits} bits | {found:.3f} | {found / base - 1:+.2%} |", flush=True)
+
+
+def read_windows(checkpoint: Path, text: Path, count: int, length: int) -> list[Window]:
+    """At most `count` windows: documents one after the other, each behind the start token, cut every `length` tokens.
+
+    Every token but a window's first is scored.
+    """
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     documents = text.read_text().split("\n\n<|doc|>\n\n")
     ids: list[int] = []
     for document in documents:
         ids += [tokenizer.bos_token_id, *tokenizer(document, add_special_tokens=False)["input_ids"]]
-    count = min(count, len(ids) // length)
-    return torch.tensor(ids[: count * length]).view(count, length)
+    starts = range(0, min(count, len(ids) // length) * length, length)
+    return [Window(ids[at : at + length - 1], ids[at + 1 : at + length], at + 1) for at in starts]
 
 
-def perplexity(store: Store, windows: torch.Tensor) -> float:
+def perplexity(store: Store, windows: list[Window], bits: Bits = 16) -> float:
     """exp of the mean negative log-likelihood of every token but each window's first."""
-    count, length = windows.shape
-    total = 0.0
-    with Runtime(store, Load(BATCH, length), Options(dtype="float32")) as runtime:
-        for start in range(0, count, BATCH):
-            part = windows[start : start + BATCH]
-            with runtime.new_cache(len(part), length) as cache:
-                total += negative_log_likelihood(runtime, part, cache)
-    return math.exp(total / (count * (length - 1)))
-
-
-def negative_log_likelihood(runtime: Runtime, ids: torch.Tensor, cache: KVCache) -> float:
-    """Summed over ids [rows, length]."""
-    (logits,) = runtime.forward([MicroBatch(ids, cache, logits_to_keep=0)]).logits
-    losses = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
-    return float(losses)
+    length = len(windows[0].input_ids)
+    load = Load(BATCH, length, length, logits=BATCH * length)
+    with Runtime(store, load, Options(dtype="float32", kv_bits=bits)) as runtime:
+        return score(runtime, windows, BATCH, lambda *_: None).total.perplexity
 
 
 def squared_error(checkpoint: Path, options: ConvertOptions) -> float:

@@ -13,7 +13,6 @@ import torch
 from tiered.cache.records import LentRecords, Part
 from tiered.kernels.attention import PAGE_TOKENS
 
-
 States = tuple[torch.Tensor, torch.Tensor]
 """Keys and values."""
 
@@ -62,7 +61,7 @@ class _Long:
 
 
 class TailWriter:
-    """Parts within a page are appended to their tails; longer ones fill fresh pages, the last of which becomes the tail.
+    """Parts within a page are appended to their tails; longer ones fill fresh pages, whose last becomes the tail.
 
     `numbers`: which of the records' parts each part is a piece of.
     """

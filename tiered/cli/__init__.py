@@ -13,6 +13,8 @@ from tiered.errors import TieredError
 COMMANDS: Final = {
     "convert": "Convert a checkpoint into a store of quantized blocks.",
     "generate": "Generate text from a store, in less memory than it takes.",
+    "batch": "Answer a file of requests; killed and started again at will.",
+    "score": "Score texts: perplexity and a log-probability per token.",
     "inspect": "Show what a store holds and what fits in which budget.",
     "verify": "Test every checksum of a store, at disk speed.",
     "doctor": "Show what this machine can do, what is switched off, and why.",

@@ -24,7 +24,6 @@ from tiered.runtime import Options, Runtime
 from tiered.store import Store
 from tiered.units import parse_size
 
-
 PASS_TOKENS: Final = 4096
 """Tokens in a pass at most: far more than any processor computes while a disk reads the weights."""
 

@@ -129,6 +129,7 @@ def lines(inspection: Inspection) -> Iterator[str]:
 
 def _about(inspection: Inspection) -> list[str]:
     manifest, summary = inspection.store.manifest, inspection.summary
+    kv = inspection.footprint.cache.shape
     quantization, source = manifest.quantization, manifest.source
     schemes = ", ".join(f"{kind} {quantization[kind]}" for kind in ("layers", "embed", "head") if kind in quantization)
     kept = list(quantization.get("unquantized", ()))
@@ -142,7 +143,7 @@ def _about(inspection: Inspection) -> list[str]:
         ("per pass", f"{format_size(summary.tape_nbytes)} streamed when nothing is resident (S)"),
         (
             "KV cache",
-            f"{format_size(inspection.footprint.cache.shape.nbytes(1, 1))} per token in {_dtype_name(inspection.footprint)}",
+            f"{format_size(kv.nbytes(1, 1))} per token in {_dtype_name(inspection.footprint)}",
         ),
     ]
     if manifest.synthetic:

@@ -2,8 +2,9 @@
 
     bound = max((S - M + K) / B, C)
 
-S: bytes of the tape. K: bytes of the KV cache that go to disk and come from it. M: all that the budget leaves after baseline, KV cache, workspace and two blocks, used or not.
-B: raw disk bandwidth, measured before and after by code of its own. C: compute seconds of a decode pass, measured.
+S: bytes of the tape. K: bytes of the KV cache that go to disk and come from it. M: all that the budget leaves after
+baseline, KV cache, workspace and two blocks, used or not. B: raw disk bandwidth, measured before and after by code of
+its own. C: compute seconds of a decode pass, measured.
 """
 
 from dataclasses import asdict, dataclass

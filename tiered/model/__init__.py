@@ -4,8 +4,8 @@ from tiered.model.attention import registered_attention, use_attention
 from tiered.model.bind import BoundModel, OffloadedLinear
 from tiered.model.engine import Engine, OnBlock, Pass
 from tiered.model.match import check_match
-from tiered.model.needs import CacheOptions, Footprint, Load, activation_shape
 from tiered.model.micro_batch import MicroBatch, MicroBatches, check_token_ids, keep_positions, slice_mask
+from tiered.model.needs import CacheOptions, Footprint, Load, activation_shape
 from tiered.model.record import Recorder
 from tiered.model.segments import ChunkLimits, OnLogits, Segment, Segments
 from tiered.model.work import Work

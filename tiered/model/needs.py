@@ -21,7 +21,7 @@ from tiered.plan.fits import smallest_budget
 from tiered.plan.workspace import MAX_ROWS
 from tiered.store import CHUNK_NBYTES, PAGE, Store
 from tiered.stream import EmbeddingRows
-from tiered.units import MIB, round_up
+from tiered.units import MIB
 
 _BASELINE_VARIES_NBYTES: Final = 4 * MIB
 """How much the process itself differs from run to run: a budget that was named as enough must be so next time."""

@@ -9,6 +9,7 @@ their own get rows of equal length instead: single tokens together, padded on th
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 
@@ -174,9 +175,9 @@ class Segments:
             with self._packing():
                 recording = recorder.record(
                     torch.tensor([lasts]),
-                    inputs_embeds=embedded(torch.tensor([sum(ids, [])])),
+                    inputs_embeds=embedded(torch.tensor([list(chain.from_iterable(ids))])),
                     attention_mask=None,
-                    position_ids=torch.tensor([sum(positions, [])]),
+                    position_ids=torch.tensor([list(chain.from_iterable(positions))]),
                     past_key_values=kv,
                     use_cache=True,
                 )
