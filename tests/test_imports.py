@@ -30,6 +30,7 @@ RANKS: Final = {
     "stream": 5,
     "model": 6,
     "generate": 7,
+    "options": 7,
     "runtime": 8,
     "api": 9,
     "bench": 9,

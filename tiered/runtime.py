@@ -12,29 +12,27 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self, TypeVar
 
 import torch
-from transformers import PretrainedConfig
 
 from tiered.arch import build_skeleton, load_config
-from tiered.cache import Bits, KVPool, SequenceKV, kv_shape
-from tiered.errors import BudgetError, ConfigError
+from tiered.cache import KVPool, SequenceKV, kv_shape
+from tiered.errors import BudgetError
 from tiered.io import (
     Arena,
     ChunkVerifier,
     DiskReader,
-    Faults,
+    IdleClock,
     ReadMode,
     Slab,
     SpillFile,
-    VerifyPolicy,
     probe_mode,
 )
-from tiered.kernels import CancelFlag, Kernels, Mode
+from tiered.kernels import CancelFlag, Kernels
 from tiered.model import (
     BoundModel,
     CacheOptions,
@@ -57,9 +55,9 @@ from tiered.model import (
     registered_attention,
     use_attention,
 )
+from tiered.options import Options, compute_dtype
 from tiered.plan import (
     Plan,
-    Tier,
     available_budget,
     cpu_count,
     pin_malloc,
@@ -72,6 +70,8 @@ from tiered.stream import EmbeddingRows, KVStream, Streamer, Streams, StreamThre
 from tiered.trace import Tracer
 from tiered.units import MIB
 
+__all__ = ["READ_THREADS", "Options", "Runtime", "compute_dtype", "open_runtime"]
+
 READ_THREADS: Final = 8
 """Reads in flight."""
 _GROWTH_NBYTES: Final = 24 * MIB
@@ -80,49 +80,6 @@ _POLL_SECONDS: Final = 0.1
 
 T = TypeVar("T")
 _LOG: Final = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to run; every field has a sensible default."""
-
-    ram: int | None = None
-    """Budget in bytes for the whole process; None: 90 % of what there is."""
-    tiers: tuple[Tier, ...] = (Tier.DISK, Tier.CPU)
-    dtype: str = "auto"
-    threads: int | None = None
-    verify: VerifyPolicy = VerifyPolicy.FIRST
-    prefetch: int | None = None
-    rows_per_chunk: int | None = None
-    """Tokens that are computed together at most; None: as many as memory allows and are useful."""
-    kv: str = "cpu"
-    """Where the KV cache is: "cpu", "disk", or "auto": in memory if it fits there."""
-    kv_bits: Bits = 16
-    kv_folder: Path | None = None
-    """Where the cache's file goes, if on disk; None: beside the store."""
-    kernels: str = "auto"
-    """A name of `tiered.kernels.KERNEL_NAMES`."""
-    kernel_mode: Mode = Mode.INVARIANT
-    keep_spans: bool = False
-    read_mode: ReadMode | None = None
-    preadv: Faults | None = None
-
-    def __post_init__(self) -> None:
-        for name, value in (("ram", self.ram), ("threads", self.threads), ("micro-batch", self.rows_per_chunk)):
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ConfigError(f"{name} {value!r}: expected a whole number above 0")
-        if self.kv not in ("auto", "cpu", "disk"):
-            raise ConfigError(f"kv {self.kv!r}: expected auto, cpu or disk")
-
-
-def compute_dtype(name: str, config: PretrainedConfig) -> torch.dtype:
-    """The dtype activations are computed in: "auto" is float32 for a float32 checkpoint, else bfloat16."""
-    if name == "auto":
-        return torch.float32 if config.dtype in (None, torch.float32) else torch.bfloat16
-    known = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-    if name not in known:
-        raise ConfigError(f"dtype {name!r}: expected auto, bfloat16 or float32")
-    return known[name]
 
 
 class Runtime:
@@ -139,6 +96,7 @@ class Runtime:
         self.passes = 0
         self.is_open = False
         self._resources = contextlib.ExitStack()
+        self._clock = IdleClock()
         self._stream_thread: StreamThread | None = None
         self._streams: Streams | None = None
 
@@ -181,13 +139,15 @@ class Runtime:
         self.baseline = max(process_rss_bytes(), process_peak_rss_bytes()) + _GROWTH_NBYTES
         most_rows = self.options.rows_per_chunk or MAX_ROWS
         self.footprint = Footprint(self.store, self.dtype, shape, cache, self.load, self.baseline, most_rows)
-        self.footprint, self.plan = footprint, _ = self._choose_plan(self.footprint)
-        self.workspace = footprint.workspace(self.budget)
-        self._open_memory(stack, self.plan, footprint.side_nbytes)
+        self.footprint, self.plan = self._choose_plan(self.footprint)
+        self.workspace = self.footprint.workspace(self.budget)
+        self._open_memory(stack, self.plan, self.footprint.side_nbytes)
         verifier = ChunkVerifier(self.options.verify, self.trace)
         preadv = {"preadv": self.options.preadv} if self.options.preadv is not None else {}
         self.reader = stack.enter_context(
-            DiskReader(self.store.path, verifier, self.trace, READ_THREADS, self.options.read_mode, **preadv)
+            DiskReader(
+                self.store.path, verifier, self.trace, READ_THREADS, self.options.read_mode, clock=self._clock, **preadv
+            )
         )
         self._embedding = EmbeddingRows(self.store, self.reader, verifier, self._staging)
         self.engine = Engine(self.model, recorder, self._embedding, self._compute, self.cancel, self.trace)
@@ -244,7 +204,9 @@ class Runtime:
         if not self.cache_plan.on_disk:
             return None
         folder = self.options.kv_folder or self.store.path
-        return stack.enter_context(SpillFile(folder, self.cache_plan.records_nbytes, READ_THREADS, self.trace))
+        return stack.enter_context(
+            SpillFile(folder, self.cache_plan.records_nbytes, READ_THREADS, self.trace, clock=self._clock)
+        )
 
     def _keep(self, stack: contextlib.ExitStack, nbytes: int, label: str) -> Slab:
         slab = self.arena.borrow(nbytes, label)
@@ -370,8 +332,8 @@ class Runtime:
 
     @property
     def disk_idle_seconds(self) -> float:
-        """Seconds in which no read was queued or running."""
-        return self.reader.idle_seconds
+        """Seconds in which neither weights nor the KV cache kept the disk busy."""
+        return self._clock.seconds
 
     def _wait(self, future: Future[T]) -> T:
         """The result of `future`, waited for in slices, because a signal is only seen between them."""

@@ -92,7 +92,7 @@ def read_windows(checkpoint: Path, text: Path, count: int, length: int) -> list[
     documents = text.read_text().split("\n\n<|doc|>\n\n")
     ids: list[int] = []
     for document in documents:
-        ids += [tokenizer.bos_token_id, *tokenizer(document, add_special_tokens=False)["input_ids"]]
+        ids += [tokenizer.bos_token_id, *tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]]
     starts = range(0, min(count, len(ids) // length) * length, length)
     return [Window(ids[at : at + length - 1], ids[at + 1 : at + length], at + 1) for at in starts]
 

@@ -51,6 +51,9 @@ class CachePlan:
     """Tokens that a sequence may be given at once, before they attend."""
     lent_pages: int = 0
     """Of a cache on disk, pages of a layer that are in memory together while its unit of chunks computes."""
+    one_pass: bool = False
+    """Every sequence begins and ends in the same pass: a layer's records are of no use after it, so that all layers
+    share the memory of one. In memory only."""
 
     @property
     def has_tails(self) -> bool:
@@ -86,14 +89,21 @@ class CachePlan:
     def records_nbytes(self) -> int:
         """Bytes of all records, in memory or on disk."""
         nbytes = self.layout.record_nbytes
+        if self.shares_layers:
+            return max(self.records(group) for group in self.groups) * nbytes
         return sum(self.records(group) * len(group.layers) * nbytes for group in self.groups)
+
+    @property
+    def shares_layers(self) -> bool:
+        """Whether all layers have the same memory."""
+        return self.one_pass and not self.on_disk
 
     @property
     def tails_nbytes(self) -> int:
         """Bytes of the pages being filled, in memory."""
         if not self.has_tails:
             return 0
-        return self.exact.record_nbytes * self.sequences * self.shape.layers
+        return self.exact.record_nbytes * self.sequences * (1 if self.shares_layers else self.shape.layers)
 
     @property
     def ring_nbytes(self) -> int:
@@ -139,7 +149,8 @@ class SequenceKV:
     """How many it holds in each group."""
     tail: int
     length: int = 0
-    """Tokens stored in every layer. It grows when a pass has ended: one that failed can be run again."""
+    """Tokens stored in every layer. It grows when a pass has ended. After one that failed the sequence must be
+    released: some layers may have overwritten what another try would need."""
 
     def record(self, group: int, page: int) -> int:
         """The record of page number `page` in a group's layers."""
@@ -185,8 +196,9 @@ class KVPool:
         for number, group in enumerate(plan.groups):
             for layer in group.layers:
                 self.group_of[layer], self._layer_start[layer] = number, position
-                position += plan.records(group) * self.layout.record_nbytes
-        self._memory = None if plan.on_disk else memory[plan.tails_nbytes : plan.tails_nbytes + position]
+                if not plan.shares_layers:
+                    position += plan.records(group) * self.layout.record_nbytes
+        self._memory = None if plan.on_disk else memory[plan.tails_nbytes : plan.tails_nbytes + plan.records_nbytes]
         self._tails_memory = memory[: plan.tails_nbytes]
         self._scratch = torch.empty(0, dtype=torch.uint8)
 
@@ -232,7 +244,9 @@ class KVPool:
     def tails(self, layer: int) -> torch.Tensor:
         """uint8: 16-bit records of the pages that are being filled in `layer`, one per sequence."""
         assert self.plan.has_tails, "records hold the compute dtype themselves"
-        return self._tails_memory.view(self.shape.layers, -1)[layer]
+        return self._tails_memory.view(-1, self.plan.sequences * self.exact.record_nbytes)[
+            0 if self.plan.shares_layers else layer
+        ]
 
     def scratch(self, nbytes: int) -> torch.Tensor:
         """uint8, for the pages a chunk puts together: the same memory for all chunks, which compute one by one."""

@@ -1,6 +1,5 @@
 """What `tiered generate` does, step by step: prompts, plan, passes, report. Heavy imports live here."""
 
-from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -15,7 +14,7 @@ from tiered.cli.measuring import measured
 from tiered.cli.screen import StatusLine, TextWriter
 from tiered.errors import ConfigError
 from tiered.generate import Report, Sampler, SamplingParams, Sequence, generate, make_report
-from tiered.generate.tokenizer import load_generation_config, load_tokenizer
+from tiered.generate.tokenizer import eos_ids, load_tokenizer
 from tiered.io import VerifyPolicy
 from tiered.kernels import Mode
 from tiered.model import Load
@@ -100,7 +99,7 @@ def run(request: Request) -> dict[str, Any]:
     config = load_config(store.path)
     tokenizer = load_tokenizer(store)
     prompts = _encode(request, store, tokenizer)
-    eos = frozenset() if request.ignore_eos else _eos_ids(store, tokenizer)
+    eos = frozenset() if request.ignore_eos else eos_ids(store, tokenizer)
     sequences = [
         Sequence(ids, Sampler(sampling, number), tokenizer, request.max_new_tokens, eos, request.stops)
         for number, ids in enumerate(prompts)
@@ -183,15 +182,6 @@ def _apply_chat(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     message = [{"role": "user", "content": prompt}]
     encoded: Any = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)
     return list(encoded["input_ids"])
-
-
-def _eos_ids(store: Store, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Every token that ends a text, by the generation configuration, else by the tokenizer."""
-    config = load_generation_config(store)
-    found: Any = None if config is None else config.eos_token_id
-    if found is None:
-        found = tokenizer.eos_token_id
-    return frozenset(found if isinstance(found, Items) else [found] if found is not None else [])
 
 
 def _check_context(config: PretrainedConfig, tokens: int) -> None:

@@ -14,17 +14,17 @@ from transformers import AutoTokenizer
 
 from tiered.arch import load_config
 from tiered.cli.columns import columns
-from tiered.errors import BudgetError, ConfigError
+from tiered.cli.measuring import measure_footprint
+from tiered.errors import ConfigError
 from tiered.model import Footprint, Load
 from tiered.plan import available_budget
 from tiered.plan.fits import Fit, fits
-from tiered.runtime import Options, Runtime
+from tiered.runtime import Options
 from tiered.store import Store
 from tiered.store.summary import BlockRow, StoreSummary, summarize
 from tiered.units import format_budget, format_rate, format_seconds, format_size, parse_size
 
 DEFAULT_CONTEXT: Final = 2048
-_REFUSED_BUDGET: Final = 1
 
 
 @dataclass(frozen=True)
@@ -91,23 +91,19 @@ def inspect_store(
     tokens = context or min(DEFAULT_CONTEXT, most or DEFAULT_CONTEXT)
     if most is not None and tokens > most:
         raise ConfigError(f"--context {tokens}: this model has positions for {most}; ask for at most that many")
-    measured = _refused_runtime(store, Load(sequences, tokens), dtype)
-    footprint = measured.footprint
+    footprint = _footprint(store, Load(sequences, tokens), dtype)
     in_memory = [store.layout(block).memory_nbytes for block in store.tape]
     on_disk = [block.file.nbytes for block in store.tape]
     rows = fits(in_memory, on_disk, footprint.needs)
     return Inspection(store, summary, footprint, rows, available_budget(), disk_bandwidth)
 
 
-def _refused_runtime(store: Store, load: Load, dtype: str) -> Runtime:
-    """A runtime that has measured its process and then refused a budget of one byte."""
+def _footprint(store: Store, load: Load, dtype: str) -> Footprint:
+    """What a run takes besides blocks, by this process."""
     # A run has its tokenizer loaded by then. A store whose tokenizer is damaged can still be inspected.
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         AutoTokenizer.from_pretrained(store.path, local_files_only=True)
-    runtime = Runtime(store, load, Options(ram=_REFUSED_BUDGET, dtype=dtype))
-    with contextlib.suppress(BudgetError), runtime:
-        raise AssertionError("a budget of one byte was accepted")
-    return runtime
+    return measure_footprint(store, load, Options(dtype=dtype))
 
 
 def parse_rate(text: str) -> float:

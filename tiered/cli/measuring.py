@@ -1,16 +1,19 @@
-"""What the system says about a run: the raw disk before and after it, and the kernel's own counters."""
+"""What is measured around a run: the process, the raw disk before and after, the kernel's own counters."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tiered.bench import measure_raw
 from tiered.cli.screen import StatusLine
+from tiered.errors import BudgetError
 from tiered.generate import Surroundings
 from tiered.io import ReadMode
+from tiered.model import Footprint, Load
 from tiered.plan import process_peak_rss_bytes
-from tiered.runtime import Runtime
+from tiered.runtime import Options, Runtime
+from tiered.store import Store
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ class Measured:
 def measured(runtime: Runtime, status: StatusLine, measure: bool) -> Iterator[Measured]:
     """Around a run: measures the raw disk before and after it, if `measure` and something streams, and counts."""
     found = Measured()
-    measure = measure and bool(runtime.plan.streamed_nbytes)
+    measure = measure and (bool(runtime.plan.streamed_nbytes) or runtime.spill is not None)
     if measure:
         status.say("measuring the disk")
         found.raw.append(_raw_bandwidth(runtime))
@@ -83,7 +86,18 @@ def measured(runtime: Runtime, status: StatusLine, measure: bool) -> Iterator[Me
 
 
 def _raw_bandwidth(runtime: Runtime) -> float:
-    """Of the files that are streamed, in bytes per second."""
-    files = [runtime.store.file_path(block) for block in runtime.streamed_blocks]
+    """Of the files that are streamed, in bytes per second; of all where only the KV cache is on disk."""
+    files = [runtime.store.file_path(block) for block in runtime.streamed_blocks or runtime.store.tape]
     direct = runtime.probe_read_mode() is ReadMode.DIRECT
     return measure_raw(files, runtime.scratch_memory(), direct).bytes_per_second
+
+
+def measure_footprint(store: Store, load: Load, options: Options) -> Footprint:
+    """What `load` takes besides blocks, by this process as it is now: for plans that are made before a runtime is.
+
+    Building a runtime measures the process; a budget of one byte is refused before memory is taken.
+    """
+    runtime = Runtime(store, load, replace(options, ram=1))
+    with suppress(BudgetError), runtime:
+        raise AssertionError("a budget of one byte was accepted")
+    return runtime.footprint

@@ -38,7 +38,7 @@ class TextWriter:
     def __init__(self, sequences: Sequence[Writes], titles: Sequence[str], stream: TextIO | None = None) -> None:
         self._sequences, self._titles = sequences, titles
         self._stream = sys.stdout if stream is None else stream
-        self._edge = _Edge(self._stream) if _is_terminal(self._stream) else None
+        self._edge = _Edge(self._stream) if is_terminal(self._stream) else None
         self._front = 0
         self._written = 0
         self._started = False
@@ -90,7 +90,7 @@ class StatusLine:
         self, bytes_read: Callable[[], int], at_edge: Callable[[], str] = str, stream: TextIO | None = None
     ) -> None:
         self._stream = sys.stderr if stream is None else stream
-        self._on = _is_terminal(self._stream)
+        self._on = is_terminal(self._stream)
         self._bytes_read, self._at_edge = bytes_read, at_edge
         self._shown = 0.0
         self._visible = False
@@ -193,7 +193,7 @@ def _width(character: str) -> int:
     return 2 if unicodedata.east_asian_width(character) in "WF" else 1
 
 
-def _is_terminal(stream: TextIO) -> bool:
+def is_terminal(stream: TextIO) -> bool:
     """Whether `stream` goes to a screen that understands cursor movements."""
     return stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
 

@@ -1,6 +1,7 @@
 """A store's tokenizer and generation configuration, or a named error."""
 
-from typing import Final
+from collections.abc import Sequence
+from typing import Any, Final
 
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
@@ -36,3 +37,12 @@ def load_generation_config(store: Store) -> GenerationConfig | None:
         return GenerationConfig.from_pretrained(store.path)
     except Exception as error:
         raise StoreError(f"{path}: cannot be used ({error}); copy the model's own file there, or remove it") from error
+
+
+def eos_ids(store: Store, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Every token that ends a text, by the generation configuration, else by the tokenizer."""
+    config = load_generation_config(store)
+    found: Any = None if config is None else config.eos_token_id
+    if found is None:
+        found = tokenizer.eos_token_id
+    return frozenset(found if isinstance(found, Sequence) else [found] if found is not None else [])

@@ -4,7 +4,7 @@ from tiered.io.arena import Arena, Slab
 from tiered.io.disk import PIECE_NBYTES, DiskReader, Faults
 from tiered.io.modes import ReadMode, probe_mode
 from tiered.io.spill import SpillFile
-from tiered.io.threads import all_of
+from tiered.io.threads import IdleClock, all_of
 from tiered.io.verify import ChunkVerifier, VerifyPolicy
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "ChunkVerifier",
     "DiskReader",
     "Faults",
+    "IdleClock",
     "ReadMode",
     "Slab",
     "SpillFile",

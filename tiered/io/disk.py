@@ -16,7 +16,7 @@ from typing import Final, Protocol, Self
 
 from tiered.errors import ReadError, StoreError
 from tiered.io.modes import ReadMode, is_refusal, probe_mode
-from tiered.io.threads import Check, IOThreads
+from tiered.io.threads import Check, IdleClock, IOThreads
 from tiered.io.verify import ChunkVerifier
 from tiered.store import CHUNK_NBYTES, PAGE, FileInfo
 from tiered.trace import Tracer
@@ -51,6 +51,7 @@ class DiskReader:
         threads: int = 4,
         mode: ReadMode | None = None,
         preadv: Faults = os.preadv,
+        clock: IdleClock | None = None,
     ) -> None:
         self._root = root
         self._verifier = verifier
@@ -62,7 +63,7 @@ class DiskReader:
         self._bytes_read = 0
         self.mode = mode
         self.refused: tuple[str, ...] = ()
-        self._threads = IOThreads(threads, "tiered-read")
+        self._threads = IOThreads(threads, "tiered-read", clock)
 
     def __enter__(self) -> Self:
         return self

@@ -20,7 +20,7 @@ from tiered.errors import ConfigError, DiskFullError, ReadError, TieredError
 from tiered.io.disk import PIECE_NBYTES, Faults
 from tiered.io.filesystem import free_nbytes, mount_of
 from tiered.io.modes import ReadMode, is_refusal
-from tiered.io.threads import Check, IOThreads, all_of
+from tiered.io.threads import Check, IdleClock, IOThreads, all_of
 from tiered.store import PAGE
 from tiered.store.sweep import bypass_cache
 from tiered.trace import Tracer
@@ -48,6 +48,7 @@ class SpillFile:
         preadv: Faults = os.preadv,
         pwritev: Faults = os.pwritev,
         allocate: Callable[[int, int], None] | None = None,
+        clock: IdleClock | None = None,
     ) -> None:
         self._folder, self._count, self._trace = folder, threads, trace
         self.nbytes = round_up(max(nbytes, PAGE), PAGE)
@@ -62,7 +63,7 @@ class SpillFile:
             os.close(self._fd)
             raise
         self.mode = ReadMode.DIRECT if bypass_cache(self._fd, True) else ReadMode.DONTCACHE
-        self._threads = IOThreads(threads, "tiered-spill")
+        self._threads = IOThreads(threads, "tiered-spill", clock)
 
     def __enter__(self) -> Self:
         return self

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
 
 import aiofiles.os
 
@@ -19,32 +20,55 @@ Check = Callable[[], None]
 """Raises InterruptedRun once nobody wants the work any more; work calls it between two system calls."""
 
 
-class IOThreads:
-    """`count` threads. Who opens them closes them."""
+class IdleClock:
+    """Adds up the time in which a disk has nothing to do, whoever gives it work."""
 
-    def __init__(self, count: int, name: str) -> None:
-        self._pool = ThreadPoolExecutor(count, thread_name_prefix=name)
-        self._call_async = aiofiles.os.wrap(_call)
+    def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._closing = False
         self._in_flight = 0
         self._idle_since = time.perf_counter()
         self._idle_seconds = 0.0
 
     @property
-    def idle_seconds(self) -> float:
-        """Seconds so far in which no transfer was queued or running."""
+    def seconds(self) -> float:
+        """So far."""
         with self._lock:
             now = time.perf_counter() - self._idle_since if self._in_flight == 0 else 0.0
             return self._idle_seconds + now
 
+    def __enter__(self) -> None:
+        """A transfer is queued."""
+        with self._lock:
+            if self._in_flight == 0:
+                self._idle_seconds += time.perf_counter() - self._idle_since
+            self._in_flight += 1
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        """It has ended."""
+        with self._lock:
+            self._in_flight -= 1
+            if self._in_flight == 0:
+                self._idle_since = time.perf_counter()
+
+
+class IOThreads:
+    """`count` threads. Who opens them closes them. Several may share a `clock`."""
+
+    def __init__(self, count: int, name: str, clock: IdleClock | None = None) -> None:
+        self._pool = ThreadPoolExecutor(count, thread_name_prefix=name)
+        self._call_async = aiofiles.os.wrap(_call)
+        self._clock = clock or IdleClock()
+        self._closing = False
+
+    @property
+    def idle_seconds(self) -> float:
+        """Seconds so far in which no transfer was queued or running."""
+        return self._clock.seconds
+
     async def transfer(self, work: Callable[[Check], None]) -> None:
         """Run work that reads or writes: while there is some, the threads do not count as idle."""
-        self._enter()
-        try:
+        with self._clock:
             await self.call(work)
-        finally:
-            self._leave()
 
     async def call(self, work: Callable[[Check], None]) -> None:
         """Run `work` in a thread.
@@ -74,18 +98,6 @@ class IOThreads:
         """Drop queued work and wait for what runs: nothing touches memory afterwards."""
         self._closing = True
         self._pool.shutdown(wait=True, cancel_futures=True)
-
-    def _enter(self) -> None:
-        with self._lock:
-            if self._in_flight == 0:
-                self._idle_seconds += time.perf_counter() - self._idle_since
-            self._in_flight += 1
-
-    def _leave(self) -> None:
-        with self._lock:
-            self._in_flight -= 1
-            if self._in_flight == 0:
-                self._idle_since = time.perf_counter()
 
 
 async def all_of(transfers: Iterable[Awaitable[None]]) -> None:

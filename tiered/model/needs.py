@@ -44,6 +44,8 @@ class Load:
     """Tokens that pass together at most, longer prompts in several passes; 0: all prompts at once."""
     kv_tokens: int = 0
     """Tokens in the KV cache at most, of all sequences together; 0: as many as the sequences may have."""
+    one_pass: bool = False
+    """Sequences begin and end in the same pass, as those that are only scored do."""
     logits: int = 0
     """Positions of a pass that may get logits; 0: one per sequence."""
 
@@ -110,6 +112,7 @@ class Footprint:
             context=load.context,
             tokens=load.kv_tokens or load.sequences * load.context,
             chunk=min(self.most_rows, load.tokens),
+            one_pass=load.one_pass,
             lent_pages=lent_pages,
         )
 

@@ -1,22 +1,22 @@
-"""How long the processor takes for rows: the kernels timed on a matrix of the model's kind, in a second or less.
+"""How long the processor takes: the kernels timed on weights and keys of the model's kind, in a second or so.
 
-In: the kernels, the scheme and the width of the model's linear layers. Out: seconds per weight for any number of rows.
-The matrix is larger than the processor's own caches, as a model's layers are.
+In: the kernels, and what the model's linear layers and its attention look like. Out: seconds per weight for any number
+of rows, and per token of context. What is read is larger than the processor's own caches, as a model's layers are.
 """
 
 import bisect
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import torch
 
-from tiered.kernels import Kernels
+from tiered.kernels import AttentionCall, Kernels, contiguous_pages
 from tiered.quant import GroupScheme, QuantizedTensor, QuantizedWeight
 
 _ROWS: Final = (1, 4, 16, 64, 256)
-_NBYTES: Final = 24 << 20
+_NBYTES: Final = 16 << 20
 _SECONDS: Final = 0.1
 """For each number of rows, after one run that does not count."""
 
@@ -49,13 +49,34 @@ def measure_compute(
     seconds = []
     for rows in counts:
         x = torch.ones(rows, in_features, dtype=dtype)
-        kernels.linear(x, weight, None)
-        runs, start = 0, time.perf_counter()
-        while (elapsed := time.perf_counter() - start) < _SECONDS or not runs:
-            kernels.linear(x, weight, None)
-            runs += 1
-        seconds.append(elapsed / max(runs, 1) / (out * in_features))
+        seconds.append(_time(lambda: kernels.linear(x, weight, None)) / (out * in_features))  # noqa: B023
     return ComputeRate(tuple(counts), tuple(seconds))
+
+
+def measure_attention(kernels: Kernels, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> float:
+    """Seconds per token of context that one query of one sequence takes in one layer."""
+    tokens = max(64, _NBYTES // (2 * kv_heads * head_dim * dtype.itemsize))
+    states = torch.ones(1, kv_heads, tokens, head_dim, dtype=dtype)
+    call = AttentionCall(
+        query=torch.ones(1, 1, heads, head_dim, dtype=dtype),
+        kv_heads=kv_heads,
+        keys=contiguous_pages(states),
+        values=contiguous_pages(states.clone()),
+        first=torch.zeros(1, dtype=torch.int64),
+        count=torch.tensor([tokens]),
+        scaling=head_dim**-0.5,
+    )
+    return _time(lambda: kernels.attention(call)) / tokens
+
+
+def _time(work: Callable[[], object]) -> float:
+    """Seconds of one call, over as many as fit a moment, after one that does not count."""
+    work()
+    runs, start = 0, time.perf_counter()
+    while (elapsed := time.perf_counter() - start) < _SECONDS or not runs:
+        work()
+        runs += 1
+    return elapsed / runs
 
 
 def _random_weight(

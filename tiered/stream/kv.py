@@ -5,6 +5,9 @@
     fetch()       lends the oldest queued unit's records to its chunks, once they are read
     store()       takes them back and writes the pages that have been completed; then the memory is free again
 
+A read or write that failed is raised by `fetch`; the pass's sequences must then be released, because pages of theirs
+are missing.
+
 Which pages a pass needs is known when it begins, so the feed begins and ends with it; the blocks' own stream goes on
 meanwhile.
 """

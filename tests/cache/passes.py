@@ -1,0 +1,200 @@
+"""Sequences on their way through the paged cache without a model: what chunks store, and what their queries may read.
+
+`Passes` does what an engine does with segments: plans chunks, lends records, stores, reads, writes to the file. After
+every chunk, all that its queries may read is compared with what was put in.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import cache
+from typing import Final
+
+import torch
+
+from tests.cache.plans import FakeFile, plan_of, pool_of
+from tiered.cache import (
+    CachePlan,
+    ChunkKV,
+    GatheredKV,
+    LentRecords,
+    PackedKV,
+    PagedRead,
+    PageLayout,
+    Part,
+    SequenceKV,
+)
+from tiered.kernels.attention import PAGE_TOKENS, Pages
+from tiered.model import ChunkLimits, Segment
+from tiered.model.segments import Piece, chunk_plan
+
+LONGEST: Final = 700
+States = tuple[torch.Tensor, torch.Tensor]
+"""Keys and values, [heads, tokens, head_dim]."""
+
+
+@cache
+def truth(layer: int, sequence: int, heads: int, head_dim: int) -> States:
+    """All keys and values that a sequence will ever have in a layer."""
+    generator = torch.Generator().manual_seed(1000 * layer + sequence)
+    keys, values = (torch.randn(heads, LONGEST, head_dim, generator=generator).bfloat16() for _ in range(2))
+    return keys, values
+
+
+@cache
+def as_stored(layer: int, sequence: int, layout: PageLayout) -> States:
+    """The same, every complete page as one record gives it back. float64."""
+    whole = LONGEST // PAGE_TOKENS
+    found = []
+    shape = layout.shape
+    size = (shape.heads, PAGE_TOKENS, shape.head_dim)
+    states = truth(layer, sequence, shape.heads, shape.head_dim)
+    paged = [x[:, : whole * PAGE_TOKENS].unflatten(1, (whole, PAGE_TOKENS)).transpose(0, 1) for x in states]
+    offsets = torch.arange(whole) * layout.record_nbytes
+    memory = torch.zeros(whole * layout.record_nbytes, dtype=torch.uint8)
+    layout.store(memory, offsets, paged[0], paged[1])
+    for pages in layout.tables(offsets[None]).pages(memory):
+        found.append(torch.cat([pages.widen(0, page, size, False, torch.float64) for page in range(whole)], dim=1))
+    return found[0], found[1]
+
+
+class Passes:
+    """Runs texts through a cache as an engine would, and checks what every chunk reads."""
+
+    def __init__(self, plan: CachePlan, limits: ChunkLimits) -> None:
+        self.plan, self.limits, self.pool = plan, limits, pool_of(plan)
+        # The same object for equal plans: `as_stored` remembers by it.
+        self.layout = layout_of(plan.bits, len(plan.groups))
+        self.file = FakeFile(plan.records_nbytes if plan.on_disk else 0)
+        self.kvs: dict[int, SequenceKV] = {}
+
+    def run_texts(self, texts: Sequence[tuple[int, Sequence[int]]]) -> None:
+        """All passes of `texts`; each sequence has its place only while it has tokens left."""
+        for number in range(max(begin + len(counts) for begin, counts in texts)):
+            tokens = {
+                i: counts[number - begin]
+                for i, (begin, counts) in enumerate(texts)
+                if begin <= number < begin + len(counts)
+            }
+            for i in list(self.kvs):
+                if i not in tokens:
+                    self.leave(i)
+            for i in tokens:
+                if i not in self.kvs:
+                    self.enter(i, sum(texts[i][1]))
+            self.run_pass(tokens)
+
+    def enter(self, sequence: int, tokens: int) -> None:
+        kv = self.pool.reserve(min(LONGEST, tokens))
+        assert kv is not None
+        self.kvs[sequence] = kv
+
+    def leave(self, sequence: int) -> None:
+        self.pool.release(self.kvs.pop(sequence))
+
+    def run_pass(self, tokens: dict[int, int], commit: bool = True) -> None:
+        """So many tokens of each sequence, through every layer."""
+        members = list(tokens)
+        segments = [Segment(self.kvs[i], [0] * tokens[i]) for i in members]
+        units = [self._unit(members, segments, chunks) for chunks in chunk_plan(segments, self.limits)]
+        for layer in range(self.pool.shape.layers):
+            for records, chunks in units:
+                self._lend(records, layer)
+                for kv, sequences in chunks:
+                    self._compute(kv, sequences, layer)
+                self._take_back(records, layer)
+        for segment in segments if commit else ():
+            segment.kv.length = segment.stop
+
+    def _unit(
+        self, members: list[int], segments: list[Segment], chunks: list[list[Piece]]
+    ) -> tuple[LentRecords, list[tuple[ChunkKV, list[int]]]]:
+        numbers = sorted({piece.segment for pieces in chunks for piece in pieces})
+        kvs = [segments[n].kv for n in numbers]
+        counts = [len(segments[n].input_ids) for n in numbers]
+        records = LentRecords(self.pool, [Part(kv, kv.length, n) for kv, n in zip(kvs, counts, strict=True)])
+        made: list[tuple[ChunkKV, list[int]]] = []
+        kind: Callable[..., ChunkKV] = GatheredKV if self.limits.gathered else PackedKV
+        for pieces in chunks:
+            kvs = [segments[piece.segment].kv for piece in pieces]
+            parts = [Part(kv, kv.length + p.start, p.stop - p.start) for kv, p in zip(kvs, pieces, strict=True)]
+            made.append(
+                (kind(records, parts, [numbers.index(p.segment) for p in pieces]), [members[p.segment] for p in pieces])
+            )
+        return records, made
+
+    def _lend(self, records: LentRecords, layer: int) -> None:
+        if self.plan.on_disk:
+            memory = torch.full((records.map_of(layer).lent_nbytes,), 255, dtype=torch.uint8)
+            self.file.read(records.map_of(layer).reads(layer), memory)
+            records.lend(layer, memory)
+
+    def _take_back(self, records: LentRecords, layer: int) -> None:
+        if self.plan.on_disk:
+            self.file.write(records.map_of(layer).writes(layer), records.memory(layer))
+            records.take_back(layer)
+
+    def _compute(self, kv: ChunkKV, sequences: list[int], layer: int) -> None:
+        size = (self.pool.shape.heads, self.pool.shape.head_dim)
+        states = [
+            [x[:, part.start : part.stop] for x in truth(layer, sequence, *size)]
+            for part, sequence in zip(kv.parts, sequences, strict=True)
+        ]
+        if isinstance(kv, GatheredKV):
+            rows = kv.update(torch.stack([k for k, _ in states]), torch.stack([v for _, v in states]), layer)
+            self._check_rows(kv, sequences, layer, rows)
+            return
+        assert isinstance(kv, PackedKV)
+        keys, values = (torch.cat([part[i] for part in states], dim=1)[None] for i in (0, 1))
+        kv.update(keys, values, layer)
+        token = member = 0
+        for read in kv.reads(layer):
+            assert read.start == token
+            count = len(read.count)
+            self._check_read(read, kv.parts[member : member + count], sequences[member : member + count], layer)
+            token, member = read.stop, member + count
+        assert (token, member) == (sum(part.count for part in kv.parts), len(kv.parts))
+
+    def _check_read(self, read: PagedRead, parts: Sequence[Part], sequences: Sequence[int], layer: int) -> None:
+        window = self.plan.groups[self.pool.group_of[layer]].window
+        assert read.window == window
+        for row, (part, sequence) in enumerate(zip(parts, sequences, strict=True)):
+            assert part.count * len(parts) == read.stop - read.start
+            first = max(0, part.start - window + 1) if window else 0
+            assert (int(read.first[row]), int(read.count[row])) == (first, part.stop)
+            for page in range(first // PAGE_TOKENS, (part.stop - 1) // PAGE_TOKENS + 1):
+                begin, end = page * PAGE_TOKENS, min(part.stop, (page + 1) * PAGE_TOKENS)
+                # Queries with their own slot in the page, and those in later ones.
+                readers = [own for own, there in ((True, end > part.start), (False, end < part.stop)) if there]
+                for own in readers:
+                    found = self._widened((read.keys, read.values), row, page, own)
+                    expected = self._expected(layer, sequence, slice(begin, end), own)
+                    for x, y in zip(found, expected, strict=True):
+                        assert torch.equal(x[:, : end - begin], y)
+
+    def _check_rows(self, kv: GatheredKV, sequences: list[int], layer: int, rows: States) -> None:
+        """Keys and values in one piece: own page as computed, earlier ones as stored, padded on the left."""
+        longest = max(part.stop for part in kv.parts)
+        for row, (part, sequence) in enumerate(zip(kv.parts, sequences, strict=True)):
+            if kv.attention_mask is not None:
+                assert kv.attention_mask[row].tolist() == [0] * (longest - part.stop) + [1] * part.stop
+            own = slice(part.first_page * PAGE_TOKENS, part.stop)
+            earlier = slice(0, own.start)
+            for where, is_own in ((earlier, False), (own, True)):
+                expected = self._expected(layer, sequence, where, is_own)
+                for found, y in zip(rows, expected, strict=True):
+                    padding = longest - part.stop
+                    assert torch.equal(found[row, :, padding + where.start : padding + where.stop], y.bfloat16())
+
+    def _widened(self, states: tuple[Pages, Pages], row: int, page: int, own: bool) -> Iterator[torch.Tensor]:
+        size = (self.pool.shape.heads, PAGE_TOKENS, self.pool.shape.head_dim)
+        return (pages.widen(row, page, size, own, torch.float64) for pages in states)
+
+    def _expected(self, layer: int, sequence: int, slots: slice, own: bool) -> list[torch.Tensor]:
+        shape = self.pool.shape
+        exact = truth(layer, sequence, shape.heads, shape.head_dim)
+        return [x[:, slots].double() for x in (exact if own else as_stored(layer, sequence, self.layout))]
+
+
+@cache
+def layout_of(bits: int, layers: int) -> PageLayout:
+    return PageLayout(replace(plan_of().shape, layers=layers), bits)

@@ -1,0 +1,119 @@
+"""What a query reads is a function of positions alone: earlier complete pages as stored, its own page as computed.
+
+Sequences go through a cache in random pieces, alone and side by side, in memory and over a file; `Passes` compares
+what is read with what was put in.
+"""
+
+from dataclasses import replace
+from typing import Any, Final
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.cache.passes import LONGEST, Passes
+from tests.cache.plans import plan_of, pool_of
+from tiered.cache import GatheredKV, LentRecords, PackedKV, Part
+from tiered.errors import ConfigError
+from tiered.kernels.attention import PAGE_TOKENS
+from tiered.model import ChunkLimits
+
+WINDOW: Final = 70
+COUNTS: Final = st.sampled_from([1, 1, 1, 2, 30, 63, 64, 65, 130])
+TEXTS: Final = st.lists(st.tuples(st.integers(0, 2), st.lists(COUNTS, min_size=1, max_size=6)), min_size=1, max_size=3)
+"""Of each sequence: the pass it enters in, and the tokens it has in each pass from then on."""
+
+
+def passes_of(bits: int, on_disk: bool, windows: tuple[int, ...] = (0, WINDOW), **limits: Any) -> Passes:
+    """A cache with room for three of the longest, and passes in chunks of at most 100 tokens."""
+    found = ChunkLimits(**({"rows": 100} | limits))
+    plan = plan_of(
+        windows, bits=bits, on_disk=on_disk, context=LONGEST, chunk=found.rows, lent_pages=12 if on_disk else 0
+    )
+    return Passes(plan, replace(found, lent_pages=plan.lent_pages))
+
+
+BITS: Final = pytest.mark.parametrize("bits", [16, 8, 4])
+ON_DISK: Final = pytest.mark.parametrize("on_disk", [False, True], ids=["memory", "disk"])
+
+
+@BITS
+@ON_DISK
+@settings(deadline=None, max_examples=12)
+@given(texts=TEXTS, rows=st.sampled_from([7, 64, 100, 512]))
+def test_packed_chunks_read_what_was_put_in(
+    bits: int, on_disk: bool, texts: list[tuple[int, list[int]]], rows: int
+) -> None:
+    passes_of(bits, on_disk, rows=rows).run_texts(texts)
+
+
+@BITS
+@ON_DISK
+@settings(deadline=None, max_examples=8)
+@given(texts=TEXTS, rows=st.sampled_from([7, 100]), together=st.integers(1, 3))
+def test_gathered_chunks_read_what_was_put_in(
+    bits: int, on_disk: bool, texts: list[tuple[int, list[int]]], rows: int, together: int
+) -> None:
+    passes = passes_of(bits, on_disk, (0,), rows=rows, gathered=True, gathered_rows=together, within_pages=bits != 16)
+    passes.run_texts(texts)
+
+
+@BITS
+@ON_DISK
+@pytest.mark.parametrize("counts", [[LONGEST], [64] * 10, [1] * 650, [50, *[1] * 300, 350]], ids=len)
+def test_a_ring_goes_round_several_times(bits: int, on_disk: bool, counts: list[int]) -> None:
+    passes = passes_of(bits, on_disk, (WINDOW,), rows=20)
+    passes.run_texts([(0, counts)])
+    (kv,) = passes.kvs.values()
+    assert sum(counts) // PAGE_TOKENS > 2 * kv.pages[0]
+
+
+@BITS
+@ON_DISK
+def test_after_a_failed_pass_a_sequence_can_begin_again_elsewhere(bits: int, on_disk: bool) -> None:
+    passes = passes_of(bits, on_disk, (0,))
+    passes.enter(0, LONGEST)
+    passes.run_pass({0: 60})
+    passes.run_pass({0: 70}, commit=False)
+    passes.leave(0)
+    passes.enter(1, LONGEST)
+    passes.run_pass({1: 130})
+    passes.run_pass({1: 1})
+
+
+def test_a_sequence_that_takes_over_records_does_not_see_its_predecessor() -> None:
+    passes = passes_of(8, False, (0,))
+    passes.run_texts([(0, [200, 1]), (2, [130, 1, 1]), (3, [64, 1])])
+
+
+def test_masks_of_a_packed_chunk_know_of_no_past_and_those_of_a_gathered_one_do() -> None:
+    plan = plan_of(context=LONGEST)
+    pool = pool_of(plan)
+    kv = pool.reserve(LONGEST)
+    assert kv is not None
+    parts = [Part(kv, 100, 3)]
+    records = LentRecords(pool, parts)
+    assert PackedKV(records, parts, [0]).get_seq_length() == 0
+    assert GatheredKV(records, parts, [0]).get_seq_length() == 100
+
+
+def test_attention_that_does_not_come_back_for_the_pages_is_found_out() -> None:
+    pool = pool_of(plan_of())
+    kv = pool.reserve(10)
+    assert kv is not None
+    parts = [Part(kv, 0, 4)]
+    packed = PackedKV(LentRecords(pool, parts), parts, [0])
+    states = torch.zeros(1, 2, 4, 16, dtype=torch.bfloat16)
+    packed.update(states, states, 0)
+    with pytest.raises(ConfigError, match=r"layer 0: .* does not ask for its keys by pages; list it in"):
+        packed.check(0)
+    packed.reads(0)
+    packed.check(0)
+
+
+def test_scratch_memory_stays_within_what_is_planned() -> None:
+    passes = passes_of(8, True, (0,), rows=512)
+    passes.run_texts([(0, [63, 600])])
+    # The memory that all chunks put pages together in.
+    assert passes.pool.scratch(0).untyped_storage().nbytes() <= passes.plan.scratch_nbytes(512)

@@ -1,0 +1,220 @@
+"""`tiered batch` answers a file of requests with a real model, goes on where it stopped, and says what it refuses."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.commands import TIERED, copy_store, make_store, run_apart, run_here
+from tests.jobs.fakes import request, results_of, write_lines
+
+QUIET = ("--no-measure", "--batch", "3")
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}Q: {{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}A:{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_store(tmp_path_factory.mktemp("batch"))
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """Good lines and bad ones."""
+    lines = [request(f"id-{number}", prompt=f"The function {number}", max_tokens=4 + number) for number in range(6)]
+    lines[2:2] = ["", "nonsense", request("n", n=2, max_tokens=5), request("chat", chat=True)]
+    lines.append(request("long", prompt="word " * 2100))
+    lines.append(request("stream", stream=True))
+    return write_lines(tmp_path / "requests.jsonl", lines)
+
+
+def batch(store: Path, source: Path, results: Path, *words: str | Path) -> dict[str, Any]:
+    """What --json prints."""
+    done = run_here("batch", store, "-i", source, "-o", results, *QUIET, "--json", *words)
+    assert (done.code, done.err) == (0, "")
+    found = json.loads(done.out)
+    assert isinstance(found, dict)
+    return found
+
+
+def texts_of(results: Path) -> dict[str, list[str]]:
+    found = [result for result in results_of(results) if result["error"] is None]
+    return {r["custom_id"]: [choice["text"] for choice in r["response"]["body"]["choices"]] for r in found}
+
+
+def test_every_line_is_answered_or_says_why_not(store: Path, source: Path, tmp_path: Path) -> None:
+    summary = batch(store, source, tmp_path / "out.jsonl")["job"]
+    found = results_of(tmp_path / "out.jsonl")
+    good = [result for result in found if result["error"] is None]
+    errors = {result["error"]["line"]: result["error"] for result in found if result["error"]}
+    assert [result["custom_id"] for result in good] == [*(f"id-{number}" for number in (0, 1)), "n", "id-2"] + [
+        f"id-{number}" for number in (3, 4, 5)
+    ]
+    for result in good:
+        body = result["response"]["body"]
+        assert result["response"]["status_code"] == 200
+        assert body["model"] == "opt-docs-8m" and body["object"] == "text_completion"
+        usage = body["usage"]
+        assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+    assert {line: error["code"] for line, error in errors.items()} == {
+        4: "invalid_json",
+        6: "no_chat_template",
+        11: "context_length_exceeded",
+        12: "unsupported_value",
+    }
+    assert "2048" in errors[11]["message"]
+    assert (summary["requests"], summary["done"], summary["failed"], summary["done_before"]) == (11, 11, 4, 0)
+    assert summary["generated_tokens"] == sum(r["response"]["body"]["usage"]["completion_tokens"] for r in good)
+
+
+def test_greedy_texts_are_those_of_generate(store: Path, tmp_path: Path) -> None:
+    prompts = ("The function returns", "To install the package, run", "def main():\n")
+    lines = [request(prompt, prompt=prompt, temperature=0, max_tokens=16) for prompt in prompts]
+    batch(store, write_lines(tmp_path / "in", lines), tmp_path / "out.jsonl")
+    found = texts_of(tmp_path / "out.jsonl")
+    for prompt in prompts:
+        alone = run_here("generate", store, "-p", prompt, "-n", "16", "--no-measure")
+        assert alone.out == found[prompt][0] + "\n"
+
+
+def test_log_probabilities_agree_with_the_choice(store: Path, tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "in", [request("a", prompt="The function", temperature=0, max_tokens=8, logprobs=3)])
+    batch(store, path, tmp_path / "out.jsonl")
+    (result,) = results_of(tmp_path / "out.jsonl")
+    (choice,) = result["response"]["body"]["choices"]
+    found = choice["logprobs"]
+    assert "".join(found["tokens"]) == choice["text"]
+    assert len(found["token_logprobs"]) == len(found["top_logprobs"]) == 8
+    for token, logprob, top in zip(found["tokens"], found["token_logprobs"], found["top_logprobs"], strict=True):
+        # Greedy: what was chosen is the likeliest.
+        assert top[token] == logprob == max(top.values()) <= 0
+    for token, offset in zip(found["tokens"], found["text_offset"], strict=True):
+        assert choice["text"][offset:].startswith(token)
+
+
+def test_a_chat_goes_through_the_model_s_own_template(store: Path, tmp_path: Path) -> None:
+    copy = copy_store(store, tmp_path)
+    path = copy / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**config, "chat_template": TEMPLATE}), encoding="utf-8")
+    messages = [{"role": "user", "content": "What is a list?"}]
+    lines = [
+        request("chat", chat=True, messages=messages, temperature=0, max_tokens=10),
+        request("plain", prompt="Q: What is a list?\nA:", temperature=0, max_tokens=10),
+    ]
+    batch(copy, write_lines(tmp_path / "in", lines), tmp_path / "out.jsonl")
+    chat, plain = (result["response"]["body"] for result in results_of(tmp_path / "out.jsonl"))
+    assert chat["choices"][0]["message"]["content"] == plain["choices"][0]["text"]
+    assert chat["usage"] == plain["usage"]
+
+
+def test_width_and_cache_tier_change_no_result(store: Path, source: Path, tmp_path: Path) -> None:
+    expected = None
+    for number, words in enumerate([("--batch", "1"), ("--batch", "8"), ("--micro-batch", "3"), ("--kv", "disk")]):
+        batch(store, source, tmp_path / f"{number}.jsonl", *words)
+        found = texts_of(tmp_path / f"{number}.jsonl")
+        expected = expected or found
+        assert found == expected, words
+
+
+def test_the_same_command_goes_on_and_then_has_nothing_to_do(store: Path, source: Path, tmp_path: Path) -> None:
+    results = tmp_path / "out.jsonl"
+    batch(store, source, results)
+    whole = results.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    results.write_bytes(b"".join(lines[:5]) + lines[5][:30])
+    again = batch(store, source, results)
+    assert again["job"]["done_before"] == 5
+    assert sorted(results.read_bytes().splitlines()) == sorted(whole.splitlines())
+    after = results.read_bytes()
+    nothing = batch(store, source, results)
+    assert nothing["report"] is None and nothing["job"]["done_before"] == len(lines)
+    assert results.read_bytes() == after
+
+
+def test_results_of_another_job_are_refused_by_name(store: Path, source: Path, tmp_path: Path) -> None:
+    results = tmp_path / "out.jsonl"
+    batch(store, source, results)
+    content = results.read_bytes()
+    other = write_lines(tmp_path / "other.jsonl", [request("a")])
+    copy = copy_store(store, tmp_path)
+    (copy / "generation_config.json").write_text("{}", encoding="utf-8")
+    cases: list[tuple[Path, Path, tuple[str, ...], str]] = [
+        (store, other, (), "the input has other contents"),
+        (copy, source, (), "it is another store"),
+        (store, source, ("--seed", "1"), "seed is 1, it was 0"),
+        (store, source, ("--max-tokens", "9"), "max-tokens is 9, it was 128"),
+        (store, source, ("--context", "100"), "context is 100, it was unset"),
+        (store, source, ("--dtype", "float32"), "dtype is float32, it was bfloat16"),
+        (store, source, ("--kv-bits", "8"), "kv-bits is 8, it was 16"),
+        (store, source, ("--kernels", "torch"), "kernels is torch, it was"),
+        (store, source, ("--kernel-mode", "fast"), "kernel-mode is fast, it was invariant"),
+    ]
+    for which, input_, words, told in cases:
+        done = run_here("batch", which, "-i", input_, "-o", results, *QUIET, *words)
+        assert done.code == 2, done
+        assert told in done.err and "another file with -o" in done.err
+        assert results.read_bytes() == content
+    # What changes no result may change.
+    batch(store, source, results, "--threads", "1", "--kv", "cpu", "--ram", "6GiB")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("-o", "out.jsonl"), "'-i'"),
+        (("-i", "requests.jsonl"), "'-o'"),
+        (("-i", "missing.jsonl", "-o", "out.jsonl"), "missing.jsonl"),
+        (("-i", "requests.jsonl", "-o", "requests.jsonl"), "is the input"),
+        (("-i", "requests.jsonl", "-o", "missing/out.jsonl"), "missing/out.jsonl"),
+        (("-i", "requests.jsonl", "-o", "other.txt"), "other.txt.job"),
+        (("-i", "requests.jsonl", "-o", "pipe"), "not a regular file"),
+        (("-i", "pipe", "-o", "out.jsonl"), "not a regular file"),
+        (("-i", "requests.jsonl", "-o", "out.jsonl", "--context", "5000"), "positions for 2048"),
+        (("-i", "requests.jsonl", "-o", "out.jsonl", "--kv-bits", "5"), "'5'"),
+        (("-i", "requests.jsonl", "-o", "out.jsonl", "--seed", "-1"), "--seed"),
+        (("-i", "requests.jsonl", "-o", "out.jsonl", "--ram", "lots"), "lots"),
+        (("-i", "requests.jsonl", "-o", "out.jsonl", "--tiers", "nvme"), "nvme"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_bad_usage_is_explained_before_anything_is_written(
+    store: Path, source: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], told: str
+) -> None:
+    monkeypatch.chdir(source.parent)
+    Path("other.txt").write_text("what somebody wants to keep", encoding="utf-8")
+    os.mkfifo("pipe")
+    before = source.read_bytes()
+    done = run_here("batch", store, *words)
+    assert (done.code, done.out) == (2, ""), done
+    assert told in done.err and "Traceback" not in done.err
+    assert source.read_bytes() == before
+    assert Path("other.txt").read_text(encoding="utf-8") == "what somebody wants to keep"
+    assert not [*Path().glob("*.job"), *Path().glob("out.jsonl")]
+
+
+def test_a_file_of_only_bad_lines_needs_no_model(store: Path, tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "in", ["nonsense", request("a", n=0)])
+    done = run_here("batch", store, "-i", source, "-o", tmp_path / "out.jsonl")
+    assert done.code == 0
+    assert done.err == "requests  2 of 2 done; 2 failed\n"
+
+
+def test_away_from_a_terminal_the_report_is_all_that_is_said(store: Path, source: Path, tmp_path: Path) -> None:
+    done = run_apart((*TIERED, "batch", store, "-i", source, "-o", tmp_path / "out.jsonl", *QUIET))
+    assert (done.code, done.out) == (0, "")
+    assert done.err.startswith("requests  11 of 11 done; 4 failed\ntokens    ")
+    assert "\ndecode " in done.err and "\x1b" not in done.err
+
+
+def test_without_a_width_the_run_says_what_it_chose_and_why(store: Path, tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "in.jsonl", [request(f"r{number}", max_tokens=4) for number in range(5)])
+    done = run_here("batch", store, "-i", source, "-o", tmp_path / "out.jsonl", "--no-measure")
+    assert done.code == 0
+    first = next(line for line in done.err.splitlines() if line)
+    assert first.startswith("batch     ") and "of 5 sequences at once; expected per pass: " in first
+    assert "compute" in first and "KV cache" in first and "in memory" in first

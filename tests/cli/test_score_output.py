@@ -1,0 +1,82 @@
+"""What a person sees of a scoring: progress over passes, tokens with their spaces, numbers that JSON can say."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from tests.commands import CHECKPOINT
+from tiered.cli.score_output import PerTokenFile, Progress, Text, TokenTexts, score_json, table
+from tiered.generate.score import Tally, Window
+
+
+class Said:
+    """Stands for a status line."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.texts.append(text)
+
+
+def text_of(tokens: int, nats: float, nbytes: int = 100, name: str = "a.txt") -> Text:
+    return Text(name, torch.zeros(tokens, dtype=torch.int32), nbytes, Tally(tokens, nats))
+
+
+def test_progress_names_pass_block_time_left_and_what_was_found_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("time.perf_counter", lambda: now)
+    status: Any = Said()
+    text = text_of(0, 0.0)
+    progress = Progress(status, 2, [text])
+    for _ in range(2):
+        for block in range(1, 5):
+            now += 10.0
+            progress.on_block(block, 4)
+        text.tally.add(torch.full((7,), -math.log(3)))
+    assert len(status.texts) == 8
+    assert status.texts[1] == "pass 1/2  block 2/4  1 min 00 s left"
+    assert status.texts[5] == "pass 2/2  block 2/4  20.0 s left  perplexity so far 3"
+    assert status.texts[7].startswith("pass 2/2  block 4/4  0 ms left")
+
+
+def test_progress_is_shown_ten_times_a_second_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("time.perf_counter", lambda: now)
+    status: Any = Said()
+    progress = Progress(status, 1, [text_of(0, 0.0)])
+    for block in range(1, 101):
+        now += 0.01
+        progress.on_block(block, 100)
+    assert 5 <= len(status.texts) <= 10
+
+
+def test_tokens_keep_their_spaces() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
+    text = "To install  the package,\n    run this: naïve 世界"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    texts = TokenTexts(tokenizer)
+    found = [texts(token) for token in ids]
+    assert "".join(found).startswith("To install  the package,\n    run this: na")
+    assert [texts(token) for token in ids] == found
+
+
+def test_a_perplexity_beyond_all_numbers_is_shown_and_null_in_json() -> None:
+    text = text_of(2, 5000.0)
+    assert json.loads(json.dumps(score_json(text.tally, 100)))["perplexity"] is None
+    assert table([text])[1].split()[3] == "inf"
+    assert len(table([text, text])) == 4
+
+
+def test_an_impossible_token_has_a_null_log_probability(tmp_path: Path) -> None:
+    path = tmp_path / "tokens.jsonl"
+    texts = TokenTexts(AutoTokenizer.from_pretrained(CHECKPOINT))
+    with PerTokenFile(path, [text_of(2, 0.0)], texts) as per_token:
+        per_token.write(Window([2, 43], [43, 314], position=5), torch.tensor([-math.inf, -0.5]))
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert [(line["position"], line["token_id"], line["logprob"]) for line in lines] == [(5, 43, None), (6, 314, -0.5)]

@@ -1,0 +1,106 @@
+"""The report of a scoring: figures that add up and a bound that cannot flatter."""
+
+import json
+from typing import Any
+
+import pytest
+
+from tiered.generate import Surroundings
+from tiered.generate.score import Scoring, Tally
+from tiered.generate.score_report import make_score_report
+from tiered.model import Pass
+from tiered.plan import Needs, Plan, Tier, make_plan
+from tiered.units import MIB
+
+SIZES = [100 * MIB] * 10
+NEEDS = Needs(baseline=300 * MIB, outer=10 * MIB, kv=20 * MIB, workspace=30 * MIB)
+RAW = 1000 * MIB
+
+
+def plan(blocks: float = 5.0) -> Plan:
+    """A plan whose budget leaves room for this many blocks."""
+    return make_plan(SIZES, NEEDS, NEEDS.total + int(blocks * 100 * MIB), (Tier.DISK, Tier.CPU))
+
+
+def scoring(passes: int = 3, seconds: float = 2.0, compute: float = 0.5) -> Scoring:
+    each = Pass((), seconds, compute, seconds - compute, ())
+    return Scoring(
+        total=Tally(1000, 3000.0),
+        windows=10,
+        input_tokens=1400,
+        passes=[each] * passes,
+        seconds=passes * seconds,
+        bytes_read=passes * 800 * MIB,
+        disk_idle_seconds=0.1,
+    )
+
+
+def around(used: Plan, **changes: Any) -> Surroundings:
+    fields: dict[str, Any] = {
+        "plan": used,
+        "raw_disk_bandwidth": RAW,
+        "bytes_read": 2500 * MIB,
+        "bytes_read_kernel": 2600 * MIB,
+        "bytes_written": 0,
+        "kv_bytes_read": 0,
+        "kv_bytes_written": 0,
+        "peak_rss_bytes": 700 * MIB,
+        "tape_file_bytes": sum(SIZES),
+        "streamed_file_bytes": 700 * MIB,
+        "disk_wait_seconds": 0.1,
+        "read_mode": "O_DIRECT",
+        "kernels": "avx512, invariant, 2 threads",
+        "synthetic": False,
+    }
+    return Surroundings(**{**fields, **changes})
+
+
+def test_the_first_pass_reads_everything_and_later_ones_what_does_not_fit() -> None:
+    # Of ten blocks five fit beside what a run needs: three stay, two pass through.
+    report = make_score_report(scoring(passes=3), around(plan(5.0)))
+    assert report.bound_seconds == pytest.approx((1000 + 2 * 700) / 1000)
+    assert report.bound_share == pytest.approx(2.4 / 6)
+    assert report.bottleneck == "disk"
+    once = make_score_report(scoring(passes=1), around(plan(5.0)))
+    assert once.bound_seconds == pytest.approx(1.0)
+
+
+def test_compute_that_takes_longer_than_the_disk_is_the_bound() -> None:
+    report = make_score_report(scoring(passes=3, compute=1.9), around(plan(5.0)))
+    assert report.bottleneck == "compute"
+    assert report.bound_seconds == pytest.approx(5.7)
+    assert any("compute-bound: no evidence for the disk" in line for line in report.lines())
+
+
+def test_a_cache_on_disk_counts_for_the_bound_and_is_named() -> None:
+    report = make_score_report(
+        scoring(passes=3), around(plan(5.0), kv_bytes_read=300 * MIB, kv_bytes_written=300 * MIB)
+    )
+    assert report.bound_seconds == pytest.approx(3.0)
+    assert report.disk_bandwidth == pytest.approx((3 * 800 + 600) * MIB / 6)
+    assert any(line.startswith("kv cache  300 MiB read, 300 MiB written") for line in report.lines())
+
+
+def test_with_all_weights_in_memory_there_is_nothing_to_say_about_the_disk() -> None:
+    report = make_score_report(scoring(), around(plan(20.0), raw_disk_bandwidth=None))
+    assert (report.bottleneck, report.bound_seconds, report.bound_share) == ("memory", None, None)
+    assert not any(line.startswith(("bound", "waits")) for line in report.lines())
+
+
+def test_figures_are_those_of_the_run() -> None:
+    report = make_score_report(scoring(passes=4), around(plan()))
+    assert (report.scored_tokens, report.input_tokens, report.windows, report.passes) == (1000, 1400, 10, 4)
+    assert report.tokens_per_second == pytest.approx(1000 / 8)
+    assert report.seconds_per_pass == pytest.approx(2.0)
+    assert report.compute_seconds_per_pass == pytest.approx(0.5)
+    assert json.loads(json.dumps(report.to_json()))["ram_budget_bytes"] == plan().budget
+
+
+def test_a_peak_above_the_budget_and_synthetic_weights_are_not_passed_over() -> None:
+    report = make_score_report(scoring(), around(plan(), peak_rss_bytes=9000 * MIB, synthetic=True))
+    assert "OVER BUDGET" in report.lines()[-1]
+    assert "not a language model" in report.lines()[0]
+
+
+def test_overlapping_windows_tell_how_much_is_computed_again() -> None:
+    assert any("400 more computed as context" in line for line in make_score_report(scoring(), around(plan())).lines())

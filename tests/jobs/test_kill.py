@@ -1,0 +1,44 @@
+"""A job that is killed with -9 again and again ends with the results of a run in one go, each exactly once."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from tests.commands import TIERED, make_store
+from tools.job_loop import differences, kill_until_done, run_once, write_requests
+
+SEQUENCES = 40
+KILLS = 5
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_kill_9_at_random_moments_changes_no_result(tmp_path: Path) -> None:
+    store, requests = make_store(tmp_path), tmp_path / "requests.jsonl"
+    write_requests(requests, SEQUENCES)
+    command = [*TIERED, "batch", store, "-i", requests, "--no-measure", "--batch", "3"]
+    whole, killed = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
+    run_once([*command, "-o", whole])
+    loop = kill_until_done([*command, "-o", killed], killed, random.Random(2), KILLS)
+    assert loop.kills == KILLS and loop.with_results >= 1
+    assert differences(killed, whole) == []
+    custom_ids = [json.loads(line)["custom_id"] for line in killed.read_bytes().splitlines()]
+    asked = [json.loads(line)["custom_id"] for line in requests.read_bytes().splitlines()]
+    assert sorted(custom_ids) == sorted(asked)
+
+
+def test_the_comparison_sees_what_is_missing_double_or_different(tmp_path: Path) -> None:
+    def write(name: str, *texts: tuple[int, str]) -> Path:
+        records = [
+            {"id": f"r_{line}", "response": {"body": {"created": id(name), "text": text}}} for line, text in texts
+        ]
+        (tmp_path / name).write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+        return tmp_path / name
+
+    expected = write("expected", (1, "a"), (2, "b"))
+    assert differences(write("same", (2, "b"), (1, "a")), expected) == []
+    assert differences(write("missing", (1, "a")), expected) == ["r_2: no result"]
+    assert differences(write("double", (1, "a"), (2, "b"), (1, "a")), expected) == ["r_1: 2 results"]
+    assert differences(write("different", (1, "a"), (2, "c")), expected) == ["r_2: another result"]

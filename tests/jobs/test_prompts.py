@@ -1,0 +1,73 @@
+"""A prompt becomes token ids of this model, within what it has positions for, or a problem that says why not."""
+
+from typing import Any
+
+import pytest
+
+from tests.jobs.fakes import Letters, request
+from tiered.jobs import PromptEncoder
+from tiered.jobs.prompts import tokens_to_generate
+from tiered.jobs.request import Problem, Request, parse_line
+
+
+def parsed(chat: bool = False, **body: Any) -> Request:
+    found = parse_line(request("a", chat, **body).encode(), 3, 0)
+    assert isinstance(found, Request)
+    return found
+
+
+def encoded(found: Request, template: str | None = "any") -> list[int] | Problem:
+    tokenizer: Any = Letters()
+    tokenizer.chat_template = template
+    return PromptEncoder(tokenizer, 128).encode(found)
+
+
+def told(found: object) -> str:
+    assert isinstance(found, Problem)
+    assert (found.line, found.custom_id) == (3, "a")
+    return found.message
+
+
+def test_text_goes_through_the_tokenizer_and_token_ids_do_not() -> None:
+    assert encoded(parsed(prompt="ab")) == [97, 98]
+    assert encoded(parsed(prompt=[5, 0, 127])) == [5, 0, 127]
+
+
+@pytest.mark.parametrize("token", [-1, 128, 10**30])
+def test_token_ids_that_the_model_does_not_have_are_refused(token: int) -> None:
+    message = told(encoded(parsed(prompt=[5, token])))
+    assert "0 to 127" in message and str(token) in message
+
+
+def test_an_empty_prompt_has_nothing_to_start_from() -> None:
+    assert "empty prompt" in told(encoded(parsed(prompt="")))
+
+
+def test_messages_go_through_the_chat_template() -> None:
+    messages = [{"role": "user", "content": "Hi"}]
+    assert encoded(parsed(chat=True, messages=messages)) == Letters()("<user>Hi<assistant>")["input_ids"]
+
+
+def test_a_model_without_a_chat_template_says_what_to_use_instead() -> None:
+    assert "/v1/completions" in told(encoded(parsed(chat=True), template=None))
+
+
+def test_what_a_chat_template_refuses_is_passed_on() -> None:
+    messages = [{"role": "assistant", "content": "Hi"}]
+    assert "must begin with the user" in told(encoded(parsed(chat=True, messages=messages)))
+
+
+@pytest.mark.parametrize(("asked", "expected"), [(None, 8), (5, 5), (30, 30)])
+def test_a_line_may_say_how_many_tokens_and_otherwise_the_job_does(asked: int | None, expected: int) -> None:
+    assert tokens_to_generate(parsed(max_tokens=asked), 10, default=8, limit=40) == expected
+
+
+def test_the_job_s_own_number_is_cut_to_what_there_is_room_for() -> None:
+    assert tokens_to_generate(parsed(), 10, default=50, limit=40) == 30
+
+
+@pytest.mark.parametrize(("asked", "prompt"), [(31, 10), (1, 40), (None, 40), (None, 41)])
+def test_what_has_no_room_is_refused(asked: int | None, prompt: int) -> None:
+    found = tokens_to_generate(parsed(max_tokens=asked), prompt, default=8, limit=40)
+    assert isinstance(found, Problem) and found.code == "context_length_exceeded"
+    assert f"{prompt} tokens" in found.message and "room for 40" in found.message

@@ -1,0 +1,228 @@
+"""Chunks of segments: every token once and in order, no chunk too large, and what does not fit is refused."""
+
+from collections import Counter
+from contextlib import ExitStack, nullcontext
+from itertools import pairwise
+from typing import Any, Final
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.helpers import (
+    LENGTH_DEPENDENT,
+    SHORT_TEXT,
+    Tiny,
+    open_runtime,
+    prompts_for,
+    reference_logits,
+    reserved,
+    run_segments,
+)
+from tiered.cache import CachePlan, KVPool, KVShape, SequenceKV, layer_groups
+from tiered.errors import ConfigError
+from tiered.kernels.attention import PAGE_TOKENS
+from tiered.model import ChunkLimits, Segment, Segments
+from tiered.model.segments import Piece, chunk_plan
+
+LENGTHS: Final = st.sampled_from([1, 1, 1, 2, 6, 7, 8, 63, 64, 65, 200])
+SEGMENTS: Final = st.lists(st.tuples(st.integers(0, 300), LENGTHS), min_size=1, max_size=12)
+"""Tokens that the cache holds already, and new ones."""
+LENT: Final = 10
+"""Pages: enough for any of these segments."""
+
+
+def segment_of(past: int, tokens: int) -> Segment:
+    return Segment(SequenceKV(past + tokens, (0,), (1,), 0, past), [3] * tokens)
+
+
+def limits_of(**fields: Any) -> ChunkLimits:
+    return ChunkLimits(**({"rows": 64} | fields))
+
+
+LIMITS: Final = st.builds(
+    ChunkLimits,
+    rows=st.sampled_from([1, 7, 64, 512]),
+    gathered=st.booleans(),
+    gathered_rows=st.integers(1, 4),
+    within_pages=st.booleans(),
+    lent_pages=st.sampled_from([0, LENT, 25]),
+)
+
+
+@given(texts=SEGMENTS, limits=LIMITS)
+def test_every_token_is_computed_once_and_after_those_before_it(
+    texts: list[tuple[int, int]], limits: ChunkLimits
+) -> None:
+    segments = [segment_of(*text) for text in texts]
+    plan = chunk_plan(segments, limits)
+    pieces = [piece for unit in plan for chunk in unit for piece in chunk]
+    for number, segment in enumerate(segments):
+        mine = [piece for piece in pieces if piece.segment == number]
+        assert mine[0].start == 0 and mine[-1].stop == len(segment.input_ids)
+        assert all(piece.start < piece.stop for piece in mine)
+        assert all(first.stop == second.start for first, second in pairwise(mine))
+    assert sum(piece.stop - piece.start for piece in pieces) == sum(tokens for _, tokens in texts)
+
+
+@given(texts=SEGMENTS, limits=LIMITS)
+def test_a_segment_is_in_one_unit_and_only_a_long_one_in_several_chunks(
+    texts: list[tuple[int, int]], limits: ChunkLimits
+) -> None:
+    plan = chunk_plan([segment_of(*text) for text in texts], limits)
+    assert all(chunk for unit in plan for chunk in unit) and all(plan)
+    units = Counter(number for unit in plan for number in {piece.segment for chunk in unit for piece in chunk})
+    assert set(units.values()) == {1}
+    for unit in plan:
+        members = {piece.segment for chunk in unit for piece in chunk}
+        assert len(unit) == 1 or len(members) == 1
+
+
+@given(texts=SEGMENTS, limits=LIMITS)
+def test_no_chunk_has_more_rows_than_allowed(texts: list[tuple[int, int]], limits: ChunkLimits) -> None:
+    for unit in chunk_plan([segment_of(*text) for text in texts], limits):
+        for chunk in unit:
+            rows = sum(piece.stop - piece.start for piece in chunk)
+            if limits.gathered and len(chunk) > 1:
+                assert rows <= limits.gathered_rows
+            else:
+                assert rows <= limits.rows
+
+
+@given(texts=SEGMENTS, limits=LIMITS)
+def test_no_unit_has_more_pages_in_memory_than_allowed(texts: list[tuple[int, int]], limits: ChunkLimits) -> None:
+    segments = [segment_of(*text) for text in texts]
+    for unit in chunk_plan(segments, limits):
+        members = {piece.segment for chunk in unit for piece in chunk}
+        pages = sum(segments[number].stop // PAGE_TOKENS for number in members)
+        assert not limits.lent_pages or pages <= limits.lent_pages
+
+
+@given(texts=SEGMENTS, limits=LIMITS)
+def test_single_tokens_come_first_in_a_chunk(texts: list[tuple[int, int]], limits: ChunkLimits) -> None:
+    for unit in chunk_plan([segment_of(*text) for text in texts], limits):
+        for chunk in unit:
+            counts = [piece.stop - piece.start for piece in chunk]
+            assert counts == sorted(counts, key=lambda count: count > 1)
+
+
+@given(texts=SEGMENTS, rows=st.sampled_from([1, 7, 64]), together=st.integers(1, 4), within_pages=st.booleans())
+def test_gathered_chunks_have_rows_of_equal_length(
+    texts: list[tuple[int, int]], rows: int, together: int, within_pages: bool
+) -> None:
+    segments = [segment_of(*text) for text in texts]
+    limits = limits_of(rows=rows, gathered=True, gathered_rows=together, within_pages=within_pages)
+    for unit in chunk_plan(segments, limits):
+        for chunk in unit:
+            assert len({piece.stop - piece.start for piece in chunk}) == 1
+            assert len(chunk) == 1 or chunk[0].stop == 1
+            for piece in chunk:
+                first = segments[piece.segment].kv.length + piece.start
+                last = segments[piece.segment].kv.length + piece.stop - 1
+                assert not within_pages or first // PAGE_TOKENS == last // PAGE_TOKENS
+
+
+def test_gathered_single_tokens_go_with_others_of_like_length() -> None:
+    segments = [segment_of(past, 1) for past in (300, 5, 290, 6)]
+    plan = chunk_plan(segments, limits_of(gathered=True, gathered_rows=2))
+    assert [{piece.segment for piece in chunk} for (chunk,) in plan] == [{1, 3}, {0, 2}]
+
+
+def test_decoding_and_short_prompts_share_a_chunk() -> None:
+    segments = [segment_of(0, 20), segment_of(100, 1), segment_of(0, 30), segment_of(50, 1)]
+    ((chunk,),) = chunk_plan(segments, limits_of(rows=64))
+    assert chunk == [Piece(1, 0, 1), Piece(3, 0, 1), Piece(0, 0, 20), Piece(2, 0, 30)]
+
+
+def test_a_segment_longer_than_a_chunk_is_cut() -> None:
+    assert chunk_plan([segment_of(10, 150)], limits_of(rows=64)) == [
+        [[Piece(0, 0, 64)], [Piece(0, 64, 128)], [Piece(0, 128, 150)]]
+    ]
+
+
+def test_nothing_makes_no_chunk() -> None:
+    assert chunk_plan([], limits_of()) == []
+
+
+def pool_of(sequences: int = 2, context: int = 100) -> KVPool:
+    plan = CachePlan(KVShape(1, 2, 1, torch.bfloat16), 16, False, layer_groups((0,)), sequences, context, 200, context)
+    return KVPool(plan, torch.zeros(plan.pool_nbytes, dtype=torch.uint8))
+
+
+def refused(segment: Segment, pool: KVPool) -> str:
+    with pytest.raises(ConfigError) as caught:
+        Segments([segment], pool, limits_of(), 1, nullcontext, lambda number, index, logits: None)
+    return str(caught.value)
+
+
+def test_a_segment_beyond_what_was_reserved_is_refused() -> None:
+    pool = pool_of()
+    kv = pool.reserve(10)
+    assert kv is not None
+    kv.length = 4
+    message = "segment 0: tokens 4 to 11 of a sequence with room for 10; expected at least one, and reserve as many"
+    assert message in refused(Segment(kv, [1] * 7), pool)
+
+
+def test_a_segment_without_tokens_is_refused() -> None:
+    pool = pool_of()
+    kv = pool.reserve(10)
+    assert kv is not None
+    assert "expected at least one" in refused(Segment(kv, []), pool)
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 4])
+@pytest.mark.parametrize("keeps", [(0, 0), (1, 5), (6, 0)])
+def test_logits_come_for_the_last_positions_asked_for_and_no_others(
+    tiny: Tiny, keeps: tuple[int, int], chunk: int | None
+) -> None:
+    prompts = prompts_for("llama")
+    with open_runtime(tiny.store("llama"), rows_per_chunk=chunk) as runtime, ExitStack() as stack:
+        kvs = [reserved(stack, runtime, len(prompt)) for prompt in prompts]
+        found = run_segments(runtime, [Segment(*each) for each in zip(kvs, map(list, prompts), keeps, strict=True)])
+        assert [kv.length for kv in kvs] == [len(prompt) for prompt in prompts]
+    for rows, keep, prompt, logits in zip(found, keeps, prompts, tiny.reference("llama").logits, strict=True):
+        assert len(rows) == keep
+        if keep:
+            expected = logits[len(prompt) - keep : len(prompt)]
+            torch.testing.assert_close(rows, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_logits_come_in_pieces_of_bounded_size(tiny: Tiny) -> None:
+    (prompt, _), pieces = prompts_for("llama"), list[tuple[int, int, int]]()
+    with open_runtime(tiny.store("llama")) as runtime, ExitStack() as stack:
+        kv = reserved(stack, runtime, len(prompt))
+        segment = Segment(kv, list(prompt), len(prompt))
+        runtime.run([segment], lambda number, index, rows: pieces.append((number, index, len(rows))))
+        most = runtime.workspace.head_rows
+    assert most < len(prompt)
+    assert [index for _, index, _ in pieces] == list(range(0, len(prompt), most))
+    assert max(rows for _, _, rows in pieces) == most
+
+
+def test_a_pass_that_fails_leaves_lengths_as_they_were(tiny: Tiny) -> None:
+    def fail(*_: object) -> None:
+        raise ValueError("of the caller's own")
+
+    (prompt, _) = prompts_for("llama")
+    with open_runtime(tiny.store("llama")) as runtime, ExitStack() as stack:
+        kv = reserved(stack, runtime, len(prompt))
+        with pytest.raises(ValueError, match="of the caller's own"):
+            runtime.run([Segment(kv, list(prompt), 1)], fail)
+        assert kv.length == 0
+        (found,) = run_segments(runtime, [Segment(kv, list(prompt), 1)])
+    torch.testing.assert_close(found[0], tiny.reference("llama").logits[0][len(prompt) - 1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", LENGTH_DEPENDENT)
+def test_pieces_of_a_prompt_are_turned_as_the_whole_of_it_is(tiny: Tiny, name: str) -> None:
+    (prompt, _) = prompts_for(name)
+    assert 5 < SHORT_TEXT < len(prompt)
+    found = []
+    with open_runtime(tiny.store(name)) as runtime, ExitStack() as stack:
+        kv = reserved(stack, runtime, len(prompt))
+        for ids in (prompt[:5], prompt[5:]):
+            found += run_segments(runtime, [Segment(kv, list(ids), len(ids), text_length=len(prompt))])
+    expected = reference_logits(tiny.model(name), prompt)
+    torch.testing.assert_close(torch.cat(found), expected, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,34 @@
+"""The processor's measured times, and what is read out of them."""
+
+import pytest
+import torch
+
+from tiered.kernels import Kernels
+from tiered.plan.calibrate import ComputeRate, measure_attention, measure_compute
+from tiered.quant import GroupScheme
+
+RATE = ComputeRate((1, 4, 16), (1.0, 2.0, 6.0))
+
+
+def test_measured_numbers_of_rows_give_what_was_measured() -> None:
+    assert [RATE.seconds(rows, 10) for rows in RATE.rows] == [10.0, 20.0, 60.0]
+
+
+def test_between_them_time_is_interpolated_and_beyond_them_it_grows_with_the_rows() -> None:
+    assert RATE.seconds(10, 1) == pytest.approx(4.0)
+    assert RATE.seconds(64, 1) == pytest.approx(24.0)
+
+
+@pytest.mark.parametrize("scheme", [GroupScheme(4), GroupScheme(8), None])
+def test_more_rows_take_longer_in_all_but_less_each(scheme: GroupScheme | None) -> None:
+    with Kernels(1) as kernels:
+        if kernels.level is None:
+            pytest.skip(str(kernels.refusal))
+        rate = measure_compute(kernels, scheme, 1024, torch.bfloat16, counts=(1, 64))
+        one, many = rate.seconds(1, 10**6), rate.seconds(64, 10**6)
+    assert 0 < one < many < 64 * one
+
+
+def test_attention_takes_time_for_every_token() -> None:
+    with Kernels(1) as kernels:
+        assert 0 < measure_attention(kernels, 8, 2, 64, torch.bfloat16) < 1e-3

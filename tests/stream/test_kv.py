@@ -1,0 +1,327 @@
+"""The KV cache's stream: pages come in order and ahead, go to disk behind, and no error is lost or hangs.
+
+A pass is played without a model: each unit writes what it should find there in the next pass.
+"""
+
+import asyncio
+import errno
+import os
+import threading
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+import torch
+
+from tiered.cache import CachePlan, KVPool, KVShape, LentRecords, Part, SequenceKV, layer_groups
+from tiered.errors import DiskFullError, ReadError
+from tiered.io import Arena, Faults, SpillFile
+from tiered.kernels.attention import PAGE_TOKENS
+from tiered.stream import KVStream
+from tiered.trace import Tracer
+
+SECONDS: Final = 20.0
+LAYERS: Final = 3
+CONTEXT: Final = 10 * PAGE_TOKENS
+
+
+def cache_plan(sequences: int, lent_pages: int) -> CachePlan:
+    shape = KVShape(2, 16, LAYERS, torch.bfloat16)
+    return CachePlan(
+        shape, 8, True, layer_groups((0,) * LAYERS), sequences, CONTEXT, sequences * CONTEXT, 64, lent_pages
+    )
+
+
+@dataclass
+class Calls:
+    """`preadv` or `pwritev` that tells `on_call` the offset first, which may raise or wait."""
+
+    call: Faults
+    on_call: Callable[[int], None] = lambda offset: None
+
+    def __call__(self, fd: int, buffers: Sequence[memoryview], offset: int, flags: int, /) -> int:
+        self.on_call(offset)
+        return self.call(fd, buffers, offset, flags)
+
+
+@dataclass
+class Setup:
+    stream: KVStream
+    pool: KVPool
+    reads: Calls
+    writes: Calls
+    spill: SpillFile
+    ring: Any
+
+    def sequences(self, count: int) -> list[SequenceKV]:
+        found = [self.pool.reserve(CONTEXT) for _ in range(count)]
+        return [kv for kv in found if kv is not None]
+
+    def units(self, kvs: Sequence[SequenceKV], tokens: int) -> list[LentRecords]:
+        """A unit for each sequence, which gets so many tokens more."""
+        return [LentRecords(self.pool, [Part(kv, kv.length, tokens)]) for kv in kvs]
+
+
+@asynccontextmanager
+async def streaming(folder: Path, sequences: int = 4, lent_pages: int = 10) -> AsyncIterator[Setup]:
+    """A stream with memory for two units of the longest sequence."""
+    plan = cache_plan(sequences, lent_pages)
+    reads, writes = Calls(os.preadv), Calls(os.pwritev)
+    with Arena(plan.ring_nbytes + plan.pool_nbytes + 3 * 4096) as arena:
+        pool = KVPool(plan, arena.borrow(plan.pool_nbytes, "kv").tensor())
+        ring = arena.borrow(plan.ring_nbytes, "ring")
+        trace = Tracer()
+        with SpillFile(folder, plan.records_nbytes, 4, trace, preadv=reads, pwritev=writes) as spill:
+            async with KVStream(spill, ring, LAYERS, trace) as stream:
+                yield Setup(stream, pool, reads, writes, spill, ring)
+
+
+def run(work: Coroutine[Any, Any, None]) -> None:
+    """A stream that hangs fails."""
+    asyncio.run(asyncio.wait_for(work, SECONDS))
+
+
+def marker(layer: int, kv: SequenceKV, page: int) -> int:
+    return 1 + layer * 10_000 + kv.tail * 100 + page
+
+
+def check_and_fill(setup: Setup, records: LentRecords, layer: int) -> None:
+    """What a unit computes: it finds every page it completed before, and completes more."""
+    places, memory = records.map_of(layer), records.memory(layer)
+    numbers, count = memory.view(torch.int64), setup.pool.layout.record_nbytes // 8
+    for number, part in enumerate(places.parts):
+        for page in range(part.stop // PAGE_TOKENS):
+            record = numbers[places.offset(number, page) // 8 :][:count]
+            if page < part.first_page:
+                assert (record == marker(layer, part.kv, page)).all()
+            else:
+                record[:] = marker(layer, part.kv, page)
+
+
+async def run_pass(
+    setup: Setup, units: list[LentRecords], stop_at: tuple[int, int] | None = None, pause: float = 0
+) -> None:
+    """All layers of `units`; ends in the middle, before unit (layer, number), where that is asked for."""
+    stream = setup.stream
+    try:
+        stream.begin(units)
+        for layer in range(LAYERS):
+            for number, records in enumerate(units):
+                if (layer, number) == stop_at:
+                    return
+                await stream.fetch(records, layer)
+                check_and_fill(setup, records, layer)
+                await asyncio.sleep(pause)
+                stream.store(records, layer)
+    finally:
+        await stream.end()
+    for records in units:
+        for part in records.maps[0].parts:
+            part.kv.length = part.stop
+
+
+def test_pages_come_back_in_the_next_passes(tmp_path: Path) -> None:
+    async def passes() -> None:
+        async with streaming(tmp_path) as setup:
+            kvs = setup.sequences(4)
+            for tokens in (100, 28, 1, 200, 1, 63):
+                await run_pass(setup, setup.units(kvs, tokens))
+            read = sum(before // PAGE_TOKENS for before in (100, 128, 129, 329, 330))
+            nbytes = 4 * LAYERS * setup.pool.layout.record_nbytes
+            assert setup.spill.bytes_read == read * nbytes
+        # Every complete page has been written once, and whole.
+        assert setup.spill.bytes_written == 393 // PAGE_TOKENS * nbytes
+
+    run(passes())
+
+
+def test_a_unit_may_hold_several_sequences(tmp_path: Path) -> None:
+    async def passes() -> None:
+        async with streaming(tmp_path) as setup:
+            kvs = setup.sequences(4)
+            for tokens in (130, 1, 70):
+                parts = [Part(kv, kv.length, tokens) for kv in kvs]
+                await run_pass(setup, [LentRecords(setup.pool, pair) for pair in (parts[:2], parts[2:])])
+
+    run(passes())
+
+
+def test_the_next_unit_is_read_before_this_one_is_stored(tmp_path: Path) -> None:
+    async def passes() -> None:
+        async with streaming(tmp_path) as setup:
+            kvs = setup.sequences(3)
+            await run_pass(setup, setup.units(kvs, 200))
+            seen = threading.Event()
+            units = setup.units(kvs, 1)
+            (second,) = units[1].map_of(0).reads(0)
+            setup.reads.on_call = lambda offset: seen.set() if offset == second.offset else None
+            setup.stream.begin(units)
+            await setup.stream.fetch(units[0], 0)
+            await asyncio.wait_for(asyncio.to_thread(seen.wait), SECONDS)
+            setup.stream.store(units[0], 0)
+            await setup.stream.end()
+
+    run(passes())
+
+
+def test_a_layer_is_read_only_when_its_earlier_writes_have_ended(tmp_path: Path) -> None:
+    async def passes() -> None:
+        async with streaming(tmp_path) as setup:
+            kvs = setup.sequences(2)
+            go, read = threading.Event(), threading.Event()
+            setup.writes.on_call = lambda offset: None if go.wait(SECONDS) else fail(errno.EIO)
+            first = asyncio.create_task(run_pass(setup, setup.units(kvs, 128)))
+            await first
+            setup.reads.on_call = lambda offset: read.set()
+            second = asyncio.create_task(run_pass(setup, setup.units(kvs, 1)))
+            await asyncio.sleep(0.05)
+            assert not read.is_set()
+            go.set()
+            await second
+
+    run(passes())
+
+
+def fail(number: int) -> None:
+    raise OSError(number, os.strerror(number))
+
+
+def test_a_failed_read_surfaces_in_the_same_pass(tmp_path: Path) -> None:
+    async def passes() -> None:
+        async with streaming(tmp_path) as setup:
+            kvs = setup.sequences(3)
+            await run_pass(setup, setup.units(kvs, 200))
+            setup.reads.on_call = lambda offset: fail(errno.EIO)
+            with pytest.raises(ReadError, match="Input/output error"):
+                await run_pass(setup, setup.units(kvs, 1))
+            setup.reads.on_call = lambda offset: None
+            await run_pass(setup, setup.units(kvs, 1))
+
+    run(passes())
+
+
+def test_a_disk_that_fills_up_surfaces_in_the_next_pass_at_the_latest(tmp_path: Path) -> None:
+    async def passes() -> None:
+        async with streaming(tmp_path) as setup:
+            kvs = setup.sequences(3)
+            setup.writes.on_call = lambda offset: fail(errno.ENOSPC)
+            with pytest.raises(DiskFullError, match="no space for"):
+                await run_pass(setup, setup.units(kvs, 100))
+                await run_pass(setup, setup.units(kvs, 1))
+        assert not any(thread.name.startswith("tiered-spill") for thread in threading.enumerate())
+
+    run(passes())
+
+
+def test_writes_that_fail_when_nothing_follows_hold_nothing_up(tmp_path: Path) -> None:
+    async def passes() -> None:
+        async with streaming(tmp_path) as setup:
+            setup.writes.on_call = lambda offset: fail(errno.ENOSPC)
+            # Twice the ring: its memory must come back although nothing is written.
+            await run_pass(setup, setup.units(setup.sequences(4), CONTEXT))
+
+    run(passes())
+
+
+@pytest.mark.parametrize("stop_at", [(0, 0), (0, 2), (1, 0), (2, 3)])
+def test_a_pass_that_ends_in_the_middle_leaves_the_stream_usable(tmp_path: Path, stop_at: tuple[int, int]) -> None:
+    async def passes() -> None:
+        async with streaming(tmp_path) as setup:
+            kvs = setup.sequences(4)
+            await run_pass(setup, setup.units(kvs, 300))
+            await run_pass(setup, setup.units(kvs, 1), stop_at)
+            for tokens in (1, 100, 1):
+                await run_pass(setup, setup.units(kvs, tokens))
+
+    run(passes())
+
+
+@pytest.mark.parametrize("moment", ["fetching", "computing"])
+def test_a_cancelled_pass_leaves_the_stream_usable(tmp_path: Path, moment: str) -> None:
+    async def passes() -> None:
+        async with streaming(tmp_path) as setup:
+            kvs = setup.sequences(4)
+            await run_pass(setup, setup.units(kvs, 300))
+            go = threading.Event()
+            if moment == "fetching":
+                setup.reads.on_call = lambda offset: None if go.wait(SECONDS) else fail(errno.EIO)
+            work = asyncio.create_task(run_pass(setup, setup.units(kvs, 1), pause=60 if moment == "computing" else 0))
+            await asyncio.sleep(0.05)
+            work.cancel()
+            go.set()
+            await asyncio.wait([work])
+            assert work.cancelled()
+            await run_pass(setup, setup.units(kvs, 1))
+
+    run(passes())
+
+
+def test_leaving_waits_for_what_is_being_written(tmp_path: Path) -> None:
+    async def passes() -> None:
+        go = threading.Event()
+        async with streaming(tmp_path) as setup:
+            setup.writes.on_call = lambda offset: None if go.wait(SECONDS) else fail(errno.EIO)
+            await run_pass(setup, setup.units(setup.sequences(2), 64))
+            assert setup.spill.bytes_written == 0
+            asyncio.get_running_loop().call_later(0.05, go.set)
+        assert setup.spill.bytes_written == 2 * LAYERS * setup.pool.layout.record_nbytes
+
+    run(passes())
+
+
+def test_no_more_is_read_ahead_than_the_ring_holds(tmp_path: Path) -> None:
+    async def passes() -> None:
+        async with streaming(tmp_path) as setup:
+            kvs = setup.sequences(4)
+            await run_pass(setup, setup.units(kvs, 500))
+            before, units = setup.spill.bytes_read, setup.units(kvs, 1)
+            setup.stream.begin(units)
+            await setup.stream.fetch(units[0], 0)
+            await asyncio.sleep(0.05)
+            one = 500 // PAGE_TOKENS * setup.pool.layout.record_nbytes
+            assert setup.spill.bytes_read - before == setup.ring.nbytes // one * one < 4 * one
+            setup.stream.store(units[0], 0)
+            await setup.stream.fetch(units[1], 0)
+            await setup.stream.end()
+
+    run(passes())
+
+
+@pytest.mark.parametrize("lent_pages", [10, 13, 20])
+def test_units_of_all_sizes_fit_the_ring_whatever_came_before(tmp_path: Path, lent_pages: int) -> None:
+    async def passes() -> None:
+        async with streaming(tmp_path, lent_pages=lent_pages) as setup:
+            kvs = setup.sequences(4)
+            for tokens in ((500, 1, 130, 64), (1, 1, 1, 1), (130, 500, 1, 1), (1, 64, 300, 500), (1, 1, 1, 1)):
+                units = [LentRecords(setup.pool, [Part(kv, kv.length, n)]) for kv, n in zip(kvs, tokens, strict=True)]
+                await run_pass(setup, units, pause=0.001)
+
+    run(passes())
+
+
+def test_units_that_need_no_memory_pass_at_once(tmp_path: Path) -> None:
+    async def passes() -> None:
+        async with streaming(tmp_path) as setup:
+            kvs = setup.sequences(4)
+            for tokens in (10, 1, 1):
+                await run_pass(setup, setup.units(kvs, tokens))
+            assert setup.spill.bytes_read == setup.spill.bytes_written == 0
+
+    run(passes())
+
+
+def test_time_waited_for_pages_is_counted(tmp_path: Path) -> None:
+    async def passes() -> None:
+        async with streaming(tmp_path) as setup:
+            kvs = setup.sequences(1)
+            await run_pass(setup, setup.units(kvs, 100))
+            before, go = setup.stream.wait_seconds, threading.Event()
+            setup.reads.on_call = lambda offset: None if go.wait(SECONDS) else fail(errno.EIO)
+            asyncio.get_running_loop().call_later(0.05, go.set)
+            await run_pass(setup, setup.units(kvs, 1))
+            assert setup.stream.wait_seconds >= before + 0.04
+
+    run(passes())

@@ -1,0 +1,73 @@
+"""`tiered batch`: a file of requests in, a file of results out; killed and started again at will."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+_POSITIVE = click.IntRange(min=1)
+_FILE = click.Path(path_type=Path, dir_okay=False)
+
+
+@click.command("batch")
+@click.argument("store", type=click.Path(path_type=Path))
+@click.option("-i", "--input", "input_path", required=True, type=_FILE, help="Requests, one JSON object per line.")
+@click.option("-o", "--output", "output_path", required=True, type=_FILE, help="Where results are appended.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0, (1 << 64) - 1), help="For sampling.")
+@click.option(
+    "--max-tokens", default=128, show_default=True, type=_POSITIVE, help="Tokens to generate where a line says nothing."
+)
+@click.option("--context", type=_POSITIVE, help="Tokens of the longest sequence. [default: as the input needs]")
+@click.option("--batch", type=_POSITIVE, help="Sequences that share a pass. [default: as time and memory allow]")
+@click.option("--micro-batch", type=_POSITIVE, help="Rows computed together. [default: as memory allows]")
+@click.option(
+    "--kv",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "cpu", "disk"]),
+    help="Where the KV cache is; auto: in memory if it fits.",
+)
+@click.option(
+    "--kv-bits", default="16", show_default=True, type=click.Choice(["16", "8", "4"]), help="Precision of the KV cache."
+)
+@click.option(
+    "--kv-dir",
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    help="Where a KV cache on disk goes. [default: beside the store]",
+)
+@click.option("--dtype", default="auto", show_default=True, help="auto, bfloat16 or float32: what is computed in.")
+@click.option("--verify", default="first", show_default=True, type=click.Choice(["first", "always", "never"]))
+@click.option("--tiers", default="disk,cpu", show_default=True, help="Where weights may be, slowest first.")
+@click.option("--ram", help="Budget for the whole process, such as 2GiB. [default: 90% of what is free]")
+@click.option("--threads", type=_POSITIVE, help="Compute threads. [default: all processors]")
+@click.option(
+    "--kernels",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "torch", "scalar", "avx2", "avx512", "amx"]),
+    help="What multiplies; auto is the best that this machine has.",
+)
+@click.option(
+    "--kernel-mode",
+    default="invariant",
+    show_default=True,
+    type=click.Choice(["invariant", "fast"]),
+    help="invariant: a text does not depend on what shares its batch. fast: activations may be rounded to 8 bits.",
+)
+@click.option("--measure/--no-measure", default=True, help="Measure the raw disk bandwidth before and after.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object with the report.")
+def command(**options: Any) -> None:
+    """Answer all requests of a file with STORE, the folder that 'tiered convert' wrote.
+
+    Lines are requests in OpenAI's batch format, for /v1/completions or /v1/chat/completions. Results are appended in
+    its result format as they are finished, in any order. The same command again goes on where an interrupted one has
+    stopped: what is done is kept, and the results are those of a run in one go. OUTPUT.job tells which job a result
+    file belongs to.
+    """
+    from tiered.cli.batch_options import BatchOptions
+    from tiered.cli.batch_run import run
+
+    result = run(BatchOptions(**options))
+    if options["as_json"]:
+        click.echo(json.dumps(result, indent=2, ensure_ascii=False))

@@ -1,0 +1,103 @@
+"""`tiered score`: how likely a model finds a text. Perplexity, and a log-probability per token."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+_POSITIVE = click.IntRange(min=1)
+
+
+@click.command("score")
+@click.argument("store", type=click.Path(path_type=Path))
+@click.option(
+    "-f",
+    "--file",
+    "files",
+    multiple=True,
+    type=click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path),
+    help="A text; repeatable; - is standard input.",
+)
+@click.option("--context", type=_POSITIVE, help="Tokens in a window. [default: 2048, or what the model has]")
+@click.option(
+    "--stride",
+    type=_POSITIVE,
+    help="Tokens of a window that are scored anew; the others are context. [default: all: windows do not overlap]",
+)
+@click.option(
+    "--batch",
+    "--windows-per-pass",
+    "windows_per_pass",
+    type=_POSITIVE,
+    help="Windows that share a pass. [default: as memory allows]",
+)
+@click.option(
+    "--per-token",
+    "per_token_path",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write a JSON line per token: file, position, token_id, text, logprob.",
+)
+@click.option(
+    "--kv-bits", default="16", show_default=True, type=click.Choice(["16", "8", "4"]), help="Precision of the KV cache."
+)
+@click.option("--dtype", default="auto", show_default=True, help="auto, bfloat16 or float32: what is computed in.")
+@click.option("--verify", default="first", show_default=True, type=click.Choice(["first", "always", "never"]))
+@click.option("--tiers", default="disk,cpu", show_default=True, help="Where weights may be, slowest first.")
+@click.option("--ram", help="Budget for the whole process, such as 2GiB. [default: 90% of what is free]")
+@click.option("--threads", type=_POSITIVE, help="Compute threads. [default: all processors]")
+@click.option(
+    "--kernels",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "torch", "scalar", "avx2", "avx512", "amx"]),
+    help="What multiplies; auto is the best that this machine has.",
+)
+@click.option(
+    "--kernel-mode",
+    default="invariant",
+    show_default=True,
+    type=click.Choice(["invariant", "fast"]),
+    help="invariant: a score does not depend on what shares its pass. fast: activations may be rounded to 8 bits.",
+)
+@click.option("--measure/--no-measure", default=True, help="Measure the raw disk bandwidth before and after.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+def command(**options: Any) -> None:
+    """Score texts with STORE: perplexity, nats per token, bits per byte.
+
+    Texts come from -f or standard input, each scored on its own. A text is cut into windows of --context tokens, and
+    each of its tokens is scored once, by what comes before it in its window. Every window begins with the token that
+    the model's tokenizer puts in front of texts; where there is none, a text's first token has nothing before it and
+    is not counted. Bits per byte lets models with different tokenizers be compared. The table goes to standard output,
+    everything else to standard error.
+    """
+    from tiered.cli.scoring import Request, run
+
+    result = run(Request(**_read_texts(options)))
+    if options["as_json"]:
+        click.echo(json.dumps(result, indent=2, ensure_ascii=False))
+
+
+def _read_texts(options: dict[str, Any]) -> dict[str, Any]:
+    """The options with all texts read, as pairs of name and text."""
+    options = dict(options)
+    paths = options.pop("files")
+    if not paths:
+        if sys.stdin.isatty():
+            raise click.UsageError("no text: pass -f FILE, or pipe text to standard input")
+        paths = [Path("-")]
+    return {**options, "texts": tuple(map(_read, paths)), "kv_bits": int(options["kv_bits"])}
+
+
+def _read(path: Path) -> tuple[str, str]:
+    """Name and text."""
+    name = "standard input" if str(path) == "-" else str(path)
+    try:
+        # As bytes: what is scored is the text as it lies in the file, line ends included.
+        content = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+        return name, content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise click.UsageError(f"{name}: not UTF-8 ({error.reason} at byte {error.start}); convert it") from None
+    except OSError as error:
+        raise click.UsageError(f"{name}: cannot be read: {error.strerror}") from None

@@ -1,0 +1,161 @@
+"""What `tiered score` shows: a table of scores, a line per token in a file, one status line meanwhile."""
+
+import json
+import math
+import time
+from collections.abc import Sequence as Items
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from tiered.cli.columns import columns
+from tiered.cli.screen import StatusLine
+from tiered.errors import ConfigError, DiskFullError
+from tiered.generate.score import Tally, Window
+from tiered.units import format_seconds
+
+_REFRESH_SECONDS: Final = 0.1
+
+
+@dataclass(frozen=True)
+class Text:
+    """One text to score."""
+
+    name: str
+    ids: torch.Tensor  # [tokens], int32
+    nbytes: int
+    """In UTF-8."""
+    tally: Tally = field(default_factory=Tally)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"file": self.name, **score_json(self.tally, self.nbytes)}
+
+
+def score_json(tally: Tally, nbytes: int) -> dict[str, Any]:
+    """The scores of `nbytes` of text; None for what is infinite, which JSON cannot say."""
+    scores = {
+        "nats_per_token": tally.nats_per_token,
+        "perplexity": tally.perplexity,
+        "bits_per_byte": tally.bits_per_byte(nbytes),
+    }
+    finite = {name: value if math.isfinite(value) else None for name, value in scores.items()}
+    return {"bytes": nbytes, "tokens": tally.tokens, **finite}
+
+
+def together(texts: Items[Text]) -> Tally:
+    """All their tallies added up."""
+    return Tally(sum(text.tally.tokens for text in texts), sum(text.tally.nats for text in texts))
+
+
+def table(texts: Items[Text]) -> list[str]:
+    """A line per text, and one for all together where there are several."""
+    rows: list[tuple[str, ...]] = [("text", "tokens", "nats/token", "perplexity", "bits/byte")]
+    rows += [_row(text.name, text.tally, text.nbytes) for text in texts]
+    if len(texts) > 1:
+        rows.append(_row("together", together(texts), sum(text.nbytes for text in texts)))
+    return columns(rows, "<>>>>")
+
+
+def _row(name: str, tally: Tally, nbytes: int) -> tuple[str, ...]:
+    perplexity = f"{tally.perplexity:.3f}" if tally.perplexity < 1e7 else f"{tally.perplexity:.3e}"
+    return name, str(tally.tokens), f"{tally.nats_per_token:.4f}", perplexity, f"{tally.bits_per_byte(nbytes):.4f}"
+
+
+class TokenTexts:
+    """What a token adds to a text. Decoded alone, some tokenizers' tokens lose the space they begin with."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._before: list[int] = list(tokenizer("a", add_special_tokens=False)["input_ids"])[-1:]
+        self._skip = len(self._decode(self._before))
+        # At most as many as the vocabulary has.
+        self._known: dict[int, str] = {}
+
+    def __call__(self, token: int) -> str:
+        """The text of `token`; a replacement character stands for what is only part of a character."""
+        if token not in self._known:
+            self._known[token] = self._decode([*self._before, token])[self._skip :]
+        return self._known[token]
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+
+class PerTokenFile:
+    """Writes one JSON line per scored token, as they come. A context manager; without a path it writes nothing."""
+
+    def __init__(self, path: Path | None, texts: Items[Text], token_texts: TokenTexts) -> None:
+        self._path, self._texts, self._token_texts = path, texts, token_texts
+        self._file = None if path is None else path.open("w", encoding="utf-8")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if self._file is not None:
+            self._guarded(self._file.close)
+
+    def write(self, window: Window, logprobs: torch.Tensor) -> None:
+        """Lines for what `window` has scored, log-probabilities [targets]."""
+        if self._file is None:
+            return
+        name = self._texts[window.text].name
+        scored = zip(window.targets, logprobs.tolist(), strict=True)
+        lines = []
+        for position, (token, logprob) in enumerate(scored, window.position):
+            line = {
+                "file": name,
+                "position": position,
+                "token_id": token,
+                "text": self._token_texts(token),
+                "logprob": logprob if math.isfinite(logprob) else None,
+            }
+            lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+        self._guarded(self._file.writelines, lines)
+
+    def _guarded(self, act: Any, *arguments: Any) -> None:
+        try:
+            act(*arguments)
+        except OSError as error:
+            raise DiskFullError(f"--per-token {self._path}: cannot be written: {error.strerror}") from error
+
+
+def check_writable(path: Path) -> None:
+    """Refuse, before any work, a file that could not be written after it."""
+    there = path.exists()
+    try:
+        path.open("a").close()
+        if not there:
+            path.unlink()
+    except OSError as error:
+        raise ConfigError(f"--per-token {path}: cannot be written: {error.strerror}; name another file") from None
+
+
+class Progress:
+    """The status line of a scoring: which pass, which block, how much is left, the perplexity so far."""
+
+    def __init__(self, status: StatusLine, passes: int, texts: Items[Text]) -> None:
+        self._status, self._texts = status, texts
+        self._passes = passes
+        self._done = 0
+        self._began = time.perf_counter()
+        self._shown = 0.0
+
+    def on_block(self, done: int, blocks: int) -> None:
+        """A block of the running pass has been computed; the last one ends the pass."""
+        number, now = self._done + 1, time.perf_counter()
+        share = (self._done + done / blocks) / max(self._passes, number)
+        if done == blocks:
+            self._done += 1
+        if now - self._shown < _REFRESH_SECONDS:
+            return
+        self._shown = now
+        left = format_seconds((now - self._began) * (1 / share - 1))
+        total = together(self._texts)
+        found = f"  perplexity so far {total.perplexity:.4g}" if total.tokens else ""
+        passes = max(self._passes, number)
+        self._status.say(f"pass {number}/{passes}  block {done}/{blocks}  {left} left{found}")

@@ -1,0 +1,205 @@
+"""What `tiered score` does, step by step: texts, windows, plan, passes, report. Heavy imports live here."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+import click
+import torch
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from tiered.arch import load_config
+from tiered.cache import Bits
+from tiered.cli.measuring import measure_footprint, measured
+from tiered.cli.score_output import (
+    PerTokenFile,
+    Progress,
+    Text,
+    TokenTexts,
+    check_writable,
+    score_json,
+    table,
+    together,
+)
+from tiered.cli.screen import StatusLine
+from tiered.errors import BudgetError, ConfigError
+from tiered.generate.score import Window, count_windows, cut_windows, score
+from tiered.generate.score_report import ScoreReport, make_score_report
+from tiered.generate.score_width import choose_windows_per_pass
+from tiered.generate.tokenizer import load_tokenizer
+from tiered.io import VerifyPolicy
+from tiered.kernels import Mode
+from tiered.model import Load
+from tiered.plan import available_budget, parse_tiers
+from tiered.runtime import Options, Runtime
+from tiered.store import Store
+from tiered.units import MIB, parse_size
+
+_DEFAULT_CONTEXT: Final = 2048
+_GROWTH_NBYTES: Final = 8 * MIB
+"""What the process may have grown by between planning with it and running."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """The options of the command, as they were given."""
+
+    store: Path
+    texts: tuple[tuple[str, str], ...]
+    """Names and texts."""
+    context: int | None
+    stride: int | None
+    windows_per_pass: int | None
+    per_token_path: Path | None
+    kv_bits: Bits
+    dtype: str
+    verify: str
+    tiers: str
+    ram: str | None
+    threads: int | None
+    kernels: str
+    kernel_mode: str
+    measure: bool
+    as_json: bool
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """How texts are cut into windows."""
+
+    texts: tuple[Text, ...]
+    begin_ids: tuple[int, ...]
+    context: int
+    stride: int
+
+    @property
+    def count(self) -> int:
+        lengths = [len(text.ids) for text in self.texts]
+        return sum(count_windows(n, self.context, self.stride, len(self.begin_ids)) for n in lengths)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest window: texts may be shorter than the context."""
+        return min(self.context, len(self.begin_ids) + max(len(text.ids) for text in self.texts))
+
+    def load(self, windows: int) -> Load:
+        """What a pass of so many windows holds."""
+        return Load(windows, self.longest, self.longest, logits=windows * self.longest, one_pass=True)
+
+    def windows(self) -> Iterator[Window]:
+        for number, text in enumerate(self.texts):
+            yield from cut_windows(text.ids, self.context, self.stride, self.begin_ids, number)
+
+
+def run(request: Request) -> dict[str, Any]:
+    """Score, writing the table and the report unless `as_json`; returns what `--json` prints."""
+    options = Options(
+        ram=None if request.ram is None else parse_size(request.ram),
+        tiers=parse_tiers(request.tiers),
+        dtype=request.dtype,
+        threads=request.threads,
+        verify=VerifyPolicy(request.verify),
+        kernels=request.kernels,
+        kernel_mode=Mode(request.kernel_mode),
+        # A window too long for memory may still pass; several at a time only share what memory has.
+        kv="auto",
+        kv_bits=request.kv_bits,
+    )
+    if request.per_token_path is not None:
+        check_writable(request.per_token_path)
+    store = Store.open(request.store)
+    # Before the tokenizer, which reads it too and would be blamed for it.
+    config = load_config(store.path)
+    context, stride = _sizes(request, config)
+    tokenizer = load_tokenizer(store)
+    begin_ids = _begin_ids(tokenizer)
+    texts = tuple(_encode(name, text, store, tokenizer, bool(begin_ids)) for name, text in request.texts)
+    cut = _Cut(texts, begin_ids, context, stride)
+    per_pass = request.windows_per_pass or _windows_per_pass(store, cut, options)
+    with Runtime(store, cut.load(min(per_pass, cut.count)), options) as runtime:
+        report = _score(request, runtime, cut, per_pass, tokenizer)
+    if not request.as_json:
+        for line in table(texts):
+            click.echo(line)
+        for line in report.lines():
+            click.echo(line, err=True)
+    return {
+        "texts": [text.to_json() for text in texts],
+        "together": score_json(together(texts), sum(text.nbytes for text in texts)),
+        "context": context,
+        "stride": stride,
+        "windows_per_pass": per_pass,
+        "report": report.to_json(),
+    }
+
+
+def _sizes(request: Request, config: PretrainedConfig) -> tuple[int, int]:
+    """Context and stride, in tokens."""
+    most = getattr(config, "max_position_embeddings", None)
+    context = request.context or min(_DEFAULT_CONTEXT, most or _DEFAULT_CONTEXT)
+    if most is not None and context > most:
+        raise ConfigError(f"--context {context}: this model has positions for {most}; ask for at most that many")
+    stride = request.stride or context
+    if stride > context:
+        raise ConfigError(f"--stride {stride}: a window has {context} tokens; score at most that many of them anew")
+    return context, stride
+
+
+def _begin_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """What the tokenizer puts in front of a text by itself, as it does when the text is a prompt."""
+    plain = list(tokenizer("a", add_special_tokens=False)["input_ids"])
+    whole = list(tokenizer("a")["input_ids"])
+    places = [at for at in range(len(whole) - len(plain) + 1) if whole[at : at + len(plain)] == plain]
+    return tuple(whole[: places[0]]) if places else ()
+
+
+def _encode(name: str, text: str, store: Store, tokenizer: PreTrainedTokenizerBase, begins: bool) -> Text:
+    """The tokens of `text`, at least one of which can be scored."""
+    if not text:
+        raise ConfigError(f"{name}: is empty; pass some text to score")
+    found = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    ids = torch.tensor(found, dtype=torch.int32)
+    if len(ids) < (1 if begins else 2):
+        raise ConfigError(f"{name}: is {len(ids)} tokens long, with nothing before them to score them by; pass more")
+    if int(ids.max()) >= store.vocab_size:
+        raise ConfigError(
+            f"{name}: has token {int(ids.max())}, this model knows tokens 0 to {store.vocab_size - 1}; "
+            "copy the model's own tokenizer files into the store"
+        )
+    return Text(name, ids, len(text.encode("utf-8")))
+
+
+def _windows_per_pass(store: Store, cut: _Cut, options: Options) -> int:
+    """As many as make the disk's work least, by plans for this process as it is now."""
+    footprint = measure_footprint(store, cut.load(1), options)
+    grown = replace(footprint, baseline=footprint.baseline + _GROWTH_NBYTES)
+    budget = options.ram or available_budget()
+
+    def read_nbytes(windows: int) -> int | None:
+        try:
+            plan = replace(grown, load=cut.load(windows)).plan(budget, options.tiers)
+        except BudgetError:
+            return None
+        return plan.streamed_nbytes
+
+    return choose_windows_per_pass(read_nbytes, cut.count, cut.longest)
+
+
+def _score(
+    request: Request, runtime: Runtime, cut: _Cut, per_pass: int, tokenizer: PreTrainedTokenizerBase
+) -> ScoreReport:
+    """Measure, score, measure. The tallies of the texts grow as windows are done."""
+    with (
+        StatusLine(lambda: runtime.bytes_read) as status,
+        PerTokenFile(request.per_token_path, cut.texts, TokenTexts(tokenizer)) as per_token,
+    ):
+
+        def on_scored(window: Window, logprobs: torch.Tensor) -> None:
+            cut.texts[window.text].tally.add(logprobs)
+            per_token.write(window, logprobs)
+
+        with measured(runtime, status, request.measure) as around:
+            progress = Progress(status, -(-cut.count // per_pass), cut.texts)
+            scoring = score(runtime, cut.windows(), per_pass, on_scored, progress.on_block)
+    return make_score_report(scoring, around.surroundings(runtime, scoring.disk_idle_seconds))

@@ -1,0 +1,256 @@
+"""How likely a model finds a text: windows of its tokens, many in a pass, log-probabilities out.
+
+In: the tokens of texts and a runtime. Out: for every window a log-probability per scored token, and what it cost.
+`tiered score` calls it; so does whoever asks what quantization of weights or cache costs.
+
+A window is what the model sees at once. Its tokens are fed with logits kept where something is scored; each logit row
+becomes one number as soon as it is computed, so logits of a whole window never exist.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Sequence as Items
+from dataclasses import dataclass, field
+from typing import Final, Protocol
+
+import torch
+
+from tiered.cache import SequenceKV
+from tiered.errors import BudgetError, ConfigError, TieredError
+from tiered.model import OnBlock, OnLogits, Pass, Segment
+from tiered.units import MIB
+
+_PIECE_NBYTES: Final = 4 * MIB
+"""Of logits that are widened to float32 at once."""
+_LARGEST_EXPONENT: Final = 700.0
+"""Beyond it exp() leaves the range of a float."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """Tokens that are computed as one sequence, and those of the text that they are to predict."""
+
+    input_ids: list[int]
+    targets: list[int]
+    """What follows each of the last len(targets) input tokens."""
+    position: int = 0
+    """Of the first target in its text; what begins a text by the tokenizer's custom is not counted."""
+    text: int = 0
+    """Which of several texts."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.targets) <= len(self.input_ids):
+            raise ConfigError(
+                f"window: {len(self.targets)} targets for {len(self.input_ids)} input tokens; "
+                "expected at least one, and none without a token before it"
+            )
+
+
+class ScoreRunner(Protocol):
+    """What scoring needs of a runtime."""
+
+    @property
+    def bytes_read(self) -> int: ...
+
+    @property
+    def disk_idle_seconds(self) -> float: ...
+
+    def reserve(self, tokens: int) -> SequenceKV | None: ...
+
+    def release(self, kv: SequenceKV) -> None: ...
+
+    def run(
+        self, segments: Items[Segment], on_logits: OnLogits, on_block: OnBlock | None = None, is_last: bool = False
+    ) -> Pass: ...
+
+
+@dataclass
+class Tally:
+    """Sums over scored tokens."""
+
+    tokens: int = 0
+    nats: float = 0.0
+    """Negative log-likelihood."""
+
+    def add(self, logprobs: torch.Tensor) -> None:
+        """Count log-probabilities [tokens]."""
+        self.tokens += len(logprobs)
+        self.nats -= float(logprobs.double().sum())
+
+    @property
+    def nats_per_token(self) -> float:
+        """Cross entropy; NaN where nothing has been scored."""
+        return self.nats / self.tokens if self.tokens else math.nan
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the nats per token; infinite where that exceeds a float."""
+        return math.inf if self.nats_per_token > _LARGEST_EXPONENT else math.exp(self.nats_per_token)
+
+    def bits_per_byte(self, nbytes: int) -> float:
+        """Bits of all scored tokens over `nbytes` of text: comparable between tokenizers, which perplexity is not."""
+        return self.nats / math.log(2) / nbytes
+
+
+@dataclass
+class Scoring:
+    """What was scored and what it cost."""
+
+    total: Tally = field(default_factory=Tally)
+    windows: int = 0
+    input_tokens: int = 0
+    """Tokens computed: those of overlaps count again."""
+    passes: list[Pass] = field(default_factory=list)
+    seconds: float = 0.0
+    bytes_read: int = 0
+    disk_idle_seconds: float = 0.0
+
+
+def window_targets(context: int, begins: int) -> int:
+    """The most tokens that a window of `context` tokens can score, of which the first `begins` only begin the text."""
+    return context - max(begins - 1, 0)
+
+
+def count_windows(tokens: int, context: int, stride: int, begins: int = 0) -> int:
+    """How many windows `cut_windows` makes of a text of `tokens` tokens."""
+    most = window_targets(context, begins)
+    scored = tokens - (0 if begins else 1)
+    return 0 if scored < 1 else 1 + max(0, -(-(scored - most) // min(stride, most)))
+
+
+def cut_windows(
+    ids: torch.Tensor, context: int, stride: int, begin_ids: Items[int] = (), text: int = 0
+) -> Iterator[Window]:
+    """Windows of at most `context` tokens over ids [tokens], made one at a time, that score each token once.
+
+    Every window begins with `begin_ids`, what the tokenizer puts in front of a text. The first window scores all its
+    tokens. Each one after it scores `stride` new tokens (or as many as fit, if that is less), behind as many old ones
+    as fit. Without `begin_ids` the text's first token has nothing before it, so it is not scored. What a token's
+    window holds depends on its position alone, never on how the text goes on.
+
+    Raises ConfigError where nothing fits.
+    """
+    most = window_targets(context, len(begin_ids))
+    if most < 1 or stride < 1:
+        raise ConfigError(f"windows of {context} tokens, {stride} scored anew: expected room for at least one")
+    room = context - len(begin_ids)
+    start, end = (0 if begin_ids else 1), (0 if begin_ids else 1) + most
+    while start < len(ids):
+        stop = min(end, len(ids))
+        first = max(0, end - 1 - room)
+        yield Window([*begin_ids, *ids[first : stop - 1].tolist()], ids[start:stop].tolist(), start, text)
+        start, end = end, end + min(stride, most)
+
+
+def score(
+    runner: ScoreRunner,
+    windows: Iterable[Window],
+    per_pass: int,
+    on_scored: Callable[[Window, torch.Tensor], None],
+    on_block: OnBlock | None = None,
+) -> Scoring:
+    """Score `windows`, taken as they are needed, at most `per_pass` of them in one pass.
+
+    `on_scored` is called once per window, in order, in the caller's thread, with the log-probabilities of its targets:
+    float32 [targets]. Raises BudgetError where not even one window fits the cache, TieredError where the model's
+    logits are no numbers.
+    """
+    result = Scoring()
+    began, bytes_before, idle_before = time.perf_counter(), runner.bytes_read, runner.disk_idle_seconds
+    source = _Ahead(windows)
+    while not source.is_empty:
+        held: list[tuple[Window, SequenceKV]] = []
+        try:
+            _fill(runner, source, per_pass, held)
+            members = [window for window, _ in held]
+            segments = [Segment(kv, window.input_ids, len(window.targets)) for window, kv in held]
+            collector = _Collector(members)
+            result.passes.append(runner.run(segments, collector, on_block, is_last=source.is_empty))
+        finally:
+            for _, kv in held:
+                runner.release(kv)
+        for window, logprobs in zip(members, collector.logprobs, strict=True):
+            result.total.add(logprobs)
+            result.windows += 1
+            result.input_tokens += len(window.input_ids)
+            on_scored(window, logprobs)
+    result.seconds = time.perf_counter() - began
+    result.bytes_read = runner.bytes_read - bytes_before
+    result.disk_idle_seconds = runner.disk_idle_seconds - idle_before
+    return result
+
+
+def log_probabilities(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """float32 [rows]: log-softmax of logits [rows, vocab], of any dtype, at targets [rows].
+
+    Widens a few MiB at a time. A row's result is the same bits alone and among others.
+    """
+    rows = max(1, _PIECE_NBYTES // (4 * logits.shape[-1]))
+    pieces = zip(logits.split(rows), targets.split(rows), strict=True)
+    return torch.cat([_log_probabilities(part, of) for part, of in pieces])
+
+
+def _log_probabilities(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    wide = logits.to(torch.float32, copy=True)
+    largest = wide.amax(-1)
+    if not bool(largest.isfinite().all()):  # any NaN is the maximum
+        raise TieredError(
+            "the model's logits are NaN or infinite; try --dtype float32, and test the store with 'tiered verify'"
+        )
+    chosen = wide.gather(1, targets[:, None])[:, 0] - largest
+    return chosen - _sum_in_pairs(wide.sub_(largest[:, None]).exp_()).log()
+
+
+def _sum_in_pairs(values: torch.Tensor) -> torch.Tensor:
+    """[rows]: sums over the last dimension, in an order that its size alone decides; `values` are overwritten.
+
+    torch's own sum divides a single long row among threads, but not many rows, so it rounds them differently.
+    """
+    while (size := values.shape[-1]) > 1:
+        half = size // 2
+        values[:, :half] += values[:, size - half :]
+        values = values[:, : size - half]
+    return values[:, 0]
+
+
+class _Ahead:
+    """Windows with one looked at beforehand, to know which pass is the last."""
+
+    def __init__(self, windows: Iterable[Window]) -> None:
+        self._windows = iter(windows)
+        self.first = next(self._windows, None)
+
+    @property
+    def is_empty(self) -> bool:
+        return self.first is None
+
+    def advance(self) -> None:
+        self.first = next(self._windows, None)
+
+
+def _fill(runner: ScoreRunner, source: _Ahead, per_pass: int, held: list[tuple[Window, SequenceKV]]) -> None:
+    """Take windows from `source` into `held`, with their room in the cache, as many as one pass may have."""
+    while len(held) < per_pass and (window := source.first) is not None:
+        kv = runner.reserve(len(window.input_ids))
+        if kv is None:
+            if not held:
+                raise BudgetError(
+                    f"the KV cache has no room for a window of {len(window.input_ids)} tokens; "
+                    "lower --context or raise --ram"
+                )
+            return
+        held.append((window, kv))
+        source.advance()
+
+
+class _Collector:
+    """Turns logits into log-probabilities as they are computed; called in the compute thread."""
+
+    def __init__(self, windows: Items[Window]) -> None:
+        self._targets = [torch.tensor(window.targets) for window in windows]
+        self.logprobs = [torch.full((len(window.targets),), math.nan) for window in windows]
+
+    def __call__(self, segment: int, index: int, logits: torch.Tensor) -> None:
+        rows = slice(index, index + logits.shape[0])
+        self.logprobs[segment][rows] = log_probabilities(logits, self._targets[segment][rows])

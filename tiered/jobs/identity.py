@@ -1,0 +1,148 @@
+"""What a job is: its input, its store, and every setting that its results depend on. Kept in `RESULTS.job`.
+
+Results of one job may be added to by another process only if that process would have written the same ones.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import xxhash
+
+from tiered.errors import ConfigError, CorruptError, DiskFullError
+from tiered.store import atomic_write
+
+FORMAT: Final = "tiered-job"
+VERSION: Final = 1
+
+Setting = str | int | None
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Equal identities give equal results."""
+
+    input: str
+    """Fingerprint of the input file."""
+    store: str
+    """Fingerprint of the store: manifest, configuration, tokenizer."""
+    settings: Mapping[str, Setting]
+
+    @property
+    def key(self) -> str:
+        """Sixteen hexadecimal digits that stand for all of it; part of every result's id."""
+        return xxhash.xxh3_64_hexdigest(json.dumps(self._values(), sort_keys=True).encode())
+
+    def differences(self, begun: "Identity") -> list[str]:
+        """What is not as it was when the job `begun` was begun, each in a few words."""
+        found = ["the input has other contents"] if self.input != begun.input else []
+        found += ["it is another store"] if self.store != begun.store else []
+        for name in sorted(self.settings.keys() | begun.settings.keys()):
+            now, then = self.settings.get(name), begun.settings.get(name)
+            if now != then:
+                found.append(f"{name} is {_shown(now)}, it was {_shown(then)}")
+        return found
+
+    def _values(self) -> dict[str, Any]:
+        return {"input": self.input, "store": self.store, "settings": dict(self.settings)}
+
+
+@dataclass(frozen=True)
+class JobFile:
+    """Everything `RESULTS.job` says."""
+
+    identity: Identity
+    created: int
+    """When the job was begun, in seconds since 1970."""
+    sequences: int
+    """How many the input asks for, several choices of a request being several."""
+    longest: int
+    """Tokens of the longest one, prompt and completion; 0 where there is none."""
+    tokens: int
+    """Of all sequences together, at most."""
+
+    def to_json(self) -> str:
+        """The text of the file."""
+        value = {
+            "format": FORMAT,
+            "version": VERSION,
+            **self.identity._values(),
+            "created": self.created,
+            "sequences": self.sequences,
+            "longest": self.longest,
+            "tokens": self.tokens,
+        }
+        return json.dumps(value, indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, path: Path) -> "JobFile":
+        """Parse and check the text of the file at `path`; raises CorruptError naming it."""
+        try:
+            value = json.loads(text)
+            if value["format"] != FORMAT or value["version"] != VERSION:
+                raise ValueError(f"format {value['format']!r}, version {value['version']!r}")
+            identity = Identity(_as(str, value["input"]), _as(str, value["store"]), _as(dict, value["settings"]))
+            return cls(identity, *(_as(int, value[name]) for name in ("created", "sequences", "longest", "tokens")))
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise CorruptError(
+                f"{path}: expected a {FORMAT} file of version {VERSION} ({error}); "
+                "name another file with -o, or remove this one and its results to begin anew"
+            ) from None
+
+
+def job_path(results: Path) -> Path:
+    """Where the job of a result file is kept."""
+    return results.with_name(results.name + ".job")
+
+
+def read_job(results: Path) -> JobFile | None:
+    """The job that a result file belongs to; None where there is no such file yet."""
+    path = job_path(results)
+    try:
+        return JobFile.from_json(path.read_text(encoding="utf-8"), path)
+    except FileNotFoundError:
+        return None
+    except UnicodeDecodeError as error:
+        raise CorruptError(f"{path}: not text ({error.reason}); name another file with -o") from None
+
+
+def write_job(results: Path, job: JobFile) -> None:
+    """Write down, durably, what job the result file at `results` is about to belong to."""
+    path = job_path(results)
+    try:
+        atomic_write(path, job.to_json())
+    except DiskFullError:
+        raise DiskFullError(f"{path}: the disk is full; free some space and run the same command again") from None
+
+
+def check_same(results: Path, now: Identity, begun: Identity) -> None:
+    """Raises ConfigError, naming what differs, unless a job begun as `begun` may be gone on with as `now`."""
+    differences = now.differences(begun)
+    if differences:
+        raise ConfigError(
+            f"{results}: its results are of another job: {'; '.join(differences)}. "
+            "Run it as it was begun, or name another file with -o"
+        )
+
+
+def store_fingerprint(folder: Path) -> str:
+    """xxh3_128 over the files beside the blocks: the manifest, which has the blocks' checksums, and all that makes
+    text of tokens."""
+    digest = xxhash.xxh3_128()
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        content = path.read_bytes()
+        digest.update(f"{path.name}\0{len(content)}\0".encode())
+        digest.update(content)
+    return digest.hexdigest()
+
+
+def _shown(value: Setting) -> str:
+    return "unset" if value is None else str(value)
+
+
+def _as(kind: type[Any], value: Any) -> Any:
+    if type(value) is not kind:
+        raise TypeError(f"expected a {kind.__name__}, found {value!r}")
+    return value

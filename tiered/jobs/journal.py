@@ -1,0 +1,164 @@
+"""The result file of a job: appended to line by line, durable line by line, owned by one process at a time.
+
+Whatever moment a process is killed at, every line but the last is whole. Opening the file again cuts a torn last line
+off and finds out from the ids of the others which lines of the input are done.
+"""
+
+import errno
+import fcntl
+import json
+import os
+import stat
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Final, Self
+
+from tiered.errors import ConfigError, CorruptError, DiskFullError
+from tiered.jobs.identity import Identity, JobFile, check_same, job_path, read_job, write_job
+from tiered.jobs.input import LineSet
+from tiered.jobs.results import line_of_id
+
+_OPEN: Final = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK
+"""Opening a pipe would wait for its other end."""
+_FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class Journal:
+    """An open result file. A context manager: the file is locked from entering to leaving.
+
+    Entering raises ConfigError where another process has it or it is no job's. Then `begin`, then `append`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.done = LineSet(0)
+        """Lines of the input that have a result."""
+        self.failed = 0
+        """How many of these results are errors."""
+        self.sequences = 0
+        """How many choices the others have together."""
+        self._fd = -1
+        self._end = 0
+
+    def __enter__(self) -> Self:
+        try:
+            self._fd = os.open(self.path, _OPEN, 0o666)
+        except OSError as error:
+            raise ConfigError(f"-o {self.path}: cannot be written: {error.strerror}; name another file") from None
+        try:
+            if not stat.S_ISREG(os.fstat(self._fd).st_mode):
+                raise ConfigError(f"-o {self.path}: not a regular file, which results are kept in; name another one")
+            self._lock()
+            self.job = read_job(self.path)
+            if self.job is None and os.fstat(self._fd).st_size:
+                raise ConfigError(
+                    f"{self.path}: exists without {job_path(self.path).name}, which would tell what job it belongs to; "
+                    "name another file with -o"
+                )
+        except BaseException:
+            os.close(self._fd)
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        os.close(self._fd)
+
+    def check(self, identity: Identity) -> None:
+        """Raises ConfigError if the file belongs to another job than `identity`."""
+        if self.job is not None:
+            check_same(self.path, identity, self.job.identity)
+
+    def begin(self, job: JobFile, lines: int) -> None:
+        """Make the file that of `job`, whose input has so many lines, and find out what is done.
+
+        Raises ConfigError where it belongs to another job, CorruptError where it holds something else than results.
+        """
+        self.check(job.identity)
+        if self.job is None:
+            write_job(self.path, job)
+            self.job = job
+        self.done = LineSet(lines)
+        with open(self._fd, "rb", closefd=False) as file:
+            file.seek(0)
+            self._end = self._read(file, job.identity.key, lines)
+        if os.fstat(self._fd).st_size > self._end:
+            os.ftruncate(self._fd, self._end)
+        # The name of the file and what was cut off it, before anything is built on them.
+        os.fsync(self._fd)
+        _fsync_folder(self.path.parent)
+
+    def append(self, line: int, record: bytes, sequences: int) -> None:
+        """Add the result of a line of the input, durably: after this call, nothing short of a broken disk loses it.
+
+        It has so many choices; 0: it is an error.
+
+        Raises DiskFullError, with the file as it was before, where there is no space.
+        """
+        assert record.endswith(b"\n") and line not in self.done
+        try:
+            rest = memoryview(record)
+            while rest:
+                rest = rest[os.write(self._fd, rest) :]
+            os.fdatasync(self._fd)
+        except OSError as error:
+            os.ftruncate(self._fd, self._end)
+            if error.errno not in _FULL:
+                raise
+            raise DiskFullError(
+                f"{self.path}: the disk is full; results so far are kept: "
+                "free some space and run the same command again to go on"
+            ) from error
+        self._end += len(record)
+        self._count(line, sequences)
+
+    def _count(self, line: int, sequences: int) -> None:
+        self.done.add(line)
+        self.failed += sequences == 0
+        self.sequences += sequences
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"{self.path}: another process is writing to it; wait for it, or name another file with -o"
+            ) from None
+
+    def _read(self, file: BinaryIO, key: str, lines: int) -> int:
+        """Mark what is done; returns where the last whole result ends."""
+        end, bad, number = 0, "", 0
+        for number, raw in enumerate(file, start=1):
+            if bad:
+                raise CorruptError(bad)
+            if not raw.endswith(b"\n"):
+                break
+            found = _result(raw, key)
+            if found is None or not 0 < found[0] <= lines or found[0] in self.done:
+                # A power failure can leave a last line that ends as it should and has a hole in it.
+                bad = (
+                    f"{self.path}: line {number} is no result of this job, or not the only one of its request; "
+                    "remove what was added to the file, or name another one with -o"
+                )
+                continue
+            self._count(*found)
+            end += len(raw)
+        return end
+
+
+def _result(raw: bytes, key: str) -> tuple[int, int] | None:
+    """Which line of the input a result is of, and how many choices it has; None where it is no result of job `key`."""
+    try:
+        value = json.loads(raw)
+        line = line_of_id(str(value["id"]), key)
+        choices = [] if value["error"] is not None else value["response"]["body"]["choices"]
+        return None if line is None else (line, len(choices))
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def _fsync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

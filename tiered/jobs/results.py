@@ -1,0 +1,160 @@
+"""A finished request -> a line of the result file, in OpenAI's batch format. Pure: the same tokens give the same bytes.
+
+Ids are made of the job's key and the line of the input, so they tell a restarted job what is done. `created` is when
+the job was begun. Nothing else in a result depends on when, where or beside what it was computed.
+"""
+
+import json
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Final
+
+from tiered.generate import Sequence
+from tiered.generate.sequence import Decoder
+from tiered.jobs.request import CHAT, Problem, Request
+
+_ID: Final = "batch_req_"
+_LEAST_LOGPROB: Final = -9999.0
+"""What OpenAI's API says for a token that cannot be; JSON has no infinity."""
+
+
+@dataclass(frozen=True)
+class Label:
+    """What all results of a job share."""
+
+    key: str
+    """The key of the job's identity."""
+    created: int
+    """When the job was begun, in seconds since 1970."""
+    model: str
+    """The store's name."""
+
+
+class TokenTexts:
+    """The text of single tokens, with the space that a token brings along."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+        # The same few tokens come again and again.
+        self.text = lru_cache(maxsize=8192)(self._text)
+
+    def _text(self, token: int) -> str:
+        # Some decoders drop the space at the start of a text: the second of two tokens keeps it.
+        once, twice = (str(self._decoder.decode([token] * count, skip_special_tokens=False)) for count in (1, 2))
+        return twice[len(once) :]
+
+
+def result_line(label: Label, request: Request, sequences: Items[Sequence], texts: TokenTexts) -> bytes:
+    """The result of `request`, whose choices are `sequences`."""
+    chat = request.url == CHAT
+    choices = [(_chat_choice if chat else _choice)(number, s, texts) for number, s in enumerate(sequences)]
+    prompt_tokens = len(sequences[0].prompt_ids)
+    completion_tokens = sum(len(s.token_ids) for s in sequences)
+    body = {
+        "id": f"{'chatcmpl' if chat else 'cmpl'}-{label.key}-{request.line}",
+        "object": "chat.completion" if chat else "text_completion",
+        "created": label.created,
+        "model": label.model,
+        "choices": choices,
+        "usage": {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": completion_tokens,
+            "total_tokens": prompt_tokens + completion_tokens,
+        },
+    }
+    return _line(label, request.line, request.custom_id, 200, body, None)
+
+
+def problem_line(label: Label, problem: Problem) -> bytes:
+    """The error result of a line that cannot be served."""
+    message = f"line {problem.line}: {problem.message}"
+    inner = {
+        "message": message,
+        "type": "invalid_request_error",
+        "param": problem.param,
+        "code": problem.code,
+    }
+    outer = {"code": problem.code, "message": message, "line": problem.line}
+    return _line(label, problem.line, problem.custom_id, 400, {"error": inner}, outer)
+
+
+def line_of_id(identifier: str, key: str) -> int | None:
+    """Which line of the input a result is of, by its id; None where it is not of the job with this key."""
+    start = f"{_ID}{key}_"
+    number = identifier.removeprefix(start)
+    return int(number) if identifier.startswith(start) and number.isascii() and number.isdecimal() else None
+
+
+def _line(label: Label, line: int, custom_id: str | None, status: int, body: Any, error: Any) -> bytes:
+    value = {
+        "id": f"{_ID}{label.key}_{line}",
+        "custom_id": custom_id,
+        "response": {"status_code": status, "request_id": f"req_{label.key}_{line}", "body": body},
+        "error": error,
+    }
+    # Line separators of Unicode are left as they are: only "\n" ends a line of JSONL.
+    return json.dumps(value, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+
+
+def _choice(number: int, sequence: Sequence, texts: TokenTexts) -> dict[str, Any]:
+    return {
+        "index": number,
+        "text": sequence.text,
+        "logprobs": _completion_logprobs(sequence, texts),
+        "finish_reason": sequence.finish_reason,
+    }
+
+
+def _chat_choice(number: int, sequence: Sequence, texts: TokenTexts) -> dict[str, Any]:
+    return {
+        "index": number,
+        "message": {"role": "assistant", "content": sequence.text, "refusal": None},
+        "logprobs": _chat_logprobs(sequence, texts),
+        "finish_reason": sequence.finish_reason,
+    }
+
+
+def _completion_logprobs(sequence: Sequence, texts: TokenTexts) -> dict[str, Any] | None:
+    found = sequence.logprobs
+    if found is None:
+        return None
+    places = range(len(sequence.token_ids))
+    return {
+        "tokens": [texts.text(token) for token in sequence.token_ids],
+        "token_logprobs": [_finite(found.chosen(place)) for place in places],
+        "top_logprobs": [_by_text(found.top(place), texts) for place in places] if found.count else None,
+        # A stop string may have cut off the text that a token had brought.
+        "text_offset": [min(offset, len(sequence.text)) for offset in sequence.offsets],
+    }
+
+
+def _chat_logprobs(sequence: Sequence, texts: TokenTexts) -> dict[str, Any] | None:
+    found = sequence.logprobs
+    if found is None:
+        return None
+    content = []
+    for place, token in enumerate(sequence.token_ids):
+        top = [_token(other, logprob, texts) for other, logprob in found.top(place)]
+        content.append({**_token(token, found.chosen(place), texts), "top_logprobs": top})
+    return {"content": content, "refusal": None}
+
+
+def _by_text(top: Items[tuple[int, float]], texts: TokenTexts) -> dict[str, float]:
+    """Log-probabilities by text; of tokens with the same text (halves of characters), the likeliest counts."""
+    found: dict[str, float] = {}
+    for token, logprob in top:
+        found.setdefault(texts.text(token), _finite(logprob))
+    return found
+
+
+def _token(token: int, logprob: float, texts: TokenTexts) -> dict[str, Any]:
+    text = texts.text(token)
+    # Half a character has no text whose bytes these could be.
+    nbytes = None if "\N{REPLACEMENT CHARACTER}" in text else list(text.encode())
+    return {"token": text, "logprob": _finite(logprob), "bytes": nbytes}
+
+
+def _finite(logprob: float) -> float:
+    """`logprob` with the digits that float32 has."""
+    return float(f"{max(logprob, _LEAST_LOGPROB):.7g}")

@@ -1,0 +1,56 @@
+"""How a run is wanted: everything that can be chosen, and the defaults."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PretrainedConfig
+
+from tiered.cache import Bits
+from tiered.errors import ConfigError
+from tiered.io import Faults, ReadMode, VerifyPolicy
+from tiered.kernels import Mode
+from tiered.plan import Tier
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to run; every field has a sensible default."""
+
+    ram: int | None = None
+    """Budget in bytes for the whole process; None: 90 % of what there is."""
+    tiers: tuple[Tier, ...] = (Tier.DISK, Tier.CPU)
+    dtype: str = "auto"
+    threads: int | None = None
+    verify: VerifyPolicy = VerifyPolicy.FIRST
+    prefetch: int | None = None
+    rows_per_chunk: int | None = None
+    """Tokens that are computed together at most; None: as many as memory allows and are useful."""
+    kv: str = "cpu"
+    """Where the KV cache is: "cpu", "disk", or "auto": in memory if it fits there."""
+    kv_bits: Bits = 16
+    kv_folder: Path | None = None
+    """Where the cache's file goes, if on disk; None: beside the store."""
+    kernels: str = "auto"
+    """A name of `tiered.kernels.KERNEL_NAMES`."""
+    kernel_mode: Mode = Mode.INVARIANT
+    keep_spans: bool = False
+    read_mode: ReadMode | None = None
+    preadv: Faults | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("ram", self.ram), ("threads", self.threads), ("micro-batch", self.rows_per_chunk)):
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ConfigError(f"{name} {value!r}: expected a whole number above 0")
+        if self.kv not in ("auto", "cpu", "disk"):
+            raise ConfigError(f"kv {self.kv!r}: expected auto, cpu or disk")
+
+
+def compute_dtype(name: str, config: PretrainedConfig) -> torch.dtype:
+    """The dtype activations are computed in: "auto" is float32 for a float32 checkpoint, else bfloat16."""
+    if name == "auto":
+        return torch.float32 if config.dtype in (None, torch.float32) else torch.bfloat16
+    known = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+    if name not in known:
+        raise ConfigError(f"dtype {name!r}: expected auto, bfloat16 or float32")
+    return known[name]

@@ -1,0 +1,164 @@
+"""Kills a job with -9 at random moments until it is done, and compares its results with those of a run in one go.
+
+    python tools/job_loop.py STORE [--sequences 200] [--kills N] [--seed 0] [--folder DIR] [-- OPTION ...]
+
+Options after "--" are those of `tiered batch`. Half of the moments are within the first seconds, wherever the process
+is by then; the others come shortly after it has added some results. Exit code 0: every request has exactly one result,
+equal to that of the uninterrupted run.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+ROOT: Final = Path(__file__).parent.parent
+_EARLY_SECONDS: Final = 10.0
+_MOST_NEW_RESULTS: Final = 8
+_POLL_SECONDS: Final = 0.002
+_WORDS: Final = ("the", "function", "module", "returns", "a", "list", "of", "values", "when", "called", "with", "is")
+
+
+@dataclass(frozen=True)
+class Loop:
+    """How a job was brought to its end."""
+
+    kills: int
+    with_results: int
+    """Kills that found some results, but not all, in the file."""
+    seconds: float
+
+
+def write_requests(path: Path, sequences: int, seed: int = 0) -> None:
+    """Requests for so many sequences: greedy and sampled, of all lengths, some with several choices."""
+    chance = random.Random(seed)
+    lines: list[str] = []
+    left = sequences
+    while left:
+        body: dict[str, Any] = {
+            "prompt": " ".join(chance.choices(_WORDS, k=chance.randrange(1, 60))),
+            "max_tokens": chance.randrange(1, 40),
+        }
+        kinds: list[dict[str, Any]] = [{}, {"temperature": 0}, {"n": min(left, 3)}, {"logprobs": 2}, {"seed": 7}]
+        body |= chance.choice(kinds) | chance.choice([{}, {"stop": ["\n"]}, {"top_p": 0.9}])
+        line = {"custom_id": f"request-{len(lines)}", "method": "POST", "url": "/v1/completions", "body": body}
+        lines.append(json.dumps(line) + "\n")
+        left -= body.get("n", 1)
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+def run_once(command: Sequence[str | Path]) -> None:
+    """Run `command` to its end; raises RuntimeError, with what it said, where it fails."""
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=_environment(), check=False)
+    if done.returncode:
+        raise RuntimeError(f"exit code {done.returncode}: {done.stderr}")
+
+
+def kill_until_done(command: Sequence[str | Path], results: Path, chance: random.Random, kills: int | None) -> Loop:
+    """Start `command` again and again, killing it at a random moment each time, until it ends by itself.
+
+    After `kills` times it is left alone. Raises RuntimeError where it fails.
+    """
+    begin, killed, with_results = time.monotonic(), 0, 0
+    while True:
+        process = subprocess.Popen(
+            list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=_environment()
+        )
+        size = _size(results)
+        if kills is None or killed < kills:
+            _wait_for_a_moment(process, results, chance)
+            process.send_signal(signal.SIGKILL)
+        told = process.communicate()[1]
+        if process.returncode == 0:
+            return Loop(killed, with_results, time.monotonic() - begin)
+        if process.returncode != -signal.SIGKILL:
+            raise RuntimeError(f"exit code {process.returncode}: {told}")
+        killed += 1
+        with_results += _size(results) > size
+
+
+def differences(results: Path, expected: Path) -> list[str]:
+    """What is wrong with `results`, a file of the same job as `expected`, run in one go; `created` may differ."""
+    found, wanted = _by_line(results), _by_line(expected)
+    said = [f"{line}: {len(records)} results" for line, records in found.items() if len(records) != 1]
+    said += [f"{line}: no result" for line in wanted.keys() - found.keys()]
+    said += [f"{line}: another result" for line, records in found.items() if records[0] != wanted.get(line, [None])[0]]
+    return said
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("store", type=Path)
+    parser.add_argument("--sequences", type=int, default=200)
+    parser.add_argument("--kills", type=int, help="at most; otherwise until it ends by itself")
+    parser.add_argument("--seed", type=int, default=0, help="of the requests and the moments")
+    parser.add_argument("--folder", type=Path, help="where the files go, to be looked at [default: temporary]")
+    words = sys.argv[1:]
+    end = words.index("--") if "--" in words else len(words)
+    arguments, options = parser.parse_args(words[:end]), words[end + 1 :]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = arguments.folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        requests, whole, killed = (folder / f"{name}.jsonl" for name in ("requests", "whole", "killed"))
+        write_requests(requests, arguments.sequences, arguments.seed)
+        command = [sys.executable, "-m", "tiered", "batch", arguments.store, "-i", requests, *options]
+        run_once([*command, "-o", whole])
+        chance = random.Random(arguments.seed)
+        loop = kill_until_done([*command, "-o", killed], killed, chance, arguments.kills)
+        said = differences(killed, whole)
+        print(
+            f"{arguments.sequences} sequences, killed {loop.kills} times, {loop.with_results} of them while results "
+            f"were written, in {loop.seconds:.0f} s: {len(said)} differences"
+        )
+        print("".join(f"{line}\n" for line in said), end="")
+    return 1 if said else 0
+
+
+def _wait_for_a_moment(process: subprocess.Popen[str], results: Path, chance: random.Random) -> None:
+    if chance.random() < 0.5:
+        time.sleep(chance.uniform(0, _EARLY_SECONDS))
+        return
+    size, wanted = _size(results), chance.randrange(1, _MOST_NEW_RESULTS)
+    while process.poll() is None and _lines_after(results, size) < wanted:
+        time.sleep(_POLL_SECONDS)
+    time.sleep(chance.uniform(0, 0.05))
+
+
+def _lines_after(results: Path, offset: int) -> int:
+    if _size(results) <= offset:
+        return 0
+    with results.open("rb") as file:
+        file.seek(offset)
+        return file.read().count(b"\n")
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _by_line(results: Path) -> dict[str, list[dict[str, Any]]]:
+    """Results by their id, without when the job was begun."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for raw in results.read_bytes().splitlines():
+        record = json.loads(raw)
+        record["response"]["body"].pop("created", None)
+        found.setdefault(record["id"], []).append(record)
+    return found
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
