@@ -125,11 +125,12 @@ def main() -> int:
 
 
 def _wait_for_a_moment(process: subprocess.Popen[str], results: Path, chance: random.Random) -> None:
-    if chance.random() < 0.5:
-        time.sleep(chance.uniform(0, _EARLY_SECONDS))
-        return
+    # Never so late that the job may have ended by itself.
     size, wanted = _size(results), chance.randrange(1, _MOST_NEW_RESULTS)
+    early = time.monotonic() + chance.uniform(0, _EARLY_SECONDS) if chance.random() < 0.5 else None
     while process.poll() is None and _lines_after(results, size) < wanted:
+        if early is not None and time.monotonic() >= early:
+            return
         time.sleep(_POLL_SECONDS)
     time.sleep(chance.uniform(0, 0.05))
 

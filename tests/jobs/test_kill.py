@@ -22,7 +22,8 @@ def test_kill_9_at_random_moments_changes_no_result(tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
     run_once([*command, "-o", whole])
     loop = kill_until_done([*command, "-o", killed], killed, random.Random(2), KILLS)
-    assert loop.kills == KILLS and loop.with_results >= 1
+    # The last kills may not be needed: a few results may be all that was left.
+    assert 3 <= loop.kills <= KILLS and loop.with_results >= 1
     assert differences(killed, whole) == []
     custom_ids = [json.loads(line)["custom_id"] for line in killed.read_bytes().splitlines()]
     asked = [json.loads(line)["custom_id"] for line in requests.read_bytes().splitlines()]

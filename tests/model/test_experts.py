@@ -50,7 +50,7 @@ def test_stacks_are_given_back_and_routers_biases_stay_in_float32() -> None:
     weights = {p.name.removeprefix(block.prefix): torch.zeros(p.shape) for p in block.parameters}
     with model.lend(model.layers[1], weights) as lent:
         assert set(experts.lent) == {"gate_up_proj", "down_proj"}
-        small = lent._small
+        gate = lent.get_submodule("mlp.gate")
+        assert gate.e_score_correction_bias.dtype == torch.float32
+        assert gate.weight.dtype == torch.bfloat16
     assert not experts.lent
-    assert small["mlp.gate.e_score_correction_bias"].dtype == torch.float32
-    assert small["mlp.gate.weight"].dtype == torch.bfloat16

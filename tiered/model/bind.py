@@ -1,11 +1,12 @@
 """Weights into the skeleton: linear layers that borrow theirs for one call, small tensors swapped in by name.
 
-In: the skeleton and the views of a loaded block. Out: a module that computes with them until the call returns.
+In: the skeleton and the views of a loaded block. Out: a module that computes with them until the context ends. A token
+goes through every layer in milliseconds, so where a name leads is looked up once for each module.
 """
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -19,6 +20,14 @@ from tiered.quant import QuantizedWeight
 AnyWeight = torch.Tensor | QuantizedWeight
 
 
+@dataclass(slots=True)
+class Loan:
+    """What a linear layer has borrowed. An object of its own: setting attributes of modules is slow."""
+
+    weight: AnyWeight | None = None
+    bias: torch.Tensor | None = None
+
+
 class OffloadedLinear(nn.Module):
     """Takes an nn.Linear's place: the same function of a weight that is lent to it per block."""
 
@@ -27,17 +36,67 @@ class OffloadedLinear(nn.Module):
         self.in_features, self.out_features = original.in_features, original.out_features
         # A head's bias may be resident (set_outer); a layer's is lent with its weight.
         self.bias = original.bias
-        self.lent: AnyWeight | None = None
-        self.lent_bias: torch.Tensor | None = None
+        self.loan = Loan()
         self._kernels = kernels
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] -> [..., out_features]."""
-        assert self.lent is not None, "used outside its block"
-        return self._kernels.linear(x, self.lent, self.bias if self.lent_bias is None else self.lent_bias)
+        loan = self.loan
+        assert loan.weight is not None, "used outside its block"
+        return self._kernels.linear(x, loan.weight, self.bias if loan.bias is None else loan.bias)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+@dataclass(frozen=True, eq=False)
+class _Place:
+    """Where a weight of some name belongs."""
+
+    target: nn.Module
+    attribute: str
+    own: torch.Tensor | None
+    """The graph's own tensor of that name, which a small tensor stands in for; None for a linear layer's weight."""
+
+    @classmethod
+    def find(cls, module: nn.Module, name: str) -> "_Place":
+        path, _, attribute = name.rpartition(".")
+        target = module.get_submodule(path)
+        lends = isinstance(target, OffloadedExperts) or (isinstance(target, OffloadedLinear) and attribute == "weight")
+        return cls(target, attribute, None if lends else getattr(target, attribute))
+
+    def lend(self, name: str, weight: AnyWeight) -> None:
+        """Give `weight` to the target until `take_back`."""
+        target = self.target
+        if self.own is None:
+            if isinstance(target, OffloadedLinear):
+                target.loan.weight = weight
+            else:
+                assert isinstance(target, OffloadedExperts)
+                target.lent[self.attribute] = weight
+            return
+        assert isinstance(weight, torch.Tensor), f"{name}: only linear layers can be quantized"
+        # The graph's own dtype: the compute dtype, but for what a family insists on having in float32.
+        tensor = weight.to(self.own.dtype) if weight.is_floating_point() else weight
+        if isinstance(target, OffloadedLinear):
+            target.loan.bias = tensor
+        else:
+            self._put(tensor)
+
+    def take_back(self) -> None:
+        target = self.target
+        if isinstance(target, OffloadedLinear):
+            target.loan.weight = target.loan.bias = None
+        elif isinstance(target, OffloadedExperts):
+            target.lent.clear()
+        else:
+            assert self.own is not None
+            self._put(self.own)
+
+    def _put(self, tensor: torch.Tensor) -> None:
+        # Past nn.Module's bookkeeping, as torch.func.functional_call does: a view is no nn.Parameter.
+        of = self.target._buffers if self.attribute in self.target._buffers else self.target._parameters
+        of[self.attribute] = tensor  # type: ignore[assignment]
 
 
 class BoundModel:
@@ -45,6 +104,7 @@ class BoundModel:
 
     def __init__(self, skeleton: Skeleton, dtype: torch.dtype, kernels: Kernels) -> None:
         self.skeleton, self.dtype = skeleton, dtype
+        self._places: dict[nn.Module, dict[str, _Place]] = {}
         self.layers: list[nn.Module] = list(skeleton.layers)
         for layer in self.layers:
             _offload(layer, kernels)
@@ -71,46 +131,21 @@ class BoundModel:
         return embedded
 
     @contextmanager
-    def lend(self, module: nn.Module, weights: Mapping[str, AnyWeight]) -> Iterator["Lent"]:
+    def lend(self, module: nn.Module, weights: Mapping[str, AnyWeight]) -> Iterator[nn.Module]:
         """Lend `weights`, named as inside `module`, for the duration of the context."""
-        linears: list[OffloadedLinear] = []
-        stacks: list[OffloadedExperts] = []
-        small: dict[str, torch.Tensor] = {}
-        for name, weight in weights.items():
-            path, _, attribute = name.rpartition(".")
-            target = module.get_submodule(path)
-            if isinstance(target, OffloadedLinear) and attribute == "weight":
-                target.lent = weight
-                linears.append(target)
-                continue
-            if isinstance(target, OffloadedExperts):
-                target.lent[attribute] = weight
-                stacks.append(target)
-                continue
-            assert isinstance(weight, torch.Tensor), f"{name}: only linear layers can be quantized"
-            # The graph's own dtype: the compute dtype, but for what a family insists on having in float32.
-            tensor = weight.to(getattr(target, attribute).dtype) if weight.is_floating_point() else weight
-            if isinstance(target, OffloadedLinear):
-                target.lent_bias = tensor
-            else:
-                small[name] = tensor
+        known = self._places.setdefault(module, {})
+        lent: list[_Place] = []
         try:
-            yield Lent(module, small)
+            for name, weight in weights.items():
+                place = known.get(name)
+                if place is None:
+                    place = known[name] = _Place.find(module, name)
+                lent.append(place)
+                place.lend(name, weight)
+            yield module
         finally:
-            for target in linears:
-                target.lent = target.lent_bias = None
-            for stack in stacks:
-                stack.lent.clear()
-
-
-class Lent:
-    """A module with lent weights; call it as often as there are micro-batches."""
-
-    def __init__(self, module: nn.Module, small: Mapping[str, torch.Tensor]) -> None:
-        self._module, self._small = module, dict(small)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return functional_call(self._module, self._small, args, kwargs)
+            for place in lent:
+                place.take_back()
 
 
 def _offload(module: nn.Module, kernels: Kernels) -> None:

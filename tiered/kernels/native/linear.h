@@ -31,6 +31,9 @@ int linear_amx(const Linear &linear, Pool &pool);
 int linear_fast_avx2(const Linear &linear, Pool &pool);
 int linear_fast_avx512(const Linear &linear, Pool &pool);
 
+// The same for more than a few rows, quantized weights only.
+int linear_int8_avx512(const Linear &linear, Pool &pool);
+
 // The invariant kernel of TK_AVX512 for quantized weights.
 int linear_int16_avx512(const Linear &linear, Pool &pool);
 

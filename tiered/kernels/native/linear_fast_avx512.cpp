@@ -1,4 +1,5 @@
-// The fast mode's linear kernel for AVX-512 with VNNI; see linear_fast_vector.h.
+// The fast mode's linear kernel for AVX-512 with VNNI, up to four tokens; see linear_fast_vector.h, and
+// linear_int8_avx512.cpp for more of them.
 
 #include "linear_fast_vector.h"
 #include "vector_avx512.h"
@@ -64,6 +65,9 @@ struct Codes8 {
 } // namespace
 
 int linear_fast_avx512(const Linear &linear, Pool &pool) {
+    // From here on transposing the codes pays.
+    const bool transposed = linear.w.format != TK_DENSE_BF16 && linear.rows > FastAvx512::kFastTokens;
+    if (transposed) return linear_int8_avx512(linear, pool);
     if (linear.w.format == TK_INT4) return linear_fast_vector<FastAvx512, Codes4>(linear, pool);
     if (linear.w.format == TK_INT8) return linear_fast_vector<FastAvx512, Codes8>(linear, pool);
     Linear exact = linear; // weights without groups

@@ -56,6 +56,10 @@ void multiply_fast(const FastPass &pass, int64_t o, int64_t first, float *sums, 
         const int64_t g = span * V::kLanes, count = at_most(l.groups - g, V::kLanes);
 #pragma GCC unroll 4
         for (int r = 0; r < kStrip; r++) {
+            // The next strip's scales and zeros lie right behind this one's.
+            const int64_t next = groups_of[r] + kStrip * l.groups + g;
+            __builtin_prefetch(l.w.scale + next);
+            __builtin_prefetch(l.w.zero + next);
             const F scale = V::scales(l.w.scale + groups_of[r] + g, count);
             const F offset = V::multiply(scale, V::zeros(l.w.zero + groups_of[r] + g, count));
 #pragma GCC unroll 4

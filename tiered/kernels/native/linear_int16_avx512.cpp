@@ -14,7 +14,7 @@
 // in memory: packed codes are transposed, four times cheaper than unpacked ones, unit by unit of 128 of `in`, and the
 // unpacked unit stays in the first-level cache while all tokens go by.
 
-#include "avx512.h"
+#include "panel_avx512.h"
 
 #include <cstring>
 
@@ -22,16 +22,9 @@ namespace tk {
 
 namespace {
 
-constexpr int kUnit = 128;
-constexpr int kVectors = 4;          // of 32 activations, per unit
-constexpr int kLanes = 16;           // rows of the weight
-constexpr int kBlockGroups = 16;
-constexpr int kTile = 8;             // tokens that share loads of codes
-constexpr int kFewTokens = 4;        // that meet the codes in registers, 16 rows at a time; else 32, unpacked first
-constexpr int64_t kAheadNbytes = 512;
-constexpr int64_t kItemRows = 64;    // panels that one thread computes one after the other
-constexpr int64_t kMostTokens = 256; // more are computed one part after the other, which bounds the scratch
-constexpr int kPairs = kUnit / 2;    // vectors of an unpacked unit: two neighbours in a lane are a pair
+constexpr int kVectors = 4;       // of 32 activations, per unit
+constexpr int kFewTokens = 4;     // that meet the codes in registers, 16 rows at a time; else 32, unpacked first
+constexpr int kPairs = kUnit / 2; // vectors of an unpacked unit: two neighbours in a lane are a pair
 
 // ---- formats: kColumns 32-bit columns of a unit's stored codes; each holds kShifts pairs of codes
 
@@ -133,44 +126,24 @@ struct Product {
 template <int kSets> struct Panel {
     alignas(64) int32_t codes[kSets][kPairs][kLanes];                      // one unit, unpacked: [column][shift]
     alignas(64) float scale[kSets][kBlockGroups][kLanes], shift[kSets][kBlockGroups][kLanes]; // of a block; shift: * zero
-    int64_t row[kSets][kLanes]; // beyond the last, that one again; what comes of it is not stored
+    Rows<kSets> rows;
 };
-
-TK_INLINE void transpose_floats(float *matrix) {
-    __m512i r[16];
-    for (int i = 0; i < 16; i++) r[i] = _mm512_load_si512(matrix + i * 16);
-    transpose16(r);
-    for (int i = 0; i < 16; i++) _mm512_store_si512(matrix + i * 16, r[i]);
-}
 
 template <int kSets> TK_INLINE void load_scales(const Linear &l, int64_t block, Panel<kSets> &panel) {
     const int64_t group = block * kBlockGroups;
+    fetch_scales(l, block, panel.rows);
     const __mmask16 groups = first16(l.groups - group);
     for (int set = 0; set < kSets; set++) {
         for (int r = 0; r < kLanes; r++) {
-            const int64_t at = panel.row[set][r] * l.groups + group;
+            const int64_t at = panel.rows.row[set][r] * l.groups + group;
             const __m512 scale = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(groups, l.w.scale + at));
             const __m512i zero = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(groups, l.w.zero + at));
             _mm512_store_ps(panel.scale[set][r], scale);
             _mm512_store_ps(panel.shift[set][r], _mm512_mul_ps(scale, _mm512_cvtepi32_ps(zero)));
         }
-        transpose_floats(panel.scale[set][0]);
-        transpose_floats(panel.shift[set][0]);
+        transpose_matrix(panel.scale[set][0]);
+        transpose_matrix(panel.shift[set][0]);
     }
-}
-
-// 64 bytes of each of a set's 16 rows from byte `at` on, transposed: vector c holds the rows' c-th 32 bits.
-template <int kSets>
-TK_INLINE void load_columns(const Linear &l, const Panel<kSets> &panel, int set, int64_t at, __m512i columns[16]) {
-    // Beyond a row's end comes the row of the next panel.
-    const int64_t left = l.row_nbytes - at, further = (kSets * kLanes - 1) * l.row_nbytes;
-    const int64_t ahead = kAheadNbytes + (left > kAheadNbytes ? 0 : further);
-    for (int r = 0; r < kLanes; r++) {
-        const uint8_t *q = static_cast<const uint8_t *>(l.w.q) + panel.row[set][r] * l.row_nbytes + at;
-        columns[r] = left >= 64 ? _mm512_loadu_si512(q) : _mm512_maskz_loadu_epi8(first64(left), q);
-        _mm_prefetch(reinterpret_cast<const char *>(q + ahead), _MM_HINT_T0);
-    }
-    transpose16(columns);
 }
 
 // The s-th pair of codes of every row of a column.
@@ -184,7 +157,7 @@ template <class F, int kSets> TK_INLINE void unpack(const Linear &l, int64_t uni
     for (int set = 0; set < kSets; set++) {
         for (int part = 0; part < F::kColumns / 16; part++) {
             __m512i columns[16];
-            load_columns(l, panel, set, unit * F::kColumns * 4 + part * 64, columns);
+            load_columns(l, panel.rows, set, unit * F::kColumns * 4 + part * 64, columns);
             for (int c = 0; c < 16; c++) {
                 for (int s = 0; s < F::kShifts; s++) {
                     _mm512_store_si512(panel.codes[set][(part * 16 + c) * F::kShifts + s], codes_of<F>(columns[c], s));
@@ -216,7 +189,7 @@ TK_INLINE void multiply_packed(const Linear &l, int64_t unit, const Panel<1> &pa
     __m512i exact[kCount][kParts];
     for (int part = 0; part < F::kColumns / 16; part++) {
         __m512i columns[16];
-        load_columns(l, panel, 0, unit * F::kColumns * 4 + part * 64, columns);
+        load_columns(l, panel.rows, 0, unit * F::kColumns * 4 + part * 64, columns);
 #pragma GCC unroll 16
         for (int i = 0; i < 16; i++) {
             const int c = part * 16 + i;
@@ -332,7 +305,7 @@ TK_INLINE void multiply_panel(const Product &p, int64_t first, Panel<kSets> &pan
         _mm512_store_ps(sums + i, _mm512_setzero_ps());
         _mm512_store_ps(totals + i, _mm512_setzero_ps());
     }
-    for (int i = 0; i < kSets * kLanes; i++) panel.row[i / kLanes][i % kLanes] = least(first + i, l.w.out - 1);
+    panel.rows.set(first, l.w.out);
     for (int64_t block = 0; block < p.x.blocks; block++) {
         load_scales(l, block, panel);
         const int64_t begin = block * p.x.block_units;

@@ -24,8 +24,8 @@ class Pool {
 
     int threads() const;
 
-    // Every item once, on whichever thread is free, in ascending order of their start. Returns false, with the rest
-    // undone, once *cancel is not zero; it is looked at before every item.
+    // Every item once. A thread that is free takes the next few, in ascending order; the fewer the fewer are left.
+    // Returns false, with the rest undone, once *cancel is not zero; it is looked at before every item.
     bool run(int64_t items, Job job, void *argument, const int32_t *cancel);
 
     // At least `nbytes` at a multiple of 4096, kept until `trim`; null where memory is short. `slot` 0 to threads - 1
