@@ -433,3 +433,38 @@ def test_a_cancelled_wait_loses_no_block(small: Store) -> None:
                 await setup.streamer.release(block)
 
     asyncio.run(scenario())
+
+
+def test_resident_blocks_that_are_read_come_without_waiting_and_in_order(small: Store) -> None:
+    async def run() -> None:
+        async with streaming(small, placement_of(small, frozenset({0, 1, 3}))) as setup:
+            streamer = setup.streamer
+            for _ in range(2):
+                taken: list[LoadedBlock] = []
+                while len(taken) < len(small.tape):
+                    block = await following(streamer)
+                    taken.append(block)
+                    while len(taken) < len(small.tape) and (more := streamer.next_resident()) is not None:
+                        assert more.span is None
+                        taken.append(more)
+                    await streamer.release(block)
+                assert [block.position for block in taken] == list(range(len(small.tape)))
+                for block in taken:
+                    if block.span is None:
+                        assert_right(small, block)
+
+    asyncio.run(run())
+
+
+def test_a_streamed_block_is_never_taken_for_a_resident_one(small: Store) -> None:
+    async def run() -> None:
+        async with streaming(small, placement_of(small, frozenset())) as setup:
+            assert_right(small, block := await following(setup.streamer))
+            await asyncio.sleep(0.1)
+            assert setup.streamer.next_resident() is None
+            await setup.streamer.release(block)
+            following_block = await following(setup.streamer)
+            assert following_block.position == 1
+            await setup.streamer.release(following_block)
+
+    asyncio.run(run())

@@ -136,6 +136,20 @@ class Streamer:
         self._trace.record("wait", queued.loaded.info.name, start, waited)
         return queued.loaded
 
+    def next_resident(self) -> LoadedBlock | None:
+        """The next block, if it is a resident one that has been read: several of them need no hand-over each."""
+        if self._credits is not None:
+            return None
+        if self._oldest is None and not self._queue.empty():
+            self._oldest = self._queue.get_nowait()
+        queued = self._oldest
+        if queued is None or queued.loaded is None or queued.loaded.span is not None:
+            return None
+        if not queued.done.done() or queued.done.exception() is not None:
+            return None
+        self._oldest = None
+        return queued.loaded
+
     async def release(self, block: LoadedBlock) -> None:
         """The computation is done with `block`."""
         if block.span is not None:
