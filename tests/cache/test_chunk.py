@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from tests.cache.passes import LONGEST, Passes
 from tests.cache.plans import plan_of, pool_of
-from tiered.cache import GatheredKV, LentRecords, PackedKV, Part
+from tiered.cache import GatheredKV, KVShape, LentRecords, PackedKV, PageLayout, Part
 from tiered.errors import ConfigError
 from tiered.kernels.attention import PAGE_TOKENS
 from tiered.model import ChunkLimits
@@ -117,3 +117,36 @@ def test_scratch_memory_stays_within_what_is_planned() -> None:
     passes.run_texts([(0, [63, 600])])
     # The memory that all chunks put pages together in.
     assert passes.pool.scratch(0).untyped_storage().nbytes() <= passes.plan.scratch_nbytes(512)
+
+
+class Watched(PageLayout):
+    """A layout that notes how many pages it is given at a time."""
+
+    def __init__(self, shape: KVShape, bits: int) -> None:
+        super().__init__(shape, bits)
+        self.given: list[int] = []
+
+    def store(self, memory: torch.Tensor, offsets: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        self.given.append(len(offsets))
+        super().store(memory, offsets, keys, values)
+
+
+def test_pages_that_many_sequences_complete_together_take_no_more_than_is_planned() -> None:
+    plan = plan_of((0,), bits=8, sequences=40, context=64)
+    passes = Passes(plan, ChunkLimits(rows=40))
+    passes.pool.layout = watched = Watched(plan.shape, 8)
+    passes.run_texts([(0, [63, 1])] * 40)
+    assert sum(watched.given) == 40
+    assert max(watched.given) * plan.exact.record_nbytes <= plan.scratch_nbytes(40)
+
+
+@BITS
+@ON_DISK
+def test_sequences_shorter_than_a_page_take_no_more_than_they_fill(bits: int, on_disk: bool) -> None:
+    heads, head_dim = 8, 64
+    shape = KVShape(heads, head_dim, 1, torch.bfloat16)
+    short = replace(plan_of(bits=bits, on_disk=on_disk, context=20), shape=shape)
+    whole = replace(short, context=PAGE_TOKENS)
+    assert short.pool_nbytes == 3 * 2 * heads * head_dim * 24 * 2 < whole.pool_nbytes
+    passes = Passes(plan_of(bits=bits, on_disk=on_disk, context=20), ChunkLimits(rows=16))
+    passes.run_texts([(0, [13, 1, 6]), (1, [1, 1, 1]), (1, [20])])

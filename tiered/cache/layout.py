@@ -37,15 +37,17 @@ _PIECE_ELEMENTS: Final = 1 << 19
 class PageLayout:
     """Records of a model's KV cache in 16, 8 or 4 bits. Raises ConfigError where there are no such records."""
 
-    def __init__(self, shape: KVShape, bits: int) -> None:
+    def __init__(self, shape: KVShape, bits: int, tokens: int = PAGE_TOKENS) -> None:
+        """`tokens`: slots of a page that are ever filled, where no sequence is as long as a page. 16 bits only."""
         if bits not in _FORMATS:
             raise ConfigError(f"KV cache: {bits} bits, expected 16, 8 or 4")
         if bits == 4 and shape.head_dim % 2:
             raise ConfigError(f"KV cache: heads of {shape.head_dim} channels cannot be packed in 4 bits; use 8 or 16")
         self.shape, self.bits = shape, bits
         self.keys_format, self.values_format = _FORMATS[bits]
-        self._keys = _Parts.of(shape, self.keys_format, 0)
-        self._values = _Parts.of(shape, self.values_format, self._keys.stop)
+        slots = tokens if bits == 16 else PAGE_TOKENS
+        self._keys = _Parts.of(shape, self.keys_format, 0, slots)
+        self._values = _Parts.of(shape, self.values_format, self._keys.stop, slots)
         self.record_nbytes = round_up(self._values.stop, PAGE)
 
     def tables(self, offsets: torch.Tensor) -> "Tables":
@@ -129,11 +131,11 @@ class _Parts:
     zero: _Part | None = None
 
     @classmethod
-    def of(cls, shape: KVShape, kind: CacheFormat, start: int) -> Self:
+    def of(cls, shape: KVShape, kind: CacheFormat, start: int, slots: int = PAGE_TOKENS) -> Self:
         """The parts from byte `start` of the record on."""
         start = round_up(start, _PART_ALIGNMENT)
         if kind is CacheFormat.BF16:
-            return cls(kind, _Part(start, (shape.heads, PAGE_TOKENS, shape.head_dim), shape.dtype))
+            return cls(kind, _Part(start, (shape.heads, slots, shape.head_dim), shape.dtype))
         codes = _Part(start, (shape.heads, PAGE_TOKENS, shape.head_dim * kind.bits // 8), torch.uint8)
         groups = shape.head_dim // group_size(shape.head_dim)
         side = (shape.heads, 1, shape.head_dim) if kind.per_channel else (shape.heads, PAGE_TOKENS, groups)

@@ -12,7 +12,7 @@ sequence's *tail*; a page is quantized once, when it is complete.
 import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Final, Literal
 
 import torch
 
@@ -20,8 +20,11 @@ from tiered.cache.layout import PageLayout
 from tiered.cache.shape import KVShape
 from tiered.errors import ConfigError
 from tiered.kernels.attention import PAGE_TOKENS
+from tiered.units import round_up
 
 Bits = Literal[16, 8, 4]
+STACKED_PAGES: Final = 8
+"""Complete pages that are side by side once more while they are written to their records."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,8 @@ class CachePlan:
 
     def pages(self, group: LayerGroup, tokens: int) -> int:
         """Records that a sequence of `tokens` tokens holds in each layer of `group`."""
-        pages = -(-tokens // PAGE_TOKENS)
+        # Where there are tails, the page that is being filled has no record yet.
+        pages = tokens // PAGE_TOKENS if self.has_tails else -(-tokens // PAGE_TOKENS)
         if group.window:
             # The oldest page a query sees, all up to its own, and those that its chunk fills before it attends.
             pages = min(pages, -(-(group.window + self.chunk) // PAGE_TOKENS) + 1)
@@ -78,12 +82,17 @@ class CachePlan:
 
     @property
     def layout(self) -> PageLayout:
-        return PageLayout(self.shape, self.bits)
+        return PageLayout(self.shape, self.bits, self._slots)
 
     @property
     def exact(self) -> PageLayout:
         """Of tails, and of pages that are being put together."""
-        return PageLayout(self.shape, 16)
+        return PageLayout(self.shape, 16, self._slots)
+
+    @property
+    def _slots(self) -> int:
+        """Slots of a page that are ever filled."""
+        return min(PAGE_TOKENS, round_up(self.context, 8))
 
     @property
     def records_nbytes(self) -> int:
@@ -124,9 +133,9 @@ class CachePlan:
         """Bytes that a chunk of `rows` tokens takes while it puts pages together, and while they are stored."""
         if not self.has_tails:
             return 0
-        # A long part has a page more than its tokens fill; stacked and as they are.
+        # A long part has a page more than its tokens fill.
         pages = 2 * (rows // PAGE_TOKENS + 1)
-        return 2 * pages * self.exact.record_nbytes
+        return (pages + STACKED_PAGES) * self.exact.record_nbytes
 
 
 def layer_groups(windows: Sequence[int]) -> tuple[LayerGroup, ...]:
@@ -154,6 +163,7 @@ class SequenceKV:
 
     def record(self, group: int, page: int) -> int:
         """The record of page number `page` in a group's layers."""
+        assert self.pages[group], "it never completes a page"
         return self.first[group] + page % self.pages[group]
 
 

@@ -76,11 +76,11 @@ class RecordMap:
         """Bytes from the start of the memory to the record of `page` of part `number`; -1: it is not there."""
         part = self.parts[number]
         oldest = part.oldest_page(self.window)
-        if page < oldest:
+        if page < oldest or (self._pool.plan.has_tails and page >= part.stop // PAGE_TOKENS):
             return -1
         if not self._pool.plan.on_disk:
             return part.kv.record(self._group, page) * self._nbytes
-        return self._starts[number] + (page - oldest) * self._nbytes if page < part.stop // PAGE_TOKENS else -1
+        return self._starts[number] + (page - oldest) * self._nbytes
 
     def reads(self, layer: int) -> list[Extent]:
         """What `layer` needs from disk before it computes."""

@@ -10,6 +10,7 @@ from typing import Protocol
 
 import torch
 
+from tiered.cache.pool import STACKED_PAGES
 from tiered.cache.records import LentRecords, Part
 from tiered.kernels.attention import PAGE_TOKENS
 
@@ -118,9 +119,11 @@ class TailWriter:
         placed = [(records.offset(number, page), source, row) for number, page, source, row in found]
         # In a layer with a window the oldest pages of a long part may have slid out already.
         placed = [item for item in placed if item[0] >= 0]
-        if placed:
-            keys, values = (torch.stack([source[i][row] for _, source, row in placed]) for i in (0, 1))
-            offsets = torch.tensor([offset for offset, _, _ in placed])
+        # Sequences of one length complete their pages together: all of them at once would take what nobody planned.
+        for begin in range(0, len(placed), STACKED_PAGES):
+            some = placed[begin : begin + STACKED_PAGES]
+            keys, values = (torch.stack([source[i][row] for _, source, row in some]) for i in (0, 1))
+            offsets = torch.tensor([offset for offset, _, _ in some])
             self._pool.layout.store(self._records.memory(layer), offsets, keys, values)
 
 
