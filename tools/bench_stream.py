@@ -3,6 +3,7 @@
     python tools/bench_stream.py                                   opt-6.7b in bf16, in 4 GiB
     python tools/bench_stream.py --shape opt-13b --quant int4 --ram 2400MiB --batch 1 4 16 64
     python tools/bench_stream.py --shape opt-13b --quant int4 --ram 14GiB --batch 1 16 --kernel-mode fast
+    python tools/bench_stream.py --shape opt-1.3b --quant int4 --ram 1152MiB --batch 16 --prompt-tokens 1000 --kv disk
 
 Makes the store (kept for the next time unless --clean), then runs `tiered generate --json` under tools/limit.py, and
 prints one row per run and the medians, as Markdown. All figures come from the runs' own reports, where B is the raw
@@ -29,7 +30,7 @@ from tiered.units import MIB, format_rate, format_size, parse_size
 
 COLUMNS = (
     *("batch", "tok/s", "prefill tok/s", "s/pass", "compute s", "weights GB/s", "disk GB/s", "raw GB/s", "of raw"),
-    *("bound s", "of bound", "ms/block", "peak", "bound by"),
+    *("KV GB/pass", "bound s", "of bound", "ms/block", "peak", "bound by"),
 )
 
 
@@ -45,12 +46,17 @@ def main() -> int:
     parser.add_argument("--prompt-tokens", type=int, default=8)
     parser.add_argument("--kernels", default="auto", help="as in tiered generate (default: %(default)s)")
     parser.add_argument("--kernel-mode", default="invariant", choices=["invariant", "fast"])
+    parser.add_argument("--kv", default="auto", choices=["auto", "cpu", "disk"])
+    parser.add_argument("--kv-bits", default="16", choices=["16", "8", "4"])
+    parser.add_argument("--distinct-blocks", type=int, help="distinct layer files, so that the store takes less room")
     parser.add_argument("--dir", type=Path, default=Path(tempfile.gettempdir()), help="where the store goes")
     parser.add_argument("--clean", action="store_true", help="remove the store afterwards")
     arguments = parser.parse_args()
     store = arguments.dir / f"bench-{arguments.shape}-{arguments.quant}.tiered"
     if not (store / "manifest.json").exists():
         command = ["convert", "--synthetic", arguments.shape, "-o", str(store), "--quant", arguments.quant]
+        if arguments.distinct_blocks:
+            command += ["--distinct-blocks", str(arguments.distinct_blocks)]
         subprocess.run([sys.executable, "-m", "tiered", *command], check=True)
     try:
         describe(store, arguments)
@@ -85,6 +91,7 @@ def run(store: Path, batch: int, arguments: argparse.Namespace) -> dict[str, Any
     tool = Path(__file__).with_name("limit.py")
     generate = [sys.executable, "-m", "tiered", "generate", str(store), "--json", "--ignore-eos"]
     options = ["--ram", arguments.ram, "--kernels", arguments.kernels, "--kernel-mode", arguments.kernel_mode]
+    options += ["--kv", arguments.kv, "--kv-bits", arguments.kv_bits, "--kv-dir", str(arguments.dir)]
     tokens = ["--prompt-tokens", str(arguments.prompt_tokens), "-n", str(arguments.new_tokens)]
     with tempfile.NamedTemporaryFile() as usage:
         limited = [sys.executable, str(tool), "--memory", str(limit), "--json", usage.name, "--or-unlimited", "--"]
@@ -122,6 +129,7 @@ def figures(report: dict[str, Any], batch: int) -> list[tuple[str, Any]]:
         ("{:.2f}", disk / 1e9 if streamed else None),
         ("{:.2f}", raw / 1e9 if streamed else None),
         ("{:.1%}", disk / raw if streamed else None),
+        ("{:.2f}", (report["kv_bytes_read"] + report["kv_bytes_written"]) / report["passes"] / 1e9),
         ("{:.3f}", report["bound_seconds_per_pass"]),
         ("{:.1%}", report["bound_share"]),
         ("{:.2f}", report["block_overhead_seconds"] * 1e3),

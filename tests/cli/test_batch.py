@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from tests.commands import TIERED, copy_store, make_store, run_apart, run_here
+from tests.commands import TIERED, copy_store, make_store, run_apart, run_here, smallest_ram
 from tests.jobs.fakes import request, results_of, write_lines
+from tiered.units import MIB, parse_size
 
 QUIET = ("--no-measure", "--batch", "3")
 TEMPLATE = (
@@ -218,3 +219,13 @@ def test_without_a_width_the_run_says_what_it_chose_and_why(store: Path, tmp_pat
     first = next(line for line in done.err.splitlines() if line)
     assert first.startswith("batch     ") and "of 5 sequences at once; expected per pass: " in first
     assert "compute" in first and "KV cache" in first and "in memory" in first
+
+
+@pytest.mark.parametrize("spare", [20, 60])
+def test_choosing_a_width_does_not_take_the_memory_it_is_about(store: Path, tmp_path: Path, spare: int) -> None:
+    source = write_lines(tmp_path / "requests.jsonl", [request(f"id-{n}", max_tokens=2) for n in range(40)])
+    words = (*TIERED, "batch", store, "-i", source, "-o", tmp_path / "out.jsonl", "--no-measure")
+    least = parse_size(smallest_ram(run_apart([*words, "--batch", "1", "--ram", "1MiB"]).err))
+    done = run_apart([*words, "--ram", f"{least // MIB + spare}MiB"])
+    assert done.code == 0, done.err
+    assert "of 40 sequences at once, as fit; KV cache" in done.err

@@ -321,6 +321,14 @@ def test_a_refused_run_leaves_no_file(store: Path, text: Path, tmp_path: Path) -
     assert not (tmp_path / "tokens.jsonl").exists()
 
 
+def test_a_text_is_not_overwritten_by_its_own_scores(store: Path, text: Path, tmp_path: Path) -> None:
+    link = tmp_path / "link.txt"
+    link.symlink_to(text)
+    done = run_here("score", store, "-f", text, *QUIET, "--per-token", link)
+    assert done.code == 2 and "is a text to score" in done.err
+    assert text.read_text(encoding="utf-8") == TEXT
+
+
 def test_a_full_disk_is_named(store: Path, text: Path) -> None:
     done = run_here("score", store, "-f", text, *QUIET, "--per-token", "/dev/full")
     assert done.code == 1

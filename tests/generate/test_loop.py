@@ -310,13 +310,21 @@ def test_no_last_pass_is_announced_while_the_source_may_have_more() -> None:
 def test_passes_are_counted_with_what_was_in_them() -> None:
     runner = Runner(2, pass_tokens=10)
     found = generate(runner, [sequence_of(prompt_of(4), 4), sequence_of(prompt_of(12, 1), 2, 1)], 2)
-    assert [(cost.prompt_tokens, cost.new_tokens) for cost in found.passes] == [(10, 1), (6, 2), (0, 2), (0, 1)]
-    assert [cost.is_decode for cost in found.passes] == [False, False, True, True]
+    assert [(cost.prompt_tokens, cost.new_tokens) for cost in found.recent] == [(10, 1), (6, 2), (0, 2), (0, 1)]
+    assert [cost.is_decode for cost in found.recent] == [False, False, True, True]
     assert (found.sequences, found.prompt_tokens, found.generated_tokens) == (2, 16, 6)
-    assert [cost.bytes_read for cost in found.passes] == [10] * 4
+    assert [cost.bytes_read for cost in found.recent] == [10] * 4
+
+
+def test_a_long_generation_keeps_sums_not_passes() -> None:
+    runner = Runner(1, context=1000)
+    found = generate(runner, [sequence_of(prompt_of(4), 600)], 1)
+    assert (found.passes, found.prefill.passes, found.decode.passes) == (600, 1, 599)
+    assert (found.generated_tokens, found.decode.bytes_read) == (600, 5990)
+    assert len(found.recent) < 300
 
 
 def test_nothing_to_do_costs_no_pass() -> None:
     runner = Runner(1)
     found = generate(runner, [], 1)
-    assert (found.passes, runner.passes, found.sequences) == ([], [], 0)
+    assert (found.passes, runner.passes, found.sequences) == (0, [], 0)

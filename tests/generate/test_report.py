@@ -32,7 +32,10 @@ def generation(
 ) -> Generation:
     passes = [cost(rows, 3.0, 2.0, prompt_tokens=60)]
     passes += [cost(rows, seconds, compute, nbytes=nbytes) for _ in range(decodes)]
-    return Generation(passes, first_token_seconds=3.2, sequences=rows, prompt_tokens=60)
+    made = Generation(first_token_seconds=3.2, sequences=rows, prompt_tokens=60)
+    for one in passes:
+        made.add(one)
+    return made
 
 
 def around(used: Plan, **changes: Any) -> Surroundings:

@@ -185,6 +185,27 @@ def test_a_layer_is_read_only_when_its_earlier_writes_have_ended(tmp_path: Path)
     run(passes())
 
 
+def test_writes_that_an_interrupted_pass_waited_for_are_waited_for_by_the_next(tmp_path: Path) -> None:
+    async def passes() -> None:
+        async with streaming(tmp_path) as setup:
+            kvs = setup.sequences(2)
+            go, read = threading.Event(), threading.Event()
+            setup.writes.on_call = lambda offset: None if go.wait(SECONDS) else fail(errno.EIO)
+            await run_pass(setup, setup.units(kvs, 128))
+            interrupted = asyncio.create_task(run_pass(setup, setup.units(kvs, 1)))
+            await asyncio.sleep(0.05)
+            interrupted.cancel()
+            await asyncio.wait([interrupted])
+            setup.reads.on_call = lambda offset: read.set()
+            following = asyncio.create_task(run_pass(setup, setup.units(kvs, 1)))
+            await asyncio.sleep(0.05)
+            assert not read.is_set()
+            go.set()
+            await following
+
+    run(passes())
+
+
 def fail(number: int) -> None:
     raise OSError(number, os.strerror(number))
 

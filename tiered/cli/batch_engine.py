@@ -42,7 +42,7 @@ class Engine:
                 on_finished=on_finished,
                 on_block=self._screen.on_block,
             )
-        surroundings = around.surroundings(self._runtime, generation.decode_disk_idle_seconds)
+        surroundings = around.surroundings(self._runtime, generation.decode.disk_idle_seconds)
         self.report = make_report(generation, surroundings)
         return generation
 

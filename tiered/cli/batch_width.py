@@ -28,6 +28,8 @@ _MOST: Final = 512
 _GROWTH_NBYTES: Final = 16 * MIB
 """What the process may have grown by between planning with it and running."""
 _MEASURE_NBYTES: Final = 32 * MIB
+_MEASURING_GROWTH_NBYTES: Final = 96 * MIB
+"""What the process may have grown by when disk and processor have been measured: its peak counts."""
 _SPARE: Final = 1.1
 """Room in the cache beyond what sequences take on average: where long ones meet, fewer run."""
 
@@ -78,14 +80,27 @@ def choose_batch(store: Store, options: Options, demand: Demand, say: Callable[[
     found = _options(footprint, options, demand, candidates(min(demand.sequences, _MOST)))
     if not found:
         return None
+    counts = sorted({option.sequences for option in found})
+    after = replace(footprint, baseline=footprint.baseline + _MEASURING_GROWTH_NBYTES)
+    if not _options(after, options, demand, counts):
+        # Measuring would take the memory that it is about.
+        most = max(found, key=lambda option: (option.sequences, not option.kv_on_disk))
+        return _choice(footprint, demand, most, f"{most.sequences} of {demand.sequences} sequences at once, as fit")
     say("measuring the disk")
     bandwidth = _bandwidth(store) if any(option.disk_nbytes for option in found) else None
     say("measuring the processor")
-    width = choose_width(found, bandwidth, _compute_seconds(store, footprint, options, demand))
-    assert width is not None
-    chosen = width.option
+    compute_seconds = _compute_seconds(store, footprint, options, demand)
+    after = measure_footprint(store, demand.load(1), options)
+    after = replace(after, baseline=after.baseline + _GROWTH_NBYTES)
+    width = choose_width(_options(after, options, demand, counts), bandwidth, compute_seconds)
+    return None if width is None else _choice(after, demand, width.option, _expected(demand, width, bandwidth))
+
+
+def _choice(footprint: Footprint, demand: Demand, chosen: WidthOption, why: str) -> Choice:
+    load = demand.load(chosen.sequences)
     where: Literal["cpu", "disk"] = "disk" if chosen.kv_on_disk else "cpu"
-    return Choice(demand.load(chosen.sequences), where, _reason(footprint, demand, width, bandwidth))
+    cache = format_size(replace(footprint, load=load).cache_plan(1 << 40).records_nbytes)
+    return Choice(load, where, f"{why}; KV cache {cache} {'on disk' if chosen.kv_on_disk else 'in memory'}")
 
 
 def _options(footprint: Footprint, options: Options, demand: Demand, counts: list[int]) -> list[WidthOption]:
@@ -139,15 +154,12 @@ def _compute_seconds(store: Store, footprint: Footprint, options: Options, deman
     return lambda count: linear.seconds(count, weights) + per_sequence * count
 
 
-def _reason(footprint: Footprint, demand: Demand, width: Width, bandwidth: float | None) -> str:
-    """The choice in one line."""
-    chosen = width.option
-    cache = replace(footprint, load=demand.load(chosen.sequences)).cache_plan(1 << 40)
-    where = "on disk" if chosen.kv_on_disk else "in memory"
-    disk = ""
+def _expected(demand: Demand, width: Width, bandwidth: float | None) -> str:
+    """The choice and what it is expected to take."""
+    chosen, disk = width.option, ""
     if chosen.disk_nbytes and bandwidth:
         disk = f"disk {format_seconds(width.disk_seconds)} at {format_rate(bandwidth)}, "
     return (
         f"{chosen.sequences} of {demand.sequences} sequences at once; expected per pass: {disk}"
-        f"compute {format_seconds(width.compute_seconds)}; KV cache {format_size(cache.records_nbytes)} {where}"
+        f"compute {format_seconds(width.compute_seconds)}"
     )

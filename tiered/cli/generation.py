@@ -154,7 +154,7 @@ def _generate(request: Request, runtime: Runtime, sequences: list[Sequence]) -> 
         width = request.batch or len(sequences)
         with measured(runtime, status, request.measure) as around:
             generation = generate(runtime, sequences, width, on_pass, on_block=status.on_block)
-    return make_report(generation, around.surroundings(runtime, generation.decode_disk_idle_seconds))
+    return make_report(generation, around.surroundings(runtime, generation.decode.disk_idle_seconds))
 
 
 def _encode(request: Request, store: Store, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

@@ -124,10 +124,12 @@ class PerTokenFile:
             raise DiskFullError(f"--per-token {self._path}: cannot be written: {error.strerror}") from error
 
 
-def check_writable(path: Path) -> None:
-    """Refuse, before any work, a file that could not be written after it."""
+def check_writable(path: Path, texts: Items[str]) -> None:
+    """Refuse, before any work, a file that could not be written after it, or that is one of the files `texts`."""
     there = path.exists()
     try:
+        if there and any(Path(text).exists() and path.samefile(text) for text in texts):
+            raise ConfigError(f"--per-token {path}: is a text to score, and would be overwritten; name another file")
         path.open("a").close()
         if not there:
             path.unlink()

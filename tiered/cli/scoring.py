@@ -107,7 +107,7 @@ def run(request: Request) -> dict[str, Any]:
         kv_bits=request.kv_bits,
     )
     if request.per_token_path is not None:
-        check_writable(request.per_token_path)
+        check_writable(request.per_token_path, [name for name, _ in request.texts])
     store = Store.open(request.store)
     # Before the tokenizer, which reads it too and would be blamed for it.
     config = load_config(store.path)

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Final, Protocol
 
 import torch
 
@@ -23,6 +23,9 @@ from tiered.cache import SequenceKV
 from tiered.errors import BudgetError
 from tiered.generate.sequence import Sequence
 from tiered.model import Load, OnBlock, OnLogits, Pass, Segment
+
+_RECENT_PASSES: Final = 256
+"""Of a generation, kept one by one: a job may have millions."""
 
 
 class PassRunner(Protocol):
@@ -75,33 +78,63 @@ class PassCost:
 
 
 @dataclass
+class PassTotals:
+    """Sums over passes: what a job of any length costs, in the memory of one pass."""
+
+    passes: int = 0
+    seconds: float = 0.0
+    """With what comes between passes."""
+    pass_seconds: float = 0.0
+    """Without it."""
+    compute_seconds: float = 0.0
+    wait_seconds: float = 0.0
+    new_tokens: int = 0
+    bytes_read: int = 0
+    """Of weights."""
+    kv_bytes: int = 0
+    disk_idle_seconds: float = 0.0
+
+    def add(self, cost: PassCost) -> None:
+        """Count one more pass."""
+        self.passes += 1
+        self.seconds += cost.seconds
+        self.pass_seconds += cost.pass_.seconds
+        self.compute_seconds += cost.pass_.compute_seconds
+        self.wait_seconds += cost.pass_.wait_seconds
+        self.new_tokens += cost.new_tokens
+        self.bytes_read += cost.bytes_read
+        self.kv_bytes += cost.kv_bytes
+        self.disk_idle_seconds += cost.disk_idle_seconds
+
+
+@dataclass
 class Generation:
     """What a generation cost."""
 
-    passes: list[PassCost] = field(default_factory=list)
+    prefill: PassTotals = field(default_factory=PassTotals)
+    """Of the passes with prompts; other sequences may have decoded in them."""
+    decode: PassTotals = field(default_factory=PassTotals)
+    """Of the passes without."""
+    recent: deque[PassCost] = field(default_factory=lambda: deque(maxlen=_RECENT_PASSES))
+    """The last passes, for figures that sums cannot give."""
     first_token_seconds: float = 0.0
     sequences: int = 0
     """That have begun."""
     prompt_tokens: int = 0
     """Of all prompts that have begun."""
 
+    def add(self, cost: PassCost) -> None:
+        """Count one more pass."""
+        (self.decode if cost.is_decode else self.prefill).add(cost)
+        self.recent.append(cost)
+
+    @property
+    def passes(self) -> int:
+        return self.prefill.passes + self.decode.passes
+
     @property
     def generated_tokens(self) -> int:
-        return sum(cost.new_tokens for cost in self.passes)
-
-    @property
-    def decode(self) -> list[PassCost]:
-        """The passes without prompts."""
-        return [cost for cost in self.passes if cost.is_decode]
-
-    @property
-    def decode_disk_idle_seconds(self) -> float:
-        return sum(cost.disk_idle_seconds for cost in self.decode)
-
-    @property
-    def prefill(self) -> list[PassCost]:
-        """The passes with prompts; other sequences may have decoded in them."""
-        return [cost for cost in self.passes if not cost.is_decode]
+        return self.prefill.new_tokens + self.decode.new_tokens
 
 
 @dataclass(eq=False)
@@ -161,7 +194,7 @@ def generate(
                 on_finished(item.sequence)
             result.sequences, result.prompt_tokens = waiting.admitted, waiting.prompt_tokens
             after = _Counters.of(runner)
-            result.passes.append(
+            result.add(
                 PassCost(
                     pass_,
                     time.perf_counter() - start,

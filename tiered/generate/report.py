@@ -47,7 +47,7 @@ class Report:
     """Of the decode passes, like the next one."""
     disk_wait_seconds: float
     block_overhead_seconds: float
-    """Median wall time per block beyond computing and waiting for reads."""
+    """Median wall time per block beyond computing and waiting for reads, of the last passes."""
     peak_rss_bytes: int
     ram_budget_bytes: int
     tape_bytes: int
@@ -145,9 +145,8 @@ class Surroundings:
 def make_report(generation: Generation, around: Surroundings) -> Report:
     """Put the figures of one run together."""
     decode, prefill = generation.decode, generation.prefill
-    decode_seconds = sum(cost.seconds for cost in decode)
-    per_pass = decode_seconds / len(decode) if decode else None
-    compute = sum(cost.pass_.compute_seconds for cost in decode) / len(decode) if decode else None
+    per_pass = decode.seconds / decode.passes if decode.passes else None
+    compute = decode.compute_seconds / decode.passes if decode.passes else None
     plan, raw = around.plan, around.raw_disk_bandwidth
     bound = bottleneck = None
     if compute is not None:
@@ -156,40 +155,38 @@ def make_report(generation: Generation, around: Surroundings) -> Report:
         # bound is that much lower, or few passes would seem to beat it.
         streamed = round((1 - plan.bound_resident_nbytes / sum(plan.tape_sizes)) * around.tape_file_bytes)
         streamed = round(streamed * _share_read(generation, around))
-        streamed += sum(cost.kv_bytes for cost in decode) // len(decode)
+        streamed += decode.kv_bytes // decode.passes
         disk = streamed / raw if raw else None
         if streamed == 0:
             bound, bottleneck = compute, "memory"
         elif disk is not None:
             bound, bottleneck = max(disk, compute), "compute" if compute > disk else "disk"
     tokens = generation.generated_tokens
-    decoded = sum(cost.new_tokens for cost in decode)
-    prefill_seconds = sum(cost.pass_.seconds for cost in prefill)
-    moved = sum(cost.bytes_read + cost.kv_bytes for cost in decode)
-    overheads = sorted(s for cost in generation.passes for s in cost.pass_.block_seconds)
+    moved = decode.bytes_read + decode.kv_bytes
+    overheads = sorted(s for cost in generation.recent for s in cost.pass_.block_seconds)
     return Report(
         prompt_tokens=generation.prompt_tokens,
         generated_tokens=tokens,
         first_token_seconds=generation.first_token_seconds,
-        prefill_seconds=prefill_seconds,
-        prefill_tokens_per_second=generation.prompt_tokens / prefill_seconds if prefill_seconds else 0.0,
-        decode_seconds=decode_seconds,
-        tokens_per_second=decoded / decode_seconds if decode_seconds else None,
+        prefill_seconds=prefill.pass_seconds,
+        prefill_tokens_per_second=generation.prompt_tokens / prefill.pass_seconds if prefill.pass_seconds else 0.0,
+        decode_seconds=decode.seconds,
+        tokens_per_second=decode.new_tokens / decode.seconds if decode.seconds else None,
         seconds_per_pass=per_pass,
         compute_seconds_per_pass=compute,
-        passes=len(generation.passes),
+        passes=generation.passes,
         bytes_read=around.bytes_read,
         bytes_read_kernel=around.bytes_read_kernel,
         bytes_read_per_token=around.bytes_read / max(tokens, 1),
         bytes_written=around.bytes_written,
         kv_bytes_read=around.kv_bytes_read,
         kv_bytes_written=around.kv_bytes_written,
-        disk_bandwidth=moved / decode_seconds if decode_seconds else None,
+        disk_bandwidth=moved / decode.seconds if decode.seconds else None,
         raw_disk_bandwidth=raw,
         bound_seconds_per_pass=bound,
         bound_share=bound / per_pass if bound is not None and per_pass else None,
         bottleneck=bottleneck,
-        compute_wait_seconds=sum(cost.pass_.wait_seconds for cost in decode),
+        compute_wait_seconds=decode.wait_seconds,
         disk_wait_seconds=around.disk_wait_seconds,
         block_overhead_seconds=overheads[len(overheads) // 2] if overheads else 0.0,
         peak_rss_bytes=around.peak_rss_bytes,
@@ -204,5 +201,5 @@ def make_report(generation: Generation, around: Surroundings) -> Report:
 
 def _share_read(generation: Generation, around: Surroundings) -> float:
     """Of the bytes that the decode passes streamed, how many were read while they ran."""
-    due = len(generation.decode) * around.streamed_file_bytes
-    return min(1.0, sum(cost.bytes_read for cost in generation.decode) / due) if due else 1.0
+    due = generation.decode.passes * around.streamed_file_bytes
+    return min(1.0, generation.decode.bytes_read / due) if due else 1.0

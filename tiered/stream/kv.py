@@ -121,15 +121,22 @@ class KVStream:
     async def _feed_pass(self, units: tuple[LentRecords, ...]) -> None:
         try:
             for layer in range(self._layers):
-                # An earlier pass may still be writing what this one reads.
-                for write in self._writes.pop(layer, []):
-                    await asyncio.wait([write])
-                    write.result()
+                await self._await_writes(layer)
                 for records in units:
                     await self._queue.put(await self._start(records, layer))
         except Exception as error:
             # A feed that dies silently would leave `fetch` waiting for ever.
             await self._queue.put(_Failed(error))
+
+    async def _await_writes(self, layer: int) -> None:
+        """An earlier pass may still be writing what this one reads."""
+        writes = self._writes.get(layer)
+        if writes:
+            await asyncio.wait(writes)
+            # Not forgotten before: a pass that is interrupted in the line above leaves them to the next one.
+            del self._writes[layer]
+            for write in writes:
+                write.result()
 
     async def _start(self, records: LentRecords, layer: int) -> _Queued:
         """Find memory for a unit's records and start their reads."""
