@@ -59,7 +59,7 @@ def test_a_short_job_says_nothing_on_the_way() -> None:
 def test_a_terminal_shows_progress_and_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     written = shown(Terminal(), 3, 5.0)
-    assert "layer 1/3" in written and "2/100 sequences" in written and "\n" not in written
+    assert "block 1/3" in written and "2/100 sequences" in written and "\n" not in written
 
 
 def test_a_terminal_is_not_written_to_more_often_than_eyes_can_follow(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,26 +86,29 @@ class ChunkKV(PositionCache):
 
     def _call(self, group: int, bundle: Sequence[int]) -> "_Call":
         records, parts = self.records.maps[group], [self.parts[number] for number in bundle]
-        pages = max((part.stop - 1) // PAGE_TOKENS + 1 for part in parts)
-        offsets = torch.full((len(parts), pages), -1)
-        recent = torch.full_like(offsets, -1)
-        nbytes = self.pool.exact.record_nbytes
-        for row, (number, part) in enumerate(zip(bundle, parts, strict=True)):
-            for page in range(part.oldest_page(records.window), (part.stop - 1) // PAGE_TOKENS + 1):
-                offsets[row, page] = records.offset(self.numbers[number], page)
-            if self._tails is not None and part.is_within_a_page:
-                recent[row, part.first_page] = part.kv.tail * nbytes
-            elif self._tails is not None:
-                recent[row, part.first_page :] = torch.tensor(self._tails.fresh_pages(part)) * nbytes
-        window = records.window
+        counts = [(part.stop - 1) // PAGE_TOKENS + 1 for part in parts]
+        pages, window = max(counts), records.window
+        rows = zip(bundle, counts, strict=True)
+        offsets = [records.offsets(self.numbers[number], count) + [-1] * (pages - count) for number, count in rows]
         return _Call(
             first=torch.tensor([max(0, part.start - window + 1) if window else 0 for part in parts]),
             count=torch.tensor([part.stop for part in parts]),
             tokens=parts[0].count,
-            tables=self.pool.layout.tables(offsets),
-            recent=self.pool.exact.tables(recent) if self._tails is not None else None,
+            tables=self.pool.layout.tables(torch.tensor(offsets)),
+            recent=None if self._tails is None else self._recent(self._tails, parts, pages),
             reads_fresh=not parts[0].is_within_a_page,
         )
+
+    def _recent(self, tails: TailWriter, parts: Sequence[Part], pages: int) -> Tables:
+        """Where the pages are that queries of `parts` read as they were computed."""
+        nbytes = self.pool.exact.record_nbytes
+        offsets = torch.full((len(parts), pages), -1)
+        for row, part in enumerate(parts):
+            if part.is_within_a_page:
+                offsets[row, part.first_page] = part.kv.tail * nbytes
+            else:
+                offsets[row, part.first_page :] = torch.tensor(tails.fresh_pages(part)) * nbytes
+        return self.pool.exact.tables(offsets)
 
     def _pages(self, call: "_Call", layer: int) -> tuple[Pages, Pages]:
         """Keys and values of a call in `layer`."""

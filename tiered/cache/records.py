@@ -82,6 +82,19 @@ class RecordMap:
             return part.kv.record(self._group, page) * self._nbytes
         return self._starts[number] + (page - oldest) * self._nbytes
 
+    def offsets(self, number: int, pages: int) -> list[int]:
+        """`offset` of the pages 0 to `pages` - 1 of part `number`."""
+        part = self.parts[number]
+        kv, nbytes = part.kv, self._nbytes
+        oldest = min(part.oldest_page(self.window), pages)
+        stop = min(pages, part.stop // PAGE_TOKENS) if self._pool.plan.has_tails else pages
+        if self._pool.plan.on_disk:
+            there = [self._starts[number] + (page - oldest) * nbytes for page in range(oldest, stop)]
+        else:
+            first, ring = kv.first[self._group], kv.pages[self._group]
+            there = [(first + page % ring) * nbytes for page in range(oldest, stop)]
+        return [-1] * oldest + there + [-1] * (pages - max(stop, oldest))
+
     def reads(self, layer: int) -> list[Extent]:
         """What `layer` needs from disk before it computes."""
         return [
@@ -101,17 +114,15 @@ class RecordMap:
         return found
 
     def _extents(self, layer: int, number: int, pages: range) -> list[Extent]:
-        """The records of `pages`, neighbours joined; a ring's end parts them."""
+        """The records of `pages`, in one piece, or in several where a ring begins anew."""
         found: list[Extent] = []
-        kv = self.parts[number].kv
-        for page in pages:
-            place = Extent(
-                self._pool.file_offset(layer, kv.record(self._group, page)), self.offset(number, page), self._nbytes
-            )
-            if found and found[-1].offset + found[-1].nbytes == place.offset:
-                found[-1] = Extent(found[-1].offset, found[-1].memory_offset, found[-1].nbytes + self._nbytes)
-            else:
-                found.append(place)
+        kv, start = self.parts[number].kv, pages.start
+        while start < pages.stop:
+            ring = kv.pages[self._group]
+            stop = min(pages.stop, (start // ring + 1) * ring)
+            offset = self._pool.file_offset(layer, kv.record(self._group, start))
+            found.append(Extent(offset, self.offset(number, start), (stop - start) * self._nbytes))
+            start = stop
         return found
 
 

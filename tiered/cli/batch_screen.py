@@ -54,7 +54,7 @@ class JobScreen:
 
     def on_block(self, done: int, total: int) -> None:
         """A block of the running pass has been computed."""
-        self._say(f"{self._line}  layer {done}/{total}".lstrip())
+        self._say(f"{self._line}  block {done}/{total}".lstrip())
 
     def _say(self, text: str) -> None:
         if self._clock() - self._shown >= _REFRESH_SECONDS:

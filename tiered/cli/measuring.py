@@ -1,9 +1,11 @@
 """What is measured around a run: the process, the raw disk before and after, the kernel's own counters."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Final
 
 from tiered.bench import measure_raw
 from tiered.cli.screen import StatusLine
@@ -14,6 +16,8 @@ from tiered.model import Footprint, Load
 from tiered.plan import process_peak_rss_bytes
 from tiered.runtime import Options, Runtime
 from tiered.store import Store
+
+_LOG: Final = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,10 @@ def measured(runtime: Runtime, status: StatusLine, measure: bool) -> Iterator[Me
     """Around a run: measures the raw disk before and after it, if `measure` and something streams, and counts."""
     found = Measured()
     measure = measure and (bool(runtime.plan.streamed_nbytes) or runtime.spill is not None)
+    if measure and not _is_one_disk(runtime):
+        # A bound made of two disks' bytes over one disk's bandwidth would say nothing.
+        _LOG.warning("--kv-dir is on another disk than the store: the report has no bandwidth and no bound")
+        measure = False
     if measure:
         status.say("measuring the disk")
         found.raw.append(_raw_bandwidth(runtime))
@@ -83,6 +91,12 @@ def measured(runtime: Runtime, status: StatusLine, measure: bool) -> Iterator[Me
     if measure:
         status.say("measuring the disk again")
         found.raw.append(_raw_bandwidth(runtime))
+
+
+def _is_one_disk(runtime: Runtime) -> bool:
+    """Whether weights and KV cache, if on disk, are on the same one."""
+    folder = runtime.options.kv_folder
+    return runtime.spill is None or folder is None or folder.stat().st_dev == runtime.store.path.stat().st_dev
 
 
 def _raw_bandwidth(runtime: Runtime) -> float:

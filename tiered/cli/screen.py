@@ -113,7 +113,8 @@ class StatusLine:
     def on_block(self, done: int, total: int) -> None:
         """A block of the running pass has been computed."""
         now = time.perf_counter()
-        if done == 1 and self._blocks_of_pass:
+        # Several resident blocks may come as one.
+        if done <= self._blocks_of_pass:
             self._begin()
         self._blocks_of_pass = done
         if now - self._shown < _REFRESH_SECONDS:
@@ -122,7 +123,7 @@ class StatusLine:
         elapsed = now - self._pass_began
         rate = (self._bytes_read() - self._bytes_before) / elapsed if elapsed else 0.0
         left = elapsed / done * (total - done)
-        self.say(f"layer {done}/{total}  {format_rate(rate)}  {format_seconds(left)} left in this pass")
+        self.say(f"block {done}/{total}  {format_rate(rate)}  {format_seconds(left)} left in this pass")
 
     def say(self, text: str) -> None:
         """Show `text` until something else happens."""

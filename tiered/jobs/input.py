@@ -84,6 +84,8 @@ class Input:
 
 def open_input(path: Path) -> BinaryIO:
     """Open a file of requests; raises ConfigError where it is none."""
+    if str(path) == "-":
+        raise ConfigError("-i -: a job needs a regular file to be started again; write standard input to one first")
     try:
         # Without O_NONBLOCK, opening a pipe would wait for its other end.
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
