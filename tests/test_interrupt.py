@@ -116,9 +116,9 @@ def contents(folder: Path) -> dict[str, int]:
 
 
 CASES: dict[str, tuple[tuple[str, ...], str]] = {
-    "a long prefill": (("--prompt-tokens", "1900", "-n", "100", "--ram", "1GiB"), "layer 1/"),
-    "decode": (("-p", "Hello", "-n", "500", "--ignore-eos"), "layer 2"),
-    "decode without read-ahead": (("-p", "Hello", "-n", "500", "--ignore-eos", "--prefetch", "0"), "layer 2"),
+    "a long prefill": (("--prompt-tokens", "1900", "-n", "100", "--ram", "1GiB"), "block 1/"),
+    "decode": (("-p", "Hello", "-n", "500", "--ignore-eos"), "block 2"),
+    "decode without read-ahead": (("-p", "Hello", "-n", "500", "--ignore-eos", "--prefetch", "0"), "block 2"),
     "measuring the disk": (("-p", "Hello"), "measuring"),
 }
 

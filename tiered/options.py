@@ -44,8 +44,6 @@ class Options:
                 raise ConfigError(f"{name} {value!r}: expected a whole number above 0")
         if self.kv not in ("auto", "cpu", "disk"):
             raise ConfigError(f"kv {self.kv!r}: expected auto, cpu or disk")
-        if self.kv == "cpu" and self.kv_folder is not None:
-            raise ConfigError(f"kv-dir {self.kv_folder}: the KV cache is to be in memory; use --kv disk or auto")
 
 
 def compute_dtype(name: str, config: PretrainedConfig) -> torch.dtype:

@@ -91,7 +91,7 @@ def run(store: Path, batch: int, arguments: argparse.Namespace) -> dict[str, Any
     tool = Path(__file__).with_name("limit.py")
     generate = [sys.executable, "-m", "tiered", "generate", str(store), "--json", "--ignore-eos"]
     options = ["--ram", arguments.ram, "--kernels", arguments.kernels, "--kernel-mode", arguments.kernel_mode]
-    options += ["--kv", arguments.kv, "--kv-bits", arguments.kv_bits, "--kv-dir", str(arguments.dir)]
+    options += ["--kv", arguments.kv, "--kv-bits", arguments.kv_bits]
     tokens = ["--prompt-tokens", str(arguments.prompt_tokens), "-n", str(arguments.new_tokens)]
     with tempfile.NamedTemporaryFile() as usage:
         limited = [sys.executable, str(tool), "--memory", str(limit), "--json", usage.name, "--or-unlimited", "--"]

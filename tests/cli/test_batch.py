@@ -177,6 +177,8 @@ def test_results_of_another_job_are_refused_by_name(store: Path, source: Path, t
         (("-i", "pipe", "-o", "out.jsonl"), "not a regular file"),
         (("-i", "requests.jsonl", "-o", "out.jsonl", "--context", "5000"), "positions for 2048"),
         (("-i", "requests.jsonl", "-o", "out.jsonl", "--kv-bits", "5"), "'5'"),
+        (("-i", "requests.jsonl", "-o", "out.jsonl", "--kv", "cpu", "--kv-dir", "."), "--kv disk or auto"),
+        (("-i", "-", "-o", "out.jsonl"), "a regular file"),
         (("-i", "requests.jsonl", "-o", "out.jsonl", "--seed", "-1"), "--seed"),
         (("-i", "requests.jsonl", "-o", "out.jsonl", "--ram", "lots"), "lots"),
         (("-i", "requests.jsonl", "-o", "out.jsonl", "--tiers", "nvme"), "nvme"),

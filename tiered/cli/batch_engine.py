@@ -69,7 +69,7 @@ def open_engine(request: BatchOptions, store: Store, demand: Demand, screen: Job
         choice = choose_batch(store, options, demand, screen.status.say)
         load = demand.load(1) if choice is None else choice.load
         if choice is not None:
-            options = replace(options, kv=choice.kv, kv_folder=request.kv_dir if choice.kv == "disk" else None)
+            options = replace(options, kv=choice.kv)
             if not request.as_json:
                 screen.say(f"batch     {choice.reason}")
     with Runtime(store, load, options) as runtime:

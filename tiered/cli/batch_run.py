@@ -16,6 +16,7 @@ from tiered.cli.batch_engine import Engine, open_engine
 from tiered.cli.batch_options import BatchOptions
 from tiered.cli.batch_screen import JobScreen
 from tiered.cli.batch_width import Demand
+from tiered.cli.generation import check_kv_folder
 from tiered.errors import ConfigError
 from tiered.generate import Report
 from tiered.generate.tokenizer import eos_ids, load_tokenizer
@@ -126,6 +127,7 @@ def _check(options: BatchOptions) -> None:
     if options.ram is not None:
         parse_size(options.ram)
     parse_tiers(options.tiers)
+    check_kv_folder(options.kv, options.kv_dir)
     open_input(options.input_path).close()
     files = (options.output_path, job_path(options.output_path))
     if any(file.exists() and file.samefile(options.input_path) for file in files):

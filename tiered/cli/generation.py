@@ -90,6 +90,7 @@ def run(request: Request) -> dict[str, Any]:
     )
     if sampling.temperature == 0 and (sampling.top_k, sampling.top_p, sampling.min_p) != (0, 1.0, 0.0):
         raise ConfigError("--top-k, --top-p and --min-p choose what to sample from: add --temperature, such as 0.7")
+    check_kv_folder(request.kv, request.kv_dir)
     if "" in request.stops:
         raise ConfigError("--stop: expected some text, found none")
     if request.trace_path is not None:
@@ -118,6 +119,12 @@ def run(request: Request) -> dict[str, Any]:
     completions = [{"text": s.text, "token_ids": s.token_ids, "finish_reason": s.finish_reason} for s in sequences]
     shown = list(request.prompts) or [str(tokenizer.decode(ids)) for ids in prompts]
     return {"prompts": shown, "completions": completions, "report": report.to_json()}
+
+
+def check_kv_folder(kv: str, folder: Path | None) -> None:
+    """Refuse a place on disk for a cache that is to be in memory."""
+    if kv == "cpu" and folder is not None:
+        raise ConfigError(f"--kv-dir {folder}: --kv cpu keeps the cache in memory; use --kv disk or auto, or drop it")
 
 
 def kv_bits(text: str) -> Bits:
