@@ -168,7 +168,7 @@ def test_text_between_status_lines_is_as_if_there_were_none(
         StatusLine(lambda: 0, lambda: writer.at_edge, terminal.stream) as status,
     ):
         for piece in pieces:
-            status.say("layer 1/2")
+            status.say("block 1/2")
             status.say("a status that is wider than the screen")
             terminal.stream.flush()
             terminal.read()
@@ -218,7 +218,7 @@ def test_the_front_text_streams_and_those_behind_wait(capsys: pytest.CaptureFixt
 
 def test_nothing_is_shown_where_there_is_no_screen(capsys: pytest.CaptureFixture[str]) -> None:
     with StatusLine(lambda: 0) as status:
-        status.say("layer 1/2")
+        status.say("block 1/2")
         status.on_block(1, 2)
     assert capsys.readouterr() == ("", "")
 
@@ -226,7 +226,7 @@ def test_nothing_is_shown_where_there_is_no_screen(capsys: pytest.CaptureFixture
 def test_a_dumb_terminal_gets_no_movements(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "dumb")
     with StatusLine(lambda: 0, stream=terminal.stream) as status:
-        status.say("layer 1/2")
+        status.say("block 1/2")
     terminal.read()
     assert terminal.screen.visible == [""]
 
@@ -238,7 +238,7 @@ def test_a_warning_gets_a_line_of_its_own(terminal: Terminal) -> None:
         with StatusLine(lambda: 0, stream=terminal.stream) as status:
             status.say("reading")
             logging.getLogger("tiered.test").warning("no O_DIRECT here")
-            status.say("layer 1/2")
+            status.say("block 1/2")
         logging.getLogger("tiered.test").warning("and none there")
     finally:
         logging.getLogger().removeHandler(handler)
@@ -257,7 +257,7 @@ def test_tabs_move_to_the_next_stop_and_stay_on_the_line(terminal: Terminal) -> 
 
 def test_nothing_comes_after_the_end(terminal: Terminal) -> None:
     with StatusLine(lambda: 0, stream=terminal.stream) as status:
-        status.say("layer 1/2")
+        status.say("block 1/2")
     status.on_block(1, 2)
     terminal.read()
     assert terminal.screen.visible == [""]
@@ -303,12 +303,12 @@ def test_a_run_on_a_terminal_shows_status_lines_and_leaves_text_and_report(strea
                 screen.feed(received.decode().replace("\r\n", "\n"))
     os.close(master)
     assert child.returncode == 0
-    assert any(re.match(r"layer \d+/9  \d+\.\d\d GB/s  \d+ m?s left", line) for line in screen.shown), screen.shown
+    assert any(re.match(r"block \d+/9  \d+\.\d\d GB/s  [\d.]+ m?s left", line) for line in screen.shown), screen.shown
     assert "measuring the disk" in screen.shown
     text = wrapped(plain, columns)
     assert screen.visible[: len(text)] == text
     assert screen.visible[len(text)].startswith("prefill ")
-    assert not any(line.startswith(("layer", "measuring", "reading")) for line in screen.visible)
+    assert not any(line.startswith(("block", "measuring", "reading")) for line in screen.visible)
 
 
 @pytest.mark.skipif(shutil.which("tmux") is None, reason="tmux is not installed")
@@ -331,7 +331,7 @@ def test_a_real_terminal_shows_the_same(
     text = wrapped(plain, 40)
     assert lines[: len(text)] == text
     assert lines[len(text)].startswith("prefill ")
-    assert not any(line.startswith(("layer", "measuring", "reading")) for line in lines)
+    assert not any(line.startswith(("block", "measuring", "reading")) for line in lines)
 
 
 def captured(tmux: Sequence[str]) -> str:

@@ -4,6 +4,8 @@ import math
 from collections.abc import Callable
 from typing import Final
 
+from tiered.plan.width import candidates
+
 _FEW_ROWS: Final = 512
 """Tokens below which a pass computes slower per token, even with all weights in memory."""
 _ENOUGH_TOKENS: Final = 16384
@@ -22,7 +24,7 @@ def choose_windows_per_pass(read_nbytes: Callable[[int], int | None], windows: i
     most = max(1, min(windows, _ENOUGH_TOKENS // context))
     least = min(most, -(-_FEW_ROWS // context))
     best, best_cost = 1, math.inf
-    for count in _candidates(most):
+    for count in candidates(most):
         read = read_nbytes(count)
         if read is None:
             break
@@ -31,12 +33,6 @@ def choose_windows_per_pass(read_nbytes: Callable[[int], int | None], windows: i
         if cost < best_cost or (cost == best_cost and best < least):
             best, best_cost = count, cost
     return -(-windows // _passes(windows, best))
-
-
-def _candidates(most: int) -> list[int]:
-    """1, 2, 3, 4, 6, 8, 12, 16 and so on up to `most`, which is the last."""
-    doublings = [1 << n for n in range(most.bit_length())]
-    return sorted({*doublings, *(3 * n // 2 for n in doublings[1:] if 3 * n // 2 < most), most})
 
 
 def _passes(windows: int, per_pass: int) -> int:
