@@ -23,6 +23,9 @@ from tiered.kernels.attention import PAGE_TOKENS
 from tiered.units import round_up
 
 Bits = Literal[16, 8, 4]
+UNITS_AT_ONCE: Final = 4
+"""Units whose records are in memory together: one computes, and with several behind it the disk's queue never drains
+as it does at the end of a single one's reads."""
 STACKED_PAGES: Final = 8
 """Complete pages that are side by side once more while they are written to their records."""
 
@@ -116,8 +119,8 @@ class CachePlan:
 
     @property
     def ring_nbytes(self) -> int:
-        """Bytes for records on their way from disk and back: one unit computes while the next one's are read."""
-        return 2 * self.lent_pages * self.layout.record_nbytes if self.on_disk else 0
+        """Bytes for records on their way from disk and back: one unit computes while those of the next are read."""
+        return UNITS_AT_ONCE * self.lent_pages * self.layout.record_nbytes if self.on_disk else 0
 
     @property
     def pool_nbytes(self) -> int:

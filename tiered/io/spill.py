@@ -30,6 +30,9 @@ _IN_MEMORY: Final = ("tmpfs", "ramfs", "devtmpfs", "hugetlbfs")
 _NO_SPACE: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _UNSUPPORTED: Final = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
+_PART_NBYTES: Final = 2 * PIECE_NBYTES
+"""At least so much is one thread's: a hand-over takes as long as a tenth of a piece."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -111,7 +114,7 @@ class SpillFile:
     async def _transfer(self, work: Callable[[int, memoryview, Check], None], offset: int, memory: memoryview) -> None:
         assert offset % PAGE == 0 and memory.nbytes % PAGE == 0, "direct access needs whole pages"
         assert 0 <= offset <= self.nbytes - memory.nbytes, f"{offset:,} + {memory.nbytes:,} of {self.nbytes:,} bytes"
-        part = max(PIECE_NBYTES, round_up(-(-memory.nbytes // self._count), PAGE))
+        part = max(_PART_NBYTES, round_up(-(-memory.nbytes // self._count), PAGE))
 
         def start(begin: int) -> Callable[[Check], None]:
             return lambda check: work(offset + begin, memory[begin : begin + part], check)

@@ -27,8 +27,8 @@ _BASELINE_VARIES_NBYTES: Final = 4 * MIB
 """How much the process itself differs from run to run: a budget that was named as enough must be so next time."""
 
 
-_LENT_SHARE: Final = 1 / 32
-"""Part of the budget for the pages of one unit, where the KV cache is on disk; twice that is set aside."""
+_LENT_SHARE: Final = 1 / 64
+"""Part of the budget for the pages of one unit, where the KV cache is on disk; four times that is set aside."""
 
 
 @dataclass(frozen=True)

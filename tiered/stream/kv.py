@@ -46,7 +46,7 @@ class _Failed:
 class KVStream:
     """Moves records between `spill` and `ring`, for `layers` layers. An async context manager; leaving it ends all I/O.
 
-    `ring` holds the largest unit's records of a layer at least; twice that to read ahead.
+    `ring` holds the largest unit's records of a layer at least; several times that to read ahead.
     """
 
     def __init__(self, spill: SpillFile, ring: Slab, layers: int, trace: Tracer) -> None:
