@@ -6,6 +6,8 @@ from typing import Any
 
 import click
 
+from tiered.cli.run_options import run_options
+
 _POSITIVE = click.IntRange(min=1)
 _FILE = click.Path(path_type=Path, dir_okay=False)
 
@@ -36,25 +38,7 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
     type=click.Path(path_type=Path, file_okay=False, exists=True),
     help="Where a KV cache on disk goes. [default: beside the store]",
 )
-@click.option("--dtype", default="auto", show_default=True, help="auto, bfloat16 or float32: what is computed in.")
-@click.option("--verify", default="first", show_default=True, type=click.Choice(["first", "always", "never"]))
-@click.option("--tiers", default="disk,cpu", show_default=True, help="Where weights may be, slowest first.")
-@click.option("--ram", help="Budget for the whole process, such as 2GiB. [default: 90% of what is free]")
-@click.option("--threads", type=_POSITIVE, help="Compute threads. [default: all processors]")
-@click.option(
-    "--kernels",
-    default="auto",
-    show_default=True,
-    type=click.Choice(["auto", "torch", "scalar", "avx2", "avx512", "amx"]),
-    help="What multiplies; auto is the best that this machine has.",
-)
-@click.option(
-    "--kernel-mode",
-    default="invariant",
-    show_default=True,
-    type=click.Choice(["invariant", "fast"]),
-    help="invariant: a text does not depend on what shares its batch. fast: activations may be rounded to 8 bits.",
-)
+@run_options("a text does not depend on what shares its batch")
 @click.option("--measure/--no-measure", default=True, help="Measure the raw disk bandwidth before and after.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object with the report.")
 def command(**options: Any) -> None:

@@ -7,6 +7,8 @@ from typing import Any, TextIO
 
 import click
 
+from tiered.cli.run_options import run_options
+
 _POSITIVE = click.IntRange(min=1)
 
 
@@ -43,25 +45,7 @@ _POSITIVE = click.IntRange(min=1)
     help="Where a KV cache on disk goes. [default: beside the store]",
 )
 @click.option("--chat", is_flag=True, help="Apply the tokenizer's chat template to each prompt.")
-@click.option("--dtype", default="auto", show_default=True, help="auto, bfloat16 or float32: what is computed in.")
-@click.option("--verify", default="first", show_default=True, type=click.Choice(["first", "always", "never"]))
-@click.option("--tiers", default="disk,cpu", show_default=True, help="Where weights may be, slowest first.")
-@click.option("--ram", help="Budget for the whole process, such as 2GiB. [default: 90% of what is free]")
-@click.option("--threads", type=_POSITIVE, help="Compute threads. [default: all processors]")
-@click.option(
-    "--kernels",
-    default="auto",
-    show_default=True,
-    type=click.Choice(["auto", "torch", "scalar", "avx2", "avx512", "amx"]),
-    help="What multiplies; auto is the best that this machine has.",
-)
-@click.option(
-    "--kernel-mode",
-    default="invariant",
-    show_default=True,
-    type=click.Choice(["invariant", "fast"]),
-    help="invariant: a text does not depend on what shares its batch. fast: activations may be rounded to 8 bits.",
-)
+@run_options("a text does not depend on what shares its batch")
 @click.option("--prefetch", type=click.IntRange(min=0), help="Blocks read ahead; 0: none. [default: as memory allows]")
 @click.option("--measure/--no-measure", default=True, help="Measure the raw disk bandwidth before and after.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")

@@ -8,11 +8,14 @@ its own. C: compute seconds of a decode pass, measured.
 """
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tiered.generate.loop import Generation
 from tiered.plan import Plan
 from tiered.units import format_rate, format_seconds, format_size
+
+if TYPE_CHECKING:
+    from tiered.generate.score_report import ScoreReport
 
 
 @dataclass(frozen=True)
@@ -90,13 +93,7 @@ class Report:
                 f"waits     while decoding, compute waited {format_seconds(self.compute_wait_seconds)} for the disk, "
                 f"the disk {format_seconds(self.disk_wait_seconds)} for compute"
             )
-        lines.append(f"kernels   {self.kernels}")
-        over = ", OVER BUDGET" if self.peak_rss_bytes > self.ram_budget_bytes else ""
-        lines.append(
-            f"memory    peak {format_size(self.peak_rss_bytes)} of {format_size(self.ram_budget_bytes)}{over}; "
-            f"{format_size(self.resident_bytes)} of {format_size(self.tape_bytes)} weights resident"
-        )
-        return lines
+        return lines + machine_lines(self)
 
     def _bandwidth_lines(self) -> list[str]:
         lines = []
@@ -117,6 +114,16 @@ class Report:
                 f"{self.bound_share:.0%} of it reached ({what})"
             )
         return lines
+
+
+def machine_lines(report: "Report | ScoreReport") -> list[str]:
+    """The last lines of any report: what computed, in how much memory."""
+    over = ", OVER BUDGET" if report.peak_rss_bytes > report.ram_budget_bytes else ""
+    return [
+        f"kernels   {report.kernels}",
+        f"memory    peak {format_size(report.peak_rss_bytes)} of {format_size(report.ram_budget_bytes)}{over}; "
+        f"{format_size(report.resident_bytes)} of {format_size(report.tape_bytes)} weights resident",
+    ]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ the sums can be compared.
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tiered.generate.report import Surroundings
+from tiered.generate.report import Surroundings, machine_lines
 from tiered.generate.score import Scoring
 from tiered.units import format_rate, format_seconds, format_size
 
@@ -92,13 +92,7 @@ class ScoreReport:
                 f"waits     compute waited {format_seconds(self.compute_wait_seconds)} for the disk, "
                 f"the disk {format_seconds(self.disk_wait_seconds)} for compute"
             )
-        lines.append(f"kernels   {self.kernels}")
-        over = ", OVER BUDGET" if self.peak_rss_bytes > self.ram_budget_bytes else ""
-        lines.append(
-            f"memory    peak {format_size(self.peak_rss_bytes)} of {format_size(self.ram_budget_bytes)}{over}; "
-            f"{format_size(self.resident_bytes)} of {format_size(self.tape_bytes)} weights resident"
-        )
-        return lines
+        return lines + machine_lines(self)
 
 
 def make_score_report(scoring: Scoring, around: Surroundings) -> ScoreReport:

@@ -17,6 +17,7 @@ from tiered.errors import ConfigError, CorruptError, DiskFullError
 from tiered.jobs.identity import Identity, JobFile, check_same, job_path, read_job, write_job
 from tiered.jobs.input import LineSet
 from tiered.jobs.results import line_of_id
+from tiered.store.write import fsync_folder
 
 _OPEN: Final = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK
 """Opening a pipe would wait for its other end."""
@@ -85,7 +86,7 @@ class Journal:
             os.ftruncate(self._fd, self._end)
         # The name of the file and what was cut off it, before anything is built on them.
         os.fsync(self._fd)
-        _fsync_folder(self.path.parent)
+        fsync_folder(self.path.parent)
 
     def append(self, line: int, record: bytes, sequences: int) -> None:
         """Add the result of a line of the input, durably: after this call, nothing short of a broken disk loses it.
@@ -154,11 +155,3 @@ def _result(raw: bytes, key: str) -> tuple[int, int] | None:
         return None if line is None else (line, len(choices))
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
-
-
-def _fsync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -117,7 +117,7 @@ class BlockWriter:
         file.close()
         self._file = None
         self._part.replace(self._path)
-        _fsync_folder(self._path.parent)
+        fsync_folder(self._path.parent)
         return FileInfo(self._path.relative_to(self._root).as_posix(), nbytes, tuple(self._checksums))
 
     def _open_file(self) -> io.BufferedRandom:
@@ -171,7 +171,7 @@ def atomic_write(path: Path, content: str | bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
-        _fsync_folder(path.parent)
+        fsync_folder(path.parent)
 
 
 @contextlib.contextmanager
@@ -188,7 +188,8 @@ def _disk_full(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _fsync_folder(folder: Path) -> None:
+def fsync_folder(folder: Path) -> None:
+    """Make names that were added to or taken from `folder` last."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)

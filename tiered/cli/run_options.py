@@ -1,0 +1,43 @@
+"""Options of every command that runs a model: what is computed in, by what, and within which memory."""
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+_Command = Callable[..., Any]
+
+
+def run_options(invariant: str) -> Callable[[_Command], _Command]:
+    """Adds them to a command, in this order; `invariant` says what the kernels' invariant mode gives it."""
+    options = (
+        click.option(
+            "--dtype", default="auto", show_default=True, help="auto, bfloat16 or float32: what is computed in."
+        ),
+        click.option("--verify", default="first", show_default=True, type=click.Choice(["first", "always", "never"])),
+        click.option("--tiers", default="disk,cpu", show_default=True, help="Where weights may be, slowest first."),
+        click.option("--ram", help="Budget for the whole process, such as 2GiB. [default: 90% of what is free]"),
+        click.option("--threads", type=click.IntRange(min=1), help="Compute threads. [default: all processors]"),
+        click.option(
+            "--kernels",
+            default="auto",
+            show_default=True,
+            type=click.Choice(["auto", "torch", "scalar", "avx2", "avx512", "amx"]),
+            help="What multiplies; auto is the best that this machine has.",
+        ),
+        click.option(
+            "--kernel-mode",
+            default="invariant",
+            show_default=True,
+            type=click.Choice(["invariant", "fast"]),
+            help=f"invariant: {invariant}. fast: activations may be rounded to 8 bits.",
+        ),
+    )
+
+    def add(command: _Command) -> _Command:
+        # As decorators stand above a function: the last is applied first.
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
