@@ -71,6 +71,24 @@ def test_the_best_of_the_sweep_is_a_rate(files: list[Path], memory: memoryview) 
     assert found.bytes_read > found.block_nbytes
 
 
+def test_the_figure_is_what_the_best_combination_sustains_and_not_its_luckiest_look(
+    files: list[Path], memory: memoryview, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[tuple[int, int, float]] = []
+
+    def run(opened: Any, lent: memoryview, piece: int, threads: int, seconds: float, turn: int) -> tuple[float, int]:
+        looks.append((piece, threads, seconds))
+        lucky = (piece, threads) == (MIB, 4) and seconds == SECONDS
+        return (2e9 if lucky else 1e9 if seconds == SECONDS else 1.5e9), 100
+
+    monkeypatch.setattr("tiered.bench.raw._run", run)
+    found = measure_raw(files, memory, is_direct(files[0]), SECONDS)
+    assert (found.bytes_per_second, found.best_look) == (1.5e9, 2e9)
+    assert (found.block_nbytes, found.threads) == (MIB, 4)
+    assert looks[-1][:2] == (MIB, 4) and looks[-1][2] > 5 * SECONDS
+    assert found.bytes_read == 100 * len(looks)
+
+
 def test_reads_stay_within_the_memory_that_was_lent(files: list[Path], memory: memoryview) -> None:
     measure_raw(files, memory[PAGE : 8 * MIB + PAGE], is_direct(files[0]), SECONDS)
     assert bytes(memory[:PAGE]) == bytes([GUARD]) * PAGE
@@ -101,7 +119,7 @@ def test_combinations_that_do_not_fit_the_memory_are_left_out(files: list[Path],
 
 def test_memory_too_small_for_any_combination_measures_nothing(files: list[Path], memory: memoryview) -> None:
     found = measure_raw(files, memory[:PAGE], is_direct(files[0]), SECONDS)
-    assert (found.bytes_per_second, found.bytes_read) == (0.0, 0)
+    assert (found.bytes_per_second, found.best_look, found.bytes_read) == (0.0, 0.0, 0)
 
 
 def test_a_single_tiny_file_is_read_again_and_again(files: list[Path], memory: memoryview) -> None:

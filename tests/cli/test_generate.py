@@ -36,6 +36,7 @@ FIELDS: dict[str, type | tuple[type, ...]] = {
     "bytes_written": (int, type(None)),
     "disk_bandwidth": float,
     "raw_disk_bandwidth": (float, type(None)),
+    "raw_disk_best_look": (float, type(None)),
     "bound_share": float,
     "compute_wait_seconds": float,
     "disk_wait_seconds": float,

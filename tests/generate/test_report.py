@@ -42,6 +42,7 @@ def around(used: Plan, **changes: Any) -> Surroundings:
     fields: dict[str, Any] = {
         "plan": used,
         "raw_disk_bandwidth": RAW,
+        "raw_disk_best_look": RAW,
         "bytes_read": 3800 * MIB,
         "bytes_read_kernel": 3900 * MIB,
         "bytes_written": 0,

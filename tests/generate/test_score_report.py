@@ -39,6 +39,7 @@ def around(used: Plan, **changes: Any) -> Surroundings:
     fields: dict[str, Any] = {
         "plan": used,
         "raw_disk_bandwidth": RAW,
+        "raw_disk_best_look": RAW,
         "bytes_read": 2500 * MIB,
         "bytes_read_kernel": 2600 * MIB,
         "bytes_written": 0,

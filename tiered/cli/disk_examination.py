@@ -94,7 +94,7 @@ def _store_bandwidth(files: Sequence[Path], probe: ProbeResult) -> Iterable[Fact
         slab = arena.borrow(MEMORY_NBYTES, "bandwidth")
         raw = measure_raw(files, slab.view, probe.mode is ReadMode.DIRECT)
         arena.release(slab)
-    how = f"raw, best of a sweep: {raw.threads} threads, pieces of {format_size(raw.block_nbytes)}"
+    how = f"raw, sustained by the best of a sweep: {raw.threads} threads, pieces of {format_size(raw.block_nbytes)}"
     if probe.mode is not ReadMode.DIRECT:
         how += "; through the page cache, so memory is measured too"
     if sum(file.stat().st_size for file in files) < _ENOUGH_NBYTES:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
-from tiered.bench import measure_raw
+from tiered.bench import RawBandwidth, measure_raw
 from tiered.cli.screen import StatusLine
 from tiered.errors import BudgetError
 from tiered.generate import Surroundings
@@ -47,8 +47,8 @@ class Counters:
 class Measured:
     """What was found out around a run."""
 
-    raw: list[float] = field(default_factory=list)
-    """Raw disk bandwidths, in bytes per second; none where nothing streams or nobody asked."""
+    raw: list[RawBandwidth] = field(default_factory=list)
+    """None where nothing streams or nobody asked."""
     counters: Counters = field(default_factory=lambda: Counters(None, None))
 
     def surroundings(self, runtime: Runtime, disk_wait_seconds: float) -> Surroundings:
@@ -57,7 +57,8 @@ class Measured:
             plan=runtime.plan,
             tape_file_bytes=runtime.store.tape_nbytes,
             streamed_file_bytes=sum(block.file.nbytes for block in runtime.streamed_blocks),
-            raw_disk_bandwidth=max(self.raw, default=None),
+            raw_disk_bandwidth=max((raw.bytes_per_second for raw in self.raw), default=None),
+            raw_disk_best_look=max((raw.best_look for raw in self.raw), default=None),
             bytes_read=runtime.bytes_read,
             bytes_read_kernel=self.counters.read,
             bytes_written=self.counters.written,
@@ -99,11 +100,11 @@ def _is_one_disk(runtime: Runtime) -> bool:
     return runtime.spill is None or folder is None or folder.stat().st_dev == runtime.store.path.stat().st_dev
 
 
-def _raw_bandwidth(runtime: Runtime) -> float:
-    """Of the files that are streamed, in bytes per second; of all where only the KV cache is on disk."""
+def _raw_bandwidth(runtime: Runtime) -> RawBandwidth:
+    """Of the files that are streamed; of all where only the KV cache is on disk."""
     files = [runtime.store.file_path(block) for block in runtime.streamed_blocks or runtime.store.tape]
     direct = runtime.probe_read_mode() is ReadMode.DIRECT
-    return measure_raw(files, runtime.scratch_memory(), direct).bytes_per_second
+    return measure_raw(files, runtime.scratch_memory(), direct)
 
 
 def measure_footprint(store: Store, load: Load, options: Options) -> Footprint:

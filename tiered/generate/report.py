@@ -42,6 +42,9 @@ class Report:
     disk_bandwidth: float | None
     """While decoding: weights and KV cache, reads and writes."""
     raw_disk_bandwidth: float | None
+    """Sustained, before or after the run."""
+    raw_disk_best_look: float | None
+    """The fastest of the short looks that chose how to measure it."""
     bound_seconds_per_pass: float | None
     bound_share: float | None
     bottleneck: str | None
@@ -136,6 +139,7 @@ class Surroundings:
     streamed_file_bytes: int
     """Of these, bytes of the blocks that are not resident."""
     raw_disk_bandwidth: float | None
+    raw_disk_best_look: float | None
     bytes_read: int
     bytes_read_kernel: int | None
     bytes_written: int | None
@@ -190,6 +194,7 @@ def make_report(generation: Generation, around: Surroundings) -> Report:
         kv_bytes_written=around.kv_bytes_written,
         disk_bandwidth=moved / decode.seconds if decode.seconds else None,
         raw_disk_bandwidth=raw,
+        raw_disk_best_look=around.raw_disk_best_look,
         bound_seconds_per_pass=bound,
         bound_share=bound / per_pass if bound is not None and per_pass else None,
         bottleneck=bottleneck,

@@ -123,10 +123,11 @@ def _stat(folder: Path) -> dict[str, int]:
 
 
 def pin_malloc() -> None:
-    """Make glibc give large blocks back when they are freed, and keep few arenas.
+    """Make glibc keep little that is free, in few arenas.
 
-    By default the threshold above which an allocation is its own mapping grows with every one that is freed, up to
-    32 MiB, and each thread gets an arena: activations would then stay in RSS after use, outside every plan.
+    By default each thread gets an arena, and how much of it may stay resident grows with what is freed, up to 64 MiB:
+    activations would then stay in RSS after use, outside every plan. Kept as little as possible, they are mapped and
+    filled with zeros anew in every layer: 60,000 page faults in a pass over 64 sequences, a tenth of its time.
     """
     import ctypes
 
@@ -135,8 +136,8 @@ def pin_malloc() -> None:
     if not hasattr(libc, "mallopt"):
         return
     libc.mallopt(m_arena_max, 2)
-    libc.mallopt(m_mmap_threshold, 1 << 20)
-    libc.mallopt(m_trim_threshold, 8 << 20)
+    libc.mallopt(m_mmap_threshold, 32 << 20)
+    libc.mallopt(m_trim_threshold, 32 << 20)
 
 
 def cpu_count() -> int:

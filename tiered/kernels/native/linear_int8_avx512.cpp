@@ -173,13 +173,13 @@ TK_INLINE void multiply(const Panel &panel, const int8_t *x, const GroupOfToken 
                 exact[set][t] = _mm512_dpwssd_epi32(_mm512_setzero_si512(), zero, _mm512_set1_epi32(of[t].minus_sum));
             }
         }
-        // Unrolled, as GCC copies every accumulator once around the loop.
-#pragma GCC unroll 8
-        for (int i = g * kGroupQuads; i < (g + 1) * kGroupQuads; i++) {
+        // Unrolled whole: GCC copies every accumulator once around a loop.
+#pragma GCC unroll 32
+        for (int i = 0; i < kGroupQuads; i++) {
             __m512i codes[kSets];
-            for (int set = 0; set < kSets; set++) codes[set] = _mm512_load_si512(panel.codes[set][i]);
+            for (int set = 0; set < kSets; set++) codes[set] = _mm512_load_si512(panel.codes[set][g * kGroupQuads + i]);
             for (int t = 0; t < kCount; t++) {
-                const __m512i quad = broadcast_quad(x + t * kUnit + i * 4);
+                const __m512i quad = broadcast_quad(x + t * kUnit + (g * kGroupQuads + i) * 4);
                 for (int set = 0; set < kSets; set++) {
                     exact[set][t] = _mm512_dpbusd_epi32(exact[set][t], codes[set], quad);
                 }
