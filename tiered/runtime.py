@@ -72,7 +72,7 @@ from tiered.units import MIB
 
 __all__ = ["READ_THREADS", "Options", "Runtime", "compute_dtype", "open_runtime"]
 
-READ_THREADS: Final = 8
+READ_THREADS: Final = 16
 """Reads in flight."""
 _GROWTH_NBYTES: Final = 24 * MIB
 """What the process itself grows by while running: code pages touched for the first time, thread stacks."""

@@ -213,7 +213,7 @@ def test_windows_are_taken_as_they_are_needed_and_reported_in_order() -> None:
     result = score(runner, counting(), 3, on_scored)
     assert seen == sorted(seen)
     assert runner.runs == [(3, False), (3, False), (3, False), (1, True)]
-    assert (result.windows, len(result.passes), result.total.tokens) == (10, 4, 80)
+    assert (result.windows, result.passes, result.total.tokens) == (10, 4, 80)
     assert (result.input_tokens, result.bytes_read) == (sum(8 for _ in seen) + 9, 4000)
 
 
@@ -238,7 +238,7 @@ def test_a_failed_pass_gives_the_room_back() -> None:
 
 def test_nothing_to_score_takes_no_pass() -> None:
     result = score(runner := FakeRunner(), [], 4, lambda *_: None)
-    assert (runner.runs, result.total.tokens, result.passes) == ([], 0, [])
+    assert (runner.runs, result.total.tokens, result.passes) == ([], 0, 0)
 
 
 # The numbers.
@@ -317,7 +317,7 @@ def test_scores_of_a_model_are_those_of_transformers(tiny: Tiny, name: str) -> N
     with Runtime(store, load, Options(dtype="float32", ram=16 * GIB, threads=1, rows_per_chunk=20)) as runtime:
         result = score(runtime, windows, 3, lambda window, logprobs: scores.update({window.position: logprobs}))
         assert runtime.pool.is_empty
-    assert (result.total.tokens, result.windows, len(result.passes)) == (150, len(windows), -(-len(windows) // 3))
+    assert (result.total.tokens, result.windows, result.passes) == (150, len(windows), -(-len(windows) // 3))
     for window in windows:
         logits = reference_logits(model, window.input_ids)[-len(window.targets) :]
         expected = -torch.nn.functional.cross_entropy(logits, torch.tensor(window.targets), reduction="none")

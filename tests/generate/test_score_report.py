@@ -23,16 +23,17 @@ def plan(blocks: float = 5.0) -> Plan:
 
 
 def scoring(passes: int = 3, seconds: float = 2.0, compute: float = 0.5) -> Scoring:
-    each = Pass((), seconds, compute, seconds - compute, ())
-    return Scoring(
+    made = Scoring(
         total=Tally(1000, 3000.0),
         windows=10,
         input_tokens=1400,
-        passes=[each] * passes,
         seconds=passes * seconds,
         bytes_read=passes * 800 * MIB,
         disk_idle_seconds=0.1,
     )
+    for _ in range(passes):
+        made.add(Pass((), seconds, compute, seconds - compute, ()))
+    return made
 
 
 def around(used: Plan, **changes: Any) -> Surroundings:

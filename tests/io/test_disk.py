@@ -131,6 +131,41 @@ def test_single_pages_are_read_without_checksums(small: tuple[Path, FileInfo], m
     assert bytes(memory[: 3 * PAGE]) == (root / file.path).read_bytes()[2 * PAGE : 5 * PAGE]
 
 
+@pytest.mark.parametrize("count", [1, 3, 4, 11])
+def test_scattered_pages_each_land_where_they_belong(
+    large: tuple[Path, FileInfo], memory: memoryview, count: int
+) -> None:
+    root, file = large
+    places = [(7 * i % 40 * PAGE, i * 2 * PAGE) for i in range(count)]
+    trace = Tracer()
+    with reader_of(root, threads=4, trace=trace) as reader:
+        asyncio.run(reader.read_parts(file, [(offset, memory[at : at + PAGE]) for offset, at in places]))
+        assert reader.bytes_read == count * PAGE
+    whole = (root / file.path).read_bytes()
+    for offset, at in places:
+        assert bytes(memory[at : at + PAGE]) == whole[offset : offset + PAGE]
+
+
+def test_nothing_to_read_scattered_is_nothing_read(large: tuple[Path, FileInfo]) -> None:
+    root, file = large
+    with reader_of(root) as reader:
+        asyncio.run(reader.read_parts(file, []))
+        assert reader.bytes_read == 0
+
+
+def test_an_error_among_scattered_pages_is_raised_when_none_is_read_any_more(
+    large: tuple[Path, FileInfo], memory: memoryview
+) -> None:
+    root, file = large
+    calls = Calls(lambda number, offset, wanted: failing(errno.EIO)(number, offset, wanted) if offset == 0 else None)
+    with reader_of(root, calls, mode=ReadMode.BUFFERED, threads=2) as reader:
+        parts = [(i * PAGE, memory[i * PAGE : (i + 1) * PAGE]) for i in range(6)]
+        with pytest.raises(ReadError, match="at 0 failed"):
+            asyncio.run(reader.read_parts(file, parts))
+        # The other thread's share was read to its end.
+        assert {offset for offset, _ in calls.asked} == {0, PAGE, 3 * PAGE, 5 * PAGE}
+
+
 @pytest.mark.parametrize("most", [PAGE, 5 * PAGE, PAGE + 1, 3 * PAGE - 512, 100_000])
 @pytest.mark.parametrize("mode", ReadMode)
 def test_short_reads_are_continued(small: tuple[Path, FileInfo], memory: memoryview, most: int, mode: ReadMode) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from tiered.cli.run_options import run_options
+from tiered.cli.run_options import kv_options, run_options
 
 _POSITIVE = click.IntRange(min=1)
 _FILE = click.Path(path_type=Path, dir_okay=False)
@@ -23,21 +23,7 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 @click.option("--context", type=_POSITIVE, help="Tokens of the longest sequence. [default: as the input needs]")
 @click.option("--batch", type=_POSITIVE, help="Sequences that share a pass. [default: as time and memory allow]")
 @click.option("--micro-batch", type=_POSITIVE, help="Rows computed together. [default: as memory allows]")
-@click.option(
-    "--kv",
-    default="auto",
-    show_default=True,
-    type=click.Choice(["auto", "cpu", "disk"]),
-    help="Where the KV cache is; auto: in memory if it fits.",
-)
-@click.option(
-    "--kv-bits", default="16", show_default=True, type=click.Choice(["16", "8", "4"]), help="Precision of the KV cache."
-)
-@click.option(
-    "--kv-dir",
-    type=click.Path(path_type=Path, file_okay=False, exists=True),
-    help="Where a KV cache on disk goes. [default: beside the store]",
-)
+@kv_options
 @run_options("a text does not depend on what shares its batch")
 @click.option("--measure/--no-measure", default=True, help="Measure the raw disk bandwidth before and after.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object with the report.")

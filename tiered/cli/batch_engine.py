@@ -7,15 +7,10 @@ from dataclasses import replace
 from tiered.cli.batch_options import BatchOptions
 from tiered.cli.batch_screen import JobScreen
 from tiered.cli.batch_width import Demand, choose_batch
-from tiered.cli.generation import kv_bits
 from tiered.cli.measuring import measured
 from tiered.generate import Generation, Report, Sequence, generate, make_report
-from tiered.io import VerifyPolicy
-from tiered.kernels import Mode
-from tiered.plan import parse_tiers
-from tiered.runtime import Options, Runtime
+from tiered.runtime import Runtime
 from tiered.store import Store
-from tiered.units import parse_size
 
 
 class Engine:
@@ -50,19 +45,7 @@ class Engine:
 @contextmanager
 def open_engine(request: BatchOptions, store: Store, demand: Demand, screen: JobScreen) -> Iterator[Engine]:
     """The engine for what a job asks for; raises BudgetError where not even one sequence fits."""
-    options = Options(
-        ram=None if request.ram is None else parse_size(request.ram),
-        tiers=parse_tiers(request.tiers),
-        dtype=request.dtype,
-        threads=request.threads,
-        verify=VerifyPolicy(request.verify),
-        rows_per_chunk=request.micro_batch,
-        kv=request.kv,
-        kv_bits=kv_bits(request.kv_bits),
-        kv_folder=request.kv_dir,
-        kernels=request.kernels,
-        kernel_mode=Mode(request.kernel_mode),
-    )
+    options = request.options()
     if request.batch is not None:
         load = demand.load(min(request.batch, demand.sequences))
     else:

@@ -16,7 +16,6 @@ from tiered.cli.batch_engine import Engine, open_engine
 from tiered.cli.batch_options import BatchOptions
 from tiered.cli.batch_screen import JobScreen
 from tiered.cli.batch_width import Demand
-from tiered.cli.generation import check_kv_folder
 from tiered.errors import ConfigError
 from tiered.generate import Report
 from tiered.generate.tokenizer import eos_ids, load_tokenizer
@@ -36,10 +35,8 @@ from tiered.jobs import (
 )
 from tiered.jobs.input import open_input
 from tiered.kernels import Kernels, Mode
-from tiered.plan import parse_tiers
 from tiered.runtime import compute_dtype
 from tiered.store import Store
-from tiered.units import parse_size
 
 _ANY_LENGTH: Final = 1 << 31
 """Positions of a model that names no limit."""
@@ -124,10 +121,7 @@ def _work(
 
 def _check(options: BatchOptions) -> None:
     """Refuse, before anything is read, what can be seen to be wrong by itself."""
-    if options.ram is not None:
-        parse_size(options.ram)
-    parse_tiers(options.tiers)
-    check_kv_folder(options.kv, options.kv_dir)
+    options.options()
     open_input(options.input_path).close()
     files = (options.output_path, job_path(options.output_path))
     if any(file.exists() and file.samefile(options.input_path) for file in files):

@@ -7,7 +7,7 @@ from typing import Any, TextIO
 
 import click
 
-from tiered.cli.run_options import run_options
+from tiered.cli.run_options import kv_options, run_options
 
 _POSITIVE = click.IntRange(min=1)
 
@@ -31,19 +31,7 @@ _POSITIVE = click.IntRange(min=1)
 @click.option("--sequences", default=1, show_default=True, type=_POSITIVE, help="So many --prompt-tokens prompts.")
 @click.option("--batch", type=_POSITIVE, help="Prompts that run at once. [default: all]")
 @click.option("--micro-batch", type=_POSITIVE, help="Tokens computed together inside a block. [default: as useful]")
-@click.option(
-    "--kv",
-    default="auto",
-    show_default=True,
-    type=click.Choice(["auto", "cpu", "disk"]),
-    help="Where the KV cache is; auto: in memory if it fits.",
-)
-@click.option("--kv-bits", default="16", show_default=True, type=click.Choice(["16", "8", "4"]))
-@click.option(
-    "--kv-dir",
-    type=click.Path(path_type=Path, file_okay=False, exists=True),
-    help="Where a KV cache on disk goes. [default: beside the store]",
-)
+@kv_options
 @click.option("--chat", is_flag=True, help="Apply the tokenizer's chat template to each prompt.")
 @run_options("a text does not depend on what shares its batch")
 @click.option("--prefetch", type=click.IntRange(min=0), help="Blocks read ahead; 0: none. [default: as memory allows]")

@@ -9,29 +9,24 @@ import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from tiered.arch import load_config
-from tiered.cache import Bits
 from tiered.cli.measuring import measured
+from tiered.cli.run_request import RunRequest
 from tiered.cli.screen import StatusLine, TextWriter
 from tiered.errors import ConfigError
 from tiered.generate import Report, Sampler, SamplingParams, Sequence, generate, make_report
 from tiered.generate.tokenizer import eos_ids, load_tokenizer
-from tiered.io import VerifyPolicy
-from tiered.kernels import Mode
 from tiered.model import Load
-from tiered.plan import parse_tiers
-from tiered.runtime import Options, Runtime
+from tiered.runtime import Runtime
 from tiered.store import Store
-from tiered.units import parse_size
 
 PASS_TOKENS: Final = 4096
 """Tokens in a pass at most: far more than any processor computes while a disk reads the weights."""
 
 
-@dataclass(frozen=True)
-class Request:
+@dataclass(frozen=True, kw_only=True)
+class Request(RunRequest):
     """The options of the command, as they were given."""
 
-    store: Path
     prompts: tuple[str, ...]
     max_new_tokens: int
     temperature: float
@@ -45,21 +40,8 @@ class Request:
     prompt_tokens: int | None
     sequences: int
     batch: int | None
-    micro_batch: int | None
-    kv: str
-    kv_bits: str
-    kv_dir: Path | None
     chat: bool
-    dtype: str
-    verify: str
-    tiers: str
-    ram: str | None
-    threads: int | None
-    kernels: str
-    kernel_mode: str
     prefetch: int | None
-    measure: bool
-    as_json: bool
     trace_path: Path | None
 
 
@@ -73,24 +55,9 @@ def run(request: Request) -> dict[str, Any]:
         request.repetition_penalty,
         request.seed,
     )
-    options = Options(
-        ram=None if request.ram is None else parse_size(request.ram),
-        tiers=parse_tiers(request.tiers),
-        dtype=request.dtype,
-        threads=request.threads,
-        verify=VerifyPolicy(request.verify),
-        prefetch=request.prefetch,
-        rows_per_chunk=request.micro_batch,
-        kv=request.kv,
-        kv_bits=kv_bits(request.kv_bits),
-        kv_folder=request.kv_dir,
-        kernels=request.kernels,
-        kernel_mode=Mode(request.kernel_mode),
-        keep_spans=request.trace_path is not None,
-    )
+    options = request.options(prefetch=request.prefetch, keep_spans=request.trace_path is not None)
     if sampling.temperature == 0 and (sampling.top_k, sampling.top_p, sampling.min_p) != (0, 1.0, 0.0):
         raise ConfigError("--top-k, --top-p and --min-p choose what to sample from: add --temperature, such as 0.7")
-    check_kv_folder(request.kv, request.kv_dir)
     if "" in request.stops:
         raise ConfigError("--stop: expected some text, found none")
     if request.trace_path is not None:
@@ -119,18 +86,6 @@ def run(request: Request) -> dict[str, Any]:
     completions = [{"text": s.text, "token_ids": s.token_ids, "finish_reason": s.finish_reason} for s in sequences]
     shown = list(request.prompts) or [str(tokenizer.decode(ids)) for ids in prompts]
     return {"prompts": shown, "completions": completions, "report": report.to_json()}
-
-
-def check_kv_folder(kv: str, folder: Path | None) -> None:
-    """Refuse a place on disk for a cache that is to be in memory."""
-    if kv == "cpu" and folder is not None:
-        raise ConfigError(f"--kv-dir {folder}: --kv cpu keeps the cache in memory; use --kv disk or auto, or drop it")
-
-
-def kv_bits(text: str) -> Bits:
-    """What --kv-bits names."""
-    known: dict[str, Bits] = {"16": 16, "8": 8, "4": 4}
-    return known[text]
 
 
 def _check_writable(path: Path) -> None:

@@ -1,6 +1,10 @@
-"""Options of every command that runs a model: what is computed in, by what, and within which memory."""
+"""Options of commands that run a model: what is computed in, by what, in which memory, and where the cache is.
 
-from collections.abc import Callable
+What they mean is in `run_request.py`, which loads torch; this module does not, so that --help is there at once.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import click
@@ -33,7 +37,32 @@ def run_options(invariant: str) -> Callable[[_Command], _Command]:
             help=f"invariant: {invariant}. fast: activations may be rounded to 8 bits.",
         ),
     )
+    return _adding(options)
 
+
+def kv_options(command: _Command) -> _Command:
+    """Adds where the KV cache is, and in how many bits."""
+    tier = click.option(
+        "--kv",
+        default="auto",
+        show_default=True,
+        type=click.Choice(["auto", "cpu", "disk"]),
+        help="Where the KV cache is; auto: in memory if it fits.",
+    )
+    folder = click.option(
+        "--kv-dir",
+        type=click.Path(path_type=Path, file_okay=False, exists=True),
+        help="Where a KV cache on disk goes. [default: beside the store]",
+    )
+    return _adding([tier, kv_bits_option, folder])(command)
+
+
+kv_bits_option = click.option(
+    "--kv-bits", default="16", show_default=True, type=click.Choice(["16", "8", "4"]), help="Precision of the KV cache."
+)
+
+
+def _adding(options: Sequence[Callable[[_Command], _Command]]) -> Callable[[_Command], _Command]:
     def add(command: _Command) -> _Command:
         # As decorators stand above a function: the last is applied first.
         for option in reversed(options):

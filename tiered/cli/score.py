@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from tiered.cli.run_options import run_options
+from tiered.cli.run_options import kv_bits_option, run_options
 
 _POSITIVE = click.IntRange(min=1)
 
@@ -41,9 +41,7 @@ _POSITIVE = click.IntRange(min=1)
     type=click.Path(path_type=Path, dir_okay=False),
     help="Write a JSON line per token: file, position, token_id, text, logprob.",
 )
-@click.option(
-    "--kv-bits", default="16", show_default=True, type=click.Choice(["16", "8", "4"]), help="Precision of the KV cache."
-)
+@kv_bits_option
 @run_options("a score does not depend on what shares its pass")
 @click.option("--measure/--no-measure", default=True, help="Measure the raw disk bandwidth before and after.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
@@ -71,7 +69,7 @@ def _read_texts(options: dict[str, Any]) -> dict[str, Any]:
         if sys.stdin.isatty():
             raise click.UsageError("no text: pass -f FILE, or pipe text to standard input")
         paths = [Path("-")]
-    return {**options, "texts": tuple(map(_read, paths)), "kv_bits": int(options["kv_bits"])}
+    return {**options, "texts": tuple(map(_read, paths))}
 
 
 def _read(path: Path) -> tuple[str, str]:

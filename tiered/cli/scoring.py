@@ -10,8 +10,8 @@ import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from tiered.arch import load_config
-from tiered.cache import Bits
 from tiered.cli.measuring import measure_footprint, measured
+from tiered.cli.run_request import RunRequest
 from tiered.cli.score_output import (
     PerTokenFile,
     Progress,
@@ -28,40 +28,27 @@ from tiered.generate.score import Window, count_windows, cut_windows, score
 from tiered.generate.score_report import ScoreReport, make_score_report
 from tiered.generate.score_width import choose_windows_per_pass
 from tiered.generate.tokenizer import load_tokenizer
-from tiered.io import VerifyPolicy
-from tiered.kernels import Mode
 from tiered.model import Load
-from tiered.plan import available_budget, parse_tiers
+from tiered.plan import available_budget
 from tiered.runtime import Options, Runtime
 from tiered.store import Store
-from tiered.units import MIB, parse_size
+from tiered.units import MIB
 
 _DEFAULT_CONTEXT: Final = 2048
 _GROWTH_NBYTES: Final = 8 * MIB
 """What the process may have grown by between planning with it and running."""
 
 
-@dataclass(frozen=True)
-class Request:
+@dataclass(frozen=True, kw_only=True)
+class Request(RunRequest):
     """The options of the command, as they were given."""
 
-    store: Path
     texts: tuple[tuple[str, str], ...]
     """Names and texts."""
     context: int | None
     stride: int | None
     windows_per_pass: int | None
     per_token_path: Path | None
-    kv_bits: Bits
-    dtype: str
-    verify: str
-    tiers: str
-    ram: str | None
-    threads: int | None
-    kernels: str
-    kernel_mode: str
-    measure: bool
-    as_json: bool
 
 
 @dataclass(frozen=True)
@@ -94,18 +81,8 @@ class _Cut:
 
 def run(request: Request) -> dict[str, Any]:
     """Score, writing the table and the report unless `as_json`; returns what `--json` prints."""
-    options = Options(
-        ram=None if request.ram is None else parse_size(request.ram),
-        tiers=parse_tiers(request.tiers),
-        dtype=request.dtype,
-        threads=request.threads,
-        verify=VerifyPolicy(request.verify),
-        kernels=request.kernels,
-        kernel_mode=Mode(request.kernel_mode),
-        # A window too long for memory may still pass; several at a time only share what memory has.
-        kv="auto",
-        kv_bits=request.kv_bits,
-    )
+    # With the cache where it fits: a window too long for memory may still pass; several at a time only share it.
+    options = request.options()
     if request.per_token_path is not None:
         check_writable(request.per_token_path, [name for name, _ in request.texts])
     store = Store.open(request.store)

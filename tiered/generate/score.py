@@ -101,10 +101,21 @@ class Scoring:
     windows: int = 0
     input_tokens: int = 0
     """Tokens computed: those of overlaps count again."""
-    passes: list[Pass] = field(default_factory=list)
+    passes: int = 0
+    pass_seconds: float = 0.0
+    compute_seconds: float = 0.0
+    wait_seconds: float = 0.0
+    """Computation waited for reads."""
     seconds: float = 0.0
     bytes_read: int = 0
     disk_idle_seconds: float = 0.0
+
+    def add(self, cost: Pass) -> None:
+        """Count a pass: sums alone are kept, as a text may take any number of them."""
+        self.passes += 1
+        self.pass_seconds += cost.seconds
+        self.compute_seconds += cost.compute_seconds
+        self.wait_seconds += cost.wait_seconds
 
 
 def window_targets(context: int, begins: int) -> int:
@@ -166,7 +177,7 @@ def score(
             members = [window for window, _ in held]
             segments = [Segment(kv, window.input_ids, len(window.targets)) for window, kv in held]
             collector = _Collector(members)
-            result.passes.append(runner.run(segments, collector, on_block, is_last=source.is_empty))
+            result.add(runner.run(segments, collector, on_block, is_last=source.is_empty))
         finally:
             for _, kv in held:
                 runner.release(kv)

@@ -98,22 +98,22 @@ class ScoreReport:
 def make_score_report(scoring: Scoring, around: Surroundings) -> ScoreReport:
     """Put the figures of one run together; it has at least one pass."""
     plan, raw, passes = around.plan, around.raw_disk_bandwidth, scoring.passes
-    compute = sum(p.compute_seconds for p in passes)
+    compute = scoring.compute_seconds
     # S - M counts what is read: of compressed blocks that is less than what they take in memory.
     again = round((1 - plan.bound_resident_nbytes / sum(plan.tape_sizes)) * around.tape_file_bytes)
     kv = around.kv_bytes_read + around.kv_bytes_written
     bound, bottleneck = None, "disk" if again or kv else "memory"
     if raw is not None and (again or kv):
-        disk = (around.tape_file_bytes + (len(passes) - 1) * again + kv) / raw
+        disk = (around.tape_file_bytes + (passes - 1) * again + kv) / raw
         bound, bottleneck = max(disk, compute), "compute" if compute > disk else "disk"
     return ScoreReport(
         scored_tokens=scoring.total.tokens,
         input_tokens=scoring.input_tokens,
         windows=scoring.windows,
-        passes=len(passes),
+        passes=passes,
         seconds=scoring.seconds,
-        seconds_per_pass=sum(p.seconds for p in passes) / len(passes),
-        compute_seconds_per_pass=compute / len(passes),
+        seconds_per_pass=scoring.pass_seconds / passes,
+        compute_seconds_per_pass=compute / passes,
         tokens_per_second=scoring.total.tokens / scoring.seconds,
         bytes_read=around.bytes_read,
         bytes_read_kernel=around.bytes_read_kernel,
@@ -125,7 +125,7 @@ def make_score_report(scoring: Scoring, around: Surroundings) -> ScoreReport:
         bound_seconds=bound,
         bound_share=bound / scoring.seconds if bound is not None else None,
         bottleneck=bottleneck,
-        compute_wait_seconds=sum(p.wait_seconds for p in passes),
+        compute_wait_seconds=scoring.wait_seconds,
         disk_wait_seconds=scoring.disk_idle_seconds,
         peak_rss_bytes=around.peak_rss_bytes,
         ram_budget_bytes=plan.budget,

@@ -5,6 +5,7 @@ The event loop only waits; the reads run in the pool.
 """
 
 import errno
+import functools
 import logging
 import os
 import threading
@@ -16,14 +17,15 @@ from typing import Final, Protocol, Self
 
 from tiered.errors import ReadError, StoreError
 from tiered.io.modes import ReadMode, is_refusal, probe_mode
-from tiered.io.threads import Check, IdleClock, IOThreads
+from tiered.io.threads import Check, IdleClock, IOThreads, all_of
 from tiered.io.verify import ChunkVerifier
 from tiered.store import CHUNK_NBYTES, PAGE, FileInfo
 from tiered.trace import Tracer
 
 PIECE_NBYTES: Final = 1 << 20
-"""Bytes per read. With 8 threads 8 MiB are in flight, enough for any SSD; on a virtual disk, where the host copies,
-pieces of 8 MiB were 15 % slower, because what is being copied no longer fits a cache (docs/benchmarks/disk.md)."""
+"""Bytes per system call. With 16 threads 16 MiB are in flight, enough for any SSD; on a virtual disk, where the host
+copies, pieces of 8 MiB were 15 % slower, because what is being copied no longer fits a cache (docs/benchmarks/disk.md).
+"""
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +65,7 @@ class DiskReader:
         self._bytes_read = 0
         self.mode = mode
         self.refused: tuple[str, ...] = ()
+        self._count = threads
         self._threads = IOThreads(threads, "tiered-read", clock)
 
     def __enter__(self) -> Self:
@@ -96,6 +99,16 @@ class DiskReader:
         """Read `memory.nbytes` from `offset` (both multiples of 4096) without touching checksums."""
         await self._threads.transfer(lambda check: self._read(file, offset, memory, check))
 
+    async def read_parts(self, file: FileInfo, parts: Sequence[tuple[int, memoryview]]) -> None:
+        """`read_pages` for several (offset, memory), small ones above all: each thread takes a share of them."""
+        count = min(len(parts), self._count)
+
+        def read(share: Sequence[tuple[int, memoryview]], check: Check) -> None:
+            for offset, memory in share:
+                self._read(file, offset, memory, check)
+
+        await all_of(self._threads.transfer(functools.partial(read, parts[i::count])) for i in range(count))
+
     async def call(self, work: Callable[[], None]) -> None:
         """Run `work` (a decompression) in the pool."""
         await self._threads.call(lambda check: work())
@@ -110,18 +123,30 @@ class DiskReader:
             self._retired.clear()
 
     def _read_piece(self, file: FileInfo, chunk: int, start: int, memory: memoryview, check: Check) -> None:
-        for offset in range(0, memory.nbytes, PIECE_NBYTES):
-            self._read(file, start + offset, memory[offset : offset + PIECE_NBYTES], check)
+        self._read(file, start, memory, check)
         if self._verifier.wants(file, chunk):
             self._verifier.check(file, chunk, memory)
 
     def _read(self, file: FileInfo, offset: int, memory: memoryview, check: Check) -> None:
-        """Fill `memory`, however many system calls that takes."""
-        done = 0
+        """Fill `memory`, piece by piece, however many system calls that takes.
+
+        Whatever Python does between two of them waits for the interpreter that the computation also wants, while the
+        disk has one read less to do: everything that can be is done once.
+        """
+        done, opened = 0, self._open(file)
         with self._trace.span("disk", file.path, memory.nbytes):
             while done < memory.nbytes:
                 check()
-                count = self._read_once(file, offset + done, memory[done:])
+                piece = memory[done : done + PIECE_NBYTES]
+                try:
+                    count = self._preadv(opened.fd, [piece], offset + done, opened.mode.read_flags)
+                except InterruptedError:
+                    continue
+                except OSError as error:
+                    opened = self._after(error, file, opened, offset + done, piece.nbytes)
+                    continue
+                if opened.mode is ReadMode.BUFFERED:
+                    os.posix_fadvise(opened.fd, offset + done, count, os.POSIX_FADV_DONTNEED)
                 if count == 0:
                     raise StoreError(
                         f"{self._root / file.path}: ends at byte {offset + done:,}, expected {file.nbytes:,}; "
@@ -132,26 +157,16 @@ class DiskReader:
         with self._lock:
             self._bytes_read += memory.nbytes
 
-    def _read_once(self, file: FileInfo, offset: int, memory: memoryview) -> int:
-        path = self._root / file.path
-        while True:
-            opened = self._open(file)
-            try:
-                count = self._preadv(opened.fd, [memory], offset, opened.mode.read_flags)
-            except InterruptedError:
-                continue
-            except OSError as error:
-                if is_refusal(error) and opened.mode is not ReadMode.BUFFERED:
-                    self._step_down(file, opened, error)
-                    continue
-                name = errno.errorcode.get(error.errno or 0, "?")
-                raise ReadError(
-                    f"{path}: read of {memory.nbytes:,} bytes at {offset:,} failed: {error.strerror} ({name}); "
-                    "check the disk and the kernel log"
-                ) from error
-            if opened.mode is ReadMode.BUFFERED:
-                os.posix_fadvise(opened.fd, offset, count, os.POSIX_FADV_DONTNEED)
-            return count
+    def _after(self, error: OSError, file: FileInfo, opened: _OpenFile, offset: int, nbytes: int) -> _OpenFile:
+        """How to go on after `error`: by the next rung of the ladder, if it was a refusal. Raises ReadError."""
+        if is_refusal(error) and opened.mode is not ReadMode.BUFFERED:
+            self._step_down(file, opened, error)
+            return self._open(file)
+        name = errno.errorcode.get(error.errno or 0, "?")
+        raise ReadError(
+            f"{self._root / file.path}: read of {nbytes:,} bytes at {offset:,} failed: {error.strerror} ({name}); "
+            "check the disk and the kernel log"
+        ) from error
 
     def _open(self, file: FileInfo) -> _OpenFile:
         with self._lock:

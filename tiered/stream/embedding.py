@@ -12,7 +12,7 @@ from typing import Final
 
 import torch
 
-from tiered.io import ChunkVerifier, DiskReader, Slab, all_of
+from tiered.io import ChunkVerifier, DiskReader, Slab
 from tiered.quant import QuantizedTensor, QuantizedWeight
 from tiered.store import CHUNK_NBYTES, PAGE, BlockInfo, Store, TensorEntry, Weight
 from tiered.units import round_down, round_up
@@ -75,10 +75,11 @@ class EmbeddingRows:
             for run in batch:
                 await self._verify(run.offset, run.stop)
             positions = list(itertools.accumulate((run.stop - run.offset for run in batch), initial=0))
-            await all_of(
-                self._reader.read_pages(self._block.file, run.offset, self._staging.view[start:stop])
+            parts = [
+                (run.offset, self._staging.view[start:stop])
                 for run, start, stop in zip(batch, positions, positions[1:], strict=False)
-            )
+            ]
+            await self._reader.read_parts(self._block.file, parts)
             rows = sum(len(run.rows) for run in batch)
             await self._reader.call(
                 functools.partial(self._copy_rows, batch, positions, packed[done : done + rows], row_nbytes)

@@ -1,0 +1,56 @@
+"""What commands that run a model are asked for alike: the fields of `run_options.py`, and the `Options` they mean."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from tiered.cache import Bits
+from tiered.errors import ConfigError
+from tiered.io import VerifyPolicy
+from tiered.kernels import Mode
+from tiered.plan import parse_tiers
+from tiered.runtime import Options
+from tiered.units import parse_size
+
+_BITS: Final[dict[str, Bits]] = {"16": 16, "8": 8, "4": 4}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRequest:
+    """The options of a command, as they were given; each command adds its own."""
+
+    store: Path
+    dtype: str
+    verify: str
+    tiers: str
+    ram: str | None
+    threads: int | None
+    kernels: str
+    kernel_mode: str
+    micro_batch: int | None = None
+    kv: str = "auto"
+    kv_bits: str
+    kv_dir: Path | None = None
+    measure: bool
+    as_json: bool
+
+    def options(self, **more: Any) -> Options:
+        """What they mean to a runtime, `more` included. Raises ConfigError for what contradicts itself."""
+        if self.kv == "cpu" and self.kv_dir is not None:
+            raise ConfigError(
+                f"--kv-dir {self.kv_dir}: --kv cpu keeps the cache in memory; use --kv disk or auto, or drop it"
+            )
+        return Options(
+            ram=None if self.ram is None else parse_size(self.ram),
+            tiers=parse_tiers(self.tiers),
+            dtype=self.dtype,
+            threads=self.threads,
+            verify=VerifyPolicy(self.verify),
+            rows_per_chunk=self.micro_batch,
+            kv=self.kv,
+            kv_bits=_BITS[self.kv_bits],
+            kv_folder=self.kv_dir,
+            kernels=self.kernels,
+            kernel_mode=Mode(self.kernel_mode),
+            **more,
+        )
