@@ -73,7 +73,9 @@ from tiered.units import MIB
 __all__ = ["READ_THREADS", "Options", "Runtime", "compute_dtype", "open_runtime"]
 
 READ_THREADS: Final = 16
-"""Reads in flight."""
+"""Reads of weights in flight."""
+SPILL_THREADS: Final = 8
+"""Transfers of a KV cache on disk in flight, beside those of weights."""
 _GROWTH_NBYTES: Final = 24 * MIB
 """What the process itself grows by while running: code pages touched for the first time, thread stacks."""
 _POLL_SECONDS: Final = 0.1
@@ -205,7 +207,7 @@ class Runtime:
             return None
         folder = self.options.kv_folder or self.store.path
         return stack.enter_context(
-            SpillFile(folder, self.cache_plan.records_nbytes, READ_THREADS, self.trace, clock=self._clock)
+            SpillFile(folder, self.cache_plan.records_nbytes, SPILL_THREADS, self.trace, clock=self._clock)
         )
 
     def _keep(self, stack: contextlib.ExitStack, nbytes: int, label: str) -> Slab:
