@@ -122,6 +122,23 @@ def test_reads_and_tests_show_in_the_trace(large: tuple[Path, FileInfo], memory:
     assert trace.total("verify").spans == 3
 
 
+def test_what_has_been_read_of_a_chunk_counts_before_the_chunk_ends(
+    large: tuple[Path, FileInfo], memory: memoryview
+) -> None:
+    root, file = large
+    seen: list[int] = []
+    readers: list[DiskReader] = []
+
+    def outcome(number: int, offset: int, wanted: int) -> None:
+        seen.append(readers[0].bytes_read)
+
+    with reader_of(root, Calls(outcome), mode=ReadMode.BUFFERED) as reader:
+        readers.append(reader)
+        asyncio.run(reader.read_chunk(file, 0, memory))
+        assert reader.bytes_read == CHUNK_NBYTES
+    assert seen == [i * PIECE_NBYTES for i in range(CHUNK_NBYTES // PIECE_NBYTES)]
+
+
 def test_single_pages_are_read_without_checksums(small: tuple[Path, FileInfo], memory: memoryview) -> None:
     root, file = small
     damaged = replace(file, checksums=("0" * 16,))
