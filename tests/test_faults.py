@@ -343,7 +343,7 @@ def test_bytes_that_change_after_they_were_found_good_are_found_where_always_is_
         return os.preadv(fd, buffers, offset, flags)
 
     words = ("--verify", "always", "--ram", smallest_ram(generate(store, "--ram", "1MiB").err))
-    with mock.patch("tiered.cli.generation.Options", with_disk(Disk(25, damage, 10**9))):
+    with mock.patch("tiered.cli.run_request.Options", with_disk(Disk(25, damage, 10**9))):
         assert_refused(generate(store, *words), LAYER, "is corrupt")
 
 
@@ -356,7 +356,7 @@ def with_disk(disk: Disk) -> Callable[..., Options]:
 def test_the_command_ends_with_1_on_a_failed_read(original: Path, at: int) -> None:
     words = ("--ram", smallest_ram(generate(original, "--ram", "1MiB").err))
     began = time.monotonic()
-    with mock.patch("tiered.cli.generation.Options", with_disk(Disk(at, fail_with(errno.EIO)))):
+    with mock.patch("tiered.cli.run_request.Options", with_disk(Disk(at, fail_with(errno.EIO)))):
         done = generate(original, *words)
     assert done.code == 1
     assert done.err.startswith("tiered: ") and done.err.count("\n") == 1, done.err
