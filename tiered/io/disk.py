@@ -63,8 +63,6 @@ class DiskReader:
         self._retired: list[int] = []
         self._lock = threading.Lock()
         self._bytes_read = 0
-        self._under_way: dict[int, int] = {}
-        """Bytes of reads that have not ended, by thread: storing one needs no lock."""
         self.mode = mode
         self.refused: tuple[str, ...] = ()
         self._count = threads
@@ -79,8 +77,7 @@ class DiskReader:
     @property
     def bytes_read(self) -> int:
         """Bytes the system calls have delivered so far."""
-        with self._lock:
-            return self._bytes_read + sum(self._under_way.copy().values())
+        return self._bytes_read
 
     @property
     def idle_seconds(self) -> float:
@@ -96,7 +93,7 @@ class DiskReader:
         start = chunk * CHUNK_NBYTES
         stop = min(start + CHUNK_NBYTES, file.nbytes)
         part = memory[start:stop]
-        await self._threads.transfer(lambda check: self._read_piece(file, chunk, start, part, check))
+        await self._threads.transfer(lambda check: self._read_chunk(file, chunk, start, part, check))
 
     async def read_pages(self, file: FileInfo, offset: int, memory: memoryview) -> None:
         """Read `memory.nbytes` from `offset` (both multiples of 4096) without touching checksums."""
@@ -125,7 +122,7 @@ class DiskReader:
             self._files.clear()
             self._retired.clear()
 
-    def _read_piece(self, file: FileInfo, chunk: int, start: int, memory: memoryview, check: Check) -> None:
+    def _read_chunk(self, file: FileInfo, chunk: int, start: int, memory: memoryview, check: Check) -> None:
         self._read(file, start, memory, check)
         if self._verifier.wants(file, chunk):
             self._verifier.check(file, chunk, memory)
@@ -136,32 +133,30 @@ class DiskReader:
         Whatever Python does between two of them waits for the interpreter that the computation also wants, while the
         disk has one read less to do: everything that can be is done once.
         """
-        done, opened, thread = 0, self._open(file), threading.get_ident()
-        try:
-            with self._trace.span("disk", file.path, memory.nbytes):
-                while done < memory.nbytes:
-                    check()
-                    piece = memory[done : done + PIECE_NBYTES]
-                    try:
-                        count = self._preadv(opened.fd, [piece], offset + done, opened.mode.read_flags)
-                    except InterruptedError:
-                        continue
-                    except OSError as error:
-                        opened = self._after(error, file, opened, offset + done, piece.nbytes)
-                        continue
-                    if opened.mode is ReadMode.BUFFERED:
-                        os.posix_fadvise(opened.fd, offset + done, count, os.POSIX_FADV_DONTNEED)
-                    if count == 0:
-                        raise StoreError(
-                            f"{self._root / file.path}: ends at byte {offset + done:,}, expected {file.nbytes:,}; "
-                            "it was truncated while in use, convert the model again"
-                        )
-                    # An O_DIRECT read may come back short; it can only go on from a page boundary.
-                    done += count if offset + done + count >= file.nbytes else count // PAGE * PAGE or count
-                    self._under_way[thread] = done
-        finally:
-            with self._lock:
-                self._bytes_read += self._under_way.pop(thread, 0)
+        done, opened = 0, self._open(file)
+        with self._trace.span("disk", file.path, memory.nbytes):
+            while done < memory.nbytes:
+                check()
+                piece = memory[done : done + PIECE_NBYTES]
+                try:
+                    count = self._preadv(opened.fd, [piece], offset + done, opened.mode.read_flags)
+                except InterruptedError:
+                    continue
+                except OSError as error:
+                    opened = self._after(error, file, opened, offset + done, piece.nbytes)
+                    continue
+                if opened.mode is ReadMode.BUFFERED:
+                    os.posix_fadvise(opened.fd, offset + done, count, os.POSIX_FADV_DONTNEED)
+                if count == 0:
+                    raise StoreError(
+                        f"{self._root / file.path}: ends at byte {offset + done:,}, expected {file.nbytes:,}; "
+                        "it was truncated while in use, convert the model again"
+                    )
+                # An O_DIRECT read may come back short; it can only go on from a page boundary.
+                step = count if offset + done + count >= file.nbytes else count // PAGE * PAGE or count
+                done += step
+                with self._lock:
+                    self._bytes_read += step
 
     def _after(self, error: OSError, file: FileInfo, opened: _OpenFile, offset: int, nbytes: int) -> _OpenFile:
         """How to go on after `error`: by the next rung of the ladder, if it was a refusal. Raises ReadError."""
