@@ -1,5 +1,7 @@
 """How much memory there is: made-up machines and cgroups, and this process itself."""
 
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,6 +9,7 @@ import pytest
 
 from tiered.plan import available_budget, cpu_count, memory_limits, process_peak_rss_bytes, process_rss_bytes
 from tiered.plan import budget as module
+from tiered.plan.budget import heap_nbytes, kept_nbytes
 from tiered.units import GIB, KIB, MIB
 
 OWN = 100 * MIB
@@ -140,3 +143,34 @@ def test_this_process_has_memory_and_processors() -> None:
     assert 10 * MIB < process_rss_bytes() <= process_peak_rss_bytes()
     assert available_budget() > process_rss_bytes() // 2
     assert cpu_count() >= 1
+
+
+@pytest.mark.parametrize("budget", [0, 2 * GIB])
+def test_what_malloc_keeps_is_counted(budget: int) -> None:
+    assert kept_by_threads(kept_nbytes(budget)) <= heap_nbytes(budget)
+    # What a large budget allows would be too much for a small one.
+    assert kept_by_threads(kept_nbytes(100 * GIB)) > heap_nbytes(budget)
+
+
+def kept_by_threads(kept: int) -> int:
+    """By how much the RSS of a process grows whose threads free buffers of all sizes."""
+    program = f"""
+import random, threading
+import numpy as np
+from tiered.plan import pin_malloc, process_rss_bytes
+
+def work(seed):
+    draw = random.Random(seed)
+    for _ in range(100):
+        buffers = [np.ones(draw.randrange(1 << 10, 32 << 20), np.uint8) for _ in range(2)]
+
+pin_malloc({kept})
+before = process_rss_bytes()
+for seed in range(2):
+    thread = threading.Thread(target=work, args=(seed,))
+    thread.start()
+    thread.join()
+print(process_rss_bytes() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    return int(done.stdout)

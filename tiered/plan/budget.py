@@ -12,9 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from tiered.units import MIB
+
 DEFAULT_SHARE: Final = 0.9
 _UNLIMITED: Final = 1 << 60
 """cgroup v1 writes a number near 2**63 for "no limit"."""
+_KEPT_LEAST_NBYTES: Final = 5 * MIB
+"""Room for a panel that the reference kernels widen: mapped anew for each, they take twice as long."""
+_KEPT_MOST_NBYTES: Final = 32 * MIB
+"""glibc takes no larger threshold."""
 
 
 @dataclass(frozen=True)
@@ -122,10 +128,20 @@ def _stat(folder: Path) -> dict[str, int]:
     return {key: int(value) for key, value in (line.split() for line in lines)}
 
 
-def pin_malloc() -> None:
-    """Make glibc keep little that is free, in few arenas.
+def kept_nbytes(budget: int = 0) -> int:
+    """Up to which size an allocation of a run with this budget stays in glibc's heap once it is freed; 0: unknown."""
+    return min(_KEPT_MOST_NBYTES, max(_KEPT_LEAST_NBYTES, budget // 256))
 
-    By default each thread gets an arena, and how much of it may stay resident grows with what is freed, up to 64 MiB:
+
+def heap_nbytes(budget: int) -> int:
+    """What glibc may hold that is free: the ends of two heaps, and holes in them. The factor is measured."""
+    return 4 * kept_nbytes(budget)
+
+
+def pin_malloc(kept: int) -> None:
+    """Make glibc keep what is freed for allocations of up to `kept` bytes, map larger ones, and use few heaps.
+
+    By default each thread gets a heap, and how much of it may stay resident grows with what is freed, up to 64 MiB:
     activations would then stay in RSS after use, outside every plan. Kept as little as possible, they are mapped and
     filled with zeros anew in every layer: 60,000 page faults in a pass over 64 sequences, a tenth of its time.
     """
@@ -136,8 +152,8 @@ def pin_malloc() -> None:
     if not hasattr(libc, "mallopt"):
         return
     libc.mallopt(m_arena_max, 2)
-    libc.mallopt(m_mmap_threshold, 32 << 20)
-    libc.mallopt(m_trim_threshold, 32 << 20)
+    libc.mallopt(m_mmap_threshold, kept)
+    libc.mallopt(m_trim_threshold, kept)
 
 
 def cpu_count() -> int:

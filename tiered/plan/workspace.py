@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Final
 
+from tiered.plan.budget import heap_nbytes
 from tiered.units import MIB
 
 MAX_ROWS: Final = 512
@@ -11,8 +12,8 @@ _HEAD_ROWS: Final = 64
 """More logits at once gain nothing: the head's weights are in memory."""
 _SHARE: Final = 1 / 16
 """Part of the budget that activations of one chunk may take."""
-_FIXED_NBYTES: Final = 24 * MIB
-"""Allocator slack, kernel scratch, JIT code, logits processing, Python objects made while running."""
+_FIXED_NBYTES: Final = 8 * MIB
+"""JIT code, logits processing, Python objects made while running."""
 
 
 @dataclass(frozen=True)
@@ -80,5 +81,6 @@ def workspace_for(
     head_rows = min(logits or sequences, rows, _HEAD_ROWS)
     # As computed, as float32, and what sampling makes of one; and all of them as transformers' own loop keeps them.
     nbytes = 3 * max(head_rows, min(sequences, rows)) * shape.vocab * 4 + sequences * shape.vocab * 4
-    nbytes += _FIXED_NBYTES + shape.scratch_nbytes + rows * per_row + in_flight + gathered_rows * gathered
+    nbytes += _FIXED_NBYTES + heap_nbytes(budget) + shape.scratch_nbytes
+    nbytes += rows * per_row + in_flight + gathered_rows * gathered
     return Workspace(rows, nbytes, gathered_rows, head_rows)
