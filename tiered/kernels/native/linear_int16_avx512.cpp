@@ -1,8 +1,8 @@
 // Quantized weights times activations in 16-bit integers: the AVX-512 level's invariant kernel.
 //
-// vpdpwssd multiplies 32 pairs of 16-bit integers and adds neighbours in 32 bits, twice a cycle: twice the rate of
-// fp32 FMA per weight, and codes need no conversion to floats first. Per token, each block of 16 groups of `in` is
-// scaled so that its largest activation becomes 32767; a group's sum of code * activation is then exact, and
+// vpdpbusd multiplies bytes: activations in 16 bits are two of them. Per token, each block of 16 groups of `in` is scaled
+// so that its largest activation becomes 32639, whose upper byte fits after rounding; a group's sum of code * activation
+// is then exact, and
 //
 //     y = sum over blocks: x_scale * sum over groups of the block: scale * sum(code * x) - scale * zero * sum(x)
 //
@@ -11,46 +11,23 @@
 // outliers of 60 times the rest, where their weights are zero.
 //
 // Lanes are 16 rows of the weight, so that a group ends in one conversion for all of them. Rows lie one behind the other
-// in memory: packed codes are transposed, four times cheaper than unpacked ones, unit by unit of 128 of `in`, and the
-// unpacked unit stays in the first-level cache while all tokens go by.
+// in memory: packed codes are transposed, cheaper than unpacked ones, unit by unit of 128 of `in`, and the unpacked unit
+// stays in the first-level cache while all tokens go by.
 
 #include "panel_avx512.h"
-
-#include <cstring>
 
 namespace tk {
 
 namespace {
 
-constexpr int kVectors = 4;       // of 32 activations, per unit
-constexpr int kFewTokens = 4;     // that meet the codes in registers, 16 rows at a time; else 32, unpacked first
-constexpr int kPairs = kUnit / 2; // vectors of an unpacked unit: two neighbours in a lane are a pair
-
-// ---- formats: kColumns 32-bit columns of a unit's stored codes; each holds kShifts pairs of codes
-
-template <int G> struct Int4Codes {
-    static constexpr int kGroup = G, kColumns = 16, kShifts = 4, kBits = 4;
-
-    // Which weight of the unit word w of vector v of the activations is for: bytes hold values i and i + G/2 of a group.
-    static constexpr int source(int v, int w) {
-        return w / (G / 4) * G + (v & 1) * (G / 2) + 2 * (w % (G / 4)) + (v >> 1);
-    }
-};
-
-template <int G> struct Int8Codes {
-    static constexpr int kGroup = G, kColumns = 32, kShifts = 2, kBits = 8;
-
-    static constexpr int source(int v, int w) {
-        const int pair = (v * 32 + w) / 2, column = pair % kColumns;
-        return 4 * column + pair / kColumns + 2 * (w & 1);
-    }
-};
+constexpr int kFewTokens = 4;          // that meet the codes in registers, 16 rows at a time; else 32, unpacked first
+constexpr int kUnitNbytes = 2 * kUnit; // of a token's packed activations
+constexpr float kLargest = 32639;      // 127 * 256 + 127
 
 // ---- activations
 
 struct Activations {
-    // [block][unit][token][vector][32], in the order of `source`: pair s * kColumns + c meets shift s of column c.
-    int16_t *codes;
+    int8_t *codes;  // [block][unit][token][upper, lower byte][128], in the order of the quads
     float *sums;    // [block][token][16 groups]
     float *scales;  // [block][token]
     int64_t tokens, units, blocks, block_units;
@@ -59,12 +36,27 @@ struct Activations {
 struct PackJob {
     const Linear *l;
     Activations x;
-    int group;
-    WordOrder order;
 };
 
+// A unit of 16-bit activations as bytes: 256 * upper + lower, both signed.
+template <class F> TK_INLINE void put_bytes(const __m512i z[4], int8_t *codes) {
+    alignas(64) __m128i bytes[2][kUnit / 16];
+    for (int i = 0; i < 4; i++) {
+        const __m512i upper = _mm512_srai_epi16(_mm512_add_epi16(z[i], _mm512_set1_epi16(128)), 8);
+        _mm256_store_si256(reinterpret_cast<__m256i *>(bytes[0]) + i, _mm512_cvtepi16_epi8(upper));
+        _mm256_store_si256(reinterpret_cast<__m256i *>(bytes[1]) + i, _mm512_cvtepi16_epi8(z[i]));
+    }
+    for (int part = 0; part < 2; part++) {
+        for (int at = 0; at < kUnit; at += F::kGroup) {
+            __m128i placed[F::kGroup / 16];
+            F::put(bytes[part] + at / 16, placed);
+            std::memcpy(codes + part * kUnit + at, placed, sizeof placed);
+        }
+    }
+}
+
 // One block of one token.
-void pack(void *argument, int, int64_t item) {
+template <class F> void pack(void *argument, int, int64_t item) {
     const PackJob &job = *static_cast<const PackJob *>(argument);
     const Linear &l = *job.l;
     const int64_t token = item / job.x.blocks, block = item % job.x.blocks;
@@ -83,10 +75,10 @@ void pack(void *argument, int, int64_t item) {
     const float largest = _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(static_cast<int>(magnitude << 16))));
     // A largest value so small that its inverse overflows counts as zero: 2^-112 times anything sensible.
     const bool empty = largest < 0x1p-112f;
-    const __m512 inverse = _mm512_set1_ps(finite && !empty ? 32767.0f / largest : 0.0f);
+    const __m512 inverse = _mm512_set1_ps(finite && !empty ? kLargest / largest : 0.0f);
     // What is not finite makes the token's results NaN.
     const int64_t at_block = block * job.x.tokens + token;
-    job.x.scales[at_block] = finite ? (empty ? 0.0f : largest / 32767.0f) : largest - largest;
+    job.x.scales[at_block] = finite ? (empty ? 0.0f : largest / kLargest) : largest - largest;
     float *sums = job.x.sums + at_block * kBlockGroups;
     _mm512_storeu_ps(sums, _mm512_setzero_ps());
     const int64_t units = least(job.x.block_units, job.x.units - block * job.x.block_units);
@@ -101,15 +93,12 @@ void pack(void *argument, int, int64_t item) {
             const __m256i narrow = _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(low));
             z[i] = _mm512_inserti64x4(_mm512_castsi256_si512(narrow), _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(high)), 1);
             sum = _mm512_add_epi32(sum, _mm512_madd_epi16(z[i], _mm512_set1_epi16(1)));
-            if ((at + 32) % job.group == 0) {
-                sums[at / job.group] = static_cast<float>(_mm512_reduce_add_epi32(sum));
+            if ((at + 32) % F::kGroup == 0) {
+                sums[at / F::kGroup] = static_cast<float>(_mm512_reduce_add_epi32(sum));
                 sum = _mm512_setzero_si512();
             }
         }
-        for (int v = 0; v < kVectors; v++) {
-            int16_t *out = job.x.codes + ((block * job.x.block_units + u) * job.x.tokens + token) * kUnit + v * 32;
-            _mm512_storeu_si512(out, job.order.pick(z, v));
-        }
+        put_bytes<F>(z, job.x.codes + ((block * job.x.block_units + u) * job.x.tokens + token) * kUnitNbytes);
     }
 }
 
@@ -124,7 +113,7 @@ struct Product {
 
 // kSets times 16 rows of the weight, on their way through `in`.
 template <int kSets> struct Panel {
-    alignas(64) int32_t codes[kSets][kPairs][kLanes];                      // one unit, unpacked: [column][shift]
+    Codes<kSets> codes; // of a unit
     alignas(64) float scale[kSets][kBlockGroups][kLanes], shift[kSets][kBlockGroups][kLanes]; // of a block; shift: * zero
     Rows<kSets> rows;
 };
@@ -146,33 +135,6 @@ template <int kSets> TK_INLINE void load_scales(const Linear &l, int64_t block, 
     }
 }
 
-// The s-th pair of codes of every row of a column.
-template <class F> TK_INLINE __m512i codes_of(__m512i column, int s) {
-    const __m512i shifted = s ? _mm512_srli_epi16(column, s * F::kBits) : column;
-    const bool clean = s == F::kShifts - 1; // nothing is left above
-    return clean ? shifted : _mm512_and_si512(shifted, _mm512_set1_epi16((1 << F::kBits) - 1));
-}
-
-template <class F, int kSets> TK_INLINE void unpack(const Linear &l, int64_t unit, Panel<kSets> &panel) {
-    for (int set = 0; set < kSets; set++) {
-        for (int part = 0; part < F::kColumns / 16; part++) {
-            __m512i columns[16];
-            load_columns(l, panel.rows, set, unit * F::kColumns * 4 + part * 64, columns);
-            for (int c = 0; c < 16; c++) {
-                for (int s = 0; s < F::kShifts; s++) {
-                    _mm512_store_si512(panel.codes[set][(part * 16 + c) * F::kShifts + s], codes_of<F>(columns[c], s));
-                }
-            }
-        }
-    }
-}
-
-TK_INLINE __m512i broadcast_pair(const int16_t *x) {
-    int32_t pair;
-    std::memcpy(&pair, x, sizeof pair);
-    return _mm512_set1_epi32(pair);
-}
-
 // A group's exact sum for 16 rows and one token, scaled and added to the fp32 sum.
 TK_INLINE void add_group(__m512i exact, const float *scale, const float *shift, float x_sum, float *to) {
     const __m512 sum = _mm512_fnmadd_ps(_mm512_load_ps(shift), _mm512_set1_ps(x_sum), _mm512_load_ps(to));
@@ -181,31 +143,36 @@ TK_INLINE void add_group(__m512i exact, const float *scale, const float *shift, 
 
 // A unit of 16 rows times kCount tokens straight from its codes, for so few tokens that unpacking would cost more.
 template <class F, int kCount>
-TK_INLINE void multiply_packed(const Linear &l, int64_t unit, const Panel<1> &panel, const int16_t *x, const float *x_sums,
+TK_INLINE void multiply_packed(const Linear &l, int64_t unit, const Panel<1> &panel, const int8_t *x, const float *x_sums,
                                int64_t group, float *sums) {
-    constexpr int kGroupColumns = F::kColumns * F::kGroup / kUnit;
+    constexpr int kGroupQuads = F::kGroup / 4;
     // Integers add up the same in any order: split, so that no addition waits for the one before.
-    constexpr int kParts = 2;
-    __m512i exact[kCount][kParts];
+    constexpr int kParts = kCount > 2 ? 1 : 2;
+    const Ahead<F, 1> ahead(l, panel.rows, unit);
+    __m512i upper[kCount][kParts], lower[kCount][kParts];
     for (int part = 0; part < F::kColumns / 16; part++) {
         __m512i columns[16];
         load_columns(l, panel.rows, 0, unit * F::kColumns * 4 + part * 64, columns);
-#pragma GCC unroll 16
-        for (int i = 0; i < 16; i++) {
-            const int c = part * 16 + i;
-            for (int s = 0; s < F::kShifts; s++) {
-                const __m512i codes = codes_of<F>(columns[i], s);
-                for (int t = 0; t < kCount; t++) {
-                    const bool fresh = c % kGroupColumns == 0 && s < kParts;
-                    const __m512i to = fresh ? _mm512_setzero_si512() : exact[t][s % kParts];
-                    const __m512i both = broadcast_pair(x + t * kUnit + (s * F::kColumns + c) * 2);
-                    exact[t][s % kParts] = _mm512_dpwssd_epi32(to, codes, both);
-                }
-            }
-            if ((c + 1) % kGroupColumns) continue;
-            const int64_t g = group + c / kGroupColumns;
+#pragma GCC unroll 32
+        for (int i = 0; i < 16 * F::kShifts; i++) {
+            const int n = part * 16 * F::kShifts + i, p = n % kParts;
+            if (i < 16) ahead.fetch(part * 16 + i);
+            const __m512i codes = F::quad(columns[i / F::kShifts], i % F::kShifts);
+            const bool first = n % kGroupQuads < kParts;
             for (int t = 0; t < kCount; t++) {
-                const __m512i whole = _mm512_add_epi32(exact[t][0], exact[t][1]);
+                const int8_t *at = x + t * kUnitNbytes + n * 4;
+                const __m512i none = _mm512_setzero_si512();
+                upper[t][p] = _mm512_dpbusd_epi32(first ? none : upper[t][p], codes, broadcast_quad(at));
+                lower[t][p] = _mm512_dpbusd_epi32(first ? none : lower[t][p], codes, broadcast_quad(at + kUnit));
+            }
+            if ((n + 1) % kGroupQuads) continue;
+            const int64_t g = group + n / kGroupQuads;
+            for (int t = 0; t < kCount; t++) {
+                if (kParts == 2) {
+                    upper[t][0] = _mm512_add_epi32(upper[t][0], upper[t][kParts - 1]);
+                    lower[t][0] = _mm512_add_epi32(lower[t][0], lower[t][kParts - 1]);
+                }
+                const __m512i whole = _mm512_add_epi32(_mm512_slli_epi32(upper[t][0], 8), lower[t][0]);
                 add_group(whole, panel.scale[0][g], panel.shift[0][g], x_sums[t * kBlockGroups + g], sums + t * kLanes);
             }
         }
@@ -213,25 +180,34 @@ TK_INLINE void multiply_packed(const Linear &l, int64_t unit, const Panel<1> &pa
 }
 
 // The unpacked unit times kCount tokens, added to `sums` [kSets][kCount][16 rows]. `group`: its first one's place in the
-// block.
+// block; `ahead`: what to fetch meanwhile, or null.
 template <class F, int kSets, int kCount>
-TK_INLINE void multiply(const Panel<kSets> &panel, const int16_t *x, const float *x_sums, int64_t group, float *sums) {
-    constexpr int kGroups = kUnit / F::kGroup, kGroupColumns = F::kColumns / kGroups;
+TK_INLINE void multiply(const Panel<kSets> &panel, const Ahead<F, kSets> *ahead, const int8_t *x, const float *x_sums,
+                        int64_t group, float *sums) {
+    constexpr int kGroups = kUnit / F::kGroup, kGroupQuads = F::kGroup / 4;
     for (int g = 0; g < kGroups; g++) {
         __m512i exact[kSets][kCount];
         for (auto &of_set : exact) {
             for (__m512i &sum : of_set) sum = _mm512_setzero_si512();
         }
-        for (int c = g * kGroupColumns; c < (g + 1) * kGroupColumns; c++) {
-            for (int s = 0; s < F::kShifts; s++) {
+        // The upper bytes' sum, times 256, and on with the lower bytes.
+        for (int part = 0; part < 2; part++) {
+#pragma GCC unroll 4
+            for (int n = g * kGroupQuads; n < (g + 1) * kGroupQuads; n++) {
+                const int line = part * kQuads + n;
+                if (ahead && line < Ahead<F, kSets>::kLines) ahead->fetch(line);
                 __m512i codes[kSets];
-                for (int set = 0; set < kSets; set++) codes[set] = _mm512_load_si512(panel.codes[set][c * F::kShifts + s]);
+                for (int set = 0; set < kSets; set++) codes[set] = _mm512_load_si512(panel.codes.quad[set][n]);
                 for (int t = 0; t < kCount; t++) {
-                    const __m512i both = broadcast_pair(x + t * kUnit + (s * F::kColumns + c) * 2);
+                    const __m512i quad = broadcast_quad(x + t * kUnitNbytes + part * kUnit + n * 4);
                     for (int set = 0; set < kSets; set++) {
-                        exact[set][t] = _mm512_dpwssd_epi32(exact[set][t], codes[set], both);
+                        exact[set][t] = _mm512_dpbusd_epi32(exact[set][t], codes[set], quad);
                     }
                 }
+            }
+            if (part) continue;
+            for (auto &of_set : exact) {
+                for (__m512i &sum : of_set) sum = _mm512_slli_epi32(sum, 8);
             }
         }
         for (int set = 0; set < kSets; set++) {
@@ -249,32 +225,34 @@ template <class F, int kSets>
 TK_INLINE void multiply_all(const Product &p, const Panel<kSets> &panel, int64_t block, int64_t unit, float *sums) {
     const Activations &x = p.x;
     const int64_t group = (unit - block * x.block_units) * (kUnit / F::kGroup);
+    const Ahead<F, kSets> lines(*p.l, panel.rows, unit);
     for (int64_t token = 0; token < x.tokens; token += kTile) {
-        const int16_t *codes = x.codes + (unit * x.tokens + token) * kUnit;
+        const int8_t *codes = x.codes + (unit * x.tokens + token) * kUnitNbytes;
         const float *of = x.sums + (block * x.tokens + token) * kBlockGroups;
+        const Ahead<F, kSets> *ahead = token ? nullptr : &lines;
         float *to = sums + token * kSets * kLanes;
         switch (least(kTile, x.tokens - token)) {
-            case 1: multiply<F, kSets, 1>(panel, codes, of, group, to); break;
-            case 2: multiply<F, kSets, 2>(panel, codes, of, group, to); break;
-            case 3: multiply<F, kSets, 3>(panel, codes, of, group, to); break;
-            case 4: multiply<F, kSets, 4>(panel, codes, of, group, to); break;
-            case 5: multiply<F, kSets, 5>(panel, codes, of, group, to); break;
-            case 6: multiply<F, kSets, 6>(panel, codes, of, group, to); break;
-            case 7: multiply<F, kSets, 7>(panel, codes, of, group, to); break;
-            default: multiply<F, kSets, kTile>(panel, codes, of, group, to); break;
+            case 1: multiply<F, kSets, 1>(panel, ahead, codes, of, group, to); break;
+            case 2: multiply<F, kSets, 2>(panel, ahead, codes, of, group, to); break;
+            case 3: multiply<F, kSets, 3>(panel, ahead, codes, of, group, to); break;
+            case 4: multiply<F, kSets, 4>(panel, ahead, codes, of, group, to); break;
+            case 5: multiply<F, kSets, 5>(panel, ahead, codes, of, group, to); break;
+            case 6: multiply<F, kSets, 6>(panel, ahead, codes, of, group, to); break;
+            case 7: multiply<F, kSets, 7>(panel, ahead, codes, of, group, to); break;
+            default: multiply<F, kSets, kTile>(panel, ahead, codes, of, group, to); break;
         }
     }
 }
 
 template <class F> TK_INLINE void multiply_unit(const Product &p, Panel<2> &panel, int64_t block, int64_t unit, float *sums) {
-    unpack<F>(*p.l, unit, panel);
+    panel.codes.template unpack<F>(*p.l, panel.rows, unit);
     multiply_all<F>(p, panel, block, unit, sums);
 }
 
 template <class F> TK_INLINE void multiply_unit(const Product &p, Panel<1> &panel, int64_t block, int64_t unit, float *sums) {
     const Activations &x = p.x;
     const int64_t group = (unit - block * x.block_units) * (kUnit / F::kGroup);
-    const int16_t *codes = x.codes + unit * x.tokens * kUnit;
+    const int8_t *codes = x.codes + unit * x.tokens * kUnitNbytes;
     const float *of = x.sums + block * x.tokens * kBlockGroups;
     switch (x.tokens) {
         case 1: multiply_packed<F, 1>(*p.l, unit, panel, codes, of, group, sums); break;
@@ -344,19 +322,15 @@ template <class F> int run_tokens(const Linear &l, Pool &pool) {
     x.units = ceil_div(l.w.in, kUnit);
     x.block_units = kBlockGroups * F::kGroup / kUnit;
     x.blocks = ceil_div(x.units, x.block_units);
-    const size_t codes = static_cast<size_t>(l.rows * x.blocks * x.block_units) * kUnit * 2;
+    const size_t codes = static_cast<size_t>(l.rows * x.blocks * x.block_units) * kUnitNbytes;
     const size_t sums = static_cast<size_t>(l.rows * x.blocks) * kBlockGroups * 4;
     uint8_t *memory = static_cast<uint8_t *>(pool.scratch(pool.shared(), codes + sums + sums / kBlockGroups));
     if (!memory) return TK_NO_MEMORY;
-    x.codes = reinterpret_cast<int16_t *>(memory);
+    x.codes = reinterpret_cast<int8_t *>(memory);
     x.sums = reinterpret_cast<float *>(memory + codes);
     x.scales = reinterpret_cast<float *>(memory + codes + sums);
-    PackJob pack_job = {};
-    pack_job.l = &l;
-    pack_job.x = x;
-    pack_job.group = F::kGroup;
-    pack_job.order.set<F>();
-    if (!pool.run(l.rows * x.blocks, pack, &pack_job, l.cancel)) return TK_CANCELLED;
+    PackJob pack_job = {&l, x};
+    if (!pool.run(l.rows * x.blocks, pack<F>, &pack_job, l.cancel)) return TK_CANCELLED;
     Product p = {&l, x, &pool, false};
     const Job job = l.rows <= kFewTokens ? rows_of_item<F, 1> : rows_of_item<F, 2>;
     if (!pool.run(ceil_div(l.w.out, kItemRows), job, &p, l.cancel)) return TK_CANCELLED;
@@ -371,11 +345,11 @@ template <class F> int run(const Linear &linear, Pool &pool) {
 
 int linear_int16_avx512(const Linear &l, Pool &pool) {
     if (l.w.format == TK_INT4) {
-        if (l.w.group == 32) return run<Int4Codes<32>>(l, pool);
-        return l.w.group == 64 ? run<Int4Codes<64>>(l, pool) : run<Int4Codes<128>>(l, pool);
+        if (l.w.group == 32) return run<Int4Quads<32>>(l, pool);
+        return l.w.group == 64 ? run<Int4Quads<64>>(l, pool) : run<Int4Quads<128>>(l, pool);
     }
-    if (l.w.group == 32) return run<Int8Codes<32>>(l, pool);
-    return l.w.group == 64 ? run<Int8Codes<64>>(l, pool) : run<Int8Codes<128>>(l, pool);
+    if (l.w.group == 32) return run<Int8Quads<32>>(l, pool);
+    return l.w.group == 64 ? run<Int8Quads<64>>(l, pool) : run<Int8Quads<128>>(l, pool);
 }
 
 } // namespace tk

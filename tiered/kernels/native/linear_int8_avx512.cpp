@@ -7,41 +7,12 @@
 
 #include "panel_avx512.h"
 
-#include <cstring>
-
 namespace tk {
 
 namespace {
 
 constexpr int kSets = 2;                  // 32 rows of the weight share loads of activations
-constexpr int kQuads = kUnit / 4;         // vectors of an unpacked unit: four neighbours in a lane are a quad
 constexpr float kLeastMagnitude = 1e-30f; // a group below it counts as zero: 127 / it must be finite
-
-// ---- formats: kColumns 32-bit columns of a unit's stored codes; each holds kShifts quads
-
-template <int G> struct Int4Quads {
-    static constexpr int kGroup = G, kColumns = 16, kShifts = 2;
-
-    static TK_INLINE __m512i quad(__m512i column, int s) {
-        return _mm512_and_si512(s ? _mm512_srli_epi16(column, 4) : column, _mm512_set1_epi8(15));
-    }
-    // Byte i of a group holds values i and i + G/2, so quads of its halves take turns.
-    static TK_INLINE void put(const __m128i *rounded, __m128i *codes) {
-        for (int i = 0; i < G / 32; i++) {
-            codes[2 * i] = _mm_unpacklo_epi32(rounded[i], rounded[i + G / 32]);
-            codes[2 * i + 1] = _mm_unpackhi_epi32(rounded[i], rounded[i + G / 32]);
-        }
-    }
-};
-
-template <int G> struct Int8Quads {
-    static constexpr int kGroup = G, kColumns = 32, kShifts = 1;
-
-    static TK_INLINE __m512i quad(__m512i column, int) { return column; }
-    static TK_INLINE void put(const __m128i *rounded, __m128i *codes) {
-        for (int i = 0; i < G / 16; i++) codes[i] = rounded[i];
-    }
-};
 
 // ---- activations
 
@@ -118,7 +89,7 @@ struct Product {
 
 // 32 rows of the weight, on their way through `in`.
 struct Panel {
-    alignas(64) int32_t codes[kSets][kQuads][kLanes];     // one unit, unpacked: [column][shift]
+    Codes<kSets> codes;                                   // of a unit
     alignas(64) float scale[kSets][kBlockGroups][kLanes]; // of a block
     alignas(64) int32_t zero[kSets][kBlockGroups][kLanes];
     Rows<kSets> rows;
@@ -139,31 +110,12 @@ TK_INLINE void load_scales(const Linear &l, int64_t block, Panel &panel) {
     }
 }
 
-template <class F> TK_INLINE void unpack(const Linear &l, int64_t unit, Panel &panel) {
-    for (int set = 0; set < kSets; set++) {
-        for (int part = 0; part < F::kColumns / 16; part++) {
-            __m512i columns[16];
-            load_columns(l, panel.rows, set, unit * F::kColumns * 4 + part * 64, columns);
-            for (int c = 0; c < 16; c++) {
-                for (int s = 0; s < F::kShifts; s++) {
-                    _mm512_store_si512(panel.codes[set][(part * 16 + c) * F::kShifts + s], F::quad(columns[c], s));
-                }
-            }
-        }
-    }
-}
-
-TK_INLINE __m512i broadcast_quad(const int8_t *x) {
-    int32_t quad;
-    std::memcpy(&quad, x, sizeof quad);
-    return _mm512_set1_epi32(quad);
-}
-
 // The unpacked unit times kCount tokens, added to `sums` [kSets][kCount][16 rows]. `group`: its first one's place in
-// the block; `of`: that one's entries [group][tokens].
+// the block; `of`: that one's entries [group][tokens]; `ahead`: what to fetch meanwhile, or null.
 template <class F, int kCount>
-TK_INLINE void multiply(const Panel &panel, const int8_t *x, const GroupOfToken *of, int64_t tokens, int64_t group,
-                        float *sums) {
+TK_INLINE void multiply(const Panel &panel, const Ahead<F, kSets> *ahead, const int8_t *x, const GroupOfToken *of,
+                        int64_t tokens, int64_t group, float *sums) {
+    constexpr int kLines = Ahead<F, kSets>::kLines / kQuads;
     constexpr int kGroups = kUnit / F::kGroup, kGroupQuads = F::kGroup / 4;
     for (int g = 0; g < kGroups; g++, of += tokens) {
         __m512i exact[kSets][kCount];
@@ -176,10 +128,12 @@ TK_INLINE void multiply(const Panel &panel, const int8_t *x, const GroupOfToken 
         // Unrolled whole: GCC copies every accumulator once around a loop.
 #pragma GCC unroll 32
         for (int i = 0; i < kGroupQuads; i++) {
+            const int n = g * kGroupQuads + i;
+            for (int line = n * kLines; ahead && line < (n + 1) * kLines; line++) ahead->fetch(line);
             __m512i codes[kSets];
-            for (int set = 0; set < kSets; set++) codes[set] = _mm512_load_si512(panel.codes[set][g * kGroupQuads + i]);
+            for (int set = 0; set < kSets; set++) codes[set] = _mm512_load_si512(panel.codes.quad[set][n]);
             for (int t = 0; t < kCount; t++) {
-                const __m512i quad = broadcast_quad(x + t * kUnit + (g * kGroupQuads + i) * 4);
+                const __m512i quad = broadcast_quad(x + t * kUnit + n * 4);
                 for (int set = 0; set < kSets; set++) {
                     exact[set][t] = _mm512_dpbusd_epi32(exact[set][t], codes[set], quad);
                 }
@@ -201,19 +155,21 @@ template <class F> TK_INLINE void multiply_all(const Product &p, const Panel &pa
     constexpr int kGroups = kUnit / F::kGroup;
     const Activations &x = p.x;
     const int64_t group = unit * kGroups % kBlockGroups;
+    const Ahead<F, kSets> lines(*p.l, panel.rows, unit);
     for (int64_t token = 0; token < x.tokens; token += kTile) {
         const int8_t *codes = x.codes + (unit * x.tokens + token) * kUnit;
         const GroupOfToken *of = x.groups + unit * kGroups * x.tokens + token;
+        const Ahead<F, kSets> *ahead = token ? nullptr : &lines;
         float *to = sums + token * kSets * kLanes;
         switch (least(kTile, x.tokens - token)) {
-            case 1: multiply<F, 1>(panel, codes, of, x.tokens, group, to); break;
-            case 2: multiply<F, 2>(panel, codes, of, x.tokens, group, to); break;
-            case 3: multiply<F, 3>(panel, codes, of, x.tokens, group, to); break;
-            case 4: multiply<F, 4>(panel, codes, of, x.tokens, group, to); break;
-            case 5: multiply<F, 5>(panel, codes, of, x.tokens, group, to); break;
-            case 6: multiply<F, 6>(panel, codes, of, x.tokens, group, to); break;
-            case 7: multiply<F, 7>(panel, codes, of, x.tokens, group, to); break;
-            default: multiply<F, kTile>(panel, codes, of, x.tokens, group, to); break;
+            case 1: multiply<F, 1>(panel, ahead, codes, of, x.tokens, group, to); break;
+            case 2: multiply<F, 2>(panel, ahead, codes, of, x.tokens, group, to); break;
+            case 3: multiply<F, 3>(panel, ahead, codes, of, x.tokens, group, to); break;
+            case 4: multiply<F, 4>(panel, ahead, codes, of, x.tokens, group, to); break;
+            case 5: multiply<F, 5>(panel, ahead, codes, of, x.tokens, group, to); break;
+            case 6: multiply<F, 6>(panel, ahead, codes, of, x.tokens, group, to); break;
+            case 7: multiply<F, 7>(panel, ahead, codes, of, x.tokens, group, to); break;
+            default: multiply<F, kTile>(panel, ahead, codes, of, x.tokens, group, to); break;
         }
     }
 }
@@ -225,7 +181,7 @@ template <class F> void multiply_panel(const Product &p, int64_t first, Panel &p
     panel.rows.set(first, l.w.out);
     for (int64_t unit = 0; unit < p.x.units; unit++) {
         if (unit % kBlockUnits == 0) load_scales(l, unit / kBlockUnits, panel);
-        unpack<F>(l, unit, panel);
+        panel.codes.unpack<F>(l, panel.rows, unit);
         multiply_all<F>(p, panel, unit, sums);
     }
     for (int64_t token = 0; token < l.rows; token++) {

@@ -1,13 +1,18 @@
-// Panels of the AVX-512 kernels whose lanes are 16 rows of the weight: how rows are chosen, loaded and transposed, and
-// the sizes that the kernels agree on. Internal linkage throughout; see pool.h.
+// Panels of the AVX-512 kernels whose lanes are 16 rows of the weight: how rows are chosen, loaded, transposed and
+// unpacked, and the sizes that the kernels agree on. Internal linkage throughout; see pool.h.
+//
+// vpdpbusd multiplies quads: four neighbours of each of 16 rows by four activations of one token.
 #pragma once
 
 #include "avx512.h"
+
+#include <cstring>
 
 namespace tk {
 namespace {
 
 constexpr int kUnit = 128;           // of `in`: unpacked in one go, then used for all tokens
+constexpr int kQuads = kUnit / 4;
 constexpr int kLanes = 16;           // rows of the weight in a set
 constexpr int kBlockGroups = 16;     // groups whose scales are loaded in one go
 constexpr int kTile = 8;             // tokens that share loads of codes
@@ -40,18 +45,90 @@ template <int kSets> TK_INLINE void fetch_scales(const Linear &l, int64_t block,
     for (int64_t i = at; i < at + kCount; i += 64) __builtin_prefetch(l.w.zero + i);
 }
 
+// ---- formats: kColumns 32-bit columns of a unit's stored codes; each holds kShifts quads
+
+template <int G> struct Int4Quads {
+    static constexpr int kGroup = G, kColumns = 16, kShifts = 2;
+
+    static TK_INLINE __m512i quad(__m512i column, int s) {
+        return _mm512_and_si512(s ? _mm512_srli_epi16(column, 4) : column, _mm512_set1_epi8(15));
+    }
+    // A group of activations, in the order of the quads. Byte i of stored codes holds values i and i + G/2, so quads of
+    // the group's halves take turns.
+    static TK_INLINE void put(const __m128i *rounded, __m128i *codes) {
+        for (int i = 0; i < G / 32; i++) {
+            codes[2 * i] = _mm_unpacklo_epi32(rounded[i], rounded[i + G / 32]);
+            codes[2 * i + 1] = _mm_unpackhi_epi32(rounded[i], rounded[i + G / 32]);
+        }
+    }
+};
+
+template <int G> struct Int8Quads {
+    static constexpr int kGroup = G, kColumns = 32, kShifts = 1;
+
+    static TK_INLINE __m512i quad(__m512i column, int) { return column; }
+    static TK_INLINE void put(const __m128i *rounded, __m128i *codes) {
+        for (int i = 0; i < G / 16; i++) codes[i] = rounded[i];
+    }
+};
+
+// ---- codes
+
 // 64 bytes of each of a set's 16 rows from byte `at` on, transposed: vector c holds the rows' c-th 32 bits.
 template <int kSets>
 TK_INLINE void load_columns(const Linear &l, const Rows<kSets> &rows, int set, int64_t at, __m512i columns[16]) {
-    // Beyond a row's end comes the row of the next panel.
-    const int64_t left = l.row_nbytes - at, further = (kSets * kLanes - 1) * l.row_nbytes;
-    const int64_t ahead = kAheadNbytes + (left > kAheadNbytes ? 0 : further);
+    const int64_t left = l.row_nbytes - at;
     for (int r = 0; r < kLanes; r++) {
         const uint8_t *q = static_cast<const uint8_t *>(l.w.q) + rows.row[set][r] * l.row_nbytes + at;
         columns[r] = left >= 64 ? _mm512_loadu_si512(q) : _mm512_maskz_loadu_epi8(first64(left), q);
-        _mm_prefetch(reinterpret_cast<const char *>(q + ahead), _MM_HINT_T0);
     }
     transpose16(columns);
+}
+
+// One unit of kSets times 16 rows, unpacked: [column][shift].
+template <int kSets> struct Codes {
+    alignas(64) int32_t quad[kSets][kQuads][kLanes];
+
+    template <class F> TK_INLINE void unpack(const Linear &l, const Rows<kSets> &rows, int64_t unit) {
+        for (int set = 0; set < kSets; set++) {
+            for (int part = 0; part < F::kColumns / 16; part++) {
+                __m512i columns[16];
+                load_columns(l, rows, set, unit * F::kColumns * 4 + part * 64, columns);
+                for (int c = 0; c < 16; c++) {
+                    for (int s = 0; s < F::kShifts; s++) {
+                        _mm512_store_si512(quad[set][(part * 16 + c) * F::kShifts + s], F::quad(columns[c], s));
+                    }
+                }
+            }
+        }
+    }
+};
+
+// The lines of codes that a later unit of the panel will load, or its successor's first ones. Fetched all at once they
+// would wait for each other; they are fetched one by one while this unit is multiplied.
+template <class F, int kSets> struct Ahead {
+    static constexpr int kRowLines = F::kColumns / 16, kLines = kSets * kLanes * kRowLines;
+
+    const uint8_t *q;
+    int64_t row_nbytes;
+
+    TK_INLINE Ahead(const Linear &l, const Rows<kSets> &rows, int64_t unit) : row_nbytes(l.row_nbytes) {
+        // Beyond a row's end comes the row of the next panel.
+        const int64_t at = unit * F::kColumns * 4, further = (kSets * kLanes - 1) * row_nbytes;
+        const int64_t ahead = kAheadNbytes + (row_nbytes - at > kAheadNbytes ? 0 : further);
+        q = static_cast<const uint8_t *>(l.w.q) + rows.row[0][0] * row_nbytes + at + ahead;
+    }
+    // Behind the weight's end nothing is read: a prefetch is only a hint.
+    TK_INLINE void fetch(int line) const {
+        const uint8_t *at = q + line / kRowLines * row_nbytes + line % kRowLines * 64;
+        _mm_prefetch(reinterpret_cast<const char *>(at), _MM_HINT_T0);
+    }
+};
+
+TK_INLINE __m512i broadcast_quad(const int8_t *x) {
+    int32_t quad;
+    std::memcpy(&quad, x, sizeof quad);
+    return _mm512_set1_epi32(quad);
 }
 
 } // namespace
