@@ -45,6 +45,12 @@ class RecordWriter:
 
 def _scatter(target: States, rows: torch.Tensor, slots: torch.Tensor, states: States) -> None:
     """Tokens of keys and values [heads, tokens, head_dim] to their rows and slots of [rows, heads, 64, head_dim]."""
+    if len(rows) == 1:
+        # Behind a product that went through the caches, indexing by tensors takes twice as long.
+        row, slot = int(rows), int(slots)
+        for memory, new in zip(target, states, strict=True):
+            memory[row, :, slot] = new[:, 0]
+        return
     for memory, new in zip(target, states, strict=True):
         memory[rows, :, slots] = new.transpose(0, 1)
 

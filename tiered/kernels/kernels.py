@@ -118,7 +118,7 @@ class Kernels:
         if argument is None:
             return reference.linear(x, weight, bias, self._cancel, self.dequantize)
         assert self._library is not None
-        out, in_ = weight.shape
+        out, in_ = argument.out, argument.in_
         rows = _rows(x, in_)
         if bias is not None and bias.dtype not in _DTYPES:
             bias = bias.to(torch.float32)
@@ -196,20 +196,25 @@ class Kernels:
         """`weight` as the library takes it; None where it cannot serve."""
         if self._library is None or x.dtype != torch.bfloat16 or x.device.type != "cpu" or x.shape[-1] == 0:
             return None
-        out, in_ = weight.shape
         if isinstance(weight, QuantizedWeight):
             return _quantized_argument(weight)
+        out, in_ = weight.shape
         if weight.dtype != torch.bfloat16 or in_ % _DENSE_MULTIPLE or not weight.is_contiguous():
             return None
         return WeightArgument(Format.DENSE_BF16, 0, out, in_, weight.data_ptr(), None, None)
 
 
 def _quantized_argument(weight: QuantizedWeight) -> WeightArgument:
+    known: WeightArgument | None = weight.prepared.get("native")
+    if known is not None:
+        return known
     q, scale, zero = weight.codes
     assert q.is_contiguous() and scale.is_contiguous() and zero.is_contiguous()
     kind = Format.INT4 if weight.scheme.bits == 4 else Format.INT8
     pointers = q.data_ptr(), scale.data_ptr(), zero.data_ptr()
-    return WeightArgument(kind, weight.scheme.group_size, *weight.shape, *pointers)
+    argument = WeightArgument(kind, weight.scheme.group_size, *weight.shape, *pointers)
+    weight.prepared["native"] = argument
+    return argument
 
 
 def _rows(x: torch.Tensor, in_: int) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """A quantized weight together with its scheme: what a block hands to a kernel."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, dtype
 
@@ -14,6 +15,8 @@ class QuantizedWeight:
 
     codes: QuantizedTensor
     scheme: GroupScheme
+    prepared: dict[str, Any] = field(default_factory=dict, repr=False)
+    """What kernels made of it, by their names. Kept, as to look it up for every token costs as much as to multiply."""
 
     @property
     def shape(self) -> tuple[int, int]:
