@@ -179,3 +179,14 @@ def test_what_the_ring_held_before_is_no_credit() -> None:
     whole, lower = make_report(generation(decodes=2), around(plan())), make_report(few, around(plan()))
     assert whole.bound_share is not None and lower.bound_share is not None
     assert lower.bound_share == pytest.approx(whole.bound_share * 1200 / 1400)
+
+
+def test_a_ring_of_one_block_is_named_with_what_it_lacks() -> None:
+    # One block is 100 MiB: half a block is missing to read one while the other computes.
+    report = make_report(generation(), around(plan(1.5)))
+    assert report.missing_overlap_bytes == 50 * MIB
+    assert any("took turns: with 50 MiB more" in line for line in report.lines())
+    for blocks in (2.0, 5.5, 20.0):
+        report = make_report(generation(), around(plan(blocks)))
+        assert report.missing_overlap_bytes == 0
+        assert not any("took turns" in line for line in report.lines())

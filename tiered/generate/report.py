@@ -58,6 +58,8 @@ class Report:
     ram_budget_bytes: int
     tape_bytes: int
     resident_bytes: int
+    missing_overlap_bytes: int
+    """What the budget lacked to read one block while the one before computes; 0 where it did."""
     read_mode: str
     kernels: str
     """What computed: instruction set, mode and threads."""
@@ -122,11 +124,17 @@ class Report:
 def machine_lines(report: "Report | ScoreReport") -> list[str]:
     """The last lines of any report: what computed, in how much memory."""
     over = ", OVER BUDGET" if report.peak_rss_bytes > report.ram_budget_bytes else ""
-    return [
+    lines = [
         f"kernels   {report.kernels}",
         f"memory    peak {format_size(report.peak_rss_bytes)} of {format_size(report.ram_budget_bytes)}{over}; "
         f"{format_size(report.resident_bytes)} of {format_size(report.tape_bytes)} weights resident",
     ]
+    if report.missing_overlap_bytes:
+        lines.append(
+            "          room for one block at a time, so reading and computing took turns: "
+            f"with {format_size(report.missing_overlap_bytes)} more they would overlap"
+        )
+    return lines
 
 
 @dataclass(frozen=True)
@@ -205,6 +213,7 @@ def make_report(generation: Generation, around: Surroundings) -> Report:
         ram_budget_bytes=plan.budget,
         tape_bytes=around.tape_file_bytes,
         resident_bytes=plan.placement.resident_nbytes,
+        missing_overlap_bytes=plan.missing_overlap_nbytes,
         read_mode=around.read_mode,
         kernels=around.kernels,
         synthetic=around.synthetic,

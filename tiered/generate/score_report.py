@@ -48,6 +48,8 @@ class ScoreReport:
     ram_budget_bytes: int
     tape_bytes: int
     resident_bytes: int
+    missing_overlap_bytes: int
+    """What the budget lacked to read one block while the one before computes; 0 where it did."""
     read_mode: str
     kernels: str
     synthetic: bool
@@ -131,6 +133,7 @@ def make_score_report(scoring: Scoring, around: Surroundings) -> ScoreReport:
         ram_budget_bytes=plan.budget,
         tape_bytes=around.tape_file_bytes,
         resident_bytes=plan.placement.resident_nbytes,
+        missing_overlap_bytes=plan.missing_overlap_nbytes,
         read_mode=around.read_mode,
         kernels=around.kernels,
         synthetic=around.synthetic,

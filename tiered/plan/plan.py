@@ -48,6 +48,12 @@ class Plan:
         return sum(self.tape_sizes) - self.placement.resident_nbytes
 
     @property
+    def missing_overlap_nbytes(self) -> int:
+        """What the ring lacks to hold two neighbours: without it reading waits for computing, and the reverse."""
+        streamed = [nbytes for i, nbytes in enumerate(self.tape_sizes) if i not in self.placement.resident]
+        return max(0, full_ring(streamed) - self.placement.ring_nbytes) if streamed else 0
+
+    @property
     def bound_resident_nbytes(self) -> int:
         """M of the bound: all that the budget leaves after needs and two blocks, used or not, but at most S.
 
