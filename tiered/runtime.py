@@ -60,7 +60,6 @@ from tiered.plan import (
     Plan,
     available_budget,
     cpu_count,
-    kept_nbytes,
     pin_malloc,
     process_peak_rss_bytes,
     process_rss_bytes,
@@ -117,7 +116,7 @@ class Runtime:
         self._resources.close()
 
     def _build(self, stack: contextlib.ExitStack) -> None:
-        pin_malloc(kept_nbytes())
+        pin_malloc()
         # Completions of reads wait for the interpreter lock; the default of 5 ms is longer than a read.
         interval = sys.getswitchinterval()
         sys.setswitchinterval(5e-4)
@@ -139,7 +138,7 @@ class Runtime:
         stack.callback(self._compute.shutdown, wait=True)
         self._compute.submit(_warm_up, threads, self.dtype).result()
         self.budget = self.options.ram or available_budget()
-        pin_malloc(kept_nbytes(self.budget))
+        pin_malloc(self.budget)
         self.baseline = max(process_rss_bytes(), process_peak_rss_bytes()) + _GROWTH_NBYTES
         most_rows = self.options.rows_per_chunk or MAX_ROWS
         self.footprint = Footprint(self.store, self.dtype, shape, cache, self.load, self.baseline, most_rows)

@@ -9,7 +9,7 @@ import pytest
 
 from tiered.plan import available_budget, cpu_count, memory_limits, process_peak_rss_bytes, process_rss_bytes
 from tiered.plan import budget as module
-from tiered.plan.budget import heap_nbytes, kept_nbytes
+from tiered.plan.budget import heap_nbytes
 from tiered.units import GIB, KIB, MIB
 
 OWN = 100 * MIB
@@ -147,13 +147,13 @@ def test_this_process_has_memory_and_processors() -> None:
 
 @pytest.mark.parametrize("budget", [0, 2 * GIB])
 def test_what_malloc_keeps_is_counted(budget: int) -> None:
-    assert kept_by_threads(kept_nbytes(budget)) <= heap_nbytes(budget)
+    assert kept_by_threads(budget) <= heap_nbytes(budget)
     # What a large budget allows would be too much for a small one.
-    assert kept_by_threads(kept_nbytes(100 * GIB)) > heap_nbytes(budget)
+    assert kept_by_threads(100 * GIB) > heap_nbytes(budget)
 
 
-def kept_by_threads(kept: int) -> int:
-    """By how much the RSS of a process grows whose threads free buffers of all sizes."""
+def kept_by_threads(budget: int) -> int:
+    """By how much the RSS of a process with this budget grows whose threads free buffers of all sizes."""
     program = f"""
 import random, threading
 import numpy as np
@@ -164,7 +164,7 @@ def work(seed):
     for _ in range(100):
         buffers = [np.ones(draw.randrange(1 << 10, 32 << 20), np.uint8) for _ in range(2)]
 
-pin_malloc({kept})
+pin_malloc({budget})
 before = process_rss_bytes()
 for seed in range(2):
     thread = threading.Thread(target=work, args=(seed,))

@@ -3,7 +3,6 @@
 from tiered.plan.budget import (
     available_budget,
     cpu_count,
-    kept_nbytes,
     memory_limits,
     pin_malloc,
     process_peak_rss_bytes,
@@ -23,7 +22,6 @@ __all__ = [
     "available_budget",
     "cpu_count",
     "interleave",
-    "kept_nbytes",
     "make_plan",
     "memory_limits",
     "parse_tiers",

@@ -128,7 +128,7 @@ def _stat(folder: Path) -> dict[str, int]:
     return {key: int(value) for key, value in (line.split() for line in lines)}
 
 
-def kept_nbytes(budget: int = 0) -> int:
+def kept_nbytes(budget: int) -> int:
     """Up to which size an allocation of a run with this budget stays in glibc's heap once it is freed; 0: unknown."""
     return min(_KEPT_MOST_NBYTES, max(_KEPT_LEAST_NBYTES, budget // 256))
 
@@ -138,8 +138,8 @@ def heap_nbytes(budget: int) -> int:
     return 4 * kept_nbytes(budget)
 
 
-def pin_malloc(kept: int) -> None:
-    """Make glibc keep what is freed for allocations of up to `kept` bytes, map larger ones, and use few heaps.
+def pin_malloc(budget: int = 0) -> None:
+    """Make glibc keep what is freed of up to `kept_nbytes(budget)`, map larger allocations, and use few heaps.
 
     By default each thread gets a heap, and how much of it may stay resident grows with what is freed, up to 64 MiB:
     activations would then stay in RSS after use, outside every plan. Kept as little as possible, they are mapped and
@@ -151,6 +151,7 @@ def pin_malloc(kept: int) -> None:
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallopt"):
         return
+    kept = kept_nbytes(budget)
     libc.mallopt(m_arena_max, 2)
     libc.mallopt(m_mmap_threshold, kept)
     libc.mallopt(m_trim_threshold, kept)

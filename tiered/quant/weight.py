@@ -16,7 +16,7 @@ class QuantizedWeight:
     codes: QuantizedTensor
     scheme: GroupScheme
     prepared: dict[str, Any] = field(default_factory=dict, repr=False)
-    """What kernels made of it, by their names. Kept, as to look it up for every token costs as much as to multiply."""
+    """What kernels made of it, by their names: kept, as tensors' addresses take time to look up for every token."""
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -56,31 +56,6 @@ namespace {
     }
 }
 
-// The order in which a format's codes meet the activations: word w of vector v of a unit of 128 is its activation
-// F::source(v, w).
-struct WordOrder {
-    alignas(64) uint16_t index[4][32]; // which of 64
-    uint32_t upper[4];                 // and of which half of the unit
-
-    template <class F> void set() {
-        for (int v = 0; v < 4; v++) {
-            upper[v] = 0;
-            for (int w = 0; w < 32; w++) {
-                const int at = F::source(v, w);
-                index[v][w] = static_cast<uint16_t>(at & 63);
-                if (at >= 64) upper[v] |= 1u << w;
-            }
-        }
-    }
-
-    // Vector v of the unit that lies in z.
-    TK_INLINE __m512i pick(const __m512i z[4], int v) const {
-        const __m512i at = _mm512_load_si512(index[v]);
-        const __m512i low = _mm512_permutex2var_epi16(z[0], at, z[1]), high = _mm512_permutex2var_epi16(z[2], at, z[3]);
-        return _mm512_mask_blend_epi16(upper[v], low, high);
-    }
-};
-
 // `run` on at most `most` rows of x at a time, which bounds the scratch; ends with the first status that is not TK_OK.
 template <class Run> TK_INLINE int in_parts(const Linear &whole, int64_t most, Run run) {
     Linear part = whole;

@@ -225,19 +225,12 @@ template <class F> int run_tokens(const Linear &l, Pool &pool) {
     return p.failed ? TK_NO_MEMORY : TK_OK;
 }
 
-template <class F> int run(const Linear &linear, Pool &pool) {
-    return in_parts(linear, kMostTokens, [&pool](const Linear &part) { return run_tokens<F>(part, pool); });
-}
-
 } // namespace
 
 int linear_int8_avx512(const Linear &l, Pool &pool) {
-    if (l.w.format == TK_INT4) {
-        if (l.w.group == 32) return run<Int4Quads<32>>(l, pool);
-        return l.w.group == 64 ? run<Int4Quads<64>>(l, pool) : run<Int4Quads<128>>(l, pool);
-    }
-    if (l.w.group == 32) return run<Int8Quads<32>>(l, pool);
-    return l.w.group == 64 ? run<Int8Quads<64>>(l, pool) : run<Int8Quads<128>>(l, pool);
+    return with_format(l, [&](auto format) {
+        return in_parts(l, kMostTokens, [&](const Linear &part) { return run_tokens<decltype(format)>(part, pool); });
+    });
 }
 
 } // namespace tk

@@ -72,6 +72,16 @@ template <int G> struct Int8Quads {
     }
 };
 
+// What `run` returns for the format of l's codes, of which it is handed one.
+template <class Run> TK_INLINE int with_format(const Linear &l, Run run) {
+    if (l.w.format == TK_INT4) {
+        if (l.w.group == 32) return run(Int4Quads<32>{});
+        return l.w.group == 64 ? run(Int4Quads<64>{}) : run(Int4Quads<128>{});
+    }
+    if (l.w.group == 32) return run(Int8Quads<32>{});
+    return l.w.group == 64 ? run(Int8Quads<64>{}) : run(Int8Quads<128>{});
+}
+
 // ---- codes
 
 // 64 bytes of each of a set's 16 rows from byte `at` on, transposed: vector c holds the rows' c-th 32 bits.
