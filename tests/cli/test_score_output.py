@@ -2,14 +2,16 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from tests.commands import CHECKPOINT
+from tests.generate.tokenizers import byte_fallback, byte_level, cleaning, ids_of, metaspace
 from tiered.cli.score_output import PerTokenFile, Progress, Text, TokenTexts, score_json, table
 from tiered.generate.score import Tally, Window
 
@@ -56,14 +58,41 @@ def test_progress_is_shown_ten_times_a_second_at_most(monkeypatch: pytest.Monkey
     assert 5 <= len(status.texts) <= 10
 
 
-def test_tokens_keep_their_spaces() -> None:
+LONG_TEXT = "To install  the package,\n    run this: naïve 世界 </s> — 😀 do n't ." * 4
+
+
+@pytest.mark.parametrize("make", [None, byte_fallback, byte_level, metaspace, cleaning])
+@pytest.mark.parametrize("step", [1, 7, 1000])
+def test_the_texts_of_all_tokens_are_the_text(make: Callable[[], PreTrainedTokenizerBase] | None, step: int) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT) if make is None else make()
+    if make is None:
+        ids = torch.tensor(tokenizer(LONG_TEXT, add_special_tokens=False)["input_ids"], dtype=torch.int32)
+    else:
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(0, len(tokenizer), (200,), generator=generator, dtype=torch.int32)
+    texts = TokenTexts(tokenizer, ids)
+    found = [text for start in range(0, len(ids), step) for text in texts.take(start, min(start + step, len(ids)))]
+    assert len(found) == len(ids)
+    expected = LONG_TEXT
+    if make is not None:
+        expected = str(tokenizer.decode(ids.tolist(), clean_up_tokenization_spaces=False))
+    assert "".join(found) == expected
+
+
+def test_token_texts_do_not_depend_on_where_windows_begin() -> None:
+    tokenizer = byte_fallback()
+    words = ["▁a", *(f"<0x{byte:02X}>" for byte in "日本".encode()), "▁to", "<0xE2>", "a"]
+    ids = torch.tensor(ids_of(tokenizer, *words), dtype=torch.int32)
+    for step in range(1, 11):
+        texts = TokenTexts(tokenizer, ids)
+        found = [text for start in range(0, len(ids), step) for text in texts.take(start, min(start + step, len(ids)))]
+        assert found == ["a", "", "", "日", "", "", "本", " to", "", "�a"]
+
+
+def test_the_first_token_may_be_passed_over() -> None:
     tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
-    text = "To install  the package,\n    run this: naïve 世界"
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    texts = TokenTexts(tokenizer)
-    found = [texts(token) for token in ids]
-    assert "".join(found).startswith("To install  the package,\n    run this: na")
-    assert [texts(token) for token in ids] == found
+    ids = torch.tensor(tokenizer("the package", add_special_tokens=False)["input_ids"], dtype=torch.int32)
+    assert TokenTexts(tokenizer, ids).take(1, len(ids)) == TokenTexts(tokenizer, ids).take(0, len(ids))[1:]
 
 
 def test_a_perplexity_beyond_all_numbers_is_shown_and_null_in_json() -> None:
@@ -75,8 +104,8 @@ def test_a_perplexity_beyond_all_numbers_is_shown_and_null_in_json() -> None:
 
 def test_an_impossible_token_has_a_null_log_probability(tmp_path: Path) -> None:
     path = tmp_path / "tokens.jsonl"
-    texts = TokenTexts(AutoTokenizer.from_pretrained(CHECKPOINT))
-    with PerTokenFile(path, [text_of(2, 0.0)], texts) as per_token:
+    tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
+    with PerTokenFile(path, [text_of(7, 0.0)], tokenizer) as per_token:
         per_token.write(Window([2, 43], [43, 314], position=5), torch.tensor([-math.inf, -0.5]))
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     assert [(line["position"], line["token_id"], line["logprob"]) for line in lines] == [(5, 43, None), (6, 314, -0.5)]

@@ -1,6 +1,8 @@
 """A sequence's text: final as it comes, cut at stop strings, and in the end what all tokens decode to."""
 
+from collections.abc import Callable
 from collections.abc import Sequence as Items
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -10,12 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from tests.generate.tokenizers import byte_fallback, byte_level, ids_of, metaspace
 from tiered.generate import Sampler, SamplingParams, Sequence
 from tiered.generate.sequence import Decoder
 
 DOCS = Path(__file__).parents[1] / "data/models/opt-docs-8m"
 GREEDY = Sampler(SamplingParams(), 0)
 LONG = 10_000
+
+
+@cache
+def kind_of(make: Callable[[], PreTrainedTokenizerBase]) -> PreTrainedTokenizerBase:
+    return make()
 
 
 @pytest.fixture(scope="module")
@@ -206,25 +214,12 @@ def test_random_tokens_of_a_real_tokenizer_give_what_they_decode_to(
 @settings(max_examples=100, deadline=None)
 @given(tokens=st.lists(st.integers(0, len(Pieces.words) - 1), min_size=1, max_size=120))
 def test_lines_that_begin_with_a_space_keep_it(tokens: list[int]) -> None:
-    tokens = [1, 3] * 20 + tokens  # decoding starts anew at a line's end only once there is something behind
+    tokens = [1, 3] * 20 + tokens
     found = sequence(Pieces(), max_new_tokens=len(tokens))
     assert_grows(feed(found, tokens))
-    assert found.text == Pieces().decode(tokens)
-
-
-def test_decoding_does_not_grow_with_the_text() -> None:
-    longest = 0
-
-    class Counting(Letters):
-        def decode(self, token_ids: list[int], skip_special_tokens: bool = False) -> str:
-            nonlocal longest
-            longest = max(longest, len(token_ids))
-            return super().decode(token_ids, skip_special_tokens)
-
-    text = ("a" * 50 + "\n") * 20
-    found = sequence(Counting())
-    assert feed(found, letters(text))[-1] == text
-    assert longest <= 52
+    prompt = found.prompt_ids
+    assert found.text == Pieces().decode(prompt + tokens).removeprefix(Pieces().decode(prompt))
+    assert found.text.startswith(" ac ac")  # the first space begins the completion, not the text
 
 
 def test_a_sequence_advances_by_what_its_sampler_chooses() -> None:
@@ -250,3 +245,53 @@ def test_offsets_are_where_each_token_s_text_begins() -> None:
     for token in "aé语b".encode():
         found.append(token)
     assert found.offsets == [0, 1, 1, 2, 2, 2, 3]
+    assert found.token_texts == ["a", "", "é", "", "", "语", "b"]
+
+
+def test_a_space_before_the_first_word_of_a_completion_is_text_that_stops_find() -> None:
+    llama = byte_fallback()
+    prompt, tokens = ids_of(llama, "<s>", "▁a"), ids_of(llama, "▁to", "▁to")
+    found = Sequence(prompt, GREEDY, llama, 2, frozenset())
+    assert feed(found, tokens) == [" to", " to to"]
+    assert (found.token_texts, found.offsets) == ([" to", " to"], [0, 3])
+    stopped = Sequence(prompt, GREEDY, llama, LONG, frozenset(), [" to"])
+    assert feed(stopped, tokens) == [""]
+    assert (stopped.finish_reason, stopped.token_texts, stopped.offsets) == ("stop", [" to"], [0])
+
+
+def test_a_stop_string_in_bytes_that_may_be_none_ends_the_text_at_once() -> None:
+    llama = byte_fallback()
+    tokens = ids_of(llama, "a", *(f"<0x{byte:02X}>" for byte in "日本".encode()), "<0xFF>")
+    found = sequence(llama, ["本"])
+    assert feed(found, tokens)[-1] == "a日"
+    assert (found.finish_reason, len(found.token_ids), found.token_texts[-4:]) == ("stop", 7, ["日", "", "", "本"])
+    assert feed(sequence(llama), tokens) == ["a"] * 8  # which may become seven replacement characters, and has
+
+
+def test_tokens_that_end_a_text_or_are_special_add_nothing_to_it() -> None:
+    found = sequence(Letters(), eos=frozenset({7}))
+    feed(found, [97, 0, 98, 7])
+    assert (found.text, found.token_texts, found.offsets) == ("ab", ["a", "", "b", ""], [0, 1, 1, 2])
+
+
+@pytest.mark.parametrize("kind", [byte_level, byte_fallback, metaspace])
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_pieces_token_texts_offsets_and_stops_agree(
+    kind: Callable[[], PreTrainedTokenizerBase], data: st.DataObject
+) -> None:
+    decoder = kind_of(kind)
+    tokens = data.draw(st.lists(st.integers(0, len(decoder) - 1), min_size=1, max_size=30))
+    whole = Sequence([1], GREEDY, decoder, len(tokens), frozenset(), logprobs=0)
+    assert_grows(feed(whole, tokens))
+    assert "".join(whole.token_texts) == whole.text
+    for text, offset in zip(whole.token_texts, whole.offsets, strict=True):
+        assert whole.text[offset : offset + len(text)] == text
+    start = data.draw(st.integers(0, max(0, len(whole.text) - 1)))
+    stop = whole.text[start : start + data.draw(st.integers(1, 4))]
+    if stop:
+        cut = Sequence([1], GREEDY, decoder, len(tokens), frozenset(), [stop], logprobs=0)
+        assert_grows(feed(cut, tokens))
+        seen = "".join(cut.token_texts)
+        assert cut.finish_reason == "stop" and cut.text == seen[: seen.find(stop)] and stop in seen
+        assert all(offset <= len(cut.text) for offset in cut.offsets)

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.generate.tokenizers import byte_fallback, ids_of
 from tests.jobs.fakes import Letters
 from tests.jobs.fakes import request as line
 from tiered.generate import Sampler, SamplingParams, Sequence
@@ -105,6 +106,35 @@ def test_log_probabilities_of_a_chat() -> None:
     assert (entry["token"], entry["bytes"]) == ("a", [97])
     assert entry["logprob"] == pytest.approx(-0.6931472)
     assert sorted(top["token"] for top in entry["top_logprobs"]) == ["a", "z"]
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_texts_offsets_and_bytes_of_tokens_agree_with_the_text(chat: bool) -> None:
+    llama = byte_fallback()
+    words = ("▁to", "<0xE2>", "<0x82>", "<0xAC>", "<0x41>", "▁a", "<hidden>", "b", "<0xFF>", "</s>")
+    end = ids_of(llama, "</s>")[0]
+    sequence = Sequence(
+        ids_of(llama, "<s>", "▁a"), Sampler(SamplingParams(), 0), llama, 99, frozenset({end}), logprobs=3
+    )
+    for token in ids_of(llama, *words):
+        assert sequence.logprobs is not None
+        sequence.logprobs.record(torch.nn.functional.one_hot(torch.tensor(token), len(llama)).float(), token)
+        sequence.append(token)
+    body = {"logprobs": True, "top_logprobs": 3} if chat else {"logprobs": 3}
+    request = parse_line(line("id-1", chat, **body).encode(), 7, 0)
+    assert isinstance(request, Request)
+    (choice,) = json.loads(result_line(LABEL, request, [sequence], TokenTexts(llama)))["response"]["body"]["choices"]
+    texts = [" to", "", "", "€", "A", " a", "", "b", "\N{REPLACEMENT CHARACTER}", ""]
+    if chat:
+        entries = choice["logprobs"]["content"]
+        assert [entry["token"] for entry in entries] == texts
+        raw = bytes(byte for entry in entries for byte in entry["bytes"])
+        assert raw.decode() == choice["message"]["content"] == "".join(texts)
+        assert [entry["top_logprobs"][0]["token"] for entry in entries] == texts
+    else:
+        assert (choice["logprobs"]["tokens"], choice["text"]) == (texts, "".join(texts))
+        assert choice["logprobs"]["text_offset"] == [0, 3, 3, 3, 4, 5, 7, 7, 8, 9]
+        assert all(text in top for text, top in zip(texts, choice["logprobs"]["top_logprobs"], strict=True))
 
 
 def test_impossible_tokens_have_a_number_that_json_can_hold() -> None:

@@ -16,6 +16,7 @@ from tiered.cli.columns import columns
 from tiered.cli.screen import StatusLine
 from tiered.errors import ConfigError, DiskFullError
 from tiered.generate.score import Tally, Window
+from tiered.generate.text import CompletionText
 from tiered.units import format_seconds
 
 _REFRESH_SECONDS: Final = 0.1
@@ -66,30 +67,56 @@ def _row(name: str, tally: Tally, nbytes: int) -> tuple[str, ...]:
 
 
 class TokenTexts:
-    """What a token adds to a text. Decoded alone, some tokenizers' tokens lose the space they begin with."""
+    """What each token of one text adds to it, from its beginning to its end; together they are the text."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor) -> None:
+        self._decoder, self._ids = _Verbatim(tokenizer), ids.numpy().data
+        self._known: list[str] = []
+        self._first = 0
+        """The token whose text `_known` begins with."""
+
+    def take(self, start: int, stop: int) -> list[str]:
+        """The texts of tokens `start` to `stop`, which come after all that have been taken.
+
+        A character of several tokens belongs to the last of them.
+        """
+        assert self._first <= start and stop <= len(self._ids)
+        while self._first + len(self._known) < stop:
+            self._known += self._read(stop)
+        found = self._known[start - self._first : stop - self._first]
+        del self._known[: stop - self._first]
+        self._first = stop
+        return found
+
+    def _read(self, stop: int) -> list[str]:
+        """The texts of the next tokens up to `stop`, and of as many more as may change them."""
+        begin = self._first + len(self._known)
+        text = CompletionText(self._decoder, self._ids[:begin])
+        for place in range(begin, len(self._ids)):
+            text.append(self._ids[place])
+            if place + 1 >= stop and text.is_closed:
+                break
+        return text.token_texts
+
+
+class _Verbatim:
+    """A tokenizer that leaves nothing out: what is scored is the text as it lies in the file."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
-        self._before: list[int] = list(tokenizer("a", add_special_tokens=False)["input_ids"])[-1:]
-        self._skip = len(self._decode(self._before))
-        # At most as many as the vocabulary has.
-        self._known: dict[int, str] = {}
+        self.is_fast = tokenizer.is_fast
+        self.convert_ids_to_tokens = tokenizer.convert_ids_to_tokens
 
-    def __call__(self, token: int) -> str:
-        """The text of `token`; a replacement character stands for what is only part of a character."""
-        if token not in self._known:
-            self._known[token] = self._decode([*self._before, token])[self._skip :]
-        return self._known[token]
-
-    def _decode(self, ids: list[int]) -> str:
-        return str(self._tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+    def decode(self, token_ids: list[int], skip_special_tokens: bool = False) -> str:
+        return str(self._tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 class PerTokenFile:
     """Writes one JSON line per scored token, as they come. A context manager; without a path it writes nothing."""
 
-    def __init__(self, path: Path | None, texts: Items[Text], token_texts: TokenTexts) -> None:
-        self._path, self._texts, self._token_texts = path, texts, token_texts
+    def __init__(self, path: Path | None, texts: Items[Text], tokenizer: PreTrainedTokenizerBase) -> None:
+        self._path, self._texts = path, texts
+        self._token_texts = [TokenTexts(tokenizer, text.ids) for text in texts]
         self._file = None if path is None else path.open("w", encoding="utf-8")
 
     def __enter__(self) -> Self:
@@ -100,18 +127,19 @@ class PerTokenFile:
             self._guarded(self._file.close)
 
     def write(self, window: Window, logprobs: torch.Tensor) -> None:
-        """Lines for what `window` has scored, log-probabilities [targets]."""
+        """Lines for what `window` has scored, log-probabilities [targets]; a text's windows come in order."""
         if self._file is None:
             return
-        name = self._texts[window.text].name
-        scored = zip(window.targets, logprobs.tolist(), strict=True)
+        name, stop = self._texts[window.text].name, window.position + len(window.targets)
+        texts = self._token_texts[window.text].take(window.position, stop)
+        scored = zip(window.targets, texts, logprobs.tolist(), strict=True)
         lines = []
-        for position, (token, logprob) in enumerate(scored, window.position):
+        for position, (token, text, logprob) in enumerate(scored, window.position):
             line = {
                 "file": name,
                 "position": position,
                 "token_id": token,
-                "text": self._token_texts(token),
+                "text": text,
                 "logprob": logprob if math.isfinite(logprob) else None,
             }
             lines.append(json.dumps(line, ensure_ascii=False) + "\n")

@@ -16,7 +16,6 @@ from tiered.cli.score_output import (
     PerTokenFile,
     Progress,
     Text,
-    TokenTexts,
     check_writable,
     score_json,
     table,
@@ -169,7 +168,7 @@ def _score(
     """Measure, score, measure. The tallies of the texts grow as windows are done."""
     with (
         StatusLine(lambda: runtime.bytes_read) as status,
-        PerTokenFile(request.per_token_path, cut.texts, TokenTexts(tokenizer)) as per_token,
+        PerTokenFile(request.per_token_path, cut.texts, tokenizer) as per_token,
     ):
 
         def on_scored(window: Window, logprobs: torch.Tensor) -> None:

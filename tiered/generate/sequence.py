@@ -1,20 +1,13 @@
 """One sequence: its tokens, its text as it becomes final, and why it ended."""
 
-from collections.abc import Sequence as Strings
-from typing import Any, Final, Protocol
+from collections.abc import Sequence as Items
 
 import torch
 
 from tiered.generate.logprobs import Logprobs
 from tiered.generate.sampling import Sampler
-
-_REPLACEMENT: Final = "\N{REPLACEMENT CHARACTER}"
-
-
-class Decoder(Protocol):
-    """The part of a Hugging Face tokenizer that turns tokens into text."""
-
-    def decode(self, token_ids: list[int], skip_special_tokens: bool = ...) -> Any: ...
+from tiered.generate.text import CompletionText
+from tiered.generate.text import Decoder as Decoder
 
 
 class Sequence:
@@ -27,7 +20,7 @@ class Sequence:
         decoder: Decoder,
         max_new_tokens: int,
         eos_ids: frozenset[int],
-        stops: Strings[str] = (),
+        stops: Items[str] = (),
         logprobs: int | None = None,
     ) -> None:
         """`logprobs` asks for the log-probability of each token, and of that many likeliest ones at its place."""
@@ -38,23 +31,32 @@ class Sequence:
         self.max_new_tokens = max_new_tokens
         self.logprobs = None if logprobs is None else Logprobs(logprobs)
         """One entry per token, where they were asked for."""
-        self.offsets: list[int] = []
-        """Characters of the text before each token, where log-probabilities were asked for."""
-        self._sampler, self._decoder = sampler, decoder
+        self._sampler = sampler
         self._eos_ids, self._stops = eos_ids, tuple(stops)
-        self._text = ""
-        self._stable = 0
+        self._completion = CompletionText(decoder, prompt_ids)
+        self._shown = 0
         """Characters of the text that no later token can change or take back."""
-        self._start = 0
-        """First token of the stretch that is decoded again with every token."""
-        self._head = ""
-        """Text of the tokens before it, and of its first `_skip` characters."""
-        self._skip = 0
 
     @property
     def text(self) -> str:
         """The completion so far, without stop strings; what may still change is missing until the end."""
-        return self._text[: self._stable]
+        return self._completion.text[: self._shown]
+
+    @property
+    def token_texts(self) -> list[str]:
+        """What each token adds. Together they are the text, and behind it what a stop string cut off.
+
+        A character of several tokens belongs to the last of them; special tokens add nothing.
+        """
+        texts = self._completion.token_texts
+        return texts + [""] * (len(self.token_ids) - len(texts))
+
+    @property
+    def offsets(self) -> list[int]:
+        """Where in the text each token's own begins; the text's length for what a stop string cut off."""
+        length = len(self.text)
+        starts = [0, *self._completion.ends][: len(self.token_ids)]
+        return [min(start, length) for start in starts]
 
     @property
     def sampler(self) -> Sampler:
@@ -70,48 +72,31 @@ class Sequence:
 
     def append(self, token: int) -> None:
         """Take the next token."""
-        if self.logprobs is not None:
-            # Half a character is none yet.
-            self.offsets.append(len(self._text.rstrip(_REPLACEMENT)))
         self.token_ids.append(token)
         if token in self._eos_ids:
-            self._finish("stop")
+            self._finish("stop", len(self._completion.text))
             return
-        self._decode()
-        found = [at for stop in self._stops if (at := self._text.find(stop)) >= 0]
+        searched = self._completion.final
+        self._completion.append(token)
+        text = self._completion.text
+        # What was final before has been searched already.
+        places = (text.find(stop, max(0, searched - len(stop) + 1)) for stop in self._stops)
+        found = [at for at in places if at >= 0]
         if found:
-            self._text = self._text[: min(found)]
-            self._finish("stop")
+            self._finish("stop", min(found))
         elif len(self.token_ids) >= self.max_new_tokens:
-            self._finish("length")
+            self._finish("length", len(text))
         else:
-            self._stable = max(self._stable, self._stable_length())
+            final = self._completion.final
+            self._shown = max(self._shown, final - self._held(text[:final]))
 
-    def _finish(self, reason: str) -> None:
-        self.finish_reason = reason
-        self._stable = len(self._text)
+    def _finish(self, reason: str, length: int) -> None:
+        self.finish_reason, self._shown = reason, length
 
-    def _decode(self) -> None:
-        tail = self._decoded(self._start)
-        self._text = self._head + tail[self._skip :]
-        # Decoding all tokens every time would be quadratic. A new stretch may begin at a line's end, because no
-        # tokenizer joins characters across it. It takes the line's last token along: some decoders drop the space
-        # at the start of a text, which would be a line's indentation.
-        if tail.endswith("\n") and len(self.token_ids) - self._start > 32:
-            self._head, self._start = self._text, len(self.token_ids) - 1
-            self._skip = len(self._decoded(self._start))
-
-    def _decoded(self, start: int) -> str:
-        text: str = self._decoder.decode(self.token_ids[start:], skip_special_tokens=True)
-        return text
-
-    def _stable_length(self) -> int:
-        """Text that is final: without half a character, and without what may become a stop string."""
-        length = len(self._text)
-        while length and self._text[length - 1] == _REPLACEMENT:
-            length -= 1
-        text, held = self._text[:length], 0
+    def _held(self, text: str) -> int:
+        """Characters at the end of `text` that may become a stop string."""
+        held = 0
         for stop in self._stops:
-            sizes = range(min(len(stop) - 1, length), held, -1)
+            sizes = range(min(len(stop) - 1, len(text)), held, -1)
             held = next((size for size in sizes if text.endswith(stop[:size])), held)
-        return length - held
+        return held

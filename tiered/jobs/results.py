@@ -32,7 +32,7 @@ class Label:
 
 
 class TokenTexts:
-    """The text of single tokens, with the space that a token brings along."""
+    """The text of tokens that might have been chosen: what each would add to a text, special tokens by their names."""
 
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
@@ -119,13 +119,12 @@ def _completion_logprobs(sequence: Sequence, texts: TokenTexts) -> dict[str, Any
     found = sequence.logprobs
     if found is None:
         return None
-    places = range(len(sequence.token_ids))
+    chosen = list(enumerate(zip(sequence.token_ids, sequence.token_texts, strict=True)))
     return {
-        "tokens": [texts.text(token) for token in sequence.token_ids],
-        "token_logprobs": [_finite(found.chosen(place)) for place in places],
-        "top_logprobs": [_by_text(found.top(place), texts) for place in places] if found.count else None,
-        # A stop string may have cut off the text that a token had brought.
-        "text_offset": [min(offset, len(sequence.text)) for offset in sequence.offsets],
+        "tokens": [text for _, (_, text) in chosen],
+        "token_logprobs": [_finite(found.chosen(place)) for place, _ in chosen],
+        "top_logprobs": [_by_text(found.top(place), *own, texts) for place, own in chosen] if found.count else None,
+        "text_offset": sequence.offsets,
     }
 
 
@@ -134,24 +133,28 @@ def _chat_logprobs(sequence: Sequence, texts: TokenTexts) -> dict[str, Any] | No
     if found is None:
         return None
     content = []
-    for place, token in enumerate(sequence.token_ids):
-        top = [_token(other, logprob, texts) for other, logprob in found.top(place)]
-        content.append({**_token(token, found.chosen(place), texts), "top_logprobs": top})
+    for place, (token, text) in enumerate(zip(sequence.token_ids, sequence.token_texts, strict=True)):
+        own = _token(text, found.chosen(place), list(text.encode()))
+        top = [own if other == token else _other(other, logprob, texts) for other, logprob in found.top(place)]
+        content.append({**own, "top_logprobs": top})
     return {"content": content, "refusal": None}
 
 
-def _by_text(top: Items[tuple[int, float]], texts: TokenTexts) -> dict[str, float]:
-    """Log-probabilities by text; of tokens with the same text (halves of characters), the likeliest counts."""
+def _by_text(top: Items[tuple[int, float]], token: int, text: str, texts: TokenTexts) -> dict[str, float]:
+    """Log-probabilities by text, that of `token` being `text`; of tokens with the same text, the likeliest counts."""
     found: dict[str, float] = {}
-    for token, logprob in top:
-        found.setdefault(texts.text(token), _finite(logprob))
+    for other, logprob in top:
+        found.setdefault(text if other == token else texts.text(other), _finite(logprob))
     return found
 
 
-def _token(token: int, logprob: float, texts: TokenTexts) -> dict[str, Any]:
+def _other(token: int, logprob: float, texts: TokenTexts) -> dict[str, Any]:
     text = texts.text(token)
     # Half a character has no text whose bytes these could be.
-    nbytes = None if "\N{REPLACEMENT CHARACTER}" in text else list(text.encode())
+    return _token(text, logprob, None if "\N{REPLACEMENT CHARACTER}" in text else list(text.encode()))
+
+
+def _token(text: str, logprob: float, nbytes: list[int] | None) -> dict[str, Any]:
     return {"token": text, "logprob": _finite(logprob), "bytes": nbytes}
 
 

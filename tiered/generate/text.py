@@ -1,0 +1,174 @@
+"""Token ids become text, token by token: what is shown, cut at stops, measured and returned is all made here.
+
+In: a tokenizer, a prompt's ids, then one id after the other. Out: the text of the completion, exactly as the tokenizer
+decodes all of it; how much of that is final; where each token's text ends. `Sequence` uses it for completions,
+`tiered score` for whole texts.
+
+A tokenizer's text is not the sum of its tokens' texts. A space at the beginning of a text is dropped, a character may
+be spread over several tokens, a run of byte tokens (`<0xE2>`) counts as text only if all of it is UTF-8, and some
+tokenizers take away spaces before punctuation. So a few tokens are decoded again with every new one: those since the
+last place where the text was closed, and the stretch before it, which is what they are read in.
+"""
+
+import re
+from array import array
+from collections.abc import Sequence as Items
+from itertools import pairwise
+from typing import Any, Final, Protocol
+
+_REPLACEMENT: Final = "\N{REPLACEMENT CHARACTER}"
+_BYTE_TOKEN: Final = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+
+
+class Decoder(Protocol):
+    """The part of a Hugging Face tokenizer that turns tokens into text."""
+
+    def decode(self, token_ids: list[int], skip_special_tokens: bool = ...) -> Any: ...
+
+
+class CompletionText:
+    """decode(prompt + completion) less decode(prompt), while the completion grows; special tokens have no text.
+
+    Where the first does not begin with the second (the prompt ends within a character, or what follows joins its last
+    word), the text is what the first has beyond the longest beginning that both share: a character that the completion
+    completes is part of it as a whole.
+
+    Tokenizers written in Python may rewrite a text from its beginning. Theirs is decoded whole with every token, and
+    final only when nothing follows.
+    """
+
+    def __init__(self, decoder: Decoder, prompt_ids: Items[int] = ()) -> None:
+        self._decoder, self._prompt_ids = decoder, prompt_ids
+        self._settled = ""
+        """Text that no later token can change."""
+        self._open = ""
+        """Text behind it, of `_pending`."""
+        self._pending: list[int] = []
+        """Tokens since the text was last closed."""
+        self._before: list[int] = []
+        """Those of the time before."""
+        self._context: list[int] | None = None
+        """What `_pending` is decoded together with; found when the first token comes."""
+        self._context_text = ""
+        self._cleans = self._is_local = False
+        self._ends = array("q")
+        self._whole = ""
+        """The open text when it last was of whole characters."""
+
+    @property
+    def text(self) -> str:
+        """Of all tokens so far."""
+        return self._settled + self._open
+
+    @property
+    def final(self) -> int:
+        """So many characters of it no later token can change."""
+        return len(self._settled)
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether all of it is final, and what follows is read without what came before."""
+        return not self._pending
+
+    @property
+    def token_texts(self) -> list[str]:
+        """What each token adds; together they are the text. A character of several tokens belongs to the last one."""
+        text = self.text
+        return [text[start:end] for start, end in pairwise([0, *self.ends])]
+
+    @property
+    def ends(self) -> list[int]:
+        """How much of the text belongs to each token and the ones before it: what was there after it, and stayed."""
+        length = len(self._settled) + len(self._open)
+        ends = [min(end, length) for end in self._ends]
+        return [*ends[:-1], length] if ends else []
+
+    def append(self, token: int) -> None:
+        """Take the next token."""
+        if self._context is None:
+            self._begin()
+        assert self._context is not None
+        before = self._open
+        self._pending.append(token)
+        whole = self._decoded(self._context + self._pending)
+        self._open = whole[_shared(self._context_text, whole) :]
+        self._note_end()
+        if self._open == before and self._is_hidden(token):
+            self._pending.pop()  # any number of them leaves no trace
+        elif self._is_local and self._closes(self._open, token):
+            self._settle()
+
+    def _begin(self) -> None:
+        """Look for the end of the prompt: from its last token that closes a text by itself, nothing before matters."""
+        self._is_local = bool(getattr(self._decoder, "is_fast", True))
+        self._cleans = _cleans_up(self._decoder)
+        start = 0
+        if self._is_local:
+            places = range(len(self._prompt_ids) - 1, -1, -1)
+            start = next((at for at in places if self._stands_alone(self._prompt_ids[at])), 0)
+        self._context = list(self._prompt_ids[start:])
+        self._context_text = self._decoded(self._context)
+
+    def _stands_alone(self, token: int) -> bool:
+        return self._closes(self._decoded([token]), token)
+
+    def _closes(self, text: str, token: int) -> bool:
+        """Whether a text that ends with `text`, whose last token is `token`, stays as it is whatever follows."""
+        if not text or text.endswith(_REPLACEMENT) or self._is_byte(token):
+            return False
+        # Spaces are taken away only before what has no two letters or digits side by side.
+        return not self._cleans or (len(text) > 1 and text[-2:].isalnum())
+
+    def _settle(self) -> None:
+        """The text is closed: the tokens since it last was are what the next ones are decoded together with."""
+        assert self._context is not None
+        self._settled += self._open
+        # Some text must come before the next tokens, or they would lose the space that begins a text.
+        for context in (self._pending, self._before + self._pending, self._context + self._pending):
+            text = self._decoded(context)
+            if text:
+                break
+        self._context, self._context_text = context, text
+        self._before, self._pending, self._open = self._pending, [], ""
+        self._whole = ""
+
+    def _note_end(self) -> None:
+        """Another token has come: where does its text end, and how much of the earlier ones' text has stayed?"""
+        whole = self._open.rstrip(_REPLACEMENT)
+        if whole == self._open or whole.startswith(self._whole):
+            kept = len(self._settled) + _shared(self._whole, whole)
+            for at in range(len(self._ends) - 1, -1, -1):
+                if self._ends[at] <= kept:
+                    break
+                self._ends[at] = kept
+            self._whole = whole
+        # Else it is half a character, which may hide the ones before it until it is complete.
+        self._ends.append(len(self._settled) + len(self._whole))
+
+    def _is_byte(self, token: int) -> bool:
+        """Whether `token` is a byte, whose run may still turn out to be no text."""
+        pieces = getattr(self._decoder, "convert_ids_to_tokens", None)
+        return pieces is not None and _BYTE_TOKEN.fullmatch(str(pieces(token))) is not None
+
+    def _is_hidden(self, token: int) -> bool:
+        """Whether `token` is left out of every text before it is put together."""
+        return not self._decoded([token]) and bool(self._decoder.decode([token], skip_special_tokens=False))
+
+    def _decoded(self, ids: list[int]) -> str:
+        return str(self._decoder.decode(ids, skip_special_tokens=True))
+
+
+def _shared(earlier: str, later: str) -> int:
+    """Characters of the longest beginning that both have."""
+    if later.startswith(earlier):
+        return len(earlier)
+    pairs = enumerate(zip(earlier, later, strict=False))
+    return next((at for at, (one, other) in pairs if one != other), len(later))
+
+
+def _cleans_up(decoder: Any) -> bool:
+    """Whether decoding takes away spaces before punctuation; not every tokenizer that says so does."""
+    if not getattr(decoder, "clean_up_tokenization_spaces", False):
+        return False
+    ids = decoder("a .", add_special_tokens=False)["input_ids"]
+    return "a ." not in str(decoder.decode(ids))
