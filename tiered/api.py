@@ -141,11 +141,10 @@ class OffloadedModel(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
     _supports_attention_backend = True
 
-    def __init__(self, config: PretrainedConfig, runtime: Runtime, generation_config: GenerationConfig | None) -> None:
+    def __init__(self, config: PretrainedConfig, runtime: Runtime, generation_config: GenerationConfig) -> None:
         super().__init__(config)
         self._runtime = runtime
-        if generation_config is not None:
-            self.generation_config = generation_config
+        self.generation_config = generation_config
         super().train(False)
 
     @property

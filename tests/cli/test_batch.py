@@ -137,6 +137,20 @@ def test_the_same_command_goes_on_and_then_has_nothing_to_do(store: Path, source
     assert results.read_bytes() == after
 
 
+def test_what_ends_a_text_comes_from_the_store_too_and_the_rest_is_named(store: Path, tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "in", [request("a", prompt="The function", temperature=0, max_tokens=30, stop="zz")])
+    batch(store, path, tmp_path / "whole")
+    ((whole,),) = texts_of(tmp_path / "whole").values()
+    copy = copy_store(store, tmp_path)
+    settings = {"stop_strings": whole[10:14], "do_sample": True, "top_p": 0.5, "max_length": 99}
+    (copy / "generation_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    done = run_here("batch", copy, "-i", path, "-o", tmp_path / "cut", *QUIET, "--max-tokens", "9")
+    assert texts_of(tmp_path / "cut") == {"a": [whole[: whole.index(whole[10:14])]]}
+    assert [line for line in done.err.splitlines() if "ignored" in line] == [
+        "ignored   generation_config.json: top_p 0.5; only what ends a text is taken from it, pass options instead"
+    ]
+
+
 def test_results_of_another_job_are_refused_by_name(store: Path, source: Path, tmp_path: Path) -> None:
     results = tmp_path / "out.jsonl"
     batch(store, source, results)

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.commands import CHECKPOINT, LIMIT, TIERED, TerminalInput, copy_store, make_store, run_apart, run_here
 from tests.commands import smallest_ram as named_ram
+from tests.generate.tokenizers import byte_fallback
 from tiered.errors import BudgetError
 from tiered.model import Load
 from tiered.runtime import Options, Runtime
@@ -152,6 +153,76 @@ def test_the_end_of_text_ends_it_unless_ignored(store: Path, tmp_path: Path, ref
     assert completion["token_ids"] == ids[: ids.index(end) + 1]
     assert completion["finish_reason"] == "stop"
     assert tokens_of(copy, *words, "--ignore-eos") == [ids]
+
+
+@pytest.mark.parametrize("form", [int, list])
+def test_end_tokens_that_only_config_json_names_end_the_text(
+    store: Path, tmp_path: Path, reference: Callable[..., Any], form: type
+) -> None:
+    ids = reference(PROMPTS[1], 12)[1]
+    end = next(token for number, token in enumerate(ids) if number >= 3 and token not in ids[:number])
+    copy = copy_store(store, tmp_path)
+    (copy / "generation_config.json").unlink()
+    config = json.loads((copy / "config.json").read_text(encoding="utf-8"))
+    config["eos_token_id"] = end if form is int else [4095, end]
+    (copy / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert tokens_of(copy, "-p", PROMPTS[1], "-n", "12", *FLOAT32) == [ids[: ids.index(end) + 1]]
+
+
+def test_stop_strings_of_the_store_end_the_text_where_transformers_ends_it(
+    store: Path, tmp_path: Path, reference: Callable[..., Any]
+) -> None:
+    whole = reference(PROMPTS[1], 40)[0]
+    stop = whole[20:26]
+    tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
+    model: Any = AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32)
+    inputs = tokenizer(PROMPTS[1], return_tensors="pt")
+    output = model.generate(**inputs, max_new_tokens=40, stop_strings=[stop, "never seen"], tokenizer=tokenizer)
+    copy = copy_store(store, tmp_path)
+    settings = {"eos_token_id": 2, "stop_strings": [stop, "never seen"]}
+    (copy / "generation_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    (completion,) = answer(copy, "-p", PROMPTS[1], "-n", "40", *FLOAT32, *QUIET)["completions"]
+    assert completion["token_ids"] == output[0, inputs["input_ids"].shape[1] :].tolist()
+    assert (completion["text"], completion["finish_reason"]) == (whole[: whole.index(stop)], "stop")
+
+
+def test_what_the_store_says_of_sampling_is_named_once_and_options_count_instead(store: Path, tmp_path: Path) -> None:
+    copy = copy_store(store, tmp_path)
+    settings = {"eos_token_id": 2, "do_sample": True, "temperature": 0.6, "top_p": 0.9, "max_length": 500}
+    (copy / "generation_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    words = ("-p", PROMPTS[0], "-p", PROMPTS[1], *QUIET)
+    done = run_here("generate", copy, *words, "-n", "4")
+    assert done.out == run_here("generate", store, *words, "-n", "4").out
+    told = [line for line in done.err.splitlines() if "ignored" in line]
+    assert len(told) == 1 and "do_sample true, temperature 0.6, top_p 0.9;" in told[0], told
+    assert "max_length 500" in run_here("generate", copy, *words, "--temperature", "0").err
+    for options in (("--temperature", "0"), ("--temperature", "0.5", "--top-p", "1")):
+        assert "ignored" not in run_here("generate", copy, *words, "-n", "4", *options).err
+
+
+def test_generation_settings_that_are_none_are_an_error_of_the_store(store: Path, tmp_path: Path) -> None:
+    copy = copy_store(store, tmp_path)
+    (copy / "generation_config.json").write_text('{"eos_token_id": "2"}', encoding="utf-8")
+    done = run_here("generate", copy, "-p", "a")
+    assert (done.code, done.out, done.err.count("\n")) == (4, "", 1)
+    assert 'generation_config.json: eos_token_id: expected a token id, or a list of them, found "2"' in done.err
+
+
+def test_a_tokenizer_that_drops_a_text_s_first_space_keeps_that_of_the_completion(store: Path, tmp_path: Path) -> None:
+    copy = copy_store(store, tmp_path)
+    llama = byte_fallback(*(f"▁w{number}" for number in range(3800)))
+    llama.chat_template = "{{ bos_token }}{{ messages[0]['content'] }}"
+    llama.save_pretrained(copy)
+    words = (copy, "-p", "a a", "-n", "12", *QUIET)
+    for chat in ((), ("--chat",)):
+        (completion,) = answer(*words, *chat)["completions"]
+        text, ids = completion["text"], completion["token_ids"]
+        prompt = [*([llama.bos_token_id] if chat else []), *llama("a a")["input_ids"]]
+        expected = str(llama.decode([*prompt, *ids], skip_special_tokens=True)).removeprefix("a a")
+        assert text == expected and text.startswith(" w")
+        assert run_here("generate", *words, *chat).out == f"{text}\n"
+        (stopped,) = answer(*words, *chat, "--stop", text[:3])["completions"]
+        assert (stopped["text"], stopped["token_ids"]) == ("", ids[:1])
 
 
 def test_a_seed_repeats_a_sample_and_another_one_does_not(store: Path) -> None:

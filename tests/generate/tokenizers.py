@@ -2,7 +2,7 @@
 
 from typing import Any, Final
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 SPECIAL: Final = ("<unk>", "<s>", "</s>")
@@ -32,11 +32,13 @@ _BYTES: Final = tuple(f"<0x{byte:02X}>" for byte in range(256))
 def byte_fallback(*extra: str) -> PreTrainedTokenizerFast:
     """As Llama 2's and Mistral's: words with the space before them, bytes for the rest, a text's first space dropped.
 
-    `extra` are more words of the vocabulary.
+    `extra` are more words, the first of the vocabulary.
     """
     decoder = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    model = models.BPE(_numbered(SPECIAL, _BYTES, WORDS, extra), [], unk_token="<unk>", byte_fallback=True)
-    return _finished(Tokenizer(model), decoders.Sequence(decoder))
+    model = models.BPE(_numbered(SPECIAL, extra, _BYTES, WORDS), [], unk_token="<unk>", byte_fallback=True)
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    return _finished(tokenizer, decoders.Sequence(decoder))
 
 
 def metaspace() -> PreTrainedTokenizerFast:

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from tiered.cli.run_options import kv_options, run_options
+from tiered.cli.run_options import kv_options, run_options, stated_options
 
 _POSITIVE = click.IntRange(min=1)
 _FILE = click.Path(path_type=Path, dir_okay=False)
@@ -38,6 +38,6 @@ def command(**options: Any) -> None:
     from tiered.cli.batch_options import BatchOptions
     from tiered.cli.batch_run import run
 
-    result = run(BatchOptions(**options))
+    result = run(BatchOptions(**options, stated=stated_options()))
     if options["as_json"]:
         click.echo(json.dumps(result, indent=2, ensure_ascii=False))

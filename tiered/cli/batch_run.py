@@ -18,7 +18,7 @@ from tiered.cli.batch_screen import JobScreen
 from tiered.cli.batch_width import Demand
 from tiered.errors import ConfigError
 from tiered.generate import Report
-from tiered.generate.tokenizer import eos_ids, load_tokenizer
+from tiered.generate.tokenizer import load_generation_settings, load_tokenizer
 from tiered.jobs import (
     Identity,
     Input,
@@ -80,7 +80,7 @@ def run(options: BatchOptions) -> dict[str, Any]:
         input_ = scan_input(options.input_path, partial(screen.on_scan, "reading the input"))
         identity = _identity(options, store, config, input_)
         journal.check(identity)
-        job = _job(options, store, tokenizer, input_, identity, limit)
+        job = _job(options, store, tokenizer, input_, identity, limit, screen)
         job, begun = _begin(journal, job, identity, screen)
         summary, report = _work(options, store, journal, job, begun, screen)
     if not options.as_json:
@@ -160,14 +160,21 @@ def _job(
     input_: Input,
     identity: Identity,
     limit: int,
+    screen: JobScreen,
 ) -> Job:
     """The job, as if it began now."""
+    settings = load_generation_settings(store, tokenizer)
+    # Lines are sampled from unless they say otherwise.
+    lengths = {"max_new_tokens", "max_length"} if "max_tokens" in options.stated else set()
+    if (ignored := settings.ignored({"do_sample", *lengths})) is not None:
+        screen.say(ignored)
     return Job(
         input=input_,
         label=Label(identity.key, int(time.time()), store.name),
         encoder=PromptEncoder(tokenizer, store.vocab_size),
         decoder=tokenizer,
-        eos_ids=eos_ids(store, tokenizer),
+        eos_ids=settings.eos_ids,
+        stops=settings.stops,
         seed=options.seed,
         max_tokens=options.max_tokens,
         context=limit,

@@ -7,7 +7,7 @@ from typing import Any, TextIO
 
 import click
 
-from tiered.cli.run_options import kv_options, run_options
+from tiered.cli.run_options import kv_options, run_options, stated_options
 
 _POSITIVE = click.IntRange(min=1)
 
@@ -46,7 +46,7 @@ def command(**options: Any) -> None:
     """
     from tiered.cli.generation import Request, run
 
-    result = run(Request(**_read_prompts(options)))
+    result = run(Request(**_read_prompts(options), stated=stated_options()))
     if options["as_json"]:
         click.echo(json.dumps(result, indent=2, ensure_ascii=False))
 

@@ -14,13 +14,22 @@ from tiered.cli.run_request import RunRequest
 from tiered.cli.screen import StatusLine, TextWriter
 from tiered.errors import ConfigError
 from tiered.generate import Report, Sampler, SamplingParams, Sequence, generate, make_report
-from tiered.generate.tokenizer import eos_ids, load_tokenizer
+from tiered.generate.tokenizer import SAMPLING, load_generation_settings, load_tokenizer
 from tiered.model import Load
 from tiered.runtime import Runtime
 from tiered.store import Store
 
 PASS_TOKENS: Final = 4096
 """Tokens in a pass at most: far more than any processor computes while a disk reads the weights."""
+_INSTEAD_OF: Final = {
+    "max_new_tokens": ("max_new_tokens", "max_length"),
+    "temperature": ("temperature", "do_sample"),
+    "top_k": ("top_k",),
+    "top_p": ("top_p",),
+    "min_p": ("min_p",),
+    "repetition_penalty": ("repetition_penalty",),
+}
+"""Options, and which of a store's generation settings each speaks for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,9 +76,13 @@ def run(request: Request) -> dict[str, Any]:
     config = load_config(store.path)
     tokenizer = load_tokenizer(store)
     prompts = _encode(request, store, tokenizer)
-    eos = frozenset() if request.ignore_eos else eos_ids(store, tokenizer)
+    settings = load_generation_settings(store, tokenizer)
+    if (ignored := settings.ignored(_overridden(request))) is not None:
+        click.echo(ignored, err=True)
+    eos = frozenset[int]() if request.ignore_eos else settings.eos_ids
+    stops = (*request.stops, *settings.stops)
     sequences = [
-        Sequence(ids, Sampler(sampling, number), tokenizer, request.max_new_tokens, eos, request.stops)
+        Sequence(ids, Sampler(sampling, number), tokenizer, request.max_new_tokens, eos, stops)
         for number, ids in enumerate(prompts)
     ]
     longest = max(map(len, prompts))
@@ -86,6 +99,13 @@ def run(request: Request) -> dict[str, Any]:
     completions = [{"text": s.text, "token_ids": s.token_ids, "finish_reason": s.finish_reason} for s in sequences]
     shown = list(request.prompts) or [str(tokenizer.decode(ids)) for ids in prompts]
     return {"prompts": shown, "completions": completions, "report": report.to_json()}
+
+
+def _overridden(request: Request) -> set[str]:
+    """Which of a store's generation settings the options that were given speak for."""
+    found = {field for option in request.stated for field in _INSTEAD_OF.get(option, ())}
+    is_greedy = "temperature" in request.stated and request.temperature == 0
+    return found | SAMPLING.keys() if is_greedy else found
 
 
 def _check_writable(path: Path) -> None:

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
+_GIVEN = ParameterSource.COMMANDLINE
 _Command = Callable[..., Any]
 
 
@@ -60,6 +62,12 @@ def kv_options(command: _Command) -> _Command:
 kv_bits_option = click.option(
     "--kv-bits", default="16", show_default=True, type=click.Choice(["16", "8", "4"]), help="Precision of the KV cache."
 )
+
+
+def stated_options() -> frozenset[str]:
+    """Names of the options that the running command was given, as opposed to their defaults."""
+    context = click.get_current_context()
+    return frozenset(name for name in context.params if context.get_parameter_source(name) is _GIVEN)
 
 
 def _adding(options: Sequence[Callable[[_Command], _Command]]) -> Callable[[_Command], _Command]:

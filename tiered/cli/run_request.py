@@ -33,6 +33,8 @@ class RunRequest:
     kv_dir: Path | None = None
     measure: bool
     as_json: bool
+    stated: frozenset[str] = frozenset()
+    """Names of the options that were given; the others have their defaults."""
 
     def options(self, **more: Any) -> Options:
         """What they mean to a runtime, `more` included. Raises ConfigError for what contradicts itself."""

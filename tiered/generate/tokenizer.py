@@ -1,6 +1,9 @@
 """A store's tokenizer and generation configuration, or a named error."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
@@ -10,6 +13,52 @@ from tiered.store import Store
 
 _VOCABULARIES: Final = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 """One of these holds the tokens themselves; without any, transformers makes up an empty tokenizer."""
+_GENERATION_FILE: Final = "generation_config.json"
+_LONGEST_REASON: Final = 200
+"""Characters of a message of transformers that are repeated."""
+_LONGEST_VALUE: Final = 40
+"""Characters of a value that are."""
+_CHANGES: Final[dict[str, Any]] = {
+    "do_sample": False,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "max_new_tokens": None,
+    "max_length": None,
+    "min_new_tokens": 0,
+    "min_length": 0,
+    "max_time": None,
+    "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "bad_words_ids": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "sequence_bias": None,
+    "exponential_decay_length_penalty": None,
+    "guidance_scale": 1.0,
+    "watermarking_config": None,
+    "token_healing": False,
+    "remove_invalid_values": False,
+    "penalty_alpha": None,
+    "dola_layers": None,
+    "force_words_ids": None,
+    "constraints": None,
+}
+"""Fields that change what transformers generates, with what it does where they are not set."""
+SAMPLING: Final[dict[str, Any]] = {
+    "temperature": 1.0,
+    "top_k": 50,
+    "top_p": 1.0,
+    "min_p": None,
+    "top_h": None,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+}
+"""More of them, where do_sample is true."""
 
 
 def load_tokenizer(store: Store) -> PreTrainedTokenizerBase:
@@ -28,21 +77,77 @@ def load_tokenizer(store: Store) -> PreTrainedTokenizerBase:
         ) from error
 
 
-def load_generation_config(store: Store) -> GenerationConfig | None:
-    """The store's generation_config.json, if it has one; raises StoreError where it is damaged."""
-    path = store.path / "generation_config.json"
-    if not path.is_file():
-        return None
+def load_generation_config(store: Store) -> GenerationConfig:
+    """What the store says of generation, as transformers takes it: all of generation_config.json, and where there is
+    none, what config.json says. Raises StoreError where that is damaged."""
+    path = _generation_file(store)
+    legacy: dict[str, Any] = {} if path.name == _GENERATION_FILE else {"_from_model_config": True}
     try:
-        return GenerationConfig.from_pretrained(store.path)
+        return GenerationConfig.from_pretrained(store.path, path.name, local_files_only=True, **legacy)
     except Exception as error:
-        raise StoreError(f"{path}: cannot be used ({error}); copy the model's own file there, or remove it") from error
+        # Whatever transformers raises on values it did not expect.
+        reason = " ".join(str(error).split())[:_LONGEST_REASON]
+        raise StoreError(f"{path}: cannot be used ({reason}); copy the model's own file there, or remove it") from error
 
 
-def eos_ids(store: Store, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Every token that ends a text, by the generation configuration, else by the tokenizer."""
-    config = load_generation_config(store)
-    found: Any = None if config is None else config.eos_token_id
-    if found is None:
-        found = tokenizer.eos_token_id
-    return frozenset(found if isinstance(found, Sequence) else [found] if found is not None else [])
+@dataclass(frozen=True)
+class GenerationSettings:
+    """What a store says of generation, for commands: they honour what ends a text; the rest is for their options."""
+
+    file: str
+    """Name of the file that says it."""
+    eos_ids: frozenset[int]
+    """Every token that ends a text."""
+    stops: tuple[str, ...]
+    """Texts that end it."""
+    others: Mapping[str, Any]
+    """Everything else that changes what transformers generates, by its name there."""
+
+    def ignored(self, stated: Collection[str]) -> str | None:
+        """A line that names what is not honoured; None where it is nothing. `stated` are those that options say."""
+        found = [f"{name} {_shown(value)}" for name, value in self.others.items() if name not in stated]
+        if not found:
+            return None
+        return (
+            f"ignored   {self.file}: {', '.join(found)}; only what ends a text is taken from it, pass options instead"
+        )
+
+
+def load_generation_settings(store: Store, tokenizer: PreTrainedTokenizerBase) -> GenerationSettings:
+    """The store's settings. Where none of its files names an end token, it is the tokenizer's.
+
+    Raises StoreError, naming file and field, for end tokens or stop strings that are none.
+    """
+    config, path = load_generation_config(store), _generation_file(store)
+    ids, stops = config.eos_token_id, config.stop_strings
+    if ids is None:
+        ids = tokenizer.eos_token_id
+    eos = [] if ids is None else ids if isinstance(ids, list) else [ids]
+    if not all(type(token) is int for token in eos):
+        raise _wrong(path, "eos_token_id", "a token id, or a list of them", ids)
+    texts = [] if stops is None else [stops] if isinstance(stops, str) else stops
+    if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):
+        raise _wrong(path, "stop_strings", "a text that is not empty, or a list of them", stops)
+    return GenerationSettings(path.name, frozenset(eos), tuple(texts), _others(config))
+
+
+def _generation_file(store: Store) -> Path:
+    """The file that transformers takes generation settings from."""
+    path = store.path / _GENERATION_FILE
+    return path if path.is_file() else store.path / "config.json"
+
+
+def _others(config: GenerationConfig) -> dict[str, Any]:
+    """The fields that are set to something else than what transformers does without them."""
+    fields = {**_CHANGES, **(SAMPLING if config.do_sample is True else {})}
+    found = {name: getattr(config, name, None) for name in fields}
+    return {name: value for name, value in found.items() if value not in (None, [], {}, fields[name])}
+
+
+def _wrong(path: Path, field: str, expected: str, found: object) -> StoreError:
+    return StoreError(f"{path}: {field}: expected {expected}, found {_shown(found)}; correct it, or remove the field")
+
+
+def _shown(value: object) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 3] + "..."

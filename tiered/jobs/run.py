@@ -56,6 +56,8 @@ class Job:
     """For lines that do not say."""
     context: int
     """Tokens that prompt and completion may come to together."""
+    stops: tuple[str, ...] = ()
+    """Texts that end a completion beside those of its line."""
 
 
 @dataclass(eq=False)
@@ -184,4 +186,4 @@ class _Run:
         job = self._job
         sampler = Sampler(request.sampling, request.number, choice)
         eos = frozenset[int]() if request.ignore_eos else job.eos_ids
-        return Sequence(ids, sampler, job.decoder, most, eos, request.stops, request.logprobs)
+        return Sequence(ids, sampler, job.decoder, most, eos, (*request.stops, *job.stops), request.logprobs)
