@@ -72,7 +72,7 @@ def save_bin(folder: Path, model: PreTrainedModel, *, zipped: bool = True, shard
         part = names[shard * len(names) // shards : (shard + 1) * len(names) // shards]
         torch.save({n: state[n] for n in part}, folder / file, _use_new_zipfile_serialization=zipped)
         weight_map |= dict.fromkeys(part, file)
-    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return folder
 
 

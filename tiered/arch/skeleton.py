@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from tiered.arch.families import Family, family_for
 from tiered.errors import CheckpointError, ConfigError, UnsupportedFamilyError
+from tiered.files import read_whole
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ def load_config(folder: Path) -> PretrainedConfig:
     """
     path = folder / "config.json"
     try:
-        raw = json.loads(path.read_text())
+        raw = json.loads(read_whole(path, CheckpointError))
     except FileNotFoundError:
         raise CheckpointError(
             f"{folder}: no config.json; expected a Hugging Face model folder (config.json, tokenizer files, weights)"

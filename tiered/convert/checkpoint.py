@@ -11,10 +11,12 @@ import xxhash
 
 from tiered.convert.index import WeightIndex
 from tiered.convert.names import NameMap
+from tiered.convert.quantized import PLAIN, already_quantized, method_of_type
 from tiered.convert.recipe import BlockRecipe, TensorRecipe
 from tiered.convert.source import Packed, StoredTensor, WeightFiles, tensor_bytes
 from tiered.convert.workers import WORKER_NBYTES, Quantizers, worker_count
 from tiered.errors import CheckpointError
+from tiered.files import read_whole
 from tiered.quant import folded
 
 COPIED: Final = (
@@ -86,10 +88,13 @@ class Checkpoint:
                 stored = self._stored(name)
                 if stored is None:
                     continue
+                method = method_of_type(stored.dtype)
+                if method is not None:
+                    raise already_quantized(f"{self._files.name}: {name}", method)
                 dtype = dtype or stored.dtype
                 if stored.shape != shape:
                     wrong.append(f"{name} is {list(stored.shape)}, expected {list(shape)}")
-                elif not stored.dtype.is_floating_point:
+                elif stored.dtype not in PLAIN:
                     wrong.append(f"{name} holds {stored.dtype}, expected floating point")
                 elif stored.dtype != dtype:
                     wrong.append(f"{name} holds {stored.dtype}, others of {tensor.name} {dtype}")
@@ -205,7 +210,7 @@ class Checkpoint:
             )
 
     def _read_small(self, name: str) -> bytes:
-        return self._files.path(name).read_bytes()
+        return read_whole(self._files.path(name), CheckpointError)
 
     def _fingerprint(self) -> str:
         """Of the weight files, the tensors' places, and what is copied."""

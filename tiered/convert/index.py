@@ -1,4 +1,8 @@
-"""Which files of a checkpoint hold its weights, and which tensor is in which of them."""
+"""Which files of a checkpoint hold its weights, and which tensor is in which of them.
+
+The choice is transformers' own (docs/folders.md). Where transformers would find nothing, shards without an index and
+files of other names are taken too, as long as it is clear which are meant.
+"""
 
 import json
 import re
@@ -10,6 +14,7 @@ from tiered.convert.safetensors_reader import SafetensorsReader
 from tiered.convert.source import WeightFiles, WeightReader
 from tiered.convert.torch_reader import TorchReader
 from tiered.errors import CheckpointError
+from tiered.files import read_whole
 
 _FORMATS: Final = (
     ("model.safetensors", re.compile(r".*\.safetensors"), SafetensorsReader),
@@ -28,22 +33,24 @@ class WeightIndex:
     """Checkpoint name -> file."""
 
 
-def find_weights(files: WeightFiles) -> WeightIndex:
-    """Find the weights among `files`; safetensors are preferred to pickles.
+def find_weights(files: WeightFiles, named: object = None) -> WeightIndex:
+    """Find the weights among `files`: what config.json has `named`, else the first that is there of model.safetensors,
+    its index, pytorch_model.bin, its index.
 
     Without an index every weight file is fetched and its header read. Raises CheckpointError where there are none,
     shards are missing, or it is unclear which of several files are meant.
     """
-    for single, pattern, make_reader in _FORMATS:
-        index = f"{single}.index.json"
-        if index in files.names:
-            file_of = _read_index(files, index)
-            return WeightIndex(make_reader(), tuple(sorted(set(file_of.values()))), file_of)
+    if named is not None:
+        return _named(files, named)
+    for single, _, make_reader in _FORMATS:
+        if single in files.names:
+            return _of_headers(files, make_reader(), (single,))
+        if f"{single}.index.json" in files.names:
+            return _of_index(files, make_reader(), f"{single}.index.json")
+    for _, pattern, make_reader in _FORMATS:
         found = sorted(name for name in files.names if pattern.fullmatch(name))
         if found:
-            reader = make_reader()
-            chosen = (single,) if single in found else _shards(found, files)
-            return WeightIndex(reader, chosen, _read_headers(files, reader, chosen))
+            return _of_headers(files, make_reader(), _shards(found, files))
     other = sorted(name for name in files.names if name.endswith((".gguf", ".pt", ".pth", ".h5", ".msgpack", ".bin")))
     hint = f"it has {', '.join(other[:5])}, which tiered does not read; " if other else ""
     raise CheckpointError(
@@ -52,12 +59,43 @@ def find_weights(files: WeightFiles) -> WeightIndex:
     )
 
 
+def _named(files: WeightFiles, named: object) -> WeightIndex:
+    """The weights that config.json names as `transformers_weights`."""
+    if not isinstance(named, str) or not named.endswith((".safetensors", ".safetensors.index.json")):
+        raise CheckpointError(
+            f"{files.name}: config.json names {named!r} as transformers_weights, expected a safetensors file or an "
+            "index of such; correct it, or remove it to have the weights found by their usual names"
+        )
+    if named not in files.names:
+        raise CheckpointError(
+            f"{files.name}: lacks {named}, which config.json names as transformers_weights; download it, "
+            "or remove the name to have the weights found by their usual names"
+        )
+    reader = SafetensorsReader()
+    return _of_index(files, reader, named) if named.endswith(".json") else _of_headers(files, reader, (named,))
+
+
+def _of_headers(files: WeightFiles, reader: WeightReader, names: tuple[str, ...]) -> WeightIndex:
+    return WeightIndex(reader, names, _read_headers(files, reader, names))
+
+
+def _of_index(files: WeightFiles, reader: WeightReader, name: str) -> WeightIndex:
+    """The weights in the files that index `name` lists."""
+    file_of = _read_index(files, name)
+    names = tuple(sorted(set(file_of.values())))
+    # What an old index says of a tensor's place does not count: transformers takes all that is in the files. Files on
+    # the hub, and those that would have to be read whole, are taken at the index's word, and looked at when they come.
+    if files.kind == "folder" and all(reader.known(files.path(file)) is not None for file in names):
+        file_of = _read_headers(files, reader, names)
+    return WeightIndex(reader, names, file_of)
+
+
 def _read_index(files: WeightFiles, name: str) -> dict[str, str]:
     path = files.path(name)
     try:
-        raw: Any = json.loads(path.read_text())["weight_map"]
+        raw: Any = json.loads(read_whole(path, CheckpointError))["weight_map"]
         file_of = {str(tensor): str(file) for tensor, file in raw.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: expected a JSON object with 'weight_map' ({error!r}); download it again"
         ) from None

@@ -13,6 +13,7 @@ from itertools import chain
 from typing import Final
 
 from tiered.arch import Skeleton
+from tiered.convert.quantized import refuse_left_over
 from tiered.errors import CheckpointError
 
 _JUNK: Final = re.compile(
@@ -53,7 +54,7 @@ class NameMap:
 def map_names(skeleton: Skeleton, checkpoint: Collection[str]) -> NameMap:
     """Find every tensor of `skeleton` among the names of `checkpoint`.
 
-    Raises CheckpointError, which names the first few that are missing.
+    Raises CheckpointError, which names the first few that are missing, or that are parts of quantized weights.
     """
     present = set(checkpoint)
     base = str(skeleton.model.base_model_prefix)
@@ -72,7 +73,12 @@ def map_names(skeleton: Skeleton, checkpoint: Collection[str]) -> NameMap:
             duplicate_head = head
         elif head is not None:  # tying is symmetric: either of the two names may have been saved
             sources[skeleton.embed_name] = (head,)
-    elif skeleton.head_name not in sources and skeleton.embed_name in sources:
+    used = {*chain.from_iterable(sources.values()), *([duplicate_head] if duplicate_head else [])}
+    unexpected = sorted(name for name in present - used if not _is_junk(name, skeleton))
+    # Before what is missing, which may be there in another form.
+    wanted = (name for model_name in shapes for name in _candidates(model_name, base))
+    refuse_left_over(unexpected, used.union(wanted))
+    if not skeleton.tied and skeleton.head_name not in sources and skeleton.embed_name in sources:
         sources[skeleton.head_name] = _embedding_as_head(skeleton, sources[skeleton.embed_name], warnings)
     missing = [name for name in shapes if name not in sources]
     missing += sorted(part for parts in sources.values() for part in parts if part not in present)
@@ -83,8 +89,6 @@ def map_names(skeleton: Skeleton, checkpoint: Collection[str]) -> NameMap:
             f"(looked for them with and without the prefix {base + '.'!r}); it has {_some(sorted(present))}. "
             "Does config.json belong to these weights, and are all files there?"
         )
-    used = {*chain.from_iterable(sources.values()), *([duplicate_head] if duplicate_head else [])}
-    unexpected = sorted(name for name in present - used if not _is_junk(name, skeleton))
     if unexpected:
         warnings.append(
             f"{len(unexpected)} tensors of the checkpoint have no place in the model and were left out: "

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from tiered.configs_path import config_dir
+from tiered.convert.local import model_name
 from tiered.errors import ConfigError
 
 _HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -28,7 +29,7 @@ class Folder:
 
     @property
     def name(self) -> str:
-        return self.path.resolve().name
+        return model_name(self.path)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import torch
 
 from tiered.convert.source import PANEL_NBYTES, StoredTensor, panel_rows
 from tiered.errors import BudgetError, CheckpointError, ReadError
+from tiered.files import reading
 
 _REMAP_NBYTES: Final = 32 << 20
 _ZIP_MAGIC: Final = b"PK\x03\x04"
@@ -77,7 +78,7 @@ def _folded(tensor: torch.Tensor) -> torch.Tensor:
 
 def is_zip(path: Path) -> bool:
     """Whether torch wrote `path` in the zip format."""
-    with path.open("rb") as file:
+    with reading(path), path.open("rb") as file:
         return file.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC
 
 
@@ -120,4 +121,11 @@ def _load_state_dict(path: Path) -> dict[str, torch.Tensor]:
         loaded = loaded["state_dict"]
     if not isinstance(loaded, dict) or not loaded:
         raise CheckpointError(f"{path}: expected a dict of tensors by name, found {type(loaded).__name__}")
-    return {str(name): tensor for name, tensor in loaded.items() if isinstance(tensor, torch.Tensor)}
+    tensors = {str(name): tensor for name, tensor in loaded.items() if isinstance(tensor, torch.Tensor)}
+    strange = sorted(name for name, tensor in tensors.items() if tensor.layout != torch.strided or tensor.is_meta)
+    if strange:
+        raise CheckpointError(
+            f"{path}: {strange[0]} is {'without data' if tensors[strange[0]].is_meta else 'sparse'}, expected a plain "
+            "tensor; use a safetensors copy of the checkpoint"
+        )
+    return tensors

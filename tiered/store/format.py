@@ -18,6 +18,7 @@ import torch
 import xxhash
 
 from tiered.errors import CorruptError, ReadError, StoreError
+from tiered.files import check_regular
 
 PAGE: Final = 4096
 """Alignment of file offsets, lengths and memory for O_DIRECT."""
@@ -40,6 +41,19 @@ DTYPES: Final[dict[str, torch.dtype]] = {
     "F32": torch.float32,
     "F64": torch.float64,
 }
+CHECKPOINT_DTYPES: Final[dict[str, torch.dtype]] = {
+    **DTYPES,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "C64": torch.complex64,
+}
+"""What a checkpoint may hold, if only to be refused by name or left out."""
 DTYPE_NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -102,7 +116,7 @@ def read_header(path: Path, error: type[CorruptError] = StoreError) -> tuple[lis
     claims and what it has.
     """
     try:
-        size = path.stat().st_size
+        size = check_regular(path, error)
         with path.open("rb") as file:
             prefix = file.read(8)
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
@@ -130,7 +144,10 @@ def _parse_header(
     try:
         table = json.loads(raw)
         metadata = {str(k): str(v) for k, v in dict(table.pop("__metadata__", None) or {}).items()}
-        entries = [_parse_entry(name, value, data_start) for name, value in table.items()]
+        dtypes = DTYPES if error is StoreError else CHECKPOINT_DTYPES
+        entries = [_parse_entry(name, value, data_start, dtypes) for name, value in table.items()]
+    except _UnknownDtypeError as reason:
+        raise error(f"{path}: {reason}; {_remedy(error)}") from None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as reason:
         raise error(f"{path}: damaged safetensors header ({reason}); {_remedy(error)}") from None
     # Empty tensors come before the one that starts where they do.
@@ -155,10 +172,16 @@ def _parse_header(
     return entries, metadata
 
 
-def _parse_entry(name: str, value: dict[str, Any], data_start: int) -> TensorEntry:
-    dtype = DTYPES.get(value["dtype"])
+class _UnknownDtypeError(Exception):
+    """Says which tensor has what dtype."""
+
+
+def _parse_entry(name: str, value: dict[str, Any], data_start: int, dtypes: Mapping[str, torch.dtype]) -> TensorEntry:
+    dtype = dtypes.get(value["dtype"])
     if dtype is None:
-        raise ValueError(f"tensor {name} has dtype {value['dtype']!r}; known are {', '.join(DTYPES)}")
+        raise _UnknownDtypeError(
+            f"tensor {name} has dtype {value['dtype']!r}; known are {', '.join(DTYPES)}: already quantized, or damaged"
+        )
     begin, end = whole_numbers(value["data_offsets"])
     return TensorEntry(name, dtype, whole_numbers(value["shape"]), data_start + begin, end - begin)
 

@@ -1,0 +1,105 @@
+"""Whether a checkpoint's weights are quantized already: by config.json, by their types, by what lies beside them.
+
+In: configuration, types and names. Out: the name of the method, for the one error that all of them end in. To leave
+out a scale would not fail, it would give another model: nothing that belongs to a weight may be left over.
+"""
+
+import re
+from collections.abc import Collection, Iterator, Sequence
+from typing import Final
+
+import torch
+from transformers import PretrainedConfig
+
+from tiered.errors import CheckpointError
+
+PLAIN: Final = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+"""The types of weights that are not quantized."""
+_TYPES: Final = {
+    torch.int8: "int8",
+    torch.uint8: "packed in uint8",
+    torch.int16: "packed in int16",
+    torch.int32: "packed in int32",
+    torch.uint32: "packed in uint32",
+    torch.qint8: "int8",
+    torch.quint8: "int8",
+}
+_NAMES: Final = (
+    (re.compile(r"\.(qweight|qzeros|g_idx)$"), "gptq or awq"),
+    (re.compile(r"(absmax|quant_map|\.SCB|\.weight_format)$|\.quant_state\."), "bitsandbytes"),
+    (re.compile(r"\.weight_(packed|shape|zero_point|g_idx|global_scale)$"), "compressed-tensors"),
+    (re.compile(r"_(blocks|scales)$"), "mxfp4"),
+    (re.compile(r"\.(W_q|quant_scale|quant_zero)$"), "hqq"),
+    (re.compile(r"\.(codebooks|codes|Qidxs|centroids)$"), "codebooks"),
+    (re.compile(r"\.weight\._(data|scale|shift)$"), "quanto"),
+    (re.compile(r"\.weight_scale_2$"), "nvfp4"),
+    (re.compile(r"weight_scale_inv$"), "fp8"),
+    (re.compile(r"\.scales$|(weight|input|activation)_scales?$"), "fp8 or int8"),
+)
+"""What quantization adds beside or in place of a weight, and whose it is."""
+_CACHE_SCALES: Final = re.compile(r"[._](q|k|v|kv|prob)_scale$")
+"""Of cached keys and values in 8 bits: the weights are what they are without them."""
+_SHOWN: Final = 3
+
+
+def already_quantized(name: str, method: str) -> CheckpointError:
+    """The error for a checkpoint called `name`."""
+    return CheckpointError(
+        f"{name}: its weights are already quantized ({method}); pass the original checkpoint, of 16 or 32 bits"
+    )
+
+
+def configured_method(config: PretrainedConfig) -> str | None:
+    """How config.json says that the weights are quantized; None where it says nothing."""
+    for key in ("quantization_config", "compression_config"):
+        found = getattr(config, key, None)
+        if found:
+            method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+            return str(getattr(method, "value", method) or f"{key} in config.json")
+    return None
+
+
+def method_of_float(dtype: torch.dtype) -> str | None:
+    """The method that keeps weights as `dtype`, where that is a floating type of 8 bits or less."""
+    name = str(dtype).removeprefix("torch.")
+    return f"fp{name[5]}" if name.startswith("float") and dtype not in PLAIN else None
+
+
+def method_of_type(dtype: torch.dtype) -> str | None:
+    """The method that keeps weights as `dtype`; None for a plain type, and for one that no method uses."""
+    return method_of_float(dtype) or _TYPES.get(dtype)
+
+
+def refuse_left_over(left: Sequence[str], weights: Collection[str]) -> None:
+    """Raise CheckpointError where any of the tensors `left`, which have no place in the model, come of quantization,
+    or are parts of its `weights` otherwise."""
+    left = [name for name in left if not _CACHE_SCALES.search(name)]
+    for pattern, method in _NAMES:
+        found = [name for name in left if pattern.search(name)]
+        if found:
+            raise already_quantized("checkpoint", f"{method}: it has {_some(found)}")
+    found = list(_parts(left, set(weights)))
+    if found:
+        raise CheckpointError(
+            f"checkpoint: has {len(found)} parts of weights that the model has no place for ({_some(found)}); without "
+            "them it would be another model: pass the original checkpoint, adapters merged, weights of 16 or 32 bits"
+        )
+
+
+def _parts(left: Collection[str], weights: set[str]) -> Iterator[str]:
+    """Those of `left` that lie below a weight, in the module that has it as its `weight`, or continue its name.
+
+    A bias is none: it is a term of its own, which config.json may do without.
+    """
+    modules = {weight.removesuffix(".weight") for weight in weights if weight.endswith(".weight")}
+    for name in left:
+        if name.endswith("bias"):
+            continue
+        above = [name[: match.start()] for match in re.finditer(r"\.|_", name)]
+        inside = {part for part in above if name[len(part)] == "."}
+        if not weights.isdisjoint(above) or not modules.isdisjoint(inside):
+            yield name
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (", …" if len(names) > _SHOWN else "")

@@ -1,0 +1,90 @@
+"""Files that somebody else wrote: what they must be before they are opened, and whose errors are whose.
+
+In: paths in a checkpoint's or a store's folder. Out: their bytes, or an error that names the file. A pipe would keep
+the reader waiting and a device would never end, so only regular files are opened.
+"""
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from tiered.errors import CorruptError, ReadError
+from tiered.units import MIB, format_size
+
+MOST_NBYTES: Final = 512 * MIB
+"""Of a file that is read whole; the largest in use, tokenizers and indexes, have some 40 MB."""
+_KINDS: Final = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+
+def check_regular(path: Path, error: type[CorruptError]) -> int:
+    """The size of the regular file at `path`, which may be a link to one.
+
+    Raises FileNotFoundError where there is nothing, `error` where there is something else (a link to nothing too), and
+    ReadError where the operating system does not say.
+    """
+    try:
+        found = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        if path.is_symlink():
+            raise error(
+                f"{path}: a link to {path.readlink()}, which does not exist; put the file itself there"
+            ) from None
+        raise
+    except OSError as reason:
+        if reason.errno == errno.ELOOP:
+            raise error(f"{path}: a link that leads back to itself; put the file itself there") from None
+        raise ReadError(f"{path}: cannot be read: {reason.strerror}") from reason
+    if not stat.S_ISREG(found.st_mode):
+        kind = next((name for test, name in _KINDS if test(found.st_mode)), "something else")
+        raise error(f"{path}: {kind}, expected a file; put the file itself there")
+    return found.st_size
+
+
+def read_whole(path: Path, error: type[CorruptError], most_nbytes: int = MOST_NBYTES) -> bytes:
+    """The bytes of the regular file at `path`; raises as `check_regular`, and `error` where it is too large to be one
+    of its kind."""
+    nbytes = check_regular(path, error)
+    if nbytes > most_nbytes:
+        raise error(
+            f"{path}: {format_size(nbytes)}, expected at most {format_size(most_nbytes)}; download the file again"
+        )
+    with reading(path):
+        # Without O_NONBLOCK, opening what has become a pipe meanwhile would wait for its other end.
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        with os.fdopen(fd, "rb") as file:
+            return file.read(most_nbytes)
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn what the operating system refuses while `path` is read into a ReadError that names it.
+
+    That there is no such file stays a FileNotFoundError.
+    """
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ReadError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+@contextmanager
+def errors_of(path: Path) -> Iterator[None]:
+    """Have errors of the operating system that name no file name `path`: a failed write knows only a number."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
