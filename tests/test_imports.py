@@ -16,8 +16,8 @@ import tiered.errors
 
 RANKS: Final = {
     "errors": 0,
+    "files": 0,
     "units": 0,
-    "files": 1,
     "trace": 1,
     "quant": 1,
     "configs_path": 1,

@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Final
 
 from tiered.errors import CorruptError, ReadError
-from tiered.units import MIB, format_size
 
-MOST_NBYTES: Final = 512 * MIB
+MOST_NBYTES: Final = 512 << 20
 """Of a file that is read whole; the largest in use, tokenizers and indexes, have some 40 MB."""
 _KINDS: Final = (
     (stat.S_ISDIR, "a folder"),
@@ -55,9 +54,7 @@ def read_whole(path: Path, error: type[CorruptError], most_nbytes: int = MOST_NB
     of its kind."""
     nbytes = check_regular(path, error)
     if nbytes > most_nbytes:
-        raise error(
-            f"{path}: {format_size(nbytes)}, expected at most {format_size(most_nbytes)}; download the file again"
-        )
+        raise error(f"{path}: has {nbytes:,} bytes, expected at most {most_nbytes:,}; download the file again")
     with reading(path):
         # Without O_NONBLOCK, opening what has become a pipe meanwhile would wait for its other end.
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)

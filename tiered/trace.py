@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from tiered.files import errors_of
+
 
 @dataclass
 class LaneTotal:
@@ -106,4 +108,5 @@ class Tracer:
                     "args": {"nbytes": span.nbytes},
                 }
             )
-        path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
+        with errors_of(path):
+            path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))

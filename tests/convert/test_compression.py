@@ -56,14 +56,14 @@ def test_incompressible_tensors_stay_raw(tmp_path: Path) -> None:
 def test_auto_follows_the_disk(
     bandwidth: float, shrinks: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tiered.convert.compression.read_bandwidth", lambda _: bandwidth)
+    monkeypatch.setattr("tiered.convert.compression.read_bandwidth", lambda *_: bandwidth)
     convert_checkpoint(TRAINED, tmp_path / "out", ConvertOptions(quant="none", compress="auto"))
     assert bool(compressed_names(tmp_path / "out")) == shrinks
 
 
 def test_a_resumed_conversion_keeps_the_first_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options, finish = ConvertOptions(quant="none", compress="auto"), BlockWriter.finish
-    monkeypatch.setattr("tiered.convert.compression.read_bandwidth", lambda _: 50e6)
+    monkeypatch.setattr("tiered.convert.compression.read_bandwidth", lambda *_: 50e6)
     convert_checkpoint(TRAINED, tmp_path / "whole", options)
 
     def failing(self: BlockWriter) -> object:
@@ -75,7 +75,7 @@ def test_a_resumed_conversion_keeps_the_first_measurement(tmp_path: Path, monkey
         patch.setattr(BlockWriter, "finish", failing)
         with pytest.raises(KeyboardInterrupt):
             convert_checkpoint(TRAINED, tmp_path / "out", options)
-    monkeypatch.setattr("tiered.convert.compression.read_bandwidth", lambda _: 9e9)
+    monkeypatch.setattr("tiered.convert.compression.read_bandwidth", lambda *_: 9e9)
     convert_checkpoint(TRAINED, tmp_path / "out", options)
     assert store_digest(tmp_path / "out") == store_digest(tmp_path / "whole")
 

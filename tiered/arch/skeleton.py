@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from tiered.arch.families import Family, family_for
 from tiered.errors import CheckpointError, ConfigError, UnsupportedFamilyError
-from tiered.files import read_whole
+from tiered.files import errors_of, read_whole
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,10 @@ def load_config(folder: Path) -> PretrainedConfig:
         raise CheckpointError(f"{path}: has no 'model_type'; expected a Hugging Face model configuration")
     family_for(raw["model_type"])
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        with errors_of(path):
+            config: PretrainedConfig = AutoConfig.from_pretrained(
+                folder, trust_remote_code=False, local_files_only=True
+            )
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: transformers cannot read it: {error}") from error
     return config

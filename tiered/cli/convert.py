@@ -1,6 +1,7 @@
 """`tiered convert`: a checkpoint in, a store out; resumable."""
 
 import os
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -76,7 +77,9 @@ def summary(result: "ConvertResult") -> str:
             f"({shown}{more})"
         )
     lines += [f"warning: {warning}" for warning in result.warnings]
-    lines.append(f'next: tiered generate {result.store} -p "Once upon a time"')
+    if not result.has_tokenizer:
+        lines.append(f"the source has no tokenizer: copy the model's tokenizer files into {result.store} to have text")
+    lines.append(f'next: tiered generate {shlex.quote(str(result.store))} -p "Once upon a time"')
     return "\n".join(lines)
 
 

@@ -10,12 +10,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from transformers import AutoTokenizer
-
 from tiered.arch import load_config
 from tiered.cli.columns import columns
 from tiered.cli.measuring import measure_footprint
-from tiered.errors import ConfigError
+from tiered.errors import ConfigError, TieredError
+from tiered.generate.tokenizer import load_tokenizer
 from tiered.model import Footprint, Load
 from tiered.plan import available_budget
 from tiered.plan.fits import Fit, fits
@@ -101,8 +100,8 @@ def inspect_store(
 def _footprint(store: Store, load: Load, dtype: str) -> Footprint:
     """What a run takes besides blocks, by this process."""
     # A run has its tokenizer loaded by then. A store whose tokenizer is damaged can still be inspected.
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        AutoTokenizer.from_pretrained(store.path, local_files_only=True)
+    with contextlib.suppress(TieredError):
+        load_tokenizer(store)
     return measure_footprint(store, load, Options(dtype=dtype))
 
 

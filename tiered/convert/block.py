@@ -12,6 +12,7 @@ from tiered.convert.compression import Compression, is_candidate
 from tiered.convert.recipe import BlockRecipe, TensorRecipe
 from tiered.convert.source import WeightSource
 from tiered.errors import StoreError
+from tiered.files import errors_of
 from tiered.quant import CompressedTensor
 from tiered.quant.zstd import FRAME_NBYTES
 from tiered.store import CHUNK_NBYTES, BlockWriter, FileInfo
@@ -105,7 +106,7 @@ def _counted(chunks: Iterator[memoryview], advance: Advance) -> Iterator[memoryv
 
 def _checksums(path: Path) -> tuple[str, ...]:
     digests = []
-    with path.open("rb", buffering=0) as file:
+    with errors_of(path), path.open("rb", buffering=0) as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
         nbytes = path.stat().st_size
         for start in range(0, nbytes, CHUNK_NBYTES):

@@ -14,26 +14,13 @@ from tiered.convert.names import NameMap
 from tiered.convert.quantized import PLAIN, already_quantized, method_of_type
 from tiered.convert.recipe import BlockRecipe, TensorRecipe
 from tiered.convert.source import Packed, StoredTensor, WeightFiles, tensor_bytes
-from tiered.convert.workers import WORKER_NBYTES, Quantizers, worker_count
+from tiered.convert.workers import WORKER_NBYTES, Quantizers, one_torch_thread, worker_count
 from tiered.errors import CheckpointError
 from tiered.files import read_whole
 from tiered.quant import folded
+from tiered.store.beside import COPIED
 
-COPIED: Final = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "vocab.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-"""Copied verbatim into the store where the source has them."""
+_GREATEST: Final = torch.finfo(torch.bfloat16).max
 
 
 class Checkpoint:
@@ -123,7 +110,9 @@ class Checkpoint:
         return self._claimed_dtype if stored is None else stored.dtype
 
     def plain(self, tensor: TensorRecipe) -> Iterator[memoryview]:
-        return map(tensor_bytes, self._panels(self._names.sources[tensor.name]))
+        for panel in self._panels(self._names.sources[tensor.name]):
+            _check_finite(panel, tensor.name)
+            yield tensor_bytes(panel)
 
     def packed(self, tensor: TensorRecipe) -> Packed:
         assert tensor.scheme is not None
@@ -219,6 +208,24 @@ class Checkpoint:
         for name, read in sorted(self.extra_files().items()):
             digest.update(name.encode() + b"\0" + read())
         return digest.hexdigest()
+
+
+def _check_finite(panel: torch.Tensor, name: str) -> None:
+    """Raise CheckpointError where a value of `panel` is not finite, or would not be in the types that runs compute in.
+
+    The quantizer tests what it quantizes itself.
+    """
+    if not panel.numel():
+        return
+    with one_torch_thread():  # one pass of it is faster than the disk
+        low, high = (float(end) for end in panel.aminmax())  # NaN where there is one
+    if max(abs(low), abs(high)) <= _GREATEST:
+        return
+    bad = int((~(panel.abs() <= _GREATEST)).sum())
+    raise CheckpointError(
+        f"{name}: expected finite weights, found {bad:,} among {panel.numel():,} that are NaN, infinite or beyond what "
+        "bfloat16 holds; check the source checkpoint"
+    )
 
 
 def _part_shape(shape: tuple[int, ...], count: int) -> tuple[int, ...]:

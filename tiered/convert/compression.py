@@ -12,11 +12,14 @@ from time import perf_counter
 from typing import Any, Final, Self
 
 from tiered.convert.recipe import BlockRecipe, TensorRecipe
+from tiered.files import errors_of
 from tiered.quant import CompressedTensor, compress, pays
 from tiered.quant.zstd import FRAME_NBYTES, WORST_RATIO
+from tiered.store import PAGE
 from tiered.units import MIB
 
 _TRIAL_NBYTES: Final = 4 * FRAME_NBYTES
+PROBE_NAME: Final = "bandwidth.part"
 _PROBE_NBYTES: Final = 64 * MIB
 _PROBE_READ_NBYTES: Final = 4 * MIB
 _LEAST_NBYTES: Final = 64 << 10
@@ -32,10 +35,13 @@ class Compression:
     cores: int = 1  # auto: that would decode
 
     @classmethod
-    def measure(cls, mode: str, blocks: tuple[BlockRecipe, ...], folder: Path) -> Self:
-        """The rule for a store in `folder`, which exists; the disk is only probed where the answer matters."""
+    def measure(cls, mode: str, blocks: tuple[BlockRecipe, ...], folder: Path, room_nbytes: int) -> Self:
+        """The rule for a store in `folder`, which exists; the disk is only probed where the answer matters.
+
+        `room_nbytes` are free there: what is about to be written, so that the probe takes no room of its own.
+        """
         if mode == "auto" and any(is_candidate(t, block.role) for block in blocks for t in block.tensors):
-            return cls(mode, round(read_bandwidth(folder)), len(os.sched_getaffinity(0)))
+            return cls(mode, round(read_bandwidth(folder, room_nbytes)), len(os.sched_getaffinity(0)))
         return cls("none" if mode == "auto" else mode)
 
     @classmethod
@@ -74,13 +80,16 @@ def is_candidate(tensor: TensorRecipe, role: str) -> bool:
     return tensor.scheme is None or tensor.scheme.bits == 8
 
 
-def read_bandwidth(folder: Path) -> float:
-    """Bytes per second that the disk under `folder` reads past the page cache, from a file written for the purpose."""
-    path = folder / "bandwidth.part"
-    noise = os.urandom(_PROBE_READ_NBYTES)
+def read_bandwidth(folder: Path, most_nbytes: int = _PROBE_NBYTES) -> float:
+    """Bytes per second that the disk under `folder` reads past the page cache, from a file written for the purpose.
+
+    It has `most_nbytes` at most, and is deleted before this returns.
+    """
+    path = folder / PROBE_NAME
+    noise = os.urandom(min(_PROBE_READ_NBYTES, most_nbytes // PAGE * PAGE))
     try:
-        with path.open("wb") as file:
-            for _ in range(_PROBE_NBYTES // len(noise)):
+        with errors_of(path), path.open("wb") as file:
+            for _ in range(min(_PROBE_NBYTES, most_nbytes) // len(noise)):
                 file.write(noise)
             file.flush()
             os.fsync(file.fileno())
@@ -98,7 +107,7 @@ def _timed_read(path: Path) -> float:
     except OSError:  # no O_DIRECT here; the pages were dropped above
         fd = os.open(path, os.O_RDONLY)
     try:
-        with mmap.mmap(-1, _PROBE_READ_NBYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as buffer:
+        with errors_of(path), mmap.mmap(-1, _PROBE_READ_NBYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as buffer:
             start = perf_counter()
             done = 0
             while (count := os.preadv(fd, [buffer], done)) > 0:

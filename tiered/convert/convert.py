@@ -24,13 +24,16 @@ from tiered.convert.folder import (
     locked,
     owned_files,
     remove_stray_parts,
+    remove_strays,
 )
 from tiered.convert.hub import cache_folder
 from tiered.convert.options import ConvertOptions, ConvertProgress, ConvertResult, ProgressFunction
 from tiered.convert.plan import StorePlan
 from tiered.convert.recipe import BlockRecipe
 from tiered.convert.source import WeightSource
+from tiered.errors import ConfigError
 from tiered.store import FileInfo, atomic_write
+from tiered.store.beside import VOCABULARIES
 from tiered.store.manifest import MANIFEST_NAME
 from tiered.store.open import PROGRESS_NAME
 
@@ -42,8 +45,7 @@ class Conversion:
 
     def __init__(self, folder: Path, options: ConvertOptions, report: ProgressFunction | None) -> None:
         self._folder, self._options, self._report = folder, options, report
-        found = check_usable(folder, options.settings(), options.force)
-        self._progress = found or ProgressFile(options.settings())
+        self._progress = self._usable()
         self._infos: dict[str, FileInfo] = {}
         self._done_nbytes = self._total_nbytes = self._skipped_nbytes = 0
         self._held = ExitStack()
@@ -81,11 +83,14 @@ class Conversion:
             unquantized=plan.unquantized,
             warnings=source.warnings,
             synthetic=source.synthetic,
+            has_tokenizer=not source.extra_files().keys().isdisjoint(VOCABULARIES),
         )
 
     def _begin(self, source: WeightSource, plan: StorePlan) -> None:
         """Check that all fits, then write conversion.json; afterwards the folder is ours."""
         folder, identity = self._folder, source.identity
+        if folder.exists():
+            self._hold_folder()  # what is decided from what lies there must still be so when it is acted on
         progress = check_same_source(folder, self._progress, identity, self._options.force)
         mine = progress.source is not None and not progress.discarding
         if mine:
@@ -93,31 +98,41 @@ class Conversion:
             self._infos = {path: info for path, info in found.items() if info is not None}
         self._total_nbytes = sum(self._nbytes(block, source) for block in plan.files)
         rest = [block for block in plan.files if block.path not in self._infos]
-        self._skipped_nbytes = self._done_nbytes = self._total_nbytes - sum(self._nbytes(b, source) for b in rest)
+        rest_nbytes = sum(self._nbytes(block, source) for block in rest)
+        self._skipped_nbytes = self._done_nbytes = self._total_nbytes - rest_nbytes
         rule = progress.compression or Compression(self._options.settings()["compress"])
         check_ram(self._options.ram_bytes, source.working_nbytes(), plan.files, rule)
-        reclaimed = 0 if mine else sum(path.stat().st_size for path in owned_files(folder))
-        self._check_space(source, rest, reclaimed)
+        going = (path for path in owned_files(folder) if not mine or path.name.endswith(".part"))
+        needed = rest_nbytes + self._beside_nbytes(source, mine)
+        self._check_space(source, rest, needed, sum(path.stat().st_size for path in going))
 
         self._hold_folder()
         if progress.discarding:
             progress = discard(folder, progress)
+        # Before the probe: a folder with nothing but a file of ours would be somebody else's to the next attempt.
+        self._progress = replace(progress, source=identity).save(folder)
+        remove_stray_parts(folder)
         if progress.compression is None:
-            rule = Compression.measure(rule.mode, plan.files, folder)
-        self._progress = replace(progress, source=identity, compression=rule).save(folder)
+            rule = Compression.measure(rule.mode, plan.files, folder, rest_nbytes)
+            self._progress = replace(self._progress, compression=rule).save(folder)
 
-    def _check_space(self, source: WeightSource, rest: Sequence[BlockRecipe], reclaimed: int) -> None:
-        """Room for the blocks to come, and for what has to be downloaded for them."""
+    def _check_space(self, source: WeightSource, rest: Sequence[BlockRecipe], needed: int, reclaimed: int) -> None:
+        """Room for the bytes that the folder needs, and for what has to be downloaded for the blocks to come."""
         downloads = sorted(source.fetch_nbytes(rest), reverse=True)
         # With --delete-downloads two files are here at once (a block may straddle them), and the one that holds
         # the first tensors outside the layers.
         fetched = sum(downloads[:3] if self._options.delete_downloads else downloads)
-        needed = sum(self._nbytes(block, source) for block in rest)
         if fetched and on_same_disk(self._folder, cache_folder()):
             needed += fetched
         elif fetched:
             check_space(cache_folder(), fetched)
         check_space(self._folder, needed, reclaimed)
+
+    def _beside_nbytes(self, source: WeightSource, mine: bool) -> int:
+        """What the files beside the blocks will take: those that are there already are replaced one by one."""
+        nbytes = {name: len(read()) for name, read in source.extra_files().items()}
+        there = {name for name in nbytes if mine and (self._folder / name).is_file()}
+        return sum(nbytes[name] for name in nbytes.keys() - there) + max(nbytes.values(), default=0)
 
     def _convert(self, source: WeightSource, plan: StorePlan) -> None:
         for name, read in source.extra_files().items():
@@ -128,7 +143,7 @@ class Conversion:
             if block.path not in self._infos:
                 self._infos[block.path] = self._write(block, source, plan)
                 self._release(order, source)
-        remove_stray_parts(self._folder, frozenset(self._infos))
+        remove_strays(self._folder, frozenset(self._infos))
         manifest = plan.manifest(self._infos, source.identity, self._rule.mode, synthetic=source.synthetic)
         atomic_write(self._folder / MANIFEST_NAME, manifest.to_json())
         # Only now: with the last files gone, a resumed conversion could not even list the tensors.
@@ -170,11 +185,23 @@ class Conversion:
             source.release(done - frozenset().union(*waiting))
 
     def _hold_folder(self) -> None:
-        """Make the folder and keep others out of it, once."""
-        if not self._locked:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            self._held.enter_context(locked(self._folder))
-            self._locked = True
+        """Make the folder and keep others out of it, once; raises where somebody has been at work there meanwhile."""
+        if self._locked:
+            return
+        was_there = self._folder.exists()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._held.enter_context(locked(self._folder))
+        self._locked = True
+        # Again, now that it cannot change: another process may have begun, or finished, since we looked.
+        self._progress = self._usable()
+        if not was_there and self._progress != ProgressFile(self._options.settings()):
+            raise ConfigError(
+                f"{self._folder}: another conversion has begun there meanwhile; run the same command again to go on"
+            )
+
+    def _usable(self) -> ProgressFile:
+        settings = self._options.settings()
+        return check_usable(self._folder, settings, self._options.force) or ProgressFile(settings)
 
     @staticmethod
     def _nbytes(block: BlockRecipe, source: WeightSource) -> int:

@@ -15,11 +15,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from tiered.convert.checkpoint import COPIED
-from tiered.convert.compression import Compression
+from tiered.convert.compression import PROBE_NAME, Compression
 from tiered.convert.recipe import BLOCK_FOLDER
-from tiered.errors import ConfigError
+from tiered.errors import ConfigError, StoreError
+from tiered.files import read_whole
 from tiered.store import atomic_write
+from tiered.store.beside import COPIED
 from tiered.store.manifest import FORMAT, MANIFEST_NAME
 from tiered.store.open import PROGRESS_NAME
 
@@ -65,7 +66,7 @@ class ProgressFile:
         """
         path = folder / PROGRESS_NAME
         try:
-            value = json.loads(path.read_text())
+            value = json.loads(read_whole(path, StoreError))
             if (value["format"], value["version"]) != (_PROGRESS_FORMAT, _PROGRESS_VERSION):
                 raise ValueError(f"format {value['format']!r} version {value['version']!r}")
             rule = value["compression"]
@@ -78,7 +79,7 @@ class ProgressFile:
             )
         except FileNotFoundError:
             return None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, StoreError) as error:
             raise ConfigError(
                 f"{path}: not a progress file that this version of tiered wrote ({error}); "
                 "delete the folder or choose another with -o"
@@ -164,16 +165,25 @@ def owned_files(folder: Path) -> Iterator[Path]:
         yield from sorted(p for p in blocks.iterdir() if p.name.endswith((".safetensors", ".safetensors.part")))
     for name in COPIED:
         yield from (path for path in (folder / name, folder / f"{name}.part") if path.is_file())
+    if (folder / PROBE_NAME).is_file():
+        yield folder / PROBE_NAME
 
 
-def remove_stray_parts(folder: Path, keep: frozenset[str]) -> None:
-    """Delete what killed attempts left half-written, and blocks that are not in `keep` (paths within the folder)."""
+def remove_stray_parts(folder: Path) -> None:
+    """Delete what killed attempts left half-written."""
     for path in owned_files(folder):
-        block = path.parent.name == BLOCK_FOLDER
-        if path.name.endswith(".part") or (block and path.relative_to(folder).as_posix() not in keep):
+        if path.name.endswith(".part"):
             path.unlink()
     for name in (MANIFEST_NAME, PROGRESS_NAME):
         (folder / f"{name}.part").unlink(missing_ok=True)
+
+
+def remove_strays(folder: Path, keep: frozenset[str]) -> None:
+    """Delete what is half-written, and blocks that are not in `keep` (paths within the folder)."""
+    remove_stray_parts(folder)
+    for path in owned_files(folder):
+        if path.parent.name == BLOCK_FOLDER and path.relative_to(folder).as_posix() not in keep:
+            path.unlink()
 
 
 @contextmanager
@@ -192,8 +202,8 @@ def locked(folder: Path) -> Iterator[None]:
 
 def _is_store(folder: Path) -> bool:
     try:
-        value = json.loads((folder / MANIFEST_NAME).read_text())
-    except (OSError, ValueError):
+        value = json.loads(read_whole(folder / MANIFEST_NAME, StoreError))
+    except (FileNotFoundError, ValueError, RecursionError, StoreError):
         return False
     return isinstance(value, dict) and value.get("format") == FORMAT
 

@@ -16,6 +16,8 @@ from tiered.convert.resolve import Folder, HubId, Shape
 from tiered.convert.source import WeightFiles, WeightSource
 from tiered.convert.synthetic import Synthetic, shape_config
 from tiered.errors import CheckpointError, ConfigError
+from tiered.files import read_whole
+from tiered.store.beside import check_packages
 
 
 def open_checkpoint(place: Folder | HubId, options: ConvertOptions, ledger: Ledger) -> tuple[WeightSource, StorePlan]:
@@ -32,6 +34,7 @@ def open_checkpoint(place: Folder | HubId, options: ConvertOptions, ledger: Ledg
     else:
         files = HubFiles(place.repo_id, options.revision, ledger, delete=options.delete_downloads)
         config = load_config(files.path("config.json").parent)
+    check_packages(files.name, files.names, lambda name: read_whole(files.path(name), CheckpointError))
     _refuse_adapter(files)
     _refuse_quantized(files.name, configured_method(config))
     claimed = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32

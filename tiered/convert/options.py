@@ -104,6 +104,8 @@ class ConvertResult:
     """Linear weights that keep the checkpoint's precision because their shape does not fit the groups."""
     warnings: tuple[str, ...]
     synthetic: bool
+    has_tokenizer: bool = True
+    """Whether there was one to copy: a store without takes and gives token ids only."""
 
     @property
     def bits_per_weight(self) -> float:

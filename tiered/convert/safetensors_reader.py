@@ -14,6 +14,7 @@ import torch
 
 from tiered.convert.source import PANEL_NBYTES, StoredTensor, panel_rows, tensor_bytes
 from tiered.errors import CheckpointError, ReadError
+from tiered.files import reading
 from tiered.store import TensorEntry, checkpoint_header
 
 _BUFFERS: Final = 3
@@ -83,7 +84,8 @@ class SafetensorsReader:
     def _fd(self, path: Path) -> int:
         if self._open is None or self._open[0] != path:
             self._close_file()
-            self._open = (path, os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+            with reading(path):
+                self._open = (path, os.open(path, os.O_RDONLY | os.O_CLOEXEC))
         return self._open[1]
 
     def _close_file(self) -> None:

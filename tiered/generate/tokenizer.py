@@ -9,10 +9,10 @@ from typing import Any, Final
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from tiered.errors import StoreError
+from tiered.files import read_whole
 from tiered.store import Store
+from tiered.store.beside import VOCABULARIES, check_beside
 
-_VOCABULARIES: Final = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
-"""One of these holds the tokens themselves; without any, transformers makes up an empty tokenizer."""
 _GENERATION_FILE: Final = "generation_config.json"
 _LONGEST_REASON: Final = 200
 """Characters of a message of transformers that are repeated."""
@@ -63,9 +63,10 @@ SAMPLING: Final[dict[str, Any]] = {
 
 def load_tokenizer(store: Store) -> PreTrainedTokenizerBase:
     """The tokenizer that was copied into the store; raises StoreError where it is missing or damaged."""
-    if not any((store.path / name).is_file() for name in _VOCABULARIES):
+    check_beside(store.path)
+    if not any((store.path / name).is_file() for name in VOCABULARIES):
         raise StoreError(
-            f"{store.path}: has no tokenizer (none of {', '.join(_VOCABULARIES)}); "
+            f"{store.path}: has no tokenizer (none of {', '.join(VOCABULARIES)}); "
             "copy the model's tokenizer files into the store"
         )
     try:
@@ -81,6 +82,7 @@ def load_generation_config(store: Store) -> GenerationConfig:
     """What the store says of generation, as transformers takes it: all of generation_config.json, and where there is
     none, what config.json says. Raises StoreError where that is damaged."""
     path = _generation_file(store)
+    read_whole(path, StoreError)  # what cannot be read is another error than what makes no sense
     legacy: dict[str, Any] = {} if path.name == _GENERATION_FILE else {"_from_model_config": True}
     try:
         return GenerationConfig.from_pretrained(store.path, path.name, local_files_only=True, **legacy)

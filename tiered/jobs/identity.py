@@ -12,6 +12,7 @@ from typing import Any, Final
 import xxhash
 
 from tiered.errors import ConfigError, CorruptError, DiskFullError
+from tiered.files import read_whole, reading
 from tiered.store import atomic_write
 
 FORMAT: Final = "tiered-job"
@@ -101,7 +102,7 @@ def read_job(results: Path) -> JobFile | None:
     """The job that a result file belongs to; None where there is no such file yet."""
     path = job_path(results)
     try:
-        return JobFile.from_json(path.read_text(encoding="utf-8"), path)
+        return JobFile.from_json(read_whole(path, CorruptError).decode("utf-8"), path)
     except FileNotFoundError:
         return None
     except UnicodeDecodeError as error:
@@ -132,7 +133,8 @@ def store_fingerprint(folder: Path) -> str:
     text of tokens."""
     digest = xxhash.xxh3_128()
     for path in sorted(path for path in folder.iterdir() if path.is_file()):
-        content = path.read_bytes()
+        with reading(path):
+            content = path.read_bytes()
         digest.update(f"{path.name}\0{len(content)}\0".encode())
         digest.update(content)
     return digest.hexdigest()

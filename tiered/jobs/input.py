@@ -18,6 +18,7 @@ import numpy.typing as npt
 import xxhash
 
 from tiered.errors import ConfigError
+from tiered.files import errors_of
 from tiered.jobs.request import Problem, custom_id_of, parse_object
 from tiered.units import MIB
 
@@ -78,7 +79,7 @@ class Input:
 
     def read(self) -> Iterator[Line]:
         """The lines that are not blank, each read when it is asked for. What has been appended since is left out."""
-        with open_input(self.path) as file:
+        with open_input(self.path) as file, errors_of(self.path):
             yield from (line for line in read_lines(file, self.nbytes) if not line.is_blank)
 
 
@@ -128,7 +129,7 @@ def scan_input(
     """
     hash_id = hash_id or xxhash.xxh3_64_intdigest
     digest, hashes, lines, requests = xxhash.xxh3_128(), array("Q"), 0, 0
-    with open_input(path) as file:
+    with open_input(path) as file, errors_of(path):
         nbytes = os.fstat(file.fileno()).st_size
         for line in read_lines(file, nbytes, digest.update):
             lines, requests = line.number, requests + (not line.is_blank)
@@ -171,7 +172,7 @@ def _duplicates(path: Path, nbytes: int, repeated: npt.NDArray[np.uint64], hash_
     """Offset of the first line with each hash."""
     others: set[str] = set()
     """Further custom_ids of the same hash: chance makes next to none of them."""
-    with open_input(path) as file, open_input(path) as again:
+    with open_input(path) as file, open_input(path) as again, errors_of(path):
         # A custom_id that very many lines have is not read again for each of them.
         custom_id_at = lru_cache(maxsize=64)(partial(_custom_id_at, again))
         for line in read_lines(file, nbytes):

@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import BinaryIO, Final, Self
 
 from tiered.errors import ConfigError, CorruptError, DiskFullError
+from tiered.files import errors_of
 from tiered.jobs.identity import Identity, JobFile, check_same, job_path, read_job, write_job
 from tiered.jobs.input import LineSet
 from tiered.jobs.results import line_of_id
@@ -79,13 +80,14 @@ class Journal:
             write_job(self.path, job)
             self.job = job
         self.done = LineSet(lines)
-        with open(self._fd, "rb", closefd=False) as file:
-            file.seek(0)
-            self._end = self._read(file, job.identity.key, lines)
-        if os.fstat(self._fd).st_size > self._end:
-            os.ftruncate(self._fd, self._end)
-        # The name of the file and what was cut off it, before anything is built on them.
-        os.fsync(self._fd)
+        with errors_of(self.path):
+            with open(self._fd, "rb", closefd=False) as file:
+                file.seek(0)
+                self._end = self._read(file, job.identity.key, lines)
+            if os.fstat(self._fd).st_size > self._end:
+                os.ftruncate(self._fd, self._end)
+            # The name of the file and what was cut off it, before anything is built on them.
+            os.fsync(self._fd)
         fsync_folder(self.path.parent)
 
     def append(self, line: int, record: bytes, sequences: int) -> None:
@@ -97,10 +99,11 @@ class Journal:
         """
         assert record.endswith(b"\n") and line not in self.done
         try:
-            rest = memoryview(record)
-            while rest:
-                rest = rest[os.write(self._fd, rest) :]
-            os.fdatasync(self._fd)
+            with errors_of(self.path):
+                rest = memoryview(record)
+                while rest:
+                    rest = rest[os.write(self._fd, rest) :]
+                os.fdatasync(self._fd)
         except OSError as error:
             os.ftruncate(self._fd, self._end)
             if error.errno not in _FULL:

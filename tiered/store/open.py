@@ -1,5 +1,6 @@
 """An opened store: its manifest, its blocks with checked headers, its tape. Reads headers only."""
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -80,7 +81,7 @@ class Store:
 
 def _why_no_manifest(folder: Path) -> str:
     if not folder.exists():
-        return f"{folder}: no such store; make one with 'tiered convert MODEL -o {folder}'"
+        return f"{folder}: no such store; make one with 'tiered convert MODEL -o {shlex.quote(str(folder))}'"
     if not folder.is_dir():
         return f"{folder}: a file, expected the folder that 'tiered convert' wrote"
     if (folder / PROGRESS_NAME).exists():
@@ -88,6 +89,6 @@ def _why_no_manifest(folder: Path) -> str:
     if (folder / "config.json").exists():
         return (
             f"{folder}: a model folder, not a store (no {MANIFEST_NAME}); "
-            f"convert it first with 'tiered convert {folder}'"
+            f"convert it first with 'tiered convert {shlex.quote(str(folder))}'"
         )
     return f"{folder}: not a store (no {MANIFEST_NAME}); pass the folder that 'tiered convert' wrote"

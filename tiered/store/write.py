@@ -13,6 +13,7 @@ import torch
 import xxhash
 
 from tiered.errors import DiskFullError
+from tiered.files import errors_of
 from tiered.quant import GroupScheme
 from tiered.store.block import METADATA_KEY, PAD_PREFIX, ZSTD_SUFFIX, Compressed, block_metadata
 from tiered.store.format import ALIGNMENT, CHUNK_NBYTES, PAGE, TensorEntry, hash_chunk, header_bytes, tensor_nbytes
@@ -47,7 +48,7 @@ class BlockWriter:
 
     def __enter__(self) -> Self:
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        with _disk_full(self._part):
+        with _writing(self._part):
             self._file = self._part.open("w+b")
         self._sweep = Sweep(self._file.raw)
         return self
@@ -103,15 +104,15 @@ class BlockWriter:
             self._checksums.append(self._hasher.hexdigest())
         metadata = {"format": "pt", METADATA_KEY: block_metadata(self._schemes, self._compressed)}
         header = header_bytes(self._entries, metadata, self._data_start)
-        with _disk_full(self._part):
+        with _writing(self._part):
             self._open_sweep().finish()
             file.seek(0)
             file.write(header)
             file.flush()
             os.fsync(file.fileno())
-        # The first chunk holds the header, so it can only be hashed now.
-        file.seek(0)
-        self._checksums[0] = hash_chunk(file.read(CHUNK_NBYTES))
+            # The first chunk holds the header, so it can only be hashed now.
+            file.seek(0)
+            self._checksums[0] = hash_chunk(file.read(CHUNK_NBYTES))
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         nbytes = self._written
         file.close()
@@ -150,7 +151,7 @@ class BlockWriter:
             self._write(memoryview(bytes(gap)))
 
     def _write(self, data: memoryview) -> None:
-        with _disk_full(self._part):
+        with _writing(self._part):
             self._open_sweep().append(data)
         while data.nbytes:
             room = CHUNK_NBYTES - self._written % CHUNK_NBYTES
@@ -165,7 +166,7 @@ class BlockWriter:
 def atomic_write(path: Path, content: str | bytes) -> None:
     """Replace `path` by `content`, durably: either the old file or the whole new one is there after a crash."""
     part = path.with_name(path.name + ".part")
-    with _disk_full(part):
+    with _writing(part):
         with part.open("wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
@@ -175,9 +176,11 @@ def atomic_write(path: Path, content: str | bytes) -> None:
 
 
 @contextlib.contextmanager
-def _disk_full(path: Path) -> Iterator[None]:
+def _writing(path: Path) -> Iterator[None]:
+    """Say which file could not be written, and where for lack of space, what to do."""
     try:
-        yield
+        with errors_of(path):
+            yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -192,6 +195,7 @@ def fsync_folder(folder: Path) -> None:
     """Make names that were added to or taken from `folder` last."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(fd)
+        with errors_of(folder):
+            os.fsync(fd)
     finally:
         os.close(fd)

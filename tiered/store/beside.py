@@ -1,0 +1,85 @@
+"""The files beside the blocks: those of a checkpoint that a store keeps verbatim, and what its tokenizer needs.
+
+In: names of files and their contents. Out: what is copied, what is missing. `convert/` copies them and asks before it
+begins whether the tokenizer will load; whoever loads it asks again, for it may be another machine.
+"""
+
+import importlib.util
+import re
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Final
+
+from tiered.errors import ConfigError, StoreError
+from tiered.files import read_whole
+
+_SENTENCEPIECE: Final = (
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "sentencepiece.model",
+    "spm.model",
+    "tiktoken.model",
+)
+"""Vocabularies that transformers reads with a package of their own, where there is no other."""
+_OTHERS: Final = ("tokenizer.json", "vocab.json", "vocab.txt", "tekken.json")
+VOCABULARIES: Final = (*_OTHERS, *_SENTENCEPIECE)
+"""One of these holds the tokens themselves; without any, transformers makes up an empty tokenizer."""
+COPIED: Final = (
+    "config.json",
+    "generation_config.json",
+    *VOCABULARIES,
+    "merges.txt",
+    "emoji.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""Copied verbatim into the store where the source has them."""
+_TIKTOKEN: Final = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")
+"""A line of a vocabulary as tiktoken keeps it, whatever the file is called."""
+
+
+def check_packages(name: str, names: Collection[str], read: Callable[[str], bytes]) -> None:
+    """Raise ConfigError where the tokenizer among `names`, which `read` reads, needs a package that is not installed.
+
+    `name` is what the error calls the folder.
+    """
+    if any(other in names for other in _OTHERS):
+        return
+    vocabulary = next((file for file in _SENTENCEPIECE if file in names), None)
+    if vocabulary is None:
+        return
+    packages = {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"}
+    if _TIKTOKEN.match(read(vocabulary)):
+        packages = {"tiktoken": "tiktoken"}
+    missing = [package for module, package in packages.items() if not _is_installed(module)]
+    if missing:
+        raise ConfigError(
+            f"{name}: its tokenizer is {vocabulary} alone, which takes {' and '.join(missing)} to read; "
+            f"'pip install {' '.join(missing)}', then run the same command again"
+        )
+
+
+def check_beside(folder: Path) -> None:
+    """Read what makes text in the store `folder`, so that what cannot be read is told from what makes no sense.
+
+    Raises ReadError where the operating system cannot read a file, StoreError where it is none, ConfigError where a
+    package is missing.
+    """
+    found: dict[str, bytes] = {}
+    for name in COPIED:
+        try:
+            found[name] = read_whole(folder / name, StoreError)
+        except FileNotFoundError:
+            continue
+    check_packages(str(folder), found, found.__getitem__)
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the package around it
+        return False
