@@ -23,6 +23,7 @@ from tiered.kernels import load_library
 from tiered.store import Store, hash_chunk
 
 PLAIN = ConvertOptions(quant="none")
+BIAS = "model.decoder.layers.0.fc1.bias"
 
 
 def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
@@ -238,6 +239,44 @@ def test_weights_that_are_not_finite_are_named(tmp_path: Path) -> None:
     rewrite(source, lambda t: {**t, bad: t[bad] * float("nan")})
     with pytest.raises(CheckpointError, match=r"layers\.2\.self_attn\.q_proj\.weight: expected finite weights"):
         convert_checkpoint(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 3.4e38])
+@pytest.mark.parametrize(
+    ("quant", "name"),
+    [
+        ("none", "model.decoder.layers.2.fc1.weight"),
+        ("none", "model.decoder.embed_tokens.weight"),
+        ("int4", "model.decoder.layers.2.final_layer_norm.weight"),
+        ("int4", "model.decoder.layers.0.fc1.bias"),
+        ("int8", "model.decoder.embed_positions.weight"),
+    ],
+)
+def test_what_is_not_quantized_must_be_finite_too(value: float, quant: str, name: str, tmp_path: Path) -> None:
+    source = save_model(tmp_path / "source", tiny_model("opt"))
+
+    def spoil(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        tensors[name].view(-1)[7] = value
+        return tensors
+
+    rewrite(source, spoil)
+    message = rf"{name.replace('.', '[.]')}: expected finite weights, found 1 among [\d,]+ that are NaN, infinite or"
+    with pytest.raises(CheckpointError, match=message):
+        convert_checkpoint(source, tmp_path / "out", ConvertOptions(quant=quant))
+
+
+def test_a_large_value_that_the_compute_dtype_holds_is_no_fault(tmp_path: Path) -> None:
+    source = save_model(tmp_path / "source", tiny_model("opt"))
+    rewrite(source, lambda t: {**t, "model.decoder.layers.0.fc1.bias": torch.full_like(t[BIAS], 3.3e38)})
+    convert_checkpoint(source, tmp_path / "out", PLAIN)
+    assert read_store(tmp_path / "out")[BIAS].max() > 3e38
+
+
+def test_doubles_beyond_the_range_of_what_computes_are_named(tmp_path: Path) -> None:
+    source = save_model(tmp_path / "source", tiny_model("opt"))
+    rewrite(source, lambda t: {n: x.double() * 1e300 if n == BIAS else x for n, x in t.items()})
+    with pytest.raises(CheckpointError, match=r"fc1\.bias: expected finite weights, .* beyond what bfloat16 holds"):
+        convert_checkpoint(source, tmp_path / "out", PLAIN)
 
 
 def test_a_truncated_file_is_refused_before_anything_is_written(tmp_path: Path) -> None:

@@ -1,10 +1,15 @@
 """What a conversion may do to the folder it is pointed at."""
 
+import contextlib
 import errno
 import json
+import os
+import pkgutil
 import shutil
 from collections import namedtuple
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -206,6 +211,97 @@ def test_too_little_space_is_refused_before_anything_is_written(
 def test_two_conversions_into_one_folder_do_not_mix(tmp_path: Path) -> None:
     with locked(tmp_path), pytest.raises(ConfigError, match="another conversion is writing to it"):
         convert_checkpoint(TRAINED, tmp_path, ConvertOptions())
+
+
+@pytest.mark.parametrize(
+    ("moment", "finished", "message"),
+    [
+        ("convert.open_checkpoint", True, "already a finished store"),
+        ("convert.convert.locked", True, "already a finished store"),
+        ("convert.convert.locked", False, "another conversion has begun there meanwhile; run the same command again"),
+    ],
+)
+def test_what_another_process_did_after_we_looked_is_not_overwritten(
+    moment: str, finished: bool, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It begins, and may end, while we open the checkpoint, or just before we take the lock."""
+    out = tmp_path / "out"
+    with_another_before(monkeypatch, moment, lambda: another(out, finished))
+    with pytest.raises(ConfigError, match=message):
+        convert_checkpoint(TRAINED, out, ConvertOptions())
+    assert state_of(out) == ("finished" if finished else "unfinished")
+    assert len(list((out / "blocks").glob("*.safetensors"))) == (10 if finished else 6)
+
+
+def test_what_another_process_began_while_we_opened_the_checkpoint_is_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    with_another_before(monkeypatch, "convert.open_checkpoint", lambda: another(out, False))
+    assert convert_checkpoint(TRAINED, out, ConvertOptions()).resumed_blocks == 6
+    Store.open(out)
+
+
+def another(out: Path, finished: bool) -> None:
+    """What another process does in `out`: a conversion, or most of one."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not finished:
+            stop_at(patch, "layer-004")
+        with contextlib.suppress(Stop):
+            convert_checkpoint(TRAINED, out, ConvertOptions())
+
+
+def with_another_before(monkeypatch: pytest.MonkeyPatch, moment: str, act: Callable[[], None]) -> None:
+    """Have `act` run before `tiered.{moment}` does, once."""
+    original = pkgutil.resolve_name(f"tiered.{moment}")
+
+    def meanwhile(*arguments: Any) -> Any:
+        monkeypatch.setattr(f"tiered.{moment}", original)
+        act()
+        return original(*arguments)
+
+    monkeypatch.setattr(f"tiered.{moment}", meanwhile)
+
+
+def test_a_store_that_is_finished_while_we_wait_to_resume_it_is_kept(
+    half: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before: dict[Path, int] = {}
+
+    def finish() -> None:
+        another(half, True)
+        before.update({path: path.stat().st_mtime_ns for path in half.rglob("*")})
+
+    with_another_before(monkeypatch, "convert.open_checkpoint", finish)
+    with pytest.raises(ConfigError, match="already a finished store"):
+        convert_checkpoint(TRAINED, half, ConvertOptions())
+    assert {path: path.stat().st_mtime_ns for path in half.rglob("*")} == before
+
+
+def test_a_kill_while_the_disk_is_probed_leaves_what_the_same_call_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+
+    def killed(folder: Path, _: int) -> float:
+        (folder / "bandwidth.part").write_bytes(b"noise")
+        raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tiered.convert.compression.read_bandwidth", killed)
+        with pytest.raises(Stop):
+            convert_checkpoint(TRAINED, out, ConvertOptions(quant="int8"))
+    assert state_of(out) == "unfinished"
+    convert_checkpoint(TRAINED, out, ConvertOptions(quant="int8", compress="none", force=True))
+    assert not (out / "bandwidth.part").exists()
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("name", ["manifest.json", "conversion.json"])
+def test_a_pipe_in_the_output_folder_is_not_waited_for(name: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ConfigError, match=r"nothing in it is touched|not a progress file"):
+        convert_checkpoint(TRAINED, tmp_path)
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[]", '{"format": "tiered-conversion", "version": 99}'])

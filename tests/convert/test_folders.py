@@ -1,4 +1,4 @@
-"""What docs/folders.md says of weights: each row against transformers itself, on the same folder.
+"""What docs/folders.md says of weights and tokenizers: each row against transformers itself, on the same folder.
 
 A folder gives the same weights there and here, or is refused here. Where transformers loads something that is not the
 model (scales left out, random numbers for what is missing), refusing is right.
@@ -13,11 +13,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES, tokenizer_class_from_name
 
-from tests.convert.models import read_store, save_bin, save_model, tiny_model
+from tests.convert.models import TRAINED, read_store, save_bin, save_model, tiny_model
+from tiered.arch.families import FAMILIES
 from tiered.convert import ConvertOptions, convert_checkpoint
 from tiered.errors import CheckpointError
+from tiered.generate.tokenizer import load_tokenizer
+from tiered.store import Store
+from tiered.store.beside import COPIED
 
 PLAIN = ConvertOptions(quant="none")
 INDEX = "model.safetensors.index.json"
@@ -190,3 +195,88 @@ def test_what_would_be_another_model_is_refused(build: Build, message: str, tmp_
     with pytest.raises(CheckpointError, match=message):
         convert_checkpoint(tmp_path / "source", tmp_path / "out", PLAIN)
     assert not (tmp_path / "out").exists()
+
+
+def trained(folder: Path) -> Any:
+    """The trained tokenizer's model: vocabulary and merges."""
+    shutil.copy(TRAINED / "tokenizer_config.json", folder)
+    return json.loads((TRAINED / "tokenizer.json").read_text())["model"]
+
+
+def tokenizer_json(folder: Path) -> None:
+    trained(folder)
+    shutil.copy(TRAINED / "tokenizer.json", folder)
+
+
+def vocab_and_merges(folder: Path) -> None:
+    model = trained(folder)
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (folder / "merges.txt").write_text("".join(f"{' '.join(merge)}\n" for merge in model["merges"]))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
+
+
+def vocab_txt(folder: Path) -> None:
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "list", "of", "value", "##s"]
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n")
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+
+
+def sentencepiece(name: str, tokenizer_class: str | None = None) -> Build:
+    """A vocabulary of SentencePiece's, called `name`, and nothing else that makes a tokenizer."""
+
+    def build(folder: Path) -> None:
+        import sentencepiece
+
+        texts = [line for line in Path(__file__).read_text(encoding="utf-8").splitlines() if line.strip()]
+        with (folder / name).open("wb") as file:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=iter(texts), model_writer=file, vocab_size=400, model_type="bpe", byte_fallback=True,
+                num_threads=1, minloglevel=2,
+            )  # fmt: skip
+        if tokenizer_class is not None:
+            (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": tokenizer_class}))
+
+    return build
+
+
+def json_beside_sentencepiece(folder: Path) -> None:
+    sentencepiece("tokenizer.model")(folder)
+    tokenizer_json(folder)
+
+
+TOKENIZERS: dict[str, Build] = {
+    "tokenizer.json": tokenizer_json,
+    "tokenizer.json beside tokenizer.model": json_beside_sentencepiece,
+    "vocab.json and merges.txt": vocab_and_merges,
+    "vocab.txt": vocab_txt,
+    "tokenizer.model alone": sentencepiece("tokenizer.model"),
+    "tokenizer.model and its class": sentencepiece("tokenizer.model", "LlamaTokenizer"),
+    "spiece.model": sentencepiece("spiece.model", "T5Tokenizer"),
+}
+TEXT = "The list of values, in  two\nlines: naïve €."
+
+
+@pytest.mark.parametrize("build", TOKENIZERS.values(), ids=TOKENIZERS.keys())
+def test_the_tokenizer_is_the_one_that_transformers_makes_of_the_folder(build: Build, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    put(source, 1)
+    build(source)
+    expected = AutoTokenizer.from_pretrained(source, local_files_only=True)
+    assert convert_checkpoint(source, tmp_path / "out", PLAIN).has_tokenizer
+    found = load_tokenizer(Store.open(tmp_path / "out"))
+    ids = found(TEXT).input_ids
+    assert type(found) is type(expected) and len(found) == len(expected) > 1
+    assert len(ids) > 1 and ids == expected(TEXT).input_ids
+    assert found.decode(ids) == expected.decode(ids)
+
+
+def test_every_file_that_transformers_reads_a_vocabulary_from_is_copied() -> None:
+    names = {"tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json"}
+    for family in FAMILIES:
+        made = TOKENIZER_MAPPING_NAMES.get(family)
+        if made is not None:
+            names |= set((getattr(tokenizer_class_from_name(made), "vocab_files_names", None) or {}).values())
+    for made in ("LlamaTokenizer", "T5Tokenizer", "AlbertTokenizer", "CamembertTokenizer", "DebertaV2Tokenizer"):
+        names |= set(tokenizer_class_from_name(made).vocab_files_names.values())
+    assert "merges.txt" in names and "tokenizer.model" in names
+    assert names <= set(COPIED)

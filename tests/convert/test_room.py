@@ -1,0 +1,102 @@
+"""A conversion that fits the disk is not refused, one that does not is refused before anything is written."""
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.convert.models import TRAINED, store_digest
+from tiered.convert import ConvertOptions, compression, convert_checkpoint
+from tiered.convert.compression import PROBE_NAME
+from tiered.errors import DiskFullError
+from tiered.units import MIB
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """An empty file system of 24 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={24 * MIB}", "tiered-test", str(folder)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        pytest.skip("there is no mount here")
+    if done.returncode:
+        pytest.skip(f"no file system can be mounted: {done.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def occupy(disk: Path, leave_nbytes: int) -> None:
+    """Fill `disk` but for so many bytes."""
+    free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
+    (disk / "other").write_bytes(bytes(free - leave_nbytes))
+
+
+def stored_nbytes(store: Path) -> int:
+    return sum(path.stat().st_size for path in store.rglob("*") if path.is_file())
+
+
+def test_a_store_fits_where_there_is_room_for_it_and_no_probe(small_disk: Path, tmp_path: Path) -> None:
+    options = ConvertOptions(quant="int8")  # whose codes are candidates for zstd: the disk is probed
+    convert_checkpoint(TRAINED, tmp_path / "whole", options)
+    nbytes = stored_nbytes(tmp_path / "whole")
+    assert nbytes < 16 * MIB
+    occupy(small_disk, nbytes + 6 * MIB)
+    convert_checkpoint(TRAINED, small_disk / "out", options)
+    assert not (small_disk / "out" / PROBE_NAME).exists()
+
+
+def test_half_a_block_that_a_kill_left_is_no_obstacle(
+    small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, options = small_disk / "out", ConvertOptions(compress="none")
+    convert_checkpoint(TRAINED, tmp_path / "whole", options)
+    nbytes = stored_nbytes(tmp_path / "whole")
+
+    def stop(_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert_checkpoint(TRAINED, out, options, stop)
+    (out / "blocks" / "layer-003.safetensors.part").write_bytes(bytes(6 * MIB))
+    here = stored_nbytes(out)
+    occupy(small_disk, nbytes + 6 * MIB - here)
+    convert_checkpoint(TRAINED, out, options)
+    assert store_digest(out) == store_digest(tmp_path / "whole")
+
+
+def test_too_little_room_is_found_before_anything_is_written(small_disk: Path, tmp_path: Path) -> None:
+    convert_checkpoint(TRAINED, tmp_path / "whole")
+    occupy(small_disk, stored_nbytes(tmp_path / "whole") - MIB)
+    with pytest.raises(DiskFullError, match="choose a folder on another disk"):
+        convert_checkpoint(TRAINED, small_disk / "out")
+    assert not (small_disk / "out").exists()
+
+
+def test_what_lies_beside_the_blocks_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr("tiered.convert.convert.check_space", lambda _, needed, *rest: asked.append(needed))
+    options = ConvertOptions(compress="none")
+    convert_checkpoint(TRAINED, tmp_path / "out", options)
+    assert asked[0] > stored_nbytes(tmp_path / "out") - 16_000  # less conversion.json and manifest
+    assert asked[0] < stored_nbytes(tmp_path / "out") + MIB
+
+
+def test_the_probe_takes_no_more_than_the_store_will(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    timed = compression._timed_read
+
+    def watched(path: Path) -> float:
+        sizes.append(path.stat().st_size)
+        return timed(path)
+
+    monkeypatch.setattr(compression, "_timed_read", watched)
+    convert_checkpoint(TRAINED, tmp_path / "out", ConvertOptions(quant="int8"))
+    (nbytes,) = sizes
+    assert MIB < nbytes <= stored_nbytes(tmp_path / "out") + MIB
