@@ -1,22 +1,29 @@
-"""Kills a job with -9 at random moments until it is done, and compares its results with those of a run in one go.
+"""Kills a job or a conversion with -9 at random moments until it is done, and compares what it leaves with a run in one
+go.
 
     python tools/job_loop.py STORE [--sequences 200] [--kills N] [--seed 0] [--folder DIR] [-- OPTION ...]
+    python tools/job_loop.py --convert CHECKPOINT [--kills 50] [--seed 0] [--folder DIR] [-- OPTION ...]
 
-Options after "--" are those of `tiered batch`. Half of the moments are within the first seconds, wherever the process
-is by then; the others come shortly after it has added some results. Exit code 0: every request has exactly one result,
-equal to that of the uninterrupted run.
+Options after "--" are those of `tiered batch` or `tiered convert`. Half of the moments are anywhere in a run; the
+others come shortly after it has added some results, or finished some blocks. A job is killed until it ends by itself. A
+conversion is begun anew in another folder each time that it ends, until it has been killed so many times in all.
+`--compress zstd` is passed on unless another is: auto measures the disk, and may decide otherwise each time.
+
+Exit code 0: every request has exactly one result, equal to that of the uninterrupted run; every store is the same bytes
+as that of the uninterrupted conversion, and no other file is left in its folder.
 """
 
 import argparse
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -24,6 +31,7 @@ from typing import Any, Final
 ROOT: Final = Path(__file__).parent.parent
 _EARLY_SECONDS: Final = 10.0
 _MOST_NEW_RESULTS: Final = 8
+_CONVERSION_KILLS: Final = 50
 _POLL_SECONDS: Final = 0.002
 _WORDS: Final = ("the", "function", "module", "returns", "a", "list", "of", "values", "when", "called", "with", "is")
 
@@ -34,7 +42,7 @@ class Loop:
 
     kills: int
     with_results: int
-    """Kills that found some results, but not all, in the file."""
+    """Kills that found some results, or blocks, which the run had added."""
     seconds: float
 
 
@@ -68,22 +76,55 @@ def kill_until_done(command: Sequence[str | Path], results: Path, chance: random
 
     After `kills` times it is left alone. Raises RuntimeError where it fails.
     """
-    begin, killed, with_results = time.monotonic(), 0, 0
+
+    def begin() -> Callable[[], int]:
+        size = _size(results)
+        return lambda: _lines_after(results, size)
+
+    return _kill_until_done(command, begin, chance, kills, _EARLY_SECONDS, lambda: False)
+
+
+def convert_until_done(
+    command: Sequence[str | Path], store: Path, chance: random.Random, kills: int | None, seconds: float
+) -> Loop:
+    """As `kill_until_done`, for a conversion into `store` that takes some `seconds` undisturbed."""
+
+    def begin() -> Callable[[], int]:
+        blocks = len(_blocks(store))
+        return lambda: len(_blocks(store)) - blocks
+
+    # Killed on its way out it has finished, and the same command would refuse to do it again.
+    manifest, progress = store / "manifest.json", store / "conversion.json"
+    return _kill_until_done(command, begin, chance, kills, seconds, lambda: manifest.exists() and not progress.exists())
+
+
+def _kill_until_done(
+    command: Sequence[str | Path],
+    begin: Callable[[], Callable[[], int]],
+    chance: random.Random,
+    kills: int | None,
+    early_seconds: float,
+    is_done: Callable[[], bool],
+) -> Loop:
+    """`begin`, called when a process begins, gives a function that tells what that has added so far."""
+    started, killed, with_results = time.monotonic(), 0, 0
     while True:
         process = subprocess.Popen(
             list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=_environment()
         )
-        size = _size(results)
+        added = begin()
         if kills is None or killed < kills:
-            _wait_for_a_moment(process, results, chance)
+            _wait_for_a_moment(process, added, chance, early_seconds)
             process.send_signal(signal.SIGKILL)
         told = process.communicate()[1]
         if process.returncode == 0:
-            return Loop(killed, with_results, time.monotonic() - begin)
+            return Loop(killed, with_results, time.monotonic() - started)
         if process.returncode != -signal.SIGKILL:
             raise RuntimeError(f"exit code {process.returncode}: {told}")
         killed += 1
-        with_results += _size(results) > size
+        with_results += added() > 0
+        if is_done():
+            return Loop(killed, with_results, time.monotonic() - started)
 
 
 def differences(results: Path, expected: Path) -> list[str]:
@@ -95,10 +136,22 @@ def differences(results: Path, expected: Path) -> list[str]:
     return said
 
 
+def store_differences(store: Path, expected: Path) -> list[str]:
+    """What is wrong with `store`, of the same conversion as `expected`, run in one go."""
+    found, wanted = (
+        {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+        for folder in (store, expected)
+    )
+    said = [f"{name}: left over" for name in found.keys() - wanted.keys()]
+    said += [f"{name}: missing" for name in wanted.keys() - found.keys()]
+    return said + [f"{name}: other bytes" for name in found.keys() & wanted.keys() if found[name] != wanted[name]]
+
+
 def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("store", type=Path)
+    parser.add_argument("source", type=Path, help="a store, or with --convert a checkpoint")
+    parser.add_argument("--convert", action="store_true", help="kill conversions instead of jobs")
     parser.add_argument("--sequences", type=int, default=200)
     parser.add_argument("--kills", type=int, help="at most; otherwise until it ends by itself")
     parser.add_argument("--seed", type=int, default=0, help="of the requests and the moments")
@@ -109,30 +162,62 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        requests, whole, killed = (folder / f"{name}.jsonl" for name in ("requests", "whole", "killed"))
-        write_requests(requests, arguments.sequences, arguments.seed)
-        command = [sys.executable, "-m", "tiered", "batch", arguments.store, "-i", requests, *options]
-        run_once([*command, "-o", whole])
-        chance = random.Random(arguments.seed)
-        loop = kill_until_done([*command, "-o", killed], killed, chance, arguments.kills)
-        said = differences(killed, whole)
-        print(
-            f"{arguments.sequences} sequences, killed {loop.kills} times, {loop.with_results} of them while results "
-            f"were written, in {loop.seconds:.0f} s: {len(said)} differences"
-        )
-        print("".join(f"{line}\n" for line in said), end="")
+        said = (_convert if arguments.convert else _batch)(arguments, options, folder)
+    print("".join(f"{line}\n" for line in said), end="")
     return 1 if said else 0
 
 
-def _wait_for_a_moment(process: subprocess.Popen[str], results: Path, chance: random.Random) -> None:
+def _batch(arguments: argparse.Namespace, options: list[str], folder: Path) -> list[str]:
+    requests, whole, killed = (folder / f"{name}.jsonl" for name in ("requests", "whole", "killed"))
+    write_requests(requests, arguments.sequences, arguments.seed)
+    command = [sys.executable, "-m", "tiered", "batch", arguments.source, "-i", requests, *options]
+    run_once([*command, "-o", whole])
+    chance = random.Random(arguments.seed)
+    loop = kill_until_done([*command, "-o", killed], killed, chance, arguments.kills)
+    said = differences(killed, whole)
+    print(
+        f"{arguments.sequences} sequences, killed {loop.kills} times, {loop.with_results} of them while results "
+        f"were written, in {loop.seconds:.0f} s: {len(said)} differences"
+    )
+    return said
+
+
+def _convert(arguments: argparse.Namespace, options: list[str], folder: Path) -> list[str]:
+    if "--compress" not in options:
+        options = [*options, "--compress", "zstd"]
+    command = [sys.executable, "-m", "tiered", "convert", arguments.source.absolute(), *options]
+    begin = time.monotonic()
+    run_once([*command, "-o", folder / "whole"])
+    seconds, wanted = time.monotonic() - begin, arguments.kills or _CONVERSION_KILLS
+    chance, loops, said = random.Random(arguments.seed), list[Loop](), list[str]()
+    while (left := wanted - sum(loop.kills for loop in loops)) > 0:
+        store = folder / f"killed-{len(loops)}"
+        loops.append(convert_until_done([*command, "-o", store], store, chance, left, seconds))
+        said += [f"{store.name}: {line}" for line in store_differences(store, folder / "whole")]
+        shutil.rmtree(store)
+    print(
+        f"{len(loops)} conversions, killed {sum(loop.kills for loop in loops)} times, "
+        f"{sum(loop.with_results for loop in loops)} of them after some blocks, "
+        f"in {sum(loop.seconds for loop in loops):.0f} s: {len(said)} differences"
+    )
+    return said
+
+
+def _wait_for_a_moment(
+    process: subprocess.Popen[str], added: Callable[[], int], chance: random.Random, early_seconds: float
+) -> None:
     # Never so late that the job may have ended by itself.
-    size, wanted = _size(results), chance.randrange(1, _MOST_NEW_RESULTS)
-    early = time.monotonic() + chance.uniform(0, _EARLY_SECONDS) if chance.random() < 0.5 else None
-    while process.poll() is None and _lines_after(results, size) < wanted:
+    wanted = chance.randrange(1, _MOST_NEW_RESULTS)
+    early = time.monotonic() + chance.uniform(0, early_seconds) if chance.random() < 0.5 else None
+    while process.poll() is None and added() < wanted:
         if early is not None and time.monotonic() >= early:
             return
         time.sleep(_POLL_SECONDS)
     time.sleep(chance.uniform(0, 0.05))
+
+
+def _blocks(store: Path) -> list[Path]:
+    return list((store / "blocks").glob("*.safetensors"))
 
 
 def _lines_after(results: Path, offset: int) -> int:

@@ -270,13 +270,17 @@ def test_the_tokenizer_is_the_one_that_transformers_makes_of_the_folder(build: B
     assert found.decode(ids) == expected.decode(ids)
 
 
+def vocabularies_of(tokenizer_class: str) -> set[str]:
+    names: dict[str, str] | None = getattr(tokenizer_class_from_name(tokenizer_class), "vocab_files_names", None)
+    return set((names or {}).values())
+
+
 def test_every_file_that_transformers_reads_a_vocabulary_from_is_copied() -> None:
     names = {"tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json"}
     for family in FAMILIES:
         made = TOKENIZER_MAPPING_NAMES.get(family)
-        if made is not None:
-            names |= set((getattr(tokenizer_class_from_name(made), "vocab_files_names", None) or {}).values())
+        names |= vocabularies_of(made) if made is not None else set()
     for made in ("LlamaTokenizer", "T5Tokenizer", "AlbertTokenizer", "CamembertTokenizer", "DebertaV2Tokenizer"):
-        names |= set(tokenizer_class_from_name(made).vocab_files_names.values())
+        names |= vocabularies_of(made)
     assert "merges.txt" in names and "tokenizer.model" in names
     assert names <= set(COPIED)

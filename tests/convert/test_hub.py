@@ -155,6 +155,30 @@ def test_files_that_were_there_before_stay(hub: FakeHub, cache: Path, tmp_path: 
     assert weights_in(cache) == {mine}
 
 
+@pytest.mark.parametrize("other_has_it", [False, True])
+def test_what_the_whole_cache_shares_stays_while_another_repository_has_it(
+    other_has_it: bool, hub: FakeHub, cache: Path, tmp_path: Path
+) -> None:
+    """As huggingface_hub shares files: a repository's blob is a link to one that others may link to as well."""
+    name = sorted(shards(hub.folder))[2]
+    store, other = cache / "blobs" / "00", cache / "models--another--one" / "blobs"
+    store.mkdir(parents=True)
+    other.mkdir(parents=True)
+
+    def share(_: object) -> None:
+        pointers = [path for path in cache.rglob(f"models--*/snapshots/*/{name}") if path.is_symlink()]
+        if pointers and not list(store.iterdir()):
+            blob = pointers[0].resolve()
+            blob.rename(store / "shared")
+            blob.symlink_to("../../blobs/00/shared")
+            if other_has_it:
+                (other / blob.name).symlink_to("../../blobs/00/shared")
+
+    convert_checkpoint(REPO, tmp_path / "out", ConvertOptions(delete_downloads=True), share)
+    assert [path.name for path in store.iterdir()] == (["shared"] if other_has_it else [])
+    assert all(path.exists() for path in cache.rglob("*") if path.is_symlink())  # none leads nowhere
+
+
 def test_a_blob_that_another_revision_uses_stays(hub: FakeHub, cache: Path, tmp_path: Path) -> None:
     shared = sorted(shards(hub.folder))[2]
     blob = Path(huggingface_hub.hf_hub_download(REPO, shared, revision=COMMIT)).resolve()

@@ -3,6 +3,7 @@
 huggingface_hub does the work, so HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE mean what its documentation says.
 """
 
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -74,11 +75,10 @@ class HubFiles:
         pointer = self._cached(name)
         if not self._delete or pointer is None or name not in self._ledger.downloaded:
             return
-        blob = pointer.resolve()
+        snapshots, blob = pointer.parents[len(Path(name).parts)], _target(pointer)
         pointer.unlink()
-        snapshots = pointer.parents[len(Path(name).parts)]
-        if blob != pointer and not any(p.is_symlink() and p.resolve() == blob for p in snapshots.rglob("*")):
-            blob.unlink(missing_ok=True)
+        if blob is not None and all(_target(other) != blob for other in snapshots.rglob("*")):
+            _delete_blob(blob)
 
     def fingerprint(self, names: Iterable[str]) -> str:
         return xxhash.xxh3_128_hexdigest("\0".join([self._repo_id, self._commit, *sorted(names)]).encode())
@@ -91,6 +91,20 @@ class HubFiles:
 def cache_folder() -> Path:
     """Where huggingface_hub puts downloads."""
     return Path(huggingface_hub.constants.HF_HUB_CACHE)
+
+
+def _target(link: Path) -> Path | None:
+    """What `link` points to, one step on; None where it is no link."""
+    return Path(os.path.normpath(link.parent / link.readlink())) if link.is_symlink() else None
+
+
+def _delete_blob(blob: Path) -> None:
+    """Delete a repository's blob, and where that is a link to what the whole cache shares, that as well, unless another
+    repository has it too."""
+    shared = _target(blob)
+    blob.unlink(missing_ok=True)
+    if shared is not None and all(_target(other) != shared for other in blob.parents[2].glob("*/blobs/*")):
+        shared.unlink(missing_ok=True)
 
 
 def _list_online(repo_id: str, revision: str | None) -> tuple[str, dict[str, int | None]]:
