@@ -20,6 +20,7 @@ from tiered.files import read_whole
 from tiered.quant import folded
 from tiered.store.beside import COPIED
 
+_PIECE_NUMEL: Final = 1 << 20
 _GREATEST: Final = torch.finfo(torch.bfloat16).max
 
 
@@ -111,8 +112,10 @@ class Checkpoint:
 
     def plain(self, tensor: TensorRecipe) -> Iterator[memoryview]:
         for panel in self._panels(self._names.sources[tensor.name]):
-            _check_finite(panel, tensor.name)
-            yield tensor_bytes(panel)
+            # In pieces that are mostly still in the cache when they are copied and hashed.
+            for piece in panel.view(-1).split(_PIECE_NUMEL):
+                _check_finite(piece, tensor.name)
+                yield tensor_bytes(piece)
 
     def packed(self, tensor: TensorRecipe) -> Packed:
         assert tensor.scheme is not None
@@ -210,21 +213,21 @@ class Checkpoint:
         return digest.hexdigest()
 
 
-def _check_finite(panel: torch.Tensor, name: str) -> None:
-    """Raise CheckpointError where a value of `panel` is not finite, or would not be in the types that runs compute in.
+def _check_finite(values: torch.Tensor, name: str) -> None:
+    """Raise CheckpointError where one of `values` is not finite, or would not be in the types that runs compute in.
 
     The quantizer tests what it quantizes itself.
     """
-    if not panel.numel():
+    if not values.numel():
         return
-    with one_torch_thread():  # one pass of it is faster than the disk
-        low, high = (float(end) for end in panel.aminmax())  # NaN where there is one
+    with one_torch_thread():
+        low, high = (float(end) for end in values.aminmax())  # NaN where there is one
     if max(abs(low), abs(high)) <= _GREATEST:
         return
-    bad = int((~(panel.abs() <= _GREATEST)).sum())
+    bad = int((~(values.abs() <= _GREATEST)).sum())
     raise CheckpointError(
-        f"{name}: expected finite weights, found {bad:,} among {panel.numel():,} that are NaN, infinite or beyond what "
-        "bfloat16 holds; check the source checkpoint"
+        f"{name}: expected finite weights, found {bad:,} among {values.numel():,} that are NaN, infinite or beyond "
+        "what bfloat16 holds; check the source checkpoint"
     )
 
 
