@@ -245,3 +245,33 @@ def test_tables_that_are_too_short_are_refused(name: str) -> None:
     codes: Plane = replace(call.keys.codes, offsets=call.keys.codes.offsets[:, :1])
     with pytest.raises(AssertionError, match="BAD_ARGUMENT"):
         attend(name, replace(call, keys=replace(call.keys, codes=codes)))
+
+
+@pytest.mark.parametrize("place", [0, 40, 99])
+@pytest.mark.parametrize("q_len", [1, 7])
+def test_what_is_no_number_stays_none_and_in_its_own_sequence(name: str, q_len: int, place: int) -> None:
+    call = random_call(Shape(3, q_len, 4, 2, 100, 64))
+    with Kernels(1, name=name) as kernels:
+        clean = kernels.attention(call)
+        for pages in (call.keys, call.values):
+            page = pages.codes.page(1, place // 64, (2, 64, 64))
+            assert page is not None
+            page[:, place % 64] = torch.nan
+            found = kernels.attention(replace(call, causal=False))[1]
+            assert bool(found.isnan().all())
+        found = kernels.attention(call)
+    # The last query sees every key. Others' bits are what they were.
+    assert bool(found[1, -1].isnan().all())
+    assert torch.equal(found[[0, 2]], clean[[0, 2]])
+
+
+def test_slots_that_are_not_filled_yet_may_hold_anything(name: str) -> None:
+    call = random_call(Shape(2, 3, 4, 2, 100, 64))
+    with Kernels(1, name=name) as kernels:
+        clean = kernels.attention(call)
+        for pages in (call.keys, call.values):
+            for sequence in range(2):
+                page = pages.codes.page(sequence, 1, (2, 64, 64))
+                assert page is not None
+                page[:, 100 % 64 :] = torch.nan
+        assert torch.equal(kernels.attention(call), clean)

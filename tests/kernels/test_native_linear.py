@@ -286,3 +286,19 @@ def test_arguments_that_make_no_sense_are_refused() -> None:
             weight = ctypes.byref(argument(case))
             status = library.tk_dequantize(made, weight, first, rows, out.data_ptr(), Dtype.F32)
             assert status == Status.BAD_ARGUMENT, (first, rows)
+
+
+@pytest.mark.parametrize("mode", list(Mode), ids=lambda mode: mode.value)
+@pytest.mark.parametrize("scheme", [GroupScheme(4), GroupScheme(8), None], ids=str)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_what_is_no_number_stays_none_and_in_its_own_row(
+    level: Level, scheme: GroupScheme | None, mode: Mode, bad: float
+) -> None:
+    for rows in (1, 3, 9, 40):
+        case = random_case(scheme, out=40, units=5, rows=rows)
+        clean = run(level, case, mode)
+        case.x[rows // 2, 17] = bad
+        found = run(level, case, mode)
+        assert not bool(found[rows // 2].isfinite().any())
+        others = [row for row in range(rows) if row != rows // 2]
+        assert torch.equal(found[others], clean[others])

@@ -232,8 +232,9 @@ def _attend(call: AttentionCall, sequence: int, start: int, stop: int, cancel: C
         out = out * kept + weights @ values
     if call.sinks is not None:
         sinks = call.sinks.to(dtype).view(call.kv_heads, -1, 1).repeat_interleave(stop - start, 1)
-        total = torch.where(total > 0, total + torch.exp(sinks - most), 0)
-    out = torch.where(total > 0, out / total, 0)
+        total = torch.where(total == 0, 0, total + torch.exp(sinks - most))
+    # Not "> 0": what is no number stays none, instead of passing for a query that sees no key.
+    out = torch.where(total == 0, 0, out / total)
     heads_last: torch.Tensor = out.unflatten(1, (-1, stop - start)).permute(2, 0, 1, 3).flatten(1, 2)
     return heads_last
 
