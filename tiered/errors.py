@@ -4,6 +4,7 @@ TieredError                 1   something failed while running
 ├── ReadError               1   the operating system could not read (EIO, a vanished file)
 ├── DiskFullError           1   no space left while writing
 ├── NotSupportedError       1   the facade refuses an operation that offloaded weights cannot honour
+├── ModelError              1   what the model computed for a sequence are no numbers
 ├── ConfigError             2   bad usage: an option, a combination, an unknown name
 │   └── UnsupportedFamilyError  2   a model family the engine cannot drive
 ├── BudgetError             3   no plan fits the budget
@@ -15,6 +16,11 @@ TieredError                 1   something failed while running
 Messages name the file or key, what was expected, what was found, and what to do next.
 Only `cli/` turns these into terminal output.
 """
+
+from typing import Final
+
+_LONGEST_REASON: Final = 200
+"""Characters of a foreign error's message that are repeated."""
 
 
 class TieredError(Exception):
@@ -33,6 +39,10 @@ class DiskFullError(TieredError):
 
 class NotSupportedError(TieredError):
     """An operation that makes no sense for weights that are not in memory."""
+
+
+class ModelError(TieredError):
+    """What the model computed for a sequence are no numbers."""
 
 
 class ConfigError(TieredError):
@@ -76,3 +86,26 @@ class InterruptedRun(TieredError):
     """The user cancelled the run."""
 
     exit_code = 130
+
+
+def error_of_one(error: BaseException) -> TieredError | None:
+    """`error`, raised while one sequence of several was worked on, as an error of that sequence.
+
+    None where it concerns all of them: an interruption, a lack of memory, a disk that fails.
+    """
+    if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit | MemoryError | OSError | InterruptedRun):
+        return None
+    if isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error):
+        return None  # torch's way to say MemoryError
+    if isinstance(error, TieredError):
+        return error
+    # Whatever a tokenizer or a template raises; panics of the former do not even derive from Exception.
+    made = TieredError(f"{type(error).__name__}: {shortened(error)}")
+    made.__cause__ = error
+    return made
+
+
+def shortened(error: BaseException) -> str:
+    """What a foreign error says, in one line that fits a message."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= _LONGEST_REASON else text[: _LONGEST_REASON - 3] + "..."

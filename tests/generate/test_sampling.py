@@ -1,12 +1,21 @@
 """Sampling: the distribution asked for, the same tokens for the same seed whatever else runs, clear refusals."""
 
 import re
-from typing import Any
+from typing import Any, Final
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
-from tiered.errors import ConfigError, TieredError
+from tiered.errors import ConfigError, ModelError
 from tiered.generate import Sampler, SamplingParams
 
 LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0])
@@ -117,12 +126,14 @@ def test_the_logits_given_are_left_as_they_are() -> None:
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_logits_that_are_not_numbers_are_an_error_and_no_token(bad: float, temperature: float) -> None:
+@pytest.mark.parametrize(
+    "params", [{}, {"repetition_penalty": 1.5}, {"temperature": 1.0}, {"temperature": 1e-40, "top_k": 2}], ids=str
+)
+def test_logits_that_are_not_numbers_are_an_error_and_no_token(bad: float, params: dict[str, Any]) -> None:
     logits = LOGITS.clone()
     logits[3] = bad
-    with pytest.raises(TieredError, match=r"token 4 .*NaN or infinite.*--dtype float32"):
-        sampler(temperature=temperature)([1], logits, 4)
+    with pytest.raises(ModelError, match=r"token 4 .*NaN or infinite.*--dtype float32"):
+        sampler(**params)([1], logits, 4)
 
 
 @pytest.mark.parametrize(
@@ -138,6 +149,8 @@ def test_logits_that_are_not_numbers_are_an_error_and_no_token(bad: float, tempe
         ({"min_p": -0.1}, "min-p -0.1: expected between 0 and 1"),
         ({"min_p": 1.1}, "min-p 1.1: expected between 0 and 1"),
         ({"repetition_penalty": 0.0}, "repetition-penalty 0.0: expected more than 0"),
+        ({"repetition_penalty": 1e-45}, "repetition-penalty 1e-45: expected more than 0, from 1e-30 to 1e+30"),
+        ({"repetition_penalty": 1e31}, "repetition-penalty 1e+31: expected more than 0, from 1e-30 to 1e+30"),
         ({"repetition_penalty": float("nan")}, "repetition-penalty nan: expected more than 0"),
         ({"repetition_penalty": float("inf")}, "repetition-penalty inf: expected more than 0"),
         ({"seed": -1}, "seed -1: expected 0 or more, below 2**64"),
@@ -165,3 +178,68 @@ def test_only_a_repetition_penalty_looks_at_the_tokens_so_far(params: dict[str, 
     assert not found.reads_ids
     assert [found([], LOGITS, index) for index in range(50)] == draw(found, 50)
     assert sampler(**params, repetition_penalty=1.1).reads_ids
+
+
+LEAST: Final = (1e-30, 1e-38, 1e-45, 1e-46, 1e-300, 5e-324)
+"""Temperatures; most of them take ordinary scores out of float32's range."""
+
+
+@pytest.mark.parametrize("temperature", LEAST)
+@pytest.mark.parametrize(
+    "more", [{}, {"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.1}, {"repetition_penalty": 1.3}], ids=str
+)
+def test_the_least_temperatures_are_greedy(temperature: float, more: dict[str, Any]) -> None:
+    for logits in (LOGITS, LOGITS - 5, LOGITS * 1e30, LOGITS - LOGITS.max(), LOGITS.bfloat16()):
+        assert set(draw(sampler(temperature=temperature, **more), 20, logits)) == {0}
+    hidden = torch.tensor([-torch.inf, -3.0, -torch.inf, -2.0])
+    assert set(draw(sampler(temperature=temperature, **more), 20, hidden)) == {3}
+
+
+def test_the_highest_temperatures_make_all_tokens_alike() -> None:
+    for temperature in (1e30, 1e38, 1e300):
+        assert set(draw(sampler(temperature=temperature), 200)) == set(range(5))
+
+
+def distributions(params: SamplingParams, ids: list[int], logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Before and after truncations, by transformers' own processors, in float64 and relative to the largest score."""
+    before: Any = torch.tensor([ids])
+    scores: Any = logits.double()[None]
+    scores = RepetitionPenaltyLogitsProcessor(params.repetition_penalty)(before, scores)
+    scores = TemperatureLogitsWarper(params.temperature)(before, scores - scores.max())
+    whole = scores[0].softmax(-1)
+    if params.top_k:
+        scores = TopKLogitsWarper(params.top_k)(before, scores)
+    scores = TopPLogitsWarper(params.top_p)(before, scores)
+    scores = MinPLogitsWarper(params.min_p)(before, scores)
+    return whole, scores[0].softmax(-1)
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    seed=st.integers(0, 1 << 30),
+    size=st.sampled_from([1e-30, 1.0, 30.0, 1e5, 1e37]),
+    temperature=st.sampled_from([*LEAST, 0.3, 1.0, 2.0, 1e30]),
+    top_k=st.sampled_from([0, 1, 5, 1 << 40]),
+    top_p=st.sampled_from([1.0, 0.7, 1e-45, 5e-324]),
+    min_p=st.sampled_from([0.0, 1e-45, 0.3, 1.0]),
+    penalty=st.sampled_from([1e-30, 0.5, 1.0, 1.7, 1e30]),
+)
+def test_at_every_edge_a_token_is_one_that_transformers_could_draw(
+    seed: int, size: float, temperature: float, top_k: int, top_p: float, min_p: float, penalty: float
+) -> None:
+    logits = size * torch.randn(20, generator=torch.Generator().manual_seed(seed))
+    params = SamplingParams(temperature, top_k, top_p, min_p, penalty, seed)
+    ids = [seed % 20, 3, 11, 3]
+    whole, left = distributions(params, ids, logits)
+    # Of tokens that are all but equally likely, truncations may leave these or those.
+    assert float(whole[Sampler(params, 0)(ids, logits, 0)]) > (1 - 1e-5) * float(whole[left > 1e-12].min())
+    greedy = SamplingParams(repetition_penalty=penalty)
+    scores: Any = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([ids]), logits.double()[None])
+    assert Sampler(greedy, 0)(ids, logits, 0) == int(scores.argmax())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_greedy_takes_the_first_of_many_equal_ones(dtype: torch.dtype) -> None:
+    logits = torch.zeros(70000, dtype=dtype)
+    logits[[500, 1000, 69999]] = 2.0
+    assert sampler()([], logits, 0) == 500

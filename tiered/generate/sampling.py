@@ -7,6 +7,7 @@ Philox).
 
 from dataclasses import dataclass
 from math import isfinite
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -19,7 +20,10 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from tiered.errors import ConfigError, TieredError
+from tiered.errors import ConfigError, ModelError
+
+_PENALTIES: Final = (1e-30, 1e30)
+"""Beyond them a penalized score would leave float32's range, or its precision, whatever the model's scores."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +46,8 @@ class SamplingParams:
             (
                 "repetition-penalty",
                 self.repetition_penalty,
-                0 < self.repetition_penalty < float("inf"),
-                "more than 0",
+                _PENALTIES[0] <= self.repetition_penalty <= _PENALTIES[1],
+                f"more than 0, from {_PENALTIES[0]} to {_PENALTIES[1]}",
             ),
             ("seed", self.seed, 0 <= self.seed < 1 << 64, "0 or more, below 2**64"),
         )
@@ -57,20 +61,19 @@ class Sampler:
 
     def __init__(self, params: SamplingParams, request: int, choice: int = 0) -> None:
         self._params, self._request, self._choice = params, request, choice
-        processors = LogitsProcessorList()
+        # transformers' own order: penalties, temperature, then the truncations.
+        self._penalties, self._warpers = LogitsProcessorList(), LogitsProcessorList()
         if params.repetition_penalty != 1.0:
-            processors.append(RepetitionPenaltyLogitsProcessor(params.repetition_penalty))
+            self._penalties.append(RepetitionPenaltyLogitsProcessor(params.repetition_penalty))
         if params.temperature > 0:
-            # transformers' own order: temperature, then the truncations.
             if params.temperature != 1.0:
-                processors.append(TemperatureLogitsWarper(params.temperature))
+                self._warpers.append(TemperatureLogitsWarper(params.temperature))
             if params.top_k > 0:
-                processors.append(TopKLogitsWarper(params.top_k))
+                self._warpers.append(TopKLogitsWarper(params.top_k))
             if params.top_p < 1.0:
-                processors.append(TopPLogitsWarper(params.top_p))
+                self._warpers.append(TopPLogitsWarper(params.top_p))
             if params.min_p > 0.0:
-                processors.append(MinPLogitsWarper(params.min_p))
-        self._processors = processors
+                self._warpers.append(MinPLogitsWarper(params.min_p))
         # Lists as long as a text become tensors slowly; only this processor looks at them.
         self.reads_ids = params.repetition_penalty != 1.0
         """Whether what is chosen depends on the tokens so far, and not on the logits alone."""
@@ -78,24 +81,42 @@ class Sampler:
     def __call__(self, ids: list[int], logits: torch.Tensor, index: int) -> int:
         """Token number `index` of the completion, from logits [vocab] after `ids` (prompt and completion so far).
 
-        `ids` may be empty unless `reads_ids`. Raises TieredError where the logits are no numbers.
+        `ids` may be empty unless `reads_ids`. Raises ModelError where the logits are no numbers.
         """
         scores = logits.float()[None]
-        if not isfinite(float(scores.max())):  # any NaN is the maximum
-            raise TieredError(
-                f"token {index} of request {self._request}: the model's logits are NaN or infinite; "
-                "try --dtype float32, and test the store with 'tiered verify'"
-            )
-        if self._processors:
-            before = torch.tensor([ids if self.reads_ids else []], dtype=torch.long)
-            scores = self._processors(before, scores)  # type: ignore[arg-type]
+        if self._penalties or self._params.temperature > 0:
+            _check_finite(scores.max(), index)
+            scores = self._processed(ids if self.reads_ids else [], scores)
         if self._params.temperature == 0:
-            return int(scores.argmax())
+            largest, token = scores[0].max(-1)  # of equal ones the first; both in one pass over the vocabulary
+            _check_finite(largest, index)
+            return int(token)
         # The lowest word counts what one generator draws; the others are this token's own.
         counter = [0, self._choice, index, self._request]
         generator = np.random.Generator(np.random.Philox(key=self._params.seed, counter=counter))
         cumulative = scores[0].double().softmax(-1).cumsum(-1)
         # The last sum may fall short of 1 by rounding; scaling the draw keeps it inside.
         draw = generator.random() * float(cumulative[-1])
-        token = int(torch.searchsorted(cumulative, draw, right=True))
-        return min(token, len(cumulative) - 1)
+        drawn = int(torch.searchsorted(cumulative, draw, right=True))
+        return min(drawn, len(cumulative) - 1)
+
+    def _processed(self, ids: list[int], scores: torch.Tensor) -> torch.Tensor:
+        """Scores [1, vocab] after penalties, temperature and truncations; the largest is finite."""
+        if not self._penalties and not self._warpers:
+            return scores
+        before: Any = torch.tensor([ids], dtype=torch.long)
+        found = self._warpers(before, self._penalties(before, scores))
+        if isfinite(float(found.max())):
+            return found
+        # The least temperatures take scores out of float32's range. Relative to the largest they all have a limit.
+        penalized: Any = self._penalties(before, scores.double())
+        return self._warpers(before, penalized - penalized.max())
+
+
+def _check_finite(largest: torch.Tensor, index: int) -> None:
+    """Raises ModelError unless the largest score, which any NaN is, is a number."""
+    if not isfinite(float(largest)):
+        raise ModelError(
+            f"token {index} of the completion: the model's logits are NaN or infinite; the compute dtype or the "
+            "store's weights are to blame: try --dtype float32, and test the store with 'tiered verify'"
+        )
