@@ -224,6 +224,11 @@ class Runtime:
         slabs = [self._staging, *([self._ring] if self._ring is not None else []), *self._resident.values()]
         return max(slabs, key=lambda slab: slab.nbytes).view
 
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are below it."""
+        return self.store.vocab_size
+
     def reserve(self, tokens: int) -> SequenceKV | None:
         """Room in the KV cache for a sequence of `tokens` tokens; None while others hold it."""
         return self.pool.reserve(tokens)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.commands import TIERED, copy_store, make_store, run_apart, run_here, smallest_ram
+from tests.damage import ADDED, poisoned, with_added_token
 from tests.jobs.fakes import request, results_of, write_lines
 from tiered.units import MIB, parse_size
 
@@ -245,3 +246,24 @@ def test_choosing_a_width_does_not_take_the_memory_it_is_about(store: Path, tmp_
     done = run_apart([*words, "--ram", f"{least // MIB + spare}MiB"])
     assert done.code == 0, done.err
     assert "of 40 sequences at once, as fit; KV cache" in done.err
+
+
+def test_a_request_that_cannot_be_served_keeps_no_other_from_it(store: Path, tmp_path: Path) -> None:
+    bad = poisoned(with_added_token(store, tmp_path), tmp_path, "model.decoder.embed_positions.weight", 42).path
+    lines = [request(f"r{number}", prompt=[*range(100, 108)], temperature=0, max_tokens=4) for number in range(12)]
+    expected = batch(store, write_lines(tmp_path / "good", lines), tmp_path / "good.jsonl")
+    lines[5] = request("nan", prompt=[*range(100, 180)], max_tokens=4)
+    lines[7] = request("added", prompt=f"An {ADDED} added token")
+    source, results = write_lines(tmp_path / "in", lines), tmp_path / "out.jsonl"
+    summary = batch(bad, source, results, "--verify", "never")["job"]
+    assert (summary["done"], summary["failed"]) == (12, 2) and expected["job"]["failed"] == 0
+    found = {result["custom_id"]: result for result in results_of(results)}
+    assert found["nan"]["response"]["status_code"] == 500 and found["nan"]["error"]["code"] == "model_error"
+    assert found["added"]["response"]["status_code"] == 400 and found["added"]["error"]["code"] == "invalid_value"
+    assert ADDED in found["added"]["error"]["message"]
+    good = texts_of(tmp_path / "good.jsonl")
+    texts = texts_of(results)
+    assert len(texts) == 10 and all(texts[name] == good[name] for name in texts)
+    whole = results.read_bytes()
+    assert batch(bad, source, results, "--verify", "never")["job"]["done_before"] == 12
+    assert results.read_bytes() == whole

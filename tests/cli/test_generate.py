@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.commands import CHECKPOINT, LIMIT, TIERED, TerminalInput, copy_store, make_store, run_apart, run_here
 from tests.commands import smallest_ram as named_ram
+from tests.damage import ADDED, poisoned, with_added_token
 from tests.generate.tokenizers import byte_fallback
 from tiered.errors import BudgetError
 from tiered.model import Load
@@ -433,7 +434,7 @@ def test_the_json_report_is_complete_and_agrees_with_itself(store: Path, streams
     report = found["report"]
     assert set(found) == {"prompts", "completions", "report"}
     for completion in found["completions"]:
-        assert set(completion) == {"text", "token_ids", "finish_reason"}
+        assert set(completion) == {"text", "token_ids", "finish_reason", "error"}
     for name, kind in FIELDS.items():
         assert isinstance(report[name], kind), name
     assert report["passes"] == 10
@@ -473,3 +474,36 @@ def test_a_refused_run_leaves_no_trace_file(store: Path, tmp_path: Path) -> None
     done = run_here("generate", store, "-p", "Hello", "--ram", "1MiB", "--trace", tmp_path / "trace.json")
     assert done.code == 3
     assert list(tmp_path.iterdir()) == []
+
+
+# One of several prompts that cannot be continued.
+
+LONG: Final = "the function returns " * 16
+"""Far more than 40 tokens."""
+
+
+def test_a_prompt_that_fails_keeps_no_other_from_its_text(store: Path, tmp_path: Path) -> None:
+    bad = poisoned(with_added_token(store, tmp_path), tmp_path, "model.decoder.embed_positions.weight", 42).path
+    words = (bad, "-n", "6", "--verify", "never", *QUIET)
+    alone = run_here("generate", *words, "-p", PROMPTS[1])
+    assert (alone.code, alone.out.strip() != "") == (0, True)
+    prompts = (LONG, PROMPTS[1], f"An {ADDED} added token", "word " * 3000)
+    done = run_here("generate", *words, *(word for prompt in prompts for word in ("-p", prompt)))
+    assert done.code == 1
+    assert done.out == f"[1] \n[2] {alone.out}[3] \n[4] \n"
+    told = [line for line in done.err.splitlines() if line.startswith("tiered: ")]
+    assert [line[:17] for line in told] == ["tiered: prompt 1:", "tiered: prompt 3:", "tiered: prompt 4:"]
+    assert "NaN" in told[0] and ADDED in told[1] and "positions for 2048" in told[2]
+    both = run_here("generate", *words, "-p", LONG, "-p", PROMPTS[1], "--json")
+    first, second = json.loads(both.out)["completions"]
+    assert (both.code, first["finish_reason"], first["text"]) == (1, "error", "")
+    assert first["error"] in told[0]
+    assert (second["error"], second["finish_reason"], second["text"] + "\n") == (None, "length", alone.out)
+    # What is the only one ends as it did before there were several.
+    only = run_here("generate", *words, "-p", LONG)
+    assert only.code == 1 and "prompt 1" not in only.err and "NaN" in only.err
+    added = run_here("generate", *words, "-p", ADDED)
+    assert (added.code, added.out) == (2, "") and ADDED in added.err
+    # Nothing is opened where none is left.
+    none = run_here("generate", *words, "-p", ADDED, "-p", f"{ADDED}!")
+    assert (none.code, none.out, len(none.err.splitlines())) == (1, "", 2)

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.commands import CHECKPOINT, ROOT, TIERED, TerminalInput, copy_store, make_store, run_apart, run_here
 from tests.commands import smallest_ram as named_ram
+from tests.damage import ADDED, poisoned, with_added_token
 from tiered.units import MIB, parse_size
 
 pytestmark = pytest.mark.usefixtures("steady_baseline")
@@ -333,3 +334,34 @@ def test_a_full_disk_is_named(store: Path, text: Path) -> None:
     done = run_here("score", store, "-f", text, *QUIET, "--per-token", "/dev/full")
     assert done.code == 1
     assert "--per-token /dev/full" in done.err and "No space left" in done.err
+
+
+def test_a_text_that_fails_keeps_no_other_from_its_score(store: Path, tmp_path: Path) -> None:
+    bad = poisoned(with_added_token(store, tmp_path), tmp_path, "model.decoder.embed_positions.weight", 42).path
+    texts = {"good": "The function returns", "nan": TEXT[:800], "added": f"An {ADDED} added token", "empty": ""}
+    for name, content in texts.items():
+        (tmp_path / name).write_text(content, encoding="utf-8")
+    words = (bad, "--verify", "never", *QUIET)
+    alone = answer(*words, "-f", tmp_path / "good")
+    files = [word for name in ("nan", "good", "added", "empty") for word in ("-f", tmp_path / name)]
+    done = run_here("score", *words, *files)
+    assert done.code == 1
+    assert [line.split()[1] for line in done.out.splitlines()[1:]] == ["failed", "3", "failed", "failed", "3"]
+    told = [line for line in done.err.splitlines() if line.startswith("tiered: ")]
+    assert [Path(line.split(": ")[1]).name for line in told] == ["nan", "added", "empty"]
+    assert "NaN" in told[0] and "this model knows tokens" in told[1] and "is empty" in told[2]
+    found = json.loads(run_here("score", *words, *files, "--json").out)
+    assert found["texts"][1] == alone["texts"][0] and found["texts"][1]["error"] is None
+    assert found["texts"][0]["tokens"] == 0 and found["texts"][0]["error"] in told[0]
+    assert found["together"] == alone["together"]
+    only = run_here("score", *words, "-f", tmp_path / "nan")
+    assert (only.code, only.out) == (1, "") and "NaN" in only.err
+
+
+def test_windows_behind_the_one_that_failed_are_not_computed(store: Path, tmp_path: Path) -> None:
+    bad = poisoned(store, tmp_path, "model.decoder.embed_positions.weight", 42).path
+    (tmp_path / "text").write_text(TEXT, encoding="utf-8")
+    (tmp_path / "good").write_text("The function returns", encoding="utf-8")
+    words = ("-f", tmp_path / "text", "-f", tmp_path / "good", "--context", "64", "--batch", "2")
+    done = run_here("score", bad, "--verify", "never", *QUIET, *words, "--json")
+    assert done.code == 1 and json.loads(done.out)["report"]["windows"] <= 4

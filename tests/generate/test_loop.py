@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tiered.cache import KVPool, KVShape, SequenceKV, layer_groups
 from tiered.cache.pool import CachePlan
-from tiered.errors import BudgetError, InterruptedRun
+from tiered.errors import BudgetError, InterruptedRun, ModelError, TieredError
 from tiered.generate import Sampler, SamplingParams, Sequence, generate
 from tiered.model import Load, OnBlock, OnLogits, Pass, Segment
 
@@ -41,7 +41,7 @@ class Runner:
     """A runtime without a model: it keeps every sequence's text, and checks what it is asked."""
 
     def __init__(self, sequences: int, context: int = 100, pass_tokens: int = 0, kv_tokens: int = 0) -> None:
-        self.load = Load(sequences, context, pass_tokens=pass_tokens)
+        self.load, self.vocab_size = Load(sequences, context, pass_tokens=pass_tokens), VOCAB
         plan = CachePlan(
             KVShape(1, 2, 1, torch.bfloat16),
             16,
@@ -328,3 +328,96 @@ def test_nothing_to_do_costs_no_pass() -> None:
     runner = Runner(1)
     found = generate(runner, [], 1)
     assert (found.passes, runner.passes, found.sequences) == (0, [], 0)
+
+
+# What goes wrong because of one sequence concerns that sequence.
+
+
+class Panic(BaseException):
+    """As tokenizers' are."""
+
+
+class Fails(Numbers):
+    """A tokenizer that raises once there are `after` tokens."""
+
+    def __init__(self, error: BaseException, after: int) -> None:
+        self._error, self._after = error, after
+
+    def decode(self, token_ids: list[int], skip_special_tokens: bool = False) -> str:
+        if len(token_ids) >= self._after:
+            raise self._error
+        return super().decode(token_ids)
+
+
+def failing(error: BaseException, after: int = 2, tokens: int = 6) -> Sequence:
+    return Sequence(prompt_of(7, 99), Sampler(GREEDY, 0), Fails(error, after), tokens, END)
+
+
+@pytest.mark.parametrize("width", [1, 2, 3])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        lambda: failing(ValueError("such a token")),
+        lambda: failing(Panic("at src/lib.rs")),
+        lambda: failing(RecursionError("too deep")),
+        lambda: sequence_of([1, 2, VOCAB]),
+        lambda: sequence_of([-1]),
+        lambda: sequence_of([]),
+        lambda: sequence_of(prompt_of(99), 5),
+    ],
+    ids=["decoder", "panic", "recursion", "vocabulary", "negative", "empty", "longer than planned"],
+)
+def test_a_sequence_that_fails_leaves_and_the_others_go_on(bad: Callable[[], Sequence], width: int) -> None:
+    good = [sequence_of(prompt_of(4 + n, n), 5, n) for n in range(4)]
+    wrong = [bad(), bad()]
+    run(Runner(width), [wrong[0], *good[:2], wrong[1], *good[2:]], width)
+    for number, sequence in enumerate(good):
+        assert (sequence.finish_reason, sequence.error) == ("length", None)
+        assert sequence.token_ids == completion(sequence, request=number)
+    for sequence in wrong:
+        assert sequence.finish_reason == "error" and isinstance(sequence.error, TieredError)
+
+
+def test_logits_that_are_no_numbers_fail_their_sequence_at_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    bad, good = sequence_of(prompt_of(6, 50), 9), sequence_of(prompt_of(5), 9)
+    wrong = [*bad.prompt_ids, *completion(bad)[:3]]
+
+    def nan(text: Items[int], plain: Callable[[Items[int]], torch.Tensor] = model) -> torch.Tensor:
+        return torch.full((VOCAB,), torch.nan) if list(text) == wrong else plain(text)
+
+    monkeypatch.setattr("tests.generate.test_loop.model", nan)
+    runner = Runner(2)
+    assert run(runner, [bad, good], width=2) == [bad, good]
+    assert isinstance(bad.error, ModelError) and "token 3 of the completion" in str(bad.error)
+    assert bad.token_ids == wrong[6:] and len(good.token_ids) == 9 and good.error is None
+    assert runner.passes == [[6, 5], [1, 1], [1, 1], [1, 1]] + [[1]] * 5
+
+
+def test_only_what_was_sampled_is_counted() -> None:
+    bad = failing(ValueError("such a token"), after=1)
+    found = generate(Runner(2), [bad, sequence_of(prompt_of(4), 3)], 2)
+    assert (found.sequences, found.generated_tokens) == (2, 3)
+
+
+def test_a_source_of_nothing_but_bad_ones_takes_no_pass() -> None:
+    runner = Runner(1)
+    run(runner, [sequence_of([VOCAB]) for _ in range(5)], width=1)
+    assert runner.passes == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        KeyboardInterrupt(),
+        MemoryError(),
+        InterruptedRun("enough"),
+        OSError(5, "input/output error"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_what_concerns_all_of_them_ends_the_run(error: BaseException) -> None:
+    runner = Runner(2)
+    with pytest.raises(type(error)):
+        generate(runner, [failing(error), sequence_of(prompt_of(4))], 2)
+    assert runner.pool.is_empty

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.helpers import Tiny, reference_logits
 from tiered.cache import SequenceKV
-from tiered.errors import BudgetError, ConfigError, TieredError
+from tiered.errors import BudgetError, ConfigError, ModelError, TieredError
 from tiered.generate.score import (
     Tally,
     Window,
@@ -322,3 +322,27 @@ def test_scores_of_a_model_are_those_of_transformers(tiny: Tiny, name: str) -> N
         logits = reference_logits(model, window.input_ids)[-len(window.targets) :]
         expected = -torch.nn.functional.cross_entropy(logits, torch.tensor(window.targets), reduction="none")
         torch.testing.assert_close(scores[window.position], expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_window_whose_logits_are_no_numbers_fails_alone() -> None:
+    runner = FakeRunner()
+    ids = random_ids(40)
+    windows = list(cut_windows(ids, 8, 8, [BEGIN]))
+    logits = runner.logits
+    wrong = windows[2].input_ids
+
+    def nan(ids: Items[int]) -> torch.Tensor:
+        found = logits(ids)
+        return found.index_fill(0, torch.tensor([4]), math.nan) if list(ids) == wrong else found
+
+    runner.logits = nan  # type: ignore[method-assign]
+    done, failed = list[Window](), list[Window]()
+    found = score(
+        runner, windows, 2, lambda window, _: done.append(window), on_failed=lambda window, _: failed.append(window)
+    )
+    assert failed == [windows[2]] and done == [*windows[:2], *windows[3:]]
+    assert found.windows == len(windows) and found.total.tokens == 40 - len(windows[2].targets)
+    assert not runner.held
+    with pytest.raises(ModelError, match="NaN or infinite"):
+        score(runner, windows, 2, lambda window, _: None)
+    assert not runner.held

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import torch
 
+from tiered.errors import ModelError
 from tiered.generate import Generation, Sequence
 from tiered.jobs import Identity, Job, JobFile, Journal, Label, PromptEncoder, measure_input, run_job, scan_input
 
@@ -49,7 +50,10 @@ def logits_after(ids: list[int]) -> torch.Tensor:
 
 
 class FakeGenerate:
-    """Runs `width` sequences at a time, one token per pass. `stop_after` many ended sequences, it is interrupted."""
+    """Runs `width` sequences at a time, one token per pass. `stop_after` many ended sequences, it is interrupted.
+
+    What its model makes of a prompt with a "!" in it are no numbers.
+    """
 
     def __init__(self, width: int = 4, stop_after: int | None = None) -> None:
         self.width, self.stop_after = width, stop_after
@@ -72,6 +76,9 @@ class FakeGenerate:
                 return generation
             self.most_running = max(self.most_running, len(running))
             for sequence in running:
+                if ord("!") in sequence.prompt_ids:
+                    sequence.fail(ModelError("the model's logits are NaN"))
+                    continue
                 sequence.advance(logits_after(sequence.prompt_ids + sequence.token_ids))
             on_pass()
             for sequence in [s for s in running if s.finish_reason is not None]:

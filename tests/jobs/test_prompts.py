@@ -39,6 +39,48 @@ def test_token_ids_that_the_model_does_not_have_are_refused(token: int) -> None:
     assert "0 to 127" in message and str(token) in message
 
 
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_text_with_a_token_that_only_the_tokenizer_has_is_refused(chat: bool) -> None:
+    class Added(Letters):
+        """Has an image among its letters, the model has not."""
+
+        def __call__(self, text: str) -> dict[str, list[int]]:
+            return {"input_ids": [200 if letter == "#" else ord(letter) for letter in text]}
+
+        def decode(self, token_ids: list[int], skip_special_tokens: bool = False) -> str:
+            return "<image>" if token_ids == [200] else super().decode(token_ids)
+
+    tokenizer: Any = Added()
+    found = parsed(chat=True, messages=[{"role": "user", "content": "a#"}]) if chat else parsed(prompt="a#")
+    message = told(PromptEncoder(tokenizer, 128).encode(found))
+    assert '0 to 127, found 200, as which its tokenizer reads "<image>"' in message
+
+
+class Panic(BaseException):
+    """As tokenizers' are."""
+
+
+@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize("error", [ValueError("no\nsuch text"), Panic("no such text"), RecursionError("no such text")])
+def test_whatever_a_tokenizer_raises_concerns_its_prompt(error: BaseException, chat: bool) -> None:
+    class Fails(Letters):
+        def __call__(self, text: str) -> dict[str, list[int]]:
+            raise error
+
+    tokenizer: Any = Fails()
+    assert "no such text" in told(PromptEncoder(tokenizer, 128).encode(parsed(chat=chat)))
+
+
+def test_an_interruption_is_no_problem_of_a_prompt() -> None:
+    class Interrupted(Letters):
+        def __call__(self, text: str) -> dict[str, list[int]]:
+            raise KeyboardInterrupt
+
+    tokenizer: Any = Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        PromptEncoder(tokenizer, 128).encode(parsed())
+
+
 def test_an_empty_prompt_has_nothing_to_start_from() -> None:
     assert "empty prompt" in told(encoded(parsed(prompt="")))
 

@@ -1,6 +1,7 @@
 """A line of input becomes exactly what it asks for, or a problem that names the field and what to do."""
 
 import json
+import sys
 from typing import Any
 
 import pytest
@@ -225,6 +226,8 @@ def test_a_line_that_is_no_request_is_explained(change: dict[str, Any], told: st
         b'\xff\xfe{"custom_id": "a"}',
         b'{"custom_id": "\\ud800"}',
         b"\x00\x00\x00",
+        b'{"custom_id": "a", "custom_id": "b"}',
+        b'{"custom_id": "a", "body": {"prompt": "x", "seed": 1, "seed": 2}}',
     ],
     ids=lambda raw: repr(raw[:30]),
 )
@@ -233,6 +236,26 @@ def test_a_line_that_is_no_json_object_is_a_problem_without_custom_id(raw: bytes
     assert isinstance(found, Problem)
     assert (found.line, found.custom_id) == (3, None)
     assert found.message and len(found.message) < 300
+
+
+@pytest.mark.parametrize("name", ["custom_id", "method", "url", "body", "prompt", "stop", "seed", "zzz", "messages"])
+def test_a_field_nested_to_the_edge_of_what_can_be_read_is_a_problem(name: str) -> None:
+    # Somewhere below the recursion limit a value can be read, and not be shown any more.
+    whole = json.loads(line("a", chat=name == "messages"))
+    (whole if name in whole else whole["body"])[name] = "DEEP"
+    for depth in range(sys.getrecursionlimit() - 200, sys.getrecursionlimit() + 10):
+        found = parse(json.dumps(whole).replace('"DEEP"', "[" * depth + "]" * depth))
+        assert isinstance(found, Problem) and len(found.message) < 300
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_message_repeats_no_name_of_any_length(chat: bool) -> None:
+    name = "k" * 100_000
+    messages: dict[str, Any] = {"messages": [{"role": "user", "content": "", name: 1}]}
+    fields: dict[str, Any] = messages if chat else {name: 1}
+    whole = line("a", chat, **fields)
+    found = bad(whole)
+    assert "kkk..." in found.message and len(found.message) < 300 and len(found.param or "") < 100
 
 
 def test_a_byte_order_mark_may_begin_the_file_and_no_other_line() -> None:

@@ -179,6 +179,17 @@ def test_a_problem_says_the_line_in_both_places_where_clients_look() -> None:
     assert found["error"] == {"code": "invalid_value", "message": "line 9: n: expected 1", "line": 9}
 
 
+def test_where_the_line_is_not_to_blame_the_status_says_so() -> None:
+    problem = Problem(9, "model_error", "the model's logits are NaN", None, "id-9", 500)
+    found = json.loads(problem_line(LABEL, problem))["response"]
+    assert (found["status_code"], found["body"]["error"]["type"]) == (500, "server_error")
+
+
+def test_half_a_character_in_a_message_is_escaped() -> None:
+    found = json.loads(problem_line(LABEL, Problem(9, "invalid_value", "refused: \ud800", None, "id-9")))
+    assert found["error"]["message"] == "line 9: refused: \ud800"
+
+
 def test_an_id_leads_back_to_its_line_and_to_no_other_job() -> None:
     found = answer(False, ended("abc", 3))
     assert line_of_id(found["id"], LABEL.key) == 7

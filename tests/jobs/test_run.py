@@ -14,6 +14,7 @@ import pytest
 from tests.jobs.fakes import LIMIT, FakeGenerate, fake_job, request, results_of, run_fake, write_lines
 from tiered.jobs import JobFile, Journal, Progress, measure_input, run_job
 from tiered.jobs.input import Input, Line
+from tiered.jobs.results import result_line
 
 
 def mixed(count: int) -> list[str]:
@@ -133,6 +134,55 @@ def test_what_is_done_is_not_computed_again(source: Path, tmp_path: Path, whole:
     generate = FakeGenerate()
     run_fake(source, tmp_path / "whole.jsonl", generate)
     assert 1 <= generate.ended <= 6
+
+
+def test_a_request_whose_sequences_fail_has_an_error_and_the_others_go_on(tmp_path: Path) -> None:
+    lines = mixed(12)
+    run_fake(write_lines(tmp_path / "plain", lines), tmp_path / "plain.jsonl")
+    lines[1] = request("id-1", prompt="Prompt!", n=3)
+    lines[8:8] = [request("also", prompt="!")]
+    source = write_lines(tmp_path / "in", lines)
+    journal = run_fake(source, tmp_path / "out.jsonl", FakeGenerate(3))
+    found = {result["custom_id"]: result for result in results_of(tmp_path / "out.jsonl")}
+    assert len(journal.done) == journal.failed + sum(r["error"] is None for r in found.values()) == len(lines) - 1
+    for name, number in (("id-1", 2), ("also", 9)):
+        assert found[name]["response"]["status_code"] == 500
+        message = f"line {number}: the model's logits are NaN"
+        assert found[name]["error"] == {"code": "model_error", "message": message, "line": number}
+    # Seeds count lines; those before the one put in have kept theirs.
+    for result in results_of(tmp_path / "plain.jsonl")[:6]:
+        if result["custom_id"] != "id-1":
+            assert found[result["custom_id"]]["response"]["body"].get("choices") == result["response"]["body"].get(
+                "choices"
+            )
+
+
+def test_what_has_failed_is_served_again_only_where_its_line_is_taken_out_of_the_results(tmp_path: Path) -> None:
+    source, results = write_lines(tmp_path / "in", [request("a"), request("b", prompt="!")]), tmp_path / "out.jsonl"
+    run_fake(source, results)
+    whole = results.read_bytes()
+    generate = FakeGenerate()
+    run_fake(source, results, generate)
+    assert generate.ended == 0 and results.read_bytes() == whole
+    good = [line for line in whole.splitlines(keepends=True) if json.loads(line)["error"] is None]
+    results.write_bytes(b"".join(good))
+    run_fake(source, results, generate)
+    assert generate.ended == 1 and sorted(results.read_bytes().splitlines()) == sorted(whole.splitlines())
+
+
+def test_an_answer_that_cannot_be_written_is_an_error_of_its_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(label: Any, request: Any, *rest: Any) -> bytes:
+        if request.custom_id == "b":
+            raise ValueError("no such token")
+        return result_line(label, request, *rest)
+
+    monkeypatch.setattr("tiered.jobs.run.result_line", fails)
+    source = write_lines(tmp_path / "in", [request("a"), request("b"), request("c")])
+    run_fake(source, tmp_path / "out.jsonl")
+    codes = [result["error"] and result["error"]["code"] for result in results_of(tmp_path / "out.jsonl")]
+    assert codes == [None, "sequence_failed", None]
 
 
 @pytest.mark.parametrize("lines", [[], [""], ["nonsense", request("a", n=0)]], ids=["empty", "blank", "only bad lines"])

@@ -7,6 +7,7 @@ from typing import Any, TextIO
 
 import click
 
+from tiered.cli.failures import end_failed
 from tiered.cli.run_options import kv_options, run_options, stated_options
 
 _POSITIVE = click.IntRange(min=1)
@@ -42,13 +43,14 @@ def command(**options: Any) -> None:
     """Generate text from STORE, the folder that 'tiered convert' wrote.
 
     Prompts come from -p, -f, or standard input. The text goes to standard output, everything else to standard
-    error.
+    error. One of several prompts that cannot be continued does not keep the others from it; the exit code is 1 then.
     """
     from tiered.cli.generation import Request, run
 
-    result = run(Request(**_read_prompts(options), stated=stated_options()))
+    result, failures = run(Request(**_read_prompts(options), stated=stated_options()))
     if options["as_json"]:
         click.echo(json.dumps(result, indent=2, ensure_ascii=False))
+    end_failed(failures, len(result["completions"]))
 
 
 def _read_prompts(options: dict[str, Any]) -> dict[str, Any]:

@@ -9,10 +9,11 @@ import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from tiered.arch import load_config
+from tiered.cli.failures import Failure, end_failed
 from tiered.cli.measuring import measured
 from tiered.cli.run_request import RunRequest
 from tiered.cli.screen import StatusLine, TextWriter
-from tiered.errors import ConfigError
+from tiered.errors import ConfigError, TieredError, error_of_one
 from tiered.generate import Report, Sampler, SamplingParams, Sequence, generate, make_report
 from tiered.generate.tokenizer import SAMPLING, load_generation_settings, load_tokenizer
 from tiered.model import Load
@@ -54,8 +55,8 @@ class Request(RunRequest):
     trace_path: Path | None
 
 
-def run(request: Request) -> dict[str, Any]:
-    """Generate, writing text and report as they come; returns what `--json` prints."""
+def run(request: Request) -> tuple[dict[str, Any], list[Failure]]:
+    """Generate, writing text and report as they come; returns what `--json` prints, and which prompts have failed."""
     sampling = SamplingParams(
         request.temperature,
         request.top_k,
@@ -75,19 +76,23 @@ def run(request: Request) -> dict[str, Any]:
     # Before the tokenizer, which reads it too and would be blamed for it.
     config = load_config(store.path)
     tokenizer = load_tokenizer(store)
-    prompts = _encode(request, store, tokenizer)
     settings = load_generation_settings(store, tokenizer)
     if (ignored := settings.ignored(_overridden(request))) is not None:
         click.echo(ignored, err=True)
     eos = frozenset[int]() if request.ignore_eos else settings.eos_ids
     stops = (*request.stops, *settings.stops)
-    sequences = [
-        Sequence(ids, Sampler(sampling, number), tokenizer, request.max_new_tokens, eos, stops)
-        for number, ids in enumerate(prompts)
-    ]
-    longest = max(map(len, prompts))
-    _check_context(config, longest + request.max_new_tokens)
-    together = min(request.batch or len(prompts), len(prompts))
+    sequences = []
+    for number, found in enumerate(_encode(request, store, config, tokenizer)):
+        ids = [] if isinstance(found, TieredError) else found
+        sequence = Sequence(ids, Sampler(sampling, number), tokenizer, request.max_new_tokens, eos, stops)
+        sequences.append(sequence)
+        if isinstance(found, TieredError):
+            sequence.fail(found)
+    able = [sequence for sequence in sequences if sequence.error is None]
+    if not able:
+        end_failed(_failures(sequences), len(sequences))
+    longest = max(len(sequence.prompt_ids) for sequence in able)
+    together = min(request.batch or len(able), len(able))
     load = Load(together, longest + request.max_new_tokens, longest, pass_tokens=PASS_TOKENS)
     with Runtime(store, load, options) as runtime:
         report = _generate(request, runtime, sequences)
@@ -96,9 +101,23 @@ def run(request: Request) -> dict[str, Any]:
     if not request.as_json:
         for line in report.lines():
             click.echo(line, err=True)
-    completions = [{"text": s.text, "token_ids": s.token_ids, "finish_reason": s.finish_reason} for s in sequences]
-    shown = list(request.prompts) or [str(tokenizer.decode(ids)) for ids in prompts]
-    return {"prompts": shown, "completions": completions, "report": report.to_json()}
+    shown = list(request.prompts) or [str(tokenizer.decode(sequence.prompt_ids)) for sequence in sequences]
+    result = {"prompts": shown, "completions": list(map(_completion, sequences)), "report": report.to_json()}
+    return result, _failures(sequences)
+
+
+def _completion(sequence: Sequence) -> dict[str, Any]:
+    """What `--json` says of one prompt."""
+    return {
+        "text": sequence.text,
+        "token_ids": sequence.token_ids,
+        "finish_reason": sequence.finish_reason,
+        "error": None if sequence.error is None else str(sequence.error),
+    }
+
+
+def _failures(sequences: list[Sequence]) -> list[Failure]:
+    return [(f"prompt {number}", s.error) for number, s in enumerate(sequences, 1) if s.error is not None]
 
 
 def _overridden(request: Request) -> set[str]:
@@ -134,33 +153,55 @@ def _generate(request: Request, runtime: Runtime, sequences: list[Sequence]) -> 
             writer.update()
 
         width = request.batch or len(sequences)
+        able = [sequence for sequence in sequences if sequence.error is None]
         with measured(runtime, status, request.measure) as around:
-            generation = generate(runtime, sequences, width, on_pass, on_block=status.on_block)
+            generation = generate(runtime, able, width, on_pass, on_block=status.on_block)
     return make_report(generation, around.surroundings(runtime, generation.decode.disk_idle_seconds))
 
 
-def _encode(request: Request, store: Store, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Token ids of every prompt; never none."""
+def _encode(
+    request: Request, store: Store, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
+) -> list[list[int] | TieredError]:
+    """Token ids of every prompt, never none; or why it cannot be continued."""
     if request.prompt_tokens is not None:
+        _check_context(config, request.prompt_tokens + request.max_new_tokens)
         generator = torch.Generator().manual_seed(request.seed)
         vocab = min(len(tokenizer), store.vocab_size)
         shape = (request.sequences, request.prompt_tokens)
-        ids: list[list[int]] = torch.randint(0, vocab, shape, generator=generator).tolist()
+        ids: list[list[int] | TieredError] = torch.randint(0, vocab, shape, generator=generator).tolist()
         return ids
-    encoded = []
+    if request.chat and tokenizer.chat_template is None:
+        raise ConfigError("--chat: this model's tokenizer has no chat template; drop --chat to continue plain text")
+    encoded: list[list[int] | TieredError] = []
     for prompt in request.prompts:
-        if request.chat:
-            encoded.append(_apply_chat(tokenizer, prompt))
-        else:
-            encoded.append(list(tokenizer(prompt)["input_ids"]))
-        if not encoded[-1]:
-            raise ConfigError("an empty prompt gives this tokenizer nothing to start from; pass some text")
+        try:
+            encoded.append(_encode_one(request, store, config, tokenizer, prompt))
+        except BaseException as error:
+            # Tokenizers panic, and templates raise what they like.
+            found = error_of_one(error)
+            if found is None:
+                raise
+            encoded.append(found)
     return encoded
 
 
+def _encode_one(
+    request: Request, store: Store, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, prompt: str
+) -> list[int]:
+    ids = _apply_chat(tokenizer, prompt) if request.chat else list(tokenizer(prompt)["input_ids"])
+    if not ids:
+        raise ConfigError("an empty prompt gives this tokenizer nothing to start from; pass some text")
+    if max(ids) >= store.vocab_size:
+        raise ConfigError(
+            f"token ids of this model are 0 to {store.vocab_size - 1}, its tokenizer reads "
+            f"{tokenizer.decode([max(ids)])!r} as {max(ids)}; leave that out, or copy the model's own tokenizer files "
+            "into the store"
+        )
+    _check_context(config, len(ids) + request.max_new_tokens)
+    return ids
+
+
 def _apply_chat(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    if tokenizer.chat_template is None:
-        raise ConfigError("--chat: this model's tokenizer has no chat template; drop --chat to continue plain text")
     message = [{"role": "user", "content": prompt}]
     encoded: Any = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)
     return list(encoded["input_ids"])

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from tiered.cli.failures import end_failed
 from tiered.cli.run_options import kv_bits_option, run_options
 
 _POSITIVE = click.IntRange(min=1)
@@ -52,13 +53,15 @@ def command(**options: Any) -> None:
     each of its tokens is scored once, by what comes before it in its window. Every window begins with the token that
     the model's tokenizer puts in front of texts; where there is none, a text's first token has nothing before it and
     is not counted. Bits per byte lets models with different tokenizers be compared. The table goes to standard output,
-    everything else to standard error.
+    everything else to standard error. One of several texts that cannot be scored is named, and the others are scored;
+    the exit code is 1 then.
     """
     from tiered.cli.scoring import Request, run
 
-    result = run(Request(**_read_texts(options)))
+    result, failures = run(Request(**_read_texts(options)))
     if options["as_json"]:
         click.echo(json.dumps(result, indent=2, ensure_ascii=False))
+    end_failed(failures, len(result["texts"]))
 
 
 def _read_texts(options: dict[str, Any]) -> dict[str, Any]:

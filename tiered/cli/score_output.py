@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tiered.cli.columns import columns
 from tiered.cli.screen import StatusLine
-from tiered.errors import ConfigError, DiskFullError
+from tiered.errors import ConfigError, DiskFullError, TieredError
 from tiered.generate.score import Tally, Window
 from tiered.generate.text import CompletionText
 from tiered.units import format_seconds
@@ -22,7 +22,7 @@ from tiered.units import format_seconds
 _REFRESH_SECONDS: Final = 0.1
 
 
-@dataclass(frozen=True)
+@dataclass
 class Text:
     """One text to score."""
 
@@ -31,9 +31,16 @@ class Text:
     nbytes: int
     """In UTF-8."""
     tally: Tally = field(default_factory=Tally)
+    error: TieredError | None = None
+    """Why it has no score, where it has none."""
+
+    def fail(self, error: TieredError) -> None:
+        """There is no score, because of `error`: what part of it has is none of the whole."""
+        self.tally, self.error = Tally(), error
 
     def to_json(self) -> dict[str, Any]:
-        return {"file": self.name, **score_json(self.tally, self.nbytes)}
+        error = None if self.error is None else str(self.error)
+        return {"file": self.name, **score_json(self.tally, self.nbytes), "error": error}
 
 
 def score_json(tally: Tally, nbytes: int) -> dict[str, Any]:
@@ -52,12 +59,18 @@ def together(texts: Items[Text]) -> Tally:
     return Tally(sum(text.tally.tokens for text in texts), sum(text.tally.nats for text in texts))
 
 
+def scored_nbytes(texts: Items[Text]) -> int:
+    """Bytes of the texts that `together` is about."""
+    return sum(text.nbytes for text in texts if text.error is None)
+
+
 def table(texts: Items[Text]) -> list[str]:
-    """A line per text, and one for all together where there are several."""
+    """A line per text, and one for all together, but those that failed, where there are several."""
     rows: list[tuple[str, ...]] = [("text", "tokens", "nats/token", "perplexity", "bits/byte")]
-    rows += [_row(text.name, text.tally, text.nbytes) for text in texts]
+    failed = ("failed", "", "", "")
+    rows += [_row(text.name, text.tally, text.nbytes) if text.error is None else (text.name, *failed) for text in texts]
     if len(texts) > 1:
-        rows.append(_row("together", together(texts), sum(text.nbytes for text in texts)))
+        rows.append(_row("together", together(texts), scored_nbytes(texts)))
     return columns(rows, "<>>>>")
 
 

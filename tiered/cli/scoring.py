@@ -10,6 +10,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from tiered.arch import load_config
+from tiered.cli.failures import Failure, end_failed
 from tiered.cli.measuring import measure_footprint, measured
 from tiered.cli.run_request import RunRequest
 from tiered.cli.score_output import (
@@ -18,11 +19,12 @@ from tiered.cli.score_output import (
     Text,
     check_writable,
     score_json,
+    scored_nbytes,
     table,
     together,
 )
 from tiered.cli.screen import StatusLine
-from tiered.errors import BudgetError, ConfigError
+from tiered.errors import BudgetError, ConfigError, ModelError, error_of_one
 from tiered.generate.score import Window, count_windows, cut_windows, score
 from tiered.generate.score_report import ScoreReport, make_score_report
 from tiered.generate.score_width import choose_windows_per_pass
@@ -75,11 +77,14 @@ class _Cut:
 
     def windows(self) -> Iterator[Window]:
         for number, text in enumerate(self.texts):
-            yield from cut_windows(text.ids, self.context, self.stride, self.begin_ids, number)
+            for window in cut_windows(text.ids, self.context, self.stride, self.begin_ids, number):
+                if text.error is not None:
+                    break
+                yield window
 
 
-def run(request: Request) -> dict[str, Any]:
-    """Score, writing the table and the report unless `as_json`; returns what `--json` prints."""
+def run(request: Request) -> tuple[dict[str, Any], list[Failure]]:
+    """Score, writing the table and the report unless `as_json`; returns what `--json` prints, and what has failed."""
     # With the cache where it fits: a window too long for memory may still pass; several at a time only share it.
     options = request.options()
     if request.per_token_path is not None:
@@ -91,23 +96,36 @@ def run(request: Request) -> dict[str, Any]:
     tokenizer = load_tokenizer(store)
     begin_ids = _begin_ids(tokenizer)
     texts = tuple(_encode(name, text, store, tokenizer, bool(begin_ids)) for name, text in request.texts)
+    _end_without_any(texts)
     cut = _Cut(texts, begin_ids, context, stride)
     per_pass = request.windows_per_pass or _windows_per_pass(store, cut, options)
     with Runtime(store, cut.load(min(per_pass, cut.count)), options) as runtime:
         report = _score(request, runtime, cut, per_pass, tokenizer)
+    _end_without_any(texts)
     if not request.as_json:
         for line in table(texts):
             click.echo(line)
         for line in report.lines():
             click.echo(line, err=True)
-    return {
+    result = {
         "texts": [text.to_json() for text in texts],
-        "together": score_json(together(texts), sum(text.nbytes for text in texts)),
+        "together": score_json(together(texts), scored_nbytes(texts)),
         "context": context,
         "stride": stride,
         "windows_per_pass": per_pass,
         "report": report.to_json(),
     }
+    return result, _failures(texts)
+
+
+def _failures(texts: tuple[Text, ...]) -> list[Failure]:
+    return [(text.name, text.error) for text in texts if text.error is not None]
+
+
+def _end_without_any(texts: tuple[Text, ...]) -> None:
+    """There is nothing to show where no text has a score."""
+    if all(text.error is not None for text in texts):
+        end_failed(_failures(texts), len(texts))
 
 
 def _sizes(request: Request, config: PretrainedConfig) -> tuple[int, int]:
@@ -131,7 +149,18 @@ def _begin_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
 
 
 def _encode(name: str, text: str, store: Store, tokenizer: PreTrainedTokenizerBase, begins: bool) -> Text:
-    """The tokens of `text`, at least one of which can be scored."""
+    """The tokens of `text`, at least one of which can be scored; or none, and why."""
+    nbytes = len(text.encode("utf-8"))
+    try:
+        return Text(name, _ids(name, text, store, tokenizer, begins), nbytes)
+    except BaseException as error:
+        found = error_of_one(error)
+        if found is None:
+            raise
+        return Text(name, torch.empty(0, dtype=torch.int32), nbytes, error=found)
+
+
+def _ids(name: str, text: str, store: Store, tokenizer: PreTrainedTokenizerBase, begins: bool) -> torch.Tensor:
     if not text:
         raise ConfigError(f"{name}: is empty; pass some text to score")
     found = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
@@ -143,7 +172,7 @@ def _encode(name: str, text: str, store: Store, tokenizer: PreTrainedTokenizerBa
             f"{name}: has token {int(ids.max())}, this model knows tokens 0 to {store.vocab_size - 1}; "
             "copy the model's own tokenizer files into the store"
         )
-    return Text(name, ids, len(text.encode("utf-8")))
+    return ids
 
 
 def _windows_per_pass(store: Store, cut: _Cut, options: Options) -> int:
@@ -172,10 +201,15 @@ def _score(
     ):
 
         def on_scored(window: Window, logprobs: torch.Tensor) -> None:
-            cut.texts[window.text].tally.add(logprobs)
-            per_token.write(window, logprobs)
+            if cut.texts[window.text].error is None:
+                cut.texts[window.text].tally.add(logprobs)
+                per_token.write(window, logprobs)
+
+        def on_failed(window: Window, error: ModelError) -> None:
+            last = window.position + len(window.targets) - 1
+            cut.texts[window.text].fail(ModelError(f"tokens {window.position} to {last}: {error}"))
 
         with measured(runtime, status, request.measure) as around:
             progress = Progress(status, -(-cut.count // per_pass), cut.texts)
-            scoring = score(runtime, cut.windows(), per_pass, on_scored, progress.on_block)
+            scoring = score(runtime, cut.windows(), per_pass, on_scored, progress.on_block, on_failed)
     return make_score_report(scoring, around.surroundings(runtime, scoring.disk_idle_seconds))

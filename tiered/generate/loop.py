@@ -8,21 +8,25 @@
 
 Prompts share passes with decoding. One that does not fit a pass goes on in the next; while others decode, prompts
 take no more of a pass than keeps it near the disk's time.
+
+Whatever goes wrong because of one sequence ends that sequence, which says so, and leaves like any that has ended; what
+concerns all of them, a pass above all, is raised.
 """
 
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Items
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 import torch
 
 from tiered.cache import SequenceKV
-from tiered.errors import BudgetError
+from tiered.errors import BudgetError, ConfigError, error_of_one
 from tiered.generate.sequence import Sequence
-from tiered.model import Load, OnBlock, OnLogits, Pass, Segment
+from tiered.model import Load, OnBlock, OnLogits, Pass, Segment, check_token_ids
 
 _RECENT_PASSES: Final = 256
 """Of a generation, kept one by one: a job may have millions."""
@@ -33,6 +37,9 @@ class PassRunner(Protocol):
 
     @property
     def load(self) -> Load: ...
+
+    @property
+    def vocab_size(self) -> int: ...
 
     @property
     def bytes_read(self) -> int: ...
@@ -169,10 +176,12 @@ def generate(
 
     They are taken from the iterable as there is room for them. `on_pass` is called after every pass, when each
     sequence that got logits has one token more; `on_finished` once for every sequence that has ended, after it.
+    One that cannot be computed ends with an error, at the latest with the pass that shows it.
 
-    Raises BudgetError for a sequence that not even an empty cache has room for.
+    Raises BudgetError for a sequence that not even an empty cache has room for, and whatever the source, a pass or
+    a callback raises.
     """
-    waiting = _Waiting(runner, iter(sequences))
+    waiting = _Waiting(runner, iter(sequences), on_finished)
     running: list[_Running] = []
     result = Generation()
     begin = time.perf_counter()
@@ -226,8 +235,8 @@ class _Counters:
 class _Waiting:
     """Sequences that have not begun."""
 
-    def __init__(self, runner: PassRunner, source: Iterator[Sequence]) -> None:
-        self._runner, self._source = runner, source
+    def __init__(self, runner: PassRunner, source: Iterator[Sequence], on_finished: Callable[[Sequence], None]) -> None:
+        self._runner, self._source, self._on_finished = runner, source, on_finished
         self._next: Sequence | None = None
         self.admitted = 0
         self.prompt_tokens = 0
@@ -238,7 +247,14 @@ class _Waiting:
         while len(running) < width and (sequence := self._peek()) is not None:
             # The last token is sampled, but never passes through the model.
             tokens = max(1, len(sequence.prompt_ids) + sequence.max_new_tokens - 1)
-            kv = self._runner.reserve(tokens)
+            try:
+                check_token_ids(torch.tensor([sequence.prompt_ids]), self._runner.vocab_size)
+                kv = self._runner.reserve(tokens)
+            except ConfigError as error:
+                self._next = None
+                sequence.fail(error)
+                self._on_finished(sequence)
+                continue
             if kv is None:
                 if not running:
                     raise BudgetError(
@@ -270,8 +286,9 @@ def _run(
     sampled: deque[int] = deque()
 
     def on_logits(number: int, index: int, logits: torch.Tensor) -> None:
-        members[number].sequence.advance(logits[-1])
-        sampled.append(number)
+        with _answering_for(members[number].sequence):
+            members[number].sequence.advance(logits[-1])
+            sampled.append(number)
 
     # Nothing is read ahead for another pass if this is sure to be the last one.
     left = max(item.sequence.max_new_tokens - len(item.sequence.token_ids) for item in running)
@@ -280,6 +297,18 @@ def _run(
     pass_ = runner.run(segments, on_logits, on_block, is_last)
     prompts = [len(s.input_ids) for s, item in zip(segments, members, strict=True) if _was_prompt(s, item)]
     return pass_, sum(prompts), len(sampled)
+
+
+@contextmanager
+def _answering_for(sequence: Sequence) -> Iterator[None]:
+    """What fails in this context because of `sequence` ends it, and nothing else."""
+    try:
+        yield
+    except BaseException as error:
+        found = error_of_one(error)
+        if found is None:
+            raise
+        sequence.fail(found)
 
 
 def _was_prompt(segment: Segment, item: _Running) -> bool:

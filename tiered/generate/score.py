@@ -17,7 +17,7 @@ from typing import Final, Protocol
 import torch
 
 from tiered.cache import SequenceKV
-from tiered.errors import BudgetError, ConfigError, TieredError
+from tiered.errors import BudgetError, ConfigError, ModelError
 from tiered.model import OnBlock, OnLogits, Pass, Segment
 from tiered.units import MIB
 
@@ -89,8 +89,10 @@ class Tally:
         return math.inf if self.nats_per_token > _LARGEST_EXPONENT else math.exp(self.nats_per_token)
 
     def bits_per_byte(self, nbytes: int) -> float:
-        """Bits of all scored tokens over `nbytes` of text: comparable between tokenizers, which perplexity is not."""
-        return self.nats / math.log(2) / nbytes
+        """Bits of all scored tokens over `nbytes` of text: comparable between tokenizers, which perplexity is not.
+
+        NaN where there is none."""
+        return self.nats / math.log(2) / nbytes if self.tokens and nbytes else math.nan
 
 
 @dataclass
@@ -160,12 +162,13 @@ def score(
     per_pass: int,
     on_scored: Callable[[Window, torch.Tensor], None],
     on_block: OnBlock | None = None,
+    on_failed: Callable[[Window, ModelError], None] | None = None,
 ) -> Scoring:
     """Score `windows`, taken as they are needed, at most `per_pass` of them in one pass.
 
     `on_scored` is called once per window, in order, in the caller's thread, with the log-probabilities of its targets:
-    float32 [targets]. Raises BudgetError where not even one window fits the cache, TieredError where the model's
-    logits are no numbers.
+    float32 [targets]; or `on_failed`, where the model's logits are no numbers, which without it is raised. Raises
+    BudgetError where not even one window fits the cache.
     """
     result = Scoring()
     began, bytes_before, idle_before = time.perf_counter(), runner.bytes_read, runner.disk_idle_seconds
@@ -181,11 +184,16 @@ def score(
         finally:
             for _, kv in held:
                 runner.release(kv)
-        for window, logprobs in zip(members, collector.logprobs, strict=True):
-            result.total.add(logprobs)
+        for number, (window, logprobs) in enumerate(zip(members, collector.logprobs, strict=True)):
             result.windows += 1
             result.input_tokens += len(window.input_ids)
-            on_scored(window, logprobs)
+            if (error := collector.errors.get(number)) is None:
+                result.total.add(logprobs)
+                on_scored(window, logprobs)
+            elif on_failed is not None:
+                on_failed(window, error)
+            else:
+                raise error
     result.seconds = time.perf_counter() - began
     result.bytes_read = runner.bytes_read - bytes_before
     result.disk_idle_seconds = runner.disk_idle_seconds - idle_before
@@ -206,8 +214,9 @@ def _log_probabilities(logits: torch.Tensor, targets: torch.Tensor) -> torch.Ten
     wide = logits.to(torch.float32, copy=True)
     largest = wide.amax(-1)
     if not bool(largest.isfinite().all()):  # any NaN is the maximum
-        raise TieredError(
-            "the model's logits are NaN or infinite; try --dtype float32, and test the store with 'tiered verify'"
+        raise ModelError(
+            "the model's logits are NaN or infinite; the compute dtype or the store's weights are to blame: "
+            "try --dtype float32, and test the store with 'tiered verify'"
         )
     chosen = wide.gather(1, targets[:, None])[:, 0] - largest
     return chosen - _sum_in_pairs(wide.sub_(largest[:, None]).exp_()).log()
@@ -261,7 +270,12 @@ class _Collector:
     def __init__(self, windows: Items[Window]) -> None:
         self._targets = [torch.tensor(window.targets) for window in windows]
         self.logprobs = [torch.full((len(window.targets),), math.nan) for window in windows]
+        self.errors: dict[int, ModelError] = {}
+        """By window, the first one of each."""
 
     def __call__(self, segment: int, index: int, logits: torch.Tensor) -> None:
         rows = slice(index, index + logits.shape[0])
-        self.logprobs[segment][rows] = log_probabilities(logits, self._targets[segment][rows])
+        try:
+            self.logprobs[segment][rows] = log_probabilities(logits, self._targets[segment][rows])
+        except ModelError as error:
+            self.errors.setdefault(segment, error)

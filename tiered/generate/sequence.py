@@ -4,6 +4,7 @@ from collections.abc import Sequence as Items
 
 import torch
 
+from tiered.errors import TieredError
 from tiered.generate.logprobs import Logprobs
 from tiered.generate.sampling import Sampler
 from tiered.generate.text import CompletionText
@@ -27,7 +28,9 @@ class Sequence:
         self.prompt_ids = prompt_ids
         self.token_ids: list[int] = []
         self.finish_reason: str | None = None
-        """None while running; then "stop" (end of text or a stop string) or "length"."""
+        """None while running; then "stop" (end of text or a stop string), "length" or "error"."""
+        self.error: TieredError | None = None
+        """Why it failed, where it did."""
         self.max_new_tokens = max_new_tokens
         self.logprobs = None if logprobs is None else Logprobs(logprobs)
         """One entry per token, where they were asked for."""
@@ -69,6 +72,10 @@ class Sequence:
         if self.logprobs is not None:
             self.logprobs.record(logits, token)
         self.append(token)
+
+    def fail(self, error: TieredError) -> None:
+        """End here because of `error`; the text so far stays."""
+        self.error, self.finish_reason = error, "error"
 
     def append(self, token: int) -> None:
         """Take the next token."""

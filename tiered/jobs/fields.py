@@ -72,6 +72,7 @@ class Fields:
             if name in neutral:
                 message = f"{name}: {shown(value)} is not supported and would change the result; remove it"
                 raise Refused("unsupported_value", message, name)
+            name = cut(name)
             raise Refused("unknown_field", f"{name}: no field of {url} that is known here; remove or correct it", name)
 
 
@@ -82,5 +83,13 @@ def expected(name: str, what: str, found: object) -> Refused:
 
 def shown(value: object) -> str:
     """`value` as JSON, shortened to fit a message."""
-    text = json.dumps(value)
+    try:
+        return cut(json.dumps(value))
+    except RecursionError:
+        # It could be read, with some more of the stack left.
+        return "something nested too deeply to be shown"
+
+
+def cut(text: str) -> str:
+    """`text`, shortened to fit a message."""
     return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."

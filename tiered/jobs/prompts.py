@@ -1,14 +1,12 @@
 """A request's prompt as token ids, and how many tokens may follow it; or a `Problem`."""
 
-from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from tiered.errors import error_of_one, shortened
+from tiered.jobs.fields import shown
 from tiered.jobs.request import Problem, Request
-
-_LONGEST_REASON: Final = 200
-"""Characters of a chat template's own message that are repeated."""
 
 
 class PromptEncoder:
@@ -22,20 +20,31 @@ class PromptEncoder:
         if request.messages is not None:
             found = self._chat(request, request.messages)
         elif isinstance(request.prompt, str):
-            found = list(self._tokenizer(request.prompt)["input_ids"])
+            found = self._text(request, request.prompt)
         else:
-            found = self._checked(request, request.prompt or ())
-        if found == []:
+            found = list(request.prompt or ())
+        return found if isinstance(found, Problem) else self._checked(request, found)
+
+    def _checked(self, request: Request, ids: list[int]) -> list[int] | Problem:
+        if not ids:
             message = "an empty prompt gives this tokenizer nothing to start from; pass some text"
             return _problem(request, "invalid_value", message)
-        return found
+        wrong = next((token for token in (min(ids), max(ids)) if not 0 <= token < self._vocab_size), None)
+        if wrong is None:
+            return ids
+        message = f"token ids of this model are 0 to {self._vocab_size - 1}, found {shown(wrong)}"
+        if isinstance(request.prompt, list):
+            return _problem(request, "invalid_value", f"prompt: {message}")
+        # Added to the tokenizer, but not to the model.
+        text = shown(str(self._tokenizer.decode([wrong])))
+        return _problem(request, "invalid_value", f"{message}, as which its tokenizer reads {text}; leave that out")
 
-    def _checked(self, request: Request, ids: Sequence[int]) -> list[int] | Problem:
-        for token in ids:
-            if not 0 <= token < self._vocab_size:
-                message = f"prompt: token ids of this model are 0 to {self._vocab_size - 1}, found {token}"
-                return _problem(request, "invalid_value", message)
-        return list(ids)
+    def _text(self, request: Request, prompt: str) -> list[int] | Problem:
+        try:
+            return list(self._tokenizer(prompt)["input_ids"])
+        except BaseException as error:
+            reason = _reason(error)
+            return _problem(request, "invalid_value", f"prompt: this model's tokenizer cannot read it: {reason}")
 
     def _chat(self, request: Request, messages: list[dict[str, str]]) -> list[int] | Problem:
         if self._tokenizer.chat_template is None:
@@ -43,11 +52,18 @@ class PromptEncoder:
             return _problem(request, "no_chat_template", message)
         try:
             encoded: Any = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
-        except Exception as error:
+        except BaseException as error:
             # Templates are programs: they raise what they like, most often on roles in an order they do not know.
-            reason = str(error)[:_LONGEST_REASON]
+            reason = _reason(error)
             return _problem(request, "invalid_value", f"messages: this model's chat template refuses them: {reason}")
         return list(encoded["input_ids"])
+
+
+def _reason(error: BaseException) -> str:
+    """Why a prompt could not be encoded; raises what has nothing to do with it. Panics are no Exceptions."""
+    if not isinstance(error, Exception) and error_of_one(error) is None:
+        raise error
+    return shortened(error)
 
 
 def tokens_to_generate(request: Request, prompt_tokens: int, default: int, limit: int) -> int | Problem:

@@ -10,7 +10,7 @@ from typing import Any, Final, NoReturn
 
 from tiered.errors import ConfigError
 from tiered.generate import SamplingParams
-from tiered.jobs.fields import Fields, Refused, expected, shown
+from tiered.jobs.fields import Fields, Refused, cut, expected, shown
 
 COMPLETIONS: Final = "/v1/completions"
 CHAT: Final = "/v1/chat/completions"
@@ -64,6 +64,8 @@ class Problem:
     """The field of the body it is about."""
     custom_id: str | None = None
     """None where the line has none, or not one of its own."""
+    status: int = 400
+    """400 where the line is to blame, 500 where what answers it has failed."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ def parse_object(raw: bytes, line: int) -> dict[str, Any] | Problem:
     """The JSON object in `raw`."""
     try:
         text = raw.decode("utf-8-sig" if line == 1 else "utf-8")
-        value = json.loads(text, parse_constant=_no_number)
+        value = json.loads(text, parse_constant=_no_number, object_pairs_hook=_object)
         if b"\\u" in raw:
             # Escapes can spell halves of characters, which no tokenizer takes and no result could repeat.
             json.dumps(value, ensure_ascii=False).encode()
@@ -135,6 +137,16 @@ def custom_id_of(value: dict[str, Any]) -> str | None:
 
 def _no_number(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON number")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of `pairs`; one of two fields of the same name would be ignored."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{shown(twice)} is there twice in one object")
+    return value
 
 
 def _request(value: dict[str, Any], line: int, custom_id: str, seed: int) -> Request:
@@ -233,7 +245,7 @@ def _message(where: str, value: Any) -> dict[str, str]:
         if name == "name" and isinstance(value[name], str):
             message[name] = value[name]
         elif value[name] not in (None, []):
-            raise Refused("unsupported_value", f"{where}.{name}: not supported; remove it", "messages")
+            raise Refused("unsupported_value", f"{where}.{cut(name)}: not supported; remove it", "messages")
     return message
 
 

@@ -71,12 +71,12 @@ def problem_line(label: Label, problem: Problem) -> bytes:
     message = f"line {problem.line}: {problem.message}"
     inner = {
         "message": message,
-        "type": "invalid_request_error",
+        "type": "invalid_request_error" if problem.status < 500 else "server_error",
         "param": problem.param,
         "code": problem.code,
     }
     outer = {"code": problem.code, "message": message, "line": problem.line}
-    return _line(label, problem.line, problem.custom_id, 400, {"error": inner}, outer)
+    return _line(label, problem.line, problem.custom_id, problem.status, {"error": inner}, outer)
 
 
 def line_of_id(identifier: str, key: str) -> int | None:
@@ -93,8 +93,9 @@ def _line(label: Label, line: int, custom_id: str | None, status: int, body: Any
         "response": {"status_code": status, "request_id": f"req_{label.key}_{line}", "body": body},
         "error": error,
     }
-    # Line separators of Unicode are left as they are: only "\n" ends a line of JSONL.
-    return json.dumps(value, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    # Line separators of Unicode are left as they are: only "\n" ends a line of JSONL. Halves of characters, which a
+    # template may put into its message, become JSON's own escapes.
+    return json.dumps(value, ensure_ascii=False, allow_nan=False).encode(errors="backslashreplace") + b"\n"
 
 
 def _choice(number: int, sequence: Sequence, texts: TokenTexts) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Protocol
 
+from tiered.errors import ConfigError, ModelError, TieredError, error_of_one
 from tiered.generate import Generation, Sampler, Sequence
 from tiered.generate.sequence import Decoder
 from tiered.jobs.fields import shown
@@ -166,8 +167,19 @@ class _Run:
         self._prompt_tokens += len(sequence.prompt_ids)
         self._generated_tokens += len(sequence.token_ids)
         if running.ended == len(running.sequences):
-            record = result_line(self._job.label, running.request, running.sequences, self._texts)
-            self._journal.append(running.request.line, record, len(running.sequences))
+            self._journal.append(running.request.line, *self._record(running))
+
+    def _record(self, running: _Running) -> tuple[bytes, int]:
+        """The result of a request whose sequences have ended, and how many choices it has; none where it failed."""
+        error = next((sequence.error for sequence in running.sequences if sequence.error is not None), None)
+        if error is None:
+            try:
+                record = result_line(self._job.label, running.request, running.sequences, self._texts)
+                return record, len(running.sequences)
+            except BaseException as raised:
+                if (error := error_of_one(raised)) is None:
+                    raise
+        return problem_line(self._job.label, _failure(running.request, error)), 0
 
     def on_pass(self) -> None:
         """A pass has ended."""
@@ -187,3 +199,11 @@ class _Run:
         sampler = Sampler(request.sampling, request.number, choice)
         eos = frozenset[int]() if request.ignore_eos else job.eos_ids
         return Sequence(ids, sampler, job.decoder, most, eos, (*request.stops, *job.stops), request.logprobs)
+
+
+def _failure(request: Request, error: TieredError) -> Problem:
+    """Why a good line has no answer."""
+    if isinstance(error, ConfigError):
+        return Problem(request.line, "invalid_value", str(error), custom_id=request.custom_id)
+    code = "model_error" if isinstance(error, ModelError) else "sequence_failed"
+    return Problem(request.line, code, str(error), custom_id=request.custom_id, status=500)
