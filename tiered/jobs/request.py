@@ -48,6 +48,8 @@ _MOST_CHOICES: Final = 128
 _MOST_LOGPROBS: Final = 20
 _MOST_STOPS: Final = 4
 _MOST_TOKENS: Final = (1 << 31) - 1
+_MOST_NESTED: Final = 100
+"""Lists and objects inside each other. Python's own limit depends on who calls, and so would a result."""
 _ROLES: Final = ("system", "developer", "user", "assistant")
 
 
@@ -112,6 +114,8 @@ def parse_object(raw: bytes, line: int) -> dict[str, Any] | Problem:
     try:
         text = raw.decode("utf-8-sig" if line == 1 else "utf-8")
         value = json.loads(text, parse_constant=_no_number, object_pairs_hook=_object)
+        if raw.count(b"[") + raw.count(b"{") > _MOST_NESTED and _is_nested(value):
+            raise RecursionError
         if b"\\u" in raw:
             # Escapes can spell halves of characters, which no tokenizer takes and no result could repeat.
             json.dumps(value, ensure_ascii=False).encode()
@@ -122,11 +126,22 @@ def parse_object(raw: bytes, line: int) -> dict[str, Any] | Problem:
     except json.JSONDecodeError as error:
         where = f"{error.msg} at character {error.pos + 1}"
         return Problem(line, "invalid_json", f"not valid JSON ({where}); every line is one JSON object")
-    except (ValueError, RecursionError) as error:
+    except RecursionError:
+        return Problem(line, "invalid_json", f"lists and objects nested more than {_MOST_NESTED} deep; flatten them")
+    except ValueError as error:
         return Problem(line, "invalid_json", f"not valid JSON ({error}); every line is one JSON object")
     if not isinstance(value, dict):
         return Problem(line, "invalid_json", f"expected a JSON object, found {shown(value)}")
     return value
+
+
+def _is_nested(value: Any) -> bool:
+    """Whether `value` is nested more deeply than it may be."""
+    level = [value]
+    for _ in range(_MOST_NESTED):
+        inner = [item.values() if isinstance(item, dict) else item for item in level if isinstance(item, dict | list)]
+        level = [item for items in inner for item in items]
+    return any(isinstance(item, dict | list) for item in level)
 
 
 def custom_id_of(value: dict[str, Any]) -> str | None:
