@@ -267,3 +267,14 @@ def test_a_request_that_cannot_be_served_keeps_no_other_from_it(store: Path, tmp
     whole = results.read_bytes()
     assert batch(bad, source, results, "--verify", "never")["job"]["done_before"] == 12
     assert results.read_bytes() == whole
+
+
+def test_a_refusal_names_the_longest_request_and_how_to_refuse_it_alone(store: Path, tmp_path: Path) -> None:
+    lines = [request("a", prompt=[5, 6, 7], max_tokens=4), request("b", prompt=[5, 6, 7], max_tokens=2000)]
+    source = write_lines(tmp_path / "in", lines)
+    done = run_here("batch", store, "-i", source, "-o", tmp_path / "out.jsonl", *QUIET, "--ram", "1MiB")
+    assert done.code == 3
+    assert "the longest request comes to 2003 tokens; --context, with another -o, refuses long ones alone" in done.err
+    assert parse_size(smallest_ram(done.err)) > 64 * MIB
+    summary = batch(store, source, tmp_path / "other.jsonl", "--context", "100")["job"]
+    assert (summary["done"], summary["failed"]) == (2, 1)

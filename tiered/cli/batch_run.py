@@ -16,7 +16,7 @@ from tiered.cli.batch_engine import Engine, open_engine
 from tiered.cli.batch_options import BatchOptions
 from tiered.cli.batch_screen import JobScreen
 from tiered.cli.batch_width import Demand
-from tiered.errors import ConfigError
+from tiered.errors import BudgetError, ConfigError
 from tiered.generate import Report
 from tiered.generate.tokenizer import load_generation_settings, load_tokenizer
 from tiered.jobs import (
@@ -101,7 +101,7 @@ def _work(
         nonlocal report
         left = begun.sequences - journal.sequences
         demand = Demand(left, begun.longest, round(begun.tokens * left / begun.sequences))
-        with open_engine(options, store, demand, screen) as engine:
+        with _saying_how_long_requests_are(begun), open_engine(options, store, demand, screen) as engine:
             yield engine
             report = engine.report
 
@@ -189,6 +189,18 @@ def _begin(journal: Journal, job: Job, identity: Identity, screen: JobScreen) ->
         begun = JobFile(identity, job.label.created, *counted)
     journal.begin(begun, job.input.lines)
     return replace(job, label=replace(job.label, created=begun.created)), begun
+
+
+@contextmanager
+def _saying_how_long_requests_are(begun: JobFile) -> Iterator[None]:
+    """Around the plan: one request that asks for more than there is memory for would keep all others from theirs."""
+    try:
+        yield
+    except BudgetError as error:
+        hint = (
+            f"the longest request comes to {begun.longest} tokens; --context, with another -o, refuses long ones alone"
+        )
+        raise BudgetError(f"{error}; {hint}", error.smallest_bytes) from None
 
 
 @contextmanager
