@@ -88,12 +88,19 @@ class InterruptedRun(TieredError):
     exit_code = 130
 
 
+_OF_ALL: Final = (
+    *(KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError, OSError),
+    *(ReadError, DiskFullError, InterruptedRun),
+)
+"""What has nothing to do with the one sequence that was being worked on."""
+
+
 def error_of_one(error: BaseException) -> TieredError | None:
     """`error`, raised while one sequence of several was worked on, as an error of that sequence.
 
     None where it concerns all of them: an interruption, a lack of memory, a disk that fails.
     """
-    if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit | MemoryError | OSError | InterruptedRun):
+    if isinstance(error, _OF_ALL):
         return None
     if isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error):
         return None  # torch's way to say MemoryError

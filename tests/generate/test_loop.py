@@ -1,6 +1,7 @@
 """The loop: who runs when, on a runner whose model is a function of the text, so that what must come out is known."""
 
 import itertools
+import weakref
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Items
 from typing import Any, Final
@@ -391,6 +392,21 @@ def test_logits_that_are_no_numbers_fail_their_sequence_at_its_place(monkeypatch
     assert isinstance(bad.error, ModelError) and "token 3 of the completion" in str(bad.error)
     assert bad.token_ids == wrong[6:] and len(good.token_ids) == 9 and good.error is None
     assert runner.passes == [[6, 5], [1, 1], [1, 1], [1, 1]] + [[1]] * 5
+
+
+def test_a_failed_sequence_holds_no_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref[torch.Tensor]] = []
+
+    def nan(text: Items[int]) -> torch.Tensor:
+        logits = torch.full((VOCAB,), torch.nan)
+        made.append(weakref.ref(logits))
+        return logits
+
+    monkeypatch.setattr("tests.generate.test_loop.model", nan)
+    held = [sequence_of(prompt_of(4)), failing(ValueError("never asked"))]
+    generate(Runner(2), held, 2)
+    assert len(made) == 2 and not any(reference() is not None for reference in made)
+    assert all(sequence.error is not None for sequence in held)
 
 
 def test_only_what_was_sampled_is_counted() -> None:

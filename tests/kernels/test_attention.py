@@ -247,7 +247,7 @@ def test_tables_that_are_too_short_are_refused(name: str) -> None:
         attend(name, replace(call, keys=replace(call.keys, codes=codes)))
 
 
-@pytest.mark.parametrize("place", [0, 40, 99])
+@pytest.mark.parametrize("place", [0, 99])
 @pytest.mark.parametrize("q_len", [1, 7])
 def test_what_is_no_number_stays_none_and_in_its_own_sequence(name: str, q_len: int, place: int) -> None:
     call = random_call(Shape(3, q_len, 4, 2, 100, 64))

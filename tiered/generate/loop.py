@@ -308,6 +308,8 @@ def _answering_for(sequence: Sequence) -> Iterator[None]:
         found = error_of_one(error)
         if found is None:
             raise
+        # Without the frames it came through, which hold logits as long as the sequence is held.
+        error.__traceback__ = found.__traceback__ = None
         sequence.fail(found)
 
 

@@ -278,4 +278,5 @@ class _Collector:
         try:
             self.logprobs[segment][rows] = log_probabilities(logits, self._targets[segment][rows])
         except ModelError as error:
-            self.errors.setdefault(segment, error)
+            # Without the frames it came through, each of which holds a piece of logits.
+            self.errors.setdefault(segment, error.with_traceback(None))

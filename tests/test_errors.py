@@ -1,0 +1,45 @@
+"""Which errors concern one sequence, and what foreign ones become."""
+
+import pytest
+import torch
+
+from tiered.errors import ConfigError, DiskFullError, InterruptedRun, ModelError, ReadError, TieredError, error_of_one
+
+
+class Panic(BaseException):
+    """As tokenizers' are."""
+
+
+def test_an_error_of_our_own_stays_what_it_is() -> None:
+    for error in (ModelError("NaN"), ConfigError("empty")):
+        assert error_of_one(error) is error
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("no\nsuch  token"), Panic("no such token"), RecursionError("no such token")]
+)
+def test_a_foreign_error_is_named_in_one_line(error: BaseException) -> None:
+    found = error_of_one(error)
+    assert type(found) is TieredError and found.__cause__ is error
+    assert str(found) == f"{type(error).__name__}: no such token"
+
+
+def test_a_foreign_error_is_not_repeated_at_any_length() -> None:
+    assert len(str(error_of_one(ValueError("x" * 10_000)))) < 250
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        *(KeyboardInterrupt(), SystemExit(1), GeneratorExit(), MemoryError(), OSError(28, "full")),
+        *(InterruptedRun("enough"), ReadError("gone"), DiskFullError("full")),
+    ],
+)
+def test_what_concerns_everything_is_of_no_one(error: BaseException) -> None:
+    assert error_of_one(error) is None
+
+
+def test_torch_s_lack_of_memory_is_one() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert error_of_one(caught.value) is None
