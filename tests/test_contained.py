@@ -119,5 +119,5 @@ def test_nor_where_keys_are_gathered_and_padded(tmp_path: Path, kv_bits: Any) ->
 
 
 def test_nor_where_tokens_choose_experts_and_windows_slide(tiny: Tiny, tmp_path: Path) -> None:
-    store = poisoned(tiny.store("mixtral", "none").path, tmp_path, "model.embed_tokens.weight", WRONG)
+    store = poisoned(tiny.store("mixtral").path, tmp_path, "model.embed_tokens.weight", WRONG)
     assert_contained(store, kv_bits=8, dtype="bfloat16")

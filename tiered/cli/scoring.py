@@ -201,9 +201,17 @@ def _score(
     ):
 
         def on_scored(window: Window, logprobs: torch.Tensor) -> None:
-            if cut.texts[window.text].error is None:
-                cut.texts[window.text].tally.add(logprobs)
+            text = cut.texts[window.text]
+            if text.error is not None:
+                return
+            text.tally.add(logprobs)
+            try:
                 per_token.write(window, logprobs)
+            except BaseException as error:
+                # Its tokens cannot be decoded.
+                if (found := error_of_one(error)) is None:
+                    raise
+                text.fail(found)
 
         def on_failed(window: Window, error: ModelError) -> None:
             last = window.position + len(window.targets) - 1
