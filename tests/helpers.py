@@ -229,7 +229,11 @@ class Tiny:
 
     def model(self, name: str, quant: str = "none") -> PreTrainedModel:
         """The model as transformers loads it, in float32; `quant` gives it the weights of that store instead."""
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(self.checkpoint(name), dtype=torch.float32)
+        # Before version 5.21 transformers took "sdpa" for families that cap scores, which it knows nothing of.
+        attention = "eager" if "attn_logit_softcapping" in TINY.get(name, {}) else None
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            self.checkpoint(name), dtype=torch.float32, attn_implementation=attention
+        )
         if quant != "none":
             load_stored_weights(model, self.store(name, quant))
         return model

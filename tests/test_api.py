@@ -1,6 +1,7 @@
 """The Python API behaves as transformers documents its models, on weights that are streamed."""
 
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -94,13 +95,30 @@ def test_a_prompt_longer_than_a_chunk_is_one_pass(store: Path, reference: Any) -
         assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
-def test_past_key_values_continue_where_they_ended(loaded: LoadedModel, reference: Any) -> None:
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_cache_by_either_name_continues_where_it_ended(loaded: LoadedModel, reference: Any, name: str) -> None:
     inputs = loaded.tokenizer(PROMPT, return_tensors="pt")
     cache = DynamicCache(config=loaded.model.config)
-    first = loaded.model.generate(**inputs, max_new_tokens=8, past_key_values=cache, do_sample=False)
-    assert cache.get_seq_length() == first.shape[1] - 1
-    second = loaded.model.generate(first, max_new_tokens=8, past_key_values=cache, do_sample=False)
-    assert torch.equal(second, reference.generate(**inputs, max_new_tokens=16, do_sample=False))
+    arguments: dict[str, Any] = {"do_sample": False, "max_new_tokens": 8, "return_dict_in_generate": True, name: cache}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        first = loaded.model.generate(**inputs, **arguments)
+        assert cache.get_seq_length() == first.sequences.shape[1] - 1
+        assert first.cache is cache is first.past_key_values
+        second = loaded.model.generate(first.sequences, **arguments)
+        assert torch.equal(second.sequences, reference.generate(**inputs, max_new_tokens=16, do_sample=False))
+        step = loaded.model(second.sequences[:, -1:], **{name: cache})
+    assert step.cache is cache is step.past_key_values
+    expected = reference(second.sequences).logits[:, -1:]
+    assert (step.logits - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+def test_two_caches_are_refused(loaded: LoadedModel) -> None:
+    caches: dict[str, Any] = {name: DynamicCache(config=loaded.model.config) for name in ("cache", "past_key_values")}
+    ids = torch.tensor([[5, 6]])
+    for call in (loaded.model, loaded.model.generate):
+        with pytest.raises(ConfigError, match="cache and past_key_values"):
+            call(ids, **caches)
 
 
 def test_streamers_criteria_and_processors_are_called(loaded: LoadedModel, capsys: pytest.CaptureFixture[str]) -> None:

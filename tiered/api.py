@@ -12,7 +12,7 @@ processors and caches are transformers' own. Its forward is one pass over the st
 
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, NoReturn, Self
+from typing import Any, Final, NoReturn, Self, TypeVar
 
 import torch
 from transformers import (
@@ -25,6 +25,7 @@ from transformers import (
 )
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils.generic import ModelOutput
 
 from tiered.arch import load_config
 from tiered.cache import kv_shape
@@ -32,13 +33,16 @@ from tiered.errors import BudgetError, ConfigError, NotSupportedError
 from tiered.generate.tokenizer import load_generation_config, load_tokenizer
 from tiered.io import VerifyPolicy
 from tiered.kernels import Mode
-from tiered.model import Load, MicroBatch, check_token_ids, keep_positions, slice_mask
+from tiered.model import CACHE_NAMES, Load, MicroBatch, cache_name, check_token_ids, keep_positions, slice_mask
 from tiered.plan import available_budget, parse_tiers
 from tiered.runtime import Options, Runtime, compute_dtype
 from tiered.store import Store
 from tiered.units import format_size, parse_size
 
 DEFAULT_CONTEXT: Final = 2048
+_CACHE_NAME: Final = cache_name(GenerationMixin.prepare_inputs_for_generation) or CACHE_NAMES[0]
+"""By what name this version of transformers passes caches to a model, and takes them from its results."""
+T = TypeVar("T")
 _KV_SHARE: Final = 1 / 8
 """Part of the budget that the KV cache may take where no context is asked for."""
 
@@ -174,7 +178,10 @@ class OffloadedModel(PreTrainedModel, GenerationMixin):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """transformers' own generate, after a look at whether what is asked for fits what `load` planned."""
+        """transformers' own generate, after a look at whether what is asked for fits what `load` planned.
+
+        A cache may be passed as `cache` or as `past_key_values`, whatever transformers' version calls it.
+        """
         ids = inputs if inputs is not None else kwargs.get("input_ids")
         config = generation_config or self.generation_config
         asked = {**config.to_dict(), **kwargs}
@@ -182,19 +189,25 @@ class OffloadedModel(PreTrainedModel, GenerationMixin):
         if isinstance(ids, torch.Tensor) and new_tokens is not None:
             copies = max(asked.get("num_beams") or 1, asked.get("num_return_sequences") or 1)
             self._check_room(ids.shape[0] * copies, ids.shape[1] + int(new_tokens) - 1)
-        return super().generate(inputs, generation_config, *args, **kwargs)  # type: ignore[misc]  # a protocol of private attributes
+        if (cache := _only_cache(*(kwargs.pop(name, None) for name in CACHE_NAMES))) is not None:
+            kwargs[_CACHE_NAME] = cache
+        output = super().generate(inputs, generation_config, *args, **kwargs)
+        return _by_both_names(output)
 
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits after `input_ids` [rows, tokens], as transformers defines it, in one pass over the store.
+
+        The cache goes by both of its names, `cache` and the older `past_key_values`, here and in the result.
 
         Raises BudgetError where the KV cache would outgrow what `load` planned for, NotSupportedError for what
         offloaded weights cannot give (gradients, attention maps, hidden states).
@@ -203,7 +216,9 @@ class OffloadedModel(PreTrainedModel, GenerationMixin):
             raise ConfigError("the model is closed: use it inside 'with tiered.load(...) as loaded:'")
         self._refuse(input_ids, kwargs)
         assert input_ids is not None
-        cache = past_key_values if past_key_values is not None else DynamicCache(config=self.config)
+        cache = _only_cache(cache, past_key_values)
+        if cache is None:
+            cache = DynamicCache(config=self.config)
         check_token_ids(input_ids, self._runtime.store.vocab_size)
         rows, tokens = input_ids.shape
         self._check_room(rows, int(cache.get_seq_length()) + tokens)
@@ -213,7 +228,9 @@ class OffloadedModel(PreTrainedModel, GenerationMixin):
         logits = [self._runtime.forward([part]).logits[0] for part in parts]
         # Only separate passes come in parts, and those keep every position they computed until here.
         whole = logits[0] if len(parts) == 1 else keep_positions(torch.cat(logits, dim=1), logits_to_keep)
-        return CausalLMOutputWithPast(logits=whole, past_key_values=cache if use_cache is not False else None)
+        output = CausalLMOutputWithPast(logits=whole)
+        setattr(output, _CACHE_NAME, cache if use_cache is not False else None)
+        return _by_both_names(output)
 
     def _split(self, batch: MicroBatch) -> list[MicroBatch]:
         """A prompt too long for one chunk, with a cache that one pass cannot fill chunk by chunk: several passes."""
@@ -321,6 +338,21 @@ class OffloadedModel(PreTrainedModel, GenerationMixin):
 
     def get_input_embeddings(self) -> NoReturn:
         raise NotSupportedError("get_input_embeddings(): embedding rows are read from disk as they are needed")
+
+
+def _only_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
+    """The cache that was passed by one of its names; raises ConfigError where two were."""
+    if cache is not None and past_key_values is not None:
+        raise ConfigError("cache and past_key_values are two names of one argument: pass one of them")
+    return cache if cache is not None else past_key_values
+
+
+def _by_both_names(output: T) -> T:
+    """The same output; where transformers knows a cache as `past_key_values` only, `cache` finds it too."""
+    new, old = CACHE_NAMES
+    if isinstance(output, ModelOutput) and not hasattr(output, new):
+        setattr(output, new, getattr(output, old))
+    return output
 
 
 def _fits_one_pass(batch: MicroBatch, rows_per_chunk: int) -> bool:

@@ -16,8 +16,6 @@ class Family:
     model_type: str
     layers: str
     """Path of the ModuleList of decoder layers inside the causal LM, e.g. "model.decoder.layers"."""
-    returns_tuple: bool = False
-    """The layer returns (hidden, ...) and the base model takes element 0."""
     exact_dtype: str | None = None
     """Compute dtype the family's own code insists on; None where any floating type works."""
     gathers: bool = False
@@ -91,14 +89,14 @@ FAMILIES: dict[str, Family] = {
     for family in (
         Family("opt", "model.decoder.layers"),
         Family("gpt_neox", "gpt_neox.layers"),
-        Family("bloom", "transformer.h", returns_tuple=True, gathers=True),
-        Family("falcon", "transformer.h", returns_tuple=True, gathers=True),
-        Family("gptj", "transformer.h", returns_tuple=True, gathers=True),
-        Family("codegen", "transformer.h", returns_tuple=True, gathers=True),
-        Family("mpt", "transformer.blocks", returns_tuple=True, gathers=True),
+        Family("bloom", "transformer.h", gathers=True),
+        Family("falcon", "transformer.h", gathers=True),
+        Family("gptj", "transformer.h", gathers=True),
+        Family("codegen", "transformer.h", gathers=True),
+        Family("mpt", "transformer.blocks", gathers=True),
         Family("gpt_bigcode", "transformer.h"),
-        Family("gpt_neo", "transformer.h", returns_tuple=True, gathers=True),
-        Family("gpt_neox_japanese", "gpt_neox_japanese.layers", returns_tuple=True, gathers=True),
+        Family("gpt_neo", "transformer.h", gathers=True),
+        Family("gpt_neox_japanese", "gpt_neox_japanese.layers", gathers=True),
         Family("biogpt", "biogpt.layers"),
         Family("xglm", "model.layers", gathers=True),
         Family("diffllama", "model.layers", gathers=True),

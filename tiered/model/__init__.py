@@ -6,11 +6,12 @@ from tiered.model.engine import Engine, OnBlock, Pass
 from tiered.model.match import check_match
 from tiered.model.micro_batch import MicroBatch, MicroBatches, check_token_ids, keep_positions, slice_mask
 from tiered.model.needs import CacheOptions, Footprint, Load, activation_shape
-from tiered.model.record import Recorder
+from tiered.model.record import CACHE_NAMES, Recorder, cache_name
 from tiered.model.segments import ChunkLimits, OnLogits, Segment, Segments
 from tiered.model.work import Work
 
 __all__ = [
+    "CACHE_NAMES",
     "BoundModel",
     "CacheOptions",
     "ChunkLimits",
@@ -28,6 +29,7 @@ __all__ = [
     "Segments",
     "Work",
     "activation_shape",
+    "cache_name",
     "check_match",
     "check_token_ids",
     "keep_positions",

@@ -28,8 +28,8 @@ Output = tuple[torch.Tensor, torch.Tensor | None]
 _HARMLESS: Final = frozenset(
     (
         *("sliding_window", "position_ids", "cache_position", "use_cache", "output_attentions", "return_dict"),
-        *("output_hidden_states", "is_causal", "softcap", "logits_to_keep", "past_key_values", "num_items_in_batch"),
-        *("output_router_logits", "s_aux"),
+        *("output_hidden_states", "is_causal", "softcap", "logits_to_keep", "num_items_in_batch"),
+        *("output_router_logits", "s_aux", "cache", "past_key_values"),
     )
 )
 """Arguments that change nothing here, because the mask holds them already, or that are looked at below."""

@@ -67,7 +67,7 @@ class MicroBatches:
             # Untouched where possible: a preallocating cache wants masks wider than what is filled.
             attention_mask=batch.attention_mask if whole else slice_mask(batch.attention_mask, past, start, stop),
             position_ids=None if position_ids is None else position_ids[:, start:stop],
-            past_key_values=cache,
+            cache=cache,
             use_cache=True,
         )
         if whole:

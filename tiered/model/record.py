@@ -7,15 +7,20 @@ own norm, projection, head and soft caps run on it. No family's code is repeated
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import nn
+from transformers.cache_utils import Cache
 
 from tiered.arch import Skeleton
+from tiered.errors import UnsupportedFamilyError
 from tiered.model.rotary import stand_in_for_rotaries
+
+CACHE_NAMES: Final = ("cache", "past_key_values")
+"""What transformers calls a cache among arguments and results: before version 5.24 by the second name."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +43,21 @@ class _Recorded(Exception):
     """Unwinds the base model's forward after its last layer has been called."""
 
 
+def cache_name(function: Callable[..., Any]) -> str | None:
+    """The name by which `function` takes a cache, by its signature; None where it does not say that it takes one.
+
+    Many a forward swallows unknown names: by the other one it would compute with a cache of its own, without an error.
+    """
+    parameters = inspect.signature(function).parameters
+    return next((name for name in CACHE_NAMES if name in parameters), None)
+
+
 class Recorder:
     """Owns the stand-ins of one skeleton. The layers themselves are kept by the caller."""
 
     def __init__(self, skeleton: Skeleton) -> None:
         self._model = skeleton.model
-        self._returns_tuple = skeleton.family.returns_tuple
+        self._model_type = skeleton.family.model_type
         self._calls: list[LayerCall] = []
         self._first_hidden: torch.Tensor | None = None
         self._final: torch.Tensor | None = None
@@ -54,21 +68,30 @@ class Recorder:
         setattr(skeleton.model.get_submodule(path), name, stand_ins)
         self._count = len(layers)
         self._rotaries = stand_in_for_rotaries(skeleton.model)
-        self._accepted = set(inspect.signature(skeleton.model.forward).parameters)
+        self._accepts_positions = "position_ids" in inspect.signature(skeleton.model.forward).parameters
+        taken = cache_name(skeleton.model.forward)
+        if taken is None:
+            raise self._unsupported(f"takes no cache by any name that tiered knows ({' or '.join(CACHE_NAMES)})")
+        self._cache_name = taken
 
-    def record(self, last_positions: torch.Tensor | None = None, **kwargs: Any) -> Recording:
+    def record(self, last_positions: torch.Tensor | None = None, *, cache: Cache, **kwargs: Any) -> Recording:
         """Run the model's forward (with `inputs_embeds`) up to its last layer.
 
-        `last_positions` [rows] or [1] says where texts end that are shown only in part.
+        `last_positions` [rows] or [1] says where texts end that are shown only in part. Every layer's call is certain
+        to hold `cache`; raises UnsupportedFamilyError otherwise.
         """
         self._calls, self._first_hidden, self._final = [], None, None
         self._show_ends(last_positions)
         # A family without positions (ALiBi) takes none; passing them on would reach its layers.
-        given = {name: value for name, value in kwargs.items() if name != "position_ids" or name in self._accepted}
+        given = {name: value for name, value in kwargs.items() if name != "position_ids" or self._accepts_positions}
+        given[self._cache_name] = cache
         try:
             self._model(**given)
         except _Recorded:
             assert self._first_hidden is not None
+            for index, call in enumerate(self._calls):
+                if not any(value is cache for value in (*call.args, *call.kwargs.values())):
+                    raise self._unsupported(f"hands layer {index} another cache than it was given") from None
             recording = Recording(self._first_hidden, tuple(self._calls))
             self._calls, self._first_hidden = [], None
             return recording
@@ -97,11 +120,35 @@ class Recorder:
             self._calls.append(LayerCall(args, kwargs))
             if index == self._count - 1:
                 raise _Recorded
-        return (hidden, None) if self._returns_tuple else hidden
+        return _LayerOutput.of(hidden)
+
+    def _unsupported(self, what: str) -> UnsupportedFamilyError:
+        return UnsupportedFamilyError(
+            f"model family {self._model_type!r}: this version of transformers {what}; "
+            "install a version of transformers within tiered's range"
+        )
 
     def _show_ends(self, last_positions: torch.Tensor | None) -> None:
         for rotary in self._rotaries:
             rotary.last_positions = last_positions
+
+
+class _LayerOutput(torch.Tensor):
+    """Hidden states whose element 0 they are themselves.
+
+    Layers of some families return (hidden, ...), which ones depends on transformers' version; the base model takes
+    what its layers return, or element 0 of it. Whatever else is done with it gives plain tensors.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def of(cls, hidden: torch.Tensor) -> "_LayerOutput":
+        return hidden.as_subclass(cls)
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        plain = self.as_subclass(torch.Tensor)
+        return plain if isinstance(index, int) and index == 0 else plain[index]
 
 
 class _StandIn(nn.Module):

@@ -166,7 +166,7 @@ class Segments:
                 inputs_embeds=embedded(torch.tensor(ids)),
                 attention_mask=gathered.attention_mask,
                 position_ids=torch.tensor(positions),
-                past_key_values=kv,
+                cache=kv,
                 use_cache=True,
             )
         else:
@@ -178,7 +178,7 @@ class Segments:
                     inputs_embeds=embedded(torch.tensor([list(chain.from_iterable(ids))])),
                     attention_mask=None,
                     position_ids=torch.tensor([list(chain.from_iterable(positions))]),
-                    past_key_values=kv,
+                    cache=kv,
                     use_cache=True,
                 )
         self._plan.append(pieces)
