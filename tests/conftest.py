@@ -1,12 +1,38 @@
 """What tests of different modules share."""
 
 from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from tests.helpers import Tiny
 from tiered.units import MIB
+from tools.pins import read_pins
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--pins", type=Path, help="a constraints file: end at once unless the tests run on its versions")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make sure that what is installed, and imported, is what the file of --pins says."""
+    path: Path | None = config.getoption("--pins")
+    if path is None:
+        return
+    pins = read_pins(path.read_text(encoding="utf-8"))
+    # Some are for other systems, and the lowest file has none for the programs that test.
+    found = {distribution.name: distribution.version for distribution in reversed(list(metadata.distributions()))}
+    found |= {module.__name__: module.__version__ for module in (torch, transformers)}
+    wrong = {name: found[name] for name in pins.keys() & found.keys() if found[name].partition("+")[0] != pins[name]}
+    if wrong:
+        pytest.exit(f"{path}: pins other versions than are imported here: {wrong}; run tools/setup", returncode=3)
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"transformers {transformers.__version__} (pins: {config.getoption('--pins') or 'not looked at'})"
 
 
 @pytest.fixture(scope="session")

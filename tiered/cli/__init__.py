@@ -57,8 +57,11 @@ def main() -> NoReturn:
     # Set before torch and transformers are imported.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    logging.basicConfig(format="tiered: %(message)s", level=logging.WARNING)
+    messages = logging.StreamHandler()
+    messages.addFilter(_concerns_the_user)
+    logging.basicConfig(format="tiered: %(message)s", level=logging.WARNING, handlers=[messages])
     try:
         code = cli.main(standalone_mode=False)
         status = code if isinstance(code, int) else 0
@@ -82,6 +85,11 @@ def main() -> NoReturn:
         _say(f"tiered: {where}{error.strerror or error}")
         status = 1
     sys.exit(status)
+
+
+def _concerns_the_user(record: logging.LogRecord) -> bool:
+    """Our own warnings and everybody's errors; other libraries warn those who call them."""
+    return record.name.partition(".")[0] == "tiered" or record.levelno >= logging.ERROR
 
 
 def _say(text: str) -> None:
