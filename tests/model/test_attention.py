@@ -14,6 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from tiered.errors import ConfigError
 from tiered.kernels import AttentionCall, Kernels
 from tiered.model.attention import KernelAttention, registered_attention, use_attention
+from tiered.model.record import cache_name
 
 _SIZES: Final[dict[str, Any]] = {
     "vocab_size": 99,
@@ -79,8 +80,8 @@ def logits_of(model: PreTrainedModel) -> torch.Tensor:
                 ids[:, start:stop],
                 attention_mask=mask[:, :stop],
                 position_ids=positions[:, start:stop],
-                past_key_values=cache,
                 use_cache=True,
+                **{str(cache_name(model.forward)): cache},
             )
             parts.append(output.logits)
     return torch.cat(parts, dim=1)[mask.bool()]
