@@ -93,6 +93,8 @@ def test_a_text_that_loses_spaces_before_punctuation_comes_when_it_stays() -> No
         found.append(token)
         shown.append(found.text[: found.final])
     assert shown == [" do", " do", " do", " do", " don't. do"]
+    # What was there after a token, but did not stay, is not its own.
+    assert found.token_texts == [" do", "", "n't", ".", " do"]
 
 
 @pytest.mark.parametrize("strip", [lambda text: text.strip(" "), lambda text: text.lstrip(" ")], ids=["both", "left"])
