@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from tests.commands import CHECKPOINT, make_store
 from tests.generate.tokenizers import byte_fallback
-from tiered.convert.checkpoint import COPIED
 from tiered.errors import StoreError
 from tiered.generate.tokenizer import (
     SAMPLING,
@@ -24,6 +23,7 @@ from tiered.generate.tokenizer import (
 from tiered.jobs import PromptEncoder
 from tiered.jobs.request import Request, parse_line
 from tiered.store import Store
+from tiered.store.beside import COPIED
 
 TEMPLATE = "{% for m in messages %}<NAME>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}A:{% endif %}"
 MESSAGES = [{"role": "user", "content": "run the package"}]
