@@ -18,6 +18,7 @@ RANKS: Final = {
     "errors": 0,
     "files": 0,
     "units": 0,
+    "process": 1,
     "trace": 1,
     "quant": 1,
     "configs_path": 1,

@@ -113,6 +113,7 @@ def error_of_one(error: BaseException) -> TieredError | None:
 
 
 def shortened(error: BaseException) -> str:
-    """What a foreign error says, in one line that fits a message."""
-    text = " ".join(str(error).split())
+    """What a foreign error says, in one line that fits a message and is never empty."""
+    # Half characters could not be printed.
+    text = " ".join(str(error).split()).encode("utf-8", "backslashreplace").decode("utf-8") or type(error).__name__
     return text if len(text) <= _LONGEST_REASON else text[: _LONGEST_REASON - 3] + "..."

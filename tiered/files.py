@@ -5,17 +5,20 @@ the reader waiting and a device would never end, so only regular files are opene
 """
 
 import errno
+import json
 import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-from tiered.errors import CorruptError, ReadError
+from tiered.errors import CorruptError, ReadError, shortened
 
 MOST_NBYTES: Final = 512 << 20
 """Of a file that is read whole; the largest in use, tokenizers and indexes, have some 40 MB."""
+MOST_JSON_NBYTES: Final = 64 << 20
+"""Of JSON that we parse, which takes many times its size; the manifest or index of a huge model has a few MB."""
 _KINDS: Final = (
     (stat.S_ISDIR, "a folder"),
     (stat.S_ISFIFO, "a named pipe"),
@@ -60,6 +63,23 @@ def read_whole(path: Path, error: type[CorruptError], most_nbytes: int = MOST_NB
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         with os.fdopen(fd, "rb") as file:
             return file.read(most_nbytes)
+
+
+def read_json(path: Path, error: type[CorruptError], remedy: str) -> Any:
+    """The value in the JSON file at `path`; raises as `read_whole`, and `error`, which ends with `remedy`, where it is
+    not JSON in UTF-8."""
+    return parse_json(read_whole(path, error, MOST_JSON_NBYTES), path, error, remedy)
+
+
+def parse_json(raw: bytes | str, path: Path, error: type[CorruptError], remedy: str) -> Any:
+    """The value in `raw`, the contents of `path`; raises as `read_json`."""
+    try:
+        return json.loads(raw if isinstance(raw, str) else raw.decode("utf-8"))
+    except UnicodeDecodeError as reason:
+        raise error(f"{path}: not text ({reason.reason} at byte {reason.start}, expected UTF-8); {remedy}") from None
+    # ValueError: a number of thousands of digits; RecursionError: brackets that nest without end.
+    except (ValueError, RecursionError) as reason:
+        raise error(f"{path}: not valid JSON ({shortened(reason)}); {remedy}") from None
 
 
 @contextmanager

@@ -50,6 +50,7 @@ from tiered.model import (
     Segments,
     Work,
     activation_shape,
+    check_layers,
     check_match,
     check_token_ids,
     registered_attention,
@@ -123,6 +124,7 @@ class Runtime:
         stack.callback(sys.setswitchinterval, interval)
         config = load_config(self.store.path)
         self.dtype = compute_dtype(self.options.dtype, config)
+        check_layers(self.store, config)
         skeleton = build_skeleton(config, self.dtype)
         check_match(self.store, skeleton)
         threads = self.options.threads or cpu_count()
@@ -145,7 +147,7 @@ class Runtime:
         self.footprint, self.plan = self._choose_plan(self.footprint)
         self.workspace = self.footprint.workspace(self.budget)
         self._open_memory(stack, self.plan, self.footprint.side_nbytes)
-        verifier = ChunkVerifier(self.options.verify, self.trace)
+        verifier = ChunkVerifier(self.options.verify, self.trace, self.store.path)
         preadv = {"preadv": self.options.preadv} if self.options.preadv is not None else {}
         self.reader = stack.enter_context(
             DiskReader(

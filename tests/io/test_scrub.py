@@ -11,8 +11,8 @@ import pytest
 
 from tiered.convert import ConvertOptions, convert_checkpoint
 from tiered.io.disk import PIECE_NBYTES
-from tiered.io.scrub import read_manifest, scrub
-from tiered.store import PAGE, FileInfo, Manifest, Store
+from tiered.io.scrub import scrub
+from tiered.store import PAGE, FileInfo, Manifest, Store, read_manifest
 
 
 @pytest.fixture(scope="module")

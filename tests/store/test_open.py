@@ -70,7 +70,7 @@ def test_any_other_folder_is_no_store(tmp_path: Path) -> None:
 
 def test_a_manifest_that_is_no_text_is_damaged(store: Store) -> None:
     (store.path / MANIFEST_NAME).write_bytes(b"\xff\xfe\x80")
-    refused(store.path, "not text; the store is damaged")
+    refused(store.path, "manifest.json: not text .*; the store is damaged")
 
 
 def test_a_missing_block_is_named(store: Store) -> None:

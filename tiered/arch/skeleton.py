@@ -5,12 +5,12 @@ that each block (embed, outer, every layer, head) must hold. `convert/` uses it 
 contain, `model/` to run it.
 """
 
-import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from accelerate import init_empty_weights
@@ -18,8 +18,18 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from tiered.arch.families import Family, family_for
-from tiered.errors import CheckpointError, ConfigError, UnsupportedFamilyError
-from tiered.files import errors_of, read_whole
+from tiered.errors import CheckpointError, ConfigError, TieredError, UnsupportedFamilyError, shortened
+from tiered.files import errors_of, read_json
+from tiered.units import GIB, format_size
+
+_MOST_COUNT: Final = 10_000
+"""Of layers or labels: transformers makes an object for each."""
+_COUNTS: Final = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "num_labels")
+_MOST_TABLES_NBYTES: Final = GIB
+"""Of buffers that a graph makes for itself (masks, rotary frequencies), which are in memory from then on."""
+_MOST_TENSOR_NBYTES: Final = 1 << 40
+"""Of one parameter; all experts of a layer are one."""
+_REMEDY: Final = "put the model's own config.json there"
 
 
 @dataclass(frozen=True)
@@ -144,23 +154,25 @@ def load_config(folder: Path) -> PretrainedConfig:
     """
     path = folder / "config.json"
     try:
-        raw = json.loads(read_whole(path, CheckpointError))
+        raw = read_json(path, CheckpointError, _REMEDY)
     except FileNotFoundError:
         raise CheckpointError(
             f"{folder}: no config.json; expected a Hugging Face model folder (config.json, tokenizer files, weights)"
         ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error}); download the file again") from None
     if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
         raise CheckpointError(f"{path}: has no 'model_type'; expected a Hugging Face model configuration")
     family_for(raw["model_type"])
     try:
+        _check_counts(raw)
         with errors_of(path):
             config: PretrainedConfig = AutoConfig.from_pretrained(
                 folder, trust_remote_code=False, local_files_only=True
             )
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: transformers cannot read it: {error}") from error
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the disk's, not the file's
+        # Fields are checked, converted and computed with by each family's own code, which raises what it likes.
+        raise CheckpointError(f"{path}: transformers cannot read it: {shortened(error)}; {_REMEDY}") from error
     return config
 
 
@@ -171,19 +183,36 @@ def text_config(values: dict[str, Any]) -> PretrainedConfig:
     if not isinstance(model_type, str):
         raise ConfigError("model shape: [config] has no model_type")
     family_for(model_type)
+    _check_counts(fields)
     config: PretrainedConfig = AutoConfig.for_model(model_type, **fields)
     return config
+
+
+def _check_counts(values: Mapping[str, Any]) -> None:
+    """Raises ValueError where a configuration asks for so many parts that already reading it would never end."""
+    counts = {name: values[name] for name in _COUNTS if isinstance(values.get(name), int)}
+    # GPT-Neo's: [[["global", "local"], 12]] are 24 layers.
+    pairs = values.get("attention_types")
+    for pair in pairs if isinstance(pairs, list) else ():
+        if isinstance(pair, list) and isinstance(pair[-1], int):
+            counts["attention_types"] = pair[-1]
+    for name, count in counts.items():
+        if count > _MOST_COUNT:
+            raise ValueError(f"{name} is {count}, expected at most {_MOST_COUNT:,}")
 
 
 def build_skeleton(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> Skeleton:
     """The model of `config` with parameters on the meta device and real buffers, ready for evaluation.
 
     Buffers must be real: rotary frequencies are in no checkpoint, and a meta buffer gives garbage without an error.
-    Raises UnsupportedFamilyError where the graph is not what the family's table entry says.
+    Raises CheckpointError where transformers cannot build it or its buffers would not fit anywhere, and
+    UnsupportedFamilyError where the graph is not what the family's table entry says.
     """
     family = family_for(config.model_type)
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    with _naming(config):
+        _check_sizes(config)
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     model.eval().requires_grad_(False)
     _keep_in_float32(model)
     try:
@@ -206,6 +235,42 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype = torch.float32)
         head_name=f"{names[id(head)]}.weight",
         tied=bool(config.tie_word_embeddings),
     )
+
+
+def _check_sizes(config: PretrainedConfig) -> None:
+    """Raises ValueError where the graph's tensors would be larger than any real model's.
+
+    Found out by building it once with everything on the meta device, which takes a moment and no memory: for the real
+    graph buffers are filled, and address space is taken for each parameter before it becomes a meta tensor.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    nbytes = sum(buffer.nbytes for buffer in model.buffers())
+    if nbytes > _MOST_TABLES_NBYTES:
+        most, largest = max((buffer.nbytes, name) for name, buffer in model.named_buffers())
+        raise ValueError(
+            f"its tables would take {format_size(nbytes)} of memory ({largest} alone {format_size(most)}), "
+            f"expected at most {format_size(_MOST_TABLES_NBYTES)}"
+        )
+    most, largest = max((parameter.nbytes, name) for name, parameter in model.named_parameters())
+    if most > _MOST_TENSOR_NBYTES:
+        raise ValueError(
+            f"{largest} would take {format_size(most)}, expected at most {format_size(_MOST_TENSOR_NBYTES)}"
+        )
+
+
+@contextmanager
+def _naming(config: PretrainedConfig) -> Iterator[None]:
+    """Turn whatever building a graph raises into an error that names the configuration."""
+    try:
+        yield
+    except TieredError:
+        raise
+    except Exception as error:
+        reason = f"transformers cannot build the {config.model_type} model that it describes: {shortened(error)}"
+        if not config.name_or_path:
+            raise ConfigError(f"model shape: {reason}") from error
+        raise CheckpointError(f"{Path(config.name_or_path) / 'config.json'}: {reason}; {_REMEDY}") from error
 
 
 def _keep_in_float32(model: PreTrainedModel) -> None:

@@ -1,14 +1,21 @@
 """The `tiered` command. Each subcommand is one file, imported only when it is asked for: torch takes seconds."""
 
+import contextlib
 import importlib
 import logging
 import os
 import sys
+import traceback
+from pathlib import Path
 from typing import Final, NoReturn
 
 import click
 
-from tiered.errors import TieredError
+from tiered.errors import InterruptedRun, TieredError, shortened
+from tiered.process import end_streams, ignore_interrupts, open_streams
+
+_LONGEST_LINE: Final = 2000
+_INTERRUPTED: Final = InterruptedRun.exit_code
 
 COMMANDS: Final = {
     "convert": "Convert a checkpoint into a store of quantized blocks.",
@@ -59,31 +66,15 @@ def main() -> NoReturn:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    open_streams()
     messages = logging.StreamHandler()
     messages.addFilter(_concerns_the_user)
     logging.basicConfig(format="tiered: %(message)s", level=logging.WARNING, handlers=[messages])
     try:
-        code = cli.main(standalone_mode=False)
-        status = code if isinstance(code, int) else 0
-    except TieredError as error:
-        _say(f"tiered: {error}" if error.exit_code != 130 else "tiered: interrupted")
-        status = error.exit_code
-    except click.exceptions.Exit as error:
-        status = error.exit_code
-    except click.ClickException as error:
-        error.show()
-        status = error.exit_code
-    except (KeyboardInterrupt, click.Abort):
-        _say("tiered: interrupted")
-        status = 130
-    except BrokenPipeError:
-        # The reader of our output has gone, as `head` does: nothing to say, and nowhere to say it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 1
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename is not None else ""
-        _say(f"tiered: {where}{error.strerror or error}")
-        status = 1
+        status = end_streams(_run())
+    except KeyboardInterrupt:
+        status = _INTERRUPTED
+    ignore_interrupts()
     sys.exit(status)
 
 
@@ -92,5 +83,57 @@ def _concerns_the_user(record: logging.LogRecord) -> bool:
     return record.name.partition(".")[0] == "tiered" or record.levelno >= logging.ERROR
 
 
+def _run() -> int:
+    """The exit code of the command, whose errors have been shown."""
+    try:
+        code = cli.main(standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except TieredError as error:
+        _say(str(error) if error.exit_code != _INTERRUPTED else "interrupted")
+        return error.exit_code
+    except click.exceptions.Exit as error:
+        return error.exit_code
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort) as error:
+        # click takes an EOFError, wherever it was raised, for a user's.
+        if isinstance(error.__cause__, EOFError):
+            return _fault(error.__cause__)
+        _say("interrupted")
+        return _INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output has gone, as `head` does: nothing to say, and nowhere to say it.
+        return 1
+    except OSError as error:
+        where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
+        _say(f"{where}{error.strerror or error}")
+        return 1
+    except SystemExit as ended:
+        # click ends so where standard output is a pipe that nobody reads any more.
+        return ended.code if isinstance(ended.code, int) else 1
+    except Exception as error:
+        return _fault(error)
+
+
+def _fault(error: BaseException) -> int:
+    """The exit code for an error that nobody has foreseen; it is shown in one line, as all others are."""
+    if os.environ.get("TIERED_TRACEBACK"):
+        traceback.print_exception(error)
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    where = f"{Path(place.filename).name}:{place.lineno}"
+    _say(
+        f"internal error: {type(error).__name__}: {shortened(error)} ({where}); this is a fault of tiered, please "
+        "report it (TIERED_TRACEBACK=1 shows where it comes from)"
+    )
+    return 1
+
+
 def _say(text: str) -> None:
-    click.echo(text, err=True)
+    """One line on standard error, whatever is in the names and values that `text` repeats from files."""
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text.replace("\n", " "))
+    if len(line) > _LONGEST_LINE:
+        # What comes last is what to do.
+        line = f"{line[: _LONGEST_LINE // 2]} ... {line[-_LONGEST_LINE // 2 :]}"
+    with contextlib.suppress(OSError):
+        click.echo(f"tiered: {line}", err=True)

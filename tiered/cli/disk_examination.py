@@ -13,7 +13,7 @@ from tiered.errors import ReadError, StoreError, TieredError
 from tiered.io import Arena, ReadMode, probe_mode
 from tiered.io.filesystem import free_nbytes, mount_of, probe_folder, queue_of
 from tiered.io.modes import ProbeResult
-from tiered.io.scrub import read_manifest
+from tiered.store import read_manifest
 from tiered.units import GIB, MIB, format_size
 
 MEMORY_NBYTES: Final = 64 * MIB

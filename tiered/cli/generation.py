@@ -15,6 +15,7 @@ from tiered.cli.run_request import RunRequest
 from tiered.cli.screen import StatusLine, TextWriter
 from tiered.errors import ConfigError, TieredError, error_of_one
 from tiered.generate import Report, Sampler, SamplingParams, Sequence, generate, make_report
+from tiered.generate.template import ChatTemplate, TemplateRefused
 from tiered.generate.tokenizer import SAMPLING, load_generation_settings, load_tokenizer
 from tiered.model import Load
 from tiered.runtime import Runtime
@@ -188,7 +189,7 @@ def _encode(
 def _encode_one(
     request: Request, store: Store, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, prompt: str
 ) -> list[int]:
-    ids = _apply_chat(tokenizer, prompt) if request.chat else list(tokenizer(prompt)["input_ids"])
+    ids = _apply_chat(store, tokenizer, prompt) if request.chat else list(tokenizer(prompt)["input_ids"])
     if not ids:
         raise ConfigError("an empty prompt gives this tokenizer nothing to start from; pass some text")
     if max(ids) >= store.vocab_size:
@@ -201,10 +202,14 @@ def _encode_one(
     return ids
 
 
-def _apply_chat(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    message = [{"role": "user", "content": prompt}]
-    encoded: Any = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)
-    return list(encoded["input_ids"])
+def _apply_chat(store: Store, tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    try:
+        return ChatTemplate(tokenizer).encode([{"role": "user", "content": prompt}])
+    except TemplateRefused as error:
+        raise ConfigError(
+            f"--chat: the chat template in {store.path} refuses the prompt: {error}; drop --chat to continue plain "
+            "text, or put the model's own template there"
+        ) from None
 
 
 def _check_context(config: PretrainedConfig, tokens: int) -> None:

@@ -29,7 +29,8 @@ def command(store: Path, threads: int, as_json: bool) -> None:
     Names every chunk that is damaged and every file that is missing, truncated or cannot be read. Exit code 4 where
     anything is damaged, 1 where something could only not be read.
     """
-    from tiered.io.scrub import read_manifest, scrub
+    from tiered.io.scrub import scrub
+    from tiered.store import read_manifest
 
     manifest = read_manifest(store)
     total = sum(file.nbytes for file in manifest.files)

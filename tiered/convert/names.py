@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Final
 
-from tiered.arch import Skeleton
+from transformers import PretrainedConfig
+
+from tiered.arch import Skeleton, family_for
 from tiered.convert.quantized import refuse_left_over
 from tiered.errors import CheckpointError
 
@@ -51,6 +53,21 @@ class NameMap:
     warnings: tuple[str, ...]
 
 
+def check_layers(config: PretrainedConfig, checkpoint: Collection[str]) -> None:
+    """Compare the number of layers that `config` describes with the tensors' names, before a graph of so many is built.
+
+    Raises CheckpointError where it is larger. Where it is smaller, what is left over is for `map_names` to tell.
+    """
+    modules = family_for(config.model_type).layers.rpartition(".")[2]
+    numbered = re.compile(rf"(?:^|\.){re.escape(modules)}\.(\d{{1,9}})\.")
+    found = 1 + max((int(match[1]) for name in checkpoint if (match := numbered.search(name))), default=-1)
+    if config.num_hidden_layers > found:
+        raise CheckpointError(
+            f"{config.name_or_path}: config.json describes {config.num_hidden_layers} layers, its weights have "
+            f"{found}; does config.json belong to these weights, and are all files there?"
+        )
+
+
 def map_names(skeleton: Skeleton, checkpoint: Collection[str]) -> NameMap:
     """Find every tensor of `skeleton` among the names of `checkpoint`.
 
@@ -84,8 +101,9 @@ def map_names(skeleton: Skeleton, checkpoint: Collection[str]) -> NameMap:
     missing += sorted(part for parts in sources.values() for part in parts if part not in present)
     if missing:
         total = len(shapes) + sum(len(parts) - 1 for parts in sources.values())
+        where = f"{skeleton.config.name_or_path}: " if skeleton.config.name_or_path else ""
         raise CheckpointError(
-            f"checkpoint lacks {len(missing)} of the {total} tensors of this model: {_some(missing)} "
+            f"{where}checkpoint lacks {len(missing)} of the {total} tensors of this model: {_some(missing)} "
             f"(looked for them with and without the prefix {base + '.'!r}); it has {_some(sorted(present))}. "
             "Does config.json belong to these weights, and are all files there?"
         )
@@ -125,9 +143,10 @@ def _embedding_as_head(skeleton: Skeleton, embedding: tuple[str, ...], warnings:
     """The tensor to use for an absent head that config.json declares untied; raises where that would be a guess."""
     config = skeleton.config
     if not type(config)().tie_word_embeddings:
+        where = f"{skeleton.config.name_or_path}: " if skeleton.config.name_or_path else ""
         raise CheckpointError(
-            f"checkpoint lacks the output projection {skeleton.head_name!r}, and config.json says that it is not the "
-            f"embedding (tie_word_embeddings is false, the default of {config.model_type!r}); "
+            f"{where}checkpoint lacks the output projection {skeleton.head_name!r}, and config.json says that it is "
+            f"not the embedding (tie_word_embeddings is false, the default of {config.model_type!r}); "
             "download the missing file, or set tie_word_embeddings to true if the two are in fact one"
         )
     warnings.append(

@@ -8,7 +8,7 @@ from tiered.convert.folder import state_of
 from tiered.convert.hub import HubFiles, Ledger
 from tiered.convert.index import WeightIndex, find_weights
 from tiered.convert.local import LocalFiles
-from tiered.convert.names import map_names
+from tiered.convert.names import check_layers, map_names
 from tiered.convert.options import ConvertOptions
 from tiered.convert.plan import StorePlan, plan_store
 from tiered.convert.quantized import already_quantized, configured_method, method_of_float
@@ -38,9 +38,10 @@ def open_checkpoint(place: Folder | HubId, options: ConvertOptions, ledger: Ledg
     _refuse_adapter(files)
     _refuse_quantized(files.name, configured_method(config))
     claimed = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-    skeleton = build_skeleton(config)
     index = find_weights(files, getattr(config, "transformers_weights", None))
     _refuse_quantized(files.name, _method_of_types(files, index))
+    check_layers(config, index.file_of)
+    skeleton = build_skeleton(config)
     names = map_names(skeleton, index.file_of)
     checkpoint = Checkpoint(files, index, names, skeleton.embed_name, claimed, options.clip)
     return checkpoint, plan_store(skeleton, options)

@@ -8,14 +8,12 @@ from typing import Any, Final
 
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
-from tiered.errors import StoreError
-from tiered.files import read_whole
+from tiered.errors import StoreError, shortened
+from tiered.files import read_json
 from tiered.store import Store
 from tiered.store.beside import VOCABULARIES, check_beside
 
 _GENERATION_FILE: Final = "generation_config.json"
-_LONGEST_REASON: Final = 200
-"""Characters of a message of transformers that are repeated."""
 _LONGEST_VALUE: Final = 40
 """Characters of a value that are."""
 _CHANGES: Final[dict[str, Any]] = {
@@ -70,26 +68,36 @@ def load_tokenizer(store: Store) -> PreTrainedTokenizerBase:
             "copy the model's tokenizer files into the store"
         )
     try:
-        return AutoTokenizer.from_pretrained(store.path, trust_remote_code=False, local_files_only=True)
-    except Exception as error:
-        # Whatever a tokenizer's own code raises on a damaged file.
+        tokenizer = AutoTokenizer.from_pretrained(store.path, trust_remote_code=False, local_files_only=True)
+        # Not all that is damaged is looked at before it is used.
+        _ = str(tokenizer.decode(tokenizer("Once")["input_ids"])), len(tokenizer), tokenizer.eos_token_id
+    except BaseException as error:
+        # Whatever a tokenizer's own code raises on a damaged file. What a native one does in its worst moments is no
+        # Exception, and cannot be imported to be named.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise StoreError(
-            f"{store.path}: its tokenizer cannot be loaded ({error}); copy the model's tokenizer files into the store"
+            f"{store.path}: its tokenizer cannot be used ({shortened(error)}); "
+            "copy the model's tokenizer files into the store"
         ) from error
+    return tokenizer
 
 
 def load_generation_config(store: Store) -> GenerationConfig:
     """What the store says of generation, as transformers takes it: all of generation_config.json, and where there is
     none, what config.json says. Raises StoreError where that is damaged."""
     path = _generation_file(store)
-    read_whole(path, StoreError)  # what cannot be read is another error than what makes no sense
+    remedy = "copy the model's own file there, or remove it"
+    # What cannot be read is another error than what makes no sense.
+    value = read_json(path, StoreError, remedy)
     legacy: dict[str, Any] = {} if path.name == _GENERATION_FILE else {"_from_model_config": True}
     try:
+        if not isinstance(value, dict):
+            raise TypeError(f"expected an object, found {type(value).__name__}")
         return GenerationConfig.from_pretrained(store.path, path.name, local_files_only=True, **legacy)
     except Exception as error:
         # Whatever transformers raises on values it did not expect.
-        reason = " ".join(str(error).split())[:_LONGEST_REASON]
-        raise StoreError(f"{path}: cannot be used ({reason}); copy the model's own file there, or remove it") from error
+        raise StoreError(f"{path}: cannot be used ({shortened(error)}); {remedy}") from error
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,9 @@ from tiered.errors import ReadError, StoreError
 from tiered.io.arena import Arena, Slab
 from tiered.io.disk import PIECE_NBYTES, Faults
 from tiered.io.modes import ReadMode, is_refusal, probe_mode
-from tiered.store import CHUNK_NBYTES, PAGE, FileInfo, Manifest, Store
+from tiered.store import CHUNK_NBYTES, PAGE, FileInfo, Manifest
 from tiered.store.block import read_layout
-from tiered.store.manifest import MANIFEST_NAME
+from tiered.store.open import check_config_is_there
 
 DEFAULT_THREADS: Final = 8
 _POLL_SECONDS: Final = 0.1
@@ -76,26 +76,13 @@ class ScrubReport:
         return {**asdict(self), "bytes_per_second": self.bytes_per_second}
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """The manifest alone, so that damaged block files can be looked into. Raises StoreError as Store.open does,
-    and ReadError where the operating system could not read it.
-    """
-    path = folder / MANIFEST_NAME
-    try:
-        if not path.is_file():
-            return Store.open(folder).manifest  # which says why there is none
-        return Manifest.from_json(path.read_text(), path)
-    except UnicodeDecodeError:
-        raise StoreError(f"{path}: not text; the store is damaged, convert the model again") from None
-    except OSError as error:
-        raise ReadError(f"{path}: cannot be read: {_name(error)}; check permissions and the disk") from error
-
-
 def check_headers(folder: Path, manifest: Manifest) -> list[Finding]:
     """What is wrong with files before any data is read: missing, another size, no header, no block."""
     findings = []
-    if not (folder / "config.json").is_file():
-        findings.append(Finding("config.json", f"{folder / 'config.json'}: missing", is_corrupt=True))
+    try:
+        check_config_is_there(folder)
+    except StoreError as error:
+        findings.append(Finding("config.json", str(error), is_corrupt=True))
     for file in manifest.files:
         try:
             read_layout(folder, file)

@@ -3,6 +3,7 @@
 import threading
 from collections import defaultdict
 from enum import Enum
+from pathlib import Path
 
 from tiered.errors import StoreError
 from tiered.store import CHUNK_NBYTES, FileInfo, hash_chunk
@@ -20,8 +21,9 @@ class VerifyPolicy(Enum):
 class ChunkVerifier:
     """Remembers which chunks of which files have been found good."""
 
-    def __init__(self, policy: VerifyPolicy, trace: Tracer) -> None:
-        self._policy = policy
+    def __init__(self, policy: VerifyPolicy, trace: Tracer, folder: Path = Path()) -> None:
+        """`folder` is the store's, for errors to name."""
+        self._policy, self._folder = policy, folder
         self._trace = trace
         self._good: defaultdict[str, set[int]] = defaultdict(set)
         self._lock = threading.Lock()
@@ -42,8 +44,9 @@ class ChunkVerifier:
         if found != file.checksums[chunk]:
             start = chunk * CHUNK_NBYTES
             raise StoreError(
-                f"{file.path}: chunk {chunk} (bytes {start:,} to {start + data.nbytes:,}) is corrupt: expected xxh3 "
-                f"{file.checksums[chunk]}, found {found}; see 'tiered verify', then convert the model again"
+                f"{self._folder / file.path}: chunk {chunk} (bytes {start:,} to {start + data.nbytes:,}) is corrupt: "
+                f"expected xxh3 {file.checksums[chunk]}, found {found}; see 'tiered verify', then convert the model "
+                "again"
             )
         with self._lock:
             self._good[file.path].add(chunk)

@@ -11,8 +11,8 @@ from typing import Any, Final
 
 import xxhash
 
-from tiered.errors import ConfigError, CorruptError, DiskFullError
-from tiered.files import read_whole, reading
+from tiered.errors import ConfigError, CorruptError, DiskFullError, StoreError
+from tiered.files import read_whole
 from tiered.store import atomic_write
 
 FORMAT: Final = "tiered-job"
@@ -133,8 +133,7 @@ def store_fingerprint(folder: Path) -> str:
     text of tokens."""
     digest = xxhash.xxh3_128()
     for path in sorted(path for path in folder.iterdir() if path.is_file()):
-        with reading(path):
-            content = path.read_bytes()
+        content = read_whole(path, StoreError)
         digest.update(f"{path.name}\0{len(content)}\0".encode())
         digest.update(content)
     return digest.hexdigest()

@@ -1,10 +1,9 @@
 """A request's prompt as token ids, and how many tokens may follow it; or a `Problem`."""
 
-from typing import Any
-
 from transformers import PreTrainedTokenizerBase
 
 from tiered.errors import error_of_one, shortened
+from tiered.generate.template import ChatTemplate, TemplateRefused
 from tiered.jobs.fields import shown
 from tiered.jobs.request import Problem, Request
 
@@ -14,6 +13,7 @@ class PromptEncoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
+        self._template = ChatTemplate(tokenizer)
 
     def encode(self, request: Request) -> list[int] | Problem:
         """Token ids of the prompt; never none."""
@@ -51,12 +51,12 @@ class PromptEncoder:
             message = "this model's tokenizer has no chat template; send a prompt to /v1/completions instead"
             return _problem(request, "no_chat_template", message)
         try:
-            encoded: Any = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+            return self._template.encode(messages)
+        except TemplateRefused as error:
+            reason = str(error)
         except BaseException as error:
-            # Templates are programs: they raise what they like, most often on roles in an order they do not know.
             reason = _reason(error)
-            return _problem(request, "invalid_value", f"messages: this model's chat template refuses them: {reason}")
-        return list(encoded["input_ids"])
+        return _problem(request, "invalid_value", f"messages: this model's chat template refuses them: {reason}")
 
 
 def _reason(error: BaseException) -> str:

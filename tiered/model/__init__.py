@@ -3,7 +3,7 @@
 from tiered.model.attention import registered_attention, use_attention
 from tiered.model.bind import BoundModel, OffloadedLinear
 from tiered.model.engine import Engine, OnBlock, Pass
-from tiered.model.match import check_match
+from tiered.model.match import check_layers, check_match
 from tiered.model.micro_batch import MicroBatch, MicroBatches, check_token_ids, keep_positions, slice_mask
 from tiered.model.needs import CacheOptions, Footprint, Load, activation_shape
 from tiered.model.record import CACHE_NAMES, Recorder, cache_name
@@ -30,6 +30,7 @@ __all__ = [
     "Work",
     "activation_shape",
     "cache_name",
+    "check_layers",
     "check_match",
     "check_token_ids",
     "keep_positions",

@@ -1,8 +1,18 @@
 """Whether a store's blocks are those of the model that its config.json describes, asked before anything is read."""
 
+from transformers import PretrainedConfig
+
 from tiered.arch import Skeleton
 from tiered.errors import StoreError
 from tiered.store import Store
+
+
+def check_layers(store: Store, config: PretrainedConfig) -> None:
+    """Compare the number of layers before a graph of so many is built; raises StoreError."""
+    found = sum(block.role == "layer" for block in store.tape)
+    if config.num_hidden_layers != found:
+        path = store.path / "config.json"
+        raise StoreError(f"{path}: describes {config.num_hidden_layers} layers, the store has {found}; {_REMEDY}")
 
 
 def check_match(store: Store, skeleton: Skeleton) -> None:
@@ -27,9 +37,6 @@ def check_match(store: Store, skeleton: Skeleton) -> None:
                     f"{config}: describes {name!r} of block {expected.name} as {wanted.get(name, 'absent')}, "
                     f"{block.file.path} holds {found.get(name, 'none')}; {_REMEDY}"
                 )
-    layers = sum(block.role == "layer" for block in store.tape)
-    if layers != len(skeleton.layers):
-        raise StoreError(f"{config}: describes {len(skeleton.layers)} layers, the store has {layers}; {_REMEDY}")
 
 
 _REMEDY = "config.json has been changed since the conversion: put it back, or convert the model again"

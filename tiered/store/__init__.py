@@ -10,7 +10,7 @@ from tiered.store.format import (
     read_header,
 )
 from tiered.store.manifest import BlockInfo, FileInfo, Manifest, Weight
-from tiered.store.open import Store
+from tiered.store.open import Store, read_manifest
 from tiered.store.write import BlockWriter, atomic_write
 
 __all__ = [
@@ -28,4 +28,5 @@ __all__ = [
     "checkpoint_header",
     "hash_chunk",
     "read_header",
+    "read_manifest",
 ]

@@ -13,6 +13,7 @@ from typing import Any, Final
 import torch
 
 from tiered.errors import ConfigError, StoreError
+from tiered.files import check_regular
 from tiered.quant import GroupScheme, decompress_into, folded
 from tiered.store.format import (
     ALIGNMENT,
@@ -87,7 +88,7 @@ def read_layout(folder: Path, file: FileInfo) -> BlockLayout:
     """
     path = folder / file.path
     try:
-        found = path.stat().st_size
+        found = check_regular(path, StoreError)
     except (FileNotFoundError, NotADirectoryError, ValueError):
         # ValueError: a damaged manifest may name what no file can be called.
         raise StoreError(f"{path}: missing; the store is incomplete, convert the model again") from None

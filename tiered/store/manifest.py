@@ -12,12 +12,14 @@ from typing import Any, Final, TypeVar
 import torch
 
 from tiered.errors import ConfigError, StoreError
+from tiered.files import parse_json
 from tiered.quant import GroupScheme, QuantizedTensor, QuantizedWeight
 from tiered.store.format import CHUNK_NBYTES, PAGE, TensorEntry
 
 MANIFEST_NAME: Final = "manifest.json"
 FORMAT: Final = "tiered-store"
 VERSION: Final = 1
+DAMAGED: Final = "the store is damaged, convert it again"
 ROLES: Final = ("embed", "outer", "layer", "head")
 
 T = TypeVar("T")
@@ -118,12 +120,9 @@ class Manifest:
         return json.dumps(value, indent=1) + "\n"
 
     @classmethod
-    def from_json(cls, text: str, path: Path) -> "Manifest":
+    def from_json(cls, text: bytes | str, path: Path) -> "Manifest":
         """Parse and check the text of the manifest at `path`; raises StoreError naming it."""
-        try:
-            value = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise StoreError(f"{path}: not valid JSON ({error}); the store is damaged, convert it again") from None
+        value = parse_json(text, path, StoreError, DAMAGED)
         if not isinstance(value, dict) or value.get("format") != FORMAT:
             raise StoreError(f"{path}: not a tiered store's manifest; pass the folder that 'tiered convert' wrote")
         if value.get("version") != VERSION:
@@ -135,7 +134,7 @@ class Manifest:
             return cls._from_value(value)
         except (KeyError, TypeError, ValueError, ConfigError) as error:
             reason = f"lacks {error}" if isinstance(error, KeyError) else str(error)
-            raise StoreError(f"{path}: {reason}; the store is damaged, convert it again") from None
+            raise StoreError(f"{path}: {reason}; {DAMAGED}") from None
 
     @classmethod
     def _from_value(cls, value: dict[str, Any]) -> "Manifest":

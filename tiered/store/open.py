@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from tiered.errors import ReadError, StoreError
+from tiered.errors import StoreError
+from tiered.files import MOST_JSON_NBYTES, check_regular, read_whole
 from tiered.store.block import BlockLayout, read_layout
 from tiered.store.manifest import MANIFEST_NAME, BlockInfo, Manifest
 
@@ -31,19 +32,9 @@ class Store:
         the operating system will not let it be read.
         """
         folder = Path(path)
-        manifest_path = folder / MANIFEST_NAME
-        try:
-            text = manifest_path.read_text()
-        except (FileNotFoundError, NotADirectoryError):
-            raise StoreError(_why_no_manifest(folder)) from None
-        except OSError as error:
-            raise ReadError(f"{manifest_path}: cannot be read: {error.strerror}") from error
-        except UnicodeDecodeError:
-            raise StoreError(f"{manifest_path}: not text; the store is damaged, convert the model again") from None
-        manifest = Manifest.from_json(text, manifest_path)
+        manifest = read_manifest(folder)
         layouts = {file.path: read_layout(folder, file) for file in manifest.files}
-        if not (folder / "config.json").is_file():
-            raise StoreError(f"{folder / 'config.json'}: missing; convert the model again")
+        check_config_is_there(folder)
         return cls(folder, manifest, layouts)
 
     @property
@@ -77,6 +68,26 @@ class Store:
     def tape_nbytes(self) -> int:
         """S of the bound: bytes one pass streams when nothing is resident."""
         return sum(block.file.nbytes for block in self.tape)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest alone, so that damaged block files can be looked into; raises as `Store.open`."""
+    path = folder / MANIFEST_NAME
+    try:
+        text = read_whole(path, StoreError, MOST_JSON_NBYTES)
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        # ValueError: no path can be called that.
+        raise StoreError(_why_no_manifest(folder)) from None
+    return Manifest.from_json(text, path)
+
+
+def check_config_is_there(folder: Path) -> None:
+    """Raises StoreError unless the store at `folder` has a config.json that can be opened."""
+    path = folder / "config.json"
+    try:
+        check_regular(path, StoreError)
+    except (FileNotFoundError, NotADirectoryError):
+        raise StoreError(f"{path}: missing; convert the model again") from None
 
 
 def _why_no_manifest(folder: Path) -> str:

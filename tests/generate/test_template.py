@@ -1,0 +1,122 @@
+"""Chat templates: transformers' own text, within limits; what a template does beyond them costs nobody anything."""
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from tests.commands import CHECKPOINT
+from tiered.generate.template import ChatTemplate, TemplateRefused
+from tiered.plan import process_rss_bytes
+from tiered.units import MIB
+
+MESSAGES = [{"role": "user", "content": "Hello é日本"}, {"role": "assistant", "content": "Yes?"}]
+PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerBase:
+    found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(CHECKPOINT)
+    return found
+
+
+def template(tokenizer: PreTrainedTokenizerBase, text: str, seconds: float = 20) -> ChatTemplate:
+    tokenizer.chat_template = text
+    return ChatTemplate(tokenizer, seconds)
+
+
+def refusal(tokenizer: PreTrainedTokenizerBase, text: str, seconds: float = 20) -> str:
+    with pytest.raises(TemplateRefused) as caught:
+        template(tokenizer, text, seconds).render(MESSAGES)
+    return str(caught.value)
+
+
+def children() -> set[int]:
+    return {int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()}
+
+
+def test_it_is_what_transformers_makes(tokenizer: PreTrainedTokenizerBase) -> None:
+    found = template(tokenizer, PLAIN)
+    assert found.render(MESSAGES) == "user: Hello é日本\nassistant: Yes?\n>"
+    expected: Any = tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True, return_dict=True)
+    assert found.encode(MESSAGES) == list(expected["input_ids"])
+
+
+def test_many_conversations_share_a_process(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forks = []
+    fork = os.fork
+
+    def counted() -> int:
+        forks.append(1)
+        return fork()
+
+    monkeypatch.setattr("tiered.generate.template._LIFE_SECONDS", 100.0)
+    monkeypatch.setattr(os, "fork", counted)
+    found = template(tokenizer, PLAIN)
+    for number in range(50):
+        assert f"user: {number}\n" in found.render([{"role": "user", "content": str(number)}])
+    assert len(forks) == 1
+
+
+def test_an_old_helper_gives_way_to_a_new_one(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tiered.generate.template._LIFE_SECONDS", 0.0)
+    found = template(tokenizer, PLAIN)
+    assert found.render(MESSAGES) == found.render(MESSAGES) == found.render(MESSAGES)
+
+
+def test_a_helper_that_has_ended_meanwhile_is_not_missed(tokenizer: PreTrainedTokenizerBase) -> None:
+    found = template(tokenizer, PLAIN)
+    text = found.render(MESSAGES)
+    assert found._helper is not None
+    os.kill(found._helper._pid, signal.SIGKILL)
+    assert found.render(MESSAGES) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{{ messages[7].role.x }}", "no element 7"),
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{{ broken", "unexpected"),
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "recursion"),
+        ("{{ '\\ud800' }}", "surrogates not allowed"),
+        ("{{ 'a' * 10**10 }}", "256 MiB of memory"),
+        ("{{ '%1000000000d' % 5 }}", "256 MiB of memory"),
+        ("{% for m in messages * 10 ** 9 %}{% endfor %}", "256 MiB of memory"),
+        ("{{ 'ab' * 20000000 }}", "40,000,000 characters"),
+    ],
+)
+def test_what_a_template_does_wrong_is_told_in_one_line(
+    tokenizer: PreTrainedTokenizerBase, text: str, told: str
+) -> None:
+    before = process_rss_bytes()
+    found = refusal(tokenizer, text)
+    assert told in found and "\n" not in found
+    assert process_rss_bytes() - before < 100 * MIB
+
+
+@pytest.mark.parametrize(
+    "text", ["{{ 10 ** (10 ** 9) }}", "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"]
+)
+def test_one_that_never_ends_is_ended(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
+    before, began = children(), time.monotonic()
+    assert refusal(tokenizer, text, seconds=0.5) == "it takes more than 0.5 s for one conversation"
+    assert time.monotonic() - began < 30
+    assert children() <= before, "nothing goes on computing"
+
+
+def test_after_a_refusal_others_are_rendered(tokenizer: PreTrainedTokenizerBase) -> None:
+    found = template(tokenizer, "{% if messages[0].content == 'x' %}{{ 'a' * 10**10 }}{% endif %}fine", 20)
+    with pytest.raises(TemplateRefused):
+        found.render([{"role": "user", "content": "x"}])
+    assert found.render(MESSAGES) == "fine"

@@ -1,0 +1,125 @@
+"""The process around a command: closed streams, readers that go, many interrupts, locales of ASCII."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from tests.commands import ROOT, TIERED, make_store, run_here
+
+ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+ODD = "é日本\U0001f600"
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_store(tmp_path_factory.mktemp(ODD))
+
+
+def shell(words: Sequence[str | Path], redirections: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A command whose streams a shell redirects; what is left of them comes back."""
+    return subprocess.run(
+        ["sh", "-c", f'"$@" {redirections}', "sh", *map(str, words)],
+        capture_output=True,
+        encoding="utf-8",
+        stdin=subprocess.DEVNULL,
+        timeout=100,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+    )
+
+
+@pytest.mark.parametrize("redirections", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_are_there_and_no_file_gets_their_numbers(redirections: str, tmp_path: Path) -> None:
+    code = (
+        "import sys; from tiered.process import open_streams, end_streams; open_streams();"
+        f"file = open({str(tmp_path / 'file')!r}, 'w'); assert file.fileno() > 2;"
+        "assert '<&-' not in sys.argv[1] or sys.stdin.read() == '';"
+        "print('out'); print('err', file=sys.stderr); sys.exit(end_streams(5))"
+    )
+    done = shell((sys.executable, "-c", code, redirections), redirections)
+    assert done.returncode == 5, done.stderr
+    assert done.stdout == ("" if " >&-" in f" {redirections}" else "out\n")
+    assert done.stderr == ("" if "2>&-" in redirections else "err\n")
+    assert (tmp_path / "file").read_text() == ""
+
+
+def test_a_full_disk_behind_standard_output_is_named_once() -> None:
+    done = shell((*TIERED, "generate", "--help"), ">/dev/full")
+    assert (done.returncode, done.stderr) == (1, "tiered: No space left on device\n")
+
+
+def test_a_reader_that_goes_is_nothing_to_talk_about() -> None:
+    assert shell((*TIERED, "generate", "--help"), "| :").stderr == ""
+
+
+def test_a_locale_of_ascii_takes_and_gives_utf8(store: Path, tmp_path: Path) -> None:
+    text = tmp_path / f"{ODD}.txt"
+    text.write_text(ODD, encoding="utf-8")
+    words = ("score", store, "-f", text, "--no-measure", "--threads", "1")
+    found = shell((*TIERED, *words), "", **ASCII)
+    assert found.returncode == 0, found.stderr
+    assert text.name in found.stdout
+    assert found.stdout == run_here(*words).out
+
+
+def test_an_argument_of_utf8_is_text_in_a_locale_of_ascii() -> None:
+    done = shell((*TIERED, f"no-{ODD}"), "", **ASCII)
+    assert done.returncode == 2
+    assert f"No such command 'no-{ODD}'" in done.stderr
+
+
+def test_a_name_cannot_write_on_the_screen_what_it_likes(tmp_path: Path) -> None:
+    done = run_here("inspect", tmp_path / "a\x1b[2Jb\nc")
+    assert done.code == 4
+    assert done.err.count("\n") == 1 and "\x1b" not in done.err
+    assert r"a\x1b[2Jb c: no such store" in done.err
+
+
+def test_an_error_that_nobody_has_foreseen_is_one_line_and_exit_code_1(tmp_path: Path) -> None:
+    def fail(path: Path) -> None:
+        raise LookupError("what\nis this")
+
+    with mock.patch("tiered.store.Store.open", fail):
+        done = run_here("inspect", tmp_path)
+    assert done.code == 1 and done.err.count("\n") == 1
+    assert done.err.startswith("tiered: internal error: LookupError: what is this (test_process.py:")
+    with mock.patch("tiered.store.Store.open", fail), mock.patch.dict(os.environ, TIERED_TRACEBACK="1"):
+        assert "Traceback" in run_here("inspect", tmp_path).err
+
+
+@pytest.mark.parametrize("when", ["while it imports", "while it runs"])
+def test_many_interrupts_are_one(store: Path, when: str) -> None:
+    words = (*TIERED, "generate", store, "-p", "Hello", "-n", "2000", "--ignore-eos", "--no-measure", "--threads", "1")
+    process = subprocess.Popen(
+        list(map(str, words)),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        # A background job's children would ignore it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    with process:
+        assert process.stdout is not None
+        if when == "while it runs":
+            process.stdout.read(1)
+        else:
+            wait_for_import(process.pid, "torch")
+        for _ in range(30):
+            process.send_signal(signal.SIGINT)
+            signal.sigtimedwait([], 0.01)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert err.strip() == b"tiered: interrupted"
+
+
+def wait_for_import(pid: int, library: str) -> None:
+    """Until the process has mapped a file of `library`, whose import then goes on for seconds."""
+    while f"/{library}/" not in Path(f"/proc/{pid}/maps").read_text():
+        signal.sigtimedwait([], 0.005)

@@ -1,0 +1,119 @@
+"""The fuzz program: a slice of its cases finds nothing, a planted fault is found, and a case can be repeated."""
+
+import os
+import random
+import re
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.commands import run_apart
+from tools.fuzz.child import Child, Ended, Limits, faults, start
+from tools.fuzz.mutate import mutate_bytes, mutate_json, mutate_safetensors, mutate_text
+
+LIMITS = Limits(seconds=20)
+FUZZ = (sys.executable, "-m", "tools.fuzz")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_slice_of_all_kinds_finds_nothing() -> None:
+    done = run_apart((*FUZZ, "--cases", "200", "--seed", "1", "--seconds", "90"), seconds=280)
+    assert done.code == 0, done.out + done.err
+    assert "200 cases from seed 1, 0 findings" in done.out
+
+
+@pytest.mark.slow
+def test_a_planted_fault_is_found_and_its_case_can_be_repeated(tmp_path: Path) -> None:
+    # A module that is imported before `tools.fuzz`, in its process: a manifest's syntax errors go unhandled.
+    plant = tmp_path / "planted.py"
+    plant.write_text(
+        "import json, runpy, sys\n"
+        "from tiered.store import manifest\n"
+        "manifest.parse_json = lambda raw, *rest: json.loads(raw)\n"
+        "sys.argv = ['fuzz', *sys.argv[1:]]\n"
+        "runpy.run_module('tools.fuzz', run_name='__main__')\n",
+        encoding="utf-8",
+    )
+    done = run_apart((sys.executable, plant, "--cases", "25", "--kinds", "manifest", "--keep", tmp_path / "kept"))
+    assert done.code == 1, done.out + done.err
+    assert "wrote 'internal error'" in done.out
+    seed = re.findall(r"--case (\d+) --kinds manifest", done.out)[0]
+    assert (tmp_path / "kept" / seed).is_dir()
+    again = run_apart((sys.executable, plant, "--case", seed, "--kinds", "manifest"))
+    assert again.code == 1 and f"--case {seed} " in again.out, again.out + again.err
+
+
+def ended(call: Callable[[], object], folder: Path, limits: Limits = LIMITS, *signals: float) -> Ended:
+    child: Child = start(call, folder, b"text", signals)
+    while (found := child.poll(limits)) is None:
+        time.sleep(0.01)
+    return found
+
+
+def says(text: str, code: int) -> Callable[[], object]:
+    def call() -> None:
+        sys.stderr.write(text)
+        sys.exit(code)
+
+    return call
+
+
+def never() -> None:
+    while True:
+        time.sleep(1)
+
+
+def takes_too_much() -> None:
+    kept = bytearray(200 << 20)
+    kept[:: os.sysconf("SC_PAGE_SIZE")] = b"x" * len(kept[:: os.sysconf("SC_PAGE_SIZE")])
+
+
+@pytest.mark.parametrize(
+    ("call", "wrong"),
+    [
+        (says("tiered: a file: is not whole; get it again\n", 4), []),
+        (says("", 0), []),
+        (says("tiered: something else\n", 4), ["names neither of a file"]),
+        (says("tiered: a file: one\ntiered: two\n", 4), ["expected one line"]),
+        (says("", 3), ["expected one line"]),
+        (says("", 7), ["exit code 7"]),
+        (says("FutureWarning: do not\n", 0), ["wrote 'Warning:'"]),
+        (lambda: 1 / 0, ["exit code 98", "wrote 'Traceback'"]),
+        (lambda: os.kill(os.getpid(), 9), ["ended by signal 9"]),
+        (takes_too_much, ["took"]),
+    ],
+)
+def test_what_a_command_must_not_do_is_told(call: Callable[[], object], wrong: list[str], tmp_path: Path) -> None:
+    base = ended(says("", 0), tmp_path).rss_nbytes
+    for name in ("out", "err"):
+        (tmp_path / name).unlink()
+    limits = Limits(seconds=20, rss_nbytes=base + (100 << 20))
+    found = list(faults(ended(call, tmp_path, limits), limits, ["a file"]))
+    assert len(found) == len(wrong), found
+    for text, expected in zip(found, wrong, strict=True):
+        assert expected in text
+
+
+def test_a_command_that_never_ends_is_ended_and_told(tmp_path: Path) -> None:
+    limits = Limits(seconds=0.5)
+    found = ended(never, tmp_path, limits)
+    assert list(faults(found, limits, [])) == ["still running after 0 s"]
+    assert "in never" in found.err, "where it was"
+
+
+def test_an_interrupt_is_delivered(tmp_path: Path) -> None:
+    assert ended(never, tmp_path, LIMITS, 0.2).code == 130
+
+
+@pytest.mark.parametrize("mutate", [mutate_json, mutate_text, mutate_bytes, mutate_safetensors])
+def test_damage_is_a_function_of_the_seed_and_does_damage(mutate: Callable[[random.Random, bytes], bytes]) -> None:
+    text = b'{"a": 1, "b": [1, 2, {"c": "d"}], "__metadata__": {"tiered": "{}"}}'
+    raw = len(text).to_bytes(8, "little") + text + bytes(9) if mutate is mutate_safetensors else text
+    first = [mutate(random.Random(seed), raw) for seed in range(100)]
+    assert first == [mutate(random.Random(seed), raw) for seed in range(100)]
+    assert len(set(first)) > 15
+    assert sum(damaged != raw for damaged in first) > 80

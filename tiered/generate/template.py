@@ -1,0 +1,160 @@
+"""Chat templates, which are programs that came with a model: rendered within limits of time, memory and length.
+
+In: a tokenizer and messages. Out: the text that its template makes of them, or `TemplateRefused`. `tiered generate
+--chat` and `jobs/prompts.py` call it.
+
+A single operator (`'a' * 10**10`, `10**10**9`) can take all memory or never end, inside one call that nothing in its
+own process can interrupt; only a process of its own can be bounded. Starting one takes some 100 ms with its imports,
+forking one a few, so a helper is forked, renders what comes within a second, and ends: one that stayed would keep a
+copy of every page that this process changes. It shares all else, and may add `_NBYTES` to it.
+"""
+
+import contextlib
+import gc
+import json
+import os
+import resource
+import signal
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from multiprocessing.connection import Connection, Pipe
+from pathlib import Path
+from typing import Any, Final, NoReturn
+
+from transformers import PreTrainedTokenizerBase
+
+from tiered.errors import shortened
+from tiered.units import MIB, format_size
+
+_SECONDS: Final = 10.0
+"""For one conversation. Real templates take milliseconds."""
+_NBYTES: Final = 256 * MIB
+_LENGTH: Final = 32 * MIB
+"""Characters of a rendered conversation."""
+_LIFE_SECONDS: Final = 1.0
+_IDLE_SECONDS: Final = 5.0
+"""After which a helper that is asked nothing more ends by itself."""
+
+Messages = Sequence[Mapping[str, str]]
+
+
+class TemplateRefused(Exception):
+    """The template raised an error, or went beyond a limit; the text says which."""
+
+
+class ChatTemplate:
+    """Renders conversations with the chat template of `tokenizer`, which must have one."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, seconds: float = _SECONDS) -> None:
+        self._tokenizer, self._seconds = tokenizer, seconds
+        self._helper: _Helper | None = None
+
+    def encode(self, messages: Messages) -> list[int]:
+        """Token ids of `messages` and of what begins an answer."""
+        return list(self._tokenizer(self.render(messages), add_special_tokens=False)["input_ids"])
+
+    def render(self, messages: Messages) -> str:
+        """The text of `messages` and of what begins an answer; raises TemplateRefused."""
+        if self._helper is not None and not self._helper.is_young:
+            self._close()
+        question = json.dumps(messages).encode()
+        answer = None
+        # A helper ends by itself when nothing comes for a while; a new one shows whether that was it.
+        for is_new in (self._helper is None, True):
+            self._helper = self._helper or _Helper(self._tokenizer)
+            try:
+                answer = self._helper.ask(question, self._seconds)
+            except TimeoutError:
+                self._close()
+                raise TemplateRefused(f"it takes more than {self._seconds:g} s for one conversation") from None
+            except OSError:
+                self._close()
+            if answer is not None or is_new:
+                break
+        if answer is None:
+            raise TemplateRefused(f"it takes more than {format_size(_NBYTES)} of memory for one conversation")
+        value = json.loads(answer)
+        if "text" not in value:
+            raise TemplateRefused(value["refused"])
+        return str(value["text"])
+
+    def _close(self) -> None:
+        if self._helper is not None:
+            self._helper.close()
+        self._helper = None
+
+
+class _Helper:
+    """A forked process that renders until it is closed, or asked nothing for a while."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        ours, theirs = Pipe()
+        self._ends_at = time.monotonic() + _LIFE_SECONDS
+        with warnings.catch_warnings():
+            # Forking beside threads is safe for a child that takes none of their locks.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            self._pid = os.fork()
+        if self._pid == 0:
+            _serve(theirs, tokenizer)
+        theirs.close()
+        self._connection = ours
+
+    @property
+    def is_young(self) -> bool:
+        return time.monotonic() < self._ends_at
+
+    def ask(self, question: bytes, seconds: float) -> bytes | None:
+        """The answer; None where the helper has ended. Raises TimeoutError, or OSError where it had ended before."""
+        self._connection.send_bytes(question)
+        if not self._connection.poll(seconds):
+            raise TimeoutError
+        try:
+            return self._connection.recv_bytes(8 * _LENGTH)
+        except EOFError:
+            return None
+
+    def close(self) -> None:
+        """End it, whatever it is doing."""
+        self._connection.close()
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._pid, signal.SIGKILL)
+        os.waitpid(self._pid, 0)
+
+
+def _serve(connection: Connection, tokenizer: PreTrainedTokenizerBase) -> NoReturn:
+    """In the helper: answer until nobody asks any more. Touches nothing that belongs to the other process."""
+    try:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the other process ends this one
+        gc.disable()
+        _limit_self()
+        while connection.poll(_IDLE_SECONDS):
+            connection.send_bytes(json.dumps(_answer(connection.recv_bytes(), tokenizer)).encode())
+    except BaseException:
+        os._exit(1)
+    os._exit(0)
+
+
+def _limit_self() -> None:
+    used = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + _NBYTES,) * 2)
+    # Even where nobody is left to end it.
+    seconds = int(_LIFE_SECONDS + _SECONDS) + 1
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+    with contextlib.suppress(OSError):
+        # If memory is short all the same, it is this process that goes.
+        Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
+
+
+def _answer(question: bytes, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    try:
+        text: Any = tokenizer.apply_chat_template(json.loads(question), add_generation_prompt=True, tokenize=False)
+        if len(text) > _LENGTH:
+            return {"refused": f"it makes {len(text):,} characters of one conversation, expected at most {_LENGTH:,}"}
+        text.encode()
+        return {"text": text}
+    except MemoryError:
+        return {"refused": f"it takes more than {format_size(_NBYTES)} of memory for one conversation"}
+    except Exception as error:
+        # They raise what they like, most often on roles in an order that they do not know.
+        return {"refused": shortened(error)}

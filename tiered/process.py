@@ -1,0 +1,115 @@
+"""The process around a command: standard streams that are there and take any text, interrupts, a quiet end.
+
+`tiered.__main__` and `tiered.cli.main` call it. It imports nothing that takes time, so that it is there at once.
+"""
+
+import os
+import signal
+import sys
+import time
+from types import FrameType
+from typing import Final, NoReturn, TextIO
+
+_INTERRUPTED: Final = 130
+_PATIENCE_SECONDS: Final = 2.0
+"""What a command has for cleaning up before another interrupt ends it as it is."""
+
+
+def restart_in_utf8() -> None:
+    """Where the locale knows nothing but ASCII (LC_ALL=C with UTF-8 mode switched off), start anew in UTF-8 mode.
+
+    Arguments, names of files and standard streams were decoded when the interpreter started. It is the same process
+    afterwards, which has read nothing yet. A locale of another encoding means what it says.
+    """
+    if sys.getfilesystemencoding() == "ascii" and sys.executable:
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+
+
+def open_streams() -> None:
+    """Give closed standard streams (`tiered ... <&- >&-`) to /dev/null, and make the others take any text.
+
+    A file that is opened later would get a closed stream's number, and whatever is printed would go into it.
+    """
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    sys.stdin = sys.stdin or open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
+    sys.stdout = sys.stdout or open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    if hasattr(sys.stdout, "reconfigure"):  # tests put other objects there
+        # An escape is shown for what an encoding lacks; standard error does so anyway.
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def end_streams(status: int) -> int:
+    """Write what is still held; the status to end with, which is 1 where that fails.
+
+    The interpreter would try once more at its end, and complain.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError) as error:
+            _discard(stream)
+            status = status or 1
+            if stream is sys.stdout and not isinstance(error, BrokenPipeError):
+                sys.stderr.write(f"tiered: standard output: {getattr(error, 'strerror', error)}\n")
+    return status
+
+
+def _discard(stream: TextIO) -> None:
+    """Have what `stream` still holds go nowhere."""
+    try:
+        fd = stream.fileno()
+    except (OSError, ValueError):
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, fd)
+    os.close(nowhere)
+
+
+class Interrupts:
+    """What SIGINT does to a command: the first one raises KeyboardInterrupt, and none does after it.
+
+    Those that follow closely mean the same; raised while the command cleans up, they would leave that half done. One
+    that comes later says that cleaning up takes too long: it ends the process as it is, which is as safe as a kill.
+    """
+
+    def __init__(self) -> None:
+        self._first: float | None = None
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """The signal's handler."""
+        now, begun = time.monotonic(), self._first
+        if begun is None and not _is_importing(frame):
+            self._first = now
+            raise KeyboardInterrupt
+        # What an import makes of an exception is anybody's guess, and there is nothing to clean up yet.
+        if begun is None or now - begun > _PATIENCE_SECONDS:
+            end_at_once()
+
+
+def end_at_once() -> NoReturn:
+    """End an interrupted process as it is."""
+    os.write(2, b"tiered: interrupted\n")
+    os._exit(_INTERRUPTED)
+
+
+def catch_interrupts() -> None:
+    """Have `Interrupts` handle SIGINT, unless it is ignored, as by a shell's background jobs."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, Interrupts().handle)
+
+
+def ignore_interrupts() -> None:
+    """The command has ended, and its exit code is decided: no more interrupts, where `catch_interrupts` had them."""
+    if isinstance(getattr(signal.getsignal(signal.SIGINT), "__self__", None), Interrupts):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    while frame is not None and frame.f_code.co_filename != "<frozen importlib._bootstrap>":
+        frame = frame.f_back
+    return frame is not None

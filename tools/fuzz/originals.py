@@ -1,0 +1,81 @@
+"""What is damaged: whole checkpoints of a few families and formats, and the stores they make. Random, and tiny."""
+
+import importlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import tiered
+from tiered.convert import ConvertOptions, convert_checkpoint
+from tiered.convert.stand_in import BOS_ID, EOS_ID, PAD_ID, tokenizer_files
+
+CONTEXT: Final = 256
+_SIZES: Final[dict[str, Any]] = {
+    **{"vocab_size": 272, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3},
+    **{"num_attention_heads": 4, "max_position_embeddings": CONTEXT},
+    **{"bos_token_id": BOS_ID, "eos_token_id": EOS_ID, "pad_token_id": PAD_ID},
+}
+_GROUPED: Final = {"num_key_value_heads": 2, "head_dim": 16}
+_MODELS: Final[dict[str, tuple[dict[str, Any], str]]] = {
+    "opt": ({"ffn_dim": 128, "word_embed_proj_dim": 64}, "none"),
+    "llama": (_GROUPED, "int4"),
+    "gemma2": ({**_GROUPED, "sliding_window": 8, "query_pre_attn_scalar": 16}, "int8"),
+    "mixtral": ({**_GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2}, "none"),
+    "gpt_neo": ({"attention_types": [[["global", "local"], 2]], "num_hidden_layers": 4, "window_size": 8}, "none"),
+    "bloom": ({}, "int4"),
+}
+"""Model type -> what it has besides `_SIZES`, and in which form its store is."""
+_TEMPLATE: Final = (
+    "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Originals:
+    """Folders by model type."""
+
+    checkpoints: tuple[Path, ...]
+    stores: tuple[Path, ...]
+
+
+def find(folder: Path) -> Originals:
+    """The originals that `make` has put into `folder`."""
+    return Originals(
+        tuple(folder / name for name in sorted(_MODELS)), tuple(folder / f"{name}.tiered" for name in sorted(_MODELS))
+    )
+
+
+def prepare() -> None:
+    """Import what cases will need, without running any of it: threads would be lost in a fork."""
+    package = Path(tiered.__file__).parent
+    for path in package.rglob("*.py"):
+        importlib.import_module(".".join(["tiered", *path.relative_to(package).with_suffix("").parts]))
+    for model_type in _MODELS:
+        config = AutoConfig.for_model(model_type)
+        AutoModelForCausalLM._model_mapping[type(config)]
+
+
+def make(folder: Path) -> None:
+    """Make all of them; in a process of its own, as this starts threads."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    for name, (fields, quant) in _MODELS.items():
+        checkpoint = folder / name
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **{**_SIZES, **fields}))
+        # Shards with an index for one, a pickle for another.
+        model.save_pretrained(checkpoint, max_shard_size="100KB" if name == "llama" else "1GB")
+        if name == "gpt_neo":
+            torch.save(model.state_dict(), checkpoint / "pytorch_model.bin")
+            (checkpoint / "model.safetensors").unlink()
+        for file, content in tokenizer_files(CONTEXT).items():
+            (checkpoint / file).write_bytes(content)
+        tokenizer = json.loads((checkpoint / "tokenizer_config.json").read_text(encoding="utf-8"))
+        tokenizer["chat_template"] = _TEMPLATE
+        (checkpoint / "tokenizer_config.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+        compress = "zstd" if name == "mixtral" else "none"
+        convert_checkpoint(checkpoint, folder / f"{name}.tiered", ConvertOptions(quant=quant, compress=compress))
