@@ -30,7 +30,12 @@ EMBED = "blocks/embed.safetensors"
 OUTER = "blocks/outer.safetensors"
 PROMPT = [[2, 100, 200, 300, 400]]
 STEPS = 4
-REMEDIES = ("convert", "download the file again", "copy the model's tokenizer files into the store")
+REMEDIES = (
+    "convert",
+    "put the model's own config.json there",
+    "download the file again",
+    "copy the model's tokenizer files into the store",
+)
 """Every message about a damaged store says what to do."""
 
 
@@ -93,8 +98,12 @@ def test_an_unfinished_conversion(tmp_path: Path) -> None:
 
 
 def edit_manifest(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
+    return edit_json("manifest.json", change)
+
+
+def edit_json(name: str, change: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
     def damage(store: Path) -> None:
-        path = store / "manifest.json"
+        path = store / name
         value = json.loads(path.read_text(encoding="utf-8"))
         change(value)
         path.write_text(json.dumps(value), encoding="utf-8")
@@ -145,6 +154,22 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
         ("manifest.json", "version 2", "reads version 1", "or use the tiered that wrote it"),
     ),
     "manifest lacks a key": (edit_manifest(lambda value: value.pop("tape")), ("manifest.json", "tape")),
+    "manifest with another prefix": (
+        edit_manifest(lambda value: value["blocks"][2].update(prefix="elsewhere.")),
+        ("manifest.json", "block layer-000 has prefix 'elsewhere.'", "convert it again"),
+    ),
+    "configuration with more layers than anybody has": (
+        edit_json("config.json", lambda value: value.update(num_hidden_layers=2_000_000_000)),
+        ("config.json", "num_hidden_layers is 2000000000", "put the model's own config.json there"),
+    ),
+    "configuration with more layers than the store": (
+        edit_json("config.json", lambda value: value.update(num_hidden_layers=9000)),
+        ("config.json", "describes 9000 layers, the store has 8", "put it back"),
+    ),
+    "tokenizer configuration that fails only in use": (
+        edit_json("tokenizer_config.json", lambda value: value.update(model_max_length=[1])),
+        ("its tokenizer cannot be used",),
+    ),
     "manifest points outside": (
         edit_manifest(lambda value: value["files"][0].update(path="../../etc/passwd")),
         ("manifest.json", "points outside the store"),

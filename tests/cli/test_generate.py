@@ -265,6 +265,18 @@ def test_chat_without_a_template_is_explained(store: Path) -> None:
     assert "--chat" in done.err and "no chat template" in done.err and "drop --chat" in done.err
 
 
+@pytest.mark.parametrize(
+    ("template", "told"),
+    [("{{ raise_exception('no users') }}", "no users"), ("{{ 'a' * 10**10 }}", "more than 256 MiB of memory")],
+)
+def test_a_template_that_goes_wrong_is_refused_by_name(store: Path, tmp_path: Path, template: str, told: str) -> None:
+    copy = copy_store(store, tmp_path)
+    (copy / "chat_template.jinja").write_text(template, encoding="utf-8")
+    done = run_here("generate", copy, "--chat", "-p", "Hello")
+    assert done.code == 2 and done.err.count("\n") == 1
+    assert f"--chat: the chat template in {copy} refuses the prompt: " in done.err and told in done.err
+
+
 def test_chat_applies_the_template(store: Path, tmp_path: Path) -> None:
     copy = copy_store(store, tmp_path)
     path = copy / "tokenizer_config.json"

@@ -1,12 +1,15 @@
 """Opening: a store opens by its headers alone; what is no store says what it is instead and what to do."""
 
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.store.make import write_store
-from tiered.errors import StoreError
+from tiered.arch import load_config
+from tiered.errors import CheckpointError, StoreError
 from tiered.store import PAGE, Store
 from tiered.store.manifest import MANIFEST_NAME
 from tiered.store.open import PROGRESS_NAME
@@ -71,6 +74,36 @@ def test_any_other_folder_is_no_store(tmp_path: Path) -> None:
 def test_a_manifest_that_is_no_text_is_damaged(store: Store) -> None:
     (store.path / MANIFEST_NAME).write_bytes(b"\xff\xfe\x80")
     refused(store.path, "manifest.json: not text .*; the store is damaged")
+
+
+def make_huge(path: Path) -> None:
+    path.touch()
+    os.truncate(path, 1 << 40)
+
+
+@pytest.mark.parametrize(
+    ("put", "told"),
+    [
+        (os.mkfifo, "a named pipe, expected a file"),
+        (Path.mkdir, "a folder, expected a file"),
+        (lambda path: path.symlink_to("/dev/zero"), "a device, expected a file"),
+        (lambda path: path.symlink_to(path.name), "a link that leads back to itself"),
+        (lambda path: path.write_bytes(b"[" * 100_000), "not valid JSON"),
+        (make_huge, "1 TiB, expected at most 64 MiB"),
+    ],
+)
+@pytest.mark.parametrize("name", [MANIFEST_NAME, "config.json"])
+def test_what_is_no_ordinary_file_is_named_and_not_opened(
+    store: Store, name: str, put: Callable[[Path], object], told: str
+) -> None:
+    path = store.path / name
+    path.unlink()
+    put(path)
+    if name == MANIFEST_NAME or "expected a file" in told or "link" in told:
+        refused(store.path, rf"{name}: {told}")
+    else:
+        with pytest.raises(CheckpointError, match=rf"{name}: {told}"):
+            load_config(store.path)
 
 
 def test_a_missing_block_is_named(store: Store) -> None:

@@ -79,7 +79,7 @@ class ProgressFile:
             )
         except FileNotFoundError:
             return None
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, StoreError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, StoreError) as error:
             raise ConfigError(
                 f"{path}: not a progress file that this version of tiered wrote ({error}); "
                 "delete the folder or choose another with -o"

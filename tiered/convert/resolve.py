@@ -8,7 +8,8 @@ from typing import Any, Final
 
 from tiered.configs_path import config_dir
 from tiered.convert.local import model_name
-from tiered.errors import ConfigError
+from tiered.errors import ConfigError, CorruptError
+from tiered.files import MOST_JSON_NBYTES, read_whole
 
 _HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -95,7 +96,7 @@ def known_names() -> list[str]:
 
 def _read_shape(path: Path) -> Shape:
     try:
-        value = tomllib.loads(path.read_text(encoding="utf-8"))
+        value = tomllib.loads(read_whole(path, CorruptError, MOST_JSON_NBYTES).decode("utf-8"))
         return Shape(str(value.get("name", path.stem)), dict(value["config"]), value.get("hub_id"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
+    except (CorruptError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: expected a toml file with a table [config] ({error!r})") from None

@@ -22,7 +22,7 @@ from tiered.convert.resolve import Shape
 from tiered.convert.source import Packed
 from tiered.convert.stand_in import BOS_ID, EOS_ID, LEAST_VOCAB, PAD_ID, tokenizer_files
 from tiered.convert.workers import one_torch_thread
-from tiered.errors import ConfigError
+from tiered.errors import ConfigError, shortened
 from tiered.quant import GroupScheme, SyntheticPool
 from tiered.units import MIB
 
@@ -38,8 +38,13 @@ def shape_config(shape: Shape) -> PretrainedConfig:
     """The configuration of `shape` with the stand-in tokenizer's special tokens; raises ConfigError."""
     try:
         config = text_config(shape.config)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{shape.name}: transformers cannot make a configuration of [config]: {error}") from None
+    except ConfigError:
+        raise
+    except Exception as error:
+        # Each family checks and computes with its fields in code of its own, which raises what it likes.
+        raise ConfigError(
+            f"{shape.name}: transformers cannot make a configuration of [config]: {shortened(error)}"
+        ) from None
     if config.vocab_size < LEAST_VOCAB:
         raise ConfigError(
             f"{shape.name}: vocab_size {config.vocab_size}; the byte-level stand-in tokenizer needs {LEAST_VOCAB}"

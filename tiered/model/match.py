@@ -5,6 +5,7 @@ from transformers import PretrainedConfig
 from tiered.arch import Skeleton
 from tiered.errors import StoreError
 from tiered.store import Store
+from tiered.store.manifest import MANIFEST_NAME
 
 
 def check_layers(store: Store, config: PretrainedConfig) -> None:
@@ -27,6 +28,11 @@ def check_match(store: Store, skeleton: Skeleton) -> None:
         block = store.blocks.get(expected.name)
         if block is None:
             raise StoreError(f"{config}: describes a block {expected.name!r} that the store lacks; {_REMEDY}")
+        if block.prefix != expected.prefix:
+            raise StoreError(
+                f"{store.path / MANIFEST_NAME}: block {block.name} has prefix {block.prefix!r}, expected "
+                f"{expected.prefix!r}; the store is damaged, convert it again"
+            )
         wanted = {p.name.removeprefix(expected.prefix): p.shape for p in expected.parameters}
         found = {
             name.removeprefix(block.prefix): tuple(weight.shape) for name, weight in store.layout(block).weights.items()

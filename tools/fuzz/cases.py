@@ -47,7 +47,7 @@ def make_case(seed: int, folder: Path, originals: Originals, kinds: tuple[str, .
     case = Case(seed, chance.choice(kinds))
     KINDS[case.kind](chance, folder, originals, case)
     if case.damaged:
-        case.folder = next(word.rpartition("/")[2] for word in case.words if str(folder) in word)
+        case.folder = next((Path(word).name for word in case.words if str(folder) in word), "")
     return case
 
 
@@ -266,6 +266,32 @@ def _make_huge(path: Path) -> None:
     os.truncate(path, 200 << 30)
 
 
+def _leftovers(chance: random.Random, folder: Path, originals: Originals, case: Case) -> None:
+    """What commands have written, or are given, beside stores and checkpoints."""
+    which = chance.choice(("shape", "progress", "job", "results"))
+    if which == "shape":
+        case.damaged = "shape.toml"
+        raw = (originals.stores[0].parent / case.damaged).read_bytes()
+        value = json.dumps(chance.choice(NASTY)).encode("utf-8", "replace")
+        lines = raw.split(b"\n")
+        at = chance.randrange(len(lines))
+        lines[at] = chance.choice((lines[at].partition(b"=")[0] + b"= " + value, value, b"", b"[" * 5000))
+        _write(folder / case.damaged, chance.choice((b"\n".join(lines), mutate_text(chance, raw))))
+        case.words = ["convert", "--synthetic", case.damaged, "-o", "out.tiered"]
+    elif which == "progress":
+        _copy(originals.unfinished, folder)
+        _damage(chance, case, folder / originals.unfinished.name / "conversion.json", mutate_json)
+        force = chance.choice(((), ("--force",)))
+        case.words = ["convert", str(originals.checkpoints[0]), "-o", originals.unfinished.name, *force]
+    else:
+        store = _copy(originals.stores[0], folder)
+        for path in originals.job.iterdir():
+            _write(folder / path.name, path.read_bytes())
+        name, change = ("results.jsonl.job", mutate_json) if which == "job" else ("results.jsonl", mutate_bytes)
+        _damage(chance, case, folder / name, change)
+        case.words = ["batch", store.name, "-i", "in.jsonl", "-o", "results.jsonl", *_BATCH]
+
+
 def _interrupts(chance: random.Random, folder: Path, originals: Originals, case: Case) -> None:
     store = _store(chance, folder, originals)
     _run_store(chance, case, store)
@@ -287,5 +313,6 @@ KINDS: Final[dict[str, Callable[[random.Random, Path, Originals, Case], None]]] 
     "arguments": _arguments,
     "stdin": _stdin,
     "files": _files,
+    "leftovers": _leftovers,
     "interrupts": _interrupts,
 }

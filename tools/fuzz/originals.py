@@ -1,5 +1,6 @@
 """What is damaged: whole checkpoints of a few families and formats, and the stores they make. Random, and tiny."""
 
+import contextlib
 import importlib
 import json
 from dataclasses import dataclass
@@ -10,7 +11,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import tiered
-from tiered.convert import ConvertOptions, convert_checkpoint
+from tiered.cli import cli
+from tiered.configs_path import config_dir
+from tiered.convert import ConvertOptions, ConvertProgress, convert_checkpoint
 from tiered.convert.stand_in import BOS_ID, EOS_ID, PAD_ID, tokenizer_files
 
 CONTEXT: Final = 256
@@ -41,12 +44,20 @@ class Originals:
 
     checkpoints: tuple[Path, ...]
     stores: tuple[Path, ...]
+    unfinished: Path
+    """The first checkpoint's conversion, interrupted."""
+    job: Path
+    """A folder with the input, the results and the job file of a finished batch over the first store."""
 
 
 def find(folder: Path) -> Originals:
     """The originals that `make` has put into `folder`."""
+    names = sorted(_MODELS)
     return Originals(
-        tuple(folder / name for name in sorted(_MODELS)), tuple(folder / f"{name}.tiered" for name in sorted(_MODELS))
+        tuple(folder / name for name in names),
+        tuple(folder / f"{name}.tiered" for name in names),
+        folder / "unfinished.tiered",
+        folder / "job",
     )
 
 
@@ -79,3 +90,25 @@ def make(folder: Path) -> None:
         (checkpoint / "tokenizer_config.json").write_text(json.dumps(tokenizer), encoding="utf-8")
         compress = "zstd" if name == "mixtral" else "none"
         convert_checkpoint(checkpoint, folder / f"{name}.tiered", ConvertOptions(quant=quant, compress=compress))
+    _leave_behind(find(folder))
+
+
+def _leave_behind(originals: Originals) -> None:
+    """What an interrupted conversion and a finished job leave, and a shape to be filled with noise."""
+
+    def interrupt(progress: ConvertProgress) -> None:
+        if progress.block == "layer-001":
+            raise KeyboardInterrupt
+
+    with contextlib.suppress(KeyboardInterrupt):
+        convert_checkpoint(originals.checkpoints[0], originals.unfinished, ConvertOptions(), interrupt)
+    originals.job.mkdir()
+    lines = [
+        {"custom_id": str(i), "method": "POST", "url": "/v1/completions", "body": {"prompt": "Hi", "max_tokens": 2}}
+        for i in range(3)
+    ]
+    (originals.job / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    words = ["batch", originals.stores[0], "-i", originals.job / "in.jsonl", "-o", originals.job / "results.jsonl"]
+    cli.main([*map(str, words), "--batch", "2", "--no-measure", "--threads", "1"], standalone_mode=False)
+    shape = (config_dir() / "models" / "tiny-llama.toml").read_bytes()
+    (originals.job.parent / "shape.toml").write_bytes(shape)
