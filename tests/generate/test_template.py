@@ -115,6 +115,22 @@ def test_one_that_never_ends_is_ended(tokenizer: PreTrainedTokenizerBase, text: 
     assert children() <= before, "nothing goes on computing"
 
 
+def test_an_interrupt_around_the_fork_is_raised_after_it(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raised by a function that Python calls around a fork it would be swallowed, and leave logging locked."""
+    armed = [True]
+
+    def interrupt() -> None:
+        if armed:
+            armed.clear()
+            signal.raise_signal(signal.SIGINT)
+
+    os.register_at_fork(after_in_parent=interrupt)
+    found = template(tokenizer, PLAIN)
+    with pytest.raises(KeyboardInterrupt):
+        found.render(MESSAGES)
+    assert found.render(MESSAGES).endswith("assistant: Yes?\n>")
+
+
 def test_after_a_refusal_others_are_rendered(tokenizer: PreTrainedTokenizerBase) -> None:
     found = template(tokenizer, "{% if messages[0].content == 'x' %}{{ 'a' * 10**10 }}{% endif %}fine", 20)
     with pytest.raises(TemplateRefused):

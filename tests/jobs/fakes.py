@@ -24,16 +24,16 @@ class Letters:
 
     chat_template: str | None = "A: {messages}"
 
-    def __call__(self, text: str) -> dict[str, list[int]]:
+    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
         return {"input_ids": [ord(letter) % VOCAB for letter in text]}
 
     def decode(self, token_ids: list[int], skip_special_tokens: bool = False) -> str:
         return "".join(chr(token) for token in token_ids if token or not skip_special_tokens)
 
-    def apply_chat_template(self, messages: list[dict[str, str]], **_: Any) -> dict[str, list[int]]:
+    def apply_chat_template(self, messages: list[dict[str, str]], **_: Any) -> str:
         if messages[0]["role"] == "assistant":
             raise ValueError("a conversation must begin with the user")
-        return self("".join(f"<{message['role']}>{message['content']}" for message in messages) + "<assistant>")
+        return "".join(f"<{message['role']}>{message['content']}" for message in messages) + "<assistant>"
 
 
 def request(custom_id: str, chat: bool = False, **body: Any) -> str:

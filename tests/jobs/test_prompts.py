@@ -44,7 +44,7 @@ def test_a_text_with_a_token_that_only_the_tokenizer_has_is_refused(chat: bool) 
     class Added(Letters):
         """Has an image among its letters, the model has not."""
 
-        def __call__(self, text: str) -> dict[str, list[int]]:
+        def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
             return {"input_ids": [200 if letter == "#" else ord(letter) for letter in text]}
 
         def decode(self, token_ids: list[int], skip_special_tokens: bool = False) -> str:
@@ -64,7 +64,7 @@ class Panic(BaseException):
 @pytest.mark.parametrize("error", [ValueError("no\nsuch text"), Panic("no such text"), RecursionError("no such text")])
 def test_whatever_a_tokenizer_raises_concerns_its_prompt(error: BaseException, chat: bool) -> None:
     class Fails(Letters):
-        def __call__(self, text: str) -> dict[str, list[int]]:
+        def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
             raise error
 
     tokenizer: Any = Fails()
@@ -73,7 +73,7 @@ def test_whatever_a_tokenizer_raises_concerns_its_prompt(error: BaseException, c
 
 def test_an_interruption_is_no_problem_of_a_prompt() -> None:
     class Interrupted(Letters):
-        def __call__(self, text: str) -> dict[str, list[int]]:
+        def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
             raise KeyboardInterrupt
 
     tokenizer: Any = Interrupted()

@@ -1,5 +1,6 @@
 """Opening: a store opens by its headers alone; what is no store says what it is instead and what to do."""
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.store.make import write_store
+from tests.store.make import random_bytes, write_block, write_store
 from tiered.arch import load_config
 from tiered.errors import CheckpointError, StoreError
 from tiered.store import PAGE, Store
@@ -89,7 +90,7 @@ def make_huge(path: Path) -> None:
         (lambda path: path.symlink_to("/dev/zero"), "a device, expected a file"),
         (lambda path: path.symlink_to(path.name), "a link that leads back to itself"),
         (lambda path: path.write_bytes(b"[" * 100_000), "not valid JSON"),
-        (make_huge, "1 TiB, expected at most 64 MiB"),
+        (make_huge, "has 1,099,511,627,776 bytes, expected at most 67,108,864"),
     ],
 )
 @pytest.mark.parametrize("name", [MANIFEST_NAME, "config.json"])
@@ -104,6 +105,15 @@ def test_what_is_no_ordinary_file_is_named_and_not_opened(
     else:
         with pytest.raises(CheckpointError, match=rf"{name}: {told}"):
             load_config(store.path)
+
+
+def test_an_embedding_that_is_no_table_is_named(store: Store) -> None:
+    manifest = json.loads((store.path / MANIFEST_NAME).read_text(encoding="utf-8"))
+    tables = {"a.weight": random_bytes(64, 0).view(8, 8), "b.weight": random_bytes(64, 1).view(8, 8)}
+    manifest["files"].append(write_block(store.path, "blocks/two.safetensors", tables).to_json())
+    manifest["blocks"][0]["file"] = "blocks/two.safetensors"
+    (store.path / MANIFEST_NAME).write_text(json.dumps(manifest), encoding="utf-8")
+    refused(store.path, r"two\.safetensors: holds tensors .*, expected the token embedding alone")
 
 
 def test_a_missing_block_is_named(store: Store) -> None:

@@ -15,9 +15,10 @@ import json
 import os
 import resource
 import signal
+import threading
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any, Final, NoReturn
@@ -91,12 +92,12 @@ class _Helper:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         ours, theirs = Pipe()
         self._ends_at = time.monotonic() + _LIFE_SECONDS
-        with warnings.catch_warnings():
+        with _interrupts_later(), warnings.catch_warnings():
             # Forking beside threads is safe for a child that takes none of their locks.
             warnings.simplefilter("ignore", DeprecationWarning)
             self._pid = os.fork()
-        if self._pid == 0:
-            _serve(theirs, tokenizer)
+            if self._pid == 0:
+                _serve(theirs, tokenizer)
         theirs.close()
         self._connection = ours
 
@@ -120,6 +121,24 @@ class _Helper:
         with contextlib.suppress(ProcessLookupError):
             os.kill(self._pid, signal.SIGKILL)
         os.waitpid(self._pid, 0)
+
+
+@contextlib.contextmanager
+def _interrupts_later() -> Iterator[None]:
+    """Keep a SIGINT until the fork is done: raised by one of Python's own functions around it, a KeyboardInterrupt is
+    swallowed, and a lock of theirs (logging's) stays locked for ever."""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or before is None:
+        yield
+        return
+    caught: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, frame: caught.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if caught:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _serve(connection: Connection, tokenizer: PreTrainedTokenizerBase) -> NoReturn:
@@ -155,6 +174,6 @@ def _answer(question: bytes, tokenizer: PreTrainedTokenizerBase) -> dict[str, st
         return {"text": text}
     except MemoryError:
         return {"refused": f"it takes more than {format_size(_NBYTES)} of memory for one conversation"}
-    except Exception as error:
-        # They raise what they like, most often on roles in an order that they do not know.
+    except BaseException as error:
+        # They raise what they like, most often on roles in an order that they do not know; panics are no Exceptions.
         return {"refused": shortened(error)}

@@ -9,7 +9,7 @@ from typing import Any, Final
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from tiered.errors import StoreError, shortened
-from tiered.files import read_json
+from tiered.files import MOST_JSON_NBYTES, read_whole
 from tiered.store import Store
 from tiered.store.beside import VOCABULARIES, check_beside
 
@@ -87,17 +87,15 @@ def load_generation_config(store: Store) -> GenerationConfig:
     """What the store says of generation, as transformers takes it: all of generation_config.json, and where there is
     none, what config.json says. Raises StoreError where that is damaged."""
     path = _generation_file(store)
-    remedy = "copy the model's own file there, or remove it"
-    # What cannot be read is another error than what makes no sense.
-    value = read_json(path, StoreError, remedy)
+    read_whole(path, StoreError, MOST_JSON_NBYTES)  # what cannot be read is another error than what makes no sense
     legacy: dict[str, Any] = {} if path.name == _GENERATION_FILE else {"_from_model_config": True}
     try:
-        if not isinstance(value, dict):
-            raise TypeError(f"expected an object, found {type(value).__name__}")
         return GenerationConfig.from_pretrained(store.path, path.name, local_files_only=True, **legacy)
     except Exception as error:
         # Whatever transformers raises on values it did not expect.
-        raise StoreError(f"{path}: cannot be used ({shortened(error)}); {remedy}") from error
+        raise StoreError(
+            f"{path}: cannot be used ({shortened(error)}); copy the model's own file there, or remove it"
+        ) from error
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from tiered.errors import StoreError
 from tiered.files import MOST_JSON_NBYTES, check_regular, read_whole
 from tiered.store.block import BlockLayout, read_layout
-from tiered.store.manifest import MANIFEST_NAME, BlockInfo, Manifest
+from tiered.store.manifest import DAMAGED, MANIFEST_NAME, BlockInfo, Manifest
 
 PROGRESS_NAME = "conversion.json"
 """What an unfinished conversion leaves in place of a manifest."""
@@ -35,6 +35,7 @@ class Store:
         manifest = read_manifest(folder)
         layouts = {file.path: read_layout(folder, file) for file in manifest.files}
         check_config_is_there(folder)
+        _check_embedding(folder, manifest, layouts)
         return cls(folder, manifest, layouts)
 
     @property
@@ -79,6 +80,14 @@ def read_manifest(folder: Path) -> Manifest:
         # ValueError: no path can be called that.
         raise StoreError(_why_no_manifest(folder)) from None
     return Manifest.from_json(text, path)
+
+
+def _check_embedding(folder: Path, manifest: Manifest, layouts: Mapping[str, BlockLayout]) -> None:
+    """Raises StoreError unless the block `embed` is one table, whose rows are the vocabulary."""
+    file = next(block.file.path for block in manifest.blocks if block.name == "embed")
+    shapes = [weight.shape for weight in layouts[file].weights.values()]
+    if [len(shape) for shape in shapes] != [2]:
+        raise StoreError(f"{folder / file}: holds tensors {shapes}, expected the token embedding alone; {DAMAGED}")
 
 
 def check_config_is_there(folder: Path) -> None:
