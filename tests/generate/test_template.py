@@ -1,5 +1,6 @@
 """Chat templates: transformers' own text, within limits; what a template does beyond them costs nobody anything."""
 
+import fcntl
 import os
 import signal
 import time
@@ -129,6 +130,15 @@ def test_an_interrupt_around_the_fork_is_raised_after_it(tokenizer: PreTrainedTo
     with pytest.raises(KeyboardInterrupt):
         found.render(MESSAGES)
     assert found.render(MESSAGES).endswith("assistant: Yes?\n>")
+
+
+def test_a_helper_holds_no_file_of_this_process(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    with (tmp_path / "locked").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        found = template(tokenizer, PLAIN)
+        found.render(MESSAGES)
+    with (tmp_path / "locked").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def test_after_a_refusal_others_are_rendered(tokenizer: PreTrainedTokenizerBase) -> None:

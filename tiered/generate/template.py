@@ -146,12 +146,24 @@ def _serve(connection: Connection, tokenizer: PreTrainedTokenizerBase) -> NoRetu
     try:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the other process ends this one
         gc.disable()
+        _let_go_of_files(connection.fileno())
         _limit_self()
         while connection.poll(_IDLE_SECONDS):
             connection.send_bytes(json.dumps(_answer(connection.recv_bytes(), tokenizer)).encode())
     except BaseException:
         os._exit(1)
     os._exit(0)
+
+
+def _let_go_of_files(keep: int) -> None:
+    """Close what the other process has open: a lock on results would outlast it, a reader of its output would wait."""
+    for path in list(Path("/proc/self/fd").iterdir()):
+        if (fd := int(path.name)) > 2 and fd != keep:
+            with contextlib.suppress(OSError):
+                os.close(fd)
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for fd in range(3):
+        os.dup2(nowhere, fd)
 
 
 def _limit_self() -> None:
