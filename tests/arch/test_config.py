@@ -43,6 +43,8 @@ def test_a_good_one_is_read(tmp_path: Path) -> None:
         ({"num_hidden_layers": 2_000_000_000}, "num_hidden_layers is 2000000000, expected at most 10,000"),
         ({"num_labels": 2_000_000_000}, "num_labels is 2000000000"),
         ({"dtype": "float7"}, ""),
+        ({"attention_dropout": 7.0}, "attention_dropout is 7.0, expected a probability"),
+        ({"attention_dropout": float("nan")}, "attention_dropout is nan"),
     ],
 )
 def test_wrong_types_and_values_are_refused_by_name(changes: dict[str, Any], told: str, tmp_path: Path) -> None:

@@ -210,6 +210,7 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype = torch.float32)
     """
     family = family_for(config.model_type)
     with _naming(config):
+        _check_probabilities(config)
         _check_sizes(config)
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
@@ -235,6 +236,13 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype = torch.float32)
         head_name=f"{names[id(head)]}.weight",
         tied=bool(config.tie_word_embeddings),
     )
+
+
+def _check_probabilities(config: PretrainedConfig) -> None:
+    """Raises ValueError for a dropout that is none: torch refuses it in the middle of a pass, though none is made."""
+    for name, value in vars(config).items():
+        if "drop" in name and type(value) in (int, float) and not 0 <= value <= 1:
+            raise ValueError(f"{name} is {value}, expected a probability from 0 to 1")
 
 
 def _check_sizes(config: PretrainedConfig) -> None:

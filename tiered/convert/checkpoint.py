@@ -128,7 +128,7 @@ class Checkpoint:
             scales, zeros = tensor_bytes(scale), tensor_bytes(zero)
             done = 0
             for panel in self._panels(self._names.sources[tensor.name]):
-                for part in self._quantizers.quantize(panel, scheme, self._clip, tensor.name):
+                for part in self._quantizers.quantize(panel, scheme, self._clip, f"{self._files.name}: {tensor.name}"):
                     # Plain copies: torch would wake its own threads for them.
                     count = part.zero.nbytes
                     scales[2 * done : 2 * (done + count)] = tensor_bytes(part.scale)

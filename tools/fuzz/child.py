@@ -23,7 +23,7 @@ EXIT_CODES: Final = (0, 1, 2, 3, 4, 130)
 ADDRESS_NBYTES: Final = 6 << 30
 """Of address space: a wild allocation fails in the child and does not take the machine down."""
 FILE_NBYTES: Final = 256 << 20
-_LONGEST_MESSAGE: Final = 4000
+_LONGEST_MESSAGE: Final = 8000
 _NEVER: Final = ("Traceback", "internal error", "Exception ignored", "Warning:", "panicked at", "Segmentation fault")
 """What no run may write to standard error."""
 
