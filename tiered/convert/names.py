@@ -94,7 +94,7 @@ def map_names(skeleton: Skeleton, checkpoint: Collection[str]) -> NameMap:
     unexpected = sorted(name for name in present - used if not _is_junk(name, skeleton))
     # Before what is missing, which may be there in another form.
     wanted = (name for model_name in shapes for name in _candidates(model_name, base))
-    refuse_left_over(unexpected, used.union(wanted))
+    refuse_left_over(unexpected, used.union(wanted), skeleton.config.name_or_path or "checkpoint")
     if not skeleton.tied and skeleton.head_name not in sources and skeleton.embed_name in sources:
         sources[skeleton.head_name] = _embedding_as_head(skeleton, sources[skeleton.embed_name], warnings)
     missing = [name for name in shapes if name not in sources]

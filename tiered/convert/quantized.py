@@ -70,18 +70,18 @@ def method_of_type(dtype: torch.dtype) -> str | None:
     return method_of_float(dtype) or _TYPES.get(dtype)
 
 
-def refuse_left_over(left: Sequence[str], weights: Collection[str]) -> None:
+def refuse_left_over(left: Sequence[str], weights: Collection[str], where: str = "checkpoint") -> None:
     """Raise CheckpointError where any of the tensors `left`, which have no place in the model, come of quantization,
-    or are parts of its `weights` otherwise."""
+    or are parts of its `weights` otherwise. `where` is what the error calls the checkpoint."""
     left = [name for name in left if not _CACHE_SCALES.search(name)]
     for pattern, method in _NAMES:
         found = [name for name in left if pattern.search(name)]
         if found:
-            raise already_quantized("checkpoint", f"{method}: it has {_some(found)}")
+            raise already_quantized(where, f"{method}: it has {_some(found)}")
     found = list(_parts(left, set(weights)))
     if found:
         raise CheckpointError(
-            f"checkpoint: has {len(found)} parts of weights that the model has no place for ({_some(found)}); without "
+            f"{where}: has {len(found)} parts of weights that the model has no place for ({_some(found)}); without "
             "them it would be another model: pass the original checkpoint, adapters merged, weights of 16 or 32 bits"
         )
 

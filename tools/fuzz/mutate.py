@@ -61,7 +61,16 @@ def mutate_text(chance: random.Random, raw: bytes) -> bytes:
     """`raw`, a text of whatever grammar, with something done to its bytes."""
     at, to = sorted(chance.randrange(len(raw) + 1) for _ in range(2))
     others: tuple[bytes, ...] = (
-        *(b"", b"null", b"5", b"[]", b"{}", b'"x"', b"\xef\xbb\xbf" + raw, raw.decode("utf-8").encode("utf-16")),
+        *(
+            b"",
+            b"null",
+            b"5",
+            b"[]",
+            b"{}",
+            b'"x"',
+            b"\xef\xbb\xbf" + raw,
+            raw.decode("utf-8", "replace").encode("utf-16"),
+        ),
         *(b"[" * _DEEP, b'{"a":' * _DEEP, b"9" * 10_000, bytes(4096), raw + b"}", raw * 2),
         *(raw[:at], raw[:at] + raw[to:], raw[:at] + b"\xff\xfe" + raw[at:], raw[:at] + chance.randbytes(9) + raw[at:]),
     )
