@@ -38,7 +38,7 @@ def test_a_planted_fault_is_found_and_its_case_can_be_repeated(tmp_path: Path) -
         "runpy.run_module('tools.fuzz', run_name='__main__')\n",
         encoding="utf-8",
     )
-    done = run_apart((sys.executable, plant, "--cases", "25", "--kinds", "manifest", "--keep", tmp_path / "kept"))
+    done = run_apart((sys.executable, plant, "--cases", "10", "--kinds", "manifest", "--keep", tmp_path / "kept"))
     assert done.code == 1, done.out + done.err
     assert "wrote 'internal error'" in done.out
     seed = re.findall(r"--case (\d+) --kinds manifest", done.out)[0]
