@@ -71,6 +71,73 @@ def test_generate_gives_the_tokens_that_the_model_in_memory_gives(
     assert torch.equal(*results)
 
 
+def _words(loaded: LoadedModel, text: str) -> list[int]:
+    ids: list[int] = loaded.tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+KEYWORDS: dict[str, Callable[[LoadedModel, Any], dict[str, Any]]] = {
+    "stop strings": lambda at, _: {"stop_strings": ["the"], "tokenizer": at.tokenizer},
+    "stop strings, beams": lambda at, _: {"stop_strings": ["the"], "tokenizer": at.tokenizer, "num_beams": 3},
+    "stop strings, lookup": lambda at, _: {
+        "stop_strings": "the",
+        "tokenizer": at.tokenizer,
+        "prompt_lookup_num_tokens": 3,
+    },
+    "token healing": lambda at, _: {"token_healing": True, "tokenizer": at.tokenizer},
+    "assistant in memory": lambda _, reference: {"assistant_model": reference},
+    "the model as its own assistant": lambda at, _: {"assistant_model": at.model},
+    "streamer": lambda at, _: {"streamer": TextStreamer(at.tokenizer)},
+    "allowed tokens": lambda *_: {"prefix_allowed_tokens_fn": lambda row, ids: [300, 301, 302]},
+    "bad words": lambda at, _: {"bad_words_ids": [_words(at, "the"), _words(at, " value of")]},
+    "suppressed tokens": lambda *_: {"suppress_tokens": [268], "begin_suppress_tokens": [264]},
+    "bias": lambda *_: {"sequence_bias": [[[264], -5.0]]},
+    "repetition": lambda *_: {"no_repeat_ngram_size": 2, "encoder_repetition_penalty": 1.2},
+    "scores": lambda *_: {
+        **{"return_dict_in_generate": True, "output_scores": True, "output_logits": True},
+        "renormalize_logits": True,
+    },
+    "guidance": lambda at, _: {
+        "guidance_scale": 1.5,
+        "negative_prompt_ids": at.tokenizer("To install", return_tensors="pt")["input_ids"],
+    },
+    "lengths and time": lambda *_: {"min_new_tokens": 5, "max_time": 1000.0, "eos_token_id": 202},
+    "beams": lambda *_: {"num_beams": 4, "num_return_sequences": 2, "length_penalty": 0.5, "early_stopping": True},
+    "cutoffs": lambda *_: {"do_sample": True, "typical_p": 0.5, "epsilon_cutoff": 1e-3, "eta_cutoff": 1e-3, "top_k": 0},
+    "watermark": lambda *_: {"watermarking_config": {"bias": 2.5, "context_width": 1}},
+    "prompt in chunks": lambda *_: {"prefill_chunk_size": 2},
+    "positions": lambda at, _: {"position_ids": torch.arange(len(at.tokenizer(PROMPT)["input_ids"]))[None]},
+    "not synchronized": lambda *_: {"synced_gpus": False},
+}
+
+
+@pytest.mark.parametrize("name", KEYWORDS)
+def test_every_keyword_of_generate_means_what_it_means_for_the_model_in_memory(
+    loaded: LoadedModel, reference: Any, name: str
+) -> None:
+    inputs = loaded.tokenizer(PROMPT, return_tensors="pt")
+    results = []
+    for model in (loaded.model, reference):
+        torch.manual_seed(0)
+        asked = {"max_new_tokens": 12, "do_sample": False, **KEYWORDS[name](loaded, reference)}
+        # As its own assistant each model is its own.
+        asked |= {"assistant_model": model} if asked.get("assistant_model") is loaded.model else {}
+        result = model.generate(**inputs, **asked)
+        results.append(getattr(result, "sequences", result))
+    assert torch.equal(*results)
+
+
+def test_keywords_of_generate_that_streamed_weights_cannot_honour_are_refused(loaded: LoadedModel) -> None:
+    inputs, passes = loaded.tokenizer(PROMPT, return_tensors="pt"), loaded.runtime.passes
+    for name in ("assistant_early_exit", "output_attentions", "output_hidden_states"):
+        arguments: dict[str, Any] = {"max_new_tokens": 2, "return_dict_in_generate": True, name: 2}
+        with pytest.raises(NotSupportedError, match=name):
+            loaded.model.generate(**inputs, **arguments)
+    with pytest.raises(ValueError, match="max_new_token"):
+        loaded.model.generate(**inputs, max_new_token=2)
+    assert loaded.runtime.passes == passes
+
+
 def test_a_padded_batch_gives_the_tokens_that_the_model_in_memory_gives(loaded: LoadedModel, reference: Any) -> None:
     loaded.tokenizer.padding_side = "left"
     inputs = loaded.tokenizer([PROMPT, "To install the package, run the following"], padding=True, return_tensors="pt")
@@ -178,6 +245,8 @@ def test_more_context_than_planned_is_refused_before_the_first_pass(loaded: Load
     inputs = loaded.tokenizer(PROMPT, return_tensors="pt")
     with pytest.raises(BudgetError, match="context="):
         loaded.model.generate(**inputs, max_new_tokens=2000)
+    with pytest.raises(BudgetError, match="context="):
+        loaded.model.generate(**inputs, max_length=2000)
     assert loaded.runtime.passes == passes
 
 

@@ -10,6 +10,7 @@ The model is a `PreTrainedModel` with `GenerationMixin`, so decoding strategies,
 processors and caches are transformers' own. Its forward is one pass over the store.
 """
 
+import functools
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, NoReturn, Self, TypeVar
@@ -45,6 +46,8 @@ _CACHE_NAME: Final = cache_name(GenerationMixin.prepare_inputs_for_generation) o
 T = TypeVar("T")
 _KV_SHARE: Final = 1 / 8
 """Part of the budget that the KV cache may take where no context is asked for."""
+_OF_GENERATE: Final = frozenset(("tokenizer", "assistant_tokenizer", "assistant_model"))
+"""Arguments of `generate` that are no model's input."""
 
 
 def load(
@@ -114,8 +117,9 @@ class LoadedModel:
         # Before the runtime measures what the process itself takes.
         _ = self.tokenizer
         generation_config = load_generation_config(self._store)
+        model = OffloadedModel(self._config, self.runtime, generation_config)
         self.runtime.__enter__()
-        self._model = OffloadedModel(self._config, self.runtime, generation_config)
+        self._model = model
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
@@ -180,19 +184,34 @@ class OffloadedModel(PreTrainedModel, GenerationMixin):
     ) -> Any:
         """transformers' own generate, after a look at whether what is asked for fits what `load` planned.
 
-        A cache may be passed as `cache` or as `past_key_values`, whatever transformers' version calls it.
+        A cache may be passed as `cache` or as `past_key_values`, whatever transformers' version calls it. Calls of
+        several threads wait for each other.
         """
         ids = inputs if inputs is not None else kwargs.get("input_ids")
         config = generation_config or self.generation_config
         asked = {**config.to_dict(), **kwargs}
-        new_tokens = asked.get("max_new_tokens")
-        if isinstance(ids, torch.Tensor) and new_tokens is not None:
+        if asked.get("assistant_early_exit") is not None:
+            raise NotSupportedError(
+                "generate(assistant_early_exit=...): streamed layers all pass; use assistant_model="
+            )
+        if isinstance(ids, torch.Tensor):
+            prompt, new_tokens, longest = ids.shape[1], asked.get("max_new_tokens"), kwargs.get("max_length")
+            # A checkpoint's own `max_length` is no request: most completions end long before.
+            tokens = max(prompt, int(longest or 0) - 1) if new_tokens is None else prompt + int(new_tokens) - 1
             copies = max(asked.get("num_beams") or 1, asked.get("num_return_sequences") or 1)
-            self._check_room(ids.shape[0] * copies, ids.shape[1] + int(new_tokens) - 1)
+            self._check_room(ids.shape[0] * copies, tokens)
         if (cache := _only_cache(*(kwargs.pop(name, None) for name in CACHE_NAMES))) is not None:
             kwargs[_CACHE_NAME] = cache
-        output = super().generate(inputs, generation_config, *args, **kwargs)
+        with self._runtime.turn():
+            output = super().generate(inputs, generation_config, *args, **kwargs)
         return _by_both_names(output)
+
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        # Its decoding loops hand on arguments of `generate` itself, for a forward that swallows what it does not know.
+        kept = {name: value for name, value in kwargs.items() if name not in _OF_GENERATE}
+        prepared: dict[str, Any] = super().prepare_inputs_for_generation(*args, **kept)
+        return prepared
 
     def forward(
         self,
@@ -212,25 +231,27 @@ class OffloadedModel(PreTrainedModel, GenerationMixin):
         Raises BudgetError where the KV cache would outgrow what `load` planned for, NotSupportedError for what
         offloaded weights cannot give (gradients, attention maps, hidden states).
         """
-        if not self._runtime.is_open:
-            raise ConfigError("the model is closed: use it inside 'with tiered.load(...) as loaded:'")
         self._refuse(input_ids, kwargs)
         assert input_ids is not None
         cache = _only_cache(cache, past_key_values)
         if cache is None:
             cache = DynamicCache(config=self.config)
         check_token_ids(input_ids, self._runtime.store.vocab_size)
-        rows, tokens = input_ids.shape
-        self._check_room(rows, int(cache.get_seq_length()) + tokens)
-        self._check_logits(rows, tokens, logits_to_keep)
-        batch = MicroBatch(input_ids, cache, attention_mask, position_ids, logits_to_keep)
+        with self._runtime.turn():
+            logits = self._passes(MicroBatch(input_ids, cache, attention_mask, position_ids, logits_to_keep))
+        output = CausalLMOutputWithPast(logits=logits)
+        setattr(output, _CACHE_NAME, cache if use_cache is not False else None)
+        return _by_both_names(output)
+
+    def _passes(self, batch: MicroBatch) -> torch.Tensor:
+        """Logits [rows, kept, vocab] of `batch`, in as many passes as it takes."""
+        rows, tokens = batch.input_ids.shape
+        self._check_room(rows, int(batch.cache.get_seq_length()) + tokens)
+        self._check_logits(rows, tokens, batch.logits_to_keep)
         parts = [batch] if _fits_one_pass(batch, self._runtime.rows_per_micro_batch) else self._split(batch)
         logits = [self._runtime.forward([part]).logits[0] for part in parts]
         # Only separate passes come in parts, and those keep every position they computed until here.
-        whole = logits[0] if len(parts) == 1 else keep_positions(torch.cat(logits, dim=1), logits_to_keep)
-        output = CausalLMOutputWithPast(logits=whole)
-        setattr(output, _CACHE_NAME, cache if use_cache is not False else None)
-        return _by_both_names(output)
+        return logits[0] if len(parts) == 1 else keep_positions(torch.cat(logits, dim=1), batch.logits_to_keep)
 
     def _split(self, batch: MicroBatch) -> list[MicroBatch]:
         """A prompt too long for one chunk, with a cache that one pass cannot fill chunk by chunk: several passes."""

@@ -8,9 +8,8 @@ import asyncio
 import concurrent.futures
 import contextlib
 import logging
-import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +20,7 @@ import torch
 
 from tiered.arch import build_skeleton, load_config
 from tiered.cache import KVPool, SequenceKV, kv_shape
-from tiered.errors import BudgetError
+from tiered.errors import BudgetError, ConfigError
 from tiered.io import (
     Arena,
     ChunkVerifier,
@@ -61,10 +60,10 @@ from tiered.plan import (
     Plan,
     available_budget,
     cpu_count,
-    pin_malloc,
     process_peak_rss_bytes,
     process_rss_bytes,
 )
+from tiered.plan.process import PROCESS, Member
 from tiered.plan.workspace import MAX_ROWS
 from tiered.store import CHUNK_NBYTES, PAGE, BlockInfo, Store
 from tiered.stream import EmbeddingRows, KVStream, Streamer, Streams, StreamThread
@@ -90,6 +89,8 @@ class Runtime:
 
     Entering builds the graph, makes the plan (BudgetError if none fits) and reads nothing but headers; the first
     pass starts the streaming.
+
+    Any thread may ask for a pass: they wait for each other. Leaving ends the pass that another thread waits for.
     """
 
     def __init__(self, store: Store, load: Load, options: Options) -> None:
@@ -102,26 +103,61 @@ class Runtime:
         self._clock = IdleClock()
         self._stream_thread: StreamThread | None = None
         self._streams: Streams | None = None
+        self._member: Member | None = None
+        self._calls = threading.RLock()
+        """Held by the thread whose turn it is, for as long as its call takes, whatever passes that makes."""
+        self._passing = threading.Lock()
+        """Held while a pass runs, and while the runtime opens or closes."""
 
     def __enter__(self) -> Self:
-        self.cancel.clear()
-        with contextlib.ExitStack() as stack:
-            self._build(stack)
-            self._resources = stack.pop_all()
-        self.is_open = True
+        self._check_not_forked()
+        with self._passing:
+            if self.is_open:
+                raise ConfigError("the model is open already: one 'with' at a time; threads may share what it gives")
+            self.cancel.clear()
+            with PROCESS.opening, contextlib.ExitStack() as stack:
+                self._build(stack)
+                self._resources = stack.pop_all()
+            self.is_open = True
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if self._member is not None and self._member.is_forked:
+            return  # its threads are the parent's, which nobody here could wait for
         self.is_open = False
         self.cancel.set()
-        self._resources.close()
+        with self._passing:
+            self._resources.close()
+            self._member = None
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """One call of one thread: others wait until it ends, its own passes and calls within it go through.
+
+        What was set aside is for one call at a time. Raises ConfigError where the model is closed, or closes while
+        this waits, and in a forked child.
+        """
+        # Before the lock as well: a child would wait for a thread that only its parent has.
+        self._check_open()
+        with self._calls:
+            self._check_open()
+            yield
+
+    def _check_open(self) -> None:
+        self._check_not_forked()
+        if not self.is_open:
+            raise ConfigError("the model is closed: use it inside 'with tiered.load(...) as loaded:'")
+
+    def _check_not_forked(self) -> None:
+        if self._member is not None and self._member.is_forked:
+            raise ConfigError(
+                "the model was opened before this process was forked, and its threads did not come along: call "
+                "tiered.load in the child itself"
+            )
 
     def _build(self, stack: contextlib.ExitStack) -> None:
-        pin_malloc()
-        # Completions of reads wait for the interpreter lock; the default of 5 ms is longer than a read.
-        interval = sys.getswitchinterval()
-        sys.setswitchinterval(5e-4)
-        stack.callback(sys.setswitchinterval, interval)
+        before = process_rss_bytes()
+        member = stack.enter_context(PROCESS.member())
         config = load_config(self.store.path)
         self.dtype = compute_dtype(self.options.dtype, config)
         check_layers(self.store, config)
@@ -140,11 +176,16 @@ class Runtime:
         stack.callback(self._compute.shutdown, wait=True)
         self._compute.submit(_warm_up, threads, self.dtype).result()
         self.budget = self.options.ram or available_budget()
-        pin_malloc(self.budget)
-        self.baseline = max(process_rss_bytes(), process_peak_rss_bytes()) + _GROWTH_NBYTES
+        member.budget = self.budget
+        PROCESS.pin_malloc()
+        rss = process_rss_bytes()
+        # Models that are open already may not have taken yet what they planned to.
+        promised = PROCESS.planned_nbytes + rss - before
+        self.baseline = max(rss, process_peak_rss_bytes(), promised) + _GROWTH_NBYTES
         most_rows = self.options.rows_per_chunk or MAX_ROWS
         self.footprint = Footprint(self.store, self.dtype, shape, cache, self.load, self.baseline, most_rows)
         self.footprint, self.plan = self._choose_plan(self.footprint)
+        member.planned_nbytes = self.plan.needs.total + self.plan.placement.nbytes
         self.workspace = self.footprint.workspace(self.budget)
         self._open_memory(stack, self.plan, self.footprint.side_nbytes)
         verifier = ChunkVerifier(self.options.verify, self.trace, self.store.path)
@@ -164,6 +205,7 @@ class Runtime:
             lent_pages=self.cache_plan.lent_pages,
         )
         stack.callback(self.stop_streaming)
+        self._member = member
 
     def _open_kernels(self, threads: int) -> Kernels:
         kernels = Kernels(threads, self.cancel, self.options.kernel_mode, self.options.kernels)
@@ -258,6 +300,17 @@ class Runtime:
         return self._run(MicroBatches(batch, self.rows_per_micro_batch, len(self.model.layers)), on_block, is_last)
 
     def _run(self, work: Work, on_block: OnBlock | None, is_last: bool) -> Pass:
+        """One pass of whoever's turn it is; ConfigError if the model is closed meanwhile."""
+        with self.turn(), self._passing:
+            self._check_open()
+            try:
+                return self._run_alone(work, on_block, is_last)
+            except Exception as error:
+                if self.is_open:
+                    raise
+                raise ConfigError("the model was closed while this ran: let calls end before 'with' does") from error
+
+    def _run_alone(self, work: Work, on_block: OnBlock | None, is_last: bool) -> Pass:
         self.start_streaming()
         assert self._stream_thread is not None and self._streams is not None
         loop, streams = self._stream_thread.loop, self._streams
