@@ -1,14 +1,20 @@
 """A store larger than the memory allowed generates the right text, where exceeding the limit is death."""
 
 import json
+import re
+import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.commands import CHECKPOINT, LIMIT, TIERED, Done, make_store, run_apart, run_here, smallest_ram
+from tests.convert.models import save_bin
 from tiered.convert import ConvertOptions, convert_checkpoint
 from tiered.store import Store
 from tiered.units import GIB, MIB, parse_size
@@ -18,6 +24,20 @@ PROMPT = ("-p", "The function returns", "--ignore-eos")
 SIZE = 2_000_000_000
 PAGE_CACHE = 128 * MIB
 """What a run may take beside its budget: pages of files, which the kernel charges and can take back."""
+
+SPARE = 64 * MIB
+"""What a named budget may lie above what is used, or a tenth of that."""
+LOAD = """
+import sys
+import tiered
+try:
+    with tiered.load(sys.argv[1], ram=sys.argv[3]) as loaded:
+        ids = loaded.tokenizer("The function returns. " * 40, return_tensors="pt")["input_ids"][:, :120]
+        loaded.model.generate(ids, max_new_tokens=4, do_sample=False)
+except tiered.TieredError as error:
+    print(error, file=sys.stderr)
+    sys.exit(error.exit_code)
+"""
 
 pytestmark = [pytest.mark.cgroup, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -122,3 +142,72 @@ def test_by_default_the_budget_follows_from_the_group_that_the_process_is_in(sto
     budget = json.loads(done.out)["report"]["ram_budget_bytes"]
     assert seen["oom_kills"] == 0, seen
     assert seen["vm_hwm_bytes"] <= budget < GIB
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
+    """A model with layers of some size, in each format, and as a store in 4 bits."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    sizes = {"vocab_size": 4096, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 4}
+    config = AutoConfig.for_model("llama", **sizes, num_attention_heads=16)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder / "safetensors")
+    for form in ("zip", "legacy"):
+        save_bin(folder / form, model, zipped=form == "zip")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(CHECKPOINT / name, folder / "safetensors" / name)
+    convert_checkpoint(folder / "safetensors", folder / "store")
+    yield {path.name: path for path in folder.iterdir()}
+    shutil.rmtree(folder)
+
+
+def named_and_used(folder: Path, command: Sequence[str | Path]) -> tuple[int, int]:
+    """The budget that `command` names when it has too little, and its peak when it has that and page cache."""
+    refused = run_apart((*command, "--ram", "64MiB"))
+    assert refused.code == 3, refused.err
+    ram = parse_size(re.findall(r"--ram (\d+MiB)", refused.err)[-1])
+    path = folder / "limit.json"
+    done = run_apart((*LIMIT, "--memory", str(ram + PAGE_CACHE), "--json", path, "--", *command, "--ram", str(ram)))
+    assert done.code == 0, done.err
+    seen = json.loads(path.read_text(encoding="utf-8"))
+    assert seen["limited"] and seen["oom_kills"] == 0, seen
+    return ram, max(seen["vm_hwm_bytes"], seen["max_rss_bytes"])
+
+
+def assert_tight(named: int, used: int) -> None:
+    figures = f"{named / MIB:.0f} MiB named, {used / MIB:.0f} MiB used"
+    assert used <= named <= used + max(SPARE, used // 10), figures
+
+
+@pytest.mark.parametrize(
+    ("form", "words"),
+    [("safetensors", ("--quant", "int4")), ("zip", ("--quant", "none", "--compress", "zstd")), ("legacy", ())],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
+)
+def test_conversion_works_within_the_budget_it_names(
+    form: str, words: tuple[str, ...], checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    output = tmp_path / "out.tiered"
+    assert_tight(*named_and_used(tmp_path, (*TIERED, "convert", checkpoints[form], "-o", output, *words)))
+    Store.open(output)
+    remove(output)
+
+
+@pytest.mark.parametrize("size", ["small", "large"])
+def test_a_model_at_its_default_context_loads_within_the_budget_it_names(
+    size: str, small: Path, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    path = {"small": small, "large": checkpoints["store"]}[size]
+    assert_tight(*named_and_used(tmp_path, (sys.executable, "-c", LOAD, path)))
+
+
+@pytest.mark.parametrize("command", ["batch", "score"])
+def test_jobs_work_within_the_budget_they_name(command: str, small: Path, tmp_path: Path) -> None:
+    text = tmp_path / "in"
+    body = {"model": "any", "prompt": "The function returns", "max_tokens": 4}
+    text.write_text(json.dumps({"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": body}) + "\n")
+    words = {
+        "batch": ("batch", small, "-i", text, "-o", tmp_path / "out.jsonl", "--batch", "1"),
+        "score": ("score", small, "-f", text, "--context", "256"),
+    }[command]
+    assert_tight(*named_and_used(tmp_path, (*TIERED, *words, "--no-measure")))

@@ -44,6 +44,8 @@ DEFAULT_CONTEXT: Final = 2048
 _CACHE_NAME: Final = cache_name(GenerationMixin.prepare_inputs_for_generation) or CACHE_NAMES[0]
 """By what name this version of transformers passes caches to a model, and takes them from its results."""
 T = TypeVar("T")
+LEAST_CONTEXT: Final = 128
+"""Of the default: a budget that is too small for this is refused."""
 _KV_SHARE: Final = 1 / 8
 """Part of the budget that the KV cache may take where no context is asked for."""
 _OF_GENERATE: Final = frozenset(("tokenizer", "assistant_tokenizer", "assistant_model"))
@@ -66,7 +68,8 @@ def load(
     """Open `store` as a model that runs within `ram` ("4GiB" or bytes; default 90 % of what is free).
 
     `context` is the longest sequence in tokens, prompt and completion together, and `sequences` how many run at
-    once, beams included: memory for their KV cache is set aside. By default one sequence of up to 2048 tokens.
+    once, beams included: memory for their KV cache is set aside. By default one sequence of up to 2048 tokens, of as
+    many as an eighth of the budget holds, or, where even that leaves too little for the rest, of at least 128.
 
     Raises StoreError, ConfigError, or, when the context is entered, BudgetError.
     """
@@ -93,15 +96,17 @@ def load(
     limit = getattr(config, "max_position_embeddings", None)
     if context is not None and limit is not None and context > limit:
         raise ConfigError(f"context {context}: this model has positions for {limit}; ask for at most that many")
-    tokens = _default_context(config, dtype, sequences, budget or available_budget()) if context is None else context
-    return LoadedModel(opened, config, Load(sequences, tokens), options)
+    if context is not None:
+        return LoadedModel(opened, config, Load(sequences, context), options)
+    tokens = _default_context(config, dtype, sequences, budget or available_budget())
+    return LoadedModel(opened, config, Load(sequences, tokens, least_context=min(tokens, LEAST_CONTEXT)), options)
 
 
 def _default_context(config: PretrainedConfig, dtype: str, sequences: int, budget: int) -> int:
     """As much context as is useful, possible for the model, and modest in memory."""
     per_token = kv_shape(config, compute_dtype(dtype, config)).nbytes(max(sequences, 1), 1)
     limit = getattr(config, "max_position_embeddings", None) or DEFAULT_CONTEXT
-    return max(16, min(DEFAULT_CONTEXT, limit, int(budget * _KV_SHARE) // per_token))
+    return min(limit, max(LEAST_CONTEXT, min(DEFAULT_CONTEXT, int(budget * _KV_SHARE) // per_token)))
 
 
 class LoadedModel:

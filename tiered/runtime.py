@@ -95,6 +95,7 @@ class Runtime:
 
     def __init__(self, store: Store, load: Load, options: Options) -> None:
         self.store, self.load, self.options = store, load, options
+        self._asked = load
         self.trace = Tracer(options.keep_spans)
         self.cancel = CancelFlag()
         self.passes = 0
@@ -183,8 +184,9 @@ class Runtime:
         promised = PROCESS.planned_nbytes + rss - before
         self.baseline = max(rss, process_peak_rss_bytes(), promised) + _GROWTH_NBYTES
         most_rows = self.options.rows_per_chunk or MAX_ROWS
-        self.footprint = Footprint(self.store, self.dtype, shape, cache, self.load, self.baseline, most_rows)
+        self.footprint = Footprint(self.store, self.dtype, shape, cache, self._asked, self.baseline, most_rows)
         self.footprint, self.plan = self._choose_plan(self.footprint)
+        self.load = self.footprint.load
         member.planned_nbytes = self.plan.needs.total + self.plan.placement.nbytes
         self.workspace = self.footprint.workspace(self.budget)
         self._open_memory(stack, self.plan, self.footprint.side_nbytes)
@@ -232,6 +234,19 @@ class Runtime:
         }
 
     def _choose_plan(self, footprint: Footprint) -> tuple[Footprint, Plan]:
+        """The plan with the longest context that fits. A refusal is the last one: so what it names is accepted."""
+        *longer, least = footprint.load.shrinking()
+        for load in longer:
+            with contextlib.suppress(BudgetError):
+                return self._choose_place(replace(footprint, load=load))
+        try:
+            return self._choose_place(replace(footprint, load=least))
+        except BudgetError as error:
+            if not longer:
+                raise
+            raise BudgetError(f"{error}, for a context of {least.context} tokens", error.smallest_bytes) from None
+
+    def _choose_place(self, footprint: Footprint) -> tuple[Footprint, Plan]:
         """The plan, with the KV cache in memory if that is asked for, or fits."""
         try:
             return footprint, footprint.plan(self.budget, self.options.tiers)

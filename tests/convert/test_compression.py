@@ -1,6 +1,7 @@
 """zstd only where the rule says that it pays, and always undone exactly."""
 
 import os
+import random
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,8 +10,8 @@ import torch
 
 from tests.convert.models import TRAINED, expected_weights, read_store, save_model, store_digest, tiny_model
 from tiered.convert import ConvertOptions, convert_checkpoint
-from tiered.convert.compression import Compression, read_bandwidth
-from tiered.quant.zstd import FRAME_NBYTES
+from tiered.convert.compression import _HELD_NBYTES, Compression, read_bandwidth
+from tiered.quant.zstd import FRAME_NBYTES, decompress_into
 from tiered.store import BlockWriter, Store
 
 
@@ -85,7 +86,7 @@ def test_the_probe_measures_and_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_hopeless_tensor_is_given_up_after_the_trial() -> None:
+def test_a_hopeless_tensor_is_given_up_after_the_trial(tmp_path: Path) -> None:
     taken = 0
 
     def chunks() -> Iterator[memoryview]:
@@ -94,5 +95,17 @@ def test_a_hopeless_tensor_is_given_up_after_the_trial() -> None:
             taken += 1
             yield memoryview(os.urandom(FRAME_NBYTES))
 
-    assert Compression("zstd").attempt(chunks()) is None
+    assert Compression("zstd").attempt(chunks(), tmp_path) is None
     assert taken <= 5
+
+
+def test_frames_wait_in_memory_and_then_in_a_file_without_a_name(tmp_path: Path) -> None:
+    data = bytes(random.Random(0).choices(range(16), k=12 * FRAME_NBYTES + 5))
+    frames = Compression("zstd").attempt(iter([memoryview(data)]), tmp_path)
+    assert frames is not None
+    assert sum(frames.sizes) > _HELD_NBYTES
+    payload = b"".join(frames.pieces())
+    out = bytearray(len(data))
+    decompress_into(payload, frames.sizes, FRAME_NBYTES, memoryview(out))
+    assert out == data
+    assert list(tmp_path.iterdir()) == []

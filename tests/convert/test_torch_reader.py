@@ -102,6 +102,10 @@ def test_a_legacy_file_must_fit_the_budget(tmp_path: Path) -> None:
     assert not is_zip(path)
     os.truncate(path, 1 << 40)  # sparse: only its claimed size matters here
     assert TorchReader().working_nbytes(path) > 1 << 40
+    # Refused by its size: read, it would not even be whole.
+    with pytest.raises(BudgetError, match="to read the source") as caught:
+        convert_checkpoint(source, tmp_path / "out", ConvertOptions(ram_bytes=64 << 30))
+    assert caught.value.smallest_bytes is not None and caught.value.smallest_bytes > 1 << 40
 
 
 def test_a_budget_below_the_interpreter_is_refused(tmp_path: Path) -> None:
@@ -109,4 +113,4 @@ def test_a_budget_below_the_interpreter_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BudgetError, match=r"pass at least --ram \d+MiB") as caught:
         convert_checkpoint(source, tmp_path / "out", ConvertOptions(ram_bytes=10 << 20))
     assert caught.value.smallest_bytes is not None and not (tmp_path / "out").exists()
-    convert_checkpoint(source, tmp_path / "out", ConvertOptions(ram_bytes=caught.value.smallest_bytes + (64 << 20)))
+    convert_checkpoint(source, tmp_path / "out", ConvertOptions(ram_bytes=caught.value.smallest_bytes))

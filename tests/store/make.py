@@ -45,7 +45,7 @@ def write_block(
         for name, tensor in compressed.items():
             item = packed[name]
             writer.add_compressed(
-                name, tensor.dtype, tensor.shape, memoryview(item.payload), item.frames, item.frame_nbytes
+                name, tensor.dtype, tensor.shape, [memoryview(item.payload)], item.frames, item.frame_nbytes
             )
         return writer.finish()
 

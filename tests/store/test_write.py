@@ -159,7 +159,7 @@ def test_the_header_has_room_for_long_names_and_many_frames(length: int, tmp_pat
         writer.reserve_frames(len(names) * len(frames))
         for name in names:
             payload = memoryview(bytes(frames[0]))
-            writer.add_compressed(f"{name}.q", torch.uint8, (1 << 14, 6400), payload, frames, frame_nbytes)
+            writer.add_compressed(f"{name}.q", torch.uint8, (1 << 14, 6400), [payload], frames, frame_nbytes)
             for part in ("scale", "zero"):
                 writer.add(f"{name}.{part}", torch.uint8, (1, 1), [memoryview(b"1")])
             writer.add_scheme(name, GroupScheme(8, 128), (1 << 14, 1 << 14))

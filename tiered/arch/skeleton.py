@@ -22,9 +22,12 @@ from tiered.errors import CheckpointError, ConfigError, TieredError, Unsupported
 from tiered.files import errors_of, read_json
 from tiered.units import GIB, format_size
 
-_MOST_COUNT: Final = 10_000
-"""Of layers or labels: transformers makes an object for each."""
-_COUNTS: Final = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "num_labels")
+_MOST_LAYERS: Final = 1000
+_MOST: Final = {
+    **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layers", "n_layer"), _MOST_LAYERS),
+    "num_labels": 10_000,
+}
+"""What a configuration may count, by field. transformers makes objects for each: a graph of the most takes seconds."""
 _MOST_TABLES_NBYTES: Final = GIB
 """Of buffers that a graph makes for itself (masks, rotary frequencies), which are in memory from then on."""
 _MOST_TENSOR_NBYTES: Final = 1 << 40
@@ -190,15 +193,15 @@ def text_config(values: dict[str, Any]) -> PretrainedConfig:
 
 def _check_counts(values: Mapping[str, Any]) -> None:
     """Raises ValueError where a configuration asks for so many parts that already reading it would never end."""
-    counts = {name: values[name] for name in _COUNTS if isinstance(values.get(name), int)}
+    counts = [(name, values[name], most) for name, most in _MOST.items() if isinstance(values.get(name), int)]
     # GPT-Neo's: [[["global", "local"], 12]] are 24 layers.
     pairs = values.get("attention_types")
     for pair in pairs if isinstance(pairs, list) else ():
         if isinstance(pair, list) and isinstance(pair[-1], int):
-            counts["attention_types"] = pair[-1]
-    for name, count in counts.items():
-        if count > _MOST_COUNT:
-            raise ValueError(f"{name} is {count}, expected at most {_MOST_COUNT:,}")
+            counts.append(("attention_types", pair[-1], _MOST_LAYERS))
+    for name, count, most in counts:
+        if count > most:
+            raise ValueError(f"{name} is {count}, expected at most {most:,}")
 
 
 def build_skeleton(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> Skeleton:

@@ -27,7 +27,7 @@ def convert_checkpoint(
     if options.synthetic:
         shape = resolve_shape(source)
         conversion = Conversion(output or Path(f"{shape.name}.tiered"), options, progress)
-        return conversion.run(lambda: open_shape(shape, options))
+        return conversion.run(lambda ram: open_shape(shape, options, ram))
     place = resolve_checkpoint(source)
     conversion = Conversion(output or Path(f"{place.name}.tiered"), options, progress)
-    return conversion.run(lambda: open_checkpoint(place, options, conversion))
+    return conversion.run(lambda ram: open_checkpoint(place, options, conversion, ram))

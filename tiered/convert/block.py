@@ -8,12 +8,11 @@ from typing import Final
 import torch
 import xxhash
 
-from tiered.convert.compression import Compression, is_candidate
+from tiered.convert.compression import Compression, Frames, is_candidate
 from tiered.convert.recipe import BlockRecipe, TensorRecipe
 from tiered.convert.source import WeightSource
 from tiered.errors import StoreError
 from tiered.files import errors_of
-from tiered.quant import CompressedTensor
 from tiered.quant.zstd import FRAME_NBYTES
 from tiered.store import CHUNK_NBYTES, BlockWriter, FileInfo
 from tiered.store.block import read_layout
@@ -61,7 +60,7 @@ def _add_packed(
     out, in_ = tensor.matrix
     name, shape = f"{tensor.name}.q", tensor.scheme.q_shape(out, in_)
     packed = source.packed(tensor)
-    compressed = rule.attempt(packed.q) if rule is not None else None
+    compressed = rule.attempt(packed.q, writer.folder) if rule is not None else None
     if compressed is None:
         if rule is not None:  # the attempt has consumed some
             packed = source.packed(tensor)
@@ -78,7 +77,7 @@ def _add_plain(
     writer: BlockWriter, tensor: TensorRecipe, source: WeightSource, rule: Compression | None, advance: Advance
 ) -> None:
     dtype = source.dtype(tensor)
-    compressed = rule.attempt(source.plain(tensor)) if rule is not None else None
+    compressed = rule.attempt(source.plain(tensor), writer.folder) if rule is not None else None
     if compressed is None:
         writer.add(tensor.name, dtype, tensor.shape, _counted(source.plain(tensor), advance))
     else:
@@ -90,11 +89,10 @@ def _add_compressed(
     name: str,
     dtype: torch.dtype,
     shape: tuple[int, ...],
-    compressed: CompressedTensor,
+    compressed: Frames,
     advance: Advance,
 ) -> None:
-    payload = memoryview(compressed.payload)
-    writer.add_compressed(name, dtype, shape, payload, compressed.frames, compressed.frame_nbytes)
+    writer.add_compressed(name, dtype, shape, compressed.pieces(), compressed.sizes, FRAME_NBYTES)
     advance(compressed.nbytes)
 
 

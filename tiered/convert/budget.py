@@ -1,9 +1,13 @@
-"""Whether a conversion fits: memory against --ram, bytes against the free disk. Checked before work."""
+"""Whether a conversion fits: memory against --ram, bytes against the free disk. Checked before work.
+
+What a conversion takes follows from the recipes and the weight files' format alone, so that the budget a refusal names
+is the one that the same question accepts next time.
+"""
 
 import errno
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -11,33 +15,53 @@ from typing import Final
 import psutil
 import torch
 
-from tiered.convert.compression import Compression, is_candidate
+from tiered.convert.compression import COMPRESSING_NBYTES, is_candidate
 from tiered.convert.recipe import BlockRecipe, TensorRecipe
 from tiered.convert.source import PANEL_NBYTES
+from tiered.convert.workers import quantizing_nbytes
 from tiered.errors import BudgetError, ConfigError, DiskFullError, ReadError
 from tiered.store.format import tensor_nbytes
+from tiered.store.sweep import SWEEP_NBYTES
 from tiered.units import MIB, format_budget, format_size
 
-_SLACK_NBYTES: Final = 48 * MIB
-"""Allocator, threads' stacks, headers: measured, see tests/convert/test_memory.py."""
+_GROWTH_NBYTES: Final = 24 * MIB
+"""What the process itself grows by: code pages touched for the first time, threads' stacks, headers, the allocator's
+holes. Measured, see tests/convert/test_memory.py."""
+_BASELINE_VARIES_NBYTES: Final = 4 * MIB
+"""How much the process itself differs from run to run: a budget that was named as enough must be so next time."""
 _SPACE_SLACK_NBYTES: Final = 4 * MIB
 
 
-def check_ram(ram_bytes: int | None, source_nbytes: int, blocks: Iterable[BlockRecipe], rule: Compression) -> None:
-    """Raises BudgetError where the conversion would take more than `ram_bytes` at its peak."""
-    if ram_bytes is None:
-        return
-    now = psutil.Process().memory_info().rss
-    largest = max(_tensor_working_nbytes(tensor, block, rule) for block in blocks for tensor in block.tensors)
-    working = source_nbytes + 2 * PANEL_NBYTES + largest + _SLACK_NBYTES
-    needed = max(peak_rss_bytes(), now + working)
-    if needed > ram_bytes:
+class RamCheck:
+    """`--ram` against what a conversion takes at its peak. The process is measured once, before weights are read:
+    later it holds some of what the figure counts already."""
+
+    def __init__(self, ram_bytes: int | None, compress: str) -> None:
+        self._ram_bytes, self._compresses = ram_bytes, compress != "none"
+        self._baseline = self._writing = 0
+
+    def begin(self, blocks: Sequence[BlockRecipe]) -> None:
+        """Measure the process, as it is before anything of `blocks` is read."""
+        self._baseline = psutil.Process().memory_info().rss
+        written = [_writing_nbytes(tensor, block, self._compresses) for block in blocks for tensor in block.tensors]
+        quantizes = any(tensor.scheme is not None for block in blocks for tensor in block.tensors)
+        self._writing = max(written, default=0) + SWEEP_NBYTES + (quantizing_nbytes() if quantizes else 0)
+
+    def require(self, reading_nbytes: int) -> None:
+        """Raises BudgetError where the conversion, with `reading_nbytes` to read its source, would take more."""
+        if self._ram_bytes is None:
+            return
+        working = reading_nbytes + self._writing + _GROWTH_NBYTES
+        needed = max(peak_rss_bytes(), self._baseline + working)
+        if needed <= self._ram_bytes:
+            return
+        named = needed + _BASELINE_VARIES_NBYTES
         raise BudgetError(
-            f"--ram {format_budget(ram_bytes)}: converting this takes up to {format_budget(needed)} "
-            f"({format_size(now)} for the interpreter and its libraries, {format_size(source_nbytes)} to read and "
-            f"quantize the source, {format_size(working - source_nbytes)} to write); "
-            f"pass at least --ram {format_budget(needed)}",
-            smallest_bytes=needed,
+            f"--ram {format_budget(self._ram_bytes)}: converting this takes up to {format_budget(named)} "
+            f"({format_size(self._baseline)} for the interpreter and its libraries, {format_size(reading_nbytes)} to "
+            f"read the source, {format_size(working - reading_nbytes)} to quantize and write); "
+            f"pass at least --ram {format_budget(named)}",
+            smallest_bytes=named,
         )
 
 
@@ -85,15 +109,16 @@ def peak_rss_bytes() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-def _tensor_working_nbytes(tensor: TensorRecipe, block: BlockRecipe, rule: Compression) -> int:
-    """What grows with a tensor: its scales and zeros wait for the codes to be written, a payload for its table."""
+def _writing_nbytes(tensor: TensorRecipe, block: BlockRecipe, compresses: bool) -> int:
+    """A panel of codes; scales and zeros, which wait for the codes to be written; and what compressing takes."""
     nbytes = 0
     if tensor.scheme is not None:
         scale = tensor.scheme.scale_shape(*tensor.matrix)
+        # A byte for each weight of a panel, which holds them in 16 bits at least.
+        nbytes += min(PANEL_NBYTES // 2, tensor.numel)
         nbytes += tensor_nbytes(torch.float16, scale) + tensor_nbytes(torch.uint8, scale)
-    if rule.mode != "none" and is_candidate(tensor, block.role):
-        # The frames, and once more while they are joined.
-        nbytes += 2 * tensor.numel * (1 if tensor.scheme is not None else 4)
+    if compresses and is_candidate(tensor, block.role):
+        nbytes += min(COMPRESSING_NBYTES, 4 * tensor.numel)
     return nbytes
 
 

@@ -14,7 +14,7 @@ from tiered.convert.names import NameMap
 from tiered.convert.quantized import PLAIN, already_quantized, method_of_type
 from tiered.convert.recipe import BlockRecipe, TensorRecipe
 from tiered.convert.source import Packed, StoredTensor, WeightFiles, tensor_bytes
-from tiered.convert.workers import WORKER_NBYTES, Quantizers, one_torch_thread, worker_count
+from tiered.convert.workers import Quantizers, one_torch_thread
 from tiered.errors import CheckpointError
 from tiered.files import read_whole
 from tiered.quant import folded
@@ -151,8 +151,7 @@ class Checkpoint:
 
     def working_nbytes(self) -> int:
         here = [self._files.path(name) for name in self._index.files if self._files.is_here(name)]
-        reading = max((self._index.reader.working_nbytes(path) for path in here), default=0)
-        return reading + worker_count() * WORKER_NBYTES
+        return max((self._index.reader.working_nbytes(path) for path in here), default=0)
 
     def close(self) -> None:
         self._begun.clear()

@@ -4,16 +4,21 @@ Only what is streamed and not int4 is a candidate: embedding rows are read one b
 file, the outer tensors are read once, and group int4 codes do not shrink.
 """
 
+import contextlib
 import os
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Final, Self
 
+import torch
+
 from tiered.convert.recipe import BlockRecipe, TensorRecipe
+from tiered.convert.source import PANEL_NBYTES
 from tiered.files import errors_of
-from tiered.quant import CompressedTensor, compress, pays
+from tiered.quant import compress, pays
 from tiered.quant.zstd import FRAME_NBYTES, WORST_RATIO
 from tiered.store import PAGE
 from tiered.units import MIB
@@ -24,6 +29,32 @@ _PROBE_NBYTES: Final = 64 * MIB
 _PROBE_READ_NBYTES: Final = 4 * MIB
 _LEAST_NBYTES: Final = 64 << 10
 """Smaller tensors are not worth the frames' table."""
+_HELD_NBYTES: Final = 8 * MIB
+"""Compressed bytes of a tensor that wait in memory; more of them wait in a file."""
+COMPRESSING_NBYTES: Final = _HELD_NBYTES + PANEL_NBYTES + 3 * FRAME_NBYTES
+"""Memory that compressing takes, however large the tensor: what waits, and what is being cut into frames."""
+
+
+@dataclass(frozen=True)
+class Frames:
+    """A tensor as zstd frames that wait to be written: only when all are there is it known whether they pay."""
+
+    sizes: tuple[int, ...]
+    nbytes: int
+    """Before compression."""
+    _file: tempfile.SpooledTemporaryFile[bytes]
+
+    @property
+    def ratio(self) -> float:
+        """Compressed by uncompressed size; 1.0 for no bytes at all."""
+        return sum(self.sizes) / self.nbytes if self.nbytes else 1.0
+
+    def pieces(self) -> Iterator[memoryview]:
+        """The frames, end to end; they are gone afterwards."""
+        with self._file:
+            self._file.seek(0)
+            while piece := self._file.read(FRAME_NBYTES):
+                yield memoryview(piece)
 
 
 @dataclass(frozen=True)
@@ -57,20 +88,27 @@ class Compression:
             return pays(ratio, self.disk_bytes_per_second, self.cores)
         return self.mode == "zstd" and ratio < WORST_RATIO
 
-    def attempt(self, chunks: Iterator[memoryview]) -> CompressedTensor | None:
-        """The tensor of these bytes compressed, or None where that does not pay, which the first few MiB foretell."""
-        frames: list[int] = []
-        payload: list[bytes] = []
+    def attempt(self, chunks: Iterator[memoryview], folder: Path) -> Frames | None:
+        """The tensor of these bytes compressed, or None where that does not pay, which the first few MiB foretell.
+
+        Frames that memory is not to hold wait in a nameless file in `folder`.
+        """
+        sizes: list[int] = []
         nbytes = 0
-        for frame in _rechunk(chunks, FRAME_NBYTES):
-            packed = compress(frame)
-            frames.extend(packed.frames)
-            payload.append(packed.payload)
-            nbytes += packed.nbytes
-            if nbytes == _TRIAL_NBYTES and not self.keeps(sum(frames) / nbytes):
+        with contextlib.ExitStack() as stack:
+            file = stack.enter_context(tempfile.SpooledTemporaryFile(_HELD_NBYTES, dir=str(folder)))
+            for frame in _rechunk(chunks, FRAME_NBYTES):
+                packed = compress(frame)
+                sizes.extend(packed.frames)
+                file.write(packed.payload)
+                nbytes += packed.nbytes
+                if nbytes == _TRIAL_NBYTES and not self.keeps(sum(sizes) / nbytes):
+                    return None
+            frames = Frames(tuple(sizes), nbytes, file)
+            if not self.keeps(frames.ratio):
                 return None
-        result = CompressedTensor(tuple(frames), b"".join(payload), nbytes, FRAME_NBYTES)
-        return result if self.keeps(result.ratio) else None
+            stack.pop_all()
+            return frames
 
 
 def is_candidate(tensor: TensorRecipe, role: str) -> bool:
@@ -78,6 +116,16 @@ def is_candidate(tensor: TensorRecipe, role: str) -> bool:
     if role not in ("layer", "head") or tensor.numel < _LEAST_NBYTES:
         return False
     return tensor.scheme is None or tensor.scheme.bits == 8
+
+
+def waiting_nbytes(block: BlockRecipe, dtype_of: Callable[[TensorRecipe], torch.dtype]) -> int:
+    """Of the disk, at most, that frames take while they wait, on top of the block itself."""
+    sizes = [
+        tensor.numel * (1 if tensor.scheme is not None else dtype_of(tensor).itemsize)
+        for tensor in block.tensors
+        if is_candidate(tensor, block.role)
+    ]
+    return max((nbytes for nbytes in sizes if nbytes > _HELD_NBYTES), default=0)
 
 
 def read_bandwidth(folder: Path, most_nbytes: int = _PROBE_NBYTES) -> float:

@@ -14,8 +14,8 @@ from time import perf_counter
 from typing import Any
 
 from tiered.convert.block import finished_block, write_block
-from tiered.convert.budget import check_ram, check_space, on_same_disk, os_errors_named
-from tiered.convert.compression import Compression
+from tiered.convert.budget import RamCheck, check_space, on_same_disk, os_errors_named
+from tiered.convert.compression import Compression, waiting_nbytes
 from tiered.convert.folder import (
     ProgressFile,
     check_same_source,
@@ -37,7 +37,8 @@ from tiered.store.beside import VOCABULARIES
 from tiered.store.manifest import MANIFEST_NAME
 from tiered.store.open import PROGRESS_NAME
 
-OpenSource = Callable[[], tuple[WeightSource, StorePlan]]
+OpenSource = Callable[[RamCheck], tuple[WeightSource, StorePlan]]
+"""Opens what is to be converted; measures the process before it looks at weights."""
 
 
 class Conversion:
@@ -46,6 +47,7 @@ class Conversion:
     def __init__(self, folder: Path, options: ConvertOptions, report: ProgressFunction | None) -> None:
         self._folder, self._options, self._report = folder, options, report
         self._progress = self._usable()
+        self._ram = RamCheck(options.ram_bytes, options.settings()["compress"])
         self._infos: dict[str, FileInfo] = {}
         self._done_nbytes = self._total_nbytes = self._skipped_nbytes = 0
         self._held = ExitStack()
@@ -65,7 +67,7 @@ class Conversion:
         """Convert what `open_source` opens."""
         started = perf_counter()
         with self._held, os_errors_named(self._folder):
-            source, plan = open_source()
+            source, plan = open_source(self._ram)
             with closing(source):
                 for block in plan.files:
                     source.check(block)
@@ -101,9 +103,11 @@ class Conversion:
         rest_nbytes = sum(self._nbytes(block, source) for block in rest)
         self._skipped_nbytes = self._done_nbytes = self._total_nbytes - rest_nbytes
         rule = progress.compression or Compression(self._options.settings()["compress"])
-        check_ram(self._options.ram_bytes, source.working_nbytes(), plan.files, rule)
+        self._ram.require(source.working_nbytes())
         going = (path for path in owned_files(folder) if not mine or path.name.endswith(".part"))
         needed = rest_nbytes + self._beside_nbytes(source, mine)
+        if rule.mode != "none":
+            needed += max((waiting_nbytes(block, source.dtype) for block in rest), default=0)
         self._check_space(source, rest, needed, sum(path.stat().st_size for path in going))
 
         self._hold_folder()
@@ -159,7 +163,8 @@ class Conversion:
         if source.fetch_nbytes([block]):
             self._tell(block, downloading=True)
             source.fetch(block)
-        check_ram(self._options.ram_bytes, source.working_nbytes(), plan.files, self._rule)
+            # A file whose format is only known now may have to be read whole.
+            self._ram.require(source.working_nbytes())
         source.open_block(block)
         expected, before = self._nbytes(block, source), self._done_nbytes
 

@@ -6,7 +6,7 @@ files of other names are taken too, as long as it is clear which are meant.
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -22,6 +22,9 @@ _FORMATS: Final = (
 )
 _SHARD: Final = re.compile(r"(.*)-(\d+)-of-(\d+)(\.\w+)")
 
+Require = Callable[[int], None]
+"""Raises BudgetError where the memory that reading takes is not to be had."""
+
 
 @dataclass(frozen=True)
 class WeightIndex:
@@ -33,24 +36,25 @@ class WeightIndex:
     """Checkpoint name -> file."""
 
 
-def find_weights(files: WeightFiles, named: object = None) -> WeightIndex:
+def find_weights(files: WeightFiles, named: object = None, require: Require | None = None) -> WeightIndex:
     """Find the weights among `files`: what config.json has `named`, else the first that is there of model.safetensors,
     its index, pytorch_model.bin, its index.
 
-    Without an index every weight file is fetched and its header read. Raises CheckpointError where there are none,
-    shards are missing, or it is unclear which of several files are meant.
+    Without an index every weight file is fetched and its header read, after `require` has been asked for the memory
+    that reading the file takes. Raises CheckpointError where there are none, shards are missing, or it is unclear
+    which of several files are meant.
     """
     if named is not None:
         return _named(files, named)
     for single, _, make_reader in _FORMATS:
         if single in files.names:
-            return _of_headers(files, make_reader(), (single,))
+            return _of_headers(files, make_reader(), (single,), require)
         if f"{single}.index.json" in files.names:
             return _of_index(files, make_reader(), f"{single}.index.json")
     for _, pattern, make_reader in _FORMATS:
         found = sorted(name for name in files.names if pattern.fullmatch(name))
         if found:
-            return _of_headers(files, make_reader(), _shards(found, files))
+            return _of_headers(files, make_reader(), _shards(found, files), require)
     other = sorted(name for name in files.names if name.endswith((".gguf", ".pt", ".pth", ".h5", ".msgpack", ".bin")))
     hint = f"it has {', '.join(other[:5])}, which tiered does not read; " if other else ""
     raise CheckpointError(
@@ -75,8 +79,10 @@ def _named(files: WeightFiles, named: object) -> WeightIndex:
     return _of_index(files, reader, named) if named.endswith(".json") else _of_headers(files, reader, (named,))
 
 
-def _of_headers(files: WeightFiles, reader: WeightReader, names: tuple[str, ...]) -> WeightIndex:
-    return WeightIndex(reader, names, _read_headers(files, reader, names))
+def _of_headers(
+    files: WeightFiles, reader: WeightReader, names: tuple[str, ...], require: Require | None = None
+) -> WeightIndex:
+    return WeightIndex(reader, names, _read_headers(files, reader, names, require))
 
 
 def _of_index(files: WeightFiles, reader: WeightReader, name: str) -> WeightIndex:
@@ -127,9 +133,13 @@ def _shards(found: list[str], files: WeightFiles) -> tuple[str, ...]:
     return tuple(match[0] for match in matches)
 
 
-def _read_headers(files: WeightFiles, reader: WeightReader, names: tuple[str, ...]) -> dict[str, str]:
+def _read_headers(
+    files: WeightFiles, reader: WeightReader, names: tuple[str, ...], require: Require | None = None
+) -> dict[str, str]:
     file_of: dict[str, str] = {}
     for name in names:
+        if require is not None:
+            require(reader.working_nbytes(files.path(name)))
         for tensor in reader.tensors(files.path(name)):
             if tensor in file_of:
                 raise CheckpointError(f"{files.name}: {tensor} is in both {file_of[tensor]} and {name}")

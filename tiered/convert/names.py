@@ -12,9 +12,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Final
 
-from transformers import PretrainedConfig
-
-from tiered.arch import Skeleton, family_for
+from tiered.arch import Skeleton
 from tiered.convert.quantized import refuse_left_over
 from tiered.errors import CheckpointError
 
@@ -51,21 +49,6 @@ class NameMap:
     duplicate_head: str | None
     """A tied head that the checkpoint holds as well; it must equal the embedding."""
     warnings: tuple[str, ...]
-
-
-def check_layers(config: PretrainedConfig, checkpoint: Collection[str]) -> None:
-    """Compare the number of layers that `config` describes with the tensors' names, before a graph of so many is built.
-
-    Raises CheckpointError where it is larger. Where it is smaller, what is left over is for `map_names` to tell.
-    """
-    modules = family_for(config.model_type).layers.rpartition(".")[2]
-    numbered = re.compile(rf"(?:^|\.){re.escape(modules)}\.(\d{{1,9}})\.")
-    found = 1 + max((int(match[1]) for name in checkpoint if (match := numbered.search(name))), default=-1)
-    if config.num_hidden_layers > found:
-        raise CheckpointError(
-            f"{config.name_or_path}: config.json describes {config.num_hidden_layers} layers, its weights have "
-            f"{found}; does config.json belong to these weights, and are all files there?"
-        )
 
 
 def map_names(skeleton: Skeleton, checkpoint: Collection[str]) -> NameMap:

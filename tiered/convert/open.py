@@ -3,12 +3,13 @@
 import torch
 
 from tiered.arch import build_skeleton, load_config
+from tiered.convert.budget import RamCheck
 from tiered.convert.checkpoint import Checkpoint
 from tiered.convert.folder import state_of
 from tiered.convert.hub import HubFiles, Ledger
 from tiered.convert.index import WeightIndex, find_weights
 from tiered.convert.local import LocalFiles
-from tiered.convert.names import check_layers, map_names
+from tiered.convert.names import map_names
 from tiered.convert.options import ConvertOptions
 from tiered.convert.plan import StorePlan, plan_store
 from tiered.convert.quantized import already_quantized, configured_method, method_of_float
@@ -20,8 +21,13 @@ from tiered.files import read_whole
 from tiered.store.beside import check_packages
 
 
-def open_checkpoint(place: Folder | HubId, options: ConvertOptions, ledger: Ledger) -> tuple[WeightSource, StorePlan]:
-    """The checkpoint at `place`; downloads of weights are entered in `ledger` before they begin."""
+def open_checkpoint(
+    place: Folder | HubId, options: ConvertOptions, ledger: Ledger, ram: RamCheck
+) -> tuple[WeightSource, StorePlan]:
+    """The checkpoint at `place`; downloads of weights are entered in `ledger` before they begin.
+
+    A weight file that has to be read whole to know what is in it is only read within `ram`.
+    """
     if isinstance(place, Folder):
         if state_of(place.path) in ("finished", "unfinished"):
             raise ConfigError(f"{place.path}: a tiered store; pass the checkpoint to convert")
@@ -38,19 +44,22 @@ def open_checkpoint(place: Folder | HubId, options: ConvertOptions, ledger: Ledg
     _refuse_adapter(files)
     _refuse_quantized(files.name, configured_method(config))
     claimed = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-    index = find_weights(files, getattr(config, "transformers_weights", None))
-    _refuse_quantized(files.name, _method_of_types(files, index))
-    check_layers(config, index.file_of)
     skeleton = build_skeleton(config)
+    plan = plan_store(skeleton, options)
+    ram.begin(plan.files)
+    index = find_weights(files, getattr(config, "transformers_weights", None), ram.require)
+    _refuse_quantized(files.name, _method_of_types(files, index))
     names = map_names(skeleton, index.file_of)
     checkpoint = Checkpoint(files, index, names, skeleton.embed_name, claimed, options.clip)
-    return checkpoint, plan_store(skeleton, options)
+    return checkpoint, plan
 
 
-def open_shape(shape: Shape, options: ConvertOptions) -> tuple[WeightSource, StorePlan]:
+def open_shape(shape: Shape, options: ConvertOptions, ram: RamCheck) -> tuple[WeightSource, StorePlan]:
     """Random weights of `shape`."""
     skeleton = build_skeleton(shape_config(shape))
-    return Synthetic(shape, skeleton, options), plan_store(skeleton, options)
+    plan = plan_store(skeleton, options)
+    ram.begin(plan.files)
+    return Synthetic(shape, skeleton, options), plan
 
 
 def _refuse_quantized(name: str, method: str | None) -> None:

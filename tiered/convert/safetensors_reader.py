@@ -57,7 +57,8 @@ class SafetensorsReader:
         return self.tensors(path)
 
     def working_nbytes(self, path: Path) -> int:
-        return (_BUFFERS + 1) * PANEL_NBYTES  # one for the first panel of the tensor that comes next
+        largest = max((tensor.nbytes for tensor in self.tensors(path).values()), default=0)
+        return (_BUFFERS + 1) * min(PANEL_NBYTES, largest)  # one for the first panel of the tensor that comes next
 
     def close(self) -> None:
         if self._thread is not None:

@@ -108,6 +108,10 @@ class StoredTensor:
     dtype: torch.dtype
     shape: tuple[int, ...]
 
+    @property
+    def nbytes(self) -> int:
+        return int(torch.Size(self.shape).numel()) * self.dtype.itemsize
+
 
 class WeightReader(Protocol):
     """Reads weight files of one format."""

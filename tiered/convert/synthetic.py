@@ -123,7 +123,9 @@ class Synthetic:
         """Nothing to release."""
 
     def working_nbytes(self) -> int:
-        return 3 * (_POOL_NBYTES + _POOL_NBYTES)  # three pools at most: int4, int8, plain; each with plain values
+        # Two pools at most, int4 and int8, each with as many bytes of plain values, scales and zeros, and what is made
+        # of them when they are drawn.
+        return 5 * self._pool_nbytes
 
     def close(self) -> None:
         self._pools.clear()

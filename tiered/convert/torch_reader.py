@@ -57,7 +57,8 @@ class TorchReader:
 
     def working_nbytes(self, path: Path) -> int:
         if is_zip(path):
-            return _REMAP_NBYTES + 2 * PANEL_NBYTES
+            # What is mapped until it is mapped anew, and copies of two panels, which malloc keeps once they are free.
+            return min(_REMAP_NBYTES + 6 * PANEL_NBYTES, 3 * path.stat().st_size)
         return path.stat().st_size + PANEL_NBYTES
 
     def close(self) -> None:

@@ -19,7 +19,7 @@ from tiered.units import MIB
 
 _MOST_WORKERS: Final = 8
 """Enough for any disk; each takes WORKER_NBYTES."""
-WORKER_NBYTES: Final = 24 * MIB
+_WORKER_NBYTES: Final = 24 * MIB
 """Temporaries of one thread that quantizes with torch: about a dozen of `tiered.quant.quantize.PANEL_BYTES`. The
 native kernel needs a few KiB."""
 
@@ -27,6 +27,12 @@ native kernel needs a few KiB."""
 def worker_count() -> int:
     """Threads that quantize."""
     return min(len(os.sched_getaffinity(0)), _MOST_WORKERS)
+
+
+def quantizing_nbytes() -> int:
+    """Memory that quantizing takes besides what it reads and what it makes."""
+    with Kernels(1) as kernels:
+        return 0 if kernels.quantizes(torch.float32) else worker_count() * _WORKER_NBYTES
 
 
 @contextmanager

@@ -5,6 +5,7 @@ any budget.
 """
 
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Final, Self
 
@@ -48,11 +49,21 @@ class Load:
     """Sequences begin and end in the same pass, as those that are only scored do."""
     logits: int = 0
     """Positions of a pass that may get logits; 0: one per sequence."""
+    least_context: int = 0
+    """Tokens to which `context` may shrink where the budget is too small for it; 0: it may not."""
 
     def __post_init__(self) -> None:
         for name, value in (("sequences", self.sequences), ("context", self.context)):
             if not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name} {value!r}: expected a whole number above 0")
+
+    def shrinking(self) -> Iterator[Self]:
+        """This, and what may do instead where it does not fit: each half as long, down to the least."""
+        context = self.context
+        yield self
+        while 0 < self.least_context < context:
+            context = max(context // 2, self.least_context)
+            yield replace(self, context=context)
 
     @property
     def tokens(self) -> int:

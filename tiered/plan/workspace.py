@@ -80,7 +80,8 @@ def workspace_for(
     in_flight = 2 * tokens * shape.hidden * shape.itemsize
     head_rows = min(logits or sequences, rows, _HEAD_ROWS)
     # As computed, as float32, and what sampling makes of one; and all of them as transformers' own loop keeps them.
-    nbytes = 3 * max(head_rows, min(sequences, rows)) * shape.vocab * 4 + sequences * shape.vocab * 4
-    nbytes += _FIXED_NBYTES + heap_nbytes(budget) + shape.scratch_nbytes
-    nbytes += rows * per_row + in_flight + gathered_rows * gathered
+    live = 3 * max(head_rows, min(sequences, rows)) * shape.vocab * 4 + sequences * shape.vocab * 4
+    live += rows * per_row + in_flight + gathered_rows * gathered
+    # What malloc holds that is free was in use before: few activations leave small heaps, whatever the threshold.
+    nbytes = live + min(heap_nbytes(budget), live) + _FIXED_NBYTES + shape.scratch_nbytes
     return Workspace(rows, nbytes, gathered_rows, head_rows)

@@ -21,6 +21,8 @@ PIECE_NBYTES: Final = 4 << 20
 """Written at a time: as fast as any larger piece where this was measured."""
 _PIECES: Final = 3
 """What is being filled, and what is being written."""
+SWEEP_NBYTES: Final = _PIECES * PIECE_NBYTES
+"""Memory that a sweep takes."""
 _WRITEBACK_NBYTES: Final = 64 << 20
 """Through the page cache, start write-back this often, so that dirty pages never pile up to a limit."""
 

@@ -63,6 +63,11 @@ class BlockWriter:
                 self._file.close()
             self._file = None
 
+    @property
+    def folder(self) -> Path:
+        """Where the block is written."""
+        return self._path.parent
+
     def reserve_frames(self, count: int) -> None:
         """Leave room in the header for `count` more zstd frame sizes; only before the first tensor."""
         assert self._data_start == 0
@@ -83,17 +88,17 @@ class BlockWriter:
         name: str,
         dtype: torch.dtype,
         shape: Sequence[int],
-        payload: memoryview,
+        payload: Iterable[memoryview],
         frames: Sequence[int],
         frame_nbytes: int,
     ) -> None:
-        """Append a tensor as zstd frames, under NAME.zst."""
+        """Append a tensor as zstd frames of these sizes, under NAME.zst; `payload`: the frames, in any pieces."""
         self._start()
-        source = TensorEntry(name + ZSTD_SUFFIX, torch.uint8, (len(payload),), self._written, len(payload))
+        source = TensorEntry(name + ZSTD_SUFFIX, torch.uint8, (sum(frames),), self._written, sum(frames))
         # Where it decodes to is decided when the block is read.
         target = TensorEntry(name, dtype, tuple(shape), 0, tensor_nbytes(dtype, shape))
         self._compressed.append(Compressed(source, target, tuple(frames), frame_nbytes))
-        self._append(source, [payload])
+        self._append(source, payload)
 
     def finish(self) -> FileInfo:
         """Write the header, fsync, rename, fsync the folder. The block now exists; returns its entry."""
