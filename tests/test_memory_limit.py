@@ -203,11 +203,12 @@ def test_a_model_at_its_default_context_loads_within_the_budget_it_names(
 
 @pytest.mark.parametrize("command", ["batch", "score"])
 def test_jobs_work_within_the_budget_they_name(command: str, small: Path, tmp_path: Path) -> None:
-    text = tmp_path / "in"
+    text, job = tmp_path / "text", tmp_path / "job"
+    text.write_text("The function returns the value. " * 100)
     body = {"model": "any", "prompt": "The function returns", "max_tokens": 4}
-    text.write_text(json.dumps({"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": body}) + "\n")
+    job.write_text(json.dumps({"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": body}) + "\n")
     words = {
-        "batch": ("batch", small, "-i", text, "-o", tmp_path / "out.jsonl", "--batch", "1"),
+        "batch": ("batch", small, "-i", job, "-o", tmp_path / "out.jsonl", "--batch", "1"),
         "score": ("score", small, "-f", text, "--context", "256"),
     }[command]
     assert_tight(*named_and_used(tmp_path, (*TIERED, *words, "--no-measure")))
