@@ -76,7 +76,7 @@ READ_THREADS: Final = 16
 """Reads of weights in flight."""
 SPILL_THREADS: Final = 8
 """Transfers of a KV cache on disk in flight, beside those of weights."""
-_GROWTH_NBYTES: Final = 24 * MIB
+_GROWTH_NBYTES: Final = 16 * MIB
 """What the process itself grows by while running: code pages touched for the first time, thread stacks."""
 _POLL_SECONDS: Final = 0.1
 
