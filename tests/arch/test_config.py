@@ -40,7 +40,7 @@ def test_a_good_one_is_read(tmp_path: Path) -> None:
         ({"activation_function": "swoosh"}, "swoosh"),
         ({"pad_token_id": 5000}, ""),
         ({"vocab_size": 10**30}, ""),
-        ({"num_hidden_layers": 2_000_000_000}, "num_hidden_layers is 2000000000, expected at most 1,000"),
+        ({"num_hidden_layers": 2_000_000_000}, "num_hidden_layers is 2000000000, expected at most 500"),
         ({"num_labels": 2_000_000_000}, "num_labels is 2000000000"),
         ({"dtype": "float7"}, ""),
         ({"attention_dropout": 7.0}, "attention_dropout is 7.0, expected a probability"),

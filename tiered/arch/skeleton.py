@@ -22,7 +22,7 @@ from tiered.errors import CheckpointError, ConfigError, TieredError, Unsupported
 from tiered.files import errors_of, read_json
 from tiered.units import GIB, format_size
 
-_MOST_LAYERS: Final = 1000
+_MOST_LAYERS: Final = 500
 _MOST: Final = {
     **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layers", "n_layer"), _MOST_LAYERS),
     "num_labels": 10_000,
