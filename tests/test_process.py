@@ -119,6 +119,17 @@ def test_many_interrupts_are_one(store: Path, when: str) -> None:
     assert err.strip() == b"tiered: interrupted"
 
 
+def test_an_interrupt_in_a_destructor_is_not_lost() -> None:
+    code = (
+        "import os, signal, time; from tiered.process import catch_interrupts; catch_interrupts()\n"
+        "class Ends:\n    def __del__(self): os.kill(os.getpid(), signal.SIGINT); time.sleep(0)\n"
+        "try:\n    Ends(); time.sleep(20)\n"
+        "except KeyboardInterrupt: print('seen')"
+    )
+    done = shell((sys.executable, "-c", code), "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "seen\n", "")
+
+
 def wait_for_import(pid: int, library: str) -> None:
     """Until the process has mapped a file of `library`, whose import then goes on for seconds."""
     while f"/{library}/" not in Path(f"/proc/{pid}/maps").read_text():

@@ -6,6 +6,7 @@
 import os
 import signal
 import sys
+import threading
 import time
 from types import FrameType
 from typing import Final, NoReturn, TextIO
@@ -13,6 +14,8 @@ from typing import Final, NoReturn, TextIO
 _INTERRUPTED: Final = 130
 _PATIENCE_SECONDS: Final = 2.0
 """What a command has for cleaning up before another interrupt ends it as it is."""
+_AGAIN_SECONDS: Final = 0.01
+"""After which an interrupt that nobody could see comes once more."""
 
 
 def restart_in_utf8() -> None:
@@ -90,6 +93,14 @@ class Interrupts:
         if begun is None or now - begun > _PATIENCE_SECONDS:
             end_at_once()
 
+    def handle_unraisable(self, lost: "sys.UnraisableHookArgs") -> None:
+        """What an exception becomes in a destructor or a callback of the collector: a KeyboardInterrupt comes again."""
+        if lost.exc_type is not KeyboardInterrupt:
+            sys.__unraisablehook__(lost)
+            return
+        self._first = None
+        threading.Timer(_AGAIN_SECONDS, os.kill, (os.getpid(), signal.SIGINT)).start()
+
 
 def end_at_once() -> NoReturn:
     """End an interrupted process as it is."""
@@ -100,7 +111,9 @@ def end_at_once() -> NoReturn:
 def catch_interrupts() -> None:
     """Have `Interrupts` handle SIGINT, unless it is ignored, as by a shell's background jobs."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, Interrupts().handle)
+        interrupts = Interrupts()
+        signal.signal(signal.SIGINT, interrupts.handle)
+        sys.unraisablehook = interrupts.handle_unraisable
 
 
 def ignore_interrupts() -> None:
