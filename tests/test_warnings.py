@@ -1,6 +1,7 @@
 """No warning of a library reaches the terminal: neither by a command, nor by a program that uses the API as it should.
 
-Both run in processes of their own, with Python's own filters and transformers' own verbosity.
+All run in processes of their own, with Python's own filters and transformers' own verbosity; the commands without the
+filter of the entry point, which would hide what we ourselves should do otherwise.
 """
 
 import json
@@ -87,3 +88,16 @@ def test_commands_show_no_warning_of_a_library(folder: Path) -> None:
 
 def test_a_program_that_uses_the_api_sees_no_warning(folder: Path) -> None:
     assert said("-c", PROGRAM, str(make_store(folder))) == ""
+
+
+def test_a_damaged_file_says_no_more_than_its_error(folder: Path) -> None:
+    source = folder / "damaged"
+    source.mkdir()
+    (source / "config.json").write_bytes((CHECKPOINT / "config.json").read_bytes())
+    # Protocol 22, which torch warns of before it fails.
+    (source / "pytorch_model.bin").write_bytes(b"\x80\x16}.")
+    for settings, warned in (((), False), (("-W", "default"), True)):
+        command = [sys.executable, *settings, "-m", "tiered", "convert", str(source), "-o", str(folder / "out.tiered")]
+        done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+        assert done.returncode == 4 and ("UserWarning" in done.stderr) == warned, done.stderr
+        assert warned or done.stderr.count("\n") == 1, done.stderr

@@ -2,7 +2,7 @@
 
 from typing import NoReturn
 
-from tiered.process import catch_interrupts, end_at_once, restart_in_utf8
+from tiered.process import catch_interrupts, end_at_once, quiet_libraries, restart_in_utf8
 
 
 def run() -> NoReturn:
@@ -10,6 +10,7 @@ def run() -> NoReturn:
     restart_in_utf8()
     # Before the command line is imported: an interrupt meanwhile would end in a traceback.
     catch_interrupts()
+    quiet_libraries()
     try:
         from tiered.cli import main
 

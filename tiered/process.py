@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from types import FrameType
 from typing import Final, NoReturn, TextIO
 
@@ -26,6 +27,12 @@ def restart_in_utf8() -> None:
     """
     if sys.getfilesystemencoding() == "ascii" and sys.executable:
         os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+
+
+def quiet_libraries() -> None:
+    """Show Python's warnings, which concern whoever calls what warns, only to those who ask: -W, PYTHONWARNINGS."""
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
 
 
 def open_streams() -> None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from tiered.process import catch_interrupts
+from tiered.process import catch_interrupts, quiet_libraries
 
 EXIT_CODES: Final = (0, 1, 2, 3, 4, 130)
 ADDRESS_NBYTES: Final = 6 << 30
@@ -115,6 +115,7 @@ def _run(call: Callable[[], object], folder: Path) -> int:
         # A background job of a shell ignores them; here they are meant.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         catch_interrupts()
+        quiet_libraries()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
         call()
     except SystemExit as ended:
