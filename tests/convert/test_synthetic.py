@@ -7,10 +7,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.convert.models import read_store, store_digest
-from tiered.arch import load_config
+from tiered.arch import build_skeleton, load_config
 from tiered.convert import ConvertOptions, convert_checkpoint
 from tiered.convert.stand_in import EOS_ID
 from tiered.errors import ConfigError
+from tiered.model import check_match
 from tiered.store import Store
 
 DEEP = """
@@ -77,6 +78,7 @@ def test_distinct_blocks_are_repeated_by_the_manifest(tmp_path: Path) -> None:
     assert layers[2].prefix == layers[0].prefix == "model.decoder.layers.0."
     assert store.tape_nbytes == sum(block.file.nbytes for block in layers) + store.blocks["embed"].file.nbytes
     assert not (tmp_path / "out/blocks/layer-002.safetensors").exists()
+    check_match(store, build_skeleton(load_config(store.path)))
 
 
 def test_the_stand_in_tokenizer_passes_any_bytes(tmp_path: Path) -> None:

@@ -22,16 +22,18 @@ def check_match(store: Store, skeleton: Skeleton) -> None:
     Raises StoreError, which names the first difference.
     """
     config = store.path / "config.json"
+    prefixes: dict[str, str] = {}  # by file: blocks that share one have the prefix of the first
     for expected in skeleton.blocks():
         if not expected.parameters:
             continue
         block = store.blocks.get(expected.name)
         if block is None:
             raise StoreError(f"{config}: describes a block {expected.name!r} that the store lacks; {_REMEDY}")
-        if block.prefix != expected.prefix:
+        prefix = prefixes.setdefault(block.file.path, expected.prefix)
+        if block.prefix != prefix:
             raise StoreError(
-                f"{store.path / MANIFEST_NAME}: block {block.name} has prefix {block.prefix!r}, expected "
-                f"{expected.prefix!r}; the store is damaged, convert it again"
+                f"{store.path / MANIFEST_NAME}: block {block.name} has prefix {block.prefix!r}, expected {prefix!r}; "
+                "the store is damaged, convert it again"
             )
         wanted = {p.name.removeprefix(expected.prefix): p.shape for p in expected.parameters}
         found = {
