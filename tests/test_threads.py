@@ -277,3 +277,14 @@ def test_a_forked_child_is_told_at_once(loaded: LoadedModel) -> None:
     # While another thread has the turn, which in the child nobody would ever give back.
     assert during_generate(loaded, all_are_told).result() == expected
     assert complete(loaded, PROMPTS[0]) == expected
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_may_open_a_model_whatever_its_parent_was_opening(loaded: LoadedModel) -> None:
+    def begin() -> None:
+        with PROCESS.opening, PROCESS.member():
+            assert PROCESS.planned_nbytes == 0
+
+    with PROCESS.opening:
+        assert in_child(begin) == ""
+    assert PROCESS.planned_nbytes > 0

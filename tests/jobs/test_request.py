@@ -290,3 +290,9 @@ def test_whatever_a_field_holds_the_answer_is_a_request_or_a_problem(value: Any,
     (whole if name in whole else whole["body"])[name] = value
     found = parse(json.dumps(whole))
     assert isinstance(found, Request | Problem)
+
+
+def test_a_line_of_many_fields_with_one_twice_is_read_at_once() -> None:
+    fields = ", ".join(f'"f{number}": 0' for number in [*range(100_000), 7])
+    found = parse_line(f"{{{fields}}}".encode(), 1, 0)
+    assert isinstance(found, Problem) and '"f7" is there twice' in found.message

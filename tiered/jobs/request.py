@@ -5,6 +5,7 @@ name: nothing that would change a result is ignored.
 """
 
 import json
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any, Final, NoReturn
 
@@ -158,8 +159,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """The object of `pairs`; one of two fields of the same name would be ignored."""
     value = dict(pairs)
     if len(value) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
         raise ValueError(f"{shown(twice)} is there twice in one object")
     return value
 

@@ -68,6 +68,12 @@ class Process:
                     sys.setswitchinterval(self._interval)
             self.pin_malloc()
 
+    def begin_anew(self) -> None:
+        """In a forked child: nothing is open here, and no lock is held, whatever other threads did in the parent."""
+        if self._members:
+            sys.setswitchinterval(self._interval)
+        self.opening, self._lock, self._members = threading.Lock(), threading.Lock(), []
+
     def pin_malloc(self) -> None:
         """Let glibc keep what the largest budget allows: it has the plans of the others within it."""
         with self._lock:
@@ -76,3 +82,4 @@ class Process:
 
 
 PROCESS: Final = Process()
+os.register_at_fork(after_in_child=PROCESS.begin_anew)
