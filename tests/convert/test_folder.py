@@ -20,6 +20,7 @@ from tiered.errors import ConfigError, DiskFullError, ReadError, StoreError
 from tiered.store import BlockWriter, Store
 
 Usage = namedtuple("Usage", "total used free")
+MEANWHILE = "another conversion has begun there meanwhile; run the same command again"
 
 
 class Stop(Exception):
@@ -214,21 +215,25 @@ def test_two_conversions_into_one_folder_do_not_mix(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("moment", "finished", "message"),
+    ("moment", "finished", "force", "message"),
     [
-        ("convert.open_checkpoint", True, "already a finished store"),
-        ("convert.convert.locked", True, "already a finished store"),
-        ("convert.convert.locked", False, "another conversion has begun there meanwhile; run the same command again"),
+        ("convert.open_checkpoint", True, False, "already a finished store"),
+        ("convert.convert.locked", True, False, "already a finished store"),
+        ("convert.convert.locked", False, False, MEANWHILE),
+        ("convert.convert.check_space", True, False, "already a finished store"),
+        ("convert.convert.check_space", False, False, MEANWHILE),
+        ("convert.convert.check_space", True, True, MEANWHILE),
+        ("convert.convert.check_space", False, True, MEANWHILE),
     ],
 )
 def test_what_another_process_did_after_we_looked_is_not_overwritten(
-    moment: str, finished: bool, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    moment: str, finished: bool, force: bool, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It begins, and may end, while we open the checkpoint, or just before we take the lock."""
+    """It begins, and may end, while we open the checkpoint, while we decide, or just before we take the lock."""
     out = tmp_path / "out"
     with_another_before(monkeypatch, moment, lambda: another(out, finished))
     with pytest.raises(ConfigError, match=message):
-        convert_checkpoint(TRAINED, out, ConvertOptions())
+        convert_checkpoint(TRAINED, out, ConvertOptions(force=force))
     assert state_of(out) == ("finished" if finished else "unfinished")
     assert len(list((out / "blocks").glob("*.safetensors"))) == (10 if finished else 6)
 

@@ -93,6 +93,7 @@ class Conversion:
         folder, identity = self._folder, source.identity
         if folder.exists():
             self._hold_folder()  # what is decided from what lies there must still be so when it is acted on
+        decided_on = self._progress
         progress = check_same_source(folder, self._progress, identity, self._options.force)
         mine = progress.source is not None and not progress.discarding
         if mine:
@@ -111,6 +112,10 @@ class Conversion:
         self._check_space(source, rest, needed, sum(path.stat().st_size for path in going))
 
         self._hold_folder()
+        if self._progress != decided_on:
+            raise ConfigError(
+                f"{folder}: another conversion has begun there meanwhile; run the same command again to go on"
+            )
         if progress.discarding:
             progress = discard(folder, progress)
         # Before the probe: a folder with nothing but a file of ours would be somebody else's to the next attempt.
@@ -190,19 +195,14 @@ class Conversion:
             source.release(done - frozenset().union(*waiting))
 
     def _hold_folder(self) -> None:
-        """Make the folder and keep others out of it, once; raises where somebody has been at work there meanwhile."""
+        """Make the folder, keep others out of it and look again at what lies there, once."""
         if self._locked:
             return
-        was_there = self._folder.exists()
         self._folder.mkdir(parents=True, exist_ok=True)
         self._held.enter_context(locked(self._folder))
         self._locked = True
         # Again, now that it cannot change: another process may have begun, or finished, since we looked.
         self._progress = self._usable()
-        if not was_there and self._progress != ProgressFile(self._options.settings()):
-            raise ConfigError(
-                f"{self._folder}: another conversion has begun there meanwhile; run the same command again to go on"
-            )
 
     def _usable(self) -> ProgressFile:
         settings = self._options.settings()
