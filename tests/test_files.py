@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tiered.errors import CheckpointError, ReadError, StoreError
-from tiered.files import check_regular, errors_of, read_whole, reading
+from tiered.files import check_regular, errors_of, read_json, read_whole, reading
 
 
 def make_socket(path: Path) -> None:
@@ -56,6 +56,10 @@ def test_no_file_is_for_the_caller_to_explain(tmp_path: Path) -> None:
         read_whole(tmp_path / "gone", StoreError)
     with pytest.raises(FileNotFoundError):
         check_regular(tmp_path / "gone" / "further", StoreError)
+    (tmp_path / "a").touch()
+    for act in (check_regular, read_whole):
+        with pytest.raises(FileNotFoundError, match="a/further"):
+            act(tmp_path / "a" / "further", StoreError)
 
 
 def test_what_is_too_large_is_not_read(tmp_path: Path) -> None:
@@ -63,6 +67,8 @@ def test_what_is_too_large_is_not_read(tmp_path: Path) -> None:
     os.truncate(tmp_path / "a", 1 << 40)  # sparse
     with pytest.raises(CheckpointError, match=r"has 1,099,511,627,776 bytes, expected at most 536,870,912"):
         read_whole(tmp_path / "a", CheckpointError)
+    with pytest.raises(CheckpointError, match=r"expected at most 67,108,864; make it anew"):
+        read_json(tmp_path / "a", CheckpointError, "make it anew")
 
 
 def test_what_the_system_refuses_to_read_names_the_file(tmp_path: Path) -> None:

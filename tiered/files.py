@@ -31,8 +31,8 @@ _KINDS: Final = (
 def check_regular(path: Path, error: type[CorruptError]) -> int:
     """The size of the regular file at `path`, which may be a link to one.
 
-    Raises FileNotFoundError where there is nothing, `error` where there is something else (a link to nothing too), and
-    ReadError where the operating system does not say.
+    Raises FileNotFoundError where there is nothing (nor a folder for it to be in), `error` where there is something
+    else (a link to nothing too), and ReadError where the operating system does not say.
     """
     try:
         found = path.stat()
@@ -41,7 +41,7 @@ def check_regular(path: Path, error: type[CorruptError]) -> int:
             raise error(
                 f"{path}: a link to {path.readlink()}, which does not exist; put the file itself there"
             ) from None
-        raise
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from None
     except OSError as reason:
         if reason.errno == errno.ELOOP:
             raise error(f"{path}: a link that leads back to itself; put the file itself there") from None
@@ -52,12 +52,14 @@ def check_regular(path: Path, error: type[CorruptError]) -> int:
     return found.st_size
 
 
-def read_whole(path: Path, error: type[CorruptError], most_nbytes: int = MOST_NBYTES) -> bytes:
-    """The bytes of the regular file at `path`; raises as `check_regular`, and `error` where it is too large to be one
-    of its kind."""
+def read_whole(
+    path: Path, error: type[CorruptError], most_nbytes: int = MOST_NBYTES, remedy: str = "download the file again"
+) -> bytes:
+    """The bytes of the regular file at `path`; raises as `check_regular`, and `error`, which ends with `remedy`, where
+    it is too large to be one of its kind."""
     nbytes = check_regular(path, error)
     if nbytes > most_nbytes:
-        raise error(f"{path}: has {nbytes:,} bytes, expected at most {most_nbytes:,}; download the file again")
+        raise error(f"{path}: has {nbytes:,} bytes, expected at most {most_nbytes:,}; {remedy}")
     with reading(path):
         # Without O_NONBLOCK, opening what has become a pipe meanwhile would wait for its other end.
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -68,7 +70,7 @@ def read_whole(path: Path, error: type[CorruptError], most_nbytes: int = MOST_NB
 def read_json(path: Path, error: type[CorruptError], remedy: str) -> Any:
     """The value in the JSON file at `path`; raises as `read_whole`, and `error`, which ends with `remedy`, where it is
     not JSON in UTF-8."""
-    return parse_json(read_whole(path, error, MOST_JSON_NBYTES), path, error, remedy)
+    return parse_json(read_whole(path, error, MOST_JSON_NBYTES, remedy), path, error, remedy)
 
 
 def parse_json(raw: bytes | str, path: Path, error: type[CorruptError], remedy: str) -> Any:

@@ -209,6 +209,19 @@ def test_too_little_space_is_refused_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
+def test_an_output_below_a_file_is_refused_at_once(tmp_path: Path) -> None:
+    (tmp_path / "afile").touch()
+    with pytest.raises(ConfigError, match=r"afile/x/y: .*afile is a file, expected a folder; choose another with -o"):
+        convert_checkpoint(TRAINED, tmp_path / "afile" / "x" / "y", ConvertOptions())
+
+
+def test_a_progress_file_too_large_to_be_one_is_not_parsed(tmp_path: Path) -> None:
+    (tmp_path / "conversion.json").touch()
+    os.truncate(tmp_path / "conversion.json", 65 << 20)  # sparse
+    with pytest.raises(ConfigError, match=r"expected at most 67,108,864\); delete the folder"):
+        convert_checkpoint(TRAINED, tmp_path)
+
+
 def test_two_conversions_into_one_folder_do_not_mix(tmp_path: Path) -> None:
     with locked(tmp_path), pytest.raises(ConfigError, match="another conversion is writing to it"):
         convert_checkpoint(TRAINED, tmp_path, ConvertOptions())

@@ -5,6 +5,7 @@ model (scales left out, random numbers for what is missing), refusing is right.
 """
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -164,6 +165,11 @@ def missing_shard(folder: Path) -> None:
     sorted(folder.glob("model-*.safetensors"))[1].unlink()
 
 
+def huge_index(folder: Path) -> None:
+    put(folder, 1, shard="60KB")
+    os.truncate(folder / INDEX, 65 << 20)  # sparse
+
+
 def named_but_missing(folder: Path) -> None:
     put(folder, 1)
     edit(folder / "config.json", transformers_weights="mine.safetensors")
@@ -183,6 +189,7 @@ def adapter(folder: Path) -> None:
 REFUSED: dict[str, tuple[Build, str]] = {
     "a tensor is missing": (incomplete_whole, r"lacks 1 of the .* model\.layers\.1\.mlp\.up_proj\.weight"),
     "a shard is missing": (missing_shard, r"lists model-00002-of-\d+\.safetensors, which the checkpoint lacks"),
+    "an index too large to be one": (huge_index, r"expected at most 67,108,864; download it again"),
     "what config.json names is missing": (named_but_missing, r"lacks mine\.safetensors, which config\.json names"),
     "what config.json names is elsewhere": (named_outside, r"lacks \.\./real/model\.safetensors"),
     "an adapter": (adapter, r"holds an adapter \(adapter_config\.json\)"),

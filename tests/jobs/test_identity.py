@@ -1,5 +1,6 @@
 """A job is its input, its store and its settings: whatever changes a result makes it another job."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -80,3 +81,21 @@ def test_a_store_is_known_by_everything_beside_its_blocks(tmp_path: Path) -> Non
         (tmp_path / name).write_text(content, encoding="utf-8")
         prints.append(store_fingerprint(tmp_path))
     assert len(set(prints)) == len(prints)
+
+
+def test_a_job_file_too_large_to_be_one_is_not_parsed(tmp_path: Path) -> None:
+    results = tmp_path / "results.jsonl"
+    job_path(results).touch()
+    os.truncate(job_path(results), 65 << 20)  # sparse
+    with pytest.raises(CorruptError, match=r"expected at most 67,108,864; name another file with -o"):
+        read_job(results)
+
+
+def test_whatever_lies_in_a_stores_folder_counts_however_large(tmp_path: Path) -> None:
+    (tmp_path / "notes").touch()
+    os.truncate(tmp_path / "notes", (512 << 20) + 1)  # sparse
+    whole = store_fingerprint(tmp_path)
+    with (tmp_path / "notes").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"!")
+    assert store_fingerprint(tmp_path) != whole

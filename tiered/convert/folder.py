@@ -18,7 +18,7 @@ from typing import Any, Final, Literal
 from tiered.convert.compression import PROBE_NAME, Compression
 from tiered.convert.recipe import BLOCK_FOLDER
 from tiered.errors import ConfigError, StoreError
-from tiered.files import read_whole
+from tiered.files import read_json
 from tiered.store import atomic_write
 from tiered.store.beside import COPIED
 from tiered.store.manifest import FORMAT, MANIFEST_NAME
@@ -28,6 +28,7 @@ State = Literal["new", "unfinished", "finished", "foreign"]
 
 _PROGRESS_FORMAT: Final = "tiered-conversion"
 _PROGRESS_VERSION: Final = 1
+_REMEDY: Final = "delete the folder or choose another with -o"
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class ProgressFile:
         """
         path = folder / PROGRESS_NAME
         try:
-            value = json.loads(read_whole(path, StoreError))
+            value = read_json(path, StoreError, _REMEDY)
             if (value["format"], value["version"]) != (_PROGRESS_FORMAT, _PROGRESS_VERSION):
                 raise ValueError(f"format {value['format']!r} version {value['version']!r}")
             rule = value["compression"]
@@ -79,10 +80,10 @@ class ProgressFile:
             )
         except FileNotFoundError:
             return None
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, StoreError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, StoreError) as error:
+            reason = str(error).removesuffix(f"; {_REMEDY}")
             raise ConfigError(
-                f"{path}: not a progress file that this version of tiered wrote ({error}); "
-                "delete the folder or choose another with -o"
+                f"{path}: not a progress file that this version of tiered wrote ({reason}); {_REMEDY}"
             ) from None
 
 
@@ -107,6 +108,10 @@ def check_usable(folder: Path, settings: Mapping[str, Any], force: bool) -> Prog
     With `force` what is in the way is to be discarded, but a conversion that the same command began is resumed.
     """
     state = state_of(folder)
+    if not folder.exists():
+        parent = next(path for path in folder.absolute().parents if path.exists())
+        if not parent.is_dir():
+            raise ConfigError(f"{folder}: {parent} is a file, expected a folder; choose another with -o")
     if state == "foreign":
         raise ConfigError(
             f"{folder}: neither empty nor a store nor an unfinished conversion, so nothing in it is touched: "
@@ -202,8 +207,8 @@ def locked(folder: Path) -> Iterator[None]:
 
 def _is_store(folder: Path) -> bool:
     try:
-        value = json.loads(read_whole(folder / MANIFEST_NAME, StoreError))
-    except (FileNotFoundError, ValueError, RecursionError, StoreError):
+        value = read_json(folder / MANIFEST_NAME, StoreError, _REMEDY)
+    except (FileNotFoundError, StoreError):
         return False
     return isinstance(value, dict) and value.get("format") == FORMAT
 

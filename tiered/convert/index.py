@@ -4,7 +4,6 @@ The choice is transformers' own (docs/folders.md). Where transformers would find
 files of other names are taken too, as long as it is clear which are meant.
 """
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from tiered.convert.safetensors_reader import SafetensorsReader
 from tiered.convert.source import WeightFiles, WeightReader
 from tiered.convert.torch_reader import TorchReader
 from tiered.errors import CheckpointError
-from tiered.files import read_whole
+from tiered.files import read_json
 
 _FORMATS: Final = (
     ("model.safetensors", re.compile(r".*\.safetensors"), SafetensorsReader),
@@ -98,10 +97,10 @@ def _of_index(files: WeightFiles, reader: WeightReader, name: str) -> WeightInde
 
 def _read_index(files: WeightFiles, name: str) -> dict[str, str]:
     path = files.path(name)
+    value: Any = read_json(path, CheckpointError, "download it again")
     try:
-        raw: Any = json.loads(read_whole(path, CheckpointError))["weight_map"]
-        file_of = {str(tensor): str(file) for tensor, file in raw.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        file_of = {str(tensor): str(file) for tensor, file in value["weight_map"].items()}
+    except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{path}: expected a JSON object with 'weight_map' ({error!r}); download it again"
         ) from None

@@ -12,11 +12,13 @@ from typing import Any, Final
 import xxhash
 
 from tiered.errors import ConfigError, CorruptError, DiskFullError, StoreError
-from tiered.files import read_whole
+from tiered.files import MOST_JSON_NBYTES, check_regular, parse_json, read_whole, reading
 from tiered.store import atomic_write
 
 FORMAT: Final = "tiered-job"
 VERSION: Final = 1
+_REMEDY: Final = "name another file with -o, or remove this one and its results to begin anew"
+_PIECE_NBYTES: Final = 1 << 20
 
 Setting = str | int | None
 
@@ -78,19 +80,16 @@ class JobFile:
         return json.dumps(value, indent=1) + "\n"
 
     @classmethod
-    def from_json(cls, text: str, path: Path) -> "JobFile":
+    def from_json(cls, text: bytes | str, path: Path) -> "JobFile":
         """Parse and check the text of the file at `path`; raises CorruptError naming it."""
+        value = parse_json(text, path, CorruptError, _REMEDY)
         try:
-            value = json.loads(text)
             if value["format"] != FORMAT or value["version"] != VERSION:
                 raise ValueError(f"format {value['format']!r}, version {value['version']!r}")
             identity = Identity(_as(str, value["input"]), _as(str, value["store"]), _as(dict, value["settings"]))
             return cls(identity, *(_as(int, value[name]) for name in ("created", "sequences", "longest", "tokens")))
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise CorruptError(
-                f"{path}: expected a {FORMAT} file of version {VERSION} ({error}); "
-                "name another file with -o, or remove this one and its results to begin anew"
-            ) from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise CorruptError(f"{path}: expected a {FORMAT} file of version {VERSION} ({error}); {_REMEDY}") from None
 
 
 def job_path(results: Path) -> Path:
@@ -102,11 +101,9 @@ def read_job(results: Path) -> JobFile | None:
     """The job that a result file belongs to; None where there is no such file yet."""
     path = job_path(results)
     try:
-        return JobFile.from_json(read_whole(path, CorruptError).decode("utf-8"), path)
+        return JobFile.from_json(read_whole(path, CorruptError, MOST_JSON_NBYTES, _REMEDY), path)
     except FileNotFoundError:
         return None
-    except UnicodeDecodeError as error:
-        raise CorruptError(f"{path}: not text ({error.reason}); name another file with -o") from None
 
 
 def write_job(results: Path, job: JobFile) -> None:
@@ -133,9 +130,11 @@ def store_fingerprint(folder: Path) -> str:
     text of tokens."""
     digest = xxhash.xxh3_128()
     for path in sorted(path for path in folder.iterdir() if path.is_file()):
-        content = read_whole(path, StoreError)
-        digest.update(f"{path.name}\0{len(content)}\0".encode())
-        digest.update(content)
+        # In pieces: whatever lies there counts, however large it is.
+        digest.update(f"{path.name}\0{check_regular(path, StoreError)}\0".encode())
+        with reading(path), path.open("rb") as file:
+            while piece := file.read(_PIECE_NBYTES):
+                digest.update(piece)
     return digest.hexdigest()
 
 

@@ -89,7 +89,7 @@ def read_layout(folder: Path, file: FileInfo) -> BlockLayout:
     path = folder / file.path
     try:
         found = check_regular(path, StoreError)
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+    except (FileNotFoundError, ValueError):
         # ValueError: a damaged manifest may name what no file can be called.
         raise StoreError(f"{path}: missing; the store is incomplete, convert the model again") from None
     if found != file.nbytes:

@@ -17,8 +17,8 @@ from typing import Any, Final
 import torch
 import xxhash
 
-from tiered.errors import CorruptError, ReadError, StoreError
-from tiered.files import check_regular
+from tiered.errors import CorruptError, StoreError
+from tiered.files import check_regular, reading
 
 PAGE: Final = 4096
 """Alignment of file offsets, lengths and memory for O_DIRECT."""
@@ -117,7 +117,7 @@ def read_header(path: Path, error: type[CorruptError] = StoreError) -> tuple[lis
     """
     try:
         size = check_regular(path, error)
-        with path.open("rb") as file:
+        with reading(path), path.open("rb") as file:
             prefix = file.read(8)
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
             if not 2 <= length <= min(MAX_HEADER_NBYTES, size - 8):
@@ -126,8 +126,6 @@ def read_header(path: Path, error: type[CorruptError] = StoreError) -> tuple[lis
             raw = file.read(length)
     except FileNotFoundError:
         raise error(f"{path}: missing; {_remedy(error)}") from None
-    except OSError as reason:
-        raise ReadError(f"{path}: cannot be read: {reason.strerror}") from reason
     return (*_parse_header(path, raw, length + 8, size, error), length + 8)
 
 

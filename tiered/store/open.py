@@ -76,7 +76,7 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST_NAME
     try:
         text = read_whole(path, StoreError, MOST_JSON_NBYTES)
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+    except (FileNotFoundError, ValueError):
         # ValueError: no path can be called that.
         raise StoreError(_why_no_manifest(folder)) from None
     return Manifest.from_json(text, path)
@@ -95,7 +95,7 @@ def check_config_is_there(folder: Path) -> None:
     path = folder / "config.json"
     try:
         check_regular(path, StoreError)
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError:
         raise StoreError(f"{path}: missing; convert the model again") from None
 
 
