@@ -24,6 +24,16 @@ def build(folder: Path) -> None:
     build_skeleton(load_config(folder))
 
 
+@pytest.mark.parametrize("moment", ["AutoConfig.from_pretrained", "AutoModelForCausalLM.from_config"])
+def test_a_lack_of_memory_is_not_the_files(moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: Any, **__: Any) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr(f"tiered.arch.skeleton.{moment}", failing)
+    with pytest.raises(MemoryError):
+        build(write(tmp_path))
+
+
 def test_a_good_one_is_read(tmp_path: Path) -> None:
     build(write(tmp_path))
 

@@ -111,6 +111,23 @@ def test_a_directory_in_place_of_a_block_is_named(folder: Path, manifest: Manife
     assert {finding.file for finding in report.findings} == {"blocks"}
 
 
+def test_a_config_that_cannot_be_read_is_one_finding_among_others(
+    folder: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stat = Path.stat
+
+    def failing(self: Path, **options: bool) -> os.stat_result:
+        if self.name == "config.json":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return stat(self, **options)
+
+    monkeypatch.setattr(Path, "stat", failing)
+    report = scrub(folder, manifest, threads=1)
+    (finding,) = report.findings
+    assert finding.file == "config.json" and not finding.is_corrupt and "Input/output error" in str(finding)
+    assert report.bytes_read == sum(file.nbytes for file in manifest.files)
+
+
 def test_progress_ends_at_the_total(folder: Path, manifest: Manifest) -> None:
     seen: list[int] = []
     report = scrub(folder, manifest, 2, seen.append)

@@ -171,6 +171,8 @@ def load_config(folder: Path) -> PretrainedConfig:
             config: PretrainedConfig = AutoConfig.from_pretrained(
                 folder, trust_remote_code=False, local_files_only=True
             )
+    except MemoryError:
+        raise  # the machine's, not the file's
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # the disk's, not the file's
@@ -275,7 +277,7 @@ def _naming(config: PretrainedConfig) -> Iterator[None]:
     """Turn whatever building a graph raises into an error that names the configuration."""
     try:
         yield
-    except TieredError:
+    except (TieredError, MemoryError):
         raise
     except Exception as error:
         reason = f"transformers cannot build the {config.model_type} model that it describes: {shortened(error)}"

@@ -81,16 +81,18 @@ def check_headers(folder: Path, manifest: Manifest) -> list[Finding]:
     findings = []
     try:
         check_config_is_there(folder)
-    except StoreError as error:
-        findings.append(Finding("config.json", str(error), is_corrupt=True))
+    except (StoreError, ReadError) as error:
+        findings.append(_finding("config.json", error))
     for file in manifest.files:
         try:
             read_layout(folder, file)
-        except StoreError as error:
-            findings.append(Finding(file.path, str(error), is_corrupt=True))
-        except ReadError as error:
-            findings.append(Finding(file.path, str(error), is_corrupt=False))
+        except (StoreError, ReadError) as error:
+            findings.append(_finding(file.path, error))
     return findings
+
+
+def _finding(file: str, error: StoreError | ReadError) -> Finding:
+    return Finding(file, str(error), is_corrupt=isinstance(error, StoreError))
 
 
 def scrub(

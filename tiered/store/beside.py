@@ -7,6 +7,7 @@ begins whether the tokenizer will load; whoever loads it asks again, for it may 
 import importlib.util
 import re
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -22,8 +23,9 @@ _SENTENCEPIECE: Final = (
     "tiktoken.model",
 )
 """Vocabularies that transformers reads with a package of their own, where there is no other."""
-_OTHERS: Final = ("tokenizer.json", "vocab.json", "vocab.txt", "tekken.json")
-VOCABULARIES: Final = (*_OTHERS, *_SENTENCEPIECE)
+_TEKKEN: Final = "tekken.json"
+_OTHERS: Final = ("tokenizer.json", "vocab.json", "vocab.txt")
+VOCABULARIES: Final = (*_OTHERS, _TEKKEN, *_SENTENCEPIECE)
 """One of these holds the tokens themselves; without any, transformers makes up an empty tokenizer."""
 COPIED: Final = (
     "config.json",
@@ -40,6 +42,8 @@ COPIED: Final = (
 """Copied verbatim into the store where the source has them."""
 _TIKTOKEN: Final = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")
 """A line of a vocabulary as tiktoken keeps it, whatever the file is called."""
+_SPECIAL: Final = re.compile(rb'"special_tokens"\s*:')
+"""What a tekken.json lists beside its vocabulary; those of old leave it to the package that made them."""
 
 
 def check_packages(name: str, names: Collection[str], read: Callable[[str], bytes]) -> None:
@@ -49,12 +53,16 @@ def check_packages(name: str, names: Collection[str], read: Callable[[str], byte
     """
     if any(other in names for other in _OTHERS):
         return
-    vocabulary = next((file for file in _SENTENCEPIECE if file in names), None)
+    vocabulary = next((file for file in (_TEKKEN, *_SENTENCEPIECE) if file in names), None)
     if vocabulary is None:
         return
-    packages = {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"}
-    if _TIKTOKEN.match(read(vocabulary)):
+    content = read(vocabulary)
+    if vocabulary == _TEKKEN:
+        packages = {} if _SPECIAL.search(content) else {"mistral_common": "mistral-common"}
+    elif _TIKTOKEN.match(content):
         packages = {"tiktoken": "tiktoken"}
+    else:
+        packages = {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"}
     missing = [package for module, package in packages.items() if not _is_installed(module)]
     if missing:
         raise ConfigError(
@@ -69,13 +77,12 @@ def check_beside(folder: Path) -> None:
     Raises ReadError where the operating system cannot read a file, StoreError where it is none, ConfigError where a
     package is missing.
     """
-    found: dict[str, bytes] = {}
+    found: set[str] = set()
     for name in COPIED:
-        try:
-            found[name] = read_whole(folder / name, StoreError)
-        except FileNotFoundError:
-            continue
-    check_packages(str(folder), found, found.__getitem__)
+        with suppress(FileNotFoundError):
+            read_whole(folder / name, StoreError)
+            found.add(name)
+    check_packages(str(folder), found, lambda name: read_whole(folder / name, StoreError))
 
 
 def _is_installed(module: str) -> bool:
