@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from tests.commands import CHECKPOINT
 from tests.generate.tokenizers import byte_fallback, byte_level, cleaning, ids_of, metaspace
-from tiered.cli.score_output import PerTokenFile, Progress, Text, TokenTexts, score_json, table
+from tiered.cli.score_output import PerTokenFile, Progress, Text, TokenTextReader, score_json, table
 from tiered.generate.score import Tally, Window
 
 
@@ -70,7 +70,7 @@ def test_the_texts_of_all_tokens_are_the_text(make: Callable[[], PreTrainedToken
     else:
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(0, len(tokenizer), (200,), generator=generator, dtype=torch.int32)
-    texts = TokenTexts(tokenizer, ids)
+    texts = TokenTextReader(tokenizer, ids)
     found = [text for start in range(0, len(ids), step) for text in texts.take(start, min(start + step, len(ids)))]
     assert len(found) == len(ids)
     expected = LONG_TEXT
@@ -84,7 +84,7 @@ def test_token_texts_do_not_depend_on_where_windows_begin() -> None:
     words = ["▁a", *(f"<0x{byte:02X}>" for byte in "日本".encode()), "▁to", "<0xE2>", "a"]
     ids = torch.tensor(ids_of(tokenizer, *words), dtype=torch.int32)
     for step in range(1, 11):
-        texts = TokenTexts(tokenizer, ids)
+        texts = TokenTextReader(tokenizer, ids)
         found = [text for start in range(0, len(ids), step) for text in texts.take(start, min(start + step, len(ids)))]
         assert found == ["a", "", "", "日", "", "", "本", " to", "", "�a"]
 
@@ -92,7 +92,28 @@ def test_token_texts_do_not_depend_on_where_windows_begin() -> None:
 def test_the_first_token_may_be_passed_over() -> None:
     tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
     ids = torch.tensor(tokenizer("the package", add_special_tokens=False)["input_ids"], dtype=torch.int32)
-    assert TokenTexts(tokenizer, ids).take(1, len(ids)) == TokenTexts(tokenizer, ids).take(0, len(ids))[1:]
+    assert TokenTextReader(tokenizer, ids).take(1, len(ids)) == TokenTextReader(tokenizer, ids).take(0, len(ids))[1:]
+
+
+def test_windows_of_a_tokenizer_written_in_python_are_read_no_further_than_they_go() -> None:
+    class Slow:
+        """Stands for one like BioGPT's: a word a token, of which none closes the text."""
+
+        is_fast = False
+        longest = 0
+
+        def convert_ids_to_tokens(self, token: int) -> str:
+            return f"w{token}"
+
+        def decode(self, ids: Any, **_: Any) -> str:
+            self.longest = max(self.longest, len(ids))
+            return " ".join(f"w{token}" for token in ids)
+
+    slow: Any = Slow()
+    reader = TokenTextReader(slow, torch.arange(40, dtype=torch.int32))
+    found = reader.take(0, 5)
+    assert slow.longest == 5
+    assert "".join([*found, *reader.take(5, 40)]) == " ".join(f"w{token}" for token in range(40))
 
 
 def test_a_perplexity_beyond_all_numbers_is_shown_and_null_in_json() -> None:

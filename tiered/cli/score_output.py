@@ -79,7 +79,7 @@ def _row(name: str, tally: Tally, nbytes: int) -> tuple[str, ...]:
     return name, str(tally.tokens), f"{tally.nats_per_token:.4f}", perplexity, f"{tally.bits_per_byte(nbytes):.4f}"
 
 
-class TokenTexts:
+class TokenTextReader:
     """What each token of one text adds to it, from its beginning to its end; together they are the text."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor) -> None:
@@ -102,12 +102,14 @@ class TokenTexts:
         return found
 
     def _read(self, stop: int) -> list[str]:
-        """The texts of the next tokens up to `stop`, and of as many more as may change them."""
+        """The texts of the next tokens up to `stop`, and of as many more as may change them; of those of tokenizers
+        written in Python, as they are at `stop`."""
         begin = self._first + len(self._known)
         text = CompletionText(self._decoder, self._ids[:begin])
         for place in range(begin, len(self._ids)):
             text.append(self._ids[place])
-            if place + 1 >= stop and text.is_closed:
+            # A text of a tokenizer written in Python never closes before its end, and each token costs all of it.
+            if place + 1 >= stop and (text.is_closed or not self._decoder.is_fast):
                 break
         return text.token_texts
 
@@ -129,7 +131,7 @@ class PerTokenFile:
 
     def __init__(self, path: Path | None, texts: Items[Text], tokenizer: PreTrainedTokenizerBase) -> None:
         self._path, self._texts = path, texts
-        self._token_texts = [TokenTexts(tokenizer, text.ids) for text in texts]
+        self._token_texts = [TokenTextReader(tokenizer, text.ids) for text in texts]
         self._file = None if path is None else path.open("w", encoding="utf-8")
 
     def __enter__(self) -> Self:

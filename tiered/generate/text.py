@@ -46,7 +46,7 @@ class CompletionText:
         self._pending: list[int] = []
         """Tokens since the text was last closed."""
         self._before: list[int] = []
-        """Those of the time before."""
+        """Tokens that were pending when the text was last closed; `_pending` may have to be decoded behind them."""
         self._context: list[int] | None = None
         """What `_pending` is decoded together with; found when the first token comes."""
         self._context_text = ""

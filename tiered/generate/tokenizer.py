@@ -15,7 +15,7 @@ from tiered.store.beside import VOCABULARIES, check_beside
 
 _GENERATION_FILE: Final = "generation_config.json"
 _LONGEST_VALUE: Final = 40
-"""Characters of a value that are."""
+"""Characters of a value that are shown in the line of what is ignored."""
 _CHANGES: Final[dict[str, Any]] = {
     "do_sample": False,
     "num_beams": 1,
