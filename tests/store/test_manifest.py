@@ -167,6 +167,17 @@ def test_a_tape_of_unknown_blocks_is_refused_with_their_names() -> None:
         parse({**VALUE, "tape": [*VALUE["tape"], "layer-002"]})
 
 
+@pytest.mark.parametrize("tape", ["layer-000 layer-001", "layer-001 layer-000 head", "layer-000 head"])
+def test_a_tape_is_every_layer_in_order_and_the_head(tape: str) -> None:
+    with pytest.raises(StoreError, match="expected every layer in order, then the head"):
+        parse({**VALUE, "tape": tape.split()})
+
+
+def test_what_is_not_quantized_is_a_list() -> None:
+    with pytest.raises(StoreError, match="unquantized is 3, expected a list"):
+        parse({**VALUE, "quantization": {**VALUE["quantization"], "unquantized": 3}})
+
+
 def test_a_block_of_an_unlisted_file_is_refused_with_its_name() -> None:
     value = copy.deepcopy(VALUE)
     value["blocks"][1]["file"] = "blocks/other.safetensors"

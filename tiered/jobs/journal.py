@@ -140,8 +140,8 @@ class Journal:
             if found is None or not 0 < found[0] <= lines or found[0] in self.done:
                 # A power failure can leave a last line that ends as it should and has a hole in it.
                 bad = (
-                    f"{self.path}: line {number} is no result of this job, or not the only one of its request; "
-                    "remove what was added to the file, or name another one with -o"
+                    f"{self.path}: line {number} is no result of the job in {job_path(self.path).name}, or not the "
+                    "only one of its request; remove what was added to the file, or name another one with -o"
                 )
                 continue
             self._count(*found)

@@ -151,6 +151,14 @@ class Manifest:
         unknown = set(tape) - set(blocks)
         if unknown or not tape:
             raise ValueError(f"tape names unknown blocks {sorted(unknown)}" if unknown else "tape is empty")
+        # In another order, or without the head, a pass would compute something else, or wait for what never comes.
+        in_order = sorted(name for name, block in blocks.items() if block.role == "layer")
+        in_order += [name for name, block in blocks.items() if block.role == "head"]
+        if list(tape) != in_order:
+            raise ValueError(f"tape is {', '.join(tape)}; expected every layer in order, then the head")
+        kept = value["quantization"].get("unquantized", []) if isinstance(value["quantization"], dict) else []
+        if not isinstance(kept, list):
+            raise TypeError(f"unquantized is {kept!r}, expected a list of names")
         distinct = None if value["distinct_blocks"] is None else _field(value, "distinct_blocks", int)
         if distinct is not None and distinct < 1:
             raise ValueError(f"distinct_blocks is {distinct}, expected at least 1")
