@@ -49,9 +49,10 @@ def test_closed_streams_are_there_and_no_file_gets_their_numbers(redirections: s
     assert (tmp_path / "file").read_text() == ""
 
 
-def test_a_full_disk_behind_standard_output_is_named_once() -> None:
-    done = shell((*TIERED, "generate", "--help"), ">/dev/full")
-    assert (done.returncode, done.stderr) == (1, "tiered: No space left on device\n")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_disk_behind_standard_output_is_named_once(unbuffered: str) -> None:
+    done = shell((*TIERED, "generate", "--help"), ">/dev/full", PYTHONUNBUFFERED=unbuffered)
+    assert (done.returncode, done.stderr) == (1, "tiered: standard output: No space left on device\n")
 
 
 def test_a_reader_that_goes_is_nothing_to_talk_about() -> None:

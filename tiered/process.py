@@ -3,6 +3,7 @@
 `tiered.__main__` and `tiered.cli.main` call it. It imports nothing that takes time, so that it is there at once.
 """
 
+import io
 import os
 import signal
 import sys
@@ -10,7 +11,7 @@ import threading
 import time
 import warnings
 from types import FrameType
-from typing import Final, NoReturn, TextIO
+from typing import Any, Final, NoReturn, TextIO
 
 _INTERRUPTED: Final = 130
 _PATIENCE_SECONDS: Final = 2.0
@@ -48,9 +49,30 @@ def open_streams() -> None:
     sys.stdin = sys.stdin or open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
     sys.stdout = sys.stdout or open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
     sys.stderr = sys.stderr or open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
-    if hasattr(sys.stdout, "reconfigure"):  # tests put other objects there
-        # An escape is shown for what an encoding lacks; standard error does so anyway.
-        sys.stdout.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.name == "<stdout>":  # tests put other objects there
+        sys.stdout = _named_output(sys.stdout)
+
+
+def _named_output(plain: io.TextIOWrapper) -> io.TextIOWrapper:
+    """`plain`, standard output, as a stream that takes any text, and whose errors say whose they are."""
+    return io.TextIOWrapper(
+        io.BufferedWriter(_StandardOutput(1, "w", closefd=False)),
+        plain.encoding,
+        "backslashreplace",  # an escape is shown for what an encoding lacks; standard error does so anyway
+        line_buffering=plain.line_buffering or plain.write_through,
+    )
+
+
+class _StandardOutput(io.FileIO):
+    """Standard output, whose first error says whose it is, as those of files do; what is written after it is lost."""
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            error.filename = "standard output"
+            _discard(self)
+            raise
 
 
 def end_streams(status: int) -> int:
@@ -69,7 +91,7 @@ def end_streams(status: int) -> int:
     return status
 
 
-def _discard(stream: TextIO) -> None:
+def _discard(stream: TextIO | io.FileIO) -> None:
     """Have what `stream` still holds go nowhere."""
     try:
         fd = stream.fileno()

@@ -47,7 +47,7 @@ class SamplingParams:
                 "repetition-penalty",
                 self.repetition_penalty,
                 _PENALTIES[0] <= self.repetition_penalty <= _PENALTIES[1],
-                f"more than 0, from {_PENALTIES[0]} to {_PENALTIES[1]}",
+                f"{_PENALTIES[0]} to {_PENALTIES[1]}",
             ),
             ("seed", self.seed, 0 <= self.seed < 1 << 64, "0 or more, below 2**64"),
         )
