@@ -3,7 +3,17 @@
 import pytest
 import torch
 
-from tiered.errors import ConfigError, DiskFullError, InterruptedRun, ModelError, ReadError, TieredError, error_of_one
+from tiered.errors import (
+    ConfigError,
+    DiskFullError,
+    InterruptedRun,
+    ModelError,
+    ReadError,
+    TieredError,
+    contained,
+    error_of_one,
+    shortened,
+)
 
 
 class Panic(BaseException):
@@ -43,3 +53,19 @@ def test_torch_s_lack_of_memory_is_one() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 60, dtype=torch.uint8)
     assert error_of_one(caught.value) is None
+
+
+def test_what_is_contained_is_of_one_and_all_else_is_raised() -> None:
+    found = list[TieredError]()
+    with contained(found.append):
+        raise Panic("no such token")
+    assert [str(error) for error in found] == ["Panic: no such token"]
+    with pytest.raises(MemoryError), contained(found.append):
+        raise MemoryError
+    assert len(found) == 1
+
+
+def test_an_error_whose_text_alone_says_nothing_is_named() -> None:
+    assert shortened(KeyError("nope")) == "KeyError: 'nope'"
+    assert shortened(ValueError("no such\ntoken")) == "no such token"
+    assert str(error_of_one(KeyError("nope"))) == "KeyError: 'nope'"

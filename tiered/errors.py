@@ -4,7 +4,7 @@ TieredError                 1   something failed while running
 ├── ReadError               1   the operating system could not read (EIO, a vanished file)
 ├── DiskFullError           1   no space left while writing
 ├── NotSupportedError       1   the facade refuses an operation that offloaded weights cannot honour
-├── ModelError              1   what the model computed for a sequence are no numbers
+├── ModelError              1   the model's logits for a sequence are NaN or infinite
 ├── ConfigError             2   bad usage: an option, a combination, an unknown name
 │   └── UnsupportedFamilyError  2   a model family the engine cannot drive
 ├── BudgetError             3   no plan fits the budget
@@ -17,6 +17,8 @@ Messages name the file or key, what was expected, what was found, and what to do
 Only `cli/` turns these into terminal output.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Final
 
 _LONGEST_REASON: Final = 200
@@ -42,7 +44,7 @@ class NotSupportedError(TieredError):
 
 
 class ModelError(TieredError):
-    """What the model computed for a sequence are no numbers."""
+    """The model's logits for a sequence are NaN or infinite."""
 
 
 class ConfigError(TieredError):
@@ -106,14 +108,41 @@ def error_of_one(error: BaseException) -> TieredError | None:
         return None  # torch's way to say MemoryError
     if isinstance(error, TieredError):
         return error
-    # Whatever a tokenizer or a template raises; panics of the former do not even derive from Exception.
-    made = TieredError(f"{type(error).__name__}: {shortened(error)}")
+    # Whatever a tokenizer or a template raises.
+    made = TieredError(named(error))
     made.__cause__ = error
     return made
 
 
+@contextmanager
+def contained(on_error: Callable[[TieredError], None]) -> Iterator[None]:
+    """Work on one sequence of several: what fails because of it is given to `on_error`, all else is raised.
+
+    The error comes without the frames it came through, which would hold what they worked on as long as it is held.
+    """
+    try:
+        yield
+    except BaseException as error:
+        # Panics of tokenizers do not even derive from Exception.
+        found = error_of_one(error)
+        if found is None:
+            raise
+        error.__traceback__ = found.__traceback__ = None
+        on_error(found)
+
+
 def shortened(error: BaseException) -> str:
-    """What a foreign error says, in one line that fits a message and is never empty."""
+    """What a foreign error says, in one line that fits a message, is never empty, and says what kind of error it is
+    where its text alone does not."""
+    return named(error) if isinstance(error, KeyError | AttributeError) else _one_line(error)
+
+
+def named(error: BaseException) -> str:
+    """The kind of a foreign error, and what it says, in one line that fits a message."""
+    return f"{type(error).__name__}: {_one_line(error)}"
+
+
+def _one_line(error: BaseException) -> str:
     # Half characters could not be printed.
     text = " ".join(str(error).split()).encode("utf-8", "backslashreplace").decode("utf-8") or type(error).__name__
     return text if len(text) <= _LONGEST_REASON else text[: _LONGEST_REASON - 3] + "..."

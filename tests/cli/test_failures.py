@@ -24,3 +24,9 @@ def test_some_of_several_are_named_a_line_each(capsys: pytest.CaptureFixture[str
         end_failed([("prompt 1", ConfigError("empty")), ("prompt 3", ModelError("NaN"))], 3)
     assert caught.value.exit_code == 1
     assert capsys.readouterr() == ("", "tiered: prompt 1: empty\ntiered: prompt 3: NaN\n")
+
+
+def test_they_cannot_write_on_the_screen_what_they_like(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(click.exceptions.Exit):
+        end_failed([("a\x1b[2J", ConfigError("b\nc"))], 2)
+    assert capsys.readouterr().err == "tiered: a\\x1b[2J: b c\n"

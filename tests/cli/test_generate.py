@@ -2,12 +2,14 @@
 
 import io
 import json
+import os
 import re
 import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
+from unittest import mock
 
 import pytest
 import torch
@@ -277,6 +279,26 @@ def test_a_template_that_goes_wrong_is_refused_by_name(store: Path, tmp_path: Pa
     assert f"--chat: the chat template in {copy} refuses the prompt: " in done.err and told in done.err
 
 
+def test_prompts_share_a_process_for_their_template_which_ends(store: Path, tmp_path: Path) -> None:
+    copy = copy_store(store, tmp_path)
+    (copy / "chat_template.jinja").write_text("{{ raise_exception('no users') }}", encoding="utf-8")
+    with (
+        mock.patch("tiered.generate.template._LIFE_SECONDS", 100.0),
+        mock.patch("os.fork", wraps=os.fork) as fork,
+        mock.patch("os.waitpid", wraps=os.waitpid) as wait,
+    ):
+        done = run_here("generate", copy, "--chat", *(["-p", "Hello"] * 5))
+    assert done.code == 1 and done.err.count("no users") == 5
+    assert fork.call_count == wait.call_count == 1
+
+
+def test_a_prompt_that_cannot_fit_never_comes_to_the_tokenizer(store: Path, tmp_path: Path) -> None:
+    (tmp_path / "long").write_text("ab " * 400_000, encoding="utf-8")
+    done = run_here("generate", store, "-f", tmp_path / "long")
+    assert (done.code, done.out) == (2, "")
+    assert "1200000 characters" in done.err and "room for 1920 tokens" in done.err
+
+
 def test_chat_applies_the_template(store: Path, tmp_path: Path) -> None:
     copy = copy_store(store, tmp_path)
     path = copy / "tokenizer_config.json"
@@ -519,3 +541,6 @@ def test_a_prompt_that_fails_keeps_no_other_from_its_text(store: Path, tmp_path:
     # Nothing is opened where none is left.
     none = run_here("generate", *words, "-p", ADDED, "-p", f"{ADDED}!")
     assert (none.code, none.out, len(none.err.splitlines())) == (1, "", 2)
+    found = json.loads(run_here("generate", *words, "-p", ADDED, "-p", f"{ADDED}!", "--json").out)
+    assert [ADDED in completion["error"] for completion in found["completions"]] == [True, True]
+    assert found["report"] is None

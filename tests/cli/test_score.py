@@ -354,6 +354,9 @@ def test_a_text_that_fails_keeps_no_other_from_its_score(store: Path, tmp_path: 
     assert found["texts"][1] == alone["texts"][0] and found["texts"][1]["error"] is None
     assert found["texts"][0]["tokens"] == 0 and found["texts"][0]["error"] in told[0]
     assert found["together"] == alone["together"]
+    none = run_here("score", *words, "-f", tmp_path / "added", "-f", tmp_path / "empty", "--json")
+    assert none.code == 1 and json.loads(none.out)["report"] is None
+    assert [text["error"] in none.err for text in json.loads(none.out)["texts"]] == [True, True]
     only = run_here("score", *words, "-f", tmp_path / "nan")
     assert (only.code, only.out) == (1, "") and "NaN" in only.err
 

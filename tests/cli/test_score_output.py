@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from tests.commands import CHECKPOINT
 from tests.generate.tokenizers import byte_fallback, byte_level, cleaning, ids_of, metaspace
 from tiered.cli.score_output import PerTokenFile, Progress, Text, TokenTextReader, score_json, table
+from tiered.errors import ModelError
 from tiered.generate.score import Tally, Window
 
 
@@ -28,6 +29,13 @@ class Said:
 
 def text_of(tokens: int, nats: float, nbytes: int = 100, name: str = "a.txt") -> Text:
     return Text(name, torch.zeros(tokens, dtype=torch.int32), nbytes, Tally(tokens, nats))
+
+
+def test_a_text_that_fails_more_than_once_keeps_its_first_error() -> None:
+    text, first = text_of(3, 1.0), ModelError("tokens 0 to 9")
+    text.fail(first)
+    text.fail(ModelError("tokens 10 to 19"))
+    assert text.error is first and text.tally == Tally()
 
 
 def test_progress_names_pass_block_time_left_and_what_was_found_so_far(monkeypatch: pytest.MonkeyPatch) -> None:

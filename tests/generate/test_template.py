@@ -11,6 +11,7 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from tests.commands import CHECKPOINT
+from tiered.generate.prompt import Prompts
 from tiered.generate.template import ChatTemplate, TemplateRefused
 from tiered.plan import process_rss_bytes
 from tiered.units import MIB
@@ -44,7 +45,8 @@ def test_it_is_what_transformers_makes(tokenizer: PreTrainedTokenizerBase) -> No
     found = template(tokenizer, PLAIN)
     assert found.render(MESSAGES) == "user: Hello é日本\nassistant: Yes?\n>"
     expected: Any = tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True, return_dict=True)
-    assert found.encode(MESSAGES) == list(expected["input_ids"])
+    with Prompts(tokenizer, len(tokenizer), None) as prompts:
+        assert prompts.encode_chat(MESSAGES) == list(expected["input_ids"])
 
 
 def test_many_conversations_share_a_process(
@@ -114,6 +116,16 @@ def test_one_that_never_ends_is_ended(tokenizer: PreTrainedTokenizerBase, text: 
     assert refusal(tokenizer, text, seconds=0.5) == "it takes more than 0.5 s for one conversation"
     assert time.monotonic() - began < 30
     assert children() <= before, "nothing goes on computing"
+
+
+def test_it_is_closed_where_ended_children_are_not_waited_for(tokenizer: PreTrainedTokenizerBase) -> None:
+    before, handler = children(), signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        with template(tokenizer, PLAIN) as found:
+            found.render(MESSAGES)
+        assert children() <= before
+    finally:
+        signal.signal(signal.SIGCHLD, handler)
 
 
 def test_an_interrupt_around_the_fork_is_raised_after_it(tokenizer: PreTrainedTokenizerBase) -> None:

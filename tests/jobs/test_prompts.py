@@ -1,5 +1,7 @@
 """A prompt becomes token ids of this model, within what it has positions for, or a problem that says why not."""
 
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -71,14 +73,52 @@ def test_whatever_a_tokenizer_raises_concerns_its_prompt(error: BaseException, c
     assert "no such text" in told(PromptEncoder(tokenizer, 128).encode(parsed(chat=chat)))
 
 
-def test_an_interruption_is_no_problem_of_a_prompt() -> None:
-    class Interrupted(Letters):
+@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError(), OSError(5, "no such luck")])
+def test_what_happens_to_the_machine_is_no_problem_of_a_prompt(error: BaseException, chat: bool) -> None:
+    class Fails(Letters):
         def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
-            raise KeyboardInterrupt
+            raise error
 
-    tokenizer: Any = Interrupted()
-    with pytest.raises(KeyboardInterrupt):
-        PromptEncoder(tokenizer, 128).encode(parsed())
+    tokenizer: Any = Fails()
+    with pytest.raises(type(error)):
+        PromptEncoder(tokenizer, 128).encode(parsed(chat=chat))
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_text_that_cannot_fit_never_comes_to_the_tokenizer(chat: bool) -> None:
+    class Counts(Letters):
+        read = 0
+
+        def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+            self.read += 1
+            return {"input_ids": [1, 2]}
+
+        def get_vocab(self) -> dict[str, int]:
+            return {"a": 0, "b" * 100: 1}
+
+    def told_of(length: int) -> list[int] | Problem:
+        text = "a" * length
+        body = {"messages": [{"role": "user", "content": text}]} if chat else {"prompt": text}
+        return PromptEncoder(tokenizer, 128, room=20_000).encode(parsed(chat=chat, **body))
+
+    tokenizer: Any = Counts()
+    assert told_of(1_900_000) == [1, 2] and tokenizer.read == 1
+    found = told_of(2_000_001)
+    assert isinstance(found, Problem) and found.code == "context_length_exceeded" and tokenizer.read == 1
+    assert "of 2000" in found.message and "room for 20000 tokens" in found.message
+
+
+def test_an_encoder_leaves_no_process_behind() -> None:
+    def children() -> str:
+        return Path(f"/proc/self/task/{os.getpid()}/children").read_text(encoding="ascii")
+
+    tokenizer: Any = Letters()
+    before = children()
+    with PromptEncoder(tokenizer, 128) as encoder:
+        encoder.encode(parsed(chat=True))
+        assert children() != before
+    assert children() == before
 
 
 def test_an_empty_prompt_has_nothing_to_start_from() -> None:

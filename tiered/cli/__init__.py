@@ -1,6 +1,5 @@
 """The `tiered` command. Each subcommand is one file, imported only when it is asked for: torch takes seconds."""
 
-import contextlib
 import importlib
 import logging
 import os
@@ -11,10 +10,10 @@ from typing import Final, NoReturn
 
 import click
 
-from tiered.errors import InterruptedRun, TieredError, shortened
+from tiered.cli.failures import say
+from tiered.errors import InterruptedRun, TieredError, named
 from tiered.process import end_streams, ignore_interrupts, open_streams
 
-_LONGEST_LINE: Final = 2000
 _INTERRUPTED: Final = InterruptedRun.exit_code
 
 COMMANDS: Final = {
@@ -89,7 +88,7 @@ def _run() -> int:
         code = cli.main(standalone_mode=False)
         return code if isinstance(code, int) else 0
     except TieredError as error:
-        _say(str(error) if error.exit_code != _INTERRUPTED else "interrupted")
+        say(str(error) if error.exit_code != _INTERRUPTED else "interrupted")
         return error.exit_code
     except click.exceptions.Exit as error:
         return error.exit_code
@@ -100,14 +99,14 @@ def _run() -> int:
         # click takes an EOFError, wherever it was raised, for a user's.
         if isinstance(error.__cause__, EOFError):
             return _fault(error.__cause__)
-        _say("interrupted")
+        say("interrupted")
         return _INTERRUPTED
     except BrokenPipeError:
         # The reader of our output has gone, as `head` does: nothing to say, and nowhere to say it.
         return 1
     except OSError as error:
         where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
-        _say(f"{where}{error.strerror or error}")
+        say(f"{where}{error.strerror or error}")
         return 1
     except SystemExit as ended:
         # click ends so where standard output is a pipe that nobody reads any more.
@@ -122,18 +121,8 @@ def _fault(error: BaseException) -> int:
         traceback.print_exception(error)
     place = traceback.extract_tb(error.__traceback__)[-1]
     where = f"{Path(place.filename).name}:{place.lineno}"
-    _say(
-        f"internal error: {type(error).__name__}: {shortened(error)} ({where}); this is a fault of tiered, please "
+    say(
+        f"internal error: {named(error)} ({where}); this is a fault of tiered, please "
         "report it (TIERED_TRACEBACK=1 shows where it comes from)"
     )
     return 1
-
-
-def _say(text: str) -> None:
-    """One line on standard error, whatever is in the names and values that `text` repeats from files."""
-    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text.replace("\n", " "))
-    if len(line) > _LONGEST_LINE:
-        # What comes last is what to do.
-        line = f"{line[: _LONGEST_LINE // 2]} ... {line[-_LONGEST_LINE // 2 :]}"
-    with contextlib.suppress(OSError):
-        click.echo(f"tiered: {line}", err=True)

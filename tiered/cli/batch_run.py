@@ -81,8 +81,9 @@ def run(options: BatchOptions) -> dict[str, Any]:
         identity = _identity(options, store, config, input_)
         journal.check(identity)
         job = _job(options, store, tokenizer, input_, identity, limit, screen)
-        job, begun = _begin(journal, job, identity, screen)
-        summary, report = _work(options, store, journal, job, begun, screen)
+        with job.encoder:
+            job, begun = _begin(journal, job, identity, screen)
+            summary, report = _work(options, store, journal, job, begun, screen)
     if not options.as_json:
         for line in [*summary.lines(), *(report.lines() if report is not None else [])]:
             click.echo(line, err=True)
@@ -171,7 +172,7 @@ def _job(
     return Job(
         input=input_,
         label=Label(identity.key, int(time.time()), store.name),
-        encoder=PromptEncoder(tokenizer, store.vocab_size),
+        encoder=PromptEncoder(tokenizer, store.vocab_size, limit - 1),
         decoder=tokenizer,
         eos_ids=settings.eos_ids,
         stops=settings.stops,

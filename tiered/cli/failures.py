@@ -1,10 +1,14 @@
-"""What became of some of several things that a command was asked for, while it did the others."""
+"""How errors are shown: a line each, and for a command that was asked for several things, those that failed."""
 
+import contextlib
 from collections.abc import Sequence
+from typing import Final
 
 import click
 
 from tiered.errors import TieredError
+
+_LONGEST_LINE: Final = 2000
 
 Failure = tuple[str, TieredError]
 """What was asked for, and why it failed."""
@@ -20,5 +24,15 @@ def end_failed(failures: Sequence[Failure], total: int) -> None:
     if total == 1:
         raise failures[0][1]
     for name, error in failures:
-        click.echo(f"tiered: {name}: {error}", err=True)
+        say(f"{name}: {error}")
     raise click.exceptions.Exit(1)
+
+
+def say(text: str) -> None:
+    """One line on standard error, whatever is in the names and values that `text` repeats from files."""
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text.replace("\n", " "))
+    if len(line) > _LONGEST_LINE:
+        # What comes last is what to do.
+        line = f"{line[: _LONGEST_LINE // 2]} ... {line[-_LONGEST_LINE // 2 :]}"
+    with contextlib.suppress(OSError):
+        click.echo(f"tiered: {line}", err=True)

@@ -13,9 +13,10 @@ from tiered.cli.failures import Failure, end_failed
 from tiered.cli.measuring import measured
 from tiered.cli.run_request import RunRequest
 from tiered.cli.screen import StatusLine, TextWriter
-from tiered.errors import ConfigError, TieredError, error_of_one
+from tiered.errors import ConfigError, TieredError, contained
 from tiered.generate import Report, Sampler, SamplingParams, Sequence, generate, make_report
-from tiered.generate.template import ChatTemplate, TemplateRefused
+from tiered.generate.prompt import Prompts
+from tiered.generate.template import TemplateRefused
 from tiered.generate.tokenizer import SAMPLING, load_generation_settings, load_tokenizer
 from tiered.model import Load
 from tiered.runtime import Runtime
@@ -91,7 +92,9 @@ def run(request: Request) -> tuple[dict[str, Any], list[Failure]]:
             sequence.fail(found)
     able = [sequence for sequence in sequences if sequence.error is None]
     if not able:
-        end_failed(_failures(sequences), len(sequences))
+        if len(sequences) == 1:
+            end_failed(_failures(sequences), 1)
+        return _result(request, sequences, tokenizer, None), _failures(sequences)
     longest = max(len(sequence.prompt_ids) for sequence in able)
     together = min(request.batch or len(able), len(able))
     load = Load(together, longest + request.max_new_tokens, longest, pass_tokens=PASS_TOKENS)
@@ -102,9 +105,18 @@ def run(request: Request) -> tuple[dict[str, Any], list[Failure]]:
     if not request.as_json:
         for line in report.lines():
             click.echo(line, err=True)
-    shown = list(request.prompts) or [str(tokenizer.decode(sequence.prompt_ids)) for sequence in sequences]
-    result = {"prompts": shown, "completions": list(map(_completion, sequences)), "report": report.to_json()}
-    return result, _failures(sequences)
+    return _result(request, sequences, tokenizer, report), _failures(sequences)
+
+
+def _result(
+    request: Request, sequences: list[Sequence], tokenizer: PreTrainedTokenizerBase, report: Report | None
+) -> dict[str, Any]:
+    """What `--json` prints; without a report where nothing could be computed."""
+    return {
+        "prompts": list(request.prompts) or [str(tokenizer.decode(sequence.prompt_ids)) for sequence in sequences],
+        "completions": list(map(_completion, sequences)),
+        "report": None if report is None else report.to_json(),
+    }
 
 
 def _completion(sequence: Sequence) -> dict[str, Any]:
@@ -173,38 +185,22 @@ def _encode(
         return ids
     if request.chat and tokenizer.chat_template is None:
         raise ConfigError("--chat: this model's tokenizer has no chat template; drop --chat to continue plain text")
+    limit = _positions(config)
+    room = None if limit is None else max(0, limit - request.max_new_tokens)
     encoded: list[list[int] | TieredError] = []
-    for prompt in request.prompts:
-        try:
-            encoded.append(_encode_one(request, store, config, tokenizer, prompt))
-        except BaseException as error:
+    with Prompts(tokenizer, store.vocab_size, room) as prompts:
+        for prompt in request.prompts:
             # Tokenizers panic, and templates raise what they like.
-            found = error_of_one(error)
-            if found is None:
-                raise
-            encoded.append(found)
+            with contained(encoded.append):
+                found = _apply_chat(store, prompts, prompt) if request.chat else prompts.encode(prompt)
+                _check_context(config, len(found) + request.max_new_tokens)
+                encoded.append(found)
     return encoded
 
 
-def _encode_one(
-    request: Request, store: Store, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, prompt: str
-) -> list[int]:
-    ids = _apply_chat(store, tokenizer, prompt) if request.chat else list(tokenizer(prompt)["input_ids"])
-    if not ids:
-        raise ConfigError("an empty prompt gives this tokenizer nothing to start from; pass some text")
-    if max(ids) >= store.vocab_size:
-        raise ConfigError(
-            f"token ids of this model are 0 to {store.vocab_size - 1}, its tokenizer reads "
-            f"{tokenizer.decode([max(ids)])!r} as {max(ids)}; leave that out, or copy the model's own tokenizer files "
-            "into the store"
-        )
-    _check_context(config, len(ids) + request.max_new_tokens)
-    return ids
-
-
-def _apply_chat(store: Store, tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+def _apply_chat(store: Store, prompts: Prompts, prompt: str) -> list[int]:
     try:
-        return ChatTemplate(tokenizer).encode([{"role": "user", "content": prompt}])
+        return prompts.encode_chat([{"role": "user", "content": prompt}])
     except TemplateRefused as error:
         raise ConfigError(
             f"--chat: the chat template in {store.path} refuses the prompt: {error}; drop --chat to continue plain "
@@ -212,8 +208,13 @@ def _apply_chat(store: Store, tokenizer: PreTrainedTokenizerBase, prompt: str) -
         ) from None
 
 
+def _positions(config: PretrainedConfig) -> int | None:
+    found: int | None = getattr(config, "max_position_embeddings", None)
+    return found
+
+
 def _check_context(config: PretrainedConfig, tokens: int) -> None:
-    limit = getattr(config, "max_position_embeddings", None)
+    limit = _positions(config)
     if limit is not None and tokens > limit:
         raise ConfigError(
             f"prompt and completion come to {tokens} tokens, this model has positions for {limit}; "

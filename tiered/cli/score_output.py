@@ -35,8 +35,8 @@ class Text:
     """Why it has no score, where it has none."""
 
     def fail(self, error: TieredError) -> None:
-        """There is no score, because of `error`: what part of it has is none of the whole."""
-        self.tally, self.error = Tally(), error
+        """There is no score, because of `error`, the first: what part of it has is none of the whole."""
+        self.tally, self.error = Tally(), self.error or error
 
     def to_json(self) -> dict[str, Any]:
         error = None if self.error is None else str(self.error)

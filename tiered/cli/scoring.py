@@ -24,7 +24,8 @@ from tiered.cli.score_output import (
     together,
 )
 from tiered.cli.screen import StatusLine
-from tiered.errors import BudgetError, ConfigError, ModelError, error_of_one
+from tiered.errors import BudgetError, ConfigError, ModelError, contained
+from tiered.generate.prompt import check_vocabulary
 from tiered.generate.score import Window, count_windows, cut_windows, score
 from tiered.generate.score_report import ScoreReport, make_score_report
 from tiered.generate.score_width import choose_windows_per_pass
@@ -96,36 +97,45 @@ def run(request: Request) -> tuple[dict[str, Any], list[Failure]]:
     tokenizer = load_tokenizer(store)
     begin_ids = _begin_ids(tokenizer)
     texts = tuple(_encode(name, text, store, tokenizer, bool(begin_ids)) for name, text in request.texts)
-    _end_without_any(texts)
+    if _has_none(texts):
+        return _result(texts, context, stride, None, None), _failures(texts)
     cut = _Cut(texts, begin_ids, context, stride)
     per_pass = request.windows_per_pass or _windows_per_pass(store, cut, options)
     with Runtime(store, cut.load(min(per_pass, cut.count)), options) as runtime:
         report = _score(request, runtime, cut, per_pass, tokenizer)
-    _end_without_any(texts)
-    if not request.as_json:
+    result = _result(texts, context, stride, per_pass, report)
+    if not request.as_json and not _has_none(texts):
         for line in table(texts):
             click.echo(line)
         for line in report.lines():
             click.echo(line, err=True)
-    result = {
+    return result, _failures(texts)
+
+
+def _result(
+    texts: tuple[Text, ...], context: int, stride: int, per_pass: int | None, report: ScoreReport | None
+) -> dict[str, Any]:
+    """What `--json` prints; without a report where nothing could be computed."""
+    return {
         "texts": [text.to_json() for text in texts],
         "together": score_json(together(texts), scored_nbytes(texts)),
         "context": context,
         "stride": stride,
         "windows_per_pass": per_pass,
-        "report": report.to_json(),
+        "report": None if report is None else report.to_json(),
     }
-    return result, _failures(texts)
 
 
 def _failures(texts: tuple[Text, ...]) -> list[Failure]:
     return [(text.name, text.error) for text in texts if text.error is not None]
 
 
-def _end_without_any(texts: tuple[Text, ...]) -> None:
-    """There is nothing to show where no text has a score."""
-    if all(text.error is not None for text in texts):
-        end_failed(_failures(texts), len(texts))
+def _has_none(texts: tuple[Text, ...]) -> bool:
+    """Whether no text has a score. Raises the error of one that is alone."""
+    found = all(text.error is not None for text in texts)
+    if found and len(texts) == 1:
+        end_failed(_failures(texts), 1)
+    return found
 
 
 def _sizes(request: Request, config: PretrainedConfig) -> tuple[int, int]:
@@ -151,13 +161,10 @@ def _begin_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
 def _encode(name: str, text: str, store: Store, tokenizer: PreTrainedTokenizerBase, begins: bool) -> Text:
     """The tokens of `text`, at least one of which can be scored; or none, and why."""
     nbytes = len(text.encode("utf-8"))
-    try:
-        return Text(name, _ids(name, text, store, tokenizer, begins), nbytes)
-    except BaseException as error:
-        found = error_of_one(error)
-        if found is None:
-            raise
-        return Text(name, torch.empty(0, dtype=torch.int32), nbytes, error=found)
+    found = Text(name, torch.empty(0, dtype=torch.int32), nbytes)
+    with contained(found.fail):
+        found.ids = _ids(name, text, store, tokenizer, begins)
+    return found
 
 
 def _ids(name: str, text: str, store: Store, tokenizer: PreTrainedTokenizerBase, begins: bool) -> torch.Tensor:
@@ -167,11 +174,10 @@ def _ids(name: str, text: str, store: Store, tokenizer: PreTrainedTokenizerBase,
     ids = torch.tensor(found, dtype=torch.int32)
     if len(ids) < (1 if begins else 2):
         raise ConfigError(f"{name}: is {len(ids)} tokens long, with nothing before them to score them by; pass more")
-    if int(ids.max()) >= store.vocab_size:
-        raise ConfigError(
-            f"{name}: has token {int(ids.max())}, this model knows tokens 0 to {store.vocab_size - 1}; "
-            "copy the model's own tokenizer files into the store"
-        )
+    try:
+        check_vocabulary(tokenizer, store.vocab_size, int(ids.max()))
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from None
     return ids
 
 
@@ -205,13 +211,8 @@ def _score(
             if text.error is not None:
                 return
             text.tally.add(logprobs)
-            try:
+            with contained(text.fail):  # where its tokens cannot be decoded
                 per_token.write(window, logprobs)
-            except BaseException as error:
-                # Its tokens cannot be decoded.
-                if (found := error_of_one(error)) is None:
-                    raise
-                text.fail(found)
 
         def on_failed(window: Window, error: ModelError) -> None:
             last = window.position + len(window.targets) - 1

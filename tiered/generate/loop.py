@@ -17,14 +17,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Items
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 import torch
 
 from tiered.cache import SequenceKV
-from tiered.errors import BudgetError, ConfigError, error_of_one
+from tiered.errors import BudgetError, ConfigError, contained
 from tiered.generate.sequence import Sequence
 from tiered.model import Load, OnBlock, OnLogits, Pass, Segment, check_token_ids
 
@@ -286,7 +285,7 @@ def _run(
     sampled: deque[int] = deque()
 
     def on_logits(number: int, index: int, logits: torch.Tensor) -> None:
-        with _answering_for(members[number].sequence):
+        with contained(members[number].sequence.fail):
             members[number].sequence.advance(logits[-1])
             sampled.append(number)
 
@@ -297,20 +296,6 @@ def _run(
     pass_ = runner.run(segments, on_logits, on_block, is_last)
     prompts = [len(s.input_ids) for s, item in zip(segments, members, strict=True) if _was_prompt(s, item)]
     return pass_, sum(prompts), len(sampled)
-
-
-@contextmanager
-def _answering_for(sequence: Sequence) -> Iterator[None]:
-    """What fails in this context because of `sequence` ends it, and nothing else."""
-    try:
-        yield
-    except BaseException as error:
-        found = error_of_one(error)
-        if found is None:
-            raise
-        # Without the frames it came through, which hold logits as long as the sequence is held.
-        error.__traceback__ = found.__traceback__ = None
-        sequence.fail(found)
 
 
 def _was_prompt(segment: Segment, item: _Running) -> bool:

@@ -21,7 +21,8 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from types import TracebackType
+from typing import Any, Final, NoReturn, Self
 
 from transformers import PreTrainedTokenizerBase
 
@@ -45,15 +46,19 @@ class TemplateRefused(Exception):
 
 
 class ChatTemplate:
-    """Renders conversations with the chat template of `tokenizer`, which must have one."""
+    """Renders conversations with the chat template of `tokenizer`, which must have one, until it is closed."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, seconds: float = _SECONDS) -> None:
         self._tokenizer, self._seconds = tokenizer, seconds
         self._helper: _Helper | None = None
 
-    def encode(self, messages: Messages) -> list[int]:
-        """Token ids of `messages` and of what begins an answer."""
-        return list(self._tokenizer(self.render(messages), add_special_tokens=False)["input_ids"])
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close()
 
     def render(self, messages: Messages) -> str:
         """The text of `messages` and of what begins an answer; raises TemplateRefused."""
@@ -118,9 +123,10 @@ class _Helper:
     def close(self) -> None:
         """End it, whatever it is doing."""
         self._connection.close()
-        with contextlib.suppress(ProcessLookupError):
+        # Where SIGCHLD is ignored, it may be gone already, and nobody has to wait for it.
+        with contextlib.suppress(ProcessLookupError, ChildProcessError):
             os.kill(self._pid, signal.SIGKILL)
-        os.waitpid(self._pid, 0)
+            os.waitpid(self._pid, 0)
 
 
 @contextlib.contextmanager

@@ -1,69 +1,66 @@
 """A request's prompt as token ids, and how many tokens may follow it; or a `Problem`."""
 
+from types import TracebackType
+from typing import Self
+
 from transformers import PreTrainedTokenizerBase
 
-from tiered.errors import error_of_one, shortened
-from tiered.generate.template import ChatTemplate, TemplateRefused
+from tiered.errors import ConfigError, TieredError, contained
+from tiered.generate.prompt import Prompts, PromptTooLongError
+from tiered.generate.template import TemplateRefused
 from tiered.jobs.fields import shown
 from tiered.jobs.request import Problem, Request
 
 
 class PromptEncoder:
-    """Turns prompts into token ids, with the tokenizer and the chat template of one store."""
+    """Turns prompts into token ids, with the tokenizer and the chat template of one store; to be closed.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
-        self._tokenizer, self._vocab_size = tokenizer, vocab_size
-        self._template = ChatTemplate(tokenizer)
+    `room` is what a prompt may have in tokens.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int, room: int | None = None) -> None:
+        self._prompts, self._vocab_size = Prompts(tokenizer, vocab_size, room), vocab_size
+        self._has_template = tokenizer.chat_template is not None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._prompts.__exit__(kind, error, trace)
 
     def encode(self, request: Request) -> list[int] | Problem:
         """Token ids of the prompt; never none."""
-        if request.messages is not None:
-            found = self._chat(request, request.messages)
-        elif isinstance(request.prompt, str):
-            found = self._text(request, request.prompt)
-        else:
-            found = list(request.prompt or ())
-        return found if isinstance(found, Problem) else self._checked(request, found)
-
-    def _checked(self, request: Request, ids: list[int]) -> list[int] | Problem:
-        if not ids:
-            message = "an empty prompt gives this tokenizer nothing to start from; pass some text"
-            return _problem(request, "invalid_value", message)
-        wrong = next((token for token in (min(ids), max(ids)) if not 0 <= token < self._vocab_size), None)
-        if wrong is None:
-            return ids
-        message = f"token ids of this model are 0 to {self._vocab_size - 1}, found {shown(wrong)}"
-        if isinstance(request.prompt, list):
-            return _problem(request, "invalid_value", f"prompt: {message}")
-        # Added to the tokenizer, but not to the model.
-        text = shown(str(self._tokenizer.decode([wrong])))
-        return _problem(request, "invalid_value", f"{message}, as which its tokenizer reads {text}; leave that out")
-
-    def _text(self, request: Request, prompt: str) -> list[int] | Problem:
-        try:
-            return list(self._tokenizer(prompt)["input_ids"])
-        except BaseException as error:
-            reason = _reason(error)
-            return _problem(request, "invalid_value", f"prompt: this model's tokenizer cannot read it: {reason}")
-
-    def _chat(self, request: Request, messages: list[dict[str, str]]) -> list[int] | Problem:
-        if self._tokenizer.chat_template is None:
+        if request.messages is not None and not self._has_template:
             message = "this model's tokenizer has no chat template; send a prompt to /v1/completions instead"
             return _problem(request, "no_chat_template", message)
-        try:
-            return self._template.encode(messages)
-        except TemplateRefused as error:
-            reason = str(error)
-        except BaseException as error:
-            reason = _reason(error)
-        return _problem(request, "invalid_value", f"messages: this model's chat template refuses them: {reason}")
+        errors = list[TieredError]()
+        with contained(errors.append):
+            return self._ids(request)
+        error = errors[0]
+        if isinstance(error, PromptTooLongError):
+            return _problem(request, "context_length_exceeded", str(error))
+        if isinstance(error, ConfigError):
+            return _problem(request, "invalid_value", str(error))
+        what = "prompt: this model's tokenizer cannot read it"
+        if request.messages is not None:
+            what = "messages: this model's chat template refuses them"
+        return _problem(request, "invalid_value", f"{what}: {error}")
 
-
-def _reason(error: BaseException) -> str:
-    """Why a prompt could not be encoded; raises what has nothing to do with it. Panics are no Exceptions."""
-    if not isinstance(error, Exception) and error_of_one(error) is None:
-        raise error
-    return shortened(error)
+    def _ids(self, request: Request) -> list[int]:
+        if request.messages is not None:
+            try:
+                return self._prompts.encode_chat(request.messages)
+            except TemplateRefused as error:
+                raise TieredError(str(error)) from None
+        if isinstance(request.prompt, str):
+            return self._prompts.encode(request.prompt)
+        ids = list(request.prompt or ())
+        wrong = next((token for token in ids if not 0 <= token < self._vocab_size), None)
+        if wrong is not None:
+            raise ConfigError(f"prompt: token ids of this model are 0 to {self._vocab_size - 1}, found {shown(wrong)}")
+        return ids
 
 
 def tokens_to_generate(request: Request, prompt_tokens: int, default: int, limit: int) -> int | Problem:

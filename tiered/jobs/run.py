@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Protocol
 
-from tiered.errors import ConfigError, ModelError, TieredError, error_of_one
+from tiered.errors import ConfigError, ModelError, TieredError, contained
 from tiered.generate import Generation, Sampler, Sequence
 from tiered.generate.sequence import Decoder
 from tiered.jobs.fields import shown
@@ -171,15 +171,12 @@ class _Run:
 
     def _record(self, running: _Running) -> tuple[bytes, int]:
         """The result of a request whose sequences have ended, and how many choices it has; none where it failed."""
-        error = next((sequence.error for sequence in running.sequences if sequence.error is not None), None)
-        if error is None:
-            try:
+        errors = [sequence.error for sequence in running.sequences if sequence.error is not None]
+        if not errors:
+            with contained(errors.append):
                 record = result_line(self._job.label, running.request, running.sequences, self._texts)
                 return record, len(running.sequences)
-            except BaseException as raised:
-                if (error := error_of_one(raised)) is None:
-                    raise
-        return problem_line(self._job.label, _failure(running.request, error)), 0
+        return problem_line(self._job.label, _failure(running.request, errors[0])), 0
 
     def on_pass(self) -> None:
         """A pass has ended."""

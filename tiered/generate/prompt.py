@@ -1,0 +1,87 @@
+"""Prompts as token ids, for all that goes on from a prompt: `cli/generation.py` and `jobs/prompts.py`.
+
+In: texts, or messages for the chat template. Out: token ids of the model, at least one; or a ConfigError that says why
+there are none, or whatever the tokenizer raises.
+"""
+
+import json
+from functools import cached_property
+from types import TracebackType
+from typing import Final, Self
+
+from transformers import PreTrainedTokenizerBase
+
+from tiered.errors import ConfigError
+from tiered.generate.template import ChatTemplate, Messages
+from tiered.units import MIB
+
+_ANY_CHARACTERS: Final = MIB
+"""Texts up to this length go to the tokenizer, however few tokens there is room for."""
+_TOKEN_CHARACTERS: Final = 64
+"""At least so many are allowed for a token: normalizers drop characters, and collapse spaces."""
+_LONGEST_SHOWN: Final = 40
+
+
+class PromptTooLongError(ConfigError):
+    """A text of more characters than the tokens that there is room for can have."""
+
+
+class Prompts:
+    """The tokenizer and the chat template of one store; to be closed. `room` is what a prompt may have in tokens."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int, room: int | None) -> None:
+        self._tokenizer, self._vocab_size, self._room = tokenizer, vocab_size, room
+        self._template = ChatTemplate(tokenizer)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._template.__exit__(kind, error, trace)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text."""
+        self._check_length(text)
+        return self._checked(self._tokenizer(text)["input_ids"])
+
+    def encode_chat(self, messages: Messages) -> list[int]:
+        """Token ids of `messages` and of what begins an answer. Raises TemplateRefused."""
+        text = self._template.render(messages)
+        self._check_length(text)
+        return self._checked(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _check_length(self, text: str) -> None:
+        """Refuse what cannot fit: a tokenizer takes up to 500 bytes of memory for a character."""
+        if self._room is None or len(text) <= _ANY_CHARACTERS:
+            return
+        if len(text) > max(self._room, 1) * self._most_per_token:
+            raise PromptTooLongError(
+                f"a text of {len(text)} characters is too long for a prompt: there is room for {self._room} tokens; "
+                "shorten it"
+            )
+
+    @cached_property
+    def _most_per_token(self) -> int:
+        return max(_TOKEN_CHARACTERS, max(map(len, self._tokenizer.get_vocab()), default=0))
+
+    def _checked(self, found: list[int]) -> list[int]:
+        ids = list(found)
+        if not ids:
+            raise ConfigError("an empty prompt gives this tokenizer nothing to start from; pass some text")
+        check_vocabulary(self._tokenizer, self._vocab_size, max(ids))
+        return ids
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, largest: int) -> None:
+    """Raises ConfigError where the largest token id of a text is none of the model's: only its tokenizer has it."""
+    if largest < vocab_size:
+        return
+    text = json.dumps(str(tokenizer.decode([largest])), ensure_ascii=False)
+    if len(text) > _LONGEST_SHOWN:
+        text = text[: _LONGEST_SHOWN - 3] + "..."
+    raise ConfigError(
+        f"this model knows tokens 0 to {vocab_size - 1}, found {largest}, as which its tokenizer reads {text}; "
+        "leave that out, or copy the model's own tokenizer files into the store"
+    )
