@@ -3,6 +3,7 @@
 import click
 import pytest
 
+from tests.commands import run_here
 from tiered.cli.failures import end_failed
 from tiered.errors import ConfigError, ModelError
 
@@ -30,3 +31,8 @@ def test_they_cannot_write_on_the_screen_what_they_like(capsys: pytest.CaptureFi
     with pytest.raises(click.exceptions.Exit):
         end_failed([("a\x1b[2J", ConfigError("b\nc"))], 2)
     assert capsys.readouterr().err == "tiered: a\\x1b[2J: b c\n"
+
+
+def test_what_is_wrong_with_arguments_is_one_line_too() -> None:
+    done = run_here("verify", "store", "a\u2028\x07b")
+    assert done.code == 2 and done.err.splitlines()[-1] == r"Error: Got unexpected extra argument (a\u2028\x07b)"

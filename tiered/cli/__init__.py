@@ -1,6 +1,7 @@
 """The `tiered` command. Each subcommand is one file, imported only when it is asked for: torch takes seconds."""
 
 import importlib
+import io
 import logging
 import os
 import sys
@@ -10,7 +11,7 @@ from typing import Final, NoReturn
 
 import click
 
-from tiered.cli.failures import say
+from tiered.cli.failures import in_one_line, say
 from tiered.errors import InterruptedRun, TieredError, named
 from tiered.process import end_streams, ignore_interrupts, open_streams
 
@@ -93,7 +94,10 @@ def _run() -> int:
     except click.exceptions.Exit as error:
         return error.exit_code
     except click.ClickException as error:
-        error.show()
+        shown = io.StringIO()
+        error.show(shown)
+        for line in shown.getvalue().removesuffix("\n").split("\n"):
+            click.echo(in_one_line(line), err=True)
         return error.exit_code
     except (KeyboardInterrupt, click.Abort) as error:
         # click takes an EOFError, wherever it was raised, for a user's.

@@ -29,10 +29,15 @@ def end_failed(failures: Sequence[Failure], total: int) -> None:
 
 
 def say(text: str) -> None:
-    """One line on standard error, whatever is in the names and values that `text` repeats from files."""
-    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text.replace("\n", " "))
+    """One line on standard error."""
+    line = in_one_line(text)
     if len(line) > _LONGEST_LINE:
         # What comes last is what to do.
         line = f"{line[: _LONGEST_LINE // 2]} ... {line[-_LONGEST_LINE // 2 :]}"
     with contextlib.suppress(OSError):
         click.echo(f"tiered: {line}", err=True)
+
+
+def in_one_line(text: str) -> str:
+    """`text` as it may be shown, whatever is in the names and values that it repeats from files and arguments."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text.replace("\n", " "))
