@@ -71,7 +71,8 @@ def run_apart(words: Sequence[str | Path], seconds: float = 100) -> Done:
 
 def make_store(folder: Path, quant: str = "none", name: str = "opt-docs-8m.tiered") -> Path:
     """The trained checkpoint as a store in `folder`."""
-    convert_checkpoint(CHECKPOINT, folder / name, ConvertOptions(quant=quant))
+    # Whether compression pays depends on how fast the disk is just now.
+    convert_checkpoint(CHECKPOINT, folder / name, ConvertOptions(quant=quant, compress="none"))
     return folder / name
 
 

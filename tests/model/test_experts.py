@@ -42,7 +42,7 @@ def test_lent_stacks_give_what_eager_experts_give() -> None:
     torch.testing.assert_close(offloaded(hidden, chosen, weights), experts(hidden, chosen, weights))
 
 
-def test_stacks_are_given_back_and_routers_biases_stay_in_float32() -> None:
+def test_stacks_are_given_back_and_what_transformers_keeps_in_float32_stays_so() -> None:
     skeleton = build_skeleton(tiny_config("dots1"), torch.bfloat16)
     (block,) = [block for block in skeleton.blocks() if block.name == "layer-001"]
     model = BoundModel(skeleton, torch.bfloat16, Kernels(1, name="torch"))
@@ -52,5 +52,7 @@ def test_stacks_are_given_back_and_routers_biases_stay_in_float32() -> None:
         assert set(experts.lent) == {"gate_up_proj", "down_proj"}
         gate = lent.get_submodule("mlp.gate")
         assert gate.e_score_correction_bias.dtype == torch.float32
-        assert gate.weight.dtype == torch.bfloat16
+        # Routers' weights too, since version 5.24.
+        kept = "gate.weight" in (skeleton.model._keep_in_fp32_modules_strict or ())
+        assert gate.weight.dtype == (torch.float32 if kept else torch.bfloat16)
     assert not experts.lent
