@@ -156,5 +156,5 @@ def faults(ended: Ended, limits: Limits, names: Sequence[str]) -> Iterator[str]:
             yield f"expected one line of error at the end, found {len(errors)}"
         elif len(errors[0]) > _LONGEST_MESSAGE:
             yield f"an error of {len(errors[0])} characters"
-        elif ended.code == 4 and names and not any(f"{name}{end}" in errors[0] for name in names for end in ":/"):
+        elif ended.code == 4 and names and not any(f"{name}{end}" in errors[0] for name in names for end in ":/,"):
             yield f"the error names neither of {', '.join(names)}"
