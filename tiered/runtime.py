@@ -78,6 +78,9 @@ SPILL_THREADS: Final = 8
 """Transfers of a KV cache on disk in flight, beside those of weights."""
 _GROWTH_NBYTES: Final = 16 * MIB
 """What the process itself grows by while running: code pages touched for the first time, thread stacks."""
+_ANOTHER_NBYTES: Final = 96 * MIB
+"""What one more runtime in a process takes by itself, at least: graph, kernels, threads. Measured each time, it varied
+by 60 MB with what the allocator had kept, and the budget that one refusal named met another."""
 _POLL_SECONDS: Final = 0.1
 
 T = TypeVar("T")
@@ -181,7 +184,7 @@ class Runtime:
         PROCESS.pin_malloc()
         rss = process_rss_bytes()
         # Models that are open already may not have taken yet what they planned to.
-        promised = PROCESS.planned_nbytes + rss - before
+        promised = PROCESS.planned_nbytes + max(rss - before, _ANOTHER_NBYTES)
         self.baseline = max(rss, process_peak_rss_bytes(), promised) + _GROWTH_NBYTES
         most_rows = self.options.rows_per_chunk or MAX_ROWS
         self.footprint = Footprint(self.store, self.dtype, shape, cache, self._asked, self.baseline, most_rows)
