@@ -16,6 +16,7 @@ from transformers import (
     StoppingCriteria,
     StoppingCriteriaList,
     TextStreamer,
+    WatermarkingConfig,
 )
 
 import tiered
@@ -104,7 +105,7 @@ KEYWORDS: dict[str, Callable[[LoadedModel, Any], dict[str, Any]]] = {
     "lengths and time": lambda *_: {"min_new_tokens": 5, "max_time": 1000.0, "eos_token_id": 202},
     "beams": lambda *_: {"num_beams": 4, "num_return_sequences": 2, "length_penalty": 0.5, "early_stopping": True},
     "cutoffs": lambda *_: {"do_sample": True, "typical_p": 0.5, "epsilon_cutoff": 1e-3, "eta_cutoff": 1e-3, "top_k": 0},
-    "watermark": lambda *_: {"watermarking_config": {"bias": 2.5, "context_width": 1}},
+    "watermark": lambda *_: {"watermarking_config": WatermarkingConfig(bias=2.5, context_width=1)},
     "prompt in chunks": lambda *_: {"prefill_chunk_size": 2},
     "positions": lambda at, _: {"position_ids": torch.arange(len(at.tokenizer(PROMPT)["input_ids"]))[None]},
     "not synchronized": lambda *_: {"synced_gpus": False},
