@@ -40,7 +40,7 @@ class TerminalInput(io.StringIO):
 def run_here(*words: str | Path, stdin: io.TextIOBase | str = "") -> Done:
     """The command in this process: spares the seconds that importing torch takes."""
     out, err = io.StringIO(), io.StringIO()
-    source = io.StringIO(stdin) if isinstance(stdin, str) else stdin
+    source = io.TextIOWrapper(io.BytesIO(stdin.encode()), encoding="utf-8") if isinstance(stdin, str) else stdin
     with (
         mock.patch.multiple(sys, argv=["tiered", *map(str, words)], stdin=source),
         mock.patch.dict(os.environ),

@@ -1,14 +1,22 @@
 """`tiered generate`: prompts in, text out, a report at the end."""
 
+import io
 import json
 import sys
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import click
 
 from tiered.cli.failures import end_failed
-from tiered.cli.run_options import kv_options, run_options, stated_options
+from tiered.cli.run_options import (
+    STANDARD_INPUT,
+    kv_options,
+    read_text,
+    run_options,
+    stated_options,
+    text_files_option,
+)
 
 _POSITIVE = click.IntRange(min=1)
 
@@ -16,9 +24,7 @@ _POSITIVE = click.IntRange(min=1)
 @click.command("generate")
 @click.argument("store", type=click.Path(path_type=Path))
 @click.option("-p", "--prompt", "prompts", multiple=True, help="A prompt; repeat for a batch.")
-@click.option(
-    "-f", "--file", "files", multiple=True, type=click.File("r", encoding="utf-8"), help="A file that is one prompt."
-)
+@text_files_option("A file that is one prompt")
 @click.option("-n", "--max-new-tokens", default=128, show_default=True, type=_POSITIVE, help="Tokens to generate.")
 @click.option("--temperature", default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--top-k", default=0, show_default=True, help="Sample from the k likeliest tokens; 0: all.")
@@ -57,7 +63,7 @@ def _read_prompts(options: dict[str, Any]) -> dict[str, Any]:
     """The options with all prompts in one list."""
     options = dict(options)
     prompts = [("-p", text) for text in options.pop("prompts")]
-    prompts += [(file.name, _read(file, file.name)) for file in options.pop("files")]
+    prompts += [_prompt_of(path) for path in options.pop("files")]
     if options["prompt_tokens"] is not None and prompts:
         raise click.UsageError("--prompt-tokens makes its own prompts; drop -p and -f")
     if options["prompt_tokens"] is None and options["sequences"] > 1:
@@ -65,7 +71,7 @@ def _read_prompts(options: dict[str, Any]) -> dict[str, Any]:
     if options["prompt_tokens"] is None and not prompts:
         if sys.stdin.isatty():
             raise click.UsageError("no prompt: pass -p TEXT or -f FILE, or pipe text to standard input")
-        prompts = [("standard input", _read(sys.stdin, "standard input"))]
+        prompts = [_prompt_of(STANDARD_INPUT)]
     for source, text in prompts:
         # Bytes that are no text reach us as lone surrogates where Python lets them pass.
         if any("\ud800" <= character <= "\udfff" for character in text):
@@ -73,10 +79,7 @@ def _read_prompts(options: dict[str, Any]) -> dict[str, Any]:
     return {**options, "prompts": tuple(text for _, text in prompts)}
 
 
-def _read(file: TextIO, name: str) -> str:
-    try:
-        return file.read()
-    except UnicodeDecodeError as error:
-        raise click.UsageError(f"{name}: not UTF-8 ({error.reason} at byte {error.start}); convert it") from None
-    except OSError as error:
-        raise click.UsageError(f"{name}: cannot be read: {error.strerror}") from None
+def _prompt_of(path: Path) -> tuple[str, str]:
+    """Name and text of a file, or of standard input; lines end as they do in Python, whatever system wrote them."""
+    name, text = read_text(path)
+    return name, io.IncrementalNewlineDecoder(None, translate=True).decode(text, final=True)

@@ -1,17 +1,24 @@
-"""Options of commands that run a model: what is computed in, by what, in which memory, and where the cache is.
+"""Options of commands that run a model: its texts, what is computed in, by what, in which memory, where the cache is.
 
 What they mean is in `run_request.py`, which loads torch; this module does not, so that --help is there at once.
 """
 
+import os
+import stat
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Final
 
 import click
 from click.core import ParameterSource
 
 _GIVEN = ParameterSource.COMMANDLINE
 _Command = Callable[..., Any]
+_MOST_TEXT_NBYTES: Final = 512 << 20
+"""Of one text: more than any corpus that is scored whole, and less than an endless pipe fills memory with."""
+STANDARD_INPUT: Final = Path("-")
+"""As what the path that options take for it becomes."""
 
 
 def run_options(invariant: str) -> Callable[[_Command], _Command]:
@@ -62,6 +69,41 @@ def kv_options(command: _Command) -> _Command:
 kv_bits_option = click.option(
     "--kv-bits", default="16", show_default=True, type=click.Choice(["16", "8", "4"]), help="Precision of the KV cache."
 )
+
+
+def text_files_option(help: str) -> Callable[[_Command], _Command]:
+    """Adds -f: paths that `read_text` reads."""
+    kind = click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path)
+    return click.option("-f", "--file", "files", multiple=True, type=kind, help=f"{help}; repeatable; - is stdin.")
+
+
+def read_text(path: Path) -> tuple[str, str]:
+    """The name of the file at `path` in messages, and the text in it, which must be UTF-8; line ends as they are.
+
+    Pipes and terminals are read to their end. A device that has none is refused, and so is what is too large.
+    """
+    name = "standard input" if path == STANDARD_INPUT else str(path)
+    try:
+        if path == STANDARD_INPUT:
+            return name, _decoded(sys.stdin.buffer, name)
+        with path.open("rb") as file:
+            found = os.fstat(file.fileno())
+            is_device = stat.S_ISCHR(found.st_mode) or stat.S_ISBLK(found.st_mode)
+            if is_device and not file.isatty() and not path.samefile(os.devnull):
+                raise click.UsageError(f"{name}: a device, expected a text; pass a file or a pipe")
+            return name, _decoded(file, name)
+    except OSError as error:
+        raise click.UsageError(f"{name}: cannot be read: {error.strerror}") from None
+
+
+def _decoded(file: BinaryIO, name: str) -> str:
+    content = file.read(_MOST_TEXT_NBYTES + 1)
+    if len(content) > _MOST_TEXT_NBYTES:
+        raise click.UsageError(f"{name}: more than {_MOST_TEXT_NBYTES >> 20} MiB; split it")
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise click.UsageError(f"{name}: not UTF-8 ({error.reason} at byte {error.start}); convert it") from None
 
 
 def stated_options() -> frozenset[str]:

@@ -8,21 +8,14 @@ from typing import Any
 import click
 
 from tiered.cli.failures import end_failed
-from tiered.cli.run_options import kv_bits_option, run_options
+from tiered.cli.run_options import STANDARD_INPUT, kv_bits_option, read_text, run_options, text_files_option
 
 _POSITIVE = click.IntRange(min=1)
 
 
 @click.command("score")
 @click.argument("store", type=click.Path(path_type=Path))
-@click.option(
-    "-f",
-    "--file",
-    "files",
-    multiple=True,
-    type=click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path),
-    help="A text; repeatable; - is standard input.",
-)
+@text_files_option("A text")
 @click.option("--context", type=_POSITIVE, help="Tokens in a window. [default: 2048, or what the model has]")
 @click.option(
     "--stride",
@@ -71,18 +64,5 @@ def _read_texts(options: dict[str, Any]) -> dict[str, Any]:
     if not paths:
         if sys.stdin.isatty():
             raise click.UsageError("no text: pass -f FILE, or pipe text to standard input")
-        paths = [Path("-")]
-    return {**options, "texts": tuple(map(_read, paths))}
-
-
-def _read(path: Path) -> tuple[str, str]:
-    """Name and text."""
-    name = "standard input" if str(path) == "-" else str(path)
-    try:
-        # As bytes: what is scored is the text as it lies in the file, line ends included.
-        content = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
-        return name, content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise click.UsageError(f"{name}: not UTF-8 ({error.reason} at byte {error.start}); convert it") from None
-    except OSError as error:
-        raise click.UsageError(f"{name}: cannot be read: {error.strerror}") from None
+        return {**options, "texts": (read_text(STANDARD_INPUT),)}
+    return {**options, "texts": tuple(map(read_text, paths))}

@@ -205,6 +205,8 @@ def _arguments(chance: random.Random, folder: Path, originals: Originals, case: 
     for _ in range(chance.choice((0, 1, 1, 2, 3))):
         name = chance.choice(_OPTIONS.get(command, ("--version", "--nothing")))
         case.words += [name] if chance.random() < 0.1 else [name, chance.choice(values)]
+    # As a process gets them: bytes that are no text become other surrogates than those of a string.
+    case.words = [os.fsdecode(word.encode("utf-8", "surrogatepass")) for word in case.words]
     case.stdin = chance.choice((b"", b"Some text", b"\xff\xfe", b"\x00", "é\u2028".encode()))
 
 
