@@ -65,6 +65,27 @@ def test_wrong_types_and_values_are_refused_by_name(changes: dict[str, Any], tol
     assert str(caught.value).endswith("put the model's own config.json there")
 
 
+@pytest.mark.parametrize("name", ["bloom", "llama"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"max_position_embeddings": "x"},
+        {"max_position_embeddings": True},
+        {"num_key_value_heads": [4]},
+        {"head_dim": 2.5},
+        {"sliding_window": "all"},
+        {"sliding_window": -1},
+        {"layer_types": "sliding_attention"},
+        {"layer_types": ["sliding_attention"]},
+    ],
+)
+def test_fields_that_tiered_computes_with_are_sizes_in_every_family(
+    name: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError, match=next(iter(changes))):
+        load_config(write(tmp_path, name, **changes))
+
+
 @pytest.mark.parametrize(
     ("content", "told"),
     [

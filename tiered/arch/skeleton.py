@@ -32,6 +32,8 @@ _MOST_TABLES_NBYTES: Final = GIB
 """Of buffers that a graph makes for itself (masks, rotary frequencies), which are in memory from then on."""
 _MOST_TENSOR_NBYTES: Final = 1 << 40
 """Of one parameter; all experts of a layer are one."""
+_READ_HERE: Final = ("max_position_embeddings", "num_key_value_heads", "head_dim", "sliding_window")
+"""Sizes that a configuration may have and that tiered reads, or takes other fields instead."""
 _REMEDY: Final = "put the model's own config.json there"
 
 
@@ -171,6 +173,7 @@ def load_config(folder: Path) -> PretrainedConfig:
             config: PretrainedConfig = AutoConfig.from_pretrained(
                 folder, trust_remote_code=False, local_files_only=True
             )
+        _check_read_here(config)
     except MemoryError:
         raise  # the machine's, not the file's
     except Exception as error:
@@ -190,6 +193,7 @@ def text_config(values: dict[str, Any]) -> PretrainedConfig:
     family_for(model_type)
     _check_counts(fields)
     config: PretrainedConfig = AutoConfig.for_model(model_type, **fields)
+    _check_read_here(config)
     return config
 
 
@@ -204,6 +208,17 @@ def _check_counts(values: Mapping[str, Any]) -> None:
     for name, count, most in counts:
         if count > most:
             raise ValueError(f"{name} is {count}, expected at most {most:,}")
+
+
+def _check_read_here(config: PretrainedConfig) -> None:
+    """Raises ValueError for what tiered itself computes with: families without such a field take anything there."""
+    for name in _READ_HERE:
+        value = getattr(config, name, None)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+            raise ValueError(f"{name} is {value!r}, expected a whole number")
+    types = getattr(config, "layer_types", None)
+    if types is not None and (not isinstance(types, list | tuple) or len(types) != config.num_hidden_layers):
+        raise ValueError(f"layer_types is {types!r}, expected a name for each of {config.num_hidden_layers} layers")
 
 
 def build_skeleton(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> Skeleton:
