@@ -201,7 +201,7 @@ class Runtime:
             )
         )
         self._embedding = EmbeddingRows(self.store, self.reader, verifier, self._staging)
-        self.engine = Engine(self.model, recorder, self._embedding, self._compute, self.cancel, self.trace)
+        self.engine = Engine(self.model, recorder, self._embedding, self.cancel, self.trace)
         self._limits = ChunkLimits(
             rows=self.rows_per_micro_batch,
             gathered=skeleton.family.gathers,
@@ -329,33 +329,20 @@ class Runtime:
                 raise ConfigError("the model was closed while this ran: let calls end before 'with' does") from error
 
     def _run_alone(self, work: Work, on_block: OnBlock | None, is_last: bool) -> Pass:
-        self.start_streaming()
-        assert self._stream_thread is not None and self._streams is not None
-        loop, streams = self._stream_thread.loop, self._streams
+        streams = self.start_streaming()
         self.passes += 1
-        loop.call_soon_threadsafe(streams.blocks.end_after, self.passes - self._passes_before if is_last else None)
-        begun, ended = threading.Event(), threading.Event()
-        kv = streams.kv if isinstance(work, Segments) else None
-
-        async def run_pass() -> Pass:
-            begun.set()
-            try:
-                return await self.engine.run_pass(work, streams.blocks, len(self.store.tape), kv, on_block)
-            finally:
-                ended.set()
-
+        running = self._compute.submit(self.engine.run_pass, work, streams, on_block, is_last)
         try:
-            return self._wait(asyncio.run_coroutine_threadsafe(run_pass(), loop))
+            return self._wait(running)
         except BaseException as error:
             self.cancel.set()
-            # The flag is lowered again only when neither the pass nor the compute thread has anything left to do.
-            if begun.is_set():
-                ended.wait()
-            self._compute.submit(lambda: None).result()
+            # The flag is lowered again only when the compute thread has nothing left to do.
+            concurrent.futures.wait([running])
             self.cancel.clear()
             if isinstance(error, Exception):
-                # Which block of the tape comes next is only known after an interruption; a failure starts over.
                 self.stop_streaming()
+            else:
+                streams.rewind()
             raise
 
     def compute(self, work: Callable[[], T]) -> T:
@@ -377,18 +364,17 @@ class Runtime:
         """How the store's files will be read, found out by reading a page of one."""
         return self.options.read_mode or probe_mode(self.store.file_path(self.store.tape[0])).mode
 
-    def start_streaming(self) -> None:
+    def start_streaming(self) -> Streams:
         """Start the loop thread and the reading; done by the first pass if not before."""
         if self._streams is not None:
-            return
-        self._passes_before = self.passes
-        self.engine.rewind()
+            return self._streams
         self._stream_thread = StreamThread(self._load_tables, self._make_streams)
         try:
             self._streams = self._wait(self._stream_thread.ready)
         except BaseException:
             self.stop_streaming()
             raise
+        return self._streams
 
     def stop_streaming(self) -> None:
         """End all reading ahead and wait for reads in flight. The next pass would start from the beginning."""
@@ -437,11 +423,13 @@ class Runtime:
             self._resident,
             self._ring,
             self.trace,
+            self.cancel,
             self.options.prefetch,
         )
-        if self.spill is None or self._kv_ring is None:
-            return Streams(blocks)
-        return Streams(blocks, KVStream(self.spill, self._kv_ring, self.kv_shape.layers, self.trace))
+        kv = None
+        if self.spill is not None and self._kv_ring is not None:
+            kv = KVStream(self.spill, self._kv_ring, self.kv_shape.layers, self.trace, self.cancel)
+        return Streams(asyncio.get_running_loop(), blocks, kv)
 
     async def _load_tables(self) -> None:
         """Read what stays in memory apart from blocks: outer tensors, embedding scales and zeros."""

@@ -7,6 +7,7 @@ import asyncio
 import errno
 import os
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -17,8 +18,9 @@ import pytest
 import torch
 
 from tiered.cache import CachePlan, KVPool, KVShape, LentRecords, Part, SequenceKV, layer_groups
-from tiered.errors import DiskFullError, ReadError
+from tiered.errors import DiskFullError, InterruptedRun, ReadError
 from tiered.io import Arena, Faults, SpillFile
+from tiered.kernels import CancelFlag
 from tiered.kernels.attention import PAGE_TOKENS
 from tiered.stream import KVStream
 from tiered.trace import Tracer
@@ -55,6 +57,7 @@ class Setup:
     writes: Calls
     spill: SpillFile
     ring: Any
+    cancel: CancelFlag
 
     def sequences(self, count: int) -> list[SequenceKV]:
         found = [self.pool.reserve(CONTEXT) for _ in range(count)]
@@ -75,8 +78,8 @@ async def streaming(folder: Path, sequences: int = 4, lent_pages: int = 10) -> A
         ring = arena.borrow(plan.ring_nbytes, "ring")
         trace = Tracer()
         with SpillFile(folder, plan.records_nbytes, 4, trace, preadv=reads, pwritev=writes) as spill:
-            async with KVStream(spill, ring, LAYERS, trace) as stream:
-                yield Setup(stream, pool, reads, writes, spill, ring)
+            async with KVStream(spill, ring, LAYERS, trace, cancel := CancelFlag()) as stream:
+                yield Setup(stream, pool, reads, writes, spill, ring, cancel)
 
 
 def run(work: Coroutine[Any, Any, None]) -> None:
@@ -104,20 +107,23 @@ def check_and_fill(setup: Setup, records: LentRecords, layer: int) -> None:
 async def run_pass(
     setup: Setup, units: list[LentRecords], stop_at: tuple[int, int] | None = None, pause: float = 0
 ) -> None:
-    """All layers of `units`; ends in the middle, before unit (layer, number), where that is asked for."""
-    stream = setup.stream
-    try:
-        stream.begin(units)
+    """All layers of `units`, in a thread of their own as an engine's; ends in the middle, before unit (layer, number),
+    where that is asked for."""
+    await asyncio.to_thread(_run_pass, setup, units, stop_at, pause)
+
+
+def _run_pass(setup: Setup, units: list[LentRecords], stop_at: tuple[int, int] | None, pause: float) -> None:
+    with setup.stream.serving(units):
         for layer in range(LAYERS):
             for number, records in enumerate(units):
                 if (layer, number) == stop_at:
                     return
-                await stream.fetch(records, layer)
-                check_and_fill(setup, records, layer)
-                await asyncio.sleep(pause)
-                stream.store(records, layer)
-    finally:
-        await stream.end()
+                with setup.stream.lend(records, layer):
+                    check_and_fill(setup, records, layer)
+                    end = time.monotonic() + pause
+                    while time.monotonic() < end:
+                        setup.cancel.check()
+                        time.sleep(0.001)
     for records in units:
         for part in records.maps[0].parts:
             part.kv.length = part.stop
@@ -158,11 +164,12 @@ def test_the_next_unit_is_read_before_this_one_is_stored(tmp_path: Path) -> None
             units = setup.units(kvs, 1)
             (second,) = units[1].map_of(0).reads(0)
             setup.reads.on_call = lambda offset: seen.set() if offset == second.offset else None
-            setup.stream.begin(units)
-            await setup.stream.fetch(units[0], 0)
-            await asyncio.wait_for(asyncio.to_thread(seen.wait), SECONDS)
-            setup.stream.store(units[0], 0)
-            await setup.stream.end()
+
+            def first() -> None:
+                with setup.stream.serving(units), setup.stream.lend(units[0], 0):
+                    assert seen.wait(SECONDS)
+
+            await asyncio.to_thread(first)
 
     run(passes())
 
@@ -192,10 +199,10 @@ def test_writes_that_an_interrupted_pass_waited_for_are_waited_for_by_the_next(t
             go, read = threading.Event(), threading.Event()
             setup.writes.on_call = lambda offset: None if go.wait(SECONDS) else fail(errno.EIO)
             await run_pass(setup, setup.units(kvs, 128))
-            interrupted = asyncio.create_task(run_pass(setup, setup.units(kvs, 1)))
-            await asyncio.sleep(0.05)
-            interrupted.cancel()
-            await asyncio.wait([interrupted])
+            asyncio.get_running_loop().call_later(0.05, setup.cancel.set)
+            with pytest.raises(InterruptedRun):
+                await run_pass(setup, setup.units(kvs, 1))
+            setup.cancel.clear()
             setup.reads.on_call = lambda offset: read.set()
             following = asyncio.create_task(run_pass(setup, setup.units(kvs, 1)))
             await asyncio.sleep(0.05)
@@ -260,21 +267,22 @@ def test_a_pass_that_ends_in_the_middle_leaves_the_stream_usable(tmp_path: Path,
     run(passes())
 
 
-@pytest.mark.parametrize("moment", ["fetching", "computing"])
+@pytest.mark.parametrize("moment", ["waiting", "computing"])
 def test_a_cancelled_pass_leaves_the_stream_usable(tmp_path: Path, moment: str) -> None:
     async def passes() -> None:
         async with streaming(tmp_path) as setup:
             kvs = setup.sequences(4)
             await run_pass(setup, setup.units(kvs, 300))
             go = threading.Event()
-            if moment == "fetching":
+            if moment == "waiting":
                 setup.reads.on_call = lambda offset: None if go.wait(SECONDS) else fail(errno.EIO)
             work = asyncio.create_task(run_pass(setup, setup.units(kvs, 1), pause=60 if moment == "computing" else 0))
             await asyncio.sleep(0.05)
-            work.cancel()
+            setup.cancel.set()
             go.set()
-            await asyncio.wait([work])
-            assert work.cancelled()
+            with pytest.raises(InterruptedRun):
+                await work
+            setup.cancel.clear()
             await run_pass(setup, setup.units(kvs, 1))
 
     run(passes())
@@ -299,14 +307,17 @@ def test_no_more_is_read_ahead_than_the_ring_holds(tmp_path: Path) -> None:
             kvs = setup.sequences(8)
             await run_pass(setup, setup.units(kvs, 500))
             before, units = setup.spill.bytes_read, setup.units(kvs, 1)
-            setup.stream.begin(units)
-            await setup.stream.fetch(units[0], 0)
-            await asyncio.sleep(0.05)
             one = 500 // PAGE_TOKENS * setup.pool.layout.record_nbytes
-            assert setup.spill.bytes_read - before == setup.ring.nbytes // one * one < 8 * one
-            setup.stream.store(units[0], 0)
-            await setup.stream.fetch(units[1], 0)
-            await setup.stream.end()
+
+            def first() -> None:
+                with setup.stream.serving(units):
+                    with setup.stream.lend(units[0], 0):
+                        time.sleep(0.05)
+                        assert setup.spill.bytes_read - before == setup.ring.nbytes // one * one < 8 * one
+                    with setup.stream.lend(units[1], 0):
+                        pass
+
+            await asyncio.to_thread(first)
 
     run(passes())
 

@@ -38,7 +38,7 @@ def test_blocks_in_order_never_overlap_and_never_wait_for_ever(case: tuple[int, 
             await asyncio.sleep(0)
             # The consumer gives back some early, and whatever must come back for the request to be served.
             while lent and ((decisions and decisions.popleft()) or not borrowing.done()):
-                await ring.release(lent.popleft())
+                ring.release(lent.popleft())
                 await asyncio.sleep(0)
                 await asyncio.sleep(0)
             span = await asyncio.wait_for(borrowing, 5)
@@ -49,7 +49,7 @@ def test_blocks_in_order_never_overlap_and_never_wait_for_ever(case: tuple[int, 
             assert all(a[1] <= b[0] for a, b in pairwise(spans))
             assert ring.in_use == sum(s.stop - s.start for s in lent)
         while lent:
-            await ring.release(lent.popleft())
+            ring.release(lent.popleft())
         assert ring.in_use == 0
 
     run(scenario())
@@ -62,7 +62,7 @@ def test_a_request_waits_until_its_bytes_are_free() -> None:
         waiting = asyncio.ensure_future(ring.borrow(2 * PAGE))
         await asyncio.sleep(0.01)
         assert not waiting.done()
-        await ring.release(first)
+        ring.release(first)
         assert (await waiting).start == 0  # the second lies at the other end
 
     run(scenario())
@@ -77,7 +77,7 @@ def test_any_two_neighbours_on_the_tape_are_in_the_ring_together(layers: int, la
         for size in sizes[1:]:
             # At once, while the block before it is still being computed.
             span = await asyncio.wait_for(ring.borrow(size * PAGE), 0.01)
-            await ring.release(previous)
+            ring.release(previous)
             previous = span
 
     run(scenario())
@@ -89,7 +89,7 @@ def test_equal_blocks_pass_two_by_two() -> None:
         spans = deque([await ring.borrow(PAGE)])
         for _ in range(10):
             spans.append(await ring.borrow(PAGE))  # while the one before is still in use
-            await ring.release(spans.popleft())
+            ring.release(spans.popleft())
 
     run(scenario())
 
@@ -108,7 +108,7 @@ def test_spans_come_back_in_order() -> None:
         await ring.borrow(PAGE)
         second = await ring.borrow(PAGE)
         with pytest.raises(AssertionError, match="in the order they were lent"):
-            await ring.release(second)
+            ring.release(second)
 
     run(scenario())
 
@@ -129,7 +129,7 @@ def test_a_cancelled_request_takes_nothing() -> None:
         await asyncio.sleep(0.01)
         waiting.cancel()
         await asyncio.wait([waiting])
-        await ring.release(span)
+        ring.release(span)
         assert ring.in_use == 0
         await ring.borrow(PAGE)
 

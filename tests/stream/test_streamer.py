@@ -6,16 +6,17 @@ import logging
 import os
 import threading
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
 from tests.store.make import write_store
 from tiered.convert import ConvertOptions, convert_checkpoint
-from tiered.errors import ReadError, StoreError
+from tiered.errors import InterruptedRun, ReadError, StoreError
 from tiered.io import Arena, ChunkVerifier, DiskReader, Faults, VerifyPolicy
+from tiered.kernels import CancelFlag
 from tiered.plan import Placement, place
 from tiered.plan.placement import full_ring, interleave, smallest_ring
 from tiered.store import CHUNK_NBYTES, Store
@@ -52,8 +53,29 @@ class Setup:
     streamer: Streamer
     reader: DiskReader
     trace: Tracer
+    cancel: CancelFlag
     inside: AsyncExitStack
     """Closing it leaves the streamer, while reader and memory stay."""
+    lent: dict[LoadedBlock, AbstractContextManager[LoadedBlock]] = field(default_factory=dict)
+
+    async def following(self) -> LoadedBlock:
+        """The next block, lent to another thread than the loop's; a streamer that hangs fails."""
+        lending = self.streamer.lend()
+        try:
+            block = await asyncio.wait_for(asyncio.to_thread(lending.__enter__), SECONDS)
+        except TimeoutError:
+            self.cancel.set()  # or the thread would wait for ever
+            raise
+        self.lent[block] = lending
+        return block
+
+    async def release(self, block: LoadedBlock) -> None:
+        self.lent.pop(block).__exit__(None, None, None)
+        await asyncio.sleep(0)
+
+    async def passing(self) -> None:
+        """The next block comes and goes."""
+        await self.release(await self.following())
 
 
 def sizes_of(store: Store) -> list[int]:
@@ -79,20 +101,15 @@ async def streaming(
     policy: VerifyPolicy = VerifyPolicy.FIRST,
 ) -> AsyncIterator[Setup]:
     """A streamer over memory that is exactly as large as planned."""
-    trace = Tracer(keep_spans=True)
+    trace, cancel = Tracer(keep_spans=True), CancelFlag()
     with Arena(placement.nbytes + 4096 * (len(store.tape) + 1)) as arena:
         sizes = sizes_of(store)
         resident = {i: arena.borrow(sizes[i], "resident") for i in sorted(placement.resident)}
         ring = arena.borrow(placement.ring_nbytes, "ring") if placement.ring_nbytes else None
         with DiskReader(store.path, ChunkVerifier(policy, trace), trace, 4, preadv=preadv) as reader:
             async with AsyncExitStack() as inside:
-                streamer = Streamer(store, placement, reader, resident, ring, trace, prefetch)
-                yield Setup(await inside.enter_async_context(streamer), reader, trace, inside)
-
-
-async def following(streamer: Streamer) -> LoadedBlock:
-    """The next block; a streamer that hangs fails."""
-    return await asyncio.wait_for(streamer.next(), SECONDS)
+                streamer = Streamer(store, placement, reader, resident, ring, trace, cancel, prefetch)
+                yield Setup(await inside.enter_async_context(streamer), reader, trace, cancel, inside)
 
 
 async def assert_reads(reader: DiskReader, nbytes: int) -> None:
@@ -121,8 +138,8 @@ def assert_right(store: Store, block: LoadedBlock) -> None:
 def test_weights_go_by_their_names_inside_the_block(docs: Store) -> None:
     async def scenario() -> None:
         async with streaming(docs, placement_of(docs, frozenset())) as setup:
-            block = await following(setup.streamer)
-            names = block.weights()
+            block = await setup.following()
+            names = block.weights
             assert "self_attn.q_proj.weight" in names and "final_layer_norm.bias" in names
             assert len(names) == len(docs.layout(block.info).weights)
 
@@ -138,11 +155,11 @@ def test_blocks_come_in_order_with_the_right_bytes(
     async def scenario() -> None:
         async with streaming(small, placement_of(small, frozenset(resident), ring), prefetch) as setup:
             for _ in range(3):
-                for position, info in enumerate(small.tape):
-                    block = await following(setup.streamer)
-                    assert (block.position, block.info) == (position, info)
+                for info in small.tape:
+                    block = await setup.following()
+                    assert block.info == info
                     assert_right(small, block)
-                    await setup.streamer.release(block)
+                    await setup.release(block)
 
     asyncio.run(scenario())
 
@@ -155,10 +172,10 @@ def test_a_converted_model_arrives_whole(docs: Store, count: int, prefetch: int 
         async with streaming(docs, placement_of(docs, resident), prefetch) as setup:
             for _ in range(2):
                 for info in docs.tape:
-                    block = await following(setup.streamer)
+                    block = await setup.following()
                     assert block.info == info
                     assert_right(docs, block)
-                    await setup.streamer.release(block)
+                    await setup.release(block)
 
     asyncio.run(scenario())
 
@@ -169,9 +186,9 @@ def test_blocks_of_several_chunks_arrive_whole(large: Store, policy: VerifyPolic
         async with streaming(large, placement_of(large, frozenset({1})), policy=policy) as setup:
             for _ in range(2):
                 for _ in large.tape:
-                    block = await following(setup.streamer)
+                    block = await setup.following()
                     assert_right(large, block)
-                    await setup.streamer.release(block)
+                    await setup.release(block)
 
     asyncio.run(scenario())
 
@@ -184,9 +201,10 @@ def test_the_bytes_read_are_those_planned(small: Store, resident: tuple[int, ...
 
     async def scenario() -> None:
         async with streaming(small, placement_of(small, frozenset(resident)), prefetch) as setup:
-            setup.streamer.end_after(passes)
-            for _ in range(passes * len(small.tape)):
-                await setup.streamer.release(await following(setup.streamer))
+            for number in range(passes):
+                setup.streamer.begin(is_last=number == passes - 1)
+                for _ in small.tape:
+                    await setup.passing()
             await assert_reads(setup.reader, held + passes * (small.tape_nbytes - held))
             assert setup.trace.total("verify").spans == len(small.tape)
 
@@ -202,9 +220,9 @@ def test_what_the_planner_places_can_be_streamed(small: Store, share: float) -> 
     async def scenario() -> None:
         async with streaming(small, placement) as setup:
             for _ in range(2 * len(sizes)):
-                block = await following(setup.streamer)
+                block = await setup.following()
                 assert_right(small, block)
-                await setup.streamer.release(block)
+                await setup.release(block)
 
     asyncio.run(scenario())
 
@@ -234,9 +252,9 @@ class Gate:
 def test_reading_goes_on_while_a_block_is_in_use(small: Store) -> None:
     async def scenario() -> None:
         async with streaming(small, placement_of(small, frozenset(), "all")) as setup:
-            block = await following(setup.streamer)
+            block = await setup.following()
             await assert_reads(setup.reader, small.tape_nbytes)  # all the others, and no more than the ring holds
-            await setup.streamer.release(block)
+            await setup.release(block)
 
     asyncio.run(scenario())
 
@@ -248,7 +266,7 @@ def test_no_more_blocks_are_read_ahead_than_allowed(small: Store, prefetch: int)
             for asked in range(1, 3):
                 ahead = sum(block.file.nbytes for block in small.tape[: asked - 1 + prefetch])
                 await assert_reads(setup.reader, ahead)
-                await setup.streamer.release(await following(setup.streamer))
+                await setup.passing()
 
     asyncio.run(scenario())
 
@@ -256,16 +274,16 @@ def test_no_more_blocks_are_read_ahead_than_allowed(small: Store, prefetch: int)
 def test_nothing_is_read_beyond_the_end_until_it_is_lifted(small: Store) -> None:
     async def scenario() -> None:
         async with streaming(small, placement_of(small, frozenset(), "all")) as setup:
-            setup.streamer.end_after(1)
+            setup.streamer.begin(is_last=True)
             for _ in small.tape:
-                await setup.streamer.release(await following(setup.streamer))
+                await setup.passing()
             await assert_reads(setup.reader, small.tape_nbytes)
-            waiting = asyncio.ensure_future(following(setup.streamer))
+            waiting = asyncio.ensure_future(setup.following())
             await asyncio.sleep(0.05)
             assert not waiting.done()
-            setup.streamer.end_after(None)
+            setup.streamer.begin()
             block = await waiting
-            assert block.position == 0
+            assert block.info == small.tape[0]
             assert_right(small, block)
 
     asyncio.run(scenario())
@@ -277,7 +295,7 @@ def test_waiting_for_blocks_is_accounted_for(small: Store) -> None:
     async def scenario() -> None:
         async with streaming(small, placement_of(small, frozenset()), preadv=gate) as setup:
             asyncio.get_running_loop().call_later(0.05, gate.open)
-            await following(setup.streamer)
+            await setup.following()
             assert setup.streamer.wait_seconds >= 0.04
             assert setup.trace.total("wait").seconds == pytest.approx(setup.streamer.wait_seconds)
 
@@ -301,16 +319,15 @@ def test_a_failed_read_surfaces_where_its_block_would_have_come(
     async def scenario() -> None:
         placement = placement_of(small, frozenset(resident))
         async with streaming(small, placement, prefetch, failing_at("layer-002")) as setup:
-            for _ in range(3):
-                for position in range(len(small.tape)):
-                    if position == 2:  # in every pass: what was not read is never taken for present
-                        with pytest.raises(ReadError, match=r"layer-002\.safetensors: read of .*\(EIO\)"):
-                            await following(setup.streamer)
-                    else:
-                        block = await following(setup.streamer)
-                        assert block.position == position
-                        assert_right(small, block)
-                        await setup.streamer.release(block)
+            for _ in range(3):  # in every pass: what was not read is never taken for present
+                for info in small.tape[:2]:
+                    block = await setup.following()
+                    assert block.info == info
+                    assert_right(small, block)
+                    await setup.release(block)
+                with pytest.raises(ReadError, match=r"layer-002\.safetensors: read of .*\(EIO\)"):
+                    await setup.following()
+                await setup.streamer.rewind()
 
     asyncio.run(scenario())
 
@@ -323,9 +340,9 @@ def test_a_corrupt_block_surfaces_by_name(tmp_path: Path) -> None:
 
     async def scenario() -> None:
         async with streaming(store, placement_of(store, frozenset({1}))) as setup:
-            await setup.streamer.release(await following(setup.streamer))
+            await setup.passing()
             with pytest.raises(StoreError, match=r"layer-001\.safetensors: chunk 0 .* is corrupt"):
-                await following(setup.streamer)
+                await setup.following()
 
     asyncio.run(scenario())
 
@@ -340,7 +357,7 @@ def test_a_block_that_does_not_decode_surfaces_by_name(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with streaming(store, placement_of(store, frozenset()), policy=VerifyPolicy.NEVER) as setup:
             with pytest.raises(StoreError, match=r"layer-000\.weight: damaged zstd frame"):
-                await following(setup.streamer)
+                await setup.following()
 
     asyncio.run(scenario())
 
@@ -352,10 +369,10 @@ def test_an_error_in_the_feed_itself_surfaces_again_and_again(small: Store) -> N
         placement = Placement(frozenset(), 0, max(sizes[:4]))  # too small for the head
         async with streaming(small, placement) as setup:
             for _ in range(4):
-                await setup.streamer.release(await following(setup.streamer))
+                await setup.passing()
             for _ in range(2):
                 with pytest.raises(AssertionError, match="in a ring of"):
-                    await following(setup.streamer)
+                    await setup.following()
 
     asyncio.run(scenario())
 
@@ -410,61 +427,94 @@ def test_leaving_after_an_error_leaves_nothing_behind(large: Store) -> None:
         before = asyncio.all_tasks()
         async with streaming(large, placement_of(large, frozenset(), "all"), preadv=failing_at("layer-")) as setup:
             with pytest.raises(ReadError):
-                await following(setup.streamer)
+                await setup.following()
         assert asyncio.all_tasks() == before
 
     asyncio.run(asyncio.wait_for(scenario(), SECONDS))
 
 
-def test_a_cancelled_wait_loses_no_block(small: Store) -> None:
+def test_a_wait_ends_soon_when_it_is_cancelled_and_loses_no_block(small: Store) -> None:
     gate = Gate()
 
     async def scenario() -> None:
         async with streaming(small, placement_of(small, frozenset()), preadv=gate) as setup:
             await asyncio.to_thread(gate.begun.wait)
             for _ in range(3):
-                with pytest.raises(asyncio.TimeoutError):
-                    await asyncio.wait_for(setup.streamer.next(), 0.02)
+                asyncio.get_running_loop().call_later(0.02, setup.cancel.set)
+                with pytest.raises(InterruptedRun):
+                    await setup.following()
+                setup.cancel.clear()
             gate.open()
-            for position in range(7):
-                block = await following(setup.streamer)
-                assert block.position == position % len(small.tape)
+            for number in range(7):
+                block = await setup.following()
+                assert block.info == small.tape[number % len(small.tape)]
                 assert_right(small, block)
-                await setup.streamer.release(block)
+                await setup.release(block)
 
     asyncio.run(scenario())
 
 
-def test_resident_blocks_that_are_read_come_without_waiting_and_in_order(small: Store) -> None:
-    async def run() -> None:
-        async with streaming(small, placement_of(small, frozenset({0, 1, 3}))) as setup:
-            streamer = setup.streamer
+def test_resident_blocks_that_are_read_are_lent_without_the_loop(small: Store) -> None:
+    async def scenario() -> None:
+        async with streaming(small, placement_of(small, frozenset(range(len(SIZES))))) as setup:
+            for _ in SIZES:
+                await setup.passing()
+            waited = setup.streamer.wait_seconds
+            # In the loop's own thread: whoever waited for it here would wait for ever.
+            for info in small.tape:
+                with setup.streamer.lend() as block:
+                    assert block.info == info and block.span is None
+                    assert_right(small, block)
+            assert setup.streamer.wait_seconds == waited
+            assert setup.reader.bytes_read == small.tape_nbytes
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("prefetch", [0, 1, None])
+@pytest.mark.parametrize("resident", [(), (0, 3), (0, 1, 2, 3, 4)])
+@pytest.mark.parametrize("stop", range(len(SIZES) + 1))
+def test_after_rewinding_the_first_block_is_next_and_resident_ones_are_not_read_again(
+    small: Store, resident: tuple[int, ...], prefetch: int | None, stop: int
+) -> None:
+    held = sum(small.tape[i].file.nbytes for i in resident)
+
+    async def scenario() -> None:
+        async with streaming(small, placement_of(small, frozenset(resident), "all"), prefetch) as setup:
+            for _ in range(stop):
+                await setup.passing()
+            await setup.streamer.rewind()
+            dropped = setup.reader.bytes_read
+            for number in range(2):
+                setup.streamer.begin(is_last=number == 1)
+                for info in small.tape:
+                    block = await setup.following()
+                    assert block.info == info
+                    assert_right(small, block)
+                    await setup.release(block)
+            streamed = 2 * (small.tape_nbytes - held)
+            assert streamed <= setup.reader.bytes_read - dropped <= streamed + held
+            assert setup.trace.total("verify").spans == len(small.tape)
+
+    asyncio.run(scenario())
+
+
+def test_rewinding_waits_for_reads_in_flight(large: Store) -> None:
+    gate = Gate()
+
+    async def scenario() -> None:
+        async with streaming(large, placement_of(large, frozenset(), "all"), preadv=gate) as setup:
+            await asyncio.to_thread(gate.begun.wait)
+            rewinding = asyncio.ensure_future(setup.streamer.rewind())
+            await asyncio.sleep(0.05)
+            assert not rewinding.done()
+            gate.open()
+            await asyncio.wait_for(rewinding, SECONDS)
             for _ in range(2):
-                taken: list[LoadedBlock] = []
-                while len(taken) < len(small.tape):
-                    block = await following(streamer)
-                    taken.append(block)
-                    while len(taken) < len(small.tape) and (more := streamer.next_resident()) is not None:
-                        assert more.span is None
-                        taken.append(more)
-                    await streamer.release(block)
-                assert [block.position for block in taken] == list(range(len(small.tape)))
-                for block in taken:
-                    if block.span is None:
-                        assert_right(small, block)
+                for info in large.tape:
+                    block = await setup.following()
+                    assert block.info == info
+                    assert_right(large, block)
+                    await setup.release(block)
 
-    asyncio.run(run())
-
-
-def test_a_streamed_block_is_never_taken_for_a_resident_one(small: Store) -> None:
-    async def run() -> None:
-        async with streaming(small, placement_of(small, frozenset())) as setup:
-            assert_right(small, block := await following(setup.streamer))
-            await asyncio.sleep(0.1)
-            assert setup.streamer.next_resident() is None
-            await setup.streamer.release(block)
-            following_block = await following(setup.streamer)
-            assert following_block.position == 1
-            await setup.streamer.release(following_block)
-
-    asyncio.run(run())
+    asyncio.run(scenario())

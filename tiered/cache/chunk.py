@@ -77,6 +77,9 @@ class ChunkKV(PositionCache):
         self._tails = TailWriter(records, parts, numbers) if self.pool.plan.has_tails else None
         self._writer: Writer = self._tails or RecordWriter(records, parts)
 
+    def check(self, layer: int) -> None:
+        """Called when `layer` has computed. Raises ConfigError where it did not use the cache as it must."""
+
     def _calls(self) -> "list[list[_Call]]":
         """Of each group of layers: parts of one token each together, every other one by itself."""
         singles = list(itertools.takewhile(lambda number: self.parts[number].count == 1, range(len(self.parts))))

@@ -1,11 +1,12 @@
 """The KV cache's pages between disk and computation: read ahead, written behind, in the order of the computation.
 
-    feed task     for each layer, for each unit of a pass: find memory in the ring (waiting until it is free), wait for
-                  writes of the same layer that an earlier pass began, start the reads, queue it
-    fetch()       lends the oldest queued unit's records to its chunks, once they are read
-    store()       takes them back and writes the pages that have been completed; then the memory is free again
+    in the loop                                          in the thread that computes
+    feed task: for each layer, each unit of a pass:      begin()   a pass begins, with these units
+      find memory in the ring (waiting until it is       lend()    the next unit's records, once they are read;
+      free), wait for writes of the same layer that                then the pages that it has completed are
+      an earlier pass began, start the reads                       written, and its memory is free again
 
-A read or write that failed is raised by `fetch`; the pass's sequences must then be released, because pages of theirs
+A read or write that failed is raised by `lend`; the pass's sequences must then be released, because pages of theirs
 are missing.
 
 Which pages a pass needs is known when it begins, so the feed begins and ends with it; the blocks' own stream goes on
@@ -13,8 +14,9 @@ meanwhile.
 """
 
 import asyncio
-import time
-from collections.abc import Coroutine, Sequence
+import contextlib
+from collections import deque
+from collections.abc import Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -23,110 +25,128 @@ import torch
 
 from tiered.cache import Extent, LentRecords
 from tiered.io import Slab, SpillFile, all_of
+from tiered.kernels import CancelFlag
+from tiered.stream.handover import Handover, run_in
 from tiered.stream.ring import Ring, RingSpan
 from tiered.trace import Tracer
 
 
 @dataclass(eq=False)
-class _Queued:
-    records: LentRecords
-    layer: int
+class _Lent:
+    """A unit's memory for one layer."""
+
     span: RingSpan | None
     """None where nothing is read and nothing will be completed."""
     read: asyncio.Task[None]
 
 
-@dataclass(frozen=True)
-class _Failed:
-    """In the queue in place of what the feed could not bring."""
-
-    error: Exception
-
-
 class KVStream:
     """Moves records between `spill` and `ring`, for `layers` layers. An async context manager; leaving it ends all I/O.
 
-    `ring` holds the largest unit's records of a layer at least; several times that to read ahead.
+    `ring` holds the largest unit's records of a layer at least; several times that to read ahead. Once `cancel` is
+    set, whoever waits is woken.
     """
 
-    def __init__(self, spill: SpillFile, ring: Slab, layers: int, trace: Tracer) -> None:
-        self._spill, self._slab, self._layers, self._trace = spill, ring, layers, trace
+    def __init__(self, spill: SpillFile, ring: Slab, layers: int, trace: Tracer, cancel: CancelFlag) -> None:
+        self._spill, self._slab, self._layers = spill, ring, layers
+        self._read_units: Handover[_Lent] = Handover(cancel, trace)
+        self._next = 0
+        """Number of the unit that is lent next in this pass, layer by layer; the computing thread's."""
+        self._units: tuple[LentRecords, ...] = ()
         self._ring = Ring(ring.nbytes)
-        self._queue: asyncio.Queue[_Queued | _Failed] = asyncio.Queue()
+        self._lent: deque[_Lent] = deque()
+        """Those that have been fed and not taken back."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._feed: asyncio.Task[None] | None = None
-        self._current: _Queued | None = None
         self._writes: dict[int, list[asyncio.Task[None]]] = {}
         """Of each layer, those that have not been seen to end."""
         self._returned: asyncio.Task[None] | None = None
         """The last span's return to the ring, which takes spans back in order."""
-        self.wait_seconds = 0.0
-        """Seconds the computation has waited in `fetch`."""
 
     async def __aenter__(self) -> Self:
+        self._loop = asyncio.get_running_loop()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
     ) -> None:
-        await self.end()
+        await self._end()
         if self._tasks:
             await asyncio.wait(self._tasks)
 
-    def begin(self, units: Sequence[LentRecords]) -> None:
-        """A pass begins, whose layers will ask for the records of `units` in this order."""
-        assert self._feed is None or self._feed.done(), "one pass at a time"
-        self._feed = self._task(self._feed_pass(tuple(units)))
+    # In the thread that computes.
 
-    async def fetch(self, records: LentRecords, layer: int) -> None:
-        """Lend the records of `layer` to the chunks that share them. Raises what reading or earlier writing raised."""
-        start = time.perf_counter()
-        item = await self._queue.get()
-        if isinstance(item, _Failed):
-            raise item.error
-        self._current = item
-        assert item.records is records and item.layer == layer, "units come in the order they were announced"
-        await asyncio.wait([item.read])
-        item.read.result()
-        records.lend(layer, self._memory(item.span))
-        self._note_wait(start, layer)
+    @property
+    def wait_seconds(self) -> float:
+        """Seconds the computation has waited for pages."""
+        return self._read_units.wait_seconds
 
-    def store(self, records: LentRecords, layer: int) -> None:
-        """The chunks have computed: what they have completed is written, behind."""
-        item, self._current = self._current, None
-        assert item is not None and item.records is records
+    @contextlib.contextmanager
+    def serving(self, units: Sequence[LentRecords]) -> Iterator[None]:
+        """A pass, whose layers will ask for the records of `units` in this order. After it nothing is read any more;
+        writes go on."""
+        self._next, self._units = 0, tuple(units)
+        self._loop.call_soon_threadsafe(self._begin)
+        try:
+            yield
+        finally:
+            run_in(self._loop, self._end())
+
+    @contextlib.contextmanager
+    def lend(self, records: LentRecords, layer: int) -> Iterator[None]:
+        """Lend the records of `layer` to those that share them. Raises what reading or earlier writing raised.
+
+        Where the context ends well, what has been completed in it is written, behind.
+        """
+        number = self._next
+        expected = self._units[number % len(self._units)]
+        assert (records, layer) == (expected, number // len(self._units)), "units come in the order they were announced"
+        lent = self._read_units.take(number, f"kv of layer {layer}")
+        self._next += 1
+        records.lend(layer, self._memory(lent.span))
+        yield
         records.take_back(layer)
-        if item.span is None:
-            return
-        extents = records.map_of(layer).writes(layer)
-        write = self._task(self._write(item.span, extents))
-        self._writes.setdefault(layer, []).append(write)
-        self._give_back(item.span, write)
+        extents = records.map_of(layer).writes(layer) if lent.span is not None else []
+        self._loop.call_soon_threadsafe(self._store, lent, layer, extents)
 
-    async def end(self) -> None:
-        """A pass has ended, well or not: nothing is read any more; writes go on."""
+    # In the loop.
+
+    def _begin(self) -> None:
+        assert self._feed is None or self._feed.done(), "one pass at a time"
+        self._feed = self._task(self._feed_pass(self._units))
+
+    def _store(self, lent: _Lent, layer: int, extents: Sequence[Extent]) -> None:
+        """Write what a unit has completed in `layer`; then its memory is free again."""
+        self._lent.remove(lent)
+        if lent.span is None:
+            return
+        write = self._task(self._write(lent.span, extents))
+        self._writes.setdefault(layer, []).append(write)
+        self._give_back(lent.span, write)
+
+    async def _end(self) -> None:
+        """A pass has ended, well or not."""
         if self._feed is not None and not self._feed.done():
             self._feed.cancel()
             await asyncio.wait([self._feed])
-        left = [] if self._current is None else [self._current]
-        self._current = None
-        while not self._queue.empty():
-            item = self._queue.get_nowait()
-            left += [item] if isinstance(item, _Queued) else []
-        for item in left:
-            item.read.cancel()
-            if item.span is not None:
-                self._give_back(item.span, item.read)
+        while self._lent:
+            lent = self._lent.popleft()
+            lent.read.cancel()
+            if lent.span is not None:
+                self._give_back(lent.span, lent.read)
+        self._read_units.clear()
 
     async def _feed_pass(self, units: tuple[LentRecords, ...]) -> None:
-        try:
-            for layer in range(self._layers):
-                await self._await_writes(layer)
-                for records in units:
-                    await self._queue.put(await self._start(records, layer))
-        except Exception as error:
-            # A feed that dies silently would leave `fetch` waiting for ever.
-            await self._queue.put(_Failed(error))
+        for number in range(self._layers * len(units)):
+            layer, unit = divmod(number, len(units))
+            try:
+                if unit == 0:
+                    await self._await_writes(layer)
+                await self._start(number, units[unit], layer)
+            except Exception as error:
+                # A feed that dies silently would leave the computation waiting for ever.
+                self._read_units.put(number, error)
+                return
 
     async def _await_writes(self, layer: int) -> None:
         """An earlier pass may still be writing what this one reads."""
@@ -138,12 +158,20 @@ class KVStream:
             for write in writes:
                 write.result()
 
-    async def _start(self, records: LentRecords, layer: int) -> _Queued:
+    async def _start(self, number: int, records: LentRecords, layer: int) -> None:
         """Find memory for a unit's records and start their reads."""
         places = records.map_of(layer)
         span = await self._ring.borrow(places.lent_nbytes) if places.lent_nbytes else None
         extents = places.reads(layer) if span is not None else []
-        return _Queued(records, layer, span, self._task(self._read(span, extents)))
+        lent = _Lent(span, self._task(self._read(span, extents)))
+        self._lent.append(lent)
+        lent.read.add_done_callback(lambda read: self._note_read(number, lent))
+
+    def _note_read(self, number: int, lent: _Lent) -> None:
+        """A unit's reads have ended; what a pass has left behind is nobody's."""
+        if lent in self._lent and not lent.read.cancelled():
+            error = lent.read.exception()
+            self._read_units.put(number, error if isinstance(error, Exception) else lent)
 
     async def _read(self, span: RingSpan | None, extents: Sequence[Extent]) -> None:
         await all_of(self._spill.read(extent.offset, self._part(span, extent)) for extent in extents)
@@ -157,7 +185,7 @@ class KVStream:
 
         async def give_back() -> None:
             await asyncio.wait([after] if earlier is None else [after, earlier])
-            await self._ring.release(span)
+            self._ring.release(span)
 
         self._returned = self._task(give_back())
 
@@ -182,8 +210,3 @@ class KVStream:
         self._tasks.discard(task)
         if not task.cancelled():
             task.exception()  # seen: asyncio is not to print it where nobody asks any more
-
-    def _note_wait(self, start: float, layer: int) -> None:
-        waited = time.perf_counter() - start
-        self.wait_seconds += waited
-        self._trace.record("wait", f"kv of layer {layer}", start, waited)

@@ -28,7 +28,7 @@ class Ring:
     def __init__(self, nbytes: int) -> None:
         self._nbytes = nbytes
         self._lent: deque[RingSpan] = deque()
-        self._freed = asyncio.Condition()
+        self._freed = asyncio.Event()
 
     @property
     def in_use(self) -> int:
@@ -36,22 +36,21 @@ class Ring:
         return sum(span.stop - span.start for span in self._lent)
 
     async def borrow(self, nbytes: int) -> RingSpan:
-        """Wait until `nbytes` contiguous bytes are free, and lend them."""
+        """Wait until `nbytes` contiguous bytes are free, and lend them. For one task at a time."""
         wanted = round_up(nbytes, PAGE)
         assert wanted <= self._nbytes, f"a block of {wanted} bytes in a ring of {self._nbytes}"
-        async with self._freed:
-            while (start := self._find(wanted)) is None:
-                await self._freed.wait()
-            span = RingSpan(start, start + wanted)
-            self._lent.append(span)
-            return span
+        while (start := self._find(wanted)) is None:
+            self._freed.clear()
+            await self._freed.wait()
+        span = RingSpan(start, start + wanted)
+        self._lent.append(span)
+        return span
 
-    async def release(self, span: RingSpan) -> None:
+    def release(self, span: RingSpan) -> None:
         """Take back the oldest span."""
-        async with self._freed:
-            assert self._lent and self._lent[0] is span, "ring spans come back in the order they were lent"
-            self._lent.popleft()
-            self._freed.notify_all()
+        assert self._lent and self._lent[0] is span, "ring spans come back in the order they were lent"
+        self._lent.popleft()
+        self._freed.set()
 
     def _find(self, wanted: int) -> int | None:
         """Where to put `wanted` bytes, or None while no gap is large enough."""

@@ -9,6 +9,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 from tiered.errors import InterruptedRun
+from tiered.stream.handover import run_in
 from tiered.stream.kv import KVStream
 from tiered.stream.streamer import Streamer
 
@@ -17,11 +18,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Streams:
-    """What moves data between disk and memory while passes run."""
+    """What moves data between disk and memory while passes run, and the loop that it runs in."""
 
+    loop: asyncio.AbstractEventLoop
     blocks: Streamer
     kv: KVStream | None = None
     """Where the KV cache is on disk."""
+
+    def rewind(self) -> None:
+        """After a pass that did not reach its end: the next one begins at the first block. Not in the loop."""
+        run_in(self.loop, self.blocks.rewind())
 
 
 class StreamThread:
@@ -36,11 +42,6 @@ class StreamThread:
         self._running = threading.Event()
         self._thread = threading.Thread(target=self._run, name="tiered-loop", daemon=True)
         self._thread.start()
-
-    @property
-    def loop(self) -> asyncio.AbstractEventLoop:
-        """For `run_coroutine_threadsafe`, once `ready`."""
-        return self._loop
 
     def stop(self) -> None:
         """End all reading, whether the streams are open yet or not, and wait until nothing runs any more."""

@@ -1,0 +1,92 @@
+"""Between the event loop and the one thread that computes: what the loop brings is waited for without the loop.
+
+    loop: put(key, item)          computing thread: take(key), which is a look-up where the item is there
+
+`run_in` goes the other way: the computing thread has the loop do something and waits until that has ended.
+"""
+
+import asyncio
+import threading
+import time
+from collections.abc import Coroutine
+from typing import Any, Final, Generic, TypeVar
+
+from tiered.errors import InterruptedRun
+from tiered.kernels import CancelFlag
+from tiered.trace import Tracer
+
+T = TypeVar("T")
+_POLL_SECONDS: Final = 0.05
+"""Between two looks at the cancel flag while nothing comes."""
+
+
+class Handover(Generic[T]):
+    """Items by key, brought in any order. `take` is for one thread; what failed, fails whenever it is taken."""
+
+    def __init__(self, cancel: CancelFlag, trace: Tracer) -> None:
+        self._cancel, self._trace = cancel, trace
+        self._items: dict[int, T | Exception] = {}
+        self._changed = threading.Condition()
+        self.wait_seconds = 0.0
+        """Seconds the computation has waited in `take`."""
+
+    def put(self, key: int, item: T | Exception) -> None:
+        """Bring an item, or why there is none."""
+        with self._changed:
+            self._items[key] = item
+            self._changed.notify()
+
+    def take(self, key: int, name: str, keep: bool = False) -> T:
+        """The item of `key`, waited for; `name` is the wait's in a trace. An item that is kept can be taken again.
+
+        Raises what was brought instead of it, and InterruptedRun once the cancel flag is set.
+        """
+        item = self._items.get(key)
+        if item is None:
+            item = self._wait(key, name)
+        if isinstance(item, Exception):
+            raise item
+        if not keep:
+            del self._items[key]
+        return item
+
+    def clear(self, kept: int = 0) -> None:
+        """Forget errors, and the items whose key is not below `kept`; nobody may be waiting."""
+        self._items = {k: item for k, item in self._items.items() if k < kept and not isinstance(item, Exception)}
+
+    def _wait(self, key: int, name: str) -> T | Exception:
+        start = time.perf_counter()
+        try:
+            with self._changed:
+                while (item := self._items.get(key)) is None:
+                    self._cancel.check()
+                    self._changed.wait(_POLL_SECONDS)
+                return item
+        finally:
+            waited = time.perf_counter() - start
+            self.wait_seconds += waited
+            self._trace.record("wait", name, start, waited)
+
+
+def run_in(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, T], cancel: CancelFlag | None = None) -> T:
+    """The result of `work`, run in `loop` by a thread that is not the loop's. Returns only when it has ended.
+
+    Once `cancel` is set, `work` is cancelled, and InterruptedRun raised.
+    """
+    ended = threading.Event()
+    task: asyncio.Task[T] | None = None
+
+    def start() -> None:
+        nonlocal task
+        task = loop.create_task(work)
+        task.add_done_callback(lambda _: ended.set())
+
+    loop.call_soon_threadsafe(start)
+    while not ended.wait(_POLL_SECONDS if cancel is not None else None):
+        if cancel is not None and cancel.is_set and task is not None:
+            loop.call_soon_threadsafe(task.cancel)
+            cancel = None
+    assert task is not None
+    if task.cancelled():
+        raise InterruptedRun("interrupted")
+    return task.result()
