@@ -49,14 +49,15 @@ def words(command: str, store: Path, folder: Path) -> list[str | Path]:
     body = {"model": "any", "prompt": "The function", "max_tokens": 4, "ignore_eos": True}
     line = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": body}
     requests.write_text(json.dumps(line) + "\n", encoding="utf-8")
-    return {
+    known: dict[str, list[str | Path]] = {
         "generate": ["generate", store, "-p", "The function", "-n", "4", "--ignore-eos"],
         "score": ["score", store, "-f", text],
         "batch": ["batch", store, "-i", requests, "-o", folder / "out.jsonl"],
         "inspect": ["inspect", store, "--disk-bandwidth", "1GB"],
         "verify": ["verify", store],
         "doctor": ["doctor"],
-    }[command]
+    }
+    return known[command]
 
 
 @pytest.mark.parametrize("command", ["generate", "score", "batch", "inspect", "verify", "doctor"])

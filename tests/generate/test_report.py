@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from tiered.generate import Generation, Surroundings, make_report
-from tiered.generate.loop import PassCost
+from tiered.generate import Figures, Generation, Surroundings, make_report
+from tiered.generate.costs import PassCost
 from tiered.model import Pass
 from tiered.plan import Needs, Plan, Tier, make_plan
 from tiered.plan.placement import full_ring
@@ -38,9 +38,8 @@ def generation(
     return made
 
 
-def around(used: Plan, **changes: Any) -> Surroundings:
+def around(used: Plan, streamed_file_bytes: int = 700 * MIB, **changes: Any) -> Surroundings:
     fields: dict[str, Any] = {
-        "plan": used,
         "raw_disk_bandwidth": RAW,
         "raw_disk_best_look": RAW,
         "bytes_read": 3800 * MIB,
@@ -48,15 +47,17 @@ def around(used: Plan, **changes: Any) -> Surroundings:
         "bytes_written": 0,
         "kv_bytes_read": 0,
         "kv_bytes_written": 0,
-        "peak_rss_bytes": 700 * MIB,
-        "tape_file_bytes": sum(SIZES),
-        "streamed_file_bytes": 700 * MIB,
         "disk_wait_seconds": 0.1,
+        "peak_rss_bytes": 700 * MIB,
+        "ram_budget_bytes": used.budget,
+        "tape_bytes": sum(SIZES),
+        "resident_bytes": used.placement.resident_nbytes,
+        "missing_overlap_bytes": used.missing_overlap_nbytes,
         "read_mode": "O_DIRECT",
         "kernels": "avx512, invariant, 2 threads",
         "synthetic": False,
     }
-    return Surroundings(**{**fields, **changes})
+    return Surroundings(used, streamed_file_bytes, Figures(**{**fields, **changes}))
 
 
 def test_figures_add_up() -> None:
@@ -167,7 +168,7 @@ def test_a_report_is_json_with_every_figure() -> None:
 
 def test_the_bound_of_compressed_blocks_counts_what_is_read() -> None:
     plain = make_report(generation(), around(plan()))
-    halved = make_report(generation(), around(plan(), tape_file_bytes=sum(SIZES) // 2))
+    halved = make_report(generation(), around(plan(), tape_bytes=sum(SIZES) // 2))
     assert plain.bound_seconds_per_pass is not None and halved.bound_seconds_per_pass is not None
     assert halved.bound_seconds_per_pass == pytest.approx(plain.bound_seconds_per_pass / 2, rel=0.01)
     assert halved.tape_bytes == sum(SIZES) // 2

@@ -36,7 +36,8 @@ class FakeRunner:
 
     def __init__(self, room: int = 100, pieces: int = 3) -> None:
         self.room, self.pieces = room, pieces
-        self.bytes_read = 0
+        self.load, self.vocab_size = Load(room or 1, 1000), VOCAB
+        self.bytes_read = self.kv_bytes_read = self.kv_bytes_written = 0
         self.disk_idle_seconds = 0.0
         self.held: list[SequenceKV] = []
         self.runs: list[tuple[int, bool]] = []
@@ -72,6 +73,8 @@ class FakeRunner:
             kept = self.logits(segment.input_ids)[-segment.keep :]
             for index in range(0, segment.keep, self.pieces):
                 on_logits(number, index, kept[index : index + self.pieces])
+        for segment in segments:
+            segment.kv.length += len(segment.input_ids)
         if on_block is not None:
             on_block(1, 1)
         return one_pass()
@@ -213,15 +216,15 @@ def test_windows_are_taken_as_they_are_needed_and_reported_in_order() -> None:
     result = score(runner, counting(), 3, on_scored)
     assert seen == sorted(seen)
     assert runner.runs == [(3, False), (3, False), (3, False), (1, True)]
-    assert (result.windows, result.passes, result.total.tokens) == (10, 4, 80)
-    assert (result.input_tokens, result.bytes_read) == (sum(8 for _ in seen) + 9, 4000)
+    assert (result.costs.sequences, result.costs.passes, result.total.tokens) == (10, 4, 80)
+    assert (result.costs.prompt_tokens, result.costs.prefill.bytes_read) == (sum(8 for _ in seen) + 9, 4000)
 
 
 def test_a_full_cache_makes_passes_smaller_and_one_without_room_is_refused() -> None:
     runner = FakeRunner(room=2)
     assert len(scored(runner, cut_windows(random_ids(49), 8, 8), 5)) == 48
     assert runner.runs == [(2, False), (2, False), (2, True)]
-    with pytest.raises(BudgetError, match=r"window of 8 tokens; lower --context or raise --ram"):
+    with pytest.raises(BudgetError, match="no room for a sequence of 8 tokens"):
         scored(FakeRunner(room=0), cut_windows(random_ids(49), 8, 8), 5)
 
 
@@ -238,7 +241,7 @@ def test_a_failed_pass_gives_the_room_back() -> None:
 
 def test_nothing_to_score_takes_no_pass() -> None:
     result = score(runner := FakeRunner(), [], 4, lambda *_: None)
-    assert (runner.runs, result.total.tokens, result.passes) == ([], 0, 0)
+    assert (runner.runs, result.total.tokens, result.costs.passes) == ([], 0, 0)
 
 
 # The numbers.
@@ -317,7 +320,11 @@ def test_scores_of_a_model_are_those_of_transformers(tiny: Tiny, name: str) -> N
     with Runtime(store, load, Options(dtype="float32", ram=16 * GIB, threads=1, rows_per_chunk=20)) as runtime:
         result = score(runtime, windows, 3, lambda window, logprobs: scores.update({window.position: logprobs}))
         assert runtime.pool.is_empty
-    assert (result.total.tokens, result.windows, result.passes) == (150, len(windows), -(-len(windows) // 3))
+    assert (result.total.tokens, result.costs.sequences, result.costs.passes) == (
+        150,
+        len(windows),
+        -(-len(windows) // 3),
+    )
     for window in windows:
         logits = reference_logits(model, window.input_ids)[-len(window.targets) :]
         expected = -torch.nn.functional.cross_entropy(logits, torch.tensor(window.targets), reduction="none")
@@ -341,7 +348,7 @@ def test_a_window_whose_logits_are_no_numbers_fails_alone() -> None:
         runner, windows, 2, lambda window, _: done.append(window), on_failed=lambda window, _: failed.append(window)
     )
     assert failed == [windows[2]] and done == [*windows[:2], *windows[3:]]
-    assert found.windows == len(windows) and found.total.tokens == 40 - len(windows[2].targets)
+    assert found.costs.sequences == len(windows) and found.total.tokens == 40 - len(windows[2].targets)
     assert not runner.held
     with pytest.raises(ModelError, match="NaN or infinite"):
         score(runner, windows, 2, lambda window, _: None)

@@ -1,13 +1,13 @@
 """The report of a scoring: figures that add up and a bound that cannot flatter."""
 
 import json
-from typing import Any
 
 import pytest
 
-from tiered.generate import Surroundings
+from tests.generate.test_report import around
+from tiered.generate import Generation, make_score_report
+from tiered.generate.costs import PassCost
 from tiered.generate.score import Scoring, Tally
-from tiered.generate.score_report import make_score_report
 from tiered.model import Pass
 from tiered.plan import Needs, Plan, Tier, make_plan
 from tiered.units import MIB
@@ -23,52 +23,25 @@ def plan(blocks: float = 5.0) -> Plan:
 
 
 def scoring(passes: int = 3, seconds: float = 2.0, compute: float = 0.5) -> Scoring:
-    made = Scoring(
-        total=Tally(1000, 3000.0),
-        windows=10,
-        input_tokens=1400,
-        seconds=passes * seconds,
-        bytes_read=passes * 800 * MIB,
-        disk_idle_seconds=0.1,
-    )
+    made = Scoring(Tally(1000, 3000.0), Generation(sequences=10, prompt_tokens=1400))
     for _ in range(passes):
-        made.add(Pass((), seconds, compute, seconds - compute, ()))
+        pass_ = Pass((), seconds, compute, seconds - compute, ())
+        made.costs.add(PassCost(pass_, seconds, 1400 // passes, 0, 800 * MIB, 0, 0.1 / passes))
     return made
-
-
-def around(used: Plan, **changes: Any) -> Surroundings:
-    fields: dict[str, Any] = {
-        "plan": used,
-        "raw_disk_bandwidth": RAW,
-        "raw_disk_best_look": RAW,
-        "bytes_read": 2500 * MIB,
-        "bytes_read_kernel": 2600 * MIB,
-        "bytes_written": 0,
-        "kv_bytes_read": 0,
-        "kv_bytes_written": 0,
-        "peak_rss_bytes": 700 * MIB,
-        "tape_file_bytes": sum(SIZES),
-        "streamed_file_bytes": 700 * MIB,
-        "disk_wait_seconds": 0.1,
-        "read_mode": "O_DIRECT",
-        "kernels": "avx512, invariant, 2 threads",
-        "synthetic": False,
-    }
-    return Surroundings(**{**fields, **changes})
 
 
 def test_the_first_pass_reads_everything_and_later_ones_what_does_not_fit() -> None:
     # Of ten blocks five fit beside what a run needs: three stay, two pass through.
-    report = make_score_report(scoring(passes=3), around(plan(5.0)))
+    report = make_score_report(scoring(passes=3), around(plan(5.0), raw_disk_bandwidth=RAW))
     assert report.bound_seconds == pytest.approx((1000 + 2 * 700) / 1000)
     assert report.bound_share == pytest.approx(2.4 / 6)
     assert report.bottleneck == "disk"
-    once = make_score_report(scoring(passes=1), around(plan(5.0)))
+    once = make_score_report(scoring(passes=1), around(plan(5.0), raw_disk_bandwidth=RAW))
     assert once.bound_seconds == pytest.approx(1.0)
 
 
 def test_compute_that_takes_longer_than_the_disk_is_the_bound() -> None:
-    report = make_score_report(scoring(passes=3, compute=1.9), around(plan(5.0)))
+    report = make_score_report(scoring(passes=3, compute=1.9), around(plan(5.0), raw_disk_bandwidth=RAW))
     assert report.bottleneck == "compute"
     assert report.bound_seconds == pytest.approx(5.7)
     assert any("compute-bound: no evidence for the disk" in line for line in report.lines())
@@ -76,7 +49,8 @@ def test_compute_that_takes_longer_than_the_disk_is_the_bound() -> None:
 
 def test_a_cache_on_disk_counts_for_the_bound_and_is_named() -> None:
     report = make_score_report(
-        scoring(passes=3), around(plan(5.0), kv_bytes_read=300 * MIB, kv_bytes_written=300 * MIB)
+        scoring(passes=3),
+        around(plan(5.0), raw_disk_bandwidth=RAW, kv_bytes_read=300 * MIB, kv_bytes_written=300 * MIB),
     )
     assert report.bound_seconds == pytest.approx(3.0)
     assert report.disk_bandwidth == pytest.approx((3 * 800 + 600) * MIB / 6)

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from tiered.cli.run_options import kv_options, run_options, stated_options
+from tiered.cli.run_options import kv_options, objective_option, run_options, stated_options
 
 _POSITIVE = click.IntRange(min=1)
 _FILE = click.Path(path_type=Path, dir_okay=False)
@@ -23,6 +23,7 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 @click.option("--context", type=_POSITIVE, help="Tokens of the longest sequence. [default: as the input needs]")
 @click.option("--batch", type=_POSITIVE, help="Sequences that share a pass. [default: as time and memory allow]")
 @click.option("--micro-batch", type=_POSITIVE, help="Rows computed together. [default: as memory allows]")
+@objective_option("throughput")
 @kv_options
 @run_options("a text does not depend on what shares its batch")
 @click.option("--measure/--no-measure", default=True, help="Measure the raw disk bandwidth before and after.")

@@ -8,7 +8,7 @@ from tiered.cli.batch_options import BatchOptions
 from tiered.cli.batch_screen import JobScreen
 from tiered.cli.batch_width import Demand, choose_batch
 from tiered.cli.measuring import measured
-from tiered.generate import Generation, Report, Sequence, generate, make_report
+from tiered.generate import Generation, Objective, Report, Sequence, generate, make_report
 from tiered.runtime import Runtime
 from tiered.store import Store
 
@@ -16,8 +16,9 @@ from tiered.store import Store
 class Engine:
     """Runs sequences on one runtime, and reports on it: a `tiered.jobs.Generate`."""
 
-    def __init__(self, runtime: Runtime, width: int, screen: JobScreen, measure: bool) -> None:
-        self._runtime, self._width, self._screen, self._measure = runtime, width, screen, measure
+    def __init__(self, runtime: Runtime, width: int, objective: Objective, screen: JobScreen, measure: bool) -> None:
+        self._runtime, self._width, self._objective = runtime, width, objective
+        self._screen, self._measure = screen, measure
         self.report: Report | None = None
         """Of the generation that has ended."""
 
@@ -36,6 +37,7 @@ class Engine:
                 on_pass=on_pass,
                 on_finished=on_finished,
                 on_block=self._screen.on_block,
+                objective=self._objective,
             )
         surroundings = around.surroundings(self._runtime, generation.decode.disk_idle_seconds)
         self.report = make_report(generation, surroundings)
@@ -56,4 +58,4 @@ def open_engine(request: BatchOptions, store: Store, demand: Demand, screen: Job
             if not request.as_json:
                 screen.say(f"batch     {choice.reason}")
     with Runtime(store, load, options) as runtime:
-        yield Engine(runtime, load.sequences, screen, request.measure)
+        yield Engine(runtime, load.sequences, Objective(request.objective), screen, request.measure)

@@ -12,6 +12,7 @@ from tiered.cli.failures import end_failed
 from tiered.cli.run_options import (
     STANDARD_INPUT,
     kv_options,
+    objective_option,
     read_text,
     run_options,
     stated_options,
@@ -38,6 +39,7 @@ _POSITIVE = click.IntRange(min=1)
 @click.option("--sequences", default=1, show_default=True, type=_POSITIVE, help="So many --prompt-tokens prompts.")
 @click.option("--batch", type=_POSITIVE, help="Prompts that run at once. [default: all]")
 @click.option("--micro-batch", type=_POSITIVE, help="Tokens computed together inside a block. [default: as useful]")
+@objective_option("latency")
 @kv_options
 @click.option("--chat", is_flag=True, help="Apply the tokenizer's chat template to each prompt.")
 @run_options("a text does not depend on what shares its batch")

@@ -14,7 +14,7 @@ from tiered.cli.measuring import measured
 from tiered.cli.run_request import RunRequest
 from tiered.cli.screen import StatusLine, TextWriter
 from tiered.errors import ConfigError, TieredError, contained
-from tiered.generate import Report, Sampler, SamplingParams, Sequence, generate, make_report
+from tiered.generate import Objective, Report, Sampler, SamplingParams, Sequence, generate, make_report
 from tiered.generate.prompt import Prompts
 from tiered.generate.template import TemplateRefused
 from tiered.generate.tokenizer import SAMPLING, load_generation_settings, load_tokenizer
@@ -168,7 +168,9 @@ def _generate(request: Request, runtime: Runtime, sequences: list[Sequence]) -> 
         width = request.batch or len(sequences)
         able = [sequence for sequence in sequences if sequence.error is None]
         with measured(runtime, status, request.measure) as around:
-            generation = generate(runtime, able, width, on_pass, on_block=status.on_block)
+            generation = generate(
+                runtime, able, width, on_pass, on_block=status.on_block, objective=Objective(request.objective)
+            )
     return make_report(generation, around.surroundings(runtime, generation.decode.disk_idle_seconds))
 
 

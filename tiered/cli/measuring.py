@@ -10,7 +10,7 @@ from typing import Final
 from tiered.bench import RawBandwidth, measure_raw
 from tiered.cli.screen import StatusLine
 from tiered.errors import BudgetError
-from tiered.generate import Surroundings
+from tiered.generate import Figures, Surroundings
 from tiered.io import ReadMode
 from tiered.model import Footprint, Load
 from tiered.plan import process_peak_rss_bytes
@@ -53,10 +53,8 @@ class Measured:
 
     def surroundings(self, runtime: Runtime, disk_wait_seconds: float) -> Surroundings:
         """All that a report needs to know besides the run's own figures."""
-        return Surroundings(
-            plan=runtime.plan,
-            tape_file_bytes=runtime.store.tape_nbytes,
-            streamed_file_bytes=sum(block.file.nbytes for block in runtime.streamed_blocks),
+        store, plan = runtime.store, runtime.plan
+        figures = Figures(
             raw_disk_bandwidth=max((raw.bytes_per_second for raw in self.raw), default=None),
             raw_disk_best_look=max((raw.best_look for raw in self.raw), default=None),
             bytes_read=runtime.bytes_read,
@@ -64,12 +62,17 @@ class Measured:
             bytes_written=self.counters.written,
             kv_bytes_read=runtime.kv_bytes_read,
             kv_bytes_written=runtime.kv_bytes_written,
-            peak_rss_bytes=process_peak_rss_bytes(),
             disk_wait_seconds=disk_wait_seconds,
+            peak_rss_bytes=process_peak_rss_bytes(),
+            ram_budget_bytes=plan.budget,
+            tape_bytes=store.tape_nbytes,
+            resident_bytes=plan.placement.resident_nbytes,
+            missing_overlap_bytes=plan.missing_overlap_nbytes,
             read_mode=runtime.reader.mode.value if runtime.reader.mode is not None else "nothing read",
             kernels=runtime.kernels.description,
-            synthetic=runtime.store.manifest.synthetic,
+            synthetic=store.manifest.synthetic,
         )
+        return Surroundings(plan, sum(block.file.nbytes for block in runtime.streamed_blocks), figures)
 
 
 @contextmanager

@@ -71,6 +71,17 @@ kv_bits_option = click.option(
 )
 
 
+def objective_option(default: str) -> Callable[[_Command], _Command]:
+    """Adds what counts where prompts enter while other sequences decode."""
+    return click.option(
+        "--objective",
+        default=default,
+        show_default=True,
+        type=click.Choice(["latency", "throughput"]),
+        help="While others decode: latency reads prompts in small pieces, throughput as much as a pass takes.",
+    )
+
+
 def text_files_option(help: str) -> Callable[[_Command], _Command]:
     """Adds -f: paths that `read_text` reads."""
     kind = click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path)

@@ -28,6 +28,7 @@ class RunRequest:
     kernels: str
     kernel_mode: str
     micro_batch: int | None = None
+    objective: str = "throughput"
     kv: str = "auto"
     kv_bits: str
     kv_dir: Path | None = None

@@ -24,10 +24,10 @@ from tiered.cli.score_output import (
     together,
 )
 from tiered.cli.screen import StatusLine
-from tiered.errors import BudgetError, ConfigError, ModelError, contained
+from tiered.errors import BudgetError, ConfigError, ModelError, TieredError, contained
+from tiered.generate import ScoreReport, make_score_report
 from tiered.generate.prompt import check_vocabulary
 from tiered.generate.score import Window, count_windows, cut_windows, score
-from tiered.generate.score_report import ScoreReport, make_score_report
 from tiered.generate.score_width import choose_windows_per_pass
 from tiered.generate.tokenizer import load_tokenizer
 from tiered.model import Load
@@ -214,11 +214,11 @@ def _score(
             with contained(text.fail):  # where its tokens cannot be decoded
                 per_token.write(window, logprobs)
 
-        def on_failed(window: Window, error: ModelError) -> None:
+        def on_failed(window: Window, error: TieredError) -> None:
             last = window.position + len(window.targets) - 1
             cut.texts[window.text].fail(ModelError(f"tokens {window.position} to {last}: {error}"))
 
         with measured(runtime, status, request.measure) as around:
             progress = Progress(status, -(-cut.count // per_pass), cut.texts)
             scoring = score(runtime, cut.windows(), per_pass, on_scored, progress.on_block, on_failed)
-    return make_score_report(scoring, around.surroundings(runtime, scoring.disk_idle_seconds))
+    return make_score_report(scoring, around.surroundings(runtime, scoring.costs.prefill.disk_idle_seconds))

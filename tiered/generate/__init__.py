@@ -1,8 +1,27 @@
 """From prompts to text: sequences, sampling, the generation loop, the report."""
 
-from tiered.generate.loop import Generation, generate
-from tiered.generate.report import Report, Surroundings, make_report
+from tiered.generate.costs import Generation
+from tiered.generate.loop import generate
+from tiered.generate.report import Figures, Report, ScoreReport, Surroundings, make_report, make_score_report
 from tiered.generate.sampling import Sampler, SamplingParams
+from tiered.generate.scheduler import Event, EventKind, Objective, Scheduler, Ticket
 from tiered.generate.sequence import Sequence
 
-__all__ = ["Generation", "Report", "Sampler", "SamplingParams", "Sequence", "Surroundings", "generate", "make_report"]
+__all__ = [
+    "Event",
+    "EventKind",
+    "Figures",
+    "Generation",
+    "Objective",
+    "Report",
+    "Sampler",
+    "SamplingParams",
+    "Scheduler",
+    "ScoreReport",
+    "Sequence",
+    "Surroundings",
+    "Ticket",
+    "generate",
+    "make_report",
+    "make_score_report",
+]

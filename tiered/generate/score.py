@@ -8,17 +8,18 @@ becomes one number as soon as it is computed, so logits of a whole window never 
 """
 
 import math
-import time
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from typing import Final
 
 import torch
 
-from tiered.cache import SequenceKV
-from tiered.errors import BudgetError, ConfigError, ModelError
-from tiered.model import OnBlock, OnLogits, Pass, Segment
+from tiered.errors import ConfigError, ModelError, TieredError
+from tiered.generate.costs import Generation
+from tiered.generate.loop import generate
+from tiered.generate.scheduler import PassRunner
+from tiered.model import OnBlock
 from tiered.units import MIB
 
 _PIECE_NBYTES: Final = 4 * MIB
@@ -45,24 +46,6 @@ class Window:
                 f"window: {len(self.targets)} targets for {len(self.input_ids)} input tokens; "
                 "expected at least one, and none without a token before it"
             )
-
-
-class ScoreRunner(Protocol):
-    """What scoring needs of a runtime."""
-
-    @property
-    def bytes_read(self) -> int: ...
-
-    @property
-    def disk_idle_seconds(self) -> float: ...
-
-    def reserve(self, tokens: int) -> SequenceKV | None: ...
-
-    def release(self, kv: SequenceKV) -> None: ...
-
-    def run(
-        self, segments: Items[Segment], on_logits: OnLogits, on_block: OnBlock | None = None, is_last: bool = False
-    ) -> Pass: ...
 
 
 @dataclass
@@ -100,24 +83,8 @@ class Scoring:
     """What was scored and what it cost."""
 
     total: Tally = field(default_factory=Tally)
-    windows: int = 0
-    input_tokens: int = 0
-    """Tokens computed: those of overlaps count again."""
-    passes: int = 0
-    pass_seconds: float = 0.0
-    compute_seconds: float = 0.0
-    wait_seconds: float = 0.0
-    """Computation waited for reads."""
-    seconds: float = 0.0
-    bytes_read: int = 0
-    disk_idle_seconds: float = 0.0
-
-    def add(self, cost: Pass) -> None:
-        """Count a pass: sums alone are kept, as a text may take any number of them."""
-        self.passes += 1
-        self.pass_seconds += cost.seconds
-        self.compute_seconds += cost.compute_seconds
-        self.wait_seconds += cost.wait_seconds
+    costs: Generation = field(default_factory=Generation)
+    """All passes are of prompts: windows are its sequences, and overlaps count again among its tokens."""
 
 
 def window_targets(context: int, begins: int) -> int:
@@ -157,12 +124,12 @@ def cut_windows(
 
 
 def score(
-    runner: ScoreRunner,
+    runner: PassRunner,
     windows: Iterable[Window],
     per_pass: int,
     on_scored: Callable[[Window, torch.Tensor], None],
     on_block: OnBlock | None = None,
-    on_failed: Callable[[Window, ModelError], None] | None = None,
+    on_failed: Callable[[Window, TieredError], None] | None = None,
 ) -> Scoring:
     """Score `windows`, taken as they are needed, at most `per_pass` of them in one pass.
 
@@ -170,34 +137,46 @@ def score(
     float32 [targets]; or `on_failed`, where the model's logits are no numbers, which without it is raised. Raises
     BudgetError where not even one window fits the cache.
     """
-    result = Scoring()
-    began, bytes_before, idle_before = time.perf_counter(), runner.bytes_read, runner.disk_idle_seconds
-    source = _Ahead(windows)
-    while not source.is_empty:
-        held: list[tuple[Window, SequenceKV]] = []
-        try:
-            _fill(runner, source, per_pass, held)
-            members = [window for window, _ in held]
-            segments = [Segment(kv, window.input_ids, len(window.targets)) for window, kv in held]
-            collector = _Collector(members)
-            result.add(runner.run(segments, collector, on_block, is_last=source.is_empty))
-        finally:
-            for _, kv in held:
-                runner.release(kv)
-        for number, (window, logprobs) in enumerate(zip(members, collector.logprobs, strict=True)):
-            result.windows += 1
-            result.input_tokens += len(window.input_ids)
-            if (error := collector.errors.get(number)) is None:
-                result.total.add(logprobs)
-                on_scored(window, logprobs)
-            elif on_failed is not None:
-                on_failed(window, error)
-            else:
-                raise error
-    result.seconds = time.perf_counter() - began
-    result.bytes_read = runner.bytes_read - bytes_before
-    result.disk_idle_seconds = runner.disk_idle_seconds - idle_before
-    return result
+    total = Tally()
+
+    def on_finished(scored: _Scored) -> None:
+        if scored.error is None:
+            total.add(scored.logprobs)
+            on_scored(scored.window, scored.logprobs)
+        elif on_failed is not None:
+            on_failed(scored.window, scored.error)
+        else:
+            raise scored.error
+
+    costs = generate(runner, map(_Scored, windows), per_pass, on_finished=on_finished, on_block=on_block)
+    return Scoring(total, costs)
+
+
+class _Scored:
+    """A window as the scheduler runs it: logits become log-probabilities as they are computed, none is sampled."""
+
+    max_new_tokens: Final = 1
+    """Nothing is, but the last of its tokens passes through the model like a prompt's."""
+
+    def __init__(self, window: Window) -> None:
+        self.window, self.prompt_ids = window, window.input_ids
+        self.token_ids: list[int] = []
+        self.kept = len(window.targets)
+        self.logprobs = torch.full((self.kept,), math.nan)
+        """Of the window's targets."""
+        self._targets, self._left = torch.tensor(window.targets), self.kept
+        self.finish_reason: str | None = None
+        self.error: TieredError | None = None
+
+    def take(self, index: int, logits: torch.Tensor) -> None:
+        rows = slice(index, index + len(logits))
+        self.logprobs[rows] = log_probabilities(logits, self._targets[rows])
+        self._left -= len(logits)
+        if not self._left:
+            self.finish_reason = "scored"
+
+    def fail(self, error: TieredError) -> None:
+        self.error, self.finish_reason = error, "error"
 
 
 def log_probabilities(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -232,51 +211,3 @@ def _sum_in_pairs(values: torch.Tensor) -> torch.Tensor:
         values[:, :half] += values[:, size - half :]
         values = values[:, : size - half]
     return values[:, 0]
-
-
-class _Ahead:
-    """Windows with one looked at beforehand, to know which pass is the last."""
-
-    def __init__(self, windows: Iterable[Window]) -> None:
-        self._windows = iter(windows)
-        self.first = next(self._windows, None)
-
-    @property
-    def is_empty(self) -> bool:
-        return self.first is None
-
-    def advance(self) -> None:
-        self.first = next(self._windows, None)
-
-
-def _fill(runner: ScoreRunner, source: _Ahead, per_pass: int, held: list[tuple[Window, SequenceKV]]) -> None:
-    """Take windows from `source` into `held`, with their room in the cache, as many as one pass may have."""
-    while len(held) < per_pass and (window := source.first) is not None:
-        kv = runner.reserve(len(window.input_ids))
-        if kv is None:
-            if not held:
-                raise BudgetError(
-                    f"the KV cache has no room for a window of {len(window.input_ids)} tokens; "
-                    "lower --context or raise --ram"
-                )
-            return
-        held.append((window, kv))
-        source.advance()
-
-
-class _Collector:
-    """Turns logits into log-probabilities as they are computed; called in the compute thread."""
-
-    def __init__(self, windows: Items[Window]) -> None:
-        self._targets = [torch.tensor(window.targets) for window in windows]
-        self.logprobs = [torch.full((len(window.targets),), math.nan) for window in windows]
-        self.errors: dict[int, ModelError] = {}
-        """By window, the first one of each."""
-
-    def __call__(self, segment: int, index: int, logits: torch.Tensor) -> None:
-        rows = slice(index, index + logits.shape[0])
-        try:
-            self.logprobs[segment][rows] = log_probabilities(logits, self._targets[segment][rows])
-        except ModelError as error:
-            # Without the frames it came through, each of which holds a piece of logits.
-            self.errors.setdefault(segment, error.with_traceback(None))

@@ -65,6 +65,15 @@ class Sequence:
     def sampler(self) -> Sampler:
         return self._sampler
 
+    @property
+    def kept(self) -> int:
+        """Of a prompt only the last position needs logits."""
+        return 1
+
+    def take(self, index: int, logits: torch.Tensor) -> None:
+        """Choose the next token from logits [1, vocab]."""
+        self.advance(logits[-1])
+
     def advance(self, logits: torch.Tensor) -> None:
         """Choose the next token from logits [vocab], record its log-probability if asked for, and take it."""
         ids = self.prompt_ids + self.token_ids if self._sampler.reads_ids else []

@@ -26,6 +26,8 @@ class Handover(Generic[T]):
     def __init__(self, cancel: CancelFlag, trace: Tracer) -> None:
         self._cancel, self._trace = cancel, trace
         self._items: dict[int, T | Exception] = {}
+        self._seen: set[int] = set()
+        """Of the items that are kept, those that have been taken."""
         self._changed = threading.Condition()
         self.wait_seconds = 0.0
         """Seconds the computation has waited in `take`."""
@@ -37,22 +39,25 @@ class Handover(Generic[T]):
             self._changed.notify()
 
     def take(self, key: int, name: str, keep: bool = False) -> T:
-        """The item of `key`, waited for; `name` is the wait's in a trace. An item that is kept can be taken again.
+        """The item of `key`, waited for; `name` is the wait's in a trace. An item that is kept can be taken again, and
+        once it is there that is a look-up and no more.
 
         Raises what was brought instead of it, and InterruptedRun once the cancel flag is set.
         """
-        item = self._items.get(key)
-        if item is None:
-            item = self._wait(key, name)
+        item = self._items.get(key) if key in self._seen else self._wait(key, name)
+        assert item is not None, "what has been kept stays"
         if isinstance(item, Exception):
             raise item
-        if not keep:
+        if keep:
+            self._seen.add(key)
+        else:
             del self._items[key]
         return item
 
     def clear(self, kept: int = 0) -> None:
         """Forget errors, and the items whose key is not below `kept`; nobody may be waiting."""
         self._items = {k: item for k, item in self._items.items() if k < kept and not isinstance(item, Exception)}
+        self._seen &= self._items.keys()
 
     def _wait(self, key: int, name: str) -> T | Exception:
         start = time.perf_counter()

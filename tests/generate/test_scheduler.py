@@ -1,0 +1,154 @@
+"""The scheduler pushed by hand: items come, go and fail on their own, and prompts do not hold up those that decode."""
+
+from collections.abc import Sequence as Items
+
+import pytest
+
+from tests.generate.test_loop import END, Numbers, Runner, completion, prompt_of, sequence_of
+from tiered.errors import BudgetError
+from tiered.generate import Event, EventKind, Objective, Sampler, SamplingParams, Scheduler, Sequence
+from tiered.model import OnBlock, OnLogits, Pass, Segment
+from tiered.plan.pace import LEAST, SLACK, Pace
+
+
+def kinds(events: list[Event[Sequence]]) -> list[tuple[EventKind, int]]:
+    return [(event.kind, len(event.ticket.item.token_ids)) for event in events]
+
+
+def test_a_step_is_a_pass_and_says_what_it_did_for_whom() -> None:
+    with Scheduler[Sequence](runner := Runner(2), 2) as scheduler:
+        first = scheduler.add(sequence_of(prompt_of(4), 2))
+        second = scheduler.add(sequence_of(prompt_of(5), 3))
+        events = scheduler.step()
+        assert [event.ticket for event in events] == [first, second]
+        assert kinds(events) == [(EventKind.TOKEN, 1), (EventKind.TOKEN, 1)]
+        assert kinds(scheduler.step()) == [(EventKind.TOKEN, 2), (EventKind.FINISHED, 2)]
+        assert kinds(scheduler.step()) == [(EventKind.FINISHED, 3)]
+        assert scheduler.is_idle and scheduler.step() == []
+    assert runner.passes == [[4, 5], [1, 1], [1]] and runner.pool.is_empty
+
+
+def test_items_may_be_added_at_any_time() -> None:
+    with Scheduler[Sequence](runner := Runner(2), 2) as scheduler:
+        scheduler.add(sequence_of(prompt_of(4), 3))
+        scheduler.step()
+        assert scheduler.has_room
+        late = scheduler.add(sequence_of(prompt_of(6), 1))
+        waiting = scheduler.add(sequence_of(prompt_of(7), 1))
+        assert not scheduler.has_room
+        assert [event.ticket for event in scheduler.step()][1:] == [late]
+        scheduler.step()
+    assert runner.passes == [[4], [1, 6], [1, 7]]
+    assert late.item.token_ids == completion(late.item)
+    assert waiting.item.token_ids == completion(waiting.item)
+
+
+@pytest.mark.parametrize("moment", ["waiting", "running", "decoding"])
+def test_what_is_cancelled_leaves_without_an_event_and_the_others_go_on(moment: str) -> None:
+    with Scheduler[Sequence](runner := Runner(2), 2) as scheduler:
+        kept = scheduler.add(sequence_of(prompt_of(4), 3))
+        other = None if moment != "waiting" else scheduler.add(sequence_of(prompt_of(5), 3))
+        given_up = scheduler.add(sequence_of(prompt_of(9), 3))
+        if moment == "decoding":
+            scheduler.step()
+        scheduler.cancel(given_up)
+        events: list[Event[Sequence]] = []
+        while not scheduler.is_idle:
+            events += scheduler.step()
+        assert given_up not in [event.ticket for event in events]
+        assert kept.item.token_ids == completion(kept.item)
+        assert other is None or other.item.token_ids == completion(other.item)
+        assert len(given_up.item.token_ids) == (moment == "decoding")
+        scheduler.cancel(given_up)  # once more does nothing
+    assert runner.pool.is_empty
+
+
+def test_what_is_refused_or_fails_is_an_event_of_its_own() -> None:
+    with Scheduler[Sequence](runner := Runner(3), 3) as scheduler:
+        bad = scheduler.add(sequence_of([-1]))
+        good = scheduler.add(sequence_of(prompt_of(4), 1))
+        (event,) = scheduler.step()
+        assert (event.kind, event.ticket) == (EventKind.FAILED, bad) and "-1" in str(event.error)
+        (event,) = scheduler.step()
+        assert (event.kind, event.ticket, event.error) == (EventKind.FINISHED, good, None)
+    assert runner.passes == [[4]]
+
+
+def test_leaving_gives_back_what_runs() -> None:
+    runner = Runner(2)
+    with Scheduler[Sequence](runner, 1) as scheduler:
+        scheduler.add(sequence_of(prompt_of(4), 9))
+        scheduler.add(sequence_of(prompt_of(4), 9))
+        scheduler.step()
+        assert not runner.pool.is_empty
+    assert runner.pool.is_empty
+
+
+def test_an_item_that_no_empty_cache_holds_is_refused() -> None:
+    scheduler = Scheduler[Sequence](Runner(1, context=256, kv_tokens=64), 1)
+    with scheduler, pytest.raises(BudgetError, match="no room for a sequence of 202 tokens"):
+        scheduler.add(sequence_of(prompt_of(200), 3))
+
+
+class Machine(Runner):
+    """A runner whose passes cost what a machine's would: computing grows with the rows, the disk takes its time."""
+
+    disk, fixed, each = 0.5, 0.1, 0.001
+
+    def __init__(self) -> None:
+        super().__init__(4, context=4000)
+        self.seconds: list[float] = []
+
+    def run(
+        self, segments: Items[Segment], on_logits: OnLogits, on_block: OnBlock | None = None, is_last: bool = False
+    ) -> Pass:
+        super().run(segments, on_logits, on_block, is_last)
+        compute = self.fixed + self.each * sum(self.passes[-1])
+        self.seconds.append(max(self.disk, compute))
+        return Pass((), self.seconds[-1], compute, self.seconds[-1] - compute, ())
+
+
+class Clocked(Pace):
+    """A pace that is told the machine's disk time, which no clock here sees."""
+
+    def note(self, decoding: int, prompt_tokens: int, compute_seconds: float, disk_seconds: float) -> None:
+        super().note(decoding, prompt_tokens, compute_seconds, Machine.disk)
+
+
+def enter(objective: Objective) -> tuple[Machine, Sequence, list[int]]:
+    """Two sequences decode, then a prompt of 2,000 tokens enters; the passes until its first token."""
+    machine = Machine()
+    with Scheduler[Sequence](machine, 3, objective, pace=Clocked()) as scheduler:
+        for number in range(2):
+            scheduler.add(sequence_of(prompt_of(30, number), 100, number))
+        for _ in range(4):
+            scheduler.step()
+        before = len(machine.passes)
+        long = Sequence(prompt_of(2000, 9), Sampler(SamplingParams(), 9), Numbers(), 2, END)
+        scheduler.add(long)
+        while not long.token_ids:
+            scheduler.step()
+        passes = [sum(tokens) for tokens in machine.passes[before:]]
+    return machine, long, passes
+
+
+def test_prompts_beside_decoding_stay_within_the_bound() -> None:
+    machine, long, passes = enter(Objective.LATENCY)
+    assert sum(passes) == 2000 + 2 * len(passes) and len(passes) > 3
+    assert max(machine.seconds[-len(passes) :]) <= SLACK * Machine.disk
+    assert min(passes[:-1]) >= LEAST + 2
+    assert long.token_ids == completion(long)[:1]
+
+
+def test_where_throughput_counts_a_prompt_fills_the_pass() -> None:
+    machine, _, passes = enter(Objective.THROUGHPUT)
+    assert passes == [2002]
+    assert machine.seconds[-1] > 3 * Machine.disk
+
+
+def test_with_nothing_decoding_prompts_fill_the_pass() -> None:
+    with Scheduler[Sequence](machine := Machine(), 2) as scheduler:
+        for number in range(2):
+            scheduler.add(sequence_of(prompt_of(1500, number), 2, number))
+        scheduler.step()
+    assert machine.passes == [[1500, 1500]]

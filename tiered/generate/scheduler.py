@@ -1,0 +1,341 @@
+"""The scheduler: which sequences run, and what of them each pass computes.
+
+    add(item) -> ticket        it runs as soon as there is room: at most `batch_size` at once, and room in the cache for
+                               all its tokens, so that nothing that has begun is ever thrown out
+    cancel(ticket)
+    step() -> events           one pass; every item that got what it waits for has an event, and so has each that ended
+
+A pass takes a token of each sequence that decodes, and prompts: `load.tokens` in all at most. A prompt that does not
+fit a pass goes on in the next. Where latency counts, prompts beside decoding take no more than `plan/pace.py` allows.
+
+Whatever goes wrong because of one item ends that item, as an event; what concerns all of them, a pass above all, is
+raised.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+from enum import Enum
+from types import TracebackType
+from typing import Generic, Protocol, Self, TypeVar
+
+import torch
+
+from tiered.cache import SequenceKV
+from tiered.errors import BudgetError, ConfigError, TieredError, contained
+from tiered.generate.costs import Generation, PassCost
+from tiered.model import Load, OnBlock, OnLogits, Pass, Segment, check_token_ids
+from tiered.plan.pace import Pace
+
+
+class PassRunner(Protocol):
+    """What scheduling needs of a runtime."""
+
+    @property
+    def load(self) -> Load: ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def bytes_read(self) -> int: ...
+
+    @property
+    def kv_bytes_read(self) -> int: ...
+
+    @property
+    def kv_bytes_written(self) -> int: ...
+
+    @property
+    def disk_idle_seconds(self) -> float: ...
+
+    def reserve(self, tokens: int) -> SequenceKV | None: ...
+
+    def release(self, kv: SequenceKV) -> None: ...
+
+    def run(
+        self, segments: Items[Segment], on_logits: OnLogits, on_block: OnBlock | None = None, is_last: bool = False
+    ) -> Pass: ...
+
+
+class Scheduled(Protocol):
+    """What can be scheduled: a sequence that is generated, or one that is scored."""
+
+    @property
+    def prompt_ids(self) -> list[int]: ...
+
+    @property
+    def token_ids(self) -> list[int]:
+        """What has been generated behind the prompt."""
+
+    @property
+    def max_new_tokens(self) -> int:
+        """How many may be generated, at least 1: the last one never passes through the model."""
+
+    @property
+    def kept(self) -> int:
+        """How many of the prompt's last positions need logits."""
+
+    @property
+    def finish_reason(self) -> str | None:
+        """None while it runs."""
+
+    @property
+    def error(self) -> TieredError | None: ...
+
+    def take(self, index: int, logits: torch.Tensor) -> None:
+        """Logits [rows, vocab] of kept positions from `index` on, in the compute thread; later, of each new token.
+
+        Whatever it raises fails this item alone.
+        """
+
+    def fail(self, error: TieredError) -> None:
+        """End here because of `error`."""
+
+
+T = TypeVar("T", bound=Scheduled)
+
+
+class Objective(Enum):
+    """What counts: how soon each sequence has its next token, or how many tokens there are in all."""
+
+    LATENCY = "latency"
+    THROUGHPUT = "throughput"
+
+
+@dataclass(eq=False)
+class Ticket(Generic[T]):
+    """One item's place: waiting for room, or running."""
+
+    item: T
+    kv: SequenceKV | None = None
+    """Its room in the cache, while it runs."""
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether its whole prompt has passed."""
+        return self.kv is not None and self.kv.length >= len(self.item.prompt_ids)
+
+    def waiting_tokens(self) -> list[int]:
+        """Tokens of its text that the cache does not hold yet: one when it decodes, more before."""
+        assert self.kv is not None
+        done = self.kv.length - len(self.item.prompt_ids)
+        return self.item.token_ids[done:] if done >= 0 else self.item.prompt_ids[self.kv.length :]
+
+
+class EventKind(Enum):
+    """What happened to an item in a step."""
+
+    TOKEN = "token"
+    FINISHED = "finished"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class Event(Generic[T]):
+    """Something that a step did for one item; after FINISHED and FAILED there is none."""
+
+    kind: EventKind
+    ticket: Ticket[T]
+
+    @property
+    def error(self) -> TieredError | None:
+        """Why it failed."""
+        return self.ticket.item.error
+
+
+class Scheduler(Generic[T]):
+    """Runs items on `runner`, for one thread. A context manager: leaving it gives the cache's room back.
+
+    `may_grow` tells, when it is asked before what may be the last pass, whether items will be added after it.
+    """
+
+    def __init__(
+        self,
+        runner: PassRunner,
+        batch_size: int,
+        objective: Objective = Objective.LATENCY,
+        may_grow: Callable[[], bool] = lambda: True,
+        pace: Pace | None = None,
+    ) -> None:
+        self._runner, self._batch_size, self._objective, self._may_grow = runner, batch_size, objective, may_grow
+        self._pace = pace or Pace()
+        self._waiting: deque[Ticket[T]] = deque()
+        self._running: list[Ticket[T]] = []
+        self._ended: list[Event[T]] = []
+        """Since the last step."""
+        self.costs = Generation()
+        self._began = self._last = time.perf_counter()
+        self._counted = _Counters.of(runner)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        for ticket in self._running:
+            self._release(ticket)
+        self._running, self._waiting = [], deque()
+
+    @property
+    def has_room(self) -> bool:
+        """Whether another item may run in the next pass: fewer run than may, none waits, and no event is due."""
+        return not (self._waiting or self._ended) and len(self._running) < self._batch_size
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether a step would do nothing."""
+        return not (self._running or self._waiting or self._ended)
+
+    def add(self, item: T) -> Ticket[T]:
+        """Queue `item`. Raises BudgetError if not even an empty cache has room for it."""
+        ticket = Ticket(item)
+        self._waiting.append(ticket)
+        self._admit()
+        return ticket
+
+    def cancel(self, ticket: Ticket[T]) -> None:
+        """Give the item up, wherever it stands; it gets no event any more."""
+        if ticket in self._waiting:
+            self._waiting.remove(ticket)
+        elif ticket in self._running:
+            self._running.remove(ticket)
+            self._release(ticket)
+        self._ended = [event for event in self._ended if event.ticket is not ticket]
+
+    def step(self, on_block: OnBlock | None = None) -> list[Event[T]]:
+        """One pass, or none where items have been refused since the last step, or nothing runs: then only what is known
+        already. Raises what a pass raises."""
+        self._admit()
+        events, self._ended = self._ended, []
+        if events or not self._running:
+            return events
+        segments, members = self._plan_pass()
+        firsts = [_first_kept(ticket) for ticket in members]
+        sampled: list[Ticket[T]] = []
+
+        def on_logits(number: int, index: int, logits: torch.Tensor) -> None:
+            item = members[number].item
+            if item.error is not None:
+                return
+            with contained(item.fail):
+                item.take(firsts[number] + index, logits)
+                sampled.append(members[number])
+
+        decoding = sum(ticket.is_decoding for ticket in members)
+        prompt_tokens = sum(len(s.input_ids) for s, t in zip(segments, members, strict=True) if not t.is_decoding)
+        pass_ = self._runner.run(segments, on_logits, on_block, self._is_last(segments, members))
+        got = dict.fromkeys(sampled)
+        self._count(pass_, decoding, prompt_tokens, len(got))
+        events += [Event(EventKind.TOKEN, ticket) for ticket in got if ticket.item.finish_reason is None]
+        for ticket in [t for t in self._running if t.item.finish_reason is not None]:
+            self._running.remove(ticket)
+            self._release(ticket)
+            events.append(_ended(ticket))
+        self._admit()
+        return events
+
+    def _admit(self) -> None:
+        """Let those run that there is room for, in order."""
+        while self._waiting and len(self._running) < self._batch_size:
+            ticket = self._waiting[0]
+            ids = ticket.item.prompt_ids
+            tokens = max(1, len(ids) + ticket.item.max_new_tokens - 1)
+            try:
+                check_token_ids(torch.tensor([ids]), self._runner.vocab_size)
+                ticket.kv = self._runner.reserve(tokens)
+            except ConfigError as error:
+                ticket.item.fail(error)
+                self._ended.append(_ended(self._waiting.popleft()))
+                continue
+            if ticket.kv is None:
+                if not self._running:
+                    raise BudgetError(
+                        f"KV cache: no room for a sequence of {tokens} tokens although nothing else runs; "
+                        "plan for a longer context"
+                    )
+                return
+            self._running.append(self._waiting.popleft())
+            self.costs.sequences += 1
+            self.costs.prompt_tokens += len(ids)
+
+    def _plan_pass(self) -> tuple[list[Segment], list[Ticket[T]]]:
+        """What the next pass computes: every decoding sequence's token, then prompts in order."""
+        decoding = [ticket for ticket in self._running if ticket.is_decoding]
+        room = self._runner.load.tokens - len(decoding)
+        if decoding and self._objective is Objective.LATENCY:
+            room = min(room, self._pace.prompt_tokens(len(decoding)))
+        segments, members = [], []
+        for ticket in decoding + [ticket for ticket in self._running if not ticket.is_decoding]:
+            tokens, length = ticket.waiting_tokens(), 0
+            if not ticket.is_decoding:
+                tokens, length = tokens[: max(room, 0)], len(ticket.item.prompt_ids)
+                room -= len(tokens)
+            if tokens:
+                segments.append(_segment(ticket, tokens, length))
+                members.append(ticket)
+        return segments, members
+
+    def _is_last(self, segments: Items[Segment], members: Items[Ticket[T]]) -> bool:
+        """Whether this is sure to be the last pass: nothing is read ahead for another one then."""
+        left = max(ticket.item.max_new_tokens - len(ticket.item.token_ids) for ticket in self._running)
+        whole = [segment.stop >= len(t.item.prompt_ids) for segment, t in zip(segments, members, strict=True)]
+        all_end = left == 1 and len(members) == len(self._running) and all(whole)
+        return all_end and not self._waiting and not self._may_grow()
+
+    def _count(self, pass_: Pass, decoding: int, prompt_tokens: int, new_tokens: int) -> None:
+        """Note what a pass has cost, with what came before it since the last one."""
+        now, counted, costs = time.perf_counter(), _Counters.of(self._runner), self.costs
+        if new_tokens and not costs.generated_tokens:
+            costs.first_token_seconds = now - self._began
+        idle = counted.disk_idle_seconds - self._counted.disk_idle_seconds
+        cost = PassCost(
+            pass_,
+            now - self._last,
+            prompt_tokens,
+            new_tokens,
+            counted.weights - self._counted.weights,
+            counted.kv - self._counted.kv,
+            idle,
+        )
+        self._pace.note(decoding, prompt_tokens, pass_.compute_seconds, max(cost.seconds - idle, 0.0))
+        costs.add(cost)
+        self._last, self._counted = now, counted
+
+    def _release(self, ticket: Ticket[T]) -> None:
+        assert ticket.kv is not None
+        self._runner.release(ticket.kv)
+        ticket.kv = None
+
+
+def _ended(ticket: Ticket[T]) -> Event[T]:
+    return Event(EventKind.FINISHED if ticket.item.error is None else EventKind.FAILED, ticket)
+
+
+def _first_kept(ticket: Ticket[T]) -> int:
+    """Which of the item's kept positions is the first in its next segment."""
+    assert ticket.kv is not None
+    return 0 if ticket.is_decoding else max(0, ticket.kv.length - len(ticket.item.prompt_ids) + ticket.item.kept)
+
+
+def _segment(ticket: Ticket[T], tokens: list[int], text_length: int) -> Segment:
+    """The next `tokens` of an item, with logits where it needs them."""
+    assert ticket.kv is not None
+    if ticket.is_decoding:
+        return Segment(ticket.kv, tokens, 1, text_length)
+    left = len(ticket.item.prompt_ids) - ticket.kv.length - len(tokens)
+    return Segment(ticket.kv, tokens, max(0, min(len(tokens), ticket.item.kept - left)), text_length)
+
+
+@dataclass(frozen=True)
+class _Counters:
+    """What a runtime has read and written so far."""
+
+    weights: int
+    kv: int
+    disk_idle_seconds: float
+
+    @classmethod
+    def of(cls, runner: PassRunner) -> "_Counters":
+        return cls(runner.bytes_read, runner.kv_bytes_read + runner.kv_bytes_written, runner.disk_idle_seconds)
