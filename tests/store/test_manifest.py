@@ -146,6 +146,14 @@ def test_a_size_that_the_checksums_do_not_cover_is_refused(nbytes: int) -> None:
         parse(value)
 
 
+@pytest.mark.parametrize("checksum", ["", "x" * 16, "0" * 15, "0" * 17, "\ud800", "A" * 16, "0" * 15 + "\n"])
+def test_a_checksum_is_16_hexadecimal_digits(checksum: str) -> None:
+    value = copy.deepcopy(VALUE)
+    value["files"][0]["xxh3_64"] = [checksum]
+    with pytest.raises(StoreError, match="expected 16 hexadecimal digits"):
+        parse(value)
+
+
 def test_a_file_of_whole_chunks_has_as_many_checksums() -> None:
     value = copy.deepcopy(VALUE)
     value["files"][1]["nbytes"] = 2 * CHUNK_NBYTES

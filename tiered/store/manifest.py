@@ -4,6 +4,7 @@ The manifest is written last and atomically: a folder without one is an unfinish
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ VERSION: Final = 1
 DAMAGED: Final = "the store is damaged, convert it again"
 ROLES: Final = ("embed", "outer", "layer", "head")
 
+_CHECKSUM: Final = re.compile("[0-9a-f]{16}")
 T = TypeVar("T")
 
 
@@ -188,6 +190,8 @@ def _field(value: Any, key: str, kind: type[T]) -> T:
 def _file(raw: Any) -> FileInfo:
     path, nbytes = _field(raw, "path", str), _field(raw, "nbytes", int)
     checksums = tuple(_field({"xxh3_64": checksum}, "xxh3_64", str) for checksum in _field(raw, "xxh3_64", list))
+    if wrong := [checksum for checksum in checksums if not _CHECKSUM.fullmatch(checksum)]:
+        raise ValueError(f"{path}: checksum {wrong[0]!r}, expected 16 hexadecimal digits")
     if nbytes <= 0 or nbytes % PAGE or len(checksums) != -(-nbytes // CHUNK_NBYTES):
         raise ValueError(f"{path}: {nbytes} bytes with {len(checksums)} checksums is impossible")
     parts = Path(path).parts

@@ -103,7 +103,8 @@ def _run(call: Callable[[], object], folder: Path) -> int:
         opened = os.open(folder / name, flags, 0o600)
         os.dup2(opened, fd)
         os.close(opened)
-    sys.stdin, sys.stdout = open(0, encoding="utf-8"), open(1, "w", encoding="utf-8")  # noqa: SIM115
+    sys.stdin = open(0, encoding="utf-8")  # noqa: SIM115
+    sys.stdout = open(1, "w", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
     sys.stderr = open(2, "w", buffering=1, encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
     faulthandler.enable(sys.stderr)
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_NBYTES,) * 2)
