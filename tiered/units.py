@@ -9,6 +9,10 @@ from tiered.errors import ConfigError
 KIB: Final = 1 << 10
 MIB: Final = 1 << 20
 GIB: Final = 1 << 30
+PAGE: Final = 4096
+"""Alignment of file offsets, lengths and memory for O_DIRECT."""
+PAGE_TOKENS: Final = 64
+"""Tokens in a page of the KV cache."""
 
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d*)?|\.\d+)\s*(?:([kmgt])(i?))?(b?)\s*$", re.IGNORECASE)
 _POWERS: Final = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}

@@ -137,14 +137,14 @@ def test_pages_that_many_sequences_complete_together_take_no_more_than_is_planne
     passes.pool.layout = watched = Watched(plan.shape, 8)
     passes.run_texts([(0, [63, 1])] * 40)
     assert sum(watched.given) == 40
-    assert max(watched.given) * plan.exact.record_nbytes <= plan.scratch_nbytes(40)
+    assert max(watched.given) * plan.exact_nbytes <= plan.scratch_nbytes(40)
 
 
 @BITS
 @ON_DISK
 def test_sequences_shorter_than_a_page_take_no_more_than_they_fill(bits: int, on_disk: bool) -> None:
     heads, head_dim = 8, 64
-    shape = KVShape(heads, head_dim, 1, torch.bfloat16)
+    shape = KVShape(heads, head_dim, 1, "bfloat16")
     short = replace(plan_of(bits=bits, on_disk=on_disk, context=20), shape=shape)
     whole = replace(short, context=PAGE_TOKENS)
     assert short.pool_nbytes == 3 * 2 * heads * head_dim * 24 * 2 < whole.pool_nbytes

@@ -32,7 +32,12 @@ def name(request: pytest.FixtureRequest) -> str:
 
 
 def shape_of(heads: int = 2, head_dim: int = 64, dtype: torch.dtype = torch.bfloat16) -> KVShape:
-    return KVShape(heads, head_dim, 3, dtype)
+    return KVShape(heads, head_dim, 3, str(dtype).removeprefix("torch."))
+
+
+def dtype_of(shape: KVShape) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, shape.dtype)
+    return dtype
 
 
 def memory_of(layout: PageLayout, records: int) -> torch.Tensor:
@@ -47,7 +52,7 @@ def random_pages(layout: PageLayout, pages: int, seed: int = 0) -> States:
     size = (pages, shape.heads, PAGE_TOKENS, shape.head_dim)
     shift = torch.randn(shape.heads, 1, shape.head_dim, generator=generator) * 2
     keys, values = torch.randn(size, generator=generator) + shift, torch.randn(size, generator=generator)
-    return keys.to(shape.dtype), values.to(shape.dtype)
+    return keys.to(dtype_of(shape)), values.to(dtype_of(shape))
 
 
 def scattered(layout: PageLayout, count: int, records: int, seed: int = 0) -> torch.Tensor:
@@ -72,7 +77,9 @@ def call_of(keys: Pages, values: Pages, shape: KVShape, tokens: int, queries: in
     sequences = keys.codes.offsets.shape[0]
     generator = torch.Generator().manual_seed(9)
     fields: dict[str, Any] = {
-        "query": torch.randn(sequences, queries, 2 * shape.heads, shape.head_dim, generator=generator).to(shape.dtype),
+        "query": torch.randn(sequences, queries, 2 * shape.heads, shape.head_dim, generator=generator).to(
+            dtype_of(shape)
+        ),
         "kv_heads": shape.heads,
         "keys": keys,
         "values": values,

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from tests.cache.plans import plan_of, pool_of
 from tiered.cache import CachePlan, KVPool, Part, SequenceKV, layer_groups
-from tiered.cache.pool import UNITS_AT_ONCE
 from tiered.errors import ConfigError
 from tiered.kernels.attention import PAGE_TOKENS
+from tiered.plan.kv import UNITS_AT_ONCE
 
 PLANS = st.builds(
     plan_of,
@@ -140,8 +140,8 @@ def test_layers_with_a_window_take_no_more_for_longer_contexts() -> None:
 def test_on_disk_only_tails_and_the_ring_are_in_memory() -> None:
     there, here = plan_of(on_disk=True, lent_pages=5, context=6400), plan_of(context=6400)
     assert there.records_nbytes == here.records_nbytes == here.pool_nbytes
-    assert there.pool_nbytes == 3 * there.exact.record_nbytes
-    assert there.memory_nbytes == there.pool_nbytes + UNITS_AT_ONCE * 5 * there.layout.record_nbytes
+    assert there.pool_nbytes == 3 * there.exact_nbytes
+    assert there.memory_nbytes == there.pool_nbytes + UNITS_AT_ONCE * 5 * there.record_nbytes
 
 
 @pytest.mark.parametrize("tokens", [0, -1, 321])

@@ -11,8 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tiered.cache import KVPool, KVShape, SequenceKV, layer_groups
-from tiered.cache.pool import CachePlan
+from tiered.cache import CachePlan, KVPool, KVShape, SequenceKV, layer_groups
 from tiered.errors import BudgetError, InterruptedRun, ModelError, TieredError
 from tiered.generate import Sampler, SamplingParams, Sequence, generate
 from tiered.model import Load, OnBlock, OnLogits, Pass, Segment
@@ -44,7 +43,7 @@ class Runner:
     def __init__(self, sequences: int, context: int = 100, pass_tokens: int = 0, kv_tokens: int = 0) -> None:
         self.load, self.vocab_size = Load(sequences, context, pass_tokens=pass_tokens), VOCAB
         plan = CachePlan(
-            KVShape(1, 2, 1, torch.bfloat16),
+            KVShape(1, 2, 1, "bfloat16"),
             16,
             False,
             layer_groups((0,)),

@@ -146,7 +146,7 @@ def test_nothing_makes_no_chunk() -> None:
 
 
 def pool_of(sequences: int = 2, context: int = 100) -> KVPool:
-    plan = CachePlan(KVShape(1, 2, 1, torch.bfloat16), 16, False, layer_groups((0,)), sequences, context, 200, context)
+    plan = CachePlan(KVShape(1, 2, 1, "bfloat16"), 16, False, layer_groups((0,)), sequences, context, 200, context)
     return KVPool(plan, torch.zeros(plan.pool_nbytes, dtype=torch.uint8))
 
 

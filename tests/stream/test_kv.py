@@ -31,7 +31,7 @@ CONTEXT: Final = 10 * PAGE_TOKENS
 
 
 def cache_plan(sequences: int, lent_pages: int) -> CachePlan:
-    shape = KVShape(2, 16, LAYERS, torch.bfloat16)
+    shape = KVShape(2, 16, LAYERS, "bfloat16")
     return CachePlan(
         shape, 8, True, layer_groups((0,) * LAYERS), sequences, CONTEXT, sequences * CONTEXT, 64, lent_pages
     )

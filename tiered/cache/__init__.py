@@ -2,9 +2,10 @@
 
 from tiered.cache.chunk import ChunkKV, GatheredKV, PackedKV, PagedKeys, PagedRead, PositionCache
 from tiered.cache.layout import PageLayout, Tables
-from tiered.cache.pool import Bits, CachePlan, KVPool, LayerGroup, SequenceKV, layer_groups
+from tiered.cache.pool import KVPool, SequenceKV
 from tiered.cache.records import Extent, LentRecords, Part
-from tiered.cache.shape import KVShape, kv_shape
+from tiered.cache.shape import kv_shape
+from tiered.plan.kv import Bits, CachePlan, KVShape, LayerGroup, layer_groups
 
 __all__ = [
     "Bits",

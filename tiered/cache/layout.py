@@ -18,18 +18,16 @@ from typing import Final, Self
 import torch
 
 from tiered.cache.quantize import QuantizedPages, group_size, quantize_keys, quantize_values
-from tiered.cache.shape import KVShape
 from tiered.errors import ConfigError
 from tiered.kernels.attention import PAGE_TOKENS, CacheFormat, Pages, Plane
-from tiered.store import PAGE
-from tiered.units import round_up
+from tiered.plan.kv import PART_ALIGNMENT, KVShape, record_nbytes
+from tiered.units import PAGE, round_up
 
 _FORMATS: Final = {
     16: (CacheFormat.BF16, CacheFormat.BF16),
     8: (CacheFormat.INT8_CHANNEL, CacheFormat.INT8),
     4: (CacheFormat.INT4_CHANNEL, CacheFormat.INT4),
 }
-_PART_ALIGNMENT: Final = 64
 _PIECE_ELEMENTS: Final = 1 << 19
 """Keys or values that are quantized at a time, at least one page: their float32 copies stay small and near."""
 
@@ -39,16 +37,13 @@ class PageLayout:
 
     def __init__(self, shape: KVShape, bits: int, tokens: int = PAGE_TOKENS) -> None:
         """`tokens`: slots of a page that are ever filled, where no sequence is as long as a page. 16 bits only."""
-        if bits not in _FORMATS:
-            raise ConfigError(f"KV cache: {bits} bits, expected 16, 8 or 4")
-        if bits == 4 and shape.head_dim % 2:
-            raise ConfigError(f"KV cache: heads of {shape.head_dim} channels cannot be packed in 4 bits; use 8 or 16")
+        slots = tokens if bits == 16 else PAGE_TOKENS
+        self.record_nbytes = record_nbytes(shape, bits, slots)
         self.shape, self.bits = shape, bits
         self.keys_format, self.values_format = _FORMATS[bits]
-        slots = tokens if bits == 16 else PAGE_TOKENS
         self._keys = _Parts.of(shape, self.keys_format, 0, slots)
         self._values = _Parts.of(shape, self.values_format, self._keys.stop, slots)
-        self.record_nbytes = round_up(self._values.stop, PAGE)
+        assert self._values.stop <= self.record_nbytes < self._values.stop + PAGE
 
     def tables(self, offsets: torch.Tensor) -> "Tables":
         """The pages of a batch, for all layers whose records lie alike.
@@ -133,14 +128,14 @@ class _Parts:
     @classmethod
     def of(cls, shape: KVShape, kind: CacheFormat, start: int, slots: int = PAGE_TOKENS) -> Self:
         """The parts from byte `start` of the record on."""
-        start = round_up(start, _PART_ALIGNMENT)
+        start = round_up(start, PART_ALIGNMENT)
         if kind is CacheFormat.BF16:
-            return cls(kind, _Part(start, (shape.heads, slots, shape.head_dim), shape.dtype))
+            return cls(kind, _Part(start, (shape.heads, slots, shape.head_dim), getattr(torch, shape.dtype)))
         codes = _Part(start, (shape.heads, PAGE_TOKENS, shape.head_dim * kind.bits // 8), torch.uint8)
         groups = shape.head_dim // group_size(shape.head_dim)
         side = (shape.heads, 1, shape.head_dim) if kind.per_channel else (shape.heads, PAGE_TOKENS, groups)
-        scale = _Part(round_up(codes.stop, _PART_ALIGNMENT), side, torch.float16)
-        return cls(kind, codes, scale, _Part(round_up(scale.stop, _PART_ALIGNMENT), side, torch.uint8))
+        scale = _Part(round_up(codes.stop, PART_ALIGNMENT), side, torch.float16)
+        return cls(kind, codes, scale, _Part(round_up(scale.stop, PART_ALIGNMENT), side, torch.uint8))
 
     @property
     def stop(self) -> int:

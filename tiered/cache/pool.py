@@ -10,143 +10,13 @@ sequence's *tail*; a page is quantized once, when it is complete.
 """
 
 import bisect
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Final, Literal
 
 import torch
 
 from tiered.cache.layout import PageLayout
-from tiered.cache.shape import KVShape
 from tiered.errors import ConfigError
-from tiered.kernels.attention import PAGE_TOKENS
-from tiered.units import round_up
-
-Bits = Literal[16, 8, 4]
-UNITS_AT_ONCE: Final = 4
-"""Units whose records are in memory together: one computes, and with several behind it the disk's queue never drains
-as it does at the end of a single one's reads."""
-STACKED_PAGES: Final = 8
-"""Complete pages that are side by side once more while they are written to their records."""
-
-
-@dataclass(frozen=True)
-class LayerGroup:
-    """Layers that keep the same tokens."""
-
-    layers: tuple[int, ...]
-    window: int
-    """Tokens that a query sees, itself included; 0: all before it."""
-
-
-@dataclass(frozen=True)
-class CachePlan:
-    """How much of which memory the cache takes, before any of it is taken."""
-
-    shape: KVShape
-    bits: Bits
-    on_disk: bool
-    groups: tuple[LayerGroup, ...]
-    sequences: int
-    """Sequences at once, at most."""
-    context: int
-    """Tokens of the longest sequence."""
-    tokens: int
-    """Tokens of all sequences together, at most."""
-    chunk: int
-    """Tokens that a sequence may be given at once, before they attend."""
-    lent_pages: int = 0
-    """Of a cache on disk, pages of a layer that are in memory together while its unit of chunks computes."""
-    one_pass: bool = False
-    """Every sequence begins and ends in the same pass: a layer's records are of no use after it, so that all layers
-    share the memory of one. In memory only."""
-
-    @property
-    def has_tails(self) -> bool:
-        """Whether the pages being filled lie apart from the records."""
-        return self.on_disk or self.bits != 16
-
-    def pages(self, group: LayerGroup, tokens: int) -> int:
-        """Records that a sequence of `tokens` tokens holds in each layer of `group`."""
-        # Where there are tails, the page that is being filled has no record yet.
-        pages = tokens // PAGE_TOKENS if self.has_tails else -(-tokens // PAGE_TOKENS)
-        if group.window:
-            # The oldest page a query sees, all up to its own, and those that its chunk fills before it attends.
-            pages = min(pages, -(-(group.window + self.chunk) // PAGE_TOKENS) + 1)
-        return pages
-
-    def records(self, group: LayerGroup) -> int:
-        """Records per layer of `group`."""
-        most = min(self.sequences, self.tokens)
-        whole = self.pages(group, self.context)
-        # Every sequence may have a single token in its last page.
-        shared = (self.tokens + most * (PAGE_TOKENS - 1)) // PAGE_TOKENS
-        return min(most * whole, shared)
-
-    @property
-    def layout(self) -> PageLayout:
-        return PageLayout(self.shape, self.bits, self._slots)
-
-    @property
-    def exact(self) -> PageLayout:
-        """Of tails, and of pages that are being put together."""
-        return PageLayout(self.shape, 16, self._slots)
-
-    @property
-    def _slots(self) -> int:
-        """Slots of a page that are ever filled."""
-        return min(PAGE_TOKENS, round_up(self.context, 8))
-
-    @property
-    def records_nbytes(self) -> int:
-        """Bytes of all records, in memory or on disk."""
-        nbytes = self.layout.record_nbytes
-        if self.shares_layers:
-            return max(self.records(group) for group in self.groups) * nbytes
-        return sum(self.records(group) * len(group.layers) * nbytes for group in self.groups)
-
-    @property
-    def shares_layers(self) -> bool:
-        """Whether all layers have the same memory."""
-        return self.one_pass and not self.on_disk
-
-    @property
-    def tails_nbytes(self) -> int:
-        """Bytes of the pages being filled, in memory."""
-        if not self.has_tails:
-            return 0
-        return self.exact.record_nbytes * self.sequences * (1 if self.shares_layers else self.shape.layers)
-
-    @property
-    def ring_nbytes(self) -> int:
-        """Bytes for records on their way from disk and back: one unit computes while those of the next are read."""
-        return UNITS_AT_ONCE * self.lent_pages * self.layout.record_nbytes if self.on_disk else 0
-
-    @property
-    def pool_nbytes(self) -> int:
-        """Bytes of memory that the pool itself takes."""
-        return self.tails_nbytes + (0 if self.on_disk else self.records_nbytes)
-
-    @property
-    def memory_nbytes(self) -> int:
-        """Bytes of all memory set aside for the cache."""
-        return self.pool_nbytes + self.ring_nbytes
-
-    def scratch_nbytes(self, rows: int) -> int:
-        """Bytes that a chunk of `rows` tokens takes while it puts pages together, and while they are stored."""
-        if not self.has_tails:
-            return 0
-        # A long part has a page more than its tokens fill.
-        pages = 2 * (rows // PAGE_TOKENS + 1)
-        return (pages + STACKED_PAGES) * self.exact.record_nbytes
-
-
-def layer_groups(windows: Sequence[int]) -> tuple[LayerGroup, ...]:
-    """Layers by window, from the window of each (0: none)."""
-    found: dict[int, list[int]] = {}
-    for layer, window in enumerate(windows):
-        found.setdefault(window, []).append(layer)
-    return tuple(LayerGroup(tuple(layers), window) for window, layers in sorted(found.items()))
+from tiered.plan.kv import CachePlan
 
 
 @dataclass(eq=False)
@@ -199,7 +69,7 @@ class KVPool:
 
     def __init__(self, plan: CachePlan, memory: torch.Tensor) -> None:
         self.plan, self.shape = plan, plan.shape
-        self.layout, self.exact = plan.layout, plan.exact
+        self.layout, self.exact = PageLayout(plan.shape, plan.bits, plan.slots), PageLayout(plan.shape, 16, plan.slots)
         self._runs = [_Runs(plan.records(group)) for group in plan.groups]
         self._tails = _Runs(plan.sequences)
         self.group_of = [0] * self.shape.layers

@@ -10,9 +10,9 @@ from typing import Protocol
 
 import torch
 
-from tiered.cache.pool import STACKED_PAGES
 from tiered.cache.records import LentRecords, Part
 from tiered.kernels.attention import PAGE_TOKENS
+from tiered.plan.kv import STACKED_PAGES
 
 States = tuple[torch.Tensor, torch.Tensor]
 """Keys and values."""

@@ -7,6 +7,7 @@ from typing import Final, Literal
 
 from tiered.arch import load_config
 from tiered.bench import measure_raw
+from tiered.bench.rates import measure_attention, measure_compute
 from tiered.cache import CachePlan
 from tiered.cli.generation import PASS_TOKENS
 from tiered.cli.measuring import measure_footprint
@@ -17,7 +18,6 @@ from tiered.kernels.attention import PAGE_TOKENS
 from tiered.model import Footprint, Load
 from tiered.options import Options
 from tiered.plan import available_budget, cpu_count
-from tiered.plan.calibrate import measure_attention, measure_compute
 from tiered.plan.width import Width, WidthOption, candidates, choose_width
 from tiered.quant import GroupScheme
 from tiered.store import Store
@@ -125,7 +125,7 @@ def _options(footprint: Footprint, options: Options, demand: Demand, counts: lis
 def _kv_nbytes(cache: CachePlan, tokens: float) -> int:
     """Bytes read in a pass over a cache that holds `tokens` tokens, of sequences that are halfway on average."""
     layers = sum(len(group.layers) for group in cache.groups)
-    return int(tokens / PAGE_TOKENS * cache.layout.record_nbytes * layers * 0.75)
+    return int(tokens / PAGE_TOKENS * cache.record_nbytes * layers * 0.75)
 
 
 def _bandwidth(store: Store) -> float:

@@ -14,8 +14,8 @@ import torch
 from tiered.arch import BlockTensors, ParameterInfo
 from tiered.convert.options import ConvertOptions
 from tiered.quant import GroupScheme, folded
-from tiered.store.format import ALIGNMENT, PAGE, tensor_nbytes
-from tiered.units import round_up
+from tiered.store.format import ALIGNMENT, tensor_nbytes
+from tiered.units import PAGE, round_up
 
 BLOCK_FOLDER: Final = "blocks"
 

@@ -15,8 +15,8 @@ import torch
 
 from tiered.errors import ConfigError
 from tiered.kernels.cancel import CancelFlag
+from tiered.units import PAGE_TOKENS as PAGE_TOKENS
 
-PAGE_TOKENS: Final = 64
 INVISIBLE: Final = -1e30
 """A bias below this means "not seen": masks made of numbers hold the least of their dtype there."""
 _PIECE_PAGES: Final = 16

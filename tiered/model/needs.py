@@ -13,12 +13,13 @@ import torch
 from transformers import PretrainedConfig
 
 from tiered.arch import Skeleton, layer_windows
-from tiered.cache import Bits, CachePlan, KVShape, LayerGroup, PageLayout, layer_groups
+from tiered.cache import Bits, CachePlan, KVShape, LayerGroup, layer_groups
 from tiered.errors import BudgetError, ConfigError
 from tiered.kernels import packed_row_nbytes, scratch_nbytes
 from tiered.kernels.attention import PAGE_TOKENS
 from tiered.plan import Needs, Plan, Shape, Tier, Workspace, make_plan, workspace_for
 from tiered.plan.fits import smallest_budget
+from tiered.plan.kv import record_nbytes
 from tiered.plan.workspace import MAX_ROWS
 from tiered.store import CHUNK_NBYTES, PAGE, Store
 from tiered.stream import EmbeddingRows
@@ -112,7 +113,7 @@ class Footprint:
         if cache.on_disk:
             # At least one sequence's; more in one go make longer reads and fuller chunks.
             pages = -(-load.context // PAGE_TOKENS)
-            share = int(budget * _LENT_SHARE) // PageLayout(cache.shape, cache.bits).record_nbytes
+            share = int(budget * _LENT_SHARE) // record_nbytes(cache.shape, cache.bits)
             lent_pages = max(pages, min(load.sequences * pages, share))
         return CachePlan(
             cache.shape,
@@ -171,7 +172,7 @@ def activation_shape(skeleton: Skeleton, kv: KVShape, threads: int) -> Shape:
     `skeleton` must be as built: binding it takes its layers out.
     """
     config: PretrainedConfig = skeleton.config
-    dtype, heads = kv.dtype, int(config.num_attention_heads)
+    heads = int(config.num_attention_heads)
     layers = [p.shape for block in skeleton.blocks() if block.role == "layer" for p in block.parameters]
     return Shape(
         hidden=config.hidden_size,
@@ -179,10 +180,10 @@ def activation_shape(skeleton: Skeleton, kv: KVShape, threads: int) -> Shape:
         widest=max(shape[-2:][0] for shape in layers),
         vocab=config.vocab_size,
         heads=heads,
-        itemsize=dtype.itemsize,
+        itemsize=kv.itemsize,
         eager_attention=config._attn_implementation == "eager",
         packed_nbytes=packed_row_nbytes(max(shape[-1] for shape in layers)),
         scratch_nbytes=scratch_nbytes(threads),
         # Keys and values gathered, and repeated for every query head.
-        gathered_nbytes=2 * (kv.heads + heads) * kv.head_dim * dtype.itemsize if skeleton.family.gathers else 0,
+        gathered_nbytes=2 * (kv.heads + heads) * kv.head_dim * kv.itemsize if skeleton.family.gathers else 0,
     )

@@ -4,7 +4,7 @@
 
 More sequences share each reading of the weights, until computing takes longer than reading. Their KV cache takes
 memory that could hold weights (`cpu`), or is read in every pass like them (`disk`). Pure functions: what each width
-streams comes from the planner, B and C are measured (`calibrate.py`).
+streams comes from the planner, B and C are measured (`bench/rates.py`).
 """
 
 from collections.abc import Callable, Iterable

@@ -3,7 +3,6 @@
 from tiered.store.format import (
     ALIGNMENT,
     CHUNK_NBYTES,
-    PAGE,
     TensorEntry,
     checkpoint_header,
     hash_chunk,
@@ -12,6 +11,7 @@ from tiered.store.format import (
 from tiered.store.manifest import BlockInfo, FileInfo, Manifest, Weight
 from tiered.store.open import Store, read_manifest
 from tiered.store.write import BlockWriter, atomic_write
+from tiered.units import PAGE
 
 __all__ = [
     "ALIGNMENT",

@@ -19,14 +19,13 @@ from tiered.store.format import (
     ALIGNMENT,
     DTYPE_NAMES,
     DTYPES,
-    PAGE,
     TensorEntry,
     read_header,
     tensor_nbytes,
     whole_numbers,
 )
 from tiered.store.manifest import FileInfo, Weight
-from tiered.units import round_up
+from tiered.units import PAGE, round_up
 
 METADATA_KEY: Final = "tiered"
 PAD_PREFIX: Final = "__pad"

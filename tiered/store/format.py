@@ -20,8 +20,6 @@ import xxhash
 from tiered.errors import CorruptError, StoreError
 from tiered.files import check_regular, reading
 
-PAGE: Final = 4096
-"""Alignment of file offsets, lengths and memory for O_DIRECT."""
 ALIGNMENT: Final = 64
 """Alignment of every tensor in a block: a cache line, and the widest vector register."""
 CHUNK_NBYTES: Final = 16 << 20

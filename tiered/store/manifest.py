@@ -15,7 +15,8 @@ import torch
 from tiered.errors import ConfigError, StoreError
 from tiered.files import parse_json
 from tiered.quant import GroupScheme, QuantizedTensor, QuantizedWeight
-from tiered.store.format import CHUNK_NBYTES, PAGE, TensorEntry
+from tiered.store.format import CHUNK_NBYTES, TensorEntry
+from tiered.units import PAGE
 
 MANIFEST_NAME: Final = "manifest.json"
 FORMAT: Final = "tiered-store"

@@ -16,10 +16,10 @@ from tiered.errors import DiskFullError
 from tiered.files import errors_of
 from tiered.quant import GroupScheme
 from tiered.store.block import METADATA_KEY, PAD_PREFIX, ZSTD_SUFFIX, Compressed, block_metadata
-from tiered.store.format import ALIGNMENT, CHUNK_NBYTES, PAGE, TensorEntry, hash_chunk, header_bytes, tensor_nbytes
+from tiered.store.format import ALIGNMENT, CHUNK_NBYTES, TensorEntry, hash_chunk, header_bytes, tensor_nbytes
 from tiered.store.manifest import FileInfo
 from tiered.store.sweep import Sweep
-from tiered.units import format_size, round_up
+from tiered.units import PAGE, format_size, round_up
 
 
 class BlockWriter:

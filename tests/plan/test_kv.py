@@ -1,0 +1,45 @@
+"""The KV cache in numbers: a record's bytes are those its parts fill; plans are made without torch."""
+
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tiered.cache import PageLayout
+from tiered.errors import ConfigError
+from tiered.plan.kv import KVShape, record_nbytes
+from tiered.units import PAGE
+
+
+@given(
+    heads=st.integers(1, 70),
+    head_dim=st.integers(1, 80).map(lambda half: 2 * half),
+    bits=st.sampled_from([16, 8, 4]),
+    dtype=st.sampled_from(["bfloat16", "float32"]),
+    slots=st.sampled_from([8, 24, 64]),
+)
+def test_a_record_is_as_long_as_its_parts(heads: int, head_dim: int, bits: int, dtype: str, slots: int) -> None:
+    shape = KVShape(heads, head_dim, 1, dtype)
+    layout = PageLayout(shape, bits, slots)
+    stop = layout._values.stop
+    assert record_nbytes(shape, bits, slots) == layout.record_nbytes == -(-stop // PAGE) * PAGE
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "bits", "message"), [(64, 5, "5 bits, expected 16, 8 or 4"), (63, 4, "cannot be packed in 4 bits")]
+)
+def test_records_that_cannot_be_are_explained(head_dim: int, bits: int, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        record_nbytes(KVShape(2, head_dim, 1, "bfloat16"), bits)
+
+
+def test_plans_need_neither_torch_nor_transformers() -> None:
+    check = (
+        "import sys, pkgutil, importlib, tiered.plan;"
+        "[importlib.import_module(m.name) for m in pkgutil.iter_modules(tiered.plan.__path__, 'tiered.plan.')];"
+        "print(sorted({'torch', 'transformers', 'numpy', 'tiered.runtime'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

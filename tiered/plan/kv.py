@@ -1,0 +1,186 @@
+"""The KV cache in numbers: what a model's tokens add to it, and which memory a run sets aside for it.
+
+In: the shape of a model's cache, and what a run holds at once. Out: pages, records and bytes, before any of them is
+taken. `cache/` puts them to use; how codes, scales and zeros lie inside a record is `cache/layout.py`'s.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from tiered.errors import ConfigError
+from tiered.units import PAGE, PAGE_TOKENS, round_up
+
+Bits = Literal[16, 8, 4]
+UNITS_AT_ONCE: Final = 4
+"""Units whose records are in memory together: one computes, and with several behind it the disk's queue never drains
+as it does at the end of a single one's reads."""
+STACKED_PAGES: Final = 8
+"""Complete pages that are side by side once more while they are written to their records."""
+PART_ALIGNMENT: Final = 64
+"""Of codes, scales and zeros in a record."""
+_ITEMSIZES: Final = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class KVShape:
+    """Keys and values one token adds to one layer."""
+
+    heads: int
+    head_dim: int
+    layers: int
+    dtype: str
+    """The name of the compute dtype, as torch spells it."""
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number in the compute dtype."""
+        return _ITEMSIZES[self.dtype]
+
+    def nbytes(self, sequences: int, tokens: int) -> int:
+        """Bytes of the whole cache for `sequences` sequences of `tokens` tokens."""
+        return 2 * self.layers * self.heads * self.head_dim * self.itemsize * sequences * tokens
+
+
+def record_nbytes(shape: KVShape, bits: int, slots: int = PAGE_TOKENS) -> int:
+    """Bytes of one page's keys and values in one layer; a page of 16 bits has `slots` tokens.
+
+    Raises ConfigError where there are no such records.
+    """
+    if bits not in (16, 8, 4):
+        raise ConfigError(f"KV cache: {bits} bits, expected 16, 8 or 4")
+    if bits == 4 and shape.head_dim % 2:
+        raise ConfigError(f"KV cache: heads of {shape.head_dim} channels cannot be packed in 4 bits; use 8 or 16")
+    if bits == 16:
+        states = shape.heads * slots * shape.head_dim * shape.itemsize
+        return round_up(round_up(states, PART_ALIGNMENT) + states, PAGE)
+    codes = shape.heads * PAGE_TOKENS * (shape.head_dim * bits // 8)
+    # Scales and zeros of keys are per channel, those of values per token and group of channels.
+    per_channel, per_token = shape.head_dim, PAGE_TOKENS * (shape.head_dim // math.gcd(shape.head_dim, PAGE_TOKENS))
+    stop = 0
+    for count in (shape.heads * per_channel, shape.heads * per_token):
+        stop = round_up(stop, PART_ALIGNMENT) + codes
+        stop = round_up(stop, PART_ALIGNMENT) + 2 * count
+        stop = round_up(stop, PART_ALIGNMENT) + count
+    return round_up(stop, PAGE)
+
+
+@dataclass(frozen=True)
+class LayerGroup:
+    """Layers that keep the same tokens."""
+
+    layers: tuple[int, ...]
+    window: int
+    """Tokens that a query sees, itself included; 0: all before it."""
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """How much of which memory the cache takes, before any of it is taken."""
+
+    shape: KVShape
+    bits: Bits
+    on_disk: bool
+    groups: tuple[LayerGroup, ...]
+    sequences: int
+    """Sequences at once, at most."""
+    context: int
+    """Tokens of the longest sequence."""
+    tokens: int
+    """Tokens of all sequences together, at most."""
+    chunk: int
+    """Tokens that a sequence may be given at once, before they attend."""
+    lent_pages: int = 0
+    """Of a cache on disk, pages of a layer that are in memory together while its unit of chunks computes."""
+    one_pass: bool = False
+    """Every sequence begins and ends in the same pass: a layer's records are of no use after it, so that all layers
+    share the memory of one. In memory only."""
+
+    @property
+    def has_tails(self) -> bool:
+        """Whether the pages being filled lie apart from the records."""
+        return self.on_disk or self.bits != 16
+
+    def pages(self, group: LayerGroup, tokens: int) -> int:
+        """Records that a sequence of `tokens` tokens holds in each layer of `group`."""
+        # Where there are tails, the page that is being filled has no record yet.
+        pages = tokens // PAGE_TOKENS if self.has_tails else -(-tokens // PAGE_TOKENS)
+        if group.window:
+            # The oldest page a query sees, all up to its own, and those that its chunk fills before it attends.
+            pages = min(pages, -(-(group.window + self.chunk) // PAGE_TOKENS) + 1)
+        return pages
+
+    def records(self, group: LayerGroup) -> int:
+        """Records per layer of `group`."""
+        most = min(self.sequences, self.tokens)
+        whole = self.pages(group, self.context)
+        # Every sequence may have a single token in its last page.
+        shared = (self.tokens + most * (PAGE_TOKENS - 1)) // PAGE_TOKENS
+        return min(most * whole, shared)
+
+    @property
+    def record_nbytes(self) -> int:
+        """Bytes of a page's keys and values in one layer, as they are kept."""
+        return record_nbytes(self.shape, self.bits, self.slots)
+
+    @property
+    def exact_nbytes(self) -> int:
+        """The same of tails, and of pages that are being put together."""
+        return record_nbytes(self.shape, 16, self.slots)
+
+    @property
+    def slots(self) -> int:
+        """Slots of a page that are ever filled."""
+        return min(PAGE_TOKENS, round_up(self.context, 8))
+
+    @property
+    def records_nbytes(self) -> int:
+        """Bytes of all records, in memory or on disk."""
+        nbytes = self.record_nbytes
+        if self.shares_layers:
+            return max(self.records(group) for group in self.groups) * nbytes
+        return sum(self.records(group) * len(group.layers) * nbytes for group in self.groups)
+
+    @property
+    def shares_layers(self) -> bool:
+        """Whether all layers have the same memory."""
+        return self.one_pass and not self.on_disk
+
+    @property
+    def tails_nbytes(self) -> int:
+        """Bytes of the pages being filled, in memory."""
+        if not self.has_tails:
+            return 0
+        return self.exact_nbytes * self.sequences * (1 if self.shares_layers else self.shape.layers)
+
+    @property
+    def ring_nbytes(self) -> int:
+        """Bytes for records on their way from disk and back: one unit computes while those of the next are read."""
+        return UNITS_AT_ONCE * self.lent_pages * self.record_nbytes if self.on_disk else 0
+
+    @property
+    def pool_nbytes(self) -> int:
+        """Bytes of memory that the pool itself takes."""
+        return self.tails_nbytes + (0 if self.on_disk else self.records_nbytes)
+
+    @property
+    def memory_nbytes(self) -> int:
+        """Bytes of all memory set aside for the cache."""
+        return self.pool_nbytes + self.ring_nbytes
+
+    def scratch_nbytes(self, rows: int) -> int:
+        """Bytes that a chunk of `rows` tokens takes while it puts pages together, and while they are stored."""
+        if not self.has_tails:
+            return 0
+        # A long part has a page more than its tokens fill.
+        pages = 2 * (rows // PAGE_TOKENS + 1)
+        return (pages + STACKED_PAGES) * self.exact_nbytes
+
+
+def layer_groups(windows: Sequence[int]) -> tuple[LayerGroup, ...]:
+    """Layers by window, from the window of each (0: none)."""
+    found: dict[int, list[int]] = {}
+    for layer, window in enumerate(windows):
+        found.setdefault(window, []).append(layer)
+    return tuple(LayerGroup(tuple(layers), window) for window, layers in sorted(found.items()))
