@@ -16,7 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from tiered.cache import SequenceKV
 from tiered.convert import ConvertOptions, convert_checkpoint
-from tiered.model import Load, Segment
+from tiered.model import Segment
+from tiered.plan import Workload
 from tiered.quant import QuantizedWeight
 from tiered.runtime import Options, Runtime
 from tiered.store import Store
@@ -374,5 +375,5 @@ def assert_same(found: Answers, expected: Answers) -> None:
 
 def open_runtime(store: Store, **options: Any) -> Runtime:
     """A runtime of `store` for the test prompts, in float32, in plenty of memory unless `ram` says otherwise."""
-    load = Load(sequences=len(PROMPT_LENGTHS), context=CONTEXT, prompt=max(PROMPT_LENGTHS))
-    return Runtime(store, load, Options(**{"dtype": "float32", "ram": 16 * GIB, "threads": 1, **options}))
+    workload = Workload(len(PROMPT_LENGTHS), CONTEXT, max(PROMPT_LENGTHS))
+    return Runtime(store, workload, Options(**{"dtype": "float32", "ram": 16 * GIB, "threads": 1, **options}))

@@ -156,7 +156,7 @@ def test_logits_of_every_position_equal_those_of_the_model_in_memory(loaded: Loa
 def test_a_prompt_longer_than_a_chunk_is_one_pass(store: Path, reference: Any) -> None:
     ids = torch.randint(3, 4000, (1, 100), generator=torch.Generator().manual_seed(0))
     with tiered.load(store, dtype="float32", context=128) as loaded:
-        object.__setattr__(loaded.runtime.workspace, "rows", 16)
+        object.__setattr__(loaded.runtime.plan, "micro_batch_rows", 16)
         found = loaded.model(ids, logits_to_keep=1).logits
         assert loaded.runtime.passes == 1
         expected = reference(ids, logits_to_keep=1).logits

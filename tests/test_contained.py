@@ -17,7 +17,7 @@ from tiered.convert import ConvertOptions, convert_checkpoint
 from tiered.errors import ModelError
 from tiered.generate import Sampler, SamplingParams, Sequence, generate
 from tiered.io import VerifyPolicy
-from tiered.model import Load
+from tiered.plan import Workload
 from tiered.runtime import Options, Runtime
 from tiered.store import Store
 from tiered.units import GIB
@@ -67,7 +67,7 @@ def assert_contained(store: Store, tolerance: float = 0, **options: Any) -> None
     """
     options = {"ram": 8 * GIB, "threads": 1, "verify": VerifyPolicy.NEVER, **options}
     context = len(BAD) + TOKENS
-    with Runtime(store, Load(3, context, context), Options(**options)) as runtime:
+    with Runtime(store, Workload(3, context, context), Options(**options)) as runtime:
         alone = [sequence_of(prompt) for prompt in GOOD]
         for sequence in alone:
             generate(runtime, [sequence], 1)

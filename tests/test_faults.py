@@ -19,7 +19,7 @@ from tests.helpers import run_greedy
 from tiered.convert import ConvertOptions, ConvertProgress, convert_checkpoint
 from tiered.errors import BudgetError, ReadError, StoreError
 from tiered.io import Arena
-from tiered.model import Load
+from tiered.plan import Workload
 from tiered.runtime import Options, Runtime
 from tiered.store import Store
 
@@ -267,11 +267,11 @@ def emptied(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, int]]:
 
 def streaming(store: Path, **fields: Any) -> Runtime:
     """A runtime that streams most of the store in every pass."""
-    opened, load = Store.open(store), Load(1, 16, 8)
+    opened, workload = Store.open(store), Workload(1, 16, 8)
     options = replace(Options(dtype="float32", threads=1), **fields)
-    with pytest.raises(BudgetError) as refused, Runtime(opened, load, replace(options, ram=1 << 20)):
+    with pytest.raises(BudgetError) as refused, Runtime(opened, workload, replace(options, ram=1 << 20)):
         pass
-    return Runtime(opened, load, replace(options, ram=refused.value.smallest_bytes))
+    return Runtime(opened, workload, replace(options, ram=refused.value.smallest_bytes))
 
 
 def threads_of_ours() -> list[str]:
@@ -310,7 +310,7 @@ def test_after_a_passing_failure_the_runtime_can_be_used_again(
     disk = Disk(at, fail_with(errno.EIO), every=1)
     runtime = streaming(original, preadv=disk)
     if resident:
-        runtime = Runtime(runtime.store, runtime.load, replace(runtime.options, ram=None))
+        runtime = Runtime(runtime.store, runtime.workload, replace(runtime.options, ram=None))
     with runtime:
         with pytest.raises(ReadError):
             run_greedy(runtime, PROMPT, STEPS)

@@ -19,7 +19,7 @@ from tests.commands import ROOT, TIERED, make_store
 from tests.helpers import run_greedy
 from tiered.convert import ConvertOptions, convert_checkpoint
 from tiered.errors import BudgetError, InterruptedRun
-from tiered.model import Load
+from tiered.plan import Workload
 from tiered.runtime import Options, Runtime
 from tiered.store import Store
 
@@ -162,10 +162,10 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 def streaming(store: Store, **fields: Any) -> Runtime:
     """A runtime that streams most of the store in every pass."""
-    load, options = Load(1, 112, 8), {"dtype": "float32", "threads": 1, **fields}
-    with pytest.raises(BudgetError) as refused, Runtime(store, load, Options(ram=1 << 20, **options)):
+    workload, options = Workload(1, 112, 8), {"dtype": "float32", "threads": 1, **fields}
+    with pytest.raises(BudgetError) as refused, Runtime(store, workload, Options(ram=1 << 20, **options)):
         pass
-    return Runtime(store, load, Options(ram=refused.value.smallest_bytes, **options))
+    return Runtime(store, workload, Options(ram=refused.value.smallest_bytes, **options))
 
 
 @contextlib.contextmanager

@@ -29,13 +29,12 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import ModelOutput
 
 from tiered.arch import load_config
-from tiered.cache import kv_shape
 from tiered.errors import BudgetError, ConfigError, NotSupportedError
 from tiered.generate.tokenizer import load_generation_config, load_tokenizer
 from tiered.io import VerifyPolicy
 from tiered.kernels import Mode
-from tiered.model import CACHE_NAMES, Load, MicroBatch, cache_name, check_token_ids, keep_positions, slice_mask
-from tiered.plan import available_budget, parse_tiers
+from tiered.model import CACHE_NAMES, MicroBatch, cache_name, check_token_ids, keep_positions, slice_mask
+from tiered.plan import Workload, parse_tiers
 from tiered.runtime import Options, Runtime, compute_dtype
 from tiered.store import Store
 from tiered.units import format_size, parse_size
@@ -46,8 +45,6 @@ _CACHE_NAME: Final = cache_name(GenerationMixin.prepare_inputs_for_generation) o
 T = TypeVar("T")
 LEAST_CONTEXT: Final = 128
 """Of the default: a budget that is too small for this is refused."""
-_KV_SHARE: Final = 1 / 8
-"""Part of the budget that the KV cache may take where no context is asked for."""
 _OF_GENERATE: Final = frozenset(("tokenizer", "assistant_tokenizer", "assistant_model"))
 """Arguments of `generate` that are no model's input."""
 
@@ -93,29 +90,24 @@ def load(
         kernel_mode=mode,
     )
     config = load_config(opened.path)
+    compute_dtype(dtype, config)  # refuses what is none
     limit = getattr(config, "max_position_embeddings", None)
     if context is not None and limit is not None and context > limit:
         raise ConfigError(f"context {context}: this model has positions for {limit}; ask for at most that many")
     if context is not None:
-        return LoadedModel(opened, config, Load(sequences, context), options)
-    tokens = _default_context(config, dtype, sequences, budget or available_budget())
-    return LoadedModel(opened, config, Load(sequences, tokens, least_context=min(tokens, LEAST_CONTEXT)), options)
-
-
-def _default_context(config: PretrainedConfig, dtype: str, sequences: int, budget: int) -> int:
-    """As much context as is useful, possible for the model, and modest in memory."""
-    per_token = kv_shape(config, compute_dtype(dtype, config)).nbytes(max(sequences, 1), 1)
-    limit = getattr(config, "max_position_embeddings", None) or DEFAULT_CONTEXT
-    return min(limit, max(LEAST_CONTEXT, min(DEFAULT_CONTEXT, int(budget * _KV_SHARE) // per_token)))
+        workload = Workload(sequences, context)
+    else:
+        workload = Workload(sequences, min(limit or DEFAULT_CONTEXT, DEFAULT_CONTEXT), least_context=LEAST_CONTEXT)
+    return LoadedModel(opened, config, workload, options)
 
 
 class LoadedModel:
     """A context manager: `model` and `tokenizer` inside, threads and memory gone after it."""
 
-    def __init__(self, store: Store, config: PretrainedConfig, load: Load, options: Options) -> None:
+    def __init__(self, store: Store, config: PretrainedConfig, workload: Workload, options: Options) -> None:
         self._store, self._config = store, config
         self._tokenizer: PreTrainedTokenizerBase | None = None
-        self.runtime = Runtime(store, load, options)
+        self.runtime = Runtime(store, workload, options)
         self._model: OffloadedModel | None = None
 
     def __enter__(self) -> Self:
@@ -272,21 +264,20 @@ class OffloadedModel(PreTrainedModel, GenerationMixin):
         return parts
 
     def _check_room(self, rows: int, tokens: int) -> None:
-        load = self._runtime.load
+        plan = self._runtime.plan
         # Fewer sequences may not be longer: masks and scores are as wide as the context.
-        if rows > load.sequences or tokens > load.context:
+        if rows > plan.batch_size or tokens > plan.max_context:
             raise BudgetError(
-                f"{rows} sequences of {tokens} tokens: memory was set aside for {load.sequences} of {load.context}; "
-                "pass context= and sequences= to tiered.load (beams count as sequences)"
+                f"{rows} sequences of {tokens} tokens: memory was set aside for {plan.batch_size} of "
+                f"{plan.max_context}; pass context= and sequences= to tiered.load (beams count as sequences)"
             )
 
     def _check_logits(self, rows: int, tokens: int, logits_to_keep: int | torch.Tensor) -> None:
         """Logits of every position are the largest thing a forward can return: within the budget, or not at all."""
         kept = min(tokens, logits_to_keep or tokens) if isinstance(logits_to_keep, int) else len(logits_to_keep)
-        vocab, plan = self._runtime.store.vocab_size, self._runtime.plan
-        # Twice: in pieces, and put together. The other half of the workspace is for what makes them.
+        vocab, reserve = self._runtime.store.vocab_size, self._runtime.plan.returned_logits_nbytes
+        # Twice: in pieces, and put together.
         nbytes = 2 * rows * kept * vocab * self.dtype.itemsize
-        reserve = plan.needs.workspace // 2 + plan.budget - plan.needs.total - plan.placement.nbytes
         if kept > 1 and nbytes > reserve:
             raise BudgetError(
                 f"logits of {kept} positions of {rows} sequences over {vocab} tokens take {format_size(nbytes)}, the "

@@ -6,11 +6,10 @@ from pathlib import Path
 import torch
 from transformers import PretrainedConfig
 
-from tiered.cache import Bits
 from tiered.errors import ConfigError
 from tiered.io import Faults, ReadMode, VerifyPolicy
 from tiered.kernels import Mode
-from tiered.plan import Tier
+from tiered.plan import Bits, KVTier, Tier
 
 
 @dataclass(frozen=True)
@@ -26,8 +25,8 @@ class Options:
     prefetch: int | None = None
     rows_per_chunk: int | None = None
     """Tokens that are computed together at most; None: as many as memory allows and are useful."""
-    kv: str = "cpu"
-    """Where the KV cache is: "cpu", "disk", or "auto": in memory if it fits there."""
+    kv: KVTier = "cpu"
+    """Where the KV cache is; auto: in memory if it fits there."""
     kv_bits: Bits = 16
     kv_folder: Path | None = None
     """Where the cache's file goes, if on disk; None: beside the store."""

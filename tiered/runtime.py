@@ -9,18 +9,17 @@ import concurrent.futures
 import contextlib
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 from types import TracebackType
 from typing import Final, Self, TypeVar
 
 import torch
 
 from tiered.arch import build_skeleton, load_config
-from tiered.cache import KVPool, SequenceKV, kv_shape
-from tiered.errors import BudgetError, ConfigError
+from tiered.cache import KVPool, SequenceKV
+from tiered.errors import ConfigError
 from tiered.io import (
     Arena,
     ChunkVerifier,
@@ -31,14 +30,11 @@ from tiered.io import (
     SpillFile,
     probe_mode,
 )
-from tiered.kernels import CancelFlag, Kernels
+from tiered.kernels import CancelFlag, Kernels, scratch_nbytes
 from tiered.model import (
     BoundModel,
-    CacheOptions,
     ChunkLimits,
     Engine,
-    Footprint,
-    Load,
     MicroBatch,
     MicroBatches,
     OnBlock,
@@ -48,29 +44,34 @@ from tiered.model import (
     Segment,
     Segments,
     Work,
-    activation_shape,
     check_layers,
     check_match,
     check_token_ids,
+    model_shape,
     registered_attention,
     use_attention,
 )
 from tiered.options import Options, compute_dtype
 from tiered.plan import (
-    Plan,
+    Budgets,
+    Machine,
+    ModelShape,
+    Rate,
+    Workload,
     available_budget,
     cpu_count,
+    make_plan,
     process_peak_rss_bytes,
     process_rss_bytes,
+    rates_wanted,
 )
 from tiered.plan.process import PROCESS, Member
-from tiered.plan.workspace import MAX_ROWS
 from tiered.store import CHUNK_NBYTES, PAGE, BlockInfo, Store
 from tiered.stream import EmbeddingRows, KVStream, Streamer, Streams, StreamThread
 from tiered.trace import Tracer
 from tiered.units import MIB
 
-__all__ = ["READ_THREADS", "Options", "Runtime", "compute_dtype", "open_runtime"]
+__all__ = ["READ_THREADS", "Options", "Runtime", "compute_dtype", "measure_inputs"]
 
 READ_THREADS: Final = 16
 """Reads of weights in flight."""
@@ -84,6 +85,8 @@ by 60 MB with what the allocator had kept, and the budget that one refusal named
 _POLL_SECONDS: Final = 0.1
 
 T = TypeVar("T")
+MeasureMachine = Callable[[Store, Kernels, ModelShape, Machine, Collection[Rate]], Machine]
+"""The machine with the rates that are wanted: a runtime that is to choose its batch size is given one."""
 _LOG: Final = logging.getLogger(__name__)
 
 
@@ -96,9 +99,12 @@ class Runtime:
     Any thread may ask for a pass: they wait for each other. Leaving ends the pass that another thread waits for.
     """
 
-    def __init__(self, store: Store, load: Load, options: Options) -> None:
-        self.store, self.load, self.options = store, load, options
-        self._asked = load
+    def __init__(
+        self, store: Store, workload: Workload, options: Options, measure: MeasureMachine | None = None
+    ) -> None:
+        """`measure` is called where rates are wanted for the choice of a batch size."""
+        self.store, self.workload, self.options = store, workload, options
+        self._measure = measure
         self.trace = Tracer(options.keep_spans)
         self.cancel = CancelFlag()
         self.passes = 0
@@ -160,39 +166,15 @@ class Runtime:
             )
 
     def _build(self, stack: contextlib.ExitStack) -> None:
-        before = process_rss_bytes()
         member = stack.enter_context(PROCESS.member())
-        config = load_config(self.store.path)
-        self.dtype = compute_dtype(self.options.dtype, config)
-        check_layers(self.store, config)
-        skeleton = build_skeleton(config, self.dtype)
-        check_match(self.store, skeleton)
-        threads = self.options.threads or cpu_count()
-        self.kv_shape = kv_shape(config, self.dtype)
-        cache = CacheOptions.of(config, self.kv_shape, self.options.kv_bits, self.options.kv == "disk")
-        shape = activation_shape(skeleton, self.kv_shape, threads)
-        self.kernels = stack.enter_context(self._open_kernels(threads))
-        self._attention = stack.enter_context(registered_attention(self.kernels))
-        use_attention(skeleton.model, self._attention.name)
-        self.model = BoundModel(skeleton, self.dtype, self.kernels)
-        recorder = Recorder(skeleton)
-        self._compute = ThreadPoolExecutor(1, thread_name_prefix="tiered-compute")
-        stack.callback(self._compute.shutdown, wait=True)
-        self._compute.submit(_warm_up, threads, self.dtype).result()
-        self.budget = self.options.ram or available_budget()
-        member.budget = self.budget
-        PROCESS.pin_malloc()
-        rss = process_rss_bytes()
-        # Models that are open already may not have taken yet what they planned to.
-        promised = PROCESS.planned_nbytes + max(rss - before, _ANOTHER_NBYTES)
-        self.baseline = max(rss, process_peak_rss_bytes(), promised) + _GROWTH_NBYTES
-        most_rows = self.options.rows_per_chunk or MAX_ROWS
-        self.footprint = Footprint(self.store, self.dtype, shape, cache, self._asked, self.baseline, most_rows)
-        self.footprint, self.plan = self._choose_plan(self.footprint)
-        self.load = self.footprint.load
-        member.planned_nbytes = self.plan.needs.total + self.plan.placement.nbytes
-        self.workspace = self.footprint.workspace(self.budget)
-        self._open_memory(stack, self.plan, self.footprint.side_nbytes)
+        model, machine, budgets = self._prepare(stack, member)
+        if self._measure is not None and (wanted := rates_wanted(model, machine, self.workload, budgets)):
+            machine = self._measure(self.store, self.kernels, model, machine, wanted)
+            # The process has grown by what measured, and its peak counts.
+            budgets = replace(budgets, baseline=max(budgets.baseline, process_peak_rss_bytes() + _GROWTH_NBYTES))
+        self.plan = make_plan(model, machine, self.workload, budgets)
+        member.planned_nbytes = self.plan.nbytes
+        self._open_memory(stack)
         verifier = ChunkVerifier(self.options.verify, self.trace, self.store.path)
         preadv = {"preadv": self.options.preadv} if self.options.preadv is not None else {}
         self.reader = stack.enter_context(
@@ -201,16 +183,47 @@ class Runtime:
             )
         )
         self._embedding = EmbeddingRows(self.store, self.reader, verifier, self._staging)
-        self.engine = Engine(self.model, recorder, self._embedding, self.cancel, self.trace)
+        self.engine = Engine(self.model, self._recorder, self._embedding, self.cancel, self.trace)
         self._limits = ChunkLimits(
-            rows=self.rows_per_micro_batch,
-            gathered=skeleton.family.gathers,
-            gathered_rows=self.workspace.gathered_rows,
-            within_pages=self.options.kv_bits != 16,
-            lent_pages=self.cache_plan.lent_pages,
+            rows=self.plan.micro_batch_rows,
+            gathered=model.dense_attention,
+            gathered_rows=self.plan.gathered_rows,
+            within_pages=self.plan.cache.bits != 16,
+            lent_pages=self.plan.cache.lent_pages,
         )
         stack.callback(self.stop_streaming)
         self._member = member
+
+    def _prepare(self, stack: contextlib.ExitStack, member: Member) -> tuple[ModelShape, Machine, Budgets]:
+        """Build what computes, before any weight is in memory: what plans are made from, by the process as it is then.
+
+        Raises StoreError, ConfigError.
+        """
+        before = process_rss_bytes()
+        config = load_config(self.store.path)
+        self.dtype = compute_dtype(self.options.dtype, config)
+        check_layers(self.store, config)
+        skeleton = build_skeleton(config, self.dtype)
+        check_match(self.store, skeleton)
+        threads = self.options.threads or cpu_count()
+        shape = model_shape(self.store, skeleton, self.dtype)
+        self.kernels = stack.enter_context(self._open_kernels(threads))
+        self._attention = stack.enter_context(registered_attention(self.kernels))
+        use_attention(skeleton.model, self._attention.name)
+        self.model = BoundModel(skeleton, self.dtype, self.kernels)
+        self._recorder = Recorder(skeleton)
+        self._compute = ThreadPoolExecutor(1, thread_name_prefix="tiered-compute")
+        stack.callback(self._compute.shutdown, wait=True)
+        self._compute.submit(_warm_up, threads, self.dtype).result()
+        options = self.options
+        member.budget = options.ram or available_budget()
+        PROCESS.pin_malloc()
+        rss = process_rss_bytes()
+        # Models that are open already may not have taken yet what they planned to.
+        promised = PROCESS.planned_nbytes + max(rss - before, _ANOTHER_NBYTES)
+        baseline = max(rss, process_peak_rss_bytes(), promised) + _GROWTH_NBYTES
+        budgets = Budgets(member.budget, baseline, options.tiers, options.kv, options.kv_bits, options.rows_per_chunk)
+        return shape, Machine(scratch_nbytes(threads)), budgets
 
     def _open_kernels(self, threads: int) -> Kernels:
         kernels = Kernels(threads, self.cancel, self.options.kernel_mode, self.options.kernels)
@@ -219,12 +232,12 @@ class Runtime:
             _LOG.warning("native kernels are off, torch's slower operators compute: %s; see 'tiered doctor'", why)
         return kernels
 
-    def _open_memory(self, stack: contextlib.ExitStack, plan: Plan, side: int) -> None:
+    def _open_memory(self, stack: contextlib.ExitStack) -> None:
         """One arena for everything large, and the slabs that live as long as the runtime."""
-        placement = plan.placement
+        plan, side = self.plan, self.plan.side_nbytes
+        placement, cache = plan.placement, plan.cache
         total = placement.nbytes + CHUNK_NBYTES + side + plan.needs.kv + PAGE * (len(self.store.tape) + 8)
         self.arena = stack.enter_context(Arena(total))
-        self.cache_plan = cache = self.footprint.cache_plan(self.budget)
         self.pool = KVPool(cache, self._keep(stack, cache.pool_nbytes, "kv").tensor())
         self._kv_ring = self._keep(stack, cache.ring_nbytes, "kv ring") if cache.on_disk else None
         self.spill = self._open_spill(stack)
@@ -236,41 +249,13 @@ class Runtime:
             for position in sorted(placement.resident)
         }
 
-    def _choose_plan(self, footprint: Footprint) -> tuple[Footprint, Plan]:
-        """The plan with the longest context that fits. A refusal is the last one: so what it names is accepted."""
-        *longer, least = footprint.load.shrinking()
-        for load in longer:
-            with contextlib.suppress(BudgetError):
-                return self._choose_place(replace(footprint, load=load))
-        try:
-            return self._choose_place(replace(footprint, load=least))
-        except BudgetError as error:
-            if not longer:
-                raise
-            raise BudgetError(f"{error}, for a context of {least.context} tokens", error.smallest_bytes) from None
-
-    def _choose_place(self, footprint: Footprint) -> tuple[Footprint, Plan]:
-        """The plan, with the KV cache in memory if that is asked for, or fits."""
-        try:
-            return footprint, footprint.plan(self.budget, self.options.tiers)
-        except BudgetError:
-            if self.options.kv != "auto":
-                raise
-            on_disk = replace(footprint, cache=replace(footprint.cache, on_disk=True))
-            try:
-                return on_disk, on_disk.plan(self.budget, self.options.tiers)
-            except BudgetError:
-                pass
-            # What is short is more than the cache: the first refusal is the one to read.
-            raise
-
     def _open_spill(self, stack: contextlib.ExitStack) -> SpillFile | None:
         """The KV cache's file, where it is on disk."""
-        if not self.cache_plan.on_disk:
+        if not self.plan.cache.on_disk:
             return None
         folder = self.options.kv_folder or self.store.path
         return stack.enter_context(
-            SpillFile(folder, self.cache_plan.records_nbytes, SPILL_THREADS, self.trace, clock=self._clock)
+            SpillFile(folder, self.plan.cache.records_nbytes, SPILL_THREADS, self.trace, clock=self._clock)
         )
 
     def _keep(self, stack: contextlib.ExitStack, nbytes: int, label: str) -> Slab:
@@ -305,7 +290,7 @@ class Runtime:
         """One pass over tokens of many sequences; see `forward` for the rest."""
         for segment in segments:
             check_token_ids(torch.tensor([segment.input_ids]), self.store.vocab_size)
-        work = Segments(segments, self.pool, self._limits, self.workspace.head_rows, self._attention.packing, on_logits)
+        work = Segments(segments, self.pool, self._limits, self.plan.head_rows, self._attention.packing, on_logits)
         return self._run(work, on_block, is_last)
 
     def forward(self, batch: Sequence[MicroBatch], on_block: OnBlock | None = None, is_last: bool = False) -> Pass:
@@ -351,8 +336,8 @@ class Runtime:
 
     @property
     def rows_per_micro_batch(self) -> int:
-        """Sequences that are computed together at most."""
-        return self.workspace.rows
+        """Tokens that are computed together at most."""
+        return self.plan.micro_batch_rows
 
     @property
     def streamed_blocks(self) -> list[BlockInfo]:
@@ -428,7 +413,7 @@ class Runtime:
         )
         kv = None
         if self.spill is not None and self._kv_ring is not None:
-            kv = KVStream(self.spill, self._kv_ring, self.kv_shape.layers, self.trace, self.cancel)
+            kv = KVStream(self.spill, self._kv_ring, self.plan.cache.shape.layers, self.trace, self.cancel)
         return Streams(asyncio.get_running_loop(), blocks, kv)
 
     async def _load_tables(self) -> None:
@@ -466,6 +451,11 @@ def _warm_up(threads: int, dtype: torch.dtype) -> None:
     torch.nn.functional.layer_norm(x, (64,))
 
 
-def open_runtime(path: Path | str, load: Load, options: Options) -> Runtime:
-    """The runtime of the store at `path`, not yet entered."""
-    return Runtime(Store.open(path), load, options)
+def measure_inputs(store: Store, options: Options) -> tuple[ModelShape, Machine, Budgets]:
+    """What plans for `store` are made from, by this process as it is now.
+
+    Builds what a runtime builds first, measures, and lets it go: neither memory is taken nor weights are read.
+    """
+    runtime = Runtime(store, Workload(), options)
+    with PROCESS.opening, contextlib.ExitStack() as stack:
+        return runtime._prepare(stack, stack.enter_context(PROCESS.member()))

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 from tiered.cache import Bits
 from tiered.convert import ConvertOptions, convert_checkpoint
 from tiered.generate.score import Window, score
-from tiered.model import Load
+from tiered.plan import Workload
 from tiered.quant import GroupScheme, dequantize, quantize
 from tiered.runtime import Options, Runtime
 from tiered.store import Store
@@ -100,8 +100,8 @@ def read_windows(checkpoint: Path, text: Path, count: int, length: int) -> list[
 def perplexity(store: Store, windows: list[Window], bits: Bits = 16) -> float:
     """exp of the mean negative log-likelihood of every token but each window's first."""
     length = len(windows[0].input_ids)
-    load = Load(BATCH, length, length, logits=BATCH * length)
-    with Runtime(store, load, Options(dtype="float32", kv_bits=bits)) as runtime:
+    workload = Workload(BATCH, length, length, all_logits=True)
+    with Runtime(store, workload, Options(dtype="float32", kv_bits=bits)) as runtime:
         return score(runtime, windows, BATCH, lambda *_: None).total.perplexity
 
 

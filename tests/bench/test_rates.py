@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from tiered.bench.rates import ComputeRate, measure_attention, measure_compute
+from tiered.bench.rates import measure_attention, measure_compute
 from tiered.kernels import Kernels
+from tiered.plan import ComputeRate
 from tiered.quant import GroupScheme
 
 RATE = ComputeRate((1, 4, 16), (1.0, 2.0, 6.0))

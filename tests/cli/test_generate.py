@@ -20,7 +20,7 @@ from tests.commands import smallest_ram as named_ram
 from tests.damage import ADDED, poisoned, with_added_token
 from tests.generate.tokenizers import byte_fallback
 from tiered.errors import BudgetError
-from tiered.model import Load
+from tiered.plan import Workload
 from tiered.runtime import Options, Runtime
 from tiered.store import Store
 from tiered.units import MIB, parse_size
@@ -417,7 +417,7 @@ def test_a_budget_that_cannot_work_is_refused_before_anything_is_read(store: Pat
         reads += 1
         raise AssertionError("nothing is to be read")
 
-    runtime = Runtime(Store.open(store), Load(), Options(ram=64 * MIB, preadv=count))
+    runtime = Runtime(Store.open(store), Workload(), Options(ram=64 * MIB, preadv=count))
     with pytest.raises(BudgetError, match="too small"), runtime:
         pass
     assert reads == 0

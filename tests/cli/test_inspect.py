@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from tests.plan.plans import plan_of
 from tiered.cli.inspect import command
 from tiered.convert import ConvertOptions, convert_checkpoint
 from tiered.errors import ConfigError, StoreError
-from tiered.plan import Needs, make_plan, parse_tiers
+from tiered.plan import Needs
 from tiered.store import Store
 
 DOCS = Path(__file__).parents[1] / "data/models/opt-docs-8m"
@@ -65,7 +66,7 @@ def test_budgets_are_the_planners(docs: Path, options: tuple[str, ...]) -> None:
     sizes = [store.layout(block).memory_nbytes for block in store.tape]
     assert found["budgets"][-1]["bytes_read_per_pass"] == 0
     for row in found["budgets"]:
-        plan = make_plan(sizes, Needs(**row["needs"]), row["budget_bytes"], parse_tiers("disk,cpu"))
+        plan = plan_of(sizes, Needs(**row["needs"]), row["budget_bytes"])
         assert row["resident_blocks"] == len(plan.placement.resident)
         assert row["bytes_read_per_pass"] == plan.streamed_nbytes  # nothing is compressed here
         assert row["disk_seconds_per_pass"] == row["bytes_read_per_pass"] / 2e9

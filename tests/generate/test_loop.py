@@ -11,10 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.plan.plans import plan_of
 from tiered.cache import CachePlan, KVPool, KVShape, SequenceKV, layer_groups
 from tiered.errors import BudgetError, InterruptedRun, ModelError, TieredError
 from tiered.generate import Sampler, SamplingParams, Sequence, generate
-from tiered.model import Load, OnBlock, OnLogits, Pass, Segment
+from tiered.model import OnBlock, OnLogits, Pass, Segment
 
 VOCAB: Final = 50
 END: Final = frozenset({VOCAB})
@@ -41,8 +42,9 @@ class Runner:
     """A runtime without a model: it keeps every sequence's text, and checks what it is asked."""
 
     def __init__(self, sequences: int, context: int = 100, pass_tokens: int = 0, kv_tokens: int = 0) -> None:
-        self.load, self.vocab_size = Load(sequences, context, pass_tokens=pass_tokens), VOCAB
-        plan = CachePlan(
+        tokens = min(sequences * context, max(pass_tokens, sequences)) if pass_tokens else sequences * context
+        self.plan, self.vocab_size = plan_of(max_batched_tokens=tokens), VOCAB
+        cache = CachePlan(
             KVShape(1, 2, 1, "bfloat16"),
             16,
             False,
@@ -52,7 +54,7 @@ class Runner:
             kv_tokens or sequences * context,
             context,
         )
-        self.pool = KVPool(plan, torch.empty(plan.pool_nbytes, dtype=torch.uint8))
+        self.pool = KVPool(cache, torch.empty(cache.pool_nbytes, dtype=torch.uint8))
         self.texts: dict[SequenceKV, list[int]] = {}
         self.passes: list[list[int]] = []
         """Of every pass, the tokens of its segments."""
@@ -140,7 +142,7 @@ def test_tokens_depend_on_nothing_but_the_request(
     for number, sequence in enumerate(sequences):
         assert sequence.token_ids == completion(sequence, params, number)
         assert sequence.finish_reason == "length"
-    assert all(len(tokens) <= width and sum(tokens) <= runner.load.tokens for tokens in runner.passes)
+    assert all(len(tokens) <= width and sum(tokens) <= runner.plan.max_batched_tokens for tokens in runner.passes)
 
 
 def test_sampled_tokens_do_not_depend_on_width_or_order() -> None:

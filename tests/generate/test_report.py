@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 
+from tests.plan.plans import plan_of
 from tiered.generate import Figures, Generation, Surroundings, make_report
 from tiered.generate.costs import PassCost
 from tiered.model import Pass
-from tiered.plan import Needs, Plan, Tier, make_plan
+from tiered.plan import Needs, Plan
 from tiered.plan.placement import full_ring
 from tiered.units import MIB
 
@@ -19,7 +20,7 @@ RAW = 1e9
 
 def plan(blocks: float = 5.0) -> Plan:
     """A plan whose budget leaves room for this many blocks."""
-    return make_plan(SIZES, NEEDS, NEEDS.total + int(blocks * 100 * MIB), (Tier.DISK, Tier.CPU))
+    return plan_of(SIZES, NEEDS, NEEDS.total + int(blocks * 100 * MIB))
 
 
 def cost(rows: int, seconds: float, compute: float, prompt_tokens: int = 0, nbytes: int = 700 * MIB) -> PassCost:

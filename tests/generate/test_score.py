@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.helpers import Tiny, reference_logits
+from tests.plan.plans import plan_of
 from tiered.cache import SequenceKV
 from tiered.errors import BudgetError, ConfigError, ModelError, TieredError
 from tiered.generate.score import (
@@ -23,7 +24,8 @@ from tiered.generate.score import (
     score,
     window_targets,
 )
-from tiered.model import Load, OnBlock, OnLogits, Pass, Segment
+from tiered.model import OnBlock, OnLogits, Pass, Segment
+from tiered.plan import Workload
 from tiered.runtime import Options, Runtime
 from tiered.units import GIB, MIB
 
@@ -36,7 +38,7 @@ class FakeRunner:
 
     def __init__(self, room: int = 100, pieces: int = 3) -> None:
         self.room, self.pieces = room, pieces
-        self.load, self.vocab_size = Load(room or 1, 1000), VOCAB
+        self.plan, self.vocab_size = plan_of(max_batched_tokens=1000 * (room or 1)), VOCAB
         self.bytes_read = self.kv_bytes_read = self.kv_bytes_written = 0
         self.disk_idle_seconds = 0.0
         self.held: list[SequenceKV] = []
@@ -315,9 +317,9 @@ def test_scores_of_a_model_are_those_of_transformers(tiny: Tiny, name: str) -> N
     model, store = tiny.model(name), tiny.store(name)
     ids = torch.randint(3, store.vocab_size, (150,), generator=torch.Generator().manual_seed(7))
     windows = list(cut_windows(ids, 48, 30, [1]))
-    load = Load(3, 48, logits=3 * 48, one_pass=True)
+    workload = Workload(3, 48, one_pass=True, all_logits=True)
     scores: dict[int, torch.Tensor] = {}
-    with Runtime(store, load, Options(dtype="float32", ram=16 * GIB, threads=1, rows_per_chunk=20)) as runtime:
+    with Runtime(store, workload, Options(dtype="float32", ram=16 * GIB, threads=1, rows_per_chunk=20)) as runtime:
         result = score(runtime, windows, 3, lambda window, logprobs: scores.update({window.position: logprobs}))
         assert runtime.pool.is_empty
     assert (result.total.tokens, result.costs.sequences, result.costs.passes) == (

@@ -5,11 +5,12 @@ import json
 import pytest
 
 from tests.generate.test_report import around
+from tests.plan.plans import plan_of
 from tiered.generate import Generation, make_score_report
 from tiered.generate.costs import PassCost
 from tiered.generate.score import Scoring, Tally
 from tiered.model import Pass
-from tiered.plan import Needs, Plan, Tier, make_plan
+from tiered.plan import Needs, Plan
 from tiered.units import MIB
 
 SIZES = [100 * MIB] * 10
@@ -19,7 +20,7 @@ RAW = 1000 * MIB
 
 def plan(blocks: float = 5.0) -> Plan:
     """A plan whose budget leaves room for this many blocks."""
-    return make_plan(SIZES, NEEDS, NEEDS.total + int(blocks * 100 * MIB), (Tier.DISK, Tier.CPU))
+    return plan_of(SIZES, NEEDS, NEEDS.total + int(blocks * 100 * MIB))
 
 
 def scoring(passes: int = 3, seconds: float = 2.0, compute: float = 0.5) -> Scoring:

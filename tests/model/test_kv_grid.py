@@ -29,7 +29,8 @@ from tests.helpers import (
 from tiered.cache import SequenceKV
 from tiered.convert import ConvertOptions, convert_checkpoint
 from tiered.kernels import load_library
-from tiered.model import Load, Segment
+from tiered.model import Segment
+from tiered.plan import Workload
 from tiered.runtime import Options, Runtime
 from tiered.store import Store
 from tiered.units import GIB
@@ -95,8 +96,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Models]:
 
 def runtime_of(store: Store, **options: Any) -> Runtime:
     dtype = options.pop("dtype", "bfloat16")
-    load = Load(sequences=3, context=CONTEXT)
-    return Runtime(store, load, Options(**{"dtype": dtype, "ram": 16 * GIB, "threads": 1, **options}))
+    workload = Workload(sequences=3, max_context=CONTEXT)
+    return Runtime(store, workload, Options(**{"dtype": dtype, "ram": 16 * GIB, "threads": 1, **options}))
 
 
 def text_of(tokens: int) -> list[int]:
@@ -205,7 +206,7 @@ def test_a_text_much_longer_than_windows_gives_what_transformers_gives(
 
 def ring_pages(runtime: Runtime) -> list[int]:
     """Pages that the longest sequence has in each group of layers."""
-    plan = runtime.cache_plan
+    plan = runtime.plan.cache
     return [plan.pages(group, plan.context) for group in plan.groups]
 
 

@@ -7,6 +7,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any, Final
 
 import pytest
@@ -15,9 +16,9 @@ from tests.helpers import STEPS, Tiny, assert_same, open_runtime, prompts_for, r
 from tiered.errors import BudgetError, InterruptedRun
 from tiered.io import Arena, VerifyPolicy
 from tiered.model import Segment
-from tiered.plan import Plan, Tier
+from tiered.plan import Plan, Tier, make_plan
 from tiered.plan.placement import full_ring
-from tiered.runtime import Runtime
+from tiered.runtime import Runtime, measure_inputs
 from tiered.store import Store
 from tiered.units import GIB, MIB
 
@@ -39,13 +40,15 @@ pytestmark = pytest.mark.usefixtures("steady_baseline")
 
 def budget_for(store: Store, room: str, **options: Any) -> int:
     """The budget that leaves the room for blocks that ROOM calls `room`."""
-    with open_runtime(store, **options) as runtime:
-        footprint, nbytes = runtime.footprint, ROOM[room](runtime.plan.tape_sizes)
+    runtime = open_runtime(store, **options)
+    model, machine, budgets = measure_inputs(store, runtime.options)
     # What a run needs besides grows a little with the budget: from a large one down, until both agree.
-    budget = 64 * GIB
-    while (needed := footprint.needs(budget).total + nbytes) < budget:
+    nbytes, budget = ROOM[room](model.tape_nbytes), 64 * GIB
+    while True:
+        plan = make_plan(model, machine, runtime.workload, replace(budgets, ram=budget))
+        if (needed := plan.needs.total + nbytes) >= budget:
+            return budget
         budget = needed
-    return budget
 
 
 def tape_bytes_read(runtime: Runtime) -> Counter[str]:

@@ -195,7 +195,7 @@ def test_logits_come_in_pieces_of_bounded_size(tiny: Tiny) -> None:
         kv = reserved(stack, runtime, len(prompt))
         segment = Segment(kv, list(prompt), len(prompt))
         runtime.run([segment], lambda number, index, rows: pieces.append((number, index, len(rows))))
-        most = runtime.workspace.head_rows
+        most = runtime.plan.head_rows
     assert most < len(prompt)
     assert [index for _, index, _ in pieces] == list(range(0, len(prompt), most))
     assert max(rows for _, _, rows in pieces) == most

@@ -1,15 +1,20 @@
 """The table of budgets says what the planner would say."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.plan.plans import LOADED, STREAMING, model_of
 from tiered.errors import BudgetError
-from tiered.plan import Needs, make_plan
-from tiered.plan.fits import LOADED, STREAMING, fits, ladder, smallest_budget
+from tiered.plan import Budgets, Machine, Needs, Tier, Workload, fit_blocks, make_plan
+from tiered.plan.fits import fits, ladder
+from tiered.plan.plan import smallest_budget
 from tiered.units import GIB, MIB, round_up
 
 SIZES = st.lists(st.integers(1, 4000).map(lambda n: n * 4096), min_size=1, max_size=12)
+WORK, BUDGETS, MACHINE = Workload(max_context=512), Budgets(1, 300 * MIB), Machine(16 * MIB)
 
 
 def growing(budget: int) -> Needs:
@@ -19,27 +24,36 @@ def growing(budget: int) -> Needs:
 
 @pytest.mark.parametrize("tiers", [STREAMING, LOADED])
 @given(sizes=SIZES)
-def test_the_smallest_budget_works_and_a_smaller_one_does_not(tiers: tuple[()], sizes: list[int]) -> None:
+def test_the_smallest_budget_works_and_a_smaller_one_does_not(tiers: tuple[Tier, ...], sizes: list[int]) -> None:
     smallest = smallest_budget(sizes, growing, tiers)
-    assert make_plan(sizes, growing(smallest), smallest, tiers).placement.nbytes <= smallest
+    assert fit_blocks(sizes, growing(smallest), smallest, tiers).nbytes <= smallest
     with pytest.raises(BudgetError):
-        make_plan(sizes, growing(smallest - MIB), smallest - MIB, tiers)
+        fit_blocks(sizes, growing(smallest - MIB), smallest - MIB, tiers)
 
 
 @given(sizes=SIZES)
 def test_more_memory_never_reads_more(sizes: list[int]) -> None:
-    rows = fits(sizes, sizes, growing)
+    rows = fits(model_of(sizes), MACHINE, WORK, BUDGETS)
     assert all(row.resident_nbytes + row.read_nbytes == sum(sizes) for row in rows)
     assert [row.read_nbytes for row in rows] == sorted((row.read_nbytes for row in rows), reverse=True)
     assert rows[-1].read_nbytes == 0 and rows[-1].resident_share == 1
 
 
+def test_the_first_budget_is_the_smallest_and_the_last_the_smallest_that_holds_all() -> None:
+    sizes = [8 * MIB] * 100
+    first, *_, last = fits(model_of(sizes), MACHINE, WORK, BUDGETS)
+    for row, tiers in ((first, STREAMING), (last, LOADED)):
+        less = replace(BUDGETS, ram=row.plan.budget - MIB, tiers=tiers)
+        with pytest.raises(BudgetError):
+            make_plan(model_of(sizes), MACHINE, WORK, less)
+        assert make_plan(model_of(sizes), MACHINE, WORK, replace(less, ram=row.plan.budget)) == row.plan
+
+
 def test_bytes_read_are_those_of_files() -> None:
-    in_memory, on_disk = [8 * MIB] * 10, [5 * MIB] * 10
-    smallest, *_, everything = fits(in_memory, on_disk, lambda budget: Needs(100 * MIB, 0, 0, 0))
-    assert smallest.budget == 108 * MIB
+    model = model_of([8 * MIB] * 10, file_nbytes=(5 * MIB,) * 10)
+    smallest, *_, everything = fits(model, MACHINE, WORK, BUDGETS)
     assert smallest.read_nbytes == 50 * MIB
-    assert everything.budget == 180 * MIB
+    assert everything.resident_nbytes == 50 * MIB
     assert smallest.disk_seconds(5 * MIB) == 10
 
 

@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.plan.plans import LOADED, STREAMING, plan_of
 from tiered.errors import BudgetError, ConfigError
-from tiered.plan import Needs, Tier, make_plan, parse_tiers
+from tiered.plan import Needs, Tier, parse_tiers
 from tiered.plan.placement import full_ring
 from tiered.units import MIB, parse_size
 
-STREAMING, LOADED = (Tier.DISK, Tier.CPU), (Tier.CPU,)
 SIZES = st.lists(st.integers(1, 50 * MIB), min_size=1, max_size=12)
 NEEDS = st.builds(Needs, *[st.integers(0, 100 * MIB)] * 4)
 
@@ -21,16 +21,16 @@ def test_a_plan_stays_within_its_budget_or_names_one_that_works(
     sizes: list[int], needs: Needs, budget: int, tiers: tuple[Tier, ...]
 ) -> None:
     try:
-        plan = make_plan(sizes, needs, budget, tiers)
+        plan = plan_of(sizes, needs, budget, tiers)
     except BudgetError as error:
         smallest = error.smallest_bytes
         assert smallest is not None and smallest > budget
-        assert make_plan(sizes, needs, smallest, tiers).budget == smallest
+        assert plan_of(sizes, needs, smallest, tiers).budget == smallest
         with pytest.raises(BudgetError):
-            make_plan(sizes, needs, smallest - 1, tiers)
+            plan_of(sizes, needs, smallest - 1, tiers)
         named = re.search(r"--ram (\w+)", str(error))
         assert named is not None
-        make_plan(sizes, needs, parse_size(named.group(1)), tiers)
+        plan_of(sizes, needs, parse_size(named.group(1)), tiers)
     else:
         assert needs.total + plan.placement.nbytes <= budget
         assert tiers == STREAMING or plan.streamed_nbytes == 0
@@ -42,7 +42,7 @@ def test_the_bound_s_share_in_memory_is_what_the_budget_leaves_used_or_not(
     sizes: list[int], needs: Needs, budget: int
 ) -> None:
     try:
-        plan = make_plan(sizes, needs, budget, STREAMING)
+        plan = plan_of(sizes, needs, budget, STREAMING)
     except BudgetError:
         return
     free = budget - needs.total
@@ -51,14 +51,14 @@ def test_the_bound_s_share_in_memory_is_what_the_budget_leaves_used_or_not(
 
 
 def test_the_bound_never_assumes_less_in_memory_than_there_is() -> None:
-    plan = make_plan([10, 10, 10, 100], Needs(0, 0, 0, 0), 120, STREAMING)
+    plan = plan_of([10, 10, 10, 100], Needs(0, 0, 0, 0), 120, STREAMING)
     assert plan.placement.resident_nbytes == plan.bound_resident_nbytes == 100
 
 
 def test_a_refusal_says_what_takes_the_bytes() -> None:
     needs = Needs(baseline=300 * MIB, outer=5 * MIB, kv=40 * MIB, workspace=30 * MIB)
     with pytest.raises(BudgetError) as caught:
-        make_plan([20 * MIB, 60 * MIB], needs, 400 * MIB, STREAMING)
+        plan_of([20 * MIB, 60 * MIB], needs, 400 * MIB, STREAMING)
     assert str(caught.value) == (
         "a budget of 400 MiB is too small. Needed: 300 MiB for the process itself, 5 MiB for tables that stay in "
         "memory, 40 MiB for the KV cache, 30 MiB for activations, 60 MiB for the largest block. "
@@ -69,7 +69,7 @@ def test_a_refusal_says_what_takes_the_bytes() -> None:
 
 def test_loading_all_is_refused_with_the_way_out() -> None:
     with pytest.raises(BudgetError) as caught:
-        make_plan([20 * MIB, 60 * MIB], Needs(10 * MIB, 0, 0, 0), 80 * MIB, LOADED)
+        plan_of([20 * MIB, 60 * MIB], Needs(10 * MIB, 0, 0, 0), 80 * MIB, LOADED)
     assert "80 MiB for all blocks, which --tiers cpu loads" in str(caught.value)
     assert str(caught.value).endswith("--ram 90MiB; or use --tiers disk,cpu")
 

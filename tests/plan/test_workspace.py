@@ -6,45 +6,41 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tiered.plan import Shape, workspace_for
-from tiered.plan.workspace import MAX_ROWS, row_nbytes
+from tests.plan.plans import model_of
+from tiered.plan.workspace import MAX_ROWS, row_nbytes, workspace_for
 from tiered.units import GIB, MIB
 
-SHAPE = Shape(
-    hidden=4096,
-    widest=16384,
-    vocab=50272,
-    heads=32,
-    itemsize=2,
-    eager_attention=False,
-    packed_nbytes=40 << 10,
-    scratch_nbytes=16 * MIB,
-)
+SHAPE, SCRATCH = model_of(), 16 * MIB
 COUNTS = st.integers(1, 5000)
 BUDGETS = st.integers(64 * MIB, 1 << 40)
 
 
 @given(tokens=COUNTS, sequences=COUNTS, context=COUNTS, budget=BUDGETS)
 def test_rows_are_at_least_one_and_no_more_than_useful(tokens: int, sequences: int, context: int, budget: int) -> None:
-    found = workspace_for(SHAPE, tokens, sequences, context, budget)
+    found = workspace_for(SHAPE, SCRATCH, tokens, sequences, context, budget)
     assert 1 <= found.rows <= min(MAX_ROWS, tokens)
     assert found.rows == 1 or found.rows * row_nbytes(SHAPE, context) <= budget / 16
-    assert found.nbytes >= found.rows * row_nbytes(SHAPE, context) + SHAPE.scratch_nbytes
+    assert found.nbytes >= found.rows * row_nbytes(SHAPE, context) + SCRATCH
 
 
 @given(tokens=COUNTS, context=COUNTS, budget=BUDGETS, more=st.integers(0, 1 << 36))
 def test_a_larger_budget_never_computes_fewer_rows(tokens: int, context: int, budget: int, more: int) -> None:
-    less, greater = (workspace_for(SHAPE, tokens, 1, context, b) for b in (budget, budget + more))
+    less, greater = (workspace_for(SHAPE, SCRATCH, tokens, 1, context, b) for b in (budget, budget + more))
     assert less.rows <= greater.rows and less.nbytes <= greater.nbytes
 
 
-@pytest.mark.parametrize("field", ["hidden", "widest", "vocab", "itemsize", "packed_nbytes", "scratch_nbytes"])
+@pytest.mark.parametrize("field", ["hidden", "widest", "vocab", "dtype", "packed_nbytes"])
 def test_a_larger_model_takes_more(field: str) -> None:
-    larger = replace(SHAPE, **{field: 2 * getattr(SHAPE, field)})
+    larger = model_of(dtype="float32") if field == "dtype" else replace(SHAPE, **{field: 2 * getattr(SHAPE, field)})
     # With rows enough for all tokens, so that only the bytes change.
-    less, greater = (workspace_for(shape, 8, 8, 2048, 1 << 40) for shape in (SHAPE, larger))
+    less, greater = (workspace_for(shape, SCRATCH, 8, 8, 2048, 1 << 40) for shape in (SHAPE, larger))
     assert (less.rows, greater.rows) == (8, 8)
     assert greater.nbytes > less.nbytes
+
+
+def test_what_kernels_hold_is_counted_once() -> None:
+    less, greater = (workspace_for(SHAPE, scratch, 8, 8, 2048, 1 << 40) for scratch in (SCRATCH, 2 * SCRATCH))
+    assert greater.nbytes - less.nbytes == SCRATCH
 
 
 def test_materialized_scores_count_for_every_head() -> None:
@@ -53,6 +49,6 @@ def test_materialized_scores_count_for_every_head() -> None:
 
 
 def test_a_long_prompt_passes_in_chunks_that_a_small_budget_affords() -> None:
-    small, large = (workspace_for(SHAPE, 2048, 1, 2048, budget) for budget in (GIB // 2, 64 * GIB))
+    small, large = (workspace_for(SHAPE, SCRATCH, 2048, 1, 2048, budget) for budget in (GIB // 2, 64 * GIB))
     assert small.rows < large.rows == MAX_ROWS
     assert small.nbytes < large.nbytes

@@ -1,42 +1,64 @@
-"""How long the processor takes: the kernels timed on weights and keys of the model's kind, in a second or so.
+"""How fast this machine is: its disk, and its kernels timed on weights and keys of the model's kind, in a second or so.
 
-In: the kernels, and what the model's linear layers and its attention look like. Out: seconds per weight for any number
-of rows, and per token of context. What is read is larger than the processor's own caches, as a model's layers are.
+In: an open store's files, the kernels, and what the model's linear layers and its attention look like. Out: a
+`Machine` with the rates that a plan asks for. What is read is larger than the processor's own caches, as a model's
+layers are.
 """
 
-import bisect
+import mmap
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from typing import Final
 
 import torch
 
+from tiered.bench.raw import measure_raw
+from tiered.io import ReadMode, probe_mode
 from tiered.kernels import AttentionCall, Kernels, contiguous_pages
+from tiered.plan import ComputeRate, Machine, ModelShape, Rate
 from tiered.quant import GroupScheme, QuantizedTensor, QuantizedWeight
+from tiered.store import Store
+from tiered.units import MIB
 
 _ROWS: Final = (1, 4, 16, 64, 256)
 _NBYTES: Final = 16 << 20
 _SECONDS: Final = 0.1
 """For each number of rows, after one run that does not count."""
+_DISK_MEMORY_NBYTES: Final = 32 * MIB
 
 
-@dataclass(frozen=True)
-class ComputeRate:
-    """Measured times, between which others are interpolated."""
+def measure_machine(
+    store: Store,
+    kernels: Kernels,
+    model: ModelShape,
+    machine: Machine,
+    wanted: Collection[Rate],
+    say: Callable[[str], None] = lambda text: None,
+) -> Machine:
+    """`machine` with the rates that are `wanted`; `say` is told what is being measured."""
+    if "disk" in wanted:
+        say("measuring the disk")
+        machine = replace(machine, disk_bytes_per_second=_disk_rate(store))
+    if "compute" in wanted:
+        say("measuring the processor")
+        scheme = None if model.quantization is None else GroupScheme.parse(model.quantization)
+        dtype: torch.dtype = getattr(torch, model.kv.dtype)
+        linear = measure_compute(kernels, scheme, model.hidden, dtype)
+        attention = measure_attention(kernels, model.heads, model.kv.heads, model.kv.head_dim, dtype)
+        machine = replace(machine, linear=linear, attention_seconds=attention)
+    return machine
 
-    rows: tuple[int, ...]
-    seconds_per_weight: tuple[float, ...]
 
-    def seconds(self, rows: int, weights: int) -> float:
-        """For `rows` rows through `weights` weights; beyond what was measured time grows with the rows."""
-        if rows >= self.rows[-1]:
-            return self.seconds_per_weight[-1] * weights * rows / self.rows[-1]
-        at = bisect.bisect_right(self.rows, rows)
-        low, high = self.rows[at - 1], self.rows[at]
-        share = (rows - low) / (high - low)
-        per_weight = self.seconds_per_weight[at - 1] * (1 - share) + self.seconds_per_weight[at] * share
-        return per_weight * weights
+def _disk_rate(store: Store) -> float:
+    """Raw, of the tape's files, in bytes per second."""
+    files = [store.file_path(block) for block in store.tape]
+    with mmap.mmap(-1, _DISK_MEMORY_NBYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        view = memoryview(memory)
+        try:
+            return measure_raw(files, view, probe_mode(files[0]).mode is ReadMode.DIRECT).bytes_per_second
+        finally:
+            view.release()
 
 
 def measure_compute(

@@ -1,23 +1,36 @@
-"""What computes a job: an open runtime, its width, and the report of what it has done."""
+"""What computes a job: an open runtime, and the report of what it has done."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass
+from functools import partial
 
+from tiered.bench.rates import measure_machine
 from tiered.cli.batch_options import BatchOptions
 from tiered.cli.batch_screen import JobScreen
-from tiered.cli.batch_width import Demand, choose_batch
 from tiered.cli.measuring import measured
 from tiered.generate import Generation, Objective, Report, Sequence, generate, make_report
+from tiered.plan import MAX_BATCHED_TOKENS, Workload
 from tiered.runtime import Runtime
 from tiered.store import Store
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What a job asks for."""
+
+    sequences: int
+    longest: int
+    """Tokens of the longest one, prompt and completion."""
+    tokens: int
+    """Of all sequences together."""
 
 
 class Engine:
     """Runs sequences on one runtime, and reports on it: a `tiered.jobs.Generate`."""
 
-    def __init__(self, runtime: Runtime, width: int, objective: Objective, screen: JobScreen, measure: bool) -> None:
-        self._runtime, self._width, self._objective = runtime, width, objective
+    def __init__(self, runtime: Runtime, objective: Objective, screen: JobScreen, measure: bool) -> None:
+        self._runtime, self._objective = runtime, objective
         self._screen, self._measure = screen, measure
         self.report: Report | None = None
         """Of the generation that has ended."""
@@ -33,7 +46,7 @@ class Engine:
             generation = generate(
                 self._runtime,
                 sequences,
-                self._width,
+                self._runtime.plan.batch_size,
                 on_pass=on_pass,
                 on_finished=on_finished,
                 on_block=self._screen.on_block,
@@ -47,15 +60,17 @@ class Engine:
 @contextmanager
 def open_engine(request: BatchOptions, store: Store, demand: Demand, screen: JobScreen) -> Iterator[Engine]:
     """The engine for what a job asks for; raises BudgetError where not even one sequence fits."""
-    options = request.options()
-    if request.batch is not None:
-        load = demand.load(min(request.batch, demand.sequences))
-    else:
-        choice = choose_batch(store, options, demand, screen.status.say)
-        load = demand.load(1) if choice is None else choice.load
-        if choice is not None:
-            options = replace(options, kv=choice.kv)
-            if not request.as_json:
-                screen.say(f"batch     {choice.reason}")
-    with Runtime(store, load, options) as runtime:
-        yield Engine(runtime, load.sequences, Objective(request.objective), screen, request.measure)
+    workload = Workload(
+        demand.sequences,
+        demand.longest,
+        demand.longest,
+        tokens=demand.tokens,
+        max_batched_tokens=MAX_BATCHED_TOKENS,
+        batch_size=request.batch,
+        choose_batch_size=True,
+    )
+    measure = partial(measure_machine, say=screen.status.say)
+    with Runtime(store, workload, request.options(), measure) as runtime:
+        if request.batch is None and not request.as_json:
+            screen.say(f"batch     {runtime.plan.why}")
+        yield Engine(runtime, Objective(request.objective), screen, request.measure)

@@ -12,10 +12,9 @@ import click
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from tiered.arch import load_config
-from tiered.cli.batch_engine import Engine, open_engine
+from tiered.cli.batch_engine import Demand, Engine, open_engine
 from tiered.cli.batch_options import BatchOptions
 from tiered.cli.batch_screen import JobScreen
-from tiered.cli.batch_width import Demand
 from tiered.errors import BudgetError, ConfigError
 from tiered.generate import Report
 from tiered.generate.tokenizer import load_generation_settings, load_tokenizer

@@ -18,12 +18,10 @@ from tiered.generate import Objective, Report, Sampler, SamplingParams, Sequence
 from tiered.generate.prompt import Prompts
 from tiered.generate.template import TemplateRefused
 from tiered.generate.tokenizer import SAMPLING, load_generation_settings, load_tokenizer
-from tiered.model import Load
+from tiered.plan import MAX_BATCHED_TOKENS, Workload
 from tiered.runtime import Runtime
 from tiered.store import Store
 
-PASS_TOKENS: Final = 4096
-"""Tokens in a pass at most: far more than any processor computes while a disk reads the weights."""
 _INSTEAD_OF: Final = {
     "max_new_tokens": ("max_new_tokens", "max_length"),
     "temperature": ("temperature", "do_sample"),
@@ -96,9 +94,14 @@ def run(request: Request) -> tuple[dict[str, Any], list[Failure]]:
             end_failed(_failures(sequences), 1)
         return _result(request, sequences, tokenizer, None), _failures(sequences)
     longest = max(len(sequence.prompt_ids) for sequence in able)
-    together = min(request.batch or len(able), len(able))
-    load = Load(together, longest + request.max_new_tokens, longest, pass_tokens=PASS_TOKENS)
-    with Runtime(store, load, options) as runtime:
+    workload = Workload(
+        len(able),
+        longest + request.max_new_tokens,
+        longest,
+        max_batched_tokens=MAX_BATCHED_TOKENS,
+        batch_size=request.batch,
+    )
+    with Runtime(store, workload, options) as runtime:
         report = _generate(request, runtime, sequences)
     if request.trace_path is not None:
         runtime.trace.write(request.trace_path)
@@ -165,11 +168,15 @@ def _generate(request: Request, runtime: Runtime, sequences: list[Sequence]) -> 
             status.clear()
             writer.update()
 
-        width = request.batch or len(sequences)
         able = [sequence for sequence in sequences if sequence.error is None]
         with measured(runtime, status, request.measure) as around:
             generation = generate(
-                runtime, able, width, on_pass, on_block=status.on_block, objective=Objective(request.objective)
+                runtime,
+                able,
+                runtime.plan.batch_size,
+                on_pass,
+                on_block=status.on_block,
+                objective=Objective(request.objective),
             )
     return make_report(generation, around.surroundings(runtime, generation.decode.disk_idle_seconds))
 

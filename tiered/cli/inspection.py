@@ -1,7 +1,6 @@
 """What `tiered inspect` finds out and how it is shown. Heavy imports live here.
 
-The baseline of the process is measured the way a run measures it, by building the runtime with a budget that it
-refuses, so that neither memory is taken nor weights are read; all other figures are the planner's own.
+The process is measured as a run measures it, with what a runtime builds first; all other figures are the planner's own.
 """
 
 import contextlib
@@ -12,13 +11,11 @@ from typing import Any, Final
 
 from tiered.arch import load_config
 from tiered.cli.columns import columns
-from tiered.cli.measuring import measure_footprint
 from tiered.errors import ConfigError, TieredError
 from tiered.generate.tokenizer import load_tokenizer
-from tiered.model import Footprint, Load
-from tiered.plan import available_budget
+from tiered.plan import ModelShape, Plan, Workload
 from tiered.plan.fits import Fit, fits
-from tiered.runtime import Options
+from tiered.runtime import Options, measure_inputs
 from tiered.store import Store
 from tiered.store.summary import BlockRow, StoreSummary, summarize
 from tiered.units import format_budget, format_rate, format_seconds, format_size, parse_size
@@ -32,14 +29,15 @@ class Inspection:
 
     store: Store
     summary: StoreSummary
-    footprint: Footprint
+    workload: Workload
+    model: ModelShape
     fits: tuple[Fit, ...]
     default_budget: int
     """What a run would take here and now without --ram."""
     disk_bandwidth: float | None
 
     def to_json(self) -> dict[str, Any]:
-        manifest, summary, load = self.store.manifest, self.summary, self.footprint.load
+        manifest, summary = self.store.manifest, self.summary
         return {
             "name": self.store.name,
             "path": str(self.store.path),
@@ -56,26 +54,37 @@ class Inspection:
             "disk_bytes": summary.disk_nbytes,
             "bits_per_weight": summary.bits_per_weight,
             "bytes_per_pass": summary.tape_nbytes,
-            "dtype": _dtype_name(self.footprint),
-            "kv_bytes_per_token": self.footprint.cache.shape.nbytes(1, 1),
-            "load": asdict(load),
-            "baseline_bytes": self.footprint.baseline,
+            "dtype": self.model.kv.dtype,
+            "kv_bytes_per_token": self.model.kv.nbytes(1, 1),
+            "load": self._load_json(),
+            "baseline_bytes": self.smallest.needs.baseline,
             "default_budget_bytes": self.default_budget,
             "disk_bandwidth": self.disk_bandwidth,
             "budgets_are": "estimates; a run measures its own baseline",
             "budgets": [self._fit_json(fit) for fit in self.fits],
         }
 
+    @property
+    def smallest(self) -> Plan:
+        """In the smallest budget that works."""
+        return self.fits[0].plan
+
+    def _load_json(self) -> dict[str, Any]:
+        """What was planned for; zeros stand for what follows from the rest."""
+        work = self.workload
+        load = {"sequences": work.sequences, "context": work.max_context, "prompt": 0, "pass_tokens": 0, "kv_tokens": 0}
+        return {**load, "one_pass": False, "logits": 0, "least_context": 0}
+
     def _fit_json(self, fit: Fit) -> dict[str, Any]:
         rate = self.disk_bandwidth
         return {
-            "budget_bytes": fit.budget,
-            "resident_blocks": fit.resident_blocks,
+            "budget_bytes": fit.plan.budget,
+            "resident_blocks": len(fit.plan.placement.resident),
             "resident_bytes": fit.resident_nbytes,
             "resident_share": fit.resident_share,
             "bytes_read_per_pass": fit.read_nbytes,
             "disk_seconds_per_pass": None if rate is None else fit.disk_seconds(rate),
-            "needs": asdict(self.footprint.needs(fit.budget)),
+            "needs": asdict(fit.plan.needs),
         }
 
 
@@ -90,19 +99,13 @@ def inspect_store(
     tokens = context or min(DEFAULT_CONTEXT, most or DEFAULT_CONTEXT)
     if most is not None and tokens > most:
         raise ConfigError(f"--context {tokens}: this model has positions for {most}; ask for at most that many")
-    footprint = _footprint(store, Load(sequences, tokens), dtype)
-    in_memory = [store.layout(block).memory_nbytes for block in store.tape]
-    on_disk = [block.file.nbytes for block in store.tape]
-    rows = fits(in_memory, on_disk, footprint.needs)
-    return Inspection(store, summary, footprint, rows, available_budget(), disk_bandwidth)
-
-
-def _footprint(store: Store, load: Load, dtype: str) -> Footprint:
-    """What a run takes besides blocks, by this process."""
+    workload = Workload(sequences, tokens)
     # A run has its tokenizer loaded by then. A store whose tokenizer is damaged can still be inspected.
     with contextlib.suppress(TieredError):
         load_tokenizer(store)
-    return measure_footprint(store, load, Options(dtype=dtype))
+    model, machine, budgets = measure_inputs(store, Options(dtype=dtype))
+    rows = fits(model, machine, workload, budgets)
+    return Inspection(store, summary, workload, model, rows, budgets.ram, disk_bandwidth)
 
 
 def parse_rate(text: str) -> float:
@@ -124,7 +127,7 @@ def lines(inspection: Inspection) -> Iterator[str]:
 
 def _about(inspection: Inspection) -> list[str]:
     manifest, summary = inspection.store.manifest, inspection.summary
-    kv = inspection.footprint.cache.shape
+    kv = inspection.model.kv
     quantization, source = manifest.quantization, manifest.source
     schemes = ", ".join(f"{kind} {quantization[kind]}" for kind in ("layers", "embed", "head") if kind in quantization)
     kept = list(quantization.get("unquantized", ()))
@@ -138,7 +141,7 @@ def _about(inspection: Inspection) -> list[str]:
         ("per pass", f"{format_size(summary.tape_nbytes)} streamed when nothing is resident (S)"),
         (
             "KV cache",
-            f"{format_size(kv.nbytes(1, 1))} per token in {_dtype_name(inspection.footprint)}",
+            f"{format_size(kv.nbytes(1, 1))} per token in {kv.dtype}",
         ),
     ]
     if manifest.synthetic:
@@ -173,15 +176,15 @@ def _block_row(row: BlockRow) -> tuple[str, ...]:
 
 
 def _budgets(inspection: Inspection) -> Iterator[str]:
-    load, rate = inspection.footprint.load, inspection.disk_bandwidth
-    prompts = "one prompt" if load.sequences == 1 else f"{load.sequences} prompts"
-    yield f"what fits in which budget (estimates, for {prompts} of {load.context} tokens with completion)"
+    work, rate = inspection.workload, inspection.disk_bandwidth
+    prompts = "one prompt" if work.sequences == 1 else f"{work.sequences} prompts"
+    yield f"what fits in which budget (estimates, for {prompts} of {work.max_context} tokens with completion)"
     header = ["--ram", "resident", "share", "read per pass"]
     if rate is not None:
         header.append(f"disk at {format_rate(rate)}")
     rows = [header, *(_fit_row(fit, rate) for fit in inspection.fits)]
     yield from columns(rows, ">" * len(header), indent="  ")
-    needs = inspection.footprint.needs(inspection.fits[0].budget)
+    needs = inspection.smallest.needs
     yield (
         f"of the smallest, {format_size(needs.baseline)} are for the process itself (measured here), "
         f"{format_size(needs.outer)} for tables that stay in memory, {format_size(needs.kv)} for the KV cache, "
@@ -194,17 +197,13 @@ def _budgets(inspection: Inspection) -> Iterator[str]:
 
 def _fit_row(fit: Fit, rate: float | None) -> list[str]:
     read = format_size(fit.read_nbytes) if fit.read_nbytes else "nothing"
-    row = [_budget(fit.budget), format_size(fit.resident_nbytes), f"{fit.resident_share:.0%}", read]
+    row = [_budget(fit.plan.budget), format_size(fit.resident_nbytes), f"{fit.resident_share:.0%}", read]
     return row if rate is None else [*row, format_seconds(fit.disk_seconds(rate)) if fit.read_nbytes else "-"]
 
 
 def _budget(nbytes: int) -> str:
     gib = nbytes >> 30
     return f"{gib}GiB" if gib << 30 == nbytes else format_budget(nbytes)
-
-
-def _dtype_name(footprint: Footprint) -> str:
-    return str(footprint.dtype).removeprefix("torch.")
 
 
 def _short_count(count: int) -> str:

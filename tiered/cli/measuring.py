@@ -2,20 +2,17 @@
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
 from tiered.bench import RawBandwidth, measure_raw
 from tiered.cli.screen import StatusLine
-from tiered.errors import BudgetError
 from tiered.generate import Figures, Surroundings
 from tiered.io import ReadMode
-from tiered.model import Footprint, Load
 from tiered.plan import process_peak_rss_bytes
-from tiered.runtime import Options, Runtime
-from tiered.store import Store
+from tiered.runtime import Runtime
 
 _LOG: Final = logging.getLogger(__name__)
 
@@ -108,14 +105,3 @@ def _raw_bandwidth(runtime: Runtime) -> RawBandwidth:
     files = [runtime.store.file_path(block) for block in runtime.streamed_blocks or runtime.store.tape]
     direct = runtime.probe_read_mode() is ReadMode.DIRECT
     return measure_raw(files, runtime.scratch_memory(), direct)
-
-
-def measure_footprint(store: Store, load: Load, options: Options) -> Footprint:
-    """What `load` takes besides blocks, by this process as it is now: for plans that are made before a runtime is.
-
-    Building a runtime measures the process; a budget of one byte is refused before memory is taken.
-    """
-    runtime = Runtime(store, load, replace(options, ram=1))
-    with suppress(BudgetError), runtime:
-        raise AssertionError("a budget of one byte was accepted")
-    return runtime.footprint

@@ -4,11 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from tiered.cache import Bits
 from tiered.errors import ConfigError
 from tiered.io import VerifyPolicy
 from tiered.kernels import Mode
-from tiered.plan import parse_tiers
+from tiered.plan import Bits, KVTier, parse_tiers
 from tiered.runtime import Options
 from tiered.units import parse_size
 
@@ -29,7 +28,7 @@ class RunRequest:
     kernel_mode: str
     micro_batch: int | None = None
     objective: str = "throughput"
-    kv: str = "auto"
+    kv: KVTier = "auto"
     kv_bits: str
     kv_dir: Path | None = None
     measure: bool

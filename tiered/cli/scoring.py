@@ -1,7 +1,7 @@
 """What `tiered score` does, step by step: texts, windows, plan, passes, report. Heavy imports live here."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -11,7 +11,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from tiered.arch import load_config
 from tiered.cli.failures import Failure, end_failed
-from tiered.cli.measuring import measure_footprint, measured
+from tiered.cli.measuring import measured
 from tiered.cli.run_request import RunRequest
 from tiered.cli.score_output import (
     PerTokenFile,
@@ -24,21 +24,16 @@ from tiered.cli.score_output import (
     together,
 )
 from tiered.cli.screen import StatusLine
-from tiered.errors import BudgetError, ConfigError, ModelError, TieredError, contained
+from tiered.errors import ConfigError, ModelError, TieredError, contained
 from tiered.generate import ScoreReport, make_score_report
 from tiered.generate.prompt import check_vocabulary
 from tiered.generate.score import Window, count_windows, cut_windows, score
-from tiered.generate.score_width import choose_windows_per_pass
 from tiered.generate.tokenizer import load_tokenizer
-from tiered.model import Load
-from tiered.plan import available_budget
-from tiered.runtime import Options, Runtime
+from tiered.plan import Workload
+from tiered.runtime import Runtime
 from tiered.store import Store
-from tiered.units import MIB
 
 _DEFAULT_CONTEXT: Final = 2048
-_GROWTH_NBYTES: Final = 8 * MIB
-"""What the process may have grown by between planning with it and running."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,9 +67,17 @@ class _Cut:
         """Tokens of the longest window: texts may be shorter than the context."""
         return min(self.context, len(self.begin_ids) + max(len(text.ids) for text in self.texts))
 
-    def load(self, windows: int) -> Load:
-        """What a pass of so many windows holds."""
-        return Load(windows, self.longest, self.longest, logits=windows * self.longest, one_pass=True)
+    def workload(self, per_pass: int | None) -> Workload:
+        """All windows, of which `per_pass` share a pass if that is asked for."""
+        return Workload(
+            self.count,
+            self.longest,
+            self.longest,
+            batch_size=per_pass,
+            choose_batch_size=True,
+            one_pass=True,
+            all_logits=True,
+        )
 
     def windows(self) -> Iterator[Window]:
         for number, text in enumerate(self.texts):
@@ -100,8 +103,8 @@ def run(request: Request) -> tuple[dict[str, Any], list[Failure]]:
     if _has_none(texts):
         return _result(texts, context, stride, None, None), _failures(texts)
     cut = _Cut(texts, begin_ids, context, stride)
-    per_pass = request.windows_per_pass or _windows_per_pass(store, cut, options)
-    with Runtime(store, cut.load(min(per_pass, cut.count)), options) as runtime:
+    with Runtime(store, cut.workload(request.windows_per_pass), options) as runtime:
+        per_pass = request.windows_per_pass or runtime.plan.batch_size
         report = _score(request, runtime, cut, per_pass, tokenizer)
     result = _result(texts, context, stride, per_pass, report)
     if not request.as_json and not _has_none(texts):
@@ -179,22 +182,6 @@ def _ids(name: str, text: str, store: Store, tokenizer: PreTrainedTokenizerBase,
     except ConfigError as error:
         raise ConfigError(f"{name}: {error}") from None
     return ids
-
-
-def _windows_per_pass(store: Store, cut: _Cut, options: Options) -> int:
-    """As many as make the disk's work least, by plans for this process as it is now."""
-    footprint = measure_footprint(store, cut.load(1), options)
-    grown = replace(footprint, baseline=footprint.baseline + _GROWTH_NBYTES)
-    budget = options.ram or available_budget()
-
-    def read_nbytes(windows: int) -> int | None:
-        try:
-            plan = replace(grown, load=cut.load(windows)).plan(budget, options.tiers)
-        except BudgetError:
-            return None
-        return plan.streamed_nbytes
-
-    return choose_windows_per_pass(read_nbytes, cut.count, cut.longest)
 
 
 def _score(

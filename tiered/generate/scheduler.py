@@ -26,7 +26,8 @@ import torch
 from tiered.cache import SequenceKV
 from tiered.errors import BudgetError, ConfigError, TieredError, contained
 from tiered.generate.costs import Generation, PassCost
-from tiered.model import Load, OnBlock, OnLogits, Pass, Segment, check_token_ids
+from tiered.model import OnBlock, OnLogits, Pass, Segment, check_token_ids
+from tiered.plan import Plan
 from tiered.plan.pace import Pace
 
 
@@ -34,7 +35,7 @@ class PassRunner(Protocol):
     """What scheduling needs of a runtime."""
 
     @property
-    def load(self) -> Load: ...
+    def plan(self) -> Plan: ...
 
     @property
     def vocab_size(self) -> int: ...
@@ -263,7 +264,7 @@ class Scheduler(Generic[T]):
     def _plan_pass(self) -> tuple[list[Segment], list[Ticket[T]]]:
         """What the next pass computes: every decoding sequence's token, then prompts in order."""
         decoding = [ticket for ticket in self._running if ticket.is_decoding]
-        room = self._runner.load.tokens - len(decoding)
+        room = self._runner.plan.max_batched_tokens - len(decoding)
         if decoding and self._objective is Objective.LATENCY:
             room = min(room, self._pace.prompt_tokens(len(decoding)))
         segments, members = [], []

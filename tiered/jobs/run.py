@@ -1,7 +1,7 @@
 """One run of a job: requests are read as sequences are asked for, results appended as they end.
 
 In: the input, the open journal, what turns requests into sequences, and how a generation is started. Whoever starts it
-(`cli/`) decides about memory and width; here nothing is known of them.
+(`cli/`) knows the plan; here nothing is known of memory and batch size.
 """
 
 import time

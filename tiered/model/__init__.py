@@ -5,19 +5,16 @@ from tiered.model.bind import BoundModel, OffloadedLinear
 from tiered.model.engine import Engine, OnBlock, Pass
 from tiered.model.match import check_layers, check_match
 from tiered.model.micro_batch import MicroBatch, MicroBatches, check_token_ids, keep_positions, slice_mask
-from tiered.model.needs import CacheOptions, Footprint, Load, activation_shape
 from tiered.model.record import CACHE_NAMES, Recorder, cache_name
 from tiered.model.segments import ChunkLimits, OnLogits, Segment, Segments
+from tiered.model.shape import model_shape
 from tiered.model.work import Work
 
 __all__ = [
     "CACHE_NAMES",
     "BoundModel",
-    "CacheOptions",
     "ChunkLimits",
     "Engine",
-    "Footprint",
-    "Load",
     "MicroBatch",
     "MicroBatches",
     "OffloadedLinear",
@@ -28,12 +25,12 @@ __all__ = [
     "Segment",
     "Segments",
     "Work",
-    "activation_shape",
     "cache_name",
     "check_layers",
     "check_match",
     "check_token_ids",
     "keep_positions",
+    "model_shape",
     "registered_attention",
     "slice_mask",
     "use_attention",

@@ -1,4 +1,4 @@
-"""Decisions as pure functions: what is resident, how large the ring is, whether a run fits."""
+"""Decisions as pure functions of numbers: batch size, KV cache, rows, what is resident, whether a run fits."""
 
 from tiered.plan.budget import (
     available_budget,
@@ -8,20 +8,44 @@ from tiered.plan.budget import (
     process_peak_rss_bytes,
     process_rss_bytes,
 )
+from tiered.plan.inputs import (
+    MAX_BATCHED_TOKENS,
+    Budgets,
+    ComputeRate,
+    KVTier,
+    Machine,
+    ModelShape,
+    Tier,
+    Workload,
+    parse_tiers,
+)
+from tiered.plan.kv import Bits, CachePlan, KVShape, LayerGroup, layer_groups
+from tiered.plan.make import Rate, make_plan, rates_wanted
 from tiered.plan.placement import Placement, interleave, place
-from tiered.plan.plan import Needs, Plan, Tier, make_plan, parse_tiers
-from tiered.plan.workspace import Shape, Workspace, workspace_for
+from tiered.plan.plan import Needs, Plan, fit_blocks
 
 __all__ = [
+    "MAX_BATCHED_TOKENS",
+    "Bits",
+    "Budgets",
+    "CachePlan",
+    "ComputeRate",
+    "KVShape",
+    "KVTier",
+    "LayerGroup",
+    "Machine",
+    "ModelShape",
     "Needs",
     "Placement",
     "Plan",
-    "Shape",
+    "Rate",
     "Tier",
-    "Workspace",
+    "Workload",
     "available_budget",
     "cpu_count",
+    "fit_blocks",
     "interleave",
+    "layer_groups",
     "make_plan",
     "memory_limits",
     "parse_tiers",
@@ -29,5 +53,5 @@ __all__ = [
     "place",
     "process_peak_rss_bytes",
     "process_rss_bytes",
-    "workspace_for",
+    "rates_wanted",
 ]

@@ -1,31 +1,24 @@
 """What fits in which budget: the planner asked about a ladder of budgets. Pure functions.
 
-In: sizes of the tape's blocks, and what a run needs besides them at a given budget. Out: one row per budget, from
-the smallest that works, over doublings, to the one that holds everything.
+In: what a plan is made from. Out: one row per budget, from the smallest that works, over doublings, to the one that
+holds everything. `tiered inspect` shows them.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from tiered.errors import BudgetError
-from tiered.plan.plan import Needs, Plan, Tier, make_plan
-from tiered.units import GIB, MIB, round_up
-
-NeedsFor = Callable[[int], Needs]
-"""What a run takes besides blocks, by its budget: a larger budget computes more rows at once."""
-
-STREAMING = (Tier.DISK, Tier.CPU)
-LOADED = (Tier.CPU,)
+from tiered.plan.inputs import Budgets, Machine, ModelShape, Tier, Workload
+from tiered.plan.make import make_plan, smallest_ram
+from tiered.plan.plan import Plan
+from tiered.units import GIB
 
 
 @dataclass(frozen=True)
 class Fit:
     """What one budget gives."""
 
-    budget: int
-    resident_blocks: int
+    plan: Plan
     resident_nbytes: int
-    """Of block files."""
+    """Of block files, which is less than in memory where they are compressed."""
     read_nbytes: int
     """Bytes read from disk per pass, once the resident blocks are in memory."""
 
@@ -36,23 +29,6 @@ class Fit:
     def disk_seconds(self, bytes_per_second: float) -> float:
         """Seconds the disk takes for one pass; the pass itself takes at least that."""
         return self.read_nbytes / bytes_per_second
-
-
-def smallest_budget(tape_sizes: Sequence[int], needs_for: NeedsFor, tiers: tuple[Tier, ...] = STREAMING) -> int:
-    """The least whole number of MiB for which the planner makes a plan.
-
-    A refusal names what would do with the needs at the refused budget; those grow with the budget, so the planner
-    is asked until it agrees.
-    """
-    budget = MIB
-    while True:
-        try:
-            make_plan(tape_sizes, needs_for(budget), budget, tiers)
-        except BudgetError as error:
-            assert error.smallest_bytes is not None and error.smallest_bytes > budget, error
-            budget = round_up(error.smallest_bytes, MIB)
-        else:
-            return budget
 
 
 def ladder(smallest: int, everything: int) -> tuple[int, ...]:
@@ -66,18 +42,13 @@ def ladder(smallest: int, everything: int) -> tuple[int, ...]:
     return tuple(dict.fromkeys((smallest, *doublings, everything)))
 
 
-def fit(plan: Plan, file_sizes: Sequence[int]) -> Fit:
-    """What `plan` makes of blocks whose files have `file_sizes` bytes (less than in memory where compressed)."""
-    resident = plan.placement.resident
-    held = sum(nbytes for position, nbytes in enumerate(file_sizes) if position in resident)
-    return Fit(plan.budget, len(resident), held, sum(file_sizes) - held)
-
-
-def fits(tape_sizes: Sequence[int], file_sizes: Sequence[int], needs_for: NeedsFor) -> tuple[Fit, ...]:
-    """One row per budget of the ladder."""
-    smallest = smallest_budget(tape_sizes, needs_for)
-    everything = max(smallest, smallest_budget(tape_sizes, needs_for, LOADED))
-    return tuple(
-        fit(make_plan(tape_sizes, needs_for(budget), budget, STREAMING), file_sizes)
-        for budget in ladder(smallest, everything)
-    )
+def fits(model: ModelShape, machine: Machine, workload: Workload, budgets: Budgets) -> tuple[Fit, ...]:
+    """One row per budget of the ladder; the budget in `budgets` does not matter."""
+    smallest = smallest_ram(model, machine, workload, budgets)
+    everything = smallest_ram(model, machine, workload, replace(budgets, tiers=(Tier.CPU,)))
+    rows = []
+    for ram in ladder(smallest, max(smallest, everything)):
+        plan = make_plan(model, machine, workload, replace(budgets, ram=ram))
+        held = sum(nbytes for i, nbytes in enumerate(model.file_nbytes) if i in plan.placement.resident)
+        rows.append(Fit(plan, held, sum(model.file_nbytes) - held))
+    return tuple(rows)

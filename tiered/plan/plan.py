@@ -1,20 +1,18 @@
-"""The plan of a run: every byte accounted for before the first one is read, or a refusal that says what would do."""
+"""The plan of a run: every decision about memory, batch size and where things are, as one frozen object.
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from enum import Enum
+Made by `make.py`. Commands, the Python API and the runtime read the same one; `to_json` writes it down and `from_json`
+reads it back as it was.
+"""
 
-from tiered.errors import BudgetError, ConfigError
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+from tiered.errors import BudgetError
+from tiered.plan.inputs import Tier
+from tiered.plan.kv import CachePlan, KVShape, LayerGroup
 from tiered.plan.placement import Placement, full_ring, place, smallest_ring
-from tiered.units import format_budget, format_size
-
-
-class Tier(Enum):
-    """A place where weights can be, slowest first."""
-
-    DISK = "disk"
-    CPU = "cpu"
-    GPU = "gpu"
+from tiered.units import MIB, format_budget, format_size, round_up
 
 
 @dataclass(frozen=True)
@@ -35,12 +33,36 @@ class Needs:
 
 @dataclass(frozen=True)
 class Plan:
-    """Every decision about memory for one run."""
+    """Every decision for one run."""
 
     budget: int
     needs: Needs
     placement: Placement
     tape_sizes: tuple[int, ...]
+    """Of each block of the tape, in memory."""
+    side_nbytes: int
+    """Of the needs, the embedding's scales and zeros."""
+    batch_size: int
+    """Sequences at once, at most."""
+    max_context: int
+    """Tokens of a sequence, at most."""
+    max_batched_tokens: int
+    """Tokens of a pass, at most."""
+    micro_batch_rows: int
+    """Tokens that are computed together: more of them pass through each block in several micro-batches."""
+    gathered_rows: int
+    """Sequences whose keys and values are gathered at once, by families that want them in one piece."""
+    head_rows: int
+    """Positions whose logits are computed at once."""
+    cache: CachePlan
+    """The KV cache: its tier, bits and pages."""
+    why: str
+    """Of the batch size, for people."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are planned to be taken, of the budget."""
+        return self.needs.total + self.placement.nbytes
 
     @property
     def streamed_nbytes(self) -> int:
@@ -65,49 +87,68 @@ class Plan:
             return total
         return max(self.placement.resident_nbytes, min(total, free - full_ring(self.tape_sizes)))
 
+    @property
+    def returned_logits_nbytes(self) -> int:
+        """Bytes that logits handed to a caller may take: half of the workspace, as the other half is for what makes
+        them, and what the budget leaves."""
+        return self.needs.workspace // 2 + self.budget - self.nbytes
 
-def parse_tiers(text: str) -> tuple[Tier, ...]:
-    """The tiers named by `text`, such as "disk,cpu"; the order is from slowest to fastest.
+    def to_json(self) -> dict[str, Any]:
+        """Plain dictionaries, lists and numbers."""
+        fields = asdict(self)
+        fields["placement"]["resident"] = sorted(self.placement.resident)
+        return fields
 
-    Raises ConfigError that explains unknown names and combinations that cannot work.
-    """
-    names = [name.strip().lower() for name in text.split(",")]
-    known = {tier.value: tier for tier in Tier}
-    for name in names:
-        if name not in known:
-            raise ConfigError(f"--tiers {text!r}: unknown tier {name!r}; known tiers are disk, cpu and gpu")
-    tiers = tuple(known[name] for name in names)
-    order = list(Tier)
-    if [order.index(tier) for tier in tiers] != sorted({order.index(tier) for tier in tiers}):
-        right = ",".join(tier.value for tier in order if tier in tiers)
-        raise ConfigError(f"--tiers {text!r}: name each tier once, slowest first: {right}")
-    if Tier.GPU in tiers:
-        raise ConfigError(
-            f"--tiers {text!r}: this version computes on the CPU only; use disk,cpu (stream what does not fit) "
-            "or cpu (load everything)"
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> Self:
+        """The plan that `to_json` has written."""
+        placement, cache = fields["placement"], fields["cache"]
+        groups = tuple(LayerGroup(tuple(group["layers"]), group["window"]) for group in cache["groups"])
+        return cls(
+            **{
+                **fields,
+                "needs": Needs(**fields["needs"]),
+                "placement": Placement(**{**placement, "resident": frozenset(placement["resident"])}),
+                "tape_sizes": tuple(fields["tape_sizes"]),
+                "cache": CachePlan(**{**cache, "shape": KVShape(**cache["shape"]), "groups": groups}),
+            }
         )
-    if Tier.CPU not in tiers:
-        raise ConfigError(f"--tiers {text!r}: weights on disk need a tier that computes; use disk,cpu")
-    return tiers
 
 
-def make_plan(tape_sizes: Sequence[int], needs: Needs, budget: int, tiers: tuple[Tier, ...]) -> Plan:
-    """Fit the tape into what `budget` leaves after `needs`.
+def fit_blocks(tape_sizes: Sequence[int], needs: Needs, budget: int, tiers: tuple[Tier, ...]) -> Placement:
+    """Place the tape in what `budget` leaves after `needs`.
 
     Raises BudgetError, naming what takes the bytes and the smallest budget that would do.
     """
     all_resident = Tier.DISK not in tiers
-    least = sum(tape_sizes) if all_resident else smallest_ring(tape_sizes)
     placement = place(tape_sizes, budget - needs.total)
-    if placement is None or (all_resident and placement.ring_nbytes):
-        smallest = needs.total + min(least, sum(tape_sizes))
-        what = "all blocks, which --tiers cpu loads" if all_resident else "the largest block"
-        raise BudgetError(
-            f"a budget of {format_size(budget)} is too small. Needed: {format_size(needs.baseline)} for the process "
-            f"itself, {format_size(needs.outer)} for tables that stay in memory, {format_size(needs.kv)} for the "
-            f"KV cache, {format_size(needs.workspace)} for activations, {format_size(least)} for {what}. "
-            f"The smallest budget that works is --ram {format_budget(smallest)}"
-            + ("; or use --tiers disk,cpu" if all_resident else ""),
-            smallest_bytes=smallest,
-        )
-    return Plan(budget, needs, placement, tuple(tape_sizes))
+    if placement is not None and not (all_resident and placement.ring_nbytes):
+        return placement
+    least = sum(tape_sizes) if all_resident else smallest_ring(tape_sizes)
+    smallest = needs.total + min(least, sum(tape_sizes))
+    what = "all blocks, which --tiers cpu loads" if all_resident else "the largest block"
+    raise BudgetError(
+        f"a budget of {format_size(budget)} is too small. Needed: {format_size(needs.baseline)} for the process "
+        f"itself, {format_size(needs.outer)} for tables that stay in memory, {format_size(needs.kv)} for the "
+        f"KV cache, {format_size(needs.workspace)} for activations, {format_size(least)} for {what}. "
+        f"The smallest budget that works is --ram {format_budget(smallest)}"
+        + ("; or use --tiers disk,cpu" if all_resident else ""),
+        smallest_bytes=smallest,
+    )
+
+
+def smallest_budget(tape_sizes: Sequence[int], needs_for: Callable[[int], Needs], tiers: tuple[Tier, ...]) -> int:
+    """The least whole number of MiB for which the planner makes a plan.
+
+    A refusal names what would do with the needs at the refused budget; those grow with the budget, so the planner
+    is asked until it agrees.
+    """
+    budget = MIB
+    while True:
+        try:
+            fit_blocks(tape_sizes, needs_for(budget), budget, tiers)
+        except BudgetError as error:
+            assert error.smallest_bytes is not None and error.smallest_bytes > budget, error
+            budget = round_up(error.smallest_bytes, MIB)
+        else:
+            return budget

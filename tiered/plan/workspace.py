@@ -1,40 +1,20 @@
-"""How much torch allocates of its own while rows pass through a block: a reserve, bounded by the rows per chunk."""
+"""How much torch allocates while rows pass through a block: a reserve, bounded by the rows per micro-batch."""
 
 from dataclasses import dataclass
 from typing import Final
 
 from tiered.plan.budget import heap_nbytes
+from tiered.plan.inputs import ModelShape
 from tiered.units import MIB
 
 MAX_ROWS: Final = 512
-"""More rows in one chunk no longer help: the weights' reading has long been paid for by then."""
+"""More rows in one micro-batch no longer help: the weights' reading has long been paid for by then."""
 _HEAD_ROWS: Final = 64
 """More logits at once gain nothing: the head's weights are in memory."""
 _SHARE: Final = 1 / 16
-"""Part of the budget that activations of one chunk may take."""
+"""Part of the budget that activations of one micro-batch may take."""
 _FIXED_NBYTES: Final = 8 * MIB
 """JIT code, logits processing, Python objects made while running."""
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What activations depend on."""
-
-    hidden: int
-    widest: int
-    """The largest `out` of any linear layer or expert in a decoder layer."""
-    vocab: int
-    heads: int
-    itemsize: int
-    """Bytes of the compute dtype."""
-    eager_attention: bool
-    """The family materializes attention scores."""
-    packed_nbytes: int
-    """Of one row of activations, while a linear kernel holds it in the order it needs."""
-    scratch_nbytes: int
-    """Of the linear kernel besides."""
-    gathered_nbytes: int = 0
-    """Of keys and values that one token of a context adds where a family wants them in one piece, all copies."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +22,7 @@ class Workspace:
     """The rows computed together and the bytes that takes."""
 
     rows: int
-    """Tokens per chunk: a longer prompt passes through each block in several chunks."""
+    """Tokens per micro-batch: a longer prompt passes through each block in several."""
     nbytes: int
     gathered_rows: int = 1
     """Sequences whose keys and values are gathered at once, by families that want them in one piece."""
@@ -50,7 +30,7 @@ class Workspace:
     """Positions whose logits are computed at once."""
 
 
-def row_nbytes(shape: Shape, context: int) -> int:
+def row_nbytes(shape: ModelShape, context: int) -> int:
     """Bytes that one row (token) needs at most while it is inside a layer, with `context` keys to attend to.
 
     Hidden states: residual, normalized, q, k, v, attention output, and a float32 copy where a norm widens; the
@@ -65,11 +45,20 @@ def row_nbytes(shape: Shape, context: int) -> int:
 
 
 def workspace_for(
-    shape: Shape, tokens: int, sequences: int, context: int, budget: int, logits: int = 0, most_rows: int = MAX_ROWS
+    shape: ModelShape,
+    scratch_nbytes: int,
+    tokens: int,
+    sequences: int,
+    context: int,
+    budget: int,
+    *,
+    logits: int = 0,
+    most_rows: int = MAX_ROWS,
 ) -> Workspace:
-    """Rows per chunk for at most `tokens` in flight in `sequences` sequences, and the reserve they need.
+    """Rows per micro-batch for at most `tokens` in flight in `sequences` sequences, and the reserve they need.
 
-    `logits` positions may get logits in one pass (0: one per sequence); `most_rows` bounds the rows.
+    `scratch_nbytes` are the kernels'; `logits` positions may get logits in one pass (0: one per sequence);
+    `most_rows` bounds the rows.
     """
     per_row = row_nbytes(shape, context)
     share = int(budget * _SHARE)
@@ -83,5 +72,5 @@ def workspace_for(
     live = 3 * max(head_rows, min(sequences, rows)) * shape.vocab * 4 + sequences * shape.vocab * 4
     live += rows * per_row + in_flight + gathered_rows * gathered
     # What malloc holds that is free was in use before: few activations leave small heaps, whatever the threshold.
-    nbytes = live + min(heap_nbytes(budget), live) + _FIXED_NBYTES + shape.scratch_nbytes
+    nbytes = live + min(heap_nbytes(budget), live) + _FIXED_NBYTES + scratch_nbytes
     return Workspace(rows, nbytes, gathered_rows, head_rows)

@@ -1,0 +1,60 @@
+"""The model in numbers is what the runtime plans with, so that 'tiered inspect' and a run agree."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tiered.convert import ConvertOptions, convert_checkpoint
+from tiered.plan import Plan, Workload, make_plan
+from tiered.plan.process import PROCESS
+from tiered.runtime import Options, Runtime, measure_inputs
+from tiered.store import Store
+from tiered.units import GIB
+
+MIXTURE = """
+name = "tiny-mixture"
+[config]
+model_type = "mixtral"
+vocab_size = 300
+hidden_size = 64
+intermediate_size = 128
+num_hidden_layers = 2
+num_attention_heads = 4
+num_key_value_heads = 2
+num_local_experts = 16
+"""
+
+
+@pytest.fixture(scope="module", params=["tiny-opt", "tiny-llama", "mixture"])
+def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Store:
+    path = tmp_path_factory.mktemp("needs") / "tiny.tiered"
+    shape: str | Path = request.param
+    if shape == "mixture":
+        shape = path.with_suffix(".toml")
+        shape.write_text(MIXTURE)
+    convert_checkpoint(shape, path, ConvertOptions(synthetic=True))
+    return Store.open(path)
+
+
+@pytest.mark.parametrize("budget", [8 * GIB, 16 * GIB])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_plans_made_before_are_the_runtimes(store: Store, dtype: str, budget: int) -> None:
+    workload, options = Workload(sequences=2, max_context=200, max_prompt=120), Options(ram=budget, dtype=dtype)
+    model, machine, budgets = measure_inputs(store, options)
+    with Runtime(store, workload, options) as runtime:
+        planned = runtime.plan
+    # The process itself may have grown in between.
+    budgets = replace(budgets, baseline=planned.needs.baseline)
+    assert make_plan(model, machine, workload, budgets) == planned
+    assert Plan.from_json(json.loads(json.dumps(planned.to_json()))) == planned
+    if "mixture" in store.manifest.source["name"]:
+        assert model.widest == 2 * 128  # one expert's, not the stack's
+
+
+def test_measuring_takes_no_memory_and_reads_no_weights(store: Store) -> None:
+    model, _, budgets = measure_inputs(store, Options(ram=GIB))
+    assert budgets.ram == GIB and budgets.baseline < GIB
+    assert sum(model.file_nbytes) == store.tape_nbytes
+    assert PROCESS.planned_nbytes == 0

@@ -1,0 +1,202 @@
+"""Plans from the four inputs: bytes within the budget, refusals that keep their word, one plan as text and object."""
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.plan.plans import LOADED, STREAMING, model_of
+from tiered.errors import BudgetError, ConfigError
+from tiered.plan import (
+    Bits,
+    Budgets,
+    ComputeRate,
+    KVShape,
+    Machine,
+    ModelShape,
+    Plan,
+    Workload,
+    layer_groups,
+    make_plan,
+    rates_wanted,
+)
+from tiered.plan.workspace import MAX_ROWS
+from tiered.units import GIB, MIB
+
+UNMEASURED = Machine(16 * MIB)
+MEASURED = Machine(16 * MIB, 2e9, ComputeRate((1, 16, 256), (1e-11, 2e-11, 4e-10)), 1e-7)
+MODELS = st.builds(
+    model_of,
+    st.lists(st.integers(1, 400).map(lambda n: n * 100_000), min_size=1, max_size=12),
+    dense_attention=st.booleans(),
+    eager_attention=st.booleans(),
+    kv=st.builds(KVShape, st.integers(1, 8), st.sampled_from([64, 80]), st.just(2), st.sampled_from(["bfloat16"])),
+    groups=st.sampled_from([layer_groups((0, 0)), layer_groups((0, 100))]),
+)
+WORKLOADS = st.builds(
+    Workload,
+    st.integers(1, 40),
+    st.integers(64, 3000),
+    st.integers(0, 64),
+    max_batched_tokens=st.sampled_from([0, 1, 500, 4096]),
+    batch_size=st.none() | st.integers(1, 50),
+    choose_batch_size=st.booleans(),
+    one_pass=st.booleans(),
+    all_logits=st.booleans(),
+    least_context=st.sampled_from([0, 64]),
+)
+BUDGETS = st.builds(
+    Budgets,
+    st.integers(200, 20_000).map(lambda n: n * MIB),
+    st.integers(0, 400).map(lambda n: n * MIB),
+    st.sampled_from([STREAMING, LOADED]),
+    kv=st.sampled_from(["auto", "cpu", "disk"]),
+    kv_bits=st.sampled_from([16, 8, 4]),
+    micro_batch=st.none() | st.integers(1, 600),
+)
+
+
+@given(MODELS, st.sampled_from([UNMEASURED, MEASURED]), WORKLOADS, BUDGETS)
+def test_a_plan_is_within_its_budget_or_the_refusal_names_one_that_works(
+    model: ModelShape, machine: Machine, workload: Workload, budgets: Budgets
+) -> None:
+    try:
+        plan = make_plan(model, machine, workload, budgets)
+    except BudgetError as error:
+        assert error.smallest_bytes is not None and error.smallest_bytes > budgets.ram
+        # Also where the process takes a little more next time.
+        again = replace(budgets, ram=error.smallest_bytes, baseline=budgets.baseline + 4 * MIB)
+        plan = make_plan(model, machine, workload, again)
+        budgets = again
+    check(plan, model, workload, budgets)
+
+
+def check(plan: Plan, model: ModelShape, workload: Workload, budgets: Budgets) -> None:
+    """Every byte is accounted for, and no more is promised than was asked for."""
+    cache, placement = plan.cache, plan.placement
+    assert plan.nbytes == plan.needs.total + placement.resident_nbytes + placement.ring_nbytes <= plan.budget
+    assert plan.budget == budgets.ram and plan.needs.baseline == budgets.baseline
+    assert placement.resident_nbytes == sum(model.tape_nbytes[i] for i in placement.resident)
+    assert placement.ring_nbytes or len(placement.resident) == len(model.tape_nbytes)
+    assert plan.needs.kv >= cache.pool_nbytes + cache.ring_nbytes
+    held = 0 if cache.on_disk else cache.records_nbytes
+    assert cache.memory_nbytes == cache.tails_nbytes + cache.ring_nbytes + held
+    assert 1 <= plan.batch_size == cache.sequences <= workload.sequences
+    assert workload.least_context in (0, *range(plan.max_context + 1))
+    assert plan.max_context == cache.context <= workload.max_context
+    assert workload.least_context or plan.max_context == workload.max_context
+    assert plan.max_batched_tokens >= plan.batch_size
+    assert 1 <= plan.micro_batch_rows <= min(budgets.micro_batch or MAX_ROWS, plan.max_batched_tokens)
+    assert plan.gathered_rows <= plan.micro_batch_rows and plan.head_rows <= plan.micro_batch_rows
+    assert cache.on_disk == (budgets.kv == "disk") or budgets.kv == "auto"
+
+
+@given(MODELS, WORKLOADS, BUDGETS)
+def test_written_down_and_read_back_it_is_the_same_plan(
+    model: ModelShape, workload: Workload, budgets: Budgets
+) -> None:
+    try:
+        plan = make_plan(model, MEASURED, workload, budgets)
+    except BudgetError:
+        return
+    assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+    assert hash(plan) == hash(Plan.from_json(plan.to_json()))
+
+
+def plan_for(workload: Workload, ram: int, machine: Machine = UNMEASURED, **fields: Any) -> Plan:
+    return make_plan(model_of([100 * MIB] * 20), machine, workload, Budgets(ram, 300 * MIB, **fields))
+
+
+def test_what_is_asked_for_runs_at_once() -> None:
+    assert plan_for(Workload(7), 8 * GIB).batch_size == 7
+    assert plan_for(Workload(7, batch_size=3), 8 * GIB).batch_size == 3
+    assert plan_for(Workload(7, batch_size=300), 8 * GIB).batch_size == 7
+
+
+def test_without_rates_as_many_run_at_once_as_fit() -> None:
+    workload = Workload(600, 1024, choose_batch_size=True)
+    few, many = plan_for(workload, 1200 * MIB), plan_for(workload, 64 * GIB)
+    assert 1 < few.batch_size < many.batch_size == 512
+    assert few.why.startswith(f"{few.batch_size} of 600 sequences at once, as fit; KV cache ")
+    assert few.why.endswith(" in memory")
+
+
+def test_with_rates_the_batch_is_as_large_as_gains() -> None:
+    workload = Workload(600, 1024, choose_batch_size=True)
+    plan = plan_for(workload, 64 * GIB, MEASURED)
+    # All weights are in memory, and 256 rows take twenty times as long as 16.
+    assert plan.batch_size == 16
+    assert f"{plan.batch_size} of 600 sequences at once; expected per pass: compute " in plan.why
+    assert "disk" not in plan.why
+    assert "; expected per pass: disk " in plan_for(workload, 1200 * MIB, MEASURED).why
+
+
+def test_the_cache_goes_to_disk_only_where_memory_does_not_suffice() -> None:
+    workload = Workload(40, 4096, 16)
+    assert not plan_for(workload, 8 * GIB, kv="auto").cache.on_disk
+    assert plan_for(workload, 1200 * MIB, kv="auto").cache.on_disk
+    with pytest.raises(BudgetError, match="for the KV cache"):
+        plan_for(workload, 1200 * MIB, kv="cpu")
+
+
+def test_a_refusal_with_the_cache_in_memory_is_the_one_to_read_where_both_fail() -> None:
+    workload = Workload(4, 4096)
+    refusals = []
+    for kv in ("auto", "cpu"):
+        with pytest.raises(BudgetError) as refused:
+            plan_for(workload, 400 * MIB, kv=kv)
+        refusals.append(str(refused.value))
+    assert refusals[0] == refusals[1]
+
+
+def test_a_context_that_is_not_asked_for_is_what_an_eighth_of_the_budget_holds_or_less() -> None:
+    workload = Workload(1, 2048, least_context=128)
+    model = model_of([10 * MIB] * 20, layers=400)
+    contexts = []
+    for ram in (700 * MIB, 2 * GIB, 64 * GIB):
+        plan = make_plan(model, UNMEASURED, workload, Budgets(ram, 300 * MIB))
+        contexts.append(plan.max_context)
+        assert model.kv.nbytes(1, plan.max_context) <= ram / 8 or plan.max_context == 128
+    assert 128 <= contexts[0] < contexts[1] < contexts[2] == 2048
+    with pytest.raises(BudgetError, match=r", for a context of 128 tokens$"):
+        make_plan(model, UNMEASURED, workload, Budgets(2 * GIB, 2 * GIB - 10 * MIB))
+
+
+def test_rates_are_wanted_only_where_they_decide_and_fit() -> None:
+    model, workload = model_of([100 * MIB] * 20), Workload(600, 1024, choose_batch_size=True)
+
+    def wanted(ram: int, **changes: Any) -> frozenset[str]:
+        return rates_wanted(model, UNMEASURED, replace(workload, **changes), Budgets(ram, 300 * MIB))
+
+    assert wanted(1200 * MIB) == {"disk", "compute"}
+    assert wanted(64 * GIB) == {"compute"}
+    for changes in ({"batch_size": 3}, {"choose_batch_size": False}, {"one_pass": True}):
+        assert wanted(1200 * MIB, **changes) == frozenset()
+    with pytest.raises(BudgetError) as refused:
+        make_plan(model, UNMEASURED, replace(workload, batch_size=1), Budgets(1, 300 * MIB))
+    assert refused.value.smallest_bytes is not None
+    assert wanted(1) == wanted(refused.value.smallest_bytes) == frozenset()
+    assert wanted(refused.value.smallest_bytes + 110 * MIB) != frozenset()
+
+
+def test_windows_that_are_scored_share_passes_where_that_spares_the_disk() -> None:
+    workload = Workload(30, 512, 512, choose_batch_size=True, one_pass=True, all_logits=True)
+    plan = plan_for(workload, 1200 * MIB)
+    assert 1 < plan.batch_size <= 30
+    assert plan.why == f"{plan.batch_size} of 30 sequences at once, for the fewest bytes to read"
+
+
+@pytest.mark.parametrize("bits", [4, 5])
+def test_records_that_cannot_be_are_explained(bits: Bits) -> None:
+    model = model_of(kv=KVShape(2, 63, 2, "bfloat16"))
+    with pytest.raises(ConfigError, match="KV cache: "):
+        make_plan(model, UNMEASURED, Workload(), Budgets(GIB, 0, kv_bits=bits))
+
+
+@pytest.mark.parametrize("fields", [{"sequences": 0}, {"max_context": 0}, {"sequences": "two"}, {"max_context": 1.5}])
+def test_workloads_that_cannot_be_are_explained(fields: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="expected a whole number above 0"):
+        Workload(**fields)

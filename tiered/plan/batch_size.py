@@ -1,0 +1,108 @@
+"""How many sequences run at once: those that get most tokens per second out of disk, memory and processor together.
+
+    throughput = n / max((streamed(n) + kv(n)) / B, C(n))
+
+More sequences share each reading of the weights, until computing takes longer than reading. Their KV cache takes
+memory that could hold weights (`cpu`), or is read in every pass like them (`disk`). Pure functions: what each batch
+size streams comes from the planner, B and C are measured (`bench/rates.py`). Scoring, where nothing is sampled, needs
+no rates: there the bytes read decide.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Final
+
+_WORTH: Final = 1.02
+"""A larger batch must gain this much: what it gains less is within the error of the estimate, and each of its
+sequences is finished later."""
+_FEW_ROWS: Final = 512
+"""Tokens below which a pass computes slower per token, even with all weights in memory."""
+_ENOUGH_TOKENS: Final = 16384
+"""Tokens in a pass that take any processor far longer than any disk takes for the weights: more gains nothing, and
+the first results come later."""
+
+
+@dataclass(frozen=True)
+class BatchOption:
+    """What one way to run takes per pass."""
+
+    sequences: int
+    kv_on_disk: bool
+    disk_nbytes: int
+    """Weights that are not resident, and the KV cache where it is on disk."""
+
+
+@dataclass(frozen=True)
+class BatchChoice:
+    """A choice, and what it is expected to take."""
+
+    option: BatchOption
+    disk_seconds: float
+    compute_seconds: float
+
+    @property
+    def pass_seconds(self) -> float:
+        return max(self.disk_seconds, self.compute_seconds)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.option.sequences / self.pass_seconds
+
+    @property
+    def bottleneck(self) -> str:
+        return "disk" if self.disk_seconds >= self.compute_seconds else "compute"
+
+
+def candidates(most: int) -> list[int]:
+    """1, 2, 3, 4, 6, 8, 12, 16 and so on up to `most`, which is the last."""
+    doublings = [1 << n for n in range(most.bit_length())]
+    return sorted({*doublings, *(3 * n // 2 for n in doublings[1:] if 3 * n // 2 < most), most})
+
+
+def choose_batch_size(
+    options: Iterable[BatchOption], bytes_per_second: float | None, compute_seconds: Callable[[int], float]
+) -> BatchChoice | None:
+    """The option with most tokens per second; of nearly equal ones that with fewest sequences, then the first.
+
+    `bytes_per_second` None: nothing is read. None where there are no options.
+    """
+    found = [
+        BatchChoice(
+            option,
+            option.disk_nbytes / bytes_per_second if bytes_per_second else 0.0,
+            max(compute_seconds(option.sequences), 1e-9),
+        )
+        for option in options
+    ]
+    if not found:
+        return None
+    most = max(choice.tokens_per_second for choice in found)
+    enough = [choice for choice in found if choice.tokens_per_second * _WORTH >= most]
+    return min(enough, key=lambda choice: choice.option.sequences)
+
+
+def choose_windows_per_pass(read_nbytes: Callable[[int], int | None], windows: int, context: int) -> int:
+    """Windows per pass for `windows` windows of `context` tokens that are only scored.
+
+    `read_nbytes` tells how many bytes a later pass with so many windows reads, None where memory does not suffice.
+    More windows make fewer passes but leave less memory for weights, so each pass reads more; the product decides. Of
+    equal ones the smallest is taken that is not slow to compute, and passes are made about equal. 1 where nothing
+    fits: the plan then says why.
+    """
+    most = max(1, min(windows, _ENOUGH_TOKENS // context))
+    least = min(most, -(-_FEW_ROWS // context))
+    best, best_cost = 1, math.inf
+    for count in candidates(most):
+        read = read_nbytes(count)
+        if read is None:
+            break
+        # The first pass reads everything, whatever will be resident.
+        cost = (_passes(windows, count) - 1) * read
+        if cost < best_cost or (cost == best_cost and best < least):
+            best, best_cost = count, cost
+    return -(-windows // _passes(windows, best))
+
+
+def _passes(windows: int, per_pass: int) -> int:
+    return -(-windows // per_pass)

@@ -1,0 +1,264 @@
+"""From the four inputs to the plan: which batch size, context and KV tier, how many rows, what is resident.
+
+`make_plan` is the one place where this is decided; it raises BudgetError where nothing fits, naming the smallest
+budget that works. `rates_wanted` says beforehand what would have to be measured for the choice of a batch size.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Final, Literal
+
+from tiered.errors import BudgetError
+from tiered.plan.batch_size import BatchChoice, BatchOption, candidates, choose_batch_size, choose_windows_per_pass
+from tiered.plan.inputs import Budgets, Machine, ModelShape, Workload
+from tiered.plan.kv import CachePlan, record_nbytes
+from tiered.plan.plan import Needs, Plan, fit_blocks, smallest_budget
+from tiered.plan.workspace import MAX_ROWS, Workspace, workspace_for
+from tiered.units import MIB, PAGE, PAGE_TOKENS, format_rate, format_seconds, format_size
+
+Rate = Literal["disk", "compute"]
+
+_MOST_SEQUENCES: Final = 512
+"""At once, unless more are asked for."""
+_BASELINE_VARIES_NBYTES: Final = 4 * MIB
+"""How much the process itself differs from run to run: a budget that was named as enough must be so next time."""
+_LENT_SHARE: Final = 1 / 64
+"""Part of the budget for the pages of one unit, where the KV cache is on disk; four times that is set aside."""
+_MODEST_KV_SHARE: Final = 1 / 8
+"""Part of the budget that the KV cache may take where the context is chosen by the budget."""
+_MEASURING_NBYTES: Final = 96 * MIB
+"""What the process may have grown by when disk and processor have been measured: its peak counts."""
+_HALFWAY: Final = 0.75
+"""Of what sequences hold when they end, what they hold on average while they run."""
+
+
+def make_plan(model: ModelShape, machine: Machine, workload: Workload, budgets: Budgets) -> Plan:
+    """The plan for `workload` within `budgets`. Raises BudgetError where there is none."""
+    asked = _Asked(model, machine, workload, budgets)
+    if workload.batch_size is not None:
+        return _plan_for(asked, min(workload.batch_size, workload.sequences), "as asked for")
+    if not workload.choose_batch_size:
+        return _plan_for(asked, workload.sequences, "all there are")
+    if workload.one_pass:
+        return _plan_for(asked, _windows_per_pass(asked), "for the fewest bytes to read")
+    return _most_throughput(asked)
+
+
+def smallest_ram(model: ModelShape, machine: Machine, workload: Workload, budgets: Budgets) -> int:
+    """The least budget, in whole MiB, in which `workload` runs all at once, by this baseline and no more."""
+    asked = _Asked(model, machine, workload, budgets)
+    way = asked.way(workload.sequences, asked.kv_tiers[0])
+    return smallest_budget(model.tape_nbytes, way.needs, budgets.tiers)
+
+
+def rates_wanted(model: ModelShape, machine: Machine, workload: Workload, budgets: Budgets) -> frozenset[Rate]:
+    """What to measure before `make_plan` can weigh batch sizes; nothing where measuring would take the memory that it
+    is about, or where no batch size is to be chosen."""
+    if workload.batch_size is not None or not workload.choose_batch_size or workload.one_pass:
+        return frozenset()
+    found = list(_Asked(model, machine, workload, budgets).each_way())
+    grown = replace(budgets, baseline=budgets.baseline + _MEASURING_NBYTES)
+    if next(_Asked(model, machine, workload, grown).each_way(), None) is None:
+        return frozenset()
+    reads = any(way.option(plan).disk_nbytes for way, plan in found)
+    return frozenset(("disk", "compute")) if reads else frozenset(("compute",))
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """The four inputs."""
+
+    model: ModelShape
+    machine: Machine
+    workload: Workload
+    budgets: Budgets
+
+    def way(self, batch_size: int, on_disk: bool, context: int | None = None) -> "_Way":
+        return _Way(self, batch_size, context or self.workload.max_context, on_disk)
+
+    @property
+    def kv_tiers(self) -> tuple[bool, ...]:
+        """Whether the KV cache is on disk, in the order in which that is tried."""
+        return {"cpu": (False,), "disk": (True,), "auto": (False, True)}[self.budgets.kv]
+
+    def each_way(self) -> Iterator[tuple["_Way", Plan]]:
+        """Every batch size that is weighed, with the cache in memory and on disk, where that fits."""
+        for count in candidates(min(self.workload.sequences, _MOST_SEQUENCES)):
+            for on_disk in self.kv_tiers:
+                way = self.way(count, on_disk)
+                try:
+                    yield way, way.plan_at(self.budgets.ram)
+                except BudgetError:
+                    continue
+
+
+@dataclass(frozen=True)
+class _Way:
+    """One way to do what is asked for, with its needs as functions of a budget."""
+
+    asked: _Asked
+    batch_size: int
+    context: int
+    on_disk: bool
+
+    def workspace(self, ram: int) -> Workspace:
+        """The rows that are computed together, and the bytes of their activations."""
+        asked, workload = self.asked, self.asked.workload
+        logits = self.batch_size * self.context if workload.all_logits else 0
+        most = asked.budgets.micro_batch or MAX_ROWS
+        scratch = asked.machine.scratch_nbytes
+        return workspace_for(
+            asked.model, scratch, self.tokens, self.batch_size, self.context, ram, logits=logits, most_rows=most
+        )
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in flight at most."""
+        return self.asked.workload.tokens_in_flight(self.batch_size, self.context)
+
+    def cache(self, ram: int) -> CachePlan:
+        """The KV cache's pages and memory."""
+        model, workload, budgets = self.asked.model, self.asked.workload, self.asked.budgets
+        lent_pages = 0
+        if self.on_disk:
+            # At least one sequence's; more in one go make longer reads and fuller micro-batches.
+            pages = -(-self.context // PAGE_TOKENS)
+            share = int(ram * _LENT_SHARE) // record_nbytes(model.kv, budgets.kv_bits)
+            lent_pages = max(pages, min(self.batch_size * pages, share))
+        return CachePlan(
+            model.kv,
+            budgets.kv_bits,
+            self.on_disk,
+            model.groups,
+            sequences=self.batch_size,
+            context=self.context,
+            tokens=workload.kv_tokens(self.batch_size, self.context),
+            chunk=min(budgets.micro_batch or MAX_ROWS, self.tokens),
+            one_pass=workload.one_pass,
+            lent_pages=lent_pages,
+        )
+
+    def needs(self, ram: int) -> Needs:
+        """What is taken with a budget of `ram`, whatever is resident."""
+        workspace, cache = self.workspace(ram), self.cache(ram)
+        return Needs(
+            baseline=self.asked.budgets.baseline,
+            outer=self.asked.model.tables_nbytes,
+            kv=cache.memory_nbytes + 2 * PAGE,
+            workspace=workspace.nbytes + cache.scratch_nbytes(workspace.rows),
+        )
+
+    def plan_at(self, ram: int, why: str = "") -> Plan:
+        """The plan with a budget of `ram`; the refusal names a budget by these needs, which may grow with it."""
+        model, workspace, needs = self.asked.model, self.workspace(ram), self.needs(ram)
+        return Plan(
+            budget=ram,
+            needs=needs,
+            placement=fit_blocks(model.tape_nbytes, needs, ram, self.asked.budgets.tiers),
+            tape_sizes=model.tape_nbytes,
+            side_nbytes=model.side_nbytes,
+            batch_size=self.batch_size,
+            max_context=self.context,
+            max_batched_tokens=self.tokens,
+            micro_batch_rows=workspace.rows,
+            gathered_rows=workspace.gathered_rows,
+            head_rows=workspace.head_rows,
+            cache=self.cache(ram),
+            why=why,
+        )
+
+    def plan(self, why: str) -> Plan:
+        """The plan within the budget; a BudgetError names one that will do in the next process as well."""
+        budgets = self.asked.budgets
+        try:
+            return self.plan_at(budgets.ram, why)
+        except BudgetError:
+            varied = replace(budgets, baseline=budgets.baseline + _BASELINE_VARIES_NBYTES)
+            spared = replace(self, asked=replace(self.asked, budgets=varied))
+            sizes = self.asked.model.tape_nbytes
+            # A larger budget computes more rows at once, which takes more: the planner is asked what it agrees to.
+            smallest = smallest_budget(sizes, spared.needs, budgets.tiers)
+            fit_blocks(sizes, spared.needs(smallest), budgets.ram, budgets.tiers)
+            raise
+
+    def option(self, plan: Plan) -> BatchOption:
+        """What a pass of this takes from the disk."""
+        files = self.asked.model.file_nbytes
+        streamed = sum(nbytes for i, nbytes in enumerate(files) if i not in plan.placement.resident)
+        kv = 0
+        if self.on_disk:
+            pages = self.batch_size * self.asked.workload.mean_context / PAGE_TOKENS
+            kv = int(pages * plan.cache.record_nbytes * self.asked.model.kv.layers * _HALFWAY)
+        return BatchOption(self.batch_size, self.on_disk, streamed + kv)
+
+
+def _plan_for(asked: _Asked, batch_size: int, why: str) -> Plan:
+    """The plan with the longest context that fits, with the KV cache in the first tier where it fits."""
+    per_token = asked.model.kv.nbytes(batch_size, 1)
+    why = f"{batch_size} of {asked.workload.sequences} sequences at once, {why}"
+    contexts = list(asked.workload.contexts(int(asked.budgets.ram * _MODEST_KV_SHARE) // per_token))
+    for context in contexts:
+        refusals = []
+        for on_disk in asked.kv_tiers:
+            try:
+                return asked.way(batch_size, on_disk, context).plan(why)
+            except BudgetError as error:
+                refusals.append(error)
+    # Of the least context, so that what it names is accepted; and of the first tier, as more than the cache is short.
+    refusal = refusals[0]
+    if len(contexts) == 1:
+        raise refusal
+    raise BudgetError(f"{refusal}, for a context of {contexts[-1]} tokens", refusal.smallest_bytes)
+
+
+def _windows_per_pass(asked: _Asked) -> int:
+    """Sequences that are only scored, per pass. A cache that is on disk only where nothing else fits is not weighed:
+    several sequences would share what one has."""
+    on_disk = asked.budgets.kv == "disk"
+
+    def read_nbytes(count: int) -> int | None:
+        try:
+            return asked.way(count, on_disk).plan_at(asked.budgets.ram).streamed_nbytes
+        except BudgetError:
+            return None
+
+    return choose_windows_per_pass(read_nbytes, asked.workload.sequences, asked.workload.max_context)
+
+
+def _most_throughput(asked: _Asked) -> Plan:
+    """The batch size and KV tier with most tokens per second, by the machine's rates; without rates the largest."""
+    found = {way.option(plan): plan for way, plan in asked.each_way()}
+    if not found:
+        return _plan_for(asked, 1, "as nothing fits")
+    machine = asked.machine
+    if machine.linear is None:
+        option = max(found, key=lambda option: (option.sequences, not option.kv_on_disk))
+        return _reasoned(asked, found[option], "as fit")
+    choice = choose_batch_size(found, machine.disk_bytes_per_second, lambda count: _compute_seconds(asked, count))
+    assert choice is not None
+    return _reasoned(asked, found[choice.option], _expected(choice, machine.disk_bytes_per_second))
+
+
+def _compute_seconds(asked: _Asked, count: int) -> float:
+    """Seconds that a pass over `count` decoding sequences computes."""
+    machine, model = asked.machine, asked.model
+    assert machine.linear is not None
+    context = asked.workload.mean_context * _HALFWAY
+    attention = (machine.attention_seconds or 0.0) * model.kv.layers * context
+    return machine.linear.seconds(count, model.weights) + attention * count
+
+
+def _reasoned(asked: _Asked, plan: Plan, why: str) -> Plan:
+    """`plan` with the reason for its batch size."""
+    separator = ", " if why == "as fit" else "; "
+    place = "on disk" if plan.cache.on_disk else "in memory"
+    chosen = f"{plan.batch_size} of {asked.workload.sequences} sequences at once{separator}{why}"
+    return replace(plan, why=f"{chosen}; KV cache {format_size(plan.cache.records_nbytes)} {place}")
+
+
+def _expected(choice: BatchChoice, bytes_per_second: float | None) -> str:
+    """What a pass is expected to take."""
+    disk = ""
+    if choice.option.disk_nbytes and bytes_per_second:
+        disk = f"disk {format_seconds(choice.disk_seconds)} at {format_rate(bytes_per_second)}, "
+    return f"expected per pass: {disk}compute {format_seconds(choice.compute_seconds)}"
