@@ -245,7 +245,7 @@ class OffloadedModel(PreTrainedModel, GenerationMixin):
         rows, tokens = batch.input_ids.shape
         self._check_room(rows, int(batch.cache.get_seq_length()) + tokens)
         self._check_logits(rows, tokens, batch.logits_to_keep)
-        parts = [batch] if _fits_one_pass(batch, self._runtime.rows_per_micro_batch) else self._split(batch)
+        parts = [batch] if _fits_one_pass(batch, self._runtime.plan.micro_batch_rows) else self._split(batch)
         logits = [self._runtime.forward([part]).logits[0] for part in parts]
         # Only separate passes come in parts, and those keep every position they computed until here.
         return logits[0] if len(parts) == 1 else keep_positions(torch.cat(logits, dim=1), batch.logits_to_keep)
@@ -254,7 +254,7 @@ class OffloadedModel(PreTrainedModel, GenerationMixin):
         """A prompt too long for one chunk, with a cache that one pass cannot fill chunk by chunk: several passes."""
         rows, tokens = batch.input_ids.shape
         past = int(batch.cache.get_seq_length())
-        step = max(1, self._runtime.rows_per_micro_batch // rows)
+        step = max(1, self._runtime.plan.micro_batch_rows // rows)
         parts = []
         for start in range(0, tokens, step):
             stop = min(start + step, tokens)
@@ -372,10 +372,10 @@ def _by_both_names(output: T) -> T:
     return output
 
 
-def _fits_one_pass(batch: MicroBatch, rows_per_chunk: int) -> bool:
+def _fits_one_pass(batch: MicroBatch, micro_batch_rows: int) -> bool:
     """Whether the engine can take `batch` as it is: in one chunk, or in several that grow the cache in turn."""
     rows, tokens = batch.input_ids.shape
-    if rows * tokens <= rows_per_chunk or tokens == 1:
+    if rows * tokens <= micro_batch_rows or tokens == 1:
         return True
     # A cache that drops or preallocates keys has lengths that only its own update knows.
     return all(type(layer) is DynamicLayer for layer in batch.cache.layers) and not isinstance(

@@ -11,7 +11,6 @@ import logging
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
 from types import TracebackType
 from typing import Final, Self, TypeVar
 
@@ -166,12 +165,14 @@ class Runtime:
             )
 
     def _build(self, stack: contextlib.ExitStack) -> None:
+        before = process_rss_bytes()
         member = stack.enter_context(PROCESS.member())
-        model, machine, budgets = self._prepare(stack, member)
+        model, machine = self._prepare(stack)
+        budgets = self._budgets(member, before)
         if self._measure is not None and (wanted := rates_wanted(model, machine, self.workload, budgets)):
             machine = self._measure(self.store, self.kernels, model, machine, wanted)
             # The process has grown by what measured, and its peak counts.
-            budgets = replace(budgets, baseline=max(budgets.baseline, process_peak_rss_bytes() + _GROWTH_NBYTES))
+            budgets = self._budgets(member, before)
         self.plan = make_plan(model, machine, self.workload, budgets)
         member.planned_nbytes = self.plan.nbytes
         self._open_memory(stack)
@@ -194,12 +195,8 @@ class Runtime:
         stack.callback(self.stop_streaming)
         self._member = member
 
-    def _prepare(self, stack: contextlib.ExitStack, member: Member) -> tuple[ModelShape, Machine, Budgets]:
-        """Build what computes, before any weight is in memory: what plans are made from, by the process as it is then.
-
-        Raises StoreError, ConfigError.
-        """
-        before = process_rss_bytes()
+    def _prepare(self, stack: contextlib.ExitStack) -> tuple[ModelShape, Machine]:
+        """Build what computes, before any weight is in memory, and tell what plans need to know of it."""
         config = load_config(self.store.path)
         self.dtype = compute_dtype(self.options.dtype, config)
         check_layers(self.store, config)
@@ -215,15 +212,18 @@ class Runtime:
         self._compute = ThreadPoolExecutor(1, thread_name_prefix="tiered-compute")
         stack.callback(self._compute.shutdown, wait=True)
         self._compute.submit(_warm_up, threads, self.dtype).result()
+        return shape, Machine(scratch_nbytes(threads))
+
+    def _budgets(self, member: Member, before: int) -> Budgets:
+        """What may be used, and what of it the process takes by itself, which had `before` bytes before `_prepare`."""
         options = self.options
-        member.budget = options.ram or available_budget()
+        member.budget = member.budget or options.ram or available_budget()
         PROCESS.pin_malloc()
         rss = process_rss_bytes()
         # Models that are open already may not have taken yet what they planned to.
         promised = PROCESS.planned_nbytes + max(rss - before, _ANOTHER_NBYTES)
         baseline = max(rss, process_peak_rss_bytes(), promised) + _GROWTH_NBYTES
-        budgets = Budgets(member.budget, baseline, options.tiers, options.kv, options.kv_bits, options.rows_per_chunk)
-        return shape, Machine(scratch_nbytes(threads)), budgets
+        return Budgets(member.budget, baseline, options.tiers, options.kv, options.kv_bits, options.rows_per_chunk)
 
     def _open_kernels(self, threads: int) -> Kernels:
         kernels = Kernels(threads, self.cancel, self.options.kernel_mode, self.options.kernels)
@@ -300,7 +300,7 @@ class Runtime:
         """
         for micro_batch in batch:
             check_token_ids(micro_batch.input_ids, self.store.vocab_size)
-        return self._run(MicroBatches(batch, self.rows_per_micro_batch, len(self.model.layers)), on_block, is_last)
+        return self._run(MicroBatches(batch, self.plan.micro_batch_rows, len(self.model.layers)), on_block, is_last)
 
     def _run(self, work: Work, on_block: OnBlock | None, is_last: bool) -> Pass:
         """One pass of whoever's turn it is; ConfigError if the model is closed meanwhile."""
@@ -333,11 +333,6 @@ class Runtime:
     def compute(self, work: Callable[[], T]) -> T:
         """Run `work` (sampling) in the compute thread, where torch's threads are."""
         return self._wait(self._compute.submit(work))
-
-    @property
-    def rows_per_micro_batch(self) -> int:
-        """Tokens that are computed together at most."""
-        return self.plan.micro_batch_rows
 
     @property
     def streamed_blocks(self) -> list[BlockInfo]:
@@ -457,5 +452,7 @@ def measure_inputs(store: Store, options: Options) -> tuple[ModelShape, Machine,
     Builds what a runtime builds first, measures, and lets it go: neither memory is taken nor weights are read.
     """
     runtime = Runtime(store, Workload(), options)
-    with PROCESS.opening, contextlib.ExitStack() as stack:
-        return runtime._prepare(stack, stack.enter_context(PROCESS.member()))
+    with PROCESS.opening, PROCESS.member() as member, contextlib.ExitStack() as stack:
+        before = process_rss_bytes()
+        model, machine = runtime._prepare(stack)
+        return model, machine, runtime._budgets(member, before)

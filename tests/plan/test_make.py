@@ -1,6 +1,8 @@
 """Plans from the four inputs: bytes within the budget, refusals that keep their word, one plan as text and object."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -200,3 +202,13 @@ def test_records_that_cannot_be_are_explained(bits: Bits) -> None:
 def test_workloads_that_cannot_be_are_explained(fields: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="expected a whole number above 0"):
         Workload(**fields)
+
+
+def test_plans_need_neither_torch_nor_transformers() -> None:
+    check = (
+        "import sys, pkgutil, importlib, tiered.plan;"
+        "[importlib.import_module(m.name) for m in pkgutil.iter_modules(tiered.plan.__path__, 'tiered.plan.')];"
+        "print(sorted({'torch', 'transformers', 'numpy', 'tiered.runtime'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
