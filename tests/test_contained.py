@@ -75,7 +75,7 @@ def assert_contained(store: Store, tolerance: float = 0, **options: Any) -> None
         prompts = [BAD, BAD, BAD, GOOD[0], BAD, *GOOD[1:], BAD]
         together, finished = [sequence_of(prompt) for prompt in prompts], list[Sequence]()
         generate(runtime, together, 3, on_finished=finished.append)
-        assert runtime.pool.is_empty
+        assert runtime._memory.pool.is_empty
     assert sorted(map(id, finished)) == sorted(map(id, together))
     failed = [sequence for sequence in together if sequence.prompt_ids == BAD]
     assert all(isinstance(sequence.error, ModelError) and not sequence.token_ids for sequence in failed)

@@ -33,6 +33,7 @@ RANKS: Final = {
     "model": 6,
     "generate": 7,
     "options": 7,
+    "host": 7,
     "runtime": 8,
     "api": 9,
     "bench": 9,

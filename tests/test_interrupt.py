@@ -201,11 +201,11 @@ def test_the_runtime_can_be_used_again_after_ctrl_c(
             with pytest.raises(KeyboardInterrupt), ctrl_c_after(milliseconds / 1000):
                 run_greedy(runtime, PROMPT, 100)
             assert time.monotonic() - began < SOON
-            assert runtime.pool.is_empty
+            assert runtime._memory.pool.is_empty
         for _ in range(2):
             assert run_greedy(runtime, PROMPT, STEPS, end=False).tokens == expected
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("tiered")]
-    assert runtime.arena.in_use == {}
+    assert runtime._memory.arena.in_use == {}
 
 
 def test_ctrl_c_while_tables_are_read_leaves_the_runtime_usable(
@@ -223,7 +223,7 @@ def test_ctrl_c_while_tables_are_read_and_leaving_at_once_ends_every_thread(
     with pytest.raises(KeyboardInterrupt), streaming(store, preadv=SlowDisk(0.2)) as runtime, ctrl_c_after(0.05):
         runtime.start_streaming()
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("tiered")]
-    assert runtime.arena.in_use == {}
+    assert runtime._memory.arena.in_use == {}
     assert not caplog.records
 
 
@@ -231,7 +231,7 @@ def test_a_pass_that_another_thread_cancels_ends_as_interrupted(
     store: Store, expected: Sequence[Sequence[int]]
 ) -> None:
     with streaming(store, preadv=SlowDisk(0.01)) as runtime:
-        timer = threading.Timer(0.2, runtime.cancel.set)
+        timer = threading.Timer(0.2, runtime.host.cancel.set)
         timer.start()
         with pytest.raises(InterruptedRun):
             run_greedy(runtime, PROMPT, 100)

@@ -39,7 +39,7 @@ def test_a_sequence_does_not_depend_on_its_batch_or_the_number_of_threads(store:
 def generate(store: Path, prompts: tuple[str, ...], threads: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Greedy completions of `prompts` in one batch, and the scores [TOKENS, vocab] they were taken from."""
     with tiered.load(store, dtype="bfloat16", context=64, sequences=len(prompts), threads=threads) as loaded:
-        assert loaded.runtime.kernels.level is not None
+        assert loaded.runtime.host.kernels.level is not None
         loaded.tokenizer.padding_side = "left"
         loaded.tokenizer.pad_token = loaded.tokenizer.pad_token or loaded.tokenizer.eos_token
         inputs = loaded.tokenizer(list(prompts), return_tensors="pt", padding=True)

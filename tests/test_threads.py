@@ -18,7 +18,7 @@ import tiered
 from tests.commands import make_store
 from tiered.api import LoadedModel
 from tiered.errors import BudgetError, ConfigError
-from tiered.plan.process import PROCESS
+from tiered.host import PROCESS
 from tiered.units import MIB
 
 PROMPTS: Final = ("The function returns", "To install the package, run the following", "Returns")

@@ -1,35 +1,26 @@
-"""The runtime of one open store: plan, memory, threads, streamer and engine, owned by one context manager.
+"""The runtime of one open store: its plan, memory, streams and engine, on a host. A context manager.
 
-Threads: a loop thread that schedules and never computes, one compute thread, a pool of readers. The caller's thread
-only waits, with a timeout, so that signals reach it.
+Threads: a loop thread that schedules reading and never computes, the host's compute thread, a pool of readers. The
+caller's thread only waits, with a timeout, so that signals reach it.
 """
 
 import asyncio
-import concurrent.futures
 import contextlib
-import logging
+import functools
 import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
-from typing import Final, Self, TypeVar
+from typing import Final, Self
 
 import torch
 
 from tiered.arch import build_skeleton, load_config
 from tiered.cache import KVPool, SequenceKV
 from tiered.errors import ConfigError
-from tiered.io import (
-    Arena,
-    ChunkVerifier,
-    DiskReader,
-    IdleClock,
-    ReadMode,
-    Slab,
-    SpillFile,
-    probe_mode,
-)
-from tiered.kernels import CancelFlag, Kernels, scratch_nbytes
+from tiered.host import PROCESS, Host, Member, wait_for
+from tiered.io import Arena, ChunkVerifier, DiskReader, ReadMode, Slab, SpillFile, probe_mode
+from tiered.kernels import Kernels, scratch_nbytes
 from tiered.model import (
     BoundModel,
     ChunkLimits,
@@ -46,29 +37,14 @@ from tiered.model import (
     check_layers,
     check_match,
     check_token_ids,
+    load_outer,
     model_shape,
-    registered_attention,
     use_attention,
 )
 from tiered.options import Options, compute_dtype
-from tiered.plan import (
-    Budgets,
-    Machine,
-    ModelShape,
-    Rate,
-    Workload,
-    available_budget,
-    cpu_count,
-    make_plan,
-    process_peak_rss_bytes,
-    process_rss_bytes,
-    rates_wanted,
-)
-from tiered.plan.process import PROCESS, Member
+from tiered.plan import Budgets, Machine, ModelShape, Plan, Rate, Workload, make_plan, process_rss_bytes, rates_wanted
 from tiered.store import CHUNK_NBYTES, PAGE, BlockInfo, Store
 from tiered.stream import EmbeddingRows, KVStream, Streamer, Streams, StreamThread
-from tiered.trace import Tracer
-from tiered.units import MIB
 
 __all__ = ["READ_THREADS", "Options", "Runtime", "compute_dtype", "measure_inputs"]
 
@@ -76,17 +52,35 @@ READ_THREADS: Final = 16
 """Reads of weights in flight."""
 SPILL_THREADS: Final = 8
 """Transfers of a KV cache on disk in flight, beside those of weights."""
-_GROWTH_NBYTES: Final = 16 * MIB
-"""What the process itself grows by while running: code pages touched for the first time, thread stacks."""
-_ANOTHER_NBYTES: Final = 96 * MIB
-"""What one more runtime in a process takes by itself, at least: graph, kernels, threads. Measured each time, it varied
-by 60 MB with what the allocator had kept, and the budget that one refusal named met another."""
-_POLL_SECONDS: Final = 0.1
 
-T = TypeVar("T")
 MeasureMachine = Callable[[Store, Kernels, ModelShape, Machine, Collection[Rate]], Machine]
 """The machine with the rates that are wanted: a runtime that is to choose its batch size is given one."""
-_LOG: Final = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class _Prepared:
+    """What computes, before any weight is in memory."""
+
+    dtype: torch.dtype
+    model: BoundModel
+    recorder: Recorder
+    shape: ModelShape
+    machine: Machine
+
+
+@dataclass(frozen=True, eq=False)
+class _Memory:
+    """Everything large, as long as the runtime lives: slabs of one arena, and the KV cache's file."""
+
+    arena: Arena
+    pool: KVPool
+    kv_ring: Slab | None
+    spill: SpillFile | None
+    staging: Slab
+    side: Slab | None
+    """Scales and zeros of the embedding."""
+    ring: Slab | None
+    resident: Mapping[int, Slab]
 
 
 class Runtime:
@@ -99,19 +93,20 @@ class Runtime:
     """
 
     def __init__(
-        self, store: Store, workload: Workload, options: Options, measure: MeasureMachine | None = None
+        self,
+        store: Store,
+        workload: Workload,
+        options: Options,
+        measure: MeasureMachine | None = None,
+        host: Host | None = None,
     ) -> None:
-        """`measure` is called where rates are wanted for the choice of a batch size."""
+        """`measure` is called where rates are wanted for the choice of a batch size; without `host`, one is made."""
         self.store, self.workload, self.options = store, workload, options
-        self._measure = measure
-        self.trace = Tracer(options.keep_spans)
-        self.cancel = CancelFlag()
-        self.passes = 0
+        self.host = host or Host(options.threads, options.kernels, options.kernel_mode, options.keep_spans)
+        self._owns_host, self._measure = host is None, measure
         self.is_open = False
         self._resources = contextlib.ExitStack()
-        self._clock = IdleClock()
-        self._stream_thread: StreamThread | None = None
-        self._streams: Streams | None = None
+        self._streaming: StreamThread | None = None
         self._member: Member | None = None
         self._calls = threading.RLock()
         """Held by the thread whose turn it is, for as long as its call takes, whatever passes that makes."""
@@ -123,7 +118,7 @@ class Runtime:
         with self._passing:
             if self.is_open:
                 raise ConfigError("the model is open already: one 'with' at a time; threads may share what it gives")
-            self.cancel.clear()
+            self.host.cancel.clear()
             with PROCESS.opening, contextlib.ExitStack() as stack:
                 self._build(stack)
                 self._resources = stack.pop_all()
@@ -134,7 +129,7 @@ class Runtime:
         if self._member is not None and self._member.is_forked:
             return  # its threads are the parent's, which nobody here could wait for
         self.is_open = False
-        self.cancel.set()
+        self.host.cancel.set()
         with self._passing:
             self._resources.close()
             self._member = None
@@ -167,108 +162,69 @@ class Runtime:
     def _build(self, stack: contextlib.ExitStack) -> None:
         before = process_rss_bytes()
         member = stack.enter_context(PROCESS.member())
-        model, machine = self._prepare(stack)
-        budgets = self._budgets(member, before)
-        if self._measure is not None and (wanted := rates_wanted(model, machine, self.workload, budgets)):
-            machine = self._measure(self.store, self.kernels, model, machine, wanted)
-            # The process has grown by what measured, and its peak counts.
-            budgets = self._budgets(member, before)
-        self.plan = make_plan(model, machine, self.workload, budgets)
+        if self._owns_host:
+            stack.enter_context(self.host)
+        made = _prepare(self.store, self.options, self.host)
+        self.plan = self._choose_plan(made, member, before)
         member.planned_nbytes = self.plan.nbytes
-        self._open_memory(stack)
-        verifier = ChunkVerifier(self.options.verify, self.trace, self.store.path)
+        self._memory = self._open_memory(stack)
+        verifier = ChunkVerifier(self.options.verify, self.host.trace, self.store.path)
         preadv = {"preadv": self.options.preadv} if self.options.preadv is not None else {}
+        mode, clock = self.options.read_mode, self.host.clock
         self.reader = stack.enter_context(
-            DiskReader(
-                self.store.path, verifier, self.trace, READ_THREADS, self.options.read_mode, clock=self._clock, **preadv
-            )
+            DiskReader(self.store.path, verifier, self.host.trace, READ_THREADS, mode, clock=clock, **preadv)
         )
-        self._embedding = EmbeddingRows(self.store, self.reader, verifier, self._staging)
-        self.engine = Engine(self.model, self._recorder, self._embedding, self.cancel, self.trace)
-        self._limits = ChunkLimits(
-            rows=self.plan.micro_batch_rows,
-            gathered=model.dense_attention,
-            gathered_rows=self.plan.gathered_rows,
-            within_pages=self.plan.cache.bits != 16,
-            lent_pages=self.plan.cache.lent_pages,
-        )
+        embedding = EmbeddingRows(self.store, self.reader, verifier, self._memory.staging)
+        self.engine = Engine(made.model, made.recorder, embedding, self.host.cancel, self.host.trace)
+        self.dtype = made.dtype
         stack.callback(self.stop_streaming)
         self._member = member
 
-    def _prepare(self, stack: contextlib.ExitStack) -> tuple[ModelShape, Machine]:
-        """Build what computes, before any weight is in memory, and tell what plans need to know of it."""
-        config = load_config(self.store.path)
-        self.dtype = compute_dtype(self.options.dtype, config)
-        check_layers(self.store, config)
-        skeleton = build_skeleton(config, self.dtype)
-        check_match(self.store, skeleton)
-        threads = self.options.threads or cpu_count()
-        shape = model_shape(self.store, skeleton, self.dtype)
-        self.kernels = stack.enter_context(self._open_kernels(threads))
-        self._attention = stack.enter_context(registered_attention(self.kernels))
-        use_attention(skeleton.model, self._attention.name)
-        self.model = BoundModel(skeleton, self.dtype, self.kernels)
-        self._recorder = Recorder(skeleton)
-        self._compute = ThreadPoolExecutor(1, thread_name_prefix="tiered-compute")
-        stack.callback(self._compute.shutdown, wait=True)
-        self._compute.submit(_warm_up, threads, self.dtype).result()
-        return shape, Machine(scratch_nbytes(threads))
+    def _choose_plan(self, made: _Prepared, member: Member, before: int) -> Plan:
+        """The plan for the process as it is now, with rates measured where the choice of a batch size wants them."""
+        budgets, machine = _budgets(self.options, member, before), made.machine
+        if self._measure is not None and (wanted := rates_wanted(made.shape, machine, self.workload, budgets)):
+            machine = self._measure(self.store, self.host.kernels, made.shape, machine, wanted)
+            # The process has grown by what measured, and its peak counts.
+            budgets = _budgets(self.options, member, before)
+        return make_plan(made.shape, machine, self.workload, budgets)
 
-    def _budgets(self, member: Member, before: int) -> Budgets:
-        """What may be used, and what of it the process takes by itself, which had `before` bytes before `_prepare`."""
-        options = self.options
-        member.budget = member.budget or options.ram or available_budget()
-        PROCESS.pin_malloc()
-        rss = process_rss_bytes()
-        # Models that are open already may not have taken yet what they planned to.
-        promised = PROCESS.planned_nbytes + max(rss - before, _ANOTHER_NBYTES)
-        baseline = max(rss, process_peak_rss_bytes(), promised) + _GROWTH_NBYTES
-        return Budgets(member.budget, baseline, options.tiers, options.kv, options.kv_bits, options.rows_per_chunk)
-
-    def _open_kernels(self, threads: int) -> Kernels:
-        kernels = Kernels(threads, self.cancel, self.options.kernel_mode, self.options.kernels)
-        if kernels.refusal is not None and self.options.kernels == "auto":
-            why = kernels.refusal
-            _LOG.warning("native kernels are off, torch's slower operators compute: %s; see 'tiered doctor'", why)
-        return kernels
-
-    def _open_memory(self, stack: contextlib.ExitStack) -> None:
-        """One arena for everything large, and the slabs that live as long as the runtime."""
-        plan, side = self.plan, self.plan.side_nbytes
+    def _open_memory(self, stack: contextlib.ExitStack) -> _Memory:
+        plan = self.plan
         placement, cache = plan.placement, plan.cache
-        total = placement.nbytes + CHUNK_NBYTES + side + plan.needs.kv + PAGE * (len(self.store.tape) + 8)
-        self.arena = stack.enter_context(Arena(total))
-        self.pool = KVPool(cache, self._keep(stack, cache.pool_nbytes, "kv").tensor())
-        self._kv_ring = self._keep(stack, cache.ring_nbytes, "kv ring") if cache.on_disk else None
-        self.spill = self._open_spill(stack)
-        self._staging = self._keep(stack, CHUNK_NBYTES, "staging")
-        self._side = self._keep(stack, side, "embedding scales") if side else None
-        self._ring = self._keep(stack, placement.ring_nbytes, "ring") if placement.ring_nbytes else None
-        self._resident = {
-            position: self._keep(stack, plan.tape_sizes[position], "resident")
-            for position in sorted(placement.resident)
-        }
+        total = placement.nbytes + CHUNK_NBYTES + plan.side_nbytes + plan.needs.kv + PAGE * (len(self.store.tape) + 8)
+        arena = stack.enter_context(Arena(total))
 
-    def _open_spill(self, stack: contextlib.ExitStack) -> SpillFile | None:
-        """The KV cache's file, where it is on disk."""
-        if not self.plan.cache.on_disk:
-            return None
-        folder = self.options.kv_folder or self.store.path
-        return stack.enter_context(
-            SpillFile(folder, self.plan.cache.records_nbytes, SPILL_THREADS, self.trace, clock=self._clock)
+        def keep(nbytes: int, label: str) -> Slab:
+            slab = arena.borrow(nbytes, label)
+            stack.callback(arena.release, slab)
+            return slab
+
+        pool = KVPool(cache, keep(cache.pool_nbytes, "kv").tensor())
+        spill = None
+        if cache.on_disk:
+            folder, host = self.options.kv_folder or self.store.path, self.host
+            spill = stack.enter_context(
+                SpillFile(folder, cache.records_nbytes, SPILL_THREADS, host.trace, clock=host.clock)
+            )
+        return _Memory(
+            arena,
+            pool,
+            kv_ring=keep(cache.ring_nbytes, "kv ring") if cache.on_disk else None,
+            spill=spill,
+            staging=keep(CHUNK_NBYTES, "staging"),
+            side=keep(plan.side_nbytes, "embedding scales") if plan.side_nbytes else None,
+            ring=keep(placement.ring_nbytes, "ring") if placement.ring_nbytes else None,
+            resident={p: keep(plan.tape_sizes[p], "resident") for p in sorted(placement.resident)},
         )
-
-    def _keep(self, stack: contextlib.ExitStack, nbytes: int, label: str) -> Slab:
-        slab = self.arena.borrow(nbytes, label)
-        stack.callback(self.arena.release, slab)
-        return slab
 
     # What callers use.
 
     def scratch_memory(self) -> memoryview:
         """Memory of the plan that is unused while nothing streams: for measuring the disk within the budget."""
-        assert self._streams is None
-        slabs = [self._staging, *([self._ring] if self._ring is not None else []), *self._resident.values()]
+        assert self._streaming is None
+        memory = self._memory
+        slabs = [memory.staging, *([memory.ring] if memory.ring is not None else []), *memory.resident.values()]
         return max(slabs, key=lambda slab: slab.nbytes).view
 
     @property
@@ -278,11 +234,11 @@ class Runtime:
 
     def reserve(self, tokens: int) -> SequenceKV | None:
         """Room in the KV cache for a sequence of `tokens` tokens; None while others hold it."""
-        return self.pool.reserve(tokens)
+        return self._memory.pool.reserve(tokens)
 
     def release(self, kv: SequenceKV) -> None:
         """Give a sequence's room back."""
-        self.pool.release(kv)
+        self._memory.pool.release(kv)
 
     def run(
         self, segments: Sequence[Segment], on_logits: OnLogits, on_block: OnBlock | None = None, is_last: bool = False
@@ -290,7 +246,9 @@ class Runtime:
         """One pass over tokens of many sequences; see `forward` for the rest."""
         for segment in segments:
             check_token_ids(torch.tensor([segment.input_ids]), self.store.vocab_size)
-        work = Segments(segments, self.pool, self._limits, self.plan.head_rows, self._attention.packing, on_logits)
+        limits = _limits(self.plan, self.engine.model.skeleton.family.gathers)
+        pool, packing = self._memory.pool, self.host.attention.packing
+        work = Segments(segments, pool, limits, self.plan.head_rows, packing, on_logits)
         return self._run(work, on_block, is_last)
 
     def forward(self, batch: Sequence[MicroBatch], on_block: OnBlock | None = None, is_last: bool = False) -> Pass:
@@ -300,7 +258,8 @@ class Runtime:
         """
         for micro_batch in batch:
             check_token_ids(micro_batch.input_ids, self.store.vocab_size)
-        return self._run(MicroBatches(batch, self.plan.micro_batch_rows, len(self.model.layers)), on_block, is_last)
+        work = MicroBatches(batch, self.plan.micro_batch_rows, self.plan.cache.shape.layers)
+        return self._run(work, on_block, is_last)
 
     def _run(self, work: Work, on_block: OnBlock | None, is_last: bool) -> Pass:
         """One pass of whoever's turn it is; ConfigError if the model is closed meanwhile."""
@@ -315,24 +274,14 @@ class Runtime:
 
     def _run_alone(self, work: Work, on_block: OnBlock | None, is_last: bool) -> Pass:
         streams = self.start_streaming()
-        self.passes += 1
-        running = self._compute.submit(self.engine.run_pass, work, streams, on_block, is_last)
         try:
-            return self._wait(running)
-        except BaseException as error:
-            self.cancel.set()
-            # The flag is lowered again only when the compute thread has nothing left to do.
-            concurrent.futures.wait([running])
-            self.cancel.clear()
-            if isinstance(error, Exception):
-                self.stop_streaming()
-            else:
-                streams.rewind()
+            return self.host.compute(functools.partial(self.engine.run_pass, work, streams, on_block, is_last))
+        except Exception:
+            self.stop_streaming()
             raise
-
-    def compute(self, work: Callable[[], T]) -> T:
-        """Run `work` (sampling) in the compute thread, where torch's threads are."""
-        return self._wait(self._compute.submit(work))
+        except BaseException:
+            streams.rewind()
+            raise
 
     @property
     def streamed_blocks(self) -> list[BlockInfo]:
@@ -346,21 +295,29 @@ class Runtime:
 
     def start_streaming(self) -> Streams:
         """Start the loop thread and the reading; done by the first pass if not before."""
-        if self._streams is not None:
-            return self._streams
-        self._stream_thread = StreamThread(self._load_tables, self._make_streams)
+        if self._streaming is None:
+            self._streaming = StreamThread(self._load_tables, self._make_streams)
         try:
-            self._streams = self._wait(self._stream_thread.ready)
+            return wait_for(self._streaming.ready)
         except BaseException:
             self.stop_streaming()
             raise
-        return self._streams
 
     def stop_streaming(self) -> None:
         """End all reading ahead and wait for reads in flight. The next pass would start from the beginning."""
-        thread, self._stream_thread, self._streams = self._stream_thread, None, None
+        thread, self._streaming = self._streaming, None
         if thread is not None:
             thread.stop()
+
+    @property
+    def passes(self) -> int:
+        """How many have been begun."""
+        return self.engine.passes
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether the KV cache is on disk."""
+        return self._memory.spill is not None
 
     @property
     def bytes_read(self) -> int:
@@ -370,80 +327,73 @@ class Runtime:
     @property
     def kv_bytes_read(self) -> int:
         """Bytes of the KV cache read from disk."""
-        return self.spill.bytes_read if self.spill is not None else 0
+        spill = self._memory.spill
+        return spill.bytes_read if spill is not None else 0
 
     @property
     def kv_bytes_written(self) -> int:
         """Bytes of the KV cache written to disk."""
-        return self.spill.bytes_written if self.spill is not None else 0
+        spill = self._memory.spill
+        return spill.bytes_written if spill is not None else 0
 
     @property
     def disk_idle_seconds(self) -> float:
         """Seconds in which neither weights nor the KV cache kept the disk busy."""
-        return self._clock.seconds
-
-    def _wait(self, future: Future[T]) -> T:
-        """The result of `future`, waited for in slices, because a signal is only seen between them."""
-        try:
-            while True:
-                try:
-                    return future.result(timeout=_POLL_SECONDS)
-                except concurrent.futures.TimeoutError:
-                    if future.done():
-                        return future.result()
-        except BaseException:
-            future.cancel()
-            raise
+        return self.host.clock.seconds
 
     def _make_streams(self) -> Streams:
+        memory, host, plan = self._memory, self.host, self.plan
         blocks = Streamer(
             self.store,
-            self.plan.placement,
+            plan.placement,
             self.reader,
-            self._resident,
-            self._ring,
-            self.trace,
-            self.cancel,
+            memory.resident,
+            memory.ring,
+            host.trace,
+            host.cancel,
             self.options.prefetch,
         )
         kv = None
-        if self.spill is not None and self._kv_ring is not None:
-            kv = KVStream(self.spill, self._kv_ring, self.plan.cache.shape.layers, self.trace, self.cancel)
+        if memory.spill is not None and memory.kv_ring is not None:
+            kv = KVStream(memory.spill, memory.kv_ring, plan.cache.shape.layers, host.trace, host.cancel)
         return Streams(asyncio.get_running_loop(), blocks, kv)
 
     async def _load_tables(self) -> None:
-        """Read what stays in memory apart from blocks: outer tensors, embedding scales and zeros."""
-        await self._embedding.load_side(self._side)
-        block = self.store.blocks.get("outer")
-        if block is None:
-            return
-        layout = self.store.layout(block)
-        # Not from the arena: the tensors outlive the reading only in the compute dtype, and the rest goes back.
-        memory = _aligned(layout.memory_nbytes)
-        view = memoryview(memory.numpy())  # type: ignore[arg-type]  # numpy's stubs lack the buffer protocol here
-        for chunk in range(-(-block.file.nbytes // CHUNK_NBYTES)):
-            await self.reader.read_chunk(block.file, chunk, view)
-        for item in layout.compressed:
-            item.decode(view)
-        tensors = {name: weight.view(memory) for name, weight in layout.weights.items()}
-        self.model.set_outer({name: tensor.clone() for name, tensor in tensors.items()})  # type: ignore[union-attr]
+        """Read what stays in memory apart from blocks."""
+        await self.engine.embedding.load_side(self._memory.side)
+        await load_outer(self.engine.model, self.store, self.reader)
 
 
-def _aligned(nbytes: int) -> torch.Tensor:
-    """uint8 memory that starts on a page."""
-    raw = torch.empty(nbytes + PAGE, dtype=torch.uint8)
-    start = -raw.data_ptr() % PAGE
-    return raw[start : start + nbytes]
+def _prepare(store: Store, options: Options, host: Host) -> _Prepared:
+    """Build what computes, and tell what plans need to know of it. Raises StoreError, ConfigError."""
+    config = load_config(store.path)
+    dtype = compute_dtype(options.dtype, config)
+    check_layers(store, config)
+    skeleton = build_skeleton(config, dtype)
+    check_match(store, skeleton)
+    shape = model_shape(store, skeleton, dtype)
+    use_attention(skeleton.model, host.attention.name)
+    model = BoundModel(skeleton, dtype, host.kernels)
+    recorder = Recorder(skeleton)
+    host.warm_up(dtype)
+    return _Prepared(dtype, model, recorder, shape, Machine(scratch_nbytes(host.threads)))
 
 
-def _warm_up(threads: int, dtype: torch.dtype) -> None:
-    """Touch what every run touches (thread pool, linear algebra, attention), so that the baseline includes it."""
-    torch.set_num_threads(threads)
-    x = torch.ones(1, 2, 8, 64, dtype=dtype)
-    torch.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
-    for rows in (1, 8):
-        torch.nn.functional.linear(torch.ones(rows, 256, dtype=dtype), torch.ones(256, 256, dtype=dtype))
-    torch.nn.functional.layer_norm(x, (64,))
+def _budgets(options: Options, member: Member, before: int) -> Budgets:
+    """What may be used, and what of it the process takes by itself; it had `before` bytes before `_prepare`."""
+    baseline = PROCESS.measure_baseline(member, before, options.ram)
+    return Budgets(member.budget, baseline, options.tiers, options.kv, options.kv_bits, options.rows_per_chunk)
+
+
+def _limits(plan: Plan, gathered: bool) -> ChunkLimits:
+    """How a pass over segments is cut; `gathered`: the family needs rows of equal length."""
+    return ChunkLimits(
+        rows=plan.micro_batch_rows,
+        gathered=gathered,
+        gathered_rows=plan.gathered_rows,
+        within_pages=plan.cache.bits != 16,
+        lent_pages=plan.cache.lent_pages,
+    )
 
 
 def measure_inputs(store: Store, options: Options) -> tuple[ModelShape, Machine, Budgets]:
@@ -451,8 +401,8 @@ def measure_inputs(store: Store, options: Options) -> tuple[ModelShape, Machine,
 
     Builds what a runtime builds first, measures, and lets it go: neither memory is taken nor weights are read.
     """
-    runtime = Runtime(store, Workload(), options)
-    with PROCESS.opening, PROCESS.member() as member, contextlib.ExitStack() as stack:
+    with PROCESS.opening, PROCESS.member() as member:
         before = process_rss_bytes()
-        model, machine = runtime._prepare(stack)
-        return model, machine, runtime._budgets(member, before)
+        with Host(options.threads, options.kernels, options.kernel_mode) as host:
+            made = _prepare(store, options, host)
+            return made.shape, made.machine, _budgets(options, member, before)

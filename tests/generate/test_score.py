@@ -321,7 +321,7 @@ def test_scores_of_a_model_are_those_of_transformers(tiny: Tiny, name: str) -> N
     scores: dict[int, torch.Tensor] = {}
     with Runtime(store, workload, Options(dtype="float32", ram=16 * GIB, threads=1, rows_per_chunk=20)) as runtime:
         result = score(runtime, windows, 3, lambda window, logprobs: scores.update({window.position: logprobs}))
-        assert runtime.pool.is_empty
+        assert runtime._memory.pool.is_empty
     assert (result.total.tokens, result.costs.sequences, result.costs.passes) == (
         150,
         len(windows),

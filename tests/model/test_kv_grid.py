@@ -172,11 +172,11 @@ def test_logits_are_the_same_bits_however_they_are_computed(
     expected, ids = models.exact(name, bits), text_of(TEXT)
     store = models.store(name, torch.bfloat16)
     with runtime_of(store, kv_bits=bits, kv_folder=tmp_path, **GRID[setting]) as runtime:
-        assert runtime.kernels.level is not None
+        assert runtime.host.kernels.level is not None
         for split in SPLITS.values():
             assert torch.equal(logits_of(runtime, ids, split, NEIGHBOURS), expected)
         assert torch.equal(logits_of(runtime, ids, SPLITS["with decoding"]), expected)
-        assert runtime.pool.is_empty
+        assert runtime._memory.pool.is_empty
         assert bool(runtime.kv_bytes_written) == bool(runtime.kv_bytes_read) == (GRID[setting]["kv"] == "disk")
 
 

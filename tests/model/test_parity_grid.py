@@ -55,7 +55,7 @@ def tape_bytes_read(runtime: Runtime) -> Counter[str]:
     """Bytes read from each file of the tape for streaming it; embedding rows of a tied head's file not counted."""
     sizes = {block.file.path: block.file.nbytes for block in runtime.store.tape}
     count: Counter[str] = Counter()
-    for span in runtime.trace.spans:
+    for span in runtime.host.trace.spans:
         # Files are smaller than one read here, so a block is read by one span.
         if span.lane == "disk" and span.nbytes == sizes.get(span.name):
             count[span.name] += span.nbytes
@@ -87,9 +87,10 @@ def test_budget_and_read_ahead_change_nothing(tiny: Tiny, name: str, prefetch: i
     assert_same(first, tiny.reference(name))
     assert_same(second, tiny.reference(name))
     assert tape_bytes_read(runtime) == planned_bytes(runtime, passes=2 * steps)
-    assert runtime.bytes_read == runtime.trace.total("disk").nbytes
+    assert runtime.bytes_read == runtime.host.trace.total("disk").nbytes
     rest = runtime.bytes_read - tape_bytes_read(runtime).total()
-    assert rest == sum(s.nbytes for s in runtime.trace.spans if s.lane == "disk" and is_table(s.name, s.nbytes, store))
+    disk = [span for span in runtime.host.trace.spans if span.lane == "disk"]
+    assert rest == sum(span.nbytes for span in disk if is_table(span.name, span.nbytes, store))
 
 
 def check_placement(plan: Plan, room: str) -> None:
@@ -145,7 +146,7 @@ def test_the_pass_after_an_interrupted_one_is_right(tiny: Tiny, prefetch: int | 
 
         def interrupt(done: int, _of: int) -> None:
             if done == blocks_before:
-                thread = threading.Thread(target=runtime.cancel.set)
+                thread = threading.Thread(target=runtime.host.cancel.set)
                 thread.start()
                 thread.join()
 
@@ -153,7 +154,7 @@ def test_the_pass_after_an_interrupted_one_is_right(tiny: Tiny, prefetch: int | 
             with ExitStack() as stack, pytest.raises(InterruptedRun):
                 kv = reserved(stack, runtime, len(prompts[0]))
                 run_segments(runtime, [Segment(kv, list(prompts[0]))], on_block=interrupt)
-            assert kv.length == 0 and runtime.pool.is_empty
+            assert kv.length == 0 and runtime._memory.pool.is_empty
         assert_same(run_greedy(runtime, prompts, steps=3), tiny.reference("llama"))
 
 
@@ -184,9 +185,9 @@ def test_nothing_is_left_at_exit(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, ro
     store = tiny.store("llama")
     with open_runtime(store, ram=budget_for(store, room)) as runtime:
         run_greedy(runtime, prompts_for("llama"), steps=2, end=end)
-        assert runtime.arena.in_use
+        assert runtime._memory.arena.in_use
     assert left[-1] == {}
-    assert runtime.arena.in_use == {}
+    assert runtime._memory.arena.in_use == {}
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("tiered")]
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from tiered.convert import ConvertOptions, convert_checkpoint
+from tiered.host import PROCESS
 from tiered.plan import Plan, Workload, make_plan
-from tiered.plan.process import PROCESS
 from tiered.runtime import Options, Runtime, measure_inputs
 from tiered.store import Store
 from tiered.units import GIB

@@ -104,7 +104,7 @@ def run(request: Request) -> tuple[dict[str, Any], list[Failure]]:
     with Runtime(store, workload, options) as runtime:
         report = _generate(request, runtime, sequences)
     if request.trace_path is not None:
-        runtime.trace.write(request.trace_path)
+        runtime.host.trace.write(request.trace_path)
     if not request.as_json:
         for line in report.lines():
             click.echo(line, err=True)

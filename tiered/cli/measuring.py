@@ -66,7 +66,7 @@ class Measured:
             resident_bytes=plan.placement.resident_nbytes,
             missing_overlap_bytes=plan.missing_overlap_nbytes,
             read_mode=runtime.reader.mode.value if runtime.reader.mode is not None else "nothing read",
-            kernels=runtime.kernels.description,
+            kernels=runtime.host.kernels.description,
             synthetic=store.manifest.synthetic,
         )
         return Surroundings(plan, sum(block.file.nbytes for block in runtime.streamed_blocks), figures)
@@ -76,7 +76,7 @@ class Measured:
 def measured(runtime: Runtime, status: StatusLine, measure: bool) -> Iterator[Measured]:
     """Around a run: measures the raw disk before and after it, if `measure` and something streams, and counts."""
     found = Measured()
-    measure = measure and (bool(runtime.plan.streamed_nbytes) or runtime.spill is not None)
+    measure = measure and (bool(runtime.plan.streamed_nbytes) or runtime.on_disk)
     if measure and not _is_one_disk(runtime):
         # A bound made of two disks' bytes over one disk's bandwidth would say nothing.
         _LOG.warning("--kv-dir is on another disk than the store: the report has no bandwidth and no bound")
@@ -97,7 +97,7 @@ def measured(runtime: Runtime, status: StatusLine, measure: bool) -> Iterator[Me
 def _is_one_disk(runtime: Runtime) -> bool:
     """Whether weights and KV cache, if on disk, are on the same one."""
     folder = runtime.options.kv_folder
-    return runtime.spill is None or folder is None or folder.stat().st_dev == runtime.store.path.stat().st_dev
+    return not runtime.on_disk or folder is None or folder.stat().st_dev == runtime.store.path.stat().st_dev
 
 
 def _raw_bandwidth(runtime: Runtime) -> RawBandwidth:

@@ -1,7 +1,7 @@
 """transformers' graph, our weights: offloaded linears, the recorder, the engine."""
 
-from tiered.model.attention import registered_attention, use_attention
-from tiered.model.bind import BoundModel, OffloadedLinear
+from tiered.model.attention import KernelAttention, registered_attention, use_attention
+from tiered.model.bind import BoundModel, OffloadedLinear, load_outer
 from tiered.model.engine import Engine, OnBlock, Pass
 from tiered.model.match import check_layers, check_match
 from tiered.model.micro_batch import MicroBatch, MicroBatches, check_token_ids, keep_positions, slice_mask
@@ -15,6 +15,7 @@ __all__ = [
     "BoundModel",
     "ChunkLimits",
     "Engine",
+    "KernelAttention",
     "MicroBatch",
     "MicroBatches",
     "OffloadedLinear",
@@ -30,6 +31,7 @@ __all__ = [
     "check_match",
     "check_token_ids",
     "keep_positions",
+    "load_outer",
     "model_shape",
     "registered_attention",
     "slice_mask",

@@ -13,9 +13,11 @@ from torch import nn
 from torch.func import functional_call
 
 from tiered.arch import Skeleton, is_expert_stack, is_plain_linear
+from tiered.io import DiskReader
 from tiered.kernels import Kernels
 from tiered.model.experts import OffloadedExperts
 from tiered.quant import QuantizedWeight
+from tiered.store import CHUNK_NBYTES, PAGE, Store
 
 AnyWeight = torch.Tensor | QuantizedWeight
 
@@ -146,6 +148,30 @@ class BoundModel:
         finally:
             for place in lent:
                 place.take_back()
+
+
+async def load_outer(model: BoundModel, store: Store, reader: DiskReader) -> None:
+    """Read the tensors that are neither in layers nor embedding nor head, and give them to `model` for good."""
+    block = store.blocks.get("outer")
+    if block is None:
+        return
+    layout = store.layout(block)
+    # Not from the arena: the tensors outlive the reading only in the compute dtype, and the rest goes back.
+    memory = _aligned(layout.memory_nbytes)
+    view = memoryview(memory.numpy())  # type: ignore[arg-type]  # numpy's stubs lack the buffer protocol here
+    for chunk in range(-(-block.file.nbytes // CHUNK_NBYTES)):
+        await reader.read_chunk(block.file, chunk, view)
+    for item in layout.compressed:
+        item.decode(view)
+    tensors = {name: weight.view(memory) for name, weight in layout.weights.items()}
+    model.set_outer({name: tensor.clone() for name, tensor in tensors.items()})  # type: ignore[union-attr]
+
+
+def _aligned(nbytes: int) -> torch.Tensor:
+    """uint8 memory that starts on a page."""
+    raw = torch.empty(nbytes + PAGE, dtype=torch.uint8)
+    start = -raw.data_ptr() % PAGE
+    return raw[start : start + nbytes]
 
 
 def _offload(module: nn.Module, kernels: Kernels) -> None:

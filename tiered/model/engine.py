@@ -80,7 +80,9 @@ class Engine:
     def __init__(
         self, model: BoundModel, recorder: Recorder, embedding: EmbeddingRows, cancel: CancelFlag, trace: Tracer
     ) -> None:
-        self._model, self._recorder, self._embedding = model, recorder, embedding
+        self.model, self.embedding, self._recorder = model, embedding, recorder
+        self.passes = 0
+        """How many have been begun."""
         self._cancel, self._trace = cancel, trace
 
     @torch.no_grad()
@@ -91,13 +93,14 @@ class Engine:
         """
         start, clock = time.perf_counter(), _Clock(streams)
         waited = clock.waited
+        self.passes += 1
         streams.blocks.begin(is_last)
         units = self._record(work, streams, clock)
         records = [unit.records for unit in units if unit.records is not None]
-        total = len(self._model.layers) + 1
+        total = len(self.model.layers) + 1
         with streams.kv.serving(records) if streams.kv is not None and records else contextlib.nullcontext():
-            for number, layer in enumerate(self._model.layers):
-                with clock.block(), streams.blocks.lend() as block, self._model.lend(layer, block.weights):
+            for number, layer in enumerate(self.model.layers):
+                with clock.block(), streams.blocks.lend() as block, self.model.lend(layer, block.weights):
                     for unit in units:
                         with self._pages(streams, unit, number), clock.computing(), self._span(block):
                             self._run_layer(number, layer, unit.chunks)
@@ -106,7 +109,7 @@ class Engine:
             with (
                 clock.block(),
                 streams.blocks.lend() as block,
-                self._model.lend(self._model.head, block.weights),
+                self.model.lend(self.model.head, block.weights),
                 clock.computing(),
                 self._span(block),
             ):
@@ -121,10 +124,10 @@ class Engine:
     def _record(self, work: Work, streams: Streams, clock: _Clock) -> list[Unit]:
         """The chunks of `work`, ready for the first layer."""
         ids = work.ids
-        packed = run_in(streams.loop, self._embedding.fetch(ids), self._cancel)
+        packed = run_in(streams.loop, self.embedding.fetch(ids), self._cancel)
         with clock.computing(), self._trace.span("compute", "record"):
-            rows = self._embedding.widen(packed, ids, self._model.dtype)
-            return work.record(self._recorder, Embedded(self._model, rows, ids))
+            rows = self.embedding.widen(packed, ids, self.model.dtype)
+            return work.record(self._recorder, Embedded(self.model, rows, ids))
 
     def _span(self, block: LoadedBlock) -> contextlib.AbstractContextManager[None]:
         return self._trace.span("compute", block.info.name)

@@ -1,0 +1,92 @@
+"""The host: runtimes share it, each with a budget of its own, and the process's settings are put back with the last."""
+
+import os
+import signal
+import sys
+import threading
+from contextlib import ExitStack
+
+import pytest
+
+from tests.helpers import Tiny, run_greedy
+from tiered.host import Host, Process
+from tiered.plan import Workload
+from tiered.runtime import Options, Runtime
+from tiered.units import GIB
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_the_switch_interval_is_put_back_with_the_last(order: tuple[int, int]) -> None:
+    process, before = Process(), sys.getswitchinterval()
+    stacks = [ExitStack(), ExitStack()]
+    sys.setswitchinterval(0.004)
+    try:
+        for stack in stacks:
+            stack.enter_context(process.member())
+        stacks[order[0]].close()
+        assert sys.getswitchinterval() == pytest.approx(5e-4)
+        stacks[order[1]].close()
+        assert sys.getswitchinterval() == pytest.approx(0.004)
+    finally:
+        sys.setswitchinterval(before)
+
+
+def test_the_process_takes_what_its_largest_plan_says() -> None:
+    process = Process()
+    assert process.planned_nbytes == 0
+    with process.member() as one, process.member() as other:
+        one.planned_nbytes, other.planned_nbytes = 100, 300
+        assert process.planned_nbytes == 300
+    assert process.planned_nbytes == 0
+
+
+def test_plans_of_a_parent_process_do_not_count() -> None:
+    process = Process()
+    with process.member() as member:
+        member.planned_nbytes = 100
+        member.pid = 0  # as if this process were a child of the one that opened it
+        assert member.is_forked
+        assert process.planned_nbytes == 0
+
+
+PROMPT = (5, 9, 11, 20)
+STEPS = 4
+
+
+def open_on(host: Host | None, tiny: Tiny, name: str) -> Runtime:
+    options = Options(dtype="float32", ram=16 * GIB, threads=1)
+    return Runtime(tiny.store(name), Workload(max_context=16), options, host=host)
+
+
+def test_two_runtimes_share_a_host_and_compute_what_each_does_alone(tiny: Tiny) -> None:
+    alone = []
+    for name in ("opt", "llama"):
+        with open_on(None, tiny, name) as runtime:
+            alone.append(run_greedy(runtime, [PROMPT], STEPS).tokens)
+    with Host(threads=1) as host:
+        with open_on(host, tiny, "opt") as target, open_on(host, tiny, "llama") as draft:
+            computing = [thread for thread in threading.enumerate() if thread.name.startswith("tiered-compute")]
+            assert len(computing) == 1 and target.host is draft.host
+            # By turns, and with the second one's streams open while the first one's are.
+            for _ in range(2):
+                found = [run_greedy(runtime, [PROMPT], STEPS, end=False).tokens for runtime in (target, draft)]
+                assert found == alone
+            # Each has its own budget, and the second one's counts what the first one's plan takes.
+            assert draft.plan.needs.baseline >= target.plan.nbytes
+        with open_on(host, tiny, "opt") as again:
+            assert run_greedy(again, [PROMPT], STEPS).tokens == alone[0]
+    assert not any(thread.name.startswith("tiered-") for thread in threading.enumerate())
+
+
+def test_an_interruption_leaves_the_host_ready_for_more() -> None:
+    with Host(threads=1) as host:
+
+        def work() -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+            while True:
+                host.cancel.check()
+
+        with pytest.raises(KeyboardInterrupt):
+            host.compute(work)
+        assert not host.cancel.is_set
+        assert host.compute(lambda: 7) == 7
