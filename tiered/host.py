@@ -79,15 +79,23 @@ class Host:
 
         Whatever ends this, and so an interruption too, the other thread has nothing left to do then.
         """
-        running = self._compute.submit(work)
         try:
-            return wait_for(running)
+            return wait_for(self._compute.submit(work))
         except BaseException:
             self.cancel.set()
             # The flag is lowered again only when nobody is to see it any more.
-            concurrent.futures.wait([running])
+            self._settle()
             self.cancel.clear()
             raise
+
+    def _settle(self) -> None:
+        """Wait until the compute thread has nothing to do; interrupts meanwhile mean what the first one meant."""
+        while True:
+            try:
+                self._compute.submit(lambda: None).result()
+                return
+            except KeyboardInterrupt:
+                continue
 
     def warm_up(self, dtype: torch.dtype) -> None:
         """Touch what every run touches (thread pool, linear algebra, attention), so that what the process takes by
@@ -107,6 +115,9 @@ def wait_for(future: Future[T]) -> T:
     except BaseException:
         future.cancel()
         raise
+    finally:
+        # An error holds this frame, and the future the error: neither would go before the collector comes.
+        del future
 
 
 def _warm_up(threads: int, dtype: torch.dtype) -> None:

@@ -368,3 +368,16 @@ def test_windows_behind_the_one_that_failed_are_not_computed(store: Path, tmp_pa
     words = ("-f", tmp_path / "text", "-f", tmp_path / "good", "--context", "64", "--batch", "2")
     done = run_here("score", bad, "--verify", "never", *QUIET, *words, "--json")
     assert done.code == 1 and json.loads(done.out)["report"]["windows"] <= 4
+
+
+def test_a_token_in_front_of_texts_that_only_the_tokenizer_has_is_named(
+    store: Path, text: Path, tmp_path: Path
+) -> None:
+    copy = copy_store(store, tmp_path)
+    path = copy / "tokenizer.json"
+    tokenizer = json.loads(path.read_text(encoding="utf-8"))
+    (special,) = tokenizer["post_processor"]["special_tokens"].values()
+    special["ids"] = [5000]
+    path.write_text(json.dumps(tokenizer), encoding="utf-8")
+    done = run_here("score", copy, "-f", text)
+    assert done.code == 2 and "knows tokens 0 to" in done.err and "found 5000" in done.err, done

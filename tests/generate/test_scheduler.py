@@ -3,10 +3,12 @@
 from collections.abc import Sequence as Items
 
 import pytest
+import torch
 
-from tests.generate.test_loop import END, Numbers, Runner, completion, prompt_of, sequence_of
+from tests.generate.test_loop import END, Numbers, Runner, completion, model, prompt_of, sequence_of
 from tiered.errors import BudgetError
 from tiered.generate import Event, EventKind, Objective, Sampler, SamplingParams, Scheduler, Sequence
+from tiered.generate.score import cut_windows, log_probabilities, score
 from tiered.model import OnBlock, OnLogits, Pass, Segment
 from tiered.plan.pace import LEAST, SLACK, Pace
 
@@ -152,3 +154,62 @@ def test_with_nothing_decoding_prompts_fill_the_pass() -> None:
             scheduler.add(sequence_of(prompt_of(1500, number), 2, number))
         scheduler.step()
     assert machine.passes == [[1500, 1500]]
+
+
+def test_short_prompts_need_not_wait_until_a_long_one_has_passed() -> None:
+    with Scheduler[Sequence](machine := Machine(), 4, pace=Clocked()) as scheduler:
+        scheduler.add(sequence_of(prompt_of(10), 50))
+        scheduler.step()
+        long = scheduler.add(sequence_of(prompt_of(3000, 1), 2, 1))
+        short = scheduler.add(sequence_of(prompt_of(20, 2), 2, 2))
+        before = len(machine.passes)
+        while not short.item.token_ids:
+            scheduler.step()
+        assert len(machine.passes) == before + 1 and not long.item.token_ids
+        while not scheduler.is_idle:
+            scheduler.step()
+        for ticket, request in ((long, 1), (short, 2)):
+            assert ticket.item.token_ids == completion(ticket.item, request=request)
+
+
+def test_a_pass_that_fails_leaves_nothing_to_go_on_with() -> None:
+    def fail(number: int) -> None:
+        if number == 1:
+            raise OSError(5, "input/output error")
+
+    with Scheduler[Sequence](runner := Runner(2), 1) as scheduler:
+        runner.before_pass = fail
+        for _ in range(2):
+            scheduler.add(sequence_of(prompt_of(4), 5))
+        scheduler.step()
+        with pytest.raises(OSError, match="input/output"):
+            scheduler.step()
+        assert scheduler.is_idle and scheduler.step() == [] and runner.pool.is_empty
+        runner.before_pass = lambda number: None
+        again = scheduler.add(sequence_of(prompt_of(4), 2))
+        while not scheduler.is_idle:
+            scheduler.step()
+        assert again.item.token_ids == completion(again.item)
+
+
+def test_what_has_ended_is_told_before_what_waits_is_refused() -> None:
+    with Scheduler[Sequence](Runner(2, context=256, kv_tokens=64), 2) as scheduler:
+        small = scheduler.add(sequence_of(prompt_of(4), 1))
+        scheduler.add(sequence_of(prompt_of(200), 3))
+        assert [event.ticket for event in scheduler.step()] == [small]
+        with pytest.raises(BudgetError, match="no room for a sequence of 202 tokens"):
+            scheduler.step()
+
+
+@pytest.mark.parametrize("pass_tokens", [1, 7, 13, 64])
+def test_a_window_that_passes_in_several_pieces_keeps_every_position(pass_tokens: int) -> None:
+    windows = list(cut_windows(torch.tensor(prompt_of(90)), 32, 20, [3]))
+    found: dict[int, torch.Tensor] = {}
+    runner = Runner(2, pass_tokens=pass_tokens)
+    score(runner, windows, 2, lambda window, logprobs: found.update({window.position: logprobs}))
+    for window in windows:
+        text, targets = window.input_ids, window.targets
+        logits = [model(text[: len(text) - len(targets) + 1 + index]) for index in range(len(targets))]
+        expected = log_probabilities(torch.stack(logits), torch.tensor(targets))
+        torch.testing.assert_close(found[window.position], expected)
+    assert runner.announced == [False] * (len(runner.passes) - 1) + [True]

@@ -1,5 +1,7 @@
 """The pace of prompts beside decoding: a pass stays near what it takes without them, and newcomers always get on."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -58,6 +60,46 @@ def test_whatever_the_machine_it_settles_within_the_bound(
     tokens = pace.prompt_tokens(decoding)
     bound = SLACK * max(disk, compute(decoding, fixed, each))
     assert tokens == LEAST or compute(decoding + tokens, fixed, each) <= bound * 1.02
+
+
+def test_fewer_rows_that_decode_are_not_given_the_time_of_many() -> None:
+    pace = learnt(disk=0.01, decoding=256, fixed=1.0, each=0.01)
+    for _ in range(5):
+        tokens = pace.prompt_tokens(2)
+        pace.note(2, tokens, compute(2 + tokens, 1.0, 0.01), 0.01)
+        assert tokens == LEAST  # 0.64 s, more than a quarter of 1.02 s
+
+
+def test_short_prompts_do_not_decide_what_long_ones_get() -> None:
+    pace, expected = learnt(disk=2.0), learnt(disk=2.0).prompt_tokens(4)
+    for noise in (-0.03, 0.03, -0.03, 0.02) * 5:
+        pace.note(4, 5, compute(9) + noise, 2.0)
+    assert pace.prompt_tokens(4) == expected
+
+
+def test_what_is_learnt_from_few_tokens_is_not_believed_of_many() -> None:
+    pace = Pace()
+    pace.note(0, 10, 0.1, 9.0)
+    pace.note(2, 0, 0.1, 2.0)
+    seen = []
+    for _ in range(8):
+        seen.append(pace.prompt_tokens(2))
+        pace.note(2, seen[-1], compute(2 + seen[-1]), 2.0)
+    assert all(later <= 2 * max(before, LEAST) for before, later in pairwise(seen))
+    assert compute(2 + seen[-1]) == pytest.approx(SLACK * 2.0, rel=0.1)
+
+
+def test_the_first_pass_reads_all_and_says_nothing_of_the_others() -> None:
+    pace = Pace()
+    pace.note(0, 500, compute(500), 30.0)
+    assert compute(2 + pace.prompt_tokens(2)) < 1.0
+
+
+def test_pages_that_prompts_read_are_not_taken_for_the_disk() -> None:
+    pace = learnt(disk=0.5)
+    for piece in range(10):
+        pace.note(4, 200, compute(204), 0.5 + piece)
+    assert compute(4 + pace.prompt_tokens(4)) <= SLACK * 0.5
 
 
 def test_rates_measured_beforehand_serve_until_passes_have_been_seen() -> None:

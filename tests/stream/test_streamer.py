@@ -518,3 +518,31 @@ def test_rewinding_waits_for_reads_in_flight(large: Store) -> None:
                     await setup.release(block)
 
     asyncio.run(scenario())
+
+
+def test_a_rewind_that_nobody_waits_for_does_not_outlive_the_streamer(large: Store) -> None:
+    gate = Gate()
+
+    async def scenario() -> None:
+        # Of the resident blocks' reads, which a rewind leaves alone, some are still in flight when it has ended.
+        async with streaming(large, placement_of(large, frozenset({0, 1}), "all"), preadv=gate) as setup:
+            await asyncio.to_thread(gate.begun.wait)
+            rewinding = asyncio.ensure_future(setup.streamer.rewind())
+            await asyncio.sleep(0.01)
+            closing = asyncio.ensure_future(setup.inside.aclose())
+            await asyncio.sleep(0.01)
+            gate.open()
+            await asyncio.wait_for(asyncio.gather(rewinding, closing), SECONDS)
+
+    asyncio.run(scenario())
+
+
+def test_nothing_is_held_after_leaving(small: Store) -> None:
+    async def scenario() -> None:
+        async with streaming(small, placement_of(small, frozenset({0, 2}))) as setup:
+            for _ in small.tape:
+                await setup.passing()
+            await setup.inside.aclose()
+            assert setup.streamer._blocks._items == {}
+
+    asyncio.run(scenario())

@@ -1,6 +1,7 @@
 """What `tiered score` does, step by step: texts, windows, plan, passes, report. Heavy imports live here."""
 
 from collections.abc import Iterator
+from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -99,7 +100,7 @@ def run(request: Request) -> tuple[dict[str, Any], list[Failure]]:
     context, stride = _sizes(request, config)
     tokenizer = load_tokenizer(store)
     begin_ids = _begin_ids(tokenizer)
-    texts = tuple(_encode(name, text, store, tokenizer, bool(begin_ids)) for name, text in request.texts)
+    texts = tuple(_encode(name, text, store, tokenizer, begin_ids) for name, text in request.texts)
     if _has_none(texts):
         return _result(texts, context, stride, None, None), _failures(texts)
     cut = _Cut(texts, begin_ids, context, stride)
@@ -110,7 +111,7 @@ def run(request: Request) -> tuple[dict[str, Any], list[Failure]]:
     if not request.as_json and not _has_none(texts):
         for line in table(texts):
             click.echo(line)
-        for line in report.lines():
+        for line in report.lines() if report is not None else ():
             click.echo(line, err=True)
     return result, _failures(texts)
 
@@ -161,24 +162,24 @@ def _begin_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     return tuple(whole[: places[0]]) if places else ()
 
 
-def _encode(name: str, text: str, store: Store, tokenizer: PreTrainedTokenizerBase, begins: bool) -> Text:
+def _encode(name: str, text: str, store: Store, tokenizer: PreTrainedTokenizerBase, begin_ids: Items[int]) -> Text:
     """The tokens of `text`, at least one of which can be scored; or none, and why."""
     nbytes = len(text.encode("utf-8"))
     found = Text(name, torch.empty(0, dtype=torch.int32), nbytes)
     with contained(found.fail):
-        found.ids = _ids(name, text, store, tokenizer, begins)
+        found.ids = _ids(name, text, store, tokenizer, begin_ids)
     return found
 
 
-def _ids(name: str, text: str, store: Store, tokenizer: PreTrainedTokenizerBase, begins: bool) -> torch.Tensor:
+def _ids(name: str, text: str, store: Store, tokenizer: PreTrainedTokenizerBase, begin_ids: Items[int]) -> torch.Tensor:
     if not text:
         raise ConfigError(f"{name}: is empty; pass some text to score")
     found = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
     ids = torch.tensor(found, dtype=torch.int32)
-    if len(ids) < (1 if begins else 2):
+    if len(ids) < (1 if begin_ids else 2):
         raise ConfigError(f"{name}: is {len(ids)} tokens long, with nothing before them to score them by; pass more")
     try:
-        check_vocabulary(tokenizer, store.vocab_size, int(ids.max()))
+        check_vocabulary(tokenizer, store.vocab_size, max(*begin_ids, int(ids.max()), 0))
     except ConfigError as error:
         raise ConfigError(f"{name}: {error}") from None
     return ids
@@ -186,8 +187,8 @@ def _ids(name: str, text: str, store: Store, tokenizer: PreTrainedTokenizerBase,
 
 def _score(
     request: Request, runtime: Runtime, cut: _Cut, per_pass: int, tokenizer: PreTrainedTokenizerBase
-) -> ScoreReport:
-    """Measure, score, measure. The tallies of the texts grow as windows are done."""
+) -> ScoreReport | None:
+    """Measure, score, measure. The tallies of the texts grow as windows are done; no report where none could be."""
     with (
         StatusLine(lambda: runtime.bytes_read) as status,
         PerTokenFile(request.per_token_path, cut.texts, tokenizer) as per_token,
@@ -202,10 +203,14 @@ def _score(
                 per_token.write(window, logprobs)
 
         def on_failed(window: Window, error: TieredError) -> None:
-            last = window.position + len(window.targets) - 1
-            cut.texts[window.text].fail(ModelError(f"tokens {window.position} to {last}: {error}"))
+            if isinstance(error, ModelError):
+                last = window.position + len(window.targets) - 1
+                error = ModelError(f"tokens {window.position} to {last}: {error}")
+            cut.texts[window.text].fail(error)
 
         with measured(runtime, status, request.measure) as around:
             progress = Progress(status, -(-cut.count // per_pass), cut.texts)
             scoring = score(runtime, cut.windows(), per_pass, on_scored, progress.on_block, on_failed)
+    if not scoring.costs.passes:
+        return None
     return make_score_report(scoring, around.surroundings(runtime, scoring.costs.prefill.disk_idle_seconds))

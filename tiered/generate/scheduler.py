@@ -14,8 +14,9 @@ raised.
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Items
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from types import TracebackType
@@ -175,9 +176,7 @@ class Scheduler(Generic[T]):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        for ticket in self._running:
-            self._release(ticket)
-        self._running, self._waiting = [], deque()
+        self._drop_all()
 
     @property
     def has_room(self) -> bool:
@@ -190,7 +189,7 @@ class Scheduler(Generic[T]):
         return not (self._running or self._waiting or self._ended)
 
     def add(self, item: T) -> Ticket[T]:
-        """Queue `item`. Raises BudgetError if not even an empty cache has room for it."""
+        """Queue `item`. Raises BudgetError if nothing runs and not even so the cache has room for it."""
         ticket = Ticket(item)
         self._waiting.append(ticket)
         self._admit()
@@ -207,7 +206,11 @@ class Scheduler(Generic[T]):
 
     def step(self, on_block: OnBlock | None = None) -> list[Event[T]]:
         """One pass, or none where items have been refused since the last step, or nothing runs: then only what is known
-        already. Raises what a pass raises."""
+        already.
+
+        Raises what a pass raises, and BudgetError for an item that not even an empty cache has room for. A pass that
+        failed ends all that runs and waits: what the cache holds of it is not what it should be.
+        """
         self._admit()
         events, self._ended = self._ended, []
         if events or not self._running:
@@ -226,7 +229,11 @@ class Scheduler(Generic[T]):
 
         decoding = sum(ticket.is_decoding for ticket in members)
         prompt_tokens = sum(len(s.input_ids) for s, t in zip(segments, members, strict=True) if not t.is_decoding)
-        pass_ = self._runner.run(segments, on_logits, on_block, self._is_last(segments, members))
+        try:
+            pass_ = self._runner.run(segments, on_logits, on_block, self._is_last(segments, members))
+        except BaseException:
+            self._drop_all()
+            raise
         got = dict.fromkeys(sampled)
         self._count(pass_, decoding, prompt_tokens, len(got))
         events += [Event(EventKind.TOKEN, ticket) for ticket in got if ticket.item.finish_reason is None]
@@ -234,7 +241,8 @@ class Scheduler(Generic[T]):
             self._running.remove(ticket)
             self._release(ticket)
             events.append(_ended(ticket))
-        self._admit()
+        with suppress(BudgetError):  # the next step's, which has no events to lose
+            self._admit()
         return events
 
     def _admit(self) -> None:
@@ -267,16 +275,10 @@ class Scheduler(Generic[T]):
         room = self._runner.plan.max_batched_tokens - len(decoding)
         if decoding and self._objective is Objective.LATENCY:
             room = min(room, self._pace.prompt_tokens(len(decoding)))
-        segments, members = [], []
-        for ticket in decoding + [ticket for ticket in self._running if not ticket.is_decoding]:
-            tokens, length = ticket.waiting_tokens(), 0
-            if not ticket.is_decoding:
-                tokens, length = tokens[: max(room, 0)], len(ticket.item.prompt_ids)
-                room -= len(tokens)
-            if tokens:
-                segments.append(_segment(ticket, tokens, length))
-                members.append(ticket)
-        return segments, members
+        prompts = [ticket for ticket in self._running if not ticket.is_decoding]
+        shares = dict(_share(prompts, max(room, 0)))
+        members = decoding + [ticket for ticket in prompts if shares.get(ticket)]
+        return [_segment(ticket, shares.get(ticket, 1)) for ticket in members], members
 
     def _is_last(self, segments: Items[Segment], members: Items[Ticket[T]]) -> bool:
         """Whether this is sure to be the last pass: nothing is read ahead for another one then."""
@@ -304,6 +306,11 @@ class Scheduler(Generic[T]):
         costs.add(cost)
         self._last, self._counted = now, counted
 
+    def _drop_all(self) -> None:
+        for ticket in self._running:
+            self._release(ticket)
+        self._running, self._waiting, self._ended = [], deque(), []
+
     def _release(self, ticket: Ticket[T]) -> None:
         assert ticket.kv is not None
         self._runner.release(ticket.kv)
@@ -320,13 +327,33 @@ def _first_kept(ticket: Ticket[T]) -> int:
     return 0 if ticket.is_decoding else max(0, ticket.kv.length - len(ticket.item.prompt_ids) + ticket.item.kept)
 
 
-def _segment(ticket: Ticket[T], tokens: list[int], text_length: int) -> Segment:
-    """The next `tokens` of an item, with logits where it needs them."""
+def _share(prompts: Items[Ticket[T]], room: int) -> Iterator[tuple[Ticket[T], int]]:
+    """How many tokens of each prompt fit into `room`.
+
+    The oldest has half of it at least, so that it gets on. Of the others the shortest come first, so that they need not
+    wait until a long one has passed.
+    """
+    if not prompts:
+        return
+    left = {ticket: len(ticket.waiting_tokens()) for ticket in prompts}
+    oldest, others = prompts[0], sorted(prompts[1:], key=left.__getitem__)
+    first = min(left[oldest], room - min(room // 2, sum(left[ticket] for ticket in others)))
+    yield oldest, first
+    room -= first
+    for ticket in others:
+        yield ticket, min(left[ticket], room)
+        room -= min(left[ticket], room)
+
+
+def _segment(ticket: Ticket[T], count: int) -> Segment:
+    """The next `count` tokens of an item, with logits where it needs them."""
     assert ticket.kv is not None
+    tokens = ticket.waiting_tokens()[:count]
     if ticket.is_decoding:
-        return Segment(ticket.kv, tokens, 1, text_length)
-    left = len(ticket.item.prompt_ids) - ticket.kv.length - len(tokens)
-    return Segment(ticket.kv, tokens, max(0, min(len(tokens), ticket.item.kept - left)), text_length)
+        return Segment(ticket.kv, tokens, 1)
+    length = len(ticket.item.prompt_ids)
+    left = length - ticket.kv.length - len(tokens)
+    return Segment(ticket.kv, tokens, max(0, min(len(tokens), ticket.item.kept - left)), length)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
     seconds of a pass <= SLACK * max(disk, computing the decoding rows)          but LEAST tokens always pass
 
-In: what the passes so far have cost, and rates measured beforehand where there are some. Pure arithmetic.
+In: what the passes so far have cost, and rates measured beforehand where there are some. Pure arithmetic. With a KV
+cache on disk, what a long prompt reads of its own pages comes on top: it is no part of the rule.
 """
 
 from collections import deque
@@ -10,12 +11,14 @@ from collections.abc import Callable
 from typing import Final
 
 SLACK: Final = 1.25
-"""A pass with prompts may take so many times what it takes without."""
+"""A pass with prompts may compute so many times as long as the same pass takes without."""
 LEAST: Final = 64
 """Prompt tokens that pass even if that takes longer: newcomers must get on, and fewer rows are computed badly."""
 _RECENT: Final = 4
-_WEIGHT: Final = 0.5
-"""Of the newest pass, in averages."""
+_KEPT: Final = 0.5
+"""Of sums and averages, what a newer pass leaves."""
+_GROWTH: Final = 2
+"""Times as many tokens as have been timed: what is learnt from few is not believed of very many."""
 
 
 class Pace:
@@ -23,43 +26,57 @@ class Pace:
 
     def __init__(self, compute_seconds: Callable[[int], float] | None = None) -> None:
         self._calibrated = compute_seconds
+        self._passes = 0
         self._disk: deque[float] = deque(maxlen=_RECENT)
-        """Seconds in which the disk was busy, of the last passes."""
-        self._decoding: float | None = None
-        """Compute seconds of a pass without prompts."""
-        self._per_token: float | None = None
-        """Compute seconds that a prompt's token adds."""
+        """Seconds in which the disk was busy, of the last passes without prompts; before there are any, of others."""
+        self._decoding = (0.0, 0.0)
+        """Rows and compute seconds of passes without prompts, on average; 0 rows: none has been seen."""
+        self._added = self._tokens = 0.0
+        """Compute seconds that prompts added, and their tokens: sums in which newer passes count more."""
+        self._timed = 0
+        """Prompt tokens of the largest recent pass in these sums."""
 
     def note(self, decoding: int, prompt_tokens: int, compute_seconds: float, disk_seconds: float) -> None:
         """A pass over `decoding` rows that decode, and `prompt_tokens`, has taken this."""
-        self._disk.append(disk_seconds)
+        self._passes += 1
+        rows, seconds = self._decoding
         if not prompt_tokens:
-            self._decoding = _average(self._decoding, compute_seconds)
+            if not rows:
+                self._disk.clear()
+                rows, seconds = float(decoding), compute_seconds
+            self._disk.append(disk_seconds)
+            self._decoding = _average(rows, decoding), _average(seconds, compute_seconds)
             return
-        added = max(compute_seconds - self._base(decoding), 0.0) if decoding else compute_seconds
-        self._per_token = _average(self._per_token, added / prompt_tokens)
+        # The first pass also reads what stays in memory.
+        if not rows and self._passes > 1:
+            self._disk.append(disk_seconds)
+        # What few tokens add is lost in how much passes vary; it is better than nothing.
+        if prompt_tokens >= LEAST or not self._tokens:
+            self._added = _KEPT * self._added + compute_seconds - self._base(decoding)
+            self._tokens = _KEPT * self._tokens + prompt_tokens
+            self._timed = max(prompt_tokens, int(_KEPT * self._timed))
 
     def prompt_tokens(self, decoding: int) -> int:
         """How many prompt tokens the next pass may take beside `decoding` rows that decode."""
         base = self._base(decoding)
-        # The first pass reads what stays in memory too, so of several the least is what the disk takes.
         room = SLACK * max(min(self._disk, default=0.0), base) - base
-        if self._per_token is not None:
-            found = room / max(self._per_token, 1e-9)
+        if self._tokens:
+            each, most = max(self._added, 0.0) / self._tokens, _GROWTH * self._timed
         elif self._calibrated is not None:
-            found = room / max((self._calibrated(decoding + LEAST) - base) / LEAST, 1e-9)
+            each, most = (self._calibrated(decoding + LEAST) - base) / LEAST, 1 << 30
         else:
-            found = 0.0
-        return max(LEAST, int(min(found, 1e9)))
+            return LEAST
+        return max(LEAST, min(most, int(room / max(each, 1e-9))))
 
     def _base(self, decoding: int) -> float:
-        """Compute seconds of the decoding rows alone."""
-        if self._decoding is not None:
-            return self._decoding
+        """Compute seconds of the decoding rows alone; rather too few, which makes pieces of prompts smaller."""
+        rows, seconds = self._decoding
+        if rows:
+            return seconds * min(1.0, decoding / rows)
         if self._calibrated is not None:
             return self._calibrated(decoding)
-        return (self._per_token or 0.0) * decoding
+        return self._added / self._tokens * decoding if self._tokens else 0.0
 
 
-def _average(before: float | None, new: float) -> float:
-    return new if before is None else _WEIGHT * new + (1 - _WEIGHT) * before
+def _average(before: float, new: float) -> float:
+    return _KEPT * before + (1 - _KEPT) * new

@@ -47,7 +47,11 @@ class Handover(Generic[T]):
         item = self._items.get(key) if key in self._seen else self._wait(key, name)
         assert item is not None, "what has been kept stays"
         if isinstance(item, Exception):
-            raise item
+            try:
+                raise item
+            finally:
+                # Held by its own frames, it would keep what they hold until the collector comes.
+                del item
         if keep:
             self._seen.add(key)
         else:
@@ -55,7 +59,7 @@ class Handover(Generic[T]):
         return item
 
     def clear(self, kept: int = 0) -> None:
-        """Forget errors, and the items whose key is not below `kept`; nobody may be waiting."""
+        """Forget errors, and the items whose key is `kept` or more; nobody may be waiting."""
         self._items = {k: item for k, item in self._items.items() if k < kept and not isinstance(item, Exception)}
         self._seen &= self._items.keys()
 
@@ -86,12 +90,23 @@ def run_in(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, T], cancel
         task = loop.create_task(work)
         task.add_done_callback(lambda _: ended.set())
 
-    loop.call_soon_threadsafe(start)
-    while not ended.wait(_POLL_SECONDS if cancel is not None else None):
+    interrupt: KeyboardInterrupt | None = None
+    try:
+        loop.call_soon_threadsafe(start)
+    except RuntimeError:
+        work.close()
+        raise InterruptedRun("the loop has ended") from None
+    while not ended.is_set() and not loop.is_closed():
+        try:
+            ended.wait(_POLL_SECONDS)
+        except KeyboardInterrupt as error:
+            # What is under way ends before anything else begins; it takes as long as reads in flight do.
+            interrupt = error
         if cancel is not None and cancel.is_set and task is not None:
             loop.call_soon_threadsafe(task.cancel)
             cancel = None
-    assert task is not None
-    if task.cancelled():
+    if interrupt is not None:
+        raise interrupt
+    if task is None or not task.done() or task.cancelled():
         raise InterruptedRun("interrupted")
     return task.result()

@@ -6,8 +6,8 @@
       free), wait for writes of the same layer that                then the pages that it has completed are
       an earlier pass began, start the reads                       written, and its memory is free again
 
-A read or write that failed is raised by `lend`; the pass's sequences must then be released, because pages of theirs
-are missing.
+A read or write that failed is raised by `lend`, a write perhaps in the next pass; that pass's sequences must then be
+released, because pages of theirs are missing.
 
 Which pages a pass needs is known when it begins, so the feed begins and ends with it; the blocks' own stream goes on
 meanwhile.

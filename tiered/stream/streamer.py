@@ -83,6 +83,7 @@ class Streamer:
         self._held: set[int] = set()
         """Resident blocks that have been read, or are being read."""
         self._released: deque[RingSpan] = deque()
+        self._is_closing = False
         self._is_posted = False
         """Whether the loop is about to look at what has been released."""
 
@@ -97,10 +98,11 @@ class Streamer:
         self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
     ) -> None:
         assert self._group is not None and self._feed is not None
+        self._is_closing = True
         for task in (self._feed, *self._loads):
             task.cancel()
         await self._group.__aexit__(None, None, None)
-        self._blocks.clear()  # their memory goes back to the arena
+        self._blocks.clear(kept=-len(self._store.tape))  # their memory goes back to the arena
 
     # In the thread that computes.
 
@@ -149,6 +151,8 @@ class Streamer:
         for task in dropped:
             task.cancel()
         await asyncio.wait(dropped)
+        if self._is_closing:
+            return
         self._blocks.clear(kept=0)
         self._ring = Ring(self._ring_slab.nbytes if self._ring_slab is not None else 0)
         self._next, self._asked, self._last_pass = 0, -1, None

@@ -40,15 +40,18 @@ class StreamThread:
         # Whoever waits for it may give up; that must not make the thread's own answer an error.
         self.ready.set_running_or_notify_cancel()
         self._running = threading.Event()
+        """The loop runs, or never will."""
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="tiered-loop", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
         """End all reading, whether the streams are open yet or not, and wait until nothing runs any more."""
         self._running.wait()
-        # A loop that has ended by itself cannot be called any more; `ready` says why it has.
-        with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._end)
+        if self._loop is not None:
+            # A loop that has ended by itself cannot be called any more; `ready` says why it has.
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._end)
         self._thread.join()
 
     def _end(self) -> None:
@@ -68,6 +71,8 @@ class StreamThread:
                 logger.exception("the scheduler ended with an error")
             else:
                 self.ready.set_exception(error)
+        finally:
+            self._running.set()
 
     async def _serve(self) -> None:
         task = asyncio.current_task()
