@@ -14,7 +14,7 @@ import torch
 from tiered.arch import BlockTensors, ParameterInfo
 from tiered.convert.options import ConvertOptions
 from tiered.quant import GroupScheme, folded
-from tiered.store.format import ALIGNMENT, tensor_nbytes
+from tiered.store.format import ALIGNMENT, header_room_nbytes, tensor_nbytes
 from tiered.units import PAGE, round_up
 
 BLOCK_FOLDER: Final = "blocks"
@@ -65,8 +65,8 @@ class BlockRecipe:
 
     def nbytes(self, dtype_of: Callable[[TensorRecipe], torch.dtype]) -> int:
         """About the size of the block file: data exactly, the header's room from above."""
-        header = 4096 + sum(4 * len(tensor.name.encode()) + 700 for tensor in self.tensors)
-        return round_up(header, PAGE) + round_up(sum(t.nbytes(dtype_of(t)) for t in self.tensors), PAGE)
+        data = sum(tensor.nbytes(dtype_of(tensor)) for tensor in self.tensors)
+        return header_room_nbytes(tensor.name for tensor in self.tensors) + round_up(data, PAGE)
 
 
 def block_recipes(blocks: Iterable[BlockTensors], options: ConvertOptions) -> tuple[BlockRecipe, ...]:
