@@ -14,12 +14,12 @@ CHILD = """
 import sys
 from pathlib import Path
 from tiered.convert import ConvertOptions, convert_checkpoint
-from tiered.convert.budget import peak_rss_bytes
+from tiered.proc import process_peak_rss_bytes
 convert_checkpoint({warm!r}, Path(sys.argv[2] + "-warm"), ConvertOptions(quant=sys.argv[3]))
-before = peak_rss_bytes()
+before = process_peak_rss_bytes()
 options = ConvertOptions(quant=sys.argv[3], compress=sys.argv[4], ram_bytes=int(sys.argv[5]))
 convert_checkpoint(sys.argv[1], Path(sys.argv[2]), options)
-print(before, peak_rss_bytes())
+print(before, process_peak_rss_bytes())
 """
 TRAINED = str(Path(__file__).parents[1] / "data" / "models" / "opt-docs-8m")
 

@@ -5,14 +5,12 @@ is the one that the same question accepts next time.
 """
 
 import errno
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-import psutil
 import torch
 
 from tiered.convert.compression import COMPRESSING_NBYTES, is_candidate
@@ -20,6 +18,7 @@ from tiered.convert.recipe import BlockRecipe, TensorRecipe
 from tiered.convert.source import PANEL_NBYTES
 from tiered.convert.workers import quantizing_nbytes
 from tiered.errors import BudgetError, ConfigError, DiskFullError, ReadError
+from tiered.proc import process_peak_rss_bytes, process_rss_bytes
 from tiered.store.format import tensor_nbytes
 from tiered.store.sweep import SWEEP_NBYTES
 from tiered.units import MIB, format_budget, format_size
@@ -42,7 +41,7 @@ class RamCheck:
 
     def begin(self, blocks: Sequence[BlockRecipe]) -> None:
         """Measure the process, as it is before anything of `blocks` is read."""
-        self._baseline = psutil.Process().memory_info().rss
+        self._baseline = process_rss_bytes()
         written = [_writing_nbytes(tensor, block, self._compresses) for block in blocks for tensor in block.tensors]
         quantizes = any(tensor.scheme is not None for block in blocks for tensor in block.tensors)
         self._writing = max(written, default=0) + SWEEP_NBYTES + (quantizing_nbytes() if quantizes else 0)
@@ -52,7 +51,7 @@ class RamCheck:
         if self._ram_bytes is None:
             return
         working = reading_nbytes + self._writing + _GROWTH_NBYTES
-        needed = max(peak_rss_bytes(), self._baseline + working)
+        needed = max(process_peak_rss_bytes(), self._baseline + working)
         if needed <= self._ram_bytes:
             return
         named = needed + _BASELINE_VARIES_NBYTES
@@ -99,14 +98,6 @@ def os_errors_named(folder: Path) -> Iterator[None]:
 
 def on_same_disk(one: Path, other: Path) -> bool:
     return _existing(one).stat().st_dev == _existing(other).stat().st_dev
-
-
-def peak_rss_bytes() -> int:
-    """VmHWM of this process."""
-    for line in Path(f"/proc/{os.getpid()}/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    return int(psutil.Process().memory_info().rss)
 
 
 def _writing_nbytes(tensor: TensorRecipe, block: BlockRecipe, compresses: bool) -> int:
