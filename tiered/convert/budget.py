@@ -14,7 +14,7 @@ from typing import Final
 import torch
 
 from tiered.convert.compression import COMPRESSING_NBYTES, is_candidate
-from tiered.convert.recipe import BlockRecipe, TensorRecipe
+from tiered.convert.plan import BlockRecipe, ConvertOptions, TensorRecipe
 from tiered.convert.source import PANEL_NBYTES
 from tiered.convert.workers import quantizing_nbytes
 from tiered.errors import BudgetError, ConfigError, DiskFullError, ReadError
@@ -32,17 +32,13 @@ _SPACE_SLACK_NBYTES: Final = 4 * MIB
 
 
 class RamCheck:
-    """`--ram` against what a conversion takes at its peak. The process is measured once, before weights are read:
-    later it holds some of what the figure counts already."""
+    """`--ram` against what a conversion of `blocks` takes at its peak. The process is measured when this is made,
+    before weights are read: later it holds some of what the figure counts already."""
 
-    def __init__(self, ram_bytes: int | None, compress: str) -> None:
-        self._ram_bytes, self._compresses = ram_bytes, compress != "none"
-        self._baseline = self._writing = 0
-
-    def begin(self, blocks: Sequence[BlockRecipe]) -> None:
-        """Measure the process, as it is before anything of `blocks` is read."""
-        self._baseline = process_rss_bytes()
-        written = [_writing_nbytes(tensor, block, self._compresses) for block in blocks for tensor in block.tensors]
+    def __init__(self, options: ConvertOptions, blocks: Sequence[BlockRecipe]) -> None:
+        self._ram_bytes, self._baseline = options.ram_bytes, process_rss_bytes()
+        compresses = options.settings()["compress"] != "none"
+        written = [_writing_nbytes(tensor, block, compresses) for block in blocks for tensor in block.tensors]
         quantizes = any(tensor.scheme is not None for block in blocks for tensor in block.tensors)
         self._writing = max(written, default=0) + SWEEP_NBYTES + (quantizing_nbytes() if quantizes else 0)
 

@@ -1,14 +1,131 @@
-"""The plan of a store: its block files, and the manifest that will list them. Pure."""
+"""What a conversion is asked to do, and the plan that follows: which tensors each block file holds, in which form.
 
-from collections.abc import Mapping
+In: `ConvertOptions` and the skeleton of the model. Out: a `StorePlan` with one `BlockRecipe` for each block file, whose
+size in bytes is exact but for what zstd saves, and the manifest that will list them. Pure, and decided before any
+weight is read.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import PurePosixPath
+from typing import Any, Final, Literal
 
-from tiered.arch import BlockTensors, Skeleton
-from tiered.convert.options import ConvertOptions
-from tiered.convert.recipe import BlockRecipe, block_recipes, quantizable, unquantized
+import torch
+
+from tiered.arch import BlockTensors, ParameterInfo, Skeleton
 from tiered.errors import ConfigError
+from tiered.quant import GroupScheme, folded
 from tiered.store import BlockInfo, FileInfo, Manifest
+from tiered.store.format import ALIGNMENT, header_room_nbytes, tensor_nbytes
+from tiered.units import PAGE, round_up
+
+BLOCK_FOLDER: Final = "blocks"
+_QUANTS: Final = ("int4", "int8", "none")
+_COMPRESSIONS: Final = ("auto", "zstd", "none")
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """Everything `tiered convert` can be told, besides what to convert and where to."""
+
+    quant: str = "int4"  # of the layers' linear weights: int4, int8 or none
+    group_size: int = 64  # weights along `in` that share a scale and a zero
+    clip: Literal["mse", "minmax"] = "mse"  # how int4 chooses each group's range
+    compress: str = "auto"  # auto (only where the disk is slow enough), zstd (wherever it shrinks) or none
+    ram_bytes: int | None = None  # peak RSS of the whole process; None does not check
+    force: bool = False  # replace what an earlier conversion left in the output folder
+    revision: str | None = None  # of a hub repository: branch, tag or commit
+    delete_downloads: bool = False  # remove each file this conversion downloaded once it is converted
+    synthetic: bool = False  # random weights of a known shape, no checkpoint
+    distinct_blocks: int | None = None  # layer files of a synthetic store, repeated; None: one for each layer
+    seed: int = 0  # of synthetic weights
+
+    def __post_init__(self) -> None:
+        if self.quant not in _QUANTS:
+            raise ConfigError(f"quantization {self.quant!r}: expected one of {', '.join(_QUANTS)}")
+        if self.compress not in _COMPRESSIONS:
+            raise ConfigError(f"compression {self.compress!r}: expected one of {', '.join(_COMPRESSIONS)}")
+        GroupScheme(8, self.group_size)  # raises for a group size there is no layout for
+        if self.clip not in ("mse", "minmax"):
+            raise ConfigError(f"clip {self.clip!r}: expected mse or minmax")
+        if not self.synthetic and self.distinct_blocks is not None:
+            raise ConfigError("--distinct-blocks repeats random layers; it needs --synthetic")
+        if self.synthetic and (self.delete_downloads or self.revision is not None):
+            raise ConfigError("--synthetic reads no checkpoint; drop --revision and --delete-downloads")
+        if self.synthetic and self.compress == "zstd":
+            raise ConfigError("--synthetic writes raw blocks at disk speed; drop --compress zstd")
+        if self.distinct_blocks is not None and self.distinct_blocks < 1:
+            raise ConfigError(f"--distinct-blocks {self.distinct_blocks}: expected at least 1")
+
+    @property
+    def layer_scheme(self) -> GroupScheme | None:
+        """Of the layers' linear weights; None keeps the checkpoint's precision."""
+        return None if self.quant == "none" else GroupScheme(int(self.quant[3:]), self.group_size)
+
+    @property
+    def embed_scheme(self) -> GroupScheme | None:
+        """Of token embedding and head: 8 bits even where layers have 4, because every token passes them."""
+        return None if self.quant == "none" else GroupScheme(8, self.group_size)
+
+    def settings(self) -> dict[str, Any]:
+        """The options that decide what the store's bytes are: a resumed conversion must repeat them."""
+        return {
+            "quant": self.quant,
+            "group_size": self.group_size,
+            "clip": self.clip,
+            "compress": "none" if self.synthetic else self.compress,
+            "distinct_blocks": self.distinct_blocks,
+            "seed": self.seed if self.synthetic else None,
+        }
+
+
+@dataclass(frozen=True)
+class TensorRecipe:
+    """One tensor of a block: its model name and shape, and how it is stored."""
+
+    name: str
+    shape: tuple[int, ...]
+    scheme: GroupScheme | None
+    """None keeps the source's dtype."""
+
+    def nbytes(self, dtype: torch.dtype) -> int:
+        """Bytes in the block file, where the source holds it as `dtype`."""
+        if self.scheme is None:
+            return round_up(tensor_nbytes(dtype, self.shape), ALIGNMENT)
+        out, in_ = self.matrix
+        scale = self.scheme.scale_shape(out, in_)
+        sizes = [tensor_nbytes(torch.uint8, self.scheme.q_shape(out, in_))]
+        sizes += [tensor_nbytes(torch.float16, scale), tensor_nbytes(torch.uint8, scale)]
+        return sum(round_up(size, ALIGNMENT) for size in sizes)
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """(rows, in) as which it is quantized: a stack [experts, out, in] one expert below the other."""
+        return folded(self.shape)
+
+    @property
+    def numel(self) -> int:
+        return int(torch.Size(self.shape).numel())
+
+
+@dataclass(frozen=True)
+class BlockRecipe:
+    """One block file: the tensors in the order they are written."""
+
+    name: str
+    role: str
+    prefix: str
+    tensors: tuple[TensorRecipe, ...]
+
+    @property
+    def path(self) -> str:
+        """Relative to the store."""
+        return str(PurePosixPath(BLOCK_FOLDER, f"{self.name}.safetensors"))
+
+    def nbytes(self, dtype_of: Callable[[TensorRecipe], torch.dtype]) -> int:
+        """About the size of the block file: data exactly, the header's room from above."""
+        data = sum(tensor.nbytes(dtype_of(tensor)) for tensor in self.tensors)
+        return header_room_nbytes(tensor.name for tensor in self.tensors) + round_up(data, PAGE)
 
 
 @dataclass(frozen=True)
@@ -63,16 +180,15 @@ def plan_store(skeleton: Skeleton, options: ConvertOptions) -> StorePlan:
     if distinct is not None:
         _check_repeatable(layers, distinct)
         blocks = [block for block in blocks if block.role != "layer" or block in layers[:distinct]]
-    files = block_recipes(blocks, options)
-    wanted = [name for block in blocks for name in quantizable(block)]
-    plain = () if options.quant == "none" else unquantized(files, wanted)
+    files = tuple(_recipe(block, options) for block in blocks if block.parameters)  # a family may have no `outer` ones
     layer_scheme, embed_scheme = options.layer_scheme, options.embed_scheme
+    unquantized = () if layer_scheme is None else tuple(_unquantized(blocks, files))
     quantization = {
         "layers": None if layer_scheme is None else layer_scheme.name,
         "embed": None if embed_scheme is None else embed_scheme.name,
         "head": None if embed_scheme is None else embed_scheme.name,
         "clip": options.clip if layer_scheme is not None and layer_scheme.bits == 4 else None,
-        "unquantized": list(plain),
+        "unquantized": list(unquantized),
     }
     architecture = {
         "model_type": skeleton.config.model_type,
@@ -86,9 +202,33 @@ def plan_store(skeleton: Skeleton, options: ConvertOptions) -> StorePlan:
         skeleton.tied,
         architecture,
         quantization,
-        plain,
+        unquantized,
         distinct if distinct is not None and distinct < len(layers) else None,
     )
+
+
+def _recipe(block: BlockTensors, options: ConvertOptions) -> BlockRecipe:
+    scheme = options.layer_scheme if block.role == "layer" else options.embed_scheme
+    tensors = []
+    for parameter in block.parameters:
+        fits = scheme is not None and scheme.accepts(*folded(parameter.shape))
+        used = scheme if fits and _is_quantizable(parameter, block.role) else None
+        tensors.append(TensorRecipe(parameter.name, parameter.shape, used))
+    return BlockRecipe(block.name, block.role, block.prefix, tuple(tensors))
+
+
+def _is_quantizable(parameter: ParameterInfo, role: str) -> bool:
+    """Embedding, head and the layers' linear weights; what is outside them stays resident and small."""
+    return role == "embed" or (role in ("layer", "head") and parameter.is_linear)
+
+
+def _unquantized(blocks: Iterable[BlockTensors], files: Iterable[BlockRecipe]) -> Iterator[str]:
+    """The weights that a scheme is meant for and that stay in the source's precision, as their shape does not fit."""
+    plain = {tensor.name for file in files for tensor in file.tensors if tensor.scheme is None}
+    for block in blocks:
+        for parameter in block.parameters:
+            if parameter.name in plain and _is_quantizable(parameter, block.role):
+                yield parameter.name
 
 
 def _planned_blocks(files: tuple[BlockRecipe, ...], layers: list[BlockTensors], tied: bool) -> tuple[PlannedBlock, ...]:
