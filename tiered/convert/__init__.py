@@ -4,7 +4,7 @@ from pathlib import Path
 
 from tiered.convert.convert import Conversion, ConvertProgress, ConvertResult, ProgressFunction
 from tiered.convert.open import open_checkpoint, open_shape, resolve_checkpoint, resolve_shape
-from tiered.convert.plan import ConvertOptions
+from tiered.convert.recipe import ConvertOptions
 
 __all__ = ["ConvertOptions", "ConvertProgress", "ConvertResult", "ProgressFunction", "convert_checkpoint"]
 

@@ -9,7 +9,7 @@ import torch
 import xxhash
 
 from tiered.convert.compression import Compression, Frames, is_candidate
-from tiered.convert.plan import BlockRecipe, TensorRecipe
+from tiered.convert.recipe import BlockRecipe, TensorRecipe
 from tiered.convert.source import WeightSource
 from tiered.errors import StoreError
 from tiered.files import errors_of

@@ -1,6 +1,7 @@
 """The conversion: a source of weights becomes a store, block by block, resumable at every point.
 
-In: an opened source, its plan, an output folder. Out: a finished store. Called by `tiered.convert.convert_checkpoint`.
+In: an opened source, the store's recipe, an output folder. Out: a finished store. Called by
+`tiered.convert.convert_checkpoint`.
 
 The order of writes makes every kill harmless: conversion.json (what is being done), small files, each block to
 .part and renamed when whole, manifest.json, and last conversion.json is removed.
@@ -13,7 +14,6 @@ from pathlib import Path
 from time import perf_counter
 
 from tiered.convert.block import finished_block, write_block
-from tiered.convert.budget import check_space, on_same_disk, os_errors_named
 from tiered.convert.compression import Compression, waiting_nbytes
 from tiered.convert.folder import (
     ProgressFile,
@@ -25,7 +25,8 @@ from tiered.convert.folder import (
     remove_stray_parts,
     remove_strays,
 )
-from tiered.convert.plan import BlockRecipe, ConvertOptions, StorePlan
+from tiered.convert.recipe import BlockRecipe, ConvertOptions, StoreRecipe
+from tiered.convert.room import check_space, on_same_disk, os_errors_named
 from tiered.convert.source import WeightSource
 from tiered.errors import ConfigError
 from tiered.store import FileInfo, atomic_write
@@ -100,29 +101,29 @@ class Conversion:
         self._hold_folder()
         self._progress = replace(self._progress, downloaded=(*self._progress.downloaded, name)).save(self._folder)
 
-    def run(self, open_source: Callable[[], tuple[WeightSource, StorePlan]]) -> ConvertResult:
+    def run(self, open_source: Callable[[], tuple[WeightSource, StoreRecipe]]) -> ConvertResult:
         """Convert what `open_source` opens."""
         started = perf_counter()
         with self._held, os_errors_named(self._folder):
-            source, plan = open_source()
-            self._begin(source, plan)
+            source, recipe = open_source()
+            self._begin(source, recipe)
             resumed = len(self._infos)
-            self._convert(source, plan)
+            self._convert(source, recipe)
         return ConvertResult(
             store=self._folder,
-            blocks=len(plan.blocks),
+            blocks=len(recipe.blocks),
             nbytes=sum(info.nbytes for info in self._infos.values()),
-            weights=plan.weights,
+            weights=recipe.weights,
             seconds=perf_counter() - started,
             resumed_blocks=resumed,
-            scheme=plan.quantization["layers"] or "none",
-            unquantized=plan.unquantized,
+            scheme=recipe.quantization["layers"] or "none",
+            unquantized=recipe.unquantized,
             warnings=source.warnings,
-            synthetic=self._options.synthetic,
+            synthetic=recipe.synthetic,
             has_tokenizer=not source.extra_files().keys().isdisjoint(VOCABULARIES),
         )
 
-    def _begin(self, source: WeightSource, plan: StorePlan) -> None:
+    def _begin(self, source: WeightSource, recipe: StoreRecipe) -> None:
         """Check that all fits, then write conversion.json; afterwards the folder is ours."""
         folder, identity = self._folder, source.identity
         if folder.exists():
@@ -131,10 +132,10 @@ class Conversion:
         progress = check_same_source(folder, self._progress, identity, self._options.force)
         mine = progress.source is not None and not progress.discarding
         if mine:
-            found = {block.path: finished_block(folder, block) for block in plan.files}
+            found = {block.path: finished_block(folder, block) for block in recipe.files}
             self._infos = {path: info for path, info in found.items() if info is not None}
-        self._total_nbytes = sum(block.nbytes(source.dtype) for block in plan.files)
-        rest = [block for block in plan.files if block.path not in self._infos]
+        self._total_nbytes = sum(block.nbytes(source.dtype) for block in recipe.files)
+        rest = [block for block in recipe.files if block.path not in self._infos]
         rest_nbytes = sum(block.nbytes(source.dtype) for block in rest)
         self._skipped_nbytes = self._done_nbytes = self._total_nbytes - rest_nbytes
         rule = progress.compression or Compression(self._options.settings()["compress"])
@@ -155,7 +156,7 @@ class Conversion:
         self._progress = replace(progress, source=identity).save(folder)
         remove_stray_parts(folder)
         if progress.compression is None:
-            rule = Compression.measure(rule.mode, plan.files, folder, rest_nbytes)
+            rule = Compression.measure(rule.mode, recipe.files, folder, rest_nbytes)
             self._progress = replace(self._progress, compression=rule).save(folder)
 
     def _check_space(self, source: WeightSource, rest: Sequence[BlockRecipe], needed: int, reclaimed: int) -> None:
@@ -173,14 +174,15 @@ class Conversion:
         there = {name for name in nbytes if mine and (self._folder / name).is_file()}
         return sum(nbytes[name] for name in nbytes.keys() - there) + max(nbytes.values(), default=0)
 
-    def _convert(self, source: WeightSource, plan: StorePlan) -> None:
+    def _convert(self, source: WeightSource, recipe: StoreRecipe) -> None:
         for name, read in source.extra_files().items():
             atomic_write(self._folder / name, read())
-        with source.opened([block for block in plan.files if block.path not in self._infos], self._fetching) as blocks:
+        rest = [block for block in recipe.files if block.path not in self._infos]
+        with source.opened(rest, self._fetching) as blocks:
             for block in blocks:
                 self._infos[block.path] = self._write(block, source)
             remove_strays(self._folder, frozenset(self._infos))
-            manifest = plan.manifest(self._infos, source.identity, self._rule.mode, synthetic=self._options.synthetic)
+            manifest = recipe.manifest(self._infos, source.identity, self._rule.mode)
             atomic_write(self._folder / MANIFEST_NAME, manifest.to_json())
         (self._folder / PROGRESS_NAME).unlink()
 

@@ -65,21 +65,21 @@ class WeightIndex:
     """Checkpoint name -> file."""
 
 
-def find_weights(files: WeightFiles, named: object = None, require: Require | None = None) -> WeightIndex:
+def find_weights(files: WeightFiles, named: object, require: Require) -> WeightIndex:
     """Find the weights among `files`: what config.json has `named`, else the first that is there of model.safetensors,
     its index, pytorch_model.bin, its index.
 
-    Without an index every weight file is fetched and its header read, after `require` has been asked for the memory
-    that reading the file takes. Raises CheckpointError where there are none, shards are missing, or it is unclear
-    which of several files are meant.
+    Without an index every weight file is fetched and its header read. Before a header is, `require` is asked for the
+    memory that reading the file takes. Raises CheckpointError where there are no weights, shards are missing, or it is
+    unclear which of several files are meant.
     """
     if named is not None:
-        return _named(files, named)
+        return _named(files, named, require)
     for single, _, make_reader in _FORMATS:
         if single in files.names:
             return _of_headers(files, make_reader(), (single,), require)
         if f"{single}.index.json" in files.names:
-            return _of_index(files, make_reader(), f"{single}.index.json")
+            return _of_index(files, make_reader(), f"{single}.index.json", require)
     for _, pattern, make_reader in _FORMATS:
         found = sorted(name for name in files.names if pattern.fullmatch(name))
         if found:
@@ -92,7 +92,7 @@ def find_weights(files: WeightFiles, named: object = None, require: Require | No
     )
 
 
-def _named(files: WeightFiles, named: object) -> WeightIndex:
+def _named(files: WeightFiles, named: object, require: Require) -> WeightIndex:
     """The weights that config.json names as `transformers_weights`."""
     if not isinstance(named, str) or not named.endswith((".safetensors", ".safetensors.index.json")):
         raise CheckpointError(
@@ -105,23 +105,23 @@ def _named(files: WeightFiles, named: object) -> WeightIndex:
             "or remove the name to have the weights found by their usual names"
         )
     reader = SafetensorsReader()
-    return _of_index(files, reader, named) if named.endswith(".json") else _of_headers(files, reader, (named,))
+    if named.endswith(".json"):
+        return _of_index(files, reader, named, require)
+    return _of_headers(files, reader, (named,), require)
 
 
-def _of_headers(
-    files: WeightFiles, reader: WeightReader, names: tuple[str, ...], require: Require | None = None
-) -> WeightIndex:
+def _of_headers(files: WeightFiles, reader: WeightReader, names: tuple[str, ...], require: Require) -> WeightIndex:
     return WeightIndex(reader, names, _read_headers(files, reader, names, require))
 
 
-def _of_index(files: WeightFiles, reader: WeightReader, name: str) -> WeightIndex:
+def _of_index(files: WeightFiles, reader: WeightReader, name: str, require: Require) -> WeightIndex:
     """The weights in the files that index `name` lists."""
     file_of = _read_index(files, name)
     names = tuple(sorted(set(file_of.values())))
     # What an old index says of a tensor's place does not count: transformers takes all that is in the files. Files on
     # the hub, and those that would have to be read whole, are taken at the index's word, and looked at when they come.
     if files.kind == "folder" and all(reader.known(files.path(file)) is not None for file in names):
-        file_of = _read_headers(files, reader, names)
+        file_of = _read_headers(files, reader, names, require)
     return WeightIndex(reader, names, file_of)
 
 
@@ -162,13 +162,10 @@ def _shards(found: list[str], files: WeightFiles) -> tuple[str, ...]:
     return tuple(match[0] for match in matches)
 
 
-def _read_headers(
-    files: WeightFiles, reader: WeightReader, names: tuple[str, ...], require: Require | None = None
-) -> dict[str, str]:
+def _read_headers(files: WeightFiles, reader: WeightReader, names: tuple[str, ...], require: Require) -> dict[str, str]:
     file_of: dict[str, str] = {}
     for name in names:
-        if require is not None:
-            require(reader.working_nbytes(files.path(name)))
+        require(reader.working_nbytes(files.path(name)))
         for tensor in reader.tensors(files.path(name)):
             if tensor in file_of:
                 raise CheckpointError(f"{files.name}: {tensor} is in both {file_of[tensor]} and {name}")

@@ -1,4 +1,4 @@
-"""What the word after `tiered convert` means, and how it is opened: as a source of weights and the plan of their store.
+"""What the word after `tiered convert` means, opened: a source of weights, and the recipe of the store they make.
 
 In: a folder, a hub id, a known name, or a shape to fill with noise. Called by `tiered.convert.convert_checkpoint`.
 """
@@ -11,14 +11,14 @@ import torch
 
 from tiered.arch import build_skeleton, load_config
 from tiered.configs_path import config_dir
-from tiered.convert.budget import RamCheck
 from tiered.convert.checkpoint import Checkpoint
 from tiered.convert.index import WeightIndex, find_weights, map_names
 from tiered.convert.place import Folder, HubId, Ledger, WeightFiles
-from tiered.convert.plan import ConvertOptions, StorePlan, plan_store
 from tiered.convert.quantized import configured_method, method_of_float, refuse_quantized
+from tiered.convert.recipe import ConvertOptions, StoreRecipe, make_recipe
+from tiered.convert.room import RamCheck
 from tiered.convert.source import WeightSource
-from tiered.convert.synthetic import Shape, Synthetic, shape_config
+from tiered.convert.synthetic import ShapeFile, Synthetic, shape_config
 from tiered.errors import CheckpointError, ConfigError
 from tiered.files import read_whole
 from tiered.store.beside import check_packages
@@ -44,7 +44,7 @@ def resolve_checkpoint(source: str | Path) -> Folder | HubId:
     text = str(source)
     known = _known(text)
     if known is not None:
-        shape = Shape.read(known)
+        shape = ShapeFile.read(known)
         if text == "opt-175b":
             raise ConfigError(_OPT_175B)
         if shape.hub_id is None:
@@ -55,18 +55,18 @@ def resolve_checkpoint(source: str | Path) -> Folder | HubId:
     raise ConfigError(f"{text}: no such folder, no hub id (owner/name) and no known name; known are {_known_names()}")
 
 
-def resolve_shape(source: str | Path) -> Shape:
+def resolve_shape(source: str | Path) -> ShapeFile:
     """The shape called `source`, or in the toml file `source`."""
     path = Path(source).expanduser()
     if path.suffix == ".toml" and path.is_file():
-        return Shape.read(path)
+        return ShapeFile.read(path)
     known = _known(str(source))
     if known is not None:
-        return Shape.read(known)
+        return ShapeFile.read(known)
     raise ConfigError(f"{source}: --synthetic expects a known shape or a toml file of one; known are {_known_names()}")
 
 
-def open_checkpoint(place: Folder | HubId, options: ConvertOptions, ledger: Ledger) -> tuple[WeightSource, StorePlan]:
+def open_checkpoint(place: Folder | HubId, options: ConvertOptions, ledger: Ledger) -> tuple[WeightSource, StoreRecipe]:
     """The checkpoint at `place`; downloads of weights are entered in `ledger` before they begin.
 
     Raises BudgetError where reading it takes more than `options.ram_bytes`, before it is read: that includes a weight
@@ -79,22 +79,22 @@ def open_checkpoint(place: Folder | HubId, options: ConvertOptions, ledger: Ledg
     refuse_quantized(files.name, configured_method(config))
     claimed = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     skeleton = build_skeleton(config)
-    plan = plan_store(skeleton, options)
-    ram = RamCheck(options, plan.files)
+    recipe = make_recipe(skeleton, options)
+    ram = RamCheck(options, recipe.files)
     index = find_weights(files, getattr(config, "transformers_weights", None), ram.require)
     refuse_quantized(files.name, _method_of_types(files, index))
     names = map_names(skeleton, index.file_of)
-    return Checkpoint(files, index, names, plan.files, claimed, options.clip, ram.require), plan
+    return Checkpoint(files, index, names, recipe.files, claimed, options.clip, ram.require), recipe
 
 
-def open_shape(shape: Shape, options: ConvertOptions) -> tuple[WeightSource, StorePlan]:
+def open_shape(shape: ShapeFile, options: ConvertOptions) -> tuple[WeightSource, StoreRecipe]:
     """Random weights of `shape`; raises BudgetError where making them takes more than `options.ram_bytes`."""
     skeleton = build_skeleton(shape_config(shape))
-    plan = plan_store(skeleton, options)
-    ram = RamCheck(options, plan.files)
+    recipe = make_recipe(skeleton, options)
+    ram = RamCheck(options, recipe.files)
     source = Synthetic(shape, skeleton, options)
     ram.require(source.working_nbytes)
-    return source, plan
+    return source, recipe
 
 
 def _known(name: str) -> Path | None:

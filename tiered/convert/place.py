@@ -17,7 +17,7 @@ import xxhash
 from huggingface_hub import errors
 
 from tiered.convert.folder import state_of
-from tiered.convert.plan import ConvertOptions
+from tiered.convert.recipe import ConvertOptions
 from tiered.errors import CheckpointError, ConfigError, ReadError
 from tiered.files import check_regular, reading
 
@@ -45,16 +45,19 @@ class WeightFiles(Protocol):
 
     @property
     def kind(self) -> str:
-        """Of place: "folder" or "hub"."""
+        """Where they are: "folder" or "hub"."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """What the checkpoint is called."""
 
     @property
-    def revision(self) -> str | None: ...
+    def revision(self) -> str | None:
+        """The commit on the hub."""
 
     @property
-    def names(self) -> frozenset[str]: ...
+    def names(self) -> frozenset[str]:
+        """Of all files, whether they are here or not."""
 
     def config_folder(self) -> Path:
         """The folder that holds config.json, if the checkpoint has one."""
@@ -66,13 +69,13 @@ class WeightFiles(Protocol):
         """Where the file is, after fetching it where needed."""
 
     def room_nbytes(self, names: Iterable[str]) -> Mapping[Path, int]:
-        """Bytes that having these files one after the other takes on disk, by the folder that they are fetched to."""
+        """Bytes on disk that fetching those that are not here takes, by the folder they are fetched to."""
 
     def release(self, name: str) -> None:
         """The conversion needs this file no more."""
 
     def fingerprint(self, names: Iterable[str]) -> str:
-        """Of the named files' contents, cheaply; the same wherever and whenever they were put."""
+        """A digest of the named files' contents, made without reading them whole; copies have the same."""
 
 
 @dataclass(frozen=True)
@@ -119,23 +122,15 @@ class LocalFiles:
     revision: str | None = None
 
     def __init__(self, place: Folder) -> None:
-        self._folder, self._name = place.path, place.name
+        self._folder, self.name = place.path, place.name
         with reading(place.path):
             # What is no file but is called like one of a model's is for `path` to refuse, not to be passed over.
             found = [path for path in place.path.iterdir() if not path.is_dir() or _MODEL_FILE.fullmatch(path.name)]
-        self._names = frozenset(path.name for path in found)
+        self.names = frozenset(path.name for path in found)
         self._found_good: set[str] = set()
 
-    @property
-    def name(self) -> str:
-        return self._name
-
-    @property
-    def names(self) -> frozenset[str]:
-        return self._names
-
     def config_folder(self) -> Path:
-        if "config.json" in self._names:
+        if "config.json" in self.names:
             self.path("config.json")  # which looks at what it is
         return self._folder
 
@@ -144,7 +139,7 @@ class LocalFiles:
 
     def path(self, name: str) -> Path:
         path = self._folder / name
-        if name not in self._names:
+        if name not in self.names:
             raise CheckpointError(f"{path}: missing; the checkpoint's index lists it")
         if name not in self._found_good:  # asked for once per tensor, of which there may be thousands
             check_regular(path, CheckpointError)
@@ -177,26 +172,15 @@ class HubFiles:
     kind = "hub"
 
     def __init__(self, repo_id: str, revision: str | None, ledger: Ledger, *, delete: bool) -> None:
-        self._repo_id, self._ledger, self._delete = repo_id, ledger, delete
+        self.name, self._ledger, self._delete = repo_id, ledger, delete
         with _explained(repo_id, revision):
             try:
-                self._commit, self._sizes = _list_online(repo_id, revision)
+                self.revision, self._sizes = _list_online(repo_id, revision)
             except errors.HfHubHTTPError:
                 raise  # the hub has answered
             except (errors.OfflineModeIsEnabled, _HTTPError):
-                self._commit, self._sizes = _list_cache(repo_id, revision)
-
-    @property
-    def name(self) -> str:
-        return self._repo_id
-
-    @property
-    def revision(self) -> str | None:
-        return self._commit
-
-    @property
-    def names(self) -> frozenset[str]:
-        return frozenset(self._sizes)
+                self.revision, self._sizes = _list_cache(repo_id, revision)
+        self.names = frozenset(self._sizes)
 
     def config_folder(self) -> Path:
         return self.path("config.json").parent
@@ -210,8 +194,8 @@ class HubFiles:
             return cached
         if name.endswith(_WEIGHT_SUFFIXES) and name not in self._ledger.downloaded:
             self._ledger.enter_download(name)  # first: a kill while downloading must not forget it
-        with _explained(self._repo_id, self._commit):
-            return Path(huggingface_hub.hf_hub_download(self._repo_id, name, revision=self._commit))
+        with _explained(self.name, self.revision):
+            return Path(huggingface_hub.hf_hub_download(self.name, name, revision=self.revision))
 
     def room_nbytes(self, names: Iterable[str]) -> Mapping[Path, int]:
         sizes = sorted((self._sizes[name] or 1 for name in set(names) if not self.is_here(name)), reverse=True)
@@ -230,10 +214,10 @@ class HubFiles:
             _delete_blob(blob)
 
     def fingerprint(self, names: Iterable[str]) -> str:
-        return xxhash.xxh3_128_hexdigest("\0".join([self._repo_id, self._commit, *sorted(names)]).encode())
+        return xxhash.xxh3_128_hexdigest("\0".join([self.name, self.revision, *sorted(names)]).encode())
 
     def _cached(self, name: str) -> Path | None:
-        found = huggingface_hub.try_to_load_from_cache(self._repo_id, name, revision=self._commit)
+        found = huggingface_hub.try_to_load_from_cache(self.name, name, revision=self.revision)
         return Path(found) if isinstance(found, str) else None
 
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
-from tiered.convert.plan import BlockRecipe, TensorRecipe
+from tiered.convert.recipe import BlockRecipe, TensorRecipe
 from tiered.quant import folded
 
 

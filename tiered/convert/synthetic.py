@@ -21,7 +21,7 @@ import xxhash
 from transformers import GenerationConfig, PretrainedConfig
 
 from tiered.arch import Skeleton, text_config
-from tiered.convert.plan import BlockRecipe, ConvertOptions, TensorRecipe
+from tiered.convert.recipe import BlockRecipe, ConvertOptions, TensorRecipe
 from tiered.convert.source import Fetching, Packed
 from tiered.convert.workers import one_torch_thread
 from tiered.errors import ConfigError, CorruptError, shortened
@@ -44,8 +44,8 @@ _WRITES_TO_RESIDUAL: Final = re.compile(r"\.(o_proj|out_proj|down_proj|fc2|c_pro
 
 
 @dataclass(frozen=True)
-class Shape:
-    """A model's shape from a toml file."""
+class ShapeFile:
+    """The shape of a model, as a toml file has it."""
 
     name: str
     config: dict[str, Any]
@@ -61,7 +61,7 @@ class Shape:
             raise ConfigError(f"{path}: expected a toml file with a table [config] ({error!r})") from None
 
 
-def shape_config(shape: Shape) -> PretrainedConfig:
+def shape_config(shape: ShapeFile) -> PretrainedConfig:
     """The configuration of `shape` with the stand-in tokenizer's special tokens; raises ConfigError."""
     try:
         config = text_config(shape.config)
@@ -85,7 +85,7 @@ class Synthetic:
 
     warnings: tuple[str, ...] = ()
 
-    def __init__(self, shape: Shape, skeleton: Skeleton, options: ConvertOptions) -> None:
+    def __init__(self, shape: ShapeFile, skeleton: Skeleton, options: ConvertOptions) -> None:
         config = skeleton.config
         config.dtype = _DTYPE  # building the skeleton has put its own there
         config.architectures = [type(skeleton.model).__name__]

@@ -14,7 +14,7 @@ from typing import Final
 import torch
 
 from tiered.convert.compression import COMPRESSING_NBYTES, is_candidate
-from tiered.convert.plan import BlockRecipe, ConvertOptions, TensorRecipe
+from tiered.convert.recipe import BlockRecipe, ConvertOptions, TensorRecipe
 from tiered.convert.source import PANEL_NBYTES
 from tiered.convert.workers import quantizing_nbytes
 from tiered.errors import BudgetError, ConfigError, DiskFullError, ReadError
@@ -25,7 +25,7 @@ from tiered.units import MIB, format_budget, format_size
 
 _GROWTH_NBYTES: Final = 24 * MIB
 """What the process itself grows by: code pages touched for the first time, threads' stacks, headers, the allocator's
-holes. Measured, see tests/convert/test_memory.py."""
+holes. Measured, see tests/convert/test_room.py."""
 _BASELINE_VARIES_NBYTES: Final = 4 * MIB
 """How much the process itself differs from run to run: a budget that was named as enough must be so next time."""
 _SPACE_SLACK_NBYTES: Final = 4 * MIB

@@ -1,8 +1,8 @@
-"""What a conversion is asked to do, and the plan that follows: which tensors each block file holds, in which form.
+"""What a conversion is asked to do, and the recipe that follows: which tensors each block file holds, in which form.
 
-In: `ConvertOptions` and the skeleton of the model. Out: a `StorePlan` with one `BlockRecipe` for each block file, whose
-size in bytes is exact but for what zstd saves, and the manifest that will list them. Pure, and decided before any
-weight is read.
+In: `ConvertOptions` and the skeleton of the model. Out: a `StoreRecipe` with one `BlockRecipe` for each block file,
+whose size in bytes is exact but for what zstd saves, and the manifest that will list them. Pure, and decided before
+any weight is read.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -129,7 +129,7 @@ class BlockRecipe:
 
 
 @dataclass(frozen=True)
-class PlannedBlock:
+class BlockEntry:
     """An entry of the manifest. Repeated layers and tied heads name a file that another entry names too."""
 
     name: str
@@ -139,15 +139,16 @@ class PlannedBlock:
 
 
 @dataclass(frozen=True)
-class StorePlan:
+class StoreRecipe:
     """What a store will hold, decided from shapes and options alone."""
 
     files: tuple[BlockRecipe, ...]
-    blocks: tuple[PlannedBlock, ...]
+    blocks: tuple[BlockEntry, ...]
     tied: bool
     architecture: Mapping[str, Any]
     quantization: Mapping[str, Any]
     unquantized: tuple[str, ...]
+    synthetic: bool
     distinct_blocks: int | None
 
     @property
@@ -155,10 +156,8 @@ class StorePlan:
         """Numbers that the block files stand for."""
         return sum(tensor.numel for block in self.files for tensor in block.tensors)
 
-    def manifest(
-        self, files: Mapping[str, FileInfo], source: Mapping[str, Any], compress: str, *, synthetic: bool
-    ) -> Manifest:
-        """The manifest once every file of the plan has been written."""
+    def manifest(self, files: Mapping[str, FileInfo], source: Mapping[str, Any], compress: str) -> Manifest:
+        """The manifest once every file of the recipe has been written."""
         return Manifest(
             source=source,
             architecture=self.architecture,
@@ -167,13 +166,13 @@ class StorePlan:
             blocks=tuple(BlockInfo(b.name, b.role, files[b.path], b.prefix) for b in self.blocks),
             tape=tuple(block.name for block in self.blocks if block.role in ("layer", "head")),
             tied=self.tied,
-            synthetic=synthetic,
+            synthetic=self.synthetic,
             distinct_blocks=self.distinct_blocks,
         )
 
 
-def plan_store(skeleton: Skeleton, options: ConvertOptions) -> StorePlan:
-    """Plan the store of `skeleton`'s model; raises ConfigError where its layers cannot be repeated as asked."""
+def make_recipe(skeleton: Skeleton, options: ConvertOptions) -> StoreRecipe:
+    """The recipe of a store of `skeleton`'s model; raises ConfigError where its layers cannot be repeated as asked."""
     blocks = list(skeleton.blocks())
     layers = [block for block in blocks if block.role == "layer"]
     distinct = options.distinct_blocks
@@ -196,13 +195,14 @@ def plan_store(skeleton: Skeleton, options: ConvertOptions) -> StorePlan:
         "embed": skeleton.embed_name,
         "head": skeleton.head_name,
     }
-    return StorePlan(
+    return StoreRecipe(
         files,
-        _planned_blocks(files, layers, skeleton.tied),
+        _entries(files, layers, skeleton.tied),
         skeleton.tied,
         architecture,
         quantization,
         unquantized,
+        options.synthetic,
         distinct if distinct is not None and distinct < len(layers) else None,
     )
 
@@ -231,19 +231,19 @@ def _unquantized(blocks: Iterable[BlockTensors], files: Iterable[BlockRecipe]) -
                 yield parameter.name
 
 
-def _planned_blocks(files: tuple[BlockRecipe, ...], layers: list[BlockTensors], tied: bool) -> tuple[PlannedBlock, ...]:
+def _entries(files: tuple[BlockRecipe, ...], layers: list[BlockTensors], tied: bool) -> tuple[BlockEntry, ...]:
     """embed, outer, every layer in order, head."""
     by_role: dict[str, list[BlockRecipe]] = {}
     for file in files:
         by_role.setdefault(file.role, []).append(file)
     (embed,) = by_role["embed"]
     stored = by_role["layer"]
-    planned = [PlannedBlock(b.name, b.role, b.path, b.prefix) for b in (embed, *by_role.get("outer", []))]
+    entries = [BlockEntry(b.name, b.role, b.path, b.prefix) for b in (embed, *by_role.get("outer", []))]
     for index, layer in enumerate(layers):
         file = stored[index % len(stored)]
-        planned.append(PlannedBlock(layer.name, "layer", file.path, file.prefix))
+        entries.append(BlockEntry(layer.name, "layer", file.path, file.prefix))
     head = embed if tied else by_role["head"][0]
-    return (*planned, PlannedBlock("head", "head", head.path, head.prefix))
+    return (*entries, BlockEntry("head", "head", head.path, head.prefix))
 
 
 def _check_repeatable(layers: list[BlockTensors], distinct: int) -> None:
