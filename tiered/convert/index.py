@@ -69,9 +69,9 @@ def find_weights(files: WeightFiles, named: object, require: Require) -> WeightI
     """Find the weights among `files`: what config.json has `named`, else the first that is there of model.safetensors,
     its index, pytorch_model.bin, its index.
 
-    Without an index every weight file is fetched and its header read. Before a header is, `require` is asked for the
-    memory that reading the file takes. Raises CheckpointError where there are no weights, shards are missing, or it is
-    unclear which of several files are meant.
+    Without an index every weight file is fetched and its header read. Before any is read, `require` is asked for the
+    memory that reading them one by one takes. Raises CheckpointError where there are no weights, shards are missing,
+    or it is unclear which of several files are meant.
     """
     if named is not None:
         return _named(files, named, require)
@@ -163,9 +163,10 @@ def _shards(found: list[str], files: WeightFiles) -> tuple[str, ...]:
 
 
 def _read_headers(files: WeightFiles, reader: WeightReader, names: tuple[str, ...], require: Require) -> dict[str, str]:
+    # For all at once: a budget that were named for the first file might be too small for the next.
+    require(max(reader.working_nbytes(files.path(name)) for name in names))
     file_of: dict[str, str] = {}
     for name in names:
-        require(reader.working_nbytes(files.path(name)))
         for tensor in reader.tensors(files.path(name)):
             if tensor in file_of:
                 raise CheckpointError(f"{files.name}: {tensor} is in both {file_of[tensor]} and {name}")
