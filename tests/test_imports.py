@@ -17,6 +17,7 @@ import tiered.errors
 RANKS: Final = {
     "errors": 0,
     "files": 0,
+    "proc": 0,
     "units": 0,
     "process": 1,
     "trace": 1,

@@ -129,7 +129,7 @@ def test_known_names_lead_to_the_hub(hub: FakeHub, tmp_path: Path, monkeypatch: 
     shapes = tmp_path / "configs" / "models"
     shapes.mkdir(parents=True)
     (shapes / "tiny.toml").write_text(f'name = "tiny"\nhub_id = "{REPO}"\n[config]\nmodel_type = "llama"\n')
-    monkeypatch.setattr("tiered.convert.resolve.config_dir", lambda: tmp_path / "configs")
+    monkeypatch.setattr("tiered.convert.open.config_dir", lambda: tmp_path / "configs")
     monkeypatch.chdir(tmp_path)
     assert convert_checkpoint("tiny").store == Path("tiny.tiered")
 

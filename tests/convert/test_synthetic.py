@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.convert.models import read_store, store_digest
 from tiered.arch import build_skeleton, load_config
 from tiered.convert import ConvertOptions, convert_checkpoint
-from tiered.convert.stand_in import EOS_ID
+from tiered.convert.synthetic import EOS_ID
 from tiered.errors import ConfigError
 from tiered.model import check_match
 from tiered.store import Store

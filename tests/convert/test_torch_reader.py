@@ -108,6 +108,17 @@ def test_a_legacy_file_must_fit_the_budget(tmp_path: Path) -> None:
     assert caught.value.smallest_bytes is not None and caught.value.smallest_bytes > 1 << 40
 
 
+@pytest.mark.parametrize("indexed", [True, False])
+def test_the_largest_of_several_legacy_files_is_named_at_once(indexed: bool, tmp_path: Path) -> None:
+    source = save_bin(tmp_path / "source", tiny_model("llama"), zipped=False, shards=2)
+    if not indexed:
+        (source / "pytorch_model.bin.index.json").unlink()
+    os.truncate(source / "pytorch_model-00002-of-00002.bin", 1 << 40)
+    with pytest.raises(BudgetError, match="to read the source") as caught:
+        convert_checkpoint(source, tmp_path / "out", ConvertOptions(ram_bytes=10 << 20))
+    assert caught.value.smallest_bytes is not None and caught.value.smallest_bytes > 1 << 40
+
+
 def test_a_budget_below_the_interpreter_is_refused(tmp_path: Path) -> None:
     source = save_bin(tmp_path / "source", tiny_model("llama"))
     with pytest.raises(BudgetError, match=r"pass at least --ram \d+MiB") as caught:

@@ -32,9 +32,9 @@ def write_block(
 ) -> FileInfo:
     """One block file of these tensors."""
     quantized, compressed = quantized or {}, compressed or {}
-    with BlockWriter(root / path, root, [*plain, *quantized, *compressed]) as writer:
-        packed = {name: compress(bytes_of(tensor), frame_nbytes) for name, tensor in compressed.items()}
-        writer.reserve_frames(sum(len(item.frames) for item in packed.values()))
+    packed = {name: compress(bytes_of(tensor), frame_nbytes) for name, tensor in compressed.items()}
+    frames = sum(len(item.frames) for item in packed.values())
+    with BlockWriter(root / path, root, [*plain, *quantized, *compressed], frames) as writer:
         for name, tensor in plain.items():
             writer.add(name, tensor.dtype, tensor.shape, [bytes_of(tensor)])
         for name, (scheme, codes) in quantized.items():

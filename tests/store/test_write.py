@@ -155,8 +155,7 @@ def test_the_header_has_room_for_long_names_and_many_frames(length: int, tmp_pat
     names = [f"{'n' * length}.{i}" for i in range(12)]
     # What the header says is as long as it gets; the frames themselves would take a large file.
     frames, frame_nbytes = [1 << 20] + [0] * 99, 1 << 20
-    with BlockWriter(tmp_path / "x.safetensors", tmp_path, names) as writer:
-        writer.reserve_frames(len(names) * len(frames))
+    with BlockWriter(tmp_path / "x.safetensors", tmp_path, names, len(names) * len(frames)) as writer:
         for name in names:
             payload = memoryview(bytes(frames[0]))
             writer.add_compressed(f"{name}.q", torch.uint8, (1 << 14, 6400), [payload], frames, frame_nbytes)

@@ -2,10 +2,9 @@
 
 from pathlib import Path
 
-from tiered.convert.convert import Conversion
-from tiered.convert.open import open_checkpoint, open_shape
-from tiered.convert.options import ConvertOptions, ConvertProgress, ConvertResult, ProgressFunction
-from tiered.convert.resolve import resolve_checkpoint, resolve_shape
+from tiered.convert.convert import Conversion, ConvertProgress, ConvertResult, ProgressFunction
+from tiered.convert.open import open_checkpoint, open_shape, resolve_checkpoint, resolve_shape
+from tiered.convert.recipe import ConvertOptions
 
 __all__ = ["ConvertOptions", "ConvertProgress", "ConvertResult", "ProgressFunction", "convert_checkpoint"]
 
@@ -27,7 +26,7 @@ def convert_checkpoint(
     if options.synthetic:
         shape = resolve_shape(source)
         conversion = Conversion(output or Path(f"{shape.name}.tiered"), options, progress)
-        return conversion.run(lambda ram: open_shape(shape, options, ram))
+        return conversion.run(lambda: open_shape(shape, options))
     place = resolve_checkpoint(source)
     conversion = Conversion(output or Path(f"{place.name}.tiered"), options, progress)
-    return conversion.run(lambda ram: open_checkpoint(place, options, conversion, ram))
+    return conversion.run(lambda: open_checkpoint(place, options, conversion))

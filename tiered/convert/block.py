@@ -28,10 +28,10 @@ def write_block(
     folder: Path, block: BlockRecipe, source: WeightSource, compression: Compression, advance: Advance
 ) -> FileInfo:
     """Write `block` from `source`, whose block is open, tensor by tensor in row panels."""
-    with BlockWriter(folder / block.path, folder, [tensor.name for tensor in block.tensors]) as writer:
-        candidates = {t.name for t in block.tensors if compression.mode != "none" and is_candidate(t, block.role)}
-        largest = (tensor_nbytes(source.dtype(t), t.shape) for t in block.tensors if t.name in candidates)
-        writer.reserve_frames(sum(-(-nbytes // FRAME_NBYTES) for nbytes in largest))
+    candidates = {t.name for t in block.tensors if compression.mode != "none" and is_candidate(t, block.role)}
+    largest = (tensor_nbytes(source.dtype(t), t.shape) for t in block.tensors if t.name in candidates)
+    frames = sum(-(-nbytes // FRAME_NBYTES) for nbytes in largest)
+    with BlockWriter(folder / block.path, folder, [tensor.name for tensor in block.tensors], frames) as writer:
         for tensor in block.tensors:
             rule = compression if tensor.name in candidates else None
             add = _add_plain if tensor.scheme is None else _add_packed

@@ -1,19 +1,21 @@
 """A Hugging Face checkpoint as a source of weights: names mapped, shapes checked, tensors read in row panels."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, Final, Literal
 
 import torch
 import xxhash
 
-from tiered.convert.index import WeightIndex
-from tiered.convert.names import NameMap
-from tiered.convert.quantized import PLAIN, already_quantized, method_of_type
+from tiered.convert.index import NameMap, Require, WeightIndex
+from tiered.convert.place import WeightFiles
+from tiered.convert.quantized import PLAIN, method_of_type, refuse_quantized
 from tiered.convert.recipe import BlockRecipe, TensorRecipe
-from tiered.convert.source import Packed, StoredTensor, WeightFiles, tensor_bytes
+from tiered.convert.source import Fetching, Packed, StoredTensor, tensor_bytes
 from tiered.convert.workers import Quantizers, one_torch_thread
 from tiered.errors import CheckpointError
 from tiered.files import read_whole
@@ -27,84 +29,53 @@ _GREATEST: Final = torch.finfo(torch.bfloat16).max
 class Checkpoint:
     """A `WeightSource` over the files of a checkpoint."""
 
-    synthetic = False
-
     def __init__(
         self,
         files: WeightFiles,
         index: WeightIndex,
         names: NameMap,
-        embed_name: str,
+        blocks: Sequence[BlockRecipe],
         claimed_dtype: torch.dtype,
         clip: Literal["mse", "minmax"],
+        require: Require,
     ) -> None:
-        self._files, self._index, self._names, self._clip = files, index, names, clip
-        self._embed_name, self._claimed_dtype = embed_name, claimed_dtype
+        """Of all `blocks` of the store. Raises CheckpointError where their tensors are not what the files at hand hold,
+        as far as that costs no reading, and what `require` raises for the memory that reading takes."""
+        self._files, self._index, self._names, self._blocks = files, index, names, blocks
+        self._claimed_dtype, self._clip, self._require = claimed_dtype, clip, require
+        self.warnings = names.warnings
         self._released: frozenset[str] = frozenset()
         self._following: dict[str, str] = {}
         """Checkpoint name -> the one that will be read next, in the open block."""
         self._begun: dict[str, Iterator[torch.Tensor]] = {}
         """Panels of the tensor that follows, whose first may already be on its way."""
         self._quantizers = Quantizers()
-        self._identity = {
+        self.identity: Mapping[str, Any] = {
             "kind": files.kind,
             "name": files.name,
             "revision": files.revision,
             "fingerprint": self._fingerprint(),
         }
-
-    @property
-    def identity(self) -> Mapping[str, Any]:
-        return self._identity
-
-    @property
-    def warnings(self) -> tuple[str, ...]:
-        return self._names.warnings
+        for block in blocks:
+            self._check(block)
+        require(self._working_nbytes())
 
     def extra_files(self) -> Mapping[str, Callable[[], bytes]]:
         return {name: partial(self._read_small, name) for name in COPIED if name in self._files.names}
 
-    def files_of(self, block: BlockRecipe) -> frozenset[str]:
-        return frozenset(self._index.file_of[name] for name in self._checkpoint_names(block))
+    def room_nbytes(self, blocks: Sequence[BlockRecipe]) -> Mapping[Path, int]:
+        return self._files.room_nbytes(self._files_of(blocks))
 
-    def check(self, block: BlockRecipe) -> None:
-        wrong: list[str] = []
-        for tensor in block.tensors:
-            names = self._names.sources[tensor.name]
-            shape, dtype = _part_shape(tensor.shape, len(names)), None
-            for name in names:
-                stored = self._stored(name)
-                if stored is None:
-                    continue
-                method = method_of_type(stored.dtype)
-                if method is not None:
-                    raise already_quantized(f"{self._files.name}: {name}", method)
-                dtype = dtype or stored.dtype
-                if stored.shape != shape:
-                    wrong.append(f"{name} is {list(stored.shape)}, expected {list(shape)}")
-                elif stored.dtype not in PLAIN:
-                    wrong.append(f"{name} holds {stored.dtype}, expected floating point")
-                elif stored.dtype != dtype:
-                    wrong.append(f"{name} holds {stored.dtype}, others of {tensor.name} {dtype}")
-        if wrong:
-            raise CheckpointError(
-                f"{self._files.name}: {len(wrong)} tensors of {block.name} are not what config.json describes: "
-                f"{'; '.join(wrong[:5])}{'; …' if len(wrong) > 5 else ''}"
-            )
-
-    def fetch(self, block: BlockRecipe) -> None:
-        for file in sorted(self.files_of(block)):
-            self._files.path(file)
-
-    def open_block(self, block: BlockRecipe) -> None:
-        for file in sorted(self.files_of(block)):
-            self._index.reader.tensors(self._files.path(file))
-        self.check(block)
-        if block.role == "embed" and self._names.duplicate_head is not None:
-            self._check_duplicate_head(self._names.duplicate_head)
-        self._begun.clear()
-        names = [name for tensor in block.tensors for name in self._names.sources[tensor.name]]
-        self._following = dict(pairwise(names))
+    @contextmanager
+    def opened(self, blocks: Sequence[BlockRecipe], fetching: Fetching) -> Iterator[Iterator[BlockRecipe]]:
+        try:
+            yield self._one_by_one(blocks, fetching)
+            # Only now: with the last files gone, a resumed conversion could not even list the tensors.
+            self._release(self._files_of(self._blocks))
+        finally:
+            self._begun.clear()
+            self._quantizers.close()
+            self._index.reader.close()
 
     def dtype(self, tensor: TensorRecipe) -> torch.dtype:
         stored = self._stored(self._names.sources[tensor.name][0])
@@ -138,25 +109,76 @@ class Checkpoint:
 
         return Packed(codes(), [tensor_bytes(scale)], [tensor_bytes(zero)])
 
-    def release(self, files: frozenset[str]) -> None:
+    def _one_by_one(self, blocks: Sequence[BlockRecipe], fetching: Fetching) -> Iterator[BlockRecipe]:
+        """The blocks in the order in which their files complete, so that as few files as possible are needed at once;
+        those that no block waits for any more are given back on the way."""
+        ours = self._files_of(self._blocks)
+        waiting = sorted(blocks, key=lambda block: max(self._files_of([block]), default=""))  # stable within a file
+        while waiting:
+            self._release(ours - self._files_of(waiting))
+            block = waiting[0]
+            files = sorted(self._files_of([block]))
+            if not all(self._files.is_here(file) for file in files):
+                fetching(block)
+                for file in files:
+                    self._files.path(file)
+                # A file whose format is only known now may have to be read whole.
+                self._require(self._working_nbytes())
+            self._open(block)
+            yield block
+            del waiting[0]
+
+    def _open(self, block: BlockRecipe) -> None:
+        """Check all of the block, whose files are here."""
+        for file in sorted(self._files_of([block])):
+            self._index.reader.tensors(self._files.path(file))
+        self._check(block)
+        if block.role == "embed" and self._names.duplicate_head is not None:
+            self._check_duplicate_head(self._names.duplicate_head, block.tensors[0].name)
+        self._begun.clear()
+        names = [name for tensor in block.tensors for name in self._names.sources[tensor.name]]
+        self._following = dict(pairwise(names))
+
+    def _check(self, block: BlockRecipe) -> None:
+        """Compare the block's tensors with what the files at hand say of them."""
+        wrong: list[str] = []
+        for tensor in block.tensors:
+            names = self._names.sources[tensor.name]
+            shape, dtype = _part_shape(tensor.shape, len(names)), None
+            for name in names:
+                stored = self._stored(name)
+                if stored is None:
+                    continue
+                refuse_quantized(f"{self._files.name}: {name}", method_of_type(stored.dtype))
+                dtype = dtype or stored.dtype
+                if stored.shape != shape:
+                    wrong.append(f"{name} is {list(stored.shape)}, expected {list(shape)}")
+                elif stored.dtype not in PLAIN:
+                    wrong.append(f"{name} holds {stored.dtype}, expected floating point")
+                elif stored.dtype != dtype:
+                    wrong.append(f"{name} holds {stored.dtype}, others of {tensor.name} {dtype}")
+        if wrong:
+            raise CheckpointError(
+                f"{self._files.name}: {len(wrong)} tensors of {block.name} are not what config.json describes: "
+                f"{'; '.join(wrong[:5])}{'; …' if len(wrong) > 5 else ''}"
+            )
+
+    def _release(self, files: frozenset[str]) -> None:
+        """No block needs these files any more."""
         if files - self._released:
             self._index.reader.close()  # an open file would go on taking its space
         for name in sorted(files - self._released):
             self._files.release(name)
         self._released |= files
 
-    def fetch_nbytes(self, blocks: Iterable[BlockRecipe]) -> tuple[int, ...]:
-        needed = frozenset().union(*(self.files_of(block) for block in blocks))
-        return tuple(self._files.nbytes(name) or 1 for name in sorted(needed) if not self._files.is_here(name))
-
-    def working_nbytes(self) -> int:
+    def _working_nbytes(self) -> int:
+        """Memory that reading the files at hand takes at most."""
         here = [self._files.path(name) for name in self._index.files if self._files.is_here(name)]
         return max((self._index.reader.working_nbytes(path) for path in here), default=0)
 
-    def close(self) -> None:
-        self._begun.clear()
-        self._quantizers.close()
-        self._index.reader.close()
+    def _files_of(self, blocks: Iterable[BlockRecipe]) -> frozenset[str]:
+        """The weight files that the blocks are read from."""
+        return frozenset(self._index.file_of[name] for block in blocks for name in self._checkpoint_names(block))
 
     def _checkpoint_names(self, block: BlockRecipe) -> list[str]:
         names = [name for tensor in block.tensors for name in self._names.sources[tensor.name]]
@@ -187,9 +209,9 @@ class Checkpoint:
     def _begin(self, name: str) -> Iterator[torch.Tensor]:
         return self._index.reader.panels(self._files.path(self._index.file_of[name]), name)
 
-    def _check_duplicate_head(self, head: str) -> None:
+    def _check_duplicate_head(self, head: str, embed: str) -> None:
         """A tied head that is also stored must be the embedding, or the model would be another than it says."""
-        (embedding,) = self._names.sources[self._embed_name]
+        (embedding,) = self._names.sources[embed]
         same = self._stored(head) == self._stored(embedding)
         if same:
             pairs = zip(self._panels([embedding]), self._panels([head]), strict=True)

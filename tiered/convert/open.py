@@ -1,70 +1,110 @@
-"""Opens what is to be converted: the source of its weights, and the plan of the store they make."""
+"""What the word after `tiered convert` means, opened: a source of weights, and the recipe of the store they make.
+
+In: a folder, a hub id, a known name, or a shape to fill with noise. Called by `tiered.convert.convert_checkpoint`.
+"""
+
+import re
+from pathlib import Path
+from typing import Final
 
 import torch
 
 from tiered.arch import build_skeleton, load_config
-from tiered.convert.budget import RamCheck
+from tiered.configs_path import config_dir
 from tiered.convert.checkpoint import Checkpoint
-from tiered.convert.folder import state_of
-from tiered.convert.hub import HubFiles, Ledger
-from tiered.convert.index import WeightIndex, find_weights
-from tiered.convert.local import LocalFiles
-from tiered.convert.names import map_names
-from tiered.convert.options import ConvertOptions
-from tiered.convert.plan import StorePlan, plan_store
-from tiered.convert.quantized import already_quantized, configured_method, method_of_float
-from tiered.convert.resolve import Folder, HubId, Shape
-from tiered.convert.source import WeightFiles, WeightSource
-from tiered.convert.synthetic import Synthetic, shape_config
+from tiered.convert.index import WeightIndex, find_weights, map_names
+from tiered.convert.place import Folder, HubId, Ledger, WeightFiles
+from tiered.convert.quantized import configured_method, method_of_float, refuse_quantized
+from tiered.convert.recipe import ConvertOptions, StoreRecipe, make_recipe
+from tiered.convert.room import RamCheck
+from tiered.convert.source import WeightSource
+from tiered.convert.synthetic import ShapeFile, Synthetic, shape_config
 from tiered.errors import CheckpointError, ConfigError
 from tiered.files import read_whole
 from tiered.store.beside import check_packages
 
+_HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
-def open_checkpoint(
-    place: Folder | HubId, options: ConvertOptions, ledger: Ledger, ram: RamCheck
-) -> tuple[WeightSource, StorePlan]:
+_OPT_175B: Final = (
+    "opt-175b: its weights are on no hub. Meta gives them out on request (facebookresearch/metaseq, projects/OPT), as "
+    "992 metaseq shards; reshard them and convert them to a Hugging Face folder (config.json, tokenizer files, "
+    "model*.safetensors or pytorch_model*.bin) with metaseq's and transformers' own scripts, then pass that folder: "
+    "'tiered convert PATH/TO/FOLDER'. For benchmarks at this size without the weights: "
+    "'tiered convert opt-175b --synthetic'"
+)
+
+
+def resolve_checkpoint(source: str | Path) -> Folder | HubId:
+    """Where the checkpoint called `source` is. A folder comes first, then a known name, then a hub id."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return Folder(path)
+    if path.exists():
+        raise ConfigError(f"{source}: a file; expected a Hugging Face model folder, a hub id or a known name")
+    text = str(source)
+    known = _known(text)
+    if known is not None:
+        shape = ShapeFile.read(known)
+        if text == "opt-175b":
+            raise ConfigError(_OPT_175B)
+        if shape.hub_id is None:
+            raise ConfigError(f"{text}: a shape without published weights; pass --synthetic for random ones")
+        return HubId(shape.hub_id)
+    if isinstance(source, str) and _HUB_ID.fullmatch(text):
+        return HubId(text)
+    raise ConfigError(f"{text}: no such folder, no hub id (owner/name) and no known name; known are {_known_names()}")
+
+
+def resolve_shape(source: str | Path) -> ShapeFile:
+    """The shape called `source`, or in the toml file `source`."""
+    path = Path(source).expanduser()
+    if path.suffix == ".toml" and path.is_file():
+        return ShapeFile.read(path)
+    known = _known(str(source))
+    if known is not None:
+        return ShapeFile.read(known)
+    raise ConfigError(f"{source}: --synthetic expects a known shape or a toml file of one; known are {_known_names()}")
+
+
+def open_checkpoint(place: Folder | HubId, options: ConvertOptions, ledger: Ledger) -> tuple[WeightSource, StoreRecipe]:
     """The checkpoint at `place`; downloads of weights are entered in `ledger` before they begin.
 
-    A weight file that has to be read whole to know what is in it is only read within `ram`.
+    Raises BudgetError where reading it takes more than `options.ram_bytes`, before it is read: that includes a weight
+    file that has to be read whole to know what is in it.
     """
-    if isinstance(place, Folder):
-        if state_of(place.path) in ("finished", "unfinished"):
-            raise ConfigError(f"{place.path}: a tiered store; pass the checkpoint to convert")
-        if options.revision is not None or options.delete_downloads:
-            raise ConfigError(f"{place.path}: a local folder; --revision and --delete-downloads are for hub ids")
-        files: WeightFiles = LocalFiles(place.path)
-        if "config.json" in files.names:
-            files.path("config.json")  # which looks at what it is
-        config = load_config(place.path)
-    else:
-        files = HubFiles(place.repo_id, options.revision, ledger, delete=options.delete_downloads)
-        config = load_config(files.path("config.json").parent)
+    files = place.open(options, ledger)
+    config = load_config(files.config_folder())
     check_packages(files.name, files.names, lambda name: read_whole(files.path(name), CheckpointError))
     _refuse_adapter(files)
-    _refuse_quantized(files.name, configured_method(config))
+    refuse_quantized(files.name, configured_method(config))
     claimed = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     skeleton = build_skeleton(config)
-    plan = plan_store(skeleton, options)
-    ram.begin(plan.files)
+    recipe = make_recipe(skeleton, options)
+    ram = RamCheck(options, recipe.files)
     index = find_weights(files, getattr(config, "transformers_weights", None), ram.require)
-    _refuse_quantized(files.name, _method_of_types(files, index))
+    refuse_quantized(files.name, _method_of_types(files, index))
     names = map_names(skeleton, index.file_of)
-    checkpoint = Checkpoint(files, index, names, skeleton.embed_name, claimed, options.clip)
-    return checkpoint, plan
+    return Checkpoint(files, index, names, recipe.files, claimed, options.clip, ram.require), recipe
 
 
-def open_shape(shape: Shape, options: ConvertOptions, ram: RamCheck) -> tuple[WeightSource, StorePlan]:
-    """Random weights of `shape`."""
+def open_shape(shape: ShapeFile, options: ConvertOptions) -> tuple[WeightSource, StoreRecipe]:
+    """Random weights of `shape`; raises BudgetError where making them takes more than `options.ram_bytes`."""
     skeleton = build_skeleton(shape_config(shape))
-    plan = plan_store(skeleton, options)
-    ram.begin(plan.files)
-    return Synthetic(shape, skeleton, options), plan
+    recipe = make_recipe(skeleton, options)
+    ram = RamCheck(options, recipe.files)
+    source = Synthetic(shape, skeleton, options)
+    ram.require(source.working_nbytes)
+    return source, recipe
 
 
-def _refuse_quantized(name: str, method: str | None) -> None:
-    if method is not None:
-        raise already_quantized(name, method)
+def _known(name: str) -> Path | None:
+    """The file of the shape in configs/models called `name`; None where there is none."""
+    path = config_dir() / "models" / f"{name}.toml"
+    return path if "/" not in name and path.is_file() else None
+
+
+def _known_names() -> str:
+    return ", ".join(sorted(path.stem for path in (config_dir() / "models").glob("*.toml")))
 
 
 def _method_of_types(files: WeightFiles, index: WeightIndex) -> str | None:

@@ -42,11 +42,12 @@ _CACHE_SCALES: Final = re.compile(r"[._](q|k|v|kv|prob)_scale$")
 _SHOWN: Final = 3
 
 
-def already_quantized(name: str, method: str) -> CheckpointError:
-    """The error for a checkpoint called `name`."""
-    return CheckpointError(
-        f"{name}: its weights are already quantized ({method}); pass the original checkpoint, of 16 or 32 bits"
-    )
+def refuse_quantized(name: str, method: str | None) -> None:
+    """Raise CheckpointError unless `method` is None: a checkpoint called `name` has its weights quantized so."""
+    if method is not None:
+        raise CheckpointError(
+            f"{name}: its weights are already quantized ({method}); pass the original checkpoint, of 16 or 32 bits"
+        )
 
 
 def configured_method(config: PretrainedConfig) -> str | None:
@@ -77,7 +78,7 @@ def refuse_left_over(left: Sequence[str], weights: Collection[str], where: str =
     for pattern, method in _NAMES:
         found = [name for name in left if pattern.search(name)]
         if found:
-            raise already_quantized(where, f"{method}: it has {_some(found)}")
+            refuse_quantized(where, f"{method}: it has {_some(found)}")
     found = list(_parts(left, set(weights)))
     if found:
         raise CheckpointError(

@@ -1,23 +1,82 @@
-"""The recipe of a store: which tensors each block file holds and in which form. Decided before anything is read.
+"""What a conversion is asked to do, and the recipe that follows: which tensors each block file holds, in which form.
 
-In: the skeleton's blocks and the options. Out: one `BlockRecipe` for each block file, with its exact size in bytes
-but for what zstd saves. Pure.
+In: `ConvertOptions` and the skeleton of the model. Out: a `StoreRecipe` with one `BlockRecipe` for each block file,
+whose size in bytes is exact but for what zstd saves, and the manifest that will list them. Pure, and decided before
+any weight is read.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Final
+from typing import Any, Final, Literal
 
 import torch
 
-from tiered.arch import BlockTensors, ParameterInfo
-from tiered.convert.options import ConvertOptions
+from tiered.arch import BlockTensors, ParameterInfo, Skeleton
+from tiered.errors import ConfigError
 from tiered.quant import GroupScheme, folded
-from tiered.store.format import ALIGNMENT, tensor_nbytes
+from tiered.store import BlockInfo, FileInfo, Manifest
+from tiered.store.format import ALIGNMENT, header_room_nbytes, tensor_nbytes
 from tiered.units import PAGE, round_up
 
 BLOCK_FOLDER: Final = "blocks"
+_QUANTS: Final = ("int4", "int8", "none")
+_COMPRESSIONS: Final = ("auto", "zstd", "none")
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """Everything `tiered convert` can be told, besides what to convert and where to."""
+
+    quant: str = "int4"  # of the layers' linear weights: int4, int8 or none
+    group_size: int = 64  # weights along `in` that share a scale and a zero
+    clip: Literal["mse", "minmax"] = "mse"  # how int4 chooses each group's range
+    compress: str = "auto"  # auto (only where the disk is slow enough), zstd (wherever it shrinks) or none
+    ram_bytes: int | None = None  # peak RSS of the whole process; None does not check
+    force: bool = False  # replace what an earlier conversion left in the output folder
+    revision: str | None = None  # of a hub repository: branch, tag or commit
+    delete_downloads: bool = False  # remove each file this conversion downloaded once it is converted
+    synthetic: bool = False  # random weights of a known shape, no checkpoint
+    distinct_blocks: int | None = None  # layer files of a synthetic store, repeated; None: one for each layer
+    seed: int = 0  # of synthetic weights
+
+    def __post_init__(self) -> None:
+        if self.quant not in _QUANTS:
+            raise ConfigError(f"quantization {self.quant!r}: expected one of {', '.join(_QUANTS)}")
+        if self.compress not in _COMPRESSIONS:
+            raise ConfigError(f"compression {self.compress!r}: expected one of {', '.join(_COMPRESSIONS)}")
+        GroupScheme(8, self.group_size)  # raises for a group size there is no layout for
+        if self.clip not in ("mse", "minmax"):
+            raise ConfigError(f"clip {self.clip!r}: expected mse or minmax")
+        if not self.synthetic and self.distinct_blocks is not None:
+            raise ConfigError("--distinct-blocks repeats random layers; it needs --synthetic")
+        if self.synthetic and (self.delete_downloads or self.revision is not None):
+            raise ConfigError("--synthetic reads no checkpoint; drop --revision and --delete-downloads")
+        if self.synthetic and self.compress == "zstd":
+            raise ConfigError("--synthetic writes raw blocks at disk speed; drop --compress zstd")
+        if self.distinct_blocks is not None and self.distinct_blocks < 1:
+            raise ConfigError(f"--distinct-blocks {self.distinct_blocks}: expected at least 1")
+
+    @property
+    def layer_scheme(self) -> GroupScheme | None:
+        """Of the layers' linear weights; None keeps the checkpoint's precision."""
+        return None if self.quant == "none" else GroupScheme(int(self.quant[3:]), self.group_size)
+
+    @property
+    def embed_scheme(self) -> GroupScheme | None:
+        """Of token embedding and head: 8 bits even where layers have 4, because every token passes them."""
+        return None if self.quant == "none" else GroupScheme(8, self.group_size)
+
+    def settings(self) -> dict[str, Any]:
+        """The options that decide what the store's bytes are: a resumed conversion must repeat them."""
+        return {
+            "quant": self.quant,
+            "group_size": self.group_size,
+            "clip": self.clip,
+            "compress": "none" if self.synthetic else self.compress,
+            "distinct_blocks": self.distinct_blocks,
+            "seed": self.seed if self.synthetic else None,
+        }
 
 
 @dataclass(frozen=True)
@@ -65,39 +124,133 @@ class BlockRecipe:
 
     def nbytes(self, dtype_of: Callable[[TensorRecipe], torch.dtype]) -> int:
         """About the size of the block file: data exactly, the header's room from above."""
-        header = 4096 + sum(4 * len(tensor.name.encode()) + 700 for tensor in self.tensors)
-        return round_up(header, PAGE) + round_up(sum(t.nbytes(dtype_of(t)) for t in self.tensors), PAGE)
+        data = sum(tensor.nbytes(dtype_of(tensor)) for tensor in self.tensors)
+        return header_room_nbytes(tensor.name for tensor in self.tensors) + round_up(data, PAGE)
 
 
-def block_recipes(blocks: Iterable[BlockTensors], options: ConvertOptions) -> tuple[BlockRecipe, ...]:
-    """The recipe of every block that holds anything: a family may have no `outer` tensors."""
-    return tuple(
-        BlockRecipe(
-            block.name, block.role, block.prefix, tuple(_tensor(p, block.role, options) for p in block.parameters)
+@dataclass(frozen=True)
+class BlockEntry:
+    """An entry of the manifest. Repeated layers and tied heads name a file that another entry names too."""
+
+    name: str
+    role: str
+    path: str
+    prefix: str
+
+
+@dataclass(frozen=True)
+class StoreRecipe:
+    """What a store will hold, decided from shapes and options alone."""
+
+    files: tuple[BlockRecipe, ...]
+    blocks: tuple[BlockEntry, ...]
+    tied: bool
+    architecture: Mapping[str, Any]
+    quantization: Mapping[str, Any]
+    unquantized: tuple[str, ...]
+    synthetic: bool
+    distinct_blocks: int | None
+
+    @property
+    def weights(self) -> int:
+        """Numbers that the block files stand for."""
+        return sum(tensor.numel for block in self.files for tensor in block.tensors)
+
+    def manifest(self, files: Mapping[str, FileInfo], source: Mapping[str, Any], compress: str) -> Manifest:
+        """The manifest once every file of the recipe has been written."""
+        return Manifest(
+            source=source,
+            architecture=self.architecture,
+            quantization={**self.quantization, "compress": compress},
+            files=tuple(files[block.path] for block in self.files),
+            blocks=tuple(BlockInfo(b.name, b.role, files[b.path], b.prefix) for b in self.blocks),
+            tape=tuple(block.name for block in self.blocks if block.role in ("layer", "head")),
+            tied=self.tied,
+            synthetic=self.synthetic,
+            distinct_blocks=self.distinct_blocks,
         )
-        for block in blocks
-        if block.parameters
+
+
+def make_recipe(skeleton: Skeleton, options: ConvertOptions) -> StoreRecipe:
+    """The recipe of a store of `skeleton`'s model; raises ConfigError where its layers cannot be repeated as asked."""
+    blocks = list(skeleton.blocks())
+    layers = [block for block in blocks if block.role == "layer"]
+    distinct = options.distinct_blocks
+    if distinct is not None:
+        _check_repeatable(layers, distinct)
+        blocks = [block for block in blocks if block.role != "layer" or block in layers[:distinct]]
+    files = tuple(_recipe(block, options) for block in blocks if block.parameters)  # a family may have no `outer` ones
+    layer_scheme, embed_scheme = options.layer_scheme, options.embed_scheme
+    unquantized = () if layer_scheme is None else tuple(_unquantized(blocks, files))
+    quantization = {
+        "layers": None if layer_scheme is None else layer_scheme.name,
+        "embed": None if embed_scheme is None else embed_scheme.name,
+        "head": None if embed_scheme is None else embed_scheme.name,
+        "clip": options.clip if layer_scheme is not None and layer_scheme.bits == 4 else None,
+        "unquantized": list(unquantized),
+    }
+    architecture = {
+        "model_type": skeleton.config.model_type,
+        "layers": len(layers),
+        "embed": skeleton.embed_name,
+        "head": skeleton.head_name,
+    }
+    return StoreRecipe(
+        files,
+        _entries(files, layers, skeleton.tied),
+        skeleton.tied,
+        architecture,
+        quantization,
+        unquantized,
+        options.synthetic,
+        distinct if distinct is not None and distinct < len(layers) else None,
     )
 
 
-def unquantized(recipes: Iterable[BlockRecipe], linear: Iterable[str]) -> tuple[str, ...]:
-    """The weights named in `linear` that stay in the source's precision."""
-    plain = {tensor.name for block in recipes for tensor in block.tensors if tensor.scheme is None}
-    return tuple(name for name in linear if name in plain)
-
-
-def quantizable(block: BlockTensors) -> tuple[str, ...]:
-    """The tensors of `block` that a scheme is meant for."""
-    return tuple(parameter.name for parameter in block.parameters if _is_quantizable(parameter, block.role))
-
-
-def _tensor(parameter: ParameterInfo, role: str, options: ConvertOptions) -> TensorRecipe:
-    scheme = options.layer_scheme if role == "layer" else options.embed_scheme
-    if scheme is not None and not (_is_quantizable(parameter, role) and scheme.accepts(*folded(parameter.shape))):
-        scheme = None
-    return TensorRecipe(parameter.name, parameter.shape, scheme)
+def _recipe(block: BlockTensors, options: ConvertOptions) -> BlockRecipe:
+    scheme = options.layer_scheme if block.role == "layer" else options.embed_scheme
+    tensors = []
+    for parameter in block.parameters:
+        fits = scheme is not None and scheme.accepts(*folded(parameter.shape))
+        used = scheme if fits and _is_quantizable(parameter, block.role) else None
+        tensors.append(TensorRecipe(parameter.name, parameter.shape, used))
+    return BlockRecipe(block.name, block.role, block.prefix, tuple(tensors))
 
 
 def _is_quantizable(parameter: ParameterInfo, role: str) -> bool:
     """Embedding, head and the layers' linear weights; what is outside them stays resident and small."""
     return role == "embed" or (role in ("layer", "head") and parameter.is_linear)
+
+
+def _unquantized(blocks: Iterable[BlockTensors], files: Iterable[BlockRecipe]) -> Iterator[str]:
+    """The weights that a scheme is meant for and that stay in the source's precision, as their shape does not fit."""
+    plain = {tensor.name for file in files for tensor in file.tensors if tensor.scheme is None}
+    for block in blocks:
+        for parameter in block.parameters:
+            if parameter.name in plain and _is_quantizable(parameter, block.role):
+                yield parameter.name
+
+
+def _entries(files: tuple[BlockRecipe, ...], layers: list[BlockTensors], tied: bool) -> tuple[BlockEntry, ...]:
+    """embed, outer, every layer in order, head."""
+    by_role: dict[str, list[BlockRecipe]] = {}
+    for file in files:
+        by_role.setdefault(file.role, []).append(file)
+    (embed,) = by_role["embed"]
+    stored = by_role["layer"]
+    entries = [BlockEntry(b.name, b.role, b.path, b.prefix) for b in (embed, *by_role.get("outer", []))]
+    for index, layer in enumerate(layers):
+        file = stored[index % len(stored)]
+        entries.append(BlockEntry(layer.name, "layer", file.path, file.prefix))
+    head = embed if tied else by_role["head"][0]
+    return (*entries, BlockEntry("head", "head", head.path, head.prefix))
+
+
+def _check_repeatable(layers: list[BlockTensors], distinct: int) -> None:
+    shapes = [[(p.name.removeprefix(b.prefix), p.shape) for p in b.parameters] for b in layers]
+    for index, layer in enumerate(layers):
+        if shapes[index] != shapes[index % distinct]:
+            raise ConfigError(
+                f"--distinct-blocks {distinct}: {layer.name} has other tensors than {layers[index % distinct].name}, "
+                "which it would repeat; choose another number"
+            )

@@ -1,6 +1,11 @@
-"""What the block writer needs of a source of weights: a checkpoint's files, or random numbers."""
+"""What a conversion needs of a source of weights, and a checkpoint of the reader of a file format.
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+A `WeightSource` is a checkpoint (`checkpoint.py`) or random numbers (`synthetic.py`); a `WeightReader` knows one file
+format (`safetensors_reader.py`, `torch_reader.py`) and stands in the table of `index.py`.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,85 +25,41 @@ class Packed:
     zero: Iterable[memoryview]
 
 
+Fetching = Callable[[BlockRecipe], None]
+"""Told of a block before its files are fetched from elsewhere, which takes a while."""
+
+
 class WeightSource(Protocol):
-    """Where the weights of one conversion come from."""
+    """Where the weights of one conversion come from. What it reads them from is its own affair."""
 
     @property
     def identity(self) -> Mapping[str, Any]:
         """kind, name, revision and fingerprint: goes into the manifest, and must match when resuming."""
 
     @property
-    def synthetic(self) -> bool:
-        """Whether the weights are random."""
-
-    @property
-    def warnings(self) -> tuple[str, ...]: ...
+    def warnings(self) -> tuple[str, ...]:
+        """What the user should know of the weights."""
 
     def extra_files(self) -> Mapping[str, Callable[[], bytes]]:
         """What lies beside the blocks (configuration, tokenizer), by file name."""
 
-    def files_of(self, block: BlockRecipe) -> frozenset[str]:
-        """The weight files a block is read from."""
+    def room_nbytes(self, blocks: Sequence[BlockRecipe]) -> Mapping[Path, int]:
+        """Bytes of disk that fetching what these blocks are made of takes, by folder."""
 
-    def check(self, block: BlockRecipe) -> None:
-        """Compare the block's tensors with what the files at hand say of them, as far as that costs no reading."""
-
-    def fetch(self, block: BlockRecipe) -> None:
-        """Bring the files of the block here; from then on `working_nbytes` counts them."""
-
-    def fetch_nbytes(self, blocks: Iterable[BlockRecipe]) -> tuple[int, ...]:
-        """Sizes of the files that these blocks need and that are not here yet."""
-
-    def open_block(self, block: BlockRecipe) -> None:
-        """Check all of the block, whose files are here; called before any of its tensors is read."""
+    def opened(
+        self, blocks: Sequence[BlockRecipe], fetching: Fetching
+    ) -> AbstractContextManager[Iterable[BlockRecipe]]:
+        """The blocks that are still to be converted, in the order that suits the source. Each can be read until the
+        next is asked for. Leaving without an error says that the store is whole: what was fetched for it may go."""
 
     def dtype(self, tensor: TensorRecipe) -> torch.dtype:
-        """Of the tensor in the source; until its block is open this may be a guess."""
+        """Of the tensor in the source; until its block can be read this may be a guess."""
 
     def plain(self, tensor: TensorRecipe) -> Iterator[memoryview]:
         """The bytes of an unquantized tensor. A chunk is valid until the next one is asked for."""
 
     def packed(self, tensor: TensorRecipe) -> Packed:
         """The three parts of a quantized tensor. A chunk is valid until the next one is asked for."""
-
-    def release(self, files: frozenset[str]) -> None:
-        """No block needs these files any more."""
-
-    def working_nbytes(self) -> int:
-        """Memory the source itself takes while it is read, at most."""
-
-    def close(self) -> None: ...
-
-
-class WeightFiles(Protocol):
-    """The files of one checkpoint: in a folder, or on the hub."""
-
-    @property
-    def kind(self) -> str: ...
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def revision(self) -> str | None: ...
-
-    @property
-    def names(self) -> frozenset[str]: ...
-
-    def nbytes(self, name: str) -> int | None:
-        """Size of a file; None where that is not known before it is here."""
-
-    def is_here(self, name: str) -> bool:
-        """Whether `path` returns at once."""
-
-    def path(self, name: str) -> Path:
-        """Where the file is, after fetching it where needed."""
-
-    def release(self, name: str) -> None:
-        """The conversion needs this file no more."""
-
-    def fingerprint(self, names: Iterable[str]) -> str:
-        """Of the named files' contents, cheaply; the same wherever and whenever they were put."""
 
 
 @dataclass(frozen=True)

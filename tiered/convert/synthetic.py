@@ -1,28 +1,31 @@
 """Random weights of a known shape as a source: written packed, at disk speed, with no checkpoint at all.
 
 Scaled so that a hidden state keeps its size at every depth: weights of standard deviation 1/sqrt(in), and what is
-added to the residual stream smaller by sqrt(2 * layers).
+added to the residual stream smaller by sqrt(2 * layers). A tokenizer of one token for each byte stands in for the
+model's own, so that any prompt passes through.
 """
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import tomllib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from math import sqrt
-from typing import Any, Final
+from pathlib import Path
+from typing import Any, Final, Self
 
 import torch
 import xxhash
 from transformers import GenerationConfig, PretrainedConfig
 
 from tiered.arch import Skeleton, text_config
-from tiered.convert.options import ConvertOptions
-from tiered.convert.recipe import BlockRecipe, TensorRecipe
-from tiered.convert.resolve import Shape
-from tiered.convert.source import Packed
-from tiered.convert.stand_in import BOS_ID, EOS_ID, LEAST_VOCAB, PAD_ID, tokenizer_files
+from tiered.convert.recipe import BlockRecipe, ConvertOptions, TensorRecipe
+from tiered.convert.source import Fetching, Packed
 from tiered.convert.workers import one_torch_thread
-from tiered.errors import ConfigError, shortened
+from tiered.errors import ConfigError, CorruptError, shortened
+from tiered.files import MOST_JSON_NBYTES, read_whole
 from tiered.quant import GroupScheme, SyntheticPool
 from tiered.units import MIB
 
@@ -30,11 +33,35 @@ _DTYPE: Final = torch.bfloat16
 _SMALL_STD: Final = 0.02
 _POOL_NBYTES: Final = 32 * MIB
 _LEAST_POOL_NBYTES: Final = 1 * MIB
+BYTE_TOKENS: Final = 256
+BOS_ID: Final = 256
+EOS_ID: Final = 257
+PAD_ID: Final = 258
+_LEAST_VOCAB: Final = 259
+_SPECIAL: Final = {"bos_token": ("<s>", BOS_ID), "eos_token": ("</s>", EOS_ID), "pad_token": ("<pad>", PAD_ID)}
 _VERSION: Final = 1  # of how weights are drawn; part of the fingerprint
 _WRITES_TO_RESIDUAL: Final = re.compile(r"\.(o_proj|out_proj|down_proj|fc2|c_proj|dense|dense_4h_to_h)(\.weight)?$")
 
 
-def shape_config(shape: Shape) -> PretrainedConfig:
+@dataclass(frozen=True)
+class ShapeFile:
+    """The shape of a model, as a toml file has it."""
+
+    name: str
+    config: dict[str, Any]
+    hub_id: str | None
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """The shape in the toml file `path`; raises ConfigError."""
+        try:
+            value = tomllib.loads(read_whole(path, CorruptError, MOST_JSON_NBYTES).decode("utf-8"))
+            return cls(str(value.get("name", path.stem)), dict(value["config"]), value.get("hub_id"))
+        except (CorruptError, KeyError, TypeError, ValueError, RecursionError) as error:
+            raise ConfigError(f"{path}: expected a toml file with a table [config] ({error!r})") from None
+
+
+def shape_config(shape: ShapeFile) -> PretrainedConfig:
     """The configuration of `shape` with the stand-in tokenizer's special tokens; raises ConfigError."""
     try:
         config = text_config(shape.config)
@@ -45,9 +72,9 @@ def shape_config(shape: Shape) -> PretrainedConfig:
         raise ConfigError(
             f"{shape.name}: transformers cannot make a configuration of [config]: {shortened(error)}"
         ) from None
-    if config.vocab_size < LEAST_VOCAB:
+    if config.vocab_size < _LEAST_VOCAB:
         raise ConfigError(
-            f"{shape.name}: vocab_size {config.vocab_size}; the byte-level stand-in tokenizer needs {LEAST_VOCAB}"
+            f"{shape.name}: vocab_size {config.vocab_size}; the byte-level stand-in tokenizer needs {_LEAST_VOCAB}"
         )
     config.bos_token_id, config.eos_token_id, config.pad_token_id = BOS_ID, EOS_ID, PAD_ID
     return config
@@ -56,10 +83,9 @@ def shape_config(shape: Shape) -> PretrainedConfig:
 class Synthetic:
     """A `WeightSource` that draws instead of reading."""
 
-    synthetic = True
     warnings: tuple[str, ...] = ()
 
-    def __init__(self, shape: Shape, skeleton: Skeleton, options: ConvertOptions) -> None:
+    def __init__(self, shape: ShapeFile, skeleton: Skeleton, options: ConvertOptions) -> None:
         config = skeleton.config
         config.dtype = _DTYPE  # building the skeleton has put its own there
         config.architectures = [type(skeleton.model).__name__]
@@ -71,7 +97,7 @@ class Synthetic:
         self._seed = options.seed
         self._files = _model_files(config)
         fingerprint = xxhash.xxh3_128(json.dumps([_VERSION, self._seed]).encode() + self._files["config.json"])
-        self._identity = {
+        self.identity: Mapping[str, Any] = {
             "kind": "synthetic",
             "name": shape.name,
             "revision": None,
@@ -79,26 +105,20 @@ class Synthetic:
         }
 
     @property
-    def identity(self) -> Mapping[str, Any]:
-        return self._identity
+    def working_nbytes(self) -> int:
+        """Memory that drawing takes: two pools at most, int4 and int8, each with as many bytes of plain values, scales
+        and zeros, and what is made of them when they are drawn."""
+        return 5 * self._pool_nbytes
 
     def extra_files(self) -> Mapping[str, Callable[[], bytes]]:
         return {name: partial(bytes, content) for name, content in self._files.items()}
 
-    def files_of(self, block: BlockRecipe) -> frozenset[str]:
-        return frozenset()
+    def room_nbytes(self, blocks: Sequence[BlockRecipe]) -> Mapping[Path, int]:
+        return {}
 
-    def check(self, block: BlockRecipe) -> None:
-        """What is drawn has the shape it should have."""
-
-    def fetch(self, block: BlockRecipe) -> None:
-        """Nothing to fetch."""
-
-    def fetch_nbytes(self, blocks: Iterable[BlockRecipe]) -> tuple[int, ...]:
-        return ()
-
-    def open_block(self, block: BlockRecipe) -> None:
-        """Nothing to open."""
+    @contextmanager
+    def opened(self, blocks: Sequence[BlockRecipe], fetching: Fetching) -> Iterator[Sequence[BlockRecipe]]:
+        yield blocks
 
     def dtype(self, tensor: TensorRecipe) -> torch.dtype:
         return _DTYPE
@@ -118,17 +138,6 @@ class Synthetic:
             pool.scale_chunks(out, in_, tensor.name, std),
             pool.zero_chunks(out, in_, tensor.name),
         )
-
-    def release(self, files: frozenset[str]) -> None:
-        """Nothing to release."""
-
-    def working_nbytes(self) -> int:
-        # Two pools at most, int4 and int8, each with as many bytes of plain values, scales and zeros, and what is made
-        # of them when they are drawn.
-        return 5 * self._pool_nbytes
-
-    def close(self) -> None:
-        self._pools.clear()
 
     def _distribution(self, tensor: TensorRecipe) -> tuple[float, float]:
         """(mean, standard deviation) of a tensor's values."""
@@ -153,3 +162,34 @@ def _model_files(config: PretrainedConfig) -> dict[str, bytes]:
         "generation_config.json": generation.to_json_string(ignore_metadata=True).encode(),
         **tokenizer_files(int(getattr(config, "max_position_embeddings", None) or 2048)),
     }
+
+
+def tokenizer_files(max_length: int) -> dict[str, bytes]:
+    """tokenizer.json and tokenizer_config.json, as transformers loads them. Token i < 256 is byte i."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    vocab = {char: byte for byte, char in enumerate(_byte_characters())}
+    vocab |= {text: index for text, index in _SPECIAL.values()}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text, _ in _SPECIAL.values()])
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_length}
+    config |= {key: text for key, (text, _) in _SPECIAL.items()}
+    return {
+        "tokenizer.json": (tokenizer.to_str(pretty=True) + "\n").encode(),
+        "tokenizer_config.json": (json.dumps(config, indent=1) + "\n").encode(),
+    }
+
+
+def _byte_characters() -> list[str]:
+    """The printable character that byte-level tokenizers write for each byte: itself, or one from 256 on."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    characters, substitutes = [], 0
+    for byte in range(BYTE_TOKENS):
+        if byte in printable:
+            characters.append(chr(byte))
+        else:
+            characters.append(chr(256 + substitutes))
+            substitutes += 1
+    return characters

@@ -1,13 +1,6 @@
 """Decisions as pure functions of numbers: batch size, KV cache, rows, what is resident, whether a run fits."""
 
-from tiered.plan.budget import (
-    available_budget,
-    cpu_count,
-    memory_limits,
-    pin_malloc,
-    process_peak_rss_bytes,
-    process_rss_bytes,
-)
+from tiered.plan.budget import available_budget, cpu_count, memory_limits, pin_malloc
 from tiered.plan.inputs import (
     MAX_BATCHED_TOKENS,
     Budgets,
@@ -23,6 +16,7 @@ from tiered.plan.kv import Bits, CachePlan, KVShape, LayerGroup, layer_groups
 from tiered.plan.make import Rate, make_plan, rates_wanted
 from tiered.plan.placement import Placement, interleave, place
 from tiered.plan.plan import Needs, Plan, fit_blocks
+from tiered.proc import process_peak_rss_bytes, process_rss_bytes
 
 __all__ = [
     "MAX_BATCHED_TOKENS",

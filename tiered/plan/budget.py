@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from tiered.proc import keyed_kib
 from tiered.units import MIB
 
 DEFAULT_SHARE: Final = 0.9
@@ -32,16 +33,6 @@ class Limit:
     """Bytes this process may use in all, by this limit."""
 
 
-def process_rss_bytes() -> int:
-    """VmRSS of this process."""
-    return _status_kib("VmRSS") * 1024
-
-
-def process_peak_rss_bytes() -> int:
-    """VmHWM of this process: its largest resident size so far, as the kernel saw it."""
-    return _status_kib("VmHWM") * 1024
-
-
 def available_budget(share: float = DEFAULT_SHARE) -> int:
     """The default budget in bytes."""
     return int(min(limit.available for limit in memory_limits()) * share)
@@ -49,28 +40,13 @@ def available_budget(share: float = DEFAULT_SHARE) -> int:
 
 def memory_limits(proc: Path = Path("/proc"), cgroup_mount: Path = Path("/sys/fs/cgroup")) -> list[Limit]:
     """Everything that bounds this process's memory, with what it leaves; the least one counts."""
-    own = (_status_kib("RssAnon", proc) + _status_kib("RssShmem", proc)) * 1024
-    limits = [Limit("MemAvailable", _meminfo_kib("MemAvailable", proc) * 1024 + own)]
+    own = sum(keyed_kib(proc / "self/status", key) for key in ("RssAnon", "RssShmem")) * 1024
+    limits = [Limit("MemAvailable", keyed_kib(proc / "meminfo", "MemAvailable") * 1024 + own)]
     for folder in _cgroup_folders(proc, cgroup_mount):
         found = _cgroup_available(folder)
         if found is not None:
             limits.append(Limit(str(folder), found + own))
     return limits
-
-
-def _status_kib(key: str, proc: Path = Path("/proc")) -> int:
-    return _keyed_kib(proc / "self/status", key)
-
-
-def _meminfo_kib(key: str, proc: Path) -> int:
-    return _keyed_kib(proc / "meminfo", key)
-
-
-def _keyed_kib(path: Path, key: str) -> int:
-    for line in path.read_text().splitlines():
-        if line.startswith(key + ":"):
-            return int(line.split()[1])
-    raise KeyError(f"{path} has no {key}")
 
 
 def _cgroup_folders(proc: Path, mount: Path) -> Iterator[Path]:

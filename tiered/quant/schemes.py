@@ -1,6 +1,6 @@
 """How a quantized weight is laid out: its bits, its groups, and the shapes and bytes that follow.
 
-A scheme is what the manifest records, the converter obeys and a kernel is chosen by. It holds no data.
+A scheme is what a store records by its name, the converter obeys and a kernel is chosen by. It holds no data.
 
     w[o, i] = scale[o, i // group_size] * (q[o, i] - zero[o, i // group_size])
 
@@ -9,7 +9,7 @@ at 4 bits two per byte, [out, in / 2], in the order that `pack.py` describes.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Final, Self
@@ -61,20 +61,9 @@ class GroupScheme:
         bits, group_size = match.groups()
         return cls(int(bits), DEFAULT_GROUP_SIZE if group_size is None else int(group_size))
 
-    @classmethod
-    def from_json(cls, fields: Mapping[str, object]) -> Self:
-        """The inverse of `to_json`; refuses fields that a later version may have added."""
-        if set(fields) != {"bits", "group_size"}:
-            raise ConfigError(f"quantization {dict(fields)!r}: expected exactly the keys bits and group_size")
-        return cls(**fields)  # type: ignore[arg-type]  # __post_init__ checks the types
-
-    def to_json(self) -> dict[str, int]:
-        """The form kept in the manifest."""
-        return {"bits": self.bits, "group_size": self.group_size}
-
     @property
     def name(self) -> str:
-        """What people call it: "int4-g64"."""
+        """What people call it, and manifests and block files record: "int4-g64"."""
         return f"int{self.bits}-g{self.group_size}"
 
     @property

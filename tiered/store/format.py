@@ -9,7 +9,7 @@ rules so that a whole file can be read with O_DIRECT and used where it lands: da
 import json
 import math
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -19,6 +19,7 @@ import xxhash
 
 from tiered.errors import CorruptError, StoreError
 from tiered.files import check_regular, reading
+from tiered.units import PAGE, round_up
 
 ALIGNMENT: Final = 64
 """Alignment of every tensor in a block: a cache line, and the widest vector register."""
@@ -86,9 +87,15 @@ def whole_numbers(value: Any) -> tuple[int, ...]:
     return tuple(value)
 
 
-def header_bytes(
-    entries: Sequence[TensorEntry], metadata: Mapping[str, str], data_start: int, reserved: int | None = None
-) -> bytes:
+def header_room_nbytes(names: Iterable[str], frames: int = 0) -> int:
+    """Where the data of a block of the weights `names` starts: the most its header can take, a multiple of `PAGE`.
+
+    The header names each weight up to four times (parts, pads, metadata), and the sizes of all zstd `frames`.
+    """
+    return round_up(4096 + sum(4 * len(name.encode()) + 700 for name in names) + 12 * frames, PAGE)
+
+
+def header_bytes(entries: Sequence[TensorEntry], metadata: Mapping[str, str], data_start: int) -> bytes:
     """The first `data_start` bytes of a block: header length, JSON, spaces.
 
     Offsets in `entries` count from the start of the file; the header stores them from the start of the data.
@@ -103,7 +110,7 @@ def header_bytes(
         }
     text = json.dumps(table, separators=(",", ":")).encode()
     room = data_start - 8
-    assert len(text) <= room, (len(text), room, reserved)
+    assert len(text) <= room, (len(text), room)
     return struct.pack("<Q", room) + text + b" " * (room - len(text))
 
 

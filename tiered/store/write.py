@@ -16,7 +16,15 @@ from tiered.errors import DiskFullError
 from tiered.files import errors_of
 from tiered.quant import GroupScheme
 from tiered.store.block import METADATA_KEY, PAD_PREFIX, ZSTD_SUFFIX, Compressed, block_metadata
-from tiered.store.format import ALIGNMENT, CHUNK_NBYTES, TensorEntry, hash_chunk, header_bytes, tensor_nbytes
+from tiered.store.format import (
+    ALIGNMENT,
+    CHUNK_NBYTES,
+    TensorEntry,
+    hash_chunk,
+    header_bytes,
+    header_room_nbytes,
+    tensor_nbytes,
+)
 from tiered.store.manifest import FileInfo
 from tiered.store.sweep import Sweep
 from tiered.units import PAGE, format_size, round_up
@@ -25,21 +33,18 @@ from tiered.units import PAGE, format_size, round_up
 class BlockWriter:
     """Writes one block to `path`.part, then fsyncs and renames it.
 
-    Room for the header is reserved from the names and shapes to come (`reserve`), so that the data can be written
-    in one forward sweep; the header goes in last. Use as a context manager: an exception leaves the .part file,
-    which the next attempt overwrites.
+    Room for the header follows from the `names` of the weights to come and the number of zstd `frames` that
+    compressed ones may have, so that the data can be written in one forward sweep; the header goes in last. Use as a
+    context manager: an exception leaves the .part file, which the next attempt overwrites.
     """
 
-    def __init__(self, path: Path, root: Path, names: Sequence[str]) -> None:
+    def __init__(self, path: Path, root: Path, names: Sequence[str], frames: int = 0) -> None:
         self._path, self._root = path, root
         self._part = path.with_name(path.name + ".part")
         self._entries: list[TensorEntry] = []
         self._schemes: dict[str, tuple[GroupScheme, tuple[int, ...]]] = {}
         self._compressed: list[Compressed] = []
-        # A generous bound on the JSON: per tensor its name up to four times (parts, pads, metadata) and fixed text.
-        # Compressed tensors name every frame, which `reserve_frames` adds.
-        self._reserved = 4096 + sum(4 * len(name.encode()) + 700 for name in names)
-        self._data_start = 0
+        self._data_start = header_room_nbytes(names, frames)
         self._file: io.BufferedRandom | None = None
         self._sweep: Sweep | None = None
         self._written = 0
@@ -67,11 +72,6 @@ class BlockWriter:
     def folder(self) -> Path:
         """Where the block is written."""
         return self._path.parent
-
-    def reserve_frames(self, count: int) -> None:
-        """Leave room in the header for `count` more zstd frame sizes; only before the first tensor."""
-        assert self._data_start == 0
-        self._reserved += 12 * count
 
     def add(self, name: str, dtype: torch.dtype, shape: Sequence[int], chunks: Iterable[memoryview]) -> None:
         """Append one tensor, whose bytes come in `chunks` in order."""
@@ -135,8 +135,8 @@ class BlockWriter:
         return self._sweep
 
     def _start(self) -> None:
-        if self._data_start == 0:
-            self._data_start = round_up(self._reserved, PAGE)
+        """Leave room for the header, before the first tensor."""
+        if not self._written:
             self._write(memoryview(bytes(self._data_start)))
 
     def _append(self, entry: TensorEntry, chunks: Iterable[memoryview]) -> None:

@@ -14,7 +14,7 @@ import tiered
 from tiered.cli import cli
 from tiered.configs_path import config_dir
 from tiered.convert import ConvertOptions, ConvertProgress, convert_checkpoint
-from tiered.convert.stand_in import BOS_ID, EOS_ID, PAD_ID, tokenizer_files
+from tiered.convert.synthetic import BOS_ID, EOS_ID, PAD_ID, tokenizer_files
 
 CONTEXT: Final = 256
 _SIZES: Final[dict[str, Any]] = {

@@ -10,7 +10,7 @@ import pytest
 from tests.commands import run_here
 from tests.convert.models import TRAINED, save_model, store_digest, tiny_model
 from tiered.convert import ConvertOptions, convert_checkpoint
-from tiered.convert.local import model_name
+from tiered.convert.place import Folder
 from tiered.errors import CheckpointError
 from tiered.store import Store
 
@@ -142,7 +142,7 @@ def test_a_snapshots_links_lead_nowhere_but_to_its_blobs(tmp_path: Path) -> None
 )
 def test_names_of_models(folder: str, name: str, tmp_path: Path) -> None:
     (tmp_path / folder).mkdir(parents=True)
-    assert model_name(tmp_path / folder) == name
+    assert Folder(tmp_path / folder).name == name
 
 
 def test_a_folder_without_a_tokenizer_converts_and_says_so(tmp_path: Path) -> None:

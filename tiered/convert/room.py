@@ -5,45 +5,40 @@ is the one that the same question accepts next time.
 """
 
 import errno
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-import psutil
 import torch
 
 from tiered.convert.compression import COMPRESSING_NBYTES, is_candidate
-from tiered.convert.recipe import BlockRecipe, TensorRecipe
+from tiered.convert.recipe import BlockRecipe, ConvertOptions, TensorRecipe
 from tiered.convert.source import PANEL_NBYTES
 from tiered.convert.workers import quantizing_nbytes
 from tiered.errors import BudgetError, ConfigError, DiskFullError, ReadError
+from tiered.proc import process_peak_rss_bytes, process_rss_bytes
 from tiered.store.format import tensor_nbytes
 from tiered.store.sweep import SWEEP_NBYTES
 from tiered.units import MIB, format_budget, format_size
 
 _GROWTH_NBYTES: Final = 24 * MIB
 """What the process itself grows by: code pages touched for the first time, threads' stacks, headers, the allocator's
-holes. Measured, see tests/convert/test_memory.py."""
+holes. Measured, see tests/convert/test_room.py."""
 _BASELINE_VARIES_NBYTES: Final = 4 * MIB
 """How much the process itself differs from run to run: a budget that was named as enough must be so next time."""
 _SPACE_SLACK_NBYTES: Final = 4 * MIB
 
 
 class RamCheck:
-    """`--ram` against what a conversion takes at its peak. The process is measured once, before weights are read:
-    later it holds some of what the figure counts already."""
+    """`--ram` against what a conversion of `blocks` takes at its peak. The process is measured when this is made,
+    before weights are read: later it holds some of what the figure counts already."""
 
-    def __init__(self, ram_bytes: int | None, compress: str) -> None:
-        self._ram_bytes, self._compresses = ram_bytes, compress != "none"
-        self._baseline = self._writing = 0
-
-    def begin(self, blocks: Sequence[BlockRecipe]) -> None:
-        """Measure the process, as it is before anything of `blocks` is read."""
-        self._baseline = psutil.Process().memory_info().rss
-        written = [_writing_nbytes(tensor, block, self._compresses) for block in blocks for tensor in block.tensors]
+    def __init__(self, options: ConvertOptions, blocks: Sequence[BlockRecipe]) -> None:
+        self._ram_bytes, self._baseline = options.ram_bytes, process_rss_bytes()
+        compresses = options.settings()["compress"] != "none"
+        written = [_writing_nbytes(tensor, block, compresses) for block in blocks for tensor in block.tensors]
         quantizes = any(tensor.scheme is not None for block in blocks for tensor in block.tensors)
         self._writing = max(written, default=0) + SWEEP_NBYTES + (quantizing_nbytes() if quantizes else 0)
 
@@ -52,7 +47,7 @@ class RamCheck:
         if self._ram_bytes is None:
             return
         working = reading_nbytes + self._writing + _GROWTH_NBYTES
-        needed = max(peak_rss_bytes(), self._baseline + working)
+        needed = max(process_peak_rss_bytes(), self._baseline + working)
         if needed <= self._ram_bytes:
             return
         named = needed + _BASELINE_VARIES_NBYTES
@@ -99,14 +94,6 @@ def os_errors_named(folder: Path) -> Iterator[None]:
 
 def on_same_disk(one: Path, other: Path) -> bool:
     return _existing(one).stat().st_dev == _existing(other).stat().st_dev
-
-
-def peak_rss_bytes() -> int:
-    """VmHWM of this process."""
-    for line in Path(f"/proc/{os.getpid()}/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    return int(psutil.Process().memory_info().rss)
 
 
 def _writing_nbytes(tensor: TensorRecipe, block: BlockRecipe, compresses: bool) -> int:

@@ -1,0 +1,24 @@
+"""What the kernel tells of memory in /proc: this process's resident size, and the fields of files such as meminfo."""
+
+from pathlib import Path
+
+
+def process_rss_bytes() -> int:
+    """VmRSS of this process: what it has in memory now."""
+    return keyed_kib(Path("/proc/self/status"), "VmRSS") * 1024
+
+
+def process_peak_rss_bytes() -> int:
+    """VmHWM of this process: its largest resident size so far, as the kernel saw it."""
+    try:
+        return keyed_kib(Path("/proc/self/status"), "VmHWM") * 1024
+    except KeyError:  # sandboxes that stand in for the kernel may not keep it
+        return process_rss_bytes()
+
+
+def keyed_kib(path: Path, key: str) -> int:
+    """The number in the line `key`: of `path`, in KiB as /proc counts; raises KeyError where there is no such line."""
+    for line in path.read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1])
+    raise KeyError(f"{path} has no {key}")
