@@ -5,7 +5,6 @@ import os
 import pty
 import select
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -15,8 +14,9 @@ from typing import Any
 
 import pytest
 
-from tests.commands import ROOT, TIERED, make_store
+from tests.commands import make_store
 from tests.helpers import run_greedy
+from tests.warm import WarmProcess, tiered
 from tiered.convert import ConvertOptions, convert_checkpoint
 from tiered.errors import BudgetError, InterruptedRun
 from tiered.plan import Workload
@@ -60,7 +60,7 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Run:
     """A command on a terminal."""
 
-    child: subprocess.Popen[bytes]
+    child: WarmProcess
     master: int
     shown: str = ""
 
@@ -89,25 +89,17 @@ class Run:
 
 @contextlib.contextmanager
 def on_a_terminal(words: Sequence[str | Path], folder: Path) -> Iterator[Run]:
-    """`words` as the foreground job of a terminal, in an empty folder and with one for temporary files."""
+    """`tiered` `words` as the foreground job of a terminal, in an empty folder and with one for temporary files."""
     for name in ("work", "temporary"):
         (folder / name).mkdir()
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "TERM": "xterm",
-        "TMPDIR": str(folder / "temporary"),
-        "PYTHONDONTWRITEBYTECODE": "1",
-    }
     master, slave = pty.openpty()
-    command = ["setsid", "--ctty", "--wait", *map(str, words)]
-    child = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, cwd=folder / "work", env=environment)
-    os.close(slave)
+    variables = {"TERM": "xterm", "TMPDIR": str(folder / "temporary")}
+    streams = [os.ttyname(slave)] * 3
     try:
-        yield Run(child, master)
+        with WarmProcess(tiered, list(map(str, words)), streams, folder / "work", **variables) as child:
+            yield Run(child, master)
     finally:
-        child.kill()
-        child.wait()
+        os.close(slave)
         os.close(master)
 
 
@@ -129,7 +121,7 @@ def test_ctrl_c_ends_a_run_soon_and_leaves_nothing_behind(
 ) -> None:
     before = contents(deep)
     # Not all of it fits: there is something to stream and to measure.
-    command = (*TIERED, "generate", deep, "--ram", "700MiB", *words, "--trace", tmp_path / "trace.json")
+    command = ("generate", str(deep), "--ram", "600MiB", *words, "--trace", str(tmp_path / "trace.json"))
     with on_a_terminal(command, tmp_path) as run:
         run.wait_for(moment)
         seconds = run.interrupt()

@@ -10,6 +10,7 @@ import pytest
 from tests.commands import TIERED, copy_store, make_store, run_apart, run_here, smallest_ram
 from tests.damage import ADDED, poisoned, with_added_token
 from tests.jobs.fakes import request, results_of, write_lines
+from tests.warm import run_warm
 from tiered.units import MIB, parse_size
 
 QUIET = ("--no-measure", "--batch", "3")
@@ -223,7 +224,7 @@ def test_a_file_of_only_bad_lines_needs_no_model(store: Path, tmp_path: Path) ->
 
 
 def test_away_from_a_terminal_the_report_is_all_that_is_said(store: Path, source: Path, tmp_path: Path) -> None:
-    done = run_apart((*TIERED, "batch", store, "-i", source, "-o", tmp_path / "out.jsonl", *QUIET))
+    done = run_warm(tmp_path, "batch", store, "-i", source, "-o", tmp_path / "out.jsonl", *QUIET)
     assert (done.code, done.out) == (0, "")
     assert done.err.startswith("requests  11 of 11 done; 4 failed\ntokens    ")
     assert "\ndecode " in done.err and "\x1b" not in done.err
