@@ -5,6 +5,7 @@ tested, `run_apart` and `subprocess` start with nothing: of what a forked proces
 own only once it is touched, so it measures, and names, other budgets.
 """
 
+import contextlib
 import os
 import signal
 import sys
@@ -15,19 +16,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
-from tests.commands import Done
+from tests.commands import ROOT, Done
 
 _CONTEXT: Final = get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
-    [__name__, *(f"tiered.cli.{name}" for name in ("generation", "batch", "batch_run", "convert", "scoring", "screen"))]
-)
+_CONTEXT.set_forkserver_preload(["tests.preload"])
 
 
 class WarmProcess:
     """`call`, a function of a module, with `arguments`, in a forked process; as much of `Popen` as tests need.
 
-    `streams` are the paths of standard input, output and error; a terminal there becomes the one that controls the
-    process. The environment is the caller's and `variables`, the working directory `folder`.
+    What it returns, or exits with, is the exit code. `streams` are the paths of standard input, output and
+    error; a terminal there becomes the one that controls the process. The environment is the caller's and `variables`,
+    the working directory `folder`.
     """
 
     def __init__(
@@ -40,7 +40,8 @@ class WarmProcess:
     ) -> None:
         settings = (tuple(map(str, streams)), str(folder or Path.cwd()), {**os.environ, **variables})
         self._process = _CONTEXT.Process(target=_run, args=(call, tuple(arguments), *settings))
-        self._process.start()
+        with contextlib.chdir(ROOT):  # where the server, which the first of them starts, finds tests/
+            self._process.start()
         assert self._process.pid is not None
         self.pid: int = self._process.pid
 
@@ -80,8 +81,13 @@ def start_warm(*words: str | Path, out: Path, err: Path, folder: Path | None = N
 
 def run_warm(folder: Path, *words: str | Path, seconds: float = 100) -> Done:
     """Run `tiered` `words`; what it writes lies in `folder` meanwhile."""
+    return call_warm(folder, tiered, *map(str, words), seconds=seconds)
+
+
+def call_warm(folder: Path, call: Callable[..., Any], *arguments: Any, seconds: float = 100) -> Done:
+    """Run `call`; what it writes lies in `folder` meanwhile."""
     out, err = folder / "stdout", folder / "stderr"
-    with start_warm(*words, out=out, err=err) as process:
+    with WarmProcess(call, arguments, (os.devnull, out, err)) as process:
         code = process.wait(seconds)
     found = Done(code, out.read_text(encoding="utf-8"), err.read_text(encoding="utf-8"))
     out.unlink()
@@ -116,4 +122,4 @@ def _run(
     os.chdir(folder)
     # A background job of a shell ignores it; here it is meant.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    call(*arguments)
+    sys.exit(call(*arguments))

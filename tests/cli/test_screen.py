@@ -323,6 +323,7 @@ def test_a_run_on_a_terminal_shows_status_lines_and_leaves_text_and_report(strea
     assert not any(line.startswith(("block", "measuring", "reading")) for line in screen.visible)
 
 
+@pytest.mark.inputs("tiered/cli")
 @pytest.mark.skipif(shutil.which("tmux") is None, reason="tmux is not installed")
 def test_a_real_terminal_shows_the_same(
     store: Path, plain: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -135,6 +135,7 @@ def test_json_counts_every_byte(store: Path) -> None:
     assert report["bytes_per_second"] == pytest.approx(report["bytes_read"] / report["seconds"])
 
 
+@pytest.mark.inputs("tiered/cli", "tiered/io")
 def test_a_terminal_sees_a_bar(store: Path) -> None:
     own, theirs = pty.openpty()
     try:
