@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Final
 from unittest import mock
 
+from tests.shared import made_once
 from tiered.cli import main
 from tiered.convert import ConvertOptions, convert_checkpoint
 
@@ -70,10 +71,11 @@ def run_apart(words: Sequence[str | Path], seconds: float = 100) -> Done:
 
 
 def make_store(folder: Path, quant: str = "none", name: str = "opt-docs-8m.tiered") -> Path:
-    """The trained checkpoint as a store in `folder`."""
+    """The trained checkpoint as a store in `folder`, where it may be changed."""
     # Whether compression pays depends on how fast the disk is just now.
-    convert_checkpoint(CHECKPOINT, folder / name, ConvertOptions(quant=quant, compress="none"))
-    return folder / name
+    options = ConvertOptions(quant=quant, compress="none")
+    made = made_once(f"opt-docs-8m-{quant}.tiered", lambda path: convert_checkpoint(CHECKPOINT, path, options))
+    return Path(shutil.copytree(made, folder / name))
 
 
 def copy_store(store: Path, folder: Path) -> Path:

@@ -1,5 +1,6 @@
 """What tests of different modules share."""
 
+import os
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -9,16 +10,20 @@ import torch
 import transformers
 
 from tests.helpers import Tiny
+from tests.quick import Quick
+from tests.shared import FOLDER_VARIABLE
 from tiered.units import MIB
 from tools.pins import read_pins
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--pins", type=Path, help="a constraints file: end at once unless the tests run on its versions")
+    parser.addoption("--quick", action="store_true", help="what a change runs first: see tests/quick.py")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Make sure that what is installed, and imported, is what the file of --pins says."""
+    config.pluginmanager.register(Quick(config))
     path: Path | None = config.getoption("--pins")
     if path is None:
         return
@@ -35,13 +40,25 @@ def pytest_report_header(config: pytest.Config) -> str:
     return f"transformers {transformers.__version__} (pins: {config.getoption('--pins') or 'not looked at'})"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """For what is made once for all workers: beside their own folders, which pytest removes with it in time."""
+    folder = tmp_path_factory.getbasetemp() / "shared"
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = tmp_path_factory.getbasetemp().with_name("shared")
+    folder.mkdir(exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(FOLDER_VARIABLE, str(folder))
+        yield
+
+
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tiny]:
+def tiny() -> Iterator[Tiny]:
     """Tiny models of every family, made when first asked for."""
     threads = torch.get_num_threads()
     # They are so small that a second thread only costs time.
     torch.set_num_threads(1)
-    yield Tiny(tmp_path_factory.mktemp("tiny"))
+    yield Tiny()
     torch.set_num_threads(threads)
 
 

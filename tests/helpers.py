@@ -14,6 +14,7 @@ from typing import Any, Final
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from tests.shared import made_once
 from tiered.cache import SequenceKV
 from tiered.convert import ConvertOptions, convert_checkpoint
 from tiered.model import Segment
@@ -219,10 +220,9 @@ class Answers:
 
 
 class Tiny:
-    """Makes the tiny models, their stores and their reference answers in `folder`, each when first asked for."""
+    """Makes the tiny models, their stores and their reference answers, each when first asked for."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self) -> None:
         # Per instance, so that nothing outlives the session's folder.
         self.checkpoint = cache(self._checkpoint)
         self.store = cache(self._store)
@@ -240,18 +240,20 @@ class Tiny:
         return model
 
     def _checkpoint(self, name: str) -> Path:
-        folder = self._folder / name
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(tiny_config(name), dtype=torch.float32)
-        randomize(model)
-        model.generation_config.eos_token_id = None
-        model.save_pretrained(folder)
-        return folder
+        def make(folder: Path) -> None:
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(tiny_config(name), dtype=torch.float32)
+            randomize(model)
+            model.generation_config.eos_token_id = None
+            model.save_pretrained(folder)
+
+        return made_once(f"tiny-{name}", make)
 
     def _store(self, name: str, quant: str = "none") -> Store:
-        output = self._folder / f"{name}-{quant}.tiered"
-        convert_checkpoint(self.checkpoint(name), output, ConvertOptions(quant=quant, compress="none"))
-        return Store.open(output)
+        def make(folder: Path) -> None:
+            convert_checkpoint(self.checkpoint(name), folder, ConvertOptions(quant=quant, compress="none"))
+
+        return Store.open(made_once(f"tiny-{name}-{quant}.tiered", make))
 
     def _reference(self, name: str, quant: str = "none", steps: int = STEPS) -> Answers:
         return reference_answers(self.model(name, quant), prompts_for(name), steps)

@@ -101,6 +101,7 @@ def test_nor_where_pages_go_to_disk(opt: Store) -> None:
     assert_contained(opt, kv_bits=8, kv="disk")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kv_bits", [16, 4])
 def test_nor_where_torch_computes(opt: Store, kv_bits: Any) -> None:
     assert_contained(opt, 1e-3, kv_bits=kv_bits, dtype="float32")

@@ -14,8 +14,9 @@ from unittest import mock
 
 import pytest
 
-from tests.commands import CHECKPOINT, TIERED, Done, copy_store, make_store, run_apart, run_here, smallest_ram
+from tests.commands import CHECKPOINT, Done, copy_store, make_store, run_here, smallest_ram
 from tests.helpers import run_greedy
+from tests.warm import run_warm
 from tiered.convert import ConvertOptions, ConvertProgress, convert_checkpoint
 from tiered.errors import BudgetError, ReadError, StoreError
 from tiered.io import Arena
@@ -202,7 +203,7 @@ def test_a_damaged_store_is_refused_by_name(store: Path, damage: Callable[[Path]
 
 def test_the_exit_code_of_a_process_is_that_of_the_error(store: Path) -> None:
     flip(LAYER, 0.7)(store)
-    done = run_apart((*TIERED, "generate", store, "-p", "Hello", "-n", "4"))
+    done = run_warm(store.parent, "generate", store, "-p", "Hello", "-n", "4")
     assert_refused(done, LAYER, "is corrupt")
 
 

@@ -13,6 +13,8 @@ from typing import Final
 
 import pytest
 
+pytestmark = pytest.mark.inputs("tiered/kernels/native", "setup.py", "pyproject.toml", "MANIFEST.in")
+
 ROOT: Final = Path(__file__).parent.parent
 PIP: Final = (sys.executable, "-m", "pip", "--disable-pip-version-check")
 OFFLINE: Final = ("--no-build-isolation", "--no-deps", "--no-index")
@@ -65,7 +67,6 @@ def test_a_source_distribution_has_every_native_file(sources: Path) -> None:
     assert list((sources / "configs").rglob("*.toml"))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variables", "why"),
     [
@@ -85,7 +86,6 @@ def test_without_a_compiler_it_installs_and_says_so(
     assert kernels_of(tmp_path) == f"str {LIBRARY} was not built: {refusal.strip()}"
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ here")
 def test_with_a_compiler_the_wheel_holds_the_library_and_no_sources(sources: Path, tmp_path: Path) -> None:
     # Any warning is an error: the sources compile silently.
@@ -101,7 +101,6 @@ def test_with_a_compiler_the_wheel_holds_the_library_and_no_sources(sources: Pat
     assert kernels_of(installed) == "Library None"
 
 
-@pytest.mark.slow
 def test_an_editable_build_replaces_what_was_there(sources: Path, tmp_path: Path) -> None:
     checkout = tmp_path / "checkout"
     shutil.copytree(sources, checkout)

@@ -13,6 +13,7 @@ import pytest
 from tests.commands import ROOT, TIERED, make_store, run_here
 
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+PROCESS = pytest.mark.inputs("tiered/__main__.py", "tiered/process.py")
 ODD = "é日本\U0001f600"
 
 
@@ -59,6 +60,7 @@ def test_a_reader_that_goes_is_nothing_to_talk_about() -> None:
     assert shell((*TIERED, "generate", "--help"), "| :").stderr == ""
 
 
+@PROCESS
 def test_a_locale_of_ascii_takes_and_gives_utf8(store: Path, tmp_path: Path) -> None:
     text = tmp_path / f"{ODD}.txt"
     text.write_text(ODD, encoding="utf-8")
@@ -94,6 +96,7 @@ def test_an_error_that_nobody_has_foreseen_is_one_line_and_exit_code_1(tmp_path:
         assert "Traceback" in run_here("inspect", tmp_path).err
 
 
+@PROCESS
 @pytest.mark.parametrize("when", ["while it imports", "while it runs"])
 def test_many_interrupts_are_one(store: Path, when: str) -> None:
     words = (*TIERED, "generate", store, "-p", "Hello", "-n", "2000", "--ignore-eos", "--no-measure", "--threads", "1")

@@ -16,6 +16,10 @@ import pytest
 
 from tests.commands import CHECKPOINT, ROOT, make_store
 
+pytestmark = pytest.mark.inputs(
+    "constraints.txt", "tiered/__main__.py", "tiered/process.py", "tiered/api.py", "tiered/cli", "tiered/convert"
+)
+
 COMMANDS: Final = """
 import json, logging, sys
 from tiered.cli import main

@@ -10,6 +10,7 @@ import pytest
 from tests.commands import TIERED, copy_store, make_store, run_apart, run_here, smallest_ram
 from tests.damage import ADDED, poisoned, with_added_token
 from tests.jobs.fakes import request, results_of, write_lines
+from tests.warm import run_warm
 from tiered.units import MIB, parse_size
 
 QUIET = ("--no-measure", "--batch", "3")
@@ -223,7 +224,7 @@ def test_a_file_of_only_bad_lines_needs_no_model(store: Path, tmp_path: Path) ->
 
 
 def test_away_from_a_terminal_the_report_is_all_that_is_said(store: Path, source: Path, tmp_path: Path) -> None:
-    done = run_apart((*TIERED, "batch", store, "-i", source, "-o", tmp_path / "out.jsonl", *QUIET))
+    done = run_warm(tmp_path, "batch", store, "-i", source, "-o", tmp_path / "out.jsonl", *QUIET)
     assert (done.code, done.out) == (0, "")
     assert done.err.startswith("requests  11 of 11 done; 4 failed\ntokens    ")
     assert "\ndecode " in done.err and "\x1b" not in done.err
@@ -238,11 +239,22 @@ def test_without_a_width_the_run_says_what_it_chose_and_why(store: Path, tmp_pat
     assert "compute" in first and "KV cache" in first and "in memory" in first
 
 
+@pytest.fixture(scope="module")
+def least(store: Path, tmp_path_factory: pytest.TempPathFactory) -> int:
+    """The smallest budget, in bytes, in which a job runs one sequence at a time."""
+    folder = tmp_path_factory.mktemp("least")
+    source = write_lines(folder / "in.jsonl", [request("id", max_tokens=2)])
+    words = (*TIERED, "batch", store, "-i", source, "-o", folder / "out.jsonl", "--no-measure")
+    return parse_size(smallest_ram(run_apart([*words, "--batch", "1", "--ram", "1MiB"]).err))
+
+
+@pytest.mark.inputs("tiered/plan", "tiered/model")
 @pytest.mark.parametrize("spare", [20, 60])
-def test_choosing_a_width_does_not_take_the_memory_it_is_about(store: Path, tmp_path: Path, spare: int) -> None:
+def test_choosing_a_width_does_not_take_the_memory_it_is_about(
+    store: Path, least: int, tmp_path: Path, spare: int
+) -> None:
     source = write_lines(tmp_path / "requests.jsonl", [request(f"id-{n}", max_tokens=2) for n in range(40)])
     words = (*TIERED, "batch", store, "-i", source, "-o", tmp_path / "out.jsonl", "--no-measure")
-    least = parse_size(smallest_ram(run_apart([*words, "--batch", "1", "--ram", "1MiB"]).err))
     done = run_apart([*words, "--ram", f"{least // MIB + spare}MiB"])
     assert done.code == 0, done.err
     assert "of 40 sequences at once, as fit; KV cache" in done.err

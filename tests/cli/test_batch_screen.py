@@ -2,17 +2,16 @@
 
 import io
 import json
-import os
 import signal
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.commands import ROOT, TIERED, make_store, run_apart
+from tests.commands import make_store, run_here
 from tests.jobs.fakes import request, write_lines
 from tests.test_interrupt import on_a_terminal
+from tests.warm import run_warm, start_warm
 from tiered.cli.batch_screen import JobScreen
 from tiered.jobs.progress import Counts, Progress
 
@@ -83,7 +82,7 @@ def source(tmp_path: Path) -> Path:
 
 def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(store: Path, source: Path, tmp_path: Path) -> None:
     results = tmp_path / "out.jsonl"
-    command = (*TIERED, "batch", store, "-i", source, "-o", results, "--no-measure", "--batch", "2")
+    command = ("batch", store, "-i", source, "-o", results, "--no-measure", "--batch", "2")
     with on_a_terminal(command, tmp_path) as run:
         run.wait_for("2/16 sequences")
         run.interrupt()
@@ -92,7 +91,7 @@ def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(store: Path, source: Pa
     assert run.shown.rstrip().endswith("tiered: interrupted") and "Traceback" not in run.shown
     kept = results.read_bytes()
     assert kept.count(b"\n") >= 2 and kept.endswith(b"\n")
-    done = run_apart(command)
+    done = run_warm(tmp_path, *command)
     assert done.code == 0, done.err
     assert f"16 of 16 done, {len(kept.splitlines())} of them before" in done.err
     assert results.read_bytes().startswith(kept)
@@ -100,19 +99,15 @@ def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(store: Path, source: Pa
 
 def test_two_at_once_do_not_write_to_one_file(store: Path, source: Path, tmp_path: Path) -> None:
     results = tmp_path / "out.jsonl"
-    command = list(map(str, (*TIERED, "batch", store, "-i", source, "-o", results, "--batch", "2")))
-    first = subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=tmp_path
-    )
-    try:
+    command = ("batch", store, "-i", source, "-o", results, "--batch", "2")
+    with start_warm(*command, out=tmp_path / "stdout", err=tmp_path / "stderr") as first:
         deadline = time.monotonic() + 60
         while not (results.exists() and results.stat().st_size):
             assert first.poll() is None and time.monotonic() < deadline
             time.sleep(0.01)
-        second = run_apart(command)
+        second = run_here(*command)
         assert second.code == 2 and "another process is writing to it" in second.err
-    finally:
         first.send_signal(signal.SIGKILL)
-        first.communicate()
+        first.wait(60)
     for line in results.read_bytes().splitlines()[:-1]:
         json.loads(line)

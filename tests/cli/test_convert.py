@@ -1,13 +1,12 @@
 """`tiered convert` from the outside: exit codes, what it says, and where."""
 
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
 
+from tests.commands import Done, run_here
 from tests.convert.models import TRAINED
 from tiered.cli.convert import command, summary
 from tiered.convert import ConvertResult
@@ -15,18 +14,16 @@ from tiered.errors import BudgetError, ConfigError, StoreError
 from tiered.store import Store
 
 
-def run(*words: str | Path) -> "subprocess.CompletedProcess[str]":
-    code = "from tiered.cli import main; main()"
-    arguments = [sys.executable, "-c", code, "convert", *map(str, words)]
-    return subprocess.run(arguments, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
+def run(*words: str | Path) -> Done:
+    return run_here("convert", *words)
 
 
 def test_it_converts_and_says_what_to_do_next(tmp_path: Path) -> None:
     done = run(TRAINED, "-o", tmp_path / "out")
-    assert done.returncode == 0, done.stderr
-    assert "11 blocks" in done.stdout and "int4-g64" in done.stdout and "bits per weight" in done.stdout
-    assert f"next: tiered generate {tmp_path / 'out'}" in done.stdout
-    assert "100%" in done.stderr and "\x1b" not in done.stderr  # lines, not a bar, where there is no terminal
+    assert done.code == 0, done.err
+    assert "11 blocks" in done.out and "int4-g64" in done.out and "bits per weight" in done.out
+    assert f"next: tiered generate {tmp_path / 'out'}" in done.out
+    assert "100%" in done.err and "\x1b" not in done.err  # lines, not a bar, where there is no terminal
     Store.open(tmp_path / "out")
 
 
@@ -45,8 +42,8 @@ def test_mistakes_have_their_exit_code_and_no_traceback(
     words: list[str], code: int, message: str, tmp_path: Path
 ) -> None:
     done = run(*words, "-o", tmp_path / "out")
-    assert done.returncode == code, done.stderr
-    assert message in done.stderr and "Traceback" not in done.stderr
+    assert done.code == code, done.err
+    assert message in done.err and "Traceback" not in done.err
     assert not (tmp_path / "out").exists()
 
 

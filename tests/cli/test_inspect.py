@@ -2,13 +2,13 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
+from tests.commands import run_here
 from tests.plan.plans import plan_of
 from tiered.cli.inspect import command
 from tiered.convert import ConvertOptions, convert_checkpoint
@@ -109,8 +109,6 @@ def test_what_cannot_be_is_refused(docs: Path, tmp_path: Path) -> None:
 
 
 def test_exit_code_of_a_missing_store() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "tiered", "inspect", "no-such.tiered"], capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 4
-    assert "no such store" in done.stderr
+    done = run_here("inspect", "no-such.tiered")
+    assert done.code == 4
+    assert "no such store" in done.err

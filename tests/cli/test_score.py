@@ -193,6 +193,7 @@ def test_neither_budget_nor_windows_per_pass_change_a_score(store: Path, text: P
         assert found["report"]["windows"] == expected["report"]["windows"]
 
 
+@pytest.mark.slow
 def test_in_little_memory_windows_share_passes_over_the_streamed_weights(tmp_path: Path) -> None:
     store, text = tmp_path / "opt-125m.tiered", tmp_path / "text.txt"
     assert run_here("convert", "--synthetic", "opt-125m", "--distinct-blocks", "1", "-o", store).code == 0
@@ -206,6 +207,7 @@ def test_in_little_memory_windows_share_passes_over_the_streamed_weights(tmp_pat
     assert shared["texts"] == alone["texts"]
 
 
+@pytest.mark.inputs("tiered/plan", "tiered/model")
 def test_exactly_the_budget_that_a_refusal_names_works_and_is_kept(store: Path, text: Path) -> None:
     words = (*TIERED, "score", store, "-f", text, "--context", "128", "--batch", "30", *QUIET, "--json")
     refused = run_apart((*words, "--ram", "100MiB"))

@@ -12,15 +12,17 @@ import struct
 import subprocess
 import termios
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
 import pytest
 
-from tests.commands import ROOT, TIERED, make_store, run_apart, smallest_ram
+from tests.commands import ROOT, TIERED, Done, make_store, run_apart, smallest_ram
+from tests.warm import WarmProcess, run_warm, tiered
 from tiered.cli.screen import StatusLine, TextWriter
+from tiered.units import MIB, parse_size
 
 COLUMNS, ROWS = 20, 6
 ESCAPES = re.compile(r"\x1b\[(\d*)([ABK])|\x1b([78D])")
@@ -272,17 +274,27 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def streaming(store: Path) -> list[str]:
-    """A command that streams, and writes several lines."""
-    words = ("generate", str(store), "-p", "The function returns", "-n", "48", "--prefetch", "0")
-    refused = run_apart((*TIERED, *words, "--ram", "1MiB"))
-    return [*map(str, TIERED), *words, "--ram", smallest_ram(refused.err)]
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("streams")
 
 
 @pytest.fixture(scope="module")
-def plain(streaming: list[str]) -> str:
+def streaming(store: Path, folder: Path) -> list[str]:
+    """Words of a command that streams in a warm process, and writes several lines."""
+    return streaming_words(store, lambda words: run_warm(folder, *words))
+
+
+def streaming_words(store: Path, run: Callable[[Sequence[str]], Done]) -> list[str]:
+    """Such words for processes as `run` starts them; they differ in size, each a little from the one before."""
+    words = ["generate", str(store), "-p", "The function returns", "-n", "48", "--prefetch", "0"]
+    smallest = parse_size(smallest_ram(run([*words, "--ram", "1MiB"]).err))
+    return [*words, "--ram", str(smallest + 4 * MIB)]
+
+
+@pytest.fixture(scope="module")
+def plain(streaming: list[str], folder: Path) -> str:
     """What that command writes where there is no terminal."""
-    done = run_apart(streaming)
+    done = run_warm(folder, *streaming)
     assert done.code == 0, done.err
     assert "\x1b" not in done.out + done.err
     assert done.out.count("\n") > 2
@@ -293,14 +305,14 @@ def test_a_run_on_a_terminal_shows_status_lines_and_leaves_text_and_report(strea
     columns, rows = 40, 10
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm"}
     screen = Screen(columns, rows)
-    with subprocess.Popen(streaming, stdin=slave, stdout=slave, stderr=slave, env=environment) as child:
-        os.close(slave)
-        # A terminal whose other end has closed answers EIO.
-        with contextlib.suppress(OSError):
-            while received := os.read(master, 1 << 16):
-                screen.feed(received.decode().replace("\r\n", "\n"))
+    with WarmProcess(tiered, streaming, [os.ttyname(slave)] * 3, TERM="xterm") as child:
+        ended = False
+        while not ended:
+            ended = child.poll() is not None  # then what is there now is all
+            while select.select([master], [], [], 0.1)[0]:
+                screen.feed(os.read(master, 1 << 16).decode().replace("\r\n", "\n"))
+    os.close(slave)
     os.close(master)
     assert child.returncode == 0
     assert any(re.match(r"block \d+/9  \d+\.\d\d GB/s  [\d.]+ m?s left", line) for line in screen.shown), screen.shown
@@ -311,16 +323,17 @@ def test_a_run_on_a_terminal_shows_status_lines_and_leaves_text_and_report(strea
     assert not any(line.startswith(("block", "measuring", "reading")) for line in screen.visible)
 
 
+@pytest.mark.inputs("tiered/cli")
 @pytest.mark.skipif(shutil.which("tmux") is None, reason="tmux is not installed")
 def test_a_real_terminal_shows_the_same(
-    streaming: list[str], plain: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: Path, plain: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.delenv("TMUX", raising=False)
     tmux = ("tmux", "-S", str(tmp_path / "socket"), "-f", "/dev/null")
-    (tmp_path / "run").write_text(f"{subprocess.list2cmdline(streaming)}\necho end of the run; exec sleep 1000\n")
-    command = ("new-session", "-d", "-x", "40", "-y", "8", f"sh {tmp_path / 'run'}")
-    subprocess.run((*tmux, *command), check=True)
+    command = [*map(str, TIERED), *streaming_words(store, lambda words: run_apart((*TIERED, *words)))]
+    (tmp_path / "run").write_text(f"{subprocess.list2cmdline(command)}\necho end of the run; exec sleep 1000\n")
+    subprocess.run((*tmux, "new-session", "-d", "-x", "40", "-y", "8", f"sh {tmp_path / 'run'}"), check=True)
     try:
         deadline = time.monotonic() + 60
         while "end of the run" not in (shown := captured(tmux)) and time.monotonic() < deadline:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.commands import Done, run_here
 from tiered.convert import ConvertOptions, convert_checkpoint
 from tiered.store import CHUNK_NBYTES, Store
 
@@ -51,9 +52,8 @@ def store(original: Path, tmp_path: Path) -> Path:
     return tmp_path / "copy.tiered"
 
 
-def verify(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "tiered", "verify", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+def verify(*arguments: str | Path) -> Done:
+    return run_here("verify", *arguments)
 
 
 def flip(path: Path, position: int) -> None:
@@ -66,10 +66,10 @@ def flip(path: Path, position: int) -> None:
 
 def test_a_whole_store_is_clean(store: Path) -> None:
     done = verify(store)
-    assert done.returncode == 0, done.stderr
-    assert "every checksum is right" in done.stdout
-    assert "GB/s" in done.stdout
-    assert done.stderr == ""
+    assert done.code == 0, done.err
+    assert "every checksum is right" in done.out
+    assert "GB/s" in done.out
+    assert done.err == ""
 
 
 def test_every_flipped_bit_is_named(store: Path) -> None:
@@ -79,14 +79,14 @@ def test_every_flipped_bit_is_named(store: Path) -> None:
     flip(store / LAYER, CHUNK_NBYTES - 1)
     flip(store / "blocks/embed.safetensors", 100_000)
     done = verify(store)
-    assert done.returncode == 4
-    lines = done.stdout.splitlines()
+    assert done.code == 4
+    lines = done.out.splitlines()
     assert lines[0].startswith("blocks/embed.safetensors: chunk 0 (bytes 0 to ")
     assert lines[1].startswith(f"{LAYER}: chunk 0 (bytes 0 to 16,777,216) is corrupt: expected xxh3 ")
     assert info.checksums[0] in lines[1]
     assert lines[2].startswith(f"{LAYER}: chunk 1 (bytes 16,777,216 to {info.nbytes:,}) is corrupt")
-    assert "3 problems in 2 of 4 files" in done.stderr
-    assert "convert the model again" in done.stderr
+    assert "3 problems in 2 of 4 files" in done.err
+    assert "convert the model again" in done.err
 
 
 def test_missing_truncated_and_flipped_files_are_all_named(store: Path) -> None:
@@ -95,8 +95,8 @@ def test_missing_truncated_and_flipped_files_are_all_named(store: Path) -> None:
     flip(store / LAYER, CHUNK_NBYTES // 2)
     flip(store / "blocks/layer-001.safetensors", 3)  # its header length
     done = verify(store, "--json")
-    assert done.returncode == 4
-    report = json.loads(done.stdout)
+    assert done.code == 4
+    report = json.loads(done.out)
     found = [(f["file"], f["chunk"]) for f in report["findings"]]
     second = "blocks/layer-001.safetensors"
     assert found == [("blocks/embed.safetensors", None), (LAYER, None), (LAYER, 0), (second, None), (second, 0)]
@@ -109,24 +109,24 @@ def test_missing_truncated_and_flipped_files_are_all_named(store: Path) -> None:
 def test_a_missing_config_is_named(store: Path) -> None:
     (store / "config.json").unlink()
     done = verify(store)
-    assert done.returncode == 4
-    assert "config.json: missing" in done.stdout
+    assert done.code == 4
+    assert "config.json: missing" in done.out
 
 
 def test_what_is_no_store_is_refused(tmp_path: Path, store: Path) -> None:
     done = verify(tmp_path)
-    assert done.returncode == 4
-    assert "not a store (no manifest.json)" in done.stderr
+    assert done.code == 4
+    assert "not a store (no manifest.json)" in done.err
     manifest = store / "manifest.json"
     manifest.write_text(manifest.read_text()[:-100])
     done = verify(store)
-    assert done.returncode == 4
-    assert "manifest.json: not valid JSON" in done.stderr
+    assert done.code == 4
+    assert "manifest.json: not valid JSON" in done.err
 
 
 def test_json_counts_every_byte(store: Path) -> None:
     done = verify(store, "--json", "--threads", "3")
-    report = json.loads(done.stdout)
+    report = json.loads(done.out)
     files = [file for file in (store / "blocks").iterdir() if file.suffix == ".safetensors"]
     assert report["bytes_read"] == sum(file.stat().st_size for file in files)
     assert report["files"] == len(files)
@@ -135,6 +135,7 @@ def test_json_counts_every_byte(store: Path) -> None:
     assert report["bytes_per_second"] == pytest.approx(report["bytes_read"] / report["seconds"])
 
 
+@pytest.mark.inputs("tiered/cli", "tiered/io")
 def test_a_terminal_sees_a_bar(store: Path) -> None:
     own, theirs = pty.openpty()
     try:

@@ -99,6 +99,7 @@ def test_a_hopeless_tensor_is_given_up_after_the_trial(tmp_path: Path) -> None:
     assert taken <= 5
 
 
+@pytest.mark.slow
 def test_frames_wait_in_memory_and_then_in_a_file_without_a_name(tmp_path: Path) -> None:
     data = bytes(random.Random(0).choices(range(16), k=12 * FRAME_NBYTES + 5))
     frames = Compression("zstd").attempt(iter([memoryview(data)]), tmp_path)

@@ -1,5 +1,6 @@
 """Killed at any moment, the same command goes on, and the store comes out the same."""
 
+import os
 import random
 import signal
 import subprocess
@@ -10,36 +11,27 @@ from pathlib import Path
 import pytest
 
 from tests.convert.models import save_model, store_digest, tiny_model
+from tests.warm import WarmProcess
 from tiered.convert import ConvertOptions, convert_checkpoint
 from tiered.store import Store
 
-# Slowed down per chunk written, so that a kill can fall anywhere; says when imports are over.
-CHILD = """
-import sys, time
-from pathlib import Path
-from tiered.convert import ConvertOptions, convert_checkpoint
-print("ready", flush=True)
-convert_checkpoint(sys.argv[1], Path(sys.argv[2]), ConvertOptions(), lambda _: time.sleep(0.002))
-"""
+
+def convert_slowly(source: Path, out: Path) -> None:
+    """Slowed down per chunk written, so that a kill can fall anywhere."""
+    convert_checkpoint(source, out, ConvertOptions(), lambda _: time.sleep(0.002))
 
 
-def spawn(source: Path, out: Path) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-c", CHILD, str(source), str(out)]
-    return subprocess.Popen(command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True)
-
-
-@pytest.mark.slow
+@pytest.mark.inputs("tiered/convert", "tiered/store", "tiered/quant")
 def test_killed_at_random_moments_the_store_is_the_same(tmp_path: Path) -> None:
     source = save_model(tmp_path / "source", tiny_model("llama"), "60KB")
     convert_checkpoint(source, tmp_path / "whole", ConvertOptions())
     out, dice = tmp_path / "out", random.Random(5)
     kills = 0
     for _ in range(6):
-        with spawn(source, out) as child:
-            assert child.stdout is not None and child.stdout.readline() == "ready\n"
-            time.sleep(dice.uniform(0.0, 0.7))
+        with WarmProcess(convert_slowly, (source, out), [os.devnull] * 3) as child:
+            time.sleep(dice.uniform(0.1, 0.8))  # a tenth of a second to begin
             child.send_signal(signal.SIGKILL)
-            kills += child.wait() == -signal.SIGKILL
+            kills += child.wait(60) == -signal.SIGKILL
         if (out / "manifest.json").exists():
             break
     if not (out / "manifest.json").exists() or (out / "conversion.json").exists():
@@ -83,7 +75,7 @@ def test_stopped_before_any_durable_write_the_store_is_the_same(tmp_path: Path) 
     assert step > 8  # every small file, every block and the manifest
 
 
-@pytest.mark.slow
+@pytest.mark.inputs("tiered/convert", "tiered/cli")
 def test_interrupted_from_the_keyboard_it_says_how_to_go_on(tmp_path: Path) -> None:
     code = (
         "import sys, time, tiered.convert as c\n"

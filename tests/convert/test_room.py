@@ -5,7 +5,6 @@ In memory it takes its panels and little else, however large the layers are.
 
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,22 +13,20 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.convert.models import TRAINED, save_bin, store_digest
+from tests.warm import call_warm
 from tiered.convert import ConvertOptions, compression, convert_checkpoint
 from tiered.convert.compression import PROBE_NAME
 from tiered.errors import DiskFullError
+from tiered.proc import process_peak_rss_bytes
 from tiered.units import MIB
 
-CHILD = """
-import sys
-from pathlib import Path
-from tiered.convert import ConvertOptions, convert_checkpoint
-from tiered.proc import process_peak_rss_bytes
-convert_checkpoint({warm!r}, Path(sys.argv[2] + "-warm"), ConvertOptions(quant=sys.argv[3]))
-before = process_peak_rss_bytes()
-options = ConvertOptions(quant=sys.argv[3], compress=sys.argv[4], ram_bytes=int(sys.argv[5]))
-convert_checkpoint(sys.argv[1], Path(sys.argv[2]), options)
-print(before, process_peak_rss_bytes())
-"""
+
+def print_peaks(source: Path, out: Path, quant: str, compress: str, ram_bytes: int) -> None:
+    """This process's peak before and after a conversion, and after another that has touched all the code."""
+    convert_checkpoint(TRAINED, out.with_name("first"), ConvertOptions(quant=quant))
+    before = process_peak_rss_bytes()
+    convert_checkpoint(source, out, ConvertOptions(quant=quant, compress=compress, ram_bytes=ram_bytes))
+    print(before, process_peak_rss_bytes())
 
 
 @pytest.fixture
@@ -132,7 +129,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {"safetensors": folder / "safetensors", "bin": folder / "bin"}
 
 
-@pytest.mark.slow
+@pytest.mark.inputs("tiered/convert", "tiered/quant", "tiered/store")
 @pytest.mark.parametrize(
     ("form", "quant", "compress"),
     [
@@ -146,11 +143,9 @@ def test_the_peak_is_at_most_one_layer_and_within_the_budget(
     form: str, quant: str, compress: str, large: dict[str, Path], tmp_path: Path
 ) -> None:
     budget = 720 << 20
-    code = CHILD.format(warm=str(TRAINED))
-    command = [sys.executable, "-c", code, str(large[form]), str(tmp_path / "out"), quant, compress, str(budget)]
-    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    before, peak = map(int, done.stdout.split())
+    done = call_warm(tmp_path, print_peaks, large[form], tmp_path / "out", quant, compress, budget)
+    assert done.code == 0, done.err
+    before, peak = map(int, done.out.split())
     assert peak < budget
     print(f"grew by {(peak - before) >> 20} MiB to {peak >> 20} MiB")
     assert peak - before < 160 << 20, f"grew by {(peak - before) >> 20} MiB"  # the layer and small change

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from tests.commands import CHECKPOINT
 from tests.generate import tokenizers
 from tests.generate.tokenizers import ids_of
+from tests.quick import examples
 from tiered.generate.text import CompletionText
 
 KINDS = {
@@ -45,7 +46,7 @@ def assert_exact(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], toke
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(data=st.data())
 def test_random_tokens_give_what_the_tokenizer_decodes(kind: str, data: st.DataObject) -> None:
     tokenizer = TOKENIZERS[kind]

@@ -13,7 +13,7 @@ SEQUENCES = 40
 KILLS = 5
 
 
-@pytest.mark.slow
+@pytest.mark.inputs("tools/job_loop.py", "tiered/jobs", "tiered/cli")
 @pytest.mark.timeout(300)
 def test_kill_9_at_random_moments_changes_no_result(tmp_path: Path) -> None:
     store, requests = make_store(tmp_path), tmp_path / "requests.jsonl"

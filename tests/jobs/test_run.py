@@ -230,6 +230,7 @@ def test_requests_are_read_no_further_than_there_is_room(tmp_path: Path, monkeyp
     assert read == 100
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_requests_done(tmp_path: Path) -> None:
     peaks: list[int] = []
     for count in (300, 300, 1300):

@@ -1,13 +1,12 @@
 """A process that attends to buffers beside pages that must not be touched; dies of the first that is.
 
-`python -m tests.kernels.guard_attention LEVEL`, by test_attention.py. Every buffer ends where such a page begins, and
+`main` is called by test_attention.py, in a process of its own. Every buffer ends where such a page begins, and
 in a second round begins where one ends. Results must be those on ordinary memory.
 """
 
 import ctypes
 import itertools
 import math
-import sys
 from dataclasses import replace
 from typing import Any
 
@@ -106,7 +105,3 @@ def main(level: Level) -> int:
                     calls += 1
     print(f"{level.name}: {calls} calls")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(Level[sys.argv[1]]))

@@ -1,13 +1,12 @@
 """A process that calls native kernels on buffers beside pages that must not be touched; dies of the first that is.
 
-`python -m tests.kernels.guard_pages LEVEL`, by test_native_linear.py. Every buffer ends where such a page begins, and
+`main` is called by test_native_linear.py, in a process of its own. Every buffer ends where such a page begins, and
 in a second round begins where one ends. Results must be those on ordinary memory.
 """
 
 import ctypes
 import itertools
 import mmap
-import sys
 from dataclasses import replace
 from typing import Final
 
@@ -91,7 +90,3 @@ def main(level: Level) -> int:
             next(dtypes)  # so that each way meets both
     print(f"{level.name}: {calls} calls")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(Level[sys.argv[1]]))

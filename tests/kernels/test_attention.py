@@ -1,8 +1,6 @@
 """Attention over a paged cache: the numbers, of the reference and of every native level, beside float64."""
 
 import itertools
-import subprocess
-import sys
 import threading
 import time
 from dataclasses import replace
@@ -12,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.kernels import guard_attention
 from tests.kernels.attention_cases import (
     TOLERANCE,
     Shape,
@@ -24,6 +23,7 @@ from tests.kernels.attention_cases import (
     truth,
 )
 from tests.kernels.native_linear import require
+from tests.warm import call_warm
 from tiered.errors import ConfigError, InterruptedRun
 from tiered.kernels import (
     AttentionCall,
@@ -37,6 +37,8 @@ from tiered.kernels import (
     contiguous_pages,
 )
 from tiered.quant import GroupScheme, dequantize
+
+pytestmark = pytest.mark.inputs("tiered/kernels", "tiered/quant", "tests/kernels")
 
 NAMES = ("torch", *(level.name.lower() for level in Level))
 SHAPES = (
@@ -200,11 +202,10 @@ def test_the_reference_is_far_more_exact_in_float32() -> None:
 
 
 @pytest.mark.parametrize("level", [level for level in Level if level is not Level.AMX], ids=lambda level: level.name)
-def test_no_byte_outside_the_buffers_is_touched(level: Level) -> None:
+def test_no_byte_outside_the_buffers_is_touched(level: Level, tmp_path: Path) -> None:
     require(level)
-    command = [sys.executable, "-m", "tests.kernels.guard_attention", level.name]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = call_warm(tmp_path, guard_attention.main, level)
+    assert done.code == 0, done.out + done.err
 
 
 def test_a_call_ends_soon_after_the_flag_is_set(name: str) -> None:

@@ -9,6 +9,8 @@ from tests.kernels.attention_cases import Shape, attend, random_call, rows_of, s
 from tests.kernels.native_linear import require
 from tiered.kernels import CacheFormat, Level, Pages, contiguous_pages
 
+pytestmark = pytest.mark.inputs("tiered/kernels", "tiered/quant", "tests/kernels")
+
 FORMATS = ((CacheFormat.BF16, CacheFormat.BF16), (CacheFormat.INT4_CHANNEL, CacheFormat.INT8))
 SCALINGS = (0.125, 3.0)
 """The second makes the reference score move again and again."""

@@ -37,7 +37,7 @@ def emulated(build: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-@pytest.mark.slow
+@pytest.mark.inputs("tiered/kernels", "tests/kernels", "setup.py")
 @pytest.mark.timeout(400)
 def test_amx_kernels_pass_the_tests_of_every_level_in_emulation(emulated: Path) -> None:
     # Left out: how soon a call ends, which emulated multiplications are too slow for.

@@ -3,8 +3,6 @@
 import ctypes
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 import warnings
@@ -15,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.kernels import guard_pages
 from tests.kernels.native_linear import (
     FORMATS,
     SCHEMES,
@@ -28,17 +27,18 @@ from tests.kernels.native_linear import (
     require,
     run,
 )
+from tests.warm import call_warm
 from tiered.errors import InterruptedRun
 from tiered.kernels import CancelFlag, Kernels, Level, Mode, packed_row_nbytes, reference, scratch_nbytes
 from tiered.kernels.library import Dtype, Status
 from tiered.quant import GroupScheme, QuantizedWeight, quantize
 
+pytestmark = pytest.mark.inputs("tiered/kernels", "tiered/quant", "tests/kernels")
+
 TOLERANCE = 3e-3
 FAST_TOLERANCE = 1e-2
 """Activations in 8 bits, documented at 6e-3 over a whole layer of normal ones; single rows vary."""
 OUTLIER_TOLERANCE = 2.5e-2
-
-ROOT = Path(__file__).parents[2]
 BIASES = [None, torch.bfloat16, torch.float32]
 
 
@@ -141,12 +141,11 @@ def error(found: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 @pytest.mark.timeout(300)
-def test_nothing_beyond_a_buffer_is_touched(level: Level) -> None:
+def test_nothing_beyond_a_buffer_is_touched(level: Level, tmp_path: Path) -> None:
     """In a process of its own, because what this test finds is a segmentation fault."""
-    command = [sys.executable, "-m", "tests.kernels.guard_pages", level.name]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"exit status {done.returncode}: {(done.stdout + done.stderr)[-2000:]}"
-    assert done.stdout.strip().endswith("calls"), done.stdout
+    done = call_warm(tmp_path, guard_pages.main, level, seconds=280)
+    assert done.code == 0, f"exit status {done.code}: {(done.out + done.err)[-2000:]}"
+    assert done.out.strip().endswith("calls"), done.out
 
 
 @pytest.mark.parametrize("mode", Mode)

@@ -21,6 +21,8 @@ from tiered.kernels import CancelFlag, Kernels, Level
 from tiered.kernels.library import Dtype, Status
 from tiered.quant import GroupScheme, QuantizedTensor, quantize
 
+pytestmark = pytest.mark.inputs("tiered/kernels", "tiered/quant", "tests/kernels")
+
 Clip = Literal["mse", "minmax"]
 CLIPS: tuple[Clip, ...] = ("mse", "minmax")
 SCHEMES = [GroupScheme(bits, group_size) for bits in (4, 8) for group_size in (32, 64, 128)]

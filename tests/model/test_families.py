@@ -5,6 +5,8 @@ longer than the sliding windows.
 """
 
 from contextlib import ExitStack
+from dataclasses import fields
+from typing import Final
 
 import pytest
 import torch
@@ -25,15 +27,32 @@ from tests.helpers import (
     run_segments,
     tiny_config,
 )
+from tests.quick import represented
 from tiered.arch import FAMILIES
+from tiered.arch.families import Family
 from tiered.model import Segment
+
+REPRESENTATIVES: Final = (
+    *("opt", "opt-350m", "gpt_neox", "bloom", "mpt", "gpt_bigcode", "gpt_neox_japanese", "biogpt", "diffllama"),
+    *("llama-tied-biased", "gemma2", "mistral", "qwen3_moe", "glm4_moe"),
+)
+"""For --quick: learned positions and rotary ones, ALiBi, windows, soft caps, tied weights, mixtures with and without
+shared experts; and whatever the table says of a family."""
 
 
 def test_every_family_of_the_table_is_tested() -> None:
     assert {tiny_config(name).model_type for name in TINY} == set(FAMILIES)
 
 
-@pytest.mark.parametrize("name", TINY)
+def test_the_representatives_have_every_value_of_every_column_of_the_table() -> None:
+    chosen = [FAMILIES[tiny_config(name).model_type] for name in REPRESENTATIVES]
+    for column in fields(Family):
+        if column.name != "model_type":
+            values = [{getattr(family, column.name) for family in found} for found in (chosen, FAMILIES.values())]
+            assert values[0] == values[1], column.name
+
+
+@pytest.mark.parametrize("name", represented(TINY, REPRESENTATIVES))
 def test_a_family_gives_what_transformers_gives(tiny: Tiny, name: str) -> None:
     prompts, expected = prompts_for(name), tiny.reference(name)
     with open_runtime(tiny.store(name)) as runtime:
@@ -43,7 +62,7 @@ def test_a_family_gives_what_transformers_gives(tiny: Tiny, name: str) -> None:
 
 
 @pytest.mark.parametrize("quant", ["int4", "int8"])
-@pytest.mark.parametrize("name", ["opt", "llama", "gpt_neox", "qwen3_moe"])
+@pytest.mark.parametrize("name", represented(["opt", "llama", "gpt_neox", "qwen3_moe"], ["opt", "qwen3_moe"]))
 def test_a_quantized_store_gives_what_its_dequantized_weights_give(tiny: Tiny, name: str, quant: str) -> None:
     assert tiny.store(name, quant).manifest.quantization["layers"] is not None
     expected = tiny.reference(name, quant)

@@ -26,6 +26,7 @@ from tests.helpers import (
     run_segments,
     tiny_config,
 )
+from tests.quick import represented
 from tiered.cache import SequenceKV
 from tiered.convert import ConvertOptions, convert_checkpoint
 from tiered.kernels import load_library
@@ -160,9 +161,22 @@ GRID: Final[dict[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("setting", GRID)
-@pytest.mark.parametrize("bits", [16, 8, 4])
-@pytest.mark.parametrize("name", ["opt", "llama", "gemma3_text"])
+BITS: Final = (16, 8, 4)
+CELLS: Final = [
+    (name, bits, setting)
+    for first, name in enumerate(("opt", "llama", "gemma3_text"))
+    for second, setting in enumerate(GRID)
+    for third, bits in enumerate(BITS)
+    if (first + second + third) % 3 == 0 or name == "gemma3_text"
+]
+"""All of them for the family with windows, whose rings bring bits, tier and chunks together. The others differ in what
+they compute between pages only: with each, every format meets one setting and every setting one format."""
+
+
+@pytest.mark.parametrize(
+    ("name", "bits", "setting"),
+    represented(CELLS, [cell for cell in CELLS if cell[0] != "gemma3_text" or cell[1] == 4]),
+)
 def test_logits_are_the_same_bits_however_they_are_computed(
     models: Models, tmp_path: Path, name: str, bits: int, setting: str
 ) -> None:
@@ -190,7 +204,9 @@ def test_fewer_bits_do_change_logits(models: Models) -> None:
 
 
 @pytest.mark.parametrize("kv", ["cpu", "disk"])
-@pytest.mark.parametrize("name", ["gemma3_text", "mistral", "cohere2", "bloom", "diffllama"])
+@pytest.mark.parametrize(
+    "name", represented(["gemma3_text", "mistral", "cohere2", "bloom", "diffllama"], ["gemma3_text", "bloom"])
+)
 def test_a_text_much_longer_than_windows_gives_what_transformers_gives(
     models: Models, tmp_path: Path, name: str, kv: str
 ) -> None:
@@ -215,7 +231,7 @@ def error_of(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("name", ["bloom", "diffllama"])
+@pytest.mark.parametrize("name", represented(["bloom", "diffllama"], ["bloom"]))
 def test_families_with_attention_of_their_own_read_what_is_stored_whatever_the_chunks(
     models: Models, tmp_path: Path, name: str, bits: int
 ) -> None:

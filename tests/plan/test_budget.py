@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -144,6 +145,7 @@ def test_this_process_has_memory_and_processors() -> None:
     assert cpu_count() >= 1
 
 
+@pytest.mark.inputs("tiered/plan")
 @pytest.mark.parametrize("budget", [0, 2 * GIB])
 def test_what_malloc_keeps_is_counted(budget: int) -> None:
     assert kept_by_threads(budget) <= heap_nbytes(budget)
@@ -151,6 +153,7 @@ def test_what_malloc_keeps_is_counted(budget: int) -> None:
     assert kept_by_threads(100 * GIB) > heap_nbytes(budget)
 
 
+@cache
 def kept_by_threads(budget: int) -> int:
     """By how much the RSS of a process with this budget grows whose threads free buffers of all sizes."""
     program = f"""

@@ -25,7 +25,7 @@ def run(*words: str | Path, **variables: str) -> subprocess.CompletedProcess[str
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
 
 
-@pytest.mark.slow
+@pytest.mark.inputs("tools/bench_kernels.py", "tiered/bench", "tiered/kernels")
 def test_tables_checks_figures_and_plot_agree(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     figures, picture = tmp_path / "figures.json", tmp_path / "roofline.svg"
@@ -51,7 +51,7 @@ def test_tables_checks_figures_and_plot_agree(tmp_path: Path) -> None:
     assert "</svg>" in picture.read_text(encoding="utf-8")
 
 
-@pytest.mark.slow
+@pytest.mark.inputs("tools/bench_kernels.py", "tiered/bench", "tiered/kernels")
 def test_without_matplotlib_the_tables_are_printed_all_the_same(tmp_path: Path) -> None:
     (tmp_path / "matplotlib.py").write_text("raise ImportError\n", encoding="utf-8")
     paths = f"{tmp_path}:{TOOL.parent.parent}"

@@ -15,10 +15,11 @@ from tools.fuzz.child import Child, Ended, Limits, faults, start
 from tools.fuzz.mutate import mutate_bytes, mutate_json, mutate_safetensors, mutate_text
 
 LIMITS = Limits(seconds=20)
+READS = pytest.mark.inputs("tools/fuzz", "tiered/store", "tiered/convert", "tiered/jobs", "tiered/cli")
 FUZZ = (sys.executable, "-m", "tools.fuzz")
 
 
-@pytest.mark.slow
+@READS
 @pytest.mark.timeout(300)
 def test_a_slice_of_all_kinds_finds_nothing() -> None:
     done = run_apart((*FUZZ, "--cases", "200", "--seed", "1", "--seconds", "90"), seconds=280)
@@ -26,7 +27,7 @@ def test_a_slice_of_all_kinds_finds_nothing() -> None:
     assert "200 cases from seed 1, 0 findings" in done.out
 
 
-@pytest.mark.slow
+@READS
 def test_a_planted_fault_is_found_and_its_case_can_be_repeated(tmp_path: Path) -> None:
     # A module that is imported before `tools.fuzz`, in its process: a manifest's syntax errors go unhandled.
     plant = tmp_path / "planted.py"
