@@ -8,7 +8,7 @@ import ctypes
 import functools
 import os
 from collections.abc import Sequence
-from ctypes import POINTER, c_char_p, c_int32, c_int64, c_uint64, c_void_p
+from ctypes import POINTER, c_char_p, c_int32, c_int64, c_void_p
 from enum import IntEnum
 from pathlib import Path
 from typing import Final
@@ -77,8 +77,6 @@ _FUNCTIONS: Final[dict[str, tuple[object, Sequence[object]]]] = {
     "tk_destroy": (None, [c_void_p]),
     "tk_scratch_nbytes": (c_int64, [c_void_p]),
     "tk_trim": (None, [c_void_p]),
-    "tk_read": (c_int32, [c_void_p, c_void_p, c_int64, POINTER(c_uint64)]),
-    "tk_multiply": (c_int32, [c_void_p, c_int64, POINTER(c_int64)]),
     "tk_linear": (
         c_int32,
         [

@@ -67,15 +67,6 @@ TK_API int32_t tk_linear(tk_context *context, const tk_weight *weight, const uin
 TK_API int32_t tk_dequantize(tk_context *context, const tk_weight *weight, int64_t first_row, int64_t rows, void *out,
                              int32_t out_dtype);
 
-/* For benchmarks: what this machine can do at most, with the context's threads and the instructions of its level. */
-
-/* Reads `nbytes` of data, a multiple of 4096, once; *sum becomes the sum of its 64-bit words. */
-TK_API int32_t tk_read(tk_context *context, const void *data, int64_t nbytes, uint64_t *sum);
-
-/* `items` times some microseconds of multiplications and additions in registers; *operations becomes their number, 0
- * where the level has no instructions for them. */
-TK_API int32_t tk_multiply(tk_context *context, int64_t items, int64_t *operations);
-
 /* The codes, scales and zeros of a weight [rows, in] of any tk_dtype, as tiered/quant/quantize.py computes them, bit for
  * bit; `ld` is its row stride. `bits` 4 or 8, `group` 32, 64 or 128, of which `in` is a multiple; `clip` 0 keeps each
  * group's whole range, 1 narrows it to where the squared error is least (at 4 bits). Outputs have no gaps: q [rows,
