@@ -23,7 +23,7 @@ from tiered.cache import (
     Part,
     SequenceKV,
 )
-from tiered.kernels.attention import PAGE_TOKENS, Pages
+from tiered.kernels.attention import PAGE_TOKENS, BlockTable, Pages
 from tiered.model import ChunkLimits, Segment
 from tiered.model.segments import Piece, chunk_plan
 
@@ -52,7 +52,7 @@ def as_stored(layer: int, sequence: int, layout: PageLayout) -> States:
     offsets = torch.arange(whole) * layout.record_nbytes
     memory = torch.zeros(whole * layout.record_nbytes, dtype=torch.uint8)
     layout.store(memory, offsets, paged[0], paged[1])
-    for pages in layout.tables(offsets[None]).pages(memory):
+    for pages in layout.pages(BlockTable(memory, offsets[None])):
         found.append(torch.cat([pages.widen(0, page, size, False, torch.float64) for page in range(whole)], dim=1))
     return found[0], found[1]
 

@@ -1,7 +1,7 @@
 """The KV cache of a run: pages of 64 tokens, in memory or on disk, behind transformers' cache interface."""
 
 from tiered.cache.chunk import ChunkKV, GatheredKV, PackedKV, PagedKeys, PagedRead, PositionCache
-from tiered.cache.layout import PageLayout, Tables
+from tiered.cache.layout import PageLayout
 from tiered.cache.pool import KVPool, SequenceKV
 from tiered.cache.records import Extent, LentRecords, Part
 from tiered.cache.shape import kv_shape
@@ -24,7 +24,6 @@ __all__ = [
     "Part",
     "PositionCache",
     "SequenceKV",
-    "Tables",
     "kv_shape",
     "layer_groups",
 ]

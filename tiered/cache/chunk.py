@@ -18,11 +18,10 @@ from typing import Any, Self
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from tiered.cache.layout import Tables
 from tiered.cache.records import LentRecords, Part
 from tiered.cache.writer import RecordWriter, TailWriter, Writer
 from tiered.errors import ConfigError
-from tiered.kernels.attention import PAGE_TOKENS, Pages
+from tiered.kernels.attention import PAGE_TOKENS, BlockTable, Pages
 
 
 class PositionLayer(CacheLayerMixin):
@@ -97,13 +96,13 @@ class ChunkKV(PositionCache):
             first=torch.tensor([max(0, part.start - window + 1) if window else 0 for part in parts]),
             count=torch.tensor([part.stop for part in parts]),
             tokens=parts[0].count,
-            tables=self.pool.layout.tables(torch.tensor(offsets)),
+            offsets=torch.tensor(offsets),
             recent=None if self._tails is None else self._recent(self._tails, parts, pages),
             reads_fresh=not parts[0].is_within_a_page,
         )
 
-    def _recent(self, tails: TailWriter, parts: Sequence[Part], pages: int) -> Tables:
-        """Where the pages are that queries of `parts` read as they were computed."""
+    def _recent(self, tails: TailWriter, parts: Sequence[Part], pages: int) -> torch.Tensor:
+        """Offsets of the pages that queries of `parts` read as they were computed."""
         nbytes = self.pool.exact.record_nbytes
         offsets = torch.full((len(parts), pages), -1)
         for row, part in enumerate(parts):
@@ -111,15 +110,15 @@ class ChunkKV(PositionCache):
                 offsets[row, part.first_page] = part.kv.tail * nbytes
             else:
                 offsets[row, part.first_page :] = torch.tensor(tails.fresh_pages(part)) * nbytes
-        return self.pool.exact.tables(offsets)
+        return offsets
 
     def _pages(self, call: "_Call", layer: int) -> tuple[Pages, Pages]:
         """Keys and values of a call in `layer`."""
-        memory = self.records.memory(layer)
-        if self._tails is None or call.recent is None:
-            return call.tables.pages(memory)
-        keys, values = call.recent.pages(self._tails.fresh() if call.reads_fresh else self.pool.tails(layer))
-        return call.tables.pages(memory, (keys.codes, values.codes))
+        table, recent = BlockTable(self.records.memory(layer), call.offsets), None
+        if self._tails is not None and call.recent is not None:
+            memory = self._tails.fresh() if call.reads_fresh else self.pool.tails(layer)
+            recent = self.pool.exact.pages(BlockTable(memory, call.recent))
+        return self.pool.layout.pages(table, recent)
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,9 +129,10 @@ class _Call:
     count: torch.Tensor
     tokens: int
     """Of each sequence."""
-    tables: Tables
-    recent: Tables | None
-    """Pages as they were computed; None where records hold them so."""
+    offsets: torch.Tensor
+    """[sequences, pages] int64: of their records; -1 where there is none, as in the next."""
+    recent: torch.Tensor | None
+    """Of pages as they were computed; None where records hold them so."""
     reads_fresh: bool
     """Recent pages are in fresh memory, else in the tails."""
 
