@@ -1,4 +1,4 @@
-"""Records of the KV cache: what is written is what attention reads, wherever the records lie."""
+"""Blocks of the KV cache: what is written is what attention reads, wherever the blocks lie."""
 
 from dataclasses import replace
 from typing import Any, Final
@@ -40,9 +40,9 @@ def dtype_of(shape: KVShape) -> torch.dtype:
     return dtype
 
 
-def memory_of(layout: PageLayout, records: int) -> torch.Tensor:
-    """Records full of what no test writes, at an address that is no multiple of their size."""
-    return torch.full((PAGE + records * layout.record_nbytes,), UNTOUCHED, dtype=torch.uint8)[PAGE:]
+def memory_of(layout: PageLayout, blocks: int) -> torch.Tensor:
+    """Blocks full of what no test writes, at an address that is no multiple of their size."""
+    return torch.full((PAGE + blocks * layout.block_nbytes,), UNTOUCHED, dtype=torch.uint8)[PAGE:]
 
 
 def random_pages(layout: PageLayout, pages: int, seed: int = 0) -> States:
@@ -55,9 +55,9 @@ def random_pages(layout: PageLayout, pages: int, seed: int = 0) -> States:
     return keys.to(dtype_of(shape)), values.to(dtype_of(shape))
 
 
-def scattered(layout: PageLayout, count: int, records: int, seed: int = 0) -> torch.Tensor:
-    """Offsets of `count` of `records` records, in any order."""
-    return torch.randperm(records, generator=torch.Generator().manual_seed(seed))[:count] * layout.record_nbytes
+def scattered(layout: PageLayout, count: int, blocks: int, seed: int = 0) -> torch.Tensor:
+    """Offsets of `count` of `blocks` blocks, in any order."""
+    return torch.randperm(blocks, generator=torch.Generator().manual_seed(seed))[:count] * layout.block_nbytes
 
 
 def widened(pages: Pages, shape: KVShape, sequence: int = 0) -> torch.Tensor:
@@ -108,8 +108,8 @@ def test_tokens_written_one_by_one_are_read_as_if_they_lay_together(name: str, d
     pages = random_pages(layout, 3)
     for target, states in zip(layout.dense(memory), pages, strict=True):
         position = torch.arange(tokens)
-        records = offsets[position // PAGE_TOKENS] // layout.record_nbytes
-        target[records, :, position % PAGE_TOKENS] = as_sequence(states)[0, :, :tokens].transpose(0, 1)
+        blocks = offsets[position // PAGE_TOKENS] // layout.block_nbytes
+        target[blocks, :, position % PAGE_TOKENS] = as_sequence(states)[0, :, :tokens].transpose(0, 1)
     found = call_of(*layout.pages(BlockTable(memory, offsets[None])), layout.shape, tokens, 40)
     keys, values = (contiguous_pages(as_sequence(states)) for states in pages)
     assert torch.equal(attend(name, found), attend(name, replace(found, keys=keys, values=values)))
@@ -123,24 +123,24 @@ def test_tokens_written_one_by_one_are_read_as_if_they_lay_together(name: str, d
     dtype=st.sampled_from([torch.bfloat16, torch.float32]),
     seed=st.integers(0, 99),
 )
-def test_a_record_is_whole_disk_pages_and_touches_no_other(
+def test_a_block_is_whole_disk_pages_and_touches_no_other(
     bits: int, heads: int, head_dim: int, dtype: torch.dtype, seed: int
 ) -> None:
     layout = PageLayout(shape_of(heads, head_dim, dtype), bits)
-    assert layout.record_nbytes % PAGE == 0
+    assert layout.block_nbytes % PAGE == 0
     memory, offsets = memory_of(layout, 5), scattered(layout, 3, 5, seed)
     layout.store(memory, offsets, *random_pages(layout, 3, seed))
     kept = torch.ones(5, dtype=torch.bool)
-    kept[offsets // layout.record_nbytes] = False
-    records = memory.view(5, -1)
-    assert bool((records[kept] == UNTOUCHED).all())
-    written = (records[~kept] != UNTOUCHED).sum(1)
+    kept[offsets // layout.block_nbytes] = False
+    blocks = memory.view(5, -1)
+    assert bool((blocks[kept] == UNTOUCHED).all())
+    written = (blocks[~kept] != UNTOUCHED).sum(1)
     payload = 2 * heads * PAGE_TOKENS * head_dim * bits // (8 if dtype is torch.bfloat16 or bits < 16 else 4)
     assert bool((written > payload * 0.9).all())
 
 
 @BITS
-def test_parts_of_a_record_start_at_multiples_of_64_bytes(bits: int) -> None:
+def test_parts_of_a_block_start_at_multiples_of_64_bytes(bits: int) -> None:
     layout = PageLayout(shape_of(heads=1, head_dim=24), bits)
     memory = memory_of(layout, 1)
     for pages in layout.pages(BlockTable(memory, torch.zeros(1, 1, dtype=torch.int64))):
@@ -150,7 +150,7 @@ def test_parts_of_a_record_start_at_multiples_of_64_bytes(bits: int) -> None:
 
 def test_fewer_bits_take_less_memory() -> None:
     shape = shape_of(heads=40, head_dim=128)
-    sizes = [PageLayout(shape, bits).record_nbytes for bits in (16, 8, 4)]
+    sizes = [PageLayout(shape, bits).block_nbytes for bits in (16, 8, 4)]
     assert sizes[0] == 2 * 40 * 64 * 128 * 2
     assert sizes[1] < 0.53 * sizes[0] and sizes[2] < 0.28 * sizes[0]
 
@@ -177,7 +177,7 @@ def test_a_page_is_stored_as_the_same_bytes_whatever_is_stored_with_it(bits: int
     layout = PageLayout(shape_of(heads=40, head_dim=128), bits)
     keys, values = random_pages(layout, 3)
     together, one_by_one = memory_of(layout, 3), memory_of(layout, 3)
-    offsets = torch.tensor([2, 0, 1]) * layout.record_nbytes
+    offsets = torch.tensor([2, 0, 1]) * layout.block_nbytes
     layout.store(together, offsets, keys, values)
     for page in (1, 2, 0):
         layout.store(one_by_one, offsets[page : page + 1], keys[page : page + 1], values[page : page + 1])
@@ -211,7 +211,7 @@ def test_queries_read_their_own_page_as_computed_and_earlier_ones_as_stored(name
     layout, pages, begin = PageLayout(shape_of(), bits), 4, 100
     memory, offsets = memory_of(layout, 9), scattered(layout, pages, 9)
     states = random_pages(layout, pages)
-    # The last page is not complete: there is no record of it, and what lies at its place must not be read.
+    # The last page is not complete: there is no block of it, and what lies at its place must not be read.
     layout.store(memory, offsets[:-1], *(part[:-1] for part in states))
     offsets[-1] = -1
     tokens, table = 250, BlockTable(memory, offsets[None])
@@ -252,4 +252,4 @@ def test_states_of_another_shape_are_refused(bits: int) -> None:
     layout = PageLayout(shape_of(), bits)
     keys, values = random_pages(layout, 2)
     with pytest.raises(ConfigError, match=r"pages \[2, 2, 64, 63\], expected \[2, 2, 64, 64\]"):
-        layout.store(memory_of(layout, 2), torch.tensor([0, layout.record_nbytes]), keys, values[..., 1:])
+        layout.store(memory_of(layout, 2), torch.tensor([0, layout.block_nbytes]), keys, values[..., 1:])

@@ -1,13 +1,14 @@
-"""How keys and values lie in the KV cache: records of one page each, and how attention finds them.
+"""How keys and values lie in the KV cache: KV blocks of one page each, and how attention finds them.
 
-A *record* is the keys and values of one page (64 tokens) of one sequence in one layer, for all its key heads:
+A *KV block*, or block here, is the keys and values of one page (64 tokens) of one sequence in one layer, for all key
+heads:
 
     keys: codes [heads, 64, ..], scale, zero | values: codes [heads, 64, ..], scale, zero | up to a multiple of 4096
 
-Records lie at multiples of `record_nbytes` in flat uint8 memory, one stretch of it per layer. In 16 bits a record
+Blocks lie at multiples of `block_nbytes` in flat uint8 memory, one stretch of it per layer. In 16 bits a block
 holds the compute dtype and is written token by token (`dense`); in 8 and 4 bits it is written once, when its page is
-complete (`store`). Every part is at the same place in every record, so that offsets of records are all that attention
-needs, and serve every layer whose records lie alike:
+complete (`store`). Every part is at the same place in every block, so that offsets of blocks are all that attention
+needs, and serve every layer whose blocks lie alike:
 
     keys, values = layout.pages(BlockTable(memory, offsets), recent)
 """
@@ -20,7 +21,7 @@ import torch
 from tiered.cache.quantize import QuantizedPages, group_size, quantize_keys, quantize_values
 from tiered.errors import ConfigError
 from tiered.kernels.attention import PAGE_TOKENS, BlockTable, CacheFormat, Pages, Plane
-from tiered.plan.kv import PART_ALIGNMENT, KVShape, record_nbytes
+from tiered.plan.kv import PART_ALIGNMENT, KVShape, block_nbytes
 from tiered.units import PAGE, round_up
 
 _FORMATS: Final = {
@@ -33,20 +34,20 @@ _PIECE_ELEMENTS: Final = 1 << 19
 
 
 class PageLayout:
-    """Records of a model's KV cache in 16, 8 or 4 bits. Raises ConfigError where there are no such records."""
+    """Blocks of a model's KV cache in 16, 8 or 4 bits. Raises ConfigError where there are no such blocks."""
 
     def __init__(self, shape: KVShape, bits: int, tokens: int = PAGE_TOKENS) -> None:
         """`tokens`: slots of a page that are ever filled, where no sequence is as long as a page. 16 bits only."""
         slots = tokens if bits == 16 else PAGE_TOKENS
-        self.record_nbytes = record_nbytes(shape, bits, slots)
+        self.block_nbytes = block_nbytes(shape, bits, slots)
         self.shape, self.bits = shape, bits
         self.keys_format, self.values_format = _FORMATS[bits]
         self._keys = _Parts.of(shape, self.keys_format, 0, slots)
         self._values = _Parts.of(shape, self.values_format, self._keys.stop, slots)
-        assert self._values.stop <= self.record_nbytes < self._values.stop + PAGE
+        assert self._values.stop <= self.block_nbytes < self._values.stop + PAGE
 
     def pages(self, table: BlockTable, recent: tuple[Pages, Pages] | None = None) -> tuple[Pages, Pages]:
-        """Keys and values in the records of `table`, as attention takes them.
+        """Keys and values in the blocks of `table`, as attention takes them.
 
         `recent`: those of pages that are read as they were computed (see `Pages.recent`).
         """
@@ -54,13 +55,13 @@ class PageLayout:
         return self._keys.pages(table, new_keys), self._values.pages(table, new_values)
 
     def dense(self, memory: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values [records, heads, 64, head_dim] of all records in `memory`, in place. 16 bits only."""
-        assert self.bits == 16, "these records are quantized; a complete page is stored at once"
-        records = memory.view(-1, self.record_nbytes)
-        return self._keys.codes.every(records), self._values.codes.every(records)
+        """Keys and values [blocks, heads, 64, head_dim] of all blocks in `memory`, in place. 16 bits only."""
+        assert self.bits == 16, "these blocks are quantized; a complete page is stored at once"
+        blocks = memory.view(-1, self.block_nbytes)
+        return self._keys.codes.every(blocks), self._values.codes.every(blocks)
 
     def store(self, memory: torch.Tensor, offsets: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Write complete pages, keys and values [pages, heads, 64, head_dim], to the records at `offsets` [pages]."""
+        """Write complete pages, keys and values [pages, heads, 64, head_dim], to the blocks at `offsets` [pages]."""
         expected = (len(offsets), self.shape.heads, PAGE_TOKENS, self.shape.head_dim)
         for states in (keys, values):
             if states.shape != expected:
@@ -79,7 +80,7 @@ class PageLayout:
 
 @dataclass(frozen=True)
 class _Part:
-    """Codes, scales or zeros in a record: [heads, tokens, width] of `dtype` from byte `start` on."""
+    """Codes, scales or zeros in a block: [heads, tokens, width] of `dtype` from byte `start` on."""
 
     start: int
     size: tuple[int, int, int]
@@ -96,19 +97,19 @@ class _Part:
         heads, tokens, width = self.size
         return self.start + heads * tokens * width * self.dtype.itemsize
 
-    def every(self, records: torch.Tensor) -> torch.Tensor:
-        """[records, heads, tokens, width]: this part of all records, uint8 [records, record_nbytes]."""
-        return records[:, self.start : self.stop].view(self.dtype).view(-1, *self.size)
+    def every(self, blocks: torch.Tensor) -> torch.Tensor:
+        """[blocks, heads, tokens, width]: this part of all blocks, uint8 [blocks, block_nbytes]."""
+        return blocks[:, self.start : self.stop].view(self.dtype).view(-1, *self.size)
 
     def write(self, memory: torch.Tensor, offsets: list[int], states: torch.Tensor) -> None:
-        """Write states [pages, heads, tokens, width] to the records at `offsets`."""
+        """Write states [pages, heads, tokens, width] to the blocks at `offsets`."""
         for offset, page in zip(offsets, states, strict=True):
             memory[offset + self.start : offset + self.stop].view(self.dtype).view(self.size).copy_(page)
 
 
 @dataclass(frozen=True)
 class _Parts:
-    """What a record holds of keys, or of values; scales and zeros where they are quantized."""
+    """What a block holds of keys, or of values; scales and zeros where they are quantized."""
 
     format: CacheFormat
     codes: _Part
@@ -117,7 +118,7 @@ class _Parts:
 
     @classmethod
     def of(cls, shape: KVShape, kind: CacheFormat, start: int, slots: int = PAGE_TOKENS) -> Self:
-        """The parts from byte `start` of the record on."""
+        """The parts from byte `start` of the block on."""
         start = round_up(start, PART_ALIGNMENT)
         if kind is CacheFormat.BF16:
             return cls(kind, _Part(start, (shape.heads, slots, shape.head_dim), getattr(torch, shape.dtype)))
