@@ -205,7 +205,7 @@ class Runtime:
         if cache.on_disk:
             folder, host = self.options.kv_folder or self.store.path, self.host
             spill = stack.enter_context(
-                SpillFile(folder, cache.records_nbytes, SPILL_THREADS, host.trace, clock=host.clock)
+                SpillFile(folder, cache.blocks_nbytes, SPILL_THREADS, host.trace, clock=host.clock)
             )
         return _Memory(
             arena,

@@ -27,11 +27,12 @@ from typing import Final
 
 import torch
 
-from tiered.bench import kernels as bench
-from tiered.bench.kernels import TORCH_BF16, TORCH_INT4, TORCH_INT8, Inputs, LayerShape, Limits
 from tiered.kernels import Kernels, Mode, load_library
 from tiered.plan import hardware
 from tiered.units import MIB, format_size
+from tools import kernel_race as race
+from tools.kernel_race import TORCH_BF16, TORCH_INT4, TORCH_INT8, Inputs, LayerShape
+from tools.machine_limits import Limits
 
 ROWS: Final = (1, 2, 4, 8, 16, 32, 48, 64, 128, 256, 512, 1024)
 QUICK_ROWS: Final = (1, 4, 8, 16, 48, 64, 256, 1024)
@@ -128,7 +129,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=3, help="per line of a table, about (default: %(default)s)")
     parser.add_argument("--limit", type=float, default=4, help="leave out calls that take longer (%(default)s seconds)")
     parser.add_argument("--read-size", type=int, default=1024, metavar="MIB", help="memory to read (%(default)s)")
-    cache = bench.last_level_cache_nbytes() // MIB
+    cache = race.last_level_cache_nbytes() // MIB
     parser.add_argument("--cache", type=int, default=cache, metavar="MIB", help="weights exceed it (%(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the roofline (.svg, .png)")
@@ -164,13 +165,13 @@ def measure_shape(
 ) -> Iterator[Row]:
     """One row for each number of rows."""
     cache = arguments.cache * MIB
-    weight = bench.random_weight(shape.out, shape.in_)
-    contestants = bench.our_contestants(opened, weight, cache) + bench.torch_contestants(weight, cache)
+    weight = race.random_weight(shape.out, shape.in_)
+    contestants = race.our_contestants(opened, weight, cache) + race.torch_contestants(weight, cache)
     per_row = {contestant.name: 0.0 for contestant in contestants}
     for rows in arguments.rows:
         print(f"{shape.out} x {shape.in_}, M={rows}", file=sys.stderr, flush=True)
         able = [contestant for contestant in contestants if per_row[contestant.name] * rows <= arguments.limit]
-        seconds = bench.measure(able, Inputs(rows, shape.in_), arguments.seconds)
+        seconds = race.measure(able, Inputs(rows, shape.in_), arguments.seconds)
         per_row |= {name: found / rows for name, found in seconds.items()}
         yield Row(shape, rows, seconds, limits.read_bandwidth())
 
@@ -189,14 +190,14 @@ def speed_checks(rows: Sequence[Row], ours: str, bandwidth: float) -> Iterator[C
 
 def accuracy_checks(opened: Mapping[str, Kernels], shape: LayerShape) -> Iterator[Check]:
     """Errors against float64, and rows that must have the same bits alone, in a batch, and with another thread."""
-    weight = bench.random_weight(min(shape.out, 512), shape.in_)
+    weight = race.random_weight(min(shape.out, 512), shape.in_)
     x = torch.randn(64, shape.in_)
     outliers = x.clone()
     outliers[:, torch.randperm(shape.in_)[:6]] *= 60
     for name, kernels in opened.items():
         bound = MOST_ERROR[kernels.mode]
         for what, values in (("normal activations", x), ("6 channels times 60", outliers)):
-            error = bench.relative_error(kernels, weight, values.to(torch.bfloat16))
+            error = race.relative_error(kernels, weight, values.to(torch.bfloat16))
             yield Check(f"{name}, {what}: relative error against float64", error, bound, at_least=False)
         if kernels.level is not None and kernels.mode is Mode.INVARIANT:
             batch = x.to(torch.bfloat16)

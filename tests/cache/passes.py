@@ -1,7 +1,7 @@
-"""Sequences on their way through the paged cache without a model: what chunks store, and what their queries may read.
+"""Sequences on their way through the paged cache without a model: what micro-batches store and their queries may read.
 
-`Passes` does what an engine does with segments: plans chunks, lends records, stores, reads, writes to the file. After
-every chunk, all that its queries may read is compared with what was put in.
+`Passes` does what an engine does with segments: plans micro-batches, lends blocks, stores, reads, writes to the
+file. After every micro-batch, all that its queries may read is compared with what was put in.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,16 +14,16 @@ import torch
 from tests.cache.plans import FakeFile, plan_of, pool_of
 from tiered.cache import (
     CachePlan,
-    ChunkKV,
     GatheredKV,
-    LentRecords,
+    LentBlocks,
+    MicroBatchKV,
     PackedKV,
     PagedRead,
     PageLayout,
     Part,
     SequenceKV,
 )
-from tiered.kernels.attention import PAGE_TOKENS, Pages
+from tiered.kernels.attention import PAGE_TOKENS, BlockTable, Pages
 from tiered.model import ChunkLimits, Segment
 from tiered.model.segments import Piece, chunk_plan
 
@@ -42,29 +42,29 @@ def truth(layer: int, sequence: int, heads: int, head_dim: int) -> States:
 
 @cache
 def as_stored(layer: int, sequence: int, layout: PageLayout) -> States:
-    """The same, every complete page as one record gives it back. float64."""
+    """The same, every complete page as one block gives it back. float64."""
     whole = LONGEST // PAGE_TOKENS
     found = []
     shape = layout.shape
     size = (shape.heads, PAGE_TOKENS, shape.head_dim)
     states = truth(layer, sequence, shape.heads, shape.head_dim)
     paged = [x[:, : whole * PAGE_TOKENS].unflatten(1, (whole, PAGE_TOKENS)).transpose(0, 1) for x in states]
-    offsets = torch.arange(whole) * layout.record_nbytes
-    memory = torch.zeros(whole * layout.record_nbytes, dtype=torch.uint8)
+    offsets = torch.arange(whole) * layout.block_nbytes
+    memory = torch.zeros(whole * layout.block_nbytes, dtype=torch.uint8)
     layout.store(memory, offsets, paged[0], paged[1])
-    for pages in layout.tables(offsets[None]).pages(memory):
+    for pages in layout.pages(BlockTable(memory, offsets[None])):
         found.append(torch.cat([pages.widen(0, page, size, False, torch.float64) for page in range(whole)], dim=1))
     return found[0], found[1]
 
 
 class Passes:
-    """Runs texts through a cache as an engine would, and checks what every chunk reads."""
+    """Runs texts through a cache as an engine would, and checks what every micro-batch reads."""
 
     def __init__(self, plan: CachePlan, limits: ChunkLimits) -> None:
         self.plan, self.limits, self.pool = plan, limits, pool_of(plan)
         # The same object for equal plans: `as_stored` remembers by it.
         self.layout = layout_of(plan.bits, len(plan.groups))
-        self.file = FakeFile(plan.records_nbytes if plan.on_disk else 0)
+        self.file = FakeFile(plan.blocks_nbytes if plan.on_disk else 0)
         self.kvs: dict[int, SequenceKV] = {}
 
     def run_texts(self, texts: Sequence[tuple[int, Sequence[int]]]) -> None:
@@ -95,45 +95,45 @@ class Passes:
         """So many tokens of each sequence, through every layer."""
         members = list(tokens)
         segments = [Segment(self.kvs[i], [0] * tokens[i]) for i in members]
-        units = [self._unit(members, segments, chunks) for chunks in chunk_plan(segments, self.limits)]
+        units = [self._unit(members, segments, micro_batches) for micro_batches in chunk_plan(segments, self.limits)]
         for layer in range(self.pool.shape.layers):
-            for records, chunks in units:
-                self._lend(records, layer)
-                for kv, sequences in chunks:
+            for blocks, micro_batches in units:
+                self._lend(blocks, layer)
+                for kv, sequences in micro_batches:
                     self._compute(kv, sequences, layer)
-                self._take_back(records, layer)
+                self._take_back(blocks, layer)
         for segment in segments if commit else ():
             segment.kv.length = segment.stop
 
     def _unit(
-        self, members: list[int], segments: list[Segment], chunks: list[list[Piece]]
-    ) -> tuple[LentRecords, list[tuple[ChunkKV, list[int]]]]:
-        numbers = sorted({piece.segment for pieces in chunks for piece in pieces})
+        self, members: list[int], segments: list[Segment], micro_batches: list[list[Piece]]
+    ) -> tuple[LentBlocks, list[tuple[MicroBatchKV, list[int]]]]:
+        numbers = sorted({piece.segment for pieces in micro_batches for piece in pieces})
         kvs = [segments[n].kv for n in numbers]
         counts = [len(segments[n].input_ids) for n in numbers]
-        records = LentRecords(self.pool, [Part(kv, kv.length, n) for kv, n in zip(kvs, counts, strict=True)])
-        made: list[tuple[ChunkKV, list[int]]] = []
-        kind: Callable[..., ChunkKV] = GatheredKV if self.limits.gathered else PackedKV
-        for pieces in chunks:
+        blocks = LentBlocks(self.pool, [Part(kv, kv.length, n) for kv, n in zip(kvs, counts, strict=True)])
+        made: list[tuple[MicroBatchKV, list[int]]] = []
+        kind: Callable[..., MicroBatchKV] = GatheredKV if self.limits.gathered else PackedKV
+        for pieces in micro_batches:
             kvs = [segments[piece.segment].kv for piece in pieces]
             parts = [Part(kv, kv.length + p.start, p.stop - p.start) for kv, p in zip(kvs, pieces, strict=True)]
             made.append(
-                (kind(records, parts, [numbers.index(p.segment) for p in pieces]), [members[p.segment] for p in pieces])
+                (kind(blocks, parts, [numbers.index(p.segment) for p in pieces]), [members[p.segment] for p in pieces])
             )
-        return records, made
+        return blocks, made
 
-    def _lend(self, records: LentRecords, layer: int) -> None:
+    def _lend(self, blocks: LentBlocks, layer: int) -> None:
         if self.plan.on_disk:
-            memory = torch.full((records.map_of(layer).lent_nbytes,), 255, dtype=torch.uint8)
-            self.file.read(records.map_of(layer).reads(layer), memory)
-            records.lend(layer, memory)
+            memory = torch.full((blocks.map_of(layer).lent_nbytes,), 255, dtype=torch.uint8)
+            self.file.read(blocks.map_of(layer).reads(layer), memory)
+            blocks.lend(layer, memory)
 
-    def _take_back(self, records: LentRecords, layer: int) -> None:
+    def _take_back(self, blocks: LentBlocks, layer: int) -> None:
         if self.plan.on_disk:
-            self.file.write(records.map_of(layer).writes(layer), records.memory(layer))
-            records.take_back(layer)
+            self.file.write(blocks.map_of(layer).writes(layer), blocks.memory(layer))
+            blocks.take_back(layer)
 
-    def _compute(self, kv: ChunkKV, sequences: list[int], layer: int) -> None:
+    def _compute(self, kv: MicroBatchKV, sequences: list[int], layer: int) -> None:
         size = (self.pool.shape.heads, self.pool.shape.head_dim)
         states = [
             [x[:, part.start : part.stop] for x in truth(layer, sequence, *size)]

@@ -14,7 +14,7 @@ UNTOUCHED: Final = 171
 def plan_of(windows: tuple[int, ...] = (0,), **fields: Any) -> CachePlan:
     """A plan for layers with the given windows; all that is not named is small."""
     shape = KVShape(2, 16, len(windows), fields.pop("dtype", "bfloat16"))
-    small: dict[str, Any] = {"bits": 16, "on_disk": False, "sequences": 3, "context": 320, "chunk": 64}
+    small: dict[str, Any] = {"bits": 16, "on_disk": False, "sequences": 3, "context": 320, "tokens_at_once": 64}
     fields = small | fields
     fields.setdefault("tokens", fields["sequences"] * fields["context"])
     return CachePlan(shape=shape, groups=layer_groups(windows), **fields)

@@ -1,4 +1,4 @@
-"""Records of the KV cache: what is written is what attention reads, wherever the records lie."""
+"""Blocks of the KV cache: what is written is what attention reads, wherever the blocks lie."""
 
 from dataclasses import replace
 from typing import Any, Final
@@ -12,7 +12,7 @@ from tests.kernels.attention_cases import TOLERANCE, attend, relative_error, tru
 from tests.kernels.native_linear import require
 from tiered.cache import KVShape, PageLayout
 from tiered.errors import ConfigError
-from tiered.kernels import AttentionCall, CacheFormat, Level, Pages, Plane, contiguous_pages
+from tiered.kernels import AttentionCall, BlockTable, CacheFormat, Level, Pages, contiguous_pages
 from tiered.kernels.attention import PAGE_TOKENS
 from tiered.store import PAGE
 
@@ -40,9 +40,9 @@ def dtype_of(shape: KVShape) -> torch.dtype:
     return dtype
 
 
-def memory_of(layout: PageLayout, records: int) -> torch.Tensor:
-    """Records full of what no test writes, at an address that is no multiple of their size."""
-    return torch.full((PAGE + records * layout.record_nbytes,), UNTOUCHED, dtype=torch.uint8)[PAGE:]
+def memory_of(layout: PageLayout, blocks: int) -> torch.Tensor:
+    """Blocks full of what no test writes, at an address that is no multiple of their size."""
+    return torch.full((PAGE + blocks * layout.block_nbytes,), UNTOUCHED, dtype=torch.uint8)[PAGE:]
 
 
 def random_pages(layout: PageLayout, pages: int, seed: int = 0) -> States:
@@ -55,15 +55,15 @@ def random_pages(layout: PageLayout, pages: int, seed: int = 0) -> States:
     return keys.to(dtype_of(shape)), values.to(dtype_of(shape))
 
 
-def scattered(layout: PageLayout, count: int, records: int, seed: int = 0) -> torch.Tensor:
-    """Offsets of `count` of `records` records, in any order."""
-    return torch.randperm(records, generator=torch.Generator().manual_seed(seed))[:count] * layout.record_nbytes
+def scattered(layout: PageLayout, count: int, blocks: int, seed: int = 0) -> torch.Tensor:
+    """Offsets of `count` of `blocks` blocks, in any order."""
+    return torch.randperm(blocks, generator=torch.Generator().manual_seed(seed))[:count] * layout.block_nbytes
 
 
 def widened(pages: Pages, shape: KVShape, sequence: int = 0) -> torch.Tensor:
     """[pages, heads, 64, head_dim] float64."""
     size = (shape.heads, PAGE_TOKENS, shape.head_dim)
-    count = pages.codes.offsets.shape[1]
+    count = pages.table.offsets.shape[1]
     return torch.stack([pages.widen(sequence, page, size, False, torch.float64) for page in range(count)])
 
 
@@ -74,7 +74,7 @@ def as_sequence(pages: torch.Tensor) -> torch.Tensor:
 
 def call_of(keys: Pages, values: Pages, shape: KVShape, tokens: int, queries: int, **more: Any) -> AttentionCall:
     """Two queries' heads per key head, at the end of sequences of `tokens` tokens."""
-    sequences = keys.codes.offsets.shape[0]
+    sequences = keys.table.offsets.shape[0]
     generator = torch.Generator().manual_seed(9)
     fields: dict[str, Any] = {
         "query": torch.randn(sequences, queries, 2 * shape.heads, shape.head_dim, generator=generator).to(
@@ -96,7 +96,7 @@ def test_in_16_bits_pages_come_back_as_they_were(dtype: torch.dtype) -> None:
     memory, offsets = memory_of(layout, 7), scattered(layout, 5, 7)
     keys, values = random_pages(layout, 5)
     layout.store(memory, offsets, keys, values)
-    found_keys, found_values = layout.tables(offsets[None]).pages(memory)
+    found_keys, found_values = layout.pages(BlockTable(memory, offsets[None]))
     assert torch.equal(widened(found_keys, layout.shape), keys.double())
     assert torch.equal(widened(found_values, layout.shape), values.double())
 
@@ -108,9 +108,9 @@ def test_tokens_written_one_by_one_are_read_as_if_they_lay_together(name: str, d
     pages = random_pages(layout, 3)
     for target, states in zip(layout.dense(memory), pages, strict=True):
         position = torch.arange(tokens)
-        records = offsets[position // PAGE_TOKENS] // layout.record_nbytes
-        target[records, :, position % PAGE_TOKENS] = as_sequence(states)[0, :, :tokens].transpose(0, 1)
-    found = call_of(*layout.tables(offsets[None]).pages(memory), layout.shape, tokens, 40)
+        blocks = offsets[position // PAGE_TOKENS] // layout.block_nbytes
+        target[blocks, :, position % PAGE_TOKENS] = as_sequence(states)[0, :, :tokens].transpose(0, 1)
+    found = call_of(*layout.pages(BlockTable(memory, offsets[None])), layout.shape, tokens, 40)
     keys, values = (contiguous_pages(as_sequence(states)) for states in pages)
     assert torch.equal(attend(name, found), attend(name, replace(found, keys=keys, values=values)))
 
@@ -123,50 +123,50 @@ def test_tokens_written_one_by_one_are_read_as_if_they_lay_together(name: str, d
     dtype=st.sampled_from([torch.bfloat16, torch.float32]),
     seed=st.integers(0, 99),
 )
-def test_a_record_is_whole_disk_pages_and_touches_no_other(
+def test_a_block_is_whole_disk_pages_and_touches_no_other(
     bits: int, heads: int, head_dim: int, dtype: torch.dtype, seed: int
 ) -> None:
     layout = PageLayout(shape_of(heads, head_dim, dtype), bits)
-    assert layout.record_nbytes % PAGE == 0
+    assert layout.block_nbytes % PAGE == 0
     memory, offsets = memory_of(layout, 5), scattered(layout, 3, 5, seed)
     layout.store(memory, offsets, *random_pages(layout, 3, seed))
     kept = torch.ones(5, dtype=torch.bool)
-    kept[offsets // layout.record_nbytes] = False
-    records = memory.view(5, -1)
-    assert bool((records[kept] == UNTOUCHED).all())
-    written = (records[~kept] != UNTOUCHED).sum(1)
+    kept[offsets // layout.block_nbytes] = False
+    blocks = memory.view(5, -1)
+    assert bool((blocks[kept] == UNTOUCHED).all())
+    written = (blocks[~kept] != UNTOUCHED).sum(1)
     payload = 2 * heads * PAGE_TOKENS * head_dim * bits // (8 if dtype is torch.bfloat16 or bits < 16 else 4)
     assert bool((written > payload * 0.9).all())
 
 
 @BITS
-def test_parts_of_a_record_start_at_multiples_of_64_bytes(bits: int) -> None:
+def test_parts_of_a_block_start_at_multiples_of_64_bytes(bits: int) -> None:
     layout = PageLayout(shape_of(heads=1, head_dim=24), bits)
     memory = memory_of(layout, 1)
-    for pages in layout.tables(torch.zeros(1, 1, dtype=torch.int64)).pages(memory):
+    for pages in layout.pages(BlockTable(memory, torch.zeros(1, 1, dtype=torch.int64))):
         for plane in (pages.codes, pages.scale, pages.zero):
-            assert plane is None or int(plane.offsets) * plane.memory.element_size() % 64 == 0
+            assert plane is None or plane.start % 64 == 0
 
 
 def test_fewer_bits_take_less_memory() -> None:
     shape = shape_of(heads=40, head_dim=128)
-    sizes = [PageLayout(shape, bits).record_nbytes for bits in (16, 8, 4)]
+    sizes = [PageLayout(shape, bits).block_nbytes for bits in (16, 8, 4)]
     assert sizes[0] == 2 * 40 * 64 * 128 * 2
     assert sizes[1] < 0.53 * sizes[0] and sizes[2] < 0.28 * sizes[0]
 
 
 @BITS
-def test_the_same_tables_serve_every_layer(bits: int) -> None:
+def test_the_same_offsets_serve_every_layer(bits: int) -> None:
     layout = PageLayout(shape_of(), bits)
     offsets = scattered(layout, 2, 4)
-    tables, expected = layout.tables(offsets[None]), []
-    memory = memory_of(layout, 8)
+    expected, memory = [], memory_of(layout, 8)
     layers = memory.view(2, -1)
     for layer in (0, 1):
         layout.store(layers[layer], offsets, *random_pages(layout, 2, layer))
         expected.append(random_pages(layout, 2, layer))
     for layer in (0, 1):
-        for pages, states in zip(tables.pages(layers[layer]), expected[layer], strict=True):
+        found = layout.pages(BlockTable(layers[layer], offsets[None]))
+        for pages, states in zip(found, expected[layer], strict=True):
             error = (widened(pages, layout.shape) - states.double()).norm() / states.double().norm()
             assert error < {16: 1e-9, 8: 0.01, 4: 0.12}[bits]
 
@@ -177,7 +177,7 @@ def test_a_page_is_stored_as_the_same_bytes_whatever_is_stored_with_it(bits: int
     layout = PageLayout(shape_of(heads=40, head_dim=128), bits)
     keys, values = random_pages(layout, 3)
     together, one_by_one = memory_of(layout, 3), memory_of(layout, 3)
-    offsets = torch.tensor([2, 0, 1]) * layout.record_nbytes
+    offsets = torch.tensor([2, 0, 1]) * layout.block_nbytes
     layout.store(together, offsets, keys, values)
     for page in (1, 2, 0):
         layout.store(one_by_one, offsets[page : page + 1], keys[page : page + 1], values[page : page + 1])
@@ -192,18 +192,18 @@ def test_attention_over_stored_pages_is_within_rounding_of_what_their_codes_stan
     layout = PageLayout(shape_of(heads, head_dim), bits)
     memory, offsets = memory_of(layout, 9), scattered(layout, 8, 9)
     layout.store(memory, offsets, *random_pages(layout, 8))
-    call = call_of(*layout.tables(offsets.view(2, 4)).pages(memory), layout.shape, 4 * PAGE_TOKENS, 3)
+    call = call_of(*layout.pages(BlockTable(memory, offsets.view(2, 4))), layout.shape, 4 * PAGE_TOKENS, 3)
     assert relative_error(attend(name, call), truth(call)) < TOLERANCE
 
 
-def recent_planes(states: States, first: int) -> tuple[Plane, Plane]:
+def recent_pages(states: States, first: int) -> tuple[Pages, Pages]:
     """Pages `first` and on of a sequence as they were computed; the earlier ones are missing."""
-    planes = []
+    found = []
     for part in states:
-        offsets = torch.arange(len(part))[None] * part[0].numel()
-        offsets[:, :first] = -1
-        planes.append(Plane(part, offsets, part.stride(1), part.stride(2), has_gaps=True))
-    return planes[0], planes[1]
+        pages = contiguous_pages(as_sequence(part))
+        pages.table.offsets[:, :first] = -1
+        found.append(pages)
+    return found[0], found[1]
 
 
 @BITS
@@ -211,13 +211,13 @@ def test_queries_read_their_own_page_as_computed_and_earlier_ones_as_stored(name
     layout, pages, begin = PageLayout(shape_of(), bits), 4, 100
     memory, offsets = memory_of(layout, 9), scattered(layout, pages, 9)
     states = random_pages(layout, pages)
-    # The last page is not complete: there is no record of it, and what lies at its place must not be read.
+    # The last page is not complete: there is no block of it, and what lies at its place must not be read.
     layout.store(memory, offsets[:-1], *(part[:-1] for part in states))
     offsets[-1] = -1
-    tokens, tables = 250, layout.tables(offsets[None])
-    call = call_of(*tables.pages(memory, recent_planes(states, 1)), layout.shape, tokens, tokens - begin)
+    tokens, table = 250, BlockTable(memory, offsets[None])
+    call = call_of(*layout.pages(table, recent_pages(states, 1)), layout.shape, tokens, tokens - begin)
     found = attend(name, call)
-    stored = [widened(part, layout.shape)[: pages - 1] for part in tables_without_gap(layout, memory, offsets)]
+    stored = [widened(part, layout.shape)[: pages - 1] for part in pages_without_gap(layout, memory, offsets)]
     for own in range(1, pages):
         low, high = max(begin, own * PAGE_TOKENS), min(tokens, (own + 1) * PAGE_TOKENS)
         seen = [
@@ -231,19 +231,8 @@ def test_queries_read_their_own_page_as_computed_and_earlier_ones_as_stored(name
         assert relative_error(found[:, rows], expected) < TOLERANCE
 
 
-def tables_without_gap(layout: PageLayout, memory: torch.Tensor, offsets: torch.Tensor) -> tuple[Pages, Pages]:
-    return layout.tables(offsets[None, offsets >= 0]).pages(memory)
-
-
-def test_a_missing_page_is_marked_in_every_plane() -> None:
-    layout = PageLayout(shape_of(), 4)
-    offsets = torch.tensor([[layout.record_nbytes, 0], [2 * layout.record_nbytes, -1]])
-    for pages in layout.tables(offsets).pages(memory_of(layout, 3)):
-        for plane in (pages.codes, pages.scale, pages.zero):
-            assert plane is not None and plane.has_gaps
-            assert (plane.offsets < 0).tolist() == [[False, False], [False, True]]
-    complete = layout.tables(offsets[:1]).pages(memory_of(layout, 3))
-    assert not any(pages.codes.has_gaps for pages in complete)
+def pages_without_gap(layout: PageLayout, memory: torch.Tensor, offsets: torch.Tensor) -> tuple[Pages, Pages]:
+    return layout.pages(BlockTable(memory, offsets[None, offsets >= 0]))
 
 
 @pytest.mark.parametrize("bits", [0, 2, 5, 32])
@@ -263,4 +252,4 @@ def test_states_of_another_shape_are_refused(bits: int) -> None:
     layout = PageLayout(shape_of(), bits)
     keys, values = random_pages(layout, 2)
     with pytest.raises(ConfigError, match=r"pages \[2, 2, 64, 63\], expected \[2, 2, 64, 64\]"):
-        layout.store(memory_of(layout, 2), torch.tensor([0, layout.record_nbytes]), keys, values[..., 1:])
+        layout.store(memory_of(layout, 2), torch.tensor([0, layout.block_nbytes]), keys, values[..., 1:])

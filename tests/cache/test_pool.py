@@ -1,4 +1,4 @@
-"""The pool: no record has two owners, what is given back can be had again, and the plan holds what it says."""
+"""The pool: no block has two owners, what is given back can be had again, and the plan holds what it says."""
 
 from dataclasses import replace
 
@@ -19,29 +19,29 @@ PLANS = st.builds(
     on_disk=st.booleans(),
     sequences=st.integers(1, 5),
     context=st.integers(1, 700),
-    chunk=st.integers(1, 200),
+    tokens_at_once=st.integers(1, 200),
 )
 
 
 def bytes_of(pool: KVPool, kv: SequenceKV) -> list[tuple[int, int]]:
-    """Where all of a sequence's records lie, as (start, stop) from the first record of the first layer."""
+    """Where all of a sequence's blocks lie, as (start, stop) from the first block of the first layer."""
     found = []
     for layer in range(pool.shape.layers):
         group = pool.group_of[layer]
         for page in range(kv.pages[group]):
-            start = pool.file_offset(layer, kv.record(group, page))
-            found.append((start, start + pool.layout.record_nbytes))
+            start = pool.file_offset(layer, kv.block(group, page))
+            found.append((start, start + pool.layout.block_nbytes))
     return found
 
 
 def assert_apart(pool: KVPool, held: list[SequenceKV]) -> None:
-    """No byte is in two records, none lies outside, and no two sequences share a tail."""
+    """No byte is in two blocks, none lies outside, and no two sequences share a tail."""
     spans = sorted(span for kv in held for span in bytes_of(pool, kv))
     position = 0
     for start, stop in spans:
         assert start >= position
         position = stop
-    assert position <= pool.plan.records_nbytes
+    assert position <= pool.plan.blocks_nbytes
     tails = [kv.tail for kv in held]
     assert len(set(tails)) == len(tails) and all(0 <= tail < pool.plan.sequences for tail in tails)
 
@@ -97,7 +97,7 @@ def test_a_full_pool_says_so_and_takes_others_once_somebody_leaves() -> None:
     assert pool.reserve(320) is not None
 
 
-def test_records_may_run_out_before_sequences_do() -> None:
+def test_blocks_may_run_out_before_sequences_do() -> None:
     pool = pool_of(plan_of(sequences=8, context=640, tokens=640))
     long = pool.reserve(640)
     assert long is not None
@@ -115,17 +115,19 @@ def test_records_may_run_out_before_sequences_do() -> None:
 @settings(deadline=None)
 @given(
     window=st.integers(1, 300),
-    chunk=st.integers(1, 300),
+    most=st.integers(1, 300),
     start=st.integers(0, 2000),
     data=st.data(),
 )
-def test_a_ring_holds_all_that_a_chunk_reads_and_adds(window: int, chunk: int, start: int, data: st.DataObject) -> None:
-    pool = pool_of(plan_of((window,), context=2400, chunk=chunk, sequences=1))
+def test_a_ring_holds_all_that_a_micro_batch_reads_and_adds(
+    window: int, most: int, start: int, data: st.DataObject
+) -> None:
+    pool = pool_of(plan_of((window,), context=2400, tokens_at_once=most, sequences=1))
     kv = pool.reserve(2400)
     assert kv is not None
-    part = Part(kv, start, data.draw(st.integers(1, chunk)))
+    part = Part(kv, start, data.draw(st.integers(1, most)))
     pages = range(part.oldest_page(window), (part.stop - 1) // PAGE_TOKENS + 1)
-    assert len({kv.record(0, page) for page in pages}) == len(pages)
+    assert len({kv.block(0, page) for page in pages}) == len(pages)
 
 
 def test_layers_with_a_window_take_no_more_for_longer_contexts() -> None:
@@ -139,9 +141,9 @@ def test_layers_with_a_window_take_no_more_for_longer_contexts() -> None:
 
 def test_on_disk_only_tails_and_the_ring_are_in_memory() -> None:
     there, here = plan_of(on_disk=True, lent_pages=5, context=6400), plan_of(context=6400)
-    assert there.records_nbytes == here.records_nbytes == here.pool_nbytes
+    assert there.blocks_nbytes == here.blocks_nbytes == here.pool_nbytes
     assert there.pool_nbytes == 3 * there.exact_nbytes
-    assert there.memory_nbytes == there.pool_nbytes + UNITS_AT_ONCE * 5 * there.record_nbytes
+    assert there.memory_nbytes == there.pool_nbytes + UNITS_AT_ONCE * 5 * there.block_nbytes
 
 
 @pytest.mark.parametrize("tokens", [0, -1, 321])

@@ -8,8 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.kernels.attention_cases import scatter
 from tiered.cache.quantize import QuantizedPages, group_size, quantize_keys, quantize_values
-from tiered.kernels import CacheFormat, Pages, Plane
+from tiered.kernels import CacheFormat
 from tiered.kernels.attention import PAGE_TOKENS
 
 Quantize = Callable[[torch.Tensor, int], QuantizedPages]
@@ -28,15 +29,9 @@ SMALLEST: Final = 2.0**-24
 
 def widened(pages: QuantizedPages, kind: CacheFormat, head_dim: int) -> torch.Tensor:
     """[pages, heads, 64, head_dim] float64: what attention takes the codes for."""
-    view = Pages(kind, *(plane(part) for part in (pages.codes, pages.scale, pages.zero)))
+    view = scatter(kind, [part[None] for part in (pages.codes, pages.scale, pages.zero)], torch.Generator())
     shape = (pages.codes.shape[1], PAGE_TOKENS, head_dim)
     return torch.stack([view.widen(0, page, shape, False, torch.float64) for page in range(len(pages.codes))])
-
-
-def plane(part: torch.Tensor) -> Plane:
-    memory = part.contiguous()
-    offsets = torch.arange(len(part)) * memory[0].numel()
-    return Plane(memory, offsets[None], memory.stride(1), memory.stride(2))
 
 
 def roundtrip(quantize: Quantize, states: torch.Tensor, bits: int) -> torch.Tensor:

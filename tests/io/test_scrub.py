@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tiered.convert import ConvertOptions, convert_checkpoint
-from tiered.io.disk import PIECE_NBYTES
+from tiered.io import PIECE_NBYTES
 from tiered.io.scrub import scrub
 from tiered.store import PAGE, FileInfo, Manifest, Store, read_manifest
 

@@ -1,32 +1,43 @@
 """Attention calls for tests: random caches in every format, in scattered pages, and what they come to in float64."""
 
+import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from tiered.kernels import AttentionCall, CacheFormat, Kernels, Pages, Plane
+from tiered.kernels import AttentionCall, BlockTable, CacheFormat, Kernels, Pages, Plane
 from tiered.kernels.attention import PAGE_TOKENS
+from tiered.units import round_up
 
 TOLERANCE = 3e-3
 """Relative error, of which rounding to bf16 alone takes 1.7e-3."""
 
 
-def scatter(parts: torch.Tensor, generator: torch.Generator) -> Plane:
-    """Pages [sequences, pages, heads, tokens, width] in any order, apart from each other by numbers that would show."""
-    sequences, pages, heads, tokens, width = parts.shape
-    count, gap = sequences * pages, 24
-    nbytes = parts[0, 0].numel() + gap
-    memory = torch.full((count * nbytes,), 200 if parts.dtype == torch.uint8 else 1e4).to(parts.dtype)
-    offsets = (torch.randperm(count, generator=generator) * nbytes + gap // 2).view(sequences, pages)
-    plane = Plane(memory, offsets, tokens * width, width)
-    for sequence in range(sequences):
-        for page in range(pages):
-            target = plane.page(sequence, page, (heads, tokens, width))
-            assert target is not None
-            target.copy_(parts[sequence, page])
-    return plane
+_GAP_NBYTES = 24
+
+
+def scatter(kind: CacheFormat, parts: Sequence[torch.Tensor], generator: torch.Generator) -> Pages:
+    """Pages of codes, and where they are quantized of scales and zeros, each [sequences, pages, heads, tokens, width]:
+    blocks in any order, apart from each other, as their parts are, by numbers that would show."""
+    planes, position = [], 0
+    for part in parts:
+        _, _, heads, tokens, width = part.shape
+        start = round_up(position + _GAP_NBYTES, 8)
+        planes.append(Plane(part.dtype, width, tokens * width, width, start))
+        position = start + heads * tokens * width * part.dtype.itemsize
+    sequences, pages = parts[0].shape[:2]
+    count, nbytes = sequences * pages, round_up(position + _GAP_NBYTES, 8)
+    # 0x7d7d is 2e37 as bf16, and 125 a code unlike most.
+    memory = torch.full((count * nbytes,), 0x7D, dtype=torch.uint8)
+    offsets = (torch.randperm(count, generator=generator) * nbytes).view(sequences, pages)
+    for plane, part in zip(planes, parts, strict=True):
+        for sequence, page in itertools.product(range(sequences), range(pages)):
+            target = plane.of(memory, int(offsets[sequence, page]), *part.shape[2:4])
+            target.copy_(part[sequence, page])
+    return Pages(kind, BlockTable(memory, offsets), *planes)
 
 
 def random_pages(
@@ -35,8 +46,7 @@ def random_pages(
     """A cache of random numbers of about 1."""
     lead = (sequences, -(-slots // PAGE_TOKENS), heads)
     if kind is CacheFormat.BF16:
-        states = torch.randn(*lead, PAGE_TOKENS, head_dim, generator=generator).bfloat16()
-        return Pages(kind, scatter(states, generator))
+        return scatter(kind, [torch.randn(*lead, PAGE_TOKENS, head_dim, generator=generator).bfloat16()], generator)
     width = head_dim * kind.bits // 8
     codes = torch.randint(0, 256, (*lead, PAGE_TOKENS, width), generator=generator, dtype=torch.uint8)
     groups = head_dim // math.gcd(head_dim, PAGE_TOKENS)
@@ -44,9 +54,14 @@ def random_pages(
     middle = 2**kind.bits // 2
     scale = (0.5 + torch.rand(side, generator=generator)) * 1.7 / middle
     zero = middle + torch.randint(-middle // 4, middle // 4 + 1, side, generator=generator)
-    return Pages(
-        kind, scatter(codes, generator), scatter(scale.half(), generator), scatter(zero.to(torch.uint8), generator)
-    )
+    return scatter(kind, [codes, scale.half(), zero.to(torch.uint8)], generator)
+
+
+def without(pages: Pages, page: int) -> Pages:
+    """`pages`, of which every sequence lacks one."""
+    offsets = pages.table.offsets.clone()
+    offsets[:, page] = -1
+    return replace(pages, table=replace(pages.table, offsets=offsets))
 
 
 @dataclass(frozen=True)

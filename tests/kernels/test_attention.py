@@ -21,6 +21,7 @@ from tests.kernels.attention_cases import (
     relative_error,
     scatter,
     truth,
+    without,
 )
 from tests.kernels.native_linear import require
 from tests.warm import call_warm
@@ -32,7 +33,6 @@ from tiered.kernels import (
     Kernels,
     Level,
     Pages,
-    Plane,
     attention_reference,
     contiguous_pages,
 )
@@ -91,12 +91,9 @@ def test_every_format_counts_as_what_it_stands_for(
 def test_codes_of_a_cache_are_laid_out_like_those_of_weights(bits: int) -> None:
     kind = CacheFormat.INT8 if bits == 8 else CacheFormat.INT4
     pages = random_pages(kind, 1, 1, 64, 128, torch.Generator().manual_seed(0))
-    parts = [
-        plane.page(0, 0, (1, 64, width))
-        for plane, width in ((pages.codes, 128 * bits // 8), (pages.scale, 2), (pages.zero, 2))
-        if plane is not None
-    ]
-    q, scale, zero = (part[0].contiguous() for part in parts if part is not None)
+    planes = [plane for plane in (pages.codes, pages.scale, pages.zero) if plane is not None]
+    offset = int(pages.table.offsets[0, 0])
+    q, scale, zero = (plane.of(pages.table.memory, offset, 1, 64)[0].contiguous() for plane in planes)
     assert torch.equal(dense(pages, 0, 64, 1, 128)[0].float(), dequantize(q, scale, zero, GroupScheme(bits, 64)))
 
 
@@ -166,21 +163,10 @@ def test_a_query_reads_its_own_page_as_computed_and_earlier_ones_as_stored(name:
     values = CacheFormat(keys - 2) if keys.per_channel else keys
     call = random_call(shape, keys, values)
     recent = torch.randn(2, 3, 2, 64, 64, generator=generator).bfloat16()
-    plane = scatter(recent, generator)
     # The last page has not been stored yet; the first is not at hand as computed any more.
-    missing = replace(plane, offsets=plane.offsets.clone(), has_gaps=True)
-    missing.offsets[:, 0] = -1
-    gaps = [replace(p.codes, offsets=p.codes.offsets.clone(), has_gaps=True) for p in (call.keys, call.values)]
-    for codes in gaps:
-        codes.offsets[:, 2] = -1
-    found = attend(
-        name,
-        replace(
-            call,
-            keys=replace(call.keys, codes=gaps[0], recent=missing),
-            values=replace(call.values, codes=gaps[1], recent=missing),
-        ),
-    )
+    computed = without(scatter(CacheFormat.BF16, [recent], generator), 0)
+    stored = [replace(without(pages, 2), recent=computed) for pages in (call.keys, call.values)]
+    found = attend(name, replace(call, keys=stored[0], values=stored[1]))
     for start, stop, own in ((0, 4, 0), (4, 68, 1), (68, 90, 2)):
         parts = []
         for pages in (call.keys, call.values):
@@ -188,7 +174,7 @@ def test_a_query_reads_its_own_page_as_computed_and_earlier_ones_as_stored(name:
             for s in range(2):
                 if own > 0:
                     whole[s][:, own * 64 : own * 64 + 64] = recent[s, own].double()
-            parts.append(Pages(CacheFormat.BF16, contiguous_pages(torch.stack(whole)).codes))
+            parts.append(contiguous_pages(torch.stack(whole)))
         piece = replace(
             call, query=call.query[:, start:stop], count=call.count - (90 - stop), keys=parts[0], values=parts[1]
         )
@@ -243,9 +229,20 @@ def test_tables_that_are_too_short_are_refused(name: str) -> None:
     if name == "torch":
         pytest.skip("the reference fails on its own when it looks a page up")
     call = random_call(Shape(1, 1, 2, 2, 70, 64))
-    codes: Plane = replace(call.keys.codes, offsets=call.keys.codes.offsets[:, :1])
+    table = replace(call.keys.table, offsets=call.keys.table.offsets[:, :1])
     with pytest.raises(AssertionError, match="BAD_ARGUMENT"):
-        attend(name, replace(call, keys=replace(call.keys, codes=codes)))
+        attend(name, replace(call, keys=replace(call.keys, table=table)))
+
+
+def test_a_page_that_is_in_no_block_is_refused(name: str) -> None:
+    call = random_call(Shape(2, 1, 2, 2, 70, 64))
+    with pytest.raises(AssertionError, match=r"BAD_ARGUMENT|page 0 is missing"):
+        attend(name, replace(call, values=without(call.values, 0)))
+
+
+def page_of(pages: Pages, sequence: int, page: int) -> torch.Tensor:
+    """[heads, 64, head_dim] of one page of two heads, in place."""
+    return pages.codes.of(pages.table.memory, int(pages.table.offsets[sequence, page]), 2, 64)
 
 
 @pytest.mark.parametrize("place", [0, 99])
@@ -255,9 +252,7 @@ def test_what_is_no_number_stays_none_and_in_its_own_sequence(name: str, q_len: 
     with Kernels(1, name=name) as kernels:
         clean = kernels.attention(call)
         for pages in (call.keys, call.values):
-            page = pages.codes.page(1, place // 64, (2, 64, 64))
-            assert page is not None
-            page[:, place % 64] = torch.nan
+            page_of(pages, 1, place // 64)[:, place % 64] = torch.nan
             found = kernels.attention(replace(call, causal=False))[1]
             assert bool(found.isnan().all())
         found = kernels.attention(call)
@@ -272,7 +267,5 @@ def test_slots_that_are_not_filled_yet_may_hold_anything(name: str) -> None:
         clean = kernels.attention(call)
         for pages in (call.keys, call.values):
             for sequence in range(2):
-                page = pages.codes.page(sequence, 1, (2, 64, 64))
-                assert page is not None
-                page[:, 100 % 64 :] = torch.nan
+                page_of(pages, sequence, 1)[:, 100 % 64 :] = torch.nan
         assert torch.equal(kernels.attention(call), clean)

@@ -7,7 +7,7 @@ import torch
 
 from tests.kernels.attention_cases import Shape, attend, random_call, rows_of, scatter
 from tests.kernels.native_linear import require
-from tiered.kernels import CacheFormat, Level, Pages, contiguous_pages
+from tiered.kernels import CacheFormat, Level, contiguous_pages
 
 pytestmark = pytest.mark.inputs("tiered/kernels", "tiered/quant", "tests/kernels")
 
@@ -78,7 +78,7 @@ def test_page_addresses_change_nothing(name: str) -> None:
     call = random_call(Shape(2, 20, 6, 3, 192, 96))
     lying = contiguous_pages(states)
     paged = states.unflatten(2, (3, 64)).transpose(1, 2)
-    scattered = Pages(CacheFormat.BF16, scatter(paged, torch.Generator().manual_seed(2)))
+    scattered = scatter(CacheFormat.BF16, [paged], torch.Generator().manual_seed(2))
     in_one_piece = attend(name, replace(call, keys=lying, values=lying))
     assert torch.equal(attend(name, replace(call, keys=scattered, values=scattered)), in_one_piece)
 

@@ -1,4 +1,4 @@
-"""The KV cache in numbers: a record's bytes are those its parts fill."""
+"""The KV cache in numbers: a block's bytes are those its parts fill."""
 
 import pytest
 from hypothesis import given
@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from tiered.cache import PageLayout
 from tiered.errors import ConfigError
-from tiered.plan.kv import KVShape, record_nbytes
+from tiered.plan.kv import KVShape, block_nbytes
 from tiered.units import PAGE
 
 
@@ -17,16 +17,16 @@ from tiered.units import PAGE
     dtype=st.sampled_from(["bfloat16", "float32"]),
     slots=st.sampled_from([8, 24, 64]),
 )
-def test_a_record_is_as_long_as_its_parts(heads: int, head_dim: int, bits: int, dtype: str, slots: int) -> None:
+def test_a_block_is_as_long_as_its_parts(heads: int, head_dim: int, bits: int, dtype: str, slots: int) -> None:
     shape = KVShape(heads, head_dim, 1, dtype)
     layout = PageLayout(shape, bits, slots)
     stop = layout._values.stop
-    assert record_nbytes(shape, bits, slots) == layout.record_nbytes == -(-stop // PAGE) * PAGE
+    assert block_nbytes(shape, bits, slots) == layout.block_nbytes == -(-stop // PAGE) * PAGE
 
 
 @pytest.mark.parametrize(
     ("head_dim", "bits", "message"), [(64, 5, "5 bits, expected 16, 8 or 4"), (63, 4, "cannot be packed in 4 bits")]
 )
-def test_records_that_cannot_be_are_explained(head_dim: int, bits: int, message: str) -> None:
+def test_blocks_that_cannot_be_are_explained(head_dim: int, bits: int, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        record_nbytes(KVShape(2, head_dim, 1, "bfloat16"), bits)
+        block_nbytes(KVShape(2, head_dim, 1, "bfloat16"), bits)

@@ -84,7 +84,7 @@ def check(plan: Plan, model: ModelShape, workload: Workload, budgets: Budgets) -
     assert placement.resident_nbytes == sum(model.tape_nbytes[i] for i in placement.resident)
     assert placement.ring_nbytes or len(placement.resident) == len(model.tape_nbytes)
     assert plan.needs.kv >= cache.pool_nbytes + cache.ring_nbytes
-    held = 0 if cache.on_disk else cache.records_nbytes
+    held = 0 if cache.on_disk else cache.blocks_nbytes
     assert cache.memory_nbytes == cache.tails_nbytes + cache.ring_nbytes + held
     assert 1 <= plan.batch_size == cache.sequences <= workload.sequences
     assert workload.least_context in (0, *range(plan.max_context + 1))

@@ -17,7 +17,7 @@ from typing import Any, Final
 import pytest
 import torch
 
-from tiered.cache import CachePlan, KVPool, KVShape, LentRecords, Part, SequenceKV, layer_groups
+from tiered.cache import CachePlan, KVPool, KVShape, LentBlocks, Part, SequenceKV, layer_groups
 from tiered.errors import DiskFullError, InterruptedRun, ReadError
 from tiered.io import Arena, Faults, SpillFile
 from tiered.kernels import CancelFlag
@@ -63,9 +63,9 @@ class Setup:
         found = [self.pool.reserve(CONTEXT) for _ in range(count)]
         return [kv for kv in found if kv is not None]
 
-    def units(self, kvs: Sequence[SequenceKV], tokens: int) -> list[LentRecords]:
+    def units(self, kvs: Sequence[SequenceKV], tokens: int) -> list[LentBlocks]:
         """A unit for each sequence, which gets so many tokens more."""
-        return [LentRecords(self.pool, [Part(kv, kv.length, tokens)]) for kv in kvs]
+        return [LentBlocks(self.pool, [Part(kv, kv.length, tokens)]) for kv in kvs]
 
 
 @asynccontextmanager
@@ -77,7 +77,7 @@ async def streaming(folder: Path, sequences: int = 4, lent_pages: int = 10) -> A
         pool = KVPool(plan, arena.borrow(plan.pool_nbytes, "kv").tensor())
         ring = arena.borrow(plan.ring_nbytes, "ring")
         trace = Tracer()
-        with SpillFile(folder, plan.records_nbytes, 4, trace, preadv=reads, pwritev=writes) as spill:
+        with SpillFile(folder, plan.blocks_nbytes, 4, trace, preadv=reads, pwritev=writes) as spill:
             async with KVStream(spill, ring, LAYERS, trace, cancel := CancelFlag()) as stream:
                 yield Setup(stream, pool, reads, writes, spill, ring, cancel)
 
@@ -91,10 +91,10 @@ def marker(layer: int, kv: SequenceKV, page: int) -> int:
     return 1 + layer * 10_000 + kv.tail * 100 + page
 
 
-def check_and_fill(setup: Setup, records: LentRecords, layer: int) -> None:
+def check_and_fill(setup: Setup, records: LentBlocks, layer: int) -> None:
     """What a unit computes: it finds every page it completed before, and completes more."""
     places, memory = records.map_of(layer), records.memory(layer)
-    numbers, count = memory.view(torch.int64), setup.pool.layout.record_nbytes // 8
+    numbers, count = memory.view(torch.int64), setup.pool.layout.block_nbytes // 8
     for number, part in enumerate(places.parts):
         for page in range(part.stop // PAGE_TOKENS):
             record = numbers[places.offset(number, page) // 8 :][:count]
@@ -105,14 +105,14 @@ def check_and_fill(setup: Setup, records: LentRecords, layer: int) -> None:
 
 
 async def run_pass(
-    setup: Setup, units: list[LentRecords], stop_at: tuple[int, int] | None = None, pause: float = 0
+    setup: Setup, units: list[LentBlocks], stop_at: tuple[int, int] | None = None, pause: float = 0
 ) -> None:
     """All layers of `units`, in a thread of their own as an engine's; ends in the middle, before unit (layer, number),
     where that is asked for."""
     await asyncio.to_thread(_run_pass, setup, units, stop_at, pause)
 
 
-def _run_pass(setup: Setup, units: list[LentRecords], stop_at: tuple[int, int] | None, pause: float) -> None:
+def _run_pass(setup: Setup, units: list[LentBlocks], stop_at: tuple[int, int] | None, pause: float) -> None:
     with setup.stream.serving(units):
         for layer in range(LAYERS):
             for number, records in enumerate(units):
@@ -136,7 +136,7 @@ def test_pages_come_back_in_the_next_passes(tmp_path: Path) -> None:
             for tokens in (100, 28, 1, 200, 1, 63):
                 await run_pass(setup, setup.units(kvs, tokens))
             read = sum(before // PAGE_TOKENS for before in (100, 128, 129, 329, 330))
-            nbytes = 4 * LAYERS * setup.pool.layout.record_nbytes
+            nbytes = 4 * LAYERS * setup.pool.layout.block_nbytes
             assert setup.spill.bytes_read == read * nbytes
         # Every complete page has been written once, and whole.
         assert setup.spill.bytes_written == 393 // PAGE_TOKENS * nbytes
@@ -150,7 +150,7 @@ def test_a_unit_may_hold_several_sequences(tmp_path: Path) -> None:
             kvs = setup.sequences(4)
             for tokens in (130, 1, 70):
                 parts = [Part(kv, kv.length, tokens) for kv in kvs]
-                await run_pass(setup, [LentRecords(setup.pool, pair) for pair in (parts[:2], parts[2:])])
+                await run_pass(setup, [LentBlocks(setup.pool, pair) for pair in (parts[:2], parts[2:])])
 
     run(passes())
 
@@ -296,7 +296,7 @@ def test_leaving_waits_for_what_is_being_written(tmp_path: Path) -> None:
             await run_pass(setup, setup.units(setup.sequences(2), 64))
             assert setup.spill.bytes_written == 0
             asyncio.get_running_loop().call_later(0.05, go.set)
-        assert setup.spill.bytes_written == 2 * LAYERS * setup.pool.layout.record_nbytes
+        assert setup.spill.bytes_written == 2 * LAYERS * setup.pool.layout.block_nbytes
 
     run(passes())
 
@@ -307,7 +307,7 @@ def test_no_more_is_read_ahead_than_the_ring_holds(tmp_path: Path) -> None:
             kvs = setup.sequences(8)
             await run_pass(setup, setup.units(kvs, 500))
             before, units = setup.spill.bytes_read, setup.units(kvs, 1)
-            one = 500 // PAGE_TOKENS * setup.pool.layout.record_nbytes
+            one = 500 // PAGE_TOKENS * setup.pool.layout.block_nbytes
 
             def first() -> None:
                 with setup.stream.serving(units):
@@ -328,7 +328,7 @@ def test_units_of_all_sizes_fit_the_ring_whatever_came_before(tmp_path: Path, le
         async with streaming(tmp_path, lent_pages=lent_pages) as setup:
             kvs = setup.sequences(4)
             for tokens in ((500, 1, 130, 64), (1, 1, 1, 1), (130, 500, 1, 1), (1, 64, 300, 500), (1, 1, 1, 1)):
-                units = [LentRecords(setup.pool, [Part(kv, kv.length, n)]) for kv, n in zip(kvs, tokens, strict=True)]
+                units = [LentBlocks(setup.pool, [Part(kv, kv.length, n)]) for kv, n in zip(kvs, tokens, strict=True)]
                 await run_pass(setup, units, pause=0.001)
 
     run(passes())

@@ -10,9 +10,9 @@ from typing import Any, Final
 import pytest
 import torch
 
-from tiered.bench import kernels as bench
-from tiered.kernels import Kernels, Level, load_library
+from tiered.kernels import Kernels
 from tools import bench_kernels
+from tools import kernel_race as race
 
 TOOL: Final = Path(bench_kernels.__file__)
 TINY: Final = ("--shapes", "128x256", "--rows", "1,3", "--seconds", "0.01", "--read-size", "8", "--cache", "0")
@@ -61,47 +61,33 @@ def test_without_matplotlib_the_tables_are_printed_all_the_same(tmp_path: Path) 
 
 
 def test_contestants_compute_the_same_product() -> None:
-    weight = bench.random_weight(64, 256)
-    inputs = bench.Inputs(5, 256)
+    weight = race.random_weight(64, 256)
+    inputs = race.Inputs(5, 256)
     with Kernels(1) as kernels:
-        made = bench.our_contestants({"ours": kernels}, weight, 0) + bench.torch_contestants(weight, 0)
+        made = race.our_contestants({"ours": kernels}, weight, 0) + race.torch_contestants(weight, 0)
         results = {contestant.name: contestant.call(inputs) for contestant in made}
     expected = inputs.bf16.double() @ weight.rows(0, 64, torch.float32).double().T
-    for name in ("ours", bench.TORCH_INT4, bench.TORCH_BF16):
+    for name in ("ours", race.TORCH_INT4, race.TORCH_BF16):
         assert (results[name].double() - expected).norm() / expected.norm() < 6e-3, name
-    int8 = next(contestant for contestant in made if contestant.name == bench.TORCH_INT8).copies[0][0]
-    assert torch.equal(results[bench.TORCH_INT8], (inputs.int8.int() @ int8.int().T))
+    int8 = next(contestant for contestant in made if contestant.name == race.TORCH_INT8).copies[0][0]
+    assert torch.equal(results[race.TORCH_INT8], (inputs.int8.int() @ int8.int().T))
 
 
 def test_copies_exceed_the_cache() -> None:
-    weight = bench.random_weight(64, 256)
+    weight = race.random_weight(64, 256)
     with Kernels(1) as kernels:
-        (ours,) = bench.our_contestants({"ours": kernels}, weight, 100_000)
-    assert len(ours.copies) * bench.LayerShape("", 64, 256).packed_nbytes >= 150_000
+        (ours,) = race.our_contestants({"ours": kernels}, weight, 100_000)
+    assert len(ours.copies) * race.LayerShape("", 64, 256).packed_nbytes >= 150_000
     assert len({copy.codes.q.data_ptr() for copy in ours.copies}) == len(ours.copies)
     for copy in ours.copies:
         assert all(torch.equal(a, b) for a, b in zip(copy.codes, weight.codes, strict=True))
 
 
-def test_limits_are_measured_with_and_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    with bench.Limits(2, 1 << 22) as limits:
-        assert limits.read_bandwidth(1) > 0
-        library, peak = load_library(), limits.peak(10)
-        if isinstance(library, str) or library.best_level() is Level.SCALAR:
-            assert peak is None
-        else:
-            assert peak is not None and peak > 0
-    monkeypatch.setattr(bench, "load_library", lambda: "none here")
-    with bench.Limits(2, 1 << 22) as limits:
-        assert limits.read_bandwidth(1) > 0
-        assert limits.peak(10) is None
-
-
 def test_what_must_hold_is_checked_against_the_rows() -> None:
-    shape = bench.LayerShape("OPT-175B", *bench_kernels.CHECKED)
+    shape = race.LayerShape("OPT-175B", *bench_kernels.CHECKED)
     at_half = {"ours": shape.packed_nbytes / 10e9}
     rows = [bench_kernels.Row(shape, 1, at_half, 20e9)]
-    rows += [bench_kernels.Row(shape, 64, {"ours": 1.0, bench.TORCH_INT4: 9.5, bench.TORCH_BF16: 2.2}, 20e9)]
+    rows += [bench_kernels.Row(shape, 64, {"ours": 1.0, race.TORCH_INT4: 9.5, race.TORCH_BF16: 2.2}, 20e9)]
     found = {str(check): check.passed for check in bench_kernels.speed_checks(rows, "ours", 20e9)}
     assert list(found.values()) == [True, True, False]
     assert next(iter(found)) == "PASS  ours, M=1: packed bytes, of RAM read bandwidth: 0.5, at least 0.5"

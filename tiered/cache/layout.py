@@ -1,15 +1,16 @@
-"""How keys and values lie in the KV cache: records of one page each, and the tables by which attention finds them.
+"""How keys and values lie in the KV cache: KV blocks of one page each, and how attention finds them.
 
-A *record* is the keys and values of one page (64 tokens) of one sequence in one layer, for all its key heads:
+A *KV block*, or block here, is the keys and values of one page (64 tokens) of one sequence in one layer, for all key
+heads:
 
     keys: codes [heads, 64, ..], scale, zero | values: codes [heads, 64, ..], scale, zero | up to a multiple of 4096
 
-Records lie at multiples of `record_nbytes` in flat uint8 memory, one stretch of it per layer. In 16 bits a record
+Blocks lie at multiples of `block_nbytes` in flat uint8 memory, one stretch of it per layer. In 16 bits a block
 holds the compute dtype and is written token by token (`dense`); in 8 and 4 bits it is written once, when its page is
-complete (`store`).
+complete (`store`). Every part is at the same place in every block, so that offsets of blocks are all that attention
+needs, and serve every layer whose blocks lie alike:
 
-    tables = layout.tables(offsets)                                  # byte offsets, which serve many layers
-    keys, values = tables.pages(memory, (new_keys, new_values))      # in each layer, from its own memory
+    keys, values = layout.pages(BlockTable(memory, offsets), recent)
 """
 
 from dataclasses import dataclass
@@ -19,8 +20,8 @@ import torch
 
 from tiered.cache.quantize import QuantizedPages, group_size, quantize_keys, quantize_values
 from tiered.errors import ConfigError
-from tiered.kernels.attention import PAGE_TOKENS, CacheFormat, Pages, Plane
-from tiered.plan.kv import PART_ALIGNMENT, KVShape, record_nbytes
+from tiered.kernels.attention import PAGE_TOKENS, BlockTable, CacheFormat, Pages, Plane
+from tiered.plan.kv import PART_ALIGNMENT, KVShape, block_nbytes
 from tiered.units import PAGE, round_up
 
 _FORMATS: Final = {
@@ -33,33 +34,34 @@ _PIECE_ELEMENTS: Final = 1 << 19
 
 
 class PageLayout:
-    """Records of a model's KV cache in 16, 8 or 4 bits. Raises ConfigError where there are no such records."""
+    """Blocks of a model's KV cache in 16, 8 or 4 bits. Raises ConfigError where there are no such blocks."""
 
     def __init__(self, shape: KVShape, bits: int, tokens: int = PAGE_TOKENS) -> None:
         """`tokens`: slots of a page that are ever filled, where no sequence is as long as a page. 16 bits only."""
         slots = tokens if bits == 16 else PAGE_TOKENS
-        self.record_nbytes = record_nbytes(shape, bits, slots)
+        self.block_nbytes = block_nbytes(shape, bits, slots)
         self.shape, self.bits = shape, bits
         self.keys_format, self.values_format = _FORMATS[bits]
         self._keys = _Parts.of(shape, self.keys_format, 0, slots)
         self._values = _Parts.of(shape, self.values_format, self._keys.stop, slots)
-        assert self._values.stop <= self.record_nbytes < self._values.stop + PAGE
+        assert self._values.stop <= self.block_nbytes < self._values.stop + PAGE
 
-    def tables(self, offsets: torch.Tensor) -> "Tables":
-        """The pages of a batch, for all layers whose records lie alike.
+    def pages(self, table: BlockTable, recent: tuple[Pages, Pages] | None = None) -> tuple[Pages, Pages]:
+        """Keys and values in the blocks of `table`, as attention takes them.
 
-        `offsets` [sequences, pages] int64: the byte at which each record begins; -1 where there is none.
+        `recent`: those of pages that are read as they were computed (see `Pages.recent`).
         """
-        return Tables(_PagesTable.of(self._keys, offsets), _PagesTable.of(self._values, offsets))
+        new_keys, new_values = recent or (None, None)
+        return self._keys.pages(table, new_keys), self._values.pages(table, new_values)
 
     def dense(self, memory: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values [records, heads, 64, head_dim] of all records in `memory`, in place. 16 bits only."""
-        assert self.bits == 16, "these records are quantized; a complete page is stored at once"
-        records = memory.view(-1, self.record_nbytes)
-        return self._keys.codes.every(records), self._values.codes.every(records)
+        """Keys and values [blocks, heads, 64, head_dim] of all blocks in `memory`, in place. 16 bits only."""
+        assert self.bits == 16, "these blocks are quantized; a complete page is stored at once"
+        blocks = memory.view(-1, self.block_nbytes)
+        return self._keys.codes.every(blocks), self._values.codes.every(blocks)
 
     def store(self, memory: torch.Tensor, offsets: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Write complete pages, keys and values [pages, heads, 64, head_dim], to the records at `offsets` [pages]."""
+        """Write complete pages, keys and values [pages, heads, 64, head_dim], to the blocks at `offsets` [pages]."""
         expected = (len(offsets), self.shape.heads, PAGE_TOKENS, self.shape.head_dim)
         for states in (keys, values):
             if states.shape != expected:
@@ -76,49 +78,38 @@ class PageLayout:
             self._values.write(memory, starts[rows], quantize_values(values[rows], self.bits))
 
 
-@dataclass(frozen=True, eq=False)
-class Tables:
-    """Where the pages of a batch are, from the beginning of whichever layer's memory is given."""
-
-    keys: "_PagesTable"
-    values: "_PagesTable"
-
-    def pages(self, memory: torch.Tensor, recent: tuple[Plane, Plane] | None = None) -> tuple[Pages, Pages]:
-        """Keys and values as attention takes them.
-
-        `memory`: the layer's records, uint8. `recent`: keys and values of pages that are read as they were computed,
-        for the same sequences and pages (see `Pages.recent`).
-        """
-        new_keys, new_values = recent or (None, None)
-        return self.keys.pages(memory, new_keys), self.values.pages(memory, new_values)
-
-
 @dataclass(frozen=True)
 class _Part:
-    """Codes, scales or zeros in a record: [heads, tokens, width] of `dtype` from byte `start` on."""
+    """Codes, scales or zeros in a block: [heads, tokens, width] of `dtype` from byte `start` on."""
 
     start: int
     size: tuple[int, int, int]
     dtype: torch.dtype
 
     @property
+    def plane(self) -> Plane:
+        """As attention takes it."""
+        _, tokens, width = self.size
+        return Plane(self.dtype, width, tokens * width, width, self.start)
+
+    @property
     def stop(self) -> int:
         heads, tokens, width = self.size
         return self.start + heads * tokens * width * self.dtype.itemsize
 
-    def every(self, records: torch.Tensor) -> torch.Tensor:
-        """[records, heads, tokens, width]: this part of all records, uint8 [records, record_nbytes]."""
-        return records[:, self.start : self.stop].view(self.dtype).view(-1, *self.size)
+    def every(self, blocks: torch.Tensor) -> torch.Tensor:
+        """[blocks, heads, tokens, width]: this part of all blocks, uint8 [blocks, block_nbytes]."""
+        return blocks[:, self.start : self.stop].view(self.dtype).view(-1, *self.size)
 
     def write(self, memory: torch.Tensor, offsets: list[int], states: torch.Tensor) -> None:
-        """Write states [pages, heads, tokens, width] to the records at `offsets`."""
+        """Write states [pages, heads, tokens, width] to the blocks at `offsets`."""
         for offset, page in zip(offsets, states, strict=True):
             memory[offset + self.start : offset + self.stop].view(self.dtype).view(self.size).copy_(page)
 
 
 @dataclass(frozen=True)
 class _Parts:
-    """What a record holds of keys, or of values; scales and zeros where they are quantized."""
+    """What a block holds of keys, or of values; scales and zeros where they are quantized."""
 
     format: CacheFormat
     codes: _Part
@@ -127,7 +118,7 @@ class _Parts:
 
     @classmethod
     def of(cls, shape: KVShape, kind: CacheFormat, start: int, slots: int = PAGE_TOKENS) -> Self:
-        """The parts from byte `start` of the record on."""
+        """The parts from byte `start` of the block on."""
         start = round_up(start, PART_ALIGNMENT)
         if kind is CacheFormat.BF16:
             return cls(kind, _Part(start, (shape.heads, slots, shape.head_dim), getattr(torch, shape.dtype)))
@@ -141,51 +132,12 @@ class _Parts:
     def stop(self) -> int:
         return self.codes.stop if self.zero is None else self.zero.stop
 
+    def pages(self, table: BlockTable, recent: Pages | None) -> Pages:
+        scale, zero = (None if part is None else part.plane for part in (self.scale, self.zero))
+        return Pages(self.format, table, self.codes.plane, scale, zero, recent=recent)
+
     def write(self, memory: torch.Tensor, offsets: list[int], pages: QuantizedPages) -> None:
         assert self.scale is not None and self.zero is not None
         self.codes.write(memory, offsets, pages.codes)
         self.scale.write(memory, offsets, pages.scale)
         self.zero.write(memory, offsets, pages.zero)
-
-
-@dataclass(frozen=True, eq=False)
-class _PagesTable:
-    """`Pages` whose memory is not known yet."""
-
-    format: CacheFormat
-    planes: tuple["_PlaneTable", ...]
-    """Codes and, where they are quantized, scales and zeros."""
-
-    @classmethod
-    def of(cls, parts: _Parts, offsets: torch.Tensor) -> Self:
-        missing = offsets < 0
-        gaps = missing if bool(missing.any()) else None
-        wanted = (parts.codes, parts.scale, parts.zero)
-        return cls(parts.format, tuple(_PlaneTable.of(part, offsets, gaps) for part in wanted if part is not None))
-
-    def pages(self, memory: torch.Tensor, recent: Plane | None) -> Pages:
-        codes, *sides = [table.plane(memory) for table in self.planes]
-        scale, zero = sides or (None, None)
-        return Pages(self.format, codes, scale, zero, recent)
-
-
-@dataclass(frozen=True, eq=False)
-class _PlaneTable:
-    """A `Plane` whose memory is not known yet."""
-
-    dtype: torch.dtype
-    offsets: torch.Tensor
-    head_stride: int
-    token_stride: int
-    has_gaps: bool
-
-    @classmethod
-    def of(cls, part: _Part, offsets: torch.Tensor, gaps: torch.Tensor | None) -> Self:
-        elements = (offsets + part.start) // part.dtype.itemsize
-        if gaps is not None:
-            elements.masked_fill_(gaps, -1)
-        _, tokens, width = part.size
-        return cls(part.dtype, elements, tokens * width, width, gaps is not None)
-
-    def plane(self, memory: torch.Tensor) -> Plane:
-        return Plane(memory.view(self.dtype), self.offsets, self.head_stride, self.token_stride, self.has_gaps)

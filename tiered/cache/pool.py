@@ -1,11 +1,11 @@
 """The KV cache's memory: who holds which pages of it.
 
-A page is 64 tokens of one sequence; its *record* holds their keys and values in one layer. A sequence holds a run of
-neighbouring records, the same numbers in every layer, for as long as it lives: nothing is copied when it grows, and on
-disk what one layer needs of a sequence is one extent. Layers with a sliding window form a group of their own, whose
-runs are rings: page j lies in record j modulo the ring.
+A page is 64 tokens of one sequence; its *KV block*, or block here, holds their keys and values in one layer. A
+sequence holds a run of neighbouring blocks, the same numbers in every layer, for as long as it lives: nothing is copied
+when it grows, and on disk what one layer needs of a sequence is one extent. Layers with a sliding window form a group
+of their own, whose runs are rings: page j lies in block j modulo the ring.
 
-Where records are quantized, or on disk, the page that is being filled is also kept in the compute dtype, in the
+Where blocks are quantized, or on disk, the page that is being filled is also kept in the compute dtype, in the
 sequence's *tail*; a page is quantized once, when it is complete.
 """
 
@@ -26,7 +26,7 @@ class SequenceKV:
     capacity: int
     """Tokens there is room for."""
     first: tuple[int, ...]
-    """Its first record in each group."""
+    """Its first block in each group."""
     pages: tuple[int, ...]
     """How many it holds in each group."""
     tail: int
@@ -34,8 +34,8 @@ class SequenceKV:
     """Tokens stored in every layer. It grows when a pass has ended. After one that failed the sequence must be
     released: some layers may have overwritten what another try would need."""
 
-    def record(self, group: int, page: int) -> int:
-        """The record of page number `page` in a group's layers."""
+    def block(self, group: int, page: int) -> int:
+        """The block of page number `page` in a group's layers."""
         assert self.pages[group], "it never completes a page"
         return self.first[group] + page % self.pages[group]
 
@@ -65,23 +65,23 @@ class _Runs:
 
 
 class KVPool:
-    """Lends out the records of `plan`. `memory` (uint8) is `plan.pool_nbytes` long."""
+    """Lends out the blocks of `plan`. `memory` (uint8) is `plan.pool_nbytes` long."""
 
     def __init__(self, plan: CachePlan, memory: torch.Tensor) -> None:
         self.plan, self.shape = plan, plan.shape
         self.layout, self.exact = PageLayout(plan.shape, plan.bits, plan.slots), PageLayout(plan.shape, 16, plan.slots)
-        self._runs = [_Runs(plan.records(group)) for group in plan.groups]
+        self._runs = [_Runs(plan.blocks(group)) for group in plan.groups]
         self._tails = _Runs(plan.sequences)
         self.group_of = [0] * self.shape.layers
         self._layer_start = [0] * self.shape.layers
-        """Of each layer's records, in bytes, in memory or in the file."""
+        """Of each layer's blocks, in bytes, in memory or in the file."""
         position = 0
         for number, group in enumerate(plan.groups):
             for layer in group.layers:
                 self.group_of[layer], self._layer_start[layer] = number, position
                 if not plan.shares_layers:
-                    position += plan.records(group) * self.layout.record_nbytes
-        self._memory = None if plan.on_disk else memory[plan.tails_nbytes : plan.tails_nbytes + plan.records_nbytes]
+                    position += plan.blocks(group) * self.layout.block_nbytes
+        self._memory = None if plan.on_disk else memory[plan.tails_nbytes : plan.tails_nbytes + plan.blocks_nbytes]
         self._tails_memory = memory[: plan.tails_nbytes]
         self._scratch = torch.empty(0, dtype=torch.uint8)
 
@@ -104,7 +104,7 @@ class KVPool:
         return SequenceKV(tokens, starts, pages, tail)
 
     def release(self, kv: SequenceKV) -> None:
-        """Take a sequence's records back."""
+        """Take a sequence's blocks back."""
         for runs, start, count in zip(self._runs, kv.first, kv.pages, strict=True):
             runs.give_back(start, count)
         self._tails.give_back(kv.tail, 1)
@@ -114,25 +114,25 @@ class KVPool:
         """Whether no sequence holds anything."""
         return not self._tails.taken
 
-    def layer_records(self, layer: int) -> torch.Tensor:
-        """uint8: the records of `layer`, in memory."""
-        assert self._memory is not None, "the records are on disk"
+    def layer_blocks(self, layer: int) -> torch.Tensor:
+        """uint8: the blocks of `layer`, in memory."""
+        assert self._memory is not None, "the blocks are on disk"
         start = self._layer_start[layer]
-        return self._memory[start : start + self._runs[self.group_of[layer]].count * self.layout.record_nbytes]
+        return self._memory[start : start + self._runs[self.group_of[layer]].count * self.layout.block_nbytes]
 
-    def file_offset(self, layer: int, record: int) -> int:
-        """Where a record of `layer` lies in the file."""
-        return self._layer_start[layer] + record * self.layout.record_nbytes
+    def file_offset(self, layer: int, block: int) -> int:
+        """Where a block of `layer` lies in the file."""
+        return self._layer_start[layer] + block * self.layout.block_nbytes
 
     def tails(self, layer: int) -> torch.Tensor:
-        """uint8: 16-bit records of the pages that are being filled in `layer`, one per sequence."""
-        assert self.plan.has_tails, "records hold the compute dtype themselves"
-        return self._tails_memory.view(-1, self.plan.sequences * self.exact.record_nbytes)[
+        """uint8: 16-bit blocks of the pages that are being filled in `layer`, one per sequence."""
+        assert self.plan.has_tails, "blocks hold the compute dtype themselves"
+        return self._tails_memory.view(-1, self.plan.sequences * self.exact.block_nbytes)[
             0 if self.plan.shares_layers else layer
         ]
 
     def scratch(self, nbytes: int) -> torch.Tensor:
-        """uint8, for the pages a chunk puts together: the same memory for all chunks, which compute one by one."""
+        """uint8, for the pages a micro-batch puts together: the same memory for all, which compute one by one."""
         if self._scratch.numel() < nbytes:
             self._scratch = torch.empty(nbytes, dtype=torch.uint8)
         return self._scratch[:nbytes]

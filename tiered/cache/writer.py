@@ -1,7 +1,7 @@
-"""New keys and values of a chunk, into the cache: two ways, by where the page lies that is being filled.
+"""New keys and values of a micro-batch, into the cache: two ways, by where the page lies that is being filled.
 
-`RecordWriter` where records hold the compute dtype and are in memory: straight into them. `TailWriter` where they are
-quantized or on disk: into the sequences' tails, and a page into its record once it is complete.
+`BlockWriter` where KV blocks hold the compute dtype and are in memory: straight into them. `TailWriter` where they are
+quantized or on disk: into the sequences' tails, and a page into its block once it is complete.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from tiered.cache.records import LentRecords, Part
+from tiered.cache.blocks import LentBlocks, Part
 from tiered.kernels.attention import PAGE_TOKENS
 from tiered.plan.kv import STACKED_PAGES
 
@@ -19,28 +19,28 @@ States = tuple[torch.Tensor, torch.Tensor]
 
 
 class Writer(Protocol):
-    """Keeps what a chunk adds to the cache, layer by layer."""
+    """Keeps what a micro-batch adds to the cache, layer by layer."""
 
     def store(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """States [heads, tokens, head_dim] of all parts, in their order."""
 
 
-class RecordWriter:
-    """Every token has its place in a record."""
+class BlockWriter:
+    """Every token has its place in a block."""
 
-    def __init__(self, records: LentRecords, parts: Sequence[Part]) -> None:
-        self._pool = records.pool
+    def __init__(self, blocks: LentBlocks, parts: Sequence[Part]) -> None:
+        self._pool = blocks.pool
         positions = [(part, position) for part in parts for position in range(part.start, part.stop)]
         self._slots = torch.tensor([position % PAGE_TOKENS for _, position in positions])
         self._rows = [
-            torch.tensor([part.kv.record(group, position // PAGE_TOKENS) for part, position in positions])
+            torch.tensor([part.kv.block(group, position // PAGE_TOKENS) for part, position in positions])
             for group in range(len(self._pool.plan.groups))
         ]
-        """Of each group, the record that each token's page is in."""
+        """Of each group, the block that each token's page is in."""
 
     def store(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         rows = self._rows[self._pool.group_of[layer]]
-        _scatter(self._pool.layout.dense(self._pool.layer_records(layer)), rows, self._slots, (keys, values))
+        _scatter(self._pool.layout.dense(self._pool.layer_blocks(layer)), rows, self._slots, (keys, values))
 
 
 def _scatter(target: States, rows: torch.Tensor, slots: torch.Tensor, states: States) -> None:
@@ -62,7 +62,7 @@ class _Long:
     part: Part
     number: int
     token: int
-    """Its first one in the chunk."""
+    """Its first one in the micro-batch."""
     fresh: int
     """The first of its fresh pages."""
 
@@ -70,11 +70,11 @@ class _Long:
 class TailWriter:
     """Parts within a page are appended to their tails; longer ones fill fresh pages, whose last becomes the tail.
 
-    `numbers`: which of the records' parts each part is a piece of.
+    `numbers`: which of the blocks' parts each part is a piece of.
     """
 
-    def __init__(self, records: LentRecords, parts: Sequence[Part], numbers: Sequence[int]) -> None:
-        self._pool, self._records = records.pool, records
+    def __init__(self, blocks: LentBlocks, parts: Sequence[Part], numbers: Sequence[int]) -> None:
+        self._pool, self._blocks = blocks.pool, blocks
         self._short: list[tuple[Part, int]] = []
         self._long: list[_Long] = []
         tokens: list[int] = []
@@ -101,7 +101,7 @@ class TailWriter:
 
     def fresh(self) -> torch.Tensor:
         """uint8: the pages that long parts have put together in the layer that stored last."""
-        return self._pool.scratch(max(1, self._fresh_pages) * self._pool.exact.record_nbytes)
+        return self._pool.scratch(max(1, self._fresh_pages) * self._pool.exact.block_nbytes)
 
     def store(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         tails, fresh = self._pool.exact.dense(self._pool.tails(layer)), self._pool.exact.dense(self.fresh())
@@ -114,15 +114,15 @@ class TailWriter:
         self._complete(layer, tails, fresh)
 
     def _complete(self, layer: int, tails: States, fresh: States) -> None:
-        """Write the pages that have become complete to their records, for good."""
-        records = self._records.map_of(layer)
+        """Write the pages that have become complete to their blocks, for good."""
+        blocks = self._blocks.map_of(layer)
         found = [(number, page, tails, part.kv.tail) for part, number in self._short for page in part.complete_pages]
         found += [
             (item.number, page, fresh, item.fresh + page - item.part.first_page)
             for item in self._long
             for page in item.part.complete_pages
         ]
-        placed = [(records.offset(number, page), source, row) for number, page, source, row in found]
+        placed = [(blocks.offset(number, page), source, row) for number, page, source, row in found]
         # In a layer with a window the oldest pages of a long part may have slid out already.
         placed = [item for item in placed if item[0] >= 0]
         # Sequences of one length complete their pages together: all of them at once would take what nobody planned.
@@ -130,7 +130,7 @@ class TailWriter:
             some = placed[begin : begin + STACKED_PAGES]
             keys, values = (torch.stack([source[i][row] for _, source, row in some]) for i in (0, 1))
             offsets = torch.tensor([offset for offset, _, _ in some])
-            self._pool.layout.store(self._records.memory(layer), offsets, keys, values)
+            self._pool.layout.store(self._blocks.memory(layer), offsets, keys, values)
 
 
 def _fill(tail: torch.Tensor, fresh: torch.Tensor, item: _Long, states: torch.Tensor) -> None:

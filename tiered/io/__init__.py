@@ -1,10 +1,11 @@
 """Memory and disk: the arena that owns every large buffer, the reader that fills it, the file that it spills to."""
 
 from tiered.io.arena import Arena, Slab
-from tiered.io.disk import PIECE_NBYTES, DiskReader, Faults
+from tiered.io.disk import DiskReader
 from tiered.io.modes import ReadMode, probe_mode
 from tiered.io.spill import SpillFile
 from tiered.io.threads import IdleClock, all_of
+from tiered.io.transfer import PIECE_NBYTES, Faults
 from tiered.io.verify import ChunkVerifier, VerifyPolicy
 
 __all__ = [

@@ -4,42 +4,24 @@ In: a file of the store and page-aligned memory. Out: the memory filled and, whe
 The event loop only waits; the reads run in the pool.
 """
 
-import errno
 import functools
 import logging
 import os
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Protocol, Self
+from typing import Self
 
 from tiered.errors import ReadError, StoreError
-from tiered.io.modes import ReadMode, is_refusal, probe_mode
+from tiered.io.modes import ReadMode
 from tiered.io.threads import Check, IdleClock, IOThreads, all_of
+from tiered.io.transfer import ByteCounter, Faults, Ladder, TransferError, TransferFile, describe
 from tiered.io.verify import ChunkVerifier
-from tiered.store import CHUNK_NBYTES, PAGE, FileInfo
+from tiered.store import CHUNK_NBYTES, FileInfo
 from tiered.trace import Tracer
 
-PIECE_NBYTES: Final = 1 << 20
-"""Bytes per system call. With 16 threads 16 MiB are in flight, enough for any SSD; on a virtual disk, where the host
-copies, pieces of 8 MiB were 15 % slower, because what is being copied no longer fits a cache (docs/benchmarks/disk.md).
-"""
-
 logger = logging.getLogger(__name__)
-
-
-class Faults(Protocol):
-    """The system call, replaceable so that tests can make it fail."""
-
-    def __call__(self, fd: int, buffers: Sequence[memoryview], offset: int, flags: int, /) -> int: ...
-
-
-@dataclass
-class _OpenFile:
-    fd: int
-    mode: ReadMode
 
 
 class DiskReader:
@@ -59,12 +41,10 @@ class DiskReader:
         self._verifier = verifier
         self._trace = trace
         self._preadv = preadv
-        self._files: dict[str, _OpenFile] = {}
-        self._retired: list[int] = []
+        self._ladder = Ladder(mode, _warn)
+        self._files: dict[str, TransferFile] = {}
         self._lock = threading.Lock()
-        self._bytes_read = 0
-        self.mode = mode
-        self.refused: tuple[str, ...] = ()
+        self._read_so_far = ByteCounter()
         self._count = threads
         self._threads = IOThreads(threads, "tiered-read", clock)
 
@@ -75,9 +55,19 @@ class DiskReader:
         self.close()
 
     @property
+    def mode(self) -> ReadMode | None:
+        """How files are read; None before the first one, where nobody has said how."""
+        return self._ladder.mode
+
+    @property
+    def refused(self) -> tuple[str, ...]:
+        """Better ways to read that the file system has refused, and why."""
+        return self._ladder.refused
+
+    @property
     def bytes_read(self) -> int:
         """Bytes the system calls have delivered so far."""
-        return self._bytes_read
+        return self._read_so_far.nbytes
 
     @property
     def idle_seconds(self) -> float:
@@ -117,10 +107,9 @@ class DiskReader:
         """Drop queued reads, wait for running ones, close the files: nothing touches memory afterwards."""
         self._threads.close()
         with self._lock:
-            for fd in (*self._retired, *(file.fd for file in self._files.values())):
-                os.close(fd)
+            for file in self._files.values():
+                file.close()
             self._files.clear()
-            self._retired.clear()
 
     def _read_chunk(self, file: FileInfo, chunk: int, start: int, memory: memoryview, check: Check) -> None:
         self._read(file, start, memory, check)
@@ -128,77 +117,39 @@ class DiskReader:
             self._verifier.check(file, chunk, memory)
 
     def _read(self, file: FileInfo, offset: int, memory: memoryview, check: Check) -> None:
-        """Fill `memory`, piece by piece, however many system calls that takes.
-
-        Whatever Python does between two of them waits for the interpreter that the computation also wants, while the
-        disk has one read less to do: everything that can be is done once.
-        """
-        done, opened = 0, self._open(file)
+        """Fill `memory` from `offset`."""
+        opened = self._open(file)
         with self._trace.span("disk", file.path, memory.nbytes):
-            while done < memory.nbytes:
-                check()
-                piece = memory[done : done + PIECE_NBYTES]
-                try:
-                    count = self._preadv(opened.fd, [piece], offset + done, opened.mode.read_flags)
-                except InterruptedError:
-                    continue
-                except OSError as error:
-                    opened = self._after(error, file, opened, offset + done, piece.nbytes)
-                    continue
-                if opened.mode is ReadMode.BUFFERED:
-                    os.posix_fadvise(opened.fd, offset + done, count, os.POSIX_FADV_DONTNEED)
-                if count == 0:
-                    raise StoreError(
-                        f"{self._root / file.path}: ends at byte {offset + done:,}, expected {file.nbytes:,}; "
-                        "it was truncated while in use, convert the model again"
-                    )
-                # An O_DIRECT read may come back short; it can only go on from a page boundary.
-                step = count if offset + done + count >= file.nbytes else count // PAGE * PAGE or count
-                done += step
-                with self._lock:
-                    self._bytes_read += step
+            try:
+                count = opened.transfer(self._preadv, offset, memory, check, self._read_so_far)
+            except TransferError as error:
+                raise ReadError(
+                    f"{self._root / file.path}: read of {error.nbytes:,} bytes at {error.offset:,} failed: "
+                    f"{describe(error)}; check the disk and the kernel log"
+                ) from error
+            if count < memory.nbytes:
+                raise StoreError(
+                    f"{self._root / file.path}: ends at byte {offset + count:,}, expected {file.nbytes:,}; "
+                    "it was truncated while in use, convert the model again"
+                )
 
-    def _after(self, error: OSError, file: FileInfo, opened: _OpenFile, offset: int, nbytes: int) -> _OpenFile:
-        """How to go on after `error`: by the next rung of the ladder, if it was a refusal. Raises ReadError."""
-        if is_refusal(error) and opened.mode is not ReadMode.BUFFERED:
-            self._step_down(file, opened, error)
-            return self._open(file)
-        name = errno.errorcode.get(error.errno or 0, "?")
-        raise ReadError(
-            f"{self._root / file.path}: read of {nbytes:,} bytes at {offset:,} failed: {error.strerror} ({name}); "
-            "check the disk and the kernel log"
-        ) from error
-
-    def _open(self, file: FileInfo) -> _OpenFile:
+    def _open(self, file: FileInfo) -> TransferFile:
         with self._lock:
             opened = self._files.get(file.path)
             if opened is not None:
                 return opened
-            path = self._root / file.path
+            path, is_first = self._root / file.path, self._ladder.mode is None
             try:
-                if self.mode is None:
-                    probe = probe_mode(path)
-                    self.mode, self.refused = probe.mode, probe.refused
-                    if probe.refused:
-                        logger.warning("reading with %s (%s)", probe.mode.value, "; ".join(probe.refused))
-                opened = _OpenFile(os.open(path, self.mode.open_flags), self.mode)
+                opened = self._ladder.open(path)
             except FileNotFoundError:
                 raise StoreError(f"{path}: missing; it was removed while in use, convert the model again") from None
             except OSError as error:
                 raise ReadError(f"{path}: cannot be opened: {error.strerror}") from error
+            if is_first and self.refused:
+                logger.warning("reading with %s (%s)", opened.mode.value, "; ".join(self.refused))
             self._files[file.path] = opened
             return opened
 
-    def _step_down(self, file: FileInfo, opened: _OpenFile, error: OSError) -> None:
-        """A refusal at read time: use the next rung of the ladder for this file and all that are opened later."""
-        with self._lock:
-            current = self._files.get(file.path)
-            if current is not opened or self.mode is None:
-                return
-            # Other threads may be reading from the old descriptor: it is closed with the reader.
-            self._retired.append(opened.fd)
-            del self._files[file.path]
-            if self.mode is opened.mode:
-                self.mode = opened.mode.next
-                self.refused = (*self.refused, f"{opened.mode.value}: {error.strerror}")
-                logger.warning("%s refused while reading; using %s", opened.mode.value, self.mode.value)
+
+def _warn(refused: ReadMode, error: OSError, used: ReadMode) -> None:
+    logger.warning("%s refused while reading; using %s", refused.value, used.value)

@@ -6,7 +6,6 @@ Each thread takes the next chunk and reads it in pieces through a page-aligned b
 while it is still in the processor's cache: memory is threads times one piece, whatever the store's size.
 """
 
-import errno
 import os
 import threading
 import time
@@ -17,11 +16,10 @@ from typing import Any, Final
 
 import xxhash
 
-from tiered.errors import ReadError, StoreError
+from tiered.errors import InterruptedRun, ReadError, StoreError
 from tiered.io.arena import Arena, Slab
-from tiered.io.disk import PIECE_NBYTES, Faults
-from tiered.io.modes import ReadMode, is_refusal, probe_mode
-from tiered.store import CHUNK_NBYTES, PAGE, FileInfo, Manifest
+from tiered.io.transfer import PIECE_NBYTES, ByteCounter, Faults, Ladder, describe
+from tiered.store import CHUNK_NBYTES, FileInfo, Manifest
 from tiered.store.block import read_layout
 from tiered.store.open import check_config_is_there
 
@@ -114,10 +112,10 @@ def scrub(
     return ScrubReport(
         files=len(manifest.files),
         chunks=sum(len(file.checksums) for file in manifest.files),
-        bytes_read=work.bytes_read,
+        bytes_read=work.read_so_far.nbytes,
         seconds=time.perf_counter() - began,
-        read_mode=None if work.mode is None else work.mode.value,
-        refused=work.refused,
+        read_mode=None if work.ladder.mode is None else work.ladder.mode.value,
+        refused=work.ladder.refused,
         findings=tuple(findings),
     )
 
@@ -131,9 +129,7 @@ class _Scrub:
         self._stop = threading.Event()
         self._errors: list[BaseException] = []
         self.findings: list[Finding] = []
-        self.bytes_read = 0
-        self.mode: ReadMode | None = None
-        self.refused: tuple[str, ...] = ()
+        self.ladder, self.read_so_far = Ladder(), ByteCounter()
         self._chunks = self._readable_chunks(manifest)
 
     def run(self, threads: int, on_progress: OnProgress | None) -> None:
@@ -145,7 +141,7 @@ class _Scrub:
         if self._errors:
             raise self._errors[0]
         if on_progress is not None:
-            on_progress(self.bytes_read)
+            on_progress(self.read_so_far.nbytes)
 
     def _run_in(self, slabs: Sequence[Slab], on_progress: OnProgress | None) -> None:
         """One thread per slab; returns, or raises, when none runs any more."""
@@ -157,7 +153,7 @@ class _Scrub:
                 while worker.is_alive():
                     worker.join(_POLL_SECONDS)
                     if on_progress is not None:
-                        on_progress(self.bytes_read)
+                        on_progress(self.read_so_far.nbytes)
         finally:
             self._stop.set()
             for worker in workers:
@@ -183,6 +179,8 @@ class _Scrub:
         try:
             while (item := self._next()) is not None:
                 self._test(*item, memory)
+        except InterruptedRun:
+            return
         except BaseException as error:
             self._errors.append(error)
             self._stop.set()
@@ -195,68 +193,34 @@ class _Scrub:
         try:
             found = self._hash(file, start, stop, memory)
         except OSError as error:
-            problem = f"cannot be read: {_name(error)}"
+            problem = f"cannot be read: {describe(error)}"
             self._add(Finding(file.path, problem, False, chunk, start, stop, expected))
             return
         if found is None:
             problem = "ends early: the file was truncated just now"
             self._add(Finding(file.path, problem, True, chunk, start, stop, expected))
-        elif found != expected and not self._stop.is_set():
+        elif found != expected:
             problem = f"is corrupt: expected xxh3 {expected}, found {found}"
             self._add(Finding(file.path, problem, True, chunk, start, stop, expected, found))
 
     def _hash(self, file: FileInfo, start: int, stop: int, memory: memoryview) -> str | None:
         """The checksum of bytes [start, stop), or None where the file ends before `stop`."""
-        path = self._folder / file.path
-        mode = self._mode_for(path)
-        while True:
-            fd = os.open(path, mode.open_flags)
-            try:
-                return self._hash_open(fd, mode, start, stop, memory)
-            except OSError as error:
-                if not is_refusal(error) or mode is ReadMode.BUFFERED:
-                    raise
-                mode = self._step_down(mode, error)
-            finally:
-                os.close(fd)
-
-    def _hash_open(self, fd: int, mode: ReadMode, start: int, stop: int, memory: memoryview) -> str | None:
-        checksum, position = xxhash.xxh3_64(), start
-        while position < stop and not self._stop.is_set():
-            piece = memory[: min(len(memory), stop - position)]
-            count = self._preadv(fd, [piece], position, mode.read_flags)
-            if count == 0:
-                return None
-            if count < len(piece):
-                # O_DIRECT can only go on from a page boundary.
-                count = count // PAGE * PAGE or count
-            checksum.update(piece[:count])
-            if mode is ReadMode.BUFFERED:
-                os.posix_fadvise(fd, position, count, os.POSIX_FADV_DONTNEED)
-            position += count
-            with self._lock:
-                self.bytes_read += count
+        checksum = xxhash.xxh3_64()
+        opened = self.ladder.open(self._folder / file.path)
+        try:
+            for position in range(start, stop, PIECE_NBYTES):
+                piece = memory[: min(PIECE_NBYTES, stop - position)]
+                if opened.transfer(self._preadv, position, piece, self._check, self.read_so_far) < piece.nbytes:
+                    return None
+                checksum.update(piece)
+        finally:
+            opened.close()
         return checksum.hexdigest()
 
-    def _mode_for(self, path: Path) -> ReadMode:
-        with self._lock:
-            if self.mode is None:
-                probe = probe_mode(path)
-                self.mode, self.refused = probe.mode, probe.refused
-            return self.mode
-
-    def _step_down(self, mode: ReadMode, error: OSError) -> ReadMode:
-        """A refusal at read time: the next rung of the ladder, for every thread."""
-        with self._lock:
-            if self.mode is mode:
-                self.mode = mode.next
-                self.refused = (*self.refused, f"{mode.value}: {error.strerror}")
-            return mode.next
+    def _check(self) -> None:
+        if self._stop.is_set():
+            raise InterruptedRun("another thread has failed, or nobody waits for the report")
 
     def _add(self, finding: Finding) -> None:
         with self._lock:
             self.findings.append(finding)
-
-
-def _name(error: OSError) -> str:
-    return f"{error.strerror} ({errno.errorcode.get(error.errno or 0, '?')})"

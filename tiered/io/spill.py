@@ -10,17 +10,16 @@ import errno
 import logging
 import os
 import tempfile
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
 from tiered.errors import ConfigError, DiskFullError, ReadError, TieredError
-from tiered.io.disk import PIECE_NBYTES, Faults
 from tiered.io.filesystem import free_nbytes, mount_of
-from tiered.io.modes import ReadMode, is_refusal
+from tiered.io.modes import ReadMode
 from tiered.io.threads import Check, IdleClock, IOThreads, all_of
+from tiered.io.transfer import PIECE_NBYTES, ByteCounter, Faults, Ladder, TransferError, TransferFile, describe
 from tiered.store import PAGE
 from tiered.store.sweep import bypass_cache
 from tiered.trace import Tracer
@@ -56,16 +55,16 @@ class SpillFile:
         self._folder, self._count, self._trace = folder, threads, trace
         self.nbytes = round_up(max(nbytes, PAGE), PAGE)
         self._preadv, self._pwritev = preadv, pwritev
-        self._lock = threading.Lock()
-        self._bytes_read = self._bytes_written = 0
+        self._read_so_far, self._written_so_far = ByteCounter(), ByteCounter()
         _check_folder(folder, self.nbytes)
-        self._fd = _open_nameless(folder)
+        fd = _open_nameless(folder)
         try:
-            _take_space(folder, self._fd, self.nbytes, allocate or _fallocate)
+            _take_space(folder, fd, self.nbytes, allocate or _fallocate)
         except BaseException:
-            os.close(self._fd)
+            os.close(fd)
             raise
-        self.mode = ReadMode.DIRECT if bypass_cache(self._fd, True) else ReadMode.DONTCACHE
+        mode = ReadMode.DIRECT if bypass_cache(fd, True) else ReadMode.DONTCACHE
+        self._file = TransferFile(fd, mode, Ladder(mode, self._warn))
         self._threads = IOThreads(threads, "tiered-spill", clock)
 
     def __enter__(self) -> Self:
@@ -75,14 +74,19 @@ class SpillFile:
         self.close()
 
     @property
+    def mode(self) -> ReadMode:
+        """How the file is read and written."""
+        return self._file.mode
+
+    @property
     def bytes_read(self) -> int:
         """Bytes that have come back into memory so far."""
-        return self._bytes_read
+        return self._read_so_far.nbytes
 
     @property
     def bytes_written(self) -> int:
         """Bytes that have gone to the file so far."""
-        return self._bytes_written
+        return self._written_so_far.nbytes
 
     @property
     def idle_seconds(self) -> float:
@@ -107,9 +111,7 @@ class SpillFile:
     def close(self) -> None:
         """Drop what is queued, wait for what runs, and give the space back."""
         self._threads.close()
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        self._file.close()
 
     async def _transfer(self, work: Callable[[int, memoryview, Check], None], offset: int, memory: memoryview) -> None:
         assert offset % PAGE == 0 and memory.nbytes % PAGE == 0, "direct access needs whole pages"
@@ -122,73 +124,36 @@ class SpillFile:
         await all_of(self._threads.transfer(start(begin)) for begin in range(0, memory.nbytes, part))
 
     def _read(self, offset: int, memory: memoryview, check: Check) -> None:
-        for piece, view in _pieces(offset, memory):
-            with self._trace.span("disk", "KV read", view.nbytes):
-                self._whole(self._preadv, "read", piece, view, check)
-            with self._lock:
-                self._bytes_read += view.nbytes
+        self._whole(self._preadv, "read", offset, memory, check, self._read_so_far)
 
     def _write(self, offset: int, memory: memoryview, check: Check) -> None:
-        for piece, view in _pieces(offset, memory):
-            with self._trace.span("disk", "KV write", view.nbytes):
-                self._whole(self._pwritev, "write", piece, view, check)
-            with self._lock:
-                self._bytes_written += view.nbytes
+        self._whole(self._pwritev, "write", offset, memory, check, self._written_so_far)
 
-    def _whole(self, call: Faults, verb: str, offset: int, memory: memoryview, check: Check) -> None:
-        """Transfer all of `memory`, however many system calls that takes."""
-        done = 0
-        while done < memory.nbytes:
-            check()
-            count = self._once(call, verb, offset + done, memory[done:])
-            if count == 0:
+    def _whole(
+        self, call: Faults, verb: str, offset: int, memory: memoryview, check: Check, moved: ByteCounter
+    ) -> None:
+        with self._trace.span("disk", f"KV {verb}", memory.nbytes):
+            try:
+                count = self._file.transfer(call, offset, memory, check, moved)
+            except TransferError as error:
+                raise self._failed(verb, error) from error
+            if count < memory.nbytes:
                 raise ReadError(
-                    f"{self._folder}: the KV cache's file ends at byte {offset + done:,}, expected {self.nbytes:,}; "
+                    f"{self._folder}: the KV cache's file ends at byte {offset + count:,}, expected {self.nbytes:,}; "
                     "something has truncated it, run again"
                 )
-            # Direct access may come back short; it can only go on from a page boundary.
-            done += count if done + count == memory.nbytes else count // PAGE * PAGE or count
 
-    def _once(self, call: Faults, verb: str, offset: int, memory: memoryview) -> int:
-        while True:
-            mode = self.mode
-            try:
-                count = call(self._fd, [memory], offset, mode.read_flags)
-            except InterruptedError:
-                continue
-            except OSError as error:
-                if is_refusal(error) and mode is not ReadMode.BUFFERED:
-                    self._step_down(mode, error)
-                    continue
-                raise self._failed(verb, offset, memory.nbytes, error) from error
-            if mode is ReadMode.BUFFERED:
-                # Drops what was read, and starts writing back what was written.
-                os.posix_fadvise(self._fd, offset, count, os.POSIX_FADV_DONTNEED)
-            return count
+    def _warn(self, refused: ReadMode, error: OSError, used: ReadMode) -> None:
+        logger.warning("%s: %s refused (%s); using %s", self._folder, refused.value, error.strerror, used.value)
 
-    def _step_down(self, refused: ReadMode, error: OSError) -> None:
-        """Use the next rung of the ladder from now on; what other threads have begun ends as it was begun."""
-        with self._lock:
-            if self.mode is not refused:
-                return
-            self.mode = refused.next
-            bypass_cache(self._fd, False)
-        logger.warning("%s: %s refused (%s); using %s", self._folder, refused.value, error.strerror, self.mode.value)
-
-    def _failed(self, verb: str, offset: int, nbytes: int, error: OSError) -> TieredError:
+    def _failed(self, verb: str, error: TransferError) -> TieredError:
         if error.errno in _NO_SPACE:
             return _full(self._folder, self.nbytes, error)
         kind = ReadError if verb == "read" else TieredError
-        name = errno.errorcode.get(error.errno or 0, "?")
         return kind(
-            f"{self._folder}: {verb} of {nbytes:,} bytes at {offset:,} of the KV cache's file failed: "
-            f"{error.strerror} ({name}); check the disk and the kernel log"
+            f"{self._folder}: {verb} of {error.nbytes:,} bytes at {error.offset:,} of the KV cache's file failed: "
+            f"{describe(error)}; check the disk and the kernel log"
         )
-
-
-def _pieces(offset: int, memory: memoryview) -> list[tuple[int, memoryview]]:
-    """Offsets and views of at most 1 MiB, one after the other."""
-    return [(offset + i, memory[i : i + PIECE_NBYTES]) for i in range(0, memory.nbytes, PIECE_NBYTES)]
 
 
 def _check_folder(folder: Path, nbytes: int) -> None:

@@ -1,6 +1,14 @@
 """Computing straight from stored weights: native kernels, and the torch reference that they are tested against."""
 
-from tiered.kernels.attention import AttentionCall, CacheFormat, Pages, Plane, attention_reference, contiguous_pages
+from tiered.kernels.attention import (
+    AttentionCall,
+    BlockTable,
+    CacheFormat,
+    Pages,
+    Plane,
+    attention_reference,
+    contiguous_pages,
+)
 from tiered.kernels.cancel import CancelFlag
 from tiered.kernels.kernels import KERNEL_NAMES, Kernels, Mode, packed_row_nbytes, scratch_nbytes
 from tiered.kernels.library import Level, Library, load_library
@@ -8,6 +16,7 @@ from tiered.kernels.library import Level, Library, load_library
 __all__ = [
     "KERNEL_NAMES",
     "AttentionCall",
+    "BlockTable",
     "CacheFormat",
     "CancelFlag",
     "Kernels",

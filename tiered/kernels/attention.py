@@ -7,7 +7,7 @@ reference serves where it cannot, and as the truth in tests.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Final
 
@@ -44,88 +44,86 @@ class CacheFormat(IntEnum):
         return self in (CacheFormat.INT8_CHANNEL, CacheFormat.INT4_CHANNEL)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Plane:
-    """One part (codes, scales or zeros) of the pages of a batch, somewhere in the memory of one tensor.
+    """Codes, scales or zeros in a KV block: [heads, tokens, width] of `dtype`, `start` bytes after the block's begin.
 
-    All numbers are in elements of `memory`, whose own shape means nothing.
+    Strides are in elements.
     """
+
+    dtype: torch.dtype
+    width: int
+    head_stride: int
+    token_stride: int
+    start: int = 0
+
+    def of(self, memory: torch.Tensor, offset: int, heads: int, tokens: int) -> torch.Tensor:
+        """[heads, tokens, width]: this part of the block that begins `offset` bytes into `memory`."""
+        numbers = memory.view(self.dtype)
+        begin = numbers.storage_offset() + (offset + self.start) // self.dtype.itemsize
+        return numbers.as_strided((heads, tokens, self.width), (self.head_stride, self.token_stride, 1), begin)
+
+
+@dataclass(frozen=True, eq=False)
+class BlockTable:
+    """Where the KV blocks of a batch begin, somewhere in the memory of one tensor, whose own shape means nothing."""
 
     memory: torch.Tensor
     offsets: torch.Tensor
-    """[sequences, pages] int64: where each page begins."""
-    head_stride: int
-    token_stride: int = 0
-    has_gaps: bool = False
-    """Some pages are missing; their offset is -1."""
-
-    def page(self, sequence: int, page: int, shape: tuple[int, int, int]) -> torch.Tensor | None:
-        """[heads, tokens, width] of one page; None where there is none."""
-        offset = int(self.offsets[sequence, page])
-        if offset < 0:
-            return None
-        strides = (self.head_stride, self.token_stride, 1)
-        return self.memory.as_strided(shape, strides, self.memory.storage_offset() + offset)
+    """[sequences, pages] int64: bytes from the beginning of `memory` to the block of each page; -1: there is none."""
 
 
 @dataclass(frozen=True, eq=False)
 class Pages:
-    """Keys or values of a batch: page j of a sequence holds its slots 64 j to 64 j + 63."""
+    """Keys or values of a batch: page j of a sequence holds its slots 64 j to 64 j + 63, all pages in the same way."""
 
     format: CacheFormat
+    table: BlockTable
     codes: Plane
     """bf16; or u8, [head_dim] codes or [head_dim / 2] pairs of nibbles per token."""
     scale: Plane | None = None
     """fp16 [groups] per token, or [head_dim] per page."""
     zero: Plane | None = None
     """u8, of the same shape."""
-    recent: Plane | None = None
+    recent: "Pages | None" = field(default=None, kw_only=True)
     """Where it has a page, that page is there in bf16 too: queries whose own slot is in it read it from here, and all
-    queries do where `codes` has none."""
+    queries do where there is no other block of it."""
 
     def widen(
         self, sequence: int, page: int, shape: tuple[int, int, int], own: bool, dtype: torch.dtype
     ) -> torch.Tensor:
         """Keys or values [heads, tokens, head_dim] of a page, as `dtype`."""
         heads, tokens, width = shape
-        codes = self.codes.page(
-            sequence, page, (heads, tokens, width * self.format.bits // 8 if self._packed else width)
-        )
-        if self.recent is not None and (own or codes is None):
-            recent = self.recent.page(sequence, page, shape)
-            codes, exact = (recent, True) if recent is not None else (codes, not self._packed)
-        else:
-            exact = not self._packed
-        assert codes is not None, f"sequence {sequence}: page {page} is missing"
-        if exact:
+        memory, offset = self.table.memory, int(self.table.offsets[sequence, page])
+        if self.recent is not None and (own or offset < 0) and int(self.recent.table.offsets[sequence, page]) >= 0:
+            return self.recent.widen(sequence, page, shape, False, dtype)
+        assert offset >= 0, f"sequence {sequence}: page {page} is missing"
+        codes = self.codes.of(memory, offset, heads, tokens)
+        if self.format is CacheFormat.BF16:
             return codes.to(dtype)
         group = math.gcd(width, PAGE_TOKENS)
         if self.format.bits == 4:
             halves = codes.unflatten(-1, (-1, group // 2))
             codes = torch.cat([halves & 15, halves >> 4], dim=-1).flatten(-2)
-        side = (heads, 1, width) if self.format.per_channel else (heads, tokens, width // group)
         assert self.scale is not None and self.zero is not None
-        scale, zero = self.scale.page(sequence, page, side), self.zero.page(sequence, page, side)
-        assert scale is not None and zero is not None
+        rows = 1 if self.format.per_channel else tokens
+        scale, zero = self.scale.of(memory, offset, heads, rows), self.zero.of(memory, offset, heads, rows)
         if not self.format.per_channel:
             scale, zero = scale.repeat_interleave(group, -1), zero.repeat_interleave(group, -1)
         widened: torch.Tensor = (codes.to(dtype) - zero.to(dtype)) * scale.to(dtype)
         return widened
-
-    @property
-    def _packed(self) -> bool:
-        return self.format is not CacheFormat.BF16
 
 
 def contiguous_pages(states: torch.Tensor) -> Pages:
     """The pages of keys or values [sequences, heads, slots, head_dim] that lie in one piece."""
     if states.stride(-1) != 1:
         raise ConfigError("attention: keys and values must be contiguous along head_dim")
-    sequences, _, slots, _ = states.shape
+    sequences, _, slots, head_dim = states.shape
     pages = -(-slots // PAGE_TOKENS)
     starts = torch.arange(sequences)[:, None] * states.stride(0)
-    offsets = starts + torch.arange(pages) * (PAGE_TOKENS * states.stride(2))
-    return Pages(CacheFormat.BF16, Plane(states, offsets, states.stride(1), states.stride(2)))
+    offsets = (starts + torch.arange(pages) * (PAGE_TOKENS * states.stride(2))) * states.element_size()
+    plane = Plane(states.dtype, head_dim, states.stride(1), states.stride(2))
+    return Pages(CacheFormat.BF16, BlockTable(states, offsets), plane)
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,24 +6,30 @@ from typing import Final
 
 import torch
 
-from tiered.kernels.attention import AttentionCall, CacheFormat, Pages, Plane
+from tiered.kernels.attention import AttentionCall, BlockTable, CacheFormat, Pages, Plane
 from tiered.kernels.library import Level
 
 MOST_HEAD_DIM: Final = 512
 HEAD_DIM_MULTIPLE: Final = 8
 
 
+class _Table(ctypes.Structure):
+    _fields_ = (("base", c_void_p), ("offsets", c_void_p))
+
+
 class _Plane(ctypes.Structure):
-    _fields_ = (("pages", c_void_p), ("head_stride", c_int64), ("token_stride", c_int64))
+    _fields_ = (("start", c_int64), ("head_stride", c_int64), ("token_stride", c_int64))
 
 
 class _Pages(ctypes.Structure):
     _fields_ = (
         ("format", c_int32),
+        ("blocks", _Table),
         ("codes", _Plane),
         ("scale", _Plane),
         ("zero", _Plane),
-        ("recent", _Plane),
+        ("recent", _Table),
+        ("exact", _Plane),
     )
 
 
@@ -78,7 +84,7 @@ class NativeCall:
         arguments.q, arguments.q_stride = query.data_ptr(), query.stride()[:3]
         arguments.out, arguments.out_stride = out.data_ptr(), out.stride()[:3]
         arguments.first, arguments.count = self._pointer(call.first.long()), self._pointer(call.count.long())
-        arguments.table_stride = call.keys.codes.offsets.shape[1]
+        arguments.table_stride = call.keys.table.offsets.shape[1]
         arguments.k, arguments.v = self._pages(call.keys), self._pages(call.values)
         arguments.scaling, arguments.softcap = call.scaling, call.softcap
         arguments.causal, arguments.window = call.causal, call.window
@@ -100,20 +106,21 @@ class NativeCall:
         return self._keep(tensor.contiguous())
 
     def _pages(self, pages: Pages) -> _Pages:
-        planes = (pages.codes, pages.scale, pages.zero, pages.recent)
-        wanted = (None, torch.float16, torch.uint8, torch.bfloat16)
         codes = torch.bfloat16 if pages.format is CacheFormat.BF16 else torch.uint8
-        made = [self._plane(plane, dtype or codes) for plane, dtype in zip(planes, wanted, strict=True)]
-        return _Pages(pages.format, *made)
+        made = _Pages(pages.format, self._table(pages.table), _plane(pages.codes, codes))
+        if pages.scale is not None and pages.zero is not None:
+            made.scale, made.zero = _plane(pages.scale, torch.float16), _plane(pages.zero, torch.uint8)
+        if pages.recent is not None:
+            made.recent, made.exact = self._table(pages.recent.table), _plane(pages.recent.codes, torch.bfloat16)
+        return made
 
-    def _plane(self, plane: Plane | None, dtype: torch.dtype) -> _Plane:
-        if plane is None:
-            return _Plane()
-        assert plane.memory.dtype == dtype, f"expected a plane of {dtype}, found {plane.memory.dtype}"
-        addresses = plane.offsets * plane.memory.element_size() + plane.memory.data_ptr()
-        if plane.has_gaps:
-            addresses = addresses.masked_fill(plane.offsets < 0, 0)
-        return _Plane(self._pointer(addresses), plane.head_stride, plane.token_stride)
+    def _table(self, table: BlockTable) -> _Table:
+        return _Table(self._keep(table.memory), self._pointer(table.offsets))
+
+
+def _plane(plane: Plane, dtype: torch.dtype) -> _Plane:
+    assert plane.dtype == dtype, f"expected a plane of {dtype}, found {plane.dtype}"
+    return _Plane(plane.start, plane.head_stride, plane.token_stride)
 
 
 def _along_slots(tensor: torch.Tensor) -> torch.Tensor:

@@ -157,8 +157,8 @@ class Kernels:
         """[sequences, q_len, q_heads, head_dim] in the query's dtype; 0 for queries that see no key.
 
         With the native library a result is a function of its query and of the keys it sees, in their order, bit for
-        bit: padding, chunks, neighbours and other branches of a tree leave no trace. Raises InterruptedRun once the
-        flag is set.
+        bit: padding, micro-batches, neighbours and other branches of a tree leave no trace. Raises InterruptedRun once
+        the flag is set.
         """
         if not self.serves_attention(call.query):
             return attention_reference(call, self._cancel)

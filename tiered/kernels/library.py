@@ -8,7 +8,7 @@ import ctypes
 import functools
 import os
 from collections.abc import Sequence
-from ctypes import POINTER, c_char_p, c_int32, c_int64, c_uint64, c_void_p
+from ctypes import POINTER, c_char_p, c_int32, c_int64, c_void_p
 from enum import IntEnum
 from pathlib import Path
 from typing import Final
@@ -18,7 +18,7 @@ from tiered.errors import ConfigError
 LIBRARY_PATH: Final = Path(__file__).with_name("libtiered_kernels.so")
 LIBRARY_VARIABLE: Final = "TIERED_KERNEL_LIBRARY"
 """Environment variable that names another file, for developers: a build for sanitizers, or one that emulates tiles."""
-ABI_VERSION: Final = 1
+ABI_VERSION: Final = 2
 
 
 class Level(IntEnum):
@@ -77,8 +77,6 @@ _FUNCTIONS: Final[dict[str, tuple[object, Sequence[object]]]] = {
     "tk_destroy": (None, [c_void_p]),
     "tk_scratch_nbytes": (c_int64, [c_void_p]),
     "tk_trim": (None, [c_void_p]),
-    "tk_read": (c_int32, [c_void_p, c_void_p, c_int64, POINTER(c_uint64)]),
-    "tk_multiply": (c_int32, [c_void_p, c_int64, POINTER(c_int64)]),
     "tk_linear": (
         c_int32,
         [

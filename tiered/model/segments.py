@@ -13,7 +13,7 @@ from itertools import chain
 
 import torch
 
-from tiered.cache import ChunkKV, GatheredKV, KVPool, LentRecords, PackedKV, Part, SequenceKV
+from tiered.cache import GatheredKV, KVPool, LentBlocks, MicroBatchKV, PackedKV, Part, SequenceKV
 from tiered.errors import ConfigError
 from tiered.kernels.attention import PAGE_TOKENS
 from tiered.model.record import Recorder
@@ -136,7 +136,7 @@ class Segments:
         for chunks in chunk_plan(self._segments, self._limits):
             numbers = sorted({piece.segment for pieces in chunks for piece in pieces})
             segments = [self._segments[number] for number in numbers]
-            records = LentRecords(self._pool, [Part(s.kv, s.kv.length, len(s.input_ids)) for s in segments])
+            records = LentBlocks(self._pool, [Part(s.kv, s.kv.length, len(s.input_ids)) for s in segments])
             made = [self._record_chunk(recorder, embedded, records, numbers, pieces) for pieces in chunks]
             units.append(Unit(tuple(made), records))
         return units
@@ -145,7 +145,7 @@ class Segments:
         self,
         recorder: Recorder,
         embedded: Embedded,
-        records: LentRecords,
+        records: LentBlocks,
         numbers: Sequence[int],
         pieces: list[Piece],
     ) -> Chunk:
@@ -158,7 +158,7 @@ class Segments:
             ends.append(max(segment.text_length, segment.stop) - 1)
         rows = [numbers.index(piece.segment) for piece in pieces]
         positions = [list(range(part.start, part.stop)) for part in parts]
-        kv: ChunkKV
+        kv: MicroBatchKV
         if self._limits.gathered:
             gathered = kv = GatheredKV(records, parts, rows)
             recording = recorder.record(

@@ -12,7 +12,7 @@ from typing import Protocol
 
 import torch
 
-from tiered.cache import ChunkKV, LentRecords
+from tiered.cache import LentBlocks, MicroBatchKV
 from tiered.model.bind import BoundModel
 from tiered.model.record import LayerCall, Recorder
 
@@ -25,7 +25,7 @@ class Chunk:
     calls: tuple[LayerCall, ...]
     number: int
     """Of what it is a part of: a micro-batch, or a chunk of the plan."""
-    kv: ChunkKV | None = None
+    kv: MicroBatchKV | None = None
     """Its view of the paged cache; None where the calls hold a cache of their own."""
 
 
@@ -34,7 +34,7 @@ class Unit:
     """Chunks that compute one after the other with the same records of the cache in memory."""
 
     chunks: tuple[Chunk, ...]
-    records: LentRecords | None = None
+    records: LentBlocks | None = None
 
 
 class Embedded:

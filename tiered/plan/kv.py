@@ -1,7 +1,7 @@
 """The KV cache in numbers: what a model's tokens add to it, and which memory a run sets aside for it.
 
-In: the shape of a model's cache, and what a run holds at once. Out: pages, records and bytes, before any of them is
-taken. `cache/` puts them to use; how codes, scales and zeros lie inside a record is `cache/layout.py`'s.
+In: the shape of a model's cache, and what a run holds at once. Out: pages, KV blocks and bytes, before any of them is
+taken. `cache/` puts them to use; how codes, scales and zeros lie inside a block is `cache/layout.py`'s.
 """
 
 import math
@@ -14,12 +14,12 @@ from tiered.units import PAGE, PAGE_TOKENS, round_up
 
 Bits = Literal[16, 8, 4]
 UNITS_AT_ONCE: Final = 4
-"""Units whose records are in memory together: one computes, and with several behind it the disk's queue never drains
+"""Units whose blocks are in memory together: one computes, and with several behind it the disk's queue never drains
 as it does at the end of a single one's reads."""
 STACKED_PAGES: Final = 8
-"""Complete pages that are side by side once more while they are written to their records."""
+"""Complete pages that are side by side once more while they are written to their blocks."""
 PART_ALIGNMENT: Final = 64
-"""Of codes, scales and zeros in a record."""
+"""Of codes, scales and zeros in a block."""
 _ITEMSIZES: Final = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -43,10 +43,10 @@ class KVShape:
         return 2 * self.layers * self.heads * self.head_dim * self.itemsize * sequences * tokens
 
 
-def record_nbytes(shape: KVShape, bits: int, slots: int = PAGE_TOKENS) -> int:
+def block_nbytes(shape: KVShape, bits: int, slots: int = PAGE_TOKENS) -> int:
     """Bytes of one page's keys and values in one layer; a page of 16 bits has `slots` tokens.
 
-    Raises ConfigError where there are no such records.
+    Raises ConfigError where there are no such blocks.
     """
     if bits not in (16, 8, 4):
         raise ConfigError(f"KV cache: {bits} bits, expected 16, 8 or 4")
@@ -89,30 +89,30 @@ class CachePlan:
     """Tokens of the longest sequence."""
     tokens: int
     """Tokens of all sequences together, at most."""
-    chunk: int
+    tokens_at_once: int
     """Tokens that a sequence may be given at once, before they attend."""
     lent_pages: int = 0
-    """Of a cache on disk, pages of a layer that are in memory together while its unit of chunks computes."""
+    """Of a cache on disk, pages of a layer that are in memory together while its unit of micro-batches computes."""
     one_pass: bool = False
-    """Every sequence begins and ends in the same pass: a layer's records are of no use after it, so that all layers
+    """Every sequence begins and ends in the same pass: a layer's blocks are of no use after it, so that all layers
     share the memory of one. In memory only."""
 
     @property
     def has_tails(self) -> bool:
-        """Whether the pages being filled lie apart from the records."""
+        """Whether the pages being filled lie apart from the blocks."""
         return self.on_disk or self.bits != 16
 
     def pages(self, group: LayerGroup, tokens: int) -> int:
-        """Records that a sequence of `tokens` tokens holds in each layer of `group`."""
-        # Where there are tails, the page that is being filled has no record yet.
+        """Blocks that a sequence of `tokens` tokens holds in each layer of `group`."""
+        # Where there are tails, the page that is being filled has no block yet.
         pages = tokens // PAGE_TOKENS if self.has_tails else -(-tokens // PAGE_TOKENS)
         if group.window:
-            # The oldest page a query sees, all up to its own, and those that its chunk fills before it attends.
-            pages = min(pages, -(-(group.window + self.chunk) // PAGE_TOKENS) + 1)
+            # The oldest page a query sees, all up to its own, and those that its micro-batch fills before it attends.
+            pages = min(pages, -(-(group.window + self.tokens_at_once) // PAGE_TOKENS) + 1)
         return pages
 
-    def records(self, group: LayerGroup) -> int:
-        """Records per layer of `group`."""
+    def blocks(self, group: LayerGroup) -> int:
+        """Blocks per layer of `group`."""
         most = min(self.sequences, self.tokens)
         whole = self.pages(group, self.context)
         # Every sequence may have a single token in its last page.
@@ -120,14 +120,14 @@ class CachePlan:
         return min(most * whole, shared)
 
     @property
-    def record_nbytes(self) -> int:
+    def block_nbytes(self) -> int:
         """Bytes of a page's keys and values in one layer, as they are kept."""
-        return record_nbytes(self.shape, self.bits, self.slots)
+        return block_nbytes(self.shape, self.bits, self.slots)
 
     @property
     def exact_nbytes(self) -> int:
         """The same of tails, and of pages that are being put together."""
-        return record_nbytes(self.shape, 16, self.slots)
+        return block_nbytes(self.shape, 16, self.slots)
 
     @property
     def slots(self) -> int:
@@ -135,12 +135,12 @@ class CachePlan:
         return min(PAGE_TOKENS, round_up(self.context, 8))
 
     @property
-    def records_nbytes(self) -> int:
-        """Bytes of all records, in memory or on disk."""
-        nbytes = self.record_nbytes
+    def blocks_nbytes(self) -> int:
+        """Bytes of all blocks, in memory or on disk."""
+        nbytes = self.block_nbytes
         if self.shares_layers:
-            return max(self.records(group) for group in self.groups) * nbytes
-        return sum(self.records(group) * len(group.layers) * nbytes for group in self.groups)
+            return max(self.blocks(group) for group in self.groups) * nbytes
+        return sum(self.blocks(group) * len(group.layers) * nbytes for group in self.groups)
 
     @property
     def shares_layers(self) -> bool:
@@ -156,13 +156,13 @@ class CachePlan:
 
     @property
     def ring_nbytes(self) -> int:
-        """Bytes for records on their way from disk and back: one unit computes while those of the next are read."""
-        return UNITS_AT_ONCE * self.lent_pages * self.record_nbytes if self.on_disk else 0
+        """Bytes for blocks on their way from disk and back: one unit computes while those of the next are read."""
+        return UNITS_AT_ONCE * self.lent_pages * self.block_nbytes if self.on_disk else 0
 
     @property
     def pool_nbytes(self) -> int:
         """Bytes of memory that the pool itself takes."""
-        return self.tails_nbytes + (0 if self.on_disk else self.records_nbytes)
+        return self.tails_nbytes + (0 if self.on_disk else self.blocks_nbytes)
 
     @property
     def memory_nbytes(self) -> int:
@@ -170,7 +170,7 @@ class CachePlan:
         return self.pool_nbytes + self.ring_nbytes
 
     def scratch_nbytes(self, rows: int) -> int:
-        """Bytes that a chunk of `rows` tokens takes while it puts pages together, and while they are stored."""
+        """Bytes that a micro-batch of `rows` tokens takes while it puts pages together, and while they are stored."""
         if not self.has_tails:
             return 0
         # A long part has a page more than its tokens fill.

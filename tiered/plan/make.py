@@ -11,7 +11,7 @@ from typing import Final, Literal
 from tiered.errors import BudgetError
 from tiered.plan.batch_size import BatchChoice, BatchOption, candidates, choose_batch_size, choose_windows_per_pass
 from tiered.plan.inputs import Budgets, Machine, ModelShape, Workload
-from tiered.plan.kv import CachePlan, record_nbytes
+from tiered.plan.kv import CachePlan, block_nbytes
 from tiered.plan.plan import Needs, Plan, fit_blocks, smallest_budget
 from tiered.plan.workspace import MAX_ROWS, Workspace, workspace_for
 from tiered.units import MIB, PAGE, PAGE_TOKENS, format_rate, format_seconds, format_size
@@ -123,7 +123,7 @@ class _Way:
         if self.on_disk:
             # At least one sequence's; more in one go make longer reads and fuller micro-batches.
             pages = -(-self.context // PAGE_TOKENS)
-            share = int(ram * _LENT_SHARE) // record_nbytes(model.kv, budgets.kv_bits)
+            share = int(ram * _LENT_SHARE) // block_nbytes(model.kv, budgets.kv_bits)
             lent_pages = max(pages, min(self.batch_size * pages, share))
         return CachePlan(
             model.kv,
@@ -133,7 +133,7 @@ class _Way:
             sequences=self.batch_size,
             context=self.context,
             tokens=workload.kv_tokens(self.batch_size, self.context),
-            chunk=min(budgets.micro_batch or MAX_ROWS, self.tokens),
+            tokens_at_once=min(budgets.micro_batch or MAX_ROWS, self.tokens),
             one_pass=workload.one_pass,
             lent_pages=lent_pages,
         )
@@ -188,7 +188,7 @@ class _Way:
         kv = 0
         if self.on_disk:
             pages = self.batch_size * self.asked.workload.mean_context / PAGE_TOKENS
-            kv = int(pages * plan.cache.record_nbytes * self.asked.model.kv.layers * _HALFWAY)
+            kv = int(pages * plan.cache.block_nbytes * self.asked.model.kv.layers * _HALFWAY)
         return BatchOption(self.batch_size, self.on_disk, streamed + kv)
 
 
@@ -253,7 +253,7 @@ def _reasoned(asked: _Asked, plan: Plan, why: str) -> Plan:
     separator = ", " if why == "as fit" else "; "
     place = "on disk" if plan.cache.on_disk else "in memory"
     chosen = f"{plan.batch_size} of {asked.workload.sequences} sequences at once{separator}{why}"
-    return replace(plan, why=f"{chosen}; KV cache {format_size(plan.cache.records_nbytes)} {place}")
+    return replace(plan, why=f"{chosen}; KV cache {format_size(plan.cache.blocks_nbytes)} {place}")
 
 
 def _expected(choice: BatchChoice, bytes_per_second: float | None) -> str:

@@ -13,7 +13,7 @@ generated from such weights means nothing.
 
 import hashlib
 from collections.abc import Iterator
-from typing import Final, Literal
+from typing import Final
 
 import numpy as np
 import torch
@@ -41,18 +41,8 @@ class SyntheticPool:
     the same (seed, key) gives the same bytes under one version of torch.
     """
 
-    def __init__(
-        self,
-        scheme: GroupScheme,
-        seed: int = 0,
-        *,
-        nbytes: int = POOL_NBYTES,
-        tails: Literal["gaussian", "t6"] = "gaussian",
-    ) -> None:
-        """Make `nbytes` of packed codes; `tails="t6"` draws from Student's t with 6 degrees of freedom, whose
-        outliers are nearer to those of trained weights and whose draws take a few times longer."""
-        if tails not in ("gaussian", "t6"):
-            raise ConfigError(f"synthetic tails {tails!r}: expected gaussian or t6")
+    def __init__(self, scheme: GroupScheme, seed: int = 0, *, nbytes: int = POOL_NBYTES) -> None:
+        """Make `nbytes` of packed codes of normally distributed weights."""
         groups = nbytes // scheme.group_q_nbytes
         if groups < 1:
             raise ConfigError(f"synthetic pool of {nbytes} bytes: expected at least {scheme.group_q_nbytes}")
@@ -66,7 +56,7 @@ class SyntheticPool:
         normal = torch.empty(groups, scheme.group_q_nbytes // 4, dtype=torch.float32)
         for start in range(0, groups, _MAKING_GROUPS):
             part = slice(start, min(start + _MAKING_GROUPS, groups))
-            values = _draw((part.stop - start, scheme.group_size), tails, generator)
+            values = torch.randn(part.stop - start, scheme.group_size, generator=generator, dtype=torch.float32)
             q, scale, zero = quantize(values, scheme)
             self._q[part] = q.numpy()
             self._scale[part] = scale[:, 0].numpy()
@@ -123,16 +113,6 @@ class SyntheticPool:
         """Where run `index` of tensor `key` starts: 0 to `last`, the same on every machine."""
         digest = hashlib.blake2b(f"{self.seed}/{index}/{key}".encode(), digest_size=8).digest()
         return int.from_bytes(digest, "little") % (last + 1)
-
-
-def _draw(shape: tuple[int, int], tails: str, generator: torch.Generator) -> Tensor:
-    """Random values of mean 0 and variance 1."""
-    values = torch.randn(shape, generator=generator, dtype=torch.float32)
-    if tails == "t6":
-        # chi-squared with 6 degrees of freedom is twice the sum of three exponentials; t6 has variance 6/4.
-        exponentials = torch.empty(3, *shape, dtype=torch.float32).exponential_(generator=generator)
-        values *= exponentials.sum(0).mul_(2 / 6).rsqrt_().mul_((4 / 6) ** 0.5)
-    return values
 
 
 def _bytes_of(tensor: Tensor) -> NDArray[np.uint8]:

@@ -23,7 +23,7 @@ from typing import Any, Self
 
 import torch
 
-from tiered.cache import Extent, LentRecords
+from tiered.cache import Extent, LentBlocks
 from tiered.io import Slab, SpillFile, all_of
 from tiered.kernels import CancelFlag
 from tiered.stream.handover import Handover, run_in
@@ -52,7 +52,7 @@ class KVStream:
         self._read_units: Handover[_Lent] = Handover(cancel, trace)
         self._next = 0
         """Number of the unit that is lent next in this pass, layer by layer; the computing thread's."""
-        self._units: tuple[LentRecords, ...] = ()
+        self._units: tuple[LentBlocks, ...] = ()
         self._ring = Ring(ring.nbytes)
         self._lent: deque[_Lent] = deque()
         """Those that have been fed and not taken back."""
@@ -82,7 +82,7 @@ class KVStream:
         return self._read_units.wait_seconds
 
     @contextlib.contextmanager
-    def serving(self, units: Sequence[LentRecords]) -> Iterator[None]:
+    def serving(self, units: Sequence[LentBlocks]) -> Iterator[None]:
         """A pass, whose layers will ask for the records of `units` in this order. After it nothing is read any more;
         writes go on."""
         self._next, self._units = 0, tuple(units)
@@ -93,7 +93,7 @@ class KVStream:
             run_in(self._loop, self._end())
 
     @contextlib.contextmanager
-    def lend(self, records: LentRecords, layer: int) -> Iterator[None]:
+    def lend(self, records: LentBlocks, layer: int) -> Iterator[None]:
         """Lend the records of `layer` to those that share them. Raises what reading or earlier writing raised.
 
         Where the context ends well, what has been completed in it is written, behind.
@@ -136,7 +136,7 @@ class KVStream:
                 self._give_back(lent.span, lent.read)
         self._read_units.clear()
 
-    async def _feed_pass(self, units: tuple[LentRecords, ...]) -> None:
+    async def _feed_pass(self, units: tuple[LentBlocks, ...]) -> None:
         for number in range(self._layers * len(units)):
             layer, unit = divmod(number, len(units))
             try:
@@ -158,7 +158,7 @@ class KVStream:
             for write in writes:
                 write.result()
 
-    async def _start(self, number: int, records: LentRecords, layer: int) -> None:
+    async def _start(self, number: int, records: LentBlocks, layer: int) -> None:
         """Find memory for a unit's records and start their reads."""
         places = records.map_of(layer)
         span = await self._ring.borrow(places.lent_nbytes) if places.lent_nbytes else None

@@ -19,26 +19,6 @@ void test_contexts() {
     }
 }
 
-void test_measures() {
-    const int64_t count = (3 << 20) / 8 + 512; // not a multiple of what one thread takes
-    Exact<uint64_t> words(count);
-    uint64_t expected = 0, found = 0;
-    for (int64_t i = 0; i < count; i++) {
-        words.set(i, static_cast<uint64_t>(i) << 33 | 1);
-        expected += words.get(i);
-    }
-    for (int level = 0; level < TK_LEVELS; level++) {
-        if (tk_refusal(level)) continue;
-        Context context(3, level);
-        CHECK(tk_read(context.context, words.data(), count * 8, &found) == TK_OK, "level %d", level);
-        CHECK(found == expected, "level %d", level);
-        CHECK(tk_read(context.context, words.data(), 4095, &found) == TK_BAD_ARGUMENT, "level %d", level);
-        int64_t operations = -1;
-        CHECK(tk_multiply(context.context, 5, &operations) == TK_OK, "level %d", level);
-        CHECK(level == TK_SCALAR ? operations == 0 : operations > 0, "level %d", level);
-    }
-}
-
 void test_bad_arguments() {
     Context context(1, TK_SCALAR);
     uint8_t q[32] = {}, zero = 0;
@@ -68,7 +48,6 @@ void test_bad_arguments() {
 int main(int count, char **arguments) {
     const int cases = count > 1 ? std::atoi(arguments[1]) : 100;
     test_contexts();
-    test_measures();
     test_bad_arguments();
     test_linear(cases);
     test_quantize(cases / 2);

@@ -13,87 +13,94 @@ constexpr int64_t kPage = 64;
 bool by_channel(int32_t format) { return format == TK_KV_INT8_CHANNEL || format == TK_KV_INT4_CHANNEL; }
 bool nibbles(int32_t format) { return format == TK_KV_INT4 || format == TK_KV_INT4_CHANNEL; }
 
-// Pages whose memory ends where the last token that is in use does; gaps between heads hold numbers that would show.
-struct Plane {
-    std::vector<std::unique_ptr<Exact<uint8_t>>> memory;
-    std::vector<const void *> pages;
+using Block = std::unique_ptr<Exact<uint8_t>>; // null: there is none
+
+uint16_t get16(const Block &from, int64_t i) {
+    return static_cast<uint16_t>(from->get(i) | from->get(i + 1) << 8);
+}
+
+void set16(const Block &to, int64_t i, uint16_t value) {
+    to->set(i, static_cast<uint8_t>(value));
+    to->set(i + 1, static_cast<uint8_t>(value >> 8));
+}
+
+// One part of every block: `tokens` of `width` elements per head.
+struct Part {
+    int64_t heads, tokens, width, element_nbytes;
     tk_plane plane = {};
 
-    void add(int64_t heads, int64_t tokens, int64_t width, int64_t element_nbytes, int64_t most_tokens) {
-        plane.token_stride = width;
-        plane.head_stride = most_tokens * width;
-        const int64_t count = (heads - 1) * plane.head_stride + tokens * width;
-        memory.push_back(std::make_unique<Exact<uint8_t>>(count * element_nbytes));
-        memory.back()->fill(0xff);
-        pages.push_back(memory.back()->data());
+    int64_t nbytes(int64_t used) const { return ((heads - 1) * tokens + used) * width * element_nbytes; }
+    int64_t at(int64_t head, int64_t token, int64_t i) const {
+        return plane.start + (head * plane.head_stride + token * plane.token_stride + i) * element_nbytes;
     }
-
-    void add_none() {
-        memory.push_back(nullptr);
-        pages.push_back(nullptr);
-    }
-
-    const tk_plane &finish() {
-        plane.pages = pages.data();
-        return plane;
-    }
-
-    int64_t at(int64_t head, int64_t token) const { return head * plane.head_stride + token * plane.token_stride; }
+    void begin_at(int64_t start) { plane = {start, tokens * width, width}; }
 };
 
-uint16_t get16(const Exact<uint8_t> &from, int64_t i) {
-    return static_cast<uint16_t>(from.get(2 * i) | from.get(2 * i + 1) << 8);
-}
-
-void set16(Exact<uint8_t> &to, int64_t i, uint16_t value) {
-    to.set(2 * i, static_cast<uint8_t>(value));
-    to.set(2 * i + 1, static_cast<uint8_t>(value >> 8));
-}
-
-// The keys or the values of a batch.
+// The keys or the values of a batch. Blocks end where the last token in use of their last part does, which is another
+// part from case to case; gaps hold numbers that would show.
 struct Cache {
     int32_t format;
     int64_t heads, width, group;
-    Plane codes, scale, zero, recent;
+    Part codes, scale, zero, exact;
+    const Part *last; // of a block
+    std::vector<Block> blocks, recent;
+    std::vector<int64_t> offsets, recent_offsets;
 
-    Cache(int32_t format, int64_t heads, int64_t width)
-        : format(format), heads(heads), width(width), group(std::gcd(width, kPage)) {}
+    Cache(int32_t format, int64_t heads, int64_t width, Random &random)
+        : format(format), heads(heads), width(width), group(std::gcd(width, kPage)) {
+        const int64_t rows = by_channel(format) ? 1 : kPage, side = by_channel(format) ? width : width / group;
+        const bool bf16 = format == TK_KV_BF16;
+        codes = {heads, kPage, nibbles(format) ? width / 2 : width, bf16 ? 2 : 1};
+        scale = {heads, rows, side, 2};
+        zero = {heads, rows, side, 1};
+        exact = {heads, kPage, width, 2};
+        exact.begin_at(0);
+        Part *order[] = {&codes, &scale, &zero};
+        if (!bf16) std::swap(order[2], order[random.below(3)]);
+        int64_t start = 0;
+        for (Part *part : order) {
+            part->begin_at(start);
+            start += (part->nbytes(part->tokens) + 7) / 8 * 8;
+            last = part;
+            if (bf16) break;
+        }
+    }
 
     void add_page(int64_t tokens, bool with_recent, bool with_codes, Random &random) {
-        if (with_recent) {
-            recent.add(heads, tokens, width, 2, kPage);
-            fill16(recent, tokens, random);
-        } else {
-            recent.add_none();
-        }
-        if (!with_codes) {
-            codes.add_none();
-            scale.add_none();
-            zero.add_none();
-        } else if (format == TK_KV_BF16) {
-            codes.add(heads, tokens, width, 2, kPage);
-            fill16(codes, tokens, random);
-        } else {
-            const int64_t side = by_channel(format) ? width : width / group;
-            codes.add(heads, tokens, nibbles(format) ? width / 2 : width, 1, kPage);
-            scale.add(heads, by_channel(format) ? 1 : tokens, side, 2, by_channel(format) ? 1 : kPage);
-            zero.add(heads, by_channel(format) ? 1 : tokens, side, 1, by_channel(format) ? 1 : kPage);
-            for (int64_t i = 0; i < codes.memory.back()->count(); i++) {
-                codes.memory.back()->set(i, static_cast<uint8_t>(random.bits()));
-            }
-            for (int64_t i = 0; i < zero.memory.back()->count(); i++) {
-                zero.memory.back()->set(i, static_cast<uint8_t>(random.below(nibbles(format) ? 16 : 256)));
-                const int64_t size = nibbles(format) ? 0x2c00 : 0x1c00; // 2^-4 and 2^-8
-                set16(*scale.memory.back(), i, static_cast<uint16_t>(size + random.below(0x400)));
+        recent.push_back(with_recent ? made(exact, tokens) : nullptr);
+        if (with_recent) fill16(recent.back(), exact, tokens, random);
+        blocks.push_back(with_codes ? made(*last, tokens) : nullptr);
+        if (!with_codes) return;
+        const Block &block = blocks.back();
+        if (format == TK_KV_BF16) return fill16(block, codes, tokens, random);
+        for (int64_t head = 0; head < heads; head++) {
+            for (int64_t token = 0; token < tokens; token++) {
+                for (int64_t i = 0; i < codes.width; i++) {
+                    block->set(codes.at(head, token, i), static_cast<uint8_t>(random.bits()));
+                }
+                if (token >= scale.tokens) continue;
+                for (int64_t i = 0; i < scale.width; i++) {
+                    const int64_t size = nibbles(format) ? 0x2c00 : 0x1c00; // 2^-4 and 2^-8
+                    block->set(zero.at(head, token, i), static_cast<uint8_t>(random.below(nibbles(format) ? 16 : 256)));
+                    set16(block, scale.at(head, token, i), static_cast<uint16_t>(size + random.below(0x400)));
+                }
             }
         }
     }
 
-    void fill16(Plane &plane, int64_t tokens, Random &random) const {
+    // A block that ends with `tokens` tokens of `part`.
+    static Block made(const Part &part, int64_t tokens) {
+        const int64_t used = tokens < part.tokens ? tokens : part.tokens;
+        auto block = std::make_unique<Exact<uint8_t>>(part.plane.start + part.nbytes(used));
+        block->fill(0xff);
+        return block;
+    }
+
+    void fill16(const Block &block, const Part &part, int64_t tokens, Random &random) const {
         for (int64_t head = 0; head < heads; head++) {
             for (int64_t token = 0; token < tokens; token++) {
                 for (int64_t i = 0; i < width; i++) {
-                    set16(*plane.memory.back(), plane.at(head, token) + i, cut_to_bf16(random.normal()));
+                    set16(block, part.at(head, token, i), cut_to_bf16(random.normal()));
                 }
             }
         }
@@ -101,33 +108,46 @@ struct Cache {
 
     // Number `i` of a token, as a query sees it whose own slot is in this page or not.
     double get(int64_t page, int64_t head, int64_t token, int64_t i, bool own) const {
-        const size_t p = static_cast<size_t>(page);
-        if (recent.pages[p] && (own || !codes.pages[p])) {
-            return bf16(get16(*recent.memory[p], recent.at(head, token) + i));
-        }
-        if (format == TK_KV_BF16) return bf16(get16(*codes.memory[p], codes.at(head, token) + i));
+        const Block &block = blocks[static_cast<size_t>(page)], &computed = recent[static_cast<size_t>(page)];
+        if (computed && (own || !block)) return bf16(get16(computed, exact.at(head, token, i)));
+        if (format == TK_KV_BF16) return bf16(get16(block, codes.at(head, token, i)));
         int code;
         if (nibbles(format)) {
             const int64_t half = group / 2, within = i % group;
-            const uint8_t byte = codes.memory[p]->get(codes.at(head, token) + i / group * half + within % half);
+            const uint8_t byte = block->get(codes.at(head, token, i / group * half + within % half));
             code = within < half ? byte & 15 : byte >> 4;
         } else {
-            code = codes.memory[p]->get(codes.at(head, token) + i);
+            code = block->get(codes.at(head, token, i));
         }
-        const int64_t side = by_channel(format) ? scale.at(head, 0) + i : scale.at(head, token) + i / group;
-        return fp16(get16(*scale.memory[p], side)) * (code - zero.memory[p]->get(side));
+        const int64_t row = by_channel(format) ? 0 : token, side = by_channel(format) ? i : i / group;
+        return fp16(get16(block, scale.at(head, row, side))) * (code - block->get(zero.at(head, row, side)));
     }
 
     tk_pages finish() {
         tk_pages result = {};
         result.format = format;
-        result.codes = codes.finish();
-        if (format != TK_KV_BF16) {
-            result.scale = scale.finish();
-            result.zero = zero.finish();
-        }
-        result.recent = recent.finish();
+        result.blocks = table(blocks, offsets);
+        result.codes = codes.plane;
+        result.scale = scale.plane;
+        result.zero = zero.plane;
+        result.recent = table(recent, recent_offsets);
+        result.exact = exact.plane;
         return result;
+    }
+
+    // From the lowest of the blocks, as offsets must not be negative.
+    static tk_table table(const std::vector<Block> &blocks, std::vector<int64_t> &offsets) {
+        const uint8_t *base = nullptr;
+        for (const Block &block : blocks) {
+            if (block && (!base || reinterpret_cast<uintptr_t>(block->bytes()) < reinterpret_cast<uintptr_t>(base))) {
+                base = block->bytes();
+            }
+        }
+        for (const Block &block : blocks) {
+            const auto from = reinterpret_cast<uintptr_t>(base);
+            offsets.push_back(block ? static_cast<int64_t>(reinterpret_cast<uintptr_t>(block->bytes()) - from) : -1);
+        }
+        return {base, offsets.data()};
     }
 };
 
@@ -144,7 +164,7 @@ struct Problem {
             int32_t values, Random &random)
         : count(counts), most(counts.back()), q(2 * q_len * kv_heads * group * width, random.below(2)),
           mask(2 * q_len * most), bias(2 * kv_heads * group * q_len * most), sinks(kv_heads * group),
-          k(keys, kv_heads, width), v(values, kv_heads, width) {
+          k(keys, kv_heads, width, random), v(values, kv_heads, width, random) {
         const int64_t heads = kv_heads * group;
         for (int64_t i = 0; i < q.count(); i++) q.set(i, cut_to_bf16(random.normal()));
         for (int64_t i = 0; i < mask.count(); i++) mask.set(i, static_cast<uint8_t>(random.below(4)));

@@ -6,7 +6,6 @@
 #include "cpu.h"
 #include "dequantize.h"
 #include "linear.h"
-#include "measure.h"
 #include "pool.h"
 #include "quantize.h"
 
@@ -33,26 +32,6 @@ LinearFunction linear_of(int level) {
         case TK_AMX: return tk::linear_amx;
 #endif
         default: return tk::linear_scalar;
-    }
-}
-
-tk::ReadFunction read_of(int level) {
-#if defined(__x86_64__)
-    if (level >= TK_AVX512) return tk::read_avx512;
-    if (level == TK_AVX2) return tk::read_avx2;
-#endif
-    (void)level;
-    return tk::read_scalar;
-}
-
-tk::MultiplyFunction multiply_of(int level) {
-    switch (level) {
-#if defined(__x86_64__)
-        case TK_AVX2: return tk::multiply_avx2;
-        case TK_AVX512: return tk::multiply_avx512;
-        case TK_AMX: return tk::multiply_amx;
-#endif
-        default: return nullptr;
     }
 }
 
@@ -157,19 +136,6 @@ int32_t tk_dequantize(tk_context *context, const tk_weight *weight, int64_t firs
     dequantize.out = out;
     dequantize.dtype = out_dtype;
     dequantize_of(context->level)(dequantize, context->pool);
-    return TK_OK;
-}
-
-int32_t tk_read(tk_context *context, const void *data, int64_t nbytes, uint64_t *sum) {
-    if (!context || !data || !sum || nbytes < 0 || nbytes % 4096) return TK_BAD_ARGUMENT;
-    *sum = tk::read_all(context->pool, read_of(context->level), static_cast<const uint8_t *>(data), nbytes);
-    return TK_OK;
-}
-
-int32_t tk_multiply(tk_context *context, int64_t items, int64_t *operations) {
-    if (!context || items < 0 || !operations) return TK_BAD_ARGUMENT;
-    const tk::MultiplyFunction function = multiply_of(context->level);
-    *operations = function ? tk::multiply_all(context->pool, function, items) : 0;
     return TK_OK;
 }
 

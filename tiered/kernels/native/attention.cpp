@@ -11,20 +11,17 @@ constexpr int64_t kMostHeadDim = 512;
 constexpr int64_t kRows = 64; // of queries times heads in a work item: they share every key that is loaded
 
 bool is_pages(const tk_pages &pages) {
-    if (pages.format < TK_KV_BF16 || pages.format > TK_KV_INT4_CHANNEL || !pages.codes.pages) return false;
-    return pages.format == TK_KV_BF16 || (pages.scale.pages && pages.zero.pages);
+    return pages.format >= TK_KV_BF16 && pages.format <= TK_KV_INT4_CHANNEL && pages.blocks.offsets;
 }
 
-// Every page that holds a key is there, in one form at least, and a quantized one with its scales and zeros.
+bool has_block(const tk_table &table, int64_t at) { return table.offsets && table.offsets[at] >= 0; }
+
+// Every page that holds a key is there, in one form at least.
 bool has_pages(const tk_attention_args &args, const tk_pages &pages, int64_t s) {
     for (int64_t j = args.first[s] / kPage; j * kPage < args.count[s]; j++) {
         const int64_t at = s * args.table_stride + j;
-        const bool recent = pages.recent.pages && pages.recent.pages[at];
-        if (!pages.codes.pages[at]) {
-            if (!recent) return false;
-        } else if (pages.format != TK_KV_BF16 && (!pages.scale.pages[at] || !pages.zero.pages[at])) {
-            return false;
-        }
+        const bool stored = has_block(pages.blocks, at), recent = has_block(pages.recent, at);
+        if ((stored && !pages.blocks.base) || (recent && !pages.recent.base) || !(stored || recent)) return false;
     }
     return true;
 }

@@ -15,22 +15,31 @@ struct Source {
     int64_t token_stride, scale_stride, zero_stride; // elements
 };
 
+inline const char *block_of(const tk_table &table, int64_t at) {
+    return table.offsets && table.offsets[at] >= 0 ? static_cast<const char *>(table.base) + table.offsets[at] : nullptr;
+}
+
+// A head's part of a block.
+inline const char *part_of(const char *block, const tk_plane &plane, int64_t h, int64_t element_nbytes) {
+    return block + plane.start + h * plane.head_stride * element_nbytes;
+}
+
 inline Source source_of(const tk_attention_args &a, const tk_pages &pages, int64_t s, int64_t h, int64_t page,
                         bool own) {
     const int64_t at = s * a.table_stride + page;
     Source source = {};
-    const char *codes = static_cast<const char *>(pages.codes.pages[at]);
-    if (pages.recent.pages && pages.recent.pages[at] && (own || !codes)) {
-        source.codes = static_cast<const char *>(pages.recent.pages[at]) + h * pages.recent.head_stride * 2;
-        source.token_stride = pages.recent.token_stride;
+    const char *block = block_of(pages.blocks, at), *recent = own || !block ? block_of(pages.recent, at) : nullptr;
+    if (recent) {
+        source.codes = part_of(recent, pages.exact, h, 2);
+        source.token_stride = pages.exact.token_stride;
         return source; // TK_KV_BF16 is 0
     }
     source.format = pages.format;
-    source.codes = codes + h * pages.codes.head_stride * (pages.format == TK_KV_BF16 ? 2 : 1);
+    source.codes = part_of(block, pages.codes, h, pages.format == TK_KV_BF16 ? 2 : 1);
     source.token_stride = pages.codes.token_stride;
     if (pages.format == TK_KV_BF16) return source;
-    source.scale = static_cast<const char *>(pages.scale.pages[at]) + h * pages.scale.head_stride * 2;
-    source.zero = static_cast<const char *>(pages.zero.pages[at]) + h * pages.zero.head_stride;
+    source.scale = part_of(block, pages.scale, h, 2);
+    source.zero = part_of(block, pages.zero, h, 1);
     source.scale_stride = pages.scale.token_stride;
     source.zero_stride = pages.zero.token_stride;
     return source;

@@ -44,8 +44,8 @@ struct Codes4 {
                              _mm256_maddubs_epi16(high, FastAvx2::load(static_cast<const void *>(x + 32))));
         return _mm256_cvtepi32_ps(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
     }
-    static void place(const int8_t *from, uint8_t *chunk, int part, int byte) {
-        std::memcpy(chunk + part * kNbytes + byte, from, 16);
+    static void place(const int8_t *from, uint8_t *strip, int part, int byte) {
+        std::memcpy(strip + part * kNbytes + byte, from, 16);
     }
 };
 
@@ -63,9 +63,9 @@ struct Codes8 {
             _mm256_add_epi32(_mm256_madd_epi16(first, FastAvx2::load(static_cast<const void *>(x))),
                              _mm256_madd_epi16(second, FastAvx2::load(static_cast<const void *>(x + 32)))));
     }
-    static void place(const int8_t *from, uint8_t *chunk, int, int byte) {
+    static void place(const int8_t *from, uint8_t *strip, int, int byte) {
         const __m256i wide = _mm256_cvtepi8_epi16(FastAvx2::load_half(from));
-        _mm256_storeu_si256(reinterpret_cast<__m256i *>(chunk + byte * 2), wide);
+        _mm256_storeu_si256(reinterpret_cast<__m256i *>(strip + byte * 2), wide);
     }
 };
 

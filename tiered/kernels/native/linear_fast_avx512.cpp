@@ -44,8 +44,8 @@ struct Codes4 {
         const __m512i part = _mm512_dpbusd_epi32(_mm512_setzero_si512(), low, FastAvx512::load_activations(x));
         return _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(part, high, FastAvx512::load_activations(x + 64)));
     }
-    static void place(const int8_t *from, uint8_t *chunk, int part, int byte) {
-        std::memcpy(chunk + part * kNbytes + byte, from, 16);
+    static void place(const int8_t *from, uint8_t *strip, int part, int byte) {
+        std::memcpy(strip + part * kNbytes + byte, from, 16);
     }
 };
 
@@ -59,7 +59,7 @@ struct Codes8 {
         return _mm512_cvtepi32_ps(
             _mm512_dpbusd_epi32(_mm512_setzero_si512(), codes, FastAvx512::load_activations(x)));
     }
-    static void place(const int8_t *from, uint8_t *chunk, int, int byte) { std::memcpy(chunk + byte, from, 16); }
+    static void place(const int8_t *from, uint8_t *strip, int, int byte) { std::memcpy(strip + byte, from, 16); }
 };
 
 } // namespace

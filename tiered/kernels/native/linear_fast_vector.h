@@ -20,12 +20,12 @@ constexpr float kLeastMagnitude = 1e-30f; // a group below it counts as zero: 12
 struct FastPass {
     const Linear *l;
     Pool *pool;
-    uint8_t *codes;  // of x, per tile: [chunks][tile's tokens][a chunk's activations]
+    uint8_t *codes;  // of x, per tile: [strips][tile's tokens][a strip's activations]
     float *scales;   // of x's groups, per tile: [spans][tile's tokens][2][lanes]: scale, scale * sum of codes
     int64_t first;   // row of x
     int64_t tokens;  // rows of x
     int64_t tiles;   // that these are divided into
-    int64_t chunks;  // of a row of weights: what one vector of codes holds
+    int64_t strips;  // of a row of weights: what one vector of codes holds
     int64_t spans;   // of a row of weights: as many groups as a vector has lanes
     int64_t item_rows;
 
@@ -37,8 +37,8 @@ struct FastPass {
 template <class V, class Codes, int group, int T>
 void multiply_fast(const FastPass &pass, int64_t o, int64_t first, float *sums, int64_t stride) {
     using F = typename V::F;
-    constexpr int kSpanChunks = V::kLanes * group / Codes::kWeights;
-    constexpr int kShared = Codes::kWeights > group ? Codes::kWeights / group : 1; // scales of a chunk
+    constexpr int kSpanStrips = V::kLanes * group / Codes::kWeights;
+    constexpr int kShared = Codes::kWeights > group ? Codes::kWeights / group : 1; // scales of a strip
     const Linear &l = *pass.l;
     const uint8_t *q[kStrip];
     int64_t groups_of[kStrip];
@@ -49,7 +49,7 @@ void multiply_fast(const FastPass &pass, int64_t o, int64_t first, float *sums, 
         groups_of[r] = row * l.groups;
         for (int t = 0; t < T; t++) acc[r][t] = V::zero();
     }
-    const uint8_t *codes = pass.codes + first * pass.chunks * Codes::kActivationNbytes;
+    const uint8_t *codes = pass.codes + first * pass.strips * Codes::kActivationNbytes;
     const float *scales = pass.scales + first * pass.spans * 2 * V::kLanes;
     for (int64_t span = 0; span < pass.spans; span++) {
         float product[kStrip][T][V::kLanes];
@@ -69,7 +69,7 @@ void multiply_fast(const FastPass &pass, int64_t o, int64_t first, float *sums, 
             }
         }
         scales += T * 2 * V::kLanes;
-        const int64_t begin = span * kSpanChunks, end = at_most(begin + kSpanChunks, pass.chunks);
+        const int64_t begin = span * kSpanStrips, end = at_most(begin + kSpanStrips, pass.strips);
         for (int64_t c = begin; c < end; c++) {
             const int64_t at = c * Codes::kNbytes, left = l.row_nbytes - at;
             int64_t ahead = at + kFastAheadNbytes;
@@ -145,10 +145,10 @@ template <class V, class Codes, int group> void pack_fast_tile(void *argument, i
     const FastPass &pass = *static_cast<const FastPass *>(argument);
     const Linear &l = *pass.l;
     const int64_t first = pass.tile(tile), tokens = pass.tile(tile + 1) - first;
-    uint8_t *codes = pass.codes + first * pass.chunks * Codes::kActivationNbytes;
+    uint8_t *codes = pass.codes + first * pass.strips * Codes::kActivationNbytes;
     float *scales = pass.scales + first * pass.spans * 2 * V::kLanes;
     // What no group fills must count as zero.
-    std::memset(codes + (pass.chunks - 1) * tokens * Codes::kActivationNbytes, 0,
+    std::memset(codes + (pass.strips - 1) * tokens * Codes::kActivationNbytes, 0,
                 static_cast<size_t>(tokens * Codes::kActivationNbytes));
     std::memset(scales + (pass.spans - 1) * tokens * 2 * V::kLanes, 0,
                 static_cast<size_t>(tokens * 2 * V::kLanes) * sizeof(float));
@@ -163,9 +163,9 @@ template <class V, class Codes, int group> void pack_fast_tile(void *argument, i
             constexpr int kPart = group / Codes::kParts; // of a group, per nibble
             for (int i = 0; i < kPart; i += kRun) {
                 const int64_t byte = g * kPart + i;
-                uint8_t *chunk = codes + (byte / Codes::kNbytes * tokens + t) * Codes::kActivationNbytes;
+                uint8_t *strip = codes + (byte / Codes::kNbytes * tokens + t) * Codes::kActivationNbytes;
                 for (int part = 0; part < Codes::kParts; part++)
-                    Codes::place(rounded + part * kPart + i, chunk, part, static_cast<int>(byte % Codes::kNbytes));
+                    Codes::place(rounded + part * kPart + i, strip, part, static_cast<int>(byte % Codes::kNbytes));
             }
         }
     }
@@ -177,10 +177,10 @@ template <class V, class Codes, int group> int linear_fast_of(const Linear &l, P
     pass.l = &l;
     pass.pool = &pool;
     pass.tokens = most;
-    pass.chunks = (l.row_nbytes + Codes::kNbytes - 1) / Codes::kNbytes;
+    pass.strips = (l.row_nbytes + Codes::kNbytes - 1) / Codes::kNbytes;
     pass.spans = (l.groups + V::kLanes - 1) / V::kLanes;
     pass.item_rows = item_rows_of(l, pool);
-    const size_t codes_nbytes = static_cast<size_t>(most * pass.chunks * Codes::kActivationNbytes);
+    const size_t codes_nbytes = static_cast<size_t>(most * pass.strips * Codes::kActivationNbytes);
     const size_t scales_nbytes = static_cast<size_t>(most * pass.spans * 2 * V::kLanes) * sizeof(float);
     pass.codes = static_cast<uint8_t *>(pool.scratch(pool.shared(), codes_nbytes + scales_nbytes));
     if (!pass.codes) return TK_NO_MEMORY;

@@ -16,7 +16,7 @@ extern "C" {
 
 #define TK_API __attribute__((visibility("default")))
 
-enum { TK_ABI_VERSION = 1 };
+enum { TK_ABI_VERSION = 2 };
 
 enum tk_status { TK_OK = 0, TK_CANCELLED = 1, TK_BAD_ARGUMENT = 2, TK_NO_MEMORY = 3, TK_NOT_FINITE = 4 };
 
@@ -67,15 +67,6 @@ TK_API int32_t tk_linear(tk_context *context, const tk_weight *weight, const uin
 TK_API int32_t tk_dequantize(tk_context *context, const tk_weight *weight, int64_t first_row, int64_t rows, void *out,
                              int32_t out_dtype);
 
-/* For benchmarks: what this machine can do at most, with the context's threads and the instructions of its level. */
-
-/* Reads `nbytes` of data, a multiple of 4096, once; *sum becomes the sum of its 64-bit words. */
-TK_API int32_t tk_read(tk_context *context, const void *data, int64_t nbytes, uint64_t *sum);
-
-/* `items` times some microseconds of multiplications and additions in registers; *operations becomes their number, 0
- * where the level has no instructions for them. */
-TK_API int32_t tk_multiply(tk_context *context, int64_t items, int64_t *operations);
-
 /* The codes, scales and zeros of a weight [rows, in] of any tk_dtype, as tiered/quant/quantize.py computes them, bit for
  * bit; `ld` is its row stride. `bits` 4 or 8, `group` 32, 64 or 128, of which `in` is a multiple; `clip` 0 keeps each
  * group's whole range, 1 narrows it to where the squared error is least (at 4 bits). Outputs have no gaps: q [rows,
@@ -94,20 +85,28 @@ enum tk_kv_format {
     TK_KV_INT4_CHANNEL = 4
 };
 
-/* One part (codes, scales or zeros) of the pages of all sequences. Page j of sequence s, which holds its slots 64 j to
- * 64 j + 63, is at pages[s * table_stride + j]; head h and token t begin head_stride * h + token_stride * t elements
- * (bf16, fp16 or bytes) further. */
+/* Where the KV blocks of all sequences begin. Page j of sequence s, which holds its slots 64 j to 64 j + 63, is in the
+ * block at offsets[s * table_stride + j] bytes from `base`; a negative offset: there is none. */
+typedef struct tk_table {
+    const void *base;
+    const int64_t *offsets;
+} tk_table;
+
+/* One part (codes, scales or zeros) of every block, `start` bytes after its beginning; head h and token t begin
+ * head_stride * h + token_stride * t elements (bf16, fp16 or bytes) further. */
 typedef struct tk_plane {
-    const void *const *pages;
-    int64_t head_stride, token_stride;
+    int64_t start, head_stride, token_stride;
 } tk_plane;
 
 /* Keys or values. `codes` [head_dim] bf16 or u8, or [head_dim / 2] nibbles; `scale` (fp16) and `zero` (u8) [groups] per
- * token, or [head_dim] per page. Where `recent` has an entry, that page is there in bf16 too: queries whose own slot is
- * in it read it from there, and all queries do if `codes` has no entry. */
+ * token, or [head_dim] per page. Where `recent` (whose offsets may be null) has a block, that page is there in bf16 too,
+ * at `exact`: queries whose own slot is in it read it from there, and all queries do if `blocks` has none of it. */
 typedef struct tk_pages {
     int32_t format; /* tk_kv_format of codes */
-    tk_plane codes, scale, zero, recent;
+    tk_table blocks;
+    tk_plane codes, scale, zero;
+    tk_table recent;
+    tk_plane exact;
 } tk_pages;
 
 typedef struct tk_attention_args {

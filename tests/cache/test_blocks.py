@@ -1,4 +1,4 @@
-"""Records on their way from disk and back: a pass reads the pages its queries see, and writes those it completes."""
+"""Blocks on their way from disk and back: a pass reads the pages its queries see, and writes those it completes."""
 
 from itertools import accumulate, pairwise
 from typing import Any, Final
@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.cache.plans import FakeFile, plan_of, pool_of
-from tiered.cache import Extent, KVPool, LentRecords, Part, SequenceKV
+from tiered.cache import Extent, KVPool, LentBlocks, Part, SequenceKV
 from tiered.kernels.attention import PAGE_TOKENS
 from tiered.store import PAGE
 
@@ -48,42 +48,42 @@ def test_the_oldest_page_read_is_the_one_the_window_begins_in(start: int, window
 
 
 def marker(layer: int, sequence: int, page: int) -> int:
-    """What the tests write into a record, to know it again."""
+    """What the tests write into a block, to know it again."""
     return 1 + layer * 10_000 + sequence * 1_000 + page
 
 
 class Sequences:
-    """Sequences whose records hold nothing but markers."""
+    """Sequences whose blocks hold nothing but markers."""
 
     def __init__(self, pool: KVPool, texts: list[list[int]]) -> None:
         self.pool, self.texts = pool, texts
         self.kvs = [reserved(pool, sum(text)) for text in texts]
-        self.file = FakeFile(pool.plan.records_nbytes)
+        self.file = FakeFile(pool.plan.blocks_nbytes)
         self.seen = 0
 
     def run_pass(self, number: int) -> None:
         """The tokens that each text has in pass `number`, through every layer."""
         members = [i for i, text in enumerate(self.texts) if number < len(text)]
         parts = [Part(self.kvs[i], self.kvs[i].length, self.texts[i][number]) for i in members]
-        records = LentRecords(self.pool, parts)
+        blocks = LentBlocks(self.pool, parts)
         for layer in range(self.pool.shape.layers):
-            places = records.map_of(layer)
+            places = blocks.map_of(layer)
             memory = torch.zeros(places.lent_nbytes, dtype=torch.uint8)
             self.file.read(places.reads(layer), memory)
-            records.lend(layer, memory)
+            blocks.lend(layer, memory)
             for position, (sequence, part) in enumerate(zip(members, parts, strict=True)):
-                self._check_and_fill(records, layer, position, sequence, part)
-            records.take_back(layer)
+                self._check_and_fill(blocks, layer, position, sequence, part)
+            blocks.take_back(layer)
             self.file.write(places.writes(layer), memory)
         for part in parts:
             part.kv.length = part.stop
 
-    def _check_and_fill(self, records: LentRecords, layer: int, position: int, sequence: int, part: Part) -> None:
-        places, nbytes = records.map_of(layer), self.pool.layout.record_nbytes
-        numbers = records.memory(layer).view(torch.int64)
+    def _check_and_fill(self, blocks: LentBlocks, layer: int, position: int, sequence: int, part: Part) -> None:
+        places, nbytes = blocks.map_of(layer), self.pool.layout.block_nbytes
+        numbers = blocks.memory(layer).view(torch.int64)
         for page in range(part.oldest_page(places.window), part.first_page):
-            record = numbers[places.offset(position, page) // 8 :][: nbytes // 8]
-            assert (record == marker(layer, sequence, page)).all()
+            block = numbers[places.offset(position, page) // 8 :][: nbytes // 8]
+            assert (block == marker(layer, sequence, page)).all()
             self.seen += 1
         for page in part.complete_pages:
             start = places.offset(position, page)
@@ -94,7 +94,7 @@ class Sequences:
 @settings(deadline=None, max_examples=40)
 @given(texts=st.lists(st.lists(COUNTS, min_size=1, max_size=9), min_size=1, max_size=3))
 def test_every_page_a_query_sees_comes_back_as_it_was_completed(texts: list[list[int]]) -> None:
-    sequences = Sequences(disk_pool(context=2700, chunk=300), texts)
+    sequences = Sequences(disk_pool(context=2700, tokens_at_once=300), texts)
     for number in range(max(map(len, texts))):
         sequences.run_pass(number)
     crossed = [stop > PAGE_TOKENS for text in texts for stop in list(accumulate(text))[:-1]]
@@ -104,12 +104,12 @@ def test_every_page_a_query_sees_comes_back_as_it_was_completed(texts: list[list
 @settings(deadline=None, max_examples=40)
 @given(start=st.integers(0, 1200), count=st.integers(1, 300), window=st.sampled_from(WINDOWS), many=st.booleans())
 def test_extents_are_apart_aligned_and_within_what_is_lent(start: int, count: int, window: int, many: bool) -> None:
-    pool = disk_pool((window,), context=1500, chunk=300)
+    pool = disk_pool((window,), context=1500, tokens_at_once=300)
     parts = [Part(reserved(pool, 1500), start, count) for _ in range(1 + many)]
-    places = LentRecords(pool, parts).map_of(0)
+    places = LentBlocks(pool, parts).map_of(0)
     for extents in (places.reads(0), places.writes(0)):
         assert all(x.offset % PAGE == x.memory_offset % PAGE == x.nbytes % PAGE == 0 for x in extents)
-        assert_apart([(x.offset, x.offset + x.nbytes) for x in extents], pool.plan.records_nbytes)
+        assert_apart([(x.offset, x.offset + x.nbytes) for x in extents], pool.plan.blocks_nbytes)
     extents = places.reads(0) + places.writes(0)
     assert_apart([(x.memory_offset, x.memory_offset + x.nbytes) for x in extents], places.lent_nbytes)
 
@@ -123,39 +123,39 @@ def assert_apart(spans: list[tuple[int, int]], nbytes: int) -> None:
 def test_what_a_layer_needs_of_a_sequence_is_one_extent() -> None:
     pool = disk_pool((0,), context=1000)
     other, kv = reserved(pool, 100), reserved(pool, 1000)
-    nbytes = pool.layout.record_nbytes
-    (found,) = LentRecords(pool, [Part(kv, 640, 200)]).map_of(0).reads(0)
-    assert found == Extent(pool.file_offset(0, kv.record(0, 0)), 0, 10 * nbytes)
-    assert found.offset >= pool.file_offset(0, other.record(0, 1)) + nbytes
+    nbytes = pool.layout.block_nbytes
+    (found,) = LentBlocks(pool, [Part(kv, 640, 200)]).map_of(0).reads(0)
+    assert found == Extent(pool.file_offset(0, kv.block(0, 0)), 0, 10 * nbytes)
+    assert found.offset >= pool.file_offset(0, other.block(0, 1)) + nbytes
 
 
 def test_a_ring_is_parted_only_where_it_ends() -> None:
-    pool = disk_pool((128,), context=2000, chunk=1)
+    pool = disk_pool((128,), context=2000, tokens_at_once=1)
     kv = reserved(pool, 2000)
     assert kv.pages == (4,)
-    # Pages 5 and 6 lie in records 1 and 2; page 7 in record 3, page 8 in record 0.
-    straight = LentRecords(pool, [Part(kv, 500, 1)]).map_of(0).reads(0)
-    parted = LentRecords(pool, [Part(kv, 576 + 60, 1)]).map_of(0).reads(0)
-    assert [extent.nbytes // pool.layout.record_nbytes for extent in straight] == [2]
-    assert [pool.file_offset(0, kv.record(0, page)) for page in (7, 8)] == [extent.offset for extent in parted]
+    # Pages 5 and 6 lie in blocks 1 and 2; page 7 in block 3, page 8 in block 0.
+    straight = LentBlocks(pool, [Part(kv, 500, 1)]).map_of(0).reads(0)
+    parted = LentBlocks(pool, [Part(kv, 576 + 60, 1)]).map_of(0).reads(0)
+    assert [extent.nbytes // pool.layout.block_nbytes for extent in straight] == [2]
+    assert [pool.file_offset(0, kv.block(0, page)) for page in (7, 8)] == [extent.offset for extent in parted]
 
 
 def test_of_a_prompt_longer_than_the_ring_only_what_stays_is_written() -> None:
-    pool = disk_pool((64, 0), context=2000, chunk=64)
+    pool = disk_pool((64, 0), context=2000, tokens_at_once=64)
     kv = reserved(pool, 2000)
-    records = LentRecords(pool, [Part(kv, 0, 1999)])
-    written = [sum(x.nbytes for x in records.map_of(n).writes(n)) // pool.layout.record_nbytes for n in (0, 1)]
+    blocks = LentBlocks(pool, [Part(kv, 0, 1999)])
+    written = [sum(x.nbytes for x in blocks.map_of(n).writes(n)) // pool.layout.block_nbytes for n in (0, 1)]
     assert written == [kv.pages[pool.group_of[0]], 1999 // PAGE_TOKENS] and written[0] < 5
 
 
 def test_a_token_inside_a_page_writes_nothing_and_reads_all_before_it() -> None:
     pool = disk_pool((0,), context=1000)
-    places = LentRecords(pool, [Part(reserved(pool, 1000), 200, 1)]).map_of(0)
+    places = LentBlocks(pool, [Part(reserved(pool, 1000), 200, 1)]).map_of(0)
     assert places.writes(0) == []
-    assert places.lent_nbytes == places.reads(0)[0].nbytes == 3 * pool.layout.record_nbytes
+    assert places.lent_nbytes == places.reads(0)[0].nbytes == 3 * pool.layout.block_nbytes
 
 
 def test_a_first_short_prompt_moves_nothing() -> None:
     pool = disk_pool((0,), context=1000)
-    places = LentRecords(pool, [Part(reserved(pool, 1000), 0, 63)]).map_of(0)
+    places = LentBlocks(pool, [Part(reserved(pool, 1000), 0, 63)]).map_of(0)
     assert (places.lent_nbytes, places.reads(0), places.writes(0)) == (0, [], [])

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from tests.cache.passes import LONGEST, Passes
 from tests.cache.plans import plan_of, pool_of
-from tiered.cache import GatheredKV, KVShape, LentRecords, PackedKV, PageLayout, Part
+from tiered.cache import GatheredKV, KVShape, LentBlocks, PackedKV, PageLayout, Part
 from tiered.errors import ConfigError
 from tiered.kernels.attention import PAGE_TOKENS
 from tiered.model import ChunkLimits
@@ -26,10 +26,10 @@ TEXTS: Final = st.lists(st.tuples(st.integers(0, 2), st.lists(COUNTS, min_size=1
 
 
 def passes_of(bits: int, on_disk: bool, windows: tuple[int, ...] = (0, WINDOW), **limits: Any) -> Passes:
-    """A cache with room for three of the longest, and passes in chunks of at most 100 tokens."""
+    """A cache with room for three of the longest, and passes in micro-batches of at most 100 tokens."""
     found = ChunkLimits(**({"rows": 100} | limits))
     plan = plan_of(
-        windows, bits=bits, on_disk=on_disk, context=LONGEST, chunk=found.rows, lent_pages=12 if on_disk else 0
+        windows, bits=bits, on_disk=on_disk, context=LONGEST, tokens_at_once=found.rows, lent_pages=12 if on_disk else 0
     )
     return Passes(plan, replace(found, lent_pages=plan.lent_pages))
 
@@ -42,7 +42,7 @@ ON_DISK: Final = pytest.mark.parametrize("on_disk", [False, True], ids=["memory"
 @ON_DISK
 @settings(deadline=None, max_examples=12)
 @given(texts=TEXTS, rows=st.sampled_from([7, 64, 100, 512]))
-def test_packed_chunks_read_what_was_put_in(
+def test_packed_micro_batches_read_what_was_put_in(
     bits: int, on_disk: bool, texts: list[tuple[int, list[int]]], rows: int
 ) -> None:
     passes_of(bits, on_disk, rows=rows).run_texts(texts)
@@ -52,7 +52,7 @@ def test_packed_chunks_read_what_was_put_in(
 @ON_DISK
 @settings(deadline=None, max_examples=8)
 @given(texts=TEXTS, rows=st.sampled_from([7, 100]), together=st.integers(1, 3))
-def test_gathered_chunks_read_what_was_put_in(
+def test_gathered_micro_batches_read_what_was_put_in(
     bits: int, on_disk: bool, texts: list[tuple[int, list[int]]], rows: int, together: int
 ) -> None:
     passes = passes_of(bits, on_disk, (0,), rows=rows, gathered=True, gathered_rows=together, within_pages=bits != 16)
@@ -82,20 +82,20 @@ def test_after_a_failed_pass_a_sequence_can_begin_again_elsewhere(bits: int, on_
     passes.run_pass({1: 1})
 
 
-def test_a_sequence_that_takes_over_records_does_not_see_its_predecessor() -> None:
+def test_a_sequence_that_takes_over_blocks_does_not_see_its_predecessor() -> None:
     passes = passes_of(8, False, (0,))
     passes.run_texts([(0, [200, 1]), (2, [130, 1, 1]), (3, [64, 1])])
 
 
-def test_masks_of_a_packed_chunk_know_of_no_past_and_those_of_a_gathered_one_do() -> None:
+def test_masks_of_a_packed_micro_batch_know_of_no_past_and_those_of_a_gathered_one_do() -> None:
     plan = plan_of(context=LONGEST)
     pool = pool_of(plan)
     kv = pool.reserve(LONGEST)
     assert kv is not None
     parts = [Part(kv, 100, 3)]
-    records = LentRecords(pool, parts)
-    assert PackedKV(records, parts, [0]).get_seq_length() == 0
-    assert GatheredKV(records, parts, [0]).get_seq_length() == 100
+    blocks = LentBlocks(pool, parts)
+    assert PackedKV(blocks, parts, [0]).get_seq_length() == 0
+    assert GatheredKV(blocks, parts, [0]).get_seq_length() == 100
 
 
 def test_attention_that_does_not_come_back_for_the_pages_is_found_out() -> None:
@@ -103,7 +103,7 @@ def test_attention_that_does_not_come_back_for_the_pages_is_found_out() -> None:
     kv = pool.reserve(10)
     assert kv is not None
     parts = [Part(kv, 0, 4)]
-    packed = PackedKV(LentRecords(pool, parts), parts, [0])
+    packed = PackedKV(LentBlocks(pool, parts), parts, [0])
     states = torch.zeros(1, 2, 4, 16, dtype=torch.bfloat16)
     packed.update(states, states, 0)
     with pytest.raises(ConfigError, match=r"layer 0: .* does not ask for its keys by pages; list it in"):
@@ -115,7 +115,7 @@ def test_attention_that_does_not_come_back_for_the_pages_is_found_out() -> None:
 def test_scratch_memory_stays_within_what_is_planned() -> None:
     passes = passes_of(8, True, (0,), rows=512)
     passes.run_texts([(0, [63, 600])])
-    # The memory that all chunks put pages together in.
+    # The memory that all micro-batches put pages together in.
     assert passes.pool.scratch(0).untyped_storage().nbytes() <= passes.plan.scratch_nbytes(512)
 
 

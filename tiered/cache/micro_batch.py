@@ -1,10 +1,10 @@
-"""The KV cache as the tokens of one chunk see it, behind transformers' interface: what they add, the pages they read.
+"""The KV cache as one micro-batch sees it, behind transformers' interface: what its tokens add, the pages they read.
 
     parts = consecutive tokens of some sequences, side by side
     update(keys, values, layer) -> the new states stored, and what attention needs to find all of them
 
 What a query reads is a function of positions alone: complete pages before its own as they are stored, its own page as
-it was computed. So neither chunks nor neighbours nor passes leave a trace in a result.
+it was computed. So neither micro-batches nor neighbours nor passes leave a trace in a result.
 
 Two kinds: `PackedKV` for families that ask for attention by name, and `GatheredKV` for those with attention code of
 their own, which get their keys and values in one piece.
@@ -18,11 +18,10 @@ from typing import Any, Self
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from tiered.cache.layout import Tables
-from tiered.cache.records import LentRecords, Part
-from tiered.cache.writer import RecordWriter, TailWriter, Writer
+from tiered.cache.blocks import LentBlocks, Part
+from tiered.cache.writer import BlockWriter, TailWriter, Writer
 from tiered.errors import ConfigError
-from tiered.kernels.attention import PAGE_TOKENS, Pages
+from tiered.kernels.attention import PAGE_TOKENS, BlockTable, Pages
 
 
 class PositionLayer(CacheLayerMixin):
@@ -54,28 +53,28 @@ class PositionLayer(CacheLayerMixin):
 
 
 class PositionCache(Cache):
-    """Stands for a cache of `length` tokens while masks and positions of a chunk are computed.
+    """Stands for a cache of `length` tokens while masks and positions of a micro-batch are computed.
 
-    All chunks of a pass are recorded before any layer has run, when the real cache has not grown yet.
+    All micro-batches of a pass are recorded before any layer has run, when the real cache has not grown yet.
     """
 
     def __init__(self, length: int, layers: int) -> None:
         super().__init__(layers=[PositionLayer(length) for _ in range(layers)])
 
 
-class ChunkKV(PositionCache):
-    """What both kinds of chunks share: storing what is new.
+class MicroBatchKV(PositionCache):
+    """What both kinds of micro-batches share: storing what is new.
 
-    `numbers` says which of the records' parts each of `parts` is a piece of; `length` is the past that masks are made
+    `numbers` says which of the blocks' parts each of `parts` is a piece of; `length` is the past that masks are made
     for.
     """
 
-    def __init__(self, records: LentRecords, parts: Sequence[Part], numbers: Sequence[int], length: int) -> None:
-        super().__init__(length, records.pool.shape.layers)
-        self.pool, self.records = records.pool, records
+    def __init__(self, blocks: LentBlocks, parts: Sequence[Part], numbers: Sequence[int], length: int) -> None:
+        super().__init__(length, blocks.pool.shape.layers)
+        self.pool, self.blocks = blocks.pool, blocks
         self.parts, self.numbers = tuple(parts), tuple(numbers)
-        self._tails = TailWriter(records, parts, numbers) if self.pool.plan.has_tails else None
-        self._writer: Writer = self._tails or RecordWriter(records, parts)
+        self._tails = TailWriter(blocks, parts, numbers) if self.pool.plan.has_tails else None
+        self._writer: Writer = self._tails or BlockWriter(blocks, parts)
 
     def check(self, layer: int) -> None:
         """Called when `layer` has computed. Raises ConfigError where it did not use the cache as it must."""
@@ -85,54 +84,55 @@ class ChunkKV(PositionCache):
         singles = list(itertools.takewhile(lambda number: self.parts[number].count == 1, range(len(self.parts))))
         bundles = [singles] if singles else []
         bundles += [[number] for number in range(len(singles), len(self.parts))]
-        return [[self._call(group, bundle) for bundle in bundles] for group in range(len(self.records.maps))]
+        return [[self._call(group, bundle) for bundle in bundles] for group in range(len(self.blocks.maps))]
 
     def _call(self, group: int, bundle: Sequence[int]) -> "_Call":
-        records, parts = self.records.maps[group], [self.parts[number] for number in bundle]
+        blocks, parts = self.blocks.maps[group], [self.parts[number] for number in bundle]
         counts = [(part.stop - 1) // PAGE_TOKENS + 1 for part in parts]
-        pages, window = max(counts), records.window
+        pages, window = max(counts), blocks.window
         rows = zip(bundle, counts, strict=True)
-        offsets = [records.offsets(self.numbers[number], count) + [-1] * (pages - count) for number, count in rows]
+        offsets = [blocks.offsets(self.numbers[number], count) + [-1] * (pages - count) for number, count in rows]
         return _Call(
             first=torch.tensor([max(0, part.start - window + 1) if window else 0 for part in parts]),
             count=torch.tensor([part.stop for part in parts]),
             tokens=parts[0].count,
-            tables=self.pool.layout.tables(torch.tensor(offsets)),
+            offsets=torch.tensor(offsets),
             recent=None if self._tails is None else self._recent(self._tails, parts, pages),
             reads_fresh=not parts[0].is_within_a_page,
         )
 
-    def _recent(self, tails: TailWriter, parts: Sequence[Part], pages: int) -> Tables:
-        """Where the pages are that queries of `parts` read as they were computed."""
-        nbytes = self.pool.exact.record_nbytes
+    def _recent(self, tails: TailWriter, parts: Sequence[Part], pages: int) -> torch.Tensor:
+        """Offsets of the pages that queries of `parts` read as they were computed."""
+        nbytes = self.pool.exact.block_nbytes
         offsets = torch.full((len(parts), pages), -1)
         for row, part in enumerate(parts):
             if part.is_within_a_page:
                 offsets[row, part.first_page] = part.kv.tail * nbytes
             else:
                 offsets[row, part.first_page :] = torch.tensor(tails.fresh_pages(part)) * nbytes
-        return self.pool.exact.tables(offsets)
+        return offsets
 
     def _pages(self, call: "_Call", layer: int) -> tuple[Pages, Pages]:
         """Keys and values of a call in `layer`."""
-        memory = self.records.memory(layer)
-        if self._tails is None or call.recent is None:
-            return call.tables.pages(memory)
-        keys, values = call.recent.pages(self._tails.fresh() if call.reads_fresh else self.pool.tails(layer))
-        return call.tables.pages(memory, (keys.codes, values.codes))
+        table, recent = BlockTable(self.blocks.memory(layer), call.offsets), None
+        if self._tails is not None and call.recent is not None:
+            memory = self._tails.fresh() if call.reads_fresh else self.pool.tails(layer)
+            recent = self.pool.exact.pages(BlockTable(memory, call.recent))
+        return self.pool.layout.pages(table, recent)
 
 
 @dataclass(frozen=True, eq=False)
 class _Call:
-    """Sequences with equally many tokens in the chunk, and where their pages are in any layer of a group."""
+    """Sequences with equally many tokens in the micro-batch, and where their pages are in any layer of a group."""
 
     first: torch.Tensor
     count: torch.Tensor
     tokens: int
     """Of each sequence."""
-    tables: Tables
-    recent: Tables | None
-    """Pages as they were computed; None where records hold them so."""
+    offsets: torch.Tensor
+    """[sequences, pages] int64: of their blocks; -1 where there is none, as in the next."""
+    recent: torch.Tensor | None
+    """Of pages as they were computed; None where blocks hold them so."""
     reads_fresh: bool
     """Recent pages are in fresh memory, else in the tails."""
 
@@ -143,7 +143,7 @@ class PagedRead:
 
     start: int
     stop: int
-    """Its queries among the chunk's tokens."""
+    """Its queries among the micro-batch's tokens."""
     first: torch.Tensor
     """[sequences] int64, like the next: a sequence's keys are its slots first to count - 1."""
     count: torch.Tensor
@@ -153,7 +153,7 @@ class PagedRead:
 
 
 class PagedKeys(torch.Tensor):
-    """The new keys of a chunk, as a family's code hands them from the cache to its attention function.
+    """The new keys of a micro-batch, as a family's code hands them from the cache to its attention function.
 
     They only carry `kv` and `layer` there: what is attended to lies in the pages. Whatever else is done with them
     gives plain tensors, which the attention function would take for all there is; `PackedKV.check` finds that out.
@@ -170,11 +170,11 @@ class PagedKeys(torch.Tensor):
         return made
 
 
-class PackedKV(ChunkKV):
+class PackedKV(MicroBatchKV):
     """Parts side by side in one row [1, tokens]: those of one token first. No padding anywhere."""
 
-    def __init__(self, records: LentRecords, parts: Sequence[Part], numbers: Sequence[int]) -> None:
-        super().__init__(records, parts, numbers, 0)
+    def __init__(self, blocks: LentBlocks, parts: Sequence[Part], numbers: Sequence[int]) -> None:
+        super().__init__(blocks, parts, numbers, 0)
         self._grouped = self._calls()
         self._stored: int | None = None
 
@@ -195,7 +195,7 @@ class PackedKV(ChunkKV):
         for call in self._grouped[group]:
             stop = token + call.tokens * len(call.count)
             keys, values = self._pages(call, layer)
-            window = self.records.maps[group].window
+            window = self.blocks.maps[group].window
             found.append(PagedRead(token, stop, call.first, call.count, window, keys, values))
             token = stop
         return found
@@ -209,14 +209,14 @@ class PackedKV(ChunkKV):
             )
 
 
-class GatheredKV(ChunkKV):
+class GatheredKV(MicroBatchKV):
     """Parts of equally many tokens as rows [parts, tokens]; keys and values come in one piece, padded on the left."""
 
-    def __init__(self, records: LentRecords, parts: Sequence[Part], numbers: Sequence[int]) -> None:
+    def __init__(self, blocks: LentBlocks, parts: Sequence[Part], numbers: Sequence[int]) -> None:
         count = parts[0].count
         longest = max(part.stop for part in parts)
-        super().__init__(records, parts, numbers, longest - count)
-        self._grouped = [[self._call(group, [n]) for n in range(len(parts))] for group in range(len(records.maps))]
+        super().__init__(blocks, parts, numbers, longest - count)
+        self._grouped = [[self._call(group, [n]) for n in range(len(parts))] for group in range(len(blocks.maps))]
         self.attention_mask = None
         if len(parts) > 1:
             padding = torch.tensor([longest - part.stop for part in parts])

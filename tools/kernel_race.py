@@ -1,6 +1,6 @@
-"""One linear layer by our kernels and by torch's operators, and what memory and arithmetic allow at most.
+"""One linear layer by our kernels and by torch's operators.
 
-In: the shape of a layer, kernels, rows of activations. Out: seconds per call. `tools/bench_kernels.py` prints them.
+In: the shape of a layer, kernels, rows of activations. Out: seconds per call. `bench_kernels.py` prints them.
 
 What makes it a fair race: contestants take turns, so that whatever drifts hits all of them; everyone's weights lie in
 huge pages, as the runtime's do, and everyone walks over so many copies that they exceed the last-level cache. torch's
@@ -8,26 +8,23 @@ workers must not spin after a call, as they would take our threads' processors: 
 is set before torch is imported.
 """
 
-import contextlib
-import ctypes
 import math
-import mmap
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final
 
 import torch
 from torch.nn import functional
 
-from tiered.kernels import Kernels, load_library
+from tiered.kernels import Kernels
 from tiered.quant import GroupScheme, QuantizedTensor, QuantizedWeight
 from tiered.quant.pack import unpack_int4
-from tiered.units import MIB, round_up
+from tiered.units import MIB
+from tools.machine_limits import settled
 
 SCHEME: Final = GroupScheme(4)
 TORCH_INT4: Final = "torch int4"
@@ -165,65 +162,10 @@ def last_level_cache_nbytes(folder: Path = Path("/sys/devices/system/cpu/cpu0/ca
     return min(found, _MOST_CACHE_NBYTES)
 
 
-class Limits:
-    """What `threads` of this machine can do at most. A context manager; its memory is `nbytes`."""
-
-    def __init__(self, threads: int, nbytes: int = 1024 * MIB) -> None:
-        library = load_library()
-        self._library = None if isinstance(library, str) else library
-        self._context = None
-        if self._library is not None:
-            self._context = self._library.tk_create(threads, int(self._library.best_level()))
-        # Much larger than any cache; values, as pages never written share one page of zeros.
-        self._memory = _settled(torch.ones(nbytes // 8, dtype=torch.int64))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        if self._library is not None:
-            self._library.tk_destroy(self._context)
-        self._library = self._context = None
-
-    def read_bandwidth(self, repeats: int = 3) -> float:
-        """Bytes per second, the best of `repeats`: the library's loop, or torch's sum where there is none."""
-        seconds, total = [], ctypes.c_uint64()
-        for _ in range(repeats):
-            began = time.perf_counter()
-            if self._library is None:
-                total.value = int(self._memory.sum())
-            else:
-                self._library.tk_read(self._context, self._memory.data_ptr(), self._memory.nbytes, total)
-            seconds.append(time.perf_counter() - began)
-            assert total.value == self._memory.numel()
-        return self._memory.nbytes / min(seconds)
-
-    def peak(self, items: int = 4000) -> float | None:
-        """Floating-point operations per second in registers, by the best level's instructions: bf16 tiles with AMX,
-        else fp32. None without the library or such instructions."""
-        if self._library is None:
-            return None
-        rates, operations = [], ctypes.c_int64()
-        for _ in range(3):
-            began = time.perf_counter()
-            self._library.tk_multiply(self._context, items, operations)
-            rates.append(operations.value / (time.perf_counter() - began))
-        return max(rates) or None
-
-
 def _ours(kernels: Kernels, inputs: Inputs, copy: QuantizedWeight) -> torch.Tensor:
     return kernels.linear(inputs.bf16, copy)
 
 
 def _copies(parts: tuple[torch.Tensor, ...], cache_nbytes: int) -> list[tuple[torch.Tensor, ...]]:
     count = max(1, math.ceil(1.5 * cache_nbytes / sum(part.nbytes for part in parts)))
-    return [tuple(map(_settled, parts)) for _ in range(count)]
-
-
-def _settled(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy in huge pages, where the kernel has them."""
-    memory = mmap.mmap(-1, round_up(tensor.nbytes, mmap.PAGESIZE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    copy = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel()).view(tensor.shape)
-    return copy.copy_(tensor)
+    return [tuple(map(settled, parts)) for _ in range(count)]

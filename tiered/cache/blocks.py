@@ -1,4 +1,4 @@
-"""Where the records are that some tokens of a pass read and write: in the pool's memory, or on their way from disk.
+"""Where the KV blocks are that some tokens of a pass read and write: in the pool's memory, or on their way from disk.
 
 In: parts, which are consecutive tokens of sequences, with their places in the pool. Out: offsets for the attention's
 tables, and extents for the disk.
@@ -46,26 +46,26 @@ class Part:
 
 @dataclass(frozen=True)
 class Extent:
-    """Neighbouring records in the file, and where they lie in the memory lent for them."""
+    """Neighbouring blocks in the file, and where they lie in the memory lent for them."""
 
     offset: int
     memory_offset: int
     nbytes: int
 
 
-class RecordMap:
-    """Where the records of some sequences lie in a layer's memory, for the layers of one group.
+class BlockMap:
+    """Where the blocks of some sequences lie in a layer's memory, for the layers of one group.
 
-    `parts`: all that a pass adds to each of them. In memory a record has its place in the pool; what comes from disk
+    `parts`: all that a pass adds to each of them. In memory a block has its place in the pool; what comes from disk
     lies part after part in what is lent for it.
     """
 
     def __init__(self, pool: KVPool, group: int, parts: Sequence[Part]) -> None:
         self._pool, self._group, self.parts = pool, group, parts
         self.window = pool.plan.groups[group].window
-        self._nbytes = pool.layout.record_nbytes
+        self._nbytes = pool.layout.block_nbytes
         self._starts = []
-        """Of each part's records in lent memory."""
+        """Of each part's blocks in lent memory."""
         position = 0
         for part in parts:
             self._starts.append(position)
@@ -73,13 +73,13 @@ class RecordMap:
         self.lent_nbytes = position
 
     def offset(self, number: int, page: int) -> int:
-        """Bytes from the start of the memory to the record of `page` of part `number`; -1: it is not there."""
+        """Bytes from the start of the memory to the block of `page` of part `number`; -1: it is not there."""
         part = self.parts[number]
         oldest = part.oldest_page(self.window)
         if page < oldest or (self._pool.plan.has_tails and page >= part.stop // PAGE_TOKENS):
             return -1
         if not self._pool.plan.on_disk:
-            return part.kv.record(self._group, page) * self._nbytes
+            return part.kv.block(self._group, page) * self._nbytes
         return self._starts[number] + (page - oldest) * self._nbytes
 
     def offsets(self, number: int, pages: int) -> list[int]:
@@ -114,35 +114,35 @@ class RecordMap:
         return found
 
     def _extents(self, layer: int, number: int, pages: range) -> list[Extent]:
-        """The records of `pages`, in one piece, or in several where a ring begins anew."""
+        """The blocks of `pages`, in one piece, or in several where a ring begins anew."""
         found: list[Extent] = []
         kv, start = self.parts[number].kv, pages.start
         while start < pages.stop:
             ring = kv.pages[self._group]
             stop = min(pages.stop, (start // ring + 1) * ring)
-            offset = self._pool.file_offset(layer, kv.record(self._group, start))
+            offset = self._pool.file_offset(layer, kv.block(self._group, start))
             found.append(Extent(offset, self.offset(number, start), (stop - start) * self._nbytes))
             start = stop
         return found
 
 
-class LentRecords:
-    """The records that some chunks of a pass share: those of the sequences whose tokens they are.
+class LentBlocks:
+    """The blocks that some micro-batches of a pass share: those of the sequences whose tokens they are.
 
-    Chunks of one long prompt share them, so that one finds what the chunk before it has completed.
+    Micro-batches of one long prompt share them, so that each finds what the ones before it have completed.
     """
 
     def __init__(self, pool: KVPool, parts: Sequence[Part]) -> None:
         self.pool = pool
-        self.maps = tuple(RecordMap(pool, group, tuple(parts)) for group in range(len(pool.plan.groups)))
+        self.maps = tuple(BlockMap(pool, group, tuple(parts)) for group in range(len(pool.plan.groups)))
         self._lent: dict[int, torch.Tensor] = {}
 
-    def map_of(self, layer: int) -> RecordMap:
-        """Where the records that `layer` reads and writes are."""
+    def map_of(self, layer: int) -> BlockMap:
+        """Where the blocks that `layer` reads and writes are."""
         return self.maps[self.pool.group_of[layer]]
 
     def lend(self, layer: int, memory: torch.Tensor) -> None:
-        """Give the records of `layer` that have been read from disk, with room for those that will be completed."""
+        """Give the blocks of `layer` that have been read from disk, with room for those that will be completed."""
         self._lent[layer] = memory
 
     def take_back(self, layer: int) -> None:
@@ -150,5 +150,5 @@ class LentRecords:
         del self._lent[layer]
 
     def memory(self, layer: int) -> torch.Tensor:
-        """uint8: the records of `layer`, as `map_of(layer)` has them."""
-        return self._lent[layer] if self.pool.plan.on_disk else self.pool.layer_records(layer)
+        """uint8: the blocks of `layer`, as `map_of(layer)` has them."""
+        return self._lent[layer] if self.pool.plan.on_disk else self.pool.layer_blocks(layer)
