@@ -77,6 +77,8 @@ def test_wrong_types_and_values_are_refused_by_name(changes: dict[str, Any], tol
         {"sliding_window": -1},
         {"layer_types": "sliding_attention"},
         {"layer_types": ["sliding_attention"]},
+        {"num_hidden_layers": 0},
+        {"num_hidden_layers": -1},
     ],
 )
 def test_fields_that_tiered_computes_with_are_sizes_in_every_family(

@@ -216,6 +216,8 @@ def _check_read_here(config: PretrainedConfig) -> None:
         value = getattr(config, name, None)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
             raise ValueError(f"{name} is {value!r}, expected a whole number")
+    if config.num_hidden_layers < 1:
+        raise ValueError(f"num_hidden_layers is {config.num_hidden_layers}, expected at least 1")
     types = getattr(config, "layer_types", None)
     if types is not None and (not isinstance(types, list | tuple) or len(types) != config.num_hidden_layers):
         raise ValueError(f"layer_types is {types!r}, expected a name for each of {config.num_hidden_layers} layers")
