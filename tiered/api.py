@@ -33,7 +33,7 @@ from tiered.errors import BudgetError, ConfigError, NotSupportedError
 from tiered.generate.tokenizer import load_generation_config, load_tokenizer
 from tiered.io import VerifyPolicy
 from tiered.kernels import Mode
-from tiered.model import CACHE_NAMES, MicroBatch, cache_name, check_token_ids, keep_positions, slice_mask
+from tiered.model import CACHE_NAMES, ForwardBatch, cache_name, check_token_ids, keep_positions, slice_mask
 from tiered.plan import Workload, parse_tiers
 from tiered.runtime import Options, Runtime, compute_dtype
 from tiered.store import Store
@@ -235,12 +235,12 @@ class OffloadedModel(PreTrainedModel, GenerationMixin):
             cache = DynamicCache(config=self.config)
         check_token_ids(input_ids, self._runtime.store.vocab_size)
         with self._runtime.turn():
-            logits = self._passes(MicroBatch(input_ids, cache, attention_mask, position_ids, logits_to_keep))
+            logits = self._passes(ForwardBatch(input_ids, cache, attention_mask, position_ids, logits_to_keep))
         output = CausalLMOutputWithPast(logits=logits)
         setattr(output, _CACHE_NAME, cache if use_cache is not False else None)
         return _by_both_names(output)
 
-    def _passes(self, batch: MicroBatch) -> torch.Tensor:
+    def _passes(self, batch: ForwardBatch) -> torch.Tensor:
         """Logits [rows, kept, vocab] of `batch`, in as many passes as it takes."""
         rows, tokens = batch.input_ids.shape
         self._check_room(rows, int(batch.cache.get_seq_length()) + tokens)
@@ -250,7 +250,7 @@ class OffloadedModel(PreTrainedModel, GenerationMixin):
         # Only separate passes come in parts, and those keep every position they computed until here.
         return logits[0] if len(parts) == 1 else keep_positions(torch.cat(logits, dim=1), batch.logits_to_keep)
 
-    def _split(self, batch: MicroBatch) -> list[MicroBatch]:
+    def _split(self, batch: ForwardBatch) -> list[ForwardBatch]:
         """A prompt too long for one chunk, with a cache that one pass cannot fill chunk by chunk: several passes."""
         rows, tokens = batch.input_ids.shape
         past = int(batch.cache.get_seq_length())
@@ -260,7 +260,7 @@ class OffloadedModel(PreTrainedModel, GenerationMixin):
             stop = min(start + step, tokens)
             mask = slice_mask(batch.attention_mask, past, start, stop)
             positions = None if batch.position_ids is None else batch.position_ids[:, start:stop]
-            parts.append(MicroBatch(batch.input_ids[:, start:stop], batch.cache, mask, positions, 0))
+            parts.append(ForwardBatch(batch.input_ids[:, start:stop], batch.cache, mask, positions, 0))
         return parts
 
     def _check_room(self, rows: int, tokens: int) -> None:
@@ -372,7 +372,7 @@ def _by_both_names(output: T) -> T:
     return output
 
 
-def _fits_one_pass(batch: MicroBatch, micro_batch_rows: int) -> bool:
+def _fits_one_pass(batch: ForwardBatch, micro_batch_rows: int) -> bool:
     """Whether the engine can take `batch` as it is: in one chunk, or in several that grow the cache in turn."""
     rows, tokens = batch.input_ids.shape
     if rows * tokens <= micro_batch_rows or tokens == 1:

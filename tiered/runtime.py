@@ -23,10 +23,10 @@ from tiered.io import Arena, ChunkVerifier, DiskReader, ReadMode, Slab, SpillFil
 from tiered.kernels import Kernels, scratch_nbytes
 from tiered.model import (
     BoundModel,
-    ChunkLimits,
     Engine,
-    MicroBatch,
-    MicroBatches,
+    ForwardBatch,
+    ForwardWork,
+    MicroBatchLimits,
     OnBlock,
     OnLogits,
     Pass,
@@ -251,14 +251,14 @@ class Runtime:
         work = Segments(segments, pool, limits, self.plan.head_rows, packing, on_logits)
         return self._run(work, on_block, is_last)
 
-    def forward(self, batch: Sequence[MicroBatch], on_block: OnBlock | None = None, is_last: bool = False) -> Pass:
+    def forward(self, batch: Sequence[ForwardBatch], on_block: OnBlock | None = None, is_last: bool = False) -> Pass:
         """One pass. `is_last` promises that none follows, so that nothing is read ahead for one.
 
         KeyboardInterrupt ends the pass within a panel of a linear layer; the runtime can be used again after it.
         """
         for micro_batch in batch:
             check_token_ids(micro_batch.input_ids, self.store.vocab_size)
-        work = MicroBatches(batch, self.plan.micro_batch_rows, self.plan.cache.shape.layers)
+        work = ForwardWork(batch, self.plan.micro_batch_rows, self.plan.cache.shape.layers)
         return self._run(work, on_block, is_last)
 
     def _run(self, work: Work, on_block: OnBlock | None, is_last: bool) -> Pass:
@@ -385,9 +385,9 @@ def _budgets(options: Options, member: Member, before: int) -> Budgets:
     return Budgets(member.budget, baseline, options.tiers, options.kv, options.kv_bits, options.rows_per_chunk)
 
 
-def _limits(plan: Plan, gathered: bool) -> ChunkLimits:
+def _limits(plan: Plan, gathered: bool) -> MicroBatchLimits:
     """How a pass over segments is cut; `gathered`: the family needs rows of equal length."""
-    return ChunkLimits(
+    return MicroBatchLimits(
         rows=plan.micro_batch_rows,
         gathered=gathered,
         gathered_rows=plan.gathered_rows,

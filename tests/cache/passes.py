@@ -24,8 +24,8 @@ from tiered.cache import (
     SequenceKV,
 )
 from tiered.kernels.attention import PAGE_TOKENS, BlockTable, Pages
-from tiered.model import ChunkLimits, Segment
-from tiered.model.segments import Piece, chunk_plan
+from tiered.model import MicroBatchLimits, Segment
+from tiered.model.segments import Piece, plan_micro_batches
 
 LONGEST: Final = 700
 States = tuple[torch.Tensor, torch.Tensor]
@@ -60,7 +60,7 @@ def as_stored(layer: int, sequence: int, layout: PageLayout) -> States:
 class Passes:
     """Runs texts through a cache as an engine would, and checks what every micro-batch reads."""
 
-    def __init__(self, plan: CachePlan, limits: ChunkLimits) -> None:
+    def __init__(self, plan: CachePlan, limits: MicroBatchLimits) -> None:
         self.plan, self.limits, self.pool = plan, limits, pool_of(plan)
         # The same object for equal plans: `as_stored` remembers by it.
         self.layout = layout_of(plan.bits, len(plan.groups))
@@ -95,9 +95,11 @@ class Passes:
         """So many tokens of each sequence, through every layer."""
         members = list(tokens)
         segments = [Segment(self.kvs[i], [0] * tokens[i]) for i in members]
-        units = [self._unit(members, segments, micro_batches) for micro_batches in chunk_plan(segments, self.limits)]
+        groups = [
+            self._unit(members, segments, micro_batches) for micro_batches in plan_micro_batches(segments, self.limits)
+        ]
         for layer in range(self.pool.shape.layers):
-            for blocks, micro_batches in units:
+            for blocks, micro_batches in groups:
                 self._lend(blocks, layer)
                 for kv, sequences in micro_batches:
                     self._compute(kv, sequences, layer)

@@ -17,7 +17,7 @@ from tests.cache.plans import plan_of, pool_of
 from tiered.cache import GatheredKV, KVShape, LentBlocks, PackedKV, PageLayout, Part
 from tiered.errors import ConfigError
 from tiered.kernels.attention import PAGE_TOKENS
-from tiered.model import ChunkLimits
+from tiered.model import MicroBatchLimits
 
 WINDOW: Final = 70
 COUNTS: Final = st.sampled_from([1, 1, 1, 2, 30, 63, 64, 65, 130])
@@ -27,7 +27,7 @@ TEXTS: Final = st.lists(st.tuples(st.integers(0, 2), st.lists(COUNTS, min_size=1
 
 def passes_of(bits: int, on_disk: bool, windows: tuple[int, ...] = (0, WINDOW), **limits: Any) -> Passes:
     """A cache with room for three of the longest, and passes in micro-batches of at most 100 tokens."""
-    found = ChunkLimits(**({"rows": 100} | limits))
+    found = MicroBatchLimits(**({"rows": 100} | limits))
     plan = plan_of(
         windows, bits=bits, on_disk=on_disk, context=LONGEST, tokens_at_once=found.rows, lent_pages=12 if on_disk else 0
     )
@@ -133,7 +133,7 @@ class Watched(PageLayout):
 
 def test_pages_that_many_sequences_complete_together_take_no_more_than_is_planned() -> None:
     plan = plan_of((0,), bits=8, sequences=40, context=64)
-    passes = Passes(plan, ChunkLimits(rows=40))
+    passes = Passes(plan, MicroBatchLimits(rows=40))
     passes.pool.layout = watched = Watched(plan.shape, 8)
     passes.run_texts([(0, [63, 1])] * 40)
     assert sum(watched.given) == 40
@@ -148,5 +148,5 @@ def test_sequences_shorter_than_a_page_take_no_more_than_they_fill(bits: int, on
     short = replace(plan_of(bits=bits, on_disk=on_disk, context=20), shape=shape)
     whole = replace(short, context=PAGE_TOKENS)
     assert short.pool_nbytes == 3 * 2 * heads * head_dim * 24 * 2 < whole.pool_nbytes
-    passes = Passes(plan_of(bits=bits, on_disk=on_disk, context=20), ChunkLimits(rows=16))
+    passes = Passes(plan_of(bits=bits, on_disk=on_disk, context=20), MicroBatchLimits(rows=16))
     passes.run_texts([(0, [13, 1, 6]), (1, [1, 1, 1]), (1, [20])])

@@ -1,4 +1,4 @@
-"""Chunks of segments: every token once and in order, no chunk too large, and what does not fit is refused."""
+"""Micro-batches of segments: every token once and in order, none too large, and what does not fit is refused."""
 
 from collections import Counter
 from contextlib import ExitStack, nullcontext
@@ -23,8 +23,8 @@ from tests.helpers import (
 from tiered.cache import CachePlan, KVPool, KVShape, SequenceKV, layer_groups
 from tiered.errors import ConfigError
 from tiered.kernels.attention import PAGE_TOKENS
-from tiered.model import ChunkLimits, Segment, Segments
-from tiered.model.segments import Piece, chunk_plan
+from tiered.model import MicroBatchLimits, Segment, Segments
+from tiered.model.segments import Piece, plan_micro_batches
 
 LENGTHS: Final = st.sampled_from([1, 1, 1, 2, 6, 7, 8, 63, 64, 65, 200])
 SEGMENTS: Final = st.lists(st.tuples(st.integers(0, 300), LENGTHS), min_size=1, max_size=12)
@@ -37,12 +37,12 @@ def segment_of(past: int, tokens: int) -> Segment:
     return Segment(SequenceKV(past + tokens, (0,), (1,), 0, past), [3] * tokens)
 
 
-def limits_of(**fields: Any) -> ChunkLimits:
-    return ChunkLimits(**({"rows": 64} | fields))
+def limits_of(**fields: Any) -> MicroBatchLimits:
+    return MicroBatchLimits(**({"rows": 64} | fields))
 
 
 LIMITS: Final = st.builds(
-    ChunkLimits,
+    MicroBatchLimits,
     rows=st.sampled_from([1, 7, 64, 512]),
     gathered=st.booleans(),
     gathered_rows=st.integers(1, 4),
@@ -53,11 +53,11 @@ LIMITS: Final = st.builds(
 
 @given(texts=SEGMENTS, limits=LIMITS)
 def test_every_token_is_computed_once_and_after_those_before_it(
-    texts: list[tuple[int, int]], limits: ChunkLimits
+    texts: list[tuple[int, int]], limits: MicroBatchLimits
 ) -> None:
     segments = [segment_of(*text) for text in texts]
-    plan = chunk_plan(segments, limits)
-    pieces = [piece for unit in plan for chunk in unit for piece in chunk]
+    plan = plan_micro_batches(segments, limits)
+    pieces = [piece for group in plan for micro_batch in group for piece in micro_batch]
     for number, segment in enumerate(segments):
         mine = [piece for piece in pieces if piece.segment == number]
         assert mine[0].start == 0 and mine[-1].stop == len(segment.input_ids)
@@ -68,42 +68,44 @@ def test_every_token_is_computed_once_and_after_those_before_it(
 
 @given(texts=SEGMENTS, limits=LIMITS)
 def test_a_segment_is_in_one_unit_and_only_a_long_one_in_several_chunks(
-    texts: list[tuple[int, int]], limits: ChunkLimits
+    texts: list[tuple[int, int]], limits: MicroBatchLimits
 ) -> None:
-    plan = chunk_plan([segment_of(*text) for text in texts], limits)
-    assert all(chunk for unit in plan for chunk in unit) and all(plan)
-    units = Counter(number for unit in plan for number in {piece.segment for chunk in unit for piece in chunk})
-    assert set(units.values()) == {1}
-    for unit in plan:
-        members = {piece.segment for chunk in unit for piece in chunk}
-        assert len(unit) == 1 or len(members) == 1
+    plan = plan_micro_batches([segment_of(*text) for text in texts], limits)
+    assert all(micro_batch for group in plan for micro_batch in group) and all(plan)
+    groups = Counter(
+        number for group in plan for number in {piece.segment for micro_batch in group for piece in micro_batch}
+    )
+    assert set(groups.values()) == {1}
+    for group in plan:
+        members = {piece.segment for micro_batch in group for piece in micro_batch}
+        assert len(group) == 1 or len(members) == 1
 
 
 @given(texts=SEGMENTS, limits=LIMITS)
-def test_no_chunk_has_more_rows_than_allowed(texts: list[tuple[int, int]], limits: ChunkLimits) -> None:
-    for unit in chunk_plan([segment_of(*text) for text in texts], limits):
-        for chunk in unit:
-            rows = sum(piece.stop - piece.start for piece in chunk)
-            if limits.gathered and len(chunk) > 1:
+def test_no_chunk_has_more_rows_than_allowed(texts: list[tuple[int, int]], limits: MicroBatchLimits) -> None:
+    for group in plan_micro_batches([segment_of(*text) for text in texts], limits):
+        for micro_batch in group:
+            rows = sum(piece.stop - piece.start for piece in micro_batch)
+            if limits.gathered and len(micro_batch) > 1:
                 assert rows <= limits.gathered_rows
             else:
                 assert rows <= limits.rows
 
 
 @given(texts=SEGMENTS, limits=LIMITS)
-def test_no_unit_has_more_pages_in_memory_than_allowed(texts: list[tuple[int, int]], limits: ChunkLimits) -> None:
+def test_no_unit_has_more_pages_in_memory_than_allowed(texts: list[tuple[int, int]], limits: MicroBatchLimits) -> None:
     segments = [segment_of(*text) for text in texts]
-    for unit in chunk_plan(segments, limits):
-        members = {piece.segment for chunk in unit for piece in chunk}
+    for group in plan_micro_batches(segments, limits):
+        members = {piece.segment for micro_batch in group for piece in micro_batch}
         pages = sum(segments[number].stop // PAGE_TOKENS for number in members)
         assert not limits.lent_pages or pages <= limits.lent_pages
 
 
 @given(texts=SEGMENTS, limits=LIMITS)
-def test_single_tokens_come_first_in_a_chunk(texts: list[tuple[int, int]], limits: ChunkLimits) -> None:
-    for unit in chunk_plan([segment_of(*text) for text in texts], limits):
-        for chunk in unit:
-            counts = [piece.stop - piece.start for piece in chunk]
+def test_single_tokens_come_first_in_a_chunk(texts: list[tuple[int, int]], limits: MicroBatchLimits) -> None:
+    for group in plan_micro_batches([segment_of(*text) for text in texts], limits):
+        for micro_batch in group:
+            counts = [piece.stop - piece.start for piece in micro_batch]
             assert counts == sorted(counts, key=lambda count: count > 1)
 
 
@@ -113,11 +115,11 @@ def test_gathered_chunks_have_rows_of_equal_length(
 ) -> None:
     segments = [segment_of(*text) for text in texts]
     limits = limits_of(rows=rows, gathered=True, gathered_rows=together, within_pages=within_pages)
-    for unit in chunk_plan(segments, limits):
-        for chunk in unit:
-            assert len({piece.stop - piece.start for piece in chunk}) == 1
-            assert len(chunk) == 1 or chunk[0].stop == 1
-            for piece in chunk:
+    for group in plan_micro_batches(segments, limits):
+        for micro_batch in group:
+            assert len({piece.stop - piece.start for piece in micro_batch}) == 1
+            assert len(micro_batch) == 1 or micro_batch[0].stop == 1
+            for piece in micro_batch:
                 first = segments[piece.segment].kv.length + piece.start
                 last = segments[piece.segment].kv.length + piece.stop - 1
                 assert not within_pages or first // PAGE_TOKENS == last // PAGE_TOKENS
@@ -125,24 +127,24 @@ def test_gathered_chunks_have_rows_of_equal_length(
 
 def test_gathered_single_tokens_go_with_others_of_like_length() -> None:
     segments = [segment_of(past, 1) for past in (300, 5, 290, 6)]
-    plan = chunk_plan(segments, limits_of(gathered=True, gathered_rows=2))
-    assert [{piece.segment for piece in chunk} for (chunk,) in plan] == [{1, 3}, {0, 2}]
+    plan = plan_micro_batches(segments, limits_of(gathered=True, gathered_rows=2))
+    assert [{piece.segment for piece in micro_batch} for (micro_batch,) in plan] == [{1, 3}, {0, 2}]
 
 
 def test_decoding_and_short_prompts_share_a_chunk() -> None:
     segments = [segment_of(0, 20), segment_of(100, 1), segment_of(0, 30), segment_of(50, 1)]
-    ((chunk,),) = chunk_plan(segments, limits_of(rows=64))
-    assert chunk == [Piece(1, 0, 1), Piece(3, 0, 1), Piece(0, 0, 20), Piece(2, 0, 30)]
+    ((micro_batch,),) = plan_micro_batches(segments, limits_of(rows=64))
+    assert micro_batch == [Piece(1, 0, 1), Piece(3, 0, 1), Piece(0, 0, 20), Piece(2, 0, 30)]
 
 
 def test_a_segment_longer_than_a_chunk_is_cut() -> None:
-    assert chunk_plan([segment_of(10, 150)], limits_of(rows=64)) == [
+    assert plan_micro_batches([segment_of(10, 150)], limits_of(rows=64)) == [
         [[Piece(0, 0, 64)], [Piece(0, 64, 128)], [Piece(0, 128, 150)]]
     ]
 
 
 def test_nothing_makes_no_chunk() -> None:
-    assert chunk_plan([], limits_of()) == []
+    assert plan_micro_batches([], limits_of()) == []
 
 
 def pool_of(sequences: int = 2, context: int = 100) -> KVPool:
@@ -172,13 +174,13 @@ def test_a_segment_without_tokens_is_refused() -> None:
     assert "expected at least one" in refused(Segment(kv, []), pool)
 
 
-@pytest.mark.parametrize("chunk", [None, 1, 4])
+@pytest.mark.parametrize("micro_batch", [None, 1, 4])
 @pytest.mark.parametrize("keeps", [(0, 0), (1, 5), (6, 0)])
 def test_logits_come_for_the_last_positions_asked_for_and_no_others(
-    tiny: Tiny, keeps: tuple[int, int], chunk: int | None
+    tiny: Tiny, keeps: tuple[int, int], micro_batch: int | None
 ) -> None:
     prompts = prompts_for("llama")
-    with open_runtime(tiny.store("llama"), rows_per_chunk=chunk) as runtime, ExitStack() as stack:
+    with open_runtime(tiny.store("llama"), rows_per_chunk=micro_batch) as runtime, ExitStack() as stack:
         kvs = [reserved(stack, runtime, len(prompt)) for prompt in prompts]
         found = run_segments(runtime, [Segment(*each) for each in zip(kvs, map(list, prompts), keeps, strict=True)])
         assert [kv.length for kv in kvs] == [len(prompt) for prompt in prompts]

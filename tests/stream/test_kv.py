@@ -1,6 +1,6 @@
 """The KV cache's stream: pages come in order and ahead, go to disk behind, and no error is lost or hangs.
 
-A pass is played without a model: each unit writes what it should find there in the next pass.
+A pass is played without a model: each group writes what it should find there in the next pass.
 """
 
 import asyncio
@@ -63,14 +63,14 @@ class Setup:
         found = [self.pool.reserve(CONTEXT) for _ in range(count)]
         return [kv for kv in found if kv is not None]
 
-    def units(self, kvs: Sequence[SequenceKV], tokens: int) -> list[LentBlocks]:
-        """A unit for each sequence, which gets so many tokens more."""
+    def groups(self, kvs: Sequence[SequenceKV], tokens: int) -> list[LentBlocks]:
+        """A group for each sequence, which gets so many tokens more."""
         return [LentBlocks(self.pool, [Part(kv, kv.length, tokens)]) for kv in kvs]
 
 
 @asynccontextmanager
 async def streaming(folder: Path, sequences: int = 4, lent_pages: int = 10) -> AsyncIterator[Setup]:
-    """A stream with memory for some units of the longest sequence."""
+    """A stream with memory for some groups of the longest sequence."""
     plan = cache_plan(sequences, lent_pages)
     reads, writes = Calls(os.preadv), Calls(os.pwritev)
     with Arena(plan.ring_nbytes + plan.pool_nbytes + 3 * 4096) as arena:
@@ -92,7 +92,7 @@ def marker(layer: int, kv: SequenceKV, page: int) -> int:
 
 
 def check_and_fill(setup: Setup, records: LentBlocks, layer: int) -> None:
-    """What a unit computes: it finds every page it completed before, and completes more."""
+    """What a group computes: it finds every page it completed before, and completes more."""
     places, memory = records.map_of(layer), records.memory(layer)
     numbers, count = memory.view(torch.int64), setup.pool.layout.block_nbytes // 8
     for number, part in enumerate(places.parts):
@@ -105,17 +105,16 @@ def check_and_fill(setup: Setup, records: LentBlocks, layer: int) -> None:
 
 
 async def run_pass(
-    setup: Setup, units: list[LentBlocks], stop_at: tuple[int, int] | None = None, pause: float = 0
+    setup: Setup, groups: list[LentBlocks], stop_at: tuple[int, int] | None = None, pause: float = 0
 ) -> None:
-    """All layers of `units`, in a thread of their own as an engine's; ends in the middle, before unit (layer, number),
-    where that is asked for."""
-    await asyncio.to_thread(_run_pass, setup, units, stop_at, pause)
+    """All layers of `groups`, in a thread of their own as an engine's; ends before (layer, number), if asked to."""
+    await asyncio.to_thread(_run_pass, setup, groups, stop_at, pause)
 
 
-def _run_pass(setup: Setup, units: list[LentBlocks], stop_at: tuple[int, int] | None, pause: float) -> None:
-    with setup.stream.serving(units):
+def _run_pass(setup: Setup, groups: list[LentBlocks], stop_at: tuple[int, int] | None, pause: float) -> None:
+    with setup.stream.serving(groups):
         for layer in range(LAYERS):
-            for number, records in enumerate(units):
+            for number, records in enumerate(groups):
                 if (layer, number) == stop_at:
                     return
                 with setup.stream.lend(records, layer):
@@ -124,7 +123,7 @@ def _run_pass(setup: Setup, units: list[LentBlocks], stop_at: tuple[int, int] | 
                     while time.monotonic() < end:
                         setup.cancel.check()
                         time.sleep(0.001)
-    for records in units:
+    for records in groups:
         for part in records.maps[0].parts:
             part.kv.length = part.stop
 
@@ -134,7 +133,7 @@ def test_pages_come_back_in_the_next_passes(tmp_path: Path) -> None:
         async with streaming(tmp_path) as setup:
             kvs = setup.sequences(4)
             for tokens in (100, 28, 1, 200, 1, 63):
-                await run_pass(setup, setup.units(kvs, tokens))
+                await run_pass(setup, setup.groups(kvs, tokens))
             read = sum(before // PAGE_TOKENS for before in (100, 128, 129, 329, 330))
             nbytes = 4 * LAYERS * setup.pool.layout.block_nbytes
             assert setup.spill.bytes_read == read * nbytes
@@ -159,14 +158,14 @@ def test_the_next_unit_is_read_before_this_one_is_stored(tmp_path: Path) -> None
     async def passes() -> None:
         async with streaming(tmp_path) as setup:
             kvs = setup.sequences(3)
-            await run_pass(setup, setup.units(kvs, 200))
+            await run_pass(setup, setup.groups(kvs, 200))
             seen = threading.Event()
-            units = setup.units(kvs, 1)
-            (second,) = units[1].map_of(0).reads(0)
+            groups = setup.groups(kvs, 1)
+            (second,) = groups[1].map_of(0).reads(0)
             setup.reads.on_call = lambda offset: seen.set() if offset == second.offset else None
 
             def first() -> None:
-                with setup.stream.serving(units), setup.stream.lend(units[0], 0):
+                with setup.stream.serving(groups), setup.stream.lend(groups[0], 0):
                     assert seen.wait(SECONDS)
 
             await asyncio.to_thread(first)
@@ -180,10 +179,10 @@ def test_a_layer_is_read_only_when_its_earlier_writes_have_ended(tmp_path: Path)
             kvs = setup.sequences(2)
             go, read = threading.Event(), threading.Event()
             setup.writes.on_call = lambda offset: None if go.wait(SECONDS) else fail(errno.EIO)
-            first = asyncio.create_task(run_pass(setup, setup.units(kvs, 128)))
+            first = asyncio.create_task(run_pass(setup, setup.groups(kvs, 128)))
             await first
             setup.reads.on_call = lambda offset: read.set()
-            second = asyncio.create_task(run_pass(setup, setup.units(kvs, 1)))
+            second = asyncio.create_task(run_pass(setup, setup.groups(kvs, 1)))
             await asyncio.sleep(0.05)
             assert not read.is_set()
             go.set()
@@ -198,13 +197,13 @@ def test_writes_that_an_interrupted_pass_waited_for_are_waited_for_by_the_next(t
             kvs = setup.sequences(2)
             go, read = threading.Event(), threading.Event()
             setup.writes.on_call = lambda offset: None if go.wait(SECONDS) else fail(errno.EIO)
-            await run_pass(setup, setup.units(kvs, 128))
+            await run_pass(setup, setup.groups(kvs, 128))
             asyncio.get_running_loop().call_later(0.05, setup.cancel.set)
             with pytest.raises(InterruptedRun):
-                await run_pass(setup, setup.units(kvs, 1))
+                await run_pass(setup, setup.groups(kvs, 1))
             setup.cancel.clear()
             setup.reads.on_call = lambda offset: read.set()
-            following = asyncio.create_task(run_pass(setup, setup.units(kvs, 1)))
+            following = asyncio.create_task(run_pass(setup, setup.groups(kvs, 1)))
             await asyncio.sleep(0.05)
             assert not read.is_set()
             go.set()
@@ -221,12 +220,12 @@ def test_a_failed_read_surfaces_in_the_same_pass(tmp_path: Path) -> None:
     async def passes() -> None:
         async with streaming(tmp_path) as setup:
             kvs = setup.sequences(3)
-            await run_pass(setup, setup.units(kvs, 200))
+            await run_pass(setup, setup.groups(kvs, 200))
             setup.reads.on_call = lambda offset: fail(errno.EIO)
             with pytest.raises(ReadError, match="Input/output error"):
-                await run_pass(setup, setup.units(kvs, 1))
+                await run_pass(setup, setup.groups(kvs, 1))
             setup.reads.on_call = lambda offset: None
-            await run_pass(setup, setup.units(kvs, 1))
+            await run_pass(setup, setup.groups(kvs, 1))
 
     run(passes())
 
@@ -237,8 +236,8 @@ def test_a_disk_that_fills_up_surfaces_in_the_next_pass_at_the_latest(tmp_path: 
             kvs = setup.sequences(3)
             setup.writes.on_call = lambda offset: fail(errno.ENOSPC)
             with pytest.raises(DiskFullError, match="no space for"):
-                await run_pass(setup, setup.units(kvs, 100))
-                await run_pass(setup, setup.units(kvs, 1))
+                await run_pass(setup, setup.groups(kvs, 100))
+                await run_pass(setup, setup.groups(kvs, 1))
         assert not any(thread.name.startswith("tiered-spill") for thread in threading.enumerate())
 
     run(passes())
@@ -249,7 +248,7 @@ def test_writes_that_fail_when_nothing_follows_hold_nothing_up(tmp_path: Path) -
         async with streaming(tmp_path) as setup:
             setup.writes.on_call = lambda offset: fail(errno.ENOSPC)
             # Twice the ring: its memory must come back although nothing is written.
-            await run_pass(setup, setup.units(setup.sequences(4), CONTEXT))
+            await run_pass(setup, setup.groups(setup.sequences(4), CONTEXT))
 
     run(passes())
 
@@ -259,10 +258,10 @@ def test_a_pass_that_ends_in_the_middle_leaves_the_stream_usable(tmp_path: Path,
     async def passes() -> None:
         async with streaming(tmp_path) as setup:
             kvs = setup.sequences(4)
-            await run_pass(setup, setup.units(kvs, 300))
-            await run_pass(setup, setup.units(kvs, 1), stop_at)
+            await run_pass(setup, setup.groups(kvs, 300))
+            await run_pass(setup, setup.groups(kvs, 1), stop_at)
             for tokens in (1, 100, 1):
-                await run_pass(setup, setup.units(kvs, tokens))
+                await run_pass(setup, setup.groups(kvs, tokens))
 
     run(passes())
 
@@ -272,18 +271,18 @@ def test_a_cancelled_pass_leaves_the_stream_usable(tmp_path: Path, moment: str) 
     async def passes() -> None:
         async with streaming(tmp_path) as setup:
             kvs = setup.sequences(4)
-            await run_pass(setup, setup.units(kvs, 300))
+            await run_pass(setup, setup.groups(kvs, 300))
             go = threading.Event()
             if moment == "waiting":
                 setup.reads.on_call = lambda offset: None if go.wait(SECONDS) else fail(errno.EIO)
-            work = asyncio.create_task(run_pass(setup, setup.units(kvs, 1), pause=60 if moment == "computing" else 0))
+            work = asyncio.create_task(run_pass(setup, setup.groups(kvs, 1), pause=60 if moment == "computing" else 0))
             await asyncio.sleep(0.05)
             setup.cancel.set()
             go.set()
             with pytest.raises(InterruptedRun):
                 await work
             setup.cancel.clear()
-            await run_pass(setup, setup.units(kvs, 1))
+            await run_pass(setup, setup.groups(kvs, 1))
 
     run(passes())
 
@@ -293,7 +292,7 @@ def test_leaving_waits_for_what_is_being_written(tmp_path: Path) -> None:
         go = threading.Event()
         async with streaming(tmp_path) as setup:
             setup.writes.on_call = lambda offset: None if go.wait(SECONDS) else fail(errno.EIO)
-            await run_pass(setup, setup.units(setup.sequences(2), 64))
+            await run_pass(setup, setup.groups(setup.sequences(2), 64))
             assert setup.spill.bytes_written == 0
             asyncio.get_running_loop().call_later(0.05, go.set)
         assert setup.spill.bytes_written == 2 * LAYERS * setup.pool.layout.block_nbytes
@@ -305,16 +304,16 @@ def test_no_more_is_read_ahead_than_the_ring_holds(tmp_path: Path) -> None:
     async def passes() -> None:
         async with streaming(tmp_path, sequences=8) as setup:
             kvs = setup.sequences(8)
-            await run_pass(setup, setup.units(kvs, 500))
-            before, units = setup.spill.bytes_read, setup.units(kvs, 1)
+            await run_pass(setup, setup.groups(kvs, 500))
+            before, groups = setup.spill.bytes_read, setup.groups(kvs, 1)
             one = 500 // PAGE_TOKENS * setup.pool.layout.block_nbytes
 
             def first() -> None:
-                with setup.stream.serving(units):
-                    with setup.stream.lend(units[0], 0):
+                with setup.stream.serving(groups):
+                    with setup.stream.lend(groups[0], 0):
                         time.sleep(0.05)
                         assert setup.spill.bytes_read - before == setup.ring.nbytes // one * one < 8 * one
-                    with setup.stream.lend(units[1], 0):
+                    with setup.stream.lend(groups[1], 0):
                         pass
 
             await asyncio.to_thread(first)
@@ -328,8 +327,8 @@ def test_units_of_all_sizes_fit_the_ring_whatever_came_before(tmp_path: Path, le
         async with streaming(tmp_path, lent_pages=lent_pages) as setup:
             kvs = setup.sequences(4)
             for tokens in ((500, 1, 130, 64), (1, 1, 1, 1), (130, 500, 1, 1), (1, 64, 300, 500), (1, 1, 1, 1)):
-                units = [LentBlocks(setup.pool, [Part(kv, kv.length, n)]) for kv, n in zip(kvs, tokens, strict=True)]
-                await run_pass(setup, units, pause=0.001)
+                groups = [LentBlocks(setup.pool, [Part(kv, kv.length, n)]) for kv, n in zip(kvs, tokens, strict=True)]
+                await run_pass(setup, groups, pause=0.001)
 
     run(passes())
 
@@ -339,7 +338,7 @@ def test_units_that_need_no_memory_pass_at_once(tmp_path: Path) -> None:
         async with streaming(tmp_path) as setup:
             kvs = setup.sequences(4)
             for tokens in (10, 1, 1):
-                await run_pass(setup, setup.units(kvs, tokens))
+                await run_pass(setup, setup.groups(kvs, tokens))
             assert setup.spill.bytes_read == setup.spill.bytes_written == 0
 
     run(passes())
@@ -349,10 +348,10 @@ def test_time_waited_for_pages_is_counted(tmp_path: Path) -> None:
     async def passes() -> None:
         async with streaming(tmp_path) as setup:
             kvs = setup.sequences(1)
-            await run_pass(setup, setup.units(kvs, 100))
+            await run_pass(setup, setup.groups(kvs, 100))
             before = setup.stream.wait_seconds
             setup.reads.on_call = lambda offset: time.sleep(0.1)
-            await run_pass(setup, setup.units(kvs, 1))
+            await run_pass(setup, setup.groups(kvs, 1))
             assert setup.stream.wait_seconds >= before + 0.04
 
     run(passes())

@@ -3,21 +3,21 @@
 from tiered.model.attention import KernelAttention, registered_attention, use_attention
 from tiered.model.bind import BoundModel, OffloadedLinear, load_outer
 from tiered.model.engine import Engine, OnBlock, Pass
+from tiered.model.forward import ForwardBatch, ForwardWork, check_token_ids, keep_positions, slice_mask
 from tiered.model.match import check_layers, check_match
-from tiered.model.micro_batch import MicroBatch, MicroBatches, check_token_ids, keep_positions, slice_mask
 from tiered.model.record import CACHE_NAMES, Recorder, cache_name
-from tiered.model.segments import ChunkLimits, OnLogits, Segment, Segments
+from tiered.model.segments import MicroBatchLimits, OnLogits, Segment, Segments
 from tiered.model.shape import model_shape
 from tiered.model.work import Work
 
 __all__ = [
     "CACHE_NAMES",
     "BoundModel",
-    "ChunkLimits",
     "Engine",
+    "ForwardBatch",
+    "ForwardWork",
     "KernelAttention",
-    "MicroBatch",
-    "MicroBatches",
+    "MicroBatchLimits",
     "OffloadedLinear",
     "OnBlock",
     "OnLogits",

@@ -1,11 +1,11 @@
-"""One pass over the tape: every block's weights are used for all chunks of the work while they are there.
+"""One pass over the tape: every block's weights are used for all micro-batches of the work while they are there.
 
-    embeddings of all tokens -> record every chunk
-    for each layer: wait for its weights; for each chunk: hidden = layer(hidden)
+    embeddings of all tokens -> record every micro-batch
+    for each layer: wait for its weights; for each micro-batch: hidden = layer(hidden)
     head: replay -> logits
 
-Within a block, one text may pass in several chunks of tokens, one behind the other: a chunk finds the keys of the
-earlier ones in the cache. So a long prompt costs one pass, and activations stay small.
+Within a block, one text may pass in several micro-batches, one behind the other: each finds the keys of the earlier
+ones in the cache. So a long prompt costs one pass, and activations stay small.
 
 All of it is a plain loop in the compute thread. Reading goes on in the event loop's thread meanwhile (`stream/`).
 """
@@ -21,7 +21,7 @@ from torch import nn
 from tiered.kernels import CancelFlag
 from tiered.model.bind import BoundModel
 from tiered.model.record import Recorder
-from tiered.model.work import Chunk, Embedded, Unit, Work
+from tiered.model.work import Embedded, Group, MicroBatch, Work
 from tiered.stream import EmbeddingRows, LoadedBlock, Streams, run_in
 from tiered.trace import Tracer
 
@@ -95,15 +95,15 @@ class Engine:
         waited = clock.waited
         self.passes += 1
         streams.blocks.begin(is_last)
-        units = self._record(work, streams, clock)
-        records = [unit.records for unit in units if unit.records is not None]
+        groups = self._record(work, streams, clock)
+        lent = [group.blocks for group in groups if group.blocks is not None]
         total = len(self.model.layers) + 1
-        with streams.kv.serving(records) if streams.kv is not None and records else contextlib.nullcontext():
+        with streams.kv.serving(lent) if streams.kv is not None and lent else contextlib.nullcontext():
             for number, layer in enumerate(self.model.layers):
                 with clock.block(), streams.blocks.lend() as block, self.model.lend(layer, block.weights):
-                    for unit in units:
-                        with self._pages(streams, unit, number), clock.computing(), self._span(block):
-                            self._run_layer(number, layer, unit.chunks)
+                    for group in groups:
+                        with self._pages(streams, group, number), clock.computing(), self._span(block):
+                            self._run_layer(number, layer, group.micro_batches)
                 if on_block is not None:
                     on_block(number + 1, total)
             with (
@@ -114,15 +114,15 @@ class Engine:
                 self._span(block),
             ):
                 self._cancel.check()
-                logits = work.finish(self._recorder, units)
+                logits = work.finish(self._recorder, groups)
             if on_block is not None:
                 on_block(total, total)
         work.commit()
         seconds = time.perf_counter() - start
         return Pass(logits, seconds, clock.compute_seconds, clock.waited - waited, tuple(clock.block_seconds))
 
-    def _record(self, work: Work, streams: Streams, clock: _Clock) -> list[Unit]:
-        """The chunks of `work`, ready for the first layer."""
+    def _record(self, work: Work, streams: Streams, clock: _Clock) -> list[Group]:
+        """The micro-batches of `work`, ready for the first layer."""
         ids = work.ids
         packed = run_in(streams.loop, self.embedding.fetch(ids), self._cancel)
         with clock.computing(), self._trace.span("compute", "record"):
@@ -132,18 +132,18 @@ class Engine:
     def _span(self, block: LoadedBlock) -> contextlib.AbstractContextManager[None]:
         return self._trace.span("compute", block.info.name)
 
-    def _pages(self, streams: Streams, unit: Unit, layer: int) -> contextlib.AbstractContextManager[None]:
-        """What a unit needs of the cache in `layer`, where that is on disk."""
-        if streams.kv is None or unit.records is None:
+    def _pages(self, streams: Streams, group: Group, layer: int) -> contextlib.AbstractContextManager[None]:
+        """What a group needs of the cache in `layer`, where that is on disk."""
+        if streams.kv is None or group.blocks is None:
             return contextlib.nullcontext()
-        return streams.kv.lend(unit.records, layer)
+        return streams.kv.lend(group.blocks, layer)
 
-    def _run_layer(self, number: int, layer: nn.Module, chunks: Sequence[Chunk]) -> None:
-        """`chunks` through layer `number`, whose weights are lent."""
-        for chunk in chunks:
+    def _run_layer(self, number: int, layer: nn.Module, micro_batches: Sequence[MicroBatch]) -> None:
+        """`micro_batches` through layer `number`, whose weights are lent."""
+        for micro_batch in micro_batches:
             self._cancel.check()
-            call = chunk.calls[number]
-            output = layer(chunk.hidden, *call.args, **call.kwargs)
-            chunk.hidden = output[0] if isinstance(output, tuple) else output
-            if chunk.kv is not None:
-                chunk.kv.check(number)
+            call = micro_batch.calls[number]
+            output = layer(micro_batch.hidden, *call.args, **call.kwargs)
+            micro_batch.hidden = output[0] if isinstance(output, tuple) else output
+            if micro_batch.kv is not None:
+                micro_batch.kv.check(number)

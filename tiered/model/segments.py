@@ -1,9 +1,9 @@
-"""Segments: consecutive tokens of sequences, side by side in chunks without padding, over the paged cache.
+"""Segments: consecutive tokens of sequences, side by side in micro-batches without padding, over the paged cache.
 
-    segments -> chunk_plan (pure) -> chunks [1, tokens] -> layers -> the rows that need logits, to the caller
+    segments -> plan_micro_batches (pure) -> micro-batches [1, tokens] -> layers -> rows that need logits, to the caller
 
-Segments of one token (decoding) and of many (prompts) share chunks, and so the pass. Families with attention code of
-their own get rows of equal length instead: single tokens together, padded on the left, every prompt by itself.
+Segments of one token (decoding) and of many (prompts) share micro-batches, and so the pass. Families with attention
+code of their own get rows of equal length instead: single tokens together, padded on the left, every prompt by itself.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ from tiered.cache import GatheredKV, KVPool, LentBlocks, MicroBatchKV, PackedKV,
 from tiered.errors import ConfigError
 from tiered.kernels.attention import PAGE_TOKENS
 from tiered.model.record import Recorder
-from tiered.model.work import Chunk, Embedded, Unit
+from tiered.model.work import Embedded, Group, MicroBatch
 
 OnLogits = Callable[[int, int, torch.Tensor], None]
 """Called in the compute thread with (segment, index among its kept positions, logits [rows, vocab] in the compute
@@ -51,11 +51,11 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class ChunkLimits:
-    """How chunks are formed."""
+class MicroBatchLimits:
+    """How micro-batches are formed."""
 
     rows: int
-    """Tokens per chunk."""
+    """Tokens per micro_batch."""
     gathered: bool = False
     """The family needs rows of equal length."""
     gathered_rows: int = 1
@@ -63,13 +63,13 @@ class ChunkLimits:
     within_pages: bool = False
     """A gathered piece may not cross a page: its queries would see their own pages as stored."""
     lent_pages: int = 0
-    """Pages that a unit may have in memory, where the cache is on disk; 0: no bound."""
+    """Pages that a group may have in memory, where the cache is on disk; 0: no bound."""
 
 
-def chunk_plan(segments: Sequence[Segment], limits: ChunkLimits) -> list[list[list[Piece]]]:
-    """Units of chunks of pieces: every token of every segment once, a segment's own in order, in one unit.
+def plan_micro_batches(segments: Sequence[Segment], limits: MicroBatchLimits) -> list[list[list[Piece]]]:
+    """Groups of micro-batches of pieces: every token of every segment once, a segment's own in order, in one group.
 
-    Single tokens come first in a chunk. A segment longer than a chunk is a unit by itself, of several chunks.
+    Single tokens come first. A segment longer than a micro-batch is a group by itself, of several micro-batches.
     """
     singles = [number for number, segment in enumerate(segments) if len(segment.input_ids) == 1]
     others = [number for number, segment in enumerate(segments) if len(segment.input_ids) > 1]
@@ -81,38 +81,38 @@ def chunk_plan(segments: Sequence[Segment], limits: ChunkLimits) -> list[list[li
     else:
         rows, long = limits.rows, [number for number in others if len(segments[number].input_ids) > limits.rows]
         short = [*singles, *(number for number in others if len(segments[number].input_ids) <= rows)]
-    units: list[list[list[Piece]]] = []
+    groups: list[list[list[Piece]]] = []
     room = pages_room = 0
     for number in short:
         tokens, pages = len(segments[number].input_ids), segments[number].stop // PAGE_TOKENS
         if tokens > room or (limits.lent_pages and pages > pages_room):
-            units.append([[]])
+            groups.append([[]])
             room, pages_room = rows, limits.lent_pages
-        units[-1][0].append(Piece(number, 0, tokens))
+        groups[-1][0].append(Piece(number, 0, tokens))
         room, pages_room = room - tokens, pages_room - pages
-    return units + [_cut(number, segments[number], limits) for number in long]
+    return groups + [_cut(number, segments[number], limits) for number in long]
 
 
-def _cut(number: int, segment: Segment, limits: ChunkLimits) -> list[list[Piece]]:
-    """A segment in chunks of its own."""
-    chunks, start, tokens = [], 0, len(segment.input_ids)
+def _cut(number: int, segment: Segment, limits: MicroBatchLimits) -> list[list[Piece]]:
+    """A segment in micro-batches of its own."""
+    micro_batches, start, tokens = [], 0, len(segment.input_ids)
     while start < tokens:
         stop = min(tokens, start + limits.rows)
         if limits.gathered and limits.within_pages:
             stop = min(stop, start + PAGE_TOKENS - (segment.kv.length + start) % PAGE_TOKENS)
-        chunks.append([Piece(number, start, stop)])
+        micro_batches.append([Piece(number, start, stop)])
         start = stop
-    return chunks
+    return micro_batches
 
 
 class Segments:
-    """A pass over `segments`. `packing` is entered while packed chunks are recorded; logits go to `on_logits`."""
+    """A pass over `segments`. `packing` is entered while packed ones are recorded; logits go to `on_logits`."""
 
     def __init__(
         self,
         segments: Sequence[Segment],
         pool: KVPool,
-        limits: ChunkLimits,
+        limits: MicroBatchLimits,
         head_rows: int,
         packing: Callable[[], AbstractContextManager[None]],
         on_logits: OnLogits,
@@ -131,25 +131,25 @@ class Segments:
     def ids(self) -> list[int]:
         return sorted({token for segment in self._segments for token in segment.input_ids})
 
-    def record(self, recorder: Recorder, embedded: Embedded) -> list[Unit]:
-        units = []
-        for chunks in chunk_plan(self._segments, self._limits):
-            numbers = sorted({piece.segment for pieces in chunks for piece in pieces})
+    def record(self, recorder: Recorder, embedded: Embedded) -> list[Group]:
+        groups = []
+        for micro_batches in plan_micro_batches(self._segments, self._limits):
+            numbers = sorted({piece.segment for pieces in micro_batches for piece in pieces})
             segments = [self._segments[number] for number in numbers]
-            records = LentBlocks(self._pool, [Part(s.kv, s.kv.length, len(s.input_ids)) for s in segments])
-            made = [self._record_chunk(recorder, embedded, records, numbers, pieces) for pieces in chunks]
-            units.append(Unit(tuple(made), records))
-        return units
+            blocks = LentBlocks(self._pool, [Part(s.kv, s.kv.length, len(s.input_ids)) for s in segments])
+            made = [self._record_micro_batch(recorder, embedded, blocks, numbers, pieces) for pieces in micro_batches]
+            groups.append(Group(tuple(made), blocks))
+        return groups
 
-    def _record_chunk(
+    def _record_micro_batch(
         self,
         recorder: Recorder,
         embedded: Embedded,
-        records: LentBlocks,
+        blocks: LentBlocks,
         numbers: Sequence[int],
         pieces: list[Piece],
-    ) -> Chunk:
-        """The chunk of `pieces`; `numbers` are the segments that `records` is for."""
+    ) -> MicroBatch:
+        """The micro-batch of `pieces`; `numbers` are the segments that `blocks` is for."""
         parts, ids, ends = [], [], []
         for piece in pieces:
             segment = self._segments[piece.segment]
@@ -160,7 +160,7 @@ class Segments:
         positions = [list(range(part.start, part.stop)) for part in parts]
         kv: MicroBatchKV
         if self._limits.gathered:
-            gathered = kv = GatheredKV(records, parts, rows)
+            gathered = kv = GatheredKV(blocks, parts, rows)
             recording = recorder.record(
                 torch.tensor(ends),
                 inputs_embeds=embedded(torch.tensor(ids)),
@@ -170,7 +170,7 @@ class Segments:
                 use_cache=True,
             )
         else:
-            kv = PackedKV(records, parts, rows)
+            kv = PackedKV(blocks, parts, rows)
             lasts = [end for part, end in zip(parts, ends, strict=True) for _ in range(part.count)]
             with self._packing():
                 recording = recorder.record(
@@ -182,14 +182,14 @@ class Segments:
                     use_cache=True,
                 )
         self._plan.append(pieces)
-        return Chunk(recording.hidden, recording.calls, len(self._plan) - 1, kv)
+        return MicroBatch(recording.hidden, recording.calls, len(self._plan) - 1, kv)
 
-    def finish(self, recorder: Recorder, units: Sequence[Unit]) -> tuple[torch.Tensor, ...]:
+    def finish(self, recorder: Recorder, groups: Sequence[Group]) -> tuple[torch.Tensor, ...]:
         """Hands logits over; returns none."""
         wanted: list[tuple[int, int, torch.Tensor]] = []
-        for unit in units:
-            for chunk in unit.chunks:
-                wanted += self._wanted(chunk)
+        for group in groups:
+            for micro_batch in group.micro_batches:
+                wanted += self._wanted(micro_batch)
         for step in _steps(wanted, self._head_rows):
             logits = recorder.replay(torch.cat([hidden for _, _, hidden in step])[None])[0]
             row = 0
@@ -198,12 +198,12 @@ class Segments:
                 row += len(hidden)
         return ()
 
-    def _wanted(self, chunk: Chunk) -> list[tuple[int, int, torch.Tensor]]:
+    def _wanted(self, micro_batch: MicroBatch) -> list[tuple[int, int, torch.Tensor]]:
         """(segment, index among its kept positions, hidden states [rows, hidden]) of what needs logits."""
         found, token = [], 0
-        for row, piece in enumerate(self._plan[chunk.number]):
+        for row, piece in enumerate(self._plan[micro_batch.number]):
             segment = self._segments[piece.segment]
-            hidden = chunk.hidden[row] if self._limits.gathered else chunk.hidden[0, token:]
+            hidden = micro_batch.hidden[row] if self._limits.gathered else micro_batch.hidden[0, token:]
             token += piece.stop - piece.start
             first = len(segment.input_ids) - segment.keep
             start = max(piece.start, first)

@@ -1,9 +1,9 @@
-"""What a pass computes, in the form the engine takes: chunks of rows that go through every block together.
+"""What a pass computes, in the form the engine takes: micro-batches of rows that go through every block together.
 
-    Work.ids -> embedding rows read -> Work.record -> units of chunks -> layers -> Work.finish
+    Work.ids -> embedding rows read -> Work.record -> groups of micro-batches -> layers -> Work.finish
 
-Two kinds: `Segments` (`segments.py`), tokens of many sequences over the paged cache, and `MicroBatches`
-(`micro_batch.py`), what transformers' own `generate` passes, over whatever cache it brings.
+Two kinds: `Segments` (`segments.py`), tokens of many sequences over the paged cache, and `ForwardWork`
+(`forward.py`), what transformers' own `generate` passes, over whatever cache it brings.
 """
 
 from collections.abc import Sequence
@@ -18,23 +18,23 @@ from tiered.model.record import LayerCall, Recorder
 
 
 @dataclass(eq=False)
-class Chunk:
+class MicroBatch:
     """Rows on their way through the layers."""
 
     hidden: torch.Tensor  # [rows, tokens, hidden]
     calls: tuple[LayerCall, ...]
     number: int
-    """Of what it is a part of: a micro-batch, or a chunk of the plan."""
+    """Of the forward it is a part of, or among all micro-batches of the pass."""
     kv: MicroBatchKV | None = None
     """Its view of the paged cache; None where the calls hold a cache of their own."""
 
 
 @dataclass(frozen=True, eq=False)
-class Unit:
-    """Chunks that compute one after the other with the same records of the cache in memory."""
+class Group:
+    """Micro-batches that compute one after the other with the same KV blocks in memory."""
 
-    chunks: tuple[Chunk, ...]
-    records: LentBlocks | None = None
+    micro_batches: tuple[MicroBatch, ...]
+    blocks: LentBlocks | None = None
 
 
 class Embedded:
@@ -55,10 +55,10 @@ class Work(Protocol):
     def ids(self) -> list[int]:
         """The distinct token ids, ascending."""
 
-    def record(self, recorder: Recorder, embedded: Embedded) -> list[Unit]:
-        """The chunks, ready for the first layer. In the compute thread."""
+    def record(self, recorder: Recorder, embedded: Embedded) -> list[Group]:
+        """The micro-batches, ready for the first layer. In the compute thread."""
 
-    def finish(self, recorder: Recorder, units: Sequence[Unit]) -> tuple[torch.Tensor, ...]:
+    def finish(self, recorder: Recorder, groups: Sequence[Group]) -> tuple[torch.Tensor, ...]:
         """What is left after the last layer, with the head's weights lent. In the compute thread."""
 
     def commit(self) -> None:

@@ -1,8 +1,8 @@
 """The KV cache's pages between disk and computation: read ahead, written behind, in the order of the computation.
 
     in the loop                                          in the thread that computes
-    feed task: for each layer, each unit of a pass:      begin()   a pass begins, with these units
-      find memory in the ring (waiting until it is       lend()    the next unit's records, once they are read;
+    feed task: for each layer, each group of a pass:      begin()   a pass begins, with these groups
+      find memory in the ring (waiting until it is       lend()    the next group's blocks, once they are read;
       free), wait for writes of the same layer that                then the pages that it has completed are
       an earlier pass began, start the reads                       written, and its memory is free again
 
@@ -33,7 +33,7 @@ from tiered.trace import Tracer
 
 @dataclass(eq=False)
 class _Lent:
-    """A unit's memory for one layer."""
+    """A group's memory for one layer."""
 
     span: RingSpan | None
     """None where nothing is read and nothing will be completed."""
@@ -41,18 +41,18 @@ class _Lent:
 
 
 class KVStream:
-    """Moves records between `spill` and `ring`, for `layers` layers. An async context manager; leaving it ends all I/O.
+    """Moves blocks between `spill` and `ring`, for `layers` layers. An async context manager; leaving it ends all I/O.
 
-    `ring` holds the largest unit's records of a layer at least; several times that to read ahead. Once `cancel` is
+    `ring` holds the largest group's blocks of a layer at least; several times that to read ahead. Once `cancel` is
     set, whoever waits is woken.
     """
 
     def __init__(self, spill: SpillFile, ring: Slab, layers: int, trace: Tracer, cancel: CancelFlag) -> None:
         self._spill, self._slab, self._layers = spill, ring, layers
-        self._read_units: Handover[_Lent] = Handover(cancel, trace)
+        self._read_groups: Handover[_Lent] = Handover(cancel, trace)
         self._next = 0
-        """Number of the unit that is lent next in this pass, layer by layer; the computing thread's."""
-        self._units: tuple[LentBlocks, ...] = ()
+        """Number of the group that is lent next in this pass, layer by layer; the computing thread's."""
+        self._groups: tuple[LentBlocks, ...] = ()
         self._ring = Ring(ring.nbytes)
         self._lent: deque[_Lent] = deque()
         """Those that have been fed and not taken back."""
@@ -79,13 +79,13 @@ class KVStream:
     @property
     def wait_seconds(self) -> float:
         """Seconds the computation has waited for pages."""
-        return self._read_units.wait_seconds
+        return self._read_groups.wait_seconds
 
     @contextlib.contextmanager
-    def serving(self, units: Sequence[LentBlocks]) -> Iterator[None]:
-        """A pass, whose layers will ask for the records of `units` in this order. After it nothing is read any more;
+    def serving(self, groups: Sequence[LentBlocks]) -> Iterator[None]:
+        """A pass, whose layers will ask for the blocks of `groups` in this order. After it nothing is read any more;
         writes go on."""
-        self._next, self._units = 0, tuple(units)
+        self._next, self._groups = 0, tuple(groups)
         self._loop.call_soon_threadsafe(self._begin)
         try:
             yield
@@ -93,30 +93,32 @@ class KVStream:
             run_in(self._loop, self._end())
 
     @contextlib.contextmanager
-    def lend(self, records: LentBlocks, layer: int) -> Iterator[None]:
-        """Lend the records of `layer` to those that share them. Raises what reading or earlier writing raised.
+    def lend(self, blocks: LentBlocks, layer: int) -> Iterator[None]:
+        """Lend the blocks of `layer` to those that share them. Raises what reading or earlier writing raised.
 
         Where the context ends well, what has been completed in it is written, behind.
         """
         number = self._next
-        expected = self._units[number % len(self._units)]
-        assert (records, layer) == (expected, number // len(self._units)), "units come in the order they were announced"
-        lent = self._read_units.take(number, f"kv of layer {layer}")
+        expected = self._groups[number % len(self._groups)]
+        assert (blocks, layer) == (expected, number // len(self._groups)), (
+            "groups come in the order they were announced"
+        )
+        lent = self._read_groups.take(number, f"kv of layer {layer}")
         self._next += 1
-        records.lend(layer, self._memory(lent.span))
+        blocks.lend(layer, self._memory(lent.span))
         yield
-        records.take_back(layer)
-        extents = records.map_of(layer).writes(layer) if lent.span is not None else []
+        blocks.take_back(layer)
+        extents = blocks.map_of(layer).writes(layer) if lent.span is not None else []
         self._loop.call_soon_threadsafe(self._store, lent, layer, extents)
 
     # In the loop.
 
     def _begin(self) -> None:
         assert self._feed is None or self._feed.done(), "one pass at a time"
-        self._feed = self._task(self._feed_pass(self._units))
+        self._feed = self._task(self._feed_pass(self._groups))
 
     def _store(self, lent: _Lent, layer: int, extents: Sequence[Extent]) -> None:
-        """Write what a unit has completed in `layer`; then its memory is free again."""
+        """Write what a group has completed in `layer`; then its memory is free again."""
         self._lent.remove(lent)
         if lent.span is None:
             return
@@ -134,18 +136,18 @@ class KVStream:
             lent.read.cancel()
             if lent.span is not None:
                 self._give_back(lent.span, lent.read)
-        self._read_units.clear()
+        self._read_groups.clear()
 
-    async def _feed_pass(self, units: tuple[LentBlocks, ...]) -> None:
-        for number in range(self._layers * len(units)):
-            layer, unit = divmod(number, len(units))
+    async def _feed_pass(self, groups: tuple[LentBlocks, ...]) -> None:
+        for number in range(self._layers * len(groups)):
+            layer, group = divmod(number, len(groups))
             try:
-                if unit == 0:
+                if group == 0:
                     await self._await_writes(layer)
-                await self._start(number, units[unit], layer)
+                await self._start(number, groups[group], layer)
             except Exception as error:
                 # A feed that dies silently would leave the computation waiting for ever.
-                self._read_units.put(number, error)
+                self._read_groups.put(number, error)
                 return
 
     async def _await_writes(self, layer: int) -> None:
@@ -158,9 +160,9 @@ class KVStream:
             for write in writes:
                 write.result()
 
-    async def _start(self, number: int, records: LentBlocks, layer: int) -> None:
-        """Find memory for a unit's records and start their reads."""
-        places = records.map_of(layer)
+    async def _start(self, number: int, blocks: LentBlocks, layer: int) -> None:
+        """Find memory for a group's blocks and start their reads."""
+        places = blocks.map_of(layer)
         span = await self._ring.borrow(places.lent_nbytes) if places.lent_nbytes else None
         extents = places.reads(layer) if span is not None else []
         lent = _Lent(span, self._task(self._read(span, extents)))
@@ -168,10 +170,10 @@ class KVStream:
         lent.read.add_done_callback(lambda read: self._note_read(number, lent))
 
     def _note_read(self, number: int, lent: _Lent) -> None:
-        """A unit's reads have ended; what a pass has left behind is nobody's."""
+        """A group's reads have ended; what a pass has left behind is nobody's."""
         if lent in self._lent and not lent.read.cancelled():
             error = lent.read.exception()
-            self._read_units.put(number, error if isinstance(error, Exception) else lent)
+            self._read_groups.put(number, error if isinstance(error, Exception) else lent)
 
     async def _read(self, span: RingSpan | None, extents: Sequence[Extent]) -> None:
         await all_of(self._spill.read(extent.offset, self._part(span, extent)) for extent in extents)

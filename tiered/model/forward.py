@@ -1,7 +1,7 @@
-"""Micro-batches: rows of equal length that share a cache of transformers' kind. What the Hugging Face facade runs.
+"""Forwards of the Hugging Face facade: rows of equal length that share a cache of transformers' kind.
 
-A prompt may pass through each block in several chunks of tokens, one behind the other: a chunk finds the keys of the
-earlier ones in the cache. So a long prompt costs one pass, and activations stay small.
+A prompt may pass through each block in several micro-batches, one behind the other: each finds the keys of the earlier
+ones in the cache. So a long prompt costs one pass, and activations stay small.
 """
 
 from collections.abc import Sequence
@@ -14,11 +14,11 @@ from transformers.cache_utils import Cache
 from tiered.cache import PositionCache
 from tiered.errors import ConfigError
 from tiered.model.record import LayerCall, Recorder
-from tiered.model.work import Chunk, Embedded, Unit
+from tiered.model.work import Embedded, Group, MicroBatch
 
 
 @dataclass(frozen=True, eq=False)
-class MicroBatch:
+class ForwardBatch:
     """Rows that are computed together and share a cache."""
 
     input_ids: torch.Tensor  # [rows, tokens]
@@ -30,35 +30,35 @@ class MicroBatch:
     """How many of the last positions need logits (0: all), or which."""
 
 
-class MicroBatches:
+class ForwardWork:
     """A pass over `batch`; its result is logits [rows, kept, vocab] per micro-batch."""
 
-    def __init__(self, batch: Sequence[MicroBatch], rows_per_chunk: int, layers: int) -> None:
-        self._batch, self._rows_per_chunk, self._layers = batch, rows_per_chunk, layers
+    def __init__(self, batch: Sequence[ForwardBatch], rows_per_micro_batch: int, layers: int) -> None:
+        self._batch, self._rows_per_micro_batch, self._layers = batch, rows_per_micro_batch, layers
 
     @property
     def ids(self) -> list[int]:
-        return sorted({int(i) for micro_batch in self._batch for i in micro_batch.input_ids.unique()})
+        return sorted({int(i) for batch in self._batch for i in batch.input_ids.unique()})
 
-    def record(self, recorder: Recorder, embedded: Embedded) -> list[Unit]:
-        chunks = []
-        for number, micro_batch in enumerate(self._batch):
-            count, tokens = micro_batch.input_ids.shape
-            step = max(1, self._rows_per_chunk // count)
-            past = int(micro_batch.cache.get_seq_length())
+    def record(self, recorder: Recorder, embedded: Embedded) -> list[Group]:
+        micro_batches = []
+        for number, batch in enumerate(self._batch):
+            count, tokens = batch.input_ids.shape
+            step = max(1, self._rows_per_micro_batch // count)
+            past = int(batch.cache.get_seq_length())
             for start in range(0, tokens, step):
                 stop = min(start + step, tokens)
-                inputs = embedded(micro_batch.input_ids[:, start:stop])
-                hidden, calls = self._record_chunk(recorder, micro_batch, inputs, past, start, stop)
-                chunks.append(Chunk(hidden, calls, number))
-        return [Unit(tuple(chunks))]
+                inputs = embedded(batch.input_ids[:, start:stop])
+                hidden, calls = self._record_micro_batch(recorder, batch, inputs, past, start, stop)
+                micro_batches.append(MicroBatch(hidden, calls, number))
+        return [Group(tuple(micro_batches))]
 
-    def _record_chunk(
-        self, recorder: Recorder, batch: MicroBatch, embedded: torch.Tensor, past: int, start: int, stop: int
+    def _record_micro_batch(
+        self, recorder: Recorder, batch: ForwardBatch, embedded: torch.Tensor, past: int, start: int, stop: int
     ) -> tuple[torch.Tensor, tuple[LayerCall, ...]]:
         """Hidden states that enter layer 0 and the layers' arguments, for tokens start..stop of `batch`."""
         whole = stop - start == batch.input_ids.shape[1]
-        # Later chunks are recorded before the earlier ones have filled the cache, so a stand-in tells the lengths.
+        # All are recorded before the first one has filled the cache, so a stand-in tells the lengths.
         cache = batch.cache if whole else PositionCache(past + start, self._layers)
         position_ids = batch.position_ids
         recording = recorder.record(
@@ -75,14 +75,14 @@ class MicroBatches:
         calls = tuple(_with_cache(call, cache, batch.cache) for call in recording.calls)
         return recording.hidden, calls
 
-    def finish(self, recorder: Recorder, units: Sequence[Unit]) -> tuple[torch.Tensor, ...]:
-        chunks = [chunk for unit in units for chunk in unit.chunks]
+    def finish(self, recorder: Recorder, groups: Sequence[Group]) -> tuple[torch.Tensor, ...]:
+        micro_batches = [micro_batch for group in groups for micro_batch in group.micro_batches]
         logits = []
-        for number, micro_batch in enumerate(self._batch):
-            parts = [chunk.hidden for chunk in chunks if chunk.number == number]
+        for number, batch in enumerate(self._batch):
+            parts = [micro_batch.hidden for micro_batch in micro_batches if micro_batch.number == number]
             whole = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
-            hidden = keep_positions(whole, micro_batch.logits_to_keep)
-            step = max(1, self._rows_per_chunk // hidden.shape[0])
+            hidden = keep_positions(whole, batch.logits_to_keep)
+            step = max(1, self._rows_per_micro_batch // hidden.shape[0])
             pieces = [recorder.replay(part) for part in hidden.split(step, dim=1)]
             logits.append(torch.cat(pieces, dim=1) if len(pieces) > 1 else pieces[0])
         return tuple(logits)
@@ -109,7 +109,7 @@ def keep_positions(hidden: torch.Tensor, logits_to_keep: int | torch.Tensor) -> 
     return hidden[:, index]
 
 
-def _last_positions(batch: MicroBatch, past: int) -> torch.Tensor:
+def _last_positions(batch: ForwardBatch, past: int) -> torch.Tensor:
     """Where the texts of `batch` end so far: [rows], or [1] where positions are just counted."""
     if batch.position_ids is None:
         return torch.tensor([past + batch.input_ids.shape[1] - 1])
