@@ -7,6 +7,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -266,13 +267,16 @@ def emptied(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, int]]:
     return left
 
 
-def streaming(store: Path, **fields: Any) -> Runtime:
+def streaming(store: Path, disk: Disk | None = None, **fields: Any) -> Runtime:
     """A runtime that streams most of the store in every pass."""
     opened, workload = Store.open(store), Workload(1, 16, 8)
     options = replace(Options(dtype="float32", threads=1), **fields)
     with pytest.raises(BudgetError) as refused, Runtime(opened, workload, replace(options, ram=1 << 20)):
         pass
-    return Runtime(opened, workload, replace(options, ram=refused.value.smallest_bytes))
+    runtime = Runtime(opened, workload, replace(options, ram=refused.value.smallest_bytes))
+    if disk is not None:
+        runtime._preadv = disk
+    return runtime
 
 
 def threads_of_ours() -> list[str]:
@@ -293,7 +297,7 @@ def test_a_failed_read_ends_the_run_by_name(
 ) -> None:
     disk = Disk(at, fail_with(errno.EIO))
     with (
-        streaming(original, preadv=disk, prefetch=prefetch) as runtime,
+        streaming(original, disk, prefetch=prefetch) as runtime,
         pytest.raises(ReadError, match=r"\.safetensors: read of .* failed: Input/output error \(EIO\); check the disk"),
     ):
         run_greedy(runtime, PROMPT, STEPS)
@@ -309,9 +313,10 @@ def test_after_a_passing_failure_the_runtime_can_be_used_again(
 ) -> None:
     # Three calls fail: reads of several blocks, which are under way together.
     disk = Disk(at, fail_with(errno.EIO), every=1)
-    runtime = streaming(original, preadv=disk)
+    runtime = streaming(original, disk)
     if resident:
         runtime = Runtime(runtime.store, runtime.workload, replace(runtime.options, ram=None))
+        runtime._preadv = disk
     with runtime:
         with pytest.raises(ReadError):
             run_greedy(runtime, PROMPT, STEPS)
@@ -337,7 +342,7 @@ def test_reads_that_come_short_or_have_to_be_repeated_give_the_same_tokens(
     trouble: Callable[[int, Sequence[memoryview], int, int], int],
     every: int,
 ) -> None:
-    with streaming(original, preadv=Disk(4, trouble, every)) as runtime:
+    with streaming(original, Disk(4, trouble, every)) as runtime:
         assert run_greedy(runtime, PROMPT, STEPS).tokens == expected
 
 
@@ -347,7 +352,7 @@ def test_a_store_that_is_truncated_while_running(store: Path, emptied: list[dict
         return os.preadv(fd, buffers, offset, flags)
 
     with (
-        streaming(store, preadv=Disk(25, cut)) as runtime,
+        streaming(store, Disk(25, cut)) as runtime,
         pytest.raises(StoreError, match=r"layer-003\.safetensors: ends at byte 65,536, expected .* convert"),
     ):
         run_greedy(runtime, PROMPT, STEPS)
@@ -369,20 +374,20 @@ def test_bytes_that_change_after_they_were_found_good_are_found_where_always_is_
         return os.preadv(fd, buffers, offset, flags)
 
     words = ("--verify", "always", "--ram", smallest_ram(generate(store, "--ram", "1MiB").err))
-    with mock.patch("tiered.cli.run_request.Options", with_disk(Disk(25, damage, 10**9))):
+    with with_disk(Disk(25, damage, 10**9)):
         assert_refused(generate(store, *words), LAYER, "is corrupt")
 
 
-def with_disk(disk: Disk) -> Callable[..., Options]:
-    """Options whose reads go through `disk`."""
-    return lambda **fields: Options(**fields, preadv=disk)
+def with_disk(disk: Disk) -> AbstractContextManager[object]:
+    """Runtimes read through `disk` meanwhile."""
+    return mock.patch.object(Runtime, "_preadv", staticmethod(disk))
 
 
 @pytest.mark.parametrize("at", [0, 5, 30])
 def test_the_command_ends_with_1_on_a_failed_read(original: Path, at: int) -> None:
     words = ("--ram", smallest_ram(generate(original, "--ram", "1MiB").err))
     began = time.monotonic()
-    with mock.patch("tiered.cli.run_request.Options", with_disk(Disk(at, fail_with(errno.EIO)))):
+    with with_disk(Disk(at, fail_with(errno.EIO))):
         done = generate(original, *words)
     assert done.code == 1
     assert done.err.startswith("tiered: ") and done.err.count("\n") == 1, done.err

@@ -153,12 +153,15 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     return Store.open(make_store(tmp_path_factory.mktemp("interrupt")))
 
 
-def streaming(store: Store, **fields: Any) -> Runtime:
+def streaming(store: Store, disk: SlowDisk | None = None, **fields: Any) -> Runtime:
     """A runtime that streams most of the store in every pass."""
     workload, options = Workload(1, 112, 8), {"dtype": "float32", "threads": 1, **fields}
     with pytest.raises(BudgetError) as refused, Runtime(store, workload, Options(ram=1 << 20, **options)):
         pass
-    return Runtime(store, workload, Options(ram=refused.value.smallest_bytes, **options))
+    runtime = Runtime(store, workload, Options(ram=refused.value.smallest_bytes, **options))
+    if disk is not None:
+        runtime._preadv = disk
+    return runtime
 
 
 @contextlib.contextmanager
@@ -187,7 +190,7 @@ def test_the_runtime_can_be_used_again_after_ctrl_c(
     store: Store, expected: Sequence[Sequence[int]], milliseconds: int, prefetch: int | None
 ) -> None:
     # The computation waits for the disk nearly all the time, or reads and computes in turn.
-    with streaming(store, preadv=SlowDisk(0.01), prefetch=prefetch) as runtime:
+    with streaming(store, disk=SlowDisk(0.01), prefetch=prefetch) as runtime:
         runtime.start_streaming()
         for _ in range(2):
             began = time.monotonic()
@@ -204,7 +207,7 @@ def test_the_runtime_can_be_used_again_after_ctrl_c(
 def test_ctrl_c_while_tables_are_read_leaves_the_runtime_usable(
     store: Store, expected: Sequence[Sequence[int]]
 ) -> None:
-    with streaming(store, preadv=SlowDisk(0.2)) as runtime:
+    with streaming(store, disk=SlowDisk(0.2)) as runtime:
         with pytest.raises(KeyboardInterrupt), ctrl_c_after(0.05):
             runtime.start_streaming()
         assert run_greedy(runtime, PROMPT, 2).tokens[0] == expected[0][:2]
@@ -213,7 +216,7 @@ def test_ctrl_c_while_tables_are_read_leaves_the_runtime_usable(
 def test_ctrl_c_while_tables_are_read_and_leaving_at_once_ends_every_thread(
     store: Store, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with pytest.raises(KeyboardInterrupt), streaming(store, preadv=SlowDisk(0.2)) as runtime, ctrl_c_after(0.05):
+    with pytest.raises(KeyboardInterrupt), streaming(store, disk=SlowDisk(0.2)) as runtime, ctrl_c_after(0.05):
         runtime.start_streaming()
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("tiered")]
     assert runtime._memory.arena.in_use == {}
@@ -223,7 +226,7 @@ def test_ctrl_c_while_tables_are_read_and_leaving_at_once_ends_every_thread(
 def test_a_pass_that_another_thread_cancels_ends_as_interrupted(
     store: Store, expected: Sequence[Sequence[int]]
 ) -> None:
-    with streaming(store, preadv=SlowDisk(0.01)) as runtime:
+    with streaming(store, disk=SlowDisk(0.01)) as runtime:
         timer = threading.Timer(0.2, runtime.host.cancel.set)
         timer.start()
         with pytest.raises(InterruptedRun):

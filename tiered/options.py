@@ -7,7 +7,7 @@ import torch
 from transformers import PretrainedConfig
 
 from tiered.errors import ConfigError
-from tiered.io import Faults, ReadMode, VerifyPolicy
+from tiered.io import ReadMode, VerifyPolicy
 from tiered.kernels import Mode
 from tiered.plan import Bits, KVTier, Tier
 
@@ -35,7 +35,6 @@ class Options:
     kernel_mode: Mode = Mode.INVARIANT
     keep_spans: bool = False
     read_mode: ReadMode | None = None
-    preadv: Faults | None = None
 
     def __post_init__(self) -> None:
         for name, value in (("ram", self.ram), ("threads", self.threads), ("micro-batch", self.rows_per_chunk)):

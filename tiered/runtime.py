@@ -7,6 +7,7 @@ caller's thread only waits, with a timeout, so that signals reach it.
 import asyncio
 import contextlib
 import functools
+import os
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from tiered.arch import build_skeleton, load_config
 from tiered.cache import KVPool, SequenceKV
 from tiered.errors import ConfigError
 from tiered.host import PROCESS, Host, Member, wait_for
-from tiered.io import Arena, ChunkVerifier, DiskReader, ReadMode, Slab, SpillFile, probe_mode
+from tiered.io import Arena, ChunkVerifier, DiskReader, Faults, ReadMode, Slab, SpillFile, probe_mode
 from tiered.kernels import Kernels, scratch_nbytes
 from tiered.model import (
     BoundModel,
@@ -91,6 +92,9 @@ class Runtime:
 
     Any thread may ask for a pass: they wait for each other. Leaving ends the pass that another thread waits for.
     """
+
+    _preadv: Faults = staticmethod(os.preadv)
+    """What blocks are read with; tests put faults in its place."""
 
     def __init__(
         self,
@@ -169,10 +173,9 @@ class Runtime:
         member.planned_nbytes = self.plan.nbytes
         self._memory = self._open_memory(stack)
         verifier = ChunkVerifier(self.options.verify, self.host.trace, self.store.path)
-        preadv = {"preadv": self.options.preadv} if self.options.preadv is not None else {}
         mode, clock = self.options.read_mode, self.host.clock
         self.reader = stack.enter_context(
-            DiskReader(self.store.path, verifier, self.host.trace, READ_THREADS, mode, clock=clock, **preadv)
+            DiskReader(self.store.path, verifier, self.host.trace, READ_THREADS, mode, clock=clock, preadv=self._preadv)
         )
         embedding = EmbeddingRows(self.store, self.reader, verifier, self._memory.staging)
         self.engine = Engine(made.model, made.recorder, embedding, self.host.cancel, self.host.trace)

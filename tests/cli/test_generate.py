@@ -417,7 +417,8 @@ def test_a_budget_that_cannot_work_is_refused_before_anything_is_read(store: Pat
         reads += 1
         raise AssertionError("nothing is to be read")
 
-    runtime = Runtime(Store.open(store), Workload(), Options(ram=64 * MIB, preadv=count))
+    runtime = Runtime(Store.open(store), Workload(), Options(ram=64 * MIB))
+    runtime._preadv = count
     with pytest.raises(BudgetError, match="too small"), runtime:
         pass
     assert reads == 0
