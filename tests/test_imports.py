@@ -35,12 +35,13 @@ RANKS: Final = {
     "generate": 7,
     "options": 7,
     "host": 7,
-    "runtime": 8,
-    "api": 9,
-    "bench": 9,
-    "jobs": 9,
-    "serve": 9,
-    "cli": 10,
+    "memory": 8,
+    "runtime": 9,
+    "api": 10,
+    "bench": 10,
+    "jobs": 10,
+    "serve": 10,
+    "cli": 11,
 }
 # Data that ships with the package, no module.
 NO_MODULES: Final = {"configs", "__pycache__"}

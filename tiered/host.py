@@ -68,6 +68,8 @@ class Host:
             self.attention: KernelAttention = stack.enter_context(registered_attention(self.kernels))
             self._compute = ThreadPoolExecutor(1, thread_name_prefix="tiered-compute")
             stack.callback(self._compute.shutdown, wait=True)
+            # Its thread starts now: an interrupt while it does would leave a pool with two of them.
+            self._compute.submit(lambda: None).result()
             self._resources = stack.pop_all()
         return self
 

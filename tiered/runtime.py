@@ -9,7 +9,7 @@ import contextlib
 import functools
 import os
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Self
@@ -17,11 +17,12 @@ from typing import Final, Self
 import torch
 
 from tiered.arch import build_skeleton, load_config
-from tiered.cache import KVPool, SequenceKV
+from tiered.cache import SequenceKV
 from tiered.errors import ConfigError
 from tiered.host import PROCESS, Host, Member, wait_for
-from tiered.io import Arena, ChunkVerifier, DiskReader, Faults, ReadMode, Slab, SpillFile, probe_mode
+from tiered.io import ChunkVerifier, DiskReader, Faults, ReadMode, probe_mode
 from tiered.kernels import Kernels, scratch_nbytes
+from tiered.memory import open_memory
 from tiered.model import (
     BoundModel,
     Engine,
@@ -44,15 +45,13 @@ from tiered.model import (
 )
 from tiered.options import Options, compute_dtype
 from tiered.plan import Budgets, Machine, ModelShape, Plan, Rate, Workload, make_plan, process_rss_bytes, rates_wanted
-from tiered.store import CHUNK_NBYTES, PAGE, BlockInfo, Store
+from tiered.store import BlockInfo, Store
 from tiered.stream import EmbeddingRows, KVStream, Streamer, Streams, StreamThread
 
 __all__ = ["READ_THREADS", "Options", "Runtime", "compute_dtype", "measure_inputs"]
 
 READ_THREADS: Final = 16
 """Reads of weights in flight."""
-SPILL_THREADS: Final = 8
-"""Transfers of a KV cache on disk in flight, beside those of weights."""
 
 MeasureMachine = Callable[[Store, Kernels, ModelShape, Machine, Collection[Rate]], Machine]
 """The machine with the rates that are wanted: a runtime that is to choose its batch size is given one."""
@@ -67,21 +66,6 @@ class _Prepared:
     recorder: Recorder
     shape: ModelShape
     machine: Machine
-
-
-@dataclass(frozen=True, eq=False)
-class _Memory:
-    """Everything large, as long as the runtime lives: slabs of one arena, and the KV cache's file."""
-
-    arena: Arena
-    pool: KVPool
-    kv_ring: Slab | None
-    spill: SpillFile | None
-    staging: Slab
-    side: Slab | None
-    """Scales and zeros of the embedding."""
-    ring: Slab | None
-    resident: Mapping[int, Slab]
 
 
 class Runtime:
@@ -171,7 +155,7 @@ class Runtime:
         made = _prepare(self.store, self.options, self.host)
         self.plan = self._choose_plan(made, member, before)
         member.planned_nbytes = self.plan.nbytes
-        self._memory = self._open_memory(stack)
+        self._memory = stack.enter_context(open_memory(self.store, self.plan, self.options, self.host))
         verifier = ChunkVerifier(self.options.verify, self.host.trace, self.store.path)
         mode, clock = self.options.read_mode, self.host.clock
         self.reader = stack.enter_context(
@@ -192,43 +176,12 @@ class Runtime:
             budgets = _budgets(self.options, member, before)
         return make_plan(made.shape, machine, self.workload, budgets)
 
-    def _open_memory(self, stack: contextlib.ExitStack) -> _Memory:
-        plan = self.plan
-        placement, cache = plan.placement, plan.cache
-        total = placement.nbytes + CHUNK_NBYTES + plan.side_nbytes + plan.needs.kv + PAGE * (len(self.store.tape) + 8)
-        arena = stack.enter_context(Arena(total))
-
-        def keep(nbytes: int, label: str) -> Slab:
-            slab = arena.borrow(nbytes, label)
-            stack.callback(arena.release, slab)
-            return slab
-
-        pool = KVPool(cache, keep(cache.pool_nbytes, "kv").tensor())
-        spill = None
-        if cache.on_disk:
-            folder, host = self.options.kv_folder or self.store.path, self.host
-            spill = stack.enter_context(
-                SpillFile(folder, cache.blocks_nbytes, SPILL_THREADS, host.trace, clock=host.clock)
-            )
-        return _Memory(
-            arena,
-            pool,
-            kv_ring=keep(cache.ring_nbytes, "kv ring") if cache.on_disk else None,
-            spill=spill,
-            staging=keep(CHUNK_NBYTES, "staging"),
-            side=keep(plan.side_nbytes, "embedding scales") if plan.side_nbytes else None,
-            ring=keep(placement.ring_nbytes, "ring") if placement.ring_nbytes else None,
-            resident={p: keep(plan.tape_sizes[p], "resident") for p in sorted(placement.resident)},
-        )
-
     # What callers use.
 
     def scratch_memory(self) -> memoryview:
         """Memory of the plan that is unused while nothing streams: for measuring the disk within the budget."""
         assert self._streaming is None
-        memory = self._memory
-        slabs = [memory.staging, *([memory.ring] if memory.ring is not None else []), *memory.resident.values()]
-        return max(slabs, key=lambda slab: slab.nbytes).view
+        return self._memory.largest.view
 
     @property
     def vocab_size(self) -> int:
