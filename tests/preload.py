@@ -6,6 +6,6 @@ import os
 # As `tiered.cli.main` does, before what reads them is imported.
 os.environ.update(TOKENIZERS_PARALLELISM="false", TRANSFORMERS_VERBOSITY="error")
 
-for name in ("convert", "generation", "batch", "batch_run", "scoring", "screen"):
+for name in ("convert", "generate", "batch", "score", "texts"):
     importlib.import_module(f"tiered.cli.{name}")
 importlib.import_module("tests.warm")

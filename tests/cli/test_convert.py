@@ -1,14 +1,17 @@
 """`tiered convert` from the outside: exit codes, what it says, and where."""
 
+import io
+import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
 
 from tests.commands import Done, run_here
 from tests.convert.models import TRAINED
-from tiered.cli.convert import command, summary
+from tiered.cli import convert
+from tiered.cli.commands import convert as command
+from tiered.cli.convert import summary
 from tiered.convert import ConvertResult
 from tiered.errors import BudgetError, ConfigError, StoreError
 from tiered.store import Store
@@ -95,17 +98,20 @@ def test_the_summary_lists_what_stayed_unquantized_and_warnings() -> None:
     assert "warning: odd names" in text and "resumed: 2" in text and "4.00 bits per weight" in text
 
 
-def test_the_bar_shows_speed_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tiered.cli.convert import _Rate
-    from tiered.convert import ConvertProgress
+class Terminal(io.StringIO):
+    """Somewhere a person looks."""
 
-    clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr("time.perf_counter", lambda: clock.now)
-    rate = _Rate()
-    rate.describe(ConvertProgress("embed", 10**9, 5 * 10**9, 10**9))
-    clock.now = 2.0
-    text = rate.describe(ConvertProgress("layer-000", 3 * 10**9, 5 * 10**9, 10**9))
-    assert "1.00 GB/s" in text and "2.0 s left" in text
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_sees_one_line_that_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stderr", terminal)
+    convert.run("tiny-opt", tmp_path / "out", ram=None, group_size="64", synthetic=True)
+    shown = terminal.getvalue()
+    assert "%  embed  " in shown and " of " in shown and "\x1b" in shown and "\n" not in shown
 
 
 def test_options_for_the_hub_are_refused_for_a_folder(tmp_path: Path) -> None:

@@ -9,9 +9,9 @@ import pytest
 from click.testing import CliRunner
 
 import tiered.kernels.kernels
-from tiered.cli import kernel_examination
-from tiered.cli.doctor import command
-from tiered.cli.findings import Examination, Fact
+from tiered.cli import doctor_kernels
+from tiered.cli.commands import doctor as command
+from tiered.cli.doctor_findings import Examination, Fact
 from tiered.convert import ConvertOptions, convert_checkpoint
 from tiered.io import probe_mode
 from tiered.kernels import Level, Library, load_library
@@ -96,11 +96,11 @@ def test_the_kernels_in_use_are_named_with_their_library_and_speed(tmp_path: Pat
     found = doctor_json(tmp_path)
     kernels, best = found["kernels"], library.best_level()
     assert Path(kernels["library"]).is_file()
-    assert kernels["linear"] == kernel_examination.level_name(best)
+    assert kernels["linear"] == doctor_kernels.level_name(best)
     for rows in ("int4_1_row", "int4_64_rows"):
         assert kernels[rows]["bytes_per_second"] > 0
     for level in Level:
-        name = kernel_examination.level_name(level)
+        name = doctor_kernels.level_name(level)
         assert kernels[name] is (library.refusal(level) is None)
         off = [item for item in found["switched_off"] if item["feature"].removesuffix(" kernels") == name]
         assert len(off) == (level > best)
@@ -108,7 +108,7 @@ def test_the_kernels_in_use_are_named_with_their_library_and_speed(tmp_path: Pat
 
 def test_without_the_native_library_the_reason_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     why = "libtiered_kernels.so was not built: no C++ compiler"
-    monkeypatch.setattr(kernel_examination, "load_library", lambda: why)
+    monkeypatch.setattr(doctor_kernels, "load_library", lambda: why)
     monkeypatch.setattr(tiered.kernels.kernels, "load_library", lambda: why)
     text = doctor(tmp_path)
     assert f"torch reference; {why}" in text
@@ -135,7 +135,7 @@ def test_a_better_level_that_is_refused_is_switched_off_once(refusal: str, remed
             return refusal if level is Level.AMX else None
 
     found = Examination()
-    facts = {fact.label: fact for fact in kernel_examination.level_facts(found, Refusing(), Level.AVX512)}
+    facts = {fact.label: fact for fact in doctor_kernels.level_facts(found, Refusing(), Level.AVX512)}
     assert facts["AMX"].text == f"no: {refusal}"
     assert facts["AVX-512"].text == "in use" and facts["AVX2"].text == "can run"
     (off,) = found.off
@@ -143,7 +143,7 @@ def test_a_better_level_that_is_refused_is_switched_off_once(refusal: str, remed
 
     told = Examination()
     told.switch_off("AMX", "said by the section on the processor", "that section's remedy")
-    assert list(kernel_examination.level_facts(told, Refusing(), Level.AVX512)) == list(facts.values())
+    assert list(doctor_kernels.level_facts(told, Refusing(), Level.AVX512)) == list(facts.values())
     assert len(told.off) == 1
 
 

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from tests.commands import run_here
 from tests.plan.plans import plan_of
-from tiered.cli.inspect import command
+from tiered.cli.commands import inspect as command
 from tiered.convert import ConvertOptions, convert_checkpoint
 from tiered.errors import ConfigError, StoreError
 from tiered.plan import Needs

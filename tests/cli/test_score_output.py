@@ -1,4 +1,4 @@
-"""What a person sees of a scoring: progress over passes, tokens with their spaces, numbers that JSON can say."""
+"""What a person sees of a scoring: tokens with their spaces, numbers that JSON can say."""
 
 import json
 import math
@@ -12,19 +12,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from tests.commands import CHECKPOINT
 from tests.generate.tokenizers import byte_fallback, byte_level, cleaning, ids_of, metaspace
-from tiered.cli.score_output import PerTokenFile, Progress, Text, TokenTextReader, score_json, table
+from tiered.cli.score_output import PerTokenFile, Text, TokenTextReader, perplexity_so_far, score_json, table
 from tiered.errors import ModelError
 from tiered.generate.score import Tally, Window
-
-
-class Said:
-    """Stands for a status line."""
-
-    def __init__(self) -> None:
-        self.texts: list[str] = []
-
-    def say(self, text: str) -> None:
-        self.texts.append(text)
 
 
 def text_of(tokens: int, nats: float, nbytes: int = 100, name: str = "a.txt") -> Text:
@@ -38,32 +28,11 @@ def test_a_text_that_fails_more_than_once_keeps_its_first_error() -> None:
     assert text.error is first and text.tally == Tally()
 
 
-def test_progress_names_pass_block_time_left_and_what_was_found_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 0.0
-    monkeypatch.setattr("time.perf_counter", lambda: now)
-    status: Any = Said()
-    text = text_of(0, 0.0)
-    progress = Progress(status, 2, [text])
-    for _ in range(2):
-        for block in range(1, 5):
-            now += 10.0
-            progress.on_block(block, 4)
-        text.tally.add(torch.full((7,), -math.log(3)))
-    assert len(status.texts) == 8
-    assert status.texts[1] == "pass 1/2  block 2/4  1 min 00 s left"
-    assert status.texts[5] == "pass 2/2  block 2/4  20.0 s left  perplexity so far 3"
-    assert status.texts[7].startswith("pass 2/2  block 4/4  0 ms left")
-
-
-def test_progress_is_shown_ten_times_a_second_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 0.0
-    monkeypatch.setattr("time.perf_counter", lambda: now)
-    status: Any = Said()
-    progress = Progress(status, 1, [text_of(0, 0.0)])
-    for block in range(1, 101):
-        now += 0.01
-        progress.on_block(block, 100)
-    assert 5 <= len(status.texts) <= 10
+def test_the_perplexity_so_far_is_that_of_all_texts_once_something_is_scored() -> None:
+    texts = [text_of(0, 0.0), text_of(0, 0.0)]
+    assert perplexity_so_far(texts) is None
+    texts[1].tally.add(torch.full((7,), -math.log(3)))
+    assert perplexity_so_far(texts) == pytest.approx(3)
 
 
 LONG_TEXT = "To install  the package,\n    run this: naïve 世界 </s> — 😀 do n't ." * 4

@@ -21,6 +21,7 @@ import pytest
 
 from tests.commands import ROOT, TIERED, Done, make_store, run_apart, smallest_ram
 from tests.warm import WarmProcess, run_warm, tiered
+from tiered.cli.progress import PassProgress
 from tiered.cli.screen import StatusLine, TextWriter
 from tiered.units import MIB, parse_size
 
@@ -167,7 +168,7 @@ def test_text_between_status_lines_is_as_if_there_were_none(
     sequence = Growing()
     with (
         TextWriter([sequence], [""], terminal.stream) as writer,
-        StatusLine(lambda: 0, lambda: writer.at_edge, terminal.stream) as status,
+        StatusLine(lambda: writer.at_edge, terminal.stream) as status,
     ):
         for piece in pieces:
             status.say("block 1/2")
@@ -219,15 +220,15 @@ def test_the_front_text_streams_and_those_behind_wait(capsys: pytest.CaptureFixt
 
 
 def test_nothing_is_shown_where_there_is_no_screen(capsys: pytest.CaptureFixture[str]) -> None:
-    with StatusLine(lambda: 0) as status:
+    with StatusLine() as status:
         status.say("block 1/2")
-        status.on_block(1, 2)
+        PassProgress(status, lambda: 0).on_block(1, 2)
     assert capsys.readouterr() == ("", "")
 
 
 def test_a_dumb_terminal_gets_no_movements(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "dumb")
-    with StatusLine(lambda: 0, stream=terminal.stream) as status:
+    with StatusLine(stream=terminal.stream) as status:
         status.say("block 1/2")
     terminal.read()
     assert terminal.screen.visible == [""]
@@ -237,7 +238,7 @@ def test_a_warning_gets_a_line_of_its_own(terminal: Terminal) -> None:
     handler = logging.StreamHandler(terminal.stream)
     logging.getLogger().addHandler(handler)
     try:
-        with StatusLine(lambda: 0, stream=terminal.stream) as status:
+        with StatusLine(stream=terminal.stream) as status:
             status.say("reading")
             logging.getLogger("tiered.test").warning("no O_DIRECT here")
             status.say("block 1/2")
@@ -258,9 +259,9 @@ def test_tabs_move_to_the_next_stop_and_stay_on_the_line(terminal: Terminal) -> 
 
 
 def test_nothing_comes_after_the_end(terminal: Terminal) -> None:
-    with StatusLine(lambda: 0, stream=terminal.stream) as status:
+    with StatusLine(stream=terminal.stream) as status:
         status.say("block 1/2")
-    status.on_block(1, 2)
+    PassProgress(status, lambda: 0).on_block(1, 2)
     terminal.read()
     assert terminal.screen.visible == [""]
 

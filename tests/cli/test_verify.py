@@ -136,11 +136,12 @@ def test_json_counts_every_byte(store: Path) -> None:
 
 
 @pytest.mark.inputs("tiered/cli", "tiered/io")
-def test_a_terminal_sees_a_bar(store: Path) -> None:
+def test_a_terminal_sees_how_far_it_is(store: Path) -> None:
     own, theirs = pty.openpty()
     try:
         command = [sys.executable, "-m", "tiered", "verify", str(store)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=theirs, timeout=60)
+        environment = {**os.environ, "TERM": "xterm"}
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=theirs, timeout=60, env=environment)
         os.close(theirs)
         assert done.returncode == 0
         assert b"copy.tiered" in os.read(own, 1 << 16)

@@ -1,6 +1,8 @@
-"""The `tiered` command. Each subcommand is one file, imported only when it is asked for: torch takes seconds."""
+"""The `tiered` command: runs what was typed, and turns errors into messages and exit codes.
 
-import importlib
+`commands.py` says what can be typed; a command's own module is imported when it runs.
+"""
+
 import io
 import logging
 import os
@@ -11,51 +13,14 @@ from typing import Final, NoReturn
 
 import click
 
-from tiered.cli.failures import in_one_line, say
+from tiered.cli.commands import cli
+from tiered.cli.lines import in_one_line, say
 from tiered.errors import InterruptedRun, TieredError, named
 from tiered.process import end_streams, ignore_interrupts, open_streams
 
+__all__ = ["cli", "main"]
+
 _INTERRUPTED: Final = InterruptedRun.exit_code
-
-COMMANDS: Final = {
-    "convert": "Convert a checkpoint into a store of quantized blocks.",
-    "generate": "Generate text from a store, in less memory than it takes.",
-    "batch": "Answer a file of requests; killed and started again at will.",
-    "score": "Score texts: perplexity and a log-probability per token.",
-    "inspect": "Show what a store holds and what fits in which budget.",
-    "verify": "Test every checksum of a store, at disk speed.",
-    "doctor": "Show what this machine can do, what is switched off, and why.",
-}
-
-
-class _Commands(click.Group):
-    """A group whose commands are modules of `tiered.cli`, each with a `command`."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in COMMANDS:
-            return None
-        command = importlib.import_module(f"tiered.cli.{cmd_name}").command
-        assert isinstance(command, click.Command)
-        return command
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        # Without importing them: `tiered --help` answers at once.
-        with formatter.section("Commands"):
-            formatter.write_dl(list(COMMANDS.items()))
-
-
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="tiered", message="tiered %(version)s")
-def cli() -> None:
-    """Run language models that do not fit in memory, at the speed of the disk.
-
-    \b
-    tiered convert facebook/opt-6.7b        once: download, quantize, write opt-6.7b.tiered
-    tiered generate opt-6.7b.tiered -p Hi   as often as you like, in as little as a few GiB
-    """
 
 
 def main() -> NoReturn:

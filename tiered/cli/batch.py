@@ -1,44 +1,273 @@
-"""`tiered batch`: a file of requests in, a file of results out; killed and started again at will."""
+"""`tiered batch`, step by step: input, identity, results so far, passes, report."""
 
-import json
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Final
 
 import click
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from tiered.cli.run_options import kv_options, objective_option, run_options, stated_options
-
-_POSITIVE = click.IntRange(min=1)
-_FILE = click.Path(path_type=Path, dir_okay=False)
-
-
-@click.command("batch")
-@click.argument("store", type=click.Path(path_type=Path))
-@click.option("-i", "--input", "input_path", required=True, type=_FILE, help="Requests, one JSON object per line.")
-@click.option("-o", "--output", "output_path", required=True, type=_FILE, help="Where results are appended.")
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0, (1 << 64) - 1), help="For sampling.")
-@click.option(
-    "--max-tokens", default=128, show_default=True, type=_POSITIVE, help="Tokens to generate where a line says nothing."
+from tiered.arch import load_config
+from tiered.bench.rates import measure_machine
+from tiered.cli.lines import print_json
+from tiered.cli.measuring import measured
+from tiered.cli.progress import JobScreen
+from tiered.cli.run_request import RunRequest
+from tiered.errors import BudgetError, ConfigError
+from tiered.generate import Generation, Objective, Report, Sequence, generate, make_report
+from tiered.generate.tokenizer import load_generation_settings, load_tokenizer
+from tiered.jobs import (
+    Generate,
+    Identity,
+    Input,
+    Job,
+    JobFile,
+    Journal,
+    Label,
+    PromptEncoder,
+    job_path,
+    measure_input,
+    run_job,
+    scan_input,
+    store_fingerprint,
 )
-@click.option("--context", type=_POSITIVE, help="Tokens of the longest sequence. [default: as the input needs]")
-@click.option("--batch", type=_POSITIVE, help="Sequences that share a pass. [default: as time and memory allow]")
-@click.option("--micro-batch", type=_POSITIVE, help="Rows computed together. [default: as memory allows]")
-@objective_option("throughput")
-@kv_options
-@run_options("a text does not depend on what shares its batch")
-@click.option("--measure/--no-measure", default=True, help="Measure the raw disk bandwidth before and after.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object with the report.")
-def command(**options: Any) -> None:
-    """Answer all requests of a file with STORE, the folder that 'tiered convert' wrote.
+from tiered.jobs.input import open_input
+from tiered.kernels import Kernels, Mode
+from tiered.plan import MAX_BATCHED_TOKENS, Workload
+from tiered.runtime import Runtime, compute_dtype
+from tiered.store import Store
 
-    Lines are requests in OpenAI's batch format, for /v1/completions or /v1/chat/completions. Results are appended in
-    its result format as they are finished, in any order. The same command again goes on where an interrupted one has
-    stopped: what is done is kept, and the results are those of a run in one go. OUTPUT.job tells which job a result
-    file belongs to.
-    """
-    from tiered.cli.batch_options import BatchOptions
-    from tiered.cli.batch_run import run
+_ANY_LENGTH: Final = 1 << 31
+"""Positions of a model that names no limit."""
 
-    result = run(BatchOptions(**options, stated=stated_options()))
-    if options["as_json"]:
-        click.echo(json.dumps(result, indent=2, ensure_ascii=False))
+
+@dataclass(frozen=True, kw_only=True)
+class BatchRequest(RunRequest):
+    """The options of the command, as they were given; None where one is left to what is found out."""
+
+    input_path: Path
+    output_path: Path
+    seed: int
+    max_tokens: int
+    context: int | None
+    batch: int | None
+
+
+@dataclass(frozen=True)
+class _Summary:
+    """What a run did to its job. Rates are over the whole run, reading prompts included."""
+
+    requests: int
+    done: int
+    """Requests that have a result, errors included; also those of earlier runs."""
+    failed: int
+    """Of these, error results."""
+    done_before: int
+    prompt_tokens: int
+    generated_tokens: int
+    seconds: float
+
+    def lines(self) -> list[str]:
+        """The summary as people read it."""
+        before = f", {self.done_before} of them before" if self.done_before else ""
+        lines = [f"requests  {self.done} of {self.requests} done{before}; {self.failed} failed"]
+        if self.generated_tokens:
+            rate = self.generated_tokens / self.seconds
+            lines.append(
+                f"tokens    {self.prompt_tokens} read, {self.generated_tokens} generated, {rate:.3g} tokens/s overall"
+            )
+        return lines
+
+
+def run(request: BatchRequest) -> None:
+    """Do what is left of the job, and write the report, or JSON."""
+    _check(request)
+    store = Store.open(request.store)
+    # Before the tokenizer, which reads it too and would be blamed for it.
+    config = load_config(store.path)
+    limit = _limit(request, config)
+    tokenizer = load_tokenizer(store)
+    with JobScreen() as screen, Journal(request.output_path) as journal:
+        input_ = scan_input(request.input_path, partial(screen.on_scan, "reading the input"))
+        identity = _identity(request, store, config, input_)
+        journal.check(identity)
+        job = _job(request, store, tokenizer, input_, identity, limit, screen)
+        with job.encoder:
+            job, begun = _begin(journal, job, identity, screen)
+            summary, report = _work(request, store, journal, job, begun, screen)
+    if request.as_json:
+        print_json({"job": asdict(summary), "report": None if report is None else report.to_json()})
+        return
+    for line in [*summary.lines(), *(report.lines() if report is not None else [])]:
+        click.echo(line, err=True)
+
+
+def _work(
+    request: BatchRequest, store: Store, journal: Journal, job: Job, begun: JobFile, screen: JobScreen
+) -> tuple[_Summary, Report | None]:
+    """All passes that are left. No report where nothing was left to compute."""
+    before, began = len(journal.done), time.monotonic()
+    reports: list[Report] = []
+    measure = partial(measure_machine, say=screen.status.say)
+
+    @contextmanager
+    def start() -> Iterator[Generate]:
+        with (
+            _saying_how_long_requests_are(begun),
+            Runtime(store, _workload(request, journal, begun), request.options(), measure) as runtime,
+        ):
+            if request.batch is None and not request.as_json:
+                screen.say(f"batch     {runtime.plan.why}")
+            yield partial(_generate, request, runtime, screen, reports.append)
+
+    with _saying_how_to_go_on(journal, job.input):
+        generation = run_job(job, journal, start, screen.on_progress)
+    summary = _Summary(
+        requests=job.input.requests,
+        done=len(journal.done),
+        failed=journal.failed,
+        done_before=before,
+        prompt_tokens=0 if generation is None else generation.prompt_tokens,
+        generated_tokens=0 if generation is None else generation.generated_tokens,
+        seconds=time.monotonic() - began,
+    )
+    return summary, reports[0] if reports else None
+
+
+def _workload(request: BatchRequest, journal: Journal, begun: JobFile) -> Workload:
+    """What is left of the job."""
+    left = begun.sequences - journal.sequences
+    return Workload(
+        left,
+        begun.longest,
+        begun.longest,
+        tokens=round(begun.tokens * left / begun.sequences),
+        max_batched_tokens=MAX_BATCHED_TOKENS,
+        batch_size=request.batch,
+        choose_batch_size=True,
+    )
+
+
+def _generate(
+    request: BatchRequest,
+    runtime: Runtime,
+    screen: JobScreen,
+    on_report: Callable[[Report], None],
+    sequences: Iterable[Sequence],
+    *,
+    on_pass: Callable[[], None],
+    on_finished: Callable[[Sequence], None],
+) -> Generation:
+    """Run `sequences` to their ends, and report on it."""
+    with measured(runtime, screen.status, request.measure) as around:
+        generation = generate(
+            runtime,
+            sequences,
+            runtime.plan.batch_size,
+            on_pass=on_pass,
+            on_finished=on_finished,
+            on_block=screen.on_block,
+            objective=Objective(request.objective),
+        )
+    on_report(make_report(generation, around.surroundings(runtime, generation.decode.disk_idle_seconds)))
+    return generation
+
+
+def _check(request: BatchRequest) -> None:
+    """Refuse, before anything is read, what can be seen to be wrong by itself."""
+    request.options()
+    open_input(request.input_path).close()
+    files = (request.output_path, job_path(request.output_path))
+    if any(file.exists() and file.samefile(request.input_path) for file in files):
+        raise ConfigError(f"-o {request.output_path}: is the input; name another file")
+
+
+def _limit(request: BatchRequest, config: PretrainedConfig) -> int:
+    """Tokens that a sequence may have at most."""
+    most = getattr(config, "max_position_embeddings", None) or _ANY_LENGTH
+    if request.context is not None and request.context > most:
+        raise ConfigError(f"--context {request.context}: this model has positions for {most}; ask for at most that")
+    return request.context or most
+
+
+def _identity(request: BatchRequest, store: Store, config: PretrainedConfig, input_: Input) -> Identity:
+    """Everything that the results depend on."""
+    with Kernels(1, mode=Mode(request.kernel_mode), name=request.kernels) as kernels:
+        computes = "torch" if kernels.level is None else kernels.level.name.lower()
+    settings = {
+        "seed": request.seed,
+        "max-tokens": request.max_tokens,
+        "context": request.context,
+        "dtype": str(compute_dtype(request.dtype, config)).removeprefix("torch."),
+        "kv-bits": int(request.kv_bits),
+        "kernels": computes,
+        "kernel-mode": request.kernel_mode,
+        "tiered": version("tiered"),
+    }
+    return Identity(input_.fingerprint, store_fingerprint(store.path), settings)
+
+
+def _job(
+    request: BatchRequest,
+    store: Store,
+    tokenizer: PreTrainedTokenizerBase,
+    input_: Input,
+    identity: Identity,
+    limit: int,
+    screen: JobScreen,
+) -> Job:
+    """The job, as if it began now."""
+    settings = load_generation_settings(store, tokenizer)
+    # Lines are sampled from unless they say otherwise.
+    lengths = {"max_new_tokens", "max_length"} if "max_tokens" in request.stated else set()
+    if (ignored := settings.ignored({"do_sample", *lengths})) is not None:
+        screen.say(ignored)
+    return Job(
+        input=input_,
+        label=Label(identity.key, int(time.time()), store.name),
+        encoder=PromptEncoder(tokenizer, store.vocab_size, limit - 1),
+        decoder=tokenizer,
+        eos_ids=settings.eos_ids,
+        stops=settings.stops,
+        seed=request.seed,
+        max_tokens=request.max_tokens,
+        context=limit,
+    )
+
+
+def _begin(journal: Journal, job: Job, identity: Identity, screen: JobScreen) -> tuple[Job, JobFile]:
+    """The job as it was begun, which is now where it had not been."""
+    begun = journal.job
+    if begun is None:
+        counted = measure_input(job, partial(screen.on_scan, "looking for the longest request"))
+        begun = JobFile(identity, job.label.created, *counted)
+    journal.begin(begun, job.input.lines)
+    return replace(job, label=replace(job.label, created=begun.created)), begun
+
+
+@contextmanager
+def _saying_how_long_requests_are(begun: JobFile) -> Iterator[None]:
+    """Around the plan: one request that asks for more than there is memory for would keep all others from theirs."""
+    try:
+        yield
+    except BudgetError as error:
+        hint = (
+            f"the longest request comes to {begun.longest} tokens; --context, with another -o, refuses long ones alone"
+        )
+        raise BudgetError(f"{error}; {hint}", error.smallest_bytes) from None
+
+
+@contextmanager
+def _saying_how_to_go_on(journal: Journal, input_: Input) -> Iterator[None]:
+    """Around the passes: an interruption says what is kept."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        text = f"tiered: {len(journal.done)} of {input_.requests} requests are done; run the same command to go on"
+        click.echo(text, err=True)
+        raise

@@ -1,87 +1,256 @@
-"""`tiered generate`: prompts in, text out, a report at the end."""
+"""`tiered generate`, step by step: prompts, plan, passes; text as it comes, and a report."""
 
-import io
-import json
-import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import click
+import torch
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from tiered.cli.failures import end_failed
-from tiered.cli.run_options import (
-    STANDARD_INPUT,
-    kv_options,
-    objective_option,
-    read_text,
-    run_options,
-    stated_options,
-    text_files_option,
-)
+from tiered.arch import load_config
+from tiered.cli.lines import Failure, end_failed, print_json
+from tiered.cli.measuring import measured
+from tiered.cli.progress import PassProgress
+from tiered.cli.run_request import RunRequest
+from tiered.cli.screen import StatusLine, TextWriter
+from tiered.errors import ConfigError, TieredError, contained
+from tiered.generate import Objective, Report, Sampler, SamplingParams, Sequence, generate, make_report
+from tiered.generate.prompt import Prompts
+from tiered.generate.template import TemplateRefused
+from tiered.generate.tokenizer import SAMPLING, load_generation_settings, load_tokenizer
+from tiered.plan import MAX_BATCHED_TOKENS, Workload
+from tiered.runtime import Options, Runtime
+from tiered.store import Store
 
-_POSITIVE = click.IntRange(min=1)
-
-
-@click.command("generate")
-@click.argument("store", type=click.Path(path_type=Path))
-@click.option("-p", "--prompt", "prompts", multiple=True, help="A prompt; repeat for a batch.")
-@text_files_option("A file that is one prompt")
-@click.option("-n", "--max-new-tokens", default=128, show_default=True, type=_POSITIVE, help="Tokens to generate.")
-@click.option("--temperature", default=0.0, show_default=True, help="0 is greedy.")
-@click.option("--top-k", default=0, show_default=True, help="Sample from the k likeliest tokens; 0: all.")
-@click.option("--top-p", default=1.0, show_default=True, help="Sample from the likeliest tokens of this total mass.")
-@click.option("--min-p", default=0.0, show_default=True, help="Drop tokens below this share of the likeliest.")
-@click.option("--repetition-penalty", default=1.0, show_default=True, help="Above 1 discourages repetition.")
-@click.option("--seed", default=0, show_default=True, help="For sampling.")
-@click.option("--stop", "stops", multiple=True, help="End at this text; repeatable.")
-@click.option("--ignore-eos", is_flag=True, help="Go on past the end-of-text token.")
-@click.option("--prompt-tokens", type=_POSITIVE, help="Random prompts of exactly N tokens, for measuring.")
-@click.option("--sequences", default=1, show_default=True, type=_POSITIVE, help="So many --prompt-tokens prompts.")
-@click.option("--batch", type=_POSITIVE, help="Prompts that run at once. [default: all]")
-@click.option("--micro-batch", type=_POSITIVE, help="Tokens computed together inside a block. [default: as useful]")
-@objective_option("latency")
-@kv_options
-@click.option("--chat", is_flag=True, help="Apply the tokenizer's chat template to each prompt.")
-@run_options("a text does not depend on what shares its batch")
-@click.option("--prefetch", type=click.IntRange(min=0), help="Blocks read ahead; 0: none. [default: as memory allows]")
-@click.option("--measure/--no-measure", default=True, help="Measure the raw disk bandwidth before and after.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
-@click.option("--trace", "trace_path", type=click.Path(path_type=Path, dir_okay=False), help="Write a Perfetto trace.")
-def command(**options: Any) -> None:
-    """Generate text from STORE, the folder that 'tiered convert' wrote.
-
-    Prompts come from -p, -f, or standard input. The text goes to standard output, everything else to standard
-    error. One of several prompts that cannot be continued does not keep the others from it; the exit code is 1 then.
-    """
-    from tiered.cli.generation import Request, run
-
-    result, failures = run(Request(**_read_prompts(options), stated=stated_options()))
-    if options["as_json"]:
-        click.echo(json.dumps(result, indent=2, ensure_ascii=False))
-    end_failed(failures, len(result["completions"]))
+_INSTEAD_OF: Final = {
+    "max_new_tokens": ("max_new_tokens", "max_length"),
+    "temperature": ("temperature", "do_sample"),
+    "top_k": ("top_k",),
+    "top_p": ("top_p",),
+    "min_p": ("min_p",),
+    "repetition_penalty": ("repetition_penalty",),
+}
+"""Options, and which of a store's generation settings each speaks for."""
 
 
-def _read_prompts(options: dict[str, Any]) -> dict[str, Any]:
-    """The options with all prompts in one list."""
-    options = dict(options)
-    prompts = [("-p", text) for text in options.pop("prompts")]
-    prompts += [_prompt_of(path) for path in options.pop("files")]
-    if options["prompt_tokens"] is not None and prompts:
-        raise click.UsageError("--prompt-tokens makes its own prompts; drop -p and -f")
-    if options["prompt_tokens"] is None and options["sequences"] > 1:
-        raise click.UsageError("--sequences repeats what --prompt-tokens makes; repeat -p for a batch of your own")
-    if options["prompt_tokens"] is None and not prompts:
-        if sys.stdin.isatty():
-            raise click.UsageError("no prompt: pass -p TEXT or -f FILE, or pipe text to standard input")
-        prompts = [_prompt_of(STANDARD_INPUT)]
-    for source, text in prompts:
-        # Bytes that are no text reach us as lone surrogates where Python lets them pass.
-        if any("\ud800" <= character <= "\udfff" for character in text):
-            raise click.UsageError(f"{source}: not UTF-8; pass text in that encoding")
-    return {**options, "prompts": tuple(text for _, text in prompts)}
+@dataclass(frozen=True, kw_only=True)
+class GenerateRequest(RunRequest):
+    """The options of the command, as they were given."""
+
+    prompts: tuple[str, ...]
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    seed: int
+    stops: tuple[str, ...]
+    ignore_eos: bool
+    prompt_tokens: int | None
+    sequences: int
+    batch: int | None
+    chat: bool
+    prefetch: int | None
+    trace_path: Path | None
 
 
-def _prompt_of(path: Path) -> tuple[str, str]:
-    """Name and text of a file, or of standard input; lines end as they do in Python, whatever system wrote them."""
-    name, text = read_text(path)
-    return name, io.IncrementalNewlineDecoder(None, translate=True).decode(text, final=True)
+def run(request: GenerateRequest) -> None:
+    """Generate, writing text as it comes and a report, or JSON. Where a prompt failed, the exit code is 1."""
+    sampling = SamplingParams(
+        request.temperature,
+        request.top_k,
+        request.top_p,
+        request.min_p,
+        request.repetition_penalty,
+        request.seed,
+    )
+    options = request.options(prefetch=request.prefetch, keep_spans=request.trace_path is not None)
+    _check(request)
+    store = Store.open(request.store)
+    # Before the tokenizer, which reads it too and would be blamed for it.
+    config = load_config(store.path)
+    tokenizer = load_tokenizer(store)
+    sequences = _sequences(request, sampling, store, config, tokenizer)
+    able = [sequence for sequence in sequences if sequence.error is None]
+    if not able and len(sequences) == 1:
+        end_failed(_failures(sequences), 1)
+    report = _run(request, store, options, sequences, able) if able else None
+    if request.as_json:
+        print_json(_result(request, sequences, tokenizer, report))
+    elif report is not None:
+        for line in report.lines():
+            click.echo(line, err=True)
+    end_failed(_failures(sequences), len(sequences))
+
+
+def _check(request: GenerateRequest) -> None:
+    """Refuse, before anything is read, what can be seen to be wrong by itself."""
+    if request.temperature == 0 and (request.top_k, request.top_p, request.min_p) != (0, 1.0, 0.0):
+        raise ConfigError("--top-k, --top-p and --min-p choose what to sample from: add --temperature, such as 0.7")
+    if "" in request.stops:
+        raise ConfigError("--stop: expected some text, found none")
+    if request.trace_path is not None:
+        _check_writable(request.trace_path)
+
+
+def _sequences(
+    request: GenerateRequest,
+    sampling: SamplingParams,
+    store: Store,
+    config: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[Sequence]:
+    """One for each prompt; those that cannot be continued have failed."""
+    settings = load_generation_settings(store, tokenizer)
+    if (ignored := settings.ignored(_overridden(request))) is not None:
+        click.echo(ignored, err=True)
+    eos = frozenset[int]() if request.ignore_eos else settings.eos_ids
+    stops = (*request.stops, *settings.stops)
+    sequences = []
+    for number, found in enumerate(_encode(request, store, config, tokenizer)):
+        ids = [] if isinstance(found, TieredError) else found
+        sequence = Sequence(ids, Sampler(sampling, number), tokenizer, request.max_new_tokens, eos, stops)
+        sequences.append(sequence)
+        if isinstance(found, TieredError):
+            sequence.fail(found)
+    return sequences
+
+
+def _run(
+    request: GenerateRequest, store: Store, options: Options, sequences: list[Sequence], able: list[Sequence]
+) -> Report:
+    """Run those that are `able` to be continued."""
+    longest = max(len(sequence.prompt_ids) for sequence in able)
+    workload = Workload(
+        len(able),
+        longest + request.max_new_tokens,
+        longest,
+        max_batched_tokens=MAX_BATCHED_TOKENS,
+        batch_size=request.batch,
+    )
+    with Runtime(store, workload, options) as runtime:
+        report = _generate(request, runtime, sequences, able)
+    if request.trace_path is not None:
+        runtime.host.trace.write(request.trace_path)
+    return report
+
+
+def _result(
+    request: GenerateRequest, sequences: list[Sequence], tokenizer: PreTrainedTokenizerBase, report: Report | None
+) -> dict[str, Any]:
+    """What `--json` prints; without a report where nothing could be computed."""
+    return {
+        "prompts": list(request.prompts) or [str(tokenizer.decode(sequence.prompt_ids)) for sequence in sequences],
+        "completions": list(map(_completion, sequences)),
+        "report": None if report is None else report.to_json(),
+    }
+
+
+def _completion(sequence: Sequence) -> dict[str, Any]:
+    """What `--json` says of one prompt."""
+    return {
+        "text": sequence.text,
+        "token_ids": sequence.token_ids,
+        "finish_reason": sequence.finish_reason,
+        "error": None if sequence.error is None else str(sequence.error),
+    }
+
+
+def _failures(sequences: list[Sequence]) -> list[Failure]:
+    return [(f"prompt {number}", s.error) for number, s in enumerate(sequences, 1) if s.error is not None]
+
+
+def _overridden(request: GenerateRequest) -> set[str]:
+    """Which of a store's generation settings the options that were given speak for."""
+    found = {field for option in request.stated for field in _INSTEAD_OF.get(option, ())}
+    is_greedy = "temperature" in request.stated and request.temperature == 0
+    return found | SAMPLING.keys() if is_greedy else found
+
+
+def _check_writable(path: Path) -> None:
+    """Refuse, before any work, a trace file that could not be written after it."""
+    there = path.exists()
+    try:
+        path.open("a").close()
+        if not there:
+            path.unlink()
+    except OSError as error:
+        raise ConfigError(f"--trace {path}: cannot be written: {error.strerror}; name another file") from None
+
+
+def _generate(request: GenerateRequest, runtime: Runtime, sequences: list[Sequence], able: list[Sequence]) -> Report:
+    """Measure, generate, measure; the text is that of all `sequences`."""
+    titles = [""] * len(sequences)
+    if len(sequences) > 1:
+        titles = [f"[{number}] " for number in range(1, len(sequences) + 1)]
+    with (
+        TextWriter([] if request.as_json else sequences, titles) as writer,
+        StatusLine(lambda: writer.at_edge) as status,
+    ):
+
+        def on_pass() -> None:
+            status.clear()
+            writer.update()
+
+        with measured(runtime, status, request.measure) as around:
+            generation = generate(
+                runtime,
+                able,
+                runtime.plan.batch_size,
+                on_pass,
+                on_block=PassProgress(status, lambda: runtime.bytes_read).on_block,
+                objective=Objective(request.objective),
+            )
+    return make_report(generation, around.surroundings(runtime, generation.decode.disk_idle_seconds))
+
+
+def _encode(
+    request: GenerateRequest, store: Store, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
+) -> list[list[int] | TieredError]:
+    """Token ids of every prompt, never none; or why it cannot be continued."""
+    if request.prompt_tokens is not None:
+        _check_context(config, request.prompt_tokens + request.max_new_tokens)
+        generator = torch.Generator().manual_seed(request.seed)
+        vocab = min(len(tokenizer), store.vocab_size)
+        shape = (request.sequences, request.prompt_tokens)
+        ids: list[list[int] | TieredError] = torch.randint(0, vocab, shape, generator=generator).tolist()
+        return ids
+    if request.chat and tokenizer.chat_template is None:
+        raise ConfigError("--chat: this model's tokenizer has no chat template; drop --chat to continue plain text")
+    limit = _positions(config)
+    room = None if limit is None else max(0, limit - request.max_new_tokens)
+    encoded: list[list[int] | TieredError] = []
+    with Prompts(tokenizer, store.vocab_size, room) as prompts:
+        for prompt in request.prompts:
+            # Tokenizers panic, and templates raise what they like.
+            with contained(encoded.append):
+                found = _apply_chat(store, prompts, prompt) if request.chat else prompts.encode(prompt)
+                _check_context(config, len(found) + request.max_new_tokens)
+                encoded.append(found)
+    return encoded
+
+
+def _apply_chat(store: Store, prompts: Prompts, prompt: str) -> list[int]:
+    try:
+        return prompts.encode_chat([{"role": "user", "content": prompt}])
+    except TemplateRefused as error:
+        raise ConfigError(
+            f"--chat: the chat template in {store.path} refuses the prompt: {error}; drop --chat to continue plain "
+            "text, or put the model's own template there"
+        ) from None
+
+
+def _positions(config: PretrainedConfig) -> int | None:
+    found: int | None = getattr(config, "max_position_embeddings", None)
+    return found
+
+
+def _check_context(config: PretrainedConfig, tokens: int) -> None:
+    limit = _positions(config)
+    if limit is not None and tokens > limit:
+        raise ConfigError(
+            f"prompt and completion come to {tokens} tokens, this model has positions for {limit}; "
+            "shorten the prompt or lower --max-new-tokens"
+        )

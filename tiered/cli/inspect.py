@@ -1,33 +1,226 @@
-"""`tiered inspect`: what a store holds, and what fits in which budget. Reads headers only."""
+"""`tiered inspect`: what a store holds, and what fits in which budget. Reads headers only.
 
-import json
+The process is measured as a run measures it, with what a runtime builds first; all other figures are the planner's own.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, Final
 
 import click
 
+from tiered.arch import load_config
+from tiered.cli.lines import columns, print_json
+from tiered.errors import ConfigError, TieredError
+from tiered.generate.tokenizer import load_tokenizer
+from tiered.plan import ModelShape, Plan, Workload
+from tiered.plan.fits import Fit, fits
+from tiered.runtime import Options, measure_inputs
+from tiered.store import Store
+from tiered.store.summary import BlockRow, StoreSummary, summarize
+from tiered.units import format_budget, format_rate, format_seconds, format_size, parse_size
 
-@click.command("inspect")
-@click.argument("store", type=click.Path(path_type=Path))
-@click.option(
-    "--context", type=click.IntRange(min=1), help="Tokens to plan for. [default: 2048, or what the model has]"
-)
-@click.option("--sequences", default=1, show_default=True, type=click.IntRange(min=1), help="Prompts in one batch.")
-@click.option("--dtype", default="auto", show_default=True, help="auto, bfloat16 or float32: what is computed in.")
-@click.option("--disk-bandwidth", help="Of the disk, such as 2GB/s: adds the seconds of a pass.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
-def command(
+_DEFAULT_CONTEXT: Final = 2048
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Everything the command shows."""
+
+    store: Store
+    summary: StoreSummary
+    workload: Workload
+    model: ModelShape
+    fits: tuple[Fit, ...]
+    default_budget: int
+    """What a run would take here and now without --ram."""
+    disk_bandwidth: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        manifest, summary = self.store.manifest, self.summary
+        return {
+            "name": self.store.name,
+            "path": str(self.store.path),
+            "family": manifest.architecture.get("model_type"),
+            "layers": manifest.architecture.get("layers"),
+            "parameters": summary.parameters,
+            "quantization": dict(manifest.quantization),
+            "synthetic": manifest.synthetic,
+            "distinct_blocks": manifest.distinct_blocks,
+            "source": dict(manifest.source),
+            "tied": manifest.tied,
+            "blocks": [row.to_json() for row in summary.rows],
+            "model_bytes": summary.model_nbytes,
+            "disk_bytes": summary.disk_nbytes,
+            "bits_per_weight": summary.bits_per_weight,
+            "bytes_per_pass": summary.tape_nbytes,
+            "dtype": self.model.kv.dtype,
+            "kv_bytes_per_token": self.model.kv.nbytes(1, 1),
+            "load": self._load_json(),
+            "baseline_bytes": self.smallest.needs.baseline,
+            "default_budget_bytes": self.default_budget,
+            "disk_bandwidth": self.disk_bandwidth,
+            "budgets_are": "estimates; a run measures its own baseline",
+            "budgets": [self._fit_json(fit) for fit in self.fits],
+        }
+
+    @property
+    def smallest(self) -> Plan:
+        """In the smallest budget that works."""
+        return self.fits[0].plan
+
+    def _load_json(self) -> dict[str, Any]:
+        """What was planned for; zeros stand for what follows from the rest."""
+        work = self.workload
+        load = {"sequences": work.sequences, "context": work.max_context, "prompt": 0, "pass_tokens": 0, "kv_tokens": 0}
+        return {**load, "one_pass": False, "logits": 0, "least_context": 0}
+
+    def _fit_json(self, fit: Fit) -> dict[str, Any]:
+        rate = self.disk_bandwidth
+        return {
+            "budget_bytes": fit.plan.budget,
+            "resident_blocks": len(fit.plan.placement.resident),
+            "resident_bytes": fit.resident_nbytes,
+            "resident_share": fit.resident_share,
+            "bytes_read_per_pass": fit.read_nbytes,
+            "disk_seconds_per_pass": None if rate is None else fit.disk_seconds(rate),
+            "needs": asdict(fit.plan.needs),
+        }
+
+
+def run(
     store: Path, context: int | None, sequences: int, dtype: str, disk_bandwidth: str | None, as_json: bool
 ) -> None:
-    """Show what STORE holds and what fits in which memory budget.
-
-    Budgets are estimates for one process like this one; 'tiered generate' measures its own and decides.
-    """
-    from tiered.cli.inspection import inspect_store, lines, parse_rate
-
-    rate = None if disk_bandwidth is None else parse_rate(disk_bandwidth)
-    inspection = inspect_store(store, context, sequences, dtype, rate)
+    """Show the store at the path `store`, as lines or as JSON."""
+    rate = None if disk_bandwidth is None else _parse_rate(disk_bandwidth)
+    inspection = _inspect(store, context, sequences, dtype, rate)
     if as_json:
-        click.echo(json.dumps(inspection.to_json(), indent=2, ensure_ascii=False))
+        print_json(inspection.to_json())
         return
-    for line in lines(inspection):
+    for line in _lines(inspection):
         click.echo(line)
+
+
+def _inspect(path: Path, context: int | None, sequences: int, dtype: str, disk_bandwidth: float | None) -> Inspection:
+    """Open the store at `path` and ask the planner. Raises StoreError, ConfigError."""
+    store = Store.open(path)
+    summary = summarize(store)
+    config = load_config(store.path)
+    most = getattr(config, "max_position_embeddings", None)
+    tokens = context or min(_DEFAULT_CONTEXT, most or _DEFAULT_CONTEXT)
+    if most is not None and tokens > most:
+        raise ConfigError(f"--context {tokens}: this model has positions for {most}; ask for at most that many")
+    workload = Workload(sequences, tokens)
+    # A run has its tokenizer loaded by then. A store whose tokenizer is damaged can still be inspected.
+    with contextlib.suppress(TieredError):
+        load_tokenizer(store)
+    model, machine, budgets = measure_inputs(store, Options(dtype=dtype))
+    rows = fits(model, machine, workload, budgets)
+    return Inspection(store, summary, workload, model, rows, budgets.ram, disk_bandwidth)
+
+
+def _parse_rate(text: str) -> float:
+    """Bytes per second meant by "2GB/s" or "2GB"."""
+    number, slash, unit = text.strip().partition("/")
+    if slash and unit.strip().lower() not in ("s", "sec", "second"):
+        raise ConfigError(f"--disk-bandwidth {text!r}: expected a size per second, such as 2GB/s")
+    return float(parse_size(number))
+
+
+def _lines(inspection: Inspection) -> Iterator[str]:
+    """The inspection as people read it."""
+    yield from _about(inspection)
+    yield ""
+    yield from _blocks(inspection.summary)
+    yield ""
+    yield from _budgets(inspection)
+
+
+def _about(inspection: Inspection) -> list[str]:
+    manifest, summary = inspection.store.manifest, inspection.summary
+    kv = inspection.model.kv
+    quantization, source = manifest.quantization, manifest.source
+    schemes = ", ".join(f"{kind} {quantization[kind]}" for kind in ("layers", "embed", "head") if kind in quantization)
+    kept = list(quantization.get("unquantized", ()))
+    rows = [
+        ("name", inspection.store.name),
+        ("family", f"{manifest.architecture.get('model_type')}, {manifest.architecture.get('layers')} layers"),
+        ("parameters", f"{summary.parameters:,} ({_short_count(summary.parameters)})"),
+        ("quantization", schemes + (f"; not quantized for their shape: {len(kept)} weights" if kept else "")),
+        ("source", " ".join(str(source[key]) for key in ("kind", "name", "revision") if source.get(key))),
+        ("size", _size(summary)),
+        ("per pass", f"{format_size(summary.tape_nbytes)} streamed when nothing is resident (S)"),
+        (
+            "KV cache",
+            f"{format_size(kv.nbytes(1, 1))} per token in {kv.dtype}",
+        ),
+    ]
+    if manifest.synthetic:
+        distinct = manifest.distinct_blocks
+        layers = "" if distinct is None else f"; {distinct} distinct layer files stand for all layers"
+        rows.insert(1, ("synthetic", f"yes: random weights, for benchmarks only{layers}"))
+    return columns(rows, "<<")
+
+
+def _size(summary: StoreSummary) -> str:
+    text = f"{format_size(summary.model_nbytes)}, {summary.bits_per_weight:.2f} bits per weight"
+    if summary.disk_nbytes != summary.model_nbytes:
+        text += f"; {format_size(summary.disk_nbytes)} on disk, where repeated layers are stored once"
+    return text
+
+
+def _blocks(summary: StoreSummary) -> list[str]:
+    rows: list[tuple[str, ...]] = [("block", "count", "file", "weights each", "bits/weight", "stored as")]
+    rows += [_block_row(row) for row in summary.rows]
+    return columns(rows, "<>>>><")
+
+
+def _block_row(row: BlockRow) -> tuple[str, ...]:
+    name = row.first if row.count == 1 else f"{row.first} … {row.last}"
+    if row.shared:
+        return name, "1 x", "shared", f"{row.weights:,}", "", "the embedding's file, streamed again"
+    formats = " + ".join(name for name, _ in row.formats)
+    size = format_size(row.smallest_nbytes)
+    if format_size(row.largest_nbytes) != size:
+        size += f" to {format_size(row.largest_nbytes)}"
+    return name, f"{row.count} x", size, f"{row.weights:,}", f"{row.bits_per_weight:.2f}", formats
+
+
+def _budgets(inspection: Inspection) -> Iterator[str]:
+    work, rate = inspection.workload, inspection.disk_bandwidth
+    prompts = "one prompt" if work.sequences == 1 else f"{work.sequences} prompts"
+    yield f"what fits in which budget (estimates, for {prompts} of {work.max_context} tokens with completion)"
+    header = ["--ram", "resident", "share", "read per pass"]
+    if rate is not None:
+        header.append(f"disk at {format_rate(rate)}")
+    rows = [header, *(_fit_row(fit, rate) for fit in inspection.fits)]
+    yield from columns(rows, ">" * len(header), indent="  ")
+    needs = inspection.smallest.needs
+    yield (
+        f"of the smallest, {format_size(needs.baseline)} are for the process itself (measured here), "
+        f"{format_size(needs.outer)} for tables that stay in memory, {format_size(needs.kv)} for the KV cache, "
+        f"{format_size(needs.workspace)} for activations"
+    )
+    if rate is not None:
+        yield "a pass takes at least what the disk takes; computing may take longer"
+    yield f"the default here and now is --ram {format_budget(inspection.default_budget)}"
+
+
+def _fit_row(fit: Fit, rate: float | None) -> list[str]:
+    read = format_size(fit.read_nbytes) if fit.read_nbytes else "nothing"
+    row = [_budget(fit.plan.budget), format_size(fit.resident_nbytes), f"{fit.resident_share:.0%}", read]
+    return row if rate is None else [*row, format_seconds(fit.disk_seconds(rate)) if fit.read_nbytes else "-"]
+
+
+def _budget(nbytes: int) -> str:
+    gib = nbytes >> 30
+    return f"{gib}GiB" if gib << 30 == nbytes else format_budget(nbytes)
+
+
+def _short_count(count: int) -> str:
+    for divisor, suffix in ((10**9, "B"), (10**6, "M"), (10**3, "K")):
+        if count >= divisor:
+            return f"{count / divisor:.3g} {suffix}"
+    return str(count)

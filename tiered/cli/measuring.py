@@ -45,7 +45,7 @@ class Measured:
     """What was found out around a run."""
 
     raw: list[RawBandwidth] = field(default_factory=list)
-    """None where nothing streams or nobody asked."""
+    """Before the run and after it; empty where nothing streams or nobody asked."""
     counters: Counters = field(default_factory=lambda: Counters(None, None))
 
     def surroundings(self, runtime: Runtime, disk_wait_seconds: float) -> Surroundings:

@@ -1,4 +1,4 @@
-"""What commands that run a model are asked for alike: the fields of `run_options.py`, and the `Options` they mean."""
+"""What `generate`, `batch` and `score` are asked for alike, and the `Options` of a runtime that it means."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,68 +1,219 @@
-"""`tiered score`: how likely a model finds a text. Perplexity, and a log-probability per token."""
+"""`tiered score`, step by step: texts, windows, plan, passes; a table of scores, and a report."""
 
-import json
-import sys
+from collections.abc import Iterator
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import click
+import torch
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from tiered.cli.failures import end_failed
-from tiered.cli.run_options import STANDARD_INPUT, kv_bits_option, read_text, run_options, text_files_option
-
-_POSITIVE = click.IntRange(min=1)
-
-
-@click.command("score")
-@click.argument("store", type=click.Path(path_type=Path))
-@text_files_option("A text")
-@click.option("--context", type=_POSITIVE, help="Tokens in a window. [default: 2048, or what the model has]")
-@click.option(
-    "--stride",
-    type=_POSITIVE,
-    help="Tokens of a window that are scored anew; the others are context. [default: all: windows do not overlap]",
+from tiered.arch import load_config
+from tiered.cli.lines import Failure, end_failed, print_json
+from tiered.cli.measuring import measured
+from tiered.cli.progress import ScoreProgress
+from tiered.cli.run_request import RunRequest
+from tiered.cli.score_output import (
+    PerTokenFile,
+    Text,
+    check_writable,
+    perplexity_so_far,
+    score_json,
+    scored_nbytes,
+    table,
+    together,
 )
-@click.option(
-    "--batch",
-    "--windows-per-pass",
-    "windows_per_pass",
-    type=_POSITIVE,
-    help="Windows that share a pass. [default: as memory allows]",
-)
-@click.option(
-    "--per-token",
-    "per_token_path",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="Write a JSON line per token: file, position, token_id, text, logprob.",
-)
-@kv_bits_option
-@run_options("a score does not depend on what shares its pass")
-@click.option("--measure/--no-measure", default=True, help="Measure the raw disk bandwidth before and after.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
-def command(**options: Any) -> None:
-    """Score texts with STORE: perplexity, nats per token, bits per byte.
+from tiered.cli.screen import StatusLine
+from tiered.errors import ConfigError, ModelError, TieredError, contained
+from tiered.generate import ScoreReport, make_score_report
+from tiered.generate.prompt import check_vocabulary
+from tiered.generate.score import Window, count_windows, cut_windows, score
+from tiered.generate.tokenizer import load_tokenizer
+from tiered.plan import Workload
+from tiered.runtime import Runtime
+from tiered.store import Store
 
-    Texts come from -f or standard input, each scored on its own. A text is cut into windows of --context tokens, and
-    each of its tokens is scored once, by what comes before it in its window. Every window begins with the token that
-    the model's tokenizer puts in front of texts; where there is none, a text's first token has nothing before it and
-    is not counted. Bits per byte lets models with different tokenizers be compared. The table goes to standard output,
-    everything else to standard error. One of several texts that cannot be scored is named, and the others are scored;
-    the exit code is 1 then.
-    """
-    from tiered.cli.scoring import Request, run
-
-    result, failures = run(Request(**_read_texts(options)))
-    if options["as_json"]:
-        click.echo(json.dumps(result, indent=2, ensure_ascii=False))
-    end_failed(failures, len(result["texts"]))
+_DEFAULT_CONTEXT: Final = 2048
 
 
-def _read_texts(options: dict[str, Any]) -> dict[str, Any]:
-    """The options with all texts read, as pairs of name and text."""
-    options = dict(options)
-    paths = options.pop("files")
-    if not paths:
-        if sys.stdin.isatty():
-            raise click.UsageError("no text: pass -f FILE, or pipe text to standard input")
-        return {**options, "texts": (read_text(STANDARD_INPUT),)}
-    return {**options, "texts": tuple(map(read_text, paths))}
+@dataclass(frozen=True, kw_only=True)
+class ScoreRequest(RunRequest):
+    """The options of the command, as they were given."""
+
+    texts: tuple[tuple[str, str], ...]
+    """Names and texts."""
+    context: int | None
+    stride: int | None
+    windows_per_pass: int | None
+    per_token_path: Path | None
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """How texts are cut into windows."""
+
+    texts: tuple[Text, ...]
+    begin_ids: tuple[int, ...]
+    context: int
+    stride: int
+
+    @property
+    def count(self) -> int:
+        lengths = [len(text.ids) for text in self.texts]
+        return sum(count_windows(n, self.context, self.stride, len(self.begin_ids)) for n in lengths)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest window: texts may be shorter than the context."""
+        return min(self.context, len(self.begin_ids) + max(len(text.ids) for text in self.texts))
+
+    def workload(self, per_pass: int | None) -> Workload:
+        """All windows, of which `per_pass` share a pass if that is asked for."""
+        return Workload(
+            self.count,
+            self.longest,
+            self.longest,
+            batch_size=per_pass,
+            choose_batch_size=True,
+            one_pass=True,
+            all_logits=True,
+        )
+
+    def windows(self) -> Iterator[Window]:
+        for number, text in enumerate(self.texts):
+            for window in cut_windows(text.ids, self.context, self.stride, self.begin_ids, number):
+                if text.error is not None:
+                    break
+                yield window
+
+
+def run(request: ScoreRequest) -> None:
+    """Score, writing table and report, or JSON. Where a text failed, the exit code is 1."""
+    # With the cache where it fits: a window too long for memory may still pass; several at a time only share it.
+    options = request.options()
+    if request.per_token_path is not None:
+        check_writable(request.per_token_path, [name for name, _ in request.texts])
+    store = Store.open(request.store)
+    # Before the tokenizer, which reads it too and would be blamed for it.
+    config = load_config(store.path)
+    context, stride = _sizes(request, config)
+    tokenizer = load_tokenizer(store)
+    begin_ids = _begin_ids(tokenizer)
+    texts = tuple(_encode(name, text, store, tokenizer, begin_ids) for name, text in request.texts)
+    per_pass: int | None = None
+    report: ScoreReport | None = None
+    if not _has_none(texts):
+        cut = _Cut(texts, begin_ids, context, stride)
+        with Runtime(store, cut.workload(request.windows_per_pass), options) as runtime:
+            per_pass = request.windows_per_pass or runtime.plan.batch_size
+            report = _score(request, runtime, cut, per_pass, tokenizer)
+    if request.as_json:
+        print_json(_result(texts, context, stride, per_pass, report))
+    elif not _has_none(texts):
+        for line in table(texts):
+            click.echo(line)
+        for line in report.lines() if report is not None else ():
+            click.echo(line, err=True)
+    end_failed(_failures(texts), len(texts))
+
+
+def _result(
+    texts: tuple[Text, ...], context: int, stride: int, per_pass: int | None, report: ScoreReport | None
+) -> dict[str, Any]:
+    """What `--json` prints; without a report where nothing could be computed."""
+    return {
+        "texts": [text.to_json() for text in texts],
+        "together": score_json(together(texts), scored_nbytes(texts)),
+        "context": context,
+        "stride": stride,
+        "windows_per_pass": per_pass,
+        "report": None if report is None else report.to_json(),
+    }
+
+
+def _failures(texts: tuple[Text, ...]) -> list[Failure]:
+    return [(text.name, text.error) for text in texts if text.error is not None]
+
+
+def _has_none(texts: tuple[Text, ...]) -> bool:
+    """Whether no text has a score. Raises the error of one that is alone."""
+    found = all(text.error is not None for text in texts)
+    if found and len(texts) == 1:
+        end_failed(_failures(texts), 1)
+    return found
+
+
+def _sizes(request: ScoreRequest, config: PretrainedConfig) -> tuple[int, int]:
+    """Context and stride, in tokens."""
+    most = getattr(config, "max_position_embeddings", None)
+    context = request.context or min(_DEFAULT_CONTEXT, most or _DEFAULT_CONTEXT)
+    if most is not None and context > most:
+        raise ConfigError(f"--context {context}: this model has positions for {most}; ask for at most that many")
+    stride = request.stride or context
+    if stride > context:
+        raise ConfigError(f"--stride {stride}: a window has {context} tokens; score at most that many of them anew")
+    return context, stride
+
+
+def _begin_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """What the tokenizer puts in front of a text by itself, as it does when the text is a prompt."""
+    plain = list(tokenizer("a", add_special_tokens=False)["input_ids"])
+    whole = list(tokenizer("a")["input_ids"])
+    places = [at for at in range(len(whole) - len(plain) + 1) if whole[at : at + len(plain)] == plain]
+    return tuple(whole[: places[0]]) if places else ()
+
+
+def _encode(name: str, text: str, store: Store, tokenizer: PreTrainedTokenizerBase, begin_ids: Items[int]) -> Text:
+    """The tokens of `text`, at least one of which can be scored; or none, and why."""
+    nbytes = len(text.encode("utf-8"))
+    found = Text(name, torch.empty(0, dtype=torch.int32), nbytes)
+    with contained(found.fail):
+        found.ids = _ids(name, text, store, tokenizer, begin_ids)
+    return found
+
+
+def _ids(name: str, text: str, store: Store, tokenizer: PreTrainedTokenizerBase, begin_ids: Items[int]) -> torch.Tensor:
+    if not text:
+        raise ConfigError(f"{name}: is empty; pass some text to score")
+    found = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    ids = torch.tensor(found, dtype=torch.int32)
+    if len(ids) < (1 if begin_ids else 2):
+        raise ConfigError(f"{name}: is {len(ids)} tokens long, with nothing before them to score them by; pass more")
+    try:
+        check_vocabulary(tokenizer, store.vocab_size, max(*begin_ids, int(ids.max()), 0))
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from None
+    return ids
+
+
+def _score(
+    request: ScoreRequest, runtime: Runtime, cut: _Cut, per_pass: int, tokenizer: PreTrainedTokenizerBase
+) -> ScoreReport | None:
+    """Measure, score, measure. The tallies of the texts grow as windows are done; no report where none could be."""
+    with (
+        StatusLine() as status,
+        PerTokenFile(request.per_token_path, cut.texts, tokenizer) as per_token,
+    ):
+
+        def on_scored(window: Window, logprobs: torch.Tensor) -> None:
+            text = cut.texts[window.text]
+            if text.error is not None:
+                return
+            text.tally.add(logprobs)
+            with contained(text.fail):  # where its tokens cannot be decoded
+                per_token.write(window, logprobs)
+
+        def on_failed(window: Window, error: TieredError) -> None:
+            if isinstance(error, ModelError):
+                last = window.position + len(window.targets) - 1
+                error = ModelError(f"tokens {window.position} to {last}: {error}")
+            cut.texts[window.text].fail(error)
+
+        with measured(runtime, status, request.measure) as around:
+            progress = ScoreProgress(status, -(-cut.count // per_pass), lambda: perplexity_so_far(cut.texts))
+            scoring = score(runtime, cut.windows(), per_pass, on_scored, progress.on_block, on_failed)
+    if not scoring.costs.passes:
+        return None
+    return make_score_report(scoring, around.surroundings(runtime, scoring.costs.prefill.disk_idle_seconds))

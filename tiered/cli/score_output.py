@@ -1,25 +1,20 @@
-"""What `tiered score` shows: a table of scores, a line per token in a file, one status line meanwhile."""
+"""What `tiered score` shows: a table of scores, and a line per token in a file."""
 
 import json
 import math
-import time
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Self
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from tiered.cli.columns import columns
-from tiered.cli.screen import StatusLine
+from tiered.cli.lines import columns
 from tiered.errors import ConfigError, DiskFullError, TieredError
 from tiered.generate.score import Tally, Window
 from tiered.generate.text import CompletionText
-from tiered.units import format_seconds
-
-_REFRESH_SECONDS: Final = 0.1
 
 
 @dataclass
@@ -57,6 +52,12 @@ def score_json(tally: Tally, nbytes: int) -> dict[str, Any]:
 def together(texts: Items[Text]) -> Tally:
     """All their tallies added up."""
     return Tally(sum(text.tally.tokens for text in texts), sum(text.tally.nats for text in texts))
+
+
+def perplexity_so_far(texts: Items[Text]) -> float | None:
+    """None while nothing has been scored."""
+    total = together(texts)
+    return total.perplexity if total.tokens else None
 
 
 def scored_nbytes(texts: Items[Text]) -> int:
@@ -178,29 +179,3 @@ def check_writable(path: Path, texts: Items[str]) -> None:
             path.unlink()
     except OSError as error:
         raise ConfigError(f"--per-token {path}: cannot be written: {error.strerror}; name another file") from None
-
-
-class Progress:
-    """The status line of a scoring: which pass, which block, how much is left, the perplexity so far."""
-
-    def __init__(self, status: StatusLine, passes: int, texts: Items[Text]) -> None:
-        self._status, self._texts = status, texts
-        self._passes = passes
-        self._done = 0
-        self._began = time.perf_counter()
-        self._shown = 0.0
-
-    def on_block(self, done: int, blocks: int) -> None:
-        """A block of the running pass has been computed; the last one ends the pass."""
-        number, now = self._done + 1, time.perf_counter()
-        share = (self._done + done / blocks) / max(self._passes, number)
-        if done == blocks:
-            self._done += 1
-        if now - self._shown < _REFRESH_SECONDS:
-            return
-        self._shown = now
-        left = format_seconds((now - self._began) * (1 / share - 1))
-        total = together(self._texts)
-        found = f"  perplexity so far {total.perplexity:.4g}" if total.tokens else ""
-        passes = max(self._passes, number)
-        self._status.say(f"pass {number}/{passes}  block {done}/{blocks}  {left} left{found}")

@@ -1,6 +1,10 @@
-"""What a person sees while text is generated: the text on standard output, one status line on standard error."""
+"""What a person sees on a terminal: text that grows on standard output, one status line on standard error.
+
+What the status line says is in `progress.py`.
+"""
 
 import logging
+import math
 import os
 import sys
 import threading
@@ -9,8 +13,6 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Final, Protocol, Self, TextIO
-
-from tiered.units import format_rate, format_seconds
 
 _REFRESH_SECONDS: Final = 0.1
 _TAB: Final = 8
@@ -80,24 +82,25 @@ class TextWriter:
 
 
 class StatusLine:
-    """One line on a terminal that is rewritten while a pass runs, and gone when it ends. Silent elsewhere.
+    """One line on a terminal that is rewritten while something runs, and gone when it ends. Silent elsewhere.
 
     It stands below the text, whose end the cursor returns to before more is written. `at_edge` tells what a cursor
     cannot return to: a terminal that has filled a line waits behind its last column, and any movement forgets that.
     """
 
     def __init__(
-        self, bytes_read: Callable[[], int], at_edge: Callable[[], str] = str, stream: TextIO | None = None
+        self,
+        at_edge: Callable[[], str] = str,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._stream = sys.stderr if stream is None else stream
         self._on = is_terminal(self._stream)
-        self._bytes_read, self._at_edge = bytes_read, at_edge
-        self._shown = 0.0
+        self._at_edge, self._clock = at_edge, clock
+        self._updated = -math.inf
         self._visible = False
-        self._blocks_of_pass = 0
         # Blocks are reported by the thread that schedules, which an interrupted caller does not wait for.
         self._lock = threading.Lock()
-        self._begin()
 
     def __enter__(self) -> Self:
         for handler in logging.getLogger().handlers:
@@ -110,20 +113,12 @@ class StatusLine:
         self.clear()
         self._on = False
 
-    def on_block(self, done: int, total: int) -> None:
-        """A block of the running pass has been computed."""
-        now = time.perf_counter()
-        # Several resident blocks may come as one.
-        if done <= self._blocks_of_pass:
-            self._begin()
-        self._blocks_of_pass = done
-        if now - self._shown < _REFRESH_SECONDS:
-            return
-        self._shown = now
-        elapsed = now - self._pass_began
-        rate = (self._bytes_read() - self._bytes_before) / elapsed if elapsed else 0.0
-        left = elapsed / done * (total - done)
-        self.say(f"block {done}/{total}  {format_rate(rate)}  {format_seconds(left)} left in this pass")
+    def update(self, text: Callable[[], str]) -> None:
+        """Show what `text` returns, unless the last update was a moment ago: eyes follow no faster."""
+        now = self._clock()
+        if self._on and now - self._updated >= _REFRESH_SECONDS:
+            self._updated = now
+            self.say(text())
 
     def say(self, text: str) -> None:
         """Show `text` until something else happens."""
@@ -145,11 +140,6 @@ class StatusLine:
         """A warning is about to be written to the same screen; the next block brings the status back."""
         self.clear()
         return True
-
-    def _begin(self) -> None:
-        self._pass_began = time.perf_counter()
-        self._bytes_before = self._bytes_read()
-        self._blocks_of_pass = 0
 
     def _write(self, text: str) -> None:
         self._stream.write(text)

@@ -1,45 +1,30 @@
 """`tiered verify`: every checksum of a store; names all that is damaged."""
 
 import json
-import sys
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
+from tiered.cli.progress import ByteProgress
+from tiered.cli.screen import StatusLine
 from tiered.errors import ReadError, StoreError
+from tiered.io.scrub import ScrubReport, scrub
+from tiered.store import read_manifest
 from tiered.units import format_rate, format_seconds, format_size
 
-if TYPE_CHECKING:
-    from rich.progress import Progress
 
-    from tiered.io.scrub import ScrubReport
-
-_THREADS = 8
-
-
-@click.command("verify")
-@click.argument("store", type=click.Path(path_type=Path))
-@click.option("--threads", default=_THREADS, show_default=True, type=click.IntRange(1, 256), help="Reads in flight.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
-def command(store: Path, threads: int, as_json: bool) -> None:
-    """Test every checksum of STORE, in parallel, at the speed of the disk.
-
-    Names every chunk that is damaged and every file that is missing, truncated or cannot be read. Exit code 4 where
-    anything is damaged, 1 where something could only not be read.
-    """
-    from tiered.io.scrub import scrub
-    from tiered.store import read_manifest
-
+def run(store: Path, threads: int, as_json: bool) -> None:
+    """Test the store, show what was found, and raise an error for what is damaged or could not be read."""
     manifest = read_manifest(store)
     total = sum(file.nbytes for file in manifest.files)
-    with _progress() as bar:
-        if bar is None:
-            report = scrub(store, manifest, threads)
-        else:
-            task = bar.add_task(store.name, total=total)
-            report = scrub(store, manifest, threads, lambda done: bar.update(task, completed=done))
+    progress = ByteProgress()
+    with StatusLine() as status:
+
+        def show(done: int) -> None:
+            status.update(lambda: f"{100 * done // max(total, 1):3d}%  {store.name}  {progress.line(done, total)}")
+
+        show(0)
+        report = scrub(store, manifest, threads, show)
     if as_json:
         click.echo(json.dumps({"store": str(store), "synthetic": manifest.synthetic, **report.to_json()}, indent=2))
     else:
@@ -50,7 +35,7 @@ def command(store: Path, threads: int, as_json: bool) -> None:
     _raise_for(store, report)
 
 
-def _closing(report: "ScrubReport", synthetic: bool) -> list[str]:
+def _closing(report: ScrubReport, synthetic: bool) -> list[str]:
     lines = [
         f"{report.files} files, {report.chunks} chunks: {format_size(report.bytes_read)} read in "
         f"{format_seconds(report.seconds)}, {format_rate(report.bytes_per_second)}, "
@@ -63,7 +48,7 @@ def _closing(report: "ScrubReport", synthetic: bool) -> list[str]:
     return lines
 
 
-def _raise_for(store: Path, report: "ScrubReport") -> None:
+def _raise_for(store: Path, report: ScrubReport) -> None:
     """The exit code: corrupt bytes weigh more than bytes that could not be read."""
     if not report.findings:
         return
@@ -74,21 +59,3 @@ def _raise_for(store: Path, report: "ScrubReport") -> None:
     if report.corrupt:
         raise StoreError(f"{what}; convert the model again (a repaired disk does not bring the bytes back)")
     raise ReadError(f"{what}, all of them failed reads; check the disk and the kernel log, then verify again")
-
-
-def _progress() -> "AbstractContextManager[Progress | None]":
-    """A bar with speed and time left on a terminal, nothing elsewhere."""
-    if not sys.stderr.isatty():
-        return nullcontext()
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-    )

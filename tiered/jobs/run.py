@@ -24,7 +24,7 @@ from tiered.jobs.results import Label, TokenTexts, problem_line, result_line
 
 
 class Generate(Protocol):
-    """Runs sequences to their ends: `tiered.generate.generate`, bound to a runtime and a width.
+    """Runs sequences to their ends: `tiered.generate.generate`, bound to a runtime and a batch size.
 
     It takes from `sequences` whenever there is room for one more, calls `on_pass` after every pass, and then
     `on_finished` for every sequence that has ended in it; all in the thread that called it.

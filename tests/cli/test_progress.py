@@ -1,9 +1,13 @@
-"""What is seen of a running job: one line on a terminal, now and then a plain one elsewhere, and how to go on."""
+"""What is seen of running work: one line on a terminal, now and then a plain one elsewhere.
+
+And of a job that is interrupted, how to go on.
+"""
 
 import io
 import json
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +16,8 @@ from tests.commands import make_store, run_here
 from tests.jobs.fakes import request, write_lines
 from tests.test_interrupt import on_a_terminal
 from tests.warm import run_warm, start_warm
-from tiered.cli.batch_screen import JobScreen
+from tiered.cli.progress import ByteProgress, JobScreen, PassProgress, ScoreProgress
+from tiered.cli.screen import StatusLine
 from tiered.jobs.progress import Counts, Progress
 
 
@@ -64,6 +69,75 @@ def test_a_terminal_shows_progress_and_layers(monkeypatch: pytest.MonkeyPatch) -
 def test_a_terminal_is_not_written_to_more_often_than_eyes_can_follow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     assert shown(Terminal(), 1000, 0.001).count("sequences") < 30
+
+
+class Said(StatusLine):
+    """Shows everything, and keeps it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.texts: list[str] = []
+
+    def update(self, text: Callable[[], str]) -> None:
+        self.texts.append(text())
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    found = Clock()
+    monkeypatch.setattr("time.perf_counter", found)
+    return found
+
+
+def test_a_pass_has_blocks_a_speed_and_time_left_which_begin_anew_with_the_next(clock: Clock) -> None:
+    status = Said()
+    progress = PassProgress(status, lambda: round(clock.now) * 10**9)
+    for _ in range(2):
+        for block in (1, 3, 4):
+            clock.now += 10.0
+            progress.on_block(block, 4)
+    assert status.texts[1] == "block 3/4  1.00 GB/s  6.7 s left in this pass"
+    assert status.texts[5] == "block 4/4  1.00 GB/s  0 ms left in this pass"
+
+
+def test_a_scoring_has_passes_blocks_time_left_and_what_was_found_so_far(clock: Clock) -> None:
+    status, found = Said(), [None, 3.0]
+    progress = ScoreProgress(status, 2, lambda: found[0])
+    for _ in range(2):
+        for block in range(1, 5):
+            clock.now += 10.0
+            progress.on_block(block, 4)
+        del found[0]
+        found.append(3.0)
+    assert len(status.texts) == 8
+    assert status.texts[1] == "pass 1/2  block 2/4  1 min 00 s left"
+    assert status.texts[5] == "pass 2/2  block 2/4  20.0 s left  perplexity so far 3"
+    assert status.texts[7].startswith("pass 2/2  block 4/4  0 ms left")
+
+
+def test_bytes_have_a_speed_and_time_left_without_those_that_were_there(clock: Clock) -> None:
+    progress = ByteProgress()
+    progress.line(10**9, 5 * 10**9, skipped=10**9)
+    clock.now = 2.0
+    text = progress.line(3 * 10**9, 5 * 10**9, skipped=10**9)
+    assert "1.00 GB/s" in text and "2.0 s left" in text
+
+
+def test_the_status_line_changes_ten_times_a_second_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    clock, stream = Clock(), Terminal()
+    made: list[float] = []
+
+    def text() -> str:
+        made.append(clock.now)
+        return "reading"
+
+    with StatusLine(stream=stream, clock=clock) as status:
+        for _ in range(100):
+            clock.now += 0.01
+            status.update(text)
+    assert 5 <= len(made) <= 10
+    assert stream.getvalue().count("reading") == len(made)
 
 
 # The whole command.

@@ -1,17 +1,40 @@
-"""How errors are shown: a line each, and for a command that was asked for several things, those that failed."""
+"""What commands print, in lines: aligned columns, JSON, an error in one line, and which of several things failed.
+
+The same on a terminal, in a pipe and in a log.
+"""
 
 import contextlib
+import json
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 import click
 
 from tiered.errors import TieredError
 
+_GAP: Final = "  "
 _LONGEST_LINE: Final = 2000
 
 Failure = tuple[str, TieredError]
 """What was asked for, and why it failed."""
+
+
+def columns(rows: Sequence[Sequence[str]], align: str, indent: str = "") -> list[str]:
+    """One line per row. `align` has one letter per column: "<" or ">"."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = (
+            cell.rjust(width) if side == ">" else cell.ljust(width)
+            for cell, width, side in zip(row, widths, align, strict=True)
+        )
+        lines.append((indent + _GAP.join(cells)).rstrip())
+    return lines
+
+
+def print_json(result: dict[str, Any]) -> None:
+    """What a command that was asked for --json prints on standard output."""
+    click.echo(json.dumps(result, indent=2, ensure_ascii=False))
 
 
 def end_failed(failures: Sequence[Failure], total: int) -> None:

@@ -1,9 +1,10 @@
-"""What an examination finds: facts, what is switched off, what deserves a warning."""
+"""What an examination finds (facts, what is switched off, what deserves a warning), and how it is shown."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from tiered.cli.lines import columns
 from tiered.units import format_rate, format_size
 
 
@@ -66,3 +67,22 @@ def size_fact(label: str, nbytes: int) -> Fact:
 def rate_fact(label: str, bytes_per_second: float, how: str) -> Fact:
     """A measured bandwidth and how it was measured."""
     return Fact(label, f"{format_rate(bytes_per_second)} ({how})", bytes_per_second)
+
+
+def lines(found: Examination) -> Iterator[str]:
+    """The examination as people read it."""
+    for title, facts in found.sections.items():
+        yield title
+        if facts:
+            yield from columns([(fact.label, fact.text) for fact in facts], "<<", indent="  ")
+        yield ""
+    yield "switched off"
+    for off in found.off:
+        yield f"  {off.feature}"
+        yield f"    why      {off.why}"
+        yield f"    turn on  {off.turn_on}"
+    if not found.off:
+        yield "  nothing"
+    yield ""
+    yield "warnings"
+    yield from (f"  {warning}" for warning in found.warnings or ("none",))

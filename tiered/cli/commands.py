@@ -1,0 +1,328 @@
+"""What can be typed: every command of `tiered` with its options. What a command does is in the module of its name.
+
+That module is imported when the command runs, as it loads torch, which takes seconds; this one imports nothing but
+click, so that --help and a mistyped option are answered at once.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import click
+from click.core import ParameterSource
+
+_POSITIVE: Final = click.IntRange(min=1)
+_ANY_PATH: Final = click.Path(path_type=Path)
+_FILE: Final = click.Path(path_type=Path, dir_okay=False)
+
+Command = Callable[..., Any]
+
+
+class _InThisOrder(click.Group):
+    """A group that lists its commands as they stand here."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+@click.group(cls=_InThisOrder, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="tiered", message="tiered %(version)s")
+def cli() -> None:
+    """Run language models that do not fit in memory, at the speed of the disk.
+
+    \b
+    tiered convert facebook/opt-6.7b        once: download, quantize, write opt-6.7b.tiered
+    tiered generate opt-6.7b.tiered -p Hi   as often as you like, in as little as a few GiB
+    """
+
+
+# Options that several commands have.
+
+
+def _together(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """One decorator that adds `options`, in this order."""
+
+    def add(command: Command) -> Command:
+        # As decorators stand above a function: the last is applied first.
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+_store: Final = click.argument("store", type=_ANY_PATH)
+
+_kv_bits: Final = click.option(
+    "--kv-bits", default="16", show_default=True, type=click.Choice(["16", "8", "4"]), help="Precision of the KV cache."
+)
+
+_kv: Final = _together(
+    click.option(
+        "--kv",
+        default="auto",
+        show_default=True,
+        type=click.Choice(["auto", "cpu", "disk"]),
+        help="Where the KV cache is; auto: in memory if it fits.",
+    ),
+    _kv_bits,
+    click.option(
+        "--kv-dir",
+        type=click.Path(path_type=Path, file_okay=False, exists=True),
+        help="Where a KV cache on disk goes. [default: beside the store]",
+    ),
+)
+
+_measure: Final = click.option(
+    "--measure/--no-measure", default=True, help="Measure the raw disk bandwidth before and after."
+)
+
+
+def _json(instead: str = "instead of text") -> Callable[[Command], Command]:
+    return click.option("--json", "as_json", is_flag=True, help=f"Print one JSON object {instead}.")
+
+
+def _texts(what: str) -> Callable[[Command], Command]:
+    kind = click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path)
+    return click.option("-f", "--file", "files", multiple=True, type=kind, help=f"{what}; repeatable; - is stdin.")
+
+
+def _objective(default: str) -> Callable[[Command], Command]:
+    """What counts where prompts enter while other sequences decode."""
+    return click.option(
+        "--objective",
+        default=default,
+        show_default=True,
+        type=click.Choice(["latency", "throughput"]),
+        help="While others decode: latency reads prompts in small pieces, throughput as much as a pass takes.",
+    )
+
+
+def _run(invariant: str) -> Callable[[Command], Command]:
+    """What is computed in, by what, in which memory; `invariant` says what the kernels' invariant mode gives."""
+    return _together(
+        click.option(
+            "--dtype", default="auto", show_default=True, help="auto, bfloat16 or float32: what is computed in."
+        ),
+        click.option("--verify", default="first", show_default=True, type=click.Choice(["first", "always", "never"])),
+        click.option("--tiers", default="disk,cpu", show_default=True, help="Where weights may be, slowest first."),
+        click.option("--ram", help="Budget for the whole process, such as 2GiB. [default: 90% of what is free]"),
+        click.option("--threads", type=_POSITIVE, help="Compute threads. [default: all processors]"),
+        click.option(
+            "--kernels",
+            default="auto",
+            show_default=True,
+            type=click.Choice(["auto", "torch", "scalar", "avx2", "avx512", "amx"]),
+            help="What multiplies; auto is the best that this machine has.",
+        ),
+        click.option(
+            "--kernel-mode",
+            default="invariant",
+            show_default=True,
+            type=click.Choice(["invariant", "fast"]),
+            help=f"invariant: {invariant}. fast: activations may be rounded to 8 bits.",
+        ),
+    )
+
+
+def _stated() -> frozenset[str]:
+    """Names of the options that the running command was given, as opposed to their defaults."""
+    context = click.get_current_context()
+    given = ParameterSource.COMMANDLINE
+    return frozenset(name for name in context.params if context.get_parameter_source(name) is given)
+
+
+# The commands, in the order of `tiered --help`.
+
+
+@cli.command(short_help="Convert a checkpoint into a store of quantized blocks.")
+@click.argument("source")
+@click.option("-o", "--output", type=_ANY_PATH, help="The store to write. [default: ./NAME.tiered]")
+@click.option("--quant", default="int4", show_default=True, type=click.Choice(["int4", "int8", "none"]))
+@click.option("--group-size", default="64", show_default=True, type=click.Choice(["32", "64", "128"]))
+@click.option(
+    "--compress",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "zstd", "none"]),
+    help="zstd where it shrinks; auto: only where this disk is slow enough for it to pay.",
+)
+@click.option("--ram", help="Refuse to take more than this, such as 2GiB.")
+@click.option("--force", is_flag=True, help="Replace the store or unfinished conversion that is in the way.")
+@click.option("--revision", help="Branch, tag or commit of a hub repository.")
+@click.option("--delete-downloads", is_flag=True, help="Remove each file that this downloads once it is converted.")
+@click.option("--synthetic", is_flag=True, help="Random weights of a known shape (or a toml file), for benchmarks.")
+@click.option("--distinct-blocks", type=_POSITIVE, metavar="N", help="Synthetic: store only N layers.")
+@click.option("--seed", default=0, show_default=True, help="Of synthetic weights.")
+def convert(source: str, output: Path | None, **options: Any) -> None:
+    """Convert SOURCE into a store that 'tiered generate' runs.
+
+    SOURCE is a Hugging Face folder, a hub id such as facebook/opt-6.7b, or a known name such as opt-125m. An
+    interrupted conversion is resumed by the same command.
+    """
+    if sys.stderr.isatty():
+        # Downloads may take hours: let the hub library, imported below, show its own bars, which `main` switches off.
+        os.environ.pop("HF_HUB_DISABLE_PROGRESS_BARS", None)
+    from tiered.cli.convert import run
+
+    run(source, output, **options)
+
+
+@cli.command(short_help="Generate text from a store, in less memory than it takes.")
+@_store
+@click.option("-p", "--prompt", "prompts", multiple=True, help="A prompt; repeat for a batch.")
+@_texts("A file that is one prompt")
+@click.option("-n", "--max-new-tokens", default=128, show_default=True, type=_POSITIVE, help="Tokens to generate.")
+@click.option("--temperature", default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--top-k", default=0, show_default=True, help="Sample from the k likeliest tokens; 0: all.")
+@click.option("--top-p", default=1.0, show_default=True, help="Sample from the likeliest tokens of this total mass.")
+@click.option("--min-p", default=0.0, show_default=True, help="Drop tokens below this share of the likeliest.")
+@click.option("--repetition-penalty", default=1.0, show_default=True, help="Above 1 discourages repetition.")
+@click.option("--seed", default=0, show_default=True, help="For sampling.")
+@click.option("--stop", "stops", multiple=True, help="End at this text; repeatable.")
+@click.option("--ignore-eos", is_flag=True, help="Go on past the end-of-text token.")
+@click.option("--prompt-tokens", type=_POSITIVE, help="Random prompts of exactly N tokens, for measuring.")
+@click.option("--sequences", default=1, show_default=True, type=_POSITIVE, help="So many --prompt-tokens prompts.")
+@click.option("--batch", type=_POSITIVE, help="Prompts that run at once. [default: all]")
+@click.option("--micro-batch", type=_POSITIVE, help="Tokens computed together inside a block. [default: as useful]")
+@_objective("latency")
+@_kv
+@click.option("--chat", is_flag=True, help="Apply the tokenizer's chat template to each prompt.")
+@_run("a text does not depend on what shares its batch")
+@click.option("--prefetch", type=click.IntRange(min=0), help="Blocks read ahead; 0: none. [default: as memory allows]")
+@_measure
+@_json()
+@click.option("--trace", "trace_path", type=_FILE, help="Write a Perfetto trace.")
+def generate(prompts: Sequence[str], files: Sequence[Path], **options: Any) -> None:
+    """Generate text from STORE, the folder that 'tiered convert' wrote.
+
+    Prompts come from -p, -f, or standard input. The text goes to standard output, everything else to standard
+    error. One of several prompts that cannot be continued does not keep the others from it; the exit code is 1 then.
+    """
+    from tiered.cli.texts import read_prompts
+
+    texts = read_prompts(prompts, files, options["prompt_tokens"], options["sequences"])
+    from tiered.cli.generate import GenerateRequest, run
+
+    run(GenerateRequest(**options, prompts=texts, stated=_stated()))
+
+
+@cli.command(short_help="Answer a file of requests; killed and started again at will.")
+@_store
+@click.option("-i", "--input", "input_path", required=True, type=_FILE, help="Requests, one JSON object per line.")
+@click.option("-o", "--output", "output_path", required=True, type=_FILE, help="Where results are appended.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0, (1 << 64) - 1), help="For sampling.")
+@click.option(
+    "--max-tokens", default=128, show_default=True, type=_POSITIVE, help="Tokens to generate where a line says nothing."
+)
+@click.option("--context", type=_POSITIVE, help="Tokens of the longest sequence. [default: as the input needs]")
+@click.option("--batch", type=_POSITIVE, help="Sequences that share a pass. [default: as time and memory allow]")
+@click.option("--micro-batch", type=_POSITIVE, help="Rows computed together. [default: as memory allows]")
+@_objective("throughput")
+@_kv
+@_run("a text does not depend on what shares its batch")
+@_measure
+@_json("with the report")
+def batch(**options: Any) -> None:
+    """Answer all requests of a file with STORE, the folder that 'tiered convert' wrote.
+
+    Lines are requests in OpenAI's batch format, for /v1/completions or /v1/chat/completions. Results are appended in
+    its result format as they are finished, in any order. The same command again goes on where an interrupted one has
+    stopped: what is done is kept, and the results are those of a run in one go. OUTPUT.job tells which job a result
+    file belongs to.
+    """
+    from tiered.cli.batch import BatchRequest, run
+
+    run(BatchRequest(**options, stated=_stated()))
+
+
+@cli.command(short_help="Score texts: perplexity and a log-probability per token.")
+@_store
+@_texts("A text")
+@click.option("--context", type=_POSITIVE, help="Tokens in a window. [default: 2048, or what the model has]")
+@click.option(
+    "--stride",
+    type=_POSITIVE,
+    help="Tokens of a window that are scored anew; the others are context. [default: all: windows do not overlap]",
+)
+@click.option(
+    "--batch",
+    "--windows-per-pass",
+    "windows_per_pass",
+    type=_POSITIVE,
+    help="Windows that share a pass. [default: as memory allows]",
+)
+@click.option(
+    "--per-token",
+    "per_token_path",
+    type=_FILE,
+    help="Write a JSON line per token: file, position, token_id, text, logprob.",
+)
+@_kv_bits
+@_run("a score does not depend on what shares its pass")
+@_measure
+@_json()
+def score(files: Sequence[Path], **options: Any) -> None:
+    """Score texts with STORE: perplexity, nats per token, bits per byte.
+
+    Texts come from -f or standard input, each scored on its own. A text is cut into windows of --context tokens, and
+    each of its tokens is scored once, by what comes before it in its window. Every window begins with the token that
+    the model's tokenizer puts in front of texts; where there is none, a text's first token has nothing before it and
+    is not counted. Bits per byte lets models with different tokenizers be compared. The table goes to standard output,
+    everything else to standard error. One of several texts that cannot be scored is named, and the others are scored;
+    the exit code is 1 then.
+    """
+    from tiered.cli.texts import read_texts
+
+    texts = read_texts(files)
+    from tiered.cli.score import ScoreRequest, run
+
+    run(ScoreRequest(**options, texts=texts))
+
+
+@cli.command(short_help="Show what a store holds and what fits in which budget.")
+@_store
+@click.option("--context", type=_POSITIVE, help="Tokens to plan for. [default: 2048, or what the model has]")
+@click.option("--sequences", default=1, show_default=True, type=_POSITIVE, help="Prompts in one batch.")
+@click.option("--dtype", default="auto", show_default=True, help="auto, bfloat16 or float32: what is computed in.")
+@click.option("--disk-bandwidth", help="Of the disk, such as 2GB/s: adds the seconds of a pass.")
+@_json()
+def inspect(**options: Any) -> None:
+    """Show what STORE holds and what fits in which memory budget.
+
+    Budgets are estimates for one process like this one; 'tiered generate' measures its own and decides.
+    """
+    from tiered.cli.inspect import run
+
+    run(**options)
+
+
+@cli.command(short_help="Test every checksum of a store, at disk speed.")
+@_store
+@click.option("--threads", default=8, show_default=True, type=click.IntRange(1, 256), help="Reads in flight.")
+@_json()
+def verify(**options: Any) -> None:
+    """Test every checksum of STORE, in parallel, at the speed of the disk.
+
+    Names every chunk that is damaged and every file that is missing, truncated or cannot be read. Exit code 4 where
+    anything is damaged, 1 where something could only not be read.
+    """
+    from tiered.cli.verify import run
+
+    run(**options)
+
+
+@cli.command(short_help="Show what this machine can do, what is switched off, and why.")
+@click.argument("path", default=".", type=_ANY_PATH)
+@click.option("--disk-test", is_flag=True, help="Write, read and remove a temporary file of 256 MiB.")
+@_json()
+def doctor(**options: Any) -> None:
+    """Show what this machine can do for tiered, what is switched off, and what would switch it on.
+
+    PATH is a store, or the folder where one is to be; the current folder by default.
+    """
+    from tiered.cli.doctor import run
+
+    run(**options)

@@ -1,0 +1,133 @@
+"""What the status line says while a command works: one class per kind of work, and for a job plain lines too."""
+
+import sys
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import TYPE_CHECKING, Final, Self, TextIO
+
+from tiered.cli.screen import StatusLine, is_terminal
+from tiered.units import format_rate, format_seconds, format_size
+
+if TYPE_CHECKING:
+    from tiered.jobs import Progress  # which loads torch
+
+_LINE_SECONDS: Final = 30.0
+"""Between two plain lines."""
+_LEAST_SECONDS: Final = 0.5
+"""Before a speed says anything."""
+
+
+class PassProgress:
+    """Says where the running pass is: how many of its blocks are computed, the disk's speed, time left."""
+
+    def __init__(self, status: StatusLine, bytes_read: Callable[[], int]) -> None:
+        self._status, self._bytes_read = status, bytes_read
+        self._done = 0
+        self._begin()
+
+    def on_block(self, done: int, total: int) -> None:
+        """A block of the running pass has been computed."""
+        # Several resident blocks may come as one.
+        if done <= self._done:
+            self._begin()
+        self._done = done
+        self._status.update(lambda: self._line(done, total))
+
+    def _begin(self) -> None:
+        self._began, self._bytes_before = time.perf_counter(), self._bytes_read()
+
+    def _line(self, done: int, total: int) -> str:
+        elapsed = time.perf_counter() - self._began
+        rate = (self._bytes_read() - self._bytes_before) / elapsed if elapsed else 0.0
+        left = elapsed / done * (total - done)
+        return f"block {done}/{total}  {format_rate(rate)}  {format_seconds(left)} left in this pass"
+
+
+class ScoreProgress:
+    """Says where a scoring is: which pass of about so many, which block, time left, the perplexity so far."""
+
+    def __init__(self, status: StatusLine, passes: int, perplexity: Callable[[], float | None]) -> None:
+        """`perplexity` returns None while nothing has been scored."""
+        self._status, self._passes, self._perplexity = status, passes, perplexity
+        self._done = 0
+        self._began = time.perf_counter()
+
+    def on_block(self, done: int, total: int) -> None:
+        """A block of the running pass has been computed; the last one ends the pass."""
+        number = self._done + 1
+        if done == total:
+            self._done = number
+        self._status.update(lambda: self._line(number, done, total))
+
+    def _line(self, number: int, done: int, total: int) -> str:
+        passes = max(self._passes, number)
+        share = (number - 1 + done / total) / passes
+        left = format_seconds((time.perf_counter() - self._began) * (1 / share - 1))
+        perplexity = self._perplexity()
+        found = "" if perplexity is None else f"  perplexity so far {perplexity:.4g}"
+        return f"pass {number}/{passes}  block {done}/{total}  {left} left{found}"
+
+
+class ByteProgress:
+    """How far a known number of bytes is, with speed and time left, counted from the first call on."""
+
+    def __init__(self) -> None:
+        self._began: float | None = None
+
+    def line(self, done: int, total: int, skipped: int = 0) -> str:
+        """`skipped` of the bytes that are done say nothing about speed."""
+        now = time.perf_counter()
+        if self._began is None:
+            self._began = now
+        seconds, achieved = now - self._began, done - skipped
+        text = f"{format_size(done)} of {format_size(total)}"
+        if seconds < _LEAST_SECONDS or achieved <= 0:
+            return text
+        left = seconds / achieved * (total - done)
+        return f"{text}  {format_rate(achieved / seconds)}  {format_seconds(left)} left"
+
+
+class JobScreen:
+    """Shows how far a job is: in the status line, and away from a terminal in a plain line now and then.
+
+    A context manager; leaving it takes the status line away.
+    """
+
+    def __init__(self, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._stream = sys.stderr if stream is None else stream
+        self._clock = clock
+        self._is_terminal = is_terminal(self._stream)
+        self.status = StatusLine(stream=self._stream, clock=clock)
+        self._line = ""
+        self._written = clock()
+
+    def __enter__(self) -> Self:
+        self.status.__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.status.__exit__(kind, error, tb)
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        self.status.clear()
+        self._stream.write(f"{text}\n")
+        self._stream.flush()
+
+    def on_scan(self, what: str, done: int, total: int) -> None:
+        """So many of all the bytes of the input have been read."""
+        self.status.update(lambda: f"{what} {done / total:.0%}")
+
+    def on_progress(self, progress: "Progress") -> None:
+        """A pass has ended."""
+        self._line = progress.line()
+        self.status.update(lambda: self._line)
+        if not self._is_terminal and self._clock() - self._written >= _LINE_SECONDS:
+            self._written = self._clock()
+            self._stream.write(f"{self._line}\n")
+            self._stream.flush()
+
+    def on_block(self, done: int, total: int) -> None:
+        """A block of the running pass has been computed."""
+        self.status.update(lambda: f"{self._line}  block {done}/{total}".lstrip())

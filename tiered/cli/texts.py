@@ -1,0 +1,84 @@
+"""The prompts and texts that a command was given: in its options, in files, or on standard input.
+
+`commands.py` calls it before it imports what loads torch, so that a mistake is answered at once.
+"""
+
+import io
+import os
+import stat
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import BinaryIO, Final
+
+import click
+
+_MOST_TEXT_NBYTES: Final = 512 << 20
+"""Of one text: more than any corpus that is scored whole, and less than an endless pipe fills memory with."""
+_STANDARD_INPUT: Final = Path("-")
+"""As what the path that options take for it becomes."""
+
+
+def read_prompts(
+    stated: Sequence[str], files: Sequence[Path], prompt_tokens: int | None, sequences: int
+) -> tuple[str, ...]:
+    """The prompts of -p and -f, else that of standard input; none where `prompt_tokens` asks for random ones."""
+    prompts = [("-p", text) for text in stated]
+    prompts += [_prompt_of(path) for path in files]
+    if prompt_tokens is not None and prompts:
+        raise click.UsageError("--prompt-tokens makes its own prompts; drop -p and -f")
+    if prompt_tokens is None and sequences > 1:
+        raise click.UsageError("--sequences repeats what --prompt-tokens makes; repeat -p for a batch of your own")
+    if prompt_tokens is None and not prompts:
+        if sys.stdin.isatty():
+            raise click.UsageError("no prompt: pass -p TEXT or -f FILE, or pipe text to standard input")
+        prompts = [_prompt_of(_STANDARD_INPUT)]
+    for source, text in prompts:
+        # Bytes that are no text reach us as lone surrogates where Python lets them pass.
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise click.UsageError(f"{source}: not UTF-8; pass text in that encoding")
+    return tuple(text for _, text in prompts)
+
+
+def _prompt_of(path: Path) -> tuple[str, str]:
+    """Name and text of a file, or of standard input; lines end as they do in Python, whatever system wrote them."""
+    name, text = read_text(path)
+    return name, io.IncrementalNewlineDecoder(None, translate=True).decode(text, final=True)
+
+
+def read_texts(files: Sequence[Path]) -> tuple[tuple[str, str], ...]:
+    """Names and texts of `files`, or of standard input where there are none."""
+    if files:
+        return tuple(map(read_text, files))
+    if sys.stdin.isatty():
+        raise click.UsageError("no text: pass -f FILE, or pipe text to standard input")
+    return (read_text(_STANDARD_INPUT),)
+
+
+def read_text(path: Path) -> tuple[str, str]:
+    """The name of the file at `path` in messages, and the text in it, which must be UTF-8; line ends as they are.
+
+    Pipes and terminals are read to their end. A device that has none is refused, and so is what is too large.
+    """
+    name = "standard input" if path == _STANDARD_INPUT else str(path)
+    try:
+        if path == _STANDARD_INPUT:
+            return name, _decoded(sys.stdin.buffer, name)
+        with path.open("rb") as file:
+            found = os.fstat(file.fileno())
+            is_device = stat.S_ISCHR(found.st_mode) or stat.S_ISBLK(found.st_mode)
+            if is_device and not file.isatty() and not path.samefile(os.devnull):
+                raise click.UsageError(f"{name}: a device, expected a text; pass a file or a pipe")
+            return name, _decoded(file, name)
+    except OSError as error:
+        raise click.UsageError(f"{name}: cannot be read: {error.strerror}") from None
+
+
+def _decoded(file: BinaryIO, name: str) -> str:
+    content = file.read(_MOST_TEXT_NBYTES + 1)
+    if len(content) > _MOST_TEXT_NBYTES:
+        raise click.UsageError(f"{name}: more than {_MOST_TEXT_NBYTES >> 20} MiB; split it")
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise click.UsageError(f"{name}: not UTF-8 ({error.reason} at byte {error.start}); convert it") from None
