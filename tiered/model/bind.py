@@ -22,14 +22,6 @@ from tiered.store import CHUNK_NBYTES, PAGE, Store
 AnyWeight = torch.Tensor | QuantizedWeight
 
 
-@dataclass(slots=True)
-class Loan:
-    """What a linear layer has borrowed. An object of its own: setting attributes of modules is slow."""
-
-    weight: AnyWeight | None = None
-    bias: torch.Tensor | None = None
-
-
 class OffloadedLinear(nn.Module):
     """Takes an nn.Linear's place: the same function of a weight that is lent to it per block."""
 
@@ -38,14 +30,17 @@ class OffloadedLinear(nn.Module):
         self.in_features, self.out_features = original.in_features, original.out_features
         # A head's bias may be resident (set_outer); a layer's is lent with its weight.
         self.bias = original.bias
-        self.loan = Loan()
+        self.lent: dict[str, AnyWeight] = {}
+        """By "weight" and "bias"; empty outside a loan. No attributes of the module: setting those is slow."""
         self._kernels = kernels
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] -> [..., out_features]."""
-        loan = self.loan
-        assert loan.weight is not None, "used outside its block"
-        return self._kernels.linear(x, loan.weight, self.bias if loan.bias is None else loan.bias)
+        lent = self.lent
+        assert lent, "used outside its block"
+        bias = lent.get("bias", self.bias)
+        assert bias is None or isinstance(bias, torch.Tensor)
+        return self._kernels.linear(x, lent["weight"], bias)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
@@ -58,39 +53,33 @@ class _Place:
     target: nn.Module
     attribute: str
     own: torch.Tensor | None
-    """The graph's own tensor of that name, which a small tensor stands in for; None for a linear layer's weight."""
+    """The graph's own tensor of that name, whose dtype counts; None for what only modules that borrow compute with."""
+    lent: dict[str, AnyWeight] | None
+    """Where the target looks for what it has borrowed; None: the tensor takes the graph's own one's place."""
 
     @classmethod
     def find(cls, module: nn.Module, name: str) -> "_Place":
         path, _, attribute = name.rpartition(".")
         target = module.get_submodule(path)
-        lends = isinstance(target, OffloadedExperts) or (isinstance(target, OffloadedLinear) and attribute == "weight")
-        return cls(target, attribute, None if lends else getattr(target, attribute))
+        lent: dict[str, AnyWeight] | None = getattr(target, "lent", None)
+        own: torch.Tensor | None = getattr(target, attribute) if lent is None else getattr(target, attribute, None)
+        return cls(target, attribute, own, lent)
 
     def lend(self, name: str, weight: AnyWeight) -> None:
         """Give `weight` to the target until `take_back`."""
-        target = self.target
-        if self.own is None:
-            if isinstance(target, OffloadedLinear):
-                target.loan.weight = weight
-            else:
-                assert isinstance(target, OffloadedExperts)
-                target.lent[self.attribute] = weight
-            return
-        assert isinstance(weight, torch.Tensor), f"{name}: only linear layers can be quantized"
-        # The graph's own dtype: the compute dtype, but for what a family insists on having in float32.
-        tensor = weight.to(self.own.dtype) if weight.is_floating_point() else weight
-        if isinstance(target, OffloadedLinear):
-            target.loan.bias = tensor
+        if self.own is not None:
+            assert isinstance(weight, torch.Tensor), f"{name}: only linear layers can be quantized"
+            # The graph's own dtype: the compute dtype, but for what a family insists on having in float32.
+            weight = weight.to(self.own.dtype) if weight.is_floating_point() else weight
+        if self.lent is not None:
+            self.lent[self.attribute] = weight
         else:
-            self._put(tensor)
+            assert isinstance(weight, torch.Tensor)
+            self._put(weight)
 
     def take_back(self) -> None:
-        target = self.target
-        if isinstance(target, OffloadedLinear):
-            target.loan.weight = target.loan.bias = None
-        elif isinstance(target, OffloadedExperts):
-            target.lent.clear()
+        if self.lent is not None:
+            self.lent.pop(self.attribute, None)
         else:
             assert self.own is not None
             self._put(self.own)
