@@ -168,11 +168,12 @@ def test_a_line_costs_at_most_16_bytes(tmp_path: Path, lines: int, times: int) -
         for count in (1000, lines)
     )
     peaks = []
-    for path in (few, few, many):
+    for path in (few, few, many, many):
         tracemalloc.start()
         found = scan_input(path)
         for line in found.read():
             found.duplicates.add(line.number)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    assert peaks[2] - peaks[1] <= 16 * (lines - 1000)
+    # What another thread of this process allocates meanwhile is counted too: the lesser of two.
+    assert min(peaks[2:]) - peaks[1] <= 16 * (lines - 1000)

@@ -23,7 +23,7 @@ from tiered.store.format import tensor_nbytes
 from tiered.store.sweep import SWEEP_NBYTES
 from tiered.units import MIB, format_budget, format_size
 
-_GROWTH_NBYTES: Final = 24 * MIB
+_GROWTH_NBYTES: Final = 16 * MIB
 """What the process itself grows by: code pages touched for the first time, threads' stacks, headers, the allocator's
 holes. Measured, see tests/convert/test_room.py."""
 _BASELINE_VARIES_NBYTES: Final = 4 * MIB
