@@ -44,7 +44,18 @@ from tiered.model import (
     use_attention,
 )
 from tiered.options import Options, compute_dtype
-from tiered.plan import Budgets, Machine, ModelShape, Plan, Rate, Workload, make_plan, process_rss_bytes, rates_wanted
+from tiered.plan import (
+    Budgets,
+    Machine,
+    ModelShape,
+    Plan,
+    Rate,
+    Workload,
+    make_plan,
+    pace_for,
+    process_rss_bytes,
+    rates_wanted,
+)
 from tiered.store import BlockInfo, Store
 from tiered.stream import EmbeddingRows, KVStream, Streamer, Streams, StreamThread
 
@@ -174,6 +185,7 @@ class Runtime:
             machine = self._measure(self.store, self.host.kernels, made.shape, machine, wanted)
             # The process has grown by what measured, and its peak counts.
             budgets = _budgets(self.options, member, before)
+        self.pace = pace_for(made.shape, machine, self.workload)
         return make_plan(made.shape, machine, self.workload, budgets)
 
     # What callers use.

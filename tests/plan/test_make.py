@@ -23,8 +23,10 @@ from tiered.plan import (
     Workload,
     layer_groups,
     make_plan,
+    pace_for,
     rates_wanted,
 )
+from tiered.plan.pace import LEAST
 from tiered.plan.workspace import MAX_ROWS
 from tiered.units import GIB, MIB
 
@@ -212,3 +214,13 @@ def test_plans_need_neither_torch_nor_transformers() -> None:
     )
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_prompts_are_paced_by_rates_where_they_have_been_measured() -> None:
+    workload = Workload(8, 512, choose_batch_size=True)
+    assert pace_for(model_of(), Machine(0), workload).prompt_tokens(4) == LEAST
+    # Rows cost next to nothing up to 512: a quarter of a pass is more than all of them.
+    fast = Machine(0, None, ComputeRate((1, 512), (1e-9, 1.1e-9)))
+    assert pace_for(model_of(), fast, workload).prompt_tokens(4) > 512
+    slow = Machine(0, None, ComputeRate((1, 512), (1e-9, 1e-6)))
+    assert pace_for(model_of(), slow, workload).prompt_tokens(4) == LEAST

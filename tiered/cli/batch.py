@@ -173,6 +173,7 @@ def _generate(
             on_finished=on_finished,
             on_block=screen.on_block,
             objective=Objective(request.objective),
+            pace=runtime.pace,
         )
     on_report(make_report(generation, around.surroundings(runtime, generation.decode.disk_idle_seconds)))
     return generation

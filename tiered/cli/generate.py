@@ -202,6 +202,7 @@ def _generate(request: GenerateRequest, runtime: Runtime, sequences: list[Sequen
                 on_pass,
                 on_block=PassProgress(status, lambda: runtime.bytes_read).on_block,
                 objective=Objective(request.objective),
+                pace=runtime.pace,
             )
     return make_report(generation, around.surroundings(runtime, generation.decode.disk_idle_seconds))
 

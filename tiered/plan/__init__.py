@@ -13,7 +13,7 @@ from tiered.plan.inputs import (
     parse_tiers,
 )
 from tiered.plan.kv import Bits, CachePlan, KVShape, LayerGroup, layer_groups
-from tiered.plan.make import Rate, make_plan, rates_wanted
+from tiered.plan.make import Rate, make_plan, pace_for, rates_wanted
 from tiered.plan.placement import Placement, interleave, place
 from tiered.plan.plan import Needs, Plan, fit_blocks
 from tiered.proc import process_peak_rss_bytes, process_rss_bytes
@@ -42,6 +42,7 @@ __all__ = [
     "layer_groups",
     "make_plan",
     "memory_limits",
+    "pace_for",
     "parse_tiers",
     "pin_malloc",
     "place",

@@ -6,12 +6,14 @@ budget that works. `rates_wanted` says beforehand what would have to be measured
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Final, Literal
 
 from tiered.errors import BudgetError
 from tiered.plan.batch_size import BatchChoice, BatchOption, candidates, choose_batch_size, choose_windows_per_pass
 from tiered.plan.inputs import Budgets, Machine, ModelShape, Workload
 from tiered.plan.kv import CachePlan, block_nbytes
+from tiered.plan.pace import Pace
 from tiered.plan.plan import Needs, Plan, fit_blocks, smallest_budget
 from tiered.plan.workspace import MAX_ROWS, Workspace, workspace_for
 from tiered.units import MIB, PAGE, PAGE_TOKENS, format_rate, format_seconds, format_size
@@ -42,6 +44,13 @@ def make_plan(model: ModelShape, machine: Machine, workload: Workload, budgets: 
     if workload.one_pass:
         return _plan_for(asked, _windows_per_pass(asked), "for the fewest bytes to read")
     return _most_throughput(asked)
+
+
+def pace_for(model: ModelShape, machine: Machine, workload: Workload) -> Pace:
+    """How prompts are paced beside decoding: by the machine's rates, if there are any, until passes have been seen."""
+    if machine.linear is None:
+        return Pace()
+    return Pace(partial(_compute_seconds, model, machine, workload))
 
 
 def smallest_ram(model: ModelShape, machine: Machine, workload: Workload, budgets: Budgets) -> int:
@@ -234,16 +243,16 @@ def _most_throughput(asked: _Asked) -> Plan:
     if machine.linear is None:
         option = max(found, key=lambda option: (option.sequences, not option.kv_on_disk))
         return _reasoned(asked, found[option], "as fit")
-    choice = choose_batch_size(found, machine.disk_bytes_per_second, lambda count: _compute_seconds(asked, count))
+    seconds = partial(_compute_seconds, asked.model, machine, asked.workload)
+    choice = choose_batch_size(found, machine.disk_bytes_per_second, seconds)
     assert choice is not None
     return _reasoned(asked, found[choice.option], _expected(choice, machine.disk_bytes_per_second))
 
 
-def _compute_seconds(asked: _Asked, count: int) -> float:
+def _compute_seconds(model: ModelShape, machine: Machine, workload: Workload, count: int) -> float:
     """Seconds that a pass over `count` decoding sequences computes."""
-    machine, model = asked.machine, asked.model
     assert machine.linear is not None
-    context = asked.workload.mean_context * _HALFWAY
+    context = workload.mean_context * _HALFWAY
     attention = (machine.attention_seconds or 0.0) * model.kv.layers * context
     return machine.linear.seconds(count, model.weights) + attention * count
 
