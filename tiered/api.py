@@ -251,7 +251,7 @@ class OffloadedModel(PreTrainedModel, GenerationMixin):
         return logits[0] if len(parts) == 1 else keep_positions(torch.cat(logits, dim=1), batch.logits_to_keep)
 
     def _split(self, batch: ForwardBatch) -> list[ForwardBatch]:
-        """A prompt too long for one chunk, with a cache that one pass cannot fill chunk by chunk: several passes."""
+        """A prompt too long for one micro-batch, with a cache that one pass cannot fill in several: several passes."""
         rows, tokens = batch.input_ids.shape
         past = int(batch.cache.get_seq_length())
         step = max(1, self._runtime.plan.micro_batch_rows // rows)
@@ -373,7 +373,7 @@ def _by_both_names(output: T) -> T:
 
 
 def _fits_one_pass(batch: ForwardBatch, micro_batch_rows: int) -> bool:
-    """Whether the engine can take `batch` as it is: in one chunk, or in several that grow the cache in turn."""
+    """Whether the engine can take `batch` as it is: in one micro-batch, or in several that grow the cache in turn."""
     rows, tokens = batch.input_ids.shape
     if rows * tokens <= micro_batch_rows or tokens == 1:
         return True

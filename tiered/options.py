@@ -23,7 +23,7 @@ class Options:
     threads: int | None = None
     verify: VerifyPolicy = VerifyPolicy.FIRST
     prefetch: int | None = None
-    rows_per_chunk: int | None = None
+    micro_batch_rows: int | None = None
     """Tokens that are computed together at most; None: as many as memory allows and are useful."""
     kv: KVTier = "cpu"
     """Where the KV cache is; auto: in memory if it fits there."""
@@ -37,7 +37,7 @@ class Options:
     read_mode: ReadMode | None = None
 
     def __post_init__(self) -> None:
-        for name, value in (("ram", self.ram), ("threads", self.threads), ("micro-batch", self.rows_per_chunk)):
+        for name, value in (("ram", self.ram), ("threads", self.threads), ("micro-batch", self.micro_batch_rows)):
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ConfigError(f"{name} {value!r}: expected a whole number above 0")
         if self.kv not in ("auto", "cpu", "disk"):

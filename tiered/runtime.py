@@ -350,7 +350,7 @@ def _prepare(store: Store, options: Options, host: Host) -> _Prepared:
 def _budgets(options: Options, member: Member, before: int) -> Budgets:
     """What may be used, and what of it the process takes by itself; it had `before` bytes before `_prepare`."""
     baseline = PROCESS.measure_baseline(member, before, options.ram)
-    return Budgets(member.budget, baseline, options.tiers, options.kv, options.kv_bits, options.rows_per_chunk)
+    return Budgets(member.budget, baseline, options.tiers, options.kv, options.kv_bits, options.micro_batch_rows)
 
 
 def _limits(plan: Plan, gathered: bool) -> MicroBatchLimits:

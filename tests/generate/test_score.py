@@ -319,7 +319,7 @@ def test_scores_of_a_model_are_those_of_transformers(tiny: Tiny, name: str) -> N
     windows = list(cut_windows(ids, 48, 30, [1]))
     workload = Workload(3, 48, one_pass=True, all_logits=True)
     scores: dict[int, torch.Tensor] = {}
-    with Runtime(store, workload, Options(dtype="float32", ram=16 * GIB, threads=1, rows_per_chunk=20)) as runtime:
+    with Runtime(store, workload, Options(dtype="float32", ram=16 * GIB, threads=1, micro_batch_rows=20)) as runtime:
         result = score(runtime, windows, 3, lambda window, logprobs: scores.update({window.position: logprobs}))
         assert runtime._memory.pool.is_empty
     assert (result.total.tokens, result.costs.sequences, result.costs.passes) == (

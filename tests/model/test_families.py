@@ -57,7 +57,7 @@ def test_a_family_gives_what_transformers_gives(tiny: Tiny, name: str) -> None:
     prompts, expected = prompts_for(name), tiny.reference(name)
     with open_runtime(tiny.store(name)) as runtime:
         assert_same(run_greedy(runtime, prompts), expected)
-    with open_runtime(tiny.store(name), rows_per_chunk=6) as runtime:
+    with open_runtime(tiny.store(name), micro_batch_rows=6) as runtime:
         assert_same(run_greedy(runtime, prompts, steps=8), expected)
 
 
@@ -66,7 +66,7 @@ def test_a_family_gives_what_transformers_gives(tiny: Tiny, name: str) -> None:
 def test_a_quantized_store_gives_what_its_dequantized_weights_give(tiny: Tiny, name: str, quant: str) -> None:
     assert tiny.store(name, quant).manifest.quantization["layers"] is not None
     expected = tiny.reference(name, quant)
-    with open_runtime(tiny.store(name, quant), rows_per_chunk=6) as runtime:
+    with open_runtime(tiny.store(name, quant), micro_batch_rows=6) as runtime:
         assert_same(run_greedy(runtime, prompts_for(name)), expected)
 
 
@@ -78,7 +78,7 @@ def test_rotary_frequencies_follow_the_length_of_each_text(tiny: Tiny, name: str
     expected = cached_answers(tiny, name, long, steps=8)
     # A text that grows past the limit is another matter: `generate` of some families then starts over.
     expected_short = cached_answers(tiny, name, short, steps=SHORT_TEXT - len(short))
-    with open_runtime(tiny.store(name), rows_per_chunk=chunk) as runtime:
+    with open_runtime(tiny.store(name), micro_batch_rows=chunk) as runtime:
         assert_same(run_greedy(runtime, [long], steps=8), expected)
         assert_same(run_greedy(runtime, [short], steps=2), expected_short)
         together = run_greedy(runtime, [short, long], steps=3)
@@ -105,7 +105,7 @@ def test_only_the_positions_asked_for_get_logits(tiny: Tiny) -> None:
     prompt = prompts_for("llama")[0]
     whole = tiny.reference("llama").logits[0][: len(prompt)]
     wanted = {1: whole[-1:], 3: whole[-3:], len(prompt): whole}
-    with open_runtime(tiny.store("llama"), rows_per_chunk=4) as runtime:
+    with open_runtime(tiny.store("llama"), micro_batch_rows=4) as runtime:
         for keep, expected in wanted.items():
             with ExitStack() as stack:
                 kv = reserved(stack, runtime, len(prompt))

@@ -155,9 +155,9 @@ def logits_of(
 
 
 GRID: Final[dict[str, dict[str, Any]]] = {
-    "disk, chunks of 7": {"kv": "disk", "rows_per_chunk": 7, "threads": 1},
-    "memory, chunks of 64, 2 threads": {"kv": "cpu", "rows_per_chunk": 64, "threads": 2},
-    "disk, one chunk, 2 threads": {"kv": "disk", "rows_per_chunk": None, "threads": 2},
+    "disk, chunks of 7": {"kv": "disk", "micro_batch_rows": 7, "threads": 1},
+    "memory, chunks of 64, 2 threads": {"kv": "cpu", "micro_batch_rows": 64, "threads": 2},
+    "disk, one chunk, 2 threads": {"kv": "disk", "micro_batch_rows": None, "threads": 2},
 }
 
 
@@ -213,7 +213,7 @@ def test_a_text_much_longer_than_windows_gives_what_transformers_gives(
     expected = models.expected(name)
     ids = text_of(len(expected))
     store = models.store(name, torch.float32)
-    with runtime_of(store, dtype="float32", rows_per_chunk=16, kv=kv, kv_folder=tmp_path) as runtime:
+    with runtime_of(store, dtype="float32", micro_batch_rows=16, kv=kv, kv_folder=tmp_path) as runtime:
         if name in ("gemma3_text", "mistral", "cohere2"):
             assert min(ring_pages(runtime)) * 64 * 2 < len(ids)
         found = logits_of(runtime, ids, [150, *[1] * 20, 110, *[1] * 20], NEIGHBOURS)
@@ -236,7 +236,7 @@ def test_families_with_attention_of_their_own_read_what_is_stored_whatever_the_c
     models: Models, tmp_path: Path, name: str, bits: int
 ) -> None:
     store, ids, found = models.store(name, torch.float32), text_of(TEXT), []
-    for options in ({"kv": "cpu"}, {"kv": "cpu", "rows_per_chunk": 7}, {"kv": "disk", "rows_per_chunk": 64}):
+    for options in ({"kv": "cpu"}, {"kv": "cpu", "micro_batch_rows": 7}, {"kv": "disk", "micro_batch_rows": 64}):
         with runtime_of(store, dtype="float32", kv_bits=bits, kv_folder=tmp_path, **options) as runtime:
             found += [logits_of(runtime, ids, split, NEIGHBOURS) for split in SPLITS.values()]
     # A float32 that differs in its last digit may, very seldom, be rounded to the next code.

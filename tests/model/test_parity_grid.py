@@ -79,7 +79,7 @@ def test_budget_and_read_ahead_change_nothing(tiny: Tiny, name: str, prefetch: i
     turn = FAMILIES.index(name) + PREFETCH.index(prefetch) + list(ROOM).index(room)
     chunk = CHUNKS[turn % len(CHUNKS)]
     store, steps = tiny.store(name), 4
-    options: dict[str, Any] = {"prefetch": prefetch, "rows_per_chunk": chunk, "verify": VerifyPolicy.NEVER}
+    options: dict[str, Any] = {"prefetch": prefetch, "micro_batch_rows": chunk, "verify": VerifyPolicy.NEVER}
     ram = budget_for(store, room, **options)
     with open_runtime(store, ram=ram, keep_spans=True, **options) as runtime:
         check_placement(runtime.plan, room)
@@ -119,8 +119,8 @@ def is_table(path: str, nbytes: int, store: Store) -> bool:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_split_into_chunks_changes_nothing(tiny: Tiny, name: str, chunk: int | None) -> None:
     store = tiny.store(name)
-    ram = budget_for(store, "some resident", rows_per_chunk=chunk)
-    with open_runtime(store, ram=ram, rows_per_chunk=chunk) as runtime:
+    ram = budget_for(store, "some resident", micro_batch_rows=chunk)
+    with open_runtime(store, ram=ram, micro_batch_rows=chunk) as runtime:
         assert_same(run_greedy(runtime, prompts_for(name), 6), tiny.reference(name))
 
 

@@ -180,7 +180,7 @@ def test_logits_come_for_the_last_positions_asked_for_and_no_others(
     tiny: Tiny, keeps: tuple[int, int], micro_batch: int | None
 ) -> None:
     prompts = prompts_for("llama")
-    with open_runtime(tiny.store("llama"), rows_per_chunk=micro_batch) as runtime, ExitStack() as stack:
+    with open_runtime(tiny.store("llama"), micro_batch_rows=micro_batch) as runtime, ExitStack() as stack:
         kvs = [reserved(stack, runtime, len(prompt)) for prompt in prompts]
         found = run_segments(runtime, [Segment(*each) for each in zip(kvs, map(list, prompts), keeps, strict=True)])
         assert [kv.length for kv in kvs] == [len(prompt) for prompt in prompts]

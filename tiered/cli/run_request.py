@@ -48,7 +48,7 @@ class RunRequest:
             dtype=self.dtype,
             threads=self.threads,
             verify=VerifyPolicy(self.verify),
-            rows_per_chunk=self.micro_batch,
+            micro_batch_rows=self.micro_batch,
             kv=self.kv,
             kv_bits=_BITS[self.kv_bits],
             kv_folder=self.kv_dir,

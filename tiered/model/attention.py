@@ -47,7 +47,7 @@ class KernelAttention:
     """An attention function in transformers' sense, for one runtime.
 
     Masks are those of its "sdpa": none, or booleans, true where a query sees a key; also numbers to be added. Keys of
-    a packed chunk (`PagedKeys`) come with a `PackedMask`.
+    a packed micro-batch (`PagedKeys`) come with a `PackedMask`.
     """
 
     def __init__(self, kernels: Kernels) -> None:
@@ -103,7 +103,7 @@ class KernelAttention:
 
     @contextmanager
     def packing(self) -> Iterator[None]:
-        """Masks that are made in this context are for packed chunks."""
+        """Masks that are made in this context are for packed micro-batches."""
         self._is_packing = True
         try:
             yield

@@ -1,8 +1,8 @@
 """Rotary embeddings whose frequencies depend on how long the text is ("dynamic" and "longrope" scaling).
 
-transformers takes the length from the largest position it is shown: of a chunk that is the chunk's end, of a batch the
+transformers takes the length from the largest position it is shown: of a micro-batch that is its end, of a batch the
 longest neighbour's, and "dynamic" remembers the longest text so far. A stand-in shows each row the end of its own text,
-so that neither chunks nor neighbours nor earlier texts change the result.
+so that neither micro-batches nor neighbours nor earlier texts change the result.
 """
 
 from typing import Any
