@@ -216,8 +216,10 @@ def _check_read_here(config: PretrainedConfig) -> None:
         value = getattr(config, name, None)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
             raise ValueError(f"{name} is {value!r}, expected a whole number")
-    if config.num_hidden_layers < 1:
-        raise ValueError(f"num_hidden_layers is {config.num_hidden_layers}, expected at least 1")
+    for name in ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size"):
+        value = getattr(config, name, 1)
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} is {value!r}, expected a whole number above 0")
     types = getattr(config, "layer_types", None)
     if types is not None and (not isinstance(types, list | tuple) or len(types) != config.num_hidden_layers):
         raise ValueError(f"layer_types is {types!r}, expected a name for each of {config.num_hidden_layers} layers")
