@@ -160,6 +160,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
         edit_manifest(lambda value: value["blocks"][2].update(prefix="elsewhere.")),
         ("manifest.json", "block layer-000 has prefix 'elsewhere.'", "convert it again"),
     ),
+    "manifest with another prefix of the head": (
+        edit_manifest(lambda value: value["blocks"][-1].update(prefix="elsewhere.")),
+        ("manifest.json", "block head has prefix 'elsewhere.'", "convert it again"),
+    ),
     "configuration with more layers than anybody has": (
         edit_json("config.json", lambda value: value.update(num_hidden_layers=2_000_000_000)),
         ("config.json", "num_hidden_layers is 2000000000", "put the model's own config.json there"),

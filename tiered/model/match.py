@@ -4,7 +4,7 @@ from transformers import PretrainedConfig
 
 from tiered.arch import Skeleton
 from tiered.errors import StoreError
-from tiered.store import Store
+from tiered.store import BlockInfo, Store
 from tiered.store.manifest import MANIFEST_NAME
 
 
@@ -29,12 +29,7 @@ def check_match(store: Store, skeleton: Skeleton) -> None:
         block = store.blocks.get(expected.name)
         if block is None:
             raise StoreError(f"{config}: describes a block {expected.name!r} that the store lacks; {_REMEDY}")
-        prefix = prefixes.setdefault(block.file.path, expected.prefix)
-        if block.prefix != prefix:
-            raise StoreError(
-                f"{store.path / MANIFEST_NAME}: block {block.name} has prefix {block.prefix!r}, expected {prefix!r}; "
-                "the store is damaged, convert it again"
-            )
+        _check_prefix(store, block, prefixes.setdefault(block.file.path, expected.prefix))
         wanted = {p.name.removeprefix(expected.prefix): p.shape for p in expected.parameters}
         found = {
             name.removeprefix(block.prefix): tuple(weight.shape) for name, weight in store.layout(block).weights.items()
@@ -45,6 +40,17 @@ def check_match(store: Store, skeleton: Skeleton) -> None:
                     f"{config}: describes {name!r} of block {expected.name} as {wanted.get(name, 'absent')}, "
                     f"{block.file.path} holds {found.get(name, 'none')}; {_REMEDY}"
                 )
+    # A tied head has no tensors of its own in the graph, but it reads those of the embedding's file by their names.
+    for block in store.blocks.values():
+        _check_prefix(store, block, prefixes.get(block.file.path, block.prefix))
+
+
+def _check_prefix(store: Store, block: BlockInfo, expected: str) -> None:
+    if block.prefix != expected:
+        raise StoreError(
+            f"{store.path / MANIFEST_NAME}: block {block.name} has prefix {block.prefix!r}, expected {expected!r}; "
+            "the store is damaged, convert it again"
+        )
 
 
 _REMEDY = "config.json has been changed since the conversion: put it back, or convert the model again"
