@@ -73,6 +73,10 @@ def test_two_runtimes_share_a_host_and_compute_what_each_does_alone(tiny: Tiny) 
                 assert found == alone
             # Each has its own budget, and the second one's counts what the first one's plan takes.
             assert draft.plan.needs.baseline >= target.plan.nbytes
+            # Closing one leaves the other as it is.
+            with open_on(host, tiny, "llama"):
+                pass
+            assert run_greedy(target, [PROMPT], STEPS, end=False).tokens == alone[0]
         with open_on(host, tiny, "opt") as again:
             assert run_greedy(again, [PROMPT], STEPS).tokens == alone[0]
     assert not any(thread.name.startswith("tiered-") for thread in threading.enumerate())

@@ -117,7 +117,6 @@ class Runtime:
         with self._passing:
             if self.is_open:
                 raise ConfigError("the model is open already: one 'with' at a time; threads may share what it gives")
-            self.host.cancel.clear()
             with PROCESS.opening, contextlib.ExitStack() as stack:
                 self._build(stack)
                 self._resources = stack.pop_all()
@@ -128,8 +127,12 @@ class Runtime:
         if self._member is not None and self._member.is_forked:
             return  # its threads are the parent's, which nobody here could wait for
         self.is_open = False
-        self.host.cancel.set()
+        # A host may compute for others: only a pass of this runtime's own is ended.
+        if ends_a_pass := self._passing.locked():
+            self.host.cancel.set()
         with self._passing:
+            if ends_a_pass:
+                self.host.cancel.clear()
             self._resources.close()
             self._member = None
 
