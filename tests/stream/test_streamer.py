@@ -135,6 +135,15 @@ def assert_right(store: Store, block: LoadedBlock) -> None:
     assert found[: len(content)] == content
 
 
+async def assert_pass(setup: Setup, store: Store) -> None:
+    """Every block of the tape comes, in order and with the right bytes."""
+    for info in store.tape:
+        block = await setup.following()
+        assert block.info == info
+        assert_right(store, block)
+        await setup.release(block)
+
+
 def test_weights_go_by_their_names_inside_the_block(docs: Store) -> None:
     async def scenario() -> None:
         async with streaming(docs, placement_of(docs, frozenset())) as setup:
@@ -155,11 +164,7 @@ def test_blocks_come_in_order_with_the_right_bytes(
     async def scenario() -> None:
         async with streaming(small, placement_of(small, frozenset(resident), ring), prefetch) as setup:
             for _ in range(3):
-                for info in small.tape:
-                    block = await setup.following()
-                    assert block.info == info
-                    assert_right(small, block)
-                    await setup.release(block)
+                await assert_pass(setup, small)
 
     asyncio.run(scenario())
 
@@ -171,11 +176,7 @@ def test_a_converted_model_arrives_whole(docs: Store, count: int, prefetch: int 
         resident = interleave(count, len(docs.tape))
         async with streaming(docs, placement_of(docs, resident), prefetch) as setup:
             for _ in range(2):
-                for info in docs.tape:
-                    block = await setup.following()
-                    assert block.info == info
-                    assert_right(docs, block)
-                    await setup.release(block)
+                await assert_pass(setup, docs)
 
     asyncio.run(scenario())
 
@@ -487,11 +488,7 @@ def test_after_rewinding_the_first_block_is_next_and_resident_ones_are_not_read_
             dropped = setup.reader.bytes_read
             for number in range(2):
                 setup.streamer.begin(is_last=number == 1)
-                for info in small.tape:
-                    block = await setup.following()
-                    assert block.info == info
-                    assert_right(small, block)
-                    await setup.release(block)
+                await assert_pass(setup, small)
             streamed = 2 * (small.tape_nbytes - held)
             assert streamed <= setup.reader.bytes_read - dropped <= streamed + held
             assert setup.trace.total("verify").spans == len(small.tape)
@@ -511,11 +508,7 @@ def test_rewinding_waits_for_reads_in_flight(large: Store) -> None:
             gate.open()
             await asyncio.wait_for(rewinding, SECONDS)
             for _ in range(2):
-                for info in large.tape:
-                    block = await setup.following()
-                    assert block.info == info
-                    assert_right(large, block)
-                    await setup.release(block)
+                await assert_pass(setup, large)
 
     asyncio.run(scenario())
 

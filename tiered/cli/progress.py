@@ -28,8 +28,7 @@ class PassProgress:
 
     def on_block(self, done: int, total: int) -> None:
         """A block of the running pass has been computed."""
-        # Several resident blocks may come as one.
-        if done <= self._done:
+        if done <= self._done:  # of the next pass
             self._begin()
         self._done = done
         self._status.update(lambda: self._line(done, total))

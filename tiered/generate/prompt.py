@@ -1,4 +1,4 @@
-"""Prompts as token ids, for all that goes on from a prompt: `cli/generation.py` and `jobs/prompts.py`.
+"""Prompts as token ids, for all that goes on from a prompt: `cli/generate.py` and `jobs/prompts.py`.
 
 In: texts, or messages for the chat template. Out: token ids of the model, at least one; or a ConfigError that says why
 there are none, or whatever the tokenizer raises.

@@ -25,7 +25,7 @@ _MOST_SEQUENCES: Final = 512
 _BASELINE_VARIES_NBYTES: Final = 4 * MIB
 """How much the process itself differs from run to run: a budget that was named as enough must be so next time."""
 _LENT_SHARE: Final = 1 / 64
-"""Part of the budget for the pages of one unit, where the KV cache is on disk; four times that is set aside."""
+"""Part of the budget for the pages of a group of micro-batches, with the cache on disk; four times is set aside."""
 _MODEST_KV_SHARE: Final = 1 / 8
 """Part of the budget that the KV cache may take where the context is chosen by the budget."""
 _MEASURING_NBYTES: Final = 96 * MIB

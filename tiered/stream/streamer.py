@@ -122,13 +122,10 @@ class Streamer:
     @contextlib.contextmanager
     def lend(self) -> Iterator[LoadedBlock]:
         """The next block of the tape, until the context ends. Raises what its reads raised."""
-        number, tape = self._next, self._store.tape
-        position = number % len(tape)
-        is_resident = position in self._placement.resident
+        number, position, key = self._next, self._next % len(self._store.tape), self._key(self._next)
         if self._prefetch is not None:
             self._loop.call_soon_threadsafe(self._set_asked, number)
-        key = position - len(tape) if is_resident else number
-        block = self._blocks.take(key, tape[position].name, keep=is_resident)
+        block = self._blocks.take(key, self._store.tape[position].name, keep=key < 0)
         self._next += 1
         try:
             yield block
@@ -138,6 +135,11 @@ class Streamer:
                 if not self._is_posted:
                     self._is_posted = True
                     self._loop.call_soon_threadsafe(self._take_back)
+
+    def _key(self, number: int) -> int:
+        """Under which block `number` of the endless tape is handed over: below 0 and always the same if resident."""
+        position = number % len(self._store.tape)
+        return position - len(self._store.tape) if position in self._placement.resident else number
 
     # In the loop.
 
@@ -177,9 +179,9 @@ class Streamer:
             current, position = divmod(number, len(tape))
             if current and len(resident) == len(tape):
                 return
-            key = position - len(tape) if position in resident else number
+            key = self._key(number)
             try:
-                if position not in resident:
+                if key >= 0:
                     span = await self._borrow(position)
                     # Behind the ring: what is wanted may change while the feed waits there.
                     await self._until_wanted(number, current)
