@@ -1,5 +1,6 @@
 """Killed at any moment, the same command goes on, and the store comes out the same."""
 
+import itertools
 import os
 import random
 import signal
@@ -17,8 +18,9 @@ from tiered.store import Store
 
 
 def convert_slowly(source: Path, out: Path) -> None:
-    """Slowed down per chunk written, so that a kill can fall anywhere."""
-    convert_checkpoint(source, out, ConvertOptions(), lambda _: time.sleep(0.002))
+    """Slowed down per chunk written, so that a kill can fall anywhere; it stops before the last of a whole store."""
+    chunks = itertools.count()
+    convert_checkpoint(source, out, ConvertOptions(), lambda _: time.sleep(0.005 if next(chunks) < 60 else 60))
 
 
 @pytest.mark.inputs("tiered/convert", "tiered/store", "tiered/quant")
@@ -29,7 +31,9 @@ def test_killed_at_random_moments_the_store_is_the_same(tmp_path: Path) -> None:
     kills = 0
     for _ in range(6):
         with WarmProcess(convert_slowly, (source, out), [os.devnull] * 3) as child:
-            time.sleep(dice.uniform(0.1, 0.8))  # a tenth of a second to begin
+            while not out.exists() and child.poll() is None:
+                time.sleep(0.01)
+            time.sleep(dice.uniform(0.0, 0.3))
             child.send_signal(signal.SIGKILL)
             kills += child.wait(60) == -signal.SIGKILL
         if (out / "manifest.json").exists():
