@@ -82,6 +82,15 @@ def test_two_runtimes_share_a_host_and_compute_what_each_does_alone(tiny: Tiny) 
     assert not any(thread.name.startswith("tiered-") for thread in threading.enumerate())
 
 
+def test_a_host_ends_with_the_last_of_its_runtimes(tiny: Tiny) -> None:
+    host = Host(threads=1)
+    with open_on(host, tiny, "opt") as last:
+        with open_on(host, tiny, "llama"):
+            pass
+        assert len(run_greedy(last, [PROMPT], STEPS).tokens[0]) == STEPS
+    assert not any(thread.name.startswith("tiered-") for thread in threading.enumerate())
+
+
 def test_an_interruption_leaves_the_host_ready_for_more() -> None:
     with Host(threads=1) as host:
 

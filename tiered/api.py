@@ -28,7 +28,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import ModelOutput
 
-from tiered.arch import load_config
+from tiered.arch import context_for, load_config
 from tiered.errors import BudgetError, ConfigError, NotSupportedError
 from tiered.generate.tokenizer import load_generation_config, load_tokenizer
 from tiered.io import VerifyPolicy
@@ -39,7 +39,6 @@ from tiered.runtime import Options, Runtime, compute_dtype
 from tiered.store import Store
 from tiered.units import format_size, parse_size
 
-DEFAULT_CONTEXT: Final = 2048
 _CACHE_NAME: Final = cache_name(GenerationMixin.prepare_inputs_for_generation) or CACHE_NAMES[0]
 """By what name this version of transformers passes caches to a model, and takes them from its results."""
 T = TypeVar("T")
@@ -91,13 +90,8 @@ def load(
     )
     config = load_config(opened.path)
     compute_dtype(dtype, config)  # refuses what is none
-    limit = getattr(config, "max_position_embeddings", None)
-    if context is not None and limit is not None and context > limit:
-        raise ConfigError(f"context {context}: this model has positions for {limit}; ask for at most that many")
-    if context is not None:
-        workload = Workload(sequences, context)
-    else:
-        workload = Workload(sequences, min(limit or DEFAULT_CONTEXT, DEFAULT_CONTEXT), least_context=LEAST_CONTEXT)
+    tokens, least = context_for(config, context, "context"), LEAST_CONTEXT if context is None else 0
+    workload = Workload(sequences, tokens, least_context=least)
     return LoadedModel(opened, config, workload, options)
 
 

@@ -42,8 +42,9 @@ _LOG: Final = logging.getLogger(__name__)
 
 
 class Host:
-    """Computes for the runtimes of a process, one thing at a time. A context manager; leaving it ends its threads.
+    """Computes for the runtimes of a process, one thing at a time.
 
+    A context manager that may be entered again by whoever uses it meanwhile; its threads end when the last leaves it.
     `kernels` is a name of `tiered.kernels.KERNEL_NAMES`.
     """
 
@@ -57,9 +58,23 @@ class Host:
         self.threads = threads or cpu_count()
         self.trace, self.clock, self.cancel = Tracer(keep_spans), IdleClock(), CancelFlag()
         self._kernels, self._mode = kernels, kernel_mode
+        self._users, self._counting = 0, threading.Lock()
         self._resources = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
+        with self._counting:
+            if not self._users:
+                self._begin()
+            self._users += 1
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        with self._counting:
+            self._users -= 1
+            if not self._users:
+                self._resources.close()
+
+    def _begin(self) -> None:
         with contextlib.ExitStack() as stack:
             self.kernels = stack.enter_context(Kernels(self.threads, self.cancel, self._mode, self._kernels))
             if self.kernels.refusal is not None and self._kernels == "auto":
@@ -71,10 +86,6 @@ class Host:
             # Its thread starts now: an interrupt while it does would leave a pool with two of them.
             self._compute.submit(lambda: None).result()
             self._resources = stack.pop_all()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self._resources.close()
 
     def compute(self, work: Callable[[], T]) -> T:
         """Run `work` in the thread that computes, where torch's threads are, while signals reach the caller's.

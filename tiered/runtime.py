@@ -102,7 +102,7 @@ class Runtime:
         """`measure` is called where rates are wanted for the choice of a batch size; without `host`, one is made."""
         self.store, self.workload, self.options = store, workload, options
         self.host = host or Host(options.threads, options.kernels, options.kernel_mode, options.keep_spans)
-        self._owns_host, self._measure = host is None, measure
+        self._measure = measure
         self.is_open = False
         self._resources = contextlib.ExitStack()
         self._streaming: StreamThread | None = None
@@ -164,8 +164,7 @@ class Runtime:
     def _build(self, stack: contextlib.ExitStack) -> None:
         before = process_rss_bytes()
         member = stack.enter_context(PROCESS.member())
-        if self._owns_host:
-            stack.enter_context(self.host)
+        stack.enter_context(self.host)
         made = _prepare(self.store, self.options, self.host)
         self.plan = self._choose_plan(made, member, before)
         member.planned_nbytes = self.plan.nbytes

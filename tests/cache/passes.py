@@ -25,7 +25,7 @@ from tiered.cache import (
 )
 from tiered.kernels.attention import PAGE_TOKENS, BlockTable, Pages
 from tiered.model import MicroBatchLimits, Segment
-from tiered.model.segments import Piece, plan_micro_batches
+from tiered.model.segments import plan_micro_batches
 
 LONGEST: Final = 700
 States = tuple[torch.Tensor, torch.Tensor]
@@ -96,7 +96,7 @@ class Passes:
         members = list(tokens)
         segments = [Segment(self.kvs[i], [0] * tokens[i]) for i in members]
         groups = [
-            self._unit(members, segments, micro_batches) for micro_batches in plan_micro_batches(segments, self.limits)
+            self._group(members, segments, micro_batches) for micro_batches in plan_micro_batches(segments, self.limits)
         ]
         for layer in range(self.pool.shape.layers):
             for blocks, micro_batches in groups:
@@ -107,21 +107,16 @@ class Passes:
         for segment in segments if commit else ():
             segment.kv.length = segment.stop
 
-    def _unit(
-        self, members: list[int], segments: list[Segment], micro_batches: list[list[Piece]]
+    def _group(
+        self, members: list[int], segments: list[Segment], micro_batches: list[dict[int, Part]]
     ) -> tuple[LentBlocks, list[tuple[MicroBatchKV, list[int]]]]:
-        numbers = sorted({piece.segment for pieces in micro_batches for piece in pieces})
-        kvs = [segments[n].kv for n in numbers]
-        counts = [len(segments[n].input_ids) for n in numbers]
-        blocks = LentBlocks(self.pool, [Part(kv, kv.length, n) for kv, n in zip(kvs, counts, strict=True)])
+        numbers = sorted({number for parts in micro_batches for number in parts})
+        blocks = LentBlocks(self.pool, [segments[number].part for number in numbers])
         made: list[tuple[MicroBatchKV, list[int]]] = []
         kind: Callable[..., MicroBatchKV] = GatheredKV if self.limits.gathered else PackedKV
-        for pieces in micro_batches:
-            kvs = [segments[piece.segment].kv for piece in pieces]
-            parts = [Part(kv, kv.length + p.start, p.stop - p.start) for kv, p in zip(kvs, pieces, strict=True)]
-            made.append(
-                (kind(blocks, parts, [numbers.index(p.segment) for p in pieces]), [members[p.segment] for p in pieces])
-            )
+        for parts in micro_batches:
+            rows = [numbers.index(number) for number in parts]
+            made.append((kind(blocks, list(parts.values()), rows), [members[number] for number in parts]))
         return blocks, made
 
     def _lend(self, blocks: LentBlocks, layer: int) -> None:

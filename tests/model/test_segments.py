@@ -24,7 +24,7 @@ from tiered.cache import CachePlan, KVPool, KVShape, SequenceKV, layer_groups
 from tiered.errors import ConfigError
 from tiered.kernels.attention import PAGE_TOKENS
 from tiered.model import MicroBatchLimits, Segment, Segments
-from tiered.model.segments import Piece, plan_micro_batches
+from tiered.model.segments import plan_micro_batches
 
 LENGTHS: Final = st.sampled_from([1, 1, 1, 2, 6, 7, 8, 63, 64, 65, 200])
 SEGMENTS: Final = st.lists(st.tuples(st.integers(0, 300), LENGTHS), min_size=1, max_size=12)
@@ -57,35 +57,33 @@ def test_every_token_is_computed_once_and_after_those_before_it(
 ) -> None:
     segments = [segment_of(*text) for text in texts]
     plan = plan_micro_batches(segments, limits)
-    pieces = [piece for group in plan for micro_batch in group for piece in micro_batch]
+    parts = [(number, part) for group in plan for micro_batch in group for number, part in micro_batch.items()]
     for number, segment in enumerate(segments):
-        mine = [piece for piece in pieces if piece.segment == number]
-        assert mine[0].start == 0 and mine[-1].stop == len(segment.input_ids)
-        assert all(piece.start < piece.stop for piece in mine)
+        mine = [part for its_number, part in parts if its_number == number]
+        assert mine[0].start == segment.kv.length and mine[-1].stop == segment.stop
+        assert all(part.kv is segment.kv and part.count for part in mine)
         assert all(first.stop == second.start for first, second in pairwise(mine))
-    assert sum(piece.stop - piece.start for piece in pieces) == sum(tokens for _, tokens in texts)
+    assert sum(part.count for _, part in parts) == sum(tokens for _, tokens in texts)
 
 
 @given(texts=SEGMENTS, limits=LIMITS)
-def test_a_segment_is_in_one_unit_and_only_a_long_one_in_several_chunks(
+def test_a_segment_is_in_one_group_and_only_a_long_one_in_several_micro_batches(
     texts: list[tuple[int, int]], limits: MicroBatchLimits
 ) -> None:
     plan = plan_micro_batches([segment_of(*text) for text in texts], limits)
     assert all(micro_batch for group in plan for micro_batch in group) and all(plan)
-    groups = Counter(
-        number for group in plan for number in {piece.segment for micro_batch in group for piece in micro_batch}
-    )
+    groups = Counter(number for group in plan for number in set().union(*group))
     assert set(groups.values()) == {1}
     for group in plan:
-        members = {piece.segment for micro_batch in group for piece in micro_batch}
+        members = set().union(*group)
         assert len(group) == 1 or len(members) == 1
 
 
 @given(texts=SEGMENTS, limits=LIMITS)
-def test_no_chunk_has_more_rows_than_allowed(texts: list[tuple[int, int]], limits: MicroBatchLimits) -> None:
+def test_no_micro_batch_has_more_rows_than_allowed(texts: list[tuple[int, int]], limits: MicroBatchLimits) -> None:
     for group in plan_micro_batches([segment_of(*text) for text in texts], limits):
         for micro_batch in group:
-            rows = sum(piece.stop - piece.start for piece in micro_batch)
+            rows = sum(part.count for part in micro_batch.values())
             if limits.gathered and len(micro_batch) > 1:
                 assert rows <= limits.gathered_rows
             else:
@@ -93,57 +91,62 @@ def test_no_chunk_has_more_rows_than_allowed(texts: list[tuple[int, int]], limit
 
 
 @given(texts=SEGMENTS, limits=LIMITS)
-def test_no_unit_has_more_pages_in_memory_than_allowed(texts: list[tuple[int, int]], limits: MicroBatchLimits) -> None:
+def test_no_group_has_more_pages_in_memory_than_allowed(texts: list[tuple[int, int]], limits: MicroBatchLimits) -> None:
     segments = [segment_of(*text) for text in texts]
     for group in plan_micro_batches(segments, limits):
-        members = {piece.segment for micro_batch in group for piece in micro_batch}
+        members = set().union(*group)
         pages = sum(segments[number].stop // PAGE_TOKENS for number in members)
         assert not limits.lent_pages or pages <= limits.lent_pages
 
 
 @given(texts=SEGMENTS, limits=LIMITS)
-def test_single_tokens_come_first_in_a_chunk(texts: list[tuple[int, int]], limits: MicroBatchLimits) -> None:
+def test_single_tokens_come_first_in_a_micro_batch(texts: list[tuple[int, int]], limits: MicroBatchLimits) -> None:
     for group in plan_micro_batches([segment_of(*text) for text in texts], limits):
         for micro_batch in group:
-            counts = [piece.stop - piece.start for piece in micro_batch]
+            counts = [part.count for part in micro_batch.values()]
             assert counts == sorted(counts, key=lambda count: count > 1)
 
 
 @given(texts=SEGMENTS, rows=st.sampled_from([1, 7, 64]), together=st.integers(1, 4), within_pages=st.booleans())
-def test_gathered_chunks_have_rows_of_equal_length(
+def test_gathered_micro_batches_have_rows_of_equal_length(
     texts: list[tuple[int, int]], rows: int, together: int, within_pages: bool
 ) -> None:
     segments = [segment_of(*text) for text in texts]
     limits = limits_of(rows=rows, gathered=True, gathered_rows=together, within_pages=within_pages)
     for group in plan_micro_batches(segments, limits):
         for micro_batch in group:
-            assert len({piece.stop - piece.start for piece in micro_batch}) == 1
-            assert len(micro_batch) == 1 or micro_batch[0].stop == 1
-            for piece in micro_batch:
-                first = segments[piece.segment].kv.length + piece.start
-                last = segments[piece.segment].kv.length + piece.stop - 1
-                assert not within_pages or first // PAGE_TOKENS == last // PAGE_TOKENS
+            counts = {part.count for part in micro_batch.values()}
+            assert len(counts) == 1 and (len(micro_batch) == 1 or counts == {1})
+            assert not within_pages or all(part.is_within_a_page for part in micro_batch.values())
 
 
 def test_gathered_single_tokens_go_with_others_of_like_length() -> None:
     segments = [segment_of(past, 1) for past in (300, 5, 290, 6)]
     plan = plan_micro_batches(segments, limits_of(gathered=True, gathered_rows=2))
-    assert [{piece.segment for piece in micro_batch} for (micro_batch,) in plan] == [{1, 3}, {0, 2}]
+    assert [set(micro_batch) for (micro_batch,) in plan] == [{1, 3}, {0, 2}]
 
 
-def test_decoding_and_short_prompts_share_a_chunk() -> None:
+def test_decoding_and_short_prompts_share_a_micro_batch() -> None:
     segments = [segment_of(0, 20), segment_of(100, 1), segment_of(0, 30), segment_of(50, 1)]
     ((micro_batch,),) = plan_micro_batches(segments, limits_of(rows=64))
-    assert micro_batch == [Piece(1, 0, 1), Piece(3, 0, 1), Piece(0, 0, 20), Piece(2, 0, 30)]
-
-
-def test_a_segment_longer_than_a_chunk_is_cut() -> None:
-    assert plan_micro_batches([segment_of(10, 150)], limits_of(rows=64)) == [
-        [[Piece(0, 0, 64)], [Piece(0, 64, 128)], [Piece(0, 128, 150)]]
+    assert [(number, part.start, part.count) for number, part in micro_batch.items()] == [
+        (1, 100, 1),
+        (3, 50, 1),
+        (0, 0, 20),
+        (2, 0, 30),
     ]
 
 
-def test_nothing_makes_no_chunk() -> None:
+def test_a_segment_longer_than_a_micro_batch_is_cut() -> None:
+    (group,) = plan_micro_batches([segment_of(10, 150)], limits_of(rows=64))
+    assert [(part.start, part.stop) for (part,) in (each.values() for each in group)] == [
+        (10, 74),
+        (74, 138),
+        (138, 160),
+    ]
+
+
+def test_nothing_makes_no_micro_batch() -> None:
     assert plan_micro_batches([], limits_of()) == []
 
 

@@ -1,5 +1,6 @@
 """What a model family looks like: its table entry, its graph on the meta device, its blocks."""
 
+from tiered.arch.context import context_for, layer_windows, most_positions
 from tiered.arch.families import FAMILIES, Family, family_for
 from tiered.arch.skeleton import (
     BlockTensors,
@@ -11,7 +12,6 @@ from tiered.arch.skeleton import (
     load_config,
     text_config,
 )
-from tiered.arch.windows import layer_windows
 
 __all__ = [
     "FAMILIES",
@@ -20,10 +20,12 @@ __all__ = [
     "ParameterInfo",
     "Skeleton",
     "build_skeleton",
+    "context_for",
     "family_for",
     "is_expert_stack",
     "is_plain_linear",
     "layer_windows",
     "load_config",
+    "most_positions",
     "text_config",
 ]

@@ -32,8 +32,11 @@ _MOST_TABLES_NBYTES: Final = GIB
 """Of buffers that a graph makes for itself (masks, rotary frequencies), which are in memory from then on."""
 _MOST_TENSOR_NBYTES: Final = 1 << 40
 """Of one parameter; all experts of a layer are one."""
-_READ_HERE: Final = ("max_position_embeddings", "num_key_value_heads", "head_dim", "sliding_window")
-"""Sizes that a configuration may have and that tiered reads, or takes other fields instead."""
+_LEAST: Final = {
+    **dict.fromkeys(("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size"), 1),
+    **dict.fromkeys(("max_position_embeddings", "num_key_value_heads", "head_dim", "sliding_window"), 0),
+}
+"""The least of each size that tiered itself reads. Those from 0 on may be None, and others are taken instead."""
 _REMEDY: Final = "put the model's own config.json there"
 
 
@@ -212,14 +215,12 @@ def _check_counts(values: Mapping[str, Any]) -> None:
 
 def _check_read_here(config: PretrainedConfig) -> None:
     """Raises ValueError for what tiered itself computes with: families without such a field take anything there."""
-    for name in _READ_HERE:
-        value = getattr(config, name, None)
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
-            raise ValueError(f"{name} is {value!r}, expected a whole number")
-    for name in ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size"):
-        value = getattr(config, name, 1)
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} is {value!r}, expected a whole number above 0")
+    for name, least in _LEAST.items():
+        value = getattr(config, name, least)
+        if value is None and not least:
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{name} is {value!r}, expected a whole number" + " above 0" * least)
     types = getattr(config, "layer_types", None)
     if types is not None and (not isinstance(types, list | tuple) or len(types) != config.num_hidden_layers):
         raise ValueError(f"layer_types is {types!r}, expected a name for each of {config.num_hidden_layers} layers")

@@ -12,7 +12,7 @@ from typing import Final
 import click
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from tiered.arch import load_config
+from tiered.arch import context_for, load_config
 from tiered.bench.rates import measure_machine
 from tiered.cli.lines import print_json
 from tiered.cli.measuring import measured
@@ -90,7 +90,7 @@ def run(request: BatchRequest) -> None:
     store = Store.open(request.store)
     # Before the tokenizer, which reads it too and would be blamed for it.
     config = load_config(store.path)
-    limit = _limit(request, config)
+    limit = context_for(config, request.context, "--context", _ANY_LENGTH)
     tokenizer = load_tokenizer(store)
     with JobScreen() as screen, Journal(request.output_path) as journal:
         input_ = scan_input(request.input_path, partial(screen.on_scan, "reading the input"))
@@ -186,14 +186,6 @@ def _check(request: BatchRequest) -> None:
     files = (request.output_path, job_path(request.output_path))
     if any(file.exists() and file.samefile(request.input_path) for file in files):
         raise ConfigError(f"-o {request.output_path}: is the input; name another file")
-
-
-def _limit(request: BatchRequest, config: PretrainedConfig) -> int:
-    """Tokens that a sequence may have at most."""
-    most = getattr(config, "max_position_embeddings", None) or _ANY_LENGTH
-    if request.context is not None and request.context > most:
-        raise ConfigError(f"--context {request.context}: this model has positions for {most}; ask for at most that")
-    return request.context or most
 
 
 def _identity(request: BatchRequest, store: Store, config: PretrainedConfig, input_: Input) -> Identity:

@@ -8,7 +8,7 @@ import click
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from tiered.arch import load_config
+from tiered.arch import load_config, most_positions
 from tiered.cli.lines import Failure, end_failed, print_json
 from tiered.cli.measuring import measured
 from tiered.cli.progress import PassProgress
@@ -220,7 +220,7 @@ def _encode(
         return ids
     if request.chat and tokenizer.chat_template is None:
         raise ConfigError("--chat: this model's tokenizer has no chat template; drop --chat to continue plain text")
-    limit = _positions(config)
+    limit = most_positions(config)
     room = None if limit is None else max(0, limit - request.max_new_tokens)
     encoded: list[list[int] | TieredError] = []
     with Prompts(tokenizer, store.vocab_size, room) as prompts:
@@ -243,13 +243,8 @@ def _apply_chat(store: Store, prompts: Prompts, prompt: str) -> list[int]:
         ) from None
 
 
-def _positions(config: PretrainedConfig) -> int | None:
-    found: int | None = getattr(config, "max_position_embeddings", None)
-    return found
-
-
 def _check_context(config: PretrainedConfig, tokens: int) -> None:
-    limit = _positions(config)
+    limit = most_positions(config)
     if limit is not None and tokens > limit:
         raise ConfigError(
             f"prompt and completion come to {tokens} tokens, this model has positions for {limit}; "

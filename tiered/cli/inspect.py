@@ -7,11 +7,11 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import click
 
-from tiered.arch import load_config
+from tiered.arch import context_for, load_config
 from tiered.cli.lines import columns, print_json
 from tiered.errors import ConfigError, TieredError
 from tiered.generate.tokenizer import load_tokenizer
@@ -21,8 +21,6 @@ from tiered.runtime import Options, measure_inputs
 from tiered.store import Store
 from tiered.store.summary import BlockRow, StoreSummary, summarize
 from tiered.units import format_budget, format_rate, format_seconds, format_size, parse_size
-
-_DEFAULT_CONTEXT: Final = 2048
 
 
 @dataclass(frozen=True)
@@ -108,11 +106,7 @@ def _inspect(path: Path, context: int | None, sequences: int, dtype: str, disk_b
     store = Store.open(path)
     summary = summarize(store)
     config = load_config(store.path)
-    most = getattr(config, "max_position_embeddings", None)
-    tokens = context or min(_DEFAULT_CONTEXT, most or _DEFAULT_CONTEXT)
-    if most is not None and tokens > most:
-        raise ConfigError(f"--context {tokens}: this model has positions for {most}; ask for at most that many")
-    workload = Workload(sequences, tokens)
+    workload = Workload(sequences, context_for(config, context, "--context"))
     # A run has its tokenizer loaded by then. A store whose tokenizer is damaged can still be inspected.
     with contextlib.suppress(TieredError):
         load_tokenizer(store)

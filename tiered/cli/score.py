@@ -4,13 +4,13 @@ from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import click
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from tiered.arch import load_config
+from tiered.arch import context_for, load_config
 from tiered.cli.lines import Failure, end_failed, print_json
 from tiered.cli.measuring import measured
 from tiered.cli.progress import ScoreProgress
@@ -34,8 +34,6 @@ from tiered.generate.tokenizer import load_tokenizer
 from tiered.plan import Workload
 from tiered.runtime import Runtime
 from tiered.store import Store
-
-_DEFAULT_CONTEXT: Final = 2048
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,10 +145,7 @@ def _has_none(texts: tuple[Text, ...]) -> bool:
 
 def _sizes(request: ScoreRequest, config: PretrainedConfig) -> tuple[int, int]:
     """Context and stride, in tokens."""
-    most = getattr(config, "max_position_embeddings", None)
-    context = request.context or min(_DEFAULT_CONTEXT, most or _DEFAULT_CONTEXT)
-    if most is not None and context > most:
-        raise ConfigError(f"--context {context}: this model has positions for {most}; ask for at most that many")
+    context = context_for(config, request.context, "--context")
     stride = request.stride or context
     if stride > context:
         raise ConfigError(f"--stride {stride}: a window has {context} tokens; score at most that many of them anew")

@@ -37,17 +37,17 @@ class Segment:
     families depend on it. 0: it ends with this segment."""
 
     @property
+    def part(self) -> Part:
+        """All of its tokens."""
+        return Part(self.kv, self.kv.length, len(self.input_ids))
+
+    @property
     def stop(self) -> int:
-        return self.kv.length + len(self.input_ids)
+        return self.part.stop
 
-
-@dataclass(frozen=True)
-class Piece:
-    """Tokens `start` to `stop` - 1 of segment number `segment`."""
-
-    segment: int
-    start: int
-    stop: int
+    def ids_of(self, part: Part) -> list[int]:
+        """The tokens of a `part` of it."""
+        return self.input_ids[part.start - self.kv.length : part.stop - self.kv.length]
 
 
 @dataclass(frozen=True)
@@ -55,21 +55,22 @@ class MicroBatchLimits:
     """How micro-batches are formed."""
 
     rows: int
-    """Tokens per micro_batch."""
+    """Tokens per micro-batch."""
     gathered: bool = False
     """The family needs rows of equal length."""
     gathered_rows: int = 1
     """Sequences whose keys and values may be gathered at once."""
     within_pages: bool = False
-    """A gathered piece may not cross a page: its queries would see their own pages as stored."""
+    """A gathered part may not cross a page: its queries would see their own pages as stored."""
     lent_pages: int = 0
     """Pages that a group may have in memory, where the cache is on disk; 0: no bound."""
 
 
-def plan_micro_batches(segments: Sequence[Segment], limits: MicroBatchLimits) -> list[list[list[Piece]]]:
-    """Groups of micro-batches of pieces: every token of every segment once, a segment's own in order, in one group.
+def plan_micro_batches(segments: Sequence[Segment], limits: MicroBatchLimits) -> list[list[dict[int, Part]]]:
+    """Groups of micro-batches: in each, the part of a segment that it computes, by the segment's number.
 
-    Single tokens come first. A segment longer than a micro-batch is a group by itself, of several micro-batches.
+    Every token of every segment is in one of them; those of a segment follow each other, in one group. Single tokens
+    come first. A segment longer than a micro-batch is a group by itself, of several micro-batches.
     """
     singles = [number for number, segment in enumerate(segments) if len(segment.input_ids) == 1]
     others = [number for number, segment in enumerate(segments) if len(segment.input_ids) > 1]
@@ -81,28 +82,28 @@ def plan_micro_batches(segments: Sequence[Segment], limits: MicroBatchLimits) ->
     else:
         rows, long = limits.rows, [number for number in others if len(segments[number].input_ids) > limits.rows]
         short = [*singles, *(number for number in others if len(segments[number].input_ids) <= rows)]
-    groups: list[list[list[Piece]]] = []
+    groups: list[list[dict[int, Part]]] = []
     room = pages_room = 0
     for number in short:
         tokens, pages = len(segments[number].input_ids), segments[number].stop // PAGE_TOKENS
         if tokens > room or (limits.lent_pages and pages > pages_room):
-            groups.append([[]])
+            groups.append([{}])
             room, pages_room = rows, limits.lent_pages
-        groups[-1][0].append(Piece(number, 0, tokens))
+        groups[-1][0][number] = segments[number].part
         room, pages_room = room - tokens, pages_room - pages
-    return groups + [_cut(number, segments[number], limits) for number in long]
+    return groups + [[{number: part} for part in _cut(segments[number], limits)] for number in long]
 
 
-def _cut(number: int, segment: Segment, limits: MicroBatchLimits) -> list[list[Piece]]:
-    """A segment in micro-batches of its own."""
-    micro_batches, start, tokens = [], 0, len(segment.input_ids)
-    while start < tokens:
-        stop = min(tokens, start + limits.rows)
+def _cut(segment: Segment, limits: MicroBatchLimits) -> list[Part]:
+    """A segment's parts for micro-batches of its own."""
+    parts, start = [], segment.kv.length
+    while start < segment.stop:
+        stop = min(segment.stop, start + limits.rows)
         if limits.gathered and limits.within_pages:
-            stop = min(stop, start + PAGE_TOKENS - (segment.kv.length + start) % PAGE_TOKENS)
-        micro_batches.append([Piece(number, start, stop)])
+            stop = min(stop, start + PAGE_TOKENS - start % PAGE_TOKENS)
+        parts.append(Part(segment.kv, start, stop - start))
         start = stop
-    return micro_batches
+    return parts
 
 
 class Segments:
@@ -125,7 +126,7 @@ class Segments:
                 )
         self._segments, self._pool, self._limits = segments, pool, limits
         self._head_rows, self._packing, self._on_logits = head_rows, packing, on_logits
-        self._plan: list[list[Piece]] = []
+        self._plan: list[dict[int, Part]] = []
 
     @property
     def ids(self) -> list[int]:
@@ -134,10 +135,9 @@ class Segments:
     def record(self, recorder: Recorder, embedded: Embedded) -> list[Group]:
         groups = []
         for micro_batches in plan_micro_batches(self._segments, self._limits):
-            numbers = sorted({piece.segment for pieces in micro_batches for piece in pieces})
-            segments = [self._segments[number] for number in numbers]
-            blocks = LentBlocks(self._pool, [Part(s.kv, s.kv.length, len(s.input_ids)) for s in segments])
-            made = [self._record_micro_batch(recorder, embedded, blocks, numbers, pieces) for pieces in micro_batches]
+            numbers = sorted({number for parts in micro_batches for number in parts})
+            blocks = LentBlocks(self._pool, [self._segments[number].part for number in numbers])
+            made = [self._record_micro_batch(recorder, embedded, blocks, numbers, parts) for parts in micro_batches]
             groups.append(Group(tuple(made), blocks))
         return groups
 
@@ -147,16 +147,14 @@ class Segments:
         embedded: Embedded,
         blocks: LentBlocks,
         numbers: Sequence[int],
-        pieces: list[Piece],
+        parts_of: dict[int, Part],
     ) -> MicroBatch:
-        """The micro-batch of `pieces`; `numbers` are the segments that `blocks` is for."""
-        parts, ids, ends = [], [], []
-        for piece in pieces:
-            segment = self._segments[piece.segment]
-            parts.append(Part(segment.kv, segment.kv.length + piece.start, piece.stop - piece.start))
-            ids.append(segment.input_ids[piece.start : piece.stop])
-            ends.append(max(segment.text_length, segment.stop) - 1)
-        rows = [numbers.index(piece.segment) for piece in pieces]
+        """The micro-batch of parts of segments; `numbers` are the segments that `blocks` is for."""
+        parts = list(parts_of.values())
+        segments = [self._segments[number] for number in parts_of]
+        ids = [segment.ids_of(part) for segment, part in zip(segments, parts, strict=True)]
+        ends = [max(segment.text_length, segment.stop) - 1 for segment in segments]
+        rows = [numbers.index(number) for number in parts_of]
         positions = [list(range(part.start, part.stop)) for part in parts]
         kv: MicroBatchKV
         if self._limits.gathered:
@@ -181,7 +179,7 @@ class Segments:
                     cache=kv,
                     use_cache=True,
                 )
-        self._plan.append(pieces)
+        self._plan.append(parts_of)
         return MicroBatch(recording.hidden, recording.calls, len(self._plan) - 1, kv)
 
     def finish(self, recorder: Recorder, groups: Sequence[Group]) -> tuple[torch.Tensor, ...]:
@@ -201,14 +199,14 @@ class Segments:
     def _wanted(self, micro_batch: MicroBatch) -> list[tuple[int, int, torch.Tensor]]:
         """(segment, index among its kept positions, hidden states [rows, hidden]) of what needs logits."""
         found, token = [], 0
-        for row, piece in enumerate(self._plan[micro_batch.number]):
-            segment = self._segments[piece.segment]
+        for row, (number, part) in enumerate(self._plan[micro_batch.number].items()):
+            segment = self._segments[number]
             hidden = micro_batch.hidden[row] if self._limits.gathered else micro_batch.hidden[0, token:]
-            token += piece.stop - piece.start
-            first = len(segment.input_ids) - segment.keep
-            start = max(piece.start, first)
-            if start < piece.stop:
-                found.append((piece.segment, start - first, hidden[start - piece.start : piece.stop - piece.start]))
+            token += part.count
+            first = segment.stop - segment.keep
+            start = max(part.start, first)
+            if start < part.stop:
+                found.append((number, start - first, hidden[start - part.start : part.count]))
         return found
 
     def commit(self) -> None:

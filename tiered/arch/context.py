@@ -1,0 +1,46 @@
+"""How many tokens a model is made for, and which of its layers look back fewer, by its configuration.
+
+The cache keeps no more than a layer looks back. What attention really asks for is compared with this at run time
+(`model/attention.py`), so a family whose configuration means something else is found out and not misread.
+"""
+
+from typing import Final
+
+from transformers import PretrainedConfig
+
+from tiered.arch.families import FAMILIES
+from tiered.errors import ConfigError
+
+_DEFAULT_CONTEXT: Final = 2048
+"""Tokens of a sequence where none are asked for and the model is made for as many."""
+_SLIDING: Final = ("sliding_attention", "local_attention")
+
+
+def most_positions(config: PretrainedConfig) -> int | None:
+    """Tokens of a sequence that the model is made for; None where its configuration names no limit."""
+    found: int | None = getattr(config, "max_position_embeddings", None)
+    return found or None
+
+
+def context_for(config: PretrainedConfig, asked: int | None, option: str, default: int = _DEFAULT_CONTEXT) -> int:
+    """Tokens that a sequence may have: those `asked` for by `option`, else `default`, or fewer if the model says so.
+
+    Raises ConfigError where more are asked for than the model is made for.
+    """
+    most = most_positions(config)
+    if asked is None:
+        return default if most is None else min(default, most)
+    if most is not None and asked > most:
+        raise ConfigError(f"{option} {asked}: this model has positions for {most}; ask for at most that many")
+    return asked
+
+
+def layer_windows(config: PretrainedConfig) -> tuple[int, ...]:
+    """Of each decoder layer, the tokens that a query sees, itself included; 0: all before it."""
+    count = int(config.num_hidden_layers)
+    window = getattr(config, "sliding_window", None)
+    family = FAMILIES.get(config.model_type)
+    if not window or (family is not None and family.gathers) or getattr(config, "use_sliding_window", True) is False:
+        return (0,) * count
+    types = getattr(config, "layer_types", None) or [_SLIDING[0]] * count
+    return tuple(int(window) if kind in _SLIDING else 0 for kind in types)
