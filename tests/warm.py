@@ -53,7 +53,7 @@ class WarmProcess:
     def returncode(self) -> int | None:
         return self.poll()
 
-    def wait(self, timeout: float) -> int:
+    def wait(self, timeout: float = 100) -> int:
         """Wait for its end; returns what `poll` does."""
         self._process.join(timeout)
         code = self.poll()

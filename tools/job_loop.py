@@ -26,7 +26,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import IO, Any, Final, Protocol
 
 ROOT: Final = Path(__file__).parent.parent
 _EARLY_SECONDS: Final = 10.0
@@ -34,6 +34,20 @@ _MOST_NEW_RESULTS: Final = 8
 _CONVERSION_KILLS: Final = 50
 _POLL_SECONDS: Final = 0.002
 _WORDS: Final = ("the", "function", "module", "returns", "a", "list", "of", "values", "when", "called", "with", "is")
+
+
+class Process(Protocol):
+    """A process that runs a command; as `subprocess.Popen`."""
+
+    def poll(self) -> int | None: ...
+
+    def wait(self) -> int: ...
+
+    def send_signal(self, number: int, /) -> None: ...
+
+
+Start = Callable[[IO[bytes]], Process]
+"""Begins a process, which writes its standard error to the file."""
 
 
 @dataclass(frozen=True)
@@ -71,17 +85,26 @@ def run_once(command: Sequence[str | Path]) -> None:
         raise RuntimeError(f"exit code {done.returncode}: {done.stderr}")
 
 
-def kill_until_done(command: Sequence[str | Path], results: Path, chance: random.Random, kills: int | None) -> Loop:
-    """Start `command` again and again, killing it at a random moment each time, until it ends by itself.
+def starting(command: Sequence[str | Path]) -> Start:
+    """Begins `command` in an interpreter of its own."""
+    words = list(map(str, command))
+    return lambda told: subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=told, env=_environment())
 
-    After `kills` times it is left alone. Raises RuntimeError where it fails.
+
+def kill_until_done(
+    start: Start, results: Path, chance: random.Random, kills: int | None, seconds: float = _EARLY_SECONDS
+) -> Loop:
+    """`start` a job again and again, killing it at a random moment each time, until it ends by itself.
+
+    Half of the moments lie in its first `seconds`. After `kills` times it is left alone. Raises RuntimeError where it
+    fails.
     """
 
     def begin() -> Callable[[], int]:
         size = _size(results)
         return lambda: _lines_after(results, size)
 
-    return _kill_until_done(command, begin, chance, kills, _EARLY_SECONDS, lambda: False)
+    return _kill_until_done(start, begin, chance, kills, seconds, lambda: False)
 
 
 def convert_until_done(
@@ -95,11 +118,13 @@ def convert_until_done(
 
     # Killed on its way out it has finished, and the same command would refuse to do it again.
     manifest, progress = store / "manifest.json", store / "conversion.json"
-    return _kill_until_done(command, begin, chance, kills, seconds, lambda: manifest.exists() and not progress.exists())
+    return _kill_until_done(
+        starting(command), begin, chance, kills, seconds, lambda: manifest.exists() and not progress.exists()
+    )
 
 
 def _kill_until_done(
-    command: Sequence[str | Path],
+    start: Start,
     begin: Callable[[], Callable[[], int]],
     chance: random.Random,
     kills: int | None,
@@ -109,18 +134,17 @@ def _kill_until_done(
     """`begin`, called when a process begins, gives a function that tells what that has added so far."""
     started, killed, with_results = time.monotonic(), 0, 0
     while True:
-        process = subprocess.Popen(
-            list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=_environment()
-        )
-        added = begin()
-        if kills is None or killed < kills:
-            _wait_for_a_moment(process, added, chance, early_seconds)
-            process.send_signal(signal.SIGKILL)
-        told = process.communicate()[1]
-        if process.returncode == 0:
-            return Loop(killed, with_results, time.monotonic() - started)
-        if process.returncode != -signal.SIGKILL:
-            raise RuntimeError(f"exit code {process.returncode}: {told}")
+        with tempfile.NamedTemporaryFile() as told:
+            process = start(told)
+            added = begin()
+            if kills is None or killed < kills:
+                _wait_for_a_moment(process, added, chance, early_seconds)
+                process.send_signal(signal.SIGKILL)
+            code = process.wait()
+            if code == 0:
+                return Loop(killed, with_results, time.monotonic() - started)
+            if code != -signal.SIGKILL:
+                raise RuntimeError(f"exit code {code}: {Path(told.name).read_text(encoding='utf-8')}")
         killed += 1
         with_results += added() > 0
         if is_done():
@@ -173,7 +197,7 @@ def _batch(arguments: argparse.Namespace, options: list[str], folder: Path) -> l
     command = [sys.executable, "-m", "tiered", "batch", arguments.source, "-i", requests, *options]
     run_once([*command, "-o", whole])
     chance = random.Random(arguments.seed)
-    loop = kill_until_done([*command, "-o", killed], killed, chance, arguments.kills)
+    loop = kill_until_done(starting([*command, "-o", killed]), killed, chance, arguments.kills)
     said = differences(killed, whole)
     print(
         f"{arguments.sequences} sequences, killed {loop.kills} times, {loop.with_results} of them while results "
@@ -203,9 +227,7 @@ def _convert(arguments: argparse.Namespace, options: list[str], folder: Path) ->
     return said
 
 
-def _wait_for_a_moment(
-    process: subprocess.Popen[str], added: Callable[[], int], chance: random.Random, early_seconds: float
-) -> None:
+def _wait_for_a_moment(process: Process, added: Callable[[], int], chance: random.Random, early_seconds: float) -> None:
     # Never so late that the job may have ended by itself.
     wanted = chance.randrange(1, _MOST_NEW_RESULTS)
     early = time.monotonic() + chance.uniform(0, early_seconds) if chance.random() < 0.5 else None

@@ -1,13 +1,15 @@
 """A job that is killed with -9 again and again ends with the results of a run in one go, each exactly once."""
 
 import json
+import os
 import random
 from pathlib import Path
 
 import pytest
 
-from tests.commands import TIERED, make_store
-from tools.job_loop import differences, kill_until_done, run_once, write_requests
+from tests.commands import make_store
+from tests.warm import WarmProcess, run_warm, tiered
+from tools.job_loop import differences, kill_until_done, write_requests
 
 SEQUENCES = 40
 KILLS = 5
@@ -18,10 +20,16 @@ KILLS = 5
 def test_kill_9_at_random_moments_changes_no_result(tmp_path: Path) -> None:
     store, requests = make_store(tmp_path), tmp_path / "requests.jsonl"
     write_requests(requests, SEQUENCES)
-    command = [*TIERED, "batch", store, "-i", requests, "--no-measure", "--batch", "3"]
+    command = ["batch", str(store), "-i", str(requests), "--no-measure", "--batch", "3"]
     whole, killed = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
-    run_once([*command, "-o", whole])
-    loop = kill_until_done([*command, "-o", killed], killed, random.Random(2), KILLS)
+    assert run_warm(tmp_path, *command, "-o", whole).code == 0
+    loop = kill_until_done(
+        lambda told: WarmProcess(tiered, [*command, "-o", str(killed)], (os.devnull, os.devnull, told.name)),
+        killed,
+        random.Random(2),
+        KILLS,
+        seconds=3,
+    )
     # The last kills may not be needed: a few results may be all that was left.
     assert 3 <= loop.kills <= KILLS and loop.with_results >= 1
     assert differences(killed, whole) == []

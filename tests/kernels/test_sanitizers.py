@@ -18,8 +18,8 @@ pytestmark = pytest.mark.inputs("tiered/kernels/native", "tests/kernels/native",
 SELF_TEST: Final = Path(__file__).with_name("native")
 # Checks at every load and store cost more than optimization gains, and compile many times faster without.
 SANITIZERS: Final = {
-    "address": ("-O0", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
-    "thread": ("-Og", "-g", "-fsanitize=thread"),
+    "address": ("-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
+    "thread": ("-Og", "-g1", "-fsanitize=thread"),
 }
 
 
