@@ -170,7 +170,7 @@ class KernelAttention:
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value)):
             return False
         if mask is None:
-            # With more slots than queries "sdpa" takes the mask's absence for an empty static cache.
+            # With more slots than queries "sdpa" takes a missing mask to mean an empty static cache.
             return not causal or query.shape[2] in (1, key.shape[2])
         # A mask of booleans must be the same for all heads.
         return mask.ndim == 4 and mask.shape[-1] == key.shape[2] and (mask.dtype != torch.bool or mask.shape[1] == 1)

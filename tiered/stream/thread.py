@@ -23,10 +23,10 @@ class Streams:
     loop: asyncio.AbstractEventLoop
     blocks: Streamer
     kv: KVStream | None = None
-    """Where the KV cache is on disk."""
+    """None unless the KV cache is on disk."""
 
     def rewind(self) -> None:
-        """After a pass that did not reach its end: the next one begins at the first block. Not in the loop."""
+        """After a pass that did not reach its end: make the next one begin at the first block. Not for the loop."""
         run_in(self.loop, self.blocks.rewind())
 
 
