@@ -40,12 +40,12 @@ from tiered.store import Store
 from tiered.units import format_size, parse_size
 
 _CACHE_NAME: Final = cache_name(GenerationMixin.prepare_inputs_for_generation) or CACHE_NAMES[0]
-"""By what name this version of transformers passes caches to a model, and takes them from its results."""
+"""The name by which this version of transformers passes caches to a model, and takes them from its results."""
 T = TypeVar("T")
 LEAST_CONTEXT: Final = 128
-"""Of the default: a budget that is too small for this is refused."""
+"""Tokens of the shortest default context: a budget that is too small for it is refused."""
 _OF_GENERATE: Final = frozenset(("tokenizer", "assistant_tokenizer", "assistant_model"))
-"""Arguments of `generate` that are no model's input."""
+"""Arguments of `generate` that are not inputs of a model."""
 
 
 def load(
@@ -64,8 +64,9 @@ def load(
     """Open `store` as a model that runs within `ram` ("4GiB" or bytes; default 90 % of what is free).
 
     `context` is the longest sequence in tokens, prompt and completion together, and `sequences` how many run at
-    once, beams included: memory for their KV cache is set aside. By default one sequence of up to 2048 tokens, of as
-    many as an eighth of the budget holds, or, where even that leaves too little for the rest, of at least 128.
+    once, beams included: memory for their KV cache is set aside. The default is one sequence of up to 2048 tokens whose
+    cache takes at most an eighth of the budget; where that leaves too little for the rest, a shorter one, of at least
+    128 tokens.
 
     Raises StoreError, ConfigError, or, when the context is entered, BudgetError.
     """
@@ -89,14 +90,14 @@ def load(
         kernel_mode=mode,
     )
     config = load_config(opened.path)
-    compute_dtype(dtype, config)  # refuses what is none
+    compute_dtype(dtype, config)  # raises ConfigError for an unknown dtype
     tokens, least = context_for(config, context, "context"), LEAST_CONTEXT if context is None else 0
     workload = Workload(sequences, tokens, least_context=least)
     return LoadedModel(opened, config, workload, options)
 
 
 class LoadedModel:
-    """A context manager: `model` and `tokenizer` inside, threads and memory gone after it."""
+    """A context manager that gives `model` and `tokenizer`; threads and memory are released when it ends."""
 
     def __init__(self, store: Store, config: PretrainedConfig, workload: Workload, options: Options) -> None:
         self._store, self._config = store, config
@@ -105,7 +106,7 @@ class LoadedModel:
         self._model: OffloadedModel | None = None
 
     def __enter__(self) -> Self:
-        # Before the runtime measures what the process itself takes.
+        # Loaded before the runtime measures what the process itself takes.
         _ = self.tokenizer
         generation_config = load_generation_config(self._store)
         model = OffloadedModel(self._config, self.runtime, generation_config)
@@ -173,7 +174,7 @@ class OffloadedModel(PreTrainedModel, GenerationMixin):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """transformers' own generate, after a look at whether what is asked for fits what `load` planned.
+        """transformers' own generate. Raises BudgetError if more is asked for than `load` has set memory aside for.
 
         A cache may be passed as `cache` or as `past_key_values`, whatever transformers' version calls it. Calls of
         several threads wait for each other.
@@ -199,7 +200,7 @@ class OffloadedModel(PreTrainedModel, GenerationMixin):
 
     @functools.wraps(GenerationMixin.prepare_inputs_for_generation)
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        # Its decoding loops hand on arguments of `generate` itself, for a forward that swallows what it does not know.
+        # transformers' decoding loops pass on arguments of `generate` itself, as most forwards ignore unknown names.
         kept = {name: value for name, value in kwargs.items() if name not in _OF_GENERATE}
         prepared: dict[str, Any] = super().prepare_inputs_for_generation(*args, **kept)
         return prepared
@@ -217,7 +218,7 @@ class OffloadedModel(PreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """Logits after `input_ids` [rows, tokens], as transformers defines it, in one pass over the store.
 
-        The cache goes by both of its names, `cache` and the older `past_key_values`, here and in the result.
+        The cache may be given, and is returned, by both of its names: `cache` and the older `past_key_values`.
 
         Raises BudgetError where the KV cache would outgrow what `load` planned for, NotSupportedError for what
         offloaded weights cannot give (gradients, attention maps, hidden states).
@@ -241,7 +242,7 @@ class OffloadedModel(PreTrainedModel, GenerationMixin):
         self._check_logits(rows, tokens, batch.logits_to_keep)
         parts = [batch] if _fits_one_pass(batch, self._runtime.plan.micro_batch_rows) else self._split(batch)
         logits = [self._runtime.forward([part]).logits[0] for part in parts]
-        # Only separate passes come in parts, and those keep every position they computed until here.
+        # With several parts each pass has returned logits of all its positions: those to keep are chosen here.
         return logits[0] if len(parts) == 1 else keep_positions(torch.cat(logits, dim=1), batch.logits_to_keep)
 
     def _split(self, batch: ForwardBatch) -> list[ForwardBatch]:
@@ -259,7 +260,7 @@ class OffloadedModel(PreTrainedModel, GenerationMixin):
 
     def _check_room(self, rows: int, tokens: int) -> None:
         plan = self._runtime.plan
-        # Fewer sequences may not be longer: masks and scores are as wide as the context.
+        # Fewer sequences may not be longer: the memory for masks and scores is planned for this context.
         if rows > plan.batch_size or tokens > plan.max_context:
             raise BudgetError(
                 f"{rows} sequences of {tokens} tokens: memory was set aside for {plan.batch_size} of "
@@ -267,10 +268,10 @@ class OffloadedModel(PreTrainedModel, GenerationMixin):
             )
 
     def _check_logits(self, rows: int, tokens: int, logits_to_keep: int | torch.Tensor) -> None:
-        """Logits of every position are the largest thing a forward can return: within the budget, or not at all."""
+        """Raises BudgetError for logits beyond the budget: those of every position are the largest thing returned."""
         kept = min(tokens, logits_to_keep or tokens) if isinstance(logits_to_keep, int) else len(logits_to_keep)
         vocab, reserve = self._runtime.store.vocab_size, self._runtime.plan.returned_logits_nbytes
-        # Twice: in pieces, and put together.
+        # Twice: in parts, and put together.
         nbytes = 2 * rows * kept * vocab * self.dtype.itemsize
         if kept > 1 and nbytes > reserve:
             raise BudgetError(
@@ -359,7 +360,7 @@ def _only_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | N
 
 
 def _by_both_names(output: T) -> T:
-    """The same output; where transformers knows a cache as `past_key_values` only, `cache` finds it too."""
+    """`output`, with its cache also as `cache` where transformers names it `past_key_values` only."""
     new, old = CACHE_NAMES
     if isinstance(output, ModelOutput) and not hasattr(output, new):
         setattr(output, new, getattr(output, old))
@@ -371,7 +372,7 @@ def _fits_one_pass(batch: ForwardBatch, micro_batch_rows: int) -> bool:
     rows, tokens = batch.input_ids.shape
     if rows * tokens <= micro_batch_rows or tokens == 1:
         return True
-    # A cache that drops or preallocates keys has lengths that only its own update knows.
+    # The lengths of a cache that drops or preallocates keys are known only to its own `update`.
     return all(type(layer) is DynamicLayer for layer in batch.cache.layers) and not isinstance(
         batch.attention_mask, dict
     )

@@ -1,8 +1,8 @@
 """The host: what a process has once, whatever models it runs.
 
-`Host` is the one thread that computes, with the kernels and their threads, what interrupts it, and the clocks of disk
-and trace; several runtimes may share one. `PROCESS` is the one object that lives as long as the process does, because
-what it keeps account of does too: the plans of all that is open, the interpreter's switch interval, glibc's heap.
+`Host` has the one thread that computes, the kernels with their threads, the cancel flag that interrupts them, and the
+clocks of disk and trace; several runtimes may share one. `PROCESS` is the one object that lives as long as the process,
+as do the things it manages: the plans of all open runtimes, the interpreter's switch interval, glibc's heap.
 """
 
 import concurrent.futures
@@ -28,14 +28,14 @@ from tiered.trace import Tracer
 from tiered.units import MIB
 
 _SWITCH_SECONDS: Final = 5e-4
-"""Completions of reads wait for the interpreter lock; the default of 5 ms is longer than a read."""
+"""The interpreter's switch interval: finished reads wait for its lock, and the default of 5 ms exceeds a read."""
 _GROWTH_NBYTES: Final = 16 * MIB
-"""What the process itself grows by while running: code pages touched for the first time, thread stacks."""
+"""By how much the process itself grows in a run: code pages touched for the first time, thread stacks."""
 _ANOTHER_NBYTES: Final = 96 * MIB
-"""What one more runtime in a process takes by itself, at least: graph, kernels, threads. Measured each time, it varied
-by 60 MB with what the allocator had kept, and the budget that one refusal named met another."""
+"""What one more runtime in a process takes by itself, at least: graph, kernels, threads. What was measured each time
+varied by 60 MB with what the allocator had kept, so that a budget named by a refusal was refused again."""
 _POLL_SECONDS: Final = 0.1
-"""Between two looks for a signal, while the caller's thread waits."""
+"""Seconds between two looks for a signal, while the caller's thread waits."""
 
 T = TypeVar("T")
 _LOG: Final = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ _LOG: Final = logging.getLogger(__name__)
 class Host:
     """Computes for the runtimes of a process, one thing at a time.
 
-    A context manager that may be entered again by whoever uses it meanwhile; its threads end when the last leaves it.
+    A context manager that several users may be in at once; its threads end when the last one leaves it.
     `kernels` is a name of `tiered.kernels.KERNEL_NAMES`.
     """
 
@@ -83,26 +83,26 @@ class Host:
             self.attention: KernelAttention = stack.enter_context(registered_attention(self.kernels))
             self._compute = ThreadPoolExecutor(1, thread_name_prefix="tiered-compute")
             stack.callback(self._compute.shutdown, wait=True)
-            # Its thread starts now: an interrupt while it does would leave a pool with two of them.
+            # The pool's thread starts now: an interrupt during a later start would leave a pool with two threads.
             self._compute.submit(lambda: None).result()
             self._resources = stack.pop_all()
 
     def compute(self, work: Callable[[], T]) -> T:
-        """Run `work` in the thread that computes, where torch's threads are, while signals reach the caller's.
+        """Run `work` in the thread that computes, where torch's threads are, while signals reach the caller's thread.
 
-        Whatever ends this, and so an interruption too, the other thread has nothing left to do then.
+        Returns or raises only when `work` has ended, also after an interruption.
         """
         try:
             return wait_for(self._compute.submit(work))
         except BaseException:
             self.cancel.set()
-            # The flag is lowered again only when nobody is to see it any more.
+            # The flag is cleared only when nothing runs that is to see it.
             self._settle()
             self.cancel.clear()
             raise
 
     def _settle(self) -> None:
-        """Wait until the compute thread has nothing to do; interrupts meanwhile mean what the first one meant."""
+        """Wait until the compute thread has nothing to do; further interrupts meanwhile change nothing."""
         while True:
             try:
                 self._compute.submit(lambda: None).result()
@@ -111,8 +111,8 @@ class Host:
                 continue
 
     def warm_up(self, dtype: torch.dtype) -> None:
-        """Touch what every run touches (thread pool, linear algebra, attention), so that what the process takes by
-        itself includes it."""
+        """Use what every run uses (thread pool, linear algebra, attention), so that the memory it takes is part of
+        what the process is measured to take by itself."""
         self.compute(lambda: _warm_up(self.threads, dtype))
 
 
@@ -129,7 +129,7 @@ def wait_for(future: Future[T]) -> T:
         future.cancel()
         raise
     finally:
-        # An error holds this frame, and the future the error: neither would go before the collector comes.
+        # An error holds this frame, and the future the error: a cycle that only the garbage collector would free.
         del future
 
 
@@ -149,7 +149,7 @@ class Member:
     pid: int
     budget: int = 0
     planned_nbytes: int = 0
-    """What the process takes by its plan, this runtime and all that was there before it included."""
+    """Bytes that the process takes by this runtime's plan, including all that was there before it."""
 
     @property
     def is_forked(self) -> bool:
@@ -162,20 +162,20 @@ class Process:
 
     def __init__(self) -> None:
         self.opening = threading.Lock()
-        """Held while one opens: what each takes is measured, and transformers' modules are patched meanwhile."""
+        """Held while a runtime opens: what it takes is measured, and transformers' modules are patched meanwhile."""
         self._lock = threading.Lock()
         self._members: list[Member] = []
         self._interval = 0.0
 
     @property
     def planned_nbytes(self) -> int:
-        """What this process will take by the plans of those that are open, used already or not; 0 where none is."""
+        """Bytes that this process will take by the plans of its open runtimes, taken already or not; 0 without any."""
         with self._lock:
             return max((member.planned_nbytes for member in self._members if not member.is_forked), default=0)
 
     @contextlib.contextmanager
     def member(self) -> Iterator[Member]:
-        """One more, for as long as the context lasts; settings of the process are put back with the last."""
+        """One more open runtime, until the context ends. The end of the last one restores the process's settings."""
         member = Member(os.getpid())
         with self._lock:
             if not self._members:
@@ -193,15 +193,16 @@ class Process:
             self.pin_malloc()
 
     def begin_anew(self) -> None:
-        """In a forked child: nothing is open here, and no lock is held, whatever other threads did in the parent."""
+        """Called in a forked child: nothing is open here, and no lock is held, whatever the parent's threads did."""
         if self._members:
             sys.setswitchinterval(self._interval)
         self.opening, self._lock, self._members = threading.Lock(), threading.Lock(), []
 
     def measure_baseline(self, member: Member, before: int, budget: int | None = None) -> int:
-        """What `member` may use is `budget` (None: what is free), from now on; what of it the process takes by itself.
+        """Bytes that the process takes by itself, of what `member` may use: `budget` bytes, or if None what is free.
 
-        The process had `before` bytes before what computes was built.
+        `before`: bytes that the process had before graph and kernels were built. The first call fixes what `member`
+        may use.
         """
         member.budget = member.budget or budget or available_budget()
         self.pin_malloc()
@@ -211,7 +212,7 @@ class Process:
         return max(rss, process_peak_rss_bytes(), promised) + _GROWTH_NBYTES
 
     def pin_malloc(self) -> None:
-        """Let glibc keep what the largest budget allows: it has the plans of the others within it."""
+        """Let glibc keep what the largest budget of open runtimes allows: the other plans are counted in it."""
         with self._lock:
             budget = max((member.budget for member in self._members), default=0)
         pin_malloc(budget)

@@ -23,27 +23,28 @@ class Memory:
     arena: Arena
     pool: KVPool
     kv_ring: Slab | None
-    """That the cache's pages pass through, where they are on disk; so is the next."""
+    """Memory that KV blocks pass through; None unless the KV cache is on disk."""
     spill: SpillFile | None
+    """The KV cache's file; None unless it is on disk."""
     staging: Slab
-    """One chunk, for rows of the embedding."""
+    """Memory for one chunk, through which rows of the embedding are read."""
     side: Slab | None
-    """Scales and zeros of the embedding."""
+    """Scales and zeros of the embedding; None if it has none."""
     ring: Slab | None
-    """That streamed blocks pass through."""
+    """Memory that streamed blocks pass through; None if all are resident."""
     resident: Mapping[int, Slab]
-    """Of each resident block, by its position on the tape."""
+    """Memory of each resident block, by its position on the tape."""
 
     @property
     def largest(self) -> Slab:
-        """Of what nothing is kept in while nothing streams."""
+        """The largest slab of those that hold nothing of use while nothing streams."""
         slabs = [self.staging, *([self.ring] if self.ring is not None else []), *self.resident.values()]
         return max(slabs, key=lambda slab: slab.nbytes)
 
 
 @contextlib.contextmanager
 def open_memory(store: Store, plan: Plan, options: Options, host: Host) -> Iterator[Memory]:
-    """The memory of `plan`, which all goes back when the context ends."""
+    """The memory of `plan`; all of it is released when the context ends."""
     placement, cache = plan.placement, plan.cache
     total = placement.nbytes + CHUNK_NBYTES + plan.side_nbytes + plan.needs.kv + PAGE * (len(store.tape) + 8)
     with contextlib.ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""How a run is wanted: everything that can be chosen, and the defaults."""
+"""The options of a run: everything that can be chosen, with defaults."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,21 +20,26 @@ class Options:
     """Budget in bytes for the whole process; None: 90 % of what there is."""
     tiers: tuple[Tier, ...] = (Tier.DISK, Tier.CPU)
     dtype: str = "auto"
+    """Compute dtype; see `compute_dtype`."""
     threads: int | None = None
+    """Threads that compute; None: as many as processors that may be used."""
     verify: VerifyPolicy = VerifyPolicy.FIRST
     prefetch: int | None = None
+    """Blocks that may be read before they are asked for; None: as many as the ring holds."""
     micro_batch_rows: int | None = None
     """Tokens that are computed together at most; None: as many as memory allows and are useful."""
     kv: KVTier = "cpu"
     """Where the KV cache is; auto: in memory if it fits there."""
     kv_bits: Bits = 16
     kv_folder: Path | None = None
-    """Where the cache's file goes, if on disk; None: beside the store."""
+    """The folder for the KV cache's file, if it is on disk; None: the store's."""
     kernels: str = "auto"
     """A name of `tiered.kernels.KERNEL_NAMES`."""
     kernel_mode: Mode = Mode.INVARIANT
     keep_spans: bool = False
+    """Keep the spans of the trace, not only their totals."""
     read_mode: ReadMode | None = None
+    """How files are read; None: found out by a small read."""
 
     def __post_init__(self) -> None:
         for name, value in (("ram", self.ram), ("threads", self.threads), ("micro-batch", self.micro_batch_rows)):

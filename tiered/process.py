@@ -1,6 +1,6 @@
-"""The process around a command: standard streams that are there and take any text, interrupts, a quiet end.
+"""The process around a command: standard streams that are open and take any text, interrupts, a quiet end.
 
-`tiered.__main__` and `tiered.cli.main` call it. It imports nothing that takes time, so that it is there at once.
+`tiered.__main__` and `tiered.cli.main` call it. It imports nothing that takes long, because it must act at once.
 """
 
 import io
@@ -15,23 +15,23 @@ from typing import Any, Final, NoReturn, TextIO
 
 _INTERRUPTED: Final = 130
 _PATIENCE_SECONDS: Final = 2.0
-"""What a command has for cleaning up before another interrupt ends it as it is."""
+"""Seconds that a command has for cleaning up before another interrupt ends it at once."""
 _AGAIN_SECONDS: Final = 0.01
-"""After which an interrupt that nobody could see comes once more."""
+"""Seconds after which an interrupt that was lost is sent again."""
 
 
 def restart_in_utf8() -> None:
     """Where the locale knows nothing but ASCII (LC_ALL=C with UTF-8 mode switched off), start anew in UTF-8 mode.
 
-    Arguments, names of files and standard streams were decoded when the interpreter started. It is the same process
-    afterwards, which has read nothing yet. A locale of another encoding means what it says.
+    Arguments, names of files and standard streams were decoded when the interpreter started. The process stays the
+    same, and has read nothing yet. A locale with any other encoding is kept.
     """
     if sys.getfilesystemencoding() == "ascii" and sys.executable:
         os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
 
 
 def quiet_libraries() -> None:
-    """Show Python's warnings, which concern whoever calls what warns, only to those who ask: -W, PYTHONWARNINGS."""
+    """Hide Python's warnings, which are meant for programmers, unless -W or PYTHONWARNINGS asks for them."""
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
 
@@ -54,7 +54,7 @@ def open_streams() -> None:
 
 
 def _named_output(plain: io.TextIOWrapper) -> io.TextIOWrapper:
-    """`plain`, standard output, as a stream that takes any text, and whose errors say whose they are."""
+    """`plain`, standard output, as a stream that takes any text, and whose errors name standard output."""
     return io.TextIOWrapper(
         io.BufferedWriter(_StandardOutput(1, "w", closefd=False)),
         plain.encoding,
@@ -64,7 +64,7 @@ def _named_output(plain: io.TextIOWrapper) -> io.TextIOWrapper:
 
 
 class _StandardOutput(io.FileIO):
-    """Standard output, whose first error says whose it is, as those of files do; what is written after it is lost."""
+    """Standard output whose first error names it, as errors of files do; what is written after the error is lost."""
 
     def write(self, data: Any, /) -> int:
         try:
@@ -76,9 +76,9 @@ class _StandardOutput(io.FileIO):
 
 
 def end_streams(status: int) -> int:
-    """Write what is still held; the status to end with, which is 1 where that fails.
+    """Flush the standard streams. Returns the status to end with: `status`, or 1 if that is 0 and flushing fails.
 
-    The interpreter would try once more at its end, and complain.
+    What cannot be written is discarded: the interpreter would try once more at its end, and complain.
     """
     for stream in (sys.stdout, sys.stderr):
         try:
@@ -92,7 +92,7 @@ def end_streams(status: int) -> int:
 
 
 def _discard(stream: TextIO | io.FileIO) -> None:
-    """Have what `stream` still holds go nowhere."""
+    """Let what `stream` still holds be written to /dev/null."""
     try:
         fd = stream.fileno()
     except (OSError, ValueError):
@@ -103,10 +103,10 @@ def _discard(stream: TextIO | io.FileIO) -> None:
 
 
 class Interrupts:
-    """What SIGINT does to a command: the first one raises KeyboardInterrupt, and none does after it.
+    """What SIGINT does to a command: the first one raises KeyboardInterrupt, and later ones do not.
 
-    Those that follow closely mean the same; raised while the command cleans up, they would leave that half done. One
-    that comes later says that cleaning up takes too long: it ends the process as it is, which is as safe as a kill.
+    Those that follow closely are ignored: raised while the command cleans up, they would leave that half done. One
+    that comes later says that cleaning up takes too long: it ends the process at once, which is as safe as a kill.
     """
 
     def __init__(self) -> None:
@@ -118,12 +118,12 @@ class Interrupts:
         if begun is None and not _is_importing(frame):
             self._first = now
             raise KeyboardInterrupt
-        # What an import makes of an exception is anybody's guess, and there is nothing to clean up yet.
+        # What an exception does to an import cannot be known, and there is nothing to clean up yet.
         if begun is None or now - begun > _PATIENCE_SECONDS:
             end_at_once()
 
     def handle_unraisable(self, lost: "sys.UnraisableHookArgs") -> None:
-        """What an exception becomes in a destructor or a callback of the collector: a KeyboardInterrupt comes again."""
+        """Called for an exception that is lost, in a destructor or a callback: a KeyboardInterrupt is sent again."""
         if lost.exc_type is not KeyboardInterrupt:
             sys.__unraisablehook__(lost)
             return
@@ -132,7 +132,7 @@ class Interrupts:
 
 
 def end_at_once() -> NoReturn:
-    """End an interrupted process as it is."""
+    """End an interrupted process without cleaning up."""
     os.write(2, b"tiered: interrupted\n")
     os._exit(_INTERRUPTED)
 
@@ -146,7 +146,7 @@ def catch_interrupts() -> None:
 
 
 def ignore_interrupts() -> None:
-    """The command has ended, and its exit code is decided: no more interrupts, where `catch_interrupts` had them."""
+    """Ignore SIGINT if `catch_interrupts` handled it: the command has ended, and its exit code is decided."""
     if isinstance(getattr(signal.getsignal(signal.SIGINT), "__self__", None), Interrupts):
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 

@@ -62,10 +62,10 @@ from tiered.stream import EmbeddingRows, KVStream, Streamer, Streams, StreamThre
 __all__ = ["READ_THREADS", "Options", "Runtime", "compute_dtype", "measure_inputs"]
 
 READ_THREADS: Final = 16
-"""Reads of weights in flight."""
+"""Reads of weights in flight at most."""
 
 MeasureMachine = Callable[[Store, Kernels, ModelShape, Machine, Collection[Rate]], Machine]
-"""The machine with the rates that are wanted: a runtime that is to choose its batch size is given one."""
+"""Measures the wanted rates and returns the machine with them. A runtime that chooses its batch size is given one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +89,7 @@ class Runtime:
     """
 
     _preadv: Faults = staticmethod(os.preadv)
-    """What blocks are read with; tests put faults in its place."""
+    """The call that reads blocks; tests replace it by one with faults."""
 
     def __init__(
         self,
@@ -99,7 +99,7 @@ class Runtime:
         measure: MeasureMachine | None = None,
         host: Host | None = None,
     ) -> None:
-        """`measure` is called where rates are wanted for the choice of a batch size; without `host`, one is made."""
+        """`measure` is called if rates are wanted for the choice of a batch size; without `host`, one is made."""
         self.store, self.workload, self.options = store, workload, options
         self.host = host or Host(options.threads, options.kernels, options.kernel_mode, options.keep_spans)
         self._measure = measure
@@ -108,7 +108,7 @@ class Runtime:
         self._streaming: StreamThread | None = None
         self._member: Member | None = None
         self._calls = threading.RLock()
-        """Held by the thread whose turn it is, for as long as its call takes, whatever passes that makes."""
+        """Held by the thread whose turn it is, for its whole call with all passes of it."""
         self._passing = threading.Lock()
         """Held while a pass runs, and while the runtime opens or closes."""
 
@@ -125,7 +125,7 @@ class Runtime:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         if self._member is not None and self._member.is_forked:
-            return  # its threads are the parent's, which nobody here could wait for
+            return  # its threads are in the parent only, and waiting for them would never end
         self.is_open = False
         # A host may compute for others: only a pass of this runtime's own is ended.
         if ends_a_pass := self._passing.locked():
@@ -138,10 +138,10 @@ class Runtime:
 
     @contextlib.contextmanager
     def turn(self) -> Iterator[None]:
-        """One call of one thread: others wait until it ends, its own passes and calls within it go through.
+        """One call of one thread. Other threads wait until it ends; passes and calls that it makes itself do not wait.
 
-        What was set aside is for one call at a time. Raises ConfigError where the model is closed, or closes while
-        this waits, and in a forked child.
+        The planned memory is for one call at a time. Raises ConfigError if the model is closed, or closes while this
+        waits, and in a forked child.
         """
         # Before the lock as well: a child would wait for a thread that only its parent has.
         self._check_open()
@@ -185,7 +185,7 @@ class Runtime:
         budgets, machine = _budgets(self.options, member, before), made.machine
         if self._measure is not None and (wanted := rates_wanted(made.shape, machine, self.workload, budgets)):
             machine = self._measure(self.store, self.host.kernels, made.shape, machine, wanted)
-            # The process has grown by what measured, and its peak counts.
+            # Measuring has made the process grow, and its peak counts.
             budgets = _budgets(self.options, member, before)
         self.pace = pace_for(made.shape, machine, self.workload)
         return make_plan(made.shape, machine, self.workload, budgets)
@@ -199,11 +199,11 @@ class Runtime:
 
     @property
     def vocab_size(self) -> int:
-        """Token ids are below it."""
+        """Number of tokens in the vocabulary: ids are below it."""
         return self.store.vocab_size
 
     def reserve(self, tokens: int) -> SequenceKV | None:
-        """Room in the KV cache for a sequence of `tokens` tokens; None while others hold it."""
+        """Room in the KV cache for a sequence of `tokens` tokens; None while other sequences hold too much."""
         return self._memory.pool.reserve(tokens)
 
     def release(self, kv: SequenceKV) -> None:
@@ -222,17 +222,17 @@ class Runtime:
         return self._run(work, on_block, is_last)
 
     def forward(self, batch: Sequence[ForwardBatch], on_block: OnBlock | None = None, is_last: bool = False) -> Pass:
-        """One pass. `is_last` promises that none follows, so that nothing is read ahead for one.
+        """One pass over `batch`. `is_last` promises that none follows, so that nothing is read ahead for it.
 
         KeyboardInterrupt ends the pass within a panel of a linear layer; the runtime can be used again after it.
         """
-        for micro_batch in batch:
-            check_token_ids(micro_batch.input_ids, self.store.vocab_size)
+        for item in batch:
+            check_token_ids(item.input_ids, self.store.vocab_size)
         work = ForwardWork(batch, self.plan.micro_batch_rows, self.plan.cache.shape.layers)
         return self._run(work, on_block, is_last)
 
     def _run(self, work: Work, on_block: OnBlock | None, is_last: bool) -> Pass:
-        """One pass of whoever's turn it is; ConfigError if the model is closed meanwhile."""
+        """One pass, in this thread's turn. Raises ConfigError if the model is closed meanwhile."""
         with self.turn(), self._passing:
             self._check_open()
             try:
@@ -260,7 +260,7 @@ class Runtime:
         return [block for position, block in enumerate(self.store.tape) if position not in resident]
 
     def probe_read_mode(self) -> ReadMode:
-        """How the store's files will be read, found out by reading a page of one."""
+        """How the store's files will be read, which is found out by a small read of one of them."""
         return self.options.read_mode or probe_mode(self.store.file_path(self.store.tape[0])).mode
 
     def start_streaming(self) -> Streams:
@@ -281,7 +281,7 @@ class Runtime:
 
     @property
     def passes(self) -> int:
-        """How many have been begun."""
+        """Passes begun so far."""
         return self.engine.passes
 
     @property
@@ -329,13 +329,13 @@ class Runtime:
         return Streams(asyncio.get_running_loop(), blocks, kv)
 
     async def _load_tables(self) -> None:
-        """Read what stays in memory apart from blocks."""
+        """Read what stays in memory beside blocks."""
         await self.engine.embedding.load_side(self._memory.side)
         await load_outer(self.engine.model, self.store, self.reader)
 
 
 def _prepare(store: Store, options: Options, host: Host) -> _Prepared:
-    """Build what computes, and tell what plans need to know of it. Raises StoreError, ConfigError."""
+    """Build what computes, with the numbers that plans are made from. Raises StoreError, ConfigError."""
     config = load_config(store.path)
     dtype = compute_dtype(options.dtype, config)
     check_layers(store, config)
@@ -350,13 +350,13 @@ def _prepare(store: Store, options: Options, host: Host) -> _Prepared:
 
 
 def _budgets(options: Options, member: Member, before: int) -> Budgets:
-    """What may be used, and what of it the process takes by itself; it had `before` bytes before `_prepare`."""
+    """What may be used, and what the process takes of it by itself. `before`: its bytes before `_prepare`."""
     baseline = PROCESS.measure_baseline(member, before, options.ram)
     return Budgets(member.budget, baseline, options.tiers, options.kv, options.kv_bits, options.micro_batch_rows)
 
 
 def _limits(plan: Plan, gathered: bool) -> MicroBatchLimits:
-    """How a pass over segments is cut; `gathered`: the family needs rows of equal length."""
+    """How a pass over segments is cut; `gathered`: the family has dense attention."""
     return MicroBatchLimits(
         rows=plan.micro_batch_rows,
         gathered=gathered,
@@ -369,7 +369,7 @@ def _limits(plan: Plan, gathered: bool) -> MicroBatchLimits:
 def measure_inputs(store: Store, options: Options) -> tuple[ModelShape, Machine, Budgets]:
     """What plans for `store` are made from, by this process as it is now.
 
-    Builds what a runtime builds first, measures, and lets it go: neither memory is taken nor weights are read.
+    Builds what a runtime builds first, measures, and releases it. Takes no memory for weights and reads none.
     """
     with PROCESS.opening, PROCESS.member() as member:
         before = process_rss_bytes()

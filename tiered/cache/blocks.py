@@ -1,6 +1,6 @@
-"""Where the KV blocks are that some tokens of a pass read and write: in the pool's memory, or on their way from disk.
+"""Where the KV blocks lie that a part of a pass reads and writes: in the pool, or in memory lent for those on disk.
 
-In: parts, which are consecutive tokens of sequences, with their places in the pool. Out: offsets for the attention's
+In: parts, which are consecutive tokens of sequences, with their places in the pool. Out: offsets for attention's block
 tables, and extents for the disk.
 """
 
@@ -27,12 +27,12 @@ class Part:
 
     @property
     def first_page(self) -> int:
-        """The page that its first token is in."""
+        """Number of the page that holds its first token."""
         return self.start // PAGE_TOKENS
 
     @property
     def complete_pages(self) -> range:
-        """Pages that it completes."""
+        """Numbers of the pages whose last token is in this part."""
         return range(self.first_page, self.stop // PAGE_TOKENS)
 
     @property
@@ -40,13 +40,13 @@ class Part:
         return self.first_page == (self.stop - 1) // PAGE_TOKENS
 
     def oldest_page(self, window: int) -> int:
-        """The first page that its queries read, where they see `window` tokens (0: all)."""
+        """Number of the first page that its queries read, if they see `window` tokens (0: all)."""
         return max(0, self.start - window + 1) // PAGE_TOKENS if window else 0
 
 
 @dataclass(frozen=True)
 class Extent:
-    """Neighbouring blocks in the file, and where they lie in the memory lent for them."""
+    """Neighbouring blocks: bytes `offset` on in the file, bytes `memory_offset` on in the memory lent for them."""
 
     offset: int
     memory_offset: int
@@ -56,8 +56,8 @@ class Extent:
 class BlockMap:
     """Where the blocks of some sequences lie in a layer's memory, for the layers of one group.
 
-    `parts`: all that a pass adds to each of them. In memory a block has its place in the pool; what comes from disk
-    lies part after part in what is lent for it.
+    `parts` has one part per sequence: all tokens that a pass adds to it. Where the KV cache is in memory, blocks lie in
+    the pool; where it is on disk, they lie in the memory lent for them, those of one part after those of the other.
     """
 
     def __init__(self, pool: KVPool, group: int, parts: Sequence[Part]) -> None:
@@ -65,7 +65,7 @@ class BlockMap:
         self.window = pool.plan.groups[group].window
         self._nbytes = pool.layout.block_nbytes
         self._starts = []
-        """Of each part's blocks in lent memory."""
+        """For each part, the byte of the lent memory at which its blocks begin."""
         position = 0
         for part in parts:
             self._starts.append(position)
@@ -73,7 +73,7 @@ class BlockMap:
         self.lent_nbytes = position
 
     def offset(self, number: int, page: int) -> int:
-        """Bytes from the start of the memory to the block of `page` of part `number`; -1: it is not there."""
+        """Bytes from the start of the memory to the block of `page` of part `number`; -1: there is none."""
         part = self.parts[number]
         oldest = part.oldest_page(self.window)
         if page < oldest or (self._pool.plan.has_tails and page >= part.stop // PAGE_TOKENS):
@@ -96,7 +96,7 @@ class BlockMap:
         return [-1] * oldest + there + [-1] * (pages - max(stop, oldest))
 
     def reads(self, layer: int) -> list[Extent]:
-        """What `layer` needs from disk before it computes."""
+        """The extents that must be read from disk before `layer` computes."""
         return [
             extent
             for number, part in enumerate(self.parts)
@@ -104,17 +104,17 @@ class BlockMap:
         ]
 
     def writes(self, layer: int) -> list[Extent]:
-        """What goes to disk when `layer` has computed: the pages that its parts have completed."""
+        """The extents that go to disk once `layer` has computed: the pages that the parts have completed."""
         found = []
         for number, part in enumerate(self.parts):
             complete = part.complete_pages
-            # Of a ring, only the last round: what is overwritten at once is not written.
+            # A part may go round a ring more than once. Only its last round is written: it overwrites the others.
             ring = part.kv.pages[self._group]
             found += self._extents(layer, number, range(max(complete.start, complete.stop - ring), complete.stop))
         return found
 
     def _extents(self, layer: int, number: int, pages: range) -> list[Extent]:
-        """The blocks of `pages`, in one piece, or in several where a ring begins anew."""
+        """The blocks of `pages`: one extent, or several where a ring begins again at its first block."""
         found: list[Extent] = []
         kv, start = self.parts[number].kv, pages.start
         while start < pages.stop:
@@ -127,9 +127,9 @@ class BlockMap:
 
 
 class LentBlocks:
-    """The blocks that some micro-batches of a pass share: those of the sequences whose tokens they are.
+    """The KV blocks of some sequences, shared by the micro-batches that compute tokens of these sequences.
 
-    Micro-batches of one long prompt share them, so that each finds what the ones before it have completed.
+    So each micro-batch of a long prompt finds the pages that the earlier ones have completed.
     """
 
     def __init__(self, pool: KVPool, parts: Sequence[Part]) -> None:
@@ -142,13 +142,13 @@ class LentBlocks:
         return self.maps[self.pool.group_of[layer]]
 
     def lend(self, layer: int, memory: torch.Tensor) -> None:
-        """Give the blocks of `layer` that have been read from disk, with room for those that will be completed."""
+        """Lend `memory`: the blocks of `layer` that were read from disk, with room for those that will be completed."""
         self._lent[layer] = memory
 
     def take_back(self, layer: int) -> None:
-        """The memory lent for `layer` is wanted for something else."""
+        """End the loan of the memory for `layer`."""
         del self._lent[layer]
 
     def memory(self, layer: int) -> torch.Tensor:
-        """uint8: the blocks of `layer`, as `map_of(layer)` has them."""
+        """uint8: the memory that holds the blocks of `layer`, at the offsets of `map_of(layer)`."""
         return self._lent[layer] if self.pool.plan.on_disk else self.pool.layer_blocks(layer)

@@ -7,8 +7,8 @@ heads:
 
 Blocks lie at multiples of `block_nbytes` in flat uint8 memory, one stretch of it per layer. In 16 bits a block
 holds the compute dtype and is written token by token (`dense`); in 8 and 4 bits it is written once, when its page is
-complete (`store`). Every part is at the same place in every block, so that offsets of blocks are all that attention
-needs, and serve every layer whose blocks lie alike:
+complete (`store`). Codes, scales and zeros are at the same place in every block. So offsets of blocks are all that
+attention needs, and they are the same for all layers that keep the same tokens:
 
     keys, values = layout.pages(BlockTable(memory, offsets), recent)
 """
@@ -30,14 +30,14 @@ _FORMATS: Final = {
     4: (CacheFormat.INT4_CHANNEL, CacheFormat.INT4),
 }
 _PIECE_ELEMENTS: Final = 1 << 19
-"""Keys or values that are quantized at a time, at least one page: their float32 copies stay small and near."""
+"""Numbers that are quantized at a time, at least one page: their float32 copies stay small, and in the caches."""
 
 
 class PageLayout:
-    """Blocks of a model's KV cache in 16, 8 or 4 bits. Raises ConfigError where there are no such blocks."""
+    """How the KV blocks of a model lie in memory. Raises ConfigError where `block_nbytes` does."""
 
     def __init__(self, shape: KVShape, bits: int, tokens: int = PAGE_TOKENS) -> None:
-        """`tokens`: slots of a page that are ever filled, where no sequence is as long as a page. 16 bits only."""
+        """`bits`: 16, 8 or 4. `tokens`: slots of a page of 16 bits, fewer than 64 where no sequence fills a page."""
         slots = tokens if bits == 16 else PAGE_TOKENS
         self.block_nbytes = block_nbytes(shape, bits, slots)
         self.shape, self.bits = shape, bits
@@ -49,7 +49,7 @@ class PageLayout:
     def pages(self, table: BlockTable, recent: tuple[Pages, Pages] | None = None) -> tuple[Pages, Pages]:
         """Keys and values in the blocks of `table`, as attention takes them.
 
-        `recent`: those of pages that are read as they were computed (see `Pages.recent`).
+        `recent`: keys and values of the pages that are read as they were computed (see `Pages.recent`).
         """
         new_keys, new_values = recent or (None, None)
         return self._keys.pages(table, new_keys), self._values.pages(table, new_values)
@@ -88,7 +88,7 @@ class _Part:
 
     @property
     def plane(self) -> Plane:
-        """As attention takes it."""
+        """This part in the form that attention takes."""
         _, tokens, width = self.size
         return Plane(self.dtype, width, tokens * width, width, self.start)
 
@@ -109,7 +109,7 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Parts:
-    """What a block holds of keys, or of values; scales and zeros where they are quantized."""
+    """Where a block holds its keys, or its values: codes, and scales and zeros if they are quantized."""
 
     format: CacheFormat
     codes: _Part

@@ -3,11 +3,11 @@
     parts = consecutive tokens of some sequences, side by side
     update(keys, values, layer) -> the new states stored, and what attention needs to find all of them
 
-What a query reads is a function of positions alone: complete pages before its own as they are stored, its own page as
-it was computed. So neither micro-batches nor neighbours nor passes leave a trace in a result.
+What a query reads depends on positions alone: complete pages before its own as they are stored, its own page as it was
+computed. So a result depends neither on micro-batches, nor on passes, nor on neighbours.
 
-Two kinds: `PackedKV` for families that ask for attention by name, and `GatheredKV` for those with attention code of
-their own, which get their keys and values in one piece.
+Two kinds: `PackedKV` for families that take their attention function from transformers' registry, and `GatheredKV` for
+dense attention: families with attention code of their own, which get their keys and values in one piece.
 """
 
 import itertools
@@ -25,7 +25,7 @@ from tiered.kernels.attention import PAGE_TOKENS, BlockTable, Pages
 
 
 class PositionLayer(CacheLayerMixin):
-    """A layer that only knows how many tokens came before: masks and positions ask for no more."""
+    """A cache layer that only knows how many tokens came before, which is all that masks and positions need."""
 
     is_sliding = False
 
@@ -63,9 +63,9 @@ class PositionCache(Cache):
 
 
 class MicroBatchKV(PositionCache):
-    """What both kinds of micro-batches share: storing what is new.
+    """What both kinds share: storing new keys and values, and finding the pages to read.
 
-    `numbers` says which of the blocks' parts each of `parts` is a piece of; `length` is the past that masks are made
+    `parts[i]` lies within part `numbers[i]` of `blocks`; `length` is the number of earlier tokens that masks are made
     for.
     """
 
@@ -77,10 +77,10 @@ class MicroBatchKV(PositionCache):
         self._writer: Writer = self._tails or BlockWriter(blocks, parts)
 
     def check(self, layer: int) -> None:
-        """Called when `layer` has computed. Raises ConfigError where it did not use the cache as it must."""
+        """Called when `layer` has computed. Raises ConfigError if it did not read its keys from the cache."""
 
     def _calls(self) -> "list[list[_Call]]":
-        """Of each group of layers: parts of one token each together, every other one by itself."""
+        """For each group of layers, the attention calls: one for all parts of one token, one for every other part."""
         singles = list(itertools.takewhile(lambda number: self.parts[number].count == 1, range(len(self.parts))))
         bundles = [singles] if singles else []
         bundles += [[number] for number in range(len(singles), len(self.parts))]
@@ -102,7 +102,7 @@ class MicroBatchKV(PositionCache):
         )
 
     def _recent(self, tails: TailWriter, parts: Sequence[Part], pages: int) -> torch.Tensor:
-        """Offsets of the pages that queries of `parts` read as they were computed."""
+        """[parts, pages]: offsets of the pages that queries of `parts` read as they were computed; else -1."""
         nbytes = self.pool.exact.block_nbytes
         offsets = torch.full((len(parts), pages), -1)
         for row, part in enumerate(parts):
@@ -113,7 +113,7 @@ class MicroBatchKV(PositionCache):
         return offsets
 
     def _pages(self, call: "_Call", layer: int) -> tuple[Pages, Pages]:
-        """Keys and values of a call in `layer`."""
+        """The keys and values that `call` reads in `layer`."""
         table, recent = BlockTable(self.blocks.memory(layer), call.offsets), None
         if self._tails is not None and call.recent is not None:
             memory = self._tails.fresh() if call.reads_fresh else self.pool.tails(layer)
@@ -123,18 +123,22 @@ class MicroBatchKV(PositionCache):
 
 @dataclass(frozen=True, eq=False)
 class _Call:
-    """Sequences with equally many tokens in the micro-batch, and where their pages are in any layer of a group."""
+    """One call of attention: sequences with equally many tokens, and where their pages are in each layer of a group.
+
+    `first` and `count` are those of `PagedRead`.
+    """
 
     first: torch.Tensor
     count: torch.Tensor
     tokens: int
-    """Of each sequence."""
+    """Tokens of each sequence in the micro-batch."""
     offsets: torch.Tensor
-    """[sequences, pages] int64: of their blocks; -1 where there is none, as in the next."""
+    """[sequences, pages] int64: offsets of the pages' blocks; -1: there is none."""
     recent: torch.Tensor | None
-    """Of pages as they were computed; None where blocks hold them so."""
+    """[sequences, pages] int64: offsets of the pages that are read as they were computed; -1: there is none. None where
+    blocks hold all pages as they were computed."""
     reads_fresh: bool
-    """Recent pages are in fresh memory, else in the tails."""
+    """Whether the pages of `recent` are in fresh memory (`TailWriter.fresh`); else they are in the tails."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,10 +147,11 @@ class PagedRead:
 
     start: int
     stop: int
-    """Its queries among the micro-batch's tokens."""
+    """Its queries are tokens `start` to `stop` - 1 of the micro-batch."""
     first: torch.Tensor
-    """[sequences] int64, like the next: a sequence's keys are its slots first to count - 1."""
+    """[sequences] int64. A sequence's keys are its slots first to count - 1."""
     count: torch.Tensor
+    """[sequences] int64."""
     window: int
     keys: Pages
     values: Pages
@@ -155,8 +160,8 @@ class PagedRead:
 class PagedKeys(torch.Tensor):
     """The new keys of a micro-batch, as a family's code hands them from the cache to its attention function.
 
-    They only carry `kv` and `layer` there: what is attended to lies in the pages. Whatever else is done with them
-    gives plain tensors, which the attention function would take for all there is; `PackedKV.check` finds that out.
+    They only carry `kv` and `layer`, by which the attention function finds all keys and values in the pages. Any
+    operation on them gives a plain tensor, and attention would then see the new keys only: `PackedKV.check` detects it.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -171,7 +176,7 @@ class PagedKeys(torch.Tensor):
 
 
 class PackedKV(MicroBatchKV):
-    """Parts side by side in one row [1, tokens]: those of one token first. No padding anywhere."""
+    """Parts side by side in one row [1, tokens], without padding. Those of one token come first."""
 
     def __init__(self, blocks: LentBlocks, parts: Sequence[Part], numbers: Sequence[int]) -> None:
         super().__init__(blocks, parts, numbers, 0)
@@ -181,13 +186,13 @@ class PackedKV(MicroBatchKV):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keep states [1, heads, tokens, head_dim]; what is returned finds the pages."""
+        """Store states [1, heads, tokens, head_dim]; returns `PagedKeys`, by which attention finds the pages."""
         self._writer.store(layer_idx, key_states[0], value_states[0])
         self._stored = layer_idx
         return PagedKeys.of(key_states, self, layer_idx), value_states
 
     def reads(self, layer: int) -> list[PagedRead]:
-        """What attention in `layer` reads, once its own tokens are stored."""
+        """What attention in `layer` reads; `update` must have stored the layer's new states before."""
         assert self._stored == layer, f"layer {layer} attends, layer {self._stored} has stored"
         self._stored = None
         group = self.pool.group_of[layer]
@@ -201,7 +206,7 @@ class PackedKV(MicroBatchKV):
         return found
 
     def check(self, layer: int) -> None:
-        """Raises ConfigError where a family's code stored states, but did not come back for the pages."""
+        """Raises ConfigError if the layer stored states, but its attention did not call `reads`."""
         if self._stored is not None:
             raise ConfigError(
                 f"layer {layer}: this family's attention does not ask for its keys by pages; "
@@ -210,7 +215,7 @@ class PackedKV(MicroBatchKV):
 
 
 class GatheredKV(MicroBatchKV):
-    """Parts of equally many tokens as rows [parts, tokens]; keys and values come in one piece, padded on the left."""
+    """Parts of equally many tokens as rows [parts, tokens]; keys and values in one piece, padded on the left."""
 
     def __init__(self, blocks: LentBlocks, parts: Sequence[Part], numbers: Sequence[int]) -> None:
         count = parts[0].count
@@ -225,7 +230,7 @@ class GatheredKV(MicroBatchKV):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keep states [parts, heads, tokens, head_dim]; returns all so far, [parts, heads, longest, head_dim]."""
+        """Store states [parts, heads, tokens, head_dim]; returns all so far, [parts, heads, longest, head_dim] each."""
         flat = (states.transpose(0, 1).flatten(1, 2) for states in (key_states, value_states))
         self._writer.store(layer_idx, *flat)
         calls = self._grouped[self.pool.group_of[layer_idx]]
@@ -244,5 +249,5 @@ def _gather(pages: Pages, part: Part, out: torch.Tensor) -> None:
     for start in range(0, slots, PAGE_TOKENS):
         stop, page = min(slots, start + PAGE_TOKENS), start // PAGE_TOKENS
         shape = (heads, stop - start, head_dim)
-        # Not in 16 bits: the scale would be rounded, and so all of a channel by the same factor.
+        # In 16 bits the scale would be rounded, which changes all numbers of a channel by the same factor.
         out[:, start:stop] = pages.widen(0, page, shape, page >= part.first_page, torch.float32)

@@ -3,10 +3,10 @@
 A page is 64 tokens of one sequence; its *KV block*, or block here, holds their keys and values in one layer. A
 sequence holds a run of neighbouring blocks, the same numbers in every layer, for as long as it lives: nothing is copied
 when it grows, and on disk what one layer needs of a sequence is one extent. Layers with a sliding window form a group
-of their own, whose runs are rings: page j lies in block j modulo the ring.
+of their own, whose runs are rings: page j lies in block j modulo the length of the run.
 
-Where blocks are quantized, or on disk, the page that is being filled is also kept in the compute dtype, in the
-sequence's *tail*; a page is quantized once, when it is complete.
+Where blocks are quantized, or on disk, the page that is being filled lies in the sequence's *tail*, in memory and in
+the compute dtype. A page is quantized once, when it is complete.
 """
 
 import bisect
@@ -28,8 +28,9 @@ class SequenceKV:
     first: tuple[int, ...]
     """Its first block in each group."""
     pages: tuple[int, ...]
-    """How many it holds in each group."""
+    """How many blocks it holds in each group."""
     tail: int
+    """Number of its tail."""
     length: int = 0
     """Tokens stored in every layer. It grows when a pass has ended. After one that failed the sequence must be
     released: some layers may have overwritten what another try would need."""
@@ -42,14 +43,14 @@ class SequenceKV:
 
 @dataclass
 class _Runs:
-    """Numbers 0 to `count` - 1, lent in runs of neighbours."""
+    """Numbers 0 to `count` - 1, lent in runs of consecutive ones."""
 
     count: int
     taken: list[tuple[int, int]] = field(default_factory=list)
     """Starts and stops, ascending."""
 
     def find(self, wanted: int) -> int | None:
-        """Where the first gap of `wanted` begins."""
+        """The number at which the first free run of `wanted` begins; None if there is none."""
         position = 0
         for start, stop in self.taken:
             if start - position >= wanted:
@@ -74,7 +75,7 @@ class KVPool:
         self._tails = _Runs(plan.sequences)
         self.group_of = [0] * self.shape.layers
         self._layer_start = [0] * self.shape.layers
-        """Of each layer's blocks, in bytes, in memory or in the file."""
+        """Bytes from the start of the memory, or of the file, to each layer's blocks."""
         position = 0
         for number, group in enumerate(plan.groups):
             for layer in group.layers:
@@ -86,7 +87,7 @@ class KVPool:
         self._scratch = torch.empty(0, dtype=torch.uint8)
 
     def reserve(self, tokens: int) -> SequenceKV | None:
-        """Room for a sequence of `tokens` tokens; None while others hold it.
+        """Room for a sequence of `tokens` tokens; None while other sequences hold too much.
 
         Raises ConfigError where it would not fit an empty cache either.
         """
@@ -125,14 +126,14 @@ class KVPool:
         return self._layer_start[layer] + block * self.layout.block_nbytes
 
     def tails(self, layer: int) -> torch.Tensor:
-        """uint8: 16-bit blocks of the pages that are being filled in `layer`, one per sequence."""
+        """uint8: the tails of `layer`, one block in the compute dtype per sequence."""
         assert self.plan.has_tails, "blocks hold the compute dtype themselves"
         return self._tails_memory.view(-1, self.plan.sequences * self.exact.block_nbytes)[
             0 if self.plan.shares_layers else layer
         ]
 
     def scratch(self, nbytes: int) -> torch.Tensor:
-        """uint8, for the pages a micro-batch puts together: the same memory for all, which compute one by one."""
+        """uint8: memory in which a micro-batch puts pages together. All share it, as they compute one by one."""
         if self._scratch.numel() < nbytes:
             self._scratch = torch.empty(nbytes, dtype=torch.uint8)
         return self._scratch[:nbytes]

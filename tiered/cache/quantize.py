@@ -1,9 +1,9 @@
 """Complete pages of keys and values in 8 or 4 bits, in plain torch.
 
 In: states [pages, heads, 64, head_dim]. Out: codes, scales and zeros as `Kernels.attention` reads them, each standing
-for scale * (code - zero). Keys share a scale per channel over the page, because some channels of theirs are far larger
-than others whatever the token; values per token and group of gcd(head_dim, 64) channels. Called by `layout.py`, once
-per page: what is quantized is never quantized again.
+for scale * (code - zero). Keys have one scale per channel of a page, because some channels are far larger than others,
+whatever the token. Values have one per token and group of gcd(head_dim, 64) channels. Called by `layout.py`, once per
+page: what is quantized is never quantized again.
 
 A page's numbers depend on that page alone, bit for bit: every step is one correctly rounded operation per element, or
 a minimum or maximum.
@@ -29,7 +29,7 @@ class QuantizedPages:
     codes: torch.Tensor
     """u8 [pages, heads, 64, head_dim]; in 4 bits [pages, heads, 64, head_dim / 2], nibbles planar within a group."""
     scale: torch.Tensor
-    """fp16 [pages, heads, 1, head_dim] for keys, [pages, heads, 64, groups] for values; negative ones are meant."""
+    """fp16 [pages, heads, 1, head_dim] for keys, [pages, heads, 64, groups] for values; may be negative."""
     zero: torch.Tensor
     """u8, of the same shape as `scale`."""
 
@@ -77,7 +77,7 @@ def _grid(low: torch.Tensor, high: torch.Tensor, bits: int) -> tuple[torch.Tenso
 def _codes(
     states: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bits: int, flatten: bool = False
 ) -> torch.Tensor:
-    """[.., head_dim] codes, or pairs of them, of states; `flatten` where head_dim is apart in groups."""
+    """u8 codes [.., head_dim] of states, in 4 bits pairs [.., head_dim / 2]; `flatten`: states are [.., groups, n]."""
     codes = states * scale.float().reciprocal_()
     # Conversion cuts off the fraction, and codes below 0 become 0: adding a half rounds to nearest.
     codes = codes.add_(zero.float() + 0.5).clamp_(0, 2**bits - 0.5).to(torch.uint8)

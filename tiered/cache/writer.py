@@ -1,7 +1,7 @@
-"""New keys and values of a micro-batch, into the cache: two ways, by where the page lies that is being filled.
+"""Writing the new keys and values of a micro-batch into the cache.
 
-`BlockWriter` where KV blocks hold the compute dtype and are in memory: straight into them. `TailWriter` where they are
-quantized or on disk: into the sequences' tails, and a page into its block once it is complete.
+`BlockWriter`, for KV blocks in memory and in the compute dtype, writes straight into them. `TailWriter`, for KV blocks
+that are quantized or on disk, writes into the sequences' tails, and a page into its block once it is complete.
 """
 
 from collections.abc import Sequence
@@ -19,14 +19,14 @@ States = tuple[torch.Tensor, torch.Tensor]
 
 
 class Writer(Protocol):
-    """Keeps what a micro-batch adds to the cache, layer by layer."""
+    """Stores what a micro-batch adds to the cache, layer by layer."""
 
     def store(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """States [heads, tokens, head_dim] of all parts, in their order."""
 
 
 class BlockWriter:
-    """Every token has its place in a block."""
+    """Writes every token into the block of its page."""
 
     def __init__(self, blocks: LentBlocks, parts: Sequence[Part]) -> None:
         self._pool = blocks.pool
@@ -36,7 +36,7 @@ class BlockWriter:
             torch.tensor([part.kv.block(group, position // PAGE_TOKENS) for part, position in positions])
             for group in range(len(self._pool.plan.groups))
         ]
-        """Of each group, the block that each token's page is in."""
+        """For each group, the block of each token's page."""
 
     def store(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         rows = self._rows[self._pool.group_of[layer]]
@@ -44,9 +44,9 @@ class BlockWriter:
 
 
 def _scatter(target: States, rows: torch.Tensor, slots: torch.Tensor, states: States) -> None:
-    """Tokens of keys and values [heads, tokens, head_dim] to their rows and slots of [rows, heads, 64, head_dim]."""
+    """Write `states` [heads, tokens, head_dim] to rows and slots of `target` [rows, heads, 64, head_dim]."""
     if len(rows) == 1:
-        # Behind a product that went through the caches, indexing by tensors takes twice as long.
+        # After a product has filled the processor's caches, indexing by tensors takes twice as long as by numbers.
         row, slot = int(rows), int(slots)
         for memory, new in zip(target, states, strict=True):
             memory[row, :, slot] = new[:, 0]
@@ -61,16 +61,18 @@ class _Long:
 
     part: Part
     number: int
+    """Number of the blocks' part that it lies within."""
     token: int
-    """Its first one in the micro-batch."""
+    """Index of its first token in the micro-batch."""
     fresh: int
-    """The first of its fresh pages."""
+    """Number of its first page in fresh memory."""
 
 
 class TailWriter:
-    """Parts within a page are appended to their tails; longer ones fill fresh pages, whose last becomes the tail.
+    """Appends parts within a page to their tails; puts longer ones together in fresh pages, and copies an incomplete
+    last page to the tail.
 
-    `numbers`: which of the blocks' parts each part is a piece of.
+    `parts[i]` lies within part `numbers[i]` of `blocks`.
     """
 
     def __init__(self, blocks: LentBlocks, parts: Sequence[Part], numbers: Sequence[int]) -> None:
@@ -95,7 +97,7 @@ class TailWriter:
         self._fresh_pages = fresh
 
     def fresh_pages(self, part: Part) -> range:
-        """Where a long part's pages are in `fresh`, from the page of its first token on."""
+        """Numbers of a long part's pages in fresh memory, from the page of its first token on."""
         first = next(item.fresh for item in self._long if item.part is part)
         return range(first, first + (part.stop - 1) // PAGE_TOKENS - part.first_page + 1)
 
@@ -114,7 +116,7 @@ class TailWriter:
         self._complete(layer, tails, fresh)
 
     def _complete(self, layer: int, tails: States, fresh: States) -> None:
-        """Write the pages that have become complete to their blocks, for good."""
+        """Write the pages that have become complete to their blocks."""
         blocks = self._blocks.map_of(layer)
         found = [(number, page, tails, part.kv.tail) for part, number in self._short for page in part.complete_pages]
         found += [
@@ -123,9 +125,9 @@ class TailWriter:
             for page in item.part.complete_pages
         ]
         placed = [(blocks.offset(number, page), source, row) for number, page, source, row in found]
-        # In a layer with a window the oldest pages of a long part may have slid out already.
+        # In a layer with a window the oldest pages of a long part may already be outside the window.
         placed = [item for item in placed if item[0] >= 0]
-        # Sequences of one length complete their pages together: all of them at once would take what nobody planned.
+        # Sequences of equal length complete their pages together: stacking all at once would take unplanned memory.
         for begin in range(0, len(placed), STACKED_PAGES):
             some = placed[begin : begin + STACKED_PAGES]
             keys, values = (torch.stack([source[i][row] for _, source, row in some]) for i in (0, 1))
@@ -134,9 +136,10 @@ class TailWriter:
 
 
 def _fill(tail: torch.Tensor, fresh: torch.Tensor, item: _Long, states: torch.Tensor) -> None:
-    """Put the pages of a long part together in `fresh` [pages, heads, 64, head_dim]; what is left becomes its tail.
+    """Put the pages of a long part together in `fresh` [pages, heads, 64, head_dim]; copy an incomplete last page to
+    `tail` [heads, 64, head_dim].
 
-    `states` [heads, tokens, head_dim] are keys or values, as is what `tail` [heads, 64, head_dim] holds.
+    `states` [heads, tokens, head_dim] are its keys, or its values.
     """
     begin, left = item.part.start % PAGE_TOKENS, item.part.stop % PAGE_TOKENS
     fresh[item.fresh, :, :begin] = tail[:, :begin]

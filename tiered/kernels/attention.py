@@ -1,8 +1,8 @@
 """Attention over a KV cache in pages: how a call is described, and its reference in plain torch.
 
-In: queries, and where the keys and values of their sequences lie. Out: what each query makes of the keys it sees.
-Called through `Kernels.attention`; the native kernel takes the same `AttentionCall` (`attention_native.py`), and the
-reference serves where it cannot, and as the truth in tests.
+In: queries, and where the keys and values of their sequences lie. Out: for each query, the weighted sum of the values
+of the keys it sees. Called through `Kernels.attention`; the native kernel takes the same `AttentionCall`
+(`attention_native.py`). The reference computes what the native kernel does not take, and tests compare with it.
 """
 
 import math
@@ -18,7 +18,7 @@ from tiered.kernels.cancel import CancelFlag
 from tiered.units import PAGE_TOKENS as PAGE_TOKENS
 
 INVISIBLE: Final = -1e30
-"""A bias below this means "not seen": masks made of numbers hold the least of their dtype there."""
+"""A bias below this means "not seen": masks made of numbers hold the least number of their dtype there."""
 _PIECE_PAGES: Final = 16
 """Pages that the reference widens at a time."""
 
@@ -86,13 +86,16 @@ class Pages:
     zero: Plane | None = None
     """u8, of the same shape."""
     recent: "Pages | None" = field(default=None, kw_only=True)
-    """Where it has a page, that page is there in bf16 too: queries whose own slot is in it read it from here, and all
-    queries do where there is no other block of it."""
+    """Pages as they were computed. A query whose own slot is in one of these pages reads the page from here; so do all
+    queries where `table` has no block of the page."""
 
     def widen(
         self, sequence: int, page: int, shape: tuple[int, int, int], own: bool, dtype: torch.dtype
     ) -> torch.Tensor:
-        """Keys or values [heads, tokens, head_dim] of a page, as `dtype`."""
+        """Keys or values of a page as `dtype`, of `shape` [heads, tokens, head_dim].
+
+        `own`: the query's own slot is in this page.
+        """
         heads, tokens, width = shape
         memory, offset = self.table.memory, int(self.table.offsets[sequence, page])
         if self.recent is not None and (own or offset < 0) and int(self.recent.table.offsets[sequence, page]) >= 0:
@@ -131,7 +134,7 @@ class AttentionCall:
     """One attention: queries of a batch, and what each may see."""
 
     query: torch.Tensor
-    """[sequences, q_len, q_heads, head_dim], any strides but along head_dim."""
+    """[sequences, q_len, q_heads, head_dim], with any strides."""
     kv_heads: int
     keys: Pages
     values: Pages
@@ -143,9 +146,9 @@ class AttentionCall:
     causal: bool = True
     """A query sees no slot after its own."""
     window: int = 0
-    """Nor one that is so many or more before it; 0: no such bound."""
+    """A query sees no slot that is so many or more before its own; 0: no such bound."""
     softcap: float = 0.0
-    """Scores are capped to softcap * tanh(score / softcap); 0: not."""
+    """Scores are capped to softcap * tanh(score / softcap); 0: they are not capped."""
     mask: torch.Tensor | None = None
     """bool or u8 [sequences or 1, q_len, slots], false where a query does not see a slot."""
     bias: torch.Tensor | None = None
@@ -182,7 +185,7 @@ class AttentionCall:
 def attention_reference(call: AttentionCall, cancel: CancelFlag | None = None) -> torch.Tensor:
     """[sequences, q_len, q_heads, head_dim] in the query's dtype; 0 for queries that see no key.
 
-    Computed in float32, or float64 for such queries. Scratch is some pages and their scores, whatever the context.
+    Computed in float32, or float64 for such queries. Scratch is a few pages and their scores, whatever the context.
     Raises InterruptedRun once `cancel` is set.
     """
     out = torch.zeros(call.query.shape, dtype=call.query.dtype)
@@ -193,7 +196,7 @@ def attention_reference(call: AttentionCall, cancel: CancelFlag | None = None) -
 
 
 def _query_pieces(call: AttentionCall, sequence: int) -> Iterator[tuple[int, int]]:
-    """Queries whose own slots are in one page: they read the same, and bound what their scores take."""
+    """Ranges of queries whose own slots are in one page: they read the same pages, and their scores take little."""
     q_len = call.query.shape[1]
     first = int(call.count[sequence]) - q_len
     start = 0
@@ -231,7 +234,7 @@ def _attend(call: AttentionCall, sequence: int, start: int, stop: int, cancel: C
     if call.sinks is not None:
         sinks = call.sinks.to(dtype).view(call.kv_heads, -1, 1).repeat_interleave(stop - start, 1)
         total = torch.where(total == 0, 0, total + torch.exp(sinks - most))
-    # Not "> 0": what is no number stays none, instead of passing for a query that sees no key.
+    # Not "> 0": NaN stays NaN, instead of being taken for a query that sees no key.
     out = torch.where(total == 0, 0, out / total)
     heads_last: torch.Tensor = out.unflatten(1, (-1, stop - start)).permute(2, 0, 1, 3).flatten(1, 2)
     return heads_last

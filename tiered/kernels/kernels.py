@@ -1,8 +1,8 @@
 """`Kernels`: the operations on stored weights and caches, by the fastest means this machine has.
 
-In: tensors of torch and views of stored codes. Out: torch tensors. A runtime owns one `Kernels`, with its threads, and
-hands it to the modules that compute. Where the native library cannot serve (not built, another dtype or device), the
-torch reference does, with the same results up to rounding.
+In: tensors of torch and views of stored codes. Out: torch tensors. A host owns one `Kernels`, with its threads, and
+runtimes hand it to the modules that compute. Where the native library cannot serve (not built, another dtype or
+device), the torch reference does, with the same results up to rounding.
 """
 
 import ctypes
@@ -23,7 +23,7 @@ from tiered.quant.quantize import out_of_range
 
 _DTYPES: Final = {torch.bfloat16: Dtype.BF16, torch.float32: Dtype.F32}
 _DENSE_MULTIPLE: Final = 32
-"""`in` of an unquantized weight that the native kernels take."""
+"""`in` of an unquantized weight must be a multiple of this for the native kernels."""
 
 
 class Mode(Enum):
@@ -32,13 +32,13 @@ class Mode(Enum):
     INVARIANT = "invariant"
     """A row's result is the same bits alone, in any batch, at any number of threads."""
     FAST = "fast"
-    """The fastest for each number of rows, activations rounded to 8 bits per group included."""
+    """The fastest kernel for each number of rows, which may round activations to 8 bits per group."""
 
 
 _THREAD_SCRATCH_NBYTES: Final = 2 << 20
-"""Of one native thread at most: sums of a panel of rows for 256 tokens, and widened weights."""
+"""Bytes of one native thread at most: sums of a panel of rows for 256 tokens, and widened weights."""
 _PACKED_NBYTES: Final = 4.5
-"""Per activation, while it is packed for a native kernel: float32 below AMX, or 16 bits, sums and rounded-up blocks."""
+"""Bytes per activation packed for a native kernel: float32 below AMX, or 16 bits, sums and rounded-up blocks."""
 
 
 def scratch_nbytes(threads: int) -> int:
@@ -52,7 +52,7 @@ def packed_row_nbytes(in_features: int) -> int:
 
 
 KERNEL_NAMES: Final = ("auto", "torch", *(level.name.lower() for level in Level))
-"""What `Kernels(name=...)` knows: the best there is, the torch reference, or one instruction set."""
+"""What `Kernels(name=...)` accepts: the best there is, the torch reference, or one instruction set."""
 
 
 class Kernels:
@@ -112,7 +112,7 @@ class Kernels:
     ) -> torch.Tensor:
         """x [..., in] times weight [out, in] transposed, plus bias [out]: [..., out] in x's dtype.
 
-        `weight` may be of another dtype than x, or quantized. Raises InterruptedRun once the flag is set.
+        `weight` may be of another dtype than x, or quantized. Raises InterruptedRun once the cancel flag is set.
         """
         argument = self._native_weight(x, weight)
         if argument is None:
@@ -158,7 +158,7 @@ class Kernels:
 
         With the native library a result is a function of its query and of the keys it sees, in their order, bit for
         bit: padding, micro-batches, neighbours and other branches of a tree leave no trace. Raises InterruptedRun once
-        the flag is set.
+        the cancel flag is set.
         """
         if not self.serves_attention(call.query):
             return attention_reference(call, self._cancel)
@@ -171,7 +171,7 @@ class Kernels:
     def quantize(
         self, weight: torch.Tensor, scheme: GroupScheme, *, clip: Literal["mse", "minmax"] = "mse", name: str = "weight"
     ) -> QuantizedTensor:
-        """What `tiered.quant.quantize` returns, bit for bit, and raises. InterruptedRun once the flag is set."""
+        """Returns and raises what `tiered.quant.quantize` does, bit for bit; InterruptedRun once the flag is set."""
         self._cancel.check()
         weight = weight.detach()
         if self._library is None or not quantize_native.serves(weight, scheme, clip):

@@ -41,7 +41,7 @@ class Status(IntEnum):
 
 
 class Dtype(IntEnum):
-    """Element types of activations."""
+    """Element types of activations, and of weights to be quantized."""
 
     BF16 = 0
     F32 = 1

@@ -1,4 +1,4 @@
-"""A weight to be quantized as the native kernel takes it: tk_quantize of tiered_kernels.h. Called by `kernels.py`."""
+"""The arguments of native quantization: tk_quantize of tiered_kernels.h. Called by `kernels.py`."""
 
 from typing import Final, Literal
 
@@ -8,11 +8,11 @@ from tiered.kernels.library import Dtype
 from tiered.quant import GroupScheme, QuantizedTensor
 
 DTYPES: Final = {torch.bfloat16: Dtype.BF16, torch.float32: Dtype.F32, torch.float16: Dtype.F16}
-"""Of weights that the native kernel takes; the others go through torch."""
+"""Dtypes of weights that the native kernel takes; the others go through torch."""
 
 
 def serves(weight: torch.Tensor, scheme: GroupScheme, clip: str) -> bool:
-    """Whether the native kernel takes `weight`. What is wrong with the call is for the reference to say."""
+    """Whether the native kernel takes `weight`. It takes no wrong arguments, so the reference raises their errors."""
     if weight.dim() != 2 or weight.dtype not in DTYPES or weight.device.type != "cpu" or clip not in ("mse", "minmax"):
         return False
     rows, columns = weight.shape
@@ -20,7 +20,7 @@ def serves(weight: torch.Tensor, scheme: GroupScheme, clip: str) -> bool:
 
 
 def empty_codes(weight: torch.Tensor, scheme: GroupScheme) -> QuantizedTensor:
-    """Room for the result."""
+    """Uninitialized codes, scales and zeros for the result."""
     shape = weight.shape
     return QuantizedTensor(
         torch.empty(scheme.q_shape(*shape), dtype=torch.uint8),

@@ -1,4 +1,4 @@
-"""Every kernel in plain torch: the reference for the native ones, and the fallback where they cannot serve.
+"""Linear layers in plain torch: the reference for the native kernels, and the fallback where those cannot serve.
 
 Weights are used where they lie. What has to be widened (quantized codes, or another dtype than x) is widened in
 panels of rows, so scratch is bounded whatever the layer's size, and a panel's end is a place to stop.

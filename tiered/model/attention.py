@@ -1,8 +1,8 @@
-"""Attention of transformers' modules by the kernels: one more implementation for its registry.
+"""Attention by the kernels, as one more implementation in transformers' registry.
 
 In: what a module's forward hands to its attention function: queries, keys and values as the cache returned them, a
-mask, and arguments of the family. Out: [batch, queries, heads, head_dim]. The runtime registers it for as long as it
-lives, and sets its name on the skeleton. What the native kernel does not take goes to transformers' own functions.
+mask, and arguments of the family. Out: [batch, queries, heads, head_dim]. The host registers it for as long as it is
+open; a runtime sets its name on the skeleton. What the native kernel does not take goes to transformers' own functions.
 """
 
 import sys
@@ -32,22 +32,22 @@ _HARMLESS: Final = frozenset(
         *("output_router_logits", "s_aux", "cache", "past_key_values"),
     )
 )
-"""Arguments that change nothing here, because the mask holds them already, or that are looked at below."""
+"""Arguments that may be given: the mask holds what they say already, or the code below reads them."""
 
 
 @dataclass(frozen=True)
 class PackedMask:
-    """In a mask's place where sequences lie side by side: which tokens see which follows from their positions."""
+    """Takes a mask's place where sequences lie side by side: what a query sees follows from positions."""
 
     window: int
     """Tokens that a query sees, itself included; 0: all before it."""
 
 
 class KernelAttention:
-    """An attention function in transformers' sense, for one runtime.
+    """An attention function for transformers' registry, under a name of its own.
 
-    Masks are those of its "sdpa": none, or booleans, true where a query sees a key; also numbers to be added. Keys of
-    a packed micro-batch (`PagedKeys`) come with a `PackedMask`.
+    Masks are those of transformers' "sdpa": None, booleans (true where a query sees a key), or numbers that are added
+    to scores. Keys of a packed micro-batch (`PagedKeys`) come with a `PackedMask`.
     """
 
     def __init__(self, kernels: Kernels) -> None:
@@ -55,7 +55,7 @@ class KernelAttention:
         self.name = f"tiered-{id(self):x}"
         self._is_packing = False
         self._biases: WeakIdKeyDictionary = WeakIdKeyDictionary()
-        """Masks of numbers, in float32: every layer of a pass is handed the same one."""
+        """Float32 copies of masks of numbers, by mask: every layer of a pass is given the same mask."""
 
     def __call__(
         self,
@@ -68,7 +68,11 @@ class KernelAttention:
         scaling: float | None = None,
         **kwargs: Any,
     ) -> Output:
-        """query [batch, heads, queries, head_dim], key and value [batch, kv_heads, slots, head_dim]."""
+        """query [batch, heads, queries, head_dim], key and value [batch, kv_heads, slots, head_dim].
+
+        Returns [batch, queries, heads, head_dim], and None in place of attention weights. Raises ConfigError where
+        nothing here takes the arguments.
+        """
         if isinstance(key, PagedKeys):
             return self._packed(query, key, attention_mask, dropout, scaling, kwargs), None
         unknown = any(item is not None for name, item in kwargs.items() if name not in _HARMLESS)
@@ -96,7 +100,7 @@ class KernelAttention:
         return self._kernels.attention(call), None
 
     def make_mask(self, *args: Any, **kwargs: Any) -> Any:
-        """What transformers' mask functions get from the registry: "sdpa"'s own, or only the window while packing."""
+        """The registry's mask function: the mask of "sdpa", or inside `packing` a `PackedMask` with the window."""
         if self._is_packing:
             return PackedMask(kwargs.get("local_size") or 0)
         return sdpa_mask(*args, **kwargs)
@@ -157,7 +161,7 @@ class KernelAttention:
         dropout: float,
         causal: bool,
     ) -> bool:
-        """Whether the native kernel can compute this, and transformers' "sdpa" means the same by it."""
+        """Whether the native kernel can compute this, with the same meaning as transformers' "sdpa"."""
         if not self._kernels.serves_attention(query) or key.dtype != query.dtype or value.dtype != query.dtype:
             return False
         fits = key.shape == value.shape and key.shape[0] == query.shape[0] and query.shape[1] % key.shape[1] == 0
@@ -166,16 +170,16 @@ class KernelAttention:
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value)):
             return False
         if mask is None:
-            # With more slots than queries "sdpa" takes the mask's absence for an empty static cache.
+            # With more slots than queries "sdpa" takes a missing mask to mean an empty static cache.
             return not causal or query.shape[2] in (1, key.shape[2])
-        # One mask for all heads, unless it is numbers.
+        # A mask of booleans must be the same for all heads.
         return mask.ndim == 4 and mask.shape[-1] == key.shape[2] and (mask.dtype != torch.bool or mask.shape[1] == 1)
 
     def _mask(self, mask: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """`mask` as what is seen, or as what is added."""
+        """`mask` as booleans of what is seen, or as float32 numbers to be added; the other one is None."""
         if mask is None or mask.dtype == torch.bool:
             return mask, None
-        if mask.is_inference():  # it does not say whether it has been written to
+        if mask.is_inference():  # it has no version that would tell of changes, so no copy is kept
             return None, mask.float()
         version, bias = self._biases.get(mask, (None, None))
         if version != mask._version:
@@ -194,12 +198,12 @@ def registered_attention(kernels: Kernels) -> Iterator[KernelAttention]:
     try:
         yield attention
     finally:
-        # There is no public way back out of what `register` fills, and only that is asked for masks.
+        # No public method removes an entry from the mappings that `register` fills; masks are looked up only in these.
         del AttentionInterface._global_mapping[attention.name], AttentionMaskInterface._global_mapping[attention.name]
 
 
 def use_attention(model: PreTrainedModel, name: str) -> None:
-    """Let `model` compute with the registered attention `name`, if its family asks the registry at all."""
+    """Let `model` compute with the registered attention `name`, if its family uses the registry at all."""
     if model._can_set_attn_implementation():
         model.set_attn_implementation(name)
 
@@ -230,12 +234,12 @@ def _transformers(
 
 
 def _added(mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor, causal: bool) -> torch.Tensor | None:
-    """A mask of "sdpa" as numbers to be added, which eager attention takes it for."""
+    """A mask of "sdpa" as numbers to be added to scores, which is what eager attention expects."""
     queries, slots = query.shape[2], key.shape[2]
     if mask is None:
         if not causal or queries == 1:
             return None
-        # As "sdpa" has it: where there are more slots than queries, these are the first of them.
+        # As in "sdpa": where there are more slots than queries, the queries are at the first slots.
         mask = torch.ones(queries, slots, dtype=torch.bool).tril()[None, None]
     if mask.dtype != torch.bool:
         return mask

@@ -1,7 +1,7 @@
-"""Weights into the skeleton: linear layers that borrow theirs for one call, small tensors swapped in by name.
+"""Lending weights to the skeleton's modules: linear layers borrow theirs, small tensors are swapped in by name.
 
 In: the skeleton and the views of a loaded block. Out: a module that computes with them until the context ends. A token
-goes through every layer in milliseconds, so where a name leads is looked up once for each module.
+goes through every layer in milliseconds, so the place of each name is looked up only once for each module.
 """
 
 from collections.abc import Iterator, Mapping
@@ -23,7 +23,7 @@ AnyWeight = torch.Tensor | QuantizedWeight
 
 
 class OffloadedLinear(nn.Module):
-    """Takes an nn.Linear's place: the same function of a weight that is lent to it per block."""
+    """Takes an nn.Linear's place: the same function, of a weight that is lent for as long as its block is."""
 
     def __init__(self, original: nn.Linear, kernels: Kernels) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class OffloadedLinear(nn.Module):
         # A head's bias may be resident (set_outer); a layer's is lent with its weight.
         self.bias = original.bias
         self.lent: dict[str, AnyWeight] = {}
-        """By "weight" and "bias"; empty outside a loan. No attributes of the module: setting those is slow."""
+        """By "weight" and "bias"; empty outside a loan. A dictionary, as setting a module's attributes is slow."""
         self._kernels = kernels
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -48,14 +48,14 @@ class OffloadedLinear(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class _Place:
-    """Where a weight of some name belongs."""
+    """Where the weight of one name belongs."""
 
     target: nn.Module
     attribute: str
     own: torch.Tensor | None
-    """The graph's own tensor of that name, whose dtype counts; None for what only modules that borrow compute with."""
+    """The graph's own tensor of that name, whose dtype the weight gets; None where a borrowing module has none."""
     lent: dict[str, AnyWeight] | None
-    """Where the target looks for what it has borrowed; None: the tensor takes the graph's own one's place."""
+    """The target's dictionary of borrowed weights; None: it has none, and the weight takes the place of `own`."""
 
     @classmethod
     def find(cls, module: nn.Module, name: str) -> "_Place":
@@ -69,7 +69,7 @@ class _Place:
         """Give `weight` to the target until `take_back`."""
         if self.own is not None:
             assert isinstance(weight, torch.Tensor), f"{name}: only linear layers can be quantized"
-            # The graph's own dtype: the compute dtype, but for what a family insists on having in float32.
+            # The graph's own dtype: the compute dtype, except for tensors that a family keeps in float32.
             weight = weight.to(self.own.dtype) if weight.is_floating_point() else weight
         if self.lent is not None:
             self.lent[self.attribute] = weight
@@ -85,7 +85,7 @@ class _Place:
             self._put(self.own)
 
     def _put(self, tensor: torch.Tensor) -> None:
-        # Past nn.Module's bookkeeping, as torch.func.functional_call does: a view is no nn.Parameter.
+        # Bypasses nn.Module's checks, as torch.func.functional_call does: a view is not an nn.Parameter.
         of = self.target._buffers if self.attribute in self.target._buffers else self.target._parameters
         of[self.attribute] = tensor  # type: ignore[assignment]
 
@@ -101,7 +101,7 @@ class BoundModel:
             _offload(layer, kernels)
         self.head = OffloadedLinear(_linear_at(skeleton.model, skeleton.head_name), kernels)
         skeleton.model.set_output_embeddings(self.head)
-        # It only matters to training, and it would have to be a row of the few that `embed` looks up in.
+        # It matters in training only, and torch would demand that it is among the few rows that `embed` is given.
         skeleton.embedding.padding_idx = None
 
     def set_outer(self, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -116,7 +116,7 @@ class BoundModel:
                 module.register_parameter(attribute, nn.Parameter(value, requires_grad=False))
 
     def embed(self, rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        """What the model's own embedding module makes of table `rows` [n, width] at `index` [...]."""
+        """What the model's own embedding module returns for `index` [...], with `rows` [n, width] as its table."""
         module = self.skeleton.embedding
         embedded: torch.Tensor = functional_call(module, {"weight": rows}, (index,))
         return embedded
@@ -145,7 +145,7 @@ async def load_outer(model: BoundModel, store: Store, reader: DiskReader) -> Non
     if block is None:
         return
     layout = store.layout(block)
-    # Not from the arena: the tensors outlive the reading only in the compute dtype, and the rest goes back.
+    # Not borrowed from the arena: only copies in the compute dtype are kept, and this memory is freed at once.
     memory = _aligned(layout.memory_nbytes)
     view = memoryview(memory.numpy())  # type: ignore[arg-type]  # numpy's stubs lack the buffer protocol here
     for chunk in range(-(-block.file.nbytes // CHUNK_NBYTES)):

@@ -1,4 +1,4 @@
-"""One pass over the tape: every block's weights are used for all micro-batches of the work while they are there.
+"""One pass over the tape: while a block's weights are lent, all micro-batches of the work use them.
 
     embeddings of all tokens -> record every micro-batch
     for each layer: wait for its weights; for each micro-batch: hidden = layer(hidden)
@@ -34,13 +34,13 @@ class Pass:
     """The result of one traversal of the tape, and what it cost."""
 
     logits: tuple[torch.Tensor, ...]
-    """Per micro-batch, [rows, kept, vocab]; empty where logits were handed over as they came."""
+    """Per `ForwardBatch`, [rows, kept, vocab]; empty where a callback got the logits."""
     seconds: float
     compute_seconds: float
     wait_seconds: float
-    """The computation waited for blocks, or for the cache's pages on disk."""
+    """Seconds in which the computation waited for blocks, or for KV blocks on disk."""
     block_seconds: tuple[float, ...]
-    """Wall time of each block beyond waiting and computing: lending weights and bookkeeping."""
+    """Seconds of each block beyond waiting and computing: lending weights and bookkeeping."""
 
 
 @dataclass
@@ -53,7 +53,7 @@ class _Clock:
 
     @property
     def waited(self) -> float:
-        """Since the streams were opened."""
+        """Seconds waited since the streams were opened."""
         streams = self.streams
         return streams.blocks.wait_seconds + (streams.kv.wait_seconds if streams.kv is not None else 0.0)
 
@@ -75,19 +75,19 @@ class _Clock:
 
 
 class Engine:
-    """Runs passes of a bound model over what streams lend. For the compute thread."""
+    """Runs passes of a bound model over what streams lend. For use in the compute thread."""
 
     def __init__(
         self, model: BoundModel, recorder: Recorder, embedding: EmbeddingRows, cancel: CancelFlag, trace: Tracer
     ) -> None:
         self.model, self.embedding, self._recorder = model, embedding, recorder
         self.passes = 0
-        """How many have been begun."""
+        """Passes begun so far."""
         self._cancel, self._trace = cancel, trace
 
     @torch.no_grad()
     def run_pass(self, work: Work, streams: Streams, on_block: OnBlock | None = None, is_last: bool = False) -> Pass:
-        """All of `work` through all blocks; its caches grow. Raises what reading or computing raised.
+        """Compute `work` through all blocks; its caches grow. Raises what reading or computing raised.
 
         `is_last` promises that no other pass follows. After an error the streams must be rewound.
         """
@@ -133,13 +133,13 @@ class Engine:
         return self._trace.span("compute", block.info.name)
 
     def _pages(self, streams: Streams, group: Group, layer: int) -> contextlib.AbstractContextManager[None]:
-        """What a group needs of the cache in `layer`, where that is on disk."""
+        """Borrow the KV blocks that `group` needs in `layer`, if they are on disk."""
         if streams.kv is None or group.blocks is None:
             return contextlib.nullcontext()
         return streams.kv.lend(group.blocks, layer)
 
     def _run_layer(self, number: int, layer: nn.Module, micro_batches: Sequence[MicroBatch]) -> None:
-        """`micro_batches` through layer `number`, whose weights are lent."""
+        """Compute `micro_batches` through layer `number`, whose weights are lent."""
         for micro_batch in micro_batches:
             self._cancel.check()
             call = micro_batch.calls[number]

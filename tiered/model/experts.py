@@ -1,7 +1,8 @@
-"""Experts of a mixture that borrow their stacks of weights for one call, as linear layers borrow theirs.
+"""Experts of a mixture that borrow their stacks of weights, as linear layers borrow theirs.
 
 In: a transformers module of experts, and per block its two stacks [experts, out, in]. Out: a module that computes the
-same function, one expert after the other: only what some token was routed to is widened, in the kernel's panels.
+same function, one expert after the other. Only experts that some token was routed to are computed, in the kernel's
+panels.
 """
 
 from collections.abc import Callable
@@ -32,7 +33,7 @@ class OffloadedExperts(nn.Module):
         result = torch.zeros_like(hidden_states)
         for expert in top_k_index.unique().tolist():
             if expert >= self.num_experts:
-                continue  # the number that a family gives choices it has masked out
+                continue  # the number that some families give to choices they have masked out
             token, choice = torch.where(top_k_index == expert)
             gate_up = self._kernels.linear(hidden_states[token], self._matrix("gate_up_proj", expert))
             out = self._kernels.linear(self._apply_gate(gate_up), self._matrix("down_proj", expert))
@@ -43,7 +44,7 @@ class OffloadedExperts(nn.Module):
         return f"num_experts={self.num_experts}"
 
     def _matrix(self, name: str, expert: int) -> torch.Tensor | QuantizedWeight:
-        """The weight [out, in] of one expert, where it lies."""
+        """The weight [out, in] of one expert, without copying it."""
         stack = self.lent[name]
         if isinstance(stack, QuantizedWeight):
             out = stack.shape[0] // self.num_experts

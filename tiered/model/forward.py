@@ -27,11 +27,11 @@ class ForwardBatch:
     """None, [rows, past + tokens], or what the family's forward accepts: 4-D, or one per attention type."""
     position_ids: torch.Tensor | None = None  # [rows, tokens]
     logits_to_keep: int | torch.Tensor = 1
-    """How many of the last positions need logits (0: all), or which."""
+    """How many of the last positions need logits (0: all), or the indices of those that do."""
 
 
 class ForwardWork:
-    """A pass over `batch`; its result is logits [rows, kept, vocab] per micro-batch."""
+    """A pass over `batch`; its result is logits [rows, kept, vocab] per `ForwardBatch`."""
 
     def __init__(self, batch: Sequence[ForwardBatch], rows_per_micro_batch: int, layers: int) -> None:
         self._batch, self._rows_per_micro_batch, self._layers = batch, rows_per_micro_batch, layers
@@ -58,7 +58,7 @@ class ForwardWork:
     ) -> tuple[torch.Tensor, tuple[LayerCall, ...]]:
         """Hidden states that enter layer 0 and the layers' arguments, for tokens start..stop of `batch`."""
         whole = stop - start == batch.input_ids.shape[1]
-        # All are recorded before the first one has filled the cache, so a stand-in tells the lengths.
+        # All micro-batches are recorded before the first one fills the cache, so a stand-in gives the lengths.
         cache = batch.cache if whole else PositionCache(past + start, self._layers)
         position_ids = batch.position_ids
         recording = recorder.record(
@@ -88,11 +88,11 @@ class ForwardWork:
         return tuple(logits)
 
     def commit(self) -> None:
-        """The caches have grown by themselves."""
+        """Nothing to do: the caches have grown while the layers computed."""
 
 
 def check_token_ids(input_ids: torch.Tensor, vocab: int) -> None:
-    """Refuse what is not [rows, tokens] of ids below `vocab`: rows of the embedding are read by number."""
+    """Raises ConfigError unless `input_ids` [rows, tokens] are 0 to `vocab` - 1: they number rows on disk."""
     if input_ids.ndim != 2 or 0 in input_ids.shape or input_ids.is_floating_point():
         raise ConfigError(
             f"input_ids: expected integers [rows, tokens], found {input_ids.dtype} {list(input_ids.shape)}"
@@ -104,13 +104,13 @@ def check_token_ids(input_ids: torch.Tensor, vocab: int) -> None:
 
 
 def keep_positions(hidden: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
-    """The positions of [rows, tokens, ...] that `logits_to_keep` means, as transformers selects them."""
+    """The positions of `hidden` [rows, tokens, ...] that `logits_to_keep` selects, as in transformers."""
     index = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
     return hidden[:, index]
 
 
 def _last_positions(batch: ForwardBatch, past: int) -> torch.Tensor:
-    """Where the texts of `batch` end so far: [rows], or [1] where positions are just counted."""
+    """Position of the last token of each row's text: [rows], or [1] if it is the same for all."""
     if batch.position_ids is None:
         return torch.tensor([past + batch.input_ids.shape[1] - 1])
     return batch.position_ids.amax(1)

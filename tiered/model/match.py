@@ -1,4 +1,4 @@
-"""Whether a store's blocks are those of the model that its config.json describes, asked before anything is read."""
+"""Whether a store's blocks are those of the model that its config.json describes, checked before weights are read."""
 
 from transformers import PretrainedConfig
 

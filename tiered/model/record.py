@@ -1,6 +1,6 @@
 """Record and replay: the base model's forward without its layers.
 
-transformers' own forward computes embeddings' neighbours (positions, masks, rotary tables), calls the layers, and
+transformers' own forward computes what goes with embeddings (positions, masks, rotary tables), calls the layers, and
 finishes with norm and head. Stand-ins take the layers' place. While recording, each notes the arguments it was
 called with and the last one aborts; while replaying, they pass the final hidden states through, so that the model's
 own norm, projection, head and soft caps run on it. No family's code is repeated here.
@@ -20,7 +20,7 @@ from tiered.errors import UnsupportedFamilyError
 from tiered.model.rotary import stand_in_for_rotaries
 
 CACHE_NAMES: Final = ("cache", "past_key_values")
-"""What transformers calls a cache among arguments and results: before version 5.24 by the second name."""
+"""Names of a cache among transformers' arguments and results; the second is that of versions before 5.24."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,10 @@ class _Recorded(Exception):
 
 
 def cache_name(function: Callable[..., Any]) -> str | None:
-    """The name by which `function` takes a cache, by its signature; None where it does not say that it takes one.
+    """The name of the parameter by which `function` takes a cache; None if its signature has neither name.
 
-    Many a forward swallows unknown names: by the other one it would compute with a cache of its own, without an error.
+    Many forwards ignore unknown names: given a cache by the wrong name, they would compute with one of their own and
+    raise no error.
     """
     parameters = inspect.signature(function).parameters
     return next((name for name in CACHE_NAMES if name in parameters), None)
@@ -77,12 +78,12 @@ class Recorder:
     def record(self, last_positions: torch.Tensor | None = None, *, cache: Cache, **kwargs: Any) -> Recording:
         """Run the model's forward (with `inputs_embeds`) up to its last layer.
 
-        `last_positions` [rows] or [1] says where texts end that are shown only in part. Every layer's call is certain
-        to hold `cache`; raises UnsupportedFamilyError otherwise.
+        `last_positions` is that of `WholeTextRotary`. Every layer's call in the result holds `cache`; raises
+        UnsupportedFamilyError where transformers calls a layer without it.
         """
         self._calls, self._first_hidden, self._final = [], None, None
         self._show_ends(last_positions)
-        # A family without positions (ALiBi) takes none; passing them on would reach its layers.
+        # A family without positions (ALiBi) takes none, and would pass them on to its layers.
         given = {name: value for name, value in kwargs.items() if name != "position_ids" or self._accepts_positions}
         given[self._cache_name] = cache
         try:
@@ -103,7 +104,7 @@ class Recorder:
         """Logits [rows, tokens, vocab] of final hidden states [rows, tokens, hidden]."""
         self._final = hidden
         try:
-            # Embeddings of the right shape that nobody looks at: neither the table nor the cache is touched again.
+            # Embeddings of the right shape, whose values are not used: neither table nor cache is touched again.
             stand_in = hidden.new_zeros((*hidden.shape[:2], self._width))
             logits: torch.Tensor = self._model(inputs_embeds=stand_in, use_cache=False).logits
             return logits
@@ -134,10 +135,10 @@ class Recorder:
 
 
 class _LayerOutput(torch.Tensor):
-    """Hidden states whose element 0 they are themselves.
+    """Hidden states that also serve as a tuple (hidden, ...): their element 0 is the whole tensor.
 
-    Layers of some families return (hidden, ...), which ones depends on transformers' version; the base model takes
-    what its layers return, or element 0 of it. Whatever else is done with it gives plain tensors.
+    Layers return hidden states or such a tuple, by family and transformers' version, and the base model takes what they
+    return or its element 0. Any other operation gives a plain tensor.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -156,7 +157,7 @@ class _StandIn(nn.Module):
 
     def __init__(self, recorder: Recorder, index: int, layer: nn.Module) -> None:
         super().__init__()
-        # Past nn.Module's bookkeeping: the layer must not become a submodule, nor the recorder one's attribute.
+        # Bypasses nn.Module's bookkeeping: the layer must not become a submodule.
         object.__setattr__(self, "_real", layer)
         object.__setattr__(self, "_recorder", recorder)
         object.__setattr__(self, "_index", index)

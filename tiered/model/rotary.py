@@ -1,8 +1,8 @@
 """Rotary embeddings whose frequencies depend on how long the text is ("dynamic" and "longrope" scaling).
 
-transformers takes the length from the largest position it is shown: of a micro-batch that is its end, of a batch the
-longest neighbour's, and "dynamic" remembers the longest text so far. A stand-in shows each row the end of its own text,
-so that neither micro-batches nor neighbours nor earlier texts change the result.
+transformers takes the length from the largest position of a call: in a micro-batch that is where the micro-batch ends,
+in a batch where its longest text ends, and "dynamic" also remembers the longest text so far. A stand-in adds the end of
+each row's own text, so that neither micro-batches nor neighbours nor earlier texts change the result.
 """
 
 from typing import Any
@@ -12,17 +12,17 @@ from torch import nn
 
 
 class WholeTextRotary(nn.Module):
-    """Takes a rotary embedding's place outside the layers: the same tables as for each whole text on its own."""
+    """Takes a rotary embedding's place: each text gets the tables that it would get whole and on its own."""
 
     def __init__(self, rotary: nn.Module) -> None:
         super().__init__()
         self.rotary = rotary
         self.last_positions: torch.Tensor | None = None
-        """Position of the last token of each row's text [rows], of all rows' [1], or, where several texts lie side by
-        side in one row, of each token's [1, tokens]; None: what is shown is the whole."""
+        """Position of the last token of the text: for each row [rows], for all rows [1], or for each token [1, tokens]
+        where several texts lie side by side in one row. None: a call holds whole texts."""
 
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin, [rows, tokens, dim] each, of position_ids [rows, tokens]; of x only dtype and device count."""
+        """cos and sin, [rows, tokens, dim] each, of position_ids [rows, tokens]; x gives dtype and device."""
         if self.last_positions is not None and self.last_positions.ndim == 2:
             # Neighbours whose texts end at the same position have the same frequencies.
             ends, counts = self.last_positions[0].unique_consecutive(return_counts=True)
@@ -36,7 +36,7 @@ class WholeTextRotary(nn.Module):
     def _row(
         self, x: torch.Tensor, positions: torch.Tensor, last: torch.Tensor, kwargs: dict[str, Any]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        # A text of one token makes it forget longer ones.
+        # A text of one token makes "dynamic" forget longer ones.
         self.rotary(x, positions.new_zeros(1, 1), **kwargs)
         cos, sin = self.rotary(x, torch.cat([positions, last[None]])[None], **kwargs)
         return cos[:, :-1], sin[:, :-1]
@@ -54,7 +54,7 @@ def stand_in_for_rotaries(model: nn.Module) -> tuple[WholeTextRotary, ...]:
 
 
 def _depends_on_length(module: nn.Module) -> bool:
-    """Whether `module` is a rotary embedding, of one type or one for each attention type, that looks at the length."""
+    """Whether `module` is a rotary embedding, of one type or one for each attention type, that depends on length."""
     types = getattr(module, "rope_type", None)
     return any(
         isinstance(name, str) and (name == "longrope" or "dynamic" in name)

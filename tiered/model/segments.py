@@ -2,8 +2,8 @@
 
     segments -> plan_micro_batches (pure) -> micro-batches [1, tokens] -> layers -> rows that need logits, to the caller
 
-Segments of one token (decoding) and of many (prompts) share micro-batches, and so the pass. Families with attention
-code of their own get rows of equal length instead: single tokens together, padded on the left, every prompt by itself.
+Segments of one token (decoding) and of many (prompts) share micro-batches, and so the pass. Families with dense
+attention get rows of equal length instead: single tokens together, padded on the left, every prompt by itself.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,12 +33,12 @@ class Segment:
     keep: int = 0
     """How many of its last positions need logits."""
     text_length: int = 0
-    """Tokens of the text that these are a piece of, where more of it is still to come: rotary frequencies of some
-    families depend on it. 0: it ends with this segment."""
+    """Tokens of the whole text, if it goes on after this segment: rotary frequencies of some families depend on it.
+    0: the text ends with this segment."""
 
     @property
     def part(self) -> Part:
-        """All of its tokens."""
+        """All tokens of the segment."""
         return Part(self.kv, self.kv.length, len(self.input_ids))
 
     @property
@@ -46,7 +46,7 @@ class Segment:
         return self.part.stop
 
     def ids_of(self, part: Part) -> list[int]:
-        """The tokens of a `part` of it."""
+        """The token ids of `part`, which lies within the segment."""
         return self.input_ids[part.start - self.kv.length : part.stop - self.kv.length]
 
 
@@ -57,25 +57,26 @@ class MicroBatchLimits:
     rows: int
     """Tokens per micro-batch."""
     gathered: bool = False
-    """The family needs rows of equal length."""
+    """The family has dense attention: it needs rows of equal length."""
     gathered_rows: int = 1
     """Sequences whose keys and values may be gathered at once."""
     within_pages: bool = False
-    """A gathered part may not cross a page: its queries would see their own pages as stored."""
+    """With `gathered`: a part may not cross a page, because all its queries read one copy of each page, and only those
+    whose own page it is may read it as it was computed."""
     lent_pages: int = 0
     """Pages that a group may have in memory, where the cache is on disk; 0: no bound."""
 
 
 def plan_micro_batches(segments: Sequence[Segment], limits: MicroBatchLimits) -> list[list[dict[int, Part]]]:
-    """Groups of micro-batches: in each, the part of a segment that it computes, by the segment's number.
+    """Groups of micro-batches. A micro-batch is the parts of segments that it computes, by number of their segment.
 
-    Every token of every segment is in one of them; those of a segment follow each other, in one group. Single tokens
+    Every token of every segment is in one micro-batch; the parts of a segment are in one group, in order. Single tokens
     come first. A segment longer than a micro-batch is a group by itself, of several micro-batches.
     """
     singles = [number for number, segment in enumerate(segments) if len(segment.input_ids) == 1]
     others = [number for number, segment in enumerate(segments) if len(segment.input_ids) > 1]
     if limits.gathered:
-        # Neighbours in length together, so that little is padded.
+        # Sequences of similar length together, so that little is padded.
         singles.sort(key=lambda number: segments[number].kv.length)
         rows, long = limits.gathered_rows, others
         short = singles
@@ -107,7 +108,7 @@ def _cut(segment: Segment, limits: MicroBatchLimits) -> list[Part]:
 
 
 class Segments:
-    """A pass over `segments`. `packing` is entered while packed ones are recorded; logits go to `on_logits`."""
+    """A pass over `segments`. `packing` is entered while packed micro-batches are recorded; `on_logits` gets logits."""
 
     def __init__(
         self,
@@ -149,16 +150,16 @@ class Segments:
         numbers: Sequence[int],
         parts_of: dict[int, Part],
     ) -> MicroBatch:
-        """The micro-batch of parts of segments; `numbers` are the segments that `blocks` is for."""
+        """Record a micro-batch: a part of each segment in `parts_of`. `blocks` are those of segments `numbers`."""
         parts = list(parts_of.values())
         segments = [self._segments[number] for number in parts_of]
         ids = [segment.ids_of(part) for segment, part in zip(segments, parts, strict=True)]
         ends = [max(segment.text_length, segment.stop) - 1 for segment in segments]
-        rows = [numbers.index(number) for number in parts_of]
+        part_numbers = [numbers.index(number) for number in parts_of]
         positions = [list(range(part.start, part.stop)) for part in parts]
         kv: MicroBatchKV
         if self._limits.gathered:
-            gathered = kv = GatheredKV(blocks, parts, rows)
+            gathered = kv = GatheredKV(blocks, parts, part_numbers)
             recording = recorder.record(
                 torch.tensor(ends),
                 inputs_embeds=embedded(torch.tensor(ids)),
@@ -168,7 +169,7 @@ class Segments:
                 use_cache=True,
             )
         else:
-            kv = PackedKV(blocks, parts, rows)
+            kv = PackedKV(blocks, parts, part_numbers)
             lasts = [end for part, end in zip(parts, ends, strict=True) for _ in range(part.count)]
             with self._packing():
                 recording = recorder.record(
@@ -183,7 +184,7 @@ class Segments:
         return MicroBatch(recording.hidden, recording.calls, len(self._plan) - 1, kv)
 
     def finish(self, recorder: Recorder, groups: Sequence[Group]) -> tuple[torch.Tensor, ...]:
-        """Hands logits over; returns none."""
+        """Give all logits to `on_logits`; returns an empty tuple."""
         wanted: list[tuple[int, int, torch.Tensor]] = []
         for group in groups:
             for micro_batch in group.micro_batches:
@@ -197,7 +198,7 @@ class Segments:
         return ()
 
     def _wanted(self, micro_batch: MicroBatch) -> list[tuple[int, int, torch.Tensor]]:
-        """(segment, index among its kept positions, hidden states [rows, hidden]) of what needs logits."""
+        """(segment, index among its kept positions, hidden states [rows, hidden]) where logits are needed."""
         found, token = [], 0
         for row, (number, part) in enumerate(self._plan[micro_batch.number].items()):
             segment = self._segments[number]
@@ -215,7 +216,7 @@ class Segments:
 
 
 def _steps(wanted: Sequence[tuple[int, int, torch.Tensor]], rows: int) -> list[list[tuple[int, int, torch.Tensor]]]:
-    """The same rows, in the same order, at most `rows` in each step."""
+    """The rows of `wanted` in the same order, at most `rows` in each step."""
     steps: list[list[tuple[int, int, torch.Tensor]]] = []
     room = 0
     for number, index, hidden in wanted:

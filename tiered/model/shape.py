@@ -34,7 +34,7 @@ def model_shape(store: Store, skeleton: Skeleton, dtype: torch.dtype) -> ModelSh
         side_nbytes=side,
         tables_nbytes=tables,
         hidden=config.hidden_size,
-        # Of a stack, one expert's: its tokens pass through one after the other.
+        # Of a stack of experts only one counts, because they compute one after the other.
         widest=max(shape[-2:][0] for shape in layers),
         vocab=config.vocab_size,
         heads=int(config.num_attention_heads),

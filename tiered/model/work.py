@@ -24,7 +24,7 @@ class MicroBatch:
     hidden: torch.Tensor  # [rows, tokens, hidden]
     calls: tuple[LayerCall, ...]
     number: int
-    """Of the forward it is a part of, or among all micro-batches of the pass."""
+    """Number of the `ForwardBatch` it belongs to; with `Segments`, its own number in the pass."""
     kv: MicroBatchKV | None = None
     """Its view of the paged cache; None where the calls hold a cache of their own."""
 
@@ -38,13 +38,13 @@ class Group:
 
 
 class Embedded:
-    """The embedding rows of a pass, and what the model makes of them."""
+    """Gives the embeddings of a pass's tokens. `rows` [len(ids), width] are the table's rows of `ids`, ascending."""
 
     def __init__(self, model: BoundModel, rows: torch.Tensor, ids: Sequence[int]) -> None:
         self._model, self._rows, self._table = model, rows, torch.tensor(ids)
 
     def __call__(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """[rows, tokens, width] of ids [rows, tokens]."""
+        """Embeddings [rows, tokens, width] of `input_ids` [rows, tokens]."""
         return self._model.embed(self._rows, torch.searchsorted(self._table, input_ids.contiguous()))
 
 
@@ -59,7 +59,7 @@ class Work(Protocol):
         """The micro-batches, ready for the first layer. In the compute thread."""
 
     def finish(self, recorder: Recorder, groups: Sequence[Group]) -> tuple[torch.Tensor, ...]:
-        """What is left after the last layer, with the head's weights lent. In the compute thread."""
+        """Compute logits while the head's weights are lent; returns those for `Pass.logits`. In the compute thread."""
 
     def commit(self) -> None:
-        """The pass has ended well."""
+        """Called when the pass has reached its end."""

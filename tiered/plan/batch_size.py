@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Final
 
 _WORTH: Final = 1.02
-"""A larger batch must gain this much: what it gains less is within the error of the estimate, and each of its
-sequences is finished later."""
+"""A larger batch size must give so many times the throughput: a smaller gain is within the error of the estimate, and
+each of its sequences is finished later."""
 _FEW_ROWS: Final = 512
 """Tokens below which a pass computes slower per token, even with all weights in memory."""
 _ENOUGH_TOKENS: Final = 16384
@@ -25,17 +25,17 @@ the first results come later."""
 
 @dataclass(frozen=True)
 class BatchOption:
-    """What one way to run takes per pass."""
+    """One way to run."""
 
     sequences: int
     kv_on_disk: bool
     disk_nbytes: int
-    """Weights that are not resident, and the KV cache where it is on disk."""
+    """Bytes read per pass: weights that are not resident, and the KV cache where it is on disk."""
 
 
 @dataclass(frozen=True)
 class BatchChoice:
-    """A choice, and what it is expected to take."""
+    """An option, and the seconds that a pass is expected to take."""
 
     option: BatchOption
     disk_seconds: float
@@ -63,7 +63,7 @@ def candidates(most: int) -> list[int]:
 def choose_batch_size(
     options: Iterable[BatchOption], bytes_per_second: float | None, compute_seconds: Callable[[int], float]
 ) -> BatchChoice | None:
-    """The option with most tokens per second; of nearly equal ones that with fewest sequences, then the first.
+    """The option with most tokens per second; of nearly equal ones the one with fewest sequences, then the first.
 
     `bytes_per_second` None: nothing is read. None where there are no options.
     """
@@ -87,8 +87,8 @@ def choose_windows_per_pass(read_nbytes: Callable[[int], int | None], windows: i
 
     `read_nbytes` tells how many bytes a later pass with so many windows reads, None where memory does not suffice.
     More windows make fewer passes but leave less memory for weights, so each pass reads more; the product decides. Of
-    equal ones the smallest is taken that is not slow to compute, and passes are made about equal. 1 where nothing
-    fits: the plan then says why.
+    numbers with equal products the smallest that is not slow to compute is taken, and the windows are spread evenly
+    over the passes. 1 where nothing fits: making the plan then says why.
     """
     most = max(1, min(windows, _ENOUGH_TOKENS // context))
     least = min(most, -(-_FEW_ROWS // context))

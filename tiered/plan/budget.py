@@ -1,9 +1,9 @@
 """How much memory there is: from the process, the machine, and the cgroups above the process.
 
 The default budget is 90 % of the least of MemAvailable + own anonymous memory and, for the cgroup and each of its
-ancestors, limit - (usage - file cache without shmem) + own anonymous memory: what the limit leaves once reclaimable
-cache is gone and this process's own pages, which the budget is to cover, are counted back in. Its pages of program
-files are not: they have gone with the cache already.
+ancestors, limit - (usage - file cache without shmem) + own anonymous memory. That is what the limit leaves without
+reclaimable cache, plus the process's own anonymous memory, which the budget covers too. The process's pages of program
+files are not added: they are part of the cache, which already counts as free.
 """
 
 import os
@@ -19,7 +19,7 @@ DEFAULT_SHARE: Final = 0.9
 _UNLIMITED: Final = 1 << 60
 """cgroup v1 writes a number near 2**63 for "no limit"."""
 _KEPT_LEAST_NBYTES: Final = 5 * MIB
-"""Room for a panel that the reference kernels widen: mapped anew for each, they take twice as long."""
+"""Holds a panel that the reference kernels widen: if it is mapped anew for each panel, they take twice as long."""
 _KEPT_MOST_NBYTES: Final = 32 * MIB
 """glibc takes no larger threshold."""
 
@@ -105,21 +105,22 @@ def _stat(folder: Path) -> dict[str, int]:
 
 
 def kept_nbytes(budget: int) -> int:
-    """Up to which size an allocation of a run with this budget stays in glibc's heap once it is freed; 0: unknown."""
+    """Allocations of up to this many bytes stay in glibc's heap when they are freed. `budget` 0: unknown."""
     return min(_KEPT_MOST_NBYTES, max(_KEPT_LEAST_NBYTES, budget // 256))
 
 
 def heap_nbytes(budget: int) -> int:
-    """What glibc may hold that is free: the ends of two heaps, and holes in them. The factor is measured."""
+    """Free bytes that glibc may hold: at the ends of two heaps, and in holes. The factor is measured."""
     return 4 * kept_nbytes(budget)
 
 
 def pin_malloc(budget: int = 0) -> None:
-    """Make glibc keep what is freed of up to `kept_nbytes(budget)`, map larger allocations, and use few heaps.
+    """Make glibc keep freed allocations of up to `kept_nbytes(budget)` bytes, map larger ones, and use few heaps.
 
     By default each thread gets a heap, and how much of it may stay resident grows with what is freed, up to 64 MiB:
-    activations would then stay in RSS after use, outside every plan. Kept as little as possible, they are mapped and
-    filled with zeros anew in every layer: 60,000 page faults in a pass over 64 sequences, a tenth of its time.
+    activations would then stay in RSS after use, outside every plan. If glibc kept as little as possible, activations
+    would be mapped and filled with zeros anew in every layer: 60,000 page faults in a pass over 64 sequences, a tenth
+    of its time.
     """
     import ctypes
 

@@ -1,4 +1,4 @@
-"""What fits in which budget: the planner asked about a ladder of budgets. Pure functions.
+"""What fits in which budget: plans for a ladder of budgets. Pure functions.
 
 In: what a plan is made from. Out: one row per budget, from the smallest that works, over doublings, to the one that
 holds everything. `tiered inspect` shows them.
@@ -14,11 +14,11 @@ from tiered.units import GIB
 
 @dataclass(frozen=True)
 class Fit:
-    """What one budget gives."""
+    """The plan that one budget gives."""
 
     plan: Plan
     resident_nbytes: int
-    """Of block files, which is less than in memory where they are compressed."""
+    """Bytes of the resident blocks' files, which are fewer than in memory where they are compressed."""
     read_nbytes: int
     """Bytes read from disk per pass, once the resident blocks are in memory."""
 

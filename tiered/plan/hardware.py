@@ -1,4 +1,4 @@
-"""What this machine is: its processor, its memory settings, its control groups, as the kernel tells.
+"""What this machine is: its processor, its memory settings, its control groups, as the kernel reports them.
 
 In: the kernel's files (their roots can be replaced, for tests). Out: frozen facts. `tiered doctor` calls it.
 """
@@ -43,12 +43,13 @@ class Cpu:
     """Processors this process may run on."""
     present: int
     features: tuple[str, ...]
-    """Of those asked about, the ones the processor has and the kernel has enabled."""
+    """Of the features asked about, those that the processor has and the kernel has enabled."""
     missing: tuple[str, ...]
+    """The other features asked about."""
 
 
 def cpu(proc: Path = PROC) -> Cpu:
-    """The processor of this machine; raises OSError where the kernel does not tell."""
+    """The processor of this machine; raises OSError if /proc/cpuinfo cannot be read."""
     text = (proc / "cpuinfo").read_text()
     architecture = platform.machine()
     asked = ARM_FEATURES if architecture in ("aarch64", "arm64") else CPU_FEATURES
@@ -99,7 +100,7 @@ def huge_pages(sys: Path = SYS) -> str:
 
 @dataclass(frozen=True)
 class CgroupSupport:
-    """One way to limit a run's memory, and what is in its way, if anything."""
+    """One way to limit a run's memory, and why it cannot be used here; None if it can."""
 
     method: str
     refusal: str | None
@@ -114,7 +115,7 @@ def cgroup_version(sys: Path = SYS) -> str:
 
 
 def cgroup_support(sys: Path = SYS, run: Path = Path("/run")) -> tuple[CgroupSupport, ...]:
-    """Whether a group with a memory limit could be made, per method; looks only, makes none."""
+    """For each method, whether a group with a memory limit could be made; none is made."""
     mount = sys / "fs/cgroup"
     return (
         CgroupSupport("cgroup v2", _v2_refusal(mount)),

@@ -1,6 +1,6 @@
 """What a plan is made from: the model, the machine, the work and the budgets, all of them numbers.
 
-`model/shape.py` makes a ModelShape of a store and a graph, `bench/rates.py` measures a Machine, commands say their
+`model/shape.py` makes a ModelShape of a store and a graph, `bench/rates.py` measures a Machine, commands make their
 Workload, and the runtime adds to the Budgets what the process itself takes. `make.py` turns the four into a Plan.
 """
 
@@ -15,9 +15,9 @@ from tiered.plan.kv import Bits, KVShape, LayerGroup
 from tiered.units import PAGE_TOKENS
 
 MAX_BATCHED_TOKENS: Final = 4096
-"""Tokens in a pass that take any processor far longer than any disk takes for the weights."""
+"""Tokens of a pass at most, in commands: so many take any processor far longer than the weights take any disk."""
 _SPARE: Final = 1.1
-"""Room in the cache beyond what sequences take on average: where long ones meet, fewer run."""
+"""Room in the cache, as a multiple of what sequences take on average; while several long ones run, fewer run."""
 
 KVTier = Literal["auto", "cpu", "disk"]
 
@@ -60,31 +60,31 @@ class ModelShape:
     """A model in numbers, from a store's manifest and headers and from the model's graph."""
 
     tape_nbytes: tuple[int, ...]
-    """Of each block of the tape, in memory."""
+    """Bytes of each block of the tape, in memory."""
     file_nbytes: tuple[int, ...]
-    """The same as they lie on disk, which is less where they are compressed."""
+    """Bytes of each block's file, which are fewer where it is compressed."""
     weights: int
-    """Of all blocks of the tape together."""
+    """Number of weights in all blocks of the tape."""
     side_nbytes: int
-    """Scales and zeros of the embedding."""
+    """Bytes of the embedding's scales and zeros."""
     tables_nbytes: int
-    """All that stays in memory beside blocks: outer tensors in the compute dtype with the block they are read through,
-    the embedding's scales and zeros, staging for its rows."""
+    """Bytes in memory beside blocks: outer tensors in the compute dtype and the memory they are read through, the
+    embedding's scales and zeros, staging for its rows."""
     hidden: int
     widest: int
     """The largest `out` of any linear layer or expert in a decoder layer."""
     vocab: int
     heads: int
-    """Of queries."""
+    """Query heads."""
     kv: KVShape
     groups: tuple[LayerGroup, ...]
-    """Layers by how far they look back."""
+    """Layers, grouped by how far they look back."""
     eager_attention: bool
-    """The family materializes attention scores."""
+    """The family holds all attention scores in memory at once."""
     dense_attention: bool
     """The family wants keys and values in one piece, padded to equal length."""
     packed_nbytes: int
-    """Of one row of activations, while a linear kernel holds it in the order it needs."""
+    """Bytes of one row of activations, packed in the order that a linear kernel needs."""
     quantization: str | None = None
     """The scheme of the layers' linear weights."""
 
@@ -95,20 +95,20 @@ class ModelShape:
 
     @property
     def gathered_nbytes(self) -> int:
-        """Of keys and values that one token of a context adds where they are wanted in one piece, all copies: as they
-        are, and repeated for every query head."""
+        """Bytes that one token of a context adds to the keys and values of dense attention, in all copies: as cached,
+        and repeated for every query head. 0 without dense attention."""
         return 2 * (self.kv.heads + self.heads) * self.kv.head_dim * self.itemsize if self.dense_attention else 0
 
 
 @dataclass(frozen=True)
 class ComputeRate:
-    """Measured times of linear layers by rows, between which others are interpolated."""
+    """Measured seconds of linear layers per weight, for some numbers of rows; others are interpolated."""
 
     rows: tuple[int, ...]
     seconds_per_weight: tuple[float, ...]
 
     def seconds(self, rows: int, weights: int) -> float:
-        """For `rows` rows through `weights` weights; beyond what was measured time grows with the rows."""
+        """Seconds for `rows` rows through `weights` weights; beyond the most rows measured they grow with the rows."""
         if rows >= self.rows[-1]:
             return self.seconds_per_weight[-1] * weights * rows / self.rows[-1]
         at = bisect.bisect_right(self.rows, rows)
@@ -123,12 +123,12 @@ class Machine:
     """How fast this machine is, where that has been measured, and what its kernels take."""
 
     scratch_nbytes: int
-    """Of a linear kernel, besides its result and its packed input, with all threads."""
+    """Bytes that a linear kernel takes besides its result and its packed input, with all threads."""
     disk_bytes_per_second: float | None = None
-    """Sustained, of plain reads."""
+    """Sustained rate of plain reads."""
     linear: ComputeRate | None = None
     attention_seconds: float | None = None
-    """Per token of context, for one query of one sequence in one layer."""
+    """Seconds per token of context, for one query of one sequence in one layer."""
 
 
 @dataclass(frozen=True)
@@ -136,25 +136,25 @@ class Workload:
     """What is to be run."""
 
     sequences: int = 1
-    """In all."""
+    """Sequences in all."""
     max_context: int = 2048
-    """Tokens of the longest, prompt and completion together."""
+    """Tokens of the longest sequence, prompt and completion together."""
     max_prompt: int = 0
     """Tokens of the longest prompt; 0: as long as the context."""
     tokens: int = 0
-    """Of all sequences together, prompts and completions; 0: each may be as long as the longest."""
+    """Tokens of all sequences together, prompts and completions; 0: each may be as long as the longest."""
     max_batched_tokens: int = 0
-    """Tokens that pass together at most, longer prompts in several passes; 0: all prompts at once."""
+    """Tokens of a pass at most; prompts beyond it take several passes. 0: all prompts at once."""
     batch_size: int | None = None
-    """Sequences at once, if that is asked for."""
+    """Sequences at once, as asked for; None: not asked for."""
     choose_batch_size: bool = False
-    """If it is not: as many at once as make most of disk, memory and processor; else all of them."""
+    """Without `batch_size`: True chooses the number of sequences at once with the most throughput, False takes all."""
     one_pass: bool = False
     """Sequences begin and end in the same pass, as those that are only scored do."""
     all_logits: bool = False
-    """Every position gets logits, not the last of each sequence alone."""
+    """Every position gets logits, not only the last one of each sequence."""
     least_context: int = 0
-    """Where not 0, `max_context` is what would be useful: it is lowered to what the budget holds, at most to this."""
+    """If not 0, `max_context` is lowered to what the budget holds, but not below this."""
 
     def __post_init__(self) -> None:
         for name, value in (("sequences", self.sequences), ("context", self.max_context)):
@@ -179,7 +179,7 @@ class Workload:
         return min(batch_size * context, max(context, room))
 
     def contexts(self, modest: int) -> Iterator[int]:
-        """Longest contexts to try, each half as long as the one before; `modest` is the first where there are more."""
+        """Contexts to try, each half as long as the one before; the first is at most `modest` if it may be lowered."""
         least = min(self.least_context, self.max_context)
         context = min(self.max_context, max(least, modest)) if least else self.max_context
         yield context
@@ -195,7 +195,7 @@ class Budgets:
     ram: int
     """Bytes for the whole process."""
     baseline: int
-    """Of these, what the process takes by itself: interpreter, torch, transformers, tokenizer, graph, kernels."""
+    """Bytes of these that the process takes by itself: interpreter, torch, transformers, tokenizer, graph, kernels."""
     tiers: tuple[Tier, ...] = (Tier.DISK, Tier.CPU)
     kv: KVTier = "cpu"
     """Where the KV cache is; auto: in memory if it fits there."""

@@ -14,12 +14,12 @@ from tiered.units import PAGE, PAGE_TOKENS, round_up
 
 Bits = Literal[16, 8, 4]
 UNITS_AT_ONCE: Final = 4
-"""Units whose blocks are in memory together: one computes, and with several behind it the disk's queue never drains
-as it does at the end of a single one's reads."""
+"""Units whose blocks are in memory together: one computes while the others are read. With several being read, the
+disk's queue never runs empty, as it does at the end of a single unit's reads."""
 STACKED_PAGES: Final = 8
-"""Complete pages that are side by side once more while they are written to their blocks."""
+"""Complete pages that are copied side by side at a time while they are written to their blocks."""
 PART_ALIGNMENT: Final = 64
-"""Of codes, scales and zeros in a block."""
+"""Codes, scales and zeros begin at multiples of so many bytes in a block."""
 _ITEMSIZES: Final = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -46,7 +46,7 @@ class KVShape:
 def block_nbytes(shape: KVShape, bits: int, slots: int = PAGE_TOKENS) -> int:
     """Bytes of one page's keys and values in one layer; a page of 16 bits has `slots` tokens.
 
-    Raises ConfigError where there are no such blocks.
+    Raises ConfigError for bits other than 16, 8 and 4, and for 4 bits where head_dim is odd.
     """
     if bits not in (16, 8, 4):
         raise ConfigError(f"KV cache: {bits} bits, expected 16, 8 or 4")
@@ -77,7 +77,7 @@ class LayerGroup:
 
 @dataclass(frozen=True)
 class CachePlan:
-    """How much of which memory the cache takes, before any of it is taken."""
+    """How much memory and disk the cache takes, and for what; none of it is taken yet."""
 
     shape: KVShape
     bits: Bits
@@ -90,12 +90,12 @@ class CachePlan:
     tokens: int
     """Tokens of all sequences together, at most."""
     tokens_at_once: int
-    """Tokens that a sequence may be given at once, before they attend."""
+    """Tokens of one sequence in a micro-batch, at most: all are stored before the first of them attends."""
     lent_pages: int = 0
-    """Of a cache on disk, pages of a layer that are in memory together while its unit of micro-batches computes."""
+    """Where the cache is on disk: pages of one layer that one unit has in memory, at most."""
     one_pass: bool = False
-    """Every sequence begins and ends in the same pass: a layer's blocks are of no use after it, so that all layers
-    share the memory of one. In memory only."""
+    """Every sequence begins and ends in the same pass. A layer's blocks are not needed after it has computed, so all
+    layers share the memory of one, if the cache is in memory."""
 
     @property
     def has_tails(self) -> bool:
@@ -126,12 +126,12 @@ class CachePlan:
 
     @property
     def exact_nbytes(self) -> int:
-        """The same of tails, and of pages that are being put together."""
+        """Bytes of a page's keys and values in one layer in a tail, or while the page is being put together."""
         return block_nbytes(self.shape, 16, self.slots)
 
     @property
     def slots(self) -> int:
-        """Slots of a page that are ever filled."""
+        """Slots of a page, no more than sequences fill."""
         return min(PAGE_TOKENS, round_up(self.context, 8))
 
     @property
@@ -144,7 +144,7 @@ class CachePlan:
 
     @property
     def shares_layers(self) -> bool:
-        """Whether all layers have the same memory."""
+        """Whether all layers use the same memory."""
         return self.one_pass and not self.on_disk
 
     @property
@@ -156,7 +156,7 @@ class CachePlan:
 
     @property
     def ring_nbytes(self) -> int:
-        """Bytes for blocks on their way from disk and back: one unit computes while those of the next are read."""
+        """Bytes for blocks on their way from disk and back: one unit computes while the next ones are read."""
         return UNITS_AT_ONCE * self.lent_pages * self.block_nbytes if self.on_disk else 0
 
     @property
@@ -179,7 +179,7 @@ class CachePlan:
 
 
 def layer_groups(windows: Sequence[int]) -> tuple[LayerGroup, ...]:
-    """Layers by window, from the window of each (0: none)."""
+    """Groups of the layers with equal windows, from the window of each layer (0: none)."""
     found: dict[int, list[int]] = {}
     for layer, window in enumerate(windows):
         found.setdefault(window, []).append(layer)

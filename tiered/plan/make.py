@@ -21,17 +21,17 @@ from tiered.units import MIB, PAGE, PAGE_TOKENS, format_rate, format_seconds, fo
 Rate = Literal["disk", "compute"]
 
 _MOST_SEQUENCES: Final = 512
-"""At once, unless more are asked for."""
+"""Sequences at once that are considered at most, unless a batch size is asked for."""
 _BASELINE_VARIES_NBYTES: Final = 4 * MIB
-"""How much the process itself differs from run to run: a budget that was named as enough must be so next time."""
+"""By how much the process itself differs from run to run: a budget named as enough must be enough next time."""
 _LENT_SHARE: Final = 1 / 64
-"""Part of the budget for the pages of a group of micro-batches, with the cache on disk; four times is set aside."""
+"""Part of the budget for the pages of one unit, with the cache on disk; memory for four units is set aside."""
 _MODEST_KV_SHARE: Final = 1 / 8
 """Part of the budget that the KV cache may take where the context is chosen by the budget."""
 _MEASURING_NBYTES: Final = 96 * MIB
-"""What the process may have grown by when disk and processor have been measured: its peak counts."""
+"""By how much measuring disk and processor may raise the process's peak, which counts."""
 _HALFWAY: Final = 0.75
-"""Of what sequences hold when they end, what they hold on average while they run."""
+"""Tokens that a sequence holds on average while it runs, as a share of those that it holds at its end."""
 
 
 def make_plan(model: ModelShape, machine: Machine, workload: Workload, budgets: Budgets) -> Plan:
@@ -47,22 +47,22 @@ def make_plan(model: ModelShape, machine: Machine, workload: Workload, budgets: 
 
 
 def pace_for(model: ModelShape, machine: Machine, workload: Workload) -> Pace:
-    """How prompts are paced beside decoding: by the machine's rates, if there are any, until passes have been seen."""
+    """The pace of prompts beside decoding; until it has seen passes it goes by the machine's rates, if measured."""
     if machine.linear is None:
         return Pace()
     return Pace(partial(_compute_seconds, model, machine, workload))
 
 
 def smallest_ram(model: ModelShape, machine: Machine, workload: Workload, budgets: Budgets) -> int:
-    """The least budget, in whole MiB, in which `workload` runs all at once, by this baseline and no more."""
+    """The least budget in bytes, a whole number of MiB, in which all of `workload` runs at once with this baseline."""
     asked = _Asked(model, machine, workload, budgets)
     way = asked.way(workload.sequences, asked.kv_tiers[0])
     return smallest_budget(model.tape_nbytes, way.needs, budgets.tiers)
 
 
 def rates_wanted(model: ModelShape, machine: Machine, workload: Workload, budgets: Budgets) -> frozenset[Rate]:
-    """What to measure before `make_plan` can weigh batch sizes; nothing where measuring would take the memory that it
-    is about, or where no batch size is to be chosen."""
+    """What to measure before `make_plan` can compare batch sizes. Nothing if none is to be chosen, or if measuring
+    would take so much memory that no plan would fit afterwards."""
     if workload.batch_size is not None or not workload.choose_batch_size or workload.one_pass:
         return frozenset()
     found = list(_Asked(model, machine, workload, budgets).each_way())
@@ -91,7 +91,7 @@ class _Asked:
         return {"cpu": (False,), "disk": (True,), "auto": (False, True)}[self.budgets.kv]
 
     def each_way(self) -> Iterator[tuple["_Way", Plan]]:
-        """Every batch size that is weighed, with the cache in memory and on disk, where that fits."""
+        """Every way that fits, with its plan: each batch size to compare, with the cache in memory and on disk."""
         for count in candidates(min(self.workload.sequences, _MOST_SEQUENCES)):
             for on_disk in self.kv_tiers:
                 way = self.way(count, on_disk)
@@ -103,7 +103,7 @@ class _Asked:
 
 @dataclass(frozen=True)
 class _Way:
-    """One way to do what is asked for, with its needs as functions of a budget."""
+    """One way to run what is asked for, with its needs as functions of a budget."""
 
     asked: _Asked
     batch_size: int
@@ -130,7 +130,7 @@ class _Way:
         model, workload, budgets = self.asked.model, self.asked.workload, self.asked.budgets
         lent_pages = 0
         if self.on_disk:
-            # At least one sequence's; more in one go make longer reads and fuller micro-batches.
+            # At least the pages of one sequence; more at a time make longer reads and fuller micro-batches.
             pages = -(-self.context // PAGE_TOKENS)
             share = int(ram * _LENT_SHARE) // block_nbytes(model.kv, budgets.kv_bits)
             lent_pages = max(pages, min(self.batch_size * pages, share))
@@ -148,7 +148,7 @@ class _Way:
         )
 
     def needs(self, ram: int) -> Needs:
-        """What is taken with a budget of `ram`, whatever is resident."""
+        """The bytes that are taken with a budget of `ram`, whatever is resident."""
         workspace, cache = self.workspace(ram), self.cache(ram)
         return Needs(
             baseline=self.asked.budgets.baseline,
@@ -158,7 +158,7 @@ class _Way:
         )
 
     def plan_at(self, ram: int, why: str = "") -> Plan:
-        """The plan with a budget of `ram`; the refusal names a budget by these needs, which may grow with it."""
+        """The plan with a budget of `ram`. A BudgetError names one for the needs at `ram`; it may need more itself."""
         model, workspace, needs = self.asked.model, self.workspace(ram), self.needs(ram)
         return Plan(
             budget=ram,
@@ -177,7 +177,7 @@ class _Way:
         )
 
     def plan(self, why: str) -> Plan:
-        """The plan within the budget; a BudgetError names one that will do in the next process as well."""
+        """The plan within the budget; a BudgetError names one that is enough in the next process as well."""
         budgets = self.asked.budgets
         try:
             return self.plan_at(budgets.ram, why)
@@ -185,13 +185,13 @@ class _Way:
             varied = replace(budgets, baseline=budgets.baseline + _BASELINE_VARIES_NBYTES)
             spared = replace(self, asked=replace(self.asked, budgets=varied))
             sizes = self.asked.model.tape_nbytes
-            # A larger budget computes more rows at once, which takes more: the planner is asked what it agrees to.
+            # A larger budget computes more rows at once, which takes more: so budgets are tried until one is enough.
             smallest = smallest_budget(sizes, spared.needs, budgets.tiers)
             fit_blocks(sizes, spared.needs(smallest), budgets.ram, budgets.tiers)
             raise
 
     def option(self, plan: Plan) -> BatchOption:
-        """What a pass of this takes from the disk."""
+        """This way, with the bytes that a pass of `plan` reads from disk."""
         files = self.asked.model.file_nbytes
         streamed = sum(nbytes for i, nbytes in enumerate(files) if i not in plan.placement.resident)
         kv = 0
@@ -213,7 +213,8 @@ def _plan_for(asked: _Asked, batch_size: int, why: str) -> Plan:
                 return asked.way(batch_size, on_disk, context).plan(why)
             except BudgetError as error:
                 refusals.append(error)
-    # Of the least context, so that what it names is accepted; and of the first tier, as more than the cache is short.
+    # The one for the shortest context, so that the budget it names is accepted, and for the first tier, because the
+    # other one was refused too: more than the cache does not fit.
     refusal = refusals[0]
     if len(contexts) == 1:
         raise refusal
@@ -221,8 +222,8 @@ def _plan_for(asked: _Asked, batch_size: int, why: str) -> Plan:
 
 
 def _windows_per_pass(asked: _Asked) -> int:
-    """Sequences that are only scored, per pass. A cache that is on disk only where nothing else fits is not weighed:
-    several sequences would share what one has."""
+    """How many sequences that are only scored run per pass. With the KV tier "auto" only memory is considered here: the
+    disk is used only if nothing else fits, and then several sequences would share the memory that one has."""
     on_disk = asked.budgets.kv == "disk"
 
     def read_nbytes(count: int) -> int | None:

@@ -3,7 +3,7 @@
     seconds of a pass <= SLACK * max(disk, computing the decoding rows)          but LEAST tokens always pass
 
 In: what the passes so far have cost, and rates measured beforehand where there are some. Pure arithmetic. With a KV
-cache on disk, what a long prompt reads of its own pages comes on top: it is no part of the rule.
+cache on disk, the time to read a long prompt's own pages is added to the pass: the rule does not count it.
 """
 
 from collections import deque
@@ -11,24 +11,25 @@ from collections.abc import Callable
 from typing import Final
 
 SLACK: Final = 1.25
-"""A pass with prompts may compute so many times as long as the same pass takes without."""
+"""A pass with prompt tokens may compute so many times as long as the same pass takes without them."""
 LEAST: Final = 64
-"""Prompt tokens that pass even if that takes longer: newcomers must get on, and fewer rows are computed badly."""
+"""Prompt tokens that pass even if that takes longer: prompts must get on, and fewer rows are inefficient."""
 _RECENT: Final = 4
+"""Passes whose disk seconds are remembered."""
 _KEPT: Final = 0.5
-"""Of sums and averages, what a newer pass leaves."""
+"""The share that sums and averages keep of older passes when a new one is added."""
 _GROWTH: Final = 2
-"""Times as many tokens as have been timed: what is learnt from few is not believed of very many."""
+"""A pass takes at most so many times the tokens that have been timed: the cost of few says little about many."""
 
 
 class Pace:
-    """Learns from passes. `compute_seconds`, of so many rows, is what it goes by before it has seen any."""
+    """Learns from passes. Before it has seen any, it goes by `compute_seconds(rows)`."""
 
     def __init__(self, compute_seconds: Callable[[int], float] | None = None) -> None:
         self._calibrated = compute_seconds
         self._passes = 0
         self._disk: deque[float] = deque(maxlen=_RECENT)
-        """Seconds in which the disk was busy, of the last passes without prompts; before there are any, of others."""
+        """Seconds the disk was busy in each of the last passes without prompts; before there are any, in others."""
         self._decoding = (0.0, 0.0)
         """Rows and compute seconds of passes without prompts, on average; 0 rows: none has been seen."""
         self._added = self._tokens = 0.0
@@ -37,7 +38,7 @@ class Pace:
         """Prompt tokens of the largest recent pass in these sums."""
 
     def note(self, decoding: int, prompt_tokens: int, compute_seconds: float, disk_seconds: float) -> None:
-        """A pass over `decoding` rows that decode, and `prompt_tokens`, has taken this."""
+        """Learn from a pass over `decoding` rows that decode and `prompt_tokens` tokens of prompts."""
         self._passes += 1
         rows, seconds = self._decoding
         if not prompt_tokens:
@@ -50,7 +51,7 @@ class Pace:
         # The first pass also reads what stays in memory.
         if not rows and self._passes > 1:
             self._disk.append(disk_seconds)
-        # What few tokens add is lost in how much passes vary; it is better than nothing.
+        # Passes vary by more than few tokens add, so these count only while nothing else is known.
         if prompt_tokens >= LEAST or not self._tokens:
             self._added = _KEPT * self._added + compute_seconds - self._base(decoding)
             self._tokens = _KEPT * self._tokens + prompt_tokens
@@ -69,7 +70,7 @@ class Pace:
         return max(LEAST, min(most, int(room / max(each, 1e-9))))
 
     def _base(self, decoding: int) -> float:
-        """Compute seconds of the decoding rows alone; rather too few, which makes pieces of prompts smaller."""
+        """Compute seconds of the decoding rows alone; rather too few, which makes parts of prompts smaller."""
         rows, seconds = self._decoding
         if rows:
             return seconds * min(1.0, decoding / rows)

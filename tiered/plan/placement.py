@@ -30,12 +30,12 @@ def interleave(count: int, of: int) -> frozenset[int]:
 
 
 def smallest_ring(sizes: Sequence[int]) -> int:
-    """Without room for its largest block a pass cannot run at all."""
+    """Bytes of the largest block: with a smaller ring a pass cannot run at all."""
     return max(sizes)
 
 
 def full_ring(sizes: Sequence[int]) -> int:
-    """One block being computed while the next one is read: the largest sum of neighbours on the cyclic tape."""
+    """Bytes for one block that computes and the next that is read: the largest two neighbours on the cyclic tape."""
     return max(a + b for a, b in zip(sizes, [*sizes[1:], sizes[0]], strict=True))
 
 

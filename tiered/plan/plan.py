@@ -39,9 +39,9 @@ class Plan:
     needs: Needs
     placement: Placement
     tape_sizes: tuple[int, ...]
-    """Of each block of the tape, in memory."""
+    """Bytes of each block of the tape, in memory."""
     side_nbytes: int
-    """Of the needs, the embedding's scales and zeros."""
+    """Bytes of the embedding's scales and zeros, which are part of `needs.outer`."""
     batch_size: int
     """Sequences at once, at most."""
     max_context: int
@@ -57,11 +57,11 @@ class Plan:
     cache: CachePlan
     """The KV cache: its tier, bits and pages."""
     why: str
-    """Of the batch size, for people."""
+    """The reason for the batch size, for people."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes that are planned to be taken, of the budget."""
+        """Bytes of the budget that the plan takes."""
         return self.needs.total + self.placement.nbytes
 
     @property
@@ -71,15 +71,16 @@ class Plan:
 
     @property
     def missing_overlap_nbytes(self) -> int:
-        """What the ring lacks to hold two neighbours: without it reading waits for computing, and the reverse."""
+        """Bytes that the ring lacks to hold any two neighbours: if there are any, reading and computing take turns."""
         streamed = [nbytes for i, nbytes in enumerate(self.tape_sizes) if i not in self.placement.resident]
         return max(0, full_ring(streamed) - self.placement.ring_nbytes) if streamed else 0
 
     @property
     def bound_resident_nbytes(self) -> int:
-        """M of the bound: all that the budget leaves after needs and two blocks, used or not, but at most S.
+        """M of the bound: all bytes that the budget leaves after needs and two blocks, used or not, but at most S.
 
-        Never less than what is resident: with a large block held, the two that pass may be smaller than any two.
+        Never less than what is resident: if a large block is resident, a ring for the others may be smaller than the
+        largest two neighbours.
         """
         total = sum(self.tape_sizes)
         free = self.budget - self.needs.total
@@ -89,8 +90,8 @@ class Plan:
 
     @property
     def returned_logits_nbytes(self) -> int:
-        """Bytes that logits handed to a caller may take: half of the workspace, as the other half is for what makes
-        them, and what the budget leaves."""
+        """Bytes that logits handed to a caller may take: what the budget leaves, and half of the workspace, as the
+        other half is needed to compute them."""
         return self.needs.workspace // 2 + self.budget - self.nbytes
 
     def to_json(self) -> dict[str, Any]:
@@ -140,8 +141,8 @@ def fit_blocks(tape_sizes: Sequence[int], needs: Needs, budget: int, tiers: tupl
 def smallest_budget(tape_sizes: Sequence[int], needs_for: Callable[[int], Needs], tiers: tuple[Tier, ...]) -> int:
     """The least whole number of MiB for which the planner makes a plan.
 
-    A refusal names what would do with the needs at the refused budget; those grow with the budget, so the planner
-    is asked until it agrees.
+    A refusal names the budget that is enough for the needs at the refused budget. Needs grow with the budget, so each
+    named budget is tried until one is accepted.
     """
     budget = MIB
     while True:

@@ -8,7 +8,7 @@ from tiered.plan.inputs import ModelShape
 from tiered.units import MIB
 
 MAX_ROWS: Final = 512
-"""More rows in one micro-batch no longer help: the weights' reading has long been paid for by then."""
+"""More rows in one micro-batch no longer help: with so many, reading the weights takes little of the time."""
 _HEAD_ROWS: Final = 64
 """More logits at once gain nothing: the head's weights are in memory."""
 _SHARE: Final = 1 / 16
@@ -68,9 +68,9 @@ def workspace_for(
     # Hidden states of everything in flight live through the whole pass, two generations of them.
     in_flight = 2 * tokens * shape.hidden * shape.itemsize
     head_rows = min(logits or sequences, rows, _HEAD_ROWS)
-    # As computed, as float32, and what sampling makes of one; and all of them as transformers' own loop keeps them.
+    # Logits as computed, as float32, and as copied by sampling; and all of them, which transformers' own loop keeps.
     live = 3 * max(head_rows, min(sequences, rows)) * shape.vocab * 4 + sequences * shape.vocab * 4
     live += rows * per_row + in_flight + gathered_rows * gathered
-    # What malloc holds that is free was in use before: few activations leave small heaps, whatever the threshold.
+    # Free memory that malloc holds was in use before: few activations leave small heaps, whatever the threshold.
     nbytes = live + min(heap_nbytes(budget), live) + _FIXED_NBYTES + scratch_nbytes
     return Workspace(rows, nbytes, gathered_rows, head_rows)

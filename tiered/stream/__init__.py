@@ -1,4 +1,4 @@
-"""The scheduler: blocks of the tape arrive in order, read ahead of the computation."""
+"""Reading ahead of the computation: blocks of the tape, the KV cache's pages on disk, embedding rows."""
 
 from tiered.stream.embedding import EmbeddingRows
 from tiered.stream.handover import Handover, run_in

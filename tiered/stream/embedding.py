@@ -1,7 +1,7 @@
 """Token embedding rows on demand: a few rows of a table that is never held whole.
 
-In: token ids. Out: the rows of the distinct ones. Rows lie at any byte, so each is read with
-the pages around it; neighbours whose pages touch become one read. Scales and zeros are resident.
+In: distinct token ids. Out: their rows. A row may begin at any byte of the file, so it is read with the 4096-byte
+disk pages around it; rows whose disk pages touch become one read. Scales and zeros are resident.
 """
 
 import functools
@@ -18,12 +18,12 @@ from tiered.store import CHUNK_NBYTES, PAGE, BlockInfo, Store, TensorEntry, Weig
 from tiered.units import round_down, round_up
 
 STAGING_NBYTES: Final = CHUNK_NBYTES
-"""Rows are staged through this much memory, which is also what testing one chunk's checksum takes."""
+"""Rows are read through this much memory, which is also what testing the checksum of one chunk takes."""
 
 
 @dataclass(frozen=True)
 class _Run:
-    """Adjacent pages that hold some of the wanted rows."""
+    """Adjacent disk pages, bytes `offset` to `stop` of the file, that hold the wanted `rows`."""
 
     offset: int
     stop: int
@@ -114,7 +114,7 @@ class EmbeddingRows:
                 done += 1
 
     async def _verify(self, start: int, stop: int) -> None:
-        """Test the chunks around [start, stop) that the policy wants tested, whole, through the staging memory."""
+        """Read the chunks around [start, stop) whole and test their checksums, where the policy wants them tested."""
         file = self._block.file
         for chunk in range(start // CHUNK_NBYTES, -(-stop // CHUNK_NBYTES)):
             if self._verifier.wants(file, chunk):
@@ -125,7 +125,7 @@ class EmbeddingRows:
 
 
 def _runs(ids: Sequence[int], base: int, row_nbytes: int) -> list[_Run]:
-    """The pages of rows `ids` (ascending), adjacent ones joined up to the size of the staging memory."""
+    """The disk pages of rows `ids` (ascending); adjacent ones are joined up to the size of the staging memory."""
     runs: list[_Run] = []
     for row in ids:
         start = base + row * row_nbytes

@@ -1,4 +1,4 @@
-"""Between the event loop and the one thread that computes: what the loop brings is waited for without the loop.
+"""From the event loop to the one thread that computes, which waits for what the loop brings, outside the loop.
 
     loop: put(key, item)          computing thread: take(key), which is a look-up where the item is there
 
@@ -17,32 +17,32 @@ from tiered.trace import Tracer
 
 T = TypeVar("T")
 _POLL_SECONDS: Final = 0.05
-"""Between two looks at the cancel flag while nothing comes."""
+"""Seconds between two looks at the cancel flag while nothing comes."""
 
 
 class Handover(Generic[T]):
-    """Items by key, brought in any order. `take` is for one thread; what failed, fails whenever it is taken."""
+    """Items by key, brought in any order. `take` is for one thread; an error is raised each time its key is taken."""
 
     def __init__(self, cancel: CancelFlag, trace: Tracer) -> None:
         self._cancel, self._trace = cancel, trace
         self._items: dict[int, T | Exception] = {}
         self._seen: set[int] = set()
-        """Of the items that are kept, those that have been taken."""
+        """Keys of the kept items that have been taken before."""
         self._changed = threading.Condition()
         self.wait_seconds = 0.0
         """Seconds the computation has waited in `take`."""
 
     def put(self, key: int, item: T | Exception) -> None:
-        """Bring an item, or why there is none."""
+        """Bring an item, or the error because of which there is none."""
         with self._changed:
             self._items[key] = item
             self._changed.notify()
 
     def take(self, key: int, name: str, keep: bool = False) -> T:
-        """The item of `key`, waited for; `name` is the wait's in a trace. An item that is kept can be taken again, and
-        once it is there that is a look-up and no more.
+        """Wait for the item of `key` and return it; in a trace the wait is called `name`. With `keep` the item can be
+        taken again, which is then only a look-up.
 
-        Raises what was brought instead of it, and InterruptedRun once the cancel flag is set.
+        Raises the error that was brought instead of it, and InterruptedRun once the cancel flag is set.
         """
         item = self._items.get(key) if key in self._seen else self._wait(key, name)
         assert item is not None, "what has been kept stays"
@@ -50,7 +50,7 @@ class Handover(Generic[T]):
             try:
                 raise item
             finally:
-                # Held by its own frames, it would keep what they hold until the collector comes.
+                # The error's frames would hold the error, and so all that they hold, until the garbage collector runs.
                 del item
         if keep:
             self._seen.add(key)
@@ -59,7 +59,7 @@ class Handover(Generic[T]):
         return item
 
     def clear(self, kept: int = 0) -> None:
-        """Forget errors, and the items whose key is `kept` or more; nobody may be waiting."""
+        """Forget all errors, and the items whose key is `kept` or more. No thread may be waiting."""
         self._items = {k: item for k, item in self._items.items() if k < kept and not isinstance(item, Exception)}
         self._seen &= self._items.keys()
 
@@ -100,7 +100,7 @@ def run_in(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, T], cancel
         try:
             ended.wait(_POLL_SECONDS)
         except KeyboardInterrupt as error:
-            # What is under way ends before anything else begins; it takes as long as reads in flight do.
+            # `work` must end before anything else begins; that takes as long as its reads in flight.
             interrupt = error
         if cancel is not None and cancel.is_set and task is not None:
             loop.call_soon_threadsafe(task.cancel)

@@ -6,10 +6,10 @@
       free), wait for writes of the same layer that                then the pages that it has completed are
       an earlier pass began, start the reads                       written, and its memory is free again
 
-A read or write that failed is raised by `lend`, a write perhaps in the next pass; that pass's sequences must then be
-released, because pages of theirs are missing.
+`lend` raises the error of a read or write that failed; that of a write perhaps only in the next pass. The sequences of
+the pass must then be released, because some of their pages are missing.
 
-Which pages a pass needs is known when it begins, so the feed begins and ends with it; the blocks' own stream goes on
+Which pages a pass needs is known when it begins, so the feed begins and ends with it. The streamer of weights goes on
 meanwhile.
 """
 
@@ -41,27 +41,27 @@ class _Lent:
 
 
 class KVStream:
-    """Moves blocks between `spill` and `ring`, for `layers` layers. An async context manager; leaving it ends all I/O.
+    """Moves KV blocks of `layers` layers between `spill` and `ring`. An async context manager; leaving it ends all I/O.
 
-    `ring` holds the largest group's blocks of a layer at least; several times that to read ahead. Once `cancel` is
-    set, whoever waits is woken.
+    `ring` must hold at least the largest group's blocks of one layer, and several times that to read ahead. Once
+    `cancel` is set, waiting ends with InterruptedRun.
     """
 
     def __init__(self, spill: SpillFile, ring: Slab, layers: int, trace: Tracer, cancel: CancelFlag) -> None:
         self._spill, self._slab, self._layers = spill, ring, layers
         self._read_groups: Handover[_Lent] = Handover(cancel, trace)
         self._next = 0
-        """Number of the group that is lent next in this pass, layer by layer; the computing thread's."""
+        """Number of the next loan in this pass: layer by layer, group by group. Used by the computing thread."""
         self._groups: tuple[LentBlocks, ...] = ()
         self._ring = Ring(ring.nbytes)
         self._lent: deque[_Lent] = deque()
-        """Those that have been fed and not taken back."""
+        """What the feed has found memory for and the computation has not given back."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._feed: asyncio.Task[None] | None = None
         self._writes: dict[int, list[asyncio.Task[None]]] = {}
-        """Of each layer, those that have not been seen to end."""
+        """For each layer, the writes whose end nobody has waited for yet."""
         self._returned: asyncio.Task[None] | None = None
-        """The last span's return to the ring, which takes spans back in order."""
+        """The task that returns the last span: the ring takes spans back in order."""
 
     async def __aenter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
@@ -83,8 +83,8 @@ class KVStream:
 
     @contextlib.contextmanager
     def serving(self, groups: Sequence[LentBlocks]) -> Iterator[None]:
-        """A pass, whose layers will ask for the blocks of `groups` in this order. After it nothing is read any more;
-        writes go on."""
+        """One pass, each layer of which borrows the blocks of `groups` in this order. When the context ends, reading
+        stops; writes go on."""
         self._next, self._groups = 0, tuple(groups)
         self._loop.call_soon_threadsafe(self._begin)
         try:
@@ -94,9 +94,9 @@ class KVStream:
 
     @contextlib.contextmanager
     def lend(self, blocks: LentBlocks, layer: int) -> Iterator[None]:
-        """Lend the blocks of `layer` to those that share them. Raises what reading or earlier writing raised.
+        """Lend `blocks` the memory with its KV blocks of `layer`. Raises what reading or earlier writing raised.
 
-        Where the context ends well, what has been completed in it is written, behind.
+        If the context ends without an error, the pages completed in it are written in the background.
         """
         number = self._next
         expected = self._groups[number % len(self._groups)]
@@ -127,7 +127,7 @@ class KVStream:
         self._give_back(lent.span, write)
 
     async def _end(self) -> None:
-        """A pass has ended, well or not."""
+        """End the pass, whether it succeeded or not: stop its reads and take its memory back."""
         if self._feed is not None and not self._feed.done():
             self._feed.cancel()
             await asyncio.wait([self._feed])
@@ -151,11 +151,11 @@ class KVStream:
                 return
 
     async def _await_writes(self, layer: int) -> None:
-        """An earlier pass may still be writing what this one reads."""
+        """Wait for writes in `layer` that an earlier pass began: this pass may read what they write."""
         writes = self._writes.get(layer)
         if writes:
             await asyncio.wait(writes)
-            # Not forgotten before: a pass that is interrupted in the line above leaves them to the next one.
+            # Only now: if the pass is interrupted in the line above, the next one must wait for them.
             del self._writes[layer]
             for write in writes:
                 write.result()
@@ -170,7 +170,7 @@ class KVStream:
         lent.read.add_done_callback(lambda read: self._note_read(number, lent))
 
     def _note_read(self, number: int, lent: _Lent) -> None:
-        """A group's reads have ended; what a pass has left behind is nobody's."""
+        """Hand over a group whose reads have ended, unless its pass has ended before."""
         if lent in self._lent and not lent.read.cancelled():
             error = lent.read.exception()
             self._read_groups.put(number, error if isinstance(error, Exception) else lent)
@@ -211,4 +211,4 @@ class KVStream:
     def _note_end(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled():
-            task.exception()  # seen: asyncio is not to print it where nobody asks any more
+            task.exception()  # marks it as seen: asyncio prints errors that nobody asks for

@@ -1,8 +1,8 @@
 """The ring: a bounded stretch of memory that streamed blocks pass through, first in, first out.
 
 Blocks differ in size, so there are no fixed slots: a block takes one end of a gap, the one that leaves the most room
-in one piece once the oldest block has gone. With two blocks in it they lie at opposite ends, so any two that fit
-together side by side do fit, whatever came before; going round in address order would leave holes before a large one.
+in one piece once the oldest block has gone. Two blocks then lie at opposite ends of the ring, so any two that are not
+larger than it together do fit, whatever came before. Going round in address order would leave holes before a large one.
 """
 
 import asyncio

@@ -7,8 +7,8 @@
       start its reads
 
 The bytes to read do not depend on the tokens, so the feed never waits for a pass to end; what bounds it is the ring.
-Resident blocks are read in the first pass and then lent without a look at the loop. This module alone knows where on
-the tape reading and computing are.
+Resident blocks are read in the first pass and then lent without the loop. This module alone knows where on the tape
+reading and computing are.
 """
 
 import asyncio
@@ -49,8 +49,9 @@ class LoadedBlock:
 class Streamer:
     """Lends the blocks of `store`'s tape to one thread. An async context manager; leaving it ends all reads.
 
-    `prefetch` is how many blocks may be read before they are asked for: 0 reads each block when it is wanted, which
-    is the synchronous reference; None is bounded by the ring alone. Once `cancel` is set, whoever waits is woken.
+    `prefetch` is how many blocks may be read before they are asked for: 0 reads each block when it is asked for, which
+    is the synchronous reference; None is bounded by the ring alone. Once `cancel` is set, waiting ends with
+    InterruptedRun.
     """
 
     def __init__(
@@ -67,15 +68,16 @@ class Streamer:
         self._store, self._placement, self._reader, self._trace = store, placement, reader, trace
         self._resident, self._ring_slab, self._prefetch = resident, ring, prefetch
         self._blocks: Handover[LoadedBlock] = Handover(cancel, trace)
-        """By number on the endless tape, and resident ones by a number below 0."""
+        """Blocks in memory, by `_key`."""
         self._next = 0
-        """Number of the block that is lent next; the computing thread's, all below are the loop's."""
+        """Number of the block that is lent next, on the endless tape. Used by the computing thread."""
         self._ring = Ring(ring.nbytes if ring is not None else 0)
         self._asked = -1
         """The last number that has been asked for."""
         self._last_pass: int | None = None
+        """Number of the pass after which nothing is read; None: not known yet."""
         self._changed = asyncio.Event()
-        """Of what has been asked for, or of the last pass."""
+        """Set when `_asked` or `_last_pass` changes."""
         self._group: asyncio.TaskGroup | None = None
         self._feed: asyncio.Task[None] | None = None
         self._loads: dict[asyncio.Task[None], int] = {}
@@ -85,7 +87,7 @@ class Streamer:
         self._released: deque[RingSpan] = deque()
         self._is_closing = False
         self._is_posted = False
-        """Whether the loop is about to look at what has been released."""
+        """Whether `_take_back` has been posted to the loop and has not run yet."""
 
     async def __aenter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
@@ -137,16 +139,16 @@ class Streamer:
                     self._loop.call_soon_threadsafe(self._take_back)
 
     def _key(self, number: int) -> int:
-        """Under which block `number` of the endless tape is handed over: below 0 and always the same if resident."""
+        """Key of block `number` of the endless tape: `number`, or if resident one below 0, the same in each pass."""
         position = number % len(self._store.tape)
         return position - len(self._store.tape) if position in self._placement.resident else number
 
     # In the loop.
 
     async def rewind(self) -> None:
-        """The next pass starts at the first block: what was read ahead is dropped, once nothing is in flight.
+        """Make the next pass start at the first block: end the reads in flight, and drop what was read ahead.
 
-        Resident blocks stay, and so do their reads. No block may be lent.
+        Resident blocks stay, and reads of them go on. No block may be lent meanwhile.
         """
         assert self._group is not None and self._feed is not None
         dropped = [self._feed, *(task for task, number in self._loads.items() if number >= 0)]
@@ -183,7 +185,7 @@ class Streamer:
             try:
                 if key >= 0:
                     span = await self._borrow(position)
-                    # Behind the ring: what is wanted may change while the feed waits there.
+                    # After the wait for the ring, because what is wanted may change during it.
                     await self._until_wanted(number, current)
                     self._start(key, position, span)
                 elif position not in self._held:
@@ -224,7 +226,7 @@ class Streamer:
         layout = self._store.layout(info)
         chunks = range(-(-info.file.nbytes // CHUNK_NBYTES))
         try:
-            # All of them end before one that failed is reported: the memory may then be lent to another block.
+            # All reads end before a failed one is reported, because the memory may then be lent to another block.
             await all_of(self._reader.read_chunk(info.file, chunk, view) for chunk in chunks)
             for item in layout.compressed:
                 with self._trace.span("decode", item.target.name, item.target.nbytes):

@@ -23,10 +23,10 @@ class Streams:
     loop: asyncio.AbstractEventLoop
     blocks: Streamer
     kv: KVStream | None = None
-    """Where the KV cache is on disk."""
+    """None unless the KV cache is on disk."""
 
     def rewind(self) -> None:
-        """After a pass that did not reach its end: the next one begins at the first block. Not in the loop."""
+        """After a pass that did not reach its end: make the next one begin at the first block. Not for the loop."""
         run_in(self.loop, self.blocks.rewind())
 
 
@@ -36,11 +36,11 @@ class StreamThread:
     def __init__(self, prepare: Callable[[], Awaitable[None]], make_streams: Callable[[], Streams]) -> None:
         self._prepare, self._make_streams = prepare, make_streams
         self.ready: Future[Streams] = Future()
-        """The open streams, or why there are none."""
-        # Whoever waits for it may give up; that must not make the thread's own answer an error.
+        """The open streams, or the error because of which there are none."""
+        # A thread that gives up waiting must not cancel it: setting the result would then raise.
         self.ready.set_running_or_notify_cancel()
         self._running = threading.Event()
-        """The loop runs, or never will."""
+        """Set when the loop runs, or when it never will."""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="tiered-loop", daemon=True)
         self._thread.start()
@@ -49,7 +49,7 @@ class StreamThread:
         """End all reading, whether the streams are open yet or not, and wait until nothing runs any more."""
         self._running.wait()
         if self._loop is not None:
-            # A loop that has ended by itself cannot be called any more; `ready` says why it has.
+            # A loop that has ended by itself cannot be called any more; `ready` says why it ended.
             with contextlib.suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(self._end)
         self._thread.join()
