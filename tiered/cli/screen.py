@@ -101,7 +101,7 @@ class StatusLine:
         self._at_edge, self._clock = at_edge, clock
         self._updated = -math.inf
         self._visible = False
-        # Blocks are reported by the thread that schedules, which an interrupted caller does not wait for.
+        # Blocks are reported by the compute thread; warnings and the end of a pass come from others.
         self._lock = threading.Lock()
 
     def __enter__(self) -> Self:

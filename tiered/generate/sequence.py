@@ -38,7 +38,7 @@ class Sequence:
         self._eos_ids, self._stops = eos_ids, tuple(stops)
         self._completion = CompletionText(decoder, prompt_ids)
         self._shown = 0
-        """Characters of the text that no later token can change or take back."""
+        """How many characters of the text no later token can change or take back."""
 
     @property
     def text(self) -> str:

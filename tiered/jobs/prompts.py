@@ -66,8 +66,8 @@ class PromptEncoder:
 def tokens_to_generate(request: Request, prompt_tokens: int, default: int, limit: int) -> int | Problem:
     """How many tokens may follow a prompt of `prompt_tokens`, if both together may have at most `limit`.
 
-    `default` is for requests that name no number; it is cut to what the limit leaves. A named number that exceeds the
-    limit is a `Problem`.
+    `default` is for requests that name no number; it is cut to what the limit leaves. Where a
+    named number, or even one token, exceeds the limit, returns a `Problem`.
     """
     most = request.max_tokens if request.max_tokens is not None else max(1, min(default, limit - prompt_tokens))
     if prompt_tokens + most <= limit:

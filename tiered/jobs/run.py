@@ -113,7 +113,8 @@ def run_job(
 ) -> Generation | None:
     """Finish the job from where `journal` says it stands. Returns None where nothing was left to compute.
 
-    `on_progress` is called after every pass and at the end. If it is interrupted, the journal holds what was finished.
+    `on_progress` is called after every pass and at the end. If the job is interrupted, the journal holds what
+    was finished.
     """
     run = _Run(job, journal, on_progress)
     sequences = run.sequences()

@@ -37,7 +37,7 @@ class Case:
 
     @property
     def names(self) -> list[str]:
-        """Names, one of which an error must contain."""
+        """Names of which an error about damage must contain one."""
         return [name for name in (self.damaged, self.folder) if name]
 
 

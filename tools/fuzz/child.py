@@ -139,7 +139,7 @@ def _run(call: Callable[[], object], folder: Path) -> int:
 def faults(ended: Ended, limits: Limits, names: Sequence[str]) -> Iterator[str]:
     """What is wrong with how a command ended, whatever it was given.
 
-    An error of a damaged file is to begin with one of `names`, where there are any.
+    With exit code 4 the error must contain one of `names`, where there are any.
     """
     if ended.timed_out:
         yield f"still running after {limits.seconds:.0f} s"
