@@ -133,9 +133,12 @@ def score(
 ) -> Scoring:
     """Score `windows`, taken as they are needed, at most `per_pass` of them in one pass.
 
-    `on_scored` is called once per window, in order, in the caller's thread, with the log-probabilities of its targets:
-    float32 [targets]. Where the model's logits are NaN or infinite, `on_failed` is called instead; without it the error
-    is raised. Raises BudgetError where not even one window fits the cache.
+    `on_scored` is called once per window, in the caller's thread, with the log-probabilities of its targets: float32
+    [targets]. It is called in the order of `windows` if the plan lets each begin and end in the same pass
+    (`Workload.one_pass`); else a short window may end before a longer one. Where the model's logits are NaN or
+    infinite, `on_failed` is called instead; without it the error is raised.
+
+    Raises BudgetError where not even one window fits the cache.
     """
     total = Tally()
 
