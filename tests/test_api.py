@@ -153,7 +153,7 @@ def test_logits_of_every_position_equal_those_of_the_model_in_memory(loaded: Loa
     assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
-def test_a_prompt_longer_than_a_chunk_is_one_pass(store: Path, reference: Any) -> None:
+def test_a_prompt_longer_than_a_micro_batch_is_one_pass(store: Path, reference: Any) -> None:
     ids = torch.randint(3, 4000, (1, 100), generator=torch.Generator().manual_seed(0))
     with tiered.load(store, dtype="float32", context=128) as loaded:
         object.__setattr__(loaded.runtime.plan, "micro_batch_rows", 16)

@@ -1,6 +1,6 @@
-"""A sequence whose numbers are none ends with an error, and leaves no trace in others: they are what they are alone.
+"""A sequence whose logits are NaN ends with an error, and changes no other: they get the answers that they get alone.
 
-Neither where it shares their passes, nor where its pages, full of NaN, go to the next one.
+Neither where it shares their passes, nor where the next sequence gets its pages, which are full of NaN.
 """
 
 from pathlib import Path
@@ -27,7 +27,7 @@ WRONG: Final = 9
 LATE: Final = 70
 """A position that only the bad text has."""
 TOKENS: Final = 8
-"""Of each completion."""
+"""Tokens of each completion."""
 
 
 class Numbers:
@@ -54,7 +54,7 @@ def sequence_of(prompt: list[int]) -> Sequence:
 
 
 def logprobs(sequence: Sequence) -> list[float]:
-    """Its log-probabilities, which show the bits of logits."""
+    """The log-probabilities of a completion's tokens, which show the bits of its logits."""
     found = sequence.logprobs
     assert found is not None and sequence.error is None and len(found) == TOKENS
     return [x for i in range(TOKENS) for x in (found.chosen(i), *(value for _, value in found.top(i)))]

@@ -1,4 +1,4 @@
-"""A store larger than the memory allowed generates the right text, where exceeding the limit is death."""
+"""A store larger than the memory allowed generates the right text, where exceeding the limit kills it."""
 
 import json
 import re

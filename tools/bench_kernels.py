@@ -150,7 +150,7 @@ def parse_shapes(text: str) -> list[LayerShape]:
 
 
 def open_kernels(arguments: argparse.Namespace, stack: contextlib.ExitStack) -> dict[str, Kernels]:
-    """Ours, by the names they have in tables; what two of `--kernels` mean, or two modes of the reference, once."""
+    """Our kernels by their names in tables, each once: two of `--kernels`, or two modes, may mean the same ones."""
     found: dict[str, Kernels] = {}
     for name in arguments.kernels:
         for mode in map(Mode, arguments.modes):
@@ -216,7 +216,7 @@ def print_all(
     checks: Sequence[Check],
     threads: int,
 ) -> None:
-    """The document."""
+    """Print everything as Markdown."""
     cpu = hardware.cpu()
     print(
         f"{cpu.model}, {threads} of {cpu.present} processors, Linux {platform.release()}, torch {torch.__version__}\n"

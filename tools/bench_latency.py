@@ -1,12 +1,12 @@
-"""What a sequence that decodes waits for while another's prompt enters: the seconds of its passes, and how many.
+"""How long a decoding sequence waits while another's prompt enters: the seconds of its passes, and how many there are.
 
     python tools/bench_latency.py                                     opt-1.3b in int4, in 1280 MiB, 2,000 tokens enter
     python tools/bench_latency.py --shape opt-6.7b --ram 2GiB --enter 2000 --decode 8
 
 Makes a synthetic store (kept for the next time), lets one sequence decode, adds a prompt, and goes on until its first
 token; once for each objective, in alternation. Prints one row per run as Markdown: the median pass before, the median
-and the longest pass while the prompt enters, and how long the newcomer waits for its first token. The first pass with
-prompt tokens is part of it.
+and the longest pass while the prompt enters, and how long the newcomer waits for its first token, the first pass with
+prompt tokens included.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from tiered.store import Store
 from tiered.units import parse_size
 
 _DECODED = 112
-"""Tokens that those who decode may generate."""
+"""Tokens that each decoding sequence may generate."""
 
 
 class Silent:
@@ -55,7 +55,7 @@ def main() -> int:
         subprocess.run([sys.executable, "-m", "tiered", *command], check=True)
     print("| objective | s/pass before | s/pass while entering | longest | passes | first token of the newcomer |")
     print("|---|---|---|---|---|---|", flush=True)
-    # Each in a process of its own: what one has taken at most would count in the next one's plan.
+    # Each in a process of its own: the peak memory of one run would count in the next one's plan.
     with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as processes:
         for objective in [Objective.THROUGHPUT, Objective.LATENCY] * arguments.runs:
             print(processes.submit(row, path, objective, arguments).result(), flush=True)
@@ -63,7 +63,7 @@ def main() -> int:
 
 
 def row(path: Path, objective: Objective, arguments: argparse.Namespace) -> str:
-    """One run."""
+    """One run; returns its row of the table."""
     store, context = Store.open(path), arguments.enter + 64
     tokens, count = context + arguments.decode * (16 + _DECODED), arguments.decode + 1
     workload = Workload(count, context, context, tokens, MAX_BATCHED_TOKENS)

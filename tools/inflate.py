@@ -3,7 +3,7 @@
     python tools/inflate.py SRC DST --size 2GB
 
 In: a Hugging Face folder with safetensors weights. Out: the same model with more feed-forward rows, random
-ones, whose columns in the layer after are zero: the new activations are multiplied by nothing, so the text
+ones, whose columns in the layer after are zero: the new activations are multiplied by zero, so the text
 stays the same at any size. That makes a large checkpoint to stream from a small one. Tensors are written
 in pieces: memory stays at the largest tensor of SRC and a few times `CHUNK_BYTES`, whatever the size.
 Called by tools/demo and tests.
@@ -183,15 +183,15 @@ def read_entries(path: Path) -> Iterator[TensorEntry]:
 
 
 def width_for(checkpoint: Checkpoint, size_bytes: int) -> int:
-    """The least fitting width whose checkpoint has at least `size_bytes`."""
+    """The least multiple of WIDTH_MULTIPLE that, as width, gives a checkpoint of at least `size_bytes`."""
     if size_bytes < checkpoint.nbytes:
         raise ConfigError(
             f"--size {format_size(size_bytes)}: {checkpoint.folder} has {format_size(checkpoint.nbytes)} "
             "already; ask for more than that"
         )
-    unit = sum(checkpoint.widened(entry, checkpoint.width + 1).nbytes - entry.nbytes for entry in checkpoint.entries)
+    per_row = sum(checkpoint.widened(entry, checkpoint.width + 1).nbytes - entry.nbytes for entry in checkpoint.entries)
     missing = size_bytes - checkpoint.nbytes
-    return round_up(checkpoint.width + -(-missing // unit), WIDTH_MULTIPLE)
+    return round_up(checkpoint.width + -(-missing // per_row), WIDTH_MULTIPLE)
 
 
 def prepare_target(source: Path, target: Path, force: bool) -> None:

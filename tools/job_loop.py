@@ -1,5 +1,4 @@
-"""Kills a job or a conversion with -9 at random moments until it is done, and compares what it leaves with a run in one
-go.
+"""Kills a job or a conversion at random moments until it is done, and compares the result with an uninterrupted run.
 
     python tools/job_loop.py STORE [--sequences 200] [--kills N] [--seed 0] [--folder DIR] [-- OPTION ...]
     python tools/job_loop.py --convert CHECKPOINT [--kills 50] [--seed 0] [--folder DIR] [-- OPTION ...]
@@ -56,12 +55,12 @@ class Loop:
 
     kills: int
     with_results: int
-    """Kills that found some results, or blocks, which the run had added."""
+    """Kills that came after the process had added some results, or blocks."""
     seconds: float
 
 
 def write_requests(path: Path, sequences: int, seed: int = 0) -> None:
-    """Requests for so many sequences: greedy and sampled, of all lengths, some with several choices."""
+    """Write requests for so many sequences: greedy and sampled, of all lengths, some with several choices."""
     chance = random.Random(seed)
     lines: list[str] = []
     left = sequences
@@ -116,7 +115,7 @@ def convert_until_done(
         blocks = len(_blocks(store))
         return lambda: len(_blocks(store)) - blocks
 
-    # Killed on its way out it has finished, and the same command would refuse to do it again.
+    # Killed just before its process ends, a conversion is done, and the same command would refuse to do it again.
     manifest, progress = store / "manifest.json", store / "conversion.json"
     return _kill_until_done(
         starting(command), begin, chance, kills, seconds, lambda: manifest.exists() and not progress.exists()
@@ -131,7 +130,7 @@ def _kill_until_done(
     early_seconds: float,
     is_done: Callable[[], bool],
 ) -> Loop:
-    """`begin`, called when a process begins, gives a function that tells what that has added so far."""
+    """`begin` is called when a process begins; it returns a function that counts what the process has added so far."""
     started, killed, with_results = time.monotonic(), 0, 0
     while True:
         with tempfile.NamedTemporaryFile() as told:
@@ -152,7 +151,7 @@ def _kill_until_done(
 
 
 def differences(results: Path, expected: Path) -> list[str]:
-    """What is wrong with `results`, a file of the same job as `expected`, run in one go; `created` may differ."""
+    """What is wrong with `results`; `expected` is of the same job, uninterrupted, and may differ in `created`."""
     found, wanted = _by_line(results), _by_line(expected)
     said = [f"{line}: {len(records)} results" for line, records in found.items() if len(records) != 1]
     said += [f"{line}: no result" for line in wanted.keys() - found.keys()]
@@ -161,7 +160,7 @@ def differences(results: Path, expected: Path) -> list[str]:
 
 
 def store_differences(store: Path, expected: Path) -> list[str]:
-    """What is wrong with `store`, of the same conversion as `expected`, run in one go."""
+    """What is wrong with `store`; `expected` is of the same conversion, uninterrupted."""
     found, wanted = (
         {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
         for folder in (store, expected)

@@ -3,7 +3,7 @@
 In: the shape of a layer, kernels, rows of activations. Out: seconds per call. `bench_kernels.py` prints them.
 
 What makes it a fair race: contestants take turns, so that whatever drifts hits all of them; everyone's weights lie in
-huge pages, as the runtime's do, and everyone walks over so many copies that they exceed the last-level cache. torch's
+huge pages, as the runtime's do, and everyone uses so many copies in turn that they exceed the last-level cache. torch's
 workers must not spin after a call, as they would take our threads' processors: OMP_WAIT_POLICY=passive does that, if it
 is set before torch is imported.
 """
@@ -35,7 +35,7 @@ _BURST_SECONDS: Final = 0.02
 _MOST_CALLS: Final = 16
 _ROUNDS: Final = (3, 15)
 _LONG_SECONDS: Final = 0.3
-"""A call that takes as long needs no other before it to be in its stride."""
+"""A call that takes this long needs no other call before it to warm up."""
 _MOST_CACHE_NBYTES: Final = 512 * MIB
 
 
@@ -84,7 +84,7 @@ class Contestant:
 
 
 def measure(contestants: Sequence[Contestant], inputs: Inputs, seconds: float) -> dict[str, float]:
-    """Median seconds per call of each, by name; about `seconds` in all, where three turns each take no longer."""
+    """Median seconds per call of each, by name. Takes about `seconds` in all, longer if three turns each do."""
     estimates = [contestant.burst(inputs, 1) for contestant in contestants]
     calls = [min(_MOST_CALLS, math.ceil(_BURST_SECONDS / estimate)) for estimate in estimates]
     total = sum(estimate * (count + 1) for estimate, count in zip(estimates, calls, strict=True))
@@ -115,7 +115,7 @@ def our_contestants(kernels: Mapping[str, Kernels], weight: QuantizedWeight, cac
 
 
 def torch_contestants(weight: QuantizedWeight, cache_nbytes: int) -> list[Contestant]:
-    """torch's int4 operator and bf16 `linear` on the same weights, and its raw int8 product of as many."""
+    """torch's int4 operator and bf16 `linear` on the same weights, and its raw int8 product with as many weights."""
     out, in_ = weight.shape
     aten = torch.ops.aten
 
@@ -156,7 +156,7 @@ def relative_error(kernels: Kernels, weight: QuantizedWeight, x: torch.Tensor, r
 
 
 def last_level_cache_nbytes(folder: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> int:
-    """Of the largest cache the processor tells of, at most 512 MiB; 32 MiB where it tells nothing."""
+    """Size of the largest cache that the processor reports, at most 512 MiB; 32 MiB where it reports none."""
     sizes = [path.read_text().strip() for path in folder.glob("index*/size")]
     found = max((int(size.removesuffix("K")) * 1024 for size in sizes if size.endswith("K")), default=32 * MIB)
     return min(found, _MOST_CACHE_NBYTES)

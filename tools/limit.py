@@ -1,4 +1,4 @@
-"""Run a command inside a memory cgroup, where exceeding the limit is death, and report what it used.
+"""Run a command inside a memory cgroup, where exceeding the limit kills it, and report what it used.
 
     python tools/limit.py --memory 1GiB [--json FILE] -- COMMAND ARGUMENT...
     python tools/limit.py --check
@@ -48,7 +48,7 @@ class CannotLimitError(TieredError):
 
 @dataclass(frozen=True)
 class Group:
-    """A memory cgroup as folder; which files it has tells v1 from v2."""
+    """The folder of a memory cgroup; which files are in it tells v1 from v2."""
 
     path: Path
 
@@ -65,7 +65,7 @@ class Group:
                 self._write_if_there("memory.swappiness", 0)
 
     def peak_bytes(self) -> int:
-        """The most ever charged. Linux before 5.19 tells v2 groups only what is charged now."""
+        """The most ever charged. For v2 groups Linux before 5.19 tells only what is charged now."""
         for name in ("memory.peak", "memory.max_usage_in_bytes", "memory.current"):
             if (self.path / name).exists():
                 return int((self.path / name).read_text())
@@ -200,7 +200,7 @@ def watch(command: Sequence[str], limiter: Limiter, limit_bytes: int) -> Report:
     group = limiter.group
     hwm = peak = 0
     words = [*limiter.prefix, *command]
-    # posix_spawn, as it can hand the child an empty signal mask while ours stays closed.
+    # posix_spawn, as it can hand the child an empty signal mask while ours keeps them blocked.
     pid = os.posix_spawnp(words[0], words, os.environ, setsigmask=[])
     while True:
         caught = signal.sigtimedwait(HELD, POLL_SECONDS)

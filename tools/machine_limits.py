@@ -3,7 +3,7 @@
     python tools/machine_limits.py                  one line of JSON; by as many threads as there are processors
 
 The loops are in machine_limits.cpp, which is compiled with g++ or clang++ (or CXX) whenever this runs. Without a
-compiler torch's sum reads memory, several times slower, and the peak is not known. `bench_kernels.py` and
+compiler torch's sum reads memory, several times slower, and the peak is unknown. `bench_kernels.py` and
 `bench_stream.py` compare what they measure with these figures.
 """
 
@@ -42,7 +42,7 @@ class Limits:
         # The library asks the kernel for AMX tiles, and says what this processor runs.
         self._level = Level.SCALAR if isinstance(library, str) else library.best_level()
         self._pool = ThreadPoolExecutor(threads)
-        # Much larger than any cache; values, as pages never written share one page of zeros.
+        # Much larger than any cache, and filled: pages that were never written share one page of zeros.
         self._memory = settled(torch.ones(nbytes // 8, dtype=torch.int64))
 
     def __enter__(self) -> Self:

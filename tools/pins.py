@@ -22,7 +22,7 @@ from typing import Any, Final
 ROOT: Final = Path(__file__).parent.parent
 FILES: Final = {"newest": ROOT / "constraints.txt", "lowest": ROOT / "constraints-lowest.txt"}
 HELD: Final = "torch"
-"""Not moved unless asked to: builds differ, and take gigabytes."""
+"""Not moved unless asked to: its builds differ, and take gigabytes."""
 
 
 def main() -> None:
@@ -52,7 +52,7 @@ def read_project() -> dict[str, Any]:
 
 
 def requirements(project: Mapping[str, Any], end: str) -> list[str]:
-    """What to resolve: programs that only check the code have but one pin."""
+    """What to resolve; the programs that only check the code are pinned for "newest" alone."""
     return [*project["dependencies"], *(project["optional-dependencies"]["dev"] if end == "newest" else [])]
 
 

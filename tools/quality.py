@@ -106,7 +106,7 @@ def perplexity(store: Store, windows: list[Window], bits: Bits = 16) -> float:
 
 
 def squared_error(checkpoint: Path, options: ConvertOptions) -> float:
-    """Of all two-dimensional layer weights together, relative to their squared norm."""
+    """Squared error of all two-dimensional layer weights together, relative to their squared norm."""
     if options.quant == "none":
         return 0.0
     scheme = GroupScheme(4 if options.quant == "int4" else 8, options.group_size)

@@ -115,7 +115,7 @@ def test_a_chat_goes_through_the_model_s_own_template(store: Path, tmp_path: Pat
     assert chat["usage"] == plain["usage"]
 
 
-def test_width_and_cache_tier_change_no_result(store: Path, source: Path, tmp_path: Path) -> None:
+def test_batch_size_and_cache_tier_change_no_result(store: Path, source: Path, tmp_path: Path) -> None:
     expected = None
     for number, words in enumerate([("--batch", "1"), ("--batch", "8"), ("--micro-batch", "3"), ("--kv", "disk")]):
         batch(store, source, tmp_path / f"{number}.jsonl", *words)
@@ -230,7 +230,7 @@ def test_away_from_a_terminal_the_report_is_all_that_is_said(store: Path, source
     assert "\ndecode " in done.err and "\x1b" not in done.err
 
 
-def test_without_a_width_the_run_says_what_it_chose_and_why(store: Path, tmp_path: Path) -> None:
+def test_without_a_batch_size_the_run_says_what_it_chose_and_why(store: Path, tmp_path: Path) -> None:
     source = write_lines(tmp_path / "in.jsonl", [request(f"r{number}", max_tokens=4) for number in range(5)])
     done = run_here("batch", store, "-i", source, "-o", tmp_path / "out.jsonl", "--no-measure")
     assert done.code == 0
@@ -250,7 +250,7 @@ def least(store: Path, tmp_path_factory: pytest.TempPathFactory) -> int:
 
 @pytest.mark.inputs("tiered/plan", "tiered/model")
 @pytest.mark.parametrize("spare", [20, 60])
-def test_choosing_a_width_does_not_take_the_memory_it_is_about(
+def test_choosing_a_batch_size_does_not_take_the_memory_it_is_about(
     store: Path, least: int, tmp_path: Path, spare: int
 ) -> None:
     source = write_lines(tmp_path / "requests.jsonl", [request(f"id-{n}", max_tokens=2) for n in range(40)])

@@ -517,12 +517,12 @@ def test_a_prompt_that_fails_keeps_no_other_from_its_text(store: Path, tmp_path:
     assert (both.code, first["finish_reason"], first["text"]) == (1, "error", "")
     assert first["error"] in told[0]
     assert (second["error"], second["finish_reason"], second["text"] + "\n") == (None, "length", alone.out)
-    # What is the only one ends as it did before there were several.
+    # A single prompt that fails ends the command with its own error.
     only = run_here("generate", *words, "-p", LONG)
     assert only.code == 1 and "prompt 1" not in only.err and "NaN" in only.err
     added = run_here("generate", *words, "-p", ADDED)
     assert (added.code, added.out) == (2, "") and ADDED in added.err
-    # Nothing is opened where none is left.
+    # No runtime is opened where no prompt is left.
     none = run_here("generate", *words, "-p", ADDED, "-p", f"{ADDED}!")
     assert (none.code, none.out, len(none.err.splitlines())) == (1, "", 2)
     found = json.loads(run_here("generate", *words, "-p", ADDED, "-p", f"{ADDED}!", "--json").out)

@@ -174,7 +174,7 @@ def test_a_text_comes_from_a_file_or_from_standard_input_as_it_is(store: Path, t
 @pytest.mark.parametrize(("bits", "change"), [("8", 0.005), ("4", 0.01)])
 def test_a_quantized_cache_costs_little_perplexity(store: Path, text: Path, bits: str, change: float) -> None:
     words = (store, "-f", text, "--context", "1024", *FLOAT32, *QUIET)
-    exact, found = (answer(*words, "--kv-bits", width)["together"]["perplexity"] for width in ("16", bits))
+    exact, found = (answer(*words, "--kv-bits", kv_bits)["together"]["perplexity"] for kv_bits in ("16", bits))
     assert found != exact
     assert found == pytest.approx(exact, rel=change)
 

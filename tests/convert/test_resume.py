@@ -18,7 +18,7 @@ from tiered.store import Store
 
 
 def convert_slowly(source: Path, out: Path) -> None:
-    """Slowed down per chunk written, so that a kill can fall anywhere; it stops before the last of a whole store."""
+    """Waits at each report of progress, so that a kill can fall anywhere, and for a minute before a store is whole."""
     chunks = itertools.count()
     convert_checkpoint(source, out, ConvertOptions(), lambda _: time.sleep(0.005 if next(chunks) < 60 else 60))
 

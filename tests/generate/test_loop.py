@@ -41,8 +41,9 @@ class Numbers:
 class Runner:
     """A runtime without a model: it keeps every sequence's text, and checks what it is asked."""
 
-    def __init__(self, sequences: int, context: int = 100, pass_tokens: int = 0, kv_tokens: int = 0) -> None:
-        tokens = min(sequences * context, max(pass_tokens, sequences)) if pass_tokens else sequences * context
+    def __init__(self, sequences: int, context: int = 100, max_batched_tokens: int = 0, kv_tokens: int = 0) -> None:
+        most = sequences * context
+        tokens = min(most, max(max_batched_tokens, sequences)) if max_batched_tokens else most
         self.plan, self.vocab_size = plan_of(max_batched_tokens=tokens), VOCAB
         cache = CachePlan(
             KVShape(1, 2, 1, "bfloat16"),
@@ -116,10 +117,10 @@ def completion(sequence: Sequence, params: SamplingParams = GREEDY, request: int
     return found
 
 
-def run(runner: Runner, sequences: Items[Sequence], width: int, **more: Any) -> list[Sequence]:
+def run(runner: Runner, sequences: Items[Sequence], batch_size: int, **more: Any) -> list[Sequence]:
     """Runs them and returns them in the order they finished in; the cache is empty then."""
     finished: list[Sequence] = []
-    generate(runner, sequences, width, on_finished=finished.append, **more)
+    generate(runner, sequences, batch_size, on_finished=finished.append, **more)
     assert runner.pool.is_empty
     assert len(finished) == len(sequences) and set(map(id, finished)) == set(map(id, sequences))
     return finished
@@ -128,27 +129,27 @@ def run(runner: Runner, sequences: Items[Sequence], width: int, **more: Any) -> 
 @settings(deadline=None, max_examples=60)
 @given(
     texts=st.lists(st.tuples(PROMPTS, st.integers(1, 12)), min_size=1, max_size=8),
-    width=st.integers(1, 6),
-    pass_tokens=st.sampled_from([0, 1, 7, 64]),
+    batch_size=st.integers(1, 6),
+    max_batched_tokens=st.sampled_from([0, 1, 7, 64]),
     kv_tokens=st.sampled_from([0, 100, 150]),
     params=st.sampled_from([GREEDY, RANDOM]),
 )
 def test_tokens_depend_on_nothing_but_the_request(
-    texts: list[tuple[list[int], int]], width: int, pass_tokens: int, kv_tokens: int, params: SamplingParams
+    texts: list[tuple[list[int], int]], batch_size: int, max_batched_tokens: int, kv_tokens: int, params: SamplingParams
 ) -> None:
     sequences = [sequence_of(prompt, tokens, i, params) for i, (prompt, tokens) in enumerate(texts)]
-    runner = Runner(width, pass_tokens=pass_tokens, kv_tokens=kv_tokens)
-    run(runner, sequences, width)
+    runner = Runner(batch_size, max_batched_tokens=max_batched_tokens, kv_tokens=kv_tokens)
+    run(runner, sequences, batch_size)
     for number, sequence in enumerate(sequences):
         assert sequence.token_ids == completion(sequence, params, number)
         assert sequence.finish_reason == "length"
-    assert all(len(tokens) <= width and sum(tokens) <= runner.plan.max_batched_tokens for tokens in runner.passes)
+    assert all(len(tokens) <= batch_size and sum(tokens) <= runner.plan.max_batched_tokens for tokens in runner.passes)
 
 
-def test_sampled_tokens_do_not_depend_on_width_or_order() -> None:
-    def tokens(width: int, order: Items[int]) -> dict[int, list[int]]:
+def test_sampled_tokens_do_not_depend_on_batch_size_or_order() -> None:
+    def tokens(batch_size: int, order: Items[int]) -> dict[int, list[int]]:
         made = {i: sequence_of(prompt_of(5 + i, i), 8, i, RANDOM) for i in order}
-        run(Runner(width), list(made.values()), width)
+        run(Runner(batch_size), list(made.values()), batch_size)
         return {i: made[i].token_ids for i in range(6)}
 
     alone = tokens(1, range(6))
@@ -158,7 +159,7 @@ def test_sampled_tokens_do_not_depend_on_width_or_order() -> None:
 
 def test_a_newcomer_enters_in_the_pass_after_somebody_left() -> None:
     runner = Runner(2)
-    run(runner, [sequence_of(prompt_of(n), tokens) for n, tokens in ((3, 1), (4, 4), (5, 2), (6, 1))], width=2)
+    run(runner, [sequence_of(prompt_of(n), tokens) for n, tokens in ((3, 1), (4, 4), (5, 2), (6, 1))], batch_size=2)
     assert runner.passes == [[3, 4], [1, 5], [1, 1], [1, 6]]
 
 
@@ -185,30 +186,30 @@ def test_sequences_are_taken_from_an_endless_source_as_there_is_room() -> None:
 
 
 def test_a_long_prompt_goes_over_several_passes_while_others_decode() -> None:
-    runner = Runner(2, pass_tokens=10)
+    runner = Runner(2, max_batched_tokens=10)
     short, long = sequence_of(prompt_of(4), 8), sequence_of(prompt_of(30, 1), 2, 1)
-    run(runner, [short, long], width=2)
+    run(runner, [short, long], batch_size=2)
     assert runner.passes == [[4, 6], [1, 9], [1, 9], [1, 6], [1, 1], [1], [1], [1]]
     assert long.token_ids == completion(long)
 
 
 def test_a_prompt_with_no_room_left_waits_without_an_empty_segment() -> None:
-    runner = Runner(3, pass_tokens=3)
+    runner = Runner(3, max_batched_tokens=3)
     sequences = [sequence_of(prompt_of(n, n), 6, n) for n in (1, 1, 2)]
-    run(runner, sequences, width=3)
+    run(runner, sequences, batch_size=3)
     assert runner.passes[:2] == [[1, 1, 1], [1, 1, 1]]
 
 
 def test_a_sequence_waits_until_the_cache_has_room() -> None:
     runner = Runner(3, context=64 * 4, kv_tokens=64 * 4)
     sequences = [sequence_of(prompt_of(200, n), 3, n) for n in range(3)]
-    assert run(runner, sequences, width=3) == sequences
+    assert run(runner, sequences, batch_size=3) == sequences
     assert max(len(tokens) for tokens in runner.passes) == 1
 
 
 def test_a_prompt_as_long_as_the_context_gets_its_one_token() -> None:
     sequence = sequence_of(prompt_of(100), 1)
-    run(Runner(1), [sequence], width=1)
+    run(Runner(1), [sequence], batch_size=1)
     assert sequence.token_ids == completion(sequence)
 
 
@@ -219,14 +220,14 @@ def test_sequences_end_at_their_own_stops() -> None:
     by_token = sequence_of(prompt_of(4), 20, eos_ids=ends)
     by_text = sequence_of(prompt_of(5), 20, stops=(stop,))
     by_length = sequence_of(prompt_of(6), 2)
-    finished = run(Runner(3), [by_token, by_text, by_length], width=3)
+    finished = run(Runner(3), [by_token, by_text, by_length], batch_size=3)
     assert [item.finish_reason for item in finished] == ["length", "stop", "stop"]
     assert len(by_token.token_ids) <= 3 and stop not in by_text.text
 
 
 def test_log_probabilities_are_those_of_the_tokens_taken() -> None:
     sequence = sequence_of(prompt_of(4), 3, logprobs=0)
-    run(Runner(1), [sequence], width=1)
+    run(Runner(1), [sequence], batch_size=1)
     expected = []
     for count, token in enumerate(sequence.token_ids):
         logits = model(sequence.prompt_ids + sequence.token_ids[:count])
@@ -238,7 +239,7 @@ def test_log_probabilities_are_those_of_the_tokens_taken() -> None:
 def test_after_every_pass_each_sequence_with_logits_has_one_token_more() -> None:
     counts: list[int] = []
     sequence = sequence_of(prompt_of(10), 3)
-    generate(Runner(1, pass_tokens=4), [sequence], 1, on_pass=lambda: counts.append(len(sequence.token_ids)))
+    generate(Runner(1, max_batched_tokens=4), [sequence], 1, on_pass=lambda: counts.append(len(sequence.token_ids)))
     assert counts == [0, 0, 1, 2, 3]
 
 
@@ -289,16 +290,16 @@ def test_a_sequence_that_no_empty_cache_holds_is_refused() -> None:
     assert runner.pool.is_empty
 
 
-@pytest.mark.parametrize(("count", "width"), [(1, 1), (1, 2), (2, 2), (3, 2), (3, 5)])
-def test_the_last_pass_is_announced_where_it_is_sure(count: int, width: int) -> None:
+@pytest.mark.parametrize(("count", "batch_size"), [(1, 1), (1, 2), (2, 2), (3, 2), (3, 5)])
+def test_the_last_pass_is_announced_where_it_is_sure(count: int, batch_size: int) -> None:
     runner = Runner(5)
-    run(runner, [sequence_of(prompt_of(4 + n, n), 3, n) for n in range(count)], width=width)
+    run(runner, [sequence_of(prompt_of(4 + n, n), 3, n) for n in range(count)], batch_size=batch_size)
     assert runner.announced == [False] * (len(runner.passes) - 1) + [True]
 
 
 def test_no_last_pass_is_announced_before_a_prompt_has_passed() -> None:
-    runner = Runner(2, pass_tokens=8)
-    run(runner, [sequence_of(prompt_of(4), 1), sequence_of(prompt_of(20), 1, 1)], width=2)
+    runner = Runner(2, max_batched_tokens=8)
+    run(runner, [sequence_of(prompt_of(4), 1), sequence_of(prompt_of(20), 1, 1)], batch_size=2)
     assert runner.announced == [False, False, True]
 
 
@@ -310,7 +311,7 @@ def test_no_last_pass_is_announced_while_the_source_may_have_more() -> None:
 
 
 def test_passes_are_counted_with_what_was_in_them() -> None:
-    runner = Runner(2, pass_tokens=10)
+    runner = Runner(2, max_batched_tokens=10)
     found = generate(runner, [sequence_of(prompt_of(4), 4), sequence_of(prompt_of(12, 1), 2, 1)], 2)
     assert [(cost.prompt_tokens, cost.new_tokens) for cost in found.recent] == [(10, 1), (6, 2), (0, 2), (0, 1)]
     assert [cost.is_decode for cost in found.recent] == [False, False, True, True]
@@ -355,7 +356,7 @@ def failing(error: BaseException, after: int = 2, tokens: int = 6) -> Sequence:
     return Sequence(prompt_of(7, 99), Sampler(GREEDY, 0), Fails(error, after), tokens, END)
 
 
-@pytest.mark.parametrize("width", [1, 2, 3])
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
 @pytest.mark.parametrize(
     "bad",
     [
@@ -369,10 +370,10 @@ def failing(error: BaseException, after: int = 2, tokens: int = 6) -> Sequence:
     ],
     ids=["decoder", "panic", "recursion", "vocabulary", "negative", "empty", "longer than planned"],
 )
-def test_a_sequence_that_fails_leaves_and_the_others_go_on(bad: Callable[[], Sequence], width: int) -> None:
+def test_a_sequence_that_fails_leaves_and_the_others_go_on(bad: Callable[[], Sequence], batch_size: int) -> None:
     good = [sequence_of(prompt_of(4 + n, n), 5, n) for n in range(4)]
     wrong = [bad(), bad()]
-    run(Runner(width), [wrong[0], *good[:2], wrong[1], *good[2:]], width)
+    run(Runner(batch_size), [wrong[0], *good[:2], wrong[1], *good[2:]], batch_size)
     for number, sequence in enumerate(good):
         assert (sequence.finish_reason, sequence.error) == ("length", None)
         assert sequence.token_ids == completion(sequence, request=number)
@@ -389,7 +390,7 @@ def test_logits_that_are_no_numbers_fail_their_sequence_at_its_place(monkeypatch
 
     monkeypatch.setattr("tests.generate.test_loop.model", nan)
     runner = Runner(2)
-    assert run(runner, [bad, good], width=2) == [bad, good]
+    assert run(runner, [bad, good], batch_size=2) == [bad, good]
     assert isinstance(bad.error, ModelError) and "token 3 of the completion" in str(bad.error)
     assert bad.token_ids == wrong[6:] and len(good.token_ids) == 9 and good.error is None
     assert runner.passes == [[6, 5], [1, 1], [1, 1], [1, 1]] + [[1]] * 5
@@ -418,7 +419,7 @@ def test_only_what_was_sampled_is_counted() -> None:
 
 def test_a_source_of_nothing_but_bad_ones_takes_no_pass() -> None:
     runner = Runner(1)
-    run(runner, [sequence_of([VOCAB]) for _ in range(5)], width=1)
+    run(runner, [sequence_of([VOCAB]) for _ in range(5)], batch_size=1)
     assert runner.passes == []
 
 

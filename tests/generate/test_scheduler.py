@@ -111,7 +111,7 @@ class Machine(Runner):
 
 
 class Clocked(Pace):
-    """A pace that is told the machine's disk time, which no clock here sees."""
+    """A pace that is told the disk time of the simulated machine, which no clock here measures."""
 
     def note(self, decoding: int, prompt_tokens: int, compute_seconds: float, disk_seconds: float) -> None:
         super().note(decoding, prompt_tokens, compute_seconds, Machine.disk)
@@ -201,11 +201,11 @@ def test_what_has_ended_is_told_before_what_waits_is_refused() -> None:
             scheduler.step()
 
 
-@pytest.mark.parametrize("pass_tokens", [1, 7, 13, 64])
-def test_a_window_that_passes_in_several_pieces_keeps_every_position(pass_tokens: int) -> None:
+@pytest.mark.parametrize("max_batched_tokens", [1, 7, 13, 64])
+def test_a_window_that_passes_in_several_pieces_keeps_every_position(max_batched_tokens: int) -> None:
     windows = list(cut_windows(torch.tensor(prompt_of(90)), 32, 20, [3]))
     found: dict[int, torch.Tensor] = {}
-    runner = Runner(2, pass_tokens=pass_tokens)
+    runner = Runner(2, max_batched_tokens=max_batched_tokens)
     score(runner, windows, 2, lambda window, logprobs: found.update({window.position: logprobs}))
     for window in windows:
         text, targets = window.input_ids, window.targets

@@ -50,13 +50,13 @@ def logits_after(ids: list[int]) -> torch.Tensor:
 
 
 class FakeGenerate:
-    """Runs `width` sequences at a time, one token per pass. `stop_after` many ended sequences, it is interrupted.
+    """Runs `batch_size` sequences at a time, one token per pass; interrupted when `stop_after` have ended.
 
-    What its model makes of a prompt with a "!" in it are no numbers.
+    A sequence whose prompt has a "!" fails, as if its logits were NaN.
     """
 
-    def __init__(self, width: int = 4, stop_after: int | None = None) -> None:
-        self.width, self.stop_after = width, stop_after
+    def __init__(self, batch_size: int = 4, stop_after: int | None = None) -> None:
+        self.batch_size, self.stop_after = batch_size, stop_after
         self.ended = 0
         self.most_running = 0
 
@@ -70,7 +70,7 @@ class FakeGenerate:
         waiting, running = iter(sequences), list[Sequence]()
         generation = Generation()
         while True:
-            while len(running) < self.width and (new := next(waiting, None)) is not None:
+            while len(running) < self.batch_size and (new := next(waiting, None)) is not None:
                 running.append(new)
             if not running:
                 return generation

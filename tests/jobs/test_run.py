@@ -89,9 +89,11 @@ def test_a_custom_id_has_one_result_even_if_two_lines_have_it(source: Path, tmp_
     assert '"id-0"' in refused["error"]["message"]
 
 
-@pytest.mark.parametrize("width", [1, 3, 100])
-def test_width_and_order_change_no_result(source: Path, tmp_path: Path, whole: list[bytes], width: int) -> None:
-    run_fake(source, tmp_path / "out.jsonl", FakeGenerate(width))
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+def test_batch_size_and_order_change_no_result(
+    source: Path, tmp_path: Path, whole: list[bytes], batch_size: int
+) -> None:
+    run_fake(source, tmp_path / "out.jsonl", FakeGenerate(batch_size))
     found = (tmp_path / "out.jsonl").read_bytes().splitlines(keepends=True)
     assert sorted(found) == sorted(whole)
 
@@ -215,7 +217,7 @@ def test_requests_are_read_no_further_than_there_is_room(tmp_path: Path, monkeyp
     class Watching(FakeGenerate):
         def __call__(self, sequences: Any, *, on_pass: Any, on_finished: Any) -> Any:
             def watched() -> None:
-                assert read <= self.ended + self.width + 1
+                assert read <= self.ended + self.batch_size + 1
                 on_pass()
 
             nonlocal read

@@ -32,7 +32,7 @@ def random_states(sequences: int, heads: int, slots: int, head_dim: int, seed: i
 @pytest.mark.parametrize(("keys", "values"), FORMATS)
 @pytest.mark.parametrize("group", [1, 3, 8])
 @pytest.mark.parametrize("head_dim", [64, 72, 128])
-def test_chunks_and_single_steps_give_the_bits_of_one_call(
+def test_parts_and_single_steps_give_the_bits_of_one_call(
     name: str, head_dim: int, group: int, keys: CacheFormat, values: CacheFormat, scaling: float
 ) -> None:
     shape = Shape(2, 75, 2 * group, 2, 140, head_dim)

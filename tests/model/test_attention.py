@@ -67,7 +67,7 @@ def make_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def logits_of(model: PreTrainedModel) -> torch.Tensor:
-    """Three texts of 40 tokens at most, padded at the left: two chunks, then one token."""
+    """Three texts of 40 tokens at most, padded at the left: two calls with many tokens, then one with one."""
     generator = torch.Generator().manual_seed(2)
     ids = torch.randint(3, 99, (3, 40), generator=generator)
     mask = torch.ones(3, 40, dtype=torch.int64)
@@ -174,7 +174,7 @@ def masked(batch: int, queries: int, slots: int, padding: list[int], window: int
 
 @torch.no_grad()
 @pytest.mark.parametrize("window", [None, 30])
-def test_a_text_has_the_same_bits_alone_in_a_batch_in_chunks_and_as_steps(
+def test_a_text_has_the_same_bits_alone_in_a_batch_in_parts_and_as_steps(
     kernels: CountingKernels, window: int | None
 ) -> None:
     attention, length = KernelAttention(kernels), 150

@@ -1,6 +1,6 @@
 """Every family of the table gives what transformers gives: logits at every position, and greedy tokens.
 
-The reference knows neither cache nor padding nor chunks: it is one forward over each whole text. All prompts are
+The reference knows neither cache nor padding nor micro-batches: it is one forward over each whole text. All prompts are
 longer than the sliding windows.
 """
 
@@ -70,15 +70,15 @@ def test_a_quantized_store_gives_what_its_dequantized_weights_give(tiny: Tiny, n
         assert_same(run_greedy(runtime, prompts_for(name)), expected)
 
 
-@pytest.mark.parametrize("chunk", [None, 6])
+@pytest.mark.parametrize("rows", [None, 6])
 @pytest.mark.parametrize("name", LENGTH_DEPENDENT)
-def test_rotary_frequencies_follow_the_length_of_each_text(tiny: Tiny, name: str, chunk: int | None) -> None:
+def test_rotary_frequencies_follow_the_length_of_each_text(tiny: Tiny, name: str, rows: int | None) -> None:
     long, short = prompts_for(name)
     assert len(short) < SHORT_TEXT < len(long)
     expected = cached_answers(tiny, name, long, steps=8)
     # A text that grows past the limit is another matter: `generate` of some families then starts over.
     expected_short = cached_answers(tiny, name, short, steps=SHORT_TEXT - len(short))
-    with open_runtime(tiny.store(name), micro_batch_rows=chunk) as runtime:
+    with open_runtime(tiny.store(name), micro_batch_rows=rows) as runtime:
         assert_same(run_greedy(runtime, [long], steps=8), expected)
         assert_same(run_greedy(runtime, [short], steps=2), expected_short)
         together = run_greedy(runtime, [short, long], steps=3)

@@ -1,7 +1,7 @@
-"""The same logits whatever the cache's tier, the chunks, the passes, the neighbours and the threads.
+"""The same logits whatever the cache's tier, the micro-batches, the passes, the neighbours and the threads.
 
 Exactly the same with the native kernels, in every format of the cache. And those of transformers' own forward, over
-texts so much longer than windows and chunks that the rings of sliding layers go round.
+texts so much longer than windows and micro-batches that the rings of sliding layers go round.
 """
 
 from collections.abc import Iterator, Sequence
@@ -83,7 +83,7 @@ class Models:
         return reference_logits(self.model(name), text_of(CONTEXT - 20))
 
     def _exact(self, name: str, bits: int) -> torch.Tensor:
-        """What the engine makes of the text in one pass and one chunk, alone, on one thread."""
+        """What the engine makes of the text in one pass and one micro-batch, alone, on one thread."""
         with runtime_of(self.store(name, torch.bfloat16), kv_bits=bits) as runtime:
             return logits_of(runtime, text_of(TEXT), [TEXT])
 
@@ -115,7 +115,7 @@ class Crowd:
         self._held: dict[int, SequenceKV] = {}
 
     def segments(self, number: int) -> list[Segment]:
-        """Those of pass `number`; who has no more tokens has left."""
+        """The sequences of pass `number`; one without further tokens has left."""
         found = []
         for begin, counts in self._schedule.items():
             if begin in self._held and number == begin + len(counts):
@@ -138,7 +138,7 @@ class Crowd:
 def logits_of(
     runtime: Runtime, ids: Tokens, split: Sequence[int], schedule: dict[int, list[int]] | None = None
 ) -> torch.Tensor:
-    """[tokens, vocab] of `ids`, of which `split` tells how many are in each pass."""
+    """Logits [tokens, vocab] of `ids`; `split`: how many of them are in each pass."""
     assert sum(split) == len(ids)
     found = []
     with ExitStack() as stack:
@@ -155,9 +155,9 @@ def logits_of(
 
 
 GRID: Final[dict[str, dict[str, Any]]] = {
-    "disk, chunks of 7": {"kv": "disk", "micro_batch_rows": 7, "threads": 1},
-    "memory, chunks of 64, 2 threads": {"kv": "cpu", "micro_batch_rows": 64, "threads": 2},
-    "disk, one chunk, 2 threads": {"kv": "disk", "micro_batch_rows": None, "threads": 2},
+    "disk, micro-batches of 7": {"kv": "disk", "micro_batch_rows": 7, "threads": 1},
+    "memory, micro-batches of 64, 2 threads": {"kv": "cpu", "micro_batch_rows": 64, "threads": 2},
+    "disk, one micro-batch, 2 threads": {"kv": "disk", "micro_batch_rows": None, "threads": 2},
 }
 
 
@@ -169,8 +169,8 @@ CELLS: Final = [
     for third, bits in enumerate(BITS)
     if (first + second + third) % 3 == 0 or name == "gemma3_text"
 ]
-"""All of them for the family with windows, whose rings bring bits, tier and chunks together. The others differ in what
-they compute between pages only: with each, every format meets one setting and every setting one format."""
+"""All combinations for the family with windows, whose rings depend on bits, tier and micro-batches together. The other
+families differ only in what they compute between pages: each of them meets every format and every setting once."""
 
 
 @pytest.mark.parametrize(
@@ -232,7 +232,7 @@ def error_of(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("name", represented(["bloom", "diffllama"], ["bloom"]))
-def test_families_with_attention_of_their_own_read_what_is_stored_whatever_the_chunks(
+def test_families_with_attention_of_their_own_read_what_is_stored_whatever_the_micro_batches(
     models: Models, tmp_path: Path, name: str, bits: int
 ) -> None:
     store, ids, found = models.store(name, torch.float32), text_of(TEXT), []

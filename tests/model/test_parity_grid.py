@@ -32,8 +32,8 @@ ROOM: Final[dict[str, Callable[[tuple[int, ...]], int]]] = {
 }
 """Bytes left for blocks of the given sizes."""
 PREFETCH: Final = (None, 0, 1)
-CHUNKS: Final = (1, 3, 5, 30, None)
-"""Rows per chunk: less than a prompt, one prompt, both."""
+MICRO_BATCHES: Final = (1, 3, 5, 30, None)
+"""Rows of a micro-batch: less than a prompt, one prompt, both."""
 
 
 pytestmark = pytest.mark.usefixtures("steady_baseline")
@@ -75,11 +75,11 @@ def planned_bytes(runtime: Runtime, passes: int) -> Counter[str]:
 @pytest.mark.parametrize("prefetch", PREFETCH)
 @pytest.mark.parametrize("name", represented(FAMILIES, FAMILIES[:2]))
 def test_budget_and_read_ahead_change_nothing(tiny: Tiny, name: str, prefetch: int | None, room: str) -> None:
-    # Each cell takes the next chunk size; the test below takes all of them in one cell.
+    # Each cell takes the next size of micro-batches; the test below takes all of them in one cell.
     turn = FAMILIES.index(name) + PREFETCH.index(prefetch) + list(ROOM).index(room)
-    chunk = CHUNKS[turn % len(CHUNKS)]
+    rows = MICRO_BATCHES[turn % len(MICRO_BATCHES)]
     store, steps = tiny.store(name), 4
-    options: dict[str, Any] = {"prefetch": prefetch, "micro_batch_rows": chunk, "verify": VerifyPolicy.NEVER}
+    options: dict[str, Any] = {"prefetch": prefetch, "micro_batch_rows": rows, "verify": VerifyPolicy.NEVER}
     ram = budget_for(store, room, **options)
     with open_runtime(store, ram=ram, keep_spans=True, **options) as runtime:
         check_placement(runtime.plan, room)
@@ -115,12 +115,12 @@ def is_table(path: str, nbytes: int, store: Store) -> bool:
     return path == embed.path and nbytes != embed.nbytes
 
 
-@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize("rows", MICRO_BATCHES)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_split_into_chunks_changes_nothing(tiny: Tiny, name: str, chunk: int | None) -> None:
+def test_the_split_into_micro_batches_changes_nothing(tiny: Tiny, name: str, rows: int | None) -> None:
     store = tiny.store(name)
-    ram = budget_for(store, "some resident", micro_batch_rows=chunk)
-    with open_runtime(store, ram=ram, micro_batch_rows=chunk) as runtime:
+    ram = budget_for(store, "some resident", micro_batch_rows=rows)
+    with open_runtime(store, ram=ram, micro_batch_rows=rows) as runtime:
         assert_same(run_greedy(runtime, prompts_for(name), 6), tiny.reference(name))
 
 

@@ -194,7 +194,7 @@ def test_windows_that_are_scored_share_passes_where_that_spares_the_disk() -> No
 
 
 @pytest.mark.parametrize("bits", [4, 5])
-def test_records_that_cannot_be_are_explained(bits: Bits) -> None:
+def test_kv_blocks_that_cannot_be_are_explained(bits: Bits) -> None:
     model = model_of(kv=KVShape(2, 63, 2, "bfloat16"))
     with pytest.raises(ConfigError, match="KV cache: "):
         make_plan(model, UNMEASURED, Workload(), Budgets(GIB, 0, kv_bits=bits))

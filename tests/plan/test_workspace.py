@@ -48,7 +48,7 @@ def test_materialized_scores_count_for_every_head() -> None:
     assert row_nbytes(eager, 2048) - row_nbytes(SHAPE, 2048) == (3 * 32 - 1) * 2048 * 4
 
 
-def test_a_long_prompt_passes_in_chunks_that_a_small_budget_affords() -> None:
+def test_a_long_prompt_passes_in_micro_batches_that_a_small_budget_affords() -> None:
     small, large = (workspace_for(SHAPE, SCRATCH, 2048, 1, 2048, budget) for budget in (GIB // 2, 64 * GIB))
     assert small.rows < large.rows == MAX_ROWS
     assert small.nbytes < large.nbytes

@@ -93,7 +93,7 @@ def test_a_block_about_a_chunk_long_has_a_checksum_for_every_chunk(extra: int, t
     assert_well_formed(tmp_path, file)
 
 
-def test_chunks_of_any_size_make_the_same_block(tmp_path: Path) -> None:
+def test_pieces_of_any_size_make_the_same_block(tmp_path: Path) -> None:
     data = random_bytes(5 * CHUNK_NBYTES + 77, 3)
     files = []
     for number, step in enumerate((data.nbytes, CHUNK_NBYTES // 3, 3 * CHUNK_NBYTES + 1)):

@@ -91,17 +91,17 @@ def marker(layer: int, kv: SequenceKV, page: int) -> int:
     return 1 + layer * 10_000 + kv.tail * 100 + page
 
 
-def check_and_fill(setup: Setup, records: LentBlocks, layer: int) -> None:
+def check_and_fill(setup: Setup, group: LentBlocks, layer: int) -> None:
     """What a group computes: it finds every page it completed before, and completes more."""
-    places, memory = records.map_of(layer), records.memory(layer)
+    places, memory = group.map_of(layer), group.memory(layer)
     numbers, count = memory.view(torch.int64), setup.pool.layout.block_nbytes // 8
     for number, part in enumerate(places.parts):
         for page in range(part.stop // PAGE_TOKENS):
-            record = numbers[places.offset(number, page) // 8 :][:count]
+            block = numbers[places.offset(number, page) // 8 :][:count]
             if page < part.first_page:
-                assert (record == marker(layer, part.kv, page)).all()
+                assert (block == marker(layer, part.kv, page)).all()
             else:
-                record[:] = marker(layer, part.kv, page)
+                block[:] = marker(layer, part.kv, page)
 
 
 async def run_pass(
@@ -114,17 +114,17 @@ async def run_pass(
 def _run_pass(setup: Setup, groups: list[LentBlocks], stop_at: tuple[int, int] | None, pause: float) -> None:
     with setup.stream.serving(groups):
         for layer in range(LAYERS):
-            for number, records in enumerate(groups):
+            for number, group in enumerate(groups):
                 if (layer, number) == stop_at:
                     return
-                with setup.stream.lend(records, layer):
-                    check_and_fill(setup, records, layer)
+                with setup.stream.lend(group, layer):
+                    check_and_fill(setup, group, layer)
                     end = time.monotonic() + pause
                     while time.monotonic() < end:
                         setup.cancel.check()
                         time.sleep(0.001)
-    for records in groups:
-        for part in records.maps[0].parts:
+    for group in groups:
+        for part in group.maps[0].parts:
             part.kv.length = part.stop
 
 
@@ -143,7 +143,7 @@ def test_pages_come_back_in_the_next_passes(tmp_path: Path) -> None:
     run(passes())
 
 
-def test_a_unit_may_hold_several_sequences(tmp_path: Path) -> None:
+def test_a_group_may_hold_several_sequences(tmp_path: Path) -> None:
     async def passes() -> None:
         async with streaming(tmp_path) as setup:
             kvs = setup.sequences(4)
@@ -154,7 +154,7 @@ def test_a_unit_may_hold_several_sequences(tmp_path: Path) -> None:
     run(passes())
 
 
-def test_the_next_unit_is_read_before_this_one_is_stored(tmp_path: Path) -> None:
+def test_the_next_group_is_read_before_this_one_is_stored(tmp_path: Path) -> None:
     async def passes() -> None:
         async with streaming(tmp_path) as setup:
             kvs = setup.sequences(3)
@@ -322,7 +322,7 @@ def test_no_more_is_read_ahead_than_the_ring_holds(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("lent_pages", [10, 13, 20])
-def test_units_of_all_sizes_fit_the_ring_whatever_came_before(tmp_path: Path, lent_pages: int) -> None:
+def test_groups_of_all_sizes_fit_the_ring_whatever_came_before(tmp_path: Path, lent_pages: int) -> None:
     async def passes() -> None:
         async with streaming(tmp_path, lent_pages=lent_pages) as setup:
             kvs = setup.sequences(4)
@@ -333,7 +333,7 @@ def test_units_of_all_sizes_fit_the_ring_whatever_came_before(tmp_path: Path, le
     run(passes())
 
 
-def test_units_that_need_no_memory_pass_at_once(tmp_path: Path) -> None:
+def test_groups_that_need_no_memory_pass_at_once(tmp_path: Path) -> None:
     async def passes() -> None:
         async with streaming(tmp_path) as setup:
             kvs = setup.sequences(4)

@@ -65,7 +65,7 @@ def _run() -> int:
             click.echo(in_one_line(line), err=True)
         return error.exit_code
     except (KeyboardInterrupt, click.Abort) as error:
-        # click takes an EOFError, wherever it was raised, for a user's.
+        # click takes every EOFError, wherever it was raised, for a user's wish to abort.
         if isinstance(error.__cause__, EOFError):
             return _fault(error.__cause__)
         say("interrupted")
@@ -78,14 +78,14 @@ def _run() -> int:
         say(f"{where}{error.strerror or error}")
         return 1
     except SystemExit as ended:
-        # click ends so where standard output is a pipe that nobody reads any more.
+        # click raises this where standard output is a pipe that nobody reads any more.
         return ended.code if isinstance(ended.code, int) else 1
     except Exception as error:
         return _fault(error)
 
 
 def _fault(error: BaseException) -> int:
-    """The exit code for an error that nobody has foreseen; it is shown in one line, as all others are."""
+    """Show an unforeseen error in one line, as all others are; returns the exit code."""
     if os.environ.get("TIERED_TRACEBACK"):
         traceback.print_exception(error)
     place = traceback.extract_tb(error.__traceback__)[-1]

@@ -48,7 +48,7 @@ _ANY_LENGTH: Final = 1 << 31
 
 @dataclass(frozen=True, kw_only=True)
 class BatchRequest(RunRequest):
-    """The options of the command, as they were given; None where one is left to what is found out."""
+    """The options of the command, as they were given; None where one is to be chosen."""
 
     input_path: Path
     output_path: Path
@@ -66,7 +66,7 @@ class _Summary:
     done: int
     """Requests that have a result, errors included; also those of earlier runs."""
     failed: int
-    """Of these, error results."""
+    """How many of these are error results."""
     done_before: int
     prompt_tokens: int
     generated_tokens: int
@@ -88,7 +88,7 @@ def run(request: BatchRequest) -> None:
     """Do what is left of the job, and write the report, or JSON."""
     _check(request)
     store = Store.open(request.store)
-    # Before the tokenizer, which reads it too and would be blamed for it.
+    # Before the tokenizer, which reads config.json too and would be blamed for an error in it.
     config = load_config(store.path)
     limit = context_for(config, request.context, "--context", _ANY_LENGTH)
     tokenizer = load_tokenizer(store)
@@ -110,7 +110,7 @@ def run(request: BatchRequest) -> None:
 def _work(
     request: BatchRequest, store: Store, journal: Journal, job: Job, begun: JobFile, screen: JobScreen
 ) -> tuple[_Summary, Report | None]:
-    """All passes that are left. No report where nothing was left to compute."""
+    """Do all passes that are left. No report where nothing was left to compute."""
     before, began = len(journal.done), time.monotonic()
     reports: list[Report] = []
     measure = partial(measure_machine, say=screen.status.say)
@@ -140,7 +140,7 @@ def _work(
 
 
 def _workload(request: BatchRequest, journal: Journal, begun: JobFile) -> Workload:
-    """What is left of the job."""
+    """The workload of what is left of the job."""
     left = begun.sequences - journal.sequences
     return Workload(
         left,
@@ -180,7 +180,7 @@ def _generate(
 
 
 def _check(request: BatchRequest) -> None:
-    """Refuse, before anything is read, what can be seen to be wrong by itself."""
+    """Refuse, before anything is read, options that are wrong whatever the files hold."""
     request.options()
     open_input(request.input_path).close()
     files = (request.output_path, job_path(request.output_path))
@@ -216,7 +216,7 @@ def _job(
 ) -> Job:
     """The job, as if it began now."""
     settings = load_generation_settings(store, tokenizer)
-    # Lines are sampled from unless they say otherwise.
+    # Lines sample unless they say otherwise, so do_sample of the store need not be reported as ignored.
     lengths = {"max_new_tokens", "max_length"} if "max_tokens" in request.stated else set()
     if (ignored := settings.ignored({"do_sample", *lengths})) is not None:
         screen.say(ignored)
@@ -234,7 +234,7 @@ def _job(
 
 
 def _begin(journal: Journal, job: Job, identity: Identity, screen: JobScreen) -> tuple[Job, JobFile]:
-    """The job as it was begun, which is now where it had not been."""
+    """The job as it was begun; a new job is begun now."""
     begun = journal.job
     if begun is None:
         counted = measure_input(job, partial(screen.on_scan, "looking for the longest request"))
@@ -245,7 +245,7 @@ def _begin(journal: Journal, job: Job, identity: Identity, screen: JobScreen) ->
 
 @contextmanager
 def _saying_how_long_requests_are(begun: JobFile) -> Iterator[None]:
-    """Around the plan: one request that asks for more than there is memory for would keep all others from theirs."""
+    """Around the plan: one request too long for the memory would stop all others, so the error names its length."""
     try:
         yield
     except BudgetError as error:

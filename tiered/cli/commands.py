@@ -90,7 +90,7 @@ def _texts(what: str) -> Callable[[Command], Command]:
 
 
 def _objective(default: str) -> Callable[[Command], Command]:
-    """What counts where prompts enter while other sequences decode."""
+    """The option for what counts where prompts enter while other sequences decode."""
     return click.option(
         "--objective",
         default=default,
@@ -101,7 +101,7 @@ def _objective(default: str) -> Callable[[Command], Command]:
 
 
 def _run(invariant: str) -> Callable[[Command], Command]:
-    """What is computed in, by what, in which memory; `invariant` says what the kernels' invariant mode gives."""
+    """The options for precision, memory, threads and kernels; `invariant` says what the invariant mode promises."""
     return _together(
         click.option(
             "--dtype", default="auto", show_default=True, help="auto, bfloat16 or float32: what is computed in."

@@ -43,7 +43,7 @@ class Examination:
         try:
             facts.extend(probe(self))
         except Exception as error:
-            # Anything may be odd on an odd machine, and an odd machine is what this command is for.
+            # Anything may fail on an unusual machine, and this command is for such machines.
             text = f"{type(error).__name__}: {error}"
             facts.append(Fact(f"{section} probe failed", text, {"error": text}))
 

@@ -21,7 +21,7 @@ _DTYPES: Final = (torch.float32, torch.bfloat16)
 _INT4_SHAPE: Final = (2048, 4096)
 _INT4_ROWS: Final = (1, 64)
 _INT4_SECONDS: Final = 0.06
-"""Of each kind; a slow one is still called twice."""
+"""How long each linear is timed; a slow one is still called twice."""
 
 
 def kernel_facts(found: Examination) -> Iterable[Fact]:
@@ -55,7 +55,7 @@ def level_facts(found: Examination, library: Library, used: Level) -> Iterable[F
         refusal = library.refusal(level)
         text = f"no: {refusal}" if refusal is not None else "in use" if level is used else "can run"
         yield Fact(level_name(level), text, refusal is None)
-        # Where the processor has AMX and the kernel refuses it, the section on the processor has told so.
+        # Where the processor has AMX and the kernel refuses it, the section on the processor has already said so.
         if refusal is not None and level > used and all(off.feature != level_name(level) for off in found.off):
             found.switch_off(f"{level_name(level)} kernels", refusal, _remedy(refusal))
 

@@ -31,7 +31,7 @@ _INSTEAD_OF: Final = {
     "min_p": ("min_p",),
     "repetition_penalty": ("repetition_penalty",),
 }
-"""Options, and which of a store's generation settings each speaks for."""
+"""For each option the store's generation settings that it replaces."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +69,7 @@ def run(request: GenerateRequest) -> None:
     options = request.options(prefetch=request.prefetch, keep_spans=request.trace_path is not None)
     _check(request)
     store = Store.open(request.store)
-    # Before the tokenizer, which reads it too and would be blamed for it.
+    # Before the tokenizer, which reads config.json too and would be blamed for an error in it.
     config = load_config(store.path)
     tokenizer = load_tokenizer(store)
     sequences = _sequences(request, sampling, store, config, tokenizer)
@@ -86,7 +86,7 @@ def run(request: GenerateRequest) -> None:
 
 
 def _check(request: GenerateRequest) -> None:
-    """Refuse, before anything is read, what can be seen to be wrong by itself."""
+    """Refuse, before anything is read, options that are wrong whatever the files hold."""
     if request.temperature == 0 and (request.top_k, request.top_p, request.min_p) != (0, 1.0, 0.0):
         raise ConfigError("--top-k, --top-p and --min-p choose what to sample from: add --temperature, such as 0.7")
     if "" in request.stops:
@@ -102,7 +102,7 @@ def _sequences(
     config: PretrainedConfig,
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[Sequence]:
-    """One for each prompt; those that cannot be continued have failed."""
+    """A sequence for each prompt; those of prompts that cannot be continued have failed."""
     settings = load_generation_settings(store, tokenizer)
     if (ignored := settings.ignored(_overridden(request))) is not None:
         click.echo(ignored, err=True)
@@ -121,7 +121,7 @@ def _sequences(
 def _run(
     request: GenerateRequest, store: Store, options: Options, sequences: list[Sequence], able: list[Sequence]
 ) -> Report:
-    """Run those that are `able` to be continued."""
+    """Run the `able` sequences: those that have not failed."""
     longest = max(len(sequence.prompt_ids) for sequence in able)
     workload = Workload(
         len(able),
@@ -163,7 +163,7 @@ def _failures(sequences: list[Sequence]) -> list[Failure]:
 
 
 def _overridden(request: GenerateRequest) -> set[str]:
-    """Which of a store's generation settings the options that were given speak for."""
+    """Which of a store's generation settings are replaced by options that were given."""
     found = {field for option in request.stated for field in _INSTEAD_OF.get(option, ())}
     is_greedy = "temperature" in request.stated and request.temperature == 0
     return found | SAMPLING.keys() if is_greedy else found
@@ -181,7 +181,7 @@ def _check_writable(path: Path) -> None:
 
 
 def _generate(request: GenerateRequest, runtime: Runtime, sequences: list[Sequence], able: list[Sequence]) -> Report:
-    """Measure, generate, measure; the text is that of all `sequences`."""
+    """Measure the disk, generate for `able`, measure again; the texts of all `sequences` are shown."""
     titles = [""] * len(sequences)
     if len(sequences) > 1:
         titles = [f"[{number}] " for number in range(1, len(sequences) + 1)]
@@ -210,7 +210,7 @@ def _generate(request: GenerateRequest, runtime: Runtime, sequences: list[Sequen
 def _encode(
     request: GenerateRequest, store: Store, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
 ) -> list[list[int] | TieredError]:
-    """Token ids of every prompt, never none; or why it cannot be continued."""
+    """For every prompt its token ids, at least one, or the error that says why it cannot be continued."""
     if request.prompt_tokens is not None:
         _check_context(config, request.prompt_tokens + request.max_new_tokens)
         generator = torch.Generator().manual_seed(request.seed)
@@ -225,7 +225,7 @@ def _encode(
     encoded: list[list[int] | TieredError] = []
     with Prompts(tokenizer, store.vocab_size, room) as prompts:
         for prompt in request.prompts:
-            # Tokenizers panic, and templates raise what they like.
+            # Tokenizers may panic, and templates may raise anything.
             with contained(encoded.append):
                 found = _apply_chat(store, prompts, prompt) if request.chat else prompts.encode(prompt)
                 _check_context(config, len(found) + request.max_new_tokens)

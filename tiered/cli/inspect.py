@@ -1,6 +1,7 @@
 """`tiered inspect`: what a store holds, and what fits in which budget. Reads headers only.
 
-The process is measured as a run measures it, with what a runtime builds first; all other figures are the planner's own.
+The process is measured as a run measures it, after building what a runtime builds first; all other figures are the
+planner's own.
 """
 
 import contextlib
@@ -66,11 +67,11 @@ class Inspection:
 
     @property
     def smallest(self) -> Plan:
-        """In the smallest budget that works."""
+        """The plan in the smallest budget that works."""
         return self.fits[0].plan
 
     def _load_json(self) -> dict[str, Any]:
-        """What was planned for; zeros stand for what follows from the rest."""
+        """The workload that was planned for; 0 stands for what the planner derives from the rest."""
         work = self.workload
         load = {"sequences": work.sequences, "context": work.max_context, "prompt": 0, "pass_tokens": 0, "kv_tokens": 0}
         return {**load, "one_pass": False, "logits": 0, "least_context": 0}
@@ -107,7 +108,8 @@ def _inspect(path: Path, context: int | None, sequences: int, dtype: str, disk_b
     summary = summarize(store)
     config = load_config(store.path)
     workload = Workload(sequences, context_for(config, context, "--context"))
-    # A run has its tokenizer loaded by then. A store whose tokenizer is damaged can still be inspected.
+    # A run has loaded its tokenizer before it measures the process. A damaged tokenizer does not keep a store from
+    # being inspected.
     with contextlib.suppress(TieredError):
         load_tokenizer(store)
     model, machine, budgets = measure_inputs(store, Options(dtype=dtype))

@@ -38,9 +38,9 @@ def print_json(result: dict[str, Any]) -> None:
 
 
 def end_failed(failures: Sequence[Failure], total: int) -> None:
-    """Unless there are none: name `failures`, of `total` things asked for, and end the command with a failing code.
+    """If there are `failures` among the `total` things asked for, name them and end the command with exit code 1.
 
-    What was the only one raises its error, as if nothing had been done.
+    If only one thing was asked for, its error is raised instead.
     """
     if not failures:
         return
@@ -55,12 +55,12 @@ def say(text: str) -> None:
     """One line on standard error."""
     line = in_one_line(text)
     if len(line) > _LONGEST_LINE:
-        # What comes last is what to do.
+        # The end is kept, as it says what to do.
         line = f"{line[: _LONGEST_LINE // 2]} ... {line[-_LONGEST_LINE // 2 :]}"
     with contextlib.suppress(OSError):
         click.echo(f"tiered: {line}", err=True)
 
 
 def in_one_line(text: str) -> str:
-    """`text` as it may be shown, whatever is in the names and values that it repeats from files and arguments."""
+    """`text` in one printable line: names and values that it repeats from files and arguments may hold anything."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text.replace("\n", " "))

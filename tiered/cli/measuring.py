@@ -74,7 +74,7 @@ class Measured:
 
 @contextmanager
 def measured(runtime: Runtime, status: StatusLine, measure: bool) -> Iterator[Measured]:
-    """Around a run: measures the raw disk before and after it, if `measure` and something streams, and counts."""
+    """Around a run: counts bytes, and measures the raw disk before and after it if `measure` and something streams."""
     found = Measured()
     measure = measure and (bool(runtime.plan.streamed_nbytes) or runtime.on_disk)
     if measure and not _is_one_disk(runtime):
@@ -101,7 +101,7 @@ def _is_one_disk(runtime: Runtime) -> bool:
 
 
 def _raw_bandwidth(runtime: Runtime) -> RawBandwidth:
-    """Of the files that are streamed; of all where only the KV cache is on disk."""
+    """The bandwidth of the files that are streamed, or of all files where only the KV cache is on disk."""
     files = [runtime.store.file_path(block) for block in runtime.streamed_blocks or runtime.store.tape]
     direct = runtime.probe_read_mode() is ReadMode.DIRECT
     return measure_raw(files, runtime.scratch_memory(), direct)

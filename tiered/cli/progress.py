@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 _LINE_SECONDS: Final = 30.0
 """Between two plain lines."""
 _LEAST_SECONDS: Final = 0.5
-"""Before a speed says anything."""
+"""A speed over less time than this says nothing."""
 
 
 class PassProgress:
@@ -75,7 +75,7 @@ class ByteProgress:
         self._began: float | None = None
 
     def line(self, done: int, total: int, skipped: int = 0) -> str:
-        """`skipped` of the bytes that are done say nothing about speed."""
+        """`skipped` of the bytes that are done do not count for the speed."""
         now = time.perf_counter()
         if self._began is None:
             self._began = now
@@ -115,7 +115,7 @@ class JobScreen:
         self._stream.flush()
 
     def on_scan(self, what: str, done: int, total: int) -> None:
-        """So many of all the bytes of the input have been read."""
+        """`done` of `total` bytes of the input have been read; `what` says what for."""
         self.status.update(lambda: f"{what} {done / total:.0%}")
 
     def on_progress(self, progress: "Progress") -> None:

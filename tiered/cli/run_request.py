@@ -1,4 +1,4 @@
-"""What `generate`, `batch` and `score` are asked for alike, and the `Options` of a runtime that it means."""
+"""The options that `generate`, `batch` and `score` share, and the runtime `Options` that they stand for."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +37,7 @@ class RunRequest:
     """Names of the options that were given; the others have their defaults."""
 
     def options(self, **more: Any) -> Options:
-        """What they mean to a runtime, `more` included. Raises ConfigError for what contradicts itself."""
+        """The options of the runtime, with `more` added. Raises ConfigError for options that contradict each other."""
         if self.kv == "cpu" and self.kv_dir is not None:
             raise ConfigError(
                 f"--kv-dir {self.kv_dir}: --kv cpu keeps the cache in memory; use --kv disk or auto, or drop it"

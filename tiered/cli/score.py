@@ -41,7 +41,7 @@ class ScoreRequest(RunRequest):
     """The options of the command, as they were given."""
 
     texts: tuple[tuple[str, str], ...]
-    """Names and texts."""
+    """Pairs of a name, for messages, and a text."""
     context: int | None
     stride: int | None
     windows_per_pass: int | None
@@ -68,7 +68,7 @@ class _Cut:
         return min(self.context, len(self.begin_ids) + max(len(text.ids) for text in self.texts))
 
     def workload(self, per_pass: int | None) -> Workload:
-        """All windows, of which `per_pass` share a pass if that is asked for."""
+        """The workload of all windows; `per_pass`: how many share a pass, None: the plan chooses."""
         return Workload(
             self.count,
             self.longest,
@@ -89,12 +89,12 @@ class _Cut:
 
 def run(request: ScoreRequest) -> None:
     """Score, writing table and report, or JSON. Where a text failed, the exit code is 1."""
-    # With the cache where it fits: a window too long for memory may still pass; several at a time only share it.
+    # The KV cache may be on disk: a window too long for memory can still be scored.
     options = request.options()
     if request.per_token_path is not None:
         check_writable(request.per_token_path, [name for name, _ in request.texts])
     store = Store.open(request.store)
-    # Before the tokenizer, which reads it too and would be blamed for it.
+    # Before the tokenizer, which reads config.json too and would be blamed for an error in it.
     config = load_config(store.path)
     context, stride = _sizes(request, config)
     tokenizer = load_tokenizer(store)
@@ -136,7 +136,7 @@ def _failures(texts: tuple[Text, ...]) -> list[Failure]:
 
 
 def _has_none(texts: tuple[Text, ...]) -> bool:
-    """Whether no text has a score. Raises the error of one that is alone."""
+    """Whether no text has a score. If there is only one text, raises its error."""
     found = all(text.error is not None for text in texts)
     if found and len(texts) == 1:
         end_failed(_failures(texts), 1)
@@ -161,7 +161,7 @@ def _begin_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
 
 
 def _encode(name: str, text: str, store: Store, tokenizer: PreTrainedTokenizerBase, begin_ids: Items[int]) -> Text:
-    """The tokens of `text`, at least one of which can be scored; or none, and why."""
+    """`text` with its tokens, at least one of which can be scored; or without, and with the error that says why."""
     nbytes = len(text.encode("utf-8"))
     found = Text(name, torch.empty(0, dtype=torch.int32), nbytes)
     with contained(found.fail):
@@ -186,7 +186,7 @@ def _ids(name: str, text: str, store: Store, tokenizer: PreTrainedTokenizerBase,
 def _score(
     request: ScoreRequest, runtime: Runtime, cut: _Cut, per_pass: int, tokenizer: PreTrainedTokenizerBase
 ) -> ScoreReport | None:
-    """Measure, score, measure. The tallies of the texts grow as windows are done; no report where none could be."""
+    """Measure the disk, score, measure again. Adds to the texts' tallies; no report where no pass was computed."""
     with (
         StatusLine() as status,
         PerTokenFile(request.per_token_path, cut.texts, tokenizer) as per_token,
@@ -197,7 +197,7 @@ def _score(
             if text.error is not None:
                 return
             text.tally.add(logprobs)
-            with contained(text.fail):  # where its tokens cannot be decoded
+            with contained(text.fail):  # its tokens may be impossible to decode
                 per_token.write(window, logprobs)
 
         def on_failed(window: Window, error: TieredError) -> None:

@@ -24,13 +24,13 @@ class Text:
     name: str
     ids: torch.Tensor  # [tokens], int32
     nbytes: int
-    """In UTF-8."""
+    """Bytes of the text in UTF-8."""
     tally: Tally = field(default_factory=Tally)
     error: TieredError | None = None
-    """Why it has no score, where it has none."""
+    """Why it has no score; None if it has one."""
 
     def fail(self, error: TieredError) -> None:
-        """There is no score, because of `error`, the first: what part of it has is none of the whole."""
+        """Drop the score because of `error`, and keep the first error: a part's score would not be that of the text."""
         self.tally, self.error = Tally(), self.error or error
 
     def to_json(self) -> dict[str, Any]:
@@ -50,12 +50,12 @@ def score_json(tally: Tally, nbytes: int) -> dict[str, Any]:
 
 
 def together(texts: Items[Text]) -> Tally:
-    """All their tallies added up."""
+    """The tallies of all texts added up."""
     return Tally(sum(text.tally.tokens for text in texts), sum(text.tally.nats for text in texts))
 
 
 def perplexity_so_far(texts: Items[Text]) -> float | None:
-    """None while nothing has been scored."""
+    """The perplexity over all texts; None while nothing has been scored."""
     total = together(texts)
     return total.perplexity if total.tokens else None
 
@@ -66,7 +66,7 @@ def scored_nbytes(texts: Items[Text]) -> int:
 
 
 def table(texts: Items[Text]) -> list[str]:
-    """A line per text, and one for all together, but those that failed, where there are several."""
+    """A line per text; where there are several, also one for all together, without those that failed."""
     rows: list[tuple[str, ...]] = [("text", "tokens", "nats/token", "perplexity", "bits/byte")]
     failed = ("failed", "", "", "")
     rows += [_row(text.name, text.tally, text.nbytes) if text.error is None else (text.name, *failed) for text in texts]
@@ -81,16 +81,16 @@ def _row(name: str, tally: Tally, nbytes: int) -> tuple[str, ...]:
 
 
 class TokenTextReader:
-    """What each token of one text adds to it, from its beginning to its end; together they are the text."""
+    """The text that each token of one text adds, read from beginning to end; joined, they are the text."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor) -> None:
         self._decoder, self._ids = _Verbatim(tokenizer), ids.numpy().data
         self._known: list[str] = []
         self._first = 0
-        """The token whose text `_known` begins with."""
+        """Index of the token whose text `_known` begins with."""
 
     def take(self, start: int, stop: int) -> list[str]:
-        """The texts of tokens `start` to `stop`, which come after all that have been taken.
+        """The texts of tokens `start` to `stop`; all tokens taken before must come before `start`.
 
         A character of several tokens belongs to the last of them.
         """
@@ -103,13 +103,13 @@ class TokenTextReader:
         return found
 
     def _read(self, stop: int) -> list[str]:
-        """The texts of the next tokens up to `stop`, and of as many more as may change them; of those of tokenizers
-        written in Python, as they are at `stop`."""
+        """The texts of the next tokens, at least up to `stop`, and on until later tokens cannot change them. With a
+        tokenizer written in Python they end at `stop`, as they are there."""
         begin = self._first + len(self._known)
         text = CompletionText(self._decoder, self._ids[:begin])
         for place in range(begin, len(self._ids)):
             text.append(self._ids[place])
-            # A text of a tokenizer written in Python never closes before its end, and each token costs all of it.
+            # The text of a tokenizer written in Python never closes before its end, and each token decodes all of it.
             if place + 1 >= stop and (text.is_closed or not self._decoder.is_fast):
                 break
         return text.token_texts
@@ -143,7 +143,7 @@ class PerTokenFile:
             self._guarded(self._file.close)
 
     def write(self, window: Window, logprobs: torch.Tensor) -> None:
-        """Lines for what `window` has scored, log-probabilities [targets]; a text's windows come in order."""
+        """Write a line per target of `window`, with logprobs [targets]; the windows of a text must come in order."""
         if self._file is None:
             return
         name, stop = self._texts[window.text].name, window.position + len(window.targets)

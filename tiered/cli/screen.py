@@ -16,7 +16,8 @@ from typing import Final, Protocol, Self, TextIO
 
 _REFRESH_SECONDS: Final = 0.1
 _TAB: Final = 8
-# To the line below the text, made by scrolling if need be; and, with that line erased, back to where the text ended.
+# The first moves to the line below the text, scrolling if need be; the second erases that line and moves back to where
+# the text ended.
 _LINE_BELOW: Final = "\x1bD\x1b[A\x1b7\x1b[B\r"
 _BACK: Final = "\x1b8\x1b[B\x1b[2K\x1b8"
 
@@ -72,7 +73,7 @@ class TextWriter:
 
     @property
     def at_edge(self) -> str:
-        """The character in a terminal's last column behind which the text goes on; "" anywhere else."""
+        """The character in the terminal's last column if the cursor waits behind it, else ""."""
         return "" if self._edge is None else self._edge.held
 
     def _write(self, text: str) -> None:
@@ -82,10 +83,11 @@ class TextWriter:
 
 
 class StatusLine:
-    """One line on a terminal that is rewritten while something runs, and gone when it ends. Silent elsewhere.
+    """One line on a terminal that is rewritten while something runs, and gone when it ends. Shows nothing elsewhere.
 
-    It stands below the text, whose end the cursor returns to before more is written. `at_edge` tells what a cursor
-    cannot return to: a terminal that has filled a line waits behind its last column, and any movement forgets that.
+    It stands below the text; the cursor returns to the text's end before more is written. `at_edge` returns what must
+    then be written again: a terminal that has filled a line waits behind its last column, which a movement of the
+    cursor makes it forget.
     """
 
     def __init__(
@@ -99,7 +101,7 @@ class StatusLine:
         self._at_edge, self._clock = at_edge, clock
         self._updated = -math.inf
         self._visible = False
-        # Blocks are reported by the thread that schedules, which an interrupted caller does not wait for.
+        # Blocks are reported by the compute thread; warnings and the end of a pass come from others.
         self._lock = threading.Lock()
 
     def __enter__(self) -> Self:
@@ -114,7 +116,7 @@ class StatusLine:
         self._on = False
 
     def update(self, text: Callable[[], str]) -> None:
-        """Show what `text` returns, unless the last update was a moment ago: eyes follow no faster."""
+        """Show what `text` returns, unless the last update was less than `_REFRESH_SECONDS` ago."""
         now = self._clock()
         if self._on and now - self._updated >= _REFRESH_SECONDS:
             self._updated = now
@@ -125,7 +127,7 @@ class StatusLine:
         with self._lock:
             if not self._on:
                 return
-            # A status that wrapped would take two lines, and might scroll the place to return to away.
+            # A status that wraps takes two lines, and may scroll away the place to return to.
             self._write((_BACK if self._visible else "") + _LINE_BELOW + text[: _columns(self._stream) - 1])
             self._visible = True
 
@@ -167,13 +169,13 @@ class _Edge:
                 self.held += character if self.held else ""
                 continue
             else:
-                # What does not fit any more begins the next line.
+                # A character that does not fit begins the next line.
                 self._column = self._column + width if self._column + width <= columns else width
             self.held = character if width and self._column == columns else ""
 
 
 def _again(held: str) -> str:
-    """What puts `held` where the cursor is, in the last column, once more: the terminal then waits behind it again."""
+    """What to write so that `held` is in the last column once more, and the terminal waits behind it again."""
     return "\b" * (_width(held[0]) - 1) + held if held else ""
 
 

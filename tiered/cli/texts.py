@@ -14,9 +14,9 @@ from typing import BinaryIO, Final
 import click
 
 _MOST_TEXT_NBYTES: Final = 512 << 20
-"""Of one text: more than any corpus that is scored whole, and less than an endless pipe fills memory with."""
+"""Of one text: more than any corpus that is scored whole, but a limit for a pipe that never ends."""
 _STANDARD_INPUT: Final = Path("-")
-"""As what the path that options take for it becomes."""
+"""The path by which options name standard input."""
 
 
 def read_prompts(
@@ -34,14 +34,14 @@ def read_prompts(
             raise click.UsageError("no prompt: pass -p TEXT or -f FILE, or pipe text to standard input")
         prompts = [_prompt_of(_STANDARD_INPUT)]
     for source, text in prompts:
-        # Bytes that are no text reach us as lone surrogates where Python lets them pass.
+        # Bytes that are not UTF-8 arrive as lone surrogates where Python lets them pass.
         if any("\ud800" <= character <= "\udfff" for character in text):
             raise click.UsageError(f"{source}: not UTF-8; pass text in that encoding")
     return tuple(text for _, text in prompts)
 
 
 def _prompt_of(path: Path) -> tuple[str, str]:
-    """Name and text of a file, or of standard input; lines end as they do in Python, whatever system wrote them."""
+    """Name and text of a file, or of standard input; every line end becomes a line feed."""
     name, text = read_text(path)
     return name, io.IncrementalNewlineDecoder(None, translate=True).decode(text, final=True)
 
@@ -58,7 +58,8 @@ def read_texts(files: Sequence[Path]) -> tuple[tuple[str, str], ...]:
 def read_text(path: Path) -> tuple[str, str]:
     """The name of the file at `path` in messages, and the text in it, which must be UTF-8; line ends as they are.
 
-    Pipes and terminals are read to their end. A device that has none is refused, and so is what is too large.
+    Pipes and terminals are read to their end. Devices without an end are refused, and so is a text that is too
+    large.
     """
     name = "standard input" if path == _STANDARD_INPUT else str(path)
     try:

@@ -7,7 +7,7 @@ from typing import Final
 from tiered.model import Pass
 
 _RECENT_PASSES: Final = 256
-"""Kept one by one: a job may have millions."""
+"""How many passes are kept one by one; a job may have millions."""
 
 
 @dataclass(frozen=True)
@@ -16,36 +16,36 @@ class PassCost:
 
     pass_: Pass
     seconds: float
-    """With what came between it and the pass before: results handed over, newcomers."""
+    """From the end of the pass before: includes handing over results and adding items."""
     prompt_tokens: int
     new_tokens: int
     """Tokens sampled."""
     bytes_read: int
-    """Of weights."""
+    """Bytes of weights."""
     kv_bytes: int
-    """Read and written, of a KV cache on disk."""
+    """Bytes read and written of a KV cache on disk."""
     disk_idle_seconds: float
 
     @property
     def is_decode(self) -> bool:
-        """Whether no prompt was in it."""
+        """Whether it had no prompt tokens."""
         return self.prompt_tokens == 0
 
 
 @dataclass
 class PassTotals:
-    """Sums over passes: what a job of any length costs, in the memory of one pass."""
+    """Sums over passes, which take the memory of one pass for a job of any length."""
 
     passes: int = 0
     seconds: float = 0.0
-    """With what comes between passes."""
+    """Including the time between passes."""
     pass_seconds: float = 0.0
-    """Without it."""
+    """Of the passes alone."""
     compute_seconds: float = 0.0
     wait_seconds: float = 0.0
     new_tokens: int = 0
     bytes_read: int = 0
-    """Of weights."""
+    """Bytes of weights."""
     kv_bytes: int = 0
     disk_idle_seconds: float = 0.0
 
@@ -67,16 +67,16 @@ class Generation:
     """What a run cost."""
 
     prefill: PassTotals = field(default_factory=PassTotals)
-    """Of the passes with prompts; other sequences may have decoded in them."""
+    """Sums over passes with prompt tokens; other sequences may have decoded in them."""
     decode: PassTotals = field(default_factory=PassTotals)
-    """Of the passes without."""
+    """Sums over passes without prompt tokens."""
     recent: deque[PassCost] = field(default_factory=lambda: deque(maxlen=_RECENT_PASSES))
     """The last passes, for figures that sums cannot give."""
     first_token_seconds: float = 0.0
     sequences: int = 0
-    """That have begun."""
+    """Sequences that have begun."""
     prompt_tokens: int = 0
-    """Of all prompts that have begun."""
+    """Prompt tokens of all sequences that have begun."""
 
     def add(self, cost: PassCost) -> None:
         """Count one more pass."""

@@ -22,10 +22,10 @@ class Logprobs:
         return len(self._chosen)
 
     def record(self, logits: torch.Tensor, token: int) -> None:
-        """`token` has been chosen where the model gave logits [vocab]."""
+        """Add the entry of `token`, which has been chosen from logits [vocab]."""
         logprobs = logits.float().log_softmax(-1)
         self._chosen.append(float(logprobs[token]))
-        # As many for every token, so that entry i begins at i * count.
+        # The same count for every token, so that entry i begins at i * count.
         self.count = min(self.count, len(logprobs))
         if self.count:
             values, ids = logprobs.topk(self.count)
@@ -37,6 +37,6 @@ class Logprobs:
         return self._chosen[index]
 
     def top(self, index: int) -> list[tuple[int, float]]:
-        """The likeliest tokens at that place with their log-probabilities, likeliest first."""
+        """The likeliest tokens in place of token number `index`, with their log-probabilities, likeliest first."""
         part = slice(index * self.count, (index + 1) * self.count)
         return list(zip(self._top_ids[part], self._top_values[part], strict=True))

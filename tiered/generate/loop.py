@@ -1,4 +1,4 @@
-"""Drives the scheduler over a source of items: whatever is there runs to its end.
+"""Drives the scheduler until every item of an iterable has ended.
 
 `generate` is what `tiered generate` and `tiered batch` call with sequences, and `score.py` with windows of texts.
 """
@@ -22,14 +22,15 @@ def generate(
     objective: Objective = Objective.LATENCY,
     pace: Pace | None = None,
 ) -> Generation:
-    """Run `items` to their ends on `runner`, at most `batch_size` at once; what it cost.
+    """Run `items` to their ends on `runner`, at most `batch_size` at once. Returns what it cost.
 
-    They are taken from the iterable as there is room for them. `on_pass` is called after every pass, when each item
-    that got logits has taken them; `on_finished` once for every item that has ended, in the order they began. One that
-    cannot be computed ends with an error, at the latest with the pass that shows it.
+    An item is taken from the iterable when there is room for it. `on_pass` is called after every pass, when the items
+    have taken their logits. `on_finished` is called once for every item, after the pass in which it ended; items that
+    end in the same pass come in the order they began. An item that cannot be computed ends with an error, at the
+    latest after the pass in which the error shows.
 
-    Raises BudgetError for an item that not even an empty cache has room for, and whatever the source, a pass or a
-    callback raises.
+    Raises BudgetError for an item that does not fit even an empty cache, and whatever `items`, a pass or a callback
+    raises.
     """
     source = _Source(iter(items))
     with Scheduler[T](runner, batch_size, objective, lambda: not source.is_empty, pace) as scheduler:
@@ -48,7 +49,7 @@ def generate(
 
 
 class _Source(Generic[T]):
-    """Items with one looked at beforehand, once somebody asks whether there is another."""
+    """An iterator that can tell whether it is empty; to find out, it takes the next item beforehand."""
 
     def __init__(self, items: Iterator[T]) -> None:
         self._items = items
@@ -63,7 +64,7 @@ class _Source(Generic[T]):
         return self._next is None
 
     def take(self) -> T:
-        """The next item; there is one."""
+        """The next item; there must be one."""
         item, self._next = self._next, None
         assert item is not None
         return item

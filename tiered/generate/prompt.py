@@ -1,4 +1,4 @@
-"""Prompts as token ids, for all that goes on from a prompt: `cli/generate.py` and `jobs/prompts.py`.
+"""Turns prompts into token ids, for `cli/generate.py` and `jobs/prompts.py`.
 
 In: texts, or messages for the chat template. Out: token ids of the model, at least one; or a ConfigError that says why
 there are none, or whatever the tokenizer raises.
@@ -16,18 +16,21 @@ from tiered.generate.template import ChatTemplate, Messages
 from tiered.units import MIB
 
 _ANY_CHARACTERS: Final = MIB
-"""Texts up to this length go to the tokenizer, however few tokens there is room for."""
+"""Texts of up to so many characters go to the tokenizer, however few tokens there is room for."""
 _TOKEN_CHARACTERS: Final = 64
-"""At least so many are allowed for a token: normalizers drop characters, and collapse spaces."""
+"""At least so many characters are allowed for a token: normalizers drop characters, and collapse spaces."""
 _LONGEST_SHOWN: Final = 40
 
 
 class PromptTooLongError(ConfigError):
-    """A text of more characters than the tokens that there is room for can have."""
+    """A text has more characters than can fit into the tokens that there is room for."""
 
 
 class Prompts:
-    """The tokenizer and the chat template of one store; to be closed. `room` is what a prompt may have in tokens."""
+    """The tokenizer and the chat template of one store; a context manager.
+
+    `room`: how many tokens a prompt may have; None: no limit.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int, room: int | None) -> None:
         self._tokenizer, self._vocab_size, self._room = tokenizer, vocab_size, room
@@ -75,7 +78,7 @@ class Prompts:
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, largest: int) -> None:
-    """Raises ConfigError where the largest token id of a text is none of the model's: only its tokenizer has it."""
+    """Raises ConfigError where the model does not know `largest`, the largest token id of a text."""
     if largest < vocab_size:
         return
     text = json.dumps(str(tokenizer.decode([largest])), ensure_ascii=False)

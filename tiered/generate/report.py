@@ -3,9 +3,9 @@
     bound of a decode pass = max((S - M + K) / B, C)
     bound of a scoring     = max((S + (passes - 1) * (S - M) + K) / B, C)
 
-S: bytes of the tape. K: bytes of the KV cache that go to disk and come from it. M: all that the budget leaves after
-baseline, KV cache, workspace and two blocks, used or not. B: raw disk bandwidth, measured before and after by code of
-its own. C: compute seconds, measured. Of a scoring K and C are those of all passes together: nothing is resident
+S: bytes of the tape. K: bytes of the KV cache written to disk and read from it. M: all that the budget leaves after
+baseline, KV cache, workspace and two blocks, used or not. B: raw disk bandwidth, measured before and after by
+separate code. C: compute seconds, measured. Of a scoring K and C are those of all passes together: nothing is resident
 before the first one, which reads everything, and reading goes on across passes, so only the sums can be compared.
 """
 
@@ -31,18 +31,18 @@ class Figures:
     """Of a KV cache on disk."""
     kv_bytes_written: int
     raw_disk_bandwidth: float | None
-    """Sustained, before or after the run."""
+    """Sustained; the better of before and after the run."""
     raw_disk_best_look: float | None
-    """The fastest of the short looks that chose how to measure it."""
+    """The fastest of the short measurements that chose how to read."""
     disk_wait_seconds: float
-    """Of the decode passes, or of a scoring."""
+    """How long the disk waited for computing, in the decode passes or in a scoring."""
     peak_rss_bytes: int
     ram_budget_bytes: int
     tape_bytes: int
-    """S: of all blocks of the tape, as they lie on disk."""
+    """S: bytes of all blocks of the tape, as they lie on disk."""
     resident_bytes: int
     missing_overlap_bytes: int
-    """What the budget lacked to read one block while the one before computes; 0 where it did."""
+    """What the budget lacked to read one block while the one before computes; 0 where it lacked nothing."""
     read_mode: str
     kernels: str
     """What computed: instruction set, mode and threads."""
@@ -67,7 +67,7 @@ class Figures:
         return lines
 
     def disk_lines(self, while_: str, bandwidth: float | None, per_token: str, kv_advice: str) -> list[str]:
-        """What went to the disk and came from it, and at which rate `while_` something was done."""
+        """Lines on bytes read and written, and on the bandwidth; `while_` names what was done meanwhile."""
         written = "written unknown" if self.bytes_written is None else f"{format_size(self.bytes_written)} written"
         lines = [f"disk      {format_size(self.bytes_read)} read{per_token}, {written}, {self.read_mode}"]
         if self.kv_bytes_read or self.kv_bytes_written:
@@ -92,9 +92,9 @@ class Surroundings:
 
     @property
     def again_nbytes(self) -> int:
-        """S - M: bytes of files that a pass must read when all is resident that can be.
+        """S - M: bytes of files that a pass must read when as much as possible is resident.
 
-        Of compressed blocks that is less than what they take in memory.
+        Compressed blocks count with their bytes on disk, which are fewer than in memory.
         """
         share = 1 - self.plan.bound_resident_nbytes / sum(self.plan.tape_sizes)
         return round(share * self.figures.tape_bytes)
@@ -106,7 +106,7 @@ Bottleneck = Literal["disk", "compute", "memory"]
 
 @dataclass(frozen=True, kw_only=True)
 class Report(Figures):
-    """Of a generation."""
+    """The report of a generation."""
 
     prompt_tokens: int
     generated_tokens: int
@@ -126,7 +126,7 @@ class Report(Figures):
     bottleneck: Bottleneck | None
     """None where no decode pass ran."""
     compute_wait_seconds: float
-    """Of the decode passes."""
+    """How long computing waited for the disk in the decode passes."""
     block_overhead_seconds: float
     """Median wall time per block beyond computing and waiting for reads, of the last passes."""
 
@@ -208,14 +208,14 @@ def make_report(generation: Generation, around: Surroundings) -> Report:
 
 
 def _share_read(generation: Generation, around: Surroundings) -> float:
-    """Of the bytes that the decode passes streamed, how many were read while they ran."""
+    """The share of the bytes streamed by the decode passes that were read while they ran."""
     due = generation.decode.passes * around.streamed_file_bytes
     return min(1.0, generation.decode.bytes_read / due) if due else 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreReport(Figures):
-    """Of a scoring."""
+    """The report of a scoring."""
 
     scored_tokens: int
     input_tokens: int
@@ -226,7 +226,7 @@ class ScoreReport(Figures):
     seconds_per_pass: float
     compute_seconds_per_pass: float
     tokens_per_second: float
-    """Scored ones."""
+    """Scored tokens only."""
     disk_bandwidth: float
     """While scoring: weights and KV cache, reads and writes."""
     bound_seconds: float | None

@@ -23,7 +23,8 @@ from transformers import (
 from tiered.errors import ConfigError, ModelError
 
 _PENALTIES: Final = (1e-30, 1e30)
-"""Beyond them a penalized score would leave float32's range, or its precision, whatever the model's scores."""
+"""The least and the largest repetition penalty. Beyond them a penalized score would leave float32's range, or lose its
+precision, whatever the model's scores."""
 
 
 @dataclass(frozen=True)
@@ -76,12 +77,12 @@ class Sampler:
                 self._warpers.append(MinPLogitsWarper(params.min_p))
         # Lists as long as a text become tensors slowly; only this processor looks at them.
         self.reads_ids = params.repetition_penalty != 1.0
-        """Whether what is chosen depends on the tokens so far, and not on the logits alone."""
+        """Whether the choice depends on the tokens so far, and not on the logits alone."""
 
     def __call__(self, ids: list[int], logits: torch.Tensor, index: int) -> int:
         """Token number `index` of the completion, from logits [vocab] after `ids` (prompt and completion so far).
 
-        `ids` may be empty unless `reads_ids`. Raises ModelError where the logits are no numbers.
+        `ids` may be empty unless `reads_ids`. Raises ModelError where the largest logit is NaN or infinite.
         """
         scores = logits.float()[None]
         if self._penalties or self._params.temperature > 0:
@@ -91,7 +92,7 @@ class Sampler:
             largest, token = scores[0].max(-1)  # of equal ones the first; both in one pass over the vocabulary
             _check_finite(largest, index)
             return int(token)
-        # The lowest word counts what one generator draws; the others are this token's own.
+        # The generator counts its draws in the lowest word; the other words identify this token.
         counter = [0, self._choice, index, self._request]
         generator = np.random.Generator(np.random.Philox(key=self._params.seed, counter=counter))
         cumulative = scores[0].double().softmax(-1).cumsum(-1)
@@ -114,7 +115,7 @@ class Sampler:
 
 
 def _check_finite(largest: torch.Tensor, index: int) -> None:
-    """Raises ModelError unless the largest score, which any NaN is, is a number."""
+    """Raises ModelError unless the largest score is finite; where any score is NaN, so is the largest."""
     if not isfinite(float(largest)):
         raise ModelError(
             f"token {index} of the completion: the model's logits are NaN or infinite; the compute dtype or the "

@@ -1,15 +1,16 @@
-"""The scheduler: which sequences run, and what of them each pass computes.
+"""The scheduler: which sequences run, and which of their tokens each pass computes.
 
     add(item) -> ticket        it runs as soon as there is room: at most `batch_size` at once, and room in the cache for
                                all its tokens, so that nothing that has begun is ever thrown out
     cancel(ticket)
-    step() -> events           one pass; every item that got what it waits for has an event, and so has each that ended
+    step() -> events           one pass; an event for every item that got logits or ended
 
-A pass takes a token of each sequence that decodes, and prompts: `load.tokens` in all at most. A prompt that does not
-fit a pass goes on in the next. Where latency counts, prompts beside decoding take no more than `plan/pace.py` allows.
+A pass takes one token of each sequence that decodes, and prompts: `plan.max_batched_tokens` in all at most. A prompt
+that does not fit a pass goes on in the next. Where latency counts and sequences decode, prompts take no more than
+`plan/pace.py` allows.
 
-Whatever goes wrong because of one item ends that item, as an event; what concerns all of them, a pass above all, is
-raised.
+An error that one item causes ends that item alone, with an event. An error that concerns all items, such as a failed
+pass, is raised.
 """
 
 import time
@@ -33,7 +34,7 @@ from tiered.plan.pace import Pace
 
 
 class PassRunner(Protocol):
-    """What scheduling needs of a runtime."""
+    """What the scheduler needs of a runtime."""
 
     @property
     def plan(self) -> Plan: ...
@@ -70,7 +71,7 @@ class Scheduled(Protocol):
 
     @property
     def token_ids(self) -> list[int]:
-        """What has been generated behind the prompt."""
+        """The tokens generated so far."""
 
     @property
     def max_new_tokens(self) -> int:
@@ -88,9 +89,9 @@ class Scheduled(Protocol):
     def error(self) -> TieredError | None: ...
 
     def take(self, index: int, logits: torch.Tensor) -> None:
-        """Logits [rows, vocab] of kept positions from `index` on, in the compute thread; later, of each new token.
+        """Take logits [rows, vocab] of the kept positions from number `index` on; later, [1, vocab] of each new token.
 
-        Whatever it raises fails this item alone.
+        Called in the compute thread. An error that it raises fails this item alone.
         """
 
     def fail(self, error: TieredError) -> None:
@@ -101,7 +102,7 @@ T = TypeVar("T", bound=Scheduled)
 
 
 class Objective(Enum):
-    """What counts: how soon each sequence has its next token, or how many tokens there are in all."""
+    """What counts: how soon each sequence gets its next token, or how many tokens all get together per second."""
 
     LATENCY = "latency"
     THROUGHPUT = "throughput"
@@ -113,15 +114,15 @@ class Ticket(Generic[T]):
 
     item: T
     kv: SequenceKV | None = None
-    """Its room in the cache, while it runs."""
+    """Its room in the KV cache while it runs, else None."""
 
     @property
     def is_decoding(self) -> bool:
-        """Whether its whole prompt has passed."""
+        """Whether its whole prompt has been computed."""
         return self.kv is not None and self.kv.length >= len(self.item.prompt_ids)
 
     def waiting_tokens(self) -> list[int]:
-        """Tokens of its text that the cache does not hold yet: one when it decodes, more before."""
+        """Its tokens that the cache does not hold yet: one when it decodes, before that the rest of its prompt."""
         assert self.kv is not None
         done = self.kv.length - len(self.item.prompt_ids)
         return self.item.token_ids[done:] if done >= 0 else self.item.prompt_ids[self.kv.length :]
@@ -137,21 +138,21 @@ class EventKind(Enum):
 
 @dataclass(frozen=True)
 class Event(Generic[T]):
-    """Something that a step did for one item; after FINISHED and FAILED there is none."""
+    """What a step did for one item; FINISHED or FAILED is an item's last event."""
 
     kind: EventKind
     ticket: Ticket[T]
 
     @property
     def error(self) -> TieredError | None:
-        """Why it failed."""
+        """Why it failed; None if it did not."""
         return self.ticket.item.error
 
 
 class Scheduler(Generic[T]):
-    """Runs items on `runner`, for one thread. A context manager: leaving it gives the cache's room back.
+    """Runs items on `runner`; used by one thread. A context manager: leaving it releases all room in the cache.
 
-    `may_grow` tells, when it is asked before what may be the last pass, whether items will be added after it.
+    `may_grow` is called before a pass that may be the last one; it tells whether items will be added after that pass.
     """
 
     def __init__(
@@ -167,7 +168,7 @@ class Scheduler(Generic[T]):
         self._waiting: deque[Ticket[T]] = deque()
         self._running: list[Ticket[T]] = []
         self._ended: list[Event[T]] = []
-        """Since the last step."""
+        """Events since the last step, of items that were refused."""
         self.costs = Generation()
         self._began = self._last = time.perf_counter()
         self._counted = _Counters.of(runner)
@@ -180,7 +181,7 @@ class Scheduler(Generic[T]):
 
     @property
     def has_room(self) -> bool:
-        """Whether another item may run in the next pass: fewer run than may, none waits, and no event is due."""
+        """Whether an added item may run in the next pass: fewer than `batch_size` run, none waits, no event is due."""
         return not (self._waiting or self._ended) and len(self._running) < self._batch_size
 
     @property
@@ -189,14 +190,14 @@ class Scheduler(Generic[T]):
         return not (self._running or self._waiting or self._ended)
 
     def add(self, item: T) -> Ticket[T]:
-        """Queue `item`. Raises BudgetError if nothing runs and not even so the cache has room for it."""
+        """Queue `item`. Raises BudgetError if the cache has no room for it although nothing else runs."""
         ticket = Ticket(item)
         self._waiting.append(ticket)
         self._admit()
         return ticket
 
     def cancel(self, ticket: Ticket[T]) -> None:
-        """Give the item up, wherever it stands; it gets no event any more."""
+        """Give the item up, whether it waits, runs or has ended; it gets no more events."""
         if ticket in self._waiting:
             self._waiting.remove(ticket)
         elif ticket in self._running:
@@ -205,11 +206,12 @@ class Scheduler(Generic[T]):
         self._ended = [event for event in self._ended if event.ticket is not ticket]
 
     def step(self, on_block: OnBlock | None = None) -> list[Event[T]]:
-        """One pass, or none where items have been refused since the last step, or nothing runs: then only what is known
-        already.
+        """Run one pass; returns its events.
 
-        Raises what a pass raises, and BudgetError for an item that not even an empty cache has room for. A pass that
-        failed ends all that runs and waits: what the cache holds of it is not what it should be.
+        If items have been refused since the last step, or nothing runs, there is no pass: only those items have events.
+
+        Raises what a pass raises, and BudgetError for an item that does not fit even an empty cache. A failed pass
+        drops all items, running and waiting, without events: what it left in the cache cannot be relied on.
         """
         self._admit()
         events, self._ended = self._ended, []
@@ -241,12 +243,12 @@ class Scheduler(Generic[T]):
             self._running.remove(ticket)
             self._release(ticket)
             events.append(_ended(ticket))
-        with suppress(BudgetError):  # the next step's, which has no events to lose
+        with suppress(BudgetError):  # left to the next step, which has no events to lose
             self._admit()
         return events
 
     def _admit(self) -> None:
-        """Let those run that there is room for, in order."""
+        """Start waiting items, in order, while there is room."""
         while self._waiting and len(self._running) < self._batch_size:
             ticket = self._waiting[0]
             ids = ticket.item.prompt_ids
@@ -270,7 +272,7 @@ class Scheduler(Generic[T]):
             self.costs.prompt_tokens += len(ids)
 
     def _plan_pass(self) -> tuple[list[Segment], list[Ticket[T]]]:
-        """What the next pass computes: every decoding sequence's token, then prompts in order."""
+        """The next pass: a token of every decoding sequence, then prompts in order, as segments with their tickets."""
         decoding = [ticket for ticket in self._running if ticket.is_decoding]
         room = self._runner.plan.max_batched_tokens - len(decoding)
         if decoding and self._objective is Objective.LATENCY:
@@ -281,14 +283,14 @@ class Scheduler(Generic[T]):
         return [_segment(ticket, shares.get(ticket, 1)) for ticket in members], members
 
     def _is_last(self, segments: Items[Segment], members: Items[Ticket[T]]) -> bool:
-        """Whether this is sure to be the last pass: nothing is read ahead for another one then."""
+        """Whether this is certainly the last pass, so that nothing is read ahead for another one."""
         left = max(ticket.item.max_new_tokens - len(ticket.item.token_ids) for ticket in self._running)
         whole = [segment.stop >= len(t.item.prompt_ids) for segment, t in zip(segments, members, strict=True)]
         all_end = left == 1 and len(members) == len(self._running) and all(whole)
         return all_end and not self._waiting and not self._may_grow()
 
     def _count(self, pass_: Pass, decoding: int, prompt_tokens: int, new_tokens: int) -> None:
-        """Note what a pass has cost, with what came before it since the last one."""
+        """Add up what a pass has cost, including the time since the pass before."""
         now, counted, costs = time.perf_counter(), _Counters.of(self._runner), self.costs
         if new_tokens and not costs.generated_tokens:
             costs.first_token_seconds = now - self._began
@@ -322,16 +324,16 @@ def _ended(ticket: Ticket[T]) -> Event[T]:
 
 
 def _first_kept(ticket: Ticket[T]) -> int:
-    """Which of the item's kept positions is the first in its next segment."""
+    """Number of the first kept position in the item's next segment."""
     assert ticket.kv is not None
     return 0 if ticket.is_decoding else max(0, ticket.kv.length - len(ticket.item.prompt_ids) + ticket.item.kept)
 
 
 def _share(prompts: Items[Ticket[T]], room: int) -> Iterator[tuple[Ticket[T], int]]:
-    """How many tokens of each prompt fit into `room`.
+    """Share `room` tokens among prompts: yields tickets with their numbers of tokens.
 
-    The oldest has half of it at least, so that it gets on. Of the others the shortest come first, so that they need not
-    wait until a long one has passed.
+    The oldest prompt gets at least half of `room`, if it needs that much, so that it advances. Of the others the
+    shortest come first, so that they need not wait for a long one.
     """
     if not prompts:
         return
@@ -358,7 +360,7 @@ def _segment(ticket: Ticket[T], count: int) -> Segment:
 
 @dataclass(frozen=True)
 class _Counters:
-    """What a runtime has read and written so far."""
+    """What a runtime has counted so far: bytes of weights read, bytes of KV cache moved, seconds of an idle disk."""
 
     weights: int
     kv: int

@@ -1,10 +1,10 @@
 """How likely a model finds a text: windows of its tokens, many in a pass, log-probabilities out.
 
 In: the tokens of texts and a runtime. Out: for every window a log-probability per scored token, and what it cost.
-`tiered score` calls it; so does whoever asks what quantization of weights or cache costs.
+`tiered score` calls it, and `tools/quality.py`, which measures what quantizing weights or cache costs.
 
-A window is what the model sees at once. Its tokens are fed with logits kept where something is scored; each logit row
-becomes one number as soon as it is computed, so logits of a whole window never exist.
+A window is what the model sees at once. Logits are computed only at positions where something is scored. Each row of
+them becomes one number at once, so the logits of a whole window never exist together.
 """
 
 import math
@@ -23,7 +23,7 @@ from tiered.model import OnBlock
 from tiered.units import MIB
 
 _PIECE_NBYTES: Final = 4 * MIB
-"""Of logits that are widened to float32 at once."""
+"""Bytes of logits that are widened to float32 at once."""
 _LARGEST_EXPONENT: Final = 700.0
 """Beyond it exp() leaves the range of a float."""
 
@@ -34,11 +34,11 @@ class Window:
 
     input_ids: list[int]
     targets: list[int]
-    """What follows each of the last len(targets) input tokens."""
+    """The tokens that follow each of the last len(targets) input tokens."""
     position: int = 0
-    """Of the first target in its text; what begins a text by the tokenizer's custom is not counted."""
+    """Of the first target in its text; tokens that the tokenizer puts in front of a text are not counted."""
     text: int = 0
-    """Which of several texts."""
+    """Number of the text."""
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.targets) <= len(self.input_ids):
@@ -74,7 +74,7 @@ class Tally:
     def bits_per_byte(self, nbytes: int) -> float:
         """Bits of all scored tokens over `nbytes` of text: comparable between tokenizers, which perplexity is not.
 
-        NaN where there is none."""
+        NaN where nothing has been scored, or `nbytes` is 0."""
         return self.nats / math.log(2) / nbytes if self.tokens and nbytes else math.nan
 
 
@@ -84,11 +84,11 @@ class Scoring:
 
     total: Tally = field(default_factory=Tally)
     costs: Generation = field(default_factory=Generation)
-    """All passes are of prompts: windows are its sequences, and overlaps count again among its tokens."""
+    """All passes are prefill: each window is a sequence, and tokens of overlaps count in each window."""
 
 
 def window_targets(context: int, begins: int) -> int:
-    """The most tokens that a window of `context` tokens can score, of which the first `begins` only begin the text."""
+    """The most tokens that a window of `context` tokens can score if its first `begins` tokens only begin the text."""
     return context - max(begins - 1, 0)
 
 
@@ -109,7 +109,7 @@ def cut_windows(
     as fit. Without `begin_ids` the text's first token has nothing before it, so it is not scored. What a token's
     window holds depends on its position alone, never on how the text goes on.
 
-    Raises ConfigError where nothing fits.
+    Raises ConfigError where a window has room for no token to score, or `stride` is below 1.
     """
     most = window_targets(context, len(begin_ids))
     if most < 1 or stride < 1:
@@ -133,9 +133,12 @@ def score(
 ) -> Scoring:
     """Score `windows`, taken as they are needed, at most `per_pass` of them in one pass.
 
-    `on_scored` is called once per window, in order, in the caller's thread, with the log-probabilities of its targets:
-    float32 [targets]; or `on_failed`, where the model's logits are no numbers, which without it is raised. Raises
-    BudgetError where not even one window fits the cache.
+    `on_scored` is called once per window, in the caller's thread, with the log-probabilities of its targets: float32
+    [targets]. It is called in the order of `windows` if the plan lets each begin and end in the same pass
+    (`Workload.one_pass`); else a short window may end before a longer one. Where the model's logits are NaN or
+    infinite, `on_failed` is called instead; without it the error is raised.
+
+    Raises BudgetError where not even one window fits the cache.
     """
     total = Tally()
 
@@ -153,17 +156,17 @@ def score(
 
 
 class _Scored:
-    """A window as the scheduler runs it: logits become log-probabilities as they are computed, none is sampled."""
+    """A window as the scheduler runs it: its logits become log-probabilities at once, and no token is sampled."""
 
     max_new_tokens: Final = 1
-    """Nothing is, but the last of its tokens passes through the model like a prompt's."""
+    """No token is generated; 1 makes the cache reserve room for exactly the prompt."""
 
     def __init__(self, window: Window) -> None:
         self.window, self.prompt_ids = window, window.input_ids
         self.token_ids: list[int] = []
         self.kept = len(window.targets)
         self.logprobs = torch.full((self.kept,), math.nan)
-        """Of the window's targets."""
+        """float32 [targets]; NaN until computed."""
         self._targets, self._left = torch.tensor(window.targets), self.kept
         self.finish_reason: str | None = None
         self.error: TieredError | None = None
@@ -182,7 +185,7 @@ class _Scored:
 def log_probabilities(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """float32 [rows]: log-softmax of logits [rows, vocab], of any dtype, at targets [rows].
 
-    Widens a few MiB at a time. A row's result is the same bits alone and among others.
+    Widens a few MiB at a time. A row's result has the same bits alone and among others.
     """
     rows = max(1, _PIECE_NBYTES // (4 * logits.shape[-1]))
     pieces = zip(logits.split(rows), targets.split(rows), strict=True)

@@ -24,30 +24,30 @@ class Sequence:
         stops: Items[str] = (),
         logprobs: int | None = None,
     ) -> None:
-        """`logprobs` asks for the log-probability of each token, and of that many likeliest ones at its place."""
+        """`logprobs`: record the log-probability of each token, and of so many likeliest tokens; None: record none."""
         self.prompt_ids = prompt_ids
         self.token_ids: list[int] = []
         self.finish_reason: str | None = None
         """None while running; then "stop" (end of text or a stop string), "length" or "error"."""
         self.error: TieredError | None = None
-        """Why it failed, where it did."""
+        """Why it failed; None if it did not."""
         self.max_new_tokens = max_new_tokens
         self.logprobs = None if logprobs is None else Logprobs(logprobs)
-        """One entry per token, where they were asked for."""
+        """One entry per token; None if they were not asked for."""
         self._sampler = sampler
         self._eos_ids, self._stops = eos_ids, tuple(stops)
         self._completion = CompletionText(decoder, prompt_ids)
         self._shown = 0
-        """Characters of the text that no later token can change or take back."""
+        """How many characters of the text no later token can change or take back."""
 
     @property
     def text(self) -> str:
-        """The completion so far, without stop strings; what may still change is missing until the end."""
+        """The completion so far, without stop strings; text that may still change is left out until the end."""
         return self._completion.text[: self._shown]
 
     @property
     def token_texts(self) -> list[str]:
-        """What each token adds. Together they are the text, and behind it what a stop string cut off.
+        """The text that each token adds. Joined, they are `text` and, after it, what a stop string cut off.
 
         A character of several tokens belongs to the last of them; special tokens add nothing.
         """
@@ -56,7 +56,7 @@ class Sequence:
 
     @property
     def offsets(self) -> list[int]:
-        """Where in the text each token's own begins; the text's length for what a stop string cut off."""
+        """Where each token's text begins in `text`; for tokens that a stop string cut off, the length of `text`."""
         length = len(self.text)
         starts = [0, *self._completion.ends][: len(self.token_ids)]
         return [min(start, length) for start in starts]
@@ -67,7 +67,7 @@ class Sequence:
 
     @property
     def kept(self) -> int:
-        """Of a prompt only the last position needs logits."""
+        """How many of the prompt's last positions need logits: only the last one."""
         return 1
 
     def take(self, index: int, logits: torch.Tensor) -> None:
@@ -95,7 +95,7 @@ class Sequence:
         searched = self._completion.final
         self._completion.append(token)
         text = self._completion.text
-        # What was final before has been searched already.
+        # Text that was final before has been searched already.
         places = (text.find(stop, max(0, searched - len(stop) + 1)) for stop in self._stops)
         found = [at for at in places if at >= 0]
         if found:
@@ -110,7 +110,7 @@ class Sequence:
         self.finish_reason, self._shown = reason, length
 
     def _held(self, text: str) -> int:
-        """Characters at the end of `text` that may become a stop string."""
+        """How many characters at the end of `text` may be the beginning of a stop string."""
         held = 0
         for stop in self._stops:
             sizes = range(min(len(stop) - 1, len(text)), held, -1)

@@ -5,8 +5,8 @@ In: a tokenizer and messages. Out: the text that its template makes of them, or 
 
 A single operator (`'a' * 10**10`, `10**10**9`) can take all memory or never end, inside one call that nothing in its
 own process can interrupt; only a process of its own can be bounded. Starting one takes some 100 ms with its imports,
-forking one a few, so a helper is forked, renders what comes within a second, and ends: one that stayed would keep a
-copy of every page that this process changes. It shares all else, and may add `_NBYTES` to it.
+forking one a few, so a helper process is forked, renders what is asked within a second, and ends: if it stayed, it
+would keep a copy of every page that this process changes. It shares all other pages, and may take `_NBYTES` more.
 """
 
 import contextlib
@@ -66,7 +66,7 @@ class ChatTemplate:
             self._close()
         question = json.dumps(messages).encode()
         answer = None
-        # A helper ends by itself when nothing comes for a while; a new one shows whether that was it.
+        # A helper ends by itself when it is idle for a while. If one has ended, a new one shows whether that was why.
         for is_new in (self._helper is None, True):
             self._helper = self._helper or _Helper(self._tokenizer)
             try:
@@ -111,7 +111,7 @@ class _Helper:
         return time.monotonic() < self._ends_at
 
     def ask(self, question: bytes, seconds: float) -> bytes | None:
-        """The answer; None where the helper has ended. Raises TimeoutError, or OSError where it had ended before."""
+        """The answer; None where the helper ends without one. Raises TimeoutError, or OSError if it was gone before."""
         self._connection.send_bytes(question)
         if not self._connection.poll(seconds):
             raise TimeoutError
@@ -131,8 +131,8 @@ class _Helper:
 
 @contextlib.contextmanager
 def _interrupts_later() -> Iterator[None]:
-    """Keep a SIGINT until the fork is done: raised by one of Python's own functions around it, a KeyboardInterrupt is
-    swallowed, and a lock of theirs (logging's) stays locked for ever."""
+    """Hold a SIGINT back until the fork is done. Raised in a function that Python itself calls around a fork, a
+    KeyboardInterrupt is swallowed, and a lock that the function holds (logging's) stays locked for ever."""
     before = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or before is None:
         yield
@@ -162,7 +162,7 @@ def _serve(connection: Connection, tokenizer: PreTrainedTokenizerBase) -> NoRetu
 
 
 def _let_go_of_files(keep: int) -> None:
-    """Close what the other process has open: a lock on results would outlast it, a reader of its output would wait."""
+    """Close the other process's files: its lock on results would outlast it, and readers of its output would wait."""
     for path in list(Path("/proc/self/fd").iterdir()):
         if (fd := int(path.name)) > 2 and fd != keep:
             with contextlib.suppress(OSError):
@@ -175,11 +175,11 @@ def _let_go_of_files(keep: int) -> None:
 def _limit_self() -> None:
     used = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + _NBYTES,) * 2)
-    # Even where nobody is left to end it.
+    # Ends it even where no other process is left to do so.
     seconds = int(_LIFE_SECONDS + _SECONDS) + 1
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     with contextlib.suppress(OSError):
-        # If memory is short all the same, it is this process that goes.
+        # If memory runs out all the same, the kernel kills this process first.
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
 
 
@@ -193,5 +193,5 @@ def _answer(question: bytes, tokenizer: PreTrainedTokenizerBase) -> dict[str, st
     except MemoryError:
         return {"refused": f"it takes more than {format_size(_NBYTES)} of memory for one conversation"}
     except BaseException as error:
-        # They raise what they like, most often on roles in an order that they do not know; panics are no Exceptions.
+        # Templates may raise anything, most often for an order of roles they do not know. Panics are no Exceptions.
         return {"refused": shortened(error)}

@@ -1,4 +1,4 @@
-"""Token ids become text, token by token: what is shown, cut at stops, measured and returned is all made here.
+"""Turns token ids into text, token by token. All text that is shown, cut at stops, measured or returned is made here.
 
 In: a tokenizer, a prompt's ids, then one id after the other. Out: the text of the completion, exactly as the tokenizer
 decodes all of it; how much of that is final; where each token's text ends. `Sequence` uses it for completions,
@@ -6,8 +6,8 @@ decodes all of it; how much of that is final; where each token's text ends. `Seq
 
 A tokenizer's text is not the sum of its tokens' texts. A space at the beginning of a text is dropped, a character may
 be spread over several tokens, a run of byte tokens (`<0xE2>`) counts as text only if all of it is UTF-8, and some
-tokenizers take away spaces before punctuation. So a few tokens are decoded again with every new one: those since the
-last place where the text was closed, and the stretch before it, which is what they are read in.
+tokenizers take away spaces before punctuation. So a few tokens are decoded again with every new one: those since
+the text was last closed (ended so that no later token can change it), behind some tokens before that place as context.
 """
 
 import re
@@ -27,14 +27,14 @@ class Decoder(Protocol):
 
 
 class CompletionText:
-    """decode(prompt + completion) less decode(prompt), while the completion grows; special tokens have no text.
+    """decode(prompt + completion) without decode(prompt) at its beginning, while the completion grows.
 
-    Where the first does not begin with the second (the prompt ends within a character, or what follows joins its last
-    word), the text is what the first has beyond the longest beginning that both share: a character that the completion
-    completes is part of it as a whole.
+    Special tokens have no text. Where decode(prompt + completion) does not begin with decode(prompt) (the prompt ends
+    within a character, or the completion joins its last word), only their longest common prefix is left out: a
+    character that the completion completes belongs to the completion as a whole.
 
-    Tokenizers written in Python may rewrite a text from its beginning. Theirs is decoded whole with every token, and
-    final only when nothing follows.
+    A tokenizer written in Python may rewrite a text from its beginning. Its text is decoded whole with every token, and
+    none of it is final before the end.
     """
 
     def __init__(self, decoder: Decoder, prompt_ids: Items[int] = ()) -> None:
@@ -42,43 +42,43 @@ class CompletionText:
         self._settled = ""
         """Text that no later token can change."""
         self._open = ""
-        """Text behind it, of `_pending`."""
+        """Text after `_settled`, that of `_pending`."""
         self._pending: list[int] = []
         """Tokens since the text was last closed."""
         self._before: list[int] = []
         """Tokens that were pending when the text was last closed; `_pending` may have to be decoded behind them."""
         self._context: list[int] | None = None
-        """What `_pending` is decoded together with; found when the first token comes."""
+        """Tokens that `_pending` is decoded behind; found when the first token comes."""
         self._context_text = ""
         self._cleans = self._is_local = False
         self._ends = array("q")
         self._whole = ""
-        """The open text when it last was of whole characters."""
+        """The open text when it last ended with a whole character."""
 
     @property
     def text(self) -> str:
-        """Of all tokens so far."""
+        """The text of all tokens so far."""
         return self._settled + self._open
 
     @property
     def final(self) -> int:
-        """So many characters of it no later token can change."""
+        """How many characters of `text` no later token can change."""
         return len(self._settled)
 
     @property
     def is_closed(self) -> bool:
-        """Whether all of it is final, and what follows is read without what came before."""
+        """Whether all of `text` is final."""
         return not self._pending
 
     @property
     def token_texts(self) -> list[str]:
-        """What each token adds; together they are the text. A character of several tokens belongs to the last one."""
+        """The text that each token adds; joined, they are `text`. A character of several tokens belongs to the last."""
         text = self.text
         return [text[start:end] for start, end in pairwise([0, *self.ends])]
 
     @property
     def ends(self) -> list[int]:
-        """How much of the text belongs to each token and the ones before it: what was there after it, and stayed."""
+        """For each token, the length of the text made by it and the tokens before it, as far as that has stayed."""
         length = len(self._settled) + len(self._open)
         ends = [min(end, length) for end in self._ends]
         return [*ends[:-1], length] if ends else []
@@ -94,12 +94,12 @@ class CompletionText:
         self._open = whole[_shared(self._context_text, whole) :]
         self._note_end()
         if self._open == before and self._is_hidden(token):
-            self._pending.pop()  # any number of them leaves no trace
+            self._pending.pop()  # special tokens leave no trace in the text, so they need not be decoded again
         elif self._is_local and self._closes(self._open, token):
             self._settle()
 
     def _begin(self) -> None:
-        """Look for the end of the prompt: from its last token that closes a text by itself, nothing before matters."""
+        """Choose the context: the prompt from its last token that closes a text by itself; none before it matters."""
         self._is_local = bool(getattr(self._decoder, "is_fast", True))
         self._cleans = _cleans_up(self._decoder)
         start = 0
@@ -113,17 +113,18 @@ class CompletionText:
         return self._closes(self._decoded([token]), token)
 
     def _closes(self, text: str, token: int) -> bool:
-        """Whether a text that ends with `text`, whose last token is `token`, stays as it is whatever follows."""
+        """Whether no later token can change a text that ends with `text`, whose last token is `token`."""
         if not text or text.endswith(_REPLACEMENT) or self._is_byte(token):
             return False
-        # Spaces are taken away only before what has no two letters or digits side by side.
+        # Cleaning removes a space because of what follows it, as in " ." or " 've". In a text that ends with two
+        # letters or digits, no such sequence can have begun.
         return not self._cleans or (len(text) > 1 and text[-2:].isalnum())
 
     def _settle(self) -> None:
-        """The text is closed: the tokens since it last was are what the next ones are decoded together with."""
+        """Close the text: the tokens since it was last closed become the context of the next ones."""
         assert self._context is not None
         self._settled += self._open
-        # Some text must come before the next tokens, or they would lose the space that begins a text.
+        # The context must have some text, or the next tokens would begin a text and lose their leading space.
         for context in (self._pending, self._before + self._pending, self._context + self._pending):
             text = self._decoded(context)
             if text:
@@ -133,7 +134,7 @@ class CompletionText:
         self._whole = ""
 
     def _note_end(self) -> None:
-        """Another token has come: where does its text end, and how much of the earlier ones' text has stayed?"""
+        """Note where the newest token's text ends, and correct the ends of earlier tokens whose text it has changed."""
         whole = self._open.rstrip(_REPLACEMENT)
         if whole == self._open or whole.startswith(self._whole):
             kept = len(self._settled) + _shared(self._whole, whole)
@@ -142,16 +143,16 @@ class CompletionText:
                     break
                 self._ends[at] = kept
             self._whole = whole
-        # Else it is half a character, which may hide the ones before it until it is complete.
+        # Else the text ends within a character; until that is complete, characters before it may be missing too.
         self._ends.append(len(self._settled) + len(self._whole))
 
     def _is_byte(self, token: int) -> bool:
-        """Whether `token` is a byte, whose run may still turn out to be no text."""
+        """Whether `token` is a byte token; a run of them may still turn out not to be UTF-8."""
         pieces = getattr(self._decoder, "convert_ids_to_tokens", None)
         return pieces is not None and _BYTE_TOKEN.fullmatch(str(pieces(token))) is not None
 
     def _is_hidden(self, token: int) -> bool:
-        """Whether `token` is left out of every text before it is put together."""
+        """Whether `token` is a special token, which decoding leaves out."""
         return not self._decoded([token]) and bool(self._decoder.decode([token], skip_special_tokens=False))
 
     def _decoded(self, ids: list[int]) -> str:
@@ -159,7 +160,7 @@ class CompletionText:
 
 
 def _shared(earlier: str, later: str) -> int:
-    """Characters of the longest beginning that both have."""
+    """The length of the longest common prefix, in characters."""
     if later.startswith(earlier):
         return len(earlier)
     pairs = enumerate(zip(earlier, later, strict=False))

@@ -1,4 +1,4 @@
-"""A store's tokenizer and generation configuration, or a named error."""
+"""Loads a store's tokenizer and generation configuration; errors name the file to blame."""
 
 import json
 from collections.abc import Collection, Mapping
@@ -15,7 +15,7 @@ from tiered.store.beside import VOCABULARIES, check_beside
 
 _GENERATION_FILE: Final = "generation_config.json"
 _LONGEST_VALUE: Final = 40
-"""Characters of a value that are shown in the line of what is ignored."""
+"""How many characters of a value are shown."""
 _CHANGES: Final[dict[str, Any]] = {
     "do_sample": False,
     "num_beams": 1,
@@ -45,7 +45,7 @@ _CHANGES: Final[dict[str, Any]] = {
     "force_words_ids": None,
     "constraints": None,
 }
-"""Fields that change what transformers generates, with what it does where they are not set."""
+"""Fields that change what transformers generates, with the values it assumes where they are not set."""
 SAMPLING: Final[dict[str, Any]] = {
     "temperature": 1.0,
     "top_k": 50,
@@ -56,7 +56,7 @@ SAMPLING: Final[dict[str, Any]] = {
     "epsilon_cutoff": 0.0,
     "eta_cutoff": 0.0,
 }
-"""More of them, where do_sample is true."""
+"""More such fields, which count only where do_sample is true."""
 
 
 def load_tokenizer(store: Store) -> PreTrainedTokenizerBase:
@@ -69,11 +69,11 @@ def load_tokenizer(store: Store) -> PreTrainedTokenizerBase:
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(store.path, trust_remote_code=False, local_files_only=True)
-        # Not all that is damaged is looked at before it is used.
+        # Some damage shows only when a tokenizer is used.
         _ = str(tokenizer.decode(tokenizer("Once")["input_ids"])), len(tokenizer), tokenizer.eos_token_id
     except BaseException as error:
-        # Whatever a tokenizer's own code raises on a damaged file. What a native one does in its worst moments is no
-        # Exception, and cannot be imported to be named.
+        # A tokenizer's own code may raise anything on a damaged file. A panic of a native one is no Exception, and its
+        # class cannot be imported: only its name tells.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise StoreError(
@@ -84,15 +84,15 @@ def load_tokenizer(store: Store) -> PreTrainedTokenizerBase:
 
 
 def load_generation_config(store: Store) -> GenerationConfig:
-    """What the store says of generation, as transformers takes it: all of generation_config.json, and where there is
-    none, what config.json says. Raises StoreError where that is damaged."""
+    """The store's generation settings as transformers reads them: from generation_config.json, or from config.json
+    where there is none. Raises StoreError where that file is damaged."""
     path = _generation_file(store)
-    read_whole(path, StoreError, MOST_JSON_NBYTES)  # what cannot be read is another error than what makes no sense
+    read_whole(path, StoreError, MOST_JSON_NBYTES)  # an unreadable file has an error of its own
     legacy: dict[str, Any] = {} if path.name == _GENERATION_FILE else {"_from_model_config": True}
     try:
         return GenerationConfig.from_pretrained(store.path, path.name, local_files_only=True, **legacy)
     except Exception as error:
-        # Whatever transformers raises on values it did not expect.
+        # transformers may raise anything on values that it did not expect.
         raise StoreError(
             f"{path}: cannot be used ({shortened(error)}); copy the model's own file there, or remove it"
         ) from error
@@ -100,7 +100,7 @@ def load_generation_config(store: Store) -> GenerationConfig:
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """What a store says of generation, for commands: they honour what ends a text; the rest is for their options."""
+    """A store's generation settings, for commands: they honour what ends a text, and have options for the rest."""
 
     file: str
     """Name of the file that says it."""
@@ -109,10 +109,10 @@ class GenerationSettings:
     stops: tuple[str, ...]
     """Texts that end it."""
     others: Mapping[str, Any]
-    """Everything else that changes what transformers generates, by its name there."""
+    """All other settings that change what transformers generates, by field name."""
 
     def ignored(self, stated: Collection[str]) -> str | None:
-        """A line that names what is not honoured; None where it is nothing. `stated` are those that options say."""
+        """A line that names the settings not honoured, or None. `stated`: names of settings that options replace."""
         found = [f"{name} {_shown(value)}" for name, value in self.others.items() if name not in stated]
         if not found:
             return None
@@ -122,9 +122,9 @@ class GenerationSettings:
 
 
 def load_generation_settings(store: Store, tokenizer: PreTrainedTokenizerBase) -> GenerationSettings:
-    """The store's settings. Where none of its files names an end token, it is the tokenizer's.
+    """The store's settings. Where none of its files names an end token, the tokenizer's counts.
 
-    Raises StoreError, naming file and field, for end tokens or stop strings that are none.
+    Raises StoreError, naming file and field, for end tokens that are no integers and stop strings that are no texts.
     """
     config, path = load_generation_config(store), _generation_file(store)
     ids, stops = config.eos_token_id, config.stop_strings
@@ -146,7 +146,7 @@ def _generation_file(store: Store) -> Path:
 
 
 def _others(config: GenerationConfig) -> dict[str, Any]:
-    """The fields that are set to something else than what transformers does without them."""
+    """The fields whose values differ from what transformers assumes where they are not set."""
     fields = {**_CHANGES, **(SAMPLING if config.do_sample is True else {})}
     found = {name: getattr(config, name, None) for name in fields}
     return {name: value for name, value in found.items() if value not in (None, [], {}, fields[name])}

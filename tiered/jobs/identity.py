@@ -39,7 +39,7 @@ class Identity:
         return xxhash.xxh3_64_hexdigest(json.dumps(self._values(), sort_keys=True).encode())
 
     def differences(self, begun: "Identity") -> list[str]:
-        """What is not as it was when the job `begun` was begun, each in a few words."""
+        """What has changed since the job `begun` was begun, each difference in a few words."""
         found = ["the input has other contents"] if self.input != begun.input else []
         found += ["it is another store"] if self.store != begun.store else []
         for name in sorted(self.settings.keys() | begun.settings.keys()):
@@ -60,11 +60,11 @@ class JobFile:
     created: int
     """When the job was begun, in seconds since 1970."""
     sequences: int
-    """How many the input asks for, several choices of a request being several."""
+    """How many sequences the input asks for; each choice of a request is one."""
     longest: int
-    """Tokens of the longest one, prompt and completion; 0 where there is none."""
+    """Tokens of the longest sequence, prompt and completion; 0 where there is none."""
     tokens: int
-    """Of all sequences together, at most."""
+    """Tokens of all sequences together, at most."""
 
     def to_json(self) -> str:
         """The text of the file."""
@@ -93,7 +93,7 @@ class JobFile:
 
 
 def job_path(results: Path) -> Path:
-    """Where the job of a result file is kept."""
+    """The path of the job file that belongs to a result file."""
     return results.with_name(results.name + ".job")
 
 
@@ -107,7 +107,7 @@ def read_job(results: Path) -> JobFile | None:
 
 
 def write_job(results: Path, job: JobFile) -> None:
-    """Write down, durably, what job the result file at `results` is about to belong to."""
+    """Write, durably, the job file of the result file at `results`; called before that has its first result."""
     path = job_path(results)
     try:
         atomic_write(path, job.to_json())
@@ -116,7 +116,7 @@ def write_job(results: Path, job: JobFile) -> None:
 
 
 def check_same(results: Path, now: Identity, begun: Identity) -> None:
-    """Raises ConfigError, naming what differs, unless a job begun as `begun` may be gone on with as `now`."""
+    """Raises ConfigError, naming what differs, unless a job begun as `begun` may be continued as `now`."""
     differences = now.differences(begun)
     if differences:
         raise ConfigError(
@@ -126,11 +126,11 @@ def check_same(results: Path, now: Identity, begun: Identity) -> None:
 
 
 def store_fingerprint(folder: Path) -> str:
-    """xxh3_128 over the files beside the blocks: the manifest, which has the blocks' checksums, and all that makes
-    text of tokens."""
+    """xxh3_128 over the files beside the blocks: the manifest, which has the blocks' checksums, the
+    configuration and the tokenizer."""
     digest = xxhash.xxh3_128()
     for path in sorted(path for path in folder.iterdir() if path.is_file()):
-        # In pieces: whatever lies there counts, however large it is.
+        # In pieces, as any file that lies there counts, however large it is.
         digest.update(f"{path.name}\0{check_regular(path, StoreError)}\0".encode())
         with reading(path), path.open("rb") as file:
             while piece := file.read(_PIECE_NBYTES):

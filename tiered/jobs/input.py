@@ -38,7 +38,7 @@ class Line:
     offset: int
     raw: bytes
     is_too_long: bool = False
-    """`raw` is only its beginning."""
+    """Whether `raw` is only the beginning of the line."""
 
     @property
     def is_blank(self) -> bool:
@@ -78,13 +78,13 @@ class Input:
     """Lines whose custom_id an earlier line has."""
 
     def read(self) -> Iterator[Line]:
-        """The lines that are not blank, each read when it is asked for. What has been appended since is left out."""
+        """The lines that are not blank, each read when it is asked for. Lines appended since are left out."""
         with open_input(self.path) as file, errors_of(self.path):
             yield from (line for line in read_lines(file, self.nbytes) if not line.is_blank)
 
 
 def open_input(path: Path) -> BinaryIO:
-    """Open a file of requests; raises ConfigError where it is none."""
+    """Open a file of requests; raises ConfigError where it is no regular file or cannot be read."""
     if str(path) == "-":
         raise ConfigError("-i -: a job needs a regular file to be started again; write standard input to one first")
     try:
@@ -101,7 +101,7 @@ def open_input(path: Path) -> BinaryIO:
 
 
 def read_lines(file: BinaryIO, nbytes: int, on_bytes: OnBytes = lambda _: None) -> Iterator[Line]:
-    """All lines in the next `nbytes` bytes of `file`, blank ones too. `on_bytes` is shown every byte."""
+    """All lines in the next `nbytes` bytes of `file`, blank ones too. `on_bytes` is called with every byte."""
     offset = number = 0
     while offset < nbytes:
         raw = file.readline(min(LONGEST_LINE_NBYTES + 1, nbytes - offset))
@@ -123,7 +123,7 @@ def read_lines(file: BinaryIO, nbytes: int, on_bytes: OnBytes = lambda _: None) 
 def scan_input(
     path: Path, on_progress: Callable[[int, int], None] = lambda done, total: None, hash_id: Hash | None = None
 ) -> Input:
-    """Read all of the file at `path`; `on_progress` is told the bytes done and all of them, every so often.
+    """Read all of the file at `path`; `on_progress` is called now and then with the bytes done and the bytes in all.
 
     Raises ConfigError where it cannot be read. `hash_id` stands in for the 64-bit hash in tests.
     """
@@ -138,7 +138,7 @@ def scan_input(
             if lines % 1000 == 0:
                 on_progress(line.offset, nbytes)
         repeated = _repeated(hashes)
-        del hashes  # which is most of what a line costs
+        del hashes  # which is most of the memory that a line takes
         duplicates = LineSet(lines)
         if len(repeated):
             for number in _duplicates(path, nbytes, repeated, hash_id):
@@ -171,7 +171,7 @@ def _duplicates(path: Path, nbytes: int, repeated: npt.NDArray[np.uint64], hash_
     first = np.full(len(repeated), -1, np.int64)
     """Offset of the first line with each hash."""
     others: set[str] = set()
-    """Further custom_ids of the same hash: chance makes next to none of them."""
+    """Other custom_ids with one of these hashes; by chance there is next to none."""
     with open_input(path) as file, open_input(path) as again, errors_of(path):
         # A custom_id that very many lines have is not read again for each of them.
         custom_id_at = lru_cache(maxsize=64)(partial(_custom_id_at, again))
@@ -193,5 +193,5 @@ def _duplicates(path: Path, nbytes: int, repeated: npt.NDArray[np.uint64], hash_
 
 def _custom_id_at(file: BinaryIO, offset: int) -> str | None:
     file.seek(offset)
-    # A byte-order mark is only taken off the first line.
+    # A byte-order mark is removed from the first line only.
     return _custom_id(Line(1 if offset == 0 else 2, offset, file.readline(LONGEST_LINE_NBYTES + 1)))

@@ -1,6 +1,6 @@
 """The result file of a job: appended to line by line, durable line by line, owned by one process at a time.
 
-Whatever moment a process is killed at, every line but the last is whole. Opening the file again cuts a torn last line
+At whatever moment a process is killed, every line but the last is whole. Opening the file again cuts a torn last line
 off and finds out from the ids of the others which lines of the input are done.
 """
 
@@ -21,14 +21,15 @@ from tiered.jobs.results import line_of_id
 from tiered.store.write import fsync_folder
 
 _OPEN: Final = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK
-"""Opening a pipe would wait for its other end."""
+"""Without O_NONBLOCK, opening a pipe would wait for its other end."""
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Journal:
     """An open result file. A context manager: the file is locked from entering to leaving.
 
-    Entering raises ConfigError where another process has it or it is no job's. Then `begin`, then `append`.
+    Entering raises ConfigError where another process has it locked, or it belongs to no job. Then call `begin`, then
+    `append`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -38,7 +39,7 @@ class Journal:
         self.failed = 0
         """How many of these results are errors."""
         self.sequences = 0
-        """How many choices the others have together."""
+        """How many choices all other results have together."""
         self._fd = -1
         self._end = 0
 
@@ -71,9 +72,9 @@ class Journal:
             check_same(self.path, identity, self.job.identity)
 
     def begin(self, job: JobFile, lines: int) -> None:
-        """Make the file that of `job`, whose input has so many lines, and find out what is done.
+        """Make the file belong to `job`, whose input has so many `lines`, and find out which of them are done.
 
-        Raises ConfigError where it belongs to another job, CorruptError where it holds something else than results.
+        Raises ConfigError where it belongs to another job, CorruptError where it holds anything but this job's results.
         """
         self.check(job.identity)
         if self.job is None:
@@ -86,16 +87,16 @@ class Journal:
                 self._end = self._read(file, job.identity.key, lines)
             if os.fstat(self._fd).st_size > self._end:
                 os.ftruncate(self._fd, self._end)
-            # The name of the file and what was cut off it, before anything is built on them.
+            # The file's name and the cut must be on the disk before anything is appended.
             os.fsync(self._fd)
         fsync_folder(self.path.parent)
 
     def append(self, line: int, record: bytes, sequences: int) -> None:
         """Add the result of a line of the input, durably: after this call, nothing short of a broken disk loses it.
 
-        It has so many choices; 0: it is an error.
+        `sequences` is its number of choices; 0: it is an error.
 
-        Raises DiskFullError, with the file as it was before, where there is no space.
+        Raises DiskFullError where there is no space; the file is then as it was before.
         """
         assert record.endswith(b"\n") and line not in self.done
         try:
@@ -150,7 +151,7 @@ class Journal:
 
 
 def _result(raw: bytes, key: str) -> tuple[int, int] | None:
-    """Which line of the input a result is of, and how many choices it has; None where it is no result of job `key`."""
+    """The input line that a result belongs to, and its number of choices; None where it is no result of job `key`."""
     try:
         value = json.loads(raw)
         line = line_of_id(str(value["id"]), key)

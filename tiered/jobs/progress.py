@@ -7,7 +7,7 @@ from typing import Final
 from tiered.units import format_seconds
 
 _WINDOW_SECONDS: Final = 60.0
-"""Rates are those of the last minute, and of the last few passes where one takes longer."""
+"""Rates are averages over the last minute, or over the last few passes where those take longer."""
 _LEAST_PASSES: Final = 4
 _MOST_MARKS: Final = 128
 
@@ -19,7 +19,7 @@ class Counts:
     sequences: int = 0
     """Sequences that have ended."""
     running: float = 0.0
-    """Sequences that are running, each counted as far as it has come: by tokens out of as many as it may have."""
+    """Sequences that are running, each counted as a fraction: its tokens over the most that it may have."""
     prompt_tokens: int = 0
     generated_tokens: int = 0
 

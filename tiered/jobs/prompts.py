@@ -13,9 +13,9 @@ from tiered.jobs.request import Problem, Request
 
 
 class PromptEncoder:
-    """Turns prompts into token ids, with the tokenizer and the chat template of one store; to be closed.
+    """Turns prompts into token ids, with the tokenizer and the chat template of one store; a context manager.
 
-    `room` is what a prompt may have in tokens.
+    `room`: how many tokens a prompt may have; None: no limit.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int, room: int | None = None) -> None:
@@ -31,7 +31,7 @@ class PromptEncoder:
         self._prompts.__exit__(kind, error, trace)
 
     def encode(self, request: Request) -> list[int] | Problem:
-        """Token ids of the prompt; never none."""
+        """Token ids of the prompt, at least one; or why there are none."""
         if request.messages is not None and not self._has_template:
             message = "this model's tokenizer has no chat template; send a prompt to /v1/completions instead"
             return _problem(request, "no_chat_template", message)
@@ -64,9 +64,10 @@ class PromptEncoder:
 
 
 def tokens_to_generate(request: Request, prompt_tokens: int, default: int, limit: int) -> int | Problem:
-    """How many tokens may follow a prompt of `prompt_tokens`, where both together may come to `limit`.
+    """How many tokens may follow a prompt of `prompt_tokens`, if both together may have at most `limit`.
 
-    `default` is for requests that do not say; theirs is cut to what the limit leaves.
+    `default` is for requests that name no number; it is cut to what the limit leaves. Where a
+    named number, or even one token, exceeds the limit, returns a `Problem`.
     """
     most = request.max_tokens if request.max_tokens is not None else max(1, min(default, limit - prompt_tokens))
     if prompt_tokens + most <= limit:

@@ -44,13 +44,13 @@ _NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
     "prediction": (),
     "web_search_options": (),
 }
-"""Fields of OpenAI's API that are not supported, with the values that ask for nothing."""
+"""Fields of OpenAI's API that are not supported, with the values that change nothing."""
 _MOST_CHOICES: Final = 128
 _MOST_LOGPROBS: Final = 20
 _MOST_STOPS: Final = 4
 _MOST_TOKENS: Final = (1 << 31) - 1
 _MOST_NESTED: Final = 100
-"""Lists and objects inside each other. Python's own limit depends on who calls, and so would a result."""
+"""How deep lists and objects may be nested. Python's own limit depends on the caller's stack, and so would a result."""
 _ROLES: Final = ("system", "developer", "user", "assistant")
 
 
@@ -62,13 +62,13 @@ class Problem:
     """Counted from 1, blank lines included."""
     code: str
     message: str
-    """What was expected, what was found, and what to do; without the line."""
+    """What was expected, what was found, and what to do; without the line's number."""
     param: str | None = None
     """The field of the body it is about."""
     custom_id: str | None = None
     """None where the line has none, or not one of its own."""
     status: int = 400
-    """400 where the line is to blame, 500 where what answers it has failed."""
+    """400 where the line is to blame, 500 where computing its answer has failed."""
 
 
 @dataclass(frozen=True)
@@ -84,11 +84,11 @@ class Request:
     """None where the line leaves it to the job."""
     sampling: SamplingParams
     number: int
-    """What the sampler is keyed by beside the seed: the line, or 0 where the line has a seed of its own."""
+    """The sampler's key beside the seed: the line's number, or 0 where the line has a seed of its own."""
     stops: tuple[str, ...]
     choices: int
     logprobs: int | None
-    """Likeliest tokens to report for each; None: no log-probabilities at all."""
+    """How many likeliest tokens to report for each token; None: no log-probabilities at all."""
     ignore_eos: bool
 
     @property
@@ -118,7 +118,7 @@ def parse_object(raw: bytes, line: int) -> dict[str, Any] | Problem:
         if raw.count(b"[") + raw.count(b"{") > _MOST_NESTED and _is_nested(value):
             raise RecursionError
         if b"\\u" in raw:
-            # Escapes can spell halves of characters, which no tokenizer takes and no result could repeat.
+            # Escapes can spell lone surrogates (half characters), which no tokenizer takes and no result can repeat.
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeDecodeError as error:
         return Problem(line, "invalid_encoding", f"not UTF-8 ({error.reason} at byte {error.start}); convert the file")
@@ -137,7 +137,7 @@ def parse_object(raw: bytes, line: int) -> dict[str, Any] | Problem:
 
 
 def _is_nested(value: Any) -> bool:
-    """Whether `value` is nested more deeply than it may be."""
+    """Whether `value` is nested deeper than `_MOST_NESTED`."""
     level = [value]
     for _ in range(_MOST_NESTED):
         inner = [item.values() if isinstance(item, dict) else item for item in level if isinstance(item, dict | list)]
@@ -156,7 +156,7 @@ def _no_number(name: str) -> NoReturn:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of `pairs`; one of two fields of the same name would be ignored."""
+    """The object of `pairs`. Raises ValueError for two fields of the same name, as one of them would be ignored."""
     value = dict(pairs)
     if len(value) < len(pairs):
         twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
@@ -181,7 +181,7 @@ def _request(value: dict[str, Any], line: int, custom_id: str, seed: int) -> Req
         messages=None,
         max_tokens=fields.whole("max_tokens", 1, _MOST_TOKENS),
         sampling=_sampling(fields, seed if own_seed is None else own_seed % (1 << 64)),
-        # The same request with the same seed gives the same text, wherever in whichever file it stands.
+        # The same request with the same seed gives the same text, in whatever line of whatever file it stands.
         number=line if own_seed is None else 0,
         stops=_stops(fields.take("stop")),
         choices=fields.whole("n", 1, _MOST_CHOICES) or 1,

@@ -1,7 +1,7 @@
 """A finished request -> a line of the result file, in OpenAI's batch format. Pure: the same tokens give the same bytes.
 
 Ids are made of the job's key and the line of the input, so they tell a restarted job what is done. `created` is when
-the job was begun. Nothing else in a result depends on when, where or beside what it was computed.
+the job was begun. Nothing else in a result depends on when, where or together with what it was computed.
 """
 
 import json
@@ -16,7 +16,7 @@ from tiered.jobs.request import CHAT, Problem, Request
 
 _ID: Final = "batch_req_"
 _LEAST_LOGPROB: Final = -9999.0
-"""What OpenAI's API says for a token that cannot be; JSON has no infinity."""
+"""What OpenAI's API says for a token of probability 0; JSON has no infinity."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Label:
 
 
 class TokenTexts:
-    """The text of tokens that might have been chosen: what each would add to a text, special tokens by their names."""
+    """Texts of tokens that might have been chosen: what each would add to a text; of a special token, its name."""
 
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
@@ -80,7 +80,7 @@ def problem_line(label: Label, problem: Problem) -> bytes:
 
 
 def line_of_id(identifier: str, key: str) -> int | None:
-    """Which line of the input a result is of, by its id; None where it is not of the job with this key."""
+    """The input line whose result has this id; None where the result is not of the job with this key."""
     start = f"{_ID}{key}_"
     number = identifier.removeprefix(start)
     return int(number) if identifier.startswith(start) and number.isascii() and number.isdecimal() else None
@@ -93,8 +93,8 @@ def _line(label: Label, line: int, custom_id: str | None, status: int, body: Any
         "response": {"status_code": status, "request_id": f"req_{label.key}_{line}", "body": body},
         "error": error,
     }
-    # Line separators of Unicode are left as they are: only "\n" ends a line of JSONL. Halves of characters, which a
-    # template may put into its message, become JSON's own escapes.
+    # Line separators of Unicode are left as they are: only "\n" ends a line of JSONL. Lone surrogates (halves
+    # of characters), which a template may put into its message, become JSON's own escapes.
     return json.dumps(value, ensure_ascii=False, allow_nan=False).encode(errors="backslashreplace") + b"\n"
 
 
@@ -142,7 +142,7 @@ def _chat_logprobs(sequence: Sequence, texts: TokenTexts) -> dict[str, Any] | No
 
 
 def _by_text(top: Items[tuple[int, float]], token: int, text: str, texts: TokenTexts) -> dict[str, float]:
-    """Log-probabilities by text, that of `token` being `text`; of tokens with the same text, the likeliest counts."""
+    """Log-probabilities by text, where `token` has `text`; of tokens with the same text, the likeliest counts."""
     found: dict[str, float] = {}
     for other, logprob in top:
         found.setdefault(text if other == token else texts.text(other), _finite(logprob))
@@ -151,7 +151,7 @@ def _by_text(top: Items[tuple[int, float]], token: int, text: str, texts: TokenT
 
 def _other(token: int, logprob: float, texts: TokenTexts) -> dict[str, Any]:
     text = texts.text(token)
-    # Half a character has no text whose bytes these could be.
+    # A part of a character has no text, so its bytes are not known.
     return _token(text, logprob, None if "\N{REPLACEMENT CHARACTER}" in text else list(text.encode()))
 
 
@@ -160,5 +160,5 @@ def _token(text: str, logprob: float, nbytes: list[int] | None) -> dict[str, Any
 
 
 def _finite(logprob: float) -> float:
-    """`logprob` with the digits that float32 has."""
+    """`logprob`, no less than `_LEAST_LOGPROB`, with the digits that float32 has."""
     return float(f"{max(logprob, _LEAST_LOGPROB):.7g}")

@@ -1,7 +1,7 @@
-"""One run of a job: requests are read as sequences are asked for, results appended as they end.
+"""One run of a job: requests are read when sequences are asked for, results appended when sequences end.
 
-In: the input, the open journal, what turns requests into sequences, and how a generation is started. Whoever starts it
-(`cli/`) knows the plan; here nothing is known of memory and batch size.
+In: the input, the open journal, what turns requests into sequences, and how a generation is started. The caller
+(`cli/`) knows the plan; this module knows nothing of memory and batch size.
 """
 
 import time
@@ -54,11 +54,11 @@ class Job:
     eos_ids: frozenset[int]
     seed: int
     max_tokens: int
-    """For lines that do not say."""
+    """Tokens to generate for lines that name no number."""
     context: int
-    """Tokens that prompt and completion may come to together."""
+    """The most tokens of prompt and completion together."""
     stops: tuple[str, ...] = ()
-    """Texts that end a completion beside those of its line."""
+    """Texts that end a completion, in addition to those of its line."""
 
 
 @dataclass(eq=False)
@@ -71,7 +71,7 @@ class _Running:
 
 
 def read_request(job: Job, line: Line) -> tuple[Request, list[int], int] | Problem:
-    """A line's request, the token ids of its prompt, and how many may follow."""
+    """A line's request, the token ids of its prompt, and how many tokens may follow."""
     if line.is_too_long:
         message = f"longer than {LONGEST_LINE_NBYTES} bytes; split what it asks for"
         return Problem(line.number, "line_too_long", message)
@@ -80,7 +80,7 @@ def read_request(job: Job, line: Line) -> tuple[Request, list[int], int] | Probl
         if isinstance(value, Problem):
             return value
         message = f"custom_id {shown(custom_id_of(value))} is that of an earlier line; give each line its own"
-        # Without the custom_id: its one result is that of the earlier line.
+        # Without the custom_id, whose one result is that of the earlier line.
         return Problem(line.number, "duplicate_custom_id", message)
     request = parse_line(line.raw, line.number, job.seed)
     if isinstance(request, Problem):
@@ -93,9 +93,9 @@ def read_request(job: Job, line: Line) -> tuple[Request, list[int], int] | Probl
 
 
 def measure_input(job: Job, on_progress: Callable[[int, int], None] = lambda done, total: None) -> tuple[int, int, int]:
-    """How many sequences the input asks for, the tokens of the longest one, prompt and completion, and of all.
+    """How many sequences the input asks for; the tokens of the longest one, prompt and completion; the tokens of all.
 
-    Reads and encodes all of the input. `on_progress` is told the bytes done and all of them.
+    Reads and encodes all of the input. `on_progress` is called with the bytes done and the bytes of the input.
     """
     sequences = longest = tokens = 0
     for line in job.input.read():
@@ -111,9 +111,10 @@ def measure_input(job: Job, on_progress: Callable[[int, int], None] = lambda don
 def run_job(
     job: Job, journal: Journal, start: Start, on_progress: Callable[[Progress], None] = lambda _: None
 ) -> Generation | None:
-    """Bring the job to its end, from wherever `journal` says it is. None where nothing was left to compute.
+    """Finish the job from where `journal` says it stands. Returns None where nothing was left to compute.
 
-    `on_progress` is called after every pass and at the end. Interrupted anywhere, the journal holds what was finished.
+    `on_progress` is called after every pass and at the end. If the job is interrupted, the journal holds what
+    was finished.
     """
     run = _Run(job, journal, on_progress)
     sequences = run.sequences()
@@ -160,7 +161,7 @@ class _Run:
                 yield sequence
 
     def on_finished(self, sequence: Sequence) -> None:
-        """A sequence has ended; its request's result is written with the last of them."""
+        """A sequence has ended; with the last one of a request, the request's result is written."""
         running = self._running.pop(sequence)
         running.ended += 1
         self._sequences += 1
@@ -170,7 +171,7 @@ class _Run:
             self._journal.append(running.request.line, *self._record(running))
 
     def _record(self, running: _Running) -> tuple[bytes, int]:
-        """The result of a request whose sequences have ended, and how many choices it has; none where it failed."""
+        """The result line of a request whose sequences have ended, and how many choices it has: 0 where it failed."""
         errors = [sequence.error for sequence in running.sequences if sequence.error is not None]
         if not errors:
             with contained(errors.append):
@@ -180,7 +181,7 @@ class _Run:
 
     def on_pass(self) -> None:
         """A pass has ended."""
-        # A prompt has been read when its first token is there.
+        # A prompt has been computed when its sequence has a first token.
         begun = [sequence for sequence in self._running if sequence.token_ids]
         counts = Counts(
             sequences=self._sequences,

@@ -1,4 +1,4 @@
-"""Gives `tiered` damaged stores, checkpoints, requests and arguments, and tells what ends otherwise than it should.
+"""Gives `tiered` damaged stores, checkpoints, requests and arguments, and reports what ends in a wrong way.
 
     python -m tools.fuzz [--cases 1000] [--seed 0] [--kinds manifest,requests,...] [--jobs 2] [--keep FOLDER]
     python -m tools.fuzz --case SEED [--keep FOLDER]

@@ -1,4 +1,4 @@
-"""One case for each seed: a damaged copy of something whole in a folder, and the command that meets it."""
+"""One case for each seed: a damaged copy of an original in a folder, and a command that opens it."""
 
 import json
 import os
@@ -26,18 +26,18 @@ class Case:
     seed: int
     kind: str
     words: list[str] = field(default_factory=list)
-    """After `tiered`."""
+    """The command line after `tiered`."""
     stdin: bytes = b""
     signals: list[float] = field(default_factory=list)
     """Seconds at which it is interrupted."""
     damaged: str = ""
-    """The file that is not as it was."""
+    """Name of the damaged file."""
     folder: str = ""
-    """Where it is."""
+    """Name of the store or checkpoint that it is in."""
 
     @property
     def names(self) -> list[str]:
-        """What an error may begin with."""
+        """Names of which an error about damage must contain one."""
         return [name for name in (self.damaged, self.folder) if name]
 
 
@@ -161,7 +161,7 @@ _TEMPLATES: Final = (
     "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}{{ X }}",
     "{% set s = namespace(t='ab') %}{% for i in range(60) %}{% set s.t = s.t + s.t %}{% endfor %}{{ s.t }}{{ X }}",
 )
-"""Programs, with one of the expressions for X."""
+"""Templates; X is replaced by one of the expressions."""
 
 
 def _template(chance: random.Random, folder: Path, originals: Originals, case: Case) -> None:
@@ -205,7 +205,7 @@ def _arguments(chance: random.Random, folder: Path, originals: Originals, case: 
     for _ in range(chance.choice((0, 1, 1, 2, 3))):
         name = chance.choice(_OPTIONS.get(command, ("--version", "--nothing")))
         case.words += [name] if chance.random() < 0.1 else [name, chance.choice(values)]
-    # As a process gets them: bytes that are no text become other surrogates than those of a string.
+    # As the system passes them: bytes that are not UTF-8 become surrogates other than those in the string.
     case.words = [os.fsdecode(word.encode("utf-8", "surrogatepass")) for word in case.words]
     case.stdin = chance.choice((b"", b"Some text", b"\xff\xfe", b"\x00", "é\u2028".encode()))
 
@@ -240,7 +240,7 @@ def _stdin(chance: random.Random, folder: Path, originals: Originals, case: Case
 
 
 def _files(chance: random.Random, folder: Path, originals: Originals, case: Case) -> None:
-    """A file that is no file, or not where it seems to be."""
+    """One file is replaced by a pipe, a folder, a link, a device, a huge file, or nothing."""
     is_store = chance.random() < 0.6
     root = _copy(chance.choice(originals.stores if is_store else originals.checkpoints), folder)
     path = chance.choice([p for p in sorted(root.rglob("*")) if p.is_file()])
@@ -263,7 +263,7 @@ def _files(chance: random.Random, folder: Path, originals: Originals, case: Case
 
 
 def _make_huge(path: Path) -> None:
-    """Two hundred GB of nothing, which take no space."""
+    """A file of 200 GiB of holes, which takes no space."""
     path.touch()
     os.truncate(path, 200 << 30)
 

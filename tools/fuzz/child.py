@@ -1,7 +1,7 @@
 """One command in a forked child, within limits; how it ended is judged by rules that hold for every input.
 
-The parent has imported everything and started no thread, so that a case costs what it does and not what Python and
-torch take to start.
+The parent has imported everything and started no thread, so that a case does not cost the time that Python and torch
+take to start.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from tiered.process import catch_interrupts, quiet_libraries
 
 EXIT_CODES: Final = (0, 1, 2, 3, 4, 130)
 ADDRESS_NBYTES: Final = 6 << 30
-"""Of address space: a wild allocation fails in the child and does not take the machine down."""
+"""Of address space: a huge allocation fails in the child and does not take the machine down."""
 FILE_NBYTES: Final = 256 << 20
 _LONGEST_MESSAGE: Final = 8000
 _NEVER: Final = ("Traceback", "internal error", "Exception ignored", "Warning:", "panicked at", "Segmentation fault")
@@ -42,7 +42,7 @@ class Ended:
     """How a child ended."""
 
     code: int
-    """Negative: by this signal."""
+    """The exit code, or minus the number of the signal that ended it."""
     seconds: float
     rss_nbytes: int
     out: str
@@ -80,12 +80,12 @@ class Child:
 
 
 def start(call: Callable[[], object], folder: Path, stdin: bytes, signals: Sequence[float] = ()) -> Child:
-    """Fork, and have the child do `call`, with its standard streams in `folder`, which becomes its own."""
+    """Fork a child that does `call` in `folder`, with files there as its standard streams."""
     (folder / "in").write_bytes(stdin)
     sys.stdout.flush()
     sys.stderr.flush()
     began = time.monotonic()
-    # Until the command has said what an interrupt does.
+    # An interrupt waits until the command has said what it does.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     pid = os.fork()
     if pid == 0:
@@ -95,7 +95,7 @@ def start(call: Callable[[], object], folder: Path, stdin: bytes, signals: Seque
 
 
 def _run(call: Callable[[], object], folder: Path) -> int:
-    """In the child: `call`, and what an interpreter does at its end."""
+    """In the child: do `call`, and what an interpreter does at its end; returns the exit code."""
     os.setsid()
     for fd, (name, flags) in enumerate(
         (("in", os.O_RDONLY), ("out", os.O_WRONLY | os.O_CREAT), ("err", os.O_WRONLY | os.O_CREAT | os.O_APPEND))
@@ -113,7 +113,7 @@ def _run(call: Callable[[], object], folder: Path) -> int:
     os.chdir(folder)
     code = 0
     try:
-        # A background job of a shell ignores them; here they are meant.
+        # A background job of a shell ignores interrupts; here they are part of the case.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         catch_interrupts()
         quiet_libraries()
@@ -139,7 +139,7 @@ def _run(call: Callable[[], object], folder: Path) -> int:
 def faults(ended: Ended, limits: Limits, names: Sequence[str]) -> Iterator[str]:
     """What is wrong with how a command ended, whatever it was given.
 
-    An error of a damaged file is to begin with one of `names`, where there are any.
+    With exit code 4 the error must contain one of `names`, where there are any.
     """
     if ended.timed_out:
         yield f"still running after {limits.seconds:.0f} s"

@@ -58,7 +58,7 @@ def mutate_json(chance: random.Random, raw: bytes) -> bytes:
 
 
 def mutate_text(chance: random.Random, raw: bytes) -> bytes:
-    """`raw`, a text of whatever grammar, with something done to its bytes."""
+    """`raw`, a text of any grammar, with some bytes changed."""
     at, to = sorted(chance.randrange(len(raw) + 1) for _ in range(2))
     others: tuple[bytes, ...] = (
         *(
@@ -96,7 +96,7 @@ def mutate_bytes(chance: random.Random, raw: bytes) -> bytes:
 
 
 def mutate_safetensors(chance: random.Random, raw: bytes) -> bytes:
-    """A safetensors file whose JSON header says something else, or as `mutate_bytes`."""
+    """A safetensors file with its JSON header changed, or damaged by `mutate_bytes`."""
     length = int.from_bytes(raw[:8], "little")
     if chance.random() < 0.3:
         return mutate_bytes(chance, raw)
@@ -107,7 +107,7 @@ def mutate_safetensors(chance: random.Random, raw: bytes) -> bytes:
         text = json.dumps(header).encode()
     else:
         text = mutate_json(chance, json.dumps(header).encode())
-    # Padded to the length it had where it fits, so that what is wrong is not found out by the file's size alone.
+    # Padded to its former length where it fits, so that the file's size alone does not reveal the damage.
     text = text.ljust(length)
     return len(text).to_bytes(8, "little") + text + raw[8 + length :]
 
@@ -118,7 +118,7 @@ def _edit(chance: random.Random, value: Any) -> Any:
     places = list(_places(value))
     if not places or chance.random() < 0.02:
         return chance.choice(NASTY)
-    # The shallow ones as often as the many deep ones.
+    # Each depth is equally likely: shallow places count as much as the many deep ones.
     depth = chance.choice(sorted({len(place) for place in places}))
     place = chance.choice([p for p in places if len(p) == depth])
     holder = value

@@ -1,4 +1,4 @@
-"""What is damaged: whole checkpoints of a few families and formats, and the stores they make. Random, and tiny."""
+"""The originals that cases damage: tiny random checkpoints of a few families and formats, and their stores."""
 
 import contextlib
 import importlib
@@ -31,7 +31,7 @@ _MODELS: Final[dict[str, tuple[dict[str, Any], str]]] = {
     "gpt_neo": ({"attention_types": [[["global", "local"], 2]], "num_hidden_layers": 4, "window_size": 8}, "none"),
     "bloom": ({}, "int4"),
 }
-"""Model type -> what it has besides `_SIZES`, and in which form its store is."""
+"""Model type -> its configuration besides `_SIZES`, and how its store is quantized."""
 _TEMPLATE: Final = (
     "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
@@ -94,7 +94,7 @@ def make(folder: Path) -> None:
 
 
 def _leave_behind(originals: Originals) -> None:
-    """What an interrupted conversion and a finished job leave, and a shape to be filled with noise."""
+    """What an interrupted conversion and a finished job leave, and a shape for synthetic weights."""
 
     def interrupt(progress: ConvertProgress) -> None:
         if progress.block == "layer-001":
