@@ -92,7 +92,7 @@ class BlockWriter:
         frames: Sequence[int],
         frame_nbytes: int,
     ) -> None:
-        """Append a tensor as zstd frames of these sizes, under NAME.zst; `payload`: the frames, in any pieces."""
+        """Append a tensor as zstd frames, under NAME.zst. `frames`: their sizes; `payload`: their bytes, in pieces."""
         self._start()
         source = TensorEntry(name + ZSTD_SUFFIX, torch.uint8, (sum(frames),), self._written, sum(frames))
         # Where it decodes to is decided when the block is read.
@@ -182,7 +182,7 @@ def atomic_write(path: Path, content: str | bytes) -> None:
 
 @contextlib.contextmanager
 def _writing(path: Path) -> Iterator[None]:
-    """Say which file could not be written, and where for lack of space, what to do."""
+    """Have errors of the operating system name `path`; where the disk is full, raise DiskFullError instead."""
     try:
         with errors_of(path):
             yield
@@ -197,7 +197,7 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 def fsync_folder(folder: Path) -> None:
-    """Make names that were added to or taken from `folder` last."""
+    """Make durable that names were added to `folder` or removed from it."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         with errors_of(folder):
