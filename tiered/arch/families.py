@@ -11,7 +11,7 @@ from tiered.errors import UnsupportedFamilyError
 
 @dataclass(frozen=True)
 class Family:
-    """How the engine finds its way in one `model_type`."""
+    """What the engine has to know of one `model_type`."""
 
     model_type: str
     layers: str

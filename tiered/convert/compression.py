@@ -1,7 +1,7 @@
 """Where zstd pays: measured once for each conversion, decided for each tensor.
 
-Only what is streamed and not int4 is a candidate: embedding rows are read one by one and must lie plain in their
-file, the outer tensors are read once, and group int4 codes do not shrink.
+Only what is streamed and not int4 is a candidate: embedding rows are read one by one and must be uncompressed in
+their file, the outer tensors are read once, and group int4 codes do not shrink.
 """
 
 import contextlib
@@ -89,7 +89,7 @@ class Compression:
         return self.mode == "zstd" and ratio < WORST_RATIO
 
     def attempt(self, chunks: Iterator[memoryview], folder: Path) -> Frames | None:
-        """The tensor whose bytes are `chunks`, as zstd frames, or None where compressing it does not pay.
+        """The tensor whose bytes are `chunks`, of any sizes, as zstd frames, or None where compressing it does not pay.
 
         Gives up early where the first few MiB do not shrink enough. Frames that are too many to wait in memory wait
         in an unnamed file in `folder`.
@@ -98,7 +98,7 @@ class Compression:
         nbytes = 0
         with contextlib.ExitStack() as stack:
             file = stack.enter_context(tempfile.SpooledTemporaryFile(_HELD_NBYTES, dir=str(folder)))
-            for frame in _rechunk(chunks, FRAME_NBYTES):
+            for frame in _in_pieces(chunks, FRAME_NBYTES):
                 packed = compress(frame)
                 sizes.extend(packed.frames)
                 file.write(packed.payload)
@@ -166,11 +166,11 @@ def _timed_read(path: Path) -> float:
         os.close(fd)
 
 
-def _rechunk(chunks: Iterator[memoryview], size: int) -> Iterator[memoryview]:
-    """The same bytes in pieces of `size`, the last one shorter."""
+def _in_pieces(views: Iterator[memoryview], size: int) -> Iterator[memoryview]:
+    """The bytes of `views` in pieces of `size` bytes, of which the last may be shorter."""
     pending = bytearray()
-    for chunk in chunks:
-        pending += chunk
+    for view in views:
+        pending += view
         whole = len(pending) // size * size
         for start in range(0, whole, size):
             yield memoryview(bytes(pending[start : start + size]))

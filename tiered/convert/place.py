@@ -92,7 +92,7 @@ class Folder:
         return real.name if cached is None else cached.name.removeprefix(_CACHED_MODEL).rpartition("--")[2]
 
     def open(self, options: ConvertOptions, ledger: Ledger) -> WeightFiles:
-        """Its files; raises ConfigError for a store, and for options that are about downloads."""
+        """The folder's files; raises ConfigError for a store, and for options that are about downloads."""
         if state_of(self.path) in ("finished", "unfinished"):
             raise ConfigError(f"{self.path}: a tiered store; pass the checkpoint to convert")
         if options.revision is not None or options.delete_downloads:

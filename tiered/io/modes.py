@@ -57,7 +57,7 @@ def is_refusal(error: OSError) -> bool:
 
 
 def probe_mode(path: Path, first: ReadMode = ReadMode.DIRECT) -> ProbeResult:
-    """Find the best mode, from `first` downwards, that reads the first page of `path`.
+    """Find the best mode, from `first` downwards, that reads the first 4096 bytes of `path`.
 
     Raises OSError for a failure that is no refusal.
     """

@@ -2,7 +2,7 @@
 
 In: an offset, page-aligned memory and the system call. Out: the memory filled, or written, in pieces of 1 MiB, and how
 many bytes that were: fewer than asked for only where the file ends. Called by `disk.py` (a store's blocks), `spill.py`
-(the KV cache's file) and `scrub.py` (all checksums), in threads of theirs.
+(the KV cache's file) and `scrub.py` (all checksums), in their own threads.
 
 How a file is accessed is a rung of the ladder of `modes.py`. Some file systems refuse a rung only when they read or
 write: then the call is repeated on the next one, which also serves whatever is opened later.

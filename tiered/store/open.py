@@ -22,7 +22,7 @@ class Store:
     path: Path
     manifest: Manifest
     layouts: Mapping[str, BlockLayout]
-    """By file path, as the manifest spells it."""
+    """The layout of each block file, by its path as the manifest spells it."""
 
     @classmethod
     def open(cls, path: Path | str) -> "Store":

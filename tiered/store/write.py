@@ -74,7 +74,7 @@ class BlockWriter:
         return self._path.parent
 
     def add(self, name: str, dtype: torch.dtype, shape: Sequence[int], chunks: Iterable[memoryview]) -> None:
-        """Append one tensor, whose bytes come in `chunks` in order."""
+        """Append one tensor, whose bytes come in `chunks`, in order and of any sizes."""
         self._start()
         entry = TensorEntry(name, dtype, tuple(shape), self._written, tensor_nbytes(dtype, shape))
         self._append(entry, chunks)
@@ -139,10 +139,10 @@ class BlockWriter:
         if not self._written:
             self._write(memoryview(bytes(self._data_start)))
 
-    def _append(self, entry: TensorEntry, chunks: Iterable[memoryview]) -> None:
+    def _append(self, entry: TensorEntry, pieces: Iterable[memoryview]) -> None:
         self._entries.append(entry)
-        for chunk in chunks:
-            self._write(memoryview(chunk).cast("B"))
+        for piece in pieces:
+            self._write(memoryview(piece).cast("B"))
         written = self._written - entry.offset
         assert written == entry.nbytes, f"{entry.name}: {written} bytes written, {entry.nbytes} expected"
         self._pad_to(ALIGNMENT)

@@ -15,7 +15,7 @@ constexpr int64_t kChannels = 64; // of values, widened at a time for the same r
 struct Scratch {
     float *q, *out;        // [rows][ld]
     float *keys;           // [16][ld], and what the last row's vectors write beyond
-    float *values;         // [64][64], and the same
+    float *values;         // [64][64], and what the last row's vectors write beyond
     float *scores;         // [rows][64]
     float *factors;        // [rows][64]
     float *channels;       // [2][ld]

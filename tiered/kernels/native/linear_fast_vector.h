@@ -25,8 +25,8 @@ struct FastPass {
     int64_t first;   // row of x
     int64_t tokens;  // rows of x
     int64_t tiles;   // that these are divided into
-    int64_t strips;  // of a row of weights: what one vector of codes holds
-    int64_t spans;   // of a row of weights: as many groups as a vector has lanes
+    int64_t strips;  // per row of weights; a strip is what one vector of codes holds
+    int64_t spans;   // per row of weights; a span is as many groups as a vector has lanes
     int64_t item_rows;
 
     int64_t tile(int64_t i) const { return tokens * i / tiles; }
