@@ -88,7 +88,7 @@ def parse_json(raw: bytes | str, path: Path, error: type[CorruptError], remedy: 
 def reading(path: Path) -> Iterator[None]:
     """Turn what the operating system refuses while `path` is read into a ReadError that names it.
 
-    A FileNotFoundError stays one.
+    A FileNotFoundError is raised unchanged.
     """
     try:
         yield
@@ -100,7 +100,7 @@ def reading(path: Path) -> Iterator[None]:
 
 @contextmanager
 def errors_of(path: Path) -> Iterator[None]:
-    """Give errors of the operating system that name no file the name `path`: a failed write knows no name."""
+    """Add `path` to errors of the operating system that name no file, as the error of a failed write."""
     try:
         yield
     except OSError as error:

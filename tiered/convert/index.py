@@ -247,7 +247,7 @@ def _candidates(name: str, base: str) -> Iterator[str]:
 
 
 def _find_experts(name: str, shape: Sequence[int], present: set[str], base: str) -> tuple[str, ...]:
-    """The checkpoint's names for all matrices of a stack, in the order of the stack's rows; none where it has none."""
+    """The checkpoint's names for all matrices of a stack, in the order of the stack's rows; empty where it has none."""
     for candidate in _candidates(name, base):
         experts, _, stack = candidate.rpartition(".")
         for matrices in _EXPERT_PARTS.get(stack, ()):

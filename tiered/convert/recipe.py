@@ -64,7 +64,7 @@ class ConvertOptions:
 
     @property
     def embed_scheme(self) -> GroupScheme | None:
-        """The scheme of token embedding and head: 8 bits even where layers have 4: every token passes them."""
+        """The scheme of token embedding and head: 8 bits even where layers have 4, as every token passes both."""
         return None if self.quant == "none" else GroupScheme(8, self.group_size)
 
     def settings(self) -> dict[str, Any]:

@@ -61,7 +61,7 @@ class RamCheck:
 
 
 def check_space(folder: Path, needed_nbytes: int, reclaimed_nbytes: int = 0) -> None:
-    """Raise DiskFullError where the disk of `folder` lacks room for `needed_nbytes`, `reclaimed_nbytes` being freed."""
+    """Raise DiskFullError where `folder`'s disk has no room for `needed_nbytes` once `reclaimed_nbytes` are freed."""
     free = shutil.disk_usage(_existing(folder)).free + reclaimed_nbytes
     needed = needed_nbytes + _SPACE_SLACK_NBYTES
     if needed > free:

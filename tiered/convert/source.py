@@ -84,7 +84,7 @@ class WeightReader(Protocol):
         """What `path` holds; raises CheckpointError where it is damaged or of another format."""
 
     def panels(self, path: Path, name: str) -> Iterator[torch.Tensor]:
-        """The tensor in panels of whole rows (a stack's matrices one below the other), each valid until the next."""
+        """The tensor in panels of whole rows, each valid until the next is asked for; a stack is one matrix."""
 
     def known(self, path: Path) -> Mapping[str, StoredTensor] | None:
         """As `tensors`, or None where the whole file would have to be read for it and has not been read yet."""

@@ -1,4 +1,4 @@
-"""The ways to read past the page cache, best first (a ladder); which of them a file system allows, a real read shows.
+"""The ways to read past the page cache, best first (a ladder), and the real read that finds the best one that works.
 
     O_DIRECT        no page cache at all: no double copy, no reclaim at the memory limit, honest figures
     RWF_DONTCACHE   page cache whose pages are dropped on completion (Linux 6.14)

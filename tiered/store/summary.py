@@ -29,7 +29,7 @@ class BlockRow:
     weights: int
     """How many weights one block holds."""
     formats: tuple[tuple[str, int], ...]
-    """How many of those weights are stored how, most first: ("int4-g64", 7077888), ("F16", 12288)."""
+    """Each format and how many of those weights have it, most first: ("int4-g64", 7077888), ("F16", 12288)."""
     shared: bool = False
     """The block reads another block's file: a tied head."""
 
