@@ -24,17 +24,17 @@ NATIVE = Path("tiered/kernels/native")
 LIBRARY = "libtiered_kernels.so"
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 FLAGS += ["-fno-math-errno", "-ffp-contract=off"]
-# Kernels throw nothing, and what exceptions need is shared between files, which no level may do.
+# Kernels throw nothing, and exceptions would need functions that the linker shares between levels, see pool.h.
 AVX2 = ["-fno-exceptions", "-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mprefer-vector-width=512"]
-# GCC 12 warns of registers that its own AVX-512 header leaves undefined on purpose (its bug 105593); clang knows no
-# second of these warnings.
+# GCC 12 warns of registers that its own AVX-512 header leaves undefined on purpose (its bug 105593); clang does not
+# know the second of these warnings.
 AVX512 += ["-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"]
 AMX = [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
 LEVEL_FLAGS = {"avx2": AVX2, "avx512": AVX512, "amx": AMX}
 LINK_FLAGS = ["-shared", "-pthread"]
-# So that the library runs where another compiler's libraries are; their names stay inside it, as the process has
-# others of the same name. Not every system has these to link with.
+# The compiler's own libraries go into ours, so that it runs where other versions of them are. Their symbols stay
+# hidden, because the process has others of the same name. Not every system has static libraries to link with.
 STATIC_FLAGS = ["-static-libstdc++", "-Wl,--exclude-libs,ALL", "-Wl,--gc-sections"]
 
 
@@ -51,7 +51,7 @@ def level_of(path: Path) -> str:
 
 
 def compiler() -> list[str]:
-    """The C++ compiler to use, as words; none where there is none."""
+    """The C++ compiler to use, as words of a command; empty where there is none."""
     named = shlex.split(os.environ.get("CXX", ""))
     return named or [name for name in ("g++", "clang++", "c++") if shutil.which(name)][:1]
 
@@ -104,7 +104,7 @@ class BuildKernels(build_ext):
             )
 
     def copy_extensions_to_source(self) -> None:
-        """Of an editable install: the library, or else why there is none, takes the place of what was there."""
+        """For an editable install: the library, or the reason why there is none, replaces the old one."""
         build_py = self.get_finalized_command("build_py")
         for ext in self.extensions:
             made = Path(self.build_lib) / self.get_ext_filename(ext.name)

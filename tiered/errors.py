@@ -94,7 +94,7 @@ _OF_ALL: Final = (
     *(KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError, OSError),
     *(ReadError, DiskFullError, InterruptedRun),
 )
-"""What has nothing to do with the one sequence that was being worked on."""
+"""Errors that concern the whole run, not only the sequence that was being worked on."""
 
 
 def error_of_one(error: BaseException) -> TieredError | None:
@@ -116,9 +116,9 @@ def error_of_one(error: BaseException) -> TieredError | None:
 
 @contextmanager
 def contained(on_error: Callable[[TieredError], None]) -> Iterator[None]:
-    """Work on one sequence of several: what fails because of it is given to `on_error`, all else is raised.
+    """Work on one sequence of several: an error of that sequence is given to `on_error`, any other is raised.
 
-    The error comes without the frames it came through, which would hold what they worked on as long as it is held.
+    The error's traceback is dropped: its frames would keep their variables in memory as long as the error is kept.
     """
     try:
         yield
@@ -132,8 +132,8 @@ def contained(on_error: Callable[[TieredError], None]) -> Iterator[None]:
 
 
 def shortened(error: BaseException) -> str:
-    """What a foreign error says, in one line that fits a message, is never empty, and says what kind of error it is
-    where its text alone does not."""
+    """What a foreign error says, in one line that fits a message and is never empty. It begins with the kind of error
+    where the text alone would not be understood."""
     return named(error) if isinstance(error, KeyError | AttributeError) else _one_line(error)
 
 
@@ -143,6 +143,6 @@ def named(error: BaseException) -> str:
 
 
 def _one_line(error: BaseException) -> str:
-    # Half characters could not be printed.
+    # A lone surrogate could not be printed.
     text = " ".join(str(error).split()).encode("utf-8", "backslashreplace").decode("utf-8") or type(error).__name__
     return text if len(text) <= _LONGEST_REASON else text[: _LONGEST_REASON - 3] + "..."

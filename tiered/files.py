@@ -1,4 +1,4 @@
-"""Files that somebody else wrote: what they must be before they are opened, and whose errors are whose.
+"""Reading files that somebody else wrote: what they must be before they are opened, and errors that name them.
 
 In: paths in a checkpoint's or a store's folder. Out: their bytes, or an error that names the file. A pipe would keep
 the reader waiting and a device would never end, so only regular files are opened.
@@ -16,9 +16,9 @@ from typing import Any, Final
 from tiered.errors import CorruptError, ReadError, shortened
 
 MOST_NBYTES: Final = 512 << 20
-"""Of a file that is read whole; the largest in use, tokenizers and indexes, have some 40 MB."""
+"""Largest file that is read whole; the largest in use, tokenizers and indexes, have some 40 MB."""
 MOST_JSON_NBYTES: Final = 64 << 20
-"""Of JSON that we parse, which takes many times its size; the manifest or index of a huge model has a few MB."""
+"""Largest JSON that we parse, as that takes many times its size; a huge model's manifest or index has a few MB."""
 _KINDS: Final = (
     (stat.S_ISDIR, "a folder"),
     (stat.S_ISFIFO, "a named pipe"),
@@ -31,8 +31,8 @@ _KINDS: Final = (
 def check_regular(path: Path, error: type[CorruptError]) -> int:
     """The size of the regular file at `path`, which may be a link to one.
 
-    Raises FileNotFoundError where there is nothing (nor a folder for it to be in), `error` where there is something
-    else (a link to nothing too), and ReadError where the operating system does not say.
+    Raises FileNotFoundError where there is nothing at `path`, `error` where there is something else (or a link to
+    nothing), and ReadError where the operating system cannot tell.
     """
     try:
         found = path.stat()
@@ -56,12 +56,12 @@ def read_whole(
     path: Path, error: type[CorruptError], most_nbytes: int = MOST_NBYTES, remedy: str = "download the file again"
 ) -> bytes:
     """The bytes of the regular file at `path`; raises as `check_regular`, and `error`, which ends with `remedy`, where
-    it is too large to be one of its kind."""
+    it has more than `most_nbytes`."""
     nbytes = check_regular(path, error)
     if nbytes > most_nbytes:
         raise error(f"{path}: has {nbytes:,} bytes, expected at most {most_nbytes:,}; {remedy}")
     with reading(path):
-        # Without O_NONBLOCK, opening what has become a pipe meanwhile would wait for its other end.
+        # Without O_NONBLOCK, opening a path that has become a pipe meanwhile would wait for the pipe's other end.
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         with os.fdopen(fd, "rb") as file:
             return file.read(most_nbytes)
@@ -88,7 +88,7 @@ def parse_json(raw: bytes | str, path: Path, error: type[CorruptError], remedy: 
 def reading(path: Path) -> Iterator[None]:
     """Turn what the operating system refuses while `path` is read into a ReadError that names it.
 
-    That there is no such file stays a FileNotFoundError.
+    A FileNotFoundError is raised unchanged.
     """
     try:
         yield
@@ -100,7 +100,7 @@ def reading(path: Path) -> Iterator[None]:
 
 @contextmanager
 def errors_of(path: Path) -> Iterator[None]:
-    """Have errors of the operating system that name no file name `path`: a failed write knows only a number."""
+    """Add `path` to errors of the operating system that name no file, as the error of a failed write."""
     try:
         yield
     except OSError as error:

@@ -17,7 +17,7 @@ def process_peak_rss_bytes() -> int:
 
 
 def keyed_kib(path: Path, key: str) -> int:
-    """The number in the line `key`: of `path`, in KiB as /proc counts; raises KeyError where there is no such line."""
+    """The number, in KiB, in the line of `path` that begins with `key` and a colon; raises KeyError where none does."""
     for line in path.read_text().splitlines():
         if line.startswith(key + ":"):
             return int(line.split()[1])

@@ -29,7 +29,7 @@ def parse_size(text: str) -> int:
     number, prefix, binary, byte = match.groups()
     # "8G" follows the convention of memory sizes (ulimit, java, docker): binary; only "8GB" is decimal.
     base = 1000 if byte and prefix and not binary else 1024
-    # Exactly: a float has too few digits for some numbers of bytes, and no room at all for others.
+    # As a Decimal, exactly: a float has too few digits for some numbers of bytes and cannot hold others at all.
     nbytes = int(Decimal(number) * base ** _POWERS[(prefix or "").lower()])
     if nbytes <= 0:
         raise ConfigError(f"size {text!r}: expected more than zero bytes")

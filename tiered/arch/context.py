@@ -1,7 +1,7 @@
-"""How many tokens a model is made for, and which of its layers look back fewer, by its configuration.
+"""What a configuration says of context: how many tokens a model is made for, and which layers look back less.
 
-The cache keeps no more than a layer looks back. What attention really asks for is compared with this at run time
-(`model/attention.py`), so a family whose configuration means something else is found out and not misread.
+The cache keeps no more tokens than a layer looks back. What attention really asks for is compared with this at run
+time (`model/attention.py`), so a family whose configuration means something else is detected, not computed wrongly.
 """
 
 from typing import Final
@@ -12,7 +12,7 @@ from tiered.arch.families import FAMILIES
 from tiered.errors import ConfigError
 
 _DEFAULT_CONTEXT: Final = 2048
-"""Tokens of a sequence where none are asked for and the model is made for as many."""
+"""max_context where none is asked for; a model that is made for fewer tokens gets those."""
 _SLIDING: Final = ("sliding_attention", "local_attention")
 
 
@@ -36,7 +36,7 @@ def context_for(config: PretrainedConfig, asked: int | None, option: str, defaul
 
 
 def layer_windows(config: PretrainedConfig) -> tuple[int, ...]:
-    """Of each decoder layer, the tokens that a query sees, itself included; 0: all before it."""
+    """For each decoder layer, how many tokens a query sees, its own included; 0: all up to its own."""
     count = int(config.num_hidden_layers)
     window = getattr(config, "sliding_window", None)
     family = FAMILIES.get(config.model_type)

@@ -11,7 +11,7 @@ from tiered.errors import UnsupportedFamilyError
 
 @dataclass(frozen=True)
 class Family:
-    """How the engine finds its way in one `model_type`."""
+    """What the engine has to know of one `model_type`."""
 
     model_type: str
     layers: str
@@ -19,8 +19,8 @@ class Family:
     exact_dtype: str | None = None
     """Compute dtype the family's own code insists on; None where any floating type works."""
     gathers: bool = False
-    """Its attention is code of its own, which wants keys and values in one piece: they are copied from the cache for
-    every layer, and sequences are padded to equal length."""
+    """Dense attention: the family has attention code of its own, which takes keys and values as whole tensors. They
+    are gathered from the cache for every layer, and sequences are padded to equal length."""
 
 
 _MODEL_LAYERS = (

@@ -27,16 +27,16 @@ _MOST: Final = {
     **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layers", "n_layer"), _MOST_LAYERS),
     "num_labels": 10_000,
 }
-"""What a configuration may count, by field. transformers makes objects for each: a graph of the most takes seconds."""
+"""Largest value of fields that count parts: transformers makes an object for each, which takes seconds for so many."""
 _MOST_TABLES_NBYTES: Final = GIB
-"""Of buffers that a graph makes for itself (masks, rotary frequencies), which are in memory from then on."""
+"""Most bytes of buffers that a graph makes for itself (masks, rotary frequencies): they stay in memory."""
 _MOST_TENSOR_NBYTES: Final = 1 << 40
-"""Of one parameter; all experts of a layer are one."""
+"""Most bytes of one parameter; a stack of all experts of a layer is one."""
 _LEAST: Final = {
     **dict.fromkeys(("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size"), 1),
     **dict.fromkeys(("max_position_embeddings", "num_key_value_heads", "head_dim", "sliding_window"), 0),
 }
-"""The least of each size that tiered itself reads. Those from 0 on may be None, and others are taken instead."""
+"""Least value of each size that tiered itself reads. Sizes that may be 0 may be None: others are then used instead."""
 _REMEDY: Final = "put the model's own config.json there"
 
 
@@ -75,7 +75,7 @@ class Skeleton:
     embed_name: str
     """Full name of the token embedding's weight."""
     head_name: str
-    """Full name of the output projection's weight; equal to `embed_name`'s storage where `tied`."""
+    """Full name of the output projection's weight; where `tied`, `embed_name` names the same tensor."""
     tied: bool
 
     @property
@@ -125,9 +125,9 @@ def is_plain_linear(module: nn.Module) -> bool:
 
 
 def is_expert_stack(module: nn.Module) -> bool:
-    """Whether `module` is what transformers gives a mixture's experts as, in its plainest form.
+    """Whether `module` holds the experts of a mixture in transformers' plainest form.
 
-    That is a forward(hidden, top_k_index, top_k_weights) over `gate_up_proj` [experts, 2 * inner, hidden], gate above
+    It has a forward(hidden, top_k_index, top_k_weights) over `gate_up_proj` [experts, 2 * inner, hidden], gate above
     up, and `down_proj` [experts, hidden, inner]. The attributes are those by which transformers' own implementations
     (eager, grouped) know what to compute.
     """
@@ -178,11 +178,11 @@ def load_config(folder: Path) -> PretrainedConfig:
             )
         _check_read_here(config)
     except MemoryError:
-        raise  # the machine's, not the file's
+        raise  # an error of the machine, not of the file
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:
-            raise  # the disk's, not the file's
-        # Fields are checked, converted and computed with by each family's own code, which raises what it likes.
+            raise  # an error of the disk, not of the file
+        # Each family has code of its own that checks and converts fields and computes with them; it may raise anything.
         raise CheckpointError(f"{path}: transformers cannot read it: {shortened(error)}; {_REMEDY}") from error
     return config
 
@@ -201,7 +201,7 @@ def text_config(values: dict[str, Any]) -> PretrainedConfig:
 
 
 def _check_counts(values: Mapping[str, Any]) -> None:
-    """Raises ValueError where a configuration asks for so many parts that already reading it would never end."""
+    """Raises ValueError where a configuration asks for so many parts that even reading it would never end."""
     counts = [(name, values[name], most) for name, most in _MOST.items() if isinstance(values.get(name), int)]
     # GPT-Neo's: [[["global", "local"], 12]] are 24 layers.
     pairs = values.get("attention_types")
@@ -214,7 +214,7 @@ def _check_counts(values: Mapping[str, Any]) -> None:
 
 
 def _check_read_here(config: PretrainedConfig) -> None:
-    """Raises ValueError for what tiered itself computes with: families without such a field take anything there."""
+    """Raises ValueError for bad values that tiered itself computes with: some families accept anything there."""
     for name, least in _LEAST.items():
         value = getattr(config, name, least)
         if value is None and not least:
@@ -264,7 +264,7 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype = torch.float32)
 
 
 def _check_probabilities(config: PretrainedConfig) -> None:
-    """Raises ValueError for a dropout that is none: torch refuses it in the middle of a pass, though none is made."""
+    """Raises ValueError for a dropout that is no probability: torch would refuse it in the middle of a pass."""
     for name, value in vars(config).items():
         if "drop" in name and type(value) in (int, float) and not 0 <= value <= 1:
             raise ValueError(f"{name} is {value}, expected a probability from 0 to 1")
@@ -307,7 +307,7 @@ def _naming(config: PretrainedConfig) -> Iterator[None]:
 
 
 def _keep_in_float32(model: PreTrainedModel) -> None:
-    """Give tensors that transformers loads in float32 whatever the model's dtype (routers' biases) that dtype."""
+    """Make those tensors float32 that transformers loads as float32 whatever the model's dtype (routers' biases)."""
     patterns = sorted(model._keep_in_fp32_modules_strict or ())
     for name, tensor in _stored_tensors(model):
         if any(re.search(pattern.replace("*", ".*"), name) for pattern in patterns):

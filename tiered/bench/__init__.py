@@ -1,4 +1,4 @@
-"""Measurements that share no code with what they measure."""
+"""Measurements of a machine: the raw disk, by code of its own, and the rates of disk and kernels that plans ask for."""
 
 from tiered.bench.raw import RawBandwidth, measure_raw
 

@@ -24,7 +24,7 @@ from tiered.units import MIB
 _ROWS: Final = (1, 4, 16, 64, 256)
 _NBYTES: Final = 16 << 20
 _SECONDS: Final = 0.1
-"""For each number of rows, after one run that does not count."""
+"""Least time that one measurement takes, after one run that does not count."""
 _DISK_MEMORY_NBYTES: Final = 32 * MIB
 
 
@@ -51,7 +51,7 @@ def measure_machine(
 
 
 def _disk_rate(store: Store) -> float:
-    """Raw, of the tape's files, in bytes per second."""
+    """Raw bandwidth of reading the tape's files, in bytes per second."""
     files = [store.file_path(block) for block in store.tape]
     with mmap.mmap(-1, _DISK_MEMORY_NBYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
         view = memoryview(memory)
@@ -92,7 +92,7 @@ def measure_attention(kernels: Kernels, heads: int, kv_heads: int, head_dim: int
 
 
 def _time(work: Callable[[], object]) -> float:
-    """Seconds of one call, over as many as fit a moment, after one that does not count."""
+    """Seconds per call of `work`: the mean of as many as `_SECONDS` allow, after one that does not count."""
     work()
     runs, start = 0, time.perf_counter()
     while (elapsed := time.perf_counter() - start) < _SECONDS or not runs:
@@ -104,7 +104,7 @@ def _time(work: Callable[[], object]) -> float:
 def _random_weight(
     scheme: GroupScheme | None, out: int, in_features: int, dtype: torch.dtype
 ) -> torch.Tensor | QuantizedWeight:
-    """Weights of no meaning that compute as fast as any."""
+    """A constant weight [out, in_features]; kernels take as long for it as for any other."""
     if scheme is None:
         return torch.full((out, in_features), 0.01, dtype=dtype)
     groups = in_features // scheme.group_size

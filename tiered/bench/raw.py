@@ -1,6 +1,6 @@
 """Raw disk bandwidth: the fastest these files can be read here, by code that knows nothing of stores or schedulers.
 
-A sweep over block sizes and thread counts with plain positional reads finds the best combination, which is then
+A sweep over sizes of reads and numbers of threads with plain positional reads finds the best combination, which is then
 measured once more, for longer: that second figure counts. The best of twelve short looks is the luckiest of them, and
 has been seen 10 % above what the same reads sustain for a second (docs/benchmarks/disk.md). Nothing is computed
 meanwhile, and the memory is lent by the caller so that measuring stays within a budget.
@@ -26,7 +26,7 @@ BLOCK_SIZES: Final = (MIB // 2, MIB, 4 * MIB, 8 * MIB)
 THREADS: Final = (2, 4, 8)
 SECONDS_EACH: Final = 0.08
 SUSTAINED: Final = 10.0
-"""The best combination is measured for so many times as long."""
+"""How many times longer the best combination is measured than a short look takes."""
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,14 @@ class RawBandwidth:
     """The best combination of a sweep, and what it sustains."""
 
     bytes_per_second: float
-    """Sustained."""
+    """What the best combination sustains."""
     best_look: float
     """Bytes per second of the fastest short look, which chose the combination."""
     block_nbytes: int
+    """Bytes per read."""
     threads: int
     bytes_read: int
-    """By the whole measurement."""
+    """Bytes that the whole measurement has read."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def measure_raw(files: Sequence[Path], memory: memoryview, direct: bool, seconds
 def _run(
     files: Sequence[_File], memory: memoryview, piece: int, threads: int, seconds: float, turn: int
 ) -> tuple[float, int]:
-    """Bytes per second and bytes of one combination; `turn` makes each start elsewhere in the files."""
+    """Bytes per second, and bytes read, of one combination; each `turn` starts at another place in the files."""
     pieces = [(file, start) for file in files for start in range(0, max(file.nbytes - piece, 0) + 1, piece)]
     position = itertools.count(turn * len(pieces) // (len(BLOCK_SIZES) * len(THREADS)))
     lap = memory.nbytes // (piece * threads)

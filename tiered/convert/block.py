@@ -19,7 +19,7 @@ from tiered.store.block import read_layout
 from tiered.store.format import tensor_nbytes
 
 Advance = Callable[[int], None]
-"""Told how many more bytes of the store (before zstd) have been written."""
+"""Called with the number of bytes written to the store since the last call, counted before zstd."""
 
 _HASH_READ_NBYTES: Final = 4 << 20
 
@@ -27,7 +27,10 @@ _HASH_READ_NBYTES: Final = 4 << 20
 def write_block(
     folder: Path, block: BlockRecipe, source: WeightSource, compression: Compression, advance: Advance
 ) -> FileInfo:
-    """Write `block` from `source`, whose block is open, tensor by tensor in row panels."""
+    """Write the file of `block` in the store `folder`, tensor by tensor in panels of rows; returns its manifest entry.
+
+    `source` must have `block` open.
+    """
     candidates = {t.name for t in block.tensors if compression.mode != "none" and is_candidate(t, block.role)}
     largest = (tensor_nbytes(source.dtype(t), t.shape) for t in block.tensors if t.name in candidates)
     frames = sum(-(-nbytes // FRAME_NBYTES) for nbytes in largest)
@@ -40,7 +43,10 @@ def write_block(
 
 
 def finished_block(folder: Path, block: BlockRecipe) -> FileInfo | None:
-    """The entry of `block` where its file is whole and what the recipe says; its checksums are taken anew."""
+    """The manifest entry of `block`, its checksums computed from the file.
+
+    None where the file is missing, is not whole, or holds other tensors than the recipe says.
+    """
     path = folder / block.path
     try:
         nbytes = path.stat().st_size
@@ -62,7 +68,7 @@ def _add_packed(
     packed = source.packed(tensor)
     compressed = rule.attempt(packed.q, writer.folder) if rule is not None else None
     if compressed is None:
-        if rule is not None:  # the attempt has consumed some
+        if rule is not None:  # the attempt has consumed part of the codes
             packed = source.packed(tensor)
         writer.add(name, torch.uint8, shape, _counted(packed.q, advance))
     else:
@@ -96,10 +102,10 @@ def _add_compressed(
     advance(compressed.nbytes)
 
 
-def _counted(chunks: Iterator[memoryview], advance: Advance) -> Iterator[memoryview]:
-    for chunk in chunks:
-        yield chunk
-        advance(chunk.nbytes)
+def _counted(pieces: Iterator[memoryview], advance: Advance) -> Iterator[memoryview]:
+    for piece in pieces:
+        yield piece
+        advance(piece.nbytes)
 
 
 def _checksums(path: Path) -> tuple[str, ...]:

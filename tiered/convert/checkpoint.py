@@ -39,16 +39,19 @@ class Checkpoint:
         clip: Literal["mse", "minmax"],
         require: Require,
     ) -> None:
-        """Of all `blocks` of the store. Raises CheckpointError where their tensors are not what the files at hand hold,
-        as far as that costs no reading, and what `require` raises for the memory that reading takes."""
+        """`blocks` are all block files of the store.
+
+        Raises CheckpointError where files that are here hold other tensors than `blocks` need (files that would have
+        to be read whole are not compared), and what `require` raises for the memory that reading takes.
+        """
         self._files, self._index, self._names, self._blocks = files, index, names, blocks
         self._claimed_dtype, self._clip, self._require = claimed_dtype, clip, require
         self.warnings = names.warnings
         self._released: frozenset[str] = frozenset()
         self._following: dict[str, str] = {}
-        """Checkpoint name -> the one that will be read next, in the open block."""
+        """Checkpoint name of a tensor -> name of the tensor that is read after it, within the open block."""
         self._begun: dict[str, Iterator[torch.Tensor]] = {}
-        """Panels of the tensor that follows, whose first may already be on its way."""
+        """Panels of tensors whose reading has begun ahead of their turn, by checkpoint name."""
         self._quantizers = Quantizers()
         self.identity: Mapping[str, Any] = {
             "kind": files.kind,
@@ -91,7 +94,7 @@ class Checkpoint:
     def packed(self, tensor: TensorRecipe) -> Packed:
         assert tensor.scheme is not None
         scheme = tensor.scheme
-        # In one piece each: what is left of every panel, between what is freed again, would leave memory full of holes.
+        # One allocation each: small results of every panel, kept between freed buffers, would fragment memory.
         scale = torch.empty(scheme.scale_shape(*tensor.matrix), dtype=torch.float16)
         zero = torch.empty(scheme.zero_shape(*tensor.matrix), dtype=torch.uint8)
 
@@ -110,8 +113,10 @@ class Checkpoint:
         return Packed(codes(), [tensor_bytes(scale)], [tensor_bytes(zero)])
 
     def _one_by_one(self, blocks: Sequence[BlockRecipe], fetching: Fetching) -> Iterator[BlockRecipe]:
-        """The blocks in the order in which their files complete, so that as few files as possible are needed at once;
-        those that no block waits for any more are given back on the way."""
+        """The blocks, ordered by the last of the files that each needs, so that few files are needed at once.
+
+        Files that no remaining block needs are released on the way.
+        """
         ours = self._files_of(self._blocks)
         waiting = sorted(blocks, key=lambda block: max(self._files_of([block]), default=""))  # stable within a file
         while waiting:
@@ -129,7 +134,7 @@ class Checkpoint:
             del waiting[0]
 
     def _open(self, block: BlockRecipe) -> None:
-        """Check all of the block, whose files are here."""
+        """Check all tensors of `block`, whose files are here, and make it the open block."""
         for file in sorted(self._files_of([block])):
             self._index.reader.tensors(self._files.path(file))
         self._check(block)
@@ -140,7 +145,7 @@ class Checkpoint:
         self._following = dict(pairwise(names))
 
     def _check(self, block: BlockRecipe) -> None:
-        """Compare the block's tensors with what the files at hand say of them."""
+        """Raise CheckpointError where files that are here hold other shapes or types than `block` needs."""
         wrong: list[str] = []
         for tensor in block.tensors:
             names = self._names.sources[tensor.name]
@@ -164,7 +169,7 @@ class Checkpoint:
             )
 
     def _release(self, files: frozenset[str]) -> None:
-        """No block needs these files any more."""
+        """Release `files`, which no block needs any more."""
         if files - self._released:
             self._index.reader.close()  # an open file would go on taking its space
         for name in sorted(files - self._released):
@@ -172,7 +177,7 @@ class Checkpoint:
         self._released |= files
 
     def _working_nbytes(self) -> int:
-        """Memory that reading the files at hand takes at most."""
+        """Bytes of memory that reading the files that are here takes at most."""
         here = [self._files.path(name) for name in self._index.files if self._files.is_here(name)]
         return max((self._index.reader.working_nbytes(path) for path in here), default=0)
 
@@ -187,7 +192,7 @@ class Checkpoint:
         return names
 
     def _stored(self, name: str) -> StoredTensor | None:
-        """What the file says of a tensor; None where asking would mean fetching it or reading it all."""
+        """A tensor's type and shape; None where its file would have to be fetched, or read whole, to know them."""
         file = self._index.file_of[name]
         if not self._files.is_here(file):
             return None
@@ -198,7 +203,7 @@ class Checkpoint:
         return None if tensors is None else tensors[name]
 
     def _panels(self, names: Iterable[str]) -> Iterator[torch.Tensor]:
-        """The rows of these tensors, one tensor after the other."""
+        """Panels of the rows of these tensors, one tensor after the other."""
         for name in names:
             panels = self._begun.pop(name, None) or self._begin(name)
             following = self._following.get(name)
@@ -210,7 +215,7 @@ class Checkpoint:
         return self._index.reader.panels(self._files.path(self._index.file_of[name]), name)
 
     def _check_duplicate_head(self, head: str, embed: str) -> None:
-        """A tied head that is also stored must be the embedding, or the model would be another than it says."""
+        """Raise CheckpointError unless `head`, the stored copy of a tied head, equals the embedding `embed`."""
         (embedding,) = self._names.sources[embed]
         same = self._stored(head) == self._stored(embedding)
         if same:
@@ -226,7 +231,7 @@ class Checkpoint:
         return read_whole(self._files.path(name), CheckpointError)
 
     def _fingerprint(self) -> str:
-        """Of the weight files, the tensors' places, and what is copied."""
+        """A digest of the weight files, of which file holds each tensor, and of the files that are copied."""
         digest = xxhash.xxh3_128(self._files.fingerprint(self._index.files).encode())
         digest.update(json.dumps(sorted(self._index.file_of.items())).encode())
         for name, read in sorted(self.extra_files().items()):
@@ -235,14 +240,14 @@ class Checkpoint:
 
 
 def _check_finite(values: torch.Tensor, name: str) -> None:
-    """Raise CheckpointError where one of `values` is not finite, or would not be in the types that runs compute in.
+    """Raise CheckpointError where one of `values` is NaN, infinite or beyond what bfloat16 holds.
 
-    The quantizer tests what it quantizes itself.
+    This is for tensors that are not quantized; the quantizer tests the others.
     """
     if not values.numel():
         return
     with one_torch_thread():
-        low, high = (float(end) for end in values.aminmax())  # NaN where there is one
+        low, high = (float(end) for end in values.aminmax())  # both NaN where a value is NaN
     if max(abs(low), abs(high)) <= _GREATEST:
         return
     bad = int((~(values.abs() <= _GREATEST)).sum())
@@ -253,6 +258,6 @@ def _check_finite(values: torch.Tensor, name: str) -> None:
 
 
 def _part_shape(shape: tuple[int, ...], count: int) -> tuple[int, ...]:
-    """The shape of each of the `count` tensors whose rows make up one of `shape`."""
+    """The shape of each of `count` equal tensors whose rows, one after the other, make up a tensor of `shape`."""
     rows, in_features = folded(shape)
     return shape if count == 1 else (rows // count, in_features)

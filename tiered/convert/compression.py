@@ -1,7 +1,7 @@
 """Where zstd pays: measured once for each conversion, decided for each tensor.
 
-Only what is streamed and not int4 is a candidate: embedding rows are read one by one and must lie plain in their
-file, the outer tensors are read once, and group int4 codes do not shrink.
+Only what is streamed and not int4 is a candidate: embedding rows are read one by one and must be uncompressed in
+their file, the outer tensors are read once, and group int4 codes do not shrink.
 """
 
 import contextlib
@@ -28,20 +28,20 @@ PROBE_NAME: Final = "bandwidth.part"
 _PROBE_NBYTES: Final = 64 * MIB
 _PROBE_READ_NBYTES: Final = 4 * MIB
 _LEAST_NBYTES: Final = 64 << 10
-"""Smaller tensors are not worth the frames' table."""
+"""Tensors of fewer numbers are not worth the frames' table."""
 _HELD_NBYTES: Final = 8 * MIB
-"""Compressed bytes of a tensor that wait in memory; more of them wait in a file."""
+"""Most compressed bytes of a tensor that wait in memory; where there are more, all of them wait in a file."""
 COMPRESSING_NBYTES: Final = _HELD_NBYTES + PANEL_NBYTES + 3 * FRAME_NBYTES
-"""Memory that compressing takes, however large the tensor: what waits, and what is being cut into frames."""
+"""Memory that compressing takes, however large the tensor: frames that wait, and bytes being cut into frames."""
 
 
 @dataclass(frozen=True)
 class Frames:
-    """A tensor as zstd frames that wait to be written: only when all are there is it known whether they pay."""
+    """A tensor as zstd frames that wait to be written: whether they pay is known only when all are made."""
 
     sizes: tuple[int, ...]
     nbytes: int
-    """Before compression."""
+    """The tensor's size before compression."""
     _file: tempfile.SpooledTemporaryFile[bytes]
 
     @property
@@ -50,7 +50,7 @@ class Frames:
         return sum(self.sizes) / self.nbytes if self.nbytes else 1.0
 
     def pieces(self) -> Iterator[memoryview]:
-        """The frames, end to end; they are gone afterwards."""
+        """The bytes of all frames, end to end. Can be called once: the frames are dropped afterwards."""
         with self._file:
             self._file.seek(0)
             while piece := self._file.read(FRAME_NBYTES):
@@ -62,14 +62,14 @@ class Compression:
     """The rule of one conversion; kept in its progress file, so that a resumed one decides the same."""
 
     mode: str  # auto, zstd or none
-    disk_bytes_per_second: float = 0.0  # auto: of the disk that will be read
-    cores: int = 1  # auto: that would decode
+    disk_bytes_per_second: float = 0.0  # of reads from the store's disk; measured for auto only
+    cores: int = 1  # that would decode; counted for auto only
 
     @classmethod
     def measure(cls, mode: str, blocks: tuple[BlockRecipe, ...], folder: Path, room_nbytes: int) -> Self:
-        """The rule for a store in `folder`, which exists; the disk is only probed where the answer matters.
+        """The rule for a store in `folder`, which exists; the disk is measured only where the rule depends on it.
 
-        `room_nbytes` are free there: what is about to be written, so that the probe takes no room of its own.
+        Measuring writes at most `room_nbytes`, the size of the blocks to come, so it needs no space beyond theirs.
         """
         if mode == "auto" and any(is_candidate(t, block.role) for block in blocks for t in block.tensors):
             return cls(mode, round(read_bandwidth(folder, room_nbytes)), len(os.sched_getaffinity(0)))
@@ -83,21 +83,22 @@ class Compression:
         return {"mode": self.mode, "disk_bytes_per_second": self.disk_bytes_per_second, "cores": self.cores}
 
     def keeps(self, ratio: float) -> bool:
-        """Whether a tensor that shrinks to `ratio` of its size is stored so."""
+        """Whether a tensor that shrinks to `ratio` of its size is stored compressed."""
         if self.mode == "auto":
             return pays(ratio, self.disk_bytes_per_second, self.cores)
         return self.mode == "zstd" and ratio < WORST_RATIO
 
     def attempt(self, chunks: Iterator[memoryview], folder: Path) -> Frames | None:
-        """The tensor of these bytes compressed, or None where that does not pay, which the first few MiB foretell.
+        """The tensor whose bytes are `chunks`, of any sizes, as zstd frames, or None where compressing it does not pay.
 
-        Frames that memory is not to hold wait in a nameless file in `folder`.
+        Gives up early where the first few MiB do not shrink enough. Frames that are too many to wait in memory wait
+        in an unnamed file in `folder`.
         """
         sizes: list[int] = []
         nbytes = 0
         with contextlib.ExitStack() as stack:
             file = stack.enter_context(tempfile.SpooledTemporaryFile(_HELD_NBYTES, dir=str(folder)))
-            for frame in _rechunk(chunks, FRAME_NBYTES):
+            for frame in _in_pieces(chunks, FRAME_NBYTES):
                 packed = compress(frame)
                 sizes.extend(packed.frames)
                 file.write(packed.payload)
@@ -119,7 +120,7 @@ def is_candidate(tensor: TensorRecipe, role: str) -> bool:
 
 
 def waiting_nbytes(block: BlockRecipe, dtype_of: Callable[[TensorRecipe], torch.dtype]) -> int:
-    """Of the disk, at most, that frames take while they wait, on top of the block itself."""
+    """Most bytes of disk that frames of `block` take while they wait, besides the block file itself."""
     sizes = [
         tensor.numel * (1 if tensor.scheme is not None else dtype_of(tensor).itemsize)
         for tensor in block.tensors
@@ -131,7 +132,7 @@ def waiting_nbytes(block: BlockRecipe, dtype_of: Callable[[TensorRecipe], torch.
 def read_bandwidth(folder: Path, most_nbytes: int = _PROBE_NBYTES) -> float:
     """Bytes per second that the disk under `folder` reads past the page cache, from a file written for the purpose.
 
-    It has `most_nbytes` at most, and is deleted before this returns.
+    The file has at most `most_nbytes` and is deleted before this returns.
     """
     path = folder / PROBE_NAME
     noise = os.urandom(min(_PROBE_READ_NBYTES, most_nbytes // PAGE * PAGE))
@@ -165,11 +166,11 @@ def _timed_read(path: Path) -> float:
         os.close(fd)
 
 
-def _rechunk(chunks: Iterator[memoryview], size: int) -> Iterator[memoryview]:
-    """The same bytes in pieces of `size`, the last one shorter."""
+def _in_pieces(views: Iterator[memoryview], size: int) -> Iterator[memoryview]:
+    """The bytes of `views` in pieces of `size` bytes, of which the last may be shorter."""
     pending = bytearray()
-    for chunk in chunks:
-        pending += chunk
+    for view in views:
+        pending += view
         whole = len(pending) // size * size
         for start in range(0, whole, size):
             yield memoryview(bytes(pending[start : start + size]))

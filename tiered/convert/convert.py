@@ -41,10 +41,10 @@ class ConvertProgress:
 
     block: str
     nbytes_done: int
-    """Of the store, those that earlier attempts finished included."""
+    """Bytes of the store that are written, including those that earlier attempts finished."""
     nbytes_total: int
     nbytes_skipped: int
-    """Of `nbytes_done`, those that earlier attempts had finished: they say nothing about speed."""
+    """The part of `nbytes_done` that earlier attempts finished; it says nothing about this attempt's speed."""
     downloading: bool = False
     """The block's files are being downloaded; nothing is written until that is done."""
 
@@ -58,22 +58,22 @@ class ConvertResult:
 
     store: Path
     blocks: int
-    """Entries of the manifest; repeated synthetic layers count each."""
+    """Blocks in the manifest; a repeated synthetic layer counts every time."""
     nbytes: int
-    """Of all block files."""
+    """Bytes of all block files together."""
     weights: int
-    """Numbers that the block files stand for."""
+    """How many weights the block files hold."""
     seconds: float
     resumed_blocks: int
     """Block files that an earlier attempt had finished."""
     scheme: str
-    """Of the layers: "int4-g64", or "none"."""
+    """How the layers are quantized: a scheme's name such as "int4-g64", or "none"."""
     unquantized: tuple[str, ...]
     """Linear weights that keep the checkpoint's precision because their shape does not fit the groups."""
     warnings: tuple[str, ...]
     synthetic: bool
     has_tokenizer: bool = True
-    """Whether there was one to copy: a store without takes and gives token ids only."""
+    """Whether the source had a tokenizer to copy: a store without one takes and gives token ids only."""
 
     @property
     def bits_per_weight(self) -> float:
@@ -81,7 +81,7 @@ class ConvertResult:
 
 
 class Conversion:
-    """One run into one output folder. Also the ledger that downloads are entered in before they begin."""
+    """One conversion into one output folder. It is also the `Ledger` that downloads are entered in."""
 
     def __init__(self, folder: Path, options: ConvertOptions, report: ProgressFunction | None) -> None:
         self._folder, self._options, self._report = folder, options, report
@@ -97,7 +97,7 @@ class Conversion:
         return frozenset(self._progress.downloaded)
 
     def enter_download(self, name: str) -> None:
-        """Remember, durably, that `name` is ours to delete."""
+        """Record durably that this conversion downloads `name`, and so may delete it."""
         self._hold_folder()
         self._progress = replace(self._progress, downloaded=(*self._progress.downloaded, name)).save(self._folder)
 
@@ -124,10 +124,10 @@ class Conversion:
         )
 
     def _begin(self, source: WeightSource, recipe: StoreRecipe) -> None:
-        """Check that all fits, then write conversion.json; afterwards the folder is ours."""
+        """Check that the store fits on the disk, then write conversion.json, which claims the folder."""
         folder, identity = self._folder, source.identity
         if folder.exists():
-            self._hold_folder()  # what is decided from what lies there must still be so when it is acted on
+            self._hold_folder()  # its contents must not change between a decision and what follows from it
         decided_on = self._progress
         progress = check_same_source(folder, self._progress, identity, self._options.force)
         mine = progress.source is not None and not progress.discarding
@@ -152,7 +152,7 @@ class Conversion:
             )
         if progress.discarding:
             progress = discard(folder, progress)
-        # Before the probe: a folder with nothing but a file of ours would be somebody else's to the next attempt.
+        # Before the disk is measured: the next attempt would refuse a folder that holds the measuring file alone.
         self._progress = replace(progress, source=identity).save(folder)
         remove_stray_parts(folder)
         if progress.compression is None:
@@ -160,7 +160,10 @@ class Conversion:
             self._progress = replace(self._progress, compression=rule).save(folder)
 
     def _check_space(self, source: WeightSource, rest: Sequence[BlockRecipe], needed: int, reclaimed: int) -> None:
-        """Room for the bytes that the folder needs, and for what has to be fetched for the blocks to come."""
+        """Raise DiskFullError where there is no room for `needed` bytes in the folder and for what `rest` downloads.
+
+        `reclaimed` bytes in the folder are going to be freed first.
+        """
         for place, nbytes in source.room_nbytes(rest).items():
             if on_same_disk(self._folder, place):
                 needed += nbytes
@@ -169,7 +172,7 @@ class Conversion:
         check_space(self._folder, needed, reclaimed)
 
     def _beside_nbytes(self, source: WeightSource, mine: bool) -> int:
-        """What the files beside the blocks will take: those that are there already are replaced one by one."""
+        """Bytes that the files beside the blocks take in addition: those that exist are replaced one at a time."""
         nbytes = {name: len(read()) for name, read in source.extra_files().items()}
         there = {name for name in nbytes if mine and (self._folder / name).is_file()}
         return sum(nbytes[name] for name in nbytes.keys() - there) + max(nbytes.values(), default=0)
@@ -212,7 +215,7 @@ class Conversion:
             self._report(ConvertProgress(block.name, done, max(total, done), self._skipped_nbytes, downloading))
 
     def _hold_folder(self) -> None:
-        """Make the folder, keep others out of it and look again at what lies there, once."""
+        """Create and lock the folder, and read its state again. Later calls do nothing."""
         if self._locked:
             return
         self._folder.mkdir(parents=True, exist_ok=True)

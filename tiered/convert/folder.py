@@ -33,7 +33,7 @@ _REMEDY: Final = "delete the folder or choose another with -o"
 
 @dataclass(frozen=True)
 class ProgressFile:
-    """conversion.json: what an unfinished conversion was asked to do, and what it must not forget."""
+    """conversion.json: what an unfinished conversion was asked to do, and what a resumed one has to know."""
 
     settings: Mapping[str, Any]
     source: Mapping[str, Any] | None = None
@@ -42,10 +42,10 @@ class ProgressFile:
     downloaded: tuple[str, ...] = ()
     """Files fetched by this conversion, which it may delete again."""
     discarding: bool = False
-    """Blocks of an earlier conversion are being deleted: none of them is to be taken for ours."""
+    """Blocks of an earlier conversion are being deleted: none of them may count as finished."""
 
     def save(self, folder: Path) -> "ProgressFile":
-        """Write it durably; the folder is made where it is missing."""
+        """Write it durably; the folder is created where it is missing."""
         folder.mkdir(parents=True, exist_ok=True)
         value = {
             "format": _PROGRESS_FORMAT,
@@ -105,7 +105,7 @@ def state_of(folder: Path) -> State:
 def check_usable(folder: Path, settings: Mapping[str, Any], force: bool) -> ProgressFile | None:
     """The progress to resume from, or None for a fresh start; raises ConfigError where neither is allowed.
 
-    With `force` what is in the way is to be discarded, but a conversion that the same command began is resumed.
+    With `force` what is in the way is marked for deletion, but a conversion that the same command began is resumed.
     """
     state = state_of(folder)
     if not folder.exists():
@@ -135,7 +135,8 @@ def check_usable(folder: Path, settings: Mapping[str, Any], force: bool) -> Prog
 
 
 def check_same_source(folder: Path, progress: ProgressFile, identity: Mapping[str, Any], force: bool) -> ProgressFile:
-    """The progress to go on with; raises ConfigError where the conversion in `folder` was of another checkpoint."""
+    """The progress to go on with. Where the conversion in `folder` was of another checkpoint, that is a new start with
+    `force`, and a ConfigError without."""
     if progress.source is None or dict(progress.source) == dict(identity):
         return progress
     reason = (
@@ -150,12 +151,12 @@ def _start_over(
 ) -> ProgressFile:
     if not force:
         raise ConfigError(f"{folder}: {reason}")
-    # Downloads to delete are still remembered.
+    # The earlier conversion's downloads stay recorded, so that they can still be deleted.
     return ProgressFile(settings, downloaded=() if progress is None else progress.downloaded, discarding=True)
 
 
 def discard(folder: Path, progress: ProgressFile) -> ProgressFile:
-    """Delete what an earlier conversion left in `folder`, and nothing else; a kill on the way is picked up."""
+    """Delete what an earlier conversion left in `folder`, and nothing else. After a kill the next attempt goes on."""
     progress = replace(progress, discarding=True).save(folder)
     (folder / MANIFEST_NAME).unlink(missing_ok=True)
     for path in owned_files(folder):

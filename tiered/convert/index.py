@@ -1,11 +1,11 @@
-"""The index of a checkpoint: which files hold its weights, and which of their tensors is which of the model's.
+"""The index of a checkpoint: which files hold its weights, and under which names it holds each tensor of the model.
 
-In: a checkpoint's files, and the skeleton. Out: a `WeightIndex` and a `NameMap`, which `checkpoint.py` reads by.
-Which files are meant is transformers' own choice (docs/folders.md). Where transformers would find nothing, shards
+In: a checkpoint's files, and the skeleton. Out: a `WeightIndex` and a `NameMap`, with which `checkpoint.py` reads.
+The files are those that transformers would choose (docs/folders.md). Where transformers would find nothing, shards
 without an index and files of other names are taken too, as long as it is clear which are meant.
 Checkpoints of a bare base model drop its prefix (`decoder.…` for `model.decoder.…`, `h.0…` for `transformer.h.0…`),
-tied heads are absent or a copy, old ones carry buffers that transformers recomputes, and most hold one tensor per
-expert and matrix where the model has one stack of all.
+tied heads are absent or a copy, old checkpoints hold buffers that transformers recomputes, and most mixtures of experts
+hold one tensor per expert and matrix where the model has one stack of all experts.
 """
 
 import re
@@ -48,11 +48,11 @@ _EXPERT_PARTS: Final = {
     "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
     "down_proj": (("down_proj",), ("w2",)),
 }
-"""The matrices that lie below one another in each expert of a stack, as published checkpoints may call them."""
+"""For each stack of experts, the matrices whose rows make up one expert, as published checkpoints may call them."""
 _NAMES_SHOWN: Final = 5
 
 Require = Callable[[int], None]
-"""Raises BudgetError where the memory that reading takes is not to be had."""
+"""Called with the bytes of memory that reading takes; raises BudgetError where the budget is too small for them."""
 
 
 @dataclass(frozen=True)
@@ -66,10 +66,10 @@ class WeightIndex:
 
 
 def find_weights(files: WeightFiles, named: object, require: Require) -> WeightIndex:
-    """Find the weights among `files`: what config.json has `named`, else the first that is there of model.safetensors,
-    its index, pytorch_model.bin, its index.
+    """Find the weights among `files`: what config.json names (`named`; None where it names nothing), else the first
+    that exists of model.safetensors, its index, pytorch_model.bin, its index.
 
-    Without an index every weight file is fetched and its header read. Before any is read, `require` is asked for the
+    Without an index every weight file is fetched and its header read. Before that, `require` is called with the
     memory that reading them one by one takes. Raises CheckpointError where there are no weights, shards are missing,
     or it is unclear which of several files are meant.
     """
@@ -118,8 +118,9 @@ def _of_index(files: WeightFiles, reader: WeightReader, name: str, require: Requ
     """The weights in the files that index `name` lists."""
     file_of = _read_index(files, name)
     names = tuple(sorted(set(file_of.values())))
-    # What an old index says of a tensor's place does not count: transformers takes all that is in the files. Files on
-    # the hub, and those that would have to be read whole, are taken at the index's word, and looked at when they come.
+    # An index may be out of date, and transformers takes all tensors that are in the files: so the headers count.
+    # Only for files on the hub, and for files that would have to be read whole, the index is believed at first;
+    # they are checked when they are read.
     if files.kind == "folder" and all(reader.known(files.path(file)) is not None for file in names):
         file_of = _read_headers(files, reader, names, require)
     return WeightIndex(reader, names, file_of)
@@ -163,7 +164,7 @@ def _shards(found: list[str], files: WeightFiles) -> tuple[str, ...]:
 
 
 def _read_headers(files: WeightFiles, reader: WeightReader, names: tuple[str, ...], require: Require) -> dict[str, str]:
-    # For all at once: a budget that were named for the first file might be too small for the next.
+    # Asked once for all files: a budget that is named for the first one might be too small for the next.
     require(max(reader.working_nbytes(files.path(name)) for name in names))
     file_of: dict[str, str] = {}
     for name in names:
@@ -179,7 +180,7 @@ class NameMap:
     """Where each tensor of the model is in the checkpoint."""
 
     sources: Mapping[str, tuple[str, ...]]
-    """Model name -> checkpoint name; several where the model has their rows one below the other in one tensor."""
+    """Model name -> checkpoint names; where there are several, their rows in this order are the model's tensor."""
     duplicate_head: str | None
     """A tied head that the checkpoint holds as well; it must equal the embedding."""
     warnings: tuple[str, ...]
@@ -209,7 +210,7 @@ def map_names(skeleton: Skeleton, checkpoint: Collection[str]) -> NameMap:
             sources[skeleton.embed_name] = (head,)
     used = {*chain.from_iterable(sources.values()), *([duplicate_head] if duplicate_head else [])}
     unexpected = sorted(name for name in present - used if not _is_junk(name, skeleton))
-    # Before what is missing, which may be there in another form.
+    # Before missing tensors are reported: they may be there in a quantized form.
     wanted = (name for model_name in shapes for name in _candidates(model_name, base))
     refuse_left_over(unexpected, used.union(wanted), skeleton.config.name_or_path or "checkpoint")
     if not skeleton.tied and skeleton.head_name not in sources and skeleton.embed_name in sources:
@@ -246,7 +247,7 @@ def _candidates(name: str, base: str) -> Iterator[str]:
 
 
 def _find_experts(name: str, shape: Sequence[int], present: set[str], base: str) -> tuple[str, ...]:
-    """The checkpoint's names for all matrices of a stack, if it has any of them, in the order of the stack's rows."""
+    """The checkpoint's names for all matrices of a stack, in the order of the stack's rows; empty where it has none."""
     for candidate in _candidates(name, base):
         experts, _, stack = candidate.rpartition(".")
         for matrices in _EXPERT_PARTS.get(stack, ()):

@@ -1,4 +1,4 @@
-"""What the word after `tiered convert` means, opened: a source of weights, and the recipe of the store they make.
+"""Opens what `tiered convert` is given: a source of weights, and the recipe of the store that they make.
 
 In: a folder, a hub id, a known name, or a shape to fill with noise. Called by `tiered.convert.convert_checkpoint`.
 """
@@ -69,8 +69,8 @@ def resolve_shape(source: str | Path) -> ShapeFile:
 def open_checkpoint(place: Folder | HubId, options: ConvertOptions, ledger: Ledger) -> tuple[WeightSource, StoreRecipe]:
     """The checkpoint at `place`; downloads of weights are entered in `ledger` before they begin.
 
-    Raises BudgetError where reading it takes more than `options.ram_bytes`, before it is read: that includes a weight
-    file that has to be read whole to know what is in it.
+    Raises BudgetError, before anything large is read, where reading takes more than `options.ram_bytes`. That includes
+    weight files that have to be read whole to know which tensors they hold.
     """
     files = place.open(options, ledger)
     config = load_config(files.config_folder())
@@ -108,14 +108,14 @@ def _known_names() -> str:
 
 
 def _method_of_types(files: WeightFiles, index: WeightIndex) -> str | None:
-    """The method whose types are among those of the files at hand, as far as telling costs no reading."""
+    """The quantization method that dtypes in the files that are here tell of, or None; no file is read whole for it."""
     here = [files.path(name) for name in index.files if files.is_here(name)]
     types = {stored.dtype for path in here for stored in (index.reader.known(path) or {}).values()}
     return next((method for dtype in types if (method := method_of_float(dtype)) is not None), None)
 
 
 def _refuse_adapter(files: WeightFiles) -> None:
-    """transformers with peft applies an adapter that lies beside a model; without it the model would be another."""
+    """Raise CheckpointError for an adapter beside the model: transformers with peft applies it, tiered does not."""
     if "adapter_config.json" in files.names:
         raise CheckpointError(
             f"{files.name}: holds an adapter (adapter_config.json), which is not applied here; merge it into the model "

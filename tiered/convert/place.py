@@ -45,7 +45,7 @@ class WeightFiles(Protocol):
 
     @property
     def kind(self) -> str:
-        """Where they are: "folder" or "hub"."""
+        """Where the files are: "folder" or "hub"."""
 
     @property
     def name(self) -> str:
@@ -53,23 +53,23 @@ class WeightFiles(Protocol):
 
     @property
     def revision(self) -> str | None:
-        """The commit on the hub."""
+        """The commit on the hub; None for a folder."""
 
     @property
     def names(self) -> frozenset[str]:
-        """Of all files, whether they are here or not."""
+        """The names of all files, on this machine or not."""
 
     def config_folder(self) -> Path:
         """The folder that holds config.json, if the checkpoint has one."""
 
     def is_here(self, name: str) -> bool:
-        """Whether `path` returns at once."""
+        """Whether the file is on this machine, so that `path` fetches nothing."""
 
     def path(self, name: str) -> Path:
         """Where the file is, after fetching it where needed."""
 
     def room_nbytes(self, names: Iterable[str]) -> Mapping[Path, int]:
-        """Bytes on disk that fetching those that are not here takes, by the folder they are fetched to."""
+        """Bytes of disk that fetching the missing ones of `names` takes, by the folder they are fetched to."""
 
     def release(self, name: str) -> None:
         """The conversion needs this file no more."""
@@ -86,13 +86,13 @@ class Folder:
 
     @property
     def name(self) -> str:
-        """What the model is called: as the folder, or in huggingface_hub's cache as its repository."""
+        """The model's name: the folder's, or in huggingface_hub's cache the repository's."""
         real = self.path.resolve()
         cached = _cached_repository(real)
         return real.name if cached is None else cached.name.removeprefix(_CACHED_MODEL).rpartition("--")[2]
 
     def open(self, options: ConvertOptions, ledger: Ledger) -> WeightFiles:
-        """Its files; raises ConfigError for a store, and for options that are about downloads."""
+        """The folder's files; raises ConfigError for a store, and for options that are about downloads."""
         if state_of(self.path) in ("finished", "unfinished"):
             raise ConfigError(f"{self.path}: a tiered store; pass the checkpoint to convert")
         if options.revision is not None or options.delete_downloads:
@@ -116,7 +116,7 @@ class HubId:
 
 
 class LocalFiles:
-    """The files right inside one folder. They are only read."""
+    """The files directly inside one folder. They are only read, never changed."""
 
     kind = "folder"
     revision: str | None = None
@@ -124,14 +124,14 @@ class LocalFiles:
     def __init__(self, place: Folder) -> None:
         self._folder, self.name = place.path, place.name
         with reading(place.path):
-            # What is no file but is called like one of a model's is for `path` to refuse, not to be passed over.
+            # Folders with the name of a model's file are listed too, so that `path` refuses them with an error.
             found = [path for path in place.path.iterdir() if not path.is_dir() or _MODEL_FILE.fullmatch(path.name)]
         self.names = frozenset(path.name for path in found)
         self._found_good: set[str] = set()
 
     def config_folder(self) -> Path:
         if "config.json" in self.names:
-            self.path("config.json")  # which looks at what it is
+            self.path("config.json")  # checks that it is a regular file
         return self._folder
 
     def is_here(self, name: str) -> bool:
@@ -151,7 +151,7 @@ class LocalFiles:
         return {}
 
     def release(self, name: str) -> None:
-        """The user's own files stay."""
+        """Does nothing: the user's own files stay."""
 
     def fingerprint(self, names: Iterable[str]) -> str:
         """Sizes and evenly spaced samples: tells a fine-tuned model of the same shape from the original."""
@@ -199,8 +199,8 @@ class HubFiles:
 
     def room_nbytes(self, names: Iterable[str]) -> Mapping[Path, int]:
         sizes = sorted((self._sizes[name] or 1 for name in set(names) if not self.is_here(name)), reverse=True)
-        # Where files are deleted two are here at once (a block may straddle them), and the one that holds the first
-        # tensors outside the layers.
+        # Where files are deleted after use, at most three are here at once: two that one block straddles, and the one
+        # that holds the first tensors outside the layers.
         nbytes = sum(sizes[:3] if self._delete else sizes)
         return {Path(huggingface_hub.constants.HF_HUB_CACHE): nbytes} if nbytes else {}
 
@@ -232,7 +232,7 @@ def _cached_repository(real: Path) -> Path | None:
 def _check_link(path: Path) -> None:
     """Raise CheckpointError where `path` is a link out of its folder, other than into the blobs of the hub's cache.
 
-    A store is given away: a folder from elsewhere must not be able to have the user's own files copied into one.
+    A store may be given to others: a model folder from elsewhere must not get the user's own files copied into it.
     """
     folder, real = path.parent.resolve(), path.resolve()
     allowed = [folder]
@@ -253,8 +253,8 @@ def _target(link: Path) -> Path | None:
 
 
 def _delete_blob(blob: Path) -> None:
-    """Delete a repository's blob, and where that is a link to what the whole cache shares, that as well, unless another
-    repository has it too."""
+    """Delete a repository's blob. Where it is a link to a blob that the whole cache shares, delete that as well, unless
+    another repository links to it."""
     shared = _target(blob)
     blob.unlink(missing_ok=True)
     if shared is not None and all(_target(other) != shared for other in blob.parents[2].glob("*/blobs/*")):
@@ -265,7 +265,7 @@ def _list_online(repo_id: str, revision: str | None) -> tuple[str, dict[str, int
     info = huggingface_hub.HfApi().model_info(repo_id, revision=revision, files_metadata=True)
     sizes = {file.rfilename: file.size for file in info.siblings or ()}
     if "config.json" in sizes:
-        # By the name of the revision, so that the cache knows what it means once the hub is out of reach.
+        # By the name of the revision, so that the cache can resolve this name when the hub is out of reach.
         huggingface_hub.hf_hub_download(repo_id, "config.json", revision=revision)
     return str(info.sha), sizes
 

@@ -1,7 +1,8 @@
-"""Whether a checkpoint's weights are quantized already: by config.json, by their types, by what lies beside them.
+"""Whether a checkpoint's weights are quantized already: by config.json, by their dtypes, by tensors beside them.
 
-In: configuration, types and names. Out: the name of the method, for the one error that all of them end in. To leave
-out a scale would not fail, it would give another model: nothing that belongs to a weight may be left over.
+In: configuration, dtypes and names. Out: the name of the quantization method, for the one error that refuses them all.
+A conversion that left out a scale would not fail, it would give another model: so no tensor that belongs to a weight
+may be left over.
 """
 
 import re
@@ -36,14 +37,14 @@ _NAMES: Final = (
     (re.compile(r"weight_scale_inv$"), "fp8"),
     (re.compile(r"\.scales$|(weight|input|activation)_scales?$"), "fp8 or int8"),
 )
-"""What quantization adds beside or in place of a weight, and whose it is."""
+"""Names of tensors that stand beside or in place of a quantized weight, and the method that uses them."""
 _CACHE_SCALES: Final = re.compile(r"[._](q|k|v|kv|prob)_scale$")
-"""Of cached keys and values in 8 bits: the weights are what they are without them."""
+"""Scales of a KV cache in 8 bits: the weights do not depend on them."""
 _SHOWN: Final = 3
 
 
 def refuse_quantized(name: str, method: str | None) -> None:
-    """Raise CheckpointError unless `method` is None: a checkpoint called `name` has its weights quantized so."""
+    """Raise CheckpointError unless `method`, by which the weights of the checkpoint `name` are quantized, is None."""
     if method is not None:
         raise CheckpointError(
             f"{name}: its weights are already quantized ({method}); pass the original checkpoint, of 16 or 32 bits"
@@ -72,8 +73,8 @@ def method_of_type(dtype: torch.dtype) -> str | None:
 
 
 def refuse_left_over(left: Sequence[str], weights: Collection[str], where: str = "checkpoint") -> None:
-    """Raise CheckpointError where any of the tensors `left`, which have no place in the model, come of quantization,
-    or are parts of its `weights` otherwise. `where` is what the error calls the checkpoint."""
+    """Raise CheckpointError where one of the tensors `left`, which have no place in the model, comes from quantization
+    or is another part of one of its `weights`. `where` is what the error calls the checkpoint."""
     left = [name for name in left if not _CACHE_SCALES.search(name)]
     for pattern, method in _NAMES:
         found = [name for name in left if pattern.search(name)]
@@ -88,9 +89,9 @@ def refuse_left_over(left: Sequence[str], weights: Collection[str], where: str =
 
 
 def _parts(left: Collection[str], weights: set[str]) -> Iterator[str]:
-    """Those of `left` that lie below a weight, in the module that has it as its `weight`, or continue its name.
+    """The names in `left` that continue a weight's name, or lie in the module whose `weight` it is.
 
-    A bias is none: it is a term of its own, which config.json may do without.
+    Biases are not among them: a bias is a term of its own, which config.json may leave out.
     """
     modules = {weight.removesuffix(".weight") for weight in weights if weight.endswith(".weight")}
     for name in left:

@@ -59,12 +59,12 @@ class ConvertOptions:
 
     @property
     def layer_scheme(self) -> GroupScheme | None:
-        """Of the layers' linear weights; None keeps the checkpoint's precision."""
+        """The scheme of the layers' linear weights; None keeps the checkpoint's precision."""
         return None if self.quant == "none" else GroupScheme(int(self.quant[3:]), self.group_size)
 
     @property
     def embed_scheme(self) -> GroupScheme | None:
-        """Of token embedding and head: 8 bits even where layers have 4, because every token passes them."""
+        """The scheme of token embedding and head: 8 bits even where layers have 4, as every token passes both."""
         return None if self.quant == "none" else GroupScheme(8, self.group_size)
 
     def settings(self) -> dict[str, Any]:
@@ -100,7 +100,7 @@ class TensorRecipe:
 
     @property
     def matrix(self) -> tuple[int, int]:
-        """(rows, in) as which it is quantized: a stack [experts, out, in] one expert below the other."""
+        """(rows, in) of the matrix that is quantized: of a stack [experts, out, in], one expert below the other."""
         return folded(self.shape)
 
     @property
@@ -119,11 +119,11 @@ class BlockRecipe:
 
     @property
     def path(self) -> str:
-        """Relative to the store."""
+        """The file's path, relative to the store."""
         return str(PurePosixPath(BLOCK_FOLDER, f"{self.name}.safetensors"))
 
     def nbytes(self, dtype_of: Callable[[TensorRecipe], torch.dtype]) -> int:
-        """About the size of the block file: data exactly, the header's room from above."""
+        """Bytes of the block file, before what zstd saves and what its frames' table adds."""
         data = sum(tensor.nbytes(dtype_of(tensor)) for tensor in self.tensors)
         return header_room_nbytes(tensor.name for tensor in self.tensors) + round_up(data, PAGE)
 
@@ -153,7 +153,7 @@ class StoreRecipe:
 
     @property
     def weights(self) -> int:
-        """Numbers that the block files stand for."""
+        """How many weights the block files hold."""
         return sum(tensor.numel for block in self.files for tensor in block.tensors)
 
     def manifest(self, files: Mapping[str, FileInfo], source: Mapping[str, Any], compress: str) -> Manifest:
@@ -218,12 +218,12 @@ def _recipe(block: BlockTensors, options: ConvertOptions) -> BlockRecipe:
 
 
 def _is_quantizable(parameter: ParameterInfo, role: str) -> bool:
-    """Embedding, head and the layers' linear weights; what is outside them stays resident and small."""
+    """Whether a scheme is meant for it: the embedding, linear weights of layers and head. `outer` tensors are small."""
     return role == "embed" or (role in ("layer", "head") and parameter.is_linear)
 
 
 def _unquantized(blocks: Iterable[BlockTensors], files: Iterable[BlockRecipe]) -> Iterator[str]:
-    """The weights that a scheme is meant for and that stay in the source's precision, as their shape does not fit."""
+    """Names of weights that a scheme is meant for, but whose shape does not fit: they keep the source's precision."""
     plain = {tensor.name for file in files for tensor in file.tensors if tensor.scheme is None}
     for block in blocks:
         for parameter in block.parameters:

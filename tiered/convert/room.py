@@ -1,7 +1,7 @@
 """Whether a conversion fits: memory against --ram, bytes against the free disk. Checked before work.
 
-What a conversion takes follows from the recipes and the weight files' format alone, so that the budget a refusal names
-is the one that the same question accepts next time.
+What a conversion takes follows from the recipes and the weight files' format alone, so that the budget that a refusal
+names is enough when the command is repeated with it.
 """
 
 import errno
@@ -27,13 +27,13 @@ _GROWTH_NBYTES: Final = 16 * MIB
 """What the process itself grows by: code pages touched for the first time, threads' stacks, headers, the allocator's
 holes. Measured, see tests/convert/test_room.py."""
 _BASELINE_VARIES_NBYTES: Final = 4 * MIB
-"""How much the process itself differs from run to run: a budget that was named as enough must be so next time."""
+"""How much the process itself differs from run to run: a budget that was named must be enough next time."""
 _SPACE_SLACK_NBYTES: Final = 4 * MIB
 
 
 class RamCheck:
     """`--ram` against what a conversion of `blocks` takes at its peak. The process is measured when this is made,
-    before weights are read: later it holds some of what the figure counts already."""
+    before weights are read: later it would hold some of the memory that is added to the measured size."""
 
     def __init__(self, options: ConvertOptions, blocks: Sequence[BlockRecipe]) -> None:
         self._ram_bytes, self._baseline = options.ram_bytes, process_rss_bytes()
@@ -43,7 +43,7 @@ class RamCheck:
         self._writing = max(written, default=0) + SWEEP_NBYTES + (quantizing_nbytes() if quantizes else 0)
 
     def require(self, reading_nbytes: int) -> None:
-        """Raises BudgetError where the conversion, with `reading_nbytes` to read its source, would take more."""
+        """Raise BudgetError where the conversion takes more than `--ram`, of which reading takes `reading_nbytes`."""
         if self._ram_bytes is None:
             return
         working = reading_nbytes + self._writing + _GROWTH_NBYTES
@@ -61,7 +61,7 @@ class RamCheck:
 
 
 def check_space(folder: Path, needed_nbytes: int, reclaimed_nbytes: int = 0) -> None:
-    """Raises DiskFullError where the disk of `folder` lacks room for `needed_nbytes` more."""
+    """Raise DiskFullError where `folder`'s disk has no room for `needed_nbytes` once `reclaimed_nbytes` are freed."""
     free = shutil.disk_usage(_existing(folder)).free + reclaimed_nbytes
     needed = needed_nbytes + _SPACE_SLACK_NBYTES
     if needed > free:
@@ -73,7 +73,7 @@ def check_space(folder: Path, needed_nbytes: int, reclaimed_nbytes: int = 0) -> 
 
 @contextmanager
 def os_errors_named(folder: Path) -> Iterator[None]:
-    """Turn what the operating system refuses anywhere inside the block into errors that say what to do."""
+    """Turn errors of the operating system inside the `with` statement into errors that say what to do."""
     try:
         yield
     except OSError as error:
@@ -97,11 +97,11 @@ def on_same_disk(one: Path, other: Path) -> bool:
 
 
 def _writing_nbytes(tensor: TensorRecipe, block: BlockRecipe, compresses: bool) -> int:
-    """A panel of codes; scales and zeros, which wait for the codes to be written; and what compressing takes."""
+    """Memory of writing a tensor: a panel of codes, scales and zeros (written after all codes), and compression."""
     nbytes = 0
     if tensor.scheme is not None:
         scale = tensor.scheme.scale_shape(*tensor.matrix)
-        # A byte for each weight of a panel, which holds them in 16 bits at least.
+        # A byte of codes for each weight of a panel; the panel itself has at least two bytes for it.
         nbytes += min(PANEL_NBYTES // 2, tensor.numel)
         nbytes += tensor_nbytes(torch.float16, scale) + tensor_nbytes(torch.uint8, scale)
     if compresses and is_candidate(tensor, block.role):

@@ -1,4 +1,4 @@
-"""Checkpoints in safetensors: positional reads of row panels. Not mapped: mapped pages would count as our memory.
+"""Checkpoints in safetensors: positional reads of row panels. Nothing is mapped: it would count as our memory.
 
 A thread reads ahead: while one panel is quantized and written, the next ones are on their way from the disk.
 """
@@ -18,11 +18,11 @@ from tiered.files import reading
 from tiered.store import TensorEntry, checkpoint_header
 
 _BUFFERS: Final = 3
-"""Of one tensor: what is used, and what is read meanwhile."""
+"""Panels of one tensor in memory: the one that is used, and those that are read meanwhile."""
 
 
 class SafetensorsReader:
-    """Keeps headers, and the last file open."""
+    """A `WeightReader` of safetensors files. It keeps headers, and the last file open."""
 
     def __init__(self) -> None:
         self._thread: ThreadPoolExecutor | None = None  # the only one that opens and reads weight files
@@ -72,7 +72,7 @@ class SafetensorsReader:
         return self._entries[path]
 
     def _submit(self, path: Path, offset: int, panel: torch.Tensor) -> Future[torch.Tensor]:
-        """Have `panel` filled from `offset` of the file, in the order of these calls."""
+        """Begin to fill `panel` from byte `offset` of the file; panels are filled in the order of the calls."""
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, "read-ahead")
 
@@ -96,7 +96,7 @@ class SafetensorsReader:
 
 
 def _read_ahead(begin: Callable[[int], Future[torch.Tensor]], count: int) -> Iterator[torch.Tensor]:
-    """The panels 0 to `count`: the first is begun now, the others as soon as there is a buffer for them."""
+    """`count` panels in order: the first is begun now, the others as soon as there is a buffer for them."""
     begun = deque([begin(0)] if count else [])
 
     def deliver() -> Iterator[torch.Tensor]:

@@ -1,7 +1,7 @@
-"""What a conversion needs of a source of weights, and a checkpoint of the reader of a file format.
+"""The interfaces of a conversion: of a source of weights, and of a reader of one checkpoint file format.
 
 A `WeightSource` is a checkpoint (`checkpoint.py`) or random numbers (`synthetic.py`); a `WeightReader` knows one file
-format (`safetensors_reader.py`, `torch_reader.py`) and stands in the table of `index.py`.
+format (`safetensors_reader.py`, `torch_reader.py`) and is listed in the table of `index.py`.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,11 +26,11 @@ class Packed:
 
 
 Fetching = Callable[[BlockRecipe], None]
-"""Told of a block before its files are fetched from elsewhere, which takes a while."""
+"""Called with a block before its files are downloaded, which takes a while."""
 
 
 class WeightSource(Protocol):
-    """Where the weights of one conversion come from. What it reads them from is its own affair."""
+    """Where the weights of one conversion come from."""
 
     @property
     def identity(self) -> Mapping[str, Any]:
@@ -44,22 +44,25 @@ class WeightSource(Protocol):
         """What lies beside the blocks (configuration, tokenizer), by file name."""
 
     def room_nbytes(self, blocks: Sequence[BlockRecipe]) -> Mapping[Path, int]:
-        """Bytes of disk that fetching what these blocks are made of takes, by folder."""
+        """Bytes of disk that downloading the files of these blocks takes, by folder."""
 
     def opened(
         self, blocks: Sequence[BlockRecipe], fetching: Fetching
     ) -> AbstractContextManager[Iterable[BlockRecipe]]:
-        """The blocks that are still to be converted, in the order that suits the source. Each can be read until the
-        next is asked for. Leaving without an error says that the store is whole: what was fetched for it may go."""
+        """A context with `blocks`, those still to be converted, in the order that suits the source.
+
+        Each can be read until the next is asked for. Leaving the context without an error means that the store is
+        whole: files that were downloaded for it may be deleted. `fetching` is called before downloads.
+        """
 
     def dtype(self, tensor: TensorRecipe) -> torch.dtype:
-        """Of the tensor in the source; until its block can be read this may be a guess."""
+        """The tensor's dtype in the source; this may be a guess until its block can be read."""
 
     def plain(self, tensor: TensorRecipe) -> Iterator[memoryview]:
-        """The bytes of an unquantized tensor. A chunk is valid until the next one is asked for."""
+        """The bytes of an unquantized tensor, in pieces. Each is valid until the next one is asked for."""
 
     def packed(self, tensor: TensorRecipe) -> Packed:
-        """The three parts of a quantized tensor. A chunk is valid until the next one is asked for."""
+        """The three parts of a quantized tensor, in pieces. Each is valid until the next one is asked for."""
 
 
 @dataclass(frozen=True)
@@ -81,13 +84,13 @@ class WeightReader(Protocol):
         """What `path` holds; raises CheckpointError where it is damaged or of another format."""
 
     def panels(self, path: Path, name: str) -> Iterator[torch.Tensor]:
-        """The tensor in runs of whole rows, each valid until the next is asked for; a stack's rows are folded."""
+        """The tensor in panels of whole rows, each valid until the next is asked for; a stack is one matrix."""
 
     def known(self, path: Path) -> Mapping[str, StoredTensor] | None:
-        """As `tensors`, or None where that would mean reading the whole file and has not been done yet."""
+        """As `tensors`, or None where the whole file would have to be read for it and has not been read yet."""
 
     def working_nbytes(self, path: Path) -> int:
-        """Memory that reading takes at most."""
+        """Bytes of memory that reading `path` takes at most."""
 
     def close(self) -> None: ...
 
@@ -97,7 +100,7 @@ PANEL_NBYTES = 8 << 20
 
 
 def panel_rows(shape: tuple[int, ...], itemsize: int) -> tuple[int, int, int]:
-    """(rows, values in a row, rows in a panel) of a tensor; a scalar is one row, a stack has those of all."""
+    """(rows, values in a row, rows in a panel) of a tensor; a scalar is one row, a stack has all its matrices' rows."""
     rows, row_numel = folded(shape) if len(shape) > 1 else (shape[0] if shape else 1, 1)
     return rows, row_numel, max(1, PANEL_NBYTES // max(1, row_numel * itemsize))
 

@@ -1,8 +1,8 @@
-"""Random weights of a known shape as a source: written packed, at disk speed, with no checkpoint at all.
+"""Random weights of a known shape as a source: made in packed form, at disk speed, without a checkpoint.
 
-Scaled so that a hidden state keeps its size at every depth: weights of standard deviation 1/sqrt(in), and what is
-added to the residual stream smaller by sqrt(2 * layers). A tokenizer of one token for each byte stands in for the
-model's own, so that any prompt passes through.
+They are scaled so that a hidden state keeps its magnitude at every depth: their standard deviation is 1/sqrt(in),
+divided by sqrt(2 * layers) where the product is added to the residual stream. A tokenizer of one token for each byte
+stands in for the model's own, so that any prompt passes through.
 """
 
 import json
@@ -68,7 +68,7 @@ def shape_config(shape: ShapeFile) -> PretrainedConfig:
     except ConfigError:
         raise
     except Exception as error:
-        # Each family checks and computes with its fields in code of its own, which raises what it likes.
+        # Each family has code of its own that checks its fields and computes with them; it may raise anything.
         raise ConfigError(
             f"{shape.name}: transformers cannot make a configuration of [config]: {shortened(error)}"
         ) from None
@@ -81,13 +81,13 @@ def shape_config(shape: ShapeFile) -> PretrainedConfig:
 
 
 class Synthetic:
-    """A `WeightSource` that draws instead of reading."""
+    """A `WeightSource` that draws random weights instead of reading them."""
 
     warnings: tuple[str, ...] = ()
 
     def __init__(self, shape: ShapeFile, skeleton: Skeleton, options: ConvertOptions) -> None:
         config = skeleton.config
-        config.dtype = _DTYPE  # building the skeleton has put its own there
+        config.dtype = _DTYPE  # building the skeleton has set another
         config.architectures = [type(skeleton.model).__name__]
         self._layers = len(skeleton.layers)
         self._linear = {p.name for block in skeleton.blocks() for p in block.parameters if p.is_linear}
@@ -106,8 +106,8 @@ class Synthetic:
 
     @property
     def working_nbytes(self) -> int:
-        """Memory that drawing takes: two pools at most, int4 and int8, each with as many bytes of plain values, scales
-        and zeros, and what is made of them when they are drawn."""
+        """Bytes of memory that drawing takes at most: two pools, int4 and int8, each with its codes, as many bytes of
+        plain values, scales and zeros; and the values that are made from them for a tensor."""
         return 5 * self._pool_nbytes
 
     def extra_files(self) -> Mapping[str, Callable[[], bytes]]:

@@ -73,7 +73,7 @@ class TorchReader:
 
 
 def _folded(tensor: torch.Tensor) -> torch.Tensor:
-    """A stack's matrices one below the other; anything else as it is."""
+    """A stack with its matrices one below the other; any other tensor unchanged."""
     return tensor.flatten(end_dim=-2) if tensor.ndim > 2 else tensor
 
 

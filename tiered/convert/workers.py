@@ -18,7 +18,7 @@ from tiered.quant import GroupScheme, QuantizedTensor, quantize
 from tiered.units import MIB
 
 _MOST_WORKERS: Final = 8
-"""Enough for any disk; each takes WORKER_NBYTES."""
+"""Enough for any disk; each takes _WORKER_NBYTES where torch quantizes."""
 _WORKER_NBYTES: Final = 24 * MIB
 """Temporaries of one thread that quantizes with torch: about a dozen of `tiered.quant.quantize.PANEL_BYTES`. The
 native kernel needs a few KiB."""
@@ -30,7 +30,7 @@ def worker_count() -> int:
 
 
 def quantizing_nbytes() -> int:
-    """Memory that quantizing takes besides what it reads and what it makes."""
+    """Bytes of memory that quantizing takes besides its input and its results."""
     with Kernels(1) as kernels:
         return 0 if kernels.quantizes(torch.float32) else worker_count() * _WORKER_NBYTES
 
@@ -58,7 +58,7 @@ class Quantizers:
     def quantize(
         self, panel: torch.Tensor, scheme: GroupScheme, clip: Literal["mse", "minmax"], name: str
     ) -> Iterator[QuantizedTensor]:
-        """The parts of `panel` [rows, in], in order; when the last has come, the panel is no longer needed."""
+        """Quantize `panel` [rows, in]; yields its parts in order. After the last one the panel is no longer needed."""
         if self._kernels is None:
             self._kernels = Kernels(worker_count(), name=self._name)
         if self._kernels.quantizes(panel.dtype):
@@ -78,4 +78,4 @@ class Quantizers:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
             self._pool = None
-            torch.set_num_threads(self._torch_threads)  # the workers' setting is what new threads would start with
+            torch.set_num_threads(self._torch_threads)  # new threads would start with the workers' setting

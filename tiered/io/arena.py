@@ -88,7 +88,7 @@ class Arena:
         try:
             self._map.close()
         except BufferError:
-            # A tensor still looks at it; the mapping goes with the last reference.
+            # A tensor still refers to it; the memory is unmapped with the last reference.
             return
 
     def _find_gap(self, wanted: int) -> int | None:

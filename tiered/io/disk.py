@@ -56,7 +56,7 @@ class DiskReader:
 
     @property
     def mode(self) -> ReadMode | None:
-        """How files are read; None before the first one, where nobody has said how."""
+        """How files are read; None until the first one is opened, unless a mode was given."""
         return self._ladder.mode
 
     @property
@@ -90,7 +90,7 @@ class DiskReader:
         await self._threads.transfer(lambda check: self._read(file, offset, memory, check))
 
     async def read_parts(self, file: FileInfo, parts: Sequence[tuple[int, memoryview]]) -> None:
-        """`read_pages` for several (offset, memory), small ones above all: each thread takes a share of them."""
+        """`read_pages` for several pairs (offset, memory), mostly small ones: each thread takes a share of them."""
         count = min(len(parts), self._count)
 
         def read(share: Sequence[tuple[int, memoryview]], check: Check) -> None:

@@ -92,9 +92,9 @@ def free_nbytes(path: Path) -> int:
 
 
 def probe_folder(folder: Path) -> ProbeResult:
-    """How new files in `folder` can be read, found out with a temporary file of one page.
+    """How new files in `folder` can be read, found out with a temporary file of 4096 bytes.
 
-    Raises ReadError where none can be written there.
+    Raises ReadError where no file can be written there.
     """
     try:
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".tiered-probe-") as file:

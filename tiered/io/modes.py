@@ -1,4 +1,4 @@
-"""How a file system lets itself be read past the page cache: a ladder, probed by a real read.
+"""The ways to read past the page cache, best first (a ladder), and the real read that finds the best one that works.
 
     O_DIRECT        no page cache at all: no double copy, no reclaim at the memory limit, honest figures
     RWF_DONTCACHE   page cache whose pages are dropped on completion (Linux 6.14)
@@ -39,7 +39,7 @@ class ReadMode(Enum):
 
     @property
     def next(self) -> "ReadMode":
-        """The rung below; the last one is its own."""
+        """The rung below; the last rung returns itself."""
         return ReadMode.DONTCACHE if self is ReadMode.DIRECT else ReadMode.BUFFERED
 
 
@@ -57,9 +57,9 @@ def is_refusal(error: OSError) -> bool:
 
 
 def probe_mode(path: Path, first: ReadMode = ReadMode.DIRECT) -> ProbeResult:
-    """Find the best mode, from `first` downwards, that reads the first page of `path`.
+    """Find the best mode, from `first` downwards, that reads the first 4096 bytes of `path`.
 
-    A failure other than a refusal is the caller's to see: it is raised as OSError.
+    Raises OSError for a failure that is no refusal.
     """
     refused = []
     with mmap.mmap(-1, PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as page:

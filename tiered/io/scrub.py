@@ -1,4 +1,4 @@
-"""Scrubbing: every checksum of a store, in parallel, at the speed of the disk. Nothing stops it at the first damage.
+"""Scrubbing: tests every checksum of a store, in parallel, at the speed of the disk, and goes on after damage.
 
 In: a store's folder and manifest. Out: everything that is wrong, by file and chunk. `tiered verify` calls it.
 
@@ -144,7 +144,7 @@ class _Scrub:
             on_progress(self.read_so_far.nbytes)
 
     def _run_in(self, slabs: Sequence[Slab], on_progress: OnProgress | None) -> None:
-        """One thread per slab; returns, or raises, when none runs any more."""
+        """Run one thread per slab; when this returns or raises, no thread runs any more."""
         workers = [threading.Thread(target=self._work, args=(slab.view,), name="tiered-scrub") for slab in slabs]
         try:
             for worker in workers:
@@ -161,7 +161,7 @@ class _Scrub:
                     worker.join()
 
     def _readable_chunks(self, manifest: Manifest) -> Iterator[tuple[FileInfo, int]]:
-        """Chunks that lie whole within what their file really has: the header check tells of the others."""
+        """Chunks that lie entirely within the real size of their file; the header check reports the others."""
         for file in manifest.files:
             try:
                 size = min((self._folder / file.path).stat().st_size, file.nbytes)

@@ -30,7 +30,7 @@ _NO_SPACE: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _UNSUPPORTED: Final = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 _PART_NBYTES: Final = 2 * PIECE_NBYTES
-"""At least so much is one thread's: a hand-over takes as long as a tenth of a piece."""
+"""Fewest bytes that are given to one thread: a hand-over takes as long as a tenth of a piece."""
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ class SpillFile:
     async def write(self, offset: int, memory: memoryview) -> None:
         """Write `memory` at `offset`, aligned as for `read`; `memory` must not change meanwhile.
 
-        Raises DiskFullError where space that could not be taken beforehand is lacking now, else TieredError.
+        Raises DiskFullError where space is lacking that could not be taken beforehand, TieredError for other failures.
         """
         await self._transfer(self._write, offset, memory)
 
@@ -177,7 +177,7 @@ def _kind_of(folder: Path) -> str:
     try:
         return mount_of(folder).kind
     except (ReadError, OSError):
-        # Not told everywhere; then the folder is taken for what it should be.
+        # Not every system tells; then the folder is assumed to be on a disk.
         return "unknown"
 
 
@@ -187,7 +187,7 @@ def _open_nameless(folder: Path) -> int:
         try:
             return os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
         except OSError as error:
-            # Not every file system makes files without a name; old kernels take the folder itself to be meant.
+            # Not every file system makes files without a name; old kernels try to open the folder itself.
             if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT):
                 raise
         fd, path = tempfile.mkstemp(prefix=".tiered-kv-", dir=folder)
@@ -200,7 +200,7 @@ def _open_nameless(folder: Path) -> int:
 
 
 def _take_space(folder: Path, fd: int, nbytes: int, allocate: Callable[[int, int], None]) -> None:
-    """Make the file `nbytes` long, with the space for it where the file system can tell it to be taken."""
+    """Make the file `nbytes` long, and take its space on the disk where the file system can do that."""
     try:
         try:
             allocate(fd, nbytes)

@@ -1,7 +1,7 @@
 """Threads for reading and writing, and how an asynchronous caller waits for them.
 
-In: work that blocks. Out: its end, or what it raised; and how long nobody had any. Called by `disk.py` and `spill.py`.
-The event loop only waits (`aiofiles.os.wrap` over this module's plain function).
+In: functions that block. Out: their end, or what they raised; and for how long there were none. Called by `disk.py` and
+`spill.py`. The event loop only waits (`aiofiles.os.wrap` over this module's plain function).
 """
 
 import asyncio
@@ -17,7 +17,7 @@ import aiofiles.os
 from tiered.errors import InterruptedRun
 
 Check = Callable[[], None]
-"""Raises InterruptedRun once nobody wants the work any more; work calls it between two system calls."""
+"""Raises InterruptedRun once nobody waits for the work any more; the work calls it between two system calls."""
 
 
 class IdleClock:
@@ -31,7 +31,7 @@ class IdleClock:
 
     @property
     def seconds(self) -> float:
-        """So far."""
+        """Idle seconds so far."""
         with self._lock:
             now = time.perf_counter() - self._idle_since if self._in_flight == 0 else 0.0
             return self._idle_seconds + now
@@ -44,7 +44,7 @@ class IdleClock:
             self._in_flight += 1
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        """It has ended."""
+        """The transfer has ended."""
         with self._lock:
             self._in_flight -= 1
             if self._in_flight == 0:
@@ -52,7 +52,7 @@ class IdleClock:
 
 
 class IOThreads:
-    """`count` threads. Who opens them closes them. Several may share a `clock`."""
+    """`count` threads, until `close`. Several instances may share a `clock`."""
 
     def __init__(self, count: int, name: str, clock: IdleClock | None = None) -> None:
         self._pool = ThreadPoolExecutor(count, thread_name_prefix=name)
@@ -66,14 +66,15 @@ class IOThreads:
         return self._clock.seconds
 
     async def transfer(self, work: Callable[[Check], None]) -> None:
-        """Run work that reads or writes: while there is some, the threads do not count as idle."""
+        """Run `work` in a thread, as `call` does; it reads or writes, so the threads do not count as idle meanwhile."""
         with self._clock:
             await self.call(work)
 
     async def call(self, work: Callable[[Check], None]) -> None:
         """Run `work` in a thread.
 
-        A thread cannot be cancelled: a cancelled caller goes on only when the thread has left the memory alone.
+        A thread cannot be cancelled. Where the caller is, this raises CancelledError only after `work` has ended:
+        no thread touches the memory any more.
         """
         abandoned = threading.Event()
 
@@ -87,10 +88,10 @@ class IOThreads:
         except asyncio.CancelledError:
             abandoned.set()
             while not running.done():
-                # Whoever cancels a second time waits no less.
+                # A second cancellation waits as well.
                 with contextlib.suppress(asyncio.CancelledError):
                     await asyncio.wait([running])
-            # What it raised is nobody's any more; asking for it says so.
+            # Nobody handles what it raised; fetching it keeps asyncio from logging that.
             _ = running.cancelled() or running.exception()
             raise
 

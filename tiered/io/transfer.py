@@ -2,7 +2,7 @@
 
 In: an offset, page-aligned memory and the system call. Out: the memory filled, or written, in pieces of 1 MiB, and how
 many bytes that were: fewer than asked for only where the file ends. Called by `disk.py` (a store's blocks), `spill.py`
-(the KV cache's file) and `scrub.py` (all checksums), in threads of theirs.
+(the KV cache's file) and `scrub.py` (all checksums), in their own threads.
 
 How a file is accessed is a rung of the ladder of `modes.py`. Some file systems refuse a rung only when they read or
 write: then the call is repeated on the next one, which also serves whatever is opened later.
@@ -26,7 +26,7 @@ copies, pieces of 8 MiB were 15 % slower, because what is being copied no longer
 """
 
 OnStepDown = Callable[[ReadMode, OSError, ReadMode], None]
-"""Told which rung was refused, why, and the one used from now on."""
+"""Called with the rung that was refused, the error, and the rung that is used from now on."""
 
 
 class Faults(Protocol):
@@ -56,13 +56,13 @@ class ByteCounter:
 
 
 class Ladder:
-    """The rung on which some files are accessed, for all threads. It starts at `mode`, or None, which the first file
-    to be opened decides by a probe, and only steps down."""
+    """The rung on which a set of files is accessed, shared by all threads. It starts at `mode`; where that is None, a
+    probe of the first file that is opened decides. After that it only steps down."""
 
     def __init__(self, mode: ReadMode | None = None, on_step_down: OnStepDown | None = None) -> None:
         self.mode = mode
         self.refused: tuple[str, ...] = ()
-        """What was refused, and why, best rung first."""
+        """The rungs that were refused, and why, best rung first."""
         self._on_step_down = on_step_down
         self._lock = threading.Lock()
 
@@ -79,20 +79,20 @@ class Ladder:
         """`file` has refused to be accessed like this: use the next rung for it and for all that are opened later."""
         with self._lock:
             if file.mode is not refused:
-                return  # by another thread
+                return  # another thread has done it
             if self.mode is refused:
                 self.mode = refused.next
                 self.refused = (*self.refused, f"{refused.value}: {error.strerror}")
                 if self._on_step_down is not None:
                     self._on_step_down(refused, error, self.mode)
             assert self.mode is not None, "a file is open"
-            # First the descriptor: whoever sees the new mode must not meet O_DIRECT any more.
+            # First the descriptor: a thread that sees the new mode must find O_DIRECT off.
             bypass_cache(file.fd, False)
             file.mode = self.mode
 
 
 class TransferFile:
-    """An open file, used by any number of threads at once. Who opened it closes it, when none of them does."""
+    """An open file, used by any number of threads at once. Close it when none of them uses it any more."""
 
     def __init__(self, fd: int, mode: ReadMode, ladder: Ladder) -> None:
         self.fd, self.mode = fd, mode
@@ -102,8 +102,8 @@ class TransferFile:
         """Move all of `memory` from or to `offset`, however many system calls that takes; returns the bytes moved.
 
         `check` is called before each of them and may raise; `moved` counts what each has moved. Raises
-        TransferError. Whatever Python does between two calls waits for the interpreter that the computation also
-        wants, while the disk has one transfer less to do: there is as little of it as can be.
+        TransferError. Between two calls there is as little Python as can be: it waits for the interpreter, which the
+        computation also wants, and the disk has one transfer less to do meanwhile.
         """
         done = 0
         while done < memory.nbytes:
@@ -124,7 +124,7 @@ class TransferFile:
                 # Drops what was read, and starts writing back what was written.
                 os.posix_fadvise(self.fd, offset + done, count, os.POSIX_FADV_DONTNEED)
             if count < piece.nbytes:
-                # Direct access may come back short; it can only go on from a page boundary.
+                # Direct access may move fewer bytes; it can only go on from a multiple of 4096.
                 count = count // PAGE * PAGE or count
             done += count
             moved.add(count)

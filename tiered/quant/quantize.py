@@ -71,7 +71,7 @@ def quantize(
         raise ConfigError(
             f"{name}: expected a floating-point tensor [out, in], found {weight.dtype} {list(weight.shape)}"
         )
-    weight = weight.detach()  # a Parameter would refuse to be computed in place
+    weight = weight.detach()  # a Parameter does not allow operations in place
     rows, columns = weight.shape
     q = torch.empty(scheme.q_shape(rows, columns), dtype=torch.uint8)
     scale = torch.empty(scheme.scale_shape(rows, columns), dtype=torch.float16)

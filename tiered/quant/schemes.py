@@ -1,6 +1,6 @@
 """How a quantized weight is laid out: its bits, its groups, and the shapes and bytes that follow.
 
-A scheme is what a store records by its name, the converter obeys and a kernel is chosen by. It holds no data.
+A store records a scheme by its name, the converter follows it, and kernels are chosen by it. It holds no data.
 
     w[o, i] = scale[o, i // group_size] * (q[o, i] - zero[o, i // group_size])
 
@@ -63,7 +63,7 @@ class GroupScheme:
 
     @property
     def name(self) -> str:
-        """What people call it, and manifests and block files record: "int4-g64"."""
+        """Its name in options, manifests and block files: "int4-g64"."""
         return f"int{self.bits}-g{self.group_size}"
 
     @property

@@ -52,7 +52,7 @@ class SyntheticPool:
         self._q = np.empty((groups, scheme.group_q_nbytes), np.uint8)
         self._scale = np.empty(groups, np.float32)  # of unit-variance weights; cast to fp16 once scaled
         self._zero = np.empty(groups, np.uint8)
-        # As many bytes as the codes take.
+        # Plain values, as many bytes as the codes take.
         normal = torch.empty(groups, scheme.group_q_nbytes // 4, dtype=torch.float32)
         for start in range(0, groups, _MAKING_GROUPS):
             part = slice(start, min(start + _MAKING_GROUPS, groups))

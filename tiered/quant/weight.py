@@ -11,12 +11,12 @@ from tiered.quant.schemes import GroupScheme
 
 @dataclass(frozen=True, eq=False)
 class QuantizedWeight:
-    """A linear weight [out, in] as codes; the tensors are views of a block's memory. A stack's rows are folded."""
+    """A linear weight [out, in] as codes; the tensors are views of a block's memory. A stack has its matrices' rows."""
 
     codes: QuantizedTensor
     scheme: GroupScheme
     prepared: dict[str, Any] = field(default_factory=dict, repr=False)
-    """What kernels made of it, by their names: kept, as tensors' addresses take time to look up for every token."""
+    """What a kernel has prepared for this weight, by the kernel's name, so that it need not be made for every token."""
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -20,7 +20,7 @@ Buffer = bytes | bytearray | memoryview
 
 FRAME_NBYTES: Final = 2 * MIB  # large enough for the ratio, small enough to spread one tensor over threads
 DECODE_BYTES_PER_SECOND: Final = 1.1e9  # output per core, measured on int8 codes; checksum included
-WORST_RATIO: Final = 0.9  # above this the saving is within the noise of a disk's speed
+WORST_RATIO: Final = 0.9  # above this the saving is within the variation of a disk's speed
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def compress(data: Buffer, frame_nbytes: int = FRAME_NBYTES, level: int = 1) -> 
 def decompress_into(
     payload: Buffer, frames: Sequence[int], frame_nbytes: int, out: memoryview, *, name: str = "tensor"
 ) -> None:
-    """Fill `out` with what `compress` was given; `name` is what errors call it. Raises StoreError."""
+    """Fill `out` with the bytes that `compress` was given; `name` is what errors call them. Raises StoreError."""
     view, target = memoryview(payload).cast("B"), out.cast("B")
     bounds = list(_frame_bounds(len(target), frame_nbytes))
     if len(frames) != len(bounds) or sum(frames) != len(view):
@@ -89,8 +89,8 @@ def pays(
     cores: int,
     decode_bytes_per_second: float = DECODE_BYTES_PER_SECOND,
 ) -> bool:
-    """Whether a tensor that compresses to `ratio` streams faster compressed, where decoding takes cores that
-    would otherwise compute: the reading it saves must take longer than the decoding it costs."""
+    """Whether a tensor that compresses to `ratio` streams faster compressed: the reading that it saves must take
+    longer than the decoding that it costs. Decoding takes `cores` that would otherwise compute."""
     return ratio < WORST_RATIO and disk_bytes_per_second < (1 - ratio) * decode_bytes_per_second * cores
 
 

@@ -1,7 +1,7 @@
 """The files beside the blocks: those of a checkpoint that a store keeps verbatim, and what its tokenizer needs.
 
 In: names of files and their contents. Out: what is copied, what is missing. `convert/` copies them and asks before it
-begins whether the tokenizer will load; whoever loads it asks again, for it may be another machine.
+begins whether the tokenizer will load; whoever loads it asks again, because that may be on another machine.
 """
 
 import importlib.util
@@ -22,7 +22,7 @@ _SENTENCEPIECE: Final = (
     "spm.model",
     "tiktoken.model",
 )
-"""Vocabularies that transformers reads with a package of their own, where there is no other."""
+"""Vocabularies that need a further package to be read; transformers takes them where there is no other one."""
 _TEKKEN: Final = "tekken.json"
 _OTHERS: Final = ("tokenizer.json", "vocab.json", "vocab.txt")
 VOCABULARIES: Final = (*_OTHERS, _TEKKEN, *_SENTENCEPIECE)
@@ -43,7 +43,7 @@ COPIED: Final = (
 _TIKTOKEN: Final = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")
 """A line of a vocabulary as tiktoken keeps it, whatever the file is called."""
 _SPECIAL: Final = re.compile(rb'"special_tokens"\s*:')
-"""What a tekken.json lists beside its vocabulary; those of old leave it to the package that made them."""
+"""Present in a tekken.json that transformers reads by itself; older files need the package that made them."""
 
 
 def check_packages(name: str, names: Collection[str], read: Callable[[str], bytes]) -> None:
@@ -72,10 +72,10 @@ def check_packages(name: str, names: Collection[str], read: Callable[[str], byte
 
 
 def check_beside(folder: Path) -> None:
-    """Read what makes text in the store `folder`, so that what cannot be read is told from what makes no sense.
+    """Read every file beside the blocks of the store `folder`, so that a disk's error is not taken for a bad tokenizer.
 
-    Raises ReadError where the operating system cannot read a file, StoreError where it is none, ConfigError where a
-    package is missing.
+    Raises ReadError where the operating system cannot read a file, StoreError where it is not a regular file,
+    ConfigError where a package is missing.
     """
     found: set[str] = set()
     for name in COPIED:
@@ -88,5 +88,5 @@ def check_beside(folder: Path) -> None:
 def _is_installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # the package around it
+    except ModuleNotFoundError:  # its parent package is missing
         return False

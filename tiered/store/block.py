@@ -67,7 +67,7 @@ class BlockLayout:
 
     @property
     def weight_count(self) -> int:
-        """Numbers the block stands for, quantized or not."""
+        """How many weights the block holds, quantized or not."""
         return sum(int(torch.Size(weight.shape).numel()) for weight in self.weights.values())
 
 
@@ -89,7 +89,7 @@ def read_layout(folder: Path, file: FileInfo) -> BlockLayout:
     try:
         found = check_regular(path, StoreError)
     except (FileNotFoundError, ValueError):
-        # ValueError: a damaged manifest may name what no file can be called.
+        # ValueError: a damaged manifest may hold a name that no file can have.
         raise StoreError(f"{path}: missing; the store is incomplete, convert the model again") from None
     if found != file.nbytes:
         raise StoreError(

@@ -52,7 +52,7 @@ CHECKPOINT_DTYPES: Final[dict[str, torch.dtype]] = {
     "U64": torch.uint64,
     "C64": torch.complex64,
 }
-"""What a checkpoint may hold, if only to be refused by name or left out."""
+"""Dtypes that a checkpoint may hold, including those that are only refused by name or left out."""
 DTYPE_NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -153,7 +153,7 @@ def _parse_header(
         raise error(f"{path}: {reason}; {_remedy(error)}") from None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as reason:
         raise error(f"{path}: damaged safetensors header ({reason}); {_remedy(error)}") from None
-    # Empty tensors come before the one that starts where they do.
+    # Empty tensors come before the other tensor that starts at the same byte.
     entries.sort(key=lambda entry: (entry.offset, entry.nbytes))
     position = data_start
     for entry in entries:

@@ -61,7 +61,7 @@ class Weight:
     """One logical weight of a block and where its parts lie in the block's memory.
 
     `scheme` is None for a plain tensor (`parts` holds one entry, ""); a quantized one has parts "q", "scale" and
-    "zero", whose rows are those of all its matrices where `shape` is a stack's, [experts, out, in].
+    "zero". Where `shape` is a stack's, [experts, out, in], the parts have the rows of all its matrices.
     """
 
     name: str
@@ -154,7 +154,7 @@ class Manifest:
         unknown = set(tape) - set(blocks)
         if unknown or not tape:
             raise ValueError(f"tape names unknown blocks {sorted(unknown)}" if unknown else "tape is empty")
-        # In another order, or without the head, a pass would compute something else, or wait for what never comes.
+        # In another order, or without the head, a pass would compute something else, or wait without end.
         in_order = sorted(name for name, block in blocks.items() if block.role == "layer")
         in_order += [name for name, block in blocks.items() if block.role == "head"]
         if list(tape) != in_order:
@@ -179,7 +179,7 @@ class Manifest:
 
 
 def _field(value: Any, key: str, kind: type[T]) -> T:
-    """Field `key` of the object `value`, which must be of exactly this kind: neither 1.0 nor true is a number here."""
+    """Field `key` of the object `value`, whose type must be exactly `kind`: neither 1.0 nor true passes for an int."""
     if not isinstance(value, dict):
         raise TypeError(f"expected an object with {key}, found {value!r}")
     found = value[key]

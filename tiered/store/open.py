@@ -22,7 +22,7 @@ class Store:
     path: Path
     manifest: Manifest
     layouts: Mapping[str, BlockLayout]
-    """By file path, as the manifest spells it."""
+    """The layout of each block file, by its path as the manifest spells it."""
 
     @classmethod
     def open(cls, path: Path | str) -> "Store":
@@ -77,7 +77,7 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         text = read_whole(path, StoreError, MOST_JSON_NBYTES)
     except (FileNotFoundError, ValueError):
-        # ValueError: no path can be called that.
+        # ValueError: no path can have this name.
         raise StoreError(_why_no_manifest(folder)) from None
     return Manifest.from_json(text, path)
 

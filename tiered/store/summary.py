@@ -22,14 +22,14 @@ class BlockRow:
     role: str
     count: int
     nbytes: int
-    """Of all these blocks' files together."""
+    """Bytes of all these blocks' files together."""
     smallest_nbytes: int
     largest_nbytes: int
-    """Of one file: compressed blocks differ a little."""
+    """Bytes of the largest file: compressed blocks differ a little."""
     weights: int
-    """Numbers that one block stands for."""
+    """How many weights one block holds."""
     formats: tuple[tuple[str, int], ...]
-    """How those numbers are stored, most first: ("int4-g64", 7077888), ("F16", 12288)."""
+    """Each format and how many of those weights have it, most first: ("int4-g64", 7077888), ("F16", 12288)."""
     shared: bool = False
     """The block reads another block's file: a tied head."""
 
@@ -59,11 +59,11 @@ class StoreSummary:
 
     rows: tuple[BlockRow, ...]
     parameters: int
-    """Numbers of the model: repeated synthetic layers count each, a tied head not again."""
+    """How many weights the model has: a repeated synthetic layer counts every time, a tied head not again."""
     model_nbytes: int
     """Bytes of all blocks, counted like `parameters`."""
     disk_nbytes: int
-    """Bytes of the block files there are."""
+    """Bytes of the block files, each counted once."""
     tape_nbytes: int
     """S: what one pass streams when nothing is resident."""
 
@@ -99,7 +99,7 @@ def _single(store: Store, block: BlockInfo) -> BlockRow:
         if any(entry.name in compressed for entry in weight.parts.values()):
             name += "+zstd"
         formats[name] += _numel(weight)
-    # Repeated synthetic layers are blocks of their own; only a tied head is the same numbers once more.
+    # Repeated synthetic layers are blocks of their own; only a tied head is the same weights once more.
     shared = block.role == "head" and store.manifest.tied
     size, weights = block.file.nbytes, layout.weight_count
     return BlockRow(

@@ -1,7 +1,7 @@
 """A file written in one forward sweep, past the page cache where the file system allows it.
 
-In: bytes in any portions. Out: the same bytes in the file, in pieces, by a thread of their own, while the caller makes
-the next ones. Called by `write.py`. Direct writes cost no processor time for a second copy, leave no dirty pages to
+In: bytes in any portions. Out: the same bytes in the file. A thread writes them in pieces while the caller makes the
+next ones. Called by `write.py`. Direct writes cost no processor time for a second copy, leave no dirty pages to
 pile up for the last fsync, and push nothing else out of memory.
 """
 
@@ -18,9 +18,9 @@ from typing import Final
 from tiered.store.format import CHUNK_NBYTES
 
 PIECE_NBYTES: Final = 4 << 20
-"""Written at a time: as fast as any larger piece where this was measured."""
+"""Bytes written at a time: as fast as any larger piece where this was measured."""
 _PIECES: Final = 3
-"""What is being filled, and what is being written."""
+"""One that is being filled, and those that are being written."""
 SWEEP_NBYTES: Final = _PIECES * PIECE_NBYTES
 """Memory that a sweep takes."""
 _WRITEBACK_NBYTES: Final = 64 << 20
@@ -28,12 +28,12 @@ _WRITEBACK_NBYTES: Final = 64 << 20
 
 
 class Sweep:
-    """Appends to `file`, which is at its beginning; whatever the thread runs into, the next call raises."""
+    """Appends to `file`, whose position must be 0. An error in the writing thread is raised by the next call."""
 
     def __init__(self, file: io.RawIOBase) -> None:
         self._file, self._fd = file, file.fileno()
         self._direct = bypass_cache(self._fd, True)
-        # Mapped memory starts at a page, as direct writes need it; so does every piece in the file.
+        # Direct writes need multiples of 4096: mapped memory starts at one, and so does every piece in the file.
         self._pieces = [mmap.mmap(-1, PIECE_NBYTES) for _ in range(_PIECES)]
         self._filled = 0
         self._written = self._synced = 0
@@ -41,7 +41,7 @@ class Sweep:
         self._writing: deque[Future[None]] = deque()
 
     def append(self, data: memoryview) -> None:
-        """Take a copy of `data`; waits where there is no piece to put it in."""
+        """Copy `data`; waits until there is a free piece for it."""
         while data.nbytes:
             count = min(data.nbytes, PIECE_NBYTES - self._filled)
             self._pieces[0][self._filled : self._filled + count] = data[:count]
@@ -51,16 +51,16 @@ class Sweep:
                 self._send()
 
     def finish(self) -> None:
-        """Write the rest, which is a multiple of a page, and let the file be used as any other."""
+        """Write the rest, a multiple of 4096 bytes, wait for all writes, and end direct access to the file."""
         self._send()
         self._wait(0)
         bypass_cache(self._fd, False)
 
     def close(self) -> None:
-        """Let go of the file, finished or not; it must still be open."""
+        """Wait for the thread and free the pieces, finished or not; the file must still be open."""
         self._thread.shutdown(wait=True)
         for piece in self._pieces:
-            with contextlib.suppress(BufferError):  # an error on its way up still looks at what could not be written
+            with contextlib.suppress(BufferError):  # an error's traceback may still refer to the piece
                 piece.close()
 
     def _send(self) -> None:
@@ -70,7 +70,7 @@ class Sweep:
         self._wait(_PIECES - 1)
 
     def _wait(self, most: int) -> None:
-        """Until at most `most` pieces are being written."""
+        """Wait until at most `most` pieces are being written."""
         while len(self._writing) > most:
             self._writing.popleft().result()
 
@@ -79,7 +79,7 @@ class Sweep:
             try:
                 count = self._file.write(data)
             except OSError as error:
-                # Some file systems say only now that they cannot, or not at this length.
+                # Some file systems refuse direct writes only now, or only of this length.
                 if error.errno != errno.EINVAL or not self._direct:
                     raise
                 self._direct = bypass_cache(self._fd, False)

@@ -74,7 +74,7 @@ class BlockWriter:
         return self._path.parent
 
     def add(self, name: str, dtype: torch.dtype, shape: Sequence[int], chunks: Iterable[memoryview]) -> None:
-        """Append one tensor, whose bytes come in `chunks` in order."""
+        """Append one tensor, whose bytes come in `chunks`, in order and of any sizes."""
         self._start()
         entry = TensorEntry(name, dtype, tuple(shape), self._written, tensor_nbytes(dtype, shape))
         self._append(entry, chunks)
@@ -92,7 +92,7 @@ class BlockWriter:
         frames: Sequence[int],
         frame_nbytes: int,
     ) -> None:
-        """Append a tensor as zstd frames of these sizes, under NAME.zst; `payload`: the frames, in any pieces."""
+        """Append a tensor as zstd frames, under NAME.zst. `frames`: their sizes; `payload`: their bytes, in pieces."""
         self._start()
         source = TensorEntry(name + ZSTD_SUFFIX, torch.uint8, (sum(frames),), self._written, sum(frames))
         # Where it decodes to is decided when the block is read.
@@ -139,10 +139,10 @@ class BlockWriter:
         if not self._written:
             self._write(memoryview(bytes(self._data_start)))
 
-    def _append(self, entry: TensorEntry, chunks: Iterable[memoryview]) -> None:
+    def _append(self, entry: TensorEntry, pieces: Iterable[memoryview]) -> None:
         self._entries.append(entry)
-        for chunk in chunks:
-            self._write(memoryview(chunk).cast("B"))
+        for piece in pieces:
+            self._write(memoryview(piece).cast("B"))
         written = self._written - entry.offset
         assert written == entry.nbytes, f"{entry.name}: {written} bytes written, {entry.nbytes} expected"
         self._pad_to(ALIGNMENT)
@@ -182,7 +182,7 @@ def atomic_write(path: Path, content: str | bytes) -> None:
 
 @contextlib.contextmanager
 def _writing(path: Path) -> Iterator[None]:
-    """Say which file could not be written, and where for lack of space, what to do."""
+    """Have errors of the operating system name `path`; where the disk is full, raise DiskFullError instead."""
     try:
         with errors_of(path):
             yield
@@ -197,7 +197,7 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 def fsync_folder(folder: Path) -> None:
-    """Make names that were added to or taken from `folder` last."""
+    """Make durable that names were added to `folder` or removed from it."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         with errors_of(folder):

@@ -16,7 +16,7 @@ bool is_pages(const tk_pages &pages) {
 
 bool has_block(const tk_table &table, int64_t at) { return table.offsets && table.offsets[at] >= 0; }
 
-// Every page that holds a key is there, in one form at least.
+// Whether every page that holds a key is there, in one form at least.
 bool has_pages(const tk_attention_args &args, const tk_pages &pages, int64_t s) {
     for (int64_t j = args.first[s] / kPage; j * kPage < args.count[s]; j++) {
         const int64_t at = s * args.table_stride + j;
@@ -54,7 +54,7 @@ int attention(const tk_attention_args &args, int level, Pool &pool, const int32_
     attention.queries = 1;
     while (attention.queries * 2 * attention.group <= kRows) attention.queries *= 2;
     for (int64_t s = 0; s < args.sequences; s++) {
-        // Of a slot in its tile, whatever its sign.
+        // The place of the first slot in its tile; a slot may be negative.
         const int64_t within = (first_slot(args, s) % attention.queries + attention.queries) % attention.queries;
         const int64_t tiles = (within + args.q_len - 1) / attention.queries + 1;
         if (tiles > attention.tiles) attention.tiles = tiles;

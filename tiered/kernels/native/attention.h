@@ -21,7 +21,7 @@ struct Attention {
     const int32_t *cancel;
     int64_t group;   // query heads per kv head
     int64_t queries; // of a tile: a power of two, so that no tile crosses a page
-    int64_t tiles;   // of the sequence that has most
+    int64_t tiles;   // of queries, of the sequence that has most of them
 };
 
 // Whether every extent and pointer makes sense.
@@ -32,7 +32,7 @@ int attention_scalar(const Attention &attention, Pool &pool);
 int attention_avx2(const Attention &attention, Pool &pool);
 int attention_avx512(const Attention &attention, Pool &pool);
 
-// `args` shared out in work items, and run at `level`.
+// Divides `args` into work items and runs them at `level`.
 int attention(const tk_attention_args &args, int level, Pool &pool, const int32_t *cancel);
 
 } // namespace tk

@@ -46,7 +46,7 @@ struct Attention512 : Avx512 {
         return _mm512_test_epi8_mask(bytes, bytes);
     }
 
-    // The lanes of a and b in halves: a's in the lower, b's in the upper.
+    // Each adds one half of a's lanes to the other, into the lower half, and b's into the upper half.
     static F fold8(F a, F b) {
         return add(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
     }

@@ -9,13 +9,13 @@ namespace tk {
 namespace {
 
 constexpr int64_t kKeys = 16;     // widened at a time, so that they stay in the first-level cache
-constexpr int64_t kChannels = 64; // of values, the same
+constexpr int64_t kChannels = 64; // of values, widened at a time for the same reason
 
 // Memory of one worker, carved out of its scratch.
 struct Scratch {
     float *q, *out;        // [rows][ld]
     float *keys;           // [16][ld], and what the last row's vectors write beyond
-    float *values;         // [64][64], and the same
+    float *values;         // [64][64], and what the last row's vectors write beyond
     float *scores;         // [rows][64]
     float *factors;        // [rows][64]
     float *channels;       // [2][ld]
@@ -133,10 +133,10 @@ template <class V> class Item {
         return source_of(a_, pages, sequence_, head_, page, page == slot_ / kPage);
     }
 
-    // Few queries take bf16 as it lies; many share what has been widened once. The numbers are the same.
+    // Few rows read bf16 where it lies; many share keys and values that are widened once. The numbers are the same.
     bool is_direct(const Source &source) const { return rows_ <= kDirectRows && source.format == TK_KV_BF16; }
 
-    // The first `tokens` tokens of `next`, in so many requests; 0: in one per line, as direct rows go.
+    // Fetches the first `tokens` tokens of `next` in `requests` steps; 0: one step per cache line, for direct rows.
     Ahead ahead_of(const Source &next, int64_t tokens, int64_t requests) const {
         const int64_t element = next.format == TK_KV_BF16 ? 2 : 1;
         const int64_t row = is_nibbles(next.format) ? a_.head_dim / 2 : a_.head_dim * element;
@@ -145,7 +145,7 @@ template <class V> class Item {
         return {next.codes, requests ? (tokens * row + requests - 1) / requests : 64};
     }
 
-    // Scores of keys from .. to for all rows, while `next` is on its way.
+    // Scores of keys from .. to for all rows, while `next` is prefetched.
     void score(const Source &source, int64_t from, int64_t to, const Source &next) {
         const bool direct = is_direct(source);
         Ahead ahead = ahead_of(next, to, direct ? 0 : (to - from) * ld_ / V::kLanes * rows_ / V::kLanes);
@@ -201,7 +201,7 @@ template <class V> class Item {
         soften<V>(scores, scaling, visible, scratch_.running[r], scratch_.factors + r * kPage, scratch_.references);
     }
 
-    // Values from .. to, weighed, for all rows, while `next`, of `tokens` tokens, is on its way.
+    // Adds weighted values from .. to for all rows, while `tokens` tokens of `next` are prefetched.
     void add_values(const Source &source, int64_t from, int64_t to, const Source &next, int64_t tokens) {
         constexpr int C = V::kSums / kRowsAtOnce;
         const bool direct = is_direct(source);
@@ -233,14 +233,14 @@ template <class V> class Item {
         if (c < a_.head_dim) add_columns<1, true, true>(values, c, 0, ahead);
     }
 
-    // How many rows from r on, 4, 2 or 1, can be added to together: their references stay.
+    // How many rows from r on (4, 2 or 1) can be computed together: those whose references do not move.
     int64_t steady_rows(int64_t r) const {
         int64_t steady = 0;
         while (steady < kRowsAtOnce && r + steady < rows_ && !scratch_.running[r + steady].moves) steady++;
         return steady == 3 ? 2 : steady > 1 ? steady : 1;
     }
 
-    // Vectors `column` .. of `values`, whose channel 0 is `begin` of the results.
+    // C vectors of `values` from channel `column` on; channel 0 of `values` is channel `begin` of the results.
     template <int C, bool direct, bool part = false>
     void add_columns(const Rows &values, int64_t column, int64_t begin, Ahead &ahead) {
         for (int64_t r = 0, step; r < rows_; r += step) {
@@ -318,7 +318,8 @@ template <class V> class Item {
     int64_t ld_;
     Scratch scratch_;
     int64_t sequence_, head_;
-    int64_t slot_, query_, queries_, rows_; // of the tile's first query; of the tile
+    // Slot and number (in the call) of the tile's first query; queries and rows of the tile.
+    int64_t slot_, query_, queries_, rows_;
 };
 
 struct Shared {
@@ -329,7 +330,7 @@ struct Shared {
 
 template <class V> void one_item(void *argument, int worker, int64_t item) {
     const Shared &shared = *static_cast<const Shared *>(argument);
-    // Of this size already, so that it neither moves nor fails.
+    // The scratch has this size already, so the call neither moves it nor fails.
     Item<V>(*shared.attention, shared.pool->scratch(worker, shared.nbytes), item).run();
 }
 

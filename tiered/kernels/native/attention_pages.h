@@ -1,5 +1,5 @@
-// Pages of a cache as the levels read them: found, asked for ahead of time, and widened to fp32. V is an instruction
-// set. Internal linkage throughout, see pool.h.
+// Pages of a cache as the levels read them: found by the tables, and widened to fp32. V is an instruction set. Internal
+// linkage throughout, see pool.h.
 #pragma once
 
 #include "attention.h"
@@ -75,7 +75,7 @@ inline void widen_group(const uint8_t *codes, bool nibbles, int64_t group, float
 inline bool is_nibbles(int32_t format) { return format == TK_KV_INT4 || format == TK_KV_INT4_CHANNEL; }
 inline bool is_per_channel(int32_t format) { return format == TK_KV_INT8_CHANNEL || format == TK_KV_INT4_CHANNEL; }
 
-// Scales of all channels, then zeros, `ld` apart, where a page has them so.
+// Where a page is quantized per channel: the scales of all channels, then the zeros, `ld` apart.
 template <class V> inline void widen_channels(const Source &source, int64_t width, float *channels, int64_t ld) {
     for (int64_t i = 0; i < ld && is_per_channel(source.format); i++) {
         channels[i] = i < width ? V::half(load16(source.scale + i * 2)) : 0;
@@ -103,7 +103,7 @@ inline void widen_codes(const Source &source, int64_t group, int64_t k, int64_t 
     }
 }
 
-// Channels begin .. end of tokens from .. to, rows `ld` apart, the last vector of each filled with what is finite.
+// Channels begin .. end of tokens from .. to, rows `ld` apart. What a row's last vector holds beyond is finite.
 template <class V>
 __attribute__((noinline)) void widen(const Source &source, int64_t width, int64_t from, int64_t to, int64_t begin,
                                      int64_t end, float *out, int64_t ld, const float *channels, int64_t channels_ld) {

@@ -47,7 +47,7 @@ struct Portable {
     static F fma(const F &a, const F &b, const F &c) {
         return each([&](int i) { return a.lane[i] * b.lane[i] + c.lane[i]; });
     }
-    // As the vector instructions: b where either is no number.
+    // As the vector instructions: b where either is NaN.
     static F max(const F &a, const F &b) {
         return each([&](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });
     }
@@ -61,7 +61,7 @@ struct Portable {
     static F times_power(const F &a, const F &n) {
         return each([&](int i) {
             const float power = n.lane[i];
-            if (!(power <= 127)) return a.lane[i] * power; // no number, or infinite
+            if (!(power <= 127)) return a.lane[i] * power; // NaN or infinite
             return a.lane[i] * as_float(static_cast<uint32_t>(static_cast<int>(power) + 127) << 23);
         });
     }

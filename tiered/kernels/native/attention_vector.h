@@ -13,7 +13,7 @@ namespace {
 
 constexpr int64_t kPage = 64;         // tokens
 constexpr float kHeadroom = 8;        // exp(8) times any value of bf16 that occurs is far from overflow
-constexpr float kInvisible = -1e30f;  // a bias below stands for "not seen", as masks made of numbers mean it
+constexpr float kInvisible = -1e30f;  // a lower bias means "not seen", as in additive masks
 constexpr float kMost = 88;           // exp of much more is infinite
 constexpr float kLeast = -87.3f;      // exp of less is taken for 0; it would not be a normal number
 
@@ -25,8 +25,8 @@ struct Rows {
     int64_t from, to; // the rows that are there
 };
 
-// Memory that is needed next, asked for a line here and a line there while other memory is worked on: a burst of
-// requests stops the processor, and what it foresees by itself ends with each 4 KiB.
+// Prefetches memory that is needed next, line by line, while other memory is worked on: many requests at once would
+// stall the processor, and its own prefetching ends at each multiple of 4 KiB.
 struct Ahead {
     const char *at;
     int64_t step; // bytes
@@ -66,7 +66,7 @@ template <class V, bool direct> inline typename V::F row_at(const void *row, int
 }
 
 // Scores of Q queries (rows of q, `ld` apart, padded with 0) against keys k .. stop, to scores[query][64]; a few more
-// may be written, never beyond 64. Direct rows that are not there are stood in for by their neighbours.
+// may be written, never beyond 64. Instead of direct rows that are not there, neighbours are read.
 template <class V, int Q, bool direct>
 __attribute__((noinline)) void dots(const float *q, int64_t ld, const Rows &keys, int64_t k, int64_t stop,
                                     float *scores, Ahead &next) {
@@ -150,14 +150,15 @@ __attribute__((noinline)) void weigh(const float *weights, const Rows &values, i
     next = ahead;
 }
 
-// What a query has added up.
+// What has been added up for a query so far.
 struct Running {
     float reference;
     float sum;
     uint64_t moves; // keys of the present page at which the reference moved
 };
 
-// Sums of a page's weights, for Q queries whose reference stays: chains that wait for each other least side by side.
+// Adds a page's weights to the sums of Q queries whose reference does not move. Each sum is a chain of additions;
+// chains side by side wait least.
 template <int Q> inline void add_up(const float *weights, int64_t from, int64_t to, Running *running) {
     float sums[Q];
     for (int j = 0; j < Q; j++) sums[j] = running[j].sum;

@@ -23,7 +23,7 @@ struct FastAvx2 : Avx2 {
     static __m128i load_half(const void *from) { return _mm_loadu_si128(static_cast<const __m128i *>(from)); }
 };
 
-// A vector of codes; `place` puts 16 activations where its dot product meets them.
+// A vector of codes; `place` puts 16 activations where the dot product with these codes expects them.
 struct Codes4 {
     static constexpr int kWeights = 64, kNbytes = 32, kParts = 2, kActivationNbytes = 64;
 

@@ -29,7 +29,7 @@ struct FastAvx512 : Avx512 {
     static __m512i load_activations(const uint8_t *x) { return _mm512_loadu_si512(x); }
 };
 
-// A vector of codes; `place` puts 16 activations where its dot product meets them.
+// A vector of codes; `place` puts 16 activations where the dot product with these codes expects them.
 struct Codes4 {
     static constexpr int kWeights = 128, kNbytes = 64, kParts = 2, kActivationNbytes = 128;
 

@@ -1,10 +1,10 @@
 // The fast mode's linear kernel of the vector levels: activations in 8 bits. In: a linear layer of quantized weights,
 // and a level's vectors, codes included. Included by linear_fast_LEVEL.cpp alone; internal linkage, see pool.h.
 //
-// Each group of a token's activations is rounded to int8 with a scale of its own, largest magnitude / 127, so codes
-// meet codes and one product of the two scales is due per group. Zero points are taken off through the sum of the
-// group's rounded activations. Relative error against exact activations, in = 12288: 6e-3 on normal ones, 1.4e-2 where
-// 6 channels are 60 times larger (one scale per token would make that 1.4e-1).
+// Each group of a token's activations is rounded to int8 with a scale of its own, largest magnitude / 127: codes are
+// multiplied by codes, and a group's sum by the product of the two scales. Zero points are subtracted by way of the sum
+// of the group's rounded activations. Relative error against exact activations, in = 12288: 6e-3 on normal ones, 1.4e-2
+// where 6 channels are 60 times larger (one scale per token would make that 1.4e-1).
 #pragma once
 
 #include "linear_output.h"
@@ -25,8 +25,8 @@ struct FastPass {
     int64_t first;   // row of x
     int64_t tokens;  // rows of x
     int64_t tiles;   // that these are divided into
-    int64_t strips;  // of a row of weights: what one vector of codes holds
-    int64_t spans;   // of a row of weights: as many groups as a vector has lanes
+    int64_t strips;  // per row of weights; a strip is what one vector of codes holds
+    int64_t spans;   // per row of weights; a span is as many groups as a vector has lanes
     int64_t item_rows;
 
     int64_t tile(int64_t i) const { return tokens * i / tiles; }
@@ -101,7 +101,7 @@ void multiply_fast_of(int64_t tokens, const FastPass &pass, int64_t o, int64_t f
 template <class V, class Codes, int group> void compute_fast_item(void *argument, int worker, int64_t item) {
     const FastPass &pass = *static_cast<const FastPass *>(argument);
     const int64_t o = item * pass.item_rows, rows = at_most(pass.item_rows, pass.l->w.out - o);
-    float *sums = static_cast<float *>(pass.pool->scratch(worker, pass.sums_nbytes())); // there: see below
+    float *sums = static_cast<float *>(pass.pool->scratch(worker, pass.sums_nbytes())); // not null: see below
     std::memset(sums, 0, pass.sums_nbytes());
     for (int64_t r = 0; r < rows; r += kStrip) {
         for (int64_t i = 0; i < pass.tiles; i++) {
@@ -147,7 +147,7 @@ template <class V, class Codes, int group> void pack_fast_tile(void *argument, i
     const int64_t first = pass.tile(tile), tokens = pass.tile(tile + 1) - first;
     uint8_t *codes = pass.codes + first * pass.strips * Codes::kActivationNbytes;
     float *scales = pass.scales + first * pass.spans * 2 * V::kLanes;
-    // What no group fills must count as zero.
+    // Activations that belong to no group must count as zero.
     std::memset(codes + (pass.strips - 1) * tokens * Codes::kActivationNbytes, 0,
                 static_cast<size_t>(tokens * Codes::kActivationNbytes));
     std::memset(scales + (pass.spans - 1) * tokens * 2 * V::kLanes, 0,

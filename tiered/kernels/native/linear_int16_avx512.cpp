@@ -10,9 +10,9 @@
 // the activations: 2^-16 of the largest in a block, some 5e-5 of the result for normal activations and below 2e-3 with
 // outliers of 60 times the rest, where their weights are zero.
 //
-// Lanes are 16 rows of the weight, so that a group ends in one conversion for all of them. Rows lie one behind the other
-// in memory: packed codes are transposed, cheaper than unpacked ones, unit by unit of 128 of `in`, and the unpacked unit
-// stays in the first-level cache while all tokens go by.
+// Lanes are 16 rows of the weight, so that a group ends in one conversion for all of them. Rows lie one behind the
+// other in memory: their packed codes are transposed (unpacked ones would cost more), in units of 128 of `in`, and the
+// unpacked unit stays in the first-level cache while all tokens are multiplied by it.
 
 #include "panel_avx512.h"
 
@@ -20,7 +20,7 @@ namespace tk {
 
 namespace {
 
-constexpr int kFewTokens = 4;          // that meet the codes in registers, 16 rows at a time; else 32, unpacked first
+constexpr int kFewTokens = 4;          // or fewer: codes in registers, 16 rows at a time; more: 32 rows, unpacked first
 constexpr int kUnitNbytes = 2 * kUnit; // of a token's packed activations
 constexpr float kLargest = 32639;      // 127 * 256 + 127
 
@@ -73,10 +73,10 @@ template <class F> void pack(void *argument, int, int64_t item) {
     const uint32_t magnitude = _mm512_reduce_max_epu32(halves);
     const bool finite = magnitude < 0x7f80;
     const float largest = _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(static_cast<int>(magnitude << 16))));
-    // A largest value so small that its inverse overflows counts as zero: 2^-112 times anything sensible.
+    // A largest value below 2^-112, whose inverse overflows, counts as zero: beside anything sensible it is nothing.
     const bool empty = largest < 0x1p-112f;
     const __m512 inverse = _mm512_set1_ps(finite && !empty ? kLargest / largest : 0.0f);
-    // What is not finite makes the token's results NaN.
+    // An activation that is not finite makes the token's results NaN.
     const int64_t at_block = block * job.x.tokens + token;
     job.x.scales[at_block] = finite ? (empty ? 0.0f : largest / kLargest) : largest - largest;
     float *sums = job.x.sums + at_block * kBlockGroups;
@@ -114,7 +114,8 @@ struct Product {
 // kSets times 16 rows of the weight, on their way through `in`.
 template <int kSets> struct Panel {
     Codes<kSets> codes; // of a unit
-    alignas(64) float scale[kSets][kBlockGroups][kLanes], shift[kSets][kBlockGroups][kLanes]; // of a block; shift: * zero
+    // Of a block; shift is scale * zero.
+    alignas(64) float scale[kSets][kBlockGroups][kLanes], shift[kSets][kBlockGroups][kLanes];
     Rows<kSets> rows;
 };
 
@@ -190,7 +191,7 @@ TK_INLINE void multiply(const Panel<kSets> &panel, const Ahead<F, kSets> *ahead,
         for (auto &of_set : exact) {
             for (__m512i &sum : of_set) sum = _mm512_setzero_si512();
         }
-        // The upper bytes' sum, times 256, and on with the lower bytes.
+        // Multiplies the upper bytes' sum by 256, then adds the lower bytes' products.
         for (int part = 0; part < 2; part++) {
 #pragma GCC unroll 4
             for (int n = g * kGroupQuads; n < (g + 1) * kGroupQuads; n++) {
@@ -262,7 +263,7 @@ template <class F> TK_INLINE void multiply_unit(const Product &p, Panel<1> &pane
     }
 }
 
-// A block's sums, scaled, onto the totals; the sums begin again.
+// Adds a block's scaled sums to the totals and sets the sums to 0.
 template <int kSets> TK_INLINE void end_block(const Activations &x, int64_t block, float *sums, float *totals) {
     for (int64_t token = 0; token < x.tokens; token++) {
         const int64_t tile = token - token % kTile, count = least(kTile, x.tokens - tile);

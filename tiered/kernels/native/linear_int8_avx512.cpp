@@ -2,7 +2,7 @@
 //
 // Activations are rounded per group as in linear_fast_vector.h, to the same codes and scales. Lanes are 16 rows of the
 // weight, as in linear_int16_avx512.cpp: vpdpbusd multiplies four codes of each row by four activations of a token,
-// twice a cycle. A group begins with minus its zero points times the sum of its activations, so that it ends in one
+// twice a cycle. A group's sum begins as minus its zero points times the sum of its activations, so that it ends in one
 // conversion, one product of the two scales and one addition for 16 rows.
 
 #include "panel_avx512.h"

@@ -1,4 +1,4 @@
-// How the vector kernels divide a layer's rows into items, and the way out of an item's sums: bias, rounding, store.
+// How the vector kernels divide a layer's rows into items, and how they store an item's sums: bias added, rounded.
 // Internal linkage throughout, see pool.h.
 #pragma once
 
@@ -13,7 +13,7 @@ constexpr int64_t kMostItemRows = 64; // weight rows of an item
 
 inline int64_t at_most(int64_t value, int64_t limit) { return value < limit ? value : limit; }
 
-// Whole strips, in enough items that threads end together.
+// Weight rows per item: whole strips, in enough items that threads end together.
 inline int64_t item_rows_of(const Linear &l, const Pool &pool) {
     const int64_t even = (l.w.out / (8 * pool.threads()) + kStrip - 1) / kStrip * kStrip;
     return even < kStrip ? kStrip : at_most(even, kMostItemRows);

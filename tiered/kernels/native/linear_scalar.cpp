@@ -1,6 +1,6 @@
 // The portable kernel: one loop that any compiler turns into whatever the processor has. Exact weights, fp32 sums in
 // ascending order of `in`, the same for any number of rows: it is the native kernels' reference, and what runs on
-// processors that no other level knows.
+// processors that no other level supports.
 
 #include "linear.h"
 #include "numbers.h"

@@ -5,7 +5,7 @@
 // of operations: per block of 1024 weights, fused multiply-adds into one vector in a fixed order, that vector's lanes
 // added as a tree, the blocks' sums added in ascending order, then the bias. Weights are exact in fp32. Where they come
 // from differs: few tokens take them from the codes through registers, many from four rows of a block widened once into
-// cache; both feed the same numbers in the same order, so results are bitwise the same for any number of rows.
+// cache; both use the same numbers in the same order, so results are bitwise the same for any number of rows.
 //
 // fp32 and not vdpbf16ps: that multiplies half as many numbers per cycle (measured: 45 against 94 G/s on a core), and
 // would round the weights.
@@ -37,8 +37,8 @@ struct Pass {
     size_t sums_nbytes() const { return static_cast<size_t>(item_rows * tokens) * sizeof(float); }
 };
 
-// Some weight rows' codes, and one block's scales and offsets: a weight is scale * code + offset, whose offset,
-// -scale * zero, and sum are exact in fp32.
+// Some weight rows' codes, and one block's scales and offsets: a weight is scale * code + offset, where offset is
+// -scale * zero; the offset and the sum are exact in fp32.
 template <class V, class Unit> struct Strip {
     const Pass &pass;
     const uint8_t *q[kStrip];
@@ -200,7 +200,7 @@ template <class V, class Unit> void compute_item(void *argument, int worker, int
     const Pass &pass = *static_cast<const Pass *>(argument);
     const int64_t o = item * pass.item_rows, rows = at_most(pass.item_rows, pass.l->w.out - o);
     const size_t sums_nbytes = pass.sums_nbytes();
-    char *scratch = static_cast<char *>(pass.pool->scratch(worker, kStripNbytes + sums_nbytes)); // there: see below
+    char *scratch = static_cast<char *>(pass.pool->scratch(worker, kStripNbytes + sums_nbytes)); // not null: see below
     float *widened = reinterpret_cast<float *>(scratch), *sums = reinterpret_cast<float *>(scratch + kStripNbytes);
     std::memset(sums, 0, sums_nbytes);
     if (pass.tiles == 1) {

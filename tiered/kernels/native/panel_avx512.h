@@ -20,7 +20,7 @@ constexpr int64_t kAheadNbytes = 512;
 constexpr int64_t kItemRows = 64;    // of the weight, in panels that one thread computes one after the other
 constexpr int64_t kMostTokens = 256; // more are computed one part after the other, which bounds the scratch
 
-// The rows of a panel; beyond the last, that one again; what comes of it is not stored.
+// The rows of a panel. Beyond the weight's last row that row is repeated; its results are not stored.
 template <int kSets> struct Rows {
     int64_t row[kSets][kLanes];
 
@@ -72,7 +72,7 @@ template <int G> struct Int8Quads {
     }
 };
 
-// What `run` returns for the format of l's codes, of which it is handed one.
+// Calls `run` with an object of the type that stands for the format of l's codes; returns what it returns.
 template <class Run> TK_INLINE int with_format(const Linear &l, Run run) {
     if (l.w.format == TK_INT4) {
         if (l.w.group == 32) return run(Int4Quads<32>{});
@@ -114,8 +114,8 @@ template <int kSets> struct Codes {
     }
 };
 
-// The lines of codes that a later unit of the panel will load, or its successor's first ones. Fetched all at once they
-// would wait for each other; they are fetched one by one while this unit is multiplied.
+// The lines of codes that a later unit of the panel will load, or the first ones of the next panel. Fetched all at once
+// they would wait for each other; they are fetched one by one while this unit is multiplied.
 template <class F, int kSets> struct Ahead {
     static constexpr int kRowLines = F::kColumns / 16, kLines = kSets * kLanes * kRowLines;
 
@@ -128,7 +128,7 @@ template <class F, int kSets> struct Ahead {
         const int64_t ahead = kAheadNbytes + (row_nbytes - at > kAheadNbytes ? 0 : further);
         q = static_cast<const uint8_t *>(l.w.q) + rows.row[0][0] * row_nbytes + at + ahead;
     }
-    // Behind the weight's end nothing is read: a prefetch is only a hint.
+    // Beyond the weight's end this reads nothing: a prefetch is only a hint.
     TK_INLINE void fetch(int line) const {
         const uint8_t *at = q + line / kRowLines * row_nbytes + line % kRowLines * 64;
         _mm_prefetch(reinterpret_cast<const char *>(at), _MM_HINT_T0);

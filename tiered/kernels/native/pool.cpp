@@ -1,7 +1,7 @@
-// Workers wait for a job by looking at a counter, then sleep in the kernel. To wake a thread costs up to a fifth of a
-// product of 5120 x 5120 weights with one token, so they look for as long as a token takes from one product to the
-// next, and no longer: torch may be computing. Meanwhile they yield the processor to whoever waits for it, readers
-// above all. With more threads than processors they sleep at once, as they would be in each other's way.
+// Workers wait for a job by looking at a counter, then sleep in the kernel. To wake a thread takes up to a fifth of
+// the time of a product of 5120 x 5120 weights with one token, so they look for as long as a token takes from one
+// product to the next, and no longer: torch may be computing. Meanwhile they yield the processor to whoever waits for
+// it, readers above all. With more threads than processors they sleep at once, as they would be in each other's way.
 
 #include "pool.h"
 
@@ -21,7 +21,7 @@ namespace {
 
 constexpr std::chrono::microseconds kPatience(200);
 constexpr int kPauses = 64; // between two looks at the clock: about a microsecond
-constexpr int64_t kShare = 4; // a thread claims this part of its share of what is left
+constexpr int64_t kShare = 4; // a thread claims 1 / kShare of an equal share of the items left
 
 void pause_briefly() {
 #if defined(__x86_64__)
@@ -80,8 +80,8 @@ struct PoolState {
     std::condition_variable begun, ended;
     int sleeping = 0; // under mutex
 
-    // Neighbouring items in one go, so that what an item fetches ahead is what the same thread needs next; fewer and
-    // fewer of them, so that all threads end together. Returns how many, from `first` on.
+    // Claims neighbouring items, so that what an item fetches ahead is what the same thread needs next; fewer and fewer
+    // of them, so that all threads end together. Returns how many; `first` is set to the first one.
     int64_t claim(int64_t &first) {
         first = next.load(std::memory_order_relaxed);
         for (;;) {

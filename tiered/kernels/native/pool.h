@@ -24,7 +24,7 @@ class Pool {
 
     int threads() const;
 
-    // Every item once. A thread that is free takes the next few, in ascending order; the fewer the fewer are left.
+    // Does every item once. A free thread takes the next few in ascending order: fewer, when fewer are left.
     // Returns false, with the rest undone, once *cancel is not zero; it is looked at before every item.
     bool run(int64_t items, Job job, void *argument, const int32_t *cancel);
 

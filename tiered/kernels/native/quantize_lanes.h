@@ -70,7 +70,7 @@ template <class V, int kGroup, int kStep> TK_INLINE typename V::F error_of(const
 }
 
 template <class V, int kGroup> TK_INLINE typename V::F squared_error(const float *w, const Levels<V> &levels) {
-    constexpr int kPieces = kGroup / 8; // of 8 weights: as many as registers hold all of, whatever order they come in
+    constexpr int kPieces = kGroup / 8; // of 8 weights, which registers hold all of, in whatever order they are added
     typename V::F sums[kPieces];
 #pragma GCC unroll 1
     for (int i = 0; i < kPieces; i++) sums[i] = error_of<V, kGroup, kPieces>(w + i * V::kLanes, levels);
@@ -142,7 +142,7 @@ TK_INLINE typename V::Words pack_word(const float *w, int at, const Levels<V> &l
     return word;
 }
 
-// Groups `first` to `first` + `count`, at most kLanes, which is what all lanes are filled up to.
+// Quantizes `count` groups, at most kLanes, from group `first` on; lanes beyond them repeat the first one.
 template <class V, int kBits, int kGroup, int kDtype> void some_groups(Quantize &job, int64_t first, int count) {
     constexpr int kQ = kGroup * kBits / 8, kItemsize = kDtype == TK_F32 ? 4 : 2;
     alignas(64) float w[kGroup * V::kLanes];

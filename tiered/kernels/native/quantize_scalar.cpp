@@ -14,7 +14,7 @@ uint16_t to_fp16(float value) {
     const uint32_t bits = as_bits(value);
     if (bits > 0x7f800000u) return 0x7e00;
     if (bits >= 0x47800000u) return 0x7c00; // 65536 and above
-    // Below 2^-14 a subnormal: a number of steps of 2^-24, which is what the bits of a sum with 0.5 count.
+    // Below 2^-14 a subnormal, which counts steps of 2^-24: so do the bits of a float from 0.5 on.
     if (bits < 0x38800000u) return static_cast<uint16_t>(as_bits(value + 0.5f) - as_bits(0.5f));
     return static_cast<uint16_t>((bits - (112u << 23) + 0xfff + (bits >> 13 & 1)) >> 13);
 }

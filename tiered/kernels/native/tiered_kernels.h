@@ -49,7 +49,8 @@ TK_API int32_t tk_abi_version(void);
 /* Null where this processor, kernel and build can run `level`, else why they cannot. */
 TK_API const char *tk_refusal(int32_t level);
 
-/* Threads (the caller's included) that run the kernels of `level`; null where that is refused or memory is short. */
+/* A context of `threads` threads, the caller's included, for the kernels of `level`; null where `level` is refused or
+ * memory is short. */
 TK_API tk_context *tk_create(int32_t threads, int32_t level);
 TK_API void tk_destroy(tk_context *context);
 
@@ -100,7 +101,7 @@ typedef struct tk_plane {
 
 /* Keys or values. `codes` [head_dim] bf16 or u8, or [head_dim / 2] nibbles; `scale` (fp16) and `zero` (u8) [groups] per
  * token, or [head_dim] per page. Where `recent` (whose offsets may be null) has a block, that page is there in bf16 too,
- * at `exact`: queries whose own slot is in it read it from there, and all queries do if `blocks` has none of it. */
+ * at `exact`: queries whose own slot is in it read it from there, and all queries do if `blocks` lacks the page. */
 typedef struct tk_pages {
     int32_t format; /* tk_kv_format of codes */
     tk_table blocks;
@@ -115,13 +116,14 @@ typedef struct tk_attention_args {
     int64_t q_stride[3];
     uint16_t *out; /* bf16, the same shape; 0 where a query sees no key */
     int64_t out_stride[3];
-    const int64_t *first, *count; /* [sequences]: its keys are slots first to count - 1; query i is at count - q_len + i */
+    /* [sequences]: a sequence's keys are in slots first to count - 1; its query i is in slot count - q_len + i */
+    const int64_t *first, *count;
     int64_t table_stride;         /* pages per sequence in the tables */
     tk_pages k, v;
-    float scaling;  /* of the products of query and key */
-    float softcap;  /* then capped to softcap * tanh(score / softcap); 0: not */
+    float scaling;  /* a score is scaling * (query . key), */
+    float softcap;  /* then capped: softcap * tanh(score / softcap); 0: no cap */
     int32_t causal; /* a query sees no slot after its own */
-    int64_t window; /* nor one that is `window` or more before it; 0: no such bound */
+    int64_t window; /* a query sees no slot that is `window` or more before its own; 0: no such bound */
     const uint8_t *mask; /* null, or 0 where a query does not see a slot; strides of sequence and query */
     int64_t mask_stride[2];
     const float *bias; /* null, or added to scores; below -1e30: not seen; strides of sequence, head and query */

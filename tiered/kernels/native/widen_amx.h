@@ -12,8 +12,8 @@ namespace {
 // The order in which a format's codes meet the activations: word w of vector v of a unit of 128 is its activation
 // F::source(v, w).
 struct WordOrder {
-    alignas(64) uint16_t index[4][32]; // which of 64
-    uint32_t upper[4];                 // and of which half of the unit
+    alignas(64) uint16_t index[4][32]; // place of the activation within its half of the unit
+    uint32_t upper[4];                 // a bit per word: whether that is the upper half
 
     template <class F> void set() {
         for (int v = 0; v < 4; v++) {
@@ -38,13 +38,13 @@ constexpr int kUnit = 128;
 constexpr int kSteps = kUnit / 32; // tiles, hence multiplications, per unit
 constexpr int kScaleGroups = 16;   // loaded at a time
 
-// Of 16 groups, for 16 rows. `shift` is -scale * zero, so that a weight is one fused multiply-add of its code: exact,
-// because codes, zeros and scales have 8, 8 and 11 bits.
+// Factors of 16 groups of 16 rows. `shift` is -scale * zero, so that a weight is one fused multiply-add of its code:
+// exact, because codes, zeros and scales have 8, 8 and 11 bits.
 struct alignas(64) Scales {
     float scale[16][kScaleGroups], shift[16][kScaleGroups];
 };
 
-// 16 rows of a weight; those beyond the last are the last one again, and their results are not stored.
+// 16 rows of a weight. Beyond the last row that row is repeated; its results are not stored.
 struct Rows {
     const uint8_t *q[16];
     int64_t row[16];
