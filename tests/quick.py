@@ -43,7 +43,7 @@ class Quick:
     """Which tests run, in which order, and what is remembered of those that passed."""
 
     def __init__(self, config: pytest.Config) -> None:
-        self._config = config
+        self._config, self._cache = config, getattr(config, "cache", None)  # with -p no:cacheprovider there is none
         self._is_quick: bool = config.getoption("--quick")
         self._passed: dict[str, str] = {}
         self._unchanged: dict[str, str] = {}
@@ -58,7 +58,7 @@ class Quick:
             left_out = [item for item in items if item.get_closest_marker("slow")]
             items[:] = [item for item in items if not item.get_closest_marker("slow")]
             self._config.hook.pytest_deselected(items=left_out)
-        before: dict[str, str] = self._config.cache.get(_PASSED, {}) if self._config.cache else {}
+        before: dict[str, str] = self._cache.get(_PASSED, {}) if self._cache else {}
         for item in items:
             if marker := item.get_closest_marker("inputs"):
                 self._look_at_inputs(item, (*marker.args, str(item.path.relative_to(ROOT))), before)
@@ -82,8 +82,8 @@ class Quick:
             self._passed[report.nodeid] = str(digest)
 
     def pytest_sessionfinish(self) -> None:
-        if self._passed and self._config.cache and not hasattr(self._config, "workerinput"):
-            self._config.cache.set(_PASSED, {**self._config.cache.get(_PASSED, {}), **self._passed})
+        if self._passed and self._cache and not hasattr(self._config, "workerinput"):
+            self._cache.set(_PASSED, {**self._cache.get(_PASSED, {}), **self._passed})
 
 
 @cache

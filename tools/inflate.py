@@ -5,7 +5,7 @@
 In: a Hugging Face folder with safetensors weights. Out: the same model with more feed-forward rows, random
 ones, whose columns in the layer after are zero: the new activations are multiplied by zero, so the text
 stays the same at any size. That makes a large checkpoint to stream from a small one. Tensors are written
-in pieces: memory stays at the largest tensor of SRC and a few times `CHUNK_BYTES`, whatever the size.
+in pieces: memory stays at the largest tensor of SRC and a few times `PIECE_NBYTES`, whatever the size.
 Called by tools/demo and tests.
 """
 
@@ -25,7 +25,7 @@ from safetensors import safe_open
 from tiered.errors import CheckpointError, ConfigError, TieredError
 from tiered.units import format_size, parse_size, round_up
 
-CHUNK_BYTES: Final = 16 << 20
+PIECE_NBYTES: Final = 16 << 20
 SHARD_BYTES: Final = 500_000_000
 WIDTH_MULTIPLE: Final = 128  # whole quantization groups
 SPREAD: Final = 0.02
@@ -244,7 +244,7 @@ def write_shard(
 
 def pieces(tensor: torch.Tensor, shape: tuple[int, ...], generator: torch.Generator) -> Iterator[torch.Tensor]:
     """`tensor` widened to `shape`, as runs of rows: random rows below, zero columns to the right."""
-    rows = max(1, CHUNK_BYTES // (4 * torch.Size(shape[1:]).numel()))  # [rows, ...] of float32 random numbers
+    rows = max(1, PIECE_NBYTES // (4 * torch.Size(shape[1:]).numel()))  # [rows, ...] of float32 random numbers
     if tensor.shape[1:] == shape[1:]:
         yield tensor
         for start in range(len(tensor), shape[0], rows):

@@ -45,7 +45,7 @@ def test_incompressible_tensors_stay_raw(tmp_path: Path) -> None:
     model.model.decoder.layers[0].fc1.weight.data.copy_(torch.ones(128, 64))
     source = save_model(tmp_path / "source", model)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tiered.convert.compression._LEAST_NBYTES", 1)
+        patch.setattr("tiered.convert.compression._LEAST_VALUES", 1)
         convert_checkpoint(source, tmp_path / "out", ConvertOptions(quant="none", compress="zstd"))
     names = compressed_names(tmp_path / "out")
     assert "model.decoder.layers.0.fc1.weight" in names and "model.decoder.layers.1.fc1.weight" not in names

@@ -22,9 +22,9 @@ def pool() -> SyntheticPool:
 def weight_of(pool: SyntheticPool, out_features: int, in_features: int, key: str, std: float) -> Tensor:
     """The dequantized weight of three streams."""
     scheme = pool.scheme
-    q = b"".join(pool.q_chunks(out_features, in_features, key))
-    scale = b"".join(pool.scale_chunks(out_features, in_features, key, std))
-    zero = b"".join(pool.zero_chunks(out_features, in_features, key))
+    q = b"".join(pool.q_pieces(out_features, in_features, key))
+    scale = b"".join(pool.scale_pieces(out_features, in_features, key, std))
+    zero = b"".join(pool.zero_pieces(out_features, in_features, key))
     return dequantize(
         torch.from_numpy(np.frombuffer(q, np.uint8).copy()).view(scheme.q_shape(out_features, in_features)),
         torch.from_numpy(np.frombuffer(scale, np.float16).copy()).view(scheme.scale_shape(out_features, in_features)),
@@ -55,11 +55,11 @@ def test_streams_stay_together_across_runs(pool: SyntheticPool) -> None:
 def test_chunks_add_up_and_are_bounded(pool: SyntheticPool) -> None:
     out_features, in_features = 512, 12288
     streams = (
-        pool.q_chunks(out_features, in_features, "w"),
-        pool.scale_chunks(out_features, in_features, "w", 0.02),
-        pool.zero_chunks(out_features, in_features, "w"),
+        pool.q_pieces(out_features, in_features, "w"),
+        pool.scale_pieces(out_features, in_features, "w", 0.02),
+        pool.zero_pieces(out_features, in_features, "w"),
     )
-    sizes = [[len(chunk) for chunk in stream] for stream in streams]
+    sizes = [[len(piece) for piece in stream] for stream in streams]
     assert sum(map(sum, sizes)) == INT4.nbytes(out_features, in_features)
     assert len(sizes[0]) > 1
     assert max(map(max, sizes)) <= 8 * MIB
@@ -71,15 +71,15 @@ def test_the_same_seed_and_key_give_the_same_bytes(pool: SyntheticPool) -> None:
     assert torch.equal(weight_of(again, 64, 1024, "layers.0.fc1", 0.02), first)
     assert not torch.equal(weight_of(pool, 64, 1024, "layers.1.fc1", 0.02), first)
     assert not torch.equal(weight_of(other, 64, 1024, "layers.0.fc1", 0.02), first)
-    normal = b"".join(pool.normal_chunks(1000, torch.bfloat16, 0.02, "bias"))
-    assert b"".join(again.normal_chunks(1000, torch.bfloat16, 0.02, "bias")) == normal
-    assert b"".join(again.normal_chunks(1000, torch.bfloat16, 0.02, "other")) != normal
+    normal = b"".join(pool.normal_pieces(1000, torch.bfloat16, 0.02, "bias"))
+    assert b"".join(again.normal_pieces(1000, torch.bfloat16, 0.02, "bias")) == normal
+    assert b"".join(again.normal_pieces(1000, torch.bfloat16, 0.02, "other")) != normal
 
 
-def test_chunks_cannot_be_written_to(pool: SyntheticPool) -> None:
-    for chunk in (next(pool.q_chunks(1, 64, "w")), next(pool.normal_chunks(4, torch.float32, 1.0, "b"))):
+def test_pieces_cannot_be_written_to(pool: SyntheticPool) -> None:
+    for piece in (next(pool.q_pieces(1, 64, "w")), next(pool.normal_pieces(4, torch.float32, 1.0, "b"))):
         with pytest.raises(TypeError, match="read-only"):
-            chunk[0] = 1
+            piece[0] = 1
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -87,7 +87,7 @@ def test_chunks_cannot_be_written_to(pool: SyntheticPool) -> None:
 def test_normal_values_have_the_mean_and_the_deviation_asked_for(
     pool: SyntheticPool, numel: int, dtype: torch.dtype
 ) -> None:
-    data = b"".join(pool.normal_chunks(numel, dtype, 0.1, "norm", mean=1.0))
+    data = b"".join(pool.normal_pieces(numel, dtype, 0.1, "norm", mean=1.0))
     values = torch.frombuffer(bytearray(data), dtype=dtype).float()
     assert values.numel() == numel
     assert float(values.mean()) == pytest.approx(1.0, abs=0.01 if numel > 1 else 0.6)
@@ -97,8 +97,8 @@ def test_normal_values_have_the_mean_and_the_deviation_asked_for(
 
 def test_a_pool_of_one_group_serves_any_shape() -> None:
     pool = SyntheticPool(INT4, nbytes=INT4.group_q_nbytes)
-    assert sum(map(len, pool.q_chunks(3, 128, "w"))) == 3 * 64
-    assert sum(map(len, pool.normal_chunks(33, torch.float16, 1.0, "b"))) == 66
+    assert sum(map(len, pool.q_pieces(3, 128, "w"))) == 3 * 64
+    assert sum(map(len, pool.normal_pieces(33, torch.float16, 1.0, "b"))) == 66
 
 
 def test_bad_arguments_are_named(pool: SyntheticPool) -> None:
@@ -106,6 +106,6 @@ def test_bad_arguments_are_named(pool: SyntheticPool) -> None:
         SyntheticPool(INT4, nbytes=31)
     for std in (0.0, -1.0, 1e9, float("nan")):
         with pytest.raises(ConfigError, match=re.escape("fc1: standard deviation")):
-            next(pool.scale_chunks(1, 64, "fc1", std))
+            next(pool.scale_pieces(1, 64, "fc1", std))
     with pytest.raises(ConfigError, match=r"bias: synthetic dtype torch\.int8"):
-        next(pool.normal_chunks(1, torch.int8, 1.0, "bias"))
+        next(pool.normal_pieces(1, torch.int8, 1.0, "bias"))

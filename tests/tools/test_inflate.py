@@ -52,7 +52,7 @@ def test_size_is_near_the_request_and_shards_are_bounded(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(inflate, "SHARD_BYTES", 5_000_000)
-    monkeypatch.setattr(inflate, "CHUNK_BYTES", 100_000)
+    monkeypatch.setattr(inflate, "PIECE_NBYTES", 100_000)
     nbytes = inflate.inflate(tiny, tmp_path, 20_000_000)
     assert 20_000_000 <= nbytes < 20_500_000
     assert nbytes < weight_bytes(tmp_path) < nbytes + 50_000

@@ -27,7 +27,7 @@ _TRIAL_NBYTES: Final = 4 * FRAME_NBYTES
 PROBE_NAME: Final = "bandwidth.part"
 _PROBE_NBYTES: Final = 64 * MIB
 _PROBE_READ_NBYTES: Final = 4 * MIB
-_LEAST_NBYTES: Final = 64 << 10
+_LEAST_VALUES: Final = 64 << 10
 """Tensors of fewer numbers are not worth the frames' table."""
 _HELD_NBYTES: Final = 8 * MIB
 """Most compressed bytes of a tensor that wait in memory; where there are more, all of them wait in a file."""
@@ -88,8 +88,8 @@ class Compression:
             return pays(ratio, self.disk_bytes_per_second, self.cores)
         return self.mode == "zstd" and ratio < WORST_RATIO
 
-    def attempt(self, chunks: Iterator[memoryview], folder: Path) -> Frames | None:
-        """The tensor whose bytes are `chunks`, of any sizes, as zstd frames, or None where compressing it does not pay.
+    def attempt(self, pieces: Iterator[memoryview], folder: Path) -> Frames | None:
+        """The tensor whose bytes are `pieces`, of any sizes, as zstd frames, or None where compressing it does not pay.
 
         Gives up early where the first few MiB do not shrink enough. Frames that are too many to wait in memory wait
         in an unnamed file in `folder`.
@@ -98,7 +98,7 @@ class Compression:
         nbytes = 0
         with contextlib.ExitStack() as stack:
             file = stack.enter_context(tempfile.SpooledTemporaryFile(_HELD_NBYTES, dir=str(folder)))
-            for frame in _in_pieces(chunks, FRAME_NBYTES):
+            for frame in _in_pieces(pieces, FRAME_NBYTES):
                 packed = compress(frame)
                 sizes.extend(packed.frames)
                 file.write(packed.payload)
@@ -114,7 +114,7 @@ class Compression:
 
 def is_candidate(tensor: TensorRecipe, role: str) -> bool:
     """Whether a tensor of a block of `role` may be compressed at all."""
-    if role not in ("layer", "head") or tensor.numel < _LEAST_NBYTES:
+    if role not in ("layer", "head") or tensor.numel < _LEAST_VALUES:
         return False
     return tensor.scheme is None or tensor.scheme.bits == 8
 

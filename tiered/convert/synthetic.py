@@ -126,7 +126,7 @@ class Synthetic:
     def plain(self, tensor: TensorRecipe) -> Iterator[memoryview]:
         mean, std = self._distribution(tensor)
         pool = self._pool(GroupScheme(8))  # the scheme of a pool does not matter to its plain values
-        return pool.normal_chunks(tensor.numel, _DTYPE, std, tensor.name, mean=mean)
+        return pool.normal_pieces(tensor.numel, _DTYPE, std, tensor.name, mean=mean)
 
     def packed(self, tensor: TensorRecipe) -> Packed:
         assert tensor.scheme is not None
@@ -134,9 +134,9 @@ class Synthetic:
         out, in_ = tensor.matrix
         _, std = self._distribution(tensor)
         return Packed(
-            pool.q_chunks(out, in_, tensor.name),
-            pool.scale_chunks(out, in_, tensor.name, std),
-            pool.zero_chunks(out, in_, tensor.name),
+            pool.q_pieces(out, in_, tensor.name),
+            pool.scale_pieces(out, in_, tensor.name, std),
+            pool.zero_pieces(out, in_, tensor.name),
         )
 
     def _distribution(self, tensor: TensorRecipe) -> tuple[float, float]:

@@ -57,7 +57,7 @@ class TorchReader:
 
     def working_nbytes(self, path: Path) -> int:
         if is_zip(path):
-            # What is mapped until it is mapped anew, and copies of two panels, which malloc keeps once they are free.
+            # What is mapped until it is mapped anew, and copies of panels, which malloc keeps once they are free.
             return min(_REMAP_NBYTES + 6 * PANEL_NBYTES, 3 * path.stat().st_size)
         return path.stat().st_size + PANEL_NBYTES
 

@@ -92,7 +92,7 @@ class CachePlan:
     tokens_at_once: int
     """Tokens of one sequence in a micro-batch, at most: all are stored before the first of them attends."""
     lent_pages: int = 0
-    """Where the cache is on disk: pages of one layer that one unit has in memory, at most."""
+    """Where the cache is on disk: pages of one layer that one group of micro-batches has in memory, at most."""
     one_pass: bool = False
     """Every sequence begins and ends in the same pass. A layer's blocks are not needed after it has computed, so all
     layers share the memory of one, if the cache is in memory."""

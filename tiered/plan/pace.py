@@ -70,7 +70,7 @@ class Pace:
         return max(LEAST, min(most, int(room / max(each, 1e-9))))
 
     def _base(self, decoding: int) -> float:
-        """Compute seconds of the decoding rows alone; rather too few, which makes parts of prompts smaller."""
+        """Compute seconds of the decoding rows alone; an estimate, rather too low than too high."""
         rows, seconds = self._decoding
         if rows:
             return seconds * min(1.0, decoding / rows)

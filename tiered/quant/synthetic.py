@@ -2,12 +2,12 @@
 
 A pool of random groups is quantized once; every tensor is then served as views into the pool, from offsets
 drawn from (seed, tensor name). A writer that wants a store of OPT-175B calls, for each linear weight,
-`q_chunks`, `scale_chunks` and `zero_chunks`, and for each 16-bit tensor `normal_chunks`.
+`q_pieces`, `scale_pieces` and `zero_pieces`, and for each 16-bit tensor `normal_pieces`.
 
 What is realistic: the distribution of codes, scales and zeros (hence compressibility, and the numeric range
 of what kernels compute), and the standard deviation of each dequantized weight. What is not: **the pool
 repeats**. A tensor longer than one run meets the same groups again, tensors share groups with one another (so
-never measure deduplication or compression across chunks), and no structure of a trained model is there: text
+never measure deduplication or compression across pieces), and no structure of a trained model is there: text
 generated from such weights means nothing.
 """
 
@@ -25,7 +25,7 @@ from tiered.quant.quantize import quantize
 from tiered.quant.schemes import GroupScheme
 from tiered.units import MIB
 
-CHUNK_NBYTES: Final = 8 * MIB  # no chunk is larger; also the length of one run through the pool
+PIECE_NBYTES: Final = 8 * MIB  # no piece is larger; also the length of one run through the pool
 POOL_NBYTES: Final = 32 * MIB
 
 _MAKING_GROUPS: Final = 1 << 14  # quantized at a time while the pool is made
@@ -37,7 +37,7 @@ class SyntheticPool:
     """Unit-variance groups of one scheme, and normal values for what is not quantized.
 
     The three streams of a weight are consistent: they follow the same offsets, so that every group keeps the
-    scale and zero it was quantized with. Chunks are read-only views, row-major and at most CHUNK_NBYTES each;
+    scale and zero it was quantized with. Pieces are read-only views, row-major and at most PIECE_NBYTES each;
     the same (seed, key) gives the same bytes under one version of torch.
     """
 
@@ -63,14 +63,14 @@ class SyntheticPool:
             self._zero[part] = zero[:, 0].numpy()
             normal[part] = values[:, : normal.shape[1]]
         self._normal = normal.flatten()
-        self._run_groups = max(1, min(CHUNK_NBYTES // scheme.group_q_nbytes, groups // 2))
+        self._run_groups = max(1, min(PIECE_NBYTES // scheme.group_q_nbytes, groups // 2))
 
-    def q_chunks(self, out_features: int, in_features: int, key: str) -> Iterator[memoryview]:
+    def q_pieces(self, out_features: int, in_features: int, key: str) -> Iterator[memoryview]:
         """The bytes of NAME.q of a weight [out, in] called `key`."""
         for run in self._runs(out_features, in_features, key):
             yield _view(self._q[run])
 
-    def scale_chunks(self, out_features: int, in_features: int, key: str, std: float) -> Iterator[memoryview]:
+    def scale_pieces(self, out_features: int, in_features: int, key: str, std: float) -> Iterator[memoryview]:
         """The bytes of NAME.scale, such that the dequantized weight's standard deviation is `std`."""
         largest = float(self._scale.max()) * std
         if not 0 < largest <= _GREATEST_FP16:
@@ -78,18 +78,18 @@ class SyntheticPool:
         for run in self._runs(out_features, in_features, key):
             yield _view((self._scale[run] * np.float32(std)).astype(np.float16))
 
-    def zero_chunks(self, out_features: int, in_features: int, key: str) -> Iterator[memoryview]:
+    def zero_pieces(self, out_features: int, in_features: int, key: str) -> Iterator[memoryview]:
         """The bytes of NAME.zero."""
         for run in self._runs(out_features, in_features, key):
             yield _view(self._zero[run])
 
-    def normal_chunks(
+    def normal_pieces(
         self, numel: int, dtype: torch.dtype, std: float, key: str, *, mean: float = 0.0
     ) -> Iterator[memoryview]:
         """The bytes of `numel` values of a 16- or 32-bit tensor; `mean` is for the weights of norms."""
         if dtype not in _NORMAL_DTYPES:
             raise ConfigError(f"{key}: synthetic dtype {dtype}: expected bfloat16, float16 or float32")
-        run_numel = min(CHUNK_NBYTES // dtype.itemsize, self._normal.numel() // 2)
+        run_numel = min(PIECE_NBYTES // dtype.itemsize, self._normal.numel() // 2)
         # A tensor longer than one run converts the whole pool once and then only serves views of it.
         base, values = 0, self._normal
         if numel <= run_numel:
@@ -120,5 +120,5 @@ def _bytes_of(tensor: Tensor) -> NDArray[np.uint8]:
 
 
 def _view(array: NDArray[np.generic]) -> memoryview:
-    """The contiguous array's bytes, read-only: chunks share the pool."""
+    """The contiguous array's bytes, read-only: pieces share the pool."""
     return array.view(np.uint8).data.toreadonly().cast("B")

@@ -73,11 +73,11 @@ class BlockWriter:
         """Where the block is written."""
         return self._path.parent
 
-    def add(self, name: str, dtype: torch.dtype, shape: Sequence[int], chunks: Iterable[memoryview]) -> None:
-        """Append one tensor, whose bytes come in `chunks`, in order and of any sizes."""
+    def add(self, name: str, dtype: torch.dtype, shape: Sequence[int], pieces: Iterable[memoryview]) -> None:
+        """Append one tensor, whose bytes come in `pieces`, in order and of any sizes."""
         self._start()
         entry = TensorEntry(name, dtype, tuple(shape), self._written, tensor_nbytes(dtype, shape))
-        self._append(entry, chunks)
+        self._append(entry, pieces)
 
     def add_scheme(self, name: str, scheme: GroupScheme, shape: Sequence[int]) -> None:
         """Record that tensors NAME.q, NAME.scale and NAME.zero together are weight NAME."""

@@ -68,7 +68,7 @@ class StreamThread:
             self.ready.set_exception(InterruptedRun("interrupted"))
         except BaseException as error:
             if self.ready.done():
-                logger.exception("the scheduler ended with an error")
+                logger.exception("the reading loop ended with an error")
             else:
                 self.ready.set_exception(error)
         finally:

@@ -226,7 +226,7 @@ _OPTIONS: Final[dict[str, tuple[str, ...]]] = {
         *("-o", "--quant", "--group-size", "--compress", "--ram", "--force", "--revision", "--delete-downloads"),
         *("--synthetic", "--distinct-blocks", "--seed"),
     ),
-    "doctor": ("--json", "--disk", "--nothing"),
+    "doctor": ("--json", "--disk-test", "--nothing"),
 }
 
 
