@@ -87,8 +87,13 @@ def reader_of(
     return DiskReader(root, ChunkVerifier(policy, trace), trace, threads, mode, preadv)
 
 
+async def read_chunk(reader: DiskReader, file: FileInfo, chunk: int, memory: memoryview) -> None:
+    """Read a chunk to its place in the memory of the whole file."""
+    await reader.read_chunk(file, chunk, memory[file.chunks[chunk].offset : file.chunks[chunk].stop])
+
+
 async def read_whole(reader: DiskReader, file: FileInfo, memory: memoryview) -> None:
-    await all_of(reader.read_chunk(file, chunk, memory) for chunk in range(-(-file.nbytes // CHUNK_NBYTES)))
+    await all_of(read_chunk(reader, file, chunk, memory) for chunk in range(len(file.chunks)))
 
 
 def read(reader: DiskReader, file: FileInfo, memory: memoryview) -> None:
@@ -134,7 +139,7 @@ def test_what_has_been_read_of_a_chunk_counts_before_the_chunk_ends(
 
     with reader_of(root, Calls(outcome), mode=ReadMode.BUFFERED) as reader:
         readers.append(reader)
-        asyncio.run(reader.read_chunk(file, 0, memory))
+        asyncio.run(read_chunk(reader, file, 0, memory))
         assert reader.bytes_read == CHUNK_NBYTES
     assert seen == [i * PIECE_NBYTES for i in range(CHUNK_NBYTES // PIECE_NBYTES)]
 
@@ -307,9 +312,9 @@ def test_a_flipped_bit_is_found_and_its_chunk_named(tmp_path: Path, memory: memo
         opened.seek(-1, os.SEEK_CUR)
         opened.write(bytes([byte[0] ^ 4]))
     with reader_of(tmp_path, policy=policy) as reader:
-        asyncio.run(reader.read_chunk(file, 0, memory))
+        asyncio.run(read_chunk(reader, file, 0, memory))
         with pytest.raises(StoreError, match=r"x\.safetensors: chunk 1 \(bytes 16,777,216 to .*is corrupt") as caught:
-            asyncio.run(reader.read_chunk(file, 1, memory))
+            asyncio.run(read_chunk(reader, file, 1, memory))
     assert caught.value.exit_code == 4
 
 
@@ -351,7 +356,7 @@ def test_closing_drops_queued_reads_and_waits_for_running_ones(
     reader = reader_of(root, slow, threads=1)
 
     async def read_and_close() -> None:
-        reads = asyncio.gather(*(reader.read_chunk(file, chunk, memory) for chunk in range(3)), return_exceptions=True)
+        reads = asyncio.gather(*(read_chunk(reader, file, chunk, memory) for chunk in range(3)), return_exceptions=True)
         await asyncio.to_thread(slow.begun.wait)
         closing = asyncio.create_task(asyncio.to_thread(reader.close))
         await asyncio.sleep(0.05)
@@ -375,7 +380,7 @@ def test_a_cancelled_read_has_ended_when_its_caller_goes_on(large: tuple[Path, F
 
     async def cancel() -> None:
         with reader_of(root, slow, threads=1) as reader:
-            reads = [asyncio.create_task(reader.read_chunk(file, chunk, memory)) for chunk in range(2)]
+            reads = [asyncio.create_task(read_chunk(reader, file, chunk, memory)) for chunk in range(2)]
             await asyncio.to_thread(slow.begun.wait)
             for task in reads:
                 task.cancel()

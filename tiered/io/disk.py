@@ -18,7 +18,7 @@ from tiered.io.modes import ReadMode
 from tiered.io.threads import Check, IdleClock, IOThreads, all_of
 from tiered.io.transfer import ByteCounter, Faults, Ladder, TransferError, TransferFile, describe
 from tiered.io.verify import ChunkVerifier
-from tiered.store import CHUNK_NBYTES, FileInfo
+from tiered.store import FileInfo, Unit
 from tiered.trace import Tracer
 
 logger = logging.getLogger(__name__)
@@ -75,15 +75,26 @@ class DiskReader:
         return self._threads.idle_seconds
 
     async def read_chunk(self, file: FileInfo, chunk: int, memory: memoryview) -> None:
-        """Read chunk number `chunk` of `file` into its place in `memory` (the whole file's), piece by piece.
+        """Read chunk number `chunk` of `file` into `memory`, which is as large as the chunk, piece by piece.
 
         Pieces of different chunks run side by side; those of one chunk follow each other in one thread, which then
         tests the checksum while the data is still warm. Raises ReadError or StoreError.
         """
-        start = chunk * CHUNK_NBYTES
-        stop = min(start + CHUNK_NBYTES, file.nbytes)
-        part = memory[start:stop]
-        await self._threads.transfer(lambda check: self._read_chunk(file, chunk, start, part, check))
+        start = file.chunks[chunk].offset
+        await self._threads.transfer(lambda check: self._read_chunk(file, chunk, start, memory, check))
+
+    async def read_unit(self, unit: Unit, memory: memoryview) -> None:
+        """Read the chunks of `unit` side by side to the start of `memory`, as `read_chunk` does.
+
+        All reads have ended when this returns or raises: only then may the memory be lent to another unit.
+        """
+        chunks = unit.file.chunks
+        await all_of(
+            self.read_chunk(
+                unit.file, number, memory[chunks[number].offset - unit.offset : chunks[number].stop - unit.offset]
+            )
+            for number in unit.chunks
+        )
 
     async def read_pages(self, file: FileInfo, offset: int, memory: memoryview) -> None:
         """Read `memory.nbytes` from `offset` (both multiples of 4096) without touching checksums."""

@@ -19,7 +19,7 @@ import xxhash
 from tiered.errors import InterruptedRun, ReadError, StoreError
 from tiered.io.arena import Arena, Slab
 from tiered.io.transfer import PIECE_NBYTES, ByteCounter, Faults, Ladder, describe
-from tiered.store import CHUNK_NBYTES, FileInfo, Manifest
+from tiered.store import FileInfo, Manifest
 from tiered.store.block import read_layout
 from tiered.store.open import check_config_is_there
 
@@ -111,7 +111,7 @@ def scrub(
     findings.sort(key=lambda f: (order.get(f.file, -1), -1 if f.chunk is None else f.chunk))
     return ScrubReport(
         files=len(manifest.files),
-        chunks=sum(len(file.checksums) for file in manifest.files),
+        chunks=sum(len(file.chunks) for file in manifest.files),
         bytes_read=work.read_so_far.nbytes,
         seconds=time.perf_counter() - began,
         read_mode=None if work.ladder.mode is None else work.ladder.mode.value,
@@ -167,9 +167,9 @@ class _Scrub:
                 size = min((self._folder / file.path).stat().st_size, file.nbytes)
             except OSError:
                 continue
-            for chunk in range(len(file.checksums)):
-                if min((chunk + 1) * CHUNK_NBYTES, file.nbytes) <= size:
-                    yield file, chunk
+            for number, chunk in enumerate(file.chunks):
+                if chunk.stop <= size:
+                    yield file, number
 
     def _next(self) -> tuple[FileInfo, int] | None:
         with self._lock:
@@ -187,9 +187,7 @@ class _Scrub:
 
     def _test(self, file: FileInfo, chunk: int, memory: memoryview) -> None:
         """Read one chunk and compare its checksum; what is wrong goes to the findings."""
-        start = chunk * CHUNK_NBYTES
-        stop = min(start + CHUNK_NBYTES, file.nbytes)
-        expected = file.checksums[chunk]
+        start, stop, expected = file.chunks[chunk].offset, file.chunks[chunk].stop, file.chunks[chunk].checksum
         try:
             found = self._hash(file, start, stop, memory)
         except OSError as error:

@@ -6,7 +6,7 @@ from enum import Enum
 from pathlib import Path
 
 from tiered.errors import StoreError
-from tiered.store import CHUNK_NBYTES, FileInfo, hash_chunk
+from tiered.store import FileInfo, hash_chunk
 from tiered.trace import Tracer
 
 
@@ -41,12 +41,12 @@ class ChunkVerifier:
         """Test `data`, the whole of one chunk; raises StoreError naming file and chunk."""
         with self._trace.span("verify", f"{file.path}#{chunk}", data.nbytes):
             found = hash_chunk(data)
-        if found != file.checksums[chunk]:
-            start = chunk * CHUNK_NBYTES
+        expected = file.chunks[chunk]
+        if found != expected.checksum:
             raise StoreError(
-                f"{self._folder / file.path}: chunk {chunk} (bytes {start:,} to {start + data.nbytes:,}) is corrupt: "
-                f"expected xxh3 {file.checksums[chunk]}, found {found}; see 'tiered verify', then convert the model "
-                "again"
+                f"{self._folder / file.path}: chunk {chunk} (bytes {expected.offset:,} to {expected.stop:,}) is "
+                f"corrupt: expected xxh3 {expected.checksum}, found {found}; see 'tiered verify', then convert the "
+                "model again"
             )
         with self._lock:
             self._good[file.path].add(chunk)

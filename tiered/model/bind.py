@@ -17,7 +17,7 @@ from tiered.io import DiskReader
 from tiered.kernels import Kernels
 from tiered.model.experts import OffloadedExperts
 from tiered.quant import QuantizedWeight
-from tiered.store import CHUNK_NBYTES, PAGE, Store
+from tiered.store import PAGE, Store
 
 AnyWeight = torch.Tensor | QuantizedWeight
 
@@ -146,14 +146,14 @@ async def load_outer(model: BoundModel, store: Store, reader: DiskReader) -> Non
         return
     layout = store.layout(block)
     # Not borrowed from the arena: only copies in the compute dtype are kept, and this memory is freed at once.
-    memory = _aligned(layout.memory_nbytes)
+    memory = _aligned(max(unit.memory_nbytes for unit in layout.units))
     view = memoryview(memory.numpy())  # type: ignore[arg-type]  # numpy's stubs lack the buffer protocol here
-    for chunk in range(-(-block.file.nbytes // CHUNK_NBYTES)):
-        await reader.read_chunk(block.file, chunk, view)
-    for item in layout.compressed:
-        item.decode(view)
-    tensors = {name: weight.view(memory) for name, weight in layout.weights.items()}
-    model.set_outer({name: tensor.clone() for name, tensor in tensors.items()})  # type: ignore[union-attr]
+    for unit in layout.units:
+        await reader.read_unit(unit, view)
+        for item in unit.compressed:
+            item.decode(view)
+        tensors = {name: weight.view(memory) for name, weight in unit.weights.items()}
+        model.set_outer({name: tensor.clone() for name, tensor in tensors.items()})  # type: ignore[union-attr]
 
 
 def _aligned(nbytes: int) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """The store: a folder of quantized safetensors blocks that `tiered convert` writes and everything else reads."""
 
+from tiered.store.block import Unit
 from tiered.store.format import (
     ALIGNMENT,
     CHUNK_NBYTES,
@@ -23,6 +24,7 @@ __all__ = [
     "Manifest",
     "Store",
     "TensorEntry",
+    "Unit",
     "Weight",
     "atomic_write",
     "checkpoint_header",

@@ -7,8 +7,9 @@ so `memory_nbytes` is the file's size plus those tensors' plain size.
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import torch
 
@@ -57,6 +58,31 @@ class Compressed:
 
 
 @dataclass(frozen=True)
+class Unit:
+    """What moves: one extent of a block's file, and the weights in it.
+
+    Its memory begins with the extent as it is in the file. Tensors that the extent holds compressed are decoded behind
+    it. Offsets of `weights` and `compressed` count from the start of the unit's memory.
+    """
+
+    name: str
+    """Unique in its block, and shown in traces and errors."""
+    file: FileInfo
+    offset: int
+    """Where the extent starts in the file: a multiple of `PAGE`."""
+    nbytes: int
+    """Bytes of the extent: a multiple of `PAGE`."""
+    chunks: range
+    """Numbers of the file's chunks that lie in the extent: together they are the extent."""
+    weights: Mapping[str, Weight]
+    """By full name."""
+    compressed: tuple[Compressed, ...]
+    memory_nbytes: int
+    kind: Literal["small", "dense"] = "dense"
+    """"small": norms, biases and the like, which stay in memory for good; "dense": streamed in the order of use."""
+
+
+@dataclass(frozen=True)
 class BlockLayout:
     """The weights of one block file, by full name, and how its memory is laid out."""
 
@@ -64,6 +90,14 @@ class BlockLayout:
     weights: Mapping[str, Weight]
     compressed: tuple[Compressed, ...]
     memory_nbytes: int
+
+    @cached_property
+    def units(self) -> tuple[Unit, ...]:
+        """What of the block moves, in the order of use."""
+        file = self.file
+        name = file.path.rpartition("/")[2].removesuffix(".safetensors")
+        chunks = range(len(file.checksums))
+        return (Unit(name, file, 0, file.nbytes, chunks, self.weights, self.compressed, self.memory_nbytes),)
 
     @property
     def weight_count(self) -> int:

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -29,6 +30,19 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
+class Chunk:
+    """Bytes of a file that one checksum covers."""
+
+    offset: int
+    nbytes: int
+    checksum: str
+
+    @property
+    def stop(self) -> int:
+        return self.offset + self.nbytes
+
+
+@dataclass(frozen=True)
 class FileInfo:
     """One file of the store, with a checksum for each CHUNK_NBYTES of it."""
 
@@ -36,6 +50,14 @@ class FileInfo:
     """Relative to the store, with forward slashes."""
     nbytes: int
     checksums: tuple[str, ...]
+
+    @cached_property
+    def chunks(self) -> tuple[Chunk, ...]:
+        """Every byte of the file, in the order of `checksums`."""
+        return tuple(
+            Chunk(number * CHUNK_NBYTES, min(CHUNK_NBYTES, self.nbytes - number * CHUNK_NBYTES), checksum)
+            for number, checksum in enumerate(self.checksums)
+        )
 
     def to_json(self) -> dict[str, Any]:
         return {"path": self.path, "nbytes": self.nbytes, "xxh3_64": list(self.checksums)}

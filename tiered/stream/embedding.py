@@ -116,12 +116,11 @@ class EmbeddingRows:
     async def _verify(self, start: int, stop: int) -> None:
         """Read the chunks around [start, stop) whole and test their checksums, where the policy wants them tested."""
         file = self._block.file
-        for chunk in range(start // CHUNK_NBYTES, -(-stop // CHUNK_NBYTES)):
-            if self._verifier.wants(file, chunk):
-                first = chunk * CHUNK_NBYTES
-                part = self._staging.view[: min(CHUNK_NBYTES, file.nbytes - first)]
-                await self._reader.read_pages(file, first, part)
-                await self._reader.call(functools.partial(self._verifier.check, file, chunk, part))
+        for number, chunk in enumerate(file.chunks):
+            if chunk.offset < stop and start < chunk.stop and self._verifier.wants(file, number):
+                part = self._staging.view[: chunk.nbytes]
+                await self._reader.read_pages(file, chunk.offset, part)
+                await self._reader.call(functools.partial(self._verifier.check, file, number, part))
 
 
 def _runs(ids: Sequence[int], base: int, row_nbytes: int) -> list[_Run]:

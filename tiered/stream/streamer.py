@@ -23,11 +23,11 @@ from typing import Self
 
 import torch
 
-from tiered.io import DiskReader, Slab, all_of
+from tiered.io import DiskReader, Slab
 from tiered.kernels import CancelFlag
 from tiered.plan import Placement
 from tiered.quant import QuantizedWeight
-from tiered.store import CHUNK_NBYTES, BlockInfo, Store
+from tiered.store import BlockInfo, Store
 from tiered.stream.handover import Handover
 from tiered.stream.ring import Ring, RingSpan
 from tiered.trace import Tracer
@@ -224,10 +224,9 @@ class Streamer:
         """Read a block's chunks side by side, then decode what is compressed."""
         info = self._store.tape[position]
         layout = self._store.layout(info)
-        chunks = range(-(-info.file.nbytes // CHUNK_NBYTES))
+        (unit,) = layout.units
         try:
-            # All reads end before a failed one is reported, because the memory may then be lent to another block.
-            await all_of(self._reader.read_chunk(info.file, chunk, view) for chunk in chunks)
+            await self._reader.read_unit(unit, view)
             for item in layout.compressed:
                 with self._trace.span("decode", item.target.name, item.target.nbytes):
                     await self._reader.call(functools.partial(item.decode, view))
