@@ -4,12 +4,15 @@ import os
 import signal
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
 import pytest
 
 from tests.helpers import Tiny, run_greedy
+from tiered.errors import ConfigError, InterruptedRun
 from tiered.host import Host, Process
+from tiered.kernels import Mode
 from tiered.plan import Workload
 from tiered.runtime import Options, Runtime
 from tiered.units import GIB
@@ -89,6 +92,60 @@ def test_a_host_ends_with_the_last_of_its_runtimes(tiny: Tiny) -> None:
             pass
         assert len(run_greedy(last, [PROMPT], STEPS).tokens[0]) == STEPS
     assert not any(thread.name.startswith("tiered-") for thread in threading.enumerate())
+
+
+def test_work_that_fails_or_is_interrupted_leaves_that_of_others_alone() -> None:
+    with Host(threads=1) as host, ThreadPoolExecutor(3) as callers:
+        begun, go = threading.Event(), threading.Event()
+
+        def waits() -> int:
+            begun.set()
+            while not go.wait(0.001):
+                host.cancel.check()
+            return 1
+
+        def fails() -> None:
+            raise ValueError("by itself")
+
+        first = callers.submit(host.compute, waits, "first")
+        assert begun.wait(10)
+        failing = callers.submit(host.compute, fails, "second")
+        queued = callers.submit(host.compute, lambda: 3, "third")
+        host.interrupt("third")
+        assert not first.done()
+        go.set()
+        assert first.result(10) == 1
+        with pytest.raises(ValueError, match="by itself"):
+            failing.result(10)
+        with pytest.raises(InterruptedRun):
+            queued.result(10)
+        assert host.compute(lambda: 4) == 4 and not host.cancel.is_set
+
+        begun.clear()
+        go.clear()
+        running = callers.submit(host.compute, waits, "first")
+        assert begun.wait(10)
+        after = callers.submit(host.compute, lambda: 5, "second")
+        host.interrupt("first")
+        with pytest.raises(InterruptedRun):
+            running.result(10)
+        assert after.result(10) == 5
+
+
+def test_closing_one_runtime_leaves_the_pass_of_another_alone(tiny: Tiny) -> None:
+    with Host(threads=1) as host, ThreadPoolExecutor(1) as caller, open_on(host, tiny, "opt") as target:
+        alone = run_greedy(target, [PROMPT], STEPS, end=False).tokens
+        for _ in range(5):
+            with open_on(host, tiny, "llama") as other:
+                run_greedy(other, [PROMPT], 1, end=False)
+                running = caller.submit(run_greedy, target, [PROMPT], STEPS, end=False)
+            assert running.result(30).tokens == alone
+
+
+def test_a_runtime_cannot_want_other_kernels_than_its_host_has(tiny: Tiny) -> None:
+    with Host(threads=1) as host, pytest.raises(ConfigError, match="all runtimes of a host compute alike"):
+        options = Options(dtype="float32", kernel_mode=Mode.FAST)
+        Runtime(tiny.store("opt"), Workload(max_context=16), options, host=host)
 
 
 def test_an_interruption_leaves_the_host_ready_for_more() -> None:

@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,11 +20,13 @@ from typing import Final, Self, TypeVar
 
 import torch
 
+from tiered.errors import ConfigError, InterruptedRun
 from tiered.io import IdleClock
 from tiered.kernels import CancelFlag, Kernels, Mode
 from tiered.model import KernelAttention, registered_attention
 from tiered.plan import available_budget, cpu_count, process_peak_rss_bytes, process_rss_bytes
 from tiered.plan.budget import pin_malloc
+from tiered.proc import reset_peak_rss
 from tiered.trace import Tracer
 from tiered.units import MIB
 
@@ -31,9 +34,13 @@ _SWITCH_SECONDS: Final = 5e-4
 """The interpreter's switch interval: finished reads wait for its lock, and the default of 5 ms exceeds a read."""
 _GROWTH_NBYTES: Final = 16 * MIB
 """By how much the process itself grows in a run: code pages touched for the first time, thread stacks."""
+_REGROWTH_NBYTES: Final = 4 * MIB
+"""The same, in a process in which a runtime has computed before."""
 _ANOTHER_NBYTES: Final = 96 * MIB
 """What one more runtime in a process takes by itself, at least: graph, kernels, threads. What was measured each time
 varied by 60 MB with what the allocator had kept, so that a budget named by a refusal was refused again."""
+_SETTLE_SECONDS: Final = 5.0
+"""After an interruption, how long work in flight may take to end before a warning says what is waited for."""
 _POLL_SECONDS: Final = 0.1
 """Seconds between two looks for a signal, while the caller's thread waits."""
 
@@ -58,21 +65,33 @@ class Host:
         self.threads = threads or cpu_count()
         self.trace, self.clock, self.cancel = Tracer(keep_spans), IdleClock(), CancelFlag()
         self._kernels, self._mode = kernels, kernel_mode
-        self._users, self._counting = 0, threading.Lock()
+        self._users, self._lock = 0, threading.Lock()
+        self._calls: list[_Call] = []
+        """What `compute` runs or is about to run."""
+        self._current: _Call | None = None
         self._resources = contextlib.ExitStack()
 
+    def check(self, threads: int | None, kernels: str, kernel_mode: Mode) -> None:
+        """Raise ConfigError if a runtime wants it otherwise than this host computes."""
+        wanted, found = (threads or self.threads, kernels, kernel_mode), (self.threads, self._kernels, self._mode)
+        if wanted != found:
+            raise ConfigError(
+                f"threads, kernels, kernel mode: asked for {', '.join(map(str, wanted))}, but the host has "
+                f"{', '.join(map(str, found))}; all runtimes of a host compute alike"
+            )
+
     def __enter__(self) -> Self:
-        with self._counting:
+        with self._lock:
             if not self._users:
                 self._begin()
             self._users += 1
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        with self._counting:
+        with self._lock:
             self._users -= 1
-            if not self._users:
-                self._resources.close()
+            resources = contextlib.ExitStack() if self._users else self._resources
+        resources.close()
 
     def _begin(self) -> None:
         with contextlib.ExitStack() as stack:
@@ -87,28 +106,56 @@ class Host:
             self._compute.submit(lambda: None).result()
             self._resources = stack.pop_all()
 
-    def compute(self, work: Callable[[], T]) -> T:
-        """Run `work` in the thread that computes, where torch's threads are, while signals reach the caller's thread.
+    def compute(self, work: Callable[[], T], owner: object = None) -> T:
+        """Run `work` in the compute thread, where torch's threads are, while signals reach the caller's thread.
 
-        Returns or raises only when `work` has ended, also after an interruption.
+        Work of several callers runs one after the other. Whatever ends the waiting here, an interruption too, this
+        `work` has ended then, and that of others goes on. `owner` is whom `interrupt` may end it for.
         """
+        call = _Call(owner)
+        future: Future[T] | None = None
         try:
-            return wait_for(self._compute.submit(work))
+            with self._lock:
+                self._calls.append(call)
+            future = self._compute.submit(self._run, call, work)
+            return wait_for(future)
         except BaseException:
-            self.cancel.set()
-            # The flag is cleared only when nothing runs that is to see it.
-            self._settle()
-            self.cancel.clear()
+            # Work that has failed by itself has ended: there is nothing to interrupt.
+            if future is not None and not future.done():
+                with self._lock:
+                    self._end(call)
+                _settle(future)
             raise
+        finally:
+            with self._lock:
+                self._calls.remove(call)
+            del future  # as in `wait_for`
 
-    def _settle(self) -> None:
-        """Wait until the compute thread has nothing to do; further interrupts meanwhile change nothing."""
-        while True:
-            try:
-                self._compute.submit(lambda: None).result()
-                return
-            except KeyboardInterrupt:
-                continue
+    def interrupt(self, owner: object) -> None:
+        """End what `compute` runs, or is about to run, for `owner`: it raises InterruptedRun."""
+        with self._lock:
+            for call in self._calls:
+                if call.owner is owner:
+                    self._end(call)
+
+    def _end(self, call: "_Call") -> None:
+        """Interrupt `call`, or keep it from beginning. With `_lock` held."""
+        call.is_ended = True
+        if call is self._current:
+            self.cancel.set()
+
+    def _run(self, call: "_Call", work: Callable[[], T]) -> T:
+        """In the compute thread: `work`, with the cancel flag meant for it alone."""
+        with self._lock:
+            if call.is_ended:
+                raise InterruptedRun("interrupted")
+            self._current = call
+        try:
+            return work()
+        finally:
+            with self._lock:
+                self._current = None
+                self.cancel.clear()
 
     def warm_up(self, dtype: torch.dtype) -> None:
         """Use what every run uses (thread pool, linear algebra, attention), so that the memory it takes is part of
@@ -133,6 +180,17 @@ def wait_for(future: Future[T]) -> T:
         del future
 
 
+def _settle(future: Future[T]) -> None:
+    """Wait until `future` has ended; interrupts meanwhile mean what the first one meant."""
+    began = time.monotonic()
+    while not future.done():
+        with contextlib.suppress(KeyboardInterrupt, concurrent.futures.TimeoutError, concurrent.futures.CancelledError):
+            future.exception(timeout=_SETTLE_SECONDS)
+        if not future.done() and time.monotonic() - began > _SETTLE_SECONDS:
+            _LOG.warning("interrupted: waiting for reads in flight to end before their memory is released")
+            began = float("inf")
+
+
 def _warm_up(threads: int, dtype: torch.dtype) -> None:
     torch.set_num_threads(threads)
     x = torch.ones(1, 2, 8, 64, dtype=dtype)
@@ -143,6 +201,15 @@ def _warm_up(threads: int, dtype: torch.dtype) -> None:
 
 
 @dataclass(eq=False)
+class _Call:
+    """One call of `Host.compute`."""
+
+    owner: object
+    is_ended: bool = False
+    """Whether somebody has asked for its end."""
+
+
+@dataclass(eq=False)
 class Member:
     """An open runtime."""
 
@@ -150,6 +217,8 @@ class Member:
     budget: int = 0
     planned_nbytes: int = 0
     """Bytes that the process takes by this runtime's plan, including all that was there before it."""
+    has_run: bool = False
+    """Whether it has begun to compute."""
 
     @property
     def is_forked(self) -> bool:
@@ -166,6 +235,8 @@ class Process:
         self._lock = threading.Lock()
         self._members: list[Member] = []
         self._interval = 0.0
+        self._has_run = False
+        """Whether one that is closed has computed."""
 
     @property
     def planned_nbytes(self) -> int:
@@ -181,6 +252,8 @@ class Process:
             if not self._members:
                 self._interval = sys.getswitchinterval()
                 sys.setswitchinterval(_SWITCH_SECONDS)
+                if self._has_run:
+                    reset_peak_rss()  # what runtimes took that are closed is no part of the next one's budget
             self._members.append(member)
         self.pin_malloc()
         try:
@@ -188,6 +261,7 @@ class Process:
         finally:
             with self._lock:
                 self._members.remove(member)
+                self._has_run |= member.has_run
                 if not self._members:
                     sys.setswitchinterval(self._interval)
             self.pin_malloc()
@@ -196,7 +270,7 @@ class Process:
         """Called in a forked child: nothing is open here, and no lock is held, whatever the parent's threads did."""
         if self._members:
             sys.setswitchinterval(self._interval)
-        self.opening, self._lock, self._members = threading.Lock(), threading.Lock(), []
+        self.opening, self._lock, self._members, self._has_run = threading.Lock(), threading.Lock(), [], False
 
     def measure_baseline(self, member: Member, before: int, budget: int | None = None) -> int:
         """Bytes that the process takes by itself, of what `member` may use: `budget` bytes, or if None what is free.
@@ -209,7 +283,9 @@ class Process:
         rss = process_rss_bytes()
         # Models that are open already may not have taken yet what they planned to.
         promised = self.planned_nbytes + max(rss - before, _ANOTHER_NBYTES)
-        return max(rss, process_peak_rss_bytes(), promised) + _GROWTH_NBYTES
+        # A process in which a runtime has run before has grown already, all but a little.
+        growth = _REGROWTH_NBYTES if self._has_run else _GROWTH_NBYTES
+        return max(max(rss, process_peak_rss_bytes()) + growth, promised + _GROWTH_NBYTES)
 
     def pin_malloc(self) -> None:
         """Let glibc keep what the largest budget of open runtimes allows: the other plans are counted in it."""

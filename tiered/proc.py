@@ -1,5 +1,6 @@
 """What the kernel tells of memory in /proc: this process's resident size, and the fields of files such as meminfo."""
 
+import contextlib
 from pathlib import Path
 
 
@@ -14,6 +15,12 @@ def process_peak_rss_bytes() -> int:
         return keyed_kib(Path("/proc/self/status"), "VmHWM") * 1024
     except KeyError:  # sandboxes that stand in for the kernel may not keep it
         return process_rss_bytes()
+
+
+def reset_peak_rss() -> None:
+    """Make the peak that `process_peak_rss_bytes` tells begin anew at what is resident now, where the kernel can."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def keyed_kib(path: Path, key: str) -> int:

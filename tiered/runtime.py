@@ -99,7 +99,12 @@ class Runtime:
         measure: MeasureMachine | None = None,
         host: Host | None = None,
     ) -> None:
-        """`measure` is called if rates are wanted for the choice of a batch size; without `host`, one is made."""
+        """`measure` is called if rates are wanted for the choice of a batch size; without `host`, one is made.
+
+        Raises ConfigError if `options` want another number of threads, or other kernels, than `host` has.
+        """
+        if host is not None:
+            host.check(options.threads, options.kernels, options.kernel_mode)
         self.store, self.workload, self.options = store, workload, options
         self.host = host or Host(options.threads, options.kernels, options.kernel_mode, options.keep_spans)
         self._measure = measure
@@ -127,12 +132,9 @@ class Runtime:
         if self._member is not None and self._member.is_forked:
             return  # its threads are in the parent only, and waiting for them would never end
         self.is_open = False
-        # A host may compute for others: only a pass of this runtime's own is ended.
-        if ends_a_pass := self._passing.locked():
-            self.host.cancel.set()
+        # The host may compute for others: only a pass of this runtime's own is ended.
+        self.host.interrupt(self)
         with self._passing:
-            if ends_a_pass:
-                self.host.cancel.clear()
             self._resources.close()
             self._member = None
 
@@ -244,14 +246,21 @@ class Runtime:
 
     def _run_alone(self, work: Work, on_block: OnBlock | None, is_last: bool) -> Pass:
         streams = self.start_streaming()
+        assert self._member is not None
+        self._member.has_run = True
         try:
-            return self.host.compute(functools.partial(self.engine.run_pass, work, streams, on_block, is_last))
+            return self.host.compute(functools.partial(self._pass, work, streams, on_block, is_last), owner=self)
         except Exception:
             self.stop_streaming()
             raise
         except BaseException:
             streams.rewind()
             raise
+
+    def _pass(self, work: Work, streams: Streams, on_block: OnBlock | None, is_last: bool) -> Pass:
+        """In the compute thread. Closing interrupts what has begun here; what has not begun yet does not begin."""
+        self._check_open()
+        return self.engine.run_pass(work, streams, on_block, is_last)
 
     @property
     def streamed_blocks(self) -> list[BlockInfo]:

@@ -21,8 +21,9 @@ from pathlib import Path
 
 import torch
 
-from tiered.generate import Objective, Sampler, SamplingParams, Scheduler, Sequence
+from tiered.generate import Sampler, SamplingParams, Scheduler, Sequence
 from tiered.plan import MAX_BATCHED_TOKENS, Workload
+from tiered.plan.inputs import Objective
 from tiered.runtime import Options, Runtime
 from tiered.store import Store
 from tiered.units import parse_size
@@ -57,7 +58,7 @@ def main() -> int:
     print("|---|---|---|---|---|---|", flush=True)
     # Each in a process of its own: the peak memory of one run would count in the next one's plan.
     with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as processes:
-        for objective in [Objective.THROUGHPUT, Objective.LATENCY] * arguments.runs:
+        for objective in ("throughput", "latency") * arguments.runs:
             print(processes.submit(row, path, objective, arguments).result(), flush=True)
     return 0
 
@@ -66,10 +67,10 @@ def row(path: Path, objective: Objective, arguments: argparse.Namespace) -> str:
     """One run; returns its row of the table."""
     store, context = Store.open(path), arguments.enter + 64
     tokens, count = context + arguments.decode * (16 + _DECODED), arguments.decode + 1
-    workload = Workload(count, context, context, tokens, MAX_BATCHED_TOKENS)
+    workload = Workload(count, context, context, tokens, MAX_BATCHED_TOKENS, objective=objective)
     with (
         Runtime(store, workload, Options(ram=parse_size(arguments.ram))) as runtime,
-        Scheduler[Sequence](runtime, count, objective) as scheduler,
+        Scheduler[Sequence](runtime, count) as scheduler,
     ):
         for number in range(arguments.decode):
             scheduler.add(sequence(store, 16, number, _DECODED))
@@ -79,7 +80,7 @@ def row(path: Path, objective: Objective, arguments: argparse.Namespace) -> str:
         while not newcomer.item.token_ids:
             during.append(timed(scheduler))
     figures = f"{statistics.median(before):.3f} | {statistics.median(during):.3f} | {max(during):.3f}"
-    return f"| {objective.value} | {figures} | {len(during)} | {sum(during):.2f} s |"
+    return f"| {objective} | {figures} | {len(during)} | {sum(during):.2f} s |"
 
 
 def timed(scheduler: Scheduler[Sequence]) -> float:

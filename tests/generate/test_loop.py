@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from tests.plan.plans import plan_of
 from tiered.cache import CachePlan, KVPool, KVShape, SequenceKV, layer_groups
-from tiered.errors import BudgetError, InterruptedRun, ModelError, TieredError
+from tiered.errors import InterruptedRun, ModelError, TieredError
 from tiered.generate import Sampler, SamplingParams, Sequence, generate
 from tiered.model import OnBlock, OnLogits, Pass, Segment
+from tiered.plan.pace import Pace
 
 VOCAB: Final = 50
 END: Final = frozenset({VOCAB})
@@ -44,7 +45,7 @@ class Runner:
     def __init__(self, sequences: int, context: int = 100, max_batched_tokens: int = 0, kv_tokens: int = 0) -> None:
         most = sequences * context
         tokens = min(most, max(max_batched_tokens, sequences)) if max_batched_tokens else most
-        self.plan, self.vocab_size = plan_of(max_batched_tokens=tokens), VOCAB
+        self.plan, self.pace, self.vocab_size = plan_of(max_batched_tokens=tokens), Pace(), VOCAB
         cache = CachePlan(
             KVShape(1, 2, 1, "bfloat16"),
             16,
@@ -285,8 +286,10 @@ def test_all_is_given_back_when_the_source_fails(before: int) -> None:
 
 def test_a_sequence_that_no_empty_cache_holds_is_refused() -> None:
     runner = Runner(1, context=256, kv_tokens=64)
-    with pytest.raises(BudgetError, match="no room for a sequence of 202 tokens although nothing else runs"):
-        generate(runner, [sequence_of(prompt_of(200), 3)], 1)
+    refused, other = sequence_of(prompt_of(200), 3), sequence_of(prompt_of(4), 3, 1)
+    generate(runner, [refused, other], 1)
+    assert "no room for a sequence of 202 tokens although nothing else runs" in str(refused.error)
+    assert other.error is None and other.token_ids == completion(other)
     assert runner.pool.is_empty
 
 

@@ -1,15 +1,17 @@
 """The scheduler pushed by hand: items come, go and fail on their own, and prompts do not hold up those that decode."""
 
 from collections.abc import Sequence as Items
+from dataclasses import replace
 
 import pytest
 import torch
 
 from tests.generate.test_loop import END, Numbers, Runner, completion, model, prompt_of, sequence_of
 from tiered.errors import BudgetError
-from tiered.generate import Event, EventKind, Objective, Sampler, SamplingParams, Scheduler, Sequence
+from tiered.generate import Event, EventKind, Sampler, SamplingParams, Scheduler, Sequence
 from tiered.generate.score import cut_windows, log_probabilities, score
 from tiered.model import OnBlock, OnLogits, Pass, Segment
+from tiered.plan.inputs import Objective
 from tiered.plan.pace import LEAST, SLACK, Pace
 
 
@@ -87,9 +89,14 @@ def test_leaving_gives_back_what_runs() -> None:
 
 
 def test_an_item_that_no_empty_cache_holds_is_refused() -> None:
-    scheduler = Scheduler[Sequence](Runner(1, context=256, kv_tokens=64), 1)
-    with scheduler, pytest.raises(BudgetError, match="no room for a sequence of 202 tokens"):
-        scheduler.add(sequence_of(prompt_of(200), 3))
+    with Scheduler[Sequence](Runner(1, context=256, kv_tokens=64), 1) as scheduler:
+        ticket = scheduler.add(sequence_of(prompt_of(200), 3))
+        (event,) = scheduler.step()
+        assert (event.kind, event.ticket) == (EventKind.FAILED, ticket)
+        assert isinstance(event.error, BudgetError) and "no room for a sequence of 202 tokens" in str(event.error)
+        # The next one finds nothing in its way.
+        after = scheduler.add(sequence_of(prompt_of(4), 1))
+        assert [event.ticket for event in scheduler.step()] == [after]
 
 
 class Machine(Runner):
@@ -97,8 +104,9 @@ class Machine(Runner):
 
     disk, fixed, each = 0.5, 0.1, 0.001
 
-    def __init__(self) -> None:
+    def __init__(self, objective: Objective = "latency") -> None:
         super().__init__(4, context=4000)
+        self.plan, self.pace = replace(self.plan, objective=objective), Clocked()
         self.seconds: list[float] = []
 
     def run(
@@ -119,8 +127,8 @@ class Clocked(Pace):
 
 def enter(objective: Objective) -> tuple[Machine, Sequence, list[int]]:
     """Two sequences decode, then a prompt of 2,000 tokens enters; the passes until its first token."""
-    machine = Machine()
-    with Scheduler[Sequence](machine, 3, objective, pace=Clocked()) as scheduler:
+    machine = Machine(objective)
+    with Scheduler[Sequence](machine, 3) as scheduler:
         for number in range(2):
             scheduler.add(sequence_of(prompt_of(30, number), 100, number))
         for _ in range(4):
@@ -135,7 +143,7 @@ def enter(objective: Objective) -> tuple[Machine, Sequence, list[int]]:
 
 
 def test_prompts_beside_decoding_stay_within_the_bound() -> None:
-    machine, long, passes = enter(Objective.LATENCY)
+    machine, long, passes = enter("latency")
     assert sum(passes) == 2000 + 2 * len(passes) and len(passes) > 3
     assert max(machine.seconds[-len(passes) :]) <= SLACK * Machine.disk
     assert min(passes[:-1]) >= LEAST + 2
@@ -143,7 +151,7 @@ def test_prompts_beside_decoding_stay_within_the_bound() -> None:
 
 
 def test_where_throughput_counts_a_prompt_fills_the_pass() -> None:
-    machine, _, passes = enter(Objective.THROUGHPUT)
+    machine, _, passes = enter("throughput")
     assert passes == [2002]
     assert machine.seconds[-1] > 3 * Machine.disk
 
@@ -157,7 +165,7 @@ def test_with_nothing_decoding_prompts_fill_the_pass() -> None:
 
 
 def test_short_prompts_need_not_wait_until_a_long_one_has_passed() -> None:
-    with Scheduler[Sequence](machine := Machine(), 4, pace=Clocked()) as scheduler:
+    with Scheduler[Sequence](machine := Machine(), 4) as scheduler:
         scheduler.add(sequence_of(prompt_of(10), 50))
         scheduler.step()
         long = scheduler.add(sequence_of(prompt_of(3000, 1), 2, 1))
@@ -197,8 +205,8 @@ def test_what_has_ended_is_told_before_what_waits_is_refused() -> None:
         small = scheduler.add(sequence_of(prompt_of(4), 1))
         scheduler.add(sequence_of(prompt_of(200), 3))
         assert [event.ticket for event in scheduler.step()] == [small]
-        with pytest.raises(BudgetError, match="no room for a sequence of 202 tokens"):
-            scheduler.step()
+        (refused,) = scheduler.step()
+        assert refused.kind is EventKind.FAILED and "no room for a sequence of 202 tokens" in str(refused.error)
 
 
 @pytest.mark.parametrize("max_batched_tokens", [1, 7, 13, 64])

@@ -26,6 +26,7 @@ from tiered.generate.score import (
 )
 from tiered.model import OnBlock, OnLogits, Pass, Segment
 from tiered.plan import Workload
+from tiered.plan.pace import Pace
 from tiered.runtime import Options, Runtime
 from tiered.units import GIB, MIB
 
@@ -38,7 +39,7 @@ class FakeRunner:
 
     def __init__(self, room: int = 100, pieces: int = 3) -> None:
         self.room, self.pieces = room, pieces
-        self.plan, self.vocab_size = plan_of(max_batched_tokens=1000 * (room or 1)), VOCAB
+        self.plan, self.pace, self.vocab_size = plan_of(max_batched_tokens=1000 * (room or 1)), Pace(), VOCAB
         self.bytes_read = self.kv_bytes_read = self.kv_bytes_written = 0
         self.disk_idle_seconds = 0.0
         self.held: list[SequenceKV] = []

@@ -40,6 +40,7 @@ def plan_of(
     **fields: Any,
 ) -> Plan:
     """A plan for blocks of these sizes beside `needs`; all that is not named is small."""
-    small: dict[str, Any] = {"batch_size": 1, "max_context": 100, "max_batched_tokens": 100, "why": ""}
+    small: dict[str, Any] = {"batch_size": 1, "max_context": 100, "max_batched_tokens": 100}
+    small |= {"objective": "latency", "why": ""}
     small |= {"side_nbytes": 0, "micro_batch_rows": 1, "gathered_rows": 1, "head_rows": 1, "cache": CACHE}
     return Plan(budget, needs, fit_blocks(sizes, needs, budget, tiers), tuple(sizes), **{**small, **fields})

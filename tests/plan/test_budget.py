@@ -159,7 +159,8 @@ def kept_by_threads(budget: int) -> int:
     program = f"""
 import random, threading
 import numpy as np
-from tiered.plan import pin_malloc, process_rss_bytes
+from tiered.plan import process_rss_bytes
+from tiered.plan.budget import pin_malloc
 
 def work(seed):
     draw = random.Random(seed)

@@ -19,7 +19,7 @@ from tiered.cli.measuring import measured
 from tiered.cli.progress import JobScreen
 from tiered.cli.run_request import RunRequest
 from tiered.errors import BudgetError, ConfigError
-from tiered.generate import Generation, Objective, Report, Sequence, generate, make_report
+from tiered.generate import Generation, Report, Sequence, generate, make_report
 from tiered.generate.tokenizer import load_generation_settings, load_tokenizer
 from tiered.jobs import (
     Generate,
@@ -149,6 +149,7 @@ def _workload(request: BatchRequest, journal: Journal, begun: JobFile) -> Worklo
         tokens=round(begun.tokens * left / begun.sequences),
         max_batched_tokens=MAX_BATCHED_TOKENS,
         batch_size=request.batch,
+        objective=request.objective,
         choose_batch_size=True,
     )
 
@@ -172,8 +173,6 @@ def _generate(
             on_pass=on_pass,
             on_finished=on_finished,
             on_block=screen.on_block,
-            objective=Objective(request.objective),
-            pace=runtime.pace,
         )
     on_report(make_report(generation, around.surroundings(runtime, generation.decode.disk_idle_seconds)))
     return generation

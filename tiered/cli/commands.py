@@ -89,6 +89,11 @@ def _texts(what: str) -> Callable[[Command], Command]:
     return click.option("-f", "--file", "files", multiple=True, type=kind, help=f"{what}; repeatable; - is stdin.")
 
 
+_micro_batch = click.option(
+    "--micro-batch", type=_POSITIVE, help="Tokens computed together. [default: as many as memory allows and help]"
+)
+
+
 def _objective(default: str) -> Callable[[Command], Command]:
     """The option for what counts where prompts enter while other sequences decode."""
     return click.option(
@@ -186,7 +191,7 @@ def convert(source: str, output: Path | None, **options: Any) -> None:
 @click.option("--prompt-tokens", type=_POSITIVE, help="Random prompts of exactly N tokens, for measuring.")
 @click.option("--sequences", default=1, show_default=True, type=_POSITIVE, help="So many --prompt-tokens prompts.")
 @click.option("--batch", type=_POSITIVE, help="Prompts that run at once. [default: all]")
-@click.option("--micro-batch", type=_POSITIVE, help="Tokens computed together inside a block. [default: as useful]")
+@_micro_batch
 @_objective("latency")
 @_kv
 @click.option("--chat", is_flag=True, help="Apply the tokenizer's chat template to each prompt.")
@@ -219,7 +224,7 @@ def generate(prompts: Sequence[str], files: Sequence[Path], **options: Any) -> N
 )
 @click.option("--context", type=_POSITIVE, help="Tokens of the longest sequence. [default: as the input needs]")
 @click.option("--batch", type=_POSITIVE, help="Sequences that share a pass. [default: as time and memory allow]")
-@click.option("--micro-batch", type=_POSITIVE, help="Rows computed together. [default: as memory allows]")
+@_micro_batch
 @_objective("throughput")
 @_kv
 @_run("a text does not depend on what shares its batch")

@@ -12,10 +12,10 @@ from tiered.arch import load_config, most_positions
 from tiered.cli.lines import Failure, end_failed, print_json
 from tiered.cli.measuring import measured
 from tiered.cli.progress import PassProgress
-from tiered.cli.run_request import RunRequest
+from tiered.cli.run_request import RunRequest, check_writable
 from tiered.cli.screen import StatusLine, TextWriter
 from tiered.errors import ConfigError, TieredError, contained
-from tiered.generate import Objective, Report, Sampler, SamplingParams, Sequence, generate, make_report
+from tiered.generate import Report, Sampler, SamplingParams, Sequence, generate, make_report
 from tiered.generate.prompt import Prompts
 from tiered.generate.template import TemplateRefused
 from tiered.generate.tokenizer import SAMPLING, load_generation_settings, load_tokenizer
@@ -92,7 +92,7 @@ def _check(request: GenerateRequest) -> None:
     if "" in request.stops:
         raise ConfigError("--stop: expected some text, found none")
     if request.trace_path is not None:
-        _check_writable(request.trace_path)
+        check_writable("--trace", request.trace_path)
 
 
 def _sequences(
@@ -129,6 +129,7 @@ def _run(
         longest,
         max_batched_tokens=MAX_BATCHED_TOKENS,
         batch_size=request.batch,
+        objective=request.objective,
     )
     with Runtime(store, workload, options) as runtime:
         report = _generate(request, runtime, sequences, able)
@@ -169,17 +170,6 @@ def _overridden(request: GenerateRequest) -> set[str]:
     return found | SAMPLING.keys() if is_greedy else found
 
 
-def _check_writable(path: Path) -> None:
-    """Refuse, before any work, a trace file that could not be written after it."""
-    there = path.exists()
-    try:
-        path.open("a").close()
-        if not there:
-            path.unlink()
-    except OSError as error:
-        raise ConfigError(f"--trace {path}: cannot be written: {error.strerror}; name another file") from None
-
-
 def _generate(request: GenerateRequest, runtime: Runtime, sequences: list[Sequence], able: list[Sequence]) -> Report:
     """Measure the disk, generate for `able`, measure again; the texts of all `sequences` are shown."""
     titles = [""] * len(sequences)
@@ -201,8 +191,6 @@ def _generate(request: GenerateRequest, runtime: Runtime, sequences: list[Sequen
                 runtime.plan.batch_size,
                 on_pass,
                 on_block=PassProgress(status, lambda: runtime.bytes_read).on_block,
-                objective=Objective(request.objective),
-                pace=runtime.pace,
             )
     return make_report(generation, around.surroundings(runtime, generation.decode.disk_idle_seconds))
 

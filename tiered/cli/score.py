@@ -14,11 +14,10 @@ from tiered.arch import context_for, load_config
 from tiered.cli.lines import Failure, end_failed, print_json
 from tiered.cli.measuring import measured
 from tiered.cli.progress import ScoreProgress
-from tiered.cli.run_request import RunRequest
+from tiered.cli.run_request import RunRequest, check_writable
 from tiered.cli.score_output import (
     PerTokenFile,
     Text,
-    check_writable,
     perplexity_so_far,
     score_json,
     scored_nbytes,
@@ -92,7 +91,7 @@ def run(request: ScoreRequest) -> None:
     # The KV cache may be on disk: a window too long for memory can still be scored.
     options = request.options()
     if request.per_token_path is not None:
-        check_writable(request.per_token_path, [name for name, _ in request.texts])
+        check_writable("--per-token", request.per_token_path, [name for name, _ in request.texts])
     store = Store.open(request.store)
     # Before the tokenizer, which reads config.json too and would be blamed for an error in it.
     config = load_config(store.path)

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from tiered.cli.lines import columns
-from tiered.errors import ConfigError, DiskFullError, TieredError
+from tiered.errors import DiskFullError, TieredError
 from tiered.generate.score import Tally, Window
 from tiered.generate.text import CompletionText
 
@@ -166,16 +166,3 @@ class PerTokenFile:
             act(*arguments)
         except OSError as error:
             raise DiskFullError(f"--per-token {self._path}: cannot be written: {error.strerror}") from error
-
-
-def check_writable(path: Path, texts: Items[str]) -> None:
-    """Refuse, before any work, a file that could not be written after it, or that is one of the files `texts`."""
-    there = path.exists()
-    try:
-        if there and any(Path(text).exists() and path.samefile(text) for text in texts):
-            raise ConfigError(f"--per-token {path}: is a text to score, and would be overwritten; name another file")
-        path.open("a").close()
-        if not there:
-            path.unlink()
-    except OSError as error:
-        raise ConfigError(f"--per-token {path}: cannot be written: {error.strerror}; name another file") from None

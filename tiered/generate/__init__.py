@@ -4,7 +4,7 @@ from tiered.generate.costs import Generation
 from tiered.generate.loop import generate
 from tiered.generate.report import Figures, Report, ScoreReport, Surroundings, make_report, make_score_report
 from tiered.generate.sampling import Sampler, SamplingParams
-from tiered.generate.scheduler import Event, EventKind, Objective, Scheduler, Ticket
+from tiered.generate.scheduler import Event, EventKind, Scheduler, Ticket
 from tiered.generate.sequence import Sequence
 
 __all__ = [
@@ -12,7 +12,6 @@ __all__ = [
     "EventKind",
     "Figures",
     "Generation",
-    "Objective",
     "Report",
     "Sampler",
     "SamplingParams",

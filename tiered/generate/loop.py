@@ -7,9 +7,8 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Generic
 
 from tiered.generate.costs import Generation
-from tiered.generate.scheduler import EventKind, Objective, PassRunner, Scheduler, T
+from tiered.generate.scheduler import EventKind, PassRunner, Scheduler, T
 from tiered.model import OnBlock
-from tiered.plan.pace import Pace
 
 
 def generate(
@@ -19,8 +18,6 @@ def generate(
     on_pass: Callable[[], None] = lambda: None,
     on_finished: Callable[[T], None] = lambda item: None,
     on_block: OnBlock | None = None,
-    objective: Objective = Objective.LATENCY,
-    pace: Pace | None = None,
 ) -> Generation:
     """Run `items` to their ends on `runner`, at most `batch_size` at once. Returns what it cost.
 
@@ -29,11 +26,10 @@ def generate(
     end in the same pass come in the order they began. An item that cannot be computed ends with an error, at the
     latest after the pass in which the error shows.
 
-    Raises BudgetError for an item that does not fit even an empty cache, and whatever `items`, a pass or a callback
-    raises.
+    Raises whatever `items`, a pass or a callback raises.
     """
     source = _Source(iter(items))
-    with Scheduler[T](runner, batch_size, objective, lambda: not source.is_empty, pace) as scheduler:
+    with Scheduler[T](runner, batch_size, lambda: not source.is_empty) as scheduler:
         while True:
             while scheduler.has_room and not source.is_empty:
                 scheduler.add(source.take())

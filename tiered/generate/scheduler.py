@@ -17,7 +17,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Items
-from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from types import TracebackType
@@ -38,6 +37,9 @@ class PassRunner(Protocol):
 
     @property
     def plan(self) -> Plan: ...
+
+    @property
+    def pace(self) -> Pace: ...
 
     @property
     def vocab_size(self) -> int: ...
@@ -101,13 +103,6 @@ class Scheduled(Protocol):
 T = TypeVar("T", bound=Scheduled)
 
 
-class Objective(Enum):
-    """What counts: how soon each sequence gets its next token, or how many tokens all get together per second."""
-
-    LATENCY = "latency"
-    THROUGHPUT = "throughput"
-
-
 @dataclass(eq=False)
 class Ticket(Generic[T]):
     """One item's place: waiting for room, or running."""
@@ -159,12 +154,9 @@ class Scheduler(Generic[T]):
         self,
         runner: PassRunner,
         batch_size: int,
-        objective: Objective = Objective.LATENCY,
         may_grow: Callable[[], bool] = lambda: True,
-        pace: Pace | None = None,
     ) -> None:
-        self._runner, self._batch_size, self._objective, self._may_grow = runner, batch_size, objective, may_grow
-        self._pace = pace or Pace()
+        self._runner, self._batch_size, self._may_grow = runner, batch_size, may_grow
         self._waiting: deque[Ticket[T]] = deque()
         self._running: list[Ticket[T]] = []
         self._ended: list[Event[T]] = []
@@ -190,7 +182,7 @@ class Scheduler(Generic[T]):
         return not (self._running or self._waiting or self._ended)
 
     def add(self, item: T) -> Ticket[T]:
-        """Queue `item`. Raises BudgetError if the cache has no room for it although nothing else runs."""
+        """Queue `item`. If it can never run, the next step tells so."""
         ticket = Ticket(item)
         self._waiting.append(ticket)
         self._admit()
@@ -210,8 +202,8 @@ class Scheduler(Generic[T]):
 
         If items have been refused since the last step, or nothing runs, there is no pass: only those items have events.
 
-        Raises what a pass raises, and BudgetError for an item that does not fit even an empty cache. A failed pass
-        drops all items, running and waiting, without events: what it left in the cache cannot be relied on.
+        Raises what a pass raises. A failed pass drops all items, running and waiting, without events: what it left in
+        the cache cannot be relied on.
         """
         self._admit()
         events, self._ended = self._ended, []
@@ -243,8 +235,7 @@ class Scheduler(Generic[T]):
             self._running.remove(ticket)
             self._release(ticket)
             events.append(_ended(ticket))
-        with suppress(BudgetError):  # left to the next step, which has no events to lose
-            self._admit()
+        self._admit()
         return events
 
     def _admit(self) -> None:
@@ -256,16 +247,16 @@ class Scheduler(Generic[T]):
             try:
                 check_token_ids(torch.tensor([ids]), self._runner.vocab_size)
                 ticket.kv = self._runner.reserve(tokens)
-            except ConfigError as error:
-                ticket.item.fail(error)
-                self._ended.append(_ended(self._waiting.popleft()))
-                continue
-            if ticket.kv is None:
-                if not self._running:
+                if ticket.kv is None and not self._running:
                     raise BudgetError(
                         f"KV cache: no room for a sequence of {tokens} tokens although nothing else runs; "
                         "plan for a longer context"
                     )
+            except (BudgetError, ConfigError) as error:
+                ticket.item.fail(error)
+                self._ended.append(_ended(self._waiting.popleft()))
+                continue
+            if ticket.kv is None:
                 return
             self._running.append(self._waiting.popleft())
             self.costs.sequences += 1
@@ -275,8 +266,8 @@ class Scheduler(Generic[T]):
         """The next pass: a token of every decoding sequence, then prompts in order, as segments with their tickets."""
         decoding = [ticket for ticket in self._running if ticket.is_decoding]
         room = self._runner.plan.max_batched_tokens - len(decoding)
-        if decoding and self._objective is Objective.LATENCY:
-            room = min(room, self._pace.prompt_tokens(len(decoding)))
+        if decoding and self._runner.plan.objective == "latency":
+            room = min(room, self._runner.pace.prompt_tokens(len(decoding)))
         prompts = [ticket for ticket in self._running if not ticket.is_decoding]
         shares = dict(_share(prompts, max(room, 0)))
         members = decoding + [ticket for ticket in prompts if shares.get(ticket)]
@@ -304,7 +295,7 @@ class Scheduler(Generic[T]):
             counted.kv - self._counted.kv,
             idle,
         )
-        self._pace.note(decoding, prompt_tokens, pass_.compute_seconds, max(cost.seconds - idle, 0.0))
+        self._runner.pace.note(decoding, prompt_tokens, pass_.compute_seconds, max(cost.seconds - idle, 0.0))
         costs.add(cost)
         self._last, self._counted = now, counted
 

@@ -135,10 +135,8 @@ def score(
 
     `on_scored` is called once per window, in the caller's thread, with the log-probabilities of its targets: float32
     [targets]. It is called in the order of `windows` if the plan lets each begin and end in the same pass
-    (`Workload.one_pass`); else a short window may end before a longer one. Where the model's logits are NaN or
-    infinite, `on_failed` is called instead; without it the error is raised.
-
-    Raises BudgetError where not even one window fits the cache.
+    (`Workload.one_pass`); else a short window may end before a longer one. If a window cannot be scored, as its logits
+    are NaN or infinite or the cache has no room for it, `on_failed` is called instead; without it the error is raised.
     """
     total = Tally()
 

@@ -83,12 +83,16 @@ class Arena:
         del self._borrowed[slab.offset]
 
     def close(self) -> None:
-        """Drop the memory. Views that are still referenced keep it mapped until they go, so nothing can dangle."""
+        """Give the memory back to the system.
+
+        Views that are still referenced keep the addresses mapped until they go, so nothing can dangle: they read zeros.
+        """
         self._borrowed.clear()
+        self._map.madvise(mmap.MADV_DONTNEED)
         try:
             self._map.close()
         except BufferError:
-            # A tensor still refers to it; the memory is unmapped with the last reference.
+            # A tensor still refers to it; the addresses are unmapped with the last reference.
             return
 
     def _find_gap(self, wanted: int) -> int | None:

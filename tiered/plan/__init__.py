@@ -1,6 +1,6 @@
 """Decisions as pure functions of numbers: batch size, KV cache, rows, what is resident, whether a run fits."""
 
-from tiered.plan.budget import available_budget, cpu_count, memory_limits, pin_malloc
+from tiered.plan.budget import available_budget, cpu_count, memory_limits
 from tiered.plan.inputs import (
     MAX_BATCHED_TOKENS,
     Budgets,
@@ -8,11 +8,12 @@ from tiered.plan.inputs import (
     KVTier,
     Machine,
     ModelShape,
+    Objective,
     Tier,
     Workload,
     parse_tiers,
 )
-from tiered.plan.kv import Bits, CachePlan, KVShape, LayerGroup, layer_groups
+from tiered.plan.kv import Bits, CachePlan, KVShape, layer_groups
 from tiered.plan.make import Rate, make_plan, pace_for, rates_wanted
 from tiered.plan.placement import Placement, interleave, place
 from tiered.plan.plan import Needs, Plan, fit_blocks
@@ -26,10 +27,10 @@ __all__ = [
     "ComputeRate",
     "KVShape",
     "KVTier",
-    "LayerGroup",
     "Machine",
     "ModelShape",
     "Needs",
+    "Objective",
     "Placement",
     "Plan",
     "Rate",
@@ -44,7 +45,6 @@ __all__ = [
     "memory_limits",
     "pace_for",
     "parse_tiers",
-    "pin_malloc",
     "place",
     "process_peak_rss_bytes",
     "process_rss_bytes",

@@ -131,6 +131,10 @@ class Machine:
     """Seconds per token of context, for one query of one sequence in one layer."""
 
 
+Objective = Literal["latency", "throughput"]
+"""What counts: how soon each sequence gets its next token, or how many tokens all get together per second."""
+
+
 @dataclass(frozen=True)
 class Workload:
     """What is to be run."""
@@ -153,6 +157,7 @@ class Workload:
     """Sequences begin and end in the same pass, as those that are only scored do."""
     all_logits: bool = False
     """Every position gets logits, not only the last one of each sequence."""
+    objective: Objective = "latency"
     least_context: int = 0
     """If not 0, `max_context` is lowered to what the budget holds, but not below this."""
 

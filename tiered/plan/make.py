@@ -173,6 +173,7 @@ class _Way:
             gathered_rows=workspace.gathered_rows,
             head_rows=workspace.head_rows,
             cache=self.cache(ram),
+            objective=self.asked.workload.objective,
             why=why,
         )
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 from tiered.errors import BudgetError
-from tiered.plan.inputs import Tier
+from tiered.plan.inputs import Objective, Tier
 from tiered.plan.kv import CachePlan, KVShape, LayerGroup
 from tiered.plan.placement import Placement, full_ring, place, smallest_ring
 from tiered.units import MIB, format_budget, format_size, round_up
@@ -56,6 +56,8 @@ class Plan:
     """Positions whose logits are computed at once."""
     cache: CachePlan
     """The KV cache: its tier, bits and pages."""
+    objective: Objective
+    """While sequences decode: "latency" lets prompts into a pass in small pieces, "throughput" as much as fits."""
     why: str
     """The reason for the batch size, for people."""
 

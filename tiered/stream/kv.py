@@ -106,8 +106,10 @@ class KVStream:
         lent = self._read_groups.take(number, f"kv of layer {layer}")
         self._next += 1
         blocks.lend(layer, self._memory(lent.span))
-        yield
-        blocks.take_back(layer)
+        try:
+            yield
+        finally:
+            blocks.take_back(layer)
         extents = blocks.map_of(layer).writes(layer) if lent.span is not None else []
         self._loop.call_soon_threadsafe(self._store, lent, layer, extents)
 
