@@ -25,17 +25,15 @@ from tiered.io import IdleClock
 from tiered.kernels import CancelFlag, Kernels, Mode
 from tiered.model import KernelAttention, registered_attention
 from tiered.plan import available_budget, cpu_count, process_peak_rss_bytes, process_rss_bytes
-from tiered.plan.budget import pin_malloc
+from tiered.plan.budget import GROWTH_NBYTES, pin_malloc
 from tiered.proc import reset_peak_rss
 from tiered.trace import Tracer
 from tiered.units import MIB
 
 _SWITCH_SECONDS: Final = 5e-4
 """The interpreter's switch interval: finished reads wait for its lock, and the default of 5 ms exceeds a read."""
-_GROWTH_NBYTES: Final = 16 * MIB
-"""By how much the process itself grows in a run: code pages touched for the first time, thread stacks."""
 _REGROWTH_NBYTES: Final = 4 * MIB
-"""The same, in a process in which a runtime has computed before."""
+"""By how much a process grows in a run, if a runtime has computed in it before."""
 _ANOTHER_NBYTES: Final = 96 * MIB
 """What one more runtime in a process takes by itself, at least: graph, kernels, threads. What was measured each time
 varied by 60 MB with what the allocator had kept, so that a budget named by a refusal was refused again."""
@@ -284,8 +282,8 @@ class Process:
         # Models that are open already may not have taken yet what they planned to.
         promised = self.planned_nbytes + max(rss - before, _ANOTHER_NBYTES)
         # A process in which a runtime has run before has grown already, all but a little.
-        growth = _REGROWTH_NBYTES if self._has_run else _GROWTH_NBYTES
-        return max(max(rss, process_peak_rss_bytes()) + growth, promised + _GROWTH_NBYTES)
+        growth = _REGROWTH_NBYTES if self._has_run else GROWTH_NBYTES
+        return max(max(rss, process_peak_rss_bytes()) + growth, promised + GROWTH_NBYTES)
 
     def pin_malloc(self) -> None:
         """Let glibc keep what the largest budget of open runtimes allows: the other plans are counted in it."""

@@ -10,7 +10,7 @@ from tests.cache.plans import plan_of, pool_of
 from tiered.cache import CachePlan, KVPool, Part, SequenceKV, layer_groups
 from tiered.errors import ConfigError
 from tiered.kernels.attention import PAGE_TOKENS
-from tiered.plan.kv import UNITS_AT_ONCE
+from tiered.plan.kv import GROUPS_AT_ONCE
 
 PLANS = st.builds(
     plan_of,
@@ -143,7 +143,7 @@ def test_on_disk_only_tails_and_the_ring_are_in_memory() -> None:
     there, here = plan_of(on_disk=True, lent_pages=5, context=6400), plan_of(context=6400)
     assert there.blocks_nbytes == here.blocks_nbytes == here.pool_nbytes
     assert there.pool_nbytes == 3 * there.exact_nbytes
-    assert there.memory_nbytes == there.pool_nbytes + UNITS_AT_ONCE * 5 * there.block_nbytes
+    assert there.memory_nbytes == there.pool_nbytes + GROUPS_AT_ONCE * 5 * there.block_nbytes
 
 
 @pytest.mark.parametrize("tokens", [0, -1, 321])

@@ -5,7 +5,7 @@ from tiered.cache.layout import PageLayout
 from tiered.cache.micro_batch import GatheredKV, MicroBatchKV, PackedKV, PagedKeys, PagedRead, PositionCache
 from tiered.cache.pool import KVPool, SequenceKV
 from tiered.cache.shape import kv_shape
-from tiered.plan.kv import Bits, CachePlan, KVShape, LayerGroup, layer_groups
+from tiered.plan.kv import Bits, CachePlan, KVShape, layer_groups
 
 __all__ = [
     "Bits",
@@ -14,7 +14,6 @@ __all__ = [
     "GatheredKV",
     "KVPool",
     "KVShape",
-    "LayerGroup",
     "LentBlocks",
     "MicroBatchKV",
     "PackedKV",

@@ -18,16 +18,12 @@ from tiered.convert.recipe import BlockRecipe, ConvertOptions, TensorRecipe
 from tiered.convert.source import PANEL_NBYTES
 from tiered.convert.workers import quantizing_nbytes
 from tiered.errors import BudgetError, ConfigError, DiskFullError, ReadError
+from tiered.plan.budget import BASELINE_VARIES_NBYTES, GROWTH_NBYTES
 from tiered.proc import process_peak_rss_bytes, process_rss_bytes
 from tiered.store.format import tensor_nbytes
 from tiered.store.sweep import SWEEP_NBYTES
 from tiered.units import MIB, format_budget, format_size
 
-_GROWTH_NBYTES: Final = 16 * MIB
-"""What the process itself grows by: code pages touched for the first time, threads' stacks, headers, the allocator's
-holes. Measured, see tests/convert/test_room.py."""
-_BASELINE_VARIES_NBYTES: Final = 4 * MIB
-"""How much the process itself differs from run to run: a budget that was named must be enough next time."""
 _SPACE_SLACK_NBYTES: Final = 4 * MIB
 
 
@@ -46,11 +42,11 @@ class RamCheck:
         """Raise BudgetError where the conversion takes more than `--ram`, of which reading takes `reading_nbytes`."""
         if self._ram_bytes is None:
             return
-        working = reading_nbytes + self._writing + _GROWTH_NBYTES
+        working = reading_nbytes + self._writing + GROWTH_NBYTES
         needed = max(process_peak_rss_bytes(), self._baseline + working)
         if needed <= self._ram_bytes:
             return
-        named = needed + _BASELINE_VARIES_NBYTES
+        named = needed + BASELINE_VARIES_NBYTES
         raise BudgetError(
             f"--ram {format_budget(self._ram_bytes)}: converting this takes up to {format_budget(named)} "
             f"({format_size(self._baseline)} for the interpreter and its libraries, {format_size(reading_nbytes)} to "

@@ -1,12 +1,12 @@
 """Offline jobs: requests from a JSONL file, results appended to another, killed and started again at will."""
 
-from tiered.jobs.identity import Identity, JobFile, Setting, job_path, store_fingerprint
+from tiered.jobs.identity import Identity, JobFile, job_path, store_fingerprint
 from tiered.jobs.input import Input, scan_input
 from tiered.jobs.journal import Journal
 from tiered.jobs.progress import Progress
 from tiered.jobs.prompts import PromptEncoder
 from tiered.jobs.results import Label
-from tiered.jobs.run import Generate, Job, Start, measure_input, run_job
+from tiered.jobs.run import Generate, Job, measure_input, run_job
 
 __all__ = [
     "Generate",
@@ -18,8 +18,6 @@ __all__ = [
     "Label",
     "Progress",
     "PromptEncoder",
-    "Setting",
-    "Start",
     "job_path",
     "measure_input",
     "run_job",

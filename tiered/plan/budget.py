@@ -24,6 +24,13 @@ _KEPT_MOST_NBYTES: Final = 32 * MIB
 """glibc takes no larger threshold."""
 
 
+GROWTH_NBYTES: Final = 16 * MIB
+"""By how much the process itself grows in a run or a conversion: code pages touched for the first time, stacks of
+threads, headers, holes of the allocator. Measured, see tests/convert/test_room.py."""
+BASELINE_VARIES_NBYTES: Final = 4 * MIB
+"""How much the process itself differs from run to run: a budget that was named must be enough next time."""
+
+
 @dataclass(frozen=True)
 class Limit:
     """One thing that bounds memory."""

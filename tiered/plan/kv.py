@@ -13,9 +13,9 @@ from tiered.errors import ConfigError
 from tiered.units import PAGE, PAGE_TOKENS, round_up
 
 Bits = Literal[16, 8, 4]
-UNITS_AT_ONCE: Final = 4
-"""Units whose blocks are in memory together: one computes while the others are read. With several being read, the
-disk's queue never runs empty, as it does at the end of a single unit's reads."""
+GROUPS_AT_ONCE: Final = 4
+"""Groups of micro-batches whose KV blocks are in memory together: one computes while the others are read. With several
+being read, the disk's queue never runs empty, as it does at the end of a single group's reads."""
 STACKED_PAGES: Final = 8
 """Complete pages that are copied side by side at a time while they are written to their blocks."""
 PART_ALIGNMENT: Final = 64
@@ -157,7 +157,7 @@ class CachePlan:
     @property
     def ring_nbytes(self) -> int:
         """Bytes for blocks on their way from disk and back: one unit computes while the next ones are read."""
-        return UNITS_AT_ONCE * self.lent_pages * self.block_nbytes if self.on_disk else 0
+        return GROUPS_AT_ONCE * self.lent_pages * self.block_nbytes if self.on_disk else 0
 
     @property
     def pool_nbytes(self) -> int:

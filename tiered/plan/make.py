@@ -11,6 +11,7 @@ from typing import Final, Literal
 
 from tiered.errors import BudgetError
 from tiered.plan.batch_size import BatchChoice, BatchOption, candidates, choose_batch_size, choose_windows_per_pass
+from tiered.plan.budget import BASELINE_VARIES_NBYTES
 from tiered.plan.inputs import Budgets, Machine, ModelShape, Workload
 from tiered.plan.kv import CachePlan, block_nbytes
 from tiered.plan.pace import Pace
@@ -22,8 +23,6 @@ Rate = Literal["disk", "compute"]
 
 _MOST_SEQUENCES: Final = 512
 """Sequences at once that are considered at most, unless a batch size is asked for."""
-_BASELINE_VARIES_NBYTES: Final = 4 * MIB
-"""By how much the process itself differs from run to run: a budget named as enough must be enough next time."""
 _LENT_SHARE: Final = 1 / 64
 """Part of the budget for the pages of one unit, with the cache on disk; memory for four units is set aside."""
 _MODEST_KV_SHARE: Final = 1 / 8
@@ -183,7 +182,7 @@ class _Way:
         try:
             return self.plan_at(budgets.ram, why)
         except BudgetError:
-            varied = replace(budgets, baseline=budgets.baseline + _BASELINE_VARIES_NBYTES)
+            varied = replace(budgets, baseline=budgets.baseline + BASELINE_VARIES_NBYTES)
             spared = replace(self, asked=replace(self.asked, budgets=varied))
             sizes = self.asked.model.tape_nbytes
             # A larger budget computes more rows at once, which takes more: so budgets are tried until one is enough.

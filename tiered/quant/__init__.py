@@ -5,10 +5,9 @@ from tiered.quant.quantize import QuantizedTensor, dequantize, quantize
 from tiered.quant.schemes import GroupScheme, folded
 from tiered.quant.synthetic import SyntheticPool
 from tiered.quant.weight import QuantizedWeight
-from tiered.quant.zstd import CompressedTensor, compress, decompress_frame, decompress_into, pays
+from tiered.quant.zstd import compress, decompress_frame, decompress_into, pays
 
 __all__ = [
-    "CompressedTensor",
     "GroupScheme",
     "QuantizedTensor",
     "QuantizedWeight",
