@@ -24,7 +24,7 @@ from typing import Final
 
 import torch
 from tokenizers import Tokenizer
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 ROOT: Final = Path(__file__).parent.parent
 TOKENIZER: Final = ROOT / "tests/data/models/opt-docs-8m"
@@ -53,7 +53,7 @@ def main() -> int:
     model = make_model(tokenizer.get_vocab_size())
     print(f"{len(data):,} tokens, {sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
     train(model, data, arguments.seconds)
-    model.to(torch.bfloat16).save_pretrained(arguments.out)
+    model.bfloat16().save_pretrained(arguments.out)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(TOKENIZER / name, arguments.out / name)
     generation = {"bos_token_id": 2, "eos_token_id": 2, "pad_token_id": 1}
@@ -61,9 +61,10 @@ def main() -> int:
     return 0
 
 
-def make_model(vocab: int) -> Qwen3MoeForCausalLM:
+def make_model(vocab: int) -> PreTrainedModel:
     """The untrained mixture."""
-    config = Qwen3MoeConfig(
+    config = AutoConfig.for_model(
+        "qwen3_moe",
         vocab_size=vocab,
         hidden_size=192,
         intermediate_size=384,
@@ -83,10 +84,11 @@ def make_model(vocab: int) -> Qwen3MoeForCausalLM:
         eos_token_id=2,
         pad_token_id=1,
     )
-    return Qwen3MoeForCausalLM(config)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return model
 
 
-def train(model: Qwen3MoeForCausalLM, data: torch.Tensor, seconds: float) -> None:
+def train(model: PreTrainedModel, data: torch.Tensor, seconds: float) -> None:
     """AdamW with a cosine schedule over the time there is."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=_RATE, betas=(0.9, 0.95), weight_decay=0.1)
     began, step, average = time.monotonic(), 0, 0.0
