@@ -83,8 +83,8 @@ def check(plan: Plan, model: ModelShape, workload: Workload, budgets: Budgets) -
     cache, placement = plan.cache, plan.placement
     assert plan.nbytes == plan.needs.total + placement.resident_nbytes + placement.ring_nbytes <= plan.budget
     assert plan.budget == budgets.ram and plan.needs.baseline == budgets.baseline
-    assert placement.resident_nbytes == sum(model.tape_nbytes[i] for i in placement.resident)
-    assert placement.ring_nbytes or len(placement.resident) == len(model.tape_nbytes)
+    assert placement.resident_nbytes == sum(model.tape.nbytes[i] for i in placement.resident)
+    assert placement.ring_nbytes or len(placement.resident) == len(model.tape.nbytes)
     assert plan.needs.kv >= cache.pool_nbytes + cache.ring_nbytes
     held = 0 if cache.on_disk else cache.blocks_nbytes
     assert cache.memory_nbytes == cache.tails_nbytes + cache.ring_nbytes + held
