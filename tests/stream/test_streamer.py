@@ -3,32 +3,36 @@
 import asyncio
 import contextlib
 import errno
+import functools
 import logging
 import os
 import threading
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 import torch
 
 from tests.plan.plans import plan_of, tape_of
 from tests.store.make import write_store
+from tests.store.units import Group, Rows, in_units
 from tiered.convert import ConvertOptions, convert_checkpoint
-from tiered.errors import InterruptedRun, ReadError, StoreError
+from tiered.errors import InterruptedRun, ReadError, StoreError, UnsupportedFamilyError
 from tiered.io import Arena, ChunkVerifier, DiskReader, Faults, VerifyPolicy
 from tiered.kernels import CancelFlag
-from tiered.plan import Placement, Plan, full_ring, interleave
+from tiered.plan import Held, Placement, Plan, full_ring, interleave
 from tiered.plan.placement import UNHELD, smallest_ring
 from tiered.quant import QuantizedWeight
-from tiered.store import CHUNK_NBYTES, Store
-from tiered.stream import AnyWeight, Loan, Streamer
+from tiered.store import CHUNK_NBYTES, BlockInfo, Store
+from tiered.stream import AnyWeight, Loan, Streamer, dense_units
 from tiered.trace import Tracer
 from tiered.units import GIB
 
 DOCS = Path(__file__).parents[1] / "data/models/opt-docs-8m"
+T = TypeVar("T")
 SECONDS = 20.0
 SIZES = (20_000, 60_000, 5_000, 33_000, 90_000)
 
@@ -126,9 +130,8 @@ async def streaming(
 ) -> AsyncIterator[Setup]:
     """A streamer over memory that is exactly as large as planned."""
     trace, cancel, placement = Tracer(keep_spans=True), CancelFlag(), plan.placement
-    with Arena(placement.nbytes + 4096 * (len(store.tape) + 1)) as arena:
-        sizes = sizes_of(store)
-        resident = {i: arena.borrow(sizes[i], "resident") for i in sorted(placement.resident)}
+    with Arena(placement.nbytes + 4096 * (len(plan.tape.nbytes) + 1)) as arena:
+        resident = {i: arena.borrow(plan.tape.nbytes[i], "resident") for i in sorted(placement.resident)}
         ring = arena.borrow(placement.ring_nbytes, "ring") if placement.ring_nbytes else None
         with DiskReader(store.path, ChunkVerifier(policy, trace), trace, 4, preadv=preadv) as reader:
             async with AsyncExitStack() as inside:
@@ -566,5 +569,111 @@ def test_nothing_is_held_after_leaving(small: Store) -> None:
             await setup.inside.aclose()
             assert setup.streamer._units._items == {}
             assert not any(loan._views for loan in setup.streamer._loans)
+
+    asyncio.run(scenario())
+
+
+@pytest.fixture(scope="module")
+def cut(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """Two layers of four units each, and a head of two, of one size."""
+    folder = tmp_path_factory.mktemp("stream") / "cut.tiered"
+    store = write_store(folder, [80_000, 80_000, 40_000])
+    return in_units(store, folder / "units", in_twenties)
+
+
+def in_twenties(block: BlockInfo, names: Sequence[str]) -> list[Group]:
+    end = 40_000 if block.role == "head" else 80_000
+    return [Group("dense", [Rows("weight", start, start + 20_000)]) for start in range(0, end, 20_000)]
+
+
+def cut_plan(store: Store, units: int, resident: frozenset[int] = frozenset(), held: Held = UNHELD) -> Plan:
+    """A plan with a ring of so many units."""
+    blocks = dense_units(store)
+    sizes = [unit.memory_nbytes for block in blocks for unit in block]
+    tape = tape_of(sizes, counts=list(map(len, blocks)))
+    placement = Placement(resident, sum(sizes[unit] for unit in resident), units * max(sizes))
+    return replace(plan_of(sizes, budget=GIB), tape=tape, held=held, placement=placement)
+
+
+async def in_thread(work: Callable[[], T], setup: Setup) -> T:
+    try:
+        return await asyncio.wait_for(asyncio.to_thread(work), SECONDS)
+    except TimeoutError:
+        setup.cancel.set()
+        raise
+
+
+def test_while_one_unit_is_computed_with_the_next_is_read_and_no_more_than_the_ring_holds(cut: Store) -> None:
+    nbytes = dense_units(cut)[0][0].nbytes
+
+    async def scenario() -> None:
+        async with streaming(cut, cut_plan(cut, 2)) as setup:
+            read = 0
+            for number, parts in ((0, 4), (1, 4), (2, 2)):
+                with setup.streamer.lend(number) as loan:
+                    for key in loan.parts("weight"):
+                        await in_thread(functools.partial(loan.borrow, key), setup)
+                        read += nbytes
+                        await assert_reads(setup.reader, read + nbytes)
+                        loan.release(key)
+                    assert len(loan.parts("weight")) == parts
+
+    asyncio.run(scenario())
+
+
+def test_what_is_held_stays_until_its_block_ends(cut: Store) -> None:
+    nbytes = dense_units(cut)[0][0].nbytes
+
+    async def scenario() -> None:
+        async with streaming(cut, cut_plan(cut, 5, held=Held(layers=True))) as setup:
+            for number in range(2):
+                with setup.streamer.lend(number, is_held=True) as loan:
+                    for _ in range(2):
+                        for key in loan.parts("weight"):
+                            await in_thread(functools.partial(loan.borrow, key), setup)
+                            loan.release(key)
+                    await assert_reads(setup.reader, (4 * number + 5) * nbytes)
+
+    asyncio.run(scenario())
+
+
+def test_units_that_nobody_asks_for_are_passed_by(cut: Store) -> None:
+    async def scenario() -> None:
+        for prefetch in (None, 0, 1):
+            async with streaming(cut, cut_plan(cut, 2), prefetch) as setup:
+                for _ in range(3):
+                    for number in range(3):
+                        with setup.streamer.lend(number) as loan:
+                            if number == 1:
+                                await in_thread(functools.partial(loan.borrow, loan.parts("weight")[0]), setup)
+
+    asyncio.run(scenario())
+
+
+def test_a_unit_for_which_the_ring_has_no_room_is_an_error_by_name(cut: Store) -> None:
+    async def scenario() -> None:
+        async with streaming(cut, cut_plan(cut, 2)) as setup:
+            for _ in range(2):
+                wanted = r"'opt': layer-000/unit-2 .*\(layer-000/unit-0, layer-000/unit-1\).* expected layer-000/unit-0"
+                with pytest.raises(UnsupportedFamilyError, match=wanted), setup.streamer.lend(0, is_held=True) as loan:
+                    for key in loan.parts("weight"):
+                        await in_thread(functools.partial(loan.borrow, key), setup)
+                with pytest.raises(AssertionError, match="rewind first"):
+                    setup.streamer.begin()
+                await setup.rewind()
+
+    asyncio.run(scenario())
+
+
+def test_a_unit_that_has_gone_is_an_error_by_name(cut: Store) -> None:
+    async def scenario() -> None:
+        async with streaming(cut, cut_plan(cut, 2, frozenset({1}))) as setup:
+            with setup.streamer.lend(0) as loan:
+                first, second, *_ = loan.parts("weight")
+                for key in (first, second, second):
+                    await in_thread(functools.partial(loan.borrow, key), setup)
+                    loan.release(key)
+                with pytest.raises(UnsupportedFamilyError, match=r"of unit unit-0 after .*, expected unit unit-2"):
+                    loan.borrow(first)
 
     asyncio.run(scenario())
