@@ -31,9 +31,9 @@ class Memory:
     side: Slab | None
     """Scales and zeros of the embedding; None if it has none."""
     ring: Slab | None
-    """Memory that streamed blocks pass through; None if all are resident."""
+    """Memory that streamed units pass through; None if all are resident."""
     resident: Mapping[int, Slab]
-    """Memory of each resident block, by its position on the tape."""
+    """Memory of each resident unit, by its number on the tape."""
 
     @property
     def largest(self) -> Slab:
@@ -46,7 +46,7 @@ class Memory:
 def open_memory(store: Store, plan: Plan, options: Options, host: Host) -> Iterator[Memory]:
     """The memory of `plan`; all of it is released when the context ends."""
     placement, cache = plan.placement, plan.cache
-    total = placement.nbytes + CHUNK_NBYTES + plan.side_nbytes + plan.needs.kv + PAGE * (len(store.tape) + 8)
+    total = placement.nbytes + CHUNK_NBYTES + plan.side_nbytes + plan.needs.kv + PAGE * (len(plan.tape.nbytes) + 8)
     with contextlib.ExitStack() as stack:
         arena = stack.enter_context(Arena(total))
 
@@ -67,5 +67,5 @@ def open_memory(store: Store, plan: Plan, options: Options, host: Host) -> Itera
             staging=keep(CHUNK_NBYTES, "staging"),
             side=keep(plan.side_nbytes, "embedding scales") if plan.side_nbytes else None,
             ring=keep(placement.ring_nbytes, "ring") if placement.ring_nbytes else None,
-            resident={p: keep(plan.tape_sizes[p], "resident") for p in sorted(placement.resident)},
+            resident={unit: keep(plan.tape.nbytes[unit], "resident") for unit in sorted(placement.resident)},
         )

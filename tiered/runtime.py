@@ -7,10 +7,12 @@ caller's thread only waits, with a timeout, so that signals reach it.
 import asyncio
 import contextlib
 import functools
+import itertools
 import os
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
@@ -39,7 +41,7 @@ from tiered.model import (
     check_layers,
     check_match,
     check_token_ids,
-    load_outer,
+    load_tables,
     model_shape,
     use_attention,
 )
@@ -56,8 +58,8 @@ from tiered.plan import (
     process_rss_bytes,
     rates_wanted,
 )
-from tiered.store import BlockInfo, Store
-from tiered.stream import EmbeddingRows, KVStream, Streamer, Streams, StreamThread
+from tiered.store import Store
+from tiered.stream import EmbeddingRows, KVStream, Streamer, Streams, StreamThread, dense_units
 
 __all__ = ["READ_THREADS", "Options", "Runtime", "compute_dtype", "measure_inputs"]
 
@@ -263,10 +265,12 @@ class Runtime:
         return self.engine.run_pass(work, streams, on_block, is_last)
 
     @property
-    def streamed_blocks(self) -> list[BlockInfo]:
-        """The blocks of the tape that are not resident."""
+    def streamed_files(self) -> list[Path]:
+        """The files that hold the units of the tape that are not resident."""
+        units = itertools.chain.from_iterable(dense_units(self.store))
         resident = self.plan.placement.resident
-        return [block for position, block in enumerate(self.store.tape) if position not in resident]
+        paths = dict.fromkeys(unit.file.path for number, unit in enumerate(units) if number not in resident)
+        return [self.store.path / path for path in paths]
 
     def probe_read_mode(self) -> ReadMode:
         """How the store's files will be read, which is found out by a small read of one of them."""
@@ -324,7 +328,7 @@ class Runtime:
         memory, host, plan = self._memory, self.host, self.plan
         blocks = Streamer(
             self.store,
-            plan.placement,
+            plan,
             self.reader,
             memory.resident,
             memory.ring,
@@ -338,9 +342,9 @@ class Runtime:
         return Streams(asyncio.get_running_loop(), blocks, kv)
 
     async def _load_tables(self) -> None:
-        """Read what stays in memory beside blocks."""
+        """Read what stays in memory beside the tape."""
         await self.engine.embedding.load_side(self._memory.side)
-        await load_outer(self.engine.model, self.store, self.reader)
+        await load_tables(self.engine.model, self.store, self.reader)
 
 
 def _prepare(store: Store, options: Options, host: Host) -> _Prepared:

@@ -9,8 +9,7 @@ from tests.plan.plans import plan_of
 from tiered.generate import Figures, Generation, Surroundings, make_report
 from tiered.generate.costs import PassCost
 from tiered.model import Pass
-from tiered.plan import Needs, Plan
-from tiered.plan.placement import full_ring
+from tiered.plan import Needs, Plan, full_ring
 from tiered.units import MIB
 
 SIZES = [100 * MIB] * 10
@@ -80,7 +79,7 @@ def test_the_bound_counts_all_that_the_budget_leaves_as_resident() -> None:
     used = plan(5.0)
     report = make_report(generation(), around(used))
     streamed = sum(SIZES) - used.bound_resident_nbytes
-    assert used.bound_resident_nbytes == 500 * MIB - full_ring(SIZES)
+    assert used.bound_resident_nbytes == 500 * MIB - full_ring([[nbytes] for nbytes in SIZES])
     assert report.bound_seconds_per_pass == pytest.approx(streamed / RAW)
     assert report.bound_share == pytest.approx(streamed / RAW / 1.0)
     assert report.bottleneck == "disk"

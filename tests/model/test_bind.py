@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.helpers import tiny_config
+from tests.model.loans import GivenLoan
 from tiered.arch import build_skeleton
 from tiered.kernels import Kernels
 from tiered.model.bind import BoundModel, OffloadedLinear
@@ -24,7 +25,7 @@ def lend() -> Lender:
 
     def lend_all(value: float) -> AbstractContextManager[torch.nn.Module]:
         weights = {name: torch.full(shape, value, dtype=torch.float16) for name, shape in shapes.items()}
-        return model.lend(model.layers[0], weights)
+        return model.lend(model.layers[0], GivenLoan(weights))
 
     return lend_all
 
@@ -46,6 +47,6 @@ def test_all_is_given_back_even_after_an_error(lend: Lender) -> None:
     with pytest.raises(RuntimeError, match="in the middle"), lend(1.0) as layer:
         raise RuntimeError("in the middle")
     assert all(tensor.is_meta for tensor in layer.parameters())
-    linears = [module for module in layer.modules() if isinstance(module, OffloadedLinear)]
-    assert linears
-    assert not any(linear.lent for linear in linears)
+    linear = layer.get_submodule("fc1")
+    with pytest.raises(AssertionError, match="used outside its block"):
+        linear(torch.ones(1, 64))

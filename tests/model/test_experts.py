@@ -4,11 +4,14 @@ import torch
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from tests.helpers import tiny_config
+from tests.model.loans import GivenLoan
 from tiered.arch import build_skeleton, is_expert_stack
 from tiered.kernels import Kernels
 from tiered.model import BoundModel
+from tiered.model.desk import Desk
 from tiered.model.experts import OffloadedExperts
 from tiered.quant import GroupScheme, QuantizedWeight, quantize
+from tiered.stream import AnyWeight
 
 TOKENS, HIDDEN = 7, 64
 
@@ -30,29 +33,30 @@ def test_lent_stacks_give_what_eager_experts_give() -> None:
     hidden, weights = torch.randn(TOKENS, HIDDEN, generator=generator), torch.rand(TOKENS, 2, generator=generator)
     # Expert 2 gets no token; the number of experts stands for a choice that is masked out.
     chosen = torch.tensor([[0, 1], [1, 3], [3, 0], [4, 1], [0, 3], [1, 4], [3, 1]])
-    offloaded = OffloadedExperts(experts, Kernels(1, name="torch"))
-    offloaded.lent = {name: stack.detach() for name, stack in experts.named_parameters()}
+    stacks: dict[str, AnyWeight] = {f"mlp.{name}": stack.detach() for name, stack in experts.named_parameters()}
+    offloaded = OffloadedExperts(experts, Kernels(1, name="torch"), Desk(GivenLoan(stacks)), "mlp")
     torch.testing.assert_close(offloaded(hidden, chosen, weights), experts(hidden, chosen, weights))
 
     scheme = GroupScheme(8)
     rows = experts.gate_up_proj.flatten(0, 1)
     packed = QuantizedWeight(quantize(rows, scheme), scheme)
-    offloaded.lent["gate_up_proj"] = packed
+    offloaded = OffloadedExperts(
+        experts, Kernels(1, name="torch"), Desk(GivenLoan({**stacks, "mlp.gate_up_proj": packed})), "mlp"
+    )
     experts.gate_up_proj.copy_(packed.rows(0, rows.shape[0], torch.float32).view_as(experts.gate_up_proj))
     torch.testing.assert_close(offloaded(hidden, chosen, weights), experts(hidden, chosen, weights))
 
 
-def test_stacks_are_given_back_and_what_transformers_keeps_in_float32_stays_so() -> None:
+def test_stacks_are_borrowed_and_what_transformers_keeps_in_float32_stays_so() -> None:
     skeleton = build_skeleton(tiny_config("dots1"), torch.bfloat16)
     (block,) = [block for block in skeleton.blocks() if block.name == "layer-001"]
     model = BoundModel(skeleton, torch.bfloat16, Kernels(1, name="torch"))
-    (experts,) = [module for module in model.layers[1].modules() if isinstance(module, OffloadedExperts)]
     weights = {p.name.removeprefix(block.prefix): torch.zeros(p.shape) for p in block.parameters}
-    with model.lend(model.layers[1], weights) as lent:
-        assert set(experts.lent) == {"gate_up_proj", "down_proj"}
+    assert {"mlp.experts.gate_up_proj", "mlp.experts.down_proj"} <= weights.keys()
+    with model.lend(model.layers[1], GivenLoan(weights)) as lent:
+        assert [type(module) for module in lent.modules()].count(OffloadedExperts) == 1
         gate = lent.get_submodule("mlp.gate")
         assert gate.e_score_correction_bias.dtype == torch.float32
         # Routers' weights too, since version 5.24.
         kept = "gate.weight" in (skeleton.model._keep_in_fp32_modules_strict or ())
         assert gate.weight.dtype == (torch.float32 if kept else torch.bfloat16)
-    assert not experts.lent

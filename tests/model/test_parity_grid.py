@@ -5,7 +5,7 @@ Budgets are derived from the plan itself: what the process needs, plus room for 
 
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, Final
@@ -17,17 +17,23 @@ from tests.quick import represented
 from tiered.errors import BudgetError, InterruptedRun
 from tiered.io import Arena, VerifyPolicy
 from tiered.model import Segment
-from tiered.plan import Plan, Tier, make_plan
-from tiered.plan.placement import full_ring
+from tiered.plan import Plan, Tier, full_ring, make_plan
 from tiered.runtime import Runtime, measure_inputs
 from tiered.store import Store
 from tiered.units import GIB, MIB
 
 FAMILIES: Final = ("opt", "llama", "gemma3_text", "bloom")
+
+
+def two_units(sizes: Sequence[int]) -> int:
+    """A full ring for units of these sizes."""
+    return full_ring([[nbytes] for nbytes in sizes])
+
+
 ROOM: Final[dict[str, Callable[[tuple[int, ...]], int]]] = {
     "all resident": sum,
-    "some resident": lambda sizes: full_ring(sizes) + max(sizes),
-    "ring of two blocks": full_ring,
+    "some resident": lambda sizes: two_units(sizes) + max(sizes),
+    "ring of two blocks": lambda sizes: two_units(sizes),
     "smallest ring": max,
 }
 """Bytes left for blocks of the given sizes."""
@@ -44,7 +50,7 @@ def budget_for(store: Store, room: str, **options: Any) -> int:
     runtime = open_runtime(store, **options)
     model, machine, budgets = measure_inputs(store, runtime.options)
     # What a run needs besides grows a little with the budget: from a large one down, until both agree.
-    nbytes, budget = ROOM[room](model.tape_nbytes), 64 * GIB
+    nbytes, budget = ROOM[room](model.tape.nbytes), 64 * GIB
     while True:
         plan = make_plan(model, machine, runtime.workload, replace(budgets, ram=budget))
         if (needed := plan.needs.total + nbytes) >= budget:
@@ -96,7 +102,7 @@ def test_budget_and_read_ahead_change_nothing(tiny: Tiny, name: str, prefetch: i
 
 def check_placement(plan: Plan, room: str) -> None:
     """The budget gave the placement it is named after."""
-    placement, sizes = plan.placement, plan.tape_sizes
+    placement, sizes = plan.placement, plan.tape.nbytes
     if room == "all resident":
         assert len(placement.resident) == len(sizes)
         assert placement.ring_nbytes == 0

@@ -56,5 +56,5 @@ def test_plans_made_before_are_the_runtimes(store: Store, dtype: str, budget: in
 def test_measuring_takes_no_memory_and_reads_no_weights(store: Store) -> None:
     model, _, budgets = measure_inputs(store, Options(ram=GIB))
     assert budgets.ram == GIB and budgets.baseline < GIB
-    assert sum(model.file_nbytes) == store.tape_nbytes
+    assert sum(model.tape.file_nbytes) == store.tape_nbytes
     assert PROCESS.planned_nbytes == 0

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from tiered.plan import CachePlan, KVShape, ModelShape, Needs, Plan, Tier, fit_blocks, layer_groups
+from tiered.plan import CachePlan, Held, KVShape, ModelShape, Needs, Plan, Tape, Tier, fit_units, layer_groups
+from tiered.plan.placement import UNHELD
 from tiered.units import MIB
 
 STREAMING, LOADED = (Tier.DISK, Tier.CPU), (Tier.CPU,)
@@ -11,11 +12,15 @@ NOTHING = Needs(0, 0, 0, 0)
 CACHE = CachePlan(KVShape(1, 2, 1, "bfloat16"), 16, False, layer_groups((0,)), 1, 100, 100, 100)
 
 
+def tape_of(sizes: Sequence[int], file_sizes: Sequence[int] = (), counts: Sequence[int] = ()) -> Tape:
+    """Units of these sizes; without `counts` each is a block, without `file_sizes` nothing is compressed."""
+    return Tape(tuple(sizes), tuple(file_sizes or sizes), tuple(counts or [1] * len(sizes)))
+
+
 def model_of(tape_sizes: Sequence[int] = (MIB,), layers: int = 2, dtype: str = "bfloat16", **fields: Any) -> ModelShape:
     """A model with blocks of these sizes, nothing of it compressed; all that is not named is middling."""
     shape: dict[str, Any] = {
-        "tape_nbytes": tuple(tape_sizes),
-        "file_nbytes": tuple(tape_sizes),
+        "tape": tape_of(tape_sizes),
         "weights": sum(tape_sizes) * 2,
         "side_nbytes": 1 << 20,
         "tables_nbytes": 20 << 20,
@@ -37,10 +42,12 @@ def plan_of(
     needs: Needs = NOTHING,
     budget: int = MIB,
     tiers: tuple[Tier, ...] = STREAMING,
+    held: Held = UNHELD,
     **fields: Any,
 ) -> Plan:
     """A plan for blocks of these sizes beside `needs`; all that is not named is small."""
     small: dict[str, Any] = {"batch_size": 1, "max_context": 100, "max_batched_tokens": 100}
     small |= {"objective": "latency", "why": ""}
     small |= {"side_nbytes": 0, "micro_batch_rows": 1, "gathered_rows": 1, "head_rows": 1, "cache": CACHE}
-    return Plan(budget, needs, fit_blocks(sizes, needs, budget, tiers), tuple(sizes), **{**small, **fields})
+    tape = tape_of(sizes)
+    return Plan(budget, needs, fit_units(tape, needs, budget, tiers, held), tape, held, **{**small, **fields})

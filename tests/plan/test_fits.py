@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.plan.plans import LOADED, STREAMING, model_of
+from tests.plan.plans import LOADED, STREAMING, model_of, tape_of
 from tiered.errors import BudgetError
-from tiered.plan import Budgets, Machine, Needs, Tier, Workload, fit_blocks, make_plan
+from tiered.plan import Budgets, Machine, Needs, Placement, Tier, Workload, fit_units, make_plan
 from tiered.plan.fits import fits, ladder
 from tiered.plan.plan import smallest_budget
 from tiered.units import GIB, MIB, round_up
@@ -25,10 +25,13 @@ def growing(budget: int) -> Needs:
 @pytest.mark.parametrize("tiers", [STREAMING, LOADED])
 @given(sizes=SIZES)
 def test_the_smallest_budget_works_and_a_smaller_one_does_not(tiers: tuple[Tier, ...], sizes: list[int]) -> None:
-    smallest = smallest_budget(sizes, growing, tiers)
-    assert fit_blocks(sizes, growing(smallest), smallest, tiers).nbytes <= smallest
+    def place_at(budget: int) -> Placement:
+        return fit_units(tape_of(sizes), growing(budget), budget, tiers)
+
+    smallest = smallest_budget(place_at)
+    assert place_at(smallest).nbytes <= smallest
     with pytest.raises(BudgetError):
-        fit_blocks(sizes, growing(smallest - MIB), smallest - MIB, tiers)
+        place_at(smallest - MIB)
 
 
 @given(sizes=SIZES)
@@ -50,7 +53,7 @@ def test_the_first_budget_is_the_smallest_and_the_last_the_smallest_that_holds_a
 
 
 def test_bytes_read_are_those_of_files() -> None:
-    model = model_of([8 * MIB] * 10, file_nbytes=(5 * MIB,) * 10)
+    model = model_of(tape=tape_of([8 * MIB] * 10, [5 * MIB] * 10))
     smallest, *_, everything = fits(model, MACHINE, WORK, BUDGETS)
     assert smallest.read_nbytes == 50 * MIB
     assert everything.resident_nbytes == 50 * MIB

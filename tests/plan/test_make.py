@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.plan.plans import LOADED, STREAMING, model_of
+from tests.plan.plans import LOADED, STREAMING, model_of, tape_of
 from tiered.errors import BudgetError, ConfigError
 from tiered.plan import (
     Bits,
@@ -20,6 +21,7 @@ from tiered.plan import (
     Machine,
     ModelShape,
     Plan,
+    Tape,
     Workload,
     layer_groups,
     make_plan,
@@ -32,9 +34,20 @@ from tiered.units import GIB, MIB
 
 UNMEASURED = Machine(16 * MIB)
 MEASURED = Machine(16 * MIB, 2e9, ComputeRate((1, 16, 256), (1e-11, 2e-11, 4e-10)), 1e-7)
+
+
+@st.composite
+def tapes(draw: st.DrawFn) -> Tape:
+    """Blocks of one to four units."""
+    counts = draw(st.lists(st.integers(1, 4), min_size=1, max_size=6))
+    units = draw(st.lists(st.integers(1, 400), min_size=sum(counts), max_size=sum(counts)))
+    return tape_of([n * 100_000 for n in units], counts=counts)
+
+
 MODELS = st.builds(
     model_of,
-    st.lists(st.integers(1, 400).map(lambda n: n * 100_000), min_size=1, max_size=12),
+    tape=tapes(),
+    whole_layers=st.booleans(),
     dense_attention=st.booleans(),
     eager_attention=st.booleans(),
     kv=st.builds(KVShape, st.integers(1, 8), st.sampled_from([64, 80]), st.just(2), st.sampled_from(["bfloat16"])),
@@ -83,8 +96,8 @@ def check(plan: Plan, model: ModelShape, workload: Workload, budgets: Budgets) -
     cache, placement = plan.cache, plan.placement
     assert plan.nbytes == plan.needs.total + placement.resident_nbytes + placement.ring_nbytes <= plan.budget
     assert plan.budget == budgets.ram and plan.needs.baseline == budgets.baseline
-    assert placement.resident_nbytes == sum(model.tape_nbytes[i] for i in placement.resident)
-    assert placement.ring_nbytes or len(placement.resident) == len(model.tape_nbytes)
+    assert placement.resident_nbytes == sum(model.tape.nbytes[i] for i in placement.resident)
+    assert placement.ring_nbytes or len(placement.resident) == len(model.tape.nbytes)
     assert plan.needs.kv >= cache.pool_nbytes + cache.ring_nbytes
     held = 0 if cache.on_disk else cache.blocks_nbytes
     assert cache.memory_nbytes == cache.tails_nbytes + cache.ring_nbytes + held
@@ -96,6 +109,14 @@ def check(plan: Plan, model: ModelShape, workload: Workload, budgets: Budgets) -
     assert 1 <= plan.micro_batch_rows <= min(budgets.micro_batch or MAX_ROWS, plan.max_batched_tokens)
     assert plan.gathered_rows <= plan.micro_batch_rows and plan.head_rows <= plan.micro_batch_rows
     assert cache.on_disk == (budgets.kv == "disk") or budgets.kv == "auto"
+    # Passes are of one micro-batch, or the ring holds a layer.
+    assert plan.held.layers or plan.max_batched_tokens <= plan.micro_batch_rows
+    pieces = model.tape.streamed(plan.held, placement.resident)
+    assert placement.ring_nbytes >= max(map(sum, pieces), default=0)
+    asked = workload.tokens_in_flight(plan.batch_size, plan.max_context)
+    assert plan.max_batched_tokens == asked or plan.max_batched_tokens == plan.micro_batch_rows < asked
+    if plan.max_batched_tokens < asked:
+        assert workload.max_batched_tokens and not workload.one_pass and not model.whole_layers
 
 
 @given(MODELS, WORKLOADS, BUDGETS)
@@ -224,3 +245,42 @@ def test_prompts_are_paced_by_rates_where_they_have_been_measured() -> None:
     assert pace_for(model_of(), fast, workload).prompt_tokens(4) > 512
     slow = Machine(0, None, ComputeRate((1, 512), (1e-9, 1e-6)))
     assert pace_for(model_of(), slow, workload).prompt_tokens(4) == LEAST
+
+
+def planned(ram: int, prompt: int = 4096, **fields: Any) -> Plan:
+    """A plan for layers of four units of 20 and two of 80 MiB, beside some 400 MiB that are needed."""
+    model = model_of(tape=tape_of([20 * MIB] * 4 * 20 + [80 * MIB], counts=[4] * 20 + [1]), **fields)
+    return make_plan(model, UNMEASURED, Workload(1, 4096, prompt, max_batched_tokens=4096), Budgets(ram, 300 * MIB))
+
+
+def test_a_pass_of_one_micro_batch_needs_two_units() -> None:
+    plan = planned(800 * MIB, prompt=8)
+    assert not plan.held.layers and not plan.held.head and plan.max_batched_tokens == 8
+    # The head is resident, so that two units of layers are the largest neighbours.
+    assert 80 in plan.placement.resident and plan.placement.ring_nbytes == 40 * MIB
+
+
+def test_a_long_prompt_takes_one_pass_where_a_layer_and_a_unit_fit_and_more_where_they_do_not() -> None:
+    ample, scarce = planned(2 * GIB), planned(BudgetNamed(planned).smallest)
+    assert ample.held.layers and ample.max_batched_tokens == 4096 > ample.micro_batch_rows
+    assert not scarce.held.layers and scarce.max_batched_tokens == scarce.micro_batch_rows < 4096
+    assert scarce.placement.ring_nbytes < 100 * MIB and not ample.missing_overlap_nbytes
+
+
+def test_what_needs_a_whole_layer_gets_it() -> None:
+    for fields in ({"whole_layers": True}, {"dense_attention": True, "kv": KVShape(8, 128, 2, "bfloat16")}):
+        plan = planned(2 * GIB, **fields)
+        assert plan.held.layers
+        assert not plan.missing_overlap_nbytes
+        with pytest.raises(BudgetError, match="80 MiB for the"):
+            planned(MIB, **fields)
+
+
+class BudgetNamed:
+    """The budget that is named where there is far too little."""
+
+    def __init__(self, plan_at: Callable[[int], Plan]) -> None:
+        with pytest.raises(BudgetError) as refused:
+            plan_at(MIB)
+        assert refused.value.smallest_bytes is not None
+        self.smallest = refused.value.smallest_bytes

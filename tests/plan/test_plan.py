@@ -46,7 +46,7 @@ def test_the_bound_s_share_in_memory_is_what_the_budget_leaves_used_or_not(
     except BudgetError:
         return
     free = budget - needs.total
-    left = sum(sizes) if free >= sum(sizes) else free - full_ring(sizes)
+    left = sum(sizes) if free >= sum(sizes) else free - full_ring([[nbytes] for nbytes in sizes])
     assert plan.bound_resident_nbytes == max(left, plan.placement.resident_nbytes) <= sum(sizes)
 
 
@@ -61,7 +61,7 @@ def test_a_refusal_says_what_takes_the_bytes() -> None:
         plan_of([20 * MIB, 60 * MIB], needs, 400 * MIB, STREAMING)
     assert str(caught.value) == (
         "a budget of 400 MiB is too small. Needed: 300 MiB for the process itself, 5 MiB for tables that stay in "
-        "memory, 40 MiB for the KV cache, 30 MiB for activations, 60 MiB for the largest block. "
+        "memory, 40 MiB for the KV cache, 30 MiB for activations, 60 MiB for the head. "
         "The smallest budget that works is --ram 435MiB"
     )
     assert caught.value.exit_code == 3
@@ -70,7 +70,7 @@ def test_a_refusal_says_what_takes_the_bytes() -> None:
 def test_loading_all_is_refused_with_the_way_out() -> None:
     with pytest.raises(BudgetError) as caught:
         plan_of([20 * MIB, 60 * MIB], Needs(10 * MIB, 0, 0, 0), 80 * MIB, LOADED)
-    assert "80 MiB for all blocks, which --tiers cpu loads" in str(caught.value)
+    assert "80 MiB for all weights, which --tiers cpu loads" in str(caught.value)
     assert str(caught.value).endswith("--ram 90MiB; or use --tiers disk,cpu")
 
 

@@ -32,23 +32,29 @@ def loop() -> Iterator[asyncio.AbstractEventLoop]:
     made.close()
 
 
-@pytest.mark.parametrize("keep", [False, True])
-def test_items_are_taken_by_key_whatever_order_they_come_in(cancel: CancelFlag, keep: bool) -> None:
+def test_items_are_taken_by_key_whatever_order_they_come_in(cancel: CancelFlag) -> None:
     trace = Tracer()
     items: Handover[str] = Handover(cancel, trace)
     for key in (2, 0, 1):
         items.put(key, f"item {key}")
-    for _ in range(2 if keep else 1):
-        assert [items.take(key, "wait", keep) for key in range(3)] == ["item 0", "item 1", "item 2"]
-    # A trace shows the wait for whatever comes, be it short, and nothing for what is there for good.
+    assert [items.take(key, "wait") for key in range(3)] == ["item 0", "item 1", "item 2"]
+    # A trace shows the wait for whatever comes, be it short.
     assert trace.total("wait").spans == 3
+    items.put(3, "item 3")
+    assert 3 in items and 2 not in items
+    items.discard(3)
+    items.discard(3)
+    assert 3 not in items
 
 
 def test_what_is_not_there_is_waited_for(cancel: CancelFlag) -> None:
     trace = Tracer()
     items: Handover[str] = Handover(cancel, trace)
+    waits: list[float] = []
+    items.on_wait = lambda start, seconds: waits.append(seconds)
     threading.Timer(0.05, items.put, (7, "late")).start()
     assert items.take(7, "wait") == "late"
+    assert waits == [items.wait_seconds]
     assert items.wait_seconds >= 0.04 and trace.total("wait").seconds == pytest.approx(items.wait_seconds)
 
 
@@ -56,11 +62,12 @@ def test_an_error_is_raised_in_its_items_place_until_it_is_cleared(cancel: Cance
     items: Handover[str] = Handover(cancel, Tracer())
     items.put(0, "whole")
     items.put(1, ReadError("gone"))
-    assert items.take(0, "wait", keep=True) == items.take(0, "wait", keep=True) == "whole"
+    items.put(2, "dropped")
     for _ in range(2):
         with pytest.raises(ReadError, match="gone"):
             items.take(1, "wait")
     items.clear(kept=1)
+    assert 2 not in items
     items.put(1, "again")
     assert (items.take(0, "wait"), items.take(1, "wait")) == ("whole", "again")
 

@@ -1,29 +1,38 @@
 """The streamer: blocks in tape order with the right bytes, no byte read twice, no error lost, no task left."""
 
 import asyncio
+import contextlib
 import errno
+import functools
 import logging
 import os
 import threading
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
+import torch
 
+from tests.plan.plans import plan_of, tape_of
 from tests.store.make import write_store
+from tests.store.units import Group, Rows, in_units
 from tiered.convert import ConvertOptions, convert_checkpoint
-from tiered.errors import InterruptedRun, ReadError, StoreError
+from tiered.errors import InterruptedRun, ReadError, StoreError, UnsupportedFamilyError
 from tiered.io import Arena, ChunkVerifier, DiskReader, Faults, VerifyPolicy
 from tiered.kernels import CancelFlag
-from tiered.plan import Placement, place
-from tiered.plan.placement import full_ring, interleave, smallest_ring
-from tiered.store import CHUNK_NBYTES, Store
-from tiered.stream import LoadedBlock, Streamer
+from tiered.plan import Held, Placement, Plan, full_ring, interleave
+from tiered.plan.placement import UNHELD, smallest_ring
+from tiered.quant import QuantizedWeight
+from tiered.store import CHUNK_NBYTES, BlockInfo, Store
+from tiered.stream import AnyWeight, Loan, Streamer, dense_units
 from tiered.trace import Tracer
+from tiered.units import GIB
 
 DOCS = Path(__file__).parents[1] / "data/models/opt-docs-8m"
+T = TypeVar("T")
 SECONDS = 20.0
 SIZES = (20_000, 60_000, 5_000, 33_000, 90_000)
 
@@ -56,59 +65,77 @@ class Setup:
     cancel: CancelFlag
     inside: AsyncExitStack
     """Closing it leaves the streamer, while reader and memory stay."""
-    lent: dict[LoadedBlock, AbstractContextManager[LoadedBlock]] = field(default_factory=dict)
+    next: int = 0
+    lent: dict[Loan, AbstractContextManager[Loan]] = field(default_factory=dict)
 
-    async def following(self) -> LoadedBlock:
-        """The next block, lent to another thread than the loop's; a streamer that hangs fails."""
-        lending = self.streamer.lend()
+    async def following(self) -> Loan:
+        """The next block, with all its weights borrowed by another thread than the loop's; what hangs fails."""
+        lending = self.streamer.lend(self.next)
+
+        def borrow() -> Loan:
+            loan = lending.__enter__()
+            try:
+                for name in loan.names:
+                    loan.borrow(name)
+            except BaseException as error:
+                with contextlib.suppress(type(error)):
+                    lending.__exit__(type(error), error, None)
+                raise
+            return loan
+
         try:
-            block = await asyncio.wait_for(asyncio.to_thread(lending.__enter__), SECONDS)
+            loan = await asyncio.wait_for(asyncio.to_thread(borrow), SECONDS)
+        except InterruptedRun:
+            raise
         except TimeoutError:
             self.cancel.set()  # or the thread would wait for ever
             raise
-        self.lent[block] = lending
-        return block
+        self.lent[loan] = lending
+        self.next = (self.next + 1) % len(self.streamer._loans)
+        return loan
 
-    async def release(self, block: LoadedBlock) -> None:
-        self.lent.pop(block).__exit__(None, None, None)
+    async def release(self, loan: Loan) -> None:
+        self.lent.pop(loan).__exit__(None, None, None)
         await asyncio.sleep(0)
 
     async def passing(self) -> None:
         """The next block comes and goes."""
         await self.release(await self.following())
 
+    async def rewind(self) -> None:
+        await self.streamer.rewind()
+        self.next = 0
+
 
 def sizes_of(store: Store) -> list[int]:
     return [store.layout(block).memory_nbytes for block in store.tape]
 
 
-def placement_of(store: Store, resident: frozenset[int], ring: str = "full") -> Placement:
-    sizes = sizes_of(store)
-    held = sum(sizes[i] for i in resident)
-    streamed = [n for i, n in enumerate(sizes) if i not in resident]
-    if not streamed:
-        return Placement(resident, held, 0)
-    nbytes = {"smallest": smallest_ring(streamed), "full": full_ring(streamed), "all": sum(streamed)}
-    return Placement(resident, held, nbytes[ring])
+def plan_with(store: Store, resident: frozenset[int], ring: str = "full") -> Plan:
+    """A plan with these units resident, and a ring of the size that is named so."""
+    tape = tape_of(sizes_of(store))
+    streamed = tape.streamed(UNHELD, resident)
+    nbytes = {"smallest": smallest_ring(streamed), "full": full_ring(streamed), "all": sum(map(sum, streamed))}
+    held = sum(tape.nbytes[unit] for unit in resident)
+    return replace(plan_of(tape.nbytes, budget=GIB), placement=Placement(resident, held, nbytes[ring]))
 
 
 @asynccontextmanager
 async def streaming(
     store: Store,
-    placement: Placement,
+    plan: Plan,
     prefetch: int | None = None,
     preadv: Faults = os.preadv,
     policy: VerifyPolicy = VerifyPolicy.FIRST,
 ) -> AsyncIterator[Setup]:
     """A streamer over memory that is exactly as large as planned."""
-    trace, cancel = Tracer(keep_spans=True), CancelFlag()
-    with Arena(placement.nbytes + 4096 * (len(store.tape) + 1)) as arena:
-        sizes = sizes_of(store)
-        resident = {i: arena.borrow(sizes[i], "resident") for i in sorted(placement.resident)}
+    trace, cancel, placement = Tracer(keep_spans=True), CancelFlag(), plan.placement
+    with Arena(placement.nbytes + 4096 * (len(plan.tape.nbytes) + 1)) as arena:
+        resident = {i: arena.borrow(plan.tape.nbytes[i], "resident") for i in sorted(placement.resident)}
         ring = arena.borrow(placement.ring_nbytes, "ring") if placement.ring_nbytes else None
         with DiskReader(store.path, ChunkVerifier(policy, trace), trace, 4, preadv=preadv) as reader:
             async with AsyncExitStack() as inside:
-                streamer = Streamer(store, placement, reader, resident, ring, trace, cancel, prefetch)
+                streamer = Streamer(store, plan, reader, resident, ring, trace, cancel, prefetch)
                 yield Setup(await inside.enter_async_context(streamer), reader, trace, cancel, inside)
 
 
@@ -122,35 +149,42 @@ async def assert_reads(reader: DiskReader, nbytes: int) -> None:
     assert reader.bytes_read == nbytes
 
 
-def assert_right(store: Store, block: LoadedBlock) -> None:
-    """The block's memory holds its file, and behind it what is decoded."""
-    layout = store.layout(block.info)
-    content = store.file_path(block.info).read_bytes()
+def assert_right(store: Store, loan: Loan) -> None:
+    """The block's weights are those of its file."""
+    info = next(block for block in store.tape if block.name == loan.block)
+    layout = store.layout(info)
+    content = store.file_path(info).read_bytes()
     expected = bytearray(content) + bytearray(layout.memory_nbytes - len(content))
-    found = memoryview(block.memory.numpy())  # type: ignore[arg-type]
     for item in layout.compressed:
         item.decode(memoryview(expected))
-        target = slice(item.target.offset, item.target.offset + item.target.nbytes)
-        assert found[target] == expected[target]
-    assert found[: len(content)] == content
+    memory = torch.frombuffer(expected, dtype=torch.uint8)
+    assert len(loan.names) == len(layout.weights)
+    for name, weight in layout.weights.items():
+        found, whole = loan.borrow(name.removeprefix(info.prefix)), weight.view(memory)
+        pairs = zip(tensors_of(found), tensors_of(whole), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def tensors_of(weight: AnyWeight) -> Sequence[torch.Tensor]:
+    return weight.codes if isinstance(weight, QuantizedWeight) else [weight]
 
 
 async def assert_pass(setup: Setup, store: Store) -> None:
     """Every block of the tape comes, in order and with the right bytes."""
     for info in store.tape:
         block = await setup.following()
-        assert block.info == info
+        assert block.block == info.name
         assert_right(store, block)
         await setup.release(block)
 
 
 def test_weights_go_by_their_names_inside_the_block(docs: Store) -> None:
     async def scenario() -> None:
-        async with streaming(docs, placement_of(docs, frozenset())) as setup:
-            block = await setup.following()
-            names = block.weights
-            assert "self_attn.q_proj.weight" in names and "final_layer_norm.bias" in names
-            assert len(names) == len(docs.layout(block.info).weights)
+        async with streaming(docs, plan_with(docs, frozenset())) as setup:
+            loan = await setup.following()
+            assert "self_attn.q_proj.weight" in loan.names and "final_layer_norm.bias" in loan.names
+            assert len(loan.names) == len(docs.layout(docs.tape[0]).weights)
+            await setup.release(loan)
 
     asyncio.run(scenario())
 
@@ -162,7 +196,7 @@ def test_blocks_come_in_order_with_the_right_bytes(
     small: Store, resident: tuple[int, ...], ring: str, prefetch: int | None
 ) -> None:
     async def scenario() -> None:
-        async with streaming(small, placement_of(small, frozenset(resident), ring), prefetch) as setup:
+        async with streaming(small, plan_with(small, frozenset(resident), ring), prefetch) as setup:
             for _ in range(3):
                 await assert_pass(setup, small)
 
@@ -174,7 +208,7 @@ def test_blocks_come_in_order_with_the_right_bytes(
 def test_a_converted_model_arrives_whole(docs: Store, count: int, prefetch: int | None) -> None:
     async def scenario() -> None:
         resident = interleave(count, len(docs.tape))
-        async with streaming(docs, placement_of(docs, resident), prefetch) as setup:
+        async with streaming(docs, plan_with(docs, resident), prefetch) as setup:
             for _ in range(2):
                 await assert_pass(setup, docs)
 
@@ -184,7 +218,7 @@ def test_a_converted_model_arrives_whole(docs: Store, count: int, prefetch: int 
 @pytest.mark.parametrize("policy", VerifyPolicy)
 def test_blocks_of_several_chunks_arrive_whole(large: Store, policy: VerifyPolicy) -> None:
     async def scenario() -> None:
-        async with streaming(large, placement_of(large, frozenset({1})), policy=policy) as setup:
+        async with streaming(large, plan_with(large, frozenset({1})), policy=policy) as setup:
             for _ in range(2):
                 for _ in large.tape:
                     block = await setup.following()
@@ -201,7 +235,7 @@ def test_the_bytes_read_are_those_planned(small: Store, resident: tuple[int, ...
     held = sum(small.tape[i].file.nbytes for i in resident)
 
     async def scenario() -> None:
-        async with streaming(small, placement_of(small, frozenset(resident)), prefetch) as setup:
+        async with streaming(small, plan_with(small, frozenset(resident)), prefetch) as setup:
             for number in range(passes):
                 setup.streamer.begin(is_last=number == passes - 1)
                 for _ in small.tape:
@@ -215,11 +249,10 @@ def test_the_bytes_read_are_those_planned(small: Store, resident: tuple[int, ...
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 1.0])
 def test_what_the_planner_places_can_be_streamed(small: Store, share: float) -> None:
     sizes = sizes_of(small)
-    placement = place(sizes, int(max(sizes) + share * (sum(sizes) - max(sizes))))
-    assert placement is not None
+    plan = plan_of(sizes, budget=int(max(sizes) + share * (sum(sizes) - max(sizes))))
 
     async def scenario() -> None:
-        async with streaming(small, placement) as setup:
+        async with streaming(small, plan) as setup:
             for _ in range(2 * len(sizes)):
                 block = await setup.following()
                 assert_right(small, block)
@@ -252,7 +285,7 @@ class Gate:
 
 def test_reading_goes_on_while_a_block_is_in_use(small: Store) -> None:
     async def scenario() -> None:
-        async with streaming(small, placement_of(small, frozenset(), "all")) as setup:
+        async with streaming(small, plan_with(small, frozenset(), "all")) as setup:
             block = await setup.following()
             await assert_reads(setup.reader, small.tape_nbytes)  # all the others, and no more than the ring holds
             await setup.release(block)
@@ -263,7 +296,7 @@ def test_reading_goes_on_while_a_block_is_in_use(small: Store) -> None:
 @pytest.mark.parametrize("prefetch", [0, 1, 2])
 def test_no_more_blocks_are_read_ahead_than_allowed(small: Store, prefetch: int) -> None:
     async def scenario() -> None:
-        async with streaming(small, placement_of(small, frozenset(), "all"), prefetch) as setup:
+        async with streaming(small, plan_with(small, frozenset(), "all"), prefetch) as setup:
             for asked in range(1, 3):
                 ahead = sum(block.file.nbytes for block in small.tape[: asked - 1 + prefetch])
                 await assert_reads(setup.reader, ahead)
@@ -274,18 +307,16 @@ def test_no_more_blocks_are_read_ahead_than_allowed(small: Store, prefetch: int)
 
 def test_nothing_is_read_beyond_the_end_until_it_is_lifted(small: Store) -> None:
     async def scenario() -> None:
-        async with streaming(small, placement_of(small, frozenset(), "all")) as setup:
+        async with streaming(small, plan_with(small, frozenset(), "all")) as setup:
             setup.streamer.begin(is_last=True)
             for _ in small.tape:
                 await setup.passing()
             await assert_reads(setup.reader, small.tape_nbytes)
-            waiting = asyncio.ensure_future(setup.following())
-            await asyncio.sleep(0.05)
-            assert not waiting.done()
             setup.streamer.begin()
-            block = await waiting
-            assert block.info == small.tape[0]
+            block = await setup.following()
+            assert block.block == small.tape[0].name
             assert_right(small, block)
+            await setup.release(block)
 
     asyncio.run(scenario())
 
@@ -294,9 +325,9 @@ def test_waiting_for_blocks_is_accounted_for(small: Store) -> None:
     gate = Gate()
 
     async def scenario() -> None:
-        async with streaming(small, placement_of(small, frozenset()), preadv=gate) as setup:
+        async with streaming(small, plan_with(small, frozenset()), preadv=gate) as setup:
             asyncio.get_running_loop().call_later(0.05, gate.open)
-            await setup.following()
+            await setup.passing()
             assert setup.streamer.wait_seconds >= 0.04
             assert setup.trace.total("wait").seconds == pytest.approx(setup.streamer.wait_seconds)
 
@@ -318,17 +349,17 @@ def test_a_failed_read_surfaces_where_its_block_would_have_come(
     small: Store, resident: tuple[int, ...], prefetch: int | None
 ) -> None:
     async def scenario() -> None:
-        placement = placement_of(small, frozenset(resident))
-        async with streaming(small, placement, prefetch, failing_at("layer-002")) as setup:
+        plan = plan_with(small, frozenset(resident))
+        async with streaming(small, plan, prefetch, failing_at("layer-002")) as setup:
             for _ in range(3):  # in every pass: what was not read is never taken for present
                 for info in small.tape[:2]:
                     block = await setup.following()
-                    assert block.info == info
+                    assert block.block == info.name
                     assert_right(small, block)
                     await setup.release(block)
                 with pytest.raises(ReadError, match=r"layer-002\.safetensors: read of .*\(EIO\)"):
                     await setup.following()
-                await setup.streamer.rewind()
+                await setup.rewind()
 
     asyncio.run(scenario())
 
@@ -340,7 +371,7 @@ def test_a_corrupt_block_surfaces_by_name(tmp_path: Path) -> None:
         file.write(b"flipped")
 
     async def scenario() -> None:
-        async with streaming(store, placement_of(store, frozenset({1}))) as setup:
+        async with streaming(store, plan_with(store, frozenset({1}))) as setup:
             await setup.passing()
             with pytest.raises(StoreError, match=r"layer-001\.safetensors: chunk 0 .* is corrupt"):
                 await setup.following()
@@ -356,7 +387,7 @@ def test_a_block_that_does_not_decode_surfaces_by_name(tmp_path: Path) -> None:
         file.write(b"flipped")
 
     async def scenario() -> None:
-        async with streaming(store, placement_of(store, frozenset()), policy=VerifyPolicy.NEVER) as setup:
+        async with streaming(store, plan_with(store, frozenset()), policy=VerifyPolicy.NEVER) as setup:
             with pytest.raises(StoreError, match=r"layer-000\.weight: damaged zstd frame"):
                 await setup.following()
 
@@ -364,23 +395,24 @@ def test_a_block_that_does_not_decode_surfaces_by_name(tmp_path: Path) -> None:
 
 
 def test_an_error_in_the_feed_itself_surfaces_again_and_again(small: Store) -> None:
-    sizes = sizes_of(small)
+    plan = plan_with(small, frozenset())
+    small_ring = Placement(frozenset(), 0, max(sizes_of(small)[:4]))  # too small for the head
 
     async def scenario() -> None:
-        placement = Placement(frozenset(), 0, max(sizes[:4]))  # too small for the head
-        async with streaming(small, placement) as setup:
-            for _ in range(4):
-                await setup.passing()
+        async with streaming(small, replace(plan, placement=small_ring)) as setup:
             for _ in range(2):
-                with pytest.raises(AssertionError, match="in a ring of"):
+                for _ in range(4):
+                    await setup.passing()
+                with pytest.raises(AssertionError, match="of a ring of"):
                     await setup.following()
+                await setup.rewind()
 
     asyncio.run(scenario())
 
 
 def test_errors_that_nobody_asks_for_make_no_noise(small: Store, caplog: pytest.LogCaptureFixture) -> None:
     async def scenario() -> None:
-        async with streaming(small, placement_of(small, frozenset(), "all"), preadv=failing_at("layer-")):
+        async with streaming(small, plan_with(small, frozenset(), "all"), preadv=failing_at("layer-")):
             await asyncio.sleep(0.1)
 
     with caplog.at_level(logging.WARNING, logger="asyncio"):
@@ -409,7 +441,7 @@ def test_leaving_while_reads_run_leaves_nothing_behind(large: Store, resident: t
 
     async def scenario() -> None:
         before = asyncio.all_tasks()
-        async with streaming(large, placement_of(large, frozenset(resident), "all"), preadv=gate) as setup:
+        async with streaming(large, plan_with(large, frozenset(resident), "all"), preadv=gate) as setup:
             await asyncio.to_thread(gate.begun.wait)
             asyncio.get_running_loop().call_later(0.1, gate.open)
             await setup.inside.aclose()
@@ -426,7 +458,7 @@ def test_leaving_while_reads_run_leaves_nothing_behind(large: Store, resident: t
 def test_leaving_after_an_error_leaves_nothing_behind(large: Store) -> None:
     async def scenario() -> None:
         before = asyncio.all_tasks()
-        async with streaming(large, placement_of(large, frozenset(), "all"), preadv=failing_at("layer-")) as setup:
+        async with streaming(large, plan_with(large, frozenset(), "all"), preadv=failing_at("layer-")) as setup:
             with pytest.raises(ReadError):
                 await setup.following()
         assert asyncio.all_tasks() == before
@@ -434,37 +466,36 @@ def test_leaving_after_an_error_leaves_nothing_behind(large: Store) -> None:
     asyncio.run(asyncio.wait_for(scenario(), SECONDS))
 
 
-def test_a_wait_ends_soon_when_it_is_cancelled_and_loses_no_block(small: Store) -> None:
+def test_a_wait_ends_soon_when_it_is_cancelled_and_the_next_pass_loses_no_block(small: Store) -> None:
     gate = Gate()
 
     async def scenario() -> None:
-        async with streaming(small, placement_of(small, frozenset()), preadv=gate) as setup:
+        async with streaming(small, plan_with(small, frozenset()), preadv=gate) as setup:
             await asyncio.to_thread(gate.begun.wait)
-            for _ in range(3):
-                asyncio.get_running_loop().call_later(0.02, setup.cancel.set)
-                with pytest.raises(InterruptedRun):
-                    await setup.following()
-                setup.cancel.clear()
+            asyncio.get_running_loop().call_later(0.02, setup.cancel.set)
+            with pytest.raises(InterruptedRun):
+                await setup.following()
+            setup.cancel.clear()
+            rewinding = asyncio.ensure_future(setup.rewind())
+            await asyncio.sleep(0.01)
             gate.open()
-            for number in range(7):
-                block = await setup.following()
-                assert block.info == small.tape[number % len(small.tape)]
-                assert_right(small, block)
-                await setup.release(block)
+            await rewinding
+            for _ in range(2):
+                await assert_pass(setup, small)
 
     asyncio.run(scenario())
 
 
 def test_resident_blocks_that_are_read_are_lent_without_the_loop(small: Store) -> None:
     async def scenario() -> None:
-        async with streaming(small, placement_of(small, frozenset(range(len(SIZES))))) as setup:
+        async with streaming(small, plan_with(small, frozenset(range(len(SIZES))))) as setup:
             for _ in SIZES:
                 await setup.passing()
             waited = setup.streamer.wait_seconds
             # In the loop's own thread: whoever waited for it here would wait for ever.
-            for info in small.tape:
-                with setup.streamer.lend() as block:
-                    assert block.info == info and block.span is None
+            for number, info in enumerate(small.tape):
+                with setup.streamer.lend(number) as block:
+                    assert block.block == info.name
                     assert_right(small, block)
             assert setup.streamer.wait_seconds == waited
             assert setup.reader.bytes_read == small.tape_nbytes
@@ -481,10 +512,10 @@ def test_after_rewinding_the_first_block_is_next_and_resident_ones_are_not_read_
     held = sum(small.tape[i].file.nbytes for i in resident)
 
     async def scenario() -> None:
-        async with streaming(small, placement_of(small, frozenset(resident), "all"), prefetch) as setup:
+        async with streaming(small, plan_with(small, frozenset(resident), "all"), prefetch) as setup:
             for _ in range(stop):
                 await setup.passing()
-            await setup.streamer.rewind()
+            await setup.rewind()
             dropped = setup.reader.bytes_read
             for number in range(2):
                 setup.streamer.begin(is_last=number == 1)
@@ -500,9 +531,9 @@ def test_rewinding_waits_for_reads_in_flight(large: Store) -> None:
     gate = Gate()
 
     async def scenario() -> None:
-        async with streaming(large, placement_of(large, frozenset(), "all"), preadv=gate) as setup:
+        async with streaming(large, plan_with(large, frozenset(), "all"), preadv=gate) as setup:
             await asyncio.to_thread(gate.begun.wait)
-            rewinding = asyncio.ensure_future(setup.streamer.rewind())
+            rewinding = asyncio.ensure_future(setup.rewind())
             await asyncio.sleep(0.05)
             assert not rewinding.done()
             gate.open()
@@ -518,9 +549,9 @@ def test_a_rewind_that_nobody_waits_for_does_not_outlive_the_streamer(large: Sto
 
     async def scenario() -> None:
         # Of the resident blocks' reads, which a rewind leaves alone, some are still in flight when it has ended.
-        async with streaming(large, placement_of(large, frozenset({0, 1}), "all"), preadv=gate) as setup:
+        async with streaming(large, plan_with(large, frozenset({0, 1}), "all"), preadv=gate) as setup:
             await asyncio.to_thread(gate.begun.wait)
-            rewinding = asyncio.ensure_future(setup.streamer.rewind())
+            rewinding = asyncio.ensure_future(setup.rewind())
             await asyncio.sleep(0.01)
             closing = asyncio.ensure_future(setup.inside.aclose())
             await asyncio.sleep(0.01)
@@ -532,10 +563,117 @@ def test_a_rewind_that_nobody_waits_for_does_not_outlive_the_streamer(large: Sto
 
 def test_nothing_is_held_after_leaving(small: Store) -> None:
     async def scenario() -> None:
-        async with streaming(small, placement_of(small, frozenset({0, 2}))) as setup:
+        async with streaming(small, plan_with(small, frozenset({0, 2}))) as setup:
             for _ in small.tape:
                 await setup.passing()
             await setup.inside.aclose()
-            assert setup.streamer._blocks._items == {}
+            assert setup.streamer._units._items == {}
+            assert not any(loan._views for loan in setup.streamer._loans)
+
+    asyncio.run(scenario())
+
+
+@pytest.fixture(scope="module")
+def cut(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """Two layers of four units each, and a head of two, of one size."""
+    folder = tmp_path_factory.mktemp("stream") / "cut.tiered"
+    store = write_store(folder, [80_000, 80_000, 40_000])
+    return in_units(store, folder / "units", in_twenties)
+
+
+def in_twenties(block: BlockInfo, names: Sequence[str]) -> list[Group]:
+    end = 40_000 if block.role == "head" else 80_000
+    return [Group("dense", [Rows("weight", start, start + 20_000)]) for start in range(0, end, 20_000)]
+
+
+def cut_plan(store: Store, units: int, resident: frozenset[int] = frozenset(), held: Held = UNHELD) -> Plan:
+    """A plan with a ring of so many units."""
+    blocks = dense_units(store)
+    sizes = [unit.memory_nbytes for block in blocks for unit in block]
+    tape = tape_of(sizes, counts=list(map(len, blocks)))
+    placement = Placement(resident, sum(sizes[unit] for unit in resident), units * max(sizes))
+    return replace(plan_of(sizes, budget=GIB), tape=tape, held=held, placement=placement)
+
+
+async def in_thread(work: Callable[[], T], setup: Setup) -> T:
+    try:
+        return await asyncio.wait_for(asyncio.to_thread(work), SECONDS)
+    except TimeoutError:
+        setup.cancel.set()
+        raise
+
+
+def test_while_one_unit_is_computed_with_the_next_is_read_and_no_more_than_the_ring_holds(cut: Store) -> None:
+    nbytes = dense_units(cut)[0][0].nbytes
+
+    async def scenario() -> None:
+        async with streaming(cut, cut_plan(cut, 2)) as setup:
+            read = 0
+            for number, parts in ((0, 4), (1, 4), (2, 2)):
+                with setup.streamer.lend(number) as loan:
+                    for key in loan.parts("weight"):
+                        await in_thread(functools.partial(loan.borrow, key), setup)
+                        read += nbytes
+                        await assert_reads(setup.reader, read + nbytes)
+                        loan.release(key)
+                    assert len(loan.parts("weight")) == parts
+
+    asyncio.run(scenario())
+
+
+def test_what_is_held_stays_until_its_block_ends(cut: Store) -> None:
+    nbytes = dense_units(cut)[0][0].nbytes
+
+    async def scenario() -> None:
+        async with streaming(cut, cut_plan(cut, 5, held=Held(layers=True))) as setup:
+            for number in range(2):
+                with setup.streamer.lend(number, is_held=True) as loan:
+                    for _ in range(2):
+                        for key in loan.parts("weight"):
+                            await in_thread(functools.partial(loan.borrow, key), setup)
+                            loan.release(key)
+                    await assert_reads(setup.reader, (4 * number + 5) * nbytes)
+
+    asyncio.run(scenario())
+
+
+def test_units_that_nobody_asks_for_are_passed_by(cut: Store) -> None:
+    async def scenario() -> None:
+        for prefetch in (None, 0, 1):
+            async with streaming(cut, cut_plan(cut, 2), prefetch) as setup:
+                for _ in range(3):
+                    for number in range(3):
+                        with setup.streamer.lend(number) as loan:
+                            if number == 1:
+                                await in_thread(functools.partial(loan.borrow, loan.parts("weight")[0]), setup)
+
+    asyncio.run(scenario())
+
+
+def test_a_unit_for_which_the_ring_has_no_room_is_an_error_by_name(cut: Store) -> None:
+    async def scenario() -> None:
+        async with streaming(cut, cut_plan(cut, 2)) as setup:
+            for _ in range(2):
+                wanted = r"'opt': layer-000/unit-2 .*\(layer-000/unit-0, layer-000/unit-1\).* expected layer-000/unit-0"
+                with pytest.raises(UnsupportedFamilyError, match=wanted), setup.streamer.lend(0, is_held=True) as loan:
+                    for key in loan.parts("weight"):
+                        await in_thread(functools.partial(loan.borrow, key), setup)
+                with pytest.raises(AssertionError, match="rewind first"):
+                    setup.streamer.begin()
+                await setup.rewind()
+
+    asyncio.run(scenario())
+
+
+def test_a_unit_that_has_gone_is_an_error_by_name(cut: Store) -> None:
+    async def scenario() -> None:
+        async with streaming(cut, cut_plan(cut, 2, frozenset({1}))) as setup:
+            with setup.streamer.lend(0) as loan:
+                first, second, *_ = loan.parts("weight")
+                for key in (first, second, second):
+                    await in_thread(functools.partial(loan.borrow, key), setup)
+                    loan.release(key)
+                with pytest.raises(UnsupportedFamilyError, match=r"of unit unit-0 after .*, expected unit unit-2"):
+                    loan.borrow(first)
 
     asyncio.run(scenario())

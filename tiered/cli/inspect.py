@@ -16,7 +16,7 @@ from tiered.arch import context_for, load_config
 from tiered.cli.lines import columns, print_json
 from tiered.errors import ConfigError, TieredError
 from tiered.generate.tokenizer import load_tokenizer
-from tiered.plan import ModelShape, Plan, Workload
+from tiered.plan import MAX_BATCHED_TOKENS, ModelShape, Plan, Workload
 from tiered.plan.fits import Fit, fits
 from tiered.runtime import Options, measure_inputs
 from tiered.store import Store
@@ -80,7 +80,7 @@ class Inspection:
         rate = self.disk_bandwidth
         return {
             "budget_bytes": fit.plan.budget,
-            "resident_blocks": len(fit.plan.placement.resident),
+            "resident_blocks": fit.plan.resident_blocks,
             "resident_bytes": fit.resident_nbytes,
             "resident_share": fit.resident_share,
             "bytes_read_per_pass": fit.read_nbytes,
@@ -107,7 +107,7 @@ def _inspect(path: Path, context: int | None, sequences: int, dtype: str, disk_b
     store = Store.open(path)
     summary = summarize(store)
     config = load_config(store.path)
-    workload = Workload(sequences, context_for(config, context, "--context"))
+    workload = Workload(sequences, context_for(config, context, "--context"), max_batched_tokens=MAX_BATCHED_TOKENS)
     # A run has loaded its tokenizer before it measures the process. A damaged tokenizer does not keep a store from
     # being inspected.
     with contextlib.suppress(TieredError):

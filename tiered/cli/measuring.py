@@ -62,14 +62,14 @@ class Measured:
             disk_wait_seconds=disk_wait_seconds,
             peak_rss_bytes=process_peak_rss_bytes(),
             ram_budget_bytes=plan.budget,
-            tape_bytes=store.tape_nbytes,
+            tape_bytes=sum(plan.tape.file_nbytes),
             resident_bytes=plan.placement.resident_nbytes,
             missing_overlap_bytes=plan.missing_overlap_nbytes,
             read_mode=runtime.reader.mode.value if runtime.reader.mode is not None else "nothing read",
             kernels=runtime.host.kernels.description,
             synthetic=store.manifest.synthetic,
         )
-        return Surroundings(plan, sum(block.file.nbytes for block in runtime.streamed_blocks), figures)
+        return Surroundings(plan, plan.read_nbytes, figures)
 
 
 @contextmanager
@@ -102,6 +102,6 @@ def _is_one_disk(runtime: Runtime) -> bool:
 
 def _raw_bandwidth(runtime: Runtime) -> RawBandwidth:
     """The bandwidth of the files that are streamed, or of all files where only the KV cache is on disk."""
-    files = [runtime.store.file_path(block) for block in runtime.streamed_blocks or runtime.store.tape]
+    files = runtime.streamed_files or [runtime.store.file_path(block) for block in runtime.store.tape]
     direct = runtime.probe_read_mode() is ReadMode.DIRECT
     return measure_raw(files, runtime.scratch_memory(), direct)

@@ -4,7 +4,7 @@
     bound of a scoring     = max((S + (passes - 1) * (S - M) + K) / B, C)
 
 S: bytes of the tape. K: bytes of the KV cache written to disk and read from it. M: all that the budget leaves after
-baseline, KV cache, workspace and two blocks, used or not. B: raw disk bandwidth, measured before and after by
+baseline, KV cache, workspace and two units, used or not. B: raw disk bandwidth, measured before and after by
 separate code. C: compute seconds, measured. Of a scoring K and C are those of all passes together: nothing is resident
 before the first one, which reads everything, and reading goes on across passes, so only the sums can be compared.
 """
@@ -39,10 +39,10 @@ class Figures:
     peak_rss_bytes: int
     ram_budget_bytes: int
     tape_bytes: int
-    """S: bytes of all blocks of the tape, as they lie on disk."""
+    """S: bytes of all units of the tape, as they lie on disk."""
     resident_bytes: int
     missing_overlap_bytes: int
-    """What the budget lacked to read one block while the one before computes; 0 where it lacked nothing."""
+    """What the budget lacked to read one unit while the one before computes; 0 where it lacked nothing."""
     read_mode: str
     kernels: str
     """What computed: instruction set, mode and threads."""
@@ -61,7 +61,7 @@ class Figures:
         ]
         if self.missing_overlap_bytes:
             lines.append(
-                "          room for one block at a time, so reading and computing took turns: "
+                "          no room to read ahead, so reading and computing took turns: "
                 f"with {format_size(self.missing_overlap_bytes)} more they would overlap"
             )
         return lines
@@ -87,16 +87,16 @@ class Surroundings:
 
     plan: Plan
     streamed_file_bytes: int
-    """Of the tape's bytes on disk, those of blocks that are not resident."""
+    """Of the tape's bytes on disk, those of units that are not resident."""
     figures: Figures
 
     @property
     def again_nbytes(self) -> int:
         """S - M: bytes of files that a pass must read when as much as possible is resident.
 
-        Compressed blocks count with their bytes on disk, which are fewer than in memory.
+        Compressed units count with their bytes on disk, which are fewer than in memory.
         """
-        share = 1 - self.plan.bound_resident_nbytes / sum(self.plan.tape_sizes)
+        share = 1 - self.plan.bound_resident_nbytes / self.plan.tape.total
         return round(share * self.figures.tape_bytes)
 
 

@@ -1,7 +1,7 @@
 """transformers' graph, our weights: offloaded linears, the recorder, the engine."""
 
 from tiered.model.attention import KernelAttention, registered_attention, use_attention
-from tiered.model.bind import BoundModel, load_outer
+from tiered.model.bind import BoundModel, load_tables
 from tiered.model.engine import Engine, OnBlock, Pass
 from tiered.model.forward import ForwardBatch, ForwardWork, check_token_ids, keep_positions, slice_mask
 from tiered.model.match import check_layers, check_match
@@ -30,7 +30,7 @@ __all__ = [
     "check_match",
     "check_token_ids",
     "keep_positions",
-    "load_outer",
+    "load_tables",
     "model_shape",
     "registered_attention",
     "slice_mask",

@@ -1,10 +1,10 @@
-"""Lending weights to the skeleton's modules: linear layers borrow theirs, small tensors are swapped in by name.
+"""Lending weights to the skeleton's modules: linear layers and experts borrow theirs when they compute.
 
-In: the skeleton and the views of a loaded block. Out: a module that computes with them until the context ends. A token
-goes through every layer in milliseconds, so the place of each name is looked up only once for each module.
+In: the skeleton, and the loan of a block. Out: a module that computes with it until the context ends. A token goes
+through every layer in milliseconds, so what is in memory costs a module only look-ups in dictionaries.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -15,32 +15,54 @@ from torch.func import functional_call
 from tiered.arch import Skeleton, is_expert_stack, is_plain_linear
 from tiered.io import DiskReader
 from tiered.kernels import Kernels
+from tiered.model.desk import Desk
 from tiered.model.experts import OffloadedExperts
-from tiered.quant import QuantizedWeight
-from tiered.store import PAGE, Store
-
-AnyWeight = torch.Tensor | QuantizedWeight
+from tiered.store import PAGE, Store, Unit
+from tiered.stream import AnyWeight, Loan
 
 
 class OffloadedLinear(nn.Module):
-    """Takes an nn.Linear's place: the same function, of a weight that is lent for as long as its block is."""
+    """Takes an nn.Linear's place: the same function, of a weight that is borrowed while it is computed.
 
-    def __init__(self, original: nn.Linear, kernels: Kernels) -> None:
+    `path` is the module's own, inside the block's module: "" where it is the block's.
+    """
+
+    def __init__(self, original: nn.Linear, kernels: Kernels, desk: Desk, path: str) -> None:
         super().__init__()
         self.in_features, self.out_features = original.in_features, original.out_features
-        # A head's bias may be resident (set_outer); a layer's is lent with its weight.
-        self.bias = original.bias
-        self.lent: dict[str, AnyWeight] = {}
-        """By "weight" and "bias"; empty outside a loan. A dictionary, as setting a module's attributes is slow."""
-        self._kernels = kernels
+        # May be resident for good (BoundModel.keep); else it is lent beside the weight.
+        self.register_parameter("bias", original.bias)
+        self._kernels, self._desk = kernels, desk
+        self._weight_name, self._bias_name = _joined(path, "weight"), _joined(path, "bias")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] -> [..., out_features]."""
-        lent = self.lent
-        assert lent, "used outside its block"
-        bias = lent.get("bias", self.bias)
-        assert bias is None or isinstance(bias, torch.Tensor)
-        return self._kernels.linear(x, lent["weight"], bias)
+        loan = self._desk.loan
+        assert loan is not None, "used outside its block"
+        own: torch.Tensor | None = self._parameters["bias"]
+        bias, keys = own, loan.parts(self._weight_name)
+        if own is not None and self._bias_name in loan.names:
+            # The graph's own dtype, which is the compute dtype.
+            bias = loan.borrow(self._bias_name).to(own.dtype)  # type: ignore[union-attr]
+        y = self._by_rows(loan, x, keys, bias) if len(keys) > 1 else self._product(loan, x, keys[0], bias)
+        if bias is not own:
+            loan.release(self._bias_name)
+        return y
+
+    def _product(self, loan: Loan, x: torch.Tensor, key: str, bias: torch.Tensor | None) -> torch.Tensor:
+        y = self._kernels.linear(x, loan.borrow(key), bias)
+        loan.release(key)
+        return y
+
+    def _by_rows(self, loan: Loan, x: torch.Tensor, keys: Sequence[str], bias: torch.Tensor | None) -> torch.Tensor:
+        """The same where ranges of the weight's rows are in several units."""
+        y = x.new_empty((*x.shape[:-1], self.out_features))
+        start = 0
+        for key in keys:
+            stop = start + loan.borrow(key).shape[0]
+            y[..., start:stop] = self._product(loan, x, key, None if bias is None else bias[start:stop])
+            start = stop
+        return y
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
@@ -48,43 +70,32 @@ class OffloadedLinear(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class _Place:
-    """Where the weight of one name belongs."""
+    """Where the weight of one name belongs that no module borrows."""
 
     target: nn.Module
     attribute: str
-    own: torch.Tensor | None
-    """The graph's own tensor of that name, whose dtype the weight gets; None where a borrowing module has none."""
-    lent: dict[str, AnyWeight] | None
-    """The target's dictionary of borrowed weights; None: it has none, and the weight takes the place of `own`."""
+    own: torch.Tensor
+    """The graph's own tensor of that name, whose dtype the weight gets and whose place it takes."""
 
     @classmethod
-    def find(cls, module: nn.Module, name: str) -> "_Place":
+    def find(cls, module: nn.Module, name: str) -> "_Place | None":
+        """None where the module that has the weight borrows it when it computes."""
         path, _, attribute = name.rpartition(".")
         target = module.get_submodule(path)
-        lent: dict[str, AnyWeight] | None = getattr(target, "lent", None)
-        own: torch.Tensor | None = getattr(target, attribute) if lent is None else getattr(target, attribute, None)
-        return cls(target, attribute, own, lent)
+        if isinstance(target, OffloadedLinear | OffloadedExperts):
+            return None
+        return cls(target, attribute, getattr(target, attribute))
 
-    def lend(self, name: str, weight: AnyWeight) -> None:
-        """Give `weight` to the target until `take_back`."""
-        if self.own is not None:
-            assert isinstance(weight, torch.Tensor), f"{name}: only linear layers can be quantized"
-            # The graph's own dtype: the compute dtype, except for tensors that a family keeps in float32.
-            weight = weight.to(self.own.dtype) if weight.is_floating_point() else weight
-        if self.lent is not None:
-            self.lent[self.attribute] = weight
-        else:
-            assert isinstance(weight, torch.Tensor)
-            self._put(weight)
+    def put(self, weight: AnyWeight) -> None:
+        """Let `weight` take the place of `own`."""
+        assert isinstance(weight, torch.Tensor), f"{self.attribute}: only linear layers can be quantized"
+        # The graph's own dtype: the compute dtype, except for tensors that a family keeps in float32.
+        self._set(weight.to(self.own.dtype) if weight.is_floating_point() else weight)
 
     def take_back(self) -> None:
-        if self.lent is not None:
-            self.lent.pop(self.attribute, None)
-        else:
-            assert self.own is not None
-            self._put(self.own)
+        self._set(self.own)
 
-    def _put(self, tensor: torch.Tensor) -> None:
+    def _set(self, tensor: torch.Tensor) -> None:
         # Bypasses nn.Module's checks, as torch.func.functional_call does: a view is not an nn.Parameter.
         of = self.target._buffers if self.attribute in self.target._buffers else self.target._parameters
         of[self.attribute] = tensor  # type: ignore[assignment]
@@ -95,11 +106,13 @@ class BoundModel:
 
     def __init__(self, skeleton: Skeleton, dtype: torch.dtype, kernels: Kernels) -> None:
         self.skeleton, self.dtype = skeleton, dtype
+        self._desk = Desk()
         self._places: dict[nn.Module, dict[str, _Place]] = {}
+        """Of each module that was lent weights: the places of those that nothing borrows."""
         self.layers: list[nn.Module] = list(skeleton.layers)
         for layer in self.layers:
-            _offload(layer, kernels)
-        self.head = OffloadedLinear(_linear_at(skeleton.model, skeleton.head_name), kernels)
+            _offload(layer, kernels, self._desk, "")
+        self.head = OffloadedLinear(_linear_at(skeleton.model, skeleton.head_name), kernels, self._desk, "")
         skeleton.model.set_output_embeddings(self.head)
         # It matters in training only, and torch would demand that it is among the few rows that `embed` is given.
         skeleton.embedding.padding_idx = None
@@ -107,13 +120,14 @@ class BoundModel:
     def set_outer(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Give the parts outside layers, embedding and head their tensors, by full name, for good."""
         for name, tensor in tensors.items():
+            _keep(self.skeleton.model, name, tensor.to(self.dtype) if tensor.is_floating_point() else tensor)
+
+    def set_small(self, module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Give a layer or the head its small tensors, by name inside it, for good."""
+        for name, tensor in tensors.items():
             path, _, attribute = name.rpartition(".")
-            module = self.skeleton.model.get_submodule(path)
-            value = tensor.to(self.dtype) if tensor.is_floating_point() else tensor
-            if attribute in module._buffers:
-                module._buffers[attribute] = value
-            else:
-                module.register_parameter(attribute, nn.Parameter(value, requires_grad=False))
+            own: torch.Tensor = getattr(module.get_submodule(path), attribute)
+            _keep(module, name, tensor.to(own.dtype) if tensor.is_floating_point() else tensor)
 
     def embed(self, rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """What the model's own embedding module returns for `index` [...], with `rows` [n, width] as its table."""
@@ -122,38 +136,61 @@ class BoundModel:
         return embedded
 
     @contextmanager
-    def lend(self, module: nn.Module, weights: Mapping[str, AnyWeight]) -> Iterator[nn.Module]:
-        """Lend `weights`, named as inside `module`, for the duration of the context."""
-        known = self._places.setdefault(module, {})
-        lent: list[_Place] = []
+    def lend(self, module: nn.Module, loan: Loan) -> Iterator[nn.Module]:
+        """Let `module` compute with the weights of `loan` for the duration of the context.
+
+        Weights that no linear layer or stack of experts borrows are borrowed here, at once and until the end.
+        """
+        places = self._places.get(module)
+        if places is None:
+            found = {name: _Place.find(module, name) for name in loan.names}
+            places = self._places[module] = {name: place for name, place in found.items() if place is not None}
+        put: list[_Place] = []
+        self._desk.loan = loan
         try:
-            for name, weight in weights.items():
-                place = known.get(name)
-                if place is None:
-                    place = known[name] = _Place.find(module, name)
-                lent.append(place)
-                place.lend(name, weight)
+            for name, place in places.items():
+                weight = loan.borrow(name)
+                put.append(place)
+                place.put(weight)
             yield module
         finally:
-            for place in lent:
+            self._desk.loan = None
+            for place in put:
                 place.take_back()
 
 
-async def load_outer(model: BoundModel, store: Store, reader: DiskReader) -> None:
-    """Read the tensors that are neither in layers nor embedding nor head, and give them to `model` for good."""
-    block = store.blocks.get("outer")
-    if block is None:
-        return
-    layout = store.layout(block)
+async def load_tables(model: BoundModel, store: Store, reader: DiskReader) -> None:
+    """Read the tensors that stay in memory for good, and give them to `model`: those that are neither in layers nor
+    embedding nor head, and the small ones of layers and head."""
+    if (outer := store.blocks.get("outer")) is not None:
+        for unit in store.layout(outer).units:
+            model.set_outer(await _copies(unit, reader))
+    for block, module in zip(store.tape, [*model.layers, model.head], strict=True):
+        for unit in store.layout(block).units:
+            if unit.kind == "small":
+                tensors = await _copies(unit, reader)
+                model.set_small(module, {name.removeprefix(block.prefix): tensor for name, tensor in tensors.items()})
+
+
+async def _copies(unit: Unit, reader: DiskReader) -> dict[str, torch.Tensor]:
+    """The tensors of `unit`, by full name."""
     # Not borrowed from the arena: only copies in the compute dtype are kept, and this memory is freed at once.
-    memory = _aligned(max(unit.memory_nbytes for unit in layout.units))
+    memory = _aligned(unit.memory_nbytes)
     view = memoryview(memory.numpy())  # type: ignore[arg-type]  # numpy's stubs lack the buffer protocol here
-    for unit in layout.units:
-        await reader.read_unit(unit, view)
-        for item in unit.compressed:
-            item.decode(view)
-        tensors = {name: weight.view(memory) for name, weight in unit.weights.items()}
-        model.set_outer({name: tensor.clone() for name, tensor in tensors.items()})  # type: ignore[union-attr]
+    await reader.read_unit(unit, view)
+    for item in unit.compressed:
+        item.decode(view)
+    return {name: weight.view(memory).clone() for name, weight in unit.weights.items()}  # type: ignore[union-attr]
+
+
+def _keep(module: nn.Module, name: str, value: torch.Tensor) -> None:
+    """Make `value` the parameter or buffer `name` inside `module`."""
+    path, _, attribute = name.rpartition(".")
+    target = module.get_submodule(path)
+    if attribute in target._buffers:
+        target._buffers[attribute] = value
+    else:
+        target.register_parameter(attribute, nn.Parameter(value, requires_grad=False))
 
 
 def _aligned(nbytes: int) -> torch.Tensor:
@@ -163,15 +200,20 @@ def _aligned(nbytes: int) -> torch.Tensor:
     return raw[start : start + nbytes]
 
 
-def _offload(module: nn.Module, kernels: Kernels) -> None:
+def _offload(module: nn.Module, kernels: Kernels, desk: Desk, path: str) -> None:
     for name, child in module.named_children():
+        inside = _joined(path, name)
         if is_plain_linear(child):
             assert isinstance(child, nn.Linear)
-            setattr(module, name, OffloadedLinear(child, kernels))
+            setattr(module, name, OffloadedLinear(child, kernels, desk, inside))
         elif is_expert_stack(child):
-            setattr(module, name, OffloadedExperts(child, kernels))
+            setattr(module, name, OffloadedExperts(child, kernels, desk, inside))
         else:
-            _offload(child, kernels)
+            _offload(child, kernels, desk, inside)
+
+
+def _joined(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
 
 
 def _linear_at(model: nn.Module, weight_name: str) -> nn.Linear:

@@ -1,11 +1,12 @@
-"""One pass over the tape: while a block's weights are lent, all micro-batches of the work use them.
+"""One pass over the tape: while a block is lent, all micro-batches of the work compute with its weights.
 
     embeddings of all tokens -> record every micro-batch
-    for each layer: wait for its weights; for each micro-batch: hidden = layer(hidden)
+    for each layer: for each micro-batch: hidden = layer(hidden), in which each linear layer waits for its weight
     head: replay -> logits
 
 Within a block, one text may pass in several micro-batches, one behind the other: each finds the keys of the earlier
-ones in the cache. So a long prompt costs one pass, and activations stay small.
+ones in the cache. So a long prompt costs one pass, and activations stay small. With several micro-batches a block's
+weights stay until the last one has used them; with one, each goes back as soon as it has been computed with.
 
 All of it is a plain loop in the compute thread. Reading goes on in the event loop's thread meanwhile (`stream/`).
 """
@@ -22,7 +23,7 @@ from tiered.kernels import CancelFlag
 from tiered.model.bind import BoundModel
 from tiered.model.record import Recorder
 from tiered.model.work import Embedded, Group, MicroBatch, Work
-from tiered.stream import EmbeddingRows, LoadedBlock, Streams, run_in
+from tiered.stream import EmbeddingRows, Streams, run_in
 from tiered.trace import Tracer
 
 OnBlock = Callable[[int, int], None]
@@ -38,7 +39,7 @@ class Pass:
     seconds: float
     compute_seconds: float
     wait_seconds: float
-    """Seconds in which the computation waited for blocks, or for KV blocks on disk."""
+    """Seconds in which the computation waited for units, or for KV blocks on disk."""
     block_seconds: tuple[float, ...]
     """Seconds of each block beyond waiting and computing: lending weights and bookkeeping."""
 
@@ -48,8 +49,13 @@ class _Clock:
     """What a pass has cost so far."""
 
     streams: Streams
+    trace: Tracer
     compute_seconds: float = 0.0
     block_seconds: list[float] = field(default_factory=list)
+    computing_since: float | None = None
+    """When computing began, or went on after a wait; None: something else is being done."""
+    name: str = ""
+    """What is being computed."""
 
     @property
     def waited(self) -> float:
@@ -58,13 +64,25 @@ class _Clock:
         return streams.blocks.wait_seconds + (streams.kv.wait_seconds if streams.kv is not None else 0.0)
 
     @contextlib.contextmanager
-    def computing(self) -> Iterator[None]:
-        """Time the body as computing."""
-        start = time.perf_counter()
+    def computing(self, name: str) -> Iterator[None]:
+        """Time the body, less waits for units in it, as computing `name`."""
+        self.name, self.computing_since = name, time.perf_counter()
         try:
             yield
         finally:
-            self.compute_seconds += time.perf_counter() - start
+            self._computed(time.perf_counter())
+            self.computing_since = None
+
+    def on_wait(self, start: float, seconds: float) -> None:
+        """A wait ends one stretch of computing and begins another."""
+        if self.computing_since is not None:
+            self._computed(start)
+            self.computing_since = start + seconds
+
+    def _computed(self, stop: float) -> None:
+        assert self.computing_since is not None
+        self.compute_seconds += stop - self.computing_since
+        self.trace.record("compute", self.name, self.computing_since, stop - self.computing_since)
 
     @contextlib.contextmanager
     def block(self) -> Iterator[None]:
@@ -91,27 +109,27 @@ class Engine:
 
         `is_last` promises that no other pass follows. After an error the streams must be rewound.
         """
-        start, clock = time.perf_counter(), _Clock(streams)
+        start, clock = time.perf_counter(), _Clock(streams, self._trace)
         waited = clock.waited
         self.passes += 1
-        streams.blocks.begin(is_last)
+        streams.blocks.begin(is_last, clock.on_wait)
         groups = self._record(work, streams, clock)
         lent = [group.blocks for group in groups if group.blocks is not None]
-        total = len(self.model.layers) + 1
+        layers, total = len(self.model.layers), len(self.model.layers) + 1
+        is_held = sum(len(group.micro_batches) for group in groups) > 1
         with streams.kv.serving(lent) if streams.kv is not None and lent else contextlib.nullcontext():
             for number, layer in enumerate(self.model.layers):
-                with clock.block(), streams.blocks.lend() as block, self.model.lend(layer, block.weights):
+                with clock.block(), streams.blocks.lend(number, is_held) as loan, self.model.lend(layer, loan):
                     for group in groups:
-                        with self._pages(streams, group, number), clock.computing(), self._span(block):
+                        with self._pages(streams, group, number), clock.computing(loan.block):
                             self._run_layer(number, layer, group.micro_batches)
                 if on_block is not None:
                     on_block(number + 1, total)
             with (
                 clock.block(),
-                streams.blocks.lend() as block,
-                self.model.lend(self.model.head, block.weights),
-                clock.computing(),
-                self._span(block),
+                streams.blocks.lend(layers, work.head_steps(groups) > 1) as loan,
+                self.model.lend(self.model.head, loan),
+                clock.computing(loan.block),
             ):
                 self._cancel.check()
                 logits = work.finish(self._recorder, groups)
@@ -125,12 +143,9 @@ class Engine:
         """The micro-batches of `work`, ready for the first layer."""
         ids = work.ids
         packed = run_in(streams.loop, self.embedding.fetch(ids), self._cancel)
-        with clock.computing(), self._trace.span("compute", "record"):
+        with clock.computing("record"):
             rows = self.embedding.widen(packed, ids, self.model.dtype)
             return work.record(self._recorder, Embedded(self.model, rows, ids))
-
-    def _span(self, block: LoadedBlock) -> contextlib.AbstractContextManager[None]:
-        return self._trace.span("compute", block.info.name)
 
     def _pages(self, streams: Streams, group: Group, layer: int) -> contextlib.AbstractContextManager[None]:
         """Borrow the KV blocks that `group` needs in `layer`, if they are on disk."""
@@ -139,7 +154,7 @@ class Engine:
         return streams.kv.lend(group.blocks, layer)
 
     def _run_layer(self, number: int, layer: nn.Module, micro_batches: Sequence[MicroBatch]) -> None:
-        """Compute `micro_batches` through layer `number`, whose weights are lent."""
+        """Compute `micro_batches` through layer `number`, which borrows its weights."""
         for micro_batch in micro_batches:
             self._cancel.check()
             call = micro_batch.calls[number]

@@ -75,17 +75,26 @@ class ForwardWork:
         calls = tuple(_with_cache(call, cache, batch.cache) for call in recording.calls)
         return recording.hidden, calls
 
+    def head_steps(self, groups: Sequence[Group]) -> int:
+        return sum(map(len, self._steps(groups)))
+
     def finish(self, recorder: Recorder, groups: Sequence[Group]) -> tuple[torch.Tensor, ...]:
-        micro_batches = [micro_batch for group in groups for micro_batch in group.micro_batches]
         logits = []
+        for steps in self._steps(groups):
+            pieces = [recorder.replay(part) for part in steps]
+            logits.append(torch.cat(pieces, dim=1) if len(pieces) > 1 else pieces[0])
+        return tuple(logits)
+
+    def _steps(self, groups: Sequence[Group]) -> list[tuple[torch.Tensor, ...]]:
+        """For each `ForwardBatch`, the hidden states that need logits, as many as are computed at a time."""
+        micro_batches = [micro_batch for group in groups for micro_batch in group.micro_batches]
+        steps = []
         for number, batch in enumerate(self._batch):
             parts = [micro_batch.hidden for micro_batch in micro_batches if micro_batch.number == number]
             whole = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
             hidden = keep_positions(whole, batch.logits_to_keep)
-            step = max(1, self._rows_per_micro_batch // hidden.shape[0])
-            pieces = [recorder.replay(part) for part in hidden.split(step, dim=1)]
-            logits.append(torch.cat(pieces, dim=1) if len(pieces) > 1 else pieces[0])
-        return tuple(logits)
+            steps.append(hidden.split(max(1, self._rows_per_micro_batch // hidden.shape[0]), dim=1))
+        return steps
 
     def commit(self) -> None:
         """Nothing to do: the caches have grown while the layers computed."""

@@ -183,19 +183,23 @@ class Segments:
         self._plan.append(parts_of)
         return MicroBatch(recording.hidden, recording.calls, len(self._plan) - 1, kv)
 
+    def head_steps(self, groups: Sequence[Group]) -> int:
+        return len(self._steps(groups))
+
     def finish(self, recorder: Recorder, groups: Sequence[Group]) -> tuple[torch.Tensor, ...]:
         """Give all logits to `on_logits`; returns an empty tuple."""
-        wanted: list[tuple[int, int, torch.Tensor]] = []
-        for group in groups:
-            for micro_batch in group.micro_batches:
-                wanted += self._wanted(micro_batch)
-        for step in _steps(wanted, self._head_rows):
+        for step in self._steps(groups):
             logits = recorder.replay(torch.cat([hidden for _, _, hidden in step])[None])[0]
             row = 0
             for number, index, hidden in step:
                 self._on_logits(number, index, logits[row : row + len(hidden)])
                 row += len(hidden)
         return ()
+
+    def _steps(self, groups: Sequence[Group]) -> list[list[tuple[int, int, torch.Tensor]]]:
+        """What `_wanted` finds in all micro-batches, as many rows at a time as get logits at once."""
+        wanted = (self._wanted(micro_batch) for group in groups for micro_batch in group.micro_batches)
+        return _steps(list(chain.from_iterable(wanted)), self._head_rows)
 
     def _wanted(self, micro_batch: MicroBatch) -> list[tuple[int, int, torch.Tensor]]:
         """(segment, index among its kept positions, hidden states [rows, hidden]) where logits are needed."""

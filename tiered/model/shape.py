@@ -3,14 +3,18 @@
 In: an open store, the skeleton as built, the compute dtype. Out: a `ModelShape`. Called where a runtime is opened.
 """
 
+import math
+import re
+from collections.abc import Sequence
+
 import torch
 
-from tiered.arch import Skeleton, layer_windows
+from tiered.arch import ParameterInfo, Skeleton, layer_windows
 from tiered.cache import kv_shape, layer_groups
 from tiered.kernels import packed_row_nbytes
-from tiered.plan import ModelShape
-from tiered.store import CHUNK_NBYTES, Store
-from tiered.stream import EmbeddingRows
+from tiered.plan import ModelShape, Tape
+from tiered.store import CHUNK_NBYTES, Store, Unit
+from tiered.stream import EmbeddingRows, dense_units
 
 
 def model_shape(store: Store, skeleton: Skeleton, dtype: torch.dtype) -> ModelShape:
@@ -18,19 +22,25 @@ def model_shape(store: Store, skeleton: Skeleton, dtype: torch.dtype) -> ModelSh
 
     `skeleton` must be as built: binding it takes its layers out.
     """
-    config, tape = skeleton.config, [store.layout(block) for block in store.tape]
+    config = skeleton.config
     kv = kv_shape(config, dtype)
+    blocks = dense_units(store)
+    units = [unit for block in blocks for unit in block]
     (embed,) = store.layout(store.blocks["embed"]).weights.values()
     side = EmbeddingRows.side_nbytes(embed)
     tables = side + CHUNK_NBYTES
-    if "outer" in store.blocks:
-        outer = store.layout(store.blocks["outer"])
-        tables += outer.memory_nbytes + outer.weight_count * kv.itemsize
-    layers = [p.shape for block in skeleton.blocks() if block.role == "layer" for p in block.parameters]
+    kept = _kept_units(store)
+    tables += max((unit.memory_nbytes for unit in kept), default=0)
+    tables += sum(math.prod(weight.shape) for unit in kept for weight in unit.weights.values()) * kv.itemsize
+    parameters = [p for block in skeleton.blocks() if block.role == "layer" for p in block.parameters]
+    layers = [parameter.shape for parameter in parameters]
     return ModelShape(
-        tape_nbytes=tuple(layout.memory_nbytes for layout in tape),
-        file_nbytes=tuple(block.file.nbytes for block in store.tape),
-        weights=sum(layout.weight_count for layout in tape),
+        tape=Tape(
+            tuple(unit.memory_nbytes for unit in units),
+            tuple(unit.nbytes for unit in units),
+            tuple(map(len, blocks)),
+        ),
+        weights=sum(store.layout(block).weight_count for block in store.tape),
         side_nbytes=side,
         tables_nbytes=tables,
         hidden=config.hidden_size,
@@ -44,4 +54,20 @@ def model_shape(store: Store, skeleton: Skeleton, dtype: torch.dtype) -> ModelSh
         dense_attention=skeleton.family.gathers,
         packed_nbytes=packed_row_nbytes(max(shape[-1] for shape in layers)),
         quantization=store.manifest.quantization.get("layers"),
+        whole_layers=any(len(units) > 1 and not _are_used_one_by_one(units, parameters) for units in blocks[:-1]),
     )
+
+
+def _kept_units(store: Store) -> list[Unit]:
+    """The units that are copied once, to stay in memory for good: of what is outside the tape, and small ones."""
+    outer = [block for name, block in store.blocks.items() if name == "outer"]
+    small = [unit for block in store.tape for unit in store.layout(block).units if unit.kind == "small"]
+    return [unit for block in outer for unit in store.layout(block).units] + small
+
+
+def _are_used_one_by_one(units: Sequence[Unit], parameters: Sequence[ParameterInfo]) -> bool:
+    """Whether `units` hold weights of linear layers only, and their biases: stacks of experts are used two at a time,
+    and what no module borrows is in use until its layer has computed."""
+    linear = {parameter.name for parameter in parameters if parameter.is_linear and len(parameter.shape) == 2}
+    names = (name for unit in units for name in unit.weights)
+    return all(re.sub(r"\bbias$", "weight", name) in linear for name in names)

@@ -58,6 +58,9 @@ class Work(Protocol):
     def record(self, recorder: Recorder, embedded: Embedded) -> list[Group]:
         """The micro-batches, ready for the first layer. In the compute thread."""
 
+    def head_steps(self, groups: Sequence[Group]) -> int:
+        """How often `finish` uses the head's weights."""
+
     def finish(self, recorder: Recorder, groups: Sequence[Group]) -> tuple[torch.Tensor, ...]:
         """Compute logits while the head's weights are lent; returns those for `Pass.logits`. In the compute thread."""
 

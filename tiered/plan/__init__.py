@@ -15,8 +15,8 @@ from tiered.plan.inputs import (
 )
 from tiered.plan.kv import Bits, CachePlan, KVShape, layer_groups
 from tiered.plan.make import Rate, make_plan, pace_for, rates_wanted
-from tiered.plan.placement import Placement, interleave, place
-from tiered.plan.plan import Needs, Plan, fit_blocks
+from tiered.plan.placement import Held, Placement, Tape, full_ring, interleave, place
+from tiered.plan.plan import Needs, Plan, fit_units
 from tiered.proc import process_peak_rss_bytes, process_rss_bytes
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "Budgets",
     "CachePlan",
     "ComputeRate",
+    "Held",
     "KVShape",
     "KVTier",
     "Machine",
@@ -34,11 +35,13 @@ __all__ = [
     "Placement",
     "Plan",
     "Rate",
+    "Tape",
     "Tier",
     "Workload",
     "available_budget",
     "cpu_count",
-    "fit_blocks",
+    "fit_units",
+    "full_ring",
     "interleave",
     "layer_groups",
     "make_plan",

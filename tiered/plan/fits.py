@@ -18,9 +18,9 @@ class Fit:
 
     plan: Plan
     resident_nbytes: int
-    """Bytes of the resident blocks' files, which are fewer than in memory where they are compressed."""
+    """Bytes of the resident units on disk, which are fewer than in memory where they are compressed."""
     read_nbytes: int
-    """Bytes read from disk per pass, once the resident blocks are in memory."""
+    """Bytes read from disk per pass, once the resident units are in memory."""
 
     @property
     def resident_share(self) -> float:
@@ -49,6 +49,5 @@ def fits(model: ModelShape, machine: Machine, workload: Workload, budgets: Budge
     rows = []
     for ram in ladder(smallest, max(smallest, everything)):
         plan = make_plan(model, machine, workload, replace(budgets, ram=ram))
-        held = sum(nbytes for i, nbytes in enumerate(model.file_nbytes) if i in plan.placement.resident)
-        rows.append(Fit(plan, held, sum(model.file_nbytes) - held))
+        rows.append(Fit(plan, sum(model.tape.file_nbytes) - plan.read_nbytes, plan.read_nbytes))
     return tuple(rows)

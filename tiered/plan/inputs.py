@@ -12,6 +12,7 @@ from typing import Final, Literal
 
 from tiered.errors import ConfigError
 from tiered.plan.kv import Bits, KVShape, LayerGroup
+from tiered.plan.placement import Tape
 from tiered.units import PAGE_TOKENS
 
 MAX_BATCHED_TOKENS: Final = 4096
@@ -59,17 +60,15 @@ def parse_tiers(text: str) -> tuple[Tier, ...]:
 class ModelShape:
     """A model in numbers, from a store's manifest and headers and from the model's graph."""
 
-    tape_nbytes: tuple[int, ...]
-    """Bytes of each block of the tape, in memory."""
-    file_nbytes: tuple[int, ...]
-    """Bytes of each block's file, which are fewer where it is compressed."""
+    tape: Tape
+    """The units that are streamed, or held in memory, in the order of use."""
     weights: int
     """Number of weights in all blocks of the tape."""
     side_nbytes: int
     """Bytes of the embedding's scales and zeros."""
     tables_nbytes: int
-    """Bytes in memory beside blocks: outer tensors in the compute dtype and the memory they are read through, the
-    embedding's scales and zeros, staging for its rows."""
+    """Bytes in memory beside the tape: outer and small tensors in the compute dtype and the memory they are read
+    through, the embedding's scales and zeros, staging for its rows."""
     hidden: int
     widest: int
     """The largest `out` of any linear layer or expert in a decoder layer."""
@@ -87,6 +86,8 @@ class ModelShape:
     """Bytes of one row of activations, packed in the order that a linear kernel needs."""
     quantization: str | None = None
     """The scheme of the layers' linear weights."""
+    whole_layers: bool = False
+    """Some units of a layer are in use until the layer has computed, so all of them are in memory together."""
 
     @property
     def itemsize(self) -> int:

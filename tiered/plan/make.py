@@ -12,10 +12,11 @@ from typing import Final, Literal
 from tiered.errors import BudgetError
 from tiered.plan.batch_size import BatchChoice, BatchOption, candidates, choose_batch_size, choose_windows_per_pass
 from tiered.plan.budget import BASELINE_VARIES_NBYTES
-from tiered.plan.inputs import Budgets, Machine, ModelShape, Workload
+from tiered.plan.inputs import Budgets, Machine, ModelShape, Tier, Workload
 from tiered.plan.kv import CachePlan, block_nbytes
 from tiered.plan.pace import Pace
-from tiered.plan.plan import Needs, Plan, fit_blocks, smallest_budget
+from tiered.plan.placement import Held, full_ring, place
+from tiered.plan.plan import Needs, Plan, fit_units, smallest_budget
 from tiered.plan.workspace import MAX_ROWS, Workspace, workspace_for
 from tiered.units import MIB, PAGE, PAGE_TOKENS, format_rate, format_seconds, format_size
 
@@ -56,7 +57,7 @@ def smallest_ram(model: ModelShape, machine: Machine, workload: Workload, budget
     """The least budget in bytes, a whole number of MiB, in which all of `workload` runs at once with this baseline."""
     asked = _Asked(model, machine, workload, budgets)
     way = asked.way(workload.sequences, asked.kv_tiers[0])
-    return smallest_budget(model.tape_nbytes, way.needs, budgets.tiers)
+    return smallest_budget(way.plan_at)
 
 
 def rates_wanted(model: ModelShape, machine: Machine, workload: Workload, budgets: Budgets) -> frozenset[Rate]:
@@ -109,20 +110,15 @@ class _Way:
     context: int
     on_disk: bool
 
-    def workspace(self, ram: int) -> Workspace:
-        """The rows that are computed together, and the bytes of their activations."""
-        asked, workload = self.asked, self.asked.workload
-        logits = self.batch_size * self.context if workload.all_logits else 0
-        most = asked.budgets.micro_batch or MAX_ROWS
-        scratch = asked.machine.scratch_nbytes
-        return workspace_for(
-            asked.model, scratch, self.tokens, self.batch_size, self.context, ram, logits=logits, most_rows=most
-        )
-
     @property
     def tokens(self) -> int:
-        """Tokens in flight at most."""
+        """Tokens in flight at most, if prompts take as few passes as asked for."""
         return self.asked.workload.tokens_in_flight(self.batch_size, self.context)
+
+    @property
+    def _pages(self) -> int:
+        """Pages of the longest sequence."""
+        return -(-self.context // PAGE_TOKENS)
 
     def cache(self, ram: int) -> CachePlan:
         """The KV cache's pages and memory."""
@@ -130,9 +126,8 @@ class _Way:
         lent_pages = 0
         if self.on_disk:
             # At least the pages of one sequence; more at a time make longer reads and fuller micro-batches.
-            pages = -(-self.context // PAGE_TOKENS)
             share = int(ram * _LENT_SHARE) // block_nbytes(model.kv, budgets.kv_bits)
-            lent_pages = max(pages, min(self.batch_size * pages, share))
+            lent_pages = max(self._pages, min(self.batch_size * self._pages, share))
         return CachePlan(
             model.kv,
             budgets.kv_bits,
@@ -146,31 +141,77 @@ class _Way:
             lent_pages=lent_pages,
         )
 
-    def needs(self, ram: int) -> Needs:
-        """The bytes that are taken with a budget of `ram`, whatever is resident."""
-        workspace, cache = self.workspace(ram), self.cache(ram)
-        return Needs(
-            baseline=self.asked.budgets.baseline,
-            outer=self.asked.model.tables_nbytes,
+    def passes(self, ram: int) -> "_Passes":
+        """How passes run with a budget of `ram`: as asked for if that leaves a full ring. If it does not, and if that
+        is possible, a pass is one micro-batch, so that a layer's units need not be in memory together."""
+        asked = self._passes_of(ram, self.tokens)
+        rows = asked.workspace.rows
+        if not asked.held.layers or not self._may_take_more_passes(rows, self.cache(ram)):
+            return asked
+        tape = self.asked.model.tape
+        placement = place(tape, ram - asked.needs.total, asked.held)
+        if placement is not None:
+            full = full_ring(tape.streamed(asked.held, placement.resident))
+            if full <= placement.ring_nbytes:
+                return asked
+        return self._passes_of(ram, rows)
+
+    def _passes_of(self, ram: int, tokens: int) -> "_Passes":
+        """Passes of at most `tokens` tokens."""
+        asked, model, workload = self.asked, self.asked.model, self.asked.workload
+        logits = self.batch_size * self.context if workload.all_logits else 0
+        workspace = workspace_for(
+            model,
+            asked.machine.scratch_nbytes,
+            tokens,
+            self.batch_size,
+            self.context,
+            ram,
+            logits=logits,
+            most_rows=asked.budgets.micro_batch or MAX_ROWS,
+        )
+        cache = self.cache(ram)
+        needs = Needs(
+            baseline=asked.budgets.baseline,
+            outer=model.tables_nbytes,
             kv=cache.memory_nbytes + 2 * PAGE,
             workspace=workspace.nbytes + cache.scratch_nbytes(workspace.rows),
         )
+        # Without a limit on their tokens, passes are the caller's own, who may want logits at any positions.
+        is_head_held = not workload.max_batched_tokens or (logits or self.batch_size) > workspace.head_rows
+        is_layer_held = model.whole_layers or not self._is_one_micro_batch(tokens, workspace.rows, cache)
+        return _Passes(tokens, workspace, needs, Held(is_layer_held, is_head_held))
+
+    def _is_one_micro_batch(self, tokens: int, rows: int, cache: CachePlan) -> bool:
+        """Whether a pass of `tokens` tokens never has more than one micro-batch of `rows`."""
+        if tokens > rows or (self.on_disk and cache.lent_pages < self.batch_size * self._pages):
+            return False
+        # Dense attention takes each prompt by itself, and a page at a time where pages are quantized.
+        return not self.asked.model.dense_attention or tokens == 1 or (self.batch_size == 1 and cache.bits == 16)
+
+    def _may_take_more_passes(self, rows: int, cache: CachePlan) -> bool:
+        """Whether passes of one micro-batch of `rows` can do what is asked for."""
+        asked, workload = self.asked, self.asked.workload
+        can_wait = workload.max_batched_tokens and not workload.one_pass and rows >= self.batch_size
+        is_useful = Tier.DISK in asked.budgets.tiers and not asked.model.whole_layers
+        return bool(can_wait) and is_useful and self._is_one_micro_batch(rows, rows, cache)
 
     def plan_at(self, ram: int, why: str = "") -> Plan:
         """The plan with a budget of `ram`. A BudgetError names one for the needs at `ram`; it may need more itself."""
-        model, workspace, needs = self.asked.model, self.workspace(ram), self.needs(ram)
+        model, passes = self.asked.model, self.passes(ram)
         return Plan(
             budget=ram,
-            needs=needs,
-            placement=fit_blocks(model.tape_nbytes, needs, ram, self.asked.budgets.tiers),
-            tape_sizes=model.tape_nbytes,
+            needs=passes.needs,
+            placement=fit_units(model.tape, passes.needs, ram, self.asked.budgets.tiers, passes.held),
+            tape=model.tape,
+            held=passes.held,
             side_nbytes=model.side_nbytes,
             batch_size=self.batch_size,
             max_context=self.context,
-            max_batched_tokens=self.tokens,
-            micro_batch_rows=workspace.rows,
-            gathered_rows=workspace.gathered_rows,
-            head_rows=workspace.head_rows,
+            max_batched_tokens=passes.tokens,
+            micro_batch_rows=passes.workspace.rows,
+            gathered_rows=passes.workspace.gathered_rows,
+            head_rows=passes.workspace.head_rows,
             cache=self.cache(ram),
             objective=self.asked.workload.objective,
             why=why,
@@ -184,21 +225,29 @@ class _Way:
         except BudgetError:
             varied = replace(budgets, baseline=budgets.baseline + BASELINE_VARIES_NBYTES)
             spared = replace(self, asked=replace(self.asked, budgets=varied))
-            sizes = self.asked.model.tape_nbytes
             # A larger budget computes more rows at once, which takes more: so budgets are tried until one is enough.
-            smallest = smallest_budget(sizes, spared.needs, budgets.tiers)
-            fit_blocks(sizes, spared.needs(smallest), budgets.ram, budgets.tiers)
+            passes = spared.passes(smallest_budget(spared.plan_at))
+            fit_units(self.asked.model.tape, passes.needs, budgets.ram, budgets.tiers, passes.held)
             raise
 
     def option(self, plan: Plan) -> BatchOption:
         """This way, with the bytes that a pass of `plan` reads from disk."""
-        files = self.asked.model.file_nbytes
-        streamed = sum(nbytes for i, nbytes in enumerate(files) if i not in plan.placement.resident)
         kv = 0
         if self.on_disk:
             pages = self.batch_size * self.asked.workload.mean_context / PAGE_TOKENS
             kv = int(pages * plan.cache.block_nbytes * self.asked.model.kv.layers * _HALFWAY)
-        return BatchOption(self.batch_size, self.on_disk, streamed + kv)
+        return BatchOption(self.batch_size, self.on_disk, plan.read_nbytes + kv)
+
+
+@dataclass(frozen=True)
+class _Passes:
+    """How passes run."""
+
+    tokens: int
+    """Tokens of a pass, at most."""
+    workspace: Workspace
+    needs: Needs
+    held: Held
 
 
 def _plan_for(asked: _Asked, batch_size: int, why: str) -> Plan:

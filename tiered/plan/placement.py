@@ -1,23 +1,77 @@
-"""Which blocks stay in memory and how large the ring for the others is: pure functions of sizes.
+"""Which units stay in memory and how large the ring for the others is: pure functions of sizes.
 
 Layers are visited in a cycle, so keeping a fixed set and streaming the rest reads S - M per pass, the least any
 policy can (Belady, "A study of replacement algorithms for a virtual-storage computer", 1966); an LRU would hit
 almost never. The set is spread evenly through the depth so that the disk never idles while a run of resident
-blocks computes.
+units computes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import accumulate, pairwise
+from typing import Final
+
+_SPREADS: Final = 128
+"""How many numbers of resident units are compared: all of them on a tape that has no more units."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """What is in memory as a whole while it computes, because several micro-batches use it one after the other."""
+
+    layers: bool = False
+    head: bool = False
+
+
+UNHELD: Final = Held()
+
+
+@dataclass(frozen=True)
+class Tape:
+    """The units of one pass in the order of use, as numbers."""
+
+    nbytes: tuple[int, ...]
+    """Bytes of each unit in memory."""
+    file_nbytes: tuple[int, ...]
+    """Bytes that reading each unit takes, which are fewer where it is compressed."""
+    counts: tuple[int, ...]
+    """Units of each block; the last block is the head."""
+
+    @property
+    def total(self) -> int:
+        """Bytes of all units in memory."""
+        return sum(self.nbytes)
+
+    @cached_property
+    def blocks(self) -> tuple[range, ...]:
+        """The units of each block, by their numbers."""
+        return tuple(range(start, stop) for start, stop in pairwise(accumulate(self.counts, initial=0)))
+
+    def pieces(self, held: Held) -> tuple[range, ...]:
+        """Units that are in memory together, in order: those of a block that is held, else each by itself."""
+        return tuple(piece for number, block in enumerate(self.blocks) for piece in self._cut(number, block, held))
+
+    def _cut(self, number: int, block: range, held: Held) -> Iterator[range]:
+        if held.head if number == len(self.counts) - 1 else held.layers:
+            yield block
+        else:
+            yield from (range(unit, unit + 1) for unit in block)
+
+    def streamed(self, held: Held, resident: frozenset[int] = frozenset()) -> list[list[int]]:
+        """Bytes of the units of each piece that are not resident; pieces without any are left out."""
+        sizes = ([self.nbytes[unit] for unit in piece if unit not in resident] for piece in self.pieces(held))
+        return [piece for piece in sizes if piece]
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where every block of the tape lives, by its position."""
+    """Where every unit of the tape lives, by its number."""
 
     resident: frozenset[int]
     resident_nbytes: int
     ring_nbytes: int
-    """Memory through which all other blocks pass; 0 where every block is resident."""
+    """Memory through which all other units pass; 0 where every unit is resident."""
 
     @property
     def nbytes(self) -> int:
@@ -29,31 +83,78 @@ def interleave(count: int, of: int) -> frozenset[int]:
     return frozenset(i for i in range(of) if (i + 1) * count // of > i * count // of)
 
 
-def smallest_ring(sizes: Sequence[int]) -> int:
-    """Bytes of the largest block: with a smaller ring a pass cannot run at all."""
-    return max(sizes)
+def smallest_ring(pieces: Sequence[Sequence[int]]) -> int:
+    """Bytes of the largest piece: with a smaller ring a pass cannot run at all."""
+    return max(map(sum, pieces), default=0)
 
 
-def full_ring(sizes: Sequence[int]) -> int:
-    """Bytes for one block that computes and the next that is read: the largest two neighbours on the cyclic tape."""
-    return max(a + b for a, b in zip(sizes, [*sizes[1:], sizes[0]], strict=True))
+def full_ring(pieces: Sequence[Sequence[int]]) -> int:
+    """Bytes for any piece that computes and the unit after it, which is read meanwhile, on the cyclic tape."""
+    following = [*pieces[1:], *pieces[:1]]
+    return max((sum(piece) + after[0] for piece, after in zip(pieces, following, strict=True)), default=0)
 
 
-def place(sizes: Sequence[int], available: int) -> Placement | None:
-    """The placement of blocks of `sizes` bytes in `available` bytes that streams least, or None if none fits.
+def place(tape: Tape, available: int, held: Held = UNHELD) -> Placement | None:
+    """The placement of `tape` in `available` bytes that reads least, or None if none fits.
 
-    Residency never takes the ring below two blocks, because a ring of one reads and computes in turn.
+    Residency never takes the ring below a full one, because a smaller one reads and computes in turn.
     """
-    if sum(sizes) <= available:
-        return Placement(frozenset(range(len(sizes))), sum(sizes), 0)
-    if smallest_ring(sizes) > available:
+    if tape.total <= available:
+        return Placement(frozenset(range(len(tape.nbytes))), tape.total, 0)
+    pieces = tape.streamed(held)
+    if smallest_ring(pieces) > available:
         return None
-    best = Placement(frozenset(), 0, min(available, full_ring(sizes)))
-    # More resident blocks are not always more bytes (the head is larger than a layer), so all counts are tried.
-    for count in range(1, len(sizes)):
-        resident = interleave(count, len(sizes))
-        streamed = [nbytes for i, nbytes in enumerate(sizes) if i not in resident]
-        nbytes, ring = sum(sizes) - sum(streamed), full_ring(streamed)
-        if nbytes + ring <= available and nbytes > best.resident_nbytes:
-            best = Placement(resident, nbytes, ring)
-    return best
+    fitting = [spread for spread in _spreads(tape, held) if spread.nbytes + spread.ring_nbytes <= available]
+    if not fitting:
+        return Placement(frozenset(), 0, min(available, full_ring(pieces)))
+    best = max(fitting, key=lambda spread: spread.saved_nbytes)
+    return _fill(tape, held, interleave(best.count, len(tape.nbytes)), available)
+
+
+@dataclass(frozen=True)
+class _Spread:
+    """So many resident units, spread evenly."""
+
+    count: int
+    nbytes: int
+    saved_nbytes: int
+    """Bytes that a pass need not read."""
+    ring_nbytes: int
+
+
+@lru_cache(maxsize=8)
+def _spreads(tape: Tape, held: Held) -> tuple[_Spread, ...]:
+    """Spreads to choose from. More units are not always more bytes (units differ), so the choice is by bytes."""
+    units = len(tape.nbytes)
+    found = []
+    for count in sorted(
+        {number * units // _SPREADS for number in range(_SPREADS)} if units > _SPREADS else range(units)
+    ):
+        resident = interleave(count, units)
+        nbytes = sum(tape.nbytes[unit] for unit in resident)
+        saved = sum(tape.file_nbytes[unit] for unit in resident)
+        found.append(_Spread(count, nbytes, saved, full_ring(tape.streamed(held, resident))))
+    return tuple(found)
+
+
+def _fill(tape: Tape, held: Held, resident: frozenset[int], available: int) -> Placement:
+    """Add units to `resident` until none fits beside a full ring: first those that save most bytes per byte held, then
+    the largest; of equal ones that of the block with most bytes to read."""
+    nbytes, ring = sum(tape.nbytes[unit] for unit in resident), full_ring(tape.streamed(held, resident))
+    block_of = [number for number, block in enumerate(tape.blocks) for _ in block]
+    unread = [sum(tape.nbytes[unit] for unit in block if unit not in resident) for block in tape.blocks]
+    kinds: dict[tuple[float, int], list[int]] = {}
+    for unit, (size, saved) in enumerate(zip(tape.nbytes, tape.file_nbytes, strict=True)):
+        if unit not in resident:
+            kinds.setdefault((saved / size, size), []).append(unit)
+    for (_, size), units in sorted(kinds.items(), reverse=True):
+        while units:
+            unit = max(units, key=lambda unit: unread[block_of[unit]])
+            more = resident | {unit}
+            ring_after = full_ring(tape.streamed(held, more))
+            if nbytes + size + ring_after > available:
+                break
+            units.remove(unit)
+            unread[block_of[unit]] -= size
+            resident, nbytes, ring = more, nbytes + size, ring_after
+    return Placement(resident, nbytes, ring)

@@ -4,14 +4,14 @@ Made by `make.py`. Commands, the Python API and the runtime read the same one; `
 reads it back as it was.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 from tiered.errors import BudgetError
 from tiered.plan.inputs import Objective, Tier
 from tiered.plan.kv import CachePlan, KVShape, LayerGroup
-from tiered.plan.placement import Placement, full_ring, place, smallest_ring
+from tiered.plan.placement import UNHELD, Held, Placement, Tape, full_ring, place, smallest_ring
 from tiered.units import MIB, format_budget, format_size, round_up
 
 
@@ -22,7 +22,7 @@ class Needs:
     baseline: int
     """The process before any weight: interpreter, torch, transformers, tokenizer, skeleton."""
     outer: int
-    """Position tables, final norms, embedding scales: always resident."""
+    """Position tables, norms, biases, embedding scales: always resident."""
     kv: int
     workspace: int
 
@@ -38,8 +38,10 @@ class Plan:
     budget: int
     needs: Needs
     placement: Placement
-    tape_sizes: tuple[int, ...]
-    """Bytes of each block of the tape, in memory."""
+    tape: Tape
+    """The units that a pass uses, in order; `placement` says by number which of them are resident."""
+    held: Held
+    """What is in memory as a whole while it computes."""
     side_nbytes: int
     """Bytes of the embedding's scales and zeros, which are part of `needs.outer`."""
     batch_size: int
@@ -49,7 +51,8 @@ class Plan:
     max_batched_tokens: int
     """Tokens of a pass, at most."""
     micro_batch_rows: int
-    """Tokens that are computed together: more of them pass through each block in several micro-batches."""
+    """Tokens that are computed together: more of them pass through each block in several micro-batches, for which
+    `held` must allow."""
     gathered_rows: int
     """Sequences whose keys and values are gathered at once, by families that want them in one piece."""
     head_rows: int
@@ -68,27 +71,37 @@ class Plan:
 
     @property
     def streamed_nbytes(self) -> int:
-        """Bytes read per pass once the resident blocks are in memory."""
-        return sum(self.tape_sizes) - self.placement.resident_nbytes
+        """Bytes that pass through the ring in a pass."""
+        return self.tape.total - self.placement.resident_nbytes
+
+    @property
+    def read_nbytes(self) -> int:
+        """Bytes read per pass once the resident units are in memory."""
+        resident = self.placement.resident
+        return sum(nbytes for unit, nbytes in enumerate(self.tape.file_nbytes) if unit not in resident)
+
+    @property
+    def resident_blocks(self) -> int:
+        """Blocks all of whose units are resident."""
+        return sum(self.placement.resident.issuperset(block) for block in self.tape.blocks)
 
     @property
     def missing_overlap_nbytes(self) -> int:
-        """Bytes that the ring lacks to hold any two neighbours: if there are any, reading and computing take turns."""
-        streamed = [nbytes for i, nbytes in enumerate(self.tape_sizes) if i not in self.placement.resident]
-        return max(0, full_ring(streamed) - self.placement.ring_nbytes) if streamed else 0
+        """Bytes that the ring lacks to be full: if there are any, reading and computing take turns."""
+        return max(0, full_ring(self.tape.streamed(self.held, self.placement.resident)) - self.placement.ring_nbytes)
 
     @property
     def bound_resident_nbytes(self) -> int:
-        """M of the bound: all bytes that the budget leaves after needs and two blocks, used or not, but at most S.
+        """M of the bound: all bytes that the budget leaves after needs and two units, used or not, but at most S.
 
-        Never less than what is resident: if a large block is resident, a ring for the others may be smaller than the
+        Never less than what is resident: if a large unit is resident, a ring for the others may be smaller than the
         largest two neighbours.
         """
-        total = sum(self.tape_sizes)
+        total = self.tape.total
         free = self.budget - self.needs.total
         if total <= free:
             return total
-        return max(self.placement.resident_nbytes, min(total, free - full_ring(self.tape_sizes)))
+        return max(self.placement.resident_nbytes, min(total, free - full_ring(self.tape.streamed(UNHELD))))
 
     @property
     def returned_logits_nbytes(self) -> int:
@@ -105,43 +118,52 @@ class Plan:
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Self:
         """The plan that `to_json` has written."""
-        placement, cache = fields["placement"], fields["cache"]
+        placement, cache, tape = fields["placement"], fields["cache"], fields["tape"]
         groups = tuple(LayerGroup(tuple(group["layers"]), group["window"]) for group in cache["groups"])
         return cls(
             **{
                 **fields,
                 "needs": Needs(**fields["needs"]),
                 "placement": Placement(**{**placement, "resident": frozenset(placement["resident"])}),
-                "tape_sizes": tuple(fields["tape_sizes"]),
+                "tape": Tape(**{name: tuple(values) for name, values in tape.items()}),
+                "held": Held(**fields["held"]),
                 "cache": CachePlan(**{**cache, "shape": KVShape(**cache["shape"]), "groups": groups}),
             }
         )
 
 
-def fit_blocks(tape_sizes: Sequence[int], needs: Needs, budget: int, tiers: tuple[Tier, ...]) -> Placement:
+def fit_units(tape: Tape, needs: Needs, budget: int, tiers: tuple[Tier, ...], held: Held = UNHELD) -> Placement:
     """Place the tape in what `budget` leaves after `needs`.
 
     Raises BudgetError, naming what takes the bytes and the smallest budget that would do.
     """
     all_resident = Tier.DISK not in tiers
-    placement = place(tape_sizes, budget - needs.total)
+    placement = place(tape, budget - needs.total, held)
     if placement is not None and not (all_resident and placement.ring_nbytes):
         return placement
-    least = sum(tape_sizes) if all_resident else smallest_ring(tape_sizes)
-    smallest = needs.total + min(least, sum(tape_sizes))
-    what = "all blocks, which --tiers cpu loads" if all_resident else "the largest block"
+    least = tape.total if all_resident else smallest_ring(tape.streamed(held))
+    smallest = needs.total + min(least, tape.total)
     raise BudgetError(
         f"a budget of {format_size(budget)} is too small. Needed: {format_size(needs.baseline)} for the process "
         f"itself, {format_size(needs.outer)} for tables that stay in memory, {format_size(needs.kv)} for the "
-        f"KV cache, {format_size(needs.workspace)} for activations, {format_size(least)} for {what}. "
+        f"KV cache, {format_size(needs.workspace)} for activations, {format_size(least)} for "
+        f"{'all weights, which --tiers cpu loads' if all_resident else _largest_piece(tape, held)}. "
         f"The smallest budget that works is --ram {format_budget(smallest)}"
         + ("; or use --tiers disk,cpu" if all_resident else ""),
         smallest_bytes=smallest,
     )
 
 
-def smallest_budget(tape_sizes: Sequence[int], needs_for: Callable[[int], Needs], tiers: tuple[Tier, ...]) -> int:
-    """The least whole number of MiB for which the planner makes a plan.
+def _largest_piece(tape: Tape, held: Held) -> str:
+    """What the largest piece of the tape is, in words."""
+    piece = max(tape.pieces(held), key=lambda piece: sum(tape.nbytes[unit] for unit in piece))
+    if piece not in tape.blocks:
+        return "the largest part of a layer"
+    return "the head" if piece == tape.blocks[-1] else "the largest layer"
+
+
+def smallest_budget(plan_at: Callable[[int], object]) -> int:
+    """The least whole number of MiB that `plan_at` accepts.
 
     A refusal names the budget that is enough for the needs at the refused budget. Needs grow with the budget, so each
     named budget is tried until one is accepted.
@@ -149,7 +171,7 @@ def smallest_budget(tape_sizes: Sequence[int], needs_for: Callable[[int], Needs]
     budget = MIB
     while True:
         try:
-            fit_blocks(tape_sizes, needs_for(budget), budget, tiers)
+            plan_at(budget)
         except BudgetError as error:
             assert error.smallest_bytes is not None and error.smallest_bytes > budget, error
             budget = round_up(error.smallest_bytes, MIB)

@@ -1,20 +1,24 @@
-"""Reading ahead of the computation: blocks of the tape, the KV cache's pages on disk, embedding rows."""
+"""Reading ahead of the computation: units of the tape, the KV cache's pages on disk, embedding rows."""
 
 from tiered.stream.embedding import EmbeddingRows
 from tiered.stream.handover import Handover, run_in
 from tiered.stream.kv import KVStream
-from tiered.stream.ring import Ring
-from tiered.stream.streamer import LoadedBlock, Streamer
+from tiered.stream.loan import AnyWeight, Loan
+from tiered.stream.ring import Ring, ring_starts
+from tiered.stream.streamer import Streamer, dense_units
 from tiered.stream.thread import Streams, StreamThread
 
 __all__ = [
+    "AnyWeight",
     "EmbeddingRows",
     "Handover",
     "KVStream",
-    "LoadedBlock",
+    "Loan",
     "Ring",
     "StreamThread",
     "Streamer",
     "Streams",
+    "dense_units",
+    "ring_starts",
     "run_in",
 ]

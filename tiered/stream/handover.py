@@ -1,6 +1,6 @@
 """From the event loop to the one thread that computes, which waits for what the loop brings, outside the loop.
 
-    loop: put(key, item)          computing thread: take(key), which is a look-up where the item is there
+    loop: put(key, item)          computing thread: take(key)
 
 `run_in` goes the other way: the computing thread has the loop do something and waits until that has ended.
 """
@@ -8,7 +8,7 @@
 import asyncio
 import threading
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, Final, Generic, TypeVar
 
 from tiered.errors import InterruptedRun
@@ -26,11 +26,11 @@ class Handover(Generic[T]):
     def __init__(self, cancel: CancelFlag, trace: Tracer) -> None:
         self._cancel, self._trace = cancel, trace
         self._items: dict[int, T | Exception] = {}
-        self._seen: set[int] = set()
-        """Keys of the kept items that have been taken before."""
         self._changed = threading.Condition()
         self.wait_seconds = 0.0
         """Seconds the computation has waited in `take`."""
+        self.on_wait: Callable[[float, float], None] | None = None
+        """Called in the computing thread after each wait, with its start and its seconds."""
 
     def put(self, key: int, item: T | Exception) -> None:
         """Bring an item, or the error because of which there is none."""
@@ -38,30 +38,33 @@ class Handover(Generic[T]):
             self._items[key] = item
             self._changed.notify()
 
-    def take(self, key: int, name: str, keep: bool = False) -> T:
-        """Wait for the item of `key` and return it; in a trace the wait is called `name`. With `keep` the item can be
-        taken again, which is then only a look-up.
+    def __contains__(self, key: int) -> bool:
+        """Whether taking `key` would not wait."""
+        return key in self._items
+
+    def take(self, key: int, name: str) -> T:
+        """Wait for the item of `key`, and take it; in a trace the wait is called `name`.
 
         Raises the error that was brought instead of it, and InterruptedRun once the cancel flag is set.
         """
-        item = self._items.get(key) if key in self._seen else self._wait(key, name)
-        assert item is not None, "what has been kept stays"
+        item = self._wait(key, name)
         if isinstance(item, Exception):
             try:
                 raise item
             finally:
                 # The error's frames would hold the error, and so all that they hold, until the garbage collector runs.
                 del item
-        if keep:
-            self._seen.add(key)
-        else:
-            del self._items[key]
+        del self._items[key]
         return item
+
+    def discard(self, key: int) -> None:
+        """Drop what was brought for `key`, if it has not been taken. For the loop."""
+        with self._changed:
+            self._items.pop(key, None)
 
     def clear(self, kept: int = 0) -> None:
         """Forget all errors, and the items whose key is `kept` or more. No thread may be waiting."""
         self._items = {k: item for k, item in self._items.items() if k < kept and not isinstance(item, Exception)}
-        self._seen &= self._items.keys()
 
     def _wait(self, key: int, name: str) -> T | Exception:
         start = time.perf_counter()
@@ -75,6 +78,8 @@ class Handover(Generic[T]):
             waited = time.perf_counter() - start
             self.wait_seconds += waited
             self._trace.record("wait", name, start, waited)
+            if self.on_wait is not None:
+                self.on_wait(start, waited)
 
 
 def run_in(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, T], cancel: CancelFlag | None = None) -> T:

@@ -1,13 +1,13 @@
-"""The ring: a bounded stretch of memory that streamed blocks pass through, first in, first out.
+"""The ring: a bounded stretch of memory that what is streamed passes through.
 
-Blocks differ in size, so there are no fixed slots: a block takes one end of a gap, the one that leaves the most room
-in one piece once the oldest block has gone. Two blocks then lie at opposite ends of the ring, so any two that are not
-larger than it together do fit, whatever came before. Going round in address order would leave holes before a large one.
+Units of weights come in an order that is known for ever, so where each of them goes is known too: `ring_starts` says.
+The KV cache's blocks come in sizes that a pass decides; the ring itself finds a gap for them.
 """
 
 import asyncio
+import itertools
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from tiered.store import PAGE
@@ -16,18 +16,44 @@ from tiered.units import round_up
 
 @dataclass(frozen=True, eq=False)
 class RingSpan:
-    """Bytes [start, stop) of the ring, lent to one block."""
+    """Bytes [start, stop) of the ring, lent for one thing."""
 
     start: int
     stop: int
 
 
+def ring_starts(pieces: Sequence[Sequence[int]], nbytes: int) -> Iterator[int]:
+    """Where units go in a ring of `nbytes` bytes, without end: the start of each unit of each piece, again and again.
+
+    `pieces` are the sizes of units that are in memory together. The units of a piece never overlap if the ring holds
+    the largest piece, and the unit after it does not overlap them either if the ring is a full one
+    (`plan/placement.py`). Otherwise memory is used again in the order in which it was first used, so that much can be
+    read ahead: pieces follow each other, and the last one before the ring's end lies against it. A piece that has the
+    whole ring but for one unit begins there, at the end, and goes on where the piece before it began.
+    """
+    begin = end = 0
+    for number in itertools.count():
+        piece, following = pieces[number % len(pieces)], pieces[(number + 1) % len(pieces)]
+        size = sum(piece)
+        starts = list(itertools.accumulate(piece, initial=0))[:-1]
+        if end + size <= nbytes:
+            begin = end if end + size + sum(following) <= nbytes else nbytes - size
+        elif begin == 0:
+            begin = nbytes - size
+            starts = [size - piece[0], *(start - piece[0] for start in starts[1:])]
+        else:
+            begin = 0
+        yield from (begin + start for start in starts)
+        end = begin + size
+
+
 class Ring:
-    """Lends contiguous spans in order; they come back in the same order. For one event loop, not thread-safe."""
+    """Lends contiguous spans. For one event loop, not thread-safe."""
 
     def __init__(self, nbytes: int) -> None:
         self._nbytes = nbytes
         self._lent: deque[RingSpan] = deque()
+        """In the order in which they were lent."""
         self._freed = asyncio.Event()
 
     @property
@@ -35,8 +61,21 @@ class Ring:
         """Bytes lent now."""
         return sum(span.stop - span.start for span in self._lent)
 
+    def borrow_at(self, start: int, nbytes: int) -> RingSpan | None:
+        """Lend `nbytes` from `start`; None while any of them is lent."""
+        wanted = RingSpan(start, start + nbytes)
+        assert start >= 0 and wanted.stop <= self._nbytes, f"bytes {start} to {wanted.stop} of a ring of {self._nbytes}"
+        if any(span.start < wanted.stop and wanted.start < span.stop for span in self._lent):
+            return None
+        self._lent.append(wanted)
+        return wanted
+
     async def borrow(self, nbytes: int) -> RingSpan:
-        """Wait until `nbytes` contiguous bytes are free, and lend them. For one task at a time."""
+        """Wait until `nbytes` contiguous bytes are free, and lend them. For one task at a time.
+
+        Takes the end of a gap that leaves the most room in one piece once the oldest span has come back. Two spans then
+        lie at opposite ends of the ring, so any two that are not larger than it together do fit, whatever came before.
+        """
         wanted = round_up(nbytes, PAGE)
         assert wanted <= self._nbytes, f"a block of {wanted} bytes in a ring of {self._nbytes}"
         while (start := self._find(wanted)) is None:
@@ -47,9 +86,8 @@ class Ring:
         return span
 
     def release(self, span: RingSpan) -> None:
-        """Take back the oldest span."""
-        assert self._lent and self._lent[0] is span, "ring spans come back in the order they were lent"
-        self._lent.popleft()
+        """Take back a span."""
+        self._lent.remove(span)
         self._freed.set()
 
     def _find(self, wanted: int) -> int | None:

@@ -1,0 +1,138 @@
+"""The loan of a block's weights: each is there once its unit is, and goes back when it has been computed with.
+
+In: the units of a block, and a streamer that brings and takes them back. Out: weights, one by one, to the modules that
+compute with them. For the thread that computes.
+
+What is resident is brought once; borrowing it is then a look-up in a dictionary, without a lock and without the loop.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+import torch
+
+from tiered.errors import UnsupportedFamilyError
+from tiered.quant import QuantizedWeight
+from tiered.store import Unit, Weight
+
+AnyWeight = torch.Tensor | QuantizedWeight
+
+
+class Loan:
+    """The weights of one block. It is lent for every pass; `close` ends each of these times.
+
+    `bring` waits for a unit, by its number in the block, and returns its views by key; `take_back` gets the numbers of
+    units that are free again. Units whose numbers are not in `streamed` are resident: they are brought once.
+    """
+
+    def __init__(
+        self,
+        block: str,
+        prefix: str,
+        units: Sequence[Unit],
+        streamed: Collection[int],
+        family: str,
+        bring: Callable[[int], Mapping[str, AnyWeight]],
+        take_back: Callable[[Sequence[int]], None],
+    ) -> None:
+        self.block, self.units = block, units
+        self.is_held = False
+        """Whether units stay until the loan is closed, as several micro-batches use them."""
+        self._streamed, self._family, self._bring, self._take_back = frozenset(streamed), family, bring, take_back
+        self._views: dict[str, AnyWeight] = {}
+        """What can be borrowed without waiting."""
+        self._parts: dict[str, list[str]] = {}
+        """Keys by name: one, or several where the rows of a weight are spread over units."""
+        self._unit_of: dict[str, int] = {}
+        """The number of the unit of each key."""
+        self._left: dict[int, set[str]] = {}
+        """Of each streamed unit that is here: keys that have not been given back."""
+        self._returned: set[int] = set()
+        """Streamed units that were here and have gone."""
+        self._keys: list[dict[str, Weight]] = [{} for _ in units]
+        counts = Counter(name for unit in units for name in unit.weights)
+        for number, unit in enumerate(units):
+            for full_name, weight in unit.weights.items():
+                name = full_name.removeprefix(prefix)
+                parts = self._parts.setdefault(name, [])
+                key = name if counts[full_name] == 1 else f"{name}[{len(parts)}]"
+                parts.append(key)
+                self._keys[number][key], self._unit_of[key] = weight, number
+
+    @property
+    def names(self) -> Collection[str]:
+        """Names of the weights, as inside the block's module."""
+        return self._parts.keys()
+
+    def views(self, number: int, memory: torch.Tensor) -> dict[str, AnyWeight]:
+        """Views of the weights of unit `number` in `memory`, by key."""
+        return {key: weight.view(memory) for key, weight in self._keys[number].items()}
+
+    def parts(self, name: str) -> Sequence[str]:
+        """The keys of a weight: its rows are those of its parts, one after the other."""
+        return self._parts[name]
+
+    def borrow(self, key: str) -> AnyWeight:
+        """The weight of `key`: a look-up where it is in memory, else a wait for its unit.
+
+        Raises what reading the unit raised, InterruptedRun once the run is cancelled, and UnsupportedFamilyError where
+        the unit has gone already or cannot come.
+        """
+        found = self._views.get(key)
+        return found if found is not None else self._wait(key)
+
+    def release(self, *keys: str) -> None:
+        """Whoever has borrowed `keys` has computed with them."""
+        if not self._left or self.is_held:
+            return
+        for key in keys:
+            number = self._unit_of[key]
+            left = self._left.get(number)
+            if left is not None:
+                left.discard(key)
+                if not left:
+                    self._drop(number)
+                    self._take_back((number,))
+
+    def close(self) -> None:
+        """End this time: what is streamed goes back, used or not."""
+        if not self._streamed:
+            return
+        missed = self._streamed - self._returned
+        for number in list(self._left):
+            self._drop(number)
+        self._returned.clear()
+        if missed:
+            self._take_back(sorted(missed))
+
+    def forget(self) -> None:
+        """Drop the views of what is resident: its memory is used for something else."""
+        self._views.clear()
+
+    def _wait(self, key: str) -> AnyWeight:
+        number = self._unit_of[key]
+        if number in self._returned:
+            raise UnsupportedFamilyError(
+                f"model family {self._family!r}: {self.block} uses {key} of unit {self.units[number].name} after that "
+                f"has been given back, expected {self._expected()}; its layers use weights in another order than the "
+                "store was made for: convert the model again with this version of tiered and transformers"
+            )
+        views = self._bring(number)
+        self._views.update(views)
+        if number in self._streamed:
+            self._left[number] = set(views)
+        return views[key]
+
+    def _expected(self) -> str:
+        """The unit that would be used next if the order were the store's."""
+        following = (unit.name for number, unit in enumerate(self.units) if self._is_due(number))
+        return f"unit {next(following, 'none')}"
+
+    def _is_due(self, number: int) -> bool:
+        return number in self._streamed and number not in self._returned
+
+    def _drop(self, number: int) -> None:
+        self._returned.add(number)
+        for key in self._keys[number]:
+            del self._views[key]
+        del self._left[number]
