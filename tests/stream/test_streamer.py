@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.store.make import write_store
+from tests.store.make import load_unit, write_store
 from tiered.convert import ConvertOptions, convert_checkpoint
 from tiered.errors import InterruptedRun, ReadError, StoreError
 from tiered.io import Arena, ChunkVerifier, DiskReader, Faults, VerifyPolicy
@@ -123,16 +124,14 @@ async def assert_reads(reader: DiskReader, nbytes: int) -> None:
 
 
 def assert_right(store: Store, block: LoadedBlock) -> None:
-    """The block's memory holds its file, and behind it what is decoded."""
-    layout = store.layout(block.info)
-    content = store.file_path(block.info).read_bytes()
-    expected = bytearray(content) + bytearray(layout.memory_nbytes - len(content))
-    found = memoryview(block.memory.numpy())  # type: ignore[arg-type]
-    for item in layout.compressed:
-        item.decode(memoryview(expected))
-        target = slice(item.target.offset, item.target.offset + item.target.nbytes)
-        assert found[target] == expected[target]
-    assert found[: len(content)] == content
+    """The block's memory holds its units, and behind each what is decoded."""
+    start = 0
+    for unit in store.layout(block.info).units:
+        expected, found = load_unit(store.path, unit), block.memory[start : start + unit.memory_nbytes]
+        targets = [(item.target.offset, item.target.nbytes) for item in unit.compressed]
+        for offset, nbytes in [(0, unit.nbytes), *targets]:
+            assert torch.equal(found[offset : offset + nbytes], expected[offset : offset + nbytes])
+        start += unit.memory_nbytes
 
 
 async def assert_pass(setup: Setup, store: Store) -> None:
@@ -198,7 +197,7 @@ def test_blocks_of_several_chunks_arrive_whole(large: Store, policy: VerifyPolic
 @pytest.mark.parametrize("resident", [(), (2,), (0, 1, 2, 3, 4)])
 def test_the_bytes_read_are_those_planned(small: Store, resident: tuple[int, ...], prefetch: int | None) -> None:
     passes = 4
-    held = sum(small.tape[i].file.nbytes for i in resident)
+    held = sum(small.tape[i].file.units_nbytes for i in resident)
 
     async def scenario() -> None:
         async with streaming(small, placement_of(small, frozenset(resident)), prefetch) as setup:
@@ -265,7 +264,7 @@ def test_no_more_blocks_are_read_ahead_than_allowed(small: Store, prefetch: int)
     async def scenario() -> None:
         async with streaming(small, placement_of(small, frozenset(), "all"), prefetch) as setup:
             for asked in range(1, 3):
-                ahead = sum(block.file.nbytes for block in small.tape[: asked - 1 + prefetch])
+                ahead = sum(block.file.units_nbytes for block in small.tape[: asked - 1 + prefetch])
                 await assert_reads(setup.reader, ahead)
                 await setup.passing()
 
@@ -342,7 +341,7 @@ def test_a_corrupt_block_surfaces_by_name(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with streaming(store, placement_of(store, frozenset({1}))) as setup:
             await setup.passing()
-            with pytest.raises(StoreError, match=r"layer-001\.safetensors: chunk 0 .* is corrupt"):
+            with pytest.raises(StoreError, match=r"layer-001\.safetensors: chunk 1 .* is corrupt"):
                 await setup.following()
 
     asyncio.run(scenario())
@@ -350,9 +349,9 @@ def test_a_corrupt_block_surfaces_by_name(tmp_path: Path) -> None:
 
 def test_a_block_that_does_not_decode_surfaces_by_name(tmp_path: Path) -> None:
     store = write_store(tmp_path / "x", SIZES, compressed=frozenset({0}))
-    source = store.layout(store.tape[0]).compressed[0].source
+    (unit,) = store.layout(store.tape[0]).units
     with store.file_path(store.tape[0]).open("r+b") as file:
-        file.seek(source.offset + 40)
+        file.seek(unit.offset + unit.compressed[0].source.offset + 40)
         file.write(b"flipped")
 
     async def scenario() -> None:
@@ -478,7 +477,7 @@ def test_resident_blocks_that_are_read_are_lent_without_the_loop(small: Store) -
 def test_after_rewinding_the_first_block_is_next_and_resident_ones_are_not_read_again(
     small: Store, resident: tuple[int, ...], prefetch: int | None, stop: int
 ) -> None:
-    held = sum(small.tape[i].file.nbytes for i in resident)
+    held = sum(small.tape[i].file.units_nbytes for i in resident)
 
     async def scenario() -> None:
         async with streaming(small, placement_of(small, frozenset(resident), "all"), prefetch) as setup:

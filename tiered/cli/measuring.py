@@ -69,7 +69,7 @@ class Measured:
             kernels=runtime.host.kernels.description,
             synthetic=store.manifest.synthetic,
         )
-        return Surroundings(plan, sum(block.file.nbytes for block in runtime.streamed_blocks), figures)
+        return Surroundings(plan, sum(block.file.units_nbytes for block in runtime.streamed_blocks), figures)
 
 
 @contextmanager

@@ -29,7 +29,7 @@ def model_shape(store: Store, skeleton: Skeleton, dtype: torch.dtype) -> ModelSh
     layers = [p.shape for block in skeleton.blocks() if block.role == "layer" for p in block.parameters]
     return ModelShape(
         tape_nbytes=tuple(layout.memory_nbytes for layout in tape),
-        file_nbytes=tuple(block.file.nbytes for block in store.tape),
+        file_nbytes=tuple(block.file.units_nbytes for block in store.tape),
         weights=sum(layout.weight_count for layout in tape),
         side_nbytes=side,
         tables_nbytes=tables,

@@ -24,6 +24,7 @@ from typing import Self
 import torch
 
 from tiered.io import DiskReader, Slab
+from tiered.io.threads import all_of
 from tiered.kernels import CancelFlag
 from tiered.plan import Placement
 from tiered.quant import QuantizedWeight
@@ -221,17 +222,21 @@ class Streamer:
         load.add_done_callback(self._loads.pop)
 
     async def _load(self, key: int, position: int, view: memoryview, span: RingSpan | None) -> None:
-        """Read a block's chunks side by side, then decode what is compressed."""
+        """Read a block's units side by side, one behind the other in `view`, then decode what is compressed."""
         info = self._store.tape[position]
-        layout = self._store.layout(info)
-        (unit,) = layout.units
+        units = self._store.layout(info).units
+        ends = list(itertools.accumulate((unit.memory_nbytes for unit in units), initial=0))
+        parts = [view[start:stop] for start, stop in itertools.pairwise(ends)]
         try:
-            await self._reader.read_unit(unit, view)
-            for item in layout.compressed:
-                with self._trace.span("decode", item.target.name, item.target.nbytes):
-                    await self._reader.call(functools.partial(item.decode, view))
+            await all_of(self._reader.read_unit(unit, part) for unit, part in zip(units, parts, strict=True))
             memory = torch.frombuffer(view, dtype=torch.uint8)
-            weights = {name.removeprefix(info.prefix): weight.view(memory) for name, weight in layout.weights.items()}
+            weights: dict[str, torch.Tensor | QuantizedWeight] = {}
+            for unit, part, start in zip(units, parts, ends, strict=False):
+                for item in unit.compressed:
+                    with self._trace.span("decode", item.target.name, item.target.nbytes):
+                        await self._reader.call(functools.partial(item.decode, part))
+                for name, weight in unit.weights.items():
+                    weights[name.removeprefix(info.prefix)] = weight.view(memory[start:])
         except Exception as error:
             self._held.discard(position)
             self._blocks.put(key, error)
