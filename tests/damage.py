@@ -16,10 +16,11 @@ ADDED: Final = "<added>"
 def poisoned(path: Path, folder: Path, name: str, row: int) -> Store:
     """A copy in `folder`, one row of whose tensor `name`, which is not quantized, is NaN. Its checksum is wrong."""
     store = Store.open(shutil.copytree(path, folder / "poisoned.tiered"))
-    (block,) = [block for block in store.blocks.values() if name in store.layout(block).weights]
-    file = store.file_path(block)
+    units = (unit for layout in store.layouts.values() for unit in layout.units)
+    (unit,) = [unit for unit in units if name in unit.weights]
+    file = store.path / unit.file.path
     memory = torch.frombuffer(bytearray(file.read_bytes()), dtype=torch.uint8)
-    weight: Any = store.layout(block).weights[name].view(memory)
+    weight: Any = unit.weights[name].view(memory[unit.offset :])
     weight[row] = torch.nan
     file.write_bytes(memory.numpy().tobytes())
     return store

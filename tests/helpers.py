@@ -15,6 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from tests.shared import made_once
+from tests.store.make import load_unit
 from tiered.cache import SequenceKV
 from tiered.convert import ConvertOptions, convert_checkpoint
 from tiered.model import Segment
@@ -280,12 +281,13 @@ def load_stored_weights(model: PreTrainedModel, store: Store) -> None:
     state = model.state_dict()
     with torch.no_grad():
         for block in store.manifest.blocks:
-            memory = torch.frombuffer(bytearray(store.file_path(block).read_bytes()), dtype=torch.uint8)
-            for name, weight in store.layout(block).weights.items():
-                value = weight.view(memory)
-                if isinstance(value, QuantizedWeight):
-                    value = value.rows(0, value.shape[0], torch.float32)
-                state[name].copy_(value.view_as(state[name]))
+            for unit in store.layout(block).units:
+                memory = load_unit(store.path, unit)
+                for name, weight in unit.weights.items():
+                    value = weight.view(memory)
+                    if isinstance(value, QuantizedWeight):
+                        value = value.rows(0, value.shape[0], torch.float32)
+                    state[name].copy_(value.view_as(state[name]))
 
 
 def prompts_for(name: str) -> list[list[int]]:

@@ -152,8 +152,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     "manifest is not JSON": (write("manifest.json", b'{"format": "tiered-st'), ("manifest.json", "not valid JSON")),
     "manifest is not text": (write("manifest.json", b"\xff\xfe\x00\x01"), ("manifest.json", "not text")),
     "manifest of a newer version": (
-        edit_manifest(lambda value: value.update(version=2)),
-        ("manifest.json", "version 2", "reads version 1", "or use the tiered that wrote it"),
+        edit_manifest(lambda value: value.update(version=3)),
+        ("manifest.json", "version 3", "reads version 2", "or use the tiered that wrote it"),
     ),
     "manifest lacks a key": (edit_manifest(lambda value: value.pop("tape")), ("manifest.json", "tape")),
     "manifest with another prefix": (
@@ -184,9 +184,9 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     "block truncated": (truncate(LAYER, 0.5), (LAYER,)),
     "block empty": (truncate(LAYER, 0), (LAYER,)),
     "block too long": (lambda store: os.truncate(store / LAYER, 1 << 22), (LAYER,)),
-    "bit flip in a layer": (flip(LAYER, 0.7), (LAYER, "chunk 0", "is corrupt", "tiered verify")),
-    "bit flip in the embedding": (flip(EMBED, 0.9), (EMBED, "chunk 0", "is corrupt")),
-    "bit flip in the outer block": (flip(OUTER, 0.6), (OUTER, "chunk 0", "is corrupt")),
+    "bit flip in a layer": (flip(LAYER, 0.7), (LAYER, "chunk 2", "is corrupt", "tiered verify")),
+    "bit flip in the embedding": (flip(EMBED, 0.9), (EMBED, "chunk 1", "is corrupt")),
+    "bit flip in the outer block": (flip(OUTER, 0.6), (OUTER, "chunk 2", "is corrupt")),
     "header length is absurd": (flip(LAYER, 0), (LAYER,)),
     "bit flip in a header": (flip(LAYER, 0.0001), (LAYER,)),
     "a block of zeros": (

@@ -37,11 +37,11 @@ LAYER = "blocks/layer-000.safetensors"
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store whose layers have two chunks each."""
+    """A store whose layers have four chunks each: header, small tensors, and two units."""
     folder = tmp_path_factory.mktemp("verify")
-    (folder / "two-chunks.toml").write_text(SHAPE)
+    (folder / "four-chunks.toml").write_text(SHAPE)
     options = ConvertOptions(synthetic=True, quant="none")
-    convert_checkpoint(str(folder / "two-chunks.toml"), folder / "original.tiered", options)
+    convert_checkpoint(str(folder / "four-chunks.toml"), folder / "original.tiered", options)
     return folder / "original.tiered"
 
 
@@ -74,24 +74,27 @@ def test_a_whole_store_is_clean(store: Path) -> None:
 
 def test_every_flipped_bit_is_named(store: Path) -> None:
     info = next(file for file in Store.open(store).manifest.files if file.path == LAYER)
-    assert len(info.checksums) == 2
-    flip(store / LAYER, info.nbytes - 1)
-    flip(store / LAYER, CHUNK_NBYTES - 1)
+    assert len(info.chunks) == 4
+    first, last = info.chunks[1], info.chunks[3]
+    flip(store / LAYER, last.stop - 1)
+    flip(store / LAYER, first.stop - 1)
     flip(store / "blocks/embed.safetensors", 100_000)
     done = verify(store)
     assert done.code == 4
     lines = done.out.splitlines()
-    assert lines[0].startswith("blocks/embed.safetensors: chunk 0 (bytes 0 to ")
-    assert lines[1].startswith(f"{LAYER}: chunk 0 (bytes 0 to 16,777,216) is corrupt: expected xxh3 ")
-    assert info.checksums[0] in lines[1]
-    assert lines[2].startswith(f"{LAYER}: chunk 1 (bytes 16,777,216 to {info.nbytes:,}) is corrupt")
+    assert lines[0].startswith("blocks/embed.safetensors: chunk 1 (bytes 8,192 to ")
+    assert lines[1].startswith(
+        f"{LAYER}: chunk 1 (bytes {first.offset:,} to {first.stop:,}) is corrupt: expected xxh3 "
+    )
+    assert first.checksum in lines[1]
+    assert lines[2].startswith(f"{LAYER}: chunk 3 (bytes {last.offset:,} to {info.nbytes:,}) is corrupt")
     assert "3 problems in 2 of 4 files" in done.err
     assert "convert the model again" in done.err
 
 
 def test_missing_truncated_and_flipped_files_are_all_named(store: Path) -> None:
     (store / "blocks/embed.safetensors").unlink()
-    os.truncate(store / LAYER, CHUNK_NBYTES + 5000)
+    os.truncate(store / LAYER, CHUNK_NBYTES + 70_000)
     flip(store / LAYER, CHUNK_NBYTES // 2)
     flip(store / "blocks/layer-001.safetensors", 3)  # its header length
     done = verify(store, "--json")
@@ -99,10 +102,10 @@ def test_missing_truncated_and_flipped_files_are_all_named(store: Path) -> None:
     report = json.loads(done.out)
     found = [(f["file"], f["chunk"]) for f in report["findings"]]
     second = "blocks/layer-001.safetensors"
-    assert found == [("blocks/embed.safetensors", None), (LAYER, None), (LAYER, 0), (second, None), (second, 0)]
+    assert found == [("blocks/embed.safetensors", None), (LAYER, None), (LAYER, 2), (second, None), (second, 0)]
     problems = [f["problem"] for f in report["findings"]]
     assert "missing" in problems[0]
-    assert "expected" in problems[1] and "16,782,216" in problems[1]
+    assert "expected" in problems[1] and "16,847,216" in problems[1]
     assert report["findings"][2]["expected"] != report["findings"][2]["found"]
 
 
@@ -130,7 +133,7 @@ def test_json_counts_every_byte(store: Path) -> None:
     files = [file for file in (store / "blocks").iterdir() if file.suffix == ".safetensors"]
     assert report["bytes_read"] == sum(file.stat().st_size for file in files)
     assert report["files"] == len(files)
-    assert report["chunks"] == 6
+    assert report["chunks"] == sum(len(file.chunks) for file in Store.open(store).manifest.files)
     assert report["findings"] == []
     assert report["bytes_per_second"] == pytest.approx(report["bytes_read"] / report["seconds"])
 

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from tests.store.make import load_unit
 from tiered.quant import QuantizedWeight
 from tiered.store import Store
 
@@ -87,16 +88,11 @@ def read_store(path: Path, dtype: torch.dtype | None = None) -> dict[str, torch.
     """Every weight of the store by its model name; quantized ones dequantized to float32, others as they are."""
     store = Store.open(path)
     weights: dict[str, torch.Tensor] = {}
-    for file, layout in store.layouts.items():
-        memory = bytearray(layout.memory_nbytes)
-        content = (path / file).read_bytes()
-        memory[: len(content)] = content
-        for item in layout.compressed:
-            item.decode(memoryview(memory))
-        tensor = torch.frombuffer(memory, dtype=torch.uint8)
-        for name, weight in layout.weights.items():
+    for unit in (unit for layout in store.layouts.values() for unit in layout.units):
+        memory = load_unit(path, unit)
+        for name, weight in unit.weights.items():
             assert name not in weights, name
-            plain = weight.view(tensor)
+            plain = weight.view(memory)
             if isinstance(plain, QuantizedWeight):
                 plain = plain.rows(0, plain.shape[0], torch.float32)
             plain = plain.view(weight.shape)

@@ -8,10 +8,11 @@ import pytest
 
 from tests.convert.models import save_model, tiny_model
 from tiered.convert import ConvertOptions
+from tiered.convert.blocks import BlockRecipe
 from tiered.convert.convert import Conversion
 from tiered.convert.open import open_checkpoint
 from tiered.convert.place import Folder, LocalFiles
-from tiered.convert.recipe import BlockRecipe, StoreRecipe
+from tiered.convert.recipe import StoreRecipe
 from tiered.convert.source import WeightSource
 from tiered.errors import BudgetError
 

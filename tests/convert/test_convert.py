@@ -91,9 +91,9 @@ def test_the_manifest_describes_the_store(tmp_path: Path) -> None:
     assert result.nbytes == sum((tmp_path / "out" / f.path).stat().st_size for f in manifest.files)
     for file in manifest.files:
         content = (tmp_path / "out" / file.path).read_bytes()
-        assert file.checksums == tuple(
-            hash_chunk(content[i : i + (16 << 20)]) for i in range(0, len(content), 16 << 20)
-        )
+        assert [chunk.checksum for chunk in file.chunks] == [
+            hash_chunk(content[c.offset : c.stop]) for c in file.chunks
+        ]
     names = {p.name for p in (tmp_path / "out").iterdir()}
     assert names == {"blocks", "manifest.json", "config.json", "generation_config.json"} | {
         "tokenizer.json",

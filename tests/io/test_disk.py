@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from tests.store.make import bytes_of, random_bytes, write_block
 from tiered.errors import InterruptedRun, ReadError, StoreError, TieredError
 from tiered.io import PIECE_NBYTES, Arena, ChunkVerifier, DiskReader, Faults, ReadMode, VerifyPolicy, all_of
-from tiered.store import CHUNK_NBYTES, PAGE, FileInfo
+from tiered.store import CHUNK_NBYTES, PAGE, FileInfo, hash_chunk
 from tiered.trace import Tracer
 
 Outcome = Callable[[int, int, int], int | None]
@@ -29,11 +29,18 @@ WHOLE = 2 * CHUNK_NBYTES + 3 * PIECE_NBYTES + 5 * PAGE
 SECONDS = 20.0
 
 
+def one_region(root: Path, file: FileInfo) -> FileInfo:
+    """The same file without units: its chunks are 16 MiB from the first byte."""
+    content = (root / file.path).read_bytes()
+    starts = range(0, len(content), CHUNK_NBYTES)
+    return FileInfo(file.path, file.nbytes, tuple(hash_chunk(content[i : i + CHUNK_NBYTES]) for i in starts))
+
+
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, FileInfo]:
     """A file of three chunks, the last one short."""
     root = tmp_path_factory.mktemp("disk")
-    return root, write_block(root, "blocks/large.safetensors", {"a": random_bytes(WHOLE, 1)})
+    return root, one_region(root, write_block(root, "blocks/large.safetensors", {"a": random_bytes(WHOLE, 1)}))
 
 
 @pytest.fixture(scope="module")
@@ -305,7 +312,7 @@ def test_a_refusal_on_the_last_rung_is_a_failed_read(small: tuple[Path, FileInfo
 
 @pytest.mark.parametrize("policy", [VerifyPolicy.FIRST, VerifyPolicy.ALWAYS])
 def test_a_flipped_bit_is_found_and_its_chunk_named(tmp_path: Path, memory: memoryview, policy: VerifyPolicy) -> None:
-    file = write_block(tmp_path, "x.safetensors", {"a": random_bytes(CHUNK_NBYTES + 9 * PAGE, 3)})
+    file = one_region(tmp_path, write_block(tmp_path, "x", {"a": random_bytes(CHUNK_NBYTES + 9 * PAGE, 3)}))
     with (tmp_path / file.path).open("r+b") as opened:
         opened.seek(CHUNK_NBYTES + PAGE)
         byte = opened.read(1)
@@ -313,7 +320,7 @@ def test_a_flipped_bit_is_found_and_its_chunk_named(tmp_path: Path, memory: memo
         opened.write(bytes([byte[0] ^ 4]))
     with reader_of(tmp_path, policy=policy) as reader:
         asyncio.run(read_chunk(reader, file, 0, memory))
-        with pytest.raises(StoreError, match=r"x\.safetensors: chunk 1 \(bytes 16,777,216 to .*is corrupt") as caught:
+        with pytest.raises(StoreError, match=r"x: chunk 1 \(bytes 16,777,216 to .*is corrupt") as caught:
             asyncio.run(read_chunk(reader, file, 1, memory))
     assert caught.value.exit_code == 4
 

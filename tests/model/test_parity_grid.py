@@ -15,11 +15,11 @@ import pytest
 from tests.helpers import STEPS, Tiny, assert_same, open_runtime, prompts_for, reserved, run_greedy, run_segments
 from tests.quick import represented
 from tiered.errors import BudgetError, InterruptedRun
-from tiered.io import Arena, VerifyPolicy
+from tiered.io import Arena, DiskReader, VerifyPolicy
 from tiered.model import Segment
 from tiered.plan import Plan, Tier, full_ring, make_plan
 from tiered.runtime import Runtime, measure_inputs
-from tiered.store import Store
+from tiered.store import Store, Unit
 from tiered.units import GIB, MIB
 
 FAMILIES: Final = ("opt", "llama", "gemma3_text", "bloom")
@@ -58,29 +58,51 @@ def budget_for(store: Store, room: str, **options: Any) -> int:
         budget = needed
 
 
-def tape_bytes_read(runtime: Runtime) -> Counter[str]:
-    """Bytes read from each file of the tape for streaming it; embedding rows of a tied head's file not counted."""
-    sizes = {block.file.path: block.file.nbytes for block in runtime.store.tape}
+@pytest.fixture
+def units_read(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Bytes of the units that have been read whole, by file: embedding rows are not."""
     count: Counter[str] = Counter()
-    for span in runtime.host.trace.spans:
-        # Files are smaller than one read here, so a block is read by one span.
-        if span.lane == "disk" and span.nbytes == sizes.get(span.name):
-            count[span.name] += span.nbytes
+    original = DiskReader.read_unit
+
+    async def read_unit(reader: DiskReader, unit: Unit, memory: memoryview) -> None:
+        await original(reader, unit, memory)
+        count[unit.file.path] += unit.nbytes
+
+    monkeypatch.setattr(DiskReader, "read_unit", read_unit)
     return count
+
+
+def check_reads(runtime: Runtime, units_read: Counter[str], passes: int) -> None:
+    """What was read is what `passes` passes should read, embedding rows, and outer tensors."""
+    planned = planned_bytes(runtime, passes)
+    assert {path: units_read[path] for path in planned} == planned
+    disk: Counter[str] = Counter()
+    for span in runtime.host.trace.spans:
+        if span.lane == "disk":
+            disk[span.name] += span.nbytes
+    assert disk.total() == runtime.bytes_read
+    tables = {block.file.path for block in runtime.store.manifest.blocks if block.role in ("embed", "outer")}
+    assert {path: nbytes for path, nbytes in disk.items() if path not in tables} == {
+        path: nbytes for path, nbytes in planned.items() if path not in tables
+    }
 
 
 def planned_bytes(runtime: Runtime, passes: int) -> Counter[str]:
     """What `passes` passes should read: a resident block once, any other every time."""
     planned: Counter[str] = Counter()
     for position, block in enumerate(runtime.store.tape):
-        planned[block.file.path] += block.file.nbytes * (1 if position in runtime.plan.placement.resident else passes)
+        planned[block.file.path] += block.file.units_nbytes * (
+            1 if position in runtime.plan.placement.resident else passes
+        )
     return planned
 
 
 @pytest.mark.parametrize("room", ROOM)
 @pytest.mark.parametrize("prefetch", PREFETCH)
 @pytest.mark.parametrize("name", represented(FAMILIES, FAMILIES[:2]))
-def test_budget_and_read_ahead_change_nothing(tiny: Tiny, name: str, prefetch: int | None, room: str) -> None:
+def test_budget_and_read_ahead_change_nothing(
+    tiny: Tiny, units_read: Counter[str], name: str, prefetch: int | None, room: str
+) -> None:
     # Each cell takes the next size of micro-batches; the test below takes all of them in one cell.
     turn = FAMILIES.index(name) + PREFETCH.index(prefetch) + list(ROOM).index(room)
     rows = MICRO_BATCHES[turn % len(MICRO_BATCHES)]
@@ -93,11 +115,7 @@ def test_budget_and_read_ahead_change_nothing(tiny: Tiny, name: str, prefetch: i
         second = run_greedy(runtime, prompts_for(name), steps)
     assert_same(first, tiny.reference(name))
     assert_same(second, tiny.reference(name))
-    assert tape_bytes_read(runtime) == planned_bytes(runtime, passes=2 * steps)
-    assert runtime.bytes_read == runtime.host.trace.total("disk").nbytes
-    rest = runtime.bytes_read - tape_bytes_read(runtime).total()
-    disk = [span for span in runtime.host.trace.spans if span.lane == "disk"]
-    assert rest == sum(span.nbytes for span in disk if is_table(span.name, span.nbytes, store))
+    check_reads(runtime, units_read, passes=2 * steps)
 
 
 def check_placement(plan: Plan, room: str) -> None:
@@ -113,14 +131,6 @@ def check_placement(plan: Plan, room: str) -> None:
         assert placement.ring_nbytes == ROOM[room](sizes)
 
 
-def is_table(path: str, nbytes: int, store: Store) -> bool:
-    """Whether a read was of embedding rows or outer tensors."""
-    if "outer" in store.blocks and path == store.blocks["outer"].file.path:
-        return True
-    embed = store.blocks["embed"].file
-    return path == embed.path and nbytes != embed.nbytes
-
-
 @pytest.mark.parametrize("rows", MICRO_BATCHES)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_split_into_micro_batches_changes_nothing(tiny: Tiny, name: str, rows: int | None) -> None:
@@ -131,12 +141,12 @@ def test_the_split_into_micro_batches_changes_nothing(tiny: Tiny, name: str, row
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_cpu_tier_alone_loads_all_and_reads_it_once(tiny: Tiny, name: str) -> None:
+def test_the_cpu_tier_alone_loads_all_and_reads_it_once(tiny: Tiny, units_read: Counter[str], name: str) -> None:
     options: dict[str, Any] = {"tiers": (Tier.CPU,), "keep_spans": True, "verify": VerifyPolicy.NEVER}
     with open_runtime(tiny.store(name), **options) as runtime:
         found = run_greedy(runtime, prompts_for(name), STEPS)
     assert_same(found, tiny.reference(name))
-    assert tape_bytes_read(runtime) == planned_bytes(runtime, passes=1)
+    check_reads(runtime, units_read, passes=1)
 
 
 def test_the_cpu_tier_alone_refuses_a_budget_that_would_stream(tiny: Tiny) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from tiered.quant import GroupScheme, QuantizedTensor, compress, quantize
-from tiered.store import BlockInfo, BlockWriter, FileInfo, Manifest, Store, atomic_write
+from tiered.store import BlockInfo, BlockWriter, FileInfo, Manifest, Store, Unit, atomic_write
 from tiered.store.manifest import MANIFEST_NAME
 
 
@@ -22,6 +22,16 @@ def random_quantized(rows: int, columns: int, scheme: GroupScheme, seed: int = 0
     return quantize(torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)), scheme)
 
 
+def load_unit(root: Path, unit: Unit) -> torch.Tensor:
+    """The unit's memory, as a reader and a decoder leave it. `root` is the folder of its store."""
+    memory = torch.zeros(unit.memory_nbytes, dtype=torch.uint8)
+    content = (root / unit.file.path).read_bytes()[unit.offset : unit.offset + unit.nbytes]
+    memory[: len(content)] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    for item in unit.compressed:
+        item.decode(bytes_of(memory))
+    return memory
+
+
 def write_block(
     root: Path,
     path: str,
@@ -29,20 +39,30 @@ def write_block(
     quantized: Mapping[str, tuple[GroupScheme, QuantizedTensor]] | None = None,
     compressed: Mapping[str, torch.Tensor] | None = None,
     frame_nbytes: int = 4096,
+    starts: Sequence[str] = (),
 ) -> FileInfo:
-    """One block file of these tensors."""
+    """One block file of these tensors: one unit, and a new one at each of the weights `starts`."""
     quantized, compressed = quantized or {}, compressed or {}
     packed = {name: compress(bytes_of(tensor), frame_nbytes) for name, tensor in compressed.items()}
     frames = sum(len(item.frames) for item in packed.values())
     with BlockWriter(root / path, root, [*plain, *quantized, *compressed], frames) as writer:
+        writer.start_unit("all")
+
+        def begin(name: str) -> None:
+            if name in starts:
+                writer.start_unit(name)
+
         for name, tensor in plain.items():
+            begin(name)
             writer.add(name, tensor.dtype, tensor.shape, [bytes_of(tensor)])
         for name, (scheme, codes) in quantized.items():
+            begin(name)
             for part, tensor in zip(("q", "scale", "zero"), codes, strict=True):
                 writer.add(f"{name}.{part}", tensor.dtype, tensor.shape, [bytes_of(tensor)])
             rows, groups = codes.scale.shape
             writer.add_scheme(name, scheme, (rows, groups * scheme.group_size))
         for name, tensor in compressed.items():
+            begin(name)
             item = packed[name]
             writer.add_compressed(
                 name, tensor.dtype, tensor.shape, [memoryview(item.payload)], item.frames, item.frame_nbytes

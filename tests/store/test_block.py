@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.store.make import bytes_of, random_bytes, random_quantized, write_block
+from tests.store.make import bytes_of, load_unit, random_bytes, random_quantized, write_block
 from tiered.errors import StoreError
 from tiered.quant import GroupScheme, QuantizedWeight
 from tiered.store import ALIGNMENT, PAGE, FileInfo
@@ -24,50 +25,67 @@ COMPRESSED = {"wide": torch.randn(3, 1000).round(), "long": torch.zeros(9000, dt
 
 
 def whole(tmp_path: Path) -> tuple[FileInfo, BlockLayout]:
-    file = write_block(tmp_path, "x.safetensors", PLAIN, QUANTIZED, COMPRESSED)
+    """Three units: plain and quantized weights, a quantized one, and a quantized one with compressed weights."""
+    file = write_block(tmp_path, "x.safetensors", PLAIN, QUANTIZED, COMPRESSED, starts=("fc2", "wide"))
     return file, read_layout(tmp_path, file)
 
 
-def load(root: Path, layout: BlockLayout) -> torch.Tensor:
-    """The block's memory, as a reader and a decoder leave it."""
-    memory = torch.zeros(layout.memory_nbytes, dtype=torch.uint8)
-    content = (root / layout.file.path).read_bytes()
-    memory[: len(content)] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-    for item in layout.compressed:
-        item.decode(bytes_of(memory))
-    return memory
+def weights_of(root: Path, layout: BlockLayout) -> dict[str, torch.Tensor | QuantizedWeight]:
+    return {
+        name: weight.view(memory)
+        for unit in layout.units
+        for memory in [load_unit(root, unit)]
+        for name, weight in unit.weights.items()
+    }
 
 
 def test_every_weight_is_what_was_written(tmp_path: Path) -> None:
     _, layout = whole(tmp_path)
-    memory = load(tmp_path, layout)
-    assert set(layout.weights) == {*PLAIN, *QUANTIZED, *COMPRESSED}
+    weights = weights_of(tmp_path, layout)
+    assert list(layout.weights) == [*PLAIN, *QUANTIZED, *COMPRESSED]
     for name, expected in {**PLAIN, **COMPRESSED}.items():
-        found = layout.weights[name].view(memory)
+        found = weights[name]
         assert isinstance(found, torch.Tensor) and found.dtype == expected.dtype
         assert torch.equal(found, expected)
     for name, (scheme, codes) in QUANTIZED.items():
-        weight = layout.weights[name].view(memory)
+        weight = weights[name]
         assert isinstance(weight, QuantizedWeight) and weight.scheme == scheme
         assert all(torch.equal(a, b) for a, b in zip(weight.codes, codes, strict=True))
 
 
-def test_weights_are_views_of_the_block_s_memory(tmp_path: Path) -> None:
+def test_weights_are_views_of_their_unit_s_memory(tmp_path: Path) -> None:
     _, layout = whole(tmp_path)
-    memory = load(tmp_path, layout)
-    start = memory.data_ptr()
-    for weight in layout.weights.values():
-        view = weight.view(memory)
-        tensors = [view] if isinstance(view, torch.Tensor) else list(view.codes)
-        assert all(start <= t.data_ptr() < start + memory.nbytes for t in tensors)
+    for unit in layout.units:
+        memory = load_unit(tmp_path, unit)
+        start = memory.data_ptr()
+        for weight in unit.weights.values():
+            view = weight.view(memory)
+            tensors = [view] if isinstance(view, torch.Tensor) else list(view.codes)
+            assert all(start <= t.data_ptr() < start + memory.nbytes for t in tensors)
 
 
-def test_memory_is_the_file_and_what_is_decoded_behind_it(tmp_path: Path) -> None:
+def test_memory_is_the_extent_and_what_is_decoded_behind_it(tmp_path: Path) -> None:
+    _, layout = whole(tmp_path)
+    for unit in layout.units:
+        decoded = [item.target for item in unit.compressed]
+        assert all(target.offset >= unit.nbytes and target.offset % ALIGNMENT == 0 for target in decoded)
+        assert unit.memory_nbytes % PAGE == 0
+        assert unit.memory_nbytes < unit.nbytes + sum(t.nbytes + ALIGNMENT for t in decoded) + PAGE
+    assert layout.memory_nbytes == sum(unit.memory_nbytes for unit in layout.units)
+
+
+def test_units_cover_the_file_behind_its_header_and_chunks_are_theirs(tmp_path: Path) -> None:
     file, layout = whole(tmp_path)
-    decoded = [item.target for item in layout.compressed]
-    assert all(target.offset >= file.nbytes and target.offset % ALIGNMENT == 0 for target in decoded)
-    assert layout.memory_nbytes % PAGE == 0
-    assert layout.memory_nbytes < file.nbytes + sum(t.nbytes + ALIGNMENT for t in decoded) + PAGE
+    assert [unit.name for unit in layout.units] == ["all", "fc2", "wide"]
+    assert [list(unit.weights) for unit in layout.units] == [["norm", "bias", "fc1"], ["fc2"], ["wide", "long"]]
+    position = file.header_nbytes
+    for unit in layout.units:
+        assert unit.offset == position and unit.nbytes % PAGE == 0
+        chunks = [file.chunks[number] for number in unit.chunks]
+        assert chunks[0].offset == unit.offset and chunks[-1].stop == unit.offset + unit.nbytes
+        position += unit.nbytes
+    assert position == file.nbytes
+    assert file.units_nbytes == sum(unit.nbytes for unit in layout.units)
 
 
 def test_a_block_counts_the_numbers_it_stands_for(tmp_path: Path) -> None:
@@ -77,10 +95,49 @@ def test_a_block_counts_the_numbers_it_stands_for(tmp_path: Path) -> None:
 
 def test_a_damaged_frame_is_a_damaged_store(tmp_path: Path) -> None:
     _, layout = whole(tmp_path)
-    memory = load(tmp_path, layout)
-    memory[layout.compressed[0].source.offset + 20] ^= 1
+    unit = layout.units[-1]
+    memory = load_unit(tmp_path, unit)
+    memory[unit.compressed[0].source.offset + 20] ^= 1
     with pytest.raises(StoreError, match="zstd frame"):
-        layout.compressed[0].decode(bytes_of(memory))
+        unit.compressed[0].decode(bytes_of(memory))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda units: units[:-1], "its metadata does not fit its tensors .*does not lie within one unit"),
+        (lambda units: (), "data starts at byte"),
+        (lambda units: (replace(units[0], offset=PAGE), *units[1:]), "data starts at byte"),
+        (lambda units: (replace(units[0], nbytes=PAGE), *units[1:]), ".*does not lie within one unit"),
+        (lambda units: (units[0], replace(units[1], nbytes=units[1].nbytes + PAGE)), ".*does not lie within one unit"),
+    ],
+)
+def test_units_that_are_not_those_of_the_file_are_refused(change: Any, told: str, tmp_path: Path) -> None:
+    tensors = {name: random_bytes(3 * PAGE, number) for number, name in enumerate("abc")}
+    file = write_block(tmp_path, "x.safetensors", tensors, starts=("b", "c"))
+    with pytest.raises(StoreError, match=rf"x\.safetensors: {told}"):
+        read_layout(tmp_path, replace(file, units=change(file.units)))
+
+
+def test_a_weight_whose_parts_lie_in_two_units_is_refused(tmp_path: Path) -> None:
+    codes = random_quantized(64, 128, INT4)
+    assert codes.q.nbytes == PAGE
+    file = write_block(tmp_path, "x.safetensors", {}, {"fc": (INT4, codes)})
+    (unit,) = file.units
+    units = replace(unit, nbytes=PAGE), replace(unit, name="rest", offset=unit.offset + PAGE, nbytes=PAGE)
+    with pytest.raises(StoreError, match=r"x\.safetensors: its metadata does not fit its tensors"):
+        read_layout(tmp_path, replace(file, units=units))
+
+
+def test_a_block_of_another_version_is_refused(tmp_path: Path) -> None:
+    file, _ = whole(tmp_path)
+    for version in (1, 3, "2"):
+        edit_metadata(tmp_path, file, partial(dict.update, version=version))
+        with pytest.raises(StoreError, match=r"x\.safetensors: a block of format version .*, expected 2"):
+            read_layout(tmp_path, file)
+    edit_metadata(tmp_path, file, lambda d: d.pop("version") and None)
+    with pytest.raises(StoreError, match=r"x\.safetensors: a block of format version 1, expected 2"):
+        read_layout(tmp_path, file)
 
 
 def test_a_missing_file_is_named_with_the_remedy(tmp_path: Path) -> None:
@@ -172,7 +229,7 @@ def test_data_that_starts_off_a_page_is_not_ours(tmp_path: Path) -> None:
     content = (tmp_path / file.path).read_bytes()
     shifted = [replace(entry, offset=entry.offset + 64) for entry in entries]
     (tmp_path / file.path).write_bytes(header_bytes(shifted, metadata, data_start + 64) + content[data_start:])
-    with pytest.raises(StoreError, match=r"data starts at byte .* expected a multiple of 4096"):
+    with pytest.raises(StoreError, match=r"data starts at byte .* expected .* a multiple of 4096"):
         read_layout(tmp_path, replace(file, nbytes=file.nbytes + 64))
 
 

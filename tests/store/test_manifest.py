@@ -11,11 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tiered.errors import StoreError
-from tiered.store import CHUNK_NBYTES, BlockInfo, FileInfo, Manifest
+from tiered.store import CHUNK_NBYTES, BlockInfo, FileInfo, Manifest, UnitInfo
 
 PATH = Path("somewhere/manifest.json")
-EMBED = FileInfo("blocks/embed.safetensors", 8192, ("0123456789abcdef",))
-LAYER = FileInfo("blocks/layer-000.safetensors", CHUNK_NBYTES + 4096, ("a" * 16, "b" * 16))
+EMBED = FileInfo(
+    "blocks/embed.safetensors", 8192, ("0123456789abcdef", "f" * 16), (UnitInfo("embed", "dense", 4096, 4096),)
+)
+LAYER = FileInfo(
+    "blocks/layer-000.safetensors",
+    12288 + CHUNK_NBYTES + 4096,
+    ("a" * 16, "b" * 16, "c" * 16, "d" * 16),
+    (UnitInfo("small", "small", 8192, 4096), UnitInfo("fc1", "dense", 12288, CHUNK_NBYTES + 4096)),
+)
 MANIFEST = Manifest(
     source={"kind": "folder", "name": "opt", "revision": None, "fingerprint": "ff"},
     architecture={"model_type": "opt", "layers": 2, "embed": "embed.weight", "head": "head.weight"},
@@ -65,10 +72,15 @@ def test_another_program_s_manifest_is_foreign(value: Any) -> None:
         parse(value)
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None])
+@pytest.mark.parametrize("version", [0, 3, "2", None, True, 2.0])
 def test_another_version_is_told_with_both(version: Any) -> None:
-    with pytest.raises(StoreError, match=rf"format version {version!r}, this tiered reads version 1"):
+    with pytest.raises(StoreError, match=rf"format version {version!r}, this tiered reads version 2; convert the mod"):
         parse({**VALUE, "version": version})
+
+
+def test_version_1_is_told_with_the_command_that_upgrades_it() -> None:
+    with pytest.raises(StoreError, match=r"version 1, this tiered reads version 2; 'tiered convert somewhere' upgrad"):
+        parse({**VALUE, "version": 1})
 
 
 @pytest.mark.parametrize("key", [key for key in VALUE if key not in ("format", "version")])
@@ -138,12 +150,73 @@ def test_files_outside_the_store_are_refused(path: str) -> None:
         parse(value)
 
 
-@pytest.mark.parametrize("nbytes", [0, 4095, 4097, -4096, 2 * CHUNK_NBYTES])
-def test_a_size_that_the_checksums_do_not_cover_is_refused(nbytes: int) -> None:
+@pytest.mark.parametrize("nbytes", [0, 4095, 4097, -4096])
+def test_a_size_that_is_no_multiple_of_a_page_is_refused(nbytes: int) -> None:
     value = copy.deepcopy(VALUE)
     value["files"][0]["nbytes"] = nbytes
-    with pytest.raises(StoreError, match=r"embed\.safetensors: .* bytes with 1 checksums is impossible"):
+    with pytest.raises(StoreError, match=rf"embed\.safetensors: {nbytes} bytes, expected a multiple of 4096"):
         parse(value)
+
+
+def test_chunks_are_those_of_the_header_and_of_each_unit() -> None:
+    found = [(chunk.offset, chunk.nbytes, chunk.checksum[0]) for chunk in LAYER.chunks]
+    assert found == [(0, 8192, "a"), (8192, 4096, "b"), (12288, CHUNK_NBYTES, "c"), (12288 + CHUNK_NBYTES, 4096, "d")]
+    assert list(LAYER.unit_chunks()) == [range(1, 2), range(2, 4)]
+    assert (LAYER.header_nbytes, LAYER.units_nbytes) == (8192, CHUNK_NBYTES + 8192)
+
+
+UNITS: dict[str, tuple[Any, str]] = {
+    "a gap before it": (lambda units: units[1].update(offset=16384), "unit fc1 starts at byte 16384, expected 12288"),
+    "an overlap": (lambda units: units[1].update(offset=8192), "unit fc1 starts at byte 8192, expected 12288"),
+    "no header": (lambda units: units[0].update(offset=0), "unit small starts at byte 0, expected 4096"),
+    "a start off a page": (
+        lambda units: units[0].update(offset=8200),
+        "unit small starts at byte 8200, expected 12288",
+    ),
+    "a start below 0": (lambda units: units[0].update(offset=-4096), "unit small starts at byte -4096, expected 4096"),
+    "no bytes": (lambda units: units[0].update(nbytes=0, xxh3_64=[]), "unit small has 0 bytes, expected a multiple"),
+    "a size off a page": (lambda units: units[0].update(nbytes=4000), "unit small has 4000 bytes, expected a multiple"),
+    "fewer bytes": (lambda units: units[1].update(nbytes=4096), "unit fc1: 4096 bytes with 2 checksums is impossible"),
+    "more bytes": (lambda units: units[1].update(nbytes=CHUNK_NBYTES + 8192), "its units end at byte"),
+    "a checksum too few": (
+        lambda units: units[1]["xxh3_64"].pop(),
+        "unit fc1: .* bytes with 1 checksums is impossible",
+    ),
+    "a checksum that is none": (
+        lambda units: units[0].update(xxh3_64=["?"]),
+        "unit small: checksum '.', expected 16 hex",
+    ),
+    "another kind": (
+        lambda units: units[0].update(kind="large"),
+        "unit small is 'large', expected one of small, dense",
+    ),
+    "one name twice": (lambda units: units[1].update(name="small"), "several units are named small"),
+    "one unit less": (lambda units: units.pop(), "its units end at byte 12288, the file at"),
+    "none at all": (lambda units: units.clear(), "header: .* bytes with 1 checksums is impossible"),
+    "no object": (lambda units: units.append(5), "expected an object with name, found 5"),
+}
+
+
+@pytest.mark.parametrize("what", UNITS)
+def test_units_that_do_not_make_the_file_are_refused_by_name(what: str) -> None:
+    change, told = UNITS[what]
+    value = copy.deepcopy(VALUE)
+    change(value["files"][1]["units"])
+    with pytest.raises(StoreError, match=rf"manifest\.json: .*{told}.*; the store is damaged, convert it again"):
+        parse(value)
+
+
+@pytest.mark.parametrize("key", ["name", "kind", "offset", "nbytes", "xxh3_64"])
+def test_every_field_of_a_unit_is_needed_by_name(key: str) -> None:
+    value = copy.deepcopy(VALUE)
+    del value["files"][1]["units"][0][key]
+    with pytest.raises(StoreError, match=rf"somewhere/manifest\.json: lacks '{key}'"):
+        parse(value)
+    for wrong in WRONG.values():
+        if (key, wrong) != ("name", "text"):
+            value["files"][1]["units"][0][key] = wrong
+            with pytest.raises(StoreError, match=r"somewhere/manifest\.json: .*; the store is damaged, convert it ag"):
+                parse(value)
 
 
 @pytest.mark.parametrize("checksum", ["", "x" * 16, "0" * 15, "0" * 17, "\ud800", "A" * 16, "0" * 15 + "\n"])
@@ -152,12 +225,6 @@ def test_a_checksum_is_16_hexadecimal_digits(checksum: str) -> None:
     value["files"][0]["xxh3_64"] = [checksum]
     with pytest.raises(StoreError, match="expected 16 hexadecimal digits"):
         parse(value)
-
-
-def test_a_file_of_whole_chunks_has_as_many_checksums() -> None:
-    value = copy.deepcopy(VALUE)
-    value["files"][1]["nbytes"] = 2 * CHUNK_NBYTES
-    assert parse(value).files[1].nbytes == 2 * CHUNK_NBYTES
 
 
 def test_another_chunk_size_is_refused() -> None:

@@ -32,8 +32,10 @@ def refused(path: Path | str, message: str) -> None:
 
 def test_the_tape_is_every_layer_and_the_head(store: Store) -> None:
     assert [block.name for block in store.tape] == ["layer-000", "layer-001", "head"]
-    assert store.tape_nbytes == sum(block.file.nbytes for block in store.tape)
-    assert store.tape_nbytes == sum(store.file_path(block).stat().st_size for block in store.tape)
+    units = [unit for block in store.tape for unit in store.layout(block).units]
+    assert store.tape_nbytes == sum(unit.nbytes for unit in units)
+    headers = sum(block.file.header_nbytes for block in store.tape)
+    assert store.tape_nbytes == sum(store.file_path(block).stat().st_size for block in store.tape) - headers
 
 
 def test_a_store_is_called_like_its_folder(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import io
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -25,16 +26,14 @@ INT4 = GroupScheme(4)
 DTYPES = (torch.uint8, torch.int64, torch.float16, torch.bfloat16, torch.float32)
 
 
-def checksums(path: Path) -> tuple[str, ...]:
-    content = path.read_bytes()
-    return tuple(hash_chunk(content[start : start + CHUNK_NBYTES]) for start in range(0, len(content), CHUNK_NBYTES))
-
-
 def assert_well_formed(root: Path, file: FileInfo) -> None:
     path = root / file.path
     assert path.stat().st_size == file.nbytes
     assert file.nbytes % PAGE == 0
-    assert file.checksums == checksums(path)
+    content = path.read_bytes()
+    assert all(chunk.checksum == hash_chunk(content[chunk.offset : chunk.stop]) for chunk in file.chunks)
+    assert len(file.chunks) == len(file.checksums)
+    assert FileInfo.from_json(json.loads(json.dumps(file.to_json())), 2) == file
     entries, metadata, data_start = read_header(path)
     assert data_start % PAGE == 0
     assert metadata["format"] == "pt"
@@ -86,10 +85,9 @@ def test_a_block_of_nothing_is_a_file_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("extra", [-PAGE, 0, PAGE])
 def test_a_block_about_a_chunk_long_has_a_checksum_for_every_chunk(extra: int, tmp_path: Path) -> None:
-    header = write_block(tmp_path, "probe.safetensors", {"a": random_bytes(64, 0)}).nbytes - PAGE
-    file = write_block(tmp_path, "x.safetensors", {"a": random_bytes(CHUNK_NBYTES + extra - header, 1)})
-    assert file.nbytes == CHUNK_NBYTES + extra
-    assert len(file.checksums) == (2 if extra > 0 else 1)
+    file = write_block(tmp_path, "x.safetensors", {"a": random_bytes(CHUNK_NBYTES + extra, 1)})
+    assert file.nbytes == file.header_nbytes + CHUNK_NBYTES + extra
+    assert len(file.checksums) == (3 if extra > 0 else 2)
     assert_well_formed(tmp_path, file)
 
 
@@ -99,11 +97,12 @@ def test_pieces_of_any_size_make_the_same_block(tmp_path: Path) -> None:
     for number, step in enumerate((data.nbytes, CHUNK_NBYTES // 3, 3 * CHUNK_NBYTES + 1)):
         with BlockWriter(tmp_path / f"{number}.safetensors", tmp_path, ["a"]) as writer:
             view = bytes_of(data)
+            writer.start_unit("a")
             writer.add("a", torch.uint8, data.shape, (view[at : at + step] for at in range(0, len(view), step)))
             files.append(writer.finish())
     assert_well_formed(tmp_path, files[0])
     assert len({file.checksums for file in files}) == 1
-    assert len(files[0].checksums) == 6
+    assert len(files[0].checksums) == 7
 
 
 @pytest.mark.parametrize("refusal", ["at once", "while writing"])
@@ -157,6 +156,7 @@ def test_the_header_has_room_for_long_names_and_many_frames(length: int, tmp_pat
     frames, frame_nbytes = [1 << 20] + [0] * 99, 1 << 20
     with BlockWriter(tmp_path / "x.safetensors", tmp_path, names, len(names) * len(frames)) as writer:
         for name in names:
+            writer.start_unit(name)
             payload = memoryview(bytes(frames[0]))
             writer.add_compressed(f"{name}.q", torch.uint8, (1 << 14, 6400), [payload], frames, frame_nbytes)
             for part in ("scale", "zero"):
@@ -168,6 +168,7 @@ def test_the_header_has_room_for_long_names_and_many_frames(length: int, tmp_pat
 def test_until_it_is_finished_a_block_is_a_part(tmp_path: Path) -> None:
     path, part = tmp_path / "blocks/x.safetensors", tmp_path / "blocks/x.safetensors.part"
     with BlockWriter(path, tmp_path, ["a"]) as writer:
+        writer.start_unit("a")
         writer.add("a", torch.uint8, (5,), [memoryview(b"12345")])
         assert part.exists() and not path.exists()
         assert writer.finish().path == "blocks/x.safetensors"
@@ -177,6 +178,7 @@ def test_until_it_is_finished_a_block_is_a_part(tmp_path: Path) -> None:
 def test_a_failure_leaves_a_part_that_the_next_attempt_overwrites(tmp_path: Path) -> None:
     path, part = tmp_path / "x.safetensors", tmp_path / "x.safetensors.part"
     with pytest.raises(KeyboardInterrupt), BlockWriter(path, tmp_path, ["a"]) as writer:
+        writer.start_unit("a")
         writer.add("a", torch.uint8, (1 << 20,), [memoryview(bytes(1 << 20))])
         raise KeyboardInterrupt
     assert part.exists() and not path.exists()

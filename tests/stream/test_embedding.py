@@ -188,7 +188,7 @@ def test_a_damaged_table_is_found_before_any_row_is_used(tmp_path: Path) -> None
     async def scenario() -> None:
         async with opened(store) as setup:
             for _ in range(2):
-                with pytest.raises(StoreError, match=r"embed\.safetensors: chunk 0 .* is corrupt"):
+                with pytest.raises(StoreError, match=r"embed\.safetensors: chunk 1 .* is corrupt"):
                     await setup.rows([0])
 
     asyncio.run(scenario())

@@ -2,6 +2,7 @@
 
 from tiered.arch.context import context_for, layer_windows, most_positions
 from tiered.arch.families import FAMILIES, Family, family_for
+from tiered.arch.order import order_of_use
 from tiered.arch.skeleton import (
     BlockTensors,
     ParameterInfo,
@@ -27,5 +28,6 @@ __all__ = [
     "layer_windows",
     "load_config",
     "most_positions",
+    "order_of_use",
     "text_config",
 ]

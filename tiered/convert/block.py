@@ -2,21 +2,22 @@
 
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
 import torch
 import xxhash
 
+from tiered.convert.blocks import BlockRecipe, TensorRecipe
 from tiered.convert.compression import Compression, Frames, is_candidate
-from tiered.convert.recipe import BlockRecipe, TensorRecipe
 from tiered.convert.source import WeightSource
 from tiered.errors import StoreError
 from tiered.files import errors_of
 from tiered.quant.zstd import FRAME_NBYTES
-from tiered.store import CHUNK_NBYTES, BlockWriter, FileInfo
-from tiered.store.block import read_layout
-from tiered.store.format import tensor_nbytes
+from tiered.store import BlockWriter, FileInfo, UnitInfo, read_header
+from tiered.store.block import BlockLayout, read_layout
 
 Advance = Callable[[int], None]
 """Called with the number of bytes written to the store since the last call, counted before zstd."""
@@ -32,31 +33,53 @@ def write_block(
     `source` must have `block` open.
     """
     candidates = {t.name for t in block.tensors if compression.mode != "none" and is_candidate(t, block.role)}
-    largest = (tensor_nbytes(source.dtype(t), t.shape) for t in block.tensors if t.name in candidates)
-    frames = sum(-(-nbytes // FRAME_NBYTES) for nbytes in largest)
+    frames = sum(_frames(t, source.dtype(t)) for t in block.tensors if t.name in candidates)
     with BlockWriter(folder / block.path, folder, [tensor.name for tensor in block.tensors], frames) as writer:
-        for tensor in block.tensors:
-            rule = compression if tensor.name in candidates else None
-            add = _add_plain if tensor.scheme is None else _add_packed
-            add(writer, tensor, source, rule, advance)
+        for unit in block.units(source.dtype):
+            writer.start_unit(unit.name, unit.kind)
+            for tensor in unit.tensors:
+                rule = compression if tensor.name in candidates else None
+                add = _add_plain if tensor.scheme is None else _add_packed
+                add(writer, tensor, source, rule, advance)
         return writer.finish()
 
 
 def finished_block(folder: Path, block: BlockRecipe) -> FileInfo | None:
     """The manifest entry of `block`, its checksums computed from the file.
 
-    None where the file is missing, is not whole, or holds other tensors than the recipe says.
+    None where the file is missing, is not whole, or holds other tensors or units than the recipe says.
     """
     path = folder / block.path
     try:
-        nbytes = path.stat().st_size
-        layout = read_layout(folder, FileInfo(block.path, nbytes, ()))
-    except (FileNotFoundError, StoreError):
+        nbytes, (*_, data_start) = path.stat().st_size, read_header(path)
+        # Which units it has follows from the recipe and from where their first tensors lie.
+        whole = (UnitInfo("all", "dense", data_start, nbytes - data_start),)
+        layout = read_layout(folder, FileInfo(block.path, nbytes, (), whole))
+        file = replace(layout.file, units=_units_of(block, layout))
+        file.check_units()
+        read_layout(folder, file)
+    except (FileNotFoundError, StoreError, ValueError):
         return None
+    return replace(file, checksums=_checksums(path, file))
+
+
+def _units_of(block: BlockRecipe, layout: BlockLayout) -> tuple[UnitInfo, ...]:
+    """The units of `block` in a file whose tensors are in `layout` as if there were only one.
+
+    Raises ValueError where they are not the tensors of `block`.
+    """
     found = {name: (weight.shape, weight.scheme) for name, weight in layout.weights.items()}
     if found != {tensor.name: (tensor.shape, tensor.scheme) for tensor in block.tensors}:
-        return None
-    return FileInfo(block.path, nbytes, _checksums(path))
+        raise ValueError(f"{layout.file.path}: holds other tensors than {block.name}")
+    first = {name: next(iter(weight.parts.values())) for name, weight in layout.weights.items()}
+    compressed = {item.target.name: item.source for item in layout.compressed}
+    recipes = block.units(lambda tensor: first[tensor.name].dtype)
+    entries = [first[unit.tensors[0].name] for unit in recipes]
+    starts = [layout.units[0].offset + compressed.get(entry.name, entry).offset for entry in entries]
+    return tuple(
+        UnitInfo(unit.name, unit.kind, start, stop - start)
+        for unit, (start, stop) in zip(recipes, pairwise([*starts, layout.file.nbytes]), strict=True)
+    )
 
 
 def _add_packed(
@@ -108,15 +131,19 @@ def _counted(pieces: Iterator[memoryview], advance: Advance) -> Iterator[memoryv
         advance(piece.nbytes)
 
 
-def _checksums(path: Path) -> tuple[str, ...]:
+def _frames(tensor: TensorRecipe, dtype: torch.dtype) -> int:
+    """Frames that the compressed part of `tensor` may have: its codes, or where it is not quantized all of it."""
+    return -(-tensor.numel * (dtype.itemsize if tensor.scheme is None else 1) // FRAME_NBYTES)
+
+
+def _checksums(path: Path, file: FileInfo) -> tuple[str, ...]:
     digests = []
-    with errors_of(path), path.open("rb", buffering=0) as file:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
-        nbytes = path.stat().st_size
-        for start in range(0, nbytes, CHUNK_NBYTES):
+    with errors_of(path), path.open("rb", buffering=0) as opened:
+        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        for start, nbytes in file.extents():
             hasher = xxhash.xxh3_64()
-            for offset in range(start, min(start + CHUNK_NBYTES, nbytes), _HASH_READ_NBYTES):
-                hasher.update(os.pread(file.fileno(), _HASH_READ_NBYTES, offset))
+            for offset in range(start, start + nbytes, _HASH_READ_NBYTES):
+                hasher.update(os.pread(opened.fileno(), min(_HASH_READ_NBYTES, start + nbytes - offset), offset))
             digests.append(hasher.hexdigest())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     return tuple(digests)

@@ -11,10 +11,10 @@ from typing import Any, Final, Literal
 import torch
 import xxhash
 
+from tiered.convert.blocks import BlockRecipe, TensorRecipe
 from tiered.convert.index import NameMap, Require, WeightIndex
 from tiered.convert.place import WeightFiles
 from tiered.convert.quantized import PLAIN, method_of_type, refuse_quantized
-from tiered.convert.recipe import BlockRecipe, TensorRecipe
 from tiered.convert.source import Fetching, Packed, StoredTensor, tensor_bytes
 from tiered.convert.workers import Quantizers, one_torch_thread
 from tiered.errors import CheckpointError

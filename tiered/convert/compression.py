@@ -15,7 +15,7 @@ from typing import Any, Final, Self
 
 import torch
 
-from tiered.convert.recipe import BlockRecipe, TensorRecipe
+from tiered.convert.blocks import BlockRecipe, TensorRecipe
 from tiered.convert.source import PANEL_NBYTES
 from tiered.files import errors_of
 from tiered.quant import compress, pays

@@ -14,6 +14,7 @@ from pathlib import Path
 from time import perf_counter
 
 from tiered.convert.block import finished_block, write_block
+from tiered.convert.blocks import BlockRecipe
 from tiered.convert.compression import Compression, waiting_nbytes
 from tiered.convert.folder import (
     ProgressFile,
@@ -25,7 +26,7 @@ from tiered.convert.folder import (
     remove_stray_parts,
     remove_strays,
 )
-from tiered.convert.recipe import BlockRecipe, ConvertOptions, StoreRecipe
+from tiered.convert.recipe import ConvertOptions, StoreRecipe
 from tiered.convert.room import check_space, on_same_disk, os_errors_named
 from tiered.convert.source import WeightSource
 from tiered.errors import ConfigError

@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from tiered.convert.blocks import BLOCK_FOLDER
 from tiered.convert.compression import PROBE_NAME, Compression
-from tiered.convert.recipe import BLOCK_FOLDER
 from tiered.errors import ConfigError, StoreError
 from tiered.files import read_json
 from tiered.store import atomic_write

@@ -1,25 +1,21 @@
 """What a conversion is asked to do, and the recipe that follows: which tensors each block file holds, in which form.
 
 In: `ConvertOptions` and the skeleton of the model. Out: a `StoreRecipe` with one `BlockRecipe` for each block file,
-whose size in bytes is exact but for what zstd saves, and the manifest that will list them. Pure, and decided before
-any weight is read.
+and the manifest that will list them. Decided before any weight is read.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import Any, Final, Literal
 
-import torch
-
-from tiered.arch import BlockTensors, ParameterInfo, Skeleton
+from tiered.arch import BlockTensors, ParameterInfo, Skeleton, order_of_use
+from tiered.convert.blocks import BlockRecipe, TensorRecipe
 from tiered.errors import ConfigError
 from tiered.quant import GroupScheme, folded
 from tiered.store import BlockInfo, FileInfo, Manifest
-from tiered.store.format import ALIGNMENT, header_room_nbytes, tensor_nbytes
-from tiered.units import PAGE, round_up
+from tiered.store.file import Kind
+from tiered.units import MIB
 
-BLOCK_FOLDER: Final = "blocks"
 _QUANTS: Final = ("int4", "int8", "none")
 _COMPRESSIONS: Final = ("auto", "zstd", "none")
 
@@ -80,55 +76,6 @@ class ConvertOptions:
 
 
 @dataclass(frozen=True)
-class TensorRecipe:
-    """One tensor of a block: its model name and shape, and how it is stored."""
-
-    name: str
-    shape: tuple[int, ...]
-    scheme: GroupScheme | None
-    """None keeps the source's dtype."""
-
-    def nbytes(self, dtype: torch.dtype) -> int:
-        """Bytes in the block file, where the source holds it as `dtype`."""
-        if self.scheme is None:
-            return round_up(tensor_nbytes(dtype, self.shape), ALIGNMENT)
-        out, in_ = self.matrix
-        scale = self.scheme.scale_shape(out, in_)
-        sizes = [tensor_nbytes(torch.uint8, self.scheme.q_shape(out, in_))]
-        sizes += [tensor_nbytes(torch.float16, scale), tensor_nbytes(torch.uint8, scale)]
-        return sum(round_up(size, ALIGNMENT) for size in sizes)
-
-    @property
-    def matrix(self) -> tuple[int, int]:
-        """(rows, in) of the matrix that is quantized: of a stack [experts, out, in], one expert below the other."""
-        return folded(self.shape)
-
-    @property
-    def numel(self) -> int:
-        return int(torch.Size(self.shape).numel())
-
-
-@dataclass(frozen=True)
-class BlockRecipe:
-    """One block file: the tensors in the order they are written."""
-
-    name: str
-    role: str
-    prefix: str
-    tensors: tuple[TensorRecipe, ...]
-
-    @property
-    def path(self) -> str:
-        """The file's path, relative to the store."""
-        return str(PurePosixPath(BLOCK_FOLDER, f"{self.name}.safetensors"))
-
-    def nbytes(self, dtype_of: Callable[[TensorRecipe], torch.dtype]) -> int:
-        """Bytes of the block file, before what zstd saves and what its frames' table adds."""
-        data = sum(tensor.nbytes(dtype_of(tensor)) for tensor in self.tensors)
-        return header_room_nbytes(tensor.name for tensor in self.tensors) + round_up(data, PAGE)
-
-
-@dataclass(frozen=True)
 class BlockEntry:
     """An entry of the manifest. Repeated layers and tied heads name a file that another entry names too."""
 
@@ -179,7 +126,9 @@ def make_recipe(skeleton: Skeleton, options: ConvertOptions) -> StoreRecipe:
     if distinct is not None:
         _check_repeatable(layers, distinct)
         blocks = [block for block in blocks if block.role != "layer" or block in layers[:distinct]]
-    files = tuple(_recipe(block, options) for block in blocks if block.parameters)  # a family may have no `outer` ones
+    order = {name: number for number, name in enumerate(order_of_use(skeleton))}
+    # A family may have no `outer` tensors.
+    files = tuple(_recipe(block, options, order) for block in blocks if block.parameters)
     layer_scheme, embed_scheme = options.layer_scheme, options.embed_scheme
     unquantized = () if layer_scheme is None else tuple(_unquantized(blocks, files))
     quantization = {
@@ -207,14 +156,22 @@ def make_recipe(skeleton: Skeleton, options: ConvertOptions) -> StoreRecipe:
     )
 
 
-def _recipe(block: BlockTensors, options: ConvertOptions) -> BlockRecipe:
+def _recipe(block: BlockTensors, options: ConvertOptions, order: Mapping[str, int]) -> BlockRecipe:
+    """Small tensors, then large ones that are not lent, then lent ones in the `order` of their use."""
     scheme = options.layer_scheme if block.role == "layer" else options.embed_scheme
     tensors = []
     for parameter in block.parameters:
         fits = scheme is not None and scheme.accepts(*folded(parameter.shape))
         used = scheme if fits and _is_quantizable(parameter, block.role) else None
-        tensors.append(TensorRecipe(parameter.name, parameter.shape, used))
+        tensors.append(TensorRecipe(parameter.name, parameter.shape, used, _kind(parameter, block.role)))
+    tensors.sort(key=lambda tensor: (tensor.kind != "small", order.get(tensor.name, -1)))
     return BlockRecipe(block.name, block.role, block.prefix, tuple(tensors))
+
+
+def _kind(parameter: ParameterInfo, role: str) -> Kind:
+    """The kind of the unit it goes into. Whether 1 MiB is reached is told in 16 bits, whatever the source has."""
+    is_lent = parameter.is_linear or role == "embed"
+    return "small" if not is_lent and 2 * parameter.numel < MIB else "dense"
 
 
 def _is_quantizable(parameter: ParameterInfo, role: str) -> bool:

@@ -13,8 +13,9 @@ from typing import Final
 
 import torch
 
+from tiered.convert.blocks import BlockRecipe, TensorRecipe
 from tiered.convert.compression import COMPRESSING_NBYTES, is_candidate
-from tiered.convert.recipe import BlockRecipe, ConvertOptions, TensorRecipe
+from tiered.convert.recipe import ConvertOptions
 from tiered.convert.source import PANEL_NBYTES
 from tiered.convert.workers import quantizing_nbytes
 from tiered.errors import BudgetError, ConfigError, DiskFullError, ReadError

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
-from tiered.convert.recipe import BlockRecipe, TensorRecipe
+from tiered.convert.blocks import BlockRecipe, TensorRecipe
 from tiered.quant import folded
 
 

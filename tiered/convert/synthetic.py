@@ -21,7 +21,8 @@ import xxhash
 from transformers import GenerationConfig, PretrainedConfig
 
 from tiered.arch import Skeleton, text_config
-from tiered.convert.recipe import BlockRecipe, ConvertOptions, TensorRecipe
+from tiered.convert.blocks import BlockRecipe, TensorRecipe
+from tiered.convert.recipe import ConvertOptions
 from tiered.convert.source import Fetching, Packed
 from tiered.convert.workers import one_torch_thread
 from tiered.errors import ConfigError, CorruptError, shortened

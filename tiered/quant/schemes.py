@@ -11,6 +11,7 @@ at 4 bits two per byte, [out, in / 2], in the order that `pack.py` describes.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from typing import Final, Self
 
@@ -53,6 +54,7 @@ class GroupScheme:
             raise ConfigError(f"quantization group size {self.group_size!r}: expected 32, 64 or 128")
 
     @classmethod
+    @lru_cache
     def parse(cls, name: str) -> Self:
         """The scheme called `name`: "int4-g64", or "int4" for the default group size."""
         match = _NAME.fullmatch(name)

@@ -1,6 +1,7 @@
 """The store: a folder of quantized safetensors blocks that `tiered convert` writes and everything else reads."""
 
 from tiered.store.block import Unit
+from tiered.store.file import FileInfo, UnitInfo
 from tiered.store.format import (
     ALIGNMENT,
     CHUNK_NBYTES,
@@ -9,7 +10,7 @@ from tiered.store.format import (
     hash_chunk,
     read_header,
 )
-from tiered.store.manifest import BlockInfo, FileInfo, Manifest, Weight
+from tiered.store.manifest import BlockInfo, Manifest, Weight
 from tiered.store.open import Store, read_manifest
 from tiered.store.write import BlockWriter, atomic_write
 from tiered.units import PAGE
@@ -25,6 +26,7 @@ __all__ = [
     "Store",
     "TensorEntry",
     "Unit",
+    "UnitInfo",
     "Weight",
     "atomic_write",
     "checkpoint_header",

@@ -1,21 +1,23 @@
-"""What lies in one block file: its logical weights, and where each is once the block is in memory.
+"""What lies in one block file: its units, the logical weights of each, and where these are once a unit is in memory.
 
-A block's memory begins with the file as it is. Tensors that the file holds zstd-compressed are decoded behind it,
-so `memory_nbytes` is the file's size plus those tensors' plain size.
+A unit's memory begins with its extent as the file has it. Tensors that the extent holds zstd-compressed are decoded
+behind it, so `memory_nbytes` is the extent's size plus those tensors' plain size.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import torch
 
 from tiered.errors import ConfigError, StoreError
 from tiered.files import check_regular
 from tiered.quant import GroupScheme, decompress_into, folded
+from tiered.store.file import FileInfo, Kind, UnitInfo
 from tiered.store.format import (
     ALIGNMENT,
     DTYPE_NAMES,
@@ -25,17 +27,19 @@ from tiered.store.format import (
     tensor_nbytes,
     whole_numbers,
 )
-from tiered.store.manifest import FileInfo, Weight
+from tiered.store.manifest import VERSION, Weight
 from tiered.units import PAGE, round_up
 
 METADATA_KEY: Final = "tiered"
 PAD_PREFIX: Final = "__pad"
 ZSTD_SUFFIX: Final = ".zst"
+PARTS: Final = ("q", "scale", "zero")
+"""Suffixes of the tensors that make a quantized weight, in the order in which they lie."""
 
 
 @dataclass(frozen=True)
 class Compressed:
-    """A tensor stored as independent zstd frames: bytes [source] of the file decode to bytes [target] of memory."""
+    """A tensor stored as independent zstd frames: bytes [source] of the unit decode to bytes [target] of memory."""
 
     source: TensorEntry
     target: TensorEntry
@@ -43,7 +47,7 @@ class Compressed:
     frame_nbytes: int
 
     def decode(self, memory: memoryview) -> None:
-        """Decompress inside `memory`, the block's memory from its first byte; raises StoreError where it cannot."""
+        """Decompress inside `memory`, the unit's memory from its first byte; raises StoreError where it cannot."""
         payload = memory[self.source.offset : self.source.offset + self.source.nbytes]
         out = memory[self.target.offset : self.target.offset + self.target.nbytes]
         decompress_into(payload, self.frames, self.frame_nbytes, out, name=self.target.name)
@@ -78,123 +82,185 @@ class Unit:
     """By full name."""
     compressed: tuple[Compressed, ...]
     memory_nbytes: int
-    kind: Literal["small", "dense"] = "dense"
+    kind: Kind = "dense"
     """"small": norms, biases and the like, which stay in memory for good; "dense": streamed in the order of use."""
 
 
 @dataclass(frozen=True)
 class BlockLayout:
-    """The weights of one block file, by full name, and how its memory is laid out."""
+    """The units of one block file, in the order of use, and what they are together.
+
+    The memory of a block is that of its units, one behind the other.
+    """
 
     file: FileInfo
-    weights: Mapping[str, Weight]
-    compressed: tuple[Compressed, ...]
-    memory_nbytes: int
+    units: tuple[Unit, ...]
 
     @cached_property
-    def units(self) -> tuple[Unit, ...]:
-        """What of the block moves, in the order of use."""
-        file = self.file
-        name = file.path.rpartition("/")[2].removesuffix(".safetensors")
-        chunks = range(len(file.checksums))
-        return (Unit(name, file, 0, file.nbytes, chunks, self.weights, self.compressed, self.memory_nbytes),)
+    def weights(self) -> Mapping[str, Weight]:
+        """Every weight of the block, by full name. Offsets count from the start of the memory of its unit."""
+        return {name: weight for unit in self.units for name, weight in unit.weights.items()}
 
     @property
+    def compressed(self) -> tuple[Compressed, ...]:
+        """What of the block has to be decoded. Offsets count from the start of the memory of its unit."""
+        return tuple(item for unit in self.units for item in unit.compressed)
+
+    @cached_property
+    def memory_nbytes(self) -> int:
+        return sum(unit.memory_nbytes for unit in self.units)
+
+    @cached_property
     def weight_count(self) -> int:
         """How many weights the block holds, quantized or not."""
-        return sum(int(torch.Size(weight.shape).numel()) for weight in self.weights.values())
+        return sum(prod(weight.shape) for weight in self.weights.values())
 
 
 def block_metadata(schemes: Mapping[str, tuple[GroupScheme, Sequence[int]]], compressed: Sequence[Compressed]) -> str:
     """The JSON that makes a block file self-describing: schemes of quantized weights, frames of compressed tensors."""
     value = {
+        "version": VERSION,
         "weights": {name: {"scheme": scheme.name, "shape": list(shape)} for name, (scheme, shape) in schemes.items()},
         "zstd": {item.target.name: item.to_json() for item in compressed},
     }
     return json.dumps(value, separators=(",", ":"), sort_keys=True)
 
 
-def read_layout(folder: Path, file: FileInfo) -> BlockLayout:
-    """Read and check the header of `file` in the store at `folder`.
+def read_layout(folder: Path, file: FileInfo, version: int = VERSION) -> BlockLayout:
+    """Read and check the header of `file` in the store at `folder`, which must be a block of format `version`.
 
-    Raises StoreError where the file is missing, has another size than the manifest says, or is no block.
+    Raises StoreError where the file is missing, has another size than the manifest says, or is no block, or where its
+    tensors do not lie in its units.
     """
     path = folder / file.path
     try:
-        found = check_regular(path, StoreError)
+        nbytes = check_regular(path, StoreError)
     except (FileNotFoundError, ValueError):
         # ValueError: a damaged manifest may hold a name that no file can have.
         raise StoreError(f"{path}: missing; the store is incomplete, convert the model again") from None
-    if found != file.nbytes:
+    if nbytes != file.nbytes:
         raise StoreError(
-            f"{path}: expected {file.nbytes:,} bytes, found {found:,}; it is truncated or not this store's, "
+            f"{path}: expected {file.nbytes:,} bytes, found {nbytes:,}; it is truncated or not this store's, "
             "convert the model again"
         )
     entries, metadata, data_start = read_header(path)
     try:
         described = json.loads(metadata[METADATA_KEY])
-        zstd, schemes = dict(described["zstd"]), dict(described["weights"])
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        found, zstd, schemes = described.get("version", 1), dict(described["zstd"]), dict(described["weights"])
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise StoreError(
             f"{path}: not a block of a tiered store (metadata: {error}); convert the model again"
         ) from None
-    if data_start % PAGE:
+    if found != version:
+        raise StoreError(f"{path}: a block of format version {found!r}, expected {version}; convert the model again")
+    # The one unit that stands for a block of version 1 includes the header.
+    if data_start % PAGE or (version != 1 and data_start != file.header_nbytes):
         raise StoreError(
-            f"{path}: data starts at byte {data_start}, expected a multiple of {PAGE}; convert the model again"
-        )
-    try:
-        compressed, memory_nbytes = _place_compressed(entries, zstd, file.nbytes)
-        stored = {e.name: e for e in entries if not e.name.startswith(PAD_PREFIX)}
-        for item in compressed:
-            del stored[item.source.name]
-            stored[item.target.name] = item.target
-        weights = _group(stored, schemes)
-    except (KeyError, TypeError, ValueError, ConfigError) as error:
-        raise StoreError(f"{path}: its metadata does not fit its tensors ({error}); convert the model again") from None
-    misaligned = [name for name, entry in stored.items() if entry.offset % ALIGNMENT]
-    if misaligned:
-        raise StoreError(
-            f"{path}: tensor {misaligned[0]} is not aligned to {ALIGNMENT} bytes; not written by tiered, "
+            f"{path}: data starts at byte {data_start}, expected {file.header_nbytes}, a multiple of {PAGE}; "
             "convert the model again"
         )
-    return BlockLayout(file, weights, compressed, memory_nbytes)
+    try:
+        parts = _split(entries, file.units)
+        chunks = file.unit_chunks()
+        units = tuple(
+            _unit(file, unit, next(chunks), part, zstd, schemes) for unit, part in zip(file.units, parts, strict=True)
+        )
+        _check_found("tensor", zstd, (item.target.name for unit in units for item in unit.compressed))
+        quantized = (w.name for unit in units for w in unit.weights.values() if w.scheme is not None)
+        _check_found("weight", schemes, quantized)
+    except (KeyError, TypeError, ValueError, ConfigError) as error:
+        raise StoreError(f"{path}: its metadata does not fit its tensors ({error}); convert the model again") from None
+    for entry in entries:
+        if entry.offset % ALIGNMENT and not entry.name.startswith(PAD_PREFIX):
+            raise StoreError(
+                f"{path}: tensor {entry.name} is not aligned to {ALIGNMENT} bytes; not written by tiered, "
+                "convert the model again"
+            )
+    return BlockLayout(file, units)
 
 
-def _place_compressed(
-    entries: Sequence[TensorEntry], zstd: Mapping[str, Any], file_nbytes: int
-) -> tuple[tuple[Compressed, ...], int]:
-    by_name = {entry.name: entry for entry in entries}
-    placed, position = [], file_nbytes
-    for name, value in zstd.items():
-        dtype, shape = DTYPES[value["dtype"]], whole_numbers(value["shape"])
-        target = TensorEntry(name, dtype, shape, position, tensor_nbytes(dtype, shape))
-        source = by_name[name + ZSTD_SUFFIX]
-        frames, (frame_nbytes,) = whole_numbers(value["frames"]), whole_numbers([value["frame_nbytes"]])
-        if sum(frames) != source.nbytes:
-            raise ValueError(f"{name}: frames of {sum(frames):,} bytes in a tensor of {source.nbytes:,}")
-        if not (len(frames) - 1) * frame_nbytes < target.nbytes <= len(frames) * frame_nbytes:
-            raise ValueError(f"{name}: {len(frames)} frames of {frame_nbytes:,} bytes for {target.nbytes:,} bytes")
-        placed.append(Compressed(source, target, frames, frame_nbytes))
-        position = round_up(position + target.nbytes, ALIGNMENT)
-    return tuple(placed), round_up(position, PAGE)
+def _split(entries: Sequence[TensorEntry], units: Sequence[UnitInfo]) -> Iterator[list[TensorEntry]]:
+    """For each unit, the tensors within it, pads left out; offsets count from the unit's start."""
+    number = 0
+    for unit in units:
+        inside = []
+        start, stop, is_last = unit.offset, unit.stop, unit is units[-1]
+        while number < len(entries) and (entries[number].offset < stop or is_last):
+            entry = entries[number]
+            offset = entry.offset - start
+            if offset < 0 or entry.offset + entry.nbytes > stop:
+                raise ValueError(f"{entry.name} does not lie within one unit")
+            if not entry.name.startswith(PAD_PREFIX):
+                inside.append(TensorEntry(entry.name, entry.dtype, entry.shape, offset, entry.nbytes))
+            number += 1
+        yield inside
+    if number < len(entries):
+        raise ValueError(f"{entries[number].name} does not lie within one unit")
 
 
-def _group(stored: Mapping[str, TensorEntry], schemes: Mapping[str, Any]) -> dict[str, Weight]:
-    weights: dict[str, Weight] = {}
-    parts_of: set[str] = set()
-    for name, value in schemes.items():
-        scheme, shape = GroupScheme.parse(value["scheme"]), whole_numbers(value["shape"])
-        out, in_ = folded(shape)
-        parts = {part: stored[f"{name}.{part}"] for part in ("q", "scale", "zero")}
-        expected = {"q": scheme.q_shape(out, in_), "scale": scheme.scale_shape(out, in_)}
-        expected["zero"] = expected["scale"]
-        for part, entry in parts.items():
-            dtype = torch.float16 if part == "scale" else torch.uint8
-            if entry.shape != tuple(expected[part]) or entry.dtype != dtype:
-                raise ValueError(f"{entry.name}: shape {entry.shape} {entry.dtype}, expected {expected[part]} {dtype}")
-            parts_of.add(entry.name)
-        weights[name] = Weight(name, shape, scheme, parts)
-    for name, entry in stored.items():
-        if name not in parts_of:
-            weights[name] = Weight(name, entry.shape, None, {"": entry})
-    return weights
+def _unit(
+    file: FileInfo,
+    info: UnitInfo,
+    chunks: range,
+    entries: Sequence[TensorEntry],
+    zstd: Mapping[str, Any],
+    schemes: Mapping[str, Any],
+) -> Unit:
+    """The unit of `entries`, whose offsets count from its start. `zstd` and `schemes` describe those of all units."""
+    stored: dict[str, TensorEntry] = {}
+    compressed: list[Compressed] = []
+    position = info.nbytes
+    for entry in entries:
+        name = entry.name.removesuffix(ZSTD_SUFFIX)
+        if name != entry.name and name in zstd:
+            item = _compressed(name, zstd[name], entry, position)
+            compressed.append(item)
+            stored[name] = item.target
+            position = round_up(position + item.target.nbytes, ALIGNMENT)
+        else:
+            stored[entry.name] = entry
+    weights = {weight.name: weight for weight in _weights(stored, schemes)}
+    memory_nbytes = round_up(position, PAGE)
+    return Unit(info.name, file, info.offset, info.nbytes, chunks, weights, tuple(compressed), memory_nbytes, info.kind)
+
+
+def _compressed(name: str, value: Any, source: TensorEntry, position: int) -> Compressed:
+    """The tensor `name`, described by `value`, stored as `source`, to be decoded at `position` of the memory."""
+    dtype, shape = DTYPES[value["dtype"]], whole_numbers(value["shape"])
+    target = TensorEntry(name, dtype, shape, position, tensor_nbytes(dtype, shape))
+    frames, (frame_nbytes,) = whole_numbers(value["frames"]), whole_numbers([value["frame_nbytes"]])
+    if sum(frames) != source.nbytes:
+        raise ValueError(f"{name}: frames of {sum(frames):,} bytes in a tensor of {source.nbytes:,}")
+    if not (len(frames) - 1) * frame_nbytes < target.nbytes <= len(frames) * frame_nbytes:
+        raise ValueError(f"{name}: {len(frames)} frames of {frame_nbytes:,} bytes for {target.nbytes:,} bytes")
+    return Compressed(source, target, frames, frame_nbytes)
+
+
+def _weights(stored: Mapping[str, TensorEntry], schemes: Mapping[str, Any]) -> Iterator[Weight]:
+    """The weights that the tensors `stored` of a unit make, in their order."""
+    for tensor, entry in stored.items():
+        name, _, part = tensor.rpartition(".")
+        if part not in PARTS or name not in schemes:
+            yield Weight(tensor, entry.shape, None, {"": entry})
+        elif part == PARTS[0]:
+            value = schemes[name]
+            scheme, shape = GroupScheme.parse(value["scheme"]), whole_numbers(value["shape"])
+            parts = {part: stored[f"{name}.{part}"] for part in PARTS}
+            _check_parts(parts, scheme, shape)
+            yield Weight(name, shape, scheme, parts)
+
+
+def _check_parts(parts: Mapping[str, TensorEntry], scheme: GroupScheme, shape: tuple[int, ...]) -> None:
+    out, in_ = folded(shape)
+    q, scale = scheme.q_shape(out, in_), scheme.scale_shape(out, in_)
+    for part, entry in parts.items():
+        expected, dtype = q if part == "q" else scale, torch.float16 if part == "scale" else torch.uint8
+        if entry.shape != expected or entry.dtype != dtype:
+            raise ValueError(f"{entry.name}: shape {entry.shape} {entry.dtype}, expected {expected} {dtype}")
+
+
+def _check_found(what: str, described: Mapping[str, Any], found: Iterator[str]) -> None:
+    """Raise ValueError where the metadata describes a `what` that is not among those `found`."""
+    missing = described.keys() - set(found)
+    if missing:
+        raise ValueError(f"there is no {what} {min(missing)}")

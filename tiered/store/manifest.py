@@ -4,63 +4,25 @@ The manifest is written last and atomically: a folder without one is an unfinish
 """
 
 import json
-import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import torch
 
 from tiered.errors import ConfigError, StoreError
 from tiered.files import parse_json
 from tiered.quant import GroupScheme, QuantizedTensor, QuantizedWeight
+from tiered.store.file import FileInfo, field
 from tiered.store.format import CHUNK_NBYTES, TensorEntry
-from tiered.units import PAGE
 
 MANIFEST_NAME: Final = "manifest.json"
 FORMAT: Final = "tiered-store"
-VERSION: Final = 1
+VERSION: Final = 2
 DAMAGED: Final = "the store is damaged, convert it again"
 ROLES: Final = ("embed", "outer", "layer", "head")
-
-_CHECKSUM: Final = re.compile("[0-9a-f]{16}")
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Bytes of a file that one checksum covers."""
-
-    offset: int
-    nbytes: int
-    checksum: str
-
-    @property
-    def stop(self) -> int:
-        return self.offset + self.nbytes
-
-
-@dataclass(frozen=True)
-class FileInfo:
-    """One file of the store, with a checksum for each CHUNK_NBYTES of it."""
-
-    path: str
-    """Relative to the store, with forward slashes."""
-    nbytes: int
-    checksums: tuple[str, ...]
-
-    @cached_property
-    def chunks(self) -> tuple[Chunk, ...]:
-        """Every byte of the file, in the order of `checksums`."""
-        return tuple(
-            Chunk(number * CHUNK_NBYTES, min(CHUNK_NBYTES, self.nbytes - number * CHUNK_NBYTES), checksum)
-            for number, checksum in enumerate(self.checksums)
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        return {"path": self.path, "nbytes": self.nbytes, "xxh3_64": list(self.checksums)}
 
 
 @dataclass(frozen=True)
@@ -80,7 +42,7 @@ class BlockInfo:
 
 @dataclass(frozen=True)
 class Weight:
-    """One logical weight of a block and where its parts lie in the block's memory.
+    """One logical weight of a block and where its parts lie in the memory of its unit.
 
     `scheme` is None for a plain tensor (`parts` holds one entry, ""); a quantized one has parts "q", "scale" and
     "zero". Where `shape` is a stack's, [experts, out, in], the parts have the rows of all its matrices.
@@ -96,7 +58,7 @@ class Weight:
         return sum(entry.nbytes for entry in self.parts.values())
 
     def view(self, memory: torch.Tensor) -> torch.Tensor | QuantizedWeight:
-        """This weight inside `memory`, a uint8 tensor that holds the block from its first byte. Nothing is copied."""
+        """This weight inside `memory`, a uint8 tensor that holds the unit from its first byte. Nothing is copied."""
         views = {
             part: memory[e.offset : e.offset + e.nbytes].view(e.dtype).view(e.shape) for part, e in self.parts.items()
         }
@@ -145,16 +107,20 @@ class Manifest:
         return json.dumps(value, indent=1) + "\n"
 
     @classmethod
-    def from_json(cls, text: bytes | str, path: Path) -> "Manifest":
-        """Parse and check the text of the manifest at `path`; raises StoreError naming it."""
+    def from_json(cls, text: bytes | str, path: Path, version: int = VERSION) -> "Manifest":
+        """Parse and check the text of the manifest at `path`, which must be of `version`; raises StoreError naming it.
+
+        Only the upgrade of a store asks for version 1.
+        """
         value = parse_json(text, path, StoreError, DAMAGED)
         if not isinstance(value, dict) or value.get("format") != FORMAT:
             raise StoreError(f"{path}: not a tiered store's manifest; pass the folder that 'tiered convert' wrote")
-        if value.get("version") != VERSION:
-            raise StoreError(
-                f"{path}: store format version {value.get('version')!r}, this tiered reads version {VERSION}; "
-                "convert the model again, or use the tiered that wrote it"
-            )
+        found = value.get("version")
+        if type(found) is not int or found != version:
+            remedy = "convert the model again, or use the tiered that wrote it"
+            if type(found) is int and found == 1:
+                remedy = f"'tiered convert {shlex.quote(str(path.parent))}' upgrades it in place"
+            raise StoreError(f"{path}: store format version {found!r}, this tiered reads version {version}; {remedy}")
         try:
             return cls._from_value(value)
         except (KeyError, TypeError, ValueError, ConfigError) as error:
@@ -163,16 +129,17 @@ class Manifest:
 
     @classmethod
     def _from_value(cls, value: dict[str, Any]) -> "Manifest":
-        if _field(value, "checksum_chunk_nbytes", int) != CHUNK_NBYTES:
+        if field(value, "checksum_chunk_nbytes", int) != CHUNK_NBYTES:
             raise ValueError(f"checksum_chunk_nbytes is {value['checksum_chunk_nbytes']}, expected {CHUNK_NBYTES}")
-        files = {file.path: file for file in map(_file, _field(value, "files", list))}
-        blocks = {block.name: block for block in (_block(raw, files) for raw in _field(value, "blocks", list))}
+        found = (FileInfo.from_json(raw, value["version"]) for raw in field(value, "files", list))
+        files = {file.path: file for file in found}
+        blocks = {block.name: block for block in (_block(raw, files) for raw in field(value, "blocks", list))}
         if len(blocks) != len(value["blocks"]):
             names = [raw["name"] for raw in value["blocks"]]
             raise ValueError(f"several blocks are named {next(name for name in names if names.count(name) > 1)}")
         if "embed" not in blocks:
             raise ValueError("there is no block embed")
-        tape = tuple(map(str, _field(value, "tape", list)))
+        tape = tuple(map(str, field(value, "tape", list)))
         unknown = set(tape) - set(blocks)
         if unknown or not tape:
             raise ValueError(f"tape names unknown blocks {sorted(unknown)}" if unknown else "tape is empty")
@@ -184,49 +151,26 @@ class Manifest:
         kept = value["quantization"].get("unquantized", []) if isinstance(value["quantization"], dict) else []
         if not isinstance(kept, list):
             raise TypeError(f"unquantized is {kept!r}, expected a list of names")
-        distinct = None if value["distinct_blocks"] is None else _field(value, "distinct_blocks", int)
+        distinct = None if value["distinct_blocks"] is None else field(value, "distinct_blocks", int)
         if distinct is not None and distinct < 1:
             raise ValueError(f"distinct_blocks is {distinct}, expected at least 1")
         return cls(
-            source=_field(value, "source", dict),
-            architecture=_field(value, "architecture", dict),
-            quantization=_field(value, "quantization", dict),
+            source=field(value, "source", dict),
+            architecture=field(value, "architecture", dict),
+            quantization=field(value, "quantization", dict),
             files=tuple(files.values()),
             blocks=tuple(blocks.values()),
             tape=tape,
-            tied=_field(value, "tied", bool),
-            synthetic=_field(value, "synthetic", bool),
+            tied=field(value, "tied", bool),
+            synthetic=field(value, "synthetic", bool),
             distinct_blocks=distinct,
         )
 
 
-def _field(value: Any, key: str, kind: type[T]) -> T:
-    """Field `key` of the object `value`, whose type must be exactly `kind`: neither 1.0 nor true passes for an int."""
-    if not isinstance(value, dict):
-        raise TypeError(f"expected an object with {key}, found {value!r}")
-    found = value[key]
-    if type(found) is not kind:
-        raise TypeError(f"{key} is {found!r}, expected a {kind.__name__}")
-    return found
-
-
-def _file(raw: Any) -> FileInfo:
-    path, nbytes = _field(raw, "path", str), _field(raw, "nbytes", int)
-    checksums = tuple(_field({"xxh3_64": checksum}, "xxh3_64", str) for checksum in _field(raw, "xxh3_64", list))
-    if wrong := [checksum for checksum in checksums if not _CHECKSUM.fullmatch(checksum)]:
-        raise ValueError(f"{path}: checksum {wrong[0]!r}, expected 16 hexadecimal digits")
-    if nbytes <= 0 or nbytes % PAGE or len(checksums) != -(-nbytes // CHUNK_NBYTES):
-        raise ValueError(f"{path}: {nbytes} bytes with {len(checksums)} checksums is impossible")
-    parts = Path(path).parts
-    if not parts or Path(path).is_absolute() or ".." in parts or "\0" in path:
-        raise ValueError(f"{path!r}: points outside the store")
-    return FileInfo(path, nbytes, checksums)
-
-
 def _block(raw: Any, files: Mapping[str, FileInfo]) -> BlockInfo:
-    name, role, path = _field(raw, "name", str), _field(raw, "role", str), _field(raw, "file", str)
+    name, role, path = field(raw, "name", str), field(raw, "role", str), field(raw, "file", str)
     if role not in ROLES:
         raise ValueError(f"block {name}: role is {role!r}, expected one of {', '.join(ROLES)}")
     if path not in files:
         raise ValueError(f"block {name}: its file {path} is not among the files")
-    return BlockInfo(name, role, files[path], _field(raw, "prefix", str))
+    return BlockInfo(name, role, files[path], field(raw, "prefix", str))

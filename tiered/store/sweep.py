@@ -15,8 +15,6 @@ from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Final
 
-from tiered.store.format import CHUNK_NBYTES
-
 PIECE_NBYTES: Final = 4 << 20
 """Bytes written at a time: as fast as any larger piece where this was measured."""
 _PIECES: Final = 3
@@ -92,8 +90,7 @@ class Sweep:
 
     def _write_back(self) -> None:
         os.fdatasync(self._fd)
-        start = max(self._synced, CHUNK_NBYTES)  # the first chunk is read once more when the header is known
-        os.posix_fadvise(self._fd, start, max(self._written - start, 0), os.POSIX_FADV_DONTNEED)
+        os.posix_fadvise(self._fd, self._synced, self._written - self._synced, os.POSIX_FADV_DONTNEED)
         self._synced = self._written
 
 

@@ -1,10 +1,11 @@
-"""Writing a block: tensors stream in one after the other, the file appears whole or not at all."""
+"""Writing a block: units and their tensors stream in one after the other, the file appears whole or not at all."""
 
 import contextlib
 import errno
 import io
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -16,6 +17,7 @@ from tiered.errors import DiskFullError
 from tiered.files import errors_of
 from tiered.quant import GroupScheme
 from tiered.store.block import METADATA_KEY, PAD_PREFIX, ZSTD_SUFFIX, Compressed, block_metadata
+from tiered.store.file import FileInfo, Kind, UnitInfo
 from tiered.store.format import (
     ALIGNMENT,
     CHUNK_NBYTES,
@@ -25,7 +27,6 @@ from tiered.store.format import (
     header_room_nbytes,
     tensor_nbytes,
 )
-from tiered.store.manifest import FileInfo
 from tiered.store.sweep import Sweep
 from tiered.units import PAGE, format_size, round_up
 
@@ -33,9 +34,10 @@ from tiered.units import PAGE, format_size, round_up
 class BlockWriter:
     """Writes one block to `path`.part, then fsyncs and renames it.
 
-    Room for the header follows from the `names` of the weights to come and the number of zstd `frames` that
-    compressed ones may have, so that the data can be written in one forward sweep; the header goes in last. Use as a
-    context manager: an exception leaves the .part file, which the next attempt overwrites.
+    Tensors belong to the unit that was started last. Room for the header follows from the `names` of the weights to
+    come and the number of zstd `frames` that compressed ones may have, so that the data can be written in one forward
+    sweep; the header goes in last. Use as a context manager: an exception leaves the .part file, which the next attempt
+    overwrites.
     """
 
     def __init__(self, path: Path, root: Path, names: Sequence[str], frames: int = 0) -> None:
@@ -48,7 +50,13 @@ class BlockWriter:
         self._file: io.BufferedRandom | None = None
         self._sweep: Sweep | None = None
         self._written = 0
+        self._units: list[UnitInfo] = []
+        """The finished ones."""
+        self._unit: UnitInfo | None = None
+        """The one that is being written, without its size."""
         self._hasher = xxhash.xxh3_64()
+        self._chunk_nbytes = 0
+        """Bytes of the chunk that is being written."""
         self._checksums: list[str] = []
 
     def __enter__(self) -> Self:
@@ -73,11 +81,19 @@ class BlockWriter:
         """Where the block is written."""
         return self._path.parent
 
+    def start_unit(self, name: str, kind: Kind = "dense") -> None:
+        """What is added from now on is part of unit `name`, until the next one is started."""
+        if self._unit is None:
+            # Room for the header, whose checksums are made when it is known.
+            with _writing(self._part):
+                self._open_sweep().append(memoryview(bytes(self._data_start)))
+            self._written = self._data_start
+        self._end_unit()
+        self._unit = UnitInfo(name, kind, self._written, 0)
+
     def add(self, name: str, dtype: torch.dtype, shape: Sequence[int], pieces: Iterable[memoryview]) -> None:
         """Append one tensor, whose bytes come in `pieces`, in order and of any sizes."""
-        self._start()
-        entry = TensorEntry(name, dtype, tuple(shape), self._written, tensor_nbytes(dtype, shape))
-        self._append(entry, pieces)
+        self._append(name, dtype, shape, pieces)
 
     def add_scheme(self, name: str, scheme: GroupScheme, shape: Sequence[int]) -> None:
         """Record that tensors NAME.q, NAME.scale and NAME.zero together are weight NAME."""
@@ -93,38 +109,34 @@ class BlockWriter:
         frame_nbytes: int,
     ) -> None:
         """Append a tensor as zstd frames, under NAME.zst. `frames`: their sizes; `payload`: their bytes, in pieces."""
-        self._start()
-        source = TensorEntry(name + ZSTD_SUFFIX, torch.uint8, (sum(frames),), self._written, sum(frames))
+        source = self._append(name + ZSTD_SUFFIX, torch.uint8, (sum(frames),), payload)
         # Where it decodes to is decided when the block is read.
         target = TensorEntry(name, dtype, tuple(shape), 0, tensor_nbytes(dtype, shape))
         self._compressed.append(Compressed(source, target, tuple(frames), frame_nbytes))
-        self._append(source, payload)
 
     def finish(self) -> FileInfo:
         """Write the header, fsync, rename, fsync the folder. The block now exists; returns its entry."""
         file = self._open_file()
-        self._start()
-        self._pad_to(PAGE)
-        if self._written % CHUNK_NBYTES:
-            self._checksums.append(self._hasher.hexdigest())
+        if self._unit is None:
+            self.start_unit("")  # a block of no tensors is its header
+        self._end_unit()
         metadata = {"format": "pt", METADATA_KEY: block_metadata(self._schemes, self._compressed)}
         header = header_bytes(self._entries, metadata, self._data_start)
+        starts = range(0, len(header), CHUNK_NBYTES)
+        checksums = [hash_chunk(header[start : start + CHUNK_NBYTES]) for start in starts] + self._checksums
         with _writing(self._part):
             self._open_sweep().finish()
             file.seek(0)
             file.write(header)
             file.flush()
             os.fsync(file.fileno())
-            # The first chunk holds the header, so it can only be hashed now.
-            file.seek(0)
-            self._checksums[0] = hash_chunk(file.read(CHUNK_NBYTES))
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        nbytes = self._written
         file.close()
         self._file = None
         self._part.replace(self._path)
         fsync_folder(self._path.parent)
-        return FileInfo(self._path.relative_to(self._root).as_posix(), nbytes, tuple(self._checksums))
+        path = self._path.relative_to(self._root).as_posix()
+        return FileInfo(path, self._written, tuple(checksums), tuple(self._units))
 
     def _open_file(self) -> io.BufferedRandom:
         assert self._file is not None, "BlockWriter is used inside its with block"
@@ -134,18 +146,23 @@ class BlockWriter:
         assert self._sweep is not None, "BlockWriter is used inside its with block"
         return self._sweep
 
-    def _start(self) -> None:
-        """Leave room for the header, before the first tensor."""
-        if not self._written:
-            self._write(memoryview(bytes(self._data_start)))
-
-    def _append(self, entry: TensorEntry, pieces: Iterable[memoryview]) -> None:
+    def _append(self, name: str, dtype: torch.dtype, shape: Sequence[int], pieces: Iterable[memoryview]) -> TensorEntry:
+        assert self._unit is not None, "start_unit comes first"
+        self._pad_to(ALIGNMENT)
+        entry = TensorEntry(name, dtype, tuple(shape), self._written, tensor_nbytes(dtype, shape))
         self._entries.append(entry)
         for piece in pieces:
             self._write(memoryview(piece).cast("B"))
         written = self._written - entry.offset
-        assert written == entry.nbytes, f"{entry.name}: {written} bytes written, {entry.nbytes} expected"
-        self._pad_to(ALIGNMENT)
+        assert written == entry.nbytes, f"{name}: {written} bytes written, {entry.nbytes} expected"
+        return entry
+
+    def _end_unit(self) -> None:
+        """Fill up the unit that is being written, if any; one of no bytes is left out."""
+        self._pad_to(PAGE)
+        self._end_chunk()
+        if self._unit is not None and self._written > self._unit.offset:
+            self._units.append(replace(self._unit, nbytes=self._written - self._unit.offset))
 
     def _pad_to(self, multiple: int) -> None:
         gap = round_up(self._written, multiple) - self._written
@@ -159,13 +176,19 @@ class BlockWriter:
         with _writing(self._part):
             self._open_sweep().append(data)
         while data.nbytes:
-            room = CHUNK_NBYTES - self._written % CHUNK_NBYTES
-            self._hasher.update(data[:room])
-            self._written += min(room, data.nbytes)
-            data = data[room:]
-            if self._written % CHUNK_NBYTES == 0:
-                self._checksums.append(self._hasher.hexdigest())
-                self._hasher.reset()
+            part = data[: CHUNK_NBYTES - self._chunk_nbytes]
+            self._hasher.update(part)
+            self._written += part.nbytes
+            self._chunk_nbytes += part.nbytes
+            data = data[part.nbytes :]
+            if self._chunk_nbytes == CHUNK_NBYTES:
+                self._end_chunk()
+
+    def _end_chunk(self) -> None:
+        if self._chunk_nbytes:
+            self._checksums.append(self._hasher.hexdigest())
+            self._hasher.reset()
+            self._chunk_nbytes = 0
 
 
 def atomic_write(path: Path, content: str | bytes) -> None:

@@ -36,7 +36,10 @@ class EmbeddingRows:
     def __init__(self, store: Store, reader: DiskReader, verifier: ChunkVerifier, staging: Slab) -> None:
         self._block: BlockInfo = store.blocks["embed"]
         layout = store.layout(self._block)
-        (self._weight,) = layout.weights.values()
+        (unit,) = layout.units
+        (self._weight,) = unit.weights.values()
+        self._offset = unit.offset
+        """Where the unit starts in the file; offsets of the weight's parts count from there."""
         if layout.compressed:
             raise AssertionError("embeddings are stored raw: rows of a compressed tensor cannot be addressed")
         self._reader, self._verifier, self._staging = reader, verifier, staging
@@ -58,10 +61,11 @@ class EmbeddingRows:
         views, position = [], 0
         for part in ("scale", "zero"):
             entry = self._weight.parts[part]
-            await self._verify(entry.offset, entry.offset + entry.nbytes)
-            first, last = round_down(entry.offset, PAGE), round_up(entry.offset + entry.nbytes, PAGE)
+            offset = self._offset + entry.offset
+            await self._verify(offset, offset + entry.nbytes)
+            first, last = round_down(offset, PAGE), round_up(offset + entry.nbytes, PAGE)
             await self._reader.read_pages(self._block.file, first, slab.view[position : position + last - first])
-            raw = slab.tensor()[position + entry.offset - first :][: entry.nbytes]
+            raw = slab.tensor()[position + offset - first :][: entry.nbytes]
             views.append(raw.view(entry.dtype).view(entry.shape))
             position += last - first
         self._side = (views[0], views[1])
@@ -71,7 +75,7 @@ class EmbeddingRows:
         row_nbytes = self._row_nbytes
         packed = torch.empty(len(ids), row_nbytes, dtype=torch.uint8)
         done = 0
-        for batch in _batches(_runs(ids, self._entry.offset, row_nbytes), self._staging.nbytes):
+        for batch in _batches(_runs(ids, self._offset + self._entry.offset, row_nbytes), self._staging.nbytes):
             for run in batch:
                 await self._verify(run.offset, run.stop)
             positions = list(itertools.accumulate((run.stop - run.offset for run in batch), initial=0))
@@ -109,7 +113,7 @@ class EmbeddingRows:
         staged, done = self._staging.tensor(), 0
         for run, position in zip(batch, positions, strict=False):
             for row in run.rows:
-                start = position + self._entry.offset + row * row_nbytes - run.offset
+                start = position + self._offset + self._entry.offset + row * row_nbytes - run.offset
                 out[done] = staged[start : start + row_nbytes]
                 done += 1
 

@@ -1,0 +1,127 @@
+"""Which units a block's tensors go into: whole weights, in order, small ones apart, none larger than it must be."""
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.convert.models import TRAINED
+from tiered.arch import build_skeleton, text_config
+from tiered.convert import ConvertOptions, convert_checkpoint
+from tiered.convert.block import finished_block
+from tiered.convert.blocks import BlockRecipe, TensorRecipe
+from tiered.convert.convert import Conversion
+from tiered.convert.open import open_checkpoint
+from tiered.convert.place import Folder
+from tiered.convert.recipe import make_recipe
+from tiered.quant import GroupScheme
+from tiered.store import CHUNK_NBYTES, PAGE, Store
+
+SCHEMES = (None, GroupScheme(4), GroupScheme(8))
+
+
+def recipe(shapes: list[tuple[int, int, int]], small: int = 0) -> BlockRecipe:
+    tensors = [
+        TensorRecipe(f"x.t{i}.weight", (rows, 64 * groups), SCHEMES[kind], "small" if i < small else "dense")
+        for i, (rows, groups, kind) in enumerate(shapes)
+    ]
+    return BlockRecipe("layer-000", "layer", "x.", tuple(tensors))
+
+
+def half(tensor: TensorRecipe) -> torch.dtype:
+    return torch.float16
+
+
+@given(
+    shapes=st.lists(
+        st.tuples(st.integers(1, 1 << 13), st.integers(1, 100), st.integers(0, 2)), min_size=1, max_size=12
+    ),
+    small=st.integers(0, 4),
+)
+def test_units_hold_every_weight_once_in_order_and_merge_up_to_a_chunk(
+    shapes: list[tuple[int, int, int]], small: int
+) -> None:
+    block = recipe(shapes, small)
+    units = block.units(half)
+    assert tuple(tensor for unit in units for tensor in unit.tensors) == block.tensors
+    assert [unit.kind for unit in units] == sorted((unit.kind for unit in units), reverse=True)
+    assert len({unit.name for unit in units}) == len(units)
+    for unit in units:
+        assert unit.nbytes % PAGE == 0 and {tensor.kind for tensor in unit.tensors} == {unit.kind}
+        assert unit.kind == "small" or len(unit.tensors) == 1 or unit.nbytes <= CHUNK_NBYTES
+    dense = [unit for unit in units if unit.kind == "dense"]
+    for unit, following in pairwise(dense):
+        together = sum(tensor.nbytes(torch.float16) for tensor in (*unit.tensors, following.tensors[0]))
+        assert together > CHUNK_NBYTES
+
+
+def test_a_dense_unit_is_called_by_its_first_weight_and_how_many_follow() -> None:
+    units = recipe([(1, 1, 0), (1, 1, 0), (4096, 64, 1), (1, 1, 0)], small=1).units(half)
+    assert [unit.name for unit in units] == ["small", "t1+2"]
+    units = recipe([(1 << 14, 64, 1), (1 << 14, 64, 1), (1, 1, 0)]).units(half)
+    assert [unit.name for unit in units] == ["t0", "t1", "t2"]
+
+
+def test_a_store_has_the_units_of_its_recipes(tmp_path: Path) -> None:
+    options = ConvertOptions(quant="int4")
+    source, made = open_checkpoint(Folder(TRAINED), options, Conversion(tmp_path / "out", options, None))
+    store = Store.open(convert_checkpoint(TRAINED, tmp_path / "out", options).store)
+    for block in made.files:
+        units = store.layouts[block.path].units
+        expected = [(unit.name, unit.kind, unit.nbytes) for unit in block.units(source.dtype)]
+        assert [(unit.name, unit.kind, unit.nbytes) for unit in units] == expected
+        assert [list(unit.weights) for unit in units] == [
+            [tensor.name for tensor in unit.tensors] for unit in block.units(source.dtype)
+        ]
+    layer = store.layout(store.blocks["layer-003"]).units
+    assert [unit.name for unit in layer] == ["small", "self_attn.q_proj+5"]
+    assert all(weight.scheme is None and len(weight.shape) == 1 for weight in layer[0].weights.values())
+
+
+def layer_recipe(values: dict[str, Any]) -> BlockRecipe:
+    made = make_recipe(build_skeleton(text_config(values)), ConvertOptions())
+    return next(block for block in made.files if block.role == "layer")
+
+
+def test_weights_follow_in_the_order_of_their_use() -> None:
+    block = layer_recipe({"model_type": "opt", "hidden_size": 512, "ffn_dim": 2048, "num_attention_heads": 8})
+    dense = [t.name.removeprefix(block.prefix) for t in block.tensors if t.kind == "dense"]
+    assert dense[:4] == [f"self_attn.{name}_proj.weight" for name in ("q", "k", "v", "out")]
+    assert dense[4:] == ["fc1.weight", "fc2.weight"]
+    small = {t.name.removeprefix(block.prefix) for t in block.tensors if t.kind == "small"}
+    assert "self_attn.q_proj.bias" in small and "final_layer_norm.weight" in small
+
+
+def test_large_tensors_that_nothing_borrows_are_dense_in_the_graph_s_order() -> None:
+    # Falcon's linear layers are a class of their own.
+    values = {"hidden_size": 1024, "num_attention_heads": 16, "num_hidden_layers": 1, "bias": True}
+    block = layer_recipe({"model_type": "falcon", **values})
+    assert [t.name.removeprefix(block.prefix) for t in block.tensors if t.kind == "dense"] == [
+        "self_attention.query_key_value.weight",
+        "self_attention.dense.weight",
+        "mlp.dense_h_to_4h.weight",
+        "mlp.dense_4h_to_h.weight",
+    ]
+    assert all(tensor.scheme is None and tensor.numel < 1 << 19 for tensor in block.tensors if tensor.kind == "small")
+    # A router of 1 MiB and more is not lent either: it comes before the weights that are.
+    values = {"hidden_size": 4096, "num_attention_heads": 32, "num_hidden_layers": 1, "num_local_experts": 256}
+    block = layer_recipe({"model_type": "mixtral", **values, "intermediate_size": 64})
+    dense = [t.name.removeprefix(block.prefix) for t in block.tensors if t.kind == "dense"]
+    assert dense[0] == "mlp.gate.weight" and dense[-1] == "mlp.experts.down_proj"
+
+
+def test_a_finished_block_is_recognized_with_its_units_and_no_other(tmp_path: Path) -> None:
+    for options in (ConvertOptions(quant="int8", compress="zstd"), ConvertOptions(quant="none", compress="zstd")):
+        out = tmp_path / options.quant
+        _, made = open_checkpoint(Folder(TRAINED), options, Conversion(out, options, None))
+        store = Store.open(convert_checkpoint(TRAINED, out, options).store)
+        files = {file.path: file for file in store.manifest.files}
+        layers = [block for block in made.files if block.role == "layer"]
+        for block in made.files:
+            assert finished_block(out, block) == files[block.path]
+        turned = BlockRecipe(layers[0].name, "layer", layers[0].prefix, tuple(reversed(layers[0].tensors)))
+        assert finished_block(out, turned) is None
+        assert finished_block(out, BlockRecipe("layer-000", "layer", layers[1].prefix, layers[1].tensors)) is None
