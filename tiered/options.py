@@ -25,7 +25,7 @@ class Options:
     """Threads that compute; None: as many as processors that may be used."""
     verify: VerifyPolicy = VerifyPolicy.FIRST
     prefetch: int | None = None
-    """Blocks that may be read before they are asked for; None: as many as the ring holds."""
+    """Units that may be read before they are asked for; None: as many as the ring holds."""
     micro_batch_rows: int | None = None
     """Tokens that are computed together at most; None: as many as memory allows and are useful."""
     kv: KVTier = "cpu"

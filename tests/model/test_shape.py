@@ -54,7 +54,8 @@ def test_plans_made_before_are_the_runtimes(store: Store, dtype: str, budget: in
 
 
 def test_measuring_takes_no_memory_and_reads_no_weights(store: Store) -> None:
-    model, _, budgets = measure_inputs(store, Options(ram=GIB))
-    assert budgets.ram == GIB and budgets.baseline < GIB
+    # More than whatever this process has ever taken.
+    model, _, budgets = measure_inputs(store, Options(ram=8 * GIB))
+    assert budgets.ram == 8 * GIB and budgets.baseline < 8 * GIB
     assert sum(model.tape.file_nbytes) == store.tape_nbytes
     assert PROCESS.planned_nbytes == 0

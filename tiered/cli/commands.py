@@ -196,7 +196,7 @@ def convert(source: str, output: Path | None, **options: Any) -> None:
 @_kv
 @click.option("--chat", is_flag=True, help="Apply the tokenizer's chat template to each prompt.")
 @_run("a text does not depend on what shares its batch")
-@click.option("--prefetch", type=click.IntRange(min=0), help="Blocks read ahead; 0: none. [default: as memory allows]")
+@click.option("--prefetch", type=click.IntRange(min=0), help="Units read ahead; 0: none. [default: as memory allows]")
 @_measure
 @_json()
 @click.option("--trace", "trace_path", type=_FILE, help="Write a Perfetto trace.")

@@ -1,0 +1,247 @@
+"""The feed: reads the tape's units in a cycle, each into its place, ahead of the computation. All of it is the loop's.
+
+For every unit of the tape, for ever: find memory (its own if resident, else a span of the ring, waiting until it is
+free), and start its reads. The bytes to read do not depend on the tokens, so this never waits for a pass to end; what
+bounds it is the ring. Resident units are read in the first pass.
+"""
+
+import asyncio
+import functools
+import itertools
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from tiered.errors import UnsupportedFamilyError
+from tiered.io import DiskReader, Slab
+from tiered.plan import Plan
+from tiered.store import PAGE, Unit
+from tiered.stream.handover import Handover
+from tiered.stream.loan import AnyWeight
+from tiered.stream.ring import Ring, RingSpan, ring_starts
+from tiered.trace import Tracer
+from tiered.units import format_size, round_down
+
+Views = Mapping[str, AnyWeight]
+
+
+class Feed:
+    """Reads `tape` with `reader` into `resident`, by number of the unit on the tape, and `ring`, and hands units over
+    in `units`, by `key`.
+
+    `view` makes the views of the unit of a number in its memory; `name` is what a unit is called. `prefetch` is that of
+    `Streamer`. An error that ends the feed is handed over to whoever asks for what will not come; one that names
+    `family` where the computation waits for what can never come.
+    """
+
+    def __init__(
+        self,
+        tape: Sequence[Unit],
+        plan: Plan,
+        reader: DiskReader,
+        resident: Mapping[int, Slab],
+        ring: Slab | None,
+        units: Handover[Views],
+        view: Callable[[int, torch.Tensor], Views],
+        name: Callable[[int], str],
+        trace: Tracer,
+        family: str,
+        prefetch: int | None,
+    ) -> None:
+        self._tape, self._reader, self._resident, self._ring_slab = tape, reader, resident, ring
+        self._units, self._view, self._name, self._trace = units, view, name, trace
+        self._family, self._prefetch = family, prefetch
+        self._pieces = plan.tape.streamed(plan.held, plan.placement.resident)
+        self._ring_nbytes = round_down(ring.nbytes, PAGE) if ring is not None else 0
+        self._group: asyncio.TaskGroup | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._loads: dict[asyncio.Task[None], int] = {}
+        """Reads in flight, with the key of their unit."""
+        self._held: set[int] = set()
+        """Resident units that have been read, or are being read."""
+        self._is_closing = False
+        self._restart()
+
+    def _restart(self) -> None:
+        """The state before the first unit."""
+        self._ring = Ring(self._ring_nbytes)
+        self._changed = asyncio.Event()
+        """Set whenever what the feed waits for may have come about."""
+        self._asked = -1
+        """The last number that has been asked for."""
+        self.last_pass: int | None = None
+        """Number of the pass after which nothing is read; None: not known yet."""
+        self._spans: dict[int, RingSpan] = {}
+        """The memory of streamed units that are being read or are in memory, by number on the endless tape."""
+        self._reading: set[int] = set()
+        self._unwanted: set[int] = set()
+        """Units that the computation has passed by before they were read."""
+        self._ahead: deque[int] = deque()
+        """Units whose reads began before they were asked for; those that have been asked for since leave at times."""
+        self._failure: tuple[int, Exception] | None = None
+        """The error because of which the feed has ended, and the first number that will not come."""
+
+    async def start(self) -> None:
+        """Begin to read."""
+        self._group = asyncio.TaskGroup()
+        await self._group.__aenter__()
+        self._task = self._group.create_task(self._feed_tape(), name="tiered-feed")
+
+    async def close(self) -> None:
+        """End all reads."""
+        assert self._group is not None and self._task is not None
+        self._is_closing = True
+        for task in (self._task, *self._loads):
+            task.cancel()
+        await self._group.__aexit__(None, None, None)
+        self._units.clear(kept=-len(self._tape))  # their memory goes back to the arena
+
+    def key(self, number: int) -> int:
+        """Key of a unit by its number on the endless tape: the number, or if resident one below 0, the same in each
+        pass."""
+        position = number % len(self._tape)
+        return position - len(self._tape) if position in self._resident else number
+
+    async def rewind(self) -> None:
+        """Begin at the first unit: end the reads in flight, and drop what was read ahead. Resident units stay, and
+        reads of them go on."""
+        assert self._group is not None and self._task is not None
+        dropped = [self._task, *(task for task, key in self._loads.items() if key >= 0)]
+        for task in dropped:
+            task.cancel()
+        await asyncio.wait(dropped)
+        if self._is_closing:
+            return
+        self._units.clear(kept=0)
+        self._restart()
+        self._task = self._group.create_task(self._feed_tape(), name="tiered-feed")
+
+    def set_last(self, last: int | None) -> None:
+        """Read nothing after pass `last`; None: it is not known yet which is the last one."""
+        self.last_pass = last
+        self._changed.set()
+
+    def set_asked(self, number: int) -> None:
+        """The computation waits for unit `number`."""
+        self._asked = number
+        self._changed.set()
+        self._raise_failure()
+
+    def _raise_failure(self) -> None:
+        """Hand the feed's error to whoever waits for what will not come."""
+        if self._failure is not None and self._asked >= self._failure[0]:
+            self._units.put(self.key(self._asked), self._failure[1])
+
+    def take_back(self, numbers: deque[int]) -> None:
+        """Take back units that the computation has used, or has passed by. Empties `numbers`."""
+        while numbers:
+            number = numbers.popleft()
+            if number in self._spans and number not in self._reading:
+                self._units.discard(number)
+                self._ring.release(self._spans.pop(number))
+            else:
+                self._unwanted.add(number)
+        self._changed.set()
+
+    async def _feed_tape(self) -> None:
+        starts = ring_starts(self._pieces, self._ring_nbytes)
+        for number in itertools.count():
+            current, position = divmod(number, len(self._tape))
+            if current and not self._pieces:
+                return
+            try:
+                if position not in self._resident:
+                    await self._feed_streamed(number, current, position, next(starts))
+                elif position not in self._held:
+                    await self._until_wanted(number, current)
+                    self._held.add(position)
+                    self._start(self.key(number), position, self._resident[position].view)
+            except Exception as error:
+                # A feed that dies silently would leave the computation waiting for ever.
+                self._failure = number, error
+                self._raise_failure()
+                return
+
+    async def _feed_streamed(self, number: int, current: int, position: int, start: int) -> None:
+        """Find memory at `start` of the ring for a unit, and start its reads; unless the computation passes it by."""
+        while number not in self._unwanted:
+            span = self._ring.borrow_at(start, self._tape[position].memory_nbytes)
+            if span is None:
+                self._check_not_stuck(number)
+                await self._change()
+                continue
+            # After the wait for the ring, because what is wanted may change during it.
+            await self._until_wanted(number, current)
+            if number in self._unwanted:
+                self._ring.release(span)
+                break
+            self._spans[number] = span
+            self._reading.add(number)
+            assert self._ring_slab is not None
+            self._start(number, position, self._ring_slab.view[span.start : span.stop])
+            return
+        self._unwanted.discard(number)
+
+    def _check_not_stuck(self, number: int) -> None:
+        """Raises UnsupportedFamilyError if unit `number`, for which there is no memory now, will never find any: the
+        computation waits for it, or for a later one, and so gives nothing back."""
+        if number > self._asked or not self._unwanted.isdisjoint(self._spans):
+            return
+        asked, *lent = (self._name(unit % len(self._tape)) for unit in (self._asked, *sorted(self._spans)))
+        raise UnsupportedFamilyError(
+            f"model family {self._family!r}: {asked} is asked for while units that have not been given back "
+            f"({', '.join(lent)}) leave no room in the ring of {format_size(self._ring_nbytes)}, expected {lent[0]} "
+            "to be used first; layers use weights in another order than the store was made for: convert the model "
+            "again with this version of tiered and transformers"
+        )
+
+    async def _until_wanted(self, number: int, current: int) -> None:
+        """Wait while unit `number`, of pass `current`, is not to be read yet."""
+        while number not in self._unwanted and not self._is_wanted(number, current):
+            await self._change()
+        if self._prefetch is not None and number > self._asked:
+            self._ahead.append(number)
+
+    def _is_wanted(self, number: int, current: int) -> bool:
+        if self.last_pass is not None and current > self.last_pass:
+            return False
+        while self._ahead and self._ahead[0] <= self._asked:
+            self._ahead.popleft()
+        return self._prefetch is None or number <= self._asked or len(self._ahead) < self._prefetch
+
+    async def _change(self) -> None:
+        self._changed.clear()
+        await self._changed.wait()
+
+    def _start(self, key: int, position: int, memory: memoryview) -> None:
+        """Start the reads of the unit at `position` into `memory`."""
+        assert self._group is not None
+        load = self._group.create_task(self._load(key, position, memory), name=f"tiered-load-{key}")
+        self._loads[load] = key
+        load.add_done_callback(self._loads.pop)
+
+    async def _load(self, key: int, position: int, memory: memoryview) -> None:
+        """Read a unit's chunks side by side, then decode what is compressed."""
+        unit = self._tape[position]
+        try:
+            await self._reader.read_unit(unit, memory)
+            for item in unit.compressed:
+                with self._trace.span("decode", item.target.name, item.target.nbytes):
+                    await self._reader.call(functools.partial(item.decode, memory))
+            found = self._view(position, torch.frombuffer(memory, dtype=torch.uint8))
+        except Exception as error:
+            self._held.discard(position)
+            self._bring_back(key, error)
+        else:
+            self._bring_back(key, found)
+
+    def _bring_back(self, key: int, found: Views | Exception) -> None:
+        """Hand over a unit whose reads have ended, unless the computation has passed it by meanwhile."""
+        self._reading.discard(key)
+        if key in self._unwanted:
+            self._unwanted.discard(key)
+            self._ring.release(self._spans.pop(key))
+            self._changed.set()
+        else:
+            self._units.put(key, found)
