@@ -105,7 +105,7 @@ def test_frames_wait_in_memory_and_then_in_a_file_without_a_name(tmp_path: Path)
     frames = Compression("zstd").attempt(iter([memoryview(data)]), tmp_path)
     assert frames is not None
     assert sum(frames.sizes) > _HELD_NBYTES
-    payload = b"".join(frames.pieces())
+    payload = b"".join(frames.pieces)
     out = bytearray(len(data))
     decompress_into(payload, frames.sizes, FRAME_NBYTES, memoryview(out))
     assert out == data

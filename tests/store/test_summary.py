@@ -43,6 +43,8 @@ def test_equal_layers_are_one_row(docs: Store) -> None:
     assert layers.formats[0][0] == "int4-g64"
     assert sum(count for _, count in layers.formats) == layers.weights
     assert 4.375 < layers.bits_per_weight < 5
+    units = docs.layout(docs.blocks["layer-000"]).units
+    assert (layers.units, layers.largest_unit_nbytes) == (len(units), max(unit.nbytes for unit in units)) != (1, 0)
 
 
 def test_a_tied_head_is_counted_once(docs: Store) -> None:

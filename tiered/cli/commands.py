@@ -166,6 +166,8 @@ def convert(source: str, output: Path | None, **options: Any) -> None:
 
     SOURCE is a Hugging Face folder, a hub id such as facebook/opt-6.7b, or a known name such as opt-125m. An
     interrupted conversion is resumed by the same command.
+
+    A SOURCE that is a store of an earlier format version is upgraded in place; its weights stay the same.
     """
     if sys.stderr.isatty():
         # Downloads may take hours: let the hub library, imported below, show its own bars, which `main` switches off.

@@ -12,6 +12,7 @@ from tiered.cli.progress import ByteProgress
 from tiered.cli.screen import StatusLine, is_terminal
 from tiered.convert import ConvertOptions, ConvertProgress, ConvertResult, convert_checkpoint
 from tiered.errors import InterruptedRun
+from tiered.store.manifest import VERSION
 from tiered.units import format_seconds, format_size, parse_size
 
 _NAMES_SHOWN: Final = 4
@@ -35,9 +36,12 @@ def run(source: str, output: Path | None, ram: str | None, group_size: str, **op
 
 def summary(result: ConvertResult) -> str:
     """What a person wants to know of a finished conversion."""
+    if result.upgraded_from == VERSION:
+        return f"{result.store}: is of format version {VERSION}, nothing to do"
     kind = "synthetic (random weights), " if result.synthetic else ""
+    what = "" if result.upgraded_from is None else f"upgraded to format version {VERSION}, "
     lines = [
-        f"{result.store}: {kind}{result.blocks} blocks, {format_size(result.nbytes)}, {result.scheme}, "
+        f"{result.store}: {what}{kind}{result.blocks} blocks, {format_size(result.nbytes)}, {result.scheme}, "
         f"{result.bits_per_weight:.2f} bits per weight, in {format_seconds(result.seconds)}"
     ]
     if result.resumed_blocks:

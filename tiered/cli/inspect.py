@@ -168,20 +168,23 @@ def _size(summary: StoreSummary) -> str:
 
 
 def _blocks(summary: StoreSummary) -> list[str]:
-    rows: list[tuple[str, ...]] = [("block", "count", "file", "weights each", "bits/weight", "stored as")]
+    rows: list[tuple[str, ...]] = [
+        ("block", "count", "file", "units", "largest unit", "weights each", "bits/weight", "stored as")
+    ]
     rows += [_block_row(row) for row in summary.rows]
-    return columns(rows, "<>>>><")
+    return columns(rows, "<>>>>>><")
 
 
 def _block_row(row: BlockRow) -> tuple[str, ...]:
     name = row.first if row.count == 1 else f"{row.first} … {row.last}"
     if row.shared:
-        return name, "1 x", "shared", f"{row.weights:,}", "", "the embedding's file, streamed again"
+        return name, "1 x", "shared", "", "", f"{row.weights:,}", "", "the embedding's file, streamed again"
     formats = " + ".join(name for name, _ in row.formats)
     size = format_size(row.smallest_nbytes)
     if format_size(row.largest_nbytes) != size:
         size += f" to {format_size(row.largest_nbytes)}"
-    return name, f"{row.count} x", size, f"{row.weights:,}", f"{row.bits_per_weight:.2f}", formats
+    units = str(row.units), format_size(row.largest_unit_nbytes)
+    return name, f"{row.count} x", size, *units, f"{row.weights:,}", f"{row.bits_per_weight:.2f}", formats
 
 
 def _budgets(inspection: Inspection) -> Iterator[str]:

@@ -1,10 +1,14 @@
-"""From a checkpoint to a store: `convert_checkpoint` is what `tiered convert` calls."""
+"""From a checkpoint, or an old store, to a store: `convert_checkpoint` is what `tiered convert` calls."""
 
+import os
 from pathlib import Path
 
 from tiered.convert.convert import Conversion, ConvertProgress, ConvertResult, ProgressFunction
+from tiered.convert.folder import is_store
 from tiered.convert.open import open_checkpoint, open_shape, resolve_checkpoint, resolve_shape
 from tiered.convert.recipe import ConvertOptions
+from tiered.convert.upgrade import upgrade_store
+from tiered.errors import ConfigError
 
 __all__ = ["ConvertOptions", "ConvertProgress", "ConvertResult", "ProgressFunction", "convert_checkpoint"]
 
@@ -20,9 +24,15 @@ def convert_checkpoint(
     `source` is a local Hugging Face folder, a hub id, a known name, or with `options.synthetic` a known shape or a
     toml file of one. Raises ConfigError for bad usage, UnsupportedFamilyError, CheckpointError for a damaged or
     foreign checkpoint, BudgetError, DiskFullError and ReadError. Whatever ends it, finished blocks are kept and the
-    same call resumes.
+    same call resumes. A `source` that is a store of format version 1 is upgraded where it is.
     """
     options = options or ConvertOptions()
+    folder = Path(source).expanduser()
+    # Not Path's: a name may be longer than any path.
+    if not options.synthetic and os.path.isdir(folder) and is_store(folder):  # noqa: PTH112
+        if output is not None:
+            raise ConfigError(f"{folder}: a store, which is upgraded where it is; drop -o")
+        return upgrade_store(folder, options, progress)
     if options.synthetic:
         shape = resolve_shape(source)
         conversion = Conversion(output or Path(f"{shape.name}.tiered"), options, progress)

@@ -11,8 +11,8 @@ import torch
 import xxhash
 
 from tiered.convert.blocks import BlockRecipe, TensorRecipe
-from tiered.convert.compression import Compression, Frames, is_candidate
-from tiered.convert.source import WeightSource
+from tiered.convert.compression import Compression, is_candidate
+from tiered.convert.source import Frames, Weights
 from tiered.errors import StoreError
 from tiered.files import errors_of
 from tiered.quant.zstd import FRAME_NBYTES
@@ -26,7 +26,7 @@ _HASH_READ_NBYTES: Final = 4 << 20
 
 
 def write_block(
-    folder: Path, block: BlockRecipe, source: WeightSource, compression: Compression, advance: Advance
+    folder: Path, block: BlockRecipe, source: Weights, compression: Compression, advance: Advance
 ) -> FileInfo:
     """Write the file of `block` in the store `folder`, tensor by tensor in panels of rows; returns its manifest entry.
 
@@ -38,7 +38,7 @@ def write_block(
         for unit in block.units(source.dtype):
             writer.start_unit(unit.name, unit.kind)
             for tensor in unit.tensors:
-                rule = compression if tensor.name in candidates else None
+                rule = compression if tensor.name in candidates and not compression.is_done else None
                 add = _add_plain if tensor.scheme is None else _add_packed
                 add(writer, tensor, source, rule, advance)
         return writer.finish()
@@ -83,19 +83,16 @@ def _units_of(block: BlockRecipe, layout: BlockLayout) -> tuple[UnitInfo, ...]:
 
 
 def _add_packed(
-    writer: BlockWriter, tensor: TensorRecipe, source: WeightSource, rule: Compression | None, advance: Advance
+    writer: BlockWriter, tensor: TensorRecipe, source: Weights, rule: Compression | None, advance: Advance
 ) -> None:
     assert tensor.scheme is not None
     out, in_ = tensor.matrix
-    name, shape = f"{tensor.name}.q", tensor.scheme.q_shape(out, in_)
     packed = source.packed(tensor)
-    compressed = rule.attempt(packed.q, writer.folder) if rule is not None else None
-    if compressed is None:
-        if rule is not None:  # the attempt has consumed part of the codes
-            packed = source.packed(tensor)
-        writer.add(name, torch.uint8, shape, _counted(packed.q, advance))
-    else:
-        _add_compressed(writer, name, torch.uint8, shape, compressed, advance)
+    codes = _compressed(packed.q, rule, writer.folder)
+    if codes is None:  # the attempt has consumed part of them
+        packed = source.packed(tensor)
+        codes = packed.q
+    _add(writer, f"{tensor.name}.q", torch.uint8, tensor.scheme.q_shape(out, in_), codes, advance)
     scale = tensor.scheme.scale_shape(out, in_)
     writer.add(f"{tensor.name}.scale", torch.float16, scale, _counted(iter(packed.scale), advance))
     writer.add(f"{tensor.name}.zero", torch.uint8, scale, _counted(iter(packed.zero), advance))
@@ -103,26 +100,34 @@ def _add_packed(
 
 
 def _add_plain(
-    writer: BlockWriter, tensor: TensorRecipe, source: WeightSource, rule: Compression | None, advance: Advance
+    writer: BlockWriter, tensor: TensorRecipe, source: Weights, rule: Compression | None, advance: Advance
 ) -> None:
-    dtype = source.dtype(tensor)
-    compressed = rule.attempt(source.plain(tensor), writer.folder) if rule is not None else None
-    if compressed is None:
-        writer.add(tensor.name, dtype, tensor.shape, _counted(source.plain(tensor), advance))
-    else:
-        _add_compressed(writer, tensor.name, dtype, tensor.shape, compressed, advance)
+    values = _compressed(source.plain(tensor), rule, writer.folder)
+    if values is None:
+        values = source.plain(tensor)
+    _add(writer, tensor.name, source.dtype(tensor), tensor.shape, values, advance)
 
 
-def _add_compressed(
+def _compressed(
+    values: Iterator[memoryview] | Frames, rule: Compression | None, folder: Path
+) -> Iterator[memoryview] | Frames | None:
+    """`values` in the form in which they are stored; None where trying has shown that they stay as they were."""
+    return values if rule is None or isinstance(values, Frames) else rule.attempt(values, folder)
+
+
+def _add(
     writer: BlockWriter,
     name: str,
     dtype: torch.dtype,
     shape: tuple[int, ...],
-    compressed: Frames,
+    values: Iterator[memoryview] | Frames,
     advance: Advance,
 ) -> None:
-    writer.add_compressed(name, dtype, shape, compressed.pieces(), compressed.sizes, FRAME_NBYTES)
-    advance(compressed.nbytes)
+    if isinstance(values, Frames):
+        writer.add_compressed(name, dtype, shape, values.pieces, values.sizes, values.frame_nbytes)
+        advance(values.nbytes)
+    else:
+        writer.add(name, dtype, shape, _counted(values, advance))
 
 
 def _counted(pieces: Iterator[memoryview], advance: Advance) -> Iterator[memoryview]:

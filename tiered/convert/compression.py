@@ -16,7 +16,7 @@ from typing import Any, Final, Self
 import torch
 
 from tiered.convert.blocks import BlockRecipe, TensorRecipe
-from tiered.convert.source import PANEL_NBYTES
+from tiered.convert.source import PANEL_NBYTES, Frames
 from tiered.files import errors_of
 from tiered.quant import compress, pays
 from tiered.quant.zstd import FRAME_NBYTES, WORST_RATIO
@@ -36,34 +36,13 @@ COMPRESSING_NBYTES: Final = _HELD_NBYTES + PANEL_NBYTES + 3 * FRAME_NBYTES
 
 
 @dataclass(frozen=True)
-class Frames:
-    """A tensor as zstd frames that wait to be written: whether they pay is known only when all are made."""
-
-    sizes: tuple[int, ...]
-    nbytes: int
-    """The tensor's size before compression."""
-    _file: tempfile.SpooledTemporaryFile[bytes]
-
-    @property
-    def ratio(self) -> float:
-        """Compressed by uncompressed size; 1.0 for no bytes at all."""
-        return sum(self.sizes) / self.nbytes if self.nbytes else 1.0
-
-    def pieces(self) -> Iterator[memoryview]:
-        """The bytes of all frames, end to end. Can be called once: the frames are dropped afterwards."""
-        with self._file:
-            self._file.seek(0)
-            while piece := self._file.read(FRAME_NBYTES):
-                yield memoryview(piece)
-
-
-@dataclass(frozen=True)
 class Compression:
     """The rule of one conversion; kept in its progress file, so that a resumed one decides the same."""
 
     mode: str  # auto, zstd or none
     disk_bytes_per_second: float = 0.0  # of reads from the store's disk; measured for auto only
     cores: int = 1  # that would decode; counted for auto only
+    is_done: bool = False  # the source has compressed what is to be, by the same rule
 
     @classmethod
     def measure(cls, mode: str, blocks: tuple[BlockRecipe, ...], folder: Path, room_nbytes: int) -> Self:
@@ -105,11 +84,11 @@ class Compression:
                 nbytes += packed.nbytes
                 if nbytes == _TRIAL_NBYTES and not self.keeps(sum(sizes) / nbytes):
                     return None
-            frames = Frames(tuple(sizes), nbytes, file)
-            if not self.keeps(frames.ratio):
+            # Of no bytes at all there is nothing to save.
+            if not self.keeps(sum(sizes) / nbytes if nbytes else 1.0):
                 return None
             stack.pop_all()
-            return frames
+            return Frames(tuple(sizes), nbytes, _waiting(file))
 
 
 def is_candidate(tensor: TensorRecipe, role: str) -> bool:
@@ -164,6 +143,14 @@ def _timed_read(path: Path) -> float:
             return done / (perf_counter() - start)
     finally:
         os.close(fd)
+
+
+def _waiting(file: tempfile.SpooledTemporaryFile[bytes]) -> Iterator[memoryview]:
+    """The bytes of `file`, which is dropped at its end."""
+    with file:
+        file.seek(0)
+        while piece := file.read(FRAME_NBYTES):
+            yield memoryview(piece)
 
 
 def _in_pieces(views: Iterator[memoryview], size: int) -> Iterator[memoryview]:

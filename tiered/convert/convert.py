@@ -73,6 +73,8 @@ class ConvertResult:
     """Linear weights that keep the checkpoint's precision because their shape does not fit the groups."""
     warnings: tuple[str, ...]
     synthetic: bool
+    upgraded_from: int | None = None
+    """The format version of a store that was upgraded; that of today where it was one already. None: converted."""
     has_tokenizer: bool = True
     """Whether the source had a tokenizer to copy: a store without one takes and gives token ids only."""
 

@@ -22,7 +22,7 @@ from tiered.files import read_json
 from tiered.store import atomic_write
 from tiered.store.beside import COPIED
 from tiered.store.manifest import FORMAT, MANIFEST_NAME
-from tiered.store.open import PROGRESS_NAME
+from tiered.store.open import PROGRESS_NAME, UPGRADE_NAME
 
 State = Literal["new", "unfinished", "finished", "foreign"]
 
@@ -93,7 +93,7 @@ def state_of(folder: Path) -> State:
         return "new"
     if not folder.is_dir():
         return "foreign"
-    if _is_store(folder):
+    if is_store(folder):
         return "finished"
     if (folder / PROGRESS_NAME).exists():
         return "unfinished"
@@ -171,8 +171,7 @@ def owned_files(folder: Path) -> Iterator[Path]:
         yield from sorted(p for p in blocks.iterdir() if p.name.endswith((".safetensors", ".safetensors.part")))
     for name in COPIED:
         yield from (path for path in (folder / name, folder / f"{name}.part") if path.is_file())
-    if (folder / PROBE_NAME).is_file():
-        yield folder / PROBE_NAME
+    yield from (folder / name for name in (PROBE_NAME, UPGRADE_NAME) if (folder / name).is_file())
 
 
 def remove_stray_parts(folder: Path) -> None:
@@ -180,13 +179,15 @@ def remove_stray_parts(folder: Path) -> None:
     for path in owned_files(folder):
         if path.name.endswith(".part"):
             path.unlink()
-    for name in (MANIFEST_NAME, PROGRESS_NAME):
+    for name in (MANIFEST_NAME, PROGRESS_NAME, UPGRADE_NAME):
         (folder / f"{name}.part").unlink(missing_ok=True)
 
 
 def remove_strays(folder: Path, keep: frozenset[str]) -> None:
-    """Delete what is half-written, and blocks that are not in `keep` (paths within the folder)."""
+    """Delete what is half-written, blocks that are not in `keep` (paths within the folder), and what an unfinished
+    upgrade has left."""
     remove_stray_parts(folder)
+    (folder / UPGRADE_NAME).unlink(missing_ok=True)
     for path in owned_files(folder):
         if path.parent.name == BLOCK_FOLDER and path.relative_to(folder).as_posix() not in keep:
             path.unlink()
@@ -206,7 +207,8 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(fd)
 
 
-def _is_store(folder: Path) -> bool:
+def is_store(folder: Path) -> bool:
+    """Whether `folder` holds a finished store, of whatever version."""
     try:
         value = read_json(folder / MANIFEST_NAME, StoreError, _REMEDY)
     except (FileNotFoundError, StoreError):

@@ -1,6 +1,7 @@
 """The interfaces of a conversion: of a source of weights, and of a reader of one checkpoint file format.
 
-A `WeightSource` is a checkpoint (`checkpoint.py`) or random numbers (`synthetic.py`); a `WeightReader` knows one file
+A `WeightSource` is a checkpoint (`checkpoint.py`) or random numbers (`synthetic.py`), and a store that is upgraded has
+the weights of one block after the other (`stored.py`); a `WeightReader` knows one file
 format (`safetensors_reader.py`, `torch_reader.py`) and is listed in the table of `index.py`.
 """
 
@@ -14,13 +15,27 @@ import torch
 
 from tiered.convert.blocks import BlockRecipe, TensorRecipe
 from tiered.quant import folded
+from tiered.quant.zstd import FRAME_NBYTES
+
+
+@dataclass(frozen=True)
+class Frames:
+    """The bytes of a tensor as zstd frames."""
+
+    sizes: tuple[int, ...]
+    nbytes: int
+    """The tensor's size before compression."""
+    pieces: Iterator[memoryview]
+    """The bytes of all frames, end to end."""
+    frame_nbytes: int = FRAME_NBYTES
+    """Before compression, of every frame but the last."""
 
 
 @dataclass(frozen=True)
 class Packed:
     """A quantized weight as three streams of bytes, to be consumed in this order."""
 
-    q: Iterator[memoryview]
+    q: Iterator[memoryview] | Frames
     scale: Iterable[memoryview]
     zero: Iterable[memoryview]
 
@@ -29,7 +44,20 @@ Fetching = Callable[[BlockRecipe], None]
 """Called with a block before its files are downloaded, which takes a while."""
 
 
-class WeightSource(Protocol):
+class Weights(Protocol):
+    """The weights of a block, piece by piece."""
+
+    def dtype(self, tensor: TensorRecipe) -> torch.dtype:
+        """The tensor's dtype in the source; this may be a guess until its block can be read."""
+
+    def plain(self, tensor: TensorRecipe) -> Iterator[memoryview] | Frames:
+        """The bytes of an unquantized tensor, in pieces. Each is valid until the next one is asked for."""
+
+    def packed(self, tensor: TensorRecipe) -> Packed:
+        """The three parts of a quantized tensor, in pieces. Each is valid until the next one is asked for."""
+
+
+class WeightSource(Weights, Protocol):
     """Where the weights of one conversion come from."""
 
     @property
@@ -54,15 +82,6 @@ class WeightSource(Protocol):
         Each can be read until the next is asked for. Leaving the context without an error means that the store is
         whole: files that were downloaded for it may be deleted. `fetching` is called before downloads.
         """
-
-    def dtype(self, tensor: TensorRecipe) -> torch.dtype:
-        """The tensor's dtype in the source; this may be a guess until its block can be read."""
-
-    def plain(self, tensor: TensorRecipe) -> Iterator[memoryview]:
-        """The bytes of an unquantized tensor, in pieces. Each is valid until the next one is asked for."""
-
-    def packed(self, tensor: TensorRecipe) -> Packed:
-        """The three parts of a quantized tensor, in pieces. Each is valid until the next one is asked for."""
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ from tiered.units import PAGE, PAGE_TOKENS
 _MOST_SEQUENCES: Final = 512
 """Sequences at once that are considered at most, unless a batch size is asked for."""
 _LENT_SHARE: Final = 1 / 64
-"""Part of the budget for the pages of a group of micro-batches, with the cache on disk; memory for four groups is set aside."""
+"""Part of the budget for the pages of a group of micro-batches, with the cache on disk; memory for four groups is set
+aside."""
 HALFWAY: Final = 0.75
 """Tokens that a sequence holds on average while it runs, as a share of those that it holds at its end."""
 

@@ -25,6 +25,10 @@ DAMAGED: Final = "the store is damaged, convert it again"
 ROLES: Final = ("embed", "outer", "layer", "head")
 
 
+class OldStoreError(StoreError):
+    """The store is of format version 1, which can be upgraded."""
+
+
 @dataclass(frozen=True)
 class BlockInfo:
     """One block: the unit of streaming. Repeated synthetic layers are different blocks over one file."""
@@ -117,10 +121,10 @@ class Manifest:
             raise StoreError(f"{path}: not a tiered store's manifest; pass the folder that 'tiered convert' wrote")
         found = value.get("version")
         if type(found) is not int or found != version:
-            remedy = "convert the model again, or use the tiered that wrote it"
+            told = f"{path}: store format version {found!r}, this tiered reads version {version}"
             if type(found) is int and found == 1:
-                remedy = f"'tiered convert {shlex.quote(str(path.parent))}' upgrades it in place"
-            raise StoreError(f"{path}: store format version {found!r}, this tiered reads version {version}; {remedy}")
+                raise OldStoreError(f"{told}; 'tiered convert {shlex.quote(str(path.parent))}' upgrades it in place")
+            raise StoreError(f"{told}; convert the model again, or use the tiered that wrote it")
         try:
             return cls._from_value(value)
         except (KeyError, TypeError, ValueError, ConfigError) as error:

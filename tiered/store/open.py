@@ -11,10 +11,12 @@ from pathlib import Path
 from tiered.errors import StoreError
 from tiered.files import MOST_JSON_NBYTES, check_regular, read_whole
 from tiered.store.block import BlockLayout, read_layout
-from tiered.store.manifest import DAMAGED, MANIFEST_NAME, BlockInfo, Manifest
+from tiered.store.manifest import DAMAGED, MANIFEST_NAME, VERSION, BlockInfo, Manifest, OldStoreError
 
 PROGRESS_NAME = "conversion.json"
 """What an unfinished conversion leaves in place of a manifest."""
+UPGRADE_NAME = "upgrade.json"
+"""What an unfinished upgrade leaves beside a manifest of version 1."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,15 @@ def read_manifest(folder: Path) -> Manifest:
     except (FileNotFoundError, ValueError):
         # ValueError: no path can have this name.
         raise StoreError(_why_no_manifest(folder)) from None
-    return Manifest.from_json(text, path)
+    try:
+        return Manifest.from_json(text, path)
+    except OldStoreError:
+        if not (folder / UPGRADE_NAME).exists():
+            raise
+        raise StoreError(
+            f"{folder}: the upgrade to format version {VERSION} has not finished; "
+            f"run 'tiered convert {shlex.quote(str(folder))}' again"
+        ) from None
 
 
 def _check_embedding(folder: Path, manifest: Manifest, layouts: Mapping[str, BlockLayout]) -> None:

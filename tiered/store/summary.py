@@ -30,6 +30,9 @@ class BlockRow:
     """How many weights one block holds."""
     formats: tuple[tuple[str, int], ...]
     """Each format and how many of those weights have it, most first: ("int4-g64", 7077888), ("F16", 12288)."""
+    units: int
+    """How many units one block has at most."""
+    largest_unit_nbytes: int
     shared: bool = False
     """The block reads another block's file: a tied head."""
 
@@ -103,7 +106,18 @@ def _single(store: Store, block: BlockInfo) -> BlockRow:
     shared = block.role == "head" and store.manifest.tied
     size, weights = block.file.nbytes, layout.weight_count
     return BlockRow(
-        block.name, block.name, block.role, 1, size, size, size, weights, tuple(formats.most_common()), shared
+        first=block.name,
+        last=block.name,
+        role=block.role,
+        count=1,
+        nbytes=size,
+        smallest_nbytes=size,
+        largest_nbytes=size,
+        weights=weights,
+        formats=tuple(formats.most_common()),
+        units=len(layout.units),
+        largest_unit_nbytes=max((unit.nbytes for unit in layout.units), default=0),
+        shared=shared,
     )
 
 
@@ -126,4 +140,6 @@ def _fold(rows: list[BlockRow]) -> BlockRow:
         nbytes=sum(row.nbytes for row in rows),
         smallest_nbytes=min(row.nbytes for row in rows),
         largest_nbytes=max(row.nbytes for row in rows),
+        units=max(row.units for row in rows),
+        largest_unit_nbytes=max(row.largest_unit_nbytes for row in rows),
     )

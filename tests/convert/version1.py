@@ -1,0 +1,72 @@
+"""Stores of format version 1, which nothing writes any more: made from stores of today, byte for byte as it was."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from tiered.arch import build_skeleton, load_config
+from tiered.store import ALIGNMENT, CHUNK_NBYTES, PAGE, Manifest, Store, TensorEntry, Weight, hash_chunk
+from tiered.store.block import BlockLayout
+from tiered.store.format import header_bytes, header_room_nbytes, read_header
+from tiered.store.manifest import MANIFEST_NAME
+from tiered.units import round_up
+
+
+def make_old(folder: Path) -> Path:
+    """Turn the store at `folder` into one of version 1; returns `folder`."""
+    store = Store.open(folder)
+    order = [p.name for block in build_skeleton(load_config(folder)).blocks() for p in block.parameters]
+    value = json.loads(store.manifest.to_json())
+    value["version"] = 1
+    for file in value["files"]:
+        write_old_block(folder, store.layouts[file["path"]], order)
+        content = (folder / file["path"]).read_bytes()
+        starts = range(0, len(content), CHUNK_NBYTES)
+        file["nbytes"] = len(content)
+        file["xxh3_64"] = [hash_chunk(content[start : start + CHUNK_NBYTES]) for start in starts]
+        del file["units"]
+    (folder / MANIFEST_NAME).write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    return folder
+
+
+def old_manifest(folder: Path) -> Manifest:
+    return Manifest.from_json((folder / MANIFEST_NAME).read_bytes(), folder / MANIFEST_NAME, 1)
+
+
+def write_old_block(folder: Path, layout: BlockLayout, order: list[str]) -> None:
+    """Tensors in the order of the graph, each followed by a pad to 64, and the file padded to 4096."""
+    path = folder / layout.file.path
+    content, (_, metadata, _) = path.read_bytes(), read_header(path)
+    places = {name: unit.offset for unit in layout.units for name in unit.weights}
+    compressed = {item.target.name: item for item in layout.compressed}
+    frames = sum(len(item.frames) for item in compressed.values())
+    start = header_room_nbytes(layout.weights, frames)
+    entries: list[TensorEntry] = []
+    data = bytearray()
+
+    def append(name: str, dtype: torch.dtype, shape: tuple[int, ...], piece: bytes) -> None:
+        entries.append(TensorEntry(name, dtype, shape, start + len(data), len(piece)))
+        data.extend(piece)
+        pad(ALIGNMENT)
+
+    def pad(multiple: int) -> None:
+        gap = round_up(start + len(data), multiple) - start - len(data)
+        if gap:
+            entries.append(TensorEntry(f"__pad{len(entries)}", torch.uint8, (gap,), start + len(data), gap))
+            data.extend(bytes(gap))
+
+    for weight in sorted(layout.weights.values(), key=lambda weight: order.index(weight.name)):
+        for entry in parts_of(weight):
+            stored = compressed[entry.name].source if entry.name in compressed else entry
+            begin = places[weight.name] + stored.offset
+            append(stored.name, stored.dtype, stored.shape, content[begin : begin + stored.nbytes])
+    pad(PAGE)
+    described = json.loads(metadata["tiered"])
+    del described["version"]
+    text = json.dumps(described, separators=(",", ":"), sort_keys=True)
+    path.write_bytes(header_bytes(entries, {"format": "pt", "tiered": text}, start) + data)
+
+
+def parts_of(weight: Weight) -> list[TensorEntry]:
+    return [weight.parts[part] for part in ("", "q", "scale", "zero") if part in weight.parts]
