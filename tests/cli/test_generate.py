@@ -424,7 +424,7 @@ def test_a_budget_that_cannot_work_is_refused_before_anything_is_read(store: Pat
     assert reads == 0
     done = run_here("generate", store, "-p", "Hello", "--tiers", "cpu", "--ram", "64MiB")
     assert done.code == 3
-    assert "all blocks" in done.err and "or use --tiers disk,cpu" in done.err
+    assert "all weights" in done.err and "or use --tiers disk,cpu" in done.err
 
 
 # Report, JSON and trace.
