@@ -1,4 +1,4 @@
-"""Stores whose blocks have several units, made of stores of one unit per block.
+"""Stores whose blocks are cut into units as a test wants them, made of stores as they are converted.
 
 A unit is an extent of some file: here each has a file of its own beside the store's. What is tested with them is
 whatever reads, plans and computes by unit.
@@ -11,10 +11,10 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from tests.store.make import write_block
+from tests.store.make import load_unit, write_block
 from tiered.quant import GroupScheme, QuantizedTensor, QuantizedWeight
 from tiered.store import BlockInfo, Store, Unit
-from tiered.store.block import read_layout
+from tiered.store.block import BlockLayout, read_layout
 
 
 class Rows(NamedTuple):
@@ -38,20 +38,24 @@ Cut = Callable[[BlockInfo, Sequence[str]], Sequence[Group]]
 
 def in_units(store: Store, folder: Path, cut: Cut) -> Store:
     """`store` with the blocks of its tape cut into units, whose files are in `folder`."""
-    layouts = dict(store.layouts)
+    layouts, blocks = dict(store.layouts), dict(store.blocks)
     for block in dict.fromkeys(store.tape):
-        layout = replace(store.layout(block))  # a copy, whose units are its own
-        memory = torch.frombuffer(bytearray(store.file_path(block).read_bytes()), dtype=torch.uint8)
-        assert not layout.compressed
-        views = {name.removeprefix(block.prefix): weight.view(memory) for name, weight in layout.weights.items()}
+        views: dict[str, torch.Tensor | QuantizedWeight] = {}
+        for unit in store.layout(block).units:
+            memory = load_unit(store.path, unit)
+            views |= {name.removeprefix(block.prefix): weight.view(memory) for name, weight in unit.weights.items()}
         groups = cut(block, list(views))
         units = [
             _write(store.path, folder / f"{block.name}-{number}.safetensors", block, group, views)
             for number, group in enumerate(groups)
         ]
-        layout.__dict__["units"] = tuple(units)
-        layouts[block.file.path] = layout
-    return replace(store, layouts=layouts)
+        # A tied head gets a file of its own, as the embedding stays as it is.
+        file = replace(block.file, path=f"{folder.name}/{block.name}")
+        layouts[file.path] = BlockLayout(file, tuple(units))
+        for name, info in blocks.items():
+            if info.file == block.file and info.role == block.role:
+                blocks[name] = replace(info, file=file)
+    return replace(store, layouts=layouts, manifest=replace(store.manifest, blocks=tuple(blocks.values())))
 
 
 def _write(
@@ -67,10 +71,8 @@ def _write(
             plain[block.prefix + name] = view
     # Files of a store are named from its folder on.
     file = write_block(root, str(path.relative_to(root)), plain, quantized)
-    layout = read_layout(root, file)
-    number = path.stem.rpartition("-")[2]
-    chunks = range(len(file.checksums))
-    return Unit(f"unit-{number}", file, 0, file.nbytes, chunks, layout.weights, (), layout.memory_nbytes, group.kind)
+    (unit,) = read_layout(root, file).units
+    return replace(unit, name=f"unit-{path.stem.rpartition('-')[2]}", kind=group.kind)
 
 
 def _rows(views: dict[str, torch.Tensor | QuantizedWeight], rows: Rows) -> torch.Tensor | QuantizedWeight:

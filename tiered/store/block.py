@@ -6,7 +6,7 @@ behind it, so `memory_nbytes` is the extent's size plus those tensors' plain siz
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -98,8 +98,21 @@ class BlockLayout:
 
     @cached_property
     def weights(self) -> Mapping[str, Weight]:
-        """Every weight of the block, by full name. Offsets count from the start of the memory of its unit."""
-        return {name: weight for unit in self.units for name, weight in unit.weights.items()}
+        """Every weight of the block, by full name. Offsets count from the start of the memory of its unit.
+
+        Of a weight whose rows are spread over units, the parts of the n-th range are called PART#n from the second on.
+        """
+        found: dict[str, Weight] = {}
+        for unit in self.units:
+            for name, weight in unit.weights.items():
+                first = found.get(name)
+                if first is not None:
+                    number = len(first.parts) // len(weight.parts)
+                    parts = {f"{part}#{number}": entry for part, entry in weight.parts.items()}
+                    shape = (first.shape[0] + weight.shape[0], *weight.shape[1:])
+                    weight = replace(first, shape=shape, parts={**first.parts, **parts})
+                found[name] = weight
+        return found
 
     @property
     def compressed(self) -> tuple[Compressed, ...]:
