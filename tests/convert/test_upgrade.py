@@ -1,5 +1,6 @@
 """A store of version 1 becomes what converting anew gives, wherever it is stopped; its checksums are believed first."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -220,6 +221,25 @@ def test_a_configuration_of_another_model_is_refused_before_anything_is_written(
     with pytest.raises(StoreError, match=r"holds other tensors than config\.json and manifest\.json describe"):
         convert_checkpoint(old)
     path.write_text(config, encoding="utf-8")
+    assert store_digest(old) == before
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("quantization", {"layers": "int3"}, r"does not fit config\.json \(quantization bits 3"),
+        ("quantization", {"layers": "int4-g64"}, "holds other tensors than"),
+        ("distinct_blocks", 2, r"does not fit config\.json \(--distinct-blocks"),
+        ("files", [], "there is no block|its file .* is not among the files"),
+        ("version", 3, "version 3, this tiered reads version 2"),
+    ],
+)
+def test_a_damaged_manifest_is_refused_before_anything_is_written(key: str, value: Any, told: str, old: Path) -> None:
+    manifest = json.loads((old / MANIFEST_NAME).read_text(encoding="utf-8"))
+    (old / MANIFEST_NAME).write_text(json.dumps({**manifest, key: value}), encoding="utf-8")
+    before = store_digest(old)
+    with pytest.raises(StoreError, match=rf"(manifest\.json|safetensors): .*({told})"):
+        convert_checkpoint(old)
     assert store_digest(old) == before
 
 

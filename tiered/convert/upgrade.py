@@ -169,18 +169,19 @@ def _entered(folder: Path) -> Mapping[str, FileInfo]:
 
 def _recipe_of(folder: Path, old: Manifest) -> StoreRecipe:
     """What converting the model of the store with the same options would make today."""
-    quantization = old.quantization
+    skeleton = build_skeleton(load_config(folder))
     try:
-        scheme = None if quantization.get("layers") is None else GroupScheme.parse(str(quantization["layers"]))
+        layers = old.quantization.get("layers")
+        scheme = None if layers is None else GroupScheme.parse(str(layers))
+        options = ConvertOptions(
+            quant="none" if scheme is None else f"int{scheme.bits}",
+            group_size=64 if scheme is None else scheme.group_size,
+            synthetic=old.synthetic,
+            distinct_blocks=old.distinct_blocks,
+        )
+        recipe = make_recipe(skeleton, options)
     except ConfigError as error:
-        raise StoreError(f"{folder / MANIFEST_NAME}: {error}; {DAMAGED}") from None
-    options = ConvertOptions(
-        quant="none" if scheme is None else f"int{scheme.bits}",
-        group_size=64 if scheme is None else scheme.group_size,
-        synthetic=old.synthetic,
-        distinct_blocks=old.distinct_blocks,
-    )
-    recipe = make_recipe(build_skeleton(load_config(folder)), options)
+        raise StoreError(f"{folder / MANIFEST_NAME}: does not fit config.json ({error}); {DAMAGED}") from None
     paths, known = {block.path for block in recipe.files}, {file.path for file in old.files}
     if paths != known:
         raise StoreError(
