@@ -59,7 +59,7 @@ from tiered.plan import (
     rates_wanted,
 )
 from tiered.store import Store
-from tiered.stream import EmbeddingRows, KVStream, Streamer, Streams, StreamThread, dense_units
+from tiered.stream import EmbeddingRows, KVStream, Streamer, Streams, StreamThread
 
 __all__ = ["READ_THREADS", "Options", "Runtime", "compute_dtype", "measure_inputs"]
 
@@ -267,7 +267,7 @@ class Runtime:
     @property
     def streamed_files(self) -> list[Path]:
         """The files that hold the units of the tape that are not resident."""
-        units = itertools.chain.from_iterable(dense_units(self.store))
+        units = itertools.chain.from_iterable(self.store.dense_units)
         resident = self.plan.placement.resident
         paths = dict.fromkeys(unit.file.path for number, unit in enumerate(units) if number not in resident)
         return [self.store.path / path for path in paths]

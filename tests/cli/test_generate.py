@@ -403,9 +403,10 @@ def test_a_streaming_run_reads_what_is_not_resident_once_per_pass(store: Path) -
 
 
 def _besides_the_tape(store: Path, tokens: int) -> int:
-    """At most: outer tensors, the embedding once for its checksum, and two pages for every token's row."""
+    """At most: outer and small tensors, the embedding once for its checksum, and two pages for every token's row."""
     opened = Store.open(store)
     once = sum(opened.blocks[name].file.units_nbytes for name in ("outer", "embed"))
+    once += sum(block.file.units_nbytes for block in opened.tape) - opened.tape_nbytes
     return once + 2 * 4096 * (tokens + 16)
 
 

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from itertools import chain
 from typing import Any, Final
 
 import pytest
@@ -88,12 +89,12 @@ def check_reads(runtime: Runtime, units_read: Counter[str], passes: int) -> None
 
 
 def planned_bytes(runtime: Runtime, passes: int) -> Counter[str]:
-    """What `passes` passes should read: a resident block once, any other every time."""
+    """What `passes` passes should read: a resident unit and a small one once, any other every time."""
     planned: Counter[str] = Counter()
-    for position, block in enumerate(runtime.store.tape):
-        planned[block.file.path] += block.file.units_nbytes * (
-            1 if position in runtime.plan.placement.resident else passes
-        )
+    for position, unit in enumerate(chain.from_iterable(runtime.store.dense_units)):
+        planned[unit.file.path] += unit.nbytes * (1 if position in runtime.plan.placement.resident else passes)
+    for block in runtime.store.tape:
+        planned[block.file.path] += sum(u.nbytes for u in runtime.store.layout(block).units if u.kind == "small")
     return planned
 
 

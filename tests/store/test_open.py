@@ -36,6 +36,7 @@ def test_the_tape_is_every_layer_and_the_head(store: Store) -> None:
     assert store.tape_nbytes == sum(unit.nbytes for unit in units)
     headers = sum(block.file.header_nbytes for block in store.tape)
     assert store.tape_nbytes == sum(store.file_path(block).stat().st_size for block in store.tape) - headers
+    assert [list(units) for units in store.dense_units] == [list(store.layout(block).units) for block in store.tape]
 
 
 def test_a_store_is_called_like_its_folder(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

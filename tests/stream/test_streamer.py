@@ -27,7 +27,7 @@ from tiered.plan import Held, Placement, Plan, full_ring, interleave
 from tiered.plan.placement import UNHELD, smallest_ring
 from tiered.quant import QuantizedWeight
 from tiered.store import CHUNK_NBYTES, BlockInfo, Store
-from tiered.stream import AnyWeight, Loan, Streamer, dense_units
+from tiered.stream import AnyWeight, Loan, Streamer
 from tiered.trace import Tracer
 from tiered.units import GIB
 
@@ -586,7 +586,7 @@ def in_twenties(block: BlockInfo, names: Sequence[str]) -> list[Group]:
 
 def cut_plan(store: Store, units: int, resident: frozenset[int] = frozenset(), held: Held = UNHELD) -> Plan:
     """A plan with a ring of so many units."""
-    blocks = dense_units(store)
+    blocks = store.dense_units
     sizes = [unit.memory_nbytes for block in blocks for unit in block]
     tape = tape_of(sizes, counts=list(map(len, blocks)))
     placement = Placement(resident, sum(sizes[unit] for unit in resident), units * max(sizes))
@@ -602,7 +602,7 @@ async def in_thread(work: Callable[[], T], setup: Setup) -> T:
 
 
 def test_while_one_unit_is_computed_with_the_next_is_read_and_no_more_than_the_ring_holds(cut: Store) -> None:
-    nbytes = dense_units(cut)[0][0].nbytes
+    nbytes = cut.dense_units[0][0].nbytes
 
     async def scenario() -> None:
         async with streaming(cut, cut_plan(cut, 2)) as setup:
@@ -620,7 +620,7 @@ def test_while_one_unit_is_computed_with_the_next_is_read_and_no_more_than_the_r
 
 
 def test_what_is_held_stays_until_its_block_ends(cut: Store) -> None:
-    nbytes = dense_units(cut)[0][0].nbytes
+    nbytes = cut.dense_units[0][0].nbytes
 
     async def scenario() -> None:
         async with streaming(cut, cut_plan(cut, 5, held=Held(layers=True))) as setup:

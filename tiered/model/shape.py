@@ -14,7 +14,7 @@ from tiered.cache import kv_shape, layer_groups
 from tiered.kernels import packed_row_nbytes
 from tiered.plan import ModelShape, Tape
 from tiered.store import CHUNK_NBYTES, Store, Unit
-from tiered.stream import EmbeddingRows, dense_units
+from tiered.stream import EmbeddingRows
 
 
 def model_shape(store: Store, skeleton: Skeleton, dtype: torch.dtype) -> ModelShape:
@@ -24,7 +24,7 @@ def model_shape(store: Store, skeleton: Skeleton, dtype: torch.dtype) -> ModelSh
     """
     config = skeleton.config
     kv = kv_shape(config, dtype)
-    blocks = dense_units(store)
+    blocks = store.dense_units
     units = [unit for block in blocks for unit in block]
     (embed,) = store.layout(store.blocks["embed"]).weights.values()
     side = EmbeddingRows.side_nbytes(embed)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tiered.errors import StoreError
 from tiered.files import MOST_JSON_NBYTES, check_regular, read_whole
-from tiered.store.block import BlockLayout, read_layout
+from tiered.store.block import BlockLayout, Unit, read_layout
 from tiered.store.manifest import DAMAGED, MANIFEST_NAME, VERSION, BlockInfo, Manifest, OldStoreError
 
 PROGRESS_NAME = "conversion.json"
@@ -70,10 +70,15 @@ class Store:
         (weight,) = self.layout(self.blocks["embed"]).weights.values()
         return weight.shape[0]
 
+    @cached_property
+    def dense_units(self) -> tuple[tuple[Unit, ...], ...]:
+        """Of each block of the tape, the units that are streamed or resident by plan, in the order of use."""
+        return tuple(tuple(unit for unit in self.layout(b).units if unit.kind == "dense") for b in self.tape)
+
     @property
     def tape_nbytes(self) -> int:
         """S of the bound: bytes one pass streams when nothing is resident."""
-        return sum(block.file.units_nbytes for block in self.tape)
+        return sum(unit.nbytes for units in self.dense_units for unit in units)
 
 
 @contextmanager

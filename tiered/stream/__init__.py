@@ -5,7 +5,7 @@ from tiered.stream.handover import Handover, run_in
 from tiered.stream.kv import KVStream
 from tiered.stream.loan import AnyWeight, Loan
 from tiered.stream.ring import Ring, ring_starts
-from tiered.stream.streamer import Streamer, dense_units
+from tiered.stream.streamer import Streamer
 from tiered.stream.thread import Streams, StreamThread
 
 __all__ = [
@@ -18,7 +18,6 @@ __all__ = [
     "StreamThread",
     "Streamer",
     "Streams",
-    "dense_units",
     "ring_starts",
     "run_in",
 ]

@@ -31,11 +31,6 @@ from tiered.stream.loan import Loan
 from tiered.trace import Tracer
 
 
-def dense_units(store: Store) -> list[list[Unit]]:
-    """What of each block of the tape is streamed or resident by plan, in the order of use."""
-    return [[unit for unit in store.layout(block).units if unit.kind == "dense"] for block in store.tape]
-
-
 class Streamer:
     """Lends the blocks of `store`'s tape to one thread. An async context manager; leaving it ends all reads.
 
@@ -56,7 +51,7 @@ class Streamer:
         prefetch: int | None = None,
     ) -> None:
         self._family, self._prefetch = str(store.manifest.architecture["model_type"]), prefetch
-        blocks = dense_units(store)
+        blocks = store.dense_units
         self._tape = [unit for units in blocks for unit in units]
         self._firsts = list(itertools.accumulate(map(len, blocks), initial=0))
         """The number on the tape of each block's first unit; last, how many units there are."""
