@@ -144,7 +144,7 @@ def test_what_has_been_read_of_a_chunk_counts_before_the_chunk_ends(
     def outcome(number: int, offset: int, wanted: int) -> None:
         seen.append(readers[0].bytes_read)
 
-    with reader_of(root, Calls(outcome), mode=ReadMode.BUFFERED) as reader:
+    with reader_of(root, Calls(outcome), threads=1, mode=ReadMode.BUFFERED) as reader:
         readers.append(reader)
         asyncio.run(read_chunk(reader, file, 0, memory))
         assert reader.bytes_read == CHUNK_NBYTES

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Final, Self
 
 from tiered.errors import ReadError, StoreError
 from tiered.io.modes import ReadMode
@@ -20,8 +20,14 @@ from tiered.io.transfer import ByteCounter, Faults, Ladder, TransferError, Trans
 from tiered.io.verify import ChunkVerifier
 from tiered.store import FileInfo, Unit
 from tiered.trace import Tracer
+from tiered.units import MIB, PAGE, round_up
 
 logger = logging.getLogger(__name__)
+
+_PARTS: Final = 4
+_LEAST_PART_NBYTES: Final = 2 * MIB
+"""A chunk is read in so many parts side by side, none smaller than this. A ring may hold two units of one chunk each,
+and a disk wants 8 to 16 MiB in flight; but each part costs a turn of the interpreter."""
 
 
 class DiskReader:
@@ -75,13 +81,18 @@ class DiskReader:
         return self._threads.idle_seconds
 
     async def read_chunk(self, file: FileInfo, chunk: int, memory: memoryview) -> None:
-        """Read chunk number `chunk` of `file` into `memory`, which is as large as the chunk, piece by piece.
+        """Read chunk number `chunk` of `file` into `memory`, which is as large as the chunk, in parts side by side.
 
-        Pieces of different chunks run side by side; those of one chunk follow each other in one thread, which then
-        tests the checksum while the data is still warm. Raises ReadError or StoreError.
+        Each part is read piece after piece in one thread. If the policy says so, a thread tests the checksum then.
+        All reads have ended when this returns or raises. Raises ReadError or StoreError.
         """
-        start = file.chunks[chunk].offset
-        await self._threads.transfer(lambda check: self._read_chunk(file, chunk, start, memory, check))
+        offset, nbytes = file.chunks[chunk].offset, memory.nbytes
+        step = round_up(max(_LEAST_PART_NBYTES, -(-nbytes // _PARTS)), PAGE)
+        await all_of(
+            self.read_pages(file, offset + start, memory[start : start + step]) for start in range(0, nbytes, step)
+        )
+        if self._verifier.wants(file, chunk):
+            await self.call(functools.partial(self._verifier.check, file, chunk, memory))
 
     async def read_unit(self, unit: Unit, memory: memoryview) -> None:
         """Read the chunks of `unit` side by side to the start of `memory`, as `read_chunk` does.
@@ -121,11 +132,6 @@ class DiskReader:
             for file in self._files.values():
                 file.close()
             self._files.clear()
-
-    def _read_chunk(self, file: FileInfo, chunk: int, start: int, memory: memoryview, check: Check) -> None:
-        self._read(file, start, memory, check)
-        if self._verifier.wants(file, chunk):
-            self._verifier.check(file, chunk, memory)
 
     def _read(self, file: FileInfo, offset: int, memory: memoryview, check: Check) -> None:
         """Fill `memory` from `offset`."""
