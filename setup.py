@@ -57,11 +57,15 @@ def compiler() -> list[str]:
 
 
 def compile_all(program: Sequence[str], paths: Sequence[Path], folder: Path, *more: str) -> list[Path]:
-    """Compile into `folder`; returns the objects. `more` flags come last, so they may change others (tests do)."""
+    """Compile into `folder`; returns the objects.
+
+    Later flags may change earlier ones: the environment's CXXFLAGS follow the library's own, `more` (of tests) is last.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     objects = [folder / f"{path.stem}.o" for path in paths]
+    named = shlex.split(os.environ.get("CXXFLAGS", ""))
     commands = [
-        [*program, *FLAGS, *LEVEL_FLAGS.get(level_of(path), []), *more, "-c", str(path), "-o", str(made)]
+        [*program, *FLAGS, *LEVEL_FLAGS.get(level_of(path), []), *named, *more, "-c", str(path), "-o", str(made)]
         for path, made in zip(paths, objects, strict=True)
     ]
     with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -60,7 +60,7 @@ def test_an_older_processor_meets_no_instruction_that_it_does_not_have(build: An
 
 
 def test_clang_has_nothing_to_warn_of(build: Any, tmp_path: Path) -> None:
-    # Nor has g++, which test_install.py has build the wheel, with the whole optimization that some warnings need.
+    # Nor has the compiler of .ci/run, for which warnings are errors, with the whole optimization that some need.
     if shutil.which("clang++") is None:
         pytest.skip("no clang++ here")
     build.compile_all(["clang++"], build.sources(), tmp_path, "-fsyntax-only", "-Werror")
