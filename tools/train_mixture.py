@@ -28,9 +28,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 ROOT: Final = Path(__file__).parent.parent
 TOKENIZER: Final = ROOT / "tests/data/models/opt-docs-8m"
-_LENGTH: Final = 256
+_LENGTH: Final = 512
 """Tokens of a training sequence."""
-_BATCH: Final = 16
+_BATCH: Final = 8
 _RATE: Final = 2e-3
 _MOST_FILE_NBYTES: Final = 1 << 20
 
@@ -68,7 +68,7 @@ def make_model(vocab: int) -> PreTrainedModel:
         vocab_size=vocab,
         hidden_size=192,
         intermediate_size=384,
-        moe_intermediate_size=96,
+        moe_intermediate_size=128,  # a multiple of every group that codes are quantized in
         num_hidden_layers=5,
         num_attention_heads=4,
         num_key_value_heads=2,
