@@ -118,6 +118,7 @@ def _run_pass(setup: Setup, groups: list[LentBlocks], stop_at: tuple[int, int] |
                 if (layer, number) == stop_at:
                     return
                 with setup.stream.lend(group, layer):
+                    setup.cancel.check()  # as the engine does before every micro-batch
                     check_and_fill(setup, group, layer)
                     end = time.monotonic() + pause
                     while time.monotonic() < end:
