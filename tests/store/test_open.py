@@ -39,6 +39,15 @@ def test_the_tape_is_every_layer_and_the_head(store: Store) -> None:
     assert [list(units) for units in store.dense_units] == [list(store.layout(block).units) for block in store.tape]
 
 
+def test_a_chunk_is_found_by_the_bytes_it_holds(store: Store) -> None:
+    for block in store.manifest.blocks:
+        file = block.file
+        for start in range(0, file.nbytes, 500):
+            for stop in {start + 1, min(start + 9000, file.nbytes), file.nbytes}:
+                expected = [n for n, chunk in enumerate(file.chunks) if chunk.offset < stop and start < chunk.stop]
+                assert list(file.chunks_around(start, stop)) == expected
+
+
 def test_a_store_is_called_like_its_folder(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     assert store.name == "some"
     monkeypatch.chdir(store.path)

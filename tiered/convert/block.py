@@ -68,8 +68,7 @@ def _units_of(block: BlockRecipe, layout: BlockLayout) -> tuple[UnitInfo, ...]:
 
     Raises ValueError where they are not the tensors of `block`.
     """
-    found = {name: (weight.shape, weight.scheme) for name, weight in layout.weights.items()}
-    if found != {tensor.name: (tensor.shape, tensor.scheme) for tensor in block.tensors}:
+    if not block.fits(layout):
         raise ValueError(f"{layout.file.path}: holds other tensors than {block.name}")
     first = {name: next(iter(weight.parts.values())) for name, weight in layout.weights.items()}
     compressed = {item.target.name: item.source for item in layout.compressed}

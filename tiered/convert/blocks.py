@@ -13,6 +13,7 @@ import torch
 
 from tiered.quant import GroupScheme, folded
 from tiered.store import CHUNK_NBYTES
+from tiered.store.block import BlockLayout
 from tiered.store.file import Kind
 from tiered.store.format import ALIGNMENT, header_room_nbytes, tensor_nbytes
 from tiered.units import PAGE, round_up
@@ -74,6 +75,11 @@ class BlockRecipe:
     role: str
     prefix: str
     tensors: tuple[TensorRecipe, ...]
+
+    def fits(self, layout: BlockLayout) -> bool:
+        """Whether the file of `layout` holds exactly these tensors, in this form."""
+        found = {name: (weight.shape, weight.scheme) for name, weight in layout.weights.items()}
+        return found == {tensor.name: (tensor.shape, tensor.scheme) for tensor in self.tensors}
 
     @property
     def path(self) -> str:

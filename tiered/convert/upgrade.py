@@ -116,8 +116,7 @@ class _Upgrade:
                 raise
             self._infos[block.path] = info
             return
-        found = {name: (weight.shape, weight.scheme) for name, weight in layout.weights.items()}
-        if found != {tensor.name: (tensor.shape, tensor.scheme) for tensor in block.tensors}:
+        if not block.fits(layout):
             raise StoreError(
                 f"{self._folder / block.path}: holds other tensors than config.json and manifest.json describe; "
                 f"{DAMAGED}"

@@ -95,7 +95,8 @@ class DiskReader:
             await self.call(functools.partial(self._verifier.check, file, chunk, memory))
 
     async def read_unit(self, unit: Unit, memory: memoryview) -> None:
-        """Read the chunks of `unit` side by side to the start of `memory`, as `read_chunk` does.
+        """Read the chunks of `unit` side by side to the start of `memory`, as `read_chunk` does; then decode, in the
+        pool, what it holds compressed.
 
         All reads have ended when this returns or raises: only then may the memory be lent to another unit.
         """
@@ -106,6 +107,9 @@ class DiskReader:
             )
             for number in unit.chunks
         )
+        for item in unit.compressed:
+            with self._trace.span("decode", item.target.name, item.target.nbytes):
+                await self.call(functools.partial(item.decode, memory))
 
     async def read_pages(self, file: FileInfo, offset: int, memory: memoryview) -> None:
         """Read `memory.nbytes` from `offset` (both multiples of 4096) without touching checksums."""

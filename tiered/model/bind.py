@@ -165,11 +165,10 @@ async def load_tables(model: BoundModel, store: Store, reader: DiskReader) -> No
     if (outer := store.blocks.get("outer")) is not None:
         for unit in store.layout(outer).units:
             model.set_outer(await _copies(unit, reader))
-    for block, module in zip(store.tape, [*model.layers, model.head], strict=True):
-        for unit in store.layout(block).units:
-            if unit.kind == "small":
-                tensors = await _copies(unit, reader)
-                model.set_small(module, {name.removeprefix(block.prefix): tensor for name, tensor in tensors.items()})
+    for block, units, module in zip(store.tape, store.small_units, [*model.layers, model.head], strict=True):
+        for unit in units:
+            tensors = await _copies(unit, reader)
+            model.set_small(module, {name.removeprefix(block.prefix): tensor for name, tensor in tensors.items()})
 
 
 async def _copies(unit: Unit, reader: DiskReader) -> dict[str, torch.Tensor]:
@@ -178,8 +177,6 @@ async def _copies(unit: Unit, reader: DiskReader) -> dict[str, torch.Tensor]:
     memory = _aligned(unit.memory_nbytes)
     view = memoryview(memory.numpy())  # type: ignore[arg-type]  # numpy's stubs lack the buffer protocol here
     await reader.read_unit(unit, view)
-    for item in unit.compressed:
-        item.decode(view)
     return {name: weight.view(memory).clone() for name, weight in unit.weights.items()}  # type: ignore[union-attr]
 
 

@@ -61,7 +61,7 @@ def model_shape(store: Store, skeleton: Skeleton, dtype: torch.dtype) -> ModelSh
 def _kept_units(store: Store) -> list[Unit]:
     """The units that are copied once, to stay in memory for good: of what is outside the tape, and small ones."""
     outer = [block for name, block in store.blocks.items() if name == "outer"]
-    small = [unit for block in store.tape for unit in store.layout(block).units if unit.kind == "small"]
+    small = [unit for units in store.small_units for unit in units]
     return [unit for block in outer for unit in store.layout(block).units] + small
 
 

@@ -6,10 +6,12 @@ and whoever reads a unit whole can test it. Plain data in, frozen dataclasses ou
 """
 
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Final, Literal, TypeVar, cast
 
@@ -76,6 +78,12 @@ class FileInfo:
     def chunks(self) -> tuple[Chunk, ...]:
         """Every byte of the file, in order: the header's chunks, then those of each unit."""
         return tuple(Chunk(*extent, checksum) for extent, checksum in zip(self.extents(), self.checksums, strict=False))
+
+    def chunks_around(self, start: int, stop: int) -> range:
+        """Numbers of the chunks that hold bytes [start, stop), of which there is at least one."""
+        offset = attrgetter("offset")
+        first = bisect_right(self.chunks, start, key=offset) - 1
+        return range(first, bisect_left(self.chunks, stop, lo=first, key=offset))
 
     def extents(self) -> Iterator[tuple[int, int]]:
         """Offset and size of every chunk."""

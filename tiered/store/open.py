@@ -11,6 +11,7 @@ from pathlib import Path
 from tiered.errors import StoreError
 from tiered.files import MOST_JSON_NBYTES, check_regular, read_whole
 from tiered.store.block import BlockLayout, Unit, read_layout
+from tiered.store.file import Kind
 from tiered.store.manifest import DAMAGED, MANIFEST_NAME, VERSION, BlockInfo, Manifest, OldStoreError
 
 PROGRESS_NAME = "conversion.json"
@@ -73,7 +74,15 @@ class Store:
     @cached_property
     def dense_units(self) -> tuple[tuple[Unit, ...], ...]:
         """Of each block of the tape, the units that are streamed or resident by plan, in the order of use."""
-        return tuple(tuple(unit for unit in self.layout(b).units if unit.kind == "dense") for b in self.tape)
+        return self._units("dense")
+
+    @cached_property
+    def small_units(self) -> tuple[tuple[Unit, ...], ...]:
+        """Of each block of the tape, the units that are copied once, to stay in memory for good."""
+        return self._units("small")
+
+    def _units(self, kind: Kind) -> tuple[tuple[Unit, ...], ...]:
+        return tuple(tuple(unit for unit in self.layout(b).units if unit.kind == kind) for b in self.tape)
 
     @property
     def tape_nbytes(self) -> int:

@@ -120,8 +120,9 @@ class EmbeddingRows:
     async def _verify(self, start: int, stop: int) -> None:
         """Read the chunks around [start, stop) whole and test their checksums, where the policy wants them tested."""
         file = self._block.file
-        for number, chunk in enumerate(file.chunks):
-            if chunk.offset < stop and start < chunk.stop and self._verifier.wants(file, number):
+        for number in file.chunks_around(start, stop):
+            if self._verifier.wants(file, number):
+                chunk = file.chunks[number]
                 part = self._staging.view[: chunk.nbytes]
                 await self._reader.read_pages(file, chunk.offset, part)
                 await self._reader.call(functools.partial(self._verifier.check, file, number, part))

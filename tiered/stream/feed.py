@@ -6,7 +6,6 @@ bounds it is the ring. Resident units are read in the first pass.
 """
 
 import asyncio
-import functools
 import itertools
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +19,6 @@ from tiered.store import PAGE, Unit
 from tiered.stream.handover import Handover
 from tiered.stream.loan import AnyWeight
 from tiered.stream.ring import Ring, RingSpan, ring_starts
-from tiered.trace import Tracer
 from tiered.units import format_size, round_down
 
 Views = Mapping[str, AnyWeight]
@@ -45,12 +43,11 @@ class Feed:
         units: Handover[Views],
         view: Callable[[int, torch.Tensor], Views],
         name: Callable[[int], str],
-        trace: Tracer,
         family: str,
         prefetch: int | None,
     ) -> None:
         self._tape, self._reader, self._resident, self._ring_slab = tape, reader, resident, ring
-        self._units, self._view, self._name, self._trace = units, view, name, trace
+        self._units, self._view, self._name = units, view, name
         self._family, self._prefetch = family, prefetch
         self._pieces = plan.tape.streamed(plan.held, plan.placement.resident)
         self._ring_nbytes = round_down(ring.nbytes, PAGE) if ring is not None else 0
@@ -222,13 +219,10 @@ class Feed:
         load.add_done_callback(self._loads.pop)
 
     async def _load(self, key: int, position: int, memory: memoryview) -> None:
-        """Read a unit's chunks side by side, then decode what is compressed."""
+        """Read a unit, and hand over its views."""
         unit = self._tape[position]
         try:
             await self._reader.read_unit(unit, memory)
-            for item in unit.compressed:
-                with self._trace.span("decode", item.target.name, item.target.nbytes):
-                    await self._reader.call(functools.partial(item.decode, memory))
             found = self._view(position, torch.frombuffer(memory, dtype=torch.uint8))
         except Exception as error:
             self._held.discard(position)

@@ -68,7 +68,6 @@ class Streamer:
             self._units,
             self._view,
             self._name,
-            trace,
             self._family,
             prefetch,
         )
