@@ -335,6 +335,7 @@ class Runtime:
             host.trace,
             host.cancel,
             self.options.prefetch,
+            memory.buffers,
         )
         kv = None
         if memory.spill is not None and memory.kv_ring is not None:

@@ -2,15 +2,21 @@
 
 import json
 from pathlib import Path
+from typing import Any, Final
 
 import torch
+import zstandard
 
+from tests.store.make import load_unit
 from tiered.arch import build_skeleton, load_config
 from tiered.store import ALIGNMENT, CHUNK_NBYTES, PAGE, Manifest, Store, TensorEntry, Weight, hash_chunk
 from tiered.store.block import BlockLayout
-from tiered.store.format import header_bytes, header_room_nbytes, read_header
+from tiered.store.format import DTYPE_NAMES, header_bytes, header_room_nbytes, read_header
 from tiered.store.manifest import MANIFEST_NAME
 from tiered.units import round_up
+
+FRAME_NBYTES: Final = 2 << 20
+"""Of zstd, before compression."""
 
 
 def make_old(folder: Path) -> Path:
@@ -19,6 +25,7 @@ def make_old(folder: Path) -> Path:
     order = [p.name for block in build_skeleton(load_config(folder)).blocks() for p in block.parameters]
     value = json.loads(store.manifest.to_json())
     value["version"] = 1
+    value["quantization"]["compress"] = value["quantization"]["compress"].replace("planes", "zstd")
     for file in value["files"]:
         write_old_block(folder, store.layouts[file["path"]], order)
         content = (folder / file["path"]).read_bytes()
@@ -38,10 +45,10 @@ def write_old_block(folder: Path, layout: BlockLayout, order: list[str]) -> None
     """Tensors in the order of the graph, each followed by a pad to 64, and the file padded to 4096."""
     path = folder / layout.file.path
     content, (_, metadata, _) = path.read_bytes(), read_header(path)
-    places = {name: unit.offset for unit in layout.units for name in unit.weights}
-    compressed = {item.target.name: item for item in layout.compressed}
-    frames = sum(len(item.frames) for item in compressed.values())
-    start = header_room_nbytes(layout.weights, frames)
+    memory = {name: load_unit(path.parents[1], unit) for unit in layout.units for name in unit.weights}
+    compressed = {item.target.name for item in layout.compressed}
+    zstd: dict[str, Any] = {}
+    start = header_room_nbytes(layout.weights, len(content) // FRAME_NBYTES)
     entries: list[TensorEntry] = []
     data = bytearray()
 
@@ -58,12 +65,20 @@ def write_old_block(folder: Path, layout: BlockLayout, order: list[str]) -> None
 
     for weight in sorted(layout.weights.values(), key=lambda weight: order.index(weight.name)):
         for entry in parts_of(weight):
-            stored = compressed[entry.name].source if entry.name in compressed else entry
-            begin = places[weight.name] + stored.offset
-            append(stored.name, stored.dtype, stored.shape, content[begin : begin + stored.nbytes])
+            plain = memory[weight.name][entry.offset : entry.offset + entry.nbytes].numpy().tobytes()
+            if entry.name in compressed:
+                pieces = [plain[begin : begin + FRAME_NBYTES] for begin in range(0, len(plain), FRAME_NBYTES)]
+                frames = [zstandard.ZstdCompressor(level=1, write_checksum=True).compress(piece) for piece in pieces]
+                sizes = list(map(len, frames))
+                zstd[entry.name] = {"dtype": DTYPE_NAMES[entry.dtype], "shape": list(entry.shape)}
+                zstd[entry.name] |= {"frames": sizes, "frame_nbytes": FRAME_NBYTES}
+                append(f"{entry.name}.zst", torch.uint8, (sum(sizes),), b"".join(frames))
+            else:
+                append(entry.name, entry.dtype, entry.shape, plain)
     pad(PAGE)
     described = json.loads(metadata["tiered"])
-    del described["version"]
+    del described["version"], described["planes"]
+    described["zstd"] = zstd
     text = json.dumps(described, separators=(",", ":"), sort_keys=True)
     path.write_bytes(header_bytes(entries, {"format": "pt", "tiered": text}, start) + data)
 

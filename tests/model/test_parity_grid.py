@@ -16,7 +16,7 @@ import pytest
 from tests.helpers import STEPS, Tiny, assert_same, open_runtime, prompts_for, reserved, run_greedy, run_segments
 from tests.quick import represented
 from tiered.errors import BudgetError, InterruptedRun
-from tiered.io import Arena, DiskReader, VerifyPolicy
+from tiered.io import Arena, ChunkBuffers, DiskReader, VerifyPolicy
 from tiered.model import Segment
 from tiered.plan import Plan, Tier, full_ring, make_plan
 from tiered.runtime import Runtime, measure_inputs
@@ -65,8 +65,8 @@ def units_read(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     count: Counter[str] = Counter()
     original = DiskReader.read_unit
 
-    async def read_unit(reader: DiskReader, unit: Unit, memory: memoryview) -> None:
-        await original(reader, unit, memory)
+    async def read_unit(reader: DiskReader, unit: Unit, memory: memoryview, buffers: ChunkBuffers) -> None:
+        await original(reader, unit, memory, buffers)
         count[unit.file.path] += unit.nbytes
 
     monkeypatch.setattr(DiskReader, "read_unit", read_unit)

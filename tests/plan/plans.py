@@ -24,6 +24,7 @@ def model_of(tape_sizes: Sequence[int] = (MIB,), layers: int = 2, dtype: str = "
         "weights": sum(tape_sizes) * 2,
         "side_nbytes": 1 << 20,
         "tables_nbytes": 20 << 20,
+        "buffers_nbytes": 0,
         "hidden": 4096,
         "widest": 16384,
         "vocab": 50272,
@@ -47,7 +48,7 @@ def plan_of(
 ) -> Plan:
     """A plan for blocks of these sizes beside `needs`; all that is not named is small."""
     small: dict[str, Any] = {"batch_size": 1, "max_context": 100, "max_batched_tokens": 100}
-    small |= {"objective": "latency", "why": ""}
-    small |= {"side_nbytes": 0, "micro_batch_rows": 1, "gathered_rows": 1, "head_rows": 1, "cache": CACHE}
+    small |= {"objective": "latency", "why": "", "side_nbytes": 0, "buffers_nbytes": 0}
+    small |= {"micro_batch_rows": 1, "gathered_rows": 1, "head_rows": 1, "cache": CACHE}
     tape = tape_of(sizes)
     return Plan(budget, needs, fit_units(tape, needs, budget, tiers, held), tape, held, **{**small, **fields})

@@ -12,15 +12,15 @@ import xxhash
 
 from tiered.convert.blocks import BlockRecipe, TensorRecipe
 from tiered.convert.compression import Compression, is_candidate
-from tiered.convert.source import Frames, Weights
+from tiered.convert.source import Weights
 from tiered.errors import StoreError
 from tiered.files import errors_of
-from tiered.quant.zstd import FRAME_NBYTES
+from tiered.quant.planes import FRAME_NBYTES
 from tiered.store import BlockWriter, FileInfo, UnitInfo, read_header
 from tiered.store.block import BlockLayout, read_layout
 
 Advance = Callable[[int], None]
-"""Called with the number of bytes written to the store since the last call, counted before zstd."""
+"""Called with the number of bytes written to the store since the last call, counted before compression."""
 
 _HASH_READ_NBYTES: Final = 4 << 20
 
@@ -32,15 +32,18 @@ def write_block(
 
     `source` must have `block` open.
     """
-    candidates = {t.name for t in block.tensors if compression.mode != "none" and is_candidate(t, block.role)}
-    frames = sum(_frames(t, source.dtype(t)) for t in block.tensors if t.name in candidates)
+    tensors = block.tensors if compression.mode != "none" else ()
+    candidates = {t.name: t for t in tensors if is_candidate(t, block.role, source.dtype(t))}
+    frames = sum(-(-t.nbytes(source.dtype(t)) // FRAME_NBYTES) for t in candidates.values())
     with BlockWriter(folder / block.path, folder, [tensor.name for tensor in block.tensors], frames) as writer:
         for unit in block.units(source.dtype):
             writer.start_unit(unit.name, unit.kind)
             for tensor in unit.tensors:
-                rule = compression if tensor.name in candidates and not compression.is_done else None
-                add = _add_plain if tensor.scheme is None else _add_packed
-                add(writer, tensor, source, rule, advance)
+                if tensor.scheme is None:
+                    rule = compression if tensor.name in candidates else None
+                    _add_plain(writer, tensor, source, rule, advance)
+                else:
+                    _add_packed(writer, tensor, source, advance)
         return writer.finish()
 
 
@@ -71,28 +74,23 @@ def _units_of(block: BlockRecipe, layout: BlockLayout) -> tuple[UnitInfo, ...]:
     if not block.fits(layout):
         raise ValueError(f"{layout.file.path}: holds other tensors than {block.name}")
     first = {name: next(iter(weight.parts.values())) for name, weight in layout.weights.items()}
-    compressed = {item.target.name: item.source for item in layout.compressed}
+    stored = layout.units[0].stored
     recipes = block.units(lambda tensor: first[tensor.name].dtype)
     entries = [first[unit.tensors[0].name] for unit in recipes]
-    starts = [layout.units[0].offset + compressed.get(entry.name, entry).offset for entry in entries]
+    starts = [layout.units[0].offset + stored[entry.name].offset for entry in entries]
     return tuple(
         UnitInfo(unit.name, unit.kind, start, stop - start)
         for unit, (start, stop) in zip(recipes, pairwise([*starts, layout.file.nbytes]), strict=True)
     )
 
 
-def _add_packed(
-    writer: BlockWriter, tensor: TensorRecipe, source: Weights, rule: Compression | None, advance: Advance
-) -> None:
+def _add_packed(writer: BlockWriter, tensor: TensorRecipe, source: Weights, advance: Advance) -> None:
     assert tensor.scheme is not None
     out, in_ = tensor.matrix
     packed = source.packed(tensor)
-    codes = _compressed(packed.q, rule, writer.folder)
-    if codes is None:  # the attempt has consumed part of them
-        packed = source.packed(tensor)
-        codes = packed.q
-    _add(writer, f"{tensor.name}.q", torch.uint8, tensor.scheme.q_shape(out, in_), codes, advance)
     scale = tensor.scheme.scale_shape(out, in_)
+    q = tensor.scheme.q_shape(out, in_)
+    writer.add(f"{tensor.name}.q", torch.uint8, q, _counted(packed.q, advance))
     writer.add(f"{tensor.name}.scale", torch.float16, scale, _counted(iter(packed.scale), advance))
     writer.add(f"{tensor.name}.zero", torch.uint8, scale, _counted(iter(packed.zero), advance))
     writer.add_scheme(tensor.name, tensor.scheme, tensor.shape)
@@ -101,43 +99,19 @@ def _add_packed(
 def _add_plain(
     writer: BlockWriter, tensor: TensorRecipe, source: Weights, rule: Compression | None, advance: Advance
 ) -> None:
-    values = _compressed(source.plain(tensor), rule, writer.folder)
-    if values is None:
-        values = source.plain(tensor)
-    _add(writer, tensor.name, source.dtype(tensor), tensor.shape, values, advance)
-
-
-def _compressed(
-    values: Iterator[memoryview] | Frames, rule: Compression | None, folder: Path
-) -> Iterator[memoryview] | Frames | None:
-    """`values` in the form in which they are stored; None where trying has shown that they stay as they were."""
-    return values if rule is None or isinstance(values, Frames) else rule.attempt(values, folder)
-
-
-def _add(
-    writer: BlockWriter,
-    name: str,
-    dtype: torch.dtype,
-    shape: tuple[int, ...],
-    values: Iterator[memoryview] | Frames,
-    advance: Advance,
-) -> None:
-    if isinstance(values, Frames):
-        writer.add_compressed(name, dtype, shape, values.pieces, values.sizes, values.frame_nbytes)
-        advance(values.nbytes)
+    dtype, is_coded, pieces = source.dtype(tensor), False, _counted(source.plain(tensor), advance)
+    if rule is not None:
+        is_coded, pieces = rule.attempt(pieces, dtype)
+    if is_coded:
+        writer.add_planes(tensor.name, dtype, tensor.shape, pieces, FRAME_NBYTES)
     else:
-        writer.add(name, dtype, shape, _counted(values, advance))
+        writer.add(tensor.name, dtype, tensor.shape, pieces)
 
 
 def _counted(pieces: Iterator[memoryview], advance: Advance) -> Iterator[memoryview]:
     for piece in pieces:
         yield piece
         advance(piece.nbytes)
-
-
-def _frames(tensor: TensorRecipe, dtype: torch.dtype) -> int:
-    """Frames that the compressed part of `tensor` may have: its codes, or where it is not quantized all of it."""
-    return -(-tensor.numel * (dtype.itemsize if tensor.scheme is None else 1) // FRAME_NBYTES)
 
 
 def _checksums(path: Path, file: FileInfo) -> tuple[str, ...]:

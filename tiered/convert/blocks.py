@@ -1,7 +1,7 @@
 """What a block file will hold: its tensors, their form, and the units they are written in.
 
-Its size in bytes is exact but for what zstd saves. Pure: `recipe.py` makes these from shapes and options, `block.py`
-writes them.
+Its size in bytes is exact but for what compression saves. Pure: `recipe.py` makes these from shapes and options,
+`block.py` writes them.
 """
 
 from collections.abc import Callable
@@ -64,7 +64,7 @@ class UnitRecipe:
     kind: Kind
     tensors: tuple[TensorRecipe, ...]
     nbytes: int
-    """Before zstd."""
+    """Before compression."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class BlockRecipe:
         return str(PurePosixPath(BLOCK_FOLDER, f"{self.name}.safetensors"))
 
     def nbytes(self, dtype_of: DtypeOf) -> int:
-        """Bytes of the block file, before what zstd saves and what its frames' table adds."""
+        """Bytes of the block file, before what compression saves and what its frames' table adds."""
         units = sum(unit.nbytes for unit in self.units(dtype_of))
         return header_room_nbytes(tensor.name for tensor in self.tensors) + units
 

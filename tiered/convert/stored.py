@@ -1,7 +1,7 @@
 """A block file of format version 1 as a source of weights: its bytes as they are, each chunk tested before it is used.
 
-In: a file and its layout. Out: what `write_block` asks of a source. Nothing is quantized or compressed anew. Called by
-`upgrade.py`.
+In: a file and its layout. Out: what `write_block` asks of a source. Nothing is quantized anew; what is compressed with
+zstd is decoded. Called by `upgrade.py`.
 """
 
 import errno
@@ -16,21 +16,25 @@ from types import TracebackType
 from typing import Final, Self
 
 import torch
+import zstandard
 
 from tiered.convert.blocks import TensorRecipe
-from tiered.convert.source import Frames, Packed
+from tiered.convert.source import Packed
 from tiered.errors import StoreError
 from tiered.files import reading
 from tiered.store import CHUNK_NBYTES, FileInfo, TensorEntry, hash_chunk
-from tiered.store.block import BlockLayout
+from tiered.store.block import BlockLayout, Compressed
 from tiered.store.sweep import bypass_cache
+from tiered.units import MIB
 
 _AHEAD: Final = 2
 """Chunks that are read while one is used."""
 _HELD: Final = 2 * _AHEAD + 1
 """Chunks in memory: the order of use may jump back and forth between two places of the file."""
-READING_NBYTES: Final = _HELD * CHUNK_NBYTES
-"""Memory that reading takes."""
+_FRAME_NBYTES: Final = 2 * MIB
+"""Bytes that a zstd frame decodes to, at most; stores of version 1 have frames of just so many."""
+READING_NBYTES: Final = (_HELD + 1) * CHUNK_NBYTES + 4 * _FRAME_NBYTES
+"""Memory that reading takes: frames are put together and decoded one at a time."""
 
 
 class StoredBlock:
@@ -41,8 +45,9 @@ class StoredBlock:
         self._compressed = {item.target.name: item for item in layout.compressed}
         self._chunks = _Chunks(folder / layout.file.path, layout.file)
         # The header has been believed already: test it before anything follows from that.
-        entries = (entry for weight in self._weights.values() for entry in weight.parts.values())
-        self._header_nbytes = min((self._stored(entry).offset for entry in entries), default=layout.file.nbytes)
+        (unit,) = layout.units
+        self._stored = unit.stored
+        self._header_nbytes = min((entry.offset for entry in self._stored.values()), default=layout.file.nbytes)
 
     def __enter__(self) -> Self:
         try:
@@ -59,25 +64,45 @@ class StoredBlock:
     def dtype(self, tensor: TensorRecipe) -> torch.dtype:
         return next(iter(self._weights[tensor.name].parts.values())).dtype
 
-    def plain(self, tensor: TensorRecipe) -> Iterator[memoryview] | Frames:
-        return self._codes(self._weights[tensor.name].parts[""])
+    def plain(self, tensor: TensorRecipe) -> Iterator[memoryview]:
+        return self._bytes(self._weights[tensor.name].parts[""])
 
     def packed(self, tensor: TensorRecipe) -> Packed:
         parts = self._weights[tensor.name].parts
-        scale, zero = (self._chunks.pieces(parts[part].offset, parts[part].nbytes) for part in ("scale", "zero"))
-        return Packed(self._codes(parts["q"]), scale, zero)
+        q, scale, zero = (self._bytes(parts[part]) for part in ("q", "scale", "zero"))
+        return Packed(q, scale, zero)
 
-    def _codes(self, entry: TensorEntry) -> Iterator[memoryview] | Frames:
-        stored = self._stored(entry)
+    def _bytes(self, entry: TensorEntry) -> Iterator[memoryview]:
+        stored = self._stored[entry.name]
         pieces = self._chunks.pieces(stored.offset, stored.nbytes)
-        if stored is entry:
-            return pieces
-        item = self._compressed[entry.name]
-        return Frames(item.frames, entry.nbytes, pieces, item.frame_nbytes)
+        item = self._compressed.get(entry.name)
+        return pieces if item is None else _decoded(pieces, item)
 
-    def _stored(self, entry: TensorEntry) -> TensorEntry:
-        """The tensor as the file has it."""
-        return self._compressed[entry.name].source if entry.name in self._compressed else entry
+
+def _decoded(pieces: Iterator[memoryview], item: Compressed) -> Iterator[memoryview]:
+    """The bytes of a tensor whose zstd frames, end to end, are `pieces` of any sizes. Raises StoreError."""
+    name, left, decompressor = item.target.name, item.target.nbytes, zstandard.ZstdDecompressor()
+    pending = bytearray()
+    for size in item.frames:
+        expected = min(left, item.frame_nbytes)
+        if max(size, expected) > 2 * _FRAME_NBYTES:
+            raise StoreError(f"{name}: a zstd frame of {max(size, expected):,} bytes, expected {_FRAME_NBYTES:,}")
+        while len(pending) < size:
+            pending += next(pieces)
+        try:
+            # The header is checked first: a damaged one may claim any size, which would be allocated.
+            frame = bytes(pending[:size])
+            claimed = zstandard.get_frame_parameters(frame).content_size
+            if claimed != expected:
+                raise StoreError(
+                    f"{name}: expected a zstd frame of {expected:,} bytes, found one of {claimed:,}; "
+                    "run 'tiered verify'"
+                )
+            yield memoryview(decompressor.decompress(frame, allow_extra_data=False))
+        except zstandard.ZstdError as error:
+            raise StoreError(f"{name}: damaged zstd frame ({error}); run 'tiered verify'") from error
+        del pending[:size]
+        left -= expected
 
 
 class _Chunks:

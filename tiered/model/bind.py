@@ -13,7 +13,7 @@ from torch import nn
 from torch.func import functional_call
 
 from tiered.arch import Skeleton, is_expert_stack, is_plain_linear
-from tiered.io import DiskReader
+from tiered.io import ChunkBuffers, DiskReader
 from tiered.kernels import Kernels
 from tiered.model.desk import Desk
 from tiered.model.experts import OffloadedExperts
@@ -176,7 +176,7 @@ async def _copies(unit: Unit, reader: DiskReader) -> dict[str, torch.Tensor]:
     # Not borrowed from the arena: only copies in the compute dtype are kept, and this memory is freed at once.
     memory = _aligned(unit.memory_nbytes)
     view = memoryview(memory.numpy())  # type: ignore[arg-type]  # numpy's stubs lack the buffer protocol here
-    await reader.read_unit(unit, view)
+    await reader.read_unit(unit, view, ChunkBuffers())
     return {name: weight.view(memory).clone() for name, weight in unit.weights.items()}  # type: ignore[union-attr]
 
 

@@ -11,6 +11,7 @@ import torch
 
 from tiered.arch import ParameterInfo, Skeleton, layer_windows
 from tiered.cache import kv_shape, layer_groups
+from tiered.io import CHUNK_BUFFERS
 from tiered.kernels import packed_row_nbytes
 from tiered.plan import ModelShape, Tape
 from tiered.store import CHUNK_NBYTES, Store, Unit
@@ -28,7 +29,9 @@ def model_shape(store: Store, skeleton: Skeleton, dtype: torch.dtype) -> ModelSh
     units = [unit for block in blocks for unit in block]
     (embed,) = store.layout(store.blocks["embed"]).weights.values()
     side = EmbeddingRows.side_nbytes(embed)
-    tables = side + CHUNK_NBYTES
+    compressed = (min(unit.nbytes, CHUNK_NBYTES) for units in blocks for unit in units if unit.compressed)
+    buffers = CHUNK_BUFFERS * max(compressed, default=0)
+    tables = side + CHUNK_NBYTES + buffers
     kept = _kept_units(store)
     tables += max((unit.memory_nbytes for unit in kept), default=0)
     tables += sum(math.prod(weight.shape) for unit in kept for weight in unit.weights.values()) * kv.itemsize
@@ -43,6 +46,7 @@ def model_shape(store: Store, skeleton: Skeleton, dtype: torch.dtype) -> ModelSh
         weights=sum(store.layout(block).weight_count for block in store.tape),
         side_nbytes=side,
         tables_nbytes=tables,
+        buffers_nbytes=buffers,
         hidden=config.hidden_size,
         # Of a stack of experts only one counts, because they compute one after the other.
         widest=max(shape[-2:][0] for shape in layers),

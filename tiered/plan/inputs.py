@@ -68,7 +68,9 @@ class ModelShape:
     """Bytes of the embedding's scales and zeros."""
     tables_nbytes: int
     """Bytes in memory beside the tape: outer and small tensors in the compute dtype and the memory they are read
-    through, the embedding's scales and zeros, staging for its rows."""
+    through, the embedding's scales and zeros, staging for its rows, buffers for chunks of compressed units."""
+    buffers_nbytes: int
+    """Bytes of these buffers."""
     hidden: int
     widest: int
     """The largest `out` of any linear layer or expert in a decoder layer."""

@@ -22,7 +22,8 @@ class Needs:
     baseline: int
     """The process before any weight: interpreter, torch, transformers, tokenizer, skeleton."""
     outer: int
-    """Position tables, norms, biases, embedding scales: always resident."""
+    """Position tables, norms, biases, embedding scales: always resident; and what embedding rows and compressed chunks
+    are read through."""
     kv: int
     workspace: int
 
@@ -44,6 +45,8 @@ class Plan:
     """What is in memory as a whole while it computes."""
     side_nbytes: int
     """Bytes of the embedding's scales and zeros, which are part of `needs.outer`."""
+    buffers_nbytes: int
+    """Bytes of the buffers for chunks of compressed units, which are part of `needs.outer`."""
     batch_size: int
     """Sequences at once, at most."""
     max_context: int

@@ -160,6 +160,7 @@ class Way:
             tape=model.tape,
             held=passes.held,
             side_nbytes=model.side_nbytes,
+            buffers_nbytes=model.buffers_nbytes,
             batch_size=self.batch_size,
             max_context=self.context,
             max_batched_tokens=passes.tokens,

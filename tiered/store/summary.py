@@ -100,7 +100,7 @@ def _single(store: Store, block: BlockInfo) -> BlockRow:
     for weight in layout.weights.values():
         name = format_of(weight)
         if any(entry.name in compressed for entry in weight.parts.values()):
-            name += "+zstd"
+            name += "+planes"
         formats[name] += _numel(weight)
     # Repeated synthetic layers are blocks of their own; only a tied head is the same weights once more.
     shared = block.role == "head" and store.manifest.tied

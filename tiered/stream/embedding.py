@@ -12,6 +12,7 @@ from typing import Final
 
 import torch
 
+from tiered.errors import StoreError
 from tiered.io import ChunkVerifier, DiskReader, Slab
 from tiered.quant import QuantizedTensor, QuantizedWeight
 from tiered.store import CHUNK_NBYTES, PAGE, BlockInfo, Store, TensorEntry, Weight
@@ -41,7 +42,10 @@ class EmbeddingRows:
         self._offset = unit.offset
         """Where the unit starts in the file; offsets of the weight's parts count from there."""
         if layout.compressed:
-            raise AssertionError("embeddings are stored raw: rows of a compressed tensor cannot be addressed")
+            raise StoreError(
+                f"{layout.file.path}: {self._weight.name} is compressed, expected rows that can be read one by one; "
+                "convert the model again"
+            )
         self._reader, self._verifier, self._staging = reader, verifier, staging
         self._side: tuple[torch.Tensor, torch.Tensor] | None = None
 

@@ -21,7 +21,7 @@ from typing import Self
 
 import torch
 
-from tiered.io import DiskReader, Slab
+from tiered.io import ChunkBuffers, DiskReader, Slab
 from tiered.kernels import CancelFlag
 from tiered.plan import Plan
 from tiered.store import Store, Unit
@@ -36,7 +36,8 @@ class Streamer:
 
     Memory is as `plan` says: `resident` by number of the unit on the tape, and `ring` for all others. `prefetch` is how
     many units may be read before they are asked for: 0 reads each unit when it is asked for, which is the synchronous
-    reference; None is bounded by the ring alone. Once `cancel` is set, waiting ends with InterruptedRun.
+    reference; None is bounded by the ring alone. `buffers` are for chunks of compressed units, of which there are none
+    without. Once `cancel` is set, waiting ends with InterruptedRun.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Streamer:
         trace: Tracer,
         cancel: CancelFlag,
         prefetch: int | None = None,
+        buffers: Sequence[memoryview] = (),
     ) -> None:
         self._family, self._prefetch = str(store.manifest.architecture["model_type"]), prefetch
         blocks = store.dense_units
@@ -70,6 +72,7 @@ class Streamer:
             self._name,
             self._family,
             prefetch,
+            ChunkBuffers(buffers),
         )
         self._pass, self._next = 0, 0
         """Number of the pass, and of the block that is lent next: -1 while one is lent, and after an error. Used by the
