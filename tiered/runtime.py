@@ -267,7 +267,7 @@ class Runtime:
     @property
     def streamed_files(self) -> list[Path]:
         """The files that hold the units of the tape that are not resident."""
-        units = itertools.chain.from_iterable(self.store.dense_units)
+        units = itertools.chain.from_iterable(self.store.tape_units)
         resident = self.plan.placement.resident
         paths = dict.fromkeys(unit.file.path for number, unit in enumerate(units) if number not in resident)
         return [self.store.path / path for path in paths]

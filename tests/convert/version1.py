@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from tiered.arch import build_skeleton, load_config
-from tiered.store import ALIGNMENT, CHUNK_NBYTES, PAGE, Manifest, Store, TensorEntry, Weight, hash_chunk
+from tiered.store import ALIGNMENT, CHUNK_NBYTES, PAGE, Manifest, Store, TensorEntry, hash_chunk
 from tiered.store.block import BlockLayout
 from tiered.store.format import header_bytes, header_room_nbytes, read_header
 from tiered.store.manifest import MANIFEST_NAME
@@ -38,7 +38,7 @@ def write_old_block(folder: Path, layout: BlockLayout, order: list[str]) -> None
     """Tensors in the order of the graph, each followed by a pad to 64, and the file padded to 4096."""
     path = folder / layout.file.path
     content, (_, metadata, _) = path.read_bytes(), read_header(path)
-    places = {name: unit.offset for unit in layout.units for name in unit.weights}
+    places = {e.name: unit.offset for unit in layout.units for w in unit.weights.values() for e in w.parts.values()}
     compressed = {item.target.name: item for item in layout.compressed}
     frames = sum(len(item.frames) for item in compressed.values())
     start = header_room_nbytes(layout.weights, frames)
@@ -57,16 +57,27 @@ def write_old_block(folder: Path, layout: BlockLayout, order: list[str]) -> None
             data.extend(bytes(gap))
 
     for weight in sorted(layout.weights.values(), key=lambda weight: order.index(weight.name)):
-        for entry in parts_of(weight):
-            stored = compressed[entry.name].source if entry.name in compressed else entry
-            begin = places[weight.name] + stored.offset
-            append(stored.name, stored.dtype, stored.shape, content[begin : begin + stored.nbytes])
+        for part in ("", "q", "scale", "zero"):
+            pieces = []
+            for entry in (e for name, e in weight.parts.items() if name.partition("#")[0] == part):
+                stored = compressed[entry.name].source if entry.name in compressed else entry
+                begin = places[entry.name] + stored.offset
+                pieces.append((stored, content[begin : begin + stored.nbytes]))
+            if len(pieces) == 1 and "#" not in pieces[0][0].name:
+                ((stored, data_of),) = pieces
+                append(stored.name, stored.dtype, stored.shape, data_of)
+            elif pieces:
+                # What is in ranges now was one tensor; of a stack's matrices the rows, if they are quantized.
+                first = pieces[0][0]
+                rows = (sum(stored.shape[0] for stored, _ in pieces), *first.shape[1:])
+                name = f"{weight.name}.{part}" if part else weight.name
+                append(name, first.dtype, rows if part else weight.shape, b"".join(piece for _, piece in pieces))
     pad(PAGE)
     described = json.loads(metadata["tiered"])
     del described["version"]
+    for name, value in list(described["weights"].items()):
+        value.pop("ranges", None)
+        if value["scheme"] is None:
+            del described["weights"][name]
     text = json.dumps(described, separators=(",", ":"), sort_keys=True)
     path.write_bytes(header_bytes(entries, {"format": "pt", "tiered": text}, start) + data)
-
-
-def parts_of(weight: Weight) -> list[TensorEntry]:
-    return [weight.parts[part] for part in ("", "q", "scale", "zero") if part in weight.parts]

@@ -60,7 +60,7 @@ def write_block(
             for part, tensor in zip(("q", "scale", "zero"), codes, strict=True):
                 writer.add(f"{name}.{part}", tensor.dtype, tensor.shape, [bytes_of(tensor)])
             rows, groups = codes.scale.shape
-            writer.add_scheme(name, scheme, (rows, groups * scheme.group_size))
+            writer.add_weight(name, (rows, groups * scheme.group_size), scheme)
         for name, tensor in compressed.items():
             begin(name)
             item = packed[name]

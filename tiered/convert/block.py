@@ -1,20 +1,23 @@
 """One block file: written from a source, or recognized as finished by an earlier attempt."""
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
+from math import prod
 from pathlib import Path
 from typing import Final
 
 import torch
 import xxhash
 
-from tiered.convert.blocks import BlockRecipe, TensorRecipe
+from tiered.convert.blocks import BlockRecipe, RangeRecipe
 from tiered.convert.compression import Compression, is_candidate
 from tiered.convert.source import Frames, Weights
 from tiered.errors import StoreError
 from tiered.files import errors_of
+from tiered.quant import folded
 from tiered.quant.zstd import FRAME_NBYTES
 from tiered.store import BlockWriter, FileInfo, UnitInfo, read_header
 from tiered.store.block import BlockLayout, read_layout
@@ -33,14 +36,21 @@ def write_block(
     `source` must have `block` open.
     """
     candidates = {t.name for t in block.tensors if compression.mode != "none" and is_candidate(t, block.role)}
-    frames = sum(_frames(t, source.dtype(t)) for t in block.tensors if t.name in candidates)
-    with BlockWriter(folder / block.path, folder, [tensor.name for tensor in block.tensors], frames) as writer:
-        for unit in block.units(source.dtype):
+    units = block.units(source.dtype)
+    parts = [part for unit in units for part in unit.ranges]
+    frames = sum(_frames(part, source.dtype(part.whole)) for part in parts if part.whole.name in candidates)
+    counts = Counter(part.whole.name for part in parts)
+    with BlockWriter(folder / block.path, folder, [part.name for part in parts], frames) as writer:
+        for unit in units:
             writer.start_unit(unit.name, unit.kind)
-            for tensor in unit.tensors:
+            for part in unit.ranges:
+                tensor = part.whole
                 rule = compression if tensor.name in candidates and not compression.is_done else None
                 add = _add_plain if tensor.scheme is None else _add_packed
-                add(writer, tensor, source, rule, advance)
+                add(writer, part, source, rule, advance)
+                if part.number is not None or tensor.scheme is not None:
+                    ranges = None if part.number is None else counts[tensor.name]
+                    writer.add_weight(tensor.name, tensor.shape, tensor.scheme, ranges)
         return writer.finish()
 
 
@@ -70,10 +80,13 @@ def _units_of(block: BlockRecipe, layout: BlockLayout) -> tuple[UnitInfo, ...]:
     """
     if not block.fits(layout):
         raise ValueError(f"{layout.file.path}: holds other tensors than {block.name}")
-    first = {name: next(iter(weight.parts.values())) for name, weight in layout.weights.items()}
+    first = {w.name: next(iter(w.parts.values())) for unit in layout.units for w in unit.weights.values()}
+    dtypes = {name: next(iter(weight.parts.values())).dtype for name, weight in layout.weights.items()}
     compressed = {item.target.name: item.source for item in layout.compressed}
-    recipes = block.units(lambda tensor: first[tensor.name].dtype)
-    entries = [first[unit.tensors[0].name] for unit in recipes]
+    recipes = block.units(lambda tensor: dtypes[tensor.name])
+    if not first.keys() == {*BlockRecipe.names(recipes)}:
+        raise ValueError(f"{layout.file.path}: holds other ranges of weights than {block.name}")
+    entries = [first[unit.ranges[0].name] for unit in recipes]
     starts = [layout.units[0].offset + compressed.get(entry.name, entry).offset for entry in entries]
     return tuple(
         UnitInfo(unit.name, unit.kind, start, stop - start)
@@ -82,29 +95,29 @@ def _units_of(block: BlockRecipe, layout: BlockLayout) -> tuple[UnitInfo, ...]:
 
 
 def _add_packed(
-    writer: BlockWriter, tensor: TensorRecipe, source: Weights, rule: Compression | None, advance: Advance
+    writer: BlockWriter, part: RangeRecipe, source: Weights, rule: Compression | None, advance: Advance
 ) -> None:
-    assert tensor.scheme is not None
-    out, in_ = tensor.matrix
-    packed = source.packed(tensor)
+    scheme = part.whole.scheme
+    assert scheme is not None
+    out, in_ = folded(part.shape)
+    packed = source.packed(part)
     codes = _compressed(packed.q, rule, writer.folder)
     if codes is None:  # the attempt has consumed part of them
-        packed = source.packed(tensor)
+        packed = source.packed(part)
         codes = packed.q
-    _add(writer, f"{tensor.name}.q", torch.uint8, tensor.scheme.q_shape(out, in_), codes, advance)
-    scale = tensor.scheme.scale_shape(out, in_)
-    writer.add(f"{tensor.name}.scale", torch.float16, scale, _counted(iter(packed.scale), advance))
-    writer.add(f"{tensor.name}.zero", torch.uint8, scale, _counted(iter(packed.zero), advance))
-    writer.add_scheme(tensor.name, tensor.scheme, tensor.shape)
+    _add(writer, f"{part.name}.q", torch.uint8, scheme.q_shape(out, in_), codes, advance)
+    scale = scheme.scale_shape(out, in_)
+    writer.add(f"{part.name}.scale", torch.float16, scale, _counted(iter(packed.scale), advance))
+    writer.add(f"{part.name}.zero", torch.uint8, scale, _counted(iter(packed.zero), advance))
 
 
 def _add_plain(
-    writer: BlockWriter, tensor: TensorRecipe, source: Weights, rule: Compression | None, advance: Advance
+    writer: BlockWriter, part: RangeRecipe, source: Weights, rule: Compression | None, advance: Advance
 ) -> None:
-    values = _compressed(source.plain(tensor), rule, writer.folder)
+    values = _compressed(source.plain(part), rule, writer.folder)
     if values is None:
-        values = source.plain(tensor)
-    _add(writer, tensor.name, source.dtype(tensor), tensor.shape, values, advance)
+        values = source.plain(part)
+    _add(writer, part.name, source.dtype(part.whole), part.shape, values, advance)
 
 
 def _compressed(
@@ -135,9 +148,9 @@ def _counted(pieces: Iterator[memoryview], advance: Advance) -> Iterator[memoryv
         advance(piece.nbytes)
 
 
-def _frames(tensor: TensorRecipe, dtype: torch.dtype) -> int:
-    """Frames that the compressed part of `tensor` may have: its codes, or where it is not quantized all of it."""
-    return -(-tensor.numel * (dtype.itemsize if tensor.scheme is None else 1) // FRAME_NBYTES)
+def _frames(part: RangeRecipe, dtype: torch.dtype) -> int:
+    """Frames that the compressed part of `part` may have: its codes, or where it is not quantized all of it."""
+    return -(-prod(part.shape) * (dtype.itemsize if part.whole.scheme is None else 1) // FRAME_NBYTES)
 
 
 def _checksums(path: Path, file: FileInfo) -> tuple[str, ...]:

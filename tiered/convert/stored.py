@@ -11,18 +11,20 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
 import torch
 
-from tiered.convert.blocks import TensorRecipe
+from tiered.convert.blocks import RangeRecipe, TensorRecipe
 from tiered.convert.source import Frames, Packed
 from tiered.errors import StoreError
 from tiered.files import reading
+from tiered.quant.zstd import decompress_frame
 from tiered.store import CHUNK_NBYTES, FileInfo, TensorEntry, hash_chunk
-from tiered.store.block import BlockLayout
+from tiered.store.block import BlockLayout, Compressed
 from tiered.store.sweep import bypass_cache
 
 _AHEAD: Final = 2
@@ -59,25 +61,47 @@ class StoredBlock:
     def dtype(self, tensor: TensorRecipe) -> torch.dtype:
         return next(iter(self._weights[tensor.name].parts.values())).dtype
 
-    def plain(self, tensor: TensorRecipe) -> Iterator[memoryview] | Frames:
-        return self._codes(self._weights[tensor.name].parts[""])
+    def plain(self, part: RangeRecipe) -> Iterator[memoryview] | Frames:
+        return self._codes(self._weights[part.whole.name].parts[""], part)
 
-    def packed(self, tensor: TensorRecipe) -> Packed:
-        parts = self._weights[tensor.name].parts
-        scale, zero = (self._chunks.pieces(parts[part].offset, parts[part].nbytes) for part in ("scale", "zero"))
-        return Packed(self._codes(parts["q"]), scale, zero)
+    def packed(self, part: RangeRecipe) -> Packed:
+        parts = self._weights[part.whole.name].parts
+        scale, zero = (self._chunks.pieces(*_extent(parts[name], part)) for name in ("scale", "zero"))
+        return Packed(self._codes(parts["q"], part), scale, zero)
 
-    def _codes(self, entry: TensorEntry) -> Iterator[memoryview] | Frames:
-        stored = self._stored(entry)
-        pieces = self._chunks.pieces(stored.offset, stored.nbytes)
-        if stored is entry:
-            return pieces
+    def _codes(self, entry: TensorEntry, part: RangeRecipe) -> Iterator[memoryview] | Frames:
+        if entry.name not in self._compressed:
+            return self._chunks.pieces(*_extent(entry, part))
         item = self._compressed[entry.name]
+        if part.number is not None:
+            return self._decoded(item, *_extent(replace(entry, offset=0), part))
+        pieces = self._chunks.pieces(item.source.offset, item.source.nbytes)
         return Frames(item.frames, entry.nbytes, pieces, item.frame_nbytes)
+
+    def _decoded(self, item: Compressed, start: int, nbytes: int) -> Iterator[memoryview]:
+        """Bytes [start, start + nbytes) of a tensor that is compressed: a frame need not end where a range does."""
+        stop, offset = start + nbytes, item.source.offset
+        for number, size in enumerate(item.frames):
+            begin = number * item.frame_nbytes
+            end = min(begin + item.frame_nbytes, item.target.nbytes)
+            if begin < stop and end > start:
+                frame = b"".join(self._chunks.pieces(offset, size))
+                out = memoryview(bytearray(end - begin))
+                decompress_frame(frame, out, name=item.target.name)
+                yield out[max(start - begin, 0) : stop - begin]
+            offset += size
 
     def _stored(self, entry: TensorEntry) -> TensorEntry:
         """The tensor as the file has it."""
         return self._compressed[entry.name].source if entry.name in self._compressed else entry
+
+
+def _extent(entry: TensorEntry, part: RangeRecipe) -> tuple[int, int]:
+    """Offset and size of the rows of `part` in `entry`, which has all rows of its tensor."""
+    if part.number is None:
+        return entry.offset, entry.nbytes
+    row_nbytes = entry.nbytes // part.whole.matrix[0]
+    return entry.offset + part.start * row_nbytes, len(part.rows) * row_nbytes
 
 
 class _Chunks:

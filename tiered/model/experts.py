@@ -13,8 +13,6 @@ from torch import nn
 
 from tiered.kernels import Kernels
 from tiered.model.desk import Desk
-from tiered.quant import QuantizedWeight
-from tiered.stream import AnyWeight
 
 
 class OffloadedExperts(nn.Module):
@@ -33,24 +31,19 @@ class OffloadedExperts(nn.Module):
         """[tokens, hidden] with each token's experts and their weights, both [tokens, k] -> [tokens, hidden]."""
         loan = self._desk.loan
         assert loan is not None, "used outside its block"
-        gate_up_stack, down_stack = (loan.borrow(name) for name in self._names)
+        # Some families give choices that they have masked out a number beyond the last expert.
+        chosen = set(top_k_index.unique().tolist())
         result = torch.zeros_like(hidden_states)
-        for expert in top_k_index.unique().tolist():
-            if expert >= self.num_experts:
-                continue  # the number that some families give to choices they have masked out
-            token, choice = torch.where(top_k_index == expert)
-            gate_up = self._kernels.linear(hidden_states[token], self._matrix(gate_up_stack, expert))
-            out = self._kernels.linear(self._apply_gate(gate_up), self._matrix(down_stack, expert))
-            result.index_add_(0, token, (out * top_k_weights[token, choice, None]).to(result.dtype))
-        loan.release(*self._names)
+        gate_ups, downs = map(loan.parts, self._names)
+        assert len(gate_ups) == len(downs) == self.num_experts, f"{len(gate_ups)} of {self.num_experts} experts"
+        for expert, keys in enumerate(zip(gate_ups, downs, strict=True)):
+            if expert in chosen:
+                token, choice = torch.where(top_k_index == expert)
+                gate_up = self._kernels.linear(hidden_states[token], loan.borrow(keys[0]))
+                out = self._kernels.linear(self._apply_gate(gate_up), loan.borrow(keys[1]))
+                result.index_add_(0, token, (out * top_k_weights[token, choice, None]).to(result.dtype))
+            loan.release(*keys)
         return result
 
     def extra_repr(self) -> str:
         return f"num_experts={self.num_experts}"
-
-    def _matrix(self, stack: AnyWeight, expert: int) -> AnyWeight:
-        """The weight [out, in] of one expert, without copying it."""
-        if isinstance(stack, QuantizedWeight):
-            out = stack.shape[0] // self.num_experts
-            return stack.part(expert * out, (expert + 1) * out)
-        return stack[expert]

@@ -63,6 +63,8 @@ class SyntheticPool:
             self._zero[part] = zero[:, 0].numpy()
             normal[part] = values[:, : normal.shape[1]]
         self._normal = normal.flatten()
+        self._last: tuple[tuple[float, float, torch.dtype], NDArray[np.uint8]] | None = None
+        """What `_converted` has made last, and of what."""
         self._run_groups = max(1, min(PIECE_NBYTES // scheme.group_q_nbytes, groups // 2))
 
     def q_pieces(self, out_features: int, in_features: int, key: str) -> Iterator[memoryview]:
@@ -95,11 +97,18 @@ class SyntheticPool:
         if numel <= run_numel:
             base = self._offset(key, 0, self._normal.numel() - run_numel)
             values = self._normal[base : base + numel]
-        served = _bytes_of((values * std).add_(mean).to(dtype))
+        served = self._converted(std, mean, dtype) if numel > run_numel else _converted(values, std, mean, dtype)
         for index, start in enumerate(range(0, numel, run_numel)):
             offset = self._offset(key, index, self._normal.numel() - run_numel) - base
             count = min(run_numel, numel - start)
             yield _view(served[offset * dtype.itemsize : (offset + count) * dtype.itemsize])
+
+    def _converted(self, std: float, mean: float, dtype: torch.dtype) -> NDArray[np.uint8]:
+        """All plain values, which are wanted again and again where a tensor is written in ranges of its rows."""
+        wanted = (std, mean, dtype)
+        if self._last is None or self._last[0] != wanted:
+            self._last = wanted, _converted(self._normal, std, mean, dtype)
+        return self._last[1]
 
     def _runs(self, out_features: int, in_features: int, key: str) -> Iterator[slice]:
         """The pool's groups that make up the weight, in row-major order."""
@@ -115,8 +124,9 @@ class SyntheticPool:
         return int.from_bytes(digest, "little") % (last + 1)
 
 
-def _bytes_of(tensor: Tensor) -> NDArray[np.uint8]:
-    return tensor.view(torch.uint8).numpy()  # numpy has no bfloat16
+def _converted(values: Tensor, std: float, mean: float, dtype: torch.dtype) -> NDArray[np.uint8]:
+    """The bytes of `values` with this standard deviation and mean."""
+    return (values * std).add_(mean).to(dtype).view(torch.uint8).numpy()  # numpy has no bfloat16
 
 
 def _view(array: NDArray[np.generic]) -> memoryview:

@@ -6,7 +6,6 @@ compute with them. For the thread that computes.
 What is resident is brought once; borrowing it is then a look-up in a dictionary, without a lock and without the loop.
 """
 
-from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
@@ -14,6 +13,7 @@ import torch
 from tiered.errors import UnsupportedFamilyError
 from tiered.quant import QuantizedWeight
 from tiered.store import Unit, Weight
+from tiered.store.block import RANGE
 
 AnyWeight = torch.Tensor | QuantizedWeight
 
@@ -42,21 +42,19 @@ class Loan:
         self._views: dict[str, AnyWeight] = {}
         """What can be borrowed without waiting."""
         self._parts: dict[str, list[str]] = {}
-        """Keys by name: one, or several where the rows of a weight are spread over units."""
+        """Keys by name: one, or several where a weight is stored in ranges of its rows."""
         self._unit_of: dict[str, int] = {}
         """The number of the unit of each key."""
         self._left: dict[int, set[str]] = {}
-        """Of each streamed unit that is here: keys that have not been given back."""
+        """Of streamed units that are in use: keys that have not been given back."""
         self._returned: set[int] = set()
         """Streamed units that were here and have gone."""
         self._keys: list[dict[str, Weight]] = [{} for _ in units]
-        counts = Counter(name for unit in units for name in unit.weights)
         for number, unit in enumerate(units):
-            for full_name, weight in unit.weights.items():
-                name = full_name.removeprefix(prefix)
-                parts = self._parts.setdefault(name, [])
-                key = name if counts[full_name] == 1 else f"{name}[{len(parts)}]"
-                parts.append(key)
+            for weight in unit.weights.values():
+                key = weight.name.removeprefix(prefix)
+                name = key if weight.whole is None else key.rpartition(RANGE)[0]
+                self._parts.setdefault(name, []).append(key)
                 self._keys[number][key], self._unit_of[key] = weight, number
 
     @property
@@ -69,7 +67,7 @@ class Loan:
         return {key: weight.view(memory) for key, weight in self._keys[number].items()}
 
     def parts(self, name: str) -> Sequence[str]:
-        """The keys of a weight: its rows are those of its parts, one after the other."""
+        """The keys of a weight: its rows are those of its ranges, one after the other; a stack has one per expert."""
         return self._parts[name]
 
     def borrow(self, key: str) -> AnyWeight:
@@ -82,13 +80,13 @@ class Loan:
         return found if found is not None else self._wait(key)
 
     def release(self, *keys: str) -> None:
-        """Whoever has borrowed `keys` has computed with them."""
-        if not self._left or self.is_held:
+        """Whoever has borrowed `keys` has computed with them. What nobody will borrow may be given back as well."""
+        if not self._streamed or self.is_held:
             return
         for key in keys:
             number = self._unit_of[key]
-            left = self._left.get(number)
-            if left is not None:
+            if number in self._streamed and number not in self._returned:
+                left = self._left.setdefault(number, set(self._keys[number]))
                 left.discard(key)
                 if not left:
                     self._drop(number)
@@ -120,7 +118,7 @@ class Loan:
         views = self._bring(number)
         self._views.update(views)
         if number in self._streamed:
-            self._left[number] = set(views)
+            self._left.setdefault(number, set(views))
         return views[key]
 
     def _expected(self) -> str:
@@ -134,5 +132,5 @@ class Loan:
     def _drop(self, number: int) -> None:
         self._returned.add(number)
         for key in self._keys[number]:
-            del self._views[key]
+            self._views.pop(key, None)
         del self._left[number]
