@@ -34,6 +34,8 @@ class Memory:
     """Memory that streamed units pass through; None if all are resident."""
     resident: Mapping[int, Slab]
     """Memory of each resident unit, by its number on the tape."""
+    experts: Slab | None
+    """Memory of the cache of experts; None where layers are read whole."""
 
     @property
     def largest(self) -> Slab:
@@ -46,7 +48,8 @@ class Memory:
 def open_memory(store: Store, plan: Plan, options: Options, host: Host) -> Iterator[Memory]:
     """The memory of `plan`; all of it is released when the context ends."""
     placement, cache = plan.placement, plan.cache
-    total = placement.nbytes + CHUNK_NBYTES + plan.side_nbytes + plan.needs.kv + PAGE * (len(plan.tape.nbytes) + 8)
+    total = plan.nbytes - plan.needs.total + CHUNK_NBYTES + plan.side_nbytes + plan.needs.kv
+    total += PAGE * (len(plan.tape.nbytes) + 8)
     with contextlib.ExitStack() as stack:
         arena = stack.enter_context(Arena(total))
 
@@ -68,4 +71,5 @@ def open_memory(store: Store, plan: Plan, options: Options, host: Host) -> Itera
             side=keep(plan.side_nbytes, "embedding scales") if plan.side_nbytes else None,
             ring=keep(placement.ring_nbytes, "ring") if placement.ring_nbytes else None,
             resident={unit: keep(plan.tape.nbytes[unit], "resident") for unit in sorted(placement.resident)},
+            experts=keep(plan.experts.nbytes, "experts") if plan.experts else None,
         )

@@ -23,7 +23,7 @@ from tiered.kernels import CancelFlag
 from tiered.model.bind import BoundModel
 from tiered.model.record import Recorder
 from tiered.model.work import Embedded, Group, MicroBatch, Work
-from tiered.stream import EmbeddingRows, Streams, run_in
+from tiered.stream import NO_EXPERTS, EmbeddingRows, ExpertUse, Streams, run_in
 from tiered.trace import Tracer
 
 OnBlock = Callable[[int, int], None]
@@ -42,6 +42,8 @@ class Pass:
     """Seconds in which the computation waited for units, or for KV blocks on disk."""
     block_seconds: tuple[float, ...]
     """Seconds of each block beyond waiting and computing: lending weights and bookkeeping."""
+    experts: ExpertUse = NO_EXPERTS
+    """Of experts that are read when they are chosen."""
 
 
 @dataclass
