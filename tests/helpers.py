@@ -283,11 +283,14 @@ def load_stored_weights(model: PreTrainedModel, store: Store) -> None:
         for block in store.manifest.blocks:
             for unit in store.layout(block).units:
                 memory = load_unit(store.path, unit)
-                for name, weight in unit.weights.items():
+                for weight in unit.weights.values():
                     value = weight.view(memory)
                     if isinstance(value, QuantizedWeight):
                         value = value.rows(0, value.shape[0], torch.float32)
-                    state[name].copy_(value.view_as(state[name]))
+                    target = state[weight.name.partition("#")[0]]
+                    if weight.whole is not None:  # an expert
+                        target = target[int(weight.name.partition("#")[2])]
+                    target.copy_(value.view_as(target))
 
 
 def prompts_for(name: str) -> list[list[int]]:

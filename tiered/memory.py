@@ -36,6 +36,8 @@ class Memory:
     """Memory that streamed units pass through; None if all are resident."""
     resident: Mapping[int, Slab]
     """Memory of each resident unit, by its number on the tape."""
+    experts: Slab | None
+    """Memory of the cache of experts; None where layers are read whole."""
 
     @property
     def largest(self) -> Slab:
@@ -49,7 +51,7 @@ def open_memory(store: Store, plan: Plan, options: Options, host: Host) -> Itera
     """The memory of `plan`; all of it is released when the context ends."""
     placement, cache = plan.placement, plan.cache
     tables = CHUNK_NBYTES + plan.side_nbytes + plan.buffers_nbytes
-    total = placement.nbytes + tables + plan.needs.kv + PAGE * (len(plan.tape.nbytes) + 8)
+    total = plan.nbytes - plan.needs.total + tables + plan.needs.kv + PAGE * (len(plan.tape.nbytes) + 8)
     with contextlib.ExitStack() as stack:
         arena = stack.enter_context(Arena(total))
 
@@ -74,4 +76,5 @@ def open_memory(store: Store, plan: Plan, options: Options, host: Host) -> Itera
             buffers=tuple(chunks[i * part : (i + 1) * part] for i in range(CHUNK_BUFFERS) if part),
             ring=keep(placement.ring_nbytes, "ring") if placement.ring_nbytes else None,
             resident={unit: keep(plan.tape.nbytes[unit], "resident") for unit in sorted(placement.resident)},
+            experts=keep(plan.experts.nbytes, "experts") if plan.experts else None,
         )

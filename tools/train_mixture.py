@@ -30,7 +30,7 @@ ROOT: Final = Path(__file__).parent.parent
 TOKENIZER: Final = ROOT / "tests/data/models/opt-docs-8m"
 _LENGTH: Final = 512
 """Tokens of a training sequence."""
-_BATCH: Final = 8
+_BATCH: Final = 4
 _RATE: Final = 2e-3
 _MOST_FILE_NBYTES: Final = 1 << 20
 
@@ -66,13 +66,13 @@ def make_model(vocab: int) -> PreTrainedModel:
     config = AutoConfig.for_model(
         "qwen3_moe",
         vocab_size=vocab,
-        hidden_size=192,
-        intermediate_size=384,
-        moe_intermediate_size=128,  # a multiple of every group that codes are quantized in
-        num_hidden_layers=5,
+        hidden_size=128,
+        intermediate_size=256,
+        moe_intermediate_size=64,  # a multiple of the usual group that codes are quantized in
+        num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=48,
+        head_dim=32,
         num_experts=32,
         num_experts_per_tok=4,
         norm_topk_prob=True,
@@ -84,6 +84,7 @@ def make_model(vocab: int) -> PreTrainedModel:
         eos_token_id=2,
         pad_token_id=1,
     )
+    config._experts_implementation = "grouped_mm"
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     return model
 

@@ -88,16 +88,18 @@ def read_store(path: Path, dtype: torch.dtype | None = None) -> dict[str, torch.
     """Every weight of the store by its model name; quantized ones dequantized to float32, others as they are."""
     store = Store.open(path)
     weights: dict[str, torch.Tensor] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for unit in (unit for layout in store.layouts.values() for unit in layout.units):
         memory = load_unit(path, unit)
-        for name, weight in unit.weights.items():
-            assert name not in weights, name
+        for weight in unit.weights.values():
             plain = weight.view(memory)
             if isinstance(plain, QuantizedWeight):
                 plain = plain.rows(0, plain.shape[0], torch.float32)
-            plain = plain.view(weight.shape)
-            weights[name] = plain if dtype is None else plain.to(dtype)
-    return weights
+            name = weight.name if weight.whole is None else weight.name.rpartition("#")[0]
+            assert weight.whole is not None or name not in weights, name
+            weights[name] = torch.cat([weights[name], plain]) if name in weights else plain
+            shapes[name] = weight.whole or weight.shape
+    return {n: (w if dtype is None else w.to(dtype)).view(shapes[n]) for n, w in weights.items()}
 
 
 def store_digest(path: Path) -> dict[str, str]:

@@ -12,7 +12,7 @@ from tests.convert.models import TRAINED
 from tiered.arch import build_skeleton, text_config
 from tiered.convert import ConvertOptions, convert_checkpoint
 from tiered.convert.block import finished_block
-from tiered.convert.blocks import BlockRecipe, TensorRecipe
+from tiered.convert.blocks import RANGE_NBYTES, BlockRecipe, RangeRecipe, TensorRecipe
 from tiered.convert.convert import Conversion
 from tiered.convert.open import open_checkpoint
 from tiered.convert.place import Folder
@@ -21,6 +21,7 @@ from tiered.quant import GroupScheme
 from tiered.store import CHUNK_NBYTES, PAGE, Store
 
 SCHEMES = (None, GroupScheme(4), GroupScheme(8))
+EXPERT = {"gate_up_proj": (128, 64), "down_proj": (64, 64)}
 
 
 def recipe(shapes: list[tuple[int, int, int]], small: int = 0) -> BlockRecipe:
@@ -46,16 +47,41 @@ def test_units_hold_every_weight_once_in_order_and_merge_up_to_a_chunk(
 ) -> None:
     block = recipe(shapes, small)
     units = block.units(half)
-    assert tuple(tensor for unit in units for tensor in unit.tensors) == block.tensors
+    parts = [part for unit in units for part in unit.ranges]
+    assert tuple(dict.fromkeys(part.whole for part in parts)) == block.tensors
+    for tensor in block.tensors:
+        of_it = [part for part in parts if part.whole == tensor]
+        rows = tensor.matrix[0] if len(tensor.shape) > 1 else 1
+        assert [row for part in of_it for row in part.rows] == list(range(rows))
+        assert all(part.nbytes(torch.float16) <= RANGE_NBYTES for part in of_it)
     assert [unit.kind for unit in units] == sorted((unit.kind for unit in units), reverse=True)
     assert len({unit.name for unit in units}) == len(units)
     for unit in units:
-        assert unit.nbytes % PAGE == 0 and {tensor.kind for tensor in unit.tensors} == {unit.kind}
-        assert unit.kind == "small" or len(unit.tensors) == 1 or unit.nbytes <= CHUNK_NBYTES
+        assert unit.nbytes % PAGE == 0 and {part.whole.kind for part in unit.ranges} == {unit.kind}
+        assert unit.kind == "small" or len(unit.ranges) == 1 or unit.nbytes <= CHUNK_NBYTES
     dense = [unit for unit in units if unit.kind == "dense"]
     for unit, following in pairwise(dense):
-        together = sum(tensor.nbytes(torch.float16) for tensor in (*unit.tensors, following.tensors[0]))
+        together = sum(part.nbytes(torch.float16) for part in (*unit.ranges, following.ranges[0]))
         assert together > CHUNK_NBYTES
+
+
+def test_a_large_weight_is_stored_in_ranges_of_its_rows_and_an_expert_with_all_its_matrices() -> None:
+    large = TensorRecipe("x.up.weight", (49152, 12288), GroupScheme(4))
+    stacks = [TensorRecipe(f"x.moe.{n}", (3, *shape), GroupScheme(4), "expert") for n, shape in EXPERT.items()]
+    last = TensorRecipe("x.down.weight", (64, 64), None)
+    units = BlockRecipe("layer-000", "layer", "x.", (large, *stacks, last)).units(half)
+    assert [(unit.name, unit.kind) for unit in units] == [
+        *((f"up#{number}", "dense") for number in range(3)),
+        *((f"moe#{number}", "expert") for number in range(3)),
+        ("down", "dense"),
+    ]
+    assert [(part.start, part.stop) for unit in units[:3] for part in unit.ranges] == [
+        (0, 16384),
+        (16384, 32768),
+        (32768, 49152),
+    ]
+    assert units[4].ranges == (RangeRecipe(stacks[0], 1, 128, 256), RangeRecipe(stacks[1], 1, 64, 128))
+    assert [part.shape for part in units[4].ranges] == list(EXPERT.values())
 
 
 def test_a_dense_unit_is_called_by_its_first_weight_and_how_many_follow() -> None:
@@ -74,7 +100,7 @@ def test_a_store_has_the_units_of_its_recipes(tmp_path: Path) -> None:
         expected = [(unit.name, unit.kind, unit.nbytes) for unit in block.units(source.dtype)]
         assert [(unit.name, unit.kind, unit.nbytes) for unit in units] == expected
         assert [list(unit.weights) for unit in units] == [
-            [tensor.name for tensor in unit.tensors] for unit in block.units(source.dtype)
+            [part.name for part in unit.ranges] for unit in block.units(source.dtype)
         ]
     layer = store.layout(store.blocks["layer-003"]).units
     assert [unit.name for unit in layer] == ["small", "self_attn.q_proj+5"]
@@ -109,8 +135,8 @@ def test_large_tensors_that_nothing_borrows_are_dense_in_the_graph_s_order() -> 
     # A router of 1 MiB and more is not lent either: it comes before the weights that are.
     values = {"hidden_size": 4096, "num_attention_heads": 32, "num_hidden_layers": 1, "num_local_experts": 256}
     block = layer_recipe({"model_type": "mixtral", **values, "intermediate_size": 64})
-    dense = [t.name.removeprefix(block.prefix) for t in block.tensors if t.kind == "dense"]
-    assert dense[0] == "mlp.gate.weight" and dense[-1] == "mlp.experts.down_proj"
+    lent = [t.name.removeprefix(block.prefix) for t in block.tensors if t.kind != "small"]
+    assert lent[0] == "mlp.gate.weight" and lent[-2:] == ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 
 def test_a_finished_block_is_recognized_with_its_units_and_no_other(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from tests.convert.models import save_model, tiny_model
 from tiered.convert import ConvertOptions
-from tiered.convert.blocks import BlockRecipe
+from tiered.convert.blocks import BlockRecipe, RangeRecipe
 from tiered.convert.convert import Conversion
 from tiered.convert.open import open_checkpoint
 from tiered.convert.place import Folder, LocalFiles
@@ -68,7 +68,7 @@ def test_files_come_when_a_block_needs_them_and_go_when_none_waits(
         for block in blocks:
             assert told[-1:] == [block] or block not in told
             for tensor in block.tensors:
-                pieces = source.plain(tensor)
+                pieces = source.plain(RangeRecipe(tensor))
                 assert sum(piece.nbytes for piece in pieces) == tensor.numel * source.dtype(tensor).itemsize
             seen.append(block)
             most = max(most, len(files.fetched) - len(files.released))

@@ -50,7 +50,7 @@ def test_a_stack_is_quantized_expert_by_expert(quant: str, fused: bool, tmp_path
     store = Store.open(tmp_path / "out")
     weights = store.layout(store.blocks["layer-001"]).weights
     stack, router = weights[f"{STACK}.gate_up_proj"], weights["model.layers.1.mlp.gate.weight"]
-    assert stack.shape == (3, 192, 64) and stack.parts["scale"].shape == (3 * 192, 1)
+    assert stack.shape == (3, 192, 64) and [stack.parts[f"scale#{k}"].shape for k in range(3)] == 3 * [(192, 1)]
     assert router.scheme is None
     found, expected = read_store(tmp_path / "out")[f"{STACK}.gate_up_proj"], expected_weights(model)
     error = (found - expected[f"{STACK}.gate_up_proj"]).norm() / found.norm()

@@ -9,7 +9,7 @@ import zstandard
 
 from tests.store.make import load_unit
 from tiered.arch import build_skeleton, load_config
-from tiered.store import ALIGNMENT, CHUNK_NBYTES, PAGE, Manifest, Store, TensorEntry, Weight, hash_chunk
+from tiered.store import ALIGNMENT, CHUNK_NBYTES, PAGE, Manifest, Store, TensorEntry, hash_chunk
 from tiered.store.block import BlockLayout
 from tiered.store.format import DTYPE_NAMES, header_bytes, header_room_nbytes, read_header
 from tiered.store.manifest import MANIFEST_NAME
@@ -45,7 +45,13 @@ def write_old_block(folder: Path, layout: BlockLayout, order: list[str]) -> None
     """Tensors in the order of the graph, each followed by a pad to 64, and the file padded to 4096."""
     path = folder / layout.file.path
     content, (_, metadata, _) = path.read_bytes(), read_header(path)
-    memory = {name: load_unit(path.parents[1], unit) for unit in layout.units for name in unit.weights}
+    memory = {
+        entry.name: loaded
+        for unit in layout.units
+        for loaded in [load_unit(path.parents[1], unit)]
+        for weight in unit.weights.values()
+        for entry in weight.parts.values()
+    }
     compressed = {item.target.name for item in layout.compressed}
     zstd: dict[str, Any] = {}
     start = header_room_nbytes(layout.weights, len(content) // FRAME_NBYTES)
@@ -64,24 +70,33 @@ def write_old_block(folder: Path, layout: BlockLayout, order: list[str]) -> None
             data.extend(bytes(gap))
 
     for weight in sorted(layout.weights.values(), key=lambda weight: order.index(weight.name)):
-        for entry in parts_of(weight):
-            plain = memory[weight.name][entry.offset : entry.offset + entry.nbytes].numpy().tobytes()
-            if entry.name in compressed:
-                pieces = [plain[begin : begin + FRAME_NBYTES] for begin in range(0, len(plain), FRAME_NBYTES)]
-                frames = [zstandard.ZstdCompressor(level=1, write_checksum=True).compress(piece) for piece in pieces]
+        for part in ("", "q", "scale", "zero"):
+            found = [entry for name, entry in weight.parts.items() if name.partition("#")[0] == part]
+            if not found:
+                continue
+            first, is_whole = found[0], len(found) == 1 and "#" not in found[0].name
+            # What is in ranges now was one tensor; of a stack's matrices the rows, if they are quantized.
+            rows = (sum(entry.shape[0] for entry in found), *first.shape[1:])
+            shape = first.shape if is_whole else rows if part else weight.shape
+            name = f"{weight.name}.{part}" if part else weight.name
+            pieces = [memory[entry.name][entry.offset : entry.offset + entry.nbytes] for entry in found]
+            plain = b"".join(piece.numpy().tobytes() for piece in pieces)
+            if any(entry.name in compressed for entry in found):
+                cut = [plain[begin : begin + FRAME_NBYTES] for begin in range(0, len(plain), FRAME_NBYTES)]
+                frames = [zstandard.ZstdCompressor(level=1, write_checksum=True).compress(piece) for piece in cut]
                 sizes = list(map(len, frames))
-                zstd[entry.name] = {"dtype": DTYPE_NAMES[entry.dtype], "shape": list(entry.shape)}
-                zstd[entry.name] |= {"frames": sizes, "frame_nbytes": FRAME_NBYTES}
-                append(f"{entry.name}.zst", torch.uint8, (sum(sizes),), b"".join(frames))
+                zstd[name] = {"dtype": DTYPE_NAMES[first.dtype], "shape": list(shape)}
+                zstd[name] |= {"frames": sizes, "frame_nbytes": FRAME_NBYTES}
+                append(f"{name}.zst", torch.uint8, (sum(sizes),), b"".join(frames))
             else:
-                append(entry.name, entry.dtype, entry.shape, plain)
+                append(name, first.dtype, shape, plain)
     pad(PAGE)
     described = json.loads(metadata["tiered"])
     del described["version"], described["planes"]
     described["zstd"] = zstd
+    for name, value in list(described["weights"].items()):
+        value.pop("ranges", None)
+        if value["scheme"] is None:
+            del described["weights"][name]
     text = json.dumps(described, separators=(",", ":"), sort_keys=True)
     path.write_bytes(header_bytes(entries, {"format": "pt", "tiered": text}, start) + data)
-
-
-def parts_of(weight: Weight) -> list[TensorEntry]:
-    return [weight.parts[part] for part in ("", "q", "scale", "zero") if part in weight.parts]

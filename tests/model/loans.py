@@ -8,7 +8,13 @@ from tiered.stream import AnyWeight, Loan
 class GivenLoan(Loan):
     """All of `weights` are in memory for good."""
 
-    def __init__(self, weights: Mapping[str, AnyWeight]) -> None:
+    def __init__(self, weights: Mapping[str, AnyWeight | list[AnyWeight]]) -> None:
         super().__init__("block", "", (), (), "test", lambda number: {}, lambda numbers: None)
-        self._views = dict(weights)
-        self._parts = {name: [name] for name in weights}
+        self._views = {}
+        for name, weight in weights.items():
+            # A stack is borrowed expert by expert; a test gives them as a list.
+            matrices = (
+                {name: weight} if not isinstance(weight, list) else {f"{name}#{k}": w for k, w in enumerate(weight)}
+            )
+            self._views |= matrices
+            self._parts[name] = list(matrices)

@@ -33,15 +33,19 @@ def test_lent_stacks_give_what_eager_experts_give() -> None:
     hidden, weights = torch.randn(TOKENS, HIDDEN, generator=generator), torch.rand(TOKENS, 2, generator=generator)
     # Expert 2 gets no token; the number of experts stands for a choice that is masked out.
     chosen = torch.tensor([[0, 1], [1, 3], [3, 0], [4, 1], [0, 3], [1, 4], [3, 1]])
-    stacks: dict[str, AnyWeight] = {f"mlp.{name}": stack.detach() for name, stack in experts.named_parameters()}
+    stacks: dict[str, AnyWeight | list[AnyWeight]] = {
+        f"mlp.{name}": list(stack.detach()) for name, stack in experts.named_parameters()
+    }
     offloaded = OffloadedExperts(experts, Kernels(1, name="torch"), Desk(GivenLoan(stacks)), "mlp")
     torch.testing.assert_close(offloaded(hidden, chosen, weights), experts(hidden, chosen, weights))
 
     scheme = GroupScheme(8)
     rows = experts.gate_up_proj.flatten(0, 1)
     packed = QuantizedWeight(quantize(rows, scheme), scheme)
+    count, each = experts.gate_up_proj.shape[:2]
+    matrices: list[AnyWeight] = [packed.part(k * each, (k + 1) * each) for k in range(count)]
     offloaded = OffloadedExperts(
-        experts, Kernels(1, name="torch"), Desk(GivenLoan({**stacks, "mlp.gate_up_proj": packed})), "mlp"
+        experts, Kernels(1, name="torch"), Desk(GivenLoan({**stacks, "mlp.gate_up_proj": matrices})), "mlp"
     )
     experts.gate_up_proj.copy_(packed.rows(0, rows.shape[0], torch.float32).view_as(experts.gate_up_proj))
     torch.testing.assert_close(offloaded(hidden, chosen, weights), experts(hidden, chosen, weights))
@@ -51,7 +55,11 @@ def test_stacks_are_borrowed_and_what_transformers_keeps_in_float32_stays_so() -
     skeleton = build_skeleton(tiny_config("dots1"), torch.bfloat16)
     (block,) = [block for block in skeleton.blocks() if block.name == "layer-001"]
     model = BoundModel(skeleton, torch.bfloat16, Kernels(1, name="torch"))
-    weights = {p.name.removeprefix(block.prefix): torch.zeros(p.shape) for p in block.parameters}
+    weights: dict[str, AnyWeight | list[AnyWeight]] = {
+        p.name.removeprefix(block.prefix): list(zeros) if "experts." in p.name else zeros
+        for p in block.parameters
+        for zeros in [torch.zeros(p.shape)]
+    }
     assert {"mlp.experts.gate_up_proj", "mlp.experts.down_proj"} <= weights.keys()
     with model.lend(model.layers[1], GivenLoan(weights)) as lent:
         assert [type(module) for module in lent.modules()].count(OffloadedExperts) == 1

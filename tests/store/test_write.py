@@ -161,7 +161,7 @@ def test_the_header_has_room_for_long_names_and_many_frames(length: int, tmp_pat
             writer.add_planes(f"{name}.q", torch.bfloat16, (1 << 14, 6400), payload, 1 << 22)
             for part in ("scale", "zero"):
                 writer.add(f"{name}.{part}", torch.uint8, (1, 1), [memoryview(b"1")])
-            writer.add_scheme(name, GroupScheme(8, 128), (1 << 14, 1 << 14))
+            writer.add_weight(name, (1 << 14, 1 << 14), GroupScheme(8, 128))
         assert_well_formed(tmp_path, writer.finish())
 
 

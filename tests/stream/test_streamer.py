@@ -138,7 +138,7 @@ async def streaming(
         ring = arena.borrow(placement.ring_nbytes, "ring") if placement.ring_nbytes else None
         with DiskReader(store.path, ChunkVerifier(policy, trace), trace, 4, preadv=preadv) as reader:
             async with AsyncExitStack() as inside:
-                streamer = Streamer(store, plan, reader, resident, ring, trace, cancel, prefetch, buffers)
+                streamer = Streamer(store, plan, reader, resident, ring, trace, cancel, prefetch, buffers=buffers)
                 yield Setup(await inside.enter_async_context(streamer), reader, trace, cancel, inside)
 
 

@@ -1,20 +1,23 @@
 """One block file: written from a source, or recognized as finished by an earlier attempt."""
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
+from math import prod
 from pathlib import Path
 from typing import Final
 
 import torch
 import xxhash
 
-from tiered.convert.blocks import BlockRecipe, TensorRecipe
+from tiered.convert.blocks import BlockRecipe, RangeRecipe
 from tiered.convert.compression import Compression, is_candidate
 from tiered.convert.source import Weights
 from tiered.errors import StoreError
 from tiered.files import errors_of
+from tiered.quant import folded
 from tiered.quant.planes import FRAME_NBYTES
 from tiered.store import BlockWriter, FileInfo, UnitInfo, read_header
 from tiered.store.block import BlockLayout, read_layout
@@ -32,18 +35,25 @@ def write_block(
 
     `source` must have `block` open.
     """
-    tensors = block.tensors if compression.mode != "none" else ()
-    candidates = {t.name: t for t in tensors if is_candidate(t, block.role, source.dtype(t))}
-    frames = sum(-(-t.nbytes(source.dtype(t)) // FRAME_NBYTES) for t in candidates.values())
-    with BlockWriter(folder / block.path, folder, [tensor.name for tensor in block.tensors], frames) as writer:
-        for unit in block.units(source.dtype):
+    coded = block.tensors if compression.mode != "none" else ()
+    candidates = {t.name for t in coded if is_candidate(t, block.role, source.dtype(t))}
+    units = block.units(source.dtype)
+    parts = [part for unit in units for part in unit.ranges]
+    sizes = (prod(p.shape) * source.dtype(p.whole).itemsize for p in parts if p.whole.name in candidates)
+    frames = sum(-(-nbytes // FRAME_NBYTES) for nbytes in sizes)
+    counts = Counter(part.whole.name for part in parts)
+    with BlockWriter(folder / block.path, folder, [part.name for part in parts], frames) as writer:
+        for unit in units:
             writer.start_unit(unit.name, unit.kind)
-            for tensor in unit.tensors:
+            for part in unit.ranges:
+                tensor = part.whole
                 if tensor.scheme is None:
-                    rule = compression if tensor.name in candidates else None
-                    _add_plain(writer, tensor, source, rule, advance)
+                    _add_plain(writer, part, source, compression if tensor.name in candidates else None, advance)
                 else:
-                    _add_packed(writer, tensor, source, advance)
+                    _add_packed(writer, part, source, advance)
+                if part.number is not None or tensor.scheme is not None:
+                    ranges = None if part.number is None else counts[tensor.name]
+                    writer.add_weight(tensor.name, tensor.shape, tensor.scheme, ranges)
         return writer.finish()
 
 
@@ -73,10 +83,13 @@ def _units_of(block: BlockRecipe, layout: BlockLayout) -> tuple[UnitInfo, ...]:
     """
     if not block.fits(layout):
         raise ValueError(f"{layout.file.path}: holds other tensors than {block.name}")
-    first = {name: next(iter(weight.parts.values())) for name, weight in layout.weights.items()}
+    first = {w.name: next(iter(w.parts.values())) for unit in layout.units for w in unit.weights.values()}
+    dtypes = {name: next(iter(weight.parts.values())).dtype for name, weight in layout.weights.items()}
     stored = layout.units[0].stored
-    recipes = block.units(lambda tensor: first[tensor.name].dtype)
-    entries = [first[unit.tensors[0].name] for unit in recipes]
+    recipes = block.units(lambda tensor: dtypes[tensor.name])
+    if not first.keys() == {*BlockRecipe.names(recipes)}:
+        raise ValueError(f"{layout.file.path}: holds other ranges of weights than {block.name}")
+    entries = [first[unit.ranges[0].name] for unit in recipes]
     starts = [layout.units[0].offset + stored[entry.name].offset for entry in entries]
     return tuple(
         UnitInfo(unit.name, unit.kind, start, stop - start)
@@ -84,28 +97,26 @@ def _units_of(block: BlockRecipe, layout: BlockLayout) -> tuple[UnitInfo, ...]:
     )
 
 
-def _add_packed(writer: BlockWriter, tensor: TensorRecipe, source: Weights, advance: Advance) -> None:
-    assert tensor.scheme is not None
-    out, in_ = tensor.matrix
-    packed = source.packed(tensor)
-    scale = tensor.scheme.scale_shape(out, in_)
-    q = tensor.scheme.q_shape(out, in_)
-    writer.add(f"{tensor.name}.q", torch.uint8, q, _counted(packed.q, advance))
-    writer.add(f"{tensor.name}.scale", torch.float16, scale, _counted(iter(packed.scale), advance))
-    writer.add(f"{tensor.name}.zero", torch.uint8, scale, _counted(iter(packed.zero), advance))
-    writer.add_scheme(tensor.name, tensor.scheme, tensor.shape)
+def _add_packed(writer: BlockWriter, part: RangeRecipe, source: Weights, advance: Advance) -> None:
+    scheme = part.whole.scheme
+    assert scheme is not None
+    out, in_ = folded(part.shape)
+    packed, scale = source.packed(part), scheme.scale_shape(out, in_)
+    writer.add(f"{part.name}.q", torch.uint8, scheme.q_shape(out, in_), _counted(packed.q, advance))
+    writer.add(f"{part.name}.scale", torch.float16, scale, _counted(iter(packed.scale), advance))
+    writer.add(f"{part.name}.zero", torch.uint8, scale, _counted(iter(packed.zero), advance))
 
 
 def _add_plain(
-    writer: BlockWriter, tensor: TensorRecipe, source: Weights, rule: Compression | None, advance: Advance
+    writer: BlockWriter, part: RangeRecipe, source: Weights, rule: Compression | None, advance: Advance
 ) -> None:
-    dtype, is_coded, pieces = source.dtype(tensor), False, _counted(source.plain(tensor), advance)
+    dtype, is_coded, pieces = source.dtype(part.whole), False, _counted(source.plain(part), advance)
     if rule is not None:
         is_coded, pieces = rule.attempt(pieces, dtype)
     if is_coded:
-        writer.add_planes(tensor.name, dtype, tensor.shape, pieces, FRAME_NBYTES)
+        writer.add_planes(part.name, dtype, part.shape, pieces, FRAME_NBYTES)
     else:
-        writer.add(tensor.name, dtype, tensor.shape, pieces)
+        writer.add(part.name, dtype, part.shape, pieces)
 
 
 def _counted(pieces: Iterator[memoryview], advance: Advance) -> Iterator[memoryview]:

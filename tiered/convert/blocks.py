@@ -4,8 +4,9 @@ Its size in bytes is exact but for what compression saves. Pure: `recipe.py` mak
 `block.py` writes them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import chain, groupby
 from pathlib import PurePosixPath
 from typing import Final
 
@@ -13,12 +14,17 @@ import torch
 
 from tiered.quant import GroupScheme, folded
 from tiered.store import CHUNK_NBYTES
-from tiered.store.block import BlockLayout
+from tiered.store.block import RANGE, BlockLayout
 from tiered.store.file import Kind
 from tiered.store.format import ALIGNMENT, header_room_nbytes, tensor_nbytes
-from tiered.units import PAGE, round_up
+from tiered.units import MIB, PAGE, round_up
 
 BLOCK_FOLDER: Final = "blocks"
+RANGE_NBYTES: Final = 128 * MIB
+"""A larger weight is stored in ranges of its rows: two units must fit in memory, or reading and computing take turns.
+"""
+_ROWS: Final = 64
+"""Rows of a range are a multiple of this, which kernels like."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,28 @@ class TensorRecipe:
         """(rows, in) of the matrix that is quantized: of a stack [experts, out, in], one expert below the other."""
         return folded(self.shape)
 
+    def ranges(self, dtype: torch.dtype) -> tuple["RangeRecipe", ...]:
+        """The ranges of rows that it is stored in: one for each expert of a stack, and of any other tensor as few as
+        do not exceed RANGE_NBYTES. Of one that is stored whole, all of it."""
+        rows, _ = self.matrix if len(self.shape) > 1 else (1, 0)
+        if self.kind == "expert":
+            count = self.shape[0]
+            step = rows // count
+        else:
+            count = -(-self.nbytes(dtype) // RANGE_NBYTES) if self.kind == "dense" and len(self.shape) == 2 else 1
+            step = round_up(-(-rows // count), _ROWS)
+            count = -(-rows // step)
+        if count == 1 and self.kind != "expert":
+            return (RangeRecipe(self),)
+        return tuple(
+            RangeRecipe(self, number, number * step, min(rows, (number + 1) * step)) for number in range(count)
+        )
+
+    @property
+    def stack(self) -> str:
+        """The module whose experts it has a matrix of; "" where it is no stack."""
+        return self.name.rpartition(".")[0] if self.kind == "expert" else ""
+
     @property
     def numel(self) -> int:
         return int(torch.Size(self.shape).numel())
@@ -57,12 +85,39 @@ DtypeOf = Callable[[TensorRecipe], torch.dtype]
 
 
 @dataclass(frozen=True)
+class RangeRecipe:
+    """Rows `start` to `stop` of a tensor's matrix, stored as NAME#number; with `number` None all of it, as NAME."""
+
+    whole: TensorRecipe
+    number: int | None = None
+    start: int = 0
+    stop: int = 0
+
+    @property
+    def name(self) -> str:
+        return self.whole.name if self.number is None else f"{self.whole.name}{RANGE}{self.number}"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.whole.shape if self.number is None else (self.stop - self.start, self.whole.shape[-1])
+
+    @property
+    def rows(self) -> range:
+        """Numbers of the rows of the whole tensor's matrix."""
+        return range(self.start, self.stop) if self.number is not None else range(self.whole.matrix[0])
+
+    def nbytes(self, dtype: torch.dtype) -> int:
+        """Bytes in the block file, where the source holds the tensor as `dtype`."""
+        return TensorRecipe(self.name, self.shape, self.whole.scheme).nbytes(dtype)
+
+
+@dataclass(frozen=True)
 class UnitRecipe:
-    """One unit of a block file: whole weights in the order they are written."""
+    """One unit of a block file: weights, or ranges of their rows, in the order they are written."""
 
     name: str
     kind: Kind
-    tensors: tuple[TensorRecipe, ...]
+    ranges: tuple[RangeRecipe, ...]
     nbytes: int
     """Before compression."""
 
@@ -88,31 +143,46 @@ class BlockRecipe:
 
     def nbytes(self, dtype_of: DtypeOf) -> int:
         """Bytes of the block file, before what compression saves and what its frames' table adds."""
-        units = sum(unit.nbytes for unit in self.units(dtype_of))
-        return header_room_nbytes(tensor.name for tensor in self.tensors) + units
+        units = self.units(dtype_of)
+        return header_room_nbytes(self.names(units)) + sum(unit.nbytes for unit in units)
+
+    @staticmethod
+    def names(units: Iterable[UnitRecipe]) -> list[str]:
+        """What the weights, and ranges of weights, of `units` are called."""
+        return [part.name for unit in units for part in unit.ranges]
 
     def units(self, dtype_of: DtypeOf) -> tuple[UnitRecipe, ...]:
         """The units that the tensors are written in, where the source holds them as `dtype_of` says.
 
         Neighbours of one kind share a unit of at most CHUNK_NBYTES, so that small models do not fall into crumbs. A
-        larger weight has a unit of its own.
+        larger weight has a unit of its own, or one for each range of its rows; an expert has one with all its matrices.
         """
-        groups: list[list[TensorRecipe]] = []
+        groups: list[list[RangeRecipe]] = []
         room = 0
-        for tensor in self.tensors:
-            nbytes = tensor.nbytes(dtype_of(tensor))
-            is_other = not groups or groups[-1][-1].kind != tensor.kind
-            if is_other or (tensor.kind == "dense" and nbytes > room):
-                groups.append([])
-                room = CHUNK_NBYTES
-            groups[-1].append(tensor)
-            room -= nbytes
-        return tuple(self._unit(group, sum(t.nbytes(dtype_of(t)) for t in group)) for group in groups)
+        for (kind, _), tensors in groupby(self.tensors, key=lambda tensor: (tensor.kind, tensor.stack)):
+            cut = [tensor.ranges(dtype_of(tensor)) for tensor in tensors]
+            if kind == "expert":
+                groups += [list(matrices) for matrices in zip(*cut, strict=True)]
+                continue
+            for part in chain.from_iterable(cut):
+                nbytes = part.nbytes(dtype_of(part.whole))
+                is_other = not groups or groups[-1][-1].whole.kind != kind
+                if is_other or (kind == "dense" and nbytes > room):
+                    groups.append([])
+                    room = CHUNK_NBYTES
+                groups[-1].append(part)
+                room -= nbytes
+        return tuple(self._unit(group, sum(p.nbytes(dtype_of(p.whole)) for p in group)) for group in groups)
 
-    def _unit(self, tensors: list[TensorRecipe], nbytes: int) -> UnitRecipe:
-        """Dense units are called by their first weight and how many others follow: "self_attn.q_proj+6"."""
-        first, kind = tensors[0], tensors[0].kind
-        name = first.name.removesuffix(".weight").removeprefix(self.prefix)
-        if len(tensors) > 1:
-            name += f"+{len(tensors) - 1}"
-        return UnitRecipe("small" if kind == "small" else name, kind, tuple(tensors), round_up(nbytes, PAGE))
+    def _unit(self, ranges: list[RangeRecipe], nbytes: int) -> UnitRecipe:
+        """Dense units are called by their first weight and how many others follow: "self_attn.q_proj+6"; an expert by
+        its module: "mlp.experts#5"."""
+        first, kind = ranges[0], ranges[0].whole.kind
+        name = first.whole.name.removesuffix(".weight").removeprefix(self.prefix)
+        if kind == "expert":
+            name = name.rpartition(".")[0]
+        if first.number is not None:
+            name += f"{RANGE}{first.number}"
+        if kind == "dense" and len(ranges) > 1:
+            name += f"+{len(ranges) - 1}"
+        return UnitRecipe("small" if kind == "small" else name, kind, tuple(ranges), round_up(nbytes, PAGE))

@@ -6,12 +6,12 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 
 import torch
 import xxhash
 
-from tiered.convert.blocks import BlockRecipe, TensorRecipe
+from tiered.convert.blocks import BlockRecipe, RangeRecipe, TensorRecipe
 from tiered.convert.index import NameMap, Require, WeightIndex
 from tiered.convert.place import WeightFiles
 from tiered.convert.quantized import PLAIN, method_of_type, refuse_quantized
@@ -48,10 +48,10 @@ class Checkpoint:
         self._claimed_dtype, self._clip, self._require = claimed_dtype, clip, require
         self.warnings = names.warnings
         self._released: frozenset[str] = frozenset()
-        self._following: dict[str, str] = {}
-        """Checkpoint name of a tensor -> name of the tensor that is read after it, within the open block."""
-        self._begun: dict[str, Iterator[torch.Tensor]] = {}
-        """Panels of tensors whose reading has begun ahead of their turn, by checkpoint name."""
+        self._following: dict[_Read, _Read] = {}
+        """What is read after what, within the open block."""
+        self._begun: dict[_Read, Iterator[torch.Tensor]] = {}
+        """Panels of what has begun to be read ahead of its turn."""
         self._quantizers = Quantizers()
         self.identity: Mapping[str, Any] = {
             "kind": files.kind,
@@ -84,31 +84,32 @@ class Checkpoint:
         stored = self._stored(self._names.sources[tensor.name][0])
         return self._claimed_dtype if stored is None else stored.dtype
 
-    def plain(self, tensor: TensorRecipe) -> Iterator[memoryview]:
-        for panel in self._panels(self._names.sources[tensor.name]):
+    def plain(self, part: RangeRecipe) -> Iterator[memoryview]:
+        for panel in self._panels(self._reads(part)):
             # In pieces that are mostly still in the cache when they are copied and hashed.
             for piece in panel.view(-1).split(_PIECE_NUMEL):
-                _check_finite(piece, tensor.name)
+                _check_finite(piece, part.whole.name)
                 yield tensor_bytes(piece)
 
-    def packed(self, tensor: TensorRecipe) -> Packed:
+    def packed(self, part: RangeRecipe) -> Packed:
+        tensor, matrix = part.whole, folded(part.shape)
         assert tensor.scheme is not None
         scheme = tensor.scheme
         # One allocation each: small results of every panel, kept between freed buffers, would fragment memory.
-        scale = torch.empty(scheme.scale_shape(*tensor.matrix), dtype=torch.float16)
-        zero = torch.empty(scheme.zero_shape(*tensor.matrix), dtype=torch.uint8)
+        scale = torch.empty(scheme.scale_shape(*matrix), dtype=torch.float16)
+        zero = torch.empty(scheme.zero_shape(*matrix), dtype=torch.uint8)
 
         def codes() -> Iterator[memoryview]:
             scales, zeros = tensor_bytes(scale), tensor_bytes(zero)
             done = 0
-            for panel in self._panels(self._names.sources[tensor.name]):
-                for part in self._quantizers.quantize(panel, scheme, self._clip, f"{self._files.name}: {tensor.name}"):
+            for panel in self._panels(self._reads(part)):
+                for made in self._quantizers.quantize(panel, scheme, self._clip, f"{self._files.name}: {tensor.name}"):
                     # Plain copies: torch would wake its own threads for them.
-                    count = part.zero.nbytes
-                    scales[2 * done : 2 * (done + count)] = tensor_bytes(part.scale)
-                    zeros[done : done + count] = tensor_bytes(part.zero)
+                    count = made.zero.nbytes
+                    scales[2 * done : 2 * (done + count)] = tensor_bytes(made.scale)
+                    zeros[done : done + count] = tensor_bytes(made.zero)
                     done += count
-                    yield tensor_bytes(part.q)
+                    yield tensor_bytes(made.q)
 
         return Packed(codes(), [tensor_bytes(scale)], [tensor_bytes(zero)])
 
@@ -141,8 +142,8 @@ class Checkpoint:
         if block.role == "embed" and self._names.duplicate_head is not None:
             self._check_duplicate_head(self._names.duplicate_head, block.tensors[0].name)
         self._begun.clear()
-        names = [name for tensor in block.tensors for name in self._names.sources[tensor.name]]
-        self._following = dict(pairwise(names))
+        reads = [read for unit in block.units(self.dtype) for part in unit.ranges for read in self._reads(part)]
+        self._following = dict(pairwise(reads))
 
     def _check(self, block: BlockRecipe) -> None:
         """Raise CheckpointError where files that are here hold other shapes or types than `block` needs."""
@@ -202,24 +203,35 @@ class Checkpoint:
             raise CheckpointError(f"{path}: lacks tensor {name}, which the checkpoint's index places there")
         return None if tensors is None else tensors[name]
 
-    def _panels(self, names: Iterable[str]) -> Iterator[torch.Tensor]:
+    def _reads(self, part: RangeRecipe) -> list["_Read"]:
+        """Where the rows of `part` are: its tensor may be the rows of several, of equal size, one after the other."""
+        names = self._names.sources[part.whole.name]
+        if part.number is None:
+            return [_Read(name) for name in names]
+        each = part.whole.matrix[0] // len(names)
+        return [
+            _Read(names[index], range(max(part.start - index * each, 0), min(part.stop - index * each, each)))
+            for index in range(part.start // each, -(-part.stop // each))
+        ]
+
+    def _panels(self, reads: Iterable["_Read"]) -> Iterator[torch.Tensor]:
         """Panels of the rows of these tensors, one tensor after the other."""
-        for name in names:
-            panels = self._begun.pop(name, None) or self._begin(name)
-            following = self._following.get(name)
+        for read in reads:
+            panels = self._begun.pop(read, None) or self._begin(read)
+            following = self._following.get(read)
             if following is not None and following not in self._begun:
                 self._begun[following] = self._begin(following)
             yield from panels
 
-    def _begin(self, name: str) -> Iterator[torch.Tensor]:
-        return self._index.reader.panels(self._files.path(self._index.file_of[name]), name)
+    def _begin(self, read: "_Read") -> Iterator[torch.Tensor]:
+        return self._index.reader.panels(self._files.path(self._index.file_of[read.name]), read.name, read.rows)
 
     def _check_duplicate_head(self, head: str, embed: str) -> None:
         """Raise CheckpointError unless `head`, the stored copy of a tied head, equals the embedding `embed`."""
         (embedding,) = self._names.sources[embed]
         same = self._stored(head) == self._stored(embedding)
         if same:
-            pairs = zip(self._panels([embedding]), self._panels([head]), strict=True)
+            pairs = zip(self._panels([_Read(embedding)]), self._panels([_Read(head)]), strict=True)
             same = all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in pairs)
         if not same:
             raise CheckpointError(
@@ -237,6 +249,13 @@ class Checkpoint:
         for name, read in sorted(self.extra_files().items()):
             digest.update(name.encode() + b"\0" + read())
         return digest.hexdigest()
+
+
+class _Read(NamedTuple):
+    """A tensor of the checkpoint, or some rows of it."""
+
+    name: str
+    rows: range | None = None
 
 
 def _check_finite(values: torch.Tensor, name: str) -> None:

@@ -169,6 +169,8 @@ def _recipe(block: BlockTensors, options: ConvertOptions, order: Mapping[str, in
 
 def _kind(parameter: ParameterInfo, role: str) -> Kind:
     """The kind of the unit it goes into. Whether 1 MiB is reached is told in 16 bits, whatever the source has."""
+    if parameter.is_linear and len(parameter.shape) == 3:
+        return "expert"
     is_lent = parameter.is_linear or role == "embed"
     return "small" if not is_lent and 2 * parameter.numel < MIB else "dense"
 

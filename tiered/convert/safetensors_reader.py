@@ -36,18 +36,19 @@ class SafetensorsReader:
             self._tensors[path] = {name: StoredTensor(entry.dtype, entry.shape) for name, entry in entries.items()}
         return self._tensors[path]
 
-    def panels(self, path: Path, name: str) -> Iterator[torch.Tensor]:
+    def panels(self, path: Path, name: str, rows: range | None = None) -> Iterator[torch.Tensor]:
         """As `WeightReader` says; when this returns, the first panel is being read already."""
         entry = self._header(path)[name]
-        rows, row_numel, step = panel_rows(entry.shape, entry.dtype.itemsize)
-        starts = range(0, rows if row_numel else 0, step)
+        count, row_numel, step = panel_rows(entry.shape, entry.dtype.itemsize)
+        rows = range(count) if rows is None else rows
+        starts = range(rows.start, rows.stop if row_numel else rows.start, step)
         buffers: list[torch.Tensor] = []
 
         def begin(index: int) -> Future[torch.Tensor]:
             if len(buffers) < _BUFFERS:
-                buffers.append(torch.empty(min(step, rows) * row_numel, dtype=entry.dtype))
+                buffers.append(torch.empty(min(step, len(rows)) * row_numel, dtype=entry.dtype))
             start = starts[index]
-            flat = buffers[index % _BUFFERS][: min(step, rows - start) * row_numel]
+            flat = buffers[index % _BUFFERS][: min(step, rows.stop - start) * row_numel]
             panel = flat.view(-1, row_numel) if len(entry.shape) > 1 else flat.view(entry.shape and (-1,))
             return self._submit(path, entry.offset + start * row_numel * entry.dtype.itemsize, panel)
 

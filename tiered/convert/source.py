@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
-from tiered.convert.blocks import BlockRecipe, TensorRecipe
+from tiered.convert.blocks import BlockRecipe, RangeRecipe, TensorRecipe
 from tiered.quant import folded
 
 
@@ -36,11 +36,13 @@ class Weights(Protocol):
     def dtype(self, tensor: TensorRecipe) -> torch.dtype:
         """The tensor's dtype in the source; this may be a guess until its block can be read."""
 
-    def plain(self, tensor: TensorRecipe) -> Iterator[memoryview]:
-        """The bytes of an unquantized tensor, in pieces. Each is valid until the next one is asked for."""
+    def plain(self, part: RangeRecipe) -> Iterator[memoryview]:
+        """The bytes of an unquantized tensor, or of some of its rows, in pieces. Each is valid until the next is asked
+        for."""
 
-    def packed(self, tensor: TensorRecipe) -> Packed:
-        """The three parts of a quantized tensor, in pieces. Each is valid until the next one is asked for."""
+    def packed(self, part: RangeRecipe) -> Packed:
+        """The three parts of a quantized tensor, or of some of its rows, in pieces. Each is valid until the next is
+        asked for."""
 
 
 class WeightSource(Weights, Protocol):
@@ -88,8 +90,9 @@ class WeightReader(Protocol):
     def tensors(self, path: Path) -> Mapping[str, StoredTensor]:
         """What `path` holds; raises CheckpointError where it is damaged or of another format."""
 
-    def panels(self, path: Path, name: str) -> Iterator[torch.Tensor]:
-        """The tensor in panels of whole rows, each valid until the next is asked for; a stack is one matrix."""
+    def panels(self, path: Path, name: str, rows: range | None = None) -> Iterator[torch.Tensor]:
+        """The tensor, or these of its rows, in panels of whole rows, each valid until the next is asked for; a stack is
+        one matrix."""
 
     def known(self, path: Path) -> Mapping[str, StoredTensor] | None:
         """As `tensors`, or None where the whole file would have to be read for it and has not been read yet."""

@@ -18,7 +18,7 @@ from typing import Final, Self
 import torch
 import zstandard
 
-from tiered.convert.blocks import TensorRecipe
+from tiered.convert.blocks import RangeRecipe, TensorRecipe
 from tiered.convert.source import Packed
 from tiered.errors import StoreError
 from tiered.files import reading
@@ -64,45 +64,50 @@ class StoredBlock:
     def dtype(self, tensor: TensorRecipe) -> torch.dtype:
         return next(iter(self._weights[tensor.name].parts.values())).dtype
 
-    def plain(self, tensor: TensorRecipe) -> Iterator[memoryview]:
-        return self._bytes(self._weights[tensor.name].parts[""])
+    def plain(self, part: RangeRecipe) -> Iterator[memoryview]:
+        return self._bytes(self._weights[part.whole.name].parts[""], part)
 
-    def packed(self, tensor: TensorRecipe) -> Packed:
-        parts = self._weights[tensor.name].parts
-        q, scale, zero = (self._bytes(parts[part]) for part in ("q", "scale", "zero"))
+    def packed(self, part: RangeRecipe) -> Packed:
+        parts = self._weights[part.whole.name].parts
+        q, scale, zero = (self._bytes(parts[name], part) for name in ("q", "scale", "zero"))
         return Packed(q, scale, zero)
 
-    def _bytes(self, entry: TensorEntry) -> Iterator[memoryview]:
-        stored = self._stored[entry.name]
-        pieces = self._chunks.pieces(stored.offset, stored.nbytes)
-        item = self._compressed.get(entry.name)
-        return pieces if item is None else _decoded(pieces, item)
+    def _bytes(self, entry: TensorEntry, part: RangeRecipe) -> Iterator[memoryview]:
+        """The bytes of the rows of `part` in `entry`, which has all rows of its tensor."""
+        start, nbytes = 0, entry.nbytes
+        if part.number is not None:
+            row_nbytes = entry.nbytes // part.whole.matrix[0]
+            start, nbytes = part.start * row_nbytes, len(part.rows) * row_nbytes
+        if entry.name in self._compressed:
+            return self._decoded(self._compressed[entry.name], start, nbytes)
+        return self._chunks.pieces(self._stored[entry.name].offset + start, nbytes)
+
+    def _decoded(self, item: Compressed, start: int, nbytes: int) -> Iterator[memoryview]:
+        """Bytes [start, start + nbytes) of a tensor in zstd frames, which need not end where a range does."""
+        stop, offset = start + nbytes, item.source.offset
+        for number, size in enumerate(item.frames):
+            begin = number * item.frame_nbytes
+            end = min(begin + item.frame_nbytes, item.target.nbytes)
+            if begin < stop and end > start:
+                if max(size, end - begin) > 2 * _FRAME_NBYTES:
+                    raise StoreError(f"{item.target.name}: a zstd frame of {max(size, end - begin):,} bytes is damaged")
+                frame = b"".join(self._chunks.pieces(offset, size))
+                yield _decompressed(frame, end - begin, item.target.name)[max(start - begin, 0) : stop - begin]
+            offset += size
 
 
-def _decoded(pieces: Iterator[memoryview], item: Compressed) -> Iterator[memoryview]:
-    """The bytes of a tensor whose zstd frames, end to end, are `pieces` of any sizes. Raises StoreError."""
-    name, left, decompressor = item.target.name, item.target.nbytes, zstandard.ZstdDecompressor()
-    pending = bytearray()
-    for size in item.frames:
-        expected = min(left, item.frame_nbytes)
-        if max(size, expected) > 2 * _FRAME_NBYTES:
-            raise StoreError(f"{name}: a zstd frame of {max(size, expected):,} bytes, expected {_FRAME_NBYTES:,}")
-        while len(pending) < size:
-            pending += next(pieces)
-        try:
-            # The header is checked first: a damaged one may claim any size, which would be allocated.
-            frame = bytes(pending[:size])
-            claimed = zstandard.get_frame_parameters(frame).content_size
-            if claimed != expected:
-                raise StoreError(
-                    f"{name}: expected a zstd frame of {expected:,} bytes, found one of {claimed:,}; "
-                    "run 'tiered verify'"
-                )
-            yield memoryview(decompressor.decompress(frame, allow_extra_data=False))
-        except zstandard.ZstdError as error:
-            raise StoreError(f"{name}: damaged zstd frame ({error}); run 'tiered verify'") from error
-        del pending[:size]
-        left -= expected
+def _decompressed(frame: bytes, nbytes: int, name: str) -> memoryview:
+    """The `nbytes` bytes that a zstd frame decodes to. Raises StoreError."""
+    try:
+        # The header is checked first: a damaged one may claim any size, which would be allocated.
+        claimed = zstandard.get_frame_parameters(frame).content_size
+        if claimed != nbytes:
+            raise StoreError(
+                f"{name}: expected a zstd frame of {nbytes:,} bytes, found one of {claimed:,}; convert the model again"
+            )
+        return memoryview(zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False))
+    except zstandard.ZstdError as error:
+        raise StoreError(f"{name}: damaged zstd frame ({error}); convert the model again") from error
 
 
 class _Chunks:

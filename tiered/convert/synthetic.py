@@ -21,7 +21,7 @@ import xxhash
 from transformers import GenerationConfig, PretrainedConfig
 
 from tiered.arch import Skeleton, text_config
-from tiered.convert.blocks import BlockRecipe, TensorRecipe
+from tiered.convert.blocks import BlockRecipe, RangeRecipe, TensorRecipe
 from tiered.convert.recipe import ConvertOptions
 from tiered.convert.source import Fetching, Packed
 from tiered.convert.workers import one_torch_thread
@@ -124,20 +124,27 @@ class Synthetic:
     def dtype(self, tensor: TensorRecipe) -> torch.dtype:
         return _DTYPE
 
-    def plain(self, tensor: TensorRecipe) -> Iterator[memoryview]:
+    def plain(self, part: RangeRecipe) -> Iterator[memoryview]:
+        tensor = part.whole
         mean, std = self._distribution(tensor)
         pool = self._pool(GroupScheme(8))  # the scheme of a pool does not matter to its plain values
-        return pool.normal_pieces(tensor.numel, _DTYPE, std, tensor.name, mean=mean)
+        values = None
+        if part.number is not None:
+            _, in_ = tensor.matrix
+            values = range(part.start * in_, part.stop * in_)
+        return pool.normal_pieces(tensor.numel, _DTYPE, std, tensor.name, mean=mean, part=values)
 
-    def packed(self, tensor: TensorRecipe) -> Packed:
-        assert tensor.scheme is not None
-        pool = self._pool(tensor.scheme)
-        out, in_ = tensor.matrix
+    def packed(self, part: RangeRecipe) -> Packed:
+        tensor, scheme = part.whole, part.whole.scheme
+        assert scheme is not None
+        pool = self._pool(scheme)
+        _, in_ = tensor.matrix
         _, std = self._distribution(tensor)
+        # The values of a row do not depend on how rows are stored.
         return Packed(
-            pool.q_pieces(out, in_, tensor.name),
-            pool.scale_pieces(out, in_, tensor.name, std),
-            pool.zero_pieces(out, in_, tensor.name),
+            pool.q_pieces(part.rows, in_, tensor.name),
+            pool.scale_pieces(part.rows, in_, tensor.name, std),
+            pool.zero_pieces(part.rows, in_, tensor.name),
         )
 
     def _distribution(self, tensor: TensorRecipe) -> tuple[float, float]:

@@ -36,15 +36,16 @@ class TorchReader:
             }
         return self._tensors[path]
 
-    def panels(self, path: Path, name: str) -> Iterator[torch.Tensor]:
+    def panels(self, path: Path, name: str, rows: range | None = None) -> Iterator[torch.Tensor]:
         stored = self.tensors(path)[name]
         if not stored.shape:
             yield self._load(path)[name].clone()
             return
-        rows, _, step = panel_rows(stored.shape, stored.dtype.itemsize)
-        for start in range(0, rows, step):
+        count, _, step = panel_rows(stored.shape, stored.dtype.itemsize)
+        rows = range(count) if rows is None else rows
+        for start in range(rows.start, rows.stop, step):
             # A copy: the tensor may be a strided view, and must not keep the mapping alive.
-            part = _folded(self._load(path)[name])[start : start + step]
+            part = _folded(self._load(path)[name])[start : min(rows.stop, start + step)]
             panel = part.clone(memory_format=torch.contiguous_format)
             del part
             self._touched += panel.nbytes

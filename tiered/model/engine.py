@@ -23,7 +23,7 @@ from tiered.kernels import CancelFlag
 from tiered.model.bind import BoundModel
 from tiered.model.record import Recorder
 from tiered.model.work import Embedded, Group, MicroBatch, Work
-from tiered.stream import EmbeddingRows, Streams, run_in
+from tiered.stream import NO_EXPERTS, EmbeddingRows, ExpertUse, Streams, run_in
 from tiered.trace import Tracer
 
 OnBlock = Callable[[int, int], None]
@@ -42,6 +42,8 @@ class Pass:
     """Seconds in which the computation waited for units, or for KV blocks on disk."""
     block_seconds: tuple[float, ...]
     """Seconds of each block beyond waiting and computing: lending weights and bookkeeping."""
+    experts: ExpertUse = NO_EXPERTS
+    """Of experts that are read when they are chosen."""
 
 
 @dataclass
@@ -110,7 +112,7 @@ class Engine:
         `is_last` promises that no other pass follows. After an error the streams must be rewound.
         """
         start, clock = time.perf_counter(), _Clock(streams, self._trace)
-        waited = clock.waited
+        waited, used = clock.waited, streams.blocks.expert_use
         self.passes += 1
         streams.blocks.begin(is_last, clock.on_wait)
         groups = self._record(work, streams, clock)
@@ -137,7 +139,8 @@ class Engine:
                 on_block(total, total)
         work.commit()
         seconds = time.perf_counter() - start
-        return Pass(logits, seconds, clock.compute_seconds, clock.waited - waited, tuple(clock.block_seconds))
+        waits, experts = clock.waited - waited, streams.blocks.expert_use - used
+        return Pass(logits, seconds, clock.compute_seconds, waits, tuple(clock.block_seconds), experts)
 
     def _record(self, work: Work, streams: Streams, clock: _Clock) -> list[Group]:
         """The micro-batches of `work`, ready for the first layer."""

@@ -5,6 +5,7 @@ same function, one expert after the other. Only experts that some token was rout
 panels.
 """
 
+from collections import deque
 from collections.abc import Callable
 from typing import cast
 
@@ -13,8 +14,6 @@ from torch import nn
 
 from tiered.kernels import Kernels
 from tiered.model.desk import Desk
-from tiered.quant import QuantizedWeight
-from tiered.stream import AnyWeight
 
 
 class OffloadedExperts(nn.Module):
@@ -33,24 +32,21 @@ class OffloadedExperts(nn.Module):
         """[tokens, hidden] with each token's experts and their weights, both [tokens, k] -> [tokens, hidden]."""
         loan = self._desk.loan
         assert loan is not None, "used outside its block"
-        gate_up_stack, down_stack = (loan.borrow(name) for name in self._names)
+        # Some families give choices that they have masked out a number beyond the last expert.
+        numbers, counts = top_k_index.unique(return_counts=True)
+        chosen = {n: count for n, count in zip(numbers.tolist(), counts.tolist(), strict=True) if n < self.num_experts}
         result = torch.zeros_like(hidden_states)
-        for expert in top_k_index.unique().tolist():
-            if expert >= self.num_experts:
-                continue  # the number that some families give to choices they have masked out
+        waiting = deque(chosen)
+        """Experts that have not been added to the result, ascending: the sum does not depend on which come first."""
+        outputs: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        for expert, (gate_up, down) in loan.each_expert(chosen, self._names):
             token, choice = torch.where(top_k_index == expert)
-            gate_up = self._kernels.linear(hidden_states[token], self._matrix(gate_up_stack, expert))
-            out = self._kernels.linear(self._apply_gate(gate_up), self._matrix(down_stack, expert))
-            result.index_add_(0, token, (out * top_k_weights[token, choice, None]).to(result.dtype))
-        loan.release(*self._names)
+            inner = self._apply_gate(self._kernels.linear(hidden_states[token], gate_up))
+            out = self._kernels.linear(inner, down) * top_k_weights[token, choice, None]
+            outputs[expert] = token, out.to(result.dtype)
+            while waiting and waiting[0] in outputs:
+                result.index_add_(0, *outputs.pop(waiting.popleft()))
         return result
 
     def extra_repr(self) -> str:
         return f"num_experts={self.num_experts}"
-
-    def _matrix(self, stack: AnyWeight, expert: int) -> AnyWeight:
-        """The weight [out, in] of one expert, without copying it."""
-        if isinstance(stack, QuantizedWeight):
-            out = stack.shape[0] // self.num_experts
-            return stack.part(expert * out, (expert + 1) * out)
-        return stack[expert]

@@ -15,6 +15,7 @@ from tiered.io import CHUNK_BUFFERS
 from tiered.kernels import packed_row_nbytes
 from tiered.plan import ModelShape, Tape
 from tiered.store import CHUNK_NBYTES, Store, Unit
+from tiered.store.block import RANGE
 from tiered.stream import EmbeddingRows
 
 
@@ -25,7 +26,7 @@ def model_shape(store: Store, skeleton: Skeleton, dtype: torch.dtype) -> ModelSh
     """
     config = skeleton.config
     kv = kv_shape(config, dtype)
-    blocks = store.dense_units
+    blocks = store.tape_units
     units = [unit for block in blocks for unit in block]
     (embed,) = store.layout(store.blocks["embed"]).weights.values()
     side = EmbeddingRows.side_nbytes(embed)
@@ -70,8 +71,8 @@ def _kept_units(store: Store) -> list[Unit]:
 
 
 def _are_used_one_by_one(units: Sequence[Unit], parameters: Sequence[ParameterInfo]) -> bool:
-    """Whether `units` hold weights of linear layers only, and their biases: stacks of experts are used two at a time,
-    and what no module borrows is in use until its layer has computed."""
-    linear = {parameter.name for parameter in parameters if parameter.is_linear and len(parameter.shape) == 2}
-    names = (name for unit in units for name in unit.weights)
+    """Whether `units` hold only weights of linear layers and experts, and biases: what no module borrows is in use
+    until its layer has computed."""
+    linear = {parameter.name for parameter in parameters if parameter.is_linear}
+    names = (name.partition(RANGE)[0] for unit in units for name in unit.weights)
     return all(re.sub(r"\bbias$", "weight", name) in linear for name in names)

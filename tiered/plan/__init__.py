@@ -5,6 +5,7 @@ from tiered.plan.inputs import (
     MAX_BATCHED_TOKENS,
     Budgets,
     ComputeRate,
+    ExpertShape,
     KVTier,
     Machine,
     ModelShape,
@@ -16,7 +17,7 @@ from tiered.plan.inputs import (
 from tiered.plan.kv import Bits, CachePlan, KVShape, layer_groups
 from tiered.plan.make import Rate, make_plan, pace_for, rates_wanted
 from tiered.plan.placement import Held, Placement, Tape, full_ring, interleave, place
-from tiered.plan.plan import Needs, Plan, fit_units
+from tiered.plan.plan import ExpertCachePlan, Needs, Plan, fit_units
 from tiered.proc import process_peak_rss_bytes, process_rss_bytes
 
 __all__ = [
@@ -25,6 +26,8 @@ __all__ = [
     "Budgets",
     "CachePlan",
     "ComputeRate",
+    "ExpertCachePlan",
+    "ExpertShape",
     "Held",
     "KVShape",
     "KVTier",

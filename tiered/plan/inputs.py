@@ -57,6 +57,24 @@ def parse_tiers(text: str) -> tuple[Tier, ...]:
 
 
 @dataclass(frozen=True)
+class ExpertShape:
+    """The experts of a mixture whose layers can be read without them."""
+
+    dense: Tape
+    """The tape without experts."""
+    layers: int
+    """Layers that have experts."""
+    count: int
+    """Experts of such a layer."""
+    chosen: int
+    """Experts that compute for a token in such a layer."""
+    nbytes: int
+    """Bytes of the largest expert in memory."""
+    file_nbytes: int
+    """Bytes that reading it takes."""
+
+
+@dataclass(frozen=True)
 class ModelShape:
     """A model in numbers, from a store's manifest and headers and from the model's graph."""
 
@@ -90,6 +108,8 @@ class ModelShape:
     """The scheme of the layers' linear weights."""
     whole_layers: bool = False
     """Some units of a layer are in use until the layer has computed, so all of them are in memory together."""
+    experts: ExpertShape | None = None
+    """None where the model is no mixture, or one whose experts are not taken apart."""
 
     @property
     def itemsize(self) -> int:

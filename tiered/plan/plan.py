@@ -33,6 +33,19 @@ class Needs:
 
 
 @dataclass(frozen=True)
+class ExpertCachePlan:
+    """Experts are read when they are chosen, and the most used ones stay in memory."""
+
+    slots: int
+    """Experts that are in memory at most."""
+    slot_nbytes: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.slots * self.slot_nbytes
+
+
+@dataclass(frozen=True)
 class Plan:
     """Every decision for one run."""
 
@@ -66,11 +79,13 @@ class Plan:
     """While sequences decode: "latency" lets prompts into a pass in small pieces, "throughput" as much as fits."""
     why: str
     """The reason for the batch size, for people."""
+    experts: ExpertCachePlan | None = None
+    """None: layers are read whole, experts and all. Else `tape` is without experts."""
 
     @property
     def nbytes(self) -> int:
         """Bytes of the budget that the plan takes."""
-        return self.needs.total + self.placement.nbytes
+        return self.needs.total + self.placement.nbytes + (self.experts.nbytes if self.experts else 0)
 
     @property
     def streamed_nbytes(self) -> int:
@@ -131,6 +146,7 @@ class Plan:
                 "tape": Tape(**{name: tuple(values) for name, values in tape.items()}),
                 "held": Held(**fields["held"]),
                 "cache": CachePlan(**{**cache, "shape": KVShape(**cache["shape"]), "groups": groups}),
+                "experts": ExpertCachePlan(**fields["experts"]) if fields["experts"] else None,
             }
         )
 

@@ -37,6 +37,8 @@ PLANES_SUFFIX: Final = ".planes"
 _ZSTD_SUFFIX: Final = ".zst"  # of stores of version 1
 PARTS: Final = ("q", "scale", "zero")
 """Suffixes of the tensors that make a quantized weight, in the order in which they lie."""
+RANGE: Final = "#"
+"""Between the name of a weight that is stored in several ranges of its rows and the number of a range."""
 
 
 _MOVED_NBYTES: Final = 8 * MIB
@@ -105,7 +107,8 @@ class Unit:
     """Of a unit with compressed tensors, the others: as in the extent, and as in memory."""
     memory_nbytes: int
     kind: Kind = "dense"
-    """"small": norms, biases and the like, which stay in memory for good; "dense": streamed in the order of use."""
+    """"small": norms, biases and the like, which stay in memory for good; "expert": one of a mixture; "dense": whatever
+    every token uses, streamed in the order of use."""
 
     @property
     def stored(self) -> Mapping[str, TensorEntry]:
@@ -131,6 +134,26 @@ class Unit:
             for number, move in _decoded(item, f"{self.file.path}: {item.target.name}"):
                 moves[number].append(move)
         return tuple(map(tuple, moves))
+
+
+def joined(units: Sequence[Unit]) -> Unit:
+    """One unit of `units`, which follow each other in a file and hold nothing compressed."""
+    first, last = units[0], units[-1]
+    assert not any(unit.compressed for unit in units), "compressed units are not joined"
+    if first is last:
+        return first
+    weights = {
+        name: replace(weight, parts={part: _shifted(e, unit.offset - first.offset) for part, e in weight.parts.items()})
+        for unit in units
+        for name, weight in unit.weights.items()
+    }
+    nbytes = last.offset + last.nbytes - first.offset
+    name, chunks = f"{first.name}+{len(units) - 1}", range(first.chunks.start, last.chunks.stop)
+    return replace(first, name=name, nbytes=nbytes, chunks=chunks, weights=weights, memory_nbytes=nbytes)
+
+
+def _shifted(entry: TensorEntry, nbytes: int) -> TensorEntry:
+    return replace(entry, offset=entry.offset + nbytes)
 
 
 def _decoded(item: Compressed, name: str) -> Iterator[tuple[int, Move]]:
@@ -164,18 +187,18 @@ class BlockLayout:
     def weights(self) -> Mapping[str, Weight]:
         """Every weight of the block, by full name. Offsets count from the start of the memory of its unit.
 
-        Of a weight whose rows are spread over units, the parts of the n-th range are called PART#n from the second on.
+        One that is stored in ranges of its rows is whole here: the parts of range k are called PART#k.
         """
         found: dict[str, Weight] = {}
         for unit in self.units:
-            for name, weight in unit.weights.items():
+            for weight in unit.weights.values():
+                name, _, number = weight.name.rpartition(RANGE)
+                if weight.whole is None:
+                    found[weight.name] = weight
+                    continue
+                parts = {f"{part}{RANGE}{number}": entry for part, entry in weight.parts.items()}
                 first = found.get(name)
-                if first is not None:
-                    number = len(first.parts) // len(weight.parts)
-                    parts = {f"{part}#{number}": entry for part, entry in weight.parts.items()}
-                    shape = (first.shape[0] + weight.shape[0], *weight.shape[1:])
-                    weight = replace(first, shape=shape, parts={**first.parts, **parts})
-                found[name] = weight
+                found[name] = Weight(name, weight.whole, weight.scheme, {**(first.parts if first else {}), **parts})
         return found
 
     @property
@@ -193,11 +216,38 @@ class BlockLayout:
         return sum(prod(weight.shape) for weight in self.weights.values())
 
 
-def block_metadata(schemes: Mapping[str, tuple[GroupScheme, Sequence[int]]], compressed: Sequence[Compressed]) -> str:
-    """The JSON that makes a block file self-describing: schemes of quantized weights, frames of compressed tensors."""
+@dataclass(frozen=True)
+class WeightInfo:
+    """What a block's metadata says of a weight that is quantized, or stored in ranges of its rows."""
+
+    shape: tuple[int, ...]
+    scheme: GroupScheme | None
+    ranges: int | None = None
+    """How many; None where it is stored whole. A stack [experts, out, in] has one for each expert."""
+
+    def to_json(self) -> dict[str, Any]:
+        value = {"scheme": self.scheme.name if self.scheme is not None else None, "shape": list(self.shape)}
+        return value if self.ranges is None else {**value, "ranges": self.ranges}
+
+    @classmethod
+    def from_json(cls, value: Any) -> "WeightInfo":
+        """Raises KeyError, TypeError, ValueError or ConfigError."""
+        scheme, ranges = value["scheme"], value.get("ranges")
+        if ranges is not None:
+            (ranges,) = whole_numbers([ranges])
+        parsed, shape = None if scheme is None else GroupScheme.parse(scheme), whole_numbers(value["shape"])
+        if ranges is None and parsed is None:
+            raise ValueError("a weight that is neither quantized nor stored in ranges")
+        if ranges is not None and len(shape) not in (2, 3):
+            raise ValueError(f"ranges of a weight of shape {shape}")
+        return cls(shape, parsed, ranges)
+
+
+def block_metadata(weights: Mapping[str, WeightInfo], compressed: Sequence[Compressed]) -> str:
+    """The JSON that makes a block file self-describing: what weights its tensors make, frames of compressed ones."""
     value = {
         "version": VERSION,
-        "weights": {name: {"scheme": scheme.name, "shape": list(shape)} for name, (scheme, shape) in schemes.items()},
+        "weights": {name: info.to_json() for name, info in weights.items()},
         "planes": {item.target.name: item.to_json() for item in compressed},
     }
     return json.dumps(value, separators=(",", ":"), sort_keys=True)
@@ -223,9 +273,10 @@ def read_layout(folder: Path, file: FileInfo, version: int = VERSION) -> BlockLa
     entries, metadata, data_start = read_header(path)
     try:
         described = json.loads(metadata[METADATA_KEY])
-        found, schemes = described.get("version", 1), dict(described["weights"])
+        found = described.get("version", 1)
+        infos = {name: WeightInfo.from_json(value) for name, value in described["weights"].items()}
         zstd, planes = dict(described.get("zstd", {})), dict(described.get("planes", {}))
-    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError, ConfigError) as error:
         raise StoreError(
             f"{path}: not a block of a tiered store (metadata: {error}); convert the model again"
         ) from None
@@ -246,12 +297,11 @@ def read_layout(folder: Path, file: FileInfo, version: int = VERSION) -> BlockLa
         parts = _split(entries, file.units)
         chunks = file.unit_chunks()
         units = tuple(
-            _unit(file, unit, next(chunks), part, zstd or planes, schemes)
+            _unit(file, unit, next(chunks), part, zstd or planes, infos)
             for unit, part in zip(file.units, parts, strict=True)
         )
         _check_found("tensor", zstd or planes, (item.target.name for unit in units for item in unit.compressed))
-        quantized = (w.name for unit in units for w in unit.weights.values() if w.scheme is not None)
-        _check_found("weight", schemes, quantized)
+        _check_weights(infos, [weight for unit in units for weight in unit.weights.values()])
     except (KeyError, TypeError, ValueError, ConfigError) as error:
         raise StoreError(f"{path}: its metadata does not fit its tensors ({error}); convert the model again") from None
     for entry in entries:
@@ -288,9 +338,9 @@ def _unit(
     chunks: range,
     entries: Sequence[TensorEntry],
     coded: Mapping[str, Any],
-    schemes: Mapping[str, Any],
+    infos: Mapping[str, WeightInfo],
 ) -> Unit:
-    """The unit of `entries`, whose offsets count from its start. `coded` and `schemes` describe those of all units."""
+    """The unit of `entries`, whose offsets count from its start. `coded` and `infos` describe those of all units."""
     stored: dict[str, TensorEntry] = {}
     compressed: list[Compressed] = []
     copied: list[tuple[TensorEntry, TensorEntry]] = []
@@ -306,7 +356,7 @@ def _unit(
             copied.append((entry, target))
         stored[target.name] = target
         position = round_up(target.offset + target.nbytes, ALIGNMENT)
-    weights = {weight.name: weight for weight in _weights(stored, schemes)}
+    weights = {weight.name: weight for weight in _weights(stored, infos)}
     if not compressed:
         return Unit(info.name, file, info.offset, info.nbytes, chunks, weights, (), (), info.nbytes, info.kind)
     if info.kind != "dense":
@@ -342,18 +392,21 @@ def _compressed(name: str, value: Any, source: TensorEntry, position: int) -> Co
     return Compressed(source, target, frames, frame_nbytes)
 
 
-def _weights(stored: Mapping[str, TensorEntry], schemes: Mapping[str, Any]) -> Iterator[Weight]:
-    """The weights that the tensors `stored` of a unit make, in their order."""
+def _weights(stored: Mapping[str, TensorEntry], infos: Mapping[str, WeightInfo]) -> Iterator[Weight]:
+    """The weights, or ranges of their rows, that the tensors `stored` of a unit make, in their order."""
     for tensor, entry in stored.items():
         name, _, part = tensor.rpartition(".")
-        if part not in PARTS or name not in schemes:
-            yield Weight(tensor, entry.shape, None, {"": entry})
-        elif part == PARTS[0]:
-            value = schemes[name]
-            scheme, shape = GroupScheme.parse(value["scheme"]), whole_numbers(value["shape"])
-            parts = {part: stored[f"{name}.{part}"] for part in PARTS}
-            _check_parts(parts, scheme, shape)
-            yield Weight(name, shape, scheme, parts)
+        info = infos.get(name.partition(RANGE)[0])
+        if part in PARTS and info is not None and info.scheme is not None:
+            if part == PARTS[0]:
+                parts = {part: stored[f"{name}.{part}"] for part in PARTS}
+                shape = info.shape if info.ranges is None else (entry.shape[0], info.shape[-1])
+                _check_parts(parts, info.scheme, shape)
+                yield Weight(name, shape, info.scheme, parts, None if info.ranges is None else info.shape)
+        else:
+            info = infos.get(tensor.partition(RANGE)[0])
+            is_range = info is not None and info.scheme is None
+            yield Weight(tensor, entry.shape, None, {"": entry}, info.shape if info and is_range else None)
 
 
 def _check_parts(parts: Mapping[str, TensorEntry], scheme: GroupScheme, shape: tuple[int, ...]) -> None:
@@ -363,6 +416,29 @@ def _check_parts(parts: Mapping[str, TensorEntry], scheme: GroupScheme, shape: t
         expected, dtype = q if part == "q" else scale, torch.float16 if part == "scale" else torch.uint8
         if entry.shape != expected or entry.dtype != dtype:
             raise ValueError(f"{entry.name}: shape {entry.shape} {entry.dtype}, expected {expected} {dtype}")
+
+
+def _check_weights(infos: Mapping[str, WeightInfo], found: Sequence[Weight]) -> None:
+    """Raise ValueError unless `found` are all that `infos` describe: ranges in order, which together have all rows."""
+    ranges: dict[str, list[Weight]] = {}
+    for weight in found:
+        name = weight.name if weight.whole is None else weight.name.rpartition(RANGE)[0]
+        ranges.setdefault(name, []).append(weight)
+    _check_found("weight", infos, iter(ranges))
+    for name, info in infos.items():
+        if any(weight.scheme != info.scheme for weight in ranges[name]):
+            raise ValueError(f"{name} is not stored as {info.scheme.name if info.scheme else 'plain ranges'}")
+        if info.ranges is None:
+            continue
+        names, rows = [weight.name for weight in ranges[name]], [weight.shape[0] for weight in ranges[name]]
+        if names != [f"{name}{RANGE}{number}" for number in range(info.ranges)]:
+            raise ValueError(f"{name}: has ranges {', '.join(names[:3])}…, expected {info.ranges} in order")
+        if any(weight.shape[1:] != info.shape[-1:] for weight in ranges[name]) or sum(rows) != folded(info.shape)[0]:
+            raise ValueError(f"{name}: its ranges have {sum(rows)} rows, expected those of {info.shape}")
+        if len({part.dtype for weight in ranges[name] for key, part in weight.parts.items() if not key}) > 1:
+            raise ValueError(f"{name}: its ranges differ in dtype")
+        if len(info.shape) == 3 and {*rows} != {info.shape[1]}:
+            raise ValueError(f"{name}: its ranges are not its {info.shape[0]} experts")
 
 
 def _check_found(what: str, described: Mapping[str, Any], found: Iterator[str]) -> None:

@@ -18,9 +18,9 @@ from typing import Any, Final, Literal, TypeVar, cast
 from tiered.store.format import CHUNK_NBYTES
 from tiered.units import PAGE, round_up
 
-Kind = Literal["small", "dense"]
+Kind = Literal["small", "dense", "expert"]
 
-KINDS: Final = ("small", "dense")
+KINDS: Final = ("small", "dense", "expert")
 _CHECKSUM: Final = re.compile("[0-9a-f]{16}")
 T = TypeVar("T")
 

@@ -56,6 +56,8 @@ class Weight:
     shape: tuple[int, ...]
     scheme: GroupScheme | None
     parts: Mapping[str, TensorEntry]
+    whole: tuple[int, ...] | None = None
+    """Where this is part NAME#k of a weight NAME that is stored in several: the shape of NAME."""
 
     @property
     def nbytes(self) -> int:

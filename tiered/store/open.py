@@ -2,7 +2,7 @@
 
 import gc
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,8 +10,9 @@ from pathlib import Path
 
 from tiered.errors import StoreError
 from tiered.files import MOST_JSON_NBYTES, check_regular, read_whole
-from tiered.store.block import BlockLayout, Unit, read_layout
+from tiered.store.block import BlockLayout, Unit, joined, read_layout
 from tiered.store.file import Kind
+from tiered.store.format import CHUNK_NBYTES
 from tiered.store.manifest import DAMAGED, MANIFEST_NAME, VERSION, BlockInfo, Manifest, OldStoreError
 
 PROGRESS_NAME = "conversion.json"
@@ -72,9 +73,20 @@ class Store:
         return weight.shape[0]
 
     @cached_property
+    def tape_units(self) -> tuple[tuple[Unit, ...], ...]:
+        """Of each block of the tape, the units of a pass that reads layers whole, in the order of use. Neighbouring
+        experts are joined up to CHUNK_NBYTES, as each unit costs a moment."""
+        return tuple(tuple(_joined_experts(self.layout(block).units)) for block in self.tape)
+
+    @cached_property
     def dense_units(self) -> tuple[tuple[Unit, ...], ...]:
-        """Of each block of the tape, the units that are streamed or resident by plan, in the order of use."""
+        """Of each block of the tape, the units that every token uses, in the order of use."""
         return self._units("dense")
+
+    @cached_property
+    def expert_units(self) -> tuple[tuple[Unit, ...], ...]:
+        """Of each block of the tape, its experts, each of which is a unit, by number."""
+        return self._units("expert")
 
     @cached_property
     def small_units(self) -> tuple[tuple[Unit, ...], ...]:
@@ -86,8 +98,24 @@ class Store:
 
     @property
     def tape_nbytes(self) -> int:
-        """S of the bound: bytes one pass streams when nothing is resident."""
-        return sum(unit.nbytes for units in self.dense_units for unit in units)
+        """S of the bound: bytes one pass streams when nothing is resident and layers are read whole."""
+        return sum(unit.nbytes for units in self.tape_units for unit in units)
+
+
+def _joined_experts(units: Sequence[Unit]) -> Iterator[Unit]:
+    """`units` without small ones, neighbouring experts joined."""
+    run: list[Unit] = []
+    for unit in units:
+        can_join = unit.kind == "expert"
+        if run and not (can_join and unit.offset + unit.nbytes - run[0].offset <= CHUNK_NBYTES):
+            yield joined(run)
+            run = []
+        if can_join:
+            run.append(unit)
+        elif unit.kind != "small":
+            yield unit
+    if run:
+        yield joined(run)
 
 
 @contextmanager

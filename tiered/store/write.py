@@ -16,7 +16,7 @@ import xxhash
 from tiered.errors import DiskFullError
 from tiered.files import errors_of
 from tiered.quant import GroupScheme
-from tiered.store.block import METADATA_KEY, PAD_PREFIX, PLANES_SUFFIX, Compressed, block_metadata
+from tiered.store.block import METADATA_KEY, PAD_PREFIX, PLANES_SUFFIX, Compressed, WeightInfo, block_metadata
 from tiered.store.file import FileInfo, Kind, UnitInfo
 from tiered.store.format import (
     ALIGNMENT,
@@ -44,7 +44,7 @@ class BlockWriter:
         self._path, self._root = path, root
         self._part = path.with_name(path.name + ".part")
         self._entries: list[TensorEntry] = []
-        self._schemes: dict[str, tuple[GroupScheme, tuple[int, ...]]] = {}
+        self._weights: dict[str, WeightInfo] = {}
         self._compressed: list[Compressed] = []
         self._data_start = header_room_nbytes(names, frames)
         self._file: io.BufferedRandom | None = None
@@ -95,9 +95,12 @@ class BlockWriter:
         """Append one tensor, whose bytes come in `pieces`, in order and of any sizes."""
         self._append(name, dtype, shape, pieces)
 
-    def add_scheme(self, name: str, scheme: GroupScheme, shape: Sequence[int]) -> None:
-        """Record that tensors NAME.q, NAME.scale and NAME.zero together are weight NAME."""
-        self._schemes[name] = (scheme, tuple(shape))
+    def add_weight(
+        self, name: str, shape: Sequence[int], scheme: GroupScheme | None, ranges: int | None = None
+    ) -> None:
+        """Record that tensors NAME.q, NAME.scale and NAME.zero together are weight NAME; or, where it is stored in
+        `ranges` of its rows, those of NAME#0, NAME#1 and so on. Without a `scheme` a range is the tensor NAME#k."""
+        self._weights[name] = WeightInfo(tuple(shape), scheme, ranges)
 
     def add_planes(
         self, name: str, dtype: torch.dtype, shape: Sequence[int], frames: Iterable[memoryview], frame_nbytes: int
@@ -128,7 +131,7 @@ class BlockWriter:
         if self._unit is None:
             self.start_unit("")  # a block of no tensors is its header
         self._end_unit()
-        metadata = {"format": "pt", METADATA_KEY: block_metadata(self._schemes, self._compressed)}
+        metadata = {"format": "pt", METADATA_KEY: block_metadata(self._weights, self._compressed)}
         header = header_bytes(self._entries, metadata, self._data_start)
         starts = range(0, len(header), CHUNK_NBYTES)
         checksums = [hash_chunk(header[start : start + CHUNK_NBYTES]) for start in starts] + self._checksums

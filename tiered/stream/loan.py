@@ -6,23 +6,26 @@ compute with them. For the thread that computes.
 What is resident is brought once; borrowing it is then a look-up in a dictionary, without a lock and without the loop.
 """
 
-from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import torch
 
 from tiered.errors import UnsupportedFamilyError
 from tiered.quant import QuantizedWeight
 from tiered.store import Unit, Weight
+from tiered.store.block import RANGE
 
 AnyWeight = torch.Tensor | QuantizedWeight
+EachExpert = Callable[[Mapping[int, int], Sequence[str]], Iterator[tuple[int, Sequence[AnyWeight]]]]
+"""`Loan.each_expert`."""
 
 
 class Loan:
     """The weights of one block. It is lent for every pass; `close` ends each of these times.
 
     `bring` waits for a unit, by its number in the block, and returns its views by key; `take_back` gets the numbers of
-    units that are free again. Units whose numbers are not in `streamed` are resident: they are brought once.
+    units that are free again. Units whose numbers are not in `streamed` are resident: they are brought once. `experts`
+    brings those of a mixture where they are not among the units.
     """
 
     def __init__(
@@ -34,29 +37,29 @@ class Loan:
         family: str,
         bring: Callable[[int], Mapping[str, AnyWeight]],
         take_back: Callable[[Sequence[int]], None],
+        experts: EachExpert | None = None,
     ) -> None:
         self.block, self.units = block, units
         self.is_held = False
         """Whether units stay until the loan is closed, as several micro-batches use them."""
         self._streamed, self._family, self._bring, self._take_back = frozenset(streamed), family, bring, take_back
+        self._experts = experts
         self._views: dict[str, AnyWeight] = {}
         """What can be borrowed without waiting."""
         self._parts: dict[str, list[str]] = {}
-        """Keys by name: one, or several where the rows of a weight are spread over units."""
+        """Keys by name: one, or several where a weight is stored in ranges of its rows."""
         self._unit_of: dict[str, int] = {}
         """The number of the unit of each key."""
         self._left: dict[int, set[str]] = {}
-        """Of each streamed unit that is here: keys that have not been given back."""
+        """Of streamed units that are in use: keys that have not been given back."""
         self._returned: set[int] = set()
         """Streamed units that were here and have gone."""
         self._keys: list[dict[str, Weight]] = [{} for _ in units]
-        counts = Counter(name for unit in units for name in unit.weights)
         for number, unit in enumerate(units):
-            for full_name, weight in unit.weights.items():
-                name = full_name.removeprefix(prefix)
-                parts = self._parts.setdefault(name, [])
-                key = name if counts[full_name] == 1 else f"{name}[{len(parts)}]"
-                parts.append(key)
+            for weight in unit.weights.values():
+                key = weight.name.removeprefix(prefix)
+                name = key if weight.whole is None else key.rpartition(RANGE)[0]
+                self._parts.setdefault(name, []).append(key)
                 self._keys[number][key], self._unit_of[key] = weight, number
 
     @property
@@ -69,7 +72,7 @@ class Loan:
         return {key: weight.view(memory) for key, weight in self._keys[number].items()}
 
     def parts(self, name: str) -> Sequence[str]:
-        """The keys of a weight: its rows are those of its parts, one after the other."""
+        """The keys of a weight: its rows are those of its ranges, one after the other; a stack has one per expert."""
         return self._parts[name]
 
     def borrow(self, key: str) -> AnyWeight:
@@ -82,17 +85,28 @@ class Loan:
         return found if found is not None else self._wait(key)
 
     def release(self, *keys: str) -> None:
-        """Whoever has borrowed `keys` has computed with them."""
-        if not self._left or self.is_held:
+        """Whoever has borrowed `keys` has computed with them. What nobody will borrow may be given back as well."""
+        if not self._streamed or self.is_held:
             return
         for key in keys:
             number = self._unit_of[key]
-            left = self._left.get(number)
-            if left is not None:
+            if number in self._streamed and number not in self._returned:
+                left = self._left.setdefault(number, set(self._keys[number]))
                 left.discard(key)
                 if not left:
                     self._drop(number)
                     self._take_back((number,))
+
+    def each_expert(self, chosen: Mapping[int, int], names: Sequence[str]) -> Iterator[tuple[int, Sequence[AnyWeight]]]:
+        """The experts of the stacks `names` that are `chosen`, by how many tokens; each with its matrices, which are
+        valid until the next one is asked for. In ascending order, or as they come. Raises as `borrow`."""
+        if self._experts is not None:
+            yield from self._experts(chosen, names)
+            return
+        for expert, keys in enumerate(zip(*(self.parts(name) for name in names), strict=True)):
+            if expert in chosen:
+                yield expert, [self.borrow(key) for key in keys]
+            self.release(*keys)
 
     def close(self) -> None:
         """End this time: what is streamed goes back, used or not."""
@@ -120,7 +134,7 @@ class Loan:
         views = self._bring(number)
         self._views.update(views)
         if number in self._streamed:
-            self._left[number] = set(views)
+            self._left.setdefault(number, set(views))
         return views[key]
 
     def _expected(self) -> str:
@@ -134,5 +148,5 @@ class Loan:
     def _drop(self, number: int) -> None:
         self._returned.add(number)
         for key in self._keys[number]:
-            del self._views[key]
+            self._views.pop(key, None)
         del self._left[number]
