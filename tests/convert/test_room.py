@@ -59,7 +59,7 @@ def stored_nbytes(store: Path) -> int:
 
 def test_a_store_fits_where_there_is_room_for_it_and_no_probe(small_disk: Path, tmp_path: Path) -> None:
     options = ConvertOptions(quant="none")  # 16-bit weights are candidates for compression: the disk is probed
-    convert_checkpoint(TRAINED, tmp_path / "whole", options)
+    convert_checkpoint(TRAINED, tmp_path / "whole", ConvertOptions(quant="none", compress="none"))
     nbytes = stored_nbytes(tmp_path / "whole")
     assert nbytes < 16 * MIB
     occupy(small_disk, nbytes + 6 * MIB)
