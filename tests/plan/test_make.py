@@ -47,7 +47,6 @@ def tapes(draw: st.DrawFn) -> Tape:
 MODELS = st.builds(
     model_of,
     tape=tapes(),
-    whole_layers=st.booleans(),
     dense_attention=st.booleans(),
     eager_attention=st.booleans(),
     kv=st.builds(KVShape, st.integers(1, 8), st.sampled_from([64, 80]), st.just(2), st.sampled_from(["bfloat16"])),
@@ -116,7 +115,7 @@ def check(plan: Plan, model: ModelShape, workload: Workload, budgets: Budgets) -
     asked = workload.tokens_in_flight(plan.batch_size, plan.max_context)
     assert plan.max_batched_tokens == asked or plan.max_batched_tokens == plan.micro_batch_rows < asked
     if plan.max_batched_tokens < asked:
-        assert workload.max_batched_tokens and not workload.one_pass and not model.whole_layers
+        assert workload.max_batched_tokens and not workload.one_pass
 
 
 @given(MODELS, WORKLOADS, BUDGETS)
@@ -268,12 +267,11 @@ def test_a_long_prompt_takes_one_pass_where_a_layer_and_a_unit_fit_and_more_wher
 
 
 def test_what_needs_a_whole_layer_gets_it() -> None:
-    for fields in ({"whole_layers": True}, {"dense_attention": True, "kv": KVShape(8, 128, 2, "bfloat16")}):
-        plan = planned(2 * GIB, **fields)
-        assert plan.held.layers
-        assert not plan.missing_overlap_nbytes
-        with pytest.raises(BudgetError, match="80 MiB for the"):
-            planned(MIB, **fields)
+    fields: dict[str, Any] = {"dense_attention": True, "kv": KVShape(8, 128, 2, "bfloat16")}
+    plan = planned(2 * GIB, **fields)
+    assert plan.held.layers and not plan.missing_overlap_nbytes
+    with pytest.raises(BudgetError, match="80 MiB for the"):
+        planned(MIB, **fields)
 
 
 class BudgetNamed:

@@ -5,17 +5,17 @@ In: an open store, the skeleton as built, the compute dtype. Out: a `ModelShape`
 
 import math
 import re
-from collections.abc import Sequence
 
 import torch
 
-from tiered.arch import ParameterInfo, Skeleton, layer_windows
+from tiered.arch import Skeleton, layer_windows
 from tiered.cache import kv_shape, layer_groups
 from tiered.kernels import packed_row_nbytes
 from tiered.plan import ModelShape, Tape
-from tiered.store import CHUNK_NBYTES, Store, Unit
+from tiered.store import ALIGNMENT, CHUNK_NBYTES, Store, Unit
 from tiered.store.block import RANGE
 from tiered.stream import EmbeddingRows
+from tiered.units import round_up
 
 
 def model_shape(store: Store, skeleton: Skeleton, dtype: torch.dtype) -> ModelShape:
@@ -33,8 +33,8 @@ def model_shape(store: Store, skeleton: Skeleton, dtype: torch.dtype) -> ModelSh
     kept = _kept_units(store)
     tables += max((unit.memory_nbytes for unit in kept), default=0)
     tables += sum(math.prod(weight.shape) for unit in kept for weight in unit.weights.values()) * kv.itemsize
-    parameters = [p for block in skeleton.blocks() if block.role == "layer" for p in block.parameters]
-    layers = [parameter.shape for parameter in parameters]
+    tables += _copied_nbytes(store, skeleton)
+    layers = [p.shape for block in skeleton.blocks() if block.role == "layer" for p in block.parameters]
     return ModelShape(
         tape=Tape(
             tuple(unit.memory_nbytes for unit in units),
@@ -55,7 +55,6 @@ def model_shape(store: Store, skeleton: Skeleton, dtype: torch.dtype) -> ModelSh
         dense_attention=skeleton.family.gathers,
         packed_nbytes=packed_row_nbytes(max(shape[-1] for shape in layers)),
         quantization=store.manifest.quantization.get("layers"),
-        whole_layers=any(len(units) > 1 and not _are_used_one_by_one(units, parameters) for units in blocks[:-1]),
     )
 
 
@@ -66,9 +65,11 @@ def _kept_units(store: Store) -> list[Unit]:
     return [unit for block in outer for unit in store.layout(block).units] + small
 
 
-def _are_used_one_by_one(units: Sequence[Unit], parameters: Sequence[ParameterInfo]) -> bool:
-    """Whether `units` hold only weights of linear layers and experts, and biases: what no module borrows is in use
-    until its layer has computed."""
-    linear = {parameter.name for parameter in parameters if parameter.is_linear}
-    names = (name.partition(RANGE)[0] for unit in units for name in unit.weights)
-    return all(re.sub(r"\bbias$", "weight", name) in linear for name in names)
+def _copied_nbytes(store: Store, skeleton: Skeleton) -> int:
+    """Bytes of the tensors that are copied when a layer begins, of the layer that has most: those in units that every
+    token uses that neither linear layers nor experts borrow, in the graph's dtype."""
+    own = skeleton.model.state_dict(keep_vars=True)
+    lent = {p.name for block in skeleton.blocks() for p in block.parameters if p.is_linear}
+    layers = [{name.partition(RANGE)[0] for unit in units for name in unit.weights} for units in store.dense_units[:-1]]
+    copied = ([name for name in names if re.sub(r"\bbias$", "weight", name) not in lent] for names in layers)
+    return max(sum(round_up(own[name].nbytes, ALIGNMENT) for name in names) for names in copied)

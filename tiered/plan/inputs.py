@@ -86,7 +86,8 @@ class ModelShape:
     """Bytes of the embedding's scales and zeros."""
     tables_nbytes: int
     """Bytes in memory beside the tape: outer and small tensors in the compute dtype and the memory they are read
-    through, the embedding's scales and zeros, staging for its rows."""
+    through, copies of a layer's tensors that no module borrows, the embedding's scales and zeros, staging for its
+    rows."""
     hidden: int
     widest: int
     """The largest `out` of any linear layer or expert in a decoder layer."""
@@ -104,8 +105,6 @@ class ModelShape:
     """Bytes of one row of activations, packed in the order that a linear kernel needs."""
     quantization: str | None = None
     """The scheme of the layers' linear weights."""
-    whole_layers: bool = False
-    """Some units of a layer are in use until the layer has computed, so all of them are in memory together."""
     experts: ExpertShape | None = None
     """None where the model is no mixture, or one whose experts are not taken apart."""
 

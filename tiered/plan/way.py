@@ -133,7 +133,7 @@ class Way:
         )
         # Without a limit on their tokens, passes are the caller's own, who may want logits at any positions.
         is_head_held = not workload.max_batched_tokens or (logits or self.batch_size) > workspace.head_rows
-        is_layer_held = model.whole_layers or not self._is_one_micro_batch(tokens, workspace.rows, cache)
+        is_layer_held = not self._is_one_micro_batch(tokens, workspace.rows, cache)
         return Passes(tokens, workspace, needs, Held(is_layer_held, is_head_held))
 
     def _is_one_micro_batch(self, tokens: int, rows: int, cache: CachePlan) -> bool:
@@ -147,8 +147,7 @@ class Way:
         """Whether passes of one micro-batch of `rows` can do what is asked for."""
         asked, workload = self.asked, self.asked.workload
         can_wait = workload.max_batched_tokens and not workload.one_pass and rows >= self.batch_size
-        is_useful = Tier.DISK in asked.budgets.tiers and not asked.model.whole_layers
-        return bool(can_wait) and is_useful and self._is_one_micro_batch(rows, rows, cache)
+        return bool(can_wait) and Tier.DISK in asked.budgets.tiers and self._is_one_micro_batch(rows, rows, cache)
 
     def plan_at(self, ram: int, why: str = "") -> Plan:
         """The plan with a budget of `ram`. A BudgetError names one for the needs at `ram`; it may need more itself."""
