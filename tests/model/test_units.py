@@ -31,6 +31,7 @@ from tests.quick import represented
 from tests.store.units import Group, Rows, in_units
 from tiered.convert import ConvertOptions, convert_checkpoint
 from tiered.errors import BudgetError, InterruptedRun, ReadError, UnsupportedFamilyError
+from tiered.generate.score import Window, cut_windows, score
 from tiered.model import Segment
 from tiered.model.bind import OffloadedLinear
 from tiered.plan import Held, Tape, Workload, full_ring, make_plan
@@ -214,10 +215,8 @@ def test_weights_in_ranges_of_rows_and_units_of_several_weights(
     tiny: Tiny, cut: Callable[..., Store], room: str, quant: str
 ) -> None:
     store = cut("opt", by_ranges, quant)
-    with opened(
-        store, replace(LIMITED, all_logits=True), ROOMS[room] if room != "two units" else layer_and_unit
-    ) as runtime:
-        assert runtime.plan.held.head
+    with opened(store, replace(LIMITED, all_logits=True), ROOMS[room]) as runtime:
+        assert not runtime.plan.held.head  # all logits that the tokens of a pass may want are computed at once
         assert_same(run_greedy(runtime, prompts_for("opt"), 4), tiny.reference("opt", quant))
 
 
@@ -241,9 +240,9 @@ def test_a_store_whose_large_weights_are_in_ranges_gives_the_same_tokens(
     embed, head = (store.layout(store.blocks[block]).units for block in ("embed", "head"))
     assert [unit.name.partition("#")[2] for unit in embed] == ["0", "1", "2"] and len(head) >= 3
     prompts, expected = prompts_for(name), tiny.reference(name, quant)
-    for workload in (LIMITED, replace(LIMITED, all_logits=True)):
-        with opened(store, workload, half) as runtime:
-            assert runtime.plan.held.head is workload.all_logits
+    for rows in (None, 5):
+        with opened(store, replace(LIMITED, all_logits=True), half, micro_batch_rows=rows) as runtime:
+            assert runtime.plan.held.head is (rows is not None)
             assert_same(run_greedy(runtime, prompts, 4), expected)
     with opened(store, replace(LIMITED, sequences=1), two_units) as runtime, ExitStack() as stack:
         assert runtime.plan.held == UNHELD
@@ -253,6 +252,28 @@ def test_a_store_whose_large_weights_are_in_ranges_gives_the_same_tokens(
             wanted = expected.logits[0][kv.length - 1]
             assert float((found[0] - wanted).abs().max() / wanted.abs().max()) < TOLERANCE
         assert kv.length == length + 1
+
+
+def test_a_window_that_does_not_fit_whole_is_scored_in_several_passes(tiny: Tiny, tmp_path: Path) -> None:
+    store = in_ranges(tiny, "llama", "int8", tmp_path)
+    windows = list(cut_windows(torch.arange(3, 120), 48, 48, [1]))
+    whole = Workload(len(windows), 48, 48, choose_batch_size=True, one_pass=True, all_logits=True)
+    in_parts = replace(whole, batch_size=1, one_pass=False, max_batched_tokens=64)
+    found: list[dict[int, torch.Tensor]] = []
+
+    def keep(window: Window, logprobs: torch.Tensor) -> None:
+        found[-1][window.position] = logprobs
+
+    for ram in (16 * GIB, ram_for(store, in_parts, two_units, micro_batch_rows=20)):
+        found.append({})
+        with Runtime(store, whole, Options(**{**SMALL, "ram": ram, "micro_batch_rows": 20})) as runtime:
+            result = score(runtime, windows, runtime.plan.batch_size, keep)
+            is_whole = ram == 16 * GIB
+            assert runtime.plan.held.layers is runtime.plan.held.head is is_whole
+            assert result.costs.passes == (1 if is_whole else sum(-(-len(w.input_ids) // 20) for w in windows))
+    together, apart = found
+    for position, logprobs in together.items():
+        torch.testing.assert_close(apart[position], logprobs, rtol=1e-4, atol=1e-4)
 
 
 def in_ranges(tiny: Tiny, name: str, quant: str, folder: Path) -> Store:

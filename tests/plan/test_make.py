@@ -115,7 +115,7 @@ def check(plan: Plan, model: ModelShape, workload: Workload, budgets: Budgets) -
     asked = workload.tokens_in_flight(plan.batch_size, plan.max_context)
     assert plan.max_batched_tokens == asked or plan.max_batched_tokens == plan.micro_batch_rows < asked
     if plan.max_batched_tokens < asked:
-        assert workload.max_batched_tokens and not workload.one_pass
+        assert workload.max_batched_tokens or workload.one_pass
 
 
 @given(MODELS, WORKLOADS, BUDGETS)

@@ -14,6 +14,7 @@ from tiered.plan.inputs import Budgets, Machine, ModelShape, Workload
 from tiered.plan.pace import Pace
 from tiered.plan.plan import Plan, smallest_budget
 from tiered.plan.way import HALFWAY, Asked
+from tiered.plan.workspace import HEAD_ROWS
 from tiered.units import MIB, format_rate, format_seconds, format_size
 
 Rate = Literal["disk", "compute"]
@@ -32,7 +33,7 @@ def make_plan(model: ModelShape, machine: Machine, workload: Workload, budgets: 
     if not workload.choose_batch_size:
         return _plan_for(asked, workload.sequences, "all there are")
     if workload.one_pass:
-        return _plan_for(asked, _windows_per_pass(asked), "for the fewest bytes to read")
+        return _scoring_plan(asked)
     return _most_throughput(asked)
 
 
@@ -81,6 +82,22 @@ def _plan_for(asked: Asked, batch_size: int, why: str) -> Plan:
     if len(contexts) == 1:
         raise refusal
     raise BudgetError(f"{refusal}, for a context of {contexts[-1]} tokens", refusal.smallest_bytes)
+
+
+def _scoring_plan(asked: Asked) -> Plan:
+    """The plan for sequences that are only scored: so many in a pass that the fewest bytes are read.
+
+    Where not even one fits whole, because several micro-batches of it would use a layer or the head, one takes several
+    passes of as many tokens as get logits at once. Each pass reads all weights; refusing would score nothing.
+    """
+    try:
+        return _plan_for(asked, _windows_per_pass(asked), "for the fewest bytes to read")
+    except BudgetError as refusal:
+        workload = replace(asked.workload, one_pass=False, max_batched_tokens=HEAD_ROWS)
+        try:
+            return _plan_for(replace(asked, workload=workload), 1, "a part of it in a pass, as all of it does not fit")
+        except BudgetError as error:
+            raise min(refusal, error, key=lambda refused: refused.smallest_bytes or 0) from None
 
 
 def _windows_per_pass(asked: Asked) -> int:

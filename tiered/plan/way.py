@@ -113,7 +113,7 @@ class Way:
     def _passes_of(self, ram: int, tokens: int) -> "Passes":
         """Passes of at most `tokens` tokens."""
         asked, model, workload = self.asked, self.asked.model, self.asked.workload
-        logits = self.batch_size * self.context if workload.all_logits else 0
+        logits = min(self.batch_size * self.context, tokens) if workload.all_logits else 0
         workspace = workspace_for(
             model,
             asked.machine.scratch_nbytes,

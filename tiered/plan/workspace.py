@@ -9,8 +9,8 @@ from tiered.units import MIB
 
 MAX_ROWS: Final = 512
 """More rows in one micro-batch no longer help: with so many, reading the weights takes little of the time."""
-_HEAD_ROWS: Final = 64
-"""More logits at once gain nothing: the head's weights are in memory."""
+HEAD_ROWS: Final = 64
+"""More logits at once gain nothing where the head's weights are in memory."""
 _SHARE: Final = 1 / 16
 """Part of the budget that activations of one micro-batch may take."""
 _FIXED_NBYTES: Final = 8 * MIB
@@ -67,7 +67,7 @@ def workspace_for(
     gathered_rows = max(1, min(sequences, rows, share // gathered)) if gathered else 1
     # Hidden states of everything in flight live through the whole pass, two generations of them.
     in_flight = 2 * tokens * shape.hidden * shape.itemsize
-    head_rows = min(logits or sequences, rows, _HEAD_ROWS)
+    head_rows = min(logits or sequences, rows, HEAD_ROWS)
     # Logits as computed, as float32, and as copied by sampling; and all of them, which transformers' own loop keeps.
     live = 3 * max(head_rows, min(sequences, rows)) * shape.vocab * 4 + sequences * shape.vocab * 4
     live += rows * per_row + in_flight + gathered_rows * gathered
