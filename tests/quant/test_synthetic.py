@@ -1,10 +1,15 @@
 """Synthetic weights: determinism, statistics, and streams that belong together."""
 
 import re
+from collections.abc import Callable, Iterator
+from functools import cache
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from tiered.errors import ConfigError
@@ -22,9 +27,9 @@ def pool() -> SyntheticPool:
 def weight_of(pool: SyntheticPool, out_features: int, in_features: int, key: str, std: float) -> Tensor:
     """The dequantized weight of three streams."""
     scheme = pool.scheme
-    q = b"".join(pool.q_pieces(out_features, in_features, key))
-    scale = b"".join(pool.scale_pieces(out_features, in_features, key, std))
-    zero = b"".join(pool.zero_pieces(out_features, in_features, key))
+    q = b"".join(pool.q_pieces(range(out_features), in_features, key))
+    scale = b"".join(pool.scale_pieces(range(out_features), in_features, key, std))
+    zero = b"".join(pool.zero_pieces(range(out_features), in_features, key))
     return dequantize(
         torch.from_numpy(np.frombuffer(q, np.uint8).copy()).view(scheme.q_shape(out_features, in_features)),
         torch.from_numpy(np.frombuffer(scale, np.float16).copy()).view(scheme.scale_shape(out_features, in_features)),
@@ -55,9 +60,9 @@ def test_streams_stay_together_across_runs(pool: SyntheticPool) -> None:
 def test_chunks_add_up_and_are_bounded(pool: SyntheticPool) -> None:
     out_features, in_features = 512, 12288
     streams = (
-        pool.q_pieces(out_features, in_features, "w"),
-        pool.scale_pieces(out_features, in_features, "w", 0.02),
-        pool.zero_pieces(out_features, in_features, "w"),
+        pool.q_pieces(range(out_features), in_features, "w"),
+        pool.scale_pieces(range(out_features), in_features, "w", 0.02),
+        pool.zero_pieces(range(out_features), in_features, "w"),
     )
     sizes = [[len(piece) for piece in stream] for stream in streams]
     assert sum(map(sum, sizes)) == INT4.nbytes(out_features, in_features)
@@ -77,7 +82,7 @@ def test_the_same_seed_and_key_give_the_same_bytes(pool: SyntheticPool) -> None:
 
 
 def test_pieces_cannot_be_written_to(pool: SyntheticPool) -> None:
-    for piece in (next(pool.q_pieces(1, 64, "w")), next(pool.normal_pieces(4, torch.float32, 1.0, "b"))):
+    for piece in (next(pool.q_pieces(range(1), 64, "w")), next(pool.normal_pieces(4, torch.float32, 1.0, "b"))):
         with pytest.raises(TypeError, match="read-only"):
             piece[0] = 1
 
@@ -97,7 +102,7 @@ def test_normal_values_have_the_mean_and_the_deviation_asked_for(
 
 def test_a_pool_of_one_group_serves_any_shape() -> None:
     pool = SyntheticPool(INT4, nbytes=INT4.group_q_nbytes)
-    assert sum(map(len, pool.q_pieces(3, 128, "w"))) == 3 * 64
+    assert sum(map(len, pool.q_pieces(range(3), 128, "w"))) == 3 * 64
     assert sum(map(len, pool.normal_pieces(33, torch.float16, 1.0, "b"))) == 66
 
 
@@ -106,6 +111,35 @@ def test_bad_arguments_are_named(pool: SyntheticPool) -> None:
         SyntheticPool(INT4, nbytes=31)
     for std in (0.0, -1.0, 1e9, float("nan")):
         with pytest.raises(ConfigError, match=re.escape("fc1: standard deviation")):
-            next(pool.scale_pieces(1, 64, "fc1", std))
+            next(pool.scale_pieces(range(1), 64, "fc1", std))
     with pytest.raises(ConfigError, match=r"bias: synthetic dtype torch\.int8"):
         next(pool.normal_pieces(1, torch.int8, 1.0, "bias"))
+
+
+@cache
+def small_pool(bits: int) -> SyntheticPool:
+    return SyntheticPool(GroupScheme(bits), nbytes=1 << 14)
+
+
+@given(
+    rows=st.integers(1, 300),
+    cuts=st.lists(st.integers(0, 300), max_size=4),
+    bits=st.sampled_from([4, 8]),
+)
+def test_ranges_of_rows_have_the_values_of_the_whole(rows: int, cuts: list[int], bits: int) -> None:
+    pool = small_pool(bits)
+    edges = sorted({0, rows, *(cut for cut in cuts if cut < rows)})
+    ranges = [range(start, stop) for start, stop in pairwise(edges)]
+
+    def joined(make: Callable[[range], Iterator[memoryview]], parts: list[range]) -> bytes:
+        return b"".join(piece for part in parts for piece in make(part))
+
+    for make in (
+        lambda part: pool.q_pieces(part, 128, "w"),
+        lambda part: pool.scale_pieces(part, 128, "w", 0.1),
+        lambda part: pool.zero_pieces(part, 128, "w"),
+        lambda part: pool.normal_pieces(
+            rows * 128, torch.bfloat16, 0.1, "w", part=range(part.start * 128, part.stop * 128)
+        ),
+    ):
+        assert joined(make, ranges) == joined(make, [range(rows)])

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from math import prod, sqrt
+from math import sqrt
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -128,21 +128,23 @@ class Synthetic:
         tensor = part.whole
         mean, std = self._distribution(tensor)
         pool = self._pool(GroupScheme(8))  # the scheme of a pool does not matter to its plain values
-        pieces = pool.normal_pieces(tensor.numel, _DTYPE, std, tensor.name, mean=mean)
-        return _rows_of(pieces, part, tensor.matrix[1] * _DTYPE.itemsize)
+        values = None
+        if part.number is not None:
+            _, in_ = tensor.matrix
+            values = range(part.start * in_, part.stop * in_)
+        return pool.normal_pieces(tensor.numel, _DTYPE, std, tensor.name, mean=mean, part=values)
 
     def packed(self, part: RangeRecipe) -> Packed:
         tensor, scheme = part.whole, part.whole.scheme
         assert scheme is not None
         pool = self._pool(scheme)
-        out, in_ = tensor.matrix
+        _, in_ = tensor.matrix
         _, std = self._distribution(tensor)
         # The values of a row do not depend on how rows are stored.
-        q, scale, zero = (prod(shape[1:]) for shape in (scheme.q_shape(1, in_), *[scheme.scale_shape(1, in_)] * 2))
         return Packed(
-            _rows_of(pool.q_pieces(out, in_, tensor.name), part, q),
-            _rows_of(pool.scale_pieces(out, in_, tensor.name, std), part, 2 * scale),
-            _rows_of(pool.zero_pieces(out, in_, tensor.name), part, zero),
+            pool.q_pieces(part.rows, in_, tensor.name),
+            pool.scale_pieces(part.rows, in_, tensor.name, std),
+            pool.zero_pieces(part.rows, in_, tensor.name),
         )
 
     def _distribution(self, tensor: TensorRecipe) -> tuple[float, float]:
@@ -159,21 +161,6 @@ class Synthetic:
             with one_torch_thread():
                 self._pools[scheme] = SyntheticPool(scheme, self._seed, nbytes=self._pool_nbytes)
         return self._pools[scheme]
-
-
-def _rows_of(pieces: Iterator[memoryview], part: RangeRecipe, row_nbytes: int) -> Iterator[memoryview]:
-    """Of the bytes of a whole tensor, those of the rows of `part`."""
-    if part.number is None:
-        yield from pieces
-        return
-    start, stop, position = part.start * row_nbytes, part.stop * row_nbytes, 0
-    for piece in pieces:
-        wanted = piece[max(start - position, 0) : max(stop - position, 0)]
-        if wanted.nbytes:
-            yield wanted
-        position += piece.nbytes
-        if position >= stop:
-            break
 
 
 def _model_files(config: PretrainedConfig) -> dict[str, bytes]:

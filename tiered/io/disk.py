@@ -8,7 +8,7 @@ import functools
 import logging
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
@@ -28,6 +28,11 @@ _PARTS: Final = 4
 _LEAST_PART_NBYTES: Final = 2 * MIB
 """A chunk is read in so many parts side by side, none smaller than this. A ring may hold two units of one chunk each,
 and a disk wants 8 to 16 MiB in flight; but each part costs a turn of the interpreter."""
+_LOOK_SECONDS: Final = 0.05
+"""Seconds between two looks whether a transfer that gives way is still wanted."""
+
+OnEnd = Callable[[Exception | None], None]
+"""Called when a read has ended, with its error."""
 
 
 class DiskReader:
@@ -53,6 +58,8 @@ class DiskReader:
         self._read_so_far = ByteCounter()
         self._count = threads
         self._threads = IOThreads(threads, "tiered-read", clock)
+        self._urgent = IOThreads(threads, "tiered-expert", clock)
+        self._way = RightOfWay()
 
     def __enter__(self) -> Self:
         return self
@@ -86,10 +93,10 @@ class DiskReader:
         Each part is read piece after piece in one thread. If the policy says so, a thread tests the checksum then.
         All reads have ended when this returns or raises. Raises ReadError or StoreError.
         """
-        offset, nbytes = file.chunks[chunk].offset, memory.nbytes
-        step = round_up(max(_LEAST_PART_NBYTES, -(-nbytes // _PARTS)), PAGE)
+        offset = file.chunks[chunk].offset
         await all_of(
-            self.read_pages(file, offset + start, memory[start : start + step]) for start in range(0, nbytes, step)
+            self.read_pages(file, start, memory[start - offset :][:nbytes])
+            for start, nbytes in _parts(offset, memory.nbytes)
         )
         if self._verifier.wants(file, chunk):
             await self.call(functools.partial(self._verifier.check, file, chunk, memory))
@@ -111,9 +118,56 @@ class DiskReader:
             with self._trace.span("decode", item.target.name, item.target.nbytes):
                 await self.call(functools.partial(item.decode, memory))
 
+    def begin_unit(self, unit: Unit, memory: memoryview, check: Check, done: OnEnd) -> None:
+        """Begin to read `unit`, which holds nothing compressed, to the start of `memory`; for any thread.
+
+        Reads of `read_unit` and `read_chunk` give way between two system calls. `check` is called between two of this
+        unit's and may raise. `done` is called in a thread of the reader when no thread touches the memory any more,
+        with what reading raised.
+        """
+        chunks = [unit.file.chunks[number] for number in unit.chunks]
+        extents = [(start, nbytes) for chunk in chunks for start, nbytes in _parts(chunk.offset, chunk.nbytes)]
+        reading = _UnitRead(len(extents))
+
+        def read(start: int, nbytes: int) -> None:
+            try:
+                if reading.error is None:
+                    self._read(unit.file, start, memory[start - unit.offset :][:nbytes], check)
+            except Exception as error:
+                reading.error = error
+            if reading.is_last():
+                self._way.end()
+                if reading.error is None:
+                    reading.error = self._verify(unit, memory)
+                done(reading.error)
+
+        self._way.begin()
+        for start, nbytes in extents:
+            self._urgent.begin(functools.partial(read, start, nbytes))
+
+    def _verify(self, unit: Unit, memory: memoryview) -> Exception | None:
+        """Test the checksums of `unit` that the policy wants tested; returns what that raises."""
+        try:
+            for number in unit.chunks:
+                if self._verifier.wants(unit.file, number):
+                    chunk = unit.file.chunks[number]
+                    start = chunk.offset - unit.offset
+                    self._verifier.check(unit.file, number, memory[start : start + chunk.nbytes])
+        except StoreError as error:
+            return error
+        return None
+
     async def read_pages(self, file: FileInfo, offset: int, memory: memoryview) -> None:
         """Read `memory.nbytes` from `offset` (both multiples of 4096) without touching checksums."""
-        await self._threads.transfer(lambda check: self._read(file, offset, memory, check))
+
+        def read(check: Check) -> None:
+            def check_both() -> None:
+                check()
+                self._way.give(check)
+
+            self._read(file, offset, memory, check_both)
+
+        await self._threads.transfer(read)
 
     async def read_parts(self, file: FileInfo, parts: Sequence[tuple[int, memoryview]]) -> None:
         """`read_pages` for several pairs (offset, memory), mostly small ones: each thread takes a share of them."""
@@ -132,6 +186,7 @@ class DiskReader:
     def close(self) -> None:
         """Drop queued reads, wait for running ones, close the files: nothing touches memory afterwards."""
         self._threads.close()
+        self._urgent.close()
         with self._lock:
             for file in self._files.values():
                 file.close()
@@ -170,6 +225,56 @@ class DiskReader:
                 logger.warning("reading with %s (%s)", opened.mode.value, "; ".join(self.refused))
             self._files[file.path] = opened
             return opened
+
+
+class RightOfWay:
+    """Lets some transfers go ahead of others, which wait between two system calls while there are any."""
+
+    def __init__(self) -> None:
+        self._urgent = 0
+        self._changed = threading.Condition()
+
+    def begin(self) -> None:
+        """An urgent transfer begins."""
+        with self._changed:
+            self._urgent += 1
+
+    def end(self) -> None:
+        """An urgent transfer has ended."""
+        with self._changed:
+            self._urgent -= 1
+            if not self._urgent:
+                self._changed.notify_all()
+
+    def give(self, check: Check) -> None:
+        """Wait while there are urgent transfers; `check` may raise."""
+        while self._urgent:
+            with self._changed:
+                if self._urgent:
+                    self._changed.wait(_LOOK_SECONDS)
+            check()
+
+
+class _UnitRead:
+    """A unit that is read in parts."""
+
+    def __init__(self, parts: int) -> None:
+        self._left, self._lock = parts, threading.Lock()
+        self.error: Exception | None = None
+        """The last error of a part: the others are not begun any more."""
+
+    def is_last(self) -> bool:
+        """A part has ended: whether it was the last one."""
+        with self._lock:
+            self._left -= 1
+            return not self._left
+
+
+def _parts(offset: int, nbytes: int) -> Iterator[tuple[int, int]]:
+    """Offset and size of the parts in which a chunk is read."""
+    step = round_up(max(_LEAST_PART_NBYTES, -(-nbytes // _PARTS)), PAGE)
+    for start in range(0, nbytes, step):
+        yield offset + start, min(step, nbytes - start)
 
 
 def _warn(refused: ReadMode, error: OSError, used: ReadMode) -> None:

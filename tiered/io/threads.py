@@ -95,6 +95,18 @@ class IOThreads:
             _ = running.cancelled() or running.exception()
             raise
 
+    def begin(self, work: Callable[[], None]) -> None:
+        """Have `work`, a transfer that raises nothing, run in a thread. For any thread."""
+
+        def run() -> None:
+            try:
+                work()
+            finally:
+                self._clock.__exit__(None, None, None)
+
+        self._clock.__enter__()
+        self._pool.submit(run)
+
     def close(self) -> None:
         """Drop queued work and wait for what runs: nothing touches memory afterwards."""
         self._closing = True

@@ -112,7 +112,7 @@ class Engine:
         `is_last` promises that no other pass follows. After an error the streams must be rewound.
         """
         start, clock = time.perf_counter(), _Clock(streams, self._trace)
-        waited = clock.waited
+        waited, used = clock.waited, streams.blocks.expert_use
         self.passes += 1
         streams.blocks.begin(is_last, clock.on_wait)
         groups = self._record(work, streams, clock)
@@ -139,7 +139,8 @@ class Engine:
                 on_block(total, total)
         work.commit()
         seconds = time.perf_counter() - start
-        return Pass(logits, seconds, clock.compute_seconds, clock.waited - waited, tuple(clock.block_seconds))
+        waits, experts = clock.waited - waited, streams.blocks.expert_use - used
+        return Pass(logits, seconds, clock.compute_seconds, waits, tuple(clock.block_seconds), experts)
 
     def _record(self, work: Work, streams: Streams, clock: _Clock) -> list[Group]:
         """The micro-batches of `work`, ready for the first layer."""

@@ -5,6 +5,7 @@ same function, one expert after the other. Only experts that some token was rout
 panels.
 """
 
+from collections import deque
 from collections.abc import Callable
 from typing import cast
 
@@ -32,17 +33,19 @@ class OffloadedExperts(nn.Module):
         loan = self._desk.loan
         assert loan is not None, "used outside its block"
         # Some families give choices that they have masked out a number beyond the last expert.
-        chosen = set(top_k_index.unique().tolist())
+        numbers, counts = top_k_index.unique(return_counts=True)
+        chosen = {n: count for n, count in zip(numbers.tolist(), counts.tolist(), strict=True) if n < self.num_experts}
         result = torch.zeros_like(hidden_states)
-        gate_ups, downs = map(loan.parts, self._names)
-        assert len(gate_ups) == len(downs) == self.num_experts, f"{len(gate_ups)} of {self.num_experts} experts"
-        for expert, keys in enumerate(zip(gate_ups, downs, strict=True)):
-            if expert in chosen:
-                token, choice = torch.where(top_k_index == expert)
-                gate_up = self._kernels.linear(hidden_states[token], loan.borrow(keys[0]))
-                out = self._kernels.linear(self._apply_gate(gate_up), loan.borrow(keys[1]))
-                result.index_add_(0, token, (out * top_k_weights[token, choice, None]).to(result.dtype))
-            loan.release(*keys)
+        waiting = deque(chosen)
+        """Experts that have not been added to the result, ascending: the sum does not depend on which come first."""
+        outputs: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        for expert, (gate_up, down) in loan.each_expert(chosen, self._names):
+            token, choice = torch.where(top_k_index == expert)
+            inner = self._apply_gate(self._kernels.linear(hidden_states[token], gate_up))
+            out = self._kernels.linear(inner, down) * top_k_weights[token, choice, None]
+            outputs[expert] = token, out.to(result.dtype)
+            while waiting and waiting[0] in outputs:
+                result.index_add_(0, *outputs.pop(waiting.popleft()))
         return result
 
     def extra_repr(self) -> str:

@@ -67,28 +67,36 @@ class SyntheticPool:
         """What `_converted` has made last, and of what."""
         self._run_groups = max(1, min(PIECE_NBYTES // scheme.group_q_nbytes, groups // 2))
 
-    def q_pieces(self, out_features: int, in_features: int, key: str) -> Iterator[memoryview]:
-        """The bytes of NAME.q of a weight [out, in] called `key`."""
-        for run in self._runs(out_features, in_features, key):
+    def q_pieces(self, rows: range, in_features: int, key: str) -> Iterator[memoryview]:
+        """The bytes of NAME.q of these rows of a weight [out, in] called `key`."""
+        for run in self._runs(rows, in_features, key):
             yield _view(self._q[run])
 
-    def scale_pieces(self, out_features: int, in_features: int, key: str, std: float) -> Iterator[memoryview]:
+    def scale_pieces(self, rows: range, in_features: int, key: str, std: float) -> Iterator[memoryview]:
         """The bytes of NAME.scale, such that the dequantized weight's standard deviation is `std`."""
         largest = float(self._scale.max()) * std
         if not 0 < largest <= _GREATEST_FP16:
             raise ConfigError(f"{key}: standard deviation {std!r}: expected more than 0 and scales within fp16")
-        for run in self._runs(out_features, in_features, key):
+        for run in self._runs(rows, in_features, key):
             yield _view((self._scale[run] * np.float32(std)).astype(np.float16))
 
-    def zero_pieces(self, out_features: int, in_features: int, key: str) -> Iterator[memoryview]:
+    def zero_pieces(self, rows: range, in_features: int, key: str) -> Iterator[memoryview]:
         """The bytes of NAME.zero."""
-        for run in self._runs(out_features, in_features, key):
+        for run in self._runs(rows, in_features, key):
             yield _view(self._zero[run])
 
     def normal_pieces(
-        self, numel: int, dtype: torch.dtype, std: float, key: str, *, mean: float = 0.0
+        self,
+        numel: int,
+        dtype: torch.dtype,
+        std: float,
+        key: str,
+        *,
+        mean: float = 0.0,
+        part: range | None = None,
     ) -> Iterator[memoryview]:
-        """The bytes of `numel` values of a 16- or 32-bit tensor; `mean` is for the weights of norms."""
+        """The bytes of `numel` values of a 16- or 32-bit tensor, or of the `part` of them; `mean` is for the weights of
+        norms."""
         if dtype not in _NORMAL_DTYPES:
             raise ConfigError(f"{key}: synthetic dtype {dtype}: expected bfloat16, float16 or float32")
         run_numel = min(PIECE_NBYTES // dtype.itemsize, self._normal.numel() // 2)
@@ -98,10 +106,12 @@ class SyntheticPool:
             base = self._offset(key, 0, self._normal.numel() - run_numel)
             values = self._normal[base : base + numel]
         served = self._converted(std, mean, dtype) if numel > run_numel else _converted(values, std, mean, dtype)
-        for index, start in enumerate(range(0, numel, run_numel)):
+        part = part or range(numel)
+        for index in range(part.start // run_numel, -(-part.stop // run_numel)):
+            start = index * run_numel
             offset = self._offset(key, index, self._normal.numel() - run_numel) - base
-            count = min(run_numel, numel - start)
-            yield _view(served[offset * dtype.itemsize : (offset + count) * dtype.itemsize])
+            first, last = offset + max(part.start - start, 0), offset + min(part.stop - start, run_numel)
+            yield _view(served[first * dtype.itemsize : last * dtype.itemsize])
 
     def _converted(self, std: float, mean: float, dtype: torch.dtype) -> NDArray[np.uint8]:
         """All plain values, which are wanted again and again where a tensor is written in ranges of its rows."""
@@ -110,13 +120,14 @@ class SyntheticPool:
             self._last = wanted, _converted(self._normal, std, mean, dtype)
         return self._last[1]
 
-    def _runs(self, out_features: int, in_features: int, key: str) -> Iterator[slice]:
-        """The pool's groups that make up the weight, in row-major order."""
-        rows, groups_per_row = self.scheme.scale_shape(out_features, in_features)
-        total = rows * groups_per_row
-        for index, start in enumerate(range(0, total, self._run_groups)):
+    def _runs(self, rows: range, in_features: int, key: str) -> Iterator[slice]:
+        """The pool's groups that make up these rows of the weight, in row-major order."""
+        _, groups_per_row = self.scheme.scale_shape(1, in_features)
+        first, last = rows.start * groups_per_row, rows.stop * groups_per_row
+        for index in range(first // self._run_groups, -(-last // self._run_groups)):
+            start = index * self._run_groups
             offset = self._offset(key, index, len(self._q) - self._run_groups)
-            yield slice(offset, offset + min(self._run_groups, total - start))
+            yield slice(offset + max(first - start, 0), offset + min(last - start, self._run_groups))
 
     def _offset(self, key: str, index: int, last: int) -> int:
         """Where run `index` of tensor `key` starts: 0 to `last`, the same on every machine."""

@@ -1,7 +1,7 @@
 """Reading ahead of the computation: units of the tape, the KV cache's pages on disk, embedding rows."""
 
 from tiered.stream.embedding import EmbeddingRows
-from tiered.stream.experts import NO_EXPERTS, ExpertUse
+from tiered.stream.experts import NO_EXPERTS, ExpertCache, ExpertUse
 from tiered.stream.handover import Handover, run_in
 from tiered.stream.kv import KVStream
 from tiered.stream.loan import AnyWeight, Loan
@@ -13,6 +13,7 @@ __all__ = [
     "NO_EXPERTS",
     "AnyWeight",
     "EmbeddingRows",
+    "ExpertCache",
     "ExpertUse",
     "Handover",
     "KVStream",

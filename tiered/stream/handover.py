@@ -8,7 +8,7 @@
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Collection, Coroutine
 from typing import Any, Final, Generic, TypeVar
 
 from tiered.errors import InterruptedRun
@@ -57,6 +57,16 @@ class Handover(Generic[T]):
         del self._items[key]
         return item
 
+    def take_any(self, keys: Collection[int], name: str) -> int:
+        """Wait until something has been brought for any of `keys`, take it, and return its key. Raises as `take`."""
+
+        def find() -> int | None:
+            return next((key for key in keys if key in self._items), None)
+
+        found: int = self._until(find, name)
+        self.take(found, name)
+        return found
+
     def discard(self, key: int) -> None:
         """Drop what was brought for `key`, if it has not been taken. For the loop."""
         with self._changed:
@@ -67,13 +77,18 @@ class Handover(Generic[T]):
         self._items = {k: item for k, item in self._items.items() if k < kept and not isinstance(item, Exception)}
 
     def _wait(self, key: int, name: str) -> T | Exception:
+        found: T | Exception = self._until(lambda: self._items.get(key), name)
+        return found
+
+    def _until(self, find: Callable[[], Any | None], name: str) -> Any:
+        """Wait until `find` finds something."""
         start = time.perf_counter()
         try:
             with self._changed:
-                while (item := self._items.get(key)) is None:
+                while (found := find()) is None:
                     self._cancel.check()
                     self._changed.wait(_POLL_SECONDS)
-                return item
+                return found
         finally:
             waited = time.perf_counter() - start
             self.wait_seconds += waited

@@ -6,7 +6,7 @@ compute with them. For the thread that computes.
 What is resident is brought once; borrowing it is then a look-up in a dictionary, without a lock and without the loop.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import torch
 
@@ -16,13 +16,16 @@ from tiered.store import Unit, Weight
 from tiered.store.block import RANGE
 
 AnyWeight = torch.Tensor | QuantizedWeight
+EachExpert = Callable[[Mapping[int, int], Sequence[str]], Iterator[tuple[int, Sequence[AnyWeight]]]]
+"""`Loan.each_expert`."""
 
 
 class Loan:
     """The weights of one block. It is lent for every pass; `close` ends each of these times.
 
     `bring` waits for a unit, by its number in the block, and returns its views by key; `take_back` gets the numbers of
-    units that are free again. Units whose numbers are not in `streamed` are resident: they are brought once.
+    units that are free again. Units whose numbers are not in `streamed` are resident: they are brought once. `experts`
+    brings those of a mixture where they are not among the units.
     """
 
     def __init__(
@@ -34,11 +37,13 @@ class Loan:
         family: str,
         bring: Callable[[int], Mapping[str, AnyWeight]],
         take_back: Callable[[Sequence[int]], None],
+        experts: EachExpert | None = None,
     ) -> None:
         self.block, self.units = block, units
         self.is_held = False
         """Whether units stay until the loan is closed, as several micro-batches use them."""
         self._streamed, self._family, self._bring, self._take_back = frozenset(streamed), family, bring, take_back
+        self._experts = experts
         self._views: dict[str, AnyWeight] = {}
         """What can be borrowed without waiting."""
         self._parts: dict[str, list[str]] = {}
@@ -91,6 +96,17 @@ class Loan:
                 if not left:
                     self._drop(number)
                     self._take_back((number,))
+
+    def each_expert(self, chosen: Mapping[int, int], names: Sequence[str]) -> Iterator[tuple[int, Sequence[AnyWeight]]]:
+        """The experts of the stacks `names` that are `chosen`, by how many tokens; each with its matrices, which are
+        valid until the next one is asked for. In ascending order, or as they come. Raises as `borrow`."""
+        if self._experts is not None:
+            yield from self._experts(chosen, names)
+            return
+        for expert, keys in enumerate(zip(*(self.parts(name) for name in names), strict=True)):
+            if expert in chosen:
+                yield expert, [self.borrow(key) for key in keys]
+            self.release(*keys)
 
     def close(self) -> None:
         """End this time: what is streamed goes back, used or not."""

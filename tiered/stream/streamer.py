@@ -25,6 +25,7 @@ from tiered.io import DiskReader, Slab
 from tiered.kernels import CancelFlag
 from tiered.plan import Plan
 from tiered.store import Store, Unit
+from tiered.stream.experts import NO_EXPERTS, ExpertCache, ExpertUse
 from tiered.stream.feed import Feed, Views
 from tiered.stream.handover import Handover
 from tiered.stream.loan import Loan
@@ -36,7 +37,8 @@ class Streamer:
 
     Memory is as `plan` says: `resident` by number of the unit on the tape, and `ring` for all others. `prefetch` is how
     many units may be read before they are asked for: 0 reads each unit when it is asked for, which is the synchronous
-    reference; None is bounded by the ring alone. Once `cancel` is set, waiting ends with InterruptedRun.
+    reference; None is bounded by the ring alone. Once `cancel` is set, waiting ends with InterruptedRun. Where the plan
+    reads experts when they are chosen, they come from `experts`.
     """
 
     def __init__(
@@ -49,7 +51,9 @@ class Streamer:
         trace: Tracer,
         cancel: CancelFlag,
         prefetch: int | None = None,
+        experts: ExpertCache | None = None,
     ) -> None:
+        self._experts = experts
         self._family, self._prefetch = str(store.manifest.architecture["model_type"]), prefetch
         blocks = store.units_of_pass(plan.experts is not None)
         self._tape = [unit for units in blocks for unit in units]
@@ -83,7 +87,8 @@ class Streamer:
         info, first = store.tape[block], self._firsts[block]
         streamed = [number for number in range(len(units)) if first + number not in resident]
         bring, take_back = functools.partial(self._bring, first), functools.partial(self._post_returned, first)
-        return Loan(info.name, info.prefix, units, streamed, self._family, bring, take_back)
+        experts = functools.partial(self._experts.each, block) if self._experts is not None else None
+        return Loan(info.name, info.prefix, units, streamed, self._family, bring, take_back, experts)
 
     async def __aenter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
@@ -96,19 +101,28 @@ class Streamer:
         await self._feed.close()
         for loan in self._loans:
             loan.forget()
+        if self._experts is not None:
+            await asyncio.to_thread(self._experts.rewind)
 
     # In the thread that computes.
 
     @property
     def wait_seconds(self) -> float:
-        """Seconds the computation has waited for units."""
-        return self._units.wait_seconds
+        """Seconds the computation has waited for units, and for experts."""
+        return self._units.wait_seconds + (self._experts.came.wait_seconds if self._experts is not None else 0.0)
+
+    @property
+    def expert_use(self) -> ExpertUse:
+        """What experts that are read when they are chosen have cost so far."""
+        return self._experts.use if self._experts is not None else NO_EXPERTS
 
     def begin(self, is_last: bool = False, on_wait: Callable[[float, float], None] | None = None) -> None:
         """A pass begins; if it `is_last`, nothing is read ahead for another. `on_wait` gets each wait's start and
         seconds."""
         assert self._next == 0, "the last pass ended in the middle: rewind first"
         self._units.on_wait = on_wait
+        if self._experts is not None:
+            self._experts.begin(on_wait)
         last = self._pass if is_last else None
         if last != self._feed.last_pass:
             self._loop.call_soon_threadsafe(self._feed.set_last, last)
@@ -158,6 +172,8 @@ class Streamer:
 
         Resident units stay, and reads of them go on. No block may be lent meanwhile.
         """
+        if self._experts is not None:
+            await asyncio.to_thread(self._experts.rewind)
         await self._feed.rewind()
         self._returned.clear()
         self._pass, self._next = 0, 0
