@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 import warnings
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,18 @@ def test_a_row_is_the_same_bits_alone_in_any_batch_and_at_any_number_of_threads(
     for count in {1, 2, 5, 7, 17, 33, data.draw(st.integers(1, rows))}:
         part = Case(case.scheme, case.tensors, case.x[start : start + count], case.bias)
         assert torch.equal(run(level, part), whole[start : start + count])
+
+
+@settings(max_examples=20, deadline=None)
+@given(data=st.data(), mode=st.sampled_from(Mode))
+def test_ranges_of_a_weight_s_rows_give_the_bits_of_the_whole(level: Level, data: st.DataObject, mode: Mode) -> None:
+    case = data.draw(cases())
+    whole = run(level, case, mode)
+    cuts = sorted({0, case.out, *data.draw(st.lists(st.integers(0, case.out // 16).map(lambda n: 16 * n), max_size=3))})
+    for start, stop in pairwise(cuts):
+        bias = None if case.bias is None else case.bias[start:stop]
+        part = Case(case.scheme, tuple(tensor[start:stop] for tensor in case.tensors), case.x, bias)
+        assert torch.equal(run(level, part, mode), whole[:, start:stop])
 
 
 @pytest.mark.parametrize("rows", [255, 256, 257, 513])

@@ -19,6 +19,7 @@ import torch
 from tests.helpers import Tiny, assert_same, open_runtime, prompts_for, reserved, run_greedy, run_segments
 from tests.quick import represented
 from tests.store.units import Group, Rows, in_units
+from tiered.convert import ConvertOptions, convert_checkpoint
 from tiered.errors import BudgetError, InterruptedRun, ReadError, UnsupportedFamilyError
 from tiered.model import Segment
 from tiered.model.bind import OffloadedLinear
@@ -208,6 +209,32 @@ def test_weights_in_ranges_of_rows_and_units_of_several_weights(
     ) as runtime:
         assert runtime.plan.held.head
         assert_same(run_greedy(runtime, prompts_for("opt"), 4), tiny.reference("opt", quant))
+
+
+SPLIT: Final = ("opt", "opt-350m", "llama", "llama-tied-biased", "gemma2", "bloom", "mixtral")
+"""Tied heads and heads of their own, biases, soft caps, projections around the layers, dense attention, experts."""
+
+
+@pytest.mark.parametrize("quant", ["none", "int8", "int4"])
+@pytest.mark.parametrize("name", represented(SPLIT, ["opt", "gemma2"]))
+def test_a_store_whose_large_weights_are_in_ranges_gives_the_same_tokens(
+    tiny: Tiny, tmp_path: Path, name: str, quant: str
+) -> None:
+    store = in_ranges(tiny, name, quant, tmp_path)
+    assert store.vocab_size == tiny.store(name, quant).vocab_size
+    embed, head = (store.layout(store.blocks[block]).units for block in ("embed", "head"))
+    assert [unit.name.partition("#")[2] for unit in embed] == ["0", "1", "2"] and len(head) >= 3
+    for workload in (LIMITED, replace(LIMITED, all_logits=True)):
+        with opened(store, workload, half) as runtime:
+            assert runtime.plan.held.head is workload.all_logits
+            assert_same(run_greedy(runtime, prompts_for(name), 4), tiny.reference(name, quant))
+
+
+def in_ranges(tiny: Tiny, name: str, quant: str, folder: Path) -> Store:
+    """The store of a tiny model with every matrix in ranges of 64 rows, the last of fewer, each a unit of its own."""
+    with mock.patch.multiple("tiered.convert.blocks", RANGE_NBYTES=1, CHUNK_NBYTES=1):
+        made = convert_checkpoint(tiny.checkpoint(name), folder / "ranges", ConvertOptions(quant, compress="none"))
+    return Store.open(made.store)
 
 
 @pytest.mark.parametrize("room", ["one unit", "two units", "half", "all"])

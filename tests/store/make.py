@@ -87,13 +87,49 @@ def write_store(
         else:
             file = write_block(root, path, {f"{name}.weight": tensor})
         blocks.append(BlockInfo(name, "head" if name == "head" else "layer", file, prefix))
+    return write_manifest(root, blocks)
+
+
+EXPERT = {"gate_up_proj": (64, 128), "down_proj": (128, 64)}
+"""The matrices of an expert of `write_mixture`."""
+
+
+def write_mixture(root: Path, layers: int, experts: int) -> Store:
+    """A store of so many layers, each with so many random experts in int8 and nothing else."""
+    root.mkdir()
+    embed = write_block(root, "blocks/embed.safetensors", {"embed.weight": random_bytes(64, 99).view(8, 8)})
+    head = write_block(root, "blocks/head.safetensors", {"head.weight": random_bytes(4096, 98)})
+    blocks = [BlockInfo("embed", "embed", embed, "embed.")]
+    for number in range(layers):
+        file = _write_experts(root, f"blocks/layer-{number:03d}.safetensors", f"layers.{number}.", experts, number)
+        blocks.append(BlockInfo(f"layer-{number:03d}", "layer", file, f"layers.{number}."))
+    return write_manifest(root, [*blocks, BlockInfo("head", "head", head, "head.")])
+
+
+def _write_experts(root: Path, path: str, prefix: str, experts: int, seed: int) -> FileInfo:
+    scheme, stack = GroupScheme(8), f"{prefix}mlp.experts."
+    with BlockWriter(root / path, root, [f"{stack}{name}#{k}" for k in range(experts) for name in EXPERT]) as writer:
+        for expert in range(experts):
+            writer.start_unit(f"mlp.experts#{expert}", "expert")
+            for name, shape in EXPERT.items():
+                codes = random_quantized(*shape, scheme, seed=1000 * seed + expert)
+                for part, tensor in zip(("q", "scale", "zero"), codes, strict=True):
+                    writer.add(f"{stack}{name}#{expert}.{part}", tensor.dtype, tensor.shape, [bytes_of(tensor)])
+        for name, shape in EXPERT.items():
+            writer.add_weight(stack + name, (experts, *shape), scheme, experts)
+        return writer.finish()
+
+
+def write_manifest(root: Path, blocks: Sequence[BlockInfo]) -> Store:
+    """The store of these blocks, the first of which is the embedding and all others the tape."""
+    names = tuple(block.name for block in blocks[1:])
     manifest = Manifest(
         source={"kind": "test", "name": "test", "revision": None, "fingerprint": "0"},
-        architecture={"model_type": "opt", "layers": len(sizes) - 1, "embed": "embed.weight", "head": "head.weight"},
+        architecture={"model_type": "opt", "layers": len(names) - 1, "embed": "embed.weight", "head": "head.weight"},
         quantization={"layers": None, "embed": None, "head": None, "clip": None, "unquantized": []},
         files=tuple(block.file for block in blocks),
         blocks=tuple(blocks),
-        tape=tuple(names),
+        tape=names,
         tied=False,
     )
     (root / "config.json").write_text("{}")

@@ -15,12 +15,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from tests.store.make import random_quantized, write_block, write_store
+from tests.store.make import bytes_of, random_quantized, write_block, write_store
 from tiered.convert import ConvertOptions, convert_checkpoint
 from tiered.errors import ReadError, StoreError
 from tiered.io import Arena, ChunkVerifier, DiskReader, Faults, VerifyPolicy
 from tiered.quant import GroupScheme, dequantize
-from tiered.store import CHUNK_NBYTES, PAGE, Store
+from tiered.store import CHUNK_NBYTES, PAGE, BlockWriter, Store
 from tiered.stream import EmbeddingRows
 from tiered.stream.embedding import STAGING_NBYTES
 from tiered.trace import Tracer
@@ -37,11 +37,15 @@ class Table:
     rows: torch.Tensor  # [vocab, width], what the store stands for, in float32
 
 
-@pytest.fixture(scope="module", params=["int8", "bfloat16", "float16, two chunks"])
+@pytest.fixture(
+    scope="module", params=["int8", "int8, three ranges", "bfloat16", "bfloat16, three ranges", "float16, two chunks"]
+)
 def table(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Table:
     """Rows that straddle pages, and chunks."""
     root = tmp_path_factory.mktemp("embedding") / "x"
     path = "blocks/embed.safetensors"
+    if "ranges" in request.param:
+        return in_ranges(root, path, INT8 if "int8" in request.param else None)
     if request.param == "int8":
         codes = random_quantized(700, 320, INT8)
         file = write_block(root, path, {}, {"embed.weight": (INT8, codes)})
@@ -49,6 +53,23 @@ def table(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     shape, dtype = ((500, 333), torch.bfloat16) if request.param == "bfloat16" else ((4100, 2099), torch.float16)
     rows = torch.randn(shape, generator=torch.Generator().manual_seed(5)).to(dtype)
     file = write_block(root, path, {"embed.weight": rows})
+    return Table(write_store(root, [100, 100], file), rows.float())
+
+
+def in_ranges(root: Path, path: str, scheme: GroupScheme | None) -> Table:
+    """A table of 700 rows in three ranges of them, the first two in one unit."""
+    codes = random_quantized(700, 320, INT8)
+    rows = dequantize(*codes, INT8) if scheme else dequantize(*codes, INT8).bfloat16()
+    parts = codes._asdict() if scheme else {"": rows}
+    with BlockWriter(root / path, root, [f"embed.weight#{number}" for number in range(3)]) as writer:
+        for number, (start, stop) in enumerate([(0, 128), (128, 512), (512, 700)]):
+            if number != 1:
+                writer.start_unit(f"unit-{number}")
+            for part, tensor in parts.items():
+                name, piece = f"embed.weight#{number}" + (f".{part}" if part else ""), tensor[start:stop]
+                writer.add(name, piece.dtype, piece.shape, [bytes_of(piece)])
+        writer.add_weight("embed.weight", (700, 320), scheme, 3)
+        file = writer.finish()
     return Table(write_store(root, [100, 100], file), rows.float())
 
 
@@ -144,8 +165,8 @@ def test_a_converted_model_s_rows_are_its_embedding(quant: str, tmp_path: Path) 
 
 def test_neighbours_are_read_together_and_nothing_else(table: Table) -> None:
     (weight,) = table.store.layout(table.store.blocks["embed"]).weights.values()
-    entry = weight.parts["" if weight.scheme is None else "q"]
-    row = entry.nbytes // weight.shape[0]
+    codes = [e.nbytes for part, e in weight.parts.items() if part.partition("#")[0] in ("", "q")]
+    row = sum(codes) // weight.shape[0]
     ids = list(range(10, 10 + 3 * PAGE // row))
 
     async def scenario() -> None:
@@ -165,7 +186,7 @@ def test_the_chunks_of_rows_are_tested_as_the_policy_says(table: Table, policy: 
             before = setup.trace.total("verify").spans
             loaded = table.store.blocks["embed"].file.nbytes <= CHUNK_NBYTES and before > 0
             for _ in range(3):
-                await setup.rows([1])
+                await setup.rows([1])  # of the first unit
             expected = 0 if loaded and policy == "first" else times
             assert setup.trace.total("verify").spans - before == expected
 

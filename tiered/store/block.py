@@ -342,6 +342,8 @@ def _check_weights(infos: Mapping[str, WeightInfo], found: Sequence[Weight]) -> 
             raise ValueError(f"{name}: has ranges {', '.join(names[:3])}…, expected {info.ranges} in order")
         if any(weight.shape[1:] != info.shape[-1:] for weight in ranges[name]) or sum(rows) != folded(info.shape)[0]:
             raise ValueError(f"{name}: its ranges have {sum(rows)} rows, expected those of {info.shape}")
+        if len({part.dtype for weight in ranges[name] for key, part in weight.parts.items() if not key}) > 1:
+            raise ValueError(f"{name}: its ranges differ in dtype")
         if len(info.shape) == 3 and {*rows} != {info.shape[1]}:
             raise ValueError(f"{name}: its ranges are not its {info.shape[0]} experts")
 

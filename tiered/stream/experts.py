@@ -31,6 +31,8 @@ from tiered.trace import Tracer
 
 HALF_LIFE: Final = 32.0
 """Passes after which a choice counts half."""
+_DEPTH_NBYTES: Final = 32 << 20
+"""Bytes that are read at once at least: more than any disk needs to be busy."""
 
 
 @dataclass(frozen=True)
@@ -108,11 +110,15 @@ class Slots:
             self._heap = [(self._scores[e], e) for e in self._slot_of if e not in self._pinned]
             heapq.heapify(self._heap)
 
-    def take(self, expert: int) -> int | None:
-        """A slot for an expert that is not in memory, and pin it; None if all others are pinned."""
+    def take(self, expert: int, at_any_cost: bool = True) -> int | None:
+        """A slot for an expert that is not in memory, and pin it. None if all others are pinned, or are worth more; the
+        latter does not matter `at_any_cost`."""
         if not self._free:
             found = self._least()
             if found is None:
+                return None
+            if not at_any_cost and self._scores[found] > self._scores[expert]:
+                heapq.heappush(self._heap, (self._scores[found], found))
                 return None
             self._free.append(self._slot_of.pop(found))
         self._slot_of[expert] = self._free.pop()
@@ -133,8 +139,11 @@ class Slots:
         """The expert in memory that is worth least, of those that are not pinned."""
         while self._heap:
             score, expert = heapq.heappop(self._heap)
-            if expert in self._slot_of and expert not in self._pinned and score == self._scores[expert]:
+            if expert not in self._slot_of or expert in self._pinned:
+                continue
+            if score == self._scores[expert]:
                 return expert
+            heapq.heappush(self._heap, (self._scores[expert], expert))
         return None
 
 
@@ -171,6 +180,7 @@ class ExpertCache:
         self._is_ending = False
         self._pending: set[int] = set()
         """Experts that are being read, or have been and nobody has taken them."""
+        self._pending_nbytes = 0
         self._pass = 0
         self.use = NO_EXPERTS
         """What experts have cost so far."""
@@ -205,6 +215,7 @@ class ExpertCache:
         for _ in range(len(chosen) - len(here)):
             number = self.came.take_any(self._pending, f"{self._names[layer]}/experts")
             self._pending.discard(number)
+            self._pending_nbytes -= units[number - base].nbytes
             yield number - base, self._matrices(number, units[number - base], names)
             self._slots.unpin(number)
             self._ask(layer, missing)
@@ -223,15 +234,21 @@ class ExpertCache:
         for number in self._pending:
             self._slots.drop(number)
         self._pending.clear()
+        self._pending_nbytes = 0
         self._slots.unpin_all()
 
     def _ask(self, layer: int, missing: list[int]) -> None:
-        """Begin to read experts from the end of `missing`, while there are slots for them."""
+        """Begin to read experts from the end of `missing`, while there are slots for them. What is worth more than they
+        are makes room only for as many as keep the disk busy: they can follow each other through the same slots."""
         base = layer * self._most
-        while missing and (slot := self._slots.take(base + missing[-1])) is not None:
+        while missing:
+            slot = self._slots.take(base + missing[-1], at_any_cost=self._pending_nbytes < _DEPTH_NBYTES)
+            if slot is None:
+                break
             expert = missing.pop()
             number, unit = base + expert, self._units[layer][expert]
             self._pending.add(number)
+            self._pending_nbytes += unit.nbytes
             with self._quiet:
                 self._reading += 1
             self._reader.begin_unit(unit, self._memory[slot], self._check, functools.partial(self._end, number))
