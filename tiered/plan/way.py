@@ -32,9 +32,7 @@ HALFWAY: Final = 0.75
 _CLEARLY_FEWER: Final = 2
 """Experts are read on demand where that reads so many times fewer bytes per pass than whole layers do. With R seconds
 of reading and C of computing, a pass over whole layers takes max(R, C), as both go on at once. Experts are waited for:
-R' + C at most. With R' = R / 2 that is less wherever C < R / 2, in passes that the disk bounds."""
-ON_DEMAND: Final = True
-"""Whether experts are ever read on demand."""
+R' + C at most. With R' = R / 2 that is less wherever computing takes less than half as long as reading."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +55,8 @@ class Asked:
     @property
     def expert_choices(self) -> tuple[ExpertShape | None, ...]:
         """The experts that may be read on demand; None: layers are read whole."""
-        on_demand = ON_DEMAND and self.model.experts is not None and Tier.DISK in self.budgets.tiers
-        return (None, self.model.experts) if on_demand else (None,)
+        may_choose = self.model.experts is not None and Tier.DISK in self.budgets.tiers
+        return (None, self.model.experts) if may_choose else (None,)
 
     def each_way(self) -> Iterator[tuple["Way", Plan]]:
         """Every way that fits, with its plan: each batch size to compare, with the cache in memory and on disk."""
