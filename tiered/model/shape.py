@@ -5,13 +5,15 @@ In: an open store, the skeleton as built, the compute dtype. Out: a `ModelShape`
 
 import math
 import re
+from collections.abc import Sequence
 
 import torch
+from transformers import PretrainedConfig
 
 from tiered.arch import Skeleton, layer_windows
 from tiered.cache import kv_shape, layer_groups
 from tiered.kernels import packed_row_nbytes
-from tiered.plan import ModelShape, Tape
+from tiered.plan import ExpertShape, ModelShape, Tape
 from tiered.store import ALIGNMENT, CHUNK_NBYTES, Store, Unit
 from tiered.store.block import RANGE
 from tiered.stream import EmbeddingRows
@@ -25,8 +27,7 @@ def model_shape(store: Store, skeleton: Skeleton, dtype: torch.dtype) -> ModelSh
     """
     config = skeleton.config
     kv = kv_shape(config, dtype)
-    blocks = store.tape_units
-    units = [unit for block in blocks for unit in block]
+    blocks = store.units_of_pass(on_demand=False)
     (embed,) = store.layout(store.blocks["embed"]).weights.values()
     side = EmbeddingRows.side_nbytes(embed)
     tables = side + CHUNK_NBYTES
@@ -36,11 +37,7 @@ def model_shape(store: Store, skeleton: Skeleton, dtype: torch.dtype) -> ModelSh
     tables += _copied_nbytes(store, skeleton)
     layers = [p.shape for block in skeleton.blocks() if block.role == "layer" for p in block.parameters]
     return ModelShape(
-        tape=Tape(
-            tuple(unit.memory_nbytes for unit in units),
-            tuple(unit.nbytes for unit in units),
-            tuple(map(len, blocks)),
-        ),
+        tape=_tape(blocks),
         weights=sum(store.layout(block).weight_count for block in store.tape),
         side_nbytes=side,
         tables_nbytes=tables,
@@ -55,6 +52,36 @@ def model_shape(store: Store, skeleton: Skeleton, dtype: torch.dtype) -> ModelSh
         dense_attention=skeleton.family.gathers,
         packed_nbytes=packed_row_nbytes(max(shape[-1] for shape in layers)),
         quantization=store.manifest.quantization.get("layers"),
+        experts=_expert_shape(store, config),
+    )
+
+
+def _tape(blocks: Sequence[Sequence[Unit]]) -> Tape:
+    units = [unit for block in blocks for unit in block]
+    return Tape(
+        tuple(unit.memory_nbytes for unit in units),
+        tuple(unit.nbytes for unit in units),
+        tuple(map(len, blocks)),
+    )
+
+
+def _expert_shape(store: Store, config: PretrainedConfig) -> ExpertShape | None:
+    """The experts, if each is a unit, and all layers that have experts have one module of equally many."""
+    layers = [units for units in store.expert_units if units]
+    modules = [{unit.name.partition(RANGE)[0] for unit in units} for units in layers]
+    chosen = getattr(config, "num_experts_per_tok", None)
+    if {*map(len, modules)} != {1} or len({*map(len, layers)}) != 1 or not isinstance(chosen, int):
+        return None
+    experts = [unit for units in layers for unit in units]
+    count = len(layers[0])
+    return ExpertShape(
+        dense=_tape(store.units_of_pass(on_demand=True)),
+        layers=len(layers),
+        count=count,
+        chosen=max(1, min(chosen, count)),
+        nbytes=max(unit.memory_nbytes for unit in experts),
+        file_nbytes=sum(unit.nbytes for unit in experts) // len(experts),
+        weights=sum(math.prod(weight.shape) for weight in experts[0].weights.values()),
     )
 
 

@@ -107,7 +107,9 @@ def _windows_per_pass(asked: Asked) -> int:
 
     def read_nbytes(count: int) -> int | None:
         try:
-            return asked.way(count, on_disk).plan_at(asked.budgets.ram).streamed_nbytes
+            way = asked.way(count, on_disk)
+            plan = way.plan_at(asked.budgets.ram)
+            return way.read_nbytes(plan, plan.max_batched_tokens)
         except BudgetError:
             return None
 
@@ -134,7 +136,15 @@ def _compute_seconds(model: ModelShape, machine: Machine, workload: Workload, co
     assert machine.linear is not None
     context = workload.mean_context * HALFWAY
     attention = (machine.attention_seconds or 0.0) * model.kv.layers * context
-    return machine.linear.seconds(count, model.weights) + attention * count
+    dense, experts = model.weights, model.experts
+    seconds = attention * count
+    if experts is not None:
+        # The tokens that choose an expert are rows of their own.
+        dense -= experts.total * experts.weights
+        chosen = experts.distinct(count)
+        rows = max(1, round(count * experts.chosen / chosen))
+        seconds += machine.linear.seconds(rows, int(experts.layers * chosen * experts.weights))
+    return seconds + machine.linear.seconds(count, dense)
 
 
 def _reasoned(asked: Asked, plan: Plan, why: str) -> Plan:
