@@ -42,7 +42,7 @@ class Memory:
     @property
     def largest(self) -> Slab:
         """The largest slab of those that hold nothing of use while nothing streams."""
-        slabs = [self.staging, *([self.ring] if self.ring is not None else []), *self.resident.values()]
+        slabs = [self.staging, *filter(None, (self.ring, self.experts)), *self.resident.values()]
         return max(slabs, key=lambda slab: slab.nbytes)
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.commands import CHECKPOINT, TerminalInput, copy_store, make_store, run_here
+from tests.commands import CHECKPOINT, TerminalInput, copy_store, make_mixture, make_store, run_here
 from tests.commands import smallest_ram as named_ram
 from tests.damage import ADDED, poisoned, with_added_token
 from tests.generate.tokenizers import byte_fallback
@@ -400,6 +400,21 @@ def test_a_streaming_run_reads_what_is_not_resident_once_per_pass(store: Path) -
     assert report["resident_bytes"] < report["tape_bytes"] / 2
     streamed = (report["tape_bytes"] - report["resident_bytes"]) * report["passes"] + report["resident_bytes"]
     assert 0 <= report["bytes_read"] - streamed <= _besides_the_tape(store, 12)
+
+
+def test_a_mixture_in_little_memory_reads_the_experts_that_are_chosen_and_answers_the_same() -> None:
+    store, passes = Store.open(make_mixture()), 12
+    words = (store.path, "--prompt-tokens", "6", "-n", str(passes), "--ignore-eos", *FLOAT32, *QUIET)
+    whole, demanded = answer(*words), answer(*words, "--ram", smallest_ram(*words))
+    assert demanded["completions"] == whole["completions"]
+    assert whole["report"]["experts"] is None
+    report, experts = demanded["report"], demanded["report"]["experts"]
+    # In each decode pass two experts in each of four layers.
+    assert experts["hits"] + experts["misses"] == (passes - 1) * 4 * 2
+    nbytes = store.expert_units[0][0].nbytes
+    assert experts["bytes_per_pass"] * (passes - 1) == experts["misses"] * nbytes
+    assert report["tape_bytes"] == sum(unit.nbytes for units in store.dense_units for unit in units)
+    assert report["bytes_read"] < passes * store.tape_nbytes / 2
 
 
 def _besides_the_tape(store: Path, tokens: int) -> int:

@@ -2,7 +2,10 @@
 
 import json
 import os
+import random
 import shutil
+import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from tests.commands import run_here
 from tests.convert.models import TRAINED, read_store, save_model, store_digest, tiny_model
 from tests.convert.test_resume import Killed
 from tests.convert.version1 import make_old, old_manifest
+from tests.warm import WarmProcess
 from tiered.convert import ConvertOptions, ConvertProgress, convert_checkpoint, upgrade
 from tiered.errors import BudgetError, ConfigError, DiskFullError, StoreError
 from tiered.store import Store
@@ -118,6 +122,26 @@ def test_stopped_before_or_after_any_durable_write_the_result_is_the_same(
             assert store_digest(old) == expected, (kill_after, step)
         # upgrade.json, each of five blocks and its entry, the manifest; and the removal at the end
         assert step > 12
+
+
+def upgrade_slowly(folder: Path) -> None:
+    """Waits at each report of progress, so that a kill can fall anywhere."""
+    convert_checkpoint(folder, progress=lambda _: time.sleep(0.02))
+
+
+@pytest.mark.inputs("tiered/convert", "tiered/store")
+def test_killed_at_random_moments_it_goes_on(stores: tuple[Path, Path], old: Path) -> None:
+    dice, kills = random.Random(4), 0
+    for _ in range(4):
+        with WarmProcess(upgrade_slowly, (old,), [os.devnull] * 3) as child:
+            while not (old / UPGRADE_NAME).exists() and child.poll() is None:
+                time.sleep(0.002)
+            time.sleep(dice.uniform(0.1, 0.8))
+            child.send_signal(signal.SIGKILL)
+            kills += child.wait(60) == -signal.SIGKILL
+    assert kills >= 1
+    convert_checkpoint(old)
+    assert store_digest(old) == store_digest(stores[0])
 
 
 def count_to_kill(patch: pytest.MonkeyPatch, step: int, kill_after: bool) -> None:

@@ -517,3 +517,44 @@ def test_a_chunk_of_a_compressed_unit_passes_through_few_buffers(tmp_path: Path)
     for policy, told in ((VerifyPolicy.NEVER, "wide: a damaged frame"), (VerifyPolicy.FIRST, "corrupt")):
         with reader_of(tmp_path, policy=policy) as reader, pytest.raises(StoreError, match=told):
             asyncio.run(read(reader, 2))
+
+
+def test_reads_of_the_stream_give_way_to_a_unit_that_is_asked_for(
+    large: tuple[Path, FileInfo], small: tuple[Path, FileInfo], memory: memoryview
+) -> None:
+    _, file = large
+    root, other = small
+    unit = read_layout(root, other).units[0]
+    (root / file.path).write_bytes((large[0] / file.path).read_bytes())
+    streams, go_on, ended = threading.Event(), threading.Event(), threading.Event()
+    order: list[str] = []
+
+    def preadv(fd: int, buffers: Sequence[memoryview], offset: int, flags: int, /) -> int:
+        name = Path(f"/proc/self/fd/{fd}").readlink().name
+        order.append(name)
+        if name == "large.safetensors":
+            streams.set()
+            go_on.wait(SECONDS)
+        return os.preadv(fd, buffers, offset, flags)
+
+    async def scenario() -> None:
+        with DiskReader(root, ChunkVerifier(VerifyPolicy.ALWAYS, Tracer()), Tracer(), 2, preadv=preadv) as reader:
+            stream = asyncio.create_task(read_chunk(reader, file, 0, memory[PAGE * 1024 :][:CHUNK_NBYTES]))
+            await asyncio.to_thread(streams.wait, SECONDS)
+            errors: list[Exception | None] = []
+
+            def done(error: Exception | None) -> None:
+                errors.append(error)
+                ended.set()
+
+            reader.begin_unit(unit, memory[: unit.nbytes], lambda: None, done)
+            go_on.set()
+            await asyncio.to_thread(ended.wait, SECONDS)
+            assert errors == [None]
+            assert bytes(memory[: unit.nbytes]) == (root / other.path).read_bytes()[unit.offset :][: unit.nbytes]
+            await stream
+
+    asyncio.run(asyncio.wait_for(scenario(), SECONDS))
+    # Of the stream only the system calls that ran already, one for each of the two threads.
+    last = len(order) - order[::-1].index("small.safetensors")
+    assert order[:last].count("large.safetensors") <= 2 < order.count("large.safetensors")

@@ -3,7 +3,19 @@
 from collections.abc import Sequence
 from typing import Any
 
-from tiered.plan import CachePlan, Held, KVShape, ModelShape, Needs, Plan, Tape, Tier, fit_units, layer_groups
+from tiered.plan import (
+    CachePlan,
+    ExpertShape,
+    Held,
+    KVShape,
+    ModelShape,
+    Needs,
+    Plan,
+    Tape,
+    Tier,
+    fit_units,
+    layer_groups,
+)
 from tiered.plan.placement import UNHELD
 from tiered.units import MIB
 
@@ -36,6 +48,18 @@ def model_of(tape_sizes: Sequence[int] = (MIB,), layers: int = 2, dtype: str = "
         "packed_nbytes": 40 << 10,
     }
     return ModelShape(**{**shape, **fields})
+
+
+def mixture_of(
+    dense: Sequence[int], count: int, chosen: int, nbytes: int, layers: int | None = None, **fields: Any
+) -> ModelShape:
+    """A model of a dense unit of these sizes per block, the last of which is the head, and of `count` experts of
+    `nbytes` bytes in each of the first `layers` layers, or all."""
+    layers = len(dense) - 1 if layers is None else layers
+    blocks = [[size, *([nbytes] * count if number < layers else [])] for number, size in enumerate(dense)]
+    whole = tape_of([size for block in blocks for size in block], counts=list(map(len, blocks)))
+    experts = ExpertShape(tape_of(dense), layers, count, chosen, nbytes, nbytes, 2 * nbytes)
+    return model_of(tape=whole, weights=2 * whole.total, experts=experts, **fields)
 
 
 def plan_of(

@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.store.make import load_unit, random_bytes, random_quantized, write_block
+from tests.store.make import bytes_of, load_unit, random_bytes, random_quantized, write_block
 from tiered.errors import StoreError
 from tiered.quant import GroupScheme, QuantizedWeight
-from tiered.store import ALIGNMENT, CHUNK_NBYTES, PAGE, FileInfo
+from tiered.store import ALIGNMENT, CHUNK_NBYTES, PAGE, BlockWriter, FileInfo
 from tiered.store.block import BlockLayout, read_layout
 from tiered.store.format import header_bytes, read_header
 
@@ -259,3 +259,47 @@ def test_data_that_starts_off_a_page_is_not_ours(tmp_path: Path) -> None:
 def test_pads_are_no_weights(tmp_path: Path) -> None:
     file = write_block(tmp_path, "x.safetensors", {"a": random_bytes(10, 0), "b": random_bytes(10, 1)})
     assert set(read_layout(tmp_path, file).weights) == {"a", "b"}
+
+
+def ranged(root: Path, numbers: list[int], rows: list[int], described: Any) -> FileInfo:
+    """A block with ranges of these numbers and rows of an int8 weight "w", which the metadata describes so."""
+    with BlockWriter(root / "x.safetensors", root, [f"w#{number}" for number in numbers]) as writer:
+        for number, count in zip(numbers, rows, strict=True):
+            writer.start_unit(f"w#{number}")
+            for part, tensor in zip(("q", "scale", "zero"), random_quantized(count, 32, INT8), strict=True):
+                writer.add(f"w#{number}.{part}", tensor.dtype, tensor.shape, [bytes_of(tensor)])
+        writer.add_weight("w", *described)
+        return writer.finish()
+
+
+@pytest.mark.parametrize("shape", [(5, 32), (2, 3, 32)])
+def test_ranges_of_rows_are_one_weight(shape: tuple[int, ...], tmp_path: Path) -> None:
+    rows = [2, 3] if len(shape) == 2 else [3, 3]
+    layout = read_layout(tmp_path, ranged(tmp_path, [0, 1], rows, (shape, INT8, 2)))
+    assert [list(unit.weights) for unit in layout.units] == [["w#0"], ["w#1"]]
+    assert [weight.shape for unit in layout.units for weight in unit.weights.values()] == [(n, 32) for n in rows]
+    assert [*layout.weights] == ["w"] and layout.weights["w"].shape == shape
+    assert layout.weights["w"].parts["q#1"].shape == (rows[1], 32) and layout.weight_count == 32 * sum(rows)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "rows", "described", "told"),
+    [
+        ([0, 2], [2, 3], ((5, 32), INT8, 2), "w: has ranges w#0, w#2"),
+        ([1, 0], [2, 3], ((5, 32), INT8, 2), "expected 2 in order"),
+        ([0, 1], [2, 3], ((5, 32), INT8, 3), "expected 3 in order"),
+        ([0, 1], [2, 3], ((6, 32), INT8, 2), "its ranges have 5 rows"),
+        ([0, 1], [2, 4], ((2, 3, 32), INT8, 2), "not its 2 experts"),
+        ([0, 1], [2, 3], ((5, 64), INT8, 2), "expected"),
+        ([0, 1], [2, 3], ((5, 32), None, 2), "w: has ranges w#0.q"),
+        ([0, 1], [2, 3], ((5, 32), INT4, 2), "int4-g64 expects"),
+        ([0, 1], [2, 3], ((160,), INT8, 2), "ranges of a weight of shape"),
+        ([0, 1], [2, 3], ((5, 32), None, None), "neither quantized nor stored in ranges"),
+    ],
+)
+def test_ranges_that_are_not_a_weight_s_are_refused(
+    numbers: list[int], rows: list[int], described: Any, told: str, tmp_path: Path
+) -> None:
+    file = ranged(tmp_path, numbers, rows, described)
+    with pytest.raises(StoreError, match=rf"x\.safetensors: .*{told}.*convert the model again"):
+        read_layout(tmp_path, file)

@@ -160,7 +160,9 @@ class BlockRecipe:
         groups: list[list[RangeRecipe]] = []
         room = 0
         for (kind, _), tensors in groupby(self.tensors, key=lambda tensor: (tensor.kind, tensor.stack)):
-            cut = [tensor.ranges(dtype_of(tensor)) for tensor in tensors]
+            # What is outside layers, embedding and head is never streamed.
+            is_cut = self.role != "outer"
+            cut = [tensor.ranges(dtype_of(tensor)) if is_cut else (RangeRecipe(tensor),) for tensor in tensors]
             if kind == "expert":
                 groups += [list(matrices) for matrices in zip(*cut, strict=True)]
                 continue

@@ -57,7 +57,7 @@ class Streamer:
     ) -> None:
         self._experts = experts
         self._family, self._prefetch = str(store.manifest.architecture["model_type"]), prefetch
-        blocks = store.tape_units if plan.experts is None else store.dense_units
+        blocks = store.units_of_pass(plan.experts is not None)
         self._tape = [unit for units in blocks for unit in units]
         self._firsts = list(itertools.accumulate(map(len, blocks), initial=0))
         """The number on the tape of each block's first unit; last, how many units there are."""
