@@ -4,7 +4,7 @@ Exactly the same with the native kernels, in every format of the cache. And thos
 texts so much longer than windows and micro-batches that the rings of sliding layers go round.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
@@ -89,10 +89,8 @@ class Models:
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Models]:
-    threads = torch.get_num_threads()
-    yield Models(tmp_path_factory.mktemp("kv"))
-    torch.set_num_threads(threads)
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    return Models(tmp_path_factory.mktemp("kv"))
 
 
 def runtime_of(store: Store, **options: Any) -> Runtime:
