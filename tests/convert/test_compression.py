@@ -62,6 +62,7 @@ def test_auto_follows_the_disk(
     assert bool(compressed_names(tmp_path / "out")) == shrinks
 
 
+@pytest.mark.slow
 def test_a_resumed_conversion_keeps_the_first_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options, finish = ConvertOptions(quant="none", compress="auto"), BlockWriter.finish
     monkeypatch.setattr("tiered.convert.compression.read_bandwidth", lambda *_: 50e6)
