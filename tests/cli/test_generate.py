@@ -94,6 +94,7 @@ def smallest_ram(*words: str | Path) -> str:
 # What is generated.
 
 
+@pytest.mark.slow
 def test_the_greedy_text_is_that_of_transformers(store: Path, reference: Callable[..., Any]) -> None:
     done = run_here("generate", store, "-p", PROMPTS[1], "-n", "40", *FLOAT32)
     assert done.code == 0, done.err
@@ -189,6 +190,7 @@ def test_stop_strings_of_the_store_end_the_text_where_transformers_ends_it(
     assert (completion["text"], completion["finish_reason"]) == (whole[: whole.index(stop)], "stop")
 
 
+@pytest.mark.slow
 def test_what_the_store_says_of_sampling_is_named_once_and_options_count_instead(store: Path, tmp_path: Path) -> None:
     copy = copy_store(store, tmp_path)
     settings = {"eos_token_id": 2, "do_sample": True, "temperature": 0.6, "top_p": 0.9, "max_length": 500}
@@ -211,6 +213,7 @@ def test_generation_settings_that_are_none_are_an_error_of_the_store(store: Path
     assert 'generation_config.json: eos_token_id: expected a token id, or a list of them, found "2"' in done.err
 
 
+@pytest.mark.slow
 def test_a_tokenizer_that_drops_a_text_s_first_space_keeps_that_of_the_completion(store: Path, tmp_path: Path) -> None:
     copy = copy_store(store, tmp_path)
     llama = byte_fallback(*(f"▁w{number}" for number in range(3800)))
@@ -235,6 +238,7 @@ def test_a_seed_repeats_a_sample_and_another_one_does_not(store: Path) -> None:
     assert first != other
 
 
+@pytest.mark.slow
 def test_neighbours_change_neither_text_nor_sample(store: Path) -> None:
     words = (store, "-n", "12", "--temperature", "1", *FLOAT32)
     alone = tokens_of(*words, "-p", PROMPTS[0])
@@ -242,6 +246,7 @@ def test_neighbours_change_neither_text_nor_sample(store: Path) -> None:
     assert together[0] == alone[0]
 
 
+@pytest.mark.slow
 def test_neither_budget_nor_read_ahead_changes_the_tokens(store: Path) -> None:
     words = (store, "-p", PROMPTS[1], "-n", "12", *FLOAT32)
     expected = tokens_of(*words)
@@ -364,6 +369,7 @@ def test_an_empty_prompt_starts_from_the_token_that_begins_texts(store: Path, re
     assert tokens_of(store, "-p", "", "-n", "8", *FLOAT32) == [reference("", 8)[1]]
 
 
+@pytest.mark.slow
 def test_an_empty_prompt_without_such_a_token_is_explained(store: Path, tmp_path: Path) -> None:
     copy = copy_store(store, tmp_path)
     path = copy / "tokenizer.json"

@@ -85,6 +85,7 @@ def test_nothing_is_measured_where_nothing_can_shrink(tmp_path: Path, monkeypatc
     convert_checkpoint(TRAINED, tmp_path / "out", ConvertOptions(quant="int4", compress="auto"))
 
 
+@pytest.mark.slow
 def test_a_resumed_conversion_keeps_the_first_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options, finish = ConvertOptions(quant="none", compress="auto"), BlockWriter.finish
     monkeypatch.setattr("tiered.convert.compression.read_bandwidth", lambda *_: 1e3)

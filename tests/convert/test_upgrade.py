@@ -97,6 +97,7 @@ def test_a_trained_model_s_store_of_several_units(compress: str, tmp_path: Path)
     assert store_digest(old) == store_digest(new)
 
 
+@pytest.mark.slow
 def test_stopped_before_or_after_any_durable_write_the_result_is_the_same(
     stores: tuple[Path, Path], tmp_path: Path
 ) -> None:

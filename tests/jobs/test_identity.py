@@ -104,6 +104,7 @@ def test_a_job_file_too_large_to_be_one_is_not_parsed(tmp_path: Path) -> None:
         read_job(results)
 
 
+@pytest.mark.slow
 def test_whatever_lies_in_a_stores_folder_counts_however_large(tmp_path: Path) -> None:
     (tmp_path / "notes").touch()
     os.truncate(tmp_path / "notes", (512 << 20) + 1)  # sparse

@@ -152,6 +152,7 @@ def test_units_that_save_more_than_they_hold_come_first() -> None:
     assert placement is not None and all(tape.file_nbytes[unit] == 10 for unit in placement.resident)
 
 
+@pytest.mark.slow
 def test_large_tapes_are_placed_in_no_time() -> None:
     tape = tape_of([14, 14, 14, 14, 57, 57] * 500, counts=[6] * 500)
     for held, available in itertools.product((UNHELD, Held(True, True)), range(200, tape.total, tape.total // 20)):
