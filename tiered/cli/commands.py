@@ -158,13 +158,16 @@ def _stated() -> frozenset[str]:
 @click.option("--force", is_flag=True, help="Replace the store or unfinished conversion that is in the way.")
 @click.option("--revision", help="Branch, tag or commit of a hub repository.")
 @click.option("--delete-downloads", is_flag=True, help="Remove each file that this downloads once it is converted.")
+@click.option("--from", "weights", type=_ANY_PATH, help="The weights of the model that SOURCE names, in whatever form.")
+@click.option("--md5", type=_ANY_PATH, help="Test the weight files first, by a list that md5sum wrote.")
 @click.option("--synthetic", is_flag=True, help="Random weights of a known shape (or a toml file), for benchmarks.")
 @click.option("--distinct-blocks", type=_POSITIVE, metavar="N", help="Synthetic: store only N layers.")
 @click.option("--seed", default=0, show_default=True, help="Of synthetic weights.")
 def convert(source: str, output: Path | None, **options: Any) -> None:
     """Convert SOURCE into a store that 'tiered generate' runs.
 
-    SOURCE is a Hugging Face folder, a hub id such as facebook/opt-6.7b, or a known name such as opt-125m. An
+    SOURCE is a Hugging Face folder, a hub id such as facebook/opt-6.7b, or a known name such as opt-125m. OPT may be in
+    metaseq's files (a folder, or one of its *.pt) or in FlexGen's too: 'tiered convert opt-175b --from PATH'. An
     interrupted conversion is resumed by the same command.
 
     A SOURCE that is a store of an earlier format version is upgraded in place; its weights stay the same.

@@ -1,0 +1,243 @@
+"""Checkpoints as metaseq writes them: `NAME[-model_part-P][-shardS].pt`, whatever is left out.
+
+In: a folder's files. Out: for each model-parallel part, its tensors by metaseq's names and where in which files they
+lie, which `opt.py` puts together. A part is one file with its tensors, or, as its training has left it (fairscale's
+FSDP), a file for each shard: all parameters of a layer are flattened into one vector, which is padded and cut into as
+many equal slices as there are shards. Missing, extra, doubled and truncated files are found here.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from math import prod
+from pathlib import Path
+from typing import Any, Final
+
+import xxhash
+
+from tiered.convert.gather import Extent, Region, cut
+from tiered.convert.place import WeightFiles
+from tiered.convert.torch_file import TorchTensor, load_torch_file
+from tiered.errors import CheckpointError
+from tiered.files import reading
+
+_NAME: Final = re.compile(r"(?P<series>.+?)(?:-model_part-(?P<part>\d+))?(?:-shard(?P<shard>\d+))?\.pt")
+_FLAT: Final = re.compile(r"(?:^|\.)flat_param_\d+$")
+_WRAPPERS: Final = re.compile(r"\b(?:_fsdp_wrapped_module|_fpw_module)\.")
+"""Modules of the training program within the names of parameters."""
+_OUT: Final = "decoder.layers.0.self_attn.out_proj.weight"
+"""[hidden, hidden / parts]"""
+_SPLIT: Final = re.compile(r"(embed_tokens|qkv_proj|fc1|fc2)\.weight$")
+"""Weights of which no two files hold the same values."""
+_SAMPLES: Final = 8
+_SAMPLE_NBYTES: Final = 4096
+_SHOWN: Final = 5
+
+
+@dataclass(frozen=True)
+class Series:
+    """The files of one checkpoint: NAME, and which of the two numbers their names have."""
+
+    name: str
+    has_part: bool
+    has_shard: bool
+    files: Mapping[tuple[int, int], str]
+    """(part, shard) -> file."""
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """How many parts and shards there are, going by the largest numbers."""
+        return max(part for part, _ in self.files) + 1, max(shard for _, shard in self.files) + 1
+
+    def file(self, part: int, shard: int) -> str:
+        """What the file of a part and shard is called, whether or not it is there."""
+        numbers = (f"-model_part-{part}" * self.has_part, f"-shard{shard}" * self.has_shard)
+        return self.files.get((part, shard), f"{self.name}{''.join(numbers)}.pt")
+
+    def whole(self, where: str, parts: int, shards: int) -> None:
+        """Raise CheckpointError where files are missing, or extra, if there are so many parts and shards of each."""
+        wanted = {(part, shard) for part in range(parts) for shard in range(shards)}
+        for what, numbers in (("lacks", wanted - self.files.keys()), ("has more than", self.files.keys() - wanted)):
+            if numbers:
+                found = [self.file(*number) for number in sorted(numbers)]
+                raise CheckpointError(
+                    f"{where}: {what} the {len(wanted)} files of {parts} parts x {shards} shards that belong together: "
+                    f"{_some(found)}; {'put them there' if what == 'lacks' else 'remove them'}"
+                )
+
+
+def find_series(files: WeightFiles, only: str | None) -> Series | None:
+    """The checkpoint among `files` that `only`, one of its files, belongs to, or the only one; None where there is
+    none. Raises CheckpointError where there are several, or files are missing."""
+    found: dict[tuple[str, bool, bool], dict[tuple[int, int], str]] = defaultdict(dict)
+    for name in sorted(files.names):
+        match = _NAME.fullmatch(name)
+        if match is None:
+            continue
+        series = found[match["series"], match["part"] is not None, match["shard"] is not None]
+        other = series.setdefault((int(match["part"] or 0), int(match["shard"] or 0)), name)
+        if other != name:
+            raise CheckpointError(f"{files.name}: {other} and {name} have the same number; remove one of them")
+    every = [Series(*key, series) for key, series in found.items()]
+    chosen = [series for series in every if only is None or only in series.files.values()]
+    if len(chosen) > 1:
+        kinds = [f"{min(series.files.values())} ({len(series.files)} files)" for series in every]
+        raise CheckpointError(
+            f"{files.name}: holds several checkpoints: {_some(kinds)}; remove the files that do not belong to the "
+            "model, or pass a file of the one that is meant in place of the folder"
+        )
+    if not chosen:
+        return None
+    chosen[0].whole(files.name, *chosen[0].counts)
+    return chosen[0]
+
+
+def read_series(files: WeightFiles, series: Series) -> list[dict[str, Region]]:
+    """The tensors of each part, by metaseq's names."""
+    parts: list[dict[str, Region]] = []
+    for part in range(series.counts[0]):
+        parts.append(_read_part(files, series, part))
+        out = parts[0].get(_OUT)
+        if not part and out is not None and len(out.shape) == 2 and out.shape[1]:
+            series.whole(files.name, out.shape[0] // out.shape[1], series.counts[1])
+    _check_doubled(parts)
+    return parts
+
+
+@dataclass(frozen=True)
+class _Vector:
+    """Parameters that are flattened into one vector, as a shard's metadata tells."""
+
+    key: str
+    """What the vector is called."""
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    padding: int
+    """Values at the end of this shard's slice that are none."""
+
+    @property
+    def parameters(self) -> tuple[object, ...]:
+        """What all shards must agree on."""
+        return self.key, self.names, self.shapes
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """What one file holds."""
+
+    path: Path
+    tensors: Mapping[str, Region]
+    vectors: tuple[_Vector, ...]
+
+    @classmethod
+    def read(cls, path: Path) -> "_Shard":
+        loaded = load_torch_file(path)
+        model = loaded.get("model", loaded) if isinstance(loaded, dict) else None
+        found = model.items() if isinstance(model, dict) else ()
+        tensors = {
+            _WRAPPERS.sub("", name): tensor.region(path, name)
+            for name, tensor in found
+            if isinstance(name, str) and isinstance(tensor, TorchTensor)
+        }
+        if not tensors:
+            raise CheckpointError(
+                f"{path}: holds no tensors; expected a checkpoint of metaseq ('model': tensors by name)"
+            )
+        if not any(map(_FLAT.search, tensors)):
+            return cls(path, tensors, ())
+        try:
+            return cls(path, tensors, tuple(_vectors(loaded["shard_metadata"])))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(
+                f"{path}: its shard_metadata does not say which parameters are flattened ({error!r:.200}); "
+                "download the file again"
+            ) from None
+
+
+def _vectors(metadata: Any) -> Iterator[_Vector]:
+    for module in metadata["param_metadata"]:
+        for key, value in module["params"].items():
+            names, shapes, padding = tuple(value["names"]), tuple(map(tuple, value["shapes"])), value["padding"]
+            numels = tuple(value["numels"])
+            if any(size < 0 for size in chain.from_iterable(shapes)):
+                raise ValueError(f"{key}: shapes {shapes}")
+            if len(names) != len(shapes) or numels != tuple(map(prod, shapes)):
+                raise ValueError(f"{key}: {len(names)} names, {len(shapes)} shapes, {len(numels)} sizes")
+            if type(padding) is not int or padding < 0:
+                raise ValueError(f"{key}: padding {padding!r}")
+            path = module["fsdp_path"]
+            within = tuple(_WRAPPERS.sub("", ".".join(filter(None, (path, name)))) for name in (key, *names))
+            yield _Vector(within[0], within[1:], shapes, padding)
+
+
+def _read_part(files: WeightFiles, series: Series, part: int) -> dict[str, Region]:
+    """The tensors of a part, each in as many files as it happens to be spread over."""
+    shards = [_Shard.read(files.path(series.file(part, shard))) for shard in range(series.counts[1])]
+    first = shards[0]
+    if not first.vectors and len(shards) > 1:
+        raise CheckpointError(f"{first.path}: has no flattened parameters, though there are {len(shards)} shards of it")
+    tensors = dict(first.tensors)
+    for number, vector in enumerate(first.vectors):
+        tensors.pop(vector.key, None)
+        whole = _whole_vector(files, series, part, shards, number)
+        start = 0
+        for name, shape in zip(vector.names, vector.shapes, strict=True):
+            nbytes = prod(shape) * whole.dtype.itemsize
+            tensors[name] = Region(whole.dtype, shape, cut(whole.extents, start, nbytes))
+            start += nbytes
+    flat = sorted(filter(_FLAT.search, tensors))
+    if flat:
+        raise CheckpointError(f"{first.path}: its shard_metadata does not say what is in {_some(flat)}")
+    return tensors
+
+
+def _whole_vector(files: WeightFiles, series: Series, part: int, shards: Sequence[_Shard], number: int) -> Region:
+    """A vector of flattened parameters without its padding: the slices of all shards, one after the other."""
+    vector = shards[0].vectors[number]
+    total = sum(map(prod, vector.shapes))
+    extents: list[Extent] = []
+    slices: list[Region] = []
+    for shard in shards:
+        here = shard.vectors[number] if number < len(shard.vectors) else None
+        region = shard.tensors.get(vector.key)
+        if here is None or region is None or here.parameters != vector.parameters:
+            raise CheckpointError(f"{shard.path}: has other parameters in {vector.key} than {shards[0].path.name}")
+        slices.append(region)
+        if (region.dtype, region.shape) != (slices[0].dtype, slices[0].shape) or here.padding > prod(region.shape):
+            raise CheckpointError(
+                f"{shard.path}: {vector.key} is {list(region.shape)} with {here.padding} values of padding, expected "
+                f"{list(slices[0].shape)} as in {shards[0].path.name}; download the file again"
+            )
+        extents += cut(region.extents, 0, region.nbytes - here.padding * region.dtype.itemsize)
+    found = sum(extent.nbytes for extent in extents) // slices[0].dtype.itemsize
+    if found != total:
+        series.whole(files.name, series.counts[0], -(-total // max(1, prod(slices[0].shape))))
+        raise CheckpointError(
+            f"{shards[0].path} and the other shards of part {part}: {vector.key} has {found:,} values, expected "
+            f"{total:,}; download them again"
+        )
+    return Region(slices[0].dtype, (total,), tuple(extents))
+
+
+def _check_doubled(parts: Sequence[Mapping[str, Region]]) -> None:
+    """Raise CheckpointError where two files hold the same values of weights that are split among files."""
+    split = [region for part in parts for name, region in part.items() if _SPLIT.search(name)]
+    held: dict[Path, list[Extent]] = defaultdict(list)
+    for extent in chain.from_iterable(region.extents for region in split):
+        held[extent.path].append(extent)
+    seen: dict[str, Path] = {}
+    for path, extents in held.items():
+        digest = xxhash.xxh3_128()
+        with reading(path), path.open("rb", buffering=0) as file:
+            for _, offset, nbytes in sorted(extents, key=lambda extent: -extent.nbytes)[:_SAMPLES]:
+                file.seek(offset)
+                digest.update(file.read(min(nbytes, _SAMPLE_NBYTES)))
+        other = seen.setdefault(digest.hexdigest(), path)
+        if other is not path:
+            raise CheckpointError(f"{path}: holds the same weights as {other.name}; download it again")
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
