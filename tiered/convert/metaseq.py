@@ -7,8 +7,8 @@ many equal slices as there are shards. Missing, extra, doubled and truncated fil
 """
 
 import re
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from math import prod
@@ -97,12 +97,15 @@ def find_series(files: WeightFiles, only: str | None) -> Series | None:
 def read_series(files: WeightFiles, series: Series) -> list[dict[str, Region]]:
     """The tensors of each part, by metaseq's names."""
     parts: list[dict[str, Region]] = []
+    every: list[_Shard] = []
     for part in range(series.counts[0]):
-        parts.append(_read_part(files, series, part))
+        shards = [_Shard.read(files.path(series.file(part, shard))) for shard in range(series.counts[1])]
+        parts.append(_whole_part(files, series, part, shards))
+        every += shards
         out = parts[0].get(_OUT)
         if not part and out is not None and len(out.shape) == 2 and out.shape[1]:
             series.whole(files.name, out.shape[0] // out.shape[1], series.counts[1])
-    _check_doubled(parts)
+    _check_doubled(parts, every)
     return parts
 
 
@@ -172,9 +175,8 @@ def _vectors(metadata: Any) -> Iterator[_Vector]:
             yield _Vector(within[0], within[1:], shapes, padding)
 
 
-def _read_part(files: WeightFiles, series: Series, part: int) -> dict[str, Region]:
+def _whole_part(files: WeightFiles, series: Series, part: int, shards: Sequence[_Shard]) -> dict[str, Region]:
     """The tensors of a part, each in as many files as it happens to be spread over."""
-    shards = [_Shard.read(files.path(series.file(part, shard))) for shard in range(series.counts[1])]
     first = shards[0]
     if not first.vectors and len(shards) > 1:
         raise CheckpointError(f"{first.path}: has no flattened parameters, though there are {len(shards)} shards of it")
@@ -221,22 +223,24 @@ def _whole_vector(files: WeightFiles, series: Series, part: int, shards: Sequenc
     return Region(slices[0].dtype, (total,), tuple(extents))
 
 
-def _check_doubled(parts: Sequence[Mapping[str, Region]]) -> None:
-    """Raise CheckpointError where two files hold the same values of weights that are split among files."""
-    split = [region for part in parts for name, region in part.items() if _SPLIT.search(name)]
-    held: dict[Path, list[Extent]] = defaultdict(list)
-    for extent in chain.from_iterable(region.extents for region in split):
-        held[extent.path].append(extent)
+def _check_doubled(parts: Sequence[Mapping[str, Region]], shards: Iterable[_Shard]) -> None:
+    """Raise CheckpointError where two files hold the same values, other than of what every part has all of."""
+    split: Counter[Path] = Counter()
+    for extent in chain.from_iterable(r.extents for part in parts for name, r in part.items() if _SPLIT.search(name)):
+        split[extent.path] += extent.nbytes
     seen: dict[str, Path] = {}
-    for path, extents in held.items():
+    for shard in shards:
+        regions = sorted(shard.tensors.values(), key=lambda region: -region.nbytes)
+        if 8 * split[shard.path] < sum(region.nbytes for region in regions):
+            continue
         digest = xxhash.xxh3_128()
-        with reading(path), path.open("rb", buffering=0) as file:
-            for _, offset, nbytes in sorted(extents, key=lambda extent: -extent.nbytes)[:_SAMPLES]:
-                file.seek(offset)
-                digest.update(file.read(min(nbytes, _SAMPLE_NBYTES)))
-        other = seen.setdefault(digest.hexdigest(), path)
-        if other is not path:
-            raise CheckpointError(f"{path}: holds the same weights as {other.name}; download it again")
+        with reading(shard.path), shard.path.open("rb", buffering=0) as file:
+            for _, offset, nbytes in chain.from_iterable(region.extents for region in regions[:_SAMPLES]):
+                file.seek(offset + nbytes // 3)
+                digest.update(file.read(min(nbytes // 3, _SAMPLE_NBYTES)))
+        other = seen.setdefault(digest.hexdigest(), shard.path)
+        if other is not shard.path:
+            raise CheckpointError(f"{shard.path}: holds the same weights as {other.name}; download it again")
 
 
 def _some(names: Sequence[str]) -> str:

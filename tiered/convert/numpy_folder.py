@@ -33,8 +33,10 @@ def _region(path: Path) -> Region:
             version = np.lib.format.read_magic(file)
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             shape, is_transposed, dtype = read(file)
-        # A header is a Python literal, and what is wrong with one comes in as many kinds.
-        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
+        except OSError:
+            raise
+        except Exception as error:
+            # A header is a Python literal, which is parsed in several ways; what is wrong with one may raise anything.
             raise CheckpointError(
                 f"{path}: not in numpy's format ({shortened(error)}); download or make the file again"
             ) from None
