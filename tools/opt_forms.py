@@ -49,8 +49,9 @@ def write_form(
             mine["decoder.output_projection.weight"] = mine["decoder.embed_tokens.weight"]
             _save({"model": mine}, path, legacy)
             continue
+        modules = _flattened(mine)
         for shard in range(shards):
-            _save(_shard(mine, shard, shards), path.with_name(f"{path.stem}-shard{shard}.pt"), legacy)
+            _save(_shard(modules, shard, shards), path.with_name(f"{path.stem}-shard{shard}.pt"), legacy)
     return folder
 
 
@@ -83,33 +84,31 @@ def _part(tensors: State, part: int, parts: int) -> Iterator[tuple[str, torch.Te
             yield name, tensor
 
 
-def _shard(part: State, shard: int, shards: int) -> dict[str, Any]:
-    """Shard `shard` of `shards` of a part, as fairscale's FSDP cuts it: a vector for the layers of each module."""
+def _flattened(part: State) -> dict[str, tuple[dict[str, torch.Tensor], torch.Tensor]]:
+    """For each module that FSDP wraps, its parameters, and all of them in one vector."""
     modules: dict[str, dict[str, torch.Tensor]] = {}
-    model: dict[str, torch.Tensor] = OrderedDict()
     for name, tensor in part.items():
         path = ".".join(name.split(".")[:3]) if name.startswith("decoder.layers.") else ""
         if name != "decoder.version":
             modules.setdefault(path, {})[name.removeprefix(f"{path}.")] = tensor
-        else:
-            model[name] = tensor
+    return {path: (own, torch.cat([tensor.reshape(-1) for tensor in own.values()])) for path, own in modules.items()}
+
+
+def _shard(
+    modules: Mapping[str, tuple[dict[str, torch.Tensor], torch.Tensor]], shard: int, shards: int
+) -> dict[str, Any]:
+    """Shard `shard` of `shards` of a part, as fairscale's FSDP cuts it: a slice of each module's vector."""
+    model = OrderedDict({"decoder.version": torch.tensor([3.0])})
     metadata = []
-    for path, tensors in modules.items():
-        vector = torch.cat([tensor.reshape(-1) for tensor in tensors.values()])
+    for path, (tensors, vector) in modules.items():
         numel = -(-vector.numel() // shards)
         mine = vector[shard * numel : (shard + 1) * numel]
         padding = numel - mine.numel()
         model[".".join(filter(None, (path, "flat_param_0")))] = torch.cat([mine, torch.zeros(padding).to(mine.dtype)])
         names, shapes = list(tensors), [tensor.shape for tensor in tensors.values()]
         params = {"names": names, "shapes": shapes, "numels": [prod(shape) for shape in shapes], "padding": padding}
-        metadata.append(
-            {
-                "fsdp_path": path,
-                "params": {"flat_param_0": params},
-                "no_broadcast_optim_state": False,
-                "shared_param_info": [],
-            }
-        )
+        module = {"fsdp_path": path, "params": {"flat_param_0": params}}
+        metadata.append({**module, "no_broadcast_optim_state": False, "shared_param_info": []})
     return {
         "model": model,
         "shard_metadata": {"param_metadata": metadata, "buffer_names": ["decoder.version"]},
