@@ -104,7 +104,7 @@ def test_code_in_a_pickle_is_passed_over_and_not_run(zipped: bool, tmp_path: Pat
         b"K\x01r\xff\xff\xff\xff.",  # remembered as number 4294967295
         b"B\xff\xff\xff\xff.",
         b"\x8e\xff\xff\xff\xff\xff\xff\xff\x7f.",
-        b"\x96\xff\xff\xff\xff\xff\xff\x00\x00.",
+        b"\x96\x00\x00\x00\x00\x10\x00\x00\x00.",  # 64 GiB of bytes
         b"\x95\xff\xff\xff\xff\xff\xff\xff\x7f.",
         b"\x82\x01.",
         b"S'x'\nQ.",

@@ -9,7 +9,7 @@ many equal slices as there are shards. Missing, extra, doubled and truncated fil
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from math import prod
 from pathlib import Path
@@ -99,9 +99,9 @@ def read_series(files: WeightFiles, series: Series) -> list[dict[str, Region]]:
     parts: list[dict[str, Region]] = []
     every: list[_Shard] = []
     for part in range(series.counts[0]):
-        shards = [_Shard.read(files.path(series.file(part, shard))) for shard in range(series.counts[1])]
-        parts.append(_whole_part(files, series, part, shards))
-        every += shards
+        for shard in range(series.counts[1]):
+            every.append(_Shard.read(files.path(series.file(part, shard))).sharing(every[:1]))
+        parts.append(_whole_part(files, series, part, every[-series.counts[1] :]))
         out = parts[0].get(_OUT)
         if not part and out is not None and len(out.shape) == 2 and out.shape[1]:
             series.whole(files.name, out.shape[0] // out.shape[1], series.counts[1])
@@ -157,6 +157,12 @@ class _Shard:
                 f"{path}: its shard_metadata does not say which parameters are flattened ({error!r:.200}); "
                 "download the file again"
             ) from None
+
+    def sharing(self, others: Iterable["_Shard"]) -> "_Shard":
+        """The same, with the names and shapes of `others` where they are the same: a thousand copies take memory."""
+        known = {vector.parameters: vector for other in others for vector in other.vectors}
+        vectors = (replace(known.get(vector.parameters, vector), padding=vector.padding) for vector in self.vectors)
+        return replace(self, vectors=tuple(vectors))
 
 
 def _vectors(metadata: Any) -> Iterator[_Vector]:

@@ -16,7 +16,8 @@ from contextlib import contextmanager
 from io import BytesIO
 from math import prod
 from pathlib import Path
-from typing import IO, Any, Final, NoReturn
+from pickle import BYTEARRAY8
+from typing import IO, Any, ClassVar, Final, NoReturn
 
 import torch
 
@@ -139,6 +140,9 @@ class _Parameter(_Fixed):
 
 # The one written in Python: the other's list of remembered objects is as long as the largest number in a pickle.
 class _Unpickler(pickle._Unpickler):
+    # Without what fills memory of the length that a pickle claims before it reads: torch does not write it.
+    dispatch: ClassVar = {code: load for code, load in pickle._Unpickler.dispatch.items() if code != BYTEARRAY8[0]}
+
     def __init__(self, file: Any, storages: "_Storages") -> None:
         super().__init__(file, encoding="utf-8")
         self._storages = storages
@@ -250,7 +254,7 @@ def load_torch_file(path: Path) -> Any:
             if magic != _ZIP_MAGIC:
                 return _load_legacy(path, file)
             zipped = _Zip(file, path)
-            return _Unpickler(_Limited(BytesIO(zipped.read("data.pkl"))), _Storages(path, zipped)).load()
+            return _Unpickler(BytesIO(zipped.read("data.pkl")), _Storages(path, zipped)).load()
     except FileNotFoundError:
         raise CheckpointError(f"{path}: missing; put it back") from None
 
