@@ -12,7 +12,7 @@ from transformers import AutoConfig
 
 from tests.convert.models import save_model, store_digest
 from tests.convert.opt import FORMS, SHAPE, opt_model, write
-from tiered.convert import ConvertOptions, convert_checkpoint
+from tiered.convert import ConvertOptions, ConvertProgress, convert_checkpoint
 from tiered.errors import BudgetError, CheckpointError, ConfigError, TieredError
 from tiered.store import Store
 
@@ -78,8 +78,10 @@ def test_a_name_says_which_model_the_weights_must_be(tiny: Path, tmp_path: Path)
         assert not out.exists()
         convert_checkpoint("tiny-opt", out, ConvertOptions(weights=tiny / form))
     assert store_digest(tmp_path / "huggingface") == store_digest(tiny / "expected")
-    with pytest.raises(ConfigError, match="no such folder; expected a model folder"):
+    with pytest.raises(ConfigError, match="no such folder; pass the one"):
         convert_checkpoint("tiny-opt", tmp_path / "out", ConvertOptions(weights=tmp_path / "nowhere"))
+    with pytest.raises(CheckpointError, match="holds no weights; expected checkpoint_last"):
+        convert_checkpoint("tiny-opt", tmp_path / "out", ConvertOptions(weights=tmp_path))
 
 
 def test_files_that_the_folder_has_are_not_made(tiny: Path, tmp_path: Path) -> None:
@@ -128,7 +130,11 @@ RAW, PART = "checkpoint_last-model_part-{}-shard{}.pt", "checkpoint_1_8000-model
 @pytest.mark.parametrize(
     ("form", "damage", "message"),
     [
-        ("raw", remove(RAW.format(1, 1)), r"lacks the 6 files .*: checkpoint_last-model_part-1-shard1\.pt; put"),
+        (
+            "raw",
+            remove(RAW.format(1, 1)),
+            r"lacks some of the 6 files .*: checkpoint_last-model_part-1-shard1\.pt; put",
+        ),
         ("raw", remove(RAW.format(0, 2), RAW.format(1, 2)), r"lacks .*model_part-0-shard2\.pt, .*model_part-1-shard2"),
         (
             "raw",
@@ -153,7 +159,7 @@ RAW, PART = "checkpoint_last-model_part-{}-shard{}.pt", "checkpoint_1_8000-model
             lambda source: cut(source / RAW.format(3, 7)),
             r"model_part-3-shard7\.pt: has no storage of",
         ),
-        ("resharded", remove(PART.format(3)), r"lacks the 4 files .*: checkpoint_1_8000-model_part-3\.pt"),
+        ("resharded", remove(PART.format(3)), r"lacks some of the 4 files .*: checkpoint_1_8000-model_part-3\.pt"),
         ("resharded", duplicate(PART.format(0), PART.format(4)), r"more than the 4 files .*model_part-4\.pt; remove"),
         ("resharded", duplicate(PART.format(0), PART.format(2)), r"model_part-2\.pt: holds the same weights as"),
         ("resharded", lambda source: (source / PART.format(1)).write_bytes(b""), r"model_part-1\.pt: cannot be read"),
@@ -161,6 +167,11 @@ RAW, PART = "checkpoint_last-model_part-{}-shard{}.pt", "checkpoint_1_8000-model
             "singleton",
             lambda source: cut(source / "restored.pt"),
             r"restored\.pt: cannot be read as a torch checkpoint",
+        ),
+        (
+            "raw",
+            move(RAW.format(1, 2), RAW.format(1, 10**8)),
+            r"lacks some of the 200000002 files .* and 199,999,991 more",
         ),
         ("numpy", remove("decoder.layers.1.fc1.bias"), r"lacks decoder\.layers\.1\.fc1\.bias, which other layers have"),
         ("numpy", lambda source: cut(source / "decoder.layers.2.fc2.weight"), r"layers\.2\.fc2\.weight: has .* bytes"),
@@ -198,6 +209,10 @@ def test_a_file_that_goes_bad_half_way_is_named_and_the_rest_resumes(
     source, out = copy(tiny, form, tmp_path), tmp_path / "out"
     aside = tmp_path / "aside"
 
+    def stop(progress: ConvertProgress) -> None:
+        if progress.block == "layer-001":
+            raise KeyboardInterrupt
+
     def spoil(progress: object) -> None:
         if (source / name).exists():
             shutil.copy2(source / name, aside)
@@ -206,6 +221,8 @@ def test_a_file_that_goes_bad_half_way_is_named_and_the_rest_resumes(
     def spoil_more(progress: object) -> None:
         (source / name).write_bytes(b"")
 
+    with pytest.raises(KeyboardInterrupt):
+        convert_checkpoint(source, out, progress=stop)
     for damage, message in ((spoil, "gone since the conversion began"), (spoil_more, "it was truncated")):
         with pytest.raises(CheckpointError, match=rf"{re.escape(name)}: .*{message}"):
             convert_checkpoint(source, out, progress=damage)

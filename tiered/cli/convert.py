@@ -25,7 +25,7 @@ def run(source: str, output: Path | None, ram: str | None, group_size: str, **op
     try:
         with StatusLine() as status:
             # Opening what is on the hub shows the hub library's own bars. A name may be longer than any path.
-            if os.path.exists(source):  # noqa: PTH110
+            if settings.weights is not None or os.path.exists(source):  # noqa: PTH110
                 status.say("opening")
             result = convert_checkpoint(source, output, settings, _Screen(status).show)
     except KeyboardInterrupt:

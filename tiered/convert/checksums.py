@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Final
 
 from tiered.convert.workers import worker_count
-from tiered.errors import CheckpointError, ConfigError, CorruptError
+from tiered.errors import CheckpointError, ConfigError, CorruptError, some
 from tiered.files import MOST_JSON_NBYTES, read_whole, reading
 
 _LINE: Final = re.compile(r"(?P<md5>[0-9a-fA-F]{32})\s+\*?(?P<path>\S.*)")
-_SHOWN: Final = 5
 
 
 def check_md5(listed: Path, files: Mapping[str, Path]) -> None:
@@ -27,14 +26,14 @@ def check_md5(listed: Path, files: Mapping[str, Path]) -> None:
     unlisted = sorted(files.keys() - expected.keys())
     if unlisted:
         raise ConfigError(
-            f"{listed}: has no checksum of {_some(unlisted)}; expected a line for each weight file, MD5 and name"
+            f"{listed}: has no checksum of {some(unlisted)}; expected a line for each weight file, MD5 and name"
         )
     with ThreadPoolExecutor(worker_count()) as pool:
         found = dict(zip(files, pool.map(_md5, files.values()), strict=True))
     wrong = sorted(name for name, md5 in found.items() if md5 != expected[name])
     if wrong:
         raise CheckpointError(
-            f"{_some([str(files[name]) for name in wrong])}: {len(wrong)} of {len(files)} files have another MD5 than "
+            f"{some([str(files[name]) for name in wrong])}: {len(wrong)} of {len(files)} files have another MD5 than "
             f"{listed} says; download them again"
         )
 
@@ -42,7 +41,3 @@ def check_md5(listed: Path, files: Mapping[str, Path]) -> None:
 def _md5(path: Path) -> str:
     with reading(path), path.open("rb", buffering=0) as file:
         return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")

@@ -10,7 +10,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, islice
 from math import prod
 from pathlib import Path
 from typing import Any, Final
@@ -20,10 +20,10 @@ import xxhash
 from tiered.convert.gather import Extent, Region, cut
 from tiered.convert.place import WeightFiles
 from tiered.convert.torch_file import TorchTensor, load_torch_file
-from tiered.errors import CheckpointError
+from tiered.errors import SHOWN, CheckpointError, some
 from tiered.files import reading
 
-_NAME: Final = re.compile(r"(?P<series>.+?)(?:-model_part-(?P<part>\d+))?(?:-shard(?P<shard>\d+))?\.pt")
+_NAME: Final = re.compile(r"(?P<series>.+?)(?:-model_part-(?P<part>\d{1,9}))?(?:-shard(?P<shard>\d{1,9}))?\.pt")
 _FLAT: Final = re.compile(r"(?:^|\.)flat_param_\d+$")
 _WRAPPERS: Final = re.compile(r"\b(?:_fsdp_wrapped_module|_fpw_module)\.")
 """Modules of the training program within the names of parameters."""
@@ -33,7 +33,6 @@ _SPLIT: Final = re.compile(r"(embed_tokens|qkv_proj|fc1|fc2)\.weight$")
 """Weights of which no two files hold the same values."""
 _SAMPLES: Final = 8
 _SAMPLE_NBYTES: Final = 4096
-_SHOWN: Final = 5
 
 
 @dataclass(frozen=True)
@@ -58,14 +57,18 @@ class Series:
 
     def whole(self, where: str, parts: int, shards: int) -> None:
         """Raise CheckpointError where files are missing, or extra, if there are so many parts and shards of each."""
-        wanted = {(part, shard) for part in range(parts) for shard in range(shards)}
-        for what, numbers in (("lacks", wanted - self.files.keys()), ("has more than", self.files.keys() - wanted)):
-            if numbers:
-                found = [self.file(*number) for number in sorted(numbers)]
-                raise CheckpointError(
-                    f"{where}: {what} the {len(wanted)} files of {parts} parts x {shards} shards that belong together: "
-                    f"{_some(found)}; {'put them there' if what == 'lacks' else 'remove them'}"
-                )
+        extra = sorted(number for number in self.files if number[0] >= parts or number[1] >= shards)
+        # One by one: a number in a name may be of any size.
+        every = ((part, shard) for part in range(parts) for shard in range(shards))
+        missing = (number for number in every if number not in self.files)
+        count = parts * shards - len(self.files) + len(extra)
+        if count or extra:
+            what = "lacks some of" if count else "has more than"
+            found = [self.file(*number) for number in (islice(missing, SHOWN) if count else extra)]
+            raise CheckpointError(
+                f"{where}: {what} the {parts * shards} files of {parts} parts x {shards} shards that belong together: "
+                f"{some(found, count)}; {'put them there' if count else 'remove them'}"
+            )
 
 
 def find_series(files: WeightFiles, only: str | None) -> Series | None:
@@ -85,7 +88,7 @@ def find_series(files: WeightFiles, only: str | None) -> Series | None:
     if len(chosen) > 1:
         kinds = [f"{min(series.files.values())} ({len(series.files)} files)" for series in every]
         raise CheckpointError(
-            f"{files.name}: holds several checkpoints: {_some(kinds)}; remove the files that do not belong to the "
+            f"{files.name}: holds several checkpoints: {some(kinds)}; remove the files that do not belong to the "
             "model, or pass a file of the one that is meant in place of the folder"
         )
     if not chosen:
@@ -197,7 +200,7 @@ def _whole_part(files: WeightFiles, series: Series, part: int, shards: Sequence[
             start += nbytes
     flat = sorted(filter(_FLAT.search, tensors))
     if flat:
-        raise CheckpointError(f"{first.path}: its shard_metadata does not say what is in {_some(flat)}")
+        raise CheckpointError(f"{first.path}: its shard_metadata does not say what is in {some(flat)}")
     return tensors
 
 
@@ -247,7 +250,3 @@ def _check_doubled(parts: Sequence[Mapping[str, Region]], shards: Iterable[_Shar
         other = seen.setdefault(digest.hexdigest(), shard.path)
         if other is not shard.path:
             raise CheckpointError(f"{shard.path}: holds the same weights as {other.name}; download it again")
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")

@@ -62,11 +62,9 @@ def resolve_folder(path: Path) -> Folder:
         return Folder(path)
     if path.suffix == ".pt" and path.exists():
         return Folder(path.parent, path.name)
-    what = "a file" if path.exists() else "no such folder"
-    raise ConfigError(
-        f"{path}: {what}; expected a model folder, a file of metaseq (*.pt)"
-        + (", a hub id or a known name" * path.exists())
-    )
+    if path.exists():
+        raise ConfigError(f"{path}: a file; expected a model folder, a .pt file of metaseq's, a hub id or a known name")
+    raise ConfigError(f"{path}: no such folder; pass the one that holds the weights")
 
 
 def resolve_shape(source: str | Path) -> ShapeFile:
@@ -120,6 +118,12 @@ def _find_opt(
     if not isinstance(files, LocalFiles) or not isinstance(place, Folder) or not (place.only or not has_weights(files)):
         return None
     opt = read_opt(files, place.only)
+    if opt is None and shape is not None and "config.json" not in files.names:
+        raise CheckpointError(
+            f"{place.path}: holds no weights; expected checkpoint_last-model_part-*-shard*.pt, "
+            "reshard-model_part-*.pt, a single .pt file of metaseq's, FlexGen's numpy files (decoder.embed_tokens.weight, ...), or a Hugging "
+            "Face checkpoint with its config.json"
+        )
     if opt is None:
         return None
     if "config.json" in files.names:

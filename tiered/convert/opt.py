@@ -24,7 +24,7 @@ from tiered.convert.metaseq import find_series, read_series
 from tiered.convert.numpy_folder import EMBEDDING, read_numpy
 from tiered.convert.place import WeightFiles
 from tiered.convert.synthetic import ShapeFile
-from tiered.errors import CheckpointError, ConfigError
+from tiered.errors import SHOWN, CheckpointError, ConfigError, some
 
 _ROWS: Final = re.compile(r"(embed_tokens|output_projection|lm_head|qkv_proj|[qkv]_proj|fc1)\.(weight|bias)")
 _COLUMNS: Final = re.compile(r"(out_proj|fc2)\.weight")
@@ -42,7 +42,6 @@ _IDENTIFYING: Final = (
     *("num_key_value_heads", "word_embed_proj_dim", "do_layer_norm_before"),
 )
 """Fields in which models of one family differ. How many tokens there are depends on how the vocabulary was padded."""
-_SHOWN: Final = 5
 
 
 @dataclass(frozen=True)
@@ -139,7 +138,7 @@ def _check_layers(where: str, parts: Sequence[Mapping[str, Region]]) -> None:
         different = sorted(parts[0].keys() ^ part.keys())
         if different:
             raise CheckpointError(
-                f"{where}: parts 0 and {number} hold different tensors: {_some(different)} is only in one of them; "
+                f"{where}: parts 0 and {number} hold different tensors: {some(different)} is only in one of them; "
                 "download the files of both again"
             )
     layers: dict[int, set[str]] = defaultdict(set)
@@ -153,9 +152,9 @@ def _check_layers(where: str, parts: Sequence[Mapping[str, Region]]) -> None:
         for name in every
         if name not in layers.get(number, ())
     )
-    found = list(islice(missing, _SHOWN + 1))
+    found = list(islice(missing, SHOWN + 1))
     if found:
-        raise CheckpointError(f"{where}: lacks {_some(found)}, which other layers have; download what is missing")
+        raise CheckpointError(f"{where}: lacks {some(found)}, which other layers have; download what is missing")
 
 
 def _gather(where: str, parts: Sequence[Mapping[str, Region]]) -> Iterator[tuple[str, Gathered]]:
@@ -203,7 +202,7 @@ def _fields(where: str, tensors: Mapping[str, Gathered]) -> dict[str, Any]:
         if found is None or len(found.stored.shape) != 2:
             raise CheckpointError(
                 f"{where}: lacks decoder.{name}.weight, expected the tensors of an OPT model by metaseq's names; it "
-                f"has {_some(sorted(tensors))}"
+                f"has {some(sorted(tensors))}"
             )
         shapes.append(found.stored.shape)
     (tokens, embedded), (positions, _), (ffn, hidden) = shapes
@@ -218,7 +217,3 @@ def _fields(where: str, tensors: Mapping[str, Gathered]) -> dict[str, Any]:
         "vocab_size": tokens,
         "word_embed_proj_dim": embedded,
     }
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (", …" if len(names) > _SHOWN else "")
