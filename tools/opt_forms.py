@@ -46,6 +46,7 @@ def write_form(
         mine = OrderedDict(_part(tensors, part, parts))
         path = folder / (f"{series}.pt" if form == "singleton" else f"{series}-model_part-{part}.pt")
         if form != "raw":
+            mine["decoder.embed_positions._float_tensor"] = torch.zeros(1)
             mine["decoder.output_projection.weight"] = mine["decoder.embed_tokens.weight"]
             _save({"model": mine}, path, legacy)
             continue

@@ -121,8 +121,8 @@ def _find_opt(
     if opt is None and shape is not None and "config.json" not in files.names:
         raise CheckpointError(
             f"{place.path}: holds no weights; expected checkpoint_last-model_part-*-shard*.pt, "
-            "reshard-model_part-*.pt, a single .pt file of metaseq's, FlexGen's numpy files (decoder.embed_tokens.weight, ...), or a Hugging "
-            "Face checkpoint with its config.json"
+            "reshard-model_part-*.pt, a single .pt file of metaseq's, FlexGen's numpy files "
+            "(decoder.embed_tokens.weight, ...), or a Hugging Face checkpoint with its config.json"
         )
     if opt is None:
         return None

@@ -14,7 +14,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import filterfalse, islice
 from typing import Any, Final
 
 from tiered.configs_path import config_dir
@@ -36,6 +36,8 @@ _RENAMED: Final = {
     "decoder.project_out_dim.": "decoder.project_out.",
     "decoder.output_projection.": "lm_head.",
 }
+_STATELESS: Final = re.compile(r"\.(version|_float_tensor)$")
+"""What metaseq's modules keep beside their parameters."""
 _LAYER: Final = re.compile(r"decoder\.layers\.(\d{1,6})\.(.+)")
 _IDENTIFYING: Final = (
     *("hidden_size", "num_hidden_layers", "ffn_dim", "intermediate_size", "num_attention_heads"),
@@ -159,7 +161,7 @@ def _check_layers(where: str, parts: Sequence[Mapping[str, Region]]) -> None:
 
 def _gather(where: str, parts: Sequence[Mapping[str, Region]]) -> Iterator[tuple[str, Gathered]]:
     """Each tensor by Hugging Face's name, and the pieces of the parts that it is made of."""
-    for name in parts[0]:
+    for name in filterfalse(_STATELESS.search, parts[0]):
         regions = [part[name] for part in parts]
         shape = regions[0].shape
         odd = [number for number, part in enumerate(regions) if (part.shape, part.dtype) != (shape, regions[0].dtype)]
