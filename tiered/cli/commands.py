@@ -161,13 +161,15 @@ def _stated() -> frozenset[str]:
 @click.option("--synthetic", is_flag=True, help="Random weights of a known shape (or a toml file), for benchmarks.")
 @click.option("--distinct-blocks", type=_POSITIVE, metavar="N", help="Synthetic: store only N layers.")
 @click.option("--seed", default=0, show_default=True, help="Of synthetic weights.")
+@click.option("--tokenizer", type=_ANY_PATH, help="A folder or tokenizer.json to take instead of SOURCE's tokenizer.")
 def convert(source: str, output: Path | None, **options: Any) -> None:
     """Convert SOURCE into a store that 'tiered generate' runs.
 
     SOURCE is a Hugging Face folder, a hub id such as facebook/opt-6.7b, or a known name such as opt-125m. An
     interrupted conversion is resumed by the same command.
 
-    A SOURCE that is a store of an earlier format version is upgraded in place; its weights stay the same.
+    A SOURCE that is a store of an earlier format version is upgraded in place; its weights stay the same. With
+    --tokenizer a store of any version gets another tokenizer, or its first.
     """
     if sys.stderr.isatty():
         # Downloads may take hours: let the hub library, imported below, show its own bars, which `main` switches off.

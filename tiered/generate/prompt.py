@@ -86,5 +86,5 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, larges
         text = text[: _LONGEST_SHOWN - 3] + "..."
     raise ConfigError(
         f"this model knows tokens 0 to {vocab_size - 1}, found {largest}, as which its tokenizer reads {text}; "
-        "leave that out, or copy the model's own tokenizer files into the store"
+        "leave that out, or put the model's own into the store with 'tiered convert STORE --tokenizer PATH'"
     )

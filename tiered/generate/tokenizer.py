@@ -1,13 +1,15 @@
 """Loads a store's tokenizer and generation configuration; errors name the file to blame."""
 
 import json
+import shlex
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from tiered.arch import read_tokenizer
 from tiered.errors import StoreError, shortened
 from tiered.files import MOST_JSON_NBYTES, read_whole
 from tiered.store import Store
@@ -59,28 +61,21 @@ SAMPLING: Final[dict[str, Any]] = {
 """More such fields, which count only where do_sample is true."""
 
 
+def has_tokenizer(store: Store) -> bool:
+    """Whether the store has a tokenizer: one without takes and gives token ids only."""
+    return any((store.path / name).is_file() for name in VOCABULARIES)
+
+
 def load_tokenizer(store: Store) -> PreTrainedTokenizerBase:
     """The tokenizer that was copied into the store; raises StoreError where it is missing or damaged."""
     check_beside(store.path)
-    if not any((store.path / name).is_file() for name in VOCABULARIES):
-        raise StoreError(
-            f"{store.path}: has no tokenizer (none of {', '.join(VOCABULARIES)}); "
-            "copy the model's tokenizer files into the store"
-        )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(store.path, trust_remote_code=False, local_files_only=True)
-        # Some damage shows only when a tokenizer is used.
-        _ = str(tokenizer.decode(tokenizer("Once")["input_ids"])), len(tokenizer), tokenizer.eos_token_id
-    except BaseException as error:
-        # A tokenizer's own code may raise anything on a damaged file. A panic of a native one is no Exception, and its
-        # class cannot be imported: only its name tells.
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        raise StoreError(
-            f"{store.path}: its tokenizer cannot be used ({shortened(error)}); "
-            "copy the model's tokenizer files into the store"
-        ) from error
-    return tokenizer
+    if not has_tokenizer(store):
+        raise StoreError(f"{store.path}: has no tokenizer; {_remedy(store)} gives it the model's")
+    return read_tokenizer(store.path, str(store.path), StoreError, f"put the model's own there: {_remedy(store)}")
+
+
+def _remedy(store: Store) -> str:
+    return f"'tiered convert {shlex.quote(str(store.path))} --tokenizer PATH'"
 
 
 def load_generation_config(store: Store) -> GenerationConfig:
