@@ -9,6 +9,7 @@ import pytest
 from transformers import AutoTokenizer, GPT2Tokenizer
 
 from tests.commands import CHECKPOINT, make_store, run_here
+from tests.damage import without_tokenizer
 from tests.generate.tokenizers import byte_fallback
 from tiered.convert import ConvertOptions, convert_checkpoint
 from tiered.convert.tokenizer import GivenTokenizer
@@ -51,10 +52,7 @@ def source(tmp_path: Path) -> Path:
 @pytest.fixture
 def store(tmp_path: Path) -> Path:
     """A finished store without a tokenizer."""
-    folder = make_store(tmp_path)
-    for name in names_in(folder):
-        (folder / name).unlink()
-    return folder
+    return without_tokenizer(make_store(tmp_path), tmp_path)
 
 
 def assert_like(found: Any, expected: Any) -> None:

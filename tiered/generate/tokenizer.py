@@ -66,6 +66,11 @@ def has_tokenizer(store: Store) -> bool:
     return any((store.path / name).is_file() for name in VOCABULARIES)
 
 
+def load_tokenizer_if_any(store: Store) -> PreTrainedTokenizerBase | None:
+    """As `load_tokenizer`; None where the store has none."""
+    return load_tokenizer(store) if has_tokenizer(store) else None
+
+
 def load_tokenizer(store: Store) -> PreTrainedTokenizerBase:
     """The tokenizer that was copied into the store; raises StoreError where it is missing or damaged."""
     check_beside(store.path)
@@ -116,14 +121,16 @@ class GenerationSettings:
         )
 
 
-def load_generation_settings(store: Store, tokenizer: PreTrainedTokenizerBase) -> GenerationSettings:
+def load_generation_settings(store: Store, tokenizer: PreTrainedTokenizerBase | None) -> GenerationSettings:
     """The store's settings. Where none of its files names an end token, the tokenizer's counts.
+
+    Without a tokenizer there is no text to find stop strings in: they are among the others.
 
     Raises StoreError, naming file and field, for end tokens that are no integers and stop strings that are no texts.
     """
     config, path = load_generation_config(store), _generation_file(store)
     ids, stops = config.eos_token_id, config.stop_strings
-    if ids is None:
+    if ids is None and tokenizer is not None:
         ids = tokenizer.eos_token_id
     eos = [] if ids is None else ids if isinstance(ids, list) else [ids]
     if not all(type(token) is int for token in eos):
@@ -131,7 +138,10 @@ def load_generation_settings(store: Store, tokenizer: PreTrainedTokenizerBase) -
     texts = [] if stops is None else [stops] if isinstance(stops, str) else stops
     if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):
         raise _wrong(path, "stop_strings", "a text that is not empty, or a list of them", stops)
-    return GenerationSettings(path.name, frozenset(eos), tuple(texts), _others(config))
+    others = _others(config)
+    if tokenizer is None and texts:
+        others, texts = {**others, "stop_strings": texts}, []
+    return GenerationSettings(path.name, frozenset(eos), tuple(texts), others)
 
 
 def _generation_file(store: Store) -> Path:
