@@ -121,7 +121,8 @@ def test_gpt_2_s_own_vocabulary_is_not_taken_for_opt_s(source: Path, tmp_path: P
     [
         (lambda path: None, "no such file or folder"),
         (lambda path: path.mkdir(), "has no tokenizer"),
-        (lambda path: path.write_text("{}"), "cannot be used"),
+        (lambda path: path.write_text('{"model": {}}'), "cannot be used"),
+        (lambda path: path.write_text('{"!": 0, "model": 1}'), "not a tokenizer.json; pass that, or the folder"),
         (lambda path: path.write_text("hello"), "not valid JSON"),
         (lambda path: byte_fallback(*(f"w{n}" for n in range(4000))).save_pretrained(path), "this model knows 0 to"),
     ],

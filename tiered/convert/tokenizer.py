@@ -5,6 +5,7 @@ instead of any that transformers knows; the store gets them under the names of H
 """
 
 import json
+import os
 import tempfile
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -62,11 +63,14 @@ class GivenTokenizer:
         """That of the folder or tokenizer.json at `path`; raises ConfigError where there is none, or it lacks packages,
         and CheckpointError where files are damaged."""
         path = path.expanduser()
-        if not path.exists():
+        # Not Path's: a name may be longer than any path.
+        if not os.path.exists(path):  # noqa: PTH110
             raise ConfigError(f"--tokenizer {path}: no such file or folder; pass a folder with a tokenizer's files")
         if not path.is_dir():
             content = read_whole(path, CheckpointError)
-            parse_json(content, path, CheckpointError, "pass a tokenizer.json, or a folder with a tokenizer's files")
+            value = parse_json(content, path, CheckpointError, "pass a tokenizer.json, or a folder with such files")
+            if not isinstance(value, dict) or not isinstance(value.get("model"), dict):
+                raise ConfigError(f"--tokenizer {path}: not a tokenizer.json; pass that, or the folder of such files")
             return cls(path, {"tokenizer.json": content, "tokenizer_config.json": _ALONE})
         place = LocalFiles(Folder(path))
         beside = files_beside(str(path), place.names, lambda name: read_whole(place.path(name), CheckpointError))
@@ -111,8 +115,10 @@ class GivenTokenizer:
 
     def check_store(self, folder: Path) -> None:
         """Raise ConfigError unless it fits the model of the store at `folder`."""
+        vocab_size = build_skeleton(load_config(folder)).embedding.num_embeddings
         config = read_whole(folder / _CONFIG, CheckpointError, MOST_JSON_NBYTES)
-        self.check(config, build_skeleton(load_config(folder)).embedding.num_embeddings)
+        with os_errors_named(folder):
+            self.check(config, vocab_size)
 
     def put_into(self, folder: Path) -> None:
         """Write it into the store at `folder`, instead of the one that may be there. After a kill the same call goes
