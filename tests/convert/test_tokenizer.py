@@ -116,6 +116,13 @@ def test_gpt_2_s_own_vocabulary_is_not_taken_for_opt_s(source: Path, tmp_path: P
         metaseq(source, first=())
 
 
+@pytest.mark.parametrize("content", ["[]", '{"<s>": [0]}', '{"<s>": 0', "{}"])
+def test_a_damaged_vocabulary_of_metaseq_s_is_named(content: str, source: Path, tmp_path: Path) -> None:
+    (metaseq(source) / "gpt2-vocab.json").write_text(content, encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"gpt2-vocab\.json: "):
+        convert_checkpoint(source, tmp_path / "out", ConvertOptions())
+
+
 @pytest.mark.parametrize(
     ("build", "told"),
     [
@@ -151,7 +158,7 @@ def test_a_finished_store_gets_a_tokenizer_and_another(store: Path, tmp_path: Pa
 
 def test_who_forgot_it_is_told_how_to_add_it_without_converting_again(store: Path) -> None:
     done = run_here("convert", CHECKPOINT, "-o", store, "--tokenizer", CHECKPOINT)
-    assert done.code == 2 and f"'tiered convert {store} --tokenizer PATH' gives it a tokenizer" in done.err
+    assert done.code == 2 and f"gets a tokenizer by 'tiered convert {store} --tokenizer PATH'" in done.err
 
 
 class Stop(Exception):
@@ -169,8 +176,9 @@ def test_a_resumed_conversion_must_name_the_same_tokenizer(tmp_path: Path) -> No
 
     with pytest.raises(Stop):
         convert_checkpoint(CHECKPOINT, out, ConvertOptions(tokenizer=tmp_path / "one"), stop)
-    for options in (ConvertOptions(), ConvertOptions(tokenizer=tmp_path / "other")):
-        with pytest.raises(ConfigError, match=r"other settings \(tokenizer .*repeat those"):
-            convert_checkpoint(CHECKPOINT, out, options)
+    with pytest.raises(ConfigError, match=r"other settings \(tokenizer .* None now\); repeat those"):
+        convert_checkpoint(CHECKPOINT, out, ConvertOptions())
+    with pytest.raises(ConfigError, match=r"other settings \(tokenizer .*a finished store gets a tokenizer by"):
+        convert_checkpoint(CHECKPOINT, out, ConvertOptions(tokenizer=tmp_path / "other"))
     assert convert_checkpoint(CHECKPOINT, out, ConvertOptions(tokenizer=tmp_path / "same")).has_tokenizer
     assert GivenTokenizer.read(out).digest == GivenTokenizer.read(tmp_path / "one").digest

@@ -127,13 +127,14 @@ def check_usable(folder: Path, settings: Mapping[str, Any], force: bool) -> Prog
     reason = None
     if state == "finished" and (progress is None or progress.discarding or progress.source is None):
         reason = "already a finished store; replace it with --force, or choose another with -o"
-        if "tokenizer" in settings:
-            reason += f"; 'tiered convert {shlex.quote(str(folder))} --tokenizer PATH' gives it a tokenizer"
     elif progress is not None and dict(progress.settings) != dict(settings):
         reason = (
             f"holds a conversion with other settings ({_difference(progress.settings, settings)}); "
             "repeat those to resume it, start over with --force, or choose another folder with -o"
         )
+    if reason is not None and "tokenizer" in settings:
+        # Nobody is to convert for hours again for the sake of a small file.
+        reason += f"; a finished store gets a tokenizer by 'tiered convert {shlex.quote(str(folder))} --tokenizer PATH'"
     return progress if reason is None else _start_over(folder, progress, settings, reason, force)
 
 

@@ -133,7 +133,8 @@ class GivenTokenizer:
 def _checked_vocabulary(path: Path, content: bytes) -> tuple[bytes, list[str]]:
     """A vocabulary of metaseq, and its first four tokens; raises CheckpointError where it is not numbered as OPT's."""
     vocabulary = parse_json(content, path, CheckpointError, "download the file again")
-    by_id = {number: text for text, number in vocabulary.items()} if isinstance(vocabulary, dict) else {}
+    pairs = vocabulary.items() if isinstance(vocabulary, dict) else ()
+    by_id = {number: text for text, number in pairs if type(number) is int}
     first = [by_id.get(number) for number in range(len(_FIRST))]
     if any(text not in allowed for text, allowed in zip(first, _FIRST, strict=True)):
         found = ", ".join(map(repr, first))

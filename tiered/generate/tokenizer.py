@@ -61,21 +61,19 @@ SAMPLING: Final[dict[str, Any]] = {
 """More such fields, which count only where do_sample is true."""
 
 
-def has_tokenizer(store: Store) -> bool:
-    """Whether the store has a tokenizer: one without takes and gives token ids only."""
-    return any((store.path / name).is_file() for name in VOCABULARIES)
+def load_tokenizer(store: Store) -> PreTrainedTokenizerBase:
+    """The tokenizer that was copied into the store; raises StoreError where it is missing or damaged."""
+    found = load_tokenizer_if_any(store)
+    if found is None:
+        raise StoreError(f"{store.path}: has no tokenizer; {_remedy(store)} gives it the model's")
+    return found
 
 
 def load_tokenizer_if_any(store: Store) -> PreTrainedTokenizerBase | None:
-    """As `load_tokenizer`; None where the store has none."""
-    return load_tokenizer(store) if has_tokenizer(store) else None
-
-
-def load_tokenizer(store: Store) -> PreTrainedTokenizerBase:
-    """The tokenizer that was copied into the store; raises StoreError where it is missing or damaged."""
+    """As `load_tokenizer`; None where the store has none, and so takes and gives token ids only."""
     check_beside(store.path)
-    if not has_tokenizer(store):
-        raise StoreError(f"{store.path}: has no tokenizer; {_remedy(store)} gives it the model's")
+    if not any((store.path / name).is_file() for name in VOCABULARIES):
+        return None
     return read_tokenizer(store.path, str(store.path), StoreError, f"put the model's own there: {_remedy(store)}")
 
 
