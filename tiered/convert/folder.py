@@ -9,6 +9,7 @@ foreign            anything else: never touched, not even with --force
 import fcntl
 import json
 import os
+import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -126,6 +127,8 @@ def check_usable(folder: Path, settings: Mapping[str, Any], force: bool) -> Prog
     reason = None
     if state == "finished" and (progress is None or progress.discarding or progress.source is None):
         reason = "already a finished store; replace it with --force, or choose another with -o"
+        if "tokenizer" in settings:
+            reason += f"; 'tiered convert {shlex.quote(str(folder))} --tokenizer PATH' gives it a tokenizer"
     elif progress is not None and dict(progress.settings) != dict(settings):
         reason = (
             f"holds a conversion with other settings ({_difference(progress.settings, settings)}); "

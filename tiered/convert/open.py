@@ -19,6 +19,7 @@ from tiered.convert.recipe import ConvertOptions, StoreRecipe, make_recipe
 from tiered.convert.room import RamCheck
 from tiered.convert.source import WeightSource
 from tiered.convert.synthetic import ShapeFile, Synthetic, shape_config
+from tiered.convert.tokenizer import GivenTokenizer
 from tiered.errors import CheckpointError, ConfigError
 from tiered.files import read_whole
 from tiered.store.beside import check_packages
@@ -66,19 +67,27 @@ def resolve_shape(source: str | Path) -> ShapeFile:
     raise ConfigError(f"{source}: --synthetic expects a known shape or a toml file of one; known are {_known_names()}")
 
 
-def open_checkpoint(place: Folder | HubId, options: ConvertOptions, ledger: Ledger) -> tuple[WeightSource, StoreRecipe]:
+def open_checkpoint(
+    place: Folder | HubId, options: ConvertOptions, ledger: Ledger, tokenizer: GivenTokenizer | None = None
+) -> tuple[WeightSource, StoreRecipe]:
     """The checkpoint at `place`; downloads of weights are entered in `ledger` before they begin.
+
+    Raises ConfigError where `tokenizer`, which the store is to have instead of the checkpoint's, does not fit the
+    model.
 
     Raises BudgetError, before anything large is read, where reading takes more than `options.ram_bytes`. That includes
     weight files that have to be read whole to know which tensors they hold.
     """
     files = place.open(options, ledger)
     config = load_config(files.config_folder())
-    check_packages(files.name, files.names, lambda name: read_whole(files.path(name), CheckpointError))
+    if tokenizer is None:
+        check_packages(files.name, files.names, lambda name: read_whole(files.path(name), CheckpointError))
     _refuse_adapter(files)
     refuse_quantized(files.name, configured_method(config))
     claimed = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     skeleton = build_skeleton(config)
+    if tokenizer is not None:
+        tokenizer.check(read_whole(files.path("config.json"), CheckpointError), skeleton.embedding.num_embeddings)
     recipe = make_recipe(skeleton, options)
     ram = RamCheck(options, recipe.files)
     index = find_weights(files, getattr(config, "transformers_weights", None), ram.require)
@@ -87,9 +96,15 @@ def open_checkpoint(place: Folder | HubId, options: ConvertOptions, ledger: Ledg
     return Checkpoint(files, index, names, recipe.files, claimed, options.clip, ram.require), recipe
 
 
-def open_shape(shape: ShapeFile, options: ConvertOptions) -> tuple[WeightSource, StoreRecipe]:
-    """Random weights of `shape`; raises BudgetError where making them takes more than `options.ram_bytes`."""
-    skeleton = build_skeleton(shape_config(shape))
+def open_shape(
+    shape: ShapeFile, options: ConvertOptions, tokenizer: GivenTokenizer | None = None
+) -> tuple[WeightSource, StoreRecipe]:
+    """Random weights of `shape`; raises BudgetError where making them takes more than `options.ram_bytes`, and
+    ConfigError where `tokenizer`, which the store is to have, does not fit the model."""
+    config = shape_config(shape)
+    skeleton = build_skeleton(config)
+    if tokenizer is not None:
+        tokenizer.check(config.to_json_string().encode(), skeleton.embedding.num_embeddings)
     recipe = make_recipe(skeleton, options)
     ram = RamCheck(options, recipe.files)
     source = Synthetic(shape, skeleton, options)

@@ -6,6 +6,7 @@ and the manifest that will list them. Decided before any weight is read.
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final, Literal
 
 from tiered.arch import BlockTensors, ParameterInfo, Skeleton, order_of_use
@@ -35,6 +36,7 @@ class ConvertOptions:
     synthetic: bool = False  # random weights of a known shape, no checkpoint
     distinct_blocks: int | None = None  # layer files of a synthetic store, repeated; None: one for each layer
     seed: int = 0  # of synthetic weights
+    tokenizer: Path | None = None  # a folder or tokenizer.json to take instead of the source's tokenizer
 
     def __post_init__(self) -> None:
         if self.quant not in _QUANTS:
