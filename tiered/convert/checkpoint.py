@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
@@ -16,10 +15,10 @@ from tiered.convert.index import NameMap, Require, WeightIndex
 from tiered.convert.place import WeightFiles
 from tiered.convert.quantized import PLAIN, method_of_type, refuse_quantized
 from tiered.convert.source import Fetching, Packed, StoredTensor, tensor_bytes
+from tiered.convert.tokenizer import files_beside
 from tiered.convert.workers import Quantizers, one_torch_thread
 from tiered.errors import CheckpointError
 from tiered.quant import folded
-from tiered.store.beside import COPIED
 
 _PIECE_NUMEL: Final = 1 << 20
 _GREATEST: Final = torch.finfo(torch.bfloat16).max
@@ -63,7 +62,7 @@ class Checkpoint:
         require(self._working_nbytes())
 
     def extra_files(self) -> Mapping[str, Callable[[], bytes]]:
-        return {name: partial(self._files.read, name) for name in COPIED if name in self._files.names}
+        return files_beside(self._files.name, self._files.names, self._files.read)
 
     def room_nbytes(self, blocks: Sequence[BlockRecipe]) -> Mapping[Path, int]:
         return self._files.room_nbytes(self._files_of(blocks))

@@ -22,6 +22,7 @@ from tiered.convert.recipe import ConvertOptions, StoreRecipe, make_recipe
 from tiered.convert.room import RamCheck
 from tiered.convert.source import WeightSource
 from tiered.convert.synthetic import ShapeFile, Synthetic, shape_config
+from tiered.convert.tokenizer import GivenTokenizer
 from tiered.errors import CheckpointError, ConfigError
 from tiered.store.beside import check_packages
 
@@ -81,10 +82,17 @@ def resolve_shape(source: str | Path) -> ShapeFile:
 
 
 def open_checkpoint(
-    place: Folder | HubId, options: ConvertOptions, ledger: Ledger, shape: ShapeFile | None = None
+    place: Folder | HubId,
+    options: ConvertOptions,
+    ledger: Ledger,
+    tokenizer: GivenTokenizer | None = None,
+    shape: ShapeFile | None = None,
 ) -> tuple[WeightSource, StoreRecipe]:
     """The checkpoint at `place`; downloads of weights are entered in `ledger` before they begin. With a `shape`, its
     model must be of that shape.
+
+    Raises ConfigError where `tokenizer`, which the store is to have instead of the checkpoint's, does not fit the
+    model.
 
     Raises BudgetError, before anything large is read, where reading takes more than `options.ram_bytes`. That includes
     weight files that have to be read whole to know which tensors they hold.
@@ -93,11 +101,14 @@ def open_checkpoint(
     index, config = _find_opt(place, files, shape) or (None, load_config(files.config_folder()))
     if shape is not None:
         check_shape(files.name, shape, config.to_dict())
-    check_packages(files.name, files.names, files.read)
+    if tokenizer is None:
+        check_packages(files.name, files.names, files.read)
     _refuse_adapter(files)
     refuse_quantized(files.name, configured_method(config))
     claimed = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     skeleton = build_skeleton(config)
+    if tokenizer is not None:
+        tokenizer.check(files.read("config.json"), skeleton.embedding.num_embeddings)
     recipe = make_recipe(skeleton, options)
     ram = RamCheck(options, recipe.files)
     index = index or find_weights(files, getattr(config, "transformers_weights", None), ram.require)
@@ -137,9 +148,15 @@ def _find_opt(
     return opt.index, config
 
 
-def open_shape(shape: ShapeFile, options: ConvertOptions) -> tuple[WeightSource, StoreRecipe]:
-    """Random weights of `shape`; raises BudgetError where making them takes more than `options.ram_bytes`."""
-    skeleton = build_skeleton(shape_config(shape))
+def open_shape(
+    shape: ShapeFile, options: ConvertOptions, tokenizer: GivenTokenizer | None = None
+) -> tuple[WeightSource, StoreRecipe]:
+    """Random weights of `shape`; raises BudgetError where making them takes more than `options.ram_bytes`, and
+    ConfigError where `tokenizer`, which the store is to have, does not fit the model."""
+    config = shape_config(shape)
+    skeleton = build_skeleton(config)
+    if tokenizer is not None:
+        tokenizer.check(config.to_json_string().encode(), skeleton.embedding.num_embeddings)
     recipe = make_recipe(skeleton, options)
     ram = RamCheck(options, recipe.files)
     source = Synthetic(shape, skeleton, options)

@@ -38,6 +38,7 @@ class ConvertOptions:
     synthetic: bool = False  # random weights of a known shape, no checkpoint
     distinct_blocks: int | None = None  # layer files of a synthetic store, repeated; None: one for each layer
     seed: int = 0  # of synthetic weights
+    tokenizer: Path | None = None  # a folder or tokenizer.json to take instead of the source's tokenizer
 
     def __post_init__(self) -> None:
         if self.quant not in _QUANTS:
