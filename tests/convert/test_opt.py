@@ -13,6 +13,7 @@ from transformers import AutoConfig
 from tests.convert.models import save_model, store_digest
 from tests.convert.opt import FORMS, SHAPE, opt_model, write
 from tiered.convert import ConvertOptions, ConvertProgress, convert_checkpoint
+from tiered.convert.synthetic import tokenizer_files
 from tiered.errors import BudgetError, CheckpointError, ConfigError, TieredError
 from tiered.store import Store
 
@@ -260,3 +261,13 @@ def test_a_list_of_md5_is_tested_first(tiny: Path, tmp_path: Path) -> None:
     assert Store.open(out).manifest.source["kind"] == "folder"
     with pytest.raises(ConfigError, match="no such file"):
         convert_checkpoint(tiny / "raw", out, ConvertOptions(md5=tmp_path / "nowhere", force=True))
+
+
+def test_another_tokenizer_goes_into_the_store_of_any_form(tiny: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    for name, content in tokenizer_files(256).items():
+        (folder / name).write_bytes(content)
+    result = convert_checkpoint(tiny / "numpy", tmp_path / "out", ConvertOptions(tokenizer=folder))
+    assert result.has_tokenizer
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
