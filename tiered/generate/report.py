@@ -4,7 +4,7 @@
     bound of a scoring     = max((S + (passes - 1) * (S - M) + K) / B, C)
 
 S: bytes of the tape. K: bytes of the KV cache written to disk and read from it. M: all that the budget leaves after
-baseline, KV cache, workspace and two units, used or not. B: raw disk bandwidth, measured before and after by
+baseline, KV cache, workspace and two units, used or not. B: raw disk bandwidth, measured after the run by
 separate code. C: compute seconds, measured. Of a scoring K and C are those of all passes together: nothing is resident
 before the first one, which reads everything, and reading goes on across passes, so only the sums can be compared.
 """
@@ -31,7 +31,7 @@ class Figures:
     """Of a KV cache on disk."""
     kv_bytes_written: int
     raw_disk_bandwidth: float | None
-    """Sustained; the better of before and after the run."""
+    """Sustained; the better of two measurements after the run."""
     raw_disk_best_look: float | None
     """The fastest of the short measurements that chose how to read."""
     disk_wait_seconds: float
