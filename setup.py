@@ -25,7 +25,7 @@ LIBRARY = "libtiered_kernels.so"
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 FLAGS += ["-fno-math-errno", "-ffp-contract=off"]
 # Kernels throw nothing, and exceptions would need functions that the linker shares between levels, see pool.h.
-AVX2 = ["-fno-exceptions", "-mavx2", "-mfma", "-mf16c"]
+AVX2 = ["-fno-exceptions", "-mavx2", "-mbmi2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mprefer-vector-width=512"]
 # GCC 12 warns of registers that its own AVX-512 header leaves undefined on purpose (its bug 105593); clang does not
 # know the second of these warnings.

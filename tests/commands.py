@@ -22,6 +22,24 @@ TIERED: Final[tuple[str | Path, ...]] = (sys.executable, "-m", "tiered")
 LIMIT: Final[tuple[str | Path, ...]] = (sys.executable, str(ROOT / "tools/limit.py"))
 
 
+_MIXTURE: Final = """
+name = "tiny-mixture"
+[config]
+model_type = "qwen3_moe"
+vocab_size = 512
+hidden_size = 256
+moe_intermediate_size = 512
+num_hidden_layers = 4
+num_attention_heads = 8
+num_key_value_heads = 4
+head_dim = 32
+num_experts = 32
+num_experts_per_tok = 2
+max_position_embeddings = 1024
+"""
+"""27 MiB in 4 bits, nearly all of them experts."""
+
+
 @dataclass(frozen=True)
 class Done:
     """How a command ended."""
@@ -68,6 +86,17 @@ def run_apart(words: Sequence[str | Path], seconds: float = 100) -> Done:
         check=False,
     )
     return Done(done.returncode, done.stdout, done.stderr)
+
+
+def make_mixture() -> Path:
+    """A store of a mixture of experts with random weights, which nobody changes."""
+
+    def make(path: Path) -> None:
+        shape = path.with_suffix(".toml")
+        shape.write_text(_MIXTURE, encoding="utf-8")
+        convert_checkpoint(str(shape), path, ConvertOptions(quant="int4", synthetic=True, compress="none"))
+
+    return made_once("mixture-int4.tiered", make)
 
 
 def make_store(folder: Path, quant: str = "none", name: str = "opt-docs-8m.tiered") -> Path:

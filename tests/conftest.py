@@ -23,6 +23,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Make sure that what is installed, and imported, is what the file of --pins says."""
+    # For workers and the processes of tests: threads that wait must not take the processor from those that work.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     config.pluginmanager.register(Quick(config))
     path: Path | None = config.getoption("--pins")
     if path is None:
@@ -40,6 +42,15 @@ def pytest_report_header(config: pytest.Config) -> str:
     return f"transformers {transformers.__version__} (pins: {config.getoption('--pins') or 'not looked at'})"
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Begin every test with one thread of torch, whatever number the runtime of an earlier one has set.
+
+    What tests compute is so small that a second one only costs time, many times over where workers share the cores.
+    """
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """For what is made once for all workers: beside their own folders, which pytest removes with it in time."""
@@ -53,13 +64,9 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def tiny() -> Iterator[Tiny]:
+def tiny() -> Tiny:
     """Tiny models of every family, made when first asked for."""
-    threads = torch.get_num_threads()
-    # They are so small that a second thread only costs time.
-    torch.set_num_threads(1)
-    yield Tiny()
-    torch.set_num_threads(threads)
+    return Tiny()
 
 
 @pytest.fixture(scope="module")

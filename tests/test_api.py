@@ -20,6 +20,7 @@ from transformers import (
 )
 
 import tiered
+from tests.quick import represented
 from tiered.api import LoadedModel
 from tiered.convert import ConvertOptions, convert_checkpoint
 from tiered.errors import BudgetError, ConfigError, NotSupportedError, StoreError
@@ -48,16 +49,19 @@ def reference() -> Any:
 
 @pytest.mark.parametrize(
     "arguments",
-    [
-        {"do_sample": False},
-        {"do_sample": True, "top_k": 20, "temperature": 0.8},
-        {"do_sample": False, "num_beams": 4},
-        {"do_sample": True, "num_return_sequences": 3},
-        {"do_sample": False, "cache_implementation": "static"},
-        {"do_sample": False, "prompt_lookup_num_tokens": 3},
-        {"do_sample": False, "use_cache": False},
-        {"do_sample": False, "repetition_penalty": 1.3, "return_dict_in_generate": True, "output_scores": True},
-    ],
+    represented(
+        [
+            {"do_sample": False},
+            {"do_sample": True, "top_k": 20, "temperature": 0.8},
+            {"do_sample": False, "num_beams": 4},
+            {"do_sample": True, "num_return_sequences": 3},
+            {"do_sample": False, "cache_implementation": "static"},
+            {"do_sample": False, "prompt_lookup_num_tokens": 3},
+            {"do_sample": False, "use_cache": False},
+            {"do_sample": False, "repetition_penalty": 1.3, "return_dict_in_generate": True, "output_scores": True},
+        ],
+        [{"do_sample": False}, {"do_sample": False, "num_beams": 4}, {"do_sample": True, "num_return_sequences": 3}],
+    ),
     ids=lambda arguments: ",".join(f"{key}={value}" for key, value in arguments.items()),
 )
 def test_generate_gives_the_tokens_that_the_model_in_memory_gives(
@@ -112,7 +116,10 @@ KEYWORDS: dict[str, Callable[[LoadedModel, Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", KEYWORDS)
+@pytest.mark.parametrize(
+    "name",
+    represented(KEYWORDS, ["stop strings, beams", "scores", "cutoffs", "the model as its own assistant", "positions"]),
+)
 def test_every_keyword_of_generate_means_what_it_means_for_the_model_in_memory(
     loaded: LoadedModel, reference: Any, name: str
 ) -> None:
@@ -285,6 +292,7 @@ def test_a_sequence_longer_than_planned_is_refused_however_few_there_are(loaded:
         loaded.model(torch.ones(1, 300, dtype=torch.long))
 
 
+@pytest.mark.slow
 def test_logits_that_do_not_fit_the_budget_are_refused(store: Path) -> None:
     with (
         pytest.raises(BudgetError, match="smallest") as refused,

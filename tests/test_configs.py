@@ -29,6 +29,8 @@ PARAMETERS: Final = {
     "qwen3-32b": 32.762e9,
     "mixtral-8x7b": 46.703e9,
     "qwen3-30b-a3b": 30.532e9,
+    "qwen3-235b-a22b": 235.094e9,
+    "glm-4.5-air": 106.852e9,  # without the layer that predicts further tokens
 }
 
 

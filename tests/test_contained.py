@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from tests.commands import make_store
 from tests.damage import poisoned
 from tests.helpers import Tiny, randomize, tiny_config
+from tests.quick import represented
 from tiered.convert import ConvertOptions, convert_checkpoint
 from tiered.errors import ModelError
 from tiered.generate import Sampler, SamplingParams, Sequence, generate
@@ -92,11 +93,12 @@ def opt(tmp_path_factory: pytest.TempPathFactory) -> Store:
     return poisoned(make_store(folder), folder, "model.decoder.embed_positions.weight", LATE + 2)
 
 
-@pytest.mark.parametrize("kv_bits", [16, 8, 4])
+@pytest.mark.parametrize("kv_bits", represented([16, 8, 4], [4]))
 def test_a_sequence_full_of_nan_leaves_no_trace_in_others(opt: Store, kv_bits: Any) -> None:
     assert_contained(opt, kv_bits=kv_bits)
 
 
+@pytest.mark.slow
 def test_nor_where_pages_go_to_disk(opt: Store) -> None:
     assert_contained(opt, kv_bits=8, kv="disk")
 
@@ -107,7 +109,7 @@ def test_nor_where_torch_computes(opt: Store, kv_bits: Any) -> None:
     assert_contained(opt, 1e-3, kv_bits=kv_bits, dtype="float32")
 
 
-@pytest.mark.parametrize("kv_bits", [16, 4])
+@pytest.mark.parametrize("kv_bits", represented([16, 4], [4]))
 def test_nor_where_keys_are_gathered_and_padded(tmp_path: Path, kv_bits: Any) -> None:
     config = tiny_config("bloom")
     config.tie_word_embeddings = False

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.commands import make_store, run_here, smallest_ram
+from tests.commands import make_mixture, make_store, run_here, smallest_ram
 
 KEYS: dict[str, dict[str, str]] = json.loads(
     (Path(__file__).parent / "data/json-keys.json").read_text(encoding="utf-8")
@@ -75,3 +75,12 @@ def test_the_keys_are_as_they_were(command: str, store: Path, tmp_path: Path) ->
     assert {
         path: kind for path, kind in seen.items() if expected[path] not in ("any", kind) and kind != "NoneType"
     } == {}
+
+
+def test_what_is_said_of_experts_has_keys_of_its_own() -> None:
+    words: list[str | Path] = ["generate", make_mixture(), "--prompt-tokens", "4", "-n", "4", "--ignore-eos", "--json"]
+    generated = run_here(*words, "--ram", smallest_ram(run_here(*words, "--ram", "1MiB").err))
+    inspected = run_here("inspect", make_mixture(), "--json")
+    assert (generated.code, inspected.code) == (0, 0), generated.err + inspected.err
+    seen = {**found(generated.out), **found(inspected.out)}
+    assert {path: kind for path, kind in seen.items() if "experts" in path.split(".")[-2:]} == KEYS["experts"]

@@ -50,6 +50,7 @@ def test_a_command_makes_one_plan_and_reports_it(store: Path, tmp_path: Path, ma
         assert json.loads(done.out)["windows_per_pass"] == plan.batch_size
 
 
+@pytest.mark.slow
 def test_what_a_job_says_of_its_batch_size_is_the_plan_s_reason(store: Path, tmp_path: Path, made: list[Plan]) -> None:
     source = write_lines(tmp_path / "in.jsonl", [request(f"r{number}", max_tokens=3) for number in range(5)])
     done = run_here("batch", store, "-i", source, "-o", tmp_path / "out.jsonl", "--no-measure")

@@ -7,7 +7,7 @@ from typing import Final
 
 from tiered.cache import KVPool
 from tiered.host import Host
-from tiered.io import Arena, Slab, SpillFile
+from tiered.io import CHUNK_BUFFERS, Arena, Slab, SpillFile
 from tiered.options import Options
 from tiered.plan import Plan
 from tiered.store import CHUNK_NBYTES, PAGE, Store
@@ -30,6 +30,8 @@ class Memory:
     """Memory for one chunk, through which rows of the embedding are read."""
     side: Slab | None
     """Scales and zeros of the embedding; None if it has none."""
+    buffers: tuple[memoryview, ...]
+    """Memory for chunks of compressed units, before they are decoded; none if there are none."""
     ring: Slab | None
     """Memory that streamed units pass through; None if all are resident."""
     resident: Mapping[int, Slab]
@@ -40,7 +42,7 @@ class Memory:
     @property
     def largest(self) -> Slab:
         """The largest slab of those that hold nothing of use while nothing streams."""
-        slabs = [self.staging, *([self.ring] if self.ring is not None else []), *self.resident.values()]
+        slabs = [self.staging, *filter(None, (self.ring, self.experts)), *self.resident.values()]
         return max(slabs, key=lambda slab: slab.nbytes)
 
 
@@ -48,8 +50,8 @@ class Memory:
 def open_memory(store: Store, plan: Plan, options: Options, host: Host) -> Iterator[Memory]:
     """The memory of `plan`; all of it is released when the context ends."""
     placement, cache = plan.placement, plan.cache
-    total = plan.nbytes - plan.needs.total + CHUNK_NBYTES + plan.side_nbytes + plan.needs.kv
-    total += PAGE * (len(plan.tape.nbytes) + 8)
+    tables = CHUNK_NBYTES + plan.side_nbytes + plan.buffers_nbytes
+    total = plan.nbytes - plan.needs.total + tables + plan.needs.kv + PAGE * (len(plan.tape.nbytes) + 8)
     with contextlib.ExitStack() as stack:
         arena = stack.enter_context(Arena(total))
 
@@ -58,6 +60,8 @@ def open_memory(store: Store, plan: Plan, options: Options, host: Host) -> Itera
             stack.callback(arena.release, slab)
             return slab
 
+        part = plan.buffers_nbytes // CHUNK_BUFFERS
+        chunks = keep(plan.buffers_nbytes, "compressed chunks").view if part else memoryview(b"")
         pool, spill = KVPool(cache, keep(cache.pool_nbytes, "kv").tensor()), None
         if cache.on_disk:
             folder, nbytes = options.kv_folder or store.path, cache.blocks_nbytes
@@ -69,6 +73,7 @@ def open_memory(store: Store, plan: Plan, options: Options, host: Host) -> Itera
             spill=spill,
             staging=keep(CHUNK_NBYTES, "staging"),
             side=keep(plan.side_nbytes, "embedding scales") if plan.side_nbytes else None,
+            buffers=tuple(chunks[i * part : (i + 1) * part] for i in range(CHUNK_BUFFERS) if part),
             ring=keep(placement.ring_nbytes, "ring") if placement.ring_nbytes else None,
             resident={unit: keep(plan.tape.nbytes[unit], "resident") for unit in sorted(placement.resident)},
             experts=keep(plan.experts.nbytes, "experts") if plan.experts else None,

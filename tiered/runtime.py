@@ -266,12 +266,13 @@ class Runtime:
 
     @property
     def streamed_files(self) -> list[Path]:
-        """The files that hold the units of the tape that are not resident."""
-        units = itertools.chain.from_iterable(
-            self.store.tape_units if self.plan.experts is None else self.store.dense_units
-        )
-        resident = self.plan.placement.resident
-        paths = dict.fromkeys(unit.file.path for number, unit in enumerate(units) if number not in resident)
+        """The files that hold what later passes read: units of the tape that are not resident, and experts."""
+        on_demand, resident = self.plan.experts is not None, self.plan.placement.resident
+        units = itertools.chain.from_iterable(self.store.units_of_pass(on_demand))
+        streamed = [unit for number, unit in enumerate(units) if number not in resident]
+        if on_demand:
+            streamed += itertools.chain.from_iterable(self.store.expert_units)
+        paths = dict.fromkeys(unit.file.path for unit in streamed)
         return [self.store.path / path for path in paths]
 
     def probe_read_mode(self) -> ReadMode:
@@ -338,6 +339,7 @@ class Runtime:
             host.cancel,
             self.options.prefetch,
             self._make_expert_cache(),
+            memory.buffers,
         )
         kv = None
         if memory.spill is not None and memory.kv_ring is not None:

@@ -4,8 +4,9 @@
     python tools/bench_stream.py --shape opt-13b --quant int4 --ram 2400MiB --batch 1 4 16 64
     python tools/bench_stream.py --shape opt-13b --quant int4 --ram 14GiB --batch 1 16 --kernel-mode fast
     python tools/bench_stream.py --shape opt-1.3b --quant int4 --ram 1152MiB --batch 16 --prompt-tokens 1000 --kv disk
+    python tools/bench_stream.py --shape opt-1.3b --ram 1GiB --compress none planes --read-rate 400MB
 
-Makes the store (kept for the next time unless --clean), then runs `tiered generate --json` under tools/limit.py, and
+Makes the stores (kept for the next time unless --clean), then runs `tiered generate --json` under tools/limit.py, and
 prints one row per run and the medians, as Markdown. All figures come from the runs' own reports, where B is the raw
 bandwidth of the same run ("best look": the fastest 80 ms while it was measured) and M what the budget leaves, used or
 not; peak memory comes from the kernel. Nothing is cached between runs: reads bypass the page cache (see the row
@@ -29,7 +30,18 @@ from tiered.store import Store
 from tiered.units import MIB, format_rate, format_size, parse_size
 
 COLUMNS = (
-    *("batch", "tok/s", "prefill tok/s", "s/pass", "compute s", "weights GB/s", "disk GB/s", "raw GB/s", "of raw"),
+    *(
+        "compress",
+        "batch",
+        "tok/s",
+        "prefill tok/s",
+        "s/pass",
+        "compute s",
+        "weights GB/s",
+        "disk GB/s",
+        "raw GB/s",
+        "of raw",
+    ),
     *("best look GB/s", "KV GB/pass", "bound s", "of bound", "ms/block", "peak", "bound by"),
 )
 
@@ -39,6 +51,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="opt-6.7b", help="a name in configs/models (default: %(default)s)")
     parser.add_argument("--quant", default="none", choices=["none", "int8", "int4"])
+    parser.add_argument("--source", help="a checkpoint to convert instead of a shape; --shape is then only a name")
+    parser.add_argument(
+        "--compress", default=["none"], choices=["none", "planes"], nargs="+", help="run in alternation"
+    )
+    parser.add_argument("--read-rate", help="slow the disk down to this, such as 400MB (as root, with cgroup v1)")
     parser.add_argument("--ram", default="4GiB", help="budget; the cgroup gets 128 MiB more (default: %(default)s)")
     parser.add_argument("--runs", type=int, default=3, help="of every batch size (default: %(default)s)")
     parser.add_argument("--batch", type=int, nargs="+", default=[1], help="sequences that share a pass")
@@ -52,25 +69,40 @@ def main() -> int:
     parser.add_argument("--dir", type=Path, default=Path(tempfile.gettempdir()), help="where the store goes")
     parser.add_argument("--clean", action="store_true", help="remove the store afterwards")
     arguments = parser.parse_args()
-    store = arguments.dir / f"bench-{arguments.shape}-{arguments.quant}.tiered"
-    if not (store / "manifest.json").exists():
-        command = ["convert", "--synthetic", arguments.shape, "-o", str(store), "--quant", arguments.quant]
-        if arguments.distinct_blocks:
-            command += ["--distinct-blocks", str(arguments.distinct_blocks)]
-        subprocess.run([sys.executable, "-m", "tiered", *command], check=True)
+    stores = {compress: make_store(compress, arguments) for compress in arguments.compress}
     try:
-        describe(store, arguments)
+        describe(stores, arguments)
         for batch in arguments.batch:
-            print_rows([run(store, batch, arguments) for _ in range(arguments.runs)], batch)
+            reports: dict[str, list[dict[str, Any]]] = {compress: [] for compress in stores}
+            for _ in range(arguments.runs):
+                for compress, store in stores.items():
+                    reports[compress].append(run(store, batch, arguments))
+            for compress, found in reports.items():
+                print_rows(found, batch, compress)
     finally:
         if arguments.clean:
-            shutil.rmtree(store)
+            for store in stores.values():
+                shutil.rmtree(store)
     return 0
 
 
-def describe(store: Path, arguments: argparse.Namespace) -> None:
+def make_store(compress: str, arguments: argparse.Namespace) -> Path:
+    """The store, which is converted where it is not there yet."""
+    end = "" if compress == "none" else f"-{compress}"
+    store: Path = arguments.dir / f"bench-{arguments.shape}-{arguments.quant}{end}.tiered"
+    if not (store / "manifest.json").exists():
+        source = [arguments.source] if arguments.source else ["--synthetic", arguments.shape]
+        command = ["convert", *source, "-o", str(store), "--quant", arguments.quant, "--compress", compress]
+        if arguments.distinct_blocks:
+            command += ["--distinct-blocks", str(arguments.distinct_blocks)]
+        subprocess.run([sys.executable, "-m", "tiered", *command], check=True)
+    return store
+
+
+def describe(stores: dict[str, Path], arguments: argparse.Namespace) -> None:
     """What is measured, on what, and the head of the table."""
-    nbytes, budget = Store.open(store).tape_nbytes, parse_size(arguments.ram)
+    sizes, budget = {name: Store.open(store).tape_nbytes for name, store in stores.items()}, parse_size(arguments.ram)
+    nbytes = max(sizes.values())
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), "?")
     threads = os.cpu_count() or 1
@@ -82,6 +114,8 @@ def describe(store: Path, arguments: argparse.Namespace) -> None:
         f"--ram {arguments.ram}, in a cgroup of 128 MiB more, page cache included; "
         f"{arguments.prompt_tokens} prompt tokens per sequence"
     )
+    told = ", ".join(f"{name} {format_size(size)} ({size / nbytes:.3f})" for name, size in sizes.items())
+    print(f"stores: {told}; reads at most {arguments.read_rate or 'as fast as the disk'} per second")
     print(f"{threads} cores ({cpu}), Linux {platform.release()}; memory reads {format_rate(memory)}\n")
     print("| " + " | ".join(COLUMNS) + " |\n|" + "---|" * len(COLUMNS), flush=True)
 
@@ -94,9 +128,10 @@ def run(store: Path, batch: int, arguments: argparse.Namespace) -> dict[str, Any
     options = ["--ram", arguments.ram, "--kernels", arguments.kernels, "--kernel-mode", arguments.kernel_mode]
     options += ["--kv", arguments.kv, "--kv-bits", arguments.kv_bits]
     tokens = ["--prompt-tokens", str(arguments.prompt_tokens), "-n", str(arguments.new_tokens)]
+    slow = ["--read-rate", arguments.read_rate, "--disk-of", str(store)] if arguments.read_rate else []
     with tempfile.NamedTemporaryFile() as usage:
-        limited = [sys.executable, str(tool), "--memory", str(limit), "--json", usage.name, "--or-unlimited", "--"]
-        command = [*limited, *generate, *options, *tokens, "--sequences", str(batch)]
+        limited = [sys.executable, str(tool), "--memory", str(limit), "--json", usage.name, "--or-unlimited"]
+        command = [*limited, *slow, "--", *generate, *options, *tokens, "--sequences", str(batch)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise SystemExit(f"{' '.join(command)}: exit status {done.returncode}\n{done.stderr}")
@@ -105,9 +140,9 @@ def run(store: Path, batch: int, arguments: argparse.Namespace) -> dict[str, Any
     return report
 
 
-def print_rows(reports: list[dict[str, Any]], batch: int) -> None:
+def print_rows(reports: list[dict[str, Any]], batch: int, compress: str) -> None:
     """The rows of one batch size, and their medians where there are several."""
-    rows = [figures(report, batch) for report in reports]
+    rows = [[("{}", compress), *figures(report, batch)] for report in reports]
     for row in rows:
         print("| " + " | ".join("-" if value is None else style.format(value) for style, value in row) + " |")
     if len(rows) > 1:

@@ -6,7 +6,7 @@
 Options after "--" are those of `tiered batch` or `tiered convert`. Half of the moments are anywhere in a run; the
 others come shortly after it has added some results, or finished some blocks. A job is killed until it ends by itself. A
 conversion is begun anew in another folder each time that it ends, until it has been killed so many times in all.
-`--compress zstd` is passed on unless another is: auto measures the disk, and may decide otherwise each time.
+`--compress planes` is passed on unless another is: auto measures the disk, and may decide otherwise each time.
 
 Exit code 0: every request has exactly one result, equal to that of the uninterrupted run; every store is the same bytes
 as that of the uninterrupted conversion, and no other file is left in its folder.
@@ -207,7 +207,7 @@ def _batch(arguments: argparse.Namespace, options: list[str], folder: Path) -> l
 
 def _convert(arguments: argparse.Namespace, options: list[str], folder: Path) -> list[str]:
     if "--compress" not in options:
-        options = [*options, "--compress", "zstd"]
+        options = [*options, "--compress", "planes"]
     command = [sys.executable, "-m", "tiered", "convert", arguments.source.absolute(), *options]
     begin = time.monotonic()
     run_once([*command, "-o", folder / "whole"])

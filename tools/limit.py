@@ -1,12 +1,13 @@
 """Run a command inside a memory cgroup, where exceeding the limit kills it, and report what it used.
 
-    python tools/limit.py --memory 1GiB [--json FILE] -- COMMAND ARGUMENT...
+    python tools/limit.py --memory 1GiB [--json FILE] [--read-rate 400MB --disk-of FOLDER] -- COMMAND ARGUMENT...
     python tools/limit.py --check
 
 In: a command. Out: its own exit status (128 + N when signal N ended it), and a report on standard error
 and in FILE that keeps apart what one process held and what its whole group was charged for, page cache
 included. Ways to limit, tried in this order: cgroup v2, cgroup v1, a systemd scope. Where none works it
-says why for each and exits with 125 before the command runs. Called by tests, benchmarks and tools/demo.
+says why for each and exits with 125 before the command runs. `--read-rate` needs the blkio controller of cgroup v1.
+Called by tests, benchmarks and tools/demo.
 """
 
 import argparse
@@ -168,7 +169,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         if not command or options.memory is None:
             raise ConfigError("expected --memory SIZE and, after --, a command; see --help")
-        report = run(command, parse_size(options.memory), or_unlimited=options.or_unlimited)
+        with throttled(options.read_rate, options.disk_of) as prefix:
+            report = run([*prefix, *command], parse_size(options.memory), or_unlimited=options.or_unlimited)
     except TieredError as error:
         say(str(error))
         return error.exit_code
@@ -260,6 +262,34 @@ def limiter(limit_bytes: int | None) -> Iterator[Limiter]:
                 group.remove()
             return
     yield systemd_scope(f"{name}.scope", limit_bytes, refusals)
+
+
+@contextlib.contextmanager
+def throttled(rate: str | None, folder: Path | None) -> Iterator[tuple[str, ...]]:
+    """Words before a command that make it read at most `rate` bytes per second, such as 400MB, from the disk of
+    `folder`; none without a rate. Raises CannotLimitError."""
+    if rate is None:
+        yield ()
+        return
+    if folder is None:
+        raise ConfigError("--read-rate: expected --disk-of FOLDER as well, whose disk is slowed down")
+    mount = mounted("cgroup", "blkio")
+    if mount is None:
+        raise CannotLimitError("--read-rate: no blkio controller of cgroup v1 is mounted; run without it")
+    device = folder.stat().st_dev
+    path = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}").resolve()
+    disk = (path.parent if (path / "partition").exists() else path) / "dev"
+    group = Group(own_folder(mount, "blkio") / f"tiered-limit-{os.getpid()}-{secrets.token_hex(3)}")
+    try:
+        group.path.mkdir()
+        (group.path / "blkio.throttle.read_bps_device").write_text(f"{disk.read_text().strip()} {parse_size(rate)}")
+        yield ("sh", "-c", JOIN, "sh", str(group.path / "cgroup.procs"))
+    except OSError as error:
+        raise CannotLimitError(
+            f"--read-rate: {error}; run as root on a machine with cgroup v1, or without it"
+        ) from None
+    finally:
+        group.remove()
 
 
 def prepare(group: Group, limit_bytes: int | None) -> None:
@@ -372,11 +402,13 @@ def vm_hwm_bytes(pid: int) -> int:
 def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         prog="limit.py",
-        usage="limit.py --memory SIZE [--json FILE] [--or-unlimited] -- COMMAND ARGUMENT... | --check",
+        usage="limit.py --memory SIZE [OPTION...] -- COMMAND ARGUMENT... | --check",
         description="Run a command in a memory cgroup and report what it used.",
     )
     result.add_argument("--memory", metavar="SIZE", help="limit of memory and page cache, such as 1GiB; no swap")
     result.add_argument("--json", metavar="FILE", type=Path, help="also write the report here")
+    result.add_argument("--read-rate", metavar="SIZE", help="read at most so many bytes per second, such as 400MB")
+    result.add_argument("--disk-of", metavar="FOLDER", type=Path, help="from the disk that holds this folder")
     result.add_argument("--or-unlimited", action="store_true", help="run even where memory cannot be limited")
     result.add_argument("--check", action="store_true", help="only say which method works (0) or why none (125)")
     return result

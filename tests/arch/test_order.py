@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.helpers import TINY, tiny_config
+from tests.quick import represented
 from tiered.arch import Skeleton, build_skeleton, order_of_use, text_config
 from tiered.arch.order import record_order
 
@@ -27,7 +28,7 @@ def layer_order(name: str, layer: int) -> tuple[str, ...]:
     return tuple(n.removeprefix(prefix).removesuffix(".weight") for n in order if n.startswith(prefix))
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", represented(TINY, ["opt", "bloom", "mpt", "gemma2", "qwen3_moe", "glm4_moe"]))
 def test_every_lent_weight_of_every_family_is_used_and_layers_follow_each_other(name: str) -> None:
     skeleton = build_skeleton(tiny_config(name))
     before = {key: (id(value), value.is_meta) for key, value in skeleton.model.named_parameters()}

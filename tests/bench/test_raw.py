@@ -172,6 +172,7 @@ def test_a_failing_read_names_the_file_it_was_of(
         measure_raw(files, memory, False, 0.1)
 
 
+@pytest.mark.slow
 def test_an_interruption_ends_the_reads_before_files_and_memory_are_taken_back(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(bytes(4 * MIB))

@@ -115,6 +115,7 @@ def test_a_chat_goes_through_the_model_s_own_template(store: Path, tmp_path: Pat
     assert chat["usage"] == plain["usage"]
 
 
+@pytest.mark.slow
 def test_batch_size_and_cache_tier_change_no_result(store: Path, source: Path, tmp_path: Path) -> None:
     expected = None
     for number, words in enumerate([("--batch", "1"), ("--batch", "8"), ("--micro-batch", "3"), ("--kv", "disk")]):
@@ -139,6 +140,7 @@ def test_the_same_command_goes_on_and_then_has_nothing_to_do(store: Path, source
     assert results.read_bytes() == after
 
 
+@pytest.mark.slow
 def test_what_ends_a_text_comes_from_the_store_too_and_the_rest_is_named(store: Path, tmp_path: Path) -> None:
     path = write_lines(tmp_path / "in", [request("a", prompt="The function", temperature=0, max_tokens=30, stop="zz")])
     batch(store, path, tmp_path / "whole")
@@ -223,6 +225,7 @@ def test_a_file_of_only_bad_lines_needs_no_model(store: Path, tmp_path: Path) ->
     assert done.err == "requests  2 of 2 done; 2 failed\n"
 
 
+@pytest.mark.slow
 def test_away_from_a_terminal_the_report_is_all_that_is_said(store: Path, source: Path, tmp_path: Path) -> None:
     done = run_warm(tmp_path, "batch", store, "-i", source, "-o", tmp_path / "out.jsonl", *QUIET)
     assert (done.code, done.out) == (0, "")

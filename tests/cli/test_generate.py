@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.commands import CHECKPOINT, TerminalInput, copy_store, make_store, run_here
+from tests.commands import CHECKPOINT, TerminalInput, copy_store, make_mixture, make_store, run_here
 from tests.commands import smallest_ram as named_ram
 from tests.damage import ADDED, poisoned, with_added_token
 from tests.generate.tokenizers import byte_fallback
@@ -94,6 +94,7 @@ def smallest_ram(*words: str | Path) -> str:
 # What is generated.
 
 
+@pytest.mark.slow
 def test_the_greedy_text_is_that_of_transformers(store: Path, reference: Callable[..., Any]) -> None:
     done = run_here("generate", store, "-p", PROMPTS[1], "-n", "40", *FLOAT32)
     assert done.code == 0, done.err
@@ -189,6 +190,7 @@ def test_stop_strings_of_the_store_end_the_text_where_transformers_ends_it(
     assert (completion["text"], completion["finish_reason"]) == (whole[: whole.index(stop)], "stop")
 
 
+@pytest.mark.slow
 def test_what_the_store_says_of_sampling_is_named_once_and_options_count_instead(store: Path, tmp_path: Path) -> None:
     copy = copy_store(store, tmp_path)
     settings = {"eos_token_id": 2, "do_sample": True, "temperature": 0.6, "top_p": 0.9, "max_length": 500}
@@ -211,6 +213,7 @@ def test_generation_settings_that_are_none_are_an_error_of_the_store(store: Path
     assert 'generation_config.json: eos_token_id: expected a token id, or a list of them, found "2"' in done.err
 
 
+@pytest.mark.slow
 def test_a_tokenizer_that_drops_a_text_s_first_space_keeps_that_of_the_completion(store: Path, tmp_path: Path) -> None:
     copy = copy_store(store, tmp_path)
     llama = byte_fallback(*(f"▁w{number}" for number in range(3800)))
@@ -235,6 +238,7 @@ def test_a_seed_repeats_a_sample_and_another_one_does_not(store: Path) -> None:
     assert first != other
 
 
+@pytest.mark.slow
 def test_neighbours_change_neither_text_nor_sample(store: Path) -> None:
     words = (store, "-n", "12", "--temperature", "1", *FLOAT32)
     alone = tokens_of(*words, "-p", PROMPTS[0])
@@ -242,6 +246,7 @@ def test_neighbours_change_neither_text_nor_sample(store: Path) -> None:
     assert together[0] == alone[0]
 
 
+@pytest.mark.slow
 def test_neither_budget_nor_read_ahead_changes_the_tokens(store: Path) -> None:
     words = (store, "-p", PROMPTS[1], "-n", "12", *FLOAT32)
     expected = tokens_of(*words)
@@ -364,6 +369,7 @@ def test_an_empty_prompt_starts_from_the_token_that_begins_texts(store: Path, re
     assert tokens_of(store, "-p", "", "-n", "8", *FLOAT32) == [reference("", 8)[1]]
 
 
+@pytest.mark.slow
 def test_an_empty_prompt_without_such_a_token_is_explained(store: Path, tmp_path: Path) -> None:
     copy = copy_store(store, tmp_path)
     path = copy / "tokenizer.json"
@@ -400,6 +406,21 @@ def test_a_streaming_run_reads_what_is_not_resident_once_per_pass(store: Path) -
     assert report["resident_bytes"] < report["tape_bytes"] / 2
     streamed = (report["tape_bytes"] - report["resident_bytes"]) * report["passes"] + report["resident_bytes"]
     assert 0 <= report["bytes_read"] - streamed <= _besides_the_tape(store, 12)
+
+
+def test_a_mixture_in_little_memory_reads_the_experts_that_are_chosen_and_answers_the_same() -> None:
+    store, passes = Store.open(make_mixture()), 12
+    words = (store.path, "--prompt-tokens", "6", "-n", str(passes), "--ignore-eos", *FLOAT32, *QUIET)
+    whole, demanded = answer(*words), answer(*words, "--ram", smallest_ram(*words))
+    assert demanded["completions"] == whole["completions"]
+    assert whole["report"]["experts"] is None
+    report, experts = demanded["report"], demanded["report"]["experts"]
+    # In each decode pass two experts in each of four layers.
+    assert experts["hits"] + experts["misses"] == (passes - 1) * 4 * 2
+    nbytes = store.expert_units[0][0].nbytes
+    assert experts["bytes_per_pass"] * (passes - 1) == experts["misses"] * nbytes
+    assert report["tape_bytes"] == sum(unit.nbytes for units in store.dense_units for unit in units)
+    assert report["bytes_read"] < passes * store.tape_nbytes / 2
 
 
 def _besides_the_tape(store: Path, tokens: int) -> int:

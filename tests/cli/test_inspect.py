@@ -3,19 +3,22 @@
 import json
 import re
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
-from tests.commands import run_here
+import tiered.cli.inspect
+from tests.commands import make_mixture, run_here
 from tests.plan.plans import STREAMING
 from tiered.cli.commands import inspect as command
 from tiered.convert import ConvertOptions, convert_checkpoint
 from tiered.errors import ConfigError, StoreError
 from tiered.plan import Held, Needs, fit_units
 from tiered.plan.placement import Tape
+from tiered.runtime import measure_inputs
 from tiered.store import Store
 
 DOCS = Path(__file__).parents[1] / "data/models/opt-docs-8m"
@@ -87,6 +90,35 @@ def test_a_synthetic_store_says_so(tmp_path: Path) -> None:
     assert "layer-000 … layer-002    3 x" in text
     assert "on disk, where repeated layers are stored once" in text
     assert inspect_json(path)["distinct_blocks"] == 1
+
+
+def test_a_mixture_says_what_its_experts_take_and_where_they_are_read_on_demand(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store = Store.open(make_mixture())
+    found, text = inspect_json(store.path), inspect(store.path)
+    first, last = found["budgets"][0], found["budgets"][-1]
+    nbytes = store.expert_units[0][0].nbytes
+    assert [row["experts"] for row in found["blocks"] if row["role"] == "layer"] == [32]
+    assert found["experts"]["nbytes"] == nbytes == 212 << 10
+    assert (found["experts"]["layers"], found["experts"]["count"], found["experts"]["chosen"]) == (4, 32, 2)
+    assert re.search(r"layer-000 … layer-003 +4 x +[\d.]+ MiB +32 experts of 212 KiB \+ 2 ", text)
+    assert "32 of 212 KiB in each of 4 layers, 2 for a token" in text
+    # One prompt decodes: two experts a layer, less those in memory, and dense units that are not.
+    slots = first["experts_in_memory"]
+    assert 2 <= slots < 32 and re.search(r"on demand, \d+ of 128 in memory", text)
+    dense = sum(unit.nbytes for units in store.dense_units for unit in units) + slots * nbytes - first["resident_bytes"]
+    assert first["bytes_read_per_pass"] == dense + int(4 * 2 * (1 - slots / 128) * nbytes)
+    assert (last["experts_in_memory"], last["bytes_read_per_pass"]) == (None, 0)
+    assert "with their layers" in text and "not taken apart" not in text
+
+    def whole(*inputs: Any) -> Any:
+        model, *others = measure_inputs(*inputs)
+        return replace(model, experts=None), *others
+
+    monkeypatch.setattr(tiered.cli.inspect, "measure_inputs", whole)
+    assert "not taken apart: layers stream whole" in inspect(store.path)
+    assert inspect_json(store.path)["experts"] is None
 
 
 def test_no_weight_is_read(docs: Path, tmp_path: Path) -> None:

@@ -154,6 +154,7 @@ def source(tmp_path: Path) -> Path:
     return write_lines(tmp_path / "in", (request(f"id-{n}", max_tokens=60, ignore_eos=True) for n in range(16)))
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(store: Path, source: Path, tmp_path: Path) -> None:
     results = tmp_path / "out.jsonl"
     command = ("batch", store, "-i", source, "-o", results, "--no-measure", "--batch", "2")

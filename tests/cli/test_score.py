@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.commands import CHECKPOINT, ROOT, TIERED, TerminalInput, copy_store, make_store, run_apart, run_here
 from tests.commands import smallest_ram as named_ram
 from tests.damage import ADDED, poisoned, with_added_token
+from tests.quick import represented
 from tiered.units import MIB, parse_size
 
 pytestmark = pytest.mark.usefixtures("steady_baseline")
@@ -150,6 +151,7 @@ def test_texts_are_scored_each_on_its_own_and_together(store: Path, text: Path, 
     assert places == [(s["file"], n) for s in alone for n in range(s["tokens"])]
 
 
+@pytest.mark.slow
 def test_without_a_token_that_begins_texts_the_first_one_is_not_counted(
     bare_store: Path, text: Path, losses: Callable[[list[int]], list[float]]
 ) -> None:
@@ -171,7 +173,7 @@ def test_a_text_comes_from_a_file_or_from_standard_input_as_it_is(store: Path, t
 # Precision.
 
 
-@pytest.mark.parametrize(("bits", "change"), [("8", 0.005), ("4", 0.01)])
+@pytest.mark.parametrize(("bits", "change"), represented([("8", 0.005), ("4", 0.01)], [("4", 0.01)]))
 def test_a_quantized_cache_costs_little_perplexity(store: Path, text: Path, bits: str, change: float) -> None:
     words = (store, "-f", text, "--context", "1024", *FLOAT32, *QUIET)
     exact, found = (answer(*words, "--kv-bits", kv_bits)["together"]["perplexity"] for kv_bits in ("16", bits))
@@ -182,6 +184,7 @@ def test_a_quantized_cache_costs_little_perplexity(store: Path, text: Path, bits
 # How the work is shared out.
 
 
+@pytest.mark.slow
 def test_neither_budget_nor_windows_per_pass_change_a_score(store: Path, text: Path) -> None:
     words = (store, "-f", text, "--context", "64", "--stride", "50", *QUIET)
     expected = answer(*words, "--windows-per-pass", "1", "--tiers", "cpu")
@@ -242,6 +245,7 @@ def test_the_table_goes_to_standard_output_and_all_else_to_standard_error(store:
     assert "\x1b" not in done.out + done.err
 
 
+@pytest.mark.slow
 def test_several_texts_end_in_a_line_for_all_of_them(store: Path, text: Path) -> None:
     done = run_here("score", store, "-f", text, "-f", text, *QUIET)
     assert done.out.splitlines()[-1].split()[:2] == ["together", str(2 * len(ids_of(TEXT)))]
@@ -332,6 +336,7 @@ def test_a_text_is_not_overwritten_by_its_own_scores(store: Path, text: Path, tm
     assert text.read_text(encoding="utf-8") == TEXT
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_named(store: Path, text: Path) -> None:
     done = run_here("score", store, "-f", text, *QUIET, "--per-token", "/dev/full")
     assert done.code == 1

@@ -302,6 +302,7 @@ def plain(streaming: list[str], folder: Path) -> str:
     return done.out
 
 
+@pytest.mark.slow
 def test_a_run_on_a_terminal_shows_status_lines_and_leaves_text_and_report(streaming: list[str], plain: str) -> None:
     columns, rows = 40, 10
     master, slave = pty.openpty()

@@ -152,6 +152,7 @@ def test_a_terminal_sees_how_far_it_is(store: Path) -> None:
         os.close(own)
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_it_within_a_second(store: Path) -> None:
     # Hundreds of names for one file are a store that takes seconds to read.
     manifest = json.loads((store / "manifest.json").read_text())

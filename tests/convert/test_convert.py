@@ -17,6 +17,7 @@ from tests.convert.models import (
     store_digest,
     tiny_model,
 )
+from tests.quick import represented
 from tiered.convert import ConvertOptions, ConvertProgress, convert_checkpoint
 from tiered.errors import CheckpointError, ConfigError, UnsupportedFamilyError
 from tiered.kernels import load_library
@@ -33,7 +34,7 @@ def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> N
         assert torch.equal(found[name], tensor), name
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", represented(FAMILIES, ["llama", "bloom"]))
 @pytest.mark.parametrize("form", ["safetensors", "shards", "bin", "bin shards", "legacy", "legacy shards"])
 def test_every_form_of_checkpoint_is_stored_bit_for_bit(family: str, form: str, tmp_path: Path) -> None:
     model = tiny_model(family)

@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from tests.convert.models import expected_weights, read_store, rewrite, save_bin, save_model, tiny_model
+from tests.helpers import tiny_config
 from tiered.convert import ConvertOptions, convert_checkpoint
 from tiered.errors import CheckpointError
 from tiered.store import Store
@@ -95,3 +97,27 @@ def test_an_expert_that_does_not_fit_its_stack_is_named(
     with pytest.raises(CheckpointError, match=message):
         convert_checkpoint(source, tmp_path / "out", PLAIN)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("family", "published"),
+    [
+        ("mixtral", "model.layers.1.block_sparse_moe.experts.2.w1.weight"),
+        ("qwen3_moe", "model.layers.1.mlp.experts.2.gate_proj.weight"),
+        ("glm4_moe", "model.layers.1.mlp.experts.2.gate_proj.weight"),
+    ],
+)
+def test_published_names_of_experts_are_found(family: str, published: str, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_config(tiny_config(family))
+    source = save_model(tmp_path / "source", model)
+    tensors = load_file(source / "model.safetensors")
+    assert published in tensors and not any(name.endswith("gate_up_proj") for name in tensors)
+    # GLM-4.5 comes with one more layer, which predicts the token after the next.
+    more = {f"model.layers.{model.config.num_hidden_layers}.eh_proj.weight": torch.zeros(64, 128)}
+    rewrite(source, lambda tensors: {**tensors, **more})
+    result = convert_checkpoint(source, tmp_path / "out", PLAIN)
+    assert all("left out" in warning and next(iter(more)) in warning for warning in result.warnings)
+    found = read_store(tmp_path / "out")
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected_weights(model).items())
+    units = Store.open(tmp_path / "out").expert_units
+    assert [unit.name for unit in units[1]] == [f"mlp.experts#{n}" for n in range(len(units[1]))] != []

@@ -2,15 +2,21 @@
 
 import json
 from pathlib import Path
+from typing import Any, Final
 
 import torch
+import zstandard
 
+from tests.store.make import load_unit
 from tiered.arch import build_skeleton, load_config
 from tiered.store import ALIGNMENT, CHUNK_NBYTES, PAGE, Manifest, Store, TensorEntry, hash_chunk
 from tiered.store.block import BlockLayout
-from tiered.store.format import header_bytes, header_room_nbytes, read_header
+from tiered.store.format import DTYPE_NAMES, header_bytes, header_room_nbytes, read_header
 from tiered.store.manifest import MANIFEST_NAME
 from tiered.units import round_up
+
+FRAME_NBYTES: Final = 2 << 20
+"""Of zstd, before compression."""
 
 
 def make_old(folder: Path) -> Path:
@@ -19,6 +25,7 @@ def make_old(folder: Path) -> Path:
     order = [p.name for block in build_skeleton(load_config(folder)).blocks() for p in block.parameters]
     value = json.loads(store.manifest.to_json())
     value["version"] = 1
+    value["quantization"]["compress"] = value["quantization"]["compress"].replace("planes", "zstd")
     for file in value["files"]:
         write_old_block(folder, store.layouts[file["path"]], order)
         content = (folder / file["path"]).read_bytes()
@@ -38,10 +45,16 @@ def write_old_block(folder: Path, layout: BlockLayout, order: list[str]) -> None
     """Tensors in the order of the graph, each followed by a pad to 64, and the file padded to 4096."""
     path = folder / layout.file.path
     content, (_, metadata, _) = path.read_bytes(), read_header(path)
-    places = {e.name: unit.offset for unit in layout.units for w in unit.weights.values() for e in w.parts.values()}
-    compressed = {item.target.name: item for item in layout.compressed}
-    frames = sum(len(item.frames) for item in compressed.values())
-    start = header_room_nbytes(layout.weights, frames)
+    memory = {
+        entry.name: loaded
+        for unit in layout.units
+        for loaded in [load_unit(path.parents[1], unit)]
+        for weight in unit.weights.values()
+        for entry in weight.parts.values()
+    }
+    compressed = {item.target.name for item in layout.compressed}
+    zstd: dict[str, Any] = {}
+    start = header_room_nbytes(layout.weights, len(content) // FRAME_NBYTES)
     entries: list[TensorEntry] = []
     data = bytearray()
 
@@ -58,23 +71,29 @@ def write_old_block(folder: Path, layout: BlockLayout, order: list[str]) -> None
 
     for weight in sorted(layout.weights.values(), key=lambda weight: order.index(weight.name)):
         for part in ("", "q", "scale", "zero"):
-            pieces = []
-            for entry in (e for name, e in weight.parts.items() if name.partition("#")[0] == part):
-                stored = compressed[entry.name].source if entry.name in compressed else entry
-                begin = places[entry.name] + stored.offset
-                pieces.append((stored, content[begin : begin + stored.nbytes]))
-            if len(pieces) == 1 and "#" not in pieces[0][0].name:
-                ((stored, data_of),) = pieces
-                append(stored.name, stored.dtype, stored.shape, data_of)
-            elif pieces:
-                # What is in ranges now was one tensor; of a stack's matrices the rows, if they are quantized.
-                first = pieces[0][0]
-                rows = (sum(stored.shape[0] for stored, _ in pieces), *first.shape[1:])
-                name = f"{weight.name}.{part}" if part else weight.name
-                append(name, first.dtype, rows if part else weight.shape, b"".join(piece for _, piece in pieces))
+            found = [entry for name, entry in weight.parts.items() if name.partition("#")[0] == part]
+            if not found:
+                continue
+            first, is_whole = found[0], len(found) == 1 and "#" not in found[0].name
+            # What is in ranges now was one tensor; of a stack's matrices the rows, if they are quantized.
+            rows = (sum(entry.shape[0] for entry in found), *first.shape[1:])
+            shape = first.shape if is_whole else rows if part else weight.shape
+            name = f"{weight.name}.{part}" if part else weight.name
+            pieces = [memory[entry.name][entry.offset : entry.offset + entry.nbytes] for entry in found]
+            plain = b"".join(piece.numpy().tobytes() for piece in pieces)
+            if any(entry.name in compressed for entry in found):
+                cut = [plain[begin : begin + FRAME_NBYTES] for begin in range(0, len(plain), FRAME_NBYTES)]
+                frames = [zstandard.ZstdCompressor(level=1, write_checksum=True).compress(piece) for piece in cut]
+                sizes = list(map(len, frames))
+                zstd[name] = {"dtype": DTYPE_NAMES[first.dtype], "shape": list(shape)}
+                zstd[name] |= {"frames": sizes, "frame_nbytes": FRAME_NBYTES}
+                append(f"{name}.zst", torch.uint8, (sum(sizes),), b"".join(frames))
+            else:
+                append(name, first.dtype, shape, plain)
     pad(PAGE)
     described = json.loads(metadata["tiered"])
-    del described["version"]
+    del described["version"], described["planes"]
+    described["zstd"] = zstd
     for name, value in list(described["weights"].items()):
         value.pop("ranges", None)
         if value["scheme"] is None:

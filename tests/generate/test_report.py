@@ -1,6 +1,7 @@
 """The report: figures that add up, a bound that cannot flatter, words that say what was the bottleneck."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +10,8 @@ from tests.plan.plans import plan_of
 from tiered.generate import Figures, Generation, Surroundings, make_report
 from tiered.generate.costs import PassCost
 from tiered.model import Pass
-from tiered.plan import Needs, Plan, full_ring
+from tiered.plan import ExpertCachePlan, Needs, Plan, full_ring
+from tiered.stream import NO_EXPERTS, ExpertUse
 from tiered.units import MIB
 
 SIZES = [100 * MIB] * 10
@@ -22,20 +24,37 @@ def plan(blocks: float = 5.0) -> Plan:
     return plan_of(SIZES, NEEDS, NEEDS.total + int(blocks * 100 * MIB))
 
 
-def cost(rows: int, seconds: float, compute: float, prompt_tokens: int = 0, nbytes: int = 700 * MIB) -> PassCost:
-    pass_ = Pass((), seconds, compute, seconds - compute, (0.001, 0.003, 0.002))
+def cost(
+    rows: int,
+    seconds: float,
+    compute: float,
+    prompt_tokens: int = 0,
+    nbytes: int = 700 * MIB,
+    experts: ExpertUse = NO_EXPERTS,
+) -> PassCost:
+    pass_ = Pass((), seconds, compute, seconds - compute, (0.001, 0.003, 0.002), experts)
     return PassCost(pass_, seconds, prompt_tokens, rows, nbytes, 0, 0.025)
 
 
 def generation(
-    decodes: int = 4, rows: int = 2, seconds: float = 1.0, compute: float = 0.2, nbytes: int = 700 * MIB
+    decodes: int = 4,
+    rows: int = 2,
+    seconds: float = 1.0,
+    compute: float = 0.2,
+    nbytes: int = 700 * MIB,
+    experts: ExpertUse = NO_EXPERTS,
 ) -> Generation:
-    passes = [cost(rows, 3.0, 2.0, prompt_tokens=60)]
-    passes += [cost(rows, seconds, compute, nbytes=nbytes) for _ in range(decodes)]
+    passes = [cost(rows, 3.0, 2.0, prompt_tokens=60, experts=experts)]
+    passes += [cost(rows, seconds, compute, nbytes=nbytes, experts=experts) for _ in range(decodes)]
     made = Generation(first_token_seconds=3.2, sequences=rows, prompt_tokens=60)
     for one in passes:
         made.add(one)
     return made
+
+
+def with_experts(used: Plan) -> Plan:
+    """The same with a cache of 20 experts of 5 MiB, for which the budget has room."""
+    return replace(used, budget=used.budget + 100 * MIB, experts=ExpertCachePlan(20, 5 * MIB))
 
 
 def around(used: Plan, streamed_file_bytes: int = 700 * MIB, **changes: Any) -> Surroundings:
@@ -57,7 +76,7 @@ def around(used: Plan, streamed_file_bytes: int = 700 * MIB, **changes: Any) -> 
         "kernels": "avx512, invariant, 2 threads",
         "synthetic": False,
     }
-    return Surroundings(used, streamed_file_bytes, Figures(**{**fields, **changes}))
+    return Surroundings(used, streamed_file_bytes, Figures(**{**fields, **changes}), experts=640)
 
 
 def test_figures_add_up() -> None:
@@ -191,3 +210,54 @@ def test_a_ring_of_one_block_is_named_with_what_it_lacks() -> None:
         report = make_report(generation(), around(plan(blocks)))
         assert report.missing_overlap_bytes == 0
         assert not any("took turns" in line for line in report.lines())
+
+
+USE = ExpertUse(hits=30, misses=50, nbytes=250 * MIB, compute_seconds=0.1)
+"""Of one pass."""
+
+
+def test_experts_that_are_chosen_are_told_apart_from_what_is_read_ahead() -> None:
+    report = make_report(generation(nbytes=950 * MIB, experts=USE), around(with_experts(plan())))
+    experts = report.experts
+    assert experts is not None and (experts.held, experts.total) == (20, 640)
+    # Of the four decode passes, as all figures of experts are.
+    assert (experts.hits, experts.misses, experts.hit_rate) == (120, 200, 30 / 80)
+    assert (experts.bytes_per_pass, experts.dense_bytes_per_pass) == (250 * MIB, 700 * MIB)
+    assert (experts.bytes_per_token, experts.dense_bytes_per_token) == (125 * MIB, 350 * MIB)
+    assert experts.compute_seconds_per_pass == pytest.approx(0.1)
+    lines = report.lines()
+    assert "experts   20 of 640 in memory, where 38% of those chosen were" in lines
+    assert "read: 250 MiB of experts and 700 MiB of dense weights per pass (0.131 and 0.367 GB per token)" in lines[5]
+    assert any("300 MiB of 1000 MiB dense weights resident" in line for line in lines)
+    assert report.to_json()["experts"]["hits"] == 120
+    assert make_report(generation(), around(plan())).to_json()["experts"] is None
+
+
+def test_nothing_but_experts_computes_while_experts_are_read() -> None:
+    ahead, chosen = (sum(SIZES) - plan().bound_resident_nbytes) / RAW, USE.nbytes / RAW
+    for compute, in_experts, bound, bottleneck in (
+        # The disk is always busy; it waits for what routers choose by; experts take longer to compute than to read.
+        (0.3, 0.1, ahead + chosen, "disk"),
+        (0.95, 0.1, 0.85 + chosen, "disk"),
+        (1.2, 0.4, 1.2, "compute"),
+    ):
+        use = replace(USE, compute_seconds=in_experts)
+        made = generation(seconds=2.0, compute=compute, nbytes=950 * MIB, experts=use)
+        report = make_report(made, around(with_experts(plan())))
+        assert report.bound_seconds_per_pass == pytest.approx(bound)
+        assert report.bottleneck == bottleneck
+        assert any(f"possible here with these reads of experts, {bound / 2:.0%} of it" in s for s in report.lines())
+
+
+def test_experts_alone_keep_a_run_from_being_one_in_memory() -> None:
+    # All dense units are resident.
+    used, made = with_experts(plan(20.0)), generation(nbytes=250 * MIB, experts=USE)
+    report = make_report(made, around(used, streamed_file_bytes=0))
+    assert report.bottleneck == "disk"
+    assert report.bound_seconds_per_pass == pytest.approx(0.2 - 0.1 + USE.nbytes / RAW)
+
+
+def test_what_no_pass_has_chosen_is_a_report_too() -> None:
+    report = make_report(Generation(), around(with_experts(plan())))
+    assert report.experts is not None and report.experts.hit_rate is report.experts.bytes_per_token is None
+    assert "experts   20 of 640 in memory" in report.lines()

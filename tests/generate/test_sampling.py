@@ -15,6 +15,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from tests.quick import represented
 from tiered.errors import ConfigError, ModelError
 from tiered.generate import Sampler, SamplingParams
 
@@ -81,19 +82,22 @@ def expected_distribution(**params: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     "params",
-    [
-        {},
-        {"temperature": 0.5},
-        {"temperature": 3.0},
-        {"top_k": 1},
-        {"top_k": 3},
-        {"top_k": 50},
-        {"top_p": 0.5},
-        {"top_p": 0.8},
-        {"min_p": 0.2},
-        {"min_p": 1.0},
-        {"temperature": 2.0, "top_k": 4, "top_p": 0.9, "min_p": 0.3},
-    ],
+    represented(
+        [
+            {},
+            {"temperature": 0.5},
+            {"temperature": 3.0},
+            {"top_k": 1},
+            {"top_k": 3},
+            {"top_k": 50},
+            {"top_p": 0.5},
+            {"top_p": 0.8},
+            {"min_p": 0.2},
+            {"min_p": 1.0},
+            {"temperature": 2.0, "top_k": 4, "top_p": 0.9, "min_p": 0.3},
+        ],
+        [{"temperature": 2.0, "top_k": 4, "top_p": 0.9, "min_p": 0.3}],
+    ),
     ids=str,
 )
 def test_tokens_are_drawn_as_often_as_their_probability_says(params: dict[str, Any]) -> None:

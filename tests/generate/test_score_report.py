@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.generate.test_report import around
+from tests.generate.test_report import USE, around, with_experts
 from tests.plan.plans import plan_of
 from tiered.generate import Generation, make_score_report
 from tiered.generate.costs import PassCost
@@ -81,3 +81,16 @@ def test_a_peak_above_the_budget_and_synthetic_weights_are_not_passed_over() -> 
 
 def test_overlapping_windows_tell_how_much_is_computed_again() -> None:
     assert any("400 more computed as context" in line for line in make_score_report(scoring(), around(plan())).lines())
+
+
+def test_experts_that_windows_chose_count_for_the_bound() -> None:
+    made, used = scoring(passes=3), with_experts(plan(5.0))
+    alone = make_score_report(made, around(used, raw_disk_bandwidth=RAW))
+    made.costs.prefill.experts = USE
+    report = make_score_report(made, around(used, raw_disk_bandwidth=RAW))
+    assert alone.bound_seconds is not None
+    assert report.bound_seconds == pytest.approx(alone.bound_seconds + 0.25)
+    assert report.experts is not None
+    assert report.experts.bytes_per_pass * 3 == USE.nbytes
+    assert report.experts.bytes_per_token == USE.nbytes / 1000
+    assert any("possible here with these reads of experts" in line for line in report.lines())

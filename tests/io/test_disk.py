@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import fcntl
+import mmap
 import os
 import threading
 import time
@@ -18,7 +19,17 @@ from hypothesis import strategies as st
 
 from tests.store.make import bytes_of, random_bytes, write_block
 from tiered.errors import InterruptedRun, ReadError, StoreError, TieredError
-from tiered.io import PIECE_NBYTES, Arena, ChunkVerifier, DiskReader, Faults, ReadMode, VerifyPolicy, all_of
+from tiered.io import (
+    PIECE_NBYTES,
+    Arena,
+    ChunkBuffers,
+    ChunkVerifier,
+    DiskReader,
+    Faults,
+    ReadMode,
+    VerifyPolicy,
+    all_of,
+)
 from tiered.store import CHUNK_NBYTES, PAGE, FileInfo, hash_chunk
 from tiered.store.block import read_layout
 from tiered.trace import Tracer
@@ -477,6 +488,35 @@ def test_memory_behind_the_file_is_left_alone(small: tuple[Path, FileInfo]) -> N
     with reader_of(root) as reader:
         read(reader, file, view[start:])
     assert bool((memory[:start] == 7).all()) and bool((memory[start + file.nbytes :] == 7).all())
+
+
+def test_a_chunk_of_a_compressed_unit_passes_through_few_buffers(tmp_path: Path) -> None:
+    wide = torch.randn(3 * CHUNK_NBYTES // 2, generator=torch.Generator().manual_seed(0)).bfloat16()
+    bias = {"bias": torch.ones(5)}
+    file = write_block(tmp_path, "x.safetensors", bias, compressed={"wide": wide}, frame_nbytes=1 << 18)
+    (unit,) = read_layout(tmp_path, file).units
+    memory = memoryview(mmap.mmap(-1, unit.memory_nbytes))
+
+    async def read(reader: DiskReader, count: int) -> None:
+        buffers = [memoryview(mmap.mmap(-1, CHUNK_NBYTES)) for _ in range(count)]
+        await reader.read_unit(unit, memory, ChunkBuffers(buffers))
+
+    for count in (1, 2):
+        memory[:] = bytes(len(memory))
+        with reader_of(tmp_path) as reader:
+            asyncio.run(read(reader, count))
+        found = torch.frombuffer(memory, dtype=torch.uint8)
+        assert torch.equal(unit.weights["wide"].view(found), wide)  # type: ignore[arg-type]
+        assert torch.equal(unit.weights["bias"].view(found), torch.ones(5))  # type: ignore[arg-type]
+    with reader_of(tmp_path) as reader, pytest.raises(StoreError, match="expected only what is streamed"):
+        asyncio.run(read(reader, 0))
+    path = tmp_path / file.path
+    content = bytearray(path.read_bytes())
+    content[file.chunks[unit.chunks[1]].offset + 20] ^= 0xFF  # among the numbers of a frame
+    path.write_bytes(content)
+    for policy, told in ((VerifyPolicy.NEVER, "wide: a damaged frame"), (VerifyPolicy.FIRST, "corrupt")):
+        with reader_of(tmp_path, policy=policy) as reader, pytest.raises(StoreError, match=told):
+            asyncio.run(read(reader, 2))
 
 
 def test_reads_of_the_stream_give_way_to_a_unit_that_is_asked_for(

@@ -1,11 +1,14 @@
 """A job is its input, its store and its settings: whatever changes a result makes it another job."""
 
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from tests.convert.version1 import make_old
+from tiered.convert import ConvertOptions, convert_checkpoint
 from tiered.errors import ConfigError, CorruptError
 from tiered.jobs import Identity, JobFile, job_path, store_fingerprint
 from tiered.jobs.identity import check_same, read_job, write_job
@@ -45,6 +48,16 @@ def test_what_differs_is_named_and_makes_another_key(changed: Identity, told: st
     assert str(RESULTS) in str(caught.value) and "another file with -o" in str(caught.value)
     assert caught.value.exit_code == 2
     assert changed.key != BEGUN.key
+
+
+def test_a_job_begun_before_its_store_was_upgraded_is_refused(tmp_path: Path) -> None:
+    new = convert_checkpoint("tiny-llama", tmp_path / "new", ConvertOptions(synthetic=True)).store
+    old = make_old(shutil.copytree(new, tmp_path / "old"))
+    begun = replace(BEGUN, store=store_fingerprint(old))
+    convert_checkpoint(old)
+    with pytest.raises(ConfigError, match=r"it is another store, or was converted or upgraded since.*file with -o"):
+        check_same(RESULTS, replace(BEGUN, store=store_fingerprint(old)), begun)
+    assert store_fingerprint(old) == store_fingerprint(new)
 
 
 def test_the_key_is_the_same_in_every_process() -> None:
@@ -91,6 +104,7 @@ def test_a_job_file_too_large_to_be_one_is_not_parsed(tmp_path: Path) -> None:
         read_job(results)
 
 
+@pytest.mark.slow
 def test_whatever_lies_in_a_stores_folder_counts_however_large(tmp_path: Path) -> None:
     (tmp_path / "notes").touch()
     os.truncate(tmp_path / "notes", (512 << 20) + 1)  # sparse

@@ -116,6 +116,7 @@ def test_interrupted_after_any_sequence_it_goes_on_to_the_same_results(
         raise AssertionError("it was never run to the end")
 
 
+@pytest.mark.slow
 def test_from_any_first_lines_in_any_order_and_a_torn_one_it_comes_to_the_same_results(
     source: Path, tmp_path: Path, whole: list[bytes]
 ) -> None:

@@ -134,15 +134,15 @@ def truth(call: AttentionCall) -> torch.Tensor:
         scores = call.query[s].double().transpose(0, 1) @ k.mT * call.scaling  # [q_heads, q_len, slots]
         if call.softcap:
             scores = torch.tanh(scores / call.softcap) * call.softcap
-        for i in range(q_len):
-            own = slots - q_len + i
-            for slot in range(slots):
-                seen = slot >= int(call.first[s]) and (slot <= own or not call.causal)
-                seen = seen and (not call.window or slot > own - call.window)
-                if call.mask is not None:
-                    seen = seen and bool(call.mask[s % len(call.mask), i, slot])
-                if not seen:
-                    scores[:, i, slot] = -math.inf
+        own, slot = torch.arange(slots - q_len, slots)[:, None], torch.arange(slots)
+        seen = slot >= call.first[s]  # [q_len, slots] by broadcasting
+        if call.causal:
+            seen = seen & (slot <= own)
+        if call.window:
+            seen = seen & (slot > own - call.window)
+        if call.mask is not None:
+            seen = seen & call.mask[s % len(call.mask), :, :slots].bool()
+        scores = scores.masked_fill(~seen, -math.inf)
         if call.bias is not None:
             bias = call.bias.double().expand(sequences, q_heads, q_len, -1)[s, :, :, :slots]
             scores = scores + bias.masked_fill(bias < -1e30, -math.inf)

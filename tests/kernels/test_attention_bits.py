@@ -7,7 +7,7 @@ import torch
 
 from tests.kernels.attention_cases import Shape, attend, random_call, rows_of, scatter
 from tests.kernels.native_linear import require
-from tiered.kernels import CacheFormat, Level, contiguous_pages
+from tiered.kernels import CacheFormat, Kernels, Level, contiguous_pages
 
 pytestmark = pytest.mark.inputs("tiered/kernels", "tiered/quant", "tests/kernels")
 
@@ -37,11 +37,12 @@ def test_parts_and_single_steps_give_the_bits_of_one_call(
 ) -> None:
     shape = Shape(2, 75, 2 * group, 2, 140, head_dim)
     call = random_call(shape, keys, values, scaling=scaling)
-    whole = attend(name, call)
-    for step in (1, 2, 7, 64):
-        for start in range(0, 75, step):
-            stop = min(75, start + step)
-            assert torch.equal(attend(name, rows_of(call, start, stop)), whole[:, start:stop]), (step, start)
+    with Kernels(2, name=name) as kernels:
+        whole = kernels.attention(call)
+        for step in (1, 2, 7, 64):
+            for start in range(0, 75, step):
+                stop = min(75, start + step)
+                assert torch.equal(kernels.attention(rows_of(call, start, stop)), whole[:, start:stop]), (step, start)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])

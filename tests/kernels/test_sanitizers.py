@@ -49,13 +49,14 @@ def test_an_older_processor_meets_no_instruction_that_it_does_not_have(build: An
     program, emulator = build.compiler(), "qemu-x86_64-static"
     if not program or shutil.which(program[0]) is None:
         pytest.skip("no C++ compiler here")
-    made = self_test(build, program, build.sources(), tmp_path, ("-O0",))
+    objects = build.compile_all(program, build.sources(), tmp_path, "-O0")
     for path in build.sources():
         if build.level_of(path) in build.LEVEL_FLAGS:
             # Of functions with such symbols the linker keeps one copy, which may be a level's, for all files.
             assert not shared_symbols(tmp_path / f"{path.stem}.o")
     if shutil.which(emulator) is None:
         pytest.skip(f"no {emulator} here; Debian and Ubuntu: qemu-user-static")
+    made = linked(build, program, objects, tmp_path, ("-O0",))
     assert "levels: 0\n" in assert_passes([emulator, "-cpu", "Nehalem", str(made), "6"])
 
 
@@ -70,11 +71,17 @@ def self_test(
     build: Any, program: Sequence[str], sources: Sequence[Path], folder: Path, flags: Sequence[str], *link: str
 ) -> Path:
     """The program, of the library's sources and the self-test's."""
-    objects = build.compile_all(program, sources, folder, *flags)
+    return linked(build, program, build.compile_all(program, sources, folder, *flags), folder, flags, *link)
+
+
+def linked(
+    build: Any, program: Sequence[str], library: Sequence[Path], folder: Path, flags: Sequence[str], *link: str
+) -> Path:
+    """The program, of the library's objects and the self-test's sources."""
     include = f"-I{build.NATIVE}"
-    objects += build.compile_all(program, sorted(SELF_TEST.glob("*.cpp")), folder / "test", *flags, include)
+    tests = build.compile_all(program, sorted(SELF_TEST.glob("*.cpp")), folder / "test", *flags, include)
     made = folder / "selftest"
-    build.run([*program, *flags, *map(str, objects), "-pthread", *link, "-o", str(made)])
+    build.run([*program, *flags, *map(str, [*library, *tests]), "-pthread", *link, "-o", str(made)])
     return made
 
 

@@ -4,7 +4,7 @@ Exactly the same with the native kernels, in every format of the cache. And thos
 texts so much longer than windows and micro-batches that the rings of sliding layers go round.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
@@ -89,10 +89,8 @@ class Models:
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Models]:
-    threads = torch.get_num_threads()
-    yield Models(tmp_path_factory.mktemp("kv"))
-    torch.set_num_threads(threads)
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    return Models(tmp_path_factory.mktemp("kv"))
 
 
 def runtime_of(store: Store, **options: Any) -> Runtime:
@@ -175,7 +173,7 @@ families differ only in what they compute between pages: each of them meets ever
 
 @pytest.mark.parametrize(
     ("name", "bits", "setting"),
-    represented(CELLS, [cell for cell in CELLS if cell[0] != "gemma3_text" or cell[1] == 4]),
+    represented(CELLS, [cell for cell in CELLS if cell[0] == "llama" or cell[:2] == ("gemma3_text", 4)]),
 )
 def test_logits_are_the_same_bits_however_they_are_computed(
     models: Models, tmp_path: Path, name: str, bits: int, setting: str
@@ -205,7 +203,7 @@ def test_fewer_bits_do_change_logits(models: Models) -> None:
 
 @pytest.mark.parametrize("kv", ["cpu", "disk"])
 @pytest.mark.parametrize(
-    "name", represented(["gemma3_text", "mistral", "cohere2", "bloom", "diffllama"], ["gemma3_text", "bloom"])
+    "name", represented(["gemma3_text", "mistral", "cohere2", "bloom", "diffllama"], ["gemma3_text"])
 )
 def test_a_text_much_longer_than_windows_gives_what_transformers_gives(
     models: Models, tmp_path: Path, name: str, kv: str
@@ -230,7 +228,7 @@ def error_of(found: torch.Tensor, expected: torch.Tensor) -> float:
     return relative_error(Answers((), (found,)), Answers((), (expected,)))
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", represented([8, 4], [4]))
 @pytest.mark.parametrize("name", represented(["bloom", "diffllama"], ["bloom"]))
 def test_families_with_attention_of_their_own_read_what_is_stored_whatever_the_micro_batches(
     models: Models, tmp_path: Path, name: str, bits: int

@@ -5,9 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from tests.helpers import TINY, Tiny, prompts_for
+from tiered.arch import build_skeleton, is_expert_stack, load_config
 from tiered.convert import ConvertOptions, convert_checkpoint
 from tiered.host import PROCESS
+from tiered.model import model_shape
 from tiered.plan import Plan, Workload, make_plan
 from tiered.runtime import Options, Runtime, measure_inputs
 from tiered.store import Store
@@ -59,3 +63,26 @@ def test_measuring_takes_no_memory_and_reads_no_weights(store: Store) -> None:
     assert budgets.ram == 8 * GIB and budgets.baseline < 8 * GIB
     assert sum(model.tape.file_nbytes) == store.tape_nbytes
     assert PROCESS.planned_nbytes == 0
+
+
+@pytest.mark.parametrize("name", [name for name, fields in TINY.items() if "num_experts_per_tok" in fields])
+def test_the_experts_of_a_mixture_are_as_many_as_transformers_chooses_among(tiny: Tiny, name: str) -> None:
+    store, seen = tiny.store(name), set[tuple[int, int]]()
+    shape = model_shape(store, build_skeleton(load_config(store.path)), torch.float32)
+    model = tiny.model(name)
+    stacks = [module for module in model.modules() if is_expert_stack(module)]
+    for stack in stacks:
+        count = stack.get_parameter("down_proj").shape[0]
+        stack.register_forward_pre_hook(lambda _, args, count=count: seen.add((count, args[1].shape[-1])))
+    model(torch.tensor([prompts_for(name)[0]]))
+    assert shape.experts is not None
+    assert seen == {(shape.experts.count, shape.experts.chosen)}
+    assert shape.experts.layers == len(stacks) > 0
+    assert shape.experts.weights * shape.experts.count == sum(p.numel() for p in stacks[0].parameters())
+    experts = shape.experts.total * shape.experts.file_nbytes
+    assert sum(shape.experts.dense.file_nbytes) + experts == sum(shape.tape.file_nbytes)
+
+
+def test_a_model_without_experts_has_none(tiny: Tiny) -> None:
+    store = tiny.store("llama")
+    assert model_shape(store, build_skeleton(load_config(store.path)), torch.float32).experts is None

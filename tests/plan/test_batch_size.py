@@ -58,6 +58,14 @@ def test_a_cache_on_disk_is_used_where_memory_holds_too_few_sequences() -> None:
     assert choice is not None and choice.option.kv_on_disk and choice.option.sequences == 64
 
 
+def test_experts_that_are_waited_for_take_their_time_beside_computing() -> None:
+    waited, ahead = BatchOption(4, False, GB, expert_nbytes=GB), BatchOption(4, False, GB)
+    choice = choose_batch_size([waited, ahead], 1e9, lambda rows: 1.0)
+    assert choice is not None and choice.option == ahead and choice.pass_seconds == 1
+    choice = choose_batch_size([waited], 1e9, lambda rows: 1.0)
+    assert choice is not None and choice.pass_seconds == 2
+
+
 def test_without_options_there_is_no_choice() -> None:
     assert choose_batch_size([], 1e9, lambda rows: 1.0) is None
 

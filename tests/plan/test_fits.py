@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.plan.plans import LOADED, STREAMING, model_of, tape_of
+from tests.plan.plans import LOADED, STREAMING, mixture_of, model_of, tape_of
 from tiered.errors import BudgetError
 from tiered.plan import Budgets, Machine, Needs, Placement, Tier, Workload, fit_units, make_plan
 from tiered.plan.fits import fits, ladder
@@ -65,3 +65,16 @@ def test_the_ladder_doubles_between_its_ends() -> None:
     assert ladder(300 * MIB, 400 * MIB) == (300 * MIB, 400 * MIB)
     assert ladder(300 * MIB, 300 * MIB) == (300 * MIB,)
     assert ladder(2 * GIB, round_up(4 * GIB, MIB)) == (2 * GIB, 4 * GIB)
+
+
+def test_a_mixture_reads_what_a_token_chooses_and_nothing_once_all_of_it_is_in_memory() -> None:
+    model = mixture_of([20 * MIB] * 11, count=32, chosen=2, nbytes=8 * MIB)
+    assert model.experts is not None
+    first, *between, last = fits(model, MACHINE, WORK, BUDGETS)
+    assert first.plan.experts is not None
+    # The least cache has room for what one token chooses in one of ten layers.
+    assert first.read_nbytes == first.plan.read_nbytes + 10 * 2 * 8 * MIB * 318 // 320
+    assert first.resident_nbytes == 2 * 8 * MIB + 220 * MIB - first.plan.read_nbytes
+    assert [row.resident_share for row in between] == sorted(row.resident_share for row in between)
+    assert last.plan.experts is None and last.read_nbytes == 0 and last.resident_share == 1
+    assert last.resident_nbytes == last.total_nbytes == (220 + 10 * 32 * 8) * MIB

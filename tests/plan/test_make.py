@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.plan.plans import LOADED, STREAMING, model_of, tape_of
+from tests.plan.plans import LOADED, STREAMING, mixture_of, model_of, tape_of
 from tiered.errors import BudgetError, ConfigError
 from tiered.plan import (
     Bits,
@@ -30,7 +30,7 @@ from tiered.plan import (
 )
 from tiered.plan.pace import LEAST
 from tiered.plan.workspace import MAX_ROWS
-from tiered.units import GIB, MIB
+from tiered.units import GIB, MIB, format_seconds
 
 UNMEASURED = Machine(16 * MIB)
 MEASURED = Machine(16 * MIB, 2e9, ComputeRate((1, 16, 256), (1e-11, 2e-11, 4e-10)), 1e-7)
@@ -45,9 +45,16 @@ def tapes(draw: st.DrawFn) -> Tape:
 
 
 MODELS = st.builds(
-    model_of,
-    tape=tapes(),
-    whole_layers=st.booleans(),
+    lambda base, mixture, **fields: replace(base or mixture, **fields),
+    st.none() | st.builds(model_of, tape=tapes()),
+    st.builds(
+        mixture_of,
+        st.lists(st.integers(1, 400).map(lambda n: n * 100_000), min_size=2, max_size=5),
+        st.integers(1, 40),
+        st.just(1),
+        st.integers(1, 100).map(lambda n: n * 100_000),
+        st.none() | st.just(1),
+    ),
     dense_attention=st.booleans(),
     eager_attention=st.booleans(),
     kv=st.builds(KVShape, st.integers(1, 8), st.sampled_from([64, 80]), st.just(2), st.sampled_from(["bfloat16"])),
@@ -94,10 +101,22 @@ def test_a_plan_is_within_its_budget_or_the_refusal_names_one_that_works(
 def check(plan: Plan, model: ModelShape, workload: Workload, budgets: Budgets) -> None:
     """Every byte is accounted for, and no more is promised than was asked for."""
     cache, placement = plan.cache, plan.placement
-    assert plan.nbytes == plan.needs.total + placement.resident_nbytes + placement.ring_nbytes <= plan.budget
+    experts_nbytes = 0
+    if plan.experts is None:
+        assert plan.tape == model.tape
+    else:
+        assert model.experts is not None and plan.tape == model.experts.dense and budgets.tiers == STREAMING
+        assert model.experts.chosen <= plan.experts.slots <= model.experts.total
+        assert plan.experts.slot_nbytes == model.experts.nbytes
+        experts_nbytes = plan.experts.slots * plan.experts.slot_nbytes
+        # A slot more has no room, unless every expert has one.
+        room = plan.budget - plan.nbytes
+        assert room < plan.experts.slot_nbytes or plan.experts.slots == model.experts.total
+    assert plan.nbytes == plan.needs.total + placement.resident_nbytes + placement.ring_nbytes + experts_nbytes
+    assert plan.nbytes <= plan.budget
     assert plan.budget == budgets.ram and plan.needs.baseline == budgets.baseline
-    assert placement.resident_nbytes == sum(model.tape.nbytes[i] for i in placement.resident)
-    assert placement.ring_nbytes or len(placement.resident) == len(model.tape.nbytes)
+    assert placement.resident_nbytes == sum(plan.tape.nbytes[i] for i in placement.resident)
+    assert placement.ring_nbytes or len(placement.resident) == len(plan.tape.nbytes)
     assert plan.needs.kv >= cache.pool_nbytes + cache.ring_nbytes
     held = 0 if cache.on_disk else cache.blocks_nbytes
     assert cache.memory_nbytes == cache.tails_nbytes + cache.ring_nbytes + held
@@ -111,12 +130,12 @@ def check(plan: Plan, model: ModelShape, workload: Workload, budgets: Budgets) -
     assert cache.on_disk == (budgets.kv == "disk") or budgets.kv == "auto"
     # Passes are of one micro-batch, or the ring holds a layer.
     assert plan.held.layers or plan.max_batched_tokens <= plan.micro_batch_rows
-    pieces = model.tape.streamed(plan.held, placement.resident)
+    pieces = plan.tape.streamed(plan.held, placement.resident)
     assert placement.ring_nbytes >= max(map(sum, pieces), default=0)
     asked = workload.tokens_in_flight(plan.batch_size, plan.max_context)
     assert plan.max_batched_tokens == asked or plan.max_batched_tokens == plan.micro_batch_rows < asked
     if plan.max_batched_tokens < asked:
-        assert workload.max_batched_tokens and not workload.one_pass and not model.whole_layers
+        assert workload.max_batched_tokens or workload.one_pass
 
 
 @given(MODELS, WORKLOADS, BUDGETS)
@@ -268,12 +287,84 @@ def test_a_long_prompt_takes_one_pass_where_a_layer_and_a_unit_fit_and_more_wher
 
 
 def test_what_needs_a_whole_layer_gets_it() -> None:
-    for fields in ({"whole_layers": True}, {"dense_attention": True, "kv": KVShape(8, 128, 2, "bfloat16")}):
-        plan = planned(2 * GIB, **fields)
-        assert plan.held.layers
-        assert not plan.missing_overlap_nbytes
-        with pytest.raises(BudgetError, match="80 MiB for the"):
-            planned(MIB, **fields)
+    fields: dict[str, Any] = {"dense_attention": True, "kv": KVShape(8, 128, 2, "bfloat16")}
+    plan = planned(2 * GIB, **fields)
+    assert plan.held.layers and not plan.missing_overlap_nbytes
+    with pytest.raises(BudgetError, match="80 MiB for the"):
+        planned(MIB, **fields)
+
+
+LARGE = mixture_of([50 * MIB] * 20 + [100 * MIB], count=64, chosen=4, nbytes=5 * MIB)
+"""20 layers of 50 MiB, and of 64 experts which take 6400 MiB: a token chooses 400 MiB of them."""
+
+
+def mixture_plan(workload: Workload, ram: int, machine: Machine = UNMEASURED, model: ModelShape = LARGE) -> Plan:
+    return make_plan(model, machine, workload, Budgets(ram, 300 * MIB))
+
+
+def test_experts_are_read_on_demand_where_that_reads_clearly_less() -> None:
+    plan = mixture_plan(Workload(1, 256), 2 * GIB)
+    assert plan.experts is not None and plan.tape.total == 1100 * MIB
+    # Dense units come first: what they leave are the experts'.
+    assert not plan.placement.ring_nbytes and plan.experts.slots > 50
+    # 32 sequences choose 56 of 64 experts between them.
+    assert mixture_plan(Workload(32, 256), 2 * GIB).experts is None
+
+
+def test_what_fits_in_memory_is_held_whole() -> None:
+    plan = mixture_plan(Workload(1, 256), 16 * GIB)
+    assert plan.experts is None and not plan.placement.ring_nbytes
+    loaded = make_plan(LARGE, UNMEASURED, Workload(1, 256), Budgets(16 * GIB, 300 * MIB, LOADED))
+    assert loaded.placement == plan.placement
+
+
+def test_scoring_and_long_prompts_with_short_completions_read_layers_whole() -> None:
+    scored = Workload(8, 512, 512, choose_batch_size=True, one_pass=True, all_logits=True)
+    assert mixture_plan(scored, 2 * GIB).experts is None
+    for completion, on_demand in ((1, False), (200, True)):
+        asked = Workload(1, 2048 + completion, 2048, max_batched_tokens=4096)
+        assert (mixture_plan(asked, 2 * GIB).experts is not None) == on_demand
+
+
+def test_a_budget_too_small_for_whole_layers_is_enough_for_dense_units_and_the_experts_of_a_token() -> None:
+    # A unit of whole layers is larger than any dense one and four experts.
+    large = mixture_of([10 * MIB] * 9, count=64, chosen=4, nbytes=40 * MIB)
+    assert large.experts is not None
+    joined = replace(large, tape=tape_of([10 * MIB, 2560 * MIB] * 8 + [10 * MIB], counts=[2] * 8 + [1]))
+
+    def at(ram: int, model: ModelShape = joined) -> Plan:
+        return mixture_plan(Workload(1, 64), ram, model=model)
+
+    least = BudgetNamed(at).smallest
+    plan = at(least)
+    assert plan.experts is not None and plan.experts.slots == 4
+    assert BudgetNamed(lambda ram: at(ram, replace(joined, experts=None))).smallest > least + 2 * GIB
+    with pytest.raises(BudgetError, match="160 MiB for the experts that one token chooses, 10 MiB for"):
+        at(MIB)
+
+
+def test_results_of_experts_that_wait_for_their_sum_are_counted() -> None:
+    needs = []
+    for chosen in (4, 8):
+        model = mixture_of([50 * MIB] * 20 + [100 * MIB], count=64, chosen=chosen, nbytes=5 * MIB)
+        plan = mixture_plan(Workload(1, 256, 100, max_batched_tokens=100), 2 * GIB, model=model)
+        assert plan.experts is not None and plan.micro_batch_rows == 100
+        needs.append(plan.needs.workspace)
+    assert needs[1] - needs[0] >= 4 * 100 * LARGE.hidden * LARGE.itemsize
+
+
+def test_a_batch_is_chosen_by_what_its_sequences_read_of_experts_and_compute_of_them() -> None:
+    workload = Workload(64, 256, choose_batch_size=True)
+    many, few = (mixture_plan(replace(workload, sequences=n), 2 * GIB, MEASURED) for n in (64, 2))
+    assert (many.batch_size, many.experts) == (64, None)
+    assert few.experts is not None and few.batch_size == 2
+    # What two tokens choose of 64 experts a layer, less those that are in memory.
+    read = 20 * 64 * (1 - (15 / 16) ** 2) * 5 * MIB * (1 - few.experts.slots / (20 * 64))
+    assert f"disk {format_seconds(read / 2e9)} at 2.00 GB/s" in few.why
+    # The weights that a token passes through are what a pass of one computes, not all there are.
+    one = mixture_plan(replace(workload, sequences=1), 16 * GIB, MEASURED)
+    used = (1100 + 20 * 4 * 5) * MIB * 2
+    assert f"compute {format_seconds(1e-11 * used + 1e-7 * 2 * 256 * 0.75)}" in one.why
 
 
 class BudgetNamed:

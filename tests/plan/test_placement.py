@@ -146,12 +146,13 @@ def test_what_is_left_goes_to_units_that_fit() -> None:
 
 
 def test_units_that_save_more_than_they_hold_come_first() -> None:
-    # Twelve of equal size; half of them are compressed, and held in memory with what they were read from.
+    # Twelve of equal size; half of them are compressed on disk.
     tape = tape_of([10] * 12, [4, 10] * 6)
     placement = place(tape, 39)
     assert placement is not None and all(tape.file_nbytes[unit] == 10 for unit in placement.resident)
 
 
+@pytest.mark.slow
 def test_large_tapes_are_placed_in_no_time() -> None:
     tape = tape_of([14, 14, 14, 14, 57, 57] * 500, counts=[6] * 500)
     for held, available in itertools.product((UNHELD, Held(True, True)), range(200, tape.total, tape.total // 20)):

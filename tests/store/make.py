@@ -5,8 +5,10 @@ from pathlib import Path
 
 import torch
 
-from tiered.quant import GroupScheme, QuantizedTensor, compress, quantize
-from tiered.store import BlockInfo, BlockWriter, FileInfo, Manifest, Store, Unit, atomic_write
+from tiered.convert.compression import in_pieces
+from tiered.kernels import decode_planes, encode_planes
+from tiered.quant import GroupScheme, QuantizedTensor, quantize
+from tiered.store import CHUNK_NBYTES, BlockInfo, BlockWriter, FileInfo, Manifest, Store, Unit, atomic_write
 from tiered.store.manifest import MANIFEST_NAME
 
 
@@ -26,9 +28,17 @@ def load_unit(root: Path, unit: Unit) -> torch.Tensor:
     """The unit's memory, as a reader and a decoder leave it. `root` is the folder of its store."""
     memory = torch.zeros(unit.memory_nbytes, dtype=torch.uint8)
     content = (root / unit.file.path).read_bytes()[unit.offset : unit.offset + unit.nbytes]
-    memory[: len(content)] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-    for item in unit.compressed:
-        item.decode(bytes_of(memory))
+    if not unit.compressed:
+        memory[: len(content)] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    for number, moves in enumerate(unit.moves if unit.compressed else ()):
+        for move in moves:
+            start = number * CHUNK_NBYTES + move.source
+            out = bytes_of(memory[move.target : move.target + move.nbytes])
+            if move.frames:
+                frames = memoryview(content)[start : start + sum(move.frames)]
+                decode_planes(frames, move.frames, move.frame_nbytes, out, move.tensor.dtype, move.tensor.name)
+            else:
+                out[:] = content[start : start + move.nbytes]
     return memory
 
 
@@ -43,8 +53,7 @@ def write_block(
 ) -> FileInfo:
     """One block file of these tensors: one unit, and a new one at each of the weights `starts`."""
     quantized, compressed = quantized or {}, compressed or {}
-    packed = {name: compress(bytes_of(tensor), frame_nbytes) for name, tensor in compressed.items()}
-    frames = sum(len(item.frames) for item in packed.values())
+    frames = sum(-(-tensor.nbytes // frame_nbytes) for tensor in compressed.values())
     with BlockWriter(root / path, root, [*plain, *quantized, *compressed], frames) as writer:
         writer.start_unit("all")
 
@@ -63,10 +72,9 @@ def write_block(
             writer.add_weight(name, (rows, groups * scheme.group_size), scheme)
         for name, tensor in compressed.items():
             begin(name)
-            item = packed[name]
-            writer.add_compressed(
-                name, tensor.dtype, tensor.shape, [memoryview(item.payload)], item.frames, item.frame_nbytes
-            )
+            pieces = in_pieces(iter([bytes_of(tensor)]), frame_nbytes)
+            coded = (encode_planes(piece, tensor.dtype) for piece in pieces)
+            writer.add_planes(name, tensor.dtype, tensor.shape, coded, frame_nbytes)
         return writer.finish()
 
 
@@ -82,8 +90,8 @@ def write_store(
         path, prefix = f"blocks/{name}.safetensors", f"{name}."
         tensor = random_bytes(nbytes, position)
         if position in compressed:
-            tensor %= 4  # so that it does compress
-            file = write_block(root, path, {}, compressed={f"{name}.weight": tensor})
+            values = torch.randn(nbytes // 2, generator=torch.Generator().manual_seed(position)).to(torch.bfloat16)
+            file = write_block(root, path, {}, compressed={f"{name}.weight": values})
         else:
             file = write_block(root, path, {f"{name}.weight": tensor})
         blocks.append(BlockInfo(name, "head" if name == "head" else "layer", file, prefix))

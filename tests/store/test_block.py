@@ -1,4 +1,4 @@
-"""The layout of a block: every weight where its bytes are, compressed ones behind the file, foreign ones refused."""
+"""The layout of a block: every weight where its bytes are, compressed ones in their place, foreign ones refused."""
 
 import json
 from collections.abc import Callable
@@ -14,14 +14,14 @@ from safetensors.torch import save_file
 from tests.store.make import bytes_of, load_unit, random_bytes, random_quantized, write_block
 from tiered.errors import StoreError
 from tiered.quant import GroupScheme, QuantizedWeight
-from tiered.store import ALIGNMENT, PAGE, BlockWriter, FileInfo
+from tiered.store import ALIGNMENT, CHUNK_NBYTES, PAGE, BlockWriter, FileInfo
 from tiered.store.block import BlockLayout, read_layout
 from tiered.store.format import header_bytes, read_header
 
 INT4, INT8 = GroupScheme(4), GroupScheme(8, 32)
 PLAIN = {"norm": torch.arange(5, dtype=torch.float16), "bias": torch.randn(3, 7).to(torch.bfloat16)}
 QUANTIZED = {"fc1": (INT4, random_quantized(3, 128, INT4)), "fc2": (INT8, random_quantized(5, 32, INT8))}
-COMPRESSED = {"wide": torch.randn(3, 1000).round(), "long": torch.zeros(9000, dtype=torch.uint8)}
+COMPRESSED = {"wide": torch.randn(3, 1000).half(), "long": torch.randn(9000).bfloat16()}
 
 
 def whole(tmp_path: Path) -> tuple[FileInfo, BlockLayout]:
@@ -64,14 +64,36 @@ def test_weights_are_views_of_their_unit_s_memory(tmp_path: Path) -> None:
             assert all(start <= t.data_ptr() < start + memory.nbytes for t in tensors)
 
 
-def test_memory_is_the_extent_and_what_is_decoded_behind_it(tmp_path: Path) -> None:
+def test_memory_is_the_extent_or_what_it_decodes_to_and_nothing_else(tmp_path: Path) -> None:
     _, layout = whole(tmp_path)
-    for unit in layout.units:
-        decoded = [item.target for item in unit.compressed]
-        assert all(target.offset >= unit.nbytes and target.offset % ALIGNMENT == 0 for target in decoded)
-        assert unit.memory_nbytes % PAGE == 0
-        assert unit.memory_nbytes < unit.nbytes + sum(t.nbytes + ALIGNMENT for t in decoded) + PAGE
+    *plain, compressed = layout.units
+    assert all(unit.memory_nbytes == unit.nbytes and not unit.compressed for unit in plain)
+    decoded = sum(tensor.nbytes for tensor in COMPRESSED.values())
+    assert decoded <= compressed.memory_nbytes < decoded + 2 * ALIGNMENT + PAGE
+    assert all(entry.offset % ALIGNMENT == 0 for w in compressed.weights.values() for entry in w.parts.values())
     assert layout.memory_nbytes == sum(unit.memory_nbytes for unit in layout.units)
+
+
+def test_what_is_not_compressed_is_copied_beside_what_is(tmp_path: Path) -> None:
+    file = write_block(tmp_path, "x.safetensors", PLAIN, QUANTIZED, COMPRESSED)
+    layout = read_layout(tmp_path, file)
+    weights = weights_of(tmp_path, layout)
+    assert all(torch.equal(weights[n], t) for n, t in {**PLAIN, **COMPRESSED}.items())  # type: ignore[arg-type]
+    for name, (_, codes) in QUANTIZED.items():
+        assert all(torch.equal(a, b) for a, b in zip(weights[name].codes, codes, strict=True))  # type: ignore[union-attr]
+
+
+def test_no_frame_crosses_a_chunk(tmp_path: Path) -> None:
+    wide = torch.randn(CHUNK_NBYTES + 12_345, generator=torch.Generator().manual_seed(0)).bfloat16()
+    first = torch.arange(CHUNK_NBYTES - 100, dtype=torch.uint8)  # so that the first frame does not fit
+    file = write_block(tmp_path, "x.safetensors", {"first": first}, {}, {"wide": wide}, 1 << 18)
+    (unit,) = read_layout(tmp_path, file).units
+    chunks = [[move.tensor.name for move in moves] for moves in unit.moves]
+    assert chunks[0] == ["first"] and {*chunks[1]} == {*chunks[2]} == {"wide"}
+    assert torch.equal(unit.weights["wide"].view(load_unit(tmp_path, unit)), wide)  # type: ignore[arg-type]
+    crossing = replace(unit.compressed[0], source=replace(unit.compressed[0].source, offset=CHUNK_NBYTES + PAGE))
+    with pytest.raises(StoreError, match=r"x\.safetensors: wide: a frame crosses a chunk"):
+        _ = replace(unit, compressed=(crossing,)).moves
 
 
 def test_units_cover_the_file_behind_its_header_and_chunks_are_theirs(tmp_path: Path) -> None:
@@ -91,15 +113,6 @@ def test_units_cover_the_file_behind_its_header_and_chunks_are_theirs(tmp_path: 
 def test_a_block_counts_the_numbers_it_stands_for(tmp_path: Path) -> None:
     _, layout = whole(tmp_path)
     assert layout.weight_count == 5 + 21 + 3 * 128 + 5 * 32 + 3000 + 9000
-
-
-def test_a_damaged_frame_is_a_damaged_store(tmp_path: Path) -> None:
-    _, layout = whole(tmp_path)
-    unit = layout.units[-1]
-    memory = load_unit(tmp_path, unit)
-    memory[unit.compressed[0].source.offset + 20] ^= 1
-    with pytest.raises(StoreError, match="zstd frame"):
-        unit.compressed[0].decode(bytes_of(memory))
 
 
 @pytest.mark.parametrize(
@@ -193,15 +206,25 @@ DAMAGE: dict[str, Callable[[dict[str, Any]], Any]] = {
     "a shape that does not fit the groups": lambda d: d["weights"]["fc1"].update(shape=[3, 65]),
     "a shape of one": lambda d: d["weights"]["fc1"].update(shape=[384]),
     "a shape of infinity": lambda d: d["weights"]["fc1"].update(shape=[3, float("inf")]),
-    "a compressed tensor that is not there": lambda d: d["zstd"].update(narrow=d["zstd"]["wide"]),
-    "a compressed tensor of negative shape": lambda d: d["zstd"]["wide"].update(shape=[-3, -1000]),
-    "a compressed tensor of infinite shape": lambda d: d["zstd"]["wide"].update(shape=[float("inf")]),
-    "a compressed tensor of unknown dtype": lambda d: d["zstd"]["wide"].update(dtype="F8"),
-    "frames of no bytes": lambda d: d["zstd"]["wide"].update(frame_nbytes=0),
-    "frames that do not add up": lambda d: d["zstd"]["wide"].update(frames=[1]),
-    "too few frames": lambda d: d["zstd"]["wide"].update(frames=[sum(d["zstd"]["wide"]["frames"])]),
-    "negative frames": lambda d: d["zstd"]["wide"]["frames"].extend([-5, 5]),
+    "a compressed tensor that is not there": lambda d: d["planes"].update(narrow=d["planes"]["wide"]),
+    "a compressed tensor of negative shape": lambda d: d["planes"]["wide"].update(shape=[-3, -1000]),
+    "a compressed tensor of infinite shape": lambda d: d["planes"]["wide"].update(shape=[float("inf")]),
+    "a compressed tensor of unknown dtype": lambda d: d["planes"]["wide"].update(dtype="F8"),
+    "a compressed tensor of 32 bits": lambda d: d["planes"]["wide"].update(dtype="F32", shape=[1500]),
+    "frames of no bytes": lambda d: d["planes"]["wide"].update(frame_nbytes=0),
+    "frames of odd size": lambda d: d["planes"]["wide"].update(frame_nbytes=4095),
+    "frames that do not add up": lambda d: d["planes"]["wide"].update(frames=[1]),
+    "too few frames": lambda d: d["planes"]["wide"].update(frames=[sum(d["planes"]["wide"]["frames"])]),
+    "negative frames": lambda d: d["planes"]["wide"]["frames"].extend([-5, 5]),
+    "more than frames can hold": lambda d: d["planes"]["wide"].update(shape=[1 << 24], frame_nbytes=1 << 24),
 }
+
+
+def test_what_was_compressed_with_zstd_is_refused_in_version_2(tmp_path: Path) -> None:
+    file, _ = whole(tmp_path)
+    edit_metadata(tmp_path, file, lambda d: d.update(zstd=d.pop("planes")))
+    with pytest.raises(StoreError, match=r"x\.safetensors: compressed with zstd .* convert the model again"):
+        read_layout(tmp_path, file)
 
 
 @pytest.mark.parametrize("what", DAMAGE)

@@ -39,7 +39,7 @@ def block(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, FileInfo]:
     root = tmp_path_factory.mktemp("format")
     plain = {"layer.norm": torch.arange(5, dtype=torch.float16), "layer.bias": torch.ones(3, dtype=torch.bfloat16)}
     quantized = {"layer.fc": (INT4, random_quantized(3, 128, INT4))}
-    compressed = {"layer.wide": torch.zeros(100, 100)}
+    compressed = {"layer.wide": torch.zeros(100, 100, dtype=torch.bfloat16)}
     return root, write_block(root, "layer.safetensors", plain, quantized, compressed)
 
 

@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 
 from tests.store.make import bytes_of, random_bytes, random_quantized, write_block
 from tiered.errors import DiskFullError
-from tiered.quant import GroupScheme, compress, decompress_into
+from tiered.kernels import decode_planes, encode_planes
+from tiered.quant import GroupScheme
 from tiered.store import ALIGNMENT, CHUNK_NBYTES, PAGE, BlockWriter, FileInfo, atomic_write, hash_chunk, read_header
 from tiered.store.block import PAD_PREFIX, read_layout
 
@@ -63,15 +64,15 @@ def test_any_reader_opens_a_block_with_equal_tensors(
 
 
 def test_parts_and_frames_are_tensors_to_any_reader(tmp_path: Path) -> None:
-    codes, wide = random_quantized(3, 128, INT4), torch.zeros(50, 50)
+    codes, wide = random_quantized(3, 128, INT4), torch.randn(20, 50).bfloat16()
     file = write_block(tmp_path, "x.safetensors", {}, {"fc": (INT4, codes)}, {"wide": wide})
     assert_well_formed(tmp_path, file)
     found = load_file(tmp_path / file.path)
     for part, tensor in codes._asdict().items():
         assert torch.equal(found[f"fc.{part}"], tensor)
-    out = torch.ones(50, 50)
-    frames = compress(bytes_of(wide), 4096).frames
-    decompress_into(bytes_of(found["wide.zst"]), frames, 4096, bytes_of(out))
+    out, frame = torch.ones(20, 50).bfloat16(), encode_planes(bytes_of(wide), torch.bfloat16)
+    assert bytes_of(found["wide.planes"]) == frame
+    decode_planes(frame, [len(frame)], 4096, bytes_of(out), torch.bfloat16, "wide")
     assert torch.equal(out, wide)
     with safe_open(tmp_path / file.path, "pt") as opened:
         assert set(opened.metadata()) == {"format", "tiered"}
@@ -145,20 +146,19 @@ def test_an_error_in_the_writing_thread_reaches_the_caller(tmp_path: Path, monke
 def test_the_same_tensors_make_the_same_bytes(tmp_path: Path) -> None:
     plain, codes = {"a": torch.ones(3)}, random_quantized(3, 128, INT4)
     for name in ("one", "two"):
-        write_block(tmp_path, name, plain, {"fc": (INT4, codes)}, {"wide": torch.zeros(50, 50)})
+        write_block(tmp_path, name, plain, {"fc": (INT4, codes)}, {"wide": torch.zeros(50, 50, dtype=torch.float16)})
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
 
 
 @pytest.mark.parametrize("length", [1, 60, 240])
 def test_the_header_has_room_for_long_names_and_many_frames(length: int, tmp_path: Path) -> None:
     names = [f"{'n' * length}.{i}" for i in range(12)]
-    # What the header says is as long as it gets; the frames themselves would take a large file.
-    frames, frame_nbytes = [1 << 20] + [0] * 99, 1 << 20
-    with BlockWriter(tmp_path / "x.safetensors", tmp_path, names, len(names) * len(frames)) as writer:
+    frames = 100
+    with BlockWriter(tmp_path / "x.safetensors", tmp_path, names, len(names) * frames) as writer:
         for name in names:
             writer.start_unit(name)
-            payload = memoryview(bytes(frames[0]))
-            writer.add_compressed(f"{name}.q", torch.uint8, (1 << 14, 6400), [payload], frames, frame_nbytes)
+            payload = [memoryview(bytes(1000))] * frames  # sizes of four digits; a chunk's have up to eight
+            writer.add_planes(f"{name}.q", torch.bfloat16, (1 << 14, 6400), payload, 1 << 22)
             for part in ("scale", "zero"):
                 writer.add(f"{name}.{part}", torch.uint8, (1, 1), [memoryview(b"1")])
             writer.add_weight(name, (1 << 14, 1 << 14), GroupScheme(8, 128))

@@ -82,7 +82,7 @@ _MIXTURES = (
     "solar_open",
     "mellum",
 )
-"""Mixtures of experts: every layer is streamed whole, whichever experts its tokens are routed to."""
+"""Mixtures of experts, whose experts transformers keeps in one stack per layer: a store has each of them by itself."""
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family

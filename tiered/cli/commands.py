@@ -153,8 +153,8 @@ def _stated() -> frozenset[str]:
     "--compress",
     default="auto",
     show_default=True,
-    type=click.Choice(["auto", "zstd", "none"]),
-    help="zstd where it shrinks; auto: only where this disk is slow enough for it to pay.",
+    type=click.Choice(["auto", "planes", "none"]),
+    help="planes: code the exponents of 16-bit weights; auto: only where this disk is slow enough for it to pay.",
 )
 @click.option("--ram", help="Refuse to take more than this, such as 2GiB.")
 @click.option("--force", is_flag=True, help="Replace the store or unfinished conversion that is in the way.")

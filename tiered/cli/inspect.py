@@ -32,6 +32,8 @@ class Inspection:
     summary: StoreSummary
     workload: Workload
     model: ModelShape
+    is_mixture: bool
+    """By its configuration, whether or not its experts have been taken apart."""
     fits: tuple[Fit, ...]
     default_budget: int
     """What a run would take here and now without --ram."""
@@ -55,6 +57,7 @@ class Inspection:
             "disk_bytes": summary.disk_nbytes,
             "bits_per_weight": summary.bits_per_weight,
             "bytes_per_pass": summary.tape_nbytes,
+            "experts": self._experts_json(),
             "dtype": self.model.kv.dtype,
             "kv_bytes_per_token": self.model.kv.nbytes(1, 1),
             "load": self._load_json(),
@@ -76,6 +79,14 @@ class Inspection:
         load = {"sequences": work.sequences, "context": work.max_context, "prompt": 0, "pass_tokens": 0, "kv_tokens": 0}
         return {**load, "one_pass": False, "logits": 0, "least_context": 0}
 
+    def _experts_json(self) -> dict[str, Any] | None:
+        """Of experts that can be read on demand."""
+        experts = self.model.experts
+        if experts is None:
+            return None
+        found = {"layers": experts.layers, "count": experts.count, "chosen": experts.chosen}
+        return {**found, "nbytes": experts.file_nbytes, "dense_bytes_per_pass": sum(experts.dense.file_nbytes)}
+
     def _fit_json(self, fit: Fit) -> dict[str, Any]:
         rate = self.disk_bandwidth
         return {
@@ -85,6 +96,7 @@ class Inspection:
             "resident_share": fit.resident_share,
             "bytes_read_per_pass": fit.read_nbytes,
             "disk_seconds_per_pass": None if rate is None else fit.disk_seconds(rate),
+            "experts_in_memory": None if fit.plan.experts is None else fit.plan.experts.slots,
             "needs": asdict(fit.plan.needs),
         }
 
@@ -114,7 +126,8 @@ def _inspect(path: Path, context: int | None, sequences: int, dtype: str, disk_b
         load_tokenizer(store)
     model, machine, budgets = measure_inputs(store, Options(dtype=dtype))
     rows = fits(model, machine, workload, budgets)
-    return Inspection(store, summary, workload, model, rows, budgets.ram, disk_bandwidth)
+    is_mixture = bool(getattr(config, "num_experts_per_tok", None))
+    return Inspection(store, summary, workload, model, is_mixture, rows, budgets.ram, disk_bandwidth)
 
 
 def _parse_rate(text: str) -> float:
@@ -153,11 +166,22 @@ def _about(inspection: Inspection) -> list[str]:
             f"{format_size(kv.nbytes(1, 1))} per token in {kv.dtype}",
         ),
     ]
+    if inspection.is_mixture:
+        rows.insert(-1, ("experts", _experts(inspection.model)))
     if manifest.synthetic:
         distinct = manifest.distinct_blocks
         layers = "" if distinct is None else f"; {distinct} distinct layer files stand for all layers"
         rows.insert(1, ("synthetic", f"yes: random weights, for benchmarks only{layers}"))
     return columns(rows, "<<")
+
+
+def _experts(model: ModelShape) -> str:
+    experts = model.experts
+    if experts is None:
+        return "not taken apart: layers stream whole"
+    layers = f"{experts.count} of {format_size(experts.file_nbytes)} in each of {experts.layers} layers"
+    read = sum(experts.dense.file_nbytes) + experts.layers * experts.chosen * experts.file_nbytes
+    return f"{layers}, {experts.chosen} for a token: {format_size(read)} per pass of one, if read on demand"
 
 
 def _size(summary: StoreSummary) -> str:
@@ -183,7 +207,8 @@ def _block_row(row: BlockRow) -> tuple[str, ...]:
     size = format_size(row.smallest_nbytes)
     if format_size(row.largest_nbytes) != size:
         size += f" to {format_size(row.largest_nbytes)}"
-    units = str(row.units), format_size(row.largest_unit_nbytes)
+    experts = f"{row.experts} experts of {format_size(row.expert_nbytes)} + " if row.experts else ""
+    units = f"{experts}{row.units - row.experts}", format_size(row.largest_unit_nbytes)
     return name, f"{row.count} x", size, *units, f"{row.weights:,}", f"{row.bits_per_weight:.2f}", formats
 
 
@@ -195,7 +220,12 @@ def _budgets(inspection: Inspection) -> Iterator[str]:
     if rate is not None:
         header.append(f"disk at {format_rate(rate)}")
     rows = [header, *(_fit_row(fit, rate) for fit in inspection.fits)]
-    yield from columns(rows, ">" * len(header), indent="  ")
+    if inspection.model.experts is not None:
+        ways = (_way(fit, inspection.model.experts.total) for fit in inspection.fits)
+        rows = [[*row, way] for row, way in zip(rows, ("experts", *ways), strict=True)]
+    yield from columns(rows, ">" * len(rows[0]), indent="  ")
+    if any(fit.plan.experts is not None for fit in inspection.fits):
+        yield "experts are counted as if all were chosen equally often; routers that prefer some read less of them"
     needs = inspection.smallest.needs
     yield (
         f"of the smallest, {format_size(needs.baseline)} are for the process itself (measured here), "
@@ -211,6 +241,12 @@ def _fit_row(fit: Fit, rate: float | None) -> list[str]:
     read = format_size(fit.read_nbytes) if fit.read_nbytes else "nothing"
     row = [_budget(fit.plan.budget), format_size(fit.resident_nbytes), f"{fit.resident_share:.0%}", read]
     return row if rate is None else [*row, format_seconds(fit.disk_seconds(rate)) if fit.read_nbytes else "-"]
+
+
+def _way(fit: Fit, experts: int) -> str:
+    """How experts come."""
+    cache = fit.plan.experts
+    return "with their layers" if cache is None else f"on demand, {cache.slots} of {experts} in memory"
 
 
 def _budget(nbytes: int) -> str:

@@ -69,7 +69,7 @@ class Measured:
             kernels=runtime.host.kernels.description,
             synthetic=store.manifest.synthetic,
         )
-        return Surroundings(plan, plan.read_nbytes, figures)
+        return Surroundings(plan, plan.read_nbytes, figures, sum(map(len, store.expert_units)))
 
 
 @contextmanager
@@ -77,7 +77,8 @@ def measured(runtime: Runtime, status: StatusLine, measure: bool) -> Iterator[Me
     """Around a run: counts bytes, and measures the raw disk after it if `measure` and something streams: nobody waits
     for that before there is a text."""
     found = Measured()
-    measure = measure and (bool(runtime.plan.streamed_nbytes) or runtime.on_disk)
+    plan = runtime.plan
+    measure = measure and (bool(plan.streamed_nbytes) or plan.experts is not None or runtime.on_disk)
     if measure and not _is_one_disk(runtime):
         # A bound made of two disks' bytes over one disk's bandwidth would say nothing.
         _LOG.warning("--kv-dir is on another disk than the store: the report has no bandwidth and no bound")

@@ -14,16 +14,16 @@ import xxhash
 
 from tiered.convert.blocks import BlockRecipe, RangeRecipe
 from tiered.convert.compression import Compression, is_candidate
-from tiered.convert.source import Frames, Weights
+from tiered.convert.source import Weights
 from tiered.errors import StoreError
 from tiered.files import errors_of
 from tiered.quant import folded
-from tiered.quant.zstd import FRAME_NBYTES
+from tiered.quant.planes import FRAME_NBYTES
 from tiered.store import BlockWriter, FileInfo, UnitInfo, read_header
 from tiered.store.block import BlockLayout, read_layout
 
 Advance = Callable[[int], None]
-"""Called with the number of bytes written to the store since the last call, counted before zstd."""
+"""Called with the number of bytes written to the store since the last call, counted before compression."""
 
 _HASH_READ_NBYTES: Final = 4 << 20
 
@@ -35,19 +35,22 @@ def write_block(
 
     `source` must have `block` open.
     """
-    candidates = {t.name for t in block.tensors if compression.mode != "none" and is_candidate(t, block.role)}
+    coded = block.tensors if compression.mode != "none" else ()
+    candidates = {t.name for t in coded if is_candidate(t, block.role, source.dtype(t))}
     units = block.units(source.dtype)
     parts = [part for unit in units for part in unit.ranges]
-    frames = sum(_frames(part, source.dtype(part.whole)) for part in parts if part.whole.name in candidates)
+    sizes = (prod(p.shape) * source.dtype(p.whole).itemsize for p in parts if p.whole.name in candidates)
+    frames = sum(-(-nbytes // FRAME_NBYTES) for nbytes in sizes)
     counts = Counter(part.whole.name for part in parts)
     with BlockWriter(folder / block.path, folder, [part.name for part in parts], frames) as writer:
         for unit in units:
             writer.start_unit(unit.name, unit.kind)
             for part in unit.ranges:
                 tensor = part.whole
-                rule = compression if tensor.name in candidates and not compression.is_done else None
-                add = _add_plain if tensor.scheme is None else _add_packed
-                add(writer, part, source, rule, advance)
+                if tensor.scheme is None:
+                    _add_plain(writer, part, source, compression if tensor.name in candidates else None, advance)
+                else:
+                    _add_packed(writer, part, source, advance)
                 if part.number is not None or tensor.scheme is not None:
                     ranges = None if part.number is None else counts[tensor.name]
                     writer.add_weight(tensor.name, tensor.shape, tensor.scheme, ranges)
@@ -82,31 +85,24 @@ def _units_of(block: BlockRecipe, layout: BlockLayout) -> tuple[UnitInfo, ...]:
         raise ValueError(f"{layout.file.path}: holds other tensors than {block.name}")
     first = {w.name: next(iter(w.parts.values())) for unit in layout.units for w in unit.weights.values()}
     dtypes = {name: next(iter(weight.parts.values())).dtype for name, weight in layout.weights.items()}
-    compressed = {item.target.name: item.source for item in layout.compressed}
+    stored = layout.units[0].stored
     recipes = block.units(lambda tensor: dtypes[tensor.name])
     if not first.keys() == {*BlockRecipe.names(recipes)}:
         raise ValueError(f"{layout.file.path}: holds other ranges of weights than {block.name}")
     entries = [first[unit.ranges[0].name] for unit in recipes]
-    starts = [layout.units[0].offset + compressed.get(entry.name, entry).offset for entry in entries]
+    starts = [layout.units[0].offset + stored[entry.name].offset for entry in entries]
     return tuple(
         UnitInfo(unit.name, unit.kind, start, stop - start)
         for unit, (start, stop) in zip(recipes, pairwise([*starts, layout.file.nbytes]), strict=True)
     )
 
 
-def _add_packed(
-    writer: BlockWriter, part: RangeRecipe, source: Weights, rule: Compression | None, advance: Advance
-) -> None:
+def _add_packed(writer: BlockWriter, part: RangeRecipe, source: Weights, advance: Advance) -> None:
     scheme = part.whole.scheme
     assert scheme is not None
     out, in_ = folded(part.shape)
-    packed = source.packed(part)
-    codes = _compressed(packed.q, rule, writer.folder)
-    if codes is None:  # the attempt has consumed part of them
-        packed = source.packed(part)
-        codes = packed.q
-    _add(writer, f"{part.name}.q", torch.uint8, scheme.q_shape(out, in_), codes, advance)
-    scale = scheme.scale_shape(out, in_)
+    packed, scale = source.packed(part), scheme.scale_shape(out, in_)
+    writer.add(f"{part.name}.q", torch.uint8, scheme.q_shape(out, in_), _counted(packed.q, advance))
     writer.add(f"{part.name}.scale", torch.float16, scale, _counted(iter(packed.scale), advance))
     writer.add(f"{part.name}.zero", torch.uint8, scale, _counted(iter(packed.zero), advance))
 
@@ -114,43 +110,19 @@ def _add_packed(
 def _add_plain(
     writer: BlockWriter, part: RangeRecipe, source: Weights, rule: Compression | None, advance: Advance
 ) -> None:
-    values = _compressed(source.plain(part), rule, writer.folder)
-    if values is None:
-        values = source.plain(part)
-    _add(writer, part.name, source.dtype(part.whole), part.shape, values, advance)
-
-
-def _compressed(
-    values: Iterator[memoryview] | Frames, rule: Compression | None, folder: Path
-) -> Iterator[memoryview] | Frames | None:
-    """`values` in the form in which they are stored; None where trying has shown that they stay as they were."""
-    return values if rule is None or isinstance(values, Frames) else rule.attempt(values, folder)
-
-
-def _add(
-    writer: BlockWriter,
-    name: str,
-    dtype: torch.dtype,
-    shape: tuple[int, ...],
-    values: Iterator[memoryview] | Frames,
-    advance: Advance,
-) -> None:
-    if isinstance(values, Frames):
-        writer.add_compressed(name, dtype, shape, values.pieces, values.sizes, values.frame_nbytes)
-        advance(values.nbytes)
+    dtype, is_coded, pieces = source.dtype(part.whole), False, _counted(source.plain(part), advance)
+    if rule is not None:
+        is_coded, pieces = rule.attempt(pieces, dtype)
+    if is_coded:
+        writer.add_planes(part.name, dtype, part.shape, pieces, FRAME_NBYTES)
     else:
-        writer.add(name, dtype, shape, _counted(values, advance))
+        writer.add(part.name, dtype, part.shape, pieces)
 
 
 def _counted(pieces: Iterator[memoryview], advance: Advance) -> Iterator[memoryview]:
     for piece in pieces:
         yield piece
         advance(piece.nbytes)
-
-
-def _frames(part: RangeRecipe, dtype: torch.dtype) -> int:
-    """Frames that the compressed part of `part` may have: its codes, or where it is not quantized all of it."""
-    return -(-prod(part.shape) * (dtype.itemsize if part.whole.scheme is None else 1) // FRAME_NBYTES)
 
 
 def _checksums(path: Path, file: FileInfo) -> tuple[str, ...]:

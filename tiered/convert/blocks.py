@@ -1,7 +1,7 @@
 """What a block file will hold: its tensors, their form, and the units they are written in.
 
-Its size in bytes is exact but for what zstd saves. Pure: `recipe.py` makes these from shapes and options, `block.py`
-writes them.
+Its size in bytes is exact but for what compression saves. Pure: `recipe.py` makes these from shapes and options,
+`block.py` writes them.
 """
 
 from collections.abc import Callable, Iterable
@@ -119,7 +119,7 @@ class UnitRecipe:
     kind: Kind
     ranges: tuple[RangeRecipe, ...]
     nbytes: int
-    """Before zstd."""
+    """Before compression."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ class BlockRecipe:
         return str(PurePosixPath(BLOCK_FOLDER, f"{self.name}.safetensors"))
 
     def nbytes(self, dtype_of: DtypeOf) -> int:
-        """Bytes of the block file, before what zstd saves and what its frames' table adds."""
+        """Bytes of the block file, before what compression saves and what its frames' table adds."""
         units = self.units(dtype_of)
         return header_room_nbytes(self.names(units)) + sum(unit.nbytes for unit in units)
 
@@ -160,7 +160,9 @@ class BlockRecipe:
         groups: list[list[RangeRecipe]] = []
         room = 0
         for (kind, _), tensors in groupby(self.tensors, key=lambda tensor: (tensor.kind, tensor.stack)):
-            cut = [tensor.ranges(dtype_of(tensor)) for tensor in tensors]
+            # What is outside layers, embedding and head is never streamed.
+            is_cut = self.role != "outer"
+            cut = [tensor.ranges(dtype_of(tensor)) if is_cut else (RangeRecipe(tensor),) for tensor in tensors]
             if kind == "expert":
                 groups += [list(matrices) for matrices in zip(*cut, strict=True)]
                 continue

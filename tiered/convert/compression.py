@@ -1,111 +1,109 @@
-"""Where zstd pays: measured once for each conversion, decided for each tensor.
+"""Where coding the exponents of 16-bit weights pays: measured once for each conversion, decided for each tensor.
 
-Only what is streamed and not int4 is a candidate: embedding rows are read one by one and must be uncompressed in
-their file, the outer tensors are read once, and group int4 codes do not shrink.
+Only what is streamed in 16 bits is a candidate: embedding rows are read one by one and must be as they are in their
+file, the outer tensors are read once, and codes of int4 and int8 do not shrink enough (docs/benchmarks/compression.md).
 """
 
-import contextlib
 import os
-import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Final, Self
 
 import torch
 
-from tiered.convert.blocks import BlockRecipe, TensorRecipe
-from tiered.convert.source import PANEL_NBYTES, Frames
+from tiered.convert.blocks import BlockRecipe, DtypeOf, TensorRecipe
+from tiered.convert.source import PANEL_NBYTES, tensor_bytes
 from tiered.files import errors_of
-from tiered.quant import compress, pays
-from tiered.quant.zstd import FRAME_NBYTES, WORST_RATIO
+from tiered.kernels import decode_planes, encode_planes
+from tiered.quant import PLANE_DTYPES
+from tiered.quant.planes import FRAME_NBYTES
 from tiered.store import PAGE
 from tiered.units import MIB
 
-_TRIAL_NBYTES: Final = 4 * FRAME_NBYTES
+WORST_RATIO: Final = 0.9
+"""Above this the saving is within the variation of a disk's speed."""
+_TRIAL_FRAMES: Final = 16
 PROBE_NAME: Final = "bandwidth.part"
 _PROBE_NBYTES: Final = 64 * MIB
 _PROBE_READ_NBYTES: Final = 4 * MIB
 _LEAST_VALUES: Final = 64 << 10
 """Tensors of fewer numbers are not worth the frames' table."""
-_HELD_NBYTES: Final = 8 * MIB
-"""Most compressed bytes of a tensor that wait in memory; where there are more, all of them wait in a file."""
-COMPRESSING_NBYTES: Final = _HELD_NBYTES + PANEL_NBYTES + 3 * FRAME_NBYTES
-"""Memory that compressing takes, however large the tensor: frames that wait, and bytes being cut into frames."""
+COMPRESSING_NBYTES: Final = 2 * PANEL_NBYTES + 2 * _TRIAL_FRAMES * FRAME_NBYTES
+"""Memory that compressing takes, however large the tensor: bytes being cut into frames, and the trial's."""
 
 
 @dataclass(frozen=True)
 class Compression:
     """The rule of one conversion; kept in its progress file, so that a resumed one decides the same."""
 
-    mode: str  # auto, zstd or none
+    mode: str  # auto, planes or none
     disk_bytes_per_second: float = 0.0  # of reads from the store's disk; measured for auto only
-    cores: int = 1  # that would decode; counted for auto only
-    is_done: bool = False  # the source has compressed what is to be, by the same rule
+    decode_bytes_per_second: float = 0.0  # of decoded weights, by all cores; measured for auto only
 
     @classmethod
-    def measure(cls, mode: str, blocks: tuple[BlockRecipe, ...], folder: Path, room_nbytes: int) -> Self:
-        """The rule for a store in `folder`, which exists; the disk is measured only where the rule depends on it.
+    def measure(
+        cls, mode: str, blocks: tuple[BlockRecipe, ...], folder: Path, room_nbytes: int, dtype_of: DtypeOf
+    ) -> Self:
+        """The rule for a store in `folder`, which exists; what it depends on is measured, where it depends on it.
 
         Measuring writes at most `room_nbytes`, the size of the blocks to come, so it needs no space beyond theirs.
         """
-        if mode == "auto" and any(is_candidate(t, block.role) for block in blocks for t in block.tensors):
-            return cls(mode, round(read_bandwidth(folder, room_nbytes)), len(os.sched_getaffinity(0)))
-        return cls("none" if mode == "auto" else mode)
+        dtypes = (dtype_of(t) for block in blocks for t in block.tensors if is_candidate(t, block.role, dtype_of(t)))
+        dtype = next(dtypes, None) if mode == "auto" else None
+        if dtype is None:
+            return cls("none" if mode == "auto" else mode)
+        cores = len(os.sched_getaffinity(0))
+        return cls(mode, round(read_bandwidth(folder, room_nbytes)), round(cores * decode_bandwidth(dtype)))
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Self:
-        return cls(str(value["mode"]), float(value["disk_bytes_per_second"]), int(value["cores"]))
+        rates = (float(value[name]) for name in ("disk_bytes_per_second", "decode_bytes_per_second"))
+        return cls(str(value["mode"]), *rates)
 
     def to_json(self) -> dict[str, Any]:
-        return {"mode": self.mode, "disk_bytes_per_second": self.disk_bytes_per_second, "cores": self.cores}
+        return asdict(self)
 
     def keeps(self, ratio: float) -> bool:
-        """Whether a tensor that shrinks to `ratio` of its size is stored compressed."""
-        if self.mode == "auto":
-            return pays(ratio, self.disk_bytes_per_second, self.cores)
-        return self.mode == "zstd" and ratio < WORST_RATIO
+        """Whether a tensor that shrinks to `ratio` of its size is stored compressed: where that is decided by
+        measuring, the reading that it saves must take longer than the decoding that it costs, which takes cores that
+        would otherwise compute."""
+        pays = self.disk_bytes_per_second < (1 - ratio) * self.decode_bytes_per_second
+        return ratio < WORST_RATIO and (self.mode == "planes" or (self.mode == "auto" and pays))
 
-    def attempt(self, pieces: Iterator[memoryview], folder: Path) -> Frames | None:
-        """The tensor whose bytes are `pieces`, of any sizes, as zstd frames, or None where compressing it does not pay.
-
-        Gives up early where the first few MiB do not shrink enough. Frames that are too many to wait in memory wait
-        in an unnamed file in `folder`.
-        """
-        sizes: list[int] = []
-        nbytes = 0
-        with contextlib.ExitStack() as stack:
-            file = stack.enter_context(tempfile.SpooledTemporaryFile(_HELD_NBYTES, dir=str(folder)))
-            for frame in _in_pieces(pieces, FRAME_NBYTES):
-                packed = compress(frame)
-                sizes.extend(packed.frames)
-                file.write(packed.payload)
-                nbytes += packed.nbytes
-                if nbytes == _TRIAL_NBYTES and not self.keeps(sum(sizes) / nbytes):
-                    return None
-            # Of no bytes at all there is nothing to save.
-            if not self.keeps(sum(sizes) / nbytes if nbytes else 1.0):
-                return None
-            stack.pop_all()
-            return Frames(tuple(sizes), nbytes, _waiting(file))
+    def attempt(self, pieces: Iterator[memoryview], dtype: torch.dtype) -> tuple[bool, Iterator[memoryview]]:
+        """Whether the tensor whose bytes are `pieces`, of any sizes, is stored compressed; and its frames, or else its
+        bytes. Decided by the first few MiB."""
+        frames = in_pieces(pieces, FRAME_NBYTES)
+        trial, encode = list(islice(frames, _TRIAL_FRAMES)), partial(encode_planes, dtype=dtype)
+        coded = list(map(encode, trial))
+        # Of no bytes at all there is nothing to save.
+        nbytes = sum(map(len, trial))
+        if not nbytes or not self.keeps(sum(map(len, coded)) / nbytes):
+            return False, chain(trial, frames)
+        return True, chain(coded, map(encode, frames))
 
 
-def is_candidate(tensor: TensorRecipe, role: str) -> bool:
-    """Whether a tensor of a block of `role` may be compressed at all."""
-    if role not in ("layer", "head") or tensor.numel < _LEAST_VALUES:
-        return False
-    return tensor.scheme is None or tensor.scheme.bits == 8
+def is_candidate(tensor: TensorRecipe, role: str, dtype: torch.dtype) -> bool:
+    """Whether a tensor of a block of `role`, of `dtype` in the source, may be compressed at all."""
+    is_large = tensor.numel >= _LEAST_VALUES and tensor.kind == "dense"
+    return role in ("layer", "head") and is_large and tensor.scheme is None and dtype in PLANE_DTYPES
 
 
-def waiting_nbytes(block: BlockRecipe, dtype_of: Callable[[TensorRecipe], torch.dtype]) -> int:
-    """Most bytes of disk that frames of `block` take while they wait, besides the block file itself."""
-    sizes = [
-        tensor.numel * (1 if tensor.scheme is not None else dtype_of(tensor).itemsize)
-        for tensor in block.tensors
-        if is_candidate(tensor, block.role)
-    ]
-    return max((nbytes for nbytes in sizes if nbytes > _HELD_NBYTES), default=0)
+def decode_bandwidth(dtype: torch.dtype) -> float:
+    """Bytes of weights per second that one core decodes: the best of a few tries."""
+    values = torch.randn(16 * FRAME_NBYTES // 2, generator=torch.Generator().manual_seed(0)).to(dtype)
+    frames = list(map(partial(encode_planes, dtype=dtype), in_pieces(iter([tensor_bytes(values)]), FRAME_NBYTES)))
+    joined, sizes, out = memoryview(b"".join(frames)), list(map(len, frames)), tensor_bytes(torch.empty_like(values))
+    best = float("inf")
+    for _ in range(5):
+        start = perf_counter()
+        decode_planes(joined, sizes, FRAME_NBYTES, out, dtype, "a trial")
+        best = min(best, perf_counter() - start)
+    return out.nbytes / best
 
 
 def read_bandwidth(folder: Path, most_nbytes: int = _PROBE_NBYTES) -> float:
@@ -145,15 +143,7 @@ def _timed_read(path: Path) -> float:
         os.close(fd)
 
 
-def _waiting(file: tempfile.SpooledTemporaryFile[bytes]) -> Iterator[memoryview]:
-    """The bytes of `file`, which is dropped at its end."""
-    with file:
-        file.seek(0)
-        while piece := file.read(FRAME_NBYTES):
-            yield memoryview(piece)
-
-
-def _in_pieces(views: Iterator[memoryview], size: int) -> Iterator[memoryview]:
+def in_pieces(views: Iterator[memoryview], size: int) -> Iterator[memoryview]:
     """The bytes of `views` in pieces of `size` bytes, of which the last may be shorter."""
     pending = bytearray()
     for view in views:

@@ -15,7 +15,7 @@ from time import perf_counter
 
 from tiered.convert.block import finished_block, write_block
 from tiered.convert.blocks import BlockRecipe
-from tiered.convert.compression import Compression, waiting_nbytes
+from tiered.convert.compression import Compression
 from tiered.convert.folder import (
     ProgressFile,
     check_same_source,
@@ -141,11 +141,8 @@ class Conversion:
         rest = [block for block in recipe.files if block.path not in self._infos]
         rest_nbytes = sum(block.nbytes(source.dtype) for block in rest)
         self._skipped_nbytes = self._done_nbytes = self._total_nbytes - rest_nbytes
-        rule = progress.compression or Compression(self._options.settings()["compress"])
         going = (path for path in owned_files(folder) if not mine or path.name.endswith(".part"))
         needed = rest_nbytes + self._beside_nbytes(source, mine)
-        if rule.mode != "none":
-            needed += max((waiting_nbytes(block, source.dtype) for block in rest), default=0)
         self._check_space(source, rest, needed, sum(path.stat().st_size for path in going))
 
         self._hold_folder()
@@ -159,7 +156,8 @@ class Conversion:
         self._progress = replace(progress, source=identity).save(folder)
         remove_stray_parts(folder)
         if progress.compression is None:
-            rule = Compression.measure(rule.mode, recipe.files, folder, rest_nbytes)
+            mode = self._options.settings()["compress"]
+            rule = Compression.measure(mode, recipe.files, folder, rest_nbytes, source.dtype)
             self._progress = replace(self._progress, compression=rule).save(folder)
 
     def _check_space(self, source: WeightSource, rest: Sequence[BlockRecipe], needed: int, reclaimed: int) -> None:

@@ -17,7 +17,7 @@ from tiered.store.file import Kind
 from tiered.units import MIB
 
 _QUANTS: Final = ("int4", "int8", "none")
-_COMPRESSIONS: Final = ("auto", "zstd", "none")
+_COMPRESSIONS: Final = ("auto", "planes", "none")
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class ConvertOptions:
     quant: str = "int4"  # of the layers' linear weights: int4, int8 or none
     group_size: int = 64  # weights along `in` that share a scale and a zero
     clip: Literal["mse", "minmax"] = "mse"  # how int4 chooses each group's range
-    compress: str = "auto"  # auto (only where the disk is slow enough), zstd (wherever it shrinks) or none
+    compress: str = "auto"  # planes (wherever it shrinks), auto (only where the disk is slow enough) or none
     ram_bytes: int | None = None  # peak RSS of the whole process; None does not check
     force: bool = False  # replace what an earlier conversion left in the output folder
     revision: str | None = None  # of a hub repository: branch, tag or commit
@@ -48,8 +48,6 @@ class ConvertOptions:
             raise ConfigError("--distinct-blocks repeats random layers; it needs --synthetic")
         if self.synthetic and (self.delete_downloads or self.revision is not None):
             raise ConfigError("--synthetic reads no checkpoint; drop --revision and --delete-downloads")
-        if self.synthetic and self.compress == "zstd":
-            raise ConfigError("--synthetic writes raw blocks at disk speed; drop --compress zstd")
         if self.distinct_blocks is not None and self.distinct_blocks < 1:
             raise ConfigError(f"--distinct-blocks {self.distinct_blocks}: expected at least 1")
 
@@ -69,7 +67,8 @@ class ConvertOptions:
             "quant": self.quant,
             "group_size": self.group_size,
             "clip": self.clip,
-            "compress": "none" if self.synthetic else self.compress,
+            # Without being asked, random weights are written at the speed of the disk.
+            "compress": "none" if self.synthetic and self.compress == "auto" else self.compress,
             "distinct_blocks": self.distinct_blocks,
             "seed": self.seed if self.synthetic else None,
         }

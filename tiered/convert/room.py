@@ -101,8 +101,8 @@ def _writing_nbytes(tensor: TensorRecipe, block: BlockRecipe, compresses: bool) 
         # A byte of codes for each weight of a panel; the panel itself has at least two bytes for it.
         nbytes += min(PANEL_NBYTES // 2, tensor.numel)
         nbytes += tensor_nbytes(torch.float16, scale) + tensor_nbytes(torch.uint8, scale)
-    if compresses and is_candidate(tensor, block.role):
-        nbytes += min(COMPRESSING_NBYTES, 4 * tensor.numel)
+    if compresses and is_candidate(tensor, block.role, torch.bfloat16):
+        nbytes += min(COMPRESSING_NBYTES, 8 * tensor.numel)
     return nbytes
 
 

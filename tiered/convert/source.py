@@ -15,27 +15,13 @@ import torch
 
 from tiered.convert.blocks import BlockRecipe, RangeRecipe, TensorRecipe
 from tiered.quant import folded
-from tiered.quant.zstd import FRAME_NBYTES
-
-
-@dataclass(frozen=True)
-class Frames:
-    """The bytes of a tensor as zstd frames."""
-
-    sizes: tuple[int, ...]
-    nbytes: int
-    """The tensor's size before compression."""
-    pieces: Iterator[memoryview]
-    """The bytes of all frames, end to end."""
-    frame_nbytes: int = FRAME_NBYTES
-    """Before compression, of every frame but the last."""
 
 
 @dataclass(frozen=True)
 class Packed:
     """A quantized weight as three streams of bytes, to be consumed in this order."""
 
-    q: Iterator[memoryview] | Frames
+    q: Iterator[memoryview]
     scale: Iterable[memoryview]
     zero: Iterable[memoryview]
 
@@ -50,7 +36,7 @@ class Weights(Protocol):
     def dtype(self, tensor: TensorRecipe) -> torch.dtype:
         """The tensor's dtype in the source; this may be a guess until its block can be read."""
 
-    def plain(self, part: RangeRecipe) -> Iterator[memoryview] | Frames:
+    def plain(self, part: RangeRecipe) -> Iterator[memoryview]:
         """The bytes of an unquantized tensor, or of some of its rows, in pieces. Each is valid until the next is asked
         for."""
 

@@ -1,7 +1,7 @@
 """A block file of format version 1 as a source of weights: its bytes as they are, each chunk tested before it is used.
 
-In: a file and its layout. Out: what `write_block` asks of a source. Nothing is quantized or compressed anew. Called by
-`upgrade.py`.
+In: a file and its layout. Out: what `write_block` asks of a source. Nothing is quantized anew; what is compressed with
+zstd is decoded. Called by `upgrade.py`.
 """
 
 import errno
@@ -11,28 +11,30 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
 import torch
+import zstandard
 
 from tiered.convert.blocks import RangeRecipe, TensorRecipe
-from tiered.convert.source import Frames, Packed
+from tiered.convert.source import Packed
 from tiered.errors import StoreError
 from tiered.files import reading
-from tiered.quant.zstd import decompress_frame
 from tiered.store import CHUNK_NBYTES, FileInfo, TensorEntry, hash_chunk
 from tiered.store.block import BlockLayout, Compressed
 from tiered.store.sweep import bypass_cache
+from tiered.units import MIB
 
 _AHEAD: Final = 2
 """Chunks that are read while one is used."""
 _HELD: Final = 2 * _AHEAD + 1
 """Chunks in memory: the order of use may jump back and forth between two places of the file."""
-READING_NBYTES: Final = _HELD * CHUNK_NBYTES
-"""Memory that reading takes."""
+_FRAME_NBYTES: Final = 2 * MIB
+"""Bytes that a zstd frame decodes to, at most; stores of version 1 have frames of just so many."""
+READING_NBYTES: Final = (_HELD + 1) * CHUNK_NBYTES + 4 * _FRAME_NBYTES
+"""Memory that reading takes: frames are put together and decoded one at a time."""
 
 
 class StoredBlock:
@@ -43,8 +45,9 @@ class StoredBlock:
         self._compressed = {item.target.name: item for item in layout.compressed}
         self._chunks = _Chunks(folder / layout.file.path, layout.file)
         # The header has been believed already: test it before anything follows from that.
-        entries = (entry for weight in self._weights.values() for entry in weight.parts.values())
-        self._header_nbytes = min((self._stored(entry).offset for entry in entries), default=layout.file.nbytes)
+        (unit,) = layout.units
+        self._stored = unit.stored
+        self._header_nbytes = min((entry.offset for entry in self._stored.values()), default=layout.file.nbytes)
 
     def __enter__(self) -> Self:
         try:
@@ -61,47 +64,50 @@ class StoredBlock:
     def dtype(self, tensor: TensorRecipe) -> torch.dtype:
         return next(iter(self._weights[tensor.name].parts.values())).dtype
 
-    def plain(self, part: RangeRecipe) -> Iterator[memoryview] | Frames:
-        return self._codes(self._weights[part.whole.name].parts[""], part)
+    def plain(self, part: RangeRecipe) -> Iterator[memoryview]:
+        return self._bytes(self._weights[part.whole.name].parts[""], part)
 
     def packed(self, part: RangeRecipe) -> Packed:
         parts = self._weights[part.whole.name].parts
-        scale, zero = (self._chunks.pieces(*_extent(parts[name], part)) for name in ("scale", "zero"))
-        return Packed(self._codes(parts["q"], part), scale, zero)
+        q, scale, zero = (self._bytes(parts[name], part) for name in ("q", "scale", "zero"))
+        return Packed(q, scale, zero)
 
-    def _codes(self, entry: TensorEntry, part: RangeRecipe) -> Iterator[memoryview] | Frames:
-        if entry.name not in self._compressed:
-            return self._chunks.pieces(*_extent(entry, part))
-        item = self._compressed[entry.name]
+    def _bytes(self, entry: TensorEntry, part: RangeRecipe) -> Iterator[memoryview]:
+        """The bytes of the rows of `part` in `entry`, which has all rows of its tensor."""
+        start, nbytes = 0, entry.nbytes
         if part.number is not None:
-            return self._decoded(item, *_extent(replace(entry, offset=0), part))
-        pieces = self._chunks.pieces(item.source.offset, item.source.nbytes)
-        return Frames(item.frames, entry.nbytes, pieces, item.frame_nbytes)
+            row_nbytes = entry.nbytes // part.whole.matrix[0]
+            start, nbytes = part.start * row_nbytes, len(part.rows) * row_nbytes
+        if entry.name in self._compressed:
+            return self._decoded(self._compressed[entry.name], start, nbytes)
+        return self._chunks.pieces(self._stored[entry.name].offset + start, nbytes)
 
     def _decoded(self, item: Compressed, start: int, nbytes: int) -> Iterator[memoryview]:
-        """Bytes [start, start + nbytes) of a tensor that is compressed: a frame need not end where a range does."""
+        """Bytes [start, start + nbytes) of a tensor in zstd frames, which need not end where a range does."""
         stop, offset = start + nbytes, item.source.offset
         for number, size in enumerate(item.frames):
             begin = number * item.frame_nbytes
             end = min(begin + item.frame_nbytes, item.target.nbytes)
             if begin < stop and end > start:
+                if max(size, end - begin) > 2 * _FRAME_NBYTES:
+                    raise StoreError(f"{item.target.name}: a zstd frame of {max(size, end - begin):,} bytes is damaged")
                 frame = b"".join(self._chunks.pieces(offset, size))
-                out = memoryview(bytearray(end - begin))
-                decompress_frame(frame, out, name=item.target.name)
-                yield out[max(start - begin, 0) : stop - begin]
+                yield _decompressed(frame, end - begin, item.target.name)[max(start - begin, 0) : stop - begin]
             offset += size
 
-    def _stored(self, entry: TensorEntry) -> TensorEntry:
-        """The tensor as the file has it."""
-        return self._compressed[entry.name].source if entry.name in self._compressed else entry
 
-
-def _extent(entry: TensorEntry, part: RangeRecipe) -> tuple[int, int]:
-    """Offset and size of the rows of `part` in `entry`, which has all rows of its tensor."""
-    if part.number is None:
-        return entry.offset, entry.nbytes
-    row_nbytes = entry.nbytes // part.whole.matrix[0]
-    return entry.offset + part.start * row_nbytes, len(part.rows) * row_nbytes
+def _decompressed(frame: bytes, nbytes: int, name: str) -> memoryview:
+    """The `nbytes` bytes that a zstd frame decodes to. Raises StoreError."""
+    try:
+        # The header is checked first: a damaged one may claim any size, which would be allocated.
+        claimed = zstandard.get_frame_parameters(frame).content_size
+        if claimed != nbytes:
+            raise StoreError(
+                f"{name}: expected a zstd frame of {nbytes:,} bytes, found one of {claimed:,}; convert the model again"
+            )
+        return memoryview(zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False))
+    except zstandard.ZstdError as error:
+        raise StoreError(f"{name}: damaged zstd frame ({error}); convert the model again") from error
 
 
 class _Chunks:

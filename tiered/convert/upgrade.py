@@ -66,8 +66,7 @@ class _Upgrade:
     def __init__(self, folder: Path, old: Manifest, options: ConvertOptions, report: ProgressFunction | None) -> None:
         self._folder, self._old, self._report = folder, old, report
         self._recipe = _recipe_of(folder, old)
-        RamCheck(replace(options, compress="none"), self._recipe.files).require(READING_NBYTES)
-        self._rule = Compression(str(old.quantization.get("compress", "none")), is_done=True)
+        RamCheck(options, self._recipe.files).require(READING_NBYTES)
         self._entered = _entered(folder)
         self._infos: dict[str, FileInfo] = {}
         self._layouts: dict[str, BlockLayout] = {}
@@ -81,7 +80,9 @@ class _Upgrade:
         """Upgrade what is left; returns the new manifest."""
         folder, infos = self._folder, self._infos
         remove_stray_parts(folder)
-        check_space(folder, max((layout.file.nbytes for layout in self._layouts.values()), default=0))
+        left = (block for block in self._recipe.files if block.path in self._layouts)
+        room = (max(self._nbytes(block), self._layouts[block.path].file.nbytes) for block in left)
+        check_space(folder, max(room, default=0))
         self._enter()
         sizes = {block.path: self._nbytes(block) for block in self._recipe.files}
         skipped = done = sum(sizes[path] for path in infos)
@@ -96,12 +97,18 @@ class _Upgrade:
                 if self._report is not None:
                     self._report(ConvertProgress(block.name, done, sum(sizes.values()), skipped))
 
-            with StoredBlock(folder, self._layouts[block.path]) as source:
-                infos[block.path] = write_block(folder, block, source, self._rule, advance)
+            layout = self._layouts[block.path]
+            # What was compressed with zstd stays compressed.
+            rule = Compression("planes" if layout.compressed else "none")
+            with StoredBlock(folder, layout) as source:
+                infos[block.path] = write_block(folder, block, source, rule, advance)
             self._enter()
             advance(before + expected - done)
         blocks = tuple(replace(block, file=infos[block.file.path]) for block in self._old.blocks)
-        manifest = replace(self._old, files=tuple(infos[file.path] for file in self._old.files), blocks=blocks)
+        compress = self._old.quantization.get("compress", "none")
+        quantization = {**self._old.quantization, "compress": "planes" if compress == "zstd" else compress}
+        files = tuple(infos[file.path] for file in self._old.files)
+        manifest = replace(self._old, quantization=quantization, files=files, blocks=blocks)
         atomic_write(folder / MANIFEST_NAME, manifest.to_json())
         (folder / UPGRADE_NAME).unlink()
         return manifest

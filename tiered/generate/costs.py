@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from tiered.model import Pass
+from tiered.stream import NO_EXPERTS, ExpertUse
 
 _RECENT_PASSES: Final = 256
 """How many passes are kept one by one; a job may have millions."""
@@ -48,6 +49,8 @@ class PassTotals:
     """Bytes of weights."""
     kv_bytes: int = 0
     disk_idle_seconds: float = 0.0
+    experts: ExpertUse = NO_EXPERTS
+    """Of experts that are read when they are chosen; their bytes are among `bytes_read`."""
 
     def add(self, cost: PassCost) -> None:
         """Count one more pass."""
@@ -60,6 +63,7 @@ class PassTotals:
         self.bytes_read += cost.bytes_read
         self.kv_bytes += cost.kv_bytes
         self.disk_idle_seconds += cost.disk_idle_seconds
+        self.experts += cost.pass_.experts
 
 
 @dataclass

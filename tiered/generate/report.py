@@ -1,23 +1,59 @@
 """The reports of a run: what it took, beside what the machine could have done.
 
-    bound of a decode pass = max((S - M + K) / B, C)
-    bound of a scoring     = max((S + (passes - 1) * (S - M) + K) / B, C)
+    bound of a decode pass = max((S - M + K + X) / B, C - C_x + max(X / B, C_x))
+    bound of a scoring     = max((S + (passes - 1) * (S - M) + K + X) / B, C - C_x + max(X / B, C_x))
 
 S: bytes of the tape. K: bytes of the KV cache written to disk and read from it. M: all that the budget leaves after
-baseline, KV cache, workspace and two units, used or not. B: raw disk bandwidth, measured after the run by
-separate code. C: compute seconds, measured. Of a scoring K and C are those of all passes together: nothing is resident
-before the first one, which reads everything, and reading goes on across passes, so only the sums can be compared.
+baseline, KV cache, workspace, cache of experts and two units, used or not. B: raw disk bandwidth, measured after
+the run by separate code. C: compute seconds, measured. Of a scoring K and C are those of all passes together: nothing is
+resident before the first one, which reads everything, and reading goes on across passes, so only the sums can be
+compared.
+
+X and C_x are 0 where layers are read whole. Else X is the bytes of experts that were read when they were chosen, those
+that this run's cache lacked, and C_x the seconds of computing experts. No expert can be read before the router of its
+layer has chosen it, so while experts are read nothing computes but experts.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from tiered.generate.costs import Generation
+from tiered.generate.costs import Generation, PassTotals
 from tiered.generate.score import Scoring
 from tiered.plan import Plan
+from tiered.stream import ExpertUse
 from tiered.units import format_rate, format_seconds, format_size
 
 SYNTHETIC = "synthetic weights: a benchmark, not a language model"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertFigures:
+    """What a report says of experts that are read when they are chosen, in the decode passes or in a scoring."""
+
+    held: int
+    """Experts that are in memory at most."""
+    total: int
+    """Experts of all layers."""
+    hits: int
+    """Experts that were in memory when a micro-batch chose them."""
+    misses: int
+    """Those that had to be read."""
+    hit_rate: float | None
+    bytes_per_pass: float
+    dense_bytes_per_pass: float
+    """Of what is read ahead, as it is the same for all tokens."""
+    bytes_per_token: float | None
+    """None where no token came of it."""
+    dense_bytes_per_token: float | None
+    compute_seconds_per_pass: float
+
+    def lines(self) -> list[str]:
+        rate = "" if self.hit_rate is None else f", where {self.hit_rate:.0%} of those chosen were"
+        read = f"{format_size(round(self.bytes_per_pass))} of experts and "
+        read += f"{format_size(round(self.dense_bytes_per_pass))} of dense weights per pass"
+        if self.bytes_per_token is not None and self.dense_bytes_per_token is not None:
+            read += f" ({self.bytes_per_token / 1e9:.3g} and {self.dense_bytes_per_token / 1e9:.3g} GB per token)"
+        return [f"experts   {self.held} of {self.total} in memory{rate}", f"          read: {read}"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +75,8 @@ class Figures:
     peak_rss_bytes: int
     ram_budget_bytes: int
     tape_bytes: int
-    """S: bytes of all units of the tape, as they lie on disk."""
+    """S: bytes of all units of the tape, as they lie on disk; experts that are read when they are chosen are not on
+    it."""
     resident_bytes: int
     missing_overlap_bytes: int
     """What the budget lacked to read one unit while the one before computes; 0 where it lacked nothing."""
@@ -47,6 +84,8 @@ class Figures:
     kernels: str
     """What computed: instruction set, mode and threads."""
     synthetic: bool
+    experts: ExpertFigures | None = None
+    """None where layers are read whole."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -54,10 +93,11 @@ class Figures:
     def machine_lines(self) -> list[str]:
         """The last lines of any report: what computed, in how much memory."""
         over = ", OVER BUDGET" if self.peak_rss_bytes > self.ram_budget_bytes else ""
+        weights = "weights" if self.experts is None else "dense weights"
         lines = [
             f"kernels   {self.kernels}",
             f"memory    peak {format_size(self.peak_rss_bytes)} of {format_size(self.ram_budget_bytes)}{over}; "
-            f"{format_size(self.resident_bytes)} of {format_size(self.tape_bytes)} weights resident",
+            f"{format_size(self.resident_bytes)} of {format_size(self.tape_bytes)} {weights} resident",
         ]
         if self.missing_overlap_bytes:
             lines.append(
@@ -78,7 +118,12 @@ class Figures:
                 f"          {format_rate(bandwidth)} while {while_}, {bandwidth / self.raw_disk_bandwidth:.0%} of the "
                 f"{format_rate(self.raw_disk_bandwidth)} measured raw"
             )
-        return lines
+        return lines if self.experts is None else lines + self.experts.lines()
+
+    @property
+    def possible(self) -> str:
+        """What a bound takes as given, for people."""
+        return "possible here" if self.experts is None else "possible here with these reads of experts"
 
 
 @dataclass(frozen=True)
@@ -89,6 +134,28 @@ class Surroundings:
     streamed_file_bytes: int
     """Of the tape's bytes on disk, those of units that are not resident."""
     figures: Figures
+    experts: int = 0
+    """Experts of all layers."""
+
+    def figures_of(self, cost: PassTotals, tokens: int) -> Figures:
+        """The figures, with those of the experts in the passes of `cost`, which gave `tokens` tokens."""
+        if self.plan.experts is None:
+            return self.figures
+        use, passes = cost.experts, max(cost.passes, 1)
+        chosen, dense = use.hits + use.misses, cost.bytes_read - use.nbytes
+        experts = ExpertFigures(
+            held=self.plan.experts.slots,
+            total=self.experts,
+            hits=use.hits,
+            misses=use.misses,
+            hit_rate=use.hits / chosen if chosen else None,
+            bytes_per_pass=use.nbytes / passes,
+            dense_bytes_per_pass=dense / passes,
+            bytes_per_token=use.nbytes / tokens if tokens else None,
+            dense_bytes_per_token=dense / tokens if tokens else None,
+            compute_seconds_per_pass=use.compute_seconds / passes,
+        )
+        return replace(self.figures, experts=experts)
 
     @property
     def again_nbytes(self) -> int:
@@ -102,6 +169,15 @@ class Surroundings:
 
 Bottleneck = Literal["disk", "compute", "memory"]
 """What bounds a run; "memory": everything is resident."""
+
+
+def _bound(nbytes: float, experts: ExpertUse, compute_seconds: float, rate: float) -> tuple[float, Bottleneck]:
+    """The least seconds in which `nbytes` are read ahead, `experts` when they are chosen, and all is computed; and what
+    keeps it from being less."""
+    disk = (nbytes + experts.nbytes) / rate
+    waited = max(experts.nbytes / rate, experts.compute_seconds)
+    seconds = max(disk, compute_seconds - experts.compute_seconds + waited)
+    return seconds, "compute" if compute_seconds > disk else "disk"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +231,7 @@ class Report(Figures):
                 "memory": "all weights in memory: compute-bound",
             }[self.bottleneck or "disk"]
             lines.append(
-                f"bound     {format_seconds(self.bound_seconds_per_pass)} per pass possible here, "
+                f"bound     {format_seconds(self.bound_seconds_per_pass)} per pass {self.possible}, "
                 f"{self.bound_share:.0%} of it reached ({what})"
             )
         if self.bottleneck in ("disk", "compute"):
@@ -168,7 +244,8 @@ class Report(Figures):
 
 def make_report(generation: Generation, around: Surroundings) -> Report:
     """Put the figures of one run together."""
-    decode, prefill, figures = generation.decode, generation.prefill, around.figures
+    decode, prefill = generation.decode, generation.prefill
+    figures = around.figures_of(decode, decode.new_tokens)
     per_pass = decode.seconds / decode.passes if decode.passes else None
     compute = decode.compute_seconds / decode.passes if decode.passes else None
     bound: float | None = None
@@ -176,12 +253,12 @@ def make_report(generation: Generation, around: Surroundings) -> Report:
     if compute is not None:
         # What the ring held when decoding began has been read before, and what it would hold at the end is not read
         # any more: the bound is that much lower, or few passes would seem to beat it.
-        streamed = round(around.again_nbytes * _share_read(generation, around)) + decode.kv_bytes // decode.passes
-        if streamed == 0:
+        streamed = round(around.again_nbytes * _share_read(generation, around)) * decode.passes + decode.kv_bytes
+        if streamed + decode.experts.nbytes == 0:
             bound, bottleneck = compute, "memory"
         elif figures.raw_disk_bandwidth:
-            disk = streamed / figures.raw_disk_bandwidth
-            bound, bottleneck = max(disk, compute), "compute" if compute > disk else "disk"
+            seconds, bottleneck = _bound(streamed, decode.experts, decode.compute_seconds, figures.raw_disk_bandwidth)
+            bound = seconds / decode.passes
     tokens = generation.generated_tokens
     moved = decode.bytes_read + decode.kv_bytes
     overheads = sorted(s for cost in generation.recent for s in cost.pass_.block_seconds)
@@ -210,7 +287,8 @@ def make_report(generation: Generation, around: Surroundings) -> Report:
 def _share_read(generation: Generation, around: Surroundings) -> float:
     """The share of the bytes streamed by the decode passes that were read while they ran."""
     due = generation.decode.passes * around.streamed_file_bytes
-    return min(1.0, generation.decode.bytes_read / due) if due else 1.0
+    read = generation.decode.bytes_read - generation.decode.experts.nbytes
+    return min(1.0, read / due) if due else 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,7 +329,7 @@ class ScoreReport(Figures):
         if self.bound_seconds is not None and self.bound_share is not None:
             what = "disk-bound" if self.bottleneck == "disk" else "compute-bound: no evidence for the disk"
             lines.append(
-                f"bound     {format_seconds(self.bound_seconds)} possible here, {self.bound_share:.0%} of it reached "
+                f"bound     {format_seconds(self.bound_seconds)} {self.possible}, {self.bound_share:.0%} of it reached "
                 f"({what})"
             )
         if self.bottleneck != "memory":
@@ -264,13 +342,15 @@ class ScoreReport(Figures):
 
 def make_score_report(scoring: Scoring, around: Surroundings) -> ScoreReport:
     """Put the figures of one run together; it has at least one pass."""
-    cost, figures, again = scoring.costs.prefill, around.figures, around.again_nbytes
+    cost, again = scoring.costs.prefill, around.again_nbytes
+    figures = around.figures_of(cost, scoring.total.tokens)
     kv = figures.kv_bytes_read + figures.kv_bytes_written
     bound: float | None = None
-    bottleneck: Bottleneck = "disk" if again or kv else "memory"
-    if figures.raw_disk_bandwidth is not None and (again or kv):
-        disk = (figures.tape_bytes + (cost.passes - 1) * again + kv) / figures.raw_disk_bandwidth
-        bound, bottleneck = max(disk, cost.compute_seconds), "compute" if cost.compute_seconds > disk else "disk"
+    reads = bool(again or kv or cost.experts.nbytes)
+    bottleneck: Bottleneck = "disk" if reads else "memory"
+    if figures.raw_disk_bandwidth is not None and reads:
+        nbytes = figures.tape_bytes + (cost.passes - 1) * again + kv
+        bound, bottleneck = _bound(nbytes, cost.experts, cost.compute_seconds, figures.raw_disk_bandwidth)
     return ScoreReport(
         **vars(figures),
         scored_tokens=scoring.total.tokens,

@@ -1,24 +1,30 @@
 """The disk reader: positional reads of whole pieces, in a pool of its own threads, into memory it is given.
 
 In: a file of the store and page-aligned memory. Out: the memory filled and, where the policy says so, verified.
-The event loop only waits; the reads run in the pool.
+The event loop only waits; the reads run in the pool. What is compressed is read into buffers of one chunk, and the same
+threads decode it into its place.
 """
 
+import asyncio
+import contextlib
 import functools
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
+
+import numpy as np
 
 from tiered.errors import ReadError, StoreError
 from tiered.io.modes import ReadMode
 from tiered.io.threads import Check, IdleClock, IOThreads, all_of
 from tiered.io.transfer import ByteCounter, Faults, Ladder, TransferError, TransferFile, describe
 from tiered.io.verify import ChunkVerifier
-from tiered.store import FileInfo, Unit
+from tiered.kernels import decode_planes
+from tiered.store import FileInfo, Move, Unit
 from tiered.trace import Tracer
 from tiered.units import MIB, PAGE, round_up
 
@@ -33,6 +39,32 @@ _LOOK_SECONDS: Final = 0.05
 
 OnEnd = Callable[[Exception | None], None]
 """Called when a read has ended, with its error."""
+
+
+CHUNK_BUFFERS: Final = 3
+"""Buffers for chunks of compressed units: two that are being read keep a disk busy while a third is decoded."""
+
+
+class ChunkBuffers:
+    """Memory for chunks of compressed units, one chunk each, lent in the order in which it is asked for.
+
+    For one event loop. `buffers` may be none: then nothing may be asked for.
+    """
+
+    def __init__(self, buffers: Sequence[memoryview] = ()) -> None:
+        self._free: asyncio.Queue[memoryview] = asyncio.Queue()
+        self.is_empty = not buffers
+        for buffer in buffers:
+            self._free.put_nowait(buffer)
+
+    @contextlib.asynccontextmanager
+    async def borrow(self) -> AsyncIterator[memoryview]:
+        """A buffer until the context ends."""
+        buffer = await self._free.get()
+        try:
+            yield buffer
+        finally:
+            self._free.put_nowait(buffer)
 
 
 class DiskReader:
@@ -101,22 +133,50 @@ class DiskReader:
         if self._verifier.wants(file, chunk):
             await self.call(functools.partial(self._verifier.check, file, chunk, memory))
 
-    async def read_unit(self, unit: Unit, memory: memoryview) -> None:
-        """Read the chunks of `unit` side by side to the start of `memory`, as `read_chunk` does; then decode, in the
-        pool, what it holds compressed.
+    async def read_unit(self, unit: Unit, memory: memoryview, buffers: ChunkBuffers) -> None:
+        """Read the chunks of `unit` side by side to its `memory`, as `read_chunk` does. Those of a unit with compressed
+        tensors are read into `buffers` and decoded from there, in the pool.
 
         All reads have ended when this returns or raises: only then may the memory be lent to another unit.
         """
-        chunks = unit.file.chunks
-        await all_of(
-            self.read_chunk(
-                unit.file, number, memory[chunks[number].offset - unit.offset : chunks[number].stop - unit.offset]
+        chunks, file = unit.file.chunks, unit.file
+        if not unit.compressed:
+            await all_of(
+                self.read_chunk(
+                    file, number, memory[chunks[number].offset - unit.offset : chunks[number].stop - unit.offset]
+                )
+                for number in unit.chunks
             )
-            for number in unit.chunks
+            return
+        if buffers.is_empty:
+            raise StoreError(
+                f"{self._root / file.path}: unit {unit.name} has compressed tensors, expected only what is streamed to "
+                "have them; convert the model again"
+            )
+        await all_of(
+            self._read_moved(unit, number, moves, memory, buffers)
+            for number, moves in zip(unit.chunks, unit.moves, strict=True)
         )
-        for item in unit.compressed:
-            with self._trace.span("decode", item.target.name, item.target.nbytes):
-                await self.call(functools.partial(item.decode, memory))
+
+    async def _read_moved(
+        self, unit: Unit, number: int, moves: Sequence[Move], memory: memoryview, buffers: ChunkBuffers
+    ) -> None:
+        """Read chunk `number` of the unit's file into a buffer, and from there move it into the unit's `memory`."""
+        async with buffers.borrow() as buffer:
+            chunk = buffer[: unit.file.chunks[number].nbytes]
+            await self.read_chunk(unit.file, number, chunk)
+            await all_of(self.call(functools.partial(self._move, unit, move, chunk, memory)) for move in moves)
+
+    def _move(self, unit: Unit, move: Move, chunk: memoryview, memory: memoryview) -> None:
+        target = memory[move.target : move.target + move.nbytes]
+        with self._trace.span("decode", move.tensor.name, move.nbytes):
+            if move.frames:
+                frames = chunk[move.source : move.source + sum(move.frames)]
+                name = f"{self._root / unit.file.path}: {move.tensor.name}"
+                decode_planes(frames, move.frames, move.frame_nbytes, target, move.tensor.dtype, name)
+            else:
+                # By numpy, which lets other threads run meanwhile.
+                np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(chunk, np.uint8)[move.source :][: move.nbytes])
 
     def begin_unit(self, unit: Unit, memory: memoryview, check: Check, done: OnEnd) -> None:
         """Begin to read `unit`, which holds nothing compressed, to the start of `memory`; for any thread.
@@ -180,7 +240,7 @@ class DiskReader:
         await all_of(self._threads.transfer(functools.partial(read, parts[i::count])) for i in range(count))
 
     async def call(self, work: Callable[[], None]) -> None:
-        """Run `work` (a decompression) in the pool."""
+        """Run `work` (a test, a copy, decoding) in the pool."""
         await self._threads.call(lambda check: work())
 
     def close(self) -> None:

@@ -41,7 +41,7 @@ class Identity:
     def differences(self, begun: "Identity") -> list[str]:
         """What has changed since the job `begun` was begun, each difference in a few words."""
         found = ["the input has other contents"] if self.input != begun.input else []
-        found += ["it is another store"] if self.store != begun.store else []
+        found += ["it is another store, or was converted or upgraded since"] if self.store != begun.store else []
         for name in sorted(self.settings.keys() | begun.settings.keys()):
             now, then = self.settings.get(name), begun.settings.get(name)
             if now != then:

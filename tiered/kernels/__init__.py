@@ -12,6 +12,7 @@ from tiered.kernels.attention import (
 from tiered.kernels.cancel import CancelFlag
 from tiered.kernels.kernels import KERNEL_NAMES, Kernels, Mode, packed_row_nbytes, scratch_nbytes
 from tiered.kernels.library import Level, Library, load_library
+from tiered.kernels.planes import decode_planes, encode_planes
 
 __all__ = [
     "KERNEL_NAMES",
@@ -27,6 +28,8 @@ __all__ = [
     "Plane",
     "attention_reference",
     "contiguous_pages",
+    "decode_planes",
+    "encode_planes",
     "load_library",
     "packed_row_nbytes",
     "scratch_nbytes",

@@ -18,7 +18,7 @@ from tiered.errors import ConfigError
 LIBRARY_PATH: Final = Path(__file__).with_name("libtiered_kernels.so")
 LIBRARY_VARIABLE: Final = "TIERED_KERNEL_LIBRARY"
 """Environment variable that names another file, for developers: a build for sanitizers, or one that emulates tiles."""
-ABI_VERSION: Final = 2
+ABI_VERSION: Final = 3
 
 
 class Level(IntEnum):
@@ -85,6 +85,8 @@ _FUNCTIONS: Final[dict[str, tuple[object, Sequence[object]]]] = {
         ],
     ),
     "tk_dequantize": (c_int32, [c_void_p, POINTER(WeightArgument), c_int64, c_int64, c_void_p, c_int32]),
+    "tk_encode_planes": (c_int64, [c_int32, c_void_p, c_int64, c_void_p, c_int64]),
+    "tk_decode_planes": (c_int32, [c_int32, c_void_p, POINTER(c_int64), c_int64, c_int64, c_void_p, c_int64]),
     "tk_attention": (c_int32, [c_void_p, c_void_p, c_void_p]),
     "tk_quantize": (
         c_int32,

@@ -4,7 +4,7 @@ In: the skeleton, and the loan of a block. Out: a module that computes with it u
 through every layer in milliseconds, so what is in memory costs a module only look-ups in dictionaries.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -13,12 +13,13 @@ from torch import nn
 from torch.func import functional_call
 
 from tiered.arch import Skeleton, is_expert_stack, is_plain_linear
-from tiered.io import DiskReader
+from tiered.io import ChunkBuffers, DiskReader
 from tiered.kernels import Kernels
 from tiered.model.desk import Desk
 from tiered.model.experts import OffloadedExperts
-from tiered.store import PAGE, Store, Unit
+from tiered.store import ALIGNMENT, PAGE, Store, Unit
 from tiered.stream import AnyWeight, Loan
+from tiered.units import round_up
 
 
 class OffloadedLinear(nn.Module):
@@ -86,16 +87,8 @@ class _Place:
             return None
         return cls(target, attribute, getattr(target, attribute))
 
-    def put(self, weight: AnyWeight) -> None:
-        """Let `weight` take the place of `own`."""
-        assert isinstance(weight, torch.Tensor), f"{self.attribute}: only linear layers can be quantized"
-        # The graph's own dtype: the compute dtype, except for tensors that a family keeps in float32.
-        self._set(weight.to(self.own.dtype) if weight.is_floating_point() else weight)
-
-    def take_back(self) -> None:
-        self._set(self.own)
-
-    def _set(self, tensor: torch.Tensor) -> None:
+    def put(self, tensor: torch.Tensor) -> None:
+        """Let `tensor` be the module's."""
         # Bypasses nn.Module's checks, as torch.func.functional_call does: a view is not an nn.Parameter.
         of = self.target._buffers if self.attribute in self.target._buffers else self.target._parameters
         of[self.attribute] = tensor  # type: ignore[assignment]
@@ -109,6 +102,8 @@ class BoundModel:
         self._desk = Desk()
         self._places: dict[nn.Module, dict[str, _Place]] = {}
         """Of each module that was lent weights: the places of those that nothing borrows."""
+        self._scratch = torch.empty(0, dtype=torch.uint8)
+        """Holds copies of such weights while their module computes: of the module that has most of them."""
         self.layers: list[nn.Module] = list(skeleton.layers)
         for layer in self.layers:
             _offload(layer, kernels, self._desk, "")
@@ -139,24 +134,35 @@ class BoundModel:
     def lend(self, module: nn.Module, loan: Loan) -> Iterator[nn.Module]:
         """Let `module` compute with the weights of `loan` for the duration of the context.
 
-        Weights that no linear layer or stack of experts borrows are borrowed here, at once and until the end.
+        Weights that no linear layer or stack of experts borrows are put in their places here, until the end: copies of
+        those that are streamed, whose units are free again before the module computes.
         """
         places = self._places.get(module)
         if places is None:
             found = {name: _Place.find(module, name) for name in loan.names}
             places = self._places[module] = {name: place for name, place in found.items() if place is not None}
         put: list[_Place] = []
-        self._desk.loan = loan
+        self._desk.loan, used = loan, 0
         try:
             for name, place in places.items():
-                weight = loan.borrow(name)
+                weight = _in_place(loan, name, place.own.dtype)
+                if weight is None:
+                    weight = _copy(loan, name, place.own, self._room(places.values())[used:])
+                    used = round_up(used + weight.nbytes, ALIGNMENT)
                 put.append(place)
                 place.put(weight)
             yield module
         finally:
             self._desk.loan = None
             for place in put:
-                place.take_back()
+                place.put(place.own)
+
+    def _room(self, places: Iterable[_Place]) -> torch.Tensor:
+        """Memory for copies of the weights of all `places`."""
+        nbytes = sum(round_up(place.own.nbytes, ALIGNMENT) for place in places)
+        if nbytes > len(self._scratch):
+            self._scratch = torch.empty(nbytes, dtype=torch.uint8)
+        return self._scratch
 
 
 async def load_tables(model: BoundModel, store: Store, reader: DiskReader) -> None:
@@ -176,8 +182,35 @@ async def _copies(unit: Unit, reader: DiskReader) -> dict[str, torch.Tensor]:
     # Not borrowed from the arena: only copies in the compute dtype are kept, and this memory is freed at once.
     memory = _aligned(unit.memory_nbytes)
     view = memoryview(memory.numpy())  # type: ignore[arg-type]  # numpy's stubs lack the buffer protocol here
-    await reader.read_unit(unit, view)
+    await reader.read_unit(unit, view, ChunkBuffers())
     return {name: weight.view(memory).clone() for name, weight in unit.weights.items()}  # type: ignore[union-attr]
+
+
+def _in_place(loan: Loan, name: str, dtype: torch.dtype) -> torch.Tensor | None:
+    """The weight `name` where it lies, if it stays there, as a tensor of `dtype`; else None."""
+    keys = loan.parts(name)
+    if len(keys) > 1 or loan.is_streamed(keys[0]):
+        return None
+    weight = _plain(loan.borrow(keys[0]), name)
+    return weight if weight.dtype == dtype else None
+
+
+def _copy(loan: Loan, name: str, own: torch.Tensor, room: torch.Tensor) -> torch.Tensor:
+    """A copy of the weight `name`, of the shape and dtype of `own`, in the first bytes of `room`. Gives it back."""
+    copy = room[: own.nbytes].view(own.dtype).view(own.shape)
+    flat, start = copy.view(-1), 0
+    for key in loan.parts(name):
+        part = _plain(loan.borrow(key), name).reshape(-1)
+        flat[start : start + len(part)] = part
+        start += len(part)
+        loan.release(key)
+    assert start == len(flat), f"{name}: {start:,} of {len(flat):,} numbers"
+    return copy
+
+
+def _plain(weight: AnyWeight, name: str) -> torch.Tensor:
+    assert isinstance(weight, torch.Tensor), f"{name}: only linear layers can be quantized"
+    return weight
 
 
 def _keep(module: nn.Module, name: str, value: torch.Tensor) -> None:

@@ -8,14 +8,17 @@ import re
 from collections.abc import Sequence
 
 import torch
+from transformers import PretrainedConfig
 
-from tiered.arch import ParameterInfo, Skeleton, layer_windows
+from tiered.arch import Skeleton, layer_windows
 from tiered.cache import kv_shape, layer_groups
+from tiered.io import CHUNK_BUFFERS
 from tiered.kernels import packed_row_nbytes
-from tiered.plan import ModelShape, Tape
-from tiered.store import CHUNK_NBYTES, Store, Unit
+from tiered.plan import ExpertShape, ModelShape, Tape
+from tiered.store import ALIGNMENT, CHUNK_NBYTES, Store, Unit
 from tiered.store.block import RANGE
 from tiered.stream import EmbeddingRows
+from tiered.units import round_up
 
 
 def model_shape(store: Store, skeleton: Skeleton, dtype: torch.dtype) -> ModelShape:
@@ -25,25 +28,23 @@ def model_shape(store: Store, skeleton: Skeleton, dtype: torch.dtype) -> ModelSh
     """
     config = skeleton.config
     kv = kv_shape(config, dtype)
-    blocks = store.tape_units
-    units = [unit for block in blocks for unit in block]
+    blocks = store.units_of_pass(on_demand=False)
     (embed,) = store.layout(store.blocks["embed"]).weights.values()
     side = EmbeddingRows.side_nbytes(embed)
-    tables = side + CHUNK_NBYTES
+    compressed = (min(unit.nbytes, CHUNK_NBYTES) for units in blocks for unit in units if unit.compressed)
+    buffers = CHUNK_BUFFERS * max(compressed, default=0)
+    tables = side + CHUNK_NBYTES + buffers
     kept = _kept_units(store)
     tables += max((unit.memory_nbytes for unit in kept), default=0)
     tables += sum(math.prod(weight.shape) for unit in kept for weight in unit.weights.values()) * kv.itemsize
-    parameters = [p for block in skeleton.blocks() if block.role == "layer" for p in block.parameters]
-    layers = [parameter.shape for parameter in parameters]
+    tables += _copied_nbytes(store, skeleton)
+    layers = [p.shape for block in skeleton.blocks() if block.role == "layer" for p in block.parameters]
     return ModelShape(
-        tape=Tape(
-            tuple(unit.memory_nbytes for unit in units),
-            tuple(unit.nbytes for unit in units),
-            tuple(map(len, blocks)),
-        ),
+        tape=_tape(blocks),
         weights=sum(store.layout(block).weight_count for block in store.tape),
         side_nbytes=side,
         tables_nbytes=tables,
+        buffers_nbytes=buffers,
         hidden=config.hidden_size,
         # Of a stack of experts only one counts, because they compute one after the other.
         widest=max(shape[-2:][0] for shape in layers),
@@ -55,7 +56,36 @@ def model_shape(store: Store, skeleton: Skeleton, dtype: torch.dtype) -> ModelSh
         dense_attention=skeleton.family.gathers,
         packed_nbytes=packed_row_nbytes(max(shape[-1] for shape in layers)),
         quantization=store.manifest.quantization.get("layers"),
-        whole_layers=any(len(units) > 1 and not _are_used_one_by_one(units, parameters) for units in blocks[:-1]),
+        experts=_expert_shape(store, config),
+    )
+
+
+def _tape(blocks: Sequence[Sequence[Unit]]) -> Tape:
+    units = [unit for block in blocks for unit in block]
+    return Tape(
+        tuple(unit.memory_nbytes for unit in units),
+        tuple(unit.nbytes for unit in units),
+        tuple(map(len, blocks)),
+    )
+
+
+def _expert_shape(store: Store, config: PretrainedConfig) -> ExpertShape | None:
+    """The experts, if each is a unit, and all layers that have experts have one module of equally many."""
+    layers = [units for units in store.expert_units if units]
+    modules = [{unit.name.partition(RANGE)[0] for unit in units} for units in layers]
+    chosen = getattr(config, "num_experts_per_tok", None)
+    if {*map(len, modules)} != {1} or len({*map(len, layers)}) != 1 or not isinstance(chosen, int):
+        return None
+    experts = [unit for units in layers for unit in units]
+    count = len(layers[0])
+    return ExpertShape(
+        dense=_tape(store.units_of_pass(on_demand=True)),
+        layers=len(layers),
+        count=count,
+        chosen=max(1, min(chosen, count)),
+        nbytes=max(unit.memory_nbytes for unit in experts),
+        file_nbytes=sum(unit.nbytes for unit in experts) // len(experts),
+        weights=sum(math.prod(weight.shape) for weight in experts[0].weights.values()),
     )
 
 
@@ -66,9 +96,11 @@ def _kept_units(store: Store) -> list[Unit]:
     return [unit for block in outer for unit in store.layout(block).units] + small
 
 
-def _are_used_one_by_one(units: Sequence[Unit], parameters: Sequence[ParameterInfo]) -> bool:
-    """Whether `units` hold only weights of linear layers and experts, and biases: what no module borrows is in use
-    until its layer has computed."""
-    linear = {parameter.name for parameter in parameters if parameter.is_linear}
-    names = (name.partition(RANGE)[0] for unit in units for name in unit.weights)
-    return all(re.sub(r"\bbias$", "weight", name) in linear for name in names)
+def _copied_nbytes(store: Store, skeleton: Skeleton) -> int:
+    """Bytes of the tensors that are copied when a layer begins, of the layer that has most: those in units that every
+    token uses that neither linear layers nor experts borrow, in the graph's dtype."""
+    own = skeleton.model.state_dict(keep_vars=True)
+    lent = {p.name for block in skeleton.blocks() for p in block.parameters if p.is_linear}
+    layers = [{name.partition(RANGE)[0] for unit in units for name in unit.weights} for units in store.dense_units[:-1]]
+    copied = ([name for name in names if re.sub(r"\bbias$", "weight", name) not in lent] for names in layers)
+    return max(sum(round_up(own[name].nbytes, ALIGNMENT) for name in names) for names in copied)

@@ -1,9 +1,10 @@
 """How many sequences run at once: those that get most tokens per second out of disk, memory and processor together.
 
-    throughput = n / max((streamed(n) + kv(n)) / B, C(n))
+    throughput = n / max((streamed(n) + kv(n) + experts(n)) / B, C(n) + experts(n) / B)
 
 More sequences share each reading of the weights, until computing takes longer than reading. Their KV cache takes
-memory that could hold weights (`cpu`), or is read in every pass like them (`disk`). Pure functions: what each batch
+memory that could hold weights (`cpu`), or is read in every pass like them (`disk`). Experts that are read when they are
+chosen are waited for; more sequences choose more of them. Pure functions: what each batch
 size streams comes from the planner, B and C are measured (`bench/rates.py`). Scoring, where nothing is sampled, needs
 no rates: there the bytes read decide.
 """
@@ -31,6 +32,8 @@ class BatchOption:
     kv_on_disk: bool
     disk_nbytes: int
     """Bytes read per pass: weights that are not resident, and the KV cache where it is on disk."""
+    expert_nbytes: int = 0
+    """Of these, the bytes of experts that are read when they are chosen, while nothing computes."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +43,12 @@ class BatchChoice:
     option: BatchOption
     disk_seconds: float
     compute_seconds: float
+    expert_seconds: float = 0.0
+    """Of the disk's seconds, those in which nothing computes."""
 
     @property
     def pass_seconds(self) -> float:
-        return max(self.disk_seconds, self.compute_seconds)
+        return max(self.disk_seconds, self.compute_seconds + self.expert_seconds)
 
     @property
     def tokens_per_second(self) -> float:
@@ -72,6 +77,7 @@ def choose_batch_size(
             option,
             option.disk_nbytes / bytes_per_second if bytes_per_second else 0.0,
             max(compute_seconds(option.sequences), 1e-9),
+            option.expert_nbytes / bytes_per_second if bytes_per_second else 0.0,
         )
         for option in options
     ]

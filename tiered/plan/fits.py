@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from tiered.plan.inputs import Budgets, Machine, ModelShape, Tier, Workload
 from tiered.plan.make import make_plan, smallest_ram
 from tiered.plan.plan import Plan
+from tiered.plan.way import expected_expert_nbytes
 from tiered.units import GIB
 
 
@@ -17,14 +18,16 @@ class Fit:
     """The plan that one budget gives."""
 
     plan: Plan
+    total_nbytes: int
+    """Bytes of all units on disk, those of experts among them, which are fewer than in memory where compressed."""
     resident_nbytes: int
-    """Bytes of the resident units on disk, which are fewer than in memory where they are compressed."""
+    """Of these, those of resident units, and of as many experts as the cache holds."""
     read_nbytes: int
-    """Bytes read from disk per pass, once the resident units are in memory."""
+    """Bytes read from disk per pass, once memory is full; where experts are read when they are chosen, an estimate."""
 
     @property
     def resident_share(self) -> float:
-        return self.resident_nbytes / (self.resident_nbytes + self.read_nbytes)
+        return self.resident_nbytes / self.total_nbytes
 
     def disk_seconds(self, bytes_per_second: float) -> float:
         """Seconds the disk takes for one pass; the pass itself takes at least that."""
@@ -45,9 +48,13 @@ def ladder(smallest: int, everything: int) -> tuple[int, ...]:
 def fits(model: ModelShape, machine: Machine, workload: Workload, budgets: Budgets) -> tuple[Fit, ...]:
     """One row per budget of the ladder; the budget in `budgets` does not matter."""
     smallest = smallest_ram(model, machine, workload, budgets)
+    total = sum(model.tape.file_nbytes)
     everything = smallest_ram(model, machine, workload, replace(budgets, tiers=(Tier.CPU,)))
     rows = []
     for ram in ladder(smallest, max(smallest, everything)):
         plan = make_plan(model, machine, workload, replace(budgets, ram=ram))
-        rows.append(Fit(plan, sum(model.tape.file_nbytes) - plan.read_nbytes, plan.read_nbytes))
+        resident = sum(plan.tape.file_nbytes) - plan.read_nbytes
+        if plan.experts is not None and model.experts is not None:
+            resident += plan.experts.slots * model.experts.file_nbytes
+        rows.append(Fit(plan, total, resident, plan.read_nbytes + expected_expert_nbytes(model, plan, plan.batch_size)))
     return tuple(rows)

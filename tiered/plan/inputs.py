@@ -71,7 +71,19 @@ class ExpertShape:
     nbytes: int
     """Bytes of the largest expert in memory."""
     file_nbytes: int
-    """Bytes that reading it takes."""
+    """Bytes that reading one takes, on average."""
+    weights: int
+    """Number of weights of one."""
+
+    @property
+    def total(self) -> int:
+        """Experts of all layers."""
+        return self.layers * self.count
+
+    def distinct(self, tokens: int) -> float:
+        """How many experts of a layer `tokens` tokens are expected to choose between them, if all are chosen equally
+        often: each one is missed by all tokens with a probability of (1 - chosen / count) ** tokens."""
+        return self.count * (1 - (1 - self.chosen / self.count) ** tokens)
 
 
 @dataclass(frozen=True)
@@ -81,12 +93,15 @@ class ModelShape:
     tape: Tape
     """The units that are streamed, or held in memory, in the order of use."""
     weights: int
-    """Number of weights in all blocks of the tape."""
+    """Number of weights in all blocks of the tape, experts among them."""
     side_nbytes: int
     """Bytes of the embedding's scales and zeros."""
     tables_nbytes: int
     """Bytes in memory beside the tape: outer and small tensors in the compute dtype and the memory they are read
-    through, the embedding's scales and zeros, staging for its rows."""
+    through, copies of a layer's tensors that no module borrows, the embedding's scales and zeros, staging for its
+    rows, buffers for chunks of compressed units."""
+    buffers_nbytes: int
+    """Bytes of these buffers."""
     hidden: int
     widest: int
     """The largest `out` of any linear layer or expert in a decoder layer."""
@@ -104,8 +119,6 @@ class ModelShape:
     """Bytes of one row of activations, packed in the order that a linear kernel needs."""
     quantization: str | None = None
     """The scheme of the layers' linear weights."""
-    whole_layers: bool = False
-    """Some units of a layer are in use until the layer has computed, so all of them are in memory together."""
     experts: ExpertShape | None = None
     """None where the model is no mixture, or one whose experts are not taken apart."""
 

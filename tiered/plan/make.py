@@ -14,6 +14,7 @@ from tiered.plan.inputs import Budgets, Machine, ModelShape, Workload
 from tiered.plan.pace import Pace
 from tiered.plan.plan import Plan, smallest_budget
 from tiered.plan.way import HALFWAY, Asked
+from tiered.plan.workspace import HEAD_ROWS
 from tiered.units import MIB, format_rate, format_seconds, format_size
 
 Rate = Literal["disk", "compute"]
@@ -32,7 +33,7 @@ def make_plan(model: ModelShape, machine: Machine, workload: Workload, budgets: 
     if not workload.choose_batch_size:
         return _plan_for(asked, workload.sequences, "all there are")
     if workload.one_pass:
-        return _plan_for(asked, _windows_per_pass(asked), "for the fewest bytes to read")
+        return _scoring_plan(asked)
     return _most_throughput(asked)
 
 
@@ -83,6 +84,22 @@ def _plan_for(asked: Asked, batch_size: int, why: str) -> Plan:
     raise BudgetError(f"{refusal}, for a context of {contexts[-1]} tokens", refusal.smallest_bytes)
 
 
+def _scoring_plan(asked: Asked) -> Plan:
+    """The plan for sequences that are only scored: so many in a pass that the fewest bytes are read.
+
+    Where not even one fits whole, because several micro-batches of it would use a layer or the head, one takes several
+    passes of as many tokens as get logits at once. Each pass reads all weights; refusing would score nothing.
+    """
+    try:
+        return _plan_for(asked, _windows_per_pass(asked), "for the fewest bytes to read")
+    except BudgetError as refusal:
+        workload = replace(asked.workload, one_pass=False, max_batched_tokens=HEAD_ROWS)
+        try:
+            return _plan_for(replace(asked, workload=workload), 1, "a part of it in a pass, as all of it does not fit")
+        except BudgetError as error:
+            raise min(refusal, error, key=lambda refused: refused.smallest_bytes or 0) from None
+
+
 def _windows_per_pass(asked: Asked) -> int:
     """How many sequences that are only scored run per pass. With the KV tier "auto" only memory is considered here: the
     disk is used only if nothing else fits, and then several sequences would share the memory that one has."""
@@ -90,7 +107,9 @@ def _windows_per_pass(asked: Asked) -> int:
 
     def read_nbytes(count: int) -> int | None:
         try:
-            return asked.way(count, on_disk).plan_at(asked.budgets.ram).streamed_nbytes
+            way = asked.way(count, on_disk)
+            plan = way.plan_at(asked.budgets.ram)
+            return way.read_nbytes(plan, plan.max_batched_tokens)
         except BudgetError:
             return None
 
@@ -117,7 +136,15 @@ def _compute_seconds(model: ModelShape, machine: Machine, workload: Workload, co
     assert machine.linear is not None
     context = workload.mean_context * HALFWAY
     attention = (machine.attention_seconds or 0.0) * model.kv.layers * context
-    return machine.linear.seconds(count, model.weights) + attention * count
+    dense, experts = model.weights, model.experts
+    seconds = attention * count
+    if experts is not None:
+        # The tokens that choose an expert are rows of their own.
+        dense -= experts.total * experts.weights
+        chosen = experts.distinct(count)
+        rows = max(1, round(count * experts.chosen / chosen))
+        seconds += machine.linear.seconds(rows, int(experts.layers * chosen * experts.weights))
+    return seconds + machine.linear.seconds(count, dense)
 
 
 def _reasoned(asked: Asked, plan: Plan, why: str) -> Plan:

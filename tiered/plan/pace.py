@@ -3,7 +3,8 @@
     seconds of a pass <= SLACK * max(disk, computing the decoding rows)          but LEAST tokens always pass
 
 In: what the passes so far have cost, and rates measured beforehand where there are some. Pure arithmetic. With a KV
-cache on disk, the time to read a long prompt's own pages is added to the pass: the rule does not count it.
+cache on disk, the time to read a long prompt's own pages is added to the pass, and so is that of reading the experts of
+its tokens where these are read on demand: the rule does not count them.
 """
 
 from collections import deque

@@ -22,7 +22,8 @@ class Needs:
     baseline: int
     """The process before any weight: interpreter, torch, transformers, tokenizer, skeleton."""
     outer: int
-    """Position tables, norms, biases, embedding scales: always resident."""
+    """Position tables, norms, biases, embedding scales: always resident; and what embedding rows and compressed chunks
+    are read through."""
     kv: int
     workspace: int
 
@@ -57,6 +58,8 @@ class Plan:
     """What is in memory as a whole while it computes."""
     side_nbytes: int
     """Bytes of the embedding's scales and zeros, which are part of `needs.outer`."""
+    buffers_nbytes: int
+    """Bytes of the buffers for chunks of compressed units, which are part of `needs.outer`."""
     batch_size: int
     """Sequences at once, at most."""
     max_context: int
@@ -82,7 +85,11 @@ class Plan:
     @property
     def nbytes(self) -> int:
         """Bytes of the budget that the plan takes."""
-        return self.needs.total + self.placement.nbytes + (self.experts.nbytes if self.experts else 0)
+        return self.needs.total + self.placement.nbytes + self._experts_nbytes
+
+    @property
+    def _experts_nbytes(self) -> int:
+        return self.experts.nbytes if self.experts is not None else 0
 
     @property
     def streamed_nbytes(self) -> int:
@@ -91,13 +98,13 @@ class Plan:
 
     @property
     def read_nbytes(self) -> int:
-        """Bytes read per pass once the resident units are in memory."""
+        """Bytes of the tape read per pass once its resident units are in memory."""
         resident = self.placement.resident
         return sum(nbytes for unit, nbytes in enumerate(self.tape.file_nbytes) if unit not in resident)
 
     @property
     def resident_blocks(self) -> int:
-        """Blocks all of whose units are resident."""
+        """Blocks all of whose units on the tape are resident."""
         return sum(self.placement.resident.issuperset(block) for block in self.tape.blocks)
 
     @property
@@ -107,13 +114,14 @@ class Plan:
 
     @property
     def bound_resident_nbytes(self) -> int:
-        """M of the bound: all bytes that the budget leaves after needs and two units, used or not, but at most S.
+        """M of the bound: all bytes that the budget leaves after needs, the cache of experts and two units, used or
+        not, but at most S.
 
         Never less than what is resident: if a large unit is resident, a ring for the others may be smaller than the
         largest two neighbours.
         """
         total = self.tape.total
-        free = self.budget - self.needs.total
+        free = self.budget - self.needs.total - self._experts_nbytes
         if total <= free:
             return total
         return max(self.placement.resident_nbytes, min(total, free - full_ring(self.tape.streamed(UNHELD))))
@@ -148,21 +156,29 @@ class Plan:
         )
 
 
-def fit_units(tape: Tape, needs: Needs, budget: int, tiers: tuple[Tier, ...], held: Held = UNHELD) -> Placement:
-    """Place the tape in what `budget` leaves after `needs`.
+def fit_units(
+    tape: Tape,
+    needs: Needs,
+    budget: int,
+    tiers: tuple[Tier, ...],
+    held: Held = UNHELD,
+    experts_nbytes: int = 0,
+) -> Placement:
+    """Place the tape in what `budget` leaves after `needs` and `experts_nbytes` for experts that are not on it.
 
     Raises BudgetError, naming what takes the bytes and the smallest budget that would do.
     """
     all_resident = Tier.DISK not in tiers
-    placement = place(tape, budget - needs.total, held)
+    placement = place(tape, budget - needs.total - experts_nbytes, held)
     if placement is not None and not (all_resident and placement.ring_nbytes):
         return placement
     least = tape.total if all_resident else smallest_ring(tape.streamed(held))
-    smallest = needs.total + min(least, tape.total)
+    smallest = needs.total + experts_nbytes + min(least, tape.total)
+    experts = f"{format_size(experts_nbytes)} for the experts that one token chooses, " if experts_nbytes else ""
     raise BudgetError(
         f"a budget of {format_size(budget)} is too small. Needed: {format_size(needs.baseline)} for the process "
         f"itself, {format_size(needs.outer)} for tables that stay in memory, {format_size(needs.kv)} for the "
-        f"KV cache, {format_size(needs.workspace)} for activations, {format_size(least)} for "
+        f"KV cache, {format_size(needs.workspace)} for activations, {experts}{format_size(least)} for "
         f"{'all weights, which --tiers cpu loads' if all_resident else _largest_piece(tape, held)}. "
         f"The smallest budget that works is --ram {format_budget(smallest)}"
         + ("; or use --tiers disk,cpu" if all_resident else ""),

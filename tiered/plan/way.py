@@ -2,6 +2,10 @@
 
 In: the four inputs of a plan. Out: plans, or refusals that name the smallest budget that works. `make.py` compares
 ways.
+
+A mixture of experts has two kinds of plans, and a way takes the better one. Layers are read whole, experts and all,
+ahead of the computation; or dense units are, and a layer's experts are read when its router has chosen them, into a
+cache. Then memory goes to dense units first: one saves its bytes in every pass, an expert only in those that choose it.
 """
 
 from collections.abc import Iterator
@@ -11,10 +15,10 @@ from typing import Final
 from tiered.errors import BudgetError
 from tiered.plan.batch_size import BatchOption, candidates
 from tiered.plan.budget import BASELINE_VARIES_NBYTES
-from tiered.plan.inputs import Budgets, Machine, ModelShape, Tier, Workload
+from tiered.plan.inputs import Budgets, ExpertShape, Machine, ModelShape, Tier, Workload
 from tiered.plan.kv import CachePlan, block_nbytes
-from tiered.plan.placement import Held, full_ring, place
-from tiered.plan.plan import Needs, Plan, fit_units, smallest_budget
+from tiered.plan.placement import Held, Placement, Tape, full_ring, place
+from tiered.plan.plan import ExpertCachePlan, Needs, Plan, fit_units, smallest_budget
 from tiered.plan.workspace import MAX_ROWS, Workspace, workspace_for
 from tiered.units import PAGE, PAGE_TOKENS
 
@@ -25,6 +29,10 @@ _LENT_SHARE: Final = 1 / 64
 aside."""
 HALFWAY: Final = 0.75
 """Tokens that a sequence holds on average while it runs, as a share of those that it holds at its end."""
+_CLEARLY_FEWER: Final = 2
+"""Experts are read on demand where that reads so many times fewer bytes per pass than whole layers do. With R seconds
+of reading and C of computing, a pass over whole layers takes max(R, C), as both go on at once. Experts are waited for:
+R' + C at most. With R' = R / 2 that is less wherever computing takes less than half as long as reading."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +51,12 @@ class Asked:
     def kv_tiers(self) -> tuple[bool, ...]:
         """Whether the KV cache is on disk, in the order in which that is tried."""
         return {"cpu": (False,), "disk": (True,), "auto": (False, True)}[self.budgets.kv]
+
+    @property
+    def expert_choices(self) -> tuple[ExpertShape | None, ...]:
+        """The experts that may be read on demand; None: layers are read whole."""
+        may_choose = self.model.experts is not None and Tier.DISK in self.budgets.tiers
+        return (None, self.model.experts) if may_choose else (None,)
 
     def each_way(self) -> Iterator[tuple["Way", Plan]]:
         """Every way that fits, with its plan: each batch size to compare, with the cache in memory and on disk."""
@@ -95,25 +109,25 @@ class Way:
             lent_pages=lent_pages,
         )
 
-    def passes(self, ram: int) -> "Passes":
-        """How passes run with a budget of `ram`: as asked for if that leaves a full ring. If it does not, and if that
-        is possible, a pass is one micro-batch, so that a layer's units need not be in memory together."""
-        asked = self._passes_of(ram, self.tokens)
+    def passes(self, ram: int, experts: ExpertShape | None) -> "Passes":
+        """How passes run with a budget of `ram`, with `experts` read on demand: as asked for if that leaves a full
+        ring. If it does not, and if that is possible, a pass is one micro-batch, so that a layer's units need not be
+        in memory together."""
+        asked = self._passes_of(ram, self.tokens, experts)
         rows = asked.workspace.rows
         if not asked.held.layers or not self._may_take_more_passes(rows, self.cache(ram)):
             return asked
-        tape = self.asked.model.tape
-        placement = place(tape, ram - asked.needs.total, asked.held)
+        placement = place(asked.tape, ram - asked.needs.total - asked.experts_nbytes, asked.held)
         if placement is not None:
-            full = full_ring(tape.streamed(asked.held, placement.resident))
+            full = full_ring(asked.tape.streamed(asked.held, placement.resident))
             if full <= placement.ring_nbytes:
                 return asked
-        return self._passes_of(ram, rows)
+        return self._passes_of(ram, rows, experts)
 
-    def _passes_of(self, ram: int, tokens: int) -> "Passes":
-        """Passes of at most `tokens` tokens."""
+    def _passes_of(self, ram: int, tokens: int, experts: ExpertShape | None) -> "Passes":
+        """Passes of at most `tokens` tokens, with `experts` read on demand."""
         asked, model, workload = self.asked, self.asked.model, self.asked.workload
-        logits = self.batch_size * self.context if workload.all_logits else 0
+        logits = min(self.batch_size * self.context, tokens) if workload.all_logits else 0
         workspace = workspace_for(
             model,
             asked.machine.scratch_nbytes,
@@ -123,6 +137,7 @@ class Way:
             ram,
             logits=logits,
             most_rows=asked.budgets.micro_batch or MAX_ROWS,
+            waiting=experts.chosen if experts is not None else 0,
         )
         cache = self.cache(ram)
         needs = Needs(
@@ -133,8 +148,8 @@ class Way:
         )
         # Without a limit on their tokens, passes are the caller's own, who may want logits at any positions.
         is_head_held = not workload.max_batched_tokens or (logits or self.batch_size) > workspace.head_rows
-        is_layer_held = model.whole_layers or not self._is_one_micro_batch(tokens, workspace.rows, cache)
-        return Passes(tokens, workspace, needs, Held(is_layer_held, is_head_held))
+        is_layer_held = not self._is_one_micro_batch(tokens, workspace.rows, cache)
+        return Passes(tokens, workspace, needs, Held(is_layer_held, is_head_held), model.tape, experts)
 
     def _is_one_micro_batch(self, tokens: int, rows: int, cache: CachePlan) -> bool:
         """Whether a pass of `tokens` tokens never has more than one micro-batch of `rows`."""
@@ -147,19 +162,32 @@ class Way:
         """Whether passes of one micro-batch of `rows` can do what is asked for."""
         asked, workload = self.asked, self.asked.workload
         can_wait = workload.max_batched_tokens and not workload.one_pass and rows >= self.batch_size
-        is_useful = Tier.DISK in asked.budgets.tiers and not asked.model.whole_layers
-        return bool(can_wait) and is_useful and self._is_one_micro_batch(rows, rows, cache)
+        return bool(can_wait) and Tier.DISK in asked.budgets.tiers and self._is_one_micro_batch(rows, rows, cache)
 
     def plan_at(self, ram: int, why: str = "") -> Plan:
         """The plan with a budget of `ram`. A BudgetError names one for the needs at `ram`; it may need more itself."""
-        model, passes = self.asked.model, self.passes(ram)
+        plans, refusals = [], []
+        for experts in self.asked.expert_choices:
+            try:
+                plans.append(self._plan_with(experts, ram, why))
+            except BudgetError as error:
+                refusals.append(error)
+        if not plans:
+            raise min(refusals, key=lambda error: error.smallest_bytes or 0)
+        return min(plans, key=self._cost)
+
+    def _plan_with(self, experts: ExpertShape | None, ram: int, why: str) -> Plan:
+        """The plan that reads `experts` on demand; None: layers whole."""
+        passes = self.passes(ram, experts)
+        placement, cache = self._fit(passes, ram)
         return Plan(
             budget=ram,
             needs=passes.needs,
-            placement=fit_units(model.tape, passes.needs, ram, self.asked.budgets.tiers, passes.held),
-            tape=model.tape,
+            placement=placement,
+            tape=passes.tape,
             held=passes.held,
-            side_nbytes=model.side_nbytes,
+            side_nbytes=self.asked.model.side_nbytes,
+            buffers_nbytes=self.asked.model.buffers_nbytes,
             batch_size=self.batch_size,
             max_context=self.context,
             max_batched_tokens=passes.tokens,
@@ -169,7 +197,17 @@ class Way:
             cache=self.cache(ram),
             objective=self.asked.workload.objective,
             why=why,
+            experts=cache,
         )
+
+    def _fit(self, passes: "Passes", ram: int) -> tuple[Placement, ExpertCachePlan | None]:
+        """Where units are, and the cache of experts: it gets what dense units leave. Raises BudgetError."""
+        least, experts = passes.experts_nbytes, passes.experts
+        placement = fit_units(passes.tape, passes.needs, ram, self.asked.budgets.tiers, passes.held, least)
+        if experts is None:
+            return placement, None
+        slots = (ram - passes.needs.total - placement.nbytes) // experts.nbytes
+        return placement, ExpertCachePlan(min(slots, experts.total), experts.nbytes)
 
     def plan(self, why: str) -> Plan:
         """The plan within the budget; a BudgetError names one that is enough in the next process as well."""
@@ -180,9 +218,27 @@ class Way:
             varied = replace(budgets, baseline=budgets.baseline + BASELINE_VARIES_NBYTES)
             spared = replace(self, asked=replace(self.asked, budgets=varied))
             # A larger budget computes more rows at once, which takes more: so budgets are tried until one is enough.
-            passes = spared.passes(smallest_budget(spared.plan_at))
-            fit_units(self.asked.model.tape, passes.needs, budgets.ram, budgets.tiers, passes.held)
+            enough = smallest_budget(spared.plan_at)
+            experts = None if spared.plan_at(enough).experts is None else self.asked.model.experts
+            self._fit(spared.passes(enough, experts), budgets.ram)
             raise
+
+    def _cost(self, plan: Plan) -> int:
+        """Bytes that sequences are expected to read from their prompts to their ends, or, where the workload does not
+        know how long prompts are, in a pass in which all of them decode. It makes plans comparable: those on demand
+        count `_CLEARLY_FEWER` times."""
+        workload = self.asked.workload
+        is_known = workload.one_pass or 0 < workload.max_prompt < self.context
+        prompts = -(-self.tokens // plan.max_batched_tokens) if is_known else 0
+        decoding = self.context - workload.max_prompt - 1 if is_known else 1
+        nbytes = prompts * self.read_nbytes(plan, -(-self.tokens // max(prompts, 1)))
+        if not workload.one_pass:
+            nbytes += decoding * self.read_nbytes(plan, self.batch_size)
+        return nbytes * (1 if plan.experts is None else _CLEARLY_FEWER)
+
+    def read_nbytes(self, plan: Plan, tokens: int) -> int:
+        """Bytes of weights that a pass of `plan` over `tokens` tokens is expected to read."""
+        return plan.read_nbytes + expected_expert_nbytes(self.asked.model, plan, tokens)
 
     def option(self, plan: Plan) -> BatchOption:
         """This way, with the bytes that a pass of `plan` reads from disk."""
@@ -190,7 +246,8 @@ class Way:
         if self.on_disk:
             pages = self.batch_size * self.asked.workload.mean_context / PAGE_TOKENS
             kv = int(pages * plan.cache.block_nbytes * self.asked.model.kv.layers * HALFWAY)
-        return BatchOption(self.batch_size, self.on_disk, plan.read_nbytes + kv)
+        experts = expected_expert_nbytes(self.asked.model, plan, self.batch_size)
+        return BatchOption(self.batch_size, self.on_disk, plan.read_nbytes + kv + experts, experts)
 
 
 @dataclass(frozen=True)
@@ -202,3 +259,31 @@ class Passes:
     workspace: Workspace
     needs: Needs
     held: Held
+    whole: Tape
+    """The tape of whole layers."""
+    experts: ExpertShape | None
+    """Those that are read on demand."""
+
+    @property
+    def tape(self) -> Tape:
+        """What is read ahead."""
+        return self.whole if self.experts is None else self.experts.dense
+
+    @property
+    def experts_nbytes(self) -> int:
+        """Bytes of the least cache of experts: it holds those that one token chooses."""
+        return 0 if self.experts is None else self.experts.chosen * self.experts.nbytes
+
+
+def expected_expert_nbytes(model: ModelShape, plan: Plan, tokens: int) -> int:
+    """Bytes of experts that a pass of `plan` over `tokens` tokens is expected to read on demand.
+
+    Each micro-batch asks for experts of its own. Those that are asked for are in memory as often as any others are:
+    routers that prefer some, and texts that go on choosing the same, read less.
+    """
+    experts = model.experts
+    if plan.experts is None or experts is None:
+        return 0
+    rows = min(tokens, plan.micro_batch_rows)
+    asked = experts.layers * experts.distinct(rows) * -(-tokens // rows)
+    return int(asked * (1 - plan.experts.slots / experts.total) * experts.file_nbytes)

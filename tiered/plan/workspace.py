@@ -9,8 +9,8 @@ from tiered.units import MIB
 
 MAX_ROWS: Final = 512
 """More rows in one micro-batch no longer help: with so many, reading the weights takes little of the time."""
-_HEAD_ROWS: Final = 64
-"""More logits at once gain nothing: the head's weights are in memory."""
+HEAD_ROWS: Final = 64
+"""More logits at once gain nothing where the head's weights are in memory."""
 _SHARE: Final = 1 / 16
 """Part of the budget that activations of one micro-batch may take."""
 _FIXED_NBYTES: Final = 8 * MIB
@@ -30,14 +30,15 @@ class Workspace:
     """Positions whose logits are computed at once."""
 
 
-def row_nbytes(shape: ModelShape, context: int) -> int:
+def row_nbytes(shape: ModelShape, context: int, waiting: int = 0) -> int:
     """Bytes that one row (token) needs at most while it is inside a layer, with `context` keys to attend to.
 
-    Hidden states: residual, normalized, q, k, v, attention output, and a float32 copy where a norm widens; the
-    feed-forward's result, its activation and gate (experts compute one after the other); what a kernel packs of its
-    input; one mask row, and for eager families the scores of all heads before and after softmax, in float32.
+    Hidden states: residual, normalized, q, k, v, attention output, and a float32 copy where a norm widens; what
+    `waiting` experts have made of it, until that is summed; the feed-forward's result, its activation and gate (experts
+    compute one after the other); what a kernel packs of its input; one mask row, and for eager families the scores of
+    all heads before and after softmax, in float32.
     """
-    hidden = shape.hidden * (6 * shape.itemsize + 8)
+    hidden = shape.hidden * ((6 + waiting) * shape.itemsize + 8)
     feed_forward = 3 * shape.widest * shape.itemsize
     mask = 2 * context * max(shape.itemsize, 4)
     scores = 3 * context * shape.heads * 4 if shape.eager_attention else context * 4
@@ -54,20 +55,21 @@ def workspace_for(
     *,
     logits: int = 0,
     most_rows: int = MAX_ROWS,
+    waiting: int = 0,
 ) -> Workspace:
     """Rows per micro-batch for at most `tokens` in flight in `sequences` sequences, and the reserve they need.
 
     `scratch_nbytes` are the kernels'; `logits` positions may get logits in one pass (0: one per sequence);
-    `most_rows` bounds the rows.
+    `most_rows` bounds the rows; results of `waiting` experts per row wait until they are summed.
     """
-    per_row = row_nbytes(shape, context)
+    per_row = row_nbytes(shape, context, waiting)
     share = int(budget * _SHARE)
     rows = max(1, min(most_rows, tokens, share // per_row))
     gathered = shape.gathered_nbytes * context
     gathered_rows = max(1, min(sequences, rows, share // gathered)) if gathered else 1
     # Hidden states of everything in flight live through the whole pass, two generations of them.
     in_flight = 2 * tokens * shape.hidden * shape.itemsize
-    head_rows = min(logits or sequences, rows, _HEAD_ROWS)
+    head_rows = min(logits or sequences, rows, HEAD_ROWS)
     # Logits as computed, as float32, and as copied by sampling; and all of them, which transformers' own loop keeps.
     live = 3 * max(head_rows, min(sequences, rows)) * shape.vocab * 4 + sequences * shape.vocab * 4
     live += rows * per_row + in_flight + gathered_rows * gathered

@@ -1,6 +1,6 @@
 """The store: a folder of quantized safetensors blocks that `tiered convert` writes and everything else reads."""
 
-from tiered.store.block import Unit
+from tiered.store.block import Move, Unit
 from tiered.store.file import FileInfo, UnitInfo
 from tiered.store.format import (
     ALIGNMENT,
@@ -23,6 +23,7 @@ __all__ = [
     "BlockWriter",
     "FileInfo",
     "Manifest",
+    "Move",
     "Store",
     "TensorEntry",
     "Unit",

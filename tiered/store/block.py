@@ -1,7 +1,7 @@
 """What lies in one block file: its units, the logical weights of each, and where these are once a unit is in memory.
 
-A unit's memory begins with its extent as the file has it. Tensors that the extent holds zstd-compressed are decoded
-behind it, so `memory_nbytes` is the extent's size plus those tensors' plain size.
+A unit's memory is its extent as the file has it, unless tensors in it are compressed: then it holds all tensors of the
+unit as they are used, one behind the other, and nothing of the extent.
 """
 
 import json
@@ -16,10 +16,11 @@ import torch
 
 from tiered.errors import ConfigError, StoreError
 from tiered.files import check_regular
-from tiered.quant import GroupScheme, decompress_into, folded
+from tiered.quant import PLANE_DTYPES, GroupScheme, folded
 from tiered.store.file import FileInfo, Kind, UnitInfo
 from tiered.store.format import (
     ALIGNMENT,
+    CHUNK_NBYTES,
     DTYPE_NAMES,
     DTYPES,
     TensorEntry,
@@ -28,31 +29,33 @@ from tiered.store.format import (
     whole_numbers,
 )
 from tiered.store.manifest import VERSION, Weight
-from tiered.units import PAGE, round_up
+from tiered.units import MIB, PAGE, round_up
 
 METADATA_KEY: Final = "tiered"
 PAD_PREFIX: Final = "__pad"
-ZSTD_SUFFIX: Final = ".zst"
+PLANES_SUFFIX: Final = ".planes"
+_ZSTD_SUFFIX: Final = ".zst"  # of stores of version 1
 PARTS: Final = ("q", "scale", "zero")
 """Suffixes of the tensors that make a quantized weight, in the order in which they lie."""
 RANGE: Final = "#"
 """Between the name of a weight that is stored in several ranges of its rows and the number of a range."""
 
 
+_MOVED_NBYTES: Final = 8 * MIB
+"""Bytes of memory that one thread fills at a time: a chunk is shared out, and a thread is worth asking."""
+
+
 @dataclass(frozen=True)
 class Compressed:
-    """A tensor stored as independent zstd frames: bytes [source] of the unit decode to bytes [target] of memory."""
+    """A tensor stored as independent frames, which lie end to end: bytes [source] of the extent decode to bytes
+    [target] of memory. A frame may be followed by gaps, which its size includes: none crosses a chunk of its unit."""
 
     source: TensorEntry
     target: TensorEntry
     frames: tuple[int, ...]
+    """The size of each."""
     frame_nbytes: int
-
-    def decode(self, memory: memoryview) -> None:
-        """Decompress inside `memory`, the unit's memory from its first byte; raises StoreError where it cannot."""
-        payload = memory[self.source.offset : self.source.offset + self.source.nbytes]
-        out = memory[self.target.offset : self.target.offset + self.target.nbytes]
-        decompress_into(payload, self.frames, self.frame_nbytes, out, name=self.target.name)
+    """What each decodes to; the last may be less."""
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -64,11 +67,28 @@ class Compressed:
 
 
 @dataclass(frozen=True)
+class Move:
+    """Bytes of a chunk that become bytes of a unit's memory: of one tensor, all within one chunk."""
+
+    tensor: TensorEntry
+    source: int
+    """Where they start, counted from the chunk's start."""
+    target: int
+    """Where in the unit's memory they go."""
+    nbytes: int
+    """How many bytes of memory they become."""
+    frames: tuple[int, ...] = ()
+    """Sizes of the frames that they are; none: they are copied as they are."""
+    frame_nbytes: int = 0
+
+
+@dataclass(frozen=True)
 class Unit:
     """What moves: one extent of a block's file, and the weights in it.
 
-    Its memory begins with the extent as it is in the file. Tensors that the extent holds compressed are decoded behind
-    it. Offsets of `weights` and `compressed` count from the start of the unit's memory.
+    Its memory is the extent as it is in the file, if nothing in it is compressed. Otherwise it is the tensors alone,
+    and each chunk is read elsewhere and then moved, as `moves` says. Offsets of `weights`, and of targets, count from
+    the start of the unit's memory.
     """
 
     name: str
@@ -83,10 +103,37 @@ class Unit:
     weights: Mapping[str, Weight]
     """By full name."""
     compressed: tuple[Compressed, ...]
+    copied: tuple[tuple[TensorEntry, TensorEntry], ...]
+    """Of a unit with compressed tensors, the others: as in the extent, and as in memory."""
     memory_nbytes: int
     kind: Kind = "dense"
     """"small": norms, biases and the like, which stay in memory for good; "expert": one of a mixture; "dense": whatever
     every token uses, streamed in the order of use."""
+
+    @property
+    def stored(self) -> Mapping[str, TensorEntry]:
+        """Every tensor as it lies in the extent, by the name that it has in memory."""
+        if not self.compressed:
+            return {entry.name: entry for weight in self.weights.values() for entry in weight.parts.values()}
+        return {item.target.name: item.source for item in self.compressed} | {e.name: e for e, _ in self.copied}
+
+    @cached_property
+    def moves(self) -> tuple[tuple[Move, ...], ...]:
+        """For each chunk of a unit with compressed tensors, what becomes of its bytes.
+
+        Raises StoreError where a frame does not lie within one chunk.
+        """
+        moves: list[list[Move]] = [[] for _ in self.chunks]
+        for source, target in self.copied:
+            start, stop = source.offset, source.offset + source.nbytes
+            for cut in range(start // CHUNK_NBYTES * CHUNK_NBYTES, stop, CHUNK_NBYTES):
+                first, last = max(start, cut), min(stop, cut + CHUNK_NBYTES)
+                move = Move(target, first - cut, target.offset + first - start, last - first)
+                moves[cut // CHUNK_NBYTES].append(move)
+        for item in self.compressed:
+            for number, move in _decoded(item, f"{self.file.path}: {item.target.name}"):
+                moves[number].append(move)
+        return tuple(map(tuple, moves))
 
 
 def joined(units: Sequence[Unit]) -> Unit:
@@ -107,6 +154,23 @@ def joined(units: Sequence[Unit]) -> Unit:
 
 def _shifted(entry: TensorEntry, nbytes: int) -> TensorEntry:
     return replace(entry, offset=entry.offset + nbytes)
+
+
+def _decoded(item: Compressed, name: str) -> Iterator[tuple[int, Move]]:
+    """How the frames of `item` come into memory: runs of them, each with the number of its chunk in the unit."""
+    offset, target, stop = item.source.offset, item.target.offset, item.target.offset + item.target.nbytes
+    most, first = max(1, _MOVED_NBYTES // item.frame_nbytes), 0
+    while first < len(item.frames):
+        number, start, count = offset // CHUNK_NBYTES, offset % CHUNK_NBYTES, 0
+        room = CHUNK_NBYTES - start
+        while count < most and first + count < len(item.frames) and item.frames[first + count] <= room:
+            room -= item.frames[first + count]
+            count += 1
+        if not count:
+            raise StoreError(f"{name}: a frame crosses a chunk of its unit; convert the model again")
+        frames, nbytes = item.frames[first : first + count], min(count * item.frame_nbytes, stop - target)
+        yield number, Move(item.target, start, target, nbytes, frames, item.frame_nbytes)
+        offset, target, first = offset + sum(frames), target + nbytes, first + count
 
 
 @dataclass(frozen=True)
@@ -184,7 +248,7 @@ def block_metadata(weights: Mapping[str, WeightInfo], compressed: Sequence[Compr
     value = {
         "version": VERSION,
         "weights": {name: info.to_json() for name, info in weights.items()},
-        "zstd": {item.target.name: item.to_json() for item in compressed},
+        "planes": {item.target.name: item.to_json() for item in compressed},
     }
     return json.dumps(value, separators=(",", ":"), sort_keys=True)
 
@@ -209,14 +273,20 @@ def read_layout(folder: Path, file: FileInfo, version: int = VERSION) -> BlockLa
     entries, metadata, data_start = read_header(path)
     try:
         described = json.loads(metadata[METADATA_KEY])
-        found, zstd = described.get("version", 1), dict(described["zstd"])
+        found = described.get("version", 1)
         infos = {name: WeightInfo.from_json(value) for name, value in described["weights"].items()}
+        zstd, planes = dict(described.get("zstd", {})), dict(described.get("planes", {}))
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError, ConfigError) as error:
         raise StoreError(
             f"{path}: not a block of a tiered store (metadata: {error}); convert the model again"
         ) from None
     if found != version:
         raise StoreError(f"{path}: a block of format version {found!r}, expected {version}; convert the model again")
+    if zstd and version != 1:
+        raise StoreError(
+            f"{path}: compressed with zstd by a version of tiered that was never released, expected coded exponents; "
+            "convert the model again"
+        )
     # The one unit that stands for a block of version 1 includes the header.
     if data_start % PAGE or (version != 1 and data_start != file.header_nbytes):
         raise StoreError(
@@ -227,9 +297,10 @@ def read_layout(folder: Path, file: FileInfo, version: int = VERSION) -> BlockLa
         parts = _split(entries, file.units)
         chunks = file.unit_chunks()
         units = tuple(
-            _unit(file, unit, next(chunks), part, zstd, infos) for unit, part in zip(file.units, parts, strict=True)
+            _unit(file, unit, next(chunks), part, zstd or planes, infos)
+            for unit, part in zip(file.units, parts, strict=True)
         )
-        _check_found("tensor", zstd, (item.target.name for unit in units for item in unit.compressed))
+        _check_found("tensor", zstd or planes, (item.target.name for unit in units for item in unit.compressed))
         _check_weights(infos, [weight for unit in units for weight in unit.weights.values()])
     except (KeyError, TypeError, ValueError, ConfigError) as error:
         raise StoreError(f"{path}: its metadata does not fit its tensors ({error}); convert the model again") from None
@@ -266,25 +337,39 @@ def _unit(
     info: UnitInfo,
     chunks: range,
     entries: Sequence[TensorEntry],
-    zstd: Mapping[str, Any],
+    coded: Mapping[str, Any],
     infos: Mapping[str, WeightInfo],
 ) -> Unit:
-    """The unit of `entries`, whose offsets count from its start. `zstd` and `infos` describe those of all units."""
+    """The unit of `entries`, whose offsets count from its start. `coded` and `infos` describe those of all units."""
     stored: dict[str, TensorEntry] = {}
     compressed: list[Compressed] = []
-    position = info.nbytes
+    copied: list[tuple[TensorEntry, TensorEntry]] = []
+    has_coded, position = any(_plain_name(entry) in coded for entry in entries), 0
     for entry in entries:
-        name = entry.name.removesuffix(ZSTD_SUFFIX)
-        if name != entry.name and name in zstd:
-            item = _compressed(name, zstd[name], entry, position)
+        name = _plain_name(entry)
+        if name is not None and name in coded:
+            item = _compressed(name, coded[name], entry, position)
             compressed.append(item)
-            stored[name] = item.target
-            position = round_up(position + item.target.nbytes, ALIGNMENT)
+            target = item.target
         else:
-            stored[entry.name] = entry
+            target = replace(entry, offset=position) if has_coded else entry
+            copied.append((entry, target))
+        stored[target.name] = target
+        position = round_up(target.offset + target.nbytes, ALIGNMENT)
     weights = {weight.name: weight for weight in _weights(stored, infos)}
-    memory_nbytes = round_up(position, PAGE)
-    return Unit(info.name, file, info.offset, info.nbytes, chunks, weights, tuple(compressed), memory_nbytes, info.kind)
+    if not compressed:
+        return Unit(info.name, file, info.offset, info.nbytes, chunks, weights, (), (), info.nbytes, info.kind)
+    if info.kind != "dense":
+        raise ValueError(f"unit {info.name} is {info.kind} and has compressed tensors")
+    nbytes = round_up(position, PAGE)
+    moved = tuple(compressed), tuple(copied)
+    return Unit(info.name, file, info.offset, info.nbytes, chunks, weights, *moved, nbytes, info.kind)
+
+
+def _plain_name(entry: TensorEntry) -> str | None:
+    """The name of the tensor that `entry` is the frames of; None where it cannot be one's."""
+    ends = [end for end in (PLANES_SUFFIX, _ZSTD_SUFFIX) if entry.name.endswith(end)]
+    return entry.name.removesuffix(ends[0]) if ends else None
 
 
 def _compressed(name: str, value: Any, source: TensorEntry, position: int) -> Compressed:
@@ -296,6 +381,14 @@ def _compressed(name: str, value: Any, source: TensorEntry, position: int) -> Co
         raise ValueError(f"{name}: frames of {sum(frames):,} bytes in a tensor of {source.nbytes:,}")
     if not (len(frames) - 1) * frame_nbytes < target.nbytes <= len(frames) * frame_nbytes:
         raise ValueError(f"{name}: {len(frames)} frames of {frame_nbytes:,} bytes for {target.nbytes:,} bytes")
+    if frame_nbytes > CHUNK_NBYTES:
+        raise ValueError(f"{name}: frames of {frame_nbytes:,} bytes, expected at most {CHUNK_NBYTES:,}")
+    if source.name.endswith(PLANES_SUFFIX):
+        if dtype not in PLANE_DTYPES or frame_nbytes % 2:
+            raise ValueError(f"{name}: frames of {frame_nbytes:,} bytes of {dtype}, expected whole 16-bit floats")
+        # Half of each value is stored as it is: what is claimed beyond would be memory for nothing.
+        if target.nbytes > 2 * source.nbytes:
+            raise ValueError(f"{name}: {target.nbytes:,} bytes coded in {source.nbytes:,}, expected at least half")
     return Compressed(source, target, frames, frame_nbytes)
 
 

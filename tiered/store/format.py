@@ -94,7 +94,7 @@ def whole_numbers(value: Any) -> tuple[int, ...]:
 def header_room_nbytes(names: Iterable[str], frames: int = 0) -> int:
     """Where the data of a block of the weights `names` starts: the most its header can take, a multiple of `PAGE`.
 
-    The header names each weight up to four times (parts, pads, metadata), and the sizes of all zstd `frames`.
+    The header names each weight up to four times (parts, pads, metadata), and the sizes of all `frames`.
     """
     return round_up(4096 + sum(4 * len(name.encode()) + 700 for name in names) + 12 * frames, PAGE)
 

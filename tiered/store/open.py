@@ -72,6 +72,11 @@ class Store:
         (weight,) = self.layout(self.blocks["embed"]).weights.values()
         return weight.shape[0]
 
+    def units_of_pass(self, on_demand: bool) -> tuple[tuple[Unit, ...], ...]:
+        """Of each block of the tape, the units that are read ahead of a pass, in the order of use: all of them, or, if
+        experts are read `on_demand`, when they are chosen, the dense ones."""
+        return self.dense_units if on_demand else self.tape_units
+
     @cached_property
     def tape_units(self) -> tuple[tuple[Unit, ...], ...]:
         """Of each block of the tape, the units of a pass that reads layers whole, in the order of use. Neighbouring
@@ -106,7 +111,7 @@ def _joined_experts(units: Sequence[Unit]) -> Iterator[Unit]:
     """`units` without small ones, neighbouring experts joined."""
     run: list[Unit] = []
     for unit in units:
-        can_join = unit.kind == "expert" and not unit.compressed
+        can_join = unit.kind == "expert"
         if run and not (can_join and unit.offset + unit.nbytes - run[0].offset <= CHUNK_NBYTES):
             yield joined(run)
             run = []

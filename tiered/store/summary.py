@@ -33,6 +33,10 @@ class BlockRow:
     units: int
     """How many units one block has at most."""
     largest_unit_nbytes: int
+    experts: int = 0
+    """How many experts one block has that are units of their own."""
+    expert_nbytes: int = 0
+    """Bytes of the largest of them."""
     shared: bool = False
     """The block reads another block's file: a tied head."""
 
@@ -53,6 +57,8 @@ class BlockRow:
             "bits_per_weight": self.bits_per_weight,
             "formats": dict(self.formats),
             "shares_file": self.shared,
+            "experts": self.experts,
+            "expert_nbytes": self.expert_nbytes,
         }
 
 
@@ -100,11 +106,12 @@ def _single(store: Store, block: BlockInfo) -> BlockRow:
     for weight in layout.weights.values():
         name = format_of(weight)
         if any(entry.name in compressed for entry in weight.parts.values()):
-            name += "+zstd"
+            name += "+planes"
         formats[name] += _numel(weight)
     # Repeated synthetic layers are blocks of their own; only a tied head is the same weights once more.
     shared = block.role == "head" and store.manifest.tied
     size, weights = block.file.nbytes, layout.weight_count
+    experts = [unit.nbytes for unit in layout.units if unit.kind == "expert"]
     return BlockRow(
         first=block.name,
         last=block.name,
@@ -117,6 +124,8 @@ def _single(store: Store, block: BlockInfo) -> BlockRow:
         formats=tuple(formats.most_common()),
         units=len(layout.units),
         largest_unit_nbytes=max((unit.nbytes for unit in layout.units), default=0),
+        experts=len(experts),
+        expert_nbytes=max(experts, default=0),
         shared=shared,
     )
 
@@ -129,7 +138,7 @@ def _numel(weight: Weight) -> int:
 
 
 def _likeness(row: BlockRow) -> tuple[object, ...]:
-    return row.role, row.weights, row.formats, row.shared
+    return row.role, row.weights, row.formats, row.experts, row.shared
 
 
 def _fold(rows: list[BlockRow]) -> BlockRow:
@@ -142,4 +151,5 @@ def _fold(rows: list[BlockRow]) -> BlockRow:
         largest_nbytes=max(row.nbytes for row in rows),
         units=max(row.units for row in rows),
         largest_unit_nbytes=max(row.largest_unit_nbytes for row in rows),
+        expert_nbytes=max(row.expert_nbytes for row in rows),
     )

@@ -16,7 +16,7 @@ import xxhash
 from tiered.errors import DiskFullError
 from tiered.files import errors_of
 from tiered.quant import GroupScheme
-from tiered.store.block import METADATA_KEY, PAD_PREFIX, ZSTD_SUFFIX, Compressed, WeightInfo, block_metadata
+from tiered.store.block import METADATA_KEY, PAD_PREFIX, PLANES_SUFFIX, Compressed, WeightInfo, block_metadata
 from tiered.store.file import FileInfo, Kind, UnitInfo
 from tiered.store.format import (
     ALIGNMENT,
@@ -35,7 +35,7 @@ class BlockWriter:
     """Writes one block to `path`.part, then fsyncs and renames it.
 
     Tensors belong to the unit that was started last. Room for the header follows from the `names` of the weights to
-    come and the number of zstd `frames` that compressed ones may have, so that the data can be written in one forward
+    come and the number of `frames` that compressed ones may have, so that the data can be written in one forward
     sweep; the header goes in last. Use as a context manager: an exception leaves the .part file, which the next attempt
     overwrites.
     """
@@ -102,20 +102,28 @@ class BlockWriter:
         `ranges` of its rows, those of NAME#0, NAME#1 and so on. Without a `scheme` a range is the tensor NAME#k."""
         self._weights[name] = WeightInfo(tuple(shape), scheme, ranges)
 
-    def add_compressed(
-        self,
-        name: str,
-        dtype: torch.dtype,
-        shape: Sequence[int],
-        payload: Iterable[memoryview],
-        frames: Sequence[int],
-        frame_nbytes: int,
+    def add_planes(
+        self, name: str, dtype: torch.dtype, shape: Sequence[int], frames: Iterable[memoryview], frame_nbytes: int
     ) -> None:
-        """Append a tensor as zstd frames, under NAME.zst. `frames`: their sizes; `payload`: their bytes, in pieces."""
-        source = self._append(name + ZSTD_SUFFIX, torch.uint8, (sum(frames),), payload)
+        """Append a tensor as `frames` of at most a chunk each, under NAME.planes; each decodes to `frame_nbytes`, the
+        last to what is left. Where a frame would cross a chunk there is a gap, which counts to the frame before it."""
+        sizes: list[int] = []
+        self._pad_to(ALIGNMENT)
+        for frame in frames:
+            left = CHUNK_NBYTES - self._chunk_nbytes
+            if frame.nbytes > left and sizes:
+                self._write(memoryview(bytes(left)))
+                sizes[-1] += left
+            elif frame.nbytes > left:
+                self._pad(left)
+            self._write(frame)
+            sizes.append(frame.nbytes)
+        total = sum(sizes)
+        source = TensorEntry(name + PLANES_SUFFIX, torch.uint8, (total,), self._written - total, total)
+        self._entries.append(source)
         # Where it decodes to is decided when the block is read.
         target = TensorEntry(name, dtype, tuple(shape), 0, tensor_nbytes(dtype, shape))
-        self._compressed.append(Compressed(source, target, tuple(frames), frame_nbytes))
+        self._compressed.append(Compressed(source, target, tuple(sizes), frame_nbytes))
 
     def finish(self) -> FileInfo:
         """Write the header, fsync, rename, fsync the folder. The block now exists; returns its entry."""
@@ -168,7 +176,9 @@ class BlockWriter:
             self._units.append(replace(self._unit, nbytes=self._written - self._unit.offset))
 
     def _pad_to(self, multiple: int) -> None:
-        gap = round_up(self._written, multiple) - self._written
+        self._pad(round_up(self._written, multiple) - self._written)
+
+    def _pad(self, gap: int) -> None:
         if gap:
             self._entries.append(
                 TensorEntry(f"{PAD_PREFIX}{len(self._entries)}", torch.uint8, (gap,), self._written, gap)

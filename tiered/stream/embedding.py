@@ -14,6 +14,7 @@ from typing import Final
 
 import torch
 
+from tiered.errors import StoreError
 from tiered.io import ChunkVerifier, DiskReader, Slab
 from tiered.quant import QuantizedTensor, QuantizedWeight
 from tiered.store import CHUNK_NBYTES, PAGE, Store, TensorEntry, Weight
@@ -64,7 +65,10 @@ class EmbeddingRows:
         block = store.blocks["embed"]
         self._file, layout = block.file, store.layout(block)
         if layout.compressed:
-            raise AssertionError("embeddings are stored raw: rows of a compressed tensor cannot be addressed")
+            raise StoreError(
+                f"{self._file.path}: the embedding is compressed, expected rows that can be read one by one; "
+                "convert the model again"
+            )
         stored = [(weight, unit.offset) for unit in layout.units for weight in unit.weights.values()]
         firsts = list(itertools.accumulate((weight.shape[0] for weight, _ in stored), initial=0))
         spans = zip(firsts, firsts[1:], stored, strict=False)

@@ -15,7 +15,7 @@ from typing import Final
 import torch
 
 from tiered.errors import UnsupportedFamilyError
-from tiered.io import DiskReader, Slab
+from tiered.io import ChunkBuffers, DiskReader, Slab
 from tiered.io.threads import Check, IOThreads
 from tiered.plan import Plan
 from tiered.store import PAGE, Unit
@@ -38,9 +38,9 @@ class Feed:
     """Reads `tape` with `reader` into `resident`, by number of the unit on the tape, and `ring`, and hands units over
     in `units`, by `key`.
 
-    `view` makes the views of the unit of a number in its memory; `name` is what a unit is called. `prefetch` is that of
-    `Streamer`. An error that ends the feed is handed over to whoever asks for what will not come; one that names
-    `family` where the computation waits for what can never come.
+    Chunks of compressed units pass through `buffers`. `view` makes the views of the unit of a number in its memory;
+    `name` is what a unit is called. `prefetch` is that of `Streamer`. An error that ends the feed is handed over to
+    whoever asks for what will not come; one that names `family` where the computation waits for what can never come.
     """
 
     def __init__(
@@ -55,8 +55,10 @@ class Feed:
         name: Callable[[int], str],
         family: str,
         prefetch: int | None,
+        buffers: ChunkBuffers,
     ) -> None:
         self._tape, self._reader, self._resident, self._ring_slab = tape, reader, resident, ring
+        self._buffers = buffers
         self._units, self._view, self._name = units, view, name
         self._family, self._prefetch = family, prefetch
         self._pieces = plan.tape.streamed(plan.held, plan.placement.resident)
@@ -249,7 +251,7 @@ class Feed:
         """Read a unit, and hand over its views."""
         unit = self._tape[position]
         try:
-            await self._reader.read_unit(unit, memory)
+            await self._reader.read_unit(unit, memory, self._buffers)
             found = self._view(position, torch.frombuffer(memory, dtype=torch.uint8))
         except Exception as error:
             self._held.discard(position)

@@ -75,6 +75,10 @@ class Loan:
         """The keys of a weight: its rows are those of its ranges, one after the other; a stack has one per expert."""
         return self._parts[name]
 
+    def is_streamed(self, key: str) -> bool:
+        """Whether what is borrowed by `key` goes away again."""
+        return self._unit_of.get(key) in self._streamed
+
     def borrow(self, key: str) -> AnyWeight:
         """The weight of `key`: a look-up where it is in memory, else a wait for its unit.
 

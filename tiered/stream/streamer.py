@@ -21,7 +21,7 @@ from typing import Self
 
 import torch
 
-from tiered.io import DiskReader, Slab
+from tiered.io import ChunkBuffers, DiskReader, Slab
 from tiered.kernels import CancelFlag
 from tiered.plan import Plan
 from tiered.store import Store, Unit
@@ -38,7 +38,8 @@ class Streamer:
     Memory is as `plan` says: `resident` by number of the unit on the tape, and `ring` for all others. `prefetch` is how
     many units may be read before they are asked for: 0 reads each unit when it is asked for, which is the synchronous
     reference; None is bounded by the ring alone. Once `cancel` is set, waiting ends with InterruptedRun. Where the plan
-    reads experts when they are chosen, they come from `experts`.
+    reads experts when they are chosen, they come from `experts`. `buffers` are for chunks of compressed units, of which
+    there are none without.
     """
 
     def __init__(
@@ -52,10 +53,11 @@ class Streamer:
         cancel: CancelFlag,
         prefetch: int | None = None,
         experts: ExpertCache | None = None,
+        buffers: Sequence[memoryview] = (),
     ) -> None:
         self._experts = experts
         self._family, self._prefetch = str(store.manifest.architecture["model_type"]), prefetch
-        blocks = store.tape_units if plan.experts is None else store.dense_units
+        blocks = store.units_of_pass(plan.experts is not None)
         self._tape = [unit for units in blocks for unit in units]
         self._firsts = list(itertools.accumulate(map(len, blocks), initial=0))
         """The number on the tape of each block's first unit; last, how many units there are."""
@@ -74,6 +76,7 @@ class Streamer:
             self._name,
             self._family,
             prefetch,
+            ChunkBuffers(buffers),
         )
         self._pass, self._next = 0, 0
         """Number of the pass, and of the block that is lent next: -1 while one is lent, and after an error. Used by the

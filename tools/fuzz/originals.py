@@ -88,7 +88,7 @@ def make(folder: Path) -> None:
         tokenizer = json.loads((checkpoint / "tokenizer_config.json").read_text(encoding="utf-8"))
         tokenizer["chat_template"] = _TEMPLATE
         (checkpoint / "tokenizer_config.json").write_text(json.dumps(tokenizer), encoding="utf-8")
-        compress = "zstd" if name == "mixtral" else "none"
+        compress = "planes" if name == "mixtral" else "none"
         convert_checkpoint(checkpoint, folder / f"{name}.tiered", ConvertOptions(quant=quant, compress=compress))
     _leave_behind(find(folder))
 

@@ -6,9 +6,11 @@
 #include "cpu.h"
 #include "dequantize.h"
 #include "linear.h"
+#include "planes.h"
 #include "pool.h"
 #include "quantize.h"
 
+#include <cstring>
 #include <exception>
 #include <new>
 
@@ -166,4 +168,54 @@ int32_t tk_attention(tk_context *context, const tk_attention_args *args, const i
     if (!context || !args || !tk::is_valid(*args)) return TK_BAD_ARGUMENT;
     if (args->sequences == 0 || args->q_len == 0) return TK_OK;
     return tk::attention(*args, context->level, context->pool, cancel);
+}
+
+int64_t tk_encode_planes(int32_t dtype, const uint16_t *values, int64_t count, uint8_t *frame, int64_t room) {
+    if ((dtype != TK_BF16 && dtype != TK_F16) || count < 1 || count > TK_MOST_FRAME_VALUES) return -1;
+    const int64_t plain = tk::kHeaderNbytes + 2 * count;
+    if (!values || !frame || room < plain) return -1;
+    const int64_t coded = tk::encode_planes(values, count, dtype == TK_F16 ? 3 : 0, frame, plain - 1);
+    if (coded) return coded;
+    std::memset(frame, 0, tk::kHeaderNbytes);
+    std::memcpy(frame + tk::kHeaderNbytes, values, static_cast<size_t>(2 * count));
+    return plain;
+}
+
+int32_t tk_decode_planes(int32_t dtype, const uint8_t *frames, const int64_t *sizes, int64_t count,
+                         int64_t frame_values, uint16_t *out, int64_t values) {
+    if ((dtype != TK_BF16 && dtype != TK_F16) || !frames || !sizes || !out) return TK_BAD_ARGUMENT;
+    if (count < 1 || frame_values < 1 || frame_values > TK_MOST_FRAME_VALUES) return TK_BAD_ARGUMENT;
+    if (values <= (count - 1) * frame_values || values > count * frame_values) return TK_BAD_ARGUMENT;
+#if defined(__x86_64__)
+    static const bool has_avx2 = tk::refusal(TK_AVX2) == nullptr; // asked once: cpuid is slow in a virtual machine
+    const auto decode = has_avx2 ? tk::decode_planes_avx2 : tk::decode_planes_scalar;
+#else
+    const auto decode = tk::decode_planes_scalar;
+#endif
+    for (int64_t i = 0; i < count; frames += sizes[i++], out += frame_values, values -= frame_values) {
+        tk::Planes planes;
+        planes.values = values < frame_values ? values : frame_values;
+        const int64_t left = sizes[i] - tk::kHeaderNbytes;
+        if (left < 0) return TK_BAD_ARGUMENT;
+        uint32_t numbers[3]; // kind, longer codes, escapes
+        std::memcpy(numbers, frames + 16, sizeof numbers);
+        if (numbers[0] == 0) {
+            if (left < 2 * planes.values) return TK_BAD_ARGUMENT;
+            std::memcpy(out, frames + tk::kHeaderNbytes, static_cast<size_t>(2 * planes.values));
+            continue;
+        }
+        planes.groups = (planes.values + 63) / 64;
+        planes.extra = dtype == TK_F16 ? 3 : 0;
+        planes.longer = numbers[1];
+        planes.escapes = numbers[2];
+        const int64_t words = 8 * (2 + planes.extra) * planes.groups, stream = 8 * (planes.longer / 64 + 2);
+        if (numbers[0] != 1 || 64 * planes.groups + words + 3 * stream + planes.escapes > left) return TK_BAD_ARGUMENT;
+        planes.table = frames;
+        planes.low = frames + tk::kHeaderNbytes;
+        planes.bits = planes.low + 64 * planes.groups;
+        for (int j = 0; j < 3; ++j) planes.more[j] = planes.bits + words + j * stream;
+        planes.escaped = planes.more[2] + stream;
+        if (!decode(planes, out)) return TK_BAD_ARGUMENT;
+    }
+    return TK_OK;
 }

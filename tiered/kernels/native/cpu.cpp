@@ -40,6 +40,7 @@ bool has(unsigned reg, int bit) { return reg >> bit & 1; }
 const char *refuse_avx2() {
     const Leaf one = cpuid(1, 0), seven = cpuid(7, 0);
     if (!has(seven.b, 5)) return "the processor has no AVX2";
+    if (!has(seven.b, 8)) return "the processor has no BMI2";
     if (!has(one.c, 12)) return "the processor has no FMA";
     if (!has(one.c, 29)) return "the processor has no F16C";
     if ((xcr0() & 0x6) != 0x6) return "the operating system does not save AVX registers";

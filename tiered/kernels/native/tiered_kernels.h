@@ -16,14 +16,14 @@ extern "C" {
 
 #define TK_API __attribute__((visibility("default")))
 
-enum { TK_ABI_VERSION = 2 };
+enum { TK_ABI_VERSION = 3 };
 
 enum tk_status { TK_OK = 0, TK_CANCELLED = 1, TK_BAD_ARGUMENT = 2, TK_NO_MEMORY = 3, TK_NOT_FINITE = 4 };
 
 /* Instruction sets, each a superset of the one before it. */
 enum tk_level { TK_SCALAR = 0, TK_AVX2 = 1, TK_AVX512 = 2, TK_AMX = 3, TK_LEVELS = 4 };
 
-enum tk_dtype { TK_BF16 = 0, TK_F32 = 1, TK_F16 = 2 }; /* TK_F16 is known to tk_quantize alone */
+enum tk_dtype { TK_BF16 = 0, TK_F32 = 1, TK_F16 = 2 }; /* TK_F16 is known to tk_quantize and planes alone */
 
 /* How a weight is stored; see docs/design.md, section 5. */
 enum tk_format { TK_INT4 = 0, TK_INT8 = 1, TK_DENSE_BF16 = 2 };
@@ -76,6 +76,19 @@ TK_API int32_t tk_dequantize(tk_context *context, const tk_weight *weight, int64
 TK_API int32_t tk_quantize(tk_context *context, const void *weight, int32_t dtype, int64_t rows, int64_t in, int64_t ld,
                            int32_t bits, int32_t group, int32_t clip, uint8_t *q, uint16_t *scale, uint8_t *zero,
                            const int32_t *cancel);
+
+/* Frames of 16-bit floats with their exponents coded (native/planes.h says what a frame holds; tiered/quant/planes.py
+ * makes and reads the same bytes). Of one thread, the caller's, and without a context. */
+enum { TK_MOST_FRAME_VALUES = 1 << 23 };
+
+/* One frame of `count` values, TK_BF16 or TK_F16, in at most 32 + 2 * count bytes, which `room` must be; returns its
+ * size, or -1 where an argument is wrong. */
+TK_API int64_t tk_encode_planes(int32_t dtype, const uint16_t *values, int64_t count, uint8_t *frame, int64_t room);
+
+/* The `values` values of `count` frames of these sizes, which lie end to end, each of `frame_values` values but for the
+ * last. Returns TK_BAD_ARGUMENT, `out` undefined, where a frame is damaged: nothing outside of it is read. */
+TK_API int32_t tk_decode_planes(int32_t dtype, const uint8_t *frames, const int64_t *sizes, int64_t count,
+                                int64_t frame_values, uint16_t *out, int64_t values);
 
 /* How a cache holds keys or values: bf16, or codes with w = scale * (q - zero), as weights have them. */
 enum tk_kv_format {
