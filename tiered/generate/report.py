@@ -5,8 +5,8 @@
 
 S: bytes of the tape. K: bytes of the KV cache written to disk and read from it. M: all that the budget leaves after
 baseline, KV cache, workspace, cache of experts and two units, used or not. B: raw disk bandwidth, measured after
-the run by separate code. C: compute seconds, measured. Of a scoring K and C are those of all passes together: nothing is
-resident before the first one, which reads everything, and reading goes on across passes, so only the sums can be
+the run by separate code. C: compute seconds, measured. Of a scoring K and C are those of all passes together: nothing
+is resident before the first one, which reads everything, and reading goes on across passes, so only the sums can be
 compared.
 
 X and C_x are 0 where layers are read whole. Else X is the bytes of experts that were read when they were chosen, those
