@@ -14,8 +14,9 @@ With --first, each run is a process of its own that opens a runtime and computes
 the seconds of the first pass, and what it is held against, of the same process: S bytes of the tape at the raw
 bandwidth B (the better of two measurements, before the first pass and after the second), C, what the second pass
 computes, and touch, what writing one byte to each page of as much memory as the pass takes costs by itself, in one
-thread, before it (that memory is kept meanwhile, so the pass finds none that has been used already). Then a command
-`tiered generate`, from its start to the first byte of its text, imports included. All reads bypass the page cache.
+thread: half of it before the first pass, half after the second, and kept, so that neither finds the other's. Then a
+command `tiered generate`, from its start to the first byte of its text, imports included. All reads bypass the page
+cache.
 --against names other checkouts of tiered, which take turns.
 """
 
@@ -121,7 +122,7 @@ def print_first(path: Path, arguments: argparse.Namespace) -> None:
             environment = {**os.environ, "PYTHONPATH": str(checkout.absolute())}
             command = [sys.executable, __file__, "--one", "--store", str(path), "--ram", arguments.ram]
             done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
-            figures = [*json.loads(done.stdout), first_text(path, arguments.ram, environment)]
+            figures = [*json.loads(done.stdout), first_text(path, arguments.ram, checkout)]
             rows.setdefault(checkout, []).append(figures)
             print(f"| {checkout.name} | " + " | ".join(f"{value:.2f}" for value in figures) + " |", flush=True)
     for checkout, found in rows.items():
@@ -134,11 +135,9 @@ def first_pass(path: Path, ram: str) -> list[float]:
     store = Store.open(path)
     with Runtime(store, Workload(1, 32, 8, MAX_BATCHED_TOKENS), Options(ram=parse_size(ram))) as runtime:
         nbytes, files = runtime.plan.placement.nbytes, [store.file_path(block) for block in store.tape]
-        with Arena(nbytes) as arena:
-            memory = arena.borrow(nbytes, "touch").view
-            began = time.perf_counter()
-            np.frombuffer(memory, np.uint8)[::PAGE] = 1
-            touch = time.perf_counter() - began
+        with Arena(nbytes + 2 * PAGE) as arena:
+            halves = [arena.borrow(nbytes // 2, "touch").view for _ in range(2)]
+            memory, touch = halves[0], touched(halves[0])
             raw = [measure_raw(files, memory[: 256 * MIB], direct=True).bytes_per_second]
             costs = []
             for _ in range(2):
@@ -147,19 +146,37 @@ def first_pass(path: Path, ram: str) -> list[float]:
                 costs.append((time.perf_counter() - began, generation.prefill.compute_seconds))
             runtime.stop_streaming()
             raw.append(measure_raw(files, memory[: 256 * MIB], direct=True).bytes_per_second)
-            del memory
+            touch += touched(halves[1])
+            del memory, halves
     (first, _), (_, compute) = costs
     reading = store.tape_nbytes / max(raw)
     share = first / max(reading, compute, touch)
     return [first, store.tape_nbytes / 1e9, reading, compute, nbytes / 1e9, touch, share]
 
 
-def first_text(path: Path, ram: str, environment: dict[str, str]) -> float:
-    """Seconds from the start of a command to the first byte of its text."""
-    command = [sys.executable, "-m", "tiered", "generate", str(path), "--ram", ram, "-p", "To install the package"]
+def touched(memory: memoryview) -> float:
+    """Seconds of writing a byte to each page of `memory`."""
+    began = time.perf_counter()
+    np.frombuffer(memory, np.uint8)[::PAGE] = 1
+    return time.perf_counter() - began
+
+
+def first_text(path: Path, ram: str, checkout: Path) -> float:
+    """Seconds from the start of a command of `checkout` to the first byte of its text."""
+    command = [
+        sys.executable,
+        "-m",
+        "tiered",
+        "generate",
+        str(path.absolute()),
+        "--ram",
+        ram,
+        "-p",
+        "To install the package",
+    ]
     began = time.perf_counter()
     with subprocess.Popen(
-        [*command, "-n", "4", "--ignore-eos"], env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        [*command, "-n", "4", "--ignore-eos"], cwd=checkout, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     ) as running:
         assert running.stdout is not None
         text = running.stdout.read(1)

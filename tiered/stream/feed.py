@@ -8,6 +8,8 @@ the reads that fill it on some machines, so a thread takes it from the system ah
 
 import asyncio
 import itertools
+import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Final
@@ -30,6 +32,8 @@ _READING_NBYTES: Final = 128 * MIB
 parts of chunks, twice. Begun all at once, thousands of tasks would be made before the first read."""
 _POPULATE_NBYTES: Final = 4 * MIB
 """Bytes populated at once: 24 ms where a GiB takes 6 s, so that closing does not wait."""
+_POPULATE_NICE: Final = 10
+"""Priority of the thread that populates, as of `nice`: computing comes first, which gives the ring back."""
 _AHEAD_NBYTES: Final = 64 * MIB
 """How far ahead of what has been read memory is populated at least: reads in flight touch what is nearer."""
 
@@ -275,6 +279,7 @@ class Feed:
         Those touch what they find untouched, so where this falls behind it goes on further ahead, and the work is
         shared. Ends with an InterruptedRun of `check`.
         """
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _POPULATE_NICE)
         done, before = 0, self._reader.bytes_read
         for slab, start, nbytes in self._first_use():
             for offset in range(start, start + nbytes, _POPULATE_NBYTES):
