@@ -112,7 +112,7 @@ CASES: dict[str, tuple[tuple[str, ...], str]] = {
     "a long prefill": (("--prompt-tokens", "1900", "-n", "100", "--ram", "1GiB"), "block 1/"),
     "decode": (("-p", "Hello", "-n", "500", "--ignore-eos"), "block 2"),
     "decode without read-ahead": (("-p", "Hello", "-n", "500", "--ignore-eos", "--prefetch", "0"), "block 2"),
-    "measuring the disk": (("-p", "Hello"), "measuring"),
+    "measuring the disk": (("-p", "Hello", "-n", "1"), "measuring"),
 }
 
 

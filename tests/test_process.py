@@ -56,6 +56,35 @@ def test_a_full_disk_behind_standard_output_is_named_once(unbuffered: str) -> No
     assert (done.returncode, done.stderr) == (1, "tiered: standard output: No space left on device\n")
 
 
+COLLECTING = """
+import gc
+from tiered.process import importing
+for error in (None, ImportError()):
+    try:
+        with importing(is_command=True):
+            assert not gc.isenabled()
+            if error:
+                raise error
+    except ImportError:
+        pass
+    assert gc.isenabled()
+assert gc.get_freeze_count() > 1000
+frozen = gc.get_freeze_count()
+with importing(is_command=False):
+    assert not gc.isenabled()
+assert gc.isenabled() and gc.get_freeze_count() == frozen
+gc.disable()
+with importing(is_command=True):  # who has switched it off wants it off
+    pass
+assert not gc.isenabled()
+"""
+
+
+def test_no_garbage_is_collected_during_imports_and_again_after_them() -> None:
+    done = shell((sys.executable, "-c", COLLECTING), "")
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_reader_that_goes_is_nothing_to_talk_about() -> None:
     assert shell((*TIERED, "generate", "--help"), "| :").stderr == ""
 

@@ -27,7 +27,10 @@ def __getattr__(name: str) -> Any:
 
         return TieredError
     if name in ("load", "LoadedModel"):
-        import tiered.api
+        from tiered.process import importing
+
+        with importing(is_command=False):
+            import tiered.api
 
         return getattr(tiered.api, name)
     raise AttributeError(f"module 'tiered' has no attribute {name!r}")

@@ -22,6 +22,7 @@ import torch
 
 from tiered.errors import ConfigError, InterruptedRun
 from tiered.io import IdleClock
+from tiered.io.arena import populate_refusal
 from tiered.kernels import CancelFlag, Kernels, Mode
 from tiered.model import KernelAttention, registered_attention
 from tiered.plan import available_budget, cpu_count, process_peak_rss_bytes, process_rss_bytes
@@ -97,6 +98,8 @@ class Host:
             if self.kernels.refusal is not None and self._kernels == "auto":
                 why = self.kernels.refusal
                 _LOG.warning("native kernels are off, torch's slower operators compute: %s; see 'tiered doctor'", why)
+            if (refusal := populate_refusal()) is not None:
+                _LOG.warning("memory is not taken ahead of reads, the first pass takes longer: %s", refusal)
             self.attention: KernelAttention = stack.enter_context(registered_attention(self.kernels))
             self._compute = ThreadPoolExecutor(1, thread_name_prefix="tiered-compute")
             stack.callback(self._compute.shutdown, wait=True)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from tiered.errors import BudgetError
 from tiered.io import Arena, Slab
+from tiered.io.arena import populate_refusal
 from tiered.proc import process_rss_bytes
 from tiered.store import PAGE
 from tiered.units import MIB
@@ -66,6 +67,26 @@ def test_pages_are_taken_when_they_are_touched() -> None:
         assert mapping_of(address_of(slab))[1]["Rss"] == "0 kB"
         slab.tensor()[: 8 * MIB] = 1
         assert 8 * 1024 <= int(mapping_of(address_of(slab))[1]["Rss"].split()[0]) <= 10 * 1024
+
+
+def test_memory_is_populated_before_it_is_touched_and_keeps_what_it_holds() -> None:
+    with Arena(64 * MIB) as arena:
+        arena.borrow(PAGE, "before")
+        slab = arena.borrow(32 * MIB, "x")
+        slab.view[5 * MIB] = 7
+        done = slab.populate(4 * MIB, 8 * MIB)
+        assert done == (populate_refusal() is None)
+        assert slab.view[5 * MIB] == 7 and slab.view[6 * MIB] == 0
+        if done:
+            # Huge pages begin and end outside it.
+            assert 8 * 1024 <= int(mapping_of(address_of(slab))[1]["Rss"].split()[0]) <= 13 * 1024
+
+
+def test_a_kernel_that_populates_nothing_is_asked_in_vain(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tiered.io.arena._POPULATE_WRITE", 9999)
+    assert "Invalid argument" in (populate_refusal.__wrapped__() or "")
+    with Arena(4 * MIB) as arena:
+        assert not arena.borrow(4 * MIB, "x").populate(0, 4 * MIB)
 
 
 def test_bytes_in_use_are_told_by_label() -> None:

@@ -519,6 +519,36 @@ def test_a_chunk_of_a_compressed_unit_passes_through_few_buffers(tmp_path: Path)
             asyncio.run(read(reader, 2))
 
 
+@pytest.mark.parametrize("what", ["rows", "checksum"])
+def test_neither_rows_nor_checksums_wait_behind_queued_reads(
+    what: str, large: tuple[Path, FileInfo], memory: memoryview
+) -> None:
+    root, file = large
+    trace, gate = Tracer(keep_spans=True), threading.Event()
+
+    def preadv(fd: int, buffers: Sequence[memoryview], offset: int, flags: int, /) -> int:
+        if file.chunks[1].offset <= offset < file.chunks[2].offset:
+            assert gate.wait(SECONDS)
+        return os.preadv(fd, buffers, offset, flags)
+
+    async def scenario() -> None:
+        with reader_of(root, preadv, threads=1, trace=trace) as reader:
+            chunks = [asyncio.create_task(read_chunk(reader, file, chunk, memory)) for chunk in range(3)]
+            try:
+                if what == "checksum":  # of the first chunk, while the second is being read and the third waits
+                    await asyncio.wait_for(chunks[0], SECONDS)
+                    assert trace.total("verify").spans == 1
+                else:
+                    page = memory[WHOLE + PAGE :][:PAGE]
+                    await asyncio.wait_for(reader.read_parts(file, [(0, page)]), SECONDS)
+                    assert page == (root / file.path).read_bytes()[:PAGE]
+            finally:
+                gate.set()
+                await asyncio.gather(*chunks)
+
+    asyncio.run(scenario())
+
+
 def test_reads_of_the_stream_give_way_to_a_unit_that_is_asked_for(
     large: tuple[Path, FileInfo], small: tuple[Path, FileInfo], memory: memoryview
 ) -> None:

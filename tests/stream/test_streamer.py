@@ -21,13 +21,14 @@ from tests.store.make import load_unit, write_store
 from tests.store.units import Group, Rows, in_units
 from tiered.convert import ConvertOptions, convert_checkpoint
 from tiered.errors import InterruptedRun, ReadError, StoreError, UnsupportedFamilyError
-from tiered.io import Arena, ChunkVerifier, DiskReader, Faults, VerifyPolicy
+from tiered.io import Arena, ChunkVerifier, DiskReader, Faults, Slab, VerifyPolicy
 from tiered.kernels import CancelFlag
 from tiered.plan import Held, Placement, Plan, full_ring, interleave
 from tiered.plan.placement import UNHELD, smallest_ring
 from tiered.quant import QuantizedWeight
 from tiered.store import CHUNK_NBYTES, BlockInfo, Store
 from tiered.stream import AnyWeight, Loan, Streamer
+from tiered.stream.ring import ring_starts
 from tiered.trace import Tracer
 from tiered.units import GIB
 
@@ -282,6 +283,105 @@ class Gate:
         self.begun.set()
         assert self._open.wait(SECONDS)
         return os.preadv(fd, buffers, offset, flags)
+
+
+Populated = list[tuple[str, int, int]]
+"""Label of the slab, start and bytes of what was populated."""
+
+
+def record_populating(monkeypatch: pytest.MonkeyPatch, before: Callable[[], None] = lambda: None) -> Populated:
+    """What is populated from now on, however near to the reads; `before` is called each time, in its thread."""
+    found: Populated = []
+    original = Slab.populate
+
+    def populate(slab: Slab, start: int, nbytes: int) -> bool:
+        before()
+        found.append((slab.label, start, nbytes))
+        return original(slab, start, nbytes)
+
+    monkeypatch.setattr(Slab, "populate", populate)
+    monkeypatch.setattr("tiered.stream.feed._AHEAD_NBYTES", 0)
+    return found
+
+
+@pytest.mark.parametrize("prefetch", [None, 2, 0])
+def test_memory_is_taken_ahead_of_reads_in_the_order_of_the_tape(
+    small: Store, prefetch: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, gate = record_populating(monkeypatch), Gate()
+    plan, sizes = plan_with(small, frozenset({1, 3})), sizes_of(small)
+    ring = plan.placement.ring_nbytes
+    starts = ring_starts([[sizes[i]] for i in (0, 2, 4)], ring)
+    places = [("resident", 0) if i in (1, 3) else ("ring", next(starts)) for i in range(len(sizes))]
+    expected = [(label, start, size) for (label, start), size in zip(places, sizes, strict=True)]
+
+    async def scenario() -> None:
+        async with streaming(small, plan, prefetch, gate) as setup:
+            for _ in range(int(SECONDS / 0.01)):
+                if len(found) >= 4 or prefetch == 0:
+                    break
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.05)
+            gate.open()
+            await assert_pass(setup, small)
+
+    asyncio.run(scenario())
+    # Once the ring has been used, the last unit comes where the first was; without reading ahead nothing is done.
+    assert found == ([] if prefetch == 0 else expected[: len(found)]) and len(found) in (0, 4, 5)
+    assert prefetch == 0 or sum(nbytes for label, _, nbytes in found if label == "ring") >= ring - max(sizes)
+
+
+def test_leaving_waits_for_the_memory_that_is_being_populated(small: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        begun.set()
+        assert go_on.wait(SECONDS)
+
+    found = record_populating(monkeypatch, wait)
+
+    async def scenario() -> None:
+        async with streaming(small, plan_with(small, frozenset({0, 1}))) as setup:
+            assert await asyncio.to_thread(begun.wait, SECONDS)
+            leaving = asyncio.create_task(setup.inside.aclose())
+            await asyncio.sleep(0.05)
+            assert not leaving.done()
+            go_on.set()
+            await asyncio.wait_for(leaving, SECONDS)
+        assert len(found) == 1  # nothing more was touched
+
+    asyncio.run(scenario())
+
+
+def test_where_the_kernel_populates_nothing_blocks_come_all_the_same(
+    small: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tiered.stream.feed._AHEAD_NBYTES", 0)
+    monkeypatch.setattr(Slab, "populate", lambda *_: False)
+
+    async def scenario() -> None:
+        async with streaming(small, plan_with(small, frozenset({1}))) as setup:
+            for _ in range(2):
+                await assert_pass(setup, small)
+
+    asyncio.run(scenario())
+
+
+def test_few_resident_blocks_are_read_at_once(small: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tiered.stream.feed._READING_NBYTES", 1)
+    gate = Gate()
+
+    async def scenario() -> None:
+        async with streaming(small, plan_with(small, frozenset(range(5))), preadv=gate) as setup:
+            assert await asyncio.to_thread(gate.begun.wait, SECONDS)
+            await asyncio.sleep(0.05)
+            assert gate.count == 1
+            await setup.rewind()
+            gate.open()
+            for _ in range(2):
+                await assert_pass(setup, small)
+
+    asyncio.run(scenario())
 
 
 def test_reading_goes_on_while_a_block_is_in_use(small: Store) -> None:

@@ -13,6 +13,8 @@ from typing import Any, Final
 import click
 from click.core import ParameterSource
 
+from tiered.process import importing
+
 _POSITIVE: Final = click.IntRange(min=1)
 _ANY_PATH: Final = click.Path(path_type=Path)
 _FILE: Final = click.Path(path_type=Path, dir_okay=False)
@@ -76,7 +78,7 @@ _kv: Final = _together(
 )
 
 _measure: Final = click.option(
-    "--measure/--no-measure", default=True, help="Measure the raw disk bandwidth before and after."
+    "--measure/--no-measure", default=True, help="Measure the raw disk bandwidth after the run."
 )
 
 
@@ -182,7 +184,8 @@ def convert(source: str, output: Path | None, **options: Any) -> None:
     if sys.stderr.isatty():
         # Downloads may take hours: let the hub library, imported below, show its own bars, which `main` switches off.
         os.environ.pop("HF_HUB_DISABLE_PROGRESS_BARS", None)
-    from tiered.cli.convert import run
+    with importing(is_command=True):
+        from tiered.cli.convert import run
 
     run(source, output, **options)
 
@@ -231,7 +234,8 @@ def generate(
     from tiered.cli.texts import read_prompts
 
     texts = read_prompts(prompts, files, prompt_ids, id_files, options["prompt_tokens"], options["sequences"])
-    from tiered.cli.generate import GenerateRequest, run
+    with importing(is_command=True):
+        from tiered.cli.generate import GenerateRequest, run
 
     run(GenerateRequest(**options, prompts=texts, stated=_stated()))
 
@@ -260,7 +264,8 @@ def batch(**options: Any) -> None:
     stopped: what is done is kept, and the results are those of a run in one go. OUTPUT.job tells which job a result
     file belongs to.
     """
-    from tiered.cli.batch import BatchRequest, run
+    with importing(is_command=True):
+        from tiered.cli.batch import BatchRequest, run
 
     run(BatchRequest(**options, stated=_stated()))
 
@@ -306,7 +311,8 @@ def score(files: Sequence[Path], id_files: Sequence[Path], **options: Any) -> No
     from tiered.cli.texts import read_texts
 
     texts = read_texts(files, id_files)
-    from tiered.cli.score import ScoreRequest, run
+    with importing(is_command=True):
+        from tiered.cli.score import ScoreRequest, run
 
     run(ScoreRequest(**options, texts=texts))
 
@@ -323,7 +329,8 @@ def inspect(**options: Any) -> None:
 
     Budgets are estimates for one process like this one; 'tiered generate' measures its own and decides.
     """
-    from tiered.cli.inspect import run
+    with importing(is_command=True):
+        from tiered.cli.inspect import run
 
     run(**options)
 
@@ -338,7 +345,8 @@ def verify(**options: Any) -> None:
     Names every chunk that is damaged and every file that is missing, truncated or cannot be read. Exit code 4 where
     anything is damaged, 1 where something could only not be read.
     """
-    from tiered.cli.verify import run
+    with importing(is_command=True):
+        from tiered.cli.verify import run
 
     run(**options)
 
@@ -352,6 +360,7 @@ def doctor(**options: Any) -> None:
 
     PATH is a store, or the folder where one is to be; the current folder by default.
     """
-    from tiered.cli.doctor import run
+    with importing(is_command=True):
+        from tiered.cli.doctor import run
 
     run(**options)

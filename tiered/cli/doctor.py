@@ -23,6 +23,7 @@ from tiered.cli.doctor_kernels import kernel_facts
 from tiered.cli.lines import print_json
 from tiered.errors import ReadError, StoreError, TieredError
 from tiered.io import Arena, ReadMode, probe_mode
+from tiered.io.arena import populate_refusal
 from tiered.io.filesystem import free_nbytes, mount_of, probe_folder, queue_of
 from tiered.io.modes import ProbeResult
 from tiered.plan import available_budget, memory_limits
@@ -130,6 +131,10 @@ def _huge_pages(found: Examination) -> Iterable[Fact]:
             "/sys/kernel/mm/transparent_hugepage/enabled says never",
             "echo madvise | sudo tee /sys/kernel/mm/transparent_hugepage/enabled",
         )
+    refusal = populate_refusal()
+    yield Fact("taken ahead of reads", "yes" if refusal is None else f"no: {refusal}", refusal is None)
+    if refusal is not None:
+        found.switch_off("memory taken ahead of reads", refusal, "run on Linux 5.14 or later")
 
 
 def _cgroups(found: Examination) -> Iterable[Fact]:

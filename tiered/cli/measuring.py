@@ -1,4 +1,4 @@
-"""What is measured around a run: the process, the raw disk before and after, the kernel's own counters."""
+"""What is measured around a run: the process, the raw disk after it, the kernel's own counters."""
 
 import logging
 from collections.abc import Iterator
@@ -45,7 +45,7 @@ class Measured:
     """What was found out around a run."""
 
     raw: list[RawBandwidth] = field(default_factory=list)
-    """Before the run and after it; empty where nothing streams or nobody asked."""
+    """Measured twice, after the run; empty where nothing streams or nobody asked."""
     counters: Counters = field(default_factory=lambda: Counters(None, None))
 
     def surroundings(self, runtime: Runtime, disk_wait_seconds: float) -> Surroundings:
@@ -74,7 +74,8 @@ class Measured:
 
 @contextmanager
 def measured(runtime: Runtime, status: StatusLine, measure: bool) -> Iterator[Measured]:
-    """Around a run: counts bytes, and measures the raw disk before and after it if `measure` and something streams."""
+    """Around a run: counts bytes, and measures the raw disk after it if `measure` and something streams: nobody waits
+    for that before there is a text."""
     found = Measured()
     plan = runtime.plan
     measure = measure and (bool(plan.streamed_nbytes) or plan.experts is not None or runtime.on_disk)
@@ -82,17 +83,14 @@ def measured(runtime: Runtime, status: StatusLine, measure: bool) -> Iterator[Me
         # A bound made of two disks' bytes over one disk's bandwidth would say nothing.
         _LOG.warning("--kv-dir is on another disk than the store: the report has no bandwidth and no bound")
         measure = False
-    if measure:
-        status.say("measuring the disk")
-        found.raw.append(_raw_bandwidth(runtime))
     before = Counters.now()
     status.say(f"reading {runtime.store.name}")
     yield found
     found.counters = Counters.now().since(before)
     runtime.stop_streaming()
     if measure:
-        status.say("measuring the disk again")
-        found.raw.append(_raw_bandwidth(runtime))
+        status.say("measuring the disk")
+        found.raw += [_raw_bandwidth(runtime) for _ in range(2)]
 
 
 def _is_one_disk(runtime: Runtime) -> bool:

@@ -4,9 +4,9 @@
     bound of a scoring     = max((S + (passes - 1) * (S - M) + K + X) / B, C - C_x + max(X / B, C_x))
 
 S: bytes of the tape. K: bytes of the KV cache written to disk and read from it. M: all that the budget leaves after
-baseline, KV cache, workspace, cache of experts and two units, used or not. B: raw disk bandwidth, measured before and
-after by separate code. C: compute seconds, measured. Of a scoring K and C are those of all passes together: nothing is
-resident before the first one, which reads everything, and reading goes on across passes, so only the sums can be
+baseline, KV cache, workspace, cache of experts and two units, used or not. B: raw disk bandwidth, measured after
+the run by separate code. C: compute seconds, measured. Of a scoring K and C are those of all passes together: nothing
+is resident before the first one, which reads everything, and reading goes on across passes, so only the sums can be
 compared.
 
 X and C_x are 0 where layers are read whole. Else X is the bytes of experts that were read when they were chosen, those
@@ -67,7 +67,7 @@ class Figures:
     """Of a KV cache on disk."""
     kv_bytes_written: int
     raw_disk_bandwidth: float | None
-    """Sustained; the better of before and after the run."""
+    """Sustained; the better of two measurements after the run."""
     raw_disk_best_look: float | None
     """The fastest of the short measurements that chose how to read."""
     disk_wait_seconds: float

@@ -5,17 +5,24 @@ they mean fewer segments per disk request; kept out of children, because O_DIREC
 across fork.
 """
 
+import ctypes
+import functools
 import mmap
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Self
+from typing import Final, Self
 
 import torch
 
 from tiered.errors import BudgetError
 from tiered.store import PAGE
 from tiered.units import format_size, round_up
+
+_POPULATE_WRITE: Final = 23
+"""MADV_POPULATE_WRITE of Linux 5.14. CPython's `mmap.madvise` would keep the interpreter's lock meanwhile."""
+_LIBC: Final = ctypes.CDLL(None, use_errno=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,10 +33,32 @@ class Slab:
     offset: int
     nbytes: int
     view: memoryview = field(repr=False)
+    address: int = field(repr=False)
 
     def tensor(self) -> torch.Tensor:
         """The same bytes as a uint8 tensor; it must not be used after the slab is released."""
         return torch.frombuffer(self.view, dtype=torch.uint8)
+
+    def populate(self, start: int, nbytes: int) -> bool:
+        """Take the memory of `nbytes` bytes from `start` from the system now, without changing what they hold; others
+        may use them meanwhile. False where the kernel refuses. The slab must not be released before this returns."""
+        assert start >= 0 and start + nbytes <= self.nbytes, f"{self.label}: {start} + {nbytes} of {self.nbytes}"
+        return _populate(self.address + start, nbytes) == 0
+
+
+@functools.cache
+def populate_refusal() -> str | None:
+    """Why the kernel takes no memory ahead of its use; None where it does."""
+    with Arena(PAGE) as arena:
+        error = _populate(arena.address, PAGE)
+    return None if not error else f"MADV_POPULATE_WRITE, of Linux 5.14: {os.strerror(error)}"
+
+
+def _populate(address: int, nbytes: int) -> int:
+    """Populate the pages of `nbytes` bytes, without the interpreter's lock; returns an errno, 0 for none."""
+    first = address // PAGE * PAGE
+    size = ctypes.c_size_t(address + nbytes - first)
+    return ctypes.get_errno() if _LIBC.madvise(ctypes.c_void_p(first), size, _POPULATE_WRITE) else 0
 
 
 class Arena:
@@ -44,6 +73,7 @@ class Arena:
             except OSError:
                 # Kernels built without huge pages refuse the advice; memory works all the same.
                 continue
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
         self._borrowed: dict[int, Slab] = {}
 
     def __enter__(self) -> Self:
@@ -73,7 +103,7 @@ class Arena:
                 f"{label}: {format_size(wanted)} do not fit the arena of {format_size(self._nbytes)}, "
                 f"of which {format_size(sum(self.in_use.values()))} are in use"
             )
-        slab = Slab(label, start, wanted, memoryview(self._map)[start : start + wanted])
+        slab = Slab(label, start, wanted, memoryview(self._map)[start : start + wanted], self.address + start)
         self._borrowed[start] = slab
         return slab
 

@@ -92,7 +92,8 @@ class DiskReader:
         self._read_so_far = ByteCounter()
         self._count = threads
         self._threads = IOThreads(threads, "tiered-read", clock)
-        self._urgent = IOThreads(threads, "tiered-expert", clock)
+        self._urgent = IOThreads(threads, "tiered-urgent", clock)
+        self._checks = IOThreads(threads, "tiered-check", clock)
         self._way = RightOfWay()
 
     def __enter__(self) -> Self:
@@ -129,7 +130,7 @@ class DiskReader:
         """
         offset = file.chunks[chunk].offset
         await all_of(
-            self.read_pages(file, start, memory[start - offset :][:nbytes])
+            self._read_part(file, start, memory[start - offset :][:nbytes])
             for start, nbytes in _parts(offset, memory.nbytes)
         )
         if self._verifier.wants(file, chunk):
@@ -219,8 +220,8 @@ class DiskReader:
             return error
         return None
 
-    async def read_pages(self, file: FileInfo, offset: int, memory: memoryview) -> None:
-        """Read `memory.nbytes` from `offset` (both multiples of 4096) without touching checksums."""
+    async def _read_part(self, file: FileInfo, offset: int, memory: memoryview) -> None:
+        """Read a part of a chunk; it gives way to what is urgent."""
 
         def read(check: Check) -> None:
             def check_both() -> None:
@@ -231,24 +232,36 @@ class DiskReader:
 
         await self._threads.transfer(read)
 
+    async def read_pages(self, file: FileInfo, offset: int, memory: memoryview) -> None:
+        """Read `memory.nbytes` from `offset` (both multiples of 4096) without touching checksums, as `read_parts`."""
+        parts = _parts(offset, memory.nbytes)
+        await self.read_parts(file, [(start, memory[start - offset :][:nbytes]) for start, nbytes in parts])
+
     async def read_parts(self, file: FileInfo, parts: Sequence[tuple[int, memoryview]]) -> None:
-        """`read_pages` for several pairs (offset, memory), mostly small ones: each thread takes a share of them."""
+        """Read pairs (offset, memory), mostly small ones; each thread takes a share of them. The reads of units give
+        way: nothing can be computed before these, and behind what is read ahead they would wait for most of a pass."""
         count = min(len(parts), self._count)
 
         def read(share: Sequence[tuple[int, memoryview]], check: Check) -> None:
             for offset, memory in share:
                 self._read(file, offset, memory, check)
 
-        await all_of(self._threads.transfer(functools.partial(read, parts[i::count])) for i in range(count))
+        self._way.begin()
+        try:
+            await all_of(self._urgent.transfer(functools.partial(read, parts[i::count])) for i in range(count))
+        finally:
+            self._way.end()
 
     async def call(self, work: Callable[[], None]) -> None:
-        """Run `work` (a test, a copy, decoding) in the pool."""
-        await self._threads.call(lambda check: work())
+        """Run `work` (a checksum, a decompression) in a thread, beside reads that are queued: what has come can be
+        used at once, and is still in the processor's cache."""
+        await self._checks.call(lambda check: work())
 
     def close(self) -> None:
         """Drop queued reads, wait for running ones, close the files: nothing touches memory afterwards."""
         self._threads.close()
         self._urgent.close()
+        self._checks.close()
         with self._lock:
             for file in self._files.values():
                 file.close()
