@@ -329,17 +329,9 @@ class Runtime:
 
     def _make_streams(self) -> Streams:
         memory, host, plan = self._memory, self.host, self.plan
+        experts, prefetch = self._make_expert_cache(), self.options.prefetch
         blocks = Streamer(
-            self.store,
-            plan,
-            self.reader,
-            memory.resident,
-            memory.ring,
-            host.trace,
-            host.cancel,
-            self.options.prefetch,
-            self._make_expert_cache(),
-            memory.buffers,
+            self.store, plan, self.reader, memory.resident, memory.ring, host.trace, host.cancel, prefetch, experts
         )
         kv = None
         if memory.spill is not None and memory.kv_ring is not None:

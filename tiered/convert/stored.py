@@ -23,8 +23,9 @@ from tiered.convert.source import Packed
 from tiered.errors import StoreError
 from tiered.files import reading
 from tiered.store import CHUNK_NBYTES, FileInfo, TensorEntry, hash_chunk
-from tiered.store.block import BlockLayout, Compressed
+from tiered.store.block import BlockLayout
 from tiered.store.sweep import bypass_cache
+from tiered.store.unit import Compressed
 from tiered.units import MIB
 
 _AHEAD: Final = 2

@@ -1,6 +1,5 @@
 """The store: a folder of quantized safetensors blocks that `tiered convert` writes and everything else reads."""
 
-from tiered.store.block import Move, Unit
 from tiered.store.file import FileInfo, UnitInfo
 from tiered.store.format import (
     ALIGNMENT,
@@ -12,6 +11,7 @@ from tiered.store.format import (
 )
 from tiered.store.manifest import BlockInfo, Manifest, Weight
 from tiered.store.open import Store, read_manifest
+from tiered.store.unit import Move, Unit
 from tiered.store.write import BlockWriter, atomic_write
 from tiered.units import PAGE
 

@@ -10,10 +10,11 @@ from pathlib import Path
 
 from tiered.errors import StoreError
 from tiered.files import MOST_JSON_NBYTES, check_regular, read_whole
-from tiered.store.block import BlockLayout, Unit, joined, read_layout
+from tiered.store.block import BlockLayout, read_layout
 from tiered.store.file import Kind
 from tiered.store.format import CHUNK_NBYTES
 from tiered.store.manifest import DAMAGED, MANIFEST_NAME, VERSION, BlockInfo, Manifest, OldStoreError
+from tiered.store.unit import Unit, joined
 
 PROGRESS_NAME = "conversion.json"
 """What an unfinished conversion leaves in place of a manifest."""

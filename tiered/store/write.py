@@ -16,7 +16,7 @@ import xxhash
 from tiered.errors import DiskFullError
 from tiered.files import errors_of
 from tiered.quant import GroupScheme
-from tiered.store.block import METADATA_KEY, PAD_PREFIX, PLANES_SUFFIX, Compressed, WeightInfo, block_metadata
+from tiered.store.block import METADATA_KEY, PAD_PREFIX, PLANES_SUFFIX, WeightInfo, block_metadata
 from tiered.store.file import FileInfo, Kind, UnitInfo
 from tiered.store.format import (
     ALIGNMENT,
@@ -28,6 +28,7 @@ from tiered.store.format import (
     tensor_nbytes,
 )
 from tiered.store.sweep import Sweep
+from tiered.store.unit import Compressed
 from tiered.units import PAGE, format_size, round_up
 
 
