@@ -9,6 +9,7 @@ from transformers import AutoTokenizer
 
 from tests.commands import copy_store
 from tiered.store import Store
+from tiered.store.beside import TOKENIZER
 
 ADDED: Final = "<added>"
 
@@ -24,6 +25,14 @@ def poisoned(path: Path, folder: Path, name: str, row: int) -> Store:
     weight[row] = torch.nan
     file.write_bytes(memory.numpy().tobytes())
     return store
+
+
+def without_tokenizer(path: Path, folder: Path) -> Path:
+    """A copy in `folder` that takes and gives token ids only."""
+    copy = Path(shutil.copytree(path, folder / "bare.tiered"))
+    for name in TOKENIZER:
+        (copy / name).unlink(missing_ok=True)
+    return copy
 
 
 def with_added_token(path: Path, folder: Path) -> Path:

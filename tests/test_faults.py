@@ -37,7 +37,6 @@ REMEDIES = (
     "convert",
     "put the model's own config.json there",
     "download the file again",
-    "copy the model's tokenizer files into the store",
 )
 """Every message about a damaged store says what to do."""
 

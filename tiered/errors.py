@@ -17,12 +17,14 @@ Messages name the file or key, what was expected, what was found, and what to do
 Only `cli/` turns these into terminal output.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Final
 
 _LONGEST_REASON: Final = 200
 """Characters of a foreign error's message that are repeated."""
+SHOWN: Final = 5
+"""Names that an error lists."""
 
 
 class TieredError(Exception):
@@ -135,6 +137,12 @@ def shortened(error: BaseException) -> str:
     """What a foreign error says, in one line that fits a message and is never empty. It begins with the kind of error
     where the text alone would not be understood."""
     return named(error) if isinstance(error, KeyError | AttributeError) else _one_line(error)
+
+
+def some(names: Sequence[str], count: int = 0) -> str:
+    """The first few of `names`, and how many more of `count` (or of `names`, whichever are more) there are."""
+    more = max(count, len(names)) - SHOWN
+    return ", ".join(names[:SHOWN]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def named(error: BaseException) -> str:

@@ -53,6 +53,7 @@ def main() -> int:
     model = make_model(tokenizer.get_vocab_size())
     print(f"{len(data):,} tokens, {sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
     train(model, data, arguments.seconds)
+    model.config.output_router_logits = False  # it was for the loss
     model.bfloat16().save_pretrained(arguments.out)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(TOKENIZER / name, arguments.out / name)

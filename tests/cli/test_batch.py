@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.commands import TIERED, copy_store, make_store, run_apart, run_here, smallest_ram
-from tests.damage import ADDED, poisoned, with_added_token
+from tests.damage import ADDED, poisoned, with_added_token, without_tokenizer
 from tests.jobs.fakes import request, results_of, write_lines
 from tests.warm import run_warm
 from tiered.units import MIB, parse_size
@@ -82,6 +82,27 @@ def test_greedy_texts_are_those_of_generate(store: Path, tmp_path: Path) -> None
     for prompt in prompts:
         alone = run_here("generate", store, "-p", prompt, "-n", "16", "--no-measure")
         assert alone.out == found[prompt][0] + "\n"
+
+
+def test_without_a_tokenizer_results_are_token_ids_and_texts_are_refused(store: Path, tmp_path: Path) -> None:
+    ids = [2, 100, 200, 300]
+    lines = [request("ids", prompt=ids, temperature=0, max_tokens=6), request("n", prompt=ids, n=2, max_tokens=3)]
+    lines += [request("text", prompt="Hello"), request("chat", chat=True), request("range", prompt=[2, 4096])]
+    lines += [request("stop", prompt=ids, stop="a"), request("logprobs", prompt=ids, logprobs=1)]
+    path = write_lines(tmp_path / "in", lines)
+    batch(without_tokenizer(store, tmp_path), path, tmp_path / "out.jsonl")
+    found = {result["custom_id"]: result for result in results_of(tmp_path / "out.jsonl")}
+    alone = run_here("generate", store, "--prompt-ids", "2,100,200,300", "-n", "6", "--no-measure", "--json")
+    (choice,) = found["ids"]["response"]["body"]["choices"]
+    assert choice["text"] is None and choice["token_ids"] == json.loads(alone.out)["completions"][0]["token_ids"]
+    assert [len(choice["token_ids"]) for choice in found["n"]["response"]["body"]["choices"]] == [3, 3]
+    told = {name: (r["error"]["code"], r["error"]["message"]) for name, r in found.items() if r["error"] is not None}
+    assert told.keys() == {"text", "chat", "range", "stop", "logprobs"}
+    for name, (code, message) in told.items():
+        assert code == ("invalid_value" if name in ("text", "range") else "unsupported_value")
+        assert (
+            "token ids of this model are 0 to 4095" if name == "range" else "this store has no tokenizer"
+        ) in message
 
 
 def test_log_probabilities_agree_with_the_choice(store: Path, tmp_path: Path) -> None:

@@ -33,7 +33,9 @@ def test_it_converts_and_says_what_to_do_next(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (["opt-175b"], 2, "992 metaseq shards"),
+        (["opt-175b"], 2, "992 metaseq shards. Pass the folder that has them"),
+        (["opt-175b", "--from", str(TRAINED)], 2, "not those of opt-175b: hidden_size is"),
+        ([str(TRAINED), "--md5", "/nowhere"], 2, "expected a list of checksums"),
         (["no-such-thing"], 2, "no such folder"),
         ([str(TRAINED), "--quant", "int3"], 2, "int3"),
         ([str(TRAINED), "--ram", "much"], 2, "expected a number with a unit"),

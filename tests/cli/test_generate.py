@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.commands import CHECKPOINT, TerminalInput, copy_store, make_mixture, make_store, run_here
 from tests.commands import smallest_ram as named_ram
-from tests.damage import ADDED, poisoned, with_added_token
+from tests.damage import ADDED, poisoned, with_added_token, without_tokenizer
 from tests.generate.tokenizers import byte_fallback
 from tiered.errors import BudgetError
 from tiered.plan import Workload
@@ -261,6 +261,97 @@ def test_neither_budget_nor_read_ahead_changes_the_tokens(store: Path) -> None:
         ("--tiers", "cpu"),
     ):
         assert tokens_of(*words, *options) == expected, options
+
+
+# Token ids.
+
+
+def ids_text(ids: list[int]) -> str:
+    return ",".join(map(str, ids))
+
+
+@pytest.fixture(scope="module")
+def bare(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The store without its tokenizer."""
+    return without_tokenizer(store, tmp_path_factory.mktemp("bare"))
+
+
+def test_a_prompt_in_token_ids_is_continued_as_its_text_is(store: Path, tmp_path: Path) -> None:
+    ids = [AutoTokenizer.from_pretrained(CHECKPOINT)(prompt)["input_ids"] for prompt in PROMPTS[:2]]
+    (tmp_path / "ids").write_text(json.dumps(ids[1]) + "\n", encoding="utf-8")
+    options = ("-n", "12", *FLOAT32, *QUIET)
+    by_text = answer(store, "-p", PROMPTS[0], "-p", PROMPTS[1], *options)
+    by_ids = answer(store, "--prompt-ids", ids_text(ids[0]), "--ids-file", tmp_path / "ids", *options)
+    assert by_ids["completions"] == by_text["completions"]
+    assert by_ids["prompts"] == ids
+    mixed = answer(store, "--prompt-ids", ids_text(ids[0]), "-p", PROMPTS[1], *options)
+    assert mixed["prompts"] == [PROMPTS[1], ids[0]]
+    assert mixed["completions"] == by_text["completions"][::-1]
+    by_input = run_here("generate", store, "--ids-file", "-", *options, stdin=" ".join(map(str, ids[0])))
+    assert by_input.out == by_text["completions"][0]["text"] + "\n"
+
+
+def test_without_a_tokenizer_token_ids_go_in_and_come_out(bare: Path, reference: Callable[..., Any]) -> None:
+    ids = AutoTokenizer.from_pretrained(CHECKPOINT)(PROMPTS[1])["input_ids"]
+    expected = reference(PROMPTS[1], 12)[1]
+    words = (bare, "--prompt-ids", ids_text(ids), "-n", "12", *FLOAT32, *QUIET)
+    (completion,) = answer(*words)["completions"]
+    assert (completion["text"], completion["token_ids"], completion["finish_reason"]) == (None, expected, "length")
+    done = run_here("generate", *words)
+    assert (done.code, done.out) == (0, ids_text(expected) + "\n")
+    # What came out goes in again.
+    again = answer(bare, "--prompt-ids", ids_text(ids), "--prompt-ids", done.out, "-n", "2", *QUIET)
+    assert again["prompts"] == [ids, expected]
+    assert len(answer(bare, "--prompt-tokens", "5", "-n", "2", *QUIET)["prompts"][0]) == 5
+
+
+def test_without_a_tokenizer_the_end_of_text_ends_it_and_stop_strings_are_named(
+    bare: Path, tmp_path: Path, reference: Callable[..., Any]
+) -> None:
+    ids = AutoTokenizer.from_pretrained(CHECKPOINT)(PROMPTS[1])["input_ids"]
+    expected = reference(PROMPTS[1], 12)[1]
+    end = next(token for number, token in enumerate(expected) if number >= 3 and token not in expected[:number])
+    copy = copy_store(bare, tmp_path)
+    settings = {"eos_token_id": end, "stop_strings": ["a"]}
+    (copy / "generation_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    done = run_here("generate", copy, "--prompt-ids", ids_text(ids), "-n", "12", *FLOAT32, *QUIET)
+    assert done.out == ids_text(expected[: expected.index(end)]) + "\n"
+    assert 'stop_strings ["a"]' in next(line for line in done.err.splitlines() if line.startswith("ignored"))
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("-p", "Hello"), "has no tokenizer: pass token ids instead of a text (generate: --prompt-ids"),
+        (("--prompt-ids", "2", "--stop", "a"), "--stop: looks for a text"),
+        (("--chat", "-p", "Hello"), "--chat: this store has no tokenizer"),
+    ],
+)
+def test_what_takes_a_tokenizer_is_refused_without_one(bare: Path, words: tuple[str, ...], told: str) -> None:
+    done = run_here("generate", bare, *words)
+    assert (done.code, done.out, done.err.count("\n")) == (2, "", 1), done.err
+    assert told in done.err and "--tokenizer PATH" in done.err
+
+
+def test_token_ids_that_are_none_are_named(store: Path, bare: Path, tmp_path: Path) -> None:
+    (tmp_path / "ids").write_text("2,\n100,\n5O\n", encoding="utf-8")
+    wrong = {
+        ("--prompt-ids", "2,two"): "--prompt-ids: expected token ids such as 2,100,524, found 'two'",
+        ("--prompt-ids", " "): "--prompt-ids: expected token ids such as 2,100,524, found none",
+        ("--ids-file", str(tmp_path / "ids")): f"{tmp_path / 'ids'}: expected token ids such as 2,100,524, found '5O'",
+        ("--prompt-ids", "2,4096"): "token ids of this model are 0 to 4095, found 4096",
+        ("--prompt-ids", "2,-1"): "token ids of this model are 0 to 4095, found -1",
+        ("--prompt-ids", "2", "--prompt-tokens", "3"): "drop -p, -f, --prompt-ids",
+        ("--prompt-ids", "2", "--chat"): "--chat: puts texts into a template",
+    }
+    for words, told in wrong.items():
+        for path in (store, bare):
+            done = run_here("generate", path, *words)
+            assert (done.code, done.out) == (2, "") and told in done.err, done
+    # One of several keeps the others from nothing.
+    done = run_here("generate", bare, "--prompt-ids", "2,9999", "--prompt-ids", "2,5", "-n", "2", *QUIET)
+    assert done.code == 1 and "prompt 1: token ids of this model" in done.err
+    assert re.fullmatch(r"\[1\] \n\[2\] \d+,\d+\n", done.out)
 
 
 # Chat.

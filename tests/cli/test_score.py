@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.commands import CHECKPOINT, ROOT, TIERED, TerminalInput, copy_store, make_store, run_apart, run_here
 from tests.commands import smallest_ram as named_ram
-from tests.damage import ADDED, poisoned, with_added_token
+from tests.damage import ADDED, poisoned, with_added_token, without_tokenizer
 from tests.quick import represented
 from tiered.units import MIB, parse_size
 
@@ -168,6 +168,46 @@ def test_a_text_comes_from_a_file_or_from_standard_input_as_it_is(store: Path, t
     by_input = answer(store, *QUIET, stdin=piped(content))["texts"][0]
     assert by_file["bytes"] == len(content)
     assert by_input == {**by_file, "file": "standard input"}
+
+
+def test_token_ids_get_the_score_of_their_text_with_and_without_a_tokenizer(
+    store: Path, text: Path, tmp_path: Path
+) -> None:
+    bare, ids, lines = without_tokenizer(store, tmp_path), tmp_path / "ids", tmp_path / "tokens.jsonl"
+    ids.write_text(",\n".join(map(str, [BEGIN, *ids_of(TEXT)])), encoding="utf-8")
+    words = ("--context", str(CONTEXT), *QUIET, "--per-token", lines)
+    expected = answer(store, "-f", text, *words)["texts"][0]
+    by_token = [json.loads(line) for line in lines.read_text(encoding="utf-8").splitlines()]
+    nameless = {"file": str(ids), "bytes": None, "bits_per_byte": None}
+    for path, has_texts in ((store, True), (bare, False)):
+        found = answer(path, "--ids-file", ids, *words)
+        assert found["texts"] == [{**expected, **nameless}]
+        assert found["together"]["bits_per_byte"] is None
+        wanted = [{**line, "file": str(ids), "text": line["text"] if has_texts else None} for line in by_token]
+        assert [json.loads(line) for line in lines.read_text(encoding="utf-8").splitlines()] == wanted
+    both = run_here("score", store, "-f", text, "--ids-file", ids, *QUIET)
+    assert [line.split()[-1] for line in both.out.splitlines()[2:]] == ["-", "-"]
+
+
+def test_token_ids_that_begin_otherwise_are_scored_from_the_second_one(
+    store: Path, tmp_path: Path, losses: Callable[[list[int]], list[float]]
+) -> None:
+    ids = ids_of(TEXT[:400])
+    done = answer(store, "--ids-file", "-", *FLOAT32, *QUIET, stdin=json.dumps(ids))["texts"][0]
+    assert (done["file"], done["tokens"]) == ("standard input", len(ids) - 1)
+    assert done["nats_per_token"] == pytest.approx(sum(losses(ids)) / (len(ids) - 1), rel=1e-5)
+
+
+def test_without_a_tokenizer_a_text_is_refused_and_so_are_ids_that_are_none(
+    store: Path, text: Path, tmp_path: Path
+) -> None:
+    bare = without_tokenizer(store, tmp_path)
+    done = run_here("score", bare, "-f", text)
+    assert done.code == 2 and f"{text}: this store has no tokenizer: pass token ids" in done.err
+    for content, told in (("2,4096", "token ids of this model are 0 to 4095, found 4096"), ("2 x", "found 'x'")):
+        (tmp_path / "ids").write_text(content, encoding="utf-8")
+        done = run_here("score", bare, "--ids-file", tmp_path / "ids")
+        assert (done.code, done.out) == (2, "") and f"{tmp_path / 'ids'}: " in done.err and told in done.err
 
 
 # Precision.

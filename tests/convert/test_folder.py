@@ -308,9 +308,9 @@ def test_a_kill_while_the_disk_is_probed_leaves_what_the_same_call_resumes(
     with monkeypatch.context() as patch:
         patch.setattr("tiered.convert.compression.read_bandwidth", killed)
         with pytest.raises(Stop):
-            convert_checkpoint(TRAINED, out, ConvertOptions(quant="int8"))
+            convert_checkpoint(TRAINED, out, ConvertOptions(quant="none"))
     assert state_of(out) == "unfinished"
-    convert_checkpoint(TRAINED, out, ConvertOptions(quant="int8", compress="none", force=True))
+    convert_checkpoint(TRAINED, out, ConvertOptions(quant="none", compress="none", force=True))
     assert not (out / "bandwidth.part").exists()
 
 

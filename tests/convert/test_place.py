@@ -148,6 +148,6 @@ def test_names_of_models(folder: str, name: str, tmp_path: Path) -> None:
 def test_a_folder_without_a_tokenizer_converts_and_says_so(tmp_path: Path) -> None:
     save_model(tmp_path / "source", tiny_model("llama"))
     done = run_here("convert", tmp_path / "source", "-o", tmp_path / "my out")
-    assert done.code == 0 and "the source has no tokenizer: copy" in done.out
-    assert f"next: tiered generate '{tmp_path / 'my out'}' -p" in done.out  # quoted for the shell
+    assert done.code == 0 and f"'tiered convert '{tmp_path / 'my out'}' --tokenizer PATH'" in done.out
+    assert f"next: tiered generate '{tmp_path / 'my out'}' --prompt-ids" in done.out  # quoted for the shell
     assert convert_checkpoint(TRAINED, tmp_path / "other", ConvertOptions()).has_tokenizer

@@ -19,6 +19,7 @@ from tiered.convert.compression import PROBE_NAME
 from tiered.errors import DiskFullError
 from tiered.proc import process_peak_rss_bytes
 from tiered.units import MIB
+from tools.opt_forms import write_form
 
 
 def print_peaks(source: Path, out: Path, quant: str, compress: str, ram_bytes: int) -> None:
@@ -119,14 +120,21 @@ def test_the_probe_takes_no_more_than_the_store_will(tmp_path: Path, monkeypatch
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A layer of 134 MB and 41 MB of embeddings and head, as safetensors and as torch files."""
+    """A layer of 134 MB and 41 MB of embeddings and head, as safetensors and as torch files; one of 101 MB in the files
+    of metaseq."""
     config = AutoConfig.for_model("llama", vocab_size=5000, hidden_size=2048, intermediate_size=8192)
     config.num_hidden_layers, config.num_attention_heads = 1, 16
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     folder = tmp_path_factory.mktemp("large")
     model.save_pretrained(folder / "safetensors")
     save_bin(folder / "bin", model)
-    return {"safetensors": folder / "safetensors", "bin": folder / "bin"}
+    config = AutoConfig.for_model("opt", vocab_size=5000, hidden_size=2048, ffn_dim=8192, word_embed_proj_dim=2048)
+    config.num_hidden_layers, config.num_attention_heads = 1, 16
+    state = AutoModelForCausalLM.from_config(config, dtype=torch.float16).state_dict()
+    for number, tensor in enumerate(state.values()):
+        tensor += number / 100  # parts of norms and biases of nothing but ones and zeros would be the same
+    config.save_pretrained(write_form("raw", folder / "raw", state, parts=2, shards=3))
+    return {form: folder / form for form in ("safetensors", "bin", "raw")}
 
 
 @pytest.mark.inputs("tiered/convert", "tiered/quant", "tiered/store")
@@ -137,6 +145,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         ("safetensors", "none", "planes"),
         ("bin", "int8", "none"),
         ("bin", "none", "none"),
+        ("raw", "int4", "none"),
     ],
 )
 def test_the_peak_is_at_most_one_layer_and_within_the_budget(

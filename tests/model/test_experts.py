@@ -68,3 +68,14 @@ def test_stacks_are_borrowed_and_what_transformers_keeps_in_float32_stays_so() -
         # Routers' weights too, since version 5.24.
         kept = "gate.weight" in (skeleton.model._keep_in_fp32_modules_strict or ())
         assert gate.weight.dtype == (torch.float32 if kept else torch.bfloat16)
+
+
+def test_a_configuration_that_was_trained_with_gives_the_same_model() -> None:
+    config = tiny_config("mixtral")
+    config.output_router_logits = True
+    skeleton = build_skeleton(config)
+    # transformers would compute a loss of the routers' logits, which no pass here notes.
+    assert not skeleton.model.config.output_router_logits
+    assert [p.name for b in skeleton.blocks() for p in b.parameters] == [
+        p.name for b in build_skeleton(tiny_config("mixtral")).blocks() for p in b.parameters
+    ]

@@ -4,11 +4,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.convert.models import save_model, tiny_model
 from tiered.arch import build_skeleton, load_config
 from tiered.convert import ConvertOptions, convert_checkpoint
 from tiered.store import Store
 from tiered.store.summary import summarize
 
+PLAIN = ConvertOptions(quant="none")
 DOCS = Path(__file__).parents[1] / "data/models/opt-docs-8m"
 
 
@@ -78,3 +80,11 @@ def test_compressed_weights_are_marked(tmp_path: Path) -> None:
     assert layers.smallest_nbytes < layers.largest_nbytes < layers.nbytes
     tape = sum(row.nbytes for row in summary.rows if row.role in ("layer", "head"))
     assert summary.tape_nbytes == tape - not_in_a_pass(store)
+
+
+def test_experts_that_are_not_quantized_are_told_like_other_weights(tmp_path: Path) -> None:
+    model = tiny_model("mixtral")
+    convert_checkpoint(save_model(tmp_path / "source", model), tmp_path / "out", PLAIN)
+    summary = summarize(Store.open(tmp_path / "out"))
+    expected = (("F32", sum(p.numel() for p in model.model.layers[0].parameters())),)
+    assert [row.formats for row in summary.rows if row.role == "layer"] == [expected]

@@ -13,6 +13,7 @@ from tiered.arch.skeleton import (
     load_config,
     text_config,
 )
+from tiered.arch.tokenizer import read_tokenizer
 
 __all__ = [
     "FAMILIES",
@@ -29,5 +30,6 @@ __all__ = [
     "load_config",
     "most_positions",
     "order_of_use",
+    "read_tokenizer",
     "text_config",
 ]

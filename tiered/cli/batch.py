@@ -20,7 +20,7 @@ from tiered.cli.progress import JobScreen
 from tiered.cli.run_request import RunRequest
 from tiered.errors import BudgetError, ConfigError
 from tiered.generate import Generation, Report, Sequence, generate, make_report
-from tiered.generate.tokenizer import load_generation_settings, load_tokenizer
+from tiered.generate.tokenizer import load_generation_settings, load_tokenizer_if_any
 from tiered.jobs import (
     Generate,
     Identity,
@@ -91,7 +91,7 @@ def run(request: BatchRequest) -> None:
     # Before the tokenizer, which reads config.json too and would be blamed for an error in it.
     config = load_config(store.path)
     limit = context_for(config, request.context, "--context", _ANY_LENGTH)
-    tokenizer = load_tokenizer(store)
+    tokenizer = load_tokenizer_if_any(store)
     with JobScreen() as screen, Journal(request.output_path) as journal:
         input_ = scan_input(request.input_path, partial(screen.on_scan, "reading the input"))
         identity = _identity(request, store, config, input_)
@@ -207,7 +207,7 @@ def _identity(request: BatchRequest, store: Store, config: PretrainedConfig, inp
 def _job(
     request: BatchRequest,
     store: Store,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     input_: Input,
     identity: Identity,
     limit: int,

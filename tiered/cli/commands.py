@@ -91,6 +91,11 @@ def _texts(what: str) -> Callable[[Command], Command]:
     return click.option("-f", "--file", "files", multiple=True, type=kind, help=f"{what}; repeatable; - is stdin.")
 
 
+def _id_files(what: str) -> Callable[[Command], Command]:
+    kind = click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path)
+    return click.option("--ids-file", "id_files", multiple=True, type=kind, help=f"{what} as token ids; like -f.")
+
+
 _micro_batch = click.option(
     "--micro-batch", type=_POSITIVE, help="Tokens computed together. [default: as many as memory allows and help]"
 )
@@ -160,16 +165,21 @@ def _stated() -> frozenset[str]:
 @click.option("--force", is_flag=True, help="Replace the store or unfinished conversion that is in the way.")
 @click.option("--revision", help="Branch, tag or commit of a hub repository.")
 @click.option("--delete-downloads", is_flag=True, help="Remove each file that this downloads once it is converted.")
+@click.option("--from", "weights", type=_ANY_PATH, help="The weights of the model that SOURCE names, in whatever form.")
+@click.option("--md5", type=_ANY_PATH, help="Test the weight files first, by a list that md5sum wrote.")
 @click.option("--synthetic", is_flag=True, help="Random weights of a known shape (or a toml file), for benchmarks.")
 @click.option("--distinct-blocks", type=_POSITIVE, metavar="N", help="Synthetic: store only N layers.")
 @click.option("--seed", default=0, show_default=True, help="Of synthetic weights.")
+@click.option("--tokenizer", type=_ANY_PATH, help="A folder or tokenizer.json to take instead of SOURCE's tokenizer.")
 def convert(source: str, output: Path | None, **options: Any) -> None:
     """Convert SOURCE into a store that 'tiered generate' runs.
 
-    SOURCE is a Hugging Face folder, a hub id such as facebook/opt-6.7b, or a known name such as opt-125m. An
+    SOURCE is a Hugging Face folder, a hub id such as facebook/opt-6.7b, or a known name such as opt-125m. OPT may be in
+    metaseq's files (a folder, or one of its *.pt) or in FlexGen's too: 'tiered convert opt-175b --from PATH'. An
     interrupted conversion is resumed by the same command.
 
-    A SOURCE that is a store of an earlier format version is upgraded in place; its weights stay the same.
+    A SOURCE that is a store of an earlier format version is upgraded in place; its weights stay the same. With
+    --tokenizer a store of any version gets another tokenizer, or its first.
     """
     if sys.stderr.isatty():
         # Downloads may take hours: let the hub library, imported below, show its own bars, which `main` switches off.
@@ -184,6 +194,8 @@ def convert(source: str, output: Path | None, **options: Any) -> None:
 @_store
 @click.option("-p", "--prompt", "prompts", multiple=True, help="A prompt; repeat for a batch.")
 @_texts("A file that is one prompt")
+@click.option("--prompt-ids", multiple=True, metavar="IDS", help="A prompt as token ids: 2,100,524; like -p.")
+@_id_files("A file that is one prompt")
 @click.option("-n", "--max-new-tokens", default=128, show_default=True, type=_POSITIVE, help="Tokens to generate.")
 @click.option("--temperature", default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--top-k", default=0, show_default=True, help="Sample from the k likeliest tokens; 0: all.")
@@ -205,15 +217,23 @@ def convert(source: str, output: Path | None, **options: Any) -> None:
 @_measure
 @_json()
 @click.option("--trace", "trace_path", type=_FILE, help="Write a Perfetto trace.")
-def generate(prompts: Sequence[str], files: Sequence[Path], **options: Any) -> None:
+def generate(
+    prompts: Sequence[str],
+    files: Sequence[Path],
+    prompt_ids: Sequence[str],
+    id_files: Sequence[Path],
+    **options: Any,
+) -> None:
     """Generate text from STORE, the folder that 'tiered convert' wrote.
 
-    Prompts come from -p, -f, or standard input. The text goes to standard output, everything else to standard
-    error. One of several prompts that cannot be continued does not keep the others from it; the exit code is 1 then.
+    Prompts come from -p, -f, or standard input; or as token ids, which are taken as they are: nothing is put in front
+    of them. The text goes to standard output, everything else to standard error. A store without a tokenizer takes
+    token ids only, and gives them instead of a text. One of several prompts that cannot be continued does not keep
+    the others from it; the exit code is 1 then.
     """
     from tiered.cli.texts import read_prompts
 
-    texts = read_prompts(prompts, files, options["prompt_tokens"], options["sequences"])
+    texts = read_prompts(prompts, files, prompt_ids, id_files, options["prompt_tokens"], options["sequences"])
     with importing(is_command=True):
         from tiered.cli.generate import GenerateRequest, run
 
@@ -253,6 +273,7 @@ def batch(**options: Any) -> None:
 @cli.command(short_help="Score texts: perplexity and a log-probability per token.")
 @_store
 @_texts("A text")
+@_id_files("A text")
 @click.option("--context", type=_POSITIVE, help="Tokens in a window. [default: 2048, or what the model has]")
 @click.option(
     "--stride",
@@ -276,19 +297,20 @@ def batch(**options: Any) -> None:
 @_run("a score does not depend on what shares its pass")
 @_measure
 @_json()
-def score(files: Sequence[Path], **options: Any) -> None:
+def score(files: Sequence[Path], id_files: Sequence[Path], **options: Any) -> None:
     """Score texts with STORE: perplexity, nats per token, bits per byte.
 
     Texts come from -f or standard input, each scored on its own. A text is cut into windows of --context tokens, and
     each of its tokens is scored once, by what comes before it in its window. Every window begins with the token that
     the model's tokenizer puts in front of texts; where there is none, a text's first token has nothing before it and
-    is not counted. Bits per byte lets models with different tokenizers be compared. The table goes to standard output,
-    everything else to standard error. One of several texts that cannot be scored is named, and the others are scored;
-    the exit code is 1 then.
+    is not counted. Token ids are to begin with that token themselves; a store without a tokenizer takes nothing else.
+    Bits per byte lets models with different tokenizers be compared; token ids have none. The table goes to standard
+    output, everything else to standard error. One of several texts that cannot be scored is named, and the others are
+    scored; the exit code is 1 then.
     """
     from tiered.cli.texts import read_texts
 
-    texts = read_texts(files)
+    texts = read_texts(files, id_files)
     with importing(is_command=True):
         from tiered.cli.score import ScoreRequest, run
 

@@ -25,7 +25,7 @@ def run(source: str, output: Path | None, ram: str | None, group_size: str, **op
     try:
         with StatusLine() as status:
             # Opening what is on the hub shows the hub library's own bars. A name may be longer than any path.
-            if os.path.exists(source):  # noqa: PTH110
+            if settings.weights is not None or os.path.exists(source):  # noqa: PTH110
                 status.say("opening")
             result = convert_checkpoint(source, output, settings, _Screen(status).show)
     except KeyboardInterrupt:
@@ -36,8 +36,12 @@ def run(source: str, output: Path | None, ram: str | None, group_size: str, **op
 
 def summary(result: ConvertResult) -> str:
     """What a person wants to know of a finished conversion."""
-    if result.upgraded_from == VERSION:
+    where = shlex.quote(str(result.store))
+    if result.upgraded_from == VERSION and result.tokenizer is None:
         return f"{result.store}: is of format version {VERSION}, nothing to do"
+    following = f'next: tiered generate {where} -p "Once upon a time"'
+    if result.upgraded_from == VERSION:
+        return f"{result.store}: has the tokenizer of {result.tokenizer} now\n{following}"
     kind = "synthetic (random weights), " if result.synthetic else ""
     what = "" if result.upgraded_from is None else f"upgraded to format version {VERSION}, "
     lines = [
@@ -55,8 +59,11 @@ def summary(result: ConvertResult) -> str:
         )
     lines += [f"warning: {warning}" for warning in result.warnings]
     if not result.has_tokenizer:
-        lines.append(f"the source has no tokenizer: copy the model's tokenizer files into {result.store} to have text")
-    lines.append(f'next: tiered generate {shlex.quote(str(result.store))} -p "Once upon a time"')
+        lines.append(
+            f"no tokenizer: 'tiered convert {where} --tokenizer PATH' gives the store one; without, it takes token ids"
+        )
+        following = f"next: tiered generate {where} --prompt-ids 2,100,524"
+    lines.append(following)
     return "\n".join(lines)
 
 

@@ -14,11 +14,12 @@ from tiered.cli.measuring import measured
 from tiered.cli.progress import PassProgress
 from tiered.cli.run_request import RunRequest, check_writable
 from tiered.cli.screen import StatusLine, TextWriter
+from tiered.cli.texts import TokenIds
 from tiered.errors import ConfigError, TieredError, contained
 from tiered.generate import Report, Sampler, SamplingParams, Sequence, generate, make_report
-from tiered.generate.prompt import Prompts
+from tiered.generate.prompt import NO_TOKENIZER, Prompts
 from tiered.generate.template import TemplateRefused
-from tiered.generate.tokenizer import SAMPLING, load_generation_settings, load_tokenizer
+from tiered.generate.tokenizer import SAMPLING, load_generation_settings, load_tokenizer_if_any
 from tiered.plan import MAX_BATCHED_TOKENS, Workload
 from tiered.runtime import Options, Runtime
 from tiered.store import Store
@@ -38,7 +39,7 @@ _INSTEAD_OF: Final = {
 class GenerateRequest(RunRequest):
     """The options of the command, as they were given."""
 
-    prompts: tuple[str, ...]
+    prompts: tuple[str | TokenIds, ...]
     max_new_tokens: int
     temperature: float
     top_k: int
@@ -71,7 +72,9 @@ def run(request: GenerateRequest) -> None:
     store = Store.open(request.store)
     # Before the tokenizer, which reads config.json too and would be blamed for an error in it.
     config = load_config(store.path)
-    tokenizer = load_tokenizer(store)
+    tokenizer = load_tokenizer_if_any(store)
+    if tokenizer is None and request.stops:
+        raise ConfigError(f"--stop: looks for a text; drop it: {NO_TOKENIZER}")
     sequences = _sequences(request, sampling, store, config, tokenizer)
     able = [sequence for sequence in sequences if sequence.error is None]
     if not able and len(sequences) == 1:
@@ -91,6 +94,8 @@ def _check(request: GenerateRequest) -> None:
         raise ConfigError("--top-k, --top-p and --min-p choose what to sample from: add --temperature, such as 0.7")
     if "" in request.stops:
         raise ConfigError("--stop: expected some text, found none")
+    if request.chat and not all(isinstance(prompt, str) for prompt in request.prompts):
+        raise ConfigError("--chat: puts texts into a template, token ids stay as they are; drop --chat or pass texts")
     if request.trace_path is not None:
         check_writable("--trace", request.trace_path)
 
@@ -100,7 +105,7 @@ def _sequences(
     sampling: SamplingParams,
     store: Store,
     config: PretrainedConfig,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
 ) -> list[Sequence]:
     """A sequence for each prompt; those of prompts that cannot be continued have failed."""
     settings = load_generation_settings(store, tokenizer)
@@ -139,20 +144,27 @@ def _run(
 
 
 def _result(
-    request: GenerateRequest, sequences: list[Sequence], tokenizer: PreTrainedTokenizerBase, report: Report | None
+    request: GenerateRequest,
+    sequences: list[Sequence],
+    tokenizer: PreTrainedTokenizerBase | None,
+    report: Report | None,
 ) -> dict[str, Any]:
-    """What `--json` prints; without a report where nothing could be computed."""
+    """What `--json` prints; without a report where nothing could be computed. Prompts are as they were given."""
+    prompts: list[Any] = [prompt if isinstance(prompt, str) else list(prompt) for prompt in request.prompts]
+    if not prompts:
+        ids = [sequence.prompt_ids for sequence in sequences]
+        prompts = list(ids) if tokenizer is None else [str(tokenizer.decode(found)) for found in ids]
     return {
-        "prompts": list(request.prompts) or [str(tokenizer.decode(sequence.prompt_ids)) for sequence in sequences],
-        "completions": list(map(_completion, sequences)),
+        "prompts": prompts,
+        "completions": [_completion(sequence, tokenizer is not None) for sequence in sequences],
         "report": None if report is None else report.to_json(),
     }
 
 
-def _completion(sequence: Sequence) -> dict[str, Any]:
+def _completion(sequence: Sequence, has_text: bool) -> dict[str, Any]:
     """What `--json` says of one prompt."""
     return {
-        "text": sequence.text,
+        "text": sequence.text if has_text else None,
         "token_ids": sequence.token_ids,
         "finish_reason": sequence.finish_reason,
         "error": None if sequence.error is None else str(sequence.error),
@@ -196,17 +208,19 @@ def _generate(request: GenerateRequest, runtime: Runtime, sequences: list[Sequen
 
 
 def _encode(
-    request: GenerateRequest, store: Store, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
+    request: GenerateRequest, store: Store, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None
 ) -> list[list[int] | TieredError]:
     """For every prompt its token ids, at least one, or the error that says why it cannot be continued."""
     if request.prompt_tokens is not None:
         _check_context(config, request.prompt_tokens + request.max_new_tokens)
         generator = torch.Generator().manual_seed(request.seed)
-        vocab = min(len(tokenizer), store.vocab_size)
+        vocab = store.vocab_size if tokenizer is None else min(len(tokenizer), store.vocab_size)
         shape = (request.sequences, request.prompt_tokens)
         ids: list[list[int] | TieredError] = torch.randint(0, vocab, shape, generator=generator).tolist()
         return ids
-    if request.chat and tokenizer.chat_template is None:
+    if request.chat and tokenizer is None:
+        raise ConfigError(f"--chat: {NO_TOKENIZER}")
+    if request.chat and tokenizer is not None and tokenizer.chat_template is None:
         raise ConfigError("--chat: this model's tokenizer has no chat template; drop --chat to continue plain text")
     limit = most_positions(config)
     room = None if limit is None else max(0, limit - request.max_new_tokens)
@@ -215,7 +229,10 @@ def _encode(
         for prompt in request.prompts:
             # Tokenizers may panic, and templates may raise anything.
             with contained(encoded.append):
-                found = _apply_chat(store, prompts, prompt) if request.chat else prompts.encode(prompt)
+                if not isinstance(prompt, str):
+                    found = prompts.take(prompt)
+                else:
+                    found = _apply_chat(store, prompts, prompt) if request.chat else prompts.encode(prompt)
                 _check_context(config, len(found) + request.max_new_tokens)
                 encoded.append(found)
     return encoded

@@ -1,12 +1,13 @@
 """`tiered score`, step by step: texts, windows, plan, passes; a table of scores, and a report."""
 
 from collections.abc import Iterator
-from collections.abc import Sequence as Items
 from dataclasses import dataclass
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
@@ -25,11 +26,12 @@ from tiered.cli.score_output import (
     together,
 )
 from tiered.cli.screen import StatusLine
+from tiered.cli.texts import TokenIds
 from tiered.errors import ConfigError, ModelError, TieredError, contained
 from tiered.generate import ScoreReport, make_score_report
-from tiered.generate.prompt import check_vocabulary
+from tiered.generate.prompt import NO_TOKENIZER, check_ids, check_vocabulary
 from tiered.generate.score import Window, count_windows, cut_windows, score
-from tiered.generate.tokenizer import load_tokenizer
+from tiered.generate.tokenizer import load_generation_config, load_tokenizer_if_any
 from tiered.plan import Workload
 from tiered.runtime import Runtime
 from tiered.store import Store
@@ -39,8 +41,8 @@ from tiered.store import Store
 class ScoreRequest(RunRequest):
     """The options of the command, as they were given."""
 
-    texts: tuple[tuple[str, str], ...]
-    """Pairs of a name, for messages, and a text."""
+    texts: tuple[tuple[str, str | TokenIds], ...]
+    """Pairs of a name, for messages, and a text, in words or in token ids."""
     context: int | None
     stride: int | None
     windows_per_pass: int | None
@@ -52,19 +54,17 @@ class _Cut:
     """How texts are cut into windows."""
 
     texts: tuple[Text, ...]
-    begin_ids: tuple[int, ...]
     context: int
     stride: int
 
     @property
     def count(self) -> int:
-        lengths = [len(text.ids) for text in self.texts]
-        return sum(count_windows(n, self.context, self.stride, len(self.begin_ids)) for n in lengths)
+        return sum(count_windows(len(t.ids), self.context, self.stride, len(t.begin_ids)) for t in self.texts)
 
     @property
     def longest(self) -> int:
         """Tokens of the longest window: texts may be shorter than the context."""
-        return min(self.context, len(self.begin_ids) + max(len(text.ids) for text in self.texts))
+        return min(self.context, max(len(text.begin_ids) + len(text.ids) for text in self.texts))
 
     def workload(self, per_pass: int | None) -> Workload:
         """The workload of all windows; `per_pass`: how many share a pass, None: the plan chooses."""
@@ -80,7 +80,7 @@ class _Cut:
 
     def windows(self) -> Iterator[Window]:
         for number, text in enumerate(self.texts):
-            for window in cut_windows(text.ids, self.context, self.stride, self.begin_ids, number):
+            for window in cut_windows(text.ids, self.context, self.stride, text.begin_ids, number):
                 if text.error is not None:
                     break
                 yield window
@@ -96,13 +96,13 @@ def run(request: ScoreRequest) -> None:
     # Before the tokenizer, which reads config.json too and would be blamed for an error in it.
     config = load_config(store.path)
     context, stride = _sizes(request, config)
-    tokenizer = load_tokenizer(store)
-    begin_ids = _begin_ids(tokenizer)
-    texts = tuple(_encode(name, text, store, tokenizer, begin_ids) for name, text in request.texts)
+    tokenizer = load_tokenizer_if_any(store)
+    encoder = _Encoder(store, tokenizer)
+    texts = tuple(starmap(encoder.encode, request.texts))
     per_pass: int | None = None
     report: ScoreReport | None = None
     if not _has_none(texts):
-        cut = _Cut(texts, begin_ids, context, stride)
+        cut = _Cut(texts, context, stride)
         with Runtime(store, cut.workload(request.windows_per_pass), options) as runtime:
             per_pass = request.windows_per_pass or runtime.plan.batch_size
             report = _score(request, runtime, cut, per_pass, tokenizer)
@@ -159,31 +159,53 @@ def _begin_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     return tuple(whole[: places[0]]) if places else ()
 
 
-def _encode(name: str, text: str, store: Store, tokenizer: PreTrainedTokenizerBase, begin_ids: Items[int]) -> Text:
-    """`text` with its tokens, at least one of which can be scored; or without, and with the error that says why."""
-    nbytes = len(text.encode("utf-8"))
-    found = Text(name, torch.empty(0, dtype=torch.int32), nbytes)
-    with contained(found.fail):
-        found.ids = _ids(name, text, store, tokenizer, begin_ids)
-    return found
+class _Encoder:
+    """Makes the texts of a store: their tokens, and what begins each of their windows."""
 
+    def __init__(self, store: Store, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        self._tokenizer, self._vocab_size = tokenizer, store.vocab_size
+        self._begin_ids = () if tokenizer is None else _begin_ids(tokenizer)
+        begin = load_generation_config(store).bos_token_id
+        self._begin_id = begin if type(begin) is int else None
 
-def _ids(name: str, text: str, store: Store, tokenizer: PreTrainedTokenizerBase, begin_ids: Items[int]) -> torch.Tensor:
-    if not text:
-        raise ConfigError(f"{name}: is empty; pass some text to score")
-    found = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-    ids = torch.tensor(found, dtype=torch.int32)
-    if len(ids) < (1 if begin_ids else 2):
-        raise ConfigError(f"{name}: is {len(ids)} tokens long, with nothing before them to score them by; pass more")
-    try:
-        check_vocabulary(tokenizer, store.vocab_size, max(*begin_ids, int(ids.max()), 0))
-    except ConfigError as error:
-        raise ConfigError(f"{name}: {error}") from None
-    return ids
+    def encode(self, name: str, given: str | TokenIds) -> Text:
+        """`given` with its tokens, at least one of which can be scored; or without, and with the error that says
+        why."""
+        nbytes = len(given.encode("utf-8")) if isinstance(given, str) else None
+        found = Text(name, torch.empty(0, dtype=torch.int32), nbytes)
+        with contained(found.fail):
+            try:
+                ids, found.begin_ids = self._of_text(given) if isinstance(given, str) else self._of_ids(given)
+            except ConfigError as error:
+                raise ConfigError(f"{name}: {error}") from None
+            if len(ids) < (1 if found.begin_ids else 2):
+                raise ConfigError(
+                    f"{name}: is {len(ids)} tokens long, with nothing before them to score them by; pass more"
+                )
+            found.ids = ids.to(torch.int32)
+        return found
+
+    def _of_text(self, text: str) -> tuple[torch.Tensor, tuple[int, ...]]:
+        if not text:
+            raise ConfigError("is empty; pass some text to score")
+        if self._tokenizer is None:
+            raise ConfigError(NO_TOKENIZER)
+        found = self._tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        ids = torch.tensor(found["input_ids"], dtype=torch.int32)
+        if len(ids):
+            check_vocabulary(self._tokenizer, self._vocab_size, max(*self._begin_ids, int(ids.max()), 0))
+        return ids, self._begin_ids
+
+    def _of_ids(self, given: TokenIds) -> tuple[torch.Tensor, tuple[int, ...]]:
+        """Ids as they are. Where they begin with the model's token for it, that begins each window, as with a text."""
+        ids = torch.from_numpy(np.asarray(given, dtype=np.int64))
+        check_ids(ids[(ids < 0) | (ids >= self._vocab_size)][:1].tolist(), self._vocab_size)
+        begins = int(ids[0]) == self._begin_id
+        return (ids[1:], (int(ids[0]),)) if begins else (ids, ())
 
 
 def _score(
-    request: ScoreRequest, runtime: Runtime, cut: _Cut, per_pass: int, tokenizer: PreTrainedTokenizerBase
+    request: ScoreRequest, runtime: Runtime, cut: _Cut, per_pass: int, tokenizer: PreTrainedTokenizerBase | None
 ) -> ScoreReport | None:
     """Measure the disk, score, measure again. Adds to the texts' tallies; no report where no pass was computed."""
     with (

@@ -23,11 +23,13 @@ class Text:
 
     name: str
     ids: torch.Tensor  # [tokens], int32
-    nbytes: int
-    """Bytes of the text in UTF-8."""
+    nbytes: int | None
+    """Bytes of the text in UTF-8; None where token ids were given."""
     tally: Tally = field(default_factory=Tally)
     error: TieredError | None = None
     """Why it has no score; None if it has one."""
+    begin_ids: tuple[int, ...] = ()
+    """What begins every window of it, and is not scored."""
 
     def fail(self, error: TieredError) -> None:
         """Drop the score because of `error`, and keep the first error: a part's score would not be that of the text."""
@@ -38,12 +40,12 @@ class Text:
         return {"file": self.name, **score_json(self.tally, self.nbytes), "error": error}
 
 
-def score_json(tally: Tally, nbytes: int) -> dict[str, Any]:
-    """The scores of `nbytes` of text; None for what is infinite, which JSON cannot say."""
+def score_json(tally: Tally, nbytes: int | None) -> dict[str, Any]:
+    """The scores of `nbytes` of text; None for what is infinite, which JSON cannot say, and for bytes of token ids."""
     scores = {
         "nats_per_token": tally.nats_per_token,
         "perplexity": tally.perplexity,
-        "bits_per_byte": tally.bits_per_byte(nbytes),
+        "bits_per_byte": tally.bits_per_byte(nbytes or 0),
     }
     finite = {name: value if math.isfinite(value) else None for name, value in scores.items()}
     return {"bytes": nbytes, "tokens": tally.tokens, **finite}
@@ -60,9 +62,10 @@ def perplexity_so_far(texts: Items[Text]) -> float | None:
     return total.perplexity if total.tokens else None
 
 
-def scored_nbytes(texts: Items[Text]) -> int:
-    """Bytes of the texts that `together` is about."""
-    return sum(text.nbytes for text in texts if text.error is None)
+def scored_nbytes(texts: Items[Text]) -> int | None:
+    """Bytes of the texts that `together` is about; None where one of them was given as token ids."""
+    found = [text.nbytes for text in texts if text.error is None]
+    return None if None in found else sum(nbytes for nbytes in found if nbytes is not None)
 
 
 def table(texts: Items[Text]) -> list[str]:
@@ -75,9 +78,10 @@ def table(texts: Items[Text]) -> list[str]:
     return columns(rows, "<>>>>")
 
 
-def _row(name: str, tally: Tally, nbytes: int) -> tuple[str, ...]:
+def _row(name: str, tally: Tally, nbytes: int | None) -> tuple[str, ...]:
     perplexity = f"{tally.perplexity:.3f}" if tally.perplexity < 1e7 else f"{tally.perplexity:.3e}"
-    return name, str(tally.tokens), f"{tally.nats_per_token:.4f}", perplexity, f"{tally.bits_per_byte(nbytes):.4f}"
+    bits = "-" if nbytes is None else f"{tally.bits_per_byte(nbytes):.4f}"
+    return name, str(tally.tokens), f"{tally.nats_per_token:.4f}", perplexity, bits
 
 
 class TokenTextReader:
@@ -128,11 +132,12 @@ class _Verbatim:
 
 
 class PerTokenFile:
-    """Writes one JSON line per scored token, as they come. A context manager; without a path it writes nothing."""
+    """Writes one JSON line per scored token, as they come. A context manager; without a path it writes nothing, without
+    a tokenizer no texts."""
 
-    def __init__(self, path: Path | None, texts: Items[Text], tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, path: Path | None, texts: Items[Text], tokenizer: PreTrainedTokenizerBase | None) -> None:
         self._path, self._texts = path, texts
-        self._token_texts = [TokenTextReader(tokenizer, text.ids) for text in texts]
+        self._token_texts = None if tokenizer is None else [TokenTextReader(tokenizer, text.ids) for text in texts]
         self._file = None if path is None else path.open("w", encoding="utf-8")
 
     def __enter__(self) -> Self:
@@ -147,7 +152,9 @@ class PerTokenFile:
         if self._file is None:
             return
         name, stop = self._texts[window.text].name, window.position + len(window.targets)
-        texts = self._token_texts[window.text].take(window.position, stop)
+        texts: Items[str | None] = [None] * len(window.targets)
+        if self._token_texts is not None:
+            texts = self._token_texts[window.text].take(window.position, stop)
         scored = zip(window.targets, texts, logprobs.tolist(), strict=True)
         lines = []
         for position, (token, text, logprob) in enumerate(scored, window.position):

@@ -1,9 +1,8 @@
-"""A Hugging Face checkpoint as a source of weights: names mapped, shapes checked, tensors read in row panels."""
+"""A checkpoint as a source of weights: names mapped, shapes checked, tensors read in row panels."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
@@ -16,11 +15,10 @@ from tiered.convert.index import NameMap, Require, WeightIndex
 from tiered.convert.place import WeightFiles
 from tiered.convert.quantized import PLAIN, method_of_type, refuse_quantized
 from tiered.convert.source import Fetching, Packed, StoredTensor, tensor_bytes
+from tiered.convert.tokenizer import files_beside
 from tiered.convert.workers import Quantizers, one_torch_thread
 from tiered.errors import CheckpointError
-from tiered.files import read_whole
 from tiered.quant import folded
-from tiered.store.beside import COPIED
 
 _PIECE_NUMEL: Final = 1 << 20
 _GREATEST: Final = torch.finfo(torch.bfloat16).max
@@ -64,7 +62,7 @@ class Checkpoint:
         require(self._working_nbytes())
 
     def extra_files(self) -> Mapping[str, Callable[[], bytes]]:
-        return {name: partial(self._read_small, name) for name in COPIED if name in self._files.names}
+        return files_beside(self._files.name, self._files.names, self._files.read)
 
     def room_nbytes(self, blocks: Sequence[BlockRecipe]) -> Mapping[Path, int]:
         return self._files.room_nbytes(self._files_of(blocks))
@@ -238,9 +236,6 @@ class Checkpoint:
                 f"{self._files.name}: config.json ties the output projection to the embedding, but {head} differs from "
                 f"{embedding}; set tie_word_embeddings to false in config.json if the projection is meant to be used"
             )
-
-    def _read_small(self, name: str) -> bytes:
-        return read_whole(self._files.path(name), CheckpointError)
 
     def _fingerprint(self) -> str:
         """A digest of the weight files, of which file holds each tensor, and of the files that are copied."""

@@ -29,6 +29,7 @@ from tiered.convert.folder import (
 from tiered.convert.recipe import ConvertOptions, StoreRecipe
 from tiered.convert.room import check_space, on_same_disk, os_errors_named
 from tiered.convert.source import WeightSource
+from tiered.convert.tokenizer import BesideFiles, GivenTokenizer
 from tiered.errors import ConfigError
 from tiered.store import FileInfo, atomic_write
 from tiered.store.beside import VOCABULARIES
@@ -76,7 +77,9 @@ class ConvertResult:
     upgraded_from: int | None = None
     """The format version of a store that was upgraded; that of today where it was one already. None: converted."""
     has_tokenizer: bool = True
-    """Whether the source had a tokenizer to copy: a store without one takes and gives token ids only."""
+    """Whether the store has a tokenizer: one without takes and gives token ids only."""
+    tokenizer: Path | None = None
+    """Where the tokenizer is from that the store got instead of the source's."""
 
     @property
     def bits_per_weight(self) -> float:
@@ -86,8 +89,15 @@ class ConvertResult:
 class Conversion:
     """One conversion into one output folder. It is also the `Ledger` that downloads are entered in."""
 
-    def __init__(self, folder: Path, options: ConvertOptions, report: ProgressFunction | None) -> None:
-        self._folder, self._options, self._report = folder, options, report
+    def __init__(
+        self,
+        folder: Path,
+        options: ConvertOptions,
+        report: ProgressFunction | None,
+        tokenizer: GivenTokenizer | None = None,
+    ) -> None:
+        """`tokenizer`: what the store has instead of the source's."""
+        self._folder, self._options, self._report, self._tokenizer = folder, options, report, tokenizer
         self._progress = self._usable()
         self._infos: dict[str, FileInfo] = {}
         self._done_nbytes = self._total_nbytes = self._skipped_nbytes = 0
@@ -123,7 +133,8 @@ class Conversion:
             unquantized=recipe.unquantized,
             warnings=source.warnings,
             synthetic=recipe.synthetic,
-            has_tokenizer=not source.extra_files().keys().isdisjoint(VOCABULARIES),
+            tokenizer=None if self._tokenizer is None else self._tokenizer.path,
+            has_tokenizer=not self._beside(source).keys().isdisjoint(VOCABULARIES),
         )
 
     def _begin(self, source: WeightSource, recipe: StoreRecipe) -> None:
@@ -172,14 +183,19 @@ class Conversion:
                 check_space(place, nbytes)
         check_space(self._folder, needed, reclaimed)
 
+    def _beside(self, source: WeightSource) -> BesideFiles:
+        """What lies beside the blocks."""
+        found = source.extra_files()
+        return found if self._tokenizer is None else self._tokenizer.in_place_of(found)
+
     def _beside_nbytes(self, source: WeightSource, mine: bool) -> int:
         """Bytes that the files beside the blocks take in addition: those that exist are replaced one at a time."""
-        nbytes = {name: len(read()) for name, read in source.extra_files().items()}
+        nbytes = {name: len(read()) for name, read in self._beside(source).items()}
         there = {name for name in nbytes if mine and (self._folder / name).is_file()}
         return sum(nbytes[name] for name in nbytes.keys() - there) + max(nbytes.values(), default=0)
 
     def _convert(self, source: WeightSource, recipe: StoreRecipe) -> None:
-        for name, read in source.extra_files().items():
+        for name, read in self._beside(source).items():
             atomic_write(self._folder / name, read())
         rest = [block for block in recipe.files if block.path not in self._infos]
         with source.opened(rest, self._fetching) as blocks:
@@ -227,4 +243,6 @@ class Conversion:
 
     def _usable(self) -> ProgressFile:
         settings = self._options.settings()
+        if self._tokenizer is not None:
+            settings["tokenizer"] = self._tokenizer.digest
         return check_usable(self._folder, settings, self._options.force) or ProgressFile(settings)

@@ -9,6 +9,7 @@ foreign            anything else: never touched, not even with --force
 import fcntl
 import json
 import os
+import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -131,6 +132,9 @@ def check_usable(folder: Path, settings: Mapping[str, Any], force: bool) -> Prog
             f"holds a conversion with other settings ({_difference(progress.settings, settings)}); "
             "repeat those to resume it, start over with --force, or choose another folder with -o"
         )
+    if reason is not None and "tokenizer" in settings:
+        # Nobody is to convert for hours again for the sake of a small file.
+        reason += f"; a finished store gets a tokenizer by 'tiered convert {shlex.quote(str(folder))} --tokenizer PATH'"
     return progress if reason is None else _start_over(folder, progress, settings, reason, force)
 
 

@@ -65,6 +65,11 @@ class WeightIndex:
     """Checkpoint name -> file."""
 
 
+def has_weights(files: WeightFiles) -> bool:
+    """Whether some of `files` are in one of the formats that are read here."""
+    return any(pattern.fullmatch(name) for _, pattern, _ in _FORMATS for name in files.names)
+
+
 def find_weights(files: WeightFiles, named: object, require: Require) -> WeightIndex:
     """Find the weights among `files`: what config.json names (`named`; None where it names nothing), else the first
     that exists of model.safetensors, its index, pytorch_model.bin, its index.

@@ -8,28 +8,31 @@ from pathlib import Path
 from typing import Final
 
 import torch
+from transformers import PretrainedConfig
 
-from tiered.arch import build_skeleton, load_config
+from tiered.arch import build_skeleton, load_config, text_config
 from tiered.configs_path import config_dir
 from tiered.convert.checkpoint import Checkpoint
-from tiered.convert.index import WeightIndex, find_weights, map_names
-from tiered.convert.place import Folder, HubId, Ledger, WeightFiles
+from tiered.convert.checksums import check_md5
+from tiered.convert.index import WeightIndex, find_weights, has_weights, map_names
+from tiered.convert.opt import check_shape, opt_config, opt_files, read_opt
+from tiered.convert.place import Folder, HubId, Ledger, LocalFiles, WeightFiles
 from tiered.convert.quantized import configured_method, method_of_float, refuse_quantized
 from tiered.convert.recipe import ConvertOptions, StoreRecipe, make_recipe
 from tiered.convert.room import RamCheck
 from tiered.convert.source import WeightSource
 from tiered.convert.synthetic import ShapeFile, Synthetic, shape_config
+from tiered.convert.tokenizer import GivenTokenizer
 from tiered.errors import CheckpointError, ConfigError
-from tiered.files import read_whole
 from tiered.store.beside import check_packages
 
 _HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 _OPT_175B: Final = (
     "opt-175b: its weights are on no hub. Meta gives them out on request (facebookresearch/metaseq, projects/OPT), as "
-    "992 metaseq shards; reshard them and convert them to a Hugging Face folder (config.json, tokenizer files, "
-    "model*.safetensors or pytorch_model*.bin) with metaseq's and transformers' own scripts, then pass that folder: "
-    "'tiered convert PATH/TO/FOLDER'. For benchmarks at this size without the weights: "
+    "992 metaseq shards. Pass the folder that has them, in whatever form: 'tiered convert opt-175b --from PATH', with "
+    "checkpoint_last-model_part-*-shard*.pt, reshard-model_part-*.pt, a single reshard.pt or restored.pt, the files of "
+    "FlexGen's opt-175b-np, or a Hugging Face checkpoint. For benchmarks at this size without the weights: "
     "'tiered convert opt-175b --synthetic'"
 )
 
@@ -37,10 +40,8 @@ _OPT_175B: Final = (
 def resolve_checkpoint(source: str | Path) -> Folder | HubId:
     """Where the checkpoint called `source` is. A folder comes first, then a known name, then a hub id."""
     path = Path(source).expanduser()
-    if path.is_dir():
-        return Folder(path)
     if path.exists():
-        raise ConfigError(f"{source}: a file; expected a Hugging Face model folder, a hub id or a known name")
+        return resolve_folder(path)
     text = str(source)
     known = _known(text)
     if known is not None:
@@ -55,6 +56,18 @@ def resolve_checkpoint(source: str | Path) -> Folder | HubId:
     raise ConfigError(f"{text}: no such folder, no hub id (owner/name) and no known name; known are {_known_names()}")
 
 
+def resolve_folder(path: Path) -> Folder:
+    """The checkpoint in the folder `path`, or the one that the file `path` of metaseq's belongs to."""
+    path = path.expanduser()
+    if path.is_dir():
+        return Folder(path)
+    if path.suffix == ".pt" and path.exists():
+        return Folder(path.parent, path.name)
+    if path.exists():
+        raise ConfigError(f"{path}: a file; expected a model folder, a .pt file of metaseq's, a hub id or a known name")
+    raise ConfigError(f"{path}: no such folder; pass the one that holds the weights")
+
+
 def resolve_shape(source: str | Path) -> ShapeFile:
     """The shape called `source`, or in the toml file `source`."""
     path = Path(source).expanduser()
@@ -63,33 +76,87 @@ def resolve_shape(source: str | Path) -> ShapeFile:
     known = _known(str(source))
     if known is not None:
         return ShapeFile.read(known)
-    raise ConfigError(f"{source}: --synthetic expects a known shape or a toml file of one; known are {_known_names()}")
+    raise ConfigError(
+        f"{source}: --synthetic and --from expect a known shape or a toml file of one; known are {_known_names()}"
+    )
 
 
-def open_checkpoint(place: Folder | HubId, options: ConvertOptions, ledger: Ledger) -> tuple[WeightSource, StoreRecipe]:
-    """The checkpoint at `place`; downloads of weights are entered in `ledger` before they begin.
+def open_checkpoint(
+    place: Folder | HubId,
+    options: ConvertOptions,
+    ledger: Ledger,
+    tokenizer: GivenTokenizer | None = None,
+    shape: ShapeFile | None = None,
+) -> tuple[WeightSource, StoreRecipe]:
+    """The checkpoint at `place`; downloads of weights are entered in `ledger` before they begin. With a `shape`, its
+    model must be of that shape.
+
+    Raises ConfigError where `tokenizer`, which the store is to have instead of the checkpoint's, does not fit the
+    model.
 
     Raises BudgetError, before anything large is read, where reading takes more than `options.ram_bytes`. That includes
     weight files that have to be read whole to know which tensors they hold.
     """
     files = place.open(options, ledger)
-    config = load_config(files.config_folder())
-    check_packages(files.name, files.names, lambda name: read_whole(files.path(name), CheckpointError))
+    index, config = _find_opt(place, files, shape) or (None, load_config(files.config_folder()))
+    if shape is not None:
+        check_shape(files.name, shape, config.to_dict())
+    if tokenizer is None:
+        check_packages(files.name, files.names, files.read)
     _refuse_adapter(files)
     refuse_quantized(files.name, configured_method(config))
     claimed = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     skeleton = build_skeleton(config)
+    if tokenizer is not None:
+        tokenizer.check(files.read("config.json"), skeleton.embedding.num_embeddings)
     recipe = make_recipe(skeleton, options)
     ram = RamCheck(options, recipe.files)
-    index = find_weights(files, getattr(config, "transformers_weights", None), ram.require)
+    index = index or find_weights(files, getattr(config, "transformers_weights", None), ram.require)
+    if options.md5 is not None:
+        check_md5(options.md5, {name: files.path(name) for name in index.files})
     refuse_quantized(files.name, _method_of_types(files, index))
     names = map_names(skeleton, index.file_of)
     return Checkpoint(files, index, names, recipe.files, claimed, options.clip, ram.require), recipe
 
 
-def open_shape(shape: ShapeFile, options: ConvertOptions) -> tuple[WeightSource, StoreRecipe]:
-    """Random weights of `shape`; raises BudgetError where making them takes more than `options.ram_bytes`."""
-    skeleton = build_skeleton(shape_config(shape))
+def _find_opt(
+    place: Folder | HubId, files: WeightFiles, shape: ShapeFile | None
+) -> tuple[WeightIndex, PretrainedConfig] | None:
+    """The weights and the configuration of an OPT model in another form than Hugging Face's; None where it is in that.
+
+    Files that Hugging Face's checkpoint has besides its weights are made, unless they are there.
+    """
+    if not isinstance(files, LocalFiles) or not isinstance(place, Folder) or not (place.only or not has_weights(files)):
+        return None
+    opt = read_opt(files, place.only)
+    if opt is None and shape is not None and "config.json" not in files.names:
+        raise CheckpointError(
+            f"{place.path}: holds no weights; expected checkpoint_last-model_part-*-shard*.pt, "
+            "reshard-model_part-*.pt, a single .pt file of metaseq's, FlexGen's numpy files "
+            "(decoder.embed_tokens.weight, ...), or a Hugging Face checkpoint with its config.json"
+        )
+    if opt is None:
+        return None
+    if "config.json" in files.names:
+        return opt.index, load_config(files.config_folder())
+    values = opt_config(files.name, opt, shape)
+    for name, content in opt_files(values).items():
+        if name not in files.names:
+            files.make(name, content)
+    config = text_config(values)
+    config.name_or_path = str(place.path)
+    return opt.index, config
+
+
+def open_shape(
+    shape: ShapeFile, options: ConvertOptions, tokenizer: GivenTokenizer | None = None
+) -> tuple[WeightSource, StoreRecipe]:
+    """Random weights of `shape`; raises BudgetError where making them takes more than `options.ram_bytes`, and
+    ConfigError where `tokenizer`, which the store is to have, does not fit the model."""
+    config = shape_config(shape)
+    skeleton = build_skeleton(config)
+    if tokenizer is not None:
+        tokenizer.check(config.to_json_string().encode(), skeleton.embedding.num_embeddings)
     recipe = make_recipe(skeleton, options)
     ram = RamCheck(options, recipe.files)
     source = Synthetic(shape, skeleton, options)

@@ -19,7 +19,7 @@ from huggingface_hub import errors
 from tiered.convert.folder import state_of
 from tiered.convert.recipe import ConvertOptions
 from tiered.errors import CheckpointError, ConfigError, ReadError
-from tiered.files import check_regular, reading
+from tiered.files import check_regular, read_whole, reading
 
 _SAMPLES: Final = 64
 _SAMPLE_NBYTES: Final = 4096
@@ -68,6 +68,9 @@ class WeightFiles(Protocol):
     def path(self, name: str) -> Path:
         """Where the file is, after fetching it where needed."""
 
+    def read(self, name: str) -> bytes:
+        """The contents of a small file."""
+
     def room_nbytes(self, names: Iterable[str]) -> Mapping[Path, int]:
         """Bytes of disk that fetching the missing ones of `names` takes, by the folder they are fetched to."""
 
@@ -80,9 +83,11 @@ class WeightFiles(Protocol):
 
 @dataclass(frozen=True)
 class Folder:
-    """A local Hugging Face folder."""
+    """A local folder with a checkpoint."""
 
     path: Path
+    only: str | None = None
+    """A file of the checkpoint that is meant, where there may be several."""
 
     @property
     def name(self) -> str:
@@ -112,6 +117,10 @@ class HubId:
 
     def open(self, options: ConvertOptions, ledger: Ledger) -> WeightFiles:
         """The files of the revision that `options` ask for; downloads of weights are entered in `ledger` first."""
+        if options.md5 is not None:
+            raise ConfigError(
+                f"{self.repo_id}: a hub id; --md5 is for folders, the hub's files are tested as they come"
+            )
         return HubFiles(self.repo_id, options.revision, ledger, delete=options.delete_downloads)
 
 
@@ -128,6 +137,12 @@ class LocalFiles:
             found = [path for path in place.path.iterdir() if not path.is_dir() or _MODEL_FILE.fullmatch(path.name)]
         self.names = frozenset(path.name for path in found)
         self._found_good: set[str] = set()
+        self._made: dict[str, bytes] = {}
+
+    def make(self, name: str, content: bytes) -> None:
+        """Have a file that the folder lacks."""
+        self._made[name] = content
+        self.names |= {name}
 
     def config_folder(self) -> Path:
         if "config.json" in self.names:
@@ -146,6 +161,9 @@ class LocalFiles:
             _check_link(path)
             self._found_good.add(name)
         return path
+
+    def read(self, name: str) -> bytes:
+        return self._made[name] if name in self._made else read_whole(self.path(name), CheckpointError)
 
     def room_nbytes(self, names: Iterable[str]) -> Mapping[Path, int]:
         return {}
@@ -196,6 +214,9 @@ class HubFiles:
             self._ledger.enter_download(name)  # first: a kill while downloading must not forget it
         with _explained(self.name, self.revision):
             return Path(huggingface_hub.hf_hub_download(self.name, name, revision=self.revision))
+
+    def read(self, name: str) -> bytes:
+        return read_whole(self.path(name), CheckpointError)
 
     def room_nbytes(self, names: Iterable[str]) -> Mapping[Path, int]:
         sizes = sorted((self._sizes[name] or 1 for name in set(names) if not self.is_here(name)), reverse=True)

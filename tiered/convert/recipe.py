@@ -6,6 +6,7 @@ and the manifest that will list them. Decided before any weight is read.
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final, Literal
 
 from tiered.arch import BlockTensors, ParameterInfo, Skeleton, order_of_use
@@ -32,9 +33,12 @@ class ConvertOptions:
     force: bool = False  # replace what an earlier conversion left in the output folder
     revision: str | None = None  # of a hub repository: branch, tag or commit
     delete_downloads: bool = False  # remove each file this conversion downloaded once it is converted
+    weights: Path | None = None  # where they are, if what is converted is called by the name of its shape
+    md5: Path | None = None  # a list of the weight files' checksums, which are tested first
     synthetic: bool = False  # random weights of a known shape, no checkpoint
     distinct_blocks: int | None = None  # layer files of a synthetic store, repeated; None: one for each layer
     seed: int = 0  # of synthetic weights
+    tokenizer: Path | None = None  # a folder or tokenizer.json to take instead of the source's tokenizer
 
     def __post_init__(self) -> None:
         if self.quant not in _QUANTS:
@@ -46,8 +50,8 @@ class ConvertOptions:
             raise ConfigError(f"clip {self.clip!r}: expected mse or minmax")
         if not self.synthetic and self.distinct_blocks is not None:
             raise ConfigError("--distinct-blocks repeats random layers; it needs --synthetic")
-        if self.synthetic and (self.delete_downloads or self.revision is not None):
-            raise ConfigError("--synthetic reads no checkpoint; drop --revision and --delete-downloads")
+        if self.synthetic and (self.delete_downloads or self.revision or self.weights or self.md5):
+            raise ConfigError("--synthetic reads no checkpoint; drop --revision, --delete-downloads, --from and --md5")
         if self.distinct_blocks is not None and self.distinct_blocks < 1:
             raise ConfigError(f"--distinct-blocks {self.distinct_blocks}: expected at least 1")
 

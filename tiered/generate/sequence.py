@@ -7,7 +7,7 @@ import torch
 from tiered.errors import TieredError
 from tiered.generate.logprobs import Logprobs
 from tiered.generate.sampling import Sampler
-from tiered.generate.text import CompletionText
+from tiered.generate.text import CompletionText, IdText
 from tiered.generate.text import Decoder as Decoder
 
 
@@ -18,13 +18,16 @@ class Sequence:
         self,
         prompt_ids: list[int],
         sampler: Sampler,
-        decoder: Decoder,
+        decoder: Decoder | None,
         max_new_tokens: int,
         eos_ids: frozenset[int],
         stops: Items[str] = (),
         logprobs: int | None = None,
     ) -> None:
-        """`logprobs`: record the log-probability of each token, and of so many likeliest tokens; None: record none."""
+        """`decoder`: None where there is no tokenizer; the text is then that of the token ids.
+
+        `logprobs`: record the log-probability of each token, and of so many likeliest tokens; None: record none.
+        """
         self.prompt_ids = prompt_ids
         self.token_ids: list[int] = []
         self.finish_reason: str | None = None
@@ -36,7 +39,7 @@ class Sequence:
         """One entry per token; None if they were not asked for."""
         self._sampler = sampler
         self._eos_ids, self._stops = eos_ids, tuple(stops)
-        self._completion = CompletionText(decoder, prompt_ids)
+        self._completion = CompletionText(IdText()) if decoder is None else CompletionText(decoder, prompt_ids)
         self._shown = 0
         """How many characters of the text no later token can change or take back."""
 

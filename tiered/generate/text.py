@@ -26,6 +26,13 @@ class Decoder(Protocol):
     def decode(self, token_ids: list[int], skip_special_tokens: bool = ...) -> Any: ...
 
 
+class IdText:
+    """The text of a store without a tokenizer: token ids as options take them, such as 2,100,524."""
+
+    def decode(self, token_ids: list[int], skip_special_tokens: bool = False) -> str:
+        return ",".join(map(str, token_ids))
+
+
 class CompletionText:
     """decode(prompt + completion) without decode(prompt) at its beginning, while the completion grows.
 

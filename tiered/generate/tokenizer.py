@@ -1,13 +1,15 @@
 """Loads a store's tokenizer and generation configuration; errors name the file to blame."""
 
 import json
+import shlex
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from tiered.arch import read_tokenizer
 from tiered.errors import StoreError, shortened
 from tiered.files import MOST_JSON_NBYTES, read_whole
 from tiered.store import Store
@@ -61,26 +63,22 @@ SAMPLING: Final[dict[str, Any]] = {
 
 def load_tokenizer(store: Store) -> PreTrainedTokenizerBase:
     """The tokenizer that was copied into the store; raises StoreError where it is missing or damaged."""
+    found = load_tokenizer_if_any(store)
+    if found is None:
+        raise StoreError(f"{store.path}: has no tokenizer; {_remedy(store)} gives it the model's")
+    return found
+
+
+def load_tokenizer_if_any(store: Store) -> PreTrainedTokenizerBase | None:
+    """As `load_tokenizer`; None where the store has none, and so takes and gives token ids only."""
     check_beside(store.path)
     if not any((store.path / name).is_file() for name in VOCABULARIES):
-        raise StoreError(
-            f"{store.path}: has no tokenizer (none of {', '.join(VOCABULARIES)}); "
-            "copy the model's tokenizer files into the store"
-        )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(store.path, trust_remote_code=False, local_files_only=True)
-        # Some damage shows only when a tokenizer is used.
-        _ = str(tokenizer.decode(tokenizer("Once")["input_ids"])), len(tokenizer), tokenizer.eos_token_id
-    except BaseException as error:
-        # A tokenizer's own code may raise anything on a damaged file. A panic of a native one is no Exception, and its
-        # class cannot be imported: only its name tells.
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        raise StoreError(
-            f"{store.path}: its tokenizer cannot be used ({shortened(error)}); "
-            "copy the model's tokenizer files into the store"
-        ) from error
-    return tokenizer
+        return None
+    return read_tokenizer(store.path, str(store.path), StoreError, f"put the model's own there: {_remedy(store)}")
+
+
+def _remedy(store: Store) -> str:
+    return f"'tiered convert {shlex.quote(str(store.path))} --tokenizer PATH'"
 
 
 def load_generation_config(store: Store) -> GenerationConfig:
@@ -121,14 +119,16 @@ class GenerationSettings:
         )
 
 
-def load_generation_settings(store: Store, tokenizer: PreTrainedTokenizerBase) -> GenerationSettings:
+def load_generation_settings(store: Store, tokenizer: PreTrainedTokenizerBase | None) -> GenerationSettings:
     """The store's settings. Where none of its files names an end token, the tokenizer's counts.
+
+    Without a tokenizer there is no text to find stop strings in: they are among the others.
 
     Raises StoreError, naming file and field, for end tokens that are no integers and stop strings that are no texts.
     """
     config, path = load_generation_config(store), _generation_file(store)
     ids, stops = config.eos_token_id, config.stop_strings
-    if ids is None:
+    if ids is None and tokenizer is not None:
         ids = tokenizer.eos_token_id
     eos = [] if ids is None else ids if isinstance(ids, list) else [ids]
     if not all(type(token) is int for token in eos):
@@ -136,7 +136,10 @@ def load_generation_settings(store: Store, tokenizer: PreTrainedTokenizerBase) -
     texts = [] if stops is None else [stops] if isinstance(stops, str) else stops
     if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):
         raise _wrong(path, "stop_strings", "a text that is not empty, or a list of them", stops)
-    return GenerationSettings(path.name, frozenset(eos), tuple(texts), _others(config))
+    others = _others(config)
+    if tokenizer is None and texts:
+        others, texts = {**others, "stop_strings": texts}, []
+    return GenerationSettings(path.name, frozenset(eos), tuple(texts), others)
 
 
 def _generation_file(store: Store) -> Path:

@@ -34,6 +34,8 @@ _PARTS: Final = 4
 _LEAST_PART_NBYTES: Final = 2 * MIB
 """A chunk is read in so many parts side by side, none smaller than this. A ring may hold two units of one chunk each,
 and a disk wants 8 to 16 MiB in flight; but each part costs a turn of the interpreter."""
+_URGENT_PART_NBYTES: Final = 4 * MIB
+"""Of experts several are read at once, so few of them are cut into parts."""
 _LOOK_SECONDS: Final = 0.05
 """Seconds between two looks whether a transfer that gives way is still wanted."""
 
@@ -187,7 +189,7 @@ class DiskReader:
         with what reading raised.
         """
         chunks = [unit.file.chunks[number] for number in unit.chunks]
-        extents = [(start, nbytes) for chunk in chunks for start, nbytes in _parts(chunk.offset, chunk.nbytes)]
+        extents = [part for chunk in chunks for part in _parts(chunk.offset, chunk.nbytes, _URGENT_PART_NBYTES)]
         reading = _UnitRead(len(extents))
 
         def read(start: int, nbytes: int) -> None:
@@ -343,9 +345,9 @@ class _UnitRead:
             return not self._left
 
 
-def _parts(offset: int, nbytes: int) -> Iterator[tuple[int, int]]:
-    """Offset and size of the parts in which a chunk is read."""
-    step = round_up(max(_LEAST_PART_NBYTES, -(-nbytes // _PARTS)), PAGE)
+def _parts(offset: int, nbytes: int, least: int = _LEAST_PART_NBYTES) -> Iterator[tuple[int, int]]:
+    """Offset and size of the parts in which a chunk is read, none but the last smaller than `least`."""
+    step = round_up(max(least, -(-nbytes // _PARTS)), PAGE)
     for start in range(0, nbytes, step):
         yield offset + start, min(step, nbytes - start)
 

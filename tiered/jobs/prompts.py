@@ -6,21 +6,21 @@ from typing import Self
 from transformers import PreTrainedTokenizerBase
 
 from tiered.errors import ConfigError, TieredError, contained
-from tiered.generate.prompt import Prompts, PromptTooLongError
+from tiered.generate.prompt import NO_TOKENIZER, Prompts, PromptTooLongError
 from tiered.generate.template import TemplateRefused
-from tiered.jobs.fields import shown
 from tiered.jobs.request import Problem, Request
 
 
 class PromptEncoder:
-    """Turns prompts into token ids, with the tokenizer and the chat template of one store; a context manager.
+    """Turns prompts into token ids, with the tokenizer and the chat template of one store, if any; a context manager.
 
     `room`: how many tokens a prompt may have; None: no limit.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int, room: int | None = None) -> None:
-        self._prompts, self._vocab_size = Prompts(tokenizer, vocab_size, room), vocab_size
-        self._has_template = tokenizer.chat_template is not None
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int, room: int | None = None) -> None:
+        self._prompts = Prompts(tokenizer, vocab_size, room)
+        self._has_tokenizer = tokenizer is not None
+        self._has_template = tokenizer is not None and tokenizer.chat_template is not None
 
     def __enter__(self) -> Self:
         return self
@@ -31,7 +31,14 @@ class PromptEncoder:
         self._prompts.__exit__(kind, error, trace)
 
     def encode(self, request: Request) -> list[int] | Problem:
-        """Token ids of the prompt, at least one; or why there are none."""
+        """Token ids of the prompt, at least one; or why there are none, or the request asks for texts that no tokenizer
+        can make."""
+        if not self._has_tokenizer:
+            asked = {"messages": request.messages, "stop": request.stops or None, "logprobs": request.logprobs}
+            field = next((name for name, value in asked.items() if value is not None), None)
+            if field is not None:
+                message = f"{field}: takes or gives texts; {NO_TOKENIZER}"
+                return Problem(request.line, "unsupported_value", message, field, request.custom_id)
         if request.messages is not None and not self._has_template:
             message = "this model's tokenizer has no chat template; send a prompt to /v1/completions instead"
             return _problem(request, "no_chat_template", message)
@@ -56,11 +63,10 @@ class PromptEncoder:
                 raise TieredError(str(error)) from None
         if isinstance(request.prompt, str):
             return self._prompts.encode(request.prompt)
-        ids = list(request.prompt or ())
-        wrong = next((token for token in ids if not 0 <= token < self._vocab_size), None)
-        if wrong is not None:
-            raise ConfigError(f"prompt: token ids of this model are 0 to {self._vocab_size - 1}, found {shown(wrong)}")
-        return ids
+        try:
+            return self._prompts.take(request.prompt or ())
+        except ConfigError as error:
+            raise ConfigError(f"prompt: {error}") from None
 
 
 def tokens_to_generate(request: Request, prompt_tokens: int, default: int, limit: int) -> int | Problem:

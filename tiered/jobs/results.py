@@ -45,10 +45,13 @@ class TokenTexts:
         return twice[len(once) :]
 
 
-def result_line(label: Label, request: Request, sequences: Items[Sequence], texts: TokenTexts) -> bytes:
-    """The result of `request`, whose choices are `sequences`."""
+def result_line(label: Label, request: Request, sequences: Items[Sequence], texts: TokenTexts | None) -> bytes:
+    """The result of `request`, whose choices are `sequences`; without `texts` it has token ids in their place."""
     chat = request.url == CHAT
-    choices = [(_chat_choice if chat else _choice)(number, s, texts) for number, s in enumerate(sequences)]
+    if texts is None:
+        choices = [_choice_of_ids(number, s) for number, s in enumerate(sequences)]
+    else:
+        choices = [(_chat_choice if chat else _choice)(number, s, texts) for number, s in enumerate(sequences)]
     prompt_tokens = len(sequences[0].prompt_ids)
     completion_tokens = sum(len(s.token_ids) for s in sequences)
     body = {
@@ -103,6 +106,16 @@ def _choice(number: int, sequence: Sequence, texts: TokenTexts) -> dict[str, Any
         "index": number,
         "text": sequence.text,
         "logprobs": _completion_logprobs(sequence, texts),
+        "finish_reason": sequence.finish_reason,
+    }
+
+
+def _choice_of_ids(number: int, sequence: Sequence) -> dict[str, Any]:
+    return {
+        "index": number,
+        "text": None,
+        "token_ids": sequence.token_ids,
+        "logprobs": None,
         "finish_reason": sequence.finish_reason,
     }
 

@@ -50,7 +50,8 @@ class Job:
     input: Input
     label: Label
     encoder: PromptEncoder
-    decoder: Decoder
+    decoder: Decoder | None
+    """None where there is no tokenizer: results have token ids instead of texts."""
     eos_ids: frozenset[int]
     seed: int
     max_tokens: int
@@ -134,7 +135,7 @@ class _Run:
 
     def __init__(self, job: Job, journal: Journal, on_progress: Callable[[Progress], None]) -> None:
         self._job, self._journal, self._on_progress = job, journal, on_progress
-        self._texts = TokenTexts(job.decoder)
+        self._texts = None if job.decoder is None else TokenTexts(job.decoder)
         self._running: dict[Sequence, _Running] = {}
         self._sequences = self._prompt_tokens = self._generated_tokens = 0
         """Of sequences that have ended."""

@@ -5,7 +5,7 @@ same function, one expert after the other. Only experts that some token was rout
 panels.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from typing import cast
 
@@ -33,19 +33,26 @@ class OffloadedExperts(nn.Module):
         loan = self._desk.loan
         assert loan is not None, "used outside its block"
         # Some families give choices that they have masked out a number beyond the last expert.
-        numbers, counts = top_k_index.unique(return_counts=True)
-        chosen = {n: count for n, count in zip(numbers.tolist(), counts.tolist(), strict=True) if n < self.num_experts}
+        of_token = top_k_index.tolist()
+        uses = Counter(expert for experts in of_token for expert in experts if expert < self.num_experts)
+        chosen = dict(sorted(uses.items()))
         result = torch.zeros_like(hidden_states)
         waiting = deque(chosen)
         """Experts that have not been added to the result, ascending: the sum does not depend on which come first."""
-        outputs: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        outputs: dict[int, tuple[torch.Tensor | None, torch.Tensor]] = {}
         for expert, (gate_up, down) in loan.each_expert(chosen, self._names):
-            token, choice = torch.where(top_k_index == expert)
-            inner = self._apply_gate(self._kernels.linear(hidden_states[token], gate_up))
-            out = self._kernels.linear(inner, down) * top_k_weights[token, choice, None]
+            token: torch.Tensor | None = None
+            if len(of_token) == 1:
+                # Nearly all passes of a sequence that decodes: picking and scattering rows would take longer than they.
+                x, weight = hidden_states, top_k_weights[:, of_token[0].index(expert), None]
+            else:
+                token, choice = torch.where(top_k_index == expert)
+                x, weight = hidden_states[token], top_k_weights[token, choice, None]
+            out = self._kernels.linear(self._apply_gate(self._kernels.linear(x, gate_up)), down) * weight
             outputs[expert] = token, out.to(result.dtype)
             while waiting and waiting[0] in outputs:
-                result.index_add_(0, *outputs.pop(waiting.popleft()))
+                token, out = outputs.pop(waiting.popleft())
+                result = result.add_(out) if token is None else result.index_add_(0, token, out)
         return result
 
     def extra_repr(self) -> str:

@@ -40,6 +40,8 @@ COPIED: Final = (
     "chat_template.json",
 )
 """Copied verbatim into the store where the source has them."""
+TOKENIZER: Final = tuple(name for name in COPIED if name not in ("config.json", "generation_config.json"))
+"""Those that are the tokenizer's, with its chat template."""
 _TIKTOKEN: Final = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")
 """A line of a vocabulary as tiktoken keeps it, whatever the file is called."""
 _SPECIAL: Final = re.compile(rb'"special_tokens"\s*:')

@@ -96,7 +96,9 @@ def summarize(store: Store) -> StoreSummary:
 
 def format_of(weight: Weight) -> str:
     """How a weight is stored: its scheme's name, or its dtype as safetensors spells it."""
-    return weight.scheme.name if weight.scheme is not None else DTYPE_NAMES[weight.parts[""].dtype]
+    if weight.scheme is not None:
+        return weight.scheme.name
+    return DTYPE_NAMES[next(iter(weight.parts.values())).dtype]  # of whichever range comes first
 
 
 def _single(store: Store, block: BlockInfo) -> BlockRow:

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+import torch
+
 from tools.fuzz.mutate import NASTY, mutate_bytes, mutate_json, mutate_safetensors, mutate_text
 from tools.fuzz.originals import Originals
 
@@ -131,6 +133,33 @@ def _weights(chance: random.Random, folder: Path, originals: Originals, case: Ca
     case.words = ["convert", str(checkpoint), "-o", "out.tiered", "--compress", chance.choice(("auto", "none"))]
 
 
+class _Exits:
+    """Ends the process where it is unpickled."""
+
+    def __reduce__(self) -> tuple[object, tuple[int]]:
+        return os._exit, (77,)
+
+
+def _opt(chance: random.Random, folder: Path, originals: Originals, case: Case) -> None:
+    """One file of OPT in another form is damaged, gone, a copy of another, or has code in its pickle."""
+    checkpoint = _copy(chance.choice(originals.forms), folder)
+    files = sorted(checkpoint.iterdir())
+    path = chance.choice(files)
+    how = chance.randrange(8)
+    case.damaged = path.name
+    if how == 0:
+        path.unlink()
+    elif how == 1:
+        _write(path, chance.choice(files).read_bytes())
+    elif how == 2 and path.suffix == ".pt":
+        path.unlink()
+        torch.save({"model": {"decoder.version": torch.ones(1)}, "cfg": _Exits(), "args": [_Exits()]}, path)
+    else:
+        _damage(chance, case, path, mutate_bytes)
+    source = chance.choice(([str(checkpoint)], ["tiny-opt", "--from", str(checkpoint)]))
+    case.words = ["convert", *source, "-o", "out.tiered", "--compress", "none"]
+
+
 _EXPRESSIONS: Final = (
     *(
         "'a' * 10**10",
@@ -224,7 +253,7 @@ _OPTIONS: Final[dict[str, tuple[str, ...]]] = {
     "verify": ("--threads", "--json"),
     "convert": (
         *("-o", "--quant", "--group-size", "--compress", "--ram", "--force", "--revision", "--delete-downloads"),
-        *("--synthetic", "--distinct-blocks", "--seed"),
+        *("--synthetic", "--distinct-blocks", "--seed", "--from", "--md5"),
     ),
     "doctor": ("--json", "--disk-test", "--nothing"),
 }
@@ -310,6 +339,7 @@ KINDS: Final[dict[str, Callable[[random.Random, Path, Originals, Case], None]]] 
     "tokenizer": _tokenizer,
     "checkpoint-config": _checkpoint_config,
     "weights": _weights,
+    "opt": _opt,
     "template": _template,
     "requests": _requests,
     "arguments": _arguments,

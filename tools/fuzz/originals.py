@@ -15,6 +15,7 @@ from tiered.cli import cli
 from tiered.configs_path import config_dir
 from tiered.convert import ConvertOptions, ConvertProgress, convert_checkpoint
 from tiered.convert.synthetic import BOS_ID, EOS_ID, PAD_ID, tokenizer_files
+from tools.opt_forms import write_form
 
 CONTEXT: Final = 256
 _SIZES: Final[dict[str, Any]] = {
@@ -32,6 +33,13 @@ _MODELS: Final[dict[str, tuple[dict[str, Any], str]]] = {
     "bloom": ({}, "int4"),
 }
 """Model type -> its configuration besides `_SIZES`, and how its store is quantized."""
+_FORMS: Final[dict[str, dict[str, Any]]] = {
+    "raw": {"parts": 2, "shards": 2},
+    "resharded": {"parts": 2, "legacy": True},
+    "singleton": {},
+    "numpy": {},
+}
+"""Forms of OPT, and how it is split in them."""
 _TEMPLATE: Final = (
     "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
@@ -46,6 +54,8 @@ class Originals:
     stores: tuple[Path, ...]
     unfinished: Path
     """The first checkpoint's conversion, interrupted."""
+    forms: tuple[Path, ...]
+    """The OPT checkpoint in other forms than Hugging Face's."""
     job: Path
     """A folder with the input, the results and the job file of a finished batch over the first store."""
 
@@ -57,6 +67,7 @@ def find(folder: Path) -> Originals:
         tuple(folder / name for name in names),
         tuple(folder / f"{name}.tiered" for name in names),
         folder / "unfinished.tiered",
+        tuple(folder / f"form-{name}" for name in _FORMS),
         folder / "job",
     )
 
@@ -80,6 +91,9 @@ def make(folder: Path) -> None:
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **{**_SIZES, **fields}))
         # Shards with an index for one, a pickle for another.
         model.save_pretrained(checkpoint, max_shard_size="100KB" if name == "llama" else "1GB")
+        if name == "opt":
+            for form, split in _FORMS.items():
+                write_form(form, folder / f"form-{form}", model.state_dict(), **split)
         if name == "gpt_neo":
             torch.save(model.state_dict(), checkpoint / "pytorch_model.bin")
             (checkpoint / "model.safetensors").unlink()

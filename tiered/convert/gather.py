@@ -1,0 +1,253 @@
+"""Tensors gathered from slices of files: positional reads of row panels. Nothing is mapped: it would count as our
+memory.
+
+In: for each tensor, the pieces that it is put together from, and where in which files they lie. Out: panels of its
+rows. A thread reads ahead: while one panel is quantized and written, the next ones are on their way from the disk.
+"""
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import numpy as np
+import torch
+
+from tiered.convert.source import PANEL_NBYTES, StoredTensor, panel_rows, tensor_bytes
+from tiered.errors import CheckpointError, ReadError
+from tiered.files import reading
+
+_BUFFERS: Final = 3
+"""Panels of one tensor in memory: the one that is used, and those that are read meanwhile."""
+_MOST_OPEN: Final = 64
+"""Files that are open at once: a checkpoint may have a thousand, about as many as a process may open."""
+
+
+class Extent(NamedTuple):
+    """Bytes of one file."""
+
+    path: Path
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Region:
+    """A tensor whose values, row after row, are the bytes of `extents`, one after the other."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    extents: tuple[Extent, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+    def rows(self, start: int, stop: int) -> "Region":
+        """Some of its rows."""
+        nbytes = self.dtype.itemsize * prod(self.shape[1:])
+        extents = cut(self.extents, start * nbytes, (stop - start) * nbytes)
+        return Region(self.dtype, (stop - start, *self.shape[1:]), extents)
+
+
+class Piece(NamedTuple):
+    """A rectangle of a tensor's matrix, whose first value is at `row` and `column`."""
+
+    row: int
+    column: int
+    region: Region
+
+    @property
+    def stop(self) -> int:
+        return self.row + (self.region.shape[0] if self.region.shape else 1)
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """A tensor and the pieces that cover it."""
+
+    stored: StoredTensor
+    pieces: tuple[Piece, ...]
+
+    @classmethod
+    def of(cls, regions: Sequence[Region], *, side_by_side: bool = False) -> "Gathered":
+        """The tensor that `regions`, all of one shape, are: one below the other, or side by side."""
+        shape, count = regions[0].shape, len(regions)
+        if side_by_side:
+            whole: tuple[int, ...] = (shape[0], count * shape[1])
+            pieces = tuple(Piece(0, number * shape[1], region) for number, region in enumerate(regions))
+        else:
+            # A stack [experts, out, in] is one matrix, and so is a scalar.
+            width = shape[-1] if len(shape) > 1 else 1
+            rows = prod(shape) // width if width else 0
+            folded = (rows, width) if len(shape) > 1 else (rows,)
+            whole = (count * shape[0], *shape[1:]) if shape else shape
+            pieces = tuple(
+                Piece(number * rows, 0, Region(region.dtype, folded, region.extents))
+                for number, region in enumerate(regions)
+            )
+        return cls(StoredTensor(regions[0].dtype, whole), pieces)
+
+
+def cut(extents: Iterable[Extent], start: int, nbytes: int) -> tuple[Extent, ...]:
+    """The `nbytes` from byte `start` on of `extents`, which have that many."""
+    found = []
+    for path, offset, length in extents:
+        skipped = min(start, length)
+        taken = min(length - skipped, nbytes)
+        if taken:
+            found.append(Extent(path, offset + skipped, taken))
+        start -= skipped
+        nbytes -= taken
+        if not nbytes:
+            break
+    return tuple(found)
+
+
+class Gatherer:
+    """Reads panels of gathered tensors; it keeps the last files open."""
+
+    def __init__(self) -> None:
+        self._thread: ThreadPoolExecutor | None = None  # the only one that opens and reads weight files
+        self._open: dict[Path, int] = {}
+
+    def panels(self, tensor: Gathered, rows: range | None = None) -> Iterator[torch.Tensor]:
+        """The tensor, or these of its rows, as `WeightReader.panels` says; when this returns, the first panel is being
+        read already."""
+        dtype, shape = tensor.stored.dtype, tensor.stored.shape
+        count, row_numel, step = panel_rows(shape, dtype.itemsize)
+        rows = range(count) if rows is None else rows
+        starts = range(rows.start, rows.stop if row_numel else rows.start, step)
+        buffers: list[torch.Tensor] = []
+
+        def begin(index: int) -> Future[torch.Tensor]:
+            if len(buffers) < _BUFFERS:
+                buffers.append(torch.empty(min(step, len(rows)) * row_numel, dtype=dtype))
+            start = starts[index]
+            flat = buffers[index % _BUFFERS][: min(step, rows.stop - start) * row_numel]
+            panel = flat.view(-1, row_numel) if len(shape) > 1 else flat.view(shape and (-1,))
+            return self._submit(tensor.pieces, start, row_numel * dtype.itemsize, panel)
+
+        return _read_ahead(begin, len(starts))
+
+    def close(self) -> None:
+        if self._thread is not None:
+            self._thread.shutdown(cancel_futures=True)
+            self._thread = None
+        self._close_files()
+
+    def _submit(
+        self, pieces: Sequence[Piece], start: int, row_nbytes: int, panel: torch.Tensor
+    ) -> Future[torch.Tensor]:
+        """Begin to fill `panel` from row `start` on; panels are filled in the order of the calls."""
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, "read-ahead")
+
+        def fill() -> torch.Tensor:
+            # As bytes: numpy knows no bfloat16, and torch would wake its own threads for a copy.
+            target = np.frombuffer(tensor_bytes(panel), np.uint8).reshape(-1, row_nbytes)
+            for piece in pieces:
+                self._fill(piece, start, target)
+            return panel
+
+        return self._thread.submit(fill)
+
+    def _fill(self, piece: Piece, start: int, target: np.ndarray[tuple[int, int], np.dtype[np.uint8]]) -> None:
+        """Read what `target` [rows, bytes of a row], which begins at row `start`, has of `piece`."""
+        first, stop = max(start, piece.row), min(start + target.shape[0], piece.stop)
+        if first >= stop:
+            return
+        itemsize, shape = piece.region.dtype.itemsize, piece.region.shape
+        width = itemsize * (shape[-1] if len(shape) > 1 else 1)
+        extents = cut(piece.region.extents, (first - piece.row) * width, (stop - first) * width)
+        part = target[first - start : stop - start]
+        if width == target.shape[1]:
+            self._read(extents, part.reshape(-1).data)
+            return
+        columns = np.empty((stop - first, width), np.uint8)
+        self._read(extents, columns.reshape(-1).data)
+        part[:, piece.column * itemsize : piece.column * itemsize + width] = columns
+
+    def _read(self, extents: Iterable[Extent], data: memoryview) -> None:
+        done = 0
+        for path, offset, nbytes in extents:
+            _read(self._fd(path), path, offset, data[done : done + nbytes])
+            done += nbytes
+
+    def _fd(self, path: Path) -> int:
+        if path not in self._open:
+            if len(self._open) == _MOST_OPEN:
+                self._close_files()
+            try:
+                with reading(path):
+                    self._open[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                raise CheckpointError(f"{path}: gone since the conversion began; put it back to resume") from None
+        return self._open[path]
+
+    def _close_files(self) -> None:
+        for fd in self._open.values():
+            os.close(fd)
+        self._open.clear()
+
+
+class GatheredReader:
+    """A `WeightReader` of one checkpoint whose tensors are spread over its files: a path says nothing of them."""
+
+    def __init__(self, tensors: Mapping[str, Gathered]) -> None:
+        self._gathered, self._gatherer = tensors, Gatherer()
+        self._stored = {name: tensor.stored for name, tensor in tensors.items()}
+
+    def tensors(self, path: Path) -> Mapping[str, StoredTensor]:
+        return self._stored
+
+    def panels(self, path: Path, name: str, rows: range | None = None) -> Iterator[torch.Tensor]:
+        return self._gatherer.panels(self._gathered[name], rows)
+
+    def known(self, path: Path) -> Mapping[str, StoredTensor]:
+        return self._stored
+
+    def working_nbytes(self, path: Path) -> int:
+        # Columns of one piece, before they are put side by side, besides the panels.
+        return panels_nbytes(self._stored.values()) + PANEL_NBYTES
+
+    def close(self) -> None:
+        self._gatherer.close()
+
+
+def panels_nbytes(tensors: Iterable[StoredTensor]) -> int:
+    """Bytes of memory that the panels of `tensors` take at most."""
+    largest = max((tensor.nbytes for tensor in tensors), default=0)
+    return (_BUFFERS + 1) * min(PANEL_NBYTES, largest)  # one for the first panel of the tensor that comes next
+
+
+def _read_ahead(begin: Callable[[int], Future[torch.Tensor]], count: int) -> Iterator[torch.Tensor]:
+    """`count` panels in order: the first is begun now, the others as soon as there is a buffer for them."""
+    begun = deque([begin(0)] if count else [])
+
+    def deliver() -> Iterator[torch.Tensor]:
+        for index in range(count):
+            panel = begun.popleft().result()
+            while (following := index + 1 + len(begun)) < min(count, index + _BUFFERS):
+                begun.append(begin(following))
+            yield panel
+
+    return deliver()
+
+
+def _read(fd: int, path: Path, offset: int, data: memoryview) -> None:
+    """Fill `data` from `offset` of the file, leaving nothing of it in the page cache."""
+    done = 0
+    while done < len(data):
+        try:
+            count = os.preadv(fd, [data[done:]], offset + done)
+        except OSError as error:
+            raise ReadError(f"{path}: reading {len(data):,} bytes at {offset:,} failed: {error.strerror}") from error
+        if count == 0:
+            raise CheckpointError(f"{path}: ends at byte {offset + done:,}, its header promises more; it was truncated")
+        done += count
+    os.posix_fadvise(fd, offset, len(data), os.POSIX_FADV_DONTNEED)
