@@ -330,9 +330,8 @@ class Runtime:
     def _make_streams(self) -> Streams:
         memory, host, plan = self._memory, self.host, self.plan
         experts, prefetch = self._make_expert_cache(), self.options.prefetch
-        blocks = Streamer(
-            self.store, plan, self.reader, memory.resident, memory.ring, host.trace, host.cancel, prefetch, experts
-        )
+        slabs, signals = (memory.resident, memory.ring), (host.trace, host.cancel)
+        blocks = Streamer(self.store, plan, self.reader, *slabs, *signals, prefetch, experts, memory.buffers)
         kv = None
         if memory.spill is not None and memory.kv_ring is not None:
             kv = KVStream(memory.spill, memory.kv_ring, plan.cache.shape.layers, host.trace, host.cancel)
