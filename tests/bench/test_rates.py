@@ -25,8 +25,12 @@ def test_more_rows_take_longer_in_all_but_less_each(scheme: GroupScheme | None) 
     with Kernels(1) as kernels:
         if kernels.level is None:
             pytest.skip(str(kernels.refusal))
-        rate = measure_compute(kernels, scheme, 1024, torch.bfloat16, counts=(1, 64))
-        one, many = rate.seconds(1, 10**6), rate.seconds(64, 10**6)
+        # Other programs may have the processor during one of the two measurements, but not during three in a row.
+        for _ in range(3):
+            rate = measure_compute(kernels, scheme, 1024, torch.bfloat16, counts=(1, 64))
+            one, many = rate.seconds(1, 10**6), rate.seconds(64, 10**6)
+            if 0 < one < many < 64 * one:
+                break
     assert 0 < one < many < 64 * one
 
 

@@ -32,7 +32,7 @@ _PROBE_NBYTES: Final = 64 * MIB
 _PROBE_READ_NBYTES: Final = 4 * MIB
 _LEAST_VALUES: Final = 64 << 10
 """Tensors of fewer numbers are not worth the frames' table."""
-COMPRESSING_NBYTES: Final = 2 * PANEL_NBYTES + 2 * _TRIAL_FRAMES * FRAME_NBYTES
+COMPRESSING_NBYTES: Final = PANEL_NBYTES + 2 * _TRIAL_FRAMES * FRAME_NBYTES
 """Memory that compressing takes, however large the tensor: bytes being cut into frames, and the trial's."""
 
 
