@@ -1,13 +1,15 @@
 """Lent experts compute what transformers' own do, and routers' biases keep the precision they are loaded in."""
 
+import pytest
 import torch
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from tests.helpers import tiny_config
+from tests.helpers import Tiny, tiny_config
 from tests.model.loans import GivenLoan
 from tiered.arch import build_skeleton, is_expert_stack
+from tiered.errors import StoreError
 from tiered.kernels import Kernels
-from tiered.model import BoundModel
+from tiered.model import BoundModel, check_match
 from tiered.model.desk import Desk
 from tiered.model.experts import OffloadedExperts
 from tiered.quant import GroupScheme, QuantizedWeight, quantize
@@ -79,3 +81,18 @@ def test_a_configuration_that_was_trained_with_gives_the_same_model() -> None:
     assert [p.name for b in skeleton.blocks() for p in b.parameters] == [
         p.name for b in build_skeleton(tiny_config("mixtral")).blocks() for p in b.parameters
     ]
+
+
+def test_a_store_with_whole_stacks_is_refused_where_experts_are_borrowed_one_by_one(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = tiny.store("mixtral")
+    with monkeypatch.context() as patch:
+        # As older versions of transformers have them.
+        patch.setattr("tiered.arch.skeleton.is_expert_stack", lambda module: False)
+        skeleton = build_skeleton(tiny_config("mixtral"))
+        with pytest.raises(
+            StoreError, match=r"mlp\.experts\..* another version of transformers.* convert the model again"
+        ):
+            check_match(store, skeleton)
+    check_match(store, build_skeleton(tiny_config("mixtral")))

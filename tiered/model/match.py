@@ -5,6 +5,7 @@ from transformers import PretrainedConfig
 from tiered.arch import Skeleton
 from tiered.errors import StoreError
 from tiered.store import BlockInfo, Store
+from tiered.store.block import RANGE
 from tiered.store.manifest import MANIFEST_NAME
 
 
@@ -39,6 +40,13 @@ def check_match(store: Store, skeleton: Skeleton) -> None:
                 raise StoreError(
                     f"{config}: describes {name!r} of block {expected.name} as {wanted.get(name, 'absent')}, "
                     f"{block.file.path} holds {found.get(name, 'none')}; {_REMEDY}"
+                )
+        for stack in (p for p in expected.parameters if len(p.shape) == 3):
+            weight = store.layout(block).weights[block.prefix + stack.name.removeprefix(expected.prefix)]
+            if any(RANGE in part for part in weight.parts) != stack.is_linear:
+                raise StoreError(
+                    f"{store.path / block.file.path}: {stack.name} is stored as another version of transformers has "
+                    "it, expected as the installed one computes with experts; convert the model again"
                 )
     # A tied head has no tensors of its own in the graph, but it reads those of the embedding's file by their names.
     for block in store.blocks.values():
