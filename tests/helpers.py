@@ -287,7 +287,7 @@ def load_stored_weights(model: PreTrainedModel, store: Store) -> None:
                     value = weight.view(memory)
                     if isinstance(value, QuantizedWeight):
                         value = value.rows(0, value.shape[0], torch.float32)
-                    target = state[weight.name.partition("#")[0]]
+                    target = state[weight.whole_name]
                     if weight.whole is not None:  # an expert
                         target = target[int(weight.name.partition("#")[2])]
                     target.copy_(value.view_as(target))

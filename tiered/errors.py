@@ -139,6 +139,11 @@ def shortened(error: BaseException) -> str:
     return named(error) if isinstance(error, KeyError | AttributeError) else _one_line(error)
 
 
+def cut(text: str, most: int) -> str:
+    """`text`, or as much of its beginning as makes a message `most` characters longer."""
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
 def some(names: Sequence[str], count: int = 0) -> str:
     """The first few of `names`, and how many more of `count` (or of `names`, whichever are more) there are."""
     more = max(count, len(names)) - SHOWN
@@ -153,4 +158,4 @@ def named(error: BaseException) -> str:
 def _one_line(error: BaseException) -> str:
     # A lone surrogate could not be printed.
     text = " ".join(str(error).split()).encode("utf-8", "backslashreplace").decode("utf-8") or type(error).__name__
-    return text if len(text) <= _LONGEST_REASON else text[: _LONGEST_REASON - 3] + "..."
+    return cut(text, _LONGEST_REASON)

@@ -59,7 +59,7 @@ from tiered.plan import (
     rates_wanted,
 )
 from tiered.store import Store
-from tiered.stream import EmbeddingRows, ExpertCache, KVStream, Streamer, Streams, StreamThread
+from tiered.stream import EmbeddingRows, KVStream, Streamer, Streams, StreamThread
 
 __all__ = ["READ_THREADS", "Options", "Runtime", "compute_dtype", "measure_inputs"]
 
@@ -329,19 +329,22 @@ class Runtime:
 
     def _make_streams(self) -> Streams:
         memory, host, plan = self._memory, self.host, self.plan
-        experts, prefetch = self._make_expert_cache(), self.options.prefetch
-        slabs, signals = (memory.resident, memory.ring), (host.trace, host.cancel)
-        blocks = Streamer(self.store, plan, self.reader, *slabs, *signals, prefetch, experts, memory.buffers)
+        blocks = Streamer(
+            self.store,
+            plan,
+            self.reader,
+            memory.resident,
+            memory.ring,
+            host.trace,
+            host.cancel,
+            self.options.prefetch,
+            memory.experts,
+            memory.buffers,
+        )
         kv = None
         if memory.spill is not None and memory.kv_ring is not None:
             kv = KVStream(memory.spill, memory.kv_ring, plan.cache.shape.layers, host.trace, host.cancel)
         return Streams(asyncio.get_running_loop(), blocks, kv)
-
-    def _make_expert_cache(self) -> ExpertCache | None:
-        memory, plan, host = self._memory.experts, self.plan.experts, self.host
-        if memory is None or plan is None:
-            return None
-        return ExpertCache(self.store, plan, memory, self.reader, host.trace, host.cancel)
 
     async def _load_tables(self) -> None:
         """Read what stays in memory beside the tape."""

@@ -95,7 +95,7 @@ def read_store(path: Path, dtype: torch.dtype | None = None) -> dict[str, torch.
             plain = weight.view(memory)
             if isinstance(plain, QuantizedWeight):
                 plain = plain.rows(0, plain.shape[0], torch.float32)
-            name = weight.name if weight.whole is None else weight.name.rpartition("#")[0]
+            name = weight.whole_name
             assert weight.whole is not None or name not in weights, name
             weights[name] = torch.cat([weights[name], plain]) if name in weights else plain
             shapes[name] = weight.whole or weight.shape

@@ -29,15 +29,12 @@ def on_demand(
     """A runtime that reads experts when they are chosen, with room for so many; dense units resident or streamed."""
 
     def make(*inputs: Any) -> Plan:
-        plan = make_plan(*inputs)
-        units = [unit for block in store.dense_units for unit in block]
-        counts = tuple(map(len, store.dense_units))
-        tape = Tape(tuple(unit.memory_nbytes for unit in units), tuple(unit.nbytes for unit in units), counts)
+        plan, shape = make_plan(*inputs), inputs[0].experts
+        tape: Tape = shape.dense
         held = Held(True, True)
         placement = place(tape, tape.total if is_resident else full_ring(tape.streamed(held)), held)
         assert placement is not None
-        size = max(unit.memory_nbytes for block in store.expert_units for unit in block)
-        experts = ExpertCachePlan(slots, size)
+        experts = ExpertCachePlan(slots, shape.nbytes)
         return dataclasses.replace(plan, tape=tape, placement=placement, held=held, experts=experts)
 
     with monkeypatch.context() as patch:

@@ -15,6 +15,8 @@ from typing import BinaryIO, Final
 
 import click
 
+from tiered.errors import cut
+
 _MOST_TEXT_NBYTES: Final = 512 << 20
 """Of one text: more than any corpus that is scored whole, but a limit for a pipe that never ends."""
 _STANDARD_INPUT: Final = Path("-")
@@ -83,7 +85,7 @@ def _parse_ids(name: str, text: str) -> TokenIds:
     for found in re.finditer(r"[^\s,]+", inner):
         piece = found[0]
         if not _ID.fullmatch(piece):
-            shown = piece if len(piece) <= _LONGEST_SHOWN else piece[: _LONGEST_SHOWN - 3] + "..."
+            shown = cut(piece, _LONGEST_SHOWN)
             raise click.UsageError(f"{name}: expected token ids such as 2,100,524, found {shown!r}")
         ids.append(int(piece))
     if not ids:

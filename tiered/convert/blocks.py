@@ -14,9 +14,10 @@ import torch
 
 from tiered.quant import GroupScheme, folded
 from tiered.store import CHUNK_NBYTES
-from tiered.store.block import RANGE, BlockLayout
+from tiered.store.block import BlockLayout
 from tiered.store.file import Kind
 from tiered.store.format import ALIGNMENT, header_room_nbytes, tensor_nbytes
+from tiered.store.manifest import RANGE
 from tiered.units import MIB, PAGE, round_up
 
 BLOCK_FOLDER: Final = "blocks"

@@ -22,6 +22,7 @@ from typing import IO, Any, ClassVar, Final, NoReturn
 import torch
 
 from tiered.convert.gather import Extent, Region, cut
+from tiered.convert.torch_reader import ZIP_MAGIC
 from tiered.errors import CheckpointError, ReadError, shortened
 from tiered.files import check_regular
 
@@ -38,7 +39,6 @@ _STORAGES: Final = {
     "BoolStorage": torch.bool,
 }
 _DTYPES: Final = {str(dtype).removeprefix("torch."): dtype for dtype in _STORAGES.values()}
-_ZIP_MAGIC: Final = b"PK\x03\x04"
 _ZIP_ENTRY: Final = struct.Struct("<4s22xHH")
 """What a file in a zip begins with: magic, and how long its name and further fields are."""
 _LEGACY_MAGIC: Final = 0x1950A86A20F9469CFC6C
@@ -219,7 +219,7 @@ class _Zip:
             raise CheckpointError(f"{self._path}: lacks its own part {name}; {_REMEDY}")
         magic, name_nbytes, extra_nbytes = _ZIP_ENTRY.unpack(os.pread(self._fd, _ZIP_ENTRY.size, entry.header_offset))
         offset = entry.header_offset + _ZIP_ENTRY.size + name_nbytes + extra_nbytes
-        if magic != _ZIP_MAGIC or entry.compress_type != zipfile.ZIP_STORED:
+        if magic != ZIP_MAGIC or entry.compress_type != zipfile.ZIP_STORED:
             raise CheckpointError(f"{self._path}: its part {name} is damaged or compressed; {_REMEDY}")
         if entry.file_size < least_nbytes or offset + entry.file_size > self._nbytes:
             raise CheckpointError(
@@ -249,9 +249,9 @@ def load_torch_file(path: Path) -> Any:
     try:
         check_regular(path, CheckpointError)
         with _explained(path), path.open("rb") as file:
-            magic = file.read(len(_ZIP_MAGIC))
+            magic = file.read(len(ZIP_MAGIC))
             file.seek(0)
-            if magic != _ZIP_MAGIC:
+            if magic != ZIP_MAGIC:
                 return _load_legacy(path, file)
             zipped = _Zip(file, path)
             return _Unpickler(BytesIO(zipped.read("data.pkl")), _Storages(path, zipped)).load()

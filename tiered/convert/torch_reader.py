@@ -18,7 +18,7 @@ from tiered.errors import BudgetError, CheckpointError, ReadError
 from tiered.files import reading
 
 _REMAP_NBYTES: Final = 32 << 20
-_ZIP_MAGIC: Final = b"PK\x03\x04"
+ZIP_MAGIC: Final = b"PK\x03\x04"
 
 
 class TorchReader:
@@ -81,7 +81,7 @@ def _folded(tensor: torch.Tensor) -> torch.Tensor:
 def is_zip(path: Path) -> bool:
     """Whether torch wrote `path` in the zip format."""
     with reading(path), path.open("rb") as file:
-        return file.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC
+        return file.read(len(ZIP_MAGIC)) == ZIP_MAGIC
 
 
 def _load_state_dict(path: Path) -> dict[str, torch.Tensor]:

@@ -12,7 +12,7 @@ from typing import Final, Self
 
 from transformers import PreTrainedTokenizerBase
 
-from tiered.errors import ConfigError
+from tiered.errors import ConfigError, cut
 from tiered.generate.template import ChatTemplate, Messages
 from tiered.units import MIB
 
@@ -99,7 +99,7 @@ def check_ids(ids: Iterable[int], vocab_size: int) -> list[int]:
     found = list(ids)
     wrong = next((token for token in found if not 0 <= token < vocab_size), None)
     if wrong is not None:
-        raise ConfigError(f"token ids of this model are 0 to {vocab_size - 1}, found {_cut(str(wrong))}")
+        raise ConfigError(f"token ids of this model are 0 to {vocab_size - 1}, found {cut(str(wrong), _LONGEST_SHOWN)}")
     return found
 
 
@@ -107,12 +107,8 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, larges
     """Raises ConfigError where the model does not know `largest`, the largest token id of a text."""
     if largest < vocab_size:
         return
-    text = _cut(json.dumps(str(tokenizer.decode([largest])), ensure_ascii=False))
+    text = cut(json.dumps(str(tokenizer.decode([largest])), ensure_ascii=False), _LONGEST_SHOWN)
     raise ConfigError(
         f"this model knows tokens 0 to {vocab_size - 1}, found {largest}, as which its tokenizer reads {text}; "
         "leave that out, or put the model's own into the store with 'tiered convert STORE --tokenizer PATH'"
     )
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= _LONGEST_SHOWN else text[: _LONGEST_SHOWN - 3] + "..."

@@ -142,14 +142,9 @@ class DiskReader:
 
         All reads have ended when this returns or raises: only then may the memory be lent to another unit.
         """
-        chunks, file = unit.file.chunks, unit.file
+        file = unit.file
         if not unit.compressed:
-            await all_of(
-                self.read_chunk(
-                    file, number, memory[chunks[number].offset - unit.offset : chunks[number].stop - unit.offset]
-                )
-                for number in unit.chunks
-            )
+            await all_of(self.read_chunk(file, number, _chunk_of(unit, number, memory)) for number in unit.chunks)
             return
         if buffers.is_empty:
             raise StoreError(
@@ -200,9 +195,7 @@ class DiskReader:
                 reading.error = error
             if reading.is_last():
                 self._way.end()
-                if reading.error is None:
-                    reading.error = self._verify(unit, memory)
-                done(reading.error)
+                done(reading.error or self._verify(unit, memory))
 
         self._way.begin()
         for start, nbytes in extents:
@@ -213,10 +206,8 @@ class DiskReader:
         try:
             for number in unit.chunks:
                 if self._verifier.wants(unit.file, number):
-                    chunk = unit.file.chunks[number]
-                    start = chunk.offset - unit.offset
-                    self._verifier.check(unit.file, number, memory[start : start + chunk.nbytes])
-        except StoreError as error:
+                    self._verifier.check(unit.file, number, _chunk_of(unit, number, memory))
+        except Exception as error:
             return error
         return None
 
@@ -343,6 +334,12 @@ class _UnitRead:
         with self._lock:
             self._left -= 1
             return not self._left
+
+
+def _chunk_of(unit: Unit, number: int, memory: memoryview) -> memoryview:
+    """The part of the unit's `memory`, which is as its extent, that chunk `number` of its file is in."""
+    chunk = unit.file.chunks[number]
+    return memory[chunk.offset - unit.offset : chunk.stop - unit.offset]
 
 
 def _parts(offset: int, nbytes: int, least: int = _LEAST_PART_NBYTES) -> Iterator[tuple[int, int]]:

@@ -7,6 +7,8 @@ import json
 from collections.abc import Collection, Mapping
 from typing import Any, Final
 
+from tiered import errors
+
 _SHOWN: Final = 60
 """Characters of a wrong value that a message repeats."""
 
@@ -88,4 +90,4 @@ def shown(value: object) -> str:
 
 def cut(text: str) -> str:
     """`text`, shortened to fit a message."""
-    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
+    return errors.cut(text, _SHOWN)

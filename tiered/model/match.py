@@ -5,8 +5,7 @@ from transformers import PretrainedConfig
 from tiered.arch import Skeleton
 from tiered.errors import StoreError
 from tiered.store import BlockInfo, Store
-from tiered.store.block import RANGE
-from tiered.store.manifest import MANIFEST_NAME
+from tiered.store.manifest import MANIFEST_NAME, RANGE
 
 
 def check_layers(store: Store, config: PretrainedConfig) -> None:

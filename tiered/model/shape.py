@@ -16,7 +16,7 @@ from tiered.io import CHUNK_BUFFERS
 from tiered.kernels import packed_row_nbytes
 from tiered.plan import ExpertShape, ModelShape, Tape
 from tiered.store import ALIGNMENT, CHUNK_NBYTES, Store, Unit
-from tiered.store.block import RANGE
+from tiered.store.manifest import RANGE
 from tiered.stream import EmbeddingRows
 from tiered.units import round_up
 
@@ -101,6 +101,6 @@ def _copied_nbytes(store: Store, skeleton: Skeleton) -> int:
     token uses that neither linear layers nor experts borrow, in the graph's dtype."""
     own = skeleton.model.state_dict(keep_vars=True)
     lent = {p.name for block in skeleton.blocks() for p in block.parameters if p.is_linear}
-    layers = [{name.partition(RANGE)[0] for unit in units for name in unit.weights} for units in store.dense_units[:-1]]
+    layers = [{w.whole_name for unit in units for w in unit.weights.values()} for units in store.dense_units[:-1]]
     copied = ([name for name in names if re.sub(r"\bbias$", "weight", name) not in lent] for names in layers)
     return max(sum(round_up(own[name].nbytes, ALIGNMENT) for name in names) for names in copied)

@@ -23,7 +23,7 @@ from tiered.store.format import (
     tensor_nbytes,
     whole_numbers,
 )
-from tiered.store.manifest import VERSION, Weight
+from tiered.store.manifest import RANGE, VERSION, Weight
 from tiered.store.unit import Compressed, Unit
 from tiered.units import PAGE, round_up
 
@@ -33,8 +33,6 @@ PLANES_SUFFIX: Final = ".planes"
 _ZSTD_SUFFIX: Final = ".zst"  # of stores of version 1
 PARTS: Final = ("q", "scale", "zero")
 """Suffixes of the tensors that make a quantized weight, in the order in which they lie."""
-RANGE: Final = "#"
-"""Between the name of a weight that is stored in several ranges of its rows and the number of a range."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +54,12 @@ class BlockLayout:
         found: dict[str, Weight] = {}
         for unit in self.units:
             for weight in unit.weights.values():
-                name, _, number = weight.name.rpartition(RANGE)
+                name = weight.whole_name
                 if weight.whole is None:
-                    found[weight.name] = weight
+                    found[name] = weight
                     continue
-                parts = {f"{part}{RANGE}{number}": entry for part, entry in weight.parts.items()}
+                number = weight.name.removeprefix(name)
+                parts = {f"{part}{number}": entry for part, entry in weight.parts.items()}
                 first = found.get(name)
                 found[name] = Weight(name, weight.whole, weight.scheme, {**(first.parts if first else {}), **parts})
         return found
@@ -286,8 +285,7 @@ def _check_weights(infos: Mapping[str, WeightInfo], found: Sequence[Weight]) -> 
     """Raise ValueError unless `found` are all that `infos` describe: ranges in order, which together have all rows."""
     ranges: dict[str, list[Weight]] = {}
     for weight in found:
-        name = weight.name if weight.whole is None else weight.name.rpartition(RANGE)[0]
-        ranges.setdefault(name, []).append(weight)
+        ranges.setdefault(weight.whole_name, []).append(weight)
     _check_found("weight", infos, iter(ranges))
     for name, info in infos.items():
         if any(weight.scheme != info.scheme for weight in ranges[name]):

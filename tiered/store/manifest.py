@@ -22,6 +22,8 @@ MANIFEST_NAME: Final = "manifest.json"
 FORMAT: Final = "tiered-store"
 VERSION: Final = 2
 DAMAGED: Final = "the store is damaged, convert it again"
+RANGE: Final = "#"
+"""Between the name of a weight that is stored in several ranges of its rows and the number of a range."""
 ROLES: Final = ("embed", "outer", "layer", "head")
 
 
@@ -58,6 +60,11 @@ class Weight:
     parts: Mapping[str, TensorEntry]
     whole: tuple[int, ...] | None = None
     """Where this is part NAME#k of a weight NAME that is stored in several: the shape of NAME."""
+
+    @property
+    def whole_name(self) -> str:
+        """NAME, where this is part NAME#k of it; else its own name."""
+        return self.name if self.whole is None else self.name.rpartition(RANGE)[0]
 
     @property
     def nbytes(self) -> int:

@@ -18,7 +18,7 @@ from tiered.errors import StoreError
 from tiered.io import ChunkVerifier, DiskReader, Slab
 from tiered.quant import QuantizedTensor, QuantizedWeight
 from tiered.store import CHUNK_NBYTES, PAGE, Store, TensorEntry, Weight
-from tiered.store.block import RANGE
+from tiered.store.manifest import RANGE
 from tiered.units import round_down, round_up
 
 STAGING_NBYTES: Final = CHUNK_NBYTES

@@ -24,7 +24,6 @@ from tiered.io import DiskReader, Slab
 from tiered.kernels import CancelFlag
 from tiered.plan import ExpertCachePlan
 from tiered.store import Store, Unit
-from tiered.store.block import RANGE
 from tiered.stream.handover import Handover
 from tiered.stream.loan import AnyWeight
 from tiered.trace import Tracer
@@ -275,7 +274,7 @@ class ExpertCache:
         views = self._views.get((slot, layout))
         if views is None:
             memory = torch.frombuffer(self._memory[slot], dtype=torch.uint8)
-            weights = {weight.name.rpartition(RANGE)[0]: weight for weight in unit.weights.values()}
-            found = (next(w for full, w in weights.items() if full.endswith(name)) for name in names)
+            weights = unit.weights.values()
+            found = (next(weight for weight in weights if weight.whole_name.endswith(name)) for name in names)
             views = self._views[slot, layout] = [weight.view(memory) for weight in found]
         return views

@@ -47,25 +47,13 @@ class Handover(Generic[T]):
 
         Raises the error that was brought instead of it, and InterruptedRun once the cancel flag is set.
         """
-        item = self._wait(key, name)
-        if isinstance(item, Exception):
-            try:
-                raise item
-            finally:
-                # The error's frames would hold the error, and so all that they hold, until the garbage collector runs.
-                del item
-        del self._items[key]
-        return item
+        return self._taken(self._until((key,), name))
 
     def take_any(self, keys: Collection[int], name: str) -> int:
         """Wait until something has been brought for any of `keys`, take it, and return its key. Raises as `take`."""
-
-        def find() -> int | None:
-            return next((key for key in keys if key in self._items), None)
-
-        found: int = self._until(find, name)
-        self.take(found, name)
-        return found
+        key = self._until(keys, name)
+        self._taken(key)
+        return key
 
     def discard(self, key: int) -> None:
         """Drop what was brought for `key`, if it has not been taken. For the loop."""
@@ -76,16 +64,24 @@ class Handover(Generic[T]):
         """Forget all errors, and the items whose key is `kept` or more. No thread may be waiting."""
         self._items = {k: item for k, item in self._items.items() if k < kept and not isinstance(item, Exception)}
 
-    def _wait(self, key: int, name: str) -> T | Exception:
-        found: T | Exception = self._until(lambda: self._items.get(key), name)
-        return found
+    def _taken(self, key: int) -> T:
+        """What has been brought for `key`."""
+        item = self._items[key]
+        if isinstance(item, Exception):
+            try:
+                raise item
+            finally:
+                # The error's frames would hold the error, and so all that they hold, until the garbage collector runs.
+                del item
+        del self._items[key]
+        return item
 
-    def _until(self, find: Callable[[], Any | None], name: str) -> Any:
-        """Wait until `find` finds something."""
+    def _until(self, keys: Collection[int], name: str) -> int:
+        """Wait until something has been brought for one of `keys`, which is returned."""
         start = time.perf_counter()
         try:
             with self._changed:
-                while (found := find()) is None:
+                while (found := next((key for key in keys if key in self._items), None)) is None:
                     self._cancel.check()
                     self._changed.wait(_POLL_SECONDS)
                 return found

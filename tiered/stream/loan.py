@@ -13,7 +13,6 @@ import torch
 from tiered.errors import UnsupportedFamilyError
 from tiered.quant import QuantizedWeight
 from tiered.store import Unit, Weight
-from tiered.store.block import RANGE
 
 AnyWeight = torch.Tensor | QuantizedWeight
 EachExpert = Callable[[Mapping[int, int], Sequence[str]], Iterator[tuple[int, Sequence[AnyWeight]]]]
@@ -58,8 +57,7 @@ class Loan:
         for number, unit in enumerate(units):
             for weight in unit.weights.values():
                 key = weight.name.removeprefix(prefix)
-                name = key if weight.whole is None else key.rpartition(RANGE)[0]
-                self._parts.setdefault(name, []).append(key)
+                self._parts.setdefault(weight.whole_name.removeprefix(prefix), []).append(key)
                 self._keys[number][key], self._unit_of[key] = weight, number
 
     @property

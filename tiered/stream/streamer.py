@@ -38,8 +38,8 @@ class Streamer:
     Memory is as `plan` says: `resident` by number of the unit on the tape, and `ring` for all others. `prefetch` is how
     many units may be read before they are asked for: 0 reads each unit when it is asked for, which is the synchronous
     reference; None is bounded by the ring alone. Once `cancel` is set, waiting ends with InterruptedRun. Where the plan
-    reads experts when they are chosen, they come from `experts`. `buffers` are for chunks of compressed units, of which
-    there are none without.
+    reads experts when they are chosen, `experts` is their memory. `buffers` are for chunks of compressed units, of
+    which there are none without.
     """
 
     def __init__(
@@ -52,10 +52,12 @@ class Streamer:
         trace: Tracer,
         cancel: CancelFlag,
         prefetch: int | None = None,
-        experts: ExpertCache | None = None,
+        experts: Slab | None = None,
         buffers: Sequence[memoryview] = (),
     ) -> None:
-        self._experts = experts
+        self._experts: ExpertCache | None = None
+        if plan.experts is not None and experts is not None:
+            self._experts = ExpertCache(store, plan.experts, experts, reader, trace, cancel)
         self._family, self._prefetch = str(store.manifest.architecture["model_type"]), prefetch
         blocks = store.units_of_pass(plan.experts is not None)
         self._tape = [unit for units in blocks for unit in units]
