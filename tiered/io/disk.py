@@ -129,10 +129,8 @@ class DiskReader:
         All reads have ended when this returns or raises. Raises ReadError or StoreError.
         """
         offset = file.chunks[chunk].offset
-        await all_of(
-            self._read_part(file, start, memory[start - offset :][:nbytes])
-            for start, nbytes in _parts(offset, memory.nbytes)
-        )
+        parts = _parts(offset, memory.nbytes)
+        await self._threads.transfer(*(self._part(file, at, memory[at - offset :][:nbytes]) for at, nbytes in parts))
         if self._verifier.wants(file, chunk):
             await self.call(functools.partial(self._verifier.check, file, chunk, memory))
 
@@ -211,8 +209,8 @@ class DiskReader:
             return error
         return None
 
-    async def _read_part(self, file: FileInfo, offset: int, memory: memoryview) -> None:
-        """Read a part of a chunk; it gives way to what is urgent."""
+    def _part(self, file: FileInfo, offset: int, memory: memoryview) -> Callable[[Check], None]:
+        """The read of a part of a chunk, which gives way to what is urgent."""
 
         def read(check: Check) -> None:
             def check_both() -> None:
@@ -221,7 +219,7 @@ class DiskReader:
 
             self._read(file, offset, memory, check_both)
 
-        await self._threads.transfer(read)
+        return read
 
     async def read_pages(self, file: FileInfo, offset: int, memory: memoryview) -> None:
         """Read `memory.nbytes` from `offset` (both multiples of 4096) without touching checksums, as `read_parts`."""
@@ -239,7 +237,7 @@ class DiskReader:
 
         self._way.begin()
         try:
-            await all_of(self._urgent.transfer(functools.partial(read, parts[i::count])) for i in range(count))
+            await self._urgent.transfer(*(functools.partial(read, parts[i::count]) for i in range(count)))
         finally:
             self._way.end()
 

@@ -18,7 +18,7 @@ from typing import Final, Self
 from tiered.errors import ConfigError, DiskFullError, ReadError, TieredError
 from tiered.io.filesystem import free_nbytes, mount_of
 from tiered.io.modes import ReadMode
-from tiered.io.threads import Check, IdleClock, IOThreads, all_of
+from tiered.io.threads import Check, IdleClock, IOThreads
 from tiered.io.transfer import PIECE_NBYTES, ByteCounter, Faults, Ladder, TransferError, TransferFile, describe
 from tiered.store import PAGE
 from tiered.store.sweep import bypass_cache
@@ -121,7 +121,7 @@ class SpillFile:
         def start(begin: int) -> Callable[[Check], None]:
             return lambda check: work(offset + begin, memory[begin : begin + part], check)
 
-        await all_of(self._threads.transfer(start(begin)) for begin in range(0, memory.nbytes, part))
+        await self._threads.transfer(*map(start, range(0, memory.nbytes, part)))
 
     def _read(self, offset: int, memory: memoryview, check: Check) -> None:
         self._whole(self._preadv, "read", offset, memory, check, self._read_so_far)

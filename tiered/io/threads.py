@@ -1,7 +1,7 @@
 """Threads for reading and writing, and how an asynchronous caller waits for them.
 
 In: functions that block. Out: their end, or what they raised; and for how long there were none. Called by `disk.py` and
-`spill.py`. The event loop only waits (`aiofiles.os.wrap` over this module's plain function).
+`spill.py`. The event loop only waits.
 """
 
 import asyncio
@@ -11,8 +11,6 @@ import time
 from collections.abc import Awaitable, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
-
-import aiofiles.os
 
 from tiered.errors import InterruptedRun
 
@@ -56,7 +54,6 @@ class IOThreads:
 
     def __init__(self, count: int, name: str, clock: IdleClock | None = None) -> None:
         self._pool = ThreadPoolExecutor(count, thread_name_prefix=name)
-        self._call_async = aiofiles.os.wrap(_call)
         self._clock = clock or IdleClock()
         self._closing = False
 
@@ -65,42 +62,59 @@ class IOThreads:
         """Seconds so far in which no transfer was queued or running."""
         return self._clock.seconds
 
-    async def transfer(self, work: Callable[[Check], None]) -> None:
-        """Run `work` in a thread, as `call` does; it reads or writes, so the threads do not count as idle meanwhile."""
+    async def transfer(self, *works: Callable[[Check], None]) -> None:
+        """Run `works` in threads, as `call` does; they read or write, so the threads do not count as idle meanwhile."""
         with self._clock:
-            await self.call(work)
+            await self.call(*works)
 
-    async def call(self, work: Callable[[Check], None]) -> None:
-        """Run `work` in a thread.
+    async def call(self, *works: Callable[[Check], None]) -> None:
+        """Run `works` in threads, side by side; when all have ended, the first error that any has raised is raised.
 
-        A thread cannot be cancelled. Where the caller is, this raises CancelledError only after `work` has ended:
-        no thread touches the memory any more.
+        A thread cannot be cancelled. Where the caller is, this raises CancelledError only after all have ended:
+        no thread touches the memory any more. However many they are, the loop is woken once: each turn of it takes the
+        interpreter from whoever computes.
         """
-        abandoned = threading.Event()
-
-        def check() -> None:
-            if self._closing or abandoned.is_set():
-                raise InterruptedRun("the transfer is no longer wanted")
-
-        running = asyncio.ensure_future(self._call_async(work, check, abandoned, executor=self._pool))
+        group = _Group(len(works), asyncio.get_running_loop())
+        for work in works:
+            self._pool.submit(self._run, group, work)
         try:
-            await asyncio.shield(running)
+            await asyncio.shield(group.ended)
         except asyncio.CancelledError:
-            abandoned.set()
-            while not running.done():
+            group.is_abandoned = True
+            while not group.ended.done():
                 # A second cancellation waits as well.
                 with contextlib.suppress(asyncio.CancelledError):
-                    await asyncio.wait([running])
-            # Nobody handles what it raised; fetching it keeps asyncio from logging that.
-            _ = running.cancelled() or running.exception()
+                    await asyncio.wait([group.ended])
             raise
+        if group.error is not None:
+            try:
+                raise group.error
+            finally:
+                # The error's frames hold the group, and so all that its works hold.
+                group.error = None
+
+    def _run(self, group: "_Group", work: Callable[[Check], None]) -> None:
+        """One work of a group, in a thread."""
+
+        def check() -> None:
+            if self._closing or group.is_abandoned:
+                raise InterruptedRun("the transfer is no longer wanted")
+
+        try:
+            check()
+            work(check)
+        except BaseException as error:
+            group.end(error)
+        else:
+            group.end()
 
     def begin(self, work: Callable[[], None]) -> None:
         """Have `work`, a transfer that raises nothing, run in a thread. For any thread."""
 
         def run() -> None:
             try:
-                work()
+                if not self._closing:
+                    work()
             finally:
                 self._clock.__exit__(None, None, None)
 
@@ -110,7 +124,7 @@ class IOThreads:
     def close(self) -> None:
         """Drop queued work and wait for what runs: nothing touches memory afterwards."""
         self._closing = True
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._pool.shutdown(wait=True)
 
 
 async def all_of(transfers: Iterable[Awaitable[None]]) -> None:
@@ -120,6 +134,24 @@ async def all_of(transfers: Iterable[Awaitable[None]]) -> None:
             raise result
 
 
-def _call(work: Callable[[Check], None], check: Check, abandoned: threading.Event) -> None:
-    if not abandoned.is_set():
-        work(check)
+class _Group:
+    """Works that run side by side, and whoever waits for all of them in `loop`."""
+
+    def __init__(self, count: int, loop: asyncio.AbstractEventLoop) -> None:
+        self._left, self._lock, self._loop = count, threading.Lock(), loop
+        self.ended = loop.create_future()
+        self.is_abandoned = False
+        """Whether nobody wants them any more."""
+        self.error: BaseException | None = None
+        """The first that any has raised; settled once `ended` is."""
+        if not count:
+            self.ended.set_result(None)
+
+    def end(self, error: BaseException | None = None) -> None:
+        """One of them has ended. In its thread."""
+        with self._lock:
+            self.error = self.error or error
+            self._left -= 1
+            is_last = not self._left
+        if is_last:
+            self._loop.call_soon_threadsafe(self.ended.set_result, None)
