@@ -9,7 +9,7 @@ from transformers import PretrainedConfig
 from tiered.errors import ConfigError
 from tiered.io import ReadMode, VerifyPolicy
 from tiered.kernels import Mode
-from tiered.plan import Bits, KVTier, Tier
+from tiered.plan import AnyBits, KVTier, Tier
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Options:
     """Tokens that are computed together at most; None: as many as memory allows and are useful."""
     kv: KVTier = "cpu"
     """Where the KV cache is; auto: in memory if it fits there."""
-    kv_bits: Bits = 16
+    kv_bits: AnyBits = 16
     kv_folder: Path | None = None
     """The folder for the KV cache's file, if it is on disk; None: the store's."""
     kernels: str = "auto"

@@ -47,6 +47,7 @@ from tiered.model import (
 )
 from tiered.options import Options, compute_dtype
 from tiered.plan import (
+    Bits,
     Budgets,
     Machine,
     ModelShape,
@@ -370,7 +371,9 @@ def _prepare(store: Store, options: Options, host: Host) -> _Prepared:
 def _budgets(options: Options, member: Member, before: int) -> Budgets:
     """What may be used, and what the process takes of it by itself. `before`: its bytes before `_prepare`."""
     baseline = PROCESS.measure_baseline(member, before, options.ram)
-    return Budgets(member.budget, baseline, options.tiers, options.kv, options.kv_bits, options.micro_batch_rows)
+    bits: Bits = 16 if options.kv_bits == "auto" else options.kv_bits
+    chosen, rows = options.kv_bits == "auto", options.micro_batch_rows
+    return Budgets(member.budget, baseline, options.tiers, options.kv, bits, chosen, rows)
 
 
 def _limits(plan: Plan, gathered: bool) -> MicroBatchLimits:

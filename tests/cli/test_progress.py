@@ -52,7 +52,7 @@ def shown(stream: io.StringIO, passes: int, seconds: float) -> str:
 
 def test_away_from_a_terminal_a_line_every_half_minute_is_enough() -> None:
     lines = shown(io.StringIO(), 25, 5.0).splitlines()
-    assert [line.split("  ")[0] for line in lines] == [f"{n}/100 sequences" for n in (6, 12, 18, 24)]
+    assert [line.split("  ")[0] for line in lines] == [f"{n}/100 sequences" for n in (5, 11, 17, 23)]
     assert "\x1b" not in "".join(lines)
 
 
@@ -96,8 +96,10 @@ def test_a_pass_has_blocks_a_speed_and_time_left_which_begin_anew_with_the_next(
         for block in (1, 3, 4):
             clock.now += 10.0
             progress.on_block(block, 4)
-    assert status.texts[1] == "block 3/4  1.00 GB/s  6.7 s left in this pass"
-    assert status.texts[5] == "block 4/4  1.00 GB/s  0 ms left in this pass"
+    assert status.texts[1] == "pass 1  block 3/4  1.00 GB/s  6.7 s left in it"
+    assert status.texts[5] == "pass 2  block 4/4  1.00 GB/s  0 ms left in it"
+    progress.on_block(1, 4)
+    assert progress.so_far() == "pass 3, after 1 of 4 blocks: 1 min 00 s, 55.9 GiB read"
 
 
 def test_a_scoring_has_passes_blocks_time_left_and_what_was_found_so_far(clock: Clock) -> None:

@@ -317,7 +317,7 @@ def test_a_run_on_a_terminal_shows_status_lines_and_leaves_text_and_report(strea
     os.close(slave)
     os.close(master)
     assert child.returncode == 0
-    assert any(re.match(r"block \d+/9  \d+\.\d\d GB/s  [\d.]+ m?s left", line) for line in screen.shown), screen.shown
+    assert any(re.match(r"pass \d+  block \d+/9  \d+\.\d\d GB/s", line) for line in screen.shown), screen.shown
     assert "measuring the disk" in screen.shown
     text = wrapped(plain, columns)
     assert screen.visible[: len(text)] == text

@@ -30,7 +30,7 @@ from tiered.plan import (
 )
 from tiered.plan.pace import LEAST
 from tiered.plan.workspace import MAX_ROWS
-from tiered.units import GIB, MIB, format_seconds
+from tiered.units import GIB, MIB, format_seconds, round_up
 
 UNMEASURED = Machine(16 * MIB)
 MEASURED = Machine(16 * MIB, 2e9, ComputeRate((1, 16, 256), (1e-11, 2e-11, 4e-10)), 1e-7)
@@ -231,6 +231,28 @@ def test_windows_that_are_scored_share_passes_where_that_spares_the_disk() -> No
     plan = plan_for(workload, 1200 * MIB)
     assert 1 < plan.batch_size <= 30
     assert plan.why == f"{plan.batch_size} of 30 sequences at once, for the fewest bytes to read"
+
+
+def test_the_cache_has_as_many_bits_as_cost_little() -> None:
+    def chosen(ram: int, tokens: int, layers: int = 40) -> Plan:
+        budgets = Budgets(ram, 300 * MIB, kv="auto", choose_kv_bits=True)
+        return make_plan(model_of([100 * MIB] * 20, layers), UNMEASURED, Workload(1, tokens, 16), budgets)
+
+    assert chosen(64 * GIB, 16384).cache.bits == 16  # nothing is read
+    assert chosen(1200 * MIB, 256).cache.bits == 16  # the cache is small beside the weights that are read
+    assert chosen(1200 * MIB, 2048).cache.bits == 8  # eight bits cost little more than four
+    assert chosen(1200 * MIB, 16384).cache.bits == 4
+    with pytest.raises(BudgetError) as refused:
+        chosen(1, 2048)
+    assert refused.value.smallest_bytes is not None
+    smallest = round_up(refused.value.smallest_bytes, MIB) + 64 * MIB
+    assert chosen(smallest, 2048).budget == smallest
+
+
+def test_heads_that_four_bits_cannot_hold_are_no_obstacle() -> None:
+    model = model_of([100 * MIB] * 20, kv=KVShape(8, 127, 40, "bfloat16"))
+    budgets = Budgets(1200 * MIB, 300 * MIB, kv="auto", choose_kv_bits=True)
+    assert make_plan(model, UNMEASURED, Workload(1, 16384, 16), budgets).cache.bits == 16
 
 
 @pytest.mark.parametrize("bits", [4, 5])

@@ -57,9 +57,15 @@ def _together(*options: Callable[[Command], Command]) -> Callable[[Command], Com
 
 _store: Final = click.argument("store", type=_ANY_PATH)
 
-_kv_bits: Final = click.option(
-    "--kv-bits", default="16", show_default=True, type=click.Choice(["16", "8", "4"]), help="Precision of the KV cache."
-)
+_KV_BITS: Final = ("16", "8", "4")
+
+
+def _kv_bits(choices: Sequence[str] = _KV_BITS, more: str = "") -> Callable[[Command], Command]:
+    kind = click.Choice(choices)
+    return click.option(
+        "--kv-bits", default="16", show_default=True, type=kind, help=f"Precision of the KV cache{more}."
+    )
+
 
 _kv: Final = _together(
     click.option(
@@ -69,7 +75,6 @@ _kv: Final = _together(
         type=click.Choice(["auto", "cpu", "disk"]),
         help="Where the KV cache is; auto: in memory if it fits.",
     ),
-    _kv_bits,
     click.option(
         "--kv-dir",
         type=click.Path(path_type=Path, file_okay=False, exists=True),
@@ -211,6 +216,7 @@ def convert(source: str, output: Path | None, **options: Any) -> None:
 @_micro_batch
 @_objective("latency")
 @_kv
+@_kv_bits((*_KV_BITS, "auto"), "; auto: as many bits as cost at most 10 % in bytes read")
 @click.option("--chat", is_flag=True, help="Apply the tokenizer's chat template to each prompt.")
 @_run("a text does not depend on what shares its batch")
 @click.option("--prefetch", type=click.IntRange(min=0), help="Units read ahead; 0: none. [default: as memory allows]")
@@ -253,6 +259,7 @@ def generate(
 @_micro_batch
 @_objective("throughput")
 @_kv
+@_kv_bits()
 @_run("a text does not depend on what shares its batch")
 @_measure
 @_json("with the report")
@@ -293,7 +300,7 @@ def batch(**options: Any) -> None:
     type=_FILE,
     help="Write a JSON line per token: file, position, token_id, text, logprob.",
 )
-@_kv_bits
+@_kv_bits()
 @_run("a score does not depend on what shares its pass")
 @_measure
 @_json()

@@ -68,12 +68,11 @@ def summary(result: ConvertResult) -> str:
 
 
 class _Screen:
-    """Shows how far a conversion is: in the status line, and away from a terminal a line for every tenth of the way."""
+    """Shows how far a conversion is."""
 
     def __init__(self, status: StatusLine) -> None:
         self._status, self._progress = status, ByteProgress()
         self._is_terminal = is_terminal(sys.stderr)
-        self._tenths = 0
 
     def show(self, now: ConvertProgress) -> None:
         """The conversion stands at `now`."""
@@ -85,8 +84,4 @@ class _Screen:
             return
         line = self._progress.line(now.nbytes_done, now.nbytes_total, now.nbytes_skipped)
         percent = 100 * now.nbytes_done // max(now.nbytes_total, 1)
-        tenths = percent // 10
         self._status.update(lambda: f"{percent:3d}%  {now.block}  {line}")
-        if tenths > self._tenths and not self._is_terminal:
-            self._tenths = tenths
-            click.echo(f"{10 * tenths:3d}%  {now.block}  {line}", err=True)

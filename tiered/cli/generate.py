@@ -1,5 +1,7 @@
 """`tiered generate`, step by step: prompts, plan, passes; text as it comes, and a report."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -23,6 +25,7 @@ from tiered.generate.tokenizer import SAMPLING, load_generation_settings, load_t
 from tiered.plan import MAX_BATCHED_TOKENS, Workload
 from tiered.runtime import Options, Runtime
 from tiered.store import Store
+from tiered.units import format_size
 
 _INSTEAD_OF: Final = {
     "max_new_tokens": ("max_new_tokens", "max_length"),
@@ -137,6 +140,10 @@ def _run(
         objective=request.objective,
     )
     with Runtime(store, workload, options) as runtime:
+        if request.kv_bits == "auto" and not request.as_json:
+            cache = runtime.plan.cache
+            place = "on disk" if cache.on_disk else "in memory"
+            click.echo(f"kv cache  {cache.bits} bits, {format_size(cache.blocks_nbytes)} {place}", err=True)
         report = _generate(request, runtime, sequences, able)
     if request.trace_path is not None:
         runtime.host.trace.write(request.trace_path)
@@ -196,15 +203,22 @@ def _generate(request: GenerateRequest, runtime: Runtime, sequences: list[Sequen
             status.clear()
             writer.update()
 
-        with measured(runtime, status, request.measure) as around:
-            generation = generate(
-                runtime,
-                able,
-                runtime.plan.batch_size,
-                on_pass,
-                on_block=PassProgress(status, lambda: runtime.bytes_read).on_block,
-            )
+        progress = PassProgress(status, lambda: runtime.bytes_read)
+        with _saying_how_far(able, status, progress), measured(runtime, status, request.measure) as around:
+            generation = generate(runtime, able, runtime.plan.batch_size, on_pass, on_block=progress.on_block)
     return make_report(generation, around.surroundings(runtime, generation.decode.disk_idle_seconds))
+
+
+@contextmanager
+def _saying_how_far(able: list[Sequence], status: StatusLine, progress: PassProgress) -> Iterator[None]:
+    """Around the passes: an interruption says how far they came."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        status.clear()
+        tokens = sum(len(sequence.token_ids) for sequence in able)
+        click.echo(f"tiered: {tokens} tokens generated, ended in {progress.so_far()}", err=True)
+        raise
 
 
 def _encode(

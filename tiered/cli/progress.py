@@ -1,4 +1,4 @@
-"""What the status line says while a command works: one class per kind of work, and for a job plain lines too."""
+"""What the status line says while a command works: one class per kind of work."""
 
 import sys
 import time
@@ -6,41 +6,47 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self, TextIO
 
-from tiered.cli.screen import StatusLine, is_terminal
+from tiered.cli.screen import StatusLine
 from tiered.units import format_rate, format_seconds, format_size
 
 if TYPE_CHECKING:
     from tiered.jobs import Progress  # which loads torch
 
-_LINE_SECONDS: Final = 30.0
-"""Between two plain lines."""
 _LEAST_SECONDS: Final = 0.5
 """A speed over less time than this says nothing."""
 
 
 class PassProgress:
-    """Says where the running pass is: how many of its blocks are computed, the disk's speed, time left."""
+    """Says where a run is: which pass, how many of its blocks are computed, the disk's speed, time left in it."""
 
     def __init__(self, status: StatusLine, bytes_read: Callable[[], int]) -> None:
         self._status, self._bytes_read = status, bytes_read
-        self._done = 0
+        self._number = self._done = self._total = 0
+        self._started = time.perf_counter()
         self._begin()
 
     def on_block(self, done: int, total: int) -> None:
         """A block of the running pass has been computed."""
         if done <= self._done:  # of the next pass
             self._begin()
-        self._done = done
+        self._done, self._total = done, total
         self._status.update(lambda: self._line(done, total))
 
+    def so_far(self) -> str:
+        """Where it is, and what it took, for whoever ends it early."""
+        elapsed, nbytes = format_seconds(time.perf_counter() - self._started), format_size(self._bytes_read())
+        blocks = f"after {self._done} of {self._total} blocks" if self._total else "before its first block"
+        return f"pass {self._number}, {blocks}: {elapsed}, {nbytes} read"
+
     def _begin(self) -> None:
+        self._number += 1
         self._began, self._bytes_before = time.perf_counter(), self._bytes_read()
 
     def _line(self, done: int, total: int) -> str:
         elapsed = time.perf_counter() - self._began
         rate = (self._bytes_read() - self._bytes_before) / elapsed if elapsed else 0.0
         left = elapsed / done * (total - done)
-        return f"block {done}/{total}  {format_rate(rate)}  {format_seconds(left)} left in this pass"
+        return f"pass {self._number}  block {done}/{total}  {format_rate(rate)}  {format_seconds(left)} left in it"
 
 
 class ScoreProgress:
@@ -88,18 +94,12 @@ class ByteProgress:
 
 
 class JobScreen:
-    """Shows how far a job is: in the status line, and away from a terminal in a plain line now and then.
-
-    A context manager; leaving it takes the status line away.
-    """
+    """Shows how far a job is. A context manager; leaving it takes the status line away."""
 
     def __init__(self, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self._stream = sys.stderr if stream is None else stream
-        self._clock = clock
-        self._is_terminal = is_terminal(self._stream)
         self.status = StatusLine(stream=self._stream, clock=clock)
         self._line = ""
-        self._written = clock()
 
     def __enter__(self) -> Self:
         self.status.__enter__()
@@ -122,10 +122,6 @@ class JobScreen:
         """A pass has ended."""
         self._line = progress.line()
         self.status.update(lambda: self._line)
-        if not self._is_terminal and self._clock() - self._written >= _LINE_SECONDS:
-            self._written = self._clock()
-            self._stream.write(f"{self._line}\n")
-            self._stream.flush()
 
     def on_block(self, done: int, total: int) -> None:
         """A block of the running pass has been computed."""

@@ -8,11 +8,11 @@ from typing import Any, Final
 from tiered.errors import ConfigError
 from tiered.io import VerifyPolicy
 from tiered.kernels import Mode
-from tiered.plan import Bits, KVTier, Objective, parse_tiers
+from tiered.plan import AnyBits, KVTier, Objective, parse_tiers
 from tiered.runtime import Options
 from tiered.units import parse_size
 
-_BITS: Final[dict[str, Bits]] = {"16": 16, "8": 8, "4": 4}
+_BITS: Final[dict[str, AnyBits]] = {"auto": "auto", "16": 16, "8": 8, "4": 4}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,8 @@ from types import TracebackType
 from typing import Final, Protocol, Self, TextIO
 
 _REFRESH_SECONDS: Final = 0.1
+_LINE_SECONDS: Final = 30.0
+"""Between two plain lines."""
 _TAB: Final = 8
 # The first moves to the line below the text, scrolling if need be; the second erases that line and moves back to where
 # the text ended.
@@ -83,7 +85,8 @@ class TextWriter:
 
 
 class StatusLine:
-    """One line on a terminal that is rewritten while something runs, and gone when it ends. Shows nothing elsewhere.
+    """One line on a terminal that is rewritten while something runs, and gone when it ends. Elsewhere a plain line now
+    and then, so that a log shows how far a long run is; nothing of what takes less.
 
     It stands below the text; the cursor returns to the text's end before more is written. `at_edge` returns what must
     then be written again: a terminal that has filled a line waits behind its last column, which a movement of the
@@ -99,8 +102,8 @@ class StatusLine:
         self._stream = sys.stderr if stream is None else stream
         self._on = is_terminal(self._stream)
         self._at_edge, self._clock = at_edge, clock
-        self._updated = -math.inf
-        self._visible = False
+        self._updated = -math.inf if self._on else clock()
+        self._visible = self._is_over = False
         # Blocks are reported by the compute thread; warnings and the end of a pass come from others.
         self._lock = threading.Lock()
 
@@ -113,19 +116,24 @@ class StatusLine:
         for handler in logging.getLogger().handlers:
             handler.removeFilter(self._before_message)
         self.clear()
-        self._on = False
+        self._is_over = True
 
     def update(self, text: Callable[[], str]) -> None:
-        """Show what `text` returns, unless the last update was less than `_REFRESH_SECONDS` ago."""
+        """Show what `text` returns, unless the last update was less than `_REFRESH_SECONDS` ago, or less than
+        `_LINE_SECONDS` where lines stay."""
         now = self._clock()
-        if self._on and now - self._updated >= _REFRESH_SECONDS:
-            self._updated = now
+        if now - self._updated < (_REFRESH_SECONDS if self._on else _LINE_SECONDS):
+            return
+        self._updated = now
+        if self._on:
             self.say(text())
+        elif not self._is_over:
+            self._write(f"{text()}\n")
 
     def say(self, text: str) -> None:
         """Show `text` until something else happens."""
         with self._lock:
-            if not self._on:
+            if not self._on or self._is_over:
                 return
             # A status that wraps takes two lines, and may scroll away the place to return to.
             self._write((_BACK if self._visible else "") + _LINE_BELOW + text[: _columns(self._stream) - 1])

@@ -14,7 +14,7 @@ from tiered.plan.inputs import (
     Workload,
     parse_tiers,
 )
-from tiered.plan.kv import Bits, CachePlan, KVShape, layer_groups
+from tiered.plan.kv import AnyBits, Bits, CachePlan, KVShape, layer_groups
 from tiered.plan.make import Rate, make_plan, pace_for, rates_wanted
 from tiered.plan.placement import Held, Placement, Tape, full_ring, interleave, place
 from tiered.plan.plan import ExpertCachePlan, Needs, Plan, fit_units
@@ -22,6 +22,7 @@ from tiered.proc import process_peak_rss_bytes, process_rss_bytes
 
 __all__ = [
     "MAX_BATCHED_TOKENS",
+    "AnyBits",
     "Bits",
     "Budgets",
     "CachePlan",

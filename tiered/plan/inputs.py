@@ -239,5 +239,7 @@ class Budgets:
     kv: KVTier = "cpu"
     """Where the KV cache is; auto: in memory if it fits there."""
     kv_bits: Bits = 16
+    choose_kv_bits: bool = False
+    """Choose the precision instead: as many bits as cost little."""
     micro_batch: int | None = None
     """Tokens computed together at most; None: as many as memory allows and are useful."""

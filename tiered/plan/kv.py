@@ -13,6 +13,8 @@ from tiered.errors import ConfigError
 from tiered.units import PAGE, PAGE_TOKENS, round_up
 
 Bits = Literal[16, 8, 4]
+AnyBits = Bits | Literal["auto"]
+"""auto: the plan chooses."""
 GROUPS_AT_ONCE: Final = 4
 """Groups of micro-batches whose KV blocks are in memory together: one computes while the others are read. With several
 being read, the disk's queue never runs empty, as it does at the end of a single group's reads."""
@@ -43,15 +45,20 @@ class KVShape:
         return 2 * self.layers * self.heads * self.head_dim * self.itemsize * sequences * tokens
 
 
-def block_nbytes(shape: KVShape, bits: int, slots: int = PAGE_TOKENS) -> int:
-    """Bytes of one page's keys and values in one layer; a page of 16 bits has `slots` tokens.
-
-    Raises ConfigError for bits other than 16, 8 and 4, and for 4 bits where head_dim is odd.
-    """
+def check_bits(shape: KVShape, bits: int) -> None:
+    """Raise ConfigError for bits other than 16, 8 and 4, and for 4 bits where head_dim is odd."""
     if bits not in (16, 8, 4):
         raise ConfigError(f"KV cache: {bits} bits, expected 16, 8 or 4")
     if bits == 4 and shape.head_dim % 2:
         raise ConfigError(f"KV cache: heads of {shape.head_dim} channels cannot be packed in 4 bits; use 8 or 16")
+
+
+def block_nbytes(shape: KVShape, bits: int, slots: int = PAGE_TOKENS) -> int:
+    """Bytes of one page's keys and values in one layer; a page of 16 bits has `slots` tokens.
+
+    Raises ConfigError as `check_bits` does.
+    """
+    check_bits(shape, bits)
     if bits == 16:
         states = shape.heads * slots * shape.head_dim * shape.itemsize
         return round_up(round_up(states, PART_ALIGNMENT) + states, PAGE)

@@ -8,9 +8,10 @@ from dataclasses import replace
 from functools import partial
 from typing import Final, Literal
 
-from tiered.errors import BudgetError
+from tiered.errors import BudgetError, ConfigError
 from tiered.plan.batch_size import BatchChoice, choose_batch_size, choose_windows_per_pass
 from tiered.plan.inputs import Budgets, Machine, ModelShape, Workload
+from tiered.plan.kv import Bits, check_bits
 from tiered.plan.pace import Pace
 from tiered.plan.plan import Plan, smallest_budget
 from tiered.plan.way import HALFWAY, Asked
@@ -21,12 +22,17 @@ Rate = Literal["disk", "compute"]
 
 _MODEST_KV_SHARE: Final = 1 / 8
 """Part of the budget that the KV cache may take where the context is chosen by the budget."""
+_BITS: Final[tuple[Bits, ...]] = (16, 8, 4)
+_WORTH_OF_BITS: Final = 1.1
+"""Eight bits cost 0.00 % of perplexity, four 0.12 % (docs/benchmarks/quality.md): little, but for nothing too much."""
 _MEASURING_NBYTES: Final = 96 * MIB
 """By how much measuring disk and processor may raise the process's peak, which counts."""
 
 
 def make_plan(model: ModelShape, machine: Machine, workload: Workload, budgets: Budgets) -> Plan:
     """The plan for `workload` within `budgets`. Raises BudgetError where there is none."""
+    if budgets.choose_kv_bits:
+        return _plan_with_most_bits(Asked(model, machine, workload, budgets))
     asked = Asked(model, machine, workload, budgets)
     if workload.batch_size is not None:
         return _plan_for(asked, min(workload.batch_size, workload.sequences), "as asked for")
@@ -62,6 +68,29 @@ def rates_wanted(model: ModelShape, machine: Machine, workload: Workload, budget
         return frozenset()
     reads = any(way.option(plan).disk_nbytes for way, plan in found)
     return frozenset(("disk", "compute")) if reads else frozenset(("compute",))
+
+
+def _plan_with_most_bits(asked: Asked) -> Plan:
+    """The plan with the KV cache in as many bits as cost at most `_WORTH_OF_BITS` of what the fewest cost: bytes read
+    per pass and sequence, of weights that the cache leaves no memory for and of the cache itself."""
+    found: list[tuple[float, Plan]] = []
+    refusals = []
+    for bits in _BITS:
+        budgets = replace(asked.budgets, kv_bits=bits, choose_kv_bits=False)
+        try:
+            check_bits(asked.model.kv, bits)
+            plan = make_plan(asked.model, asked.machine, asked.workload, budgets)
+        except BudgetError as error:
+            refusals.append(error)
+        except ConfigError:
+            continue
+        else:
+            way = replace(asked, budgets=budgets).way(plan.batch_size, plan.cache.on_disk, plan.max_context)
+            found.append((way.option(plan).disk_nbytes / plan.batch_size, plan))
+    if not found:
+        raise min(refusals, key=lambda error: error.smallest_bytes or 0)
+    most = min(cost for cost, _ in found) * _WORTH_OF_BITS
+    return next(plan for cost, plan in found if cost <= most)
 
 
 def _plan_for(asked: Asked, batch_size: int, why: str) -> Plan:
