@@ -66,6 +66,8 @@ def around(used: Plan, streamed_file_bytes: int = 700 * MIB, **changes: Any) -> 
         "bytes_written": 0,
         "kv_bytes_read": 0,
         "kv_bytes_written": 0,
+        "kv_bits": 16,
+        "kv_on_disk": False,
         "disk_wait_seconds": 0.1,
         "peak_rss_bytes": 700 * MIB,
         "ram_budget_bytes": used.budget,
@@ -84,6 +86,10 @@ def test_figures_add_up() -> None:
     assert (report.prompt_tokens, report.generated_tokens, report.passes) == (60, 10, 5)
     assert (report.prefill_seconds, report.first_token_seconds) == (3.0, 3.2)
     assert report.prefill_tokens_per_second == 20.0
+    assert report.prefill_compute_seconds == 2.0
+    # One pass, before which nothing is in memory: it reads all, or computes for longer.
+    assert report.prefill_bound_seconds == max(1000 * MIB / RAW, 2.0)
+    assert report.prefill_bound_share == report.prefill_bound_seconds / 3.0
     assert report.tokens_per_second == 8 / 4.0
     assert report.seconds_per_pass == 1.0
     assert report.compute_seconds_per_pass == pytest.approx(0.2)

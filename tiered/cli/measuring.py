@@ -59,6 +59,8 @@ class Measured:
             bytes_written=self.counters.written,
             kv_bytes_read=runtime.kv_bytes_read,
             kv_bytes_written=runtime.kv_bytes_written,
+            kv_bits=plan.cache.bits,
+            kv_on_disk=plan.cache.on_disk,
             disk_wait_seconds=disk_wait_seconds,
             peak_rss_bytes=process_peak_rss_bytes(),
             ram_budget_bytes=plan.budget,

@@ -1,7 +1,7 @@
 """The reports of a run: what it took, beside what the machine could have done.
 
     bound of a decode pass = max((S - M + K + X) / B, C - C_x + max(X / B, C_x))
-    bound of a scoring     = max((S + (passes - 1) * (S - M) + K + X) / B, C - C_x + max(X / B, C_x))
+    bound of a scoring     = max((S + (passes - 1) * (S - M) + K + X) / B, C - C_x + max(X / B, C_x)), and of a prefill
 
 S: bytes of the tape. K: bytes of the KV cache written to disk and read from it. M: all that the budget leaves after
 baseline, KV cache, workspace, cache of experts and two units, used or not. B: raw disk bandwidth, measured after
@@ -66,6 +66,8 @@ class Figures:
     kv_bytes_read: int
     """Of a KV cache on disk."""
     kv_bytes_written: int
+    kv_bits: int
+    kv_on_disk: bool
     raw_disk_bandwidth: float | None
     """Sustained; the better of two measurements after the run."""
     raw_disk_best_look: float | None
@@ -180,6 +182,14 @@ def _bound(nbytes: float, experts: ExpertUse, compute_seconds: float, rate: floa
     return seconds, "compute" if compute_seconds > disk else "disk"
 
 
+def _bound_from_nothing(cost: PassTotals, figures: Figures, again_nbytes: int) -> tuple[float, Bottleneck] | None:
+    """`_bound` of all passes of `cost`, the first of which finds nothing in memory; None where B is not known."""
+    if not figures.raw_disk_bandwidth or not cost.passes:
+        return None
+    nbytes = figures.tape_bytes + (cost.passes - 1) * again_nbytes + cost.kv_bytes
+    return _bound(nbytes, cost.experts, cost.compute_seconds, figures.raw_disk_bandwidth)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Report(Figures):
     """The report of a generation."""
@@ -189,6 +199,10 @@ class Report(Figures):
     first_token_seconds: float
     prefill_seconds: float
     prefill_tokens_per_second: float
+    prefill_compute_seconds: float
+    prefill_bound_seconds: float | None
+    """Of passes with prompt tokens. The first one finds nothing in memory, so it reads all weights."""
+    prefill_bound_share: float | None
     decode_seconds: float
     tokens_per_second: float | None
     seconds_per_pass: float | None
@@ -259,6 +273,7 @@ def make_report(generation: Generation, around: Surroundings) -> Report:
         elif figures.raw_disk_bandwidth:
             seconds, bottleneck = _bound(streamed, decode.experts, decode.compute_seconds, figures.raw_disk_bandwidth)
             bound = seconds / decode.passes
+    first = _bound_from_nothing(prefill, figures, around.again_nbytes)
     tokens = generation.generated_tokens
     moved = decode.bytes_read + decode.kv_bytes
     overheads = sorted(s for cost in generation.recent for s in cost.pass_.block_seconds)
@@ -269,6 +284,9 @@ def make_report(generation: Generation, around: Surroundings) -> Report:
         first_token_seconds=generation.first_token_seconds,
         prefill_seconds=prefill.pass_seconds,
         prefill_tokens_per_second=generation.prompt_tokens / prefill.pass_seconds if prefill.pass_seconds else 0.0,
+        prefill_compute_seconds=prefill.compute_seconds,
+        prefill_bound_seconds=None if first is None else first[0],
+        prefill_bound_share=None if first is None else first[0] / prefill.pass_seconds,
         decode_seconds=decode.seconds,
         tokens_per_second=decode.new_tokens / decode.seconds if decode.seconds else None,
         seconds_per_pass=per_pass,
@@ -348,9 +366,8 @@ def make_score_report(scoring: Scoring, around: Surroundings) -> ScoreReport:
     bound: float | None = None
     reads = bool(again or kv or cost.experts.nbytes)
     bottleneck: Bottleneck = "disk" if reads else "memory"
-    if figures.raw_disk_bandwidth is not None and reads:
-        nbytes = figures.tape_bytes + (cost.passes - 1) * again + kv
-        bound, bottleneck = _bound(nbytes, cost.experts, cost.compute_seconds, figures.raw_disk_bandwidth)
+    if reads and (found := _bound_from_nothing(cost, figures, again)) is not None:
+        bound, bottleneck = found
     return ScoreReport(
         **vars(figures),
         scored_tokens=scoring.total.tokens,

@@ -8,6 +8,7 @@ threads decode it into its place.
 import asyncio
 import contextlib
 import functools
+import itertools
 import logging
 import os
 import threading
@@ -129,8 +130,7 @@ class DiskReader:
         All reads have ended when this returns or raises. Raises ReadError or StoreError.
         """
         offset = file.chunks[chunk].offset
-        parts = _parts(offset, memory.nbytes)
-        await self._threads.transfer(*(self._part(file, at, memory[at - offset :][:nbytes]) for at, nbytes in parts))
+        await self._threads.transfer(*self._reads_of(file, offset, memory))
         if self._verifier.wants(file, chunk):
             await self.call(functools.partial(self._verifier.check, file, chunk, memory))
 
@@ -142,7 +142,12 @@ class DiskReader:
         """
         file = unit.file
         if not unit.compressed:
-            await all_of(self.read_chunk(file, number, _chunk_of(unit, number, memory)) for number in unit.chunks)
+            chunks = [(number, _chunk_of(unit, number, memory)) for number in unit.chunks]
+            if any(self._verifier.wants(file, number) for number in unit.chunks):
+                await all_of(self.read_chunk(file, number, chunk) for number, chunk in chunks)
+            else:
+                reads = (self._reads_of(file, file.chunks[number].offset, chunk) for number, chunk in chunks)
+                await self._threads.transfer(*itertools.chain.from_iterable(reads))
             return
         if buffers.is_empty:
             raise StoreError(
@@ -209,17 +214,17 @@ class DiskReader:
             return error
         return None
 
-    def _part(self, file: FileInfo, offset: int, memory: memoryview) -> Callable[[Check], None]:
-        """The read of a part of a chunk, which gives way to what is urgent."""
+    def _reads_of(self, file: FileInfo, offset: int, memory: memoryview) -> Iterator[Callable[[Check], None]]:
+        """Reads of the parts of a chunk at `offset`, which give way to what is urgent."""
 
-        def read(check: Check) -> None:
+        def read(start: int, nbytes: int, check: Check) -> None:
             def check_both() -> None:
                 check()
                 self._way.give(check)
 
-            self._read(file, offset, memory, check_both)
+            self._read(file, start, memory[start - offset :][:nbytes], check_both)
 
-        return read
+        return (functools.partial(read, start, nbytes) for start, nbytes in _parts(offset, memory.nbytes))
 
     async def read_pages(self, file: FileInfo, offset: int, memory: memoryview) -> None:
         """Read `memory.nbytes` from `offset` (both multiples of 4096) without touching checksums, as `read_parts`."""

@@ -15,7 +15,7 @@ from tiered.plan.inputs import (
     parse_tiers,
 )
 from tiered.plan.kv import AnyBits, Bits, CachePlan, KVShape, layer_groups
-from tiered.plan.make import Rate, make_plan, pace_for, rates_wanted
+from tiered.plan.make import Rate, expected_pass, make_plan, pace_for, rates_wanted
 from tiered.plan.placement import Held, Placement, Tape, full_ring, interleave, place
 from tiered.plan.plan import ExpertCachePlan, Needs, Plan, fit_units
 from tiered.proc import process_peak_rss_bytes, process_rss_bytes
@@ -44,6 +44,7 @@ __all__ = [
     "Workload",
     "available_budget",
     "cpu_count",
+    "expected_pass",
     "fit_units",
     "full_ring",
     "interleave",

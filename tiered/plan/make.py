@@ -50,6 +50,21 @@ def pace_for(model: ModelShape, machine: Machine, workload: Workload) -> Pace:
     return Pace(partial(_compute_seconds, model, machine, workload))
 
 
+def expected_pass(model: ModelShape, machine: Machine, workload: Workload, budgets: Budgets) -> BatchChoice:
+    """What a decode pass of `make_plan`'s plan is expected to take, by the machine's rates, which must be known.
+
+    Raises BudgetError where there is no plan.
+    """
+    plan = make_plan(model, machine, workload, budgets)
+    asked = Asked(model, machine, workload, replace(budgets, kv_bits=plan.cache.bits))
+    option = asked.way(plan.batch_size, plan.cache.on_disk, plan.max_context).option(plan)
+    choice = choose_batch_size(
+        [option], machine.disk_bytes_per_second, partial(_compute_seconds, model, machine, workload)
+    )
+    assert choice is not None
+    return choice
+
+
 def smallest_ram(model: ModelShape, machine: Machine, workload: Workload, budgets: Budgets) -> int:
     """The least budget in bytes, a whole number of MiB, in which all of `workload` runs at once with this baseline."""
     asked = Asked(model, machine, workload, budgets)

@@ -84,7 +84,10 @@ class Feed:
         self._changed = asyncio.Event()
         """Set whenever what the feed waits for may have come about."""
         self._asked = -1
-        """The last number that has been asked for."""
+        """The last number that has been asked for; one whose reads have begun need not be."""
+        self.begun = -1
+        """The last number that the feed is done with: its reads have begun, if it has any. The computing thread looks
+        at it."""
         self.last_pass: int | None = None
         """Number of the pass after which nothing is read; None: not known yet."""
         self._spans: dict[int, RingSpan] = {}
@@ -178,6 +181,7 @@ class Feed:
                         await self._change()
                     self._held.add(position)
                     self._start(self.key(number), position, self._resident[position].view)
+                self.begun = number
             except Exception as error:
                 # A feed that dies silently would leave the computation waiting for ever.
                 self._failure = number, error
@@ -244,8 +248,8 @@ class Feed:
 
     def _end(self, load: asyncio.Task[None]) -> None:
         """The reads of a unit have ended."""
-        del self._loads[load]
-        self._changed.set()
+        if self._loads.pop(load) < 0:  # fewer bytes of resident units are being read
+            self._changed.set()
 
     def _reading_nbytes(self) -> int:
         """Bytes of the resident units that are being read."""

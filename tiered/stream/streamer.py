@@ -151,7 +151,8 @@ class Streamer:
         """Wait for unit `number` of the block whose first unit is `first`. Raises what its reads raised."""
         asked = self._pass * len(self._tape) + first + number
         key = self._feed.key(asked)
-        if self._prefetch is not None or key not in self._units:
+        # Where its reads have begun the feed need not know, and each turn of the loop takes the interpreter from here.
+        if self._prefetch is not None or (asked > self._feed.begun and key not in self._units):
             self._loop.call_soon_threadsafe(self._feed.set_asked, asked)
         return self._units.take(key, self._name(first + number))
 
