@@ -28,7 +28,7 @@ from typing import Final
 import torch
 
 from tiered.kernels import Kernels, Mode, load_library
-from tiered.plan import hardware
+from tiered.plan import system
 from tiered.units import MIB, format_size
 from tools import kernel_race as race
 from tools.kernel_race import TORCH_BF16, TORCH_INT4, TORCH_INT8, Inputs, LayerShape
@@ -217,7 +217,7 @@ def print_all(
     threads: int,
 ) -> None:
     """Print everything as Markdown."""
-    cpu = hardware.cpu()
+    cpu = system.cpu()
     print(
         f"{cpu.model}, {threads} of {cpu.present} processors, Linux {platform.release()}, torch {torch.__version__}\n"
     )
@@ -257,7 +257,7 @@ def to_json(
 ) -> dict[str, object]:
     """All figures, in bytes, seconds and operations."""
     return {
-        "cpu": hardware.cpu().model,
+        "cpu": system.cpu().model,
         "threads": threads,
         "read_bandwidth": bandwidth,
         "peak_flops": peak,

@@ -1,67 +1,96 @@
-"""What the kernel tells about a machine, from files made up for the purpose and from this machine's own."""
+"""A machine in TOML: read, written and read again, and what is wrong with one named."""
 
-import platform
-from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tiered.plan import hardware
+from tiered.errors import ConfigError
+from tiered.plan import KVShape
+from tiered.plan.hardware import DiskRates, Hardware, roofline
+
+DESCRIBED = """
+name = "two cores"
+source = "made up"
+ram = 16_000_000_000
+usd_per_hour = 0.5
+[disk]
+read = 2e9
+write = 1e9
+random = [[1_000_000, 5e8], [16_000_000, 1.5e9]]
+[cpu]
+cores = 2
+memory = 2e10
+flops = 1e12
+[gpu]
+name = "T4"
+vram = 16_000_000_000
+host_to_device = 1.2e10
+device_to_host = 1.2e10
+memory = 3e11
+flops = 5e13
+"""
 
 
-def write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+def test_a_described_machine_computes_along_its_roofline() -> None:
+    machine = Hardware.from_toml(DESCRIBED, "described")
+    rate = machine.cpu.linear_rate("int4-g64", "fast")
+    assert rate.seconds(1, 10**9) == pytest.approx(35 / 64 / 2e10 * 1e9)  # memory
+    assert rate.seconds(512, 10**9) == pytest.approx(2 * 512 / 1e12 * 1e9)  # multiply-adds
+    assert roofline("none", 1e12, 2e10).seconds(1, 1) == pytest.approx(1e-10)
+    assert machine.cpu.attention == 2e10 and machine.gpu is not None and machine.gpu.name == "T4"
+    made = machine.machine("int8-g64", "invariant", KVShape(8, 128, 2, "bfloat16"), 7)
+    assert (made.scratch_nbytes, made.disk_bytes_per_second) == (7, 2e9)
+    assert made.attention_seconds == pytest.approx(2 * 8 * 128 * 2 / 2e10)
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="asks for x86 features")
-def test_features_come_from_the_flags_line(tmp_path: Path) -> None:
-    write(
-        tmp_path / "cpuinfo",
-        "processor\t: 0\nmodel name\t: Some CPU\nflags\t\t: fpu avx2 fma avx512f\nvmx flags\t: avx512bw\n",
-    )
-    cpu = hardware.cpu(tmp_path)
-    assert cpu.model == "Some CPU"
-    assert cpu.features == ("avx2", "fma", "avx512f")
-    assert "avx512bw" in cpu.missing
-    assert set(cpu.features) | set(cpu.missing) == set(hardware.CPU_FEATURES)
+def test_random_reads_lie_between_what_was_measured() -> None:
+    disk = DiskRates(2e9, 1e9, ((1_000_000, 5e8), (16_000_000, 1.5e9)))
+    assert disk.random_read(1) == 5e8 and disk.random_read(10**9) == 1.5e9
+    assert 5e8 < disk.random_read(2_500_000) < disk.random_read(8_000_000) < 1.5e9
+    assert DiskRates(2e9, 1e9).random_read(1) == 2e9
 
 
-def test_this_machine_has_a_processor() -> None:
-    cpu = hardware.cpu()
-    assert 1 <= cpu.allowed <= cpu.present
-    refusal = hardware.amx_refusal()
-    assert refusal is None or refusal
-    if "amx_tile" not in cpu.features and cpu.architecture == "x86_64":
-        assert refusal is not None
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("read = 2e9", "read = 0", "described, disk: read = 0, expected a number above 0"),
+        ("read = 2e9", "read = -1.0", "expected a number above 0"),
+        ("read = 2e9", "read = inf", "expected a number above 0"),
+        ("read = 2e9", "read = true", "expected a number above 0"),
+        ("read = 2e9", "reads = 2e9", "described, disk: has no 'read', expected a number above 0"),
+        ("cores = 2", "cores = 2\nsockets = 1", "described, cpu: unknown 'sockets'"),
+        ("flops = 1e12", "linear = []", "described, cpu: linear = .*expected one or more tables"),
+        ('name = "two cores"', "name = 2", "name = 2, expected a text"),
+        ("[disk]", "[disk", "is no TOML file"),
+        ("[disk]", "disk = 1\n[disc]", "disk = 1, expected a table"),
+        ("[[1_000_000, 5e8]", "[[1_000_000]", "expected a list of pairs"),
+    ],
+)
+def test_what_is_wrong_is_named(old: str, new: str, message: str) -> None:
+    assert old in DESCRIBED
+    with pytest.raises(ConfigError, match=message):
+        Hardware.from_toml(DESCRIBED.replace(old, new, 1), "described")
 
 
-def test_sizes_of_meminfo_are_bytes(tmp_path: Path) -> None:
-    write(tmp_path / "meminfo", "MemTotal:       2048 kB\nSwapTotal:         0 kB\n")
-    assert hardware.meminfo("MemTotal", tmp_path) == 2 << 20
-    assert hardware.meminfo("SwapTotal", tmp_path) == 0
-    with pytest.raises(KeyError, match="has no MemAvailable"):
-        hardware.meminfo("MemAvailable", tmp_path)
+def test_a_speed_that_is_not_known_is_no_guess() -> None:
+    with pytest.raises(ConfigError, match="no speed of linear layers in int3, fast mode; there are int4-g64 invariant"):
+        Hardware.from_toml(DESCRIBED, "described").cpu.linear_rate("int3", "fast")
 
 
-def test_the_choice_is_in_brackets(tmp_path: Path) -> None:
-    write(tmp_path / "kernel/mm/transparent_hugepage/enabled", "always madvise [never]\n")
-    assert hardware.huge_pages(tmp_path) == "never"
+def test_written_down_and_read_back_it_is_the_same_machine() -> None:
+    machine = Hardware.from_toml(DESCRIBED, "described")
+    assert Hardware.from_toml(as_toml(machine.to_tables()), "again") == machine
 
 
-def test_cgroup_versions_are_told_apart(tmp_path: Path) -> None:
-    assert hardware.cgroup_version(tmp_path) == "none"
-    (tmp_path / "fs/cgroup/memory").mkdir(parents=True)
-    assert hardware.cgroup_version(tmp_path) == "v1"
-    write(tmp_path / "fs/cgroup/cgroup.controllers", "cpu memory\n")
-    assert hardware.cgroup_version(tmp_path) == "v2"
-
-
-def test_each_way_to_limit_says_what_is_in_its_way(tmp_path: Path) -> None:
-    write(tmp_path / "fs/cgroup/cgroup.controllers", "cpu io\n")
-    v2, v1, systemd = hardware.cgroup_support(tmp_path, tmp_path / "run")
-    assert v2.refusal is not None and "does not list memory" in v2.refusal
-    assert v1.refusal is not None and "does not exist" in v1.refusal
-    assert systemd.refusal == "systemd is not running"
-    write(tmp_path / "fs/cgroup/cgroup.controllers", "cpu memory\n")
-    write(tmp_path / "fs/cgroup/cgroup.subtree_control", "")
-    assert hardware.cgroup_support(tmp_path)[0].refusal is None
+def as_toml(tables: dict[str, Any], path: str = "") -> str:
+    """The tables as a person would write them."""
+    lines, nested = [], []
+    for key, value in tables.items():
+        name = f"{path}.{key}" if path else key
+        if isinstance(value, dict):
+            nested.append(f"[{name}]\n{as_toml(value, name)}")
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            nested += [f"[[{name}]]\n{as_toml(one, name)}" for one in value]
+        else:
+            lines.append(f"{key} = {str(value).lower() if isinstance(value, bool) else repr(value)}")
+    return "\n".join(lines + nested) + "\n"

@@ -27,7 +27,7 @@ from tiered.io.arena import populate_refusal
 from tiered.io.filesystem import free_nbytes, mount_of, probe_folder, queue_of
 from tiered.io.modes import ProbeResult
 from tiered.plan import available_budget, memory_limits
-from tiered.plan import hardware as machine
+from tiered.plan import system as machine
 from tiered.store import read_manifest
 from tiered.units import GIB, MIB, format_size
 

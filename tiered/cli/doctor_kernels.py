@@ -11,7 +11,7 @@ from torch.nn import functional
 from tiered.cli.doctor_findings import Examination, Fact, plain_fact
 from tiered.kernels import Kernels, Level, Library, load_library
 from tiered.kernels.library import LIBRARY_PATH
-from tiered.plan import hardware as machine
+from tiered.plan import system as machine
 from tiered.quant import GroupScheme, QuantizedTensor, QuantizedWeight
 
 _ROWS: Final = 16

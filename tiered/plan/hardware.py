@@ -1,153 +1,274 @@
-"""What this machine is: its processor, its memory settings, its control groups, as the kernel reports them.
+"""A machine in numbers: what a profile has measured, or what a file of configs/hardware says of somebody else's.
 
-In: the kernel's files (their roots can be replaced, for tests). Out: frozen facts. `tiered doctor` calls it.
+In: TOML. Out: frozen rates, from which plans, predictions and simulations are made. All bandwidths are in bytes per
+second, sizes in bytes. Nothing here touches a machine: `bench/profile.py` measures one.
 """
 
-import ctypes
-import os
-import platform
-import re
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Final
+import bisect
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Final, Literal, Self
 
-CPU_FEATURES: Final = (
-    "avx2",
-    "f16c",
-    "fma",
-    "avx512f",
-    "avx512bw",
-    "avx512_bf16",
-    "avx512_vnni",
-    "avx_vnni",
-    "amx_tile",
-    "amx_bf16",
-    "amx_int8",
-)
-"""Instruction sets that a linear layer can gain from, as /proc/cpuinfo spells them."""
-ARM_FEATURES: Final = ("asimd", "asimdhp", "asimddp", "bf16", "i8mm", "sve", "sve2")
-_ARCH_REQ_XCOMP_PERM: Final = 0x1023
-_XFEATURE_XTILEDATA: Final = 18
-_SYS_ARCH_PRCTL: Final = 158
-PROC: Final = Path("/proc")
-SYS: Final = Path("/sys")
+from tiered.errors import ConfigError
+from tiered.plan.inputs import ComputeRate, Machine
+from tiered.plan.kv import KVShape
+
+Mode = Literal["invariant", "fast"]
+ROWS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+"""Rows for which a described machine's kernels get a figure."""
+_BYTES_PER_WEIGHT: Final = {"int4-g64": 35 / 64, "int8-g64": 67 / 64, "none": 2.0}
+"""By a layer's scheme; "none": 16 bits."""
 
 
 @dataclass(frozen=True)
-class Cpu:
-    """The processor."""
+class DiskRates:
+    """A disk, through the file system, past the page cache."""
 
-    model: str
-    architecture: str
-    allowed: int
-    """Processors this process may run on."""
-    present: int
-    features: tuple[str, ...]
-    """Of the features asked about, those that the processor has and the kernel has enabled."""
-    missing: tuple[str, ...]
-    """The other features asked about."""
+    read: float
+    """Sustained, in file order."""
+    write: float
+    random: tuple[tuple[int, float], ...] = ()
+    """Pairs (bytes of a read, bandwidth) of reads at random places, in ascending order; none: as in file order."""
 
-
-def cpu(proc: Path = PROC) -> Cpu:
-    """The processor of this machine; raises OSError if /proc/cpuinfo cannot be read."""
-    text = (proc / "cpuinfo").read_text()
-    architecture = platform.machine()
-    asked = ARM_FEATURES if architecture in ("aarch64", "arm64") else CPU_FEATURES
-    flags = set(_field(text, "flags|Features").split())
-    return Cpu(
-        model=_field(text, "model name|Hardware|CPU part") or "unknown",
-        architecture=architecture,
-        allowed=len(os.sched_getaffinity(0)),
-        present=os.cpu_count() or 1,
-        features=tuple(name for name in asked if name in flags),
-        missing=tuple(name for name in asked if name not in flags),
-    )
-
-
-def amx_refusal() -> str | None:
-    """Why the kernel does not let this process use AMX tiles; None where it does.
-
-    The tile registers are large, so Linux (since 5.16) gives them only to processes that ask.
-    """
-    if platform.machine() != "x86_64":
-        return "this is no x86-64 processor"
-    libc = ctypes.CDLL(None, use_errno=True)
-    request = ctypes.c_long(_ARCH_REQ_XCOMP_PERM)
-    if libc.syscall(ctypes.c_long(_SYS_ARCH_PRCTL), request, ctypes.c_long(_XFEATURE_XTILEDATA)) == 0:
-        return None
-    return f"the kernel refuses tile registers: {os.strerror(ctypes.get_errno())}"
-
-
-def meminfo(key: str, proc: Path = PROC) -> int:
-    """Bytes of one line of /proc/meminfo; raises KeyError where there is none."""
-    found = _field((proc / "meminfo").read_text(), re.escape(key))
-    if not found:
-        raise KeyError(f"{proc / 'meminfo'} has no {key}")
-    return int(found.split()[0]) * 1024
-
-
-def chosen(path: Path) -> str:
-    """The choice in brackets of a kernel setting such as "always [madvise] never"."""
-    text = path.read_text().strip()
-    found = re.search(r"\[(.+?)\]", text)
-    return found.group(1) if found else text
-
-
-def huge_pages(sys: Path = SYS) -> str:
-    """When the kernel gives anonymous memory huge pages: always, madvise (where asked) or never."""
-    return chosen(sys / "kernel/mm/transparent_hugepage/enabled")
+    def random_read(self, nbytes: int) -> float:
+        """Bandwidth of reads of `nbytes` at random places; between measured sizes it is interpolated."""
+        if not self.random:
+            return self.read
+        sizes = [size for size, _ in self.random]
+        at = bisect.bisect_left(sizes, nbytes)
+        if at == 0 or at == len(sizes):
+            return self.random[min(at, len(sizes) - 1)][1]
+        (low, slow), (high, fast) = self.random[at - 1], self.random[at]
+        return slow + (fast - slow) * (nbytes - low) / (high - low)
 
 
 @dataclass(frozen=True)
-class CgroupSupport:
-    """One way to limit a run's memory, and why it cannot be used here; None if it can."""
+class LinearRate:
+    """Linear layers of one scheme in one kernel mode."""
 
-    method: str
-    refusal: str | None
-
-
-def cgroup_version(sys: Path = SYS) -> str:
-    """Which hierarchy accounts memory here: "v2", "v1", or "none"."""
-    mount = sys / "fs/cgroup"
-    if (mount / "cgroup.controllers").is_file():
-        return "v2"
-    return "v1" if (mount / "memory").is_dir() else "none"
+    scheme: str
+    """"int4-g64", "int8-g64", or "none" for 16 bits."""
+    mode: Mode
+    rate: ComputeRate
 
 
-def cgroup_support(sys: Path = SYS, run: Path = Path("/run")) -> tuple[CgroupSupport, ...]:
-    """For each method, whether a group with a memory limit could be made; none is made."""
-    mount = sys / "fs/cgroup"
-    return (
-        CgroupSupport("cgroup v2", _v2_refusal(mount)),
-        CgroupSupport("cgroup v1", _v1_refusal(mount)),
-        CgroupSupport("systemd-run", _systemd_refusal(run)),
+@dataclass(frozen=True)
+class CpuRates:
+    """What the processor does with all of its threads."""
+
+    cores: int
+    memory: float
+    """Bandwidth of reading memory."""
+    attention: float
+    """Bytes of keys and values per second that decoding attends over, in memory."""
+    prefill_attention: float
+    """Multiply-adds times two per second of a prompt's attention."""
+    linear: tuple[LinearRate, ...]
+
+    def linear_rate(self, scheme: str | None, mode: Mode) -> ComputeRate:
+        """The rate of a scheme; raises ConfigError where there is none."""
+        name = scheme or "none"
+        for found in self.linear:
+            if (found.scheme, found.mode) == (name, mode):
+                return found.rate
+        known = ", ".join(f"{found.scheme} {found.mode}" for found in self.linear)
+        raise ConfigError(f"no speed of linear layers in {name}, {mode} mode; there are {known}: run 'tiered profile'")
+
+
+@dataclass(frozen=True)
+class GpuRates:
+    """A graphics processor and the bus to it."""
+
+    name: str
+    vram: int
+    host_to_device: float
+    """From pinned memory."""
+    device_to_host: float
+    memory: float
+    flops: float
+    """Of dense 16-bit matrix products, as sustained."""
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """One machine."""
+
+    name: str
+    source: str
+    """Where the figures are from, for people: "measured ..." or a publication."""
+    is_measured: bool
+    ram: int
+    disk: DiskRates
+    cpu: CpuRates
+    gpu: GpuRates | None = None
+    usd_per_hour: float | None = None
+
+    def machine(self, scheme: str | None, mode: Mode, kv: KVShape, scratch_nbytes: int) -> Machine:
+        """The machine as a plan wants it, for a model whose layers are in `scheme` and whose cache is `kv`."""
+        per_token = 2 * kv.heads * kv.head_dim * kv.itemsize
+        return Machine(
+            scratch_nbytes=scratch_nbytes,
+            disk_bytes_per_second=self.disk.read,
+            linear=self.cpu.linear_rate(scheme, mode),
+            attention_seconds=per_token / self.cpu.attention,
+        )
+
+    @classmethod
+    def from_toml(cls, text: str, name: str) -> Self:
+        """The machine that `text` describes; `name` is what errors call it.
+
+        Raises ConfigError for what is no TOML, unknown, missing or not above 0.
+        """
+        try:
+            tables = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"{name}: is no TOML file: {error}") from None
+        found = _Reader(name, tables)
+        cpu = found.table("cpu")
+        gpu = found.table("gpu") if "gpu" in tables else None
+        disk = found.table("disk")
+        made = cls(
+            name=found.text("name"),
+            source=found.text("source"),
+            is_measured=found.values.pop("is_measured", False) is True,
+            ram=int(found.number("ram")),
+            disk=DiskRates(
+                disk.number("read"),
+                disk.number("write"),
+                tuple((int(size), rate) for size, rate in sorted(disk.pairs("random"))),
+            ),
+            cpu=_cpu(cpu),
+            gpu=None if gpu is None else _gpu(gpu),
+            usd_per_hour=found.number("usd_per_hour") if "usd_per_hour" in tables else None,
+        )
+        for table in (found, cpu, disk, *([] if gpu is None else [gpu])):
+            table.check_empty()
+        return made
+
+    def to_tables(self) -> dict[str, Any]:
+        """What `from_toml` reads, as plain tables."""
+        disk: dict[str, Any] = {"read": self.disk.read, "write": self.disk.write}
+        if self.disk.random:
+            disk["random"] = [list(pair) for pair in self.disk.random]
+        linear = [
+            {"scheme": one.scheme, "mode": one.mode, "rows": list(one.rate.rows)}
+            | {"seconds_per_weight": list(one.rate.seconds_per_weight)}
+            for one in self.cpu.linear
+        ]
+        cpu = {field.name: getattr(self.cpu, field.name) for field in fields(self.cpu)} | {"linear": linear}
+        tables: dict[str, Any] = {"name": self.name, "source": self.source, "is_measured": self.is_measured}
+        tables["ram"] = self.ram
+        if self.usd_per_hour is not None:
+            tables["usd_per_hour"] = self.usd_per_hour
+        tables |= {"disk": disk, "cpu": cpu}
+        if self.gpu is not None:
+            tables["gpu"] = {field.name: getattr(self.gpu, field.name) for field in fields(self.gpu)}
+        return tables
+
+
+def roofline(scheme: str, flops: float, memory: float, rows: Sequence[int] = ROWS) -> ComputeRate:
+    """Seconds per weight of a machine of which only `flops` and memory bandwidth are known: reading the weight, or its
+    multiply-adds, whichever takes longer (Williams et al., "Roofline", 2009)."""
+    read = _BYTES_PER_WEIGHT[scheme] / memory
+    return ComputeRate(tuple(rows), tuple(max(read, 2 * count / flops) for count in rows))
+
+
+def _cpu(table: "_Reader") -> CpuRates:
+    """Measured linear layers, or `flops` of the whole processor, by scheme and mode or for all."""
+    memory = table.number("memory")
+    if "flops" in table.values:
+        flops = table.number("flops")
+        modes: tuple[Mode, ...] = ("invariant", "fast")
+        linear = [
+            LinearRate(scheme, mode, roofline(scheme, flops, memory)) for scheme in _BYTES_PER_WEIGHT for mode in modes
+        ]
+        attention, prefill_attention = memory, flops
+    else:
+        linear = [_linear(entry) for entry in table.tables("linear")]
+        attention, prefill_attention = table.number("attention"), table.number("prefill_attention")
+    return CpuRates(int(table.number("cores")), memory, attention, prefill_attention, tuple(linear))
+
+
+def _linear(table: "_Reader") -> LinearRate:
+    mode = table.text("mode")
+    rows, seconds = table.numbers("rows"), table.numbers("seconds_per_weight")
+    if mode not in ("invariant", "fast") or len(rows) != len(seconds) or sorted(set(rows)) != list(rows):
+        raise ConfigError(
+            f"{table.name}: expected a mode of invariant or fast, and rows in ascending order with as many "
+            f"seconds_per_weight, found {mode!r}, {len(rows)} rows and {len(seconds)} times"
+        )
+    table_rate = ComputeRate(tuple(map(int, rows)), seconds)
+    rate = LinearRate(table.text("scheme"), "fast" if mode == "fast" else "invariant", table_rate)
+    table.check_empty()
+    return rate
+
+
+def _gpu(table: "_Reader") -> GpuRates:
+    return GpuRates(
+        table.text("name"),
+        int(table.number("vram")),
+        table.number("host_to_device"),
+        table.number("device_to_host"),
+        table.number("memory"),
+        table.number("flops"),
     )
 
 
-def _v2_refusal(mount: Path) -> str | None:
-    if not (mount / "cgroup.controllers").is_file():
-        return f"{mount} is not a v2 hierarchy"
-    if "memory" not in (mount / "cgroup.controllers").read_text().split():
-        return f"{mount}/cgroup.controllers does not list memory"
-    if not os.access(mount / "cgroup.subtree_control", os.W_OK):
-        return f"{mount} is not writable"
-    return None
+class _Reader:
+    """Takes values out of a table and names what is wrong; what is left over is unknown."""
 
+    def __init__(self, name: str, values: Mapping[str, Any]) -> None:
+        self.name, self.values = name, dict(values)
 
-def _v1_refusal(mount: Path) -> str | None:
-    if not (mount / "memory").is_dir():
-        return f"{mount}/memory does not exist"
-    return None if os.access(mount / "memory", os.W_OK) else f"{mount}/memory is not writable"
+    def _take(self, key: str, wanted: str) -> Any:
+        if key not in self.values:
+            raise ConfigError(f"{self.name}: has no {key!r}, expected {wanted}")
+        return self.values.pop(key)
 
+    def number(self, key: str) -> float:
+        """A number above 0."""
+        found = self._take(key, "a number above 0")
+        return self._checked(key, found)
 
-def _systemd_refusal(run: Path) -> str | None:
-    if not (run / "systemd/system").is_dir():
-        return "systemd is not running"
-    paths = os.environ.get("PATH", "").split(os.pathsep)
-    return None if any((Path(p) / "systemd-run").is_file() for p in paths) else "no systemd-run in PATH"
+    def _checked(self, key: str, found: object) -> float:
+        if isinstance(found, bool) or not isinstance(found, int | float) or not 0 < found < float("inf"):
+            raise ConfigError(f"{self.name}: {key} = {found!r}, expected a number above 0")
+        return found
 
+    def numbers(self, key: str) -> tuple[float, ...]:
+        """A list of numbers above 0, not empty."""
+        found = self._take(key, "a list of numbers above 0")
+        if not isinstance(found, list) or not found:
+            raise ConfigError(f"{self.name}: {key} = {found!r}, expected a list of numbers above 0")
+        return tuple(self._checked(key, one) for one in found)
 
-def _field(text: str, keys: str) -> str:
-    """The value of the first "key : value" line whose key is one of `keys` (a regular expression); else ""."""
-    found = re.search(rf"^(?:{keys})[ \t]*:[ \t]*(.*)$", text, re.MULTILINE)
-    return found.group(1).strip() if found else ""
+    def pairs(self, key: str) -> list[tuple[float, float]]:
+        """A list of pairs of numbers above 0; none where there is no such key."""
+        pairs = self.values.pop(key, [])
+        if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+            raise ConfigError(f"{self.name}: {key} = {pairs!r}, expected a list of pairs of numbers above 0")
+        return [(self._checked(key, first), self._checked(key, second)) for first, second in pairs]
+
+    def text(self, key: str) -> str:
+        found = self._take(key, "a text")
+        if not isinstance(found, str) or not found:
+            raise ConfigError(f"{self.name}: {key} = {found!r}, expected a text")
+        return found
+
+    def table(self, key: str) -> "_Reader":
+        found = self._take(key, "a table")
+        if not isinstance(found, dict):
+            raise ConfigError(f"{self.name}: {key} = {found!r}, expected a table")
+        return _Reader(f"{self.name}, {key}", found)
+
+    def tables(self, key: str) -> list["_Reader"]:
+        found = self._take(key, "one or more tables")
+        if not isinstance(found, list) or not found or not all(isinstance(one, dict) for one in found):
+            raise ConfigError(f"{self.name}: {key} = {found!r}, expected one or more tables")
+        return [_Reader(f"{self.name}, {key} {number}", one) for number, one in enumerate(found, 1)]
+
+    def check_empty(self) -> None:
+        """Raise ConfigError for what nobody has asked for."""
+        if self.values:
+            raise ConfigError(f"{self.name}: unknown {', '.join(map(repr, sorted(self.values)))}")
