@@ -15,8 +15,8 @@ from tiered.cli.doctor_findings import Examination, Fact
 from tiered.convert import ConvertOptions, convert_checkpoint
 from tiered.io import probe_mode
 from tiered.kernels import Level, Library, load_library
-from tiered.plan import system as machine
 from tiered.plan import memory_limits
+from tiered.plan import system as machine
 
 SHM = Path("/dev/shm")
 
