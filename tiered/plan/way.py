@@ -32,8 +32,8 @@ HALFWAY: Final = 0.75
 _AHEAD_PER_ROW: Final = 4 * MIB
 _MOST_AHEAD: Final = 64 * MIB
 """The ring beyond a full one, by the rows of a decode pass but one. A single row computes in a third of the time in
-which its weights are read, and what the ring takes is read once more in each pass. 16 rows compute nearly as long as the
-disk reads: with them 64 MiB made passes 8 % shorter (docs/benchmarks/throughput.md)."""
+which its weights are read, and what the ring takes is read once more in each pass. 16 rows compute nearly as long as
+the disk reads: with them 64 MiB made passes 8 % shorter (docs/benchmarks/throughput.md)."""
 _CLEARLY_FEWER: Final = 2
 """Experts are read on demand where that reads so many times fewer bytes per pass than whole layers do. With R seconds
 of reading and C of computing, a pass over whole layers takes max(R, C), as both go on at once. Experts are waited for:
