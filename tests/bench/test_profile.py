@@ -1,6 +1,7 @@
 """A profile measures everything once, reads what it is told to, and leaves nothing behind."""
 
 import os
+import time
 from collections import namedtuple
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -95,6 +96,25 @@ def test_a_folder_is_measured_with_a_file_that_nobody_sees(disk: Disk, processor
     assert found.ram == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     tables = found.to_tables()
     assert tables["format"] == 1 and isinstance(found, Hardware)
+
+
+@pytest.mark.parametrize("busy", [0.5, 0.0])
+def test_other_programs_at_work_are_told_of(
+    busy: float,
+    disk: Disk,
+    processor: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    skip_in_memory(tmp_path)
+    cores = os.cpu_count() or 1
+    monkeypatch.setattr(
+        "tiered.bench.profile.system.busy_seconds", lambda: time.process_time() + busy * cores * time.monotonic() + 1000
+    )
+    found = profile.measure_hardware(tmp_path, [], 1)
+    assert ("other programs took 50% of the processors meanwhile" in found.source) is bool(busy)
+    assert ("measure again when nothing else runs" in caplog.text) is bool(busy)
 
 
 def test_a_stores_files_are_read_where_they_are_large_enough(disk: Disk, processor: None, tmp_path: Path) -> None:
