@@ -1,7 +1,6 @@
 """A profile measures everything once, reads what it is told to, and leaves nothing behind."""
 
 import os
-import time
 from collections import namedtuple
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -109,9 +108,9 @@ def test_other_programs_at_work_are_told_of(
 ) -> None:
     skip_in_memory(tmp_path)
     cores = os.cpu_count() or 1
-    monkeypatch.setattr(
-        "tiered.bench.profile.system.busy_seconds", lambda: time.process_time() + busy * cores * time.monotonic() + 1000
-    )
+    # Wall clock, processor time of this process, and of all.
+    times = iter([(100.0, 10.0, 1000.0), (140.0, 40.0, 1030.0 + busy * 40 * cores)])
+    monkeypatch.setattr(profile._Others, "_now", lambda *_: next(times))
     found = profile.measure_hardware(tmp_path, [], 1)
     assert ("other programs took 50% of the processors meanwhile" in found.source) is bool(busy)
     assert ("measure again when nothing else runs" in caplog.text) is bool(busy)
