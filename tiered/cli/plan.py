@@ -5,6 +5,7 @@ transformers and touches no machine: `plan/strategies.py` computes, this finds i
 """
 
 import shlex
+import textwrap
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ from tiered.process import importing
 from tiered.units import format_budget, format_seconds, format_size, parse_size
 
 _QUANTS: Final = ("int4", "int8")
+_WIDTH: Final = 100
+"""Of what people read; commands to copy are not cut."""
 _JOB: Final = 128
 """Sequences of a job of unknown size."""
 
@@ -189,9 +192,9 @@ def _lines(model: Model, machine: Hardware, ask: Ask, compared: Comparison) -> I
     if best is None:
         return
     yield ""
-    yield f"best      {best.strategy} {best.quant}: {compared.why}"
+    yield from _wrapped("best", f"{best.strategy} {best.quant}: {compared.why}")
     memory = (f"{name.replace('_', ' ')} {format_size(n)}" for name, n in best.prediction.memory.items() if n)
-    yield f"memory    {', '.join(memory)}"
+    yield from _wrapped("memory", ", ".join(memory))
     read, written = best.prediction.read_nbytes, best.prediction.written_nbytes
     yield f"disk      {read / 1e9:.3g} GB read, {written / 1e9:.3g} GB written"
     first = "run       "
@@ -201,8 +204,24 @@ def _lines(model: Model, machine: Hardware, ask: Ask, compared: Comparison) -> I
     yield first + model.command(best, ask)
 
 
+def _wrapped(title: str, text: str) -> list[str]:
+    return textwrap.wrap(f"{title:<10}{text}", _WIDTH, subsequent_indent=" " * 10)
+
+
 def _table(compared: Comparison) -> list[str]:
-    header = ["", "strategy", "weights", "batch", "in memory", "KV", "prefill", "decode", "tok/s", "decoding", "bound by"]
+    header = [
+        "",
+        "strategy",
+        "weights",
+        "batch",
+        "in memory",
+        "KV",
+        "prefill",
+        "decode",
+        "tok/s",
+        "decoding",
+        "bound by",
+    ]
     priced = any(row.usd_per_million_tokens is not None for row in compared.rows)
     rows = [header + ["$/M tok"] * priced]
     for row in compared.rows:

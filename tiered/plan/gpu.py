@@ -102,7 +102,11 @@ class OnGpu:
         passes = -(-total // most)
         pairs = count * prompt_pairs(self.model, self.workload.max_prompt)
         attention = 4 * pairs * self.model.heads * self.model.kv.head_dim / self._gpu.flops
-        written, logits, back = kv_block_nbytes(self.cache, total) / passes, -(-count // passes), self._gpu.device_to_host
+        written, logits, back = (
+            kv_block_nbytes(self.cache, total) / passes,
+            -(-count // passes),
+            self._gpu.device_to_host,
+        )
         phases = []
         for number in range(passes):
             rows = min(most, total - number * most)
@@ -159,7 +163,12 @@ class OnGpu:
 
 
 def place_on_gpu(
-    model: ModelShape, hardware: Hardware, machine: Machine, workload: Workload, budget: GpuBudget, bits: Bits,
+    model: ModelShape,
+    hardware: Hardware,
+    machine: Machine,
+    workload: Workload,
+    budget: GpuBudget,
+    bits: Bits,
     tiers: Sequence[str] = ("gpu", "cpu", "disk"),
 ) -> OnGpu | None:
     """Weights and cache of `workload` within `budget`, with the cache in the first of `tiers` that holds it; None where
