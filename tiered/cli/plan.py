@@ -21,7 +21,7 @@ from tiered.plan.hardware import Hardware
 from tiered.plan.inputs import ModelShape, Objective
 from tiered.plan.machines import find_profile, load_hardware
 from tiered.plan.shapes import known_shapes, read_store_shape
-from tiered.plan.strategies import Ask, Comparison, Row, compare
+from tiered.plan.strategies import CPU, Ask, Comparison, Row, compare
 from tiered.process import importing
 from tiered.units import format_budget, format_seconds, format_size, parse_size
 
@@ -86,11 +86,12 @@ def run(
     compared = compare(found.shapes.__getitem__, tuple(found.shapes), machine, ask)
     if as_json:
         print_json(_to_json(found, machine, ask, compared))
-    else:
+    elif compared.rows:
         for line in _lines(found, machine, ask, compared):
             click.echo(line)
     if compared.best is None:
-        raise BudgetError("; ".join(f"{one.strategy} {one.quant} {one.message}" for one in compared.refusals))
+        refused = (one for one in compared.refusals if one.strategy == CPU)
+        raise BudgetError("; ".join(f"{found.name} in {one.quant} {one.message}" for one in refused))
 
 
 def find_model(text: str) -> Model:
@@ -130,7 +131,7 @@ def _this_machine(model: Model) -> Hardware:
         click.echo("tiered: no profile of this machine: measuring for seconds; 'tiered profile' is exact", err=True)
         with importing(is_command=True):
             from tiered.bench.quick import quick_hardware
-        found = quick_hardware(folder, tuple(model.shapes.values()))
+        found = quick_hardware(folder, tuple(model.shapes.values()), model.path is not None)
     return found
 
 
