@@ -64,8 +64,15 @@ class Tape:
 
     def streamed(self, held: Held, resident: frozenset[int] = frozenset()) -> list[list[int]]:
         """Bytes of the units of each piece that are not resident; pieces without any are left out."""
-        sizes = ([self.nbytes[unit] for unit in piece if unit not in resident] for piece in self.pieces(held))
-        return [piece for piece in sizes if piece]
+        if held.layers:
+            sizes = ([self.nbytes[unit] for unit in piece if unit not in resident] for piece in self.pieces(held))
+            return [piece for piece in sizes if piece]
+        # A store may have 12,000 units, and hundreds of placements are compared: each unit is a piece, without ranges.
+        head = self.blocks[-1]
+        alone = head.start if held.head else head.stop
+        pieces = [[nbytes] for unit, nbytes in enumerate(self.nbytes[:alone]) if unit not in resident]
+        last = [self.nbytes[unit] for unit in range(alone, head.stop) if unit not in resident]
+        return [*pieces, last] if last else pieces
 
 
 @dataclass(frozen=True)
