@@ -36,6 +36,7 @@ RANKS: Final = {
     "options": 7,
     "host": 7,
     "memory": 8,
+    "shapes": 8,
     "runtime": 9,
     "api": 10,
     "bench": 10,

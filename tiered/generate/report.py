@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from tiered.generate.costs import Generation, PassTotals
 from tiered.generate.score import Scoring
-from tiered.plan import Plan
+from tiered.plan import Plan, pass_seconds
 from tiered.stream import ExpertUse
 from tiered.units import format_rate, format_seconds, format_size
 
@@ -177,8 +177,7 @@ def _bound(nbytes: float, experts: ExpertUse, compute_seconds: float, rate: floa
     """The least seconds in which `nbytes` are read ahead, `experts` when they are chosen, and all is computed; and what
     keeps it from being less."""
     disk = (nbytes + experts.nbytes) / rate
-    waited = max(experts.nbytes / rate, experts.compute_seconds)
-    seconds = max(disk, compute_seconds - experts.compute_seconds + waited)
+    seconds = pass_seconds(disk, compute_seconds, experts.nbytes / rate, experts.compute_seconds)
     return seconds, "compute" if compute_seconds > disk else "disk"
 
 

@@ -10,6 +10,7 @@ from typing import Final, Literal
 
 from tiered.errors import BudgetError, ConfigError
 from tiered.plan.batch_size import BatchChoice, choose_batch_size, choose_windows_per_pass
+from tiered.plan.cost import decode_computing
 from tiered.plan.inputs import Budgets, Machine, ModelShape, Workload
 from tiered.plan.kv import Bits, check_bits
 from tiered.plan.pace import Pace
@@ -177,18 +178,7 @@ def _most_throughput(asked: Asked) -> Plan:
 
 def _compute_seconds(model: ModelShape, machine: Machine, workload: Workload, count: int) -> float:
     """Seconds that a pass over `count` decoding sequences computes."""
-    assert machine.linear is not None
-    context = workload.mean_context * HALFWAY
-    attention = (machine.attention_seconds or 0.0) * model.kv.layers * context
-    dense, experts = model.weights, model.experts
-    seconds = attention * count
-    if experts is not None:
-        # The tokens that choose an expert are rows of their own.
-        dense -= experts.total * experts.weights
-        chosen = experts.distinct(count)
-        rows = max(1, round(count * experts.chosen / chosen))
-        seconds += machine.linear.seconds(rows, int(experts.layers * chosen * experts.weights))
-    return seconds + machine.linear.seconds(count, dense)
+    return decode_computing(model, machine, count, workload.mean_context * HALFWAY, count).seconds
 
 
 def _reasoned(asked: Asked, plan: Plan, why: str) -> Plan:
