@@ -15,6 +15,8 @@ from tiered.plan.inputs import ComputeRate, Machine
 from tiered.plan.kv import KVShape
 
 Mode = Literal["invariant", "fast"]
+FORMAT: Final = 1
+"""Of files; another one has other tables, or means other things by them."""
 ROWS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 """Rows for which a described machine's kernels get a figure."""
 _BYTES_PER_WEIGHT: Final = {"int4-g64": 35 / 64, "int8-g64": 67 / 64, "none": 2.0}
@@ -125,6 +127,10 @@ class Hardware:
         except tomllib.TOMLDecodeError as error:
             raise ConfigError(f"{name}: is no TOML file: {error}") from None
         found = _Reader(name, tables)
+        if (written := found.values.pop("format", FORMAT)) != FORMAT:
+            raise ConfigError(
+                f"{name}: is in format {written!r}, expected {FORMAT}: another version of tiered wrote it"
+            )
         cpu = found.table("cpu")
         gpu = found.table("gpu") if "gpu" in tables else None
         disk = found.table("disk")
@@ -157,7 +163,8 @@ class Hardware:
             for one in self.cpu.linear
         ]
         cpu = {field.name: getattr(self.cpu, field.name) for field in fields(self.cpu)} | {"linear": linear}
-        tables: dict[str, Any] = {"name": self.name, "source": self.source, "is_measured": self.is_measured}
+        tables: dict[str, Any] = {"format": FORMAT, "name": self.name, "source": self.source}
+        tables["is_measured"] = self.is_measured
         tables["ram"] = self.ram
         if self.usd_per_hour is not None:
             tables["usd_per_hour"] = self.usd_per_hour
