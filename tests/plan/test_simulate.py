@@ -1,7 +1,6 @@
 """The simulation agrees with the closed form where that applies, and shows what it leaves out: rings below full,
 prompts, caches on disk, experts, a device behind a bus."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -13,7 +12,8 @@ from tiered.errors import ConfigError
 from tiered.plan import Budgets, ComputeRate, Machine, ModelShape, Placement, Plan, Workload, make_plan
 from tiered.plan.hardware import GpuRates
 from tiered.plan.lanes import Event
-from tiered.plan.simulate import Device, Simulation, simulate
+from tiered.plan.play import Device
+from tiered.plan.simulate import Simulation, simulate
 from tiered.units import GIB, MIB
 
 UNIT = 16 * MIB
@@ -189,6 +189,6 @@ def with_ring(plan: Plan, nbytes: int) -> Plan:
     return replace(plan, placement=replace(plan.placement, ring_nbytes=nbytes))
 
 
-def names_of(model: ModelShape) -> Sequence[str]:
+def names_of(model: ModelShape) -> list[str]:
     layers = len(model.tape.counts) - 1
     return [f"layer-{layer:03}/{unit}" for layer in range(layers) for unit in range(4)] + ["head"]
