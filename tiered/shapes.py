@@ -54,13 +54,13 @@ def config_shapes(config: PretrainedConfig, quants: Sequence[str] = QUANTS) -> d
     return found
 
 
-def checkpoint_shapes(source: str) -> dict[str, ModelShape]:
+def checkpoint_shapes(source: str, quants: Sequence[str] = QUANTS) -> dict[str, ModelShape]:
     """The shapes of the checkpoint called `source`: a Hugging Face folder, or a hub id, of which nothing but config.json
     is fetched. Raises ConfigError, CheckpointError, UnsupportedFamilyError, ReadError."""
     files = resolve_checkpoint(source).open(ConvertOptions(), _NoDownloads())
     config = load_config(files.config_folder())
     refuse_quantized(files.name, configured_method(config))
-    return config_shapes(config)
+    return config_shapes(config, quants)
 
 
 class _NoDownloads:

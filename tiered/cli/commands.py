@@ -342,6 +342,34 @@ def inspect(**options: Any) -> None:
     run(**options)
 
 
+@cli.command(short_help="Predict what a model takes on a machine, before it is there.")
+@click.argument("model")
+@click.option("--hardware", metavar="NAME|FILE", help="A machine of configs/hardware, or a file. [default: this one]")
+@click.option("--ram", help="Budget for the whole process, such as 16GiB. [default: 90% of what there is]")
+@click.option("--vram", help="Budget of the GPU. [default: all of it]")
+@click.option("--prompt-len", default=512, show_default=True, type=_POSITIVE, help="Tokens of each prompt.")
+@click.option("--gen-len", default=32, show_default=True, type=_POSITIVE, help="Tokens that each sequence generates.")
+@click.option("--batch", default="auto", show_default=True, metavar="N|auto", help="Sequences at once.")
+@click.option("--sequences", type=_POSITIVE, help="In all. [default: the batch; else 1, or 128 for throughput]")
+@click.option(
+    "--objective",
+    default="latency",
+    show_default=True,
+    type=click.Choice(["latency", "throughput"]),
+    help="What a batch is chosen for: sequences finished soon, or a job finished soon.",
+)
+@_json()
+def plan(**options: Any) -> None:
+    """Predict what MODEL takes on a machine: one row per strategy, the quickest first.
+
+    MODEL is a store, a known name such as opt-30b, a Hugging Face folder, or a hub id, of which only config.json is
+    fetched. Figures are the planner's own for this machine's profile ('tiered profile'), or for another --hardware.
+    """
+    from tiered.cli.plan import run
+
+    run(**options)
+
+
 @cli.command(short_help="Test every checksum of a store, at disk speed.")
 @_store
 @click.option("--threads", default=8, show_default=True, type=click.IntRange(1, 256), help="Reads in flight.")
