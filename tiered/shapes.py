@@ -55,8 +55,8 @@ def config_shapes(config: PretrainedConfig, quants: Sequence[str] = QUANTS) -> d
 
 
 def checkpoint_shapes(source: str, quants: Sequence[str] = QUANTS) -> dict[str, ModelShape]:
-    """The shapes of the checkpoint called `source`: a Hugging Face folder, or a hub id, of which nothing but config.json
-    is fetched. Raises ConfigError, CheckpointError, UnsupportedFamilyError, ReadError."""
+    """The shapes of the checkpoint called `source`: a Hugging Face folder, or a hub id, of which only config.json is
+    fetched. Raises ConfigError, CheckpointError, UnsupportedFamilyError, ReadError."""
     files = resolve_checkpoint(source).open(ConvertOptions(), _NoDownloads())
     config = load_config(files.config_folder())
     refuse_quantized(files.name, configured_method(config))

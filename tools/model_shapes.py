@@ -1,4 +1,4 @@
-"""Writes configs/models/shapes.json: the shapes of all configs/models, so that 'tiered plan' knows them without a graph.
+"""Writes configs/models/shapes.json: the shapes of all configs/models, which 'tiered plan' then knows without a graph.
 
 Run it after a change of configs/models, of how stores are laid out, or of what a shape says; a test compares.
 

@@ -434,3 +434,23 @@ def doctor(**options: Any) -> None:
         from tiered.cli.doctor import run
 
     run(**options)
+
+
+@cli.command(short_help="Measure this machine and its disk, for plans and predictions.")
+@click.argument("store", required=False, type=_ANY_PATH)
+@click.option("--dir", "folder", type=_ANY_PATH, help="Measure the disk of this folder. [default: the current one]")
+@click.option("--threads", type=_POSITIVE, help="Threads that compute and read memory. [default: all processors]")
+@click.option("--plot", type=_FILE, help="Draw speed over rows, with what bounds it (.png, .svg); needs matplotlib.")
+@click.option("-o", "--output", type=_FILE, help="Write the profile here, not to where plans look for it.")
+@_json()
+def profile(**options: Any) -> None:
+    """Measure this machine in about a minute: disk, memory, linear layers, attention, GPU.
+
+    The disk is that of the current folder, or of --dir, measured with a temporary file of up to 2 GiB; or that of
+    STORE, whose files are read (and 512 MiB written to a temporary file). The profile is kept in the user's cache
+    folder, one per machine and file system. Let nothing else run meanwhile.
+    """
+    with importing(is_command=True):
+        from tiered.cli.profile import run
+
+    run(**options)

@@ -5,6 +5,7 @@ transformers and touches no machine: `plan/strategies.py` computes, this finds i
 """
 
 import shlex
+import textwrap
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,11 +21,13 @@ from tiered.plan.hardware import Hardware
 from tiered.plan.inputs import ModelShape, Objective
 from tiered.plan.machines import find_profile, load_hardware
 from tiered.plan.shapes import known_shapes, read_store_shape
-from tiered.plan.strategies import Ask, Comparison, Row, compare
+from tiered.plan.strategies import CPU, Ask, Comparison, Row, compare
 from tiered.process import importing
 from tiered.units import format_budget, format_seconds, format_size, parse_size
 
 _QUANTS: Final = ("int4", "int8")
+_WIDTH: Final = 100
+"""Of what people read; commands to copy are not cut."""
 _JOB: Final = 128
 """Sequences of a job of unknown size."""
 
@@ -83,11 +86,12 @@ def run(
     compared = compare(found.shapes.__getitem__, tuple(found.shapes), machine, ask)
     if as_json:
         print_json(_to_json(found, machine, ask, compared))
-    else:
+    elif compared.rows:
         for line in _lines(found, machine, ask, compared):
             click.echo(line)
     if compared.best is None:
-        raise BudgetError("; ".join(f"{one.strategy} {one.quant} {one.message}" for one in compared.refusals))
+        refused = (one for one in compared.refusals if one.strategy == CPU)
+        raise BudgetError("; ".join(f"{found.name} in {one.quant} {one.message}" for one in refused))
 
 
 def find_model(text: str) -> Model:
@@ -127,7 +131,7 @@ def _this_machine(model: Model) -> Hardware:
         click.echo("tiered: no profile of this machine: measuring for seconds; 'tiered profile' is exact", err=True)
         with importing(is_command=True):
             from tiered.bench.quick import quick_hardware
-        found = quick_hardware(folder, tuple(model.shapes.values()))
+        found = quick_hardware(folder, tuple(model.shapes.values()), model.path is not None)
     return found
 
 
@@ -189,9 +193,9 @@ def _lines(model: Model, machine: Hardware, ask: Ask, compared: Comparison) -> I
     if best is None:
         return
     yield ""
-    yield f"best      {best.strategy} {best.quant}: {compared.why}"
+    yield from _wrapped("best", f"{best.strategy} {best.quant}: {compared.why}")
     memory = (f"{name.replace('_', ' ')} {format_size(n)}" for name, n in best.prediction.memory.items() if n)
-    yield f"memory    {', '.join(memory)}"
+    yield from _wrapped("memory", ", ".join(memory))
     read, written = best.prediction.read_nbytes, best.prediction.written_nbytes
     yield f"disk      {read / 1e9:.3g} GB read, {written / 1e9:.3g} GB written"
     first = "run       "
@@ -201,8 +205,24 @@ def _lines(model: Model, machine: Hardware, ask: Ask, compared: Comparison) -> I
     yield first + model.command(best, ask)
 
 
+def _wrapped(title: str, text: str) -> list[str]:
+    return textwrap.wrap(f"{title:<10}{text}", _WIDTH, subsequent_indent=" " * 10)
+
+
 def _table(compared: Comparison) -> list[str]:
-    header = ["", "strategy", "weights", "batch", "in memory", "KV", "prefill", "decode", "tok/s", "decoding", "bound by"]
+    header = [
+        "",
+        "strategy",
+        "weights",
+        "batch",
+        "in memory",
+        "KV",
+        "prefill",
+        "decode",
+        "tok/s",
+        "decoding",
+        "bound by",
+    ]
     priced = any(row.usd_per_million_tokens is not None for row in compared.rows)
     rows = [header + ["$/M tok"] * priced]
     for row in compared.rows:

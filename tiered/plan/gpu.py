@@ -102,13 +102,13 @@ class OnGpu:
         passes = -(-total // most)
         pairs = count * prompt_pairs(self.model, self.workload.max_prompt)
         attention = 4 * pairs * self.model.heads * self.model.kv.head_dim / self._gpu.flops
-        written, logits, back = kv_block_nbytes(self.cache, total) / passes, -(-count // passes), self._gpu.device_to_host
+        written, logits = kv_block_nbytes(self.cache, total) / passes, -(-count // passes)
         phases = []
         for number in range(passes):
             rows = min(most, total - number * most)
             # What has come to stay is read once.
             cold = self.in_vram + self.in_ram if is_first and not number else 0
-            copied = 0.0 if self.kv_tier == "gpu" else written / back
+            copied = 0.0 if self.kv_tier == "gpu" else written / self._gpu.device_to_host
             phases.append(self._pass(rows, logits, attention * rows / total, cold, written, copied))
         return reduce(add, phases)
 
@@ -159,7 +159,12 @@ class OnGpu:
 
 
 def place_on_gpu(
-    model: ModelShape, hardware: Hardware, machine: Machine, workload: Workload, budget: GpuBudget, bits: Bits,
+    model: ModelShape,
+    hardware: Hardware,
+    machine: Machine,
+    workload: Workload,
+    budget: GpuBudget,
+    bits: Bits,
     tiers: Sequence[str] = ("gpu", "cpu", "disk"),
 ) -> OnGpu | None:
     """Weights and cache of `workload` within `budget`, with the cache in the first of `tiers` that holds it; None where

@@ -19,7 +19,7 @@ FORMAT: Final = 1
 """Of files; another one has other tables, or means other things by them."""
 ROWS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 """Rows for which a described machine's kernels get a figure."""
-_BYTES_PER_WEIGHT: Final = {"int4-g64": 35 / 64, "int8-g64": 67 / 64, "none": 2.0}
+BYTES_PER_WEIGHT: Final = {"int4-g64": 35 / 64, "int8-g64": 67 / 64, "none": 2.0}
 """By a layer's scheme; "none": 16 bits."""
 
 
@@ -177,7 +177,7 @@ class Hardware:
 def roofline(scheme: str, flops: float, memory: float, rows: Sequence[int] = ROWS) -> ComputeRate:
     """Seconds per weight of a machine of which only `flops` and memory bandwidth are known: reading the weight, or its
     multiply-adds, whichever takes longer (Williams et al., "Roofline", 2009)."""
-    read = _BYTES_PER_WEIGHT[scheme] / memory
+    read = BYTES_PER_WEIGHT[scheme] / memory
     return ComputeRate(tuple(rows), tuple(max(read, 2 * count / flops) for count in rows))
 
 
@@ -188,7 +188,7 @@ def _cpu(table: "_Reader") -> CpuRates:
         flops = table.number("flops")
         modes: tuple[Mode, ...] = ("invariant", "fast")
         linear = [
-            LinearRate(scheme, mode, roofline(scheme, flops, memory)) for scheme in _BYTES_PER_WEIGHT for mode in modes
+            LinearRate(scheme, mode, roofline(scheme, flops, memory)) for scheme in BYTES_PER_WEIGHT for mode in modes
         ]
         attention, prefill_attention = memory, flops
     else:

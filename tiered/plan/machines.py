@@ -8,7 +8,6 @@ import contextlib
 import os
 import platform
 import re
-import tempfile
 from pathlib import Path
 from typing import Final
 
@@ -75,14 +74,13 @@ def profiles_folder() -> Path:
 def save_hardware(hardware: Hardware, path: Path) -> None:
     """Write `hardware` as TOML; whatever was at `path` stays until all is written. Raises OSError naming the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    fd, part = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    part = path.with_name(f".{path.name}-{os.getpid()}")
     try:
-        with os.fdopen(fd, "w", encoding="utf-8") as file:
-            file.write(tomli_w.dumps(hardware.to_tables()))
-        Path(part).replace(path)
+        part.write_text(tomli_w.dumps(hardware.to_tables()), encoding="utf-8")
+        part.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):
-            Path(part).unlink()
+            part.unlink()
         raise
 
 

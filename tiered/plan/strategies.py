@@ -7,7 +7,7 @@ On the processor rows are the plans that `make_plan`'s ways give, so what is pre
 (`gpu.py`) they are closed forms, as this version computes on the processor only.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -23,7 +23,7 @@ from tiered.plan.predict import Prediction, predict
 from tiered.plan.way import Asked
 from tiered.units import MIB, format_budget, format_seconds, format_size
 
-BASELINE_NBYTES: Final = 380 * MIB
+BASELINE_NBYTES: Final = 390 * MIB
 """What a process takes by itself where none can be measured: interpreter, torch, transformers, graph and kernels."""
 _SCRATCH_NBYTES: Final = 16 * MIB
 """What linear kernels hold besides their results, or less, where few threads compute."""
@@ -177,17 +177,15 @@ def compare(shapes: Callable[[str], ModelShape], quants: tuple[str, ...], hardwa
     for quant in quants:
         model = shapes(quant)
         machine = machine_for(model, hardware, ask.mode)
-        strategies: list[tuple[str, Callable[[], Row]]] = [(CPU, lambda: _on_cpu(model, machine, quant, ask))]  # noqa: B023
+        on_cpu = list(_cpu_rows(model, machine, quant, ask))
+        found = {CPU: on_cpu}
         if hardware.gpu is not None and ask.vram is not None:
-            strategies += [
-                (name, lambda name=name: _on_gpu(name, model, machine, hardware, quant, ask))  # type: ignore[misc]  # noqa: B023
-                for name in (GPU, BOTH)
-            ]
-        for name, make in strategies:
-            try:
-                rows.append(_priced(make(), hardware))
-            except BudgetError as error:
-                refusals.append(Refusal(name, quant, str(error)))
+            found |= {name: list(_gpu_rows(name, model, machine, hardware, ask, on_cpu, quant)) for name in (GPU, BOTH)}
+        for strategy, ways in found.items():
+            if ways:
+                rows.append(_priced(_chosen(ways, ask), hardware))
+            else:
+                refusals.append(Refusal(strategy, quant, _nearest(strategy, model, machine, ask)))
     return Comparison(tuple(sorted(rows, key=lambda row: row.prediction.seconds)), tuple(refusals))
 
 
@@ -198,24 +196,13 @@ def _priced(row: Row, hardware: Hardware) -> Row:
     return replace(row, usd_per_million_tokens=1e6 * per_token)
 
 
-def _chosen(rows: Iterator[Row], ask: Ask) -> Row | None:
+def _chosen(found: Sequence[Row], ask: Ask) -> Row:
     """The best of one strategy: that of most bits, then of fewest sequences, which costs little more than the least."""
-    found = list(rows)
-    if not found:
-        return None
     most = min(map(ask.cost, found)) * WORTH_OF_BITS
     bits = max(row.kv_bits for row in found if ask.cost(row) <= most)
     same = [row for row in found if row.kv_bits == bits]
     least = min(map(ask.cost, same)) * _WORTH
     return min((row for row in same if ask.cost(row) <= least), key=lambda row: row.batch_size)
-
-
-def _on_cpu(model: ModelShape, machine: Machine, quant: str, ask: Ask) -> Row:
-    """Raises BudgetError, which names the least budget and the most sequences, where nothing fits."""
-    found = _chosen(_cpu_rows(model, machine, quant, ask), ask)
-    if found is None:
-        raise BudgetError(_nearest(model, machine, quant, ask))
-    return found
 
 
 def _cpu_rows(model: ModelShape, machine: Machine, quant: str, ask: Ask) -> Iterator[Row]:
@@ -228,7 +215,7 @@ def _cpu_rows(model: ModelShape, machine: Machine, quant: str, ask: Ask) -> Iter
                     plan = asked.way(batch, on_disk).plan_at(ask.ram)
                 except BudgetError:
                     continue
-                yield _cpu_row(plan, predict(plan, model, machine, workload), quant)
+                yield _cpu_row(plan, model, predict(plan, model, machine, workload), quant)
                 if not plan.read_nbytes:
                     break  # on disk the cache would only be slower
 
@@ -242,57 +229,52 @@ def _bits(model: ModelShape) -> Iterator[Bits]:
         yield bits
 
 
-def _cpu_row(plan: Plan, prediction: Prediction, quant: str) -> Row:
-    held = plan.placement.resident_nbytes
-    total = plan.tape.total
-    if plan.experts is not None and plan.experts.slots:
-        held += plan.experts.nbytes
-        total = max(held, total)
+def _cpu_row(plan: Plan, model: ModelShape, prediction: Prediction, quant: str) -> Row:
+    held = plan.placement.resident_nbytes + (0 if plan.experts is None else plan.experts.nbytes)
     tier = "disk" if plan.cache.on_disk else "cpu"
-    return Row(CPU, quant, plan.batch_size, tier, plan.cache.bits, held / total, prediction, plan)
+    share = min(1.0, held / model.tape.total)
+    return Row(CPU, quant, plan.batch_size, tier, plan.cache.bits, share, prediction, plan)
 
 
-def _nearest(model: ModelShape, machine: Machine, quant: str, ask: Ask) -> str:
-    """What would fit, in words."""
-    least = min(ask.batches)
-    budgets = Budgets(ask.ram, ask.baseline, kv_bits=4 if 4 in _bits(model) else 16)
+def _nearest(strategy: str, model: ModelShape, machine: Machine, ask: Ask) -> str:
+    """What does not fit, and what would, in words."""
+    if strategy != CPU:
+        return f"does not fit in {format_size(ask.ram)} of RAM and {format_size(ask.vram or 0)} of VRAM"
+    least, bits = min(ask.batches), min(_bits(model))
 
     def smallest(batch: int) -> int:
-        asked = Asked(model, machine, ask.workload(batch), budgets)
+        asked = Asked(model, machine, ask.workload(batch), Budgets(ask.ram, ask.baseline, kv_bits=bits))
         return min(smallest_budget(asked.way(batch, on_disk).plan_at) for on_disk in (False, True))
 
-    message = f"does not fit in {format_size(ask.ram)}: the smallest that works is --ram {format_budget(smallest(least))}"
+    said = f"does not fit in {format_size(ask.ram)}: the smallest that works is --ram {format_budget(smallest(least))}"
     fewer = [batch for batch in candidates(least) if batch < least and smallest(batch) <= ask.ram]
-    return message + (f", or --batch {fewer[-1]}" if fewer else "")
-
-
-def _on_gpu(strategy: str, model: ModelShape, machine: Machine, hardware: Hardware, quant: str, ask: Ask) -> Row:
-    """A closed form: nothing of it is built. Raises BudgetError where nothing fits."""
-    assert ask.vram is not None
-    chosen = _chosen(_gpu_rows(strategy, model, machine, hardware, quant, ask), ask)
-    if chosen is None:
-        raise BudgetError(f"does not fit in {format_size(ask.ram)} of RAM and {format_size(ask.vram)} of VRAM")
-    return chosen
+    return said + (f", or --batch {fewer[-1]}" if fewer else "")
 
 
 def _gpu_rows(
-    strategy: str, model: ModelShape, machine: Machine, hardware: Hardware, quant: str, ask: Ask
+    strategy: str,
+    model: ModelShape,
+    machine: Machine,
+    hardware: Hardware,
+    ask: Ask,
+    on_cpu: Sequence[Row],
+    quant: str,
 ) -> Iterator[Row]:
+    """Closed forms: nothing of it is built."""
     assert ask.vram is not None
     budget = GpuBudget(ask.ram - ask.baseline - model.tables_nbytes, ask.vram)
+    tiers = ("cpu", "disk") if strategy == BOTH else ("gpu", "cpu", "disk")
     for batch in ask.batches:
         for bits in _bits(model):
-            workload = ask.workload(batch)
-            tiers = ("cpu", "disk") if strategy == BOTH else ("gpu", "cpu", "disk")
-            found = place_on_gpu(model, hardware, machine, workload, budget, bits, tiers)
+            found = place_on_gpu(model, hardware, machine, ask.workload(batch), budget, bits, tiers)
             if found is None:
                 continue
-            own = {"process": ask.baseline, "tables": model.tables_nbytes}
-            if strategy == GPU:
-                prediction = found.predict()
-                prediction = replace(prediction, memory=own | prediction.memory)
-                yield Row(GPU, quant, batch, found.kv_tier, bits, found.resident_share, prediction, None)
+            if strategy == BOTH:
+                for row in on_cpu:
+                    if (row.batch_size, row.kv_bits) == (batch, bits):
+                        yield replace(row, strategy=BOTH, prediction=found.with_decode(row.prediction), plan=None)
                 continue
-            for row in _cpu_rows(model, machine, quant, replace(ask, batch=batch)):
-                if row.kv_bits == bits:
-                    yield replace(row, strategy=BOTH, prediction=found.with_decode(row.prediction), plan=None)
+            own = {"process": ask.baseline, "tables": model.tables_nbytes}
+            prediction = found.predict()
+            prediction = replace(prediction, memory=own | prediction.memory)
+            yield Row(GPU, quant, batch, found.kv_tier, bits, found.resident_share, prediction, None)
