@@ -381,6 +381,7 @@ def plan(**options: Any) -> None:
 @click.option("--gen-len", default=32, show_default=True, type=_POSITIVE, help="Tokens that each sequence generates.")
 @click.option("--batch", default=1, show_default=True, type=_POSITIVE, help="Sequences at once.")
 @_micro_batch
+@_objective("latency")
 @click.option(
     "--kv",
     default="auto",

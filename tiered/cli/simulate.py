@@ -17,7 +17,7 @@ from tiered.cli.plan import Model, find_model
 from tiered.errors import ConfigError
 from tiered.plan.budget import DEFAULT_SHARE, available_budget
 from tiered.plan.hardware import Hardware
-from tiered.plan.inputs import MAX_BATCHED_TOKENS, Budgets, KVTier, ModelShape, Workload
+from tiered.plan.inputs import MAX_BATCHED_TOKENS, Budgets, KVTier, ModelShape, Objective, Workload
 from tiered.plan.kv import Bits
 from tiered.plan.lanes import Event
 from tiered.plan.machines import find_profile, load_hardware
@@ -139,6 +139,7 @@ def run(
     gen_len: int,
     batch: int,
     micro_batch: int | None,
+    objective: Objective,
     kv: KVTier,
     kv_bits: str,
     passes: int | None,
@@ -155,7 +156,7 @@ def run(
     found = find_model(model)
     name, shape = _shape(found, quant)
     machine = _machine(found, hardware)
-    work = Workload(batch, prompt_len + gen_len, prompt_len, max_batched_tokens=MAX_BATCHED_TOKENS)
+    work = Workload(batch, prompt_len + gen_len, prompt_len, max_batched_tokens=MAX_BATCHED_TOKENS, objective=objective)
     budget = _ram(ram, machine, is_here=hardware is None)
     budgets = Budgets(budget, BASELINE_NBYTES, kv=kv, kv_bits=_BITS[kv_bits], micro_batch=micro_batch)
     rates = machine_for(shape, machine)
@@ -189,8 +190,12 @@ def _machine(model: Model, hardware: str | None) -> Hardware:
 
 
 def _ram(text: str | None, machine: Hardware, is_here: bool) -> int:
+    """The budget: as asked for, or what a run would take without being told."""
     if text is not None:
-        return parse_size(text)
+        asked = parse_size(text)
+        if asked > machine.ram:
+            raise ConfigError(f"--ram {text}: {machine.name} has {format_size(machine.ram)}; ask for less")
+        return asked
     return min(available_budget(), machine.ram) if is_here else int(machine.ram * DEFAULT_SHARE)
 
 
@@ -221,6 +226,8 @@ def _lines(played: Played) -> Iterator[str]:
     tokens = f"{work.max_prompt} + {work.max_context - work.max_prompt} tokens"
     yield f"{played.model.name} {played.quant}: {sequences} of {tokens}, in {format_size(plan.budget)} of RAM"
     yield f"machine   {played.hardware.name}, {played.hardware.source}"
+    if played.hardware.gpu is not None:
+        yield "          its GPU is idle: this version computes on the processor only"
     placement, experts = plan.placement, plan.experts
     kept = "" if experts is None else f", experts on demand ({experts.slots} in memory)"
     total = format_size(plan.tape.total)
@@ -237,14 +244,20 @@ def _lines(played: Played) -> Iterator[str]:
     disk, compute = steady.disk_seconds / steady.seconds, steady.compute_seconds / steady.seconds
     yield f"busy      disk {disk:.0%}, computing {compute:.0%}"
     waits = [f"{format_seconds(seconds)} for {_WORDS[kind]}" for kind, seconds in steady.waits.items() if seconds]
-    idle = max(0.0, steady.seconds - steady.disk_seconds)
-    ring = f"the disk {format_seconds(idle)} for memory" if plan.read_nbytes else "nothing is left to read"
-    yield f"waits     per pass: computing {', '.join(waits) or 'for nothing'}; {ring}"
+    yield f"waits     per pass: computing {', '.join(waits) or 'for nothing'}; the disk {_idle(played)}"
     above = steady.seconds / steady.bound - 1
     yield (
         f"bound     {format_seconds(steady.bound)} per pass by the {steady.bottleneck}; the simulation is "
         f"{above:.1%} above it"
     )
+
+
+def _idle(played: Played) -> str:
+    """What the disk waits for in a pass, and how long."""
+    seconds = format_seconds(max(0.0, played.steady.seconds - played.steady.disk_seconds))
+    if played.plan.read_nbytes:
+        return f"{seconds} for memory"
+    return f"has nothing to read for {seconds}" if played.plan.experts is None else f"{seconds} for choices of experts"
 
 
 def _prefill_line(passes: Sequence[SimulatedPass]) -> str:

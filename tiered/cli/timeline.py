@@ -6,10 +6,12 @@ below, for some layers in the middle, when each unit is read and when it is comp
 
 import importlib.util
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 from tiered.errors import ConfigError
+from tiered.files import errors_of
 from tiered.plan.lanes import Event, Kind
 from tiered.plan.play import SimulatedPass
 from tiered.plan.simulate import Simulation
@@ -56,20 +58,24 @@ def draw(simulation: Simulation, title: str, path: Path) -> None:
     used: set[Kind] = set()
     for column, passes in enumerate(panels):
         start, stop = passes[0].start, passes[-1].start + passes[-1].seconds
-        events = [event for event in simulation.events if event.start < stop and event.start + event.seconds > start]
+        inside = (event for event in simulation.events if event.start < stop and event.start + event.seconds > start)
+        # Times of a panel begin with it: those of a long simulation are numbers of many digits.
+        events = [replace(event, start=event.start - start) for event in inside]
+        passes = [replace(passed, start=passed.start - start) for passed in passes]
         used |= {event.kind for event in events}
         lanes, close = axes[:, column]
         _draw_lanes(lanes, events, passes)
         window = _draw_close(close, events, passes[0])
         lanes.axvspan(*window, color="black", alpha=0.12, linewidth=0)
-        lanes.set_xlim(start, stop)
+        lanes.set_xlim(0, stop - start)
         for passed in passes[1:]:
             lanes.axvline(passed.start, color="black", linewidth=1, linestyle="--")
         lanes.set_title(_describe(passes), fontsize=10, loc="left")
-        close.set_xlabel("seconds from the start")
+        close.set_xlabel("seconds from the start of the first pass here")
     _legend(figure, axes, used)
     figure.suptitle(title, fontsize=12, x=0.01, ha="left")
-    figure.savefig(path, dpi=110)
+    with errors_of(path):
+        figure.savefig(path, dpi=110)
 
 
 def _panels(passes: Sequence[SimulatedPass]) -> list[Sequence[SimulatedPass]]:
@@ -92,8 +98,7 @@ def _describe(passes: Sequence[SimulatedPass]) -> str:
 
 def _draw_lanes(axes: Any, events: Sequence[Event], passes: Sequence[SimulatedPass]) -> None:
     """One row per lane; neighbouring layers differ in shade."""
-    seconds = sum(each.seconds for each in passes)
-    start, stop = passes[0].start, passes[-1].start + passes[-1].seconds
+    stop = passes[-1].start + passes[-1].seconds
     lanes = [lane for lane in _LANES if lane != "bus" or any(event.lane == "bus" for event in events)]
     labels = []
     for row, lane in enumerate(reversed(lanes)):
@@ -101,8 +106,8 @@ def _draw_lanes(axes: Any, events: Sequence[Event], passes: Sequence[SimulatedPa
         spans = [(event.start, event.seconds) for event in mine]
         colours = [_shaded(event) for event in mine]
         axes.broken_barh(spans, (row + 0.1, 0.8), facecolors=colours, linewidth=0)
-        inside = ((max(e.start, start), min(e.start + e.seconds, stop)) for e in mine)
-        labels.append(f"{_LANES[lane]} {_union(inside) / seconds:.0%}")
+        inside = ((max(e.start, 0.0), min(e.start + e.seconds, stop)) for e in mine)
+        labels.append(f"{_LANES[lane]} {_union(inside) / stop:.0%}")
     axes.set_yticks([row + 0.5 for row in range(len(lanes))], labels, fontsize=9)
     axes.set_ylim(0, len(lanes))
     axes.tick_params(axis="y", length=0)
