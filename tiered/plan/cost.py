@@ -35,7 +35,7 @@ def linear_computing(model: ModelShape, machine: Machine, tokens: int, logits: i
     """Seconds of all linear layers for `tokens` tokens in micro-batches of at most `most_rows`, of which `logits` go
     through the head. The machine's rate must be known."""
     assert machine.linear is not None
-    full, rest = divmod(tokens, most_rows)
+    full, rest = divmod(tokens, max(1, most_rows))
     total = Computing(machine.linear.seconds(logits, model.head_weights) if logits else 0.0)
     for rows, times in ((most_rows, full), (rest, 1)):
         if rows and times:

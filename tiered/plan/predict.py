@@ -81,6 +81,11 @@ class Prediction:
         return (self.generated_tokens - self.sequences) / self.decode.seconds if self.decode.seconds else None
 
     @property
+    def seconds_per_pass(self) -> float | None:
+        """Of passes that only decode; None where there are none."""
+        return self.decode.seconds / self.decode.passes if self.decode.passes else None
+
+    @property
     def bottleneck(self) -> Bottleneck:
         """That of the phase that takes longer."""
         return max(self.prefill, self.decode, key=lambda phase: phase.seconds).bottleneck

@@ -32,6 +32,7 @@ _MOST_BATCH: Final = 512
 _BITS: Final[tuple[Bits, ...]] = (16, 4)
 _WORTH: Final = 1.02
 """So many times quicker a larger batch must be."""
+_SAME: Final = 1.005
 CPU, GPU, BOTH = "cpu", "gpu", "gpu then cpu"
 
 
@@ -153,7 +154,8 @@ class Comparison:
         rest = [row for row in self.rows if row.is_built and row is not best]
         if rest:
             slower = rest[0].prediction.seconds / best.prediction.seconds
-            said += f"; {rest[0].strategy} {rest[0].quant} takes {slower:.3g} times as long"
+            loses = "takes as long" if slower < _SAME else f"takes {slower:.3g} times as long"
+            said += f"; {rest[0].strategy} {rest[0].quant} {loses}"
         return said
 
 
