@@ -178,7 +178,7 @@ def _most_throughput(asked: Asked) -> Plan:
 
 def _compute_seconds(model: ModelShape, machine: Machine, workload: Workload, count: int) -> float:
     """Seconds that a pass over `count` decoding sequences computes."""
-    return decode_computing(model, machine, count, workload.mean_context * HALFWAY, max(1, count)).seconds
+    return decode_computing(model, machine, count, workload.mean_context * HALFWAY, count).seconds
 
 
 def _reasoned(asked: Asked, plan: Plan, why: str) -> Plan:
