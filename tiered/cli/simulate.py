@@ -37,6 +37,7 @@ _WORDS = {
     "experts": "experts",
     "kv": "the KV cache",
 }
+_BOUNDS = {"disk": "the disk", "compute": "computing"}
 
 
 @dataclass(frozen=True)
@@ -239,15 +240,16 @@ def _lines(played: Played) -> Iterator[str]:
         yield f"          the ring lacks {format_size(plan.missing_overlap_nbytes)}: reading and computing take turns"
     if played.prefill:
         yield _prefill_line(played.prefill)
-    rate = steady.tokens / steady.seconds
-    yield f"decode    {rate:.3g} tokens/s, {format_seconds(steady.seconds)} per pass, of {len(steady.passes)} simulated"
+    if not steady.passes[0].load.prompt_tokens:
+        rate, count = steady.tokens / steady.seconds, len(steady.passes)
+        yield f"decode    {rate:.3g} tokens/s, {format_seconds(steady.seconds)} per pass, of {count} simulated"
     disk, compute = steady.disk_seconds / steady.seconds, steady.compute_seconds / steady.seconds
     yield f"busy      disk {disk:.0%}, computing {compute:.0%}"
     waits = [f"{format_seconds(seconds)} for {_WORDS[kind]}" for kind, seconds in steady.waits.items() if seconds]
     yield f"waits     per pass: computing {', '.join(waits) or 'for nothing'}; the disk {_idle(played)}"
     above = steady.seconds / steady.bound - 1
     yield (
-        f"bound     {format_seconds(steady.bound)} per pass by the {steady.bottleneck}; the simulation is "
+        f"bound     {format_seconds(steady.bound)} per pass by {_BOUNDS[steady.bottleneck]}; the simulation is "
         f"{above:.1%} above it"
     )
 

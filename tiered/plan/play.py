@@ -159,19 +159,22 @@ class Player:
         """One group of micro-batches through a layer."""
         if self._kv is not None:
             yield from self._wait(partial(self._kv.has_come, layer, index), f"kv of layer {layer}", "kv")
-        for tokens_of in group:
+        for part, tokens_of in enumerate(group):
             parts = list(tokens_of.values())
             rows = sum(map(len, parts))
             attention = self._costs.attention(layer, parts)
-            # Queries, keys and values are computed first, with the first units.
-            yield from self._units(number, units, rows, is_held, attention)
+            if index or part:
+                yield from self._again(layer, units, rows, attention)
+            else:
+                yield from self._units(number, units, rows, is_held, attention)
             if self._plan.experts is not None and self._costs.expert_layers[layer]:
                 yield from self._experts(layer, rows)
         if self._kv is not None:
             self._kv.give_back(layer, index)
 
     def _units(self, number: int, units: range, rows: int, is_held: bool, attention: float = 0.0) -> Process:
-        """`rows` rows through a block's dense units, with attention after the first one."""
+        """`rows` rows through a block's dense units, with attention after the first one: queries, keys and values are
+        computed first."""
         for unit in units:
             key = self._number(number, unit)
             yield from self._wait(partial(_has_come, self._there, key), self._names[unit], self._kind(unit))
@@ -180,6 +183,12 @@ class Player:
                 self._give_back(number, (unit,))
             if attention and unit == units.start:
                 yield from self._busy(self._names[unit], "attention", attention)
+
+    def _again(self, layer: int, units: range, rows: int, attention: float) -> Process:
+        """`rows` rows through a layer that is held since another micro-batch: nothing is waited for."""
+        seconds = attention + sum(self._costs.unit(unit, rows) for unit in units)
+        kind: Kind = "resident" if self._plan.placement.resident.issuperset(units) else "layer"
+        yield from self._busy(_layer(layer), kind, seconds)
 
     def _experts(self, layer: int, rows: int) -> Process:
         """A layer's experts for one micro-batch: those in memory, then the others as they are read."""
