@@ -11,7 +11,7 @@ import time
 
 from tiered.configs_path import config_dir
 from tiered.convert.synthetic import ShapeFile, shape_config
-from tiered.plan.shapes import SHAPES_NAME, shape_to_json
+from tiered.plan.shapes import SHAPES_NAME, digest, shape_to_json
 from tiered.shapes import config_shapes
 
 
@@ -24,8 +24,9 @@ def main(names: list[str]) -> None:
     table = {name: old[name] for name in known if name in old}
     for name in names or known:
         started = time.perf_counter()
-        config = shape_config(ShapeFile.read(models / f"{name}.toml"))
-        table[name] = {quant: shape_to_json(shape) for quant, shape in config_shapes(config).items()}
+        path = models / f"{name}.toml"
+        shapes = config_shapes(shape_config(ShapeFile.read(path)))
+        table[name] = {"of": digest(path)} | {quant: shape_to_json(shape) for quant, shape in shapes.items()}
         print(f"{name}: {time.perf_counter() - started:.1f} s", flush=True)
     lines = (f"{json.dumps(name)}:{json.dumps(table[name], separators=(',', ':'))}" for name in sorted(table))
     target.write_text("{\n" + ",\n".join(lines) + "\n}\n")

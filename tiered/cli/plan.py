@@ -37,6 +37,8 @@ class Model:
     """What is to be run."""
 
     name: str
+    source: str
+    """What to convert."""
     path: Path | None
     """Of the store; None where it is still to be converted."""
     shapes: dict[str, ModelShape]
@@ -107,13 +109,13 @@ def find_model(text: str) -> Model:
                 from tiered.shapes import store_shape
             shape = store_shape(path)
         quant = "none" if shape.quantization is None else shape.quantization.partition("-")[0]
-        return Model(path.resolve().name.removesuffix(".tiered"), path, {quant: shape})
+        return Model(path.resolve().name.removesuffix(".tiered"), text, path, {quant: shape})
     known = None if _is_file(path) else known_shapes(config_dir() / "models", text)
     if known is not None:
-        return Model(text, None, {quant: known[quant] for quant in _QUANTS})
+        return Model(text, text, None, {quant: known[quant] for quant in _QUANTS})
     with importing(is_command=True):
         from tiered.shapes import checkpoint_shapes
-    return Model(text.rstrip("/").rpartition("/")[2], None, checkpoint_shapes(text, _QUANTS))
+    return Model(text.rstrip("/").rpartition("/")[2], text, None, checkpoint_shapes(text, _QUANTS))
 
 
 def _is_file(path: Path) -> bool:
@@ -180,13 +182,13 @@ def _lines(model: Model, machine: Hardware, ask: Ask, compared: Comparison) -> I
     one = "1 sequence" if ask.sequences == 1 else f"{ask.sequences} sequences"
     vram = "" if ask.vram is None else f" and {format_size(ask.vram)} of VRAM"
     yield f"{model.name}: {one} of {ask.prompt} + {ask.generate} tokens, in {format_size(ask.ram)} of RAM{vram}"
-    yield f"machine   {machine.name}, {machine.source}"
+    yield from _wrapped("machine", f"{machine.name}, {machine.source}")
     yield f"          of RAM {format_size(ask.baseline)} are for the process, as measured once elsewhere"
     yield ""
-    if compared.rows:
-        yield from _table(compared)
+    yield from _table(compared)
+    yield "kept: weights in memory for good; tok/s counts the prompts' seconds, dec/s does not"
     for refusal in compared.refusals:
-        yield f"{refusal.strategy} {refusal.quant}: {refusal.message}"
+        yield from _wrapped("", f"{refusal.strategy} {refusal.quant}: {refusal.message}")
     if any(not row.is_built for row in compared.rows):
         yield "with a gpu: predicted; not built in this version"
     best = compared.best
@@ -200,39 +202,33 @@ def _lines(model: Model, machine: Hardware, ask: Ask, compared: Comparison) -> I
     yield f"disk      {read / 1e9:.3g} GB read, {written / 1e9:.3g} GB written"
     first = "run       "
     if model.path is None:
-        yield f"{first}tiered convert {shlex.quote(model.name)} --quant {best.quant}"
+        yield f"{first}tiered convert {shlex.quote(model.source)} --quant {best.quant}"
         first = " " * len(first)
     yield first + model.command(best, ask)
 
 
 def _wrapped(title: str, text: str) -> list[str]:
-    return textwrap.wrap(f"{title:<10}{text}", _WIDTH, subsequent_indent=" " * 10)
+    indent = " " * 10 if title else ""
+    return textwrap.wrap(f"{title:<{len(indent)}}{text}", _WIDTH, subsequent_indent=indent)
 
 
 def _table(compared: Comparison) -> list[str]:
-    header = [
-        "",
-        "strategy",
-        "weights",
-        "batch",
-        "in memory",
-        "KV",
-        "prefill",
-        "decode",
-        "tok/s",
-        "decoding",
-        "bound by",
-    ]
+    header = ["", "strategy", "quant", "batch", "kept", "KV", "prefill", "decode", "tok/s", "dec/s", "bound"]
     priced = any(row.usd_per_million_tokens is not None for row in compared.rows)
-    rows = [header + ["$/M tok"] * priced]
+    rows = [header + ["$/Mtok"] * priced]
     for row in compared.rows:
         found = row.prediction
         decoding = found.decode_tokens_per_second
         cells = ["*" if row is compared.best else "", row.strategy, row.quant, str(row.batch_size)]
         cells += [f"{row.resident_share:.0%}", f"{row.kv_tier} {row.kv_bits}"]
         cells += [format_seconds(found.prefill.seconds), format_seconds(found.decode.seconds)]
-        cells += [f"{found.tokens_per_second:.3g}", "-" if decoding is None else f"{decoding:.3g}", found.bottleneck]
-        if priced:
-            cells.append("-" if row.usd_per_million_tokens is None else f"{row.usd_per_million_tokens:.3g}")
+        cells += [_short(found.tokens_per_second), _short(decoding), found.bottleneck]
+        cells += [_short(row.usd_per_million_tokens)] * priced
         rows.append(cells)
     return columns(rows, "<<<>><>>>><" + ">" * priced)
+
+
+def _short(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"

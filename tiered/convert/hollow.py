@@ -6,6 +6,7 @@ store is laid out is described once, by the code that converts.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -15,8 +16,9 @@ from tiered.arch import Skeleton
 from tiered.convert.block import write_block
 from tiered.convert.blocks import RangeRecipe, TensorRecipe
 from tiered.convert.compression import Compression
-from tiered.convert.recipe import ConvertOptions, make_recipe
+from tiered.convert.recipe import ConvertOptions, StoreRecipe, make_recipe
 from tiered.convert.source import Packed
+from tiered.errors import ConfigError
 from tiered.quant import folded
 from tiered.store import Store
 from tiered.store.format import tensor_nbytes
@@ -33,7 +35,7 @@ def hollow_store(skeleton: Skeleton, dtype: torch.dtype, options: ConvertOptions
 
     Exponents of 16-bit weights are not coded: how far they shrink only weights can tell.
     """
-    recipe, holes = make_recipe(skeleton, options), _Holes(dtype)
+    recipe, holes = _shortest_recipe(skeleton, options), _Holes(dtype)
     files = {
         block.path: write_block(folder, block, holes, Compression("none"), lambda _: None, HollowWriter)
         for block in recipe.files
@@ -41,6 +43,14 @@ def hollow_store(skeleton: Skeleton, dtype: torch.dtype, options: ConvertOptions
     (folder / "config.json").write_text(skeleton.config.to_json_string())
     (folder / MANIFEST_NAME).write_text(recipe.manifest(files, _SOURCE, "none").to_json())
     return Store.open(folder)
+
+
+def _shortest_recipe(skeleton: Skeleton, options: ConvertOptions) -> StoreRecipe:
+    """One file for all layers, where they are alike: a mixture has a thousand tensors in each."""
+    try:
+        return make_recipe(skeleton, replace(options, synthetic=True, distinct_blocks=1))
+    except ConfigError:
+        return make_recipe(skeleton, options)
 
 
 class _Holes:

@@ -19,7 +19,7 @@ from tiered.plan.placement import Tape
 
 QUANTS: Final = ("int4", "int8", "none")
 SHAPES_NAME: Final = "shapes.json"
-"""In configs/models: for each name and each of QUANTS what `shape_to_json` gives."""
+"""In configs/models: for each name what `shape_to_json` gives for each of QUANTS, and the `digest` of its toml file."""
 STORE_SHAPE_NAME: Final = "shape.json"
 """In a store's folder."""
 _VERSION: Final = 1
@@ -72,8 +72,12 @@ def write_store_shape(folder: Path, shape: ModelShape) -> None:
 
 def _identity(folder: Path) -> list[Any]:
     """What tells whether a store is the one that a shape was made of."""
-    files = (read_whole(folder / name, StoreError) for name in ("manifest.json", "config.json"))
-    return [_VERSION, *(hashlib.blake2b(content, digest_size=16).hexdigest() for content in files)]
+    return [_VERSION, *(digest(folder / name) for name in ("manifest.json", "config.json"))]
+
+
+def digest(path: Path) -> str:
+    """What tells whether the file at `path` has changed since."""
+    return hashlib.blake2b(read_whole(path, StoreError), digest_size=16).hexdigest()
 
 
 def _tape_to_json(tape: Tape) -> list[Any]:

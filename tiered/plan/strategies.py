@@ -33,7 +33,7 @@ _BITS: Final[tuple[Bits, ...]] = (16, 4)
 _WORTH: Final = 1.02
 """So many times quicker a larger batch must be."""
 _SAME: Final = 1.005
-CPU, GPU, BOTH = "cpu", "gpu", "gpu then cpu"
+CPU, GPU, BOTH = "cpu", "gpu", "gpu+cpu"
 
 
 @dataclass(frozen=True)
