@@ -15,6 +15,7 @@ from tiered.files import errors_of
 from tiered.plan.lanes import Event, Kind
 from tiered.plan.play import SimulatedPass
 from tiered.plan.simulate import Simulation
+from tiered.units import format_seconds
 
 _DECODES: Final = 2
 """Passes after the prompts' that are drawn."""
@@ -90,8 +91,8 @@ def _describe(passes: Sequence[SimulatedPass]) -> str:
     load = passes[0].load
     if load.prompt_tokens:
         beside = f" beside {load.decoding} that decode" if load.decoding else ""
-        return f"a pass over {load.prompt_tokens} tokens of prompts{beside}: {passes[0].seconds:.3g} s"
-    each = ", ".join(f"{one.seconds:.3g} s" for one in passes)
+        return f"a pass over {load.prompt_tokens} tokens of prompts{beside}: {format_seconds(passes[0].seconds)}"
+    each = ", ".join(format_seconds(one.seconds) for one in passes)
     sequences = "1 sequence" if load.decoding == 1 else f"{load.decoding} sequences"
     return f"{sequences} decoding, {len(passes)} passes: {each}"
 
