@@ -370,6 +370,42 @@ def plan(**options: Any) -> None:
     run(**options)
 
 
+@cli.command(short_help="Play a plan through without weights: what waits for what.")
+@click.argument("model")
+@click.option("--hardware", metavar="NAME|FILE", help="A machine of configs/hardware, or a file. [default: this one]")
+@click.option("--ram", help="Budget for the whole process, such as 16GiB. [default: 90% of what there is]")
+@click.option(
+    "--quant", default="int4", show_default=True, type=click.Choice(["int4", "int8"]), help="Where MODEL is no store."
+)
+@click.option("--prompt-len", default=512, show_default=True, type=_POSITIVE, help="Tokens of each prompt.")
+@click.option("--gen-len", default=32, show_default=True, type=_POSITIVE, help="Tokens that each sequence generates.")
+@click.option("--batch", default=1, show_default=True, type=_POSITIVE, help="Sequences at once.")
+@_micro_batch
+@_objective("latency")
+@click.option(
+    "--kv",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "cpu", "disk"]),
+    help="Where the KV cache is; auto: in memory if it fits.",
+)
+@_kv_bits()
+@click.option("--passes", type=_POSITIVE, help="Passes to simulate. [default: the prompts', and three more]")
+@click.option("--trace", "trace_path", type=_FILE, help="Write a Perfetto trace, as 'tiered generate --trace' does.")
+@click.option("--plot", type=_FILE, help="Draw a prompt's pass and two more (.png, .svg); needs matplotlib.")
+@_json()
+def simulate(**options: Any) -> None:
+    """Play the plan for MODEL on a machine through in numbers: when each unit is read, computed and waited for.
+
+    MODEL is what 'tiered plan' takes: a store, a known name such as opt-30b, a Hugging Face folder, a hub id. Nothing
+    is read but shapes, and nothing computed: the schedule is the runtime's own, the speeds are those of this machine's
+    profile ('tiered profile') or of another --hardware.
+    """
+    from tiered.cli.simulate import run
+
+    run(**options)
+
+
 @cli.command(short_help="Test every checksum of a store, at disk speed.")
 @_store
 @click.option("--threads", default=8, show_default=True, type=click.IntRange(1, 256), help="Reads in flight.")
