@@ -126,7 +126,7 @@ def _watch(command: Sequence[str], limiter: Limiter, limit_bytes: int | None, st
     return report
 
 
-def _spawn(words: Sequence[str], stdout: Path | None) -> int:
+def _spawn(words: list[str], stdout: Path | None) -> int:
     """The process of `words`, found by PATH."""
     actions: list[tuple[int, int, str, int, int]] = []
     if stdout is not None:

@@ -1,0 +1,183 @@
+"""Pictures of a benchmark: who waited for whom in one traced run, and tokens per second beside what was possible.
+
+In: rows, and the trace that `tiered generate --trace` wrote. Out: a file, or the bytes of a picture. Needs matplotlib,
+which `check_can_draw` says before anything runs.
+"""
+
+import importlib.util
+import io
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from tiered.bench.output import label
+from tiered.bench.rows import Phase, Row, varied
+from tiered.errors import ConfigError
+
+SUFFIXES: Final = (".png", ".svg")
+_TITLES: Final[dict[Phase, str]] = {"prefill": "reading prompts", "decode": "writing", "both": "both"}
+_LANES: Final = (
+    ("disk reads", "#3b76af"),
+    ("disk waits", "#f0b64f"),
+    ("compute", "#4f9d5d"),
+    ("compute waits", "#c8524d"),
+)
+_PASSES: Final = 3
+"""That the close look shows, the last ones."""
+
+Interval = tuple[float, float]
+"""Start and end, in seconds."""
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """When which side worked, and which waited; intervals of a lane do not overlap."""
+
+    lanes: dict[str, list[Interval]]
+    passes: list[float]
+    """When passes began."""
+    end: float
+
+    def share(self, lane: str, start: float, end: float) -> float:
+        """Of the time from `start` to `end`, how much `lane` takes."""
+        inside = (min(high, end) - max(low, start) for low, high in self.lanes[lane])
+        return sum(piece for piece in inside if piece > 0) / (end - start) if end > start else 0.0
+
+
+def check_can_draw(option: str, path: Path | None = None) -> None:
+    """Raise ConfigError where `option` cannot be met: matplotlib is not there, or `path` is no picture's name."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError(f"{option}: needs matplotlib, which is not installed; pip install matplotlib")
+    if path is not None and path.suffix.lower() not in SUFFIXES:
+        raise ConfigError(f"{option} {path}: expected a name that ends in {' or '.join(SUFFIXES)}")
+
+
+def read_timeline(path: Path) -> Timeline:
+    """The timeline of the trace at `path`, from the first pass on."""
+    events = [event for event in json.loads(path.read_text(encoding="utf-8"))["traceEvents"] if event["ph"] == "X"]
+    found: dict[str, list[Interval]] = {"disk": [], "compute": [], "wait": []}
+    passes = sorted(event["ts"] / 1e6 for event in events if event["cat"] == "compute" and event["name"] == "record")
+    for event in events:
+        if event["cat"] in found:
+            start = event["ts"] / 1e6
+            found[event["cat"]].append((start, start + event["dur"] / 1e6))
+    disk, compute, waits = (union(found[lane]) for lane in ("disk", "compute", "wait"))
+    end = max((high for lane in (compute, waits) for _, high in lane), default=0.0)
+    start = passes[0] if passes else 0.0
+    # What is read before the first pass, and after the last one, nobody computes with.
+    disk = clip(disk, start, end)
+    lanes = {"disk reads": disk, "disk waits": gaps(disk, start, end), "compute": compute, "compute waits": waits}
+    moved = {lane: [(low - start, high - start) for low, high in pieces] for lane, pieces in lanes.items()}
+    return Timeline(moved, [moment - start for moment in passes], end - start)
+
+
+def union(pieces: Iterable[Interval], joined: float = 0.0) -> list[Interval]:
+    """`pieces` in order, without overlaps; those less than `joined` apart become one."""
+    found: list[Interval] = []
+    for low, high in sorted(pieces):
+        if found and low <= found[-1][1] + joined:
+            found[-1] = (found[-1][0], max(found[-1][1], high))
+        else:
+            found.append((low, high))
+    return found
+
+
+def clip(pieces: Sequence[Interval], start: float, end: float) -> list[Interval]:
+    """What of `pieces` lies between `start` and `end`."""
+    inside = ((max(low, start), min(high, end)) for low, high in pieces)
+    return [(low, high) for low, high in inside if low < high]
+
+
+def gaps(pieces: Sequence[Interval], start: float, end: float) -> list[Interval]:
+    """What lies between `pieces`, which are in order, from `start` to `end`."""
+    edges = [start, *(edge for piece in pieces for edge in piece), end]
+    return [(low, high) for low, high in zip(edges[::2], edges[1::2], strict=True) if low < high]
+
+
+def draw(rows: Sequence[Row], timeline: Timeline | None, title: str, path: Path) -> None:
+    """All pictures in one file, PNG or SVG by its suffix."""
+    path.write_bytes(picture(rows, timeline, title, path.suffix.lower().removeprefix(".")))
+
+
+def picture(rows: Sequence[Row], timeline: Timeline | None, title: str, form: str) -> bytes:
+    """All pictures in one, "png" or "svg": bars above, the whole run and its last passes below."""
+    from matplotlib.figure import Figure
+
+    phases: list[Phase] = [phase for phase in _TITLES if any(row.phase == phase for row in rows)]
+    settings = len({row.setting for row in rows})
+    heights = [0.8 + 0.45 * settings] + ([1.5, 1.5] if timeline is not None else [])
+    figure = Figure(figsize=(11, sum(heights) + 1.1 * len(heights)), layout="constrained")
+    figure.suptitle(title, fontsize=11)
+    above, *below = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    for number, (axes, phase) in enumerate(
+        zip(above.subplots(1, len(phases), sharey=True, squeeze=False)[0], phases, strict=True)
+    ):
+        _bars(axes, [row for row in rows if row.phase == phase], number == 0)
+        axes.set_title(_TITLES[phase], fontsize=10)
+    if timeline is not None:
+        from_pass = timeline.passes[-_PASSES] if len(timeline.passes) > _PASSES else 0.0
+        first = 1 + max(0, len(timeline.passes) - _PASSES)
+        shown = f"passes {first} to {len(timeline.passes)}"
+        for part, start, what in zip(below, (0.0, from_pass), ("the first run", shown), strict=True):
+            _lanes(part.subplots(), timeline, start, what)
+    bytes_ = io.BytesIO()
+    figure.savefig(bytes_, format=form, dpi=150)
+    return bytes_.getvalue()
+
+
+def _bars(axes: Any, rows: Sequence[Row], is_first: bool) -> None:
+    """Tokens per second of one phase, with the bound and the prediction of each."""
+    names = [label(row.setting, varied(row.setting for row in rows)) for row in rows]
+    names = [
+        f"{row.test}, {name}" if len({row.test for row in rows}) > 1 else name
+        for row, name in zip(rows, names, strict=True)
+    ]
+    places = range(len(rows))
+    means = [row.tokens_per_second for row in rows]
+    axes.barh(
+        places, means, xerr=[row.sd or 0 for row in rows], height=0.6, color="#8fb4d6", capsize=3, label="measured"
+    )
+    bounds = [(row.bound, place) for row, place in zip(rows, places, strict=True) if row.bound]
+    if bounds:
+        axes.plot(*zip(*bounds, strict=True), "|", color="black", markersize=18, markeredgewidth=2, label="bound")
+    expected = [(row.predicted, place) for row, place in zip(rows, places, strict=True) if row.predicted]
+    if expected:
+        axes.plot(*zip(*expected, strict=True), "D", color="#c8524d", markersize=6, fillstyle="none", label="predicted")
+    for place, row in zip(places, rows, strict=True):
+        axes.annotate(
+            f"{row.tokens_per_second:.3g}",
+            (0, place),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=9,
+        )
+    axes.set_yticks(places, names)
+    axes.invert_yaxis() if is_first else None
+    axes.set_xlabel("tokens/s")
+    axes.margins(x=0.08)
+    axes.set_xlim(left=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    if is_first:
+        axes.legend(fontsize=8, loc="best", frameon=False)
+
+
+def _lanes(axes: Any, timeline: Timeline, start: float, what: str) -> None:
+    """The lanes from `start` to the end."""
+    end = timeline.end
+    for place, (lane, color) in enumerate(_LANES):
+        pieces = union(clip(timeline.lanes[lane], start, end), (end - start) / 3000)
+        spans = [(low, high - low) for low, high in pieces]
+        axes.broken_barh(spans, (place - 0.38, 0.76), facecolors=color, rasterized=True)
+    names = [f"{lane} {timeline.share(lane, start, end):.0%}" for lane, _ in _LANES]
+    axes.set_yticks(range(len(_LANES)), names)
+    axes.invert_yaxis()
+    for moment in timeline.passes:
+        if moment >= start:
+            axes.axvline(moment, color="black", linewidth=0.6, linestyle=":")
+    axes.set_xlim(start, end)
+    axes.set_xlabel("seconds; dotted: a pass begins")
+    axes.set_title(f"who worked and who waited: {what}", fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
