@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
 from tiered.bench.facts import Machine, StoreFacts, format_count
-from tiered.bench.rows import Row, varied
+from tiered.bench.rows import Row, common, varied
 from tiered.bench.runs import Run
 from tiered.bench.workload import Setting
 from tiered.units import format_rate, format_size
@@ -44,6 +44,9 @@ class Result:
         found |= {f"store {number}": store.line() for number, store in enumerate(self.stores, 1)}
         if len(self.stores) == 1:
             found["store"] = found.pop("store 1")
+        shared = common(row.setting for row in self.rows)
+        if shared:
+            found["settings"] = ", ".join(f"{axis.replace('_', ' ')} {value}" for axis, value in shared.items())
         raw = [run.report["raw_disk_bandwidth"] for run in self.runs if run.report is not None]
         if known := [one for one in raw if one is not None]:
             found["raw disk"] = f"{format_rate(min(known))} to {format_rate(max(known))}, measured after each run"

@@ -35,9 +35,8 @@ def page(result: Result, picture: bytes | None) -> str:
     body = [f"<h1>tiered bench: {escape(title)}</h1>", f"<dl>{facts}</dl>", notes]
     if picture is not None:
         encoded = base64.b64encode(picture).decode("ascii")
-        body.append(
-            f'<h2>Pictures</h2><img alt="tokens per second, and who waited for whom" src="data:image/png;base64,{encoded}">'
-        )
+        told = "tokens per second beside what was possible, and who waited for whom"
+        body.append(f'<h2>Pictures</h2><img alt="{told}" src="data:image/png;base64,{encoded}">')
     if result.rows:
         body.append(f'<h2>Table</h2><div class="wide">{_table(result)}</div><p><small>{escape(LEGEND)}</small></p>')
     body.append(f"<h2>For an issue</h2><pre>{escape(markdown(result))}</pre>")

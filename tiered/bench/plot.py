@@ -19,11 +19,10 @@ from tiered.errors import ConfigError
 SUFFIXES: Final = (".png", ".svg")
 _TITLES: Final[dict[Phase, str]] = {"prefill": "reading prompts", "decode": "writing", "both": "both"}
 _LANES: Final = (
-    ("disk reads", "#3b76af"),
-    ("disk waits", "#f0b64f"),
-    ("compute", "#4f9d5d"),
-    ("compute waits", "#c8524d"),
+    ("disk", ("reads", "#3b76af"), ("waits for compute", "#f0b64f")),
+    ("compute", ("computes", "#4f9d5d"), ("waits for the disk", "#c8524d")),
 )
+"""Who, and what each does with which color."""
 _PASSES: Final = 3
 """That the close look shows, the last ones."""
 
@@ -36,6 +35,7 @@ class Timeline:
     """When which side worked, and which waited; intervals of a lane do not overlap."""
 
     lanes: dict[str, list[Interval]]
+    """By what is done, as `_LANES` has it."""
     passes: list[float]
     """When passes began."""
     end: float
@@ -68,7 +68,8 @@ def read_timeline(path: Path) -> Timeline:
     start = passes[0] if passes else 0.0
     # What is read before the first pass, and after the last one, nobody computes with.
     disk = clip(disk, start, end)
-    lanes = {"disk reads": disk, "disk waits": gaps(disk, start, end), "compute": compute, "compute waits": waits}
+    names = [what for _, *parts in _LANES for what, _ in parts]
+    lanes = dict(zip(names, (disk, gaps(disk, start, end), compute, waits), strict=True))
     moved = {lane: [(low - start, high - start) for low, high in pieces] for lane, pieces in lanes.items()}
     return Timeline(moved, [moment - start for moment in passes], end - start)
 
@@ -107,8 +108,8 @@ def picture(rows: Sequence[Row], timeline: Timeline | None, title: str, form: st
 
     phases: list[Phase] = [phase for phase in _TITLES if any(row.phase == phase for row in rows)]
     settings = len({row.setting for row in rows})
-    heights = [0.8 + 0.45 * settings] + ([1.5, 1.5] if timeline is not None else [])
-    figure = Figure(figsize=(11, sum(heights) + 1.1 * len(heights)), layout="constrained")
+    heights = [1.7 + 0.4 * settings] + ([2.1, 2.1] if timeline is not None else [])
+    figure = Figure(figsize=(11, sum(heights) + 0.4), layout="constrained")
     figure.suptitle(title, fontsize=11)
     above, *below = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
     for number, (axes, phase) in enumerate(
@@ -116,12 +117,18 @@ def picture(rows: Sequence[Row], timeline: Timeline | None, title: str, form: st
     ):
         _bars(axes, [row for row in rows if row.phase == phase], number == 0)
         axes.set_title(_TITLES[phase], fontsize=10)
+    handles, names = above.axes[0].get_legend_handles_labels()
+    above.legend(handles, names, loc="outside upper right", ncols=3, fontsize=8, frameon=False)
     if timeline is not None:
         from_pass = timeline.passes[-_PASSES] if len(timeline.passes) > _PASSES else 0.0
         first = 1 + max(0, len(timeline.passes) - _PASSES)
-        shown = f"passes {first} to {len(timeline.passes)}"
-        for part, start, what in zip(below, (0.0, from_pass), ("the first run", shown), strict=True):
+        shown = f"its passes {first} to {len(timeline.passes)}"
+        traced = label(rows[0].setting, varied(row.setting for row in rows))
+        whole = f"the first run, {traced}"
+        for part, start, what in zip(below, (0.0, from_pass), (whole, shown), strict=True):
             _lanes(part.subplots(), timeline, start, what)
+        handles, names = below[0].axes[0].get_legend_handles_labels()
+        below[0].legend(handles, names, loc="outside lower right", ncols=4, fontsize=8, frameon=False)
     bytes_ = io.BytesIO()
     figure.savefig(bytes_, format=form, dpi=150)
     return bytes_.getvalue()
@@ -129,55 +136,51 @@ def picture(rows: Sequence[Row], timeline: Timeline | None, title: str, form: st
 
 def _bars(axes: Any, rows: Sequence[Row], is_first: bool) -> None:
     """Tokens per second of one phase, with the bound and the prediction of each."""
-    names = [label(row.setting, varied(row.setting for row in rows)) for row in rows]
-    names = [
-        f"{row.test}, {name}" if len({row.test for row in rows}) > 1 else name
-        for row, name in zip(rows, names, strict=True)
-    ]
+    different = varied(row.setting for row in rows)
+    has_tests = len({row.test for row in rows}) > 1
+    names = [", ".join([*([row.test] if has_tests else []), label(row.setting, different)]) for row in rows]
     places = range(len(rows))
-    means = [row.tokens_per_second for row in rows]
-    axes.barh(
-        places, means, xerr=[row.sd or 0 for row in rows], height=0.6, color="#8fb4d6", capsize=3, label="measured"
-    )
-    bounds = [(row.bound, place) for row, place in zip(rows, places, strict=True) if row.bound]
-    if bounds:
-        axes.plot(*zip(*bounds, strict=True), "|", color="black", markersize=18, markeredgewidth=2, label="bound")
-    expected = [(row.predicted, place) for row, place in zip(rows, places, strict=True) if row.predicted]
-    if expected:
-        axes.plot(*zip(*expected, strict=True), "D", color="#c8524d", markersize=6, fillstyle="none", label="predicted")
-    for place, row in zip(places, rows, strict=True):
-        axes.annotate(
-            f"{row.tokens_per_second:.3g}",
-            (0, place),
-            xytext=(4, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=9,
-        )
+    means, sds = [row.tokens_per_second for row in rows], [row.sd or 0 for row in rows]
+    axes.barh(places, means, xerr=sds, height=0.55, color="#8fb4d6", capsize=3, label="measured, with sd")
+    for values, mark, color, name in (
+        ([row.bound for row in rows], "|", "black", "bound"),
+        ([row.predicted for row in rows], "D", "#c8524d", "predicted"),
+    ):
+        known = [(value, place) for value, place in zip(values, places, strict=True) if value]
+        if known:
+            size = 17 if mark == "|" else 6
+            axes.plot(*zip(*known, strict=True), mark, color=color, ms=size, mew=1.8, fillstyle="none", label=name)
+    for place, mean in zip(places, means, strict=True):
+        # Inside the bar, where neither its end nor the marks are.
+        where = {"xytext": (4, 0), "textcoords": "offset points", "va": "center", "fontsize": 9}
+        axes.annotate(f"{mean:.3g}", (0, place), **where)
     axes.set_yticks(places, names)
-    axes.invert_yaxis() if is_first else None
     axes.set_xlabel("tokens/s")
     axes.margins(x=0.08)
     axes.set_xlim(left=0)
     axes.spines[["top", "right"]].set_visible(False)
-    if is_first:
-        axes.legend(fontsize=8, loc="best", frameon=False)
+    if is_first:  # the others share its vertical axis
+        axes.set_ylim(len(rows) - 0.4, -0.6)
 
 
 def _lanes(axes: Any, timeline: Timeline, start: float, what: str) -> None:
-    """The lanes from `start` to the end."""
+    """Both lanes from `start` to the end."""
     end = timeline.end
-    for place, (lane, color) in enumerate(_LANES):
-        pieces = union(clip(timeline.lanes[lane], start, end), (end - start) / 3000)
-        spans = [(low, high - low) for low, high in pieces]
-        axes.broken_barh(spans, (place - 0.38, 0.76), facecolors=color, rasterized=True)
-    names = [f"{lane} {timeline.share(lane, start, end):.0%}" for lane, _ in _LANES]
-    axes.set_yticks(range(len(_LANES)), names)
-    axes.invert_yaxis()
+    names = []
+    for place, (who, *parts) in enumerate(_LANES):
+        told = []
+        for does, color in parts:
+            pieces = union(clip(timeline.lanes[does], start, end), (end - start) / 3000)
+            spans = [(low, high - low) for low, high in pieces]
+            axes.broken_barh(spans, (place - 0.4, 0.8), facecolors=color, rasterized=True, label=f"{who} {does}")
+            told.append(f"{does} {timeline.share(does, start, end):.0%}")
+        names.append("\n".join([who, *told]))
+    axes.set_yticks(range(len(_LANES)), names, fontsize=9)
+    axes.set_ylim(len(_LANES) - 0.45, -0.55)
     for moment in timeline.passes:
         if moment >= start:
-            axes.axvline(moment, color="black", linewidth=0.6, linestyle=":")
+            axes.axvline(moment, color="black", linewidth=0.7, linestyle=":")
     axes.set_xlim(start, end)
     axes.set_xlabel("seconds; dotted: a pass begins")
-    axes.set_title(f"who worked and who waited: {what}", fontsize=10)
+    axes.set_title(f"who waited for whom: {what}", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)

@@ -183,3 +183,13 @@ def varied(settings: Iterable[Setting]) -> list[str]:
     known = list(settings)
     axes = [axis for axis in AXES if axis not in ("prompt_tokens", "new_tokens", "batch")]
     return [axis for axis in axes if len({getattr(setting, axis) for setting in known}) > 1]
+
+
+def common(settings: Iterable[Setting]) -> dict[str, str]:
+    """What all `settings` share and is not usual, by axis; without what a test's name has."""
+    known, usual = list(settings), Setting()
+    axes = [axis for axis in AXES if axis not in ("prompt_tokens", "new_tokens", "batch")]
+    shared = {axis: {getattr(setting, axis) for setting in known} for axis in axes}
+    return {
+        axis: str(*values) for axis, values in shared.items() if len(values) == 1 and {getattr(usual, axis)} != values
+    }

@@ -145,8 +145,8 @@ def _stores(
         distinct = request.distinct_blocks or workload.distinct_blocks
         what = Synthetic(target, request.quant or workload.quant, distinct, request.folder)
         return synthetic_stores(what, ways, request.clean)
-    unfit = {"--quant": request.quant, "--distinct-blocks": request.distinct_blocks, "--clean": request.clean}
-    unfit["--compress"] = request.values.get("compress")
+    unfit: dict[str, Any] = {"--quant": request.quant, "--distinct-blocks": request.distinct_blocks}
+    unfit |= {"--clean": request.clean, "--compress": request.values.get("compress")}
     for option, value in unfit.items():
         if value:
             raise ConfigError(f"{option}: is for stores that are made of a shape, and {target} is one already; drop it")

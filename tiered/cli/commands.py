@@ -186,6 +186,9 @@ class _TakesLists(click.Command):
 
 
 def _is_value(option: click.Option, text: str) -> bool:
+    """Whether `text` goes on with the list of `option`; a number does, if only to be refused by name."""
+    if text.isdecimal():
+        return True
     try:
         for value in text.split(","):
             option.type.convert(value, option, None)
@@ -194,29 +197,25 @@ def _is_value(option: click.Option, text: str) -> bool:
     return True
 
 
-class _Size(click.ParamType):
+def _size(text: str) -> str:
     """A number of bytes, which stays as it is written."""
-
-    name = "SIZE"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        try:
-            parse_size(value)
-        except ConfigError as error:
-            self.fail(str(error), param, ctx)
-        return str(value)
+    try:
+        parse_size(text)
+    except ConfigError as error:
+        raise click.BadParameter(str(error)) from None
+    return text
 
 
-class _Batch(click.ParamType):
+def _batch(text: str) -> int | str:
     """A number of sequences, or "disk-bound"."""
+    if text == "disk-bound":
+        return text
+    if not text.isdecimal() or not int(text[:9]) >= 1:
+        raise click.BadParameter(f"{text}: expected a whole number above 0, or disk-bound")
+    return int(text)
 
-    name = "N"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
-        return "disk-bound" if value == "disk-bound" else _POSITIVE.convert(value, param, ctx)
-
-
-def _list(*names: str, type: click.ParamType, help: str, metavar: str | None = None) -> Callable[[Command], Command]:
+def _list(*names: str, type: Any, help: str, metavar: str | None = None) -> Callable[[Command], Command]:
     """An option of a command that `_TakesLists`."""
     return click.option(*names, multiple=True, type=type, help=help, metavar=metavar)
 
@@ -398,11 +397,21 @@ def score(files: Sequence[Path], id_files: Sequence[Path], **options: Any) -> No
 @click.argument("target", required=False, metavar="[STORE|SHAPE]")
 @click.option("--workload", metavar="NAME|FILE", help="A file of configs/workloads, such as flexgen-512-32 or chat.")
 @click.option("--part", "parts", multiple=True, metavar="NAME", help="Only this part of the workload; repeatable.")
-@_list("--batch", type=_Batch(), help="Sequences that share a pass; disk-bound: as many as the disk still bounds.")
+@_list(
+    "--batch",
+    type=_batch,
+    metavar="N",
+    help="Sequences that share a pass; disk-bound: as many as the disk still bounds.",
+)
 @_list("-p", "--prompt-tokens", type=_POSITIVE, metavar="N", help="Tokens of each prompt. [default: 512]")
 @_list("-n", "--new-tokens", type=_POSITIVE, metavar="N", help="Tokens of each completion. [default: 32]")
-@_list("--memory-limit", "memory", type=_Size(), help="Enforced by the kernel, page cache included.")
-@_list("--ram", type=_Size(), help="Budget of a run. [default: 128 MiB below the limit, else 90% of what is free]")
+@_list("--memory-limit", "memory", type=_size, metavar="SIZE", help="Enforced by the kernel, page cache included.")
+@_list(
+    "--ram",
+    type=_size,
+    metavar="SIZE",
+    help="Budget of a run. [default: 128 MiB below the limit, else 90% of what is free]",
+)
 @_list("--kernels", type=_KERNELS, help="What multiplies. [default: auto]")
 @_list("--kernel-mode", type=_KERNEL_MODES, help="[default: invariant]")
 @_list("--kv", type=_KV, help="Where the KV cache is. [default: auto]")
