@@ -36,11 +36,16 @@ def test_intervals() -> None:
 
 def test_a_timeline_begins_with_the_first_pass_and_says_who_waited(trace: Path) -> None:
     found = read_timeline(trace)
-    assert (found.passes, found.end) == ([0.0, 1.0], 2.0)
+    assert found is not None and (found.passes, found.end) == ([0.0, 1.0], 2.0)
     assert found.share("reads", 0, 2) == pytest.approx(0.5)
     assert found.share("waits for compute", 0, 2) == pytest.approx(0.5)
     assert found.share("computes", 0, 2) == pytest.approx(0.6)
     assert found.share("waits for the disk", 1, 2) == pytest.approx(0.4)
+
+
+def test_without_a_pass_there_is_no_timeline(tmp_path: Path) -> None:
+    (tmp_path / "trace.json").write_text('{"traceEvents": []}')
+    assert read_timeline(tmp_path / "trace.json") is None
 
 
 @pytest.mark.parametrize("form", ["png", "svg"])

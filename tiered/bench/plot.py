@@ -54,8 +54,8 @@ def check_can_draw(option: str, path: Path | None = None) -> None:
         raise ConfigError(f"{option} {path}: expected a name that ends in {' or '.join(SUFFIXES)}")
 
 
-def read_timeline(path: Path) -> Timeline:
-    """The timeline of the trace at `path`, from the first pass on."""
+def read_timeline(path: Path) -> Timeline | None:
+    """The timeline of the trace at `path`, from the first pass on; None where there is no pass."""
     events = [event for event in json.loads(path.read_text(encoding="utf-8"))["traceEvents"] if event["ph"] == "X"]
     found: dict[str, list[Interval]] = {"disk": [], "compute": [], "wait": []}
     passes = sorted(event["ts"] / 1e6 for event in events if event["cat"] == "compute" and event["name"] == "record")
@@ -64,8 +64,9 @@ def read_timeline(path: Path) -> Timeline:
             start = event["ts"] / 1e6
             found[event["cat"]].append((start, start + event["dur"] / 1e6))
     disk, compute, waits = (union(found[lane]) for lane in ("disk", "compute", "wait"))
-    end = max((high for lane in (compute, waits) for _, high in lane), default=0.0)
-    start = passes[0] if passes else 0.0
+    if not passes:
+        return None
+    start, end = passes[0], max(high for lane in (compute, waits) for _, high in lane)
     # What is read before the first pass, and after the last one, nobody computes with.
     disk = clip(disk, start, end)
     names = [what for _, *parts in _LANES for what, _ in parts]

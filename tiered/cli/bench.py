@@ -20,7 +20,7 @@ from tiered.bench.facts import machine_facts, machine_name, store_facts
 from tiered.bench.limit import held_signals
 from tiered.bench.output import Result, as_csv, as_json, label, markdown
 from tiered.bench.page import page
-from tiered.bench.plot import Timeline, check_can_draw, draw, picture, read_timeline
+from tiered.bench.plot import check_can_draw, draw, picture, read_timeline
 from tiered.bench.rows import rows, varied
 from tiered.bench.runs import Run, StoppedError, Way, alternate, run_once, with_batch
 from tiered.bench.stores import Synthetic, synthetic_stores
@@ -206,7 +206,7 @@ def _show(bench: _Bench, result: Result) -> None:
         click.echo(_PRINTED[request.form](result), nl=False)
     if not result.rows or bench.trace_path is None:
         return
-    timeline: Timeline | None = read_timeline(bench.trace_path) if bench.trace_path.exists() else None
+    timeline = read_timeline(bench.trace_path) if bench.trace_path.exists() else None
     title = f"{' and '.join(store.model for store in result.stores)}: {result.machine.name}"
     if request.plot_path is not None:
         draw(result.rows, timeline, title, request.plot_path)
