@@ -37,14 +37,14 @@ def test_several_runs_have_a_mean_and_a_deviation() -> None:
     assert row.sd == pytest.approx(25 / 2**0.5)
 
 
-@pytest.mark.parametrize(
-    "more", [{"predicted_tokens_per_second": 4.0}, {"predicted_seconds_per_pass": 0.25}], ids=["rate", "seconds"]
-)
-def test_a_prediction_is_shown_where_reports_have_one(more: dict[str, float]) -> None:
-    found = rows([run(report=report(**more))], {"none": STORE})
-    assert [row.predicted for row in found] == [None, pytest.approx(4.0), None]
+def test_a_prediction_is_shown_where_reports_have_one() -> None:
+    found = rows([run(report=report(predicted_prefill_seconds=4.0, predicted_seconds_per_pass=0.25))], {"none": STORE})
+    # Nine tokens in nine passes of 0.25 s, after 100 in 4 s.
+    assert [row.predicted for row in found] == [pytest.approx(rate) for rate in (25, 4, 110 / 6.25)]
     assert "predicted t/s" in table(found)[0]
     assert "predicted t/s" not in table(rows([run()], {"none": STORE}))[0]
+    only = rows([run(report=report(predicted_seconds_per_pass=0.25))], {"none": STORE})
+    assert [row.predicted for row in only] == [None, pytest.approx(4), None]
 
 
 def test_failed_runs_and_phases_that_did_not_happen_have_no_row() -> None:

@@ -145,7 +145,7 @@ def _decode(report: Mapping[str, Any]) -> Measured | None:
         return None
     passes, tokens = seconds / report["seconds_per_pass"], report["tokens_per_second"] * seconds
     bound, raw = report["bound_seconds_per_pass"], report["raw_disk_bandwidth"]
-    expected = _predicted(report, "predicted_tokens_per_second", tokens / passes, "predicted_seconds_per_pass")
+    expected = _predicted(report, "predicted_seconds_per_pass", tokens / passes)
     return Measured(tokens, seconds, (report["disk_bandwidth"] or 0) * seconds, raw, bound and bound * passes, expected)
 
 
@@ -156,15 +156,13 @@ def _prefill(report: Mapping[str, Any]) -> Measured | None:
     # The report counts bytes of the whole run: what was not read while decoding was read before.
     moved = report["bytes_read"] + report["kv_bytes_read"] + report["kv_bytes_written"] - decoding
     tokens, bound = report["prompt_tokens"], report["prefill_bound_seconds"]
-    expected = _predicted(report, "predicted_prefill_tokens_per_second", tokens, "predicted_prefill_seconds")
+    expected = _predicted(report, "predicted_prefill_seconds", tokens)
     return Measured(tokens, seconds, max(moved, 0), report["raw_disk_bandwidth"], bound, expected)
 
 
-def _predicted(report: Mapping[str, Any], rate: str, tokens: float, seconds: str) -> float | None:
-    """Tokens per second by the report's `rate`, or by the `seconds` of so many tokens; None where it has neither."""
-    if report.get(rate):
-        return float(report[rate])
-    return tokens / report[seconds] if report.get(seconds) else None
+def _predicted(report: Mapping[str, Any], key: str, tokens: float) -> float | None:
+    """Tokens per second, from the seconds that were expected for so many; None where nothing was."""
+    return tokens / report[key] if report.get(key) else None
 
 
 def _kernels(description: str) -> tuple[str, int]:
