@@ -19,6 +19,8 @@ def test_both_understand_what_the_commands_print(tmp_path: Path, monkeypatch: py
     assert (found.model, found.nbytes) == ("opt-docs-8m int4-g64", inspected["model_bytes"])
     assert found.parameters == inspected["parameters"] and not found.synthetic
     assert "converted weights" in found.line()
+    inspected["quantization"] |= {"layers": None, "compress": "planes"}
+    assert facts.store_facts(store).model == "opt-docs-8m 16-bit planes"
     monkeypatch.setattr(doctor, "kernel_facts", lambda found: [])  # takes seconds
     examined = json.loads(run_here("doctor", store, "--json").out)
     monkeypatch.setattr(facts, "_asked", lambda command, store: examined)

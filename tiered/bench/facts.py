@@ -75,7 +75,7 @@ def store_facts(store: Path) -> StoreFacts:
 def _store(found: Mapping[str, Any]) -> StoreFacts:
     quantization, source = found["quantization"], str(found["source"].get("name") or found["name"])
     compress = quantization.get("compress", "none")
-    scheme = str(quantization.get("layers", "none")).replace("none", "16-bit")
+    scheme = quantization.get("layers") or "16-bit"
     scheme += "" if compress == "none" else f" {compress}"
     model = f"{Path(source).name} {scheme}"
     return StoreFacts(model, found["model_bytes"], found["parameters"], found["synthetic"], found["distinct_blocks"])

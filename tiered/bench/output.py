@@ -55,7 +55,8 @@ class Result:
 
 def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """Titles and cells. What no run has a figure for, and settings that are the same everywhere, have no column."""
-    axes = varied(row.setting for row in rows)
+    # Kernels, mode and threads are there already, as what they came to.
+    axes = [axis for axis in varied(row.setting for row in rows) if axis not in ("kernels", "kernel_mode", "threads")]
     titles = ["model", "size", "params", "backend", "threads", *(axis.replace("_", " ") for axis in axes), "batch"]
     titles += ["test", "t/s"]
     cells = [[row.model, format_size(row.size), format_count(row.params), row.backend] for row in rows]

@@ -109,7 +109,7 @@ def picture(rows: Sequence[Row], timeline: Timeline | None, title: str, form: st
 
     phases: list[Phase] = [phase for phase in _TITLES if any(row.phase == phase for row in rows)]
     settings = len({row.setting for row in rows})
-    heights = [1.7 + 0.4 * settings] + ([2.1, 2.1] if timeline is not None else [])
+    heights = [1.6 + 0.5 * settings] + ([2.1, 2.1] if timeline is not None else [])
     figure = Figure(figsize=(11, sum(heights) + 0.4), layout="constrained")
     figure.suptitle(title, fontsize=11)
     above, *below = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
@@ -142,7 +142,7 @@ def _bars(axes: Any, rows: Sequence[Row], is_first: bool) -> None:
     names = [", ".join([*([row.test] if has_tests else []), label(row.setting, different)]) for row in rows]
     places = range(len(rows))
     means, sds = [row.tokens_per_second for row in rows], [row.sd or 0 for row in rows]
-    axes.barh(places, means, xerr=sds, height=0.55, color="#8fb4d6", capsize=3, label="measured, with sd")
+    axes.barh(places, means, xerr=sds, height=0.6, color="#8fb4d6", capsize=3, label="measured, with sd")
     for values, mark, color, name in (
         ([row.bound for row in rows], "|", "black", "bound"),
         ([row.predicted for row in rows], "D", "#c8524d", "predicted"),
@@ -152,8 +152,8 @@ def _bars(axes: Any, rows: Sequence[Row], is_first: bool) -> None:
             size = 17 if mark == "|" else 6
             axes.plot(*zip(*known, strict=True), mark, color=color, ms=size, mew=1.8, fillstyle="none", label=name)
     for place, mean in zip(places, means, strict=True):
-        # Inside the bar, where neither its end nor the marks are.
-        where = {"xytext": (4, 0), "textcoords": "offset points", "va": "center", "fontsize": 9}
+        # At the bar's foot, above the line of the deviation.
+        where = {"xytext": (4, 1), "textcoords": "offset points", "va": "bottom", "fontsize": 8}
         axes.annotate(f"{mean:.3g}", (0, place), **where)
     axes.set_yticks(places, names)
     axes.set_xlabel("tokens/s")

@@ -189,7 +189,9 @@ def _conditions(request: BenchRequest, runs: Sequence[Run]) -> str:
         parts.append("warm: after one run of every setting that does not count; what is in the page cache stays there")
     else:
         parts.append("cold: the store's pages are dropped from the page cache before each, and nothing is in memory")
-    parts.append(f"weights are read with {', '.join(modes) or '?'}" + ", past the page cache" * (modes == ["O_DIRECT"]))
+    if modes:
+        past = ", past the page cache" if modes == ["O_DIRECT"] else ""
+        parts.append(f"weights are read with {', '.join(modes)}{past}")
     parts.append("what a host below a virtual machine caches is not known")
     methods = {run.usage.method.partition(" (")[0] for run in runs if run.usage.limit_bytes is not None}
     if methods:
