@@ -192,7 +192,7 @@ class Runtime:
             machine = self._measure(self.store, self.host.kernels, made.shape, machine, wanted)
             # Measuring has made the process grow, and its peak counts.
             budgets = _budgets(self.options, member, before)
-        self.pace = pace_for(made.shape, machine, self.workload)
+        self.shape, self.pace = made.shape, pace_for(made.shape, machine, self.workload)
         return make_plan(made.shape, machine, self.workload, budgets)
 
     # What callers use.

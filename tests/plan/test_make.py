@@ -178,6 +178,17 @@ def test_with_rates_the_batch_is_as_large_as_gains() -> None:
     assert "; expected per pass: disk " in plan_for(workload, 1200 * MIB, MEASURED).why
 
 
+def test_the_more_rows_compute_the_further_reading_goes_ahead() -> None:
+    def ring(sequences: int, nbytes: int = 100 * MIB) -> int:
+        model = model_of([nbytes] * 20)
+        workload = Workload(sequences, 256, 16, max_batched_tokens=4096)
+        return make_plan(model, UNMEASURED, workload, Budgets(1300 * MIB, 300 * MIB)).placement.ring_nbytes
+
+    # One row: two units. More: up to 64 MiB beyond that, but no more than half as much again.
+    assert [ring(count) // MIB for count in (1, 2, 5, 17, 30)] == [200, 204, 216, 264, 264]
+    assert [ring(count, 60 * MIB) // MIB for count in (1, 30)] == [120, 180]
+
+
 def test_the_cache_goes_to_disk_only_where_memory_does_not_suffice() -> None:
     workload = Workload(40, 4096, 16)
     assert not plan_for(workload, 8 * GIB, kv="auto").cache.on_disk

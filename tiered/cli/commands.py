@@ -480,6 +480,34 @@ def inspect(**options: Any) -> None:
     run(**options)
 
 
+@cli.command(short_help="Predict what a model takes on a machine, before it is there.")
+@click.argument("model")
+@click.option("--hardware", metavar="NAME|FILE", help="A machine of configs/hardware, or a file. [default: this one]")
+@click.option("--ram", help="Budget for the whole process, such as 16GiB. [default: 90% of what there is]")
+@click.option("--vram", help="Budget of the GPU. [default: all of it]")
+@click.option("--prompt-len", default=512, show_default=True, type=_POSITIVE, help="Tokens of each prompt.")
+@click.option("--gen-len", default=32, show_default=True, type=_POSITIVE, help="Tokens that each sequence generates.")
+@click.option("--batch", default="auto", show_default=True, metavar="N|auto", help="Sequences at once.")
+@click.option("--sequences", type=_POSITIVE, help="In all. [default: the batch; else 1, or 128 for throughput]")
+@click.option(
+    "--objective",
+    default="latency",
+    show_default=True,
+    type=click.Choice(["latency", "throughput"]),
+    help="What a batch is chosen for: sequences finished soon, or a job finished soon.",
+)
+@_json()
+def plan(**options: Any) -> None:
+    """Predict what MODEL takes on a machine: one row per strategy, the quickest first.
+
+    MODEL is a store, a known name such as opt-30b, a Hugging Face folder, or a hub id, of which only config.json is
+    fetched. Figures are the planner's own for this machine's profile ('tiered profile'), or for another --hardware.
+    """
+    from tiered.cli.plan import run
+
+    run(**options)
+
+
 @cli.command(short_help="Test every checksum of a store, at disk speed.")
 @_store
 @click.option("--threads", default=8, show_default=True, type=click.IntRange(1, 256), help="Reads in flight.")
@@ -507,5 +535,25 @@ def doctor(**options: Any) -> None:
     """
     with importing(is_command=True):
         from tiered.cli.doctor import run
+
+    run(**options)
+
+
+@cli.command(short_help="Measure this machine and its disk, for plans and predictions.")
+@click.argument("store", required=False, type=_ANY_PATH)
+@click.option("--dir", "folder", type=_ANY_PATH, help="Measure the disk of this folder. [default: the current one]")
+@click.option("--threads", type=_POSITIVE, help="Threads that compute and read memory. [default: all processors]")
+@click.option("--plot", type=_FILE, help="Draw speed over rows, with what bounds it (.png, .svg); needs matplotlib.")
+@click.option("-o", "--output", type=_FILE, help="Write the profile here, not to where plans look for it.")
+@_json()
+def profile(**options: Any) -> None:
+    """Measure this machine in about a minute: disk, memory, linear layers, attention, GPU.
+
+    The disk is that of the current folder, or of --dir, measured with a temporary file of up to 2 GiB; or that of
+    STORE, whose files are read (and 512 MiB written to a temporary file). The profile is kept in the user's cache
+    folder, one per machine and file system. Let nothing else run meanwhile.
+    """
+    with importing(is_command=True):
+        from tiered.cli.profile import run
 
     run(**options)

@@ -18,10 +18,14 @@ _SPREADS: Final = 128
 
 @dataclass(frozen=True)
 class Held:
-    """What is in memory as a whole while it computes, because several micro-batches use it one after the other."""
+    """What is in memory as a whole while it computes, because several micro-batches use it one after the other; and how
+    far reading goes ahead of that."""
 
     layers: bool = False
     head: bool = False
+    ahead_nbytes: int = 0
+    """Bytes of the ring beyond a full one, where there is room, so that reading goes on while a unit takes longer to
+    compute than others do."""
 
 
 UNHELD: Final = Held()
@@ -60,8 +64,15 @@ class Tape:
 
     def streamed(self, held: Held, resident: frozenset[int] = frozenset()) -> list[list[int]]:
         """Bytes of the units of each piece that are not resident; pieces without any are left out."""
-        sizes = ([self.nbytes[unit] for unit in piece if unit not in resident] for piece in self.pieces(held))
-        return [piece for piece in sizes if piece]
+        if held.layers:
+            sizes = ([self.nbytes[unit] for unit in piece if unit not in resident] for piece in self.pieces(held))
+            return [piece for piece in sizes if piece]
+        # A store may have 12,000 units, and hundreds of placements are compared: each unit is a piece, without ranges.
+        head = self.blocks[-1]
+        alone = head.start if held.head else head.stop
+        pieces = [[nbytes] for unit, nbytes in enumerate(self.nbytes[:alone]) if unit not in resident]
+        last = [self.nbytes[unit] for unit in range(alone, head.stop) if unit not in resident]
+        return [*pieces, last] if last else pieces
 
 
 @dataclass(frozen=True)
@@ -94,6 +105,14 @@ def full_ring(pieces: Sequence[Sequence[int]]) -> int:
     return max((sum(piece) + after[0] for piece, after in zip(pieces, following, strict=True)), default=0)
 
 
+def _wanted_ring(tape: Tape, held: Held, resident: frozenset[int]) -> int:
+    """Bytes of a full ring and of what is to be read ahead beyond it: half as much at most, and not more than is
+    streamed."""
+    pieces = tape.streamed(held, resident)
+    full = full_ring(pieces)
+    return min(full + min(held.ahead_nbytes, full // 2), sum(map(sum, pieces)))
+
+
 def place(tape: Tape, available: int, held: Held = UNHELD) -> Placement | None:
     """The placement of `tape` in `available` bytes that reads least, or None if none fits.
 
@@ -106,7 +125,7 @@ def place(tape: Tape, available: int, held: Held = UNHELD) -> Placement | None:
         return None
     fitting = [spread for spread in _spreads(tape, held) if spread.nbytes + spread.ring_nbytes <= available]
     if not fitting:
-        return Placement(frozenset(), 0, min(available, full_ring(pieces)))
+        return Placement(frozenset(), 0, min(available, _wanted_ring(tape, held, frozenset())))
     best = max(fitting, key=lambda spread: spread.saved_nbytes)
     return _fill(tape, held, interleave(best.count, len(tape.nbytes)), available)
 
@@ -133,14 +152,14 @@ def _spreads(tape: Tape, held: Held) -> tuple[_Spread, ...]:
         resident = interleave(count, units)
         nbytes = sum(tape.nbytes[unit] for unit in resident)
         saved = sum(tape.file_nbytes[unit] for unit in resident)
-        found.append(_Spread(count, nbytes, saved, full_ring(tape.streamed(held, resident))))
+        found.append(_Spread(count, nbytes, saved, _wanted_ring(tape, held, resident)))
     return tuple(found)
 
 
 def _fill(tape: Tape, held: Held, resident: frozenset[int], available: int) -> Placement:
     """Add units to `resident` until none fits beside a full ring: first those that save most bytes per byte held, then
     the largest; of equal ones that of the block with most bytes to read."""
-    nbytes, ring = sum(tape.nbytes[unit] for unit in resident), full_ring(tape.streamed(held, resident))
+    nbytes, ring = sum(tape.nbytes[unit] for unit in resident), _wanted_ring(tape, held, resident)
     block_of = [number for number, block in enumerate(tape.blocks) for _ in block]
     unread = [sum(tape.nbytes[unit] for unit in block if unit not in resident) for block in tape.blocks]
     kinds: dict[tuple[float, int], list[int]] = {}
@@ -151,7 +170,7 @@ def _fill(tape: Tape, held: Held, resident: frozenset[int], available: int) -> P
         while units:
             unit = max(units, key=lambda unit: unread[block_of[unit]])
             more = resident | {unit}
-            ring_after = full_ring(tape.streamed(held, more))
+            ring_after = _wanted_ring(tape, held, more)
             if nbytes + size + ring_after > available:
                 break
             units.remove(unit)

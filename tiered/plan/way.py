@@ -15,12 +15,13 @@ from typing import Final
 from tiered.errors import BudgetError
 from tiered.plan.batch_size import BatchOption, candidates
 from tiered.plan.budget import BASELINE_VARIES_NBYTES
+from tiered.plan.cost import kv_block_nbytes
 from tiered.plan.inputs import Budgets, ExpertShape, Machine, ModelShape, Tier, Workload
 from tiered.plan.kv import CachePlan, block_nbytes
 from tiered.plan.placement import Held, Placement, Tape, full_ring, place
 from tiered.plan.plan import ExpertCachePlan, Needs, Plan, fit_units, smallest_budget
 from tiered.plan.workspace import MAX_ROWS, Workspace, workspace_for
-from tiered.units import PAGE, PAGE_TOKENS
+from tiered.units import MIB, PAGE, PAGE_TOKENS
 
 _MOST_SEQUENCES: Final = 512
 """Sequences at once that are considered at most, unless a batch size is asked for."""
@@ -29,6 +30,11 @@ _LENT_SHARE: Final = 1 / 64
 aside."""
 HALFWAY: Final = 0.75
 """Tokens that a sequence holds on average while it runs, as a share of those that it holds at its end."""
+_AHEAD_PER_ROW: Final = 4 * MIB
+_MOST_AHEAD: Final = 64 * MIB
+"""The ring beyond a full one, by the rows of a decode pass but one. A single row computes in a third of the time in
+which its weights are read, and what the ring takes is read once more in each pass. 16 rows compute nearly as long as
+the disk reads: with them 64 MiB made passes 8 % shorter (docs/benchmarks/throughput.md)."""
 _CLEARLY_FEWER: Final = 2
 """Experts are read on demand where that reads so many times fewer bytes per pass than whole layers do. With R seconds
 of reading and C of computing, a pass over whole layers takes max(R, C), as both go on at once. Experts are waited for:
@@ -149,7 +155,8 @@ class Way:
         # Without a limit on their tokens, passes are the caller's own, who may want logits at any positions.
         is_head_held = not workload.max_batched_tokens or (logits or self.batch_size) > workspace.head_rows
         is_layer_held = not self._is_one_micro_batch(tokens, workspace.rows, cache)
-        return Passes(tokens, workspace, needs, Held(is_layer_held, is_head_held), model.tape, experts)
+        held = Held(is_layer_held, is_head_held, min((self.batch_size - 1) * _AHEAD_PER_ROW, _MOST_AHEAD))
+        return Passes(tokens, workspace, needs, held, model.tape, experts)
 
     def _is_one_micro_batch(self, tokens: int, rows: int, cache: CachePlan) -> bool:
         """Whether a pass of `tokens` tokens never has more than one micro-batch of `rows`."""
@@ -244,8 +251,7 @@ class Way:
         """This way, with the bytes that a pass of `plan` reads from disk."""
         kv = 0
         if self.on_disk:
-            pages = self.batch_size * self.asked.workload.mean_context / PAGE_TOKENS
-            kv = int(pages * plan.cache.block_nbytes * self.asked.model.kv.layers * HALFWAY)
+            kv = int(kv_block_nbytes(plan.cache, self.batch_size * self.asked.workload.mean_context * HALFWAY))
         experts = expected_expert_nbytes(self.asked.model, plan, self.batch_size)
         return BatchOption(self.batch_size, self.on_disk, plan.read_nbytes + kv + experts, experts)
 
