@@ -6,14 +6,17 @@ click, so that --help and a mistyped option are answered at once.
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import click
 from click.core import ParameterSource
 
+from tiered.errors import ConfigError
 from tiered.process import importing
+from tiered.units import parse_size
 
 _POSITIVE: Final = click.IntRange(min=1)
 _ANY_PATH: Final = click.Path(path_type=Path)
@@ -58,6 +61,9 @@ def _together(*options: Callable[[Command], Command]) -> Callable[[Command], Com
 _store: Final = click.argument("store", type=_ANY_PATH)
 
 _KV_BITS: Final = ("16", "8", "4")
+_KERNELS: Final = click.Choice(["auto", "torch", "scalar", "avx2", "avx512", "amx"])
+_KERNEL_MODES: Final = click.Choice(["invariant", "fast"])
+_KV: Final = click.Choice(["auto", "cpu", "disk"])
 
 
 def _kv_bits(choices: Sequence[str] = _KV_BITS, more: str = "") -> Callable[[Command], Command]:
@@ -72,7 +78,7 @@ _kv: Final = _together(
         "--kv",
         default="auto",
         show_default=True,
-        type=click.Choice(["auto", "cpu", "disk"]),
+        type=_KV,
         help="Where the KV cache is; auto: in memory if it fits.",
     ),
     click.option(
@@ -131,14 +137,14 @@ def _run(invariant: str) -> Callable[[Command], Command]:
             "--kernels",
             default="auto",
             show_default=True,
-            type=click.Choice(["auto", "torch", "scalar", "avx2", "avx512", "amx"]),
+            type=_KERNELS,
             help="What multiplies; auto is the best that this machine has.",
         ),
         click.option(
             "--kernel-mode",
             default="invariant",
             show_default=True,
-            type=click.Choice(["invariant", "fast"]),
+            type=_KERNEL_MODES,
             help=f"invariant: {invariant}. fast: activations may be rounded to 8 bits.",
         ),
     )
@@ -149,6 +155,69 @@ def _stated() -> frozenset[str]:
     context = click.get_current_context()
     given = ParameterSource.COMMANDLINE
     return frozenset(name for name in context.params if context.get_parameter_source(name) is given)
+
+
+class _TakesLists(click.Command):
+    """A command whose options may have their values one after the other: --batch 1 4 16, or --batch 1,4,16."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        lists = [one for one in self.params if isinstance(one, click.Option) and one.multiple]
+        options = {name: one for one in lists if one.type is not click.STRING for name in one.opts}
+        return super().parse_args(ctx, list(self._one_by_one(args, options)))
+
+    def _one_by_one(self, args: Sequence[str], options: Mapping[str, click.Option]) -> Iterator[str]:
+        """`args`, with the name of a list's option before each of its values."""
+        rest = iter(args)
+        option: tuple[str, click.Option] | None = None
+        for word in rest:
+            if option is not None and _is_value(option[1], word):
+                for value in word.split(","):
+                    yield from (option[0], value)
+                continue
+            option = (word, options[word]) if word in options else None
+            if option is None:
+                yield word
+            if word == "--":
+                yield from rest
+            elif option is not None:
+                # The first value is taken as it is, so that a wrong one is named.
+                for value in next(rest, "").split(","):
+                    yield from (word, value)
+
+
+def _is_value(option: click.Option, text: str) -> bool:
+    """Whether `text` goes on with the list of `option`; a number does, if only to be refused by name."""
+    if text.isdecimal():
+        return True
+    try:
+        for value in text.split(","):
+            option.type.convert(value, option, None)
+    except click.BadParameter:
+        return False
+    return True
+
+
+def _size(text: str) -> str:
+    """A number of bytes, which stays as it is written."""
+    try:
+        parse_size(text)
+    except ConfigError as error:
+        raise click.BadParameter(str(error)) from None
+    return text
+
+
+def _batch(text: str) -> int | str:
+    """A number of sequences, or "disk-bound"."""
+    if text == "disk-bound":
+        return text
+    if not text.isdecimal() or not int(text[:9]) >= 1:
+        raise click.BadParameter(f"{text}: expected a whole number above 0, or disk-bound")
+    return int(text)
+
+
+def _list(*names: str, type: Any, help: str, metavar: str | None = None) -> Callable[[Command], Command]:
+    """An option of a command that `_TakesLists`."""
+    return click.option(*names, multiple=True, type=type, help=help, metavar=metavar)
 
 
 # The commands, in the order of `tiered --help`.
@@ -322,6 +391,75 @@ def score(files: Sequence[Path], id_files: Sequence[Path], **options: Any) -> No
         from tiered.cli.score import ScoreRequest, run
 
     run(ScoreRequest(**options, texts=texts))
+
+
+@cli.command(cls=_TakesLists, short_help="Measure runs in limited memory: tables, pictures, a page to pass on.")
+@click.argument("target", required=False, metavar="[STORE|SHAPE]")
+@click.option("--workload", metavar="NAME|FILE", help="A file of configs/workloads, such as flexgen-512-32 or chat.")
+@click.option("--part", "parts", multiple=True, metavar="NAME", help="Only this part of the workload; repeatable.")
+@_list(
+    "--batch",
+    type=_batch,
+    metavar="N",
+    help="Sequences that share a pass; disk-bound: as many as the disk still bounds.",
+)
+@_list("-p", "--prompt-tokens", type=_POSITIVE, metavar="N", help="Tokens of each prompt. [default: 512]")
+@_list("-n", "--new-tokens", type=_POSITIVE, metavar="N", help="Tokens of each completion. [default: 32]")
+@_list("--memory-limit", "memory", type=_size, metavar="SIZE", help="Enforced by the kernel, page cache included.")
+@_list(
+    "--ram",
+    type=_size,
+    metavar="SIZE",
+    help="Budget of a run. [default: 128 MiB below the limit, else 90% of what is free]",
+)
+@_list("--kernels", type=_KERNELS, help="What multiplies. [default: auto]")
+@_list("--kernel-mode", type=_KERNEL_MODES, help="[default: invariant]")
+@_list("--kv", type=_KV, help="Where the KV cache is. [default: auto]")
+@_list("--kv-bits", type=click.Choice((*_KV_BITS, "auto")), help="Precision of the KV cache. [default: 16]")
+@_list("--threads", type=_POSITIVE, metavar="N", help="Compute threads. [default: all processors]")
+@click.option("--quant", type=click.Choice(["int4", "int8", "none"]), help="Of a SHAPE's store. [default: int4]")
+@_list("--compress", type=click.Choice(["none", "planes"]), help="Of a SHAPE's store. [default: none]")
+@click.option("--distinct-blocks", type=_POSITIVE, metavar="N", help="Layer files of a SHAPE's store.")
+@click.option(
+    "--dir",
+    "folder",
+    type=_ANY_PATH,
+    default=tempfile.gettempdir(),
+    show_default=True,
+    help="Where a SHAPE's store goes, and stays for the next time.",
+)
+@click.option("--clean", is_flag=True, help="Remove a SHAPE's store afterwards.")
+@click.option("-r", "--repeat", default=3, show_default=True, type=_POSITIVE, help="Runs of every setting, in turns.")
+@click.option("--warm", is_flag=True, help="First a run of every setting that does not count; drop no pages.")
+@click.option("--read-rate", metavar="SIZE", help="Slow the disk down to this per second (root, with cgroup v1).")
+@click.option("--or-unlimited", is_flag=True, help="Run even where memory cannot be limited.")
+@click.option(
+    "-o",
+    "--output",
+    "form",
+    default="md",
+    show_default=True,
+    type=click.Choice(["md", "json", "jsonl", "csv"]),
+    help="jsonl: a line per run, as it ends.",
+)
+@click.option("--plot", "plot_path", type=_FILE, help="Draw who waited for whom, and speeds beside bounds: PNG or SVG.")
+@click.option("--report", "page_path", type=_FILE, help="Write one web page with everything, for others to open.")
+def bench(target: str | None, **options: Any) -> None:
+    """Measure STORE, or a synthetic store of SHAPE, such as opt-13b, by runs of 'tiered generate'.
+
+    \b
+    tiered bench opt-13b.tiered -p 512 -n 32 --memory-limit 4GiB
+    tiered bench opt-13b --memory-limit 2GiB 4GiB --batch 1 16 --report bench.html
+
+    Every run is a process of its own, and reads past the page cache. Settings are all combinations of the values
+    given, and take turns; prompts are random, and others in every run. Interrupted, the command prints what it has.
+    """
+    from tiered.cli.bench import BenchRequest, run
+
+    axes = ("batch", "prompt_tokens", "new_tokens", "memory", "ram", "kernels", "kernel_mode", "kv", "kv_bits")
+    lists = {axis: options.pop(axis) for axis in (*axes, "threads", "compress")}
+    given = {axis: values for axis, values in lists.items() if values}
+    run(BenchRequest(target=target, values=given, **options))
 
 
 @cli.command(short_help="Show what a store holds and what fits in which budget.")
