@@ -62,7 +62,7 @@ def test_what_cannot_be_is_refused_in_a_line(machine: Path, tmp_path: Path) -> N
         (("--ram", "64GiB"), 2, "a machine has 16 GiB"),
         (("--ram", "100MiB"), 3, "The smallest budget that works is --ram"),
         (("--plot", tmp_path / "plot.txt"), 2, "expected a name that ends in one of"),
-        (("--trace", tmp_path / "none/trace.json"), 2, "expected a folder at"),
+        (("--trace", tmp_path / "none/trace.json"), 2, "cannot be written"),
     ):
         done = run_here("simulate", "opt-6.7b", "--hardware", machine, *words)
         assert (done.code, done.out) == (code, "") and message in done.err, done.err

@@ -14,6 +14,7 @@ import click
 from tiered.cli import timeline
 from tiered.cli.lines import print_json
 from tiered.cli.plan import Model, find_model
+from tiered.cli.writable import check_writable
 from tiered.errors import ConfigError
 from tiered.plan.budget import DEFAULT_SHARE, available_budget
 from tiered.plan.hardware import Hardware
@@ -152,8 +153,8 @@ def run(
     if plot is not None:
         timeline.check(plot)
     for option, path in (("--plot", plot), ("--trace", trace_path)):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise ConfigError(f"{option} {path}: expected a folder at {path.parent}, found none")
+        if path is not None:
+            check_writable(option, path)
     found = find_model(model)
     name, shape = _shape(found, quant)
     machine = _machine(found, hardware)
