@@ -38,7 +38,7 @@ def test_a_timeline_begins_with_the_first_pass_and_says_who_waited(trace: Path) 
     found = read_timeline(trace)
     assert found is not None and (found.passes, found.end) == ([0.0, 1.0], 2.0)
     assert found.share("reads", 0, 2) == pytest.approx(0.5)
-    assert found.share("waits for compute", 0, 2) == pytest.approx(0.5)
+    assert found.share("idle", 0, 2) == pytest.approx(0.5)
     assert found.share("computes", 0, 2) == pytest.approx(0.6)
     assert found.share("waits for the disk", 1, 2) == pytest.approx(0.4)
 

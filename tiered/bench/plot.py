@@ -19,8 +19,8 @@ from tiered.errors import ConfigError
 SUFFIXES: Final = (".png", ".svg")
 _TITLES: Final[dict[Phase, str]] = {"prefill": "reading prompts", "decode": "writing", "both": "both"}
 _LANES: Final = (
-    ("disk", ("reads", "#3b76af"), ("waits for compute", "#f0b64f")),
-    ("compute", ("computes", "#4f9d5d"), ("waits for the disk", "#c8524d")),
+    ("disk", ("reads", "#3b76af"), ("idle", "#f0b64f")),
+    ("processor", ("computes", "#4f9d5d"), ("waits for the disk", "#c8524d")),
 )
 """Who, and what each does with which color."""
 _PASSES: Final = 3
@@ -118,8 +118,10 @@ def picture(rows: Sequence[Row], timeline: Timeline | None, title: str, form: st
     ):
         _bars(axes, [row for row in rows if row.phase == phase], number == 0)
         axes.set_title(_TITLES[phase], fontsize=10)
-    handles, names = above.axes[0].get_legend_handles_labels()
-    above.legend(handles, names, loc="outside upper right", ncols=3, fontsize=8, frameon=False)
+    known = {
+        name: handle for axes in above.axes for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    above.legend(known.values(), known, loc="outside upper right", ncols=3, fontsize=8, frameon=False)
     if timeline is not None:
         from_pass = timeline.passes[-_PASSES] if len(timeline.passes) > _PASSES else 0.0
         first = 1 + max(0, len(timeline.passes) - _PASSES)

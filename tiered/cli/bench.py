@@ -78,7 +78,7 @@ def run(request: BenchRequest) -> None:
         facts = {compress: store_facts(store) for compress, store in stores.items()}
         machine = machine_facts(next(iter(stores.values())))
         if machine.is_memory_disk:
-            say(f"{request.folder}: lies in memory, so what is measured is no disk; name another folder with --dir")
+            say(f"{next(iter(stores.values()))}: lies in memory, so no disk is measured; a shape's goes into --dir")
         settings = list(dict.fromkeys(with_batch(stores[setting.compress], setting) for setting in settings))
         wants_pictures = request.plot_path is not None or request.page_path is not None
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tiered-bench-")))
