@@ -74,6 +74,9 @@ class Player:
         """Bytes of the ring that are lent, by number on the endless tape."""
         self._device_ring: dict[int, range] = self._ring if device is None else {}
         self._names = _names(plan)
+        self._passed_by = 0
+        """Units before this number on the endless tape are not wanted any more, read or not: a pass without logits
+        needs no head."""
         self._last: int | None = None
         """The last pass, once it has begun."""
         self._is_over = False
@@ -98,6 +101,8 @@ class Player:
             if turn.start is None and turn.passed:
                 continue
             yield partial(self._has_room, turn, self._ring)
+            if self._is_unwanted(turn):
+                continue
             nbytes, kind = tape.file_nbytes[turn.position], self._kind(turn.position)
             read = self._disk.move("ahead", self._names[turn.position], kind, nbytes, self._disk_rate)
             self._host[self._key(turn, placement.resident)] = read
@@ -109,17 +114,28 @@ class Player:
             if turn.start is None and turn.passed:
                 continue
             key = self._key(turn, resident)
-            yield partial(_has_come, self._host, key)
+            yield partial(self._is_read_or_unwanted, turn, key)
             yield partial(self._has_room, turn, self._device_ring)
+            if self._is_unwanted(turn):
+                self._ring.pop(turn.number, None)
+                continue
             nbytes, kind = tape.nbytes[turn.position], self._kind(turn.position)
             copy = self._bus.move("copies", self._names[turn.position], kind, nbytes, device.rates.host_to_device)
             self._there[self._key(turn, device.resident)] = copy
-            yield partial(_has_come, self._there, self._key(turn, device.resident))
+            yield partial(getattr, copy, "is_done")
             self._ring.pop(turn.number, None)
 
+    def _is_unwanted(self, turn: Reading) -> bool:
+        """Whether computing has passed a unit by that would go into a ring; what is to stay is wanted later."""
+        return turn.start is not None and turn.number < self._passed_by
+
+    def _is_read_or_unwanted(self, turn: Reading, key: int) -> bool:
+        return _has_come(self._host, key) or self._is_unwanted(turn)
+
     def _has_room(self, turn: Reading, ring: dict[int, range]) -> bool:
-        """Lend a unit its place in `ring`, if it has one, it is free, and the unit's pass will come."""
-        if turn.start is None:
+        """Lend a unit its place in `ring`, if it has one, it is free, and the unit's pass will come; an unwanted unit needs
+        none."""
+        if turn.start is None or self._is_unwanted(turn):
             return True
         wanted = range(turn.start, turn.start + self._plan.tape.nbytes[turn.position])
         if self._last is not None and turn.passed > self._last:
@@ -225,9 +241,10 @@ class Player:
         self.clock.events.append(Event("compute", name, kind, start, seconds))
 
     def _give_back(self, number: int, units: Iterable[int]) -> None:
-        """These units of a pass have been computed with."""
+        """These units of a pass have been computed with, or passed by."""
         for unit in units:
             key = number * len(self._plan.tape.nbytes) + unit
+            self._passed_by = key + 1
             if self._device_ring.pop(key, None) is not None:
                 del self._there[key]
 
