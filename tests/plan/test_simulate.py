@@ -149,6 +149,17 @@ def test_sequences_run_as_many_at_once_as_planned_and_end() -> None:
     assert found.passes[-1].disk_nbytes < found.passes[-2].disk_nbytes  # nothing is read for a pass that never comes
 
 
+def test_speed_is_that_of_passes_in_which_no_sequence_has_ended() -> None:
+    # 16 prompts of 512 tokens take three passes of 4096, so that the first 8 sequences end before the others.
+    work = Workload(16, 516, 512, max_batched_tokens=4096, batch_size=16, objective="throughput")
+    model = model_with(layers=2)
+    machine = machine_with(0.1, model)
+    found = simulate(plan_with(model, machine, work, 0.9), model, machine, work)
+    decoding = [each.load.decoding for each in found.passes if not each.load.prompt_tokens]
+    assert decoding == [16, 8, 1]
+    assert [each.load.decoding for each in found.steady] == [16]
+
+
 def test_a_cache_on_disk_shares_the_disk() -> None:
     work = Workload(8, 6000, 5990, max_batched_tokens=64000, objective="throughput")
     model = model_with(layers=8)

@@ -243,7 +243,9 @@ def _lines(played: Played) -> Iterator[str]:
         yield _prefill_line(played.prefill)
     if not steady.passes[0].load.prompt_tokens:
         rate, count = steady.tokens / steady.seconds, len(steady.passes)
-        yield f"decode    {rate:.3g} tokens/s, {format_seconds(steady.seconds)} per pass, of {count} simulated"
+        decoding, most = steady.passes[0].load.decoding, min(plan.batch_size, work.sequences)
+        those = "" if decoding == most else f" with {decoding} of {most} sequences"
+        yield f"decode    {rate:.3g} tokens/s, {format_seconds(steady.seconds)} per pass, of {count} simulated{those}"
     disk, compute = steady.disk_seconds / steady.seconds, steady.compute_seconds / steady.seconds
     yield f"busy      disk {disk:.0%}, computing {compute:.0%}"
     waits = [f"{format_seconds(seconds)} for {_WORDS[kind]}" for kind, seconds in steady.waits.items() if seconds]

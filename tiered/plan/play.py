@@ -133,8 +133,8 @@ class Player:
         return _has_come(self._host, key) or self._is_unwanted(turn)
 
     def _has_room(self, turn: Reading, ring: dict[int, range]) -> bool:
-        """Lend a unit its place in `ring`, if it has one, it is free, and the unit's pass will come; an unwanted unit needs
-        none."""
+        """Lend a unit its place in `ring`, if it has one, it is free, and the unit's pass will come; an unwanted one
+        needs none."""
         if turn.start is None or self._is_unwanted(turn):
             return True
         wanted = range(turn.start, turn.start + self._plan.tape.nbytes[turn.position])

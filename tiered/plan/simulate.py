@@ -39,10 +39,13 @@ class Simulation:
 
     @property
     def steady(self) -> tuple[SimulatedPass, ...]:
-        """Passes that only decode, without the first of them if there are others: the prompts' pass may have left it
-        more in the ring, or less, than each leaves the next. Without any that decode, the last one."""
+        """Passes that only decode, of those with the most sequences: others have ended in the rest. Without the first
+        that decodes if there are others: the prompts' pass may have left it more in the ring, or less, than each leaves
+        the next. Without any that decode, the last one."""
         decoding = tuple(each for each in self.passes if not each.load.prompt_tokens)
-        return decoding[1:] or decoding or self.passes[-1:]
+        most = max((each.load.decoding for each in decoding), default=0)
+        full = tuple(each for each in decoding if each.load.decoding == most)
+        return tuple(each for each in full if each is not decoding[0]) or full or self.passes[-1:]
 
 
 def simulate(
