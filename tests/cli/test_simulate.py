@@ -62,6 +62,7 @@ def test_what_cannot_be_is_refused_in_a_line(machine: Path, tmp_path: Path) -> N
         (("--ram", "64GiB"), 2, "a machine has 16 GiB"),
         (("--ram", "100MiB"), 3, "The smallest budget that works is --ram"),
         (("--plot", tmp_path / "plot.txt"), 2, "expected a name that ends in one of"),
+        (("--prompt-len", "3000"), 2, "opt-6.7b has positions for 2048"),
         (("--trace", tmp_path / "none/trace.json"), 2, "cannot be written"),
     ):
         done = run_here("simulate", "opt-6.7b", "--hardware", machine, *words)

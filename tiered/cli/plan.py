@@ -76,11 +76,7 @@ def run(
     size = _batch(batch)
     limits = {name: None if text is None else _size(name, text) for name, text in (("--ram", ram), ("--vram", vram))}
     found = find_model(model)
-    most = _positions(model)
-    if most is not None and prompt_len + gen_len > most:
-        raise ConfigError(
-            f"--prompt-len {prompt_len} and --gen-len {gen_len}: {found.name} has positions for {most}; ask for fewer"
-        )
+    check_positions(model, found.name, prompt_len, gen_len)
     machine = load_hardware(hardware) if hardware is not None else _this_machine(found)
     if limits["--vram"] is not None and machine.gpu is None:
         raise ConfigError(f"--vram {vram}: {machine.name} has no GPU; drop it, or name another --hardware")
@@ -124,6 +120,15 @@ def find_model(text: str) -> Model:
     with importing(is_command=True):
         from tiered.shapes import checkpoint_shapes
     return Model(text.rstrip("/").rpartition("/")[2], text, None, checkpoint_shapes(text, _QUANTS))
+
+
+def check_positions(text: str, name: str, prompt_len: int, gen_len: int) -> None:
+    """Raise ConfigError where the model called `text`, in words `name`, has fewer positions than so many tokens."""
+    most = _positions(text)
+    if most is not None and prompt_len + gen_len > most:
+        raise ConfigError(
+            f"--prompt-len {prompt_len} and --gen-len {gen_len}: {name} has positions for {most}; ask for fewer"
+        )
 
 
 def _positions(text: str) -> int | None:

@@ -13,7 +13,7 @@ import click
 
 from tiered.cli import timeline
 from tiered.cli.lines import print_json
-from tiered.cli.plan import Model, find_model
+from tiered.cli.plan import Model, check_positions, find_model
 from tiered.cli.writable import check_writable
 from tiered.errors import ConfigError
 from tiered.plan.budget import DEFAULT_SHARE, available_budget
@@ -156,6 +156,7 @@ def run(
         if path is not None:
             check_writable(option, path)
     found = find_model(model)
+    check_positions(model, found.name, prompt_len, gen_len)
     name, shape = _shape(found, quant)
     machine = _machine(found, hardware)
     work = Workload(batch, prompt_len + gen_len, prompt_len, max_batched_tokens=MAX_BATCHED_TOKENS, objective=objective)
