@@ -7,6 +7,9 @@ from typing import Final
 import pytest
 
 from tests.commands import make_store, run_here
+from tiered.cli.simulate import Mean
+from tiered.plan.load import PassLoad
+from tiered.plan.play import SimulatedPass
 
 MACHINE: Final = """
 name = "a machine"
@@ -55,6 +58,17 @@ def test_a_store_is_played_through_in_its_own_scheme(machine: Path, tmp_path: Pa
     done = run_here("simulate", store, "--hardware", machine, "--ram", "1GiB", "--prompt-len", "8", "--gen-len", "4")
     assert done.code == 0, done.err
     assert "int8: 1 sequence of 8 + 4 tokens" in done.out
+
+
+def test_for_a_single_pass_nothing_is_read_ahead(machine: Path) -> None:
+    done = run_here("simulate", "opt-6.7b", "--hardware", machine, "--ram", "2GiB", "--gen-len", "1")
+    assert done.code == 0, done.err
+    assert "the disk has nothing to read for " in done.out and "for memory" not in done.out
+
+
+def test_rounding_takes_no_pass_below_its_bound() -> None:
+    load = PassLoad((range(1, 2),), 1, 1, True)
+    assert Mean([SimulatedPass(load, 0.0, 1.0 - 1e-9, 1.0, (), 0.5, 0)]).above_bound == 0.0
 
 
 def test_what_cannot_be_is_refused_in_a_line(machine: Path, tmp_path: Path) -> None:

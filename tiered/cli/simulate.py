@@ -128,6 +128,11 @@ class Mean:
         return max(self.compute_seconds, self.disk_seconds)
 
     @property
+    def above_bound(self) -> float:
+        """By which share of it passes take longer; not below 0, as sums are rounded."""
+        return max(0.0, self.seconds / self.bound - 1)
+
+    @property
     def bottleneck(self) -> str:
         return "disk" if self.disk_seconds > self.compute_seconds else "compute"
 
@@ -251,16 +256,17 @@ def _lines(played: Played) -> Iterator[str]:
     yield f"busy      disk {disk:.0%}, computing {compute:.0%}"
     waits = [f"{format_seconds(seconds)} for {_WORDS[kind]}" for kind, seconds in steady.waits.items() if seconds]
     yield f"waits     per pass: computing {', '.join(waits) or 'for nothing'}; the disk {_idle(played)}"
-    above = steady.seconds / steady.bound - 1
     yield (
         f"bound     {format_seconds(steady.bound)} per pass by {_BOUNDS[steady.bottleneck]}; the simulation is "
-        f"{above:.1%} above it"
+        f"{steady.above_bound:.1%} above it"
     )
 
 
 def _idle(played: Played) -> str:
     """What the disk waits for in a pass, and how long."""
     seconds = format_seconds(max(0.0, played.steady.seconds - played.steady.disk_seconds))
+    if played.plan.read_nbytes and all(each.load.is_last for each in played.found.steady):
+        return f"has nothing to read for {seconds}"  # no pass comes for which it could read ahead
     if played.plan.read_nbytes:
         return f"{seconds} for memory"
     return f"has nothing to read for {seconds}" if played.plan.experts is None else f"{seconds} for choices of experts"
