@@ -10,7 +10,7 @@ from tests.plan.plans import mixture_of, model_of
 from tiered.errors import ConfigError
 from tiered.plan import Budgets, ComputeRate, Machine, ModelShape, Workload, make_plan
 from tiered.plan.cost import pass_seconds, prompt_pairs
-from tiered.plan.kv import LayerGroup
+from tiered.plan.kv import LayerGroup, layer_groups
 from tiered.plan.predict import Prediction, predict
 from tiered.units import GIB, MIB
 
@@ -77,6 +77,17 @@ def test_a_cache_on_disk_is_read_in_every_pass_and_written_once() -> None:
     found = predict(plan, MODEL, MACHINE, workload)
     assert found.written_nbytes == pytest.approx(MODEL.kv.nbytes(8, 399), rel=0.01)
     assert found.decode.read_nbytes > found.decode.passes * plan.read_nbytes
+
+
+def test_a_window_bounds_what_is_read_of_a_cache_on_disk() -> None:
+    workload = Workload(8, 4400, 4300, max_batched_tokens=64000, batch_size=8)
+    whole, windowed = (replace(MODEL, groups=groups) for groups in (layer_groups([0] * 31), layer_groups([128] * 31)))
+    every, few = (
+        predict(plan, model, MACHINE, workload).decode.read_nbytes - 99 * plan.read_nbytes
+        for model in (whole, windowed)
+        for plan in [make_plan(model, MACHINE, workload, Budgets(2 * GIB, 100 * MIB, kv="disk"))]
+    )
+    assert few == pytest.approx(every * 128 / 4350, rel=0.01)
 
 
 def test_no_expert_is_read_while_others_than_experts_compute() -> None:

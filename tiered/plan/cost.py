@@ -78,6 +78,13 @@ def prompt_pairs(model: ModelShape, prompt: int) -> float:
     return pairs
 
 
-def kv_block_nbytes(cache: CachePlan, tokens: float) -> float:
-    """Bytes of the KV blocks, in all layers, of sequences of `tokens` tokens together."""
+def kv_block_nbytes(cache: CachePlan, tokens: float, sequences: float = 1) -> float:
+    """Bytes of the KV blocks, in all layers, that a pass reads of `sequences` sequences of `tokens` tokens each; a
+    layer with a window reads no more than that."""
+    kept = sum(len(group.layers) * min(tokens, group.window or tokens) for group in cache.groups)
+    return sequences * kept / PAGE_TOKENS * cache.block_nbytes
+
+
+def kv_written_nbytes(cache: CachePlan, tokens: float) -> float:
+    """Bytes that `tokens` new tokens add to the KV blocks, in all layers: windows bound what is read, not this."""
     return tokens / PAGE_TOKENS * cache.block_nbytes * cache.shape.layers

@@ -15,7 +15,7 @@ from functools import reduce
 from operator import add
 from typing import Final
 
-from tiered.plan.cost import kv_block_nbytes, prompt_pairs, seen_tokens
+from tiered.plan.cost import kv_block_nbytes, kv_written_nbytes, prompt_pairs, seen_tokens
 from tiered.plan.hardware import GpuRates, Hardware
 from tiered.plan.inputs import Machine, ModelShape, Workload
 from tiered.plan.kv import Bits, CachePlan
@@ -102,7 +102,7 @@ class OnGpu:
         passes = -(-total // most)
         pairs = count * prompt_pairs(self.model, self.workload.max_prompt)
         attention = 4 * pairs * self.model.heads * self.model.kv.head_dim / self._gpu.flops
-        written, logits = kv_block_nbytes(self.cache, total) / passes, -(-count // passes)
+        written, logits = kv_written_nbytes(self.cache, total) / passes, -(-count // passes)
         phases = []
         for number in range(passes):
             rows = min(most, total - number * most)
@@ -115,13 +115,13 @@ class OnGpu:
     def _decode(self, count: int) -> Phase:
         passes = max(0, self.workload.max_context - self.workload.max_prompt - 1)
         context = (self.workload.max_prompt + self.workload.max_context) / 2
-        kv = kv_block_nbytes(self.cache, count * context)
+        kv = kv_block_nbytes(self.cache, context, count)
         if self.kv_tier == "gpu":
             attention = kv / self._gpu.memory
         else:
             attention = (self.machine.attention_seconds or 0.0) * seen_tokens(self.model, context) * count
         read = kv if self.kv_tier == "disk" else 0.0
-        return self._pass(count, count, attention, read, kv_block_nbytes(self.cache, count)) * passes
+        return self._pass(count, count, attention, read, kv_written_nbytes(self.cache, count)) * passes
 
     def _pass(
         self, rows: int, logits: int, attention: float, read: float, written: float, copied: float = 0.0

@@ -14,7 +14,15 @@ from operator import add
 from typing import Any, Literal
 
 from tiered.errors import ConfigError
-from tiered.plan.cost import Computing, decode_computing, kv_block_nbytes, linear_computing, pass_seconds, prompt_pairs
+from tiered.plan.cost import (
+    Computing,
+    decode_computing,
+    kv_block_nbytes,
+    kv_written_nbytes,
+    linear_computing,
+    pass_seconds,
+    prompt_pairs,
+)
 from tiered.plan.inputs import Machine, ModelShape, Workload
 from tiered.plan.plan import Plan
 from tiered.plan.way import expected_expert_nbytes
@@ -172,11 +180,12 @@ class _Run:
         attention = self._attention_seconds(count)
         on_disk = self.plan.cache.on_disk
         # Passes that begin within a prompt read what the passes before them have written of it.
-        again = sum(number * most % prompt for number in range(passes)) if prompt <= most else 0
         if prompt > most:
-            again = count * sum(range(0, prompt, most))
-        written = kv_block_nbytes(self.plan.cache, total) / passes if on_disk else 0.0
-        read = kv_block_nbytes(self.plan.cache, again) / passes if on_disk else 0.0
+            begun = [(start, count) for start in range(0, prompt, most)]
+        else:
+            begun = [(number * most % prompt, 1) for number in range(passes)]
+        read = sum(kv_block_nbytes(self.plan.cache, *each) for each in begun) / passes if on_disk else 0.0
+        written = kv_written_nbytes(self.plan.cache, total) / passes if on_disk else 0.0
         phases = []
         for number, tokens in enumerate(sizes):
             logits = tokens if self.workload.all_logits else -(-count // passes)
@@ -191,7 +200,8 @@ class _Run:
         context = self.prompt + self.generated / 2
         computing = decode_computing(self.model, self.machine, count, context, self.plan.micro_batch_rows)
         on_disk = self.plan.cache.on_disk
-        read, written = (kv_block_nbytes(self.plan.cache, count * n) if on_disk else 0.0 for n in (context, 1))
+        read = kv_block_nbytes(self.plan.cache, context, count) if on_disk else 0.0
+        written = kv_written_nbytes(self.plan.cache, count) if on_disk else 0.0
         return self._pass(count, computing, read, written) * passes
 
     def _pass(self, tokens: int, computing: Computing, kv_read: float, written: float, is_first: bool = False) -> Phase:

@@ -251,7 +251,7 @@ class Way:
         """This way, with the bytes that a pass of `plan` reads from disk."""
         kv = 0
         if self.on_disk:
-            kv = int(kv_block_nbytes(plan.cache, self.batch_size * self.asked.workload.mean_context * HALFWAY))
+            kv = int(kv_block_nbytes(plan.cache, self.asked.workload.mean_context * HALFWAY, self.batch_size))
         experts = expected_expert_nbytes(self.asked.model, plan, self.batch_size)
         return BatchOption(self.batch_size, self.on_disk, plan.read_nbytes + kv + experts, experts)
 
