@@ -69,6 +69,11 @@ class MadeFile:
         self._stops = list(accumulate(span.nbytes for span in self._spans))
         self.nbytes = self._stops[-1] if self._stops else 0
 
+    @classmethod
+    def of(cls, data: bytes) -> Self:
+        """A file that is there."""
+        return cls([Span.of(data)])
+
     def read(self, offset: int, nbytes: int) -> bytes | memoryview:
         """`nbytes` from `offset` on; fewer where the file ends before."""
         pieces = [piece for span in self.cut(offset, nbytes) for piece in span.pieces()]
@@ -172,15 +177,15 @@ class MadeModel:
         }
         return {
             **{name: MadeFile(self._safetensors(shard)) for name, shard in zip(names, shards, strict=True)},
-            "model.safetensors.index.json": text_file(json.dumps(index)),
-            "config.json": text_file(json.dumps(self._config)),
+            "model.safetensors.index.json": MadeFile.of(json.dumps(index).encode()),
+            "config.json": MadeFile.of(json.dumps(self._config).encode()),
         }
 
     def shape(self, name: str) -> MadeFile:
         """A toml file of the model's shape, by which `tiered convert` is told how many heads it has."""
         fields = {key: value for key, value in self._config.items() if isinstance(value, bool | int | float | str)}
         lines = (f"{key} = {json.dumps(value)}\n" for key, value in fields.items())
-        return text_file(f'name = "{name}"\n[config]\n{"".join(lines)}')
+        return MadeFile.of(f'name = "{name}"\n[config]\n{"".join(lines)}'.encode())
 
     def _vector(self, path: str, names: Iterable[str], part: int, parts: int) -> Iterator[Span]:
         """The parameters `names` of the module `path`, which are flattened into one vector."""
@@ -247,10 +252,6 @@ class _Skeleton:
             yield text
             yield from spans
         yield texts[-1]
-
-
-def text_file(text: str) -> MadeFile:
-    return MadeFile([Span.of(f"{text}\n".encode())])
 
 
 def _slice(nbytes: int, shard: int, shards: int) -> tuple[int, int, int]:
