@@ -1,4 +1,4 @@
-"""Every shipped model shape builds the model it is named for."""
+"""Every shipped model shape builds the model it is named for, and every shipped machine is a plausible one."""
 
 import tomllib
 from pathlib import Path
@@ -9,6 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from tiered.configs_path import config_dir
+from tiered.plan.machines import hardware_files, load_hardware
 
 SHAPES: Final = sorted((config_dir() / "models").glob("*.toml"))
 PARAMETERS: Final = {
@@ -74,3 +75,43 @@ def test_shape_has_the_parameters_of_its_name(path: Path) -> None:
 def test_every_published_shape_names_its_checkpoint() -> None:
     unpublished = {path.stem for path in SHAPES if "hub_id" not in load(path)}
     assert unpublished == {"opt-175b", "tiny-llama", "tiny-opt"}
+
+
+MACHINES: Final = list(hardware_files())
+
+
+def test_the_machines_are_these() -> None:
+    known = ["cloud-96vcpu", "desktop-2025", "epyc-7742", "h100-server", "laptop-16gb", "t4-208gb", "vm-small"]
+    assert [*known, "xeon-6426y-2s-256gb"] == MACHINES
+
+
+@pytest.mark.parametrize("name", MACHINES)
+def test_a_machine_is_in_bytes_and_seconds(name: str) -> None:
+    machine = load_hardware(name)
+    cpu, disk, gpu = machine.cpu, machine.disk, machine.gpu
+    assert not machine.is_measured and machine.source
+    assert 8e9 <= machine.ram < 4e12
+    assert 5e7 < disk.write <= disk.read < min(5e10, cpu.memory)
+    assert 1e10 < cpu.memory < 1e12 and cpu.attention <= cpu.memory
+    # Of a core: more than a scalar one, less than the best matrix unit.
+    assert 1e10 < cpu.prefill_attention / cpu.cores < 2e12
+    for scheme in ("int4-g64", "int8-g64", "none"):
+        assert 1e-13 < cpu.linear_rate(scheme, "invariant").seconds(1, 1) < 1e-9
+    if gpu is not None:
+        assert 4e9 < gpu.vram < 2e11
+        assert 5e9 < min(gpu.host_to_device, gpu.device_to_host) <= gpu.host_to_device < gpu.memory < 1e13
+        assert 1e13 < gpu.flops < 3e15
+    assert machine.usd_per_hour is None or 0.01 < machine.usd_per_hour < 200
+
+
+@pytest.mark.parametrize("name", MACHINES)
+def test_a_machine_says_where_each_figure_is_from(name: str) -> None:
+    text = hardware_files()[name].read_text(encoding="utf-8")
+    assert "data sheet" in text and "assumption" in text
+    table = ""
+    for number, line in enumerate(text.splitlines()):
+        table = line if line.startswith("[") else table
+        if line.startswith(("memory =", "flops =", "read =", "write =")):
+            section = text.splitlines()[:number]
+            # A comment of its own, or one at the head of the table for all that follows.
+            assert "#" in line or any(above.startswith("#") for above in section[section.index(table) :]), line

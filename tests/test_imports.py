@@ -15,6 +15,7 @@ import pytest
 import tiered.errors
 
 RANKS: Final = {
+    "configs_path": 0,
     "errors": 0,
     "files": 0,
     "proc": 0,
@@ -23,7 +24,6 @@ RANKS: Final = {
     "trace": 1,
     "plan": 1,
     "quant": 1,
-    "configs_path": 1,
     "kernels": 2,
     "store": 2,
     "arch": 2,
@@ -36,6 +36,7 @@ RANKS: Final = {
     "options": 7,
     "host": 7,
     "memory": 8,
+    "shapes": 8,
     "runtime": 9,
     "api": 10,
     "bench": 10,

@@ -13,27 +13,24 @@ the same bytes at that rate (100 %: nothing but reading took any time).
 
 import argparse
 import mmap
-import os
 import random
 import statistics
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 from unittest import mock
 
 import torch
 
+from tiered.bench import measure_random
 from tiered.model.experts import OffloadedExperts
 from tiered.plan import Workload
 from tiered.runtime import Options, Runtime
 from tiered.store import Store
-from tiered.units import format_size, parse_size, round_up
-
-_PIECE_NBYTES: Final = 1 << 20
+from tiered.units import PAGE, format_size, parse_size, round_up
 
 
 def main() -> int:
@@ -96,34 +93,12 @@ def measure(
         yield row
 
 
-def random_reads(files: list[Path], nbytes: int, threads: int = 8, seconds: float = 1.0) -> float:
+def random_reads(files: list[Path], nbytes: int, threads: int = 8) -> float:
     """Bytes per second of reading pieces of `nbytes` at random places, past the page cache, in plain threads."""
-    opened = [(os.open(path, os.O_RDONLY | os.O_DIRECT), path.stat().st_size) for path in dict.fromkeys(files)]
-    size, counts = round_up(nbytes, 4096), [0] * threads
-    memory = mmap.mmap(-1, 4 * size * threads, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory = mmap.mmap(-1, 4 * round_up(nbytes, PAGE) * threads, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.write(bytes(len(memory)))  # touching it for the first time is not what is measured
-    began = time.perf_counter()
-
-    def read(worker: int) -> None:
-        numbers = random.Random(worker)
-        with memoryview(memory) as view:
-            while time.perf_counter() < began + seconds:
-                fd, whole = opened[numbers.randrange(len(opened))]
-                start, at = numbers.randrange((whole - size) // 4096) * 4096, (4 * worker + numbers.randrange(4)) * size
-                for offset in range(0, size, _PIECE_NBYTES):
-                    with view[at + offset : at + min(offset + _PIECE_NBYTES, size)] as piece:
-                        counts[worker] += os.preadv(fd, [piece], start + offset)
-
-    workers = [threading.Thread(target=read, args=(worker,)) for worker in range(threads)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    rate = sum(counts) / (time.perf_counter() - began)
-    memory.close()
-    for fd, _ in opened:
-        os.close(fd)
-    return rate
+    with memory, memoryview(memory) as view:
+        return measure_random(files, view, nbytes, threads=threads)
 
 
 @contextmanager

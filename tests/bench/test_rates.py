@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tiered.bench.rates import measure_attention, measure_compute
+from tiered.bench.rates import measure_attention, measure_compute, measure_prefill_attention
 from tiered.kernels import Kernels
 from tiered.plan import ComputeRate
 from tiered.quant import GroupScheme
@@ -37,3 +37,8 @@ def test_more_rows_take_longer_in_all_but_less_each(scheme: GroupScheme | None) 
 def test_attention_takes_time_for_every_token() -> None:
     with Kernels(1) as kernels:
         assert 0 < measure_attention(kernels, 8, 2, 64, torch.bfloat16) < 1e-3
+
+
+def test_a_prompt_attends_at_a_speed() -> None:
+    with Kernels(1) as kernels:
+        assert 1e7 < measure_prefill_attention(kernels, 2, 2, 64, torch.bfloat16, tokens=64) < 1e14

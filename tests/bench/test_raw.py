@@ -12,7 +12,7 @@ import torch
 
 from tests.store.make import bytes_of, random_bytes
 from tiered.bench import measure_raw
-from tiered.bench.raw import BLOCK_SIZES
+from tiered.bench.raw import BLOCK_SIZES, measure_random, measure_write
 from tiered.errors import ReadError
 from tiered.io import Arena, ReadMode, probe_mode
 from tiered.store import PAGE
@@ -76,10 +76,10 @@ def test_the_figure_is_what_the_best_combination_sustains_and_not_its_luckiest_l
 ) -> None:
     looks: list[tuple[int, int, float]] = []
 
-    def run(opened: Any, lent: memoryview, piece: int, threads: int, seconds: float, turn: int) -> tuple[float, int]:
-        looks.append((piece, threads, seconds))
-        lucky = (piece, threads) == (MIB, 4) and seconds == SECONDS
-        return (2e9 if lucky else 1e9 if seconds == SECONDS else 1.5e9), 100
+    def run(look: Any, lent: memoryview) -> tuple[float, int]:
+        looks.append((look.nbytes, look.threads, look.seconds))
+        lucky = (look.nbytes, look.threads) == (MIB, 4) and look.seconds == SECONDS
+        return (2e9 if lucky else 1e9 if look.seconds == SECONDS else 1.5e9), 100
 
     monkeypatch.setattr("tiered.bench.raw._run", run)
     found = measure_raw(files, memory, is_direct(files[0]), SECONDS)
@@ -170,6 +170,36 @@ def test_a_failing_read_names_the_file_it_was_of(
     monkeypatch.setattr("tiered.bench.raw.os.preadv", preadv)
     with pytest.raises(ReadError, match="small: cannot be read: Input/output error"):
         measure_raw(files, memory, False, 0.1)
+
+
+def test_random_reads_cover_the_files_and_are_made_in_requests_of_a_mebibyte(
+    files: list[Path], memory: memoryview, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    direct, spy = is_direct(files[0]), Spy(memory, monkeypatch)
+    assert measure_random(files, memory, 2_500_000, direct, threads=2, seconds=0.05) > 1e6
+    size = 2_502_656
+    offsets = [offset for place, nbytes, offset in spy.reads if place % size == 0]
+    assert len(set(offsets)) > 3 and all(offset % PAGE == 0 and offset + size <= 20 * MIB for offset in offsets)
+    assert {nbytes for _, nbytes, _ in spy.reads} == {MIB, size - 2 * MIB}
+
+
+def test_random_reads_larger_than_any_file_are_refused(files: list[Path], memory: memoryview) -> None:
+    with pytest.raises(ReadError, match=r"small: no file, or no memory, for reads of 1,003,520 bytes"):
+        measure_random(files[1:], memory, 1_000_000, direct=False)
+
+
+def test_a_file_is_written_once_from_its_beginning(tmp_path: Path, memory: memoryview) -> None:
+    path = tmp_path / "written"
+    with path.open("wb") as file:
+        rate, written = measure_write(file.fileno(), 20 * MIB, memory, 30.0)
+    assert rate > 1e6 and written == path.stat().st_size == 20 * MIB
+    assert set(path.read_bytes()) == {GUARD}
+
+
+def test_a_slow_disk_is_written_for_so_long_only(tmp_path: Path, memory: memoryview) -> None:
+    with (tmp_path / "written").open("wb") as file:
+        _, written = measure_write(file.fileno(), 4 << 34, memory, 0.02)
+    assert 0 < written == (tmp_path / "written").stat().st_size < 4 << 34
 
 
 @pytest.mark.slow

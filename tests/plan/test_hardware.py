@@ -60,6 +60,7 @@ def test_random_reads_lie_between_what_was_measured() -> None:
         ("read = 2e9", "reads = 2e9", "described, disk: has no 'read', expected a number above 0"),
         ("cores = 2", "cores = 2\nsockets = 1", "described, cpu: unknown 'sockets'"),
         ("flops = 1e12", "linear = []", "described, cpu: linear = .*expected one or more tables"),
+        ("ram = 16", "format = 2\nram = 16", "described: is in format 2, expected 1"),
         ('name = "two cores"', "name = 2", "name = 2, expected a text"),
         ("[disk]", "[disk", "is no TOML file"),
         ("[disk]", "disk = 1\n[disc]", "disk = 1, expected a table"),

@@ -39,7 +39,7 @@ def measure_machine(
     """`machine` with the rates that are `wanted`; `say` is told what is being measured."""
     if "disk" in wanted:
         say("measuring the disk")
-        machine = replace(machine, disk_bytes_per_second=_disk_rate(store))
+        machine = replace(machine, disk_bytes_per_second=measure_disk(store))
     if "compute" in wanted:
         say("measuring the processor")
         scheme = None if model.quantization is None else GroupScheme.parse(model.quantization)
@@ -50,7 +50,7 @@ def measure_machine(
     return machine
 
 
-def _disk_rate(store: Store) -> float:
+def measure_disk(store: Store) -> float:
     """Raw bandwidth of reading the tape's files, in bytes per second."""
     files = [store.file_path(block) for block in store.tape]
     with mmap.mmap(-1, _DISK_MEMORY_NBYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
@@ -62,11 +62,16 @@ def _disk_rate(store: Store) -> float:
 
 
 def measure_compute(
-    kernels: Kernels, scheme: GroupScheme | None, in_features: int, dtype: torch.dtype, counts: Sequence[int] = _ROWS
+    kernels: Kernels,
+    scheme: GroupScheme | None,
+    in_features: int,
+    dtype: torch.dtype,
+    counts: Sequence[int] = _ROWS,
+    nbytes: int = _NBYTES,
 ) -> ComputeRate:
-    """Time `kernels.linear` for each number of rows in `counts`."""
+    """Time `kernels.linear` for each number of rows in `counts`, with a weight whose codes take `nbytes`."""
     bits = dtype.itemsize * 8 if scheme is None else scheme.bits
-    out = max(64, _NBYTES * 8 // bits // in_features)
+    out = max(64, nbytes * 8 // bits // in_features)
     weight = _random_weight(scheme, out, in_features, dtype)
     seconds = []
     for rows in counts:
@@ -78,9 +83,27 @@ def measure_compute(
 def measure_attention(kernels: Kernels, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> float:
     """Seconds per token of context that one query of one sequence takes in one layer."""
     tokens = max(64, _NBYTES // (2 * kv_heads * head_dim * dtype.itemsize))
+    call = _attention_call(1, tokens, heads, kv_heads, head_dim, dtype)
+    return _time(lambda: kernels.attention(call)) / tokens
+
+
+def measure_prefill_attention(
+    kernels: Kernels, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, tokens: int = 512
+) -> float:
+    """Floating-point operations per second (a multiply-add counts as two) of a prompt of `tokens` tokens, each of which
+    sees itself and what comes before it."""
+    call = _attention_call(tokens, tokens, heads, kv_heads, head_dim, dtype)
+    pairs = tokens * (tokens + 1) // 2
+    return 4 * heads * head_dim * pairs / _time(lambda: kernels.attention(call))
+
+
+def _attention_call(
+    queries: int, tokens: int, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype
+) -> AttentionCall:
+    """The last `queries` of one sequence's `tokens` tokens."""
     states = torch.ones(1, kv_heads, tokens, head_dim, dtype=dtype)
-    call = AttentionCall(
-        query=torch.ones(1, 1, heads, head_dim, dtype=dtype),
+    return AttentionCall(
+        query=torch.ones(1, queries, heads, head_dim, dtype=dtype),
         kv_heads=kv_heads,
         keys=contiguous_pages(states),
         values=contiguous_pages(states.clone()),
@@ -88,7 +111,6 @@ def measure_attention(kernels: Kernels, heads: int, kv_heads: int, head_dim: int
         count=torch.tensor([tokens]),
         scaling=head_dim**-0.5,
     )
-    return _time(lambda: kernels.attention(call)) / tokens
 
 
 def _time(work: Callable[[], object]) -> float:

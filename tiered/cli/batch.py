@@ -15,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from tiered.arch import context_for, load_config
 from tiered.bench.rates import measure_machine
 from tiered.cli.lines import print_json
-from tiered.cli.measuring import measured
+from tiered.cli.measuring import measured, predicted
 from tiered.cli.progress import JobScreen
 from tiered.cli.run_request import RunRequest
 from tiered.errors import BudgetError, ConfigError
@@ -174,7 +174,8 @@ def _generate(
             on_finished=on_finished,
             on_block=screen.on_block,
         )
-    on_report(make_report(generation, around.surroundings(runtime, generation.decode.disk_idle_seconds)))
+    surroundings = around.surroundings(runtime, generation.decode.disk_idle_seconds)
+    on_report(make_report(generation, surroundings, predicted(runtime)))
     return generation
 
 

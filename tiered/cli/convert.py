@@ -1,5 +1,6 @@
 """`tiered convert`: a checkpoint in, a store out; resumable."""
 
+import contextlib
 import os
 import shlex
 import sys
@@ -11,7 +12,9 @@ import click
 from tiered.cli.progress import ByteProgress
 from tiered.cli.screen import StatusLine, is_terminal
 from tiered.convert import ConvertOptions, ConvertProgress, ConvertResult, convert_checkpoint
-from tiered.errors import InterruptedRun
+from tiered.errors import InterruptedRun, TieredError
+from tiered.plan.shapes import read_store_shape
+from tiered.shapes import store_shape
 from tiered.store.manifest import VERSION
 from tiered.units import format_seconds, format_size, parse_size
 
@@ -28,6 +31,12 @@ def run(source: str, output: Path | None, ram: str | None, group_size: str, **op
             if settings.weights is not None or os.path.exists(source):  # noqa: PTH110
                 status.say("opening")
             result = convert_checkpoint(source, output, settings, _Screen(status).show)
+            # With a budget no headers are read besides: those of a large mixture take a hundred MB.
+            if ram_bytes is None and read_store_shape(result.store) is None:
+                status.say("noting the model's shape")
+                # The store is whole without it: 'tiered plan' would make it when it is asked.
+                with contextlib.suppress(TieredError):
+                    store_shape(result.store)
     except KeyboardInterrupt:
         click.echo("tiered: finished blocks are kept; the same command resumes the conversion", err=True)
         raise InterruptedRun("interrupted") from None

@@ -21,13 +21,15 @@ from tiered.bench import measure_raw
 from tiered.cli.doctor_findings import Examination, Fact, lines, plain_fact, rate_fact, size_fact
 from tiered.cli.doctor_kernels import kernel_facts
 from tiered.cli.lines import print_json
-from tiered.errors import ReadError, StoreError, TieredError
+from tiered.cli.profile import summary
+from tiered.errors import ConfigError, ReadError, StoreError, TieredError
 from tiered.io import Arena, ReadMode, probe_mode
 from tiered.io.arena import populate_refusal
 from tiered.io.filesystem import free_nbytes, mount_of, probe_folder, queue_of
 from tiered.io.modes import ProbeResult
 from tiered.plan import available_budget, memory_limits
 from tiered.plan import system as machine
+from tiered.plan.machines import find_profile, profile_path
 from tiered.store import read_manifest
 from tiered.units import GIB, MIB, format_size
 
@@ -59,6 +61,7 @@ def examine(path: Path, disk_test: bool) -> Examination:
     found.add("cgroups", _cgroups)
     found.add("disk", lambda examination: _disk(examination, path, disk_test))
     found.add("gpu", _gpu)
+    found.add("profile", lambda examination: _profile(examination, path))
     return found
 
 
@@ -144,7 +147,7 @@ def _cgroups(found: Examination) -> Iterable[Fact]:
         yield Fact(way.method, "can be tried" if way.refusal is None else way.refusal, way.refusal is None)
     if all(way.refusal is not None for way in support):
         found.switch_off(
-            "runs limited by a cgroup (tests and tools/limit.py)",
+            "runs limited by a cgroup (tests, 'tiered bench --memory-limit' and tools/limit.py)",
             "; ".join(f"{way.method}: {way.refusal}" for way in support),
             "root, a delegated cgroup, or a systemd user session; 'tiered generate --ram' works without",
         )
@@ -258,3 +261,21 @@ def _gpu(found: Examination) -> Iterable[Fact]:
     yield Fact("used", "no: this version computes on the CPU only", False)
     why = "this version computes on the CPU only"
     found.switch_off("GPU", why if names else f"{why}, and torch sees none here", "a later version of tiered")
+
+
+def _profile(found: Examination, path: Path) -> Iterable[Fact]:
+    """What `tiered profile` has measured on this machine, with the disk below `path`."""
+    if not path.exists():
+        return
+    command = f"tiered profile --dir {path}" if path.is_dir() else "tiered profile"
+    try:
+        known = find_profile(path)
+    except ConfigError as error:
+        found.warnings.append(str(error))
+        yield Fact("measured", "damaged, see the warnings", None)
+        return
+    if known is None:
+        yield Fact("measured", f"not yet; to measure this machine and disk in about a minute: {command}", None)
+        return
+    yield from (Fact(label, text, value) for label, text, value in summary(known))
+    yield plain_fact("file", str(profile_path(path)))

@@ -12,11 +12,12 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from tiered.arch import load_config, most_positions
 from tiered.cli.lines import Failure, end_failed, print_json
-from tiered.cli.measuring import measured
+from tiered.cli.measuring import measured, predicted
 from tiered.cli.progress import PassProgress
-from tiered.cli.run_request import RunRequest, check_writable
+from tiered.cli.run_request import RunRequest
 from tiered.cli.screen import StatusLine, TextWriter
 from tiered.cli.texts import TokenIds
+from tiered.cli.writable import check_writable
 from tiered.errors import ConfigError, TieredError, contained
 from tiered.generate import Report, Sampler, SamplingParams, Sequence, generate, make_report
 from tiered.generate.prompt import NO_TOKENIZER, Prompts
@@ -206,7 +207,8 @@ def _generate(request: GenerateRequest, runtime: Runtime, sequences: list[Sequen
         progress = PassProgress(status, lambda: runtime.bytes_read)
         with _saying_how_far(able, status, progress), measured(runtime, status, request.measure) as around:
             generation = generate(runtime, able, runtime.plan.batch_size, on_pass, on_block=progress.on_block)
-    return make_report(generation, around.surroundings(runtime, generation.decode.disk_idle_seconds))
+    surroundings = around.surroundings(runtime, generation.decode.disk_idle_seconds)
+    return make_report(generation, surroundings, predicted(runtime))
 
 
 @contextmanager

@@ -9,9 +9,13 @@ from typing import Final
 
 from tiered.bench import RawBandwidth, measure_raw
 from tiered.cli.screen import StatusLine
+from tiered.errors import ConfigError
 from tiered.generate import Figures, Surroundings
 from tiered.io import ReadMode
 from tiered.plan import process_peak_rss_bytes
+from tiered.plan.machines import find_profile
+from tiered.plan.predict import Prediction, predict
+from tiered.plan.strategies import machine_for
 from tiered.runtime import Runtime
 
 _LOG: Final = logging.getLogger(__name__)
@@ -93,6 +97,20 @@ def measured(runtime: Runtime, status: StatusLine, measure: bool) -> Iterator[Me
     if measure:
         status.say("measuring the disk")
         found.raw += [_raw_bandwidth(runtime) for _ in range(2)]
+
+
+def predicted(runtime: Runtime) -> Prediction | None:
+    """What the run is expected to take, by this machine's profile; None where there is none for this disk, for this
+    kind of layers, or for so many threads."""
+    try:
+        profile = find_profile(runtime.store.path)
+        if profile is None or profile.cpu.cores != runtime.host.threads:
+            return None
+        machine = machine_for(runtime.shape, profile, runtime.options.kernel_mode.value)
+        return predict(runtime.plan, runtime.shape, machine, runtime.workload)
+    except ConfigError as error:
+        _LOG.info("no prediction: %s", error)
+        return None
 
 
 def _is_one_disk(runtime: Runtime) -> bool:

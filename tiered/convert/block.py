@@ -29,7 +29,12 @@ _HASH_READ_NBYTES: Final = 4 << 20
 
 
 def write_block(
-    folder: Path, block: BlockRecipe, source: Weights, compression: Compression, advance: Advance
+    folder: Path,
+    block: BlockRecipe,
+    source: Weights,
+    compression: Compression,
+    advance: Advance,
+    writer_of: type[BlockWriter] = BlockWriter,
 ) -> FileInfo:
     """Write the file of `block` in the store `folder`, tensor by tensor in panels of rows; returns its manifest entry.
 
@@ -42,7 +47,7 @@ def write_block(
     sizes = (prod(p.shape) * source.dtype(p.whole).itemsize for p in parts if p.whole.name in candidates)
     frames = sum(-(-nbytes // FRAME_NBYTES) for nbytes in sizes)
     counts = Counter(part.whole.name for part in parts)
-    with BlockWriter(folder / block.path, folder, [part.name for part in parts], frames) as writer:
+    with writer_of(folder / block.path, folder, [part.name for part in parts], frames) as writer:
         for unit in units:
             writer.start_unit(unit.name, unit.kind)
             for part in unit.ranges:

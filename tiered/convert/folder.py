@@ -20,6 +20,7 @@ from tiered.convert.blocks import BLOCK_FOLDER
 from tiered.convert.compression import PROBE_NAME, Compression
 from tiered.errors import ConfigError, StoreError
 from tiered.files import read_json
+from tiered.plan.shapes import STORE_SHAPE_NAME
 from tiered.store import atomic_write
 from tiered.store.beside import COPIED
 from tiered.store.manifest import FORMAT, MANIFEST_NAME
@@ -175,7 +176,7 @@ def owned_files(folder: Path) -> Iterator[Path]:
         yield from sorted(p for p in blocks.iterdir() if p.name.endswith((".safetensors", ".safetensors.part")))
     for name in COPIED:
         yield from (path for path in (folder / name, folder / f"{name}.part") if path.is_file())
-    yield from (folder / name for name in (PROBE_NAME, UPGRADE_NAME) if (folder / name).is_file())
+    yield from (folder / name for name in (PROBE_NAME, UPGRADE_NAME, STORE_SHAPE_NAME) if (folder / name).is_file())
 
 
 def remove_stray_parts(folder: Path) -> None:

@@ -19,7 +19,8 @@ from typing import Any, Literal
 
 from tiered.generate.costs import Generation, PassTotals
 from tiered.generate.score import Scoring
-from tiered.plan import Plan
+from tiered.plan import Plan, pass_seconds
+from tiered.plan.predict import Prediction
 from tiered.stream import ExpertUse
 from tiered.units import format_rate, format_seconds, format_size
 
@@ -177,8 +178,7 @@ def _bound(nbytes: float, experts: ExpertUse, compute_seconds: float, rate: floa
     """The least seconds in which `nbytes` are read ahead, `experts` when they are chosen, and all is computed; and what
     keeps it from being less."""
     disk = (nbytes + experts.nbytes) / rate
-    waited = max(experts.nbytes / rate, experts.compute_seconds)
-    seconds = max(disk, compute_seconds - experts.compute_seconds + waited)
+    seconds = pass_seconds(disk, compute_seconds, experts.nbytes / rate, experts.compute_seconds)
     return seconds, "compute" if compute_seconds > disk else "disk"
 
 
@@ -219,6 +219,10 @@ class Report(Figures):
     """How long computing waited for the disk in the decode passes."""
     block_overhead_seconds: float
     """Median wall time per block beyond computing and waiting for reads, of the last passes."""
+    predicted_prefill_seconds: float | None = None
+    """By the machine's profile, before the run; None without one."""
+    predicted_seconds_per_pass: float | None = None
+    """Of decode passes."""
 
     def lines(self) -> list[str]:
         """The report as people read it."""
@@ -248,6 +252,11 @@ class Report(Figures):
                 f"bound     {format_seconds(self.bound_seconds_per_pass)} per pass {self.possible}, "
                 f"{self.bound_share:.0%} of it reached ({what})"
             )
+        if self.predicted_prefill_seconds is not None:
+            said = f"predicted prefill {format_seconds(self.predicted_prefill_seconds)}"
+            if self.predicted_seconds_per_pass is not None:
+                said += f", {format_seconds(self.predicted_seconds_per_pass)} per pass"
+            lines.append(f"{said}, by this machine's profile")
         if self.bottleneck in ("disk", "compute"):
             lines.append(
                 f"waits     while decoding, compute waited {format_seconds(self.compute_wait_seconds)} for the disk, "
@@ -256,8 +265,8 @@ class Report(Figures):
         return lines + self.machine_lines()
 
 
-def make_report(generation: Generation, around: Surroundings) -> Report:
-    """Put the figures of one run together."""
+def make_report(generation: Generation, around: Surroundings, predicted: Prediction | None = None) -> Report:
+    """Put the figures of one run together, beside what was `predicted` of it."""
     decode, prefill = generation.decode, generation.prefill
     figures = around.figures_of(decode, decode.new_tokens)
     per_pass = decode.seconds / decode.passes if decode.passes else None
@@ -299,6 +308,8 @@ def make_report(generation: Generation, around: Surroundings) -> Report:
         bottleneck=bottleneck,
         compute_wait_seconds=decode.wait_seconds,
         block_overhead_seconds=overheads[len(overheads) // 2] if overheads else 0.0,
+        predicted_prefill_seconds=None if predicted is None else predicted.prefill.seconds,
+        predicted_seconds_per_pass=None if predicted is None else predicted.seconds_per_pass,
     )
 
 

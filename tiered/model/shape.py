@@ -57,6 +57,7 @@ def model_shape(store: Store, skeleton: Skeleton, dtype: torch.dtype) -> ModelSh
         packed_nbytes=packed_row_nbytes(max(shape[-1] for shape in layers)),
         quantization=store.manifest.quantization.get("layers"),
         experts=_expert_shape(store, config),
+        head_weights=store.layout(store.tape[-1]).weight_count,
     )
 
 

@@ -1,6 +1,7 @@
 """Decisions as pure functions of numbers: batch size, KV cache, rows, what is resident, whether a run fits."""
 
 from tiered.plan.budget import available_budget, cpu_count, memory_limits
+from tiered.plan.cost import pass_seconds
 from tiered.plan.inputs import (
     MAX_BATCHED_TOKENS,
     Budgets,
@@ -53,6 +54,7 @@ __all__ = [
     "memory_limits",
     "pace_for",
     "parse_tiers",
+    "pass_seconds",
     "place",
     "process_peak_rss_bytes",
     "process_rss_bytes",

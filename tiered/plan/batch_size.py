@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Final
 
+from tiered.plan.cost import pass_seconds
+
 _WORTH: Final = 1.02
 """A larger batch size must give so many times the throughput: a smaller gain is within the error of the estimate, and
 each of its sequences is finished later."""
@@ -48,7 +50,7 @@ class BatchChoice:
 
     @property
     def pass_seconds(self) -> float:
-        return max(self.disk_seconds, self.compute_seconds + self.expert_seconds)
+        return pass_seconds(self.disk_seconds, self.compute_seconds, self.expert_seconds)
 
     @property
     def tokens_per_second(self) -> float:

@@ -15,9 +15,11 @@ from tiered.plan.inputs import ComputeRate, Machine
 from tiered.plan.kv import KVShape
 
 Mode = Literal["invariant", "fast"]
+FORMAT: Final = 1
+"""Of files; another one has other tables, or means other things by them."""
 ROWS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 """Rows for which a described machine's kernels get a figure."""
-_BYTES_PER_WEIGHT: Final = {"int4-g64": 35 / 64, "int8-g64": 67 / 64, "none": 2.0}
+BYTES_PER_WEIGHT: Final = {"int4-g64": 35 / 64, "int8-g64": 67 / 64, "none": 2.0}
 """By a layer's scheme; "none": 16 bits."""
 
 
@@ -125,6 +127,10 @@ class Hardware:
         except tomllib.TOMLDecodeError as error:
             raise ConfigError(f"{name}: is no TOML file: {error}") from None
         found = _Reader(name, tables)
+        if (written := found.values.pop("format", FORMAT)) != FORMAT:
+            raise ConfigError(
+                f"{name}: is in format {written!r}, expected {FORMAT}: another version of tiered wrote it"
+            )
         cpu = found.table("cpu")
         gpu = found.table("gpu") if "gpu" in tables else None
         disk = found.table("disk")
@@ -157,7 +163,8 @@ class Hardware:
             for one in self.cpu.linear
         ]
         cpu = {field.name: getattr(self.cpu, field.name) for field in fields(self.cpu)} | {"linear": linear}
-        tables: dict[str, Any] = {"name": self.name, "source": self.source, "is_measured": self.is_measured}
+        tables: dict[str, Any] = {"format": FORMAT, "name": self.name, "source": self.source}
+        tables["is_measured"] = self.is_measured
         tables["ram"] = self.ram
         if self.usd_per_hour is not None:
             tables["usd_per_hour"] = self.usd_per_hour
@@ -170,7 +177,7 @@ class Hardware:
 def roofline(scheme: str, flops: float, memory: float, rows: Sequence[int] = ROWS) -> ComputeRate:
     """Seconds per weight of a machine of which only `flops` and memory bandwidth are known: reading the weight, or its
     multiply-adds, whichever takes longer (Williams et al., "Roofline", 2009)."""
-    read = _BYTES_PER_WEIGHT[scheme] / memory
+    read = BYTES_PER_WEIGHT[scheme] / memory
     return ComputeRate(tuple(rows), tuple(max(read, 2 * count / flops) for count in rows))
 
 
@@ -181,7 +188,7 @@ def _cpu(table: "_Reader") -> CpuRates:
         flops = table.number("flops")
         modes: tuple[Mode, ...] = ("invariant", "fast")
         linear = [
-            LinearRate(scheme, mode, roofline(scheme, flops, memory)) for scheme in _BYTES_PER_WEIGHT for mode in modes
+            LinearRate(scheme, mode, roofline(scheme, flops, memory)) for scheme in BYTES_PER_WEIGHT for mode in modes
         ]
         attention, prefill_attention = memory, flops
     else:

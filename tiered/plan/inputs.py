@@ -93,7 +93,7 @@ class ModelShape:
     tape: Tape
     """The units that are streamed, or held in memory, in the order of use."""
     weights: int
-    """Number of weights in all blocks of the tape, experts among them."""
+    """Number of weights in all blocks of the tape, experts and the head among them."""
     side_nbytes: int
     """Bytes of the embedding's scales and zeros."""
     tables_nbytes: int
@@ -121,6 +121,8 @@ class ModelShape:
     """The scheme of the layers' linear weights."""
     experts: ExpertShape | None = None
     """None where the model is no mixture, or one whose experts are not taken apart."""
+    head_weights: int = 0
+    """Of the weights, those of the head, which only rows with logits go through."""
 
     @property
     def itemsize(self) -> int:
@@ -163,6 +165,12 @@ class Machine:
     linear: ComputeRate | None = None
     attention_seconds: float | None = None
     """Seconds per token of context, for one query of one sequence in one layer."""
+    prompt_attention_flops: float | None = None
+    """Multiply-adds times two per second of a prompt's attention, which costs less per query than decoding's."""
+    disk_write_bytes_per_second: float | None = None
+    """Sustained rate of writing, which a KV cache on disk asks for."""
+    expert_bytes_per_second: float | None = None
+    """Rate of reading experts, one by one at random places; None: as fast as in file order."""
 
 
 Objective = Literal["latency", "throughput"]

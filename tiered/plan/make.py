@@ -10,6 +10,7 @@ from typing import Final, Literal
 
 from tiered.errors import BudgetError, ConfigError
 from tiered.plan.batch_size import BatchChoice, choose_batch_size, choose_windows_per_pass
+from tiered.plan.cost import decode_computing
 from tiered.plan.inputs import Budgets, Machine, ModelShape, Workload
 from tiered.plan.kv import Bits, check_bits
 from tiered.plan.pace import Pace
@@ -23,7 +24,7 @@ Rate = Literal["disk", "compute"]
 _MODEST_KV_SHARE: Final = 1 / 8
 """Part of the budget that the KV cache may take where the context is chosen by the budget."""
 _BITS: Final[tuple[Bits, ...]] = (16, 8, 4)
-_WORTH_OF_BITS: Final = 1.1
+WORTH_OF_BITS: Final = 1.1
 """Eight bits cost 0.00 % of perplexity, four 0.12 % (docs/benchmarks/quality.md): little, but for nothing too much."""
 _MEASURING_NBYTES: Final = 96 * MIB
 """By how much measuring disk and processor may raise the process's peak, which counts."""
@@ -86,7 +87,7 @@ def rates_wanted(model: ModelShape, machine: Machine, workload: Workload, budget
 
 
 def _plan_with_most_bits(asked: Asked) -> Plan:
-    """The plan with the KV cache in as many bits as cost at most `_WORTH_OF_BITS` of what the fewest cost: bytes read
+    """The plan with the KV cache in as many bits as cost at most `WORTH_OF_BITS` of what the fewest cost: bytes read
     per pass and sequence, of weights that the cache leaves no memory for and of the cache itself."""
     found: list[tuple[float, Plan]] = []
     refusals = []
@@ -104,7 +105,7 @@ def _plan_with_most_bits(asked: Asked) -> Plan:
             found.append((way.option(plan).disk_nbytes / plan.batch_size, plan))
     if not found:
         raise min(refusals, key=lambda error: error.smallest_bytes or 0)
-    most = min(cost for cost, _ in found) * _WORTH_OF_BITS
+    most = min(cost for cost, _ in found) * WORTH_OF_BITS
     return next(plan for cost, plan in found if cost <= most)
 
 
@@ -177,18 +178,7 @@ def _most_throughput(asked: Asked) -> Plan:
 
 def _compute_seconds(model: ModelShape, machine: Machine, workload: Workload, count: int) -> float:
     """Seconds that a pass over `count` decoding sequences computes."""
-    assert machine.linear is not None
-    context = workload.mean_context * HALFWAY
-    attention = (machine.attention_seconds or 0.0) * model.kv.layers * context
-    dense, experts = model.weights, model.experts
-    seconds = attention * count
-    if experts is not None:
-        # The tokens that choose an expert are rows of their own.
-        dense -= experts.total * experts.weights
-        chosen = experts.distinct(count)
-        rows = max(1, round(count * experts.chosen / chosen))
-        seconds += machine.linear.seconds(rows, int(experts.layers * chosen * experts.weights))
-    return seconds + machine.linear.seconds(count, dense)
+    return decode_computing(model, machine, count, workload.mean_context * HALFWAY, count).seconds
 
 
 def _reasoned(asked: Asked, plan: Plan, why: str) -> Plan:

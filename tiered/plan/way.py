@@ -15,6 +15,7 @@ from typing import Final
 from tiered.errors import BudgetError
 from tiered.plan.batch_size import BatchOption, candidates
 from tiered.plan.budget import BASELINE_VARIES_NBYTES
+from tiered.plan.cost import kv_block_nbytes
 from tiered.plan.inputs import Budgets, ExpertShape, Machine, ModelShape, Tier, Workload
 from tiered.plan.kv import CachePlan, block_nbytes
 from tiered.plan.placement import Held, Placement, Tape, full_ring, place
@@ -250,8 +251,7 @@ class Way:
         """This way, with the bytes that a pass of `plan` reads from disk."""
         kv = 0
         if self.on_disk:
-            pages = self.batch_size * self.asked.workload.mean_context / PAGE_TOKENS
-            kv = int(pages * plan.cache.block_nbytes * self.asked.model.kv.layers * HALFWAY)
+            kv = int(kv_block_nbytes(plan.cache, self.batch_size * self.asked.workload.mean_context * HALFWAY))
         experts = expected_expert_nbytes(self.asked.model, plan, self.batch_size)
         return BatchOption(self.batch_size, self.on_disk, plan.read_nbytes + kv + experts, experts)
 

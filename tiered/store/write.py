@@ -64,7 +64,7 @@ class BlockWriter:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with _writing(self._part):
             self._file = self._part.open("w+b")
-        self._sweep = Sweep(self._file.raw)
+        self._sweep = self._start_sweep(self._file.raw)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
@@ -191,12 +191,18 @@ class BlockWriter:
             self._open_sweep().append(data)
         while data.nbytes:
             part = data[: CHUNK_NBYTES - self._chunk_nbytes]
-            self._hasher.update(part)
+            self._hash(part)
             self._written += part.nbytes
             self._chunk_nbytes += part.nbytes
             data = data[part.nbytes :]
             if self._chunk_nbytes == CHUNK_NBYTES:
                 self._end_chunk()
+
+    def _start_sweep(self, file: io.RawIOBase) -> Sweep:
+        return Sweep(file)
+
+    def _hash(self, data: memoryview) -> None:
+        self._hasher.update(data)
 
     def _end_chunk(self) -> None:
         if self._chunk_nbytes:

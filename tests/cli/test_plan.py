@@ -1,0 +1,85 @@
+"""`tiered plan`: a table within 100 columns or JSON, at once for what is known, and bad input in one line."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.commands import CHECKPOINT, ROOT, make_store, run_here
+
+HERE = ("--hardware", "vm-small")
+
+
+def test_the_table_fits_a_hundred_columns_and_ends_with_what_to_type() -> None:
+    done = run_here("plan", "opt-175b", "--hardware", "t4-208gb", "--batch", "144")
+    assert done.code == 0, done.err
+    lines = done.out.splitlines()
+    assert max(len(line) for line in lines if "tiered generate" not in line) <= 100
+    assert any(line.startswith("*  cpu ") for line in lines)
+    assert "with a gpu: predicted; not built in this version" in lines
+    assert lines[-2].endswith("tiered convert opt-175b --quant int4")
+    assert "--batch 144 " in lines[-1]
+
+
+def test_json_has_every_row_with_its_figures() -> None:
+    done = run_here("plan", "opt-30b", "--hardware", "t4-208gb", "--ram", "16GiB", "--json")
+    found = json.loads(done.out)
+    seconds = [row["seconds"] for row in found["rows"]]
+    assert seconds == sorted(seconds) and len(seconds) == 6
+    (best,) = (row for row in found["rows"] if row["is_best"])
+    assert best["command"].startswith("tiered generate opt-30b.tiered --ram 16384MiB")
+    assert sum(best["memory"].values()) <= found["ask"]["ram"]
+
+
+def test_a_known_model_needs_neither_torch_nor_transformers() -> None:
+    code = "import sys; from tiered.cli.commands import cli; cli.main(standalone_mode=False); "
+    code += "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, "plan", "opt-125m", *HERE], cwd=ROOT, check=False)
+    assert done.returncode == 0
+
+
+def test_a_store_is_planned_as_it_is_converted(tmp_path: Path) -> None:
+    store = make_store(tmp_path, "int8")
+    found = json.loads(run_here("plan", store, *HERE, "--json").out)
+    assert {row["quant"] for row in found["rows"]} == {"int8"}
+    assert str(store) in found["rows"][0]["command"]
+
+
+def test_a_checkpoint_is_planned_by_its_configuration(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((CHECKPOINT / "config.json").read_bytes())
+    found = json.loads(run_here("plan", tmp_path, *HERE, "--json").out)
+    assert {row["quant"] for row in found["rows"]} == {"int4", "int8"}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--ram", "-3GiB"], "--ram: size '-3GiB'"),
+        (["--ram", "0"], "--ram: size '0'"),
+        (["--ram", "9999GiB"], "--ram 10238976MiB: "),
+        (["--vram", "8GiB"], "has no GPU"),
+        (["--batch", "0"], "--batch '0': expected auto"),
+        (["--batch", "many"], "--batch 'many': expected auto"),
+        (["--prompt-len", "0"], "--prompt-len"),
+        (["--prompt-len", "3000"], "--prompt-len 3000 and --gen-len 32: opt-125m has positions for 2048"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused_by_name(words: list[str], said: str) -> None:
+    done = run_here("plan", "opt-125m", *HERE, *words)
+    assert done.code == 2
+    assert said in done.err
+
+
+def test_what_does_not_fit_names_what_does() -> None:
+    done = run_here("plan", "opt-13b", *HERE, "--ram", "1GiB", "--batch", "8")
+    assert done.code == 3
+    assert "the smallest that works is --ram" in done.err
+    assert done.out == ""
+
+
+def test_an_unknown_model_is_refused_with_the_known_ones() -> None:
+    done = run_here("plan", "opt-5b", *HERE)
+    assert done.code == 2
+    assert "opt-66b" in done.err

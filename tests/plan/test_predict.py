@@ -1,0 +1,113 @@
+"""What a run takes, by a closed form: the formula of the design on small numbers, and properties of any prediction."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.plan.plans import mixture_of, model_of
+from tiered.errors import ConfigError
+from tiered.plan import Budgets, ComputeRate, Machine, ModelShape, Workload, make_plan
+from tiered.plan.cost import pass_seconds, prompt_pairs
+from tiered.plan.kv import LayerGroup
+from tiered.plan.predict import Prediction, predict
+from tiered.units import GIB, MIB
+
+RATE = 1e9
+MACHINE = Machine(0, RATE, ComputeRate((1, 1024), (1e-12, 1e-9)), 1e-9, 1e12, RATE)
+MODEL = model_of([64 * MIB] * 32, layers=31, head_weights=1000)
+
+
+def prediction(
+    model: ModelShape = MODEL, machine: Machine = MACHINE, ram: int = GIB, batch: int = 1, **work: int
+) -> Prediction:
+    known = {"sequences": 1, "max_context": 40, "max_prompt": 32, "max_batched_tokens": 4096} | work
+    workload = Workload(batch_size=batch, **known)  # type: ignore[arg-type]
+    plan = make_plan(model, machine, workload, Budgets(ram, 100 * MIB))
+    return predict(plan, model, machine, workload)
+
+
+def test_a_pass_reads_what_is_not_resident_and_the_first_one_everything() -> None:
+    found = prediction()
+    resident = found.memory["resident"]
+    assert resident > 0
+    assert found.prefill.read_nbytes == 2 * GIB
+    assert found.decode.passes == 7
+    assert found.decode.read_nbytes == 7 * (2 * GIB - resident)
+    assert found.prefill.seconds == pytest.approx(2 * GIB / RATE)
+    assert found.bottleneck == "disk"
+
+
+def test_speed_counts_the_prompts_and_decoding_speed_does_not() -> None:
+    found = prediction(batch=4, sequences=4)
+    assert found.generated_tokens == 32
+    assert found.tokens_per_second == pytest.approx(32 / (found.prefill.seconds + found.decode.seconds))
+    assert found.decode_tokens_per_second == pytest.approx(28 / found.decode.seconds)
+
+
+def test_sequences_beyond_the_batch_run_in_waves() -> None:
+    one, two, three = (prediction(batch=4, sequences=count) for count in (4, 8, 10))
+    assert two.decode.seconds == pytest.approx(2 * one.decode.seconds)
+    # Of the later wave's prompts only the weights that are not resident are read.
+    assert two.prefill.read_nbytes < 2 * one.prefill.read_nbytes
+    assert three.decode.passes == 3 * one.decode.passes
+
+
+def test_prompts_beyond_a_pass_take_several_that_read_the_weights_again() -> None:
+    once, twice = (prediction(max_prompt=32, max_batched_tokens=most) for most in (32, 16))
+    assert (once.prefill.passes, twice.prefill.passes) == (1, 2)
+    assert once.prefill.read_nbytes < twice.prefill.read_nbytes < 2 * once.prefill.read_nbytes
+
+
+def test_only_the_last_token_of_a_prompt_goes_through_the_head() -> None:
+    all_head = replace(MODEL, head_weights=MODEL.weights)
+    assert prediction(all_head).prefill.compute_seconds < prediction(MODEL).prefill.compute_seconds
+
+
+def test_everything_resident_is_bound_by_memory_and_read_once() -> None:
+    found = prediction(ram=8 * GIB)
+    assert found.decode.read_nbytes == 0
+    assert found.decode.bottleneck == "memory"
+
+
+def test_a_cache_on_disk_is_read_in_every_pass_and_written_once() -> None:
+    workload = Workload(8, 400, 300, max_batched_tokens=4096, batch_size=8)
+    plan = make_plan(MODEL, MACHINE, workload, Budgets(GIB, 100 * MIB, kv="disk"))
+    found = predict(plan, MODEL, MACHINE, workload)
+    assert found.written_nbytes == pytest.approx(MODEL.kv.nbytes(8, 399), rel=0.01)
+    assert found.decode.read_nbytes > found.decode.passes * plan.read_nbytes
+
+
+def test_no_expert_is_read_while_others_than_experts_compute() -> None:
+    assert pass_seconds(3.0, 2.0) == 3.0
+    assert pass_seconds(3.0, 2.0, expert_read_seconds=2.0) == 4.0
+    assert pass_seconds(3.0, 2.0, expert_read_seconds=2.0, expert_compute_seconds=1.0) == 3.0
+
+
+def test_experts_on_demand_are_read_as_often_as_the_cache_lacks_them() -> None:
+    model = mixture_of([MIB] * 9, count=64, chosen=2, nbytes=4 * MIB, layers=8)
+    small, large = (prediction(model, ram=ram) for ram in (512 * MIB, GIB))
+    assert small.memory["experts"] and large.memory["experts"] > small.memory["experts"]
+    assert large.decode.read_nbytes < small.decode.read_nbytes
+
+
+def test_windows_bound_what_a_prompt_attends_to() -> None:
+    model = replace(MODEL, groups=(LayerGroup((0,), 0), LayerGroup((1,), 10)))
+    assert prompt_pairs(model, 100) == 100 * 101 / 2 + 10 * 11 / 2 + 90 * 10
+
+
+def test_rates_that_are_not_known_are_refused() -> None:
+    for machine in (replace(MACHINE, linear=None), replace(MACHINE, disk_bytes_per_second=None)):
+        with pytest.raises(ConfigError, match="tiered profile"):
+            prediction(machine=machine)
+
+
+@given(st.integers(1, 4), st.integers(1, 40), st.integers(1, 200))
+def test_more_ram_is_never_slower(doublings: int, batch: int, prompt: int) -> None:
+    less, more = (
+        prediction(ram=GIB << power, batch=batch, sequences=40, max_prompt=prompt, max_context=prompt + 8)
+        for power in (doublings, doublings + 1)
+    )
+    assert more.seconds <= less.seconds * 1.001
+    assert more.read_nbytes <= less.read_nbytes * 1.001

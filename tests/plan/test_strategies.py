@@ -1,0 +1,122 @@
+"""Strategies: ranked by the whole request, the same for the same numbers, refused with the nearest ask that fits."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.plan.plans import model_of
+from tiered.configs_path import config_dir
+from tiered.errors import ConfigError
+from tiered.plan.hardware import GpuRates, Hardware
+from tiered.plan.shapes import known_shapes
+from tiered.plan.strategies import BOTH, CPU, GPU, Ask, Comparison, compare
+from tiered.units import GIB, MIB, parse_size
+
+MACHINE = Hardware.from_toml(
+    """
+    name = "machine"
+    source = "made up"
+    ram = 64e9
+    usd_per_hour = 2.0
+    [disk]
+    read = 2e9
+    write = 1e9
+    [cpu]
+    cores = 8
+    memory = 50e9
+    flops = 1e12
+    """,
+    "machine",
+)
+GPU_MACHINE = replace(MACHINE, gpu=GpuRates("gpu", 16 * GIB, 12e9, 12e9, 300e9, 50e12))
+
+
+def ask(**fields: object) -> Ask:
+    known = {"prompt": 512, "generate": 32, "sequences": 1, "batch": None, "ram": 8 * GIB, "vram": None}
+    return Ask(**(known | {"objective": "latency"} | fields))  # type: ignore[arg-type]
+
+
+def compared(name: str = "opt-6.7b", machine: Hardware = MACHINE, **fields: object) -> Comparison:
+    shapes = known_shapes(config_dir() / "models", name)
+    assert shapes is not None
+    return compare(shapes.__getitem__, ("int4", "int8"), machine, ask(**fields))
+
+
+def test_rows_are_ranked_by_the_whole_request_with_its_prefill() -> None:
+    found = compared(machine=GPU_MACHINE, vram=16 * GIB, sequences=8)
+    seconds = [row.prediction.prefill.seconds + row.prediction.decode.seconds for row in found.rows]
+    assert seconds == sorted(seconds)
+    assert {row.strategy for row in found.rows} == {CPU, GPU, BOTH}
+
+
+def test_the_same_numbers_give_the_same_rows() -> None:
+    assert compared(sequences=16) == compared(sequences=16)
+
+
+def test_a_gpu_is_used_only_where_there_is_one_and_is_never_the_best_that_is_built() -> None:
+    assert {row.strategy for row in compared(vram=16 * GIB).rows} == {CPU}
+    found = compared(machine=GPU_MACHINE, vram=16 * GIB)
+    assert found.best is not None and found.best.strategy == CPU
+    assert not any(row.is_built for row in found.rows if row.strategy != CPU)
+
+
+def test_prompts_on_the_gpu_leave_decoding_as_it_is() -> None:
+    found = {(row.strategy, row.quant): row.prediction for row in compared(machine=GPU_MACHINE, vram=16 * GIB).rows}
+    both, cpu = found[BOTH, "int4"], found[CPU, "int4"]
+    assert both.decode == cpu.decode
+    assert both.prefill.compute_seconds < cpu.prefill.compute_seconds
+
+
+def test_more_vram_is_never_slower() -> None:
+    found = [compared("opt-30b", GPU_MACHINE, vram=vram * GIB, ram=24 * GIB, batch=4) for vram in (4, 8, 16, 32)]
+    seconds = [next(r.prediction.seconds for r in one.rows if (r.strategy, r.quant) == (GPU, "int4")) for one in found]
+    assert seconds == sorted(seconds, reverse=True)
+
+
+def test_what_fits_nowhere_is_refused_with_the_budget_that_works() -> None:
+    found = compared(ram=600 * MIB, batch=16, sequences=16)
+    assert not found.rows and found.best is None and found.why == ""
+    named = re.search(r"--ram (\d+MiB)", found.refusals[0].message)
+    assert named is not None
+    again = compared(ram=parse_size(named[1]), batch=16, sequences=16)
+    assert any(row.quant == "int4" for row in again.rows)
+
+
+def test_a_smaller_batch_that_fits_is_named() -> None:
+    refusal = compared("opt-30b", ram=3 * GIB, batch=64, sequences=64).refusals[0]
+    named = re.search(r"--batch (\d+)", refusal.message)
+    assert named is not None
+    assert compared("opt-30b", ram=3 * GIB, batch=int(named[1]), sequences=64).rows
+
+
+def test_a_batch_is_chosen_for_the_job_and_not_beyond_what_helps() -> None:
+    alone = compared(batch=1, sequences=64, ram=2 * GIB, prompt=8).rows[0]
+    chosen = compared(sequences=64, ram=2 * GIB, prompt=8, objective="throughput").rows[0]
+    assert chosen.batch_size > 1
+    assert chosen.prediction.seconds < alone.prediction.seconds
+
+
+def test_cost_is_that_of_the_hours() -> None:
+    row = compared().rows[0]
+    assert row.usd_per_million_tokens == pytest.approx(2.0 / 3600 * row.prediction.seconds / 32 * 1e6)
+    assert compared(machine=replace(MACHINE, usd_per_hour=None)).rows[0].usd_per_million_tokens is None
+
+
+def test_the_best_says_what_bounds_it_and_what_the_next_loses() -> None:
+    found = compared("opt-30b", ram=4 * GIB, prompt=4)
+    assert re.search(r"bound by the disk: .* per pass; cpu int8 takes [12]\.\d+ times as long", found.why)
+
+
+def test_figures_that_make_no_sense_are_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match="ram -1: expected"):
+        ask(ram=-1)
+    with pytest.raises(ConfigError, match="batch 0: expected"):
+        ask(batch=0)
+
+
+def test_a_scheme_without_a_speed_is_named(tmp_path: Path) -> None:
+    model = model_of([MIB] * 3, quantization="int4-g32")
+    with pytest.raises(ConfigError, match="int4-g32"):
+        compare(lambda _: model, ("int4",), MACHINE, ask())

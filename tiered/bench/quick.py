@@ -1,0 +1,58 @@
+"""This machine in rough numbers, in seconds: for a plan on a machine of which there is no profile.
+
+In: a folder on the disk that is meant, and shapes of the model. Out: a `Hardware` with the rates that a plan asks for,
+as the choice of a batch size measures them. What is not measured takes the place of what is nearest to it.
+"""
+
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from tiered.bench.rates import measure_attention, measure_compute, measure_machine
+from tiered.convert.compression import read_bandwidth
+from tiered.host import Host
+from tiered.kernels import Kernels
+from tiered.plan import Machine, ModelShape, Rate
+from tiered.plan.hardware import CpuRates, DiskRates, Hardware, LinearRate
+from tiered.plan.system import meminfo
+from tiered.quant import GroupScheme
+from tiered.store import Store
+
+
+def quick_hardware(folder: Path, models: Sequence[ModelShape], is_store: bool) -> Hardware:
+    """This machine for a model that comes in `models`, which differ in their quantization only.
+
+    The disk is measured by reading the store at `folder`, or, where that is no store, a file of 64 MiB that is written
+    there and removed.
+    """
+    model = models[0]
+    with Host() as host:
+        read = _store_rate(folder, host.kernels, model) if is_store else read_bandwidth(folder)
+        dtype: torch.dtype = getattr(torch, model.kv.dtype)
+        linear = tuple(_linear(host.kernels, one, dtype) for one in models)
+        seconds = measure_attention(host.kernels, model.heads, model.kv.heads, model.kv.head_dim, dtype)
+        cores = host.threads
+    attention = 2 * model.kv.heads * model.kv.head_dim * model.kv.itemsize / seconds
+    return Hardware(
+        platform.node() or "this machine",
+        "measured in seconds: rough; prompts' attention, writes and random reads are guessed",
+        True,
+        meminfo("MemTotal"),
+        DiskRates(read, read),
+        # A prompt's attention as slow as decoding's, which it never is.
+        CpuRates(cores, attention, attention, 4 * model.heads * model.kv.head_dim / seconds, linear),
+    )
+
+
+def _linear(kernels: Kernels, model: ModelShape, dtype: torch.dtype) -> LinearRate:
+    scheme = None if model.quantization is None else GroupScheme.parse(model.quantization)
+    return LinearRate(model.quantization or "none", "invariant", measure_compute(kernels, scheme, model.hidden, dtype))
+
+
+def _store_rate(folder: Path, kernels: Kernels, model: ModelShape) -> float:
+    wanted: tuple[Rate, ...] = ("disk",)
+    rate = measure_machine(Store.open(folder), kernels, model, Machine(0), wanted).disk_bytes_per_second
+    assert rate is not None
+    return rate

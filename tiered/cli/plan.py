@@ -1,0 +1,254 @@
+"""`tiered plan`: what a model would take on a machine, one row per strategy, before anything is bought or converted.
+
+In: what was typed. Out: a table, or JSON. For models and machines that are known this loads neither torch nor
+transformers and touches no machine: `plan/strategies.py` computes, this finds its inputs and prints its rows.
+"""
+
+import json
+import shlex
+import textwrap
+import tomllib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import click
+
+from tiered.cli.lines import columns, print_json
+from tiered.configs_path import config_dir
+from tiered.errors import BudgetError, ConfigError, StoreError
+from tiered.files import MOST_JSON_NBYTES, read_whole
+from tiered.plan.budget import DEFAULT_SHARE, available_budget
+from tiered.plan.hardware import Hardware
+from tiered.plan.inputs import ModelShape, Objective
+from tiered.plan.machines import find_profile, load_hardware
+from tiered.plan.shapes import known_shapes, read_store_shape
+from tiered.plan.strategies import CPU, Ask, Comparison, Row, compare
+from tiered.process import importing
+from tiered.units import format_budget, format_seconds, format_size, parse_size
+
+_QUANTS: Final = ("int4", "int8")
+_WIDTH: Final = 100
+"""Of what people read; commands to copy are not cut."""
+_JOB: Final = 128
+"""Sequences of a job of unknown size."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is to be run."""
+
+    name: str
+    source: str
+    """What to convert."""
+    path: Path | None
+    """Of the store; None where it is still to be converted."""
+    shapes: dict[str, ModelShape]
+    """By quantization."""
+
+    def command(self, row: Row, ask: Ask) -> str:
+        """What to type to run `row`, which this version can run."""
+        store = Path(f"{self.name}.tiered") if self.path is None else self.path
+        words = ["tiered", "generate" if ask.objective == "latency" else "batch", str(store)]
+        words += ["--ram", format_budget(ask.ram), "--batch", str(row.batch_size)]
+        words += ["--kv", row.kv_tier, "--kv-bits", str(row.kv_bits)]
+        if ask.objective == "latency":
+            words += ["-n", str(ask.generate), "-p", "..."]
+        else:
+            words += ["--max-tokens", str(ask.generate), "-i", "requests.jsonl", "-o", "results.jsonl"]
+        return shlex.join(words)
+
+
+def run(
+    model: str,
+    hardware: str | None,
+    ram: str | None,
+    vram: str | None,
+    prompt_len: int,
+    gen_len: int,
+    batch: str,
+    sequences: int | None,
+    objective: Objective,
+    as_json: bool,
+) -> None:
+    """Print what `model` takes. Raises ConfigError, and BudgetError where no strategy that this version has fits."""
+    size = _batch(batch)
+    limits = {name: None if text is None else _size(name, text) for name, text in (("--ram", ram), ("--vram", vram))}
+    found = find_model(model)
+    most = _positions(model)
+    if most is not None and prompt_len + gen_len > most:
+        raise ConfigError(
+            f"--prompt-len {prompt_len} and --gen-len {gen_len}: {found.name} has positions for {most}; ask for fewer"
+        )
+    machine = load_hardware(hardware) if hardware is not None else _this_machine(found)
+    if limits["--vram"] is not None and machine.gpu is None:
+        raise ConfigError(f"--vram {vram}: {machine.name} has no GPU; drop it, or name another --hardware")
+    ask = Ask(
+        prompt_len,
+        gen_len,
+        sequences or size or (1 if objective == "latency" else _JOB),
+        size,
+        _ram(limits["--ram"], machine, is_here=hardware is None),
+        limits["--vram"] or (None if machine.gpu is None else machine.gpu.vram),
+        objective,
+    )
+    compared = compare(found.shapes.__getitem__, tuple(found.shapes), machine, ask)
+    if as_json:
+        print_json(_to_json(found, machine, ask, compared))
+    elif compared.rows:
+        for line in _lines(found, machine, ask, compared):
+            click.echo(line)
+    if compared.best is None:
+        refused = (one for one in compared.refusals if one.strategy == CPU)
+        raise BudgetError("; ".join(f"{found.name} in {one.quant} {one.message}" for one in refused))
+
+
+def find_model(text: str) -> Model:
+    """The model called `text`: a store, a name of configs/models, a Hugging Face folder, a hub id.
+
+    Raises ConfigError, StoreError or CheckpointError where it is none of them, or a damaged one.
+    """
+    path = Path(text).expanduser()
+    if _is_file(path / "manifest.json"):
+        shape = read_store_shape(path)
+        if shape is None:
+            with importing(is_command=True):
+                from tiered.shapes import store_shape
+            shape = store_shape(path)
+        quant = "none" if shape.quantization is None else shape.quantization.partition("-")[0]
+        return Model(path.resolve().name.removesuffix(".tiered"), text, path, {quant: shape})
+    known = None if _is_file(path) else known_shapes(config_dir() / "models", text)
+    if known is not None:
+        return Model(text, text, None, {quant: known[quant] for quant in _QUANTS})
+    with importing(is_command=True):
+        from tiered.shapes import checkpoint_shapes
+    return Model(text.rstrip("/").rpartition("/")[2], text, None, checkpoint_shapes(text, _QUANTS))
+
+
+def _positions(text: str) -> int | None:
+    """Tokens of a sequence that the model called `text` is made for, where a file that is here tells."""
+    known, config = config_dir() / "models" / f"{text}.toml", Path(text).expanduser() / "config.json"
+    if _is_file(config):
+        found = json.loads(read_whole(config, StoreError, MOST_JSON_NBYTES)).get("max_position_embeddings")
+    elif "/" not in text and _is_file(known):
+        found = tomllib.loads(known.read_text())["config"].get("max_position_embeddings")
+    else:
+        found = None
+    return found if isinstance(found, int) else None
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False  # no path can have this name
+
+
+def _this_machine(model: Model) -> Hardware:
+    """The profile of this machine, or quick rates where none has been measured."""
+    folder = Path() if model.path is None else model.path
+    found = find_profile(folder)
+    if found is None:
+        click.echo("tiered: no profile of this machine: measuring for seconds; 'tiered profile' is exact", err=True)
+        with importing(is_command=True):
+            from tiered.bench.quick import quick_hardware
+        found = quick_hardware(folder, tuple(model.shapes.values()), model.path is not None)
+    return found
+
+
+def _ram(asked: int | None, machine: Hardware, is_here: bool) -> int:
+    """The budget: as asked for, or what a run would take without being told."""
+    if asked is None:
+        return min(available_budget(), machine.ram) if is_here else int(machine.ram * DEFAULT_SHARE)
+    if asked > machine.ram:
+        raise ConfigError(f"--ram {format_budget(asked)}: {machine.name} has {format_size(machine.ram)}")
+    return asked
+
+
+def _size(option: str, text: str) -> int:
+    try:
+        return parse_size(text)
+    except ConfigError as error:
+        raise ConfigError(f"{option}: {error}") from None
+
+
+def _batch(text: str) -> int | None:
+    """Sequences at once; None for "auto"."""
+    if text == "auto":
+        return None
+    if not text.isascii() or not text.isdecimal() or int(text) < 1:
+        raise ConfigError(f"--batch {text!r}: expected auto, or a whole number above 0")
+    return int(text)
+
+
+def _to_json(model: Model, machine: Hardware, ask: Ask, compared: Comparison) -> dict[str, Any]:
+    best = compared.best
+    return {
+        "model": model.name,
+        "hardware": {"name": machine.name, "source": machine.source, "is_measured": machine.is_measured},
+        "ask": asdict(ask),
+        "rows": [
+            row.to_json() | {"is_best": row is best, "command": model.command(row, ask) if row.is_built else None}
+            for row in compared.rows
+        ],
+        "refusals": [asdict(refusal) for refusal in compared.refusals],
+        "why": compared.why,
+    }
+
+
+def _lines(model: Model, machine: Hardware, ask: Ask, compared: Comparison) -> Iterator[str]:
+    """The comparison as people read it."""
+    one = "1 sequence" if ask.sequences == 1 else f"{ask.sequences} sequences"
+    vram = "" if ask.vram is None else f" and {format_size(ask.vram)} of VRAM"
+    yield f"{model.name}: {one} of {ask.prompt} + {ask.generate} tokens, in {format_size(ask.ram)} of RAM{vram}"
+    yield from _wrapped("machine", f"{machine.name}, {machine.source}")
+    yield f"          of RAM {format_size(ask.baseline)} are for the process, as measured once elsewhere"
+    yield ""
+    yield from _table(compared)
+    yield "kept: weights in memory for good; tok/s counts the prompts' seconds, dec/s does not"
+    for refusal in compared.refusals:
+        yield from _wrapped("", f"{refusal.strategy} {refusal.quant}: {refusal.message}")
+    if any(not row.is_built for row in compared.rows):
+        yield "with a gpu: predicted; not built in this version"
+    best = compared.best
+    if best is None:
+        return
+    yield ""
+    yield from _wrapped("best", f"{best.strategy} {best.quant}: {compared.why}")
+    memory = (f"{name.replace('_', ' ')} {format_size(n)}" for name, n in best.prediction.memory.items() if n)
+    yield from _wrapped("memory", ", ".join(memory))
+    read, written = best.prediction.read_nbytes, best.prediction.written_nbytes
+    yield f"disk      {read / 1e9:.3g} GB read, {written / 1e9:.3g} GB written"
+    first = "run       "
+    if model.path is None:
+        yield f"{first}tiered convert {shlex.quote(model.source)} --quant {best.quant}"
+        first = " " * len(first)
+    yield first + model.command(best, ask)
+
+
+def _wrapped(title: str, text: str) -> list[str]:
+    indent = " " * 10 if title else ""
+    return textwrap.wrap(f"{title:<{len(indent)}}{text}", _WIDTH, subsequent_indent=indent)
+
+
+def _table(compared: Comparison) -> list[str]:
+    header = ["", "strategy", "quant", "batch", "kept", "KV", "prefill", "decode", "tok/s", "dec/s", "bound"]
+    priced = any(row.usd_per_million_tokens is not None for row in compared.rows)
+    rows = [header + ["$/Mtok"] * priced]
+    for row in compared.rows:
+        found = row.prediction
+        decoding = found.decode_tokens_per_second
+        cells = ["*" if row is compared.best else "", row.strategy, row.quant, str(row.batch_size)]
+        cells += [f"{row.resident_share:.0%}", f"{row.kv_tier} {row.kv_bits}"]
+        cells += [format_seconds(found.prefill.seconds), format_seconds(found.decode.seconds)]
+        cells += [_short(found.tokens_per_second), _short(decoding), found.bottleneck]
+        cells += [_short(row.usd_per_million_tokens)] * priced
+        rows.append(cells)
+    return columns(rows, "<<<>><>>>><" + ">" * priced)
+
+
+def _short(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"

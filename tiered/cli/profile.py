@@ -1,0 +1,106 @@
+"""`tiered profile`: measures this machine and the disk of a folder, shows the figures and keeps them."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from tiered.bench.profile import measure_hardware
+from tiered.cli import profile_plot
+from tiered.cli.lines import columns, print_json
+from tiered.cli.screen import StatusLine
+from tiered.errors import ConfigError
+from tiered.plan import cpu_count
+from tiered.plan.hardware import ROWS, Hardware
+from tiered.plan.machines import profile_path, save_hardware
+from tiered.store import read_manifest
+from tiered.units import format_rate, format_size
+
+
+def run(
+    store: Path | None, folder: Path | None, as_json: bool, plot: Path | None, output: Path | None, threads: int | None
+) -> None:
+    """Measure, show, keep. What cannot be written is refused before anything is measured."""
+    if store is not None and folder is not None:
+        raise ConfigError(f"{store} and --dir {folder}: expected one of them, as one disk is measured; leave one out")
+    measured, files = folder or store or Path(), block_files(store) if store is not None else []
+    path = output or profile_path(measured)
+    for wanted in filter(None, (output, plot)):
+        if not wanted.absolute().parent.is_dir():
+            raise ConfigError(f"{wanted}: there is no folder {wanted.parent}; make it, or name another")
+    for wanted in filter(None, (path, plot)):
+        above = next(parent for parent in wanted.absolute().parents if parent.exists())
+        if not os.access(above, os.W_OK | os.X_OK):
+            raise ConfigError(f"{wanted}: {above} cannot be written to; name another file with -o or --plot")
+    if plot is not None:
+        profile_plot.check(plot)
+    with StatusLine() as status:
+        hardware = measure_hardware(measured, files, threads or cpu_count(), status.say)
+    save_hardware(hardware, path)
+    if plot is not None:
+        profile_plot.draw(hardware, plot)
+    if as_json:
+        print_json({"profile": str(path), **hardware.to_tables()})
+        return
+    for line in lines(hardware):
+        click.echo(line)
+    click.echo(f"\nkept in {path}")
+
+
+def block_files(store: Path) -> list[Path]:
+    """The files that a pass over the store at `store` reads; raises StoreError where it is none."""
+    manifest = read_manifest(store)
+    return [path for path in (store / info.path for info in manifest.files) if path.is_file()]
+
+
+def lines(hardware: Hardware) -> Iterator[str]:
+    """The figures as people read them."""
+    yield hardware.name
+    yield hardware.source
+    yield ""
+    yield from columns(list(_figures(hardware)), "<><")
+    for title, mode in (("invariant kernels", "invariant"), ("fast kernels", "fast")):
+        found = {one.scheme: one.rate for one in hardware.cpu.linear if one.mode == mode}
+        if not found:
+            continue
+        yield ""
+        yield f"linear layers, {title}: GFLOP/s and, in brackets, weights per second in 10^9"
+        header = ["rows", *(scheme if scheme != "none" else "16 bits" for scheme in found)]
+        body = [
+            [str(rows), *(_speed(rate.seconds(rows, 10**9) / 1e9, rows) for rate in found.values())] for rows in ROWS
+        ]
+        yield from columns([header, *body], ">" * len(header))
+
+
+def _figures(hardware: Hardware) -> Iterator[tuple[str, str, str]]:
+    disk, cpu, gpu = hardware.disk, hardware.cpu, hardware.gpu
+    yield "disk", format_rate(disk.read), "read in file order, sustained"
+    for nbytes, rate in disk.random:
+        yield "", format_rate(rate), f"read at random places, {nbytes / 1e6:g} MB each"
+    yield "", format_rate(disk.write), "written"
+    yield "memory", format_rate(cpu.memory), f"read by {cpu.cores} threads; {format_size(hardware.ram)} in all"
+    yield "attention", format_rate(cpu.attention), "of keys and values that decoding attends over"
+    yield "", f"{cpu.prefill_attention / 1e9:.0f} GFLOP/s", "of a prompt"
+    if gpu is None:
+        yield "gpu", "none", "seen by torch"
+        return
+    yield "gpu", format_size(gpu.vram), gpu.name
+    yield "", format_rate(gpu.host_to_device), "to it from pinned memory"
+    yield "", format_rate(gpu.device_to_host), "back"
+    yield "", format_rate(gpu.memory), "of its memory"
+    yield "", f"{gpu.flops / 1e12:.1f} TFLOP/s", "of matrix products in 16 bits"
+
+
+def _speed(seconds_per_weight: float, rows: int) -> str:
+    return f"{2 * rows / seconds_per_weight / 1e9:.0f} ({1e-9 / seconds_per_weight:.2f})"
+
+
+def summary(hardware: Hardware) -> list[tuple[str, str, Any]]:
+    """Label, text and value of what `tiered doctor` shows of a profile."""
+    disk, cpu = hardware.disk, hardware.cpu
+    found: list[tuple[str, str, Any]] = [("source", hardware.source, hardware.source)]
+    rates = {"disk read": disk.read, "disk write": disk.write, "memory read": cpu.memory, "attention": cpu.attention}
+    found += [(label, format_rate(rate), rate) for label, rate in rates.items()]
+    return found

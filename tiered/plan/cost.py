@@ -1,0 +1,83 @@
+"""What a pass costs: seconds of computing and of reading, as closed forms of numbers.
+
+In: a model, the machine's rates, rows and contexts. Out: seconds and bytes. The choice of a batch size, the pace of
+prompts, predictions and reports all use these and no others.
+"""
+
+from dataclasses import dataclass
+
+from tiered.plan.inputs import Machine, ModelShape
+from tiered.plan.kv import CachePlan
+from tiered.units import PAGE_TOKENS
+
+
+@dataclass(frozen=True)
+class Computing:
+    """Seconds of computing, and those of them in which experts compute."""
+
+    seconds: float
+    expert_seconds: float = 0.0
+
+    def __add__(self, other: "Computing") -> "Computing":
+        return Computing(self.seconds + other.seconds, self.expert_seconds + other.expert_seconds)
+
+
+def pass_seconds(
+    read_seconds: float, compute_seconds: float, expert_read_seconds: float = 0.0, expert_compute_seconds: float = 0.0
+) -> float:
+    """Seconds of a pass, or of several: all reading and all computing overlap, but while experts are read that their
+    router has just chosen nothing else computes. `expert_...` are parts of the first two."""
+    waited = max(expert_read_seconds, expert_compute_seconds)
+    return max(read_seconds, compute_seconds - expert_compute_seconds + waited)
+
+
+def linear_computing(model: ModelShape, machine: Machine, tokens: int, logits: int, most_rows: int) -> Computing:
+    """Seconds of all linear layers for `tokens` tokens in micro-batches of at most `most_rows`, of which `logits` go
+    through the head. The machine's rate must be known."""
+    assert machine.linear is not None
+    full, rest = divmod(tokens, max(1, most_rows))
+    total = Computing(machine.linear.seconds(logits, model.head_weights) if logits else 0.0)
+    for rows, times in ((most_rows, full), (rest, 1)):
+        if rows and times:
+            found = _layers(model, machine, rows)
+            total += Computing(found.seconds * times, found.expert_seconds * times)
+    return total
+
+
+def _layers(model: ModelShape, machine: Machine, rows: int) -> Computing:
+    """Seconds of the layers' linear weights for one micro-batch."""
+    assert machine.linear is not None
+    dense, experts, seconds = model.weights - model.head_weights, model.experts, 0.0
+    if experts is not None:
+        # The tokens that choose an expert are rows of their own.
+        dense -= experts.total * experts.weights
+        chosen = experts.distinct(rows)
+        each = max(1, round(rows * experts.chosen / chosen))
+        seconds = machine.linear.seconds(each, int(experts.layers * chosen * experts.weights))
+    return Computing(seconds + machine.linear.seconds(rows, dense), seconds)
+
+
+def decode_computing(model: ModelShape, machine: Machine, count: int, context: float, most_rows: int) -> Computing:
+    """Seconds that a pass over `count` decoding sequences computes, each with `context` tokens before it."""
+    attention = (machine.attention_seconds or 0.0) * seen_tokens(model, context) * count
+    return linear_computing(model, machine, count, count, most_rows) + Computing(attention)
+
+
+def seen_tokens(model: ModelShape, context: float) -> float:
+    """Tokens that a query sees with `context` before it, summed over layers."""
+    return sum(len(group.layers) * min(context, group.window or context) for group in model.groups)
+
+
+def prompt_pairs(model: ModelShape, prompt: int) -> float:
+    """Pairs of a query and a key that it sees, of a prompt of `prompt` tokens, summed over layers."""
+    pairs = 0.0
+    for group in model.groups:
+        window = min(prompt, group.window or prompt)
+        # Queries see 1, 2, ... tokens until the window is full, then always as many.
+        pairs += len(group.layers) * (window * (window + 1) / 2 + (prompt - window) * window)
+    return pairs
+
+
+def kv_block_nbytes(cache: CachePlan, tokens: float) -> float:
+    """Bytes of the KV blocks, in all layers, of sequences of `tokens` tokens together."""
+    return tokens / PAGE_TOKENS * cache.block_nbytes * cache.shape.layers

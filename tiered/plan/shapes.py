@@ -1,0 +1,94 @@
+"""Shapes of models as JSON: those that ship with the package, and the one that a store keeps beside its blocks.
+
+In: JSON. Out: a `ModelShape`, without torch or a graph. `tiered/shapes.py` makes them, in a second or more each; a plan
+is to be answered before that. A run of equal blocks, and of equal units in a block, is written once with a count.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, fields
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Final
+
+from tiered.errors import CorruptError, StoreError
+from tiered.files import MOST_JSON_NBYTES, read_whole
+from tiered.plan.inputs import ExpertShape, ModelShape
+from tiered.plan.kv import KVShape, LayerGroup
+from tiered.plan.placement import Tape
+
+QUANTS: Final = ("int4", "int8", "none")
+SHAPES_NAME: Final = "shapes.json"
+"""In configs/models: for each name what `shape_to_json` gives for each of QUANTS, and the `digest` of its toml file."""
+STORE_SHAPE_NAME: Final = "shape.json"
+"""In a store's folder."""
+_VERSION: Final = 1
+"""Of what the numbers of a shape mean: shapes that stores keep from before are made anew."""
+
+
+def shape_to_json(shape: ModelShape) -> dict[str, Any]:
+    """`shape` as plain dictionaries, lists and numbers."""
+    experts = shape.experts
+    found = {field.name: getattr(shape, field.name) for field in fields(shape)}
+    found |= {"tape": _tape_to_json(shape.tape), "kv": asdict(shape.kv)}
+    found["groups"] = [[list(group.layers), group.window] for group in shape.groups]
+    if experts is not None:
+        found["experts"] = vars(experts) | {"dense": _tape_to_json(experts.dense)}
+    return found
+
+
+def shape_from_json(value: dict[str, Any]) -> ModelShape:
+    """The shape that `shape_to_json` wrote; raises KeyError, TypeError or ValueError where `value` is no such."""
+    found = dict(value)
+    found |= {"tape": _tape_from_json(found["tape"]), "kv": KVShape(**found["kv"])}
+    found["groups"] = tuple(LayerGroup(tuple(layers), window) for layers, window in found["groups"])
+    if found["experts"] is not None:
+        dense = _tape_from_json(found["experts"]["dense"])
+        found["experts"] = ExpertShape(**{**found["experts"], "dense": dense})
+    return ModelShape(**found)
+
+
+def known_shapes(models: Path, name: str) -> dict[str, ModelShape] | None:
+    """The shapes of the model `name` by quantization, from the folder configs/models; None where it has none."""
+    found = json.loads((models / SHAPES_NAME).read_bytes()).get(name)
+    return None if found is None else {quant: shape_from_json(found[quant]) for quant in QUANTS}
+
+
+def read_store_shape(folder: Path) -> ModelShape | None:
+    """The shape that the store at `folder` keeps; None where it keeps none, or has changed since."""
+    try:
+        found = json.loads(read_whole(folder / STORE_SHAPE_NAME, StoreError, MOST_JSON_NBYTES))
+        return shape_from_json(found["shape"]) if found["of"] == _identity(folder) else None
+    except (CorruptError, OSError, AttributeError, KeyError, TypeError, ValueError, RecursionError):
+        return None
+
+
+def write_store_shape(folder: Path, shape: ModelShape) -> None:
+    """Keep `shape` with the store at `folder`; raises OSError where that cannot be written."""
+    part = folder / f"{STORE_SHAPE_NAME}.part"
+    part.write_text(json.dumps({"of": _identity(folder), "shape": shape_to_json(shape)}, separators=(",", ":")))
+    part.replace(folder / STORE_SHAPE_NAME)
+
+
+def _identity(folder: Path) -> list[Any]:
+    """What tells whether a store is the one that a shape was made of."""
+    return [_VERSION, *(digest(folder / name) for name in ("manifest.json", "config.json"))]
+
+
+def digest(path: Path) -> str:
+    """What tells whether the file at `path` has changed since."""
+    return hashlib.blake2b(read_whole(path, StoreError), digest_size=16).hexdigest()
+
+
+def _tape_to_json(tape: Tape) -> list[Any]:
+    """[times, [[times, nbytes, file_nbytes], ...]] for each run of equal blocks."""
+    units = list(zip(tape.nbytes, tape.file_nbytes, strict=True))
+    blocks = ([[len(list(run)), *unit] for unit, run in groupby(units[n] for n in block)] for block in tape.blocks)
+    return [[len(list(run)), block] for block, run in groupby(blocks)]
+
+
+def _tape_from_json(runs: list[Any]) -> Tape:
+    blocks = [block for times, block in runs for _ in range(times)]
+    units = [(nbytes, file_nbytes) for block in blocks for times, nbytes, file_nbytes in block for _ in range(times)]
+    counts = tuple(sum(times for times, _, _ in block) for block in blocks)
+    return Tape(tuple(nbytes for nbytes, _ in units), tuple(file for _, file in units), counts)

@@ -1,0 +1,37 @@
+"""Block files of their true size with nothing in them: a header that says where everything lies, and then a hole.
+
+In: what a `BlockWriter` takes. Out: the same file, but for its data and checksums. Called where a store's layout is
+wanted and its weights are not: whoever opens it as a store learns sizes and places from the code that writes real ones.
+"""
+
+import io
+import os
+
+from tiered.store.sweep import Sweep
+from tiered.store.write import BlockWriter
+
+
+class HollowWriter(BlockWriter):
+    """Writes headers only; of what is added no byte is looked at."""
+
+    def _start_sweep(self, file: io.RawIOBase) -> Sweep:
+        return _Hole(file)
+
+    def _hash(self, data: memoryview) -> None:
+        pass
+
+
+class _Hole(Sweep):
+    """Counts what is appended, and makes the file as long."""
+
+    def __init__(self, file: io.RawIOBase) -> None:
+        self._file, self._nbytes = file, 0
+
+    def append(self, data: memoryview) -> None:
+        self._nbytes += data.nbytes
+
+    def finish(self) -> None:
+        os.ftruncate(self._file.fileno(), self._nbytes)
+
+    def close(self) -> None:
+        pass
