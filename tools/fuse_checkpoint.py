@@ -146,7 +146,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except TieredError as error:
         print(f"fuse_checkpoint: error: {error}", file=sys.stderr)
         return error.exit_code
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGINT):  # the second is ignored where a script starts this with &
+        signal.signal(number, signal.default_int_handler)
     folder = MadeFolder(both_forms(model, shape.name, options.parts, options.shards, size))
     before = resource.getrusage(resource.RUSAGE_SELF)
     with mounted(folder, options.mountpoint) as thread, suppress(KeyboardInterrupt):

@@ -8,6 +8,7 @@ It answers what huggingface_hub asks to download one revision of one repository,
 
 import argparse
 import json
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -96,6 +97,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except TieredError as error:
         print(f"hub_stand_in: error: {error}", file=sys.stderr)
         return error.exit_code
+    for number in (signal.SIGTERM, signal.SIGINT):  # the second is ignored where a script starts this with &
+        signal.signal(number, signal.default_int_handler)
     with Hub(f"someone/{shape.name}", files, options.port) as hub:
         print(f"HF_ENDPOINT={hub.url} serves {hub.repo_id}; Ctrl-C ends this", flush=True)
         try:
