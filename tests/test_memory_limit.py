@@ -25,7 +25,7 @@ SIZE = 2_000_000_000
 PAGE_CACHE = 128 * MIB
 """What a run may take beside its budget: pages of files, which the kernel charges and can take back."""
 
-SPARE = 64 * MIB
+SPARE = 72 * MIB
 """What a named budget may lie above what is used, or a tenth of that."""
 LOAD = """
 import sys

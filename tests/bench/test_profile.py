@@ -97,6 +97,25 @@ def test_a_folder_is_measured_with_a_file_that_nobody_sees(disk: Disk, processor
     assert tables["format"] == 1 and isinstance(found, Hardware)
 
 
+@pytest.mark.parametrize("busy", [0.5, 0.0])
+def test_other_programs_at_work_are_told_of(
+    busy: float,
+    disk: Disk,
+    processor: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    skip_in_memory(tmp_path)
+    cores = os.cpu_count() or 1
+    # Wall clock, processor time of this process, and of all.
+    times = iter([(100.0, 10.0, 1000.0), (140.0, 40.0, 1030.0 + busy * 40 * cores)])
+    monkeypatch.setattr(profile._Others, "_now", lambda *_: next(times))
+    found = profile.measure_hardware(tmp_path, [], 1)
+    assert ("other programs took 50% of the processors meanwhile" in found.source) is bool(busy)
+    assert ("measure again when nothing else runs" in caplog.text) is bool(busy)
+
+
 def test_a_stores_files_are_read_where_they_are_large_enough(disk: Disk, processor: None, tmp_path: Path) -> None:
     skip_in_memory(tmp_path)
     block = tmp_path / "layer"

@@ -90,6 +90,15 @@ def test_what_cannot_be_written_is_refused_before_measuring(words: tuple[str, st
     assert measuring.calls == []
 
 
+def test_a_cache_folder_that_cannot_be_written_to_is_told_before_measuring(
+    measuring: Measuring, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tiered.cli.profile.os.access", lambda path, mode: path != tmp_path)
+    done = run_here("profile")
+    assert done.code == 2 and f"{tmp_path} cannot be written to; name another file with -o" in done.err
+    assert measuring.calls == []
+
+
 def test_a_missing_matplotlib_is_told_before_measuring(measuring: Measuring, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tiered.cli.profile_plot.importlib.util.find_spec", lambda _: None)
     done = run_here("profile", "--plot", "plot.png")

@@ -1,5 +1,6 @@
 """What the kernel tells about a machine, from files made up for the purpose and from this machine's own."""
 
+import os
 import platform
 from pathlib import Path
 
@@ -65,3 +66,9 @@ def test_each_way_to_limit_says_what_is_in_its_way(tmp_path: Path) -> None:
     write(tmp_path / "fs/cgroup/cgroup.controllers", "cpu memory\n")
     write(tmp_path / "fs/cgroup/cgroup.subtree_control", "")
     assert system.cgroup_support(tmp_path)[0].refusal is None
+
+
+def test_busy_seconds_are_all_but_idle_and_waiting(tmp_path: Path) -> None:
+    (tmp_path / "stat").write_text("cpu  100 20 30 9999 8888 1 2 47 5 6\ncpu0 1 2 3\n")
+    assert system.busy_seconds(tmp_path) == 200 / os.sysconf("SC_CLK_TCK")
+    assert system.busy_seconds() > 0

@@ -8,10 +8,12 @@ read where there is no store: all over it, because the host of a virtual disk ma
 """
 
 import datetime
+import logging
 import mmap
 import os
 import platform
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,6 +57,10 @@ _HEAD_DIM: Final = 128
 _SCHEMES: Final = {"int4-g64": GroupScheme(4), "int8-g64": GroupScheme(8), "none": None}
 _MODES: Final[tuple[Mode, ...]] = ("invariant", "fast")
 
+_MOST_OTHERS: Final = 0.1
+"""The share of the processors that others may take before somebody is told."""
+_LOG: Final = logging.getLogger(__name__)
+
 Say = Callable[[str], None]
 
 
@@ -64,13 +70,19 @@ def measure_hardware(folder: Path, files: Sequence[Path], threads: int, say: Say
 
     Raises ConfigError where the folder is none, or no place for a temporary file; ReadError where files cannot be read.
     """
-    cpu = system.cpu()
+    cpu, others = system.cpu(), _Others()
     disk, how = _measure_disk(folder, files, say)
     say("measuring memory")
     ram = system.meminfo("MemTotal")
     memory = measure_memory(threads, min(512 * MIB, round_down(ram // 8, MIB)))
     rates, kernels = _measure_cpu(threads, memory, say)
     say("measuring the GPU")
+    gpu = measure_gpu()
+    if (share := others.share()) > _MOST_OTHERS:
+        how += f"; other programs took {share:.0%} of the processors meanwhile"
+        _LOG.warning(
+            "other programs took %.0f%% of the processors meanwhile: measure again when nothing else runs", 100 * share
+        )
     return Hardware(
         name=f"{platform.node() or 'this machine'}: {cpu.model}, {cpu.allowed} processors",
         source=f"measured {datetime.date.today().isoformat()}; kernels {kernels}; disk of {folder.resolve()}: {how}",
@@ -78,7 +90,7 @@ def measure_hardware(folder: Path, files: Sequence[Path], threads: int, say: Say
         ram=ram,
         disk=disk,
         cpu=rates,
-        gpu=measure_gpu(),
+        gpu=gpu,
     )
 
 
@@ -112,6 +124,25 @@ def _measure_disk(folder: Path, files: Sequence[Path], say: Say) -> tuple[DiskRa
     how = f"{what}, {mode.value if direct else 'through the page cache'}, {raw.threads} threads, "
     how += f"{format_size(raw.block_nbytes)} each"
     return DiskRates(raw.bytes_per_second, write, tuple(random)), how
+
+
+class _Others:
+    """What other programs take of the processors, from now on."""
+
+    def __init__(self) -> None:
+        self._began = self._now()
+
+    def share(self) -> float:
+        """0 to 1; 0 where the kernel does not tell."""
+        wall, own, busy = (now - then for now, then in zip(self._now(), self._began, strict=True))
+        return max(0.0, busy - own) / (wall * (os.cpu_count() or 1))
+
+    @staticmethod
+    def _now() -> tuple[float, float, float]:
+        try:
+            return time.monotonic(), time.process_time(), system.busy_seconds()
+        except (OSError, ValueError):
+            return time.monotonic(), time.process_time(), 0.0
 
 
 @contextmanager

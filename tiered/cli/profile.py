@@ -1,5 +1,6 @@
 """`tiered profile`: measures this machine and the disk of a folder, shows the figures and keeps them."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,10 @@ def run(
     for wanted in filter(None, (output, plot)):
         if not wanted.absolute().parent.is_dir():
             raise ConfigError(f"{wanted}: there is no folder {wanted.parent}; make it, or name another")
+    for wanted in filter(None, (path, plot)):
+        above = next(parent for parent in wanted.absolute().parents if parent.exists())
+        if not os.access(above, os.W_OK | os.X_OK):
+            raise ConfigError(f"{wanted}: {above} cannot be written to; name another file with -o or --plot")
     if plot is not None:
         profile_plot.check(plot)
     with StatusLine() as status:

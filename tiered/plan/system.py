@@ -86,6 +86,13 @@ def meminfo(key: str, proc: Path = PROC) -> int:
     return int(found.split()[0]) * 1024
 
 
+def busy_seconds(proc: Path = PROC) -> float:
+    """Processor seconds since the start of the machine that any program has taken, or that its host has taken away."""
+    fields = (proc / "stat").read_text().split("\n", 1)[0].split()
+    user, nice, system, _idle, _waiting, irq, soft_irq, steal = (int(word) for word in fields[1:9])
+    return (user + nice + system + irq + soft_irq + steal) / os.sysconf("SC_CLK_TCK")
+
+
 def chosen(path: Path) -> str:
     """The choice in brackets of a kernel setting such as "always [madvise] never"."""
     text = path.read_text().strip()
