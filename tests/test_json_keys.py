@@ -57,11 +57,12 @@ def words(command: str, store: Path, folder: Path) -> list[str | Path]:
         "verify": ["verify", store],
         "doctor": ["doctor"],
         "plan": ["plan", "opt-125m", "--hardware", "t4-208gb"],
+        "simulate": ["simulate", store, "--hardware", "laptop-16gb", "--ram", "1GiB", "--passes", "2"],
     }
     return known[command]
 
 
-@pytest.mark.parametrize("command", ["generate", "score", "batch", "inspect", "verify", "doctor", "plan"])
+@pytest.mark.parametrize("command", ["generate", "score", "batch", "inspect", "verify", "doctor", "plan", "simulate"])
 def test_the_keys_are_as_they_were(command: str, store: Path, tmp_path: Path) -> None:
     asked = words(command, store, tmp_path)
     if command == "generate":

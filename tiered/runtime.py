@@ -30,7 +30,6 @@ from tiered.model import (
     Engine,
     ForwardBatch,
     ForwardWork,
-    MicroBatchLimits,
     OnBlock,
     OnLogits,
     Pass,
@@ -59,6 +58,7 @@ from tiered.plan import (
     process_rss_bytes,
     rates_wanted,
 )
+from tiered.plan.passes import limits_of
 from tiered.store import Store
 from tiered.stream import EmbeddingRows, KVStream, Streamer, Streams, StreamThread
 
@@ -221,7 +221,7 @@ class Runtime:
         """One pass over tokens of many sequences; see `forward` for the rest."""
         for segment in segments:
             check_token_ids(torch.tensor([segment.input_ids]), self.store.vocab_size)
-        limits = _limits(self.plan, self.engine.model.skeleton.family.gathers)
+        limits = limits_of(self.plan, self.engine.model.skeleton.family.gathers)
         pool, packing = self._memory.pool, self.host.attention.packing
         work = Segments(segments, pool, limits, self.plan.head_rows, packing, on_logits)
         return self._run(work, on_block, is_last)
@@ -374,17 +374,6 @@ def _budgets(options: Options, member: Member, before: int) -> Budgets:
     bits: Bits = 16 if options.kv_bits == "auto" else options.kv_bits
     chosen, rows = options.kv_bits == "auto", options.micro_batch_rows
     return Budgets(member.budget, baseline, options.tiers, options.kv, bits, chosen, rows)
-
-
-def _limits(plan: Plan, gathered: bool) -> MicroBatchLimits:
-    """How a pass over segments is cut; `gathered`: the family has dense attention."""
-    return MicroBatchLimits(
-        rows=plan.micro_batch_rows,
-        gathered=gathered,
-        gathered_rows=plan.gathered_rows,
-        within_pages=plan.cache.bits != 16,
-        lent_pages=plan.cache.lent_pages,
-    )
 
 
 def measure_inputs(store: Store, options: Options) -> tuple[ModelShape, Machine, Budgets]:

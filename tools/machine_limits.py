@@ -3,8 +3,8 @@
     python tools/machine_limits.py                  one line of JSON; by as many threads as there are processors
 
 The loops are in machine_limits.cpp, which is compiled with g++ or clang++ (or CXX) whenever this runs. Without a
-compiler torch's sum reads memory, several times slower, and the peak is unknown. `bench_kernels.py` and
-`bench_stream.py` compare what they measure with these figures.
+compiler torch's sum reads memory, several times slower, and the peak is unknown. `bench_kernels.py` compares what
+it measures with these figures.
 """
 
 import contextlib

@@ -24,8 +24,8 @@ from tiered.cache import (
     SequenceKV,
 )
 from tiered.kernels.attention import PAGE_TOKENS, BlockTable, Pages
-from tiered.model import MicroBatchLimits, Segment
-from tiered.model.segments import plan_micro_batches
+from tiered.model import Segment
+from tiered.plan.passes import MicroBatchLimits, plan_micro_batches
 
 LONGEST: Final = 700
 States = tuple[torch.Tensor, torch.Tensor]
@@ -95,9 +95,8 @@ class Passes:
         """So many tokens of each sequence, through every layer."""
         members = list(tokens)
         segments = [Segment(self.kvs[i], [0] * tokens[i]) for i in members]
-        groups = [
-            self._group(members, segments, micro_batches) for micro_batches in plan_micro_batches(segments, self.limits)
-        ]
+        cut = plan_micro_batches([segment.tokens for segment in segments], self.limits)
+        groups = [self._group(members, segments, micro_batches) for micro_batches in cut]
         for layer in range(self.pool.shape.layers):
             for blocks, micro_batches in groups:
                 self._lend(blocks, layer)
@@ -108,15 +107,16 @@ class Passes:
             segment.kv.length = segment.stop
 
     def _group(
-        self, members: list[int], segments: list[Segment], micro_batches: list[dict[int, Part]]
+        self, members: list[int], segments: list[Segment], micro_batches: list[dict[int, range]]
     ) -> tuple[LentBlocks, list[tuple[MicroBatchKV, list[int]]]]:
-        numbers = sorted({number for parts in micro_batches for number in parts})
+        numbers = sorted({number for tokens_of in micro_batches for number in tokens_of})
         blocks = LentBlocks(self.pool, [segments[number].part for number in numbers])
         made: list[tuple[MicroBatchKV, list[int]]] = []
         kind: Callable[..., MicroBatchKV] = GatheredKV if self.limits.gathered else PackedKV
-        for parts in micro_batches:
-            rows = [numbers.index(number) for number in parts]
-            made.append((kind(blocks, list(parts.values()), rows), [members[number] for number in parts]))
+        for tokens_of in micro_batches:
+            rows = [numbers.index(number) for number in tokens_of]
+            parts = [Part(segments[i].kv, tokens.start, len(tokens)) for i, tokens in tokens_of.items()]
+            made.append((kind(blocks, parts, rows), [members[number] for number in tokens_of]))
         return blocks, made
 
     def _lend(self, blocks: LentBlocks, layer: int) -> None:

@@ -18,7 +18,7 @@ from tests.quick import represented
 from tiered.cache import GatheredKV, KVShape, LentBlocks, PackedKV, PageLayout, Part
 from tiered.errors import ConfigError
 from tiered.kernels.attention import PAGE_TOKENS
-from tiered.model import MicroBatchLimits
+from tiered.plan.passes import MicroBatchLimits
 
 WINDOW: Final = 70
 COUNTS: Final = st.sampled_from([1, 1, 1, 2, 30, 63, 64, 65, 130])

@@ -63,6 +63,7 @@ def test_a_checkpoint_is_planned_by_its_configuration(tmp_path: Path) -> None:
         (["--batch", "0"], "--batch '0': expected auto"),
         (["--batch", "many"], "--batch 'many': expected auto"),
         (["--prompt-len", "0"], "--prompt-len"),
+        (["--prompt-len", "3000"], "--prompt-len 3000 and --gen-len 32: opt-125m has positions for 2048"),
     ],
 )
 def test_options_that_make_no_sense_are_refused_by_name(words: list[str], said: str) -> None:

@@ -24,11 +24,11 @@ from tiered.errors import InterruptedRun, ReadError, StoreError, UnsupportedFami
 from tiered.io import Arena, ChunkVerifier, DiskReader, Faults, Slab, VerifyPolicy
 from tiered.kernels import CancelFlag
 from tiered.plan import Held, Placement, Plan, full_ring, interleave
+from tiered.plan.order import ring_starts
 from tiered.plan.placement import UNHELD, smallest_ring
 from tiered.quant import QuantizedWeight
 from tiered.store import CHUNK_NBYTES, BlockInfo, Store
 from tiered.stream import AnyWeight, Loan, Streamer
-from tiered.stream.ring import ring_starts
 from tiered.trace import Tracer
 from tiered.units import GIB
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from tiered.bench import cgroup
+from tiered.bench import limit as library
 from tiered.units import MIB
 from tools import limit
 
@@ -28,7 +30,7 @@ def call(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def can_limit() -> None:
     checked = call("--check")
-    if checked.returncode == limit.CANNOT_LIMIT:
+    if checked.returncode == cgroup.CANNOT_LIMIT:
         pytest.skip(checked.stderr)
     assert checked.returncode == 0, checked.stderr
 
@@ -118,22 +120,22 @@ class TestLimited:
             assert not Path(method.partition("(")[2].rstrip(")")).exists()
 
     def test_a_systemd_scope_reports_the_same_figures(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        mount = limit.mounted("cgroup", "memory")
+        mount = cgroup.mounted("cgroup", "memory")
         if mount is None:
             pytest.skip("the stand-in for systemd-run needs a v1 memory controller")
         stand_in = tmp_path / "systemd-run"
-        stand_in.write_text(STAND_IN.format(parent=limit.own_folder(mount, "memory")), encoding="utf-8")
+        stand_in.write_text(STAND_IN.format(parent=cgroup.own_folder(mount, "memory")), encoding="utf-8")
         stand_in.chmod(0o755)
         monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-        monkeypatch.setattr(limit, "parents_v1", nowhere)
-        monkeypatch.setattr(limit, "parents_v2", nowhere)
-        report = limit.run([sys.executable, "-c", HOLD_200_MIB], 100 * MIB)
+        monkeypatch.setattr(cgroup, "parents_v1", nowhere)
+        monkeypatch.setattr(cgroup, "parents_v2", nowhere)
+        report = library.run([sys.executable, "-c", HOLD_200_MIB], 100 * MIB)
         assert report.method == "systemd-run --scope"
         assert report.exit_code == 128 + signal.SIGKILL
         assert report.oom_kills == 1
         assert report.cgroup_peak_bytes is not None
         assert 90 * MIB < report.cgroup_peak_bytes <= 100 * MIB
-        assert not list(limit.own_folder(mount, "memory").glob("tiered-limit-*.scope"))
+        assert not list(cgroup.own_folder(mount, "memory").glob("tiered-limit-*.scope"))
 
 
 STAND_IN = """#!/bin/sh
@@ -160,8 +162,8 @@ def fs_type(path: Path) -> str:
 
 @pytest.fixture
 def cannot_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limit, "parents_v1", nowhere)
-    monkeypatch.setattr(limit, "parents_v2", nowhere)
+    monkeypatch.setattr(cgroup, "parents_v1", nowhere)
+    monkeypatch.setattr(cgroup, "parents_v2", nowhere)
     refusing = tmp_path / "systemd-run"
     refusing.write_text("#!/bin/sh\necho no bus >&2; exit 1\n", encoding="utf-8")
     refusing.chmod(0o755)
@@ -207,7 +209,7 @@ def test_a_v2_group_is_limited_without_swap_and_read(tmp_path: Path) -> None:
         "memory.events": "low 0\nhigh 0\nmax 12\noom 3\noom_kill 2\n",
     }.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
-    group = limit.Group(tmp_path)
+    group = cgroup.Group(tmp_path)
     group.set_limit(1 << 30)
     assert (tmp_path / "memory.max").read_text(encoding="utf-8") == str(1 << 30)
     assert (tmp_path / "memory.swap.max").read_text(encoding="utf-8") == "0"

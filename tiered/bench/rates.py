@@ -39,7 +39,7 @@ def measure_machine(
     """`machine` with the rates that are `wanted`; `say` is told what is being measured."""
     if "disk" in wanted:
         say("measuring the disk")
-        machine = replace(machine, disk_bytes_per_second=_disk_rate(store))
+        machine = replace(machine, disk_bytes_per_second=measure_disk(store))
     if "compute" in wanted:
         say("measuring the processor")
         scheme = None if model.quantization is None else GroupScheme.parse(model.quantization)
@@ -50,7 +50,7 @@ def measure_machine(
     return machine
 
 
-def _disk_rate(store: Store) -> float:
+def measure_disk(store: Store) -> float:
     """Raw bandwidth of reading the tape's files, in bytes per second."""
     files = [store.file_path(block) for block in store.tape]
     with mmap.mmap(-1, _DISK_MEMORY_NBYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:

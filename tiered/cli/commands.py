@@ -1,25 +1,44 @@
 """What can be typed: every command of `tiered` with its options. What a command does is in the module of its name.
 
 That module is imported when the command runs, as it loads torch, which takes seconds; this one imports nothing but
-click, so that --help and a mistyped option are answered at once.
+click, so that --help and a mistyped option are answered at once. It is long because it is one list, in the order of
+`tiered --help`; what commands share is in `shared_options.py`.
 """
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import click
-from click.core import ParameterSource
 
+from tiered.cli.shared_options import (
+    ANY_PATH,
+    FILE,
+    KERNEL_MODES,
+    KERNELS,
+    KV,
+    KV_BITS,
+    KV_PLACE,
+    MEASURE,
+    MICRO_BATCH,
+    POSITIVE,
+    STORE,
+    TakesLists,
+    batch_size,
+    id_files,
+    json_output,
+    kv_bits,
+    listed,
+    objective,
+    run_options,
+    size_text,
+    stated,
+    texts,
+)
 from tiered.process import importing
-
-_POSITIVE: Final = click.IntRange(min=1)
-_ANY_PATH: Final = click.Path(path_type=Path)
-_FILE: Final = click.Path(path_type=Path, dir_okay=False)
-
-Command = Callable[..., Any]
 
 
 class _InThisOrder(click.Group):
@@ -40,123 +59,12 @@ def cli() -> None:
     """
 
 
-# Options that several commands have.
-
-
-def _together(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
-    """One decorator that adds `options`, in this order."""
-
-    def add(command: Command) -> Command:
-        # As decorators stand above a function: the last is applied first.
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return add
-
-
-_store: Final = click.argument("store", type=_ANY_PATH)
-
-_KV_BITS: Final = ("16", "8", "4")
-
-
-def _kv_bits(choices: Sequence[str] = _KV_BITS, more: str = "") -> Callable[[Command], Command]:
-    kind = click.Choice(choices)
-    return click.option(
-        "--kv-bits", default="16", show_default=True, type=kind, help=f"Precision of the KV cache{more}."
-    )
-
-
-_kv: Final = _together(
-    click.option(
-        "--kv",
-        default="auto",
-        show_default=True,
-        type=click.Choice(["auto", "cpu", "disk"]),
-        help="Where the KV cache is; auto: in memory if it fits.",
-    ),
-    click.option(
-        "--kv-dir",
-        type=click.Path(path_type=Path, file_okay=False, exists=True),
-        help="Where a KV cache on disk goes. [default: beside the store]",
-    ),
-)
-
-_measure: Final = click.option(
-    "--measure/--no-measure", default=True, help="Measure the raw disk bandwidth after the run."
-)
-
-
-def _json(instead: str = "instead of text") -> Callable[[Command], Command]:
-    return click.option("--json", "as_json", is_flag=True, help=f"Print one JSON object {instead}.")
-
-
-def _texts(what: str) -> Callable[[Command], Command]:
-    kind = click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path)
-    return click.option("-f", "--file", "files", multiple=True, type=kind, help=f"{what}; repeatable; - is stdin.")
-
-
-def _id_files(what: str) -> Callable[[Command], Command]:
-    kind = click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path)
-    return click.option("--ids-file", "id_files", multiple=True, type=kind, help=f"{what} as token ids; like -f.")
-
-
-_micro_batch = click.option(
-    "--micro-batch", type=_POSITIVE, help="Tokens computed together. [default: as many as memory allows and help]"
-)
-
-
-def _objective(default: str) -> Callable[[Command], Command]:
-    """The option for what counts where prompts enter while other sequences decode."""
-    return click.option(
-        "--objective",
-        default=default,
-        show_default=True,
-        type=click.Choice(["latency", "throughput"]),
-        help="While others decode: latency reads prompts in small pieces, throughput as much as a pass takes.",
-    )
-
-
-def _run(invariant: str) -> Callable[[Command], Command]:
-    """The options for precision, memory, threads and kernels; `invariant` says what the invariant mode promises."""
-    return _together(
-        click.option(
-            "--dtype", default="auto", show_default=True, help="auto, bfloat16 or float32: what is computed in."
-        ),
-        click.option("--verify", default="first", show_default=True, type=click.Choice(["first", "always", "never"])),
-        click.option("--tiers", default="disk,cpu", show_default=True, help="Where weights may be, slowest first."),
-        click.option("--ram", help="Budget for the whole process, such as 2GiB. [default: 90% of what is free]"),
-        click.option("--threads", type=_POSITIVE, help="Compute threads. [default: all processors]"),
-        click.option(
-            "--kernels",
-            default="auto",
-            show_default=True,
-            type=click.Choice(["auto", "torch", "scalar", "avx2", "avx512", "amx"]),
-            help="What multiplies; auto is the best that this machine has.",
-        ),
-        click.option(
-            "--kernel-mode",
-            default="invariant",
-            show_default=True,
-            type=click.Choice(["invariant", "fast"]),
-            help=f"invariant: {invariant}. fast: activations may be rounded to 8 bits.",
-        ),
-    )
-
-
-def _stated() -> frozenset[str]:
-    """Names of the options that the running command was given, as opposed to their defaults."""
-    context = click.get_current_context()
-    given = ParameterSource.COMMANDLINE
-    return frozenset(name for name in context.params if context.get_parameter_source(name) is given)
-
-
 # The commands, in the order of `tiered --help`.
 
 
 @cli.command(short_help="Convert a checkpoint into a store of quantized blocks.")
 @click.argument("source")
-@click.option("-o", "--output", type=_ANY_PATH, help="The store to write. [default: ./NAME.tiered]")
+@click.option("-o", "--output", type=ANY_PATH, help="The store to write. [default: ./NAME.tiered]")
 @click.option("--quant", default="int4", show_default=True, type=click.Choice(["int4", "int8", "none"]))
 @click.option("--group-size", default="64", show_default=True, type=click.Choice(["32", "64", "128"]))
 @click.option(
@@ -170,12 +78,12 @@ def _stated() -> frozenset[str]:
 @click.option("--force", is_flag=True, help="Replace the store or unfinished conversion that is in the way.")
 @click.option("--revision", help="Branch, tag or commit of a hub repository.")
 @click.option("--delete-downloads", is_flag=True, help="Remove each file that this downloads once it is converted.")
-@click.option("--from", "weights", type=_ANY_PATH, help="The weights of the model that SOURCE names, in whatever form.")
-@click.option("--md5", type=_ANY_PATH, help="Test the weight files first, by a list that md5sum wrote.")
+@click.option("--from", "weights", type=ANY_PATH, help="The weights of the model that SOURCE names, in whatever form.")
+@click.option("--md5", type=ANY_PATH, help="Test the weight files first, by a list that md5sum wrote.")
 @click.option("--synthetic", is_flag=True, help="Random weights of a known shape (or a toml file), for benchmarks.")
-@click.option("--distinct-blocks", type=_POSITIVE, metavar="N", help="Synthetic: store only N layers.")
+@click.option("--distinct-blocks", type=POSITIVE, metavar="N", help="Synthetic: store only N layers.")
 @click.option("--seed", default=0, show_default=True, help="Of synthetic weights.")
-@click.option("--tokenizer", type=_ANY_PATH, help="A folder or tokenizer.json to take instead of SOURCE's tokenizer.")
+@click.option("--tokenizer", type=ANY_PATH, help="A folder or tokenizer.json to take instead of SOURCE's tokenizer.")
 def convert(source: str, output: Path | None, **options: Any) -> None:
     """Convert SOURCE into a store that 'tiered generate' runs.
 
@@ -196,12 +104,12 @@ def convert(source: str, output: Path | None, **options: Any) -> None:
 
 
 @cli.command(short_help="Generate text from a store, in less memory than it takes.")
-@_store
+@STORE
 @click.option("-p", "--prompt", "prompts", multiple=True, help="A prompt; repeat for a batch.")
-@_texts("A file that is one prompt")
+@texts("A file that is one prompt")
 @click.option("--prompt-ids", multiple=True, metavar="IDS", help="A prompt as token ids: 2,100,524; like -p.")
-@_id_files("A file that is one prompt")
-@click.option("-n", "--max-new-tokens", default=128, show_default=True, type=_POSITIVE, help="Tokens to generate.")
+@id_files("A file that is one prompt")
+@click.option("-n", "--max-new-tokens", default=128, show_default=True, type=POSITIVE, help="Tokens to generate.")
 @click.option("--temperature", default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--top-k", default=0, show_default=True, help="Sample from the k likeliest tokens; 0: all.")
 @click.option("--top-p", default=1.0, show_default=True, help="Sample from the likeliest tokens of this total mass.")
@@ -210,19 +118,19 @@ def convert(source: str, output: Path | None, **options: Any) -> None:
 @click.option("--seed", default=0, show_default=True, help="For sampling.")
 @click.option("--stop", "stops", multiple=True, help="End at this text; repeatable.")
 @click.option("--ignore-eos", is_flag=True, help="Go on past the end-of-text token.")
-@click.option("--prompt-tokens", type=_POSITIVE, help="Random prompts of exactly N tokens, for measuring.")
-@click.option("--sequences", default=1, show_default=True, type=_POSITIVE, help="So many --prompt-tokens prompts.")
-@click.option("--batch", type=_POSITIVE, help="Prompts that run at once. [default: all]")
-@_micro_batch
-@_objective("latency")
-@_kv
-@_kv_bits((*_KV_BITS, "auto"), "; auto: as many bits as cost at most 10 % in bytes read")
+@click.option("--prompt-tokens", type=POSITIVE, help="Random prompts of exactly N tokens, for measuring.")
+@click.option("--sequences", default=1, show_default=True, type=POSITIVE, help="So many --prompt-tokens prompts.")
+@click.option("--batch", type=POSITIVE, help="Prompts that run at once. [default: all]")
+@MICRO_BATCH
+@objective("latency")
+@KV_PLACE
+@kv_bits((*KV_BITS, "auto"), "; auto: as many bits as cost at most 10 % in bytes read")
 @click.option("--chat", is_flag=True, help="Apply the tokenizer's chat template to each prompt.")
-@_run("a text does not depend on what shares its batch")
+@run_options("a text does not depend on what shares its batch")
 @click.option("--prefetch", type=click.IntRange(min=0), help="Units read ahead; 0: none. [default: as memory allows]")
-@_measure
-@_json()
-@click.option("--trace", "trace_path", type=_FILE, help="Write a Perfetto trace.")
+@MEASURE
+@json_output()
+@click.option("--trace", "trace_path", type=FILE, help="Write a Perfetto trace.")
 def generate(
     prompts: Sequence[str],
     files: Sequence[Path],
@@ -243,26 +151,26 @@ def generate(
     with importing(is_command=True):
         from tiered.cli.generate import GenerateRequest, run
 
-    run(GenerateRequest(**options, prompts=texts, stated=_stated()))
+    run(GenerateRequest(**options, prompts=texts, stated=stated()))
 
 
 @cli.command(short_help="Answer a file of requests; killed and started again at will.")
-@_store
-@click.option("-i", "--input", "input_path", required=True, type=_FILE, help="Requests, one JSON object per line.")
-@click.option("-o", "--output", "output_path", required=True, type=_FILE, help="Where results are appended.")
+@STORE
+@click.option("-i", "--input", "input_path", required=True, type=FILE, help="Requests, one JSON object per line.")
+@click.option("-o", "--output", "output_path", required=True, type=FILE, help="Where results are appended.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0, (1 << 64) - 1), help="For sampling.")
 @click.option(
-    "--max-tokens", default=128, show_default=True, type=_POSITIVE, help="Tokens to generate where a line says nothing."
+    "--max-tokens", default=128, show_default=True, type=POSITIVE, help="Tokens to generate where a line says nothing."
 )
-@click.option("--context", type=_POSITIVE, help="Tokens of the longest sequence. [default: as the input needs]")
-@click.option("--batch", type=_POSITIVE, help="Sequences that share a pass. [default: as time and memory allow]")
-@_micro_batch
-@_objective("throughput")
-@_kv
-@_kv_bits()
-@_run("a text does not depend on what shares its batch")
-@_measure
-@_json("with the report")
+@click.option("--context", type=POSITIVE, help="Tokens of the longest sequence. [default: as the input needs]")
+@click.option("--batch", type=POSITIVE, help="Sequences that share a pass. [default: as time and memory allow]")
+@MICRO_BATCH
+@objective("throughput")
+@KV_PLACE
+@kv_bits()
+@run_options("a text does not depend on what shares its batch")
+@MEASURE
+@json_output("with the report")
 def batch(**options: Any) -> None:
     """Answer all requests of a file with STORE, the folder that 'tiered convert' wrote.
 
@@ -274,36 +182,36 @@ def batch(**options: Any) -> None:
     with importing(is_command=True):
         from tiered.cli.batch import BatchRequest, run
 
-    run(BatchRequest(**options, stated=_stated()))
+    run(BatchRequest(**options, stated=stated()))
 
 
 @cli.command(short_help="Score texts: perplexity and a log-probability per token.")
-@_store
-@_texts("A text")
-@_id_files("A text")
-@click.option("--context", type=_POSITIVE, help="Tokens in a window. [default: 2048, or what the model has]")
+@STORE
+@texts("A text")
+@id_files("A text")
+@click.option("--context", type=POSITIVE, help="Tokens in a window. [default: 2048, or what the model has]")
 @click.option(
     "--stride",
-    type=_POSITIVE,
+    type=POSITIVE,
     help="Tokens of a window that are scored anew; the others are context. [default: all: windows do not overlap]",
 )
 @click.option(
     "--batch",
     "--windows-per-pass",
     "windows_per_pass",
-    type=_POSITIVE,
+    type=POSITIVE,
     help="Windows that share a pass. [default: as memory allows]",
 )
 @click.option(
     "--per-token",
     "per_token_path",
-    type=_FILE,
+    type=FILE,
     help="Write a JSON line per token: file, position, token_id, text, logprob.",
 )
-@_kv_bits()
-@_run("a score does not depend on what shares its pass")
-@_measure
-@_json()
+@kv_bits()
+@run_options("a score does not depend on what shares its pass")
+@MEASURE
+@json_output()
 def score(files: Sequence[Path], id_files: Sequence[Path], **options: Any) -> None:
     """Score texts with STORE: perplexity, nats per token, bits per byte.
 
@@ -324,13 +232,82 @@ def score(files: Sequence[Path], id_files: Sequence[Path], **options: Any) -> No
     run(ScoreRequest(**options, texts=texts))
 
 
+@cli.command(cls=TakesLists, short_help="Measure runs in limited memory: tables, pictures, a page to pass on.")
+@click.argument("target", required=False, metavar="[STORE|SHAPE]")
+@click.option("--workload", metavar="NAME|FILE", help="A file of configs/workloads, such as flexgen-512-32 or chat.")
+@click.option("--part", "parts", multiple=True, metavar="NAME", help="Only this part of the workload; repeatable.")
+@listed(
+    "--batch",
+    type=batch_size,
+    metavar="N",
+    help="Sequences that share a pass; disk-bound: as many as the disk still bounds.",
+)
+@listed("-p", "--prompt-tokens", type=POSITIVE, metavar="N", help="Tokens of each prompt. [default: 512]")
+@listed("-n", "--new-tokens", type=POSITIVE, metavar="N", help="Tokens of each completion. [default: 32]")
+@listed("--memory-limit", "memory", type=size_text, metavar="SIZE", help="Enforced by the kernel, page cache included.")
+@listed(
+    "--ram",
+    type=size_text,
+    metavar="SIZE",
+    help="Budget of a run. [default: 128 MiB below the limit, else 90% of what is free]",
+)
+@listed("--kernels", type=KERNELS, help="What multiplies. [default: auto]")
+@listed("--kernel-mode", type=KERNEL_MODES, help="[default: invariant]")
+@listed("--kv", type=KV, help="Where the KV cache is. [default: auto]")
+@listed("--kv-bits", type=click.Choice((*KV_BITS, "auto")), help="Precision of the KV cache. [default: 16]")
+@listed("--threads", type=POSITIVE, metavar="N", help="Compute threads. [default: all processors]")
+@click.option("--quant", type=click.Choice(["int4", "int8", "none"]), help="Of a SHAPE's store. [default: int4]")
+@listed("--compress", type=click.Choice(["none", "planes"]), help="Of a SHAPE's store. [default: none]")
+@click.option("--distinct-blocks", type=POSITIVE, metavar="N", help="Layer files of a SHAPE's store.")
+@click.option(
+    "--dir",
+    "folder",
+    type=ANY_PATH,
+    default=tempfile.gettempdir(),
+    show_default=True,
+    help="Where a SHAPE's store goes, and stays for the next time.",
+)
+@click.option("--clean", is_flag=True, help="Remove a SHAPE's store afterwards.")
+@click.option("-r", "--repeat", default=3, show_default=True, type=POSITIVE, help="Runs of every setting, in turns.")
+@click.option("--warm", is_flag=True, help="First a run of every setting that does not count; drop no pages.")
+@click.option("--read-rate", metavar="SIZE", help="Slow the disk down to this per second (root, with cgroup v1).")
+@click.option("--or-unlimited", is_flag=True, help="Run even where memory cannot be limited.")
+@click.option(
+    "-o",
+    "--output",
+    "form",
+    default="md",
+    show_default=True,
+    type=click.Choice(["md", "json", "jsonl", "csv"]),
+    help="jsonl: a line per run, as it ends.",
+)
+@click.option("--plot", "plot_path", type=FILE, help="Draw who waited for whom, and speeds beside bounds: PNG or SVG.")
+@click.option("--report", "page_path", type=FILE, help="Write one web page with everything, for others to open.")
+def bench(target: str | None, **options: Any) -> None:
+    """Measure STORE, or a synthetic store of SHAPE, such as opt-13b, by runs of 'tiered generate'.
+
+    \b
+    tiered bench opt-13b.tiered -p 512 -n 32 --memory-limit 4GiB
+    tiered bench opt-13b --memory-limit 2GiB 4GiB --batch 1 16 --report bench.html
+
+    Every run is a process of its own, and reads past the page cache. Settings are all combinations of the values
+    given, and take turns; prompts are random, and others in every run. Interrupted, the command prints what it has.
+    """
+    from tiered.cli.bench import BenchRequest, run
+
+    axes = ("batch", "prompt_tokens", "new_tokens", "memory", "ram", "kernels", "kernel_mode", "kv", "kv_bits")
+    lists = {axis: options.pop(axis) for axis in (*axes, "threads", "compress")}
+    given = {axis: values for axis, values in lists.items() if values}
+    run(BenchRequest(target=target, values=given, **options))
+
+
 @cli.command(short_help="Show what a store holds and what fits in which budget.")
-@_store
-@click.option("--context", type=_POSITIVE, help="Tokens to plan for. [default: 2048, or what the model has]")
-@click.option("--sequences", default=1, show_default=True, type=_POSITIVE, help="Prompts in one batch.")
+@STORE
+@click.option("--context", type=POSITIVE, help="Tokens to plan for. [default: 2048, or what the model has]")
+@click.option("--sequences", default=1, show_default=True, type=POSITIVE, help="Prompts in one batch.")
 @click.option("--dtype", default="auto", show_default=True, help="auto, bfloat16 or float32: what is computed in.")
 @click.option("--disk-bandwidth", help="Of the disk, such as 2GB/s: adds the seconds of a pass.")
-@_json()
+@json_output()
 def inspect(**options: Any) -> None:
     """Show what STORE holds and what fits in which memory budget.
 
@@ -347,10 +324,10 @@ def inspect(**options: Any) -> None:
 @click.option("--hardware", metavar="NAME|FILE", help="A machine of configs/hardware, or a file. [default: this one]")
 @click.option("--ram", help="Budget for the whole process, such as 16GiB. [default: 90% of what there is]")
 @click.option("--vram", help="Budget of the GPU. [default: all of it]")
-@click.option("--prompt-len", default=512, show_default=True, type=_POSITIVE, help="Tokens of each prompt.")
-@click.option("--gen-len", default=32, show_default=True, type=_POSITIVE, help="Tokens that each sequence generates.")
+@click.option("--prompt-len", default=512, show_default=True, type=POSITIVE, help="Tokens of each prompt.")
+@click.option("--gen-len", default=32, show_default=True, type=POSITIVE, help="Tokens that each sequence generates.")
 @click.option("--batch", default="auto", show_default=True, metavar="N|auto", help="Sequences at once.")
-@click.option("--sequences", type=_POSITIVE, help="In all. [default: the batch; else 1, or 128 for throughput]")
+@click.option("--sequences", type=POSITIVE, help="In all. [default: the batch; else 1, or 128 for throughput]")
 @click.option(
     "--objective",
     default="latency",
@@ -358,7 +335,7 @@ def inspect(**options: Any) -> None:
     type=click.Choice(["latency", "throughput"]),
     help="What a batch is chosen for: sequences finished soon, or a job finished soon.",
 )
-@_json()
+@json_output()
 def plan(**options: Any) -> None:
     """Predict what MODEL takes on a machine: one row per strategy, the quickest first.
 
@@ -370,10 +347,46 @@ def plan(**options: Any) -> None:
     run(**options)
 
 
+@cli.command(short_help="Play a plan through without weights: what waits for what.")
+@click.argument("model")
+@click.option("--hardware", metavar="NAME|FILE", help="A machine of configs/hardware, or a file. [default: this one]")
+@click.option("--ram", help="Budget for the whole process, such as 16GiB. [default: 90% of what there is]")
+@click.option(
+    "--quant", default="int4", show_default=True, type=click.Choice(["int4", "int8"]), help="Where MODEL is no store."
+)
+@click.option("--prompt-len", default=512, show_default=True, type=POSITIVE, help="Tokens of each prompt.")
+@click.option("--gen-len", default=32, show_default=True, type=POSITIVE, help="Tokens that each sequence generates.")
+@click.option("--batch", default=1, show_default=True, type=POSITIVE, help="Sequences at once.")
+@MICRO_BATCH
+@objective("latency")
+@click.option(
+    "--kv",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "cpu", "disk"]),
+    help="Where the KV cache is; auto: in memory if it fits.",
+)
+@kv_bits()
+@click.option("--passes", type=POSITIVE, help="Passes to simulate. [default: the prompts', and three more]")
+@click.option("--trace", "trace_path", type=FILE, help="Write a Perfetto trace, as 'tiered generate --trace' does.")
+@click.option("--plot", type=FILE, help="Draw a prompt's pass and two more (.png, .svg); needs matplotlib.")
+@json_output()
+def simulate(**options: Any) -> None:
+    """Play the plan for MODEL on a machine through in numbers: when each unit is read, computed and waited for.
+
+    MODEL is what 'tiered plan' takes: a store, a known name such as opt-30b, a Hugging Face folder, a hub id. Nothing
+    is read but shapes, and nothing computed: the schedule is the runtime's own, the speeds are those of this machine's
+    profile ('tiered profile') or of another --hardware.
+    """
+    from tiered.cli.simulate import run
+
+    run(**options)
+
+
 @cli.command(short_help="Test every checksum of a store, at disk speed.")
-@_store
+@STORE
 @click.option("--threads", default=8, show_default=True, type=click.IntRange(1, 256), help="Reads in flight.")
-@_json()
+@json_output()
 def verify(**options: Any) -> None:
     """Test every checksum of STORE, in parallel, at the speed of the disk.
 
@@ -387,9 +400,9 @@ def verify(**options: Any) -> None:
 
 
 @cli.command(short_help="Show what this machine can do, what is switched off, and why.")
-@click.argument("path", default=".", type=_ANY_PATH)
+@click.argument("path", default=".", type=ANY_PATH)
 @click.option("--disk-test", is_flag=True, help="Write, read and remove a temporary file of 256 MiB.")
-@_json()
+@json_output()
 def doctor(**options: Any) -> None:
     """Show what this machine can do for tiered, what is switched off, and what would switch it on.
 
@@ -402,12 +415,12 @@ def doctor(**options: Any) -> None:
 
 
 @cli.command(short_help="Measure this machine and its disk, for plans and predictions.")
-@click.argument("store", required=False, type=_ANY_PATH)
-@click.option("--dir", "folder", type=_ANY_PATH, help="Measure the disk of this folder. [default: the current one]")
-@click.option("--threads", type=_POSITIVE, help="Threads that compute and read memory. [default: all processors]")
-@click.option("--plot", type=_FILE, help="Draw speed over rows, with what bounds it (.png, .svg); needs matplotlib.")
-@click.option("-o", "--output", type=_FILE, help="Write the profile here, not to where plans look for it.")
-@_json()
+@click.argument("store", required=False, type=ANY_PATH)
+@click.option("--dir", "folder", type=ANY_PATH, help="Measure the disk of this folder. [default: the current one]")
+@click.option("--threads", type=POSITIVE, help="Threads that compute and read memory. [default: all processors]")
+@click.option("--plot", type=FILE, help="Draw speed over rows, with what bounds it (.png, .svg); needs matplotlib.")
+@click.option("-o", "--output", type=FILE, help="Write the profile here, not to where plans look for it.")
+@json_output()
 def profile(**options: Any) -> None:
     """Measure this machine in about a minute: disk, memory, linear layers, attention, GPU.
 

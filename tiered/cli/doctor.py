@@ -147,7 +147,7 @@ def _cgroups(found: Examination) -> Iterable[Fact]:
         yield Fact(way.method, "can be tried" if way.refusal is None else way.refusal, way.refusal is None)
     if all(way.refusal is not None for way in support):
         found.switch_off(
-            "runs limited by a cgroup (tests and tools/limit.py)",
+            "runs limited by a cgroup (tests, 'tiered bench --memory-limit' and tools/limit.py)",
             "; ".join(f"{way.method}: {way.refusal}" for way in support),
             "root, a delegated cgroup, or a systemd user session; 'tiered generate --ram' works without",
         )

@@ -14,9 +14,10 @@ from tiered.arch import load_config, most_positions
 from tiered.cli.lines import Failure, end_failed, print_json
 from tiered.cli.measuring import measured, predicted
 from tiered.cli.progress import PassProgress
-from tiered.cli.run_request import RunRequest, check_writable
+from tiered.cli.run_request import RunRequest
 from tiered.cli.screen import StatusLine, TextWriter
 from tiered.cli.texts import TokenIds
+from tiered.cli.writable import check_writable
 from tiered.errors import ConfigError, TieredError, contained
 from tiered.generate import Report, Sampler, SamplingParams, Sequence, generate, make_report
 from tiered.generate.prompt import NO_TOKENIZER, Prompts

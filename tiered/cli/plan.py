@@ -4,8 +4,10 @@ In: what was typed. Out: a table, or JSON. For models and machines that are know
 transformers and touches no machine: `plan/strategies.py` computes, this finds its inputs and prints its rows.
 """
 
+import json
 import shlex
 import textwrap
+import tomllib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +17,8 @@ import click
 
 from tiered.cli.lines import columns, print_json
 from tiered.configs_path import config_dir
-from tiered.errors import BudgetError, ConfigError
+from tiered.errors import BudgetError, ConfigError, StoreError
+from tiered.files import MOST_JSON_NBYTES, read_whole
 from tiered.plan.budget import DEFAULT_SHARE, available_budget
 from tiered.plan.hardware import Hardware
 from tiered.plan.inputs import ModelShape, Objective
@@ -73,6 +76,11 @@ def run(
     size = _batch(batch)
     limits = {name: None if text is None else _size(name, text) for name, text in (("--ram", ram), ("--vram", vram))}
     found = find_model(model)
+    most = _positions(model)
+    if most is not None and prompt_len + gen_len > most:
+        raise ConfigError(
+            f"--prompt-len {prompt_len} and --gen-len {gen_len}: {found.name} has positions for {most}; ask for fewer"
+        )
     machine = load_hardware(hardware) if hardware is not None else _this_machine(found)
     if limits["--vram"] is not None and machine.gpu is None:
         raise ConfigError(f"--vram {vram}: {machine.name} has no GPU; drop it, or name another --hardware")
@@ -116,6 +124,18 @@ def find_model(text: str) -> Model:
     with importing(is_command=True):
         from tiered.shapes import checkpoint_shapes
     return Model(text.rstrip("/").rpartition("/")[2], text, None, checkpoint_shapes(text, _QUANTS))
+
+
+def _positions(text: str) -> int | None:
+    """Tokens of a sequence that the model called `text` is made for, where a file that is here tells."""
+    known, config = config_dir() / "models" / f"{text}.toml", Path(text).expanduser() / "config.json"
+    if _is_file(config):
+        found = json.loads(read_whole(config, StoreError, MOST_JSON_NBYTES)).get("max_position_embeddings")
+    elif "/" not in text and _is_file(known):
+        found = tomllib.loads(known.read_text())["config"].get("max_position_embeddings")
+    else:
+        found = None
+    return found if isinstance(found, int) else None
 
 
 def _is_file(path: Path) -> bool:

@@ -1,6 +1,5 @@
 """The options that `generate`, `batch` and `score` share, and the runtime `Options` that they stand for."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -57,16 +56,3 @@ class RunRequest:
             kernel_mode=Mode(self.kernel_mode),
             **more,
         )
-
-
-def check_writable(option: str, path: Path, inputs: Sequence[str | Path] = ()) -> None:
-    """Raise ConfigError, before any work, if the file of `option` could not be written after it, or is an input."""
-    there = path.exists()
-    try:
-        if there and any(Path(text).exists() and path.samefile(text) for text in inputs):
-            raise ConfigError(f"{option} {path}: is a text to score, and would be overwritten; name another file")
-        path.open("a").close()
-        if not there:
-            path.unlink()
-    except OSError as error:
-        raise ConfigError(f"{option} {path}: cannot be written: {error.strerror}; name another file") from None

@@ -15,7 +15,7 @@ from tiered.arch import context_for, load_config
 from tiered.cli.lines import Failure, end_failed, print_json
 from tiered.cli.measuring import measured
 from tiered.cli.progress import ScoreProgress
-from tiered.cli.run_request import RunRequest, check_writable
+from tiered.cli.run_request import RunRequest
 from tiered.cli.score_output import (
     PerTokenFile,
     Text,
@@ -27,6 +27,7 @@ from tiered.cli.score_output import (
 )
 from tiered.cli.screen import StatusLine
 from tiered.cli.texts import TokenIds
+from tiered.cli.writable import check_writable
 from tiered.errors import ConfigError, ModelError, TieredError, contained
 from tiered.generate import ScoreReport, make_score_report
 from tiered.generate.prompt import NO_TOKENIZER, check_ids, check_vocabulary

@@ -15,7 +15,7 @@ pass, is raised.
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from enum import Enum
@@ -30,6 +30,7 @@ from tiered.generate.costs import Generation, PassCost
 from tiered.model import OnBlock, OnLogits, Pass, Segment, check_token_ids
 from tiered.plan import Plan
 from tiered.plan.pace import Pace
+from tiered.plan.passes import share_pass
 
 
 class PassRunner(Protocol):
@@ -265,11 +266,10 @@ class Scheduler(Generic[T]):
     def _plan_pass(self) -> tuple[list[Segment], list[Ticket[T]]]:
         """The next pass: a token of every decoding sequence, then prompts in order, as segments with their tickets."""
         decoding = [ticket for ticket in self._running if ticket.is_decoding]
-        room = self._runner.plan.max_batched_tokens - len(decoding)
-        if decoding and self._runner.plan.objective == "latency":
-            room = min(room, self._runner.pace.prompt_tokens(len(decoding)))
         prompts = [ticket for ticket in self._running if not ticket.is_decoding]
-        shares = dict(_share(prompts, max(room, 0)))
+        left = [len(ticket.waiting_tokens()) for ticket in prompts]
+        counts = share_pass(self._runner.plan, self._runner.pace, len(decoding), left)
+        shares = dict(zip(prompts, counts, strict=True))
         members = decoding + [ticket for ticket in prompts if shares.get(ticket)]
         return [_segment(ticket, shares.get(ticket, 1)) for ticket in members], members
 
@@ -318,24 +318,6 @@ def _first_kept(ticket: Ticket[T]) -> int:
     """Number of the first kept position in the item's next segment."""
     assert ticket.kv is not None
     return 0 if ticket.is_decoding else max(0, ticket.kv.length - len(ticket.item.prompt_ids) + ticket.item.kept)
-
-
-def _share(prompts: Items[Ticket[T]], room: int) -> Iterator[tuple[Ticket[T], int]]:
-    """Share `room` tokens among prompts: yields tickets with their numbers of tokens.
-
-    The oldest prompt gets at least half of `room`, if it needs that much, so that it advances. Of the others the
-    shortest come first, so that they need not wait for a long one.
-    """
-    if not prompts:
-        return
-    left = {ticket: len(ticket.waiting_tokens()) for ticket in prompts}
-    oldest, others = prompts[0], sorted(prompts[1:], key=left.__getitem__)
-    first = min(left[oldest], room - min(room // 2, sum(left[ticket] for ticket in others)))
-    yield oldest, first
-    room -= first
-    for ticket in others:
-        yield ticket, min(left[ticket], room)
-        room -= min(left[ticket], room)
 
 
 def _segment(ticket: Ticket[T], count: int) -> Segment:

@@ -6,7 +6,7 @@ from tiered.model.engine import Engine, OnBlock, Pass
 from tiered.model.forward import ForwardBatch, ForwardWork, check_token_ids, keep_positions, slice_mask
 from tiered.model.match import check_layers, check_match
 from tiered.model.record import CACHE_NAMES, Recorder, cache_name
-from tiered.model.segments import MicroBatchLimits, OnLogits, Segment, Segments
+from tiered.model.segments import OnLogits, Segment, Segments
 from tiered.model.shape import model_shape
 from tiered.model.work import Work
 
@@ -17,7 +17,6 @@ __all__ = [
     "ForwardBatch",
     "ForwardWork",
     "KernelAttention",
-    "MicroBatchLimits",
     "OnBlock",
     "OnLogits",
     "Pass",

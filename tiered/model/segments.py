@@ -1,6 +1,6 @@
 """Segments: consecutive tokens of sequences, side by side in micro-batches without padding, over the paged cache.
 
-    segments -> plan_micro_batches (pure) -> micro-batches [1, tokens] -> layers -> rows that need logits, to the caller
+    segments -> micro-batches [1, tokens] (`plan/passes.py`) -> layers -> rows that need logits, to the caller
 
 Segments of one token (decoding) and of many (prompts) share micro-batches, and so the pass. Families with dense
 attention get rows of equal length instead: single tokens together, padded on the left, every prompt by itself.
@@ -15,9 +15,9 @@ import torch
 
 from tiered.cache import GatheredKV, KVPool, LentBlocks, MicroBatchKV, PackedKV, Part, SequenceKV
 from tiered.errors import ConfigError
-from tiered.kernels.attention import PAGE_TOKENS
 from tiered.model.record import Recorder
 from tiered.model.work import Embedded, Group, MicroBatch
+from tiered.plan.passes import MicroBatchLimits, plan_micro_batches
 
 OnLogits = Callable[[int, int, torch.Tensor], None]
 """Called in the compute thread with (segment, index among its kept positions, logits [rows, vocab] in the compute
@@ -45,66 +45,14 @@ class Segment:
     def stop(self) -> int:
         return self.part.stop
 
+    @property
+    def tokens(self) -> range:
+        """Their positions in the sequence."""
+        return range(self.kv.length, self.stop)
+
     def ids_of(self, part: Part) -> list[int]:
         """The token ids of `part`, which lies within the segment."""
         return self.input_ids[part.start - self.kv.length : part.stop - self.kv.length]
-
-
-@dataclass(frozen=True)
-class MicroBatchLimits:
-    """How micro-batches are formed."""
-
-    rows: int
-    """Tokens per micro-batch."""
-    gathered: bool = False
-    """The family has dense attention: it needs rows of equal length."""
-    gathered_rows: int = 1
-    """Sequences whose keys and values may be gathered at once."""
-    within_pages: bool = False
-    """With `gathered`: a part may not cross a page, because all its queries read one copy of each page, and only those
-    whose own page it is may read it as it was computed."""
-    lent_pages: int = 0
-    """Pages that a group may have in memory, where the cache is on disk; 0: no bound."""
-
-
-def plan_micro_batches(segments: Sequence[Segment], limits: MicroBatchLimits) -> list[list[dict[int, Part]]]:
-    """Groups of micro-batches. A micro-batch is the parts of segments that it computes, by number of their segment.
-
-    Every token of every segment is in one micro-batch; the parts of a segment are in one group, in order. Single tokens
-    come first. A segment longer than a micro-batch is a group by itself, of several micro-batches.
-    """
-    singles = [number for number, segment in enumerate(segments) if len(segment.input_ids) == 1]
-    others = [number for number, segment in enumerate(segments) if len(segment.input_ids) > 1]
-    if limits.gathered:
-        # Sequences of similar length together, so that little is padded.
-        singles.sort(key=lambda number: segments[number].kv.length)
-        rows, long = limits.gathered_rows, others
-        short = singles
-    else:
-        rows, long = limits.rows, [number for number in others if len(segments[number].input_ids) > limits.rows]
-        short = [*singles, *(number for number in others if len(segments[number].input_ids) <= rows)]
-    groups: list[list[dict[int, Part]]] = []
-    room = pages_room = 0
-    for number in short:
-        tokens, pages = len(segments[number].input_ids), segments[number].stop // PAGE_TOKENS
-        if tokens > room or (limits.lent_pages and pages > pages_room):
-            groups.append([{}])
-            room, pages_room = rows, limits.lent_pages
-        groups[-1][0][number] = segments[number].part
-        room, pages_room = room - tokens, pages_room - pages
-    return groups + [[{number: part} for part in _cut(segments[number], limits)] for number in long]
-
-
-def _cut(segment: Segment, limits: MicroBatchLimits) -> list[Part]:
-    """A segment's parts for micro-batches of its own."""
-    parts, start = [], segment.kv.length
-    while start < segment.stop:
-        stop = min(segment.stop, start + limits.rows)
-        if limits.gathered and limits.within_pages:
-            stop = min(stop, start + PAGE_TOKENS - start % PAGE_TOKENS)
-        parts.append(Part(segment.kv, start, stop - start))
-        start = stop
-    return parts
 
 
 class Segments:
@@ -135,10 +83,10 @@ class Segments:
 
     def record(self, recorder: Recorder, embedded: Embedded) -> list[Group]:
         groups = []
-        for micro_batches in plan_micro_batches(self._segments, self._limits):
-            numbers = sorted({number for parts in micro_batches for number in parts})
+        for micro_batches in plan_micro_batches([segment.tokens for segment in self._segments], self._limits):
+            numbers = sorted({number for tokens_of in micro_batches for number in tokens_of})
             blocks = LentBlocks(self._pool, [self._segments[number].part for number in numbers])
-            made = [self._record_micro_batch(recorder, embedded, blocks, numbers, parts) for parts in micro_batches]
+            made = [self._record_micro_batch(recorder, embedded, blocks, numbers, each) for each in micro_batches]
             groups.append(Group(tuple(made), blocks))
         return groups
 
@@ -148,14 +96,15 @@ class Segments:
         embedded: Embedded,
         blocks: LentBlocks,
         numbers: Sequence[int],
-        parts_of: dict[int, Part],
+        tokens_of: dict[int, range],
     ) -> MicroBatch:
-        """Record a micro-batch: a part of each segment in `parts_of`. `blocks` are those of segments `numbers`."""
-        parts = list(parts_of.values())
-        segments = [self._segments[number] for number in parts_of]
+        """Record a micro-batch: some tokens of each segment in `tokens_of`. `blocks` are those of `numbers`."""
+        segments = [self._segments[number] for number in tokens_of]
+        kvs = (segment.kv for segment in segments)
+        parts = [Part(kv, tokens.start, len(tokens)) for kv, tokens in zip(kvs, tokens_of.values(), strict=True)]
         ids = [segment.ids_of(part) for segment, part in zip(segments, parts, strict=True)]
         ends = [max(segment.text_length, segment.stop) - 1 for segment in segments]
-        part_numbers = [numbers.index(number) for number in parts_of]
+        part_numbers = [numbers.index(number) for number in tokens_of]
         positions = [list(range(part.start, part.stop)) for part in parts]
         kv: MicroBatchKV
         if self._limits.gathered:
@@ -180,7 +129,7 @@ class Segments:
                     cache=kv,
                     use_cache=True,
                 )
-        self._plan.append(parts_of)
+        self._plan.append(dict(zip(tokens_of, parts, strict=True)))
         return MicroBatch(recording.hidden, recording.calls, len(self._plan) - 1, kv)
 
     def head_steps(self, groups: Sequence[Group]) -> int:

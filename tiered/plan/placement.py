@@ -7,7 +7,7 @@ units computes.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import accumulate, pairwise
 from typing import Final
@@ -42,7 +42,7 @@ class Tape:
     counts: tuple[int, ...]
     """Units of each block; the last block is the head."""
 
-    @property
+    @cached_property
     def total(self) -> int:
         """Bytes of all units in memory."""
         return sum(self.nbytes)
@@ -91,7 +91,8 @@ class Placement:
 
 def interleave(count: int, of: int) -> frozenset[int]:
     """`count` of `of` positions, spread evenly: i is in where floor((i + 1) f) > floor(i f), f = count / of."""
-    return frozenset(i for i in range(of) if (i + 1) * count // of > i * count // of)
+    # The least i with (i + 1) f >= k, for each k: a tape may have 12,000 units, and many spreads are compared.
+    return frozenset(-(-k * of // count) - 1 for k in range(1, count + 1))
 
 
 def smallest_ring(pieces: Sequence[Sequence[int]]) -> int:
@@ -109,8 +110,12 @@ def _wanted_ring(tape: Tape, held: Held, resident: frozenset[int]) -> int:
     """Bytes of a full ring and of what is to be read ahead beyond it: half as much at most, and not more than is
     streamed."""
     pieces = tape.streamed(held, resident)
-    full = full_ring(pieces)
-    return min(full + min(held.ahead_nbytes, full // 2), sum(map(sum, pieces)))
+    return _with_ahead(full_ring(pieces), sum(map(sum, pieces)), held)
+
+
+def _with_ahead(full: int, streamed: int, held: Held) -> int:
+    """A full ring and what is read ahead beyond it, of `streamed` bytes in all."""
+    return min(full + min(held.ahead_nbytes, full // 2), streamed)
 
 
 def place(tape: Tape, available: int, held: Held = UNHELD) -> Placement | None:
@@ -123,7 +128,9 @@ def place(tape: Tape, available: int, held: Held = UNHELD) -> Placement | None:
     pieces = tape.streamed(held)
     if smallest_ring(pieces) > available:
         return None
-    fitting = [spread for spread in _spreads(tape, held) if spread.nbytes + spread.ring_nbytes <= available]
+    # What is read ahead differs from batch size to batch size, the spreads do not.
+    spreads = _spreads(tape, replace(held, ahead_nbytes=0))
+    fitting = [spread for spread in spreads if spread.nbytes + spread.ring_nbytes(tape, held) <= available]
     if not fitting:
         return Placement(frozenset(), 0, min(available, _wanted_ring(tape, held, frozenset())))
     best = max(fitting, key=lambda spread: spread.saved_nbytes)
@@ -138,10 +145,14 @@ class _Spread:
     nbytes: int
     saved_nbytes: int
     """Bytes that a pass need not read."""
-    ring_nbytes: int
+    full_ring_nbytes: int
+
+    def ring_nbytes(self, tape: Tape, held: Held) -> int:
+        """Bytes of the ring beside it."""
+        return _with_ahead(self.full_ring_nbytes, tape.total - self.nbytes, held)
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=32)
 def _spreads(tape: Tape, held: Held) -> tuple[_Spread, ...]:
     """Spreads to choose from. More units are not always more bytes (units differ), so the choice is by bytes."""
     units = len(tape.nbytes)
@@ -152,7 +163,7 @@ def _spreads(tape: Tape, held: Held) -> tuple[_Spread, ...]:
         resident = interleave(count, units)
         nbytes = sum(tape.nbytes[unit] for unit in resident)
         saved = sum(tape.file_nbytes[unit] for unit in resident)
-        found.append(_Spread(count, nbytes, saved, _wanted_ring(tape, held, resident)))
+        found.append(_Spread(count, nbytes, saved, full_ring(tape.streamed(held, resident))))
     return tuple(found)
 
 

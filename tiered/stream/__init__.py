@@ -5,7 +5,7 @@ from tiered.stream.experts import NO_EXPERTS, ExpertCache, ExpertUse
 from tiered.stream.handover import Handover, run_in
 from tiered.stream.kv import KVStream
 from tiered.stream.loan import AnyWeight, Loan
-from tiered.stream.ring import Ring, ring_starts
+from tiered.stream.ring import Ring
 from tiered.stream.streamer import Streamer
 from tiered.stream.thread import Streams, StreamThread
 
@@ -22,6 +22,5 @@ __all__ = [
     "StreamThread",
     "Streamer",
     "Streams",
-    "ring_starts",
     "run_in",
 ]

@@ -7,7 +7,6 @@ the reads that fill it on some machines, so a thread takes it from the system ah
 """
 
 import asyncio
-import itertools
 import os
 import threading
 from collections import deque
@@ -20,10 +19,11 @@ from tiered.errors import UnsupportedFamilyError
 from tiered.io import ChunkBuffers, DiskReader, Slab
 from tiered.io.threads import Check, IOThreads
 from tiered.plan import Plan
+from tiered.plan.order import Reading, feed_order
 from tiered.store import PAGE, Unit
 from tiered.stream.handover import Handover
 from tiered.stream.loan import AnyWeight
-from tiered.stream.ring import Ring, RingSpan, ring_starts
+from tiered.stream.ring import Ring, RingSpan
 from tiered.units import MIB, format_size, round_down
 
 Views = Mapping[str, AnyWeight]
@@ -65,7 +65,7 @@ class Feed:
         self._buffers = buffers
         self._units, self._view, self._name = units, view, name
         self._family, self._prefetch = family, prefetch
-        self._pieces = plan.tape.streamed(plan.held, plan.placement.resident)
+        self._plan = plan
         self._ring_nbytes = round_down(ring.nbytes, PAGE) if ring is not None else 0
         self._group: asyncio.TaskGroup | None = None
         self._task: asyncio.Task[None] | None = None
@@ -166,30 +166,31 @@ class Feed:
                 self._unwanted.add(number)
         self._changed.set()
 
+    def _order(self) -> Iterator[Reading]:
+        """The turns of the tape's units, from the first one on."""
+        return feed_order(self._plan.tape, self._plan.held, self._plan.placement.resident, self._ring_nbytes)
+
     async def _feed_tape(self) -> None:
-        starts = ring_starts(self._pieces, self._ring_nbytes)
-        for number in itertools.count():
-            current, position = divmod(number, len(self._tape))
-            if current and not self._pieces:
-                return
+        for turn in self._order():
             try:
-                if position not in self._resident:
-                    await self._feed_streamed(number, current, position, next(starts))
-                elif position not in self._held:
-                    await self._until_wanted(number, current)
+                if turn.start is not None:
+                    await self._feed_streamed(turn, turn.start)
+                elif turn.position not in self._held:
+                    await self._until_wanted(turn)
                     while self._reading_nbytes() >= _READING_NBYTES:
                         await self._change()
-                    self._held.add(position)
-                    self._start(self.key(number), position, self._resident[position].view)
-                self.begun = number
+                    self._held.add(turn.position)
+                    self._start(self.key(turn.number), turn.position, self._resident[turn.position].view)
+                self.begun = turn.number
             except Exception as error:
                 # A feed that dies silently would leave the computation waiting for ever.
-                self._failure = number, error
+                self._failure = turn.number, error
                 self._raise_failure()
                 return
 
-    async def _feed_streamed(self, number: int, current: int, position: int, start: int) -> None:
+    async def _feed_streamed(self, turn: Reading, start: int) -> None:
         """Find memory at `start` of the ring for a unit, and start its reads; unless the computation passes it by."""
+        number, position = turn.number, turn.position
         while number not in self._unwanted:
             span = self._ring.borrow_at(start, self._tape[position].memory_nbytes)
             if span is None:
@@ -197,7 +198,7 @@ class Feed:
                 await self._change()
                 continue
             # After the wait for the ring, because what is wanted may change during it.
-            await self._until_wanted(number, current)
+            await self._until_wanted(turn)
             if number in self._unwanted:
                 self._ring.release(span)
                 break
@@ -221,15 +222,16 @@ class Feed:
             "again with this version of tiered and transformers"
         )
 
-    async def _until_wanted(self, number: int, current: int) -> None:
-        """Wait while unit `number`, of pass `current`, is not to be read yet."""
-        while number not in self._unwanted and not self._is_wanted(number, current):
+    async def _until_wanted(self, turn: Reading) -> None:
+        """Wait while a unit is not to be read yet."""
+        number = turn.number
+        while number not in self._unwanted and not self._is_wanted(number, turn.passed):
             await self._change()
         if self._prefetch is not None and number > self._asked:
             self._ahead.append(number)
 
-    def _is_wanted(self, number: int, current: int) -> bool:
-        if self.last_pass is not None and current > self.last_pass:
+    def _is_wanted(self, number: int, passed: int) -> bool:
+        if self.last_pass is not None and passed > self.last_pass:
             return False
         while self._ahead and self._ahead[0] <= self._asked:
             self._ahead.popleft()
@@ -295,10 +297,10 @@ class Feed:
 
     def _first_use(self) -> Iterator[tuple[Slab, int, int]]:
         """Slab, start and bytes of each unit's memory, in the order of the tape, until the ring has been used once."""
-        starts, left = ring_starts(self._pieces, self._ring_nbytes), self._ring_nbytes
-        for position, unit in enumerate(self._tape):
-            if position in self._resident:
-                yield self._resident[position], 0, unit.memory_nbytes
+        left = self._ring_nbytes
+        for turn, unit in zip(self._order(), self._tape, strict=False):
+            if turn.start is None:
+                yield self._resident[turn.position], 0, unit.memory_nbytes
             elif left > 0 and self._ring_slab is not None:
-                yield self._ring_slab, next(starts), unit.memory_nbytes
+                yield self._ring_slab, turn.start, unit.memory_nbytes
                 left -= unit.memory_nbytes

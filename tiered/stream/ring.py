@@ -1,13 +1,13 @@
 """The ring: a bounded stretch of memory that what is streamed passes through.
 
-Units of weights come in an order that is known for ever, so where each of them goes is known too: `ring_starts` says.
+Units of weights come in an order that is known for ever, so where each of them goes is known too:
+`plan/order.py: ring_starts` says.
 The KV cache's blocks come in sizes that a pass decides; the ring itself finds a gap for them.
 """
 
 import asyncio
-import itertools
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from tiered.store import PAGE
@@ -20,31 +20,6 @@ class RingSpan:
 
     start: int
     stop: int
-
-
-def ring_starts(pieces: Sequence[Sequence[int]], nbytes: int) -> Iterator[int]:
-    """Where units go in a ring of `nbytes` bytes, without end: the start of each unit of each piece, again and again.
-
-    `pieces` are the sizes of units that are in memory together. The units of a piece never overlap if the ring holds
-    the largest piece, and the unit after it does not overlap them either if the ring is a full one
-    (`plan/placement.py`). Otherwise memory is used again in the order in which it was first used, so that much can be
-    read ahead: pieces follow each other, and the last one before the ring's end lies against it. A piece that has the
-    whole ring but for one unit begins there, at the end, and goes on where the piece before it began.
-    """
-    begin = end = 0
-    for number in itertools.count():
-        piece, following = pieces[number % len(pieces)], pieces[(number + 1) % len(pieces)]
-        size = sum(piece)
-        starts = list(itertools.accumulate(piece, initial=0))[:-1]
-        if end + size <= nbytes:
-            begin = end if end + size + sum(following) <= nbytes else nbytes - size
-        elif begin == 0:
-            begin = nbytes - size
-            starts = [size - piece[0], *(start - piece[0] for start in starts[1:])]
-        else:
-            begin = 0
-        yield from (begin + start for start in starts)
-        end = begin + size
 
 
 class Ring:

@@ -1,0 +1,75 @@
+"""tiered simulate: shapes and stores play through on described machines; the trace, the picture, what is refused."""
+
+import json
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from tests.commands import make_store, run_here
+
+MACHINE: Final = """
+name = "a machine"
+source = "made up"
+ram = 17179869184
+[disk]
+read = 2e9
+write = 1e9
+[cpu]
+cores = 8
+memory = 5e10
+flops = 1e12
+"""
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Path:
+    path = tmp_path / "machine.toml"
+    path.write_text(MACHINE, encoding="utf-8")
+    return path
+
+
+def test_a_known_shape_is_played_through(machine: Path, tmp_path: Path) -> None:
+    trace, plot = tmp_path / "trace.json", tmp_path / "plot.png"
+    words = ("simulate", "opt-6.7b", "--hardware", machine, "--ram", "2GiB")
+    done = run_here(*words, "--trace", trace, "--plot", plot)
+    assert done.code == 0, done.err
+    assert "opt-6.7b int4: 1 sequence of 512 + 32 tokens, in 2 GiB of RAM" in done.out
+    assert "bound     " in done.out and "waits     per pass: computing " in done.out
+    events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
+    assert {event["args"]["name"] for event in events if event["ph"] == "M"} == {"disk", "compute", "wait"}
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_passes_and_totals_are_numbers_for_programs(machine: Path) -> None:
+    words = ("simulate", "qwen3-30b-a3b", "--hardware", machine, "--ram", "4GiB", "--passes", "2", "--json")
+    done = run_here(*words)
+    found = json.loads(done.out)
+    assert [each["prompt_tokens"] for each in found["passes"]] == [512, 0]
+    assert found["plan"]["experts_in_memory"] > 0 and found["passes"][1]["waits"]["experts"] > 0
+    assert found["bottleneck"] == "disk" and found["seconds_per_pass"] >= found["bound_seconds_per_pass"]
+
+
+def test_a_store_is_played_through_in_its_own_scheme(machine: Path, tmp_path: Path) -> None:
+    store = make_store(tmp_path, "int8")
+    done = run_here("simulate", store, "--hardware", machine, "--ram", "1GiB", "--prompt-len", "8", "--gen-len", "4")
+    assert done.code == 0, done.err
+    assert "int8: 1 sequence of 8 + 4 tokens" in done.out
+
+
+def test_what_cannot_be_is_refused_in_a_line(machine: Path, tmp_path: Path) -> None:
+    for words, code, message in (
+        (("--ram", "64GiB"), 2, "a machine has 16 GiB"),
+        (("--ram", "100MiB"), 3, "The smallest budget that works is --ram"),
+        (("--plot", tmp_path / "plot.txt"), 2, "expected a name that ends in one of"),
+        (("--trace", tmp_path / "none/trace.json"), 2, "cannot be written"),
+    ):
+        done = run_here("simulate", "opt-6.7b", "--hardware", machine, *words)
+        assert (done.code, done.out) == (code, "") and message in done.err, done.err
+        assert done.err.count("\n") == 1
+
+
+def test_without_a_profile_a_machine_must_be_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    done = run_here("simulate", "opt-125m")
+    assert done.code == 2 and "run 'tiered profile', or name a machine with --hardware" in done.err

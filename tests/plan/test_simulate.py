@@ -1,0 +1,195 @@
+"""The simulation agrees with the closed form where that applies, and shows what it leaves out: rings below full,
+prompts, caches on disk, experts, a device behind a bus."""
+
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import pytest
+
+from tests.plan.plans import mixture_of, model_of, tape_of
+from tiered.errors import ConfigError
+from tiered.plan import Budgets, ComputeRate, Machine, ModelShape, Placement, Plan, Workload, make_plan
+from tiered.plan.hardware import GpuRates
+from tiered.plan.lanes import Event
+from tiered.plan.play import Device
+from tiered.plan.simulate import Simulation, simulate
+from tiered.units import GIB, MIB
+
+UNIT = 16 * MIB
+DISK = 2e9
+
+
+def model_with(layers: int = 24, units: int = 4, **fields: Any) -> ModelShape:
+    """Layers of equal units, and a head of one."""
+    counts = [*[units] * layers, 1]
+    tape = tape_of([UNIT] * sum(counts), counts=counts)
+    return model_of(tape=tape, weights=2 * tape.total, head_weights=2 * UNIT, layers=layers, **fields)
+
+
+def machine_with(compute_seconds: float, model: ModelShape, attention_seconds: float = 0.0) -> Machine:
+    """One that computes a pass of one row, or a few, in so many seconds."""
+    each = compute_seconds / model.weights
+    return Machine(MIB, DISK, ComputeRate((1, 16, 1024), (each, each, 64 * each)), attention_seconds)
+
+
+def plan_with(model: ModelShape, machine: Machine, workload: Workload, share: float, **budgets: Any) -> Plan:
+    """The plan that has memory for about this share of the tape."""
+    needs = make_plan(model, machine, workload, Budgets(64 * GIB, 0, **budgets)).needs.total
+    return make_plan(model, machine, workload, Budgets(needs + int(share * model.tape.total), 0, **budgets))
+
+
+def lane(simulation: Simulation, name: str) -> list[Event]:
+    return [event for event in simulation.events if event.lane == name]
+
+
+ONE = Workload(1, 128, 64, max_batched_tokens=4096)
+SHARES = pytest.mark.parametrize("share", [0.15, 0.3, 0.5, 0.8])
+
+
+@pytest.mark.parametrize("units", [1, 4])
+@SHARES
+@pytest.mark.parametrize("ratio", [0.1, 0.5, 0.8, 1.25, 2.0])
+def test_a_full_ring_takes_the_longer_of_reading_and_computing(units: int, share: float, ratio: float) -> None:
+    model = model_with(units=units)
+    plan = plan_with(model, machine_with(1.0, model), ONE, share)
+    assert not plan.missing_overlap_nbytes and plan.read_nbytes
+    reading = plan.read_nbytes / DISK
+    found = simulate(plan, model, machine_with(ratio * reading, model), ONE)
+    for each in found.steady:
+        assert each.seconds == pytest.approx(max(reading, ratio * reading), rel=0.03)
+        assert each.disk_nbytes == pytest.approx(plan.read_nbytes, rel=0.02)
+
+
+@SHARES
+def test_balanced_reading_and_computing_want_more_than_two_units(share: float) -> None:
+    # Resident units come in no exact rhythm, and a ring of two units evens nothing out: up to a tenth is lost.
+    model = model_with()
+    plan = plan_with(model, machine_with(1.0, model), ONE, share)
+    reading = plan.read_nbytes / DISK
+    machine = machine_with(reading, model)
+    tight = simulate(plan, model, machine, ONE).steady[-1].seconds
+    wide = simulate(with_ring(plan, 8 * UNIT), model, machine, ONE).steady[-1].seconds
+    assert reading <= tight * 1.001 and tight <= 1.12 * reading
+    assert wide == pytest.approx(reading, rel=0.02)
+
+
+def test_in_a_ring_of_one_unit_reading_and_computing_take_turns() -> None:
+    model = model_with()
+    plan = replace(plan_with(model, machine_with(1.0, model), ONE, 0.3), placement=Placement(frozenset(), 0, UNIT))
+    assert plan.missing_overlap_nbytes
+    found = simulate(plan, model, machine_with(0.7, model), ONE)
+    assert found.steady[-1].seconds == pytest.approx(plan.read_nbytes / DISK + 0.7, rel=0.01)
+
+
+def test_where_all_is_resident_only_the_first_pass_reads() -> None:
+    model = model_with()
+    machine = machine_with(0.1, model)
+    first, *others = simulate(plan_with(model, machine, ONE, 1.01), model, machine, ONE).passes
+    assert first.seconds == pytest.approx(model.tape.total / DISK, rel=0.05)
+    assert {each.disk_nbytes for each in others} == {0}
+    assert others[0].seconds == pytest.approx(0.1)
+
+
+def test_units_are_read_in_order_and_computed_in_order_after_they_have_come() -> None:
+    model = model_with()
+    machine = machine_with(1.0, model)
+    found = simulate(plan_with(model, machine, ONE, 0.3), model, machine, ONE, passes=2)
+    reads, computed = lane(found, "disk"), lane(found, "compute")
+    names = [event.name for event in reads]
+    assert names[: len(model.tape.nbytes)] == names_of(model) and len(names) > len(model.tape.nbytes)
+    assert [event.name for event in computed] == names_of(model) * 2
+    for before, after in pairwise(reads):
+        assert before.start + before.seconds <= after.start + 1e-9
+    ends = {event.name: event.start + event.seconds for event in reads[: len(model.tape.nbytes)]}
+    assert all(event.start >= ends[event.name] - 1e-9 for event in computed[: len(model.tape.nbytes)])
+
+
+def test_a_long_prompt_goes_through_each_layer_in_micro_batches_and_takes_so_many_passes() -> None:
+    work = Workload(1, 1000, 900, max_batched_tokens=600)
+    model = model_with(layers=4)
+    machine = machine_with(0.1, model)
+    plan = plan_with(model, machine, work, 0.9, micro_batch=100)
+    assert plan.held.layers
+    found = simulate(plan, model, machine, work)
+    assert [each.load.tokens for each in found.passes] == [600, 300, 1, 1, 1]
+    first = [event for event in lane(found, "compute") if event.start < found.passes[1].start]
+    layer = [event.name for event in first if event.name.startswith("layer-000")]
+    more = -(-600 // plan.micro_batch_rows) - 1
+    assert more and layer == [*(f"layer-000/{unit}" for unit in range(4)), *["layer-000"] * more]
+    assert found.passes[0].load.logits == 0 and found.passes[1].load.logits == 1
+
+
+def test_sequences_run_as_many_at_once_as_planned_and_end() -> None:
+    work = Workload(3, 12, 8, max_batched_tokens=4096, batch_size=2, objective="throughput")
+    model = model_with(layers=2)
+    machine = machine_with(0.1, model)
+    found = simulate(plan_with(model, machine, work, 0.9), model, machine, work, passes=100)
+    # Four tokens each, the first of them from the prompt's pass.
+    assert [(each.load.prompt_tokens, each.load.decoding) for each in found.passes] == [
+        *[(16, 0), (0, 2), (0, 2), (0, 2)],
+        *[(8, 0), (0, 1), (0, 1), (0, 1)],
+    ]
+    assert [each.load.is_last for each in found.passes] == [False] * 7 + [True]
+    assert found.passes[-1].disk_nbytes < found.passes[-2].disk_nbytes  # nothing is read for a pass that never comes
+
+
+def test_a_cache_on_disk_shares_the_disk() -> None:
+    work = Workload(8, 6000, 5990, max_batched_tokens=64000, objective="throughput")
+    model = model_with(layers=8)
+    machine = machine_with(0.01, model)
+    plan = plan_with(model, machine, work, 0.5, kv="disk")
+    found = simulate(plan, model, machine, work)
+    pages = 8 * (5990 // 64)
+    expected = plan.read_nbytes + pages * plan.cache.block_nbytes * 8
+    each = found.steady[-1]
+    assert each.disk_nbytes == pytest.approx(expected, rel=0.05)
+    assert each.seconds == pytest.approx(expected / DISK, rel=0.1)
+    assert dict(each.waits)["kv"] > 0
+
+
+def test_experts_are_waited_for_and_the_tape_stands_still() -> None:
+    model = mixture_of([UNIT] * 17, 64, 4, 8 * MIB, head_weights=2 * UNIT, layers=16)
+    assert model.experts is not None
+    machine = replace(machine_with(0.5, model), linear=ComputeRate((1, 1024), (1e-12, 1e-11)))
+    needs = plan_with(model, machine, ONE, 1.0).needs.total
+    plan = make_plan(model, machine, ONE, Budgets(needs + 2 * GIB, 0))
+    assert plan.experts is not None
+    found = simulate(plan, model, machine, ONE, passes=12)
+    each = found.passes[-1]
+    chosen = 16 * 4 * (1 - plan.experts.slots / model.experts.total)
+    bound = (plan.read_nbytes + chosen * model.experts.file_nbytes) / DISK
+    assert bound * 0.95 <= each.seconds <= 1.1 * (bound + each.compute_seconds)
+    assert dict(each.waits)["experts"] > 0
+    experts = [(e.start, e.start + e.seconds) for e in lane(found, "disk") if e.kind == "experts"]
+    others = [(e.start, e.start + e.seconds) for e in lane(found, "disk") if e.kind != "experts"]
+    assert all(b <= c + 1e-9 or d <= a + 1e-9 for a, b in others for c, d in experts)
+
+
+@pytest.mark.parametrize("bus", [0.5, 8.0])
+def test_a_device_takes_its_weights_over_the_bus(bus: float) -> None:
+    model = model_with()
+    machine = machine_with(0.05, model)
+    plan = plan_with(model, machine, ONE, 0.7)
+    device = Device(GpuRates("T4", 16 * GIB, bus * 1e9, bus * 1e9, 300e9, 50e12), frozenset(), 2 * UNIT)
+    found = simulate(plan, model, machine, ONE, device=device)
+    copying = model.tape.total / (bus * 1e9)
+    assert found.steady[-1].seconds == pytest.approx(max(copying, plan.read_nbytes / DISK), rel=0.05)
+    assert sum(event.nbytes for event in lane(found, "bus")) >= 3 * model.tape.total
+
+
+def test_without_rates_there_is_no_simulation() -> None:
+    model = model_with(layers=1)
+    plan = plan_with(model, Machine(MIB), ONE, 1.0)
+    for machine in (Machine(MIB), Machine(MIB, disk_bytes_per_second=DISK)):
+        with pytest.raises(ConfigError, match="run 'tiered profile'"):
+            simulate(plan, model, machine, ONE)
+
+
+def with_ring(plan: Plan, nbytes: int) -> Plan:
+    return replace(plan, placement=replace(plan.placement, ring_nbytes=nbytes))
+
+
+def names_of(model: ModelShape) -> list[str]:
+    layers = len(model.tape.counts) - 1
+    return [f"layer-{layer:03}/{unit}" for layer in range(layers) for unit in range(4)] + ["head"]

@@ -1,0 +1,67 @@
+"""The most sequences at once whose decode pass is still bound by the disk, of those whose KV cache fits.
+
+    python -m tiered.bench.disk_bound STORE '{"prompt_tokens": 512, "new_tokens": 32, "ram": "4GiB"}'
+
+In: a store and a setting's values as JSON. Out: the number. Disk and processor are measured, which loads torch, so
+`runs.py` calls it as a process of its own.
+"""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+import click
+
+from tiered.bench.rates import measure_machine
+from tiered.bench.workload import Setting
+from tiered.errors import BudgetError, TieredError
+from tiered.kernels import Kernels, Mode
+from tiered.plan import MAX_BATCHED_TOKENS, AnyBits, Workload, cpu_count, expected_pass
+from tiered.plan.batch_size import candidates
+from tiered.runtime import Options, measure_inputs
+from tiered.store import Store
+from tiered.units import format_seconds, parse_size
+
+MOST_SEQUENCES: Final = 256
+_BITS: Final[dict[str, AnyBits]] = {"auto": "auto", "16": 16, "8": 8, "4": 4}
+
+
+def largest_disk_bound(path: Path, setting: Setting) -> int:
+    """The most sequences whose decode pass is expected to take longer to read than to compute; at least 1."""
+    store, mode = Store.open(path), Mode(setting.kernel_mode)
+    ram = None if setting.budget is None else parse_size(setting.budget)
+    options = Options(ram=ram, kernel_mode=mode, kv_bits=_BITS[setting.kv_bits])
+    shape, unmeasured, budgets = measure_inputs(store, options)
+    with Kernels(setting.threads or cpu_count(), mode=mode, name=setting.kernels) as kernels:
+        rates = measure_machine(store, kernels, shape, unmeasured, ("disk", "compute"))
+    longest = setting.prompt_tokens + setting.new_tokens
+    workload = Workload(1, longest, setting.prompt_tokens, max_batched_tokens=MAX_BATCHED_TOKENS)
+    best = 1
+    for count in candidates(MOST_SEQUENCES):
+        try:
+            expected = expected_pass(shape, rates, replace(workload, sequences=count), budgets)
+        except BudgetError:
+            break
+        disk, compute = format_seconds(expected.disk_seconds), format_seconds(expected.compute_seconds)
+        click.echo(f"batch {count}: disk {disk}, compute {compute}", err=True)
+        if expected.bottleneck != "disk":
+            break
+        best = count
+    return best
+
+
+def main() -> int:
+    """Command line; returns the exit status."""
+    path, asked = sys.argv[1:]
+    try:
+        click.echo(largest_disk_bound(Path(path), Setting(**json.loads(asked))))
+    except TieredError as error:
+        click.echo(f"tiered: {error}", err=True)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,271 @@
+"""`tiered simulate`: plays a plan through in numbers, and shows what waits for what, without any weights.
+
+In: what was typed. Out: a summary or JSON, a timeline as a picture, a trace for Perfetto. `plan/simulate.py` computes;
+models and machines are found as `tiered plan` finds them.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from tiered.cli import timeline
+from tiered.cli.lines import print_json
+from tiered.cli.plan import Model, find_model
+from tiered.cli.writable import check_writable
+from tiered.errors import ConfigError
+from tiered.plan.budget import DEFAULT_SHARE, available_budget
+from tiered.plan.hardware import Hardware
+from tiered.plan.inputs import MAX_BATCHED_TOKENS, Budgets, KVTier, ModelShape, Objective, Workload
+from tiered.plan.kv import Bits
+from tiered.plan.lanes import Event
+from tiered.plan.machines import find_profile, load_hardware
+from tiered.plan.make import make_plan
+from tiered.plan.plan import Plan
+from tiered.plan.play import SimulatedPass
+from tiered.plan.simulate import Simulation, simulate
+from tiered.plan.strategies import BASELINE_NBYTES, machine_for
+from tiered.trace import Tracer
+from tiered.units import format_seconds, format_size, parse_size
+
+_BITS: dict[str, Bits] = {"16": 16, "8": 8, "4": 4}
+_WORDS = {
+    "resident": "what is to stay",
+    "layer": "streamed layers",
+    "head": "the head",
+    "experts": "experts",
+    "kv": "the KV cache",
+}
+_BOUNDS = {"disk": "the disk", "compute": "computing"}
+
+
+@dataclass(frozen=True)
+class Played:
+    """Everything the command shows."""
+
+    model: Model
+    quant: str
+    hardware: Hardware
+    workload: Workload
+    plan: Plan
+    found: Simulation
+
+    @property
+    def steady(self) -> "Mean":
+        return Mean(self.found.steady)
+
+    @property
+    def prefill(self) -> tuple[SimulatedPass, ...]:
+        return tuple(each for each in self.found.passes if each.load.prompt_tokens)
+
+    def to_json(self) -> dict[str, Any]:
+        """Seconds and bytes."""
+        plan, steady = self.plan, self.steady
+        return {
+            "model": self.model.name,
+            "quantization": self.quant,
+            "hardware": {"name": self.hardware.name, "source": self.hardware.source},
+            "plan": {
+                "budget_bytes": plan.budget,
+                "resident_bytes": plan.placement.resident_nbytes,
+                "ring_bytes": plan.placement.ring_nbytes,
+                "read_bytes_per_pass": plan.read_nbytes,
+                "experts_in_memory": None if plan.experts is None else plan.experts.slots,
+                "batch_size": plan.batch_size,
+                "micro_batch": plan.micro_batch_rows,
+                "kv_on_disk": plan.cache.on_disk,
+            },
+            "passes": [_pass_json(each) for each in self.found.passes],
+            "seconds_per_pass": steady.seconds,
+            "tokens_per_second": steady.tokens / steady.seconds,
+            "disk_busy_share": steady.disk_seconds / steady.seconds,
+            "compute_busy_share": steady.compute_seconds / steady.seconds,
+            "bound_seconds_per_pass": steady.bound,
+            "bottleneck": steady.bottleneck,
+        }
+
+
+@dataclass(frozen=True)
+class Mean:
+    """Passes on average."""
+
+    passes: Sequence[SimulatedPass]
+
+    def _mean(self, values: Iterator[float]) -> float:
+        return sum(values) / len(self.passes)
+
+    @property
+    def seconds(self) -> float:
+        return self._mean(each.seconds for each in self.passes)
+
+    @property
+    def compute_seconds(self) -> float:
+        return self._mean(each.compute_seconds for each in self.passes)
+
+    @property
+    def disk_seconds(self) -> float:
+        return self._mean(each.disk_seconds for each in self.passes)
+
+    @property
+    def tokens(self) -> float:
+        """Tokens that a pass gives."""
+        return self._mean(each.load.logits for each in self.passes)
+
+    @property
+    def waits(self) -> dict[str, float]:
+        """Seconds that computing waits, by what for."""
+        found: dict[str, float] = {}
+        for each in self.passes:
+            for kind, seconds in each.waits:
+                found[kind] = found.get(kind, 0.0) + seconds / len(self.passes)
+        return found
+
+    @property
+    def bound(self) -> float:
+        """Seconds that the busier of disk and processor takes."""
+        return max(self.compute_seconds, self.disk_seconds)
+
+    @property
+    def bottleneck(self) -> str:
+        return "disk" if self.disk_seconds > self.compute_seconds else "compute"
+
+
+def run(
+    model: str,
+    hardware: str | None,
+    ram: str | None,
+    quant: str,
+    prompt_len: int,
+    gen_len: int,
+    batch: int,
+    micro_batch: int | None,
+    objective: Objective,
+    kv: KVTier,
+    kv_bits: str,
+    passes: int | None,
+    trace_path: Path | None,
+    plot: Path | None,
+    as_json: bool,
+) -> None:
+    """Simulate `model` on a machine. Raises ConfigError, StoreError, BudgetError."""
+    if plot is not None:
+        timeline.check(plot)
+    for option, path in (("--plot", plot), ("--trace", trace_path)):
+        if path is not None:
+            check_writable(option, path)
+    found = find_model(model)
+    name, shape = _shape(found, quant)
+    machine = _machine(found, hardware)
+    work = Workload(batch, prompt_len + gen_len, prompt_len, max_batched_tokens=MAX_BATCHED_TOKENS, objective=objective)
+    budget = _ram(ram, machine, is_here=hardware is None)
+    budgets = Budgets(budget, BASELINE_NBYTES, kv=kv, kv_bits=_BITS[kv_bits], micro_batch=micro_batch)
+    rates = machine_for(shape, machine)
+    plan = make_plan(shape, rates, work, budgets)
+    played = Played(found, name, machine, work, plan, simulate(plan, shape, rates, work, passes))
+    if trace_path is not None:
+        _trace(played.found.events).write(trace_path)
+    if plot is not None:
+        timeline.draw(played.found, f"{found.name} {name} on {machine.name}, {format_size(budget)} of RAM", plot)
+    if as_json:
+        print_json(played.to_json())
+    else:
+        for line in _lines(played):
+            click.echo(line)
+
+
+def _shape(model: Model, quant: str) -> tuple[str, ModelShape]:
+    """The shape to simulate: a store's own, else that of a conversion with `quant`."""
+    if len(model.shapes) == 1:
+        return next(iter(model.shapes.items()))
+    return quant, model.shapes[quant]
+
+
+def _machine(model: Model, hardware: str | None) -> Hardware:
+    if hardware is not None:
+        return load_hardware(hardware)
+    found = find_profile(Path() if model.path is None else model.path)
+    if found is None:
+        raise ConfigError("no profile of this machine: run 'tiered profile', or name a machine with --hardware")
+    return found
+
+
+def _ram(text: str | None, machine: Hardware, is_here: bool) -> int:
+    """The budget: as asked for, or what a run would take without being told."""
+    if text is not None:
+        asked = parse_size(text)
+        if asked > machine.ram:
+            raise ConfigError(f"--ram {text}: {machine.name} has {format_size(machine.ram)}; ask for less")
+        return asked
+    return min(available_budget(), machine.ram) if is_here else int(machine.ram * DEFAULT_SHARE)
+
+
+def _trace(events: Sequence[Event]) -> Tracer:
+    """The events as spans of a run."""
+    tracer = Tracer(keep_spans=True)
+    for event in events:
+        tracer.record(event.lane, event.name, event.start, event.seconds, event.nbytes)
+    return tracer
+
+
+def _pass_json(each: SimulatedPass) -> dict[str, Any]:
+    return {
+        "prompt_tokens": each.load.prompt_tokens,
+        "decoding": each.load.decoding,
+        "seconds": each.seconds,
+        "compute_seconds": each.compute_seconds,
+        "disk_seconds": each.disk_seconds,
+        "disk_bytes": each.disk_nbytes,
+        "waits": dict(each.waits),
+    }
+
+
+def _lines(played: Played) -> Iterator[str]:
+    """The simulation as people read it."""
+    plan, work, steady = played.plan, played.workload, played.steady
+    sequences = "1 sequence" if work.sequences == 1 else f"{work.sequences} sequences"
+    tokens = f"{work.max_prompt} + {work.max_context - work.max_prompt} tokens"
+    yield f"{played.model.name} {played.quant}: {sequences} of {tokens}, in {format_size(plan.budget)} of RAM"
+    yield f"machine   {played.hardware.name}, {played.hardware.source}"
+    if played.hardware.gpu is not None:
+        yield "          its GPU is idle: this version computes on the processor only"
+    placement, experts = plan.placement, plan.experts
+    kept = "" if experts is None else f", experts on demand ({experts.slots} in memory)"
+    total = format_size(plan.tape.total)
+    yield (
+        f"plan      {format_size(placement.resident_nbytes)} of {total} resident, ring "
+        f"{format_size(placement.ring_nbytes)}{kept}, KV cache {'on disk' if plan.cache.on_disk else 'in memory'}"
+    )
+    if plan.missing_overlap_nbytes:
+        yield f"          the ring lacks {format_size(plan.missing_overlap_nbytes)}: reading and computing take turns"
+    if played.prefill:
+        yield _prefill_line(played.prefill)
+    if not steady.passes[0].load.prompt_tokens:
+        rate, count = steady.tokens / steady.seconds, len(steady.passes)
+        yield f"decode    {rate:.3g} tokens/s, {format_seconds(steady.seconds)} per pass, of {count} simulated"
+    disk, compute = steady.disk_seconds / steady.seconds, steady.compute_seconds / steady.seconds
+    yield f"busy      disk {disk:.0%}, computing {compute:.0%}"
+    waits = [f"{format_seconds(seconds)} for {_WORDS[kind]}" for kind, seconds in steady.waits.items() if seconds]
+    yield f"waits     per pass: computing {', '.join(waits) or 'for nothing'}; the disk {_idle(played)}"
+    above = steady.seconds / steady.bound - 1
+    yield (
+        f"bound     {format_seconds(steady.bound)} per pass by {_BOUNDS[steady.bottleneck]}; the simulation is "
+        f"{above:.1%} above it"
+    )
+
+
+def _idle(played: Played) -> str:
+    """What the disk waits for in a pass, and how long."""
+    seconds = format_seconds(max(0.0, played.steady.seconds - played.steady.disk_seconds))
+    if played.plan.read_nbytes:
+        return f"{seconds} for memory"
+    return f"has nothing to read for {seconds}" if played.plan.experts is None else f"{seconds} for choices of experts"
+
+
+def _prefill_line(passes: Sequence[SimulatedPass]) -> str:
+    seconds, mean = sum(each.seconds for each in passes), Mean(passes)
+    count = "a pass" if len(passes) == 1 else f"{len(passes)} passes"
+    tokens = sum(each.load.prompt_tokens for each in passes)
+    busy = f"disk busy {mean.disk_seconds / mean.seconds:.0%}, computing {mean.compute_seconds / mean.seconds:.0%}"
+    return f"prefill   {tokens} tokens in {format_seconds(seconds)}, {count}; {busy}"

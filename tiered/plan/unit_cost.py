@@ -1,0 +1,86 @@
+"""What a unit, a layer's attention and an expert cost to compute, by a machine's rates: `cost.py` in parts.
+
+Of a block's weights and seconds a unit has the share that it has of its bytes.
+"""
+
+from collections.abc import Iterable
+from functools import cached_property
+
+from tiered.errors import ConfigError
+from tiered.plan.inputs import Machine, ModelShape
+from tiered.plan.plan import Plan
+
+
+class UnitCosts:
+    """Seconds of computing with `plan`. Raises ConfigError where the rates of `machine` are not known."""
+
+    def __init__(self, plan: Plan, model: ModelShape, machine: Machine) -> None:
+        if machine.linear is None:
+            raise ConfigError("no simulation without the speed of linear layers: run 'tiered profile'")
+        self._tape, self._model, self._linear = plan.tape, model, machine.linear
+        self._attention, self._prompt_flops = machine.attention_seconds or 0.0, machine.prompt_attention_flops
+        self._window_of = {layer: group.window for group in plan.cache.groups for layer in group.layers}
+        self._block_of = [number for number, units in enumerate(self._tape.blocks) for _ in units]
+        self._nbytes = [sum(self._tape.nbytes[unit] for unit in units) for units in self._tape.blocks]
+        self._seconds: dict[tuple[int, int], float] = {}
+        """Of blocks, by number and rows."""
+        self._on_demand = plan.experts is not None
+
+    def unit(self, unit: int, rows: int) -> float:
+        """Seconds of `rows` rows with unit number `unit` of the tape: its share, by bytes, of its block's."""
+        block = self._block_of[unit]
+        if (block, rows) not in self._seconds:
+            self._seconds[block, rows] = self._block(block, rows)
+        return self._seconds[block, rows] * self._tape.nbytes[unit] / self._nbytes[block]
+
+    def attention(self, layer: int, parts: Iterable[range]) -> float:
+        """Seconds in which these tokens of sequences attend to those before them, and to themselves."""
+        window, seconds = self._window_of.get(layer, 0), 0.0
+        for part in parts:
+            pairs = _pairs(part, window)
+            if len(part) == 1 or self._prompt_flops is None:
+                seconds += pairs * self._attention
+            else:
+                # A query times a key, and a weight times a value: each a multiply-add per channel.
+                seconds += 4 * pairs * self._model.heads * self._model.kv.head_dim / self._prompt_flops
+        return seconds
+
+    def experts(self, rows: int) -> tuple[float, float]:
+        """How many experts of a layer `rows` rows are expected to choose, and the seconds of each."""
+        experts = self._model.experts
+        assert experts is not None
+        chosen = experts.distinct(rows)
+        # The tokens that choose an expert are rows of its own.
+        return chosen, self._linear.seconds(max(1, round(rows * experts.chosen / chosen)), experts.weights)
+
+    @cached_property
+    def expert_layers(self) -> list[bool]:
+        """Of each block, whether it has experts."""
+        experts, whole = self._model.experts, self._model.tape
+        if experts is None:
+            return [False] * len(whole.counts)
+        return [
+            sum(whole.nbytes[unit] for unit in units) > sum(experts.dense.nbytes[unit] for unit in dense)
+            for units, dense in zip(whole.blocks, experts.dense.blocks, strict=True)
+        ]
+
+    def _block(self, block: int, rows: int) -> float:
+        """Seconds of `rows` rows with all units of a block; without attention."""
+        model, experts = self._model, self._model.experts
+        if block == len(self._nbytes) - 1:
+            return self._linear.seconds(rows, model.head_weights)
+        dense = model.tape if experts is None else experts.dense
+        weights = model.weights - model.head_weights - (0 if experts is None else experts.total * experts.weights)
+        nbytes = [sum(dense.nbytes[unit] for unit in units) for units in dense.blocks[:-1]]
+        seconds = self._linear.seconds(rows, round(weights * nbytes[block] / sum(nbytes)))
+        if self.expert_layers[block] and not self._on_demand:
+            chosen, each = self.experts(rows)
+            seconds += chosen * each
+        return seconds
+
+
+def _pairs(part: range, window: int) -> int:
+    """How many keys the tokens of `part` see between them."""
+    cut = max(part.start, min(part.stop, window)) if window else part.stop
+    # Up to position `cut` a token sees all before it and itself, from there on `window` tokens.
+    return (part.start + 1 + cut) * (cut - part.start) // 2 + (part.stop - cut) * window
