@@ -13,7 +13,6 @@ _LEGEND: Final = {
     "#3f9a63": "CPU only",
     "#3d6fb4": "hybrid: prompts on the GPU, decoding on the CPU",
     "#d1495b": "GPU, weights streamed to it",
-    "#dddddd": "nothing fits",
 }
 _BATCH_COLOURS: Final = ("#c9b458", "#d98c3f", "#b0413e", "#5b2a63")
 _LEAST, _MOST = 1 / 32, 64.0
@@ -179,4 +178,6 @@ def _save(figure: Any, path: Path) -> None:
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png", dpi=100)
     # A palette is a third of the bytes, in a repository that keeps them for good.
-    Image.open(drawn).convert("RGB").quantize(128).save(path, optimize=True)
+    Image.open(drawn).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(
+        path, optimize=True
+    )
