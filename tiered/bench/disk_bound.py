@@ -32,7 +32,7 @@ def largest_disk_bound(path: Path, setting: Setting) -> int:
     """The most sequences whose decode pass is expected to take longer to read than to compute; at least 1."""
     store, mode = Store.open(path), Mode(setting.kernel_mode)
     ram = None if setting.budget is None else parse_size(setting.budget)
-    options = Options(ram=ram, kernel_mode=mode, kv_bits=_BITS[setting.kv_bits])
+    options = Options(ram=ram, kernel_mode=mode, kv=setting.kv, kv_bits=_BITS[setting.kv_bits])
     shape, unmeasured, budgets = measure_inputs(store, options)
     with Kernels(setting.threads or cpu_count(), mode=mode, name=setting.kernels) as kernels:
         rates = measure_machine(store, kernels, shape, unmeasured, ("disk", "compute"))
