@@ -70,7 +70,7 @@ def test_what_cannot_be_is_refused_in_a_line(machine: Path, tmp_path: Path) -> N
         (("--ram", "64GiB"), 2, "a machine has 16 GiB"),
         (("--ram", "5x"), 2, "--ram: size '5x'"),
         (("--ram", "100MiB"), 3, "The smallest budget that works is --ram"),
-        (("--plot", tmp_path / "plot.txt"), 2, "expected a name that ends in one of"),
+        (("--plot", tmp_path / "plot.gif"), 2, "expected a name that ends in .png or .svg"),
         (("--trace", tmp_path / "none/trace.json"), 2, "cannot be written"),
     ):
         done = run_here("simulate", "opt-6.7b", "--hardware", machine, *words)

@@ -59,6 +59,8 @@ _MODES: Final[tuple[Mode, ...]] = ("invariant", "fast")
 
 _MOST_OTHERS: Final = 0.1
 """The share of the processors that others may take before somebody is told."""
+_DISTURBED: Final = "other programs took"
+"""In the source of a profile, where they took more than that."""
 _LOG: Final = logging.getLogger(__name__)
 
 Say = Callable[[str], None]
@@ -79,7 +81,7 @@ def measure_hardware(folder: Path, files: Sequence[Path], threads: int, say: Say
     say("measuring the GPU")
     gpu = measure_gpu()
     if (share := others.share()) > _MOST_OTHERS:
-        how += f"; other programs took {share:.0%} of the processors meanwhile"
+        how += f"; {_DISTURBED} {share:.0%} of the processors meanwhile"
         _LOG.warning(
             "other programs took %.0f%% of the processors meanwhile: measure again when nothing else runs", 100 * share
         )
@@ -92,6 +94,11 @@ def measure_hardware(folder: Path, files: Sequence[Path], threads: int, say: Say
         cpu=rates,
         gpu=gpu,
     )
+
+
+def is_disturbed(hardware: Hardware) -> bool:
+    """Whether other programs took much of the processors while `hardware` was measured."""
+    return _DISTURBED in hardware.source
 
 
 def _measure_disk(folder: Path, files: Sequence[Path], say: Say) -> tuple[DiskRates, str]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from tiered.bench.plot import check_can_draw
 from tiered.cli import timeline
 from tiered.cli.lines import print_json
 from tiered.cli.plan import Model, find_model, ram_budget, wrapped
@@ -150,7 +151,7 @@ def run(
 ) -> None:
     """Simulate `model` on a machine. Raises ConfigError, StoreError, BudgetError."""
     if plot is not None:
-        timeline.check(plot)
+        check_can_draw("--plot", plot)
     for option, path in (("--plot", plot), ("--trace", trace_path)):
         if path is not None:
             check_writable(option, path)
