@@ -158,9 +158,7 @@ def _temporary(folder: Path, wanted: int) -> Iterator[tuple[int, int]]:
     of what is free."""
     if not folder.is_dir():
         raise ConfigError(f"{folder}: expected a store or a folder, found none; name one with --dir")
-    kind = _kind_of(folder)
-    if kind in _IN_MEMORY:
-        raise ConfigError(f"{folder}: lies in memory ({kind}), expected a disk; name a folder on one with --dir")
+    check_on_disk(folder, "name a folder on one with --dir")
     free = free_nbytes(folder)
     size = min(wanted, round_down(free // 2, 4 * MIB))
     if size < _LEAST_NBYTES:
@@ -177,6 +175,13 @@ def _temporary(folder: Path, wanted: int) -> Iterator[tuple[int, int]]:
     with file:
         bypass_cache(file.fileno(), True)
         yield file.fileno(), size
+
+
+def check_on_disk(folder: Path, remedy: str) -> None:
+    """Raise ConfigError, with what to do, where `folder` lies in memory."""
+    kind = _kind_of(folder)
+    if kind in _IN_MEMORY:
+        raise ConfigError(f"{folder}: lies in memory ({kind}), expected a disk; {remedy}")
 
 
 def _kind_of(folder: Path) -> str:
