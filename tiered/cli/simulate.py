@@ -19,7 +19,7 @@ from tiered.cli.writable import check_writable
 from tiered.errors import ConfigError
 from tiered.plan.hardware import Hardware
 from tiered.plan.inputs import MAX_BATCHED_TOKENS, Budgets, KVTier, ModelShape, Objective, Workload
-from tiered.plan.kv import Bits
+from tiered.plan.kv import BITS_BY_NAME
 from tiered.plan.lanes import Event
 from tiered.plan.machines import find_profile, load_hardware
 from tiered.plan.make import make_plan
@@ -30,7 +30,6 @@ from tiered.plan.strategies import BASELINE_NBYTES, machine_for
 from tiered.trace import Tracer
 from tiered.units import format_seconds, format_size
 
-_BITS: dict[str, Bits] = {"16": 16, "8": 8, "4": 4}
 _WORDS = {
     "resident": "what is to stay",
     "layer": "streamed layers",
@@ -160,7 +159,7 @@ def run(
     machine = _machine(found, hardware)
     work = Workload(batch, prompt_len + gen_len, prompt_len, max_batched_tokens=MAX_BATCHED_TOKENS, objective=objective)
     budget = ram_budget(ram, machine, is_here=hardware is None)
-    budgets = Budgets(budget, BASELINE_NBYTES, kv=kv, kv_bits=_BITS[kv_bits], micro_batch=micro_batch)
+    budgets = Budgets(budget, BASELINE_NBYTES, kv=kv, kv_bits=BITS_BY_NAME[kv_bits], micro_batch=micro_batch)
     rates = machine_for(shape, machine)
     plan = make_plan(shape, rates, work, budgets)
     played = Played(found, name, machine, work, plan, simulate(plan, shape, rates, work, passes))
