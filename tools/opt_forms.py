@@ -10,7 +10,7 @@ import argparse
 import sys
 from argparse import Namespace
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
@@ -34,7 +34,7 @@ def write_form(
     `series` than the usual one.
     """
     folder.mkdir(parents=True)
-    tensors = dict(_metaseq_names(state))
+    tensors = dict(metaseq_names(state))
     if form == "numpy":
         for name, tensor in {**tensors, "lm_head.weight": tensors["decoder.embed_tokens.weight"]}.items():
             with (folder / name).open("wb") as file:
@@ -43,20 +43,21 @@ def write_form(
     parts = 1 if form == "singleton" else parts
     series = names.get("series", {"raw": "checkpoint_last", "resharded": "reshard", "singleton": "restored"}[form])
     for part in range(parts):
-        mine = OrderedDict(_part(tensors, part, parts))
+        mine = OrderedDict(part_tensors(tensors, part, parts))
         path = folder / (f"{series}.pt" if form == "singleton" else f"{series}-model_part-{part}.pt")
         if form != "raw":
             mine["decoder.embed_positions._float_tensor"] = torch.zeros(1)
             mine["decoder.output_projection.weight"] = mine["decoder.embed_tokens.weight"]
-            _save({"model": mine}, path, legacy)
+            save_checkpoint({"model": mine}, path, legacy)
             continue
-        modules = _flattened(mine)
+        modules = flattened(mine)
         for shard in range(shards):
-            _save(_shard(modules, shard, shards), path.with_name(f"{path.stem}-shard{shard}.pt"), legacy)
+            save_checkpoint(fsdp_shard(modules, shard, shards), path.with_name(f"{path.stem}-shard{shard}.pt"), legacy)
     return folder
 
 
-def _metaseq_names(state: State) -> Iterator[tuple[str, torch.Tensor]]:
+def metaseq_names(state: State) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of `state`, those by Hugging Face's names, under metaseq's."""
     for name, tensor in state.items():
         if name == "lm_head.weight":
             continue
@@ -64,28 +65,33 @@ def _metaseq_names(state: State) -> Iterator[tuple[str, torch.Tensor]]:
         yield name.replace("project_in.", "project_in_dim.").replace("project_out.", "project_out_dim."), tensor
 
 
-def _part(tensors: State, part: int, parts: int) -> Iterator[tuple[str, torch.Tensor]]:
-    """What model-parallel part `part` of `parts` holds, queries, keys and values fused."""
-
-    def mine(name: str, dim: int) -> torch.Tensor:
-        return tensors[name].chunk(parts, dim)[part].contiguous()
-
-    yield "decoder.version", torch.tensor([3.0])
-    for name, tensor in tensors.items():
+def part_rules(names: Iterable[str]) -> Iterator[tuple[str, tuple[str, ...], int | None]]:
+    """What a model-parallel part holds of the tensors `names`: each of its tensors, those that it has one below the
+    other (queries, keys and values are fused), and the dimension along which the parts share them, None where every
+    part has all."""
+    for name in names:
         if ".k_proj." in name or ".v_proj." in name:
             continue
         if ".q_proj." in name:
-            fused = [mine(name.replace("q_proj", f"{letter}_proj"), 0) for letter in "kvq"]
-            yield name.replace("q_proj", "qkv_proj"), torch.cat(fused)
+            yield name.replace("q_proj", "qkv_proj"), tuple(name.replace("q_proj", f"{x}_proj") for x in "kvq"), 0
         elif "embed_tokens" in name or ".fc1." in name:
-            yield name, mine(name, 0)
+            yield name, (name,), 0
         elif name.endswith((".out_proj.weight", ".fc2.weight")):
-            yield name, mine(name, 1)
+            yield name, (name,), 1
         else:
-            yield name, tensor
+            yield name, (name,), None
 
 
-def _flattened(part: State) -> dict[str, tuple[dict[str, torch.Tensor], torch.Tensor]]:
+def part_tensors(tensors: State, part: int, parts: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """What model-parallel part `part` of `parts` holds."""
+    yield "decoder.version", torch.tensor([3.0])
+    for name, sources, dim in part_rules(tensors):
+        whole = [tensors[source] for source in sources]
+        mine = whole if dim is None else [tensor.chunk(parts, dim)[part].contiguous() for tensor in whole]
+        yield name, torch.cat(mine) if len(mine) > 1 else mine[0]
+
+
+def flattened(part: State) -> dict[str, tuple[dict[str, torch.Tensor], torch.Tensor]]:
     """For each module that FSDP wraps, its parameters, and all of them in one vector."""
     modules: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in part.items():
@@ -95,7 +101,7 @@ def _flattened(part: State) -> dict[str, tuple[dict[str, torch.Tensor], torch.Te
     return {path: (own, torch.cat([tensor.reshape(-1) for tensor in own.values()])) for path, own in modules.items()}
 
 
-def _shard(
+def fsdp_shard(
     modules: Mapping[str, tuple[dict[str, torch.Tensor], torch.Tensor]], shard: int, shards: int
 ) -> dict[str, Any]:
     """Shard `shard` of `shards` of a part, as fairscale's FSDP cuts it: a slice of each module's vector."""
@@ -105,7 +111,7 @@ def _shard(
         numel = -(-vector.numel() // shards)
         mine = vector[shard * numel : (shard + 1) * numel]
         padding = numel - mine.numel()
-        model[".".join(filter(None, (path, "flat_param_0")))] = torch.cat([mine, torch.zeros(padding).to(mine.dtype)])
+        model[".".join(filter(None, (path, "flat_param_0")))] = torch.cat([mine, mine.new_zeros(padding)])
         names, shapes = list(tensors), [tensor.shape for tensor in tensors.values()]
         params = {"names": names, "shapes": shapes, "numels": [prod(shape) for shape in shapes], "padding": padding}
         module = {"fsdp_path": path, "params": {"flat_param_0": params}}
@@ -118,7 +124,7 @@ def _shard(
     }
 
 
-def _save(checkpoint: dict[str, Any], path: Path, legacy: bool) -> None:
+def save_checkpoint(checkpoint: dict[str, Any], path: Path, legacy: bool) -> None:
     """Save `checkpoint` with what the training program leaves beside the tensors."""
     with _foreign_classes() as (dict_config, meter):
         config = dict_config()

@@ -13,6 +13,8 @@ from transformers import AutoConfig
 from tests.convert.models import save_model, store_digest
 from tests.convert.opt import FORMS, SHAPE, opt_model, write
 from tiered.convert import ConvertOptions, ConvertProgress, convert_checkpoint
+from tiered.convert.opt import read_opt
+from tiered.convert.place import Folder, LocalFiles
 from tiered.convert.synthetic import tokenizer_files
 from tiered.errors import BudgetError, CheckpointError, ConfigError, TieredError
 from tiered.store import Store
@@ -193,6 +195,14 @@ def test_files_that_are_missing_extra_doubled_or_truncated_are_named_before_any_
     with pytest.raises(TieredError, match=message):
         convert_checkpoint(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_shards_whose_middle_is_what_all_parts_have_are_not_doubled(tmp_path: Path) -> None:
+    """As shard 41 of OPT-175B's: a third into its slice of every layer are biases and norms."""
+    model = opt_model(num_hidden_layers=8, ffn_dim=128, vocab_size=64, max_position_embeddings=64)
+    write(tmp_path / "raw", model, "raw", parts=2, shards=60)
+    opt = read_opt(LocalFiles(Folder(tmp_path / "raw")), None)
+    assert opt is not None and opt.fields["num_hidden_layers"] == 8
 
 
 def test_shards_of_another_model_are_named(tiny: Path, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from tiered.errors import ConfigError
-from tiered.plan import KVShape
+from tiered.plan import ComputeRate, KVShape
 from tiered.plan.hardware import DiskRates, Hardware, roofline
 
 DESCRIBED = """
@@ -29,6 +29,12 @@ device_to_host = 1.2e10
 memory = 3e11
 flops = 5e13
 """
+
+LINEAR = 'linear = [{ scheme = "none", mode = "fast", rows = [0.5, 1], seconds_per_weight = [1.0, 1.0] }]'
+
+
+def test_fewer_rows_than_were_measured_take_as_long_as_the_fewest() -> None:
+    assert ComputeRate((8, 16), (1e-9, 9e-9)).seconds(1, 10**9) == 1.0
 
 
 def test_a_described_machine_computes_along_its_roofline() -> None:
@@ -58,6 +64,8 @@ def test_random_reads_lie_between_what_was_measured() -> None:
         ("read = 2e9", "read = inf", "expected a number above 0"),
         ("read = 2e9", "read = true", "expected a number above 0"),
         ("read = 2e9", "reads = 2e9", "described, disk: has no 'read', expected a number above 0"),
+        ("cores = 2", "cores = 0.5", "cores = 0.5, expected a whole number above 0"),
+        ("flops = 1e12", "attention = 1.0\nprefill_attention = 1.0\n" + LINEAR, "whole rows in ascending order"),
         ("cores = 2", "cores = 2\nsockets = 1", "described, cpu: unknown 'sockets'"),
         ("flops = 1e12", "linear = []", "described, cpu: linear = .*expected one or more tables"),
         ("ram = 16", "format = 2\nram = 16", "described: is in format 2, expected 1"),

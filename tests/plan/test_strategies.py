@@ -75,6 +75,13 @@ def test_more_vram_is_never_slower() -> None:
     assert seconds == sorted(seconds, reverse=True)
 
 
+def test_a_cache_that_would_push_weights_out_of_vram_lies_elsewhere() -> None:
+    # 5.6 GB of cache fit in VRAM, but as many weights would cross the bus in every pass.
+    found = compared("opt-30b", GPU_MACHINE, vram=16 * GIB, ram=32 * GIB, batch=64, sequences=64, prompt=32)
+    row = next(row for row in found.rows if (row.strategy, row.quant) == (GPU, "int4"))
+    assert row.kv_tier == "cpu" and row.resident_share == 1
+
+
 def test_what_fits_nowhere_is_refused_with_the_budget_that_works() -> None:
     found = compared(ram=600 * MIB, batch=16, sequences=16)
     assert not found.rows and found.best is None and found.why == ""

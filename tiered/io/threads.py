@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 
@@ -75,8 +75,7 @@ class IOThreads:
         interpreter from whoever computes.
         """
         group = _Group(len(works), asyncio.get_running_loop())
-        for work in works:
-            self._pool.submit(self._run, group, work)
+        self._submit(group, works)
         try:
             await asyncio.shield(group.ended)
         except asyncio.CancelledError:
@@ -85,6 +84,7 @@ class IOThreads:
                 # A second cancellation waits as well.
                 with contextlib.suppress(asyncio.CancelledError):
                     await asyncio.wait([group.ended])
+            group.error = None
             raise
         if group.error is not None:
             try:
@@ -93,8 +93,23 @@ class IOThreads:
                 # The error's frames hold the group, and so all that its works hold.
                 group.error = None
 
-    def _run(self, group: "_Group", work: Callable[[Check], None]) -> None:
+    def _submit(self, group: "_Group", works: Sequence[Callable[[Check], None]]) -> None:
+        """Have `works` run. Where the system gives no thread for one, it and all after it end with that error."""
+        for number, work in enumerate(works):
+            try:
+                self._pool.submit(self._run, group, number, work)
+            except RuntimeError as error:
+                group.is_abandoned = True
+                # The pool has queued this one, if it is open: a thread that there is may take it all the same.
+                for left in range(number, len(works)):
+                    if group.take(left):
+                        group.end(error)
+                return
+
+    def _run(self, group: "_Group", number: int, work: Callable[[Check], None]) -> None:
         """One work of a group, in a thread."""
+        if not group.take(number):
+            return
 
         def check() -> None:
             if self._closing or group.is_abandoned:
@@ -139,6 +154,7 @@ class _Group:
 
     def __init__(self, count: int, loop: asyncio.AbstractEventLoop) -> None:
         self._left, self._lock, self._loop = count, threading.Lock(), loop
+        self._taken: set[int] = set()
         self.ended = loop.create_future()
         self.is_abandoned = False
         """Whether nobody wants them any more."""
@@ -146,6 +162,13 @@ class _Group:
         """The first that any has raised; settled once `ended` is."""
         if not count:
             self.ended.set_result(None)
+
+    def take(self, number: int) -> bool:
+        """Whether work `number` is the caller's to end: nobody has taken it before."""
+        with self._lock:
+            is_free = number not in self._taken
+            self._taken.add(number)
+            return is_free
 
     def end(self, error: BaseException | None = None) -> None:
         """One of them has ended. In its thread."""

@@ -5,11 +5,10 @@ as they fit, then in RAM; what is not in VRAM crosses the bus in every pass, wha
 
     T_pass = max(disk bytes / B, bus bytes / P, computing)
 
-The KV cache goes to the first of VRAM, RAM and disk that holds it. Attention computes where it lies, on the processor
-where that is not VRAM: keys and values do not cross the bus, as FlexGen found best.
+The KV cache lies in VRAM, in RAM or on disk; callers compare. Attention computes where it lies, on the processor where
+that is not VRAM: keys and values do not cross the bus, as FlexGen found best.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
@@ -165,33 +164,32 @@ def place_on_gpu(
     workload: Workload,
     budget: GpuBudget,
     bits: Bits,
-    tiers: Sequence[str] = ("gpu", "cpu", "disk"),
+    tier: str,
 ) -> OnGpu | None:
-    """Weights and cache of `workload` within `budget`, with the cache in the first of `tiers` that holds it; None where
-    none leaves room for two units."""
+    """Weights and cache of `workload` within `budget`, with the cache in `tier` ("gpu", "cpu" or "disk"); None where
+    that leaves no room for two units."""
     batch, context = workload.batch_size or 1, workload.max_context
     tokens = workload.tokens_in_flight(batch, context)
     rows = min(tokens, MAX_ROWS)
     workspace = rows * row_nbytes(model, context) + 2 * tokens * model.hidden * model.itemsize
     workspace += 2 * batch * model.vocab * 4 + _RESERVE_NBYTES
     ring = 2 * max(model.tape.nbytes)
-    for tier in tiers:
-        cache = CachePlan(
-            model.kv,
-            bits,
-            tier == "disk",
-            model.groups,
-            sequences=batch,
-            context=context,
-            tokens=workload.kv_tokens(batch, context),
-            tokens_at_once=rows,
-        )
-        kv = cache.blocks_nbytes + cache.tails_nbytes
-        vram = budget.vram - workspace - (kv if tier == "gpu" else 0)
-        # Activations that go to the processor's attention and come back, and pages on their way to and from disk.
-        ram = budget.ram - (kv if tier == "cpu" else cache.tails_nbytes if tier == "disk" else 0)
-        in_vram = model.tape.total if vram >= model.tape.total else vram - ring
-        in_ram = min(model.tape.total - in_vram, ram - ring)
-        if in_vram >= 0 and in_ram >= 0:
-            return OnGpu(model, hardware, machine, workload, cache, tier, in_vram, in_ram, workspace, ring)
+    cache = CachePlan(
+        model.kv,
+        bits,
+        tier == "disk",
+        model.groups,
+        sequences=batch,
+        context=context,
+        tokens=workload.kv_tokens(batch, context),
+        tokens_at_once=rows,
+    )
+    kv = cache.blocks_nbytes + cache.tails_nbytes
+    vram = budget.vram - workspace - (kv if tier == "gpu" else 0)
+    # Activations that go to the processor's attention and come back, and pages on their way to and from disk.
+    ram = budget.ram - (kv if tier == "cpu" else cache.tails_nbytes if tier == "disk" else 0)
+    in_vram = model.tape.total if vram >= model.tape.total else vram - ring
+    in_ram = min(model.tape.total - in_vram, ram - ring)
+    if in_vram >= 0 and in_ram >= 0:
+        return OnGpu(model, hardware, machine, workload, cache, tier, in_vram, in_ram, workspace, ring)
     return None

@@ -138,7 +138,7 @@ class Hardware:
             name=found.text("name"),
             source=found.text("source"),
             is_measured=found.values.pop("is_measured", False) is True,
-            ram=int(found.number("ram")),
+            ram=found.whole("ram"),
             disk=DiskRates(
                 disk.number("read"),
                 disk.number("write"),
@@ -194,15 +194,16 @@ def _cpu(table: "_Reader") -> CpuRates:
     else:
         linear = [_linear(entry) for entry in table.tables("linear")]
         attention, prefill_attention = table.number("attention"), table.number("prefill_attention")
-    return CpuRates(int(table.number("cores")), memory, attention, prefill_attention, tuple(linear))
+    return CpuRates(table.whole("cores"), memory, attention, prefill_attention, tuple(linear))
 
 
 def _linear(table: "_Reader") -> LinearRate:
     mode = table.text("mode")
     rows, seconds = table.numbers("rows"), table.numbers("seconds_per_weight")
-    if mode not in ("invariant", "fast") or len(rows) != len(seconds) or sorted(set(rows)) != list(rows):
+    is_table = len(rows) == len(seconds) and sorted(set(rows)) == list(rows) and all(map(_is_whole, rows))
+    if mode not in ("invariant", "fast") or not is_table:
         raise ConfigError(
-            f"{table.name}: expected a mode of invariant or fast, and rows in ascending order with as many "
+            f"{table.name}: expected a mode of invariant or fast, and whole rows in ascending order with as many "
             f"seconds_per_weight, found {mode!r}, {len(rows)} rows and {len(seconds)} times"
         )
     table_rate = ComputeRate(tuple(map(int, rows)), seconds)
@@ -214,12 +215,16 @@ def _linear(table: "_Reader") -> LinearRate:
 def _gpu(table: "_Reader") -> GpuRates:
     return GpuRates(
         table.text("name"),
-        int(table.number("vram")),
+        table.whole("vram"),
         table.number("host_to_device"),
         table.number("device_to_host"),
         table.number("memory"),
         table.number("flops"),
     )
+
+
+def _is_whole(number: float) -> bool:
+    return number == int(number)
 
 
 class _Reader:
@@ -237,6 +242,13 @@ class _Reader:
         """A number above 0."""
         found = self._take(key, "a number above 0")
         return self._checked(key, found)
+
+    def whole(self, key: str) -> int:
+        """A whole number above 0."""
+        found = self.number(key)
+        if not _is_whole(found):
+            raise ConfigError(f"{self.name}: {key} = {found!r}, expected a whole number above 0")
+        return int(found)
 
     def _checked(self, key: str, found: object) -> float:
         if isinstance(found, bool) or not isinstance(found, int | float) or not 0 < found < float("inf"):

@@ -144,7 +144,10 @@ class ComputeRate:
     seconds_per_weight: tuple[float, ...]
 
     def seconds(self, rows: int, weights: int) -> float:
-        """Seconds for `rows` rows through `weights` weights; beyond the most rows measured they grow with the rows."""
+        """Seconds for `rows` rows through `weights` weights; beyond the most rows measured they grow with the rows,
+        and fewer than the least take as long as these."""
+        if rows <= self.rows[0]:
+            return self.seconds_per_weight[0] * weights
         if rows >= self.rows[-1]:
             return self.seconds_per_weight[-1] * weights * rows / self.rows[-1]
         at = bisect.bisect_right(self.rows, rows)

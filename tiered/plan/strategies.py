@@ -9,6 +9,7 @@ On the processor rows are the plans that `make_plan`'s ways give, so what is pre
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any, Final
 
 from tiered.errors import BudgetError, ConfigError
@@ -266,17 +267,17 @@ def _gpu_rows(
     assert ask.vram is not None
     budget = GpuBudget(ask.ram - ask.baseline - model.tables_nbytes, ask.vram)
     tiers = ("cpu", "disk") if strategy == BOTH else ("gpu", "cpu", "disk")
-    for batch in ask.batches:
-        for bits in _bits(model):
-            found = place_on_gpu(model, hardware, machine, ask.workload(batch), budget, bits, tiers)
-            if found is None:
-                continue
-            if strategy == BOTH:
-                for row in on_cpu:
-                    if (row.batch_size, row.kv_bits) == (batch, bits):
-                        yield replace(row, strategy=BOTH, prediction=found.with_decode(row.prediction), plan=None)
-                continue
-            own = {"process": ask.baseline, "tables": model.tables_nbytes}
-            prediction = found.predict()
-            prediction = replace(prediction, memory=own | prediction.memory)
-            yield Row(GPU, quant, batch, found.kv_tier, bits, found.resident_share, prediction, None)
+    # A cache in VRAM pushes weights out of it, so the first tier that holds the cache need not be the quickest.
+    for batch, bits, tier in product(ask.batches, _bits(model), tiers):
+        found = place_on_gpu(model, hardware, machine, ask.workload(batch), budget, bits, tier)
+        if found is None:
+            continue
+        if strategy == BOTH:
+            for row in on_cpu:
+                if (row.batch_size, row.kv_bits, row.kv_tier) == (batch, bits, tier):
+                    yield replace(row, strategy=BOTH, prediction=found.with_decode(row.prediction), plan=None)
+            continue
+        own = {"process": ask.baseline, "tables": model.tables_nbytes}
+        prediction = found.predict()
+        prediction = replace(prediction, memory=own | prediction.memory)
+        yield Row(GPU, quant, batch, found.kv_tier, bits, found.resident_share, prediction, None)

@@ -1,0 +1,140 @@
+"""Works in threads: whoever waits goes on when none of them runs any more, whatever became of them."""
+
+import asyncio
+import gc
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tiered.errors import InterruptedRun
+from tiered.io.threads import Check, IOThreads
+
+SECONDS = 10.0
+
+
+class Busy:
+    """Works that run until they are let go."""
+
+    def __init__(self) -> None:
+        self.begun, self.go = threading.Event(), threading.Event()
+        self.running = 0
+
+    def __call__(self, check: Check) -> None:
+        self.running += 1
+        self.begun.set()
+        assert self.go.wait(SECONDS)
+        self.running -= 1
+
+
+@pytest.fixture
+def threads() -> Any:
+    found = IOThreads(2, "test")
+    yield found
+    found.close()
+
+
+def failing(error: Exception) -> Callable[[Check], None]:
+    def work(check: Check) -> None:
+        raise error
+
+    return work
+
+
+def test_all_have_ended_when_the_first_error_comes(threads: IOThreads) -> None:
+    busy = Busy()
+
+    async def run() -> None:
+        call = asyncio.create_task(threads.call(busy, failing(OSError("first"))))
+        await asyncio.to_thread(busy.begun.wait)
+        await asyncio.sleep(0.02)
+        assert not call.done()
+        busy.go.set()
+        with pytest.raises(OSError, match="first"):
+            await asyncio.wait_for(call, SECONDS)
+        assert busy.running == 0
+        await threads.call()  # nothing to wait for
+
+    asyncio.run(run())
+
+
+def test_where_the_system_gives_no_thread_those_that_run_are_waited_for(
+    threads: IOThreads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    busy, submit, count = Busy(), threads._pool.submit, 0
+
+    def refuse(*arguments: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count > 1:
+            raise RuntimeError("can't start new thread")
+        return submit(*arguments)
+
+    monkeypatch.setattr(threads._pool, "submit", refuse)
+
+    async def run() -> None:
+        call = asyncio.create_task(threads.call(busy, busy, busy))
+        await asyncio.to_thread(busy.begun.wait)
+        await asyncio.sleep(0.02)
+        assert not call.done()
+        busy.go.set()
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            await asyncio.wait_for(call, SECONDS)
+        assert busy.running == 0
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("is_cancelled", [True, False])
+def test_nothing_holds_the_memory_of_works_that_have_failed(threads: IOThreads, is_cancelled: bool) -> None:
+    class Memory:
+        """What a work writes to."""
+
+    def work_with(memory: Memory, begun: threading.Event) -> Callable[[Check], None]:
+        def work(check: Check) -> None:
+            assert memory is not None
+            begun.set()
+            while is_cancelled:
+                check()
+            raise OSError("failed")
+
+        return work
+
+    async def run() -> "weakref.ref[Memory]":
+        memory, begun = Memory(), threading.Event()
+        call = asyncio.create_task(threads.call(work_with(memory, begun)))
+        await asyncio.to_thread(begun.wait)
+        if is_cancelled:
+            call.cancel()
+        # Raised here, the error would hold this frame, and so the memory.
+        await asyncio.wait([call], timeout=SECONDS)
+        assert call.cancelled() if is_cancelled else isinstance(call.exception(), OSError)
+        return weakref.ref(memory)
+
+    gc.collect()
+    gc.disable()
+    try:
+        held = asyncio.run(run())
+        threads.close()  # what a thread holds goes with it
+        assert held() is None
+    finally:
+        gc.enable()
+
+
+def test_what_is_queued_when_they_close_does_not_run(threads: IOThreads) -> None:
+    busy = Busy()
+    ran: list[Check] = []
+
+    async def run() -> None:
+        call = asyncio.gather(*(threads.call(work) for work in (busy, busy, ran.append)), return_exceptions=True)
+        await asyncio.to_thread(busy.begun.wait)
+        closing = asyncio.create_task(asyncio.to_thread(threads.close))
+        await asyncio.sleep(0.02)
+        busy.go.set()
+        results = await asyncio.wait_for(call, SECONDS)
+        await closing
+        assert isinstance(results[2], InterruptedRun) and not ran
+
+    asyncio.run(run())
