@@ -14,7 +14,15 @@ from operator import add
 from typing import Any, Literal
 
 from tiered.errors import ConfigError
-from tiered.plan.cost import Computing, decode_computing, kv_block_nbytes, linear_computing, pass_seconds, prompt_pairs
+from tiered.plan.cost import (
+    Computing,
+    decode_computing,
+    kv_block_nbytes,
+    linear_computing,
+    pass_seconds,
+    prompt_attention_seconds,
+    prompt_pairs,
+)
 from tiered.plan.inputs import Machine, ModelShape, Workload
 from tiered.plan.plan import Plan
 from tiered.plan.way import expected_expert_nbytes
@@ -220,5 +228,4 @@ class _Run:
         flops = self.machine.prompt_attention_flops
         if flops is None:
             return pairs * (self.machine.attention_seconds or 0.0)
-        # A query times a key, and a weight times a value: each a multiply-add per channel.
-        return 4 * pairs * self.model.heads * self.model.kv.head_dim / flops
+        return prompt_attention_seconds(self.model, pairs, flops)
