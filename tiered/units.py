@@ -36,6 +36,14 @@ def parse_size(text: str) -> int:
     return nbytes
 
 
+def parse_option(option: str, text: str) -> int:
+    """Bytes meant by the value `text` of a command's `option`, which ConfigError names where it is none."""
+    try:
+        return parse_size(text)
+    except ConfigError as error:
+        raise ConfigError(f"{option}: {error}") from None
+
+
 def format_size(nbytes: float) -> str:
     """`nbytes` with a binary unit and three significant digits, such as "1.98 GiB"."""
     for unit, divisor in (("TiB", 1 << 40), ("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):

@@ -113,6 +113,7 @@ def test_other_programs_at_work_are_told_of(
     monkeypatch.setattr(profile._Others, "_now", lambda *_: next(times))
     found = profile.measure_hardware(tmp_path, [], 1)
     assert ("other programs took 50% of the processors meanwhile" in found.source) is bool(busy)
+    assert profile.is_disturbed(found) is bool(busy)
     assert ("measure again when nothing else runs" in caplog.text) is bool(busy)
 
 

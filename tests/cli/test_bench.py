@@ -141,6 +141,34 @@ def test_interrupted_it_shows_what_it_has(runs: Runs, store: Path) -> None:
     assert "interrupted after 2 of 4 runs" in done.out and "| pp512 |" in done.out
 
 
+@pytest.mark.parametrize("error", [CannotLimitError("no limit: made up"), OSError(28, "No space left on device")])
+def test_whatever_ends_it_early_it_shows_what_it_has(error: Exception, runs: Runs, store: Path) -> None:
+    def end(words: list[str]) -> limit.Report:
+        if len(runs.commands) == 3:
+            raise error
+        return usage()
+
+    runs.ends = end
+    done = run_here("bench", store, "--batch", "1", "4", "-r", "2")
+    assert done.code == getattr(error, "exit_code", 1)
+    assert "ended after 2 of 4 runs" in done.out and "| pp512 |" in done.out
+    assert ((error.strerror or "") if isinstance(error, OSError) else "made up") in done.err
+
+
+@pytest.mark.parametrize("is_store", [True, False])
+def test_the_disk_that_runs_read_is_slowed_down(
+    is_store: bool, runs: Runs, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(rate: str | None, folder: Path) -> None:
+        raise CannotLimitError(f"--read-rate: not for {folder}")
+
+    monkeypatch.setattr(command, "throttled", refuse)
+    target, place = (store, store) if is_store else (SHAPE, tmp_path)
+    done = run_here("bench", target, "--dir", tmp_path, "--read-rate", "400MB")
+    assert runs.commands == [] and f"not for {place}\n" in done.err
+    assert "--or-unlimited" not in done.err
+
+
 def test_warming_up_does_not_count(runs: Runs, store: Path) -> None:
     done = run_here("bench", store, "--warm", "-r", "1", "-o", "json")
     assert runs.of("--seed") == ["0", "1"]
@@ -173,6 +201,7 @@ def test_pictures_and_a_page_are_written(runs: Runs, store: Path, tmp_path: Path
         (["STORE", "--batch", "2", "2"], "batch has 2 more than once"),
         (["STORE", "--memory-limit", "1GiB", "--ram", "2GiB"], "ram 2GiB with memory 1GiB"),
         (["STORE", "--memory-limit", "4QB"], "size '4QB'"),
+        (["STORE", "--read-rate", "foo"], "--read-rate: size 'foo'"),
         (["STORE", "--kv-bits", "16", "32"], "'32' is not one of"),
         (["tiny-opt", "--dir", "/no/folder"], "--dir /no/folder: expected a folder that exists"),
     ],

@@ -58,7 +58,7 @@ def test_a_checkpoint_is_planned_by_its_configuration(tmp_path: Path) -> None:
     [
         (["--ram", "-3GiB"], "--ram: size '-3GiB'"),
         (["--ram", "0"], "--ram: size '0'"),
-        (["--ram", "9999GiB"], "--ram 10238976MiB: "),
+        (["--ram", "9999GiB"], "--ram 9999GiB: "),
         (["--vram", "8GiB"], "has no GPU"),
         (["--batch", "0"], "--batch '0': expected auto"),
         (["--batch", "many"], "--batch 'many': expected auto"),

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,9 @@ def test_a_profile_can_go_elsewhere(measuring: Measuring, tmp_path: Path) -> Non
     assert find_profile(tmp_path) is None
 
 
-@pytest.mark.parametrize("words", [("-o", "gone/mine.toml"), ("--plot", "gone/plot.png"), ("--plot", "plot.xyz")])
+@pytest.mark.parametrize(
+    "words", [("-o", "gone/mine.toml"), ("--plot", "gone/plot.png"), ("--plot", "plot.xyz"), ("--plot", "plot.gif")]
+)
 def test_what_cannot_be_written_is_refused_before_measuring(words: tuple[str, str], measuring: Measuring) -> None:
     done = run_here("profile", *words)
     assert done.code == 2 and words[1] in done.err
@@ -100,7 +102,7 @@ def test_a_cache_folder_that_cannot_be_written_to_is_told_before_measuring(
 
 
 def test_a_missing_matplotlib_is_told_before_measuring(measuring: Measuring, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tiered.cli.profile_plot.importlib.util.find_spec", lambda _: None)
+    monkeypatch.setattr("tiered.bench.plot.importlib.util.find_spec", lambda _: None)
     done = run_here("profile", "--plot", "plot.png")
     assert done.code == 2 and "pip install matplotlib" in done.err
     assert measuring.calls == []
@@ -113,6 +115,22 @@ def test_an_interruption_keeps_the_old_profile(measuring: Measuring) -> None:
     measuring.error, measuring.found = KeyboardInterrupt(), load_hardware("epyc-7742")
     assert run_here("profile").code == 130
     assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]
+
+
+def test_a_disturbed_profile_takes_no_calm_ones_place(measuring: Measuring) -> None:
+    calm = measuring.found
+    measuring.found = replace(calm, source=f"{calm.source}; other programs took 40% of the processors meanwhile")
+    assert "measure again when nothing else does" in ended_well().out
+    assert find_profile(Path()) == measuring.found
+    measuring.found = calm
+    ended_well()
+    measuring.found = replace(calm, source=f"{calm.source}; other programs took 40% of the processors meanwhile")
+    done = run_here("profile")
+    assert done.code == 1 and "read in file order" in done.out and "kept in" not in done.out
+    assert "again when nothing else runs, or write to another file with -o" in done.err
+    assert find_profile(Path()) == calm
+    ended_well("-o", "disturbed.toml")
+    assert load_hardware("disturbed.toml") == measuring.found
 
 
 @pytest.mark.parametrize("name", ["t4-208gb", "vm-small"])

@@ -44,6 +44,14 @@ def test_a_known_shape_is_played_through(machine: Path, tmp_path: Path) -> None:
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_long_description_of_a_machine_is_wrapped(machine: Path) -> None:
+    machine.write_text(MACHINE.replace("made up", "measured with much to say " * 10), encoding="utf-8")
+    done = run_here("simulate", "opt-6.7b", "--hardware", machine, "--ram", "2GiB")
+    assert done.code == 0, done.err
+    begun = done.out[done.out.index("machine ") : done.out.index("plan ")].splitlines()
+    assert len(begun) > 2 and max(map(len, begun)) <= 100
+
+
 def test_passes_and_totals_are_numbers_for_programs(machine: Path) -> None:
     words = ("simulate", "qwen3-30b-a3b", "--hardware", machine, "--ram", "4GiB", "--passes", "2", "--json")
     done = run_here(*words)
@@ -74,9 +82,10 @@ def test_rounding_takes_no_pass_below_its_bound() -> None:
 def test_what_cannot_be_is_refused_in_a_line(machine: Path, tmp_path: Path) -> None:
     for words, code, message in (
         (("--ram", "64GiB"), 2, "a machine has 16 GiB"),
+        (("--ram", "5x"), 2, "--ram: size '5x'"),
         (("--ram", "100MiB"), 3, "The smallest budget that works is --ram"),
-        (("--plot", tmp_path / "plot.txt"), 2, "expected a name that ends in one of"),
         (("--prompt-len", "3000"), 2, "opt-6.7b has positions for 2048"),
+        (("--plot", tmp_path / "plot.gif"), 2, "expected a name that ends in .png or .svg"),
         (("--trace", tmp_path / "none/trace.json"), 2, "cannot be written"),
     ):
         done = run_here("simulate", "opt-6.7b", "--hardware", machine, *words)

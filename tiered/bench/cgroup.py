@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from tiered.errors import ConfigError, TieredError
-from tiered.units import parse_size
+from tiered.units import parse_option
 
 CANNOT_LIMIT: Final = 125
 POLL_SECONDS: Final = 0.02
@@ -152,7 +152,7 @@ def throttled(rate: str | None, folder: Path | None) -> Iterator[tuple[str, ...]
         return
     if folder is None:
         raise ConfigError("--read-rate: expected --disk-of FOLDER as well, whose disk is slowed down")
-    mount = mounted("cgroup", "blkio")
+    nbytes, mount = parse_option("--read-rate", rate), mounted("cgroup", "blkio")
     if mount is None:
         raise CannotLimitError("--read-rate: no blkio controller of cgroup v1 is mounted; run without it")
     device = folder.stat().st_dev
@@ -161,7 +161,7 @@ def throttled(rate: str | None, folder: Path | None) -> Iterator[tuple[str, ...]
     group = Group(own_folder(mount, "blkio") / f"tiered-limit-{os.getpid()}-{secrets.token_hex(3)}")
     try:
         group.path.mkdir()
-        (group.path / "blkio.throttle.read_bps_device").write_text(f"{disk.read_text().strip()} {parse_size(rate)}")
+        (group.path / "blkio.throttle.read_bps_device").write_text(f"{disk.read_text().strip()} {nbytes}")
         yield ("sh", "-c", JOIN, "sh", str(group.path / "cgroup.procs"))
     except OSError as error:
         raise CannotLimitError(

@@ -18,21 +18,20 @@ from tiered.bench.rates import measure_machine
 from tiered.bench.workload import Setting
 from tiered.errors import BudgetError, TieredError
 from tiered.kernels import Kernels, Mode
-from tiered.plan import MAX_BATCHED_TOKENS, AnyBits, Workload, cpu_count, expected_pass
+from tiered.plan import MAX_BATCHED_TOKENS, Workload, cpu_count, expected_pass, parse_bits
 from tiered.plan.batch_size import candidates
 from tiered.runtime import Options, measure_inputs
 from tiered.store import Store
 from tiered.units import format_seconds, parse_size
 
 MOST_SEQUENCES: Final = 256
-_BITS: Final[dict[str, AnyBits]] = {"auto": "auto", "16": 16, "8": 8, "4": 4}
 
 
 def largest_disk_bound(path: Path, setting: Setting) -> int:
     """The most sequences whose decode pass is expected to take longer to read than to compute; at least 1."""
     store, mode = Store.open(path), Mode(setting.kernel_mode)
     ram = None if setting.budget is None else parse_size(setting.budget)
-    options = Options(ram=ram, kernel_mode=mode, kv_bits=_BITS[setting.kv_bits])
+    options = Options(ram=ram, kernel_mode=mode, kv=setting.kv, kv_bits=parse_bits(setting.kv_bits))
     shape, unmeasured, budgets = measure_inputs(store, options)
     with Kernels(setting.threads or cpu_count(), mode=mode, name=setting.kernels) as kernels:
         rates = measure_machine(store, kernels, shape, unmeasured, ("disk", "compute"))

@@ -59,6 +59,8 @@ _MODES: Final[tuple[Mode, ...]] = ("invariant", "fast")
 
 _MOST_OTHERS: Final = 0.1
 """The share of the processors that others may take before somebody is told."""
+_DISTURBED: Final = "other programs took"
+"""In the source of a profile, where they took more than that."""
 _LOG: Final = logging.getLogger(__name__)
 
 Say = Callable[[str], None]
@@ -79,7 +81,7 @@ def measure_hardware(folder: Path, files: Sequence[Path], threads: int, say: Say
     say("measuring the GPU")
     gpu = measure_gpu()
     if (share := others.share()) > _MOST_OTHERS:
-        how += f"; other programs took {share:.0%} of the processors meanwhile"
+        how += f"; {_DISTURBED} {share:.0%} of the processors meanwhile"
         _LOG.warning(
             "other programs took %.0f%% of the processors meanwhile: measure again when nothing else runs", 100 * share
         )
@@ -92,6 +94,11 @@ def measure_hardware(folder: Path, files: Sequence[Path], threads: int, say: Say
         cpu=rates,
         gpu=gpu,
     )
+
+
+def is_disturbed(hardware: Hardware) -> bool:
+    """Whether other programs took much of the processors while `hardware` was measured."""
+    return _DISTURBED in hardware.source
 
 
 def _measure_disk(folder: Path, files: Sequence[Path], say: Say) -> tuple[DiskRates, str]:
@@ -151,9 +158,7 @@ def _temporary(folder: Path, wanted: int) -> Iterator[tuple[int, int]]:
     of what is free."""
     if not folder.is_dir():
         raise ConfigError(f"{folder}: expected a store or a folder, found none; name one with --dir")
-    kind = _kind_of(folder)
-    if kind in _IN_MEMORY:
-        raise ConfigError(f"{folder}: lies in memory ({kind}), expected a disk; name a folder on one with --dir")
+    check_on_disk(folder, "name a folder on one with --dir")
     free = free_nbytes(folder)
     size = min(wanted, round_down(free // 2, 4 * MIB))
     if size < _LEAST_NBYTES:
@@ -170,6 +175,13 @@ def _temporary(folder: Path, wanted: int) -> Iterator[tuple[int, int]]:
     with file:
         bypass_cache(file.fileno(), True)
         yield file.fileno(), size
+
+
+def check_on_disk(folder: Path, remedy: str) -> None:
+    """Raise ConfigError, with what to do, where `folder` lies in memory."""
+    kind = _kind_of(folder)
+    if kind in _IN_MEMORY:
+        raise ConfigError(f"{folder}: lies in memory ({kind}), expected a disk; {remedy}")
 
 
 def _kind_of(folder: Path) -> str:

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import torch
 
+from tiered.bench.profile import check_on_disk
 from tiered.bench.rates import measure_attention, measure_compute, measure_machine
 from tiered.convert.compression import read_bandwidth
+from tiered.errors import ConfigError
 from tiered.host import Host
 from tiered.kernels import Kernels
 from tiered.plan import Machine, ModelShape, Rate
@@ -25,11 +27,11 @@ def quick_hardware(folder: Path, models: Sequence[ModelShape], is_store: bool) -
     """This machine for a model that comes in `models`, which differ in their quantization only.
 
     The disk is measured by reading the store at `folder`, or, where that is no store, a file of 64 MiB that is written
-    there and removed.
+    there and removed. Raises ConfigError where that cannot be, or where that folder lies in memory.
     """
     model = models[0]
     with Host() as host:
-        read = _store_rate(folder, host.kernels, model) if is_store else read_bandwidth(folder)
+        read = _store_rate(folder, host.kernels, model) if is_store else _folder_rate(folder)
         dtype: torch.dtype = getattr(torch, model.kv.dtype)
         linear = tuple(_linear(host.kernels, one, dtype) for one in models)
         seconds = measure_attention(host.kernels, model.heads, model.kv.heads, model.kv.head_dim, dtype)
@@ -49,6 +51,17 @@ def quick_hardware(folder: Path, models: Sequence[ModelShape], is_store: bool) -
 def _linear(kernels: Kernels, model: ModelShape, dtype: torch.dtype) -> LinearRate:
     scheme = None if model.quantization is None else GroupScheme.parse(model.quantization)
     return LinearRate(model.quantization or "none", "invariant", measure_compute(kernels, scheme, model.hidden, dtype))
+
+
+def _folder_rate(folder: Path) -> float:
+    check_on_disk(folder.resolve(), "work in a folder on one, or name a machine with --hardware")
+    try:
+        return read_bandwidth(folder)
+    except OSError as error:
+        raise ConfigError(
+            f"{folder.resolve()}: its disk cannot be measured: {error.strerror}; work in another folder, or name a "
+            "machine with --hardware"
+        ) from error
 
 
 def _store_rate(folder: Path, kernels: Kernels, model: ModelShape) -> float:

@@ -23,6 +23,7 @@ from typing import Any, Final
 from tiered.configs_path import config_dir
 from tiered.errors import ConfigError, CorruptError
 from tiered.files import MOST_JSON_NBYTES, read_whole
+from tiered.plan import KVTier
 from tiered.units import MIB, parse_size
 
 SPARE: Final = 128 * MIB
@@ -56,7 +57,7 @@ class Setting:
     new_tokens: int = 32
     kernels: str = "auto"
     kernel_mode: str = "invariant"
-    kv: str = "auto"
+    kv: KVTier = "auto"
     kv_bits: str = "16"
     threads: int | None = None
 

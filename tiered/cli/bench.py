@@ -68,11 +68,11 @@ class _Bench:
 
 
 def run(request: BenchRequest) -> None:
-    """Measure, and show what was found. Raises InterruptedRun after that if it was interrupted, and TieredError if a
-    setting failed."""
+    """Measure, and show what was found. Raises InterruptedRun after that if it was interrupted, what ended it early if
+    anything did, and TieredError if a setting failed."""
     workload = _workload(request)
     settings = _settings(request, workload)
-    _check(request, settings)
+    _check(request, settings, _folder(request, workload))
     with contextlib.ExitStack() as stack:
         stores = stack.enter_context(_stores(request, workload, settings))
         facts = {compress: store_facts(store) for compress, store in stores.items()}
@@ -83,15 +83,15 @@ def run(request: BenchRequest) -> None:
         wants_pictures = request.plot_path is not None or request.page_path is not None
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tiered-bench-")))
         bench = _Bench(request, stores, settings, folder / "trace.json" if wants_pictures else None)
-        interrupted = _measure(bench)
+        ended = _measure(bench)
         command = shlex.join(["tiered", *sys.argv[1:]])
         found = rows(bench.runs, facts)
         shown = [facts[compress] for compress in stores]
         conditions = _conditions(request, bench.runs)
         result = Result(command, machine, shown, conditions, found, bench.runs, bench.notes)
         _show(bench, result)
-    if interrupted:
-        raise InterruptedRun("interrupted")
+    if ended is not None:
+        raise ended
     if bench.notes:
         raise TieredError(f"not everything was measured: {'; '.join(bench.notes)}")
 
@@ -116,21 +116,29 @@ def _settings(request: BenchRequest, workload: BenchWorkload) -> list[Setting]:
     return [setting for part in parts for setting in part.with_values(given).settings()]
 
 
-def _check(request: BenchRequest, settings: Sequence[Setting]) -> None:
-    """Refuse, before anything is made or run, what could not be done in the end."""
+def _folder(request: BenchRequest, workload: BenchWorkload) -> Path:
+    """A folder on the disk that runs read: the store, or the folder that stores of a shape are made in."""
+    target = request.target or workload.shape
+    return Path(target) if target is not None and Path(target).is_dir() else request.folder
+
+
+def _check(request: BenchRequest, settings: Sequence[Setting], folder: Path) -> None:
+    """Refuse, before anything is made or run, what could not be done in the end. Runs read from the disk of `folder`,
+    whose absence is told where stores are made."""
     for option, path in (("--plot", request.plot_path), ("--report", request.page_path)):
         if path is not None:
             check_can_draw(option, path if option == "--plot" else None)
             check_writable(option, path)
-    try:
-        with held_signals():
-            if any(setting.limit_bytes for setting in settings) and not request.or_unlimited:
+    with held_signals():
+        if any(setting.limit_bytes for setting in settings) and not request.or_unlimited:
+            try:
                 with limiter(None):
                     pass  # it can be done
-            with throttled(request.read_rate, request.folder):
+            except CannotLimitError as error:
+                raise TieredError(f"{error}; --or-unlimited runs without limits of memory") from None
+        if folder.is_dir():
+            with throttled(request.read_rate, folder):
                 pass  # it can be done
-    except CannotLimitError as error:
-        raise TieredError(f"{error}; --or-unlimited runs without limits of memory") from None
 
 
 def _stores(
@@ -153,8 +161,8 @@ def _stores(
     return contextlib.nullcontext({ways[0]: Path(target)})
 
 
-def _measure(bench: _Bench) -> bool:
-    """Make all runs; returns whether it was interrupted."""
+def _measure(bench: _Bench) -> Exception | None:
+    """Make all runs; returns what ended them early, to be raised once what there is has been shown."""
     request, total = bench.request, len(bench.settings) * bench.request.repeat
     way = Way(not request.warm, request.or_unlimited, request.read_rate, say)
 
@@ -177,8 +185,11 @@ def _measure(bench: _Bench) -> bool:
                 click.echo(json.dumps(done.to_json(machine_name()), ensure_ascii=False))
     except (KeyboardInterrupt, StoppedError):
         bench.notes.append(f"interrupted after {len(bench.runs)} of {total} runs")
-        return True
-    return False
+        return InterruptedRun("interrupted")
+    except (TieredError, OSError) as error:
+        bench.notes.append(f"ended after {len(bench.runs)} of {total} runs: {error}")
+        return error
+    return None
 
 
 def _conditions(request: BenchRequest, runs: Sequence[Run]) -> str:

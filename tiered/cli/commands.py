@@ -341,6 +341,8 @@ def plan(**options: Any) -> None:
 
     MODEL is a store, a known name such as opt-30b, a Hugging Face folder, or a hub id, of which only config.json is
     fetched. Figures are the planner's own for this machine's profile ('tiered profile'), or for another --hardware.
+    Without either, seconds are spent on measuring: torch is loaded, and 64 MiB are written to the current folder, read
+    and removed, or a store is read.
     """
     from tiered.cli.plan import run
 

@@ -26,7 +26,7 @@ from tiered.plan.machines import find_profile, load_hardware
 from tiered.plan.shapes import known_shapes, read_store_shape
 from tiered.plan.strategies import CPU, Ask, Comparison, Row, compare
 from tiered.process import importing
-from tiered.units import format_budget, format_seconds, format_size, parse_size
+from tiered.units import format_budget, format_seconds, format_size, parse_option
 
 _QUANTS: Final = ("int4", "int8")
 _WIDTH: Final = 100
@@ -74,19 +74,21 @@ def run(
 ) -> None:
     """Print what `model` takes. Raises ConfigError, and BudgetError where no strategy that this version has fits."""
     size = _batch(batch)
-    limits = {name: None if text is None else _size(name, text) for name, text in (("--ram", ram), ("--vram", vram))}
+    if ram is not None:
+        parse_option("--ram", ram)  # before anything is looked for or measured
+    vram_limit = None if vram is None else parse_option("--vram", vram)
     found = find_model(model)
     check_positions(model, found.name, prompt_len, gen_len)
     machine = load_hardware(hardware) if hardware is not None else _this_machine(found)
-    if limits["--vram"] is not None and machine.gpu is None:
+    if vram_limit is not None and machine.gpu is None:
         raise ConfigError(f"--vram {vram}: {machine.name} has no GPU; drop it, or name another --hardware")
     ask = Ask(
         prompt_len,
         gen_len,
         sequences or size or (1 if objective == "latency" else _JOB),
         size,
-        _ram(limits["--ram"], machine, is_here=hardware is None),
-        limits["--vram"] or (None if machine.gpu is None else machine.gpu.vram),
+        ram_budget(ram, machine, is_here=hardware is None),
+        vram_limit or (None if machine.gpu is None else machine.gpu.vram),
         objective,
     )
     compared = compare(found.shapes.__getitem__, tuple(found.shapes), machine, ask)
@@ -162,20 +164,14 @@ def _this_machine(model: Model) -> Hardware:
     return found
 
 
-def _ram(asked: int | None, machine: Hardware, is_here: bool) -> int:
-    """The budget: as asked for, or what a run would take without being told."""
-    if asked is None:
+def ram_budget(text: str | None, machine: Hardware, is_here: bool) -> int:
+    """The budget: as `text` asks for, or what a run would take without being told. Raises ConfigError."""
+    if text is None:
         return min(available_budget(), machine.ram) if is_here else int(machine.ram * DEFAULT_SHARE)
+    asked = parse_option("--ram", text)
     if asked > machine.ram:
-        raise ConfigError(f"--ram {format_budget(asked)}: {machine.name} has {format_size(machine.ram)}")
+        raise ConfigError(f"--ram {text}: {machine.name} has {format_size(machine.ram)}; ask for less")
     return asked
-
-
-def _size(option: str, text: str) -> int:
-    try:
-        return parse_size(text)
-    except ConfigError as error:
-        raise ConfigError(f"{option}: {error}") from None
 
 
 def _batch(text: str) -> int | None:
@@ -207,22 +203,22 @@ def _lines(model: Model, machine: Hardware, ask: Ask, compared: Comparison) -> I
     one = "1 sequence" if ask.sequences == 1 else f"{ask.sequences} sequences"
     vram = "" if ask.vram is None else f" and {format_size(ask.vram)} of VRAM"
     yield f"{model.name}: {one} of {ask.prompt} + {ask.generate} tokens, in {format_size(ask.ram)} of RAM{vram}"
-    yield from _wrapped("machine", f"{machine.name}, {machine.source}")
+    yield from wrapped("machine", f"{machine.name}, {machine.source}")
     yield f"          of RAM {format_size(ask.baseline)} are for the process, as measured once elsewhere"
     yield ""
     yield from _table(compared)
     yield "kept: weights in memory for good; tok/s counts the prompts' seconds, dec/s does not"
     for refusal in compared.refusals:
-        yield from _wrapped("", f"{refusal.strategy} {refusal.quant}: {refusal.message}")
+        yield from wrapped("", f"{refusal.strategy} {refusal.quant}: {refusal.message}")
     if any(not row.is_built for row in compared.rows):
         yield "with a gpu: predicted; not built in this version"
     best = compared.best
     if best is None:
         return
     yield ""
-    yield from _wrapped("best", f"{best.strategy} {best.quant}: {compared.why}")
+    yield from wrapped("best", f"{best.strategy} {best.quant}: {compared.why}")
     memory = (f"{name.replace('_', ' ')} {format_size(n)}" for name, n in best.prediction.memory.items() if n)
-    yield from _wrapped("memory", ", ".join(memory))
+    yield from wrapped("memory", ", ".join(memory))
     read, written = best.prediction.read_nbytes, best.prediction.written_nbytes
     yield f"disk      {read / 1e9:.3g} GB read, {written / 1e9:.3g} GB written"
     first = "run       "
@@ -232,7 +228,7 @@ def _lines(model: Model, machine: Hardware, ask: Ask, compared: Comparison) -> I
     yield first + model.command(best, ask)
 
 
-def _wrapped(title: str, text: str) -> list[str]:
+def wrapped(title: str, text: str) -> list[str]:
     indent = " " * 10 if title else ""
     return textwrap.wrap(f"{title:<{len(indent)}}{text}", _WIDTH, subsequent_indent=indent)
 

@@ -7,14 +7,15 @@ from typing import Any
 
 import click
 
-from tiered.bench.profile import measure_hardware
+from tiered.bench.plot import check_can_draw
+from tiered.bench.profile import is_disturbed, measure_hardware
 from tiered.cli import profile_plot
 from tiered.cli.lines import columns, print_json
 from tiered.cli.screen import StatusLine
-from tiered.errors import ConfigError
+from tiered.errors import ConfigError, TieredError
 from tiered.plan import cpu_count
 from tiered.plan.hardware import ROWS, Hardware
-from tiered.plan.machines import profile_path, save_hardware
+from tiered.plan.machines import load_hardware, profile_path, save_hardware
 from tiered.store import read_manifest
 from tiered.units import format_rate, format_size
 
@@ -22,7 +23,8 @@ from tiered.units import format_rate, format_size
 def run(
     store: Path | None, folder: Path | None, as_json: bool, plot: Path | None, output: Path | None, threads: int | None
 ) -> None:
-    """Measure, show, keep. What cannot be written is refused before anything is measured."""
+    """Measure, show, keep. What cannot be written is refused before anything is measured. Raises TieredError, after
+    the figures, where other programs disturbed them and the profile that is there was measured in peace."""
     if store is not None and folder is not None:
         raise ConfigError(f"{store} and --dir {folder}: expected one of them, as one disk is measured; leave one out")
     measured, files = folder or store or Path(), block_files(store) if store is not None else []
@@ -35,18 +37,35 @@ def run(
         if not os.access(above, os.W_OK | os.X_OK):
             raise ConfigError(f"{wanted}: {above} cannot be written to; name another file with -o or --plot")
     if plot is not None:
-        profile_plot.check(plot)
+        check_can_draw("--plot", plot)
     with StatusLine() as status:
         hardware = measure_hardware(measured, files, threads or cpu_count(), status.say)
-    save_hardware(hardware, path)
+    is_kept = output is not None or not is_disturbed(hardware) or not _is_calm(path)
+    if is_kept:
+        save_hardware(hardware, path)
     if plot is not None:
         profile_plot.draw(hardware, plot)
     if as_json:
-        print_json({"profile": str(path), **hardware.to_tables()})
-        return
-    for line in lines(hardware):
-        click.echo(line)
-    click.echo(f"\nkept in {path}")
+        print_json({"profile": str(path) if is_kept else None, **hardware.to_tables()})
+    else:
+        for line in lines(hardware):
+            click.echo(line)
+        if is_kept:
+            disturbed = "; other programs ran: measure again when nothing else does" if is_disturbed(hardware) else ""
+            click.echo(f"\nkept in {path}{disturbed}")
+    if not is_kept:
+        raise TieredError(
+            f"{path}: is kept as it was, as it was measured while other programs took less of the processors; measure "
+            "again when nothing else runs, or write to another file with -o"
+        )
+
+
+def _is_calm(path: Path) -> bool:
+    """Whether there is a profile at `path` that nothing disturbed; one that cannot be read is worth nothing."""
+    try:
+        return not is_disturbed(load_hardware(str(path)))
+    except ConfigError:
+        return False
 
 
 def block_files(store: Path) -> list[Path]:

@@ -1,26 +1,15 @@
 """The roofline of a profile: how fast linear layers are by their rows, and what bounds them."""
 
-import importlib.util
 import math
 from pathlib import Path
 from typing import Any, Final
 
-from tiered.errors import ConfigError
 from tiered.plan import ComputeRate
 from tiered.plan.hardware import BYTES_PER_WEIGHT, ROWS, Hardware
 
 _COLOURS: Final = {"int4-g64": "#0b6e99", "int8-g64": "#c4571a", "none": "#5b8c3a"}
 _TITLES: Final = {"int4-g64": "int4", "int8-g64": "int8", "none": "16 bits"}
 _STYLES: Final = {"invariant": "-", "fast": ":"}
-
-
-def check(path: Path) -> None:
-    """Raise ConfigError where no plot can be drawn into such a file."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError("--plot needs matplotlib, which is not installed: pip install matplotlib")
-    kinds = _figure().canvas.get_supported_filetypes()
-    if path.suffix.removeprefix(".") not in kinds:
-        raise ConfigError(f"--plot {path}: expected a name that ends in one of .{', .'.join(sorted(kinds))}")
 
 
 def draw(hardware: Hardware, path: Path) -> None:

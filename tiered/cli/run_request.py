@@ -2,16 +2,14 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from tiered.errors import ConfigError
 from tiered.io import VerifyPolicy
 from tiered.kernels import Mode
-from tiered.plan import AnyBits, KVTier, Objective, parse_tiers
+from tiered.plan import KVTier, Objective, parse_bits, parse_tiers
 from tiered.runtime import Options
 from tiered.units import parse_size
-
-_BITS: Final[dict[str, AnyBits]] = {"auto": "auto", "16": 16, "8": 8, "4": 4}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +48,7 @@ class RunRequest:
             verify=VerifyPolicy(self.verify),
             micro_batch_rows=self.micro_batch,
             kv=self.kv,
-            kv_bits=_BITS[self.kv_bits],
+            kv_bits=parse_bits(self.kv_bits),
             kv_folder=self.kv_dir,
             kernels=self.kernels,
             kernel_mode=Mode(self.kernel_mode),

@@ -11,15 +11,15 @@ from typing import Any
 
 import click
 
+from tiered.bench.plot import check_can_draw
 from tiered.cli import timeline
 from tiered.cli.lines import print_json
-from tiered.cli.plan import Model, check_positions, find_model
+from tiered.cli.plan import Model, check_positions, find_model, ram_budget, wrapped
 from tiered.cli.writable import check_writable
 from tiered.errors import ConfigError
-from tiered.plan.budget import DEFAULT_SHARE, available_budget
 from tiered.plan.hardware import Hardware
 from tiered.plan.inputs import MAX_BATCHED_TOKENS, Budgets, KVTier, ModelShape, Objective, Workload
-from tiered.plan.kv import Bits
+from tiered.plan.kv import BITS_BY_NAME
 from tiered.plan.lanes import Event
 from tiered.plan.machines import find_profile, load_hardware
 from tiered.plan.make import make_plan
@@ -28,9 +28,8 @@ from tiered.plan.play import SimulatedPass
 from tiered.plan.simulate import Simulation, simulate
 from tiered.plan.strategies import BASELINE_NBYTES, machine_for
 from tiered.trace import Tracer
-from tiered.units import format_seconds, format_size, parse_size
+from tiered.units import format_seconds, format_size
 
-_BITS: dict[str, Bits] = {"16": 16, "8": 8, "4": 4}
 _WORDS = {
     "resident": "what is to stay",
     "layer": "streamed layers",
@@ -156,7 +155,7 @@ def run(
 ) -> None:
     """Simulate `model` on a machine. Raises ConfigError, StoreError, BudgetError."""
     if plot is not None:
-        timeline.check(plot)
+        check_can_draw("--plot", plot)
     for option, path in (("--plot", plot), ("--trace", trace_path)):
         if path is not None:
             check_writable(option, path)
@@ -165,8 +164,8 @@ def run(
     name, shape = _shape(found, quant)
     machine = _machine(found, hardware)
     work = Workload(batch, prompt_len + gen_len, prompt_len, max_batched_tokens=MAX_BATCHED_TOKENS, objective=objective)
-    budget = _ram(ram, machine, is_here=hardware is None)
-    budgets = Budgets(budget, BASELINE_NBYTES, kv=kv, kv_bits=_BITS[kv_bits], micro_batch=micro_batch)
+    budget = ram_budget(ram, machine, is_here=hardware is None)
+    budgets = Budgets(budget, BASELINE_NBYTES, kv=kv, kv_bits=BITS_BY_NAME[kv_bits], micro_batch=micro_batch)
     rates = machine_for(shape, machine)
     plan = make_plan(shape, rates, work, budgets)
     played = Played(found, name, machine, work, plan, simulate(plan, shape, rates, work, passes))
@@ -197,16 +196,6 @@ def _machine(model: Model, hardware: str | None) -> Hardware:
     return found
 
 
-def _ram(text: str | None, machine: Hardware, is_here: bool) -> int:
-    """The budget: as asked for, or what a run would take without being told."""
-    if text is not None:
-        asked = parse_size(text)
-        if asked > machine.ram:
-            raise ConfigError(f"--ram {text}: {machine.name} has {format_size(machine.ram)}; ask for less")
-        return asked
-    return min(available_budget(), machine.ram) if is_here else int(machine.ram * DEFAULT_SHARE)
-
-
 def _trace(events: Sequence[Event]) -> Tracer:
     """The events as spans of a run."""
     tracer = Tracer(keep_spans=True)
@@ -233,7 +222,7 @@ def _lines(played: Played) -> Iterator[str]:
     sequences = "1 sequence" if work.sequences == 1 else f"{work.sequences} sequences"
     tokens = f"{work.max_prompt} + {work.max_context - work.max_prompt} tokens"
     yield f"{played.model.name} {played.quant}: {sequences} of {tokens}, in {format_size(plan.budget)} of RAM"
-    yield f"machine   {played.hardware.name}, {played.hardware.source}"
+    yield from wrapped("machine", f"{played.hardware.name}, {played.hardware.source}")
     if played.hardware.gpu is not None:
         yield "          its GPU is idle: this version computes on the processor only"
     placement, experts = plan.placement, plan.experts

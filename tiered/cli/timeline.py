@@ -4,13 +4,11 @@ On the left the last pass that reads prompts, on the right the passes after it, 
 below, for some layers in the middle, when each unit is read and when it is computed.
 """
 
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from tiered.errors import ConfigError
 from tiered.files import errors_of
 from tiered.plan.lanes import Event, Kind
 from tiered.plan.play import SimulatedPass
@@ -40,15 +38,6 @@ _CLOSE_LAYERS: Final = 4
 """Layers that are shown unit by unit."""
 _MOST_UNITS: Final = 60
 """Of these, so many units at most: more could not be told apart."""
-
-
-def check(path: Path) -> None:
-    """Raise ConfigError where no picture can be drawn into such a file."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError("--plot needs matplotlib, which is not installed: pip install matplotlib")
-    kinds = _figure(1).canvas.get_supported_filetypes()
-    if path.suffix.removeprefix(".") not in kinds:
-        raise ConfigError(f"--plot {path}: expected a name that ends in one of .{', .'.join(sorted(kinds))}")
 
 
 def draw(simulation: Simulation, title: str, path: Path) -> None:

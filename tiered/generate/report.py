@@ -182,11 +182,13 @@ def _bound(nbytes: float, experts: ExpertUse, compute_seconds: float, rate: floa
     return seconds, "compute" if compute_seconds > disk else "disk"
 
 
-def _bound_from_nothing(cost: PassTotals, figures: Figures, again_nbytes: int) -> tuple[float, Bottleneck] | None:
+def _bound_from_nothing(
+    cost: PassTotals, figures: Figures, again_nbytes: int, kv_nbytes: int
+) -> tuple[float, Bottleneck] | None:
     """`_bound` of all passes of `cost`, the first of which finds nothing in memory; None where B is not known."""
     if not figures.raw_disk_bandwidth or not cost.passes:
         return None
-    nbytes = figures.tape_bytes + (cost.passes - 1) * again_nbytes + cost.kv_bytes
+    nbytes = figures.tape_bytes + (cost.passes - 1) * again_nbytes + kv_nbytes
     return _bound(nbytes, cost.experts, cost.compute_seconds, figures.raw_disk_bandwidth)
 
 
@@ -282,7 +284,7 @@ def make_report(generation: Generation, around: Surroundings, predicted: Predict
         elif figures.raw_disk_bandwidth:
             seconds, bottleneck = _bound(streamed, decode.experts, decode.compute_seconds, figures.raw_disk_bandwidth)
             bound = seconds / decode.passes
-    first = _bound_from_nothing(prefill, figures, around.again_nbytes)
+    first = _bound_from_nothing(prefill, figures, around.again_nbytes, prefill.kv_bytes)
     tokens = generation.generated_tokens
     moved = decode.bytes_read + decode.kv_bytes
     overheads = sorted(s for cost in generation.recent for s in cost.pass_.block_seconds)
@@ -377,7 +379,7 @@ def make_score_report(scoring: Scoring, around: Surroundings) -> ScoreReport:
     bound: float | None = None
     reads = bool(again or kv or cost.experts.nbytes)
     bottleneck: Bottleneck = "disk" if reads else "memory"
-    if reads and (found := _bound_from_nothing(cost, figures, again)) is not None:
+    if reads and (found := _bound_from_nothing(cost, figures, again, kv)) is not None:
         bound, bottleneck = found
     return ScoreReport(
         **vars(figures),

@@ -15,7 +15,7 @@ from tiered.plan.inputs import (
     Workload,
     parse_tiers,
 )
-from tiered.plan.kv import AnyBits, Bits, CachePlan, KVShape, layer_groups
+from tiered.plan.kv import AnyBits, Bits, CachePlan, KVShape, layer_groups, parse_bits
 from tiered.plan.make import Rate, expected_pass, make_plan, pace_for, rates_wanted
 from tiered.plan.placement import Held, Placement, Tape, full_ring, interleave, place
 from tiered.plan.plan import ExpertCachePlan, Needs, Plan, fit_units
@@ -53,6 +53,7 @@ __all__ = [
     "make_plan",
     "memory_limits",
     "pace_for",
+    "parse_bits",
     "parse_tiers",
     "pass_seconds",
     "place",

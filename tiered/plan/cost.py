@@ -68,6 +68,12 @@ def seen_tokens(model: ModelShape, context: float) -> float:
     return sum(len(group.layers) * min(context, group.window or context) for group in model.groups)
 
 
+def prompt_attention_seconds(model: ModelShape, pairs: float, flops: float) -> float:
+    """Seconds of a prompt's attention over `pairs` pairs of a query and a key, at `flops` operations per second."""
+    # A query times a key, and a weight times a value: each a multiply-add per channel.
+    return 4 * pairs * model.heads * model.kv.head_dim / flops
+
+
 def prompt_pairs(model: ModelShape, prompt: int) -> float:
     """Pairs of a query and a key that it sees, of a prompt of `prompt` tokens, summed over layers."""
     pairs = 0.0

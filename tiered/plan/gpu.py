@@ -14,7 +14,13 @@ from functools import reduce
 from operator import add
 from typing import Final
 
-from tiered.plan.cost import kv_block_nbytes, kv_written_nbytes, prompt_pairs, seen_tokens
+from tiered.plan.cost import (
+    kv_block_nbytes,
+    kv_written_nbytes,
+    prompt_attention_seconds,
+    prompt_pairs,
+    seen_tokens,
+)
 from tiered.plan.hardware import GpuRates, Hardware
 from tiered.plan.inputs import Machine, ModelShape, Workload
 from tiered.plan.kv import Bits, CachePlan
@@ -100,7 +106,7 @@ class OnGpu:
         total, most = count * self.workload.max_prompt, self.workload.max_batched_tokens
         passes = -(-total // most)
         pairs = count * prompt_pairs(self.model, self.workload.max_prompt)
-        attention = 4 * pairs * self.model.heads * self.model.kv.head_dim / self._gpu.flops
+        attention = prompt_attention_seconds(self.model, pairs, self._gpu.flops)
         written, logits = kv_written_nbytes(self.cache, total) / passes, -(-count // passes)
         phases = []
         for number in range(passes):

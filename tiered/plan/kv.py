@@ -15,6 +15,7 @@ from tiered.units import PAGE, PAGE_TOKENS, round_up
 Bits = Literal[16, 8, 4]
 AnyBits = Bits | Literal["auto"]
 """auto: the plan chooses."""
+BITS_BY_NAME: Final[dict[str, Bits]] = {"16": 16, "8": 8, "4": 4}
 GROUPS_AT_ONCE: Final = 4
 """Groups of micro-batches whose KV blocks are in memory together: one computes while the others are read. With several
 being read, the disk's queue never runs empty, as it does at the end of a single group's reads."""
@@ -23,6 +24,11 @@ STACKED_PAGES: Final = 8
 PART_ALIGNMENT: Final = 64
 """Codes, scales and zeros begin at multiples of so many bytes in a block."""
 _ITEMSIZES: Final = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def parse_bits(text: str) -> AnyBits:
+    """The bits that `text` names: "auto", or one of `BITS_BY_NAME`."""
+    return "auto" if text == "auto" else BITS_BY_NAME[text]
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from tiered.plan.cost import (
     kv_written_nbytes,
     linear_computing,
     pass_seconds,
+    prompt_attention_seconds,
     prompt_pairs,
 )
 from tiered.plan.inputs import Machine, ModelShape, Workload
@@ -230,5 +231,4 @@ class _Run:
         flops = self.machine.prompt_attention_flops
         if flops is None:
             return pairs * (self.machine.attention_seconds or 0.0)
-        # A query times a key, and a weight times a value: each a multiply-add per channel.
-        return 4 * pairs * self.model.heads * self.model.kv.head_dim / flops
+        return prompt_attention_seconds(self.model, pairs, flops)

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from functools import cached_property
 
 from tiered.errors import ConfigError
+from tiered.plan.cost import prompt_attention_seconds
 from tiered.plan.inputs import Machine, ModelShape
 from tiered.plan.plan import Plan
 
@@ -41,8 +42,7 @@ class UnitCosts:
             if len(part) == 1 or self._prompt_flops is None:
                 seconds += pairs * self._attention
             else:
-                # A query times a key, and a weight times a value: each a multiply-add per channel.
-                seconds += 4 * pairs * self._model.heads * self._model.kv.head_dim / self._prompt_flops
+                seconds += prompt_attention_seconds(self._model, pairs, self._prompt_flops)
         return seconds
 
     def experts(self, rows: int) -> tuple[float, float]:
