@@ -45,8 +45,7 @@ def two_units(sizes: Sequence[int]) -> int:
 
 ROOM: Final[dict[str, Callable[[tuple[int, ...]], int]]] = {
     "all resident": sum,
-    # Beyond two units reading goes half as far ahead again, where several rows compute.
-    "some resident": lambda sizes: two_units(sizes) * 3 // 2 + max(sizes),
+    "some resident": lambda sizes: two_units(sizes) + max(sizes),
     "ring of two blocks": lambda sizes: two_units(sizes),
     "smallest ring": max,
 }

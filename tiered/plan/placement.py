@@ -121,7 +121,8 @@ def _with_ahead(full: int, streamed: int, held: Held) -> int:
 def place(tape: Tape, available: int, held: Held = UNHELD) -> Placement | None:
     """The placement of `tape` in `available` bytes that reads least, or None if none fits.
 
-    Residency never takes the ring below a full one, because a smaller one reads and computes in turn.
+    Residency never takes the ring below a full one, because a smaller one reads and computes in turn. Reading further
+    ahead is given up where no unit could be resident otherwise.
     """
     if tape.total <= available:
         return Placement(frozenset(range(len(tape.nbytes))), tape.total, 0)
@@ -129,12 +130,16 @@ def place(tape: Tape, available: int, held: Held = UNHELD) -> Placement | None:
     if smallest_ring(pieces) > available:
         return None
     # What is read ahead differs from batch size to batch size, the spreads do not.
-    spreads = _spreads(tape, replace(held, ahead_nbytes=0))
-    fitting = [spread for spread in spreads if spread.nbytes + spread.ring_nbytes(tape, held) <= available]
-    if not fitting:
-        return Placement(frozenset(), 0, min(available, _wanted_ring(tape, held, frozenset())))
-    best = max(fitting, key=lambda spread: spread.saved_nbytes)
-    return _fill(tape, held, interleave(best.count, len(tape.nbytes)), available)
+    least = replace(held, ahead_nbytes=0)
+    spreads = _spreads(tape, least)
+    for wanted in (held, least):
+        fitting = [spread for spread in spreads if spread.nbytes + spread.ring_nbytes(tape, wanted) <= available]
+        best = max(fitting, key=lambda spread: spread.saved_nbytes, default=None)
+        if best is not None:
+            placement = _fill(tape, wanted, interleave(best.count, len(tape.nbytes)), available)
+            if placement.resident:
+                return placement
+    return Placement(frozenset(), 0, min(available, _wanted_ring(tape, held, frozenset())))
 
 
 @dataclass(frozen=True)
