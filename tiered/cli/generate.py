@@ -219,7 +219,8 @@ def _saying_how_far(able: list[Sequence], status: StatusLine, progress: PassProg
     except KeyboardInterrupt:
         status.clear()
         tokens = sum(len(sequence.token_ids) for sequence in able)
-        click.echo(f"tiered: {tokens} tokens generated, ended in {progress.so_far()}", err=True)
+        count = f"{tokens} token{'' if tokens == 1 else 's'}"
+        click.echo(f"tiered: {count} generated, ended in {progress.so_far()}", err=True)
         raise
 
 
