@@ -25,7 +25,7 @@ import torch
 from tiered.bench.gpu import measure_gpu
 from tiered.bench.memory import measure_memory
 from tiered.bench.rates import measure_attention, measure_compute, measure_prefill_attention
-from tiered.bench.raw import RANDOM_THREADS, measure_random, measure_raw, measure_write
+from tiered.bench.raw import RANDOM_THREADS, advise_huge_pages, measure_random, measure_raw, measure_write
 from tiered.errors import ConfigError, DiskFullError, ReadError
 from tiered.io import ReadMode, probe_mode
 from tiered.io.filesystem import free_nbytes, mount_of
@@ -195,6 +195,7 @@ def _kind_of(folder: Path) -> str:
 def _memory() -> Iterator[memoryview]:
     """Memory full of random bytes: some disks compress, and do not store zeros at all."""
     with mmap.mmap(-1, _MEMORY_NBYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        advise_huge_pages(memory)
         view = memoryview(memory)
         numbers = np.random.default_rng()
         for start in range(0, _MEMORY_NBYTES, MIB):
