@@ -18,7 +18,7 @@ def measure(folder: Path) -> None:
 
 
 def test_a_folder_in_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(profile, "_kind_of", lambda folder: "tmpfs")
+    monkeypatch.setattr(profile, "kind_of", lambda folder: "tmpfs")
     with pytest.raises(ConfigError, match=r"lies in memory \(tmpfs\), expected a disk; .* --hardware"):
         measure(tmp_path)
 

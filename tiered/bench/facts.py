@@ -102,7 +102,7 @@ def _machine(found: Mapping[str, Any]) -> Machine:
         f"{format_size(memory['MemTotal'])}, {format_size(memory['MemAvailable'])} available; {swap}; {huge}",
         ", ".join(parts),
         ", ".join(f"{name} {software[name]}" for name in ("tiered", "python", "torch", "transformers")),
-        disk.get("file_system") in ("tmpfs", "ramfs"),
+        disk.get("file_system") in system.MEMORY_FILE_SYSTEMS,
     )
 
 

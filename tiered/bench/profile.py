@@ -26,9 +26,9 @@ from tiered.bench.gpu import measure_gpu
 from tiered.bench.memory import measure_memory
 from tiered.bench.rates import measure_attention, measure_compute, measure_prefill_attention
 from tiered.bench.raw import RANDOM_THREADS, advise_huge_pages, measure_random, measure_raw, measure_write
-from tiered.errors import ConfigError, DiskFullError, ReadError
+from tiered.errors import ConfigError, DiskFullError
 from tiered.io import ReadMode, probe_mode
-from tiered.io.filesystem import free_nbytes, mount_of
+from tiered.io.filesystem import free_nbytes, kind_of
 from tiered.kernels import Kernels
 from tiered.kernels import Mode as KernelMode
 from tiered.plan import ComputeRate, system
@@ -46,7 +46,6 @@ _LEAST_NBYTES: Final = 256 * MIB
 _WRITE_SECONDS: Final = 10.0
 _SWEEP_SECONDS: Final = 0.15
 _MEMORY_NBYTES: Final = 2 * RANDOM_THREADS * round_up(RANDOM_NBYTES[-1], PAGE)
-_IN_MEMORY: Final = ("tmpfs", "ramfs")
 
 _FEATURES: Final = 8192
 _FEW_ROWS: Final = tuple(rows for rows in ROWS if rows <= 16)
@@ -179,16 +178,9 @@ def _temporary(folder: Path, wanted: int) -> Iterator[tuple[int, int]]:
 
 def check_on_disk(folder: Path, remedy: str) -> None:
     """Raise ConfigError, with what to do, where `folder` lies in memory."""
-    kind = _kind_of(folder)
-    if kind in _IN_MEMORY:
+    kind = kind_of(folder)
+    if kind in system.MEMORY_FILE_SYSTEMS:
         raise ConfigError(f"{folder}: lies in memory ({kind}), expected a disk; {remedy}")
-
-
-def _kind_of(folder: Path) -> str:
-    try:
-        return mount_of(folder).kind
-    except (ReadError, OSError):
-        return "unknown"
 
 
 @contextmanager

@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 
 from tiered.bench.profile import check_on_disk
-from tiered.bench.rates import measure_attention, measure_compute, measure_machine
+from tiered.bench.rates import measure_attention, measure_compute, measure_disk
 from tiered.convert.compression import read_bandwidth
 from tiered.errors import ConfigError
 from tiered.host import Host
 from tiered.kernels import Kernels
-from tiered.plan import Machine, ModelShape, Rate
+from tiered.plan import ModelShape
 from tiered.plan.hardware import CpuRates, DiskRates, Hardware, LinearRate
 from tiered.plan.system import meminfo
 from tiered.quant import GroupScheme
@@ -31,7 +31,7 @@ def quick_hardware(folder: Path, models: Sequence[ModelShape], is_store: bool) -
     """
     model = models[0]
     with Host() as host:
-        read = _store_rate(folder, host.kernels, model) if is_store else _folder_rate(folder)
+        read = measure_disk(Store.open(folder)) if is_store else _folder_rate(folder)
         dtype: torch.dtype = getattr(torch, model.kv.dtype)
         linear = tuple(_linear(host.kernels, one, dtype) for one in models)
         seconds = measure_attention(host.kernels, model.heads, model.kv.heads, model.kv.head_dim, dtype)
@@ -62,10 +62,3 @@ def _folder_rate(folder: Path) -> float:
             f"{folder.resolve()}: its disk cannot be measured: {error.strerror}; work in another folder, or name a "
             "machine with --hardware"
         ) from error
-
-
-def _store_rate(folder: Path, kernels: Kernels, model: ModelShape) -> float:
-    wanted: tuple[Rate, ...] = ("disk",)
-    rate = measure_machine(Store.open(folder), kernels, model, Machine(0), wanted).disk_bytes_per_second
-    assert rate is not None
-    return rate

@@ -44,6 +44,14 @@ class Queue:
     max_request_nbytes: int | None
 
 
+def kind_of(path: Path) -> str:
+    """The type of the file system of `path`; "unknown" where the system does not tell."""
+    try:
+        return mount_of(path).kind
+    except (ReadError, OSError):
+        return "unknown"
+
+
 def mount_of(path: Path, proc: Path = PROC) -> Mount:
     """The mount of `path`; raises ReadError where the kernel lists none."""
     real = path.resolve()

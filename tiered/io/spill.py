@@ -16,16 +16,16 @@ from types import TracebackType
 from typing import Final, Self
 
 from tiered.errors import ConfigError, DiskFullError, ReadError, TieredError
-from tiered.io.filesystem import free_nbytes, mount_of
+from tiered.io.filesystem import free_nbytes, kind_of
 from tiered.io.modes import ReadMode
 from tiered.io.threads import Check, IdleClock, IOThreads
 from tiered.io.transfer import PIECE_NBYTES, ByteCounter, Faults, Ladder, TransferError, TransferFile, describe
+from tiered.plan.system import MEMORY_FILE_SYSTEMS
 from tiered.store import PAGE
 from tiered.store.sweep import bypass_cache
 from tiered.trace import Tracer
 from tiered.units import format_size, round_up
 
-_IN_MEMORY: Final = ("tmpfs", "ramfs", "devtmpfs", "hugetlbfs")
 _NO_SPACE: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _UNSUPPORTED: Final = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
@@ -159,8 +159,8 @@ class SpillFile:
 def _check_folder(folder: Path, nbytes: int) -> None:
     if not folder.is_dir():
         raise ConfigError(f"{folder}: expected a folder for the KV cache, found none; name one with --kv-dir")
-    kind = _kind_of(folder)
-    if kind in _IN_MEMORY:
+    kind = kind_of(folder)  # where it is not told, the folder is assumed to be on a disk
+    if kind in MEMORY_FILE_SYSTEMS:
         raise ConfigError(
             f"{folder}: expected a disk for the KV cache, found {kind}, which is memory itself; "
             "name a folder on a disk with --kv-dir"
@@ -171,14 +171,6 @@ def _check_folder(folder: Path, nbytes: int) -> None:
             f"{folder}: the KV cache needs {format_size(nbytes)} there, {format_size(free)} are free; "
             "name a folder on another disk with --kv-dir, or use fewer or shorter sequences"
         )
-
-
-def _kind_of(folder: Path) -> str:
-    try:
-        return mount_of(folder).kind
-    except (ReadError, OSError):
-        # Not every system tells; then the folder is assumed to be on a disk.
-        return "unknown"
 
 
 def _open_nameless(folder: Path) -> int:

@@ -49,11 +49,9 @@ def _layers(model: ModelShape, machine: Machine, rows: int) -> Computing:
     assert machine.linear is not None
     dense, experts, seconds = model.weights - model.head_weights, model.experts, 0.0
     if experts is not None:
-        # The tokens that choose an expert are rows of their own.
         dense -= experts.total * experts.weights
-        chosen = experts.distinct(rows)
-        each = max(1, round(rows * experts.chosen / chosen))
-        seconds = machine.linear.seconds(each, int(experts.layers * chosen * experts.weights))
+        weights = int(experts.layers * experts.distinct(rows) * experts.weights)
+        seconds = machine.linear.seconds(experts.rows_each(rows), weights)
     return Computing(seconds + machine.linear.seconds(rows, dense), seconds)
 
 

@@ -24,7 +24,7 @@ from tiered.plan.cost import (
 from tiered.plan.hardware import GpuRates, Hardware
 from tiered.plan.inputs import Machine, ModelShape, Workload
 from tiered.plan.kv import Bits, CachePlan
-from tiered.plan.predict import Phase, Prediction
+from tiered.plan.predict import Phase, Prediction, in_waves
 from tiered.plan.workspace import MAX_ROWS, row_nbytes
 from tiered.units import GIB
 
@@ -68,13 +68,7 @@ class OnGpu:
     def predict(self) -> Prediction:
         """All passes on the GPU."""
         sequences, batch = self.workload.sequences, self.workload.batch_size or 1
-        full, rest = divmod(sequences, batch)
-        first = min(sequences, batch)
-        prefill, decode = self._prefill(first, is_first=True), self._decode(first)
-        if full > 1:
-            prefill, decode = prefill + self._prefill(first) * (full - 1), decode * full
-        if full and rest:
-            prefill, decode = prefill + self._prefill(rest), decode + self._decode(rest)
+        prefill, decode = in_waves(sequences, batch, self._prefill, self._decode)
         prompt, generated = self.workload.max_prompt, self.workload.max_context - self.workload.max_prompt
         return Prediction(sequences * prompt, sequences * generated, prefill, decode, self.memory, sequences)
 
@@ -102,7 +96,7 @@ class OnGpu:
         assert self.hardware.gpu is not None
         return self.hardware.gpu
 
-    def _prefill(self, count: int, is_first: bool = False) -> Phase:
+    def _prefill(self, count: int, is_first: bool) -> Phase:
         total, most = count * self.workload.max_prompt, self.workload.max_batched_tokens
         passes = -(-total // most)
         pairs = count * prompt_pairs(self.model, self.workload.max_prompt)

@@ -85,6 +85,10 @@ class ExpertShape:
         often: each one is missed by all tokens with a probability of (1 - chosen / count) ** tokens."""
         return self.count * (1 - (1 - self.chosen / self.count) ** tokens)
 
+    def rows_each(self, tokens: int) -> int:
+        """Rows that each of the experts that `tokens` tokens choose computes: those of the tokens that choose it."""
+        return max(1, round(tokens * self.chosen / self.distinct(tokens)))
+
 
 @dataclass(frozen=True)
 class ModelShape:

@@ -132,7 +132,7 @@ def place(tape: Tape, available: int, held: Held = UNHELD) -> Placement | None:
     # What is read ahead differs from batch size to batch size, the spreads do not.
     least = replace(held, ahead_nbytes=0)
     spreads = _spreads(tape, least)
-    for wanted in (held, least):
+    for wanted in dict.fromkeys((held, least)):
         fitting = [spread for spread in spreads if spread.nbytes + spread.ring_nbytes(tape, wanted) <= available]
         best = max(fitting, key=lambda spread: spread.saved_nbytes, default=None)
         if best is not None:

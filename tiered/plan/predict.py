@@ -8,6 +8,7 @@ its sequences decode together. A pass takes the longer of reading and computing;
 weight. Experts are taken to be chosen equally often, so a real router reads less of them.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import reduce
 from operator import add
@@ -124,17 +125,25 @@ def predict(plan: Plan, model: ModelShape, machine: Machine, workload: Workload)
     run = _Run(plan, model, machine, workload)
     if machine.linear is None or machine.disk_bytes_per_second is None:
         raise ConfigError("no prediction without the machine's rates; run 'tiered profile'")
-    full, rest = divmod(workload.sequences, plan.batch_size)
-    # The first wave finds nothing in memory.
-    first = min(workload.sequences, plan.batch_size)
-    prefill, decode = run.prefill(first, is_first=True), run.decode(first)
-    if full > 1:
-        prefill, decode = prefill + run.prefill(first) * (full - 1), decode * full
-    if full and rest:
-        prefill, decode = prefill + run.prefill(rest), decode + run.decode(rest)
     count = workload.sequences
+    prefill, decode = in_waves(count, plan.batch_size, run.prefill, run.decode)
     memory = memory_by_kind(plan)
     return Prediction(count * run.prompt, count * run.generated, prefill, decode, memory, count)
+
+
+def in_waves(
+    sequences: int, batch_size: int, prefill: Callable[[int, bool], Phase], decode: Callable[[int], Phase]
+) -> tuple[Phase, Phase]:
+    """Prefill and decoding of `sequences` in waves of `batch_size`, by what these take for a number of them; `prefill`
+    is told, too, whether it is that of the first wave, which finds nothing in memory."""
+    full, rest = divmod(sequences, batch_size)
+    first = min(sequences, batch_size)
+    prompts, rounds = prefill(first, True), decode(first)
+    if full > 1:
+        prompts, rounds = prompts + prefill(first, False) * (full - 1), rounds * full
+    if full and rest:
+        prompts, rounds = prompts + prefill(rest, False), rounds + decode(rest)
+    return prompts, rounds
 
 
 def memory_by_kind(plan: Plan) -> dict[str, int]:
@@ -173,7 +182,7 @@ class _Run:
     def _share(self) -> float:
         return self.workload.mean_context / self.workload.max_context
 
-    def prefill(self, count: int, is_first: bool = False) -> Phase:
+    def prefill(self, count: int, is_first: bool) -> Phase:
         """The passes that read the prompts of `count` sequences."""
         total, most, prompt = count * self.prompt, self.plan.max_batched_tokens, self.prompt
         passes = -(-total // most)

@@ -26,6 +26,8 @@ CPU_FEATURES: Final = (
 )
 """Instruction sets that a linear layer can gain from, as /proc/cpuinfo spells them."""
 ARM_FEATURES: Final = ("asimd", "asimdhp", "asimddp", "bf16", "i8mm", "sve", "sve2")
+MEMORY_FILE_SYSTEMS: Final = ("tmpfs", "ramfs", "devtmpfs", "hugetlbfs")
+"""Kinds of file systems whose files are memory themselves."""
 _ARCH_REQ_XCOMP_PERM: Final = 0x1023
 _XFEATURE_XTILEDATA: Final = 18
 _SYS_ARCH_PRCTL: Final = 158

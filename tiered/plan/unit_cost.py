@@ -49,9 +49,7 @@ class UnitCosts:
         """How many experts of a layer `rows` rows are expected to choose, and the seconds of each."""
         experts = self._model.experts
         assert experts is not None
-        chosen = experts.distinct(rows)
-        # The tokens that choose an expert are rows of its own.
-        return chosen, self._linear.seconds(max(1, round(rows * experts.chosen / chosen)), experts.weights)
+        return experts.distinct(rows), self._linear.seconds(experts.rows_each(rows), experts.weights)
 
     @cached_property
     def expert_layers(self) -> list[bool]:
