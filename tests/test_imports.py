@@ -25,6 +25,7 @@ RANKS: Final = {
     "plan": 1,
     "quant": 1,
     "kernels": 2,
+    "device": 2,
     "store": 2,
     "arch": 2,
     "io": 3,

@@ -109,6 +109,8 @@ class CachePlan:
     one_pass: bool = False
     """Every sequence begins and ends in the same pass. A layer's blocks are not needed after it has computed, so all
     layers share the memory of one, if the cache is in memory."""
+    on_device: bool = False
+    """All of it is in the memory of the device that computes, and none in the host's."""
 
     @property
     def has_tails(self) -> bool:

@@ -46,6 +46,40 @@ class ExpertCachePlan:
 
 
 @dataclass(frozen=True)
+class DeviceNeeds:
+    """Bytes of a device's memory that are taken whatever is resident there, by what takes them."""
+
+    context: int
+    """The driver's context, libraries and compiled kernels."""
+    outer: int
+    """Position tables, norms, biases."""
+    kv: int
+    workspace: int
+
+    @property
+    def total(self) -> int:
+        return self.context + self.outer + self.kv + self.workspace
+
+
+@dataclass(frozen=True)
+class DevicePlan:
+    """What is on the device that computes."""
+
+    vram: int
+    """The budget of its memory."""
+    needs: DeviceNeeds
+    placement: Placement
+    """Units that stay on the device, by their number on the plan's tape, and the ring of slots through which all others
+    pass, from RAM, in every pass. Units that stay are read once, before the first pass, and are in the host's memory
+    neither resident nor streamed."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the budget that are taken."""
+        return self.needs.total + self.placement.nbytes
+
+
+@dataclass(frozen=True)
 class Plan:
     """Every decision for one run."""
 
@@ -81,6 +115,9 @@ class Plan:
     """The reason for the batch size, for people."""
     experts: ExpertCachePlan | None = None
     """None: layers are read whole, experts and all. Else `tape` is without experts."""
+    device: DevicePlan | None = None
+    """None: the processor computes. `placement` is then the host's: units resident in RAM, and the ring that units from
+    disk pass through, on their way to the device."""
 
     @property
     def nbytes(self) -> int:
@@ -136,6 +173,8 @@ class Plan:
         """Plain dictionaries, lists and numbers."""
         fields = asdict(self)
         fields["placement"]["resident"] = sorted(self.placement.resident)
+        if self.device is not None:
+            fields["device"]["placement"]["resident"] = sorted(self.device.placement.resident)
         return fields
 
     @classmethod
@@ -152,8 +191,15 @@ class Plan:
                 "held": Held(**fields["held"]),
                 "cache": CachePlan(**{**cache, "shape": KVShape(**cache["shape"]), "groups": groups}),
                 "experts": ExpertCachePlan(**fields["experts"]) if fields["experts"] else None,
+                "device": _device_from_json(fields["device"]) if fields.get("device") else None,
             }
         )
+
+
+def _device_from_json(fields: dict[str, Any]) -> DevicePlan:
+    placement = fields["placement"]
+    on_device = Placement(**{**placement, "resident": frozenset(placement["resident"])})
+    return DevicePlan(fields["vram"], DeviceNeeds(**fields["needs"]), on_device)
 
 
 def fit_units(

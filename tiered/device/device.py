@@ -1,0 +1,87 @@
+"""A device that computes beside the processor, and the memory it has of its own.
+
+Two implementations: CUDA through torch (`cuda.py`), and one that is emulated in this process (`emulated.py`), which
+shows what a missing wait would do. Work is given to a device and done later, in three streams, each in order: copies
+to the device, copies from it, and computing. Nothing is ordered between streams but by events:
+
+    arrived = device.copy_in(host, slot, after=[freed])       the copy begins when `freed` has come
+    with device.computing():                                  in the thread that computes
+        device.wait_for(arrived)                              what is computed from here on begins when it has arrived
+        ...                                                   operations of torch on tensors at `device.where`
+        freed = device.record()                               comes when all that has been computed so far is done
+
+An event's `wait` blocks the host. Nothing here ever waits for the whole device.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+import torch
+
+
+class Event(Protocol):
+    """A point in one of a device's streams."""
+
+    @property
+    def is_done(self) -> bool:
+        """Whether everything before this point has been done."""
+
+    def wait(self) -> None:
+        """Block this thread until it is done. Raises what the work raised."""
+
+
+class Device(Protocol):
+    """What streams, kernels and the model need of a device. Methods may be called from any thread."""
+
+    @property
+    def name(self) -> str:
+        """As reports call it: "cuda:0", "emulated"."""
+
+    @property
+    def description(self) -> str:
+        """What it is, for people: model, memory, compute capability."""
+
+    @property
+    def where(self) -> torch.device:
+        """The torch device of its tensors; "cpu" where it is emulated."""
+
+    def borrow(self, nbytes: int, label: str) -> torch.Tensor:
+        """uint8 [nbytes] of its memory, whose address is a multiple of 4096. Raises BudgetError, with all that is in
+        use by label, where the bytes it may use do not suffice."""
+
+    def release(self, memory: torch.Tensor) -> None:
+        """Give borrowed memory back. Work that uses it must have been done."""
+
+    @property
+    def peak_nbytes(self) -> int:
+        """Bytes of its memory that this process has used at most: borrowed, and what computing took besides."""
+
+    def register(self, address: int, nbytes: int) -> str | None:
+        """Make page-aligned host memory known to the device, so that copies need no staging and do not block. Returns
+        why that was refused, or None. Memory that is not registered is copied all the same, more slowly."""
+
+    def unregister(self, address: int) -> None:
+        """Before registered memory is unmapped."""
+
+    def copy_in(self, source: torch.Tensor, target: torch.Tensor, after: Sequence[Event] = ()) -> Event:
+        """Copy host bytes `source` to device bytes `target` of the same length, behind earlier copies to the device and
+        `after`. `source` must stay as it is, and `target` must not be used, until the event."""
+
+    def copy_out(self, source: torch.Tensor, target: torch.Tensor, after: Sequence[Event] = ()) -> Event:
+        """The same from the device to the host."""
+
+    def computing(self) -> AbstractContextManager[None]:
+        """Entered by the thread that computes; torch's operations inside belong to the computing stream."""
+
+    def wait_for(self, event: Event) -> None:
+        """What is computed from here on begins when `event` is done. Does not block."""
+
+    def record(self) -> Event:
+        """Comes when all that has been given to the computing stream so far is done."""
+
+    def uses(self, memory: torch.Tensor, writes: bool = False) -> None:
+        """Say that what is computed next reads (or writes) `memory`. For devices that check waits; else nothing."""
+
+    def close(self) -> None:
+        """Wait for work in flight, and give all memory back."""
