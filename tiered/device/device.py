@@ -27,8 +27,13 @@ class Event(Protocol):
     def is_done(self) -> bool:
         """Whether everything before this point has been done."""
 
+    @property
+    def seconds(self) -> float:
+        """Seconds that the copy took which this is the end of, once it is done; 0 for any other point."""
+
     def wait(self) -> None:
-        """Block this thread until it is done. Raises what the work raised."""
+        """Block this thread until it is done. Raises what the work raised. Where another thread goes on with what has
+        been waited for, it calls this as well: only then are its own accesses known to come later."""
 
 
 class Device(Protocol):
@@ -54,8 +59,13 @@ class Device(Protocol):
         """Give borrowed memory back. Work that uses it must have been done."""
 
     @property
+    def context_nbytes(self) -> int:
+        """Bytes of its memory that it takes itself: the driver's context and libraries."""
+
+    @property
     def peak_nbytes(self) -> int:
-        """Bytes of its memory that this process has used at most: borrowed, and what computing took besides."""
+        """Bytes of its memory that this process has used at most: the context, what was borrowed, and what computing
+        took besides."""
 
     def register(self, address: int, nbytes: int) -> str | None:
         """Make page-aligned host memory known to the device, so that copies need no staging and do not block. Returns
@@ -75,13 +85,26 @@ class Device(Protocol):
         """Entered by the thread that computes; torch's operations inside belong to the computing stream."""
 
     def wait_for(self, event: Event) -> None:
-        """What is computed from here on begins when `event` is done. Does not block."""
+        """What is computed from here on begins when `event` is done. Blocks only where the device is emulated; an error
+        of the work is then raised here as well."""
+
+    @property
+    def stalled_seconds(self) -> float:
+        """Seconds so far that computing has stood still for events it was to wait for."""
 
     def record(self) -> Event:
         """Comes when all that has been given to the computing stream so far is done."""
 
     def uses(self, memory: torch.Tensor, writes: bool = False) -> None:
         """Say that what is computed next reads (or writes) `memory`. For devices that check waits; else nothing."""
+
+    def discards(self, memory: torch.Tensor) -> None:
+        """Say that what is computed next reads nothing of `memory`, until something has been written there again. As
+        `uses`."""
+
+    def host_writes(self, memory: torch.Tensor) -> None:
+        """Say that this thread of the host, or another on its behalf, writes `memory` of the host from here on. The
+        thread that says so must have waited for what uses it, and issues the next copy from it. As `uses`."""
 
     def close(self) -> None:
         """Wait for work in flight, and give all memory back."""
