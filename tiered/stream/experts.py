@@ -19,11 +19,13 @@ from typing import Final
 
 import torch
 
+from tiered.device import Device
 from tiered.errors import InterruptedRun
 from tiered.io import DiskReader, Slab
 from tiered.kernels import CancelFlag
 from tiered.plan import ExpertCachePlan
 from tiered.store import Store, Unit
+from tiered.stream.device_experts import DeviceExperts
 from tiered.stream.handover import Handover
 from tiered.stream.loan import AnyWeight
 from tiered.trace import Tracer
@@ -148,7 +150,7 @@ class Slots:
 
 class ExpertCache:
     """The experts of `store` in `memory`, which has the slots of `plan`. Once `cancel` is set, waiting ends with
-    InterruptedRun."""
+    InterruptedRun. Where there is a `device`, experts are lent in its memory, of which `open` borrows some."""
 
     def __init__(
         self,
@@ -158,8 +160,10 @@ class ExpertCache:
         reader: DiskReader,
         trace: Tracer,
         cancel: CancelFlag,
+        device: Device | None = None,
     ) -> None:
         self._units, self._reader = store.expert_units, reader
+        self.on_device = DeviceExperts(device, plan.slot_nbytes, trace) if device is not None else None
         self._names = [block.name for block in store.tape]
         self._most = max(map(len, self._units))
         """Experts of a layer; with the layer's number they make an expert's number."""
@@ -208,15 +212,15 @@ class ExpertCache:
         missing.reverse()
         self._ask(layer, missing)
         for expert in here:
-            yield expert, self._matrices(base + expert, units[expert], names)
-            self._slots.unpin(base + expert)
+            yield expert, self._matrices(layer, base + expert, units[expert], names)
+            self._release(base + expert)
             self._ask(layer, missing)
         for _ in range(len(chosen) - len(here)):
             number = self.came.take_any(self._pending, f"{self._names[layer]}/experts")
             self._pending.discard(number)
             self._pending_nbytes -= units[number - base].nbytes
-            yield number - base, self._matrices(number, units[number - base], names)
-            self._slots.unpin(number)
+            yield number - base, self._matrices(layer, number, units[number - base], names)
+            self._release(number)
             self._ask(layer, missing)
         seconds = time.perf_counter() - began - (self.came.wait_seconds - waited)
         nbytes = sum(units[expert].nbytes for expert in chosen.keys() - set(here))
@@ -235,6 +239,14 @@ class ExpertCache:
         self._pending.clear()
         self._pending_nbytes = 0
         self._slots.unpin_all()
+        if self.on_device is not None:
+            self.on_device.release_all()
+
+    def _release(self, number: int) -> None:
+        """An expert has been computed with."""
+        if self.on_device is not None:
+            self.on_device.release()
+        self._slots.unpin(number)
 
     def _ask(self, layer: int, missing: list[int]) -> None:
         """Begin to read experts from the end of `missing`, while there are slots for them. What is worth more than they
@@ -250,6 +262,8 @@ class ExpertCache:
             self._pending_nbytes += unit.nbytes
             with self._quiet:
                 self._reading += 1
+            if self.on_device is not None:
+                self.on_device.tell_write(self._memory[slot])
             self._reader.begin_unit(unit, self._memory[slot], self._check, functools.partial(self._end, number))
 
     def _check(self) -> None:
@@ -264,16 +278,20 @@ class ExpertCache:
             self._reading -= 1
             self._quiet.notify_all()
 
-    def _matrices(self, number: int, unit: Unit, names: Sequence[str]) -> Sequence[AnyWeight]:
-        """The matrices called `names` of an expert that is in memory."""
+    def _matrices(self, layer: int, number: int, unit: Unit, names: Sequence[str]) -> Sequence[AnyWeight]:
+        """The matrices called `names` of an expert that is in memory, where they can be computed with."""
         layout = self._layout_of.get(number)
         if layout is None:
             places = tuple((e.offset, e.shape, e.dtype) for w in unit.weights.values() for e in w.parts.values())
             layout = self._layout_of[number] = self._layouts.setdefault(places, len(self._layouts))
         slot = self._slots[number]
+        memory = torch.frombuffer(self._memory[slot], dtype=torch.uint8)
+        if self.on_device is not None:
+            start = time.perf_counter()
+            slot, memory = self.on_device.bring(memory[: unit.memory_nbytes], f"{self._names[layer]}/{unit.name}")
+            self.came.count_wait(f"{self._names[layer]}/copy", start)
         views = self._views.get((slot, layout))
         if views is None:
-            memory = torch.frombuffer(self._memory[slot], dtype=torch.uint8)
             weights = unit.weights.values()
             found = (next(weight for weight in weights if weight.whole_name.endswith(name)) for name in names)
             views = self._views[slot, layout] = [weight.view(memory) for weight in found]

@@ -9,24 +9,20 @@ the reads that fill it on some machines, so a thread takes it from the system ah
 import asyncio
 import os
 import threading
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Final
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Final, TypeVar
 
 import torch
 
-from tiered.errors import UnsupportedFamilyError
 from tiered.io import ChunkBuffers, DiskReader, Slab
 from tiered.io.threads import Check, IOThreads
-from tiered.plan import Plan
-from tiered.plan.order import Reading, feed_order
+from tiered.plan.order import Reading
 from tiered.store import PAGE, Unit
-from tiered.stream.handover import Handover
-from tiered.stream.loan import AnyWeight
-from tiered.stream.ring import Ring, RingSpan
-from tiered.units import MIB, format_size, round_down
+from tiered.stream.ring import RingSpan
+from tiered.stream.walk import Order, Receiver, Walk
+from tiered.units import MIB, round_down
 
-Views = Mapping[str, AnyWeight]
+T = TypeVar("T")
 _READING_NBYTES: Final = 128 * MIB
 """Bytes of resident units that are being read or wait for a thread to do so, at most: what keeps 16 threads busy with
 parts of chunks, twice. Begun all at once, thousands of tasks would be made before the first read."""
@@ -38,212 +34,75 @@ _AHEAD_NBYTES: Final = 64 * MIB
 """How far ahead of what has been read memory is populated at least: reads in flight touch what is nearer."""
 
 
-class Feed:
-    """Reads `tape` with `reader` into `resident`, by number of the unit on the tape, and `ring`, and hands units over
-    in `units`, by `key`.
+class Feed(Walk[T]):
+    """Reads `tape` with `reader` into `resident`, by number of the unit on the tape, and `ring`.
 
-    Chunks of compressed units pass through `buffers`. `view` makes the views of the unit of a number in its memory;
-    `name` is what a unit is called. `prefetch` is that of `Streamer`. An error that ends the feed is handed over to
-    whoever asks for what will not come; one that names `family` where the computation waits for what can never come.
+    Chunks of compressed units pass through `buffers`. `view` makes what is handed over of the unit of a number in its
+    memory. `on_write` is told memory that is about to be read into. All else is as of `Walk`.
     """
 
     def __init__(
         self,
         tape: Sequence[Unit],
-        plan: Plan,
-        reader: DiskReader,
+        order: Order,
         resident: Mapping[int, Slab],
-        ring: Slab | None,
-        units: Handover[Views],
-        view: Callable[[int, torch.Tensor], Views],
+        units: Receiver[T],
+        view: Callable[[int, torch.Tensor], T],
         name: Callable[[int], str],
-        family: str,
+        family: str | None,
         prefetch: int | None,
+        *,
+        reader: DiskReader,
+        ring: Slab | None,
         buffers: ChunkBuffers,
+        on_write: Callable[[memoryview], None] | None = None,
     ) -> None:
+        sizes = [unit.memory_nbytes for unit in tape]
+        ring_nbytes = round_down(ring.nbytes, PAGE) if ring is not None else 0
+        super().__init__(order, sizes, resident, ring_nbytes, units, name, family, prefetch)
         self._tape, self._reader, self._resident, self._ring_slab = tape, reader, resident, ring
-        self._buffers = buffers
-        self._units, self._view, self._name = units, view, name
-        self._family, self._prefetch = family, prefetch
-        self._plan = plan
-        self._ring_nbytes = round_down(ring.nbytes, PAGE) if ring is not None else 0
-        self._group: asyncio.TaskGroup | None = None
-        self._task: asyncio.Task[None] | None = None
+        self._buffers, self._view, self._on_write = buffers, view, on_write
         self._populating: asyncio.Task[None] | None = None
         self._populater = IOThreads(1, "tiered-populate")
         self._loads: dict[asyncio.Task[None], int] = {}
         """Reads in flight, with the key of their unit."""
         self._held: set[int] = set()
         """Resident units that have been read, or are being read."""
-        self._is_closing = False
-        self._restart()
-
-    def _restart(self) -> None:
-        """The state before the first unit."""
-        self._ring = Ring(self._ring_nbytes)
-        self._changed = asyncio.Event()
-        """Set whenever what the feed waits for may have come about."""
-        self._asked = -1
-        """The last number that has been asked for; one whose reads have begun need not be."""
-        self.begun = -1
-        """The last number that the feed is done with: its reads have begun, if it has any. The computing thread looks
-        at it."""
-        self.last_pass: int | None = None
-        """Number of the pass after which nothing is read; None: not known yet."""
-        self._spans: dict[int, RingSpan] = {}
-        """The memory of streamed units that are being read or are in memory, by number on the endless tape."""
-        self._reading: set[int] = set()
-        self._unwanted: set[int] = set()
-        """Units that the computation has passed by before they were read."""
-        self._ahead: deque[int] = deque()
-        """Units whose reads began before they were asked for; those that have been asked for since leave at times."""
-        self._failure: tuple[int, Exception] | None = None
-        """The error because of which the feed has ended, and the first number that will not come."""
 
     async def start(self) -> None:
-        """Begin to read."""
-        self._group = asyncio.TaskGroup()
-        await self._group.__aenter__()
-        self._task = self._group.create_task(self._feed_tape(), name="tiered-feed")
+        await super().start()
         if self._prefetch != 0:
+            assert self._group is not None
             self._populating = self._group.create_task(self._populater.call(self._populate), name="tiered-populate")
 
     async def close(self) -> None:
-        """End all reads."""
-        assert self._group is not None and self._task is not None
-        self._is_closing = True
-        for task in (self._task, self._populating, *self._loads):
-            if task is not None:
-                task.cancel()
-        await self._group.__aexit__(None, None, None)
+        await super().close()
         self._populater.close()
-        self._units.clear(kept=-len(self._tape))  # their memory goes back to the arena
 
-    def key(self, number: int) -> int:
-        """Key of a unit by its number on the endless tape: the number, or if resident one below 0, the same in each
-        pass."""
-        position = number % len(self._tape)
-        return position - len(self._tape) if position in self._resident else number
+    def _dropped(self) -> Iterable[asyncio.Task[None]]:
+        return [task for task, key in self._loads.items() if key >= 0]
 
-    async def rewind(self) -> None:
-        """Begin at the first unit: end the reads in flight, and drop what was read ahead. Resident units stay, and
-        reads of them go on."""
-        assert self._group is not None and self._task is not None
-        dropped = [self._task, *(task for task, key in self._loads.items() if key >= 0)]
-        for task in dropped:
-            task.cancel()
-        await asyncio.wait(dropped)
-        if self._is_closing:
+    def _ended(self) -> Iterable[asyncio.Task[None]]:
+        return [*([self._populating] if self._populating is not None else []), *self._loads]
+
+    async def _begin_resident(self, turn: Reading) -> None:
+        if turn.position in self._held:
             return
-        self._units.clear(kept=0)
-        self._restart()
-        self._task = self._group.create_task(self._feed_tape(), name="tiered-feed")
-
-    def set_last(self, last: int | None) -> None:
-        """Read nothing after pass `last`; None: it is not known yet which is the last one."""
-        self.last_pass = last
-        self._changed.set()
-
-    def set_asked(self, number: int) -> None:
-        """The computation waits for unit `number`."""
-        self._asked = number
-        self._changed.set()
-        self._raise_failure()
-
-    def _raise_failure(self) -> None:
-        """Hand the feed's error to whoever waits for what will not come."""
-        if self._failure is not None and self._asked >= self._failure[0]:
-            self._units.put(self.key(self._asked), self._failure[1])
-
-    def take_back(self, numbers: deque[int]) -> None:
-        """Take back units that the computation has used, or has passed by. Empties `numbers`."""
-        while numbers:
-            number = numbers.popleft()
-            if number in self._spans and number not in self._reading:
-                self._units.discard(number)
-                self._ring.release(self._spans.pop(number))
-            else:
-                self._unwanted.add(number)
-        self._changed.set()
-
-    def _order(self) -> Iterator[Reading]:
-        """The turns of the tape's units, from the first one on."""
-        return feed_order(self._plan.tape, self._plan.held, self._plan.placement.resident, self._ring_nbytes)
-
-    async def _feed_tape(self) -> None:
-        for turn in self._order():
-            try:
-                if turn.start is not None:
-                    await self._feed_streamed(turn, turn.start)
-                elif turn.position not in self._held:
-                    await self._until_wanted(turn)
-                    while self._reading_nbytes() >= _READING_NBYTES:
-                        await self._change()
-                    self._held.add(turn.position)
-                    self._start(self.key(turn.number), turn.position, self._resident[turn.position].view)
-                self.begun = turn.number
-            except Exception as error:
-                # A feed that dies silently would leave the computation waiting for ever.
-                self._failure = turn.number, error
-                self._raise_failure()
-                return
-
-    async def _feed_streamed(self, turn: Reading, start: int) -> None:
-        """Find memory at `start` of the ring for a unit, and start its reads; unless the computation passes it by."""
-        number, position = turn.number, turn.position
-        while number not in self._unwanted:
-            span = self._ring.borrow_at(start, self._tape[position].memory_nbytes)
-            if span is None:
-                self._check_not_stuck(number)
-                await self._change()
-                continue
-            # After the wait for the ring, because what is wanted may change during it.
-            await self._until_wanted(turn)
-            if number in self._unwanted:
-                self._ring.release(span)
-                break
-            self._spans[number] = span
-            self._reading.add(number)
-            assert self._ring_slab is not None
-            self._start(number, position, self._ring_slab.view[span.start : span.stop])
-            return
-        self._unwanted.discard(number)
-
-    def _check_not_stuck(self, number: int) -> None:
-        """Raises UnsupportedFamilyError if unit `number`, for which there is no memory now, will never find any: the
-        computation waits for it, or for a later one, and so gives nothing back."""
-        if number > self._asked or not self._unwanted.isdisjoint(self._spans):
-            return
-        asked, *lent = (self._name(unit % len(self._tape)) for unit in (self._asked, *sorted(self._spans)))
-        raise UnsupportedFamilyError(
-            f"model family {self._family!r}: {asked} is asked for while units that have not been given back "
-            f"({', '.join(lent)}) leave no room in the ring of {format_size(self._ring_nbytes)}, expected {lent[0]} "
-            "to be used first; layers use weights in another order than the store was made for: convert the model "
-            "again with this version of tiered and transformers"
-        )
-
-    async def _until_wanted(self, turn: Reading) -> None:
-        """Wait while a unit is not to be read yet."""
-        number = turn.number
-        while number not in self._unwanted and not self._is_wanted(number, turn.passed):
+        await self._until_wanted(turn)
+        while self._reading_nbytes() >= _READING_NBYTES:
             await self._change()
-        if self._prefetch is not None and number > self._asked:
-            self._ahead.append(number)
+        self._held.add(turn.position)
+        self._start(self.key(turn.number), turn.position, self._resident[turn.position].view)
 
-    def _is_wanted(self, number: int, passed: int) -> bool:
-        if self.last_pass is not None and passed > self.last_pass:
-            return False
-        while self._ahead and self._ahead[0] <= self._asked:
-            self._ahead.popleft()
-        return self._prefetch is None or number <= self._asked or len(self._ahead) < self._prefetch
-
-    async def _change(self) -> None:
-        self._changed.clear()
-        await self._changed.wait()
+    async def _begin_streamed(self, turn: Reading, span: RingSpan) -> None:
+        assert self._ring_slab is not None
+        self._start(turn.number, turn.position, self._ring_slab.view[span.start : span.stop])
 
     def _start(self, key: int, position: int, memory: memoryview) -> None:
         """Start the reads of the unit at `position` into `memory`."""
         assert self._group is not None
+        if self._on_write is not None:
+            self._on_write(memory)
         load = self._group.create_task(self._load(key, position, memory), name=f"tiered-load-{key}")
         self._loads[load] = key
         load.add_done_callback(self._end)
@@ -258,7 +117,7 @@ class Feed:
         return sum(self._tape[key].nbytes for key in self._loads.values() if key < 0)
 
     async def _load(self, key: int, position: int, memory: memoryview) -> None:
-        """Read a unit, and hand over its views."""
+        """Read a unit, and hand it over."""
         unit = self._tape[position]
         try:
             await self._reader.read_unit(unit, memory, self._buffers)
@@ -268,16 +127,6 @@ class Feed:
             self._bring_back(key, error)
         else:
             self._bring_back(key, found)
-
-    def _bring_back(self, key: int, found: Views | Exception) -> None:
-        """Hand over a unit whose reads have ended, unless the computation has passed it by meanwhile."""
-        self._reading.discard(key)
-        if key in self._unwanted:
-            self._unwanted.discard(key)
-            self._ring.release(self._spans.pop(key))
-            self._changed.set()
-        else:
-            self._units.put(key, found)
 
     def _populate(self, check: Check) -> None:
         """In a thread of its own: take memory from the system in the order in which it is read, ahead of the reads.

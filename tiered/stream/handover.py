@@ -86,11 +86,15 @@ class Handover(Generic[T]):
                     self._changed.wait(_POLL_SECONDS)
                 return found
         finally:
-            waited = time.perf_counter() - start
-            self.wait_seconds += waited
-            self._trace.record("wait", name, start, waited)
-            if self.on_wait is not None:
-                self.on_wait(start, waited)
+            self.count_wait(name, start)
+
+    def count_wait(self, name: str, start: float) -> None:
+        """The computation has waited since `start`, for what is called `name` in a trace."""
+        waited = time.perf_counter() - start
+        self.wait_seconds += waited
+        self._trace.record("wait", name, start, waited)
+        if self.on_wait is not None:
+            self.on_wait(start, waited)
 
 
 def run_in(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, T], cancel: CancelFlag | None = None) -> T:

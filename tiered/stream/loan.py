@@ -7,9 +7,11 @@ What is resident is brought once; borrowing it is then a look-up in a dictionary
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
+from tiered.device import Device, Event
 from tiered.errors import UnsupportedFamilyError
 from tiered.quant import QuantizedWeight
 from tiered.store import Unit, Weight
@@ -19,12 +21,24 @@ EachExpert = Callable[[Mapping[int, int], Sequence[str]], Iterator[tuple[int, Se
 """`Loan.each_expert`."""
 
 
+@dataclass(frozen=True)
+class Brought:
+    """A unit that can be computed with."""
+
+    views: Mapping[str, AnyWeight]
+    """Its weights, by key."""
+    memory: torch.Tensor
+    """All its bytes."""
+    arrived: Event | None = None
+    """The end of its copy to a device, for which computing must wait."""
+
+
 class Loan:
     """The weights of one block. It is lent for every pass; `close` ends each of these times.
 
-    `bring` waits for a unit, by its number in the block, and returns its views by key; `take_back` gets the numbers of
-    units that are free again. Units whose numbers are not in `streamed` are resident: they are brought once. `experts`
-    brings those of a mixture where they are not among the units.
+    `bring` waits for a unit, by its number in the block; `take_back` gets the numbers of units that are free again.
+    Units whose numbers are not in `streamed` are resident: they are brought once. `experts` brings those of a mixture
+    where they are not among the units. `device` is told what is computed with, where one computes.
     """
 
     def __init__(
@@ -34,17 +48,20 @@ class Loan:
         units: Sequence[Unit],
         streamed: Collection[int],
         family: str,
-        bring: Callable[[int], Mapping[str, AnyWeight]],
+        bring: Callable[[int], Brought],
         take_back: Callable[[Sequence[int]], None],
         experts: EachExpert | None = None,
+        device: Device | None = None,
     ) -> None:
         self.block, self.units = block, units
         self.is_held = False
         """Whether units stay until the loan is closed, as several micro-batches use them."""
         self._streamed, self._family, self._bring, self._take_back = frozenset(streamed), family, bring, take_back
-        self._experts = experts
+        self._experts, self._device = experts, device
         self._views: dict[str, AnyWeight] = {}
         """What can be borrowed without waiting."""
+        self._memory: dict[int, torch.Tensor] = {}
+        """The memory of the units that it is in, by their numbers; kept for a device only."""
         self._parts: dict[str, list[str]] = {}
         """Keys by name: one, or several where a weight is stored in ranges of its rows."""
         self._unit_of: dict[str, int] = {}
@@ -84,7 +101,11 @@ class Loan:
         the unit has gone already or cannot come.
         """
         found = self._views.get(key)
-        return found if found is not None else self._wait(key)
+        if found is None:
+            found = self._wait(key)
+        if self._device is not None:
+            self._device.uses(self._bytes_of(key))
+        return found
 
     def release(self, *keys: str) -> None:
         """Whoever has borrowed `keys` has computed with them. What nobody will borrow may be given back as well."""
@@ -124,6 +145,7 @@ class Loan:
     def forget(self) -> None:
         """Drop the views of what is resident: its memory is used for something else."""
         self._views.clear()
+        self._memory.clear()
 
     def _wait(self, key: str) -> AnyWeight:
         number = self._unit_of[key]
@@ -133,11 +155,20 @@ class Loan:
                 f"has been given back, expected {self._expected()}; its layers use weights in another order than the "
                 "store was made for: convert the model again with this version of tiered and transformers"
             )
-        views = self._bring(number)
-        self._views.update(views)
+        brought = self._bring(number)
+        self._views.update(brought.views)
+        if self._device is not None:
+            self._memory[number] = brought.memory
         if number in self._streamed:
-            self._left.setdefault(number, set(views))
-        return views[key]
+            self._left.setdefault(number, set(brought.views))
+        return brought.views[key]
+
+    def _bytes_of(self, key: str) -> torch.Tensor:
+        """The stretch of its unit's memory that the parts of `key` lie in."""
+        number = self._unit_of[key]
+        parts = self._keys[number][key].parts.values()
+        start = min(part.offset for part in parts)
+        return self._memory[number][start : max(part.offset + part.nbytes for part in parts)]
 
     def _expected(self) -> str:
         """The unit that would be used next if the order were the store's."""
@@ -151,4 +182,6 @@ class Loan:
         self._returned.add(number)
         for key in self._keys[number]:
             self._views.pop(key, None)
+        if self._device is not None:
+            self._device.discards(self._memory.pop(number))
         del self._left[number]

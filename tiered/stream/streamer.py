@@ -1,34 +1,41 @@
 """The streamer: lends the blocks of the tape in order, unit by unit, while the feed reads ahead of the computation.
 
-    in the loop (`feed.py`)                              in the thread that computes
+    in the loop (`feed.py`, `device_feed.py`)            in the thread that computes
     for every unit of the tape, for ever: find memory    begin()   a pass begins
       (its own if resident, else a span of the ring,     lend()    the next block of the tape: a loan, from which its
       waiting until it is free), and start its reads               weights are borrowed one by one; a unit's span
                                                                    may be overwritten once all have gone back
 
 Resident units are read in the first pass and then borrowed without the loop. Streamer and feed alone know where on the
-tape computing and reading are.
+tape computing and reading are. Where a device computes, what is lent is in its memory, and `device_feed.py` brings it
+there.
 """
 
 import asyncio
 import contextlib
 import functools
 import itertools
+import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
 import torch
 
+from tiered.device import Device, Event
 from tiered.io import ChunkBuffers, DiskReader, Slab
 from tiered.kernels import CancelFlag
 from tiered.plan import Plan
+from tiered.plan.order import feed_order
 from tiered.store import Store, Unit
+from tiered.stream.device_experts import DeviceExperts
+from tiered.stream.device_feed import DeviceFeed, register
 from tiered.stream.experts import NO_EXPERTS, ExpertCache, ExpertUse
-from tiered.stream.feed import Feed, Views
+from tiered.stream.feed import Feed
 from tiered.stream.handover import Handover
-from tiered.stream.loan import Loan
+from tiered.stream.loan import Brought, Loan
+from tiered.stream.walk import Walk
 from tiered.trace import Tracer
 
 
@@ -39,7 +46,8 @@ class Streamer:
     many units may be read before they are asked for: 0 reads each unit when it is asked for, which is the synchronous
     reference; None is bounded by the ring alone. Once `cancel` is set, waiting ends with InterruptedRun. Where the plan
     reads experts when they are chosen, `experts` is their memory. `buffers` are for chunks of compressed units, of
-    which there are none without.
+    which there are none without. `device` computes where the plan has one; the streamer borrows memory for weights
+    from it while it is open.
     """
 
     def __init__(
@@ -54,32 +62,37 @@ class Streamer:
         prefetch: int | None = None,
         experts: Slab | None = None,
         buffers: Sequence[memoryview] = (),
+        device: Device | None = None,
     ) -> None:
+        assert (device is None) == (plan.device is None), "a plan with a device, and the device, come together"
+        self._device, self._borrowed = device, contextlib.ExitStack()
+        self._slabs = [slab for slab in (*resident.values(), ring, experts) if slab is not None]
         self._experts: ExpertCache | None = None
         if plan.experts is not None and experts is not None:
-            self._experts = ExpertCache(store, plan.experts, experts, reader, trace, cancel)
+            self._experts = ExpertCache(store, plan.experts, experts, reader, trace, cancel, device)
         self._family, self._prefetch = str(store.manifest.architecture["model_type"]), prefetch
         blocks = store.units_of_pass(plan.experts is not None)
         self._tape = [unit for units in blocks for unit in units]
         self._firsts = list(itertools.accumulate(map(len, blocks), initial=0))
         """The number on the tape of each block's first unit; last, how many units there are."""
         self._block_of = [number for number, units in enumerate(blocks) for _ in units]
-        self._loans = [self._loan(number, store, units, resident) for number, units in enumerate(blocks)]
-        self._units: Handover[Views] = Handover(cancel, trace)
+        lasting = resident if plan.device is None else plan.device.placement.resident
+        self._loans = [self._loan(number, store, units, lasting) for number, units in enumerate(blocks)]
+        self._units: Handover[Brought] = Handover(cancel, trace)
         """Units in memory that have not been taken yet, by the feed's keys."""
-        self._feed = Feed(
-            self._tape,
-            plan,
-            reader,
-            resident,
-            ring,
-            self._units,
-            self._view,
-            self._name,
-            self._family,
-            prefetch,
-            ChunkBuffers(buffers),
-        )
+        make_feed = functools.partial(Feed, reader=reader, ring=ring, buffers=ChunkBuffers(buffers))
+        told = self._units, self._brought, self._name, self._family, prefetch
+        self._feed: Walk[Brought]
+        self._buses: list[DeviceFeed | DeviceExperts] = []
+        if device is not None:
+            self._feed = feed = DeviceFeed(self._tape, plan, device, resident, ring, make_feed, *told, trace)
+            self._buses.append(feed)
+            if self._experts is not None and self._experts.on_device is not None:
+                self._buses.append(self._experts.on_device)
+        else:
+            ring_nbytes = ring.nbytes if ring is not None else 0
+            order = functools.partial(feed_order, plan.tape, plan.held, plan.placement.resident, ring_nbytes)
+            self._feed = make_feed(self._tape, order, resident, *told)
         self._pass, self._next = 0, 0
         """Number of the pass, and of the block that is lent next: -1 while one is lent, and after an error. Used by the
         computing thread."""
@@ -88,16 +101,23 @@ class Streamer:
         self._is_posted = False
         """Whether `_take_back` has been posted to the loop and has not run yet."""
 
-    def _loan(self, block: int, store: Store, units: Sequence[Unit], resident: Mapping[int, Slab]) -> Loan:
+    def _loan(self, block: int, store: Store, units: Sequence[Unit], resident: Collection[int]) -> Loan:
         info, first = store.tape[block], self._firsts[block]
         streamed = [number for number in range(len(units)) if first + number not in resident]
         bring, take_back = functools.partial(self._bring, first), functools.partial(self._post_returned, first)
         experts = functools.partial(self._experts.each, block) if self._experts is not None else None
-        return Loan(info.name, info.prefix, units, streamed, self._family, bring, take_back, experts)
+        return Loan(info.name, info.prefix, units, streamed, self._family, bring, take_back, experts, self._device)
 
     async def __aenter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
-        await self._feed.start()
+        with contextlib.ExitStack() as stack:
+            if self._device is not None:
+                await asyncio.to_thread(register, self._device, self._slabs, stack)
+            if self._experts is not None and self._experts.on_device is not None:
+                self._experts.on_device.open()
+                stack.callback(self._experts.on_device.close)
+            await self._feed.start()
+            self._borrowed = stack.pop_all()
         return self
 
     async def __aexit__(
@@ -108,13 +128,29 @@ class Streamer:
             loan.forget()
         if self._experts is not None:
             await asyncio.to_thread(self._experts.rewind)
+        self._borrowed.close()
 
     # In the thread that computes.
 
     @property
     def wait_seconds(self) -> float:
-        """Seconds the computation has waited for units, and for experts."""
+        """Seconds the thread that computes has waited for units, and for experts."""
         return self._units.wait_seconds + (self._experts.came.wait_seconds if self._experts is not None else 0.0)
+
+    @property
+    def bus_nbytes(self) -> int:
+        """Bytes of weights that have been copied to the device so far."""
+        return sum(bus.bus_nbytes for bus in self._buses)
+
+    @property
+    def bus_seconds(self) -> float:
+        """Seconds in which they were."""
+        return sum(bus.bus_seconds for bus in self._buses)
+
+    @property
+    def stalled_seconds(self) -> float:
+        """Seconds the device that computes has stood still for copies."""
+        return self._device.stalled_seconds if self._device is not None else 0.0
 
     @property
     def expert_use(self) -> ExpertUse:
@@ -147,18 +183,25 @@ class Streamer:
         if self._next == len(self._loans):
             self._pass, self._next = self._pass + 1, 0
 
-    def _bring(self, first: int, number: int) -> Views:
-        """Wait for unit `number` of the block whose first unit is `first`. Raises what its reads raised."""
+    def _bring(self, first: int, number: int) -> Brought:
+        """Wait for unit `number` of the block whose first unit is `first`. Raises what its reads or its copy raised."""
         asked = self._pass * len(self._tape) + first + number
         key = self._feed.key(asked)
         # Where its reads have begun the feed need not know, and each turn of the loop takes the interpreter from here.
         if self._prefetch is not None or (asked > self._feed.begun and key not in self._units):
             self._loop.call_soon_threadsafe(self._feed.set_asked, asked)
-        return self._units.take(key, self._name(first + number))
+        brought = self._units.take(key, self._name(first + number))
+        if self._device is not None and brought.arrived is not None:
+            start = time.perf_counter()
+            self._device.wait_for(brought.arrived)
+            self._units.count_wait(f"{self._name(first + number)}/copy", start)
+        return brought
 
     def _post_returned(self, first: int, numbers: Sequence[int]) -> None:
         """Have the loop take back units of the block whose first unit is `first`."""
-        self._returned.extend(self._pass * len(self._tape) + first + number for number in numbers)
+        returned = [self._pass * len(self._tape) + first + number for number in numbers]
+        self._feed.used(returned)
+        self._returned.extend(returned)
         if not self._is_posted:
             self._is_posted = True
             self._loop.call_soon_threadsafe(self._take_back)
@@ -188,7 +231,7 @@ class Streamer:
         self._is_posted = False
         self._feed.take_back(self._returned)
 
-    def _view(self, position: int, memory: torch.Tensor) -> Views:
-        """Views of the unit at `position` of the tape in its memory."""
+    def _brought(self, position: int, memory: torch.Tensor, arrived: Event | None = None) -> Brought:
+        """The unit at `position` of the tape in its memory, where it has come by `arrived`."""
         block = self._block_of[position]
-        return self._loans[block].views(position - self._firsts[block], memory)
+        return Brought(self._loans[block].views(position - self._firsts[block], memory), memory, arrived)

@@ -1,0 +1,522 @@
+"""Streaming to a device: the right bytes whatever is where, and every wait that keeps them right is needed.
+
+The device is emulated, in its chaotic mode: copies are late and early, poison lies where nothing has arrived, and
+clocks check what is ordered by events.
+"""
+
+import asyncio
+import contextlib
+import functools
+import logging
+import os
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.plan.plans import plan_of, tape_of
+from tests.store.make import load_unit, write_mixture, write_store
+from tests.store.units import in_units
+from tests.stream.streaming import SECONDS, Setup, failing_at, in_twenties, streaming, tensors_of
+from tiered.device import Event
+from tiered.device.clocks import RaceError
+from tiered.device.copies import POISON
+from tiered.device.emulated import EmulatedDevice
+from tiered.errors import BudgetError, InterruptedRun, ReadError
+from tiered.io import Arena, ChunkVerifier, DiskReader, VerifyPolicy
+from tiered.kernels import CancelFlag
+from tiered.plan import DeviceNeeds, DevicePlan, ExpertCachePlan, Held, Placement, Plan, full_ring
+from tiered.plan.placement import UNHELD, smallest_ring
+from tiered.store import Store
+from tiered.stream import AnyWeight, ExpertCache
+from tiered.stream.device_experts import DeviceExperts
+from tiered.stream.device_feed import DeviceFeed
+from tiered.trace import Tracer
+from tiered.units import GIB, MIB
+
+SIZES = (20_000, 60_000, 5_000, 33_000, 90_000)
+NAMES = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+NOTHING = DeviceNeeds(0, 0, 0, 0)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """Blocks of different sizes, one of them compressed."""
+    return write_store(tmp_path_factory.mktemp("device") / "small.tiered", SIZES, compressed=frozenset({1}))
+
+
+@pytest.fixture(scope="module")
+def cut(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """Two layers of four units each, and a head of two, of one size."""
+    folder = tmp_path_factory.mktemp("device") / "cut.tiered"
+    return in_units(write_store(folder, [80_000, 80_000, 40_000]), folder / "units", in_twenties)
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return write_mixture(tmp_path_factory.mktemp("device") / "mixture.tiered", 2, 6)
+
+
+def plan_with(
+    store: Store, on_device: Sequence[int] = (), in_ram: Sequence[int] = (), rings: str = "full", held: Held = UNHELD
+) -> Plan:
+    """A plan with these units resident, and rings of the size that is named so, in both memories."""
+    blocks = store.dense_units
+    sizes = [unit.memory_nbytes for block in blocks for unit in block]
+    tape = tape_of(sizes, counts=list(map(len, blocks)))
+
+    def ring(resident: frozenset[int], held: Held) -> int:
+        pieces = tape.streamed(held, resident)
+        return {"smallest": smallest_ring(pieces), "full": full_ring(pieces), "all": sum(map(sum, pieces))}[rings]
+
+    def placed(resident: Sequence[int], ring_nbytes: int) -> Placement:
+        return Placement(frozenset(resident), sum(sizes[unit] for unit in resident), ring_nbytes)
+
+    # What stays on the device passes through the host's ring once.
+    host = max([ring(frozenset([*on_device, *in_ram]), UNHELD), *(sizes[unit] for unit in on_device)])
+    there = placed(on_device, ring(frozenset(on_device), held))
+    device = DevicePlan(there.nbytes, NOTHING, there)
+    return replace(plan_of(sizes, budget=GIB), tape=tape, held=held, placement=placed(in_ram, host), device=device)
+
+
+def chaos(plan: Plan, seed: int = 0) -> EmulatedDevice:
+    """A device whose memory is exactly what is planned."""
+    assert plan.device is not None
+    return EmulatedDevice(plan.device.vram, seed)
+
+
+@contextmanager
+def closing(device: EmulatedDevice) -> Iterator[EmulatedDevice]:
+    try:
+        yield device
+    finally:
+        device.close()
+
+
+@asynccontextmanager
+async def on_device(
+    store: Store, plan: Plan, device: EmulatedDevice, prefetch: int | None = None, preadv: object = None
+) -> AsyncIterator[Setup]:
+    faults = {"preadv": preadv} if preadv is not None else {}
+    with closing(device):
+        async with streaming(store, plan, prefetch, device=device, **faults) as setup:  # type: ignore[arg-type]
+            yield setup
+
+
+def compute(setup: Setup, store: Store, stop: int | None = None, is_held: bool = False, is_last: bool = False) -> None:
+    """In the thread that computes: a pass, or its blocks up to `stop`. Each weight is that of its file."""
+    setup.streamer.begin(is_last)
+    for number, info in enumerate(store.tape[:stop]):
+        expected: dict[str, AnyWeight] = {}
+        for unit in store.dense_units[number]:
+            memory = load_unit(store.path, unit)
+            expected |= {key.removeprefix(info.prefix): weight.view(memory) for key, weight in unit.weights.items()}
+        with setup.streamer.lend(number, is_held) as loan:
+            assert loan.block == info.name
+            for _ in range(2 if is_held else 1):
+                for key in [part for name in loan.names for part in loan.parts(name)]:
+                    pairs = zip(tensors_of(loan.borrow(key)), tensors_of(expected[key]), strict=True)
+                    assert all(torch.equal(found, right) for found, right in pairs), f"{info.name}: {key}"
+                    loan.release(key)
+
+
+async def in_thread(setup: Setup, work: Callable[[], None]) -> None:
+    """Let one and the same thread compute; what hangs fails."""
+    ended = asyncio.get_running_loop().create_future()
+
+    def run() -> None:
+        error: BaseException | None = None
+        try:
+            work()
+        except BaseException as raised:
+            error = raised
+        ended.get_loop().call_soon_threadsafe(ended.set_result, error)
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        error = await asyncio.wait_for(ended, SECONDS)
+    except TimeoutError:
+        setup.cancel.set()
+        raise
+    if error is not None:
+        raise error
+
+
+async def passing(setup: Setup, store: Store, passes: int = 3, **how: bool) -> None:
+    for number in range(passes):
+        work = functools.partial(compute, setup, store, is_last=number == passes - 1, **how)
+        await in_thread(setup, work)
+
+
+@pytest.mark.parametrize("prefetch", [0, 1, None])
+@pytest.mark.parametrize("rings", ["smallest", "full", "all"])
+@pytest.mark.parametrize(
+    ("there", "in_ram"),
+    [((), ()), ((1,), ()), ((0, 4), (1,)), ((), (0, 2, 4)), ((0, 1, 2, 3, 4), ()), ((1, 3), (0, 2, 4)), ((), range(5))],
+)
+def test_units_come_with_the_bytes_of_their_files_wherever_they_are(
+    small: Store, there: Sequence[int], in_ram: Sequence[int], rings: str, prefetch: int | None
+) -> None:
+    async def scenario(seed: int) -> None:
+        plan = plan_with(small, there, in_ram, rings)
+        async with on_device(small, plan, chaos(plan, seed), prefetch) as setup:
+            await passing(setup, small)
+
+    for seed in range(2):
+        asyncio.run(scenario(seed))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_no_schedule_of_copies_changes_a_byte(small: Store, seed: int) -> None:
+    async def scenario() -> None:
+        plan = plan_with(small, (2,), (0,), "smallest")
+        async with on_device(small, plan, chaos(plan, seed)) as setup:
+            await passing(setup, small, 6)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("prefetch", [0, None])
+@pytest.mark.parametrize("there", [(), (1, 6), tuple(range(10))])
+def test_units_of_a_block_that_is_held_stay_until_it_ends(
+    cut: Store, there: Sequence[int], prefetch: int | None
+) -> None:
+    async def scenario() -> None:
+        plan = plan_with(cut, there, (2,) if len(there) < 10 else (), held=Held(layers=True, head=True))
+        async with on_device(cut, plan, chaos(plan), prefetch) as setup:
+            await passing(setup, cut, is_held=True)
+
+    asyncio.run(scenario())
+
+
+def test_the_memory_of_the_device_is_what_is_planned_and_a_page_less_is_refused(small: Store) -> None:
+    plan = plan_with(small, (1,), (0,))
+    assert plan.device is not None
+    nbytes, device = plan.device.placement.nbytes, chaos(plan)
+
+    async def scenario(device: EmulatedDevice) -> None:
+        async with on_device(small, plan, device) as setup:
+            await passing(setup, small)
+            assert device.in_use == {"ring of weights": plan.device.placement.ring_nbytes, "resident weights": 61440}  # type: ignore[union-attr]
+
+    asyncio.run(scenario(device))
+    assert device.peak_nbytes == nbytes and device.in_use == {}
+    less = EmulatedDevice(nbytes - 4096)
+    with pytest.raises(BudgetError, match="resident weights"):
+        asyncio.run(scenario(less))
+    assert less.in_use == {}
+
+
+@pytest.mark.parametrize("prefetch", [0, 1, None])
+def test_what_stays_somewhere_is_read_once_and_only_what_stays_on_the_device_is_copied_once(
+    small: Store, prefetch: int | None
+) -> None:
+    sizes, files = [u.memory_nbytes for b in small.dense_units for u in b], [b.file.units_nbytes for b in small.tape]
+
+    async def scenario() -> None:
+        plan = plan_with(small, (1, 2), (0,))
+        async with on_device(small, plan, chaos(plan), prefetch) as setup:
+            await passing(setup, small, 4)
+            await asyncio.sleep(0.05)
+            assert setup.reader.bytes_read == sum(files[:3]) + 4 * sum(files[3:])
+            assert setup.streamer.bus_nbytes == sum(sizes[1:3]) + 4 * (sizes[0] + sum(sizes[3:]))
+            bus = setup.trace.total("bus")
+            assert bus.nbytes == setup.streamer.bus_nbytes and bus.spans == 2 + 4 * 3
+            assert bus.seconds == pytest.approx(setup.streamer.bus_seconds) and bus.seconds > 0
+            assert setup.streamer.stalled_seconds > 0
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("prefetch", [0, None])
+@pytest.mark.parametrize("stop", range(len(SIZES) + 1))
+def test_after_a_pass_that_did_not_end_the_first_block_is_next(small: Store, stop: int, prefetch: int | None) -> None:
+    async def scenario() -> None:
+        plan = plan_with(small, (1,), (3,))
+        async with on_device(small, plan, chaos(plan, stop), prefetch) as setup:
+            for _ in range(2):
+                with contextlib.suppress(asyncio.CancelledError):
+                    await in_thread(setup, functools.partial(compute, setup, small, stop))
+                await setup.rewind()
+            await passing(setup, small)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("prefetch", [0, None])
+@pytest.mark.parametrize(("there", "in_ram"), [((), ()), ((2,), ()), ((), (2,)), ((0, 1, 2, 3, 4), ())])
+def test_a_failed_read_surfaces_where_its_unit_would_have_come_until_it_can_be_read(
+    small: Store, there: Sequence[int], in_ram: Sequence[int], prefetch: int | None
+) -> None:
+    is_broken, failing = [True], failing_at("layer-002")
+
+    def preadv(fd: int, buffers: Sequence[memoryview], at: int, flags: int, /) -> int:
+        return (failing if is_broken[0] else os.preadv)(fd, buffers, at, flags)
+
+    async def scenario() -> None:
+        plan = plan_with(small, there, in_ram)
+        async with on_device(small, plan, chaos(plan), prefetch, preadv) as setup:
+            for _ in range(2):
+                with pytest.raises(ReadError, match=r"layer-002\.safetensors: read of .*\(EIO\)"):
+                    await in_thread(setup, functools.partial(compute, setup, small))
+                await setup.rewind()
+            is_broken[0] = False
+            await passing(setup, small)
+
+    asyncio.run(scenario())
+
+
+class Flaky(EmulatedDevice):
+    """Fails to copy what is so large."""
+
+    def __init__(self, plan: Plan, nbytes: int) -> None:
+        self.nbytes = nbytes
+        assert plan.device is not None
+        super().__init__(plan.device.vram)
+
+    def move(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        if source.nbytes == self.nbytes:
+            raise RuntimeError("the bus is broken")
+        super().move(source, target)
+
+
+@pytest.mark.parametrize(("there", "in_ram"), [((), ()), ((3,), ()), ((), (3,))])
+def test_a_failed_copy_surfaces_where_its_unit_would_have_come(
+    small: Store, there: Sequence[int], in_ram: Sequence[int]
+) -> None:
+    async def scenario() -> None:
+        plan = plan_with(small, there, in_ram)
+        device = Flaky(plan, small.dense_units[3][0].memory_nbytes)
+        async with on_device(small, plan, device) as setup:
+            for _ in range(2):
+                with pytest.raises(RuntimeError, match="the bus is broken"):
+                    await in_thread(setup, functools.partial(compute, setup, small))
+                await setup.rewind()
+            device.nbytes = 0
+            await passing(setup, small)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("stop", [None, 0, 2])
+@pytest.mark.parametrize("there", [(), (1, 3), (0, 1, 2, 3, 4)])
+def test_leaving_in_the_middle_leaves_nothing_behind(small: Store, there: Sequence[int], stop: int | None) -> None:
+    async def scenario() -> None:
+        before, threads = asyncio.all_tasks(), threading.active_count()
+        plan = plan_with(small, there, (2,) if len(there) < 5 else ())
+        device = chaos(plan)
+        async with on_device(small, plan, device) as setup:
+            if stop is not None:
+                await in_thread(setup, functools.partial(compute, setup, small, stop))
+            began = time.perf_counter()
+            await asyncio.wait_for(setup.inside.aclose(), SECONDS)
+            assert time.perf_counter() - began < 5
+            assert asyncio.all_tasks() == before and device.in_use == {} and device._registered == {}
+        assert threading.active_count() <= threads + 1  # the loop's own
+
+    asyncio.run(scenario())
+
+
+def test_a_wait_ends_soon_when_it_is_cancelled_and_the_next_pass_loses_no_unit(small: Store) -> None:
+    gate = threading.Event()
+
+    def preadv(fd: int, buffers: Sequence[memoryview], at: int, flags: int, /) -> int:
+        assert gate.wait(SECONDS)
+        return os.preadv(fd, buffers, at, flags)
+
+    async def scenario() -> None:
+        plan = plan_with(small, (1,))
+        async with on_device(small, plan, chaos(plan), preadv=preadv) as setup:
+            asyncio.get_running_loop().call_later(0.02, setup.cancel.set)
+            with pytest.raises(InterruptedRun):
+                await in_thread(setup, functools.partial(compute, setup, small))
+            setup.cancel.clear()
+            gate.set()
+            await setup.rewind()
+            await passing(setup, small)
+
+    asyncio.run(scenario())
+
+
+def test_a_view_of_a_unit_that_has_been_given_back_shows_poison(small: Store) -> None:
+    async def scenario() -> None:
+        plan = plan_with(small, rings="all")
+
+        def work() -> None:
+            with setup.streamer.lend(0) as loan:
+                (name,) = loan.names
+                view = loan.borrow(name)
+                assert isinstance(view, torch.Tensor) and not bool((view == POISON).all())
+                loan.release(name)
+                assert bool((view == POISON).all())
+
+        async with on_device(small, plan, chaos(plan)) as setup:
+            await in_thread(setup, work)
+
+    asyncio.run(scenario())
+
+
+def test_host_memory_is_registered_once_and_a_refusal_is_told_once(
+    small: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Refusing(EmulatedDevice):
+        asked = 0
+
+        def register(self, address: int, nbytes: int) -> str | None:
+            self.asked += 1
+            return "there is not enough memory to lock"
+
+    plan = plan_with(small, (1,), (0, 3))
+    assert plan.device is not None
+    refusing, willing = Refusing(plan.device.vram), chaos(plan)
+
+    async def scenario(device: EmulatedDevice, nbytes: int) -> None:
+        async with on_device(small, plan, device) as setup:
+            await passing(setup, small)
+            assert sum(device._registered.values()) == nbytes
+
+    asyncio.run(scenario(willing, plan.placement.nbytes))
+    assert willing._registered == {} and caplog.records == []
+    with caplog.at_level(logging.WARNING):
+        asyncio.run(scenario(refusing, 0))
+    assert refusing.asked == 1
+    (told,) = caplog.messages
+    assert told == "copies to emulated are staged, and so slower: there is not enough memory to lock"
+
+
+class NoWait(EmulatedDevice):
+    """Computing does not wait for copies."""
+
+    def wait_for(self, event: Event) -> None:
+        pass
+
+
+async def no_wait(self: DeviceFeed, event: Event) -> None:
+    """The host does not wait for copies."""
+
+
+async def not_settled(self: DeviceFeed) -> None:
+    """Nobody waits for copies in flight before memory is used for something else."""
+
+
+def test_computing_must_wait_for_copies(small: Store) -> None:
+    async def scenario(seed: int) -> None:
+        plan = plan_with(small, (1,), (0,))
+        assert plan.device is not None
+        async with on_device(small, plan, NoWait(plan.device.vram, seed)) as setup:
+            await passing(setup, small)
+
+    for seed in range(3):
+        with pytest.raises(RaceError, match=r"^computing \(computing\), reading .* behind copying to the device"):
+            asyncio.run(scenario(seed))
+
+
+@pytest.mark.parametrize(
+    ("name", "instead", "told"),
+    [
+        ("_last_uses", lambda feed, span: [], r"^copying to the device .* behind (computing|discarding) \(computing\)"),
+        ("_until_done", no_wait, r"^(writing memory of the host|giving memory back) \(the host\)"),
+    ],
+    ids=["a copy into a slot for the slot's last use", "reads into the host's ring for the copy from there"],
+)
+def test_each_other_wait_is_needed(
+    small: Store, name: str, instead: object, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(DeviceFeed, name, instead)
+
+    async def scenario(seed: int) -> None:
+        plan = plan_with(small, (), (0,))
+        async with on_device(small, plan, chaos(plan, seed)) as setup:
+            await passing(setup, small)
+
+    for seed in range(3):
+        with pytest.raises(RaceError, match=told):
+            asyncio.run(scenario(seed))
+
+
+def test_the_ring_is_used_again_only_when_what_stays_on_the_device_has_been_copied_from_it(
+    small: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(DeviceFeed, "_settled", not_settled)
+
+    async def scenario(seed: int) -> None:
+        plan = plan_with(small, (4,))
+        async with on_device(small, plan, chaos(plan, seed)) as setup:
+            await passing(setup, small)
+
+    caught = 0
+    for seed in range(8):
+        try:
+            asyncio.run(scenario(seed))
+        except RaceError as error:
+            assert "(the host)" in str(error)
+            caught += 1
+    assert caught > 0
+
+
+@contextmanager
+def caching(store: Store, device: EmulatedDevice, slots: int) -> Iterator[ExpertCache]:
+    trace, size = Tracer(), max(unit.memory_nbytes for unit in store.expert_units[0])
+    plan = ExpertCachePlan(slots, size)
+    verifier = ChunkVerifier(VerifyPolicy.FIRST, trace, store.path)
+    with Arena(plan.nbytes) as arena, DiskReader(store.path, verifier, trace, 4) as reader, closing(device):
+        memory = arena.borrow(plan.nbytes, "experts")
+        cache = ExpertCache(store, plan, memory, reader, trace, CancelFlag(), device)
+        assert cache.on_device is not None
+        cache.on_device.open()
+        yield cache
+        cache.rewind()
+        cache.on_device.close()
+        assert device.in_use == {} and cache.on_device.bus_nbytes == trace.total("bus").nbytes
+
+
+def go_through(cache: ExpertCache, store: Store) -> None:
+    for layer, chosen in [(0, [0, 3, 5]), (1, [1, 3]), (0, range(6)), (1, [0, 1, 2, 5]), (1, [])] * 2:
+        cache.begin(None)
+        for expert, matrices in cache.each(layer, dict.fromkeys(chosen, 1), NAMES):
+            unit = store.expert_units[layer][expert]
+            memory = load_unit(store.path, unit)
+            for matrix, weight in zip(matrices, unit.weights.values(), strict=True):
+                pairs = zip(tensors_of(matrix), tensors_of(weight.view(memory)), strict=True)
+                assert all(torch.equal(found, right) for found, right in pairs)
+
+
+@pytest.mark.parametrize("slots", [1, 4, 12])
+def test_chosen_experts_come_to_the_device_with_the_bytes_of_their_files(mixture: Store, slots: int) -> None:
+    for seed in range(3):
+        device = EmulatedDevice(MIB, seed)
+        with caching(mixture, device, slots) as cache:
+            go_through(cache, mixture)
+        assert device.peak_nbytes == 2 * mixture.expert_units[0][0].memory_nbytes
+
+
+class Blind(DeviceExperts):
+    """Copies into slots that may still be computed with."""
+
+    def release(self) -> None:
+        super().release()
+        self._freed = [()] * len(self._freed)
+
+
+def test_an_expert_is_copied_only_behind_the_last_use_of_its_slot(
+    mixture: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tiered.stream.experts.DeviceExperts", Blind)
+    device = EmulatedDevice(MIB)
+    with pytest.raises(RaceError, match=r"^copying to the device"), caching(mixture, device, 4) as cache:
+        go_through(cache, mixture)
+
+
+def test_a_rewind_in_the_middle_of_experts_loses_none(mixture: Store) -> None:
+    with caching(mixture, EmulatedDevice(MIB), 3) as cache:
+        cache.begin(None)
+        going = cache.each(0, dict.fromkeys(range(6), 1), NAMES)
+        next(going)
+        next(going)
+        going.close()  # type: ignore[attr-defined]
+        cache.rewind()
+        go_through(cache, mixture)

@@ -1,0 +1,68 @@
+"""Experts that a device computes with: each is copied to one of two slots there, while the one before is computed with.
+
+In: a chosen expert in the host's memory. Out: its bytes on the device, until the next but one is brought. Called by the
+cache of experts (`experts.py`), in the thread that computes.
+"""
+
+import time
+from collections.abc import Sequence
+from typing import Final
+
+import torch
+
+from tiered.device import Device, Event
+from tiered.trace import Tracer
+
+SLOTS: Final = 2
+"""Slots on the device: one is computed with while the next expert is copied to the other."""
+
+
+class DeviceExperts:
+    """Slots of `slot_nbytes` bytes on `device`, from `open` to `close`."""
+
+    def __init__(self, device: Device, slot_nbytes: int, trace: Tracer) -> None:
+        self._device, self._slot_nbytes, self._trace = device, slot_nbytes, trace
+        self._memory: Sequence[torch.Tensor] = ()
+        self._freed: list[Sequence[Event]] = [()] * SLOTS
+        """The last use of each slot."""
+        self._next = 0
+        self.bus_nbytes, self.bus_seconds = 0, 0.0
+        """Bytes that have been copied to the device so far, and the seconds that took."""
+
+    def open(self) -> None:
+        """Borrow the slots. Raises BudgetError."""
+        whole = self._device.borrow(SLOTS * self._slot_nbytes, "chosen experts")
+        self._memory = [whole[slot * self._slot_nbytes :][: self._slot_nbytes] for slot in range(SLOTS)]
+
+    def close(self) -> None:
+        """Give them back, when they have been computed with."""
+        self._device.record().wait()
+        self._device.release(self._memory[0])
+        self._memory = ()
+
+    def tell_write(self, memory: memoryview) -> None:
+        """The host's `memory` is about to be read into."""
+        self._device.host_writes(torch.frombuffer(memory, dtype=torch.uint8))
+
+    def bring(self, source: torch.Tensor, name: str) -> tuple[int, torch.Tensor]:
+        """Copy an expert; its slot's number and the slot. `source` may be read into again when this returns."""
+        slot, self._next = self._next, (self._next + 1) % SLOTS
+        memory = self._memory[slot]
+        arrived = self._device.copy_in(source, memory[: source.nbytes], self._freed[slot])
+        arrived.wait()
+        self._trace.record("bus", name, time.perf_counter() - arrived.seconds, arrived.seconds, source.nbytes)
+        self.bus_nbytes += source.nbytes
+        self.bus_seconds += arrived.seconds
+        self._device.wait_for(arrived)
+        self._device.uses(memory)
+        return slot, memory
+
+    def release(self) -> None:
+        """What was brought last has been computed with."""
+        slot = (self._next - 1) % SLOTS
+        self._device.discards(self._memory[slot])
+        self._freed[slot] = (self._device.record(),)
+
+    def release_all(self) -> None:
+        """Nothing that was brought will be computed with any more."""
+        self._freed = [(self._device.record(),)] * SLOTS
