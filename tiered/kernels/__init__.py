@@ -6,9 +6,9 @@ from tiered.kernels.attention import (
     CacheFormat,
     Pages,
     Plane,
-    attention_reference,
     contiguous_pages,
 )
+from tiered.kernels.attention_torch import attention_reference
 from tiered.kernels.cancel import CancelFlag
 from tiered.kernels.kernels import KERNEL_NAMES, Kernels, Mode, packed_row_nbytes, scratch_nbytes
 from tiered.kernels.library import Level, Library, load_library
