@@ -1,7 +1,8 @@
 """Move the pins: resolve the requirements of pyproject.toml anew, and write a constraints file.
 
     python tools/pins.py newest                      constraints.txt: the newest releases within the ranges
-    python tools/pins.py newest torch==2.14.0        with some of them chosen; torch is else left as it is
+    python tools/pins.py newest torch==2.14.0 triton==3.8.0
+                                                     with some of them chosen; these two are else left as they are
     python tools/pins.py lowest                      constraints-lowest.txt: the lower ends of the ranges
 
 To take a new release of transformers: raise the upper end of its range, run this, then `tools/test`. To give an old
@@ -21,8 +22,8 @@ from typing import Any, Final
 
 ROOT: Final = Path(__file__).parent.parent
 FILES: Final = {"newest": ROOT / "constraints.txt", "lowest": ROOT / "constraints-lowest.txt"}
-HELD: Final = "torch"
-"""Not moved unless asked to: its builds differ, and take gigabytes."""
+HELD: Final = ("torch", "triton")
+"""Not moved unless asked to: builds differ, and take gigabytes; and each torch has a Triton that it is made with."""
 
 
 def main() -> None:
@@ -36,7 +37,7 @@ def main() -> None:
     if arguments.end == "lowest":
         held = lower_ends(asked)
     else:
-        held = [f"{name}=={version}" for name, version in old.items() if name == HELD]
+        held = [f"{name}=={version}" for name, version in old.items() if name in HELD]
     names = {name_of(pin) for pin in arguments.chosen}
     new = resolve(asked, [pin for pin in held if name_of(pin) not in names] + arguments.chosen)
     path.write_text(with_pins(path.read_text(encoding="utf-8"), new), encoding="utf-8")

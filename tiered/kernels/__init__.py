@@ -6,20 +6,31 @@ from tiered.kernels.attention import (
     CacheFormat,
     Pages,
     Plane,
-    attention_reference,
     contiguous_pages,
 )
+from tiered.kernels.attention_torch import attention_reference
 from tiered.kernels.cancel import CancelFlag
+from tiered.kernels.device_kernels import (
+    DEVICE_KERNEL_NAMES,
+    AnyKernels,
+    DeviceKernels,
+    device_dtype,
+    device_scratch_nbytes,
+    triton_refusal,
+)
 from tiered.kernels.kernels import KERNEL_NAMES, Kernels, Mode, packed_row_nbytes, scratch_nbytes
 from tiered.kernels.library import Level, Library, load_library
 from tiered.kernels.planes import decode_planes, encode_planes
 
 __all__ = [
+    "DEVICE_KERNEL_NAMES",
     "KERNEL_NAMES",
+    "AnyKernels",
     "AttentionCall",
     "BlockTable",
     "CacheFormat",
     "CancelFlag",
+    "DeviceKernels",
     "Kernels",
     "Level",
     "Library",
@@ -29,8 +40,11 @@ __all__ = [
     "attention_reference",
     "contiguous_pages",
     "decode_planes",
+    "device_dtype",
+    "device_scratch_nbytes",
     "encode_planes",
     "load_library",
     "packed_row_nbytes",
     "scratch_nbytes",
+    "triton_refusal",
 ]

@@ -1,12 +1,11 @@
-"""Attention over a KV cache in pages: how a call is described, and its reference in plain torch.
+"""Attention over a KV cache in pages: how a call is described.
 
 In: queries, and where the keys and values of their sequences lie. Out: for each query, the weighted sum of the values
-of the keys it sees. Called through `Kernels.attention`; the native kernel takes the same `AttentionCall`
-(`attention_native.py`). The reference computes what the native kernel does not take, and tests compare with it.
+of the keys it sees. Called through `Kernels.attention`: the native kernel (`attention_native.py`) and plain torch, on
+any device (`attention_torch.py`), take the same `AttentionCall`.
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Final
@@ -14,13 +13,10 @@ from typing import Final
 import torch
 
 from tiered.errors import ConfigError
-from tiered.kernels.cancel import CancelFlag
 from tiered.units import PAGE_TOKENS as PAGE_TOKENS
 
 INVISIBLE: Final = -1e30
 """A bias below this means "not seen": masks made of numbers hold the least number of their dtype there."""
-_PIECE_PAGES: Final = 16
-"""Pages that the reference widens at a time."""
 
 
 class CacheFormat(IntEnum):
@@ -96,25 +92,39 @@ class Pages:
 
         `own`: the query's own slot is in this page.
         """
-        heads, tokens, width = shape
+        heads, tokens, _ = shape
         memory, offset = self.table.memory, int(self.table.offsets[sequence, page])
         if self.recent is not None and (own or offset < 0) and int(self.recent.table.offsets[sequence, page]) >= 0:
             return self.recent.widen(sequence, page, shape, False, dtype)
         assert offset >= 0, f"sequence {sequence}: page {page} is missing"
         codes = self.codes.of(memory, offset, heads, tokens)
-        if self.format is CacheFormat.BF16:
-            return codes.to(dtype)
-        group = math.gcd(width, PAGE_TOKENS)
-        if self.format.bits == 4:
-            halves = codes.unflatten(-1, (-1, group // 2))
-            codes = torch.cat([halves & 15, halves >> 4], dim=-1).flatten(-2)
-        assert self.scale is not None and self.zero is not None
+        if self.scale is None or self.zero is None:
+            return widen_codes(self.format, codes, None, None, dtype)
         rows = 1 if self.format.per_channel else tokens
         scale, zero = self.scale.of(memory, offset, heads, rows), self.zero.of(memory, offset, heads, rows)
-        if not self.format.per_channel:
-            scale, zero = scale.repeat_interleave(group, -1), zero.repeat_interleave(group, -1)
-        widened: torch.Tensor = (codes.to(dtype) - zero.to(dtype)) * scale.to(dtype)
-        return widened
+        return widen_codes(self.format, codes, scale, zero, dtype)
+
+
+def widen_codes(
+    kind: CacheFormat,
+    codes: torch.Tensor,
+    scale: torch.Tensor | None,
+    zero: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Keys or values [.., tokens, head_dim] as `dtype`, of the planes of a page or, stacked, of several."""
+    if kind is CacheFormat.BF16:
+        return codes.to(dtype)
+    assert scale is not None and zero is not None
+    group = math.gcd(codes.shape[-1] * 8 // kind.bits, PAGE_TOKENS)
+    if kind.bits == 4:
+        halves = codes.unflatten(-1, (-1, group // 2))
+        codes = torch.cat([halves & 15, halves >> 4], dim=-1).flatten(-2)
+    numbers = codes.to(dtype)
+    if kind.per_channel:
+        return numbers.sub_(zero).mul_(scale)
+    numbers.unflatten(-1, (-1, group)).sub_(zero.unsqueeze(-1)).mul_(scale.unsqueeze(-1))
+    return numbers
 
 
 def contiguous_pages(states: torch.Tensor) -> Pages:
@@ -180,98 +190,3 @@ class AttentionCall:
             raise ConfigError(f"attention: sinks {list(self.sinks.shape)}, expected [{q_heads}]")
         if self.values.format.per_channel:
             raise ConfigError("attention: only keys are quantized per channel")
-
-
-def attention_reference(call: AttentionCall, cancel: CancelFlag | None = None) -> torch.Tensor:
-    """[sequences, q_len, q_heads, head_dim] in the query's dtype; 0 for queries that see no key.
-
-    Computed in float32, or float64 for such queries. Scratch is a few pages and their scores, whatever the context.
-    Raises InterruptedRun once `cancel` is set.
-    """
-    out = torch.zeros(call.query.shape, dtype=call.query.dtype)
-    for sequence in range(call.query.shape[0]):
-        for start, stop in _query_pieces(call, sequence):
-            out[sequence, start:stop] = _attend(call, sequence, start, stop, cancel).to(out.dtype)
-    return out
-
-
-def _query_pieces(call: AttentionCall, sequence: int) -> Iterator[tuple[int, int]]:
-    """Ranges of queries whose own slots are in one page: they read the same pages, and their scores take little."""
-    q_len = call.query.shape[1]
-    first = int(call.count[sequence]) - q_len
-    start = 0
-    while start < q_len:
-        stop = min(q_len, start + PAGE_TOKENS - (first + start) % PAGE_TOKENS)
-        yield start, stop
-        start = stop
-
-
-def _attend(call: AttentionCall, sequence: int, start: int, stop: int, cancel: CancelFlag | None) -> torch.Tensor:
-    """[queries, q_heads, head_dim] of queries start..stop of a sequence, unrounded."""
-    dtype = torch.float64 if call.query.dtype == torch.float64 else torch.float32
-    # [kv_heads, group * queries, head_dim]
-    q = call.query[sequence, start:stop].to(dtype).unflatten(1, (call.kv_heads, -1)).permute(1, 2, 0, 3).flatten(1, 2)
-    most = q.new_full((*q.shape[:2], 1), -math.inf)
-    total, out = torch.zeros_like(most), torch.zeros_like(q)
-    slot = int(call.count[sequence]) - call.query.shape[1] + start
-    begin = int(call.first[sequence])
-    if call.window:
-        begin = max(begin, slot - call.window + 1)
-    end = min(int(call.count[sequence]), slot + stop - start) if call.causal else int(call.count[sequence])
-    for piece in range(begin // PAGE_TOKENS, -(-end // PAGE_TOKENS), _PIECE_PAGES):
-        if cancel is not None:
-            cancel.check()
-        low, high = max(begin, piece * PAGE_TOKENS), min(end, (piece + _PIECE_PAGES) * PAGE_TOKENS)
-        own = slot // PAGE_TOKENS
-        keys = _gather(call.keys, call, sequence, piece, high, own, dtype)[:, low - piece * PAGE_TOKENS :]
-        scores = _scores(call, q @ keys.mT, sequence, (start, stop), (low, high))
-        raised = torch.maximum(most, scores.amax(-1, keepdim=True))
-        safe = raised.masked_fill(raised == -math.inf, 0)
-        weights, kept = torch.exp(scores - safe), torch.exp(most - safe)
-        values = _gather(call.values, call, sequence, piece, high, own, dtype)[:, low - piece * PAGE_TOKENS :]
-        most, total = raised, total * kept + weights.sum(-1, keepdim=True)
-        out = out * kept + weights @ values
-    if call.sinks is not None:
-        sinks = call.sinks.to(dtype).view(call.kv_heads, -1, 1).repeat_interleave(stop - start, 1)
-        total = torch.where(total == 0, 0, total + torch.exp(sinks - most))
-    # Not "> 0": NaN stays NaN, instead of being taken for a query that sees no key.
-    out = torch.where(total == 0, 0, out / total)
-    heads_last: torch.Tensor = out.unflatten(1, (-1, stop - start)).permute(2, 0, 1, 3).flatten(1, 2)
-    return heads_last
-
-
-def _gather(
-    pages: Pages, call: AttentionCall, sequence: int, piece: int, stop: int, own: int, dtype: torch.dtype
-) -> torch.Tensor:
-    """[kv_heads, tokens, head_dim] of the slots from page `piece` on, up to `stop`."""
-    parts = []
-    for page in range(piece, -(-stop // PAGE_TOKENS)):
-        tokens = min(PAGE_TOKENS, stop - page * PAGE_TOKENS)
-        shape = (call.kv_heads, tokens, call.query.shape[3])
-        parts.append(pages.widen(sequence, page, shape, page == own, dtype))
-    return torch.cat(parts, dim=1)
-
-
-def _scores(
-    call: AttentionCall, products: torch.Tensor, sequence: int, queries: tuple[int, int], slots: tuple[int, int]
-) -> torch.Tensor:
-    """[kv_heads, group * queries, slots]: products scaled, capped and biased; -inf where a slot is not seen."""
-    (start, stop), (low, high) = queries, slots
-    # [kv_heads, group, queries, slots]
-    scores = (products * call.scaling).unflatten(1, (-1, stop - start))
-    if call.softcap:
-        scores = call.softcap * torch.tanh(scores / call.softcap)
-    own = torch.arange(start, stop)[:, None] + (int(call.count[sequence]) - call.query.shape[1])
-    slot = torch.arange(low, high)
-    seen = (slot <= own) if call.causal else torch.ones(stop - start, high - low, dtype=torch.bool)
-    if call.window:
-        seen = seen & (slot > own - call.window)
-    if call.mask is not None:
-        seen = seen & call.mask[sequence % call.mask.shape[0], start:stop, low:high].bool()
-    if call.bias is not None:
-        bias = call.bias[sequence % call.bias.shape[0], ..., low:high]
-        bias = bias if bias.shape[1] == 1 else bias[:, start:stop]
-        bias = bias if bias.shape[0] == 1 else bias.unflatten(0, (call.kv_heads, -1))
-        scores, seen = scores + bias, seen & (bias >= INVISIBLE)
-    hidden: torch.Tensor = scores.masked_fill(~seen, -math.inf).flatten(1, 2)
-    return hidden

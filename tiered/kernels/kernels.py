@@ -14,8 +14,9 @@ import torch
 
 from tiered.errors import ConfigError, InterruptedRun
 from tiered.kernels import quantize_native, reference
-from tiered.kernels.attention import AttentionCall, attention_reference
+from tiered.kernels.attention import AttentionCall
 from tiered.kernels.attention_native import NativeCall, serves
+from tiered.kernels.attention_torch import attention_reference
 from tiered.kernels.cancel import CancelFlag
 from tiered.kernels.library import Dtype, Format, Level, Library, Status, WeightArgument, load_library
 from tiered.quant import GroupScheme, QuantizedTensor, QuantizedWeight, quantize
@@ -119,7 +120,7 @@ class Kernels:
             return reference.linear(x, weight, bias, self._cancel, self.dequantize)
         assert self._library is not None
         out, in_ = argument.out, argument.in_
-        rows = _rows(x, in_)
+        rows = as_rows(x, in_)
         if bias is not None and bias.dtype not in _DTYPES:
             bias = bias.to(torch.float32)
         y = x.new_empty((*x.shape[:-1], out))
@@ -217,7 +218,7 @@ def _quantized_argument(weight: QuantizedWeight) -> WeightArgument:
     return argument
 
 
-def _rows(x: torch.Tensor, in_: int) -> torch.Tensor:
+def as_rows(x: torch.Tensor, in_: int) -> torch.Tensor:
     """x as a matrix [rows, in] whose rows are contiguous; copied only where it must be."""
     if x.shape[-1] != in_:
         raise ConfigError(f"linear: x of {list(x.shape)}, expected [..., {in_}]")

@@ -1,0 +1,69 @@
+"""Triton's kernels without a device: their numbers in Triton's interpreter, and that they compile for every GPU.
+
+Both in processes of their own: whether kernels are interpreted is decided when they are defined.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.commands import ROOT
+from tiered.kernels import DeviceKernels
+from tools.gpu_kernels import CAPABILITIES, Compiled, as_table
+
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed: tiered[gpu]"),
+    pytest.mark.inputs("tiered/kernels", "tiered/quant", "tests/kernels", "tools/gpu_kernels.py"),
+]
+
+
+def program(folder: Path, *words: str, **variables: str) -> str:
+    """What a program of Python writes, with Triton's cache in `folder`."""
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(folder), "OMP_NUM_THREADS": "1", **variables}
+    done = subprocess.run(
+        [sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=100
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_kernels_give_the_numbers_of_the_reference(tmp_path: Path) -> None:
+    found = json.loads(program(tmp_path, "-m", "tests.kernels.triton_interpreted", TRITON_INTERPRET="1"))
+    assert len(found) > 30
+    assert {case: errors for case, errors in found.items() if not errors["found"] <= errors["allowed"]} == {}
+
+
+def test_kernels_compile_for_every_device_use_its_tensor_cores_and_spill_nothing(tmp_path: Path) -> None:
+    lines = program(tmp_path, "tools/gpu_kernels.py", "--groups", "64", "--json").splitlines()
+    made = [Compiled(**json.loads(line)) for line in lines]
+    assert {item.capability for item in made} == set(CAPABILITIES)
+    assert [item for item in made if item.stack or not 0 < item.registers <= 255] == []
+    assert max(item.shared for item in made) <= 99 << 10, "more than a block may have where it has least"
+    for item in made:
+        multiplies = item.kernel.startswith("linear") and item.capability >= 80
+        assert bool(item.products) == multiplies, item
+        assert item.dtype == ("bf16" if item.capability >= 80 else "fp16")
+    # One row or many: the same instruction multiplies them.
+    kinds = {(item.capability, item.scheme, item.products) for item in made if item.kernel.startswith("linear (")}
+    assert len(kinds) == 2 * len(CAPABILITIES[1:])
+
+
+def test_the_table_has_a_column_for_every_capability_and_names_what_is_spilled() -> None:
+    made = [Compiled("linear (64 x 16)", "int4-g64", "bf16", 80, 72, 0, 8192, "mma")]
+    made += [Compiled("linear (64 x 16)", "int4-g64", "bf16", 90, 255, 104, 10240, "wgmma")]
+    assert list(as_table(made, (75, 80, 90))) == [
+        "| kernel (tile) | weights | 7.5 | 8.0 | 9.0 |",
+        "|-|-|-|-|-|",
+        "| linear (64 x 16) | int4-g64 | - | 72, 8 KiB mma | 255, 10 KiB, 104 B spilled wgmma |",
+    ]
+
+
+def test_the_interpreter_serves_only_who_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert "TRITON_INTERPRET" in str(DeviceKernels(torch.device("cpu")).refusal)

@@ -1,0 +1,234 @@
+"""Kernels for CUDA devices, in Triton. Importing this imports Triton, so `device_kernels.py` does so only to serve.
+
+Weights are read as they lie on disk: 4-bit codes planar within a group, or 8-bit ones, a scale (fp16) and a zero (u8)
+per group. In products the rows of the weight are the first operand's, so that few rows of activations are padded to 16
+and no further. Codes less zeros are small integers, exact in 16 bits; scales go on sums in float32: weights are never
+rounded.
+
+A kernel computes an element of the result from one row of the weight and one of the activations, group after group, in
+a tile of one shape: so the result does not depend on what else is computed.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+import triton
+import triton.language as tl
+
+from tiered.quant import QuantizedWeight
+
+
+@triton.jit
+def dequantize_kernel(
+    q, scale, zero, y, rows, in_features, bits: tl.constexpr, group: tl.constexpr, tile_out: tl.constexpr
+):
+    """y [rows, in] = scale * (q - zero) in float32, rounded once. A program: `tile_out` rows of one group."""
+    half: tl.constexpr = group // 2
+    row = tl.program_id(0) * tile_out + tl.arange(0, tile_out)
+    inside = row < rows
+    row = row.to(tl.int64)
+    g, k = tl.program_id(1), tl.arange(0, half)
+    s = tl.load(scale + row * (in_features // group) + g, mask=inside, other=0.0).to(tl.float32)
+    z = tl.load(zero + row * (in_features // group) + g, mask=inside, other=0).to(tl.int32)
+    if bits == 4:
+        codes = tl.load(q + row[:, None] * (in_features // 2) + g * half + k[None, :], mask=inside[:, None], other=0)
+        low, high = (codes & 15).to(tl.int32), (codes >> 4).to(tl.int32)
+    else:
+        at = q + row[:, None] * in_features + g * group + k[None, :]
+        low = tl.load(at, mask=inside[:, None], other=0).to(tl.int32)
+        high = tl.load(at + half, mask=inside[:, None], other=0).to(tl.int32)
+    to = y + row[:, None] * in_features + g * group + k[None, :]
+    tl.store(to, ((low - z[:, None]).to(tl.float32) * s[:, None]).to(y.dtype.element_ty), mask=inside[:, None])
+    tl.store(to + half, ((high - z[:, None]).to(tl.float32) * s[:, None]).to(y.dtype.element_ty), mask=inside[:, None])
+
+
+@triton.jit(do_not_specialize=["rows"])
+def linear_kernel(
+    x, q, scale, zero, bias, y, rows, out, in_features, x_stride, y_stride,
+    has_bias: tl.constexpr, bits: tl.constexpr, group: tl.constexpr,
+    tile_rows: tl.constexpr, tile_out: tl.constexpr, dot: tl.constexpr,
+):  # fmt: skip
+    """y [rows, out] = x [rows, in] times the weight, plus bias [out]. A program: `tile_out` rows of the weight times
+    `tile_rows` rows of x, multiplied as `dot`."""
+    half: tl.constexpr = group // 2
+    row_tiles = tl.cdiv(rows, tile_rows)
+    # Programs next to each other read the same weights.
+    o = (tl.program_id(0) // row_tiles) * tile_out + tl.arange(0, tile_out)
+    m = (tl.program_id(0) % row_tiles) * tile_rows + tl.arange(0, tile_rows)
+    is_out, is_row = o < out, m < rows
+    o, m = o.to(tl.int64), m.to(tl.int64)
+    k = tl.arange(0, half)
+    groups = in_features // group
+    total = tl.zeros([tile_out, tile_rows], dtype=tl.float32)
+    for g in range(0, groups):
+        s = tl.load(scale + o * groups + g, mask=is_out, other=0.0).to(tl.float32)
+        z = tl.load(zero + o * groups + g, mask=is_out, other=0).to(tl.int16)
+        if bits == 4:
+            codes = tl.load(q + o[:, None] * (in_features // 2) + g * half + k[None, :], mask=is_out[:, None], other=0)
+            low, high = (codes & 15).to(tl.int16), (codes >> 4).to(tl.int16)
+        else:
+            at = q + o[:, None] * in_features + g * group + k[None, :]
+            low = tl.load(at, mask=is_out[:, None], other=0).to(tl.int16)
+            high = tl.load(at + half, mask=is_out[:, None], other=0).to(tl.int16)
+        of = x + m[None, :] * x_stride + g * group + k[:, None]
+        x_low = tl.load(of, mask=is_row[None, :], other=0.0).to(dot)
+        x_high = tl.load(of + half, mask=is_row[None, :], other=0.0).to(dot)
+        part = tl.dot((low - z[:, None]).to(tl.float32).to(dot), x_low, input_precision="ieee")
+        part = tl.dot((high - z[:, None]).to(tl.float32).to(dot), x_high, part, input_precision="ieee")
+        total += part * s[:, None]
+    if has_bias:
+        total += tl.load(bias + o, mask=is_out, other=0.0).to(tl.float32)[:, None]
+    to = y + m[None, :] * y_stride + o[:, None]
+    tl.store(to, total.to(y.dtype.element_ty), mask=is_out[:, None] & is_row[None, :])
+
+
+@triton.jit
+def linear_by_sums_kernel(
+    x, q, scale, zero, bias, y, out, in_features, x_stride, y_stride,
+    has_bias: tl.constexpr, bits: tl.constexpr, group: tl.constexpr, tile_out: tl.constexpr,
+):  # fmt: skip
+    """The same without a matrix product, for devices whose tensor cores Triton does not use. A program: `tile_out` rows
+    of the weight times one row of x."""
+    half: tl.constexpr = group // 2
+    o = tl.program_id(0) * tile_out + tl.arange(0, tile_out)
+    is_out = o < out
+    o, m = o.to(tl.int64), tl.program_id(1).to(tl.int64)
+    k = tl.arange(0, half)
+    groups = in_features // group
+    total = tl.zeros([tile_out, half], dtype=tl.float32)
+    for g in range(0, groups):
+        s = tl.load(scale + o * groups + g, mask=is_out, other=0.0).to(tl.float32)
+        z = tl.load(zero + o * groups + g, mask=is_out, other=0).to(tl.int16)
+        if bits == 4:
+            codes = tl.load(q + o[:, None] * (in_features // 2) + g * half + k[None, :], mask=is_out[:, None], other=0)
+            low, high = (codes & 15).to(tl.int16), (codes >> 4).to(tl.int16)
+        else:
+            at = q + o[:, None] * in_features + g * group + k[None, :]
+            low = tl.load(at, mask=is_out[:, None], other=0).to(tl.int16)
+            high = tl.load(at + half, mask=is_out[:, None], other=0).to(tl.int16)
+        of = x + m * x_stride + g * group + k
+        x_low, x_high = tl.load(of).to(tl.float32), tl.load(of + half).to(tl.float32)
+        part = (low - z[:, None]).to(tl.float32) * x_low[None, :]
+        part += (high - z[:, None]).to(tl.float32) * x_high[None, :]
+        total += part * s[:, None]
+    found = tl.sum(total, axis=1)
+    if has_bias:
+        found += tl.load(bias + o, mask=is_out, other=0.0).to(tl.float32)
+    tl.store(y + m * y_stride + o, found.to(y.dtype.element_ty), mask=is_out)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def linear_int8_kernel(
+    x, x_scale, q, scale, zero, bias, y, rows, out, in_features, y_stride,
+    has_bias: tl.constexpr, group: tl.constexpr, tile_rows: tl.constexpr, tile_out: tl.constexpr,
+):  # fmt: skip
+    """The same for 8-bit weights and activations in int8 [rows, in], with scales [rows, in / group]: integer products.
+
+    Codes of weights are made signed by subtracting 128; what that and the zeros are too much is the sum of a group's
+    activations, by which it is taken back.
+    """
+    row_tiles = tl.cdiv(rows, tile_rows)
+    o = (tl.program_id(0) // row_tiles) * tile_out + tl.arange(0, tile_out)
+    m = (tl.program_id(0) % row_tiles) * tile_rows + tl.arange(0, tile_rows)
+    is_out, is_row = o < out, m < rows
+    o, m = o.to(tl.int64), m.to(tl.int64)
+    k = tl.arange(0, group)
+    groups = in_features // group
+    total = tl.zeros([tile_out, tile_rows], dtype=tl.float32)
+    for g in range(0, groups):
+        s = tl.load(scale + o * groups + g, mask=is_out, other=0.0).to(tl.float32)
+        z = tl.load(zero + o * groups + g, mask=is_out, other=0).to(tl.int32)
+        t = tl.load(x_scale + m * groups + g, mask=is_row, other=0.0)
+        at = q + o[:, None] * in_features + g * group + k[None, :]
+        codes = (tl.load(at, mask=is_out[:, None], other=0) ^ 128).to(tl.int8, bitcast=True)
+        of = x + m[None, :] * in_features + g * group + k[:, None]
+        values = tl.load(of, mask=is_row[None, :], other=0)
+        summed = tl.sum(values.to(tl.int32), axis=0)
+        part = tl.dot(codes, values) + (128 - z)[:, None] * summed[None, :]
+        total += part.to(tl.float32) * (s[:, None] * t[None, :])
+    if has_bias:
+        total += tl.load(bias + o, mask=is_out, other=0.0).to(tl.float32)[:, None]
+    to = y + m[None, :] * y_stride + o[:, None]
+    tl.store(to, total.to(y.dtype.element_ty), mask=is_out[:, None] & is_row[None, :])
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How much one program computes, and by how many threads."""
+
+    out: int
+    """Rows of the weight."""
+    rows: int = 1
+    """Rows of activations."""
+    warps: int = 4
+    stages: int = 3
+    """Loads that are under way while one is computed with."""
+
+
+DEQUANTIZE: Final = Tiling(64)
+LINEAR: Final = Tiling(64, 64)
+"""For any number of rows: weights are unpacked once for 64 of them, and padding one to 64 takes less than reading."""
+LINEAR_FEW: Final = Tiling(64, 16)
+"""Where few rows need not have the bits of many."""
+SUMS: Final = Tiling(4)
+_DTYPES: Final = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+def dequantize(weight: QuantizedWeight, out: torch.Tensor) -> None:
+    """Fill `out` with what `weight.rows` returns, bit for bit."""
+    rows, in_ = weight.shape
+    grid = triton.cdiv(rows, DEQUANTIZE.out), in_ // weight.scheme.group_size
+    scheme = {"bits": weight.scheme.bits, "group": weight.scheme.group_size}
+    dequantize_kernel[grid](*weight.codes, out, rows, in_, **scheme, tile_out=DEQUANTIZE.out, **_threads(DEQUANTIZE))
+
+
+def linear(
+    x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None, y: torch.Tensor, tiling: Tiling
+) -> None:
+    """Write the product for 16-bit x [rows, in] to y [rows, out]."""
+    constants = _constants(weight, bias, tiling) | {"bits": weight.scheme.bits, "dot": _DTYPES[x.dtype]}
+    sizes = len(x), *weight.shape, x.stride(0), y.stride(0)
+    linear_kernel[_tiles(tiling, x, y)](x, *weight.codes, _or(bias, y), y, *sizes, **constants, **_threads(tiling))
+
+
+def linear_by_sums(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None, y: torch.Tensor) -> None:
+    """The same without matrix products, for very few rows."""
+    constants = _constants(weight, bias, SUMS) | {"bits": weight.scheme.bits}
+    del constants["tile_rows"]
+    sizes = *weight.shape, x.stride(0), y.stride(0)
+    grid = triton.cdiv(y.shape[1], SUMS.out), len(x)
+    linear_by_sums_kernel[grid](x, *weight.codes, _or(bias, y), y, *sizes, **constants, **_threads(SUMS))
+
+
+def linear_int8(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: QuantizedWeight,
+    bias: torch.Tensor | None,
+    y: torch.Tensor,
+    tiling: Tiling,
+) -> None:
+    """The same for activations in int8, in one piece, with their scales."""
+    constants = _constants(weight, bias, tiling)
+    sizes = len(x), *weight.shape, y.stride(0)
+    pointers = x, x_scale, *weight.codes, _or(bias, y), y
+    linear_int8_kernel[_tiles(tiling, x, y)](*pointers, *sizes, **constants, **_threads(tiling))
+
+
+def _constants(weight: QuantizedWeight, bias: torch.Tensor | None, tiling: Tiling) -> dict[str, Any]:
+    of_tile = {"tile_rows": tiling.rows, "tile_out": tiling.out}
+    return {"has_bias": bias is not None, "group": weight.scheme.group_size} | of_tile
+
+
+def _tiles(tiling: Tiling, x: torch.Tensor, y: torch.Tensor) -> tuple[int]:
+    return (triton.cdiv(y.shape[1], tiling.out) * triton.cdiv(len(x), tiling.rows),)
+
+
+def _threads(tiling: Tiling) -> dict[str, int]:
+    return {"num_warps": tiling.warps, "num_stages": tiling.stages}
+
+
+def _or(bias: torch.Tensor | None, other: torch.Tensor) -> torch.Tensor:
+    """Some pointer, which is not used where there is no bias."""
+    return other if bias is None else bias
