@@ -6,14 +6,40 @@ import logging
 import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Protocol
 
 from tiered.errors import InterruptedRun
+from tiered.stream.experts import ExpertUse
 from tiered.stream.handover import run_in
 from tiered.stream.kv import KVStream
+from tiered.stream.loan import Loan
 from tiered.stream.streamer import Streamer
 
 logger = logging.getLogger(__name__)
+
+
+class Lender(Protocol):
+    """Lends the blocks of the tape to the thread that computes: `Streamer` in the host's memory, others in a device's.
+
+    A pass begins on every lender that one of its seats computes with, and on no other. Each of these then lends every
+    block once, in the order of the tape, the head too, whether or not anything is borrowed of it.
+    """
+
+    def begin(self, is_last: bool = False, on_wait: Callable[[float, float], None] | None = None) -> None:
+        """A pass begins; see `Streamer.begin`."""
+
+    def lend(self, block: int, is_held: bool = False) -> AbstractContextManager[Loan]:
+        """The next block, until the context ends; see `Streamer.lend`."""
+
+    @property
+    def wait_seconds(self) -> float:
+        """Seconds the computation has waited for what is lent."""
+
+    @property
+    def expert_use(self) -> ExpertUse:
+        """What experts that are read when they are chosen have cost so far."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +50,8 @@ class Streams:
     blocks: Streamer
     kv: KVStream | None = None
     """None unless the KV cache is on disk."""
+    device_blocks: Lender | None = None
+    """Lends blocks in the memory of the device that computes; None if none does."""
 
     def rewind(self) -> None:
         """After a pass that did not reach its end: make the next one begin at the first block. Not for the loop."""
