@@ -8,6 +8,7 @@ TieredError                 1   something failed while running
 ├── ConfigError             2   bad usage: an option, a combination, an unknown name
 │   └── UnsupportedFamilyError  2   a model family the engine cannot drive
 ├── BudgetError             3   no plan fits the budget
+│   └── DeviceBudgetError   3   that of the device's memory
 ├── CorruptError            4   stored bytes are not what they should be
 │   ├── StoreError          4   a tiered store: truncated, damaged, foreign, half-converted
 │   └── CheckpointError     4   a source checkpoint: truncated, damaged, lacking tensors
@@ -70,6 +71,10 @@ class BudgetError(TieredError):
     def __init__(self, message: str, smallest_bytes: int | None = None) -> None:
         super().__init__(message)
         self.smallest_bytes = smallest_bytes
+
+
+class DeviceBudgetError(BudgetError):
+    """No plan fits the budget of the device's memory; `smallest_bytes` are of that."""
 
 
 class CorruptError(TieredError):

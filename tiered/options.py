@@ -1,7 +1,9 @@
 """The options of a run: everything that can be chosen, with defaults."""
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Final, Literal
 
 import torch
 from transformers import PretrainedConfig
@@ -9,7 +11,14 @@ from transformers import PretrainedConfig
 from tiered.errors import ConfigError
 from tiered.io import ReadMode, VerifyPolicy
 from tiered.kernels import Mode
-from tiered.plan import AnyBits, KVTier, Tier
+from tiered.plan import AnyBits, Computes, KVTier, Tier
+from tiered.plan.inputs import tiers_text
+
+PhaseDevice = Literal["auto", "cpu", "gpu"]
+"""What is to compute a phase; auto: the GPU, if a tier."""
+_DEVICE: Final = re.compile(r"auto|cuda(:\d{1,3})?|emulated")
+_BF16_CAPABILITY: Final = (8, 0)
+"""The least compute capability with arithmetic in bfloat16; below, it is emulated, several times slower."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +38,7 @@ class Options:
     micro_batch_rows: int | None = None
     """Tokens that are computed together at most; None: as many as memory allows and are useful."""
     kv: KVTier = "cpu"
-    """Where the KV cache is; auto: in memory if it fits there."""
+    """Where the KV cache is; auto: on the device if it fits there and gains, in memory if it fits there."""
     kv_bits: AnyBits = 16
     kv_folder: Path | None = None
     """The folder for the KV cache's file, if it is on disk; None: the store's."""
@@ -40,20 +49,141 @@ class Options:
     """Keep the spans of the trace, not only their totals."""
     read_mode: ReadMode | None = None
     """How files are read; None: found out by a small read."""
+    device: str | None = None
+    """What computes, with a GPU among the tiers: "auto" (None) or "cuda" is the first CUDA device, "cuda:1" the second,
+    "emulated" one that this process plays."""
+    vram: int | None = None
+    """Budget in bytes for the device's memory; None: 90 % of what is free there when it is opened."""
+    resident_gpu: int | None = None
+    """Bytes of weights that are to stay on the device; None: as many as there is room for."""
+    resident_cpu: int | None = None
+    """Bytes of weights that are to stay in memory, beside those on the device; None: as many as there is room for."""
+    prefill_device: PhaseDevice = "auto"
+    """What computes prompts."""
+    decode_device: PhaseDevice = "auto"
+    """What computes the rest."""
+    fallback: Literal["cpu"] | None = None
+    """"cpu": where the device cannot be used, the processor computes, and the report says so; None: that is an
+    error."""
 
     def __post_init__(self) -> None:
         for name, value in (("ram", self.ram), ("threads", self.threads), ("micro-batch", self.micro_batch_rows)):
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ConfigError(f"{name} {value!r}: expected a whole number above 0")
-        if self.kv not in ("auto", "cpu", "disk"):
-            raise ConfigError(f"kv {self.kv!r}: expected auto, cpu or disk")
+        if self.kv not in ("auto", "cpu", "disk", "gpu"):
+            raise ConfigError(f"kv {self.kv!r}: expected auto, gpu, cpu or disk")
+        for name, value in (("vram", self.vram), ("resident-gpu", self.resident_gpu), ("resident-cpu", self.resident_cpu)):
+            if value is not None and (not isinstance(value, int) or value < (name == "vram")):
+                raise ConfigError(f"{name} {value!r}: expected a number of bytes")
+        if self.fallback not in (None, "cpu"):
+            raise ConfigError(f"fallback {self.fallback!r}: expected cpu, or none")
+        if self.device is not None and not _DEVICE.fullmatch(self.device):
+            raise ConfigError(f"device {self.device!r}: expected auto, cuda, cuda:1 and so on, or emulated")
+        for name, phase in (("prefill-device", self.prefill_device), ("decode-device", self.decode_device)):
+            if phase not in ("auto", "cpu", "gpu"):
+                raise ConfigError(f"{name} {phase!r}: expected auto, cpu or gpu")
+        if self.has_device:
+            self._check_device()
+        elif (name := self._of_device()) is not None:
+            raise ConfigError(
+                f"--{name} is for a GPU, and --tiers {tiers_text(self.tiers)} has none; add --tiers disk,cpu,gpu"
+            )
+
+    @property
+    def has_device(self) -> bool:
+        """Whether a device is to compute."""
+        return Tier.GPU in self.tiers
+
+    @property
+    def computes(self) -> tuple[Computes, Computes]:
+        """What computes prompts, and what computes the rest."""
+        default: Computes = "gpu" if self.has_device else "cpu"
+        prefill = default if self.prefill_device == "auto" else self.prefill_device
+        return prefill, default if self.decode_device == "auto" else self.decode_device
+
+    @property
+    def device_name(self) -> str | None:
+        """The device that is to compute, "cuda" or "cuda:1" or "emulated"; None: the processor computes."""
+        if not self.has_device:
+            return None
+        return "cuda" if self.device in (None, "auto") else self.device
+
+    def without_device(self) -> "Options":
+        """The options with which the processor does the same, where a device cannot be used: `fallback`."""
+        tiers = tuple(tier for tier in self.tiers if tier is not Tier.GPU)
+        return replace(
+            self,
+            tiers=(Tier.DISK, Tier.CPU) if Tier.CPU not in tiers else tiers,
+            kv="auto" if self.kv == "gpu" else self.kv,
+            dtype="auto" if self.dtype == "float16" else self.dtype,
+            device=None,
+            vram=None,
+            resident_gpu=None,
+            resident_cpu=None,
+            prefill_device="auto",
+            decode_device="auto",
+            fallback=None,
+        )
+
+    def _of_device(self) -> str | None:
+        """The name of an option that was given and means nothing without a device."""
+        given = {
+            "device": self.device not in (None, "auto"),
+            "vram": self.vram is not None,
+            "resident-gpu": self.resident_gpu is not None,
+            "resident-cpu": self.resident_cpu is not None,
+            "prefill-device gpu": self.prefill_device == "gpu",
+            "decode-device gpu": self.decode_device == "gpu",
+            "kv gpu": self.kv == "gpu",
+            "dtype float16": self.dtype == "float16",
+            "fallback": self.fallback is not None,
+        }
+        return next((name for name, is_given in given.items() if is_given), None)
+
+    def _check_device(self) -> None:
+        """Raise ConfigError for options of a device that contradict each other."""
+        tiers, computes = tiers_text(self.tiers), self.computes
+        if computes == ("cpu", "cpu"):
+            raise ConfigError(
+                f"--prefill-device cpu --decode-device cpu: nothing is left for the GPU of --tiers {tiers}; use "
+                "--tiers disk,cpu"
+            )
+        if computes == ("cpu", "gpu"):
+            raise ConfigError(
+                "--prefill-device cpu --decode-device gpu: prompts are what a GPU is quickest at; use --prefill-device "
+                "gpu, with --decode-device cpu for the other way round"
+            )
+        is_hybrid = computes == ("gpu", "cpu")
+        if is_hybrid and Tier.CPU not in self.tiers:
+            raise ConfigError("--decode-device cpu: needs weights in memory; use --tiers disk,cpu,gpu or cpu,gpu")
+        if is_hybrid and self.kv == "gpu":
+            raise ConfigError("--kv gpu --decode-device cpu: the processor decodes from memory; use --kv auto, cpu or disk")
+        if self.resident_gpu and is_hybrid:
+            raise ConfigError(
+                "--resident-gpu --decode-device cpu: the GPU's memory is given back after the prompts; drop one"
+            )
+        if self.resident_gpu is not None and Tier.CPU not in self.tiers:
+            raise ConfigError(f"--resident-gpu: --tiers {tiers} keeps all weights on the GPU; use --tiers disk,cpu,gpu")
+        if self.resident_cpu is not None and Tier.DISK not in self.tiers:
+            raise ConfigError(
+                f"--resident-cpu: with --tiers {tiers} all that is not on the GPU is in memory; use --tiers disk,cpu,gpu"
+            )
 
 
-def compute_dtype(name: str, config: PretrainedConfig) -> torch.dtype:
-    """The dtype activations are computed in: "auto" is float32 for a float32 checkpoint, else bfloat16."""
+def compute_dtype(
+    name: str, config: PretrainedConfig, on_device: bool = False, capability: tuple[int, int] | None = None
+) -> torch.dtype:
+    """The dtype activations are computed in: "auto" is float32 for a float32 checkpoint, else bfloat16, or float16 on a
+    device (`on_device`) whose compute capability is below 8.0; None: it has none. Raises ConfigError for an unknown
+    name, and for float16 where the processor computes."""
     if name == "auto":
-        return torch.float32 if config.dtype in (None, torch.float32) else torch.bfloat16
+        if config.dtype in (None, torch.float32):
+            return torch.float32
+        has_bf16 = capability is None or capability >= _BF16_CAPABILITY
+        return torch.bfloat16 if has_bf16 else torch.float16
     known = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+    if on_device:
+        known["float16"] = torch.float16
     if name not in known:
-        raise ConfigError(f"dtype {name!r}: expected auto, bfloat16 or float32")
+        raise ConfigError(f"dtype {name!r}: expected auto, {', '.join(list(known)[:-1])} or {list(known)[-1]}")
     return known[name]

@@ -94,8 +94,7 @@ def test_tiers_are_read_as_typed(text: str) -> None:
         ("cpu,disk", "name each tier once, slowest first: disk,cpu"),
         ("disk,cpu,cpu", "name each tier once, slowest first: disk,cpu"),
         ("gpu,cpu", "slowest first: cpu,gpu"),
-        ("disk,cpu,gpu", "this version computes on the CPU only; use disk,cpu .* or cpu"),
-        ("gpu", "computes on the CPU only"),
+        ("disk,gpu", "passes through memory on its way to the GPU; use disk,cpu,gpu"),
         ("disk", "weights on disk need a tier that computes; use disk,cpu"),
     ],
 )

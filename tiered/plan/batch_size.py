@@ -1,6 +1,6 @@
 """How many sequences run at once: those that get most tokens per second out of disk, memory and processor together.
 
-    throughput = n / max((streamed(n) + kv(n) + experts(n)) / B, C(n) + experts(n) / B)
+    throughput = n / max((streamed(n) + kv(n) + experts(n)) / B, copied(n) / P, C(n) + experts(n) / B)
 
 More sequences share each reading of the weights, until computing takes longer than reading. Their KV cache takes
 memory that could hold weights (`cpu`), or is read in every pass like them (`disk`). Experts that are read when they are
@@ -36,6 +36,9 @@ class BatchOption:
     """Bytes read per pass: weights that are not resident, and the KV cache where it is on disk."""
     expert_nbytes: int = 0
     """Of these, the bytes of experts that are read when they are chosen, while nothing computes."""
+    bus_nbytes: int = 0
+    """Bytes copied to the device per pass."""
+    kv_on_device: bool = False
 
 
 @dataclass(frozen=True)
@@ -47,10 +50,11 @@ class BatchChoice:
     compute_seconds: float
     expert_seconds: float = 0.0
     """Of the disk's seconds, those in which nothing computes."""
+    bus_seconds: float = 0.0
 
     @property
     def pass_seconds(self) -> float:
-        return pass_seconds(self.disk_seconds, self.compute_seconds, self.expert_seconds)
+        return max(self.bus_seconds, pass_seconds(self.disk_seconds, self.compute_seconds, self.expert_seconds))
 
     @property
     def tokens_per_second(self) -> float:
@@ -58,6 +62,8 @@ class BatchChoice:
 
     @property
     def bottleneck(self) -> str:
+        if self.bus_seconds > max(self.disk_seconds, self.compute_seconds):
+            return "bus"
         return "disk" if self.disk_seconds >= self.compute_seconds else "compute"
 
 
@@ -68,11 +74,15 @@ def candidates(most: int) -> list[int]:
 
 
 def choose_batch_size(
-    options: Iterable[BatchOption], bytes_per_second: float | None, compute_seconds: Callable[[int], float]
+    options: Iterable[BatchOption],
+    bytes_per_second: float | None,
+    compute_seconds: Callable[[int], float],
+    bus_bytes_per_second: float | None = None,
 ) -> BatchChoice | None:
     """The option with most tokens per second; of nearly equal ones the one with fewest sequences, then the first.
 
-    `bytes_per_second` None: nothing is read. None where there are no options.
+    `bytes_per_second` None: nothing is read; `bus_bytes_per_second` None: nothing is copied, or nobody knows how fast.
+    None where there are no options.
     """
     found = [
         BatchChoice(
@@ -80,6 +90,7 @@ def choose_batch_size(
             option.disk_nbytes / bytes_per_second if bytes_per_second else 0.0,
             max(compute_seconds(option.sequences), 1e-9),
             option.expert_nbytes / bytes_per_second if bytes_per_second else 0.0,
+            option.bus_nbytes / bus_bytes_per_second if bus_bytes_per_second else 0.0,
         )
         for option in options
     ]

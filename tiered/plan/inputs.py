@@ -20,7 +20,9 @@ MAX_BATCHED_TOKENS: Final = 4096
 _SPARE: Final = 1.1
 """Room in the cache, as a multiple of what sequences take on average; while several long ones run, fewer run."""
 
-KVTier = Literal["auto", "cpu", "disk"]
+KVTier = Literal["auto", "cpu", "disk", "gpu"]
+Computes = Literal["cpu", "gpu"]
+"""What computes a phase: the processor, or the device."""
 
 
 class Tier(Enum):
@@ -46,14 +48,19 @@ def parse_tiers(text: str) -> tuple[Tier, ...]:
     if [order.index(tier) for tier in tiers] != sorted({order.index(tier) for tier in tiers}):
         right = ",".join(tier.value for tier in order if tier in tiers)
         raise ConfigError(f"--tiers {text!r}: name each tier once, slowest first: {right}")
-    if Tier.GPU in tiers:
+    if tiers == (Tier.DISK,):
+        raise ConfigError(f"--tiers {text!r}: weights on disk need a tier that computes; use disk,cpu or disk,cpu,gpu")
+    if tiers == (Tier.DISK, Tier.GPU):
         raise ConfigError(
-            f"--tiers {text!r}: this version computes on the CPU only; use disk,cpu (stream what does not fit) "
-            "or cpu (load everything)"
+            f"--tiers {text!r}: what comes from disk passes through memory on its way to the GPU; use disk,cpu,gpu "
+            "(with --resident-cpu 0 if nothing is to stay there)"
         )
-    if Tier.CPU not in tiers:
-        raise ConfigError(f"--tiers {text!r}: weights on disk need a tier that computes; use disk,cpu")
     return tiers
+
+
+def tiers_text(tiers: tuple[Tier, ...]) -> str:
+    """As `parse_tiers` reads them."""
+    return ",".join(tier.value for tier in tiers)
 
 
 @dataclass(frozen=True)
@@ -134,6 +141,11 @@ class ModelShape:
         return self.kv.itemsize
 
     @property
+    def outer_nbytes(self) -> int:
+        """Bytes that outer and small tensors, and copies of those that no module borrows, take on a device at most."""
+        return self.tables_nbytes - self.side_nbytes - self.buffers_nbytes
+
+    @property
     def gathered_nbytes(self) -> int:
         """Bytes that one token of a context adds to the keys and values of dense attention, in all copies: as cached,
         and repeated for every query head. 0 without dense attention."""
@@ -178,6 +190,11 @@ class Machine:
     """Sustained rate of writing, which a KV cache on disk asks for."""
     expert_bytes_per_second: float | None = None
     """Rate of reading experts, one by one at random places; None: as fast as in file order."""
+    device_scratch_nbytes: int = 0
+    """Bytes of a device's memory that its kernels take besides results: what weights are widened into, and partial
+    sums."""
+    bus_bytes_per_second: float | None = None
+    """Sustained rate of copies from memory to the device."""
 
 
 Objective = Literal["latency", "throughput"]
@@ -247,7 +264,7 @@ class Budgets:
     """What may be used, and how."""
 
     ram: int
-    """Bytes for the whole process."""
+    """Bytes for the whole process; of the host's memory."""
     baseline: int
     """Bytes of these that the process takes by itself: interpreter, torch, transformers, tokenizer, graph, kernels."""
     tiers: tuple[Tier, ...] = (Tier.DISK, Tier.CPU)
@@ -258,3 +275,28 @@ class Budgets:
     """Choose the precision instead: as many bits as cost little."""
     micro_batch: int | None = None
     """Tokens computed together at most; None: as many as memory allows and are useful."""
+    vram: int = 0
+    """Bytes of the device's memory; 0: no device computes."""
+    context_nbytes: int = 0
+    """Bytes of these that are taken before anything of ours is there: the driver's context, libraries, compiled
+    kernels, and what the allocator rounds up to. Measured; 0 where a device is emulated."""
+    device: str = ""
+    """What the device is called; nothing depends on it."""
+    resident_gpu: int | None = None
+    """Bytes of weights that are wished to stay on the device; None: as many as there is room for."""
+    resident_cpu: int | None = None
+    """The same of those that stay in memory."""
+    prefill_device: Computes = "gpu"
+    """What computes prompts, where there is a device."""
+    decode_device: Computes = "gpu"
+    """What computes the rest."""
+
+    @property
+    def has_device(self) -> bool:
+        """Whether a device computes anything."""
+        return self.vram > 0
+
+    @property
+    def is_hybrid(self) -> bool:
+        """Whether the device computes prompts only: what stays for longer is then planned as without one."""
+        return self.has_device and self.decode_device == "cpu"

@@ -4,22 +4,24 @@
 budget that works. `rates_wanted` says beforehand what would have to be measured for the choice of a batch size.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Final, Literal
 
-from tiered.errors import BudgetError, ConfigError
+from tiered.errors import BudgetError, ConfigError, DeviceBudgetError
 from tiered.plan.batch_size import BatchChoice, choose_batch_size, choose_windows_per_pass
-from tiered.plan.cost import decode_computing
+from tiered.plan.cost import decode_computing, seen_tokens
 from tiered.plan.inputs import Budgets, Machine, ModelShape, Workload
 from tiered.plan.kv import Bits, check_bits
 from tiered.plan.pace import Pace
 from tiered.plan.plan import Plan, smallest_budget
-from tiered.plan.way import HALFWAY, Asked
+from tiered.plan.way import HALFWAY, Asked, Way
+from tiered.plan.way import smallest_vram as _smallest_vram
 from tiered.plan.workspace import HEAD_ROWS
 from tiered.units import MIB, format_rate, format_seconds, format_size
 
-Rate = Literal["disk", "compute"]
+Rate = Literal["disk", "compute", "bus"]
 
 _MODEST_KV_SHARE: Final = 1 / 8
 """Part of the budget that the KV cache may take where the context is chosen by the budget."""
@@ -57,20 +59,28 @@ def expected_pass(model: ModelShape, machine: Machine, workload: Workload, budge
     Raises BudgetError where there is no plan.
     """
     plan = make_plan(model, machine, workload, budgets)
-    asked = Asked(model, machine, workload, replace(budgets, kv_bits=plan.cache.bits))
-    option = asked.way(plan.batch_size, plan.cache.on_disk, plan.max_context).option(plan)
-    choice = choose_batch_size(
-        [option], machine.disk_bytes_per_second, partial(_compute_seconds, model, machine, workload)
-    )
+    option = _way_of(Asked(model, machine, workload, budgets), plan).option(plan)
+    seconds = partial(_compute_seconds, model, machine, workload)
+    choice = choose_batch_size([option], machine.disk_bytes_per_second, seconds, machine.bus_bytes_per_second)
     assert choice is not None
     return choice
 
 
 def smallest_ram(model: ModelShape, machine: Machine, workload: Workload, budgets: Budgets) -> int:
     """The least budget in bytes, a whole number of MiB, in which all of `workload` runs at once with this baseline."""
-    asked = Asked(model, machine, workload, budgets)
-    way = asked.way(workload.sequences, asked.kv_tiers[0])
-    return smallest_budget(way.plan_at)
+    *better, last = Asked(model, machine, workload, budgets).ways(workload.sequences)
+    for way in better:
+        try:
+            return smallest_budget(way.plan_at)
+        except DeviceBudgetError:
+            continue  # where the KV cache is elsewhere the device's memory may suffice
+    return smallest_budget(last.plan_at)
+
+
+def smallest_vram(model: ModelShape, machine: Machine, workload: Workload, budgets: Budgets) -> int:
+    """The least budget of the device's memory, a whole number of MiB, in which all of `workload` runs at once, given
+    enough of the host's."""
+    return min(map(_smallest_vram, Asked(model, machine, workload, budgets).ways(workload.sequences)))
 
 
 def rates_wanted(model: ModelShape, machine: Machine, workload: Workload, budgets: Budgets) -> frozenset[Rate]:
@@ -82,13 +92,23 @@ def rates_wanted(model: ModelShape, machine: Machine, workload: Workload, budget
     grown = replace(budgets, baseline=budgets.baseline + _MEASURING_NBYTES)
     if next(Asked(model, machine, workload, grown).each_way(), None) is None:
         return frozenset()
-    reads = any(way.option(plan).disk_nbytes for way, plan in found)
-    return frozenset(("disk", "compute")) if reads else frozenset(("compute",))
+    options = [way.option(plan) for way, plan in found]
+    wanted: set[Rate] = {"compute"}
+    wanted |= {"disk"} if any(option.disk_nbytes for option in options) else set()
+    wanted |= {"bus"} if any(option.bus_nbytes for option in options) else set()
+    return frozenset(wanted)
+
+
+def _way_of(asked: Asked, plan: Plan) -> Way:
+    """The way that `plan` is a plan of."""
+    asked = replace(asked, budgets=replace(asked.budgets, kv_bits=plan.cache.bits, choose_kv_bits=False))
+    return asked.way(plan.batch_size, plan.cache.on_disk, plan.max_context, plan.cache.on_device)
 
 
 def _plan_with_most_bits(asked: Asked) -> Plan:
     """The plan with the KV cache in as many bits as cost at most `WORTH_OF_BITS` of what the fewest cost: bytes read
-    per pass and sequence, of weights that the cache leaves no memory for and of the cache itself."""
+    (and copied to a device) per pass and sequence, of weights that the cache leaves no memory for and of the cache
+    itself."""
     found: list[tuple[float, Plan]] = []
     refusals = []
     for bits in _BITS:
@@ -101,8 +121,8 @@ def _plan_with_most_bits(asked: Asked) -> Plan:
         except ConfigError:
             continue
         else:
-            way = replace(asked, budgets=budgets).way(plan.batch_size, plan.cache.on_disk, plan.max_context)
-            found.append((way.option(plan).disk_nbytes / plan.batch_size, plan))
+            option = _way_of(asked, plan).option(plan)
+            found.append(((option.disk_nbytes + option.bus_nbytes) / plan.batch_size, plan))
     if not found:
         raise min(refusals, key=lambda error: error.smallest_bytes or 0)
     most = min(cost for cost, _ in found) * WORTH_OF_BITS
@@ -110,23 +130,58 @@ def _plan_with_most_bits(asked: Asked) -> Plan:
 
 
 def _plan_for(asked: Asked, batch_size: int, why: str) -> Plan:
-    """The plan with the longest context that fits, with the KV cache in the first tier where it fits."""
+    """The plan with the longest context that fits, with the KV cache in the first place where it fits: in memory rather
+    than on disk, and on the device unless a pass is expected to be quicker without."""
     per_token = asked.model.kv.nbytes(batch_size, 1)
     why = f"{batch_size} of {asked.workload.sequences} sequences at once, {why}"
     contexts = list(asked.workload.contexts(int(asked.budgets.ram * _MODEST_KV_SHARE) // per_token))
     for context in contexts:
         refusals = []
-        for on_disk in asked.kv_tiers:
+        found = []
+        for way in asked.ways(batch_size, context):
             try:
-                return asked.way(batch_size, on_disk, context).plan(why)
+                found.append((way, way.plan(why)))
             except BudgetError as error:
                 refusals.append(error)
-    # The one for the shortest context, so that the budget it names is accepted, and for the first tier, because the
-    # other one was refused too: more than the cache does not fit.
-    refusal = refusals[0]
+            if found and not (found[0][0].on_device and _is_comparable(asked)):
+                return found[0][1]
+        if found:
+            return min(found, key=_pass_seconds)[1]
+    # The one for the shortest context, so that the budget it names is accepted, and for the first place that is not
+    # the device, because that one was refused too: more than the cache does not fit.
+    refusal = _refusal(refusals)
     if len(contexts) == 1:
         raise refusal
-    raise BudgetError(f"{refusal}, for a context of {contexts[-1]} tokens", refusal.smallest_bytes)
+    raise type(refusal)(f"{refusal}, for a context of {contexts[-1]} tokens", refusal.smallest_bytes)
+
+
+def _refusal(refusals: Sequence[BudgetError]) -> BudgetError:
+    """The one to read of those for all places of the KV cache: what the host's memory lacks, if that is all; else the
+    least that the device's lacks."""
+    of_host = [refusal for refusal in refusals if not isinstance(refusal, DeviceBudgetError)]
+    return of_host[0] if of_host else min(refusals, key=lambda refusal: refusal.smallest_bytes or 0)
+
+
+def _is_comparable(asked: Asked) -> bool:
+    """Whether the machine's rates tell how long passes take with the KV cache on the device and elsewhere."""
+    machine = asked.machine
+    return machine.bus_bytes_per_second is not None and machine.attention_seconds is not None
+
+
+def _pass_seconds(way_and_plan: tuple[Way, Plan]) -> float:
+    """What a decode pass takes at least: weights that the KV cache pushes out of the device's memory are copied, and
+    read if there is no room in the host's either; attention over a cache that is not on the device is the
+    processor's."""
+    way, plan = way_and_plan
+    asked, option = way.asked, way.option(plan)
+    machine, context = asked.machine, asked.workload.mean_context * HALFWAY
+    attention = (machine.attention_seconds or 0.0) * seen_tokens(asked.model, context) * way.batch_size
+    disk, bus = machine.disk_bytes_per_second, machine.bus_bytes_per_second
+    return max(
+        option.disk_nbytes / disk if disk else 0.0,
+        option.bus_nbytes / bus if bus else 0.0,
+        0.0 if way.on_device else attention,
+    )
 
 
 def _scoring_plan(asked: Asked) -> Plan:
@@ -146,15 +201,14 @@ def _scoring_plan(asked: Asked) -> Plan:
 
 
 def _windows_per_pass(asked: Asked) -> int:
-    """How many sequences that are only scored run per pass. With the KV tier "auto" only memory is considered here: the
-    disk is used only if nothing else fits, and then several sequences would share the memory that one has."""
-    on_disk = asked.budgets.kv == "disk"
+    """How many sequences that are only scored run per pass. With the KV tier "auto" only the first place is considered
+    here: the disk is used only if nothing else fits, and then several sequences would share the memory that one has."""
 
     def read_nbytes(count: int) -> int | None:
         try:
-            way = asked.way(count, on_disk)
+            way = asked.ways(count)[0]
             plan = way.plan_at(asked.budgets.ram)
-            return way.read_nbytes(plan, plan.max_batched_tokens)
+            return way.moved_nbytes(plan, plan.max_batched_tokens)
         except BudgetError:
             return None
 
@@ -168,12 +222,12 @@ def _most_throughput(asked: Asked) -> Plan:
         return _plan_for(asked, 1, "as nothing fits")
     machine = asked.machine
     if machine.linear is None:
-        option = max(found, key=lambda option: (option.sequences, not option.kv_on_disk))
+        option = max(found, key=lambda option: (option.sequences, not option.kv_on_disk, option.kv_on_device))
         return _reasoned(asked, found[option], "as fit")
     seconds = partial(_compute_seconds, asked.model, machine, asked.workload)
-    choice = choose_batch_size(found, machine.disk_bytes_per_second, seconds)
+    choice = choose_batch_size(found, machine.disk_bytes_per_second, seconds, machine.bus_bytes_per_second)
     assert choice is not None
-    return _reasoned(asked, found[choice.option], _expected(choice, machine.disk_bytes_per_second))
+    return _reasoned(asked, found[choice.option], _expected(choice, machine))
 
 
 def _compute_seconds(model: ModelShape, machine: Machine, workload: Workload, count: int) -> float:
@@ -184,14 +238,18 @@ def _compute_seconds(model: ModelShape, machine: Machine, workload: Workload, co
 def _reasoned(asked: Asked, plan: Plan, why: str) -> Plan:
     """`plan` with the reason for its batch size."""
     separator = ", " if why == "as fit" else "; "
-    place = "on disk" if plan.cache.on_disk else "in memory"
+    place = "on disk" if plan.cache.on_disk else "on the GPU" if plan.cache.on_device else "in memory"
     chosen = f"{plan.batch_size} of {asked.workload.sequences} sequences at once{separator}{why}"
     return replace(plan, why=f"{chosen}; KV cache {format_size(plan.cache.blocks_nbytes)} {place}")
 
 
-def _expected(choice: BatchChoice, bytes_per_second: float | None) -> str:
+def _expected(choice: BatchChoice, machine: Machine) -> str:
     """What a pass is expected to take."""
-    disk = ""
-    if choice.option.disk_nbytes and bytes_per_second:
-        disk = f"disk {format_seconds(choice.disk_seconds)} at {format_rate(bytes_per_second)}, "
-    return f"expected per pass: {disk}compute {format_seconds(choice.compute_seconds)}"
+    parts = []
+    for name, nbytes, seconds, rate in (
+        ("disk", choice.option.disk_nbytes, choice.disk_seconds, machine.disk_bytes_per_second),
+        ("bus", choice.option.bus_nbytes, choice.bus_seconds, machine.bus_bytes_per_second),
+    ):
+        if nbytes and rate:
+            parts.append(f"{name} {format_seconds(seconds)} at {format_rate(rate)}")
+    return f"expected per pass: {', '.join([*parts, f'compute {format_seconds(choice.compute_seconds)}'])}"

@@ -52,13 +52,31 @@ class Tape:
         """The units of each block, by their numbers."""
         return tuple(range(start, stop) for start, stop in pairwise(accumulate(self.counts, initial=0)))
 
+    def without(self, units: frozenset[int]) -> "Tape":
+        """The tape of the other units, in the same blocks, some of which may have none left. Its unit i is the i-th
+        number of `numbers_without(units)` on this one."""
+        if not units:
+            return self
+        kept = self.numbers_without(units)
+        counts = tuple(sum(unit not in units for unit in block) for block in self.blocks)
+        return Tape(tuple(self.nbytes[n] for n in kept), tuple(self.file_nbytes[n] for n in kept), counts)
+
+    def numbers_without(self, units: frozenset[int]) -> tuple[int, ...]:
+        """The numbers of all other units, in order."""
+        return tuple(unit for unit in range(len(self.nbytes)) if unit not in units)
+
+    def nbytes_of(self, units: frozenset[int]) -> int:
+        """Bytes of these units in memory."""
+        return sum(self.nbytes[unit] for unit in units)
+
     def pieces(self, held: Held) -> tuple[range, ...]:
         """Units that are in memory together, in order: those of a block that is held, else each by itself."""
         return tuple(piece for number, block in enumerate(self.blocks) for piece in self._cut(number, block, held))
 
     def _cut(self, number: int, block: range, held: Held) -> Iterator[range]:
         if held.head if number == len(self.counts) - 1 else held.layers:
-            yield block
+            if block:
+                yield block
         else:
             yield from (range(unit, unit + 1) for unit in block)
 
@@ -82,7 +100,7 @@ class Placement:
     resident: frozenset[int]
     resident_nbytes: int
     ring_nbytes: int
-    """Memory through which all other units pass; 0 where every unit is resident."""
+    """Memory through which all other units pass; 0 where there are none."""
 
     @property
     def nbytes(self) -> int:
@@ -106,40 +124,48 @@ def full_ring(pieces: Sequence[Sequence[int]]) -> int:
     return max((sum(piece) + after[0] for piece, after in zip(pieces, following, strict=True)), default=0)
 
 
-def _wanted_ring(tape: Tape, held: Held, resident: frozenset[int]) -> int:
-    """Bytes of a full ring and of what is to be read ahead beyond it: half as much at most, and not more than is
-    streamed."""
-    pieces = tape.streamed(held, resident)
-    return _with_ahead(full_ring(pieces), sum(map(sum, pieces)), held)
-
-
-def _with_ahead(full: int, streamed: int, held: Held) -> int:
-    """A full ring and what is read ahead beyond it, of `streamed` bytes in all."""
-    return min(full + min(held.ahead_nbytes, full // 2), streamed)
-
-
-def place(tape: Tape, available: int, held: Held = UNHELD) -> Placement | None:
+def place(
+    tape: Tape, available: int, held: Held = UNHELD, least_ring: int = 0, most: int | None = None
+) -> Placement | None:
     """The placement of `tape` in `available` bytes that reads least, or None if none fits.
 
     Residency never takes the ring below a full one, because a smaller one reads and computes in turn. Reading further
-    ahead is given up where no unit could be resident otherwise.
+    ahead is given up where no unit could be resident otherwise. The ring has `least_ring` bytes at least, whatever is
+    streamed; resident units take `most` bytes at most.
     """
-    if tape.total <= available:
-        return Placement(frozenset(range(len(tape.nbytes))), tape.total, 0)
+    most = tape.total if most is None else most
+    if tape.total <= most and tape.total + least_ring <= available:
+        return Placement(frozenset(range(len(tape.nbytes))), tape.total, least_ring)
     pieces = tape.streamed(held)
-    if smallest_ring(pieces) > available:
+    if max(smallest_ring(pieces), least_ring) > available:
         return None
     # What is read ahead differs from batch size to batch size, the spreads do not.
     least = replace(held, ahead_nbytes=0)
-    spreads = _spreads(tape, least)
+    spreads = [spread for spread in _spreads(tape, least) if spread.nbytes <= most]
     for wanted in dict.fromkeys((held, least)):
-        fitting = [spread for spread in spreads if spread.nbytes + spread.ring_nbytes(tape, wanted) <= available]
+        room = _Room(tape, wanted, available, least_ring, most)
+        fitting = [spread for spread in spreads if spread.nbytes + room.ring(spread) <= available]
         best = max(fitting, key=lambda spread: spread.saved_nbytes, default=None)
         if best is not None:
-            placement = _fill(tape, wanted, interleave(best.count, len(tape.nbytes)), available)
+            placement = _fill(room, interleave(best.count, len(tape.nbytes)))
             if placement.resident:
                 return placement
-    return Placement(frozenset(), 0, min(available, _wanted_ring(tape, held, frozenset())))
+    return Placement(frozenset(), 0, min(available, _Room(tape, held, available, least_ring, most).wanted_ring()))
+
+
+def wished(tape: Tape, available: int, held: Held, nbytes: int, least_ring: int = 0) -> Placement | None:
+    """The placement of `tape` in which as many units are resident as `nbytes` bytes hold, whatever more there is; None
+    if those, beside a full ring, do not fit in `available` bytes."""
+    # With room for all of it beside any ring, `nbytes` alone decides.
+    unlimited = 3 * tape.total + least_ring
+    found = place(tape, unlimited, replace(held, ahead_nbytes=0), least_ring, nbytes)
+    assert found is not None
+    if not found.resident:
+        return place(tape, available, held, least_ring, nbytes)
+    if found.nbytes > available:
+        return None
+    ahead = _Room(tape, held, available, least_ring, nbytes).wanted_ring(found.resident)
+    return replace(found, ring_nbytes=min(available - found.resident_nbytes, ahead))
 
 
 @dataclass(frozen=True)
@@ -152,9 +178,34 @@ class _Spread:
     """Bytes that a pass need not read."""
     full_ring_nbytes: int
 
-    def ring_nbytes(self, tape: Tape, held: Held) -> int:
-        """Bytes of the ring beside it."""
-        return _with_ahead(self.full_ring_nbytes, tape.total - self.nbytes, held)
+
+@dataclass(frozen=True)
+class _Room:
+    """What a placement may take."""
+
+    tape: Tape
+    held: Held
+    available: int
+    least_ring: int
+    most: int
+    """Bytes of resident units."""
+
+    def ring(self, spread: _Spread) -> int:
+        """Bytes of the ring beside `spread`."""
+        return self._ring(spread.full_ring_nbytes, self.tape.total - spread.nbytes)
+
+    def wanted_ring(self, resident: frozenset[int] = frozenset()) -> int:
+        """Bytes of the ring beside `resident`."""
+        pieces = self.tape.streamed(self.held, resident)
+        return self._ring(full_ring(pieces), sum(map(sum, pieces)))
+
+    def _ring(self, full: int, streamed: int) -> int:
+        """A full ring, and what is to be read ahead beyond it: half as much at most, and not more than is streamed."""
+        return max(min(full + min(self.held.ahead_nbytes, full // 2), streamed), self.least_ring)
+
+    def holds(self, nbytes: int, ring: int) -> bool:
+        """Whether resident units of `nbytes` bytes fit beside a ring of `ring`."""
+        return nbytes <= self.most and nbytes + ring <= self.available
 
 
 @lru_cache(maxsize=32)
@@ -166,16 +217,17 @@ def _spreads(tape: Tape, held: Held) -> tuple[_Spread, ...]:
         {number * units // _SPREADS for number in range(_SPREADS)} if units > _SPREADS else range(units)
     ):
         resident = interleave(count, units)
-        nbytes = sum(tape.nbytes[unit] for unit in resident)
+        nbytes = tape.nbytes_of(resident)
         saved = sum(tape.file_nbytes[unit] for unit in resident)
         found.append(_Spread(count, nbytes, saved, full_ring(tape.streamed(held, resident))))
     return tuple(found)
 
 
-def _fill(tape: Tape, held: Held, resident: frozenset[int], available: int) -> Placement:
+def _fill(room: _Room, resident: frozenset[int]) -> Placement:
     """Add units to `resident` until none fits beside a full ring: first those that save most bytes per byte held, then
     the largest; of equal ones that of the block with most bytes to read."""
-    nbytes, ring = sum(tape.nbytes[unit] for unit in resident), _wanted_ring(tape, held, resident)
+    tape = room.tape
+    nbytes, ring = tape.nbytes_of(resident), room.wanted_ring(resident)
     block_of = [number for number, block in enumerate(tape.blocks) for _ in block]
     unread = [sum(tape.nbytes[unit] for unit in block if unit not in resident) for block in tape.blocks]
     kinds: dict[tuple[float, int], list[int]] = {}
@@ -186,8 +238,8 @@ def _fill(tape: Tape, held: Held, resident: frozenset[int], available: int) -> P
         while units:
             unit = max(units, key=lambda unit: unread[block_of[unit]])
             more = resident | {unit}
-            ring_after = _wanted_ring(tape, held, more)
-            if nbytes + size + ring_after > available:
+            ring_after = room.wanted_ring(more)
+            if not room.holds(nbytes + size, ring_after):
                 break
             units.remove(unit)
             unread[block_of[unit]] -= size

@@ -5,13 +5,14 @@ reads it back as it was.
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
-from tiered.errors import BudgetError
-from tiered.plan.inputs import Objective, Tier
+from tiered.errors import BudgetError, DeviceBudgetError
+from tiered.plan.inputs import Computes, Objective, Tier, tiers_text
 from tiered.plan.kv import CachePlan, KVShape, LayerGroup
-from tiered.plan.placement import UNHELD, Held, Placement, Tape, full_ring, place, smallest_ring
+from tiered.plan.on_device import DeviceNeeds, DevicePlan
+from tiered.plan.placement import UNHELD, Held, Placement, Tape, full_ring, place, smallest_ring, wished
 from tiered.units import MIB, format_budget, format_size, round_up
 
 
@@ -46,50 +47,18 @@ class ExpertCachePlan:
 
 
 @dataclass(frozen=True)
-class DeviceNeeds:
-    """Bytes of a device's memory that are taken whatever is resident there, by what takes them."""
-
-    context: int
-    """The driver's context, libraries and compiled kernels."""
-    outer: int
-    """Position tables, norms, biases."""
-    kv: int
-    workspace: int
-
-    @property
-    def total(self) -> int:
-        return self.context + self.outer + self.kv + self.workspace
-
-
-@dataclass(frozen=True)
-class DevicePlan:
-    """What is on the device that computes."""
-
-    vram: int
-    """The budget of its memory."""
-    needs: DeviceNeeds
-    placement: Placement
-    """Units that stay on the device, by their number on the plan's tape, and the ring of slots through which all others
-    pass, from RAM, in every pass. Units that stay are read once, before the first pass, and are in the host's memory
-    neither resident nor streamed."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the budget that are taken."""
-        return self.needs.total + self.placement.nbytes
-
-
-@dataclass(frozen=True)
 class Plan:
     """Every decision for one run."""
 
     budget: int
     needs: Needs
     placement: Placement
+    """Of the host: units that are resident in RAM, by their number on `tape`, and the ring for those that come from
+    disk."""
     tape: Tape
-    """The units that a pass uses, in order; `placement` says by number which of them are resident."""
+    """The units that a pass uses, in order."""
     held: Held
-    """What is in memory as a whole while it computes."""
+    """What is in memory as a whole while it computes: in the device's where one computes, see also `host_held`."""
     side_nbytes: int
     """Bytes of the embedding's scales and zeros, which are part of `needs.outer`."""
     buffers_nbytes: int
@@ -116,12 +85,16 @@ class Plan:
     experts: ExpertCachePlan | None = None
     """None: layers are read whole, experts and all. Else `tape` is without experts."""
     device: DevicePlan | None = None
-    """None: the processor computes. `placement` is then the host's: units resident in RAM, and the ring that units from
-    disk pass through, on their way to the device."""
+    """None: the processor computes. Else the units that stay on the device are neither in `placement` nor on the host's
+    tape, and pass through the host's ring once, before the first pass."""
+    prefill_device: Computes = "cpu"
+    """What computes prompts."""
+    decode_device: Computes = "cpu"
+    """What computes the rest."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the budget that the plan takes."""
+        """Bytes of the budget that the plan takes, of the host's memory."""
         return self.needs.total + self.placement.nbytes + self._experts_nbytes
 
     @property
@@ -129,39 +102,87 @@ class Plan:
         return self.experts.nbytes if self.experts is not None else 0
 
     @property
+    def on_device(self) -> frozenset[int]:
+        """Units that stay on the device."""
+        return frozenset() if self.device is None else self.device.placement.resident
+
+    @property
+    def host_tape(self) -> Tape:
+        """The units that the host holds or reads in a pass; see `Tape.without` for their numbers."""
+        return self.tape.without(self.on_device)
+
+    @property
+    def host_held(self) -> Held:
+        """What is in the host's ring as a whole: only what the processor computes with. A unit on its way to the device
+        leaves when it has been copied."""
+        computes = "cpu" in (self.prefill_device, self.decode_device)
+        return self.held if computes else Held(ahead_nbytes=self.held.ahead_nbytes)
+
+    @property
     def streamed_nbytes(self) -> int:
-        """Bytes that pass through the ring in a pass."""
-        return self.tape.total - self.placement.resident_nbytes
+        """Bytes that pass through the host's ring in a pass."""
+        return self.host_tape.total - self.placement.resident_nbytes
 
     @property
     def read_nbytes(self) -> int:
         """Bytes of the tape read per pass once its resident units are in memory."""
-        resident = self.placement.resident
+        resident = self.placement.resident | self.on_device
         return sum(nbytes for unit, nbytes in enumerate(self.tape.file_nbytes) if unit not in resident)
 
     @property
+    def bus_nbytes(self) -> int:
+        """Bytes of weights that are copied to the device in a pass in which it computes."""
+        return 0 if self.device is None else self.host_tape.total
+
+    @property
+    def decode_bus_nbytes(self) -> int:
+        """The same of a pass in which all sequences decode."""
+        return self.bus_nbytes if self.decode_device == "gpu" else 0
+
+    @property
     def resident_blocks(self) -> int:
-        """Blocks all of whose units on the tape are resident."""
-        return sum(self.placement.resident.issuperset(block) for block in self.tape.blocks)
+        """Blocks all of whose units on the tape are resident, in RAM or on the device."""
+        return sum((self.placement.resident | self.on_device).issuperset(block) for block in self.tape.blocks)
 
     @property
     def missing_overlap_nbytes(self) -> int:
-        """Bytes that the ring lacks to be full: if there are any, reading and computing take turns."""
-        return max(0, full_ring(self.tape.streamed(self.held, self.placement.resident)) - self.placement.ring_nbytes)
+        """Bytes that the host's ring lacks to be full: if there are any, reading and computing (or copying) take
+        turns."""
+        streamed = self.tape.streamed(self.host_held, self.placement.resident | self.on_device)
+        return max(0, full_ring(streamed) - self.placement.ring_nbytes)
+
+    @property
+    def missing_copy_overlap_nbytes(self) -> int:
+        """The same of the device's ring: copying and computing take turns."""
+        if self.device is None:
+            return 0
+        streamed = self.tape.streamed(self.held, self.on_device)
+        return max(0, full_ring(streamed) - self.device.placement.ring_nbytes)
 
     @property
     def bound_resident_nbytes(self) -> int:
-        """M of the bound: all bytes that the budget leaves after needs, the cache of experts and two units, used or
-        not, but at most S.
+        """M of the bound, the bytes that need not be read: all that the budgets leave after needs, the cache of experts
+        and two units each, used or not, but at most S.
 
         Never less than what is resident: if a large unit is resident, a ring for the others may be smaller than the
         largest two neighbours.
         """
-        total = self.tape.total
-        free = self.budget - self.needs.total - self._experts_nbytes
+        total, free = self.tape.total, self.budget - self.needs.total - self._experts_nbytes
+        on_device = self.bound_device_nbytes
+        if total - on_device <= free:
+            return total
+        in_ram = max(self.placement.resident_nbytes, free - full_ring(self.tape.streamed(UNHELD)))
+        return min(total, on_device + in_ram)
+
+    @property
+    def bound_device_nbytes(self) -> int:
+        """Of these, those that need not be copied to the device either."""
+        if self.device is None or self.decode_device == "cpu":
+            return 0
+        total, free = self.tape.total, self.device.vram - self.device.needs.total
         if total <= free:
             return total
-        return max(self.placement.resident_nbytes, min(total, free - full_ring(self.tape.streamed(UNHELD))))
+        return max(self.device.placement.resident_nbytes, min(total, free - full_ring(self.tape.streamed(UNHELD))))
 
     @property
     def returned_logits_nbytes(self) -> int:
@@ -209,27 +230,60 @@ def fit_units(
     tiers: tuple[Tier, ...],
     held: Held = UNHELD,
     experts_nbytes: int = 0,
+    on_device: frozenset[int] = frozenset(),
+    most: int | None = None,
 ) -> Placement:
     """Place the tape in what `budget` leaves after `needs` and `experts_nbytes` for experts that are not on it.
 
-    Raises BudgetError, naming what takes the bytes and the smallest budget that would do.
+    Units that are `on_device` stay there, and pass through the ring only once; of the others, `most` bytes are to be
+    resident, or as many as there is room for. Raises BudgetError, naming what takes the bytes and the smallest budget
+    that would do.
     """
-    all_resident = Tier.DISK not in tiers
-    placement = place(tape, budget - needs.total - experts_nbytes, held)
-    if placement is not None and not (all_resident and placement.ring_nbytes):
-        return placement
-    least = tape.total if all_resident else smallest_ring(tape.streamed(held))
-    smallest = needs.total + experts_nbytes + min(least, tape.total)
+    all_resident, host = Tier.DISK not in tiers, tape.without(on_device)
+    available = budget - needs.total - experts_nbytes
+    through = max((tape.nbytes[unit] for unit in on_device), default=0)
+    if most is None:
+        placement = place(host, available, held, through)
+    else:
+        placement = wished(host, available, held, most, through)
+    if placement is not None and (placement.resident_nbytes == host.total or not all_resident):
+        return _on_tape(placement, tape, on_device, available)
+    least = host.total + through if all_resident else max(smallest_ring(host.streamed(held)), through)
+    what = _what_is_least(host, held, tiers)
+    if most is not None and (asked := wished(host, 3 * tape.total, held, most, through)) and asked.resident:
+        least, what = asked.nbytes, f"--resident-cpu {format_budget(most)} and a ring for the others"
+    smallest = needs.total + experts_nbytes + least
     experts = f"{format_size(experts_nbytes)} for the experts that one token chooses, " if experts_nbytes else ""
     raise BudgetError(
         f"a budget of {format_size(budget)} is too small. Needed: {format_size(needs.baseline)} for the process "
         f"itself, {format_size(needs.outer)} for tables that stay in memory, {format_size(needs.kv)} for the "
-        f"KV cache, {format_size(needs.workspace)} for activations, {experts}{format_size(least)} for "
-        f"{'all weights, which --tiers cpu loads' if all_resident else _largest_piece(tape, held)}. "
+        f"KV cache, {format_size(needs.workspace)} for activations, {experts}{format_size(least)} for {what}. "
         f"The smallest budget that works is --ram {format_budget(smallest)}"
-        + ("; or use --tiers disk,cpu" if all_resident else ""),
+        + (f"; or use --tiers disk,{tiers_text(tiers)}" if all_resident and Tier.CPU in tiers else ""),
         smallest_bytes=smallest,
     )
+
+
+def _on_tape(placement: Placement, tape: Tape, on_device: frozenset[int], available: int) -> Placement:
+    """`placement` of the units that are not `on_device`, by their numbers on `tape`."""
+    if not on_device:
+        return placement
+    numbers = tape.numbers_without(on_device)
+    # What is left lets one unit be read while another is copied, when those that stay on the device pass through.
+    passing = full_ring([[tape.nbytes[unit]] for unit in sorted(on_device)])
+    ring = max(placement.ring_nbytes, min(passing, available - placement.resident_nbytes))
+    resident = frozenset(numbers[unit] for unit in placement.resident)
+    return replace(placement, resident=resident, ring_nbytes=ring)
+
+
+def _what_is_least(host: Tape, held: Held, tiers: tuple[Tier, ...]) -> str:
+    """What a host's least memory for weights is for, in words."""
+    if not host.nbytes:
+        return "weights on their way to the GPU"
+    if Tier.DISK in tiers:
+        return _largest_piece(host, held)
+    where = " that are not on the GPU" if Tier.GPU in tiers else ""
+    return f"all weights{where}, which --tiers {tiers_text(tiers)} loads"
 
 
 def _largest_piece(tape: Tape, held: Held) -> str:
@@ -240,16 +294,18 @@ def _largest_piece(tape: Tape, held: Held) -> str:
     return "the head" if piece == tape.blocks[-1] else "the largest layer"
 
 
-def smallest_budget(plan_at: Callable[[int], object]) -> int:
-    """The least whole number of MiB that `plan_at` accepts.
+def smallest_budget(plan_at: Callable[[int], object], start: int = MIB) -> int:
+    """The least budget that `plan_at` accepts: a whole number of MiB, or `start`, which is tried first.
 
     A refusal names the budget that is enough for the needs at the refused budget. Needs grow with the budget, so each
-    named budget is tried until one is accepted.
+    named budget is tried until one is accepted. Raises DeviceBudgetError where the device's memory does not suffice.
     """
-    budget = MIB
+    budget = start
     while True:
         try:
             plan_at(budget)
+        except DeviceBudgetError:
+            raise  # no budget of the host's memory helps
         except BudgetError as error:
             assert error.smallest_bytes is not None and error.smallest_bytes > budget, error
             budget = round_up(error.smallest_bytes, MIB)

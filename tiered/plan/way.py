@@ -6,22 +6,27 @@ ways.
 A mixture of experts has two kinds of plans, and a way takes the better one. Layers are read whole, experts and all,
 ahead of the computation; or dense units are, and a layer's experts are read when its router has chosen them, into a
 cache. Then memory goes to dense units first: one saves its bytes in every pass, an expert only in those that choose it.
+
+Where a device computes, units that stay there are chosen first, as they save copies and reads, and the host's among the
+others, each evenly spread. What the device takes depends on `--vram` alone, but for where it is too little; so the two
+budgets can be named one after the other. Layers are read whole then.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Final
 
-from tiered.errors import BudgetError
+from tiered.errors import BudgetError, ConfigError, DeviceBudgetError
 from tiered.plan.batch_size import BatchOption, candidates
 from tiered.plan.budget import BASELINE_VARIES_NBYTES
 from tiered.plan.cost import kv_block_nbytes
 from tiered.plan.inputs import Budgets, ExpertShape, Machine, ModelShape, Tier, Workload
 from tiered.plan.kv import CachePlan, block_nbytes
-from tiered.plan.placement import Held, Placement, Tape, full_ring, place
+from tiered.plan.on_device import DeviceNeeds, DevicePlan, fit_on_device
+from tiered.plan.placement import Held, Placement, Tape, full_ring
 from tiered.plan.plan import ExpertCachePlan, Needs, Plan, fit_units, smallest_budget
-from tiered.plan.workspace import MAX_ROWS, Workspace, workspace_for
-from tiered.units import MIB, PAGE, PAGE_TOKENS
+from tiered.plan.workspace import MAX_ROWS, Workspace, transit_nbytes, workspace_for
+from tiered.units import MIB, PAGE, PAGE_TOKENS, round_up
 
 _MOST_SEQUENCES: Final = 512
 """Sequences at once that are considered at most, unless a batch size is asked for."""
@@ -50,25 +55,30 @@ class Asked:
     workload: Workload
     budgets: Budgets
 
-    def way(self, batch_size: int, on_disk: bool, context: int | None = None) -> "Way":
-        return Way(self, batch_size, context or self.workload.max_context, on_disk)
+    def way(self, batch_size: int, on_disk: bool, context: int | None = None, on_device: bool = False) -> "Way":
+        return Way(self, batch_size, context or self.workload.max_context, on_disk, on_device)
 
-    @property
-    def kv_tiers(self) -> tuple[bool, ...]:
-        """Whether the KV cache is on disk, in the order in which that is tried."""
-        return {"cpu": (False,), "disk": (True,), "auto": (False, True)}[self.budgets.kv]
+    def ways(self, batch_size: int, context: int | None = None) -> list["Way"]:
+        """A way for each place where the KV cache may be, in the order in which they are tried."""
+        budgets = self.budgets
+        has_room = budgets.has_device and not budgets.is_hybrid
+        if budgets.kv == "gpu" and not has_room:
+            raise ConfigError("kv gpu: no device computes while sequences decode; use auto, cpu or disk")
+        places = ("gpu", "cpu", "disk") if has_room else ("cpu", "disk")
+        asked = places if budgets.kv == "auto" else (budgets.kv,)
+        return [self.way(batch_size, place == "disk", context, place == "gpu") for place in asked]
 
     @property
     def expert_choices(self) -> tuple[ExpertShape | None, ...]:
         """The experts that may be read on demand; None: layers are read whole."""
-        may_choose = self.model.experts is not None and Tier.DISK in self.budgets.tiers
+        budgets = self.budgets
+        may_choose = self.model.experts is not None and Tier.DISK in budgets.tiers and not budgets.has_device
         return (None, self.model.experts) if may_choose else (None,)
 
     def each_way(self) -> Iterator[tuple["Way", Plan]]:
-        """Every way that fits, with its plan: each batch size to compare, with the cache in memory and on disk."""
+        """Every way that fits, with its plan: each batch size to compare, with the cache in every place."""
         for count in candidates(min(self.workload.sequences, _MOST_SEQUENCES)):
-            for on_disk in self.kv_tiers:
-                way = self.way(count, on_disk)
+            for way in self.ways(count):
                 try:
                     yield way, way.plan_at(self.budgets.ram)
                 except BudgetError:
@@ -83,6 +93,8 @@ class Way:
     batch_size: int
     context: int
     on_disk: bool
+    on_device: bool = False
+    """Whether the KV cache is on the device, or on disk; else it is in memory."""
 
     @property
     def tokens(self) -> int:
@@ -113,6 +125,7 @@ class Way:
             tokens_at_once=min(budgets.micro_batch or MAX_ROWS, self.tokens),
             one_pass=workload.one_pass,
             lent_pages=lent_pages,
+            on_device=self.on_device,
         )
 
     def passes(self, ram: int, experts: ExpertShape | None) -> "Passes":
@@ -120,43 +133,86 @@ class Way:
         ring. If it does not, and if that is possible, a pass is one micro-batch, so that a layer's units need not be
         in memory together."""
         asked = self._passes_of(ram, self.tokens, experts)
-        rows = asked.workspace.rows
+        rows = asked.rows
         if not asked.held.layers or not self._may_take_more_passes(rows, self.cache(ram)):
             return asked
-        placement = place(asked.tape, ram - asked.needs.total - asked.experts_nbytes, asked.held)
-        if placement is not None:
-            full = full_ring(asked.tape.streamed(asked.held, placement.resident))
-            if full <= placement.ring_nbytes:
-                return asked
-        return self._passes_of(ram, rows, experts)
+        return asked if self._has_full_rings(asked, ram) else self._passes_of(ram, rows, experts)
+
+    def _has_full_rings(self, passes: "Passes", ram: int) -> bool:
+        """Whether a layer, or what of it is not resident, and the unit after it have room in every ring."""
+        try:
+            device, placement = self._place(passes, ram)
+        except BudgetError:
+            return False
+        on_device = frozenset[int]() if device is None else device.resident
+        if device is not None and full_ring(passes.tape.streamed(passes.held, on_device)) > device.ring_nbytes:
+            return False
+        resident = on_device | placement.resident
+        return full_ring(passes.tape.streamed(passes.host_held, resident)) <= placement.ring_nbytes
 
     def _passes_of(self, ram: int, tokens: int, experts: ExpertShape | None) -> "Passes":
         """Passes of at most `tokens` tokens, with `experts` read on demand."""
-        asked, model, workload = self.asked, self.asked.model, self.asked.workload
-        logits = min(self.batch_size * self.context, tokens) if workload.all_logits else 0
-        workspace = workspace_for(
-            model,
-            asked.machine.scratch_nbytes,
+        model, workload, budgets = self.asked.model, self.asked.workload, self.asked.budgets
+        logits, cache = self._logits(tokens), self.cache(ram)
+        host = self._workspace(tokens, ram, self.asked.machine.scratch_nbytes, experts)
+        device = self._device_workspace(tokens) if budgets.has_device else None
+        # A processor that has nothing to do but to pass on embedded tokens and logits bounds no rows.
+        sides = [side for side in (None if self.on_device else host, device) if side is not None]
+        rows, head_rows = min(tokens, *(side.rows for side in sides)), min(side.head_rows for side in sides)
+        workspace = host.nbytes + cache.scratch_nbytes(host.rows)
+        if self.on_device:
+            workspace = transit_nbytes(model, tokens, self.batch_size, max(self.batch_size, head_rows), ram)
+        kv = cache.memory_nbytes + 2 * PAGE
+        needs = Needs(budgets.baseline, model.tables_nbytes, 0 if self.on_device else kv, workspace)
+        # Without a limit on their tokens, passes are the caller's own, who may want logits at any positions.
+        is_head_held = not workload.max_batched_tokens or (logits or self.batch_size) > head_rows
+        is_layer_held = not self._is_one_micro_batch(tokens, rows, cache)
+        return Passes(
+            tokens,
+            rows,
+            head_rows,
+            min(side.gathered_rows for side in sides),
+            needs,
+            Held(is_layer_held, is_head_held, min((self.batch_size - 1) * _AHEAD_PER_ROW, _MOST_AHEAD)),
+            model.tape,
+            experts,
+            None if device is None else self._device_needs(device, cache, kv),
+            only_device=budgets.has_device and not budgets.is_hybrid,
+        )
+
+    def _logits(self, tokens: int) -> int:
+        """Positions that get logits in a pass of `tokens` tokens, where they are more than one for each sequence."""
+        return min(self.batch_size * self.context, tokens) if self.asked.workload.all_logits else 0
+
+    def _workspace(
+        self, tokens: int, budget: int, scratch: int, experts: ExpertShape | None, is_device: bool = False
+    ) -> Workspace:
+        """What passes of `tokens` tokens take of the host's memory, or of the device's, which has `budget` bytes."""
+        return workspace_for(
+            self.asked.model,
+            scratch,
             tokens,
             self.batch_size,
             self.context,
-            ram,
-            logits=logits,
-            most_rows=asked.budgets.micro_batch or MAX_ROWS,
+            budget,
+            logits=self._logits(tokens),
+            most_rows=self.asked.budgets.micro_batch or MAX_ROWS,
             waiting=experts.chosen if experts is not None else 0,
+            is_device=is_device,
         )
-        cache = self.cache(ram)
-        needs = Needs(
-            baseline=asked.budgets.baseline,
-            outer=model.tables_nbytes,
-            kv=cache.memory_nbytes + 2 * PAGE,
-            workspace=workspace.nbytes + cache.scratch_nbytes(workspace.rows),
-        )
-        # Without a limit on their tokens, passes are the caller's own, who may want logits at any positions.
-        is_head_held = not workload.max_batched_tokens or (logits or self.batch_size) > workspace.head_rows
-        is_layer_held = not self._is_one_micro_batch(tokens, workspace.rows, cache)
-        held = Held(is_layer_held, is_head_held, min((self.batch_size - 1) * _AHEAD_PER_ROW, _MOST_AHEAD))
-        return Passes(tokens, workspace, needs, held, model.tape, experts)
+
+    def _device_workspace(self, tokens: int) -> Workspace:
+        """The same of the device's: as much as for the most tokens of one micro-batch, even if the host's memory leaves
+        room for fewer, so that a larger `--ram` never asks for a larger `--vram`."""
+        vram, scratch = self.asked.budgets.vram, self.asked.machine.device_scratch_nbytes
+        experts = self.asked.model.experts
+        most = self._workspace(self.tokens, vram, scratch, experts, is_device=True).rows
+        return self._workspace(max(tokens, min(self.tokens, most)), vram, scratch, experts, is_device=True)
+
+    def _device_needs(self, workspace: Workspace, cache: CachePlan, kv: int) -> DeviceNeeds:
+        scratch = cache.scratch_nbytes(workspace.rows) if self.on_device else 0
+        context, outer = self.asked.budgets.context_nbytes, self.asked.model.outer_nbytes
+        return DeviceNeeds(context, outer, kv if self.on_device else 0, workspace.nbytes + scratch)
 
     def _is_one_micro_batch(self, tokens: int, rows: int, cache: CachePlan) -> bool:
         """Whether a pass of `tokens` tokens never has more than one micro-batch of `rows`."""
@@ -169,7 +225,8 @@ class Way:
         """Whether passes of one micro-batch of `rows` can do what is asked for."""
         asked, workload = self.asked, self.asked.workload
         can_wait = workload.max_batched_tokens and not workload.one_pass and rows >= self.batch_size
-        return bool(can_wait) and Tier.DISK in asked.budgets.tiers and self._is_one_micro_batch(rows, rows, cache)
+        streams = Tier.DISK in asked.budgets.tiers or asked.budgets.has_device
+        return bool(can_wait) and streams and self._is_one_micro_batch(rows, rows, cache)
 
     def plan_at(self, ram: int, why: str = "") -> Plan:
         """The plan with a budget of `ram`. A BudgetError names one for the needs at `ram`; it may need more itself."""
@@ -185,8 +242,11 @@ class Way:
 
     def _plan_with(self, experts: ExpertShape | None, ram: int, why: str) -> Plan:
         """The plan that reads `experts` on demand; None: layers whole."""
-        passes = self.passes(ram, experts)
-        placement, cache = self._fit(passes, ram)
+        passes, budgets = self.passes(ram, experts), self.asked.budgets
+        on_device, placement = self._place(passes, ram)
+        device = None
+        if on_device is not None and passes.device_needs is not None:
+            device = DevicePlan(budgets.vram, passes.device_needs, on_device)
         return Plan(
             budget=ram,
             needs=passes.needs,
@@ -198,37 +258,81 @@ class Way:
             batch_size=self.batch_size,
             max_context=self.context,
             max_batched_tokens=passes.tokens,
-            micro_batch_rows=passes.workspace.rows,
-            gathered_rows=passes.workspace.gathered_rows,
-            head_rows=passes.workspace.head_rows,
+            micro_batch_rows=passes.rows,
+            gathered_rows=passes.gathered_rows,
+            head_rows=passes.head_rows,
             cache=self.cache(ram),
             objective=self.asked.workload.objective,
             why=why,
-            experts=cache,
+            experts=self._expert_cache(passes, placement, ram),
+            device=device,
+            prefill_device="cpu" if device is None else budgets.prefill_device,
+            decode_device="cpu" if device is None else budgets.decode_device,
         )
 
-    def _fit(self, passes: "Passes", ram: int) -> tuple[Placement, ExpertCachePlan | None]:
-        """Where units are, and the cache of experts: it gets what dense units leave. Raises BudgetError."""
-        least, experts = passes.experts_nbytes, passes.experts
-        placement = fit_units(passes.tape, passes.needs, ram, self.asked.budgets.tiers, passes.held, least)
+    def _place(self, passes: "Passes", ram: int) -> tuple[Placement | None, Placement]:
+        """Where units are: on the device, if there is one, and in the host's memory. Raises BudgetError."""
+        budgets, device = self.asked.budgets, None
+        if passes.device_needs is not None:
+            device = fit_on_device(passes.tape, passes.device_needs, budgets, replace(passes.held, ahead_nbytes=0))
+        return device, fit_units(
+            passes.tape,
+            passes.needs,
+            ram,
+            budgets.tiers,
+            passes.host_held,
+            passes.experts_nbytes,
+            frozenset() if device is None else device.resident,
+            budgets.resident_cpu,
+        )
+
+    def _expert_cache(self, passes: "Passes", placement: Placement, ram: int) -> ExpertCachePlan | None:
+        """The cache of experts: it gets what dense units leave."""
+        experts = passes.experts
         if experts is None:
-            return placement, None
+            return None
         slots = (ram - passes.needs.total - placement.nbytes) // experts.nbytes
-        return placement, ExpertCachePlan(min(slots, experts.total), experts.nbytes)
+        return ExpertCachePlan(min(slots, experts.total), experts.nbytes)
 
     def plan(self, why: str) -> Plan:
-        """The plan within the budget; a BudgetError names one that is enough in the next process as well."""
+        """The plan within the budgets; a BudgetError names one that is enough in the next process as well, and a
+        DeviceBudgetError a `--vram` that is enough. With that, a BudgetError may follow."""
         budgets = self.asked.budgets
         try:
             return self.plan_at(budgets.ram, why)
-        except BudgetError:
-            varied = replace(budgets, baseline=budgets.baseline + BASELINE_VARIES_NBYTES)
-            spared = replace(self, asked=replace(self.asked, budgets=varied))
-            # A larger budget computes more rows at once, which takes more: so budgets are tried until one is enough.
-            enough = smallest_budget(spared.plan_at)
-            experts = None if spared.plan_at(enough).experts is None else self.asked.model.experts
-            self._fit(spared.passes(enough, experts), budgets.ram)
+        except DeviceBudgetError:
+            self._name_vram()
             raise
+        except BudgetError:
+            spared = self.within(replace(budgets, baseline=budgets.baseline + BASELINE_VARIES_NBYTES))
+            try:
+                # A larger budget computes more rows at once, which takes more: budgets are tried until one is enough.
+                # With a device not from the least: few rows would hold layers in its memory, and be its refusal.
+                enough = smallest_budget(spared.plan_at, budgets.ram if budgets.has_device else MIB)
+            except DeviceBudgetError:
+                self._name_vram()
+                raise
+            experts = None if spared.plan_at(enough).experts is None else self.asked.model.experts
+            self._place(spared.passes(enough, experts), budgets.ram)
+            raise
+
+    def _name_vram(self) -> None:
+        """Raise DeviceBudgetError, naming a `--vram` that is enough."""
+        budgets = self.asked.budgets
+        enough = smallest_vram(self)
+        # Needs at the budget that is enough: they say what its bytes are for.
+        self.refuse_device(self.within(replace(budgets, vram=enough)).passes(budgets.ram, None), enough)
+
+    def within(self, budgets: Budgets) -> "Way":
+        """The same way with other budgets."""
+        return replace(self, asked=replace(self.asked, budgets=budgets))
+
+    def refuse_device(self, passes: "Passes", smallest: int = 0) -> None:
+        """Raise DeviceBudgetError where `passes` take more than the device's budget, naming `smallest` if it is
+        known."""
+        if passes.device_needs is not None:
+            held = replace(passes.held, ahead_nbytes=0)
+            fit_on_device(passes.tape, passes.device_needs, self.asked.budgets, held, smallest)
 
     def _cost(self, plan: Plan) -> int:
         """Bytes that sequences are expected to read from their prompts to their ends, or, where the workload does not
@@ -247,13 +351,18 @@ class Way:
         """Bytes of weights that a pass of `plan` over `tokens` tokens is expected to read."""
         return plan.read_nbytes + expected_expert_nbytes(self.asked.model, plan, tokens)
 
+    def moved_nbytes(self, plan: Plan, tokens: int) -> int:
+        """Bytes of weights that such a pass reads, and copies to the device."""
+        return self.read_nbytes(plan, tokens) + plan.bus_nbytes
+
     def option(self, plan: Plan) -> BatchOption:
-        """This way, with the bytes that a pass of `plan` reads from disk."""
+        """This way, with the bytes that a pass of `plan` reads from disk, and copies to the device."""
         kv = 0
         if self.on_disk:
             kv = int(kv_block_nbytes(plan.cache, self.asked.workload.mean_context * HALFWAY, self.batch_size))
         experts = expected_expert_nbytes(self.asked.model, plan, self.batch_size)
-        return BatchOption(self.batch_size, self.on_disk, plan.read_nbytes + kv + experts, experts)
+        disk = plan.read_nbytes + kv + experts
+        return BatchOption(self.batch_size, self.on_disk, disk, experts, plan.decode_bus_nbytes, self.on_device)
 
 
 @dataclass(frozen=True)
@@ -262,13 +371,25 @@ class Passes:
 
     tokens: int
     """Tokens of a pass, at most."""
-    workspace: Workspace
+    rows: int
+    """Tokens of a micro-batch, at most."""
+    head_rows: int
+    gathered_rows: int
     needs: Needs
     held: Held
     whole: Tape
     """The tape of whole layers."""
     experts: ExpertShape | None
     """Those that are read on demand."""
+    device_needs: DeviceNeeds | None = None
+    """None: no device computes."""
+    only_device: bool = False
+    """Whether the processor computes no layers."""
+
+    @property
+    def host_held(self) -> Held:
+        """What the host's ring holds as a whole: a unit on its way to the device leaves when it has been copied."""
+        return Held(ahead_nbytes=self.held.ahead_nbytes) if self.only_device else self.held
 
     @property
     def tape(self) -> Tape:
@@ -279,6 +400,23 @@ class Passes:
     def experts_nbytes(self) -> int:
         """Bytes of the least cache of experts: it holds those that one token chooses."""
         return 0 if self.experts is None else self.experts.chosen * self.experts.nbytes
+
+
+def smallest_vram(way: Way) -> int:
+    """The least `--vram`, a whole number of MiB, with which only the host's memory may still be too little for `way`.
+
+    A refusal names what is enough for the needs at the refused budget, which grow with it, as `smallest_budget` says.
+    """
+    budgets, vram = way.asked.budgets, MIB
+    while True:
+        try:
+            tried = way.within(replace(budgets, vram=vram))
+            tried.refuse_device(tried.passes(budgets.ram, None))
+        except DeviceBudgetError as error:
+            assert error.smallest_bytes is not None and error.smallest_bytes > vram, error
+            vram = round_up(error.smallest_bytes, MIB)
+        else:
+            return vram
 
 
 def expected_expert_nbytes(model: ModelShape, plan: Plan, tokens: int) -> int:

@@ -56,11 +56,13 @@ def workspace_for(
     logits: int = 0,
     most_rows: int = MAX_ROWS,
     waiting: int = 0,
+    is_device: bool = False,
 ) -> Workspace:
     """Rows per micro-batch for at most `tokens` in flight in `sequences` sequences, and the reserve they need.
 
     `scratch_nbytes` are the kernels'; `logits` positions may get logits in one pass (0: one per sequence);
-    `most_rows` bounds the rows; results of `waiting` experts per row wait until they are summed.
+    `most_rows` bounds the rows; results of `waiting` experts per row wait until they are summed. `is_device`: in the
+    memory of a device, where no heap of ours is and no logits are kept.
     """
     per_row = row_nbytes(shape, context, waiting)
     share = int(budget * _SHARE)
@@ -70,9 +72,26 @@ def workspace_for(
     # Hidden states of everything in flight live through the whole pass, two generations of them.
     in_flight = 2 * tokens * shape.hidden * shape.itemsize
     head_rows = min(logits or sequences, rows, HEAD_ROWS)
-    # Logits as computed, as float32, and as copied by sampling; and all of them, which transformers' own loop keeps.
-    live = 3 * max(head_rows, min(sequences, rows)) * shape.vocab * 4 + sequences * shape.vocab * 4
-    live += rows * per_row + in_flight + gathered_rows * gathered
-    # Free memory that malloc holds was in use before: few activations leave small heaps, whatever the threshold.
-    nbytes = live + min(heap_nbytes(budget), live) + _FIXED_NBYTES + scratch_nbytes
+    live = rows * per_row + in_flight + gathered_rows * gathered
+    live += _logits_nbytes(shape, max(head_rows, min(sequences, rows)), 0 if is_device else sequences)
+    nbytes = live + scratch_nbytes if is_device else _with_heap(live, budget) + scratch_nbytes
     return Workspace(rows, nbytes, gathered_rows, head_rows)
+
+
+def transit_nbytes(shape: ModelShape, tokens: int, sequences: int, logits: int, budget: int) -> int:
+    """Bytes of the host's memory that `tokens` embedded tokens take on their way to a device which computes all, and
+    `logits` positions' logits on their way back, for at most `sequences` sequences."""
+    live = 2 * tokens * shape.hidden * shape.itemsize + _logits_nbytes(shape, logits, sequences)
+    return _with_heap(live, budget)
+
+
+def _logits_nbytes(shape: ModelShape, positions: int, kept: int) -> int:
+    """Bytes of logits as computed, as float32, and as copied by sampling; and of `kept`, all of them that transformers'
+    own loop keeps."""
+    return (3 * positions + kept) * shape.vocab * 4
+
+
+def _with_heap(live: int, budget: int) -> int:
+    """`live` bytes of the host's memory, with what malloc and the process take beside them."""
+    # Free memory that malloc holds was in use before: few activations leave small heaps, whatever the threshold.
+    return live + min(heap_nbytes(budget), live) + _FIXED_NBYTES

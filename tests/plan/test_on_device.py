@@ -1,0 +1,405 @@
+"""Plans over three tiers: every unit in one place, every byte within its budget, rings for any pass, and budgets that
+are named and then work."""
+
+import json
+import re
+from dataclasses import replace
+from itertools import islice, pairwise
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.plan.plans import CACHE, NOTHING, STREAMING, mixture_of, model_of, plan_of, tape_of
+from tests.plan.test_make import MEASURED, MODELS, UNMEASURED, WORKLOADS
+from tiered.errors import BudgetError, ConfigError, DeviceBudgetError
+from tiered.plan import Budgets, ComputeRate, Machine, ModelShape, Plan, Tape, Tier, Workload, make_plan, parse_tiers
+from tiered.plan.make import expected_pass, rates_wanted, smallest_ram, smallest_vram
+from tiered.plan.on_device import DeviceNeeds, DevicePlan, fit_on_device
+from tiered.plan.order import ring_starts
+from tiered.plan.placement import UNHELD, Held, Placement, full_ring, interleave, place, smallest_ring, wished
+from tiered.units import GIB, MIB, parse_size
+
+THREE, LOADED, ALONE = (Tier.DISK, Tier.CPU, Tier.GPU), (Tier.CPU, Tier.GPU), (Tier.GPU,)
+MACHINES = st.sampled_from([replace(UNMEASURED, device_scratch_nbytes=8 * MIB), replace(MEASURED, bus_bytes_per_second=12e9)])
+SIZES = st.integers(20, 20_000).map(lambda n: n * MIB)
+WISHES = st.none() | st.integers(0, 300).map(lambda n: n * MIB)
+
+
+@st.composite
+def budgets(draw: st.DrawFn) -> Budgets:
+    """Budgets with a device, whose phases and cache go together."""
+    tiers, is_hybrid = draw(st.sampled_from([THREE, LOADED, ALONE])), draw(st.booleans())
+    is_hybrid = is_hybrid and tiers != ALONE
+    return Budgets(
+        draw(SIZES),
+        draw(st.integers(0, 400)) * MIB,
+        tiers,
+        draw(st.sampled_from(["auto", "cpu", "disk", *([] if is_hybrid else ["gpu"])])),
+        draw(st.sampled_from([16, 8, 4])),
+        micro_batch=draw(st.none() | st.integers(1, 600)),
+        vram=draw(SIZES),
+        context_nbytes=draw(st.sampled_from([0, 300 * MIB])),
+        resident_gpu=None if is_hybrid or tiers == ALONE else draw(WISHES),
+        resident_cpu=draw(WISHES) if tiers == THREE else None,
+        decode_device="cpu" if is_hybrid else "gpu",
+    )
+
+
+@settings(deadline=None)
+@given(MODELS, MACHINES, WORKLOADS, budgets())
+def test_a_plan_is_within_both_budgets_or_refusals_name_those_that_work(
+    model: ModelShape, machine: Machine, workload: Workload, asked: Budgets
+) -> None:
+    try:
+        plan = make_plan(model, machine, workload, asked)
+    except BudgetError as refused:
+        plan, asked = named(refused, model, machine, workload, asked)
+    check(plan, model, asked)
+    assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+
+
+def named(
+    refused: BudgetError, model: ModelShape, machine: Machine, workload: Workload, asked: Budgets
+) -> tuple[Plan, Budgets]:
+    """The plan that fits after each budget has been raised at most once, to what a refusal names."""
+    for _ in range(2):
+        option = "vram" if isinstance(refused, DeviceBudgetError) else "ram"
+        smallest = refused.smallest_bytes
+        assert smallest is not None and smallest > getattr(asked, option)
+        written = re.search(rf"--{option} (\w+)", str(refused))
+        assert written is not None and parse_size(written.group(1)) == -(-smallest // MIB) * MIB
+        asked = replace(asked, **{option: smallest})
+        try:
+            return make_plan(model, machine, workload, asked), asked
+        except BudgetError as error:
+            assert not isinstance(error, DeviceBudgetError) and option == "vram", error
+            refused = error
+    raise refused
+
+
+def check(plan: Plan, model: ModelShape, asked: Budgets) -> None:
+    """Every unit in one place, every byte accounted for, rings that hold what is in them together."""
+    device, host, tape = plan.device, plan.placement, plan.tape
+    assert device is not None and plan.experts is None and tape == model.tape
+    assert plan.nbytes == plan.needs.total + host.nbytes <= plan.budget == asked.ram
+    assert device.nbytes == device.needs.total + device.placement.nbytes <= device.vram == asked.vram
+    assert (plan.needs.baseline, device.needs.context) == (asked.baseline, asked.context_nbytes)
+    assert (plan.prefill_device, plan.decode_device) == ("gpu", asked.decode_device)
+    on_device = device.placement.resident
+    assert not on_device & host.resident
+    assert device.placement.resident_nbytes == tape.nbytes_of(on_device)
+    assert host.resident_nbytes == tape.nbytes_of(host.resident)
+    units = frozenset(range(len(tape.nbytes)))
+    assert Tier.DISK in asked.tiers or host.resident == units - on_device
+    assert asked.tiers != ALONE or on_device == units
+    assert asked.decode_device == "gpu" or not on_device
+    for wish, found in ((asked.resident_gpu, device.placement), (asked.resident_cpu, host)):
+        assert wish is None or found.resident_nbytes <= wish
+    # What stays on the device passes through the host's ring once.
+    assert host.ring_nbytes >= max((tape.nbytes[unit] for unit in on_device), default=0)
+    assert plan.bus_nbytes == tape.total - device.placement.resident_nbytes
+    assert plan.streamed_nbytes == tape.total - device.placement.resident_nbytes - host.resident_nbytes
+    check_ring(plan.tape.streamed(plan.held, on_device), device.placement)
+    check_ring(plan.host_tape.streamed(plan.host_held, numbers(plan)), host)
+    cache = plan.cache
+    assert cache.on_device == (asked.kv == "gpu") or asked.kv == "auto"
+    assert not (cache.on_device and (cache.on_disk or asked.is_hybrid))
+    holder, other = (device.needs, plan.needs) if cache.on_device else (plan.needs, device.needs)
+    assert holder.kv >= cache.memory_nbytes and other.kv == 0
+    assert plan.held.layers or plan.max_batched_tokens <= plan.micro_batch_rows
+    assert device.needs.workspace >= plan.micro_batch_rows * model.hidden * model.itemsize
+
+
+def numbers(plan: Plan) -> frozenset[int]:
+    """Units resident in RAM, by their numbers on the host's tape."""
+    kept = plan.tape.numbers_without(plan.on_device)
+    return frozenset(number for number, unit in enumerate(kept) if unit in plan.placement.resident)
+
+
+def check_ring(pieces: list[list[int]], placement: Placement) -> None:
+    """What is in the ring together never overlaps, in whatever pass."""
+    assert placement.ring_nbytes >= smallest_ring(pieces)
+    if not pieces:
+        return
+    if placement.resident:
+        assert placement.ring_nbytes >= full_ring(pieces)
+    starts = ring_starts(pieces, placement.ring_nbytes)
+    rounds = [*pieces * 3, pieces[0]]
+    places = [[(start, start + size) for size, start in zip(piece, islice(starts, len(piece)), strict=True)] for piece in rounds]
+    is_full = placement.ring_nbytes >= full_ring(pieces)
+    for piece, following in pairwise(places):
+        together = sorted([*piece, *(following[:1] if is_full else [])])
+        assert together[0][0] >= 0 and together[-1][1] <= placement.ring_nbytes
+        assert all(a[1] <= b[0] for a, b in pairwise(together))
+
+
+LAYERS = tape_of([20 * MIB] * 4 * 20 + [40 * MIB], counts=[4] * 20 + [1])
+MODEL = model_of(tape=LAYERS, weights=2 * LAYERS.total)
+WORK = Workload(1, 512, 8, max_batched_tokens=8)
+
+
+def planned(ram: int, vram: int, work: Workload = WORK, machine: Machine = UNMEASURED, model: ModelShape = MODEL, **fields: Any) -> Plan:
+    """A plan for layers of four units of 20 MiB, and a head of 40."""
+    return make_plan(model, machine, work, Budgets(ram, 300 * MIB, **{"tiers": THREE, "vram": vram, **fields}))
+
+
+@pytest.mark.parametrize("fields", [{}, {"tiers": LOADED}, {"tiers": ALONE}, {"decode_device": "cpu"}])
+def test_the_smallest_budgets_work_and_less_is_refused(fields: dict[str, Any]) -> None:
+    asked = Budgets(GIB, 300 * MIB, **{"tiers": THREE, "vram": GIB, **fields})
+    vram = smallest_vram(MODEL, UNMEASURED, WORK, asked)
+    asked = replace(asked, vram=vram)
+    ram = smallest_ram(MODEL, UNMEASURED, WORK, asked)
+    plan = make_plan(MODEL, UNMEASURED, WORK, replace(asked, ram=ram))
+    check(plan, MODEL, replace(asked, ram=ram))
+    with pytest.raises(BudgetError, match="--ram"):
+        make_plan(MODEL, UNMEASURED, WORK, replace(asked, ram=ram - MIB))
+    with pytest.raises(DeviceBudgetError, match="--vram"):
+        make_plan(MODEL, UNMEASURED, WORK, replace(asked, ram=64 * GIB, vram=vram - MIB))
+
+
+def test_units_on_the_device_are_spread_and_those_in_memory_are_spread_among_the_others() -> None:
+    plan = planned(1200 * MIB, 800 * MIB)
+    assert plan.device is not None and plan.device.placement.resident and plan.placement.resident
+    read = [unit for unit in range(80) if unit not in plan.on_device | plan.placement.resident]
+    assert read and max(b - a for a, b in pairwise(read)) <= 2 * 80 / len(read)
+    for units in (plan.on_device, plan.placement.resident):
+        halves = sum(unit < 40 for unit in units), sum(40 <= unit < 80 for unit in units)
+        assert abs(halves[0] - halves[1]) <= 3
+    on_tape = place(LAYERS.without(plan.on_device), plan.placement.nbytes)
+    assert on_tape is not None and len(on_tape.resident) == len(plan.placement.resident)
+
+
+def test_what_fits_on_the_device_crosses_no_bus_and_asks_little_of_memory() -> None:
+    plan = planned(8 * GIB, 8 * GIB)
+    assert plan.device is not None and (plan.bus_nbytes, plan.read_nbytes, plan.placement.resident_nbytes) == (0, 0, 0)
+    # Two units at a time pass through on their way.
+    assert plan.device.placement.ring_nbytes == 0 and plan.placement.ring_nbytes == 60 * MIB
+    assert planned(8 * GIB, 8 * GIB, tiers=ALONE).placement == plan.placement
+    scarce = planned(smallest_ram(MODEL, UNMEASURED, WORK, Budgets(1, 300 * MIB, ALONE, vram=8 * GIB)), 8 * GIB, tiers=ALONE)
+    assert 40 * MIB <= scarce.placement.ring_nbytes < 60 * MIB
+
+
+def test_more_memory_of_either_kind_never_moves_more() -> None:
+    read, copied = [], []
+    for vram in range(400, 2400, 250):
+        read.append([planned(ram * MIB, vram * MIB).read_nbytes for ram in range(600, 2600, 250)])
+        copied.append(planned(2 * GIB, vram * MIB).bus_nbytes)
+        assert read[-1] == sorted(read[-1], reverse=True)
+    assert copied == sorted(copied, reverse=True) and copied[0] > copied[-1]
+    assert all(column[0] >= column[-1] for column in zip(*read, strict=True))
+
+
+def test_wishes_are_kept_to_a_unit_and_no_more_is_taken() -> None:
+    plan = planned(8 * GIB, 8 * GIB, resident_gpu=300 * MIB, resident_cpu=500 * MIB)
+    assert plan.device is not None
+    assert 280 * MIB < plan.device.placement.resident_nbytes <= 300 * MIB
+    assert 480 * MIB < plan.placement.resident_nbytes <= 500 * MIB
+    none = planned(8 * GIB, 8 * GIB, resident_gpu=0, resident_cpu=0)
+    assert not none.on_device and none.read_nbytes == none.bus_nbytes == LAYERS.total
+
+
+@pytest.mark.parametrize(("wish", "option"), [("resident_gpu", "--vram"), ("resident_cpu", "--ram")])
+def test_a_wish_that_does_not_fit_is_refused_by_name_with_a_budget_that_holds_it(wish: str, option: str) -> None:
+    with pytest.raises(BudgetError, match=f"--{wish.replace('_', '-')} 700MiB and a ring.*{option} ") as refused:
+        planned(700 * MIB, 500 * MIB, **{wish: 700 * MIB})
+    enough = {option.strip("-"): refused.value.smallest_bytes}
+    plan = planned(**{"ram": 700 * MIB, "vram": 500 * MIB, **enough}, **{wish: 700 * MIB})
+    assert plan.device is not None
+    assert max(plan.device.placement.resident_nbytes, plan.placement.resident_nbytes) > 680 * MIB
+
+
+def test_a_unit_on_its_way_to_the_device_is_not_held_in_memory_whatever_the_device_holds() -> None:
+    prompt = Workload(1, 4096, 4000, max_batched_tokens=4096)
+    plan = planned(2 * GIB, 2 * GIB, prompt, resident_gpu=0)
+    assert plan.device is not None and plan.held.layers and not plan.host_held.layers
+    assert plan.device.placement.ring_nbytes == 120 * MIB  # the last layer and the head
+    assert planned(2 * GIB, 2 * GIB, prompt, resident_gpu=0, resident_cpu=0).placement.ring_nbytes == 60 * MIB
+
+
+def test_in_a_hybrid_the_processor_s_ring_holds_what_it_computes_with_and_nothing_stays_on_the_device() -> None:
+    prompt = Workload(1, 4096, 4000, max_batched_tokens=4096)
+    plan = planned(2 * GIB, 2 * GIB, prompt, decode_device="cpu", kv="auto")
+    assert plan.device is not None and plan.held.layers and plan.host_held == plan.held
+    assert not plan.on_device and not plan.cache.on_device
+    assert (plan.bus_nbytes, plan.decode_bus_nbytes) == (LAYERS.total, 0)
+    alone = make_plan(MODEL, UNMEASURED, prompt, Budgets(2 * GIB, 300 * MIB, STREAMING))
+    assert (plan.placement, plan.needs) == (alone.placement, alone.needs)
+
+
+def test_the_device_s_needs_do_not_grow_with_the_host_s_memory() -> None:
+    prompt = Workload(4, 4096, 1000, max_batched_tokens=4096)
+    found = {
+        planned(ram * MIB, GIB, prompt, decode_device=decode, kv="cpu").device.needs  # type: ignore[union-attr]
+        for ram in (900, 1500, 6000)
+        for decode in ("gpu", "cpu")
+    }
+    assert len({needs.context for needs in found}) == 1 and len({needs.outer for needs in found}) == 1
+
+
+# Where the KV cache goes.
+
+
+def test_without_rates_the_cache_goes_to_the_device_if_it_fits_there_then_to_memory_then_to_disk() -> None:
+    work = Workload(8, 8192, 16, max_batched_tokens=16)  # 512 MiB of keys and values
+
+    def place_of(ram: int, vram: int) -> tuple[bool, bool]:
+        cache = planned(ram * MIB, vram * MIB, work, kv="auto").cache
+        return cache.on_device, cache.on_disk
+
+    assert place_of(2000, 2000) == (True, False)
+    assert place_of(2000, 400) == (False, False)
+    assert place_of(700, 400) == (False, True)
+
+
+@pytest.mark.parametrize(("attention", "on_device"), [(1e-12, False), (1e-3, True)])
+def test_with_rates_it_goes_where_passes_are_quicker(attention: float, on_device: bool) -> None:
+    work = Workload(8, 8192, 16, max_batched_tokens=16)
+    machine = Machine(16 * MIB, 2e9, ComputeRate((1,), (1e-12,)), attention, bus_bytes_per_second=12e9)
+    # On the device it pushes weights out; in memory, where there is enough, the processor must attend.
+    plan = planned(8 * GIB, 1500 * MIB, work, machine, kv="auto")
+    assert plan.cache.on_device == on_device
+    other = planned(8 * GIB, 1500 * MIB, work, machine, kv="cpu" if on_device else "gpu")
+    assert (plan.bus_nbytes > other.bus_nbytes) == on_device
+
+
+def test_a_cache_on_the_device_where_nothing_decodes_there_is_a_contradiction() -> None:
+    for fields in ({"decode_device": "cpu"}, {"tiers": STREAMING, "vram": 0}):
+        with pytest.raises(ConfigError, match="kv gpu: no device computes while sequences decode"):
+            planned(2 * GIB, **{"vram": GIB, "kv": "gpu", **fields})
+
+
+def test_a_refusal_with_the_cache_on_the_device_is_not_the_one_to_read_where_memory_is_what_lacks() -> None:
+    with pytest.raises(BudgetError, match="The smallest budget that works is --ram") as refused:
+        planned(350 * MIB, 400 * MIB, Workload(8, 8192, 16, max_batched_tokens=16), kv="auto")
+    assert not isinstance(refused.value, DeviceBudgetError)
+
+
+# What comes of it.
+
+
+def test_a_batch_is_chosen_by_what_crosses_the_bus_too() -> None:
+    work = Workload(64, 256, 16, max_batched_tokens=64, choose_batch_size=True)
+    rates = ComputeRate((1, 64), (1e-13, 64e-13))
+    slow, fast = (
+        planned(8 * GIB, GIB, work, Machine(0, 2e9, rates, 1e-12, bus_bytes_per_second=rate), resident_gpu=0, kv="auto")
+        for rate in (1e9, 1e12)
+    )
+    assert slow.batch_size > fast.batch_size
+    assert "bus 1.7 s at 1.00 GB/s" in slow.why and "on the GPU" in slow.why
+    asked = Budgets(8 * GIB, 300 * MIB, THREE, vram=GIB, resident_gpu=0)
+    machine = Machine(0, 2e9, rates, 1e-12, bus_bytes_per_second=1e9)
+    assert expected_pass(MODEL, machine, replace(work, batch_size=2), asked).bottleneck == "bus"
+
+
+def test_the_bus_is_to_be_measured_where_something_crosses_it() -> None:
+    work = Workload(64, 256, 16, max_batched_tokens=64, choose_batch_size=True)
+
+    def wanted(vram: int, **fields: Any) -> frozenset[str]:
+        return rates_wanted(MODEL, UNMEASURED, work, Budgets(8 * GIB, 300 * MIB, THREE, vram=vram, **fields))
+
+    assert wanted(GIB) == {"bus", "compute"}
+    assert wanted(16 * GIB) == {"compute"}
+    assert wanted(GIB, decode_device="cpu") == {"compute"}
+    assert wanted(GIB, resident_cpu=0) == {"disk", "bus", "compute"}
+
+
+def test_a_mixture_s_layers_are_copied_whole() -> None:
+    model = mixture_of([50 * MIB] * 20 + [100 * MIB], count=64, chosen=4, nbytes=5 * MIB)
+    plan = planned(2 * GIB, GIB, Workload(1, 256), model=model)
+    assert plan.experts is None and plan.tape == model.tape
+
+
+def test_the_bound_counts_what_both_budgets_leave() -> None:
+    plan = planned(1200 * MIB, 800 * MIB)
+    assert plan.device is not None
+    assert plan.device.placement.resident_nbytes <= plan.bound_device_nbytes < plan.bound_resident_nbytes
+    assert plan.bound_resident_nbytes >= LAYERS.total - plan.streamed_nbytes
+    assert planned(8 * GIB, 800 * MIB).bound_resident_nbytes == LAYERS.total
+    assert planned(8 * GIB, 8 * GIB).bound_device_nbytes == LAYERS.total
+
+
+def test_a_device_s_ring_below_a_full_one_is_said() -> None:
+    asked = Budgets(2 * GIB, 300 * MIB, THREE, vram=1)
+    plan = planned(2 * GIB, smallest_vram(MODEL, UNMEASURED, WORK, asked), kv="cpu")
+    assert plan.missing_copy_overlap_nbytes > 0 and not plan.missing_overlap_nbytes
+    assert planned(2 * GIB, GIB).missing_copy_overlap_nbytes == 0
+    assert plan_of([MIB], NOTHING, MIB).missing_copy_overlap_nbytes == 0
+
+
+# Parts of tapes.
+
+
+@st.composite
+def parts(draw: st.DrawFn) -> tuple[Tape, frozenset[int]]:
+    counts = draw(st.lists(st.integers(1, 4), min_size=1, max_size=6))
+    units = draw(st.lists(st.integers(1, 50), min_size=sum(counts), max_size=sum(counts)))
+    return tape_of(units, [draw(st.integers(1, n)) for n in units], counts), draw(st.frozensets(st.integers(0, len(units) - 1)))
+
+
+@given(parts(), st.builds(Held, st.booleans(), st.booleans()))
+def test_a_tape_without_some_units_has_the_others_in_their_blocks(
+    found: tuple[Tape, frozenset[int]], held: Held
+) -> None:
+    tape, units = found
+    rest, kept = tape.without(units), tape.numbers_without(units)
+    assert len(rest.counts) == len(tape.counts) and sum(rest.counts) == len(rest.nbytes) == len(kept)
+    assert [tape.nbytes[n] for n in kept] == list(rest.nbytes)
+    assert [tape.file_nbytes[n] for n in kept] == list(rest.file_nbytes)
+    assert [[kept[n] for n in block] for block in rest.blocks] == [[n for n in block if n not in units] for block in tape.blocks]
+    assert rest.streamed(held) == tape.streamed(held, units)
+    assert [[rest.nbytes[n] for n in piece] for piece in rest.pieces(held)] == rest.streamed(held)
+
+
+@given(parts(), st.integers(0, 2000), st.integers(0, 60), st.none() | st.integers(0, 2000), st.builds(Held, st.booleans(), st.booleans()))
+def test_a_placement_keeps_to_its_least_ring_and_to_its_most_resident(
+    found: tuple[Tape, frozenset[int]], available: int, ring: int, most: int | None, held: Held
+) -> None:
+    tape, _ = found
+    placement = place(tape, available, held, ring, most)
+    least = max(ring, smallest_ring(tape.streamed(held)))
+    if placement is None:
+        assert available < least
+        return
+    assert placement.nbytes <= available and placement.ring_nbytes >= ring
+    assert most is None or placement.resident_nbytes <= most
+    if most is not None:
+        same = wished(tape, available, held, most, ring)
+        assert same is None or same.resident_nbytes >= placement.resident_nbytes or not same.resident
+
+
+def test_a_wish_is_the_same_units_whatever_memory_there_is() -> None:
+    tape = tape_of([10] * 20)
+    found = {wished(tape, available, UNHELD, 100).resident for available in (120, 150, 1000)}  # type: ignore[union-attr]
+    assert found == {interleave(10, 20)}
+    assert wished(tape, 119, UNHELD, 100) is None
+    assert wished(tape, 15, UNHELD, 9) == Placement(frozenset(), 0, 15)
+
+
+def test_a_refusal_of_the_device_says_what_takes_the_bytes() -> None:
+    needs = DeviceNeeds(context=300 * MIB, outer=5 * MIB, kv=40 * MIB, workspace=30 * MIB)
+    with pytest.raises(DeviceBudgetError) as refused:
+        fit_on_device(tape_of([20 * MIB, 60 * MIB]), needs, Budgets(1, 1, THREE, vram=400 * MIB), UNHELD)
+    assert str(refused.value) == (
+        "400 MiB of GPU memory are too little. Needed: 300 MiB for driver and libraries, 5 MiB for tables, 40 MiB for "
+        "the KV cache, 30 MiB for activations, 60 MiB for the largest part of a layer. The smallest budget that works "
+        "is --vram 435MiB"
+    )
+    assert refused.value.exit_code == 3
+    with pytest.raises(DeviceBudgetError, match="80 MiB for all weights, .* or use --tiers disk,cpu,gpu"):
+        fit_on_device(tape_of([20 * MIB, 60 * MIB]), needs, Budgets(1, 1, ALONE, vram=400 * MIB), UNHELD)
+
+
+def test_a_device_plan_adds_up_and_goes_through_json() -> None:
+    device = DevicePlan(100, DeviceNeeds(1, 2, 3, 4), Placement(frozenset({0, 2}), 20, 7))
+    assert device.nbytes == 37
+    plan = replace(plan_of([5, 10, 15], NOTHING, MIB), device=device, decode_device="gpu", cache=CACHE)
+    assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+
+
+@pytest.mark.parametrize(
+    ("text", "tiers"), [("disk,cpu,gpu", THREE), ("cpu,gpu", LOADED), ("gpu", ALONE), ("Disk, CPU, GPU", THREE)]
+)
+def test_tiers_with_a_gpu_are_read_as_typed(text: str, tiers: tuple[Tier, ...]) -> None:
+    assert parse_tiers(text) == tiers

@@ -1,0 +1,87 @@
+"""What is on the device that computes: its needs, the units that stay there, and the ring that all others pass through.
+
+In: the tape, what is needed besides, the budgets. Out: a placement within `--vram`, or a refusal that names the
+smallest one that works. Pure functions of numbers; `way.py` calls them before it places what the host holds.
+"""
+
+from dataclasses import dataclass
+from typing import Final
+
+from tiered.errors import DeviceBudgetError
+from tiered.plan.inputs import Budgets, Tier
+from tiered.plan.placement import Held, Placement, Tape, place, smallest_ring, wished
+from tiered.units import format_budget, format_size
+
+_ONLY: Final = (Tier.GPU,)
+
+
+@dataclass(frozen=True)
+class DeviceNeeds:
+    """Bytes of a device's memory that are taken whatever is resident there, by what takes them."""
+
+    context: int
+    """The driver's context, libraries and compiled kernels."""
+    outer: int
+    """Position tables, norms, biases."""
+    kv: int
+    workspace: int
+    """Activations, logits, and what kernels take."""
+
+    @property
+    def total(self) -> int:
+        return self.context + self.outer + self.kv + self.workspace
+
+
+@dataclass(frozen=True)
+class DevicePlan:
+    """What is on the device that computes."""
+
+    vram: int
+    """The budget of its memory."""
+    needs: DeviceNeeds
+    placement: Placement
+    """Units that stay on the device, by their number on the plan's tape, and the ring of slots through which all others
+    pass, from RAM, in every pass. Units that stay are read once, before the first pass, and are in the host's memory
+    neither resident nor streamed."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the budget that are taken."""
+        return self.needs.total + self.placement.nbytes
+
+
+def fit_on_device(tape: Tape, needs: DeviceNeeds, budgets: Budgets, held: Held, smallest: int = 0) -> Placement:
+    """Place the tape in what `budgets.vram` leaves after `needs`: as many units as fit stay, or those that are wished
+    for, or none where the device computes prompts only.
+
+    Raises DeviceBudgetError, naming what takes the bytes and the smallest budget that would do: `smallest`, where that
+    is known to be enough for needs that grow with it.
+    """
+    available, most = budgets.vram - needs.total, 0 if budgets.is_hybrid else budgets.resident_gpu
+    if most is None or not tape.nbytes:
+        placement = place(tape, available, held)
+    else:
+        placement = wished(tape, available, held, most)
+    if placement is not None and not (budgets.tiers == _ONLY and placement.ring_nbytes):
+        return placement
+    least, what = _least(tape, held, budgets.tiers, most)
+    smallest = max(smallest, needs.total + least)
+    raise DeviceBudgetError(
+        f"{format_size(budgets.vram)} of GPU memory are too little. Needed: {format_size(needs.context)} for driver "
+        f"and libraries, {format_size(needs.outer)} for tables, {format_size(needs.kv)} for the KV cache, "
+        f"{format_size(needs.workspace)} for activations, {format_size(least)} for {what}. "
+        f"The smallest budget that works is --vram {format_budget(smallest)}"
+        + ("; or use --tiers disk,cpu,gpu" if budgets.tiers == _ONLY else ""),
+        smallest_bytes=smallest,
+    )
+
+
+def _least(tape: Tape, held: Held, tiers: tuple[Tier, ...], most: int | None) -> tuple[int, str]:
+    """The least bytes that a placement takes, and what for."""
+    if tiers == _ONLY:
+        return tape.total, "all weights, which --tiers gpu loads"
+    asked = None if most is None else wished(tape, 2 * tape.total, held, most)
+    if asked is not None and asked.resident:
+        return asked.nbytes, f"--resident-gpu {format_budget(most or 0)} and a ring for the others"
+    # A pass may have more than one micro-batch, which then use a whole layer one after the other.
+    return smallest_ring(tape.streamed(held)), "the largest layer" if held.layers else "the largest part of a layer"
