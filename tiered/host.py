@@ -20,10 +20,11 @@ from typing import Final, Self, TypeVar
 
 import torch
 
+from tiered.device import Device, open_device
 from tiered.errors import ConfigError, InterruptedRun
 from tiered.io import IdleClock
 from tiered.io.arena import populate_refusal
-from tiered.kernels import CancelFlag, Kernels, Mode
+from tiered.kernels import CancelFlag, DeviceKernels, Kernels, Mode
 from tiered.model import KernelAttention, registered_attention
 from tiered.plan import available_budget, cpu_count, process_peak_rss_bytes, process_rss_bytes
 from tiered.plan.budget import GROWTH_NBYTES, pin_malloc
@@ -50,8 +51,10 @@ _LOG: Final = logging.getLogger(__name__)
 class Host:
     """Computes for the runtimes of a process, one thing at a time.
 
-    A context manager that several users may be in at once; its threads end when the last one leaves it.
-    `kernels` is a name of `tiered.kernels.KERNEL_NAMES`.
+    A context manager that several users may be in at once; its threads end when the last one leaves it, and the device
+    is closed. `kernels` is a name of `tiered.kernels.KERNEL_NAMES`; `device` one of `tiered.device.open_device`, of
+    whose memory `vram` bytes may be used. Entering it raises ConfigError where the device cannot be used, unless
+    `falls_back`: it has none then, and `device_refusal` says why.
     """
 
     def __init__(
@@ -60,22 +63,31 @@ class Host:
         kernels: str = "auto",
         kernel_mode: Mode = Mode.INVARIANT,
         keep_spans: bool = False,
+        device: str | None = None,
+        vram: int | None = None,
+        falls_back: bool = False,
     ) -> None:
         self.threads = threads or cpu_count()
         self.trace, self.clock, self.cancel = Tracer(keep_spans), IdleClock(), CancelFlag()
         self._kernels, self._mode = kernels, kernel_mode
+        self._device, self._vram, self._falls_back = device, vram, falls_back
+        self.computer: DeviceComputer | None = None
+        """The device that computes beside the processor, while the host is open."""
+        self.device_refusal: str | None = None
+        """Why there is none, where one was asked for."""
         self._users, self._lock = 0, threading.Lock()
         self._calls: list[_Call] = []
         """What `compute` runs or is about to run."""
         self._current: _Call | None = None
         self._resources = contextlib.ExitStack()
 
-    def check(self, threads: int | None, kernels: str, kernel_mode: Mode) -> None:
+    def check(self, threads: int | None, kernels: str, kernel_mode: Mode, device: str | None = None) -> None:
         """Raise ConfigError if a runtime wants it otherwise than this host computes."""
-        wanted, found = (threads or self.threads, kernels, kernel_mode), (self.threads, self._kernels, self._mode)
+        wanted = threads or self.threads, kernels, kernel_mode, device
+        found = self.threads, self._kernels, self._mode, self._device
         if wanted != found:
             raise ConfigError(
-                f"threads, kernels, kernel mode: asked for {', '.join(map(str, wanted))}, but the host has "
+                f"threads, kernels, kernel mode, device: asked for {', '.join(map(str, wanted))}, but the host has "
                 f"{', '.join(map(str, found))}; all runtimes of a host compute alike"
             )
 
@@ -101,11 +113,33 @@ class Host:
             if (refusal := populate_refusal()) is not None:
                 _LOG.warning("memory is not taken ahead of reads, the first pass takes longer: %s", refusal)
             self.attention: KernelAttention = stack.enter_context(registered_attention(self.kernels))
+            self.computer = self._begin_device(stack)
             self._compute = ThreadPoolExecutor(1, thread_name_prefix="tiered-compute")
             stack.callback(self._compute.shutdown, wait=True)
             # The pool's thread starts now: an interrupt during a later start would leave a pool with two threads.
             self._compute.submit(lambda: None).result()
             self._resources = stack.pop_all()
+
+    def _begin_device(self, stack: contextlib.ExitStack) -> "DeviceComputer | None":
+        self.device_refusal = None
+        if self._device is None:
+            return None
+        try:
+            device = open_device(self._device, self._vram)
+        except ConfigError as error:
+            if not self._falls_back:
+                raise
+            self.device_refusal = str(error)
+            _LOG.warning("the processor computes instead of a GPU, as --fallback cpu allows: %s", error)
+            return None
+        stack.callback(device.close)
+        kernels = stack.enter_context(DeviceKernels(device.where, self._mode, self.cancel))
+        if kernels.refusal is not None and device.where.type == "cuda":
+            _LOG.warning(
+                "torch's slower operators compute on %s: %s; see 'tiered doctor'", device.name, kernels.refusal
+            )
+        attention = stack.enter_context(registered_attention(kernels, self.kernels))
+        return DeviceComputer(device, kernels, attention)
 
     def compute(self, work: Callable[[], T], owner: object = None) -> T:
         """Run `work` in the compute thread, where torch's threads are, while signals reach the caller's thread.
@@ -199,6 +233,15 @@ def _warm_up(threads: int, dtype: torch.dtype) -> None:
     for rows in (1, 8):
         torch.nn.functional.linear(torch.ones(rows, 256, dtype=dtype), torch.ones(256, 256, dtype=dtype))
     torch.nn.functional.layer_norm(x, (64,))
+
+
+@dataclass(frozen=True, eq=False)
+class DeviceComputer:
+    """A device, with what computes there."""
+
+    device: Device
+    kernels: DeviceKernels
+    attention: KernelAttention
 
 
 @dataclass(eq=False)

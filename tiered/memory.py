@@ -5,12 +5,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from tiered.cache import KVPool
+import torch
+
+from tiered.cache import KVPool, Outbox
 from tiered.host import Host
 from tiered.io import CHUNK_BUFFERS, Arena, Slab, SpillFile
 from tiered.options import Options
 from tiered.plan import Plan
+from tiered.plan.kv import outbox_nbytes
 from tiered.store import CHUNK_NBYTES, PAGE, Store
+from tiered.stream import register
 
 SPILL_THREADS: Final = 8
 """Transfers of a KV cache on disk in flight, beside those of weights."""
@@ -18,7 +22,7 @@ SPILL_THREADS: Final = 8
 
 @dataclass(frozen=True, eq=False)
 class Memory:
-    """Slabs of one arena."""
+    """Slabs of one arena; the pool may be in a device's memory."""
 
     arena: Arena
     pool: KVPool
@@ -49,9 +53,10 @@ class Memory:
 @contextlib.contextmanager
 def open_memory(store: Store, plan: Plan, options: Options, host: Host) -> Iterator[Memory]:
     """The memory of `plan`; all of it is released when the context ends."""
-    placement, cache = plan.placement, plan.cache
+    placement, cache, device = plan.placement, plan.cache, host.computer.device if host.computer is not None else None
     tables = CHUNK_NBYTES + plan.side_nbytes + plan.buffers_nbytes
-    total = plan.nbytes - plan.needs.total + tables + plan.needs.kv + PAGE * (len(plan.tape.nbytes) + 8)
+    outbox_size = 0 if device is None or cache.on_device else outbox_nbytes(cache.shape, plan.micro_batch_rows)
+    total = plan.nbytes - plan.needs.total + tables + plan.needs.kv + PAGE * (len(plan.tape.nbytes) + 9)
     with contextlib.ExitStack() as stack:
         arena = stack.enter_context(Arena(total))
 
@@ -60,9 +65,26 @@ def open_memory(store: Store, plan: Plan, options: Options, host: Host) -> Itera
             stack.callback(arena.release, slab)
             return slab
 
+        def keep_on_device(nbytes: int, label: str) -> torch.Tensor:
+            assert device is not None, f"{label}: the plan has a device, the host none"
+            memory = device.borrow(nbytes, label)
+            stack.callback(device.release, memory)
+            return memory
+
+        def make_pool() -> KVPool:
+            if cache.on_device:
+                return KVPool(cache, keep_on_device(cache.pool_nbytes, "kv"))
+            outbox = None
+            if device is not None:
+                slab = keep(outbox_size, "kv from the device")
+                register(device, [slab], stack)
+                outbox = Outbox(device, keep_on_device(outbox_size, "kv to the host"), slab.tensor()[:outbox_size])
+                stack.callback(outbox.close)
+            return KVPool(cache, keep(cache.pool_nbytes, "kv").tensor(), outbox)
+
         part = plan.buffers_nbytes // CHUNK_BUFFERS
         chunks = keep(plan.buffers_nbytes, "compressed chunks").view if part else memoryview(b"")
-        pool, spill = KVPool(cache, keep(cache.pool_nbytes, "kv").tensor()), None
+        pool, spill = make_pool(), None
         if cache.on_disk:
             folder, nbytes = options.kv_folder or store.path, cache.blocks_nbytes
             spill = stack.enter_context(SpillFile(folder, nbytes, SPILL_THREADS, host.trace, clock=host.clock))

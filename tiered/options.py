@@ -72,7 +72,11 @@ class Options:
                 raise ConfigError(f"{name} {value!r}: expected a whole number above 0")
         if self.kv not in ("auto", "cpu", "disk", "gpu"):
             raise ConfigError(f"kv {self.kv!r}: expected auto, gpu, cpu or disk")
-        for name, value in (("vram", self.vram), ("resident-gpu", self.resident_gpu), ("resident-cpu", self.resident_cpu)):
+        for name, value in (
+            ("vram", self.vram),
+            ("resident-gpu", self.resident_gpu),
+            ("resident-cpu", self.resident_cpu),
+        ):
             if value is not None and (not isinstance(value, int) or value < (name == "vram")):
                 raise ConfigError(f"{name} {value!r}: expected a number of bytes")
         if self.fallback not in (None, "cpu"):
@@ -157,7 +161,9 @@ class Options:
         if is_hybrid and Tier.CPU not in self.tiers:
             raise ConfigError("--decode-device cpu: needs weights in memory; use --tiers disk,cpu,gpu or cpu,gpu")
         if is_hybrid and self.kv == "gpu":
-            raise ConfigError("--kv gpu --decode-device cpu: the processor decodes from memory; use --kv auto, cpu or disk")
+            raise ConfigError(
+                "--kv gpu --decode-device cpu: the processor decodes from memory; use --kv auto, cpu or disk"
+            )
         if self.resident_gpu and is_hybrid:
             raise ConfigError(
                 "--resident-gpu --decode-device cpu: the GPU's memory is given back after the prompts; drop one"

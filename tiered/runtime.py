@@ -11,7 +11,7 @@ import itertools
 import os
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
@@ -23,7 +23,7 @@ from tiered.cache import SequenceKV
 from tiered.errors import ConfigError
 from tiered.host import PROCESS, Host, Member, wait_for
 from tiered.io import ChunkVerifier, DiskReader, Faults, ReadMode, probe_mode
-from tiered.kernels import Kernels, scratch_nbytes
+from tiered.kernels import Kernels, device_scratch_nbytes, scratch_nbytes
 from tiered.memory import open_memory
 from tiered.model import (
     Engine,
@@ -105,9 +105,9 @@ class Runtime:
         Raises ConfigError if `options` want another number of threads, or other kernels, than `host` has.
         """
         if host is not None:
-            host.check(options.threads, options.kernels, options.kernel_mode)
+            host.check(options.threads, options.kernels, options.kernel_mode, options.device_name)
         self.store, self.workload, self.options = store, workload, options
-        self.host = host or Host(options.threads, options.kernels, options.kernel_mode, options.keep_spans)
+        self.host = host or host_for(options)
         self._measure = measure
         self.is_open = False
         self._resources = contextlib.ExitStack()
@@ -168,6 +168,8 @@ class Runtime:
         before = process_rss_bytes()
         member = stack.enter_context(PROCESS.member())
         stack.enter_context(self.host)
+        if self.host.device_refusal is not None:
+            self.options = self.options.without_device()
         made = _prepare(self.store, self.options, self.host)
         self.plan = self._choose_plan(made, member, before)
         member.planned_nbytes = self.plan.nbytes
@@ -186,11 +188,11 @@ class Runtime:
 
     def _choose_plan(self, made: _Prepared, member: Member, before: int) -> Plan:
         """The plan for the process as it is now, with rates measured where the choice of a batch size wants them."""
-        budgets, machine = _budgets(self.options, member, before), made.machine
+        budgets, machine = _budgets(self.options, member, before, self.host), made.machine
         if self._measure is not None and (wanted := rates_wanted(made.shape, machine, self.workload, budgets)):
             machine = self._measure(self.store, self.host.kernels, made.shape, machine, wanted)
             # Measuring has made the process grow, and its peak counts.
-            budgets = _budgets(self.options, member, before)
+            budgets = _budgets(self.options, member, before, self.host)
         self.shape, self.pace = made.shape, pace_for(made.shape, machine, self.workload)
         return make_plan(made.shape, machine, self.workload, budgets)
 
@@ -312,6 +314,13 @@ class Runtime:
         return self.reader.bytes_read
 
     @property
+    def bus_nbytes(self) -> int:
+        """Bytes of weights that have been copied to the device since the streams were opened; 0 without one."""
+        streams = self._streaming.ready.result() if self._streaming is not None else None
+        blocks = streams.device_blocks if streams is not None else None
+        return blocks.bus_nbytes if blocks is not None else 0
+
+    @property
     def kv_bytes_read(self) -> int:
         """Bytes of the KV cache read from disk."""
         spill = self._memory.spill
@@ -341,11 +350,12 @@ class Runtime:
             self.options.prefetch,
             memory.experts,
             memory.buffers,
+            host.computer.device if host.computer is not None else None,
         )
         kv = None
         if memory.spill is not None and memory.kv_ring is not None:
             kv = KVStream(memory.spill, memory.kv_ring, plan.cache.shape.layers, host.trace, host.cancel)
-        return Streams(asyncio.get_running_loop(), blocks, kv)
+        return Streams(asyncio.get_running_loop(), blocks, kv, blocks if host.computer is not None else None)
 
     async def _load_tables(self) -> None:
         """Read what stays in memory beside the tape."""
@@ -356,22 +366,49 @@ class Runtime:
 def _prepare(store: Store, options: Options, host: Host) -> _Prepared:
     """Build what computes, with the numbers that plans are made from. Raises StoreError, ConfigError."""
     config = load_config(store.path)
-    dtype = compute_dtype(options.dtype, config)
+    computer = host.computer
+    dtype = compute_dtype(options.dtype, config, computer is not None, computer and computer.device.capability)
     check_layers(store, config)
     skeleton = build_skeleton(config, dtype)
     check_match(store, skeleton)
-    shape = model_shape(store, skeleton, dtype)
-    seat = Seat.take(skeleton, dtype, host.kernels, host.attention)
+    shape, machine = model_shape(store, skeleton, dtype), Machine(scratch_nbytes(host.threads))
+    if computer is None:
+        seats = [Seat.take(skeleton, dtype, host.kernels, host.attention)]
+    else:
+        machine = replace(machine, device_scratch_nbytes=device_scratch_nbytes())
+        seats = [Seat.take(skeleton, dtype, computer.kernels, computer.attention, computer.device)]
+        if "cpu" in options.computes:
+            seats.append(Seat.take(build_skeleton(config, dtype), dtype, host.kernels, host.attention))
     host.warm_up(dtype)
-    return _Prepared(dtype, Seats(seat, seat), shape, Machine(scratch_nbytes(host.threads)))
+    return _Prepared(dtype, Seats(seats[0], seats[-1]), shape, machine)
 
 
-def _budgets(options: Options, member: Member, before: int) -> Budgets:
+def host_for(options: Options) -> Host:
+    """The host that `options` ask for."""
+    falls_back = options.fallback is not None
+    common = options.threads, options.kernels, options.kernel_mode, options.keep_spans
+    return Host(*common, options.device_name, options.vram, falls_back)
+
+
+def _budgets(options: Options, member: Member, before: int, host: Host) -> Budgets:
     """What may be used, and what the process takes of it by itself. `before`: its bytes before `_prepare`."""
     baseline = PROCESS.measure_baseline(member, before, options.ram)
     bits: Bits = 16 if options.kv_bits == "auto" else options.kv_bits
     chosen, rows = options.kv_bits == "auto", options.micro_batch_rows
-    return Budgets(member.budget, baseline, options.tiers, options.kv, bits, chosen, rows)
+    budgets = Budgets(member.budget, baseline, options.tiers, options.kv, bits, chosen, rows)
+    if host.computer is None:
+        return budgets
+    device, (prefill, decode) = host.computer.device, options.computes
+    return replace(
+        budgets,
+        vram=device.vram_nbytes,
+        context_nbytes=device.context_nbytes,
+        device=device.name,
+        resident_gpu=options.resident_gpu,
+        resident_cpu=options.resident_cpu,
+        prefill_device=prefill,
+        decode_device=decode,
+    )
 
 
 def measure_inputs(store: Store, options: Options) -> tuple[ModelShape, Machine, Budgets]:
@@ -381,6 +418,7 @@ def measure_inputs(store: Store, options: Options) -> tuple[ModelShape, Machine,
     """
     with PROCESS.opening, PROCESS.member() as member:
         before = process_rss_bytes()
-        with Host(options.threads, options.kernels, options.kernel_mode) as host:
+        with host_for(replace(options, keep_spans=False)) as host:
+            options = options if host.device_refusal is None else options.without_device()
             made = _prepare(store, options, host)
-            return made.shape, made.machine, _budgets(options, member, before)
+            return made.shape, made.machine, _budgets(options, member, before, host)

@@ -115,7 +115,7 @@ class SeatedRuntime(Runtime):
         seat = Seat.take(skeleton, self.dtype, self.device_kernels, attention, self.device)
         pool, engine = self._memory.pool, self.engine
         if not self._on_device:
-            nbytes = Outbox.memory_nbytes(pool.shape, self._outbox_rows or self.plan.micro_batch_rows)
+            nbytes = outbox_nbytes(pool.shape, self._outbox_rows or self.plan.micro_batch_rows)
             source, target = self.device.borrow(nbytes, "kv"), torch.empty(nbytes, dtype=torch.uint8)
             pool.outbox = Outbox(self.device, source, target)
         seats = Seats(seat, engine.seats.decode if self._prompts_only else seat)

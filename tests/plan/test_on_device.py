@@ -22,7 +22,9 @@ from tiered.plan.placement import UNHELD, Held, Placement, full_ring, interleave
 from tiered.units import GIB, MIB, parse_size
 
 THREE, LOADED, ALONE = (Tier.DISK, Tier.CPU, Tier.GPU), (Tier.CPU, Tier.GPU), (Tier.GPU,)
-MACHINES = st.sampled_from([replace(UNMEASURED, device_scratch_nbytes=8 * MIB), replace(MEASURED, bus_bytes_per_second=12e9)])
+MACHINES = st.sampled_from(
+    [replace(UNMEASURED, device_scratch_nbytes=8 * MIB), replace(MEASURED, bus_bytes_per_second=12e9)]
+)
 SIZES = st.integers(20, 20_000).map(lambda n: n * MIB)
 WISHES = st.none() | st.integers(0, 300).map(lambda n: n * MIB)
 
@@ -127,7 +129,10 @@ def check_ring(pieces: list[list[int]], placement: Placement) -> None:
         assert placement.ring_nbytes >= full_ring(pieces)
     starts = ring_starts(pieces, placement.ring_nbytes)
     rounds = [*pieces * 3, pieces[0]]
-    places = [[(start, start + size) for size, start in zip(piece, islice(starts, len(piece)), strict=True)] for piece in rounds]
+    places = [
+        [(start, start + size) for size, start in zip(piece, islice(starts, len(piece)), strict=True)]
+        for piece in rounds
+    ]
     is_full = placement.ring_nbytes >= full_ring(pieces)
     for piece, following in pairwise(places):
         together = sorted([*piece, *(following[:1] if is_full else [])])
@@ -140,7 +145,9 @@ MODEL = model_of(tape=LAYERS, weights=2 * LAYERS.total)
 WORK = Workload(1, 512, 8, max_batched_tokens=8)
 
 
-def planned(ram: int, vram: int, work: Workload = WORK, machine: Machine = UNMEASURED, model: ModelShape = MODEL, **fields: Any) -> Plan:
+def planned(
+    ram: int, vram: int, work: Workload = WORK, machine: Machine = UNMEASURED, model: ModelShape = MODEL, **fields: Any
+) -> Plan:
     """A plan for layers of four units of 20 MiB, and a head of 40."""
     return make_plan(model, machine, work, Budgets(ram, 300 * MIB, **{"tiers": THREE, "vram": vram, **fields}))
 
@@ -177,7 +184,9 @@ def test_what_fits_on_the_device_crosses_no_bus_and_asks_little_of_memory() -> N
     # Two units at a time pass through on their way.
     assert plan.device.placement.ring_nbytes == 0 and plan.placement.ring_nbytes == 60 * MIB
     assert planned(8 * GIB, 8 * GIB, tiers=ALONE).placement == plan.placement
-    scarce = planned(smallest_ram(MODEL, UNMEASURED, WORK, Budgets(1, 300 * MIB, ALONE, vram=8 * GIB)), 8 * GIB, tiers=ALONE)
+    scarce = planned(
+        smallest_ram(MODEL, UNMEASURED, WORK, Budgets(1, 300 * MIB, ALONE, vram=8 * GIB)), 8 * GIB, tiers=ALONE
+    )
     assert 40 * MIB <= scarce.placement.ring_nbytes < 60 * MIB
 
 
@@ -335,7 +344,9 @@ def test_a_device_s_ring_below_a_full_one_is_said() -> None:
 def parts(draw: st.DrawFn) -> tuple[Tape, frozenset[int]]:
     counts = draw(st.lists(st.integers(1, 4), min_size=1, max_size=6))
     units = draw(st.lists(st.integers(1, 50), min_size=sum(counts), max_size=sum(counts)))
-    return tape_of(units, [draw(st.integers(1, n)) for n in units], counts), draw(st.frozensets(st.integers(0, len(units) - 1)))
+    return tape_of(units, [draw(st.integers(1, n)) for n in units], counts), draw(
+        st.frozensets(st.integers(0, len(units) - 1))
+    )
 
 
 @given(parts(), st.builds(Held, st.booleans(), st.booleans()))
@@ -347,12 +358,20 @@ def test_a_tape_without_some_units_has_the_others_in_their_blocks(
     assert len(rest.counts) == len(tape.counts) and sum(rest.counts) == len(rest.nbytes) == len(kept)
     assert [tape.nbytes[n] for n in kept] == list(rest.nbytes)
     assert [tape.file_nbytes[n] for n in kept] == list(rest.file_nbytes)
-    assert [[kept[n] for n in block] for block in rest.blocks] == [[n for n in block if n not in units] for block in tape.blocks]
+    assert [[kept[n] for n in block] for block in rest.blocks] == [
+        [n for n in block if n not in units] for block in tape.blocks
+    ]
     assert rest.streamed(held) == tape.streamed(held, units)
     assert [[rest.nbytes[n] for n in piece] for piece in rest.pieces(held)] == rest.streamed(held)
 
 
-@given(parts(), st.integers(0, 2000), st.integers(0, 60), st.none() | st.integers(0, 2000), st.builds(Held, st.booleans(), st.booleans()))
+@given(
+    parts(),
+    st.integers(0, 2000),
+    st.integers(0, 60),
+    st.none() | st.integers(0, 2000),
+    st.builds(Held, st.booleans(), st.booleans()),
+)
 def test_a_placement_keeps_to_its_least_ring_and_to_its_most_resident(
     found: tuple[Tape, frozenset[int]], available: int, ring: int, most: int | None, held: Held
 ) -> None:

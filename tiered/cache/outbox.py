@@ -12,7 +12,6 @@ from typing import Final
 import torch
 
 from tiered.device import Device, Event
-from tiered.plan.kv import KVShape
 from tiered.units import round_up
 
 _ALIGNMENT: Final = 64
@@ -43,11 +42,8 @@ class Outbox:
         self._device, self._source, self._target = device, source, target
         self._sent: list[_Sent] = []
         self._used = 0
-
-    @staticmethod
-    def memory_nbytes(shape: KVShape, rows: int) -> int:
-        """Bytes, on either side, for two micro-batches of `rows` tokens: one is computed while the other is copied."""
-        return 2 * round_up(2 * rows * shape.heads * shape.head_dim * shape.itemsize, _ALIGNMENT)
+        self._last: Event | None = None
+        """The end of the last copy."""
 
     @property
     def where(self) -> torch.device:
@@ -68,6 +64,7 @@ class Outbox:
         states[0], states[1] = keys, values
         event = self._device.copy_out(source, target, after=[self._device.record()])
         self._sent.append(_Sent(target.view(keys.dtype).view(shape), event, store))
+        self._last = event
 
     def flush(self) -> None:
         """Wait for all that is on its way, and store it. Raises what copying raised."""
@@ -84,6 +81,12 @@ class Outbox:
         """After a pass that failed: wait until nothing is on its way any more, and store none of it."""
         sent, self._sent, self._used = self._sent, [], 0
         _settle(sent)
+
+    def close(self) -> None:
+        """For the thread that gives the memory back, when nothing is sent any more: wait for the last copy."""
+        if self._last is not None:
+            with contextlib.suppress(Exception):  # whoever waited for it first has been told
+                self._last.wait()
 
 
 def _settle(sent: list[_Sent]) -> None:

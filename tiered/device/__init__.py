@@ -9,8 +9,8 @@ __all__ = ["Device", "Event", "open_device"]
 
 
 def open_device(name: str, vram: int | None) -> Device:
-    """The device called `name`: "cuda", "cuda:1" or "emulated", of whose memory `vram` bytes may be used; None: what is
-    free.
+    """The device called `name`: "cuda", "cuda:1" or "emulated", of whose memory `vram` bytes may be used; None: most
+    of what is free.
 
     Raises ConfigError with the reason, in one line, where there is none or it cannot be used.
     """

@@ -23,6 +23,8 @@ _REGISTERED_NBYTES: Final = 64 * GIB
 """Bytes that are registered by one call: drivers refuse 512 GiB."""
 _PORTABLE: Final = 1
 """cudaHostRegisterPortable: for whichever thread copies."""
+_FREE_SHARE: Final = 0.9
+"""Of what is free, how much is used where nobody says how much may be: others may want some."""
 _UNKNOWN_CONTEXT_NBYTES: Final = 640 * MIB
 """What the context is taken for where the driver's library does not tell."""
 
@@ -48,7 +50,8 @@ class CudaEvent:
 
 
 class CudaDevice:
-    """Device number `index`, of whose memory this process uses `vram` bytes at most, context and all; None: all free.
+    """Device number `index`, of whose memory this process uses `vram` bytes at most, context and all; None: 90 % of
+    what is free.
 
     Computing is bounded as well: torch's allocator may take what is left beside the context, and raises its
     OutOfMemoryError rather than take more. Raises ConfigError, in one line, where the device cannot be used.
@@ -69,13 +72,13 @@ class CudaDevice:
         if before is not None and after is not None:
             self.context_nbytes = max(0, after - before)
         free += self.context_nbytes
-        self._vram = vram if vram is not None else free
-        if self._vram > free:
+        self.vram_nbytes = vram if vram is not None else int(free * _FREE_SHARE)
+        if self.vram_nbytes > free:
             raise ConfigError(
-                f"--device {self.name}: {format_size(self._vram)} of its memory are to be used, of which only "
+                f"--device {self.name}: {format_size(self.vram_nbytes)} of its memory are to be used, of which only "
                 f"{format_size(free)} are free; end what else uses it, or use less with --vram"
             )
-        self._allowed = max(0, self._vram - self.context_nbytes)
+        self._allowed = max(0, self.vram_nbytes - self.context_nbytes)
         """Bytes that may be borrowed."""
         torch.cuda.set_per_process_memory_fraction(min(1.0, (self._allowed + self._reserved) / total), index)
         self.description = (
@@ -119,7 +122,7 @@ class CudaDevice:
                 in_use += [(name, memory.nbytes) for name, memory in self._borrowed.values()]
                 told = ", ".join(f"{name} {format_size(nbytes)}" for name, nbytes in in_use)
                 raise BudgetError(
-                    f"{label}: {format_size(wanted)} do not fit the {format_size(self._vram)} that may be used of the "
+                    f"{label}: {format_size(wanted)} do not fit the {format_size(self.vram_nbytes)} that may be used of the "
                     f"memory of {self.name}, of which are in use: {told}; give it more with --vram"
                 ) from None
             start = -memory.data_ptr() % PAGE

@@ -51,6 +51,14 @@ class Device(Protocol):
     def where(self) -> torch.device:
         """The torch device of its tensors; "cpu" where it is emulated."""
 
+    @property
+    def capability(self) -> tuple[int, int] | None:
+        """Its compute capability; None where it is emulated."""
+
+    @property
+    def vram_nbytes(self) -> int:
+        """Bytes of its memory that may be used, by its context and by all else."""
+
     def borrow(self, nbytes: int, label: str) -> torch.Tensor:
         """uint8 [nbytes] of its memory, whose address is a multiple of 4096. Raises BudgetError, with all that is in
         use by label, where the bytes it may use do not suffice."""

@@ -40,11 +40,12 @@ class EmulatedDevice:
         copy_rate: float | None = None,
         compute_rate: float | None = None,
     ) -> None:
-        self.name, self.where = "emulated", torch.device("cpu")
+        self.name, self.where, self.capability = "emulated", torch.device("cpu"), None
+        self.vram_nbytes = vram
         self.description = f"emulated in this process, with {format_size(vram)} of memory ({mode})"
         self.context_nbytes = self.peak_nbytes = 0
         self.stalled_seconds = 0.0
-        self._vram, self._compute_rate = vram, compute_rate
+        self._compute_rate = compute_rate
         self._clocks = Clocks() if mode == "chaos" else None
         self._schedule = Schedule(seed) if mode == "chaos" else None
         self._borrowed: dict[int, _Borrowed] = {}
@@ -71,10 +72,10 @@ class EmulatedDevice:
         wanted = round_up(max(nbytes, 1), PAGE)
         with self._lock:
             used = sum(borrowed.nbytes for borrowed in self._borrowed.values())
-            if used + wanted > self._vram:
+            if used + wanted > self.vram_nbytes:
                 told = ", ".join(f"{name} {format_size(size)}" for name, size in self.in_use.items())
                 raise BudgetError(
-                    f"{label}: {format_size(wanted)} do not fit the {format_size(self._vram)} that may be used of the "
+                    f"{label}: {format_size(wanted)} do not fit the {format_size(self.vram_nbytes)} that may be used of the "
                     f"memory of {self.name}, of which are in use: {told or 'none'}; give it more with --vram"
                 )
             memory = torch.full((wanted + PAGE,), POISON, dtype=torch.uint8)

@@ -21,7 +21,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from tiered.cache import PagedKeys
 from tiered.errors import ConfigError
-from tiered.kernels import AttentionCall, Kernels, contiguous_pages
+from tiered.kernels import AnyKernels, AttentionCall, Kernels, contiguous_pages
 
 Output = tuple[torch.Tensor, torch.Tensor | None]
 
@@ -51,7 +51,7 @@ class KernelAttention:
     where `kernels` are a device's. Queries whose pages are in the host's memory go there, and what they see comes back.
     """
 
-    def __init__(self, kernels: Kernels, host: Kernels | None = None) -> None:
+    def __init__(self, kernels: AnyKernels, host: Kernels | None = None) -> None:
         self._kernels, self._host = kernels, host or kernels
         self.name = f"tiered-{id(self):x}"
         self._is_packing = False
@@ -195,7 +195,7 @@ class KernelAttention:
 
 
 @contextmanager
-def registered_attention(kernels: Kernels, host: Kernels | None = None) -> Iterator[KernelAttention]:
+def registered_attention(kernels: AnyKernels, host: Kernels | None = None) -> Iterator[KernelAttention]:
     """`KernelAttention`, which transformers' modules find under its name for as long as the context lasts."""
     attention = KernelAttention(kernels, host)
     AttentionInterface.register(attention.name, attention)

@@ -15,7 +15,7 @@ import torch
 from tiered.arch import Skeleton
 from tiered.cache import KVPool, Outbox
 from tiered.device import Device
-from tiered.kernels import Kernels
+from tiered.kernels import AnyKernels
 from tiered.model.attention import KernelAttention, use_attention
 from tiered.model.bind import PROCESSOR, BoundModel
 from tiered.model.record import Recorder
@@ -36,7 +36,7 @@ class Seat:
         cls,
         skeleton: Skeleton,
         dtype: torch.dtype,
-        kernels: Kernels,
+        kernels: AnyKernels,
         attention: KernelAttention,
         device: Device | None = None,
     ) -> Self:

@@ -21,7 +21,7 @@ from tiered.plan.batch_size import BatchOption, candidates
 from tiered.plan.budget import BASELINE_VARIES_NBYTES
 from tiered.plan.cost import kv_block_nbytes
 from tiered.plan.inputs import Budgets, ExpertShape, Machine, ModelShape, Tier, Workload
-from tiered.plan.kv import CachePlan, block_nbytes
+from tiered.plan.kv import CachePlan, block_nbytes, outbox_nbytes
 from tiered.plan.on_device import DeviceNeeds, DevicePlan, fit_on_device
 from tiered.plan.placement import Held, Placement, Tape, full_ring
 from tiered.plan.plan import ExpertCachePlan, Needs, Plan, fit_units, smallest_budget
@@ -163,7 +163,8 @@ class Way:
         if self.on_device:
             workspace = transit_nbytes(model, tokens, self.batch_size, max(self.batch_size, head_rows), ram)
         kv = cache.memory_nbytes + 2 * PAGE
-        needs = Needs(budgets.baseline, model.tables_nbytes, 0 if self.on_device else kv, workspace)
+        outbox = 0 if self.on_device or not budgets.has_device else outbox_nbytes(model.kv, rows) + 2 * PAGE
+        needs = Needs(budgets.baseline, model.tables_nbytes, 0 if self.on_device else kv + outbox, workspace)
         # Without a limit on their tokens, passes are the caller's own, who may want logits at any positions.
         is_head_held = not workload.max_batched_tokens or (logits or self.batch_size) > head_rows
         is_layer_held = not self._is_one_micro_batch(tokens, rows, cache)
@@ -176,7 +177,7 @@ class Way:
             Held(is_layer_held, is_head_held, min((self.batch_size - 1) * _AHEAD_PER_ROW, _MOST_AHEAD)),
             model.tape,
             experts,
-            None if device is None else self._device_needs(device, cache, kv),
+            None if device is None else self._device_needs(device, cache, kv if self.on_device else outbox),
             only_device=budgets.has_device and not budgets.is_hybrid,
         )
 
@@ -212,7 +213,7 @@ class Way:
     def _device_needs(self, workspace: Workspace, cache: CachePlan, kv: int) -> DeviceNeeds:
         scratch = cache.scratch_nbytes(workspace.rows) if self.on_device else 0
         context, outer = self.asked.budgets.context_nbytes, self.asked.model.outer_nbytes
-        return DeviceNeeds(context, outer, kv if self.on_device else 0, workspace.nbytes + scratch)
+        return DeviceNeeds(context, outer, kv, workspace.nbytes + scratch)
 
     def _is_one_micro_batch(self, tokens: int, rows: int, cache: CachePlan) -> bool:
         """Whether a pass of `tokens` tokens never has more than one micro-batch of `rows`."""

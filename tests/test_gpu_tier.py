@@ -1,0 +1,179 @@
+"""A device computes: the same tokens as the processor's, whatever is where, within both budgets.
+
+The device is the emulated one in its chaotic mode: copies come early, late and out of step, memory that is not in use
+is poison, and vector clocks find every wait that is missing (tests/device, tests/stream/test_device_feed.py).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+from tests.helpers import Tiny, assert_same, open_runtime, prompts_for, run_greedy
+from tests.quick import represented
+from tiered.device import Device
+from tiered.device.emulated import EmulatedDevice
+from tiered.errors import BudgetError, DeviceBudgetError
+from tiered.plan import Plan, Tier, full_ring, make_plan
+from tiered.runtime import Runtime, measure_inputs
+from tiered.store import Store
+from tiered.units import GIB, MIB
+
+FAMILIES: Final = ("opt", "llama", "gemma3_text", "bloom", "mixtral")
+ALL: Final = (Tier.DISK, Tier.CPU, Tier.GPU)
+STEPS: Final = 4
+PLENTY: Final = 4 * GIB
+
+
+def two_units(sizes: Sequence[int]) -> int:
+    return full_ring([[nbytes] for nbytes in sizes])
+
+
+ROOM: Final[dict[str, Callable[[tuple[int, ...]], int]]] = {
+    "all": sum,
+    "some": lambda sizes: two_units(sizes) + max(sizes),
+    "a ring": two_units,
+}
+"""Bytes for weights, on the device or in memory, of units of the given sizes."""
+KV: Final = (("gpu", 16), ("gpu", 8), ("cpu", 16), ("cpu", 4), ("disk", 16), ("disk", 8))
+
+pytestmark = pytest.mark.usefixtures("steady_baseline")
+
+
+@pytest.fixture
+def devices(monkeypatch: pytest.MonkeyPatch) -> list[EmulatedDevice]:
+    """The devices that are opened, each with another schedule."""
+    made: list[EmulatedDevice] = []
+
+    def open_device(name: str, vram: int | None) -> Device:
+        assert name == "emulated" and vram is not None
+        made.append(EmulatedDevice(vram, seed=len(made)))
+        return made[-1]
+
+    monkeypatch.setattr("tiered.host.open_device", open_device)
+    return made
+
+
+def options_for(store: Store, on_device: str, in_ram: str, folder: Path, **options: Any) -> dict[str, Any]:
+    """Options with budgets that leave the rooms which ROOM calls `on_device` and `in_ram`."""
+    options = {"tiers": ALL, "device": "emulated", "vram": PLENTY, "kv_folder": folder, **options}
+    runtime = open_runtime(store, **options)
+    model, machine, budgets = measure_inputs(store, runtime.options)
+    ram = vram = PLENTY
+    while True:
+        plan = make_plan(model, machine, runtime.workload, replace(budgets, ram=ram, vram=vram))
+        assert plan.device is not None
+        enough = plan.needs.total + ROOM[in_ram](model.tape.nbytes)
+        enough_there = plan.device.needs.total + ROOM[on_device](model.tape.nbytes)
+        if enough >= ram and enough_there >= vram:
+            return {**options, "ram": ram, "vram": vram}
+        ram, vram = min(ram, enough), min(vram, enough_there)
+
+
+@contextmanager
+def opened(store: Store, devices: list[EmulatedDevice], **options: Any) -> Iterator[Runtime]:
+    """A runtime whose device stays within its budget and gives all its memory back."""
+    with open_runtime(store, **options) as runtime:
+        yield runtime
+        assert devices[-1].peak_nbytes <= options["vram"]
+        assert runtime.plan.device is not None and runtime.plan.device.nbytes <= options["vram"]
+    assert not devices[-1].in_use
+
+
+def check_placement(plan: Plan, on_device: str) -> None:
+    """Every unit has one place, and the budget gave what it is named after."""
+    assert plan.device is not None
+    there, here = plan.device.placement.resident, plan.placement.resident
+    assert not there & here
+    count = len(plan.tape.nbytes)
+    assert {"all": len(there) == count, "some": 0 < len(there) < count, "a ring": not there}[on_device]
+
+
+CELLS: Final = [
+    (name, on_device, in_ram, *KV[(first + 2 * second + 3 * third) % len(KV)], rows)
+    for first, name in enumerate(FAMILIES)
+    for second, on_device in enumerate(ROOM)
+    for third, (in_ram, rows) in enumerate((("all", None), ("some", 3), ("a ring", 5)))
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "on_device", "in_ram", "kv", "bits", "rows"),
+    represented(CELLS, [cell for cell in CELLS if cell[0] == "llama"]),
+)
+def test_the_tokens_are_the_processor_s(
+    tiny: Tiny,
+    devices: list[EmulatedDevice],
+    tmp_path: Path,
+    name: str,
+    on_device: str,
+    in_ram: str,
+    kv: str,
+    bits: int,
+    rows: int | None,
+) -> None:
+    store = tiny.store(name)
+    asked = {"kv": kv, "kv_bits": bits, "micro_batch_rows": rows}
+    options = options_for(store, on_device, in_ram, tmp_path, **asked)
+    with open_runtime(store, kv="cpu", kv_bits=bits) as runtime:
+        expected = run_greedy(runtime, prompts_for(name), STEPS)
+    with opened(store, devices, **options) as runtime:
+        check_placement(runtime.plan, on_device)
+        assert (runtime.plan.cache.on_device, runtime.plan.cache.on_disk) == (kv == "gpu", kv == "disk")
+        first = run_greedy(runtime, prompts_for(name), STEPS, end=False)
+        assert_same(first, expected)
+        assert_same(run_greedy(runtime, prompts_for(name), STEPS), expected)
+
+
+@pytest.mark.parametrize("tiers", [(Tier.CPU, Tier.GPU), (Tier.GPU,)], ids=["cpu,gpu", "gpu"])
+def test_without_the_disk_nothing_is_read_after_the_first_pass(
+    tiny: Tiny, devices: list[EmulatedDevice], tmp_path: Path, tiers: tuple[Tier, ...]
+) -> None:
+    on_device = "some" if Tier.CPU in tiers else "all"
+    store = tiny.store("llama")
+    options = options_for(store, on_device, "all", tmp_path, tiers=tiers)
+    with opened(store, devices, **options) as runtime:
+        assert not runtime.plan.read_nbytes
+        first = run_greedy(runtime, prompts_for("llama"), 1, end=False)
+        tape = sum(unit.nbytes for units in store.dense_units for unit in units)
+        read, copied = runtime.bytes_read, runtime.bus_nbytes
+        assert_same(first, tiny.reference("llama"))
+        assert_same(run_greedy(runtime, prompts_for("llama"), STEPS), tiny.reference("llama"))
+        # Rows of the embedding are read in every pass.
+        assert runtime.bytes_read - read < tape
+        assert copied >= sum(runtime.plan.tape.nbytes)
+        assert bool(runtime.bus_nbytes - copied) == (Tier.CPU in tiers)
+
+
+def test_what_a_refusal_names_is_enough(tiny: Tiny, devices: list[EmulatedDevice], tmp_path: Path) -> None:
+    store = tiny.store("opt")
+    options = {"tiers": ALL, "device": "emulated", "kv_folder": tmp_path}
+    with pytest.raises(DeviceBudgetError) as refused, open_runtime(store, **options, vram=MIB, ram=PLENTY):
+        pass
+    assert refused.value.smallest_bytes is not None
+    vram = -(-refused.value.smallest_bytes // MIB) * MIB
+    with pytest.raises(DeviceBudgetError), open_runtime(store, **options, vram=vram - 2 * MIB, ram=PLENTY):
+        pass
+    with pytest.raises(BudgetError) as refused, open_runtime(store, **options, vram=vram, ram=64 * MIB):
+        pass
+    assert refused.value.smallest_bytes is not None
+    ram = -(-refused.value.smallest_bytes // MIB) * MIB
+    with opened(store, devices, **options, vram=vram, ram=ram) as runtime:
+        assert_same(run_greedy(runtime, prompts_for("opt"), STEPS), tiny.reference("opt"))
+
+
+def test_a_device_that_cannot_be_used_is_an_error_or_the_processor_computes(
+    tiny: Tiny, caplog: pytest.LogCaptureFixture
+) -> None:
+    from tiered.errors import ConfigError
+
+    store = tiny.store("opt")
+    with pytest.raises(ConfigError, match="cuda"), open_runtime(store, tiers=ALL, device="cuda:99"):
+        pass
+    with open_runtime(store, tiers=ALL, device="cuda:99", fallback="cpu") as runtime:
+        assert runtime.plan.device is None and runtime.host.device_refusal is not None
+        assert_same(run_greedy(runtime, prompts_for("opt"), STEPS), tiny.reference("opt"))
+    assert sum("the processor computes instead" in record.message for record in caplog.records) == 1
