@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
+import torch
 
 from tests.helpers import Tiny, assert_same, open_runtime, prompts_for, run_greedy
 from tests.quick import represented
-from tiered.device import Device
+from tiered.device import Device, open_device
 from tiered.device.emulated import EmulatedDevice
-from tiered.errors import BudgetError, DeviceBudgetError
+from tiered.errors import BudgetError, ConfigError, DeviceBudgetError
 from tiered.plan import Plan, Tier, full_ring, make_plan
 from tiered.runtime import Runtime, measure_inputs
 from tiered.store import Store
@@ -43,23 +44,33 @@ KV: Final = (("gpu", 16), ("gpu", 8), ("cpu", 16), ("cpu", 4), ("disk", 16), ("d
 pytestmark = pytest.mark.usefixtures("steady_baseline")
 
 
-@pytest.fixture
-def devices(monkeypatch: pytest.MonkeyPatch) -> list[EmulatedDevice]:
-    """The devices that are opened, each with another schedule."""
-    made: list[EmulatedDevice] = []
+class Devices(list[Device]):
+    """The devices that are opened: emulated ones, each with another schedule, or the real one."""
 
-    def open_device(name: str, vram: int | None) -> Device:
-        assert name == "emulated" and vram is not None
-        made.append(EmulatedDevice(vram, seed=len(made)))
-        return made[-1]
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
 
-    monkeypatch.setattr("tiered.host.open_device", open_device)
+    def open(self, name: str, vram: int | None) -> Device:
+        assert name == self.name and vram is not None
+        self.append(EmulatedDevice(vram, seed=len(self)) if name == "emulated" else open_device(name, vram))
+        return self[-1]
+
+
+@pytest.fixture(params=["emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
+def devices(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Devices:
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device here")
+    made = Devices(request.param)
+    monkeypatch.setattr("tiered.host.open_device", made.open)
     return made
 
 
-def options_for(store: Store, on_device: str, in_ram: str, folder: Path, **options: Any) -> dict[str, Any]:
+def options_for(
+    store: Store, devices: Devices, on_device: str, in_ram: str, folder: Path, **options: Any
+) -> dict[str, Any]:
     """Options with budgets that leave the rooms which ROOM calls `on_device` and `in_ram`."""
-    options = {"tiers": ALL, "device": "emulated", "vram": PLENTY, "kv_folder": folder, **options}
+    options = {"tiers": ALL, "device": devices.name, "vram": PLENTY, "kv_folder": folder, **options}
     runtime = open_runtime(store, **options)
     model, machine, budgets = measure_inputs(store, runtime.options)
     ram = vram = PLENTY
@@ -74,13 +85,14 @@ def options_for(store: Store, on_device: str, in_ram: str, folder: Path, **optio
 
 
 @contextmanager
-def opened(store: Store, devices: list[EmulatedDevice], **options: Any) -> Iterator[Runtime]:
+def opened(store: Store, devices: Devices, **options: Any) -> Iterator[Runtime]:
     """A runtime whose device stays within its budget and gives all its memory back."""
     with open_runtime(store, **options) as runtime:
         yield runtime
         assert devices[-1].peak_nbytes <= options["vram"]
         assert runtime.plan.device is not None and runtime.plan.device.nbytes <= options["vram"]
-    assert not devices[-1].in_use
+    if isinstance(devices[-1], EmulatedDevice):
+        assert not devices[-1].in_use
 
 
 def check_placement(plan: Plan, on_device: str) -> None:
@@ -106,7 +118,7 @@ CELLS: Final = [
 )
 def test_the_tokens_are_the_processor_s(
     tiny: Tiny,
-    devices: list[EmulatedDevice],
+    devices: Devices,
     tmp_path: Path,
     name: str,
     on_device: str,
@@ -117,7 +129,7 @@ def test_the_tokens_are_the_processor_s(
 ) -> None:
     store = tiny.store(name)
     asked = {"kv": kv, "kv_bits": bits, "micro_batch_rows": rows}
-    options = options_for(store, on_device, in_ram, tmp_path, **asked)
+    options = options_for(store, devices, on_device, in_ram, tmp_path, **asked)
     with open_runtime(store, kv="cpu", kv_bits=bits) as runtime:
         expected = run_greedy(runtime, prompts_for(name), STEPS)
     with opened(store, devices, **options) as runtime:
@@ -130,11 +142,11 @@ def test_the_tokens_are_the_processor_s(
 
 @pytest.mark.parametrize("tiers", [(Tier.CPU, Tier.GPU), (Tier.GPU,)], ids=["cpu,gpu", "gpu"])
 def test_without_the_disk_nothing_is_read_after_the_first_pass(
-    tiny: Tiny, devices: list[EmulatedDevice], tmp_path: Path, tiers: tuple[Tier, ...]
+    tiny: Tiny, devices: Devices, tmp_path: Path, tiers: tuple[Tier, ...]
 ) -> None:
     on_device = "some" if Tier.CPU in tiers else "all"
     store = tiny.store("llama")
-    options = options_for(store, on_device, "all", tmp_path, tiers=tiers)
+    options = options_for(store, devices, on_device, "all", tmp_path, tiers=tiers)
     with opened(store, devices, **options) as runtime:
         assert not runtime.plan.read_nbytes
         first = run_greedy(runtime, prompts_for("llama"), 1, end=False)
@@ -148,19 +160,19 @@ def test_without_the_disk_nothing_is_read_after_the_first_pass(
         assert bool(runtime.bus_nbytes - copied) == (Tier.CPU in tiers)
 
 
-def test_what_a_refusal_names_is_enough(tiny: Tiny, devices: list[EmulatedDevice], tmp_path: Path) -> None:
+def test_what_a_refusal_names_is_enough(tiny: Tiny, devices: Devices, tmp_path: Path) -> None:
     store = tiny.store("opt")
-    options = {"tiers": ALL, "device": "emulated", "kv_folder": tmp_path}
+    options: dict[str, Any] = {"tiers": ALL, "device": devices.name, "kv_folder": tmp_path}
     with pytest.raises(DeviceBudgetError) as refused, open_runtime(store, **options, vram=MIB, ram=PLENTY):
         pass
     assert refused.value.smallest_bytes is not None
     vram = -(-refused.value.smallest_bytes // MIB) * MIB
     with pytest.raises(DeviceBudgetError), open_runtime(store, **options, vram=vram - 2 * MIB, ram=PLENTY):
         pass
-    with pytest.raises(BudgetError) as refused, open_runtime(store, **options, vram=vram, ram=64 * MIB):
+    with pytest.raises(BudgetError) as short, open_runtime(store, **options, vram=vram, ram=64 * MIB):
         pass
-    assert refused.value.smallest_bytes is not None
-    ram = -(-refused.value.smallest_bytes // MIB) * MIB
+    assert short.value.smallest_bytes is not None
+    ram = -(-short.value.smallest_bytes // MIB) * MIB
     with opened(store, devices, **options, vram=vram, ram=ram) as runtime:
         assert_same(run_greedy(runtime, prompts_for("opt"), STEPS), tiny.reference("opt"))
 
@@ -168,8 +180,6 @@ def test_what_a_refusal_names_is_enough(tiny: Tiny, devices: list[EmulatedDevice
 def test_a_device_that_cannot_be_used_is_an_error_or_the_processor_computes(
     tiny: Tiny, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from tiered.errors import ConfigError
-
     store = tiny.store("opt")
     with pytest.raises(ConfigError, match="cuda"), open_runtime(store, tiers=ALL, device="cuda:99"):
         pass
