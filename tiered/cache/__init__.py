@@ -1,8 +1,10 @@
 """The KV cache of a run: pages of 64 tokens, in memory or on disk, behind transformers' cache interface."""
 
 from tiered.cache.blocks import Extent, LentBlocks, Part
+from tiered.cache.gathered import GatheredKV
 from tiered.cache.layout import PageLayout
-from tiered.cache.micro_batch import GatheredKV, MicroBatchKV, PackedKV, PagedKeys, PagedRead, PositionCache
+from tiered.cache.micro_batch import MicroBatchKV, PackedKV, PagedKeys, PagedRead, PositionCache
+from tiered.cache.outbox import Outbox
 from tiered.cache.pool import KVPool, SequenceKV
 from tiered.cache.shape import kv_shape
 from tiered.plan.kv import Bits, CachePlan, KVShape, layer_groups
@@ -16,6 +18,7 @@ __all__ = [
     "KVShape",
     "LentBlocks",
     "MicroBatchKV",
+    "Outbox",
     "PackedKV",
     "PageLayout",
     "PagedKeys",

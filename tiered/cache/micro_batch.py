@@ -6,10 +6,14 @@
 What a query reads depends on positions alone: complete pages before its own as they are stored, its own page as it was
 computed. So a result depends neither on micro-batches, nor on passes, nor on neighbours.
 
-Two kinds: `PackedKV` for families that take their attention function from transformers' registry, and `GatheredKV` for
-dense attention: families with attention code of their own, which get their keys and values in one piece.
+Where a device computes and the cache is in the host's memory, new states go there (`outbox.py`), and queries follow
+them. Only tokens whose sequence begins in this micro-batch attend where they are, over their own states.
+
+Two kinds: `PackedKV` for families that take their attention function from transformers' registry, and `GatheredKV`
+(`gathered.py`) for families with attention code of their own, which get their keys and values in one piece.
 """
 
+import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,9 +23,11 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from tiered.cache.blocks import LentBlocks, Part
-from tiered.cache.writer import BlockWriter, TailWriter, Writer
+from tiered.cache.layout import PageLayout
+from tiered.cache.outbox import Outbox
+from tiered.cache.writer import BlockWriter, States, TailWriter, Writer
 from tiered.errors import ConfigError
-from tiered.kernels.attention import PAGE_TOKENS, BlockTable, Pages
+from tiered.kernels.attention import PAGE_TOKENS, BlockTable, Pages, contiguous_pages
 
 
 class PositionLayer(CacheLayerMixin):
@@ -66,12 +72,14 @@ class MicroBatchKV(PositionCache):
     """What both kinds share: storing new keys and values, and finding the pages to read.
 
     `parts[i]` lies within part `numbers[i]` of `blocks`; `length` is the number of earlier tokens that masks are made
-    for.
+    for. `outbox`: the way from the device that computes to a pool in the host's memory; None where they are together.
     """
 
-    def __init__(self, blocks: LentBlocks, parts: Sequence[Part], numbers: Sequence[int], length: int) -> None:
+    def __init__(
+        self, blocks: LentBlocks, parts: Sequence[Part], numbers: Sequence[int], length: int, outbox: Outbox | None
+    ) -> None:
         super().__init__(length, blocks.pool.shape.layers)
-        self.pool, self.blocks = blocks.pool, blocks
+        self.pool, self.blocks, self.outbox = blocks.pool, blocks, outbox
         self.parts, self.numbers = tuple(parts), tuple(numbers)
         self._tails = TailWriter(blocks, parts, numbers) if self.pool.plan.has_tails else None
         self._writer: Writer = self._tails or BlockWriter(blocks, parts)
@@ -79,20 +87,23 @@ class MicroBatchKV(PositionCache):
     def check(self, layer: int) -> None:
         """Called when `layer` has computed. Raises ConfigError if it did not read its keys from the cache."""
 
-    def _calls(self) -> "list[list[_Call]]":
-        """For each group of layers, the attention calls: one for all parts of one token, one for every other part."""
-        singles = list(itertools.takewhile(lambda number: self.parts[number].count == 1, range(len(self.parts))))
-        bundles = [singles] if singles else []
-        bundles += [[number] for number in range(len(singles), len(self.parts))]
-        return [[self._call(group, bundle) for bundle in bundles] for group in range(len(self.blocks.maps))]
+    def store(self, layer: int, keys: torch.Tensor, values: torch.Tensor, is_read: bool) -> None:
+        """Store states [heads, tokens, head_dim] of all parts: now if the cache `is_read` next, else in time."""
+        if self.outbox is None:
+            self._writer.store(layer, keys, values)
+            return
+        self.outbox.send(keys, values, functools.partial(self._writer.store, layer))
+        if is_read:
+            self.outbox.flush()
 
-    def _call(self, group: int, bundle: Sequence[int]) -> "_Call":
+    def call(self, group: int, bundle: Sequence[int]) -> "PagedCall":
+        """The call of attention for the parts `bundle`, which have equally many tokens."""
         blocks, parts = self.blocks.maps[group], [self.parts[number] for number in bundle]
         counts = [(part.stop - 1) // PAGE_TOKENS + 1 for part in parts]
         pages, window = max(counts), blocks.window
         rows = zip(bundle, counts, strict=True)
         offsets = [blocks.offsets(self.numbers[number], count) + [-1] * (pages - count) for number, count in rows]
-        return _Call(
+        return PagedCall(
             first=torch.tensor([max(0, part.start - window + 1) if window else 0 for part in parts]),
             count=torch.tensor([part.stop for part in parts]),
             tokens=parts[0].count,
@@ -112,7 +123,7 @@ class MicroBatchKV(PositionCache):
                 offsets[row, part.first_page :] = torch.tensor(tails.fresh_pages(part)) * nbytes
         return offsets
 
-    def _pages(self, call: "_Call", layer: int) -> tuple[Pages, Pages]:
+    def pages(self, call: "PagedCall", layer: int) -> tuple[Pages, Pages]:
         """The keys and values that `call` reads in `layer`."""
         table, recent = BlockTable(self.blocks.memory(layer), call.offsets), None
         if self._tails is not None and call.recent is not None:
@@ -122,10 +133,10 @@ class MicroBatchKV(PositionCache):
 
 
 @dataclass(frozen=True, eq=False)
-class _Call:
+class PagedCall:
     """One call of attention: sequences with equally many tokens, and where their pages are in each layer of a group.
 
-    `first` and `count` are those of `PagedRead`.
+    `first` and `count` are those of `PagedRead`. All tensors are in the host's memory, wherever the pages are.
     """
 
     first: torch.Tensor
@@ -155,6 +166,8 @@ class PagedRead:
     window: int
     keys: Pages
     values: Pages
+    is_away: bool = False
+    """Whether the pages are in the host's memory, and the queries in a device's."""
 
 
 class PagedKeys(torch.Tensor):
@@ -178,30 +191,65 @@ class PagedKeys(torch.Tensor):
 class PackedKV(MicroBatchKV):
     """Parts side by side in one row [1, tokens], without padding. Those of one token come first."""
 
-    def __init__(self, blocks: LentBlocks, parts: Sequence[Part], numbers: Sequence[int]) -> None:
-        super().__init__(blocks, parts, numbers, 0)
-        self._grouped = self._calls()
+    def __init__(
+        self, blocks: LentBlocks, parts: Sequence[Part], numbers: Sequence[int], outbox: Outbox | None = None
+    ) -> None:
+        super().__init__(blocks, parts, numbers, 0, outbox)
+        bundles = self._bundles()
+        self._grouped = [[self.call(group, bundle) for bundle in bundles] for group in range(len(blocks.maps))]
+        """For each group of layers, the attention calls."""
+        self._own: list[_Own | None] = [None] * len(bundles)
+        """For each call, how it attends without the cache; None: it reads pages."""
+        if outbox is not None:
+            self._own = [self._own_of([self.parts[number] for number in bundle]) for bundle in bundles]
+        self._states: States | None = None
         self._stored: int | None = None
+
+    def _bundles(self) -> list[list[int]]:
+        """Numbers of parts that share a call: all parts of one token, and every other part by itself."""
+        singles = list(itertools.takewhile(lambda number: self.parts[number].count == 1, range(len(self.parts))))
+        return [singles] * bool(singles) + [[number] for number in range(len(singles), len(self.parts))]
+
+    def _own_of(self, parts: Sequence[Part]) -> "_Own | None":
+        """How `parts` attend over their own states, if there are no others."""
+        if any(part.start for part in parts):
+            return None
+        tokens, stored = parts[0].count, None
+        if self.pool.layout.bits != 16 and not parts[0].is_within_a_page:
+            nbytes = self.pool.layout.block_nbytes
+            offsets = [page * nbytes for page in range(tokens // PAGE_TOKENS)] + [-1] * (tokens % PAGE_TOKENS > 0)
+            stored = torch.tensor([offsets])
+        count = torch.tensor([tokens] * len(parts))
+        return _Own(torch.zeros_like(count), count, stored)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store states [1, heads, tokens, head_dim]; returns `PagedKeys`, by which attention finds the pages."""
-        self._writer.store(layer_idx, key_states[0], value_states[0])
+        self.store(layer_idx, key_states[0], value_states[0], is_read=None in self._own)
+        if self.outbox is not None:
+            self._states = key_states, value_states
         self._stored = layer_idx
         return PagedKeys.of(key_states, self, layer_idx), value_states
 
     def reads(self, layer: int) -> list[PagedRead]:
         """What attention in `layer` reads; `update` must have stored the layer's new states before."""
         assert self._stored == layer, f"layer {layer} attends, layer {self._stored} has stored"
-        self._stored = None
+        states, self._states, self._stored = self._states, None, None
         group = self.pool.group_of[layer]
+        window, is_away = self.blocks.maps[group].window, self.outbox is not None
         found, token = [], 0
-        for call in self._grouped[group]:
-            stop = token + call.tokens * len(call.count)
-            keys, values = self._pages(call, layer)
-            window = self.blocks.maps[group].window
-            found.append(PagedRead(token, stop, call.first, call.count, window, keys, values))
+        for call, own in zip(self._grouped[group], self._own, strict=True):
+            sequences = len(call.count)
+            stop = token + call.tokens * sequences
+            if own is None:
+                keys, values = self.pages(call, layer)
+                found.append(PagedRead(token, stop, call.first, call.count, window, keys, values, is_away))
+            else:
+                assert states is not None
+                # [sequences, heads, tokens, head_dim]
+                k, v = (x[0, :, token:stop].unflatten(1, (sequences, -1)).transpose(0, 1) for x in states)
+                found.append(PagedRead(token, stop, own.first, own.count, window, *own.pages(self.pool.layout, k, v)))
             token = stop
         return found
 
@@ -214,40 +262,28 @@ class PackedKV(MicroBatchKV):
             )
 
 
-class GatheredKV(MicroBatchKV):
-    """Parts of equally many tokens as rows [parts, tokens]; keys and values in one piece, padded on the left."""
+@dataclass(frozen=True, eq=False)
+class _Own:
+    """One call of attention over the states of its own micro-batch, where sequences begin in it.
 
-    def __init__(self, blocks: LentBlocks, parts: Sequence[Part], numbers: Sequence[int]) -> None:
-        count = parts[0].count
-        longest = max(part.stop for part in parts)
-        super().__init__(blocks, parts, numbers, longest - count)
-        self._grouped = [[self._call(group, [n]) for n in range(len(parts))] for group in range(len(blocks.maps))]
-        self.attention_mask = None
-        if len(parts) > 1:
-            padding = torch.tensor([longest - part.stop for part in parts])
-            self.attention_mask = (torch.arange(longest) >= padding[:, None]).long()
+    `first` and `count` are those of `PagedRead`.
+    """
 
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store states [parts, heads, tokens, head_dim]; returns all so far, [parts, heads, longest, head_dim] each."""
-        flat = (states.transpose(0, 1).flatten(1, 2) for states in (key_states, value_states))
-        self._writer.store(layer_idx, *flat)
-        calls = self._grouped[self.pool.group_of[layer_idx]]
-        longest = max(part.stop for part in self.parts)
-        shape = (len(self.parts), self.pool.shape.heads, longest, self.pool.shape.head_dim)
-        gathered = key_states.new_zeros(shape), value_states.new_zeros(shape)
-        for row, (part, call) in enumerate(zip(self.parts, calls, strict=True)):
-            for pages, states in zip(self._pages(call, layer_idx), gathered, strict=True):
-                _gather(pages, part, states[row, :, longest - part.stop :])
-        return gathered
+    first: torch.Tensor
+    count: torch.Tensor
+    stored: torch.Tensor | None
+    """[1, pages] int64: offsets at which complete pages are put as the cache stores them; -1: the page is not complete.
+    None where queries read all pages as they were computed."""
 
-
-def _gather(pages: Pages, part: Part, out: torch.Tensor) -> None:
-    """Write slots 0 to part.stop - 1 to out [heads, slots, head_dim]."""
-    heads, slots, head_dim = out.shape
-    for start in range(0, slots, PAGE_TOKENS):
-        stop, page = min(slots, start + PAGE_TOKENS), start // PAGE_TOKENS
-        shape = (heads, stop - start, head_dim)
-        # In 16 bits the scale would be rounded, which changes all numbers of a channel by the same factor.
-        out[:, start:stop] = pages.widen(0, page, shape, page >= part.first_page, torch.float32)
+    def pages(self, layout: PageLayout, keys: torch.Tensor, values: torch.Tensor) -> tuple[Pages, Pages]:
+        """What queries read of keys and values [sequences, heads, tokens, head_dim], as if it were in the cache."""
+        keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (keys, values))
+        recent = contiguous_pages(keys), contiguous_pages(values)
+        if self.stored is None:
+            return recent
+        whole = keys.shape[2] // PAGE_TOKENS
+        memory = torch.empty(whole * layout.block_nbytes, dtype=torch.uint8, device=keys.device)
+        offsets = torch.arange(whole) * layout.block_nbytes
+        paged = (x[0, :, : whole * PAGE_TOKENS].unflatten(1, (whole, -1)).transpose(0, 1) for x in (keys, values))
+        layout.store(memory, offsets, *paged)
+        return layout.pages(BlockTable(memory, self.stored), recent)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 
 from tiered.cache.layout import PageLayout
+from tiered.cache.outbox import Outbox
 from tiered.errors import ConfigError
 from tiered.plan.kv import CachePlan
 
@@ -66,10 +67,16 @@ class _Runs:
 
 
 class KVPool:
-    """Lends out the blocks of `plan`. `memory` (uint8) is `plan.pool_nbytes` long."""
+    """Lends out the blocks of `plan`. `memory` (uint8) is `plan.pool_nbytes` long, in the host's memory or a device's.
 
-    def __init__(self, plan: CachePlan, memory: torch.Tensor) -> None:
-        self.plan, self.shape = plan, plan.shape
+    `outbox`: how states that a device has computed come to the pool, if that is in the host's memory.
+    """
+
+    def __init__(self, plan: CachePlan, memory: torch.Tensor, outbox: Outbox | None = None) -> None:
+        assert not (plan.on_device and outbox), "what is on the device need not be copied out"
+        self.plan, self.shape, self.outbox = plan, plan.shape, outbox
+        self.where = memory.device
+        """Where the blocks are; where tails and scratch are, if blocks are on disk."""
         self.layout, self.exact = PageLayout(plan.shape, plan.bits, plan.slots), PageLayout(plan.shape, 16, plan.slots)
         self._runs = [_Runs(plan.blocks(group)) for group in plan.groups]
         self._tails = _Runs(plan.sequences)
@@ -84,7 +91,7 @@ class KVPool:
                     position += plan.blocks(group) * self.layout.block_nbytes
         self._memory = None if plan.on_disk else memory[plan.tails_nbytes : plan.tails_nbytes + plan.blocks_nbytes]
         self._tails_memory = memory[: plan.tails_nbytes]
-        self._scratch = torch.empty(0, dtype=torch.uint8)
+        self._scratch = memory.new_empty(0)
 
     def reserve(self, tokens: int) -> SequenceKV | None:
         """Room for a sequence of `tokens` tokens; None while other sequences hold too much.
@@ -135,5 +142,5 @@ class KVPool:
     def scratch(self, nbytes: int) -> torch.Tensor:
         """uint8: memory in which a micro-batch puts pages together. All share it, as they compute one by one."""
         if self._scratch.numel() < nbytes:
-            self._scratch = torch.empty(nbytes, dtype=torch.uint8)
+            self._scratch = self._scratch.new_empty(nbytes)
         return self._scratch[:nbytes]

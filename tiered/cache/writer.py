@@ -6,7 +6,7 @@ that are quantized or on disk, writes into the sequences' tails, and a page into
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 
@@ -31,28 +31,44 @@ class BlockWriter:
     def __init__(self, blocks: LentBlocks, parts: Sequence[Part]) -> None:
         self._pool = blocks.pool
         positions = [(part, position) for part in parts for position in range(part.start, part.stop)]
-        self._slots = torch.tensor([position % PAGE_TOKENS for _, position in positions])
-        self._rows = [
-            torch.tensor([part.kv.block(group, position // PAGE_TOKENS) for part, position in positions])
+        slots = [position % PAGE_TOKENS for _, position in positions]
+        self._places = [
+            _Places.of(
+                [part.kv.block(group, position // PAGE_TOKENS) for part, position in positions], slots, self._pool.where
+            )
             for group in range(len(self._pool.plan.groups))
         ]
-        """For each group, the block of each token's page."""
+        """For each group, where each token goes: the block of its page, and its slot in there."""
 
     def store(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        rows = self._rows[self._pool.group_of[layer]]
-        _scatter(self._pool.layout.dense(self._pool.layer_blocks(layer)), rows, self._slots, (keys, values))
+        places = self._places[self._pool.group_of[layer]]
+        places.write(self._pool.layout.dense(self._pool.layer_blocks(layer)), (keys, values))
 
 
-def _scatter(target: States, rows: torch.Tensor, slots: torch.Tensor, states: States) -> None:
-    """Write `states` [heads, tokens, head_dim] to rows and slots of `target` [rows, heads, 64, head_dim]."""
-    if len(rows) == 1:
-        # After a product has filled the processor's caches, indexing by tensors takes twice as long as by numbers.
-        row, slot = int(rows), int(slots)
+@dataclass(frozen=True, eq=False)
+class _Places:
+    """Rows and slots of memory [rows, heads, 64, head_dim], one of each per token."""
+
+    rows: torch.Tensor | int
+    """A number for a single token: after a product has filled the processor's caches, indexing by tensors takes twice
+    as long as by numbers. And a tensor of a device could only be read by waiting for it."""
+    slots: torch.Tensor | int
+
+    @classmethod
+    def of(cls, rows: Sequence[int], slots: Sequence[int], where: torch.device) -> Self:
+        """For memory at `where`."""
+        if len(rows) == 1:
+            return cls(rows[0], slots[0])
+        return cls(torch.tensor(rows).to(where), torch.tensor(slots).to(where))
+
+    def write(self, target: States, states: States) -> None:
+        """Write `states` [heads, tokens, head_dim] to these places of `target`."""
+        if isinstance(self.rows, int):
+            for memory, new in zip(target, states, strict=True):
+                memory[self.rows, :, self.slots] = new[:, 0]
+            return
         for memory, new in zip(target, states, strict=True):
-            memory[row, :, slot] = new[:, 0]
-        return
-    for memory, new in zip(target, states, strict=True):
-        memory[rows, :, slots] = new.transpose(0, 1)
+            memory[self.rows, :, self.slots] = new.transpose(0, 1)
 
 
 @dataclass(frozen=True)
@@ -93,7 +109,8 @@ class TailWriter:
                 self._long.append(_Long(part, number, token, fresh))
                 fresh += (part.stop - 1) // PAGE_TOKENS - part.first_page + 1
             token += part.count
-        self._tokens, self._tails, self._slots = torch.tensor(tokens), torch.tensor(tails), torch.tensor(slots)
+        self._tokens = torch.tensor(tokens, dtype=torch.int64).to(self._pool.where)
+        self._tails = _Places.of(tails, slots, self._pool.where)
         self._fresh_pages = fresh
 
     def fresh_pages(self, part: Part) -> range:
@@ -109,7 +126,7 @@ class TailWriter:
         tails, fresh = self._pool.exact.dense(self._pool.tails(layer)), self._pool.exact.dense(self.fresh())
         if self._short:
             tokens = slice(None) if not self._long else self._tokens
-            _scatter(tails, self._tails, self._slots, (keys[:, tokens], values[:, tokens]))
+            self._tails.write(tails, (keys[:, tokens], values[:, tokens]))
         for item in self._long:
             for tail, page, states in zip(tails, fresh, (keys, values), strict=True):
                 _fill(tail[item.part.kv.tail], page, item, states[:, item.token : item.token + item.part.count])

@@ -1,0 +1,98 @@
+"""New keys and values on their way from a device to the KV cache in the host's memory.
+
+In: a micro-batch's states in one layer, computed on the device. Out: the same states in the host's memory, given to
+whoever stores them. The copy is one transfer and runs beside computing: what is computed next need not wait for it.
+"""
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+
+from tiered.device import Device, Event
+from tiered.plan.kv import KVShape
+from tiered.units import round_up
+
+_ALIGNMENT: Final = 64
+
+Store = Callable[[torch.Tensor, torch.Tensor], None]
+"""Takes keys and values [heads, tokens, head_dim] in the host's memory, which are valid until it returns."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Sent:
+    """States on their way."""
+
+    arriving: torch.Tensor
+    """[2, heads, tokens, head_dim] in the host's memory."""
+    event: Event
+    store: Store
+
+
+class Outbox:
+    """Copies states out of `device`, from `source` to `target` (uint8 of as many bytes, the device's and the host's).
+
+    States are stored in the order in which they were sent: when they are asked for by `flush`, or when memory for
+    others is wanted. For the thread that computes.
+    """
+
+    def __init__(self, device: Device, source: torch.Tensor, target: torch.Tensor) -> None:
+        assert len(source) == len(target), (len(source), len(target))
+        self._device, self._source, self._target = device, source, target
+        self._sent: list[_Sent] = []
+        self._used = 0
+
+    @staticmethod
+    def memory_nbytes(shape: KVShape, rows: int) -> int:
+        """Bytes, on either side, for two micro-batches of `rows` tokens: one is computed while the other is copied."""
+        return 2 * round_up(2 * rows * shape.heads * shape.head_dim * shape.itemsize, _ALIGNMENT)
+
+    @property
+    def where(self) -> torch.device:
+        """The torch device that states come from."""
+        return self._device.where
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is on its way."""
+        return not self._sent
+
+    def send(self, keys: torch.Tensor, values: torch.Tensor, store: Store) -> None:
+        """Begin to copy keys and values [heads, tokens, head_dim]; `store` gets them once they have arrived."""
+        shape, nbytes = (2, *keys.shape), keys.nbytes + values.nbytes
+        assert nbytes <= len(self._source), f"{nbytes:,} bytes of states, planned for {len(self._source):,}"
+        if self._used + nbytes > len(self._source):
+            self.flush()
+        part = slice(self._used, self._used + nbytes)
+        source, target = self._source[part], self._target[part]
+        self._used = round_up(part.stop, _ALIGNMENT)
+        states = source.view(keys.dtype).view(shape)
+        self._device.uses(source, writes=True)
+        states[0], states[1] = keys, values
+        event = self._device.copy_out(source, target, after=[self._device.record()])
+        self._sent.append(_Sent(target.view(keys.dtype).view(shape), event, store))
+
+    def flush(self) -> None:
+        """Wait for all that is on its way, and store it. Raises what copying raised."""
+        sent, self._sent, self._used = self._sent, [], 0
+        for number, item in enumerate(sent):
+            try:
+                item.event.wait()
+                item.store(item.arriving[0], item.arriving[1])
+            except BaseException:
+                _settle(sent[number:])
+                raise
+
+    def drop(self) -> None:
+        """After a pass that failed: wait until nothing is on its way any more, and store none of it."""
+        sent, self._sent, self._used = self._sent, [], 0
+        _settle(sent)
+
+
+def _settle(sent: list[_Sent]) -> None:
+    """Wait until the memory of `sent` is written to no more."""
+    for item in sent:
+        with contextlib.suppress(Exception):  # the pass has failed already, and says why
+            item.event.wait()
