@@ -26,14 +26,14 @@ from tiered.io import ChunkVerifier, DiskReader, Faults, ReadMode, probe_mode
 from tiered.kernels import Kernels, scratch_nbytes
 from tiered.memory import open_memory
 from tiered.model import (
-    BoundModel,
     Engine,
     ForwardBatch,
     ForwardWork,
     OnBlock,
     OnLogits,
     Pass,
-    Recorder,
+    Seat,
+    Seats,
     Segment,
     Segments,
     Work,
@@ -42,7 +42,6 @@ from tiered.model import (
     check_token_ids,
     load_tables,
     model_shape,
-    use_attention,
 )
 from tiered.options import Options, compute_dtype
 from tiered.plan import (
@@ -76,8 +75,7 @@ class _Prepared:
     """What computes, before any weight is in memory."""
 
     dtype: torch.dtype
-    model: BoundModel
-    recorder: Recorder
+    seats: Seats
     shape: ModelShape
     machine: Machine
 
@@ -180,7 +178,8 @@ class Runtime:
             DiskReader(self.store.path, verifier, self.host.trace, READ_THREADS, mode, clock=clock, preadv=self._preadv)
         )
         embedding = EmbeddingRows(self.store, self.reader, verifier, self._memory.staging)
-        self.engine = Engine(made.model, made.recorder, embedding, self.host.cancel, self.host.trace)
+        pool = self._memory.pool
+        self.engine = Engine(made.seats, embedding, self.host.cancel, self.host.trace, pool.outbox)
         self.dtype = made.dtype
         stack.callback(self.stop_streaming)
         self._member = member
@@ -221,9 +220,9 @@ class Runtime:
         """One pass over tokens of many sequences; see `forward` for the rest."""
         for segment in segments:
             check_token_ids(torch.tensor([segment.input_ids]), self.store.vocab_size)
-        limits = limits_of(self.plan, self.engine.model.skeleton.family.gathers)
-        pool, packing = self._memory.pool, self.host.attention.packing
-        work = Segments(segments, pool, limits, self.plan.head_rows, packing, on_logits)
+        seats = self.engine.seats
+        limits = limits_of(self.plan, seats.decode.model.skeleton.family.gathers)
+        work = Segments(segments, self._memory.pool, limits, self.plan.head_rows, seats, on_logits)
         return self._run(work, on_block, is_last)
 
     def forward(self, batch: Sequence[ForwardBatch], on_block: OnBlock | None = None, is_last: bool = False) -> Pass:
@@ -233,7 +232,8 @@ class Runtime:
         """
         for item in batch:
             check_token_ids(item.input_ids, self.store.vocab_size)
-        work = ForwardWork(batch, self.plan.micro_batch_rows, self.plan.cache.shape.layers)
+        layers, seat = self.plan.cache.shape.layers, self.engine.seats.decode
+        work = ForwardWork(batch, self.plan.micro_batch_rows, layers, seat)
         return self._run(work, on_block, is_last)
 
     def _run(self, work: Work, on_block: OnBlock | None, is_last: bool) -> Pass:
@@ -350,7 +350,7 @@ class Runtime:
     async def _load_tables(self) -> None:
         """Read what stays in memory beside the tape."""
         await self.engine.embedding.load_side(self._memory.side)
-        await load_tables(self.engine.model, self.store, self.reader)
+        await load_tables([seat.model for seat in self.engine.seats], self.store, self.reader)
 
 
 def _prepare(store: Store, options: Options, host: Host) -> _Prepared:
@@ -361,11 +361,9 @@ def _prepare(store: Store, options: Options, host: Host) -> _Prepared:
     skeleton = build_skeleton(config, dtype)
     check_match(store, skeleton)
     shape = model_shape(store, skeleton, dtype)
-    use_attention(skeleton.model, host.attention.name)
-    model = BoundModel(skeleton, dtype, host.kernels)
-    recorder = Recorder(skeleton)
+    seat = Seat.take(skeleton, dtype, host.kernels, host.attention)
     host.warm_up(dtype)
-    return _Prepared(dtype, model, recorder, shape, Machine(scratch_nbytes(host.threads)))
+    return _Prepared(dtype, Seats(seat, seat), shape, Machine(scratch_nbytes(host.threads)))
 
 
 def _budgets(options: Options, member: Member, before: int) -> Budgets:

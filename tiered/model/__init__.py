@@ -1,13 +1,15 @@
 """transformers' graph, our weights: offloaded linears, the recorder, the engine."""
 
 from tiered.model.attention import KernelAttention, registered_attention, use_attention
-from tiered.model.bind import BoundModel, load_tables
+from tiered.model.bind import BoundModel
 from tiered.model.engine import Engine, OnBlock, Pass
 from tiered.model.forward import ForwardBatch, ForwardWork, check_token_ids, keep_positions, slice_mask
 from tiered.model.match import check_layers, check_match
 from tiered.model.record import CACHE_NAMES, Recorder, cache_name
+from tiered.model.seat import Seat, Seats
 from tiered.model.segments import OnLogits, Segment, Segments
 from tiered.model.shape import model_shape
+from tiered.model.tables import load_tables
 from tiered.model.work import Work
 
 __all__ = [
@@ -21,6 +23,8 @@ __all__ = [
     "OnLogits",
     "Pass",
     "Recorder",
+    "Seat",
+    "Seats",
     "Segment",
     "Segments",
     "Work",

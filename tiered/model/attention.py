@@ -47,11 +47,12 @@ class KernelAttention:
     """An attention function for transformers' registry, under a name of its own.
 
     Masks are those of transformers' "sdpa": None, booleans (true where a query sees a key), or numbers that are added
-    to scores. Keys of a packed micro-batch (`PagedKeys`) come with a `PackedMask`.
+    to scores. Keys of a packed micro-batch (`PagedKeys`) come with a `PackedMask`. `host`: the processor's kernels,
+    where `kernels` are a device's. Queries whose pages are in the host's memory go there, and what they see comes back.
     """
 
-    def __init__(self, kernels: Kernels) -> None:
-        self._kernels = kernels
+    def __init__(self, kernels: Kernels, host: Kernels | None = None) -> None:
+        self._kernels, self._host = kernels, host or kernels
         self.name = f"tiered-{id(self):x}"
         self._is_packing = False
         self._biases: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -137,6 +138,10 @@ class KernelAttention:
             sequences = len(read.count)
             # [sequences, queries, heads, head_dim]
             queries = query[0, :, read.start : read.stop].unflatten(1, (sequences, -1)).permute(1, 2, 0, 3)
+            kernels, sinks = self._kernels, kwargs.get("s_aux")
+            if read.is_away:
+                kernels, queries = self._host, queries.cpu()
+                sinks = None if sinks is None else sinks.cpu()
             call = AttentionCall(
                 query=queries,
                 kv_heads=key.shape[1],
@@ -147,9 +152,10 @@ class KernelAttention:
                 scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
                 window=read.window,
                 softcap=kwargs.get("softcap") or 0.0,
-                sinks=kwargs.get("s_aux"),
+                sinks=sinks,
             )
-            outputs.append(self._kernels.attention(call).flatten(0, 1))
+            output = kernels.attention(call).flatten(0, 1)
+            outputs.append(output.to(query.device) if read.is_away else output)
         return (torch.cat(outputs) if len(outputs) > 1 else outputs[0])[None]
 
     def _serves(
@@ -189,9 +195,9 @@ class KernelAttention:
 
 
 @contextmanager
-def registered_attention(kernels: Kernels) -> Iterator[KernelAttention]:
-    """Attention by `kernels`, which transformers' modules find under its name for as long as the context lasts."""
-    attention = KernelAttention(kernels)
+def registered_attention(kernels: Kernels, host: Kernels | None = None) -> Iterator[KernelAttention]:
+    """`KernelAttention`, which transformers' modules find under its name for as long as the context lasts."""
+    attention = KernelAttention(kernels, host)
     AttentionInterface.register(attention.name, attention)
     # Without an entry here, models are handed no mask at all.
     AttentionMaskInterface.register(attention.name, attention.make_mask)
@@ -240,7 +246,9 @@ def _added(mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor, ca
         if not causal or queries == 1:
             return None
         # As in "sdpa": where there are more slots than queries, the queries are at the first slots.
-        mask = torch.ones(queries, slots, dtype=torch.bool).tril()[None, None]
+        mask = torch.ones(queries, slots, dtype=torch.bool, device=query.device).tril()[None, None]
     if mask.dtype != torch.bool:
         return mask
-    return torch.zeros(mask.shape, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
+    return torch.zeros(mask.shape, dtype=query.dtype, device=query.device).masked_fill(
+        ~mask, torch.finfo(query.dtype).min
+    )

@@ -7,19 +7,22 @@ through every layer in milliseconds, so what is in memory costs a module only lo
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import nn
 from torch.func import functional_call
 
 from tiered.arch import Skeleton, is_expert_stack, is_plain_linear
-from tiered.io import ChunkBuffers, DiskReader
 from tiered.kernels import Kernels
 from tiered.model.desk import Desk
 from tiered.model.experts import OffloadedExperts
-from tiered.store import ALIGNMENT, PAGE, Store, Unit
+from tiered.store import ALIGNMENT
 from tiered.stream import AnyWeight, Loan
 from tiered.units import round_up
+
+PROCESSOR: Final = torch.device("cpu")
+"""Where the processor's tensors are, in torch's words."""
 
 
 class OffloadedLinear(nn.Module):
@@ -95,34 +98,44 @@ class _Place:
 
 
 class BoundModel:
-    """A skeleton whose layers and head compute with lent weights, and whose other parts hold their own."""
+    """A skeleton whose layers and head compute with lent weights, and whose other parts hold their own.
 
-    def __init__(self, skeleton: Skeleton, dtype: torch.dtype, kernels: Kernels) -> None:
-        self.skeleton, self.dtype = skeleton, dtype
+    All its tensors are at `where`, and so must be what it computes with: lent weights, embedding rows, positions. A
+    model elsewhere needs another skeleton.
+    """
+
+    def __init__(
+        self, skeleton: Skeleton, dtype: torch.dtype, kernels: Kernels, where: torch.device = PROCESSOR
+    ) -> None:
+        self.skeleton, self.dtype, self.where = skeleton, dtype, where
         self._desk = Desk()
         self._places: dict[nn.Module, dict[str, _Place]] = {}
         """Of each module that was lent weights: the places of those that nothing borrows."""
-        self._scratch = torch.empty(0, dtype=torch.uint8)
+        self._scratch = torch.empty(0, dtype=torch.uint8, device=where)
         """Holds copies of such weights while their module computes: of the module that has most of them."""
         self.layers: list[nn.Module] = list(skeleton.layers)
         for layer in self.layers:
             _offload(layer, kernels, self._desk, "")
         self.head = OffloadedLinear(_linear_at(skeleton.model, skeleton.head_name), kernels, self._desk, "")
         skeleton.model.set_output_embeddings(self.head)
+        self.blocks: list[nn.Module] = [*self.layers, self.head]
+        """The modules of the tape's blocks."""
         # It matters in training only, and torch would demand that it is among the few rows that `embed` is given.
         skeleton.embedding.padding_idx = None
+        _move_tables(skeleton.model, where)
 
     def set_outer(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Give the parts outside layers, embedding and head their tensors, by full name, for good."""
         for name, tensor in tensors.items():
-            _keep(self.skeleton.model, name, tensor.to(self.dtype) if tensor.is_floating_point() else tensor)
+            dtype = self.dtype if tensor.is_floating_point() else tensor.dtype
+            _keep(self.skeleton.model, name, tensor.to(self.where, dtype))
 
     def set_small(self, module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
         """Give a layer or the head its small tensors, by name inside it, for good."""
         for name, tensor in tensors.items():
             path, _, attribute = name.rpartition(".")
             own: torch.Tensor = getattr(module.get_submodule(path), attribute)
-            _keep(module, name, tensor.to(own.dtype) if tensor.is_floating_point() else tensor)
+            _keep(module, name, tensor.to(self.where, own.dtype if tensor.is_floating_point() else tensor.dtype))
 
     def embed(self, rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """What the model's own embedding module returns for `index` [...], with `rows` [n, width] as its table."""
@@ -161,29 +174,8 @@ class BoundModel:
         """Memory for copies of the weights of all `places`."""
         nbytes = sum(round_up(place.own.nbytes, ALIGNMENT) for place in places)
         if nbytes > len(self._scratch):
-            self._scratch = torch.empty(nbytes, dtype=torch.uint8)
+            self._scratch = self._scratch.new_empty(nbytes)
         return self._scratch
-
-
-async def load_tables(model: BoundModel, store: Store, reader: DiskReader) -> None:
-    """Read the tensors that stay in memory for good, and give them to `model`: those that are neither in layers nor
-    embedding nor head, and the small ones of layers and head."""
-    if (outer := store.blocks.get("outer")) is not None:
-        for unit in store.layout(outer).units:
-            model.set_outer(await _copies(unit, reader))
-    for block, units, module in zip(store.tape, store.small_units, [*model.layers, model.head], strict=True):
-        for unit in units:
-            tensors = await _copies(unit, reader)
-            model.set_small(module, {name.removeprefix(block.prefix): tensor for name, tensor in tensors.items()})
-
-
-async def _copies(unit: Unit, reader: DiskReader) -> dict[str, torch.Tensor]:
-    """The tensors of `unit`, by full name."""
-    # Not borrowed from the arena: only copies in the compute dtype are kept, and this memory is freed at once.
-    memory = _aligned(unit.memory_nbytes)
-    view = memoryview(memory.numpy())  # type: ignore[arg-type]  # numpy's stubs lack the buffer protocol here
-    await reader.read_unit(unit, view, ChunkBuffers())
-    return {name: weight.view(memory).clone() for name, weight in unit.weights.items()}  # type: ignore[union-attr]
 
 
 def _in_place(loan: Loan, name: str, dtype: torch.dtype) -> torch.Tensor | None:
@@ -213,6 +205,16 @@ def _plain(weight: AnyWeight, name: str) -> torch.Tensor:
     return weight
 
 
+def _move_tables(model: nn.Module, where: torch.device) -> None:
+    """Have all tensors that modules made for themselves (rotary frequencies, position tables) at `where`."""
+    for module in model.modules():
+        # A few keep one outside parameters and buffers, as a plain attribute.
+        for tensors in (module._buffers, vars(module)):
+            for name, tensor in tensors.items():
+                if isinstance(tensor, torch.Tensor) and not tensor.is_meta and tensor.device != where:
+                    tensors[name] = tensor.to(where)
+
+
 def _keep(module: nn.Module, name: str, value: torch.Tensor) -> None:
     """Make `value` the parameter or buffer `name` inside `module`."""
     path, _, attribute = name.rpartition(".")
@@ -221,13 +223,6 @@ def _keep(module: nn.Module, name: str, value: torch.Tensor) -> None:
         target._buffers[attribute] = value
     else:
         target.register_parameter(attribute, nn.Parameter(value, requires_grad=False))
-
-
-def _aligned(nbytes: int) -> torch.Tensor:
-    """uint8 memory that starts on a page."""
-    raw = torch.empty(nbytes + PAGE, dtype=torch.uint8)
-    start = -raw.data_ptr() % PAGE
-    return raw[start : start + nbytes]
 
 
 def _offload(module: nn.Module, kernels: Kernels, desk: Desk, path: str) -> None:

@@ -1,12 +1,16 @@
 """One pass over the tape: while a block is lent, all micro-batches of the work compute with its weights.
 
     embeddings of all tokens -> record every micro-batch
-    for each layer: for each micro-batch: hidden = layer(hidden), in which each linear layer waits for its weight
+    for each layer: for each seat: for each micro-batch: hidden = layer(hidden), in which each linear layer waits for
+        its weight
     head: replay -> logits
 
 Within a block, one text may pass in several micro-batches, one behind the other: each finds the keys of the earlier
 ones in the cache. So a long prompt costs one pass, and activations stay small. With several micro-batches a block's
 weights stay until the last one has used them; with one, each goes back as soon as it has been computed with.
+
+A pass has one seat or two (`seat.py`): what a device is given it computes later, while the processor does its own part
+of the same layer. Each seat has a loan of its own.
 
 All of it is a plain loop in the compute thread. Reading goes on in the event loop's thread meanwhile (`stream/`).
 """
@@ -19,11 +23,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from tiered.cache import Outbox
 from tiered.kernels import CancelFlag
-from tiered.model.bind import BoundModel
-from tiered.model.record import Recorder
+from tiered.model.seat import Seat, Seats
 from tiered.model.work import Embedded, Group, MicroBatch, Work
-from tiered.stream import NO_EXPERTS, EmbeddingRows, ExpertUse, Streams, run_in
+from tiered.stream import NO_EXPERTS, EmbeddingRows, ExpertUse, KVStream, Lender, Streams, run_in
 from tiered.trace import Tracer
 
 OnBlock = Callable[[int, int], None]
@@ -50,7 +54,8 @@ class Pass:
 class _Clock:
     """What a pass has cost so far."""
 
-    streams: Streams
+    lenders: Sequence[Lender | KVStream]
+    """Those that computing may wait for."""
     trace: Tracer
     compute_seconds: float = 0.0
     block_seconds: list[float] = field(default_factory=list)
@@ -62,8 +67,7 @@ class _Clock:
     @property
     def waited(self) -> float:
         """Seconds waited since the streams were opened."""
-        streams = self.streams
-        return streams.blocks.wait_seconds + (streams.kv.wait_seconds if streams.kv is not None else 0.0)
+        return sum(lender.wait_seconds for lender in self.lenders)
 
     @contextlib.contextmanager
     def computing(self, name: str) -> Iterator[None]:
@@ -94,13 +98,25 @@ class _Clock:
         self.block_seconds.append(time.perf_counter() - start - (self.waited + self.compute_seconds - busy))
 
 
+@dataclass(frozen=True, eq=False)
+class _Turn:
+    """What one seat does in a pass."""
+
+    seat: Seat
+    lender: Lender
+    groups: Sequence[Group]
+    is_held: bool
+    """Whether several micro-batches use a layer."""
+
+
 class Engine:
-    """Runs passes of a bound model over what streams lend. For use in the compute thread."""
+    """Runs passes over what streams lend, at the seats that the work has. For use in the compute thread."""
 
     def __init__(
-        self, model: BoundModel, recorder: Recorder, embedding: EmbeddingRows, cancel: CancelFlag, trace: Tracer
+        self, seats: Seats, embedding: EmbeddingRows, cancel: CancelFlag, trace: Tracer, outbox: Outbox | None = None
     ) -> None:
-        self.model, self.embedding, self._recorder = model, embedding, recorder
+        """`outbox`: that of the pool which the works' sequences are in."""
+        self.seats, self.embedding, self._outbox = seats, embedding, outbox
         self.passes = 0
         """Passes begun so far."""
         self._cancel, self._trace = cancel, trace
@@ -111,50 +127,74 @@ class Engine:
 
         `is_last` promises that no other pass follows. After an error the streams must be rewound.
         """
-        start, clock = time.perf_counter(), _Clock(streams, self._trace)
-        waited, used = clock.waited, streams.blocks.expert_use
+        lenders = [_lender(seat, streams) for seat in work.seats]
+        start, clock = time.perf_counter(), _Clock([*lenders, *filter(None, [streams.kv])], self._trace)
+        waited, used = clock.waited, [lender.expert_use for lender in lenders]
         self.passes += 1
-        streams.blocks.begin(is_last, clock.on_wait)
-        groups = self._record(work, streams, clock)
-        lent = [group.blocks for group in groups if group.blocks is not None]
-        layers, total = len(self.model.layers), len(self.model.layers) + 1
-        is_held = sum(len(group.micro_batches) for group in groups) > 1
-        with streams.kv.serving(lent) if streams.kv is not None and lent else contextlib.nullcontext():
-            for number, layer in enumerate(self.model.layers):
-                with clock.block(), streams.blocks.lend(number, is_held) as loan, self.model.lend(layer, loan):
-                    for group in groups:
-                        with self._pages(streams, group, number), clock.computing(loan.block):
-                            self._run_layer(number, layer, group.micro_batches)
-                if on_block is not None:
-                    on_block(number + 1, total)
-            with (
-                clock.block(),
-                streams.blocks.lend(layers, work.head_steps(groups) > 1) as loan,
-                self.model.lend(self.model.head, loan),
-                clock.computing(loan.block),
-            ):
-                self._cancel.check()
-                logits = work.finish(self._recorder, groups)
-            if on_block is not None:
-                on_block(total, total)
+        for lender in lenders:
+            lender.begin(is_last, clock.on_wait)
+        try:
+            groups = self._record(work, streams, clock)
+            turns = [_turn(seat, lender, groups) for seat, lender in zip(work.seats, lenders, strict=True)]
+            logits = self._run(work, turns, streams, clock, on_block)
+        except BaseException:
+            if self._outbox is not None:
+                self._outbox.drop()
+            raise
         work.commit()
-        seconds = time.perf_counter() - start
-        waits, experts = clock.waited - waited, streams.blocks.expert_use - used
+        seconds, waits = time.perf_counter() - start, clock.waited - waited
+        experts = sum((lender.expert_use - before for lender, before in zip(lenders, used, strict=True)), NO_EXPERTS)
         return Pass(logits, seconds, clock.compute_seconds, waits, tuple(clock.block_seconds), experts)
 
     def _record(self, work: Work, streams: Streams, clock: _Clock) -> list[Group]:
         """The micro-batches of `work`, ready for the first layer."""
         ids = work.ids
         packed = run_in(streams.loop, self.embedding.fetch(ids), self._cancel)
-        with clock.computing("record"):
-            rows = self.embedding.widen(packed, ids, self.model.dtype)
-            return work.record(self._recorder, Embedded(self.model, rows, ids))
+        with clock.computing("record"), contextlib.ExitStack() as stack:
+            for seat in work.seats:
+                stack.enter_context(seat.computing())
+            rows = self.embedding.widen(packed, ids, self.seats.decode.model.dtype)
+            return work.record(Embedded(rows, ids))
 
-    def _pages(self, streams: Streams, group: Group, layer: int) -> contextlib.AbstractContextManager[None]:
-        """Borrow the KV blocks that `group` needs in `layer`, if they are on disk."""
-        if streams.kv is None or group.blocks is None:
-            return contextlib.nullcontext()
-        return streams.kv.lend(group.blocks, layer)
+    def _run(
+        self, work: Work, turns: Sequence[_Turn], streams: Streams, clock: _Clock, on_block: OnBlock | None
+    ) -> tuple[torch.Tensor, ...]:
+        """Compute `turns` through all blocks; returns logits as `Work.finish` does."""
+        groups = [group for turn in turns for group in turn.groups]
+        lent = [group.blocks for group in groups if group.blocks is not None]
+        layers, total = len(turns[-1].seat.model.layers), len(turns[-1].seat.model.blocks)
+        with streams.kv.serving(lent) if streams.kv is not None and lent else contextlib.nullcontext():
+            for number in range(layers):
+                with clock.block():
+                    for turn in turns:
+                        self._take(turn, number, streams, clock)
+                    self._flush(clock)
+                if on_block is not None:
+                    on_block(number + 1, total)
+            with clock.block():
+                for turn in turns[:-1]:
+                    with turn.lender.lend(layers):
+                        pass  # the head is the last one's
+                logits = self._finish(work, groups, turns[-1], clock)
+            if on_block is not None:
+                on_block(total, total)
+        return logits
+
+    def _take(self, turn: _Turn, number: int, streams: Streams, clock: _Clock) -> None:
+        """Compute a seat's micro-batches through layer `number`, or give them to its device."""
+        model = turn.seat.model
+        layer = model.layers[number]
+        with turn.seat.computing(), turn.lender.lend(number, turn.is_held) as loan, model.lend(layer, loan):
+            for group in turn.groups:
+                if streams.kv is None or group.blocks is None:
+                    with clock.computing(loan.block):
+                        self._run_layer(number, layer, group.micro_batches)
+                    continue
+                with streams.kv.lend(group.blocks, number):
+                    with clock.computing(loan.block):
+                        self._run_layer(number, layer, group.micro_batches)
+                    # The memory of its pages is only lent until here.
+                    self._flush(clock)
 
     def _run_layer(self, number: int, layer: nn.Module, micro_batches: Sequence[MicroBatch]) -> None:
         """Compute `micro_batches` through layer `number`, which borrows its weights."""
@@ -165,3 +205,33 @@ class Engine:
             micro_batch.hidden = output[0] if isinstance(output, tuple) else output
             if micro_batch.kv is not None:
                 micro_batch.kv.check(number)
+
+    def _flush(self, clock: _Clock) -> None:
+        """Have the cache store what a device has computed for it."""
+        if self._outbox is not None and not self._outbox.is_empty:
+            with clock.computing("kv"):
+                self._outbox.flush()
+
+    def _finish(self, work: Work, groups: Sequence[Group], turn: _Turn, clock: _Clock) -> tuple[torch.Tensor, ...]:
+        """Compute the head at the seat of `turn`."""
+        model, layers = turn.seat.model, len(turn.seat.model.layers)
+        with (
+            turn.seat.computing(),
+            turn.lender.lend(layers, work.head_steps(groups) > 1) as loan,
+            model.lend(model.head, loan),
+            clock.computing(loan.block),
+        ):
+            self._cancel.check()
+            return work.finish(groups)
+
+
+def _lender(seat: Seat, streams: Streams) -> Lender:
+    """Who lends the blocks that `seat` computes with."""
+    if seat.device is None or streams.device_blocks is None:
+        return streams.blocks
+    return streams.device_blocks
+
+
+def _turn(seat: Seat, lender: Lender, groups: Sequence[Group]) -> _Turn:
+    mine = [group for group in groups if group.seat is seat]
+    return _Turn(seat, lender, mine, sum(len(group.micro_batches) for group in mine) > 1)

@@ -5,8 +5,9 @@ same function, one expert after the other. Only experts that some token was rout
 panels.
 """
 
-from collections import Counter, deque
-from collections.abc import Callable
+import itertools
+from collections import defaultdict, deque
+from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
 import torch
@@ -32,22 +33,21 @@ class OffloadedExperts(nn.Module):
         """[tokens, hidden] with each token's experts and their weights, both [tokens, k] -> [tokens, hidden]."""
         loan = self._desk.loan
         assert loan is not None, "used outside its block"
-        # Some families give choices that they have masked out a number beyond the last expert.
-        of_token = top_k_index.tolist()
-        uses = Counter(expert for experts in of_token for expert in experts if expert < self.num_experts)
-        chosen = dict(sorted(uses.items()))
+        of_token: list[list[int]] = top_k_index.tolist()
+        uses = _uses(of_token, self.num_experts)
+        chosen = {expert: len(choices) for expert, choices in uses.items()}
+        rows = _Rows(hidden_states, top_k_weights, uses) if len(of_token) > 1 else None
         result = torch.zeros_like(hidden_states)
         waiting = deque(chosen)
         """Experts that have not been added to the result, ascending: the sum does not depend on which come first."""
         outputs: dict[int, tuple[torch.Tensor | None, torch.Tensor]] = {}
         for expert, (gate_up, down) in loan.each_expert(chosen, self._names):
             token: torch.Tensor | None = None
-            if len(of_token) == 1:
+            if rows is None:
                 # Nearly all passes of a sequence that decodes: picking and scattering rows would take longer than they.
                 x, weight = hidden_states, top_k_weights[:, of_token[0].index(expert), None]
             else:
-                token, choice = torch.where(top_k_index == expert)
-                x, weight = hidden_states[token], top_k_weights[token, choice, None]
+                token, x, weight = rows.of(expert)
             out = self._kernels.linear(self._apply_gate(self._kernels.linear(x, gate_up)), down) * weight
             outputs[expert] = token, out.to(result.dtype)
             while waiting and waiting[0] in outputs:
@@ -57,3 +57,34 @@ class OffloadedExperts(nn.Module):
 
     def extra_repr(self) -> str:
         return f"num_experts={self.num_experts}"
+
+
+def _uses(of_token: Sequence[Sequence[int]], experts: int) -> dict[int, list[int]]:
+    """The choices of each expert that was chosen, ascending; a choice is its number in the flattened [tokens, k]."""
+    found: defaultdict[int, list[int]] = defaultdict(list)
+    for choice, expert in enumerate(itertools.chain.from_iterable(of_token)):
+        # Some families give choices that they have masked out a number beyond the last expert.
+        if expert < experts:
+            found[expert].append(choice)
+    return dict(sorted(found.items()))
+
+
+class _Rows:
+    """Which rows of `hidden` [tokens, hidden] each expert of `uses` computes, and their `weights` [tokens, k].
+
+    Found once for all experts from what the host knows: asking a device for each expert's would wait for it each time.
+    """
+
+    def __init__(self, hidden: torch.Tensor, weights: torch.Tensor, uses: Mapping[int, Sequence[int]]) -> None:
+        flat = list(itertools.chain.from_iterable(uses.values()))
+        choices = torch.tensor(flat, dtype=torch.int64).to(hidden.device)
+        self._hidden = hidden
+        self._tokens, self._weights = choices // weights.shape[1], weights.flatten()[choices][:, None]
+        stops = list(itertools.accumulate(map(len, uses.values()), initial=0))
+        self._spans = {expert: slice(*span) for expert, span in zip(uses, itertools.pairwise(stops), strict=True)}
+
+    def of(self, expert: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Tokens [n], their rows [n, hidden] and weights [n, 1]."""
+        span = self._spans[expert]
+        tokens = self._tokens[span]
+        return tokens, self._hidden[tokens], self._weights[span]

@@ -13,13 +13,14 @@ from transformers.cache_utils import Cache
 
 from tiered.cache import PositionCache
 from tiered.errors import ConfigError
-from tiered.model.record import LayerCall, Recorder
+from tiered.model.record import LayerCall
+from tiered.model.seat import Seat
 from tiered.model.work import Embedded, Group, MicroBatch
 
 
 @dataclass(frozen=True, eq=False)
 class ForwardBatch:
-    """Rows that are computed together and share a cache."""
+    """Rows that are computed together and share a cache. All tensors may be anywhere."""
 
     input_ids: torch.Tensor  # [rows, tokens]
     cache: Cache
@@ -31,42 +32,47 @@ class ForwardBatch:
 
 
 class ForwardWork:
-    """A pass over `batch`; its result is logits [rows, kept, vocab] per `ForwardBatch`."""
+    """A pass over `batch` at one seat; its result is logits [rows, kept, vocab] per `ForwardBatch`.
 
-    def __init__(self, batch: Sequence[ForwardBatch], rows_per_micro_batch: int, layers: int) -> None:
+    Caches of transformers keep what they are given where it is: the seat must be the same in all passes with a cache.
+    """
+
+    def __init__(self, batch: Sequence[ForwardBatch], rows_per_micro_batch: int, layers: int, seat: Seat) -> None:
         self._batch, self._rows_per_micro_batch, self._layers = batch, rows_per_micro_batch, layers
+        self.seats = (seat,)
 
     @property
     def ids(self) -> list[int]:
         return sorted({int(i) for batch in self._batch for i in batch.input_ids.unique()})
 
-    def record(self, recorder: Recorder, embedded: Embedded) -> list[Group]:
-        micro_batches = []
+    def record(self, embedded: Embedded) -> list[Group]:
+        (seat,), micro_batches = self.seats, []
         for number, batch in enumerate(self._batch):
             count, tokens = batch.input_ids.shape
             step = max(1, self._rows_per_micro_batch // count)
             past = int(batch.cache.get_seq_length())
             for start in range(0, tokens, step):
                 stop = min(start + step, tokens)
-                inputs = embedded(batch.input_ids[:, start:stop])
-                hidden, calls = self._record_micro_batch(recorder, batch, inputs, past, start, stop)
+                inputs = embedded(seat, batch.input_ids[:, start:stop].cpu())
+                hidden, calls = self._record_micro_batch(batch, inputs, past, start, stop)
                 micro_batches.append(MicroBatch(hidden, calls, number))
-        return [Group(tuple(micro_batches))]
+        return [Group(seat, tuple(micro_batches))]
 
     def _record_micro_batch(
-        self, recorder: Recorder, batch: ForwardBatch, embedded: torch.Tensor, past: int, start: int, stop: int
+        self, batch: ForwardBatch, embedded: torch.Tensor, past: int, start: int, stop: int
     ) -> tuple[torch.Tensor, tuple[LayerCall, ...]]:
         """Hidden states that enter layer 0 and the layers' arguments, for tokens start..stop of `batch`."""
         whole = stop - start == batch.input_ids.shape[1]
         # All micro-batches are recorded before the first one fills the cache, so a stand-in gives the lengths.
         cache = batch.cache if whole else PositionCache(past + start, self._layers)
         position_ids = batch.position_ids
-        recording = recorder.record(
+        # Untouched where possible: a preallocating cache wants masks wider than what is filled.
+        mask = batch.attention_mask if whole else slice_mask(batch.attention_mask, past, start, stop)
+        recording = self.seats[0].recorder.record(
             _last_positions(batch, past),
             inputs_embeds=embedded,
-            # Untouched where possible: a preallocating cache wants masks wider than what is filled.
-            attention_mask=batch.attention_mask if whole else slice_mask(batch.attention_mask, past, start, stop),
-            position_ids=None if position_ids is None else position_ids[:, start:stop],
+            attention_mask=_moved(mask, embedded.device),
+            position_ids=None if position_ids is None else position_ids[:, start:stop].to(embedded.device),
             cache=cache,
             use_cache=True,
         )
@@ -78,10 +84,10 @@ class ForwardWork:
     def head_steps(self, groups: Sequence[Group]) -> int:
         return sum(map(len, self._steps(groups)))
 
-    def finish(self, recorder: Recorder, groups: Sequence[Group]) -> tuple[torch.Tensor, ...]:
-        logits = []
+    def finish(self, groups: Sequence[Group]) -> tuple[torch.Tensor, ...]:
+        logits, recorder = [], self.seats[0].recorder
         for steps in self._steps(groups):
-            pieces = [recorder.replay(part) for part in steps]
+            pieces = [recorder.replay(part).cpu() for part in steps]
             logits.append(torch.cat(pieces, dim=1) if len(pieces) > 1 else pieces[0])
         return tuple(logits)
 
@@ -114,7 +120,7 @@ def check_token_ids(input_ids: torch.Tensor, vocab: int) -> None:
 
 def keep_positions(hidden: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
     """The positions of `hidden` [rows, tokens, ...] that `logits_to_keep` selects, as in transformers."""
-    index = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+    index = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep.to(hidden.device)
     return hidden[:, index]
 
 
@@ -122,7 +128,7 @@ def _last_positions(batch: ForwardBatch, past: int) -> torch.Tensor:
     """Position of the last token of each row's text: [rows], or [1] if it is the same for all."""
     if batch.position_ids is None:
         return torch.tensor([past + batch.input_ids.shape[1] - 1])
-    return batch.position_ids.amax(1)
+    return batch.position_ids.amax(1).cpu()
 
 
 def slice_mask(mask: Any, past: int, start: int, stop: int) -> Any:
@@ -134,6 +140,13 @@ def slice_mask(mask: Any, past: int, start: int, stop: int) -> Any:
     if mask.ndim == 4:
         return mask[:, :, start:stop, : past + stop]
     return mask[:, : past + stop]
+
+
+def _moved(mask: Any, where: torch.device) -> Any:
+    """An attention mask of any kind, at `where`."""
+    if isinstance(mask, dict):
+        return {key: _moved(value, where) for key, value in mask.items()}
+    return mask.to(where) if isinstance(mask, torch.Tensor) else mask
 
 
 def _with_cache(call: LayerCall, stand_in: Cache, cache: Cache) -> LayerCall:

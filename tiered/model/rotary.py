@@ -19,7 +19,7 @@ class WholeTextRotary(nn.Module):
         self.rotary = rotary
         self.last_positions: torch.Tensor | None = None
         """Position of the last token of the text: for each row [rows], for all rows [1], or for each token [1, tokens]
-        where several texts lie side by side in one row. None: a call holds whole texts."""
+        where several texts lie side by side in one row. In the host's memory. None: a call holds whole texts."""
 
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin, [rows, tokens, dim] each, of position_ids [rows, tokens]; x gives dtype and device."""
@@ -38,7 +38,7 @@ class WholeTextRotary(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         # A text of one token makes "dynamic" forget longer ones.
         self.rotary(x, positions.new_zeros(1, 1), **kwargs)
-        cos, sin = self.rotary(x, torch.cat([positions, last[None]])[None], **kwargs)
+        cos, sin = self.rotary(x, torch.cat([positions, last[None].to(positions.device)])[None], **kwargs)
         return cos[:, :-1], sin[:, :-1]
 
 

@@ -2,12 +2,12 @@
 
     segments -> micro-batches [1, tokens] (`plan/passes.py`) -> layers -> rows that need logits, to the caller
 
-Segments of one token (decoding) and of many (prompts) share micro-batches, and so the pass. Families with dense
-attention get rows of equal length instead: single tokens together, padded on the left, every prompt by itself.
+Segments of one token (decoding) and of many (prompts) share micro-batches where they compute in the same place, and the
+pass wherever they do. Families with dense attention get rows of equal length instead: single tokens together, padded on
+the left, every prompt by itself.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import chain
 
@@ -15,13 +15,13 @@ import torch
 
 from tiered.cache import GatheredKV, KVPool, LentBlocks, MicroBatchKV, PackedKV, Part, SequenceKV
 from tiered.errors import ConfigError
-from tiered.model.record import Recorder
+from tiered.model.seat import Seat, Seats
 from tiered.model.work import Embedded, Group, MicroBatch
 from tiered.plan.passes import MicroBatchLimits, plan_micro_batches
 
 OnLogits = Callable[[int, int, torch.Tensor], None]
 """Called in the compute thread with (segment, index among its kept positions, logits [rows, vocab] in the compute
-dtype); a segment's rows come in ascending order, in pieces of bounded size."""
+dtype and the host's memory); a segment's rows come in ascending order, in pieces of bounded size."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +56,7 @@ class Segment:
 
 
 class Segments:
-    """A pass over `segments`. `packing` is entered while packed micro-batches are recorded; `on_logits` gets logits."""
+    """A pass over `segments`, each at the seat that `seats` have for it; `on_logits` gets logits."""
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class Segments:
         pool: KVPool,
         limits: MicroBatchLimits,
         head_rows: int,
-        packing: Callable[[], AbstractContextManager[None]],
+        seats: Seats,
         on_logits: OnLogits,
     ) -> None:
         for number, segment in enumerate(segments):
@@ -74,25 +74,30 @@ class Segments:
                     f"{segment.kv.capacity}; expected at least one, and reserve as many as it will have"
                 )
         self._segments, self._pool, self._limits = segments, pool, limits
-        self._head_rows, self._packing, self._on_logits = head_rows, packing, on_logits
+        self._head_rows, self._on_logits = head_rows, on_logits
+        self._seat_of = [seats.of(len(segment.input_ids), segment.text_length > 0) for segment in segments]
+        self.seats = seats.of_pass(self._seat_of)
         self._plan: list[dict[int, Part]] = []
 
     @property
     def ids(self) -> list[int]:
         return sorted({token for segment in self._segments for token in segment.input_ids})
 
-    def record(self, recorder: Recorder, embedded: Embedded) -> list[Group]:
+    def record(self, embedded: Embedded) -> list[Group]:
         groups = []
-        for micro_batches in plan_micro_batches([segment.tokens for segment in self._segments], self._limits):
-            numbers = sorted({number for tokens_of in micro_batches for number in tokens_of})
-            blocks = LentBlocks(self._pool, [self._segments[number].part for number in numbers])
-            made = [self._record_micro_batch(recorder, embedded, blocks, numbers, each) for each in micro_batches]
-            groups.append(Group(tuple(made), blocks))
+        for seat in self.seats:
+            mine = [number for number, found in enumerate(self._seat_of) if found is seat]
+            for found in plan_micro_batches([self._segments[number].tokens for number in mine], self._limits):
+                micro_batches = [{mine[i]: tokens for i, tokens in each.items()} for each in found]
+                numbers = sorted({number for tokens_of in micro_batches for number in tokens_of})
+                blocks = LentBlocks(self._pool, [self._segments[number].part for number in numbers])
+                made = [self._record_micro_batch(seat, embedded, blocks, numbers, each) for each in micro_batches]
+                groups.append(Group(seat, tuple(made), blocks))
         return groups
 
     def _record_micro_batch(
         self,
-        recorder: Recorder,
+        seat: Seat,
         embedded: Embedded,
         blocks: LentBlocks,
         numbers: Sequence[int],
@@ -106,26 +111,27 @@ class Segments:
         ends = [max(segment.text_length, segment.stop) - 1 for segment in segments]
         part_numbers = [numbers.index(number) for number in tokens_of]
         positions = [list(range(part.start, part.stop)) for part in parts]
+        outbox = seat.outbox(self._pool)
         kv: MicroBatchKV
         if self._limits.gathered:
-            gathered = kv = GatheredKV(blocks, parts, part_numbers)
-            recording = recorder.record(
+            gathered = kv = GatheredKV(blocks, parts, part_numbers, outbox)
+            recording = seat.recorder.record(
                 torch.tensor(ends),
-                inputs_embeds=embedded(torch.tensor(ids)),
+                inputs_embeds=embedded(seat, torch.tensor(ids)),
                 attention_mask=gathered.attention_mask,
-                position_ids=torch.tensor(positions),
+                position_ids=torch.tensor(positions).to(seat.where),
                 cache=kv,
                 use_cache=True,
             )
         else:
-            kv = PackedKV(blocks, parts, part_numbers)
+            kv = PackedKV(blocks, parts, part_numbers, outbox)
             lasts = [end for part, end in zip(parts, ends, strict=True) for _ in range(part.count)]
-            with self._packing():
-                recording = recorder.record(
+            with seat.attention.packing():
+                recording = seat.recorder.record(
                     torch.tensor([lasts]),
-                    inputs_embeds=embedded(torch.tensor([list(chain.from_iterable(ids))])),
+                    inputs_embeds=embedded(seat, torch.tensor([list(chain.from_iterable(ids))])),
                     attention_mask=None,
-                    position_ids=torch.tensor([list(chain.from_iterable(positions))]),
+                    position_ids=torch.tensor([list(chain.from_iterable(positions))]).to(seat.where),
                     cache=kv,
                     use_cache=True,
                 )
@@ -135,10 +141,12 @@ class Segments:
     def head_steps(self, groups: Sequence[Group]) -> int:
         return len(self._steps(groups))
 
-    def finish(self, recorder: Recorder, groups: Sequence[Group]) -> tuple[torch.Tensor, ...]:
+    def finish(self, groups: Sequence[Group]) -> tuple[torch.Tensor, ...]:
         """Give all logits to `on_logits`; returns an empty tuple."""
+        seat = self.seats[-1]
         for step in self._steps(groups):
-            logits = recorder.replay(torch.cat([hidden for _, _, hidden in step])[None])[0]
+            rows = torch.cat([hidden.to(seat.where) for _, _, hidden in step])
+            logits = seat.recorder.replay(rows[None])[0].cpu()
             row = 0
             for number, index, hidden in step:
                 self._on_logits(number, index, logits[row : row + len(hidden)])

@@ -13,8 +13,8 @@ from typing import Protocol
 import torch
 
 from tiered.cache import LentBlocks, MicroBatchKV
-from tiered.model.bind import BoundModel
-from tiered.model.record import LayerCall, Recorder
+from tiered.model.record import LayerCall
+from tiered.model.seat import Seat
 
 
 @dataclass(eq=False)
@@ -31,21 +31,28 @@ class MicroBatch:
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Micro-batches that compute one after the other with the same KV blocks in memory."""
+    """Micro-batches that compute one after the other, in one place, with the same KV blocks in memory."""
 
+    seat: Seat
     micro_batches: tuple[MicroBatch, ...]
     blocks: LentBlocks | None = None
 
 
 class Embedded:
-    """Gives the embeddings of a pass's tokens. `rows` [len(ids), width] are the table's rows of `ids`, ascending."""
+    """Gives the embeddings of a pass's tokens. `rows` [len(ids), width] are the table's rows of `ids`, ascending, in
+    the host's memory."""
 
-    def __init__(self, model: BoundModel, rows: torch.Tensor, ids: Sequence[int]) -> None:
-        self._model, self._rows, self._table = model, rows, torch.tensor(ids)
+    def __init__(self, rows: torch.Tensor, ids: Sequence[int]) -> None:
+        self._rows, self._table = {rows.device: rows}, torch.tensor(ids)
+        self._read = rows
 
-    def __call__(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Embeddings [rows, tokens, width] of `input_ids` [rows, tokens]."""
-        return self._model.embed(self._rows, torch.searchsorted(self._table, input_ids.contiguous()))
+    def __call__(self, seat: Seat, input_ids: torch.Tensor) -> torch.Tensor:
+        """Embeddings [rows, tokens, width], where `seat` is, of `input_ids` [rows, tokens] in the host's memory."""
+        where = seat.where
+        if where not in self._rows:
+            self._rows[where] = self._read.to(where)  # once for all micro-batches
+        index = torch.searchsorted(self._table, input_ids.contiguous())
+        return seat.model.embed(self._rows[where], index.to(where))
 
 
 class Work(Protocol):
@@ -55,14 +62,20 @@ class Work(Protocol):
     def ids(self) -> list[int]:
         """The distinct token ids, ascending."""
 
-    def record(self, recorder: Recorder, embedded: Embedded) -> list[Group]:
+    @property
+    def seats(self) -> Sequence[Seat]:
+        """Who computes it, a device before the processor: it does what it has been given while the processor does its
+        own. The last one computes the head, and perhaps nothing else."""
+
+    def record(self, embedded: Embedded) -> list[Group]:
         """The micro-batches, ready for the first layer. In the compute thread."""
 
     def head_steps(self, groups: Sequence[Group]) -> int:
         """How often `finish` uses the head's weights."""
 
-    def finish(self, recorder: Recorder, groups: Sequence[Group]) -> tuple[torch.Tensor, ...]:
-        """Compute logits while the head's weights are lent; returns those for `Pass.logits`. In the compute thread."""
+    def finish(self, groups: Sequence[Group]) -> tuple[torch.Tensor, ...]:
+        """Compute logits while the head's weights are lent; returns those for `Pass.logits`, in the host's memory. In
+        the compute thread."""
 
     def commit(self) -> None:
         """Called when the pass has reached its end."""

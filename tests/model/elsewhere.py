@@ -1,0 +1,195 @@
+"""Every family's record, layers and head with all tensors at another torch device, to find what is left at the host's.
+
+A program of its own: `python -m tests.model.elsewhere`. The device "emu" has shapes and no numbers (a fake tensor's
+operations raise where tensors of two devices meet, and where somebody asks for a number), and can be set up only once
+per process. Prints a line of JSON per tiny model: its name, and what was raised, or null.
+"""
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any, Final
+from unittest import mock
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+from transformers.cache_utils import DynamicCache
+
+from tests.helpers import LENGTH_DEPENDENT, TINY, tiny_config
+from tests.model.loans import GivenLoan
+from tiered.arch import BlockTensors, build_skeleton, layer_windows
+from tiered.cache import CachePlan, KVPool, PagedKeys, kv_shape, layer_groups
+from tiered.kernels import AttentionCall, Kernels, Pages
+from tiered.model import ForwardBatch, ForwardWork, Seat, Seats, Segment, Segments, Work, registered_attention
+from tiered.model.work import Embedded
+from tiered.plan.passes import MicroBatchLimits
+from tiered.stream import AnyWeight
+
+WHERE: Final = torch.device("privateuseone:0")
+IDS: Final = list(range(3, 23))
+CHOSEN: Final = [1, 2]
+"""The experts of every token, as there are no numbers to choose by."""
+
+
+class KernelsElsewhere(Kernels):
+    """Torch's linear layers; attention that looks where everything is, and computes nothing."""
+
+    def attention(self, call: AttentionCall) -> torch.Tensor:
+        for pages in (call.keys, call.values):
+            assert pages.table.memory.device == WHERE
+            assert pages.table.offsets.device == call.first.device == call.count.device == torch.device("cpu")
+        assert call.query.device == WHERE
+        return torch.empty_like(call.query)
+
+
+class _Device:
+    where, name = WHERE, "emu"
+
+    def computing(self) -> nullcontext[None]:
+        return nullcontext()
+
+
+def check(name: str) -> None:
+    """Run a tiny model over segments, and over a batch of transformers' kind."""
+    skeleton = build_skeleton(tiny_config(name))
+    blocks = list(skeleton.blocks())
+    kernels = KernelsElsewhere(1, name="torch")
+    with registered_attention(kernels) as attention, _nothing_but_shapes(skeleton.model):
+        seat = Seat.take(skeleton, torch.float32, kernels, attention, _Device())  # type: ignore[arg-type]
+        for block in blocks:
+            if block.role == "outer":
+                seat.model.set_outer({item.name: torch.empty(item.shape) for item in block.parameters})
+        for work in (_segments(seat), _forward(seat)):
+            _run(work, seat, blocks)
+
+
+def _segments(seat: Seat) -> Work:
+    """Sequences that decode beside a prompt, with their cache where the model is."""
+    config = seat.model.skeleton.config
+    windows, gathered = layer_windows(config), seat.model.skeleton.family.gathers
+    plan = CachePlan(kv_shape(config, torch.float32), 16, False, layer_groups(windows), 3, 64, 192, 64, on_device=True)
+    pool = KVPool(plan, torch.empty(plan.pool_nbytes, dtype=torch.uint8, device=WHERE))
+    segments = []
+    # Two that decode: of a tensor with a single number a fake tensor knows the number, and would compute with it.
+    for number, (length, tokens) in enumerate(((5, 1), (7, 1), (0, 11))):
+        kv = pool.reserve(64)
+        assert kv is not None
+        kv.length = length
+        segments.append(Segment(kv, IDS[number : number + tokens], 1))
+    limits = MicroBatchLimits(rows=32, gathered=gathered, gathered_rows=2)
+    return Segments(segments, pool, limits, 4, Seats(seat, seat), _expect_host)
+
+
+def _forward(seat: Seat) -> Work:
+    batch = ForwardBatch(
+        torch.tensor([IDS[:6], IDS[6:12]]),
+        DynamicCache(),
+        torch.ones(2, 6, dtype=torch.int64),
+        torch.arange(6).expand(2, 6),
+        logits_to_keep=2,
+    )
+    return ForwardWork([batch], 64, len(seat.model.layers), seat)
+
+
+def _expect_host(number: int, index: int, logits: torch.Tensor) -> None:
+    assert logits.device == torch.device("cpu")
+
+
+def _run(work: Work, seat: Seat, blocks: Sequence[BlockTensors]) -> None:
+    model = seat.model
+    loans = [_loan(block) for block in blocks if block.role == "layer"]
+    groups = work.record(Embedded(torch.empty(len(IDS), model.skeleton.embedding.embedding_dim), IDS))
+    for number, (layer, loan) in enumerate(zip(model.layers, loans, strict=True)):
+        with model.lend(layer, loan):
+            for group in groups:
+                for micro_batch in group.micro_batches:
+                    call = micro_batch.calls[number]
+                    output = layer(micro_batch.hidden, *call.args, **call.kwargs)
+                    micro_batch.hidden = output[0] if isinstance(output, tuple) else output
+                    assert micro_batch.hidden.device == WHERE
+    tied = {"weight": torch.empty(model.head.out_features, model.head.in_features, device=WHERE)}
+    head = next((_loan(block) for block in blocks if block.role == "head"), GivenLoan(tied))
+    with model.lend(model.head, head):
+        for logits in work.finish(groups):
+            assert logits.device == torch.device("cpu")
+
+
+def _loan(block: BlockTensors) -> GivenLoan:
+    weights: dict[str, AnyWeight | list[AnyWeight]] = {}
+    for item in block.parameters:
+        weight = torch.empty(item.shape, device=WHERE)
+        weights[item.name.removeprefix(block.prefix)] = list(weight) if item.is_linear and weight.ndim == 3 else weight
+    return GivenLoan(weights)
+
+
+class _FakeLayerOutput(FakeTensor):
+    """As `_LayerOutput`, which cannot be made of a fake tensor."""
+
+    def __getitem__(self, index: Any) -> Any:
+        return self if isinstance(index, int) and index == 0 else super().__getitem__(index)
+
+
+class _FakePagedKeys(FakeTensor, PagedKeys):
+    pass
+
+
+@contextmanager
+def _nothing_but_shapes(model: nn.Module) -> Iterator[None]:
+    """Tensors of `model` and those made in this context have no numbers; what the host must know is made up."""
+
+    def tolist(tensor: FakeTensor) -> Any:
+        return [CHOSEN] * tensor.shape[0] if tensor.device == WHERE and tensor.ndim == 2 else original(tensor)
+
+    def gather(pages: Pages, part: object, out: torch.Tensor) -> None:
+        assert pages.table.memory.device == out.device == WHERE
+        out.zero_()
+
+    def like(kind: type[FakeTensor], tensor: torch.Tensor) -> Any:
+        with unset_fake_temporarily():
+            shape = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+        return kind(mode, shape, tensor.device)
+
+    def paged_keys(keys: torch.Tensor, kv: Any, layer: int) -> torch.Tensor:
+        made = like(_FakePagedKeys, keys)
+        made.kv, made.layer = kv, layer
+        return made  # type: ignore[no-any-return]
+
+    def tensor(data: Any, *, device: Any = None, **kwargs: Any) -> torch.Tensor:
+        made = from_data(data, **kwargs)
+        return made if device is None else torch.empty(made.shape, dtype=made.dtype, device=device)
+
+    original, from_data, mode = FakeTensor.tolist, torch.tensor, FakeTensorMode()
+    for module in model.modules():
+        for tensors in (module._buffers, vars(module)):
+            real = {n: x for n, x in tensors.items() if isinstance(x, torch.Tensor) and not x.is_meta}
+            tensors.update({name: mode.from_tensor(tensor) for name, tensor in real.items()})
+    with (
+        mode,
+        mock.patch("tiered.model.record._LayerOutput.of", partial(like, _FakeLayerOutput)),
+        mock.patch("tiered.cache.micro_batch.PagedKeys.of", paged_keys),
+        mock.patch.object(FakeTensor, "tolist", tolist),
+        mock.patch.object(torch, "tensor", tensor),
+        mock.patch("tiered.cache.gathered._gather", gather),
+        torch.no_grad(),
+    ):
+        yield
+
+
+def main() -> None:
+    _setup_privateuseone_for_python_backend("emu")
+    for name in sys.argv[1:] or [*TINY, *LENGTH_DEPENDENT]:
+        try:
+            check(name)
+        except Exception as error:
+            found: str | None = f"{type(error).__name__}: {error}".splitlines()[0]
+        else:
+            found = None
+        print(json.dumps([name, found]), flush=True)
+
+
+if __name__ == "__main__":
+    main()
