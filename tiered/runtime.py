@@ -355,7 +355,7 @@ class Runtime:
         kv = None
         if memory.spill is not None and memory.kv_ring is not None:
             kv = KVStream(memory.spill, memory.kv_ring, plan.cache.shape.layers, host.trace, host.cancel)
-        return Streams(asyncio.get_running_loop(), blocks, kv, blocks if host.computer is not None else None)
+        return Streams(asyncio.get_running_loop(), blocks, kv)
 
     async def _load_tables(self) -> None:
         """Read what stays in memory beside the tape."""

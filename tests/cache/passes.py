@@ -12,11 +12,13 @@ from typing import Final
 import torch
 
 from tests.cache.plans import FakeFile, plan_of, pool_of
+from tests.late_device import LateDevice
 from tiered.cache import (
     CachePlan,
     GatheredKV,
     LentBlocks,
     MicroBatchKV,
+    Outbox,
     PackedKV,
     PagedRead,
     PageLayout,
@@ -60,8 +62,15 @@ def as_stored(layer: int, sequence: int, layout: PageLayout) -> States:
 class Passes:
     """Runs texts through a cache as an engine would, and checks what every micro-batch reads."""
 
-    def __init__(self, plan: CachePlan, limits: MicroBatchLimits) -> None:
+    def __init__(self, plan: CachePlan, limits: MicroBatchLimits, outbox_rows: int = 0) -> None:
+        """`outbox_rows`: tokens whose states find room on their way from a device to the cache; 0: there is none."""
         self.plan, self.limits, self.pool = plan, limits, pool_of(plan)
+        self.device: LateDevice | None = None
+        if outbox_rows:
+            self.device = LateDevice()
+            nbytes = Outbox.memory_nbytes(plan.shape, outbox_rows)
+            memory = torch.full((nbytes,), 255, dtype=torch.uint8)
+            self.pool.outbox = Outbox(self.device, self.device.borrow(nbytes, "kv"), memory)
         # The same object for equal plans: `as_stored` remembers by it.
         self.layout = layout_of(plan.bits, len(plan.groups))
         self.file = FakeFile(plan.blocks_nbytes if plan.on_disk else 0)
@@ -102,6 +111,8 @@ class Passes:
                 self._lend(blocks, layer)
                 for kv, sequences in micro_batches:
                     self._compute(kv, sequences, layer)
+                if self.pool.outbox is not None:
+                    self.pool.outbox.flush()
                 self._take_back(blocks, layer)
         for segment in segments if commit else ():
             segment.kv.length = segment.stop
@@ -116,7 +127,7 @@ class Passes:
         for tokens_of in micro_batches:
             rows = [numbers.index(number) for number in tokens_of]
             parts = [Part(segments[i].kv, tokens.start, len(tokens)) for i, tokens in tokens_of.items()]
-            made.append((kind(blocks, parts, rows), [members[number] for number in tokens_of]))
+            made.append((kind(blocks, parts, rows, self.pool.outbox), [members[number] for number in tokens_of]))
         return blocks, made
 
     def _lend(self, blocks: LentBlocks, layer: int) -> None:
@@ -147,6 +158,10 @@ class Passes:
         for read in kv.reads(layer):
             assert read.start == token
             count = len(read.count)
+            if self.device is not None:
+                # Only what begins here attends at the device.
+                begins = all(part.start == 0 for part in kv.parts[member : member + count])
+                assert read.is_away == (not begins)
             self._check_read(read, kv.parts[member : member + count], sequences[member : member + count], layer)
             token, member = read.stop, member + count
         assert (token, member) == (sum(part.count for part in kv.parts), len(kv.parts))

@@ -26,13 +26,15 @@ TEXTS: Final = st.lists(st.tuples(st.integers(0, 2), st.lists(COUNTS, min_size=1
 """Of each sequence: the pass it enters in, and the tokens it has in each pass from then on."""
 
 
-def passes_of(bits: int, on_disk: bool, windows: tuple[int, ...] = (0, WINDOW), **limits: Any) -> Passes:
+def passes_of(
+    bits: int, on_disk: bool, windows: tuple[int, ...] = (0, WINDOW), outbox_rows: int = 0, **limits: Any
+) -> Passes:
     """A cache with room for three of the longest, and passes in micro-batches of at most 100 tokens."""
     found = MicroBatchLimits(**({"rows": 100} | limits))
     plan = plan_of(
         windows, bits=bits, on_disk=on_disk, context=LONGEST, tokens_at_once=found.rows, lent_pages=12 if on_disk else 0
     )
-    return Passes(plan, replace(found, lent_pages=plan.lent_pages))
+    return Passes(plan, replace(found, lent_pages=plan.lent_pages), outbox_rows)
 
 
 BITS: Final = pytest.mark.parametrize("bits", [16, 8, 4])
@@ -99,6 +101,30 @@ def test_masks_of_a_packed_micro_batch_know_of_no_past_and_those_of_a_gathered_o
     blocks = LentBlocks(pool, parts)
     assert PackedKV(blocks, parts, [0]).get_seq_length() == 0
     assert GatheredKV(blocks, parts, [0]).get_seq_length() == 100
+
+
+@BITS
+@ON_DISK
+@settings(deadline=None, max_examples=12)
+@given(texts=TEXTS, rows=st.sampled_from([7, 64, 100, 512]), room=st.sampled_from([1, 3]))
+def test_what_a_device_computes_is_put_in_and_read_as_if_it_had_been_computed_beside_the_cache(
+    bits: int, on_disk: bool, texts: list[tuple[int, list[int]]], rows: int, room: int
+) -> None:
+    # Half of `room` micro-batches find room on their way at once.
+    passes = passes_of(bits, on_disk, rows=rows, outbox_rows=-(-rows * room // 2))
+    passes.run_texts(texts)
+    assert passes.device is not None
+    assert passes.device.copied_out
+
+
+@BITS
+@settings(deadline=None, max_examples=8)
+@given(texts=TEXTS, rows=st.sampled_from([7, 100]), together=st.integers(1, 3))
+def test_what_a_device_computes_with_dense_attention_is_put_in_and_read_too(
+    bits: int, texts: list[tuple[int, list[int]]], rows: int, together: int
+) -> None:
+    limits = {"gathered": True, "gathered_rows": together, "within_pages": bits != 16}
+    passes_of(bits, False, (0,), outbox_rows=rows, rows=rows, **limits).run_texts(texts)
 
 
 def test_attention_that_does_not_come_back_for_the_pages_is_found_out() -> None:

@@ -141,10 +141,8 @@ class _FakePagedKeys(FakeTensor, PagedKeys):
 def _nothing_but_shapes(model: nn.Module) -> Iterator[None]:
     """Tensors of `model` and those made in this context have no numbers; what the host must know is made up."""
 
-    def tolist(tensor: torch.Tensor) -> Any:
-        if isinstance(tensor, FakeTensor) and tensor.device == WHERE and tensor.ndim == 2:
-            return [CHOSEN] * tensor.shape[0]
-        return original(tensor)
+    def tolist(tensor: FakeTensor) -> Any:
+        return [CHOSEN] * tensor.shape[0] if tensor.device == WHERE and tensor.ndim == 2 else original(tensor)
 
     def gather(pages: Pages, part: object, out: torch.Tensor) -> None:
         assert pages.table.memory.device == out.device == WHERE
@@ -162,9 +160,9 @@ def _nothing_but_shapes(model: nn.Module) -> Iterator[None]:
 
     def tensor(data: Any, *, device: Any = None, **kwargs: Any) -> torch.Tensor:
         made = from_data(data, **kwargs)
-        return made if device is None else torch.empty_like(made, device=device)
+        return made if device is None else torch.empty(made.shape, dtype=made.dtype, device=device)
 
-    original, from_data, mode = torch.Tensor.tolist, torch.tensor, FakeTensorMode()
+    original, from_data, mode = FakeTensor.tolist, torch.tensor, FakeTensorMode()
     for module in model.modules():
         for tensors in (module._buffers, vars(module)):
             real = {n: x for n, x in tensors.items() if isinstance(x, torch.Tensor) and not x.is_meta}
@@ -173,7 +171,7 @@ def _nothing_but_shapes(model: nn.Module) -> Iterator[None]:
         mode,
         mock.patch("tiered.model.record._LayerOutput.of", partial(like, _FakeLayerOutput)),
         mock.patch("tiered.cache.micro_batch.PagedKeys.of", paged_keys),
-        mock.patch.object(torch.Tensor, "tolist", tolist),
+        mock.patch.object(FakeTensor, "tolist", tolist),
         mock.patch.object(torch, "tensor", tensor),
         mock.patch("tiered.cache.gathered._gather", gather),
         torch.no_grad(),

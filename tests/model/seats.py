@@ -3,17 +3,19 @@
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 
-from tests.model.late_device import LateDevice
+from tests.late_device import LateDevice
 from tests.store.make import load_unit
 from tiered.arch import build_skeleton, load_config
 from tiered.cache import Outbox
 from tiered.kernels import AttentionCall, Kernels
 from tiered.model import Engine, Seat, Seats, registered_attention
 from tiered.plan import Workload
+from tiered.plan.kv import outbox_nbytes
 from tiered.quant import QuantizedWeight
 from tiered.runtime import Options, Runtime
 from tiered.store import Store
@@ -78,7 +80,16 @@ class DeviceBlocks:
             loan.close()
         self._next = block + 1 if block + 1 < len(self._loans) else -1
 
-    def rewind(self) -> None:
+    async def __aenter__(self) -> Self:
+        self._next = -1
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        pass
+
+    async def rewind(self) -> None:
         """The next pass begins anew."""
         self._next = -1
 
@@ -114,7 +125,9 @@ class SeatedRuntime(Runtime):
         skeleton = build_skeleton(load_config(self.store.path), self.dtype)
         seat = Seat.take(skeleton, self.dtype, self.device_kernels, attention, self.device)
         pool, engine = self._memory.pool, self.engine
-        if not self._on_device:
+        if self._on_device:
+            pool.plan = replace(pool.plan, on_device=True)
+        else:
             nbytes = outbox_nbytes(pool.shape, self._outbox_rows or self.plan.micro_batch_rows)
             source, target = self.device.borrow(nbytes, "kv"), torch.empty(nbytes, dtype=torch.uint8)
             pool.outbox = Outbox(self.device, source, target)
@@ -122,4 +135,6 @@ class SeatedRuntime(Runtime):
         self.engine = Engine(seats, engine.embedding, self.host.cancel, self.host.trace, pool.outbox)
 
     def _make_streams(self) -> Streams:
-        return replace(super()._make_streams(), device_blocks=self.device_blocks)
+        streams = super()._make_streams()
+        # The processor's streamer reads beside it, as that of a run with two seats does.
+        return replace(streams, device_blocks=self.device_blocks)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tests.helpers import TINY, TOLERANCE, randomize, reserved, run_segments, tiny_config
+from tests.helpers import TINY, randomize, reserved, run_segments, tiny_config
 from tests.model.seats import SeatedRuntime
 from tests.quick import represented
 from tests.shared import made_once
@@ -113,8 +113,9 @@ def expected_of(name: str, bits: Bits) -> dict[str, Text]:
 
 
 def assert_same(found: dict[str, Text], expected: dict[str, Text], bits: Bits = 16) -> None:
-    # What differs in the last place may be quantized to the next code.
-    tolerance = 1e-5 if bits == 16 else TOLERANCE
+    # What differs in the last place may be quantized to the next code: one processor's results differ as much between
+    # sizes of micro-batches. That pages hold the same is for tests/cache.
+    tolerance = 1e-5 if bits == 16 else 1e-3
     for name in TEXTS:
         assert found[name].tokens == expected[name].tokens, name
         assert len(found[name].logits) == STEPS
@@ -181,7 +182,6 @@ def test_what_a_failed_pass_has_sent_is_not_stored_by_the_next(monkeypatch: pyte
             patch.setattr(runtime.device_kernels, "attention", failing)
             with pytest.raises(ValueError, match="of the test's own"):
                 run_segments(runtime, [Segment(kv, [5] * 80, 1, 80)])
-        runtime.device_blocks.rewind()
         assert_same(run_crowd(runtime), expected)
 
 

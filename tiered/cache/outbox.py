@@ -50,6 +50,11 @@ class Outbox:
         """The torch device that states come from."""
         return self._device.where
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is on its way."""
+        return not self._sent
+
     def send(self, keys: torch.Tensor, values: torch.Tensor, store: Store) -> None:
         """Begin to copy keys and values [heads, tokens, head_dim]; `store` gets them once they have arrived."""
         shape, nbytes = (2, *keys.shape), keys.nbytes + values.nbytes

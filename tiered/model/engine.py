@@ -208,7 +208,7 @@ class Engine:
 
     def _flush(self, clock: _Clock) -> None:
         """Have the cache store what a device has computed for it."""
-        if self._outbox is not None:
+        if self._outbox is not None and not self._outbox.is_empty:
             with clock.computing("kv"):
                 self._outbox.flush()
 
@@ -227,9 +227,8 @@ class Engine:
 
 def _lender(seat: Seat, streams: Streams) -> Lender:
     """Who lends the blocks that `seat` computes with."""
-    if seat.device is None:
+    if seat.device is None or streams.device_blocks is None:
         return streams.blocks
-    assert streams.device_blocks is not None, f"nothing lends blocks on {seat.device.name}"
     return streams.device_blocks
 
 

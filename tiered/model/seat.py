@@ -57,6 +57,8 @@ class Seat:
 
     def outbox(self, pool: KVPool) -> Outbox | None:
         """The way of new keys and values to `pool`; None if they are computed where it is."""
+        assert self.device is not None or not pool.plan.on_device, "the processor cannot read a device's memory"
+        assert self.device is None or pool.plan.on_device or pool.outbox, "nothing leads from the device to the cache"
         return None if self.device is None else pool.outbox
 
 

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Protocol
 
 from tiered.errors import InterruptedRun
@@ -15,23 +16,31 @@ from tiered.stream.experts import ExpertUse
 from tiered.stream.handover import run_in
 from tiered.stream.kv import KVStream
 from tiered.stream.loan import Loan
-from tiered.stream.streamer import Streamer
 
 logger = logging.getLogger(__name__)
 
 
 class Lender(Protocol):
-    """Lends the blocks of the tape to the thread that computes: `Streamer` in the host's memory, others in a device's.
+    """Lends the blocks of the tape to the thread that computes, in the host's memory or a device's: see `Streamer`.
 
     A pass begins on every lender that one of its seats computes with, and on no other. Each of these then lends every
     block once, in the order of the tape, the head too, whether or not anything is borrowed of it.
     """
 
+    async def __aenter__(self) -> object: ...
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None: ...
+
     def begin(self, is_last: bool = False, on_wait: Callable[[float, float], None] | None = None) -> None:
-        """A pass begins; see `Streamer.begin`."""
+        """A pass begins."""
 
     def lend(self, block: int, is_held: bool = False) -> AbstractContextManager[Loan]:
-        """The next block, until the context ends; see `Streamer.lend`."""
+        """The next block, until the context ends."""
+
+    async def rewind(self) -> None:
+        """Make the next pass start at the first block."""
 
     @property
     def wait_seconds(self) -> float:
@@ -47,15 +56,18 @@ class Streams:
     """What moves data between disk and memory while passes run, and the loop that it runs in."""
 
     loop: asyncio.AbstractEventLoop
-    blocks: Streamer
+    blocks: Lender
+    """Where one computes, the processor or a device, these are its blocks; else the processor's."""
     kv: KVStream | None = None
     """None unless the KV cache is on disk."""
     device_blocks: Lender | None = None
-    """Lends blocks in the memory of the device that computes; None if none does."""
+    """A device's, where it computes beside the processor."""
 
     def rewind(self) -> None:
         """After a pass that did not reach its end: make the next one begin at the first block. Not for the loop."""
         run_in(self.loop, self.blocks.rewind())
+        if self.device_blocks is not None:
+            run_in(self.loop, self.device_blocks.rewind())
 
 
 class StreamThread:
@@ -109,6 +121,7 @@ class StreamThread:
         self._running.set()
         await self._prepare()
         streams = self._make_streams()
-        async with streams.blocks, streams.kv or contextlib.nullcontext():
+        others = streams.device_blocks or contextlib.nullcontext(), streams.kv or contextlib.nullcontext()
+        async with streams.blocks, others[0], others[1]:
             self.ready.set_result(streams)
             await self._stop.wait()

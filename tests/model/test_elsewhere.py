@@ -1,0 +1,49 @@
+"""No family leaves a tensor at the host where all others are at another torch device, nor waits for a number of it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from tests.helpers import LENGTH_DEPENDENT, TINY
+
+ROOT: Final = Path(__file__).parents[2]
+BY_LIST: Final = "index with a list, which a device without numbers cannot make a tensor of"
+BY_LENGTH: Final = "frequencies depend on where texts end, which are numbers"
+UNTRIED: Final = {
+    "falcon": BY_LIST,
+    "falcon-new": BY_LIST,
+    **dict.fromkeys(LENGTH_DEPENDENT, BY_LENGTH),
+}
+"""Models that cannot be tried without numbers, and why."""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_every_family_computes_with_all_its_tensors_elsewhere() -> None:
+    names = [name for name in TINY | LENGTH_DEPENDENT if name not in UNTRIED]
+    # A process of its own, as the device can be set up only once.
+    command = [sys.executable, "-m", "tests.model.elsewhere", *names]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    found = dict(json.loads(line) for line in done.stdout.splitlines())
+    assert found == dict.fromkeys(names)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_tensor_that_is_left_at_the_host_is_found() -> None:
+    program = (
+        "from tests.model import elsewhere\n"
+        "from tiered.model import bind\n"
+        "bind._move_tables = lambda model, where: None\n"
+        "elsewhere.main()"
+    )
+    command = [sys.executable, "-c", program, "gptj"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    (name, found) = json.loads(done.stdout)
+    assert (name, found.partition(":")[0]) == ("gptj", "FakeTensorDeviceMismatchError")
