@@ -278,7 +278,7 @@ def test_a_query_reads_its_own_page_as_computed(keys: CacheFormat, mode: Mode) -
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("more", [{}, {"window": 70}, {"softcap": 3.0}], ids=str)
+@pytest.mark.parametrize("more", [{}, {"window": 70}, {"window": 1170}, {"softcap": 3.0}], ids=str)
 @pytest.mark.parametrize("slots", [150, 1300])
 def test_a_prompt_cut_anywhere_gives_the_bits_of_the_whole(
     slots: int, more: dict[str, Any], dtype: torch.dtype

@@ -54,8 +54,15 @@ class PageSource:
         self._step = max(1, int(np.gcd.reduce(whole - self._first))) if whole.size else 1
         self._rows = (int(whole.max()) - self._first) // self._step + 1 if whole.size else 0
 
-    def gather(self, tiles: Sequence[Tile], start: int, stop: int) -> torch.Tensor:
-        """[tiles * heads, slots, head_dim] of pages start..stop; 0 in those that no query of a tile sees."""
+    def differs(self, tiles: Sequence[Tile], start: int, stop: int) -> bool:
+        """Whether tiles of one sequence read different pages among start..stop: their own, as they were computed."""
+        return self._recent is not None and any(start <= tile.page < stop for tile in tiles)
+
+    def gather(self, tiles: Sequence[Tile], start: int, stop: int, clean: bool = False) -> torch.Tensor:
+        """[tiles, heads, slots, head_dim] of pages start..stop; 0 in those that no query of a tile sees.
+
+        Slots that none sees, in pages that some do, hold anything; 0 with `clean`.
+        """
         places: dict[PageSource, list[int]] = {}  # in the result
         rows: dict[PageSource, list[int]] = {}
         single: list[tuple[int, Tile, int]] = []
@@ -79,9 +86,13 @@ class PageSource:
             shape = self._shape[0], min(PAGE_TOKENS, tile.end - page * PAGE_TOKENS), self._shape[2]
             found = self._pages.widen(tile.sequence, page, shape, page == tile.page, self._dtype)
             pages[place, :, : shape[1]] = found
-        # [tiles, heads, pages, 64, head_dim]
-        heads_first: torch.Tensor = pages.unflatten(0, (len(tiles), -1)).transpose(1, 2)
-        return heads_first.flatten(2, 3).flatten(0, 1)
+        pages = pages.unflatten(0, (len(tiles), -1)).transpose(1, 2).flatten(2, 3)
+        low, high = start * PAGE_TOKENS, stop * PAGE_TOKENS
+        if clean and any(tile.first > low or tile.end < high for tile in tiles):
+            slot = torch.arange(low, high, device=pages.device)
+            first, end = sent([(tile.first, tile.end) for tile in tiles], pages.device)[..., None].unbind(1)
+            pages.masked_fill_(((slot < first) | (slot >= end))[:, None, :, None], 0)
+        return pages
 
     def _chosen(self, tile: Tile, page: int) -> "PageSource":
         """Where a tile reads a page; as in `Pages.widen`."""

@@ -155,9 +155,8 @@ class DeviceKernels:
         With `Mode.INVARIANT` a query's result is the same bits whatever else is in the call, and however a prompt is
         cut. Raises InterruptedRun once the cancel flag is set.
         """
-        fixed = self.mode is Mode.INVARIANT
         with _sums_in_float32(self.where):
-            return attention_reference(call, self._cancel, fixed=fixed, batch=not fixed)
+            return attention_reference(call, self._cancel, fixed=self.mode is Mode.INVARIANT)
 
     def serves_attention(self, query: torch.Tensor) -> bool:
         """Whether `attention` takes such queries: of any size, at this device."""
