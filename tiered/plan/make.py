@@ -16,8 +16,7 @@ from tiered.plan.inputs import Budgets, Machine, ModelShape, Workload
 from tiered.plan.kv import Bits, check_bits
 from tiered.plan.pace import Pace
 from tiered.plan.plan import Plan, smallest_budget
-from tiered.plan.way import HALFWAY, Asked, Way
-from tiered.plan.way import smallest_vram as _smallest_vram
+from tiered.plan.way import HALFWAY, Asked, Way, least
 from tiered.plan.workspace import HEAD_ROWS
 from tiered.units import MIB, format_rate, format_seconds, format_size
 
@@ -80,7 +79,9 @@ def smallest_ram(model: ModelShape, machine: Machine, workload: Workload, budget
 def smallest_vram(model: ModelShape, machine: Machine, workload: Workload, budgets: Budgets) -> int:
     """The least budget of the device's memory, a whole number of MiB, in which all of `workload` runs at once, given
     enough of the host's."""
-    return min(map(_smallest_vram, Asked(model, machine, workload, budgets).ways(workload.sequences)))
+    asked = Asked(model, machine, workload, budgets)
+    ways = asked.ways(workload.sequences)
+    return min(way.smallest_vram(experts) for way in ways for experts in asked.expert_choices)
 
 
 def rates_wanted(model: ModelShape, machine: Machine, workload: Workload, budgets: Budgets) -> frozenset[Rate]:
@@ -124,7 +125,7 @@ def _plan_with_most_bits(asked: Asked) -> Plan:
             option = _way_of(asked, plan).option(plan)
             found.append(((option.disk_nbytes + option.bus_nbytes) / plan.batch_size, plan))
     if not found:
-        raise min(refusals, key=lambda error: error.smallest_bytes or 0)
+        raise least(refusals)
     most = min(cost for cost, _ in found) * WORTH_OF_BITS
     return next(plan for cost, plan in found if cost <= most)
 
@@ -156,10 +157,10 @@ def _plan_for(asked: Asked, batch_size: int, why: str) -> Plan:
 
 
 def _refusal(refusals: Sequence[BudgetError]) -> BudgetError:
-    """The one to read of those for all places of the KV cache: what the host's memory lacks, if that is all; else the
-    least that the device's lacks."""
+    """The one to read of those for all places of the KV cache: the first that lacks the host's memory; else the least
+    that lacks the device's."""
     of_host = [refusal for refusal in refusals if not isinstance(refusal, DeviceBudgetError)]
-    return of_host[0] if of_host else min(refusals, key=lambda refusal: refusal.smallest_bytes or 0)
+    return of_host[0] if of_host else least(refusals)
 
 
 def _is_comparable(asked: Asked) -> bool:
@@ -197,7 +198,7 @@ def _scoring_plan(asked: Asked) -> Plan:
         try:
             return _plan_for(replace(asked, workload=workload), 1, "a part of it in a pass, as all of it does not fit")
         except BudgetError as error:
-            raise min(refusal, error, key=lambda refused: refused.smallest_bytes or 0) from None
+            raise least((refusal, error)) from None
 
 
 def _windows_per_pass(asked: Asked) -> int:

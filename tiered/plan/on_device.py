@@ -12,6 +12,8 @@ from tiered.plan.inputs import Budgets, Tier
 from tiered.plan.placement import Held, Placement, Tape, place, smallest_ring, wished
 from tiered.units import format_budget, format_size
 
+EXPERT_SLOTS: Final = 2
+"""Where experts are read when they are chosen, so many are on the device: one computes while the next is copied."""
 _ONLY: Final = (Tier.GPU,)
 
 
@@ -25,7 +27,7 @@ class DeviceNeeds:
     """Position tables, norms, biases."""
     kv: int
     workspace: int
-    """Activations, logits, and what kernels take."""
+    """Activations, logits, what kernels take, and slots for chosen experts."""
 
     @property
     def total(self) -> int:
