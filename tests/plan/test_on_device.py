@@ -137,10 +137,7 @@ def check_ring(pieces: list[list[int]], placement: Placement) -> None:
         assert placement.ring_nbytes >= full_ring(pieces)
     starts = ring_starts(pieces, placement.ring_nbytes)
     rounds = [*pieces * 3, pieces[0]]
-    places = [
-        [(start, start + size) for size, start in zip(piece, islice(starts, len(piece)), strict=True)]
-        for piece in rounds
-    ]
+    places = [[(start, start + size) for size, start in zip(piece, starts, strict=False)] for piece in rounds]
     is_full = placement.ring_nbytes >= full_ring(pieces)
     for piece, following in pairwise(places):
         together = sorted([*piece, *(following[:1] if is_full else [])])

@@ -2,12 +2,21 @@
 
 from tiered.generate.costs import Generation
 from tiered.generate.loop import generate
-from tiered.generate.report import Figures, Report, ScoreReport, Surroundings, make_report, make_score_report
+from tiered.generate.report import (
+    DeviceFigures,
+    Figures,
+    Report,
+    ScoreReport,
+    Surroundings,
+    make_report,
+    make_score_report,
+)
 from tiered.generate.sampling import Sampler, SamplingParams
 from tiered.generate.scheduler import Event, EventKind, Scheduler, Ticket
 from tiered.generate.sequence import Sequence
 
 __all__ = [
+    "DeviceFigures",
     "Event",
     "EventKind",
     "Figures",

@@ -12,8 +12,12 @@ compared.
 X and C_x are 0 where layers are read whole. Else X is the bytes of experts that were read when they were chosen, those
 that this run's cache lacked, and C_x the seconds of computing experts. No expert can be read before the router of its
 layer has chosen it, so while experts are read nothing computes but experts.
+
+Where a device computes, a pass takes at least what copies to it take, too: D / P, with D the bytes of weights that do
+not fit into its memory beside two units, and P the raw bandwidth of pinned copies, measured by separate code.
 """
 
+import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -58,6 +62,53 @@ class ExpertFigures:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DeviceFigures:
+    """What a report says of a device that computed. The last ones are of the decode passes, or of a scoring."""
+
+    name: str
+    """As `--device` calls it."""
+    description: str
+    kernels: str
+    """What computed on it: kernels and mode."""
+    prefill_device: str
+    decode_device: str
+    """"gpu" or "cpu": what computed prompts, and the rest."""
+    vram_budget_bytes: int
+    vram_peak_bytes: int
+    resident_bytes: int
+    """Bytes of weights that stayed on it."""
+    raw_bus_bandwidth: float | None = None
+    """Of plain copies from pinned memory, measured after the run; None: not measured."""
+    unregistered: str | None = None
+    """Why copies went through a staging buffer: the reason for which host memory could not be pinned."""
+    bytes_copied_per_pass: float = 0.0
+    bus_bandwidth: float | None = None
+    compute_wait_seconds: float = 0.0
+    """How long computing waited for copies of what was in memory."""
+
+    def lines(self, while_: str) -> list[str]:
+        """What computed where, in how much memory, and what crossed the bus."""
+        over = ", OVER BUDGET" if self.vram_peak_bytes > self.vram_budget_bytes else ""
+        lines = [
+            f"gpu       {self.name}: {self.description}; {self.kernels}",
+            f"          peak {format_size(self.vram_peak_bytes)} of {format_size(self.vram_budget_bytes)}{over}; "
+            f"{format_size(self.resident_bytes)} of weights resident",
+        ]
+        if self.decode_device == "cpu":
+            lines.append("          prompts were computed on it, and the rest by the processor")
+        if self.bus_bandwidth is not None and self.bytes_copied_per_pass:
+            bus = f"bus       {format_size(round(self.bytes_copied_per_pass))} copied per pass, "
+            bus += f"{format_rate(self.bus_bandwidth)} while {while_}"
+            if self.raw_bus_bandwidth:
+                bus += f", {self.bus_bandwidth / self.raw_bus_bandwidth:.0%} of the "
+                bus += f"{format_rate(self.raw_bus_bandwidth)} measured raw"
+            lines.append(bus)
+        if self.unregistered is not None:
+            lines.append(f"          copies were staged, as memory could not be pinned: {self.unregistered}")
+        return lines
+
+
+@dataclass(frozen=True, kw_only=True)
 class Figures:
     """What every report says. Bytes and seconds; bandwidths in bytes per second; None: nothing to measure."""
 
@@ -89,6 +140,10 @@ class Figures:
     synthetic: bool
     experts: ExpertFigures | None = None
     """None where layers are read whole."""
+    device: DeviceFigures | None = None
+    """None where the processor computed."""
+    fallback: str | None = None
+    """Why the processor computed although a device was asked for: `--fallback cpu`."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -102,6 +157,8 @@ class Figures:
             f"memory    peak {format_size(self.peak_rss_bytes)} of {format_size(self.ram_budget_bytes)}{over}; "
             f"{format_size(self.resident_bytes)} of {format_size(self.tape_bytes)} {weights} resident",
         ]
+        if self.fallback is not None:
+            lines.append(f"fallback  the processor computed, as the GPU could not: {self.fallback}")
         if self.missing_overlap_bytes:
             lines.append(
                 "          no room to read ahead, so reading and computing took turns: "
@@ -121,7 +178,19 @@ class Figures:
                 f"          {format_rate(bandwidth)} while {while_}, {bandwidth / self.raw_disk_bandwidth:.0%} of the "
                 f"{format_rate(self.raw_disk_bandwidth)} measured raw"
             )
+        lines += self.device.lines(while_) if self.device is not None else []
         return lines if self.experts is None else lines + self.experts.lines()
+
+    def waits(self, compute_seconds: float) -> str:
+        """Who waited for whom."""
+        copies = ""
+        if self.device is not None and self.device.bytes_copied_per_pass:
+            copies = f" and {format_seconds(self.device.compute_wait_seconds)} for copies to the GPU"
+            compute_seconds -= self.device.compute_wait_seconds
+        return (
+            f"compute waited {format_seconds(max(0.0, compute_seconds))} for the disk{copies}, "
+            f"the disk {format_seconds(self.disk_wait_seconds)} for compute"
+        )
 
     @property
     def possible(self) -> str:
@@ -141,12 +210,27 @@ class Surroundings:
     """Experts of all layers."""
 
     def figures_of(self, cost: PassTotals, tokens: int) -> Figures:
-        """The figures, with those of the experts in the passes of `cost`, which gave `tokens` tokens."""
+        """The figures, with those of the experts and of the device in the passes of `cost`, which gave `tokens`
+        tokens."""
+        return replace(self.figures, experts=self._experts_of(cost, tokens), device=self._device_of(cost))
+
+    def _device_of(self, cost: PassTotals) -> DeviceFigures | None:
+        device = self.figures.device
+        if device is None:
+            return None
+        return replace(
+            device,
+            bytes_copied_per_pass=cost.bus_bytes / max(cost.passes, 1),
+            bus_bandwidth=cost.bus_bytes / cost.seconds if cost.seconds else None,
+            compute_wait_seconds=cost.bus_wait_seconds,
+        )
+
+    def _experts_of(self, cost: PassTotals, tokens: int) -> ExpertFigures | None:
         if self.plan.experts is None:
-            return self.figures
+            return None
         use, passes = cost.experts, max(cost.passes, 1)
         chosen, dense = use.hits + use.misses, cost.bytes_read - use.nbytes
-        experts = ExpertFigures(
+        return ExpertFigures(
             held=self.plan.experts.slots,
             total=self.experts,
             hits=use.hits,
@@ -158,7 +242,6 @@ class Surroundings:
             dense_bytes_per_token=dense / tokens if tokens else None,
             compute_seconds_per_pass=use.compute_seconds / passes,
         )
-        return replace(self.figures, experts=experts)
 
     @property
     def again_nbytes(self) -> int:
@@ -169,27 +252,41 @@ class Surroundings:
         share = 1 - self.plan.bound_resident_nbytes / self.plan.tape.total
         return round(share * self.figures.tape_bytes)
 
+    def bus_seconds(self, cost: PassTotals) -> float:
+        """The least seconds in which what the device's memory does not hold can be copied in the passes of `cost`; 0
+        where nothing was copied, or P is not known."""
+        rate = None if self.figures.device is None else self.figures.device.raw_bus_bandwidth
+        if not rate:
+            return 0.0
+        # Of chosen experts the run's own; and what came before the passes began is no part of them.
+        again = (self.plan.tape.total - self.plan.bound_device_nbytes) * cost.passes
+        return (cost.bus_bytes if self.plan.experts is not None else min(again, cost.bus_bytes)) / rate
 
-Bottleneck = Literal["disk", "compute", "memory"]
+
+Bottleneck = Literal["disk", "bus", "compute", "memory"]
 """What bounds a run; "memory": everything is resident."""
 
 
-def _bound(nbytes: float, experts: ExpertUse, compute_seconds: float, rate: float) -> tuple[float, Bottleneck]:
-    """The least seconds in which `nbytes` are read ahead, `experts` when they are chosen, and all is computed; and what
-    keeps it from being less."""
+def _bound(
+    nbytes: float, experts: ExpertUse, compute_seconds: float, rate: float, bus_seconds: float = 0.0
+) -> tuple[float, Bottleneck]:
+    """The least seconds in which `nbytes` are read ahead, `experts` when they are chosen, all is computed, and what
+    takes `bus_seconds` is copied to a device; and what keeps it from being less."""
     disk = (nbytes + experts.nbytes) / rate
     seconds = pass_seconds(disk, compute_seconds, experts.nbytes / rate, experts.compute_seconds)
+    if bus_seconds > seconds:
+        return bus_seconds, "bus"
     return seconds, "compute" if compute_seconds > disk else "disk"
 
 
-def _bound_from_nothing(
-    cost: PassTotals, figures: Figures, again_nbytes: int, kv_nbytes: int
-) -> tuple[float, Bottleneck] | None:
+def _bound_from_nothing(cost: PassTotals, around: "Surroundings", kv_nbytes: int) -> tuple[float, Bottleneck] | None:
     """`_bound` of all passes of `cost`, the first of which finds nothing in memory; None where B is not known."""
+    figures = around.figures
     if not figures.raw_disk_bandwidth or not cost.passes:
         return None
-    nbytes = figures.tape_bytes + (cost.passes - 1) * again_nbytes + kv_nbytes
-    return _bound(nbytes, cost.experts, cost.compute_seconds, figures.raw_disk_bandwidth)
+    nbytes = figures.tape_bytes + (cost.passes - 1) * around.again_nbytes + kv_nbytes
+    rate, bus_seconds = figures.raw_disk_bandwidth, around.bus_seconds(cost)
+    return _bound(nbytes, cost.experts, cost.compute_seconds, rate, bus_seconds)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,6 +344,7 @@ class Report(Figures):
         if self.bound_share is not None and self.bound_seconds_per_pass is not None:
             what = {
                 "disk": "disk-bound",
+                "bus": "bound by copies to the GPU",
                 "compute": "compute-bound: no evidence for the disk",
                 "memory": "all weights in memory: compute-bound",
             }[self.bottleneck or "disk"]
@@ -259,11 +357,8 @@ class Report(Figures):
             if self.predicted_seconds_per_pass is not None:
                 said += f", {format_seconds(self.predicted_seconds_per_pass)} per pass"
             lines.append(f"{said}, by this machine's profile")
-        if self.bottleneck in ("disk", "compute"):
-            lines.append(
-                f"waits     while decoding, compute waited {format_seconds(self.compute_wait_seconds)} for the disk, "
-                f"the disk {format_seconds(self.disk_wait_seconds)} for compute"
-            )
+        if self.bottleneck in ("disk", "bus", "compute"):
+            lines.append(f"waits     while decoding, {self.waits(self.compute_wait_seconds)}")
         return lines + self.machine_lines()
 
 
@@ -279,12 +374,14 @@ def make_report(generation: Generation, around: Surroundings, predicted: Predict
         # What the ring held when decoding began has been read before, and what it would hold at the end is not read
         # any more: the bound is that much lower, or few passes would seem to beat it.
         streamed = round(around.again_nbytes * _share_read(generation, around)) * decode.passes + decode.kv_bytes
-        if streamed + decode.experts.nbytes == 0:
+        reads, bus_seconds = streamed + decode.experts.nbytes > 0, around.bus_seconds(decode)
+        if not reads and not bus_seconds:
             bound, bottleneck = compute, "memory"
-        elif figures.raw_disk_bandwidth:
-            seconds, bottleneck = _bound(streamed, decode.experts, decode.compute_seconds, figures.raw_disk_bandwidth)
+        elif not reads or figures.raw_disk_bandwidth:
+            rate = figures.raw_disk_bandwidth or math.inf
+            seconds, bottleneck = _bound(streamed, decode.experts, decode.compute_seconds, rate, bus_seconds)
             bound = seconds / decode.passes
-    first = _bound_from_nothing(prefill, figures, around.again_nbytes, prefill.kv_bytes)
+    first = _bound_from_nothing(prefill, around, prefill.kv_bytes)
     tokens = generation.generated_tokens
     moved = decode.bytes_read + decode.kv_bytes
     overheads = sorted(s for cost in generation.recent for s in cost.pass_.block_seconds)
@@ -358,16 +455,14 @@ class ScoreReport(Figures):
         )
         lines += self.disk_lines("scoring", self.disk_bandwidth, "", "a smaller --batch or --context may fit in memory")
         if self.bound_seconds is not None and self.bound_share is not None:
-            what = "disk-bound" if self.bottleneck == "disk" else "compute-bound: no evidence for the disk"
+            bounds = {"disk": "disk-bound", "bus": "bound by copies to the GPU"}
+            what = bounds.get(self.bottleneck, "compute-bound: no evidence for the disk")
             lines.append(
                 f"bound     {format_seconds(self.bound_seconds)} {self.possible}, {self.bound_share:.0%} of it reached "
                 f"({what})"
             )
         if self.bottleneck != "memory":
-            lines.append(
-                f"waits     compute waited {format_seconds(self.compute_wait_seconds)} for the disk, "
-                f"the disk {format_seconds(self.disk_wait_seconds)} for compute"
-            )
+            lines.append(f"waits     {self.waits(self.compute_wait_seconds)}")
         return lines + self.machine_lines()
 
 
@@ -377,9 +472,9 @@ def make_score_report(scoring: Scoring, around: Surroundings) -> ScoreReport:
     figures = around.figures_of(cost, scoring.total.tokens)
     kv = figures.kv_bytes_read + figures.kv_bytes_written
     bound: float | None = None
-    reads = bool(again or kv or cost.experts.nbytes)
-    bottleneck: Bottleneck = "disk" if reads else "memory"
-    if reads and (found := _bound_from_nothing(cost, figures, again, kv)) is not None:
+    reads, copies = bool(again or kv or cost.experts.nbytes), around.bus_seconds(cost) > 0
+    bottleneck: Bottleneck = "disk" if reads else "bus" if copies else "memory"
+    if (reads or copies) and (found := _bound_from_nothing(cost, around, kv)) is not None:
         bound, bottleneck = found
     return ScoreReport(
         **vars(figures),

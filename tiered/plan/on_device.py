@@ -10,8 +10,10 @@ from typing import Final
 from tiered.errors import DeviceBudgetError
 from tiered.plan.inputs import Budgets, Tier
 from tiered.plan.placement import Held, Placement, Tape, place, smallest_ring, wished
-from tiered.units import format_budget, format_size
+from tiered.units import GIB, format_budget, format_size
 
+CONTEXT_NBYTES: Final = GIB // 2
+"""What a CUDA device's driver and libraries take, where nobody has measured it: an assumption."""
 EXPERT_SLOTS: Final = 2
 """Where experts are read when they are chosen, so many are on the device: one computes while the next is copied."""
 _ONLY: Final = (Tier.GPU,)

@@ -378,13 +378,8 @@ class Way:
     def moved_nbytes(self, plan: Plan, tokens: int, is_decode: bool = False) -> int:
         """Bytes of weights that such a pass reads, and copies to the device, if that computes it."""
         device = plan.decode_device if is_decode else plan.prefill_device
-        copied = plan.bus_nbytes + self._chosen_nbytes(plan, tokens) if device == "gpu" else 0
+        copied = plan.bus_nbytes + expected_bus_nbytes(self.asked.model, plan, tokens) if device == "gpu" else 0
         return self.read_nbytes(plan, tokens) + copied
-
-    def _chosen_nbytes(self, plan: Plan, tokens: int) -> int:
-        """Bytes of the experts that such a pass chooses, of those that are read on demand: none stays on the device."""
-        experts = self.asked.model.experts
-        return 0 if plan.experts is None or experts is None else int(_chosen(experts, plan, tokens) * experts.nbytes)
 
     def option(self, plan: Plan) -> BatchOption:
         """This way, with the bytes that a pass of `plan` reads from disk, and copies to the device."""
@@ -394,7 +389,7 @@ class Way:
         experts = expected_expert_nbytes(self.asked.model, plan, self.batch_size)
         disk, bus = plan.read_nbytes + kv + experts, 0
         if plan.decode_device == "gpu":
-            bus = plan.bus_nbytes + self._chosen_nbytes(plan, self.batch_size)
+            bus = plan.bus_nbytes + expected_bus_nbytes(self.asked.model, plan, self.batch_size)
         return BatchOption(self.batch_size, self.on_disk, disk, experts, bus, self.on_device)
 
 
@@ -451,6 +446,13 @@ def expected_expert_nbytes(model: ModelShape, plan: Plan, tokens: int) -> int:
         return 0
     missing = 1 - plan.experts.slots / experts.total
     return int(_chosen(experts, plan, tokens) * missing * experts.file_nbytes)
+
+
+def expected_bus_nbytes(model: ModelShape, plan: Plan, tokens: int) -> int:
+    """Bytes of experts that a pass of `plan` over `tokens` tokens is expected to copy to the device on demand: of all
+    that are asked for, as none stays there."""
+    experts = model.experts
+    return 0 if plan.experts is None or experts is None else int(_chosen(experts, plan, tokens) * experts.nbytes)
 
 
 def _chosen(experts: ExpertShape, plan: Plan, tokens: int) -> float:
