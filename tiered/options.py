@@ -159,7 +159,7 @@ class Options:
             raise ConfigError("--decode-device cpu: needs weights in memory; use --tiers disk,cpu,gpu or cpu,gpu")
         if is_hybrid and self.kv == "gpu":
             raise ConfigError(
-                "--kv gpu --decode-device cpu: the processor decodes from memory; use --kv auto, cpu or disk"
+                "--kv gpu --decode-device cpu: the cache is where decoding is; use --kv auto, cpu or disk"
             )
         if is_hybrid and self.dtype == "float16":
             raise ConfigError("--dtype float16 --decode-device cpu: the processor has no arithmetic for it; use auto")

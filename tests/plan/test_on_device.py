@@ -284,6 +284,12 @@ def test_a_cache_on_the_device_where_nothing_decodes_there_is_a_contradiction() 
             planned(2 * GIB, **{"vram": GIB, "kv": "gpu", **fields})
 
 
+@pytest.mark.parametrize("fields", [{"tiers": STREAMING}, {"vram": 0}])
+def test_a_tier_without_its_memory_is_no_plan_for_the_processor(fields: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="a GPU and its memory go together"):
+        planned(2 * GIB, **{"vram": GIB, **fields})
+
+
 def test_a_refusal_with_the_cache_on_the_device_is_not_the_one_to_read_where_memory_is_what_lacks() -> None:
     with pytest.raises(BudgetError, match="The smallest budget that works is --ram") as refused:
         planned(350 * MIB, 400 * MIB, Workload(8, 8192, 16, max_batched_tokens=16), kv="auto")

@@ -12,7 +12,7 @@ from typing import Final, Literal
 from tiered.errors import BudgetError, ConfigError, DeviceBudgetError
 from tiered.plan.batch_size import BatchChoice, choose_batch_size, choose_windows_per_pass
 from tiered.plan.cost import decode_computing, seen_tokens
-from tiered.plan.inputs import Budgets, Machine, ModelShape, Workload
+from tiered.plan.inputs import Budgets, Machine, ModelShape, Tier, Workload, tiers_text
 from tiered.plan.kv import Bits, check_bits
 from tiered.plan.pace import Pace
 from tiered.plan.plan import Plan, smallest_budget
@@ -33,6 +33,10 @@ _MEASURING_NBYTES: Final = 96 * MIB
 
 def make_plan(model: ModelShape, machine: Machine, workload: Workload, budgets: Budgets) -> Plan:
     """The plan for `workload` within `budgets`. Raises BudgetError where there is none."""
+    if budgets.has_device != (Tier.GPU in budgets.tiers):
+        raise ConfigError(
+            f"--tiers {tiers_text(budgets.tiers)}, --vram {budgets.vram}: a GPU and its memory go together"
+        )
     if budgets.choose_kv_bits:
         return _plan_with_most_bits(Asked(model, machine, workload, budgets))
     asked = Asked(model, machine, workload, budgets)
@@ -66,14 +70,19 @@ def expected_pass(model: ModelShape, machine: Machine, workload: Workload, budge
 
 
 def smallest_ram(model: ModelShape, machine: Machine, workload: Workload, budgets: Budgets) -> int:
-    """The least budget in bytes, a whole number of MiB, in which all of `workload` runs at once with this baseline."""
-    *better, last = Asked(model, machine, workload, budgets).ways(workload.sequences)
-    for way in better:
+    """The least budget in bytes, a whole number of MiB, in which all of `workload` runs at once with this baseline.
+
+    Raises DeviceBudgetError where the device's memory does not suffice.
+    """
+    ways = Asked(model, machine, workload, budgets).ways(workload.sequences)
+    refusals: list[BudgetError] = []
+    for way in ways:
         try:
             return smallest_budget(way.plan_at)
         except DeviceBudgetError:
-            continue  # where the KV cache is elsewhere the device's memory may suffice
-    return smallest_budget(last.plan_at)
+            # Where the KV cache is elsewhere the device's memory may suffice.
+            refusals.append(way.vram_refusal())
+    raise least(refusals)
 
 
 def smallest_vram(model: ModelShape, machine: Machine, workload: Workload, budgets: Budgets) -> int:

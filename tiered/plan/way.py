@@ -305,8 +305,7 @@ class Way:
         try:
             return self.plan_at(budgets.ram, why)
         except DeviceBudgetError:
-            self._name_vram()
-            raise
+            raise self.vram_refusal() from None
         except BudgetError:
             spared = self.within(replace(budgets, baseline=budgets.baseline + BASELINE_VARIES_NBYTES))
             try:
@@ -314,20 +313,24 @@ class Way:
                 # With a device not from the least: few rows would hold layers in its memory, and be its refusal.
                 enough = smallest_budget(spared.plan_at, budgets.ram if budgets.has_device else MIB)
             except DeviceBudgetError:
-                self._name_vram()
-                raise
+                raise self.vram_refusal() from None
             experts = None if spared.plan_at(enough).experts is None else self.asked.model.experts
             self._place(spared.passes(enough, experts), budgets.ram)
             raise
 
-    def _name_vram(self) -> None:
-        """Raise DeviceBudgetError, naming a `--vram` that is enough."""
+    def vram_refusal(self) -> DeviceBudgetError:
+        """The refusal of a device's budget that is too little, which names one that is enough."""
         budgets = self.asked.budgets
         enough, experts = min(
             ((self.smallest_vram(experts), experts) for experts in self.asked.expert_choices), key=itemgetter(0)
         )
-        # Needs at the budget that is enough: they say what its bytes are for.
-        self._refuse_device(self.within(replace(budgets, vram=enough)).passes(budgets.ram, experts), enough)
+        try:
+            # Needs at the budget that is enough: they say what its bytes are for.
+            self._refuse_device(self.within(replace(budgets, vram=enough)).passes(budgets.ram, experts), enough)
+            self._refuse_device(self.passes(budgets.ram, experts), enough)
+        except DeviceBudgetError as error:
+            return error
+        raise AssertionError("the device's budget was refused")
 
     def smallest_vram(self, experts: ExpertShape | None) -> int:
         """The least `--vram`, a whole number of MiB, with which only the host's memory may still be too little, with
