@@ -73,7 +73,8 @@ def named(
         assert smallest is not None and smallest > getattr(asked, option)
         written = re.search(rf"--{option} (\w+)", str(refused))
         assert written is not None and parse_size(written.group(1)) == -(-smallest // MIB) * MIB
-        asked = replace(asked, **{option: smallest})
+        raised: dict[str, Any] = {option: smallest}
+        asked = replace(asked, **raised)
         try:
             return make_plan(model, machine, workload, asked), asked
         except BudgetError as error:
@@ -216,10 +217,10 @@ def test_wishes_are_kept_to_a_unit_and_no_more_is_taken() -> None:
 
 @pytest.mark.parametrize(("wish", "option"), [("resident_gpu", "--vram"), ("resident_cpu", "--ram")])
 def test_a_wish_that_does_not_fit_is_refused_by_name_with_a_budget_that_holds_it(wish: str, option: str) -> None:
+    fields: dict[str, Any] = {"ram": 700 * MIB, "vram": 500 * MIB, wish: 700 * MIB}
     with pytest.raises(BudgetError, match=rf"--{wish.replace('_', '-')} 700MiB and a ring.*{option} ") as refused:
-        planned(700 * MIB, 500 * MIB, **{wish: 700 * MIB})
-    enough = {option.strip("-"): refused.value.smallest_bytes}
-    plan = planned(**{"ram": 700 * MIB, "vram": 500 * MIB, **enough}, **{wish: 700 * MIB})
+        planned(**fields)
+    plan = planned(**{**fields, option.strip("-"): refused.value.smallest_bytes})
     assert plan.device is not None
     assert max(plan.device.placement.resident_nbytes, plan.placement.resident_nbytes) > 680 * MIB
 
@@ -279,7 +280,8 @@ def test_with_rates_it_goes_where_passes_are_quicker(attention: float, on_device
 
 
 def test_a_cache_on_the_device_where_nothing_decodes_there_is_a_contradiction() -> None:
-    for fields in ({"decode_device": "cpu"}, {"tiers": STREAMING, "vram": 0}):
+    cases: list[dict[str, Any]] = [{"decode_device": "cpu"}, {"tiers": STREAMING, "vram": 0}]
+    for fields in cases:
         with pytest.raises(ConfigError, match="kv gpu: no device computes while sequences decode"):
             planned(2 * GIB, **{"vram": GIB, "kv": "gpu", **fields})
 

@@ -54,23 +54,27 @@ class DevicePlan:
         return self.needs.total + self.placement.nbytes
 
 
-def fit_on_device(tape: Tape, needs: DeviceNeeds, budgets: Budgets, held: Held, smallest: int = 0) -> Placement:
+def fit_on_device(tape: Tape, needs: DeviceNeeds, budgets: Budgets, held: Held) -> Placement:
     """Place the tape in what `budgets.vram` leaves after `needs`: as many units as fit stay, or those that are wished
-    for, or none where the device computes prompts only.
-
-    Raises DeviceBudgetError, naming what takes the bytes and the smallest budget that would do: `smallest`, where that
-    is known to be enough for needs that grow with it.
-    """
-    available, most = budgets.vram - needs.total, 0 if budgets.is_hybrid else budgets.resident_gpu
+    for, or none where the device computes prompts only. Raises DeviceBudgetError, as `device_refusal` says."""
+    available, most = budgets.vram - needs.total, _most(budgets)
     if most is None or not tape.nbytes:
         placement = place(tape, available, held)
     else:
         placement = wished(tape, available, held, most)
-    if placement is not None and not (budgets.tiers == _ONLY and placement.ring_nbytes):
-        return placement
-    least, what = _least(tape, held, budgets.tiers, most)
+    if placement is None or (budgets.tiers == _ONLY and placement.ring_nbytes):
+        raise device_refusal(tape, needs, budgets, held)
+    return placement
+
+
+def device_refusal(
+    tape: Tape, needs: DeviceNeeds, budgets: Budgets, held: Held, smallest: int = 0
+) -> DeviceBudgetError:
+    """What says that `budgets.vram` is too little, with what takes the bytes and the smallest budget that would do:
+    `smallest`, where that is known to be enough for needs that grow with it."""
+    least, what = _least(tape, held, budgets.tiers, _most(budgets))
     smallest = max(smallest, needs.total + least)
-    raise DeviceBudgetError(
+    return DeviceBudgetError(
         f"{format_size(budgets.vram)} of GPU memory are too little. Needed: {format_size(needs.context)} for driver "
         f"and libraries, {format_size(needs.outer)} for tables, {format_size(needs.kv)} for the KV cache, "
         f"{format_size(needs.workspace)} for activations, {format_size(least)} for {what}. "
@@ -78,6 +82,11 @@ def fit_on_device(tape: Tape, needs: DeviceNeeds, budgets: Budgets, held: Held, 
         + ("; or use --tiers disk,cpu,gpu" if budgets.tiers == _ONLY else ""),
         smallest_bytes=smallest,
     )
+
+
+def _most(budgets: Budgets) -> int | None:
+    """Bytes of units that are to stay on the device; None: as many as there is room for."""
+    return 0 if budgets.is_hybrid else budgets.resident_gpu
 
 
 def _least(tape: Tape, held: Held, tiers: tuple[Tier, ...], most: int | None) -> tuple[int, str]:

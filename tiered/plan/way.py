@@ -23,7 +23,7 @@ from tiered.plan.budget import BASELINE_VARIES_NBYTES
 from tiered.plan.cost import kv_block_nbytes
 from tiered.plan.inputs import Budgets, ExpertShape, Machine, ModelShape, Tier, Workload
 from tiered.plan.kv import CachePlan, block_nbytes
-from tiered.plan.on_device import EXPERT_SLOTS, DeviceNeeds, DevicePlan, fit_on_device
+from tiered.plan.on_device import EXPERT_SLOTS, DeviceNeeds, DevicePlan, device_refusal, fit_on_device
 from tiered.plan.placement import Held, Placement, Tape, full_ring
 from tiered.plan.plan import ExpertCachePlan, Needs, Plan, fit_units, smallest_budget
 from tiered.plan.workspace import MAX_ROWS, Workspace, transit_nbytes, workspace_for
@@ -276,9 +276,7 @@ class Way:
 
     def _place(self, passes: "Passes", ram: int) -> tuple[Placement | None, Placement]:
         """Where units are: on the device, if there is one, and in the host's memory. Raises BudgetError."""
-        budgets, device = self.asked.budgets, None
-        if passes.device_needs is not None:
-            device = fit_on_device(passes.tape, passes.device_needs, budgets, replace(passes.held, ahead_nbytes=0))
+        budgets, device = self.asked.budgets, self._place_on_device(passes)
         return device, fit_units(
             passes.tape,
             passes.needs,
@@ -289,6 +287,12 @@ class Way:
             frozenset() if device is None else device.resident,
             budgets.resident_cpu,
         )
+
+    def _place_on_device(self, passes: "Passes") -> Placement | None:
+        """Raises DeviceBudgetError."""
+        if passes.device_needs is None:
+            return None
+        return fit_on_device(passes.tape, passes.device_needs, self.asked.budgets, passes.device_held)
 
     def _expert_cache(self, passes: "Passes", placement: Placement, ram: int) -> ExpertCachePlan | None:
         """The cache of experts: it gets what dense units leave."""
@@ -324,13 +328,10 @@ class Way:
         enough, experts = min(
             ((self.smallest_vram(experts), experts) for experts in self.asked.expert_choices), key=itemgetter(0)
         )
-        try:
-            # Needs at the budget that is enough: they say what its bytes are for.
-            self._refuse_device(self.within(replace(budgets, vram=enough)).passes(budgets.ram, experts), enough)
-            self._refuse_device(self.passes(budgets.ram, experts), enough)
-        except DeviceBudgetError as error:
-            return error
-        raise AssertionError("the device's budget was refused")
+        # Needs at the budget that is enough: they say what its bytes are for.
+        passes = self.within(replace(budgets, vram=enough)).passes(budgets.ram, experts)
+        assert passes.device_needs is not None
+        return device_refusal(passes.tape, passes.device_needs, budgets, passes.device_held, enough)
 
     def smallest_vram(self, experts: ExpertShape | None) -> int:
         """The least `--vram`, a whole number of MiB, with which only the host's memory may still be too little, with
@@ -343,7 +344,7 @@ class Way:
         while True:
             try:
                 tried = self.within(replace(budgets, vram=vram))
-                tried._refuse_device(tried.passes(budgets.ram, experts))
+                tried._place_on_device(tried.passes(budgets.ram, experts))
             except DeviceBudgetError as error:
                 assert error.smallest_bytes is not None and error.smallest_bytes > vram, error
                 vram = round_up(error.smallest_bytes, MIB)
@@ -353,13 +354,6 @@ class Way:
     def within(self, budgets: Budgets) -> "Way":
         """The same way with other budgets."""
         return replace(self, asked=replace(self.asked, budgets=budgets))
-
-    def _refuse_device(self, passes: "Passes", smallest: int = 0) -> None:
-        """Raise DeviceBudgetError where `passes` take more than the device's budget, naming `smallest` if it is
-        known."""
-        if passes.device_needs is not None:
-            held = replace(passes.held, ahead_nbytes=0)
-            fit_on_device(passes.tape, passes.device_needs, self.asked.budgets, held, smallest)
 
     def _cost(self, plan: Plan) -> int:
         """Bytes that sequences are expected to read (and copy to a device) from their prompts to their ends, or, where
@@ -421,6 +415,11 @@ class Passes:
     def host_held(self) -> Held:
         """What the host's ring holds as a whole: a unit on its way to the device leaves when it has been copied."""
         return Held(ahead_nbytes=self.held.ahead_nbytes) if self.only_device else self.held
+
+    @property
+    def device_held(self) -> Held:
+        """What the device's ring holds as a whole. Copies are steady: none need go further ahead."""
+        return replace(self.held, ahead_nbytes=0)
 
     @property
     def tape(self) -> Tape:
