@@ -13,7 +13,7 @@ processors and caches are transformers' own. Its forward is one pass over the st
 import functools
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, NoReturn, Self, TypeVar
+from typing import Any, Final, Literal, NoReturn, Self, TypeVar
 
 import torch
 from transformers import (
@@ -34,10 +34,11 @@ from tiered.generate.tokenizer import load_generation_config, load_tokenizer
 from tiered.io import VerifyPolicy
 from tiered.kernels import Mode
 from tiered.model import CACHE_NAMES, ForwardBatch, cache_name, check_token_ids, keep_positions, slice_mask
+from tiered.options import PhaseDevice
 from tiered.plan import Workload, parse_tiers
 from tiered.runtime import Options, Runtime, compute_dtype
 from tiered.store import Store
-from tiered.units import format_size, parse_size
+from tiered.units import format_size, parse_option, parse_size
 
 _CACHE_NAME: Final = cache_name(GenerationMixin.prepare_inputs_for_generation) or CACHE_NAMES[0]
 """The name by which this version of transformers passes caches to a model, and takes them from its results."""
@@ -60,6 +61,13 @@ def load(
     verify: str = "first",
     kernels: str = "auto",
     kernel_mode: str = "invariant",
+    vram: str | int | None = None,
+    device: str = "auto",
+    resident_gpu: int | None = None,
+    resident_cpu: int | None = None,
+    prefill_device: PhaseDevice = "auto",
+    decode_device: PhaseDevice = "auto",
+    fallback: Literal["cpu"] | None = None,
 ) -> "LoadedModel":
     """Open `store` as a model that runs within `ram` ("4GiB" or bytes; default 90 % of what is free).
 
@@ -67,6 +75,12 @@ def load(
     once, beams included: memory for their KV cache is set aside. The default is one sequence of up to 2048 tokens whose
     cache takes at most an eighth of the budget; where that leaves too little for the rest, a shorter one, of at least
     128 tokens.
+
+    With a GPU among the tiers ("disk,cpu,gpu", "cpu,gpu", "gpu") `device` computes: "cuda", "cuda:1", "emulated", or
+    "auto", the first CUDA device. `vram` bounds its memory (default 90 % of what is free there), `resident_gpu` and
+    `resident_cpu` are bytes of weights that stay on it and in memory, `prefill_device` and `decode_device` ("cpu" or
+    "gpu") say what computes prompts and what the rest. `fallback="cpu"` lets the processor compute where the device
+    cannot be used, which is an error otherwise.
 
     Raises StoreError, ConfigError, or, when the context is entered, BudgetError.
     """
@@ -88,9 +102,16 @@ def load(
         verify=policy,
         kernels=kernels,
         kernel_mode=mode,
+        device=None if device == "auto" else device,
+        vram=parse_option("vram", vram) if isinstance(vram, str) else vram,
+        resident_gpu=resident_gpu,
+        resident_cpu=resident_cpu,
+        prefill_device=prefill_device,
+        decode_device=decode_device,
+        fallback=fallback,
     )
     config = load_config(opened.path)
-    compute_dtype(dtype, config)  # raises ConfigError for an unknown dtype
+    compute_dtype(dtype, config, options.has_device)  # raises ConfigError for an unknown dtype
     tokens, least = context_for(config, context, "context"), LEAST_CONTEXT if context is None else 0
     workload = Workload(sequences, tokens, least_context=least)
     return LoadedModel(opened, config, workload, options)

@@ -72,13 +72,11 @@ class Options:
                 raise ConfigError(f"{name} {value!r}: expected a whole number above 0")
         if self.kv not in ("auto", "cpu", "disk", "gpu"):
             raise ConfigError(f"kv {self.kv!r}: expected auto, gpu, cpu or disk")
-        for name, value in (
-            ("vram", self.vram),
-            ("resident-gpu", self.resident_gpu),
-            ("resident-cpu", self.resident_cpu),
-        ):
-            if value is not None and (not isinstance(value, int) or value < (name == "vram")):
-                raise ConfigError(f"{name} {value!r}: expected a number of bytes")
+        if self.vram is not None and (not isinstance(self.vram, int) or self.vram < 1):
+            raise ConfigError(f"vram {self.vram!r}: expected a number of bytes above 0")
+        for name, wish in (("resident-gpu", self.resident_gpu), ("resident-cpu", self.resident_cpu)):
+            if wish is not None and (not isinstance(wish, int) or wish < 0):
+                raise ConfigError(f"{name} {wish!r}: expected a number of bytes")
         if self.fallback not in (None, "cpu"):
             raise ConfigError(f"fallback {self.fallback!r}: expected cpu, or none")
         if self.device is not None and not _DEVICE.fullmatch(self.device):
@@ -88,9 +86,9 @@ class Options:
                 raise ConfigError(f"{name} {phase!r}: expected auto, cpu or gpu")
         if self.has_device:
             self._check_device()
-        elif (name := self._of_device()) is not None:
+        elif (given := self._of_device()) is not None:
             raise ConfigError(
-                f"--{name} is for a GPU, and --tiers {tiers_text(self.tiers)} has none; add --tiers disk,cpu,gpu"
+                f"--{given} is for a GPU, and --tiers {tiers_text(self.tiers)} has none; add --tiers disk,cpu,gpu"
             )
 
     @property
@@ -139,7 +137,6 @@ class Options:
             "prefill-device gpu": self.prefill_device == "gpu",
             "decode-device gpu": self.decode_device == "gpu",
             "kv gpu": self.kv == "gpu",
-            "dtype float16": self.dtype == "float16",
             "fallback": self.fallback is not None,
         }
         return next((name for name, is_given in given.items() if is_given), None)
@@ -162,8 +159,10 @@ class Options:
             raise ConfigError("--decode-device cpu: needs weights in memory; use --tiers disk,cpu,gpu or cpu,gpu")
         if is_hybrid and self.kv == "gpu":
             raise ConfigError(
-                "--kv gpu --decode-device cpu: the processor decodes from memory; use --kv auto, cpu or disk"
+                "--kv gpu --decode-device cpu: the cache is where decoding is; use --kv auto, cpu or disk"
             )
+        if is_hybrid and self.dtype == "float16":
+            raise ConfigError("--dtype float16 --decode-device cpu: the processor has no arithmetic for it; use auto")
         if self.resident_gpu and is_hybrid:
             raise ConfigError(
                 "--resident-gpu --decode-device cpu: the GPU's memory is given back after the prompts; drop one"
@@ -172,7 +171,7 @@ class Options:
             raise ConfigError(f"--resident-gpu: --tiers {tiers} keeps all weights on the GPU; use --tiers disk,cpu,gpu")
         if self.resident_cpu is not None and Tier.DISK not in self.tiers:
             raise ConfigError(
-                f"--resident-cpu: with --tiers {tiers} all that is not on the GPU is in memory; use --tiers disk,cpu,gpu"
+                f"--resident-cpu: --tiers {tiers} keeps in memory all that is not on the GPU; use --tiers disk,cpu,gpu"
             )
 
 

@@ -176,6 +176,9 @@ def test_what_ends_a_text_comes_from_the_store_too_and_the_rest_is_named(store: 
     ]
 
 
+ON_DEVICE = ("--tiers", "disk,cpu,gpu", "--device", "emulated")
+
+
 def test_results_of_another_job_are_refused_by_name(store: Path, source: Path, tmp_path: Path) -> None:
     results = tmp_path / "out.jsonl"
     batch(store, source, results)
@@ -193,6 +196,7 @@ def test_results_of_another_job_are_refused_by_name(store: Path, source: Path, t
         (store, source, ("--kv-bits", "8"), "kv-bits is 8, it was 16"),
         (store, source, ("--kernels", "torch"), "kernels is torch, it was"),
         (store, source, ("--kernel-mode", "fast"), "kernel-mode is fast, it was invariant"),
+        (store, source, (*ON_DEVICE, "--vram", "1GiB"), "device is emulated, it was unset"),
     ]
     for which, input_, words, told in cases:
         done = run_here("batch", which, "-i", input_, "-o", results, *QUIET, *words)

@@ -3,15 +3,18 @@
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 import tiered.kernels.kernels
 from tiered.cli import doctor_kernels
 from tiered.cli.commands import doctor as command
 from tiered.cli.doctor_findings import Examination, Fact
+from tiered.cli.doctor_gpu import gpu_facts
 from tiered.convert import ConvertOptions, convert_checkpoint
 from tiered.io import probe_mode
 from tiered.kernels import Level, Library, load_library
@@ -45,7 +48,6 @@ def test_every_section_is_there(tmp_path: Path) -> None:
     for title in ("software", "cpu", "kernels", "memory", "cgroups", "disk", "gpu", "switched off", "warnings"):
         assert title in lines
     assert "probe failed" not in text
-    assert "this version computes on the CPU only" in text
 
 
 def test_figures_are_the_libraries(tmp_path: Path) -> None:
@@ -55,6 +57,31 @@ def test_figures_are_the_libraries(tmp_path: Path) -> None:
     assert found["memory"]["MemTotal"] == machine.meminfo("MemTotal")
     assert found["cpu"]["features"] == list(machine.cpu().features)
     assert found["gpu"]["used"] is False
+
+
+def test_a_gpu_that_is_not_there_is_told_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    found = Examination()
+    found.add("gpu", gpu_facts)
+    said = found.to_json()
+    assert said["gpu"]["used"] is False and said["gpu"]["seen_by_torch"] == 0
+    (off,) = [off for off in found.off if off.feature == "GPU"]
+    assert off.why and "CUDA device" in off.turn_on
+    assert "--device emulated" in next(fact.text for fact in found.sections["gpu"] if fact.label == "used")
+
+
+def test_a_gpu_is_described_with_what_it_computes_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = SimpleNamespace(name="Tesla T4", total_memory=15 << 30, major=7, minor=5)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: made)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    found = Examination()
+    found.add("gpu", gpu_facts)
+    said = found.to_json()["gpu"]
+    assert said["cuda:0"] == {"name": "Tesla T4", "memory": 15 << 30, "compute_capability": "7.5"}
+    assert said["used"] is True
+    assert any("15 GiB, compute capability 7.5, computes in float16" in fact.text for fact in found.sections["gpu"])
+    assert said["triton"] is (not [off for off in found.off if off.feature == "Triton kernels"])
 
 
 def test_each_switched_off_feature_is_told_once_with_a_remedy(tmp_path: Path) -> None:

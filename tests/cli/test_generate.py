@@ -416,7 +416,12 @@ def test_chat_applies_the_template(store: Path, tmp_path: Path) -> None:
     [
         (("--dtype", "float16"), ("float16", "auto, bfloat16 or float32")),
         (("--tiers", "nvme"), ("unknown tier 'nvme'", "disk, cpu and gpu")),
-        (("--tiers", "disk,gpu"), ("computes on the CPU only", "disk,cpu")),
+        (("--tiers", "disk,gpu"), ("on its way to the GPU", "disk,cpu,gpu")),
+        (("--vram", "1GiB"), ("--vram is for a GPU", "--tiers disk,cpu,gpu")),
+        (("--kv", "gpu"), ("--kv gpu is for a GPU",)),
+        (("--tiers", "gpu", "--vram", "lots"), ("--vram", "lots", "8GiB")),
+        (("--tiers", "disk,cpu,gpu", "--device", "opencl"), ("device 'opencl'", "emulated")),
+        (("--tiers", "disk,cpu,gpu", "--kv", "gpu", "--kv-dir", "/tmp"), ("--kv-dir", "on the GPU")),
         (("--tiers", "cpu,disk"), ("slowest first", "disk,cpu")),
         (("--tiers", "disk"), ("need a tier that computes", "disk,cpu")),
         (("--ram", "lots"), ("lots", "8GiB")),

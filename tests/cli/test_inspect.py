@@ -15,11 +15,12 @@ from tests.commands import make_mixture, run_here
 from tests.plan.plans import STREAMING
 from tiered.cli.commands import inspect as command
 from tiered.convert import ConvertOptions, convert_checkpoint
-from tiered.errors import ConfigError, StoreError
+from tiered.errors import ConfigError, DeviceBudgetError, StoreError
 from tiered.plan import Held, Needs, fit_units
 from tiered.plan.placement import Tape
 from tiered.runtime import measure_inputs
 from tiered.store import Store
+from tiered.units import MIB, parse_size
 
 DOCS = Path(__file__).parents[1] / "data/models/opt-docs-8m"
 
@@ -140,11 +141,33 @@ def test_what_cannot_be_is_refused(docs: Path, tmp_path: Path) -> None:
         ([docs, "--context", "100000"], ConfigError, "this model has positions for 2048"),
         ([docs, "--disk-bandwidth", "2GB/h"], ConfigError, "expected a size per second"),
         ([docs, "--dtype", "int3"], ConfigError, "expected auto, bfloat16 or float32"),
+        ([docs, "--bus-bandwidth", "fast"], ConfigError, "size 'fast'"),
+        ([docs, "--vram", "1GiB"], ConfigError, "--vram is for a GPU"),
+        ([docs, "--tiers", "disk,cpu,gpu"], ConfigError, "say for how much GPU memory to plan"),
+        ([docs, "--tiers", "gpu", "--vram", "1MiB"], DeviceBudgetError, "--vram"),
         ([tmp_path], StoreError, "not a store"),
     ):
         result = runner.invoke(command, list(map(str, arguments)))
         assert isinstance(result.exception, error)
         assert message in str(result.exception)
+
+
+def test_what_fits_beside_a_gpu_can_be_asked_without_one(docs: Path) -> None:
+    words = ("--tiers", "disk,cpu,gpu", "--device", "emulated", "--bus-bandwidth", "1GB/s")
+    with pytest.raises(DeviceBudgetError) as refused:
+        CliRunner().invoke(command, [str(docs), *words, "--vram", "1MiB"], catch_exceptions=False)
+    assert refused.value.smallest_bytes is not None
+    vram = f"{refused.value.smallest_bytes // MIB + 1}MiB"
+    found = inspect_json(docs, *words, "--vram", vram)
+    assert found["vram_budget_bytes"] == parse_size(vram)
+    for row in found["budgets"]:
+        assert row["bytes_copied_per_pass"] + row["device_resident_bytes"] == found["bytes_per_pass"]
+        assert row["bus_seconds_per_pass"] == row["bytes_copied_per_pass"] / 1e9
+        assert sum(row["device_needs"].values()) < found["vram_budget_bytes"]
+    assert found["budgets"][-1]["bytes_read_per_pass"] == 0
+    all_there = inspect(docs, *words, "--vram", "8GiB")
+    assert "on GPU" in all_there and "copied" in all_there and "of --vram 8GiB" in all_there
+    assert inspect_json(docs, *words, "--vram", "8GiB")["budgets"][0]["bytes_copied_per_pass"] == 0
 
 
 def test_exit_code_of_a_missing_store() -> None:

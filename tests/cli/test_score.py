@@ -314,6 +314,7 @@ def test_the_json_report_agrees_with_itself(store: Path, text: Path) -> None:
         (("--context", "64", "--stride", "65"), ("--stride 65", "64 tokens")),
         (("--kv-bits", "5"), ("--kv-bits",)),
         (("--tiers", "nvme"), ("unknown tier 'nvme'",)),
+        (("--resident-gpu", "1GiB"), ("--resident-gpu is for a GPU",)),
         (("--dtype", "float16"), ("float16", "auto, bfloat16 or float32")),
         (("-f", "no/such/file"), ("no/such/file",)),
         (("--per-token", "no/such/folder/tokens.jsonl"), ("--per-token", "no/such/folder/tokens.jsonl")),

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from tests.plan.plans import plan_of
-from tiered.generate import Figures, Generation, Surroundings, make_report
+from tiered.generate import DeviceFigures, Figures, Generation, Surroundings, make_report
 from tiered.generate.costs import PassCost
 from tiered.model import Pass
-from tiered.plan import ExpertCachePlan, Needs, Plan, full_ring
+from tiered.plan import DeviceNeeds, DevicePlan, ExpertCachePlan, Needs, Placement, Plan, full_ring
 from tiered.stream import NO_EXPERTS, ExpertUse
 from tiered.units import MIB
 
@@ -216,6 +216,86 @@ def test_a_ring_of_one_block_is_named_with_what_it_lacks() -> None:
         report = make_report(generation(), around(plan(blocks)))
         assert report.missing_overlap_bytes == 0
         assert not any("took turns" in line for line in report.lines())
+
+
+def on_device(resident: int, device: DevicePlan | None = None, **changes: Any) -> Surroundings:
+    """A run in which a device held `resident` blocks, and memory the others."""
+    used = plan(10.0)
+    held = DevicePlan(
+        2000 * MIB,
+        DeviceNeeds(1000 * MIB, 0, 0, 800 * MIB - resident * 100 * MIB),
+        Placement(frozenset(range(resident)), resident * 100 * MIB, 200 * MIB),
+    )
+    there = replace(
+        used.placement, resident=frozenset(range(resident, 10)), resident_nbytes=(10 - resident) * 100 * MIB
+    )
+    used = replace(used, device=device or held, placement=there, prefill_device="gpu", decode_device="gpu")
+    figures = DeviceFigures(
+        name="cuda:0",
+        description="Tesla T4, 14.6 GiB, compute capability 7.5",
+        kernels="triton, invariant",
+        prefill_device="gpu",
+        decode_device="gpu",
+        vram_budget_bytes=2000 * MIB,
+        vram_peak_bytes=1900 * MIB,
+        resident_bytes=resident * 100 * MIB,
+        kv_on_device=True,
+        raw_bus_bandwidth=1e9,
+    )
+    return around(used, 0, **{"device": figures, **changes})
+
+
+def copied(nbytes: int, seconds: float = 1.0) -> Generation:
+    """Four decode passes that copied so much each, and waited half of their time for it."""
+    made = Generation(first_token_seconds=3.2, sequences=1, prompt_tokens=60)
+    for _ in range(4):
+        pass_ = Pass((), seconds, seconds / 4, seconds * 3 / 4, (0.001,))
+        made.add(PassCost(pass_, seconds, 0, 1, 0, 0, 0.0, nbytes, seconds / 2))
+    return made
+
+
+def test_where_a_device_computes_copies_may_be_the_bound() -> None:
+    report = make_report(copied(800 * MIB), on_device(2))
+    assert report.bottleneck == "bus"
+    assert report.bound_seconds_per_pass == pytest.approx(800 * MIB / 1e9)
+    assert report.device is not None and report.device.bytes_copied_per_pass == 800 * MIB
+    text = "\n".join(report.lines())
+    assert "84% of it reached (bound by copies to the GPU)" in text
+    assert "gpu       cuda:0: Tesla T4, 14.6 GiB, compute capability 7.5; triton, invariant" in text
+    assert "peak 1.86 GiB of 1.95 GiB; 200 MiB of weights resident, and the KV cache" in text
+    assert "bus       800 MiB copied per pass, 0.84 GB/s while decoding, 84% of the 1.00 GB/s measured raw" in text
+    assert "compute waited 1.0 s for the disk and 2.0 s for copies to the GPU" in text
+    assert report.to_json()["device"]["raw_bus_bandwidth"] == 1e9
+
+
+def test_memory_of_the_device_that_the_plan_could_not_use_counts_for_the_bound() -> None:
+    whole = make_report(copied(800 * MIB), on_device(2))
+    roomy = on_device(2, DevicePlan(1500 * MIB, DeviceNeeds(0, 0, 0, 900 * MIB), Placement(frozenset((0, 1)), 0, 0)))
+    better = make_report(copied(800 * MIB), roomy)
+    assert whole.bound_seconds_per_pass == pytest.approx(800 * MIB / 1e9)
+    assert better.bound_seconds_per_pass == pytest.approx(600 * MIB / 1e9)
+
+
+def test_without_a_raw_measurement_of_the_bus_there_is_no_share_of_it() -> None:
+    around_ = on_device(2)
+    assert around_.figures.device is not None
+    unknown = replace(around_.figures, device=replace(around_.figures.device, raw_bus_bandwidth=None))
+    report = make_report(copied(800 * MIB), replace(around_, figures=unknown))
+    assert report.bottleneck == "memory"
+    assert any(line.endswith("copied per pass, 0.84 GB/s while decoding") for line in report.lines())
+
+
+def test_a_device_over_its_budget_pageable_copies_a_hybrid_and_a_fallback_are_said_out_loud() -> None:
+    around_ = on_device(2, fallback="no CUDA device")
+    assert around_.figures.device is not None
+    device = replace(around_.figures.device, vram_peak_bytes=3000 * MIB, unregistered="refused", decode_device="cpu")
+    text = "\n".join(
+        make_report(copied(MIB), replace(around_, figures=replace(around_.figures, device=device))).lines()
+    )
+    assert "peak 2.93 GiB of 1.95 GiB, OVER BUDGET" in text
+    assert "copies were staged, as memory could not be pinned: refused" in text
+    assert "prompts were computed on it, and the rest by the processor" in text
+    assert "fallback  the processor computed, as the GPU could not: no CUDA device" in text
 
 
 USE = ExpertUse(hits=30, misses=50, nbytes=250 * MIB, compute_seconds=0.1)

@@ -4,7 +4,7 @@ are named and then work."""
 import json
 import re
 from dataclasses import replace
-from itertools import islice, pairwise
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -26,6 +26,7 @@ MACHINES = st.sampled_from(
     [replace(UNMEASURED, device_scratch_nbytes=8 * MIB), replace(MEASURED, bus_bytes_per_second=12e9)]
 )
 SIZES = st.integers(20, 20_000).map(lambda n: n * MIB)
+HELD = st.builds(Held, st.booleans(), st.booleans())
 WISHES = st.none() | st.integers(0, 300).map(lambda n: n * MIB)
 
 
@@ -72,7 +73,8 @@ def named(
         assert smallest is not None and smallest > getattr(asked, option)
         written = re.search(rf"--{option} (\w+)", str(refused))
         assert written is not None and parse_size(written.group(1)) == -(-smallest // MIB) * MIB
-        asked = replace(asked, **{option: smallest})
+        raised: dict[str, Any] = {option: smallest}
+        asked = replace(asked, **raised)
         try:
             return make_plan(model, machine, workload, asked), asked
         except BudgetError as error:
@@ -84,8 +86,15 @@ def named(
 def check(plan: Plan, model: ModelShape, asked: Budgets) -> None:
     """Every unit in one place, every byte accounted for, rings that hold what is in them together."""
     device, host, tape = plan.device, plan.placement, plan.tape
-    assert device is not None and plan.experts is None and tape == model.tape
-    assert plan.nbytes == plan.needs.total + host.nbytes <= plan.budget == asked.ram
+    experts = 0
+    assert device is not None
+    if plan.experts is None:
+        assert tape == model.tape
+    else:
+        assert model.experts is not None and tape == model.experts.dense and Tier.DISK in asked.tiers
+        assert device.needs.workspace > 2 * plan.experts.slot_nbytes
+        experts = plan.experts.nbytes
+    assert plan.nbytes == plan.needs.total + host.nbytes + experts <= plan.budget == asked.ram
     assert device.nbytes == device.needs.total + device.placement.nbytes <= device.vram == asked.vram
     assert (plan.needs.baseline, device.needs.context) == (asked.baseline, asked.context_nbytes)
     assert (plan.prefill_device, plan.decode_device) == ("gpu", asked.decode_device)
@@ -129,10 +138,7 @@ def check_ring(pieces: list[list[int]], placement: Placement) -> None:
         assert placement.ring_nbytes >= full_ring(pieces)
     starts = ring_starts(pieces, placement.ring_nbytes)
     rounds = [*pieces * 3, pieces[0]]
-    places = [
-        [(start, start + size) for size, start in zip(piece, islice(starts, len(piece)), strict=True)]
-        for piece in rounds
-    ]
+    places = [[(start, start + size) for size, start in zip(piece, starts, strict=False)] for piece in rounds]
     is_full = placement.ring_nbytes >= full_ring(pieces)
     for piece, following in pairwise(places):
         together = sorted([*piece, *(following[:1] if is_full else [])])
@@ -211,10 +217,10 @@ def test_wishes_are_kept_to_a_unit_and_no_more_is_taken() -> None:
 
 @pytest.mark.parametrize(("wish", "option"), [("resident_gpu", "--vram"), ("resident_cpu", "--ram")])
 def test_a_wish_that_does_not_fit_is_refused_by_name_with_a_budget_that_holds_it(wish: str, option: str) -> None:
-    with pytest.raises(BudgetError, match=f"--{wish.replace('_', '-')} 700MiB and a ring.*{option} ") as refused:
-        planned(700 * MIB, 500 * MIB, **{wish: 700 * MIB})
-    enough = {option.strip("-"): refused.value.smallest_bytes}
-    plan = planned(**{"ram": 700 * MIB, "vram": 500 * MIB, **enough}, **{wish: 700 * MIB})
+    fields: dict[str, Any] = {"ram": 700 * MIB, "vram": 500 * MIB, wish: 700 * MIB}
+    with pytest.raises(BudgetError, match=rf"--{wish.replace('_', '-')} 700MiB and a ring.*{option} ") as refused:
+        planned(**fields)
+    plan = planned(**{**fields, option.strip("-"): refused.value.smallest_bytes})
     assert plan.device is not None
     assert max(plan.device.placement.resident_nbytes, plan.placement.resident_nbytes) > 680 * MIB
 
@@ -274,9 +280,16 @@ def test_with_rates_it_goes_where_passes_are_quicker(attention: float, on_device
 
 
 def test_a_cache_on_the_device_where_nothing_decodes_there_is_a_contradiction() -> None:
-    for fields in ({"decode_device": "cpu"}, {"tiers": STREAMING, "vram": 0}):
+    cases: list[dict[str, Any]] = [{"decode_device": "cpu"}, {"tiers": STREAMING, "vram": 0}]
+    for fields in cases:
         with pytest.raises(ConfigError, match="kv gpu: no device computes while sequences decode"):
             planned(2 * GIB, **{"vram": GIB, "kv": "gpu", **fields})
+
+
+@pytest.mark.parametrize("fields", [{"tiers": STREAMING}, {"vram": 0}])
+def test_a_tier_without_its_memory_is_no_plan_for_the_processor(fields: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="a GPU and its memory go together"):
+        planned(2 * GIB, **{"vram": GIB, **fields})
 
 
 def test_a_refusal_with_the_cache_on_the_device_is_not_the_one_to_read_where_memory_is_what_lacks() -> None:
@@ -314,10 +327,13 @@ def test_the_bus_is_to_be_measured_where_something_crosses_it() -> None:
     assert wanted(GIB, resident_cpu=0) == {"disk", "bus", "compute"}
 
 
-def test_a_mixture_s_layers_are_copied_whole() -> None:
+def test_of_a_mixture_chosen_experts_are_copied_where_that_moves_clearly_less() -> None:
     model = mixture_of([50 * MIB] * 20 + [100 * MIB], count=64, chosen=4, nbytes=5 * MIB)
-    plan = planned(2 * GIB, GIB, Workload(1, 256), model=model)
-    assert plan.experts is None and plan.tape == model.tape
+    plan = planned(2 * GIB, 2 * GIB, Workload(1, 256), model=model)
+    assert plan.experts is not None and plan.device is not None and plan.on_device
+    # Also where memory holds all of them: the bus would carry 64 where 4 are used.
+    assert planned(16 * GIB, 2 * GIB, Workload(1, 256), model=model).experts is not None
+    assert planned(16 * GIB, 2 * GIB, Workload(32, 256), model=model).experts is None
 
 
 def test_the_bound_counts_what_both_budgets_leave() -> None:
@@ -349,7 +365,7 @@ def parts(draw: st.DrawFn) -> tuple[Tape, frozenset[int]]:
     )
 
 
-@given(parts(), st.builds(Held, st.booleans(), st.booleans()))
+@given(parts(), HELD)
 def test_a_tape_without_some_units_has_the_others_in_their_blocks(
     found: tuple[Tape, frozenset[int]], held: Held
 ) -> None:
@@ -406,7 +422,7 @@ def test_a_refusal_of_the_device_says_what_takes_the_bytes() -> None:
         "is --vram 435MiB"
     )
     assert refused.value.exit_code == 3
-    with pytest.raises(DeviceBudgetError, match="80 MiB for all weights, .* or use --tiers disk,cpu,gpu"):
+    with pytest.raises(DeviceBudgetError, match=r"80 MiB for all weights, .* or use --tiers disk,cpu,gpu"):
         fit_on_device(tape_of([20 * MIB, 60 * MIB]), needs, Budgets(1, 1, ALONE, vram=400 * MIB), UNHELD)
 
 

@@ -36,8 +36,10 @@ from tiered.jobs import (
     scan_input,
     store_fingerprint,
 )
+from tiered.jobs.identity import Setting
 from tiered.jobs.input import open_input
 from tiered.kernels import Kernels, Mode
+from tiered.options import Options
 from tiered.plan import MAX_BATCHED_TOKENS, Workload
 from tiered.runtime import Runtime, compute_dtype
 from tiered.store import Store
@@ -192,17 +194,29 @@ def _identity(request: BatchRequest, store: Store, config: PretrainedConfig, inp
     """Everything that the results depend on."""
     with Kernels(1, mode=Mode(request.kernel_mode), name=request.kernels) as kernels:
         computes = "torch" if kernels.level is None else kernels.level.name.lower()
-    settings = {
+    options = request.options()
+    settings: dict[str, Setting] = {
         "seed": request.seed,
         "max-tokens": request.max_tokens,
         "context": request.context,
-        "dtype": str(compute_dtype(request.dtype, config)).removeprefix("torch."),
+        "dtype": str(compute_dtype(request.dtype, config, options.has_device)).removeprefix("torch."),
         "kv-bits": int(request.kv_bits),
         "kernels": computes,
         "kernel-mode": request.kernel_mode,
         "tiered": version("tiered"),
+        **_device_settings(options),
     }
     return Identity(input_.fingerprint, store_fingerprint(store.path), settings)
+
+
+def _device_settings(options: Options) -> dict[str, Setting]:
+    """What computes, where that is not the processor alone: jobs of earlier versions have no such settings."""
+    if options.device_name is None:
+        return {}
+    prefill, decode = options.computes
+    # Kernels of CUDA devices agree with each other, but not with those of the processor, which emulates.
+    kind = options.device_name.partition(":")[0]
+    return {"device": kind, "prefill-device": prefill, "decode-device": decode}
 
 
 def _job(

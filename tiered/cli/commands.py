@@ -16,6 +16,7 @@ import click
 
 from tiered.cli.shared_options import (
     ANY_PATH,
+    DEVICE,
     FILE,
     KERNEL_MODES,
     KERNELS,
@@ -307,11 +308,14 @@ def bench(target: str | None, **options: Any) -> None:
 @click.option("--sequences", default=1, show_default=True, type=POSITIVE, help="Prompts in one batch.")
 @click.option("--dtype", default="auto", show_default=True, help="auto, bfloat16 or float32: what is computed in.")
 @click.option("--disk-bandwidth", help="Of the disk, such as 2GB/s: adds the seconds of a pass.")
+@click.option("--bus-bandwidth", help="Of copies to the GPU, such as 25GB/s: adds their seconds.")
+@DEVICE
 @json_output()
 def inspect(**options: Any) -> None:
     """Show what STORE holds and what fits in which memory budget.
 
-    Budgets are estimates for one process like this one; 'tiered generate' measures its own and decides.
+    Budgets are estimates for one process like this one; 'tiered generate' measures its own and decides. With a GPU
+    among the tiers, and --vram, they are those of memory beside it; no GPU is needed to ask.
     """
     with importing(is_command=True):
         from tiered.cli.inspect import run

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Final
 
 import click
-import torch
 
 from tiered.bench import measure_raw
 from tiered.cli.doctor_findings import Examination, Fact, lines, plain_fact, rate_fact, size_fact
+from tiered.cli.doctor_gpu import gpu_facts
 from tiered.cli.doctor_kernels import kernel_facts
 from tiered.cli.lines import print_json
 from tiered.cli.profile import summary
@@ -60,7 +60,7 @@ def examine(path: Path, disk_test: bool) -> Examination:
     found.add("memory", _memory)
     found.add("cgroups", _cgroups)
     found.add("disk", lambda examination: _disk(examination, path, disk_test))
-    found.add("gpu", _gpu)
+    found.add("gpu", gpu_facts)
     found.add("profile", lambda examination: _profile(examination, path))
     return found
 
@@ -253,14 +253,6 @@ def _tested(folder: Path, probe: ProbeResult) -> Iterable[Fact]:
                 yield Fact("read bandwidth", fact.text, fact.value)
     except OSError as error:
         yield Fact("disk test", f"failed: {error.strerror}", None)
-
-
-def _gpu(found: Examination) -> Iterable[Fact]:
-    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    yield Fact("seen by torch", ", ".join(names) or "none", names)
-    yield Fact("used", "no: this version computes on the CPU only", False)
-    why = "this version computes on the CPU only"
-    found.switch_off("GPU", why if names else f"{why}, and torch sees none here", "a later version of tiered")
 
 
 def _profile(found: Examination, path: Path) -> Iterable[Fact]:

@@ -143,7 +143,7 @@ def _run(
     with Runtime(store, workload, options) as runtime:
         if request.kv_bits == "auto" and not request.as_json:
             cache = runtime.plan.cache
-            place = "on disk" if cache.on_disk else "in memory"
+            place = "on disk" if cache.on_disk else "on the GPU" if cache.on_device else "in memory"
             click.echo(f"kv cache  {cache.bits} bits, {format_size(cache.blocks_nbytes)} {place}", err=True)
         report = _generate(request, runtime, sequences, able)
     if request.trace_path is not None:

@@ -6,7 +6,7 @@ planner's own.
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,12 @@ import click
 
 from tiered.arch import context_for, load_config
 from tiered.cli.lines import columns, print_json
+from tiered.cli.run_request import DeviceRequest
 from tiered.errors import ConfigError, TieredError
 from tiered.generate.tokenizer import load_tokenizer
-from tiered.plan import MAX_BATCHED_TOKENS, ModelShape, Plan, Workload
+from tiered.plan import MAX_BATCHED_TOKENS, Budgets, ModelShape, Plan, Workload
 from tiered.plan.fits import Fit, fits
+from tiered.plan.on_device import CONTEXT_NBYTES
 from tiered.runtime import Options, measure_inputs
 from tiered.store import Store
 from tiered.store.summary import BlockRow, StoreSummary, summarize
@@ -38,6 +40,7 @@ class Inspection:
     default_budget: int
     """What a run would take here and now without --ram."""
     disk_bandwidth: float | None
+    bus_bandwidth: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         manifest, summary = self.store.manifest, self.summary
@@ -64,6 +67,8 @@ class Inspection:
             "baseline_bytes": self.smallest.needs.baseline,
             "default_budget_bytes": self.default_budget,
             "disk_bandwidth": self.disk_bandwidth,
+            "bus_bandwidth": self.bus_bandwidth,
+            "vram_budget_bytes": None if self.smallest.device is None else self.smallest.device.vram,
             "budgets_are": "estimates; a run measures its own baseline",
             "budgets": [self._fit_json(fit) for fit in self.fits],
         }
@@ -88,7 +93,7 @@ class Inspection:
         return {**found, "nbytes": experts.file_nbytes, "dense_bytes_per_pass": sum(experts.dense.file_nbytes)}
 
     def _fit_json(self, fit: Fit) -> dict[str, Any]:
-        rate = self.disk_bandwidth
+        rate, bus, device = self.disk_bandwidth, self.bus_bandwidth, fit.plan.device
         return {
             "budget_bytes": fit.plan.budget,
             "resident_blocks": fit.plan.resident_blocks,
@@ -98,15 +103,30 @@ class Inspection:
             "disk_seconds_per_pass": None if rate is None else fit.disk_seconds(rate),
             "experts_in_memory": None if fit.plan.experts is None else fit.plan.experts.slots,
             "needs": asdict(fit.plan.needs),
+            "device_resident_bytes": fit.device_nbytes,
+            "bytes_copied_per_pass": fit.bus_nbytes,
+            "bus_seconds_per_pass": None if bus is None else fit.bus_seconds(bus),
+            "kv_on_device": fit.plan.cache.on_device,
+            "device_needs": None if device is None else asdict(device.needs),
         }
 
 
 def run(
-    store: Path, context: int | None, sequences: int, dtype: str, disk_bandwidth: str | None, as_json: bool
+    store: Path,
+    context: int | None,
+    sequences: int,
+    dtype: str,
+    disk_bandwidth: str | None,
+    bus_bandwidth: str | None,
+    as_json: bool,
+    **device: Any,
 ) -> None:
-    """Show the store at the path `store`, as lines or as JSON."""
-    rate = None if disk_bandwidth is None else _parse_rate(disk_bandwidth)
-    inspection = _inspect(store, context, sequences, dtype, rate)
+    """Show the store at the path `store`, as lines or as JSON; `device` are the fields of a DeviceRequest."""
+    rates = (_parse_rate("--disk-bandwidth", disk_bandwidth), _parse_rate("--bus-bandwidth", bus_bandwidth))
+    options = Options(dtype=dtype, kv="auto", **DeviceRequest(**device).device_options())
+    if options.has_device and options.vram is None:
+        raise ConfigError(f"--tiers {device['tiers']}: say for how much GPU memory to plan, such as --vram 14GiB")
+    inspection = _inspect(store, context, sequences, options, *rates)
     if as_json:
         print_json(inspection.to_json())
         return
@@ -114,8 +134,15 @@ def run(
         click.echo(line)
 
 
-def _inspect(path: Path, context: int | None, sequences: int, dtype: str, disk_bandwidth: float | None) -> Inspection:
-    """Open the store at `path` and ask the planner. Raises StoreError, ConfigError."""
+def _inspect(
+    path: Path,
+    context: int | None,
+    sequences: int,
+    options: Options,
+    disk_bandwidth: float | None,
+    bus_bandwidth: float | None,
+) -> Inspection:
+    """Open the store at `path` and ask the planner. Raises StoreError, ConfigError, DeviceBudgetError."""
     store = Store.open(path)
     summary = summarize(store)
     config = load_config(store.path)
@@ -124,17 +151,37 @@ def _inspect(path: Path, context: int | None, sequences: int, dtype: str, disk_b
     # being inspected.
     with contextlib.suppress(TieredError):
         load_tokenizer(store)
-    model, machine, budgets = measure_inputs(store, Options(dtype=dtype))
-    rows = fits(model, machine, workload, budgets)
+    model, machine, budgets = measure_inputs(store, Options(dtype=options.dtype))
+    rows = fits(model, machine, workload, _with_device(budgets, options))
     is_mixture = bool(getattr(config, "num_experts_per_tok", None))
-    return Inspection(store, summary, workload, model, is_mixture, rows, budgets.ram, disk_bandwidth)
+    return Inspection(store, summary, workload, model, is_mixture, rows, budgets.ram, disk_bandwidth, bus_bandwidth)
 
 
-def _parse_rate(text: str) -> float:
+def _with_device(budgets: Budgets, options: Options) -> Budgets:
+    """The budgets for a device that need not be there: what its driver takes is assumed."""
+    if not options.has_device or options.vram is None:
+        return replace(budgets, tiers=options.tiers)
+    prefill, decode = options.computes
+    return replace(
+        budgets,
+        tiers=options.tiers,
+        kv=options.kv,
+        vram=options.vram,
+        context_nbytes=0 if options.device == "emulated" else CONTEXT_NBYTES,
+        resident_gpu=options.resident_gpu,
+        resident_cpu=options.resident_cpu,
+        prefill_device=prefill,
+        decode_device=decode,
+    )
+
+
+def _parse_rate(option: str, text: str | None) -> float | None:
     """Bytes per second meant by "2GB/s" or "2GB"."""
+    if text is None:
+        return None
     number, slash, unit = text.strip().partition("/")
     if slash and unit.strip().lower() not in ("s", "sec", "second"):
-        raise ConfigError(f"--disk-bandwidth {text!r}: expected a size per second, such as 2GB/s")
+        raise ConfigError(f"{option} {text!r}: expected a size per second, such as 2GB/s")
     return float(parse_size(number))
 
 
@@ -213,13 +260,10 @@ def _block_row(row: BlockRow) -> tuple[str, ...]:
 
 
 def _budgets(inspection: Inspection) -> Iterator[str]:
-    work, rate = inspection.workload, inspection.disk_bandwidth
+    work, device = inspection.workload, inspection.smallest.device
     prompts = "one prompt" if work.sequences == 1 else f"{work.sequences} prompts"
     yield f"what fits in which budget (estimates, for {prompts} of {work.max_context} tokens with completion)"
-    header = ["--ram", "resident", "share", "read per pass"]
-    if rate is not None:
-        header.append(f"disk at {format_rate(rate)}")
-    rows = [header, *(_fit_row(fit, rate) for fit in inspection.fits)]
+    rows = [_header(inspection), *(_fit_row(fit, inspection) for fit in inspection.fits)]
     if inspection.model.experts is not None:
         ways = (_way(fit, inspection.model.experts.total) for fit in inspection.fits)
         rows = [[*row, way] for row, way in zip(rows, ("experts", *ways), strict=True)]
@@ -232,15 +276,42 @@ def _budgets(inspection: Inspection) -> Iterator[str]:
         f"{format_size(needs.outer)} for tables that stay in memory, {format_size(needs.kv)} for the KV cache, "
         f"{format_size(needs.workspace)} for activations"
     )
-    if rate is not None:
-        yield "a pass takes at least what the disk takes; computing may take longer"
+    if device is not None:
+        on_gpu = device.needs
+        yield (
+            f"of --vram {_budget(device.vram)}, {format_size(on_gpu.context)} are for driver and libraries (assumed), "
+            f"{format_size(on_gpu.outer)} for tables, {format_size(on_gpu.kv)} for the KV cache, "
+            f"{format_size(on_gpu.workspace)} for activations, {format_size(device.placement.ring_nbytes)} for weights "
+            "that pass through"
+        )
+    if inspection.disk_bandwidth is not None or inspection.bus_bandwidth is not None:
+        others = ", or copies to the GPU" if device is not None else ""
+        yield f"a pass takes at least what the disk takes{others}; computing may take longer"
     yield f"the default here and now is --ram {format_budget(inspection.default_budget)}"
 
 
-def _fit_row(fit: Fit, rate: float | None) -> list[str]:
-    read = format_size(fit.read_nbytes) if fit.read_nbytes else "nothing"
-    row = [_budget(fit.plan.budget), format_size(fit.resident_nbytes), f"{fit.resident_share:.0%}", read]
-    return row if rate is None else [*row, format_seconds(fit.disk_seconds(rate)) if fit.read_nbytes else "-"]
+def _header(inspection: Inspection) -> list[str]:
+    disk, bus = inspection.disk_bandwidth, inspection.bus_bandwidth
+    has_device = inspection.smallest.device is not None
+    header = ["--ram", *(["on GPU"] if has_device else []), "resident", "share", "read per pass"]
+    header += [f"disk at {format_rate(disk)}"] if disk is not None else []
+    header += ["copied"] if has_device else []
+    return header + ([f"bus at {format_rate(bus)}"] if has_device and bus is not None else [])
+
+
+def _fit_row(fit: Fit, inspection: Inspection) -> list[str]:
+    disk, bus = inspection.disk_bandwidth, inspection.bus_bandwidth
+    has_device = fit.plan.device is not None
+    row = [_budget(fit.plan.budget), *([format_size(fit.device_nbytes)] if has_device else [])]
+    row += [format_size(fit.resident_nbytes - fit.device_nbytes), f"{fit.resident_share:.0%}"]
+    row += _moved(fit.read_nbytes, None if disk is None else fit.disk_seconds(disk))
+    return row + (_moved(fit.bus_nbytes, None if bus is None else fit.bus_seconds(bus)) if has_device else [])
+
+
+def _moved(nbytes: int, seconds: float | None) -> list[str]:
+    """Bytes per pass, and the seconds they take if the rate is known."""
+    moved = [format_size(nbytes) if nbytes else "nothing"]
+    return moved if seconds is None else [*moved, format_seconds(seconds) if nbytes else "-"]
 
 
 def _way(fit: Fit, experts: int) -> str:

@@ -2,24 +2,56 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tiered.errors import ConfigError
 from tiered.io import VerifyPolicy
 from tiered.kernels import Mode
+from tiered.options import PhaseDevice
 from tiered.plan import KVTier, Objective, parse_bits, parse_tiers
 from tiered.runtime import Options
-from tiered.units import parse_size
+from tiered.units import parse_option, parse_size
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunRequest:
+class DeviceRequest:
+    """The options for tiers and what computes, as they were given."""
+
+    tiers: str
+    device: str = "auto"
+    vram: str | None = None
+    resident_gpu: str | None = None
+    resident_cpu: str | None = None
+    prefill_device: PhaseDevice = "auto"
+    decode_device: PhaseDevice = "auto"
+
+    def device_options(self) -> dict[str, Any]:
+        """The fields of the runtime's options that these stand for. Raises ConfigError for sizes that are none."""
+        return {
+            "tiers": parse_tiers(self.tiers),
+            "device": None if self.device == "auto" else self.device,
+            "vram": None if self.vram is None else parse_option("--vram", self.vram),
+            "resident_gpu": _wish("--resident-gpu", self.resident_gpu),
+            "resident_cpu": _wish("--resident-cpu", self.resident_cpu),
+            "prefill_device": self.prefill_device,
+            "decode_device": self.decode_device,
+        }
+
+
+def _wish(option: str, text: str | None) -> int | None:
+    """Bytes of weights; unlike budgets, none may be wished for."""
+    if text is None:
+        return None
+    return 0 if text.strip() == "0" else parse_option(option, text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRequest(DeviceRequest):
     """The options of a command, as they were given; each command adds its own."""
 
     store: Path
     dtype: str
     verify: str
-    tiers: str
     ram: str | None
     threads: int | None
     kernels: str
@@ -31,18 +63,21 @@ class RunRequest:
     kv_dir: Path | None = None
     measure: bool
     as_json: bool
+    fallback: Literal["cpu"] | None = None
     stated: frozenset[str] = frozenset()
     """Names of the options that were given; the others have their defaults."""
 
     def options(self, **more: Any) -> Options:
         """The options of the runtime, with `more` added. Raises ConfigError for options that contradict each other."""
-        if self.kv == "cpu" and self.kv_dir is not None:
+        if self.kv in ("cpu", "gpu") and self.kv_dir is not None:
+            where = "in memory" if self.kv == "cpu" else "on the GPU"
             raise ConfigError(
-                f"--kv-dir {self.kv_dir}: --kv cpu keeps the cache in memory; use --kv disk or auto, or drop it"
+                f"--kv-dir {self.kv_dir}: --kv {self.kv} keeps the cache {where}; use --kv disk or auto, or drop it"
             )
         return Options(
+            **self.device_options(),
+            fallback=self.fallback,
             ram=None if self.ram is None else parse_size(self.ram),
-            tiers=parse_tiers(self.tiers),
             dtype=self.dtype,
             threads=self.threads,
             verify=VerifyPolicy(self.verify),

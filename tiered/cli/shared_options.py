@@ -35,6 +35,8 @@ KV_BITS: Final = ("16", "8", "4")
 KERNELS: Final = click.Choice(["auto", "torch", "scalar", "avx2", "avx512", "amx"])
 KERNEL_MODES: Final = click.Choice(["invariant", "fast"])
 KV: Final = click.Choice(["auto", "cpu", "disk"])
+_KV_PLACES: Final = click.Choice(["auto", "gpu", "cpu", "disk"])
+_PHASES: Final = click.Choice(["auto", "cpu", "gpu"])
 
 
 def kv_bits(choices: Sequence[str] = KV_BITS, more: str = "") -> Callable[[Command], Command]:
@@ -49,8 +51,8 @@ KV_PLACE: Final = together(
         "--kv",
         default="auto",
         show_default=True,
-        type=KV,
-        help="Where the KV cache is; auto: in memory if it fits.",
+        type=_KV_PLACES,
+        help="Where the KV cache is; auto: on the GPU if there is one and it gains, in memory if it fits.",
     ),
     click.option(
         "--kv-dir",
@@ -58,6 +60,32 @@ KV_PLACE: Final = together(
         help="Where a KV cache on disk goes. [default: beside the store]",
     ),
 )
+
+DEVICE: Final = together(
+    click.option(
+        "--tiers",
+        default="disk,cpu",
+        show_default=True,
+        help="Where weights may be, slowest first: disk,cpu, cpu, disk,cpu,gpu, cpu,gpu or gpu.",
+    ),
+    click.option(
+        "--device",
+        default="auto",
+        show_default=True,
+        metavar="auto|cuda|cuda:N|emulated",
+        help="Of the gpu tier; emulated: played by this process.",
+    ),
+    click.option("--vram", help="Budget of the GPU's memory, such as 14GiB. [default: 90% of what is free there]"),
+    click.option("--resident-gpu", metavar="SIZE", help="Weights that stay on the GPU. [default: as many as fit]"),
+    click.option(
+        "--resident-cpu", metavar="SIZE", help="Weights that stay in memory besides. [default: as many as fit]"
+    ),
+    click.option("--prefill-device", default="auto", show_default=True, type=_PHASES, help="What computes prompts."),
+    click.option(
+        "--decode-device", default="auto", show_default=True, type=_PHASES, help="What computes the tokens after them."
+    ),
+)
+
 
 MEASURE: Final = click.option(
     "--measure/--no-measure", default=True, help="Measure the raw disk bandwidth after the run."
@@ -98,10 +126,16 @@ def run_options(invariant: str) -> Callable[[Command], Command]:
     """The options for precision, memory, threads and kernels; `invariant` says what the invariant mode promises."""
     return together(
         click.option(
-            "--dtype", default="auto", show_default=True, help="auto, bfloat16 or float32: what is computed in."
+            "--dtype",
+            default="auto",
+            show_default=True,
+            help="auto, bfloat16, float32, or on a GPU float16: what is computed in.",
         ),
         click.option("--verify", default="first", show_default=True, type=click.Choice(["first", "always", "never"])),
-        click.option("--tiers", default="disk,cpu", show_default=True, help="Where weights may be, slowest first."),
+        DEVICE,
+        click.option(
+            "--fallback", type=click.Choice(["cpu"]), help="Let the processor compute where the GPU cannot be used."
+        ),
         click.option("--ram", help="Budget for the whole process, such as 2GiB. [default: 90% of what is free]"),
         click.option("--threads", type=POSITIVE, help="Compute threads. [default: all processors]"),
         click.option(

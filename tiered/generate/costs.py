@@ -26,6 +26,10 @@ class PassCost:
     kv_bytes: int
     """Bytes read and written of a KV cache on disk."""
     disk_idle_seconds: float
+    bus_bytes: int = 0
+    """Bytes of weights copied to a device."""
+    bus_wait_seconds: float = 0.0
+    """Of the seconds in which computing waited, those for copies to the device of what was in memory."""
 
     @property
     def is_decode(self) -> bool:
@@ -51,6 +55,9 @@ class PassTotals:
     disk_idle_seconds: float = 0.0
     experts: ExpertUse = NO_EXPERTS
     """Of experts that are read when they are chosen; their bytes are among `bytes_read`."""
+    bus_bytes: int = 0
+    bus_wait_seconds: float = 0.0
+    """Of `wait_seconds`."""
 
     def add(self, cost: PassCost) -> None:
         """Count one more pass."""
@@ -64,6 +71,8 @@ class PassTotals:
         self.kv_bytes += cost.kv_bytes
         self.disk_idle_seconds += cost.disk_idle_seconds
         self.experts += cost.pass_.experts
+        self.bus_bytes += cost.bus_bytes
+        self.bus_wait_seconds += cost.bus_wait_seconds
 
 
 @dataclass

@@ -12,121 +12,24 @@ compared.
 X and C_x are 0 where layers are read whole. Else X is the bytes of experts that were read when they were chosen, those
 that this run's cache lacked, and C_x the seconds of computing experts. No expert can be read before the router of its
 layer has chosen it, so while experts are read nothing computes but experts.
+
+Where a device computes, a pass takes at least what copies to it take, too: D / P, with D the bytes of weights that do
+not fit into its memory beside two units, and P the raw bandwidth of pinned copies, measured by separate code.
 """
 
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from tiered.generate.costs import Generation, PassTotals
+from tiered.generate.figures import DeviceFigures, ExpertFigures, Figures
 from tiered.generate.score import Scoring
 from tiered.plan import Plan, pass_seconds
 from tiered.plan.predict import Prediction
 from tiered.stream import ExpertUse
-from tiered.units import format_rate, format_seconds, format_size
+from tiered.units import format_seconds
 
 SYNTHETIC = "synthetic weights: a benchmark, not a language model"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExpertFigures:
-    """What a report says of experts that are read when they are chosen, in the decode passes or in a scoring."""
-
-    held: int
-    """Experts that are in memory at most."""
-    total: int
-    """Experts of all layers."""
-    hits: int
-    """Experts that were in memory when a micro-batch chose them."""
-    misses: int
-    """Those that had to be read."""
-    hit_rate: float | None
-    bytes_per_pass: float
-    dense_bytes_per_pass: float
-    """Of what is read ahead, as it is the same for all tokens."""
-    bytes_per_token: float | None
-    """None where no token came of it."""
-    dense_bytes_per_token: float | None
-    compute_seconds_per_pass: float
-
-    def lines(self) -> list[str]:
-        rate = "" if self.hit_rate is None else f", where {self.hit_rate:.0%} of those chosen were"
-        read = f"{format_size(round(self.bytes_per_pass))} of experts and "
-        read += f"{format_size(round(self.dense_bytes_per_pass))} of dense weights per pass"
-        if self.bytes_per_token is not None and self.dense_bytes_per_token is not None:
-            read += f" ({self.bytes_per_token / 1e9:.3g} and {self.dense_bytes_per_token / 1e9:.3g} GB per token)"
-        return [f"experts   {self.held} of {self.total} in memory{rate}", f"          read: {read}"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Figures:
-    """What every report says. Bytes and seconds; bandwidths in bytes per second; None: nothing to measure."""
-
-    bytes_read: int
-    bytes_read_kernel: int | None
-    bytes_written: int | None
-    kv_bytes_read: int
-    """Of a KV cache on disk."""
-    kv_bytes_written: int
-    kv_bits: int
-    kv_on_disk: bool
-    raw_disk_bandwidth: float | None
-    """Sustained; the better of two measurements after the run."""
-    raw_disk_best_look: float | None
-    """The fastest of the short measurements that chose how to read."""
-    disk_wait_seconds: float
-    """How long the disk waited for computing, in the decode passes or in a scoring."""
-    peak_rss_bytes: int
-    ram_budget_bytes: int
-    tape_bytes: int
-    """S: bytes of all units of the tape, as they lie on disk; experts that are read when they are chosen are not on
-    it."""
-    resident_bytes: int
-    missing_overlap_bytes: int
-    """What the budget lacked to read one unit while the one before computes; 0 where it lacked nothing."""
-    read_mode: str
-    kernels: str
-    """What computed: instruction set, mode and threads."""
-    synthetic: bool
-    experts: ExpertFigures | None = None
-    """None where layers are read whole."""
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def machine_lines(self) -> list[str]:
-        """The last lines of any report: what computed, in how much memory."""
-        over = ", OVER BUDGET" if self.peak_rss_bytes > self.ram_budget_bytes else ""
-        weights = "weights" if self.experts is None else "dense weights"
-        lines = [
-            f"kernels   {self.kernels}",
-            f"memory    peak {format_size(self.peak_rss_bytes)} of {format_size(self.ram_budget_bytes)}{over}; "
-            f"{format_size(self.resident_bytes)} of {format_size(self.tape_bytes)} {weights} resident",
-        ]
-        if self.missing_overlap_bytes:
-            lines.append(
-                "          no room to read ahead, so reading and computing took turns: "
-                f"with {format_size(self.missing_overlap_bytes)} more they would overlap"
-            )
-        return lines
-
-    def disk_lines(self, while_: str, bandwidth: float | None, per_token: str, kv_advice: str) -> list[str]:
-        """Lines on bytes read and written, and on the bandwidth; `while_` names what was done meanwhile."""
-        written = "written unknown" if self.bytes_written is None else f"{format_size(self.bytes_written)} written"
-        lines = [f"disk      {format_size(self.bytes_read)} read{per_token}, {written}, {self.read_mode}"]
-        if self.kv_bytes_read or self.kv_bytes_written:
-            moved = f"{format_size(self.kv_bytes_read)} read, {format_size(self.kv_bytes_written)} written"
-            lines.append(f"kv cache  {moved}: {kv_advice}")
-        if bandwidth is not None and self.raw_disk_bandwidth:
-            lines.append(
-                f"          {format_rate(bandwidth)} while {while_}, {bandwidth / self.raw_disk_bandwidth:.0%} of the "
-                f"{format_rate(self.raw_disk_bandwidth)} measured raw"
-            )
-        return lines if self.experts is None else lines + self.experts.lines()
-
-    @property
-    def possible(self) -> str:
-        """What a bound takes as given, for people."""
-        return "possible here" if self.experts is None else "possible here with these reads of experts"
 
 
 @dataclass(frozen=True)
@@ -141,12 +44,27 @@ class Surroundings:
     """Experts of all layers."""
 
     def figures_of(self, cost: PassTotals, tokens: int) -> Figures:
-        """The figures, with those of the experts in the passes of `cost`, which gave `tokens` tokens."""
+        """The figures, with those of the experts and of the device in the passes of `cost`, which gave `tokens`
+        tokens."""
+        return replace(self.figures, experts=self._experts_of(cost, tokens), device=self._device_of(cost))
+
+    def _device_of(self, cost: PassTotals) -> DeviceFigures | None:
+        device = self.figures.device
+        if device is None:
+            return None
+        return replace(
+            device,
+            bytes_copied_per_pass=cost.bus_bytes / max(cost.passes, 1),
+            bus_bandwidth=cost.bus_bytes / cost.seconds if cost.seconds else None,
+            compute_wait_seconds=cost.bus_wait_seconds,
+        )
+
+    def _experts_of(self, cost: PassTotals, tokens: int) -> ExpertFigures | None:
         if self.plan.experts is None:
-            return self.figures
+            return None
         use, passes = cost.experts, max(cost.passes, 1)
         chosen, dense = use.hits + use.misses, cost.bytes_read - use.nbytes
-        experts = ExpertFigures(
+        return ExpertFigures(
             held=self.plan.experts.slots,
             total=self.experts,
             hits=use.hits,
@@ -158,7 +76,6 @@ class Surroundings:
             dense_bytes_per_token=dense / tokens if tokens else None,
             compute_seconds_per_pass=use.compute_seconds / passes,
         )
-        return replace(self.figures, experts=experts)
 
     @property
     def again_nbytes(self) -> int:
@@ -169,27 +86,41 @@ class Surroundings:
         share = 1 - self.plan.bound_resident_nbytes / self.plan.tape.total
         return round(share * self.figures.tape_bytes)
 
+    def bus_seconds(self, cost: PassTotals) -> float:
+        """The least seconds in which what the device's memory does not hold can be copied in the passes of `cost`; 0
+        where nothing was copied, or P is not known."""
+        rate = None if self.figures.device is None else self.figures.device.raw_bus_bandwidth
+        if not rate:
+            return 0.0
+        # Of chosen experts the run's own; and what came before the passes began is no part of them.
+        again = (self.plan.tape.total - self.plan.bound_device_nbytes) * cost.passes
+        return (cost.bus_bytes if self.plan.experts is not None else min(again, cost.bus_bytes)) / rate
 
-Bottleneck = Literal["disk", "compute", "memory"]
+
+Bottleneck = Literal["disk", "bus", "compute", "memory"]
 """What bounds a run; "memory": everything is resident."""
 
 
-def _bound(nbytes: float, experts: ExpertUse, compute_seconds: float, rate: float) -> tuple[float, Bottleneck]:
-    """The least seconds in which `nbytes` are read ahead, `experts` when they are chosen, and all is computed; and what
-    keeps it from being less."""
+def _bound(
+    nbytes: float, experts: ExpertUse, compute_seconds: float, rate: float, bus_seconds: float = 0.0
+) -> tuple[float, Bottleneck]:
+    """The least seconds in which `nbytes` are read ahead, `experts` when they are chosen, all is computed, and what
+    takes `bus_seconds` is copied to a device; and what keeps it from being less."""
     disk = (nbytes + experts.nbytes) / rate
     seconds = pass_seconds(disk, compute_seconds, experts.nbytes / rate, experts.compute_seconds)
+    if bus_seconds > seconds:
+        return bus_seconds, "bus"
     return seconds, "compute" if compute_seconds > disk else "disk"
 
 
-def _bound_from_nothing(
-    cost: PassTotals, figures: Figures, again_nbytes: int, kv_nbytes: int
-) -> tuple[float, Bottleneck] | None:
+def _bound_from_nothing(cost: PassTotals, around: "Surroundings", kv_nbytes: int) -> tuple[float, Bottleneck] | None:
     """`_bound` of all passes of `cost`, the first of which finds nothing in memory; None where B is not known."""
+    figures = around.figures
     if not figures.raw_disk_bandwidth or not cost.passes:
         return None
-    nbytes = figures.tape_bytes + (cost.passes - 1) * again_nbytes + kv_nbytes
-    return _bound(nbytes, cost.experts, cost.compute_seconds, figures.raw_disk_bandwidth)
+    nbytes = figures.tape_bytes + (cost.passes - 1) * around.again_nbytes + kv_nbytes
+    rate, bus_seconds = figures.raw_disk_bandwidth, around.bus_seconds(cost)
+    return _bound(nbytes, cost.experts, cost.compute_seconds, rate, bus_seconds)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,6 +178,7 @@ class Report(Figures):
         if self.bound_share is not None and self.bound_seconds_per_pass is not None:
             what = {
                 "disk": "disk-bound",
+                "bus": "bound by copies to the GPU",
                 "compute": "compute-bound: no evidence for the disk",
                 "memory": "all weights in memory: compute-bound",
             }[self.bottleneck or "disk"]
@@ -259,11 +191,8 @@ class Report(Figures):
             if self.predicted_seconds_per_pass is not None:
                 said += f", {format_seconds(self.predicted_seconds_per_pass)} per pass"
             lines.append(f"{said}, by this machine's profile")
-        if self.bottleneck in ("disk", "compute"):
-            lines.append(
-                f"waits     while decoding, compute waited {format_seconds(self.compute_wait_seconds)} for the disk, "
-                f"the disk {format_seconds(self.disk_wait_seconds)} for compute"
-            )
+        if self.bottleneck in ("disk", "bus", "compute"):
+            lines.append(f"waits     while decoding, {self.waits(self.compute_wait_seconds)}")
         return lines + self.machine_lines()
 
 
@@ -279,12 +208,14 @@ def make_report(generation: Generation, around: Surroundings, predicted: Predict
         # What the ring held when decoding began has been read before, and what it would hold at the end is not read
         # any more: the bound is that much lower, or few passes would seem to beat it.
         streamed = round(around.again_nbytes * _share_read(generation, around)) * decode.passes + decode.kv_bytes
-        if streamed + decode.experts.nbytes == 0:
+        reads, bus_seconds = streamed + decode.experts.nbytes > 0, around.bus_seconds(decode)
+        if not reads and not bus_seconds:
             bound, bottleneck = compute, "memory"
-        elif figures.raw_disk_bandwidth:
-            seconds, bottleneck = _bound(streamed, decode.experts, decode.compute_seconds, figures.raw_disk_bandwidth)
+        elif not reads or figures.raw_disk_bandwidth:
+            rate = figures.raw_disk_bandwidth or math.inf
+            seconds, bottleneck = _bound(streamed, decode.experts, decode.compute_seconds, rate, bus_seconds)
             bound = seconds / decode.passes
-    first = _bound_from_nothing(prefill, figures, around.again_nbytes, prefill.kv_bytes)
+    first = _bound_from_nothing(prefill, around, prefill.kv_bytes)
     tokens = generation.generated_tokens
     moved = decode.bytes_read + decode.kv_bytes
     overheads = sorted(s for cost in generation.recent for s in cost.pass_.block_seconds)
@@ -358,16 +289,14 @@ class ScoreReport(Figures):
         )
         lines += self.disk_lines("scoring", self.disk_bandwidth, "", "a smaller --batch or --context may fit in memory")
         if self.bound_seconds is not None and self.bound_share is not None:
-            what = "disk-bound" if self.bottleneck == "disk" else "compute-bound: no evidence for the disk"
+            bounds = {"disk": "disk-bound", "bus": "bound by copies to the GPU"}
+            what = bounds.get(self.bottleneck, "compute-bound: no evidence for the disk")
             lines.append(
                 f"bound     {format_seconds(self.bound_seconds)} {self.possible}, {self.bound_share:.0%} of it reached "
                 f"({what})"
             )
         if self.bottleneck != "memory":
-            lines.append(
-                f"waits     compute waited {format_seconds(self.compute_wait_seconds)} for the disk, "
-                f"the disk {format_seconds(self.disk_wait_seconds)} for compute"
-            )
+            lines.append(f"waits     {self.waits(self.compute_wait_seconds)}")
         return lines + self.machine_lines()
 
 
@@ -377,9 +306,9 @@ def make_score_report(scoring: Scoring, around: Surroundings) -> ScoreReport:
     figures = around.figures_of(cost, scoring.total.tokens)
     kv = figures.kv_bytes_read + figures.kv_bytes_written
     bound: float | None = None
-    reads = bool(again or kv or cost.experts.nbytes)
-    bottleneck: Bottleneck = "disk" if reads else "memory"
-    if reads and (found := _bound_from_nothing(cost, figures, again, kv)) is not None:
+    reads, copies = bool(again or kv or cost.experts.nbytes), around.bus_seconds(cost) > 0
+    bottleneck: Bottleneck = "disk" if reads else "bus" if copies else "memory"
+    if (reads or copies) and (found := _bound_from_nothing(cost, around, kv)) is not None:
         bound, bottleneck = found
     return ScoreReport(
         **vars(figures),

@@ -18,8 +18,8 @@ from tiered.plan.inputs import (
 )
 from tiered.plan.kv import AnyBits, Bits, CachePlan, KVShape, layer_groups, parse_bits
 from tiered.plan.make import Rate, expected_pass, make_plan, pace_for, rates_wanted
-from tiered.plan.placement import Held, Placement, Tape, full_ring, interleave, place
 from tiered.plan.on_device import DeviceNeeds, DevicePlan
+from tiered.plan.placement import Held, Placement, Tape, full_ring, interleave, place
 from tiered.plan.plan import ExpertCachePlan, Needs, Plan, fit_units
 from tiered.proc import process_peak_rss_bytes, process_rss_bytes
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from tiered.plan.inputs import Budgets, Machine, ModelShape, Tier, Workload
 from tiered.plan.make import make_plan, smallest_ram
 from tiered.plan.plan import Plan
-from tiered.plan.way import expected_expert_nbytes
+from tiered.plan.way import expected_bus_nbytes, expected_expert_nbytes
 from tiered.units import GIB
 
 
@@ -21,9 +21,13 @@ class Fit:
     total_nbytes: int
     """Bytes of all units on disk, those of experts among them, which are fewer than in memory where compressed."""
     resident_nbytes: int
-    """Of these, those of resident units, and of as many experts as the cache holds."""
+    """Of these, those of resident units, in memory or on the device, and of as many experts as the cache holds."""
     read_nbytes: int
     """Bytes read from disk per pass, once memory is full; where experts are read when they are chosen, an estimate."""
+    device_nbytes: int = 0
+    """Of the resident bytes, those of units that stay on the device."""
+    bus_nbytes: int = 0
+    """Bytes copied to the device per pass in which it computes; with experts that are chosen, an estimate."""
 
     @property
     def resident_share(self) -> float:
@@ -32,6 +36,10 @@ class Fit:
     def disk_seconds(self, bytes_per_second: float) -> float:
         """Seconds the disk takes for one pass; the pass itself takes at least that."""
         return self.read_nbytes / bytes_per_second
+
+    def bus_seconds(self, bytes_per_second: float) -> float:
+        """Seconds that copies to the device take for one pass; the same holds."""
+        return self.bus_nbytes / bytes_per_second
 
 
 def ladder(smallest: int, everything: int) -> tuple[int, ...]:
@@ -46,15 +54,22 @@ def ladder(smallest: int, everything: int) -> tuple[int, ...]:
 
 
 def fits(model: ModelShape, machine: Machine, workload: Workload, budgets: Budgets) -> tuple[Fit, ...]:
-    """One row per budget of the ladder; the budget in `budgets` does not matter."""
+    """One row per budget of the ladder; the budget in `budgets` does not matter, but the device's does.
+
+    Raises DeviceBudgetError where that is too little.
+    """
     smallest = smallest_ram(model, machine, workload, budgets)
     total = sum(model.tape.file_nbytes)
-    everything = smallest_ram(model, machine, workload, replace(budgets, tiers=(Tier.CPU,)))
+    loaded = tuple(tier for tier in budgets.tiers if tier is not Tier.DISK)
+    everything = smallest_ram(model, machine, workload, replace(budgets, tiers=loaded, resident_cpu=None))
     rows = []
     for ram in ladder(smallest, max(smallest, everything)):
         plan = make_plan(model, machine, workload, replace(budgets, ram=ram))
         resident = sum(plan.tape.file_nbytes) - plan.read_nbytes
         if plan.experts is not None and model.experts is not None:
             resident += plan.experts.slots * model.experts.file_nbytes
-        rows.append(Fit(plan, total, resident, plan.read_nbytes + expected_expert_nbytes(model, plan, plan.batch_size)))
+        read = plan.read_nbytes + expected_expert_nbytes(model, plan, plan.batch_size)
+        on_device = sum(plan.tape.file_nbytes[unit] for unit in plan.on_device)
+        bus = plan.bus_nbytes + (expected_bus_nbytes(model, plan, plan.batch_size) if plan.device else 0)
+        rows.append(Fit(plan, total, resident, read, on_device, bus))
     return tuple(rows)

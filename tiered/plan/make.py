@@ -12,12 +12,11 @@ from typing import Final, Literal
 from tiered.errors import BudgetError, ConfigError, DeviceBudgetError
 from tiered.plan.batch_size import BatchChoice, choose_batch_size, choose_windows_per_pass
 from tiered.plan.cost import decode_computing, seen_tokens
-from tiered.plan.inputs import Budgets, Machine, ModelShape, Workload
+from tiered.plan.inputs import Budgets, Machine, ModelShape, Tier, Workload, tiers_text
 from tiered.plan.kv import Bits, check_bits
 from tiered.plan.pace import Pace
 from tiered.plan.plan import Plan, smallest_budget
-from tiered.plan.way import HALFWAY, Asked, Way
-from tiered.plan.way import smallest_vram as _smallest_vram
+from tiered.plan.way import HALFWAY, Asked, Way, least
 from tiered.plan.workspace import HEAD_ROWS
 from tiered.units import MIB, format_rate, format_seconds, format_size
 
@@ -34,6 +33,10 @@ _MEASURING_NBYTES: Final = 96 * MIB
 
 def make_plan(model: ModelShape, machine: Machine, workload: Workload, budgets: Budgets) -> Plan:
     """The plan for `workload` within `budgets`. Raises BudgetError where there is none."""
+    if budgets.has_device != (Tier.GPU in budgets.tiers):
+        raise ConfigError(
+            f"--tiers {tiers_text(budgets.tiers)}, --vram {budgets.vram}: a GPU and its memory go together"
+        )
     if budgets.choose_kv_bits:
         return _plan_with_most_bits(Asked(model, machine, workload, budgets))
     asked = Asked(model, machine, workload, budgets)
@@ -67,20 +70,27 @@ def expected_pass(model: ModelShape, machine: Machine, workload: Workload, budge
 
 
 def smallest_ram(model: ModelShape, machine: Machine, workload: Workload, budgets: Budgets) -> int:
-    """The least budget in bytes, a whole number of MiB, in which all of `workload` runs at once with this baseline."""
-    *better, last = Asked(model, machine, workload, budgets).ways(workload.sequences)
-    for way in better:
+    """The least budget in bytes, a whole number of MiB, in which all of `workload` runs at once with this baseline.
+
+    Raises DeviceBudgetError where the device's memory does not suffice.
+    """
+    ways = Asked(model, machine, workload, budgets).ways(workload.sequences)
+    refusals: list[BudgetError] = []
+    for way in ways:
         try:
             return smallest_budget(way.plan_at)
         except DeviceBudgetError:
-            continue  # where the KV cache is elsewhere the device's memory may suffice
-    return smallest_budget(last.plan_at)
+            # Where the KV cache is elsewhere the device's memory may suffice.
+            refusals.append(way.vram_refusal())
+    raise least(refusals)
 
 
 def smallest_vram(model: ModelShape, machine: Machine, workload: Workload, budgets: Budgets) -> int:
     """The least budget of the device's memory, a whole number of MiB, in which all of `workload` runs at once, given
     enough of the host's."""
-    return min(map(_smallest_vram, Asked(model, machine, workload, budgets).ways(workload.sequences)))
+    asked = Asked(model, machine, workload, budgets)
+    ways = asked.ways(workload.sequences)
+    return min(way.smallest_vram(experts) for way in ways for experts in asked.expert_choices)
 
 
 def rates_wanted(model: ModelShape, machine: Machine, workload: Workload, budgets: Budgets) -> frozenset[Rate]:
@@ -124,7 +134,7 @@ def _plan_with_most_bits(asked: Asked) -> Plan:
             option = _way_of(asked, plan).option(plan)
             found.append(((option.disk_nbytes + option.bus_nbytes) / plan.batch_size, plan))
     if not found:
-        raise min(refusals, key=lambda error: error.smallest_bytes or 0)
+        raise least(refusals)
     most = min(cost for cost, _ in found) * WORTH_OF_BITS
     return next(plan for cost, plan in found if cost <= most)
 
@@ -156,10 +166,10 @@ def _plan_for(asked: Asked, batch_size: int, why: str) -> Plan:
 
 
 def _refusal(refusals: Sequence[BudgetError]) -> BudgetError:
-    """The one to read of those for all places of the KV cache: what the host's memory lacks, if that is all; else the
-    least that the device's lacks."""
+    """The one to read of those for all places of the KV cache: the first that lacks the host's memory; else the least
+    that lacks the device's."""
     of_host = [refusal for refusal in refusals if not isinstance(refusal, DeviceBudgetError)]
-    return of_host[0] if of_host else min(refusals, key=lambda refusal: refusal.smallest_bytes or 0)
+    return of_host[0] if of_host else least(refusals)
 
 
 def _is_comparable(asked: Asked) -> bool:
@@ -197,7 +207,7 @@ def _scoring_plan(asked: Asked) -> Plan:
         try:
             return _plan_for(replace(asked, workload=workload), 1, "a part of it in a pass, as all of it does not fit")
         except BudgetError as error:
-            raise min(refusal, error, key=lambda refused: refused.smallest_bytes or 0) from None
+            raise least((refusal, error)) from None
 
 
 def _windows_per_pass(asked: Asked) -> int:

@@ -10,8 +10,12 @@ from typing import Final
 from tiered.errors import DeviceBudgetError
 from tiered.plan.inputs import Budgets, Tier
 from tiered.plan.placement import Held, Placement, Tape, place, smallest_ring, wished
-from tiered.units import format_budget, format_size
+from tiered.units import GIB, format_budget, format_size
 
+CONTEXT_NBYTES: Final = GIB // 2
+"""What a CUDA device's driver and libraries take, where nobody has measured it: an assumption."""
+EXPERT_SLOTS: Final = 2
+"""Where experts are read when they are chosen, so many are on the device: one computes while the next is copied."""
 _ONLY: Final = (Tier.GPU,)
 
 
@@ -25,7 +29,7 @@ class DeviceNeeds:
     """Position tables, norms, biases."""
     kv: int
     workspace: int
-    """Activations, logits, and what kernels take."""
+    """Activations, logits, what kernels take, and slots for chosen experts."""
 
     @property
     def total(self) -> int:
@@ -50,23 +54,27 @@ class DevicePlan:
         return self.needs.total + self.placement.nbytes
 
 
-def fit_on_device(tape: Tape, needs: DeviceNeeds, budgets: Budgets, held: Held, smallest: int = 0) -> Placement:
+def fit_on_device(tape: Tape, needs: DeviceNeeds, budgets: Budgets, held: Held) -> Placement:
     """Place the tape in what `budgets.vram` leaves after `needs`: as many units as fit stay, or those that are wished
-    for, or none where the device computes prompts only.
-
-    Raises DeviceBudgetError, naming what takes the bytes and the smallest budget that would do: `smallest`, where that
-    is known to be enough for needs that grow with it.
-    """
-    available, most = budgets.vram - needs.total, 0 if budgets.is_hybrid else budgets.resident_gpu
+    for, or none where the device computes prompts only. Raises DeviceBudgetError, as `device_refusal` says."""
+    available, most = budgets.vram - needs.total, _most(budgets)
     if most is None or not tape.nbytes:
         placement = place(tape, available, held)
     else:
         placement = wished(tape, available, held, most)
-    if placement is not None and not (budgets.tiers == _ONLY and placement.ring_nbytes):
-        return placement
-    least, what = _least(tape, held, budgets.tiers, most)
+    if placement is None or (budgets.tiers == _ONLY and placement.ring_nbytes):
+        raise device_refusal(tape, needs, budgets, held)
+    return placement
+
+
+def device_refusal(
+    tape: Tape, needs: DeviceNeeds, budgets: Budgets, held: Held, smallest: int = 0
+) -> DeviceBudgetError:
+    """What says that `budgets.vram` is too little, with what takes the bytes and the smallest budget that would do:
+    `smallest`, where that is known to be enough for needs that grow with it."""
+    least, what = _least(tape, held, budgets.tiers, _most(budgets))
     smallest = max(smallest, needs.total + least)
-    raise DeviceBudgetError(
+    return DeviceBudgetError(
         f"{format_size(budgets.vram)} of GPU memory are too little. Needed: {format_size(needs.context)} for driver "
         f"and libraries, {format_size(needs.outer)} for tables, {format_size(needs.kv)} for the KV cache, "
         f"{format_size(needs.workspace)} for activations, {format_size(least)} for {what}. "
@@ -74,6 +82,11 @@ def fit_on_device(tape: Tape, needs: DeviceNeeds, budgets: Budgets, held: Held, 
         + ("; or use --tiers disk,cpu,gpu" if budgets.tiers == _ONLY else ""),
         smallest_bytes=smallest,
     )
+
+
+def _most(budgets: Budgets) -> int | None:
+    """Bytes of units that are to stay on the device; None: as many as there is room for."""
+    return 0 if budgets.is_hybrid else budgets.resident_gpu
 
 
 def _least(tape: Tape, held: Held, tiers: tuple[Tier, ...], most: int | None) -> tuple[int, str]:

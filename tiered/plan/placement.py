@@ -201,7 +201,7 @@ class _Room:
 
     def _ring(self, full: int, streamed: int) -> int:
         """A full ring, and what is to be read ahead beyond it: half as much at most, and not more than is streamed."""
-        return max(min(full + min(self.held.ahead_nbytes, full // 2), streamed), self.least_ring)
+        return max(full, min(full + min(self.held.ahead_nbytes, full // 2), streamed), self.least_ring)
 
     def holds(self, nbytes: int, ring: int) -> bool:
         """Whether resident units of `nbytes` bytes fit beside a ring of `ring`."""

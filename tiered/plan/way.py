@@ -9,11 +9,12 @@ cache. Then memory goes to dense units first: one saves its bytes in every pass,
 
 Where a device computes, units that stay there are chosen first, as they save copies and reads, and the host's among the
 others, each evenly spread. What the device takes depends on `--vram` alone, but for where it is too little; so the two
-budgets can be named one after the other. Layers are read whole then.
+budgets can be named one after the other.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import Final
 
 from tiered.errors import BudgetError, ConfigError, DeviceBudgetError
@@ -22,7 +23,7 @@ from tiered.plan.budget import BASELINE_VARIES_NBYTES
 from tiered.plan.cost import kv_block_nbytes
 from tiered.plan.inputs import Budgets, ExpertShape, Machine, ModelShape, Tier, Workload
 from tiered.plan.kv import CachePlan, block_nbytes, outbox_nbytes
-from tiered.plan.on_device import DeviceNeeds, DevicePlan, fit_on_device
+from tiered.plan.on_device import EXPERT_SLOTS, DeviceNeeds, DevicePlan, device_refusal, fit_on_device
 from tiered.plan.placement import Held, Placement, Tape, full_ring
 from tiered.plan.plan import ExpertCachePlan, Needs, Plan, fit_units, smallest_budget
 from tiered.plan.workspace import MAX_ROWS, Workspace, transit_nbytes, workspace_for
@@ -71,8 +72,7 @@ class Asked:
     @property
     def expert_choices(self) -> tuple[ExpertShape | None, ...]:
         """The experts that may be read on demand; None: layers are read whole."""
-        budgets = self.budgets
-        may_choose = self.model.experts is not None and Tier.DISK in budgets.tiers and not budgets.has_device
+        may_choose = self.model.experts is not None and Tier.DISK in self.budgets.tiers
         return (None, self.model.experts) if may_choose else (None,)
 
     def each_way(self) -> Iterator[tuple["Way", Plan]]:
@@ -177,7 +177,7 @@ class Way:
             Held(is_layer_held, is_head_held, min((self.batch_size - 1) * _AHEAD_PER_ROW, _MOST_AHEAD)),
             model.tape,
             experts,
-            None if device is None else self._device_needs(device, cache, kv if self.on_device else outbox),
+            None if device is None else self._device_needs(device, cache, kv if self.on_device else outbox, experts),
             only_device=budgets.has_device and not budgets.is_hybrid,
         )
 
@@ -210,10 +210,13 @@ class Way:
         most = self._workspace(self.tokens, vram, scratch, experts, is_device=True).rows
         return self._workspace(max(tokens, min(self.tokens, most)), vram, scratch, experts, is_device=True)
 
-    def _device_needs(self, workspace: Workspace, cache: CachePlan, kv: int) -> DeviceNeeds:
-        scratch = cache.scratch_nbytes(workspace.rows) if self.on_device else 0
+    def _device_needs(
+        self, workspace: Workspace, cache: CachePlan, kv: int, experts: ExpertShape | None
+    ) -> DeviceNeeds:
+        nbytes = workspace.nbytes + (0 if experts is None else EXPERT_SLOTS * experts.nbytes)
         context, outer = self.asked.budgets.context_nbytes, self.asked.model.outer_nbytes
-        return DeviceNeeds(context, outer, kv, workspace.nbytes + scratch)
+        nbytes += cache.scratch_nbytes(workspace.rows) if self.on_device else 0
+        return DeviceNeeds(context, outer, kv, nbytes)
 
     def _is_one_micro_batch(self, tokens: int, rows: int, cache: CachePlan) -> bool:
         """Whether a pass of `tokens` tokens never has more than one micro-batch of `rows`."""
@@ -238,7 +241,7 @@ class Way:
             except BudgetError as error:
                 refusals.append(error)
         if not plans:
-            raise min(refusals, key=lambda error: error.smallest_bytes or 0)
+            raise least(refusals)
         return min(plans, key=self._cost)
 
     def _plan_with(self, experts: ExpertShape | None, ram: int, why: str) -> Plan:
@@ -273,9 +276,7 @@ class Way:
 
     def _place(self, passes: "Passes", ram: int) -> tuple[Placement | None, Placement]:
         """Where units are: on the device, if there is one, and in the host's memory. Raises BudgetError."""
-        budgets, device = self.asked.budgets, None
-        if passes.device_needs is not None:
-            device = fit_on_device(passes.tape, passes.device_needs, budgets, replace(passes.held, ahead_nbytes=0))
+        budgets, device = self.asked.budgets, self._place_on_device(passes)
         return device, fit_units(
             passes.tape,
             passes.needs,
@@ -286,6 +287,12 @@ class Way:
             frozenset() if device is None else device.resident,
             budgets.resident_cpu,
         )
+
+    def _place_on_device(self, passes: "Passes") -> Placement | None:
+        """Raises DeviceBudgetError."""
+        if passes.device_needs is None:
+            return None
+        return fit_on_device(passes.tape, passes.device_needs, self.asked.budgets, passes.device_held)
 
     def _expert_cache(self, passes: "Passes", placement: Placement, ram: int) -> ExpertCachePlan | None:
         """The cache of experts: it gets what dense units leave."""
@@ -302,8 +309,7 @@ class Way:
         try:
             return self.plan_at(budgets.ram, why)
         except DeviceBudgetError:
-            self._name_vram()
-            raise
+            raise self.vram_refusal() from None
         except BudgetError:
             spared = self.within(replace(budgets, baseline=budgets.baseline + BASELINE_VARIES_NBYTES))
             try:
@@ -311,50 +317,66 @@ class Way:
                 # With a device not from the least: few rows would hold layers in its memory, and be its refusal.
                 enough = smallest_budget(spared.plan_at, budgets.ram if budgets.has_device else MIB)
             except DeviceBudgetError:
-                self._name_vram()
-                raise
+                raise self.vram_refusal() from None
             experts = None if spared.plan_at(enough).experts is None else self.asked.model.experts
             self._place(spared.passes(enough, experts), budgets.ram)
             raise
 
-    def _name_vram(self) -> None:
-        """Raise DeviceBudgetError, naming a `--vram` that is enough."""
+    def vram_refusal(self) -> DeviceBudgetError:
+        """The refusal of a device's budget that is too little, which names one that is enough."""
         budgets = self.asked.budgets
-        enough = smallest_vram(self)
+        enough, experts = min(
+            ((self.smallest_vram(experts), experts) for experts in self.asked.expert_choices), key=itemgetter(0)
+        )
         # Needs at the budget that is enough: they say what its bytes are for.
-        self.refuse_device(self.within(replace(budgets, vram=enough)).passes(budgets.ram, None), enough)
+        passes = self.within(replace(budgets, vram=enough)).passes(budgets.ram, experts)
+        assert passes.device_needs is not None
+        return device_refusal(passes.tape, passes.device_needs, budgets, passes.device_held, enough)
+
+    def smallest_vram(self, experts: ExpertShape | None) -> int:
+        """The least `--vram`, a whole number of MiB, with which only the host's memory may still be too little, with
+        `experts` read on demand.
+
+        A refusal names what is enough for the needs at the refused budget, which grow with it, as `smallest_budget`
+        says.
+        """
+        budgets, vram = self.asked.budgets, MIB
+        while True:
+            try:
+                tried = self.within(replace(budgets, vram=vram))
+                tried._place_on_device(tried.passes(budgets.ram, experts))
+            except DeviceBudgetError as error:
+                assert error.smallest_bytes is not None and error.smallest_bytes > vram, error
+                vram = round_up(error.smallest_bytes, MIB)
+            else:
+                return vram
 
     def within(self, budgets: Budgets) -> "Way":
         """The same way with other budgets."""
         return replace(self, asked=replace(self.asked, budgets=budgets))
 
-    def refuse_device(self, passes: "Passes", smallest: int = 0) -> None:
-        """Raise DeviceBudgetError where `passes` take more than the device's budget, naming `smallest` if it is
-        known."""
-        if passes.device_needs is not None:
-            held = replace(passes.held, ahead_nbytes=0)
-            fit_on_device(passes.tape, passes.device_needs, self.asked.budgets, held, smallest)
-
     def _cost(self, plan: Plan) -> int:
-        """Bytes that sequences are expected to read from their prompts to their ends, or, where the workload does not
-        know how long prompts are, in a pass in which all of them decode. It makes plans comparable: those on demand
-        count `_CLEARLY_FEWER` times."""
+        """Bytes that sequences are expected to read (and copy to a device) from their prompts to their ends, or, where
+        the workload does not know how long prompts are, in a pass in which all of them decode. It makes plans
+        comparable: those on demand count `_CLEARLY_FEWER` times."""
         workload = self.asked.workload
         is_known = workload.one_pass or 0 < workload.max_prompt < self.context
         prompts = -(-self.tokens // plan.max_batched_tokens) if is_known else 0
         decoding = self.context - workload.max_prompt - 1 if is_known else 1
-        nbytes = prompts * self.read_nbytes(plan, -(-self.tokens // max(prompts, 1)))
+        nbytes = prompts * self.moved_nbytes(plan, -(-self.tokens // max(prompts, 1)))
         if not workload.one_pass:
-            nbytes += decoding * self.read_nbytes(plan, self.batch_size)
+            nbytes += decoding * self.moved_nbytes(plan, self.batch_size, is_decode=True)
         return nbytes * (1 if plan.experts is None else _CLEARLY_FEWER)
 
     def read_nbytes(self, plan: Plan, tokens: int) -> int:
         """Bytes of weights that a pass of `plan` over `tokens` tokens is expected to read."""
         return plan.read_nbytes + expected_expert_nbytes(self.asked.model, plan, tokens)
 
-    def moved_nbytes(self, plan: Plan, tokens: int) -> int:
-        """Bytes of weights that such a pass reads, and copies to the device."""
-        return self.read_nbytes(plan, tokens) + plan.bus_nbytes
+    def moved_nbytes(self, plan: Plan, tokens: int, is_decode: bool = False) -> int:
+        """Bytes of weights that such a pass reads, and copies to the device, if that computes it."""
+        device = plan.decode_device if is_decode else plan.prefill_device
+        copied = plan.bus_nbytes + expected_bus_nbytes(self.asked.model, plan, tokens) if device == "gpu" else 0
+        return self.read_nbytes(plan, tokens) + copied
 
     def option(self, plan: Plan) -> BatchOption:
         """This way, with the bytes that a pass of `plan` reads from disk, and copies to the device."""
@@ -362,8 +384,10 @@ class Way:
         if self.on_disk:
             kv = int(kv_block_nbytes(plan.cache, self.asked.workload.mean_context * HALFWAY, self.batch_size))
         experts = expected_expert_nbytes(self.asked.model, plan, self.batch_size)
-        disk = plan.read_nbytes + kv + experts
-        return BatchOption(self.batch_size, self.on_disk, disk, experts, plan.decode_bus_nbytes, self.on_device)
+        disk, bus = plan.read_nbytes + kv + experts, 0
+        if plan.decode_device == "gpu":
+            bus = plan.bus_nbytes + expected_bus_nbytes(self.asked.model, plan, self.batch_size)
+        return BatchOption(self.batch_size, self.on_disk, disk, experts, bus, self.on_device)
 
 
 @dataclass(frozen=True)
@@ -393,6 +417,11 @@ class Passes:
         return Held(ahead_nbytes=self.held.ahead_nbytes) if self.only_device else self.held
 
     @property
+    def device_held(self) -> Held:
+        """What the device's ring holds as a whole. Copies are steady: none need go further ahead."""
+        return replace(self.held, ahead_nbytes=0)
+
+    @property
     def tape(self) -> Tape:
         """What is read ahead."""
         return self.whole if self.experts is None else self.experts.dense
@@ -403,21 +432,9 @@ class Passes:
         return 0 if self.experts is None else self.experts.chosen * self.experts.nbytes
 
 
-def smallest_vram(way: Way) -> int:
-    """The least `--vram`, a whole number of MiB, with which only the host's memory may still be too little for `way`.
-
-    A refusal names what is enough for the needs at the refused budget, which grow with it, as `smallest_budget` says.
-    """
-    budgets, vram = way.asked.budgets, MIB
-    while True:
-        try:
-            tried = way.within(replace(budgets, vram=vram))
-            tried.refuse_device(tried.passes(budgets.ram, None))
-        except DeviceBudgetError as error:
-            assert error.smallest_bytes is not None and error.smallest_bytes > vram, error
-            vram = round_up(error.smallest_bytes, MIB)
-        else:
-            return vram
+def least(refusals: Sequence[BudgetError]) -> BudgetError:
+    """The refusal with the least budget: of the host's memory, if that is all that one of them lacks."""
+    return min(refusals, key=lambda refusal: (isinstance(refusal, DeviceBudgetError), refusal.smallest_bytes or 0))
 
 
 def expected_expert_nbytes(model: ModelShape, plan: Plan, tokens: int) -> int:
@@ -429,6 +446,18 @@ def expected_expert_nbytes(model: ModelShape, plan: Plan, tokens: int) -> int:
     experts = model.experts
     if plan.experts is None or experts is None:
         return 0
+    missing = 1 - plan.experts.slots / experts.total
+    return int(_chosen(experts, plan, tokens) * missing * experts.file_nbytes)
+
+
+def expected_bus_nbytes(model: ModelShape, plan: Plan, tokens: int) -> int:
+    """Bytes of experts that a pass of `plan` over `tokens` tokens is expected to copy to the device on demand: of all
+    that are asked for, as none stays there."""
+    experts = model.experts
+    return 0 if plan.experts is None or experts is None else int(_chosen(experts, plan, tokens) * experts.nbytes)
+
+
+def _chosen(experts: ExpertShape, plan: Plan, tokens: int) -> float:
+    """How many experts the micro-batches of such a pass are expected to ask for."""
     rows = min(tokens, plan.micro_batch_rows)
-    asked = experts.layers * experts.distinct(rows) * -(-tokens // rows)
-    return int(asked * (1 - plan.experts.slots / experts.total) * experts.file_nbytes)
+    return experts.layers * experts.distinct(rows) * -(-tokens // rows)
