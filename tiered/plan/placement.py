@@ -12,6 +12,8 @@ from functools import cached_property, lru_cache
 from itertools import accumulate, pairwise
 from typing import Final
 
+from tiered.plan.fill import fill
+
 _SPREADS: Final = 128
 """How many numbers of resident units are compared: all of them on a tape that has no more units."""
 
@@ -92,7 +94,7 @@ class Placement:
 def interleave(count: int, of: int) -> frozenset[int]:
     """`count` of `of` positions, spread evenly: i is in where floor((i + 1) f) > floor(i f), f = count / of."""
     # The least i with (i + 1) f >= k, for each k: a tape may have 12,000 units, and many spreads are compared.
-    return frozenset(-(-k * of // count) - 1 for k in range(1, count + 1))
+    return frozenset([last // count for last in range(of - 1, count * of, of)])
 
 
 def smallest_ring(pieces: Sequence[Sequence[int]]) -> int:
@@ -118,6 +120,7 @@ def _with_ahead(full: int, streamed: int, held: Held) -> int:
     return min(full + min(held.ahead_nbytes, full // 2), streamed)
 
 
+@lru_cache(maxsize=256)
 def place(tape: Tape, available: int, held: Held = UNHELD) -> Placement | None:
     """The placement of `tape` in `available` bytes that reads least, or None if none fits.
 
@@ -160,36 +163,27 @@ class _Spread:
 @lru_cache(maxsize=32)
 def _spreads(tape: Tape, held: Held) -> tuple[_Spread, ...]:
     """Spreads to choose from. More units are not always more bytes (units differ), so the choice is by bytes."""
-    units = len(tape.nbytes)
+    units, is_plain = len(tape.nbytes), tape.file_nbytes == tape.nbytes
     found = []
     for count in sorted(
         {number * units // _SPREADS for number in range(_SPREADS)} if units > _SPREADS else range(units)
     ):
         resident = interleave(count, units)
-        nbytes = sum(tape.nbytes[unit] for unit in resident)
-        saved = sum(tape.file_nbytes[unit] for unit in resident)
+        nbytes = sum(map(tape.nbytes.__getitem__, resident))
+        saved = nbytes if is_plain else sum(map(tape.file_nbytes.__getitem__, resident))
         found.append(_Spread(count, nbytes, saved, full_ring(tape.streamed(held, resident))))
     return tuple(found)
 
 
 def _fill(tape: Tape, held: Held, resident: frozenset[int], available: int) -> Placement:
-    """Add units to `resident` until none fits beside a full ring: first those that save most bytes per byte held, then
-    the largest; of equal ones that of the block with most bytes to read."""
-    nbytes, ring = sum(tape.nbytes[unit] for unit in resident), _wanted_ring(tape, held, resident)
-    block_of = [number for number, block in enumerate(tape.blocks) for _ in block]
-    unread = [sum(tape.nbytes[unit] for unit in block if unit not in resident) for block in tape.blocks]
-    kinds: dict[tuple[float, int], list[int]] = {}
-    for unit, (size, saved) in enumerate(zip(tape.nbytes, tape.file_nbytes, strict=True)):
-        if unit not in resident:
-            kinds.setdefault((saved / size, size), []).append(unit)
-    for (_, size), units in sorted(kinds.items(), reverse=True):
-        while units:
-            unit = max(units, key=lambda unit: unread[block_of[unit]])
-            more = resident | {unit}
-            ring_after = _wanted_ring(tape, held, more)
-            if nbytes + size + ring_after > available:
-                break
-            units.remove(unit)
-            unread[block_of[unit]] -= size
-            resident, nbytes, ring = more, nbytes + size, ring_after
-    return Placement(resident, nbytes, ring)
+    """Add units to `resident` until none fits beside a full ring."""
+    return Placement(
+        *fill(
+            list(zip(tape.nbytes, tape.file_nbytes, strict=True)),
+            tape.blocks,
+            tape.pieces(held),
+            resident,
+            lambda full, streamed: _with_ahead(full, streamed, held),
+            lambda nbytes, ring: nbytes + ring <= available,
+        )
+    )
