@@ -132,8 +132,8 @@ class OnGpu:
         computing += self._decode_attention(run.rows, run.context)
         disk_seconds = read / disk.read + (written / disk.write if on_disk else 0.0)
         seconds = max(disk_seconds, bus, computing)
-        each = Phase(1, seconds, disk_seconds, computing, read, written if on_disk else 0.0, bus)
-        return replace(each * run.times, decoded_tokens=run.rows * run.times)
+        written = written if on_disk else 0.0
+        return Phase(1, seconds, disk_seconds, computing, read, written, bus, run.rows) * run.times
 
     @property
     def _active_share(self) -> float:

@@ -161,9 +161,9 @@ def _walked(alike: Alike, pace: Pace, phase: Callable[[PassRun, bool], Phase]) -
     prefill, decode = Phase(), Phase()
     for number, run in enumerate(pass_runs(alike, pace, _ALIKE)):
         found = phase(run, not number)
+        each = (run.rows, run.prompt_tokens, found.compute_seconds / run.times, found.disk_seconds / run.times)
         for _ in range(min(run.times, _NOTED)):
-            each = (found.compute_seconds / run.times, found.disk_seconds / run.times)
-            pace.note(run.rows, run.prompt_tokens, *each)
+            pace.note(*each)
         if run.parts:
             prefill += found
         else:
@@ -202,9 +202,8 @@ class _Run:
             seconds = disk + computing.seconds
         else:
             seconds = pass_seconds(disk, computing.seconds, expert_seconds, computing.expert_seconds)
-        return replace(
-            Phase(1, seconds, disk, computing.seconds, read, written) * run.times, decoded_tokens=run.rows * run.times
-        )
+        each = Phase(1, seconds, disk, computing.seconds, read, written, decoded_tokens=run.rows)
+        return each * run.times
 
     def _disk(self, run: PassRun, tokens: int, is_first: bool) -> tuple[float, float, float, float]:
         """Of each pass: seconds of the disk, those of them for experts, bytes read, bytes written."""
