@@ -1,17 +1,22 @@
 """Shapes without weights are those of real stores, and those that ship with the package are today's."""
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from tests.commands import CHECKPOINT, make_mixture
+from tests.convert.models import save_bin, save_model, tiny_model
 from tiered.arch import load_config
 from tiered.configs_path import config_dir
 from tiered.convert import ConvertOptions, convert_checkpoint
 from tiered.convert.synthetic import ShapeFile, shape_config
+from tiered.errors import CheckpointError
 from tiered.plan.shapes import QUANTS, known_shapes, read_store_shape
-from tiered.shapes import checkpoint_shapes, config_shapes, store_shape
+from tiered.shapes import config_shapes, outline, store_shape
 from tiered.store import Store
 
 MODELS = config_dir() / "models"
@@ -27,8 +32,30 @@ def test_shapes_that_ship_are_those_that_the_converter_gives_today(name: str) ->
 def test_the_shape_without_weights_is_that_of_the_converted_store(quant: str, tmp_path: Path) -> None:
     store = tmp_path / "store"
     convert_checkpoint(CHECKPOINT, store, ConvertOptions(quant=quant, compress="none"))
-    made = checkpoint_shapes(str(CHECKPOINT), (quant,))
-    assert made == {quant: store_shape(store)}
+    assert outline(str(CHECKPOINT), (quant,)).shapes == {quant: store_shape(store)}
+
+
+def test_headers_tell_what_configuration_does_not(tmp_path: Path) -> None:
+    save_model(tmp_path / "wide", tiny_model("llama"))
+    claims = json.loads((tmp_path / "wide/config.json").read_text()) | {"dtype": "bfloat16"}
+    (tmp_path / "wide/config.json").write_text(json.dumps(claims))
+    convert_checkpoint(tmp_path / "wide", tmp_path / "store", ConvertOptions(quant="none", compress="none"))
+    found = outline(str(tmp_path / "wide"), ("none",))
+    assert found.shapes == {"none": store_shape(tmp_path / "store")}
+    assert found.shapes != config_shapes(load_config(tmp_path / "wide"), ("none",))
+
+
+def test_weights_that_are_quantized_already_are_refused_before_they_are_fetched(tmp_path: Path) -> None:
+    save_model(tmp_path, tiny_model("llama"))
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file(tensors | {"model.layers.0.mlp.up_proj.qweight": torch.zeros(4)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="already quantized"):
+        outline(str(tmp_path))
+
+
+def test_without_safetensors_the_configuration_counts_and_that_is_said(tmp_path: Path) -> None:
+    (note,) = outline(str(save_bin(tmp_path / "bin", tiny_model("llama"))), ("int4",)).notes
+    assert "not in safetensors files, so they are taken to be what config.json says" in note
 
 
 def test_the_shape_of_a_mixture_without_weights_is_that_of_its_store(tmp_path: Path) -> None:

@@ -7,15 +7,18 @@ configs/models in one file (`tools/model_shapes.py` writes it).
 
 import contextlib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import PretrainedConfig
 
-from tiered.arch import build_skeleton, load_config
-from tiered.convert.hollow import hollow_store
-from tiered.convert.open import resolve_checkpoint
+from tiered.arch import build_skeleton, load_config, most_positions
+from tiered.convert.headers import HubHeaders
+from tiered.convert.hollow import DtypeOf, hollow_store
+from tiered.convert.open import open_checkpoint, resolve_checkpoint
+from tiered.convert.place import HubId
 from tiered.convert.quantized import configured_method, refuse_quantized
 from tiered.convert.recipe import ConvertOptions
 from tiered.model import check_layers, check_match, model_shape
@@ -40,8 +43,23 @@ def store_shape(folder: Path) -> ModelShape:
     return shape
 
 
-def config_shapes(config: PretrainedConfig, quants: Sequence[str] = QUANTS) -> dict[str, ModelShape]:
-    """For each of `quants` the shape of what 'tiered convert --quant' would make of a checkpoint with `config`."""
+@dataclass(frozen=True)
+class Outline:
+    """What a checkpoint's configuration and headers say of what converting it would give."""
+
+    shapes: Mapping[str, ModelShape]
+    """By quantization."""
+    positions: int | None
+    """Tokens of a sequence that the model is made for; None where its configuration names no limit."""
+    notes: tuple[str, ...]
+    """What a conversion would warn of, and what is taken as given."""
+
+
+def config_shapes(
+    config: PretrainedConfig, quants: Sequence[str] = QUANTS, dtype_of: DtypeOf | None = None
+) -> dict[str, ModelShape]:
+    """For each of `quants` the shape of what 'tiered convert --quant' would make of a checkpoint with `config`, whose
+    tensors are in `dtype_of`; None: all are as `config` says."""
     dtype = compute_dtype("auto", config)
     # Building the graph sets the configuration's own.
     stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
@@ -49,18 +67,32 @@ def config_shapes(config: PretrainedConfig, quants: Sequence[str] = QUANTS) -> d
     found = {}
     for quant in quants:
         with tempfile.TemporaryDirectory(prefix="tiered-shape-") as folder:
-            store = hollow_store(skeleton, stored, ConvertOptions(quant=quant, compress="none"), Path(folder))
+            options = ConvertOptions(quant=quant, compress="none")
+            store = hollow_store(skeleton, dtype_of or (lambda _: stored), options, Path(folder))
             found[quant] = model_shape(store, skeleton, dtype)
     return found
 
 
-def checkpoint_shapes(source: str, quants: Sequence[str] = QUANTS) -> dict[str, ModelShape]:
-    """The shapes of the checkpoint called `source`: a Hugging Face folder, or a hub id, of which only config.json is
-    fetched. Raises ConfigError, CheckpointError, UnsupportedFamilyError, ReadError."""
-    files = resolve_checkpoint(source).open(ConvertOptions(), _NoDownloads())
-    config = load_config(files.config_folder())
-    refuse_quantized(files.name, configured_method(config))
-    return config_shapes(config, quants)
+def outline(source: str, quants: Sequence[str] = QUANTS) -> Outline:
+    """The checkpoint called `source`: a Hugging Face folder, or a hub id, of which config.json, the index and the
+    headers of safetensors files are fetched, by range. Without such files the configuration alone counts.
+
+    Raises ConfigError, CheckpointError, UnsupportedFamilyError, ReadError, as converting it would.
+    """
+    place = resolve_checkpoint(source)
+    with tempfile.TemporaryDirectory(prefix="tiered-headers-") as folder:
+        if isinstance(place, HubId):
+            place = HubHeaders(place.repo_id, Path(folder))
+        files = place.open(ConvertOptions(), _NoDownloads())
+        config = load_config(files.config_folder())
+        refuse_quantized(files.name, configured_method(config))
+        if not any(name.endswith(".safetensors") for name in files.names):
+            note = (
+                f"{files.name}: its weights are not in safetensors files, so they are taken to be what config.json says"
+            )
+            return Outline(config_shapes(config, quants), most_positions(config), (note,))
+        weights, _ = open_checkpoint(place, ConvertOptions(), _NoDownloads())
+        return Outline(config_shapes(config, quants, weights.dtype), most_positions(config), tuple(weights.warnings))
 
 
 class _NoDownloads:

@@ -8,6 +8,7 @@ It answers what huggingface_hub asks to download one revision of one repository,
 
 import argparse
 import json
+import re
 import signal
 import sys
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ from tiered.errors import TieredError
 from tiered.units import parse_size
 from tools.made_checkpoint import MOST_READ_NBYTES, MadeFile, MadeModel
 
+_RANGE: Final = re.compile(r"bytes=(\d+)-(\d+)")
 COMMIT: Final = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -31,6 +33,9 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", port), _Handler)
         self.repo_id, self.files = repo_id, files
         self.fetched: list[str] = []
+        """Files that were asked for whole."""
+        self.ranges: list[tuple[str, int]] = []
+        """Files of which a part was asked for, and its bytes."""
 
     @property
     def url(self) -> str:
@@ -44,17 +49,18 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer()
 
     def do_GET(self) -> None:
-        file = self._answer()
-        if file is None:
+        answer = self._answer()
+        if answer is None:
             return
-        for offset in range(0, file.nbytes, MOST_READ_NBYTES):
-            self.wfile.write(file.read(offset, MOST_READ_NBYTES))
+        file, asked = answer
+        for offset in range(asked.start, asked.stop, MOST_READ_NBYTES):
+            self.wfile.write(file.read(offset, min(MOST_READ_NBYTES, asked.stop - offset)))
 
     def log_message(self, *_: object) -> None:
         """Nobody reads an access log."""
 
-    def _answer(self) -> MadeFile | None:
-        """Send the status and headers; what is to follow them."""
+    def _answer(self) -> tuple[MadeFile, range] | None:
+        """Send the status and headers; what is to follow them, and which of its bytes."""
         path, hub = self.path.split("?")[0], self.server
         api = f"/api/models/{hub.repo_id}"
         files = f"/{hub.repo_id}/resolve/"
@@ -69,7 +75,7 @@ class _Handler(BaseHTTPRequestHandler):
             file = hub.files[name]
             # Of the published ones it is a checksum; the library only keeps files apart by it.
             headers |= {"ETag": f'"{name}-{file.nbytes}"'}
-            if self.command == "GET":
+            if self.command == "GET" and "Range" not in self.headers:
                 hub.fetched.append(name)
         else:
             self.send_response(404)
@@ -77,11 +83,17 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Length", "0")
             self.end_headers()
             return None
-        self.send_response(200)
-        for key, value in {**headers, "Content-Length": str(file.nbytes)}.items():
+        asked = _RANGE.fullmatch(self.headers.get("Range", ""))
+        sent = range(file.nbytes)
+        if asked is not None:
+            sent = range(int(asked[1]), min(file.nbytes, int(asked[2]) + 1))
+            headers |= {"Content-Range": f"bytes {sent.start}-{sent.stop - 1}/{file.nbytes}"}
+            hub.ranges.append((name, len(sent)))
+        self.send_response(200 if asked is None else 206)
+        for key, value in {**headers, "Content-Length": str(len(sent))}.items():
             self.send_header(key, value)
         self.end_headers()
-        return file
+        return file, sent
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -93,7 +93,9 @@ def ways(
     vram = None if hardware.gpu is None else hardware.gpu.vram
     ram = int(hardware.ram * DEFAULT_SHARE)
     ask = Ask(prompt, generate, batch or SEQUENCES, batch, ram, vram, "throughput")
-    return {row.strategy: row for row in compare(shapes.__getitem__, (quant,), hardware, ask).rows}
+    # The quickest of each comes first.
+    rows = compare(shapes.__getitem__, (quant,), hardware, ask).rows
+    return {row.strategy: row for row in reversed(rows)}
 
 
 @dataclass(frozen=True)

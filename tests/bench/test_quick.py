@@ -27,6 +27,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: p
     def refuse(folder: Path) -> Any:
         raise PermissionError(13, "Permission denied", str(folder / "bandwidth.part"))
 
+    monkeypatch.setattr(profile, "kind_of", lambda folder: "ext4")
     monkeypatch.setattr(quick, "read_bandwidth", refuse)
     with pytest.raises(ConfigError, match=rf"{tmp_path}: .* Permission denied; .* --hardware"):
         measure(tmp_path)

@@ -16,6 +16,7 @@ import pytest
 
 from tests.bench.made_up import MACHINE, STORE, report, usage
 from tests.commands import ROOT, Done, run_here
+from tests.test_json_keys import KEYS, found
 from tiered.bench import limit
 from tiered.bench.cgroup import CannotLimitError
 from tiered.cli import bench as command
@@ -115,6 +116,7 @@ def test_programs_get_figures_machine_and_command(form: str, runs: Runs, store: 
     assert done.code == 0, done.err
     if form == "json":
         value = json.loads(done.out)
+        assert {path: kind for path, kind in found(done.out).items() if ".report." not in path} == KEYS["bench"]
         assert len(value["rows"]) == 3 and value["command"].startswith("tiered bench")
         assert value["machine"]["name"] == MACHINE.name
     elif form == "jsonl":

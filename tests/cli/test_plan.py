@@ -72,6 +72,11 @@ def test_options_that_make_no_sense_are_refused_by_name(words: list[str], said: 
     assert said in done.err
 
 
+def test_more_vram_than_there_is_is_refused() -> None:
+    done = run_here("plan", "opt-125m", "--hardware", "t4-208gb", "--vram", "80GiB")
+    assert done.code == 2 and "--vram 80GiB: " in done.err and "ask for less" in done.err
+
+
 def test_what_does_not_fit_names_what_does() -> None:
     done = run_here("plan", "opt-13b", *HERE, "--ram", "1GiB", "--batch", "8")
     assert done.code == 3

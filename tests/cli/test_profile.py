@@ -95,9 +95,10 @@ def test_what_cannot_be_written_is_refused_before_measuring(words: tuple[str, st
 def test_a_cache_folder_that_cannot_be_written_to_is_told_before_measuring(
     measuring: Measuring, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tiered.cli.profile.os.access", lambda path, mode: path != tmp_path)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     done = run_here("profile")
-    assert done.code == 2 and f"{tmp_path} cannot be written to; name another file with -o" in done.err
+    assert done.code == 2 and "cannot be written: Not a directory; name another file" in done.err
     assert measuring.calls == []
 
 

@@ -9,6 +9,7 @@ import pytest
 from tests.commands import make_store, run_here
 from tiered.cli.simulate import Mean
 from tiered.plan.load import PassLoad
+from tiered.plan.machines import load_hardware
 from tiered.plan.play import SimulatedPass
 
 MACHINE: Final = """
@@ -93,7 +94,11 @@ def test_what_cannot_be_is_refused_in_a_line(machine: Path, tmp_path: Path) -> N
         assert done.err.count("\n") == 1
 
 
-def test_without_a_profile_a_machine_must_be_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_a_profile_quick_rates_are_taken_and_that_is_said(
+    machine: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    done = run_here("simulate", "opt-125m")
-    assert done.code == 2 and "run 'tiered profile', or name a machine with --hardware" in done.err
+    monkeypatch.setattr("tiered.bench.quick.quick_hardware", lambda *_: load_hardware(str(machine)))
+    done = run_here("simulate", "opt-125m", "--ram", "1GiB")
+    assert done.code == 0 and "a machine, made up" in done.out
+    assert done.err == "tiered: no profile of this machine: measuring for seconds; 'tiered profile' is exact\n"

@@ -11,6 +11,7 @@ from tiered.generate.costs import PassCost
 from tiered.generate.score import Scoring, Tally
 from tiered.model import Pass
 from tiered.plan import Needs, Plan
+from tiered.plan.predict import Phase, Prediction
 from tiered.units import MIB
 
 SIZES = [100 * MIB] * 10
@@ -71,6 +72,15 @@ def test_figures_are_those_of_the_run() -> None:
     assert report.seconds_per_pass == pytest.approx(2.0)
     assert report.compute_seconds_per_pass == pytest.approx(0.5)
     assert json.loads(json.dumps(report.to_json()))["ram_budget_bytes"] == plan().budget
+
+
+def test_what_was_predicted_stands_beside_what_was_measured() -> None:
+    expected = Prediction(1400, 0, Phase(3, seconds=6.6), Phase(), {})
+    report = make_score_report(scoring(passes=3), around(plan(5.0), raw_disk_bandwidth=RAW), expected)
+    assert report.predicted_seconds == 6.6 and report.predicted_seconds_per_pass == pytest.approx(2.2)
+    assert "predicted 6.6 s, 2.2 s per pass, by this machine's profile" in report.lines()
+    alone = make_score_report(scoring(passes=3), around(plan(5.0)))
+    assert alone.predicted_seconds is None and not any(line.startswith("predicted") for line in alone.lines())
 
 
 def test_a_peak_above_the_budget_and_synthetic_weights_are_not_passed_over() -> None:

@@ -86,6 +86,13 @@ def test_a_speed_that_is_not_known_is_no_guess() -> None:
         Hardware.from_toml(DESCRIBED, "described").cpu.linear_rate("int3", "fast")
 
 
+def test_groups_of_another_size_take_the_time_of_their_bytes() -> None:
+    cpu = Hardware.from_toml(DESCRIBED, "described").cpu
+    measured, finer = (cpu.linear_rate(scheme, "invariant") for scheme in ("int4-g64", "int4-g32"))
+    assert finer.rows == measured.rows
+    assert finer.seconds_per_weight[0] == pytest.approx(measured.seconds_per_weight[0] * (19 / 32) / (35 / 64))
+
+
 def test_written_down_and_read_back_it_is_the_same_machine() -> None:
     machine = Hardware.from_toml(DESCRIBED, "described")
     assert Hardware.from_toml(as_toml(machine.to_tables()), "again") == machine

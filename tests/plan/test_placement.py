@@ -39,6 +39,15 @@ def test_gaps_of_the_spread_differ_by_one_at_most(count: int, of: int) -> None:
     assert max(gaps) - min(gaps) <= 1
 
 
+@given(tapes(), st.integers(1, 60_000), HELD)
+def test_the_ring_beside_resident_units_is_a_full_one_of_the_others(tape: Tape, available: int, held: Held) -> None:
+    placement = place(tape, available, held)
+    if placement is not None and placement.resident:
+        pieces = tape.streamed(held, placement.resident)
+        assert placement.ring_nbytes == min(full_ring(pieces), sum(map(sum, pieces)))
+        assert placement.resident_nbytes == tape.total - sum(map(sum, pieces))
+
+
 @given(tapes(), st.integers(0, 60_000), HELD)
 def test_a_placement_never_takes_more_than_there_is(tape: Tape, available: int, held: Held) -> None:
     placement = place(tape, available, held)

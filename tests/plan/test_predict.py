@@ -1,6 +1,7 @@
 """What a run takes, by a closed form: the formula of the design on small numbers, and properties of any prediction."""
 
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 from hypothesis import given
@@ -11,7 +12,10 @@ from tiered.errors import ConfigError
 from tiered.plan import Budgets, ComputeRate, Machine, ModelShape, Workload, make_plan
 from tiered.plan.cost import pass_seconds, prompt_pairs
 from tiered.plan.kv import LayerGroup, layer_groups
+from tiered.plan.load import pass_loads
+from tiered.plan.pace import Pace
 from tiered.plan.predict import Prediction, predict
+from tiered.plan.simulate import simulate
 from tiered.units import GIB, MIB
 
 RATE = 1e9
@@ -58,6 +62,32 @@ def test_prompts_beyond_a_pass_take_several_that_read_the_weights_again() -> Non
     once, twice = (prediction(max_prompt=32, max_batched_tokens=most) for most in (32, 16))
     assert (once.prefill.passes, twice.prefill.passes) == (1, 2)
     assert once.prefill.read_nbytes < twice.prefill.read_nbytes < 2 * once.prefill.read_nbytes
+
+
+@pytest.mark.parametrize("objective", ["throughput", "latency"])
+@pytest.mark.parametrize(("sequences", "batch", "prompt", "most"), [(6, 6, 40, 64), (23, 5, 70, 96), (4, 2, 900, 256)])
+def test_predicted_passes_are_those_that_are_played(
+    objective: Literal["throughput", "latency"], sequences: int, batch: int, prompt: int, most: int
+) -> None:
+    model = model_of([16 * MIB] * 6, layers=5)
+    work = Workload(sequences, prompt + 9, prompt, max_batched_tokens=most, batch_size=batch, objective=objective)
+    plan = make_plan(model, MACHINE, work, Budgets(240 * MIB, 100 * MIB))
+    found = predict(plan, model, MACHINE, work)
+    played = simulate(plan, model, MACHINE, work, passes=10_000).passes
+    with_prompts = [each for each in played if each.load.prompt_tokens]
+    assert found.prefill.passes == pytest.approx(len(with_prompts), abs=1)
+    assert found.decode.passes == pytest.approx(len(played) - len(with_prompts), abs=1)
+    assert found.seconds == pytest.approx(sum(each.seconds for each in played), rel=0.1)
+    assert sequences + found.prefill.decoded_tokens + found.decode.decoded_tokens == found.generated_tokens
+
+
+def test_of_many_waves_those_beyond_the_third_are_like_it() -> None:
+    work = Workload(64, 79, 70, max_batched_tokens=96, batch_size=5, objective="throughput")
+    plan = make_plan(MODEL, MACHINE, work, Budgets(GIB, 100 * MIB))
+    found = predict(plan, MODEL, MACHINE, work)
+    loads = list(pass_loads(plan, work, Pace()))
+    assert found.prefill.passes == pytest.approx(sum(load.prompt_tokens > 0 for load in loads), rel=0.05)
+    assert found.prefill.passes + found.decode.passes == pytest.approx(len(loads), rel=0.05)
 
 
 def test_only_the_last_token_of_a_prompt_goes_through_the_head() -> None:

@@ -3,6 +3,9 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from tests.plan.plans import mixture_of, model_of
 from tiered.configs_path import config_dir
@@ -13,6 +16,7 @@ from tiered.plan.shapes import (
     STORE_SHAPE_NAME,
     digest,
     known_shapes,
+    positions_of,
     read_store_shape,
     shape_from_json,
     shape_to_json,
@@ -72,3 +76,18 @@ def test_a_damaged_shape_is_none(tmp_path: Path) -> None:
     for text in ("", "[]", '{"of": 1}', '{"shape": {}, "of": []}'):
         (tmp_path / STORE_SHAPE_NAME).write_text(text)
         assert read_store_shape(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("config", "positions"),
+    [
+        ({"max_position_embeddings": 2048, "n_positions": 5}, 2048),
+        ({"n_positions": 1024}, 1024),
+        ({"max_seq_len": 4096}, 4096),
+        ({"seq_length": 2048}, None),
+        ({"max_position_embeddings": "many"}, None),
+        ({"max_position_embeddings": 0}, None),
+    ],
+)
+def test_positions_are_found_by_any_of_their_names(config: dict[str, Any], positions: int | None) -> None:
+    assert positions_of(config) == positions

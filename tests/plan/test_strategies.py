@@ -9,7 +9,7 @@ import pytest
 from tests.plan.plans import model_of
 from tiered.configs_path import config_dir
 from tiered.errors import ConfigError
-from tiered.plan.hardware import GpuRates, Hardware
+from tiered.plan.hardware import DiskRates, GpuRates, Hardware
 from tiered.plan.shapes import known_shapes
 from tiered.plan.strategies import BOTH, CPU, GPU, Ask, Comparison, compare
 from tiered.units import GIB, MIB, parse_size
@@ -98,6 +98,30 @@ def test_a_smaller_batch_that_fits_is_named() -> None:
     assert compared("opt-30b", ram=3 * GIB, batch=int(named[1]), sequences=64).rows
 
 
+def test_what_does_not_fit_a_gpu_names_the_nearest_asks_that_do() -> None:
+    small: dict[str, int] = {"vram": 900 * MIB, "ram": 24 * GIB, "batch": 64, "sequences": 64}
+    refusals = {one.strategy: one.message for one in compared("opt-30b", GPU_MACHINE, **small).refusals}
+    assert refusals.keys() == {GPU, BOTH}
+    for strategy, message in refusals.items():
+        vram, fewer = re.search(r"--vram (\d+MiB)", message), re.search(r"--batch (\d+)", message)
+        assert vram is not None
+        for more in ({"vram": parse_size(vram[1])}, *([{"batch": int(fewer[1])}] if fewer else [])):
+            again = compared("opt-30b", GPU_MACHINE, **(small | more)).rows
+            assert strategy in {row.strategy for row in again}
+        less = compared("opt-30b", GPU_MACHINE, **(small | {"vram": parse_size(vram[1]) - MIB}))
+        assert strategy not in {row.strategy for row in less.rows if row.quant == "int4"}
+
+
+def test_all_weights_in_memory_are_a_row_of_their_own() -> None:
+    # Eight sequences at once leave no room for all weights, four do; reading the rest costs nothing here.
+    fast = replace(MACHINE, disk=DiskRates(20e9, 20e9))
+    found = compared(machine=fast, ram=4300 * MIB, sequences=64, prompt=32, generate=64, objective="throughput")
+    (resident,) = (row for row in found.rows if row.is_resident)
+    (other,) = (row for row in found.rows if not row.is_resident and row.quant == resident.quant)
+    assert resident.title == "cpu in RAM" and resident.resident_share == 1
+    assert other.batch_size > resident.batch_size and other.prediction.seconds < resident.prediction.seconds
+
+
 def test_a_batch_is_chosen_for_the_job_and_not_beyond_what_helps() -> None:
     alone = compared(batch=1, sequences=64, ram=2 * GIB, prompt=8).rows[0]
     chosen = compared(sequences=64, ram=2 * GIB, prompt=8, objective="throughput").rows[0]
@@ -124,6 +148,6 @@ def test_figures_that_make_no_sense_are_refused_by_name() -> None:
 
 
 def test_a_scheme_without_a_speed_is_named(tmp_path: Path) -> None:
-    model = model_of([MIB] * 3, quantization="int4-g32")
-    with pytest.raises(ConfigError, match="int4-g32"):
+    model = model_of([MIB] * 3, quantization="int3-g64")
+    with pytest.raises(ConfigError, match="int3-g64"):
         compare(lambda _: model, ("int4",), MACHINE, ask())

@@ -11,6 +11,7 @@ from tests.convert.models import store_digest
 from tests.convert.opt import SHAPE
 from tiered.convert import ConvertOptions, convert_checkpoint
 from tiered.errors import ConfigError
+from tiered.shapes import outline
 from tools.hub_stand_in import COMMIT, Hub
 from tools.made_checkpoint import MadeModel
 
@@ -47,3 +48,15 @@ def test_what_is_fetched_is_the_model_and_goes_again(hub: Hub, tmp_path: Path) -
 def test_other_repositories_are_not_there(hub: Hub, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such repository"):
         convert_checkpoint("someone/else", tmp_path / "out")
+
+
+def test_headers_come_by_range_and_no_weights(hub: Hub, tmp_path: Path) -> None:
+    (tmp_path / "files").mkdir()
+    for name, file in hub.files.items():
+        (tmp_path / "files" / name).write_bytes(file.read(0, file.nbytes))
+    found = outline(hub.repo_id)
+    assert found == outline(str(tmp_path / "files"))
+    assert not [name for name in hub.fetched if name.endswith((".safetensors", "tokenizer.json"))]
+    parts = {name for name, _ in hub.ranges}
+    assert parts == {name for name in hub.files if name.endswith(".safetensors")} and len(parts) > 1
+    assert max(nbytes for _, nbytes in hub.ranges) <= 100_001

@@ -10,6 +10,7 @@ from transformers import PretrainedConfig
 
 from tiered.arch.families import FAMILIES
 from tiered.errors import ConfigError
+from tiered.plan.shapes import positions_of
 
 _DEFAULT_CONTEXT: Final = 2048
 """max_context where none is asked for; a model that is made for fewer tokens gets those."""
@@ -18,8 +19,7 @@ _SLIDING: Final = ("sliding_attention", "local_attention")
 
 def most_positions(config: PretrainedConfig) -> int | None:
     """Tokens of a sequence that the model is made for; None where its configuration names no limit."""
-    found: int | None = getattr(config, "max_position_embeddings", None)
-    return found or None
+    return positions_of(config.to_dict())
 
 
 def context_for(config: PretrainedConfig, asked: int | None, option: str, default: int = _DEFAULT_CONTEXT) -> int:

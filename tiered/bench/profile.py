@@ -33,6 +33,7 @@ from tiered.kernels import Kernels
 from tiered.kernels import Mode as KernelMode
 from tiered.plan import ComputeRate, system
 from tiered.plan.hardware import ROWS, CpuRates, DiskRates, Hardware, LinearRate, Mode
+from tiered.plan.kv import KVShape
 from tiered.quant import GroupScheme
 from tiered.store.sweep import bypass_cache
 from tiered.units import GIB, MIB, PAGE, format_size, round_down, round_up
@@ -209,8 +210,7 @@ def _measure_cpu(threads: int, memory: float, say: Say) -> tuple[CpuRates, str]:
     with Kernels(threads) as kernels:
         say("measuring attention")
         shape = (_HEADS, _HEADS, _HEAD_DIM, torch.bfloat16)
-        token_nbytes = 2 * _HEADS * _HEAD_DIM * torch.bfloat16.itemsize
-        attention = token_nbytes / measure_attention(kernels, *shape)
+        attention = KVShape(_HEADS, _HEAD_DIM, 1, "bfloat16").token_nbytes / measure_attention(kernels, *shape)
         prefill = measure_prefill_attention(kernels, *shape)
         level = "torch reference" if kernels.level is None else kernels.level.name.lower()
     return CpuRates(threads, memory, attention, prefill, tuple(linear)), f"{level}, {threads} threads"

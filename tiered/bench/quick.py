@@ -36,7 +36,7 @@ def quick_hardware(folder: Path, models: Sequence[ModelShape], is_store: bool) -
         linear = tuple(_linear(host.kernels, one, dtype) for one in models)
         seconds = measure_attention(host.kernels, model.heads, model.kv.heads, model.kv.head_dim, dtype)
         cores = host.threads
-    attention = 2 * model.kv.heads * model.kv.head_dim * model.kv.itemsize / seconds
+    attention = model.kv.token_nbytes / seconds
     return Hardware(
         platform.node() or "this machine",
         "measured in seconds: rough; prompts' attention, writes and random reads are guessed",

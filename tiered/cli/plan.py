@@ -4,11 +4,10 @@ In: what was typed. Out: a table, or JSON. For models and machines that are know
 transformers and touches no machine: `plan/strategies.py` computes, this finds its inputs and prints its rows.
 """
 
-import json
 import shlex
 import textwrap
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -18,12 +17,12 @@ import click
 from tiered.cli.lines import columns, print_json
 from tiered.configs_path import config_dir
 from tiered.errors import BudgetError, ConfigError, StoreError
-from tiered.files import MOST_JSON_NBYTES, read_whole
+from tiered.files import read_json
 from tiered.plan.budget import DEFAULT_SHARE, available_budget
 from tiered.plan.hardware import Hardware
 from tiered.plan.inputs import ModelShape, Objective
 from tiered.plan.machines import find_profile, load_hardware
-from tiered.plan.shapes import known_shapes, read_store_shape
+from tiered.plan.shapes import known_shapes, positions_of, read_store_shape
 from tiered.plan.strategies import CPU, Ask, Comparison, Row, compare
 from tiered.process import importing
 from tiered.units import format_budget, format_seconds, format_size, parse_option
@@ -44,8 +43,10 @@ class Model:
     """What to convert."""
     path: Path | None
     """Of the store; None where it is still to be converted."""
-    shapes: dict[str, ModelShape]
+    shapes: Mapping[str, ModelShape]
     """By quantization."""
+    positions: int | None
+    """Tokens of a sequence that it is made for; None where its configuration names no limit."""
 
     def command(self, row: Row, ask: Ask) -> str:
         """What to type to run `row`, which this version can run."""
@@ -78,10 +79,12 @@ def run(
         parse_option("--ram", ram)  # before anything is looked for or measured
     vram_limit = None if vram is None else parse_option("--vram", vram)
     found = find_model(model)
-    check_positions(model, found.name, prompt_len, gen_len)
-    machine = load_hardware(hardware) if hardware is not None else _this_machine(found)
+    check_positions(found, prompt_len, gen_len)
+    machine = hardware_for(found, hardware)
     if vram_limit is not None and machine.gpu is None:
         raise ConfigError(f"--vram {vram}: {machine.name} has no GPU; drop it, or name another --hardware")
+    if vram_limit is not None and machine.gpu is not None and vram_limit > machine.gpu.vram:
+        raise ConfigError(f"--vram {vram}: {machine.gpu.name} has {format_size(machine.gpu.vram)}; ask for less")
     ask = Ask(
         prompt_len,
         gen_len,
@@ -103,7 +106,8 @@ def run(
 
 
 def find_model(text: str) -> Model:
-    """The model called `text`: a store, a name of configs/models, a Hugging Face folder, a hub id.
+    """The model called `text`: a store, a name of configs/models, a Hugging Face folder, a hub id. What its notes say
+    is told on standard error.
 
     Raises ConfigError, StoreError or CheckpointError where it is none of them, or a damaged one.
     """
@@ -115,34 +119,28 @@ def find_model(text: str) -> Model:
                 from tiered.shapes import store_shape
             shape = store_shape(path)
         quant = "none" if shape.quantization is None else shape.quantization.partition("-")[0]
-        return Model(path.resolve().name.removesuffix(".tiered"), text, path, {quant: shape})
-    known = None if _is_file(path) else known_shapes(config_dir() / "models", text)
+        positions = positions_of(read_json(path / "config.json", StoreError, "convert the model again"))
+        return Model(path.resolve().name.removesuffix(".tiered"), text, path, {quant: shape}, positions)
+    models = config_dir() / "models"
+    known = None if _is_file(path) else known_shapes(models, text)
     if known is not None:
-        return Model(text, text, None, {quant: known[quant] for quant in _QUANTS})
+        positions = positions_of(tomllib.loads((models / f"{text}.toml").read_text(encoding="utf-8"))["config"])
+        return Model(text, text, None, {quant: known[quant] for quant in _QUANTS}, positions)
     with importing(is_command=True):
-        from tiered.shapes import checkpoint_shapes
-    return Model(text.rstrip("/").rpartition("/")[2], text, None, checkpoint_shapes(text, _QUANTS))
+        from tiered.shapes import outline
+    found = outline(text, _QUANTS)
+    for note in found.notes:
+        click.echo(f"tiered: {note}", err=True)
+    return Model(text.rstrip("/").rpartition("/")[2], text, None, found.shapes, found.positions)
 
 
-def check_positions(text: str, name: str, prompt_len: int, gen_len: int) -> None:
-    """Raise ConfigError where the model called `text`, in words `name`, has fewer positions than so many tokens."""
-    most = _positions(text)
-    if most is not None and prompt_len + gen_len > most:
+def check_positions(model: Model, prompt_len: int, gen_len: int) -> None:
+    """Raise ConfigError where `model` has fewer positions than so many tokens."""
+    if model.positions is not None and prompt_len + gen_len > model.positions:
         raise ConfigError(
-            f"--prompt-len {prompt_len} and --gen-len {gen_len}: {name} has positions for {most}; ask for fewer"
+            f"--prompt-len {prompt_len} and --gen-len {gen_len}: {model.name} has positions for {model.positions}; "
+            "ask for fewer"
         )
-
-
-def _positions(text: str) -> int | None:
-    """Tokens of a sequence that the model called `text` is made for, where a file that is here tells."""
-    known, config = config_dir() / "models" / f"{text}.toml", Path(text).expanduser() / "config.json"
-    if _is_file(config):
-        found = json.loads(read_whole(config, StoreError, MOST_JSON_NBYTES)).get("max_position_embeddings")
-    elif "/" not in text and _is_file(known):
-        found = tomllib.loads(known.read_text())["config"].get("max_position_embeddings")
-    else:
-        found = None
-    return found if isinstance(found, int) else None
 
 
 def _is_file(path: Path) -> bool:
@@ -152,8 +150,10 @@ def _is_file(path: Path) -> bool:
         return False  # no path can have this name
 
 
-def _this_machine(model: Model) -> Hardware:
-    """The profile of this machine, or quick rates where none has been measured."""
+def hardware_for(model: Model, name: str | None) -> Hardware:
+    """The machine called `name`; None: the profile of this one, or quick rates where none has been measured."""
+    if name is not None:
+        return load_hardware(name)
     folder = Path() if model.path is None else model.path
     found = find_profile(folder)
     if found is None:
@@ -207,7 +207,7 @@ def _lines(model: Model, machine: Hardware, ask: Ask, compared: Comparison) -> I
     yield f"          of RAM {format_size(ask.baseline)} are for the process, as measured once elsewhere"
     yield ""
     yield from _table(compared)
-    yield "kept: weights in memory for good; tok/s counts the prompts' seconds, dec/s does not"
+    yield "kept: weights in memory for good (in RAM, VRAM: all); tok/s counts the prompts' seconds, dec/s not"
     for refusal in compared.refusals:
         yield from wrapped("", f"{refusal.strategy} {refusal.quant}: {refusal.message}")
     if any(not row.is_built for row in compared.rows):
@@ -216,7 +216,7 @@ def _lines(model: Model, machine: Hardware, ask: Ask, compared: Comparison) -> I
     if best is None:
         return
     yield ""
-    yield from wrapped("best", f"{best.strategy} {best.quant}: {compared.why}")
+    yield from wrapped("best", f"{best.title} {best.quant}: {compared.why}")
     memory = (f"{name.replace('_', ' ')} {format_size(n)}" for name, n in best.prediction.memory.items() if n)
     yield from wrapped("memory", ", ".join(memory))
     read, written = best.prediction.read_nbytes, best.prediction.written_nbytes
@@ -240,7 +240,7 @@ def _table(compared: Comparison) -> list[str]:
     for row in compared.rows:
         found = row.prediction
         decoding = found.decode_tokens_per_second
-        cells = ["*" if row is compared.best else "", row.strategy, row.quant, str(row.batch_size)]
+        cells = ["*" if row is compared.best else "", row.title, row.quant, str(row.batch_size)]
         cells += [f"{row.resident_share:.0%}", f"{row.kv_tier} {row.kv_bits}"]
         cells += [format_seconds(found.prefill.seconds), format_seconds(found.decode.seconds)]
         cells += [_short(found.tokens_per_second), _short(decoding), found.bottleneck]

@@ -1,6 +1,5 @@
 """`tiered profile`: measures this machine and the disk of a folder, shows the figures and keeps them."""
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from tiered.bench.profile import is_disturbed, measure_hardware
 from tiered.cli import profile_plot
 from tiered.cli.lines import columns, print_json
 from tiered.cli.screen import StatusLine
+from tiered.cli.writable import check_writable
 from tiered.errors import ConfigError, TieredError
 from tiered.plan import cpu_count
 from tiered.plan.hardware import ROWS, Hardware
@@ -29,15 +29,10 @@ def run(
         raise ConfigError(f"{store} and --dir {folder}: expected one of them, as one disk is measured; leave one out")
     measured, files = folder or store or Path(), block_files(store) if store is not None else []
     path = output or profile_path(measured)
-    for wanted in filter(None, (output, plot)):
-        if not wanted.absolute().parent.is_dir():
-            raise ConfigError(f"{wanted}: there is no folder {wanted.parent}; make it, or name another")
-    for wanted in filter(None, (path, plot)):
-        above = next(parent for parent in wanted.absolute().parents if parent.exists())
-        if not os.access(above, os.W_OK | os.X_OK):
-            raise ConfigError(f"{wanted}: {above} cannot be written to; name another file with -o or --plot")
+    check_writable("-o", path, makes_folder=output is None)
     if plot is not None:
         check_can_draw("--plot", plot)
+        check_writable("--plot", plot)
     with StatusLine() as status:
         hardware = measure_hardware(measured, files, threads or cpu_count(), status.say)
     is_kept = output is not None or not is_disturbed(hardware) or not _is_calm(path)

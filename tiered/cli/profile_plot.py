@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from tiered.plan import ComputeRate
-from tiered.plan.hardware import BYTES_PER_WEIGHT, ROWS, Hardware
+from tiered.plan.hardware import ROWS, Hardware, bytes_per_weight
 
 _COLOURS: Final = {"int4-g64": "#0b6e99", "int8-g64": "#c4571a", "none": "#5b8c3a"}
 _TITLES: Final = {"int4-g64": "int4", "int8-g64": "int8", "none": "16 bits"}
@@ -52,7 +52,7 @@ def draw(hardware: Hardware, path: Path) -> None:
 def _bound(axes: Any, bandwidth: float, fastest: float, scheme: str, label: str) -> Any:
     """How fast weights of `scheme` can be computed with that come at `bandwidth`, up to the `fastest` speed; returns
     the text along the line."""
-    seconds = BYTES_PER_WEIGHT[scheme] / bandwidth
+    seconds = bytes_per_weight(scheme) / bandwidth
     end = min(max(fastest * 1e9 * seconds / 2, ROWS[0]), ROWS[-1])
     low, high = (_gflops(rows, seconds) for rows in (ROWS[0], end))
     axes.plot((ROWS[0], end), (low, high), color=_COLOURS[scheme], linewidth=1, alpha=0.45)
@@ -71,7 +71,7 @@ def _bound(axes: Any, bandwidth: float, fastest: float, scheme: str, label: str)
 def _mark_free_rows(axes: Any, hardware: Hardware) -> None:
     """How many rows take no longer to compute than their weights to arrive from the disk."""
     rate = hardware.cpu.linear_rate("int4-g64", "invariant")
-    arrives = BYTES_PER_WEIGHT["int4-g64"] / hardware.disk.read
+    arrives = bytes_per_weight("int4-g64") / hardware.disk.read
     free = max((rows for rows in range(1, ROWS[-1] + 1) if _seconds(rate, rows) <= arrives), default=None)
     if free is None:
         return

@@ -13,7 +13,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from tiered.arch import context_for, load_config
 from tiered.cli.lines import Failure, end_failed, print_json
-from tiered.cli.measuring import measured
+from tiered.cli.measuring import measured, predicted
 from tiered.cli.progress import ScoreProgress
 from tiered.cli.run_request import RunRequest
 from tiered.cli.score_output import (
@@ -233,4 +233,5 @@ def _score(
             scoring = score(runtime, cut.windows(), per_pass, on_scored, progress.on_block, on_failed)
     if not scoring.costs.passes:
         return None
-    return make_score_report(scoring, around.surroundings(runtime, scoring.costs.prefill.disk_idle_seconds))
+    surroundings = around.surroundings(runtime, scoring.costs.prefill.disk_idle_seconds)
+    return make_score_report(scoring, surroundings, predicted(runtime))

@@ -14,14 +14,12 @@ import click
 from tiered.bench.plot import check_can_draw
 from tiered.cli import timeline
 from tiered.cli.lines import print_json
-from tiered.cli.plan import Model, check_positions, find_model, ram_budget, wrapped
+from tiered.cli.plan import Model, check_positions, find_model, hardware_for, ram_budget, wrapped
 from tiered.cli.writable import check_writable
-from tiered.errors import ConfigError
 from tiered.plan.hardware import Hardware
 from tiered.plan.inputs import MAX_BATCHED_TOKENS, Budgets, KVTier, ModelShape, Objective, Workload
 from tiered.plan.kv import BITS_BY_NAME
 from tiered.plan.lanes import Event
-from tiered.plan.machines import find_profile, load_hardware
 from tiered.plan.make import make_plan
 from tiered.plan.plan import Plan
 from tiered.plan.play import SimulatedPass
@@ -160,9 +158,9 @@ def run(
         if path is not None:
             check_writable(option, path)
     found = find_model(model)
-    check_positions(model, found.name, prompt_len, gen_len)
+    check_positions(found, prompt_len, gen_len)
     name, shape = _shape(found, quant)
-    machine = _machine(found, hardware)
+    machine = hardware_for(found, hardware)
     work = Workload(batch, prompt_len + gen_len, prompt_len, max_batched_tokens=MAX_BATCHED_TOKENS, objective=objective)
     budget = ram_budget(ram, machine, is_here=hardware is None)
     budgets = Budgets(budget, BASELINE_NBYTES, kv=kv, kv_bits=BITS_BY_NAME[kv_bits], micro_batch=micro_batch)
@@ -185,15 +183,6 @@ def _shape(model: Model, quant: str) -> tuple[str, ModelShape]:
     if len(model.shapes) == 1:
         return next(iter(model.shapes.items()))
     return quant, model.shapes[quant]
-
-
-def _machine(model: Model, hardware: str | None) -> Hardware:
-    if hardware is not None:
-        return load_hardware(hardware)
-    found = find_profile(Path() if model.path is None else model.path)
-    if found is None:
-        raise ConfigError("no profile of this machine: run 'tiered profile', or name a machine with --hardware")
-    return found
 
 
 def _trace(events: Sequence[Event]) -> Tracer:

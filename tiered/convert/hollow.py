@@ -5,7 +5,7 @@ headers. Called where the shape of a model is wanted before its weights are here
 store is laid out is described once, by the code that converts.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -30,12 +30,16 @@ _SOURCE: Final = {"kind": "synthetic", "name": "hollow", "revision": None, "fing
 _PIECE_NBYTES: Final = 4 * MIB
 
 
-def hollow_store(skeleton: Skeleton, dtype: torch.dtype, options: ConvertOptions, folder: Path) -> Store:
-    """The store in `folder`, which is empty, of `skeleton`'s model, whose checkpoint has its weights in `dtype`.
+DtypeOf = Callable[[TensorRecipe], torch.dtype]
+"""In what a checkpoint has a tensor."""
+
+
+def hollow_store(skeleton: Skeleton, dtype_of: DtypeOf, options: ConvertOptions, folder: Path) -> Store:
+    """The store in `folder`, which is empty, of `skeleton`'s model, whose checkpoint has its weights in `dtype_of`.
 
     Exponents of 16-bit weights are not coded: how far they shrink only weights can tell.
     """
-    recipe, holes = _shortest_recipe(skeleton, options), _Holes(dtype)
+    recipe, holes = _shortest_recipe(skeleton, options), _Holes(dtype_of)
     files = {
         block.path: write_block(folder, block, holes, Compression("none"), lambda _: None, HollowWriter)
         for block in recipe.files
@@ -56,14 +60,11 @@ def _shortest_recipe(skeleton: Skeleton, options: ConvertOptions) -> StoreRecipe
 class _Holes:
     """A source of weights of which only sizes matter: all of it is one piece of memory, again and again."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self._dtype, self._memory = dtype, memoryview(bytes(_PIECE_NBYTES))
-
-    def dtype(self, tensor: TensorRecipe) -> torch.dtype:
-        return self._dtype
+    def __init__(self, dtype_of: DtypeOf) -> None:
+        self.dtype, self._memory = dtype_of, memoryview(bytes(_PIECE_NBYTES))
 
     def plain(self, part: RangeRecipe) -> Iterator[memoryview]:
-        return self._pieces(tensor_nbytes(self._dtype, part.shape))
+        return self._pieces(tensor_nbytes(self.dtype(part.whole), part.shape))
 
     def packed(self, part: RangeRecipe) -> Packed:
         scheme = part.whole.scheme

@@ -191,7 +191,7 @@ class HubFiles:
 
     def __init__(self, repo_id: str, revision: str | None, ledger: Ledger, *, delete: bool) -> None:
         self.name, self._ledger, self._delete = repo_id, ledger, delete
-        with _explained(repo_id, revision):
+        with explained(repo_id, revision):
             try:
                 self.revision, self._sizes = _list_online(repo_id, revision)
             except errors.HfHubHTTPError:
@@ -212,7 +212,7 @@ class HubFiles:
             return cached
         if name.endswith(_WEIGHT_SUFFIXES) and name not in self._ledger.downloaded:
             self._ledger.enter_download(name)  # first: a kill while downloading must not forget it
-        with _explained(self.name, self.revision):
+        with explained(self.name, self.revision):
             return Path(huggingface_hub.hf_hub_download(self.name, name, revision=self.revision))
 
     def read(self, name: str) -> bytes:
@@ -299,7 +299,7 @@ def _list_cache(repo_id: str, revision: str | None) -> tuple[str, dict[str, int 
 
 
 @contextmanager
-def _explained(repo_id: str, revision: str | None) -> Iterator[None]:
+def explained(repo_id: str, revision: str | None) -> Iterator[None]:
     """Turn the library's exceptions into ours."""
     try:
         yield

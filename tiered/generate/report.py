@@ -273,6 +273,9 @@ class ScoreReport(Figures):
     bound_share: float | None
     bottleneck: Bottleneck
     compute_wait_seconds: float
+    predicted_seconds: float | None = None
+    """Of all passes, by the machine's profile, before the run; None without one."""
+    predicted_seconds_per_pass: float | None = None
 
     def lines(self) -> list[str]:
         """The report as people read it."""
@@ -295,13 +298,19 @@ class ScoreReport(Figures):
                 f"bound     {format_seconds(self.bound_seconds)} {self.possible}, {self.bound_share:.0%} of it reached "
                 f"({what})"
             )
+        if self.predicted_seconds is not None and self.predicted_seconds_per_pass is not None:
+            lines.append(
+                f"predicted {format_seconds(self.predicted_seconds)}, "
+                f"{format_seconds(self.predicted_seconds_per_pass)} per pass, by this machine's profile"
+            )
         if self.bottleneck != "memory":
             lines.append(f"waits     {self.waits(self.compute_wait_seconds)}")
         return lines + self.machine_lines()
 
 
-def make_score_report(scoring: Scoring, around: Surroundings) -> ScoreReport:
-    """Put the figures of one run together; it has at least one pass."""
+def make_score_report(scoring: Scoring, around: Surroundings, predicted: Prediction | None = None) -> ScoreReport:
+    """Put the figures of one run together, beside what was `predicted` of it; it has at least one pass."""
+    expected = None if predicted is None else predicted.prefill
     cost, again = scoring.costs.prefill, around.again_nbytes
     figures = around.figures_of(cost, scoring.total.tokens)
     kv = figures.kv_bytes_read + figures.kv_bytes_written
@@ -325,4 +334,6 @@ def make_score_report(scoring: Scoring, around: Surroundings) -> ScoreReport:
         bound_share=bound / cost.seconds if bound is not None else None,
         bottleneck=bottleneck,
         compute_wait_seconds=cost.wait_seconds,
+        predicted_seconds=None if expected is None else expected.seconds,
+        predicted_seconds_per_pass=None if expected is None else expected.seconds / expected.passes,
     )

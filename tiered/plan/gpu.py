@@ -10,21 +10,16 @@ that is not VRAM: keys and values do not cross the bus, as FlexGen found best.
 """
 
 from dataclasses import dataclass, replace
-from functools import reduce
-from operator import add
+from functools import cached_property
 from typing import Final
 
-from tiered.plan.cost import (
-    kv_block_nbytes,
-    kv_written_nbytes,
-    prompt_attention_seconds,
-    prompt_pairs,
-    seen_tokens,
-)
+from tiered.plan.cost import kv_block_nbytes, kv_written_nbytes, prompt_attention_seconds, seen_tokens
 from tiered.plan.hardware import GpuRates, Hardware
 from tiered.plan.inputs import Machine, ModelShape, Workload
 from tiered.plan.kv import Bits, CachePlan
-from tiered.plan.predict import Phase, Prediction, in_waves
+from tiered.plan.load import Alike, PassRun
+from tiered.plan.pace import Pace
+from tiered.plan.predict import Phase, Prediction, run_pairs, walk
 from tiered.plan.workspace import MAX_ROWS, row_nbytes
 from tiered.units import GIB
 
@@ -65,17 +60,26 @@ class OnGpu:
     def resident_share(self) -> float:
         return (self.in_vram + self.in_ram) / self.total
 
-    def predict(self) -> Prediction:
-        """All passes on the GPU."""
-        sequences, batch = self.workload.sequences, self.workload.batch_size or 1
-        prefill, decode = in_waves(sequences, batch, self._prefill, self._decode)
-        prompt, generated = self.workload.max_prompt, self.workload.max_context - self.workload.max_prompt
-        return Prediction(sequences * prompt, sequences * generated, prefill, decode, self.memory, sequences)
+    @cached_property
+    def prediction(self) -> Prediction:
+        """Of all passes on the GPU."""
+        work = self.workload
+        alike = Alike(
+            work.sequences,
+            work.batch_size or 1,
+            work.max_prompt,
+            work.max_context,
+            work.max_batched_tokens,
+            work.objective,
+        )
+        prefill, decode = walk(alike, lambda: Pace(self._decode_seconds), self._phase)
+        count = work.sequences
+        return Prediction(count * alike.prompt, count * alike.generated, prefill, decode, self.memory, count)
 
     def with_decode(self, on_cpu: Prediction) -> Prediction:
         """Prompts on the GPU, which come back as keys and values; the rest as `on_cpu` says."""
         vram = {name: nbytes for name, nbytes in self.memory.items() if name.startswith("vram")}
-        return replace(on_cpu, prefill=self.predict().prefill, memory=on_cpu.memory | vram)
+        return replace(on_cpu, prefill=self.prediction.prefill, memory=on_cpu.memory | vram)
 
     @property
     def memory(self) -> dict[str, int]:
@@ -96,48 +100,40 @@ class OnGpu:
         assert self.hardware.gpu is not None
         return self.hardware.gpu
 
-    def _prefill(self, count: int, is_first: bool) -> Phase:
-        total, most = count * self.workload.max_prompt, self.workload.max_batched_tokens
-        passes = -(-total // most)
-        pairs = count * prompt_pairs(self.model, self.workload.max_prompt)
-        attention = prompt_attention_seconds(self.model, pairs, self._gpu.flops)
-        written, logits = kv_written_nbytes(self.cache, total) / passes, -(-count // passes)
-        phases = []
-        for number in range(passes):
-            rows = min(most, total - number * most)
-            # What has come to stay is read once.
-            cold = self.in_vram + self.in_ram if is_first and not number else 0
-            copied = 0.0 if self.kv_tier == "gpu" else written / self._gpu.device_to_host
-            phases.append(self._pass(rows, logits, attention * rows / total, cold, written, copied))
-        return reduce(add, phases)
-
-    def _decode(self, count: int) -> Phase:
-        passes = max(0, self.workload.max_context - self.workload.max_prompt - 1)
+    def _decode_seconds(self, rows: int) -> float:
+        """Seconds of computing where only `rows` sequences decode, halfway between their prompts and their ends."""
         context = (self.workload.max_prompt + self.workload.max_context) / 2
-        kv = kv_block_nbytes(self.cache, context, count)
-        if self.kv_tier == "gpu":
-            attention = kv / self._gpu.memory
-        else:
-            attention = (self.machine.attention_seconds or 0.0) * seen_tokens(self.model, context) * count
-        read = kv if self.kv_tier == "disk" else 0.0
-        return self._pass(count, count, attention, read, kv_written_nbytes(self.cache, count)) * passes
+        return self._computing(rows, rows) + self._decode_attention(rows, context)
 
-    def _pass(
-        self, rows: int, logits: int, attention: float, read: float, written: float, copied: float = 0.0
-    ) -> Phase:
-        """A pass of `rows` tokens, which reads `read` bytes from disk besides weights that are nowhere else, adds
-        `written` bytes to the cache, and takes `copied` seconds to bring them to the processor."""
-        gpu, disk, total = self._gpu, self.hardware.disk, self.total
-        used = self._used_share(rows)
-        bus = (total - self.in_vram) * used / gpu.host_to_device + copied
-        read += (total - self.in_vram - self.in_ram) * used
+    def _decode_attention(self, rows: int, context: float) -> float:
+        """Seconds, where the cache is."""
+        if self.kv_tier == "gpu":
+            return kv_block_nbytes(self.cache, context, rows) / self._gpu.memory
+        return (self.machine.attention_seconds or 0.0) * seen_tokens(self.model, context) * rows
+
+    def _computing(self, tokens: int, logits: int) -> float:
+        """Seconds of a pass without attention."""
         computed = (self.model.weights - self.model.head_weights) * self._active_share
-        flops = 2 * (rows * computed + logits * self.model.head_weights)
-        compute = max(flops / gpu.flops, total * used / gpu.memory) + attention
-        on_disk = self.kv_tier == "disk"
+        flops = 2 * (tokens * computed + logits * self.model.head_weights)
+        return max(flops / self._gpu.flops, self.total * self._used_share(tokens) / self._gpu.memory)
+
+    def _phase(self, run: PassRun, is_first: bool) -> Phase:
+        """What `run` takes. Weights that are nowhere else are read from disk, what has come to stay but once."""
+        gpu, disk, tokens = self._gpu, self.hardware.disk, run.rows + run.prompt_tokens
+        used, on_disk = self._used_share(tokens), self.kv_tier == "disk"
+        read = (self.total - self.in_vram - self.in_ram) * used + (self.in_vram + self.in_ram if is_first else 0)
+        read += kv_block_nbytes(self.cache, run.context, run.rows) if on_disk else 0.0
+        written = kv_written_nbytes(self.cache, tokens)
+        # Keys and values of prompts are made on the GPU.
+        copied = 0.0 if self.kv_tier == "gpu" else kv_written_nbytes(self.cache, run.prompt_tokens)
+        bus = (self.total - self.in_vram) * used / gpu.host_to_device + copied / gpu.device_to_host
+        computing = self._computing(tokens, -(-run.logits // run.times))
+        computing += prompt_attention_seconds(self.model, run_pairs(self.model, run), gpu.flops)
+        computing += self._decode_attention(run.rows, run.context)
         disk_seconds = read / disk.read + (written / disk.write if on_disk else 0.0)
-        seconds = max(disk_seconds, bus, compute)
-        return Phase(1, seconds, disk_seconds, compute, read, written if on_disk else 0.0, bus)
+        seconds = max(disk_seconds, bus, computing)
+        written = written if on_disk else 0.0
+        return Phase(1, seconds, disk_seconds, computing, read, written, bus, run.rows) * run.times
 
     @property
     def _active_share(self) -> float:
@@ -154,7 +150,11 @@ class OnGpu:
         if experts is None:
             return 1.0
         unused = experts.layers * (experts.count - experts.distinct(rows)) * experts.file_nbytes
-        return 1 - unused / sum(self.model.tape.file_nbytes)
+        return 1 - unused / self._file_nbytes
+
+    @cached_property
+    def _file_nbytes(self) -> int:
+        return sum(self.model.tape.file_nbytes)
 
 
 def place_on_gpu(

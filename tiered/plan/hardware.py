@@ -5,6 +5,7 @@ second, sizes in bytes. Nothing here touches a machine: `bench/profile.py` measu
 """
 
 import bisect
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -19,8 +20,9 @@ FORMAT: Final = 1
 """Of files; another one has other tables, or means other things by them."""
 ROWS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 """Rows for which a described machine's kernels get a figure."""
-BYTES_PER_WEIGHT: Final = {"int4-g64": 35 / 64, "int8-g64": 67 / 64, "none": 2.0}
-"""By a layer's scheme; "none": 16 bits."""
+SCHEMES: Final = ("int4-g64", "int8-g64", "none")
+"""Of which described machines have figures; "none": 16 bits."""
+_SCHEME: Final = re.compile(r"int([48])-g([1-9]\d*)")
 
 
 @dataclass(frozen=True)
@@ -69,11 +71,14 @@ class CpuRates:
     linear: tuple[LinearRate, ...]
 
     def linear_rate(self, scheme: str | None, mode: Mode) -> ComputeRate:
-        """The rate of a scheme; raises ConfigError where there is none."""
+        """The rate of a scheme, or of one with as many bits and other groups, in proportion to the bytes of a weight;
+        raises ConfigError where there is none."""
         name = scheme or "none"
-        for found in self.linear:
-            if (found.scheme, found.mode) == (name, mode):
-                return found.rate
+        bits = name.partition("-")[0]
+        alike = [found for found in self.linear if found.mode == mode and found.scheme.partition("-")[0] == bits]
+        for found in sorted(alike, key=lambda found: found.scheme != name):
+            share = bytes_per_weight(name) / bytes_per_weight(found.scheme)
+            return ComputeRate(found.rate.rows, tuple(share * seconds for seconds in found.rate.seconds_per_weight))
         known = ", ".join(f"{found.scheme} {found.mode}" for found in self.linear)
         raise ConfigError(f"no speed of linear layers in {name}, {mode} mode; there are {known}: run 'tiered profile'")
 
@@ -108,12 +113,11 @@ class Hardware:
 
     def machine(self, scheme: str | None, mode: Mode, kv: KVShape, scratch_nbytes: int) -> Machine:
         """The machine as a plan wants it, for a model whose layers are in `scheme` and whose cache is `kv`."""
-        per_token = 2 * kv.heads * kv.head_dim * kv.itemsize
         return Machine(
             scratch_nbytes=scratch_nbytes,
             disk_bytes_per_second=self.disk.read,
             linear=self.cpu.linear_rate(scheme, mode),
-            attention_seconds=per_token / self.cpu.attention,
+            attention_seconds=kv.token_nbytes / self.cpu.attention,
         )
 
     @classmethod
@@ -174,10 +178,21 @@ class Hardware:
         return tables
 
 
+def bytes_per_weight(scheme: str) -> float:
+    """Of a layer's scheme: codes and, for each group, a scale of 16 bits and a zero of 8; "none": 16 bits.
+
+    Raises ConfigError for any other.
+    """
+    found = _SCHEME.fullmatch(scheme)
+    if found is None and scheme != "none":
+        raise ConfigError(f"scheme {scheme!r}: expected none, or int4 or int8 with a group, such as int4-g64")
+    return 2.0 if found is None else int(found[1]) / 8 + 3 / int(found[2])
+
+
 def roofline(scheme: str, flops: float, memory: float, rows: Sequence[int] = ROWS) -> ComputeRate:
     """Seconds per weight of a machine of which only `flops` and memory bandwidth are known: reading the weight, or its
     multiply-adds, whichever takes longer (Williams et al., "Roofline", 2009)."""
-    read = BYTES_PER_WEIGHT[scheme] / memory
+    read = bytes_per_weight(scheme) / memory
     return ComputeRate(tuple(rows), tuple(max(read, 2 * count / flops) for count in rows))
 
 
@@ -187,9 +202,7 @@ def _cpu(table: "_Reader") -> CpuRates:
     if "flops" in table.values:
         flops = table.number("flops")
         modes: tuple[Mode, ...] = ("invariant", "fast")
-        linear = [
-            LinearRate(scheme, mode, roofline(scheme, flops, memory)) for scheme in BYTES_PER_WEIGHT for mode in modes
-        ]
+        linear = [LinearRate(scheme, mode, roofline(scheme, flops, memory)) for scheme in SCHEMES for mode in modes]
         attention, prefill_attention = memory, flops
     else:
         linear = [_linear(entry) for entry in table.tables("linear")]

@@ -46,9 +46,14 @@ class KVShape:
         """Bytes of a number in the compute dtype."""
         return _ITEMSIZES[self.dtype]
 
+    @property
+    def token_nbytes(self) -> int:
+        """Bytes of one token's keys and values in one layer, in the compute dtype."""
+        return 2 * self.heads * self.head_dim * self.itemsize
+
     def nbytes(self, sequences: int, tokens: int) -> int:
         """Bytes of the whole cache for `sequences` sequences of `tokens` tokens."""
-        return 2 * self.layers * self.heads * self.head_dim * self.itemsize * sequences * tokens
+        return self.layers * self.token_nbytes * sequences * tokens
 
 
 def check_bits(shape: KVShape, bits: int) -> None:

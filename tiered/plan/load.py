@@ -1,12 +1,134 @@
-"""The tokens of each pass of a workload whose sequences are alike, as the scheduler would choose them."""
+"""The passes of sequences that are alike, as the scheduler would choose them.
 
+Predictions take runs of equal passes (`pass_runs`), simulations each pass (`pass_loads`); both are the same walk.
+"""
+
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import repeat
+from typing import Self
 
-from tiered.plan.inputs import Workload
+from tiered.plan.inputs import Objective, Workload
 from tiered.plan.pace import Pace
 from tiered.plan.passes import share_pass
 from tiered.plan.plan import Plan
+
+
+@dataclass(frozen=True)
+class Alike:
+    """Sequences with prompts of one length that generate as many tokens each, and how they share passes."""
+
+    sequences: int
+    batch_size: int
+    """Sequences at once, at most."""
+    prompt: int
+    """Tokens of a prompt."""
+    context: int
+    """Tokens of a sequence at its end."""
+    max_batched_tokens: int
+    """Tokens of a pass, at most."""
+    objective: Objective
+    all_logits: bool = False
+
+    @classmethod
+    def of(cls, plan: Plan, workload: Workload, share: float = 1.0) -> Self:
+        """The sequences of `workload`, each with `share` of the longest prompt and of the context, as `plan` runs
+        them."""
+        longest = min(workload.max_context, plan.max_context)
+        context = max(1, round(longest * share))
+        prompt = min(max(1, round((workload.max_prompt or longest) * share)), context)
+        return cls(
+            workload.sequences,
+            plan.batch_size,
+            prompt,
+            prompt if workload.one_pass else context,
+            plan.max_batched_tokens,
+            plan.objective,
+            workload.all_logits,
+        )
+
+    @property
+    def stop(self) -> int:
+        """Tokens of a sequence that are computed with: all but the last one generated."""
+        return max(self.prompt, self.context - 1)
+
+    @property
+    def generated(self) -> int:
+        """Tokens that a sequence generates."""
+        return self.context - self.prompt
+
+
+@dataclass(frozen=True)
+class PassRun:
+    """Passes one after the other, in which the same sequences take part with as many tokens in each."""
+
+    times: int
+    rows: int
+    """Sequences that decode."""
+    before: int
+    """Tokens that they have before the first pass, together."""
+    parts: tuple[range, ...]
+    """Positions of the tokens of each prompt in the first pass; in each later one the next as many."""
+    logits: int
+    """Positions whose logits are computed, in all passes together."""
+    is_last: bool
+    oldest: int
+    """Tokens that the sequences of an age of 0 would have before the first pass."""
+    ages: tuple[tuple[int, int], ...]
+    """Of the sequences that decode, which come first: pairs of an age and how many have it."""
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Of each pass."""
+        return sum(map(len, self.parts))
+
+    @property
+    def context(self) -> float:
+        """Tokens that a sequence that decodes sees, itself among them, on average."""
+        return self.before / max(1, self.rows) + (self.times + 1) / 2
+
+    @property
+    def decoding(self) -> Iterator[int]:
+        """Tokens that each sequence that decodes has before the first pass."""
+        return (self.oldest - age for age, count in self.ages for _ in range(count))
+
+
+def pass_runs(alike: Alike, pace: Pace, most: int = 1) -> Iterator[PassRun]:
+    """All passes. `pace` is asked before each run, so whoever lets it learn does so in between. Up to `most` passes
+    that share the prompts as the pass before them did make a run; that sequences only decode in always do."""
+    prompt, stop = alike.prompt, alike.stop
+    # Sequences that decode, by the pass before which they began to; prompts that have begun; how many have not.
+    ages, begun, waiting, clock = deque[tuple[int, int]](), list[int](), alike.sequences, 0
+    rows = weighted = 0
+    # Of the prompts that have not begun only so many can take part: all are alike, and later in turn.
+    fit = -(-alike.max_batched_tokens // prompt) + 1
+    shared = None
+    while waiting or rows or begun:
+        fresh = min(waiting, alike.batch_size - rows - len(begun))
+        left = [*(prompt - done for done in begun), *repeat(prompt, min(fresh, fit))]
+        shares = share_pass(alike, pace, rows, left)
+        before, shared = shared, (rows, sum(shares))
+        ends = [stop - prompt - clock + ages[0][0]] if ages else []
+        ends += [each // share for each, share in zip(left, shares, strict=True) if share] if before == shared else [1]
+        times = ends[0] if not left else max(1, min(most, *ends)) if any(shares) else 1
+        done = [prompt - each + times * share for each, share in zip(left, shares, strict=True)]
+        parts = tuple(
+            range(prompt - each, prompt - each + share) for each, share in zip(left, shares, strict=True) if share
+        )
+        ended = sum(each >= prompt for each in done)
+        run = {"rows": rows, "before": rows * (prompt + clock) - weighted, "oldest": prompt + clock}
+        logits = times * (rows + sum(shares)) if alike.all_logits else times * rows + ended
+        waiting -= sum(1 for each in done[len(begun) :] if each)
+        begun, clock, before_ages = [each for each in done if 0 < each < prompt], clock + times, tuple(ages)
+        while ages and prompt + clock - ages[0][0] >= stop:
+            age, count = ages.popleft()
+            rows, weighted = rows - count, weighted - age * count
+        if ended and prompt < stop:
+            ages.append((clock, ended))
+            rows, weighted = rows + ended, weighted + clock * ended
+        is_last = not (waiting or rows or begun)
+        yield PassRun(times, parts=parts, logits=logits, is_last=is_last, ages=before_ages, **run)
 
 
 @dataclass(frozen=True)
@@ -33,21 +155,8 @@ class PassLoad:
 def pass_loads(plan: Plan, workload: Workload, pace: Pace) -> Iterator[PassLoad]:
     """All passes of `workload`: its sequences run as many at once as `plan` says, each with the longest prompt and as
     many tokens as its context then has room for."""
-    context = min(workload.max_context, plan.max_context)
-    prompt = min(workload.max_prompt or context, context)
-    # The last token is not computed with any more.
-    stop = prompt if workload.one_pass else max(prompt, context - 1)
-    waiting, running = workload.sequences, list[int]()
-    while waiting or running:
-        entering = min(waiting, plan.batch_size - len(running))
-        waiting, running = waiting - entering, running + [0] * entering
-        decoding = [length for length in running if length >= prompt]
-        prompts = [length for length in running if length < prompt]
-        shares = share_pass(plan, pace, len(decoding), [prompt - length for length in prompts])
-        parts = [range(length, length + count) for length, count in zip(prompts, shares, strict=True)]
-        segments = [*(range(length, length + 1) for length in decoding), *filter(len, parts)]
-        running = [length for length in (length + 1 for length in decoding) if length < stop]
-        running += [part.stop for part in parts if part.stop < stop]
-        ends = sum(segment.stop >= prompt for segment in segments)
-        logits = sum(map(len, segments)) if workload.all_logits else ends
-        yield PassLoad(tuple(segments), len(decoding), logits, not running and not waiting)
+    for run in pass_runs(Alike.of(plan, workload), pace):
+        for later in range(run.times):
+            segments = (*(range(start + later, start + later + 1) for start in run.decoding), *run.parts)
+            is_last = run.is_last and later == run.times - 1
+            yield PassLoad(segments, run.rows, run.logits // run.times, is_last)

@@ -9,6 +9,7 @@ its tokens where these are read on demand: the rule does not count them.
 
 from collections import deque
 from collections.abc import Callable
+from functools import cache
 from typing import Final
 
 SLACK: Final = 1.25
@@ -27,7 +28,8 @@ class Pace:
     """Learns from passes. Before it has seen any, it goes by `compute_seconds(rows)`."""
 
     def __init__(self, compute_seconds: Callable[[int], float] | None = None) -> None:
-        self._calibrated = compute_seconds
+        # Asked once or more for every pass, and for few numbers of rows.
+        self._calibrated = None if compute_seconds is None else cache(compute_seconds)
         self._passes = 0
         self._disk: deque[float] = deque(maxlen=_RECENT)
         """Seconds the disk was busy in each of the last passes without prompts; before there are any, in others."""

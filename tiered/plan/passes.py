@@ -6,13 +6,25 @@ Tokens of a sequence are a range of its positions.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
+from tiered.plan.inputs import Objective
 from tiered.plan.pace import Pace
 from tiered.plan.plan import Plan
 from tiered.units import PAGE_TOKENS
 
 
-def share_pass(plan: Plan, pace: Pace, decoding: int, left: Sequence[int]) -> list[int]:
+class Shared(Protocol):
+    """What tells how passes are shared: a plan, or what stands for one."""
+
+    @property
+    def max_batched_tokens(self) -> int: ...
+
+    @property
+    def objective(self) -> Objective: ...
+
+
+def share_pass(plan: Shared, pace: Pace, decoding: int, left: Sequence[int]) -> list[int]:
     """How many tokens of each prompt the next pass takes beside `decoding` sequences that decode. `left` are tokens
     that the prompts still have, the oldest prompt's first.
 
@@ -27,6 +39,8 @@ def share_pass(plan: Plan, pace: Pace, decoding: int, left: Sequence[int]) -> li
         shares[0] = min(left[0], room - min(room // 2, sum(left[1:])))
         room -= shares[0]
     for number in sorted(range(1, len(left)), key=left.__getitem__):
+        if not room:
+            break
         shares[number] = min(left[number], room)
         room -= shares[number]
     return shares

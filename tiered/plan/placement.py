@@ -12,6 +12,8 @@ from functools import cached_property, lru_cache
 from itertools import accumulate, pairwise
 from typing import Final
 
+from tiered.plan.fill import fill
+
 _SPREADS: Final = 128
 """How many numbers of resident units are compared: all of them on a tape that has no more units."""
 
@@ -110,7 +112,7 @@ class Placement:
 def interleave(count: int, of: int) -> frozenset[int]:
     """`count` of `of` positions, spread evenly: i is in where floor((i + 1) f) > floor(i f), f = count / of."""
     # The least i with (i + 1) f >= k, for each k: a tape may have 12,000 units, and many spreads are compared.
-    return frozenset(-(-k * of // count) - 1 for k in range(1, count + 1))
+    return frozenset([last // count for last in range(of - 1, count * of, of)])
 
 
 def smallest_ring(pieces: Sequence[Sequence[int]]) -> int:
@@ -124,6 +126,7 @@ def full_ring(pieces: Sequence[Sequence[int]]) -> int:
     return max((sum(piece) + after[0] for piece, after in zip(pieces, following, strict=True)), default=0)
 
 
+@lru_cache(maxsize=256)
 def place(
     tape: Tape, available: int, held: Held = UNHELD, least_ring: int = 0, most: int | None = None
 ) -> Placement | None:
@@ -192,14 +195,14 @@ class _Room:
 
     def ring(self, spread: _Spread) -> int:
         """Bytes of the ring beside `spread`."""
-        return self._ring(spread.full_ring_nbytes, self.tape.total - spread.nbytes)
+        return self.ring_of(spread.full_ring_nbytes, self.tape.total - spread.nbytes)
 
     def wanted_ring(self, resident: frozenset[int] = frozenset()) -> int:
         """Bytes of the ring beside `resident`."""
         pieces = self.tape.streamed(self.held, resident)
-        return self._ring(full_ring(pieces), sum(map(sum, pieces)))
+        return self.ring_of(full_ring(pieces), sum(map(sum, pieces)))
 
-    def _ring(self, full: int, streamed: int) -> int:
+    def ring_of(self, full: int, streamed: int) -> int:
         """A full ring, and what is to be read ahead beyond it: half as much at most, and not more than is streamed."""
         return max(full, min(full + min(self.held.ahead_nbytes, full // 2), streamed), self.least_ring)
 
@@ -211,37 +214,20 @@ class _Room:
 @lru_cache(maxsize=32)
 def _spreads(tape: Tape, held: Held) -> tuple[_Spread, ...]:
     """Spreads to choose from. More units are not always more bytes (units differ), so the choice is by bytes."""
-    units = len(tape.nbytes)
+    units, is_plain = len(tape.nbytes), tape.file_nbytes == tape.nbytes
     found = []
     for count in sorted(
         {number * units // _SPREADS for number in range(_SPREADS)} if units > _SPREADS else range(units)
     ):
         resident = interleave(count, units)
-        nbytes = tape.nbytes_of(resident)
-        saved = sum(tape.file_nbytes[unit] for unit in resident)
+        nbytes = sum(map(tape.nbytes.__getitem__, resident))
+        saved = nbytes if is_plain else sum(map(tape.file_nbytes.__getitem__, resident))
         found.append(_Spread(count, nbytes, saved, full_ring(tape.streamed(held, resident))))
     return tuple(found)
 
 
 def _fill(room: _Room, resident: frozenset[int]) -> Placement:
-    """Add units to `resident` until none fits beside a full ring: first those that save most bytes per byte held, then
-    the largest; of equal ones that of the block with most bytes to read."""
+    """Add units to `resident` until none fits beside a full ring."""
     tape = room.tape
-    nbytes, ring = tape.nbytes_of(resident), room.wanted_ring(resident)
-    block_of = [number for number, block in enumerate(tape.blocks) for _ in block]
-    unread = [sum(tape.nbytes[unit] for unit in block if unit not in resident) for block in tape.blocks]
-    kinds: dict[tuple[float, int], list[int]] = {}
-    for unit, (size, saved) in enumerate(zip(tape.nbytes, tape.file_nbytes, strict=True)):
-        if unit not in resident:
-            kinds.setdefault((saved / size, size), []).append(unit)
-    for (_, size), units in sorted(kinds.items(), reverse=True):
-        while units:
-            unit = max(units, key=lambda unit: unread[block_of[unit]])
-            more = resident | {unit}
-            ring_after = room.wanted_ring(more)
-            if not room.holds(nbytes + size, ring_after):
-                break
-            units.remove(unit)
-            unread[block_of[unit]] -= size
-            resident, nbytes, ring = more, nbytes + size, ring_after
-    return Placement(resident, nbytes, ring)
+    sizes = list(zip(tape.nbytes, tape.file_nbytes, strict=True))
+    return Placement(*fill(sizes, tape.blocks, tape.pieces(room.held), resident, room.ring_of, room.holds))

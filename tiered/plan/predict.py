@@ -3,34 +3,43 @@
 In: a plan and what it was made from. Out: a `Prediction`, pure numbers. `strategies.py` compares plans by it, and
 `generate` prints it beside what was measured.
 
-Sequences are taken to be equally long and to run in waves of the plan's batch size: a wave's prompts share passes, then
-its sequences decode together. A pass takes the longer of reading and computing; the first one of all reads every
-weight. Experts are taken to be chosen equally often, so a real router reads less of them.
+Sequences are taken to be equally long, and share passes as the scheduler has them do (`load.py`): runs of equal passes
+are counted as one. A pass takes the longer of reading and computing; the first one of all reads every weight. Experts
+are taken to be chosen equally often, so a real router reads less of them.
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from functools import reduce
-from operator import add
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import Any, Final, Literal
 
 from tiered.errors import ConfigError
 from tiered.plan.cost import (
     Computing,
-    decode_computing,
     kv_block_nbytes,
     kv_written_nbytes,
     linear_computing,
     pass_seconds,
     prompt_attention_seconds,
     prompt_pairs,
+    seen_tokens,
 )
 from tiered.plan.inputs import Machine, ModelShape, Workload
+from tiered.plan.load import Alike, PassRun, pass_runs
+from tiered.plan.make import pace_for
+from tiered.plan.pace import Pace
 from tiered.plan.plan import Plan
 from tiered.plan.way import expected_expert_nbytes
 
 Bottleneck = Literal["disk", "bus", "compute", "memory"]
 """What most of the time goes by; "bus": to a GPU; "memory": nothing is read from disk any more, so computing bounds."""
+
+_WAVES: Final = 2
+"""Full batches that are walked through one after the other; later ones take as long as the last of them."""
+_ALIKE: Final = 16
+"""Passes that share a prompt in the same way and count as equal, at most: what they attend to grows."""
+_NOTED: Final = 6
+"""Equal passes that a pace learns from, at most: after so many it knows next to nothing else."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +55,14 @@ class Phase:
     written_nbytes: float = 0.0
     bus_seconds: float = 0.0
     """Of copying to a GPU and back."""
+    decoded_tokens: int = 0
+    """Of sequences that decode, alone or beside prompts."""
 
     def __add__(self, other: "Phase") -> "Phase":
         return Phase(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
 
     def __mul__(self, times: int) -> "Phase":
-        return Phase(self.passes * times, *(times * value for value in [*vars(self).values()][1:]))
+        return Phase(*(times * value for value in vars(self).values()))
 
     @property
     def bottleneck(self) -> Bottleneck:
@@ -86,9 +97,8 @@ class Prediction:
 
     @property
     def decode_tokens_per_second(self) -> float | None:
-        """Without the prompts' seconds, and without each sequence's first token, which they give; None where no pass
-        only decodes."""
-        return (self.generated_tokens - self.sequences) / self.decode.seconds if self.decode.seconds else None
+        """Of passes that only decode; None where there are none."""
+        return self.decode.decoded_tokens / self.decode.seconds if self.decode.seconds else None
 
     @property
     def seconds_per_pass(self) -> float | None:
@@ -122,28 +132,43 @@ class Prediction:
 
 def predict(plan: Plan, model: ModelShape, machine: Machine, workload: Workload) -> Prediction:
     """What `plan` is expected to take on `machine`, whose rates must be known: raises ConfigError where one is not."""
-    run = _Run(plan, model, machine, workload)
     if machine.linear is None or machine.disk_bytes_per_second is None:
         raise ConfigError("no prediction without the machine's rates; run 'tiered profile'")
-    count = workload.sequences
-    prefill, decode = in_waves(count, plan.batch_size, run.prefill, run.decode)
+    alike = Alike.of(plan, workload, workload.mean_context / workload.max_context)
+    prefill, decode = walk(alike, lambda: pace_for(model, machine, workload), _Run(plan, model, machine).phase)
+    count = alike.sequences
     memory = memory_by_kind(plan)
-    return Prediction(count * run.prompt, count * run.generated, prefill, decode, memory, count)
+    return Prediction(count * alike.prompt, count * alike.generated, prefill, decode, memory, count)
 
 
-def in_waves(
-    sequences: int, batch_size: int, prefill: Callable[[int, bool], Phase], decode: Callable[[int], Phase]
-) -> tuple[Phase, Phase]:
-    """Prefill and decoding of `sequences` in waves of `batch_size`, by what these take for a number of them; `prefill`
-    is told, too, whether it is that of the first wave, which finds nothing in memory."""
-    full, rest = divmod(sequences, batch_size)
-    first = min(sequences, batch_size)
-    prompts, rounds = prefill(first, True), decode(first)
-    if full > 1:
-        prompts, rounds = prompts + prefill(first, False) * (full - 1), rounds * full
-    if full and rest:
-        prompts, rounds = prompts + prefill(rest, False), rounds + decode(rest)
-    return prompts, rounds
+def walk(alike: Alike, new_pace: Callable[[], Pace], phase: Callable[[PassRun, bool], Phase]) -> tuple[Phase, Phase]:
+    """Passes with prompt tokens, and those that only decode, by what `phase` says of runs of equal ones; it is told,
+    too, whether a run is the first of all, which finds nothing in memory."""
+    full, rest = divmod(alike.sequences, alike.batch_size)
+    walked = [
+        _walked(replace(alike, sequences=sequences), new_pace(), phase)
+        for waves in ([_WAVES - 1, _WAVES] if full > _WAVES else [full])
+        if (sequences := waves * alike.batch_size + rest)
+    ]
+    prefill, decode = walked[-1]
+    if full > _WAVES:
+        prefill += (prefill + walked[0][0] * -1) * (full - _WAVES)
+        decode += (decode + walked[0][1] * -1) * (full - _WAVES)
+    return prefill, decode
+
+
+def _walked(alike: Alike, pace: Pace, phase: Callable[[PassRun, bool], Phase]) -> tuple[Phase, Phase]:
+    prefill, decode = Phase(), Phase()
+    for number, run in enumerate(pass_runs(alike, pace, _ALIKE)):
+        found = phase(run, not number)
+        each = (run.rows, run.prompt_tokens, found.compute_seconds / run.times, found.disk_seconds / run.times)
+        for _ in range(min(run.times, _NOTED)):
+            pace.note(*each)
+        if run.parts:
+            prefill += found
+        else:
+            decode += found
+    return prefill, decode
 
 
 def memory_by_kind(plan: Plan) -> dict[str, int]:
@@ -165,79 +190,65 @@ class _Run:
     plan: Plan
     model: ModelShape
     machine: Machine
-    workload: Workload
 
-    @property
-    def prompt(self) -> int:
-        """Tokens of a prompt, on average."""
-        return max(1, round((self.workload.max_prompt or self.workload.max_context) * self._share))
-
-    @property
-    def generated(self) -> int:
-        """Tokens that a sequence generates, on average."""
-        whole = self.workload.max_context - (self.workload.max_prompt or self.workload.max_context)
-        return round(whole * self._share)
-
-    @property
-    def _share(self) -> float:
-        return self.workload.mean_context / self.workload.max_context
-
-    def prefill(self, count: int, is_first: bool) -> Phase:
-        """The passes that read the prompts of `count` sequences."""
-        total, most, prompt = count * self.prompt, self.plan.max_batched_tokens, self.prompt
-        passes = -(-total // most)
-        sizes = [min(most, total - number * most) for number in range(passes)]
-        attention = self._attention_seconds(count)
-        on_disk = self.plan.cache.on_disk
-        # Passes that begin within a prompt read what the passes before them have written of it.
-        if prompt > most:
-            begun = [(start, count) for start in range(0, prompt, most)]
+    def phase(self, run: PassRun, is_first: bool) -> Phase:
+        """What `run` takes; `is_first`: nothing is in memory yet."""
+        tokens = run.rows + run.prompt_tokens
+        logits = -(-run.logits // run.times)
+        computing = linear_computing(self.model, self.machine, tokens, logits, self.plan.micro_batch_rows)
+        computing += Computing(self._attention_seconds(run))
+        disk, expert_seconds, read, written = self._disk(run, tokens, is_first)
+        if self._takes_turns:
+            seconds = disk + computing.seconds
         else:
-            begun = [(number * most % prompt, 1) for number in range(passes)]
-        read = sum(kv_block_nbytes(self.plan.cache, *each) for each in begun) / passes if on_disk else 0.0
-        written = kv_written_nbytes(self.plan.cache, total) / passes if on_disk else 0.0
-        phases = []
-        for number, tokens in enumerate(sizes):
-            logits = tokens if self.workload.all_logits else -(-count // passes)
-            computing = linear_computing(self.model, self.machine, tokens, logits, self.plan.micro_batch_rows)
-            computing += Computing(attention * tokens / total)
-            phases.append(self._pass(tokens, computing, read, written, is_first and not number))
-        return reduce(add, phases)
+            seconds = pass_seconds(disk, computing.seconds, expert_seconds, computing.expert_seconds)
+        each = Phase(1, seconds, disk, computing.seconds, read, written, decoded_tokens=run.rows)
+        return each * run.times
 
-    def decode(self, count: int) -> Phase:
-        """The passes after the prompts: a token of each of `count` sequences in each."""
-        passes = max(0, self.generated - 1)
-        context = self.prompt + self.generated / 2
-        computing = decode_computing(self.model, self.machine, count, context, self.plan.micro_batch_rows)
-        on_disk = self.plan.cache.on_disk
-        read = kv_block_nbytes(self.plan.cache, context, count) if on_disk else 0.0
-        written = kv_written_nbytes(self.plan.cache, count) if on_disk else 0.0
-        return self._pass(count, computing, read, written) * passes
-
-    def _pass(self, tokens: int, computing: Computing, kv_read: float, written: float, is_first: bool = False) -> Phase:
-        plan, machine = self.plan, self.machine
+    def _disk(self, run: PassRun, tokens: int, is_first: bool) -> tuple[float, float, float, float]:
+        """Of each pass: seconds of the disk, those of them for experts, bytes read, bytes written."""
+        plan, machine, cache = self.plan, self.machine, self.plan.cache
         experts: float = expected_expert_nbytes(self.model, plan, tokens)
-        dense = plan.read_nbytes
+        read = float(self._read_nbytes)
         if is_first:
-            dense = sum(plan.tape.file_nbytes)
+            read = sum(plan.tape.file_nbytes)
             if plan.experts is not None and self.model.experts is not None:
                 cold = self.model.experts.layers * self.model.experts.distinct(tokens)
                 experts = max(experts, cold * self.model.experts.file_nbytes)
+        written = 0.0
+        if cache.on_disk:
+            # What is before the tokens of a prompt has been written by earlier passes.
+            begun = (part.start + (run.times - 1) / 2 * len(part) for part in run.parts if part.start)
+            read += sum(kv_block_nbytes(cache, each) for each in begun)
+            read += kv_block_nbytes(cache, run.context, run.rows)
+            written = kv_written_nbytes(cache, tokens)
         rate = machine.disk_bytes_per_second
         assert rate is not None
         expert_seconds = experts / (machine.expert_bytes_per_second or rate)
-        disk = (dense + kv_read) / rate + expert_seconds
-        disk += written / (machine.disk_write_bytes_per_second or rate)
-        if plan.missing_overlap_nbytes:
-            seconds = disk + computing.seconds  # no room to read ahead: they take turns
-        else:
-            seconds = pass_seconds(disk, computing.seconds, expert_seconds, computing.expert_seconds)
-        return Phase(1, seconds, disk, computing.seconds, dense + kv_read + experts, written)
+        seconds = read / rate + expert_seconds + written / (machine.disk_write_bytes_per_second or rate)
+        return seconds, expert_seconds, read + experts, written
 
-    def _attention_seconds(self, count: int) -> float:
-        """Seconds of the attention of `count` prompts."""
-        pairs = count * prompt_pairs(self.model, self.prompt)
+    def _attention_seconds(self, run: PassRun) -> float:
+        """Seconds of each pass."""
+        model, each = self.model, self.machine.attention_seconds or 0.0
+        seconds = each * seen_tokens(model, run.context) * run.rows if run.rows else 0.0
+        pairs = run_pairs(model, run)
         flops = self.machine.prompt_attention_flops
         if flops is None:
-            return pairs * (self.machine.attention_seconds or 0.0)
-        return prompt_attention_seconds(self.model, pairs, flops)
+            return seconds + pairs * each
+        return seconds + prompt_attention_seconds(model, pairs, flops)
+
+    @cached_property
+    def _read_nbytes(self) -> int:
+        return self.plan.read_nbytes
+
+    @cached_property
+    def _takes_turns(self) -> bool:
+        """Whether there is no room to read ahead."""
+        return self.plan.missing_overlap_nbytes > 0
+
+
+def run_pairs(model: ModelShape, run: PassRun) -> float:
+    """Pairs of a query and a key that it sees, of the prompts in each pass of `run`, summed over layers."""
+    ends = ((part.start, part.start + run.times * len(part)) for part in run.parts)
+    return sum(prompt_pairs(model, stop) - prompt_pairs(model, start) for start, stop in ends) / run.times

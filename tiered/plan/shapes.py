@@ -6,6 +6,7 @@ is to be answered before that. A run of equal blocks, and of equal units in a bl
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from itertools import groupby
 from pathlib import Path
@@ -22,6 +23,8 @@ SHAPES_NAME: Final = "shapes.json"
 """In configs/models: for each name what `shape_to_json` gives for each of QUANTS, and the `digest` of its toml file."""
 STORE_SHAPE_NAME: Final = "shape.json"
 """In a store's folder."""
+_POSITIONS: Final = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
+"""What families call the number of positions that they are made for. BLOOM's seq_length is none: it goes beyond."""
 _VERSION: Final = 1
 """Of what the numbers of a shape mean: shapes that stores keep from before are made anew."""
 
@@ -52,6 +55,11 @@ def known_shapes(models: Path, name: str) -> dict[str, ModelShape] | None:
     """The shapes of the model `name` by quantization, from the folder configs/models; None where it has none."""
     found = json.loads((models / SHAPES_NAME).read_bytes()).get(name)
     return None if found is None else {quant: shape_from_json(found[quant]) for quant in QUANTS}
+
+
+def positions_of(config: Mapping[str, Any]) -> int | None:
+    """Tokens of a sequence that a model with this configuration is made for; None where it names no limit."""
+    return next((found for name in _POSITIONS if type(found := config.get(name)) is int and found > 0), None)
 
 
 def read_store_shape(folder: Path) -> ModelShape | None:

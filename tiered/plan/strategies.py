@@ -7,8 +7,10 @@ On the processor rows are the plans that `make_plan`'s ways give, so what is pre
 (`gpu.py`) they are closed forms, as this version computes on the processor only.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import product
 from typing import Any, Final
 
@@ -34,7 +36,11 @@ _BITS: Final[tuple[Bits, ...]] = (16, 4)
 _WORTH: Final = 1.02
 """So many times quicker a larger batch must be."""
 _SAME: Final = 1.005
+_MOST_DOUBLINGS: Final = 27
+"""Of a MiB, when a budget is looked for: up to 64 TiB."""
 CPU, GPU, BOTH = "cpu", "gpu", "gpu+cpu"
+_GPU_TIERS: Final = {CPU: (), GPU: ("gpu", "cpu", "disk"), BOTH: ("cpu", "disk")}
+"""Where the KV cache may be, by strategy."""
 
 
 @dataclass(frozen=True)
@@ -106,10 +112,18 @@ class Row:
     """None where a GPU takes part."""
     usd_per_million_tokens: float | None = None
 
+    is_resident: bool = False
+    """All weights are for good in the memory of what computes."""
+
     @property
     def is_built(self) -> bool:
         """Whether this version can run it."""
         return self.plan is not None
+
+    @property
+    def title(self) -> str:
+        """The strategy, for people."""
+        return f"{self.strategy} in {'RAM' if self.strategy == CPU else 'VRAM'}" if self.is_resident else self.strategy
 
     def to_json(self) -> dict[str, Any]:
         """Plain numbers and words."""
@@ -156,7 +170,7 @@ class Comparison:
         if rest:
             slower = rest[0].prediction.seconds / best.prediction.seconds
             loses = "takes as long" if slower < _SAME else f"takes {slower:.3g} times as long"
-            said += f"; {rest[0].strategy} {rest[0].quant} {loses}"
+            said += f"; {rest[0].title} {rest[0].quant} {loses}"
         return said
 
 
@@ -174,7 +188,8 @@ def machine_for(model: ModelShape, hardware: Hardware, mode: Mode = "invariant")
 
 
 def compare(shapes: Callable[[str], ModelShape], quants: tuple[str, ...], hardware: Hardware, ask: Ask) -> Comparison:
-    """Every strategy in each of `quants`, of which `shapes` gives the model's shape."""
+    """Every strategy in each of `quants`, of which `shapes` gives the model's shape. Where it may hold all weights in
+    memory and is quicker another way, that is a row, too."""
     rows: list[Row] = []
     refusals: list[Refusal] = []
     for quant in quants:
@@ -185,10 +200,13 @@ def compare(shapes: Callable[[str], ModelShape], quants: tuple[str, ...], hardwa
         if hardware.gpu is not None and ask.vram is not None:
             found |= {name: list(_gpu_rows(name, model, machine, hardware, ask, on_cpu, quant)) for name in (GPU, BOTH)}
         for strategy, ways in found.items():
-            if ways:
-                rows.append(_priced(_chosen(ways, ask), hardware))
-            else:
-                refusals.append(Refusal(strategy, quant, _nearest(strategy, model, machine, ask)))
+            if not ways:
+                refusals.append(Refusal(strategy, quant, _nearest(strategy, model, machine, hardware, ask)))
+                continue
+            chosen, resident = [_chosen(ways, ask)], [row for row in ways if row.is_resident]
+            if resident and not chosen[0].is_resident:
+                chosen.append(_chosen(resident, ask))
+            rows += [_priced(row, hardware) for row in chosen]
     return Comparison(tuple(sorted(rows, key=lambda row: row.prediction.seconds)), tuple(refusals))
 
 
@@ -236,22 +254,50 @@ def _cpu_row(plan: Plan, model: ModelShape, prediction: Prediction, quant: str) 
     held = plan.placement.resident_nbytes + (0 if plan.experts is None else plan.experts.nbytes)
     tier = "disk" if plan.cache.on_disk else "cpu"
     share = min(1.0, held / model.tape.total)
-    return Row(CPU, quant, plan.batch_size, tier, plan.cache.bits, share, prediction, plan)
+    is_resident = not plan.placement.ring_nbytes and plan.experts is None
+    return Row(CPU, quant, plan.batch_size, tier, plan.cache.bits, share, prediction, plan, is_resident=is_resident)
 
 
-def _nearest(strategy: str, model: ModelShape, machine: Machine, ask: Ask) -> str:
+def _nearest(strategy: str, model: ModelShape, machine: Machine, hardware: Hardware, ask: Ask) -> str:
     """What does not fit, and what would, in words."""
-    if strategy != CPU:
-        return f"does not fit in {format_size(ask.ram)} of RAM and {format_size(ask.vram or 0)} of VRAM"
     least, bits = min(ask.batches), min(_bits(model))
 
+    @cache
     def smallest(batch: int) -> int:
+        """The least budget of RAM where the processor computes, or decodes."""
         asked = Asked(model, machine, ask.workload(batch), Budgets(ask.ram, ask.baseline, kv_bits=bits))
         return min(smallest_budget(asked.way(batch, on_disk).plan_at) for on_disk in (False, True))
 
-    said = f"does not fit in {format_size(ask.ram)}: the smallest that works is --ram {format_budget(smallest(least))}"
-    fewer = [batch for batch in candidates(least) if batch < least and smallest(batch) <= ask.ram]
-    return said + (f", or --batch {fewer[-1]}" if fewer else "")
+    def fits(batch: int, ram: int, vram: int) -> bool:
+        if strategy != GPU and smallest(batch) > ram:
+            return False
+        budget = GpuBudget(ram - ask.baseline - model.tables_nbytes, vram)
+        tiers = _GPU_TIERS[strategy]
+        return not tiers or any(
+            place_on_gpu(model, hardware, machine, ask.workload(batch), budget, bits, tier) for tier in tiers
+        )
+
+    vram = ask.vram or 0
+    said = f"does not fit in {format_size(ask.ram)}" + (
+        f" of RAM and {format_size(vram)} of VRAM" if strategy != CPU else ""
+    )
+    ram_asked = _least(lambda ram: fits(least, ram, vram))
+    asks = [] if ram_asked is None else [f"--ram {format_budget(ram_asked)}"]
+    if strategy != CPU and (vram_asked := _least(lambda vram: fits(least, ask.ram, vram))) is not None:
+        asks.insert(0, f"--vram {format_budget(vram_asked)}")
+    fewer = [batch for batch in candidates(least) if batch < least and fits(batch, ask.ram, vram)]
+    asks += [f"--batch {batch}" for batch in fewer[-1:]]
+    return (
+        f"{said}: the smallest that works is {', or '.join(asks)}" if asks else f"{said}, nor with more of one of them"
+    )
+
+
+def _least(fits: Callable[[int], bool]) -> int | None:
+    """The least whole number of MiB that `fits`, which more does, too; None where nothing does."""
+    high = next((count for count in (1 << power for power in range(_MOST_DOUBLINGS)) if fits(count * MIB)), None)
+    if high is None:
+        return None
+    return MIB * bisect_left(range(high), True, key=lambda count: fits(count * MIB))
 
 
 def _gpu_rows(
@@ -266,18 +312,18 @@ def _gpu_rows(
     """Closed forms: nothing of it is built."""
     assert ask.vram is not None
     budget = GpuBudget(ask.ram - ask.baseline - model.tables_nbytes, ask.vram)
-    tiers = ("cpu", "disk") if strategy == BOTH else ("gpu", "cpu", "disk")
     # A cache in VRAM pushes weights out of it, so the first tier that holds the cache need not be the quickest.
-    for batch, bits, tier in product(ask.batches, _bits(model), tiers):
+    for batch, bits, tier in product(ask.batches, _bits(model), _GPU_TIERS[strategy]):
         found = place_on_gpu(model, hardware, machine, ask.workload(batch), budget, bits, tier)
         if found is None:
             continue
         if strategy == BOTH:
             for row in on_cpu:
                 if (row.batch_size, row.kv_bits, row.kv_tier) == (batch, bits, tier):
-                    yield replace(row, strategy=BOTH, prediction=found.with_decode(row.prediction), plan=None)
+                    prediction = found.with_decode(row.prediction)
+                    yield replace(row, strategy=BOTH, prediction=prediction, plan=None, is_resident=False)
             continue
         own = {"process": ask.baseline, "tables": model.tables_nbytes}
-        prediction = found.predict()
-        prediction = replace(prediction, memory=own | prediction.memory)
-        yield Row(GPU, quant, batch, found.kv_tier, bits, found.resident_share, prediction, None)
+        prediction = replace(found.prediction, memory=own | found.prediction.memory)
+        share, is_resident = found.resident_share, found.in_vram == found.total
+        yield Row(GPU, quant, batch, found.kv_tier, bits, share, prediction, None, is_resident=is_resident)

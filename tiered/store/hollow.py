@@ -5,10 +5,26 @@ wanted and its weights are not: whoever opens it as a store learns sizes and pla
 """
 
 import io
+import json
 import os
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 from tiered.store.sweep import Sweep
 from tiered.store.write import BlockWriter
+
+
+def write_hollow(path: Path, tensors: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write a safetensors file of `tensors` (dtype, shape and data_offsets of each), with a hole for its data. Raises
+    TypeError or ValueError where they are no such, and OSError."""
+    names = ("dtype", "shape", "data_offsets")
+    header = json.dumps({name: {key: tensor[key] for key in names} for name, tensor in tensors.items()}).encode()
+    end = max((int(tensor["data_offsets"][1]) for tensor in tensors.values()), default=0)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        file.truncate(8 + len(header) + end)
 
 
 class HollowWriter(BlockWriter):

@@ -11,7 +11,8 @@ from typing import Any, Final
 
 import torch
 
-from tools.fuzz.mutate import NASTY, mutate_bytes, mutate_json, mutate_safetensors, mutate_text
+from tiered.configs_path import config_dir
+from tools.fuzz.mutate import NASTY, mutate_bytes, mutate_json, mutate_safetensors, mutate_text, mutate_toml
 from tools.fuzz.originals import Originals
 
 _RUN: Final = ("--no-measure", "--threads", "1")
@@ -303,11 +304,7 @@ def _leftovers(chance: random.Random, folder: Path, originals: Originals, case: 
     if which == "shape":
         case.damaged = "shape.toml"
         raw = (originals.stores[0].parent / case.damaged).read_bytes()
-        value = json.dumps(chance.choice(NASTY)).encode("utf-8", "replace")
-        lines = raw.split(b"\n")
-        at = chance.randrange(len(lines))
-        lines[at] = chance.choice((lines[at].partition(b"=")[0] + b"= " + value, value, b"", b"[" * 5000))
-        _write(folder / case.damaged, chance.choice((b"\n".join(lines), mutate_text(chance, raw))))
+        _write(folder / case.damaged, mutate_toml(chance, raw))
         case.words = ["convert", "--synthetic", case.damaged, "-o", "out.tiered"]
     elif which == "progress":
         _copy(originals.unfinished, folder)
@@ -321,6 +318,20 @@ def _leftovers(chance: random.Random, folder: Path, originals: Originals, case: 
         name, change = ("results.jsonl.job", mutate_json) if which == "job" else ("results.jsonl", mutate_bytes)
         _damage(chance, case, folder / name, change)
         case.words = ["batch", store.name, "-i", "in.jsonl", "-o", "results.jsonl", *_BATCH]
+
+
+def _described(chance: random.Random, folder: Path, originals: Originals, case: Case) -> None:
+    """A file that describes a machine or a workload. Workloads end before anything runs: they have no such part."""
+    kind = chance.choice(("hardware", "workloads"))
+    path = chance.choice(sorted((config_dir() / kind).glob("*.toml")))
+    case.damaged = path.name
+    _write(folder / path.name, mutate_toml(chance, path.read_bytes()))
+    model = chance.choice((str(_store(chance, folder, originals)), "tiny-opt", "opt-125m"))
+    if kind == "workloads":
+        case.words = ["bench", model, "--workload", path.name, "--part", "no such part", "-r", "1"]
+    else:
+        more = chance.choice((["plan", "--batch", "4"], ["plan", "--json"], ["simulate", "--passes", "2"]))
+        case.words = [more[0], model, "--hardware", path.name, "--prompt-len", "9", "--gen-len", "5", *more[1:]]
 
 
 def _interrupts(chance: random.Random, folder: Path, originals: Originals, case: Case) -> None:
@@ -346,5 +357,6 @@ KINDS: Final[dict[str, Callable[[random.Random, Path, Originals, Case], None]]] 
     "stdin": _stdin,
     "files": _files,
     "leftovers": _leftovers,
+    "described": _described,
     "interrupts": _interrupts,
 }

@@ -57,6 +57,15 @@ def mutate_json(chance: random.Random, raw: bytes) -> bytes:
     return text.encode("utf-8", "surrogatepass")
 
 
+def mutate_toml(chance: random.Random, raw: bytes) -> bytes:
+    """The TOML file `raw` with one line changed, or damaged as text."""
+    value = json.dumps(chance.choice(NASTY)).encode("utf-8", "replace")
+    lines = raw.split(b"\n")
+    at = chance.randrange(len(lines))
+    lines[at] = chance.choice((lines[at].partition(b"=")[0] + b"= " + value, value, b"", b"[" * 5000))
+    return chance.choice((b"\n".join(lines), mutate_text(chance, raw)))
+
+
 def mutate_text(chance: random.Random, raw: bytes) -> bytes:
     """`raw`, a text of any grammar, with some bytes changed."""
     at, to = sorted(chance.randrange(len(raw) + 1) for _ in range(2))

@@ -1,0 +1,278 @@
+"""Runs one model, from one checkpoint, through `tiered` and other systems in turns, each in the same limit of memory.
+
+    python -m tools.rivals setup --work DIR [--only hf llama.cpp airllm] [--sites FOLDER]
+    python -m tools.rivals run CHECKPOINT --work DIR --memory 2GiB [--batch 1 8 32] [--prompt 128] [--new 16] [-r 3]
+
+`setup` makes an environment in DIR for each system and installs it there; llama.cpp is compiled from its sources. What
+cannot be installed is left out of `run`'s table with the reason, and so is what does not run. `run` converts the
+checkpoint (OPT or Llama, of 16 bits, whose matrices have rows of a multiple of 64) for those that want it, once, and
+prints Markdown: medians of rounds in which all systems take turns with the same random prompts, page cache dropped.
+`tools/inflate.py` makes checkpoints of any size. Figures come from tools/rival_driver.py, one process a run.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any, Final
+
+from tiered.bench import limit
+from tiered.bench.facts import machine_facts
+from tiered.bench.runs import TIERED, Way, drop_pages, run_once
+from tiered.bench.workload import Setting
+from tiered.errors import TieredError
+from tiered.plan import cpu_count
+from tiered.units import format_size, parse_size
+
+DRIVER: Final = Path(__file__).with_name("rival_driver.py")
+OURS: Final = "tiered"
+_REASON: Final = "refusal"
+"""In a system's environment: the file that says why it is not there."""
+COLUMNS: Final = ("system", "version", "weights", "batch", "prefill s", "decode t/s", "all t/s", "GB read", "peak RSS")
+
+
+@dataclass(frozen=True)
+class Rival:
+    """Another system."""
+
+    name: str
+    packages: tuple[str, ...]
+    """What is installed for it, as pip spells it."""
+    weights: str
+    """In what it keeps them."""
+    form: str | None = None
+    """The type of matrices in the GGUF file that it reads; None: it reads the checkpoint."""
+
+
+RIVALS: Final = (
+    Rival("hf", ("torch", "transformers", "accelerate"), "bf16"),
+    Rival("llama.cpp", ("llama-cpp-python", "gguf", "numpy"), "Q4_0", "Q4_0"),
+    Rival("airllm", ("torch", "transformers", "airllm"), "bf16"),
+)
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Of one run."""
+
+    version: str
+    prefill_seconds: float
+    decode_seconds: float
+    bytes_read: int
+    peak_bytes: int
+    """The most memory that the process held; pages of mapped files are among it."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What every system is to do."""
+
+    memory: str
+    batch: int
+    prompt: int
+    new: int
+    vocab: int
+    kept: str | None
+    """Bytes of weights that accelerate is to keep in memory."""
+
+    def words(self, seed: int) -> list[str]:
+        """As the driver wants them."""
+        numbers = {"batch": self.batch, "prompt": self.prompt, "new": self.new, "seed": seed, "vocab": self.vocab}
+        numbers |= {"threads": cpu_count()}
+        return [word for name, number in numbers.items() for word in (f"--{name}", str(number))]
+
+
+Run = Callable[[Asked, int], Figures]
+"""Runs one system with a seed for its prompts; raises TieredError that says why it does not."""
+
+
+def setup(work: Path, names: Sequence[str], sites: Path | None) -> None:
+    """Make the environments. `sites`: packages that are there already and need not be installed again."""
+    for rival in RIVALS:
+        if rival.name not in names:
+            continue
+        place = work / rival.name
+        print(f"rivals: {rival.name}: installing {', '.join(rival.packages)}", file=sys.stderr)
+        subprocess.run([sys.executable, "-m", "venv", str(place)], check=True)
+        (place / _REASON).unlink(missing_ok=True)
+        if sites is not None:
+            (folder,) = place.glob("lib/python*/site-packages")
+            (folder / "sites.pth").write_text(f"{sites.resolve()}\n", encoding="utf-8")
+        words = [_python(work, rival.name), "-m", "pip", "install", "--disable-pip-version-check", *rival.packages]
+        done = subprocess.run(words, stdout=2, stderr=subprocess.PIPE, text=True, check=False)
+        if done.returncode:
+            lines = [line.strip() for line in done.stderr.splitlines() if line.strip()] or ["pip failed"]
+            (place / _REASON).write_text(lines[-1], encoding="utf-8")
+            print(f"rivals: {rival.name}: {lines[-1]}", file=sys.stderr)
+
+
+def refusal(work: Path, rival: Rival) -> str | None:
+    """Why `rival` cannot run at all."""
+    reason = work / rival.name / _REASON
+    if reason.exists():
+        return f"not installable: {reason.read_text(encoding='utf-8')}"
+    if not Path(_python(work, rival.name)).exists():
+        return "not installed: run 'python -m tools.rivals setup'"
+    return None
+
+
+def prepare(work: Path, checkpoint: Path, rival: Rival) -> Path:
+    """The model in the form that `rival` reads, which is made where it is not there. Raises TieredError."""
+    if rival.form is None:
+        return checkpoint
+    path = work / f"{checkpoint.resolve().name}-{rival.form}.gguf"
+    if not path.exists():
+        part = path.with_suffix(".part")
+        words = [_python(work, rival.name), str(DRIVER), "gguf", str(checkpoint), str(part), "--type", rival.form]
+        if subprocess.run(words, stdout=2, check=False).returncode:
+            raise TieredError("its file could not be written; see above")
+        part.replace(path)
+    return path
+
+
+def run_rival(work: Path, checkpoint: Path, rival: Rival, asked: Asked, seed: int) -> Figures:
+    """One run in the limit. Raises TieredError."""
+    model = prepare(work, checkpoint, rival)
+    scratch = work / f"{rival.name}-files"
+    scratch.mkdir(exist_ok=True)
+    words = [_python(work, rival.name), str(DRIVER), rival.name, str(model), *asked.words(seed)]
+    words += ["--scratch", str(scratch), *(["--kept", asked.kept] if asked.kept else [])]
+    for place in (model, scratch):
+        drop_pages(place if place.is_dir() else place.parent)
+    with tempfile.TemporaryDirectory(prefix="tiered-rivals-") as folder, limit.held_signals():
+        out = Path(folder) / "out"
+        usage = limit.run(words, parse_size(asked.memory), stdout=out)
+        said = out.read_text(encoding="utf-8").splitlines()
+    if usage.interrupted:
+        raise KeyboardInterrupt
+    if usage.exit_code:
+        killed = f"killed for more than {asked.memory}" if usage.oom_kills or usage.exit_code == 137 else ""
+        raise TieredError(killed or f"exit status {usage.exit_code}; see above")
+    found = json.loads(said[-1])
+    peak = max(usage.max_rss_bytes, usage.vm_hwm_bytes)
+    return Figures(found["version"], found["prefill_seconds"], found["decode_seconds"], found["bytes_read"], peak)
+
+
+def run_ours(store: Path, ours: str, asked: Asked, seed: int) -> Figures:
+    """One run of `tiered` in the limit. Raises TieredError."""
+    setting = Setting(memory=asked.memory, batch=asked.batch, prompt_tokens=asked.prompt, new_tokens=asked.new)
+    done = run_once(store, setting, seed, Way())
+    if done.report is None:
+        raise TieredError(done.failure or "no report")
+    report: Mapping[str, Any] = done.report
+    read = report["bytes_read_kernel"] or report["bytes_read"]
+    return Figures(ours, report["prefill_seconds"], report["decode_seconds"], read, done.peak_bytes)
+
+
+def alternate(runs: Mapping[str, Run], asked: Asked, repeat: int) -> dict[str, list[Figures] | str]:
+    """`repeat` runs of each system, in turns; of one that does not run, the reason."""
+    found: dict[str, list[Figures] | str] = {name: [] for name in runs}
+    for seed in range(1, repeat + 1):
+        for name, run in runs.items():
+            figures = found[name]
+            if isinstance(figures, str):
+                continue
+            print(f"rivals: batch {asked.batch}, round {seed} of {repeat}: {name}", file=sys.stderr)
+            try:
+                figures.append(run(asked, seed))
+            except TieredError as error:
+                found[name] = str(error)
+    return found
+
+
+def row(name: str, weights: str, asked: Asked, found: Sequence[Figures] | str) -> list[str]:
+    """The cells of a system: medians, or why there are none."""
+    if isinstance(found, str):
+        return [name, found, weights, str(asked.batch), *["-"] * (len(COLUMNS) - 4)]
+    prefill = median(one.prefill_seconds for one in found)
+    decode = median(one.decode_seconds for one in found)
+    decoded, every = asked.batch * (asked.new - 1), asked.batch * asked.new
+    return [
+        *(name, found[0].version, weights, str(asked.batch), f"{prefill:.3g}"),
+        *(f"{decoded / decode:.3g}" if decode else "-", f"{every / (prefill + decode):.3g}"),
+        f"{median(one.bytes_read for one in found) / 1e9:.3g}",
+        format_size(int(median(one.peak_bytes for one in found))),
+    ]
+
+
+def _python(work: Path, name: str) -> str:
+    return str(work.resolve() / name / "bin/python")
+
+
+def _store(work: Path, checkpoint: Path) -> Path:
+    """The checkpoint as a store of 4 bits."""
+    store = work / f"{checkpoint.resolve().name}.tiered"
+    if not (store / "manifest.json").exists():
+        words = [*TIERED, "convert", str(checkpoint), "-o", str(store), "--quant", "int4"]
+        if subprocess.run(words, stdout=2, check=False).returncode:
+            raise TieredError(f"{checkpoint}: 'tiered convert' failed; it says why above")
+    return store
+
+
+def run(options: argparse.Namespace) -> None:
+    """Print the table."""
+    work, checkpoint = options.work, options.checkpoint
+    vocab = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+    store = _store(work, checkpoint)
+    machine = machine_facts(store)
+    runs: dict[str, Run] = {OURS: partial(run_ours, store, version(OURS))}
+    weights, left = {OURS: "int4-g64"}, dict[str, str]()
+    for rival in RIVALS:
+        weights[rival.name] = rival.weights
+        if (reason := refusal(work, rival)) is not None:
+            left[rival.name] = reason
+        else:
+            runs[rival.name] = partial(run_rival, work, checkpoint, rival)
+    for title, text in machine.lines().items():
+        print(f"- {title}: {text}")
+    print(f"- limit: {options.memory}; {options.prompt} + {options.new} tokens; medians of {options.repeat}")
+    print(f"- command: `python -m tools.rivals {' '.join(sys.argv[1:])}`\n")
+    print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
+    for batch in options.batch:
+        asked = Asked(options.memory, batch, options.prompt, options.new, vocab, options.kept)
+        for name, found in {**alternate(runs, asked, options.repeat), **left}.items():
+            print(f"| {' | '.join(row(name, weights[name], asked, found))} |", flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    try:
+        if options.action == "setup":
+            options.work.mkdir(parents=True, exist_ok=True)
+            setup(options.work, options.only, options.sites)
+        else:
+            run(options)
+    except TieredError as error:
+        print(f"rivals: error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m tools.rivals", description="tiered beside other systems.")
+    actions = parser.add_subparsers(dest="action", required=True)
+    made = actions.add_parser("setup", help="install the other systems")
+    made.add_argument("--only", nargs="+", default=[rival.name for rival in RIVALS])
+    made.add_argument("--sites", type=Path, help="a site-packages folder whose packages need not be installed again")
+    ran = actions.add_parser("run", help="run all systems in turns and print a table")
+    ran.add_argument("checkpoint", type=Path)
+    ran.add_argument("--memory", required=True, help="limit of memory and page cache, such as 2GiB")
+    ran.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
+    ran.add_argument("--prompt", type=int, default=128)
+    ran.add_argument("--new", type=int, default=16)
+    ran.add_argument("-r", "--repeat", type=int, default=3)
+    ran.add_argument("--kept", help="weights that accelerate keeps in memory, such as 1GiB (default: none)")
+    for each in (made, ran):
+        each.add_argument("--work", type=Path, required=True, help="where environments and models go")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
