@@ -32,6 +32,8 @@ class LateDevice:
 
     name, description, where, peak_nbytes, stalled_seconds = "late", "of tests", torch.device("cpu"), 0, 0.0
 
+    capability, vram_nbytes, context_nbytes = None, 1 << 40, 0
+
     def __init__(self) -> None:
         self.copied_out = 0
         """Copies to the host so far."""

@@ -112,6 +112,8 @@ class Runtime:
         self.is_open = False
         self._resources = contextlib.ExitStack()
         self._streaming: StreamThread | None = None
+        self._copied = 0
+        """Bytes that streams which have ended have copied to the device."""
         self._member: Member | None = None
         self._calls = threading.RLock()
         """Held by the thread whose turn it is, for its whole call with all passes of it."""
@@ -297,6 +299,8 @@ class Runtime:
         thread, self._streaming = self._streaming, None
         if thread is not None:
             thread.stop()
+            if thread.ready.exception() is None:
+                self._copied += thread.ready.result().bus_nbytes
 
     @property
     def passes(self) -> int:
@@ -315,10 +319,13 @@ class Runtime:
 
     @property
     def bus_nbytes(self) -> int:
-        """Bytes of weights that have been copied to the device since the streams were opened; 0 without one."""
-        streams = self._streaming.ready.result() if self._streaming is not None else None
-        blocks = streams.device_blocks if streams is not None else None
-        return blocks.bus_nbytes if blocks is not None else 0
+        """Bytes of weights copied to the device; 0 without one."""
+        return self._copied + (0 if self._streaming is None else self.start_streaming().bus_nbytes)
+
+    @property
+    def stalled_seconds(self) -> float:
+        """Seconds in which the device has stood still for copies."""
+        return 0.0 if self.host.computer is None else self.host.computer.device.stalled_seconds
 
     @property
     def kv_bytes_read(self) -> int:
@@ -367,7 +374,9 @@ def _prepare(store: Store, options: Options, host: Host) -> _Prepared:
     """Build what computes, with the numbers that plans are made from. Raises StoreError, ConfigError."""
     config = load_config(store.path)
     computer = host.computer
-    dtype = compute_dtype(options.dtype, config, computer is not None, computer and computer.device.capability)
+    dtype = compute_dtype(
+        options.dtype, config, computer is not None, None if computer is None else computer.device.capability
+    )
     check_layers(store, config)
     skeleton = build_skeleton(config, dtype)
     check_match(store, skeleton)

@@ -17,6 +17,7 @@ At the end a table says what passed, in Markdown, for docs/benchmarks/gpu.md.
 """
 
 import argparse
+import functools
 import importlib.util
 import json
 import subprocess
@@ -135,7 +136,7 @@ def kernels(folder: Path) -> int:
                     x = torch.randn(rows, side, device=where, dtype=torch.bfloat16)
                     y, expected = ours.linear(x, weight), x.double() @ exact.T
                     error = float((y.double() - expected).norm() / expected.norm())
-                    seconds = timed(lambda x=x, ours=ours, weight=weight: ours.linear(x, weight))
+                    seconds = timed(functools.partial(ours.linear, x, weight))
                     rate = (
                         f"{nbytes / seconds / 1e9:.0f} GB/s packed, {2 * rows * side**2 / seconds / 1e12:.1f} TFLOP/s"
                     )
@@ -201,7 +202,18 @@ def bus(folder: Path) -> int:
 
 def tests(folder: Path) -> int:
     """The suite's own tests of devices, on this one."""
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "--basetemp", folder / "t"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-m",
+        "gpu",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--basetemp",
+        str(folder / "t"),
+    ]
     return subprocess.run(command, check=False).returncode
 
 

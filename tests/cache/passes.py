@@ -27,6 +27,7 @@ from tiered.cache import (
 )
 from tiered.kernels.attention import PAGE_TOKENS, BlockTable, Pages
 from tiered.model import Segment
+from tiered.plan.kv import outbox_nbytes
 from tiered.plan.passes import MicroBatchLimits, plan_micro_batches
 
 LONGEST: Final = 700
@@ -68,7 +69,7 @@ class Passes:
         self.device: LateDevice | None = None
         if outbox_rows:
             self.device = LateDevice()
-            nbytes = Outbox.memory_nbytes(plan.shape, outbox_rows)
+            nbytes = outbox_nbytes(plan.shape, outbox_rows)
             memory = torch.full((nbytes,), 255, dtype=torch.uint8)
             self.pool.outbox = Outbox(self.device, self.device.borrow(nbytes, "kv"), memory)
         # The same object for equal plans: `as_stored` remembers by it.

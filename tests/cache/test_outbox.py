@@ -7,6 +7,7 @@ import torch
 
 from tests.late_device import LateDevice
 from tiered.cache import KVShape, Outbox
+from tiered.plan.kv import outbox_nbytes
 
 SHAPE = KVShape(2, 16, 1, "bfloat16")
 Stored = list[tuple[torch.Tensor, torch.Tensor]]
@@ -14,7 +15,7 @@ Stored = list[tuple[torch.Tensor, torch.Tensor]]
 
 def outbox_of(rows: int) -> tuple[Outbox, LateDevice]:
     """With room for two micro-batches of `rows` tokens."""
-    device, nbytes = LateDevice(), Outbox.memory_nbytes(SHAPE, rows)
+    device, nbytes = LateDevice(), outbox_nbytes(SHAPE, rows)
     return Outbox(device, device.borrow(nbytes, "kv"), torch.empty(nbytes, dtype=torch.uint8)), device
 
 

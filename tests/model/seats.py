@@ -19,7 +19,8 @@ from tiered.plan.kv import outbox_nbytes
 from tiered.quant import QuantizedWeight
 from tiered.runtime import Options, Runtime
 from tiered.store import Store
-from tiered.stream import NO_EXPERTS, AnyWeight, ExpertUse, Loan, Streams
+from tiered.stream import NO_EXPERTS, ExpertUse, Loan, Streams
+from tiered.stream.loan import Brought
 from tiered.units import GIB
 
 
@@ -47,7 +48,7 @@ class DeviceKernels(Kernels):
 class DeviceBlocks:
     """Lends the blocks of `store` from memory of its own, and checks that they are asked for as `Lender` says."""
 
-    wait_seconds = 0.0
+    wait_seconds, bus_nbytes = 0.0, 0
 
     def __init__(self, store: Store) -> None:
         family = str(store.manifest.architecture["model_type"])
@@ -58,8 +59,12 @@ class DeviceBlocks:
         self._next = -1
         self.passes = 0
 
-    def _bring(self, store: Store, number: int) -> Callable[[int], dict[str, AnyWeight]]:
-        return lambda unit: self._loans[number].views(unit, load_unit(store.path, self._loans[number].units[unit]))
+    def _bring(self, store: Store, number: int) -> Callable[[int], Brought]:
+        def bring(unit: int) -> Brought:
+            memory = load_unit(store.path, self._loans[number].units[unit])
+            return Brought(self._loans[number].views(unit, memory), memory)
+
+        return bring
 
     @property
     def expert_use(self) -> ExpertUse:

@@ -6,6 +6,7 @@ from typing import Final
 
 import torch
 
+from tiered.device import Device
 from tiered.plan.hardware import GpuRates
 from tiered.units import MIB
 
@@ -35,6 +36,25 @@ def measure_gpu() -> GpuRates | None:
         memory=2 * _NBYTES / _time(lambda: other.copy_(device)),  # read and written
         flops=2 * _SIDE**3 / _time(lambda: torch.matmul(left, right, out=product)),
     )
+
+
+def measure_bus(device: Device, memory: torch.Tensor, nbytes: int, seconds: float = _SECONDS) -> float:
+    """Bytes per second of plain copies to `device` from the first `nbytes` bytes of `memory` (uint8, whole pages of the
+    host's), which is registered meanwhile, into as much that is borrowed. Nothing else may use the device."""
+    there = device.borrow(nbytes, "measuring the bus")
+    refusal = device.register(memory.data_ptr(), memory.nbytes)
+    try:
+        copied, began = 0, time.perf_counter()
+        while (elapsed := time.perf_counter() - began) < seconds or not copied:
+            for _ in range(4):
+                last = device.copy_in(memory[:nbytes], there)
+            last.wait()
+            copied += 4 * nbytes
+        return copied / elapsed
+    finally:
+        if refusal is None:
+            device.unregister(memory.data_ptr())
+        device.release(there)
 
 
 def _time(work: Callable[[], object]) -> float:

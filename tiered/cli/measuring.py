@@ -7,10 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+import torch
+
 from tiered.bench import RawBandwidth, measure_raw
+from tiered.bench.gpu import measure_bus
 from tiered.cli.screen import StatusLine
 from tiered.errors import ConfigError
-from tiered.generate import Figures, Surroundings
+from tiered.generate import DeviceFigures, Figures, Surroundings
 from tiered.io import ReadMode
 from tiered.plan import process_peak_rss_bytes
 from tiered.plan.machines import find_profile
@@ -51,6 +54,8 @@ class Measured:
     raw: list[RawBandwidth] = field(default_factory=list)
     """Measured twice, after the run; empty where nothing streams or nobody asked."""
     counters: Counters = field(default_factory=lambda: Counters(None, None))
+    raw_bus: float | None = None
+    """Bytes per second of plain copies to the device; None without one, and where nothing is copied in every pass."""
 
     def surroundings(self, runtime: Runtime, disk_wait_seconds: float) -> Surroundings:
         """All that a report needs to know besides the run's own figures."""
@@ -74,15 +79,34 @@ class Measured:
             read_mode=runtime.reader.mode.value if runtime.reader.mode is not None else "nothing read",
             kernels=runtime.host.kernels.description,
             synthetic=store.manifest.synthetic,
+            device=self._device(runtime),
+            fallback=runtime.host.device_refusal,
         )
         return Surroundings(plan, plan.read_nbytes, figures, sum(map(len, store.expert_units)))
+
+    def _device(self, runtime: Runtime) -> DeviceFigures | None:
+        computer, plan = runtime.host.computer, runtime.plan
+        if computer is None or plan.device is None:
+            return None
+        return DeviceFigures(
+            name=computer.device.name,
+            description=computer.device.description,
+            kernels=computer.kernels.description,
+            prefill_device=plan.prefill_device,
+            decode_device=plan.decode_device,
+            vram_budget_bytes=plan.device.vram,
+            vram_peak_bytes=computer.device.peak_nbytes,
+            resident_bytes=plan.device.placement.resident_nbytes,
+            kv_on_device=plan.cache.on_device,
+            raw_bus_bandwidth=self.raw_bus,
+        )
 
 
 @contextmanager
 def measured(runtime: Runtime, status: StatusLine, measure: bool) -> Iterator[Measured]:
     """Around a run: counts bytes, and measures the raw disk after it if `measure` and something streams: nobody waits
     for that before there is a text."""
-    found = Measured()
+    found, asked = Measured(), measure
     plan = runtime.plan
     measure = measure and (bool(plan.streamed_nbytes) or plan.experts is not None or runtime.on_disk)
     if measure and not _is_one_disk(runtime):
@@ -94,6 +118,9 @@ def measured(runtime: Runtime, status: StatusLine, measure: bool) -> Iterator[Me
     yield found
     found.counters = Counters.now().since(before)
     runtime.stop_streaming()
+    if asked and plan.device is not None and plan.bus_nbytes:
+        status.say("measuring the bus")
+        found.raw_bus = _raw_bus_bandwidth(runtime)
     if measure:
         status.say("measuring the disk")
         found.raw += [_raw_bandwidth(runtime) for _ in range(2)]
@@ -117,6 +144,14 @@ def _is_one_disk(runtime: Runtime) -> bool:
     """Whether weights and KV cache, if on disk, are on the same one."""
     folder = runtime.options.kv_folder
     return not runtime.on_disk or folder is None or folder.stat().st_dev == runtime.store.path.stat().st_dev
+
+
+def _raw_bus_bandwidth(runtime: Runtime) -> float:
+    """The bandwidth of the bus, by copies as large as the ring of slots, whose place on the device is free then."""
+    assert runtime.plan.device is not None and runtime.host.computer is not None
+    memory = torch.frombuffer(runtime.scratch_memory(), dtype=torch.uint8)
+    nbytes = min(len(memory), runtime.plan.device.placement.ring_nbytes)
+    return measure_bus(runtime.host.computer.device, memory, nbytes)
 
 
 def _raw_bandwidth(runtime: Runtime) -> RawBandwidth:

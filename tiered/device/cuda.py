@@ -122,8 +122,8 @@ class CudaDevice:
                 in_use += [(name, memory.nbytes) for name, memory in self._borrowed.values()]
                 told = ", ".join(f"{name} {format_size(nbytes)}" for name, nbytes in in_use)
                 raise BudgetError(
-                    f"{label}: {format_size(wanted)} do not fit the {format_size(self.vram_nbytes)} that may be used of the "
-                    f"memory of {self.name}, of which are in use: {told}; give it more with --vram"
+                    f"{label}: {format_size(wanted)} do not fit the {format_size(self.vram_nbytes)} that may be used "
+                    f"of the memory of {self.name}, of which are in use: {told}; give it more with --vram"
                 ) from None
             start = -memory.data_ptr() % PAGE
             memory = memory[start : start + wanted]

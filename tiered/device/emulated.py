@@ -75,8 +75,8 @@ class EmulatedDevice:
             if used + wanted > self.vram_nbytes:
                 told = ", ".join(f"{name} {format_size(size)}" for name, size in self.in_use.items())
                 raise BudgetError(
-                    f"{label}: {format_size(wanted)} do not fit the {format_size(self.vram_nbytes)} that may be used of the "
-                    f"memory of {self.name}, of which are in use: {told or 'none'}; give it more with --vram"
+                    f"{label}: {format_size(wanted)} do not fit the {format_size(self.vram_nbytes)} that may be used "
+                    f"of the memory of {self.name}, of which are in use: {told or 'none'}; give it more with --vram"
                 )
             memory = torch.full((wanted + PAGE,), POISON, dtype=torch.uint8)
             start = -memory.data_ptr() % PAGE

@@ -57,6 +57,12 @@ class PassRunner(Protocol):
     @property
     def disk_idle_seconds(self) -> float: ...
 
+    @property
+    def bus_nbytes(self) -> int: ...
+
+    @property
+    def stalled_seconds(self) -> float: ...
+
     def reserve(self, tokens: int) -> SequenceKV | None: ...
 
     def release(self, kv: SequenceKV) -> None: ...
@@ -294,6 +300,8 @@ class Scheduler(Generic[T]):
             counted.weights - self._counted.weights,
             counted.kv - self._counted.kv,
             idle,
+            counted.bus - self._counted.bus,
+            counted.stalled_seconds - self._counted.stalled_seconds,
         )
         self._runner.pace.note(decoding, prompt_tokens, pass_.compute_seconds, max(cost.seconds - idle, 0.0))
         costs.add(cost)
@@ -333,12 +341,16 @@ def _segment(ticket: Ticket[T], count: int) -> Segment:
 
 @dataclass(frozen=True)
 class _Counters:
-    """What a runtime has counted so far: bytes of weights read, bytes of KV cache moved, seconds of an idle disk."""
+    """What a runtime has counted so far: bytes of weights read, bytes of KV cache moved, seconds of an idle disk, bytes
+    of weights copied to a device, seconds in which that stood still for copies."""
 
     weights: int
     kv: int
     disk_idle_seconds: float
+    bus: int
+    stalled_seconds: float
 
     @classmethod
     def of(cls, runner: PassRunner) -> "_Counters":
-        return cls(runner.bytes_read, runner.kv_bytes_read + runner.kv_bytes_written, runner.disk_idle_seconds)
+        kv = runner.kv_bytes_read + runner.kv_bytes_written
+        return cls(runner.bytes_read, kv, runner.disk_idle_seconds, runner.bus_nbytes, runner.stalled_seconds)

@@ -92,7 +92,8 @@ class PageSource:
             slot = torch.arange(low, high, device=pages.device)
             first, end = sent([(tile.first, tile.end) for tile in tiles], pages.device)[..., None].unbind(1)
             pages.masked_fill_(((slot < first) | (slot >= end))[:, None, :, None], 0)
-        return pages
+        whole: torch.Tensor = pages
+        return whole
 
     def _chosen(self, tile: Tile, page: int) -> "PageSource":
         """Where a tile reads a page; as in `Pages.widen`."""

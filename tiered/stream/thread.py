@@ -50,6 +50,10 @@ class Lender(Protocol):
     def expert_use(self) -> ExpertUse:
         """What experts that are read when they are chosen have cost so far."""
 
+    @property
+    def bus_nbytes(self) -> int:
+        """Bytes of weights that have been copied to a device so far."""
+
 
 @dataclass(frozen=True)
 class Streams:
@@ -62,6 +66,11 @@ class Streams:
     """None unless the KV cache is on disk."""
     device_blocks: Lender | None = None
     """A device's, where it computes beside the processor."""
+
+    @property
+    def bus_nbytes(self) -> int:
+        """Bytes of weights that have been copied to a device so far."""
+        return (self.device_blocks or self.blocks).bus_nbytes
 
     def rewind(self) -> None:
         """After a pass that did not reach its end: make the next one begin at the first block. Not for the loop."""
