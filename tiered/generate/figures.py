@@ -74,8 +74,7 @@ class DeviceFigures:
         lines = [
             f"gpu       {self.name}: {self.description}; {self.kernels}",
             f"          peak {format_size(self.vram_peak_bytes)} of {format_size(self.vram_budget_bytes)}{over}; "
-            f"{format_size(self.resident_bytes)} of weights resident"
-            + (", and the KV cache" if self.kv_on_device else ""),
+            f"{format_size(self.resident_bytes)} of weights resident{cache}",
         ]
         if self.decode_device == "cpu":
             lines.append("          prompts were computed on it, and the rest by the processor")

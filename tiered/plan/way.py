@@ -21,11 +21,11 @@ from tiered.errors import BudgetError, ConfigError, DeviceBudgetError
 from tiered.plan.batch_size import BatchOption, candidates
 from tiered.plan.budget import BASELINE_VARIES_NBYTES
 from tiered.plan.cost import kv_block_nbytes
-from tiered.plan.inputs import Budgets, ExpertShape, Machine, ModelShape, Tier, Workload
+from tiered.plan.inputs import Budgets, Computes, ExpertShape, Machine, ModelShape, Tier, Workload
 from tiered.plan.kv import CachePlan, block_nbytes
 from tiered.plan.on_device import EXPERT_SLOTS, DeviceNeeds, DevicePlan, device_refusal, fit_on_device
 from tiered.plan.placement import Held, Placement, Tape, full_ring
-from tiered.plan.plan import ExpertCachePlan, Needs, Plan, fit_units, smallest_budget
+from tiered.plan.plan import ExpertCachePlan, Needs, Plan, fit_units, host_held_of, smallest_budget
 from tiered.plan.workspace import MAX_ROWS, Workspace, transit_nbytes, workspace_for
 from tiered.units import MIB, PAGE, PAGE_TOKENS, round_up
 
@@ -177,7 +177,7 @@ class Way:
             model.tape,
             experts,
             None if device is None else self._device_needs(device, cache, kv, experts),
-            only_device=budgets.has_device and not budgets.is_hybrid,
+            budgets.computes,
         )
 
     def _logits(self, tokens: int) -> int:
@@ -270,8 +270,8 @@ class Way:
             why=why,
             experts=self._expert_cache(passes, placement, ram),
             device=device,
-            prefill_device="cpu" if device is None else budgets.prefill_device,
-            decode_device="cpu" if device is None else budgets.decode_device,
+            prefill_device=passes.computes[0],
+            decode_device=passes.computes[1],
         )
 
     def _place(self, passes: "Passes", ram: int) -> tuple[Placement | None, Placement]:
@@ -408,13 +408,13 @@ class Passes:
     """Those that are read on demand."""
     device_needs: DeviceNeeds | None = None
     """None: no device computes."""
-    only_device: bool = False
-    """Whether the processor computes no layers."""
+    computes: tuple[Computes, Computes] = ("cpu", "cpu")
+    """What computes prompts, and the rest."""
 
     @property
     def host_held(self) -> Held:
-        """What the host's ring holds as a whole: a unit on its way to the device leaves when it has been copied."""
-        return Held(ahead_nbytes=self.held.ahead_nbytes) if self.only_device else self.held
+        """What the host's ring holds as a whole; see `host_held_of`."""
+        return host_held_of(self.held, self.computes)
 
     @property
     def device_held(self) -> Held:
