@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from tiered.plan.inputs import Budgets, Computes, ExpertShape, Machine, ModelShape, Workload
-from tiered.plan.kv import CachePlan, block_nbytes
+from tiered.plan.kv import CachePlan, block_nbytes, outbox_nbytes
 from tiered.plan.on_device import EXPERT_SLOTS, DeviceNeeds
 from tiered.plan.placement import Held, Tape
 from tiered.plan.plan import Needs, host_held_of
@@ -90,8 +90,7 @@ class AtOnce:
         workspace = host.nbytes + cache.scratch_nbytes(host.rows)
         if self.on_device:
             workspace = transit_nbytes(model, tokens, self.batch_size, max(self.batch_size, head_rows), ram)
-        kv = cache.memory_nbytes + 2 * PAGE
-        needs = Needs(budgets.baseline, model.tables_nbytes, 0 if self.on_device else kv, workspace)
+        needs = Needs(budgets.baseline, model.tables_nbytes, self._kv_nbytes(cache, host), workspace)
         # Without a limit on their tokens, passes are the caller's own, who may want logits at any positions.
         is_head_held = not workload.max_batched_tokens or (logits or self.batch_size) > head_rows
         is_layer_held = not self.is_one_micro_batch(tokens, rows, cache)
@@ -104,7 +103,7 @@ class AtOnce:
             held=Held(is_layer_held, is_head_held, min((self.batch_size - 1) * _AHEAD_PER_ROW, _MOST_AHEAD)),
             whole=model.tape,
             experts=experts,
-            device_needs=None if device is None else self._device_needs(device, cache, kv, experts),
+            device_needs=None if device is None else self._device_needs(device, cache, experts),
             computes=budgets.computes,
         )
 
@@ -137,14 +136,19 @@ class AtOnce:
         most = self._workspace(self.tokens, vram, scratch, experts, is_device=True).rows
         return self._workspace(max(tokens, min(self.tokens, most)), vram, scratch, experts, is_device=True)
 
-    def _device_needs(
-        self, workspace: Workspace, cache: CachePlan, kv: int, experts: ExpertShape | None
-    ) -> DeviceNeeds:
+    def _device_needs(self, workspace: Workspace, cache: CachePlan, experts: ExpertShape | None) -> DeviceNeeds:
         nbytes = workspace.nbytes + (0 if experts is None else EXPERT_SLOTS * experts.nbytes)
+        nbytes += cache.scratch_nbytes(workspace.rows) if self.on_device else 0
         context, outer = self.asked.budgets.context_nbytes, self.asked.model.outer_nbytes
-        if not self.on_device:
-            return DeviceNeeds(context, outer, 0, nbytes)
-        return DeviceNeeds(context, outer, kv, nbytes + cache.scratch_nbytes(workspace.rows))
+        return DeviceNeeds(context, outer, self._kv_nbytes(cache, workspace, is_device=True), nbytes)
+
+    def _kv_nbytes(self, cache: CachePlan, workspace: Workspace, is_device: bool = False) -> int:
+        """Bytes of the KV cache in the host's memory or in the device's, which has this `workspace`; and what new keys
+        and values need on their way between them, each for the most rows that its own memory allows."""
+        pages = 2 * PAGE
+        nbytes = cache.memory_nbytes + pages if is_device == self.on_device else 0
+        is_between = self.asked.budgets.has_device and not self.on_device
+        return nbytes + (outbox_nbytes(self.asked.model.kv, workspace.rows) + pages if is_between else 0)
 
     def is_one_micro_batch(self, tokens: int, rows: int, cache: CachePlan) -> bool:
         """Whether a pass of `tokens` tokens never has more than one micro-batch of `rows`."""

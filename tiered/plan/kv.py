@@ -193,6 +193,12 @@ class CachePlan:
         return (pages + STACKED_PAGES) * self.exact_nbytes
 
 
+def outbox_nbytes(shape: KVShape, rows: int) -> int:
+    """Bytes, on the device and in the host's memory, for the new keys and values of two micro-batches of `rows` tokens
+    on their way from one to the other: one is computed while the other is copied."""
+    return 2 * round_up(2 * rows * shape.heads * shape.head_dim * shape.itemsize, PART_ALIGNMENT)
+
+
 def layer_groups(windows: Sequence[int]) -> tuple[LayerGroup, ...]:
     """Groups of the layers with equal windows, from the window of each layer (0: none)."""
     found: dict[int, list[int]] = {}
