@@ -70,11 +70,11 @@ class DeviceFigures:
     def lines(self, while_: str) -> list[str]:
         """What computed where, in how much memory, and what crossed the bus."""
         over = ", OVER BUDGET" if self.vram_peak_bytes > self.vram_budget_bytes else ""
-        cache = ", and the KV cache" if self.kv_on_device else ""
         lines = [
             f"gpu       {self.name}: {self.description}; {self.kernels}",
             f"          peak {format_size(self.vram_peak_bytes)} of {format_size(self.vram_budget_bytes)}{over}; "
-            f"{format_size(self.resident_bytes)} of weights resident{cache}",
+            f"{format_size(self.resident_bytes)} of weights resident"
+            + (", and the KV cache" if self.kv_on_device else ""),
         ]
         if self.decode_device == "cpu":
             lines.append("          prompts were computed on it, and the rest by the processor")
