@@ -33,6 +33,7 @@ THREE, LOADED, ALONE = (Tier.DISK, Tier.CPU, Tier.GPU), (Tier.CPU, Tier.GPU), (T
         ({"tiers": THREE, "device": "rocm"}, "device 'rocm'"),
         ({"tiers": THREE, "decode_device": "tpu"}, "decode-device 'tpu': expected auto, cpu or gpu"),
         ({"tiers": THREE, "fallback": "disk"}, "fallback 'disk': expected cpu, or none"),
+        ({"tiers": THREE, "device": "emulated"}, "say how much with --vram"),
         ({"tiers": THREE, "prefill_device": "cpu", "decode_device": "cpu"}, "nothing is left for the GPU"),
         ({"tiers": THREE, "prefill_device": "cpu"}, "prompts are what a GPU is quickest at"),
         ({"tiers": ALONE, "decode_device": "cpu"}, "needs weights in memory; use --tiers disk,cpu,gpu"),
@@ -60,7 +61,7 @@ def test_phases_are_the_gpu_s_where_there_is_one() -> None:
     ("device", "name"), [(None, "cuda"), ("auto", "cuda"), ("cuda:1", "cuda:1"), ("emulated", "emulated")]
 )
 def test_the_device_is_the_first_cuda_device_unless_another_is_named(device: str | None, name: str) -> None:
-    assert Options(tiers=ALONE, device=device).device_name == name
+    assert Options(tiers=ALONE, device=device, vram=GIB).device_name == name
 
 
 @pytest.mark.parametrize("tiers", [THREE, LOADED, ALONE])

@@ -154,6 +154,8 @@ class Options:
                 "--prefill-device cpu --decode-device gpu: prompts are what a GPU is quickest at; use --prefill-device "
                 "gpu, with --decode-device cpu for the other way round"
             )
+        if self.device == "emulated" and self.vram is None:
+            raise ConfigError("--device emulated: it has no memory of its own; say how much with --vram, such as 1GiB")
         is_hybrid = computes == ("gpu", "cpu")
         if is_hybrid and Tier.CPU not in self.tiers:
             raise ConfigError("--decode-device cpu: needs weights in memory; use --tiers disk,cpu,gpu or cpu,gpu")

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.generate.test_report import USE, around, with_experts
+from tests.generate.test_report import USE, around, on_device, with_experts
 from tests.plan.plans import plan_of
 from tiered.generate import Generation, make_score_report
 from tiered.generate.costs import PassCost
@@ -63,6 +63,19 @@ def test_with_all_weights_in_memory_there_is_nothing_to_say_about_the_disk() -> 
     report = make_score_report(scoring(), around(plan(20.0), raw_disk_bandwidth=None))
     assert (report.bottleneck, report.bound_seconds, report.bound_share) == ("memory", None, None)
     assert not any(line.startswith(("bound", "waits")) for line in report.lines())
+
+
+def test_copies_to_a_device_may_be_the_bound() -> None:
+    made = Scoring(Tally(1000, 3000.0), Generation(sequences=10, prompt_tokens=1400))
+    for nbytes in (1000 * MIB, 800 * MIB, 800 * MIB):
+        pass_ = Pass((), 1.0, 0.2, 0.8, ())
+        made.costs.add(PassCost(pass_, 1.0, 400, 0, 0, 0, 0.0, nbytes, 0.7))
+    report = make_score_report(made, on_device(2, raw_disk_bandwidth=10e9))
+    # What stays was copied once, before it was needed: the bound counts what each pass must copy.
+    assert report.bottleneck == "bus" and report.bound_seconds == pytest.approx(3 * 800 * MIB / 1e9)
+    text = "\n".join(report.lines())
+    assert "(bound by copies to the GPU)" in text
+    assert "compute waited 300 ms for the disk and 2.1 s for copies to the GPU" in text
 
 
 def test_figures_are_those_of_the_run() -> None:

@@ -52,6 +52,17 @@ def test_the_first_budget_is_the_smallest_and_the_last_the_smallest_that_holds_a
         assert make_plan(model_of(sizes), MACHINE, WORK, replace(less, ram=row.plan.budget)) == row.plan
 
 
+@given(sizes=SIZES, vram=st.integers(100, 400).map(lambda n: n * MIB))
+def test_beside_a_device_what_stays_there_is_neither_read_nor_copied(sizes: list[int], vram: int) -> None:
+    asked = replace(BUDGETS, tiers=(Tier.DISK, Tier.CPU, Tier.GPU), vram=vram)
+    rows = fits(model_of(sizes), MACHINE, WORK, asked)
+    assert all(row.resident_nbytes + row.read_nbytes == sum(sizes) for row in rows)
+    assert all(row.device_nbytes + row.bus_nbytes == sum(sizes) for row in rows)
+    assert all(row.device_nbytes <= row.resident_nbytes for row in rows)
+    assert rows[0].bus_seconds(1e9) == rows[0].bus_nbytes / 1e9
+    assert rows[-1].read_nbytes == 0
+
+
 def test_bytes_read_are_those_of_files() -> None:
     model = model_of(tape=tape_of([8 * MIB] * 10, [5 * MIB] * 10))
     smallest, *_, everything = fits(model, MACHINE, WORK, BUDGETS)

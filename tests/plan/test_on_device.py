@@ -15,6 +15,7 @@ from tests.plan.plans import CACHE, NOTHING, STREAMING, mixture_of, model_of, pl
 from tests.plan.test_make import MEASURED, MODELS, UNMEASURED, WORKLOADS
 from tiered.errors import BudgetError, ConfigError, DeviceBudgetError
 from tiered.plan import Budgets, ComputeRate, Machine, ModelShape, Plan, Tape, Tier, Workload, make_plan, parse_tiers
+from tiered.plan.kv import outbox_nbytes
 from tiered.plan.make import expected_pass, rates_wanted, smallest_ram, smallest_vram
 from tiered.plan.on_device import DeviceNeeds, DevicePlan, fit_on_device
 from tiered.plan.order import ring_starts
@@ -117,8 +118,12 @@ def check(plan: Plan, model: ModelShape, asked: Budgets) -> None:
     cache = plan.cache
     assert cache.on_device == (asked.kv == "gpu") or asked.kv == "auto"
     assert not (cache.on_device and (cache.on_disk or asked.is_hybrid))
-    holder, other = (device.needs, plan.needs) if cache.on_device else (plan.needs, device.needs)
-    assert holder.kv >= cache.memory_nbytes and other.kv == 0
+    if cache.on_device:
+        assert device.needs.kv >= cache.memory_nbytes and plan.needs.kv == 0
+    else:
+        # New keys and values of two micro-batches are on their way.
+        outbox = outbox_nbytes(model.kv, plan.micro_batch_rows)
+        assert device.needs.kv >= outbox and plan.needs.kv >= cache.memory_nbytes + outbox
     assert plan.held.layers or plan.max_batched_tokens <= plan.micro_batch_rows
     assert device.needs.workspace >= plan.micro_batch_rows * model.hidden * model.itemsize
 
@@ -233,14 +238,17 @@ def test_a_unit_on_its_way_to_the_device_is_not_held_in_memory_whatever_the_devi
     assert planned(2 * GIB, 2 * GIB, prompt, resident_gpu=0, resident_cpu=0).placement.ring_nbytes == 60 * MIB
 
 
-def test_in_a_hybrid_the_processor_s_ring_holds_what_it_computes_with_and_nothing_stays_on_the_device() -> None:
+def test_in_a_hybrid_whole_layers_are_in_memory_and_nothing_stays_on_the_device() -> None:
     prompt = Workload(1, 4096, 4000, max_batched_tokens=4096)
     plan = planned(2 * GIB, 2 * GIB, prompt, decode_device="cpu", kv="auto")
-    assert plan.device is not None and plan.held.layers and plan.host_held == plan.held
-    assert not plan.on_device and not plan.cache.on_device
+    assert plan.device is not None and not plan.on_device and not plan.cache.on_device
+    # The processor may be a block behind the device, or ahead.
+    assert plan.host_held.layers and plan.host_held.head
+    pieces = plan.tape.streamed(plan.host_held, plan.placement.resident)
+    assert plan.placement.ring_nbytes >= full_ring(pieces)
     assert (plan.bus_nbytes, plan.decode_bus_nbytes) == (LAYERS.total, 0)
     alone = make_plan(MODEL, UNMEASURED, prompt, Budgets(2 * GIB, 300 * MIB, STREAMING))
-    assert (plan.placement, plan.needs) == (alone.placement, alone.needs)
+    assert replace(plan.needs, kv=alone.needs.kv) == alone.needs
 
 
 def test_the_device_s_needs_do_not_grow_with_the_host_s_memory() -> None:
@@ -365,6 +373,7 @@ def parts(draw: st.DrawFn) -> tuple[Tape, frozenset[int]]:
     )
 
 
+@settings(deadline=None)
 @given(parts(), HELD)
 def test_a_tape_without_some_units_has_the_others_in_their_blocks(
     found: tuple[Tape, frozenset[int]], held: Held
@@ -381,6 +390,7 @@ def test_a_tape_without_some_units_has_the_others_in_their_blocks(
     assert [[rest.nbytes[n] for n in piece] for piece in rest.pieces(held)] == rest.streamed(held)
 
 
+@settings(deadline=None)
 @given(
     parts(),
     st.integers(0, 2000),

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.plan.plans import model_of
-from tiered.plan.workspace import MAX_ROWS, row_nbytes, workspace_for
+from tiered.plan.workspace import MAX_ROWS, row_nbytes, transit_nbytes, workspace_for
 from tiered.units import GIB, MIB
 
 SHAPE, SCRATCH = model_of(), 16 * MIB
@@ -52,3 +52,23 @@ def test_a_long_prompt_passes_in_micro_batches_that_a_small_budget_affords() -> 
     small, large = (workspace_for(SHAPE, SCRATCH, 2048, 1, 2048, budget) for budget in (GIB // 2, 64 * GIB))
     assert small.rows < large.rows == MAX_ROWS
     assert small.nbytes < large.nbytes
+
+
+@given(tokens=COUNTS, sequences=COUNTS, context=COUNTS, budget=BUDGETS)
+def test_a_device_computes_as_many_rows_in_as_much_memory_but_keeps_no_heap_and_no_logits(
+    tokens: int, sequences: int, context: int, budget: int
+) -> None:
+    host, device = (
+        workspace_for(SHAPE, SCRATCH, tokens, sequences, context, budget, is_device=is_device)
+        for is_device in (False, True)
+    )
+    assert (host.rows, host.head_rows) == (device.rows, device.head_rows)
+    assert host.nbytes - device.nbytes > sequences * SHAPE.vocab * 4
+    assert device.nbytes >= device.rows * row_nbytes(SHAPE, context) + 2 * tokens * SHAPE.hidden * 2 + SCRATCH
+
+
+@given(tokens=COUNTS, sequences=COUNTS, budget=BUDGETS)
+def test_what_passes_on_to_a_device_grows_with_tokens_and_logits(tokens: int, sequences: int, budget: int) -> None:
+    through = transit_nbytes(SHAPE, tokens, sequences, sequences, budget)
+    assert through >= 2 * tokens * SHAPE.hidden * SHAPE.itemsize + 4 * sequences * SHAPE.vocab * 4
+    assert transit_nbytes(SHAPE, tokens + 1, sequences, sequences, budget) > through

@@ -38,7 +38,7 @@ def gpu_facts(found: Examination) -> Iterable[Fact]:
 
 
 def _devices(count: int) -> Iterable[Fact]:
-    """What is known of each device, without a context on it."""
+    """What is known of each device."""
     for index in range(count):
         properties = torch.cuda.get_device_properties(index)
         capability = (properties.major, properties.minor)

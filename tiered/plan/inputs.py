@@ -297,6 +297,11 @@ class Budgets:
         return self.vram > 0
 
     @property
+    def computes(self) -> tuple[Computes, Computes]:
+        """What computes prompts, and what computes the rest."""
+        return (self.prefill_device, self.decode_device) if self.has_device else ("cpu", "cpu")
+
+    @property
     def is_hybrid(self) -> bool:
         """Whether the device computes prompts only: what stays for longer is then planned as without one."""
         return self.has_device and self.decode_device == "cpu"

@@ -113,10 +113,8 @@ class Plan:
 
     @property
     def host_held(self) -> Held:
-        """What is in the host's ring as a whole: only what the processor computes with. A unit on its way to the device
-        leaves when it has been copied."""
-        computes = "cpu" in (self.prefill_device, self.decode_device)
-        return self.held if computes else Held(ahead_nbytes=self.held.ahead_nbytes)
+        """What is in the host's ring as a whole; see `host_held_of`."""
+        return host_held_of(self.held, (self.prefill_device, self.decode_device))
 
     @property
     def streamed_nbytes(self) -> int:
@@ -215,6 +213,18 @@ class Plan:
                 "device": _device_from_json(fields["device"]) if fields.get("device") else None,
             }
         )
+
+
+def host_held_of(held: Held, computes: tuple[Computes, Computes]) -> Held:
+    """What the host's ring holds as a whole, where `held` is what is in memory while it computes, and `computes` says
+    what computes prompts and what the rest.
+
+    A unit on its way to the device leaves when it has been copied. Where processor and device compute in the same pass,
+    one may be a block ahead of the other, so blocks are held.
+    """
+    if computes == ("gpu", "gpu"):
+        return Held(ahead_nbytes=held.ahead_nbytes)
+    return held if computes == ("cpu", "cpu") else replace(held, layers=True, head=True)
 
 
 def _device_from_json(fields: dict[str, Any]) -> DevicePlan:

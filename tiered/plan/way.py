@@ -18,29 +18,21 @@ from operator import itemgetter
 from typing import Final
 
 from tiered.errors import BudgetError, ConfigError, DeviceBudgetError
+from tiered.plan.at_once import AtOnce, Inputs, Passes
 from tiered.plan.batch_size import BatchOption, candidates
 from tiered.plan.budget import BASELINE_VARIES_NBYTES
 from tiered.plan.cost import kv_block_nbytes
-from tiered.plan.inputs import Budgets, ExpertShape, Machine, ModelShape, Tier, Workload
-from tiered.plan.kv import CachePlan, block_nbytes, outbox_nbytes
-from tiered.plan.on_device import EXPERT_SLOTS, DeviceNeeds, DevicePlan, device_refusal, fit_on_device
-from tiered.plan.placement import Held, Placement, Tape, full_ring
-from tiered.plan.plan import ExpertCachePlan, Needs, Plan, fit_units, smallest_budget
-from tiered.plan.workspace import MAX_ROWS, Workspace, transit_nbytes, workspace_for
-from tiered.units import MIB, PAGE, PAGE_TOKENS, round_up
+from tiered.plan.inputs import Budgets, ExpertShape, ModelShape, Tier
+from tiered.plan.kv import CachePlan
+from tiered.plan.on_device import DevicePlan, device_refusal, fit_on_device
+from tiered.plan.placement import Placement, full_ring
+from tiered.plan.plan import ExpertCachePlan, Plan, fit_units, smallest_budget
+from tiered.units import MIB, round_up
 
 _MOST_SEQUENCES: Final = 512
 """Sequences at once that are considered at most, unless a batch size is asked for."""
-_LENT_SHARE: Final = 1 / 64
-"""Part of the budget for the pages of a group of micro-batches, with the cache on disk; memory for four groups is set
-aside."""
 HALFWAY: Final = 0.75
 """Tokens that a sequence holds on average while it runs, as a share of those that it holds at its end."""
-_AHEAD_PER_ROW: Final = 4 * MIB
-_MOST_AHEAD: Final = 64 * MIB
-"""The ring beyond a full one, by the rows of a decode pass but one. A single row computes in a third of the time in
-which its weights are read, and what the ring takes is read once more in each pass. 16 rows compute nearly as long as
-the disk reads: with them 64 MiB made passes 8 % shorter (docs/benchmarks/throughput.md)."""
 _CLEARLY_FEWER: Final = 2
 """Experts are read on demand where that reads so many times fewer bytes per pass than whole layers do. With R seconds
 of reading and C of computing, a pass over whole layers takes max(R, C), as both go on at once. Experts are waited for:
@@ -48,13 +40,8 @@ R' + C at most. With R' = R / 2 that is less wherever computing takes less than 
 
 
 @dataclass(frozen=True)
-class Asked:
-    """The four inputs."""
-
-    model: ModelShape
-    machine: Machine
-    workload: Workload
-    budgets: Budgets
+class Asked(Inputs):
+    """The four inputs, and the ways to run what they ask for."""
 
     def way(self, batch_size: int, on_disk: bool, context: int | None = None, on_device: bool = False) -> "Way":
         return Way(self, batch_size, context or self.workload.max_context, on_disk, on_device)
@@ -86,59 +73,22 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Way:
+class Way(AtOnce):
     """One way to run what is asked for, with its needs as functions of a budget."""
 
     asked: Asked
-    batch_size: int
-    context: int
-    on_disk: bool
-    on_device: bool = False
-    """Whether the KV cache is on the device, or on disk; else it is in memory."""
 
-    @property
-    def tokens(self) -> int:
-        """Tokens in flight at most, if prompts take as few passes as asked for."""
-        return self.asked.workload.tokens_in_flight(self.batch_size, self.context)
-
-    @property
-    def _pages(self) -> int:
-        """Pages of the longest sequence."""
-        return -(-self.context // PAGE_TOKENS)
-
-    def cache(self, ram: int) -> CachePlan:
-        """The KV cache's pages and memory."""
-        model, workload, budgets = self.asked.model, self.asked.workload, self.asked.budgets
-        lent_pages = 0
-        if self.on_disk:
-            # At least the pages of one sequence; more at a time make longer reads and fuller micro-batches.
-            share = int(ram * _LENT_SHARE) // block_nbytes(model.kv, budgets.kv_bits)
-            lent_pages = max(self._pages, min(self.batch_size * self._pages, share))
-        return CachePlan(
-            model.kv,
-            budgets.kv_bits,
-            self.on_disk,
-            model.groups,
-            sequences=self.batch_size,
-            context=self.context,
-            tokens=workload.kv_tokens(self.batch_size, self.context),
-            tokens_at_once=min(budgets.micro_batch or MAX_ROWS, self.tokens),
-            one_pass=workload.one_pass,
-            lent_pages=lent_pages,
-            on_device=self.on_device,
-        )
-
-    def passes(self, ram: int, experts: ExpertShape | None) -> "Passes":
+    def passes(self, ram: int, experts: ExpertShape | None) -> Passes:
         """How passes run with a budget of `ram`, with `experts` read on demand: as asked for if that leaves a full
         ring. If it does not, and if that is possible, a pass is one micro-batch, so that a layer's units need not be
         in memory together."""
-        asked = self._passes_of(ram, self.tokens, experts)
+        asked = self.passes_of(ram, self.tokens, experts)
         rows = asked.rows
         if not asked.held.layers or not self._may_take_more_passes(rows, self.cache(ram)):
             return asked
-        return asked if self._has_full_rings(asked, ram) else self._passes_of(ram, rows, experts)
+        return asked if self._has_full_rings(asked, ram) else self.passes_of(ram, rows, experts)
 
-    def _has_full_rings(self, passes: "Passes", ram: int) -> bool:
+    def _has_full_rings(self, passes: Passes, ram: int) -> bool:
         """Whether a layer, or what of it is not resident, and the unit after it have room in every ring."""
         try:
             device, placement = self._place(passes, ram)
@@ -150,87 +100,12 @@ class Way:
         resident = on_device | placement.resident
         return full_ring(passes.tape.streamed(passes.host_held, resident)) <= placement.ring_nbytes
 
-    def _passes_of(self, ram: int, tokens: int, experts: ExpertShape | None) -> "Passes":
-        """Passes of at most `tokens` tokens, with `experts` read on demand."""
-        model, workload, budgets = self.asked.model, self.asked.workload, self.asked.budgets
-        logits, cache = self._logits(tokens), self.cache(ram)
-        host = self._workspace(tokens, ram, self.asked.machine.scratch_nbytes, experts)
-        device = self._device_workspace(tokens) if budgets.has_device else None
-        # A processor that has nothing to do but to pass on embedded tokens and logits bounds no rows.
-        sides = [side for side in (None if self.on_device else host, device) if side is not None]
-        rows, head_rows = min(tokens, *(side.rows for side in sides)), min(side.head_rows for side in sides)
-        workspace = host.nbytes + cache.scratch_nbytes(host.rows)
-        if self.on_device:
-            workspace = transit_nbytes(model, tokens, self.batch_size, max(self.batch_size, head_rows), ram)
-        kv = cache.memory_nbytes + 2 * PAGE
-        outbox = 0 if self.on_device or not budgets.has_device else outbox_nbytes(model.kv, rows) + 2 * PAGE
-        needs = Needs(budgets.baseline, model.tables_nbytes, 0 if self.on_device else kv + outbox, workspace)
-        # Without a limit on their tokens, passes are the caller's own, who may want logits at any positions.
-        is_head_held = not workload.max_batched_tokens or (logits or self.batch_size) > head_rows
-        is_layer_held = not self._is_one_micro_batch(tokens, rows, cache)
-        return Passes(
-            tokens,
-            rows,
-            head_rows,
-            min(side.gathered_rows for side in sides),
-            needs,
-            Held(is_layer_held, is_head_held, min((self.batch_size - 1) * _AHEAD_PER_ROW, _MOST_AHEAD)),
-            model.tape,
-            experts,
-            None if device is None else self._device_needs(device, cache, kv if self.on_device else outbox, experts),
-            only_device=budgets.has_device and not budgets.is_hybrid,
-        )
-
-    def _logits(self, tokens: int) -> int:
-        """Positions that get logits in a pass of `tokens` tokens, where they are more than one for each sequence."""
-        return min(self.batch_size * self.context, tokens) if self.asked.workload.all_logits else 0
-
-    def _workspace(
-        self, tokens: int, budget: int, scratch: int, experts: ExpertShape | None, is_device: bool = False
-    ) -> Workspace:
-        """What passes of `tokens` tokens take of the host's memory, or of the device's, which has `budget` bytes."""
-        return workspace_for(
-            self.asked.model,
-            scratch,
-            tokens,
-            self.batch_size,
-            self.context,
-            budget,
-            logits=self._logits(tokens),
-            most_rows=self.asked.budgets.micro_batch or MAX_ROWS,
-            waiting=experts.chosen if experts is not None else 0,
-            is_device=is_device,
-        )
-
-    def _device_workspace(self, tokens: int) -> Workspace:
-        """The same of the device's: as much as for the most tokens of one micro-batch, even if the host's memory leaves
-        room for fewer, so that a larger `--ram` never asks for a larger `--vram`."""
-        vram, scratch = self.asked.budgets.vram, self.asked.machine.device_scratch_nbytes
-        experts = self.asked.model.experts
-        most = self._workspace(self.tokens, vram, scratch, experts, is_device=True).rows
-        return self._workspace(max(tokens, min(self.tokens, most)), vram, scratch, experts, is_device=True)
-
-    def _device_needs(
-        self, workspace: Workspace, cache: CachePlan, kv: int, experts: ExpertShape | None
-    ) -> DeviceNeeds:
-        nbytes = workspace.nbytes + (0 if experts is None else EXPERT_SLOTS * experts.nbytes)
-        context, outer = self.asked.budgets.context_nbytes, self.asked.model.outer_nbytes
-        nbytes += cache.scratch_nbytes(workspace.rows) if self.on_device else 0
-        return DeviceNeeds(context, outer, kv, nbytes)
-
-    def _is_one_micro_batch(self, tokens: int, rows: int, cache: CachePlan) -> bool:
-        """Whether a pass of `tokens` tokens never has more than one micro-batch of `rows`."""
-        if tokens > rows or (self.on_disk and cache.lent_pages < self.batch_size * self._pages):
-            return False
-        # Dense attention takes each prompt by itself, and a page at a time where pages are quantized.
-        return not self.asked.model.dense_attention or tokens == 1 or (self.batch_size == 1 and cache.bits == 16)
-
     def _may_take_more_passes(self, rows: int, cache: CachePlan) -> bool:
         """Whether passes of one micro-batch of `rows` can do what is asked for."""
         asked, workload = self.asked, self.asked.workload
         can_wait = workload.max_batched_tokens and not workload.one_pass and rows >= self.batch_size
         streams = Tier.DISK in asked.budgets.tiers or asked.budgets.has_device
-        return bool(can_wait) and streams and self._is_one_micro_batch(rows, rows, cache)
+        return bool(can_wait) and streams and self.is_one_micro_batch(rows, rows, cache)
 
     def plan_at(self, ram: int, why: str = "") -> Plan:
         """The plan with a budget of `ram`. A BudgetError names one for the needs at `ram`; it may need more itself."""
@@ -270,11 +145,11 @@ class Way:
             why=why,
             experts=self._expert_cache(passes, placement, ram),
             device=device,
-            prefill_device="cpu" if device is None else budgets.prefill_device,
-            decode_device="cpu" if device is None else budgets.decode_device,
+            prefill_device=passes.computes[0],
+            decode_device=passes.computes[1],
         )
 
-    def _place(self, passes: "Passes", ram: int) -> tuple[Placement | None, Placement]:
+    def _place(self, passes: Passes, ram: int) -> tuple[Placement | None, Placement]:
         """Where units are: on the device, if there is one, and in the host's memory. Raises BudgetError."""
         budgets, device = self.asked.budgets, self._place_on_device(passes)
         return device, fit_units(
@@ -288,13 +163,13 @@ class Way:
             budgets.resident_cpu,
         )
 
-    def _place_on_device(self, passes: "Passes") -> Placement | None:
+    def _place_on_device(self, passes: Passes) -> Placement | None:
         """Raises DeviceBudgetError."""
         if passes.device_needs is None:
             return None
         return fit_on_device(passes.tape, passes.device_needs, self.asked.budgets, passes.device_held)
 
-    def _expert_cache(self, passes: "Passes", placement: Placement, ram: int) -> ExpertCachePlan | None:
+    def _expert_cache(self, passes: Passes, placement: Placement, ram: int) -> ExpertCachePlan | None:
         """The cache of experts: it gets what dense units leave."""
         experts = passes.experts
         if experts is None:
@@ -388,48 +263,6 @@ class Way:
         if plan.decode_device == "gpu":
             bus = plan.bus_nbytes + expected_bus_nbytes(self.asked.model, plan, self.batch_size)
         return BatchOption(self.batch_size, self.on_disk, disk, experts, bus, self.on_device)
-
-
-@dataclass(frozen=True)
-class Passes:
-    """How passes run."""
-
-    tokens: int
-    """Tokens of a pass, at most."""
-    rows: int
-    """Tokens of a micro-batch, at most."""
-    head_rows: int
-    gathered_rows: int
-    needs: Needs
-    held: Held
-    whole: Tape
-    """The tape of whole layers."""
-    experts: ExpertShape | None
-    """Those that are read on demand."""
-    device_needs: DeviceNeeds | None = None
-    """None: no device computes."""
-    only_device: bool = False
-    """Whether the processor computes no layers."""
-
-    @property
-    def host_held(self) -> Held:
-        """What the host's ring holds as a whole: a unit on its way to the device leaves when it has been copied."""
-        return Held(ahead_nbytes=self.held.ahead_nbytes) if self.only_device else self.held
-
-    @property
-    def device_held(self) -> Held:
-        """What the device's ring holds as a whole. Copies are steady: none need go further ahead."""
-        return replace(self.held, ahead_nbytes=0)
-
-    @property
-    def tape(self) -> Tape:
-        """What is read ahead."""
-        return self.whole if self.experts is None else self.experts.dense
-
-    @property
-    def experts_nbytes(self) -> int:
-        """Bytes of the least cache of experts: it holds those that one token chooses."""
-        return 0 if self.experts is None else self.experts.chosen * self.experts.nbytes
 
 
 def least(refusals: Sequence[BudgetError]) -> BudgetError:
