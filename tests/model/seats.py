@@ -101,6 +101,7 @@ class SeatedRuntime(Runtime):
     """`prompts_only`: the device computes prompts, the processor all else; without it the device computes all.
 
     `on_device`: the KV cache is at the device; else `outbox_rows` tokens of a micro-batch find room on their way to it.
+    `device_dtype`: what the device computes in, if that is not what the processor does.
     """
 
     def __init__(
@@ -110,10 +111,12 @@ class SeatedRuntime(Runtime):
         prompts_only: bool,
         on_device: bool = False,
         outbox_rows: int | None = None,
+        device_dtype: torch.dtype | None = None,
         **options: Any,
     ) -> None:
         super().__init__(store, workload, Options(**{"dtype": "float32", "ram": 16 * GIB, "threads": 1, **options}))
         self._prompts_only, self._on_device, self._outbox_rows = prompts_only, on_device, outbox_rows
+        self._device_dtype = device_dtype
         self.device = LateDevice()
         self.device_blocks = DeviceBlocks(store)
         self.device_kernels = DeviceKernels(self.device)
@@ -121,8 +124,9 @@ class SeatedRuntime(Runtime):
     def _build(self, stack: contextlib.ExitStack) -> None:
         super()._build(stack)
         attention = stack.enter_context(registered_attention(self.device_kernels, self.host.kernels))
-        skeleton = build_skeleton(load_config(self.store.path), self.dtype)
-        seat = Seat.take(skeleton, self.dtype, self.device_kernels, attention, self.device)
+        dtype = self._device_dtype or self.dtype
+        skeleton = build_skeleton(load_config(self.store.path), dtype)
+        seat = Seat.take(skeleton, dtype, self.device_kernels, attention, self.device)
         pool, engine = self._memory.pool, self.engine
         if self._on_device:
             pool.plan = replace(pool.plan, on_device=True)

@@ -171,6 +171,18 @@ def test_prompts_that_begin_attend_at_the_device_and_those_that_go_on_where_thei
         assert runtime.device_kernels.attentions == layers * -(-PIECE // rows)
 
 
+@pytest.mark.parametrize("place", PLACES)
+def test_a_device_may_compute_in_another_precision_than_the_processor(place: str) -> None:
+    options: dict[str, Any] = {"dtype": "bfloat16", "micro_batch_rows": 40}
+    with SeatedRuntime(
+        store_of("llama"), workload(), place == PLACES[0], device_dtype=torch.float16, **options
+    ) as runtime:
+        found = run_crowd(runtime)
+    for name, text in expected_of("llama", 16).items():
+        first, exact = found[name].logits[0], text.logits[0]
+        assert float((first - exact).norm() / exact.norm()) < 0.03, name
+
+
 def test_what_a_failed_pass_has_sent_is_not_stored_by_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = expected_of("llama", 16)
     with SeatedRuntime(store_of("llama"), workload(), True, micro_batch_rows=40) as runtime:

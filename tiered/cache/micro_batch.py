@@ -92,7 +92,7 @@ class MicroBatchKV(PositionCache):
         if self.outbox is None:
             self._writer.store(layer, keys, values)
             return
-        self.outbox.send(keys, values, functools.partial(self._writer.store, layer))
+        self.outbox.send(keys, values, self.pool.dtype, functools.partial(self._writer.store, layer))
         if is_read:
             self.outbox.flush()
 
@@ -248,7 +248,8 @@ class PackedKV(MicroBatchKV):
                 assert states is not None
                 # [sequences, heads, tokens, head_dim]
                 k, v = (x[0, :, token:stop].unflatten(1, (sequences, -1)).transpose(0, 1) for x in states)
-                keys, values = own.add(int(call.count[0]) - call.tokens, k, v)
+                dtype = self.pool.dtype
+                keys, values = own.add(int(call.count[0]) - call.tokens, k.to(dtype), v.to(dtype))
                 found.append(PagedRead(token, stop, call.first, call.count, window, keys, values))
             token = stop
         return found

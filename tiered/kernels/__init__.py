@@ -11,6 +11,7 @@ from tiered.kernels.attention import (
 )
 from tiered.kernels.cancel import CancelFlag
 from tiered.kernels.kernels import KERNEL_NAMES, Kernels, Mode, packed_row_nbytes, scratch_nbytes
+from tiered.kernels.layers import LayerKernels
 from tiered.kernels.library import Level, Library, load_library
 from tiered.kernels.planes import decode_planes, encode_planes
 
@@ -21,6 +22,7 @@ __all__ = [
     "CacheFormat",
     "CancelFlag",
     "Kernels",
+    "LayerKernels",
     "Level",
     "Library",
     "Mode",
