@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 
@@ -18,7 +18,7 @@ from tiered.plan import Workload
 from tiered.quant import QuantizedWeight
 from tiered.runtime import Options, Runtime
 from tiered.store import Store
-from tiered.stream import NO_EXPERTS, AnyWeight, ExpertUse, Loan, Streams
+from tiered.stream import NO_EXPERTS, AnyWeight, ExpertUse, Loan, Streamer, Streams
 from tiered.units import GIB
 
 
@@ -44,7 +44,10 @@ class DeviceKernels(Kernels):
 
 
 class DeviceBlocks:
-    """Lends the blocks of `store` from memory of its own, and checks that they are asked for as `Lender` says."""
+    """Lends the blocks of `store` from memory of its own, and checks that it is asked for all of them in their order.
+
+    As `Streamer` does, to a device that shares nothing with the processor.
+    """
 
     wait_seconds = 0.0
 
@@ -140,4 +143,4 @@ class SeatedRuntime(Runtime):
     def _make_streams(self) -> Streams:
         streams = super()._make_streams()
         # The processor's streamer reads beside it, as that of a run with two seats does.
-        return replace(streams, device_blocks=self.device_blocks)
+        return replace(streams, device_blocks=cast(Streamer, self.device_blocks))
