@@ -160,8 +160,8 @@ class Passes:
             assert read.start == token
             count = len(read.count)
             if self.device is not None:
-                # Only what begins here attends at the device.
-                begins = all(part.start == 0 for part in kv.parts[member : member + count])
+                # Only what begins in this pass attends at the device.
+                begins = all(kv.blocks.parts[n].start == 0 for n in kv.numbers[member : member + count])
                 assert read.is_away == (not begins)
             self._check_read(read, kv.parts[member : member + count], sequences[member : member + count], layer)
             token, member = read.stop, member + count

@@ -35,7 +35,7 @@ def test_states_are_stored_as_they_were_sent_and_in_that_order() -> None:
     stored: Stored = []
     sent = [states(tokens, tokens) for tokens in (8, 5)]
     for each in sent:
-        outbox.send(*each, partial(keep, stored))
+        outbox.send(*each, torch.bfloat16, partial(keep, stored))
     assert not stored, "nobody has waited yet"
     outbox.flush()
     for found, expected in zip(stored, sent, strict=True):
@@ -49,7 +49,7 @@ def test_what_finds_no_room_waits_for_what_was_sent_before() -> None:
     stored: Stored = []
     sent = [states(8, seed) for seed in range(5)]
     for each in sent:
-        outbox.send(*each, partial(keep, stored))
+        outbox.send(*each, torch.bfloat16, partial(keep, stored))
     assert (len(stored), device.copied_out) == (4, 5)
     outbox.flush()
     for found, expected in zip(stored, sent, strict=True):
@@ -59,11 +59,11 @@ def test_what_finds_no_room_waits_for_what_was_sent_before() -> None:
 def test_what_a_failed_pass_has_sent_is_waited_for_and_forgotten() -> None:
     outbox, _ = outbox_of(8)
     stored: Stored = []
-    outbox.send(*states(8, 0), partial(keep, stored))
+    outbox.send(*states(8, 0), torch.bfloat16, partial(keep, stored))
     outbox.drop()
     outbox.flush()
     assert not stored
-    outbox.send(*states(8, 1), partial(keep, stored))
+    outbox.send(*states(8, 1), torch.bfloat16, partial(keep, stored))
     outbox.flush()
     assert torch.equal(stored[0][0], states(8, 1)[0])
 
@@ -74,8 +74,8 @@ def test_an_error_of_whoever_stores_leaves_nothing_on_its_way() -> None:
 
     outbox, _ = outbox_of(8)
     stored: Stored = []
-    outbox.send(*states(8, 0), fail)
-    outbox.send(*states(8, 1), partial(keep, stored))
+    outbox.send(*states(8, 0), torch.bfloat16, fail)
+    outbox.send(*states(8, 1), torch.bfloat16, partial(keep, stored))
     with pytest.raises(ValueError, match="of the test's own"):
         outbox.flush()
     outbox.flush()

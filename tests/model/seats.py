@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 
@@ -19,8 +19,7 @@ from tiered.plan.kv import outbox_nbytes
 from tiered.quant import QuantizedWeight
 from tiered.runtime import Options, Runtime
 from tiered.store import Store
-from tiered.stream import NO_EXPERTS, ExpertUse, Loan, Streams
-from tiered.stream.loan import Brought
+from tiered.stream import NO_EXPERTS, AnyWeight, ExpertUse, Loan, Streamer, Streams
 from tiered.units import GIB
 
 
@@ -46,9 +45,12 @@ class DeviceKernels(Kernels):
 
 
 class DeviceBlocks:
-    """Lends the blocks of `store` from memory of its own, and checks that they are asked for as `Lender` says."""
+    """Lends the blocks of `store` from memory of its own, and checks that it is asked for all of them in their order.
 
-    wait_seconds, bus_nbytes = 0.0, 0
+    As `Streamer` does, to a device that shares nothing with the processor.
+    """
+
+    wait_seconds = 0.0
 
     def __init__(self, store: Store) -> None:
         family = str(store.manifest.architecture["model_type"])
@@ -59,12 +61,8 @@ class DeviceBlocks:
         self._next = -1
         self.passes = 0
 
-    def _bring(self, store: Store, number: int) -> Callable[[int], Brought]:
-        def bring(unit: int) -> Brought:
-            memory = load_unit(store.path, self._loans[number].units[unit])
-            return Brought(self._loans[number].views(unit, memory), memory)
-
-        return bring
+    def _bring(self, store: Store, number: int) -> Callable[[int], dict[str, AnyWeight]]:
+        return lambda unit: self._loans[number].views(unit, load_unit(store.path, self._loans[number].units[unit]))
 
     @property
     def expert_use(self) -> ExpertUse:
@@ -107,6 +105,7 @@ class SeatedRuntime(Runtime):
     """`prompts_only`: the device computes prompts, the processor all else; without it the device computes all.
 
     `on_device`: the KV cache is at the device; else `outbox_rows` tokens of a micro-batch find room on their way to it.
+    `device_dtype`: what the device computes in, if that is not what the processor does.
     """
 
     def __init__(
@@ -116,10 +115,12 @@ class SeatedRuntime(Runtime):
         prompts_only: bool,
         on_device: bool = False,
         outbox_rows: int | None = None,
+        device_dtype: torch.dtype | None = None,
         **options: Any,
     ) -> None:
         super().__init__(store, workload, Options(**{"dtype": "float32", "ram": 16 * GIB, "threads": 1, **options}))
         self._prompts_only, self._on_device, self._outbox_rows = prompts_only, on_device, outbox_rows
+        self._device_dtype = device_dtype
         self.device = LateDevice()
         self.device_blocks = DeviceBlocks(store)
         self.device_kernels = DeviceKernels(self.device)
@@ -127,8 +128,9 @@ class SeatedRuntime(Runtime):
     def _build(self, stack: contextlib.ExitStack) -> None:
         super()._build(stack)
         attention = stack.enter_context(registered_attention(self.device_kernels, self.host.kernels))
-        skeleton = build_skeleton(load_config(self.store.path), self.dtype)
-        seat = Seat.take(skeleton, self.dtype, self.device_kernels, attention, self.device)
+        dtype = self._device_dtype or self.dtype
+        skeleton = build_skeleton(load_config(self.store.path), dtype)
+        seat = Seat.take(skeleton, dtype, self.device_kernels, attention, self.device)
         pool, engine = self._memory.pool, self.engine
         if self._on_device:
             pool.plan = replace(pool.plan, on_device=True)
@@ -142,4 +144,4 @@ class SeatedRuntime(Runtime):
     def _make_streams(self) -> Streams:
         streams = super()._make_streams()
         # The processor's streamer reads beside it, as that of a run with two seats does.
-        return replace(streams, device_blocks=self.device_blocks)
+        return replace(streams, device_blocks=cast(Streamer, self.device_blocks))

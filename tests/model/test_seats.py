@@ -162,16 +162,25 @@ def test_a_cache_at_the_device_gives_the_tokens_of_one_processor(name: str, bits
 
 
 def test_prompts_that_begin_attend_at_the_device_and_those_that_go_on_where_their_pages_are() -> None:
-    calls = {}
-    for tokens in (90, 100, 101):
-        with SeatedRuntime(store_of("llama"), workload(), True, kv_bits=8) as runtime, ExitStack() as stack:
+    layers, rows, tokens = 3, 40, 130
+    with SeatedRuntime(store_of("llama"), workload(), True, kv_bits=8, micro_batch_rows=rows) as runtime:
+        with ExitStack() as stack:
             kv = reserved(stack, runtime, tokens)
-            before = runtime.device_kernels.attentions
             for start in range(0, tokens, PIECE):
                 run_segments(runtime, [Segment(kv, [5] * min(PIECE, tokens - start), 1, tokens)])
-            calls[tokens] = runtime.device_kernels.attentions - before
-    layers = 3
-    assert calls == {90: layers, 100: layers, 101: layers}
+        assert runtime.device_kernels.attentions == layers * -(-PIECE // rows)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_device_may_compute_in_another_precision_than_the_processor(place: str) -> None:
+    options: dict[str, Any] = {"dtype": "bfloat16", "micro_batch_rows": 40}
+    with SeatedRuntime(
+        store_of("llama"), workload(), place == PLACES[0], device_dtype=torch.float16, **options
+    ) as runtime:
+        found = run_crowd(runtime)
+    for name, text in expected_of("llama", 16).items():
+        first, exact = found[name].logits[0], text.logits[0]
+        assert float((first - exact).norm() / exact.norm()) < 0.03, name
 
 
 def test_what_a_failed_pass_has_sent_is_not_stored_by_the_next(monkeypatch: pytest.MonkeyPatch) -> None:

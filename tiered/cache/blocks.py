@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from tiered.cache.beginning import Beginning
 from tiered.cache.pool import KVPool, SequenceKV
 from tiered.kernels.attention import PAGE_TOKENS
 
@@ -133,7 +134,9 @@ class LentBlocks:
     """
 
     def __init__(self, pool: KVPool, parts: Sequence[Part]) -> None:
-        self.pool = pool
+        self.pool, self.parts = pool, tuple(parts)
+        self.beginnings: dict[int, Beginning] = {}
+        """By number of the part: what micro-batches keep where they compute, if that is not where the blocks are."""
         self.maps = tuple(BlockMap(pool, group, tuple(parts)) for group in range(len(pool.plan.groups)))
         self._lent: dict[int, torch.Tensor] = {}
 

@@ -7,7 +7,7 @@ What a query reads depends on positions alone: complete pages before its own as 
 computed. So a result depends neither on micro-batches, nor on passes, nor on neighbours.
 
 Where a device computes and the cache is in the host's memory, new states go there (`outbox.py`), and queries follow
-them. Only tokens whose sequence begins in this micro-batch attend where they are, over their own states.
+them. Only tokens of sequences that begin in this pass attend where they are computed (`beginning.py`).
 
 Two kinds: `PackedKV` for families that take their attention function from transformers' registry, and `GatheredKV`
 (`gathered.py`) for families with attention code of their own, which get their keys and values in one piece.
@@ -22,12 +22,12 @@ from typing import Any, Self
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from tiered.cache.beginning import Beginning
 from tiered.cache.blocks import LentBlocks, Part
-from tiered.cache.layout import PageLayout
 from tiered.cache.outbox import Outbox
 from tiered.cache.writer import BlockWriter, States, TailWriter, Writer
 from tiered.errors import ConfigError
-from tiered.kernels.attention import PAGE_TOKENS, BlockTable, Pages, contiguous_pages
+from tiered.kernels.attention import PAGE_TOKENS, BlockTable, Pages
 
 
 class PositionLayer(CacheLayerMixin):
@@ -92,7 +92,7 @@ class MicroBatchKV(PositionCache):
         if self.outbox is None:
             self._writer.store(layer, keys, values)
             return
-        self.outbox.send(keys, values, functools.partial(self._writer.store, layer))
+        self.outbox.send(keys, values, self.pool.dtype, functools.partial(self._writer.store, layer))
         if is_read:
             self.outbox.flush()
 
@@ -198,10 +198,10 @@ class PackedKV(MicroBatchKV):
         bundles = self._bundles()
         self._grouped = [[self.call(group, bundle) for bundle in bundles] for group in range(len(blocks.maps))]
         """For each group of layers, the attention calls."""
-        self._own: list[_Own | None] = [None] * len(bundles)
-        """For each call, how it attends without the cache; None: it reads pages."""
+        self._own: list[tuple[Beginning, int] | None] = [None] * len(bundles)
+        """For each call, what it reads where it is computed, and its first token; None: it reads the cache."""
         if outbox is not None:
-            self._own = [self._own_of([self.parts[number] for number in bundle]) for bundle in bundles]
+            self._own = [self._beginning(bundle) for bundle in bundles]
         self._states: States | None = None
         self._stored: int | None = None
 
@@ -210,17 +210,16 @@ class PackedKV(MicroBatchKV):
         singles = list(itertools.takewhile(lambda number: self.parts[number].count == 1, range(len(self.parts))))
         return [singles] * bool(singles) + [[number] for number in range(len(singles), len(self.parts))]
 
-    def _own_of(self, parts: Sequence[Part]) -> "_Own | None":
-        """How `parts` attend over their own states, if there are no others."""
-        if any(part.start for part in parts):
+    def _beginning(self, bundle: Sequence[int]) -> tuple[Beginning, int] | None:
+        """Of the parts of a call, if all of their sequences begin in this pass."""
+        numbers = [self.numbers[number] for number in bundle]
+        if any(self.blocks.parts[number].start for number in numbers):
             return None
-        tokens, stored = parts[0].count, None
-        if self.pool.layout.bits != 16 and not parts[0].is_within_a_page:
-            nbytes = self.pool.layout.block_nbytes
-            offsets = [page * nbytes for page in range(tokens // PAGE_TOKENS)] + [-1] * (tokens % PAGE_TOKENS > 0)
-            stored = torch.tensor([offsets])
-        count = torch.tensor([tokens] * len(parts))
-        return _Own(torch.zeros_like(count), count, stored)
+        if len(bundle) > 1:
+            return Beginning(self.pool.layout, 1), 0
+        # Shared by the micro-batches that its tokens are in.
+        made = Beginning(self.pool.layout, self.blocks.parts[numbers[0]].count)
+        return self.blocks.beginnings.setdefault(numbers[0], made), self.parts[bundle[0]].start
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -249,7 +248,9 @@ class PackedKV(MicroBatchKV):
                 assert states is not None
                 # [sequences, heads, tokens, head_dim]
                 k, v = (x[0, :, token:stop].unflatten(1, (sequences, -1)).transpose(0, 1) for x in states)
-                found.append(PagedRead(token, stop, own.first, own.count, window, *own.pages(self.pool.layout, k, v)))
+                beginning, start = own
+                keys, values = beginning.add(start, k.to(self.pool.dtype), v.to(self.pool.dtype))
+                found.append(PagedRead(token, stop, call.first, call.count, window, keys, values))
             token = stop
         return found
 
@@ -260,30 +261,3 @@ class PackedKV(MicroBatchKV):
                 f"layer {layer}: this family's attention does not ask for its keys by pages; "
                 "list it in tiered/arch/families.py as one with attention of its own"
             )
-
-
-@dataclass(frozen=True, eq=False)
-class _Own:
-    """One call of attention over the states of its own micro-batch, where sequences begin in it.
-
-    `first` and `count` are those of `PagedRead`.
-    """
-
-    first: torch.Tensor
-    count: torch.Tensor
-    stored: torch.Tensor | None
-    """[1, pages] int64: offsets at which complete pages are put as the cache stores them; -1: the page is not complete.
-    None where queries read all pages as they were computed."""
-
-    def pages(self, layout: PageLayout, keys: torch.Tensor, values: torch.Tensor) -> tuple[Pages, Pages]:
-        """What queries read of keys and values [sequences, heads, tokens, head_dim], as if it were in the cache."""
-        keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (keys, values))
-        recent = contiguous_pages(keys), contiguous_pages(values)
-        if self.stored is None:
-            return recent
-        whole = keys.shape[2] // PAGE_TOKENS
-        memory = torch.empty(whole * layout.block_nbytes, dtype=torch.uint8, device=keys.device)
-        offsets = torch.arange(whole) * layout.block_nbytes
-        paged = (x[0, :, : whole * PAGE_TOKENS].unflatten(1, (whole, -1)).transpose(0, 1) for x in (keys, values))
-        layout.store(memory, offsets, *paged)
-        return layout.pages(BlockTable(memory, self.stored), recent)

@@ -55,20 +55,20 @@ class Outbox:
         """Whether nothing is on its way."""
         return not self._sent
 
-    def send(self, keys: torch.Tensor, values: torch.Tensor, store: Store) -> None:
-        """Begin to copy keys and values [heads, tokens, head_dim]; `store` gets them once they have arrived."""
-        shape, nbytes = (2, *keys.shape), keys.nbytes + values.nbytes
+    def send(self, keys: torch.Tensor, values: torch.Tensor, dtype: torch.dtype, store: Store) -> None:
+        """Begin to copy keys and values [heads, tokens, head_dim] as `dtype`; `store` gets them once they are there."""
+        shape, nbytes = (2, *keys.shape), 2 * keys.numel() * dtype.itemsize
         assert nbytes <= len(self._source), f"{nbytes:,} bytes of states, planned for {len(self._source):,}"
         if self._used + nbytes > len(self._source):
             self.flush()
         part = slice(self._used, self._used + nbytes)
         source, target = self._source[part], self._target[part]
         self._used = round_up(part.stop, _ALIGNMENT)
-        states = source.view(keys.dtype).view(shape)
+        states = source.view(dtype).view(shape)
         self._device.uses(source, writes=True)
         states[0], states[1] = keys, values
         event = self._device.copy_out(source, target, after=[self._device.record()])
-        self._sent.append(_Sent(target.view(keys.dtype).view(shape), event, store))
+        self._sent.append(_Sent(target.view(dtype).view(shape), event, store))
         self._last = event
 
     def flush(self) -> None:

@@ -75,6 +75,8 @@ class KVPool:
     def __init__(self, plan: CachePlan, memory: torch.Tensor, outbox: Outbox | None = None) -> None:
         assert not (plan.on_device and outbox), "what is on the device need not be copied out"
         self.plan, self.shape, self.outbox = plan, plan.shape, outbox
+        self.dtype: torch.dtype = getattr(torch, plan.shape.dtype)
+        """Of states that are not quantized."""
         self.where = memory.device
         """Where the blocks are; where tails and scratch are, if blocks are on disk."""
         self.layout, self.exact = PageLayout(plan.shape, plan.bits, plan.slots), PageLayout(plan.shape, 16, plan.slots)

@@ -19,6 +19,7 @@ from tiered.kernels.device_kernels import (
     triton_refusal,
 )
 from tiered.kernels.kernels import KERNEL_NAMES, Kernels, Mode, packed_row_nbytes, scratch_nbytes
+from tiered.kernels.layers import LayerKernels
 from tiered.kernels.library import Level, Library, load_library
 from tiered.kernels.planes import decode_planes, encode_planes
 
@@ -32,6 +33,7 @@ __all__ = [
     "CancelFlag",
     "DeviceKernels",
     "Kernels",
+    "LayerKernels",
     "Level",
     "Library",
     "Mode",

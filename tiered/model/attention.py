@@ -21,7 +21,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from tiered.cache import PagedKeys
 from tiered.errors import ConfigError
-from tiered.kernels import AnyKernels, AttentionCall, Kernels, contiguous_pages
+from tiered.kernels import AttentionCall, LayerKernels, contiguous_pages
 
 Output = tuple[torch.Tensor, torch.Tensor | None]
 
@@ -51,7 +51,7 @@ class KernelAttention:
     where `kernels` are a device's. Queries whose pages are in the host's memory go there, and what they see comes back.
     """
 
-    def __init__(self, kernels: AnyKernels, host: Kernels | None = None) -> None:
+    def __init__(self, kernels: LayerKernels, host: LayerKernels | None = None) -> None:
         self._kernels, self._host = kernels, host or kernels
         self.name = f"tiered-{id(self):x}"
         self._is_packing = False
@@ -140,7 +140,7 @@ class KernelAttention:
             queries = query[0, :, read.start : read.stop].unflatten(1, (sequences, -1)).permute(1, 2, 0, 3)
             kernels, sinks = self._kernels, kwargs.get("s_aux")
             if read.is_away:
-                kernels, queries = self._host, queries.cpu()
+                kernels, queries = self._host, queries.to("cpu", key.kv.pool.dtype)
                 sinks = None if sinks is None else sinks.cpu()
             call = AttentionCall(
                 query=queries,
@@ -155,7 +155,7 @@ class KernelAttention:
                 sinks=sinks,
             )
             output = kernels.attention(call).flatten(0, 1)
-            outputs.append(output.to(query.device) if read.is_away else output)
+            outputs.append(output.to(query.device, query.dtype) if read.is_away else output)
         return (torch.cat(outputs) if len(outputs) > 1 else outputs[0])[None]
 
     def _serves(
@@ -195,7 +195,7 @@ class KernelAttention:
 
 
 @contextmanager
-def registered_attention(kernels: AnyKernels, host: Kernels | None = None) -> Iterator[KernelAttention]:
+def registered_attention(kernels: LayerKernels, host: LayerKernels | None = None) -> Iterator[KernelAttention]:
     """`KernelAttention`, which transformers' modules find under its name for as long as the context lasts."""
     attention = KernelAttention(kernels, host)
     AttentionInterface.register(attention.name, attention)

@@ -14,7 +14,7 @@ from torch import nn
 from torch.func import functional_call
 
 from tiered.arch import Skeleton, is_expert_stack, is_plain_linear
-from tiered.kernels import AnyKernels
+from tiered.kernels import LayerKernels
 from tiered.model.desk import Desk
 from tiered.model.experts import OffloadedExperts
 from tiered.store import ALIGNMENT
@@ -31,7 +31,7 @@ class OffloadedLinear(nn.Module):
     `path` is the module's own, inside the block's module: "" where it is the block's.
     """
 
-    def __init__(self, original: nn.Linear, kernels: AnyKernels, desk: Desk, path: str) -> None:
+    def __init__(self, original: nn.Linear, kernels: LayerKernels, desk: Desk, path: str) -> None:
         super().__init__()
         self.in_features, self.out_features = original.in_features, original.out_features
         # May be resident for good (BoundModel.keep); else it is lent beside the weight.
@@ -105,7 +105,7 @@ class BoundModel:
     """
 
     def __init__(
-        self, skeleton: Skeleton, dtype: torch.dtype, kernels: AnyKernels, where: torch.device = PROCESSOR
+        self, skeleton: Skeleton, dtype: torch.dtype, kernels: LayerKernels, where: torch.device = PROCESSOR
     ) -> None:
         self.skeleton, self.dtype, self.where = skeleton, dtype, where
         self._desk = Desk()
@@ -225,7 +225,7 @@ def _keep(module: nn.Module, name: str, value: torch.Tensor) -> None:
         target.register_parameter(attribute, nn.Parameter(value, requires_grad=False))
 
 
-def _offload(module: nn.Module, kernels: AnyKernels, desk: Desk, path: str) -> None:
+def _offload(module: nn.Module, kernels: LayerKernels, desk: Desk, path: str) -> None:
     for name, child in module.named_children():
         inside = _joined(path, name)
         if is_plain_linear(child):

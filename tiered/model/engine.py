@@ -27,7 +27,7 @@ from tiered.cache import Outbox
 from tiered.kernels import CancelFlag
 from tiered.model.seat import Seat, Seats
 from tiered.model.work import Embedded, Group, MicroBatch, Work
-from tiered.stream import NO_EXPERTS, EmbeddingRows, ExpertUse, KVStream, Lender, Streams, run_in
+from tiered.stream import NO_EXPERTS, EmbeddingRows, ExpertUse, KVStream, Streamer, Streams, run_in
 from tiered.trace import Tracer
 
 OnBlock = Callable[[int, int], None]
@@ -54,7 +54,7 @@ class Pass:
 class _Clock:
     """What a pass has cost so far."""
 
-    lenders: Sequence[Lender | KVStream]
+    lenders: Sequence[Streamer | KVStream]
     """Those that computing may wait for."""
     trace: Tracer
     compute_seconds: float = 0.0
@@ -103,7 +103,7 @@ class _Turn:
     """What one seat does in a pass."""
 
     seat: Seat
-    lender: Lender
+    lender: Streamer
     groups: Sequence[Group]
     is_held: bool
     """Whether several micro-batches use a layer."""
@@ -225,13 +225,14 @@ class Engine:
             return work.finish(groups)
 
 
-def _lender(seat: Seat, streams: Streams) -> Lender:
+def _lender(seat: Seat, streams: Streams) -> Streamer:
     """Who lends the blocks that `seat` computes with."""
-    if seat.device is None or streams.device_blocks is None:
+    if seat.device is None:
         return streams.blocks
+    assert streams.device_blocks is not None, f"nothing lends blocks on {seat.device.name}"
     return streams.device_blocks
 
 
-def _turn(seat: Seat, lender: Lender, groups: Sequence[Group]) -> _Turn:
+def _turn(seat: Seat, lender: Streamer, groups: Sequence[Group]) -> _Turn:
     mine = [group for group in groups if group.seat is seat]
     return _Turn(seat, lender, mine, sum(len(group.micro_batches) for group in mine) > 1)

@@ -13,14 +13,14 @@ from typing import cast
 import torch
 from torch import nn
 
-from tiered.kernels import AnyKernels
+from tiered.kernels import LayerKernels
 from tiered.model.desk import Desk
 
 
 class OffloadedExperts(nn.Module):
     """Takes the place of a module that `tiered.arch.is_expert_stack` accepts."""
 
-    def __init__(self, original: nn.Module, kernels: AnyKernels, desk: Desk, path: str) -> None:
+    def __init__(self, original: nn.Module, kernels: LayerKernels, desk: Desk, path: str) -> None:
         super().__init__()
         self.num_experts = int(original.get_parameter("down_proj").shape[0])
         self._names = f"{path}.gate_up_proj", f"{path}.down_proj"

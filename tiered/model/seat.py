@@ -15,7 +15,7 @@ import torch
 from tiered.arch import Skeleton
 from tiered.cache import KVPool, Outbox
 from tiered.device import Device
-from tiered.kernels import AnyKernels
+from tiered.kernels import LayerKernels
 from tiered.model.attention import KernelAttention, use_attention
 from tiered.model.bind import PROCESSOR, BoundModel
 from tiered.model.record import Recorder
@@ -36,12 +36,12 @@ class Seat:
         cls,
         skeleton: Skeleton,
         dtype: torch.dtype,
-        kernels: AnyKernels,
+        kernels: LayerKernels,
         attention: KernelAttention,
         device: Device | None = None,
     ) -> Self:
-        """A seat of `skeleton`, which must be as built, and is changed. `kernels` and `attention` are the device's, if
-        there is one."""
+        """A seat of `skeleton`, which must be as built for `dtype`, and is changed. `kernels` and `attention` are the
+        device's, if there is one."""
         use_attention(skeleton.model, attention.name)
         model = BoundModel(skeleton, dtype, kernels, PROCESSOR if device is None else device.where)
         return cls(model, Recorder(skeleton), attention, device)

@@ -145,7 +145,7 @@ class Segments:
         """Give all logits to `on_logits`; returns an empty tuple."""
         seat = self.seats[-1]
         for step in self._steps(groups):
-            rows = torch.cat([hidden.to(seat.where) for _, _, hidden in step])
+            rows = torch.cat([hidden.to(seat.where, seat.model.dtype) for _, _, hidden in step])
             logits = seat.recorder.replay(rows[None])[0].cpu()
             row = 0
             for number, index, hidden in step:

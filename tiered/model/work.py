@@ -43,16 +43,16 @@ class Embedded:
     the host's memory."""
 
     def __init__(self, rows: torch.Tensor, ids: Sequence[int]) -> None:
-        self._rows, self._table = {rows.device: rows}, torch.tensor(ids)
-        self._read = rows
+        self._rows, self._table = rows, torch.tensor(ids)
+        self._at: dict[Seat, torch.Tensor] = {}
+        """The rows where each seat is, moved there once for all micro-batches."""
 
     def __call__(self, seat: Seat, input_ids: torch.Tensor) -> torch.Tensor:
         """Embeddings [rows, tokens, width], where `seat` is, of `input_ids` [rows, tokens] in the host's memory."""
-        where = seat.where
-        if where not in self._rows:
-            self._rows[where] = self._read.to(where)  # once for all micro-batches
+        if seat not in self._at:
+            self._at[seat] = self._rows.to(seat.where, seat.model.dtype)
         index = torch.searchsorted(self._table, input_ids.contiguous())
-        return seat.model.embed(self._rows[where], index.to(where))
+        return seat.model.embed(self._at[seat], index.to(seat.where))
 
 
 class Work(Protocol):

@@ -8,7 +8,7 @@ from tiered.stream.kv import KVStream
 from tiered.stream.loan import AnyWeight, Loan
 from tiered.stream.ring import Ring
 from tiered.stream.streamer import Streamer
-from tiered.stream.thread import Lender, Streams, StreamThread
+from tiered.stream.thread import Streams, StreamThread
 
 __all__ = [
     "NO_EXPERTS",
@@ -18,7 +18,6 @@ __all__ = [
     "ExpertUse",
     "Handover",
     "KVStream",
-    "Lender",
     "Loan",
     "Ring",
     "StreamThread",

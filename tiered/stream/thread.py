@@ -4,55 +4,16 @@ import asyncio
 import contextlib
 import logging
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Protocol
 
 from tiered.errors import InterruptedRun
-from tiered.stream.experts import ExpertUse
 from tiered.stream.handover import run_in
 from tiered.stream.kv import KVStream
-from tiered.stream.loan import Loan
+from tiered.stream.streamer import Streamer
 
 logger = logging.getLogger(__name__)
-
-
-class Lender(Protocol):
-    """Lends the blocks of the tape to the thread that computes, in the host's memory or a device's: see `Streamer`.
-
-    A pass begins on every lender that one of its seats computes with, and on no other. Each of these then lends every
-    block once, in the order of the tape, the head too, whether or not anything is borrowed of it.
-    """
-
-    async def __aenter__(self) -> object: ...
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
-    ) -> None: ...
-
-    def begin(self, is_last: bool = False, on_wait: Callable[[float, float], None] | None = None) -> None:
-        """A pass begins."""
-
-    def lend(self, block: int, is_held: bool = False) -> AbstractContextManager[Loan]:
-        """The next block, until the context ends."""
-
-    async def rewind(self) -> None:
-        """Make the next pass start at the first block."""
-
-    @property
-    def wait_seconds(self) -> float:
-        """Seconds the computation has waited for what is lent."""
-
-    @property
-    def expert_use(self) -> ExpertUse:
-        """What experts that are read when they are chosen have cost so far."""
-
-    @property
-    def bus_nbytes(self) -> int:
-        """Bytes of weights that have been copied to a device so far."""
 
 
 @dataclass(frozen=True)
@@ -60,23 +21,25 @@ class Streams:
     """What moves data between disk and memory while passes run, and the loop that it runs in."""
 
     loop: asyncio.AbstractEventLoop
-    blocks: Lender
-    """Where one computes, the processor or a device, these are its blocks; else the processor's."""
+    blocks: Streamer
     kv: KVStream | None = None
     """None unless the KV cache is on disk."""
-    device_blocks: Lender | None = None
-    """A device's, where it computes beside the processor."""
+    device_blocks: Streamer | None = None
+    """Lends blocks in the memory of the device that computes; None if none does. It is `blocks` where nothing else
+    computes, else it shares a fork with `blocks`."""
 
     @property
-    def bus_nbytes(self) -> int:
-        """Bytes of weights that have been copied to a device so far."""
-        return (self.device_blocks or self.blocks).bus_nbytes
+    def lenders(self) -> Sequence[Streamer]:
+        """Those that lend blocks, each once."""
+        return list(dict.fromkeys(filter(None, (self.blocks, self.device_blocks))))
 
     def rewind(self) -> None:
         """After a pass that did not reach its end: make the next one begin at the first block. Not for the loop."""
-        run_in(self.loop, self.blocks.rewind())
-        if self.device_blocks is not None:
-            run_in(self.loop, self.device_blocks.rewind())
+        run_in(self.loop, self._rewind())
+
+    async def _rewind(self) -> None:
+        for lender in self.lenders:
+            await lender.rewind()
 
 
 class StreamThread:
@@ -130,7 +93,10 @@ class StreamThread:
         self._running.set()
         await self._prepare()
         streams = self._make_streams()
-        others = streams.device_blocks or contextlib.nullcontext(), streams.kv or contextlib.nullcontext()
-        async with streams.blocks, others[0], others[1]:
+        async with contextlib.AsyncExitStack() as stack:
+            for lender in streams.lenders:
+                await stack.enter_async_context(lender)
+            if streams.kv is not None:
+                await stack.enter_async_context(streams.kv)
             self.ready.set_result(streams)
             await self._stop.wait()
