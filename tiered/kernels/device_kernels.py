@@ -48,7 +48,8 @@ _HALVES: Final = (torch.float16, torch.bfloat16)
 
 def device_scratch_nbytes() -> int:
     """An upper bound on what `DeviceKernels` holds at its device besides results, whatever the sizes of layers."""
-    return DEVICE_SIZES.nbytes + _ROUNDED_NBYTES + attention_nbytes()
+    products = DEVICE_SIZES.passing_nbytes + _ROUNDED_NBYTES
+    return DEVICE_SIZES.kept_nbytes + max(products, attention_nbytes())
 
 
 def device_dtype(capability: tuple[int, int] | None, wanted: torch.dtype) -> torch.dtype:
@@ -184,8 +185,7 @@ class DeviceKernels:
     def _in_tiles(self, x: torch.Tensor, weight: Weight, bias: torch.Tensor | None, y: torch.Tensor) -> None:
         sizes = self._sizes
         if self._memory is None:
-            nbytes = sizes.panel_nbytes + sizes.tile_nbytes
-            self._memory = torch.empty(nbytes, dtype=torch.uint8, device=self.where)
+            self._memory = torch.empty(sizes.kept_nbytes, dtype=torch.uint8, device=self.where)
         linear_in_tiles(
             x,
             weight,
