@@ -6,6 +6,7 @@ import threading
 import weakref
 from dataclasses import replace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -345,6 +346,20 @@ def test_what_cannot_serve_is_refused_and_says_why(monkeypatch: pytest.MonkeyPat
     assert "C compiler" in str(triton_refusal(cuda))
     capability = (7, 0)
     assert "compute capability 7.0" in str(triton_refusal(cuda))
+
+
+def test_kernels_that_do_not_run_are_given_up_for_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(name: str) -> None:
+        raise OSError("libcuda.so: cannot open\nand so on")
+
+    monkeypatch.setattr(device_kernels, "triton_refusal", lambda where: None)
+    monkeypatch.setattr(device_kernels, "import_module", fails)
+    case = case_of(GroupScheme(4), torch.bfloat16)
+    kernels = DeviceKernels(HOST)
+    assert kernels.refusal == "Triton's kernels do not run here: OSError: libcuda.so: cannot open"
+    assert torch.equal(kernels.linear(case.x, case.weight), made().linear(case.x, case.weight))
+    monkeypatch.setattr(device_kernels, "import_module", lambda name: MagicMock())
+    assert DeviceKernels(HOST).refusal == "Triton's kernels give wrong numbers here"
 
 
 def test_devices_without_bf16_compute_in_fp16() -> None:

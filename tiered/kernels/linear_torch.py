@@ -93,8 +93,8 @@ def linear_in_tiles(
         for first, last in _steps(len(x), rows):
             tile = x[first:last]
             if padded is not None:
-                # Rows of an earlier tile may remain behind the last; they leave no trace in others.
                 padded[: last - first] = tile
+                padded[last - first :] = 0
                 tile = padded
             y[first:last, start:stop] = functional.linear(tile, panel, part)[: last - first]
 
