@@ -49,7 +49,7 @@ _HALVES: Final = (torch.float16, torch.bfloat16)
 def device_scratch_nbytes() -> int:
     """An upper bound on what `DeviceKernels` holds at its device besides results, whatever the sizes of layers."""
     products = DEVICE_SIZES.passing_nbytes + _ROUNDED_NBYTES
-    return DEVICE_SIZES.kept_nbytes + max(products, attention_nbytes())
+    return DEVICE_SIZES.kept_nbytes + max(products, attention_nbytes(torch.device("cuda")))
 
 
 def device_dtype(capability: tuple[int, int] | None, wanted: torch.dtype) -> torch.dtype:
