@@ -54,6 +54,12 @@ def test_kernels_compile_for_every_device_use_its_tensor_cores_and_spill_nothing
     assert len(kinds) == 2 * len(CAPABILITIES[1:])
 
 
+def test_one_binary_serves_any_number_of_rows(tmp_path: Path) -> None:
+    binaries = json.loads(program(tmp_path, "-m", "tests.kernels.triton_launches"))
+    assert len(binaries) == 14
+    assert {kernel: made for kernel, made in binaries.items() if len(made) != 1} == {}
+
+
 def test_the_table_has_a_column_for_every_capability_and_names_what_is_spilled() -> None:
     made = [Compiled("linear (64 x 16)", "int4-g64", "bf16", 80, 72, 0, 8192, "mma")]
     made += [Compiled("linear (64 x 16)", "int4-g64", "bf16", 90, 255, 104, 10240, "wgmma")]

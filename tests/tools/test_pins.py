@@ -49,6 +49,15 @@ def test_both_files_have_the_same_torch_and_transformers_is_bounded_by_what_was_
         assert re.fullmatch(r"\d+\.\d+", upper), "minor releases of these break programs"
 
 
+def test_the_tests_run_on_a_triton_that_the_extra_for_gpus_allows() -> None:
+    extras = {
+        name: list(map(Requirement, asked)) for name, asked in pins.read_project()["optional-dependencies"].items()
+    }
+    (allowed,) = extras["gpu"]
+    (tested,) = (requirement for requirement in extras["dev"] if requirement.name == allowed.name)
+    assert tested.specifier == allowed.specifier and pinned("newest")[allowed.name] in allowed.specifier
+
+
 def test_lower_ends_become_pins() -> None:
     assert pins.lower_ends(["a>=1.2,<2", "b_c>=3"]) == ["a==1.2", "b_c==3"]
 
@@ -71,11 +80,11 @@ def test_the_tool_resolves_for_the_end_that_is_asked_for(tmp_path: Any, monkeypa
     monkeypatch.setattr(pins, "FILES", files)
     monkeypatch.setattr(pins, "resolve", resolve)
     for end, chosen in (("newest", []), ("newest", ["torch==9.0"]), ("lowest", [])):
-        files[end].write_text("# header\ntorch==2.13.0\nclick==8.5.1\n")
+        files[end].write_text("# header\ntorch==2.13.0\ntriton==3.7.1\nclick==8.5.1\n")
         monkeypatch.setattr("sys.argv", ["pins.py", end, *chosen])
         pins.main()
         assert files[end].read_text() == "# header\ntorch==9.0\n"
     (newest, held), (_, chosen), (lowest, low) = calls
-    assert held == ["torch==2.13.0"] and chosen == ["torch==9.0"]
+    assert held == ["torch==2.13.0", "triton==3.7.1"] and chosen == ["triton==3.7.1", "torch==9.0"]
     assert any(name.startswith("pytest") for name in newest) and not any(name.startswith("pytest") for name in lowest)
     assert len(low) == len(lowest) and all("==" in pin for pin in low)

@@ -86,14 +86,13 @@ class PageSource:
             shape = self._shape[0], min(PAGE_TOKENS, tile.end - page * PAGE_TOKENS), self._shape[2]
             found = self._pages.widen(tile.sequence, page, shape, page == tile.page, self._dtype)
             pages[place, :, : shape[1]] = found
-        pages = pages.unflatten(0, (len(tiles), -1)).transpose(1, 2).flatten(2, 3)
+        states: torch.Tensor = pages.unflatten(0, (len(tiles), -1)).transpose(1, 2).flatten(2, 3)
         low, high = start * PAGE_TOKENS, stop * PAGE_TOKENS
         if clean and any(tile.first > low or tile.end < high for tile in tiles):
-            slot = torch.arange(low, high, device=pages.device)
-            first, end = sent([(tile.first, tile.end) for tile in tiles], pages.device)[..., None].unbind(1)
-            pages.masked_fill_(((slot < first) | (slot >= end))[:, None, :, None], 0)
-        whole: torch.Tensor = pages
-        return whole
+            slot = torch.arange(low, high, device=states.device)
+            first, end = sent([(tile.first, tile.end) for tile in tiles], states.device)[..., None].unbind(1)
+            states.masked_fill_(((slot < first) | (slot >= end))[:, None, :, None], 0)
+        return states
 
     def _chosen(self, tile: Tile, page: int) -> "PageSource":
         """Where a tile reads a page; as in `Pages.widen`."""

@@ -23,13 +23,15 @@ _FIXED_QUERIES: Final = 32
 _PIECE_PAGES: Final = 16
 _PIECE_NBYTES: Final = 8 << 20
 """Of widened keys, or of scores, at a time: at most, unless one page of one tile takes more."""
+_HOST_PIECE_NBYTES: Final = 2 << 20
+"""The same on the processor, where it stays in the caches."""
 _PIECES_AT_ONCE: Final = 7
 """Temporaries of that size that are alive together: three while keys or values are put together, four of scores."""
 
 
-def attention_nbytes() -> int:
+def attention_nbytes(where: torch.device) -> int:
     """An upper bound on what `attention_reference` allocates besides its result; masks and biases not counted."""
-    return _PIECE_NBYTES * _PIECES_AT_ONCE
+    return _piece_nbytes(where) * _PIECES_AT_ONCE
 
 
 def attention_reference(call: AttentionCall, cancel: CancelFlag | None = None, *, fixed: bool = False) -> torch.Tensor:
@@ -63,11 +65,13 @@ class _Attention:
         keys_nbytes = call.kv_heads * head_dim * PAGE_TOKENS * self._dtype.itemsize
         scores_nbytes = q_heads * self._tile * PAGE_TOKENS * self._dtype.itemsize
         page_nbytes = max(keys_nbytes, scores_nbytes)
-        self._pages = min(_PIECE_PAGES, max(1, _PIECE_NBYTES // page_nbytes))
+        piece_nbytes = _piece_nbytes(call.query.device)
+        self._pages = min(_PIECE_PAGES, max(1, piece_nbytes // page_nbytes))
         """Pages of a piece."""
         longest = -(-int(call.count.max()) // PAGE_TOKENS) if len(call.count) else 0
         pages = self._pages if fixed else max(1, min(self._pages, longest))
-        self._tiles_at_once = max(1, _PIECE_NBYTES // ((page_nbytes if self._is_decoding else scores_nbytes) * pages))
+        tile_nbytes = page_nbytes if self._is_decoding else scores_nbytes
+        self._tiles_at_once = max(1, piece_nbytes // (tile_nbytes * pages))
         self._keys = PageSource(call.keys, call.kv_heads, head_dim, self._dtype)
         self._values = PageSource(call.values, call.kv_heads, head_dim, self._dtype)
 
@@ -242,3 +246,7 @@ def _hide(call: AttentionCall, scores: torch.Tensor, rows: _Rows, low: int, high
         by_query.add_(bias)
         seen = seen & (bias >= INVISIBLE)
     by_query.masked_fill_(~seen, -math.inf)
+
+
+def _piece_nbytes(where: torch.device) -> int:
+    return _HOST_PIECE_NBYTES if where.type == "cpu" else _PIECE_NBYTES

@@ -48,7 +48,8 @@ _HALVES: Final = (torch.float16, torch.bfloat16)
 
 def device_scratch_nbytes() -> int:
     """An upper bound on what `DeviceKernels` holds at its device besides results, whatever the sizes of layers."""
-    return DEVICE_SIZES.nbytes + _ROUNDED_NBYTES + attention_nbytes()
+    products = DEVICE_SIZES.passing_nbytes + _ROUNDED_NBYTES
+    return DEVICE_SIZES.kept_nbytes + max(products, attention_nbytes(torch.device("cuda")))
 
 
 def device_dtype(capability: tuple[int, int] | None, wanted: torch.dtype) -> torch.dtype:
@@ -103,13 +104,15 @@ class DeviceKernels:
         """Why plain torch computes; None where Triton's kernels do."""
         if self.refusal is None and name == "auto" and _is_interpreting():
             self.refusal = "TRITON_INTERPRET is set, and bfloat16 is wrong there"
-        if self.refusal is None:
-            self._triton, self.refusal = _load(where)
-        if self.refusal is not None and name == "triton":
-            raise ConfigError(f"kernels 'triton': {self.refusal}; leave the choice to 'auto'")
         # Interpreted, they count as what they are written for.
         capability = torch.cuda.get_device_capability(where) if where.type == "cuda" else _BF16_CAPABILITY
-        self._has_products = self._triton is not None and capability >= _BF16_CAPABILITY
+        self._has_products = self.refusal is None and capability >= _BF16_CAPABILITY
+        """Whether Triton's kernels multiply on tensor cores."""
+        if self.refusal is None:
+            self._triton, self.refusal = _load(where, self._has_products)
+            self._has_products = self._has_products and self._triton is not None
+        if self.refusal is not None and name == "triton":
+            raise ConfigError(f"kernels 'triton': {self.refusal}; leave the choice to 'auto'")
 
     @property
     def description(self) -> str:
@@ -184,8 +187,7 @@ class DeviceKernels:
     def _in_tiles(self, x: torch.Tensor, weight: Weight, bias: torch.Tensor | None, y: torch.Tensor) -> None:
         sizes = self._sizes
         if self._memory is None:
-            nbytes = sizes.panel_nbytes + sizes.tile_nbytes
-            self._memory = torch.empty(nbytes, dtype=torch.uint8, device=self.where)
+            self._memory = torch.empty(sizes.kept_nbytes, dtype=torch.uint8, device=self.where)
         linear_in_tiles(
             x,
             weight,
@@ -236,20 +238,24 @@ def _is_interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _load(where: torch.device) -> tuple[ModuleType | None, str | None]:
-    """Triton's kernels, once one of them has run at the device; or else why they cannot serve."""
-    scheme = GroupScheme(4)
+def _load(where: torch.device, has_products: bool) -> tuple[ModuleType | None, str | None]:
+    """Triton's kernels, once they have run at the device; or else why they cannot serve."""
+    scheme, dtype = GroupScheme(4), torch.float16 if _is_interpreting() or not has_products else torch.bfloat16
     codes = quantize(torch.linspace(-1, 1, 64 * 64).view(64, 64), scheme)
+    exact = QuantizedWeight(codes, scheme).rows(0, 64, torch.float32)
     weight = QuantizedWeight(QuantizedTensor(*(part.to(where) for part in codes)), scheme)
-    found = torch.empty(64, 64, device=where)
+    x = torch.eye(64, dtype=dtype, device=where)
+    widened, product = torch.empty(64, 64, device=where), torch.empty_like(x)
     try:
         kernels = import_module("tiered.kernels.triton_kernels")
         with _current(where):
-            kernels.dequantize(weight, found)
-        found = found.cpu()
+            kernels.dequantize(weight, widened)
+            if has_products:
+                kernels.linear(x, weight, None, product, kernels.LINEAR)
+        found = widened.cpu(), product.cpu()
     except Exception as error:  # of a compiler, a linker or a driver: whatever it is, it says that they cannot serve
-        return None, f"Triton's kernels do not run here: {type(error).__name__}: {str(error).splitlines()[:1]}"
-    if not torch.equal(found, QuantizedWeight(codes, scheme).rows(0, 64, torch.float32)):
+        return None, f"Triton's kernels do not run here: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    if not torch.equal(found[0], exact) or (has_products and not torch.equal(found[1], exact.T.to(dtype))):
         return None, "Triton's kernels give wrong numbers here"
     return kernels, None
 

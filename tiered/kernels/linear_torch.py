@@ -36,10 +36,14 @@ class Sizes:
     """Rows of a tile of fixed shape, at most."""
 
     @property
-    def nbytes(self) -> int:
-        """An upper bound on what products in panels and tiles take besides their result: a panel, two tiles and
-        unpacked codes."""
-        return self.panel_nbytes + 3 * self.tile_nbytes
+    def kept_nbytes(self) -> int:
+        """Of the scratch memory that `linear_in_tiles` is given: a panel, and a tile of activations."""
+        return self.panel_nbytes + self.tile_nbytes
+
+    @property
+    def passing_nbytes(self) -> int:
+        """An upper bound on what it allocates besides: a tile's products, and codes that are unpacked."""
+        return 2 * self.tile_nbytes
 
     def panel_rows(self, in_features: int, itemsize: int) -> int:
         """Rows of a weight in a panel."""
@@ -73,7 +77,7 @@ def linear_in_tiles(
 ) -> None:
     """Write x [rows, in] times weight [out, in] transposed, plus bias [out], to y [rows, out]; x and y of one dtype.
 
-    `scratch` is uint8 of `sizes.panel_nbytes` + `sizes.tile_nbytes`. With `fixed` every row is computed by a product of
+    `scratch` is uint8 of `sizes.kept_nbytes`. With `fixed` every row is computed by a product of
     one shape, from the same place in memory, whatever the number of rows. Raises InterruptedRun once `cancel` is set.
     """
     out, in_ = weight.shape
@@ -89,8 +93,8 @@ def linear_in_tiles(
         for first, last in _steps(len(x), rows):
             tile = x[first:last]
             if padded is not None:
-                # Rows of an earlier tile may remain behind the last; they leave no trace in others.
                 padded[: last - first] = tile
+                padded[last - first :] = 0
                 tile = padded
             y[first:last, start:stop] = functional.linear(tile, panel, part)[: last - first]
 

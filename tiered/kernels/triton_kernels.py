@@ -188,7 +188,7 @@ def linear(
 ) -> None:
     """Write the product for 16-bit x [rows, in] to y [rows, out]."""
     constants = _constants(weight, bias, tiling) | {"bits": weight.scheme.bits, "dot": _DTYPES[x.dtype]}
-    sizes = len(x), *weight.shape, x.stride(0), y.stride(0)
+    sizes = len(x), *weight.shape, _stride(x), y.stride(0)
     linear_kernel[_tiles(tiling, x, y)](x, *weight.codes, _or(bias, y), y, *sizes, **constants, **_threads(tiling))
 
 
@@ -196,7 +196,7 @@ def linear_by_sums(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor 
     """The same without matrix products, for very few rows."""
     constants = _constants(weight, bias, SUMS) | {"bits": weight.scheme.bits}
     del constants["tile_rows"]
-    sizes = *weight.shape, x.stride(0), y.stride(0)
+    sizes = *weight.shape, _stride(x), y.stride(0)
     grid = triton.cdiv(y.shape[1], SUMS.out), len(x)
     linear_by_sums_kernel[grid](x, *weight.codes, _or(bias, y), y, *sizes, **constants, **_threads(SUMS))
 
@@ -223,6 +223,11 @@ def _constants(weight: QuantizedWeight, bias: torch.Tensor | None, tiling: Tilin
 
 def _tiles(tiling: Tiling, x: torch.Tensor, y: torch.Tensor) -> tuple[int]:
     return (triton.cdiv(y.shape[1], tiling.out) * triton.cdiv(len(x), tiling.rows),)
+
+
+def _stride(x: torch.Tensor) -> int:
+    """From row to row; for a single row what several would have, so that the same binary serves it."""
+    return x.stride(0) if len(x) > 1 else x.shape[1]
 
 
 def _threads(tiling: Tiling) -> dict[str, int]:
