@@ -2,14 +2,16 @@
 
 from collections.abc import Mapping
 
-from tiered.stream import AnyWeight, Loan
+import torch
+
+from tiered.stream import AnyWeight, Brought, Loan
 
 
 class GivenLoan(Loan):
     """All of `weights` are in memory for good."""
 
     def __init__(self, weights: Mapping[str, AnyWeight | list[AnyWeight]]) -> None:
-        super().__init__("block", "", (), (), "test", lambda number: {}, lambda numbers: None)
+        super().__init__("block", "", (), (), "test", lambda _: Brought({}, torch.empty(0)), lambda numbers: None)
         self._views = {}
         for name, weight in weights.items():
             # A stack is borrowed expert by expert; a test gives them as a list.

@@ -56,6 +56,7 @@ class CudaDevice:
 
     def __init__(self, index: int, vram: int | None) -> None:
         self.name, self.where = f"cuda:{index}", torch.device("cuda", index)
+        self.checks = False
         properties = usable(index)
         self.capability: tuple[int, int] = (properties.major, properties.minor)
         """Compute capability."""

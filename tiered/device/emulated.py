@@ -43,6 +43,7 @@ class EmulatedDevice:
         self.name, self.where = "emulated", torch.device("cpu")
         self.description = f"emulated in this process, with {format_size(vram)} of memory ({mode})"
         self.context_nbytes = self.peak_nbytes = 0
+        self.checks = mode == "chaos" or compute_rate is not None
         self.stalled_seconds = 0.0
         self._vram, self._compute_rate = vram, compute_rate
         self._clocks = Clocks() if mode == "chaos" else None

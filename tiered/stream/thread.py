@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -24,10 +24,22 @@ class Streams:
     blocks: Streamer
     kv: KVStream | None = None
     """None unless the KV cache is on disk."""
+    device_blocks: Streamer | None = None
+    """Lends blocks in the memory of the device that computes; None if none does. It is `blocks` where nothing else
+    computes, else it shares a fork with `blocks`."""
+
+    @property
+    def lenders(self) -> Sequence[Streamer]:
+        """Those that lend blocks, each once."""
+        return list(dict.fromkeys(filter(None, (self.blocks, self.device_blocks))))
 
     def rewind(self) -> None:
         """After a pass that did not reach its end: make the next one begin at the first block. Not for the loop."""
-        run_in(self.loop, self.blocks.rewind())
+        run_in(self.loop, self._rewind())
+
+    async def _rewind(self) -> None:
+        for lender in self.lenders:
+            await lender.rewind()
 
 
 class StreamThread:
@@ -81,6 +93,10 @@ class StreamThread:
         self._running.set()
         await self._prepare()
         streams = self._make_streams()
-        async with streams.blocks, streams.kv or contextlib.nullcontext():
+        async with contextlib.AsyncExitStack() as stack:
+            for lender in streams.lenders:
+                await stack.enter_async_context(lender)
+            if streams.kv is not None:
+                await stack.enter_async_context(streams.kv)
             self.ready.set_result(streams)
             await self._stop.wait()
