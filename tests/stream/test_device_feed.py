@@ -307,6 +307,45 @@ def test_units_that_nobody_asks_for_are_passed_by(cut: Store) -> None:
         asyncio.run(scenario(prefetch, seed))
 
 
+class Slow(EmulatedDevice):
+    """Copies nothing until its gate is open."""
+
+    def __init__(self, plan: Plan) -> None:
+        assert plan.device is not None
+        super().__init__(plan.device.vram, mode="plain")
+        self.issued, self.gate = 0, threading.Event()
+
+    def copy_in(self, source: torch.Tensor, target: torch.Tensor, after: Sequence[Event] = ()) -> Event:
+        self.issued += 1
+        return super().copy_in(source, target, after)
+
+    def move(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        assert self.gate.wait(SECONDS)
+        super().move(source, target)
+
+
+@pytest.mark.parametrize("there", [(), (0, 1, 2, 3, 4)])
+def test_few_copies_are_on_their_way_so_that_little_is_waited_for(
+    small: Store, there: Sequence[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tiered.stream.bus._ON_THE_WAY_NBYTES", 1)
+
+    async def scenario() -> None:
+        plan = device_plan(small, there, rings="all")
+        device = Slow(plan)
+        async with on_device(small, plan, device) as setup:
+            for _ in range(int(SECONDS / 0.01)):
+                if device.issued >= 2:
+                    break
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.05)
+            assert device.issued == 2
+            device.gate.set()
+            await passing(setup, small)
+
+    asyncio.run(scenario())
+
+
 def test_a_view_of_a_unit_that_has_been_given_back_shows_poison(small: Store) -> None:
     async def scenario() -> None:
         plan = device_plan(small, rings="all")

@@ -16,12 +16,16 @@ from tiered.device import Device, Event
 from tiered.io import Slab
 from tiered.io.threads import IOThreads
 from tiered.trace import Tracer
-from tiered.units import GIB
+from tiered.units import GIB, MIB
 
 logger = logging.getLogger(__name__)
 
 _REGISTERED_NBYTES: Final = 64 * GIB
 """Bytes that are registered in one piece at most: drivers refuse more, and no copy may lie in two pieces."""
+_ON_THE_WAY: Final = 2
+_ON_THE_WAY_NBYTES: Final = 64 * MIB
+"""Copies, and bytes, that are on their way before another copy waits. They keep a bus busy while one that has ended is
+made known, and whatever waits for all of them waits a few milliseconds."""
 
 OnEnd = Callable[[Exception | None], None]
 """Called in the loop when a copy has ended, with its error."""
@@ -33,7 +37,9 @@ class Bus:
     def __init__(self, trace: Tracer) -> None:
         self._trace = trace
         self._copies: set[asyncio.Task[None]] = set()
-        """Copies on their way."""
+        """Those who wait for copies."""
+        self._on_the_way: list[int] = []
+        """Bytes of the copies that have not ended, in order."""
         self._waiter = IOThreads(1, "tiered-copied")
         self.nbytes, self.seconds = 0, 0.0
         """Bytes that have been copied so far, and the seconds that took."""
@@ -43,8 +49,14 @@ class Bus:
         self._trace.record("bus", name, time.perf_counter() - seconds, seconds, nbytes)
         self.nbytes, self.seconds = self.nbytes + nbytes, self.seconds + seconds
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether so much is on its way that no other copy is wanted yet."""
+        return len(self._on_the_way) >= _ON_THE_WAY and sum(self._on_the_way) >= _ON_THE_WAY_NBYTES
+
     def follow(self, group: asyncio.TaskGroup, arrived: Event, name: str, nbytes: int, end: OnEnd) -> None:
         """Wait in `group` for the end of a copy. Nobody may cancel that: memory is in use until then."""
+        self._on_the_way.append(nbytes)
         copy = group.create_task(self._follow(arrived, name, nbytes, end), name=f"tiered-copy-{name}")
         self._copies.add(copy)
         copy.add_done_callback(self._copies.discard)
@@ -53,8 +65,10 @@ class Bus:
         try:
             await self.until_done(arrived)
         except Exception as error:
+            self._on_the_way.remove(nbytes)
             end(error)
             return
+        self._on_the_way.remove(nbytes)
         self.count(name, nbytes, arrived.seconds)
         end(None)
 

@@ -283,7 +283,9 @@ class DeviceFeed(Walk[Brought]):
         return turn.passed * len(self._hosts) + self._host_number[turn.position]
 
     async def _until_found(self, feed: Feed[torch.Tensor] | Share, number: int) -> torch.Tensor | Exception:
-        """Wait until `feed` has unit `number`, in numbers of its tape."""
+        """Wait until `feed` has unit `number`, in numbers of its tape, and the bus is free for it."""
+        while self._bus.is_busy:
+            await self._change()
         key = feed.key(number)
         while key not in self._found.items:
             feed.set_asked(number)
@@ -316,6 +318,7 @@ class DeviceFeed(Walk[Brought]):
                 self._on_device.discard(position)
                 self._units.put(position - len(self._sizes) if number is None else number, error)
             _give_back(feed, host_number)
+            self._changed.set()
 
         assert self._group is not None
         self._bus.follow(self._group, arrived, self._name(position), nbytes, end)
