@@ -1,8 +1,8 @@
 """Spans on lanes: who was busy when. Totals are always kept; the spans themselves only where a trace is asked for.
 
-Lanes: "disk" (one span per stretch that a thread reads, a chunk mostly), "verify", "decode", "compute" (one per block
-and group of micro-batches, or per stretch between two waits in it), "wait" (compute waiting for a unit, by block and
-unit). The file written is Chrome's trace-event JSON, which ui.perfetto.dev opens.
+Lanes: "disk" (one span per stretch that a thread reads, a chunk mostly), "verify", "decode", "bus" (one per copy to a
+device), "compute" (one per block and group of micro-batches, or per stretch between two waits in it), "wait" (compute
+waiting for a unit, by block and unit). The file written is Chrome's trace-event JSON, which ui.perfetto.dev opens.
 """
 
 import json

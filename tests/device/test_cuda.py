@@ -3,7 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -105,6 +105,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
         "stream": cuda.stream,
         "Stream": lambda where: Stream(cuda),
         "Event": lambda **_: Point(cuda),
+        "mem_get_info": lambda where: (cuda.free, cuda.total),
         "memory_reserved": lambda index: 22 * MIB,
         "max_memory_reserved": lambda index: 100 * MIB,
         "set_per_process_memory_fraction": cuda.set_fraction,
@@ -118,7 +119,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
 
     monkeypatch.setattr("tiered.device.cuda.clear_error", clear)
     monkeypatch.setattr("tiered.device.cuda.used_nbytes", lambda properties: next(cuda.used))
-    monkeypatch.setattr(CudaDevice, "_begin", lambda self: (cuda.free, cuda.total))
+    monkeypatch.setattr(CudaDevice, "_multiply", lambda self: None)
     monkeypatch.setattr(CudaDevice, "_allocate", lambda self, nbytes: torch.zeros(nbytes, dtype=torch.uint8))
     return cuda
 
@@ -174,24 +175,22 @@ def test_a_device_whose_memory_others_use_is_told(cuda: Cuda) -> None:
     refused("cuda", r"cuda:0: 8 GiB of its memory are to be used, of which only 1\.49 GiB are free", 8 * GIB)
 
 
-class Broken(CudaDevice):
-    """Fails to compute."""
-
-    def __init__(self, error: Exception) -> None:
-        self.name, self.error = "cuda:0", error
-
-    def computing(self) -> AbstractContextManager[None]:
-        raise self.error
-
-
-def test_what_goes_wrong_with_the_first_product_is_told() -> None:
-    for error, told in (
+@pytest.mark.parametrize(
+    ("raised", "told"),
+    [
         (torch.OutOfMemoryError("CUDA out of memory. Tried"), "cuda:0: it has no memory left"),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors"), "cuda:0: it has no memory left"),
         (RuntimeError("CUDA error: no kernel image is available\nfor execution"), "no kernel image is available for"),
-    ):
-        device = Broken(error)
-        with pytest.raises(ConfigError, match=told):
-            device._begin()
+    ],
+)
+def test_what_goes_wrong_with_the_first_product_is_told(
+    cuda: Cuda, raised: Exception, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: CudaDevice) -> None:
+        raise raised
+
+    monkeypatch.setattr(CudaDevice, "_multiply", fail)
+    refused("cuda", told)
 
 
 def test_memory_is_bounded_by_what_the_context_leaves_and_so_is_the_allocator(cuda: Cuda) -> None:

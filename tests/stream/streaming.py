@@ -4,24 +4,28 @@ import asyncio
 import contextlib
 import errno
 import os
-from collections.abc import AsyncIterator, Sequence
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
+from tests.plan.plans import plan_of, tape_of
 from tests.store.make import load_unit
 from tests.store.units import Group, Rows
 from tiered.device import Device
 from tiered.errors import InterruptedRun
 from tiered.io import Arena, ChunkVerifier, DiskReader, Faults, VerifyPolicy
 from tiered.kernels import CancelFlag
-from tiered.plan import Plan
+from tiered.plan import DeviceNeeds, DevicePlan, Held, Placement, Plan, full_ring
+from tiered.plan.placement import UNHELD, smallest_ring
 from tiered.quant import QuantizedWeight
 from tiered.store import CHUNK_NBYTES, BlockInfo, Store
 from tiered.stream import AnyWeight, Loan, Streamer
 from tiered.trace import Tracer
+from tiered.units import GIB
 
 SECONDS = 20.0
 """What takes longer hangs."""
@@ -143,3 +147,70 @@ def failing_at(name: str, offset: int = 0) -> Faults:
 def in_twenties(block: BlockInfo, names: Sequence[str]) -> list[Group]:
     end = 40_000 if block.role == "head" else 80_000
     return [Group("dense", [Rows("weight", start, start + 20_000)]) for start in range(0, end, 20_000)]
+
+
+def compute(setup: Setup, store: Store, stop: int | None = None, is_held: bool = False, is_last: bool = False) -> None:
+    """In the thread that computes: a pass, or its blocks up to `stop`. Each weight is that of its file."""
+    setup.streamer.begin(is_last)
+    for number in range(len(store.tape[:stop])):
+        compute_block(setup.streamer, store, number, is_held)
+
+
+def compute_block(streamer: Streamer, store: Store, number: int, is_held: bool = False) -> None:
+    """Borrow all that is in a block, once or several times: each weight is that of its file."""
+    info = store.tape[number]
+    expected: dict[str, AnyWeight] = {}
+    for unit in store.dense_units[number]:
+        memory = load_unit(store.path, unit)
+        expected |= {key.removeprefix(info.prefix): weight.view(memory) for key, weight in unit.weights.items()}
+    with streamer.lend(number, is_held) as loan:
+        assert loan.block == info.name
+        for _ in range(2 if is_held else 1):
+            for key in [part for name in loan.names for part in loan.parts(name)]:
+                pairs = zip(tensors_of(loan.borrow(key)), tensors_of(expected[key]), strict=True)
+                assert all(torch.equal(found, right) for found, right in pairs), f"{info.name}: {key}"
+                loan.release(key)
+
+
+async def in_thread(setup: Setup, work: Callable[[], None]) -> None:
+    """Let a thread of its own compute; what hangs fails."""
+    ended = asyncio.get_running_loop().create_future()
+
+    def run() -> None:
+        error: BaseException | None = None
+        try:
+            work()
+        except BaseException as raised:
+            error = raised
+        ended.get_loop().call_soon_threadsafe(ended.set_result, error)
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        error = await asyncio.wait_for(ended, SECONDS)
+    except TimeoutError:
+        setup.cancel.set()
+        raise
+    if error is not None:
+        raise error
+
+
+def device_plan(
+    store: Store, on_device: Sequence[int] = (), in_ram: Sequence[int] = (), rings: str = "full", held: Held = UNHELD
+) -> Plan:
+    """A plan with these units resident, and rings of the size that is named so, in both memories."""
+    blocks = store.dense_units
+    sizes = [unit.memory_nbytes for block in blocks for unit in block]
+    tape = tape_of(sizes, counts=list(map(len, blocks)))
+
+    def ring(resident: frozenset[int], held: Held) -> int:
+        pieces = tape.streamed(held, resident)
+        return {"smallest": smallest_ring(pieces), "full": full_ring(pieces), "all": sum(map(sum, pieces))}[rings]
+
+    def placed(resident: Sequence[int], ring_nbytes: int) -> Placement:
+        return Placement(frozenset(resident), sum(sizes[unit] for unit in resident), ring_nbytes)
+
+    # What stays on the device passes through the host's ring once.
+    host = max([ring(frozenset([*on_device, *in_ram]), UNHELD), *(sizes[unit] for unit in on_device)])
+    there = placed(on_device, ring(frozenset(on_device), held))
+    device = DevicePlan(there.nbytes, DeviceNeeds(0, 0, 0, 0), there)
+    return replace(plan_of(sizes, budget=GIB), tape=tape, held=held, placement=placed(in_ram, host), device=device)

@@ -11,36 +11,43 @@ import logging
 import os
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import replace
 
 import pytest
 import torch
 
-from tests.plan.plans import plan_of, tape_of
 from tests.store.make import load_unit, write_mixture, write_store
 from tests.store.units import in_units
-from tests.stream.streaming import SECONDS, Setup, failing_at, in_twenties, streaming, tensors_of
+from tests.stream.streaming import (
+    SECONDS,
+    Setup,
+    compute,
+    device_plan,
+    failing_at,
+    in_thread,
+    in_twenties,
+    streaming,
+    tensors_of,
+)
 from tiered.device import Event
 from tiered.device.clocks import RaceError
-from tiered.device.copies import POISON
+from tiered.device.copies import POISON, EmulatedEvent
 from tiered.device.emulated import EmulatedDevice
 from tiered.errors import BudgetError, InterruptedRun, ReadError
 from tiered.io import Arena, ChunkVerifier, DiskReader, VerifyPolicy
 from tiered.kernels import CancelFlag
-from tiered.plan import DeviceNeeds, DevicePlan, ExpertCachePlan, Held, Placement, Plan, full_ring
-from tiered.plan.placement import UNHELD, smallest_ring
+from tiered.plan import ExpertCachePlan, Held, Plan
 from tiered.store import Store
-from tiered.stream import AnyWeight, ExpertCache
+from tiered.stream import ExpertCache
+from tiered.stream.bus import Bus, tell_write
 from tiered.stream.device_experts import DeviceExperts
 from tiered.stream.device_feed import DeviceFeed
 from tiered.trace import Tracer
-from tiered.units import GIB, MIB
+from tiered.units import MIB
 
 SIZES = (20_000, 60_000, 5_000, 33_000, 90_000)
 NAMES = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
-NOTHING = DeviceNeeds(0, 0, 0, 0)
 
 
 @pytest.fixture(scope="module")
@@ -59,28 +66,6 @@ def cut(tmp_path_factory: pytest.TempPathFactory) -> Store:
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory: pytest.TempPathFactory) -> Store:
     return write_mixture(tmp_path_factory.mktemp("device") / "mixture.tiered", 2, 6)
-
-
-def plan_with(
-    store: Store, on_device: Sequence[int] = (), in_ram: Sequence[int] = (), rings: str = "full", held: Held = UNHELD
-) -> Plan:
-    """A plan with these units resident, and rings of the size that is named so, in both memories."""
-    blocks = store.dense_units
-    sizes = [unit.memory_nbytes for block in blocks for unit in block]
-    tape = tape_of(sizes, counts=list(map(len, blocks)))
-
-    def ring(resident: frozenset[int], held: Held) -> int:
-        pieces = tape.streamed(held, resident)
-        return {"smallest": smallest_ring(pieces), "full": full_ring(pieces), "all": sum(map(sum, pieces))}[rings]
-
-    def placed(resident: Sequence[int], ring_nbytes: int) -> Placement:
-        return Placement(frozenset(resident), sum(sizes[unit] for unit in resident), ring_nbytes)
-
-    # What stays on the device passes through the host's ring once.
-    host = max([ring(frozenset([*on_device, *in_ram]), UNHELD), *(sizes[unit] for unit in on_device)])
-    there = placed(on_device, ring(frozenset(on_device), held))
-    device = DevicePlan(there.nbytes, NOTHING, there)
-    return replace(plan_of(sizes, budget=GIB), tape=tape, held=held, placement=placed(in_ram, host), device=device)
 
 
 def chaos(plan: Plan, seed: int = 0) -> EmulatedDevice:
@@ -107,45 +92,6 @@ async def on_device(
             yield setup
 
 
-def compute(setup: Setup, store: Store, stop: int | None = None, is_held: bool = False, is_last: bool = False) -> None:
-    """In the thread that computes: a pass, or its blocks up to `stop`. Each weight is that of its file."""
-    setup.streamer.begin(is_last)
-    for number, info in enumerate(store.tape[:stop]):
-        expected: dict[str, AnyWeight] = {}
-        for unit in store.dense_units[number]:
-            memory = load_unit(store.path, unit)
-            expected |= {key.removeprefix(info.prefix): weight.view(memory) for key, weight in unit.weights.items()}
-        with setup.streamer.lend(number, is_held) as loan:
-            assert loan.block == info.name
-            for _ in range(2 if is_held else 1):
-                for key in [part for name in loan.names for part in loan.parts(name)]:
-                    pairs = zip(tensors_of(loan.borrow(key)), tensors_of(expected[key]), strict=True)
-                    assert all(torch.equal(found, right) for found, right in pairs), f"{info.name}: {key}"
-                    loan.release(key)
-
-
-async def in_thread(setup: Setup, work: Callable[[], None]) -> None:
-    """Let one and the same thread compute; what hangs fails."""
-    ended = asyncio.get_running_loop().create_future()
-
-    def run() -> None:
-        error: BaseException | None = None
-        try:
-            work()
-        except BaseException as raised:
-            error = raised
-        ended.get_loop().call_soon_threadsafe(ended.set_result, error)
-
-    threading.Thread(target=run, daemon=True).start()
-    try:
-        error = await asyncio.wait_for(ended, SECONDS)
-    except TimeoutError:
-        setup.cancel.set()
-        raise
-    if error is not None:
-        raise error
-
-
 async def passing(setup: Setup, store: Store, passes: int = 3, **how: bool) -> None:
     for number in range(passes):
         work = functools.partial(compute, setup, store, is_last=number == passes - 1, **how)
@@ -162,7 +108,7 @@ def test_units_come_with_the_bytes_of_their_files_wherever_they_are(
     small: Store, there: Sequence[int], in_ram: Sequence[int], rings: str, prefetch: int | None
 ) -> None:
     async def scenario(seed: int) -> None:
-        plan = plan_with(small, there, in_ram, rings)
+        plan = device_plan(small, there, in_ram, rings)
         async with on_device(small, plan, chaos(plan, seed), prefetch) as setup:
             await passing(setup, small)
 
@@ -173,7 +119,7 @@ def test_units_come_with_the_bytes_of_their_files_wherever_they_are(
 @pytest.mark.parametrize("seed", range(6))
 def test_no_schedule_of_copies_changes_a_byte(small: Store, seed: int) -> None:
     async def scenario() -> None:
-        plan = plan_with(small, (2,), (0,), "smallest")
+        plan = device_plan(small, (2,), (0,), "smallest")
         async with on_device(small, plan, chaos(plan, seed)) as setup:
             await passing(setup, small, 6)
 
@@ -186,7 +132,7 @@ def test_units_of_a_block_that_is_held_stay_until_it_ends(
     cut: Store, there: Sequence[int], prefetch: int | None
 ) -> None:
     async def scenario() -> None:
-        plan = plan_with(cut, there, (2,) if len(there) < 10 else (), held=Held(layers=True, head=True))
+        plan = device_plan(cut, there, (2,) if len(there) < 10 else (), held=Held(layers=True, head=True))
         async with on_device(cut, plan, chaos(plan), prefetch) as setup:
             await passing(setup, cut, is_held=True)
 
@@ -194,7 +140,7 @@ def test_units_of_a_block_that_is_held_stay_until_it_ends(
 
 
 def test_the_memory_of_the_device_is_what_is_planned_and_a_page_less_is_refused(small: Store) -> None:
-    plan = plan_with(small, (1,), (0,))
+    plan = device_plan(small, (1,), (0,))
     assert plan.device is not None
     nbytes, device = plan.device.placement.nbytes, chaos(plan)
 
@@ -218,7 +164,7 @@ def test_what_stays_somewhere_is_read_once_and_only_what_stays_on_the_device_is_
     sizes, files = [u.memory_nbytes for b in small.dense_units for u in b], [b.file.units_nbytes for b in small.tape]
 
     async def scenario() -> None:
-        plan = plan_with(small, (1, 2), (0,))
+        plan = device_plan(small, (1, 2), (0,))
         async with on_device(small, plan, chaos(plan), prefetch) as setup:
             await passing(setup, small, 4)
             await asyncio.sleep(0.05)
@@ -236,7 +182,7 @@ def test_what_stays_somewhere_is_read_once_and_only_what_stays_on_the_device_is_
 @pytest.mark.parametrize("stop", range(len(SIZES) + 1))
 def test_after_a_pass_that_did_not_end_the_first_block_is_next(small: Store, stop: int, prefetch: int | None) -> None:
     async def scenario() -> None:
-        plan = plan_with(small, (1,), (3,))
+        plan = device_plan(small, (1,), (3,))
         async with on_device(small, plan, chaos(plan, stop), prefetch) as setup:
             for _ in range(2):
                 with contextlib.suppress(asyncio.CancelledError):
@@ -258,13 +204,13 @@ def test_a_failed_read_surfaces_where_its_unit_would_have_come_until_it_can_be_r
         return (failing if is_broken[0] else os.preadv)(fd, buffers, at, flags)
 
     async def scenario() -> None:
-        plan = plan_with(small, there, in_ram)
+        plan = device_plan(small, there, in_ram)
         async with on_device(small, plan, chaos(plan), prefetch, preadv) as setup:
-            for _ in range(2):
+            for is_next_broken in (True, False):
                 with pytest.raises(ReadError, match=r"layer-002\.safetensors: read of .*\(EIO\)"):
                     await in_thread(setup, functools.partial(compute, setup, small))
+                is_broken[0] = is_next_broken  # a rewind begins to read again
                 await setup.rewind()
-            is_broken[0] = False
             await passing(setup, small)
 
     asyncio.run(scenario())
@@ -289,14 +235,14 @@ def test_a_failed_copy_surfaces_where_its_unit_would_have_come(
     small: Store, there: Sequence[int], in_ram: Sequence[int]
 ) -> None:
     async def scenario() -> None:
-        plan = plan_with(small, there, in_ram)
+        plan = device_plan(small, there, in_ram)
         device = Flaky(plan, small.dense_units[3][0].memory_nbytes)
         async with on_device(small, plan, device) as setup:
-            for _ in range(2):
+            for next_broken in (device.nbytes, 0):
                 with pytest.raises(RuntimeError, match="the bus is broken"):
                     await in_thread(setup, functools.partial(compute, setup, small))
+                device.nbytes = next_broken  # a rewind begins to copy again
                 await setup.rewind()
-            device.nbytes = 0
             await passing(setup, small)
 
     asyncio.run(scenario())
@@ -307,7 +253,7 @@ def test_a_failed_copy_surfaces_where_its_unit_would_have_come(
 def test_leaving_in_the_middle_leaves_nothing_behind(small: Store, there: Sequence[int], stop: int | None) -> None:
     async def scenario() -> None:
         before, threads = asyncio.all_tasks(), threading.active_count()
-        plan = plan_with(small, there, (2,) if len(there) < 5 else ())
+        plan = device_plan(small, there, (2,) if len(there) < 5 else ())
         device = chaos(plan)
         async with on_device(small, plan, device) as setup:
             if stop is not None:
@@ -329,7 +275,7 @@ def test_a_wait_ends_soon_when_it_is_cancelled_and_the_next_pass_loses_no_unit(s
         return os.preadv(fd, buffers, at, flags)
 
     async def scenario() -> None:
-        plan = plan_with(small, (1,))
+        plan = device_plan(small, (1,))
         async with on_device(small, plan, chaos(plan), preadv=preadv) as setup:
             asyncio.get_running_loop().call_later(0.02, setup.cancel.set)
             with pytest.raises(InterruptedRun):
@@ -342,9 +288,67 @@ def test_a_wait_ends_soon_when_it_is_cancelled_and_the_next_pass_loses_no_unit(s
     asyncio.run(scenario())
 
 
+def test_units_that_nobody_asks_for_are_passed_by(cut: Store) -> None:
+    def some(setup: Setup) -> None:
+        setup.streamer.begin()
+        for number in range(3):
+            with setup.streamer.lend(number) as loan:
+                if number == 1:
+                    loan.borrow(loan.parts("weight")[0])
+
+    async def scenario(prefetch: int | None, seed: int) -> None:
+        plan = device_plan(cut, (7,), (2,), "smallest")
+        async with on_device(cut, plan, chaos(plan, seed), prefetch) as setup:
+            for _ in range(3):
+                await in_thread(setup, functools.partial(some, setup))
+            await passing(setup, cut)
+
+    for seed, prefetch in enumerate((None, 0, 1, None, None)):
+        asyncio.run(scenario(prefetch, seed))
+
+
+class Slow(EmulatedDevice):
+    """Copies nothing until its gate is open."""
+
+    def __init__(self, plan: Plan) -> None:
+        assert plan.device is not None
+        super().__init__(plan.device.vram, mode="plain")
+        self.issued, self.gate = 0, threading.Event()
+
+    def copy_in(self, source: torch.Tensor, target: torch.Tensor, after: Sequence[Event] = ()) -> Event:
+        self.issued += 1
+        return super().copy_in(source, target, after)
+
+    def move(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        assert self.gate.wait(SECONDS)
+        super().move(source, target)
+
+
+@pytest.mark.parametrize("there", [(), (0, 1, 2, 3, 4)])
+def test_few_copies_are_on_their_way_so_that_little_is_waited_for(
+    small: Store, there: Sequence[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tiered.stream.bus._ON_THE_WAY_NBYTES", 1)
+
+    async def scenario() -> None:
+        plan = device_plan(small, there, rings="all")
+        device = Slow(plan)
+        async with on_device(small, plan, device) as setup:
+            for _ in range(int(SECONDS / 0.01)):
+                if device.issued >= 2:
+                    break
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.05)
+            assert device.issued == 2
+            device.gate.set()
+            await passing(setup, small)
+
+    asyncio.run(scenario())
+
+
 def test_a_view_of_a_unit_that_has_been_given_back_shows_poison(small: Store) -> None:
     async def scenario() -> None:
-        plan = plan_with(small, rings="all")
+        plan = device_plan(small, rings="all")
 
         def work() -> None:
             with setup.streamer.lend(0) as loan:
@@ -370,7 +374,7 @@ def test_host_memory_is_registered_once_and_a_refusal_is_told_once(
             self.asked += 1
             return "there is not enough memory to lock"
 
-    plan = plan_with(small, (1,), (0, 3))
+    plan = device_plan(small, (1,), (0, 3))
     assert plan.device is not None
     refusing, willing = Refusing(plan.device.vram), chaos(plan)
 
@@ -395,17 +399,17 @@ class NoWait(EmulatedDevice):
         pass
 
 
-async def no_wait(self: DeviceFeed, event: Event) -> None:
+async def no_wait(self: Bus, event: Event) -> None:
     """The host does not wait for copies."""
 
 
-async def not_settled(self: DeviceFeed) -> None:
+async def not_settled(self: Bus) -> None:
     """Nobody waits for copies in flight before memory is used for something else."""
 
 
 def test_computing_must_wait_for_copies(small: Store) -> None:
     async def scenario(seed: int) -> None:
-        plan = plan_with(small, (1,), (0,))
+        plan = device_plan(small, (1,), (0,))
         assert plan.device is not None
         async with on_device(small, plan, NoWait(plan.device.vram, seed)) as setup:
             await passing(setup, small)
@@ -416,20 +420,25 @@ def test_computing_must_wait_for_copies(small: Store) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "instead", "told"),
+    ("of", "name", "instead", "told"),
     [
-        ("_last_uses", lambda feed, span: [], r"^copying to the device .* behind (computing|discarding) \(computing\)"),
-        ("_until_done", no_wait, r"^(writing memory of the host|giving memory back) \(the host\)"),
+        (
+            DeviceFeed,
+            "_last_uses",
+            lambda feed, span: [],
+            r"^copying to the device .* behind (computing|discarding) \(computing\)",
+        ),
+        (Bus, "until_done", no_wait, r"^(writing memory of the host|giving memory back) \(the host\)"),
     ],
     ids=["a copy into a slot for the slot's last use", "reads into the host's ring for the copy from there"],
 )
 def test_each_other_wait_is_needed(
-    small: Store, name: str, instead: object, told: str, monkeypatch: pytest.MonkeyPatch
+    small: Store, of: type, name: str, instead: object, told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(DeviceFeed, name, instead)
+    monkeypatch.setattr(of, name, instead)
 
     async def scenario(seed: int) -> None:
-        plan = plan_with(small, (), (0,))
+        plan = device_plan(small, (), (0,))
         async with on_device(small, plan, chaos(plan, seed)) as setup:
             await passing(setup, small)
 
@@ -441,10 +450,10 @@ def test_each_other_wait_is_needed(
 def test_the_ring_is_used_again_only_when_what_stays_on_the_device_has_been_copied_from_it(
     small: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(DeviceFeed, "_settled", not_settled)
+    monkeypatch.setattr(Bus, "settled", not_settled)
 
     async def scenario(seed: int) -> None:
-        plan = plan_with(small, (4,))
+        plan = device_plan(small, (4,))
         async with on_device(small, plan, chaos(plan, seed)) as setup:
             await passing(setup, small)
 
@@ -458,26 +467,51 @@ def test_the_ring_is_used_again_only_when_what_stays_on_the_device_has_been_copi
     assert caught > 0
 
 
+def test_after_a_rewind_slots_are_free_only_behind_what_was_computed_before(
+    small: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = DeviceFeed._restart
+
+    def forgetful(self: DeviceFeed) -> None:
+        original(self)
+        self._freed.clear()
+
+    monkeypatch.setattr(DeviceFeed, "_restart", forgetful)
+
+    async def scenario() -> None:
+        plan = device_plan(small, rings="smallest")
+        async with on_device(small, plan, chaos(plan)) as setup:
+            await in_thread(setup, functools.partial(compute, setup, small, 1))
+            await setup.rewind()
+            await passing(setup, small)
+
+    with pytest.raises(RaceError, match=r"^copying to the device .* behind (computing|discarding) \(computing\)"):
+        asyncio.run(scenario())
+
+
 @contextmanager
-def caching(store: Store, device: EmulatedDevice, slots: int) -> Iterator[ExpertCache]:
+def caching(
+    store: Store, device: EmulatedDevice, slots: int, kind: type[DeviceExperts] = DeviceExperts
+) -> Iterator[tuple[ExpertCache, DeviceExperts]]:
     trace, size = Tracer(), max(unit.memory_nbytes for unit in store.expert_units[0])
     plan = ExpertCachePlan(slots, size)
     verifier = ChunkVerifier(VerifyPolicy.FIRST, trace, store.path)
     with Arena(plan.nbytes) as arena, DiskReader(store.path, verifier, trace, 4) as reader, closing(device):
         memory = arena.borrow(plan.nbytes, "experts")
-        cache = ExpertCache(store, plan, memory, reader, trace, CancelFlag(), device)
-        assert cache.on_device is not None
-        cache.on_device.open()
-        yield cache
+        cache, bus = ExpertCache(store, plan, memory, reader, trace, CancelFlag()), Bus(trace)
+        cache.on_write, there = functools.partial(tell_write, device), kind(device, size, bus)
+        there.open()
+        yield cache, there
         cache.rewind()
-        cache.on_device.close()
-        assert device.in_use == {} and cache.on_device.bus_nbytes == trace.total("bus").nbytes
+        there.close()
+        bus.close()
+        assert device.in_use == {} and bus.nbytes == trace.total("bus").nbytes > 0
 
 
-def go_through(cache: ExpertCache, store: Store) -> None:
+def go_through(cache: ExpertCache, there: DeviceExperts, store: Store) -> None:
     for layer, chosen in [(0, [0, 3, 5]), (1, [1, 3]), (0, range(6)), (1, [0, 1, 2, 5]), (1, [])] * 2:
         cache.begin(None)
-        for expert, matrices in cache.each(layer, dict.fromkeys(chosen, 1), NAMES):
+        for expert, matrices in cache.each(layer, dict.fromkeys(chosen, 1), NAMES, there):
             unit = store.expert_units[layer][expert]
             memory = load_unit(store.path, unit)
             for matrix, weight in zip(matrices, unit.weights.values(), strict=True):
@@ -489,8 +523,8 @@ def go_through(cache: ExpertCache, store: Store) -> None:
 def test_chosen_experts_come_to_the_device_with_the_bytes_of_their_files(mixture: Store, slots: int) -> None:
     for seed in range(3):
         device = EmulatedDevice(MIB, seed)
-        with caching(mixture, device, slots) as cache:
-            go_through(cache, mixture)
+        with caching(mixture, device, slots) as both:
+            go_through(*both, mixture)
         assert device.peak_nbytes == 2 * mixture.expert_units[0][0].memory_nbytes
 
 
@@ -502,21 +536,30 @@ class Blind(DeviceExperts):
         self._freed = [()] * len(self._freed)
 
 
-def test_an_expert_is_copied_only_behind_the_last_use_of_its_slot(
-    mixture: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("tiered.stream.experts.DeviceExperts", Blind)
+def test_an_expert_is_copied_only_behind_the_last_use_of_its_slot(mixture: Store) -> None:
     device = EmulatedDevice(MIB)
-    with pytest.raises(RaceError, match=r"^copying to the device"), caching(mixture, device, 4) as cache:
-        go_through(cache, mixture)
+    with pytest.raises(RaceError, match=r"^copying to the device"), caching(mixture, device, 4, Blind) as both:
+        go_through(*both, mixture)
 
 
 def test_a_rewind_in_the_middle_of_experts_loses_none(mixture: Store) -> None:
-    with caching(mixture, EmulatedDevice(MIB), 3) as cache:
+    with caching(mixture, EmulatedDevice(MIB), 3) as (cache, there):
         cache.begin(None)
-        going = cache.each(0, dict.fromkeys(range(6), 1), NAMES)
+        going = cache.each(0, dict.fromkeys(range(6), 1), NAMES, there)
         next(going)
         next(going)
         going.close()  # type: ignore[attr-defined]
         cache.rewind()
-        go_through(cache, mixture)
+        there.release_all()
+        go_through(cache, there, mixture)
+
+
+def test_an_expert_is_read_over_another_only_when_that_has_been_copied(
+    mixture: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(EmulatedEvent, "wait", lambda event: None)
+    with (
+        pytest.raises(RaceError, match=r"^(writing memory of the host|giving memory back) \(the host\)"),
+        caching(mixture, EmulatedDevice(MIB), 1) as both,
+    ):
+        go_through(*both, mixture)

@@ -59,12 +59,12 @@ class CudaDevice:
 
     def __init__(self, index: int, vram: int | None) -> None:
         self.name, self.where = f"cuda:{index}", torch.device("cuda", index)
+        self.checks = False
         properties = usable(index)
         self.capability: tuple[int, int] = (properties.major, properties.minor)
         """Compute capability."""
         before = used_nbytes(properties)
         with torch.cuda.device(index):
-            self._in, self._out, self._computing = (torch.cuda.Stream(self.where) for _ in range(3))
             free, total = self._begin()
         after, self._reserved = used_nbytes(properties), torch.cuda.memory_reserved(index)
         self.context_nbytes = _UNKNOWN_CONTEXT_NBYTES
@@ -96,16 +96,22 @@ class CudaDevice:
         self._stalled_seconds = 0.0
 
     def _begin(self) -> tuple[int, int]:
-        """Make the context and what a first product loads. Returns the bytes that are free then, and all there are."""
+        """Make the context, the streams and what a first product loads. Returns the bytes that are free then, and all
+        there are."""
         try:
+            self._in, self._out, self._computing = (torch.cuda.Stream(self.where) for _ in range(3))
             with self.computing():
-                ones = torch.ones(16, 16, device=self.where)
-                (ones @ ones).sum().item()
+                self._multiply()
             return torch.cuda.mem_get_info(self.where)
-        except torch.OutOfMemoryError as error:
-            raise ConfigError(f"--device {self.name}: it has no memory left; end what else uses it") from error
         except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error):
+                raise ConfigError(f"--device {self.name}: it has no memory left; end what else uses it") from error
             raise ConfigError(f"--device {self.name}: {shortened(error)}; see 'tiered doctor'") from error
+
+    def _multiply(self) -> None:
+        """A product, for which the libraries that all others need are loaded."""
+        ones = torch.ones(16, 16, device=self.where)
+        (ones @ ones).sum().item()
 
     # Memory.
 

@@ -103,8 +103,12 @@ class Device(Protocol):
     def record(self) -> Event:
         """Comes when all that has been given to the computing stream so far is done."""
 
+    @property
+    def checks(self) -> bool:
+        """Whether it checks waits, and so wants to be told what is used."""
+
     def uses(self, memory: torch.Tensor, writes: bool = False) -> None:
-        """Say that what is computed next reads (or writes) `memory`. For devices that check waits; else nothing."""
+        """Say that what is computed next reads (or writes) `memory`. For devices that check; else nothing."""
 
     def discards(self, memory: torch.Tensor) -> None:
         """Say that what is computed next reads nothing of `memory`, until something has been written there again. As

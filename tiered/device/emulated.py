@@ -44,6 +44,7 @@ class EmulatedDevice:
         self.vram_nbytes = vram
         self.description = f"emulated in this process, with {format_size(vram)} of memory ({mode})"
         self.context_nbytes = self.peak_nbytes = 0
+        self.checks = mode == "chaos" or compute_rate is not None
         self.stalled_seconds = 0.0
         self._compute_rate = compute_rate
         self._clocks = Clocks() if mode == "chaos" else None

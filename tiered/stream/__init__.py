@@ -3,9 +3,10 @@
 from tiered.stream.device_feed import register
 from tiered.stream.embedding import EmbeddingRows
 from tiered.stream.experts import NO_EXPERTS, ExpertCache, ExpertUse
+from tiered.stream.fork import Fork
 from tiered.stream.handover import Handover, run_in
 from tiered.stream.kv import KVStream
-from tiered.stream.loan import AnyWeight, Loan
+from tiered.stream.loan import AnyWeight, Brought, Loan
 from tiered.stream.ring import Ring
 from tiered.stream.streamer import Streamer
 from tiered.stream.thread import Streams, StreamThread
@@ -13,9 +14,11 @@ from tiered.stream.thread import Streams, StreamThread
 __all__ = [
     "NO_EXPERTS",
     "AnyWeight",
+    "Brought",
     "EmbeddingRows",
     "ExpertCache",
     "ExpertUse",
+    "Fork",
     "Handover",
     "KVStream",
     "Loan",

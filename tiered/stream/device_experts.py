@@ -4,14 +4,14 @@ In: a chosen expert in the host's memory. Out: its bytes on the device, until th
 cache of experts (`experts.py`), in the thread that computes.
 """
 
-import time
 from collections.abc import Sequence
 from typing import Final
 
 import torch
 
 from tiered.device import Device, Event
-from tiered.trace import Tracer
+from tiered.stream.bus import Bus
+from tiered.stream.loan import AnyWeight
 
 SLOTS: Final = 2
 """Slots on the device: one is computed with while the next expert is copied to the other."""
@@ -20,14 +20,14 @@ SLOTS: Final = 2
 class DeviceExperts:
     """Slots of `slot_nbytes` bytes on `device`, from `open` to `close`."""
 
-    def __init__(self, device: Device, slot_nbytes: int, trace: Tracer) -> None:
-        self._device, self._slot_nbytes, self._trace = device, slot_nbytes, trace
+    def __init__(self, device: Device, slot_nbytes: int, bus: Bus) -> None:
+        self._device, self._slot_nbytes, self._bus = device, slot_nbytes, bus
         self._memory: Sequence[torch.Tensor] = ()
         self._freed: list[Sequence[Event]] = [()] * SLOTS
         """The last use of each slot."""
         self._next = 0
-        self.bus_nbytes, self.bus_seconds = 0, 0.0
-        """Bytes that have been copied to the device so far, and the seconds that took."""
+        self.views: dict[tuple[int, int], Sequence[AnyWeight]] = {}
+        """The matrices of whichever expert is in a slot, by slot and layout: for the cache."""
 
     def open(self) -> None:
         """Borrow the slots. Raises BudgetError."""
@@ -39,10 +39,7 @@ class DeviceExperts:
         self._device.record().wait()
         self._device.release(self._memory[0])
         self._memory = ()
-
-    def tell_write(self, memory: memoryview) -> None:
-        """The host's `memory` is about to be read into."""
-        self._device.host_writes(torch.frombuffer(memory, dtype=torch.uint8))
+        self.views.clear()
 
     def bring(self, source: torch.Tensor, name: str) -> tuple[int, torch.Tensor]:
         """Copy an expert; its slot's number and the slot. `source` may be read into again when this returns."""
@@ -50,9 +47,7 @@ class DeviceExperts:
         memory = self._memory[slot]
         arrived = self._device.copy_in(source, memory[: source.nbytes], self._freed[slot])
         arrived.wait()
-        self._trace.record("bus", name, time.perf_counter() - arrived.seconds, arrived.seconds, source.nbytes)
-        self.bus_nbytes += source.nbytes
-        self.bus_seconds += arrived.seconds
+        self._bus.count(name, source.nbytes, arrived.seconds)
         self._device.wait_for(arrived)
         self._device.uses(memory)
         return slot, memory

@@ -12,31 +12,22 @@ import asyncio
 import contextlib
 import functools
 import itertools
-import logging
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Final
 
 import torch
 
 from tiered.device import Device, Event
 from tiered.io import Slab
-from tiered.io.threads import IOThreads
 from tiered.plan import Held, Plan, Tape
 from tiered.plan.order import Reading, feed_order
 from tiered.store import Unit
+from tiered.stream.bus import Bus, tell_write
 from tiered.stream.feed import Feed
+from tiered.stream.fork import HELD, Fork, Share
 from tiered.stream.loan import Brought
 from tiered.stream.ring import RingSpan
 from tiered.stream.walk import Order, Receiver, Walk
-from tiered.trace import Tracer
-from tiered.units import GIB
-
-logger = logging.getLogger(__name__)
-
-_REGISTERED_NBYTES: Final = 64 * GIB
-"""Bytes that are registered in one piece at most: drivers refuse more."""
 
 MakeFeed = Callable[..., Feed[torch.Tensor]]
 """`Feed` with a reader, the host's ring and buffers."""
@@ -45,7 +36,8 @@ MakeFeed = Callable[..., Feed[torch.Tensor]]
 class DeviceFeed(Walk[Brought]):
     """Copies `tape` to `device`, as `plan` says, from `resident` memory of the host, by number of the unit on the tape,
     and from its `ring`, into which feeds that `make_feed` makes read. `make` makes what is handed over of the unit of a
-    number in its memory. All else is as of `Walk`.
+    number in its memory, and `bus` knows of its copies. Where the processor computes as well, `fork` has the feed, and
+    no unit stays on the device. All else is as of `Walk`.
     """
 
     def __init__(
@@ -61,20 +53,28 @@ class DeviceFeed(Walk[Brought]):
         name: Callable[[int], str],
         family: str,
         prefetch: int | None,
-        trace: Tracer,
+        bus: Bus,
+        fork: Fork | None = None,
     ) -> None:
         assert plan.device is not None
         placement = plan.device.placement
-        self._tape, self._device, self._trace, self._make = tape, device, trace, make
+        self._tape, self._device, self._bus, self._make = tape, device, bus, make
         self._hosts = [position for position in range(len(tape)) if position not in placement.resident]
         """Positions of the units on the host's tape, in its order."""
         self._host_number = {position: number for number, position in enumerate(self._hosts)}
         self._host_resident = {self._host_number[position]: slab for position, slab in resident.items()}
         self._host_ring_nbytes = ring.nbytes if ring is not None else 0
-        self._make_feed = functools.partial(make_feed, on_write=self._tell_write)
-        self._host: Feed[torch.Tensor] | None = None
+        self._make_feed = functools.partial(make_feed, on_write=functools.partial(tell_write, device))
+        self._found = _Found(lambda: self._changed.set())
+        self._host: Feed[torch.Tensor] | Share | None = None
         """None before all units that stay on the device have been read, and where there are no others."""
-        self._found = _Found()
+        self._share: Share | None = None
+        if fork is not None:
+            assert not placement.resident, "what stays on the device would never come to the processor"
+            self._share = fork.share(self._found, _whole)
+            ring_nbytes, held = self._host_ring_nbytes, frozenset(resident)
+            turns = functools.partial(feed_order, plan.tape, HELD, held, ring_nbytes)
+            fork.set_feed(self._make_feed(tape, turns, resident, fork, _whole, name, None, prefetch))
         self._kept = sorted(placement.resident)
         self._on_device: set[int] = set()
         """Those of them that have been copied, or are being copied."""
@@ -82,17 +82,12 @@ class DeviceFeed(Walk[Brought]):
         self._slots = torch.empty(0, dtype=torch.uint8)
         self._own: dict[int, torch.Tensor] = {}
         """The memory of units that stay on the device, by position."""
-        self._copies: set[asyncio.Task[None]] = set()
-        """Copies in flight."""
         self._ending = asyncio.Lock()
         """Held while the host's feed is rewound or closed."""
-        self._waiter = IOThreads(1, "tiered-copied")
         self._last_use: dict[int, Event] = {}
         """Comes when units that are to be given back have been computed with, by number."""
         self._freed: list[tuple[int, int, Event]] = []
         """Bytes of slots that were given back, and the event behind which they are free."""
-        self.bus_nbytes, self.bus_seconds = 0, 0.0
-        """Bytes that have been copied to the device so far, and the seconds that took."""
         order = functools.partial(feed_order, plan.tape, plan.held, placement.resident, placement.ring_nbytes)
         sizes = [unit.memory_nbytes for unit in tape]
         super().__init__(order, sizes, placement.resident, placement.ring_nbytes, units, name, family, prefetch)
@@ -107,6 +102,9 @@ class DeviceFeed(Walk[Brought]):
             for position, (start, stop) in zip(self._kept, itertools.pairwise(ends), strict=True):
                 self._own[position] = own[start:stop]
             self._memory = stack.pop_all()
+        if self._share is not None:
+            await self._share.start()
+            self._host = self._share
         await super().start()
 
     def _borrow(self, stack: contextlib.ExitStack, nbytes: int, label: str) -> torch.Tensor:
@@ -121,19 +119,21 @@ class DeviceFeed(Walk[Brought]):
         self._task.cancel()
         await asyncio.wait([self._task])
         async with self._ending:
-            await self._settled()
+            await self._bus.settled()
             if self._host is not None:
                 await self._host.close()
         await super().close()
-        await self._until_done(self._device.record())
-        self._waiter.close()
-        self._own.clear()
-        self._slots = torch.empty(0, dtype=torch.uint8)
-        self._memory.close()
+        try:
+            await self._bus.until_done(self._device.record())
+        finally:
+            self._bus.close()
+            self._own.clear()
+            self._slots = torch.empty(0, dtype=torch.uint8)
+            self._memory.close()
 
     async def _settle(self) -> None:
         async with self._ending:
-            await self._settled()
+            await self._bus.settled()
             if self._host is None or self._is_closing:
                 return
             if len(self._on_device) == len(self._kept):
@@ -150,6 +150,18 @@ class DeviceFeed(Walk[Brought]):
         self._freed = [(0, self._ring_nbytes, self._device.record())]
 
     # What the computation says.
+
+    def begin_pass(self) -> None:
+        if self._share is not None:
+            self._share.begin_pass()
+
+    def begin_lending(self) -> None:
+        if self._share is not None:
+            self._share.begin_lending()
+
+    def end_pass(self) -> None:
+        if self._share is not None:
+            self._share.end_pass()
 
     def set_last(self, last: int | None) -> None:
         super().set_last(last)
@@ -208,7 +220,7 @@ class DeviceFeed(Walk[Brought]):
                 self._on_device.add(position)
                 self._units.put(key, self._copy(position, found, self._own[position], (), feed, number))
         finally:
-            await self._settled()
+            await self._bus.settled()
             await feed.close()
 
     def _once(self, sizes: Sequence[int]) -> Iterator[Reading]:
@@ -217,7 +229,7 @@ class DeviceFeed(Walk[Brought]):
         return itertools.islice(feed_order(tape, Held(), frozenset(), self._host_ring_nbytes), len(sizes))
 
     async def _start_host(self) -> Feed[torch.Tensor]:
-        """The feed of all units that do not stay on the device."""
+        """What brings all units that do not stay on the device."""
         sizes = tuple(self._sizes[position] for position in self._hosts)
         # Each goes on as soon as it has come: none is held for another.
         tape = Tape(sizes, sizes, (1,) * len(sizes))
@@ -234,7 +246,7 @@ class DeviceFeed(Walk[Brought]):
         resident: Mapping[int, Slab],
     ) -> Feed[torch.Tensor]:
         """A feed of the units at `positions`, whose units come to `_found`."""
-        self._found = _Found(lambda: self._changed.set())
+        self._found.clear(-len(self._sizes))
         tape = [self._tape[position] for position in positions]
         # Where units may not come ahead they are asked for one by one.
         prefetch = None if self._prefetch is None else 0
@@ -247,8 +259,7 @@ class DeviceFeed(Walk[Brought]):
 
     async def _begin_streamed(self, turn: Reading, span: RingSpan) -> None:
         assert self._host is not None
-        host, number = self._host, turn.number
-        host_number = turn.passed * len(self._hosts) + self._host_number[turn.position]
+        host, number, host_number = self._host, turn.number, self._number_on_host(turn)
         found = await self._until_found(host, host_number)
         if self._is_passed_by(number):
             _give_back(host, host_number)
@@ -262,13 +273,24 @@ class DeviceFeed(Walk[Brought]):
             number, self._copy(turn.position, found, slot, self._last_uses(span), host, host_number, number)
         )
 
-    async def _until_found(self, feed: Feed[torch.Tensor], number: int) -> torch.Tensor | Exception:
-        """Wait until `feed` has unit `number`, in numbers of its tape."""
-        key = feed.key(number)
-        if key not in self._found.items:
-            feed.set_asked(number)
-        while key not in self._found.items:
+    def _pass_by(self, turn: Reading) -> None:
+        assert self._host is not None
+        self._last_use.pop(turn.number, None)
+        _give_back(self._host, self._number_on_host(turn))
+
+    def _number_on_host(self, turn: Reading) -> int:
+        """The number of a unit on the host's endless tape."""
+        return turn.passed * len(self._hosts) + self._host_number[turn.position]
+
+    async def _until_found(self, feed: Feed[torch.Tensor] | Share, number: int) -> torch.Tensor | Exception:
+        """Wait until `feed` has unit `number`, in numbers of its tape, and the bus is free for it."""
+        while self._bus.is_busy:
             await self._change()
+        key = feed.key(number)
+        while key not in self._found.items:
+            feed.set_asked(number)
+            if key not in self._found.items:  # an error may have come at once
+                await self._change()
         found = self._found.items[key]
         if key >= 0 or isinstance(found, Exception):
             del self._found.items[key]
@@ -282,7 +304,7 @@ class DeviceFeed(Walk[Brought]):
         source: torch.Tensor,
         target: torch.Tensor,
         after: Sequence[Event],
-        feed: Feed[torch.Tensor],
+        feed: Feed[torch.Tensor] | Share,
         host_number: int,
         number: int | None = None,
     ) -> Brought:
@@ -296,56 +318,17 @@ class DeviceFeed(Walk[Brought]):
                 self._on_device.discard(position)
                 self._units.put(position - len(self._sizes) if number is None else number, error)
             _give_back(feed, host_number)
+            self._changed.set()
 
         assert self._group is not None
-        following = self._follow(arrived, self._name(position), nbytes, end)
-        copy = self._group.create_task(following, name=f"tiered-copy-{position}")
-        self._copies.add(copy)
-        copy.add_done_callback(self._copies.discard)
+        self._bus.follow(self._group, arrived, self._name(position), nbytes, end)
         return self._make(position, target, arrived)
-
-    async def _follow(self, arrived: Event, name: str, nbytes: int, end: Callable[[Exception | None], None]) -> None:
-        """Wait for the end of a copy. Nobody may cancel it: its memory is in use until then."""
-        try:
-            await self._until_done(arrived)
-        except Exception as error:
-            end(error)
-            return
-        seconds = arrived.seconds
-        self._trace.record("bus", name, time.perf_counter() - seconds, seconds, nbytes)
-        self.bus_nbytes, self.bus_seconds = self.bus_nbytes + nbytes, self.bus_seconds + seconds
-        end(None)
-
-    async def _until_done(self, event: Event) -> None:
-        """Wait for `event`, while the loop goes on."""
-        try:
-            await self._waiter.call(lambda check: event.wait())
-        finally:
-            event.wait()  # for this thread, which goes on with its memory
-
-    async def _settled(self) -> None:
-        """Wait for all copies in flight."""
-        while self._copies:
-            await asyncio.wait(set(self._copies))
-
-    def _tell_write(self, memory: memoryview) -> None:
-        self._device.host_writes(torch.frombuffer(memory, dtype=torch.uint8))
-
-
-def register(device: Device, slabs: Sequence[Slab], stack: contextlib.ExitStack) -> None:
-    """Make memory of the host known to `device`, until `stack` is closed. It touches all of it, which takes time."""
-    for address, nbytes in _runs(slabs):
-        refusal = device.register(address, nbytes)
-        if refusal is not None:
-            logger.warning("copies to %s are staged, and so slower: %s", device.name, refusal)
-            return
-        stack.callback(device.unregister, address)
 
 
 class _Found:
     """The units that the host has, by key of its feed. What is resident stays."""
 
-    def __init__(self, changed: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, changed: Callable[[], None]) -> None:
         self.items: dict[int, torch.Tensor | Exception] = {}
         self._changed = changed
 
@@ -365,22 +348,7 @@ def _whole(position: int, memory: torch.Tensor) -> torch.Tensor:
     return memory
 
 
-def _give_back(feed: Feed[torch.Tensor], number: int) -> None:
+def _give_back(feed: Feed[torch.Tensor] | Share, number: int) -> None:
     """Unit `number` of the feed's tape has gone on; what is resident stays."""
     if feed.key(number) >= 0:
         feed.take_back(deque([number]))
-
-
-def _runs(slabs: Sequence[Slab]) -> Iterator[tuple[int, int]]:
-    """Address and bytes of stretches that are together `slabs`, none larger than what is registered in one piece unless
-    a slab is."""
-    address = nbytes = 0
-    for slab in sorted(slabs, key=lambda slab: slab.address):
-        if slab.address == address + nbytes and nbytes + slab.nbytes <= _REGISTERED_NBYTES and nbytes:
-            nbytes += slab.nbytes
-            continue
-        if nbytes:
-            yield address, nbytes
-        address, nbytes = slab.address, slab.nbytes
-    if nbytes:
-        yield address, nbytes

@@ -19,7 +19,6 @@ from typing import Final
 
 import torch
 
-from tiered.device import Device
 from tiered.errors import InterruptedRun
 from tiered.io import DiskReader, Slab
 from tiered.kernels import CancelFlag
@@ -150,7 +149,7 @@ class Slots:
 
 class ExpertCache:
     """The experts of `store` in `memory`, which has the slots of `plan`. Once `cancel` is set, waiting ends with
-    InterruptedRun. Where there is a `device`, experts are lent in its memory, of which `open` borrows some."""
+    InterruptedRun. Where a device computes, `on_write` is told memory that is about to be read into."""
 
     def __init__(
         self,
@@ -160,10 +159,9 @@ class ExpertCache:
         reader: DiskReader,
         trace: Tracer,
         cancel: CancelFlag,
-        device: Device | None = None,
     ) -> None:
         self._units, self._reader = store.expert_units, reader
-        self.on_device = DeviceExperts(device, plan.slot_nbytes, trace) if device is not None else None
+        self.on_write: Callable[[memoryview], None] | None = None
         self._names = [block.name for block in store.tape]
         self._most = max(map(len, self._units))
         """Experts of a layer; with the layer's number they make an expert's number."""
@@ -194,11 +192,15 @@ class ExpertCache:
         self.came.on_wait = on_wait
 
     def each(
-        self, layer: int, chosen: Mapping[int, int], names: Sequence[str]
+        self,
+        layer: int,
+        chosen: Mapping[int, int],
+        names: Sequence[str],
+        there: DeviceExperts | None = None,
     ) -> Iterator[tuple[int, Sequence[AnyWeight]]]:
         """The experts of layer number `layer` that are `chosen`, by how many tokens, each with its matrices called
         `names`: first those that are in memory, then the others as they come. They are valid until the next expert is
-        asked for. Raises what reading raised.
+        asked for. Where a device computes with them they come `there`. Raises what reading, or copying, raised.
         """
         began, waited = time.perf_counter(), self.came.wait_seconds
         units, base = self._units[layer], layer * self._most
@@ -212,15 +214,15 @@ class ExpertCache:
         missing.reverse()
         self._ask(layer, missing)
         for expert in here:
-            yield expert, self._matrices(layer, base + expert, units[expert], names)
-            self._release(base + expert)
+            yield expert, self._matrices(layer, base + expert, units[expert], names, there)
+            self._release(base + expert, there)
             self._ask(layer, missing)
         for _ in range(len(chosen) - len(here)):
             number = self.came.take_any(self._pending, f"{self._names[layer]}/experts")
             self._pending.discard(number)
             self._pending_nbytes -= units[number - base].nbytes
-            yield number - base, self._matrices(layer, number, units[number - base], names)
-            self._release(number)
+            yield number - base, self._matrices(layer, number, units[number - base], names, there)
+            self._release(number, there)
             self._ask(layer, missing)
         seconds = time.perf_counter() - began - (self.came.wait_seconds - waited)
         nbytes = sum(units[expert].nbytes for expert in chosen.keys() - set(here))
@@ -239,13 +241,11 @@ class ExpertCache:
         self._pending.clear()
         self._pending_nbytes = 0
         self._slots.unpin_all()
-        if self.on_device is not None:
-            self.on_device.release_all()
 
-    def _release(self, number: int) -> None:
+    def _release(self, number: int, there: DeviceExperts | None) -> None:
         """An expert has been computed with."""
-        if self.on_device is not None:
-            self.on_device.release()
+        if there is not None:
+            there.release()
         self._slots.unpin(number)
 
     def _ask(self, layer: int, missing: list[int]) -> None:
@@ -262,8 +262,8 @@ class ExpertCache:
             self._pending_nbytes += unit.nbytes
             with self._quiet:
                 self._reading += 1
-            if self.on_device is not None:
-                self.on_device.tell_write(self._memory[slot])
+            if self.on_write is not None:
+                self.on_write(self._memory[slot])
             self._reader.begin_unit(unit, self._memory[slot], self._check, functools.partial(self._end, number))
 
     def _check(self) -> None:
@@ -278,7 +278,9 @@ class ExpertCache:
             self._reading -= 1
             self._quiet.notify_all()
 
-    def _matrices(self, layer: int, number: int, unit: Unit, names: Sequence[str]) -> Sequence[AnyWeight]:
+    def _matrices(
+        self, layer: int, number: int, unit: Unit, names: Sequence[str], there: DeviceExperts | None
+    ) -> Sequence[AnyWeight]:
         """The matrices called `names` of an expert that is in memory, where they can be computed with."""
         layout = self._layout_of.get(number)
         if layout is None:
@@ -286,13 +288,15 @@ class ExpertCache:
             layout = self._layout_of[number] = self._layouts.setdefault(places, len(self._layouts))
         slot = self._slots[number]
         memory = torch.frombuffer(self._memory[slot], dtype=torch.uint8)
-        if self.on_device is not None:
+        views_of = self._views
+        if there is not None:
             start = time.perf_counter()
-            slot, memory = self.on_device.bring(memory[: unit.memory_nbytes], f"{self._names[layer]}/{unit.name}")
+            slot, memory = there.bring(memory[: unit.memory_nbytes], f"{self._names[layer]}/{unit.name}")
             self.came.count_wait(f"{self._names[layer]}/copy", start)
-        views = self._views.get((slot, layout))
+            views_of = there.views
+        views = views_of.get((slot, layout))
         if views is None:
             weights = unit.weights.values()
             found = (next(weight for weight in weights if weight.whole_name.endswith(name)) for name in names)
-            views = self._views[slot, layout] = [weight.view(memory) for weight in found]
+            views = views_of[slot, layout] = [weight.view(memory) for weight in found]
         return views

@@ -38,7 +38,7 @@ class Loan:
 
     `bring` waits for a unit, by its number in the block; `take_back` gets the numbers of units that are free again.
     Units whose numbers are not in `streamed` are resident: they are brought once. `experts` brings those of a mixture
-    where they are not among the units. `device` is told what is computed with, where one computes.
+    where they are not among the units. A `device` that checks waits is told what is computed with.
     """
 
     def __init__(
@@ -57,11 +57,13 @@ class Loan:
         self.is_held = False
         """Whether units stay until the loan is closed, as several micro-batches use them."""
         self._streamed, self._family, self._bring, self._take_back = frozenset(streamed), family, bring, take_back
-        self._experts, self._device = experts, device
+        self._experts = experts
+        self._checked = device if device is not None and device.checks else None
+        """A device that wants to be told."""
         self._views: dict[str, AnyWeight] = {}
         """What can be borrowed without waiting."""
         self._memory: dict[int, torch.Tensor] = {}
-        """The memory of the units that it is in, by their numbers; kept for a device only."""
+        """The memory of the units that it is in, by their numbers; kept for a device that checks."""
         self._parts: dict[str, list[str]] = {}
         """Keys by name: one, or several where a weight is stored in ranges of its rows."""
         self._unit_of: dict[str, int] = {}
@@ -103,8 +105,8 @@ class Loan:
         found = self._views.get(key)
         if found is None:
             found = self._wait(key)
-        if self._device is not None:
-            self._device.uses(self._bytes_of(key))
+        if self._checked is not None:
+            self._checked.uses(self._bytes_of(key))
         return found
 
     def release(self, *keys: str) -> None:
@@ -157,7 +159,7 @@ class Loan:
             )
         brought = self._bring(number)
         self._views.update(brought.views)
-        if self._device is not None:
+        if self._checked is not None:
             self._memory[number] = brought.memory
         if number in self._streamed:
             self._left.setdefault(number, set(brought.views))
@@ -182,6 +184,6 @@ class Loan:
         self._returned.add(number)
         for key in self._keys[number]:
             self._views.pop(key, None)
-        if self._device is not None:
-            self._device.discards(self._memory.pop(number))
+        if self._checked is not None:
+            self._checked.discards(self._memory.pop(number))
         del self._left[number]

@@ -29,13 +29,15 @@ from tiered.kernels import CancelFlag
 from tiered.plan import Plan
 from tiered.plan.order import feed_order
 from tiered.store import Store, Unit
+from tiered.stream.bus import Bus, register, tell_write
 from tiered.stream.device_experts import DeviceExperts
-from tiered.stream.device_feed import DeviceFeed, register
+from tiered.stream.device_feed import DeviceFeed
 from tiered.stream.experts import NO_EXPERTS, ExpertCache, ExpertUse
 from tiered.stream.feed import Feed
+from tiered.stream.fork import Fork
 from tiered.stream.handover import Handover
-from tiered.stream.loan import Brought, Loan
-from tiered.stream.walk import Walk
+from tiered.stream.loan import AnyWeight, Brought, Loan
+from tiered.stream.walk import Source
 from tiered.trace import Tracer
 
 
@@ -47,7 +49,8 @@ class Streamer:
     reference; None is bounded by the ring alone. Once `cancel` is set, waiting ends with InterruptedRun. Where the plan
     reads experts when they are chosen, `experts` is their memory. `buffers` are for chunks of compressed units, of
     which there are none without. `device` computes where the plan has one; the streamer borrows memory for weights
-    from it while it is open.
+    from it while it is open. Of two streamers that share a `fork`, one lends to a device and the other to the
+    processor: they are opened, rewound and left together.
     """
 
     def __init__(
@@ -63,32 +66,40 @@ class Streamer:
         experts: Slab | None = None,
         buffers: Sequence[memoryview] = (),
         device: Device | None = None,
+        fork: Fork | None = None,
     ) -> None:
-        assert (device is None) == (plan.device is None), "a plan with a device, and the device, come together"
+        assert device is None or plan.device is not None, "the plan is for the processor alone"
         self._device, self._borrowed = device, contextlib.ExitStack()
         self._slabs = [slab for slab in (*resident.values(), ring, experts) if slab is not None]
-        self._experts: ExpertCache | None = None
-        if plan.experts is not None and experts is not None:
-            self._experts = ExpertCache(store, plan.experts, experts, reader, trace, cancel, device)
+        self._bus = Bus(trace)
+        self._experts = None if fork is None else fork.experts
+        if plan.experts is not None and experts is not None and self._experts is None:
+            self._experts = ExpertCache(store, plan.experts, experts, reader, trace, cancel)
+        self._there: DeviceExperts | None = None
+        """Where experts that are read when they are chosen are lent, if not where they are read to."""
+        if self._experts is not None and plan.experts is not None and device is not None:
+            self._experts.on_write = functools.partial(tell_write, device)
+            self._there = DeviceExperts(device, plan.experts.slot_nbytes, self._bus)
+        if fork is not None:
+            fork.experts = self._experts
+        self._expert_use, self._expert_wait_seconds = NO_EXPERTS, 0.0
         self._family, self._prefetch = str(store.manifest.architecture["model_type"]), prefetch
         blocks = store.units_of_pass(plan.experts is not None)
         self._tape = [unit for units in blocks for unit in units]
         self._firsts = list(itertools.accumulate(map(len, blocks), initial=0))
         """The number on the tape of each block's first unit; last, how many units there are."""
         self._block_of = [number for number, units in enumerate(blocks) for _ in units]
-        lasting = resident if plan.device is None else plan.device.placement.resident
+        lasting = resident if device is None or plan.device is None else plan.device.placement.resident
         self._loans = [self._loan(number, store, units, lasting) for number, units in enumerate(blocks)]
         self._units: Handover[Brought] = Handover(cancel, trace)
         """Units in memory that have not been taken yet, by the feed's keys."""
         make_feed = functools.partial(Feed, reader=reader, ring=ring, buffers=ChunkBuffers(buffers))
         told = self._units, self._brought, self._name, self._family, prefetch
-        self._feed: Walk[Brought]
-        self._buses: list[DeviceFeed | DeviceExperts] = []
+        self._feed: Source
         if device is not None:
-            self._feed = feed = DeviceFeed(self._tape, plan, device, resident, ring, make_feed, *told, trace)
-            self._buses.append(feed)
-            if self._experts is not None and self._experts.on_device is not None:
-                self._buses.append(self._experts.on_device)
+            self._feed = DeviceFeed(self._tape, plan, device, resident, ring, make_feed, *told, self._bus, fork)
+        elif fork is not None:
+            self._feed = fork.share(self._units, self._brought)
         else:
             ring_nbytes = ring.nbytes if ring is not None else 0
             order = functools.partial(feed_order, plan.tape, plan.held, plan.placement.resident, ring_nbytes)
@@ -105,7 +116,7 @@ class Streamer:
         info, first = store.tape[block], self._firsts[block]
         streamed = [number for number in range(len(units)) if first + number not in resident]
         bring, take_back = functools.partial(self._bring, first), functools.partial(self._post_returned, first)
-        experts = functools.partial(self._experts.each, block) if self._experts is not None else None
+        experts = functools.partial(self._each_expert, block) if self._experts is not None else None
         return Loan(info.name, info.prefix, units, streamed, self._family, bring, take_back, experts, self._device)
 
     async def __aenter__(self) -> Self:
@@ -113,9 +124,9 @@ class Streamer:
         with contextlib.ExitStack() as stack:
             if self._device is not None:
                 await asyncio.to_thread(register, self._device, self._slabs, stack)
-            if self._experts is not None and self._experts.on_device is not None:
-                self._experts.on_device.open()
-                stack.callback(self._experts.on_device.close)
+            if self._there is not None:
+                self._there.open()
+                stack.callback(self._there.close)
             await self._feed.start()
             self._borrowed = stack.pop_all()
         return self
@@ -126,8 +137,7 @@ class Streamer:
         await self._feed.close()
         for loan in self._loans:
             loan.forget()
-        if self._experts is not None:
-            await asyncio.to_thread(self._experts.rewind)
+        await self._rewind_experts()
         self._borrowed.close()
 
     # In the thread that computes.
@@ -135,17 +145,17 @@ class Streamer:
     @property
     def wait_seconds(self) -> float:
         """Seconds the thread that computes has waited for units, and for experts."""
-        return self._units.wait_seconds + (self._experts.came.wait_seconds if self._experts is not None else 0.0)
+        return self._units.wait_seconds + self._expert_wait_seconds
 
     @property
     def bus_nbytes(self) -> int:
         """Bytes of weights that have been copied to the device so far."""
-        return sum(bus.bus_nbytes for bus in self._buses)
+        return self._bus.nbytes
 
     @property
     def bus_seconds(self) -> float:
         """Seconds in which they were."""
-        return sum(bus.bus_seconds for bus in self._buses)
+        return self._bus.seconds
 
     @property
     def stalled_seconds(self) -> float:
@@ -155,7 +165,7 @@ class Streamer:
     @property
     def expert_use(self) -> ExpertUse:
         """What experts that are read when they are chosen have cost so far."""
-        return self._experts.use if self._experts is not None else NO_EXPERTS
+        return self._expert_use
 
     def begin(self, is_last: bool = False, on_wait: Callable[[float, float], None] | None = None) -> None:
         """A pass begins; if it `is_last`, nothing is read ahead for another. `on_wait` gets each wait's start and
@@ -165,6 +175,7 @@ class Streamer:
         if self._experts is not None:
             self._experts.begin(on_wait)
         last = self._pass if is_last else None
+        self._feed.begin_pass()
         if last != self._feed.last_pass:
             self._loop.call_soon_threadsafe(self._feed.set_last, last)
 
@@ -173,6 +184,8 @@ class Streamer:
         """Block number `block`, which is the next of the tape, until the context ends. If it `is_held`, its units are
         free again only then, else as soon as each has been computed with."""
         assert block == self._next, f"block {block} is lent when {self._next} is next (-1: rewind first)"
+        if block == 0:
+            self._feed.begin_lending()
         loan, self._next = self._loans[block], -1
         loan.is_held = is_held
         try:
@@ -182,6 +195,20 @@ class Streamer:
         self._next = block + 1
         if self._next == len(self._loans):
             self._pass, self._next = self._pass + 1, 0
+            self._feed.end_pass()
+
+    def _each_expert(
+        self, block: int, chosen: Mapping[int, int], names: Sequence[str]
+    ) -> Iterator[tuple[int, Sequence[AnyWeight]]]:
+        """As `Loan.each_expert`; counts what that costs here, as another streamer may use the same cache."""
+        cache = self._experts
+        assert cache is not None
+        use, waited = cache.use, cache.came.wait_seconds
+        try:
+            yield from cache.each(block, chosen, names, self._there)
+        finally:
+            self._expert_use += cache.use - use
+            self._expert_wait_seconds += cache.came.wait_seconds - waited
 
     def _bring(self, first: int, number: int) -> Brought:
         """Wait for unit `number` of the block whose first unit is `first`. Raises what its reads or its copy raised."""
@@ -221,11 +248,16 @@ class Streamer:
 
         Resident units stay, and reads of them go on. No block may be lent meanwhile.
         """
-        if self._experts is not None:
-            await asyncio.to_thread(self._experts.rewind)
+        await self._rewind_experts()
         await self._feed.rewind()
         self._returned.clear()
         self._pass, self._next = 0, 0
+
+    async def _rewind_experts(self) -> None:
+        if self._experts is not None:
+            await asyncio.to_thread(self._experts.rewind)
+        if self._there is not None:
+            self._there.release_all()
 
     def _take_back(self) -> None:
         self._is_posted = False

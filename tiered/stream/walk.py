@@ -32,6 +32,38 @@ class Receiver(Protocol[T_contra]):
         """Forget all errors, and the items whose key is `kept` or more."""
 
 
+class Source(Protocol):
+    """What brings units to one that computes: a walk, or a share of one. What is said of it is said of `Walk`."""
+
+    @property
+    def begun(self) -> int: ...
+
+    @property
+    def last_pass(self) -> int | None: ...
+
+    async def start(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+    async def rewind(self) -> None: ...
+
+    def key(self, number: int) -> int: ...
+
+    def set_last(self, last: int | None) -> None: ...
+
+    def set_asked(self, number: int) -> None: ...
+
+    def take_back(self, numbers: deque[int]) -> None: ...
+
+    def used(self, numbers: Sequence[int]) -> None: ...
+
+    def begin_pass(self) -> None: ...
+
+    def begin_lending(self) -> None: ...
+
+    def end_pass(self) -> None: ...
+
+
 Order = Callable[[], Iterator[Reading]]
 """The turns of a tape's units, from the first one on."""
 
@@ -95,6 +127,9 @@ class Walk(abc.ABC, Generic[T]):
     async def _begin_streamed(self, turn: Reading, span: RingSpan) -> None:
         """Have a unit come to its place in the ring; `_bring_back` is called when it has, or with an error."""
 
+    def _pass_by(self, turn: Reading) -> None:
+        """The computation has passed a unit by before it was begun."""
+
     def _dropped(self) -> Iterable[asyncio.Task[None]]:
         """Tasks beside the walk that a rewind ends."""
         return ()
@@ -154,14 +189,23 @@ class Walk(abc.ABC, Generic[T]):
 
     def set_asked(self, number: int) -> None:
         """The computation waits for unit `number`."""
-        self._asked = number
+        self._asked = max(self._asked, number)
         self._changed.set()
-        self._raise_failure()
+        self._raise_failure(number)
 
-    def _raise_failure(self) -> None:
-        """Hand the walk's error to whoever waits for what will not come."""
-        if self._failure is not None and self._asked >= self._failure[0]:
-            self._units.put(self.key(self._asked), self._failure[1])
+    def _raise_failure(self, number: int) -> None:
+        """Hand the walk's error to whoever waits for unit `number`, if that will not come."""
+        if self._failure is not None and number >= self._failure[0]:
+            self._units.put(self.key(number), self._failure[1])
+
+    def begin_pass(self) -> None:
+        """In the thread that computes: a pass begins."""
+
+    def begin_lending(self) -> None:
+        """In the thread that computes: all who compute in the pass have begun it."""
+
+    def end_pass(self) -> None:
+        """In the thread that computes: all blocks of a pass have been computed."""
 
     def used(self, numbers: Sequence[int]) -> None:
         """In the thread that computes: units that it will give back have been computed with, or passed by."""
@@ -197,7 +241,8 @@ class Walk(abc.ABC, Generic[T]):
     def _fail(self, number: int, error: Exception) -> None:
         """The walk ends with an error: unit `number` and all after it will not come."""
         self._failure = number, error
-        self._raise_failure()
+        for asked in range(number, self._asked + 1):
+            self._raise_failure(asked)
 
     async def _stream(self, turn: Reading, start: int) -> None:
         """Find a unit its place at `start` of the ring, and have it come; unless the computation passes it by."""
@@ -218,6 +263,7 @@ class Walk(abc.ABC, Generic[T]):
             await self._begin_streamed(turn, span)
             return
         self._unwanted.discard(number)
+        self._pass_by(turn)
 
     def _check_not_stuck(self, number: int) -> None:
         """Raises UnsupportedFamilyError if unit `number`, for which there is no memory now, will never find any: the
