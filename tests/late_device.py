@@ -32,7 +32,7 @@ class LateDevice:
 
     name, description, where, peak_nbytes, stalled_seconds = "late", "of tests", torch.device("cpu"), 0, 0.0
 
-    capability, vram_nbytes, context_nbytes = None, 1 << 40, 0
+    capability, vram_nbytes, context_nbytes, checks = None, 1 << 40, 0, True
 
     def __init__(self) -> None:
         self.copied_out = 0

@@ -55,7 +55,7 @@ def test_weights_that_are_quantized_already_are_refused_before_they_are_fetched(
 
 def test_without_safetensors_the_configuration_counts_and_that_is_said(tmp_path: Path) -> None:
     (note,) = outline(str(save_bin(tmp_path / "bin", tiny_model("llama"))), ("int4",)).notes
-    assert "not in safetensors files, so they are taken to be what config.json says" in note
+    assert "no safetensors files were found, so weights are taken to be what config.json says" in note
 
 
 def test_the_shape_of_a_mixture_without_weights_is_that_of_its_store(tmp_path: Path) -> None:

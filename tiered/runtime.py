@@ -20,6 +20,7 @@ import torch
 
 from tiered.arch import build_skeleton, load_config
 from tiered.cache import SequenceKV
+from tiered.device import Device
 from tiered.errors import ConfigError
 from tiered.host import PROCESS, Host, Member, wait_for
 from tiered.io import ChunkVerifier, DiskReader, Faults, ReadMode, probe_mode
@@ -59,7 +60,7 @@ from tiered.plan import (
 )
 from tiered.plan.passes import limits_of
 from tiered.store import Store
-from tiered.stream import EmbeddingRows, KVStream, Streamer, Streams, StreamThread
+from tiered.stream import EmbeddingRows, Fork, KVStream, Streamer, Streams, StreamThread
 
 __all__ = ["READ_THREADS", "Options", "Runtime", "compute_dtype", "measure_inputs"]
 
@@ -272,7 +273,7 @@ class Runtime:
     @property
     def streamed_files(self) -> list[Path]:
         """The files that hold what later passes read: units of the tape that are not resident, and experts."""
-        on_demand, resident = self.plan.experts is not None, self.plan.placement.resident
+        on_demand, resident = self.plan.experts is not None, self.plan.placement.resident | self.plan.on_device
         units = itertools.chain.from_iterable(self.store.units_of_pass(on_demand))
         streamed = [unit for number, unit in enumerate(units) if number not in resident]
         if on_demand:
@@ -346,23 +347,32 @@ class Runtime:
 
     def _make_streams(self) -> Streams:
         memory, host, plan = self._memory, self.host, self.plan
-        blocks = Streamer(
-            self.store,
-            plan,
-            self.reader,
-            memory.resident,
-            memory.ring,
-            host.trace,
-            host.cancel,
-            self.options.prefetch,
-            memory.experts,
-            memory.buffers,
-            host.computer.device if host.computer is not None else None,
-        )
-        kv = None
+        device = host.computer.device if host.computer is not None else None
+        kv, fork = None, None
         if memory.spill is not None and memory.kv_ring is not None:
             kv = KVStream(memory.spill, memory.kv_ring, plan.cache.shape.layers, host.trace, host.cancel)
-        return Streams(asyncio.get_running_loop(), blocks, kv)
+        if device is not None and "cpu" in (plan.prefill_device, plan.decode_device):
+            fork = Fork(plan.tape, plan.placement.resident, plan.placement.ring_nbytes)
+
+        def streamer(device: Device | None) -> Streamer:
+            return Streamer(
+                self.store,
+                plan,
+                self.reader,
+                memory.resident,
+                memory.ring,
+                host.trace,
+                host.cancel,
+                self.options.prefetch,
+                memory.experts,
+                memory.buffers,
+                device,
+                fork,
+            )
+
+        blocks = streamer(device if fork is None else None)
+        device_blocks = streamer(device) if fork is not None else blocks if device is not None else None
+        return Streams(asyncio.get_running_loop(), blocks, kv, device_blocks)
 
     async def _load_tables(self) -> None:
         """Read what stays in memory beside the tape."""

@@ -87,9 +87,7 @@ def outline(source: str, quants: Sequence[str] = QUANTS) -> Outline:
         config = load_config(files.config_folder())
         refuse_quantized(files.name, configured_method(config))
         if not any(name.endswith(".safetensors") for name in files.names):
-            note = (
-                f"{files.name}: its weights are not in safetensors files, so they are taken to be what config.json says"
-            )
+            note = f"{files.name}: no safetensors files were found, so weights are taken to be what config.json says"
             return Outline(config_shapes(config, quants), most_positions(config), (note,))
         weights, _ = open_checkpoint(place, ConvertOptions(), _NoDownloads())
         return Outline(config_shapes(config, quants, weights.dtype), most_positions(config), tuple(weights.warnings))

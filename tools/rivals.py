@@ -100,7 +100,8 @@ def setup(work: Path, names: Sequence[str], sites: Path | None) -> None:
             continue
         place = work / rival.name
         print(f"rivals: {rival.name}: installing {', '.join(rival.packages)}", file=sys.stderr)
-        subprocess.run([sys.executable, "-m", "venv", str(place)], check=True)
+        if subprocess.run([sys.executable, "-m", "venv", str(place)], stdout=2, check=False).returncode:
+            raise TieredError(f"{place}: no environment could be made; see above")
         (place / _REASON).unlink(missing_ok=True)
         if sites is not None:
             (folder,) = place.glob("lib/python*/site-packages")
@@ -127,8 +128,9 @@ def prepare(work: Path, checkpoint: Path, rival: Rival) -> Path:
     """The model in the form that `rival` reads, which is made where it is not there. Raises TieredError."""
     if rival.form is None:
         return checkpoint
-    path = work / f"{checkpoint.resolve().name}-{rival.form}.gguf"
+    path = work / "gguf" / f"{checkpoint.resolve().name}-{rival.form}.gguf"
     if not path.exists():
+        path.parent.mkdir(exist_ok=True)
         part = path.with_suffix(".part")
         words = [_python(work, rival.name), str(DRIVER), "gguf", str(checkpoint), str(part), "--type", rival.form]
         if subprocess.run(words, stdout=2, check=False).returncode:
@@ -252,6 +254,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except TieredError as error:
         print(f"rivals: error: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

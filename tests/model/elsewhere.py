@@ -26,6 +26,7 @@ from tiered.cache import Bits, CachePlan, KVPool, Outbox, PagedKeys, kv_shape, l
 from tiered.kernels import AttentionCall, Kernels, Pages
 from tiered.model import ForwardBatch, ForwardWork, Seat, Seats, Segment, Segments, Work, registered_attention
 from tiered.model.work import Embedded
+from tiered.plan.kv import outbox_nbytes
 from tiered.plan.passes import MicroBatchLimits
 from tiered.stream import AnyWeight
 
@@ -101,7 +102,7 @@ def _segments(seat: Seat, bits: Bits, is_away: bool) -> Work:
     plan = CachePlan(shape, bits, False, groups, 3, context, 3 * context, 128, on_device=not is_away)
     outbox = None
     if is_away:
-        nbytes = Outbox.memory_nbytes(shape, 128)
+        nbytes = outbox_nbytes(shape, 128)
         source, target = (torch.empty(nbytes, dtype=torch.uint8, device=where) for where in (WHERE, HOST))
         outbox = Outbox(_Device(), source, target)  # type: ignore[arg-type]
     memory = torch.empty(plan.pool_nbytes, dtype=torch.uint8, device=HOST if is_away else WHERE)

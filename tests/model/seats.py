@@ -19,7 +19,7 @@ from tiered.plan.kv import outbox_nbytes
 from tiered.quant import QuantizedWeight
 from tiered.runtime import Options, Runtime
 from tiered.store import Store
-from tiered.stream import NO_EXPERTS, AnyWeight, ExpertUse, Loan, Streamer, Streams
+from tiered.stream import NO_EXPERTS, Brought, ExpertUse, Loan, Streamer, Streams
 from tiered.units import GIB
 
 
@@ -61,8 +61,12 @@ class DeviceBlocks:
         self._next = -1
         self.passes = 0
 
-    def _bring(self, store: Store, number: int) -> Callable[[int], dict[str, AnyWeight]]:
-        return lambda unit: self._loans[number].views(unit, load_unit(store.path, self._loans[number].units[unit]))
+    def _bring(self, store: Store, number: int) -> Callable[[int], Brought]:
+        def bring(unit: int) -> Brought:
+            memory = load_unit(store.path, self._loans[number].units[unit])
+            return Brought(self._loans[number].views(unit, memory), memory)
+
+        return bring
 
     @property
     def expert_use(self) -> ExpertUse:

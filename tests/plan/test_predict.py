@@ -81,7 +81,7 @@ def test_predicted_passes_are_those_that_are_played(
     assert sequences + found.prefill.decoded_tokens + found.decode.decoded_tokens == found.generated_tokens
 
 
-def test_of_many_waves_those_beyond_the_third_are_like_it() -> None:
+def test_of_many_waves_those_beyond_the_second_are_like_it() -> None:
     work = Workload(64, 79, 70, max_batched_tokens=96, batch_size=5, objective="throughput")
     plan = make_plan(MODEL, MACHINE, work, Budgets(GIB, 100 * MIB))
     found = predict(plan, MODEL, MACHINE, work)

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from tiered.errors import BudgetError, ConfigError
 from tiered.plan.batch_size import candidates
-from tiered.plan.gpu import GpuBudget, place_on_gpu
+from tiered.plan.gpu import GpuBudget, OnGpu, place_on_gpu
 from tiered.plan.hardware import Hardware, Mode
 from tiered.plan.inputs import MAX_BATCHED_TOKENS, Budgets, Machine, ModelShape, Objective, Workload
 from tiered.plan.kv import Bits, check_bits
@@ -36,11 +36,12 @@ _BITS: Final[tuple[Bits, ...]] = (16, 4)
 _WORTH: Final = 1.02
 """So many times quicker a larger batch must be."""
 _SAME: Final = 1.005
-_MOST_DOUBLINGS: Final = 27
-"""Of a MiB, when a budget is looked for: up to 64 TiB."""
+_MOST_NBYTES: Final = 1 << 46
+"""Of a budget that is looked for: 64 TiB."""
 CPU, GPU, BOTH = "cpu", "gpu", "gpu+cpu"
-_GPU_TIERS: Final = {CPU: (), GPU: ("gpu", "cpu", "disk"), BOTH: ("cpu", "disk")}
-"""Where the KV cache may be, by strategy."""
+_GPU_TIERS: Final[dict[str, tuple[str, ...]]] = {CPU: (), GPU: ("gpu", "cpu", "disk"), BOTH: ("cpu", "disk")}
+"""Where the KV cache may be, by strategy. In VRAM it pushes weights out, so the first that holds it need not be the
+quickest."""
 
 
 @dataclass(frozen=True)
@@ -198,7 +199,13 @@ def compare(shapes: Callable[[str], ModelShape], quants: tuple[str, ...], hardwa
         on_cpu = list(_cpu_rows(model, machine, quant, ask))
         found = {CPU: on_cpu}
         if hardware.gpu is not None and ask.vram is not None:
-            found |= {name: list(_gpu_rows(name, model, machine, hardware, ask, on_cpu, quant)) for name in (GPU, BOTH)}
+            budget = GpuBudget(ask.ram - ask.baseline - model.tables_nbytes, ask.vram)
+            places = [
+                place
+                for batch, bits, tier in product(ask.batches, _bits(model), _GPU_TIERS[GPU])
+                if (place := place_on_gpu(model, hardware, machine, ask.workload(batch), budget, bits, tier))
+            ]
+            found |= {GPU: [_gpu_row(place, quant, ask) for place in places], BOTH: list(_hybrid_rows(places, on_cpu))}
         for strategy, ways in found.items():
             if not ways:
                 refusals.append(Refusal(strategy, quant, _nearest(strategy, model, machine, hardware, ask)))
@@ -277,53 +284,39 @@ def _nearest(strategy: str, model: ModelShape, machine: Machine, hardware: Hardw
             place_on_gpu(model, hardware, machine, ask.workload(batch), budget, bits, tier) for tier in tiers
         )
 
-    vram = ask.vram or 0
-    said = f"does not fit in {format_size(ask.ram)}" + (
-        f" of RAM and {format_size(vram)} of VRAM" if strategy != CPU else ""
-    )
-    ram_asked = _least(lambda ram: fits(least, ram, vram))
-    asks = [] if ram_asked is None else [f"--ram {format_budget(ram_asked)}"]
-    if strategy != CPU and (vram_asked := _least(lambda vram: fits(least, ask.ram, vram))) is not None:
-        asks.insert(0, f"--vram {format_budget(vram_asked)}")
+    said, vram, ram_most = f"does not fit in {format_size(ask.ram)}", ask.vram or 0, _MOST_NBYTES
+    asks = []
+    if hardware.gpu is not None and strategy != CPU:
+        said, ram_most = f"{said} of RAM and {format_size(vram)} of VRAM", hardware.ram
+        more = _least(lambda vram: fits(least, ask.ram, vram), hardware.gpu.vram)
+        asks += [] if more is None else [f"--vram {format_budget(more)}"]
+    more = _least(lambda ram: fits(least, ram, vram), ram_most)
+    asks += [] if more is None else [f"--ram {format_budget(more)}"]
     fewer = [batch for batch in candidates(least) if batch < least and fits(batch, ask.ram, vram)]
     asks += [f"--batch {batch}" for batch in fewer[-1:]]
-    return (
-        f"{said}: the smallest that works is {', or '.join(asks)}" if asks else f"{said}, nor with more of one of them"
-    )
+    return f"{said}: the smallest that works is {', or '.join(asks)}" if asks else f"{said}, nor with more of either"
 
 
-def _least(fits: Callable[[int], bool]) -> int | None:
-    """The least whole number of MiB that `fits`, which more does, too; None where nothing does."""
-    high = next((count for count in (1 << power for power in range(_MOST_DOUBLINGS)) if fits(count * MIB)), None)
-    if high is None:
-        return None
-    return MIB * bisect_left(range(high), True, key=lambda count: fits(count * MIB))
+def _least(fits: Callable[[int], bool], most: int) -> int | None:
+    """The least whole number of MiB up to `most` that `fits`, which more does, too; None where nothing does."""
+    counts = range(most // MIB + 1)
+    found = bisect_left(counts, True, key=lambda count: fits(count * MIB))
+    return found * MIB if found in counts else None
 
 
-def _gpu_rows(
-    strategy: str,
-    model: ModelShape,
-    machine: Machine,
-    hardware: Hardware,
-    ask: Ask,
-    on_cpu: Sequence[Row],
-    quant: str,
-) -> Iterator[Row]:
-    """Closed forms: nothing of it is built."""
-    assert ask.vram is not None
-    budget = GpuBudget(ask.ram - ask.baseline - model.tables_nbytes, ask.vram)
-    # A cache in VRAM pushes weights out of it, so the first tier that holds the cache need not be the quickest.
-    for batch, bits, tier in product(ask.batches, _bits(model), _GPU_TIERS[strategy]):
-        found = place_on_gpu(model, hardware, machine, ask.workload(batch), budget, bits, tier)
-        if found is None:
-            continue
-        if strategy == BOTH:
-            for row in on_cpu:
-                if (row.batch_size, row.kv_bits, row.kv_tier) == (batch, bits, tier):
-                    prediction = found.with_decode(row.prediction)
-                    yield replace(row, strategy=BOTH, prediction=prediction, plan=None, is_resident=False)
-            continue
-        own = {"process": ask.baseline, "tables": model.tables_nbytes}
-        prediction = replace(found.prediction, memory=own | found.prediction.memory)
-        share, is_resident = found.resident_share, found.in_vram == found.total
-        yield Row(GPU, quant, batch, found.kv_tier, bits, share, prediction, None, is_resident=is_resident)
+def _gpu_row(place: OnGpu, quant: str, ask: Ask) -> Row:
+    """A closed form: nothing of it is built."""
+    own = {"process": ask.baseline, "tables": place.model.tables_nbytes}
+    prediction = replace(place.prediction, memory=own | place.prediction.memory)
+    batch, bits, is_resident = place.cache.sequences, place.cache.bits, place.in_vram == place.total
+    share = place.resident_share
+    return Row(GPU, quant, batch, place.kv_tier, bits, share, prediction, None, is_resident=is_resident)
+
+
+def _hybrid_rows(places: Sequence[OnGpu], on_cpu: Sequence[Row]) -> Iterator[Row]:
+    """Prompts as one of `places`, decoding as the row of `on_cpu` with the same cache."""
+    for place in places:
+        for row in on_cpu:
+            if (row.batch_size, row.kv_bits, row.kv_tier) == (place.cache.sequences, place.cache.bits, place.kv_tier):
+                prediction = place.with_decode(row.prediction)
+                yield replace(row, strategy=BOTH, prediction=prediction, plan=None, is_resident=False)

@@ -1,6 +1,6 @@
 """Reading ahead of the computation: units of the tape, the KV cache's pages on disk, embedding rows."""
 
-from tiered.stream.device_feed import register
+from tiered.stream.bus import register
 from tiered.stream.embedding import EmbeddingRows
 from tiered.stream.experts import NO_EXPERTS, ExpertCache, ExpertUse
 from tiered.stream.fork import Fork

@@ -33,6 +33,11 @@ class Streams:
         """Those that lend blocks, each once."""
         return list(dict.fromkeys(filter(None, (self.blocks, self.device_blocks))))
 
+    @property
+    def bus_nbytes(self) -> int:
+        """Bytes of weights that have been copied to a device so far."""
+        return self.device_blocks.bus_nbytes if self.device_blocks is not None else 0
+
     def rewind(self) -> None:
         """After a pass that did not reach its end: make the next one begin at the first block. Not for the loop."""
         run_in(self.loop, self._rewind())
