@@ -4,6 +4,7 @@ The device is the emulated one in its chaotic mode: copies come early, late and 
 is poison, and vector clocks find every wait that is missing (tests/device, tests/stream/test_device_feed.py).
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,11 +14,12 @@ from typing import Any, Final
 import pytest
 import torch
 
-from tests.helpers import Tiny, assert_same, open_runtime, prompts_for, run_greedy
+from tests.helpers import Answers, Tiny, assert_same, open_runtime, prompts_for, run_greedy, run_segments
 from tests.quick import represented
 from tiered.device import Device, open_device
 from tiered.device.emulated import EmulatedDevice
 from tiered.errors import BudgetError, ConfigError, DeviceBudgetError
+from tiered.model import Segment
 from tiered.plan import Plan, Tier, full_ring, make_plan
 from tiered.runtime import Runtime, measure_inputs
 from tiered.store import Store
@@ -138,6 +140,57 @@ def test_the_tokens_are_the_processor_s(
         first = run_greedy(runtime, prompts_for(name), STEPS, end=False)
         assert_same(first, expected)
         assert_same(run_greedy(runtime, prompts_for(name), STEPS), expected)
+
+
+HYBRID: Final = [
+    (name, in_ram, *KV[2 + (first + second) % 4])
+    for first, name in enumerate(FAMILIES)
+    for second, in_ram in enumerate(("all", "some", "a ring"))
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "in_ram", "kv", "bits"), represented(HYBRID, [cell for cell in HYBRID if cell[0] == "opt"])
+)
+def test_prompts_on_the_device_and_the_rest_on_the_processor_with_sequences_that_enter_and_leave(
+    tiny: Tiny, devices: Devices, tmp_path: Path, name: str, in_ram: str, kv: str, bits: int
+) -> None:
+    store = tiny.store(name)
+    asked = {"kv": kv, "kv_bits": bits, "micro_batch_rows": 9, "prefill_device": "gpu", "decode_device": "cpu"}
+    options = options_for(store, devices, "a ring", in_ram, tmp_path, **asked)
+    with open_runtime(store, kv="cpu", kv_bits=bits) as runtime:
+        expected = stream_of_sequences(runtime, name)
+    with opened(store, devices, **options) as runtime:
+        assert (runtime.plan.prefill_device, runtime.plan.decode_device) == ("gpu", "cpu")
+        found, read = stream_of_sequences(runtime, name), runtime.bytes_read
+        assert_same(found, expected)
+        tape = sum(runtime.plan.tape.nbytes)
+        # Each unit was read at most once in a pass for both, and a little ahead.
+        assert read <= (runtime.passes + 2) * tape + 4 * MIB
+
+
+def stream_of_sequences(runtime: Runtime, name: str) -> Answers:
+    """Greedy texts of four prompts, two at a time: each enters in a pass in which another one decodes."""
+    prompts = [*prompts_for(name), *(prompt[::-1] for prompt in prompts_for(name))]
+    tokens: list[list[int]] = [[] for _ in prompts]
+    logits: list[list[torch.Tensor]] = [[] for _ in prompts]
+    running: dict[int, tuple[Any, list[int]]] = {}
+    waiting = deque(enumerate(prompts))
+    while running or waiting:
+        if waiting and len(running) < 2:
+            number, prompt = waiting.popleft()
+            kv = runtime.reserve(len(prompt) + STEPS)
+            assert kv is not None
+            running[number] = kv, prompt
+        segments = [Segment(kv, ids, keep=len(ids)) for kv, ids in running.values()]
+        for number, part in zip(list(running), run_segments(runtime, segments), strict=True):
+            logits[number].append(part)
+            tokens[number].append(int(part[-1].argmax()))
+            kv, _ = running[number]
+            running[number] = kv, [tokens[number][-1]]
+            if len(tokens[number]) == STEPS:
+                runtime.release(running.pop(number)[0])
+    return Answers(tuple(tokens), tuple(torch.cat(parts) for parts in logits))
 
 
 @pytest.mark.parametrize("tiers", [(Tier.CPU, Tier.GPU), (Tier.GPU,)], ids=["cpu,gpu", "gpu"])

@@ -397,7 +397,9 @@ def _prepare(store: Store, options: Options, host: Host) -> _Prepared:
         machine = replace(machine, device_scratch_nbytes=device_scratch_nbytes())
         seats = [Seat.take(skeleton, dtype, computer.kernels, computer.attention, computer.device)]
         if "cpu" in options.computes:
-            seats.append(Seat.take(build_skeleton(config, dtype), dtype, host.kernels, host.attention))
+            # A configuration of its own: it says which attention its model computes with.
+            beside = build_skeleton(load_config(store.path), dtype)
+            seats.append(Seat.take(beside, dtype, host.kernels, host.attention))
     host.warm_up(dtype)
     return _Prepared(dtype, Seats(seats[0], seats[-1]), shape, machine)
 
