@@ -1,6 +1,8 @@
 """Triton's kernels without a device: their numbers in Triton's interpreter, and that they compile for every GPU.
 
-Both in processes of their own: whether kernels are interpreted is decided when they are defined.
+Both in processes of their own: whether kernels are interpreted is decided when they are defined. Only these see Triton,
+which tools/setup puts beside the other packages: where it is importable torch imports it, which takes 80 MB of every
+process.
 """
 
 import importlib.util
@@ -9,6 +11,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Final
 
 import pytest
 import torch
@@ -17,15 +20,21 @@ from tests.commands import ROOT
 from tiered.kernels import DeviceKernels
 from tools.gpu_kernels import CAPABILITIES, Compiled, as_table
 
+BESIDE: Final = Path(sys.prefix, "triton")
+
 pytestmark = [
-    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed: tiered[gpu]"),
+    pytest.mark.skipif(
+        importlib.util.find_spec("triton") is None and not BESIDE.is_dir(),
+        reason="Triton is not installed: tools/setup does, on x86-64",
+    ),
     pytest.mark.inputs("tiered/kernels", "tiered/quant", "tests/kernels", "tools/gpu_kernels.py"),
 ]
 
 
 def program(folder: Path, *words: str, **variables: str) -> str:
     """What a program of Python writes, with Triton's cache in `folder`."""
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(folder), "OMP_NUM_THREADS": "1", **variables}
+    paths = os.pathsep.join(filter(None, (str(BESIDE), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "PYTHONPATH": paths, "TRITON_CACHE_DIR": str(folder), "OMP_NUM_THREADS": "1", **variables}
     done = subprocess.run(
         [sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=100
     )
