@@ -22,7 +22,7 @@ from transformers.cache_utils import DynamicCache
 from tests.helpers import LENGTH_DEPENDENT, TINY, tiny_config
 from tests.model.loans import GivenLoan
 from tiered.arch import BlockTensors, build_skeleton, layer_windows
-from tiered.cache import CachePlan, KVPool, PagedKeys, kv_shape, layer_groups
+from tiered.cache import Bits, CachePlan, KVPool, Outbox, PagedKeys, kv_shape, layer_groups
 from tiered.kernels import AttentionCall, Kernels, Pages
 from tiered.model import ForwardBatch, ForwardWork, Seat, Seats, Segment, Segments, Work, registered_attention
 from tiered.model.work import Embedded
@@ -30,57 +30,92 @@ from tiered.plan.passes import MicroBatchLimits
 from tiered.stream import AnyWeight
 
 WHERE: Final = torch.device("privateuseone:0")
-IDS: Final = list(range(3, 23))
+HOST: Final = torch.device("cpu")
+IDS: Final = list(range(3, 83))
+BY_CACHE: Final = ("llama", "gemma3_text", "bloom")
+"""Tried with other kinds of cache, over more than a page: one of each kind of attention."""
+CACHES: Final[tuple[tuple[Bits, bool], ...]] = ((4, False), (16, True), (4, True))
+"""Their bits, and whether they are at the host."""
 CHOSEN: Final = [1, 2]
 """The experts of every token, as there are no numbers to choose by."""
 
 
-class KernelsElsewhere(Kernels):
+class KernelsAt(Kernels):
     """Torch's linear layers; attention that looks where everything is, and computes nothing."""
+
+    def __init__(self, where: torch.device) -> None:
+        super().__init__(1, name="torch")
+        self._where = where
 
     def attention(self, call: AttentionCall) -> torch.Tensor:
         for pages in (call.keys, call.values):
-            assert pages.table.memory.device == WHERE
-            assert pages.table.offsets.device == call.first.device == call.count.device == torch.device("cpu")
-        assert call.query.device == WHERE
+            for each in (pages, pages.recent):
+                assert each is None or (each.table.memory.device, each.table.offsets.device) == (self._where, HOST)
+        assert call.first.device == call.count.device == HOST
+        assert call.query.device == self._where
         return torch.empty_like(call.query)
 
 
 class _Device:
+    """What seats and outboxes need of a device; it is its own event."""
+
     where, name = WHERE, "emu"
 
     def computing(self) -> nullcontext[None]:
         return nullcontext()
+
+    def uses(self, memory: torch.Tensor, writes: bool = False) -> None:
+        assert memory.device == WHERE
+
+    def record(self) -> "_Device":
+        return self
+
+    def copy_out(self, source: torch.Tensor, target: torch.Tensor, after: object) -> "_Device":
+        assert (source.device, target.device) == (WHERE, HOST)
+        return self
+
+    def wait(self) -> None:
+        pass
 
 
 def check(name: str) -> None:
     """Run a tiny model over segments, and over a batch of transformers' kind."""
     skeleton = build_skeleton(tiny_config(name))
     blocks = list(skeleton.blocks())
-    kernels = KernelsElsewhere(1, name="torch")
-    with registered_attention(kernels) as attention, _nothing_but_shapes(skeleton.model):
+    kernels = KernelsAt(WHERE)
+    with registered_attention(kernels, KernelsAt(HOST)) as attention, _nothing_but_shapes(skeleton.model):
         seat = Seat.take(skeleton, torch.float32, kernels, attention, _Device())  # type: ignore[arg-type]
         for block in blocks:
             if block.role == "outer":
                 seat.model.set_outer({item.name: torch.empty(item.shape) for item in block.parameters})
-        for work in (_segments(seat), _forward(seat)):
+        works = [_segments(seat, 16, False, 11), _forward(seat)]
+        if name in BY_CACHE:
+            works += [_segments(seat, bits, is_away, 70) for bits, is_away in CACHES]
+        for work in works:
             _run(work, seat, blocks)
 
 
-def _segments(seat: Seat) -> Work:
-    """Sequences that decode beside a prompt, with their cache where the model is."""
+def _segments(seat: Seat, bits: Bits, is_away: bool, prompt: int) -> Work:
+    """Sequences that decode beside a prompt of so many tokens, with their cache where the model is or at the host."""
     config = seat.model.skeleton.config
     windows, gathered = layer_windows(config), seat.model.skeleton.family.gathers
-    plan = CachePlan(kv_shape(config, torch.float32), 16, False, layer_groups(windows), 3, 64, 192, 64, on_device=True)
-    pool = KVPool(plan, torch.empty(plan.pool_nbytes, dtype=torch.uint8, device=WHERE))
+    shape, groups, context = kv_shape(config, torch.float32), layer_groups(windows), len(IDS)
+    plan = CachePlan(shape, bits, False, groups, 3, context, 3 * context, 128, on_device=not is_away)
+    outbox = None
+    if is_away:
+        nbytes = Outbox.memory_nbytes(shape, 128)
+        source, target = (torch.empty(nbytes, dtype=torch.uint8, device=where) for where in (WHERE, HOST))
+        outbox = Outbox(_Device(), source, target)  # type: ignore[arg-type]
+    memory = torch.empty(plan.pool_nbytes, dtype=torch.uint8, device=HOST if is_away else WHERE)
+    pool = KVPool(plan, memory, outbox)
     segments = []
     # Two that decode: of a tensor with a single number a fake tensor knows the number, and would compute with it.
-    for number, (length, tokens) in enumerate(((5, 1), (7, 1), (0, 11))):
-        kv = pool.reserve(64)
+    for number, (length, tokens) in enumerate(((5, 1), (63, 1), (0, prompt))):
+        kv = pool.reserve(context)
         assert kv is not None
         kv.length = length
         segments.append(Segment(kv, IDS[number : number + tokens], 1))
-    limits = MicroBatchLimits(rows=32, gathered=gathered, gathered_rows=2)
+    limits = MicroBatchLimits(128, gathered, gathered_rows=2, within_pages=bits != 16)
     return Segments(segments, pool, limits, 4, Seats(seat, seat), _expect_host)
 
 
@@ -96,7 +131,7 @@ def _forward(seat: Seat) -> Work:
 
 
 def _expect_host(number: int, index: int, logits: torch.Tensor) -> None:
-    assert logits.device == torch.device("cpu")
+    assert logits.device == HOST
 
 
 def _run(work: Work, seat: Seat, blocks: Sequence[BlockTensors]) -> None:
@@ -115,7 +150,7 @@ def _run(work: Work, seat: Seat, blocks: Sequence[BlockTensors]) -> None:
     head = next((_loan(block) for block in blocks if block.role == "head"), GivenLoan(tied))
     with model.lend(model.head, head):
         for logits in work.finish(groups):
-            assert logits.device == torch.device("cpu")
+            assert logits.device == HOST
 
 
 def _loan(block: BlockTensors) -> GivenLoan:
@@ -142,10 +177,12 @@ def _nothing_but_shapes(model: nn.Module) -> Iterator[None]:
     """Tensors of `model` and those made in this context have no numbers; what the host must know is made up."""
 
     def tolist(tensor: FakeTensor) -> Any:
+        if tensor.ndim == 1 and tensor.device == HOST:
+            return [0] * len(tensor)  # offsets
         return [CHOSEN] * tensor.shape[0] if tensor.device == WHERE and tensor.ndim == 2 else original(tensor)
 
     def gather(pages: Pages, part: object, out: torch.Tensor) -> None:
-        assert pages.table.memory.device == out.device == WHERE
+        assert pages.table.memory.device == out.device
         out.zero_()
 
     def like(kind: type[FakeTensor], tensor: torch.Tensor) -> Any:

@@ -198,8 +198,8 @@ class PackedKV(MicroBatchKV):
         bundles = self._bundles()
         self._grouped = [[self.call(group, bundle) for bundle in bundles] for group in range(len(blocks.maps))]
         """For each group of layers, the attention calls."""
-        self._own: list[Beginning | None] = [None] * len(bundles)
-        """For each call, what it reads where it is computed; None: it reads the cache."""
+        self._own: list[tuple[Beginning, int] | None] = [None] * len(bundles)
+        """For each call, what it reads where it is computed, and its first token; None: it reads the cache."""
         if outbox is not None:
             self._own = [self._beginning(bundle) for bundle in bundles]
         self._states: States | None = None
@@ -210,16 +210,16 @@ class PackedKV(MicroBatchKV):
         singles = list(itertools.takewhile(lambda number: self.parts[number].count == 1, range(len(self.parts))))
         return [singles] * bool(singles) + [[number] for number in range(len(singles), len(self.parts))]
 
-    def _beginning(self, bundle: Sequence[int]) -> Beginning | None:
+    def _beginning(self, bundle: Sequence[int]) -> tuple[Beginning, int] | None:
         """Of the parts of a call, if all of their sequences begin in this pass."""
         numbers = [self.numbers[number] for number in bundle]
         if any(self.blocks.parts[number].start for number in numbers):
             return None
         if len(bundle) > 1:
-            return Beginning(self.pool.layout, 1)
+            return Beginning(self.pool.layout, 1), 0
         # Shared by the micro-batches that its tokens are in.
         made = Beginning(self.pool.layout, self.blocks.parts[numbers[0]].count)
-        return self.blocks.beginnings.setdefault(numbers[0], made)
+        return self.blocks.beginnings.setdefault(numbers[0], made), self.parts[bundle[0]].start
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -248,8 +248,8 @@ class PackedKV(MicroBatchKV):
                 assert states is not None
                 # [sequences, heads, tokens, head_dim]
                 k, v = (x[0, :, token:stop].unflatten(1, (sequences, -1)).transpose(0, 1) for x in states)
-                dtype = self.pool.dtype
-                keys, values = own.add(int(call.count[0]) - call.tokens, k.to(dtype), v.to(dtype))
+                beginning, start = own
+                keys, values = beginning.add(start, k.to(self.pool.dtype), v.to(self.pool.dtype))
                 found.append(PagedRead(token, stop, call.first, call.count, window, keys, values))
             token = stop
         return found
