@@ -34,7 +34,9 @@ WHERE: Final = torch.device("privateuseone:0")
 HOST: Final = torch.device("cpu")
 IDS: Final = list(range(3, 83))
 BY_CACHE: Final = ("llama", "gemma3_text", "bloom")
-"""Tried with every kind of cache: one of each kind of attention."""
+"""Tried with other kinds of cache, over more than a page: one of each kind of attention."""
+CACHES: Final[tuple[tuple[Bits, bool], ...]] = ((4, False), (16, True), (4, True))
+"""Their bits, and whether they are at the host."""
 CHOSEN: Final = [1, 2]
 """The experts of every token, as there are no numbers to choose by."""
 
@@ -87,15 +89,15 @@ def check(name: str) -> None:
         for block in blocks:
             if block.role == "outer":
                 seat.model.set_outer({item.name: torch.empty(item.shape) for item in block.parameters})
-        caches: list[tuple[Bits, bool]] = [(16, False)]
+        works = [_segments(seat, 16, False, 11), _forward(seat)]
         if name in BY_CACHE:
-            caches += [(4, False), (16, True), (4, True)]
-        for work in (*(_segments(seat, bits, is_away) for bits, is_away in caches), _forward(seat)):
+            works += [_segments(seat, bits, is_away, 70) for bits, is_away in CACHES]
+        for work in works:
             _run(work, seat, blocks)
 
 
-def _segments(seat: Seat, bits: Bits, is_away: bool) -> Work:
-    """Sequences that decode beside a prompt of more than a page, with their cache where the model is or at the host."""
+def _segments(seat: Seat, bits: Bits, is_away: bool, prompt: int) -> Work:
+    """Sequences that decode beside a prompt of so many tokens, with their cache where the model is or at the host."""
     config = seat.model.skeleton.config
     windows, gathered = layer_windows(config), seat.model.skeleton.family.gathers
     shape, groups, context = kv_shape(config, torch.float32), layer_groups(windows), len(IDS)
@@ -109,7 +111,7 @@ def _segments(seat: Seat, bits: Bits, is_away: bool) -> Work:
     pool = KVPool(plan, memory, outbox)
     segments = []
     # Two that decode: of a tensor with a single number a fake tensor knows the number, and would compute with it.
-    for number, (length, tokens) in enumerate(((5, 1), (63, 1), (0, 70))):
+    for number, (length, tokens) in enumerate(((5, 1), (63, 1), (0, prompt))):
         kv = pool.reserve(context)
         assert kv is not None
         kv.length = length

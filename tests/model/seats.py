@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any, Final, Self, cast
 
 import torch
 
@@ -21,6 +21,10 @@ from tiered.runtime import Options, Runtime
 from tiered.store import Store
 from tiered.stream import NO_EXPERTS, Brought, ExpertUse, Loan, Streamer, Streams
 from tiered.units import GIB
+
+ALL: Final = "all at the device"
+PROMPTS: Final = "prompts at the device"
+DECODING: Final = "decoding at the device"
 
 
 class DeviceKernels(Kernels):
@@ -106,7 +110,7 @@ def _kept(numbers: object) -> None:
 
 
 class SeatedRuntime(Runtime):
-    """`prompts_only`: the device computes prompts, the processor all else; without it the device computes all.
+    """`place`: what the device computes, and the processor does not.
 
     `on_device`: the KV cache is at the device; else `outbox_rows` tokens of a micro-batch find room on their way to it.
     `device_dtype`: what the device computes in, if that is not what the processor does.
@@ -116,14 +120,14 @@ class SeatedRuntime(Runtime):
         self,
         store: Store,
         workload: Workload,
-        prompts_only: bool,
+        place: str,
         on_device: bool = False,
         outbox_rows: int | None = None,
         device_dtype: torch.dtype | None = None,
         **options: Any,
     ) -> None:
         super().__init__(store, workload, Options(**{"dtype": "float32", "ram": 16 * GIB, "threads": 1, **options}))
-        self._prompts_only, self._on_device, self._outbox_rows = prompts_only, on_device, outbox_rows
+        self._place, self._on_device, self._outbox_rows = place, on_device, outbox_rows
         self._device_dtype = device_dtype
         self.device = LateDevice()
         self.device_blocks = DeviceBlocks(store)
@@ -142,8 +146,9 @@ class SeatedRuntime(Runtime):
             nbytes = outbox_nbytes(pool.shape, self._outbox_rows or self.plan.micro_batch_rows)
             source, target = self.device.borrow(nbytes, "kv"), torch.empty(nbytes, dtype=torch.uint8)
             pool.outbox = Outbox(self.device, source, target)
-        seats = Seats(seat, engine.seats.decode if self._prompts_only else seat)
-        self.engine = Engine(seats, engine.embedding, self.host.cancel, self.host.trace, pool.outbox)
+        own = engine.seats.decode
+        prefill, decode = {ALL: (seat, seat), PROMPTS: (seat, own), DECODING: (own, seat)}[self._place]
+        self.engine = Engine(Seats(prefill, decode), engine.embedding, self.host.cancel, self.host.trace, pool.outbox)
 
     def _make_streams(self) -> Streams:
         streams = super()._make_streams()

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.helpers import TINY, randomize, reserved, run_segments, tiny_config
-from tests.model.seats import SeatedRuntime
+from tests.model.seats import ALL, DECODING, PROMPTS, SeatedRuntime
 from tests.quick import represented
 from tests.shared import made_once
 from tiered.cache import SequenceKV
@@ -125,7 +125,7 @@ def assert_same(found: dict[str, Text], expected: dict[str, Text], bits: Bits = 
 
 FAMILIES: Final = ("llama", "gemma3_text", "bloom", "mixtral")
 KV: Final = (("cpu", 16), ("cpu", 8), ("cpu", 4), ("disk", 16), ("disk", 4))
-PLACES: Final = ("prompts at the device", "all at the device")
+PLACES: Final = (PROMPTS, ALL, DECODING)
 CELLS: Final = [
     (name, place, kv, bits, rows)
     for first, name in enumerate(FAMILIES)
@@ -143,19 +143,19 @@ def test_sequences_that_come_and_go_get_the_tokens_of_one_processor(
     tmp_path: Path, name: str, place: str, kv: str, bits: Bits, rows: int | None
 ) -> None:
     options: dict[str, Any] = {"kv": kv, "kv_bits": bits, "micro_batch_rows": rows, "kv_folder": tmp_path}
-    with SeatedRuntime(store_of(name), workload(), place == PLACES[0], **options) as runtime:
+    with SeatedRuntime(store_of(name), workload(), place, **options) as runtime:
         found = run_crowd(runtime)
         passes = runtime.passes
     assert_same(found, expected_of(name, bits), bits)
     # In passes in which all only decode, nothing is asked of the device if prompts are all it has.
-    assert (runtime.device_blocks.passes < passes) == (place == PLACES[0])
+    assert (runtime.device_blocks.passes < passes) == (place == PROMPTS)
     assert runtime.device.copied_out > 0
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4])
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "bloom"])
 def test_a_cache_at_the_device_gives_the_tokens_of_one_processor(name: str, bits: Bits) -> None:
-    with SeatedRuntime(store_of(name), workload(), False, on_device=True, kv_bits=bits) as runtime:
+    with SeatedRuntime(store_of(name), workload(), ALL, on_device=True, kv_bits=bits) as runtime:
         found = run_crowd(runtime)
     assert_same(found, expected_of(name, bits), bits)
     assert not runtime.device.copied_out
@@ -163,7 +163,7 @@ def test_a_cache_at_the_device_gives_the_tokens_of_one_processor(name: str, bits
 
 def test_prompts_that_begin_attend_at_the_device_and_those_that_go_on_where_their_pages_are() -> None:
     layers, rows, tokens = 3, 40, 130
-    with SeatedRuntime(store_of("llama"), workload(), True, kv_bits=8, micro_batch_rows=rows) as runtime:
+    with SeatedRuntime(store_of("llama"), workload(), PROMPTS, kv_bits=8, micro_batch_rows=rows) as runtime:
         with ExitStack() as stack:
             kv = reserved(stack, runtime, tokens)
             for start in range(0, tokens, PIECE):
@@ -174,9 +174,7 @@ def test_prompts_that_begin_attend_at_the_device_and_those_that_go_on_where_thei
 @pytest.mark.parametrize("place", PLACES)
 def test_a_device_may_compute_in_another_precision_than_the_processor(place: str) -> None:
     options: dict[str, Any] = {"dtype": "bfloat16", "micro_batch_rows": 40}
-    with SeatedRuntime(
-        store_of("llama"), workload(), place == PLACES[0], device_dtype=torch.float16, **options
-    ) as runtime:
+    with SeatedRuntime(store_of("llama"), workload(), place, device_dtype=torch.float16, **options) as runtime:
         found = run_crowd(runtime)
     for name, text in expected_of("llama", 16).items():
         first, exact = found[name].logits[0], text.logits[0]
@@ -185,7 +183,7 @@ def test_a_device_may_compute_in_another_precision_than_the_processor(place: str
 
 def test_what_a_failed_pass_has_sent_is_not_stored_by_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = expected_of("llama", 16)
-    with SeatedRuntime(store_of("llama"), workload(), True, micro_batch_rows=40) as runtime:
+    with SeatedRuntime(store_of("llama"), workload(), PROMPTS, micro_batch_rows=40) as runtime:
         with ExitStack() as stack, monkeypatch.context() as patch:
             kv = reserved(stack, runtime, 80)
             patch.setattr(runtime.device_kernels, "attention", failing)

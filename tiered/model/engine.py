@@ -162,7 +162,7 @@ class Engine:
         """Compute `turns` through all blocks; returns logits as `Work.finish` does."""
         groups = [group for turn in turns for group in turn.groups]
         lent = [group.blocks for group in groups if group.blocks is not None]
-        layers, total = len(turns[-1].seat.model.layers), len(turns[-1].seat.model.blocks)
+        layers, total = len(work.head.model.layers), len(work.head.model.blocks)
         with streams.kv.serving(lent) if streams.kv is not None and lent else contextlib.nullcontext():
             for number in range(layers):
                 with clock.block():
@@ -172,10 +172,12 @@ class Engine:
                 if on_block is not None:
                     on_block(number + 1, total)
             with clock.block():
-                for turn in turns[:-1]:
+                for turn in turns:
+                    if turn.seat is work.head:
+                        logits = self._finish(work, groups, turn, clock)
+                        continue
                     with turn.lender.lend(layers):
-                        pass  # the head is the last one's
-                logits = self._finish(work, groups, turns[-1], clock)
+                        pass  # every block is lent, whoever computes with it
             if on_block is not None:
                 on_block(total, total)
         return logits

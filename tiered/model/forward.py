@@ -39,14 +39,14 @@ class ForwardWork:
 
     def __init__(self, batch: Sequence[ForwardBatch], rows_per_micro_batch: int, layers: int, seat: Seat) -> None:
         self._batch, self._rows_per_micro_batch, self._layers = batch, rows_per_micro_batch, layers
-        self.seats = (seat,)
+        self.seats, self.head = (seat,), seat
 
     @property
     def ids(self) -> list[int]:
         return sorted({int(i) for batch in self._batch for i in batch.input_ids.unique()})
 
     def record(self, embedded: Embedded) -> list[Group]:
-        (seat,), micro_batches = self.seats, []
+        seat, micro_batches = self.head, []
         for number, batch in enumerate(self._batch):
             count, tokens = batch.input_ids.shape
             step = max(1, self._rows_per_micro_batch // count)
@@ -68,7 +68,7 @@ class ForwardWork:
         position_ids = batch.position_ids
         # Untouched where possible: a preallocating cache wants masks wider than what is filled.
         mask = batch.attention_mask if whole else slice_mask(batch.attention_mask, past, start, stop)
-        recording = self.seats[0].recorder.record(
+        recording = self.head.recorder.record(
             _last_positions(batch, past),
             inputs_embeds=embedded,
             attention_mask=_moved(mask, embedded.device),
@@ -85,7 +85,7 @@ class ForwardWork:
         return sum(map(len, self._steps(groups)))
 
     def finish(self, groups: Sequence[Group]) -> tuple[torch.Tensor, ...]:
-        logits, recorder = [], self.seats[0].recorder
+        logits, recorder = [], self.head.recorder
         for steps in self._steps(groups):
             pieces = [recorder.replay(part).cpu() for part in steps]
             logits.append(torch.cat(pieces, dim=1) if len(pieces) > 1 else pieces[0])

@@ -77,11 +77,9 @@ class Seats:
         return self.prefill if is_prompt or tokens > 1 else self.decode
 
     def __iter__(self) -> Iterator[Seat]:
-        """Each seat once, in the order in which they compute."""
-        if self.prefill is not self.decode:
-            yield self.prefill
-        yield self.decode
+        """Each seat once, in the order in which they compute: a device's first."""
+        yield from sorted(dict.fromkeys((self.prefill, self.decode)), key=lambda seat: seat.device is None)
 
     def of_pass(self, used: Sequence[Seat]) -> tuple[Seat, ...]:
-        """The seats of a pass whose tokens have the seats `used`; see `Work.seats`."""
+        """The seats of a pass whose tokens have the seats `used`, in that order."""
         return tuple(seat for seat in self if seat is self.decode or seat in used)

@@ -76,7 +76,7 @@ class Segments:
         self._segments, self._pool, self._limits = segments, pool, limits
         self._head_rows, self._on_logits = head_rows, on_logits
         self._seat_of = [seats.of(len(segment.input_ids), segment.text_length > 0) for segment in segments]
-        self.seats = seats.of_pass(self._seat_of)
+        self.seats, self.head = seats.of_pass(self._seat_of), seats.decode
         self._plan: list[dict[int, Part]] = []
 
     @property
@@ -143,7 +143,7 @@ class Segments:
 
     def finish(self, groups: Sequence[Group]) -> tuple[torch.Tensor, ...]:
         """Give all logits to `on_logits`; returns an empty tuple."""
-        seat = self.seats[-1]
+        seat = self.head
         for step in self._steps(groups):
             rows = torch.cat([hidden.to(seat.where, seat.model.dtype) for _, _, hidden in step])
             logits = seat.recorder.replay(rows[None])[0].cpu()

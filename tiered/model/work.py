@@ -65,7 +65,11 @@ class Work(Protocol):
     @property
     def seats(self) -> Sequence[Seat]:
         """Who computes it, a device before the processor: it does what it has been given while the processor does its
-        own. The last one computes the head, and perhaps nothing else."""
+        own."""
+
+    @property
+    def head(self) -> Seat:
+        """Which of them computes logits. It may have nothing else to compute."""
 
     def record(self, embedded: Embedded) -> list[Group]:
         """The micro-batches, ready for the first layer. In the compute thread."""
