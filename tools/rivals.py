@@ -12,6 +12,7 @@ prints Markdown: medians of rounds in which all systems take turns with the same
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -102,16 +103,21 @@ def setup(work: Path, names: Sequence[str], sites: Path | None) -> None:
         print(f"rivals: {rival.name}: installing {', '.join(rival.packages)}", file=sys.stderr)
         if subprocess.run([sys.executable, "-m", "venv", str(place)], stdout=2, check=False).returncode:
             raise TieredError(f"{place}: no environment could be made; see above")
-        (place / _REASON).unlink(missing_ok=True)
+        reason = place / _REASON
+        reason.write_text("setup has not ended", encoding="utf-8")
         if sites is not None:
             (folder,) = place.glob("lib/python*/site-packages")
             (folder / "sites.pth").write_text(f"{sites.resolve()}\n", encoding="utf-8")
         words = [_python(work, rival.name), "-m", "pip", "install", "--disable-pip-version-check", *rival.packages]
-        done = subprocess.run(words, stdout=2, stderr=subprocess.PIPE, text=True, check=False)
+        # Of llama.cpp's sources those that run texts are enough.
+        built = {"CMAKE_ARGS": "-DLLAVA_BUILD=OFF", **os.environ}
+        done = subprocess.run(words, stdout=2, stderr=subprocess.PIPE, text=True, env=built, check=False)
         if done.returncode:
             lines = [line.strip() for line in done.stderr.splitlines() if line.strip()] or ["pip failed"]
-            (place / _REASON).write_text(lines[-1], encoding="utf-8")
+            reason.write_text(lines[-1], encoding="utf-8")
             print(f"rivals: {rival.name}: {lines[-1]}", file=sys.stderr)
+        else:
+            reason.unlink()
 
 
 def refusal(work: Path, rival: Rival) -> str | None:
