@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import Any, Final
 
 _HEAD_BYTES: Final = 8
+_MOST_SHOWN: Final = 120
+"""Characters of an error."""
 _GGUF_CHUNK: Final = 2048
 """Tokens that llama.cpp gets at once."""
 
@@ -329,7 +331,13 @@ def main() -> int:
         write_gguf(options.model, options.output, options.type)
         return 0
     package, run = _SYSTEMS[options.system]
-    print(json.dumps({"version": version(package), **measured(run(options))}))
+    try:
+        found = measured(run(options))
+    except Exception as error:
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        print(json.dumps({"error": first[:_MOST_SHOWN]}), flush=True)
+        raise
+    print(json.dumps({"version": version(package), **found}))
     return 0
 
 

@@ -12,6 +12,7 @@ prints Markdown: medians of rounds in which all systems take turns with the same
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -35,6 +36,7 @@ DRIVER: Final = Path(__file__).with_name("rival_driver.py")
 OURS: Final = "tiered"
 _REASON: Final = "refusal"
 """In a system's environment: the file that says why it is not there."""
+_KILLED: Final = 137
 COLUMNS: Final = ("system", "version", "weights", "batch", "prefill s", "decode t/s", "all t/s", "GB read", "peak RSS")
 
 
@@ -102,16 +104,21 @@ def setup(work: Path, names: Sequence[str], sites: Path | None) -> None:
         print(f"rivals: {rival.name}: installing {', '.join(rival.packages)}", file=sys.stderr)
         if subprocess.run([sys.executable, "-m", "venv", str(place)], stdout=2, check=False).returncode:
             raise TieredError(f"{place}: no environment could be made; see above")
-        (place / _REASON).unlink(missing_ok=True)
+        reason = place / _REASON
+        reason.write_text("setup has not ended", encoding="utf-8")
         if sites is not None:
             (folder,) = place.glob("lib/python*/site-packages")
             (folder / "sites.pth").write_text(f"{sites.resolve()}\n", encoding="utf-8")
         words = [_python(work, rival.name), "-m", "pip", "install", "--disable-pip-version-check", *rival.packages]
-        done = subprocess.run(words, stdout=2, stderr=subprocess.PIPE, text=True, check=False)
+        # Of llama.cpp's sources those that run texts are enough.
+        built = {"CMAKE_ARGS": "-DLLAVA_BUILD=OFF", **os.environ}
+        done = subprocess.run(words, stdout=2, stderr=subprocess.PIPE, text=True, env=built, check=False)
         if done.returncode:
             lines = [line.strip() for line in done.stderr.splitlines() if line.strip()] or ["pip failed"]
-            (place / _REASON).write_text(lines[-1], encoding="utf-8")
+            reason.write_text(lines[-1], encoding="utf-8")
             print(f"rivals: {rival.name}: {lines[-1]}", file=sys.stderr)
+        else:
+            reason.unlink()
 
 
 def refusal(work: Path, rival: Rival) -> str | None:
@@ -142,7 +149,7 @@ def prepare(work: Path, checkpoint: Path, rival: Rival) -> Path:
 def run_rival(work: Path, checkpoint: Path, rival: Rival, asked: Asked, seed: int) -> Figures:
     """One run in the limit. Raises TieredError."""
     model = prepare(work, checkpoint, rival)
-    scratch = work / f"{rival.name}-files"
+    scratch = work / f"{checkpoint.resolve().name}-{rival.name}"
     scratch.mkdir(exist_ok=True)
     words = [_python(work, rival.name), str(DRIVER), rival.name, str(model), *asked.words(seed)]
     words += ["--scratch", str(scratch), *(["--kept", asked.kept] if asked.kept else [])]
@@ -155,11 +162,20 @@ def run_rival(work: Path, checkpoint: Path, rival: Rival, asked: Asked, seed: in
     if usage.interrupted:
         raise KeyboardInterrupt
     if usage.exit_code:
-        killed = f"killed for more than {asked.memory}" if usage.oom_kills or usage.exit_code == 137 else ""
-        raise TieredError(killed or f"exit status {usage.exit_code}; see above")
+        raise TieredError(failure(usage, said[-1] if said else ""))
     found = json.loads(said[-1])
     peak = max(usage.max_rss_bytes, usage.vm_hwm_bytes)
     return Figures(found["version"], found["prefill_seconds"], found["decode_seconds"], found["bytes_read"], peak)
+
+
+def failure(usage: limit.Report, said: str) -> str:
+    """Why a run failed, of which `said` is the last line."""
+    if usage.oom_kills or usage.exit_code == _KILLED:
+        return f"killed for more than {format_size(usage.limit_bytes or 0)}"
+    try:
+        return f"does not run: {json.loads(said)['error'].replace('|', '/')}"
+    except (ValueError, TypeError, KeyError):
+        return f"exit status {usage.exit_code}; see above"
 
 
 def run_ours(store: Path, ours: str, asked: Asked, seed: int) -> Figures:

@@ -9,11 +9,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests.bench.made_up import usage
 from tests.commands import CHECKPOINT
 from tiered.errors import TieredError
 from tools import rivals
 from tools.rival_driver import Tensors, llama_parts, measured, opt_parts, prompts
-from tools.rivals import COLUMNS, RIVALS, Asked, Figures, alternate, main, refusal, row
+from tools.rivals import COLUMNS, RIVALS, Asked, Figures, alternate, failure, main, refusal, row
 
 ASKED = Asked("1GiB", batch=4, prompt=8, new=3, vocab=100, kept=None)
 
@@ -44,6 +45,12 @@ def test_a_row_has_medians_or_the_reason() -> None:
     assert (cells["GB read"], cells["peak RSS"]) == ("3", "1 GiB")
     cells = dict(zip(COLUMNS, row("airllm", "bf16", ASKED, "not installable: no such wheel"), strict=True))
     assert cells["version"] == "not installable: no such wheel" and cells["decode t/s"] == "-"
+
+
+def test_why_a_run_failed_is_said_in_a_few_words() -> None:
+    assert failure(usage(1), '{"error": "no | such model"}') == "does not run: no / such model"
+    assert failure(usage(137), "") == "killed for more than 1 GiB"
+    assert failure(usage(1), "Loading") == "exit status 1; see above"
 
 
 def test_a_system_without_its_environment_is_named_with_the_reason(tmp_path: Path) -> None:
