@@ -34,7 +34,13 @@ pytestmark = [
 def program(folder: Path, *words: str, **variables: str) -> str:
     """What a program of Python writes, with Triton's cache in `folder`."""
     paths = os.pathsep.join(filter(None, (str(BESIDE), os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, "PYTHONPATH": paths, "TRITON_CACHE_DIR": str(folder), "OMP_NUM_THREADS": "1", **variables}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": paths,
+        "TRITON_CACHE_DIR": str(folder),
+        "OMP_NUM_THREADS": "1",
+        **variables,
+    }
     done = subprocess.run(
         [sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=100
     )
