@@ -30,7 +30,9 @@ class _LateEvent:
 class LateDevice:
     """Its memory is the host's. What a copy will write is filled with NaN when the copy is issued."""
 
-    name, description, where, peak_nbytes, stalled_seconds = "late", "of tests", torch.device("cpu"), 0, 0.0
+    name, description, where = "late", "of tests", torch.device("cpu")
+    context_nbytes = peak_nbytes = 0
+    stalled_seconds, checks = 0.0, False
 
     capability, vram_nbytes, context_nbytes, checks = None, 1 << 40, 0, True
 
