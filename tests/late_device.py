@@ -34,6 +34,7 @@ class LateDevice:
     context_nbytes = peak_nbytes = 0
     stalled_seconds, checks = 0.0, False
 
+    unregistered = None
     capability, vram_nbytes, context_nbytes, checks = None, 1 << 40, 0, True
 
     def __init__(self) -> None:

@@ -4,9 +4,10 @@ The device is the emulated one in its chaotic mode: copies come early, late and 
 is poison, and vector clocks find every wait that is missing (tests/device, tests/stream/test_device_feed.py).
 """
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -14,13 +15,16 @@ from typing import Any, Final
 import pytest
 import torch
 
-from tests.helpers import Answers, Tiny, assert_same, open_runtime, prompts_for, run_greedy, run_segments
+from tests.helpers import Answers, Tiny, assert_same, open_runtime, prompts_for, reserved, run_greedy, run_segments
 from tests.quick import represented
 from tiered.device import Device, open_device
 from tiered.device.emulated import EmulatedDevice
 from tiered.errors import BudgetError, ConfigError, DeviceBudgetError
 from tiered.model import Segment
-from tiered.plan import Plan, Tier, full_ring, make_plan
+from tiered.plan import ComputeRate, Machine, Plan, Tier, Workload, full_ring, make_plan
+from tiered.plan.hardware import GpuRates
+from tiered.plan.play import Device as SimulatedDevice
+from tiered.plan.simulate import simulate
 from tiered.runtime import Runtime, measure_inputs
 from tiered.store import Store
 from tiered.units import GIB, MIB
@@ -240,3 +244,32 @@ def test_a_device_that_cannot_be_used_is_an_error_or_the_processor_computes(
         assert runtime.plan.device is None and runtime.host.device_refusal is not None
         assert_same(run_greedy(runtime, prompts_for("opt"), STEPS), tiny.reference("opt"))
     assert sum("the processor computes instead" in record.message for record in caplog.records) == 1
+
+
+def test_a_simulation_foretells_the_passes_of_a_paced_device(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    rate, steps = 2e6, 5
+    paced = Devices("emulated")
+    monkeypatch.setattr("tiered.host.open_device", paced.open)
+    store = tiny.store("llama")
+    options = options_for(store, paced, "some", "all", tmp_path)
+    monkeypatch.setattr(
+        "tiered.host.open_device", lambda name, vram: EmulatedDevice(vram, mode="paced", copy_rate=rate)
+    )
+    with open_runtime(store, **options) as runtime, ExitStack() as stack:
+        kv, ids, seconds = reserved(stack, runtime, 40), [5, 6, 7], []
+        for _ in range(steps):
+            start = time.perf_counter()
+            (logits,) = run_segments(runtime, [Segment(kv, ids, keep=1)])
+            seconds.append(time.perf_counter() - start)
+            ids = [int(logits[-1].argmax())]
+        plan, shape = runtime.plan, runtime.shape
+    assert plan.device is not None and 0 < plan.bus_nbytes < plan.tape.total
+    fast = ComputeRate((1,), (1e-15,))
+    machine = Machine(0, linear=fast, disk_bytes_per_second=1e12, attention_seconds=0.0)
+    rates = GpuRates("paced", PLENTY, rate, rate, 1e12, 1e15)
+    work = Workload(1, 40, 3, batch_size=1)
+    found = simulate(plan, shape, machine, work, passes=steps, device=SimulatedDevice.of(plan, rates))
+    expected = [each.seconds for each in found.passes][2:]
+    assert sum(seconds[2:]) == pytest.approx(sum(expected), rel=0.1)

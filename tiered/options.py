@@ -110,6 +110,10 @@ class Options:
             return None
         return "cuda" if self.device in (None, "auto") else self.device
 
+    def for_prompts(self) -> "Options":
+        """The options where nothing decodes: what computes prompts computes all."""
+        return replace(self, decode_device=self.prefill_device) if self.has_device else self
+
     def without_device(self) -> "Options":
         """The options with which the processor does the same, where a device cannot be used: `fallback`."""
         tiers = tuple(tier for tier in self.tiers if tier is not Tier.GPU)

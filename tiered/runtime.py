@@ -20,7 +20,7 @@ import torch
 
 from tiered.arch import build_skeleton, load_config
 from tiered.cache import SequenceKV
-from tiered.device import Device
+from tiered.device import Device, open_device
 from tiered.errors import ConfigError
 from tiered.host import PROCESS, Host, Member, wait_for
 from tiered.io import ChunkVerifier, DiskReader, Faults, ReadMode, probe_mode
@@ -402,6 +402,18 @@ def _prepare(store: Store, options: Options, host: Host) -> _Prepared:
             seats.append(Seat.take(beside, dtype, host.kernels, host.attention))
     host.warm_up(dtype)
     return _Prepared(dtype, Seats(seats[0], seats[-1]), shape, machine)
+
+
+def with_usable_device(options: Options) -> Options:
+    """The options that a runtime comes to: without the device where it cannot be used and `fallback` says what computes
+    then. Raises ConfigError where it does not."""
+    if options.device_name is None or options.fallback is None:
+        return options
+    try:
+        open_device(options.device_name, options.vram).close()
+    except ConfigError:
+        return options.without_device()
+    return options
 
 
 def host_for(options: Options) -> Host:

@@ -41,7 +41,7 @@ from tiered.jobs.input import open_input
 from tiered.kernels import Kernels, Mode
 from tiered.options import Options
 from tiered.plan import MAX_BATCHED_TOKENS, Workload
-from tiered.runtime import Runtime, compute_dtype
+from tiered.runtime import Runtime, compute_dtype, with_usable_device
 from tiered.store import Store
 
 _ANY_LENGTH: Final = 1 << 31
@@ -194,7 +194,7 @@ def _identity(request: BatchRequest, store: Store, config: PretrainedConfig, inp
     """Everything that the results depend on."""
     with Kernels(1, mode=Mode(request.kernel_mode), name=request.kernels) as kernels:
         computes = "torch" if kernels.level is None else kernels.level.name.lower()
-    options = request.options()
+    options = with_usable_device(request.options())
     settings: dict[str, Setting] = {
         "seed": request.seed,
         "max-tokens": request.max_tokens,

@@ -98,7 +98,9 @@ class Measured:
             vram_peak_bytes=computer.device.peak_nbytes,
             resident_bytes=plan.device.placement.resident_nbytes,
             kv_on_device=plan.cache.on_device,
+            emulated_bytes=plan.device.vram if computer.device.where.type == "cpu" else 0,
             raw_bus_bandwidth=self.raw_bus,
+            unregistered=computer.device.unregistered,
         )
 
 
@@ -131,7 +133,7 @@ def predicted(runtime: Runtime) -> Prediction | None:
     kind of layers, or for so many threads."""
     try:
         profile = find_profile(runtime.store.path)
-        if profile is None or profile.cpu.cores != runtime.host.threads:
+        if profile is None or runtime.plan.device is not None or profile.cpu.cores != runtime.host.threads:
             return None
         machine = machine_for(runtime.shape, profile, runtime.options.kernel_mode.value)
         return predict(runtime.plan, runtime.shape, machine, runtime.workload)

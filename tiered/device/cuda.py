@@ -94,6 +94,7 @@ class CudaDevice:
         self._waits: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
         """Points of computing before and after waits that have not been counted."""
         self._stalled_seconds = 0.0
+        self.unregistered: str | None = None
 
     def _begin(self) -> tuple[int, int]:
         """Make the context, the streams and what a first product loads. Returns the bytes that are free then, and all
@@ -161,7 +162,8 @@ class CudaDevice:
             if code != runtime.cudaError.success:
                 clear_error(self.where)
                 self.unregister(address)
-                return f"cudaHostRegister of {format_size(size)}: {runtime.cudaGetErrorString(code)}"
+                self.unregistered = f"cudaHostRegister of {format_size(size)}: {runtime.cudaGetErrorString(code)}"
+                return self.unregistered
             pieces.append((start, size))
         return None
 

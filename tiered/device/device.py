@@ -79,6 +79,10 @@ class Device(Protocol):
         """Make page-aligned host memory known to the device, so that copies need no staging and do not block. Returns
         why that was refused, or None. Memory that is not registered is copied all the same, more slowly."""
 
+    @property
+    def unregistered(self) -> str | None:
+        """Why host memory could not be registered, and so copies are staged; None where it could."""
+
     def unregister(self, address: int) -> None:
         """Before registered memory is unmapped."""
 

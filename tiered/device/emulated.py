@@ -46,6 +46,7 @@ class EmulatedDevice:
         self.context_nbytes = self.peak_nbytes = 0
         self.checks = mode == "chaos" or compute_rate is not None
         self.stalled_seconds = 0.0
+        self.unregistered: str | None = None
         self._compute_rate = compute_rate
         self._clocks = Clocks() if mode == "chaos" else None
         self._schedule = Schedule(seed) if mode == "chaos" else None

@@ -58,6 +58,8 @@ class DeviceFigures:
     """Bytes of weights that stayed on it."""
     kv_on_device: bool
     """Whether the KV cache was there."""
+    emulated_bytes: int = 0
+    """Bytes of its budget that are the process's own memory, beside the budget of that: all where it is emulated."""
     raw_bus_bandwidth: float | None = None
     """Of plain copies from pinned memory, measured after the run; None: not measured."""
     unregistered: str | None = None
@@ -132,11 +134,13 @@ class Figures:
 
     def machine_lines(self) -> list[str]:
         """The last lines of any report: what computed, in how much memory."""
-        over = ", OVER BUDGET" if self.peak_rss_bytes > self.ram_budget_bytes else ""
+        emulated = 0 if self.device is None else self.device.emulated_bytes
+        budget = format_size(self.ram_budget_bytes) + (f" and {format_size(emulated)} of --vram" if emulated else "")
+        over = ", OVER BUDGET" if self.peak_rss_bytes > self.ram_budget_bytes + emulated else ""
         weights = "weights" if self.experts is None else "dense weights"
         lines = [
             f"kernels   {self.kernels}",
-            f"memory    peak {format_size(self.peak_rss_bytes)} of {format_size(self.ram_budget_bytes)}{over}; "
+            f"memory    peak {format_size(self.peak_rss_bytes)} of {budget}{over}; "
             f"{format_size(self.resident_bytes)} of {format_size(self.tape_bytes)} {weights} resident",
         ]
         if self.fallback is not None:

@@ -6,6 +6,7 @@ In: a plan, its costs, the loads of passes. Out: what each pass took, and events
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Self
 
 from tiered.plan.hardware import GpuRates
 from tiered.plan.inputs import Machine, ModelShape
@@ -28,9 +29,15 @@ class Device:
 
     rates: GpuRates
     resident: frozenset[int]
-    """Units that stay there, by their number on the tape; the plan has them resident, too."""
+    """Units that stay there, by their number on the tape: they are read and copied once."""
     ring_nbytes: int
     """Memory through which the others pass."""
+
+    @classmethod
+    def of(cls, plan: Plan, rates: GpuRates) -> Self:
+        """The device of `plan`, which has one."""
+        assert plan.device is not None
+        return cls(rates, plan.device.placement.resident, plan.device.placement.ring_nbytes)
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,8 @@ class Player:
     def __init__(self, plan: Plan, model: ModelShape, machine: Machine, device: Device | None = None) -> None:
         assert machine.disk_bytes_per_second is not None
         self._plan, self._model, self._device = plan, model, device
+        self._stay = plan.placement.resident | (frozenset() if device is None else device.resident)
+        """Units that are read once."""
         self._costs, self._disk_rate = UnitCosts(plan, model, machine), machine.disk_bytes_per_second
         self._expert_rate = machine.expert_bytes_per_second or self._disk_rate
         self.clock = Clock()
@@ -97,7 +106,8 @@ class Player:
     def _feed(self) -> Process:
         """Read the tape, unit by unit, as `stream/feed.py` does."""
         tape, placement = self._plan.tape, self._plan.placement
-        for turn in feed_order(tape, self._plan.held, placement.resident, placement.ring_nbytes):
+        held = self._plan.held if self._plan.device is None else self._plan.host_held
+        for turn in feed_order(tape, held, self._stay, placement.ring_nbytes):
             if turn.start is None and turn.passed:
                 continue
             yield partial(self._has_room, turn, self._ring)
@@ -105,15 +115,15 @@ class Player:
                 continue
             nbytes, kind = tape.file_nbytes[turn.position], self._kind(turn.position)
             read = self._disk.move("ahead", self._names[turn.position], kind, nbytes, self._disk_rate)
-            self._host[self._key(turn, placement.resident)] = read
+            self._host[self._key(turn, self._stay)] = read
 
     def _copy(self, device: Device) -> Process:
         """Copy the tape to the device, unit by unit, each when it has been read."""
-        tape, resident = self._plan.tape, self._plan.placement.resident
+        tape = self._plan.tape
         for turn in feed_order(tape, self._plan.held, device.resident, device.ring_nbytes):
             if turn.start is None and turn.passed:
                 continue
-            key = self._key(turn, resident)
+            key = self._key(turn, self._stay)
             yield partial(self._is_read_or_unwanted, turn, key)
             yield partial(self._has_room, turn, self._device_ring)
             if self._is_unwanted(turn):
