@@ -76,7 +76,11 @@ def prepare() -> None:
     """Import what cases will need, without running any of it: threads would be lost in a fork."""
     package = Path(tiered.__file__).parent
     for path in package.rglob("*.py"):
-        importlib.import_module(".".join(["tiered", *path.relative_to(package).with_suffix("").parts]))
+        try:
+            importlib.import_module(".".join(["tiered", *path.relative_to(package).with_suffix("").parts]))
+        except ModuleNotFoundError as error:
+            if error.name != "triton":  # for GPUs, and not always there
+                raise
     for model_type in _MODELS:
         config = AutoConfig.for_model(model_type)
         AutoModelForCausalLM._model_mapping[type(config)]
