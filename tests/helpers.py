@@ -18,6 +18,7 @@ from tests.shared import made_once
 from tests.store.make import load_unit
 from tiered.cache import SequenceKV
 from tiered.convert import ConvertOptions, convert_checkpoint
+from tiered.host import Host
 from tiered.model import Segment
 from tiered.plan import Workload
 from tiered.quant import QuantizedWeight
@@ -380,7 +381,8 @@ def assert_same(found: Answers, expected: Answers) -> None:
     assert found.tokens == expected.tokens
 
 
-def open_runtime(store: Store, **options: Any) -> Runtime:
+def open_runtime(store: Store, host: Host | None = None, **options: Any) -> Runtime:
     """A runtime of `store` for the test prompts, in float32, in plenty of memory unless `ram` says otherwise."""
     workload = Workload(len(PROMPT_LENGTHS), CONTEXT, max(PROMPT_LENGTHS))
-    return Runtime(store, workload, Options(**{"dtype": "float32", "ram": 16 * GIB, "threads": 1, **options}))
+    given = Options(**{"dtype": "float32", "ram": 16 * GIB, "threads": 1, **options})
+    return Runtime(store, workload, given, host=host)

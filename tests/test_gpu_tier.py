@@ -15,11 +15,14 @@ from typing import Any, Final
 import pytest
 import torch
 
+import tiered
+from tests.commands import make_store
 from tests.helpers import Answers, Tiny, assert_same, open_runtime, prompts_for, reserved, run_greedy, run_segments
 from tests.quick import represented
 from tiered.device import Device, open_device
 from tiered.device.emulated import EmulatedDevice
 from tiered.errors import BudgetError, ConfigError, DeviceBudgetError
+from tiered.host import Host
 from tiered.model import Segment
 from tiered.plan import ComputeRate, Machine, Plan, Tier, Workload, full_ring, make_plan
 from tiered.plan.hardware import GpuRates
@@ -273,3 +276,32 @@ def test_a_simulation_foretells_the_passes_of_a_paced_device(
     found = simulate(plan, shape, machine, work, passes=steps, device=SimulatedDevice.of(plan, rates))
     expected = [each.seconds for each in found.passes][2:]
     assert sum(seconds[2:]) == pytest.approx(sum(expected), rel=0.1)
+
+
+def test_transformers_own_generate_computes_on_the_device_with_beams_and_caches_of_its_own(
+    devices: Devices, tmp_path: Path
+) -> None:
+    store, ids = make_store(tmp_path), torch.tensor([[5, 300, 41, 7, 99]])
+
+    def generated(**options: Any) -> torch.Tensor:
+        with tiered.load(store, context=60, sequences=3, ram=PLENTY, dtype="float32", **options) as loaded:
+            if options:
+                assert loaded.runtime.plan.cache.on_device
+            found: torch.Tensor = loaded.model.generate(ids, max_new_tokens=STEPS, num_beams=3, do_sample=False)
+            if options and isinstance(devices[-1], EmulatedDevice):
+                # The cache is transformers' own: what the plan counts for it is left free.
+                assert "kv" not in devices[-1].in_use
+            return found
+
+    expected = generated()
+    assert torch.equal(generated(tiers="disk,cpu,gpu", device=devices.name, vram=PLENTY), expected)
+
+
+def test_two_runtimes_share_the_memory_of_a_device(tiny: Tiny, devices: Devices, tmp_path: Path) -> None:
+    store, host = tiny.store("llama"), Host(1, device=devices.name, vram=PLENTY)
+    options = {"tiers": ALL, "device": devices.name, "vram": PLENTY, "kv_folder": tmp_path}
+    with open_runtime(store, host=host, **options) as first, open_runtime(store, host=host, **options) as second:
+        assert first.plan.device is not None and second.plan.device is not None
+        assert second.plan.device.vram == PLENTY - first.plan.device.nbytes + first.plan.device.needs.context
+        for runtime in (first, second):
+            assert_same(run_greedy(runtime, prompts_for("llama"), STEPS, end=False), tiny.reference("llama"))

@@ -34,8 +34,7 @@ from tiered.generate.tokenizer import load_generation_config, load_tokenizer
 from tiered.io import VerifyPolicy
 from tiered.kernels import Mode
 from tiered.model import CACHE_NAMES, ForwardBatch, cache_name, check_token_ids, keep_positions, slice_mask
-from tiered.options import PhaseDevice
-from tiered.plan import Workload, parse_tiers
+from tiered.plan import Tier, Workload, parse_tiers
 from tiered.runtime import Options, Runtime, compute_dtype
 from tiered.store import Store
 from tiered.units import format_size, parse_option, parse_size
@@ -65,8 +64,6 @@ def load(
     device: str = "auto",
     resident_gpu: int | None = None,
     resident_cpu: int | None = None,
-    prefill_device: PhaseDevice = "auto",
-    decode_device: PhaseDevice = "auto",
     fallback: Literal["cpu"] | None = None,
 ) -> "LoadedModel":
     """Open `store` as a model that runs within `ram` ("4GiB" or bytes; default 90 % of what is free).
@@ -78,9 +75,8 @@ def load(
 
     With a GPU among the tiers ("disk,cpu,gpu", "cpu,gpu", "gpu") `device` computes: "cuda", "cuda:1", "emulated", or
     "auto", the first CUDA device. `vram` bounds its memory (default 90 % of what is free there), `resident_gpu` and
-    `resident_cpu` are bytes of weights that stay on it and in memory, `prefill_device` and `decode_device` ("cpu" or
-    "gpu") say what computes prompts and what the rest. `fallback="cpu"` lets the processor compute where the device
-    cannot be used, which is an error otherwise.
+    `resident_cpu` are bytes of weights that stay on it and in memory. `fallback="cpu"` lets the processor compute where
+    the device cannot be used, which is an error otherwise.
 
     Raises StoreError, ConfigError, or, when the context is entered, BudgetError.
     """
@@ -94,9 +90,10 @@ def load(
         mode = Mode(kernel_mode)
     except ValueError:
         raise ConfigError(f"kernel_mode {kernel_mode!r}: expected invariant or fast") from None
+    parsed = parse_tiers(tiers)
     options = Options(
         ram=budget,
-        tiers=parse_tiers(tiers),
+        tiers=parsed,
         dtype=dtype,
         threads=threads,
         verify=policy,
@@ -106,9 +103,9 @@ def load(
         vram=parse_option("vram", vram) if isinstance(vram, str) else vram,
         resident_gpu=resident_gpu,
         resident_cpu=resident_cpu,
-        prefill_device=prefill_device,
-        decode_device=decode_device,
         fallback=fallback,
+        # transformers' own caches grow where the model computes.
+        kv="gpu" if Tier.GPU in parsed else "cpu",
     )
     config = load_config(opened.path)
     compute_dtype(dtype, config, options.has_device)  # raises ConfigError for an unknown dtype
@@ -123,7 +120,7 @@ class LoadedModel:
     def __init__(self, store: Store, config: PretrainedConfig, workload: Workload, options: Options) -> None:
         self._store, self._config = store, config
         self._tokenizer: PreTrainedTokenizerBase | None = None
-        self.runtime = Runtime(store, workload, options)
+        self.runtime = Runtime(store, workload, options, has_pool=False)
         self._model: OffloadedModel | None = None
 
     def __enter__(self) -> Self:
@@ -215,7 +212,7 @@ class OffloadedModel(PreTrainedModel, GenerationMixin):
             self._check_room(ids.shape[0] * copies, tokens)
         if (cache := _only_cache(*(kwargs.pop(name, None) for name in CACHE_NAMES))) is not None:
             kwargs[_CACHE_NAME] = cache
-        with self._runtime.turn():
+        with self._runtime.turn(), self._runtime.computing():
             output = super().generate(inputs, generation_config, *args, **kwargs)
         return _by_both_names(output)
 

@@ -75,20 +75,29 @@ class Host:
         """The device that computes beside the processor, while the host is open."""
         self.device_refusal: str | None = None
         """Why there is none, where one was asked for."""
+        self.promised_nbytes = 0
+        """Bytes of the device's memory that the plans of open runtimes take."""
         self._users, self._lock = 0, threading.Lock()
         self._calls: list[_Call] = []
         """What `compute` runs or is about to run."""
         self._current: _Call | None = None
         self._resources = contextlib.ExitStack()
 
-    def check(self, threads: int | None, kernels: str, kernel_mode: Mode, device: str | None = None) -> None:
+    def check(
+        self,
+        threads: int | None,
+        kernels: str,
+        kernel_mode: Mode,
+        device: str | None = None,
+        vram: int | None = None,
+    ) -> None:
         """Raise ConfigError if a runtime wants it otherwise than this host computes."""
-        wanted = threads or self.threads, kernels, kernel_mode, device
-        found = self.threads, self._kernels, self._mode, self._device
+        wanted = threads or self.threads, kernels, kernel_mode, device, vram
+        found = self.threads, self._kernels, self._mode, self._device, self._vram
         if wanted != found:
             raise ConfigError(
-                f"threads, kernels, kernel mode, device: asked for {', '.join(map(str, wanted))}, but the host has "
-                f"{', '.join(map(str, found))}; all runtimes of a host compute alike"
+                f"threads, kernels, kernel mode, device, vram: asked for {', '.join(map(str, wanted))}, but the host "
+                f"has {', '.join(map(str, found))}; all runtimes of a host compute alike"
             )
 
     def __enter__(self) -> Self:
@@ -140,6 +149,15 @@ class Host:
             )
         attention = stack.enter_context(registered_attention(kernels, self.kernels))
         return DeviceComputer(device, kernels, attention)
+
+    @contextlib.contextmanager
+    def promised(self, nbytes: int) -> Iterator[None]:
+        """So many bytes of the device's memory are a runtime's, until the context ends."""
+        self.promised_nbytes += nbytes
+        try:
+            yield
+        finally:
+            self.promised_nbytes -= nbytes
 
     def compute(self, work: Callable[[], T], owner: object = None) -> T:
         """Run `work` in the compute thread, where torch's threads are, while signals reach the caller's thread.

@@ -51,8 +51,9 @@ class Memory:
 
 
 @contextlib.contextmanager
-def open_memory(store: Store, plan: Plan, options: Options, host: Host) -> Iterator[Memory]:
-    """The memory of `plan`; all of it is released when the context ends."""
+def open_memory(store: Store, plan: Plan, options: Options, host: Host, has_pool: bool = True) -> Iterator[Memory]:
+    """The memory of `plan`; all of it is released when the context ends. Without `has_pool` the memory of a KV cache on
+    the device is left to others, who keep keys and values there themselves."""
     placement, cache, device = plan.placement, plan.cache, host.computer.device if host.computer is not None else None
     tables = CHUNK_NBYTES + plan.side_nbytes + plan.buffers_nbytes
     outbox_size = 0 if device is None or cache.on_device else outbox_nbytes(cache.shape, plan.micro_batch_rows)
@@ -72,6 +73,8 @@ def open_memory(store: Store, plan: Plan, options: Options, host: Host) -> Itera
             return memory
 
         def make_pool() -> KVPool:
+            if cache.on_device and device is not None and not has_pool:
+                return KVPool(cache, torch.empty(0, dtype=torch.uint8, device=device.where))
             if cache.on_device:
                 return KVPool(cache, keep_on_device(cache.pool_nbytes, "kv"))
             outbox = None

@@ -17,8 +17,6 @@ from tiered.plan.inputs import tiers_text
 PhaseDevice = Literal["auto", "cpu", "gpu"]
 """What is to compute a phase; auto: the GPU, if a tier."""
 _DEVICE: Final = re.compile(r"auto|cuda(:\d{1,3})?|emulated")
-_BF16_CAPABILITY: Final = (8, 0)
-"""The least compute capability with arithmetic in bfloat16; below, it is emulated, several times slower."""
 
 
 @dataclass(frozen=True)
@@ -171,7 +169,7 @@ class Options:
             raise ConfigError("--dtype float16 --decode-device cpu: the processor has no arithmetic for it; use auto")
         if self.resident_gpu and is_hybrid:
             raise ConfigError(
-                "--resident-gpu --decode-device cpu: the GPU's memory is given back after the prompts; drop one"
+                "--resident-gpu --decode-device cpu: where it computes prompts only, all weights pass through; drop one"
             )
         if self.resident_gpu is not None and Tier.CPU not in self.tiers:
             raise ConfigError(f"--resident-gpu: --tiers {tiers} keeps all weights on the GPU; use --tiers disk,cpu,gpu")
@@ -181,17 +179,12 @@ class Options:
             )
 
 
-def compute_dtype(
-    name: str, config: PretrainedConfig, on_device: bool = False, capability: tuple[int, int] | None = None
-) -> torch.dtype:
-    """The dtype activations are computed in: "auto" is float32 for a float32 checkpoint, else bfloat16, or float16 on a
-    device (`on_device`) whose compute capability is below 8.0; None: it has none. Raises ConfigError for an unknown
-    name, and for float16 where the processor computes."""
+def compute_dtype(name: str, config: PretrainedConfig, on_device: bool = False) -> torch.dtype:
+    """The dtype activations are computed in: "auto" is float32 for a float32 checkpoint, else bfloat16, for which a
+    device may take float16 (`kernels.device_dtype`). Raises ConfigError for an unknown name, and for float16 where no
+    device computes (`on_device`)."""
     if name == "auto":
-        if config.dtype in (None, torch.float32):
-            return torch.float32
-        has_bf16 = capability is None or capability >= _BF16_CAPABILITY
-        return torch.bfloat16 if has_bf16 else torch.float16
+        return torch.float32 if config.dtype in (None, torch.float32) else torch.bfloat16
     known = {"bfloat16": torch.bfloat16, "float32": torch.float32}
     if on_device:
         known["float16"] = torch.float16

@@ -24,7 +24,7 @@ from tiered.device import Device, open_device
 from tiered.errors import ConfigError
 from tiered.host import PROCESS, Host, Member, wait_for
 from tiered.io import ChunkVerifier, DiskReader, Faults, ReadMode, probe_mode
-from tiered.kernels import Kernels, device_scratch_nbytes, scratch_nbytes
+from tiered.kernels import Kernels, device_dtype, device_scratch_nbytes, scratch_nbytes
 from tiered.memory import open_memory
 from tiered.model import (
     Engine,
@@ -100,16 +100,18 @@ class Runtime:
         options: Options,
         measure: MeasureMachine | None = None,
         host: Host | None = None,
+        has_pool: bool = True,
     ) -> None:
-        """`measure` is called if rates are wanted for the choice of a batch size; without `host`, one is made.
+        """`measure` is called if rates are wanted for the choice of a batch size; without `host`, one is made. Without
+        `has_pool` nothing is reserved: callers bring caches of their own, for which the plan counts memory.
 
         Raises ConfigError if `options` want another number of threads, or other kernels, than `host` has.
         """
         if host is not None:
-            host.check(options.threads, options.kernels, options.kernel_mode, options.device_name)
+            host.check(options.threads, options.kernels, options.kernel_mode, options.device_name, options.vram)
         self.store, self.workload, self.options = store, workload, options
         self.host = host or host_for(options)
-        self._measure = measure
+        self._measure, self._has_pool = measure, has_pool
         self.is_open = False
         self._resources = contextlib.ExitStack()
         self._streaming: StreamThread | None = None
@@ -176,7 +178,9 @@ class Runtime:
         made = _prepare(self.store, self.options, self.host)
         self.plan = self._choose_plan(made, member, before)
         member.planned_nbytes = self.plan.nbytes
-        self._memory = stack.enter_context(open_memory(self.store, self.plan, self.options, self.host))
+        if self.plan.device is not None:
+            stack.enter_context(self.host.promised(self.plan.device.nbytes - self.plan.device.needs.context))
+        self._memory = stack.enter_context(open_memory(self.store, self.plan, self.options, self.host, self._has_pool))
         verifier = ChunkVerifier(self.options.verify, self.host.trace, self.store.path)
         mode, clock = self.options.read_mode, self.host.clock
         self.reader = stack.enter_context(
@@ -192,7 +196,12 @@ class Runtime:
     def _choose_plan(self, made: _Prepared, member: Member, before: int) -> Plan:
         """The plan for the process as it is now, with rates measured where the choice of a batch size wants them."""
         budgets, machine = _budgets(self.options, member, before, self.host), made.machine
-        if self._measure is not None and (wanted := rates_wanted(made.shape, machine, self.workload, budgets)):
+        # Rates are the processor's: where a device computes they would choose for another machine.
+        if (
+            self._measure is not None
+            and not budgets.has_device
+            and (wanted := rates_wanted(made.shape, machine, self.workload, budgets))
+        ):
             machine = self._measure(self.store, self.host.kernels, made.shape, machine, wanted)
             # Measuring has made the process grow, and its peak counts.
             budgets = _budgets(self.options, member, before, self.host)
@@ -200,6 +209,10 @@ class Runtime:
         return make_plan(made.shape, machine, self.workload, budgets)
 
     # What callers use.
+
+    def computing(self) -> contextlib.AbstractContextManager[None]:
+        """For a caller's own operations on what a device has computed, in its turn: they come behind that."""
+        return self.engine.seats.decode.computing()
 
     def scratch_memory(self) -> memoryview:
         """Memory of the plan that is unused while nothing streams: for measuring the disk within the budget."""
@@ -384,18 +397,20 @@ def _prepare(store: Store, options: Options, host: Host) -> _Prepared:
     """Build what computes, with the numbers that plans are made from. Raises StoreError, ConfigError."""
     config = load_config(store.path)
     computer = host.computer
-    dtype = compute_dtype(
-        options.dtype, config, computer is not None, None if computer is None else computer.device.capability
-    )
+    dtype = there = compute_dtype(options.dtype, config, computer is not None)
+    if computer is not None and options.dtype == "auto":
+        there = device_dtype(computer.device.capability, dtype)
+    if "cpu" not in options.computes:
+        dtype = there
     check_layers(store, config)
-    skeleton = build_skeleton(config, dtype)
+    skeleton = build_skeleton(config, there)
     check_match(store, skeleton)
     shape, machine = model_shape(store, skeleton, dtype), Machine(scratch_nbytes(host.threads))
     if computer is None:
         seats = [Seat.take(skeleton, dtype, host.kernels, host.attention)]
     else:
         machine = replace(machine, device_scratch_nbytes=device_scratch_nbytes())
-        seats = [Seat.take(skeleton, dtype, computer.kernels, computer.attention, computer.device)]
+        seats = [Seat.take(skeleton, there, computer.kernels, computer.attention, computer.device)]
         if "cpu" in options.computes:
             # A configuration of its own: it says which attention its model computes with.
             beside = build_skeleton(load_config(store.path), dtype)
@@ -434,7 +449,7 @@ def _budgets(options: Options, member: Member, before: int, host: Host) -> Budge
     device, (prefill, decode) = host.computer.device, options.computes
     return replace(
         budgets,
-        vram=device.vram_nbytes,
+        vram=max(1, device.vram_nbytes - host.promised_nbytes),
         context_nbytes=device.context_nbytes,
         device=device.name,
         resident_gpu=options.resident_gpu,

@@ -15,7 +15,7 @@ from tests.quick import represented
 from tests.shared import made_once
 from tiered.cache import SequenceKV
 from tiered.convert import ConvertOptions, convert_checkpoint
-from tiered.model import Segment
+from tiered.model import Segment, Segments
 from tiered.plan import Bits, Workload
 from tiered.runtime import Options, Runtime
 from tiered.store import Store
@@ -190,6 +190,23 @@ def test_what_a_failed_pass_has_sent_is_not_stored_by_the_next(monkeypatch: pyte
             with pytest.raises(ValueError, match="of the test's own"):
                 run_segments(runtime, [Segment(kv, [5] * 80, 1, 80)])
         assert_same(run_crowd(runtime), expected)
+
+
+def test_what_the_head_of_one_seat_takes_of_another_is_fetched_behind_what_computes_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    depths = []
+    finish = Segments.finish
+    with SeatedRuntime(store_of("llama"), workload(), PROMPTS) as runtime, ExitStack() as stack:
+
+        def noted(work: Segments, groups: Any) -> Any:
+            depths.append(runtime.device.depth)
+            return finish(work, groups)
+
+        monkeypatch.setattr(Segments, "finish", noted)
+        run_segments(runtime, [Segment(reserved(stack, runtime, 80), [5] * 80, 1, 80)])
+    # A copy in another stream would not wait for the last layer.
+    assert depths and all(depths)
 
 
 def failing(call: object) -> torch.Tensor:

@@ -130,6 +130,7 @@ class Engine:
         lenders = [_lender(seat, streams) for seat in work.seats]
         start, clock = time.perf_counter(), _Clock([*lenders, *filter(None, [streams.kv])], self._trace)
         waited, used = clock.waited, [lender.expert_use for lender in lenders]
+        stalled = sum(lender.unseen_stalls for lender in lenders)
         self.passes += 1
         for lender in lenders:
             lender.begin(is_last, clock.on_wait)
@@ -143,8 +144,11 @@ class Engine:
             raise
         work.commit()
         seconds, waits = time.perf_counter() - start, clock.waited - waited
+        # A device waits by itself: what took the host as long as computing was partly that.
+        hidden = min(sum(lender.unseen_stalls for lender in lenders) - stalled, clock.compute_seconds)
         experts = sum((lender.expert_use - before for lender, before in zip(lenders, used, strict=True)), NO_EXPERTS)
-        return Pass(logits, seconds, clock.compute_seconds, waits, tuple(clock.block_seconds), experts)
+        computed = clock.compute_seconds - hidden
+        return Pass(logits, seconds, computed, waits + hidden, tuple(clock.block_seconds), experts)
 
     def _record(self, work: Work, streams: Streams, clock: _Clock) -> list[Group]:
         """The micro-batches of `work`, ready for the first layer."""
@@ -174,7 +178,7 @@ class Engine:
             with clock.block():
                 for turn in turns:
                     if turn.seat is work.head:
-                        logits = self._finish(work, groups, turn, clock)
+                        logits = self._finish(work, groups, turn, turns, clock)
                         continue
                     with turn.lender.lend(layers):
                         pass  # every block is lent, whoever computes with it
@@ -214,17 +218,20 @@ class Engine:
             with clock.computing("kv"):
                 self._outbox.flush()
 
-    def _finish(self, work: Work, groups: Sequence[Group], turn: _Turn, clock: _Clock) -> tuple[torch.Tensor, ...]:
-        """Compute the head at the seat of `turn`."""
+    def _finish(
+        self, work: Work, groups: Sequence[Group], turn: _Turn, turns: Sequence[_Turn], clock: _Clock
+    ) -> tuple[torch.Tensor, ...]:
+        """Compute the head at the seat of `turn`, of what all `turns` have computed."""
         model, layers = turn.seat.model, len(turn.seat.model.layers)
-        with (
-            turn.seat.computing(),
-            turn.lender.lend(layers, work.head_steps(groups) > 1) as loan,
-            model.lend(model.head, loan),
-            clock.computing(loan.block),
-        ):
-            self._cancel.check()
-            return work.finish(groups)
+        with contextlib.ExitStack() as stack:
+            # What another seat's device has computed is fetched behind it, in its own stream.
+            for each in turns:
+                stack.enter_context(each.seat.computing())
+            loan = stack.enter_context(turn.lender.lend(layers, work.head_steps(groups) > 1))
+            stack.enter_context(model.lend(model.head, loan))
+            with clock.computing(loan.block):
+                self._cancel.check()
+                return work.finish(groups)
 
 
 def _lender(seat: Seat, streams: Streams) -> Streamer:

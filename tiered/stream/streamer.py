@@ -107,6 +107,7 @@ class Streamer:
         self._pass, self._next = 0, 0
         """Number of the pass, and of the block that is lent next: -1 while one is lent, and after an error. Used by the
         computing thread."""
+        self._copy_wait_seconds = 0.0
         self._returned: deque[int] = deque()
         """Units that the computation has given back, and the loop has not taken back."""
         self._is_posted = False
@@ -161,6 +162,11 @@ class Streamer:
     def stalled_seconds(self) -> float:
         """Seconds the device that computes has stood still for copies."""
         return self._device.stalled_seconds if self._device is not None else 0.0
+
+    @property
+    def unseen_stalls(self) -> float:
+        """Of these, the seconds in which the thread that computes did not wait as well."""
+        return max(0.0, self.stalled_seconds - self._copy_wait_seconds)
 
     @property
     def expert_use(self) -> ExpertUse:
@@ -222,6 +228,7 @@ class Streamer:
             start = time.perf_counter()
             self._device.wait_for(brought.arrived)
             self._units.count_wait(f"{self._name(first + number)}/copy", start)
+            self._copy_wait_seconds += time.perf_counter() - start
         return brought
 
     def _post_returned(self, first: int, numbers: Sequence[int]) -> None:
