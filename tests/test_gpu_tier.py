@@ -305,3 +305,22 @@ def test_two_runtimes_share_the_memory_of_a_device(tiny: Tiny, devices: Devices,
         assert second.plan.device.vram == PLENTY - first.plan.device.nbytes + first.plan.device.needs.context
         for runtime in (first, second):
             assert_same(run_greedy(runtime, prompts_for("llama"), STEPS, end=False), tiny.reference("llama"))
+
+
+def test_memory_that_runs_out_in_the_middle_is_an_error_of_the_budget_and_the_next_pass_is_right(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, devices: Devices, tmp_path: Path
+) -> None:
+    store = tiny.store("llama")
+    options = options_for(store, devices, "some", "all", tmp_path)
+    with opened(store, devices, **options) as runtime, ExitStack() as stack, monkeypatch.context() as patch:
+        assert runtime.host.computer is not None
+        patch.setattr(runtime.host.computer.kernels, "attention", out_of_memory)
+        with pytest.raises(BudgetError, match="--vram"):
+            run_segments(runtime, [Segment(reserved(stack, runtime, 40), [5, 6, 7], keep=1)])
+        patch.undo()
+        stack.close()
+        assert_same(run_greedy(runtime, prompts_for("llama"), STEPS), tiny.reference("llama"))
+
+
+def out_of_memory(call: object) -> torch.Tensor:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")

@@ -21,7 +21,7 @@ import torch
 from tiered.arch import build_skeleton, load_config
 from tiered.cache import SequenceKV
 from tiered.device import Device, open_device
-from tiered.errors import ConfigError
+from tiered.errors import BudgetError, ConfigError, shortened
 from tiered.host import PROCESS, Host, Member, wait_for
 from tiered.io import ChunkVerifier, DiskReader, Faults, ReadMode, probe_mode
 from tiered.kernels import Kernels, device_dtype, device_scratch_nbytes, scratch_nbytes
@@ -111,7 +111,7 @@ class Runtime:
             host.check(options.threads, options.kernels, options.kernel_mode, options.device_name, options.vram)
         self.store, self.workload, self.options = store, workload, options
         self.host = host or host_for(options)
-        self._measure, self._has_pool = measure, has_pool
+        self._asked, self._measure, self._has_pool = options, measure, has_pool
         self.is_open = False
         self._resources = contextlib.ExitStack()
         self._streaming: StreamThread | None = None
@@ -173,9 +173,9 @@ class Runtime:
         before = process_rss_bytes()
         member = stack.enter_context(PROCESS.member())
         stack.enter_context(self.host)
-        if self.host.device_refusal is not None:
-            self.options = self.options.without_device()
-        made = _prepare(self.store, self.options, self.host)
+        self.options = self._asked if self.host.device_refusal is None else self._asked.without_device()
+        with _device_memory():
+            made = _prepare(self.store, self.options, self.host)
         self.plan = self._choose_plan(made, member, before)
         member.planned_nbytes = self.plan.nbytes
         if self.plan.device is not None:
@@ -281,7 +281,8 @@ class Runtime:
     def _pass(self, work: Work, streams: Streams, on_block: OnBlock | None, is_last: bool) -> Pass:
         """In the compute thread. Closing interrupts what has begun here; what has not begun yet does not begin."""
         self._check_open()
-        return self.engine.run_pass(work, streams, on_block, is_last)
+        with _device_memory():
+            return self.engine.run_pass(work, streams, on_block, is_last)
 
     @property
     def streamed_files(self) -> list[Path]:
@@ -391,6 +392,18 @@ class Runtime:
         """Read what stays in memory beside the tape."""
         await self.engine.embedding.load_side(self._memory.side)
         await load_tables([seat.model for seat in self.engine.seats], self.store, self.reader)
+
+
+@contextlib.contextmanager
+def _device_memory() -> Iterator[None]:
+    """Raise BudgetError where computing on a device takes more of its memory than there is."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise BudgetError(
+            f"the GPU's memory did not suffice for what is computed: {shortened(error)}; give it more with --vram, or "
+            "lower --batch, the context or --micro-batch"
+        ) from error
 
 
 def _prepare(store: Store, options: Options, host: Host) -> _Prepared:
