@@ -242,11 +242,14 @@ def test_memory_is_bounded_by_what_the_context_leaves_and_so_is_the_allocator(cu
     assert cuda.fraction == 1.0
 
 
-def test_the_peak_is_that_since_the_device_was_opened(cuda: Cuda) -> None:
+def test_the_peak_is_that_since_the_device_was_opened_or_warmed_up(cuda: Cuda) -> None:
     device = CudaDevice(0, 2 * GIB)
     assert device.peak_nbytes == 522 * MIB
     cuda.peak = 100 * MIB
     assert device.peak_nbytes == 600 * MIB
+    cuda.used = itertools.repeat(GIB + 522 * MIB)
+    device.warm_up(torch.float16)
+    assert device.peak_nbytes == 522 * MIB
 
 
 def test_a_budget_below_the_context_limits_nothing_before_a_plan_refuses_it(cuda: Cuda) -> None:

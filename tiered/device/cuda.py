@@ -50,7 +50,6 @@ class CudaDevice:
         self._use = Use(index, properties)
         with torch.cuda.device(index):
             free, self._total = self._begin()
-        torch.cuda.reset_peak_memory_stats(index)  # what was used before is no part of this budget
         self._measure()
         free += self._outside + torch.cuda.memory_reserved(index)
         self.vram_nbytes = vram if vram is not None else int(free * _FREE_SHARE)
@@ -114,6 +113,7 @@ class CudaDevice:
     def _measure(self) -> None:
         """What the process uses by now is the context."""
         torch.cuda.empty_cache()  # what is cached can be had
+        torch.cuda.reset_peak_memory_stats(self._index)  # and what was used before is no part of this budget
         self._outside = self._use.measure()
         """Bytes of it outside torch's allocator."""
         self.context_nbytes = self._outside + torch.cuda.memory_reserved(self._index) + _ROUNDING_NBYTES + _LATER_NBYTES
