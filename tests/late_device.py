@@ -44,6 +44,9 @@ class LateDevice:
         """How often `computing` is entered and has not been left."""
         self._borrowed: set[int] = set()
 
+    def warm_up(self, dtype: torch.dtype) -> None:
+        pass
+
     def borrow(self, nbytes: int, label: str) -> torch.Tensor:
         memory = torch.full((nbytes,), _POISON, dtype=torch.uint8)
         self._borrowed.add(memory.untyped_storage().data_ptr())

@@ -392,6 +392,39 @@ def test_host_memory_is_registered_once_and_a_refusal_is_told_once(
     assert told == "copies to emulated are staged, and so slower: there is not enough memory to lock"
 
 
+def test_a_start_that_is_cancelled_leaves_no_memory_registered(small: Store) -> None:
+    class Slow(EmulatedDevice):
+        began, may_go_on, calls = threading.Event(), threading.Event(), 0
+
+        def register(self, address: int, nbytes: int) -> str | None:
+            self.calls += 1
+            self.began.set()
+            assert self.may_go_on.wait(SECONDS)
+            return super().register(address, nbytes)
+
+    plan = device_plan(small, (1,), (0, 3))
+    assert plan.device is not None
+    device = Slow(plan.device.vram)
+
+    async def start() -> None:
+        async with on_device(small, plan, device):
+            pass
+
+    async def scenario() -> None:
+        starting = asyncio.create_task(start())
+        await asyncio.to_thread(device.began.wait, SECONDS)
+        for _ in range(2):
+            starting.cancel()
+            await asyncio.sleep(0.01)
+        assert not starting.done()
+        device.may_go_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await starting
+        assert device._registered == {} and device.in_use == {}
+
+    asyncio.run(scenario())
+
+
 class NoWait(EmulatedDevice):
     """Computing does not wait for copies."""
 

@@ -29,6 +29,7 @@ from tiered.kernels import CancelFlag
 from tiered.plan import ExpertCachePlan, Held, Plan, full_ring
 from tiered.store import Store
 from tiered.stream import Fork, Streamer, Streams
+from tiered.stream.device_feed import DeviceFeed
 from tiered.stream.fork import HELD
 from tiered.trace import Tracer
 
@@ -115,6 +116,19 @@ def test_a_limit_of_one_does_not_hold_for_a_later_pass_of_the_other(cut: Store) 
         async with forked(cut, plan_for(cut)) as (setup, streams):
             for who in ("c", "g", "cg", "g", "c"):
                 await in_thread(setup, functools.partial(compute, streams, cut, who, is_last=True))
+
+    asyncio.run(scenario())
+
+
+def test_what_the_device_passes_by_before_it_is_read_does_not_come_to_it(cut: Store) -> None:
+    """Nobody would take it away again: memory of the ring that others are read into."""
+
+    async def scenario() -> None:
+        async with forked(cut, plan_for(cut), prefetch=0) as (setup, streams):
+            assert streams.device_blocks is not None and isinstance(streams.device_blocks._feed, DeviceFeed)
+            for _ in range(3):
+                await in_thread(setup, functools.partial(compute, streams, cut, "cg"))
+            assert streams.device_blocks._feed._found.items == {}
 
     asyncio.run(scenario())
 

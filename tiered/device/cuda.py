@@ -5,7 +5,6 @@ device has no context.
 """
 
 import contextlib
-import itertools
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -14,7 +13,8 @@ from typing import Any, Final
 
 import torch
 
-from tiered.device.cuda_driver import clear_error, usable, used_nbytes
+from tiered.device.cuda_copies import CopyStream, CudaEvent, parts_of
+from tiered.device.cuda_driver import Use, clear_error, usable
 from tiered.device.device import Event
 from tiered.errors import BudgetError, ConfigError, shortened
 from tiered.units import GIB, MIB, PAGE, format_size, round_up
@@ -25,28 +25,11 @@ _PORTABLE: Final = 1
 """cudaHostRegisterPortable: for whichever thread copies."""
 _FREE_SHARE: Final = 0.9
 """Of what is free, how much is used where nobody says how much may be: others may want some."""
-_UNKNOWN_CONTEXT_NBYTES: Final = 640 * MIB
-"""What the context is taken for where the driver's library does not tell."""
-
-
-class CudaEvent:
-    """A point of a stream; the end of a copy if it has a beginning."""
-
-    def __init__(self, end: torch.cuda.Event, begin: torch.cuda.Event | None = None, *kept: torch.Tensor) -> None:
-        self.end, self._begin = end, begin
-        self._kept = kept
-        """Memory that the copy uses."""
-
-    @property
-    def is_done(self) -> bool:
-        return bool(self.end.query())
-
-    @property
-    def seconds(self) -> float:
-        return self._begin.elapsed_time(self.end) / 1000 if self._begin is not None else 0.0
-
-    def wait(self) -> None:
-        self.end.synchronize()
+_ROUNDING_NBYTES: Final = 64 * MIB
+"""What torch's allocator takes and nobody has: segments of 20 MiB for blocks of 1 to 10 MiB, and of 2 MiB for smaller
+ones, for each of two streams; and blocks that are rounded to 2 MiB."""
+_LATER_NBYTES: Final = 32 * MIB
+"""By how much the context grows in a run: kernels are loaded when they are first used."""
 
 
 class CudaDevice:
@@ -63,34 +46,27 @@ class CudaDevice:
         properties = usable(index)
         self.capability: tuple[int, int] = (properties.major, properties.minor)
         """Compute capability."""
-        before = used_nbytes(properties)
+        self._index = index
+        self._use = Use(index, properties)
         with torch.cuda.device(index):
-            free, total = self._begin()
-        after, self._reserved = used_nbytes(properties), torch.cuda.memory_reserved(index)
-        self.context_nbytes = _UNKNOWN_CONTEXT_NBYTES
-        """Bytes that the driver's context takes, and libraries with what they have of torch's allocator."""
-        if before is not None and after is not None:
-            self.context_nbytes = max(0, after - before)
-        free += self.context_nbytes
+            free, self._total = self._begin()
+        self._measure()
+        free += self._outside + torch.cuda.memory_reserved(index)
         self.vram_nbytes = vram if vram is not None else int(free * _FREE_SHARE)
         if self.vram_nbytes > free:
             raise ConfigError(
                 f"--device {self.name}: {format_size(self.vram_nbytes)} of its memory are to be used, of which only "
                 f"{format_size(free)} are free; end what else uses it, or use less with --vram"
             )
-        self._allowed = max(0, self.vram_nbytes - self.context_nbytes)
-        """Bytes that may be borrowed."""
-        torch.cuda.set_per_process_memory_fraction(min(1.0, (self._allowed + self._reserved) / total), index)
         self.description = (
-            f"{properties.name}, {format_size(total)}, compute capability {self.capability[0]}.{self.capability[1]}"
+            f"{properties.name}, {format_size(self._total)}, compute capability "
+            f"{self.capability[0]}.{self.capability[1]}"
         )
-        self._index = index
         self._lock = threading.Lock()
         self._borrowed: dict[int, tuple[str, torch.Tensor]] = {}
         self._registered: dict[int, list[tuple[int, int]]] = {}
         """Start and bytes of the pieces of registered memory, by its address."""
-        self._copies: deque[CudaEvent] = deque()
-        """Copies that may not be done: their memory is kept."""
+        self._counting = threading.Lock()
         self._waits: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
         """Points of computing before and after waits that have not been counted."""
         self._stalled_seconds = 0.0
@@ -99,22 +75,61 @@ class CudaDevice:
     def _begin(self) -> tuple[int, int]:
         """Make the context, the streams and what a first product loads. Returns the bytes that are free then, and all
         there are."""
-        try:
-            self._in, self._out, self._computing = (torch.cuda.Stream(self.where) for _ in range(3))
+        with self._refusing():
+            self._in, self._out = (CopyStream(self.where, f"tiered-copy-{way}") for way in ("in", "out"))
+            self._computing = torch.cuda.Stream(self.where)
             with self.computing():
-                self._multiply()
+                self._multiply(torch.float32)
             return torch.cuda.mem_get_info(self.where)
+
+    @contextlib.contextmanager
+    def _refusing(self) -> Iterator[None]:
+        """What goes wrong is told in one line."""
+        try:
+            yield
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error):
                 raise ConfigError(f"--device {self.name}: it has no memory left; end what else uses it") from error
             raise ConfigError(f"--device {self.name}: {shortened(error)}; see 'tiered doctor'") from error
 
-    def _multiply(self) -> None:
-        """A product, for which the libraries that all others need are loaded."""
-        ones = torch.ones(16, 16, device=self.where)
-        (ones @ ones).sum().item()
+    def warm_up(self, dtype: torch.dtype) -> None:
+        with self._refusing(), self.computing():
+            self._multiply(dtype)
+        with self._lock:
+            if not self._borrowed:
+                self._measure()
+
+    def _multiply(self, dtype: torch.dtype) -> None:
+        """What every run does: products of few rows and of many, with and without bias, and softmax. Libraries are
+        loaded for it, and this thread gets handles and workspaces of them."""
+        ones = torch.ones(64, 64, dtype=dtype, device=self.where)
+        for rows in (1, 64):
+            torch.nn.functional.linear(ones[:rows], ones)
+            torch.nn.functional.linear(ones[:rows], ones, ones[0])
+        for batch in (ones[None], ones[None].float()):
+            torch.bmm(batch, batch)
+        torch.softmax(ones.float(), -1).to(dtype).sum().item()
+
+    def _measure(self) -> None:
+        """What the process uses by now is the context."""
+        torch.cuda.empty_cache()  # what is cached can be had
+        torch.cuda.reset_peak_memory_stats(self._index)  # and what was used before is no part of this budget
+        self._outside = self._use.measure()
+        """Bytes of it outside torch's allocator."""
+        self.context_nbytes = self._outside + torch.cuda.memory_reserved(self._index) + _ROUNDING_NBYTES + _LATER_NBYTES
 
     # Memory.
+
+    @property
+    def _allowed(self) -> int:
+        """Bytes that may be borrowed."""
+        return max(0, self.vram_nbytes - self.context_nbytes)
+
+    def _limit(self) -> None:
+        """Bound torch's allocator. Not before something is borrowed, which a plan has come before: a budget that does
+        not even hold the context is refused by that, with what it lacks."""
+        allowed = max(0, self.vram_nbytes - self._outside - _LATER_NBYTES)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / self._total), self._index)
 
     def borrow(self, nbytes: int, label: str) -> torch.Tensor:
         wanted = round_up(max(nbytes, 1), PAGE)
@@ -123,6 +138,8 @@ class CudaDevice:
             try:
                 if used + wanted > self._allowed:
                     raise torch.OutOfMemoryError
+                if not self._borrowed:
+                    self._limit()
                 memory = self._allocate(wanted + PAGE)
             except torch.OutOfMemoryError:
                 in_use = [("context", self.context_nbytes)]
@@ -144,33 +161,44 @@ class CudaDevice:
 
     def release(self, memory: torch.Tensor) -> None:
         address = memory.data_ptr()
-        assert address in self._borrowed, f"{address:#x}: released twice, or not from this device"
-        del self._borrowed[address]
+        with self._lock:
+            assert address in self._borrowed, f"{address:#x}: released twice, or not from this device"
+            del self._borrowed[address]
+        for copies in (self._in, self._out):
+            copies.drain()  # or they would keep it
 
     @property
     def peak_nbytes(self) -> int:
-        return self.context_nbytes - self._reserved + torch.cuda.max_memory_reserved(self._index)
+        return self._outside + torch.cuda.max_memory_reserved(self._index)
 
     def register(self, address: int, nbytes: int) -> str | None:
         assert address % PAGE == 0 and nbytes > 0, f"{nbytes} bytes at {address:#x} are no pages"
         runtime: Any = torch.cuda.cudart()
-        pieces = self._registered.setdefault(address, [])
+        pieces: list[tuple[int, int]] = []
         for start in range(address, address + nbytes, _REGISTERED_NBYTES):
             size = min(_REGISTERED_NBYTES, address + nbytes - start)
             with torch.cuda.device(self._index):
                 code = runtime.cudaHostRegister(start, size, _PORTABLE)
             if code != runtime.cudaError.success:
                 clear_error(self.where)
-                self.unregister(address)
+                self._unregister(pieces)
                 self.unregistered = f"cudaHostRegister of {format_size(size)}: {runtime.cudaGetErrorString(code)}"
                 return self.unregistered
             pieces.append((start, size))
+        with self._lock:
+            self._registered[address] = pieces
         return None
 
     def unregister(self, address: int) -> None:
+        with self._lock:
+            pieces = self._registered.pop(address)
+        self._unregister(pieces)
+
+    def _unregister(self, pieces: Sequence[tuple[int, int]]) -> None:
         runtime: Any = torch.cuda.cudart()
-        for start, _ in self._registered.pop(address):
-            runtime.cudaHostUnregister(start)
+        with torch.cuda.device(self._index):
+            for start, _ in pieces:
+                runtime.cudaHostUnregister(start)
 
     # Copies.
 
@@ -182,38 +210,19 @@ class CudaDevice:
 
     def _copy(
         self,
-        stream: torch.cuda.Stream,
+        stream: CopyStream,
         source: torch.Tensor,
         target: torch.Tensor,
         host: torch.Tensor,
         after: Sequence[Event],
     ) -> Event:
         assert source.nbytes == target.nbytes, f"{source.nbytes} bytes to {target.nbytes}"
-        begin, end = (torch.cuda.Event(enable_timing=True, blocking=True) for _ in range(2))
+        start, stop = host.data_ptr(), host.data_ptr() + host.nbytes
         with self._lock:
-            for event in after:
-                assert isinstance(event, CudaEvent)
-                stream.wait_event(event.end)
-            begin.record(stream)
-            with torch.cuda.stream(stream):
-                for part in self._parts(host):
-                    target[part].copy_(source[part], non_blocking=True)
-            end.record(stream)
-            copied = CudaEvent(end, begin, source, target)
-            self._copies.append(copied)
-            while self._copies and self._copies[0].is_done:
-                self._copies.popleft()
-        return copied
-
-    def _parts(self, host: torch.Tensor) -> Iterator[slice]:
-        """`host` without a part that lies in two registered pieces, as no copy may: all of it, nearly always."""
-        address, cuts = host.data_ptr(), [0, len(host)]
-        if host.nbytes == len(host):
-            inner = (start - address for pieces in self._registered.values() for start, _ in pieces[1:])
-            cuts += [cut for cut in inner if 0 < cut < len(host)]
-        cuts.sort()
-        for start, stop in itertools.pairwise(cuts):
-            yield slice(start, stop)
+            known = list(self._registered.values())
+        pieces = next((pieces for pieces in known if pieces[0][0] <= start and stop <= sum(pieces[-1])), None)
+        is_staged = pieces is None and not host.is_pinned()
+        return stream.copy(source, target, list(parts_of(host, pieces or ())), after, is_staged)
 
     # Computing.
 
@@ -227,19 +236,25 @@ class CudaDevice:
 
     def wait_for(self, event: Event) -> None:
         assert isinstance(event, CudaEvent)
+        arrival = event.end
         before, behind = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         before.record(self._computing)
-        self._computing.wait_event(event.end)
+        self._computing.wait_event(arrival)
         behind.record(self._computing)
-        self._waits.append((before, behind))
+        with self._counting:
+            self._waits.append((before, behind))
+        self._count_waits()
 
     @property
     def stalled_seconds(self) -> float:
-        with self._lock:
+        self._count_waits()
+        return self._stalled_seconds
+
+    def _count_waits(self) -> None:
+        with self._counting:
             while self._waits and self._waits[0][1].query():
                 before, behind = self._waits.popleft()
                 self._stalled_seconds += before.elapsed_time(behind) / 1000
-            return self._stalled_seconds
 
     def record(self) -> Event:
         end = torch.cuda.Event(blocking=True)
@@ -256,12 +271,13 @@ class CudaDevice:
         """As `uses`."""
 
     def close(self) -> None:
-        for stream in (self._in, self._out, self._computing):
-            stream.synchronize()
+        self._in.close()
+        self._out.close()
+        self._computing.synchronize()
         for address in list(self._registered):
             self.unregister(address)
-        self._copies.clear()
         self._waits.clear()
         self._borrowed.clear()
+        torch._C._cuda_clearCublasWorkspaces()  # of streams that nobody uses again
         torch.cuda.empty_cache()
         torch.cuda.set_per_process_memory_fraction(1.0, self._index)

@@ -1,21 +1,30 @@
 """What the CUDA runtime and the driver's library say of devices, beside torch: whether one can be used, and how much of
 its memory is in use.
 
-Called by `cuda.py` when a device is opened, and when memory is registered.
+Called by `cuda.py` when a device is opened and warmed up, and when memory is registered.
 """
 
 import contextlib
 import ctypes
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 
 from tiered.errors import ConfigError, shortened
+from tiered.units import MIB
 
 LEAST_CAPABILITY: Final = (7, 0)
 """What kernels are written and compiled for."""
 _PROCESSOR: Final = "or compute on the processor with --tiers disk,cpu"
+_UNKNOWN_CONTEXT_NBYTES: Final = 640 * MIB
+"""What a context is taken for where the driver's library does not tell."""
+_MOST_PROCESSES: Final = 256
+"""Processes on one device that are looked at."""
+_NOT_TOLD: Final = 2**64 - 1
+"""NVML_VALUE_NOT_AVAILABLE."""
 
 
 def usable(index: int) -> Any:
@@ -56,27 +65,104 @@ def clear_error(where: torch.device) -> None:
         torch.zeros(1, device=where)
 
 
+class Use:
+    """What this process uses of the memory of device number `index` outside torch's allocator: the context, libraries,
+    compiled kernels.
+
+    Made before the process does anything there. A context that is there already, of an earlier opening or because the
+    program computes on the device itself, cannot be seen being made: what the driver says of this process is taken
+    then, or what was measured when it was made.
+    """
+
+    def __init__(self, index: int, properties: Any) -> None:
+        self._index, self._properties = index, properties
+        known = _CONTEXTS.get(index) if _has_context(index) else 0
+        used = used_nbytes(properties)
+        self._others: int | None = None
+        """Bytes that others use, as far as is known."""
+        if used is not None and known is not None:
+            self._others = used - known - torch.cuda.memory_reserved(index)
+
+    def measure(self) -> int:
+        """Bytes of it now. It never shrinks."""
+        reserved = torch.cuda.memory_reserved(self._index)
+        own, used = own_nbytes(self._properties), used_nbytes(self._properties)
+        known = _CONTEXTS.get(self._index)
+        # In a container the driver may mean another process by the same number.
+        if own is not None and reserved < own and (used is None or own <= used):
+            found = own - reserved
+        elif used is not None and self._others is not None:
+            found = used - self._others - reserved
+        else:
+            return _UNKNOWN_CONTEXT_NBYTES if known is None else known
+        _CONTEXTS[self._index] = max(found, known or 0)
+        return _CONTEXTS[self._index]
+
+
+_CONTEXTS: Final[dict[int, int]] = {}
+"""Bytes that each device's context was last measured to take, by its index. It lives as long as the process, as the
+contexts do: torch makes each once, and ends none."""
+
+
+def _has_context(index: int) -> bool:
+    """Whether this process has a context there."""
+    return bool(torch._C._cuda_hasPrimaryContext(index))  # type: ignore[attr-defined]
+
+
 class _Memory(ctypes.Structure):
     """nvmlMemory_t."""
 
     _fields_ = [("total", ctypes.c_ulonglong), ("free", ctypes.c_ulonglong), ("used", ctypes.c_ulonglong)]
 
 
+class _Process(ctypes.Structure):
+    """nvmlProcessInfo_t, as of version 2."""
+
+    _fields_ = [
+        ("pid", ctypes.c_uint),
+        ("used", ctypes.c_ulonglong),
+        ("gpu_instance", ctypes.c_uint),
+        ("compute_instance", ctypes.c_uint),
+    ]
+
+
 def used_nbytes(properties: Any) -> int | None:
     """Bytes of the memory of the device with these properties that all processes use, as the driver's library tells
     without making a context. None where it does not."""
+    with _library(properties) as (library, handle):
+        memory = _Memory()
+        if library is None or library.nvmlDeviceGetMemoryInfo(handle, ctypes.byref(memory)) != 0:
+            return None
+        return int(memory.used)
+
+
+def own_nbytes(properties: Any) -> int | None:
+    """The same of this process alone, allocator and all; None where it has no context, or the library does not tell,
+    as in many containers."""
+    with _library(properties) as (library, handle):
+        processes, count = (_Process * _MOST_PROCESSES)(), ctypes.c_uint(_MOST_PROCESSES)
+        ask = getattr(library, "nvmlDeviceGetComputeRunningProcesses_v3", None)
+        if ask is None or ask(handle, ctypes.byref(count), processes) != 0:
+            return None
+        own = [process.used for process in processes[: count.value] if process.pid == os.getpid()]
+        return int(own[0]) if own and own[0] != _NOT_TOLD else None
+
+
+@contextlib.contextmanager
+def _library(properties: Any) -> Iterator[tuple[Any, ctypes.c_void_p]]:
+    """The driver's library and its handle of the device; no library where there is none, or it does not know it."""
+    handle = ctypes.c_void_p()
     try:
         library = ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:
-        return None
-    uuid = f"GPU-{getattr(properties, 'uuid', '')}"
+        yield None, handle
+        return
     if library.nvmlInit_v2() != 0:
-        return None
+        yield None, handle
+        return
     try:
-        handle, memory = ctypes.c_void_p(), _Memory()
-        if library.nvmlDeviceGetHandleByUUID(uuid.encode(), ctypes.byref(handle)) != 0:
-            return None
-        found = library.nvmlDeviceGetMemoryInfo(handle, ctypes.byref(memory))
-        return int(memory.used) if found == 0 else None
+        uuid = f"GPU-{getattr(properties, 'uuid', '')}"
+        found = library.nvmlDeviceGetHandleByUUID(uuid.encode(), ctypes.byref(handle))
+        yield library if found == 0 else None, handle
     finally:
         library.nvmlShutdown()

@@ -66,18 +66,25 @@ class Device(Protocol):
     def release(self, memory: torch.Tensor) -> None:
         """Give borrowed memory back. Work that uses it must have been done."""
 
+    def warm_up(self, dtype: torch.dtype) -> None:
+        """Use what every run in `dtype` uses, in the thread that computes, before a plan is made: what it takes for
+        good is part of `context_nbytes` then. Raises ConfigError where the device cannot compute."""
+
     @property
     def context_nbytes(self) -> int:
-        """Bytes of its memory that it takes itself: the driver's context and libraries."""
+        """Bytes of its memory that no plan has: the driver's context, libraries with their handles and workspaces,
+        kernels, what this process used there when the device was opened or last warmed up, what torch's allocator
+        rounds up to, and what kernels that are loaded later take."""
 
     @property
     def peak_nbytes(self) -> int:
-        """Bytes of its memory that this process has used at most: the context, what was borrowed, and what computing
-        took besides."""
+        """Bytes of its memory that this process has used at most since it was opened or last warmed up: the context,
+        what was borrowed, and what computing took besides."""
 
     def register(self, address: int, nbytes: int) -> str | None:
         """Make page-aligned host memory known to the device, so that copies need no staging and do not block. Returns
-        why that was refused, or None. Memory that is not registered is copied all the same, more slowly."""
+        why that was refused, or None. Memory that is not registered is copied all the same, more slowly, and by a
+        thread of the device's: `wait_for` then blocks until that has come to it."""
 
     @property
     def unregistered(self) -> str | None:

@@ -60,6 +60,9 @@ class EmulatedDevice:
             for stream, name in ((IN, "in"), (OUT, "out"))
         }
 
+    def warm_up(self, dtype: torch.dtype) -> None:
+        """Nothing: the processor computes, and what it takes is the process's."""
+
     # Memory.
 
     @property
@@ -89,11 +92,12 @@ class EmulatedDevice:
 
     def release(self, memory: torch.Tensor) -> None:
         address = memory.data_ptr()
-        borrowed = self._borrowed.get(address)
-        assert borrowed is not None, f"{address:#x}: released twice, or not from this device"
-        self._forget(address, borrowed.nbytes)
-        borrowed.memory.fill_(POISON)
-        del self._borrowed[address]
+        with self._lock:
+            borrowed = self._borrowed.get(address)
+            assert borrowed is not None, f"{address:#x}: released twice, or not from this device"
+            self._forget(address, borrowed.nbytes)
+            borrowed.memory.fill_(POISON)
+            del self._borrowed[address]
 
     def register(self, address: int, nbytes: int) -> str | None:
         assert address % PAGE == 0 and nbytes > 0, f"{nbytes} bytes at {address:#x} are no pages"

@@ -5,7 +5,9 @@ Called by what has units copied (`device_feed.py`, `device_experts.py`) and by `
 
 import asyncio
 import contextlib
+import functools
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final
@@ -14,7 +16,7 @@ import torch
 
 from tiered.device import Device, Event
 from tiered.io import Slab
-from tiered.io.threads import IOThreads
+from tiered.io.threads import Check, IOThreads
 from tiered.trace import Tracer
 from tiered.units import GIB, MIB
 
@@ -41,13 +43,16 @@ class Bus:
         self._on_the_way: list[int] = []
         """Bytes of the copies that have not ended, in order."""
         self._waiter = IOThreads(1, "tiered-copied")
+        self._lock = threading.Lock()
+        """Held while something is counted: experts are copied by the thread that computes."""
         self.nbytes, self.seconds = 0, 0.0
         """Bytes that have been copied so far, and the seconds that took."""
 
     def count(self, name: str, nbytes: int, seconds: float) -> None:
         """A copy of what is called `name` has just ended."""
         self._trace.record("bus", name, time.perf_counter() - seconds, seconds, nbytes)
-        self.nbytes, self.seconds = self.nbytes + nbytes, self.seconds + seconds
+        with self._lock:
+            self.nbytes, self.seconds = self.nbytes + nbytes, self.seconds + seconds
 
     @property
     def is_busy(self) -> bool:
@@ -79,6 +84,10 @@ class Bus:
         finally:
             event.wait()  # for this thread, which goes on with the memory
 
+    async def register(self, device: Device, slabs: Sequence[Slab], stack: contextlib.ExitStack) -> None:
+        """`register`, while the loop goes on. Cancelled, this ends when no call is under way any more."""
+        await self._waiter.call(functools.partial(register, device, slabs, stack))
+
     async def settled(self) -> None:
         """Wait until no copy is on its way."""
         while self._copies:
@@ -89,9 +98,11 @@ class Bus:
         self._waiter.close()
 
 
-def register(device: Device, slabs: Sequence[Slab], stack: contextlib.ExitStack) -> None:
-    """Make memory of the host known to `device`, until `stack` is closed. It touches all of it, which takes time."""
+def register(device: Device, slabs: Sequence[Slab], stack: contextlib.ExitStack, check: Check = lambda: None) -> None:
+    """Make memory of the host known to `device`, until `stack` is closed. It touches all of it, which takes time; ends
+    between two calls with what `check` raises."""
     for address, nbytes in _runs(slabs):
+        check()
         refusal = device.register(address, nbytes)
         if refusal is not None:
             logger.warning("copies to %s are staged, and so slower: %s", device.name, refusal)

@@ -7,7 +7,7 @@ given it back. Whoever takes part in a pass begins it before a block of it is le
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
 import torch
@@ -141,8 +141,13 @@ class Fork:
 
     def put(self, key: int, item: torch.Tensor | Exception) -> None:
         self._arrived[key] = item
-        for share in self._shares if key < 0 else self._users.get(key // self._count, set()):
+        for share in self._shares if key < 0 else self._waiting(key):
             share.put(key, item)
+
+    def _waiting(self, number: int) -> Iterable["Share"]:
+        """Those that take part in the pass of a unit and have not given it back: one may pass it by unread."""
+        done = {share for share, unit in self._early if unit == number}
+        return self._left.get(number, self._users.get(number // self._count, set())) - done
 
     def discard(self, key: int) -> None:
         self._arrived.pop(key, None)

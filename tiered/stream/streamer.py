@@ -29,7 +29,7 @@ from tiered.kernels import CancelFlag
 from tiered.plan import Plan
 from tiered.plan.order import feed_order
 from tiered.store import Store, Unit
-from tiered.stream.bus import Bus, register, tell_write
+from tiered.stream.bus import Bus, tell_write
 from tiered.stream.device_experts import DeviceExperts
 from tiered.stream.device_feed import DeviceFeed
 from tiered.stream.experts import NO_EXPERTS, ExpertCache, ExpertUse
@@ -123,8 +123,9 @@ class Streamer:
     async def __aenter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
         with contextlib.ExitStack() as stack:
+            stack.callback(self._bus.close)
             if self._device is not None:
-                await asyncio.to_thread(register, self._device, self._slabs, stack)
+                await self._bus.register(self._device, self._slabs, stack)
             if self._there is not None:
                 self._there.open()
                 stack.callback(self._there.close)
