@@ -64,7 +64,7 @@ from tiered.stream import EmbeddingRows, Fork, KVStream, Streamer, Streams, Stre
 
 __all__ = ["READ_THREADS", "Options", "Runtime", "compute_dtype", "measure_inputs"]
 
-READ_THREADS: Final = 16
+READ_THREADS: Final = 8
 """Reads of weights in flight at most."""
 
 MeasureMachine = Callable[[Store, Kernels, ModelShape, Machine, Collection[Rate]], Machine]
@@ -429,6 +429,9 @@ def _prepare(store: Store, options: Options, host: Host) -> _Prepared:
             beside = build_skeleton(load_config(store.path), dtype)
             seats.append(Seat.take(beside, dtype, host.kernels, host.attention))
     host.warm_up(dtype)
+    if computer is not None and not host.promised_nbytes:
+        # What libraries take of the device's memory in the thread that computes is part of its context.
+        host.compute(functools.partial(computer.device.warm_up, there))
     return _Prepared(dtype, Seats(seats[0], seats[-1]), shape, machine)
 
 

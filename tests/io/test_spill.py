@@ -188,7 +188,7 @@ def test_a_disk_that_fills_up_meanwhile_is_told_with_what_to_do(
 ) -> None:
     with (
         spill_of(tmp_path, pwritev=Calls(os.pwritev, failing(number))) as spill,
-        pytest.raises(DiskFullError, match=r"no space for the 5\.01 MiB of the KV cache: .*; free some, .* --kv-dir"),
+        pytest.raises(DiskFullError, match=r"no space for the 10 MiB of the KV cache: .*; free some, .* --kv-dir"),
     ):
         run(spill.write(0, memory[:WHOLE]))
 
@@ -198,7 +198,7 @@ def test_a_file_that_ends_too_early_is_told(tmp_path: Path, memory: memoryview) 
     with spill_of(tmp_path, preadv=calls) as spill:
         run(spill.read(0, memory[:PAGE]))
         os.ftruncate(calls.fd, 2 * PAGE)
-        with pytest.raises(ReadError, match="file ends at byte 8,192, expected 5,255,168; something has truncated it"):
+        with pytest.raises(ReadError, match=f"file ends at byte 8,192, expected {WHOLE:,}; something has truncated it"):
             run(spill.read(PAGE, memory[: 4 * PAGE]))
 
 
@@ -242,7 +242,7 @@ def test_space_that_cannot_be_had_is_told_before_anything_runs(tmp_path: Path) -
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     before = open_files()
-    with pytest.raises(DiskFullError, match=r"no space for the 5\.01 MiB of the KV cache: No space left on device"):
+    with pytest.raises(DiskFullError, match="no space for the 10 MiB of the KV cache: No space left on device"):
         spill_of(tmp_path, allocate=allocate)
     assert open_files() == before
 

@@ -1,6 +1,6 @@
 """Positioned transfers past the page cache: the one loop that reads and writes whole stretches of an open file.
 
-In: an offset, page-aligned memory and the system call. Out: the memory filled, or written, in pieces of 1 MiB, and how
+In: an offset, page-aligned memory and the system call. Out: the memory filled, or written, in pieces of 2 MiB, and how
 many bytes that were: fewer than asked for only where the file ends. Called by `disk.py` (a store's blocks), `spill.py`
 (the KV cache's file) and `scrub.py` (all checksums), in their own threads.
 
@@ -20,8 +20,8 @@ from tiered.io.threads import Check
 from tiered.store import PAGE
 from tiered.store.sweep import bypass_cache
 
-PIECE_NBYTES: Final = 1 << 20
-"""Bytes per system call. With 16 threads 16 MiB are in flight, enough for any SSD; on a virtual disk, where the host
+PIECE_NBYTES: Final = 2 << 20
+"""Bytes per system call. With 8 threads 16 MiB are in flight, enough for any SSD; on a virtual disk, where the host
 copies, pieces of 8 MiB were 15 % slower, because what is being copied no longer fits a cache (docs/benchmarks/disk.md).
 """
 

@@ -24,7 +24,7 @@ from tiered.units import MIB, round_down
 
 T = TypeVar("T")
 _READING_NBYTES: Final = 128 * MIB
-"""Bytes of resident units that are being read or wait for a thread to do so, at most: what keeps 16 threads busy with
+"""Bytes of resident units that are being read or wait for a thread to do so, at most: what keeps 8 threads busy with
 parts of chunks, twice. Begun all at once, thousands of tasks would be made before the first read."""
 _POPULATE_NBYTES: Final = 4 * MIB
 """Bytes populated at once: 24 ms where a GiB takes 6 s, so that closing does not wait."""
