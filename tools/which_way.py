@@ -4,9 +4,9 @@
     python -m tools.which_way speed PICTURE [--model opt-175b]    how fast a CPU must be to decode as a GPU does
     python -m tools.which_way table                               predictions beside published figures, as Markdown
 
-Rows are those of `tiered plan` (`plan/strategies.py`): the CPU's are of plans that run, those with a GPU are closed
-forms of a tier that is not built. Machines are the files of configs/hardware; a server without a GPU is given the T4
-of the FlexGen paper, as in the discussion that asked the question. Pictures need matplotlib. One core, some minutes.
+Rows are those of `tiered plan` (`plan/strategies.py`): predictions of plans that run; those with a GPU have not been
+tried on one. Machines are the files of configs/hardware; a server without a GPU is given the T4 of the FlexGen paper,
+as in the discussion that asked the question. Pictures need matplotlib. One core, many minutes.
 """
 
 import argparse
@@ -90,7 +90,7 @@ def ways(
     quant: str = "int4",
 ) -> dict[str, Row]:
     """The row of each way that fits, by name; `batch` None: each way chooses its own for a job of SEQUENCES."""
-    vram = None if hardware.gpu is None else hardware.gpu.vram
+    vram = None if hardware.gpu is None else int(hardware.gpu.vram * DEFAULT_SHARE)
     ram = int(hardware.ram * DEFAULT_SHARE)
     ask = Ask(prompt, generate, batch or SEQUENCES, batch, ram, vram, "throughput")
     # The quickest of each comes first.

@@ -80,7 +80,7 @@ def draw_maps(path: Path, model: str, maps: Sequence[Map]) -> None:
         axes.set_xlabel("generated tokens", fontsize=9)
     figure.suptitle(
         f"{model}, weights in 4 bits: the fastest way, and its generated tokens/s (prompts included). "
-        "Pale: hardly faster than the next; full: 3x or more. Predictions; ways with a GPU are not built.",
+        "Pale: hardly faster than the next; full: 3x or more. Predictions; not tried on a GPU.",
         fontsize=10,
     )
     handles = [Patch(color=colour, label=name) for colour, name in _LEGEND.items()]

@@ -1,6 +1,7 @@
 """`tiered plan`: a table within 100 columns or JSON, at once for what is known, and bad input in one line."""
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,10 @@ from pathlib import Path
 import pytest
 
 from tests.commands import CHECKPOINT, ROOT, make_store, run_here
+from tiered.cli.commands import cli
+from tiered.options import Options
+from tiered.plan import parse_tiers
+from tiered.units import GIB, parse_size
 
 HERE = ("--hardware", "vm-small")
 
@@ -17,10 +22,10 @@ def test_the_table_fits_a_hundred_columns_and_ends_with_what_to_type() -> None:
     assert done.code == 0, done.err
     lines = done.out.splitlines()
     assert max(len(line) for line in lines if "tiered generate" not in line) <= 100
-    assert any(line.startswith("*  cpu ") for line in lines)
-    assert "with a gpu: predicted; not built in this version" in lines
+    assert any(line.startswith("*  gpu ") for line in lines)
+    assert "with a gpu: not tried on a GPU yet, only proven by emulation" in lines
     assert lines[-2].endswith("tiered convert opt-175b --quant int4")
-    assert "--batch 144 " in lines[-1]
+    assert "--batch 144 " in lines[-1] and "--tiers disk,cpu,gpu --vram " in lines[-1]
 
 
 def test_json_has_every_row_with_its_figures() -> None:
@@ -30,7 +35,30 @@ def test_json_has_every_row_with_its_figures() -> None:
     assert seconds == sorted(seconds) and len(seconds) == 6
     (best,) = (row for row in found["rows"] if row["is_best"])
     assert best["command"].startswith("tiered generate opt-30b.tiered --ram 16384MiB")
-    assert sum(best["memory"].values()) <= found["ask"]["ram"]
+    for row in found["rows"]:
+        vram = sum(nbytes for name, nbytes in row["memory"].items() if name.startswith("vram"))
+        assert vram <= found["ask"]["vram"] and sum(row["memory"].values()) - vram <= found["ask"]["ram"]
+
+
+def test_every_row_has_a_command_that_asks_for_what_it_says() -> None:
+    done = run_here("plan", "opt-30b", "--hardware", "t4-208gb", "--ram", "16GiB", "--vram", "8GiB", "--json")
+    rows = json.loads(done.out)["rows"]
+    assert {row["strategy"] for row in rows} == {"cpu", "gpu", "gpu+cpu"}
+    for row in rows:
+        words = shlex.split(row["command"])
+        assert words[:2] == ["tiered", "generate"]
+        asked = cli.commands["generate"].make_context("generate", words[2:]).params
+        options = Options(
+            tiers=parse_tiers(asked["tiers"]),
+            kv=asked["kv"],
+            vram=None if asked["vram"] is None else parse_size(asked["vram"]),
+            prefill_device=asked["prefill_device"],
+            decode_device=asked["decode_device"],
+        )
+        assert options.kv == row["kv_tier"]
+        assert options.vram == (None if row["strategy"] == "cpu" else 8 * GIB)
+        computes = {"cpu": ("cpu", "cpu"), "gpu": ("gpu", "gpu"), "gpu+cpu": ("gpu", "cpu")}
+        assert options.computes == computes[row["strategy"]]
 
 
 def test_a_known_model_needs_neither_torch_nor_transformers() -> None:

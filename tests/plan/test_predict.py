@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from tests.plan.plans import mixture_of, model_of
 from tiered.errors import ConfigError
-from tiered.plan import Budgets, ComputeRate, Machine, ModelShape, Workload, make_plan
+from tiered.plan import Budgets, ComputeRate, Computes, Machine, ModelShape, Plan, Tier, Workload, make_plan
 from tiered.plan.cost import pass_seconds, prompt_pairs
+from tiered.plan.hardware import GpuRates
 from tiered.plan.kv import LayerGroup, layer_groups
 from tiered.plan.load import pass_loads
 from tiered.plan.pace import Pace
@@ -152,3 +153,58 @@ def test_more_ram_is_never_slower(doublings: int, batch: int, prompt: int) -> No
     )
     assert more.seconds <= less.seconds * 1.001
     assert more.read_nbytes <= less.read_nbytes * 1.001
+
+
+T4 = GpuRates("gpu", 16 * GIB, 0.5e9, 1e9, 1e12, 1e15)
+
+
+def on_device(decode: Computes = "gpu", gpu: GpuRates = T4, vram: int = GIB, **work: int) -> tuple[Plan, Prediction]:
+    """A plan with a GPU, and what it is expected to take."""
+    known = {"sequences": 1, "max_context": 40, "max_prompt": 32, "max_batched_tokens": 4096} | work
+    workload = Workload(batch_size=1, **known)  # type: ignore[arg-type]
+    tiers = (Tier.DISK, Tier.CPU, Tier.GPU)
+    budgets = Budgets(GIB, 100 * MIB, tiers, kv="auto", vram=vram, context_nbytes=100 * MIB, decode_device=decode)
+    plan = make_plan(MODEL, MACHINE, workload, budgets)
+    return plan, predict(plan, MODEL, MACHINE, workload, gpu)
+
+
+def test_a_gpu_gets_all_weights_once_and_then_those_that_do_not_stay_there() -> None:
+    plan, found = on_device()
+    assert plan.device is not None and 0 < plan.bus_nbytes < 2 * GIB
+    assert found.prefill.bus_seconds == pytest.approx(2 * GIB / T4.host_to_device)
+    assert found.decode.bus_seconds == pytest.approx(7 * plan.bus_nbytes / T4.host_to_device)
+    assert found.decode.read_nbytes == 7 * plan.read_nbytes
+    assert found.bottleneck == "bus"
+    assert found.decode.seconds == pytest.approx(found.decode.bus_seconds)
+    assert found.memory["vram_resident"] == plan.device.placement.resident_nbytes == 2 * GIB - plan.bus_nbytes
+    assert sum(n for name, n in found.memory.items() if name.startswith("vram")) <= GIB
+
+
+def test_prompts_on_the_gpu_leave_it_no_weights_and_decoding_needs_no_bus() -> None:
+    plan, found = on_device("cpu")
+    assert found.memory["vram_resident"] == 0 and plan.bus_nbytes == 2 * GIB
+    assert found.prefill.bus_seconds > 2 * GIB / T4.host_to_device  # and keys and values come back
+    assert found.decode.bus_seconds == 0
+    assert found.decode.compute_seconds == pytest.approx(prediction().decode.compute_seconds)
+
+
+def test_copying_and_computing_take_turns_where_there_is_no_room_to_copy_ahead() -> None:
+    slow = replace(T4, flops=1e10)
+    roomy, found = on_device("cpu", slow)
+    tight, in_turns = on_device("cpu", slow, vram=_least_vram("cpu"))
+    assert not roomy.missing_copy_overlap_nbytes and tight.missing_copy_overlap_nbytes
+    assert in_turns.prefill.seconds >= in_turns.prefill.bus_seconds + in_turns.prefill.compute_seconds
+    assert found.prefill.seconds < in_turns.prefill.seconds
+
+
+def _least_vram(decode: Computes) -> int:
+    """A budget in which the device's ring holds one unit and not two."""
+    plan, _ = on_device(decode)
+    assert plan.device is not None
+    return plan.device.needs.total + 100 * MIB
+
+
+def test_a_plan_with_a_device_needs_the_rates_of_a_gpu() -> None:
+    plan, _ = on_device()
+    with pytest.raises(ConfigError, match="GPU's rates"):
+        predict(plan, MODEL, MACHINE, Workload(1, 40, 32))

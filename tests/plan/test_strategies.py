@@ -9,9 +9,24 @@ import pytest
 from tests.plan.plans import model_of
 from tiered.configs_path import config_dir
 from tiered.errors import ConfigError
+from tiered.kernels import device_scratch_nbytes
+from tiered.plan.gpu import SCRATCH_NBYTES
 from tiered.plan.hardware import DiskRates, GpuRates, Hardware
+from tiered.plan.inputs import Budgets
+from tiered.plan.make import make_plan
+from tiered.plan.on_device import CONTEXT_NBYTES
 from tiered.plan.shapes import known_shapes
-from tiered.plan.strategies import BOTH, CPU, GPU, Ask, Comparison, compare
+from tiered.plan.strategies import (
+    BASELINE_NBYTES,
+    BOTH,
+    CPU,
+    GPU,
+    GPU_TIERS,
+    Ask,
+    Comparison,
+    compare,
+    machine_for,
+)
 from tiered.units import GIB, MIB, parse_size
 
 MACHINE = Hardware.from_toml(
@@ -55,11 +70,45 @@ def test_the_same_numbers_give_the_same_rows() -> None:
     assert compared(sequences=16) == compared(sequences=16)
 
 
-def test_a_gpu_is_used_only_where_there_is_one_and_is_never_the_best_that_is_built() -> None:
+def test_a_gpu_is_used_only_where_there_is_one_and_is_the_best_where_it_is_quickest() -> None:
     assert {row.strategy for row in compared(vram=16 * GIB).rows} == {CPU}
     found = compared(machine=GPU_MACHINE, vram=16 * GIB)
+    assert found.best is not None and found.best.strategy == GPU
+    slow = replace(GPU_MACHINE, gpu=GpuRates("gpu", 16 * GIB, 1e7, 1e7, 1e9, 1e9))
+    found = compared(machine=slow, vram=16 * GIB)
     assert found.best is not None and found.best.strategy == CPU
-    assert not any(row.is_built for row in found.rows if row.strategy != CPU)
+
+
+def test_rows_with_a_gpu_are_the_plans_that_runs_make_for_the_same_options() -> None:
+    small: dict[str, int] = {"vram": 4 * GIB, "ram": 8 * GIB, "batch": 4, "sequences": 4}
+    shapes = known_shapes(config_dir() / "models", "opt-30b")
+    assert shapes is not None
+    rows = [row for row in compared("opt-30b", GPU_MACHINE, **small).rows if row.quant == "int4"]
+    for row in rows:
+        on_gpu = row.strategy != CPU
+        budgets = Budgets(small["ram"], BASELINE_NBYTES, kv=row.kv_tier, kv_bits=row.kv_bits)  # type: ignore[arg-type]
+        if on_gpu:
+            device = {"vram": small["vram"], "context_nbytes": CONTEXT_NBYTES, "tiers": GPU_TIERS}
+            decode = "cpu" if row.strategy == BOTH else "gpu"
+            budgets = replace(budgets, **device, decode_device=decode)  # type: ignore[arg-type]
+        plan = make_plan(shapes["int4"], machine_for(shapes["int4"], GPU_MACHINE), ask(**small).workload(4), budgets)
+        assert replace(plan, why="") == row.plan
+        assert ("vram_resident" in row.prediction.memory) == on_gpu
+        vram = sum(nbytes for name, nbytes in row.prediction.memory.items() if name.startswith("vram"))
+        assert vram <= small["vram"] and sum(row.prediction.memory.values()) - vram <= small["ram"]
+    assert {row.strategy for row in rows} == {CPU, GPU, BOTH}
+
+
+def test_a_row_that_the_bus_bounds_says_so() -> None:
+    narrow = replace(GPU_MACHINE, gpu=GpuRates("gpu", 16 * GIB, 1e9, 1e9, 300e9, 50e12))
+    slow = replace(narrow, cpu=replace(MACHINE.cpu, attention=1e6, prefill_attention=1e6))
+    found = compared("opt-30b", slow, vram=8 * GIB, ram=40 * GIB, generate=64)
+    assert found.best is not None and found.best.strategy == GPU and found.best.prediction.bottleneck == "bus"
+    assert "bound by the bus to the GPU" in found.why and "of copying" in found.why
+
+
+def test_kernels_of_a_gpu_take_no_more_than_is_planned_for() -> None:
+    assert device_scratch_nbytes() <= SCRATCH_NBYTES
 
 
 def test_prompts_on_the_gpu_leave_decoding_as_it_is() -> None:

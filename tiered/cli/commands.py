@@ -327,7 +327,7 @@ def inspect(**options: Any) -> None:
 @click.argument("model")
 @click.option("--hardware", metavar="NAME|FILE", help="A machine of configs/hardware, or a file. [default: this one]")
 @click.option("--ram", help="Budget for the whole process, such as 16GiB. [default: 90% of what there is]")
-@click.option("--vram", help="Budget of the GPU. [default: all of it]")
+@click.option("--vram", help="Budget of the GPU's memory. [default: 90% of it]")
 @click.option("--prompt-len", default=512, show_default=True, type=POSITIVE, help="Tokens of each prompt.")
 @click.option("--gen-len", default=32, show_default=True, type=POSITIVE, help="Tokens that each sequence generates.")
 @click.option("--batch", default="auto", show_default=True, metavar="N|auto", help="Sequences at once.")

@@ -130,13 +130,16 @@ def measured(runtime: Runtime, status: StatusLine, measure: bool) -> Iterator[Me
 
 def predicted(runtime: Runtime) -> Prediction | None:
     """What the run is expected to take, by this machine's profile; None where there is none for this disk, for this
-    kind of layers, or for so many threads."""
+    kind of layers, for so many threads or for the GPU. What an emulated device takes nobody knows."""
+    computer = runtime.host.computer
+    if computer is not None and computer.device.where.type == "cpu":
+        return None
     try:
         profile = find_profile(runtime.store.path)
-        if profile is None or runtime.plan.device is not None or profile.cpu.cores != runtime.host.threads:
+        if profile is None or profile.cpu.cores != runtime.host.threads:
             return None
         machine = machine_for(runtime.shape, profile, runtime.options.kernel_mode.value)
-        return predict(runtime.plan, runtime.shape, machine, runtime.workload)
+        return predict(runtime.plan, runtime.shape, machine, runtime.workload, profile.gpu)
     except ConfigError as error:
         _LOG.info("no prediction: %s", error)
         return None

@@ -20,10 +20,10 @@ from tiered.errors import BudgetError, ConfigError, StoreError
 from tiered.files import read_json
 from tiered.plan.budget import DEFAULT_SHARE, available_budget
 from tiered.plan.hardware import Hardware
-from tiered.plan.inputs import ModelShape, Objective
+from tiered.plan.inputs import ModelShape, Objective, tiers_text
 from tiered.plan.machines import find_profile, load_hardware
 from tiered.plan.shapes import known_shapes, positions_of, read_store_shape
-from tiered.plan.strategies import CPU, Ask, Comparison, Row, compare
+from tiered.plan.strategies import BOTH, CPU, GPU_TIERS, Ask, Comparison, Row, compare
 from tiered.process import importing
 from tiered.units import format_budget, format_seconds, format_size, parse_option
 
@@ -49,10 +49,13 @@ class Model:
     """Tokens of a sequence that it is made for; None where its configuration names no limit."""
 
     def command(self, row: Row, ask: Ask) -> str:
-        """What to type to run `row`, which this version can run."""
+        """What to type to run `row`."""
         store = Path(f"{self.name}.tiered") if self.path is None else self.path
         words = ["tiered", "generate" if ask.objective == "latency" else "batch", str(store)]
         words += ["--ram", format_budget(ask.ram), "--batch", str(row.batch_size)]
+        if ask.vram is not None and row.strategy != CPU:
+            words += ["--tiers", tiers_text(GPU_TIERS), "--vram", format_budget(ask.vram)]
+            words += ["--prefill-device", "gpu", "--decode-device", "cpu"] if row.strategy == BOTH else []
         words += ["--kv", row.kv_tier, "--kv-bits", str(row.kv_bits)]
         if ask.objective == "latency":
             words += ["-n", str(ask.generate), "-p", "..."]
@@ -73,7 +76,7 @@ def run(
     objective: Objective,
     as_json: bool,
 ) -> None:
-    """Print what `model` takes. Raises ConfigError, and BudgetError where no strategy that this version has fits."""
+    """Print what `model` takes. Raises ConfigError, and BudgetError where no strategy fits."""
     size = _batch(batch)
     if ram is not None:
         parse_option("--ram", ram)  # before anything is looked for or measured
@@ -91,7 +94,7 @@ def run(
         sequences or size or (1 if objective == "latency" else _JOB),
         size,
         ram_budget(ram, machine, is_here=hardware is None),
-        vram_limit or (None if machine.gpu is None else machine.gpu.vram),
+        vram_limit or vram_budget(machine),
         objective,
     )
     compared = compare(found.shapes.__getitem__, tuple(found.shapes), machine, ask)
@@ -174,6 +177,11 @@ def ram_budget(text: str | None, machine: Hardware, is_here: bool) -> int:
     return asked
 
 
+def vram_budget(machine: Hardware) -> int | None:
+    """The budget of the GPU's memory, about as a run would take without being told; None where there is no GPU."""
+    return None if machine.gpu is None else int(machine.gpu.vram * DEFAULT_SHARE)
+
+
 def _batch(text: str) -> int | None:
     """Sequences at once; None for "auto"."""
     if text == "auto":
@@ -189,10 +197,7 @@ def _to_json(model: Model, machine: Hardware, ask: Ask, compared: Comparison) ->
         "model": model.name,
         "hardware": {"name": machine.name, "source": machine.source, "is_measured": machine.is_measured},
         "ask": asdict(ask),
-        "rows": [
-            row.to_json() | {"is_best": row is best, "command": model.command(row, ask) if row.is_built else None}
-            for row in compared.rows
-        ],
+        "rows": [row.to_json() | {"is_best": row is best, "command": model.command(row, ask)} for row in compared.rows],
         "refusals": [asdict(refusal) for refusal in compared.refusals],
         "why": compared.why,
     }
@@ -210,8 +215,8 @@ def _lines(model: Model, machine: Hardware, ask: Ask, compared: Comparison) -> I
     yield "kept: weights in memory for good (in RAM, VRAM: all); tok/s counts the prompts' seconds, dec/s not"
     for refusal in compared.refusals:
         yield from wrapped("", f"{refusal.strategy} {refusal.quant}: {refusal.message}")
-    if any(not row.is_built for row in compared.rows):
-        yield "with a gpu: predicted; not built in this version"
+    if any(row.strategy != CPU for row in compared.rows):
+        yield "with a gpu: not tried on a GPU yet, only proven by emulation"
     best = compared.best
     if best is None:
         return

@@ -213,7 +213,7 @@ def _lines(played: Played) -> Iterator[str]:
     yield f"{played.model.name} {played.quant}: {sequences} of {tokens}, in {format_size(plan.budget)} of RAM"
     yield from wrapped("machine", f"{played.hardware.name}, {played.hardware.source}")
     if played.hardware.gpu is not None:
-        yield "          its GPU is idle: this version computes on the processor only"
+        yield "          its GPU is idle: what is played is a plan of the processor's"
     placement, experts = plan.placement, plan.experts
     kept = "" if experts is None else f", experts on demand ({experts.slots} in memory)"
     total = format_size(plan.tape.total)

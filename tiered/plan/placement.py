@@ -144,11 +144,10 @@ def place(
         return None
     # What is read ahead differs from batch size to batch size, the spreads do not.
     least = replace(held, ahead_nbytes=0)
-    spreads = [spread for spread in _spreads(tape, least) if spread.nbytes <= most]
+    spreads = _spreads(tape, least)
     for wanted in dict.fromkeys((held, least)):
         room = _Room(tape, wanted, available, least_ring, most)
-        fitting = [spread for spread in spreads if spread.nbytes + room.ring(spread) <= available]
-        best = max(fitting, key=lambda spread: spread.saved_nbytes, default=None)
+        best = spreads.best(room)
         if best is not None:
             placement = _fill(room, interleave(best.count, len(tape.nbytes)))
             if placement.resident:
@@ -211,19 +210,51 @@ class _Room:
         return nbytes <= self.most and nbytes + ring <= self.available
 
 
-@lru_cache(maxsize=32)
-def _spreads(tape: Tape, held: Held) -> tuple[_Spread, ...]:
+class _Spreads:
     """Spreads to choose from. More units are not always more bytes (units differ), so the choice is by bytes."""
-    units, is_plain = len(tape.nbytes), tape.file_nbytes == tape.nbytes
-    found = []
-    for count in sorted(
-        {number * units // _SPREADS for number in range(_SPREADS)} if units > _SPREADS else range(units)
-    ):
-        resident = interleave(count, units)
-        nbytes = sum(map(tape.nbytes.__getitem__, resident))
-        saved = nbytes if is_plain else sum(map(tape.file_nbytes.__getitem__, resident))
-        found.append(_Spread(count, nbytes, saved, full_ring(tape.streamed(held, resident))))
-    return tuple(found)
+
+    def __init__(self, tape: Tape, held: Held) -> None:
+        units = len(tape.nbytes)
+        self._tape, self._held = tape, held
+        self._counts = sorted(
+            {number * units // _SPREADS for number in range(_SPREADS)} if units > _SPREADS else range(units)
+        )
+        self._least = list(accumulate(sorted(tape.nbytes), initial=0))
+        """Bytes that so many units take at least."""
+        self._most_saved = list(accumulate(sorted(tape.file_nbytes, reverse=True), initial=0))
+        """Bytes that so many units save at most."""
+        self._found: dict[int, _Spread] = {}
+
+    def best(self, room: _Room) -> _Spread | None:
+        """The one that saves most of those that fit; of equal ones that of fewest units. None where none fits."""
+        best: _Spread | None = None
+        for count in reversed(self._counts):
+            if best is not None and self._most_saved[count] < best.saved_nbytes:
+                break
+            if not room.holds(self._least[count], room.least_ring):
+                continue
+            spread = self._spread(count)
+            saves_most = best is None or spread.saved_nbytes >= best.saved_nbytes
+            if saves_most and room.holds(spread.nbytes, room.ring(spread)):
+                best = spread
+        return best
+
+    def _spread(self, count: int) -> _Spread:
+        if count not in self._found:
+            tape, resident = self._tape, interleave(count, len(self._tape.nbytes))
+            ring = full_ring(tape.streamed(self._held, resident))
+            self._found[count] = _Spread(count, tape.nbytes_of(resident), _file_nbytes_of(tape, resident), ring)
+        return self._found[count]
+
+
+@lru_cache(maxsize=32)
+def _spreads(tape: Tape, held: Held) -> _Spreads:
+    """The same for every room: what it has found is kept."""
+    return _Spreads(tape, held)
+
+
+def _file_nbytes_of(tape: Tape, resident: frozenset[int]) -> int:
+    return sum(map(tape.file_nbytes.__getitem__, resident))
 
 
 def _fill(room: _Room, resident: frozenset[int]) -> Placement:

@@ -4,8 +4,8 @@ In: a plan and what it was made from. Out: a `Prediction`, pure numbers. `strate
 `generate` prints it beside what was measured.
 
 Sequences are taken to be equally long, and share passes as the scheduler has them do (`load.py`): runs of equal passes
-are counted as one. A pass takes the longer of reading and computing; the first one of all reads every weight. Experts
-are taken to be chosen equally often, so a real router reads less of them.
+are counted as one. A pass takes the longest of reading, copying to a GPU and computing; the first one of all reads (and
+copies) every weight. Experts are taken to be chosen equally often, so a real router reads less of them.
 """
 
 from collections.abc import Callable
@@ -24,12 +24,14 @@ from tiered.plan.cost import (
     prompt_pairs,
     seen_tokens,
 )
+from tiered.plan.gpu import on_gpu
+from tiered.plan.hardware import GpuRates
 from tiered.plan.inputs import Machine, ModelShape, Workload
 from tiered.plan.load import Alike, PassRun, pass_runs
 from tiered.plan.make import pace_for
 from tiered.plan.pace import Pace
 from tiered.plan.plan import Plan
-from tiered.plan.way import expected_expert_nbytes
+from tiered.plan.way import expected_bus_nbytes, expected_expert_nbytes
 
 Bottleneck = Literal["disk", "bus", "compute", "memory"]
 """What most of the time goes by; "bus": to a GPU; "memory": nothing is read from disk any more, so computing bounds."""
@@ -130,12 +132,23 @@ class Prediction:
         }
 
 
-def predict(plan: Plan, model: ModelShape, machine: Machine, workload: Workload) -> Prediction:
-    """What `plan` is expected to take on `machine`, whose rates must be known: raises ConfigError where one is not."""
+def predict(
+    plan: Plan, model: ModelShape, machine: Machine, workload: Workload, gpu: GpuRates | None = None
+) -> Prediction:
+    """What `plan` is expected to take on `machine`, and on `gpu` what its device computes. Rates must be known: raises
+    ConfigError where one is not."""
     if machine.linear is None or machine.disk_bytes_per_second is None:
         raise ConfigError("no prediction without the machine's rates; run 'tiered profile'")
+    if plan.device is not None and gpu is None:
+        raise ConfigError("no prediction without the GPU's rates; run 'tiered profile'")
     alike = Alike.of(plan, workload, workload.mean_context / workload.max_context)
-    prefill, decode = walk(alike, lambda: pace_for(model, machine, workload), _Run(plan, model, machine).phase)
+    run = _Run(plan, model, machine, gpu)
+
+    def new_pace() -> Pace:
+        # As in a run: rates are the processor's, so where a device computes the pace knows none.
+        return pace_for(model, machine, workload) if plan.device is None else Pace()
+
+    prefill, decode = walk(alike, new_pace, run.phase)
     count = alike.sequences
     memory = memory_by_kind(plan)
     return Prediction(count * alike.prompt, count * alike.generated, prefill, decode, memory, count)
@@ -172,9 +185,9 @@ def _walked(alike: Alike, pace: Pace, phase: Callable[[PassRun, bool], Phase]) -
 
 
 def memory_by_kind(plan: Plan) -> dict[str, int]:
-    """Bytes of the budget by what takes them."""
-    needs = plan.needs
-    return {
+    """Bytes of the budgets by what takes them; those of a device begin with "vram"."""
+    needs, device = plan.needs, plan.device
+    host = {
         "process": needs.baseline,
         "tables": needs.outer,
         "kv_cache": needs.kv,
@@ -183,6 +196,16 @@ def memory_by_kind(plan: Plan) -> dict[str, int]:
         "ring": plan.placement.ring_nbytes,
         "experts": 0 if plan.experts is None else plan.experts.nbytes,
     }
+    if device is None:
+        return host
+    return host | {
+        "vram_context": device.needs.context,
+        "vram_tables": device.needs.outer,
+        "vram_kv_cache": device.needs.kv,
+        "vram_workspace": device.needs.workspace,
+        "vram_resident": device.placement.resident_nbytes,
+        "vram_ring": device.placement.ring_nbytes,
+    }
 
 
 @dataclass(frozen=True)
@@ -190,20 +213,53 @@ class _Run:
     plan: Plan
     model: ModelShape
     machine: Machine
+    gpu: GpuRates | None
 
     def phase(self, run: PassRun, is_first: bool) -> Phase:
         """What `run` takes; `is_first`: nothing is in memory yet."""
         tokens = run.rows + run.prompt_tokens
-        logits = -(-run.logits // run.times)
-        computing = linear_computing(self.model, self.machine, tokens, logits, self.plan.micro_batch_rows)
-        computing += Computing(self._attention_seconds(run))
+        computing = self._linear(run) + Computing(self._attention_seconds(run))
         disk, expert_seconds, read, written = self._disk(run, tokens, is_first)
-        if self._takes_turns:
-            seconds = disk + computing.seconds
-        else:
-            seconds = pass_seconds(disk, computing.seconds, expert_seconds, computing.expert_seconds)
-        each = Phase(1, seconds, disk, computing.seconds, read, written, decoded_tokens=run.rows)
+        bus, expert_bus = self._bus(run, is_first)
+        # In turns, computing waits for all that is read, experts among it.
+        waited = 0.0 if self._takes_turns else max(expert_seconds, expert_bus)
+        computed = pass_seconds(0.0, computing.seconds, waited, computing.expert_seconds)
+        copied = bus + computed if self._copies_in_turns else max(bus, computed)
+        seconds = disk + copied if self._takes_turns else max(disk, copied)
+        each = Phase(1, seconds, disk, computing.seconds, read, written, bus, run.rows)
         return each * run.times
+
+    @cached_property
+    def _machines(self) -> tuple[Machine, Machine]:
+        """What computes prompts, and what computes the rest."""
+        if self.gpu is None:
+            return self.machine, self.machine
+        there = on_gpu(self.machine, self.model, self.plan.cache, self.gpu)
+        prefill, decode = (each == "gpu" for each in (self.plan.prefill_device, self.plan.decode_device))
+        return there if prefill else self.machine, there if decode else self.machine
+
+    def _linear(self, run: PassRun) -> Computing:
+        """Of each pass. Where its prompts are computed elsewhere than the rest, one after the other."""
+        logits, rows = -(-run.logits // run.times), self.plan.micro_batch_rows
+        prompts, rest = self._machines
+        if prompts is rest:
+            return linear_computing(self.model, rest, run.rows + run.prompt_tokens, logits, rows)
+        of_rest = min(run.rows, logits)
+        found = linear_computing(self.model, prompts, run.prompt_tokens, logits - of_rest, rows)
+        return found + linear_computing(self.model, rest, run.rows, of_rest, rows)
+
+    def _bus(self, run: PassRun, is_first: bool) -> tuple[float, float]:
+        """Of each pass: seconds of copying weights to the device and new keys and values back, and those of them for
+        experts."""
+        plan, gpu = self.plan, self.gpu
+        tokens = run.prompt_tokens if plan.prefill_device == "gpu" else 0
+        tokens += run.rows if plan.decode_device == "gpu" else 0
+        if gpu is None or not tokens:
+            return 0.0, 0.0
+        weights = plan.tape.total if is_first else self._bus_nbytes
+        experts = expected_bus_nbytes(self.model, plan, tokens) / gpu.host_to_device
+        kv = 0 if plan.cache.on_device else tokens * self.model.kv.token_nbytes * self.model.kv.layers
+        return weights / gpu.host_to_device + experts + kv / gpu.device_to_host, experts
 
     def _disk(self, run: PassRun, tokens: int, is_first: bool) -> tuple[float, float, float, float]:
         """Of each pass: seconds of the disk, those of them for experts, bytes read, bytes written."""
@@ -229,23 +285,37 @@ class _Run:
         return seconds, expert_seconds, read + experts, written
 
     def _attention_seconds(self, run: PassRun) -> float:
-        """Seconds of each pass."""
-        model, each = self.model, self.machine.attention_seconds or 0.0
-        seconds = each * seen_tokens(model, run.context) * run.rows if run.rows else 0.0
+        """Seconds of each pass. A device that has no KV cache attends to prompts in the pass in which they begin."""
+        model, (prompts, rest) = self.model, self._machines
+        seconds = (rest.attention_seconds or 0.0) * seen_tokens(model, run.context) * run.rows if run.rows else 0.0
         pairs = run_pairs(model, run)
-        flops = self.machine.prompt_attention_flops
-        if flops is None:
-            return seconds + pairs * each
-        return seconds + prompt_attention_seconds(model, pairs, flops)
+        here = pairs
+        if self.plan.prefill_device == "gpu" and not self.plan.cache.on_device:
+            here = sum(prompt_pairs(model, len(part)) for part in run.parts if not part.start) / run.times
+        return seconds + self._prompt_seconds(prompts, here) + self._prompt_seconds(self.machine, pairs - here)
+
+    def _prompt_seconds(self, machine: Machine, pairs: float) -> float:
+        if machine.prompt_attention_flops is None:
+            return pairs * (machine.attention_seconds or 0.0)
+        return prompt_attention_seconds(self.model, pairs, machine.prompt_attention_flops)
 
     @cached_property
     def _read_nbytes(self) -> int:
         return self.plan.read_nbytes
 
     @cached_property
+    def _bus_nbytes(self) -> int:
+        return self.plan.bus_nbytes
+
+    @cached_property
     def _takes_turns(self) -> bool:
         """Whether there is no room to read ahead."""
         return self.plan.missing_overlap_nbytes > 0
+
+    @cached_property
+    def _copies_in_turns(self) -> bool:
+        """The same of copying to the device."""
+        return self.plan.missing_copy_overlap_nbytes > 0
 
 
 def run_pairs(model: ModelShape, run: PassRun) -> float:

@@ -3,27 +3,25 @@
 In: shapes of a model, a machine in numbers, what is asked for, budgets. Out: rows, the quickest first, why it is that
 one, and what does not fit with the nearest ask that does. Pure: same numbers, same rows. `tiered plan` prints them.
 
-On the processor rows are the plans that `make_plan`'s ways give, so what is predicted is what a run does. With a GPU
-(`gpu.py`) they are closed forms, as this version computes on the processor only.
+Rows are the plans that `make_plan`'s ways give, with a GPU as without one, so what is predicted is what a run does.
 """
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
-from itertools import product
 from typing import Any, Final
 
-from tiered.errors import BudgetError, ConfigError
+from tiered.errors import BudgetError, ConfigError, DeviceBudgetError
 from tiered.plan.batch_size import candidates
-from tiered.plan.gpu import GpuBudget, OnGpu, place_on_gpu
-from tiered.plan.hardware import Hardware, Mode
-from tiered.plan.inputs import MAX_BATCHED_TOKENS, Budgets, Machine, ModelShape, Objective, Workload
+from tiered.plan.gpu import SCRATCH_NBYTES
+from tiered.plan.hardware import GpuRates, Hardware, Mode
+from tiered.plan.inputs import MAX_BATCHED_TOKENS, Budgets, Machine, ModelShape, Objective, Tier, Workload
 from tiered.plan.kv import Bits, check_bits
 from tiered.plan.make import WORTH_OF_BITS
+from tiered.plan.on_device import CONTEXT_NBYTES
 from tiered.plan.plan import Plan, smallest_budget
 from tiered.plan.predict import Prediction, predict
-from tiered.plan.way import Asked
+from tiered.plan.way import Asked, Way
 from tiered.units import MIB, format_budget, format_seconds, format_size
 
 BASELINE_NBYTES: Final = 390 * MIB
@@ -36,12 +34,10 @@ _BITS: Final[tuple[Bits, ...]] = (16, 4)
 _WORTH: Final = 1.02
 """So many times quicker a larger batch must be."""
 _SAME: Final = 1.005
-_MOST_NBYTES: Final = 1 << 46
-"""Of a budget that is looked for: 64 TiB."""
 CPU, GPU, BOTH = "cpu", "gpu", "gpu+cpu"
-_GPU_TIERS: Final[dict[str, tuple[str, ...]]] = {CPU: (), GPU: ("gpu", "cpu", "disk"), BOTH: ("cpu", "disk")}
-"""Where the KV cache may be, by strategy. In VRAM it pushes weights out, so the first that holds it need not be the
-quickest."""
+"""The processor computes; the GPU does; prompts are the GPU's, and decoding is the processor's."""
+GPU_TIERS: Final = (Tier.DISK, Tier.CPU, Tier.GPU)
+"""Of rows with a GPU. Weights that fit in faster ones stay there, so others would plan no better."""
 
 
 @dataclass(frozen=True)
@@ -68,12 +64,12 @@ class Ask:
             if value is not None and value < 1:
                 raise ConfigError(f"{name} {value!r}: expected a whole number above 0")
 
-    @property
-    def batches(self) -> list[int]:
-        """Batch sizes to compare."""
+    def batches(self, strategy: str) -> list[int]:
+        """Batch sizes to compare: with a GPU, whose plans take longer to make, only each twice the one before."""
         if self.batch is not None:
             return [min(self.batch, self.sequences)]
-        return candidates(min(self.sequences, _MOST_BATCH))
+        found = candidates(min(self.sequences, _MOST_BATCH))
+        return [each for each in found if strategy == CPU or each == found[-1] or each.bit_count() == 1]
 
     def workload(self, batch: int) -> Workload:
         """What a run with `batch` sequences at once is planned for."""
@@ -109,17 +105,11 @@ class Row:
     resident_share: float
     """Of the weights' bytes, those in memory for good, of the processor or of the GPU."""
     prediction: Prediction
-    plan: Plan | None
-    """None where a GPU takes part."""
+    plan: Plan
     usd_per_million_tokens: float | None = None
 
     is_resident: bool = False
     """All weights are for good in the memory of what computes."""
-
-    @property
-    def is_built(self) -> bool:
-        """Whether this version can run it."""
-        return self.plan is not None
 
     @property
     def title(self) -> str:
@@ -129,7 +119,7 @@ class Row:
     def to_json(self) -> dict[str, Any]:
         """Plain numbers and words."""
         own = {name: value for name, value in vars(self).items() if name not in ("prediction", "plan")}
-        return own | {"is_built": self.is_built, **self.prediction.to_json()}
+        return own | self.prediction.to_json()
 
 
 @dataclass(frozen=True)
@@ -151,8 +141,8 @@ class Comparison:
 
     @property
     def best(self) -> Row | None:
-        """The quickest that this version can run."""
-        return next((row for row in self.rows if row.is_built), None)
+        """The quickest."""
+        return self.rows[0] if self.rows else None
 
     @property
     def why(self) -> str:
@@ -163,15 +153,22 @@ class Comparison:
         phase = "prefill" if best.prediction.prefill.seconds > best.prediction.decode.seconds else "decoding"
         passes = best.prediction.prefill if phase == "prefill" else best.prediction.decode
         took = f"{format_seconds(passes.compute_seconds / passes.passes)} of computing"
+        if passes.bus_seconds:
+            took = f"{format_seconds(passes.bus_seconds / passes.passes)} of copying and {took}"
         if passes.disk_seconds:
             took = f"{format_seconds(passes.disk_seconds / passes.passes)} of disk and {took}"
-        bound = {"disk": "the disk", "compute": "computing", "memory": "computing, as nothing is read again"}
+        bound = {
+            "disk": "the disk",
+            "bus": "the bus to the GPU",
+            "compute": "computing",
+            "memory": "computing, as nothing is read again",
+        }
         said = f"{phase} takes most of the time and is bound by {bound[passes.bottleneck]}: {took} per pass"
-        rest = [row for row in self.rows if row.is_built and row is not best]
-        if rest:
-            slower = rest[0].prediction.seconds / best.prediction.seconds
+        if len(self.rows) > 1:
+            second = self.rows[1]
+            slower = second.prediction.seconds / best.prediction.seconds
             loses = "takes as long" if slower < _SAME else f"takes {slower:.3g} times as long"
-            said += f"; {rest[0].title} {rest[0].quant} {loses}"
+            said += f"; {second.title} {second.quant} {loses}"
         return said
 
 
@@ -185,6 +182,8 @@ def machine_for(model: ModelShape, hardware: Hardware, mode: Mode = "invariant")
         prompt_attention_flops=hardware.cpu.prefill_attention,
         disk_write_bytes_per_second=hardware.disk.write,
         expert_bytes_per_second=None if experts is None else hardware.disk.random_read(experts.file_nbytes),
+        device_scratch_nbytes=SCRATCH_NBYTES,
+        bus_bytes_per_second=None if hardware.gpu is None else hardware.gpu.host_to_device,
     )
 
 
@@ -196,17 +195,8 @@ def compare(shapes: Callable[[str], ModelShape], quants: tuple[str, ...], hardwa
     for quant in quants:
         model = shapes(quant)
         machine = machine_for(model, hardware, ask.mode)
-        on_cpu = list(_cpu_rows(model, machine, quant, ask))
-        found = {CPU: on_cpu}
-        if hardware.gpu is not None and ask.vram is not None:
-            budget = GpuBudget(ask.ram - ask.baseline - model.tables_nbytes, ask.vram)
-            places = [
-                place
-                for batch, bits, tier in product(ask.batches, _bits(model), _GPU_TIERS[GPU])
-                if (place := place_on_gpu(model, hardware, machine, ask.workload(batch), budget, bits, tier))
-            ]
-            found |= {GPU: [_gpu_row(place, quant, ask) for place in places], BOTH: list(_hybrid_rows(places, on_cpu))}
-        for strategy, ways in found.items():
+        for strategy in (CPU, GPU, BOTH) if hardware.gpu is not None and ask.vram is not None else (CPU,):
+            ways = list(_rows(strategy, model, machine, hardware.gpu, quant, ask))
             if not ways:
                 refusals.append(Refusal(strategy, quant, _nearest(strategy, model, machine, hardware, ask)))
                 continue
@@ -233,19 +223,33 @@ def _chosen(found: Sequence[Row], ask: Ask) -> Row:
     return min((row for row in same if ask.cost(row) <= least), key=lambda row: row.batch_size)
 
 
-def _cpu_rows(model: ModelShape, machine: Machine, quant: str, ask: Ask) -> Iterator[Row]:
-    for batch in ask.batches:
+def _ways(strategy: str, model: ModelShape, machine: Machine, ask: Ask, batch: int, bits: Bits) -> list[Way]:
+    """A way for each place where the KV cache may be."""
+    budgets = Budgets(ask.ram, ask.baseline, kv="auto", kv_bits=bits)
+    if strategy != CPU:
+        budgets = replace(
+            budgets,
+            tiers=GPU_TIERS,
+            vram=ask.vram or 0,
+            context_nbytes=CONTEXT_NBYTES,
+            decode_device="cpu" if strategy == BOTH else "gpu",
+        )
+    return Asked(model, machine, ask.workload(batch), budgets).ways(batch)
+
+
+def _rows(
+    strategy: str, model: ModelShape, machine: Machine, gpu: GpuRates | None, quant: str, ask: Ask
+) -> Iterator[Row]:
+    for batch in ask.batches(strategy):
         for bits in _bits(model):
-            for on_disk in (False, True):
-                workload = ask.workload(batch)
-                asked = Asked(model, machine, workload, Budgets(ask.ram, ask.baseline, kv_bits=bits))
+            for way in _ways(strategy, model, machine, ask, batch, bits):
                 try:
-                    plan = asked.way(batch, on_disk).plan_at(ask.ram)
+                    plan = way.plan_at(ask.ram)
                 except BudgetError:
                     continue
-                yield _cpu_row(plan, model, predict(plan, model, machine, workload), quant)
-                if not plan.read_nbytes:
-                    break  # on disk the cache would only be slower
+                yield _row(strategy, plan, model, predict(plan, model, machine, ask.workload(batch), gpu), quant)
+                if not plan.read_nbytes and not (way.on_device and plan.bus_nbytes):
+                    break  # elsewhere the cache would leave no more room for weights, and only be slower
 
 
 def _bits(model: ModelShape) -> Iterator[Bits]:
@@ -257,66 +261,61 @@ def _bits(model: ModelShape) -> Iterator[Bits]:
         yield bits
 
 
-def _cpu_row(plan: Plan, model: ModelShape, prediction: Prediction, quant: str) -> Row:
+def _row(strategy: str, plan: Plan, model: ModelShape, prediction: Prediction, quant: str) -> Row:
     held = plan.placement.resident_nbytes + (0 if plan.experts is None else plan.experts.nbytes)
-    tier = "disk" if plan.cache.on_disk else "cpu"
-    share = min(1.0, held / model.tape.total)
-    is_resident = not plan.placement.ring_nbytes and plan.experts is None
-    return Row(CPU, quant, plan.batch_size, tier, plan.cache.bits, share, prediction, plan, is_resident=is_resident)
+    on_device = 0 if plan.device is None else plan.device.placement.resident_nbytes
+    tier = "disk" if plan.cache.on_disk else "gpu" if plan.cache.on_device else "cpu"
+    share = min(1.0, (held + on_device) / model.tape.total)
+    is_resident = plan.experts is None and (
+        (plan.device is None and not plan.placement.ring_nbytes) or on_device == model.tape.total
+    )
+    return Row(
+        strategy, quant, plan.batch_size, tier, plan.cache.bits, share, prediction, plan, is_resident=is_resident
+    )
 
 
 def _nearest(strategy: str, model: ModelShape, machine: Machine, hardware: Hardware, ask: Ask) -> str:
     """What does not fit, and what would, in words."""
-    least, bits = min(ask.batches), min(_bits(model))
+    least = min(ask.batches(strategy))
 
-    @cache
-    def smallest(batch: int) -> int:
-        """The least budget of RAM where the processor computes, or decodes."""
-        asked = Asked(model, machine, ask.workload(batch), Budgets(ask.ram, ask.baseline, kv_bits=bits))
-        return min(smallest_budget(asked.way(batch, on_disk).plan_at) for on_disk in (False, True))
+    def ways(batch: int) -> list[Way]:
+        return [way for bits in _bits(model) for way in _ways(strategy, model, machine, ask, batch, bits)]
 
-    def fits(batch: int, ram: int, vram: int) -> bool:
-        if strategy != GPU and smallest(batch) > ram:
-            return False
-        budget = GpuBudget(ram - ask.baseline - model.tables_nbytes, vram)
-        tiers = _GPU_TIERS[strategy]
-        return not tiers or any(
-            place_on_gpu(model, hardware, machine, ask.workload(batch), budget, bits, tier) for tier in tiers
-        )
-
-    said, vram, ram_most = f"does not fit in {format_size(ask.ram)}", ask.vram or 0, _MOST_NBYTES
-    asks = []
-    if hardware.gpu is not None and strategy != CPU:
-        said, ram_most = f"{said} of RAM and {format_size(vram)} of VRAM", hardware.ram
-        more = _least(lambda vram: fits(least, ask.ram, vram), hardware.gpu.vram)
-        asks += [] if more is None else [f"--vram {format_budget(more)}"]
-    more = _least(lambda ram: fits(least, ram, vram), ram_most)
-    asks += [] if more is None else [f"--ram {format_budget(more)}"]
-    fewer = [batch for batch in candidates(least) if batch < least and fits(batch, ask.ram, vram)]
+    said, asks = f"does not fit in {format_size(ask.ram)}", []
+    if strategy != CPU and hardware.gpu is not None:
+        said = f"{said} of RAM and {format_size(ask.vram or 0)} of VRAM"
+        vram = min(filter(None, (_more_vram(way, ask) for way in ways(least))), default=None)
+        asks += [f"--vram {format_budget(vram)}"] if vram is not None and vram <= hardware.gpu.vram else []
+    ram = min(filter(None, map(_more_ram, ways(least))), default=None)
+    if ram is not None and (strategy == CPU or ram <= hardware.ram):
+        asks.append(f"--ram {format_budget(ram)}")
+    fewer = [batch for batch in candidates(least) if batch < least and any(_fits(way, ask.ram) for way in ways(batch))]
     asks += [f"--batch {batch}" for batch in fewer[-1:]]
     return f"{said}: the smallest that works is {', or '.join(asks)}" if asks else f"{said}, nor with more of either"
 
 
-def _least(fits: Callable[[int], bool], most: int) -> int | None:
-    """The least whole number of MiB up to `most` that `fits`, which more does, too; None where nothing does."""
-    counts = range(most // MIB + 1)
-    found = bisect_left(counts, True, key=lambda count: fits(count * MIB))
-    return found * MIB if found in counts else None
+def _fits(way: Way, ram: int) -> bool:
+    try:
+        way.plan_at(ram)
+    except BudgetError:
+        return False
+    return True
 
 
-def _gpu_row(place: OnGpu, quant: str, ask: Ask) -> Row:
-    """A closed form: nothing of it is built."""
-    own = {"process": ask.baseline, "tables": place.model.tables_nbytes}
-    prediction = replace(place.prediction, memory=own | place.prediction.memory)
-    batch, bits, is_resident = place.cache.sequences, place.cache.bits, place.in_vram == place.total
-    share = place.resident_share
-    return Row(GPU, quant, batch, place.kv_tier, bits, share, prediction, None, is_resident=is_resident)
+def _more_ram(way: Way) -> int | None:
+    """The least budget of RAM; None where the GPU's memory does not suffice."""
+    try:
+        return smallest_budget(way.plan_at)
+    except DeviceBudgetError:
+        return None
 
 
-def _hybrid_rows(places: Sequence[OnGpu], on_cpu: Sequence[Row]) -> Iterator[Row]:
-    """Prompts as one of `places`, decoding as the row of `on_cpu` with the same cache."""
-    for place in places:
-        for row in on_cpu:
-            if (row.batch_size, row.kv_bits, row.kv_tier) == (place.cache.sequences, place.cache.bits, place.kv_tier):
-                prediction = place.with_decode(row.prediction)
-                yield replace(row, strategy=BOTH, prediction=prediction, plan=None, is_resident=False)
+def _more_vram(way: Way, ask: Ask) -> int | None:
+    """The least budget of the GPU's memory, a whole number of MiB; None where RAM does not suffice."""
+
+    def fits(count: int) -> bool:
+        return _fits(way.within(replace(way.asked.budgets, vram=count * MIB)), ask.ram)
+
+    # A refusal names what is enough, which may be more than the least.
+    enough = min(way.smallest_vram(experts) for experts in way.asked.expert_choices) // MIB
+    return MIB * (1 + bisect_left(range(1, enough), True, key=fits)) if fits(enough) else None
