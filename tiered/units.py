@@ -59,8 +59,10 @@ def format_budget(nbytes: int) -> str:
 
 
 def format_rate(bytes_per_second: float) -> str:
-    """Decimal GB/s, as disks are sold: "1.87 GB/s"."""
-    return f"{bytes_per_second / 1e9:.2f} GB/s"
+    """Decimal GB/s, as disks are sold: "1.87 GB/s"; or "4.20 MB/s" where that would be next to nothing."""
+    units = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
+    unit, divisor = next((one for one in units if bytes_per_second >= one[1] / 100), units[-1])
+    return f"{bytes_per_second / divisor:.2f} {unit}/s"
 
 
 def format_seconds(seconds: float) -> str:
