@@ -36,8 +36,11 @@ def parse_size(text: str) -> int:
     return nbytes
 
 
-def parse_option(option: str, text: str) -> int:
-    """Bytes meant by the value `text` of a command's `option`, which ConfigError names where it is none."""
+def parse_option(option: str, text: str, or_none: bool = False) -> int:
+    """Bytes meant by the value `text` of a command's `option`, which ConfigError names where it is none; with `or_none`
+    "0" is one, too."""
+    if or_none and text.strip() == "0":
+        return 0
     try:
         return parse_size(text)
     except ConfigError as error:
