@@ -258,6 +258,19 @@ def test_more_context_than_planned_is_refused_before_the_first_pass(loaded: Load
     assert loaded.runtime.passes == passes
 
 
+def test_sizes_of_a_device_are_texts_or_bytes(store: Path) -> None:
+    made = tiered.load(
+        store,
+        tiers="disk,cpu,gpu",
+        device="emulated",
+        vram="150MiB",
+        resident_gpu="1MiB",
+        resident_cpu="0",
+    )
+    options = made.runtime.options
+    assert (options.vram, options.resident_gpu, options.resident_cpu) == (150 << 20, 1 << 20, 0)
+
+
 def test_bad_arguments_and_stores_are_named(store: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="bogus"):
         tiered.load(store, ram="bogus")
@@ -267,6 +280,11 @@ def test_bad_arguments_and_stores_are_named(store: Path, tmp_path: Path) -> None
         tiered.load(store, tiers="disk,gpu,cpu")
     with pytest.raises(ConfigError, match="--vram is for a GPU"):
         tiered.load(store, vram="1GiB")
+    on_device: dict[str, Any] = {"tiers": "disk,cpu,gpu", "device": "emulated"}
+    with pytest.raises(ConfigError, match="vram True"):
+        tiered.load(store, **on_device, vram=True)
+    with pytest.raises(ConfigError, match="resident_gpu: size 'lots'"):
+        tiered.load(store, **on_device, vram="150MiB", resident_gpu="lots")
     with pytest.raises(StoreError, match="no such store"):
         tiered.load(tmp_path / "nothing")
     with pytest.raises(BudgetError, match="smallest budget"), tiered.load(store, ram="10MiB"):

@@ -18,6 +18,9 @@ THREE, LOADED, ALONE = (Tier.DISK, Tier.CPU, Tier.GPU), (Tier.CPU, Tier.GPU), (T
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        ({"ram": True}, "ram True: expected a whole number above 0"),
+        ({"tiers": THREE, "vram": True}, "vram True: expected a number of bytes above 0"),
+        ({"tiers": THREE, "resident_cpu": False}, "resident-cpu False: expected a number of bytes"),
         ({"vram": GIB}, "--vram is for a GPU, and --tiers disk,cpu has none; add --tiers disk,cpu,gpu"),
         ({"device": "emulated"}, "--device is for a GPU"),
         ({"resident_gpu": 0}, "--resident-gpu is for a GPU"),

@@ -129,6 +129,12 @@ def test_durations_are_printed_for_a_glance(seconds: float, text: str) -> None:
 
 def test_rates_are_decimal_as_disks_are_sold() -> None:
     assert format_rate(1.874e9) == "1.87 GB/s"
+    assert [format_rate(rate) for rate in (1e7, 4.2e6, 2500.0, 0.0)] == [
+        "0.01 GB/s",
+        "4.20 MB/s",
+        "2.50 kB/s",
+        "0.00 kB/s",
+    ]
 
 
 @given(st.integers(0, 1 << 60), st.integers(1, 1 << 20))

@@ -37,7 +37,7 @@ from tiered.model import CACHE_NAMES, ForwardBatch, cache_name, check_token_ids,
 from tiered.plan import Tier, Workload, parse_tiers
 from tiered.runtime import Options, Runtime, compute_dtype
 from tiered.store import Store
-from tiered.units import format_size, parse_option, parse_size
+from tiered.units import format_size, parse_option
 
 _CACHE_NAME: Final = cache_name(GenerationMixin.prepare_inputs_for_generation) or CACHE_NAMES[0]
 """The name by which this version of transformers passes caches to a model, and takes them from its results."""
@@ -62,8 +62,8 @@ def load(
     kernel_mode: str = "invariant",
     vram: str | int | None = None,
     device: str = "auto",
-    resident_gpu: int | None = None,
-    resident_cpu: int | None = None,
+    resident_gpu: str | int | None = None,
+    resident_cpu: str | int | None = None,
     fallback: Literal["cpu"] | None = None,
 ) -> "LoadedModel":
     """Open `store` as a model that runs within `ram` ("4GiB" or bytes; default 90 % of what is free).
@@ -74,14 +74,13 @@ def load(
     128 tokens.
 
     With a GPU among the tiers ("disk,cpu,gpu", "cpu,gpu", "gpu") `device` computes: "cuda", "cuda:1", "emulated", or
-    "auto", the first CUDA device. `vram` bounds its memory (default 90 % of what is free there), `resident_gpu` and
-    `resident_cpu` are bytes of weights that stay on it and in memory. `fallback="cpu"` lets the processor compute where
-    the device cannot be used, which is an error otherwise.
+    "auto", the first CUDA device. `vram` bounds its memory (default 90 % of what is free there); `resident_gpu` and
+    `resident_cpu` ("4GiB" or bytes, 0 for none) are the weights that stay on it and in memory. `fallback="cpu"` lets
+    the processor compute where the device cannot be used, which is an error otherwise.
 
     Raises StoreError, ConfigError, or, when the context is entered, BudgetError.
     """
     opened = Store.open(store)
-    budget = parse_size(ram) if isinstance(ram, str) else ram
     try:
         policy = VerifyPolicy(verify)
     except ValueError:
@@ -92,7 +91,7 @@ def load(
         raise ConfigError(f"kernel_mode {kernel_mode!r}: expected invariant or fast") from None
     parsed = parse_tiers(tiers)
     options = Options(
-        ram=budget,
+        ram=_bytes("ram", ram),
         tiers=parsed,
         dtype=dtype,
         threads=threads,
@@ -100,9 +99,9 @@ def load(
         kernels=kernels,
         kernel_mode=mode,
         device=None if device == "auto" else device,
-        vram=parse_option("vram", vram) if isinstance(vram, str) else vram,
-        resident_gpu=resident_gpu,
-        resident_cpu=resident_cpu,
+        vram=_bytes("vram", vram),
+        resident_gpu=_bytes("resident_gpu", resident_gpu, or_none=True),
+        resident_cpu=_bytes("resident_cpu", resident_cpu, or_none=True),
         fallback=fallback,
         # transformers' own caches grow where the model computes.
         kv="gpu" if Tier.GPU in parsed else "cpu",
@@ -112,6 +111,10 @@ def load(
     tokens, least = context_for(config, context, "context"), LEAST_CONTEXT if context is None else 0
     workload = Workload(sequences, tokens, least_context=least)
     return LoadedModel(opened, config, workload, options)
+
+
+def _bytes(name: str, value: str | int | None, or_none: bool = False) -> int | None:
+    return parse_option(name, value, or_none) if isinstance(value, str) else value
 
 
 class LoadedModel:

@@ -134,12 +134,14 @@ class Host:
         if self._device is None:
             return None
         try:
-            device = open_device(self._device, self._vram)
+            device = open_named(self._device, self._vram)
         except ConfigError as error:
             if not self._falls_back:
                 raise
-            self.device_refusal = str(error)
-            _LOG.warning("the processor computes instead of a GPU, as --fallback cpu allows: %s", error)
+            # What would help is said behind the last semicolon: the processor, for one, which computes already.
+            self.device_refusal = str(error).rpartition("; ")[0] or str(error)
+            why = self.device_refusal
+            _LOG.warning("the processor computes instead of a GPU, as --fallback cpu allows: %s", why)
             return None
         stack.callback(device.close)
         kernels = stack.enter_context(DeviceKernels(device.where, self._mode, self.cancel))
@@ -214,6 +216,14 @@ class Host:
         """Use what every run uses (thread pool, linear algebra, attention), so that the memory it takes is part of
         what the process is measured to take by itself."""
         self.compute(lambda: _warm_up(self.threads, dtype))
+
+
+def open_named(name: str, vram: int | None) -> Device:
+    """`open_device`, whose refusal names the device, and not the option by which nobody may have named it."""
+    try:
+        return open_device(name, vram)
+    except ConfigError as error:
+        raise ConfigError(str(error).removeprefix("--device ")) from error
 
 
 def wait_for(future: Future[T]) -> T:

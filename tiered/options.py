@@ -62,18 +62,18 @@ class Options:
     """What computes the rest."""
     fallback: Literal["cpu"] | None = None
     """"cpu": where the device cannot be used, the processor computes, and the report says so; None: that is an
-    error."""
+    error. A budget of its memory that is too small is one all the same."""
 
     def __post_init__(self) -> None:
         for name, value in (("ram", self.ram), ("threads", self.threads), ("micro-batch", self.micro_batch_rows)):
-            if value is not None and (not isinstance(value, int) or value < 1):
+            if value is not None and not _is_count(value, 1):
                 raise ConfigError(f"{name} {value!r}: expected a whole number above 0")
         if self.kv not in ("auto", "cpu", "disk", "gpu"):
             raise ConfigError(f"kv {self.kv!r}: expected auto, gpu, cpu or disk")
-        if self.vram is not None and (not isinstance(self.vram, int) or self.vram < 1):
+        if self.vram is not None and not _is_count(self.vram, 1):
             raise ConfigError(f"vram {self.vram!r}: expected a number of bytes above 0")
         for name, wish in (("resident-gpu", self.resident_gpu), ("resident-cpu", self.resident_cpu)):
-            if wish is not None and (not isinstance(wish, int) or wish < 0):
+            if wish is not None and not _is_count(wish, 0):
                 raise ConfigError(f"{name} {wish!r}: expected a number of bytes")
         if self.fallback not in (None, "cpu"):
             raise ConfigError(f"fallback {self.fallback!r}: expected cpu, or none")
@@ -177,6 +177,11 @@ class Options:
             raise ConfigError(
                 f"--resident-cpu: --tiers {tiers} keeps in memory all that is not on the GPU; use --tiers disk,cpu,gpu"
             )
+
+
+def _is_count(value: object, least: int) -> bool:
+    """Whether a value is a whole number of at least `least`; True and False are none."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def compute_dtype(name: str, config: PretrainedConfig, on_device: bool = False) -> torch.dtype:

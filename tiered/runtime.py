@@ -17,14 +17,15 @@ from types import TracebackType
 from typing import Final, Self
 
 import torch
+from transformers import PretrainedConfig
 
 from tiered.arch import build_skeleton, load_config
 from tiered.cache import SequenceKV
-from tiered.device import Device, open_device
+from tiered.device import Device
 from tiered.errors import BudgetError, ConfigError, shortened
-from tiered.host import PROCESS, Host, Member, wait_for
+from tiered.host import PROCESS, Host, Member, open_named, wait_for
 from tiered.io import ChunkVerifier, DiskReader, Faults, ReadMode, probe_mode
-from tiered.kernels import Kernels, device_dtype, device_scratch_nbytes, scratch_nbytes
+from tiered.kernels import DeviceKernels, Kernels, device_dtype, device_scratch_nbytes, scratch_nbytes
 from tiered.memory import open_memory
 from tiered.model import (
     Engine,
@@ -411,18 +412,19 @@ def _prepare(store: Store, options: Options, host: Host) -> _Prepared:
     config = load_config(store.path)
     computer = host.computer
     dtype = there = compute_dtype(options.dtype, config, computer is not None)
-    if computer is not None and options.dtype == "auto":
-        there = device_dtype(computer.device.capability, dtype)
+    if computer is not None:
+        there = _dtype_of(computer.device, options, config)
     if "cpu" not in options.computes:
         dtype = there
     check_layers(store, config)
     skeleton = build_skeleton(config, there)
     check_match(store, skeleton)
-    shape, machine = model_shape(store, skeleton, dtype), Machine(scratch_nbytes(host.threads))
+    shape = model_shape(store, skeleton, dtype)
+    # Also without a device: plans may be asked for one that is elsewhere.
+    machine = Machine(scratch_nbytes(host.threads), device_scratch_nbytes=device_scratch_nbytes())
     if computer is None:
         seats = [Seat.take(skeleton, dtype, host.kernels, host.attention)]
     else:
-        machine = replace(machine, device_scratch_nbytes=device_scratch_nbytes())
         seats = [Seat.take(skeleton, there, computer.kernels, computer.attention, computer.device)]
         if "cpu" in options.computes:
             # A configuration of its own: it says which attention its model computes with.
@@ -435,16 +437,34 @@ def _prepare(store: Store, options: Options, host: Host) -> _Prepared:
     return _Prepared(dtype, Seats(seats[0], seats[-1]), shape, machine)
 
 
-def with_usable_device(options: Options) -> Options:
+def _dtype_of(device: Device, options: Options, config: PretrainedConfig) -> torch.dtype:
+    """What a device computes in."""
+    wanted = compute_dtype(options.dtype, config, on_device=True)
+    return device_dtype(device.capability, wanted) if options.dtype == "auto" else wanted
+
+
+@dataclass(frozen=True)
+class DeviceArithmetic:
+    """What the results of a device depend on, besides the device."""
+
+    dtype: torch.dtype
+    kernels: str
+    """"triton" or "torch"."""
+
+
+def with_usable_device(options: Options, config: PretrainedConfig) -> tuple[Options, DeviceArithmetic | None]:
     """The options that a runtime comes to: without the device where it cannot be used and `fallback` says what computes
-    then. Raises ConfigError where it does not."""
-    if options.device_name is None or options.fallback is None:
-        return options
+    then. Raises ConfigError where it does not. And how the device computes, if there is one."""
+    if options.device_name is None:
+        return options, None
     try:
-        open_device(options.device_name, options.vram).close()
+        device = open_named(options.device_name, options.vram)
     except ConfigError:
-        return options.without_device()
-    return options
+        if options.fallback is None:
+            raise
+        return options.without_device(), None
+    with contextlib.closing(device), DeviceKernels(device.where, options.kernel_mode) as kernels:
+        return options, DeviceArithmetic(_dtype_of(device, options, config), kernels.kind)
 
 
 def host_for(options: Options) -> Host:
@@ -462,12 +482,22 @@ def _budgets(options: Options, member: Member, before: int, host: Host) -> Budge
     budgets = Budgets(member.budget, baseline, options.tiers, options.kv, bits, chosen, rows)
     if host.computer is None:
         return budgets
-    device, (prefill, decode) = host.computer.device, options.computes
+    device = host.computer.device
+    vram = max(1, device.vram_nbytes - host.promised_nbytes)
+    return device_budgets(budgets, options, vram, device.context_nbytes, device.name)
+
+
+def device_budgets(budgets: Budgets, options: Options, vram: int, context_nbytes: int, device: str = "") -> Budgets:
+    """`budgets` with those of a device, called `device`: `vram` bytes of its memory, of which it takes
+    `context_nbytes` itself. It need not be there."""
+    prefill, decode = options.computes
     return replace(
         budgets,
-        vram=max(1, device.vram_nbytes - host.promised_nbytes),
-        context_nbytes=device.context_nbytes,
-        device=device.name,
+        tiers=options.tiers,
+        kv=options.kv,
+        vram=vram,
+        context_nbytes=context_nbytes,
+        device=device,
         resident_gpu=options.resident_gpu,
         resident_cpu=options.resident_cpu,
         prefill_device=prefill,

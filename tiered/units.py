@@ -36,8 +36,11 @@ def parse_size(text: str) -> int:
     return nbytes
 
 
-def parse_option(option: str, text: str) -> int:
-    """Bytes meant by the value `text` of a command's `option`, which ConfigError names where it is none."""
+def parse_option(option: str, text: str, or_none: bool = False) -> int:
+    """Bytes meant by the value `text` of a command's `option`, which ConfigError names where it is none; with `or_none`
+    "0" is one, too."""
+    if or_none and text.strip() == "0":
+        return 0
     try:
         return parse_size(text)
     except ConfigError as error:
@@ -59,8 +62,10 @@ def format_budget(nbytes: int) -> str:
 
 
 def format_rate(bytes_per_second: float) -> str:
-    """Decimal GB/s, as disks are sold: "1.87 GB/s"."""
-    return f"{bytes_per_second / 1e9:.2f} GB/s"
+    """Decimal GB/s, as disks are sold: "1.87 GB/s"; or "4.20 MB/s" where that would be next to nothing."""
+    units = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
+    unit, divisor = next((one for one in units if bytes_per_second >= one[1] / 100), units[-1])
+    return f"{bytes_per_second / divisor:.2f} {unit}/s"
 
 
 def format_seconds(seconds: float) -> str:

@@ -78,22 +78,26 @@ class _Handler(BaseHTTPRequestHandler):
             if self.command == "GET" and "Range" not in self.headers:
                 hub.fetched.append(name)
         else:
-            self.send_response(404)
-            self.send_header("X-Error-Code", "EntryNotFound" if name else "RepoNotFound")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
+            self._send(404, {"X-Error-Code": "EntryNotFound" if name else "RepoNotFound"})
             return None
         asked = _RANGE.fullmatch(self.headers.get("Range", ""))
+        if asked is not None and not int(asked[1]) <= min(int(asked[2]), file.nbytes - 1):
+            self._send(416, {"Content-Range": f"bytes */{file.nbytes}"})
+            return None
         sent = range(file.nbytes)
         if asked is not None:
             sent = range(int(asked[1]), min(file.nbytes, int(asked[2]) + 1))
             headers |= {"Content-Range": f"bytes {sent.start}-{sent.stop - 1}/{file.nbytes}"}
             hub.ranges.append((name, len(sent)))
-        self.send_response(200 if asked is None else 206)
-        for key, value in {**headers, "Content-Length": str(len(sent))}.items():
+        self._send(200 if asked is None else 206, headers, len(sent))
+        return file, sent
+
+    def _send(self, status: int, headers: Mapping[str, str], nbytes: int = 0) -> None:
+        """The status and headers of an answer whose body has `nbytes` bytes."""
+        self.send_response(status)
+        for key, value in {**headers, "Content-Length": str(nbytes)}.items():
             self.send_header(key, value)
         self.end_headers()
-        return file, sent
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -28,7 +28,7 @@ from tiered.bench import limit
 from tiered.bench.facts import machine_facts
 from tiered.bench.runs import TIERED, Way, drop_pages, run_once
 from tiered.bench.workload import Setting
-from tiered.errors import TieredError
+from tiered.errors import TieredError, named
 from tiered.plan import cpu_count
 from tiered.units import format_size, parse_size
 
@@ -234,10 +234,21 @@ def _store(work: Path, checkpoint: Path) -> Path:
     return store
 
 
+def _vocabulary(checkpoint: Path) -> int:
+    """Tokens that the model knows. Raises TieredError where there is no checkpoint."""
+    config = checkpoint / "config.json"
+    try:
+        return int(json.loads(config.read_text(encoding="utf-8"))["vocab_size"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TieredError(
+            f"{config}: {named(error)}; expected a checkpoint of OPT or Llama in a folder, with its vocab_size"
+        ) from None
+
+
 def run(options: argparse.Namespace) -> None:
     """Print the table."""
     work, checkpoint = options.work, options.checkpoint
-    vocab = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+    vocab = _vocabulary(checkpoint)
     store = _store(work, checkpoint)
     machine = machine_facts(store)
     runs: dict[str, Run] = {OURS: partial(run_ours, store, version(OURS))}
@@ -275,20 +286,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number above 0")
+    return int(text)
+
+
+def _size(text: str) -> str:
+    """A number of bytes, which stays as it is written."""
+    try:
+        parse_size(text)
+    except TieredError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tools.rivals", description="tiered beside other systems.")
     actions = parser.add_subparsers(dest="action", required=True)
     made = actions.add_parser("setup", help="install the other systems")
-    made.add_argument("--only", nargs="+", default=[rival.name for rival in RIVALS])
+    names = [rival.name for rival in RIVALS]
+    made.add_argument("--only", nargs="+", choices=names, default=names)
     made.add_argument("--sites", type=Path, help="a site-packages folder whose packages need not be installed again")
     ran = actions.add_parser("run", help="run all systems in turns and print a table")
     ran.add_argument("checkpoint", type=Path)
-    ran.add_argument("--memory", required=True, help="limit of memory and page cache, such as 2GiB")
-    ran.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
-    ran.add_argument("--prompt", type=int, default=128)
-    ran.add_argument("--new", type=int, default=16)
-    ran.add_argument("-r", "--repeat", type=int, default=3)
-    ran.add_argument("--kept", help="weights that accelerate keeps in memory, such as 1GiB (default: none)")
+    ran.add_argument("--memory", type=_size, required=True, help="limit of memory and page cache, such as 2GiB")
+    ran.add_argument("--batch", type=_count, nargs="+", default=[1, 8, 32])
+    ran.add_argument("--prompt", type=_count, default=128)
+    ran.add_argument("--new", type=_count, default=16)
+    ran.add_argument("-r", "--repeat", type=_count, default=3)
+    ran.add_argument("--kept", type=_size, help="weights that accelerate keeps in memory, such as 1GiB (default: none)")
     for each in (made, ran):
         each.add_argument("--work", type=Path, required=True, help="where environments and models go")
     return parser

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.commands import TIERED, copy_store, make_store, run_apart, run_here, smallest_ram
 from tests.damage import ADDED, poisoned, with_added_token, without_tokenizer
@@ -205,6 +206,36 @@ def test_results_of_another_job_are_refused_by_name(store: Path, source: Path, t
         assert results.read_bytes() == content
     # What changes no result may change.
     batch(store, source, results, "--threads", "1", "--kv", "cpu", "--ram", "6GiB")
+
+
+@pytest.mark.parametrize(
+    ("patched", "value", "told"),
+    [
+        ("tiered.runtime.device_dtype", lambda *_: torch.float16, "device-dtype is float16, it was bfloat16"),
+        ("tiered.kernels.DeviceKernels.kind", "triton", "device-kernels is triton, it was torch"),
+    ],
+)
+def test_a_job_of_a_device_that_computes_otherwise_is_refused_by_name(
+    store: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, patched: str, value: Any, told: str
+) -> None:
+    words = ("-i", source, "-o", tmp_path / "out.jsonl", *QUIET, *ON_DEVICE, "--vram", "1GiB", "--max-tokens", "2")
+    assert run_here("batch", store, *words).code == 0
+    monkeypatch.setattr(patched, value)
+    done = run_here("batch", store, *words)
+    assert done.code == 2 and told in done.err
+
+
+def test_a_job_that_falls_back_is_the_processor_s(store: Path, source: Path, tmp_path: Path) -> None:
+    results = tmp_path / "out.jsonl"
+    words = ("--tiers", "disk,cpu,gpu", "--device", "cuda:99", "--fallback", "cpu", "--dtype", "float16")
+    done = run_here("batch", store, "-i", source, "-o", results, *QUIET, *words)
+    assert done.code == 0, done.err
+    assert "fallback  the processor computed" in done.err
+    # Neither is the option named that chose the device, nor what has been done already advised.
+    assert "--device" not in done.err and "--tiers" not in done.err
+    before = results.read_bytes()
+    batch(store, source, results)
+    assert results.read_bytes() == before
 
 
 @pytest.mark.parametrize(

@@ -143,6 +143,7 @@ def test_what_cannot_be_is_refused(docs: Path, tmp_path: Path) -> None:
         ([docs, "--dtype", "int3"], ConfigError, "expected auto, bfloat16 or float32"),
         ([docs, "--bus-bandwidth", "fast"], ConfigError, "size 'fast'"),
         ([docs, "--vram", "1GiB"], ConfigError, "--vram is for a GPU"),
+        ([docs, "--dtype", "float16"], ConfigError, "auto, bfloat16 or float32"),
         ([docs, "--tiers", "disk,cpu,gpu"], ConfigError, "say for how much GPU memory to plan"),
         ([docs, "--tiers", "gpu", "--vram", "1MiB"], DeviceBudgetError, "--vram"),
         ([tmp_path], StoreError, "not a store"),
@@ -168,6 +169,35 @@ def test_what_fits_beside_a_gpu_can_be_asked_without_one(docs: Path) -> None:
     all_there = inspect(docs, *words, "--vram", "8GiB")
     assert "on GPU" in all_there and "copied" in all_there and "of --vram 8GiB" in all_there
     assert inspect_json(docs, *words, "--vram", "8GiB")["budgets"][0]["bytes_copied_per_pass"] == 0
+
+
+@pytest.mark.parametrize("more", [(), ("--decode-device", "cpu"), ("--resident-gpu", "1MiB")])
+def test_a_run_fits_the_gpu_memory_that_is_named_for_it(docs: Path, more: tuple[str, ...]) -> None:
+    words: tuple[str, ...] = ("--tiers", "disk,cpu,gpu", "--device", "emulated", *more)
+    with pytest.raises(DeviceBudgetError) as refused:
+        CliRunner().invoke(command, [str(docs), *words, "--context", "8", "--vram", "1MiB"], catch_exceptions=False)
+    assert refused.value.smallest_bytes is not None
+    vram = ("--vram", f"{-(-refused.value.smallest_bytes // MIB)}MiB")
+    assert inspect_json(docs, *words, *vram, "--context", "8")["budgets"][-1]["bytes_read_per_pass"] == 0
+    asked = ("--prompt-tokens", "4", "-n", "4", "--ignore-eos", "--ram", "2GiB", "--no-measure")
+    run: tuple[str | Path, ...] = ("generate", docs, *words, *asked)
+    done = run_here(*run, *vram)
+    assert done.code == 0, done.err
+    # And what inspect refuses does not run.
+    done = run_here(*run, "--vram", f"{refused.value.smallest_bytes // MIB - 1}MiB")
+    assert done.code == 3 and "of GPU memory are too little" in done.err
+
+
+def test_a_device_s_float16_is_as_large_as_bfloat16(docs: Path) -> None:
+    words = ("--tiers", "disk,cpu,gpu", "--device", "emulated", "--vram", "1GiB", "--context", "64")
+    found = inspect_json(docs, *words, "--dtype", "float16")
+    assert found["dtype"] == "float16"
+    assert found["kv_bytes_per_token"] == inspect_json(docs, *words, "--dtype", "bfloat16")["kv_bytes_per_token"]
+
+
+def test_a_hybrid_says_when_it_copies(docs: Path) -> None:
+    words = ("--tiers", "disk,cpu,gpu", "--device", "emulated", "--vram", "1GiB", "--decode-device", "cpu")
+    assert "copied with prompts" in inspect(docs, *words)
 
 
 def test_exit_code_of_a_missing_store() -> None:

@@ -23,6 +23,7 @@ pytestmark = pytest.mark.usefixtures("steady_baseline")
 TEXT = (ROOT / "LICENSE").read_text(encoding="utf-8")[:6000]
 FLOAT32 = ("--dtype", "float32")
 QUIET = ("--no-measure",)
+ON_DEVICE = ("--tiers", "disk,cpu,gpu", "--device", "emulated")
 CONTEXT = 256
 
 
@@ -315,6 +316,8 @@ def test_the_json_report_agrees_with_itself(store: Path, text: Path) -> None:
         (("--kv-bits", "5"), ("--kv-bits",)),
         (("--tiers", "nvme"), ("unknown tier 'nvme'",)),
         (("--resident-gpu", "1GiB"), ("--resident-gpu is for a GPU",)),
+        ((*ON_DEVICE, "--vram", "1GiB", "--decode-device", "cpu"), ("--decode-device cpu", "all texts are prompts")),
+        ((*ON_DEVICE, "--vram", "999TiB"), ("--vram 1047527424MiB", "this machine's, of which")),
         (("--dtype", "float16"), ("float16", "auto, bfloat16 or float32")),
         (("-f", "no/such/file"), ("no/such/file",)),
         (("--per-token", "no/such/folder/tokens.jsonl"), ("--per-token", "no/such/folder/tokens.jsonl")),

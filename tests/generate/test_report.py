@@ -264,7 +264,7 @@ def test_where_a_device_computes_copies_may_be_the_bound() -> None:
     assert "gpu       cuda:0: Tesla T4, 14.6 GiB, compute capability 7.5; triton, invariant" in text
     assert "peak 1.86 GiB of 1.95 GiB; 200 MiB of weights resident, and the KV cache" in text
     assert "bus       800 MiB copied per pass, 0.84 GB/s while decoding, 84% of the 1.00 GB/s measured raw" in text
-    assert "compute waited 1.0 s for the disk and 2.0 s for copies to the GPU" in text
+    assert "waits     while decoding, compute waited 2.0 s for copies to the GPU\n" in text
     assert report.to_json()["device"]["raw_bus_bandwidth"] == 1e9
 
 
@@ -283,6 +283,34 @@ def test_without_a_raw_measurement_of_the_bus_there_is_no_share_of_it() -> None:
     report = make_report(copied(800 * MIB), replace(around_, figures=unknown))
     assert report.bottleneck == "memory"
     assert any(line.endswith("copied per pass, 0.84 GB/s while decoding") for line in report.lines())
+
+
+def test_where_the_processor_decodes_what_is_copied_meanwhile_is_not_blamed() -> None:
+    around_ = on_device(2)
+    assert around_.figures.device is not None
+    figures = replace(around_.figures, device=replace(around_.figures.device, decode_device="cpu"))
+    hybrid = replace(around_, plan=replace(around_.plan, decode_device="cpu"), figures=figures)
+    report = make_report(copied(28 * 1024), hybrid)
+    assert report.bottleneck == "memory" and report.bound_seconds_per_pass == report.compute_seconds_per_pass
+    assert not any(line.startswith(("bus", "waits")) for line in report.lines())
+
+
+def test_an_emulated_device_says_what_its_peak_counts() -> None:
+    around_ = on_device(2)
+    assert around_.figures.device is not None
+    figures = replace(around_.figures, device=replace(around_.figures.device, emulated_bytes=2000 * MIB))
+    text = "\n".join(make_report(copied(MIB), replace(around_, figures=figures)).lines())
+    assert "peak 1.86 GiB of 1.95 GiB (slots, weights and the KV cache); 200 MiB of weights resident" in text
+
+
+def test_the_disk_is_named_only_where_something_is_read() -> None:
+    around_ = on_device(2, raw_disk_bandwidth=1e9)
+    slow = copied(MIB, seconds=10.0)
+    report = make_report(slow, around_)
+    assert report.bottleneck == "compute"
+    text = "\n".join(report.lines()[1:])
+    assert "(compute-bound)" in text and "for the disk" not in text and "of the 1.00 GB/s measured raw" in text
+    assert text.count("measured raw") == 1
 
 
 def test_a_device_over_its_budget_pageable_copies_a_hybrid_and_a_fallback_are_said_out_loud() -> None:

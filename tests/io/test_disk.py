@@ -253,8 +253,8 @@ def test_a_failing_disk_is_named_with_file_offset_and_errno(large: tuple[Path, F
     with reader_of(root, Calls(outcome)) as reader, pytest.raises(ReadError) as caught:
         read(reader, file, memory)
     assert str(caught.value) == (
-        f"{root}/blocks/large.safetensors: read of {PIECE_NBYTES:,} bytes at {CHUNK_NBYTES + PIECE_NBYTES:,} failed: Input/output error (EIO); "
-        "check the disk and the kernel log"
+        f"{root}/blocks/large.safetensors: read of {PIECE_NBYTES:,} bytes at {CHUNK_NBYTES + PIECE_NBYTES:,} failed: "
+        "Input/output error (EIO); check the disk and the kernel log"
     )
     assert caught.value.exit_code == 1
 

@@ -7,13 +7,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.plan.plans import LOADED, STREAMING, mixture_of, model_of, tape_of
-from tiered.errors import BudgetError
-from tiered.plan import Budgets, Machine, Needs, Placement, Tier, Workload, fit_units, make_plan
+from tiered.errors import BudgetError, DeviceBudgetError
+from tiered.plan import (
+    MAX_BATCHED_TOKENS,
+    Budgets,
+    Computes,
+    Machine,
+    Needs,
+    Placement,
+    Tier,
+    Workload,
+    fit_units,
+    make_plan,
+)
 from tiered.plan.fits import fits, ladder
 from tiered.plan.plan import smallest_budget
 from tiered.units import GIB, MIB, round_up
 
 SIZES = st.lists(st.integers(1, 4000).map(lambda n: n * 4096), min_size=1, max_size=12)
+ALL = (Tier.DISK, Tier.CPU, Tier.GPU)
 WORK, BUDGETS, MACHINE = Workload(max_context=512), Budgets(1, 300 * MIB), Machine(16 * MIB)
 
 
@@ -54,7 +66,7 @@ def test_the_first_budget_is_the_smallest_and_the_last_the_smallest_that_holds_a
 
 @given(sizes=SIZES, vram=st.integers(100, 400).map(lambda n: n * MIB))
 def test_beside_a_device_what_stays_there_is_neither_read_nor_copied(sizes: list[int], vram: int) -> None:
-    asked = replace(BUDGETS, tiers=(Tier.DISK, Tier.CPU, Tier.GPU), vram=vram)
+    asked = replace(BUDGETS, tiers=ALL, vram=vram)
     rows = fits(model_of(sizes), MACHINE, WORK, asked)
     assert all(row.resident_nbytes + row.read_nbytes == sum(sizes) for row in rows)
     assert all(row.device_nbytes + row.bus_nbytes == sum(sizes) for row in rows)
@@ -89,3 +101,23 @@ def test_a_mixture_reads_what_a_token_chooses_and_nothing_once_all_of_it_is_in_m
     assert [row.resident_share for row in between] == sorted(row.resident_share for row in between)
     assert last.plan.experts is None and last.read_nbytes == 0 and last.resident_share == 1
     assert last.resident_nbytes == last.total_nbytes == (220 + 10 * 32 * 8) * MIB
+
+
+@given(
+    sizes=SIZES,
+    vram=st.integers(60, 400).map(lambda n: n * MIB),
+    decode=st.sampled_from(("cpu", "gpu")),
+    wish=st.sampled_from((None, 0, 2 * MIB)),
+    context=st.sampled_from((8, 128, 512)),
+)
+def test_beside_a_device_the_last_budget_holds_all(
+    sizes: list[int], vram: int, decode: Computes, wish: int | None, context: int
+) -> None:
+    wish = wish if decode == "gpu" else None
+    asked = replace(BUDGETS, tiers=ALL, kv="auto", vram=vram, context_nbytes=0, decode_device=decode, resident_gpu=wish)
+    work = Workload(max_context=context, max_batched_tokens=MAX_BATCHED_TOKENS)
+    try:
+        rows = fits(model_of(sizes), MACHINE, work, asked)
+    except DeviceBudgetError:
+        return
+    assert rows[-1].read_nbytes == 0 and rows[-1].resident_share == 1

@@ -353,6 +353,14 @@ def test_the_bound_counts_what_both_budgets_leave() -> None:
     assert planned(8 * GIB, 8 * GIB).bound_device_nbytes == LAYERS.total
 
 
+@pytest.mark.parametrize(("gpu", "cpu"), [(0, 0), (200 * MIB, 0), (0, 200 * MIB), (None, 0), (0, None)])
+def test_the_bound_takes_a_wish_as_given(gpu: int | None, cpu: int | None) -> None:
+    plan = planned(8 * GIB, 8 * GIB, resident_gpu=gpu, resident_cpu=cpu)
+    there = LAYERS.total if gpu is None else gpu
+    assert plan.bound_device_nbytes == there
+    assert plan.bound_resident_nbytes == min(LAYERS.total, there + (LAYERS.total if cpu is None else cpu))
+
+
 def test_a_device_s_ring_below_a_full_one_is_said() -> None:
     asked = Budgets(2 * GIB, 300 * MIB, THREE, vram=1)
     plan = planned(2 * GIB, smallest_vram(MODEL, UNMEASURED, WORK, asked), kv="cpu")
@@ -419,7 +427,7 @@ def test_a_wish_is_the_same_units_whatever_memory_there_is() -> None:
     found = {wished(tape, available, UNHELD, 100).resident for available in (120, 150, 1000)}  # type: ignore[union-attr]
     assert found == {interleave(10, 20)}
     assert wished(tape, 119, UNHELD, 100) is None
-    assert wished(tape, 15, UNHELD, 9) == Placement(frozenset(), 0, 15)
+    assert wished(tape, 15, UNHELD, 9) == Placement(frozenset(), 0, 15, is_wished=True)
 
 
 def test_a_refusal_of_the_device_says_what_takes_the_bytes() -> None:

@@ -1,6 +1,8 @@
 """What stands in for the hub gives the store of the files that it serves, and these go again."""
 
 import threading
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -60,3 +62,13 @@ def test_headers_come_by_range_and_no_weights(hub: Hub, tmp_path: Path) -> None:
     parts = {name for name, _ in hub.ranges}
     assert parts == {name for name in hub.files if name.endswith(".safetensors")} and len(parts) > 1
     assert max(nbytes for _, nbytes in hub.ranges) <= 100_001
+
+
+def test_a_range_past_the_end_is_refused_and_the_size_named(hub: Hub) -> None:
+    name, file = next(iter(hub.files.items()))
+    headers = {"Range": f"bytes={file.nbytes}-{file.nbytes + 9}"}
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(urllib.request.Request(f"{hub.url}/{hub.repo_id}/resolve/main/{name}", headers=headers))
+    refused.value.close()
+    assert refused.value.code == 416 and refused.value.headers["Content-Range"] == f"bytes */{file.nbytes}"
+    assert not hub.ranges

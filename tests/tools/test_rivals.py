@@ -107,3 +107,25 @@ def test_prompts_are_those_of_their_seed_and_within_the_vocabulary() -> None:
 def test_seconds_are_those_of_the_first_pass_and_of_all_others() -> None:
     found = measured(iter([1.0, 3.0, 3.5, 4.5]))
     assert (found["prefill_seconds"], found["decode_seconds"], found["passes"]) == (2.0, 1.5, 3)
+
+
+def test_a_missing_checkpoint_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", str(tmp_path / "none"), "--work", str(tmp_path), "--memory", "1GiB"]) == 1
+    assert "none/config.json: FileNotFoundError" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (("run", "model", "--memory", "1GiB", "-r", "0"), "'0': expected a whole number above 0"),
+        (("run", "model", "--memory", "1GiB", "--batch", "8", "0"), "'0': expected a whole number above 0"),
+        (("run", "model", "--memory", "lots"), "size 'lots': expected a number with a unit"),
+        (("setup", "--only", "nosuch"), "nosuch"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_by_name(
+    words: tuple[str, ...], named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([*words, "--work", str(tmp_path)])
+    assert ended.value.code == 2 and named in capsys.readouterr().err

@@ -7,6 +7,7 @@ from typing import Final
 import torch
 
 from tiered.device import Device
+from tiered.kernels import device_dtype
 from tiered.plan.hardware import GpuRates
 from tiered.units import MIB
 
@@ -14,8 +15,6 @@ _NBYTES: Final = 256 * MIB
 _SIDE: Final = 8192
 """Of the square matrices that are multiplied: large enough for any processor to reach what it sustains."""
 _SECONDS: Final = 0.5
-_BFLOAT16_SINCE: Final = (8, 0)
-"""The compute capability that multiplies bfloat16 in hardware; older ones (T4) do float16."""
 
 
 def measure_gpu() -> GpuRates | None:
@@ -23,7 +22,7 @@ def measure_gpu() -> GpuRates | None:
     if not torch.cuda.is_available():
         return None
     found = torch.cuda.get_device_properties(0)
-    dtype = torch.bfloat16 if torch.cuda.get_device_capability(0) >= _BFLOAT16_SINCE else torch.float16
+    dtype = device_dtype(torch.cuda.get_device_capability(0), torch.bfloat16)
     host = torch.zeros(_NBYTES, dtype=torch.uint8).pin_memory()
     device, other = (torch.zeros(_NBYTES, dtype=torch.uint8, device="cuda:0") for _ in range(2))
     left, right = (torch.randn(_SIDE, _SIDE, dtype=dtype, device="cuda:0") for _ in range(2))

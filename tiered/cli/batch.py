@@ -41,7 +41,7 @@ from tiered.jobs.input import open_input
 from tiered.kernels import Kernels, Mode
 from tiered.options import Options
 from tiered.plan import MAX_BATCHED_TOKENS, Workload
-from tiered.runtime import Runtime, compute_dtype, with_usable_device
+from tiered.runtime import DeviceArithmetic, Runtime, compute_dtype, with_usable_device
 from tiered.store import Store
 
 _ANY_LENGTH: Final = 1 << 31
@@ -194,29 +194,35 @@ def _identity(request: BatchRequest, store: Store, config: PretrainedConfig, inp
     """Everything that the results depend on."""
     with Kernels(1, mode=Mode(request.kernel_mode), name=request.kernels) as kernels:
         computes = "torch" if kernels.level is None else kernels.level.name.lower()
-    options = with_usable_device(request.options())
+    options, arithmetic = with_usable_device(request.options(), config)
     settings: dict[str, Setting] = {
         "seed": request.seed,
         "max-tokens": request.max_tokens,
         "context": request.context,
-        "dtype": str(compute_dtype(request.dtype, config, options.has_device)).removeprefix("torch."),
+        "dtype": str(compute_dtype(options.dtype, config, options.has_device)).removeprefix("torch."),
         "kv-bits": int(request.kv_bits),
         "kernels": computes,
         "kernel-mode": request.kernel_mode,
         "tiered": version("tiered"),
-        **_device_settings(options),
+        **_device_settings(options, arithmetic),
     }
     return Identity(input_.fingerprint, store_fingerprint(store.path), settings)
 
 
-def _device_settings(options: Options) -> dict[str, Setting]:
+def _device_settings(options: Options, arithmetic: DeviceArithmetic | None) -> dict[str, Setting]:
     """What computes, where that is not the processor alone: jobs of earlier versions have no such settings."""
-    if options.device_name is None:
+    if options.device_name is None or arithmetic is None:
         return {}
     prefill, decode = options.computes
-    # Kernels of CUDA devices agree with each other, but not with those of the processor, which emulates.
+    # Which CUDA device it is does not matter, but what it can: older ones have no bfloat16, and some no Triton.
     kind = options.device_name.partition(":")[0]
-    return {"device": kind, "prefill-device": prefill, "decode-device": decode}
+    return {
+        "device": kind,
+        "prefill-device": prefill,
+        "decode-device": decode,
+        "device-dtype": str(arithmetic.dtype).removeprefix("torch."),
+        "device-kernels": arithmetic.kernels,
+    }
 
 
 def _job(

@@ -1,20 +1,16 @@
 """Which GPU could compute on this machine, and what keeps one from it. Nothing is computed there."""
 
-import shutil
-import sysconfig
 from collections.abc import Iterable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Final
 
 import torch
 
 from tiered.cli.doctor_findings import Examination, Fact
+from tiered.kernels import device_dtype, triton_refusal
 from tiered.units import format_size
 
 _DRIVER: Final = Path("/proc/driver/nvidia/version")
-_LEAST_FOR_TRITON: Final = (7, 5)
-_BF16: Final = (8, 0)
 
 
 def gpu_facts(found: Examination) -> Iterable[Fact]:
@@ -29,7 +25,8 @@ def gpu_facts(found: Examination) -> Iterable[Fact]:
     else:
         why, turn_on = _why_none(driver)
         found.switch_off("GPU", why, turn_on)
-    refusal = _triton_refusal(count)
+    devices: list[torch.device | None] = [torch.device("cuda", index) for index in range(count)]
+    refusal = next(filter(None, map(triton_refusal, devices or [None])), None)
     yield Fact("triton", "yes" if refusal is None else f"no: {refusal}", refusal is None)
     if count and refusal is not None:
         found.switch_off("Triton kernels", refusal, "pip install 'tiered[gpu]', and a C compiler in PATH (or CC)")
@@ -42,7 +39,11 @@ def _devices(count: int) -> Iterable[Fact]:
     for index in range(count):
         properties = torch.cuda.get_device_properties(index)
         capability = (properties.major, properties.minor)
-        dtype = "bfloat16" if capability >= _BF16 else "float16: it has no arithmetic in bfloat16"
+        dtype = (
+            "bfloat16"
+            if device_dtype(capability, torch.bfloat16) is torch.bfloat16
+            else "float16: it has no arithmetic in bfloat16"
+        )
         text = f"{properties.name}, {format_size(properties.total_memory)}, compute capability {capability[0]}."
         value = {
             "name": properties.name,
@@ -74,17 +75,3 @@ def _why_none(driver: str | None) -> tuple[str, str]:
         f"torch {torch.__version__} sees no device with driver {driver}",
         f"a driver for CUDA {torch.version.cuda} or newer; CUDA_VISIBLE_DEVICES may hide devices",
     )
-
-
-def _triton_refusal(devices: int) -> str | None:
-    """Why plain operators of torch would compute on a device, and no fused kernels."""
-    try:
-        version("triton")
-    except PackageNotFoundError:
-        return "it is not installed"
-    if not any(map(shutil.which, (str(sysconfig.get_config_var("CC") or "cc").split()[0], "cc", "gcc", "clang"))):
-        return "there is no C compiler, which it needs to start kernels"
-    least = min((torch.cuda.get_device_capability(index) for index in range(devices)), default=_LEAST_FOR_TRITON)
-    if least < _LEAST_FOR_TRITON:
-        return f"compute capability {least[0]}.{least[1]}, where its kernels expect 7.5 or more"
-    return None

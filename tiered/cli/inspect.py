@@ -20,7 +20,7 @@ from tiered.generate.tokenizer import load_tokenizer
 from tiered.plan import MAX_BATCHED_TOKENS, Budgets, ModelShape, Plan, Workload
 from tiered.plan.fits import Fit, fits
 from tiered.plan.on_device import CONTEXT_NBYTES
-from tiered.runtime import Options, measure_inputs
+from tiered.runtime import Options, compute_dtype, device_budgets, measure_inputs
 from tiered.store import Store
 from tiered.store.summary import BlockRow, StoreSummary, summarize
 from tiered.units import format_budget, format_rate, format_seconds, format_size, parse_size
@@ -72,6 +72,11 @@ class Inspection:
             "budgets_are": "estimates; a run measures its own baseline",
             "budgets": [self._fit_json(fit) for fit in self.fits],
         }
+
+    @property
+    def copied(self) -> str:
+        """What is copied to the device, and when."""
+        return "copied with prompts" if self.smallest.decode_device == "cpu" else "copied"
 
     @property
     def smallest(self) -> Plan:
@@ -151,7 +156,12 @@ def _inspect(
     # being inspected.
     with contextlib.suppress(TieredError):
         load_tokenizer(store)
-    model, machine, budgets = measure_inputs(store, Options(dtype=options.dtype))
+    compute_dtype(options.dtype, config, options.has_device)  # raises ConfigError for what cannot compute
+    # No device is opened, and the processor has no arithmetic in float16: bfloat16 is as large.
+    measured_in = "bfloat16" if options.dtype == "float16" else options.dtype
+    model, machine, budgets = measure_inputs(store, Options(dtype=measured_in))
+    if measured_in != options.dtype:
+        model = replace(model, kv=replace(model.kv, dtype=options.dtype))
     rows = fits(model, machine, workload, _with_device(budgets, options))
     is_mixture = bool(getattr(config, "num_experts_per_tok", None))
     return Inspection(store, summary, workload, model, is_mixture, rows, budgets.ram, disk_bandwidth, bus_bandwidth)
@@ -161,18 +171,8 @@ def _with_device(budgets: Budgets, options: Options) -> Budgets:
     """The budgets for a device that need not be there: what its driver takes is assumed."""
     if not options.has_device or options.vram is None:
         return replace(budgets, tiers=options.tiers)
-    prefill, decode = options.computes
-    return replace(
-        budgets,
-        tiers=options.tiers,
-        kv=options.kv,
-        vram=options.vram,
-        context_nbytes=0 if options.device == "emulated" else CONTEXT_NBYTES,
-        resident_gpu=options.resident_gpu,
-        resident_cpu=options.resident_cpu,
-        prefill_device=prefill,
-        decode_device=decode,
-    )
+    context_nbytes = 0 if options.device == "emulated" else CONTEXT_NBYTES
+    return device_budgets(budgets, options, options.vram, context_nbytes)
 
 
 def _parse_rate(option: str, text: str | None) -> float | None:
@@ -295,7 +295,7 @@ def _header(inspection: Inspection) -> list[str]:
     has_device = inspection.smallest.device is not None
     header = ["--ram", *(["on GPU"] if has_device else []), "resident", "share", "read per pass"]
     header += [f"disk at {format_rate(disk)}"] if disk is not None else []
-    header += ["copied"] if has_device else []
+    header += [inspection.copied] if has_device else []
     return header + ([f"bus at {format_rate(bus)}"] if has_device and bus is not None else [])
 
 

@@ -30,19 +30,17 @@ class DeviceRequest:
         return {
             "tiers": parse_tiers(self.tiers),
             "device": None if self.device == "auto" else self.device,
-            "vram": None if self.vram is None else parse_option("--vram", self.vram),
-            "resident_gpu": _wish("--resident-gpu", self.resident_gpu),
-            "resident_cpu": _wish("--resident-cpu", self.resident_cpu),
+            "vram": _bytes("--vram", self.vram),
+            # Unlike budgets, none may be wished for.
+            "resident_gpu": _bytes("--resident-gpu", self.resident_gpu, or_none=True),
+            "resident_cpu": _bytes("--resident-cpu", self.resident_cpu, or_none=True),
             "prefill_device": self.prefill_device,
             "decode_device": self.decode_device,
         }
 
 
-def _wish(option: str, text: str | None) -> int | None:
-    """Bytes of weights; unlike budgets, none may be wished for."""
-    if text is None:
-        return None
-    return 0 if text.strip() == "0" else parse_option(option, text)
+def _bytes(option: str, text: str | None, or_none: bool = False) -> int | None:
+    return None if text is None else parse_option(option, text, or_none)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -90,7 +90,10 @@ class _Cut:
 def run(request: ScoreRequest) -> None:
     """Score, writing table and report, or JSON. Where a text failed, the exit code is 1."""
     # The KV cache may be on disk: a window too long for memory can still be scored.
-    options = request.options().for_prompts()
+    options = request.options()
+    if options.computes == ("gpu", "cpu"):
+        raise ConfigError("--decode-device cpu: scoring decodes nothing, all texts are prompts; drop it")
+    options = options.for_prompts()
     if request.per_token_path is not None:
         check_writable("--per-token", request.per_token_path, [name for name, _ in request.texts])
     store = Store.open(request.store)

@@ -134,7 +134,9 @@ def run_options(invariant: str) -> Callable[[Command], Command]:
         click.option("--verify", default="first", show_default=True, type=click.Choice(["first", "always", "never"])),
         DEVICE,
         click.option(
-            "--fallback", type=click.Choice(["cpu"]), help="Let the processor compute where the GPU cannot be used."
+            "--fallback",
+            type=click.Choice(["cpu"]),
+            help="Let the processor compute where the GPU cannot be used; a --vram that is too small is refused.",
         ),
         click.option("--ram", help="Budget for the whole process, such as 2GiB. [default: 90% of what is free]"),
         click.option("--threads", type=POSITIVE, help="Compute threads. [default: all processors]"),

@@ -79,7 +79,8 @@ class Device(Protocol):
     @property
     def peak_nbytes(self) -> int:
         """Bytes of its memory that this process has used at most since it was opened or last warmed up: the context,
-        what was borrowed, and what computing took besides."""
+        what was borrowed, and what computing took besides. Where it is emulated what was
+        borrowed alone: slots, weights and the KV cache."""
 
     def register(self, address: int, nbytes: int) -> str | None:
         """Make page-aligned host memory known to the device, so that copies need no staging and do not block. Returns

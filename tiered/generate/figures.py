@@ -54,6 +54,7 @@ class DeviceFigures:
     """"gpu" or "cpu": what computed prompts, and the rest."""
     vram_budget_bytes: int
     vram_peak_bytes: int
+    """Where a device is emulated, of what was borrowed: slots, weights and the KV cache."""
     resident_bytes: int
     """Bytes of weights that stayed on it."""
     kv_on_device: bool
@@ -72,10 +73,11 @@ class DeviceFigures:
     def lines(self, while_: str) -> list[str]:
         """What computed where, in how much memory, and what crossed the bus."""
         over = ", OVER BUDGET" if self.vram_peak_bytes > self.vram_budget_bytes else ""
+        peak = f"peak {format_size(self.vram_peak_bytes)} of {format_size(self.vram_budget_bytes)}"
+        peak += " (slots, weights and the KV cache)" if self.emulated_bytes else ""
         lines = [
             f"gpu       {self.name}: {self.description}; {self.kernels}",
-            f"          peak {format_size(self.vram_peak_bytes)} of {format_size(self.vram_budget_bytes)}{over}; "
-            f"{format_size(self.resident_bytes)} of weights resident"
+            f"          {peak}{over}; {format_size(self.resident_bytes)} of weights resident"
             + (", and the KV cache" if self.kv_on_device else ""),
         ]
         if self.decode_device == "cpu":
@@ -159,7 +161,7 @@ class Figures:
         if self.kv_bytes_read or self.kv_bytes_written:
             moved = f"{format_size(self.kv_bytes_read)} read, {format_size(self.kv_bytes_written)} written"
             lines.append(f"kv cache  {moved}: {kv_advice}")
-        if bandwidth is not None and self.raw_disk_bandwidth:
+        if bandwidth and self.raw_disk_bandwidth:
             lines.append(
                 f"          {format_rate(bandwidth)} while {while_}, {bandwidth / self.raw_disk_bandwidth:.0%} of the "
                 f"{format_rate(self.raw_disk_bandwidth)} measured raw"
@@ -167,16 +169,16 @@ class Figures:
         lines += self.device.lines(while_) if self.device is not None else []
         return lines if self.experts is None else lines + self.experts.lines()
 
-    def waits(self, compute_seconds: float) -> str:
-        """Who waited for whom."""
-        copies = ""
+    def waits(self, compute_seconds: float, has_read: bool) -> str:
+        """Who waited for whom, the disk among them if it `has_read`."""
+        waited = []
         if self.device is not None and self.device.bytes_copied_per_pass:
-            copies = f" and {format_seconds(self.device.compute_wait_seconds)} for copies to the GPU"
+            waited = [f"{format_seconds(self.device.compute_wait_seconds)} for copies to the GPU"]
             compute_seconds -= self.device.compute_wait_seconds
-        return (
-            f"compute waited {format_seconds(max(0.0, compute_seconds))} for the disk{copies}, "
-            f"the disk {format_seconds(self.disk_wait_seconds)} for compute"
-        )
+        if not has_read:
+            return f"compute waited {' and '.join(waited) or 'for nothing'}"
+        waited = [f"{format_seconds(max(0.0, compute_seconds))} for the disk", *waited]
+        return f"compute waited {' and '.join(waited)}, the disk {format_seconds(self.disk_wait_seconds)} for compute"
 
     @property
     def possible(self) -> str:

@@ -179,7 +179,7 @@ class Report(Figures):
             what = {
                 "disk": "disk-bound",
                 "bus": "bound by copies to the GPU",
-                "compute": "compute-bound: no evidence for the disk",
+                "compute": "compute-bound" + (": no evidence for the disk" if self._has_read else ""),
                 "memory": "all weights in memory: compute-bound",
             }[self.bottleneck or "disk"]
             lines.append(
@@ -192,13 +192,21 @@ class Report(Figures):
                 said += f", {format_seconds(self.predicted_seconds_per_pass)} per pass"
             lines.append(f"{said}, by this machine's profile")
         if self.bottleneck in ("disk", "bus", "compute"):
-            lines.append(f"waits     while decoding, {self.waits(self.compute_wait_seconds)}")
+            lines.append(f"waits     while decoding, {self.waits(self.compute_wait_seconds, self._has_read)}")
         return lines + self.machine_lines()
+
+    @property
+    def _has_read(self) -> bool:
+        """Whether decoding read anything, or would have."""
+        return bool(self.disk_bandwidth) or self.bottleneck == "disk"
 
 
 def make_report(generation: Generation, around: Surroundings, predicted: Prediction | None = None) -> Report:
     """Put the figures of one run together, beside what was `predicted` of it."""
     decode, prefill = generation.decode, generation.prefill
+    if around.plan.decode_device == "cpu":
+        # What is copied while the processor decodes is for the next prompt.
+        decode = replace(decode, bus_bytes=0, bus_wait_seconds=0.0)
     figures = around.figures_of(decode, decode.new_tokens)
     per_pass = decode.seconds / decode.passes if decode.passes else None
     compute = decode.compute_seconds / decode.passes if decode.passes else None
@@ -304,14 +312,20 @@ class ScoreReport(Figures):
                 f"{format_seconds(self.predicted_seconds_per_pass)} per pass, by this machine's profile"
             )
         if self.bottleneck != "memory":
-            lines.append(f"waits     {self.waits(self.compute_wait_seconds)}")
+            lines.append(f"waits     {self.waits(self.compute_wait_seconds, bool(self.disk_bandwidth))}")
         return lines + self.machine_lines()
+
+
+def _without_loading(cost: PassTotals, plan: Plan) -> PassTotals:
+    """`cost` without the copies of what stays on the device, which are made once and in no pass."""
+    loaded = 0 if plan.device is None else plan.device.placement.resident_nbytes
+    return replace(cost, bus_bytes=max(0, cost.bus_bytes - loaded))
 
 
 def make_score_report(scoring: Scoring, around: Surroundings, predicted: Prediction | None = None) -> ScoreReport:
     """Put the figures of one run together, beside what was `predicted` of it; it has at least one pass."""
     expected = None if predicted is None else predicted.prefill
-    cost, again = scoring.costs.prefill, around.again_nbytes
+    cost, again = _without_loading(scoring.costs.prefill, around.plan), around.again_nbytes
     figures = around.figures_of(cost, scoring.total.tokens)
     kv = figures.kv_bytes_read + figures.kv_bytes_written
     bound: float | None = None

@@ -61,14 +61,15 @@ def device_dtype(capability: tuple[int, int] | None, wanted: torch.dtype) -> tor
     return torch.float16 if lacks and wanted == torch.bfloat16 else wanted
 
 
-def triton_refusal(where: torch.device) -> str | None:
-    """Why Triton's kernels cannot serve a device; None if they might. Imports nothing."""
-    if not _is_interpreting():
+def triton_refusal(where: torch.device | None) -> str | None:
+    """Why Triton's kernels cannot serve a device (None: any); None if they might. Imports nothing."""
+    if where is not None and not _is_interpreting():
         if where.type != "cuda":
             return "not a CUDA device"
         capability = torch.cuda.get_device_capability(where)
         if capability < _LEAST_CAPABILITY:
-            return f"compute capability {capability[0]}.{capability[1]}, where Triton's kernels expect 7.5 or more"
+            least = ".".join(map(str, _LEAST_CAPABILITY))
+            return f"compute capability {capability[0]}.{capability[1]}, where Triton's kernels expect {least} or more"
     if find_spec("triton") is None:
         return "Triton is not installed; pip install 'tiered[gpu]'"
     if not any(map(which, (os.environ.get("CC") or "cc", "gcc", "clang"))):
@@ -115,9 +116,14 @@ class DeviceKernels:
             raise ConfigError(f"kernels 'triton': {self.refusal}; leave the choice to 'auto'")
 
     @property
+    def kind(self) -> str:
+        """What computes: one of the names but "auto"."""
+        return "torch" if self._triton is None else "triton"
+
+    @property
     def description(self) -> str:
         """What computes, in a few words."""
-        return f"{'torch' if self._triton is None else 'triton'}, {self.mode.value}, {self.where}"
+        return f"{self.kind}, {self.mode.value}, {self.where}"
 
     def __enter__(self) -> Self:
         return self

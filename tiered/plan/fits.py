@@ -4,13 +4,14 @@ In: what a plan is made from. Out: one row per budget, from the smallest that wo
 holds everything. `tiered inspect` shows them.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from tiered.plan.inputs import Budgets, Machine, ModelShape, Tier, Workload
 from tiered.plan.make import make_plan, smallest_ram
 from tiered.plan.plan import Plan
 from tiered.plan.way import expected_bus_nbytes, expected_expert_nbytes
-from tiered.units import GIB
+from tiered.units import GIB, MIB, round_up
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,20 @@ def ladder(smallest: int, everything: int) -> tuple[int, ...]:
     return tuple(dict.fromkeys((smallest, *doublings, everything)))
 
 
+def _holding_all(ram: int, reads_at: Callable[[int], bool], farthest: int) -> int:
+    """The least budget in whole MiB, from `ram` to about `farthest`, with which nothing is read; `ram` if there is
+    none. Where weights may come from disk, passes may be larger than where all must be in memory, and take more."""
+    least, most = ram - MIB, ram
+    while reads_at(most):
+        least, most = most, most + 2 * (most - least)
+        if most > farthest:
+            return ram
+    while most - least > MIB:
+        middle = least + round_up((most - least) // 2, MIB)
+        least, most = (middle, most) if reads_at(middle) else (least, middle)
+    return most
+
+
 def fits(model: ModelShape, machine: Machine, workload: Workload, budgets: Budgets) -> tuple[Fit, ...]:
     """One row per budget of the ladder; the budget in `budgets` does not matter, but the device's does.
 
@@ -61,10 +76,23 @@ def fits(model: ModelShape, machine: Machine, workload: Workload, budgets: Budge
     smallest = smallest_ram(model, machine, workload, budgets)
     total = sum(model.tape.file_nbytes)
     loaded = tuple(tier for tier in budgets.tiers if tier is not Tier.DISK)
-    everything = smallest_ram(model, machine, workload, replace(budgets, tiers=loaded, resident_cpu=None))
+    everything = max(
+        smallest, smallest_ram(model, machine, workload, replace(budgets, tiers=loaded, resident_cpu=None))
+    )
+
+    def plan_at(ram: int) -> Plan:
+        return make_plan(model, machine, workload, replace(budgets, ram=ram))
+
+    def reads_at(ram: int) -> bool:
+        plan = plan_at(ram)
+        held = plan.experts is None or (model.experts is not None and plan.experts.slots >= model.experts.total)
+        return plan.read_nbytes > 0 or not held
+
+    if budgets.resident_cpu is None:
+        everything = _holding_all(everything, reads_at, everything + 4 * model.tape.total + GIB)
     rows = []
-    for ram in ladder(smallest, max(smallest, everything)):
-        plan = make_plan(model, machine, workload, replace(budgets, ram=ram))
+    for ram in ladder(smallest, everything):
+        plan = plan_at(ram)
         resident = sum(plan.tape.file_nbytes) - plan.read_nbytes
         if plan.experts is not None and model.experts is not None:
             resident += plan.experts.slots * model.experts.file_nbytes

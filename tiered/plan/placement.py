@@ -103,6 +103,8 @@ class Placement:
     resident_nbytes: int
     ring_nbytes: int
     """Memory through which all other units pass; 0 where there are none."""
+    is_wished: bool = False
+    """Whether as many bytes were to be resident as somebody has wished for, however many fit."""
 
     @property
     def nbytes(self) -> int:
@@ -163,11 +165,12 @@ def wished(tape: Tape, available: int, held: Held, nbytes: int, least_ring: int 
     found = place(tape, unlimited, replace(held, ahead_nbytes=0), least_ring, nbytes)
     assert found is not None
     if not found.resident:
-        return place(tape, available, held, least_ring, nbytes)
+        placed = place(tape, available, held, least_ring, nbytes)
+        return None if placed is None else replace(placed, is_wished=True)
     if found.nbytes > available:
         return None
     ahead = _Room(tape, held, available, least_ring, nbytes).wanted_ring(found.resident)
-    return replace(found, ring_nbytes=min(available - found.resident_nbytes, ahead))
+    return replace(found, ring_nbytes=min(available - found.resident_nbytes, ahead), is_wished=True)
 
 
 @dataclass(frozen=True)

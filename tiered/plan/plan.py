@@ -160,13 +160,15 @@ class Plan:
     @property
     def bound_resident_nbytes(self) -> int:
         """M of the bound, the bytes that need not be read: all that the budgets leave after needs, the cache of experts
-        and two units each, used or not, but at most S.
+        and two units each, used or not, but at most S. Where somebody has wished for what is resident, that.
 
         Never less than what is resident: if a large unit is resident, a ring for the others may be smaller than the
         largest two neighbours.
         """
         total, free = self.tape.total, self.budget - self.needs.total - self._experts_nbytes
         on_device = self.bound_device_nbytes
+        if self.placement.is_wished:
+            return min(total, on_device + self.placement.resident_nbytes)
         if total - on_device <= free:
             return total
         in_ram = max(self.placement.resident_nbytes, free - full_ring(self.tape.streamed(UNHELD)))
@@ -177,10 +179,13 @@ class Plan:
         """Of these, those that need not be copied to the device either."""
         if self.device is None or self.decode_device == "cpu":
             return 0
+        placement = self.device.placement
         total, free = self.tape.total, self.device.vram - self.device.needs.total
+        if placement.is_wished:
+            return placement.resident_nbytes
         if total <= free:
             return total
-        return max(self.device.placement.resident_nbytes, min(total, free - full_ring(self.tape.streamed(UNHELD))))
+        return max(placement.resident_nbytes, min(total, free - full_ring(self.tape.streamed(UNHELD))))
 
     @property
     def returned_logits_nbytes(self) -> int:
