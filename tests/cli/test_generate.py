@@ -656,7 +656,7 @@ def test_a_profile_foretells_what_it_has_measured_and_nothing_of_an_emulated_gpu
     machine = load_hardware("t4-208gb")
     profile = replace(machine, cpu=replace(machine.cpu, cores=1))
     monkeypatch.setattr("tiered.cli.measuring.find_profile", lambda folder: profile)
-    words = [make_store(tmp_path, "int8"), "-p", "a", "-n", "2", "--threads", "1", "--no-measure"]
+    words: list[str | Path] = [make_store(tmp_path, "int8"), "-p", "a", "-n", "2", "--threads", "1", "--no-measure"]
     emulated = ["--tiers", "disk,cpu,gpu", "--device", "emulated", "--vram", "256MiB"]
     assert answer(*words)["report"]["predicted_seconds_per_pass"] > 0
     assert answer(*words, *emulated)["report"]["predicted_seconds_per_pass"] is None
