@@ -6,6 +6,7 @@ import os
 import re
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
@@ -21,6 +22,7 @@ from tests.damage import ADDED, poisoned, with_added_token, without_tokenizer
 from tests.generate.tokenizers import byte_fallback
 from tiered.errors import BudgetError
 from tiered.plan import Workload
+from tiered.plan.machines import load_hardware
 from tiered.runtime import Options, Runtime
 from tiered.store import Store
 from tiered.units import MIB, parse_size
@@ -646,3 +648,15 @@ def test_a_prompt_that_fails_keeps_no_other_from_its_text(store: Path, tmp_path:
     found = json.loads(run_here("generate", *words, "-p", ADDED, "-p", f"{ADDED}!", "--json").out)
     assert [ADDED in completion["error"] for completion in found["completions"]] == [True, True]
     assert found["report"] is None
+
+
+def test_a_profile_foretells_what_it_has_measured_and_nothing_of_an_emulated_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = load_hardware("t4-208gb")
+    profile = replace(machine, cpu=replace(machine.cpu, cores=1))
+    monkeypatch.setattr("tiered.cli.measuring.find_profile", lambda folder: profile)
+    words: list[str | Path] = [make_store(tmp_path, "int8"), "-p", "a", "-n", "2", "--threads", "1", "--no-measure"]
+    emulated = ["--tiers", "disk,cpu,gpu", "--device", "emulated", "--vram", "256MiB"]
+    assert answer(*words)["report"]["predicted_seconds_per_pass"] > 0
+    assert answer(*words, *emulated)["report"]["predicted_seconds_per_pass"] is None

@@ -35,10 +35,10 @@ def fill(
     for (_, size), left in sorted(kinds.items(), reverse=True):
         while left:
             number = max(left, key=unread.__getitem__)
-            streamed.take(left[number][-1])
+            put_back = streamed.take(left[number][-1])
             ring_after = ring_of(streamed.full_ring, total - nbytes - size)
             if not fits(nbytes + size, ring_after):
-                streamed = _Streamed([size for size, _ in sizes], pieces, held)
+                put_back()
                 break
             held.add(left[number].pop())
             if not left[number]:
@@ -67,18 +67,30 @@ class _Streamed:
         """Bytes for any piece and the unit after it, on the cyclic tape."""
         return max(self._pairs, default=0)
 
-    def take(self, unit: int) -> None:
-        """`unit` becomes resident."""
+    def take(self, unit: int) -> Callable[[], None]:
+        """`unit` becomes resident. Called at once, what is returned undoes that."""
         number = self._number_of.pop(unit)
         before, after = self._before[number], self._after[number]
         self._count(-1, {before, number})
-        self._pieces[number].remove(unit)
+        place = self._pieces[number].index(unit)
+        del self._pieces[number][place]
         self._sums[number] -= self._nbytes[unit]
         if not self._pieces[number]:
             del self._after[number], self._before[number]
             if before != number:
                 self._after[before], self._before[after] = after, before
         self._count(1, {before, number} & self._after.keys())
+
+        def put_back() -> None:
+            self._count(-1, {before, number} & self._after.keys())
+            self._number_of[unit] = number
+            self._pieces[number].insert(place, unit)
+            self._sums[number] += self._nbytes[unit]
+            self._after[before], self._before[after] = number, number
+            self._after[number], self._before[number] = after, before
+            self._count(1, {before, number})
+
+        return put_back
 
     def _pair(self, number: int) -> int:
         """Bytes of a piece and of the unit after it."""
