@@ -241,7 +241,7 @@ def test_a_device_that_cannot_be_used_is_an_error_or_the_processor_computes(
     tiny: Tiny, caplog: pytest.LogCaptureFixture
 ) -> None:
     store = tiny.store("opt")
-    with pytest.raises(ConfigError, match="cuda"), open_runtime(store, tiers=ALL, device="cuda:99"):
+    with pytest.raises(ConfigError, match=r"^cuda:99: "), open_runtime(store, tiers=ALL, device="cuda:99"):
         pass
     with open_runtime(store, tiers=ALL, device="cuda:99", fallback="cpu") as runtime:
         assert runtime.plan.device is None and runtime.host.device_refusal is not None

@@ -317,7 +317,7 @@ def test_the_json_report_agrees_with_itself(store: Path, text: Path) -> None:
         (("--tiers", "nvme"), ("unknown tier 'nvme'",)),
         (("--resident-gpu", "1GiB"), ("--resident-gpu is for a GPU",)),
         ((*ON_DEVICE, "--vram", "1GiB", "--decode-device", "cpu"), ("--decode-device cpu", "all texts are prompts")),
-        ((*ON_DEVICE, "--vram", "999TiB"), ("--vram 1047527424MiB", "this machine's, of which")),
+        ((*ON_DEVICE, "--vram", "999TiB"), ("--vram of 999 TiB", "this machine's, of which")),
         (("--dtype", "float16"), ("float16", "auto, bfloat16 or float32")),
         (("-f", "no/such/file"), ("no/such/file",)),
         (("--per-token", "no/such/folder/tokens.jsonl"), ("--per-token", "no/such/folder/tokens.jsonl")),

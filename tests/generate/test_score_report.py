@@ -75,7 +75,7 @@ def test_copies_to_a_device_may_be_the_bound() -> None:
     assert report.bottleneck == "bus" and report.bound_seconds == pytest.approx(3 * 800 * MIB / 1e9)
     text = "\n".join(report.lines())
     assert "(bound by copies to the GPU)" in text
-    assert "waits     compute waited 2.1 s for copies to the GPU\n" in text
+    assert "compute waited 300 ms for the disk and 2.1 s for copies to the GPU" in text
     assert report.device is not None and report.device.bytes_copied_per_pass == 800 * MIB
 
 
@@ -86,6 +86,16 @@ def test_what_stays_on_a_device_is_copied_once_and_not_per_pass() -> None:
     report = make_score_report(made, around_)
     assert report.device is not None and report.device.bytes_copied_per_pass == 0
     assert not any(line.startswith("bus") for line in report.lines())
+
+
+def test_the_disk_is_not_named_where_only_the_bus_streams() -> None:
+    made = Scoring(Tally(1000, 3000.0), Generation(sequences=10, prompt_tokens=1400))
+    for nbytes in (1000 * MIB, 800 * MIB):
+        made.costs.add(PassCost(Pass((), 1.0, 0.2, 0.8, ()), 1.0, 400, 0, 0, 0, 0.0, nbytes, 0.7))
+    assert (
+        "waits     compute waited 1.4 s for copies to the GPU"
+        in make_score_report(made, on_device(2, raw_disk_bandwidth=None)).lines()
+    )
 
 
 def test_figures_are_those_of_the_run() -> None:

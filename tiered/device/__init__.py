@@ -4,7 +4,7 @@ import re
 
 from tiered.device.device import Device, Event
 from tiered.errors import ConfigError
-from tiered.units import format_budget, format_size
+from tiered.units import format_size
 
 __all__ = ["Device", "Event", "open_device"]
 
@@ -24,7 +24,7 @@ def open_device(name: str, vram: int | None) -> Device:
         free = min(memory_limits(), key=lambda limit: limit.available)
         if vram > free.available:
             raise ConfigError(
-                f"--vram {format_budget(vram)}: an emulated device's memory is this machine's, of which "
+                f"--vram of {format_size(vram)}: an emulated device's memory is this machine's, of which "
                 f"{format_size(free.available)} are free ({free.name}); use less"
             )
         return EmulatedDevice(vram)

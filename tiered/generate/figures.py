@@ -170,7 +170,7 @@ class Figures:
         return lines if self.experts is None else lines + self.experts.lines()
 
     def waits(self, compute_seconds: float, has_read: bool) -> str:
-        """Who waited for whom, the disk among them if it `has_read`."""
+        """Who waited for whom, the disk among them if it `has_read` in all passes."""
         waited = []
         if self.device is not None and self.device.bytes_copied_per_pass:
             waited = [f"{format_seconds(self.device.compute_wait_seconds)} for copies to the GPU"]

@@ -4,10 +4,10 @@
     bound of a scoring     = max((S + (passes - 1) * (S - M) + K + X) / B, C - C_x + max(X / B, C_x)), and of a prefill
 
 S: bytes of the tape. K: bytes of the KV cache written to disk and read from it. M: all that the budget leaves after
-baseline, KV cache, workspace, cache of experts and two units, used or not. B: raw disk bandwidth, measured after
-the run by separate code. C: compute seconds, measured. Of a scoring K and C are those of all passes together: nothing
-is resident before the first one, which reads everything, and reading goes on across passes, so only the sums can be
-compared.
+baseline, KV cache, workspace, cache of experts and two units, used or not, or what --resident-cpu and --resident-gpu
+name. B: raw disk bandwidth, measured after the run by separate code. C: compute seconds, measured. Of a scoring K and C
+are those of all passes together: nothing is resident before the first one, which reads everything, and reading goes on
+across passes, so only the sums can be compared.
 
 X and C_x are 0 where layers are read whole. Else X is the bytes of experts that were read when they were chosen, those
 that this run's cache lacked, and C_x the seconds of computing experts. No expert can be read before the router of its
@@ -197,8 +197,8 @@ class Report(Figures):
 
     @property
     def _has_read(self) -> bool:
-        """Whether decoding read anything, or would have."""
-        return bool(self.disk_bandwidth) or self.bottleneck == "disk"
+        """Whether decoding reads weights or KV cache: then the raw disk has been measured."""
+        return bool(self.raw_disk_bandwidth) or self.bottleneck == "disk"
 
 
 def make_report(generation: Generation, around: Surroundings, predicted: Prediction | None = None) -> Report:
@@ -312,7 +312,8 @@ class ScoreReport(Figures):
                 f"{format_seconds(self.predicted_seconds_per_pass)} per pass, by this machine's profile"
             )
         if self.bottleneck != "memory":
-            lines.append(f"waits     {self.waits(self.compute_wait_seconds, bool(self.disk_bandwidth))}")
+            has_read = bool(self.raw_disk_bandwidth) or self.bottleneck == "disk"
+            lines.append(f"waits     {self.waits(self.compute_wait_seconds, has_read)}")
         return lines + self.machine_lines()
 
 
