@@ -28,7 +28,8 @@ from tiered.plan import ComputeRate, Machine, Plan, Tier, Workload, full_ring, m
 from tiered.plan.hardware import GpuRates
 from tiered.plan.play import Device as SimulatedDevice
 from tiered.plan.simulate import simulate
-from tiered.runtime import Runtime, measure_inputs
+from tiered.prepare import measure_inputs
+from tiered.runtime import Runtime
 from tiered.store import Store
 from tiered.units import GIB, MIB
 

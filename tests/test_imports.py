@@ -37,6 +37,7 @@ RANKS: Final = {
     "options": 7,
     "host": 7,
     "memory": 8,
+    "prepare": 8,
     "shapes": 8,
     "runtime": 9,
     "api": 10,

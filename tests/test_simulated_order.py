@@ -17,7 +17,8 @@ from tiered.model import Segment
 from tiered.plan import ComputeRate, Machine, Tape, Workload, full_ring, make_plan
 from tiered.plan.placement import UNHELD
 from tiered.plan.simulate import simulate
-from tiered.runtime import Options, Runtime, measure_inputs
+from tiered.prepare import measure_inputs
+from tiered.runtime import Options, Runtime
 from tiered.store import Store
 from tiered.units import GIB, MIB
 

@@ -11,21 +11,18 @@ import itertools
 import os
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
 import torch
-from transformers import PretrainedConfig
 
-from tiered.arch import build_skeleton, load_config
 from tiered.cache import SequenceKV
 from tiered.device import Device
 from tiered.errors import BudgetError, ConfigError, shortened
-from tiered.host import PROCESS, Host, Member, open_named, wait_for
+from tiered.host import PROCESS, Host, Member, wait_for
 from tiered.io import ChunkVerifier, DiskReader, Faults, ReadMode, probe_mode
-from tiered.kernels import DeviceKernels, Kernels, device_dtype, device_scratch_nbytes, scratch_nbytes
+from tiered.kernels import Kernels
 from tiered.memory import open_memory
 from tiered.model import (
     Engine,
@@ -34,21 +31,14 @@ from tiered.model import (
     OnBlock,
     OnLogits,
     Pass,
-    Seat,
-    Seats,
     Segment,
     Segments,
     Work,
-    check_layers,
-    check_match,
     check_token_ids,
     load_tables,
-    model_shape,
 )
 from tiered.options import Options, compute_dtype
 from tiered.plan import (
-    Bits,
-    Budgets,
     Machine,
     ModelShape,
     Plan,
@@ -60,26 +50,17 @@ from tiered.plan import (
     rates_wanted,
 )
 from tiered.plan.passes import limits_of
+from tiered.prepare import Prepared, budgets_of, host_for, prepare
 from tiered.store import Store
 from tiered.stream import EmbeddingRows, Fork, KVStream, Streamer, Streams, StreamThread
 
-__all__ = ["READ_THREADS", "Options", "Runtime", "compute_dtype", "measure_inputs"]
+__all__ = ["READ_THREADS", "Options", "Runtime", "compute_dtype"]
 
 READ_THREADS: Final = 8
 """Reads of weights in flight at most."""
 
 MeasureMachine = Callable[[Store, Kernels, ModelShape, Machine, Collection[Rate]], Machine]
 """Measures the wanted rates and returns the machine with them. A runtime that chooses its batch size is given one."""
-
-
-@dataclass(frozen=True, eq=False)
-class _Prepared:
-    """What computes, before any weight is in memory."""
-
-    dtype: torch.dtype
-    seats: Seats
-    shape: ModelShape
-    machine: Machine
 
 
 class Runtime:
@@ -176,7 +157,7 @@ class Runtime:
         stack.enter_context(self.host)
         self.options = self._asked if self.host.device_refusal is None else self._asked.without_device()
         with _device_memory():
-            made = _prepare(self.store, self.options, self.host)
+            made = prepare(self.store, self.options, self.host)
         self.plan = self._choose_plan(made, member, before)
         member.planned_nbytes = self.plan.nbytes
         if self.plan.device is not None:
@@ -194,9 +175,9 @@ class Runtime:
         stack.callback(self.stop_streaming)
         self._member = member
 
-    def _choose_plan(self, made: _Prepared, member: Member, before: int) -> Plan:
+    def _choose_plan(self, made: Prepared, member: Member, before: int) -> Plan:
         """The plan for the process as it is now, with rates measured where the choice of a batch size wants them."""
-        budgets, machine = _budgets(self.options, member, before, self.host), made.machine
+        budgets, machine = budgets_of(self.options, member, before, self.host), made.machine
         # Rates are the processor's: where a device computes they would choose for another machine.
         if (
             self._measure is not None
@@ -205,7 +186,7 @@ class Runtime:
         ):
             machine = self._measure(self.store, self.host.kernels, made.shape, machine, wanted)
             # Measuring has made the process grow, and its peak counts.
-            budgets = _budgets(self.options, member, before, self.host)
+            budgets = budgets_of(self.options, member, before, self.host)
         self.shape, self.pace = made.shape, pace_for(made.shape, machine, self.workload)
         return make_plan(made.shape, machine, self.workload, budgets)
 
@@ -405,114 +386,3 @@ def _device_memory() -> Iterator[None]:
             f"the GPU's memory did not suffice for what is computed: {shortened(error)}; give it more with --vram, or "
             "lower --batch, the context or --micro-batch"
         ) from error
-
-
-def _prepare(store: Store, options: Options, host: Host) -> _Prepared:
-    """Build what computes, with the numbers that plans are made from. Raises StoreError, ConfigError."""
-    config = load_config(store.path)
-    computer = host.computer
-    dtype = there = compute_dtype(options.dtype, config, computer is not None)
-    if computer is not None:
-        there = _dtype_of(computer.device, options, config)
-    if "cpu" not in options.computes:
-        dtype = there
-    check_layers(store, config)
-    skeleton = build_skeleton(config, there)
-    check_match(store, skeleton)
-    shape = model_shape(store, skeleton, dtype)
-    # Also without a device: plans may be asked for one that is elsewhere.
-    machine = Machine(scratch_nbytes(host.threads), device_scratch_nbytes=device_scratch_nbytes())
-    if computer is None:
-        seats = [Seat.take(skeleton, dtype, host.kernels, host.attention)]
-    else:
-        seats = [Seat.take(skeleton, there, computer.kernels, computer.attention, computer.device)]
-        if "cpu" in options.computes:
-            # A configuration of its own: it says which attention its model computes with.
-            beside = build_skeleton(load_config(store.path), dtype)
-            seats.append(Seat.take(beside, dtype, host.kernels, host.attention))
-    host.warm_up(dtype)
-    if computer is not None and not host.promised_nbytes:
-        # What libraries take of the device's memory in the thread that computes is part of its context.
-        host.compute(functools.partial(computer.device.warm_up, there))
-    return _Prepared(dtype, Seats(seats[0], seats[-1]), shape, machine)
-
-
-def _dtype_of(device: Device, options: Options, config: PretrainedConfig) -> torch.dtype:
-    """What a device computes in."""
-    wanted = compute_dtype(options.dtype, config, on_device=True)
-    return device_dtype(device.capability, wanted) if options.dtype == "auto" else wanted
-
-
-@dataclass(frozen=True)
-class DeviceArithmetic:
-    """What the results of a device depend on, besides the device."""
-
-    dtype: torch.dtype
-    kernels: str
-    """"triton" or "torch"."""
-
-
-def with_usable_device(options: Options, config: PretrainedConfig) -> tuple[Options, DeviceArithmetic | None]:
-    """The options that a runtime comes to: without the device where it cannot be used and `fallback` says what computes
-    then. Raises ConfigError where it does not. And how the device computes, if there is one."""
-    if options.device_name is None:
-        return options, None
-    try:
-        device = open_named(options.device_name, options.vram)
-    except ConfigError:
-        if options.fallback is None:
-            raise
-        return options.without_device(), None
-    with contextlib.closing(device), DeviceKernels(device.where, options.kernel_mode) as kernels:
-        return options, DeviceArithmetic(_dtype_of(device, options, config), kernels.kind)
-
-
-def host_for(options: Options) -> Host:
-    """The host that `options` ask for."""
-    falls_back = options.fallback is not None
-    common = options.threads, options.kernels, options.kernel_mode, options.keep_spans
-    return Host(*common, options.device_name, options.vram, falls_back)
-
-
-def _budgets(options: Options, member: Member, before: int, host: Host) -> Budgets:
-    """What may be used, and what the process takes of it by itself. `before`: its bytes before `_prepare`."""
-    baseline = PROCESS.measure_baseline(member, before, options.ram)
-    bits: Bits = 16 if options.kv_bits == "auto" else options.kv_bits
-    chosen, rows = options.kv_bits == "auto", options.micro_batch_rows
-    budgets = Budgets(member.budget, baseline, options.tiers, options.kv, bits, chosen, rows)
-    if host.computer is None:
-        return budgets
-    device = host.computer.device
-    vram = max(1, device.vram_nbytes - host.promised_nbytes)
-    return device_budgets(budgets, options, vram, device.context_nbytes, device.name)
-
-
-def device_budgets(budgets: Budgets, options: Options, vram: int, context_nbytes: int, device: str = "") -> Budgets:
-    """`budgets` with those of a device, called `device`: `vram` bytes of its memory, of which it takes
-    `context_nbytes` itself. It need not be there."""
-    prefill, decode = options.computes
-    return replace(
-        budgets,
-        tiers=options.tiers,
-        kv=options.kv,
-        vram=vram,
-        context_nbytes=context_nbytes,
-        device=device,
-        resident_gpu=options.resident_gpu,
-        resident_cpu=options.resident_cpu,
-        prefill_device=prefill,
-        decode_device=decode,
-    )
-
-
-def measure_inputs(store: Store, options: Options) -> tuple[ModelShape, Machine, Budgets]:
-    """What plans for `store` are made from, by this process as it is now.
-
-    Builds what a runtime builds first, measures, and releases it. Takes no memory for weights and reads none.
-    """
-    with PROCESS.opening, PROCESS.member() as member:
-        before = process_rss_bytes()
-        with host_for(replace(options, keep_spans=False)) as host:
-            options = options if host.device_refusal is None else options.without_device()
-            made = _prepare(store, options, host)
-            return made.shape, made.machine, _budgets(options, member, before, host)

@@ -211,7 +211,7 @@ def test_results_of_another_job_are_refused_by_name(store: Path, source: Path, t
 @pytest.mark.parametrize(
     ("patched", "value", "told"),
     [
-        ("tiered.runtime.device_dtype", lambda *_: torch.float16, "device-dtype is float16, it was bfloat16"),
+        ("tiered.prepare.device_dtype", lambda *_: torch.float16, "device-dtype is float16, it was bfloat16"),
         ("tiered.kernels.DeviceKernels.kind", "triton", "device-kernels is triton, it was torch"),
     ],
 )

@@ -18,7 +18,7 @@ from tiered.convert import ConvertOptions, convert_checkpoint
 from tiered.errors import ConfigError, DeviceBudgetError, StoreError
 from tiered.plan import Held, Needs, fit_units
 from tiered.plan.placement import Tape
-from tiered.runtime import measure_inputs
+from tiered.prepare import measure_inputs
 from tiered.store import Store
 from tiered.units import MIB, parse_size
 

@@ -31,7 +31,8 @@ from tiered.errors import BudgetError, InterruptedRun
 from tiered.io import CHUNK_BUFFERS, Arena, ChunkBuffers, DiskReader, VerifyPolicy
 from tiered.model import Segment
 from tiered.plan import Plan, Tier, full_ring, make_plan
-from tiered.runtime import Runtime, measure_inputs
+from tiered.prepare import measure_inputs
+from tiered.runtime import Runtime
 from tiered.store import CHUNK_NBYTES, Store, Unit
 from tiered.units import GIB, MIB
 

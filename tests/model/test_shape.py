@@ -13,7 +13,8 @@ from tiered.convert import ConvertOptions, convert_checkpoint
 from tiered.host import PROCESS
 from tiered.model import model_shape
 from tiered.plan import Plan, Workload, make_plan
-from tiered.runtime import Options, Runtime, measure_inputs
+from tiered.prepare import measure_inputs
+from tiered.runtime import Options, Runtime
 from tiered.store import Store
 from tiered.units import GIB
 

@@ -36,7 +36,8 @@ from tiered.model import Segment
 from tiered.model.bind import OffloadedLinear
 from tiered.plan import Held, Tape, Workload, full_ring, make_plan
 from tiered.plan.placement import UNHELD, smallest_ring
-from tiered.runtime import Options, Runtime, measure_inputs
+from tiered.prepare import measure_inputs
+from tiered.runtime import Options, Runtime
 from tiered.store import BlockInfo, Store, Unit
 from tiered.stream import Loan
 from tiered.units import GIB

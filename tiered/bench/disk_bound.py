@@ -20,7 +20,8 @@ from tiered.errors import BudgetError, TieredError
 from tiered.kernels import Kernels, Mode
 from tiered.plan import MAX_BATCHED_TOKENS, Workload, cpu_count, expected_pass, parse_bits
 from tiered.plan.batch_size import candidates
-from tiered.runtime import Options, measure_inputs
+from tiered.prepare import measure_inputs
+from tiered.runtime import Options
 from tiered.store import Store
 from tiered.units import format_seconds, parse_size
 

@@ -41,7 +41,8 @@ from tiered.jobs.input import open_input
 from tiered.kernels import Kernels, Mode
 from tiered.options import Options
 from tiered.plan import MAX_BATCHED_TOKENS, Workload
-from tiered.runtime import DeviceArithmetic, Runtime, compute_dtype, with_usable_device
+from tiered.prepare import DeviceArithmetic, with_usable_device
+from tiered.runtime import Runtime, compute_dtype
 from tiered.store import Store
 
 _ANY_LENGTH: Final = 1 << 31

@@ -20,7 +20,8 @@ from tiered.generate.tokenizer import load_tokenizer
 from tiered.plan import MAX_BATCHED_TOKENS, Budgets, ModelShape, Plan, Workload
 from tiered.plan.fits import Fit, fits
 from tiered.plan.on_device import CONTEXT_NBYTES
-from tiered.runtime import Options, compute_dtype, device_budgets, measure_inputs
+from tiered.prepare import device_budgets, measure_inputs
+from tiered.runtime import Options, compute_dtype
 from tiered.store import Store
 from tiered.store.summary import BlockRow, StoreSummary, summarize
 from tiered.units import format_budget, format_rate, format_seconds, format_size, parse_size
