@@ -27,8 +27,9 @@ _KEPT_MOST_NBYTES: Final = 32 * MIB
 GROWTH_NBYTES: Final = 16 * MIB
 """By how much the process itself grows in a run or a conversion: code pages touched for the first time, stacks of
 threads, headers, holes of the allocator. Measured, see tests/convert/test_room.py."""
-BASELINE_VARIES_NBYTES: Final = 4 * MIB
-"""How much the process itself differs from run to run: a budget that was named must be enough next time."""
+BASELINE_VARIES_NBYTES: Final = 8 * MIB
+"""How much the process itself differs from run to run, by the pages of libraries that the kernel maps around those that
+are used: a budget that was named must be enough next time. 5 MiB have been seen beside two other programs."""
 
 
 @dataclass(frozen=True)
