@@ -25,9 +25,10 @@ def small_panels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
-    """Equal but for the order of additions."""
+    """Equal but for the order of additions, whose error is a share of what is added: of the largest results."""
     tolerance = 1e-5 if expected.dtype == torch.float32 else 2e-2
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+    atol = tolerance * max([1.0, *expected.abs().flatten().tolist()])
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=atol)
 
 
 @settings(max_examples=40, deadline=None)

@@ -31,6 +31,7 @@ from tiered.errors import BudgetError, InterruptedRun
 from tiered.io import CHUNK_BUFFERS, Arena, ChunkBuffers, DiskReader, VerifyPolicy
 from tiered.model import Segment
 from tiered.plan import Plan, Tier, full_ring, make_plan
+from tiered.plan.budget import BASELINE_VARIES_NBYTES
 from tiered.prepare import measure_inputs
 from tiered.runtime import Runtime
 from tiered.store import CHUNK_NBYTES, Store, Unit
@@ -231,7 +232,7 @@ def test_a_refused_budget_names_the_smallest_that_works(tiny: Tiny) -> None:
     assert smallest is not None
     with open_runtime(store, ram=smallest) as runtime:
         assert_same(run_greedy(runtime, prompts, steps=3), tiny.reference("llama"))
-    with pytest.raises(BudgetError), open_runtime(store, ram=smallest - 8 * MIB):
+    with pytest.raises(BudgetError), open_runtime(store, ram=smallest - 2 * BASELINE_VARIES_NBYTES):
         pass
 
 
