@@ -76,6 +76,8 @@ def measure(store: Path, setting: Setting, results: Path) -> None:
     if done.failure is not None:
         raise TieredError(f"part {setting.part} in {setting.memory}: {done.failure}; see above")
     row = done.to_json(machine_name())
+    # What names folders and groups of the machine says nothing to others.
+    row["usage"] = {name: value for name, value in row["usage"].items() if name not in ("command", "method")}
     with results.open("a") as file:
         file.write(json.dumps(row) + "\n")
     print_table([row])
