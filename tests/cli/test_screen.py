@@ -23,7 +23,7 @@ from tests.commands import ROOT, TIERED, Done, make_store, run_apart, smallest_r
 from tests.warm import WarmProcess, run_warm, tiered
 from tiered.cli.progress import PassProgress
 from tiered.cli.screen import StatusLine, TextWriter
-from tiered.units import MIB, parse_size
+from tiered.units import parse_size
 
 COLUMNS, ROWS = 20, 6
 ESCAPES = re.compile(r"\x1b\[(\d*)([ABK])|\x1b([78D])")
@@ -289,7 +289,7 @@ def streaming_words(store: Path, run: Callable[[Sequence[str]], Done]) -> list[s
     """Such words for processes as `run` starts them; they differ in size, each a little from the one before."""
     words = ["generate", str(store), "-p", "The function returns", "-n", "48", "--prefetch", "0"]
     smallest = parse_size(smallest_ram(run([*words, "--ram", "1MiB"]).err))
-    return [*words, "--ram", str(smallest + 4 * MIB)]
+    return [*words, "--ram", str(smallest)]
 
 
 @pytest.fixture(scope="module")
