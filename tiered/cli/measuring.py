@@ -108,8 +108,8 @@ class Measured:
 def measured(runtime: Runtime, status: StatusLine, measure: bool) -> Iterator[Measured]:
     """Around a run: counts bytes, and measures the raw disk after it if `measure` and something streams: nobody waits
     for that before there is a text."""
-    found, asked = Measured(), measure
-    plan = runtime.plan
+    found, plan = Measured(), runtime.plan
+    measures_bus = measure and plan.device is not None and plan.bus_nbytes > 0
     measure = measure and (bool(plan.streamed_nbytes) or plan.experts is not None or runtime.on_disk)
     if measure and not _is_one_disk(runtime):
         # A bound made of two disks' bytes over one disk's bandwidth would say nothing.
@@ -120,7 +120,7 @@ def measured(runtime: Runtime, status: StatusLine, measure: bool) -> Iterator[Me
     yield found
     found.counters = Counters.now().since(before)
     runtime.stop_streaming()
-    if asked and plan.device is not None and plan.bus_nbytes:
+    if measures_bus:
         status.say("measuring the bus")
         found.raw_bus = _raw_bus_bandwidth(runtime)
     if measure:

@@ -12,7 +12,6 @@ from tiered.kernels.attention_torch import attention_reference
 from tiered.kernels.cancel import CancelFlag
 from tiered.kernels.device_kernels import (
     DEVICE_KERNEL_NAMES,
-    AnyKernels,
     DeviceKernels,
     device_dtype,
     device_scratch_nbytes,
@@ -26,7 +25,6 @@ from tiered.kernels.planes import decode_planes, encode_planes
 __all__ = [
     "DEVICE_KERNEL_NAMES",
     "KERNEL_NAMES",
-    "AnyKernels",
     "AttentionCall",
     "BlockTable",
     "CacheFormat",

@@ -20,7 +20,7 @@ from tiered.errors import ConfigError
 from tiered.kernels.attention import AttentionCall
 from tiered.kernels.attention_torch import attention_nbytes, attention_reference
 from tiered.kernels.cancel import CancelFlag
-from tiered.kernels.kernels import Kernels, Mode, as_rows
+from tiered.kernels.kernels import Mode, as_rows
 from tiered.kernels.linear_torch import (
     DEVICE_SIZES,
     HOST_SIZES,
@@ -233,10 +233,6 @@ class DeviceKernels:
             return
         with _current(self.where):
             self._triton.dequantize(weight, out)
-
-
-AnyKernels = Kernels | DeviceKernels
-"""What modules compute with."""
 
 
 def _is_interpreting() -> bool:
