@@ -20,6 +20,20 @@ from tiered.quant import QuantizedWeight
 
 
 @triton.jit
+def _halves(q, row, inside, k, g, in_features, bits: tl.constexpr, group: tl.constexpr, dtype: tl.constexpr):
+    """The codes of group `g` of rows `row` as `dtype`, its first half and its second: [rows, group / 2] each."""
+    half: tl.constexpr = group // 2
+    if bits == 4:
+        codes = tl.load(q + row[:, None] * (in_features // 2) + g * half + k[None, :], mask=inside[:, None], other=0)
+        low, high = (codes & 15).to(dtype), (codes >> 4).to(dtype)
+    else:
+        at = q + row[:, None] * in_features + g * group + k[None, :]
+        low = tl.load(at, mask=inside[:, None], other=0).to(dtype)
+        high = tl.load(at + half, mask=inside[:, None], other=0).to(dtype)
+    return low, high
+
+
+@triton.jit
 def dequantize_kernel(
     q, scale, zero, y, rows, in_features, bits: tl.constexpr, group: tl.constexpr, tile_out: tl.constexpr
 ):
@@ -31,13 +45,7 @@ def dequantize_kernel(
     g, k = tl.program_id(1), tl.arange(0, half)
     s = tl.load(scale + row * (in_features // group) + g, mask=inside, other=0.0).to(tl.float32)
     z = tl.load(zero + row * (in_features // group) + g, mask=inside, other=0).to(tl.int32)
-    if bits == 4:
-        codes = tl.load(q + row[:, None] * (in_features // 2) + g * half + k[None, :], mask=inside[:, None], other=0)
-        low, high = (codes & 15).to(tl.int32), (codes >> 4).to(tl.int32)
-    else:
-        at = q + row[:, None] * in_features + g * group + k[None, :]
-        low = tl.load(at, mask=inside[:, None], other=0).to(tl.int32)
-        high = tl.load(at + half, mask=inside[:, None], other=0).to(tl.int32)
+    low, high = _halves(q, row, inside, k, g, in_features, bits, group, tl.int32)
     to = y + row[:, None] * in_features + g * group + k[None, :]
     tl.store(to, ((low - z[:, None]).to(tl.float32) * s[:, None]).to(y.dtype.element_ty), mask=inside[:, None])
     tl.store(to + half, ((high - z[:, None]).to(tl.float32) * s[:, None]).to(y.dtype.element_ty), mask=inside[:, None])
@@ -64,13 +72,7 @@ def linear_kernel(
     for g in range(0, groups):
         s = tl.load(scale + o * groups + g, mask=is_out, other=0.0).to(tl.float32)
         z = tl.load(zero + o * groups + g, mask=is_out, other=0).to(tl.int16)
-        if bits == 4:
-            codes = tl.load(q + o[:, None] * (in_features // 2) + g * half + k[None, :], mask=is_out[:, None], other=0)
-            low, high = (codes & 15).to(tl.int16), (codes >> 4).to(tl.int16)
-        else:
-            at = q + o[:, None] * in_features + g * group + k[None, :]
-            low = tl.load(at, mask=is_out[:, None], other=0).to(tl.int16)
-            high = tl.load(at + half, mask=is_out[:, None], other=0).to(tl.int16)
+        low, high = _halves(q, o, is_out, k, g, in_features, bits, group, tl.int16)
         of = x + m[None, :] * x_stride + g * group + k[:, None]
         x_low = tl.load(of, mask=is_row[None, :], other=0.0).to(dot)
         x_high = tl.load(of + half, mask=is_row[None, :], other=0.0).to(dot)
@@ -100,13 +102,7 @@ def linear_by_sums_kernel(
     for g in range(0, groups):
         s = tl.load(scale + o * groups + g, mask=is_out, other=0.0).to(tl.float32)
         z = tl.load(zero + o * groups + g, mask=is_out, other=0).to(tl.int16)
-        if bits == 4:
-            codes = tl.load(q + o[:, None] * (in_features // 2) + g * half + k[None, :], mask=is_out[:, None], other=0)
-            low, high = (codes & 15).to(tl.int16), (codes >> 4).to(tl.int16)
-        else:
-            at = q + o[:, None] * in_features + g * group + k[None, :]
-            low = tl.load(at, mask=is_out[:, None], other=0).to(tl.int16)
-            high = tl.load(at + half, mask=is_out[:, None], other=0).to(tl.int16)
+        low, high = _halves(q, o, is_out, k, g, in_features, bits, group, tl.int16)
         of = x + m * x_stride + g * group + k
         x_low, x_high = tl.load(of).to(tl.float32), tl.load(of + half).to(tl.float32)
         part = (low - z[:, None]).to(tl.float32) * x_low[None, :]
