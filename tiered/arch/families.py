@@ -81,6 +81,7 @@ _MIXTURES = (
     "cohere2_moe",
     "solar_open",
     "mellum",
+    "gpt_oss",
 )
 """Mixtures of experts, whose experts transformers keeps in one stack per layer: a store has each of them by itself."""
 
@@ -95,6 +96,7 @@ FAMILIES: dict[str, Family] = {
         Family("codegen", "transformer.h", gathers=True),
         Family("mpt", "transformer.blocks", gathers=True),
         Family("gpt_bigcode", "transformer.h"),
+        Family("gpt2", "transformer.h"),
         Family("gpt_neo", "transformer.h", gathers=True),
         Family("gpt_neox_japanese", "gpt_neox_japanese.layers", gathers=True),
         Family("biogpt", "biogpt.layers"),

@@ -166,7 +166,8 @@ def _recipe(block: BlockTensors, options: ConvertOptions, order: Mapping[str, in
     for parameter in block.parameters:
         fits = scheme is not None and scheme.accepts(*folded(parameter.shape))
         used = scheme if fits and _is_quantizable(parameter, block.role) else None
-        tensors.append(TensorRecipe(parameter.name, parameter.shape, used, _kind(parameter, block.role)))
+        kind = _kind(parameter, block.role)
+        tensors.append(TensorRecipe(parameter.name, parameter.shape, used, kind, parameter.is_transposed))
     tensors.sort(key=lambda tensor: (tensor.kind != "small", order.get(tensor.name, -1)))
     return BlockRecipe(block.name, block.role, block.prefix, tuple(tensors))
 
