@@ -12,7 +12,8 @@ import torch
 import xxhash
 
 from tiered.convert.blocks import BlockRecipe, RangeRecipe, TensorRecipe
-from tiered.convert.index import NameMap, Require, WeightIndex
+from tiered.convert.index import Require, WeightIndex
+from tiered.convert.names import NameMap
 from tiered.convert.place import WeightFiles
 from tiered.convert.quantized import PLAIN, method_of_type, refuse_quantized
 from tiered.convert.source import Fetching, Packed, StoredTensor, tensor_bytes
@@ -298,5 +299,7 @@ def _check_finite(values: torch.Tensor, name: str) -> None:
 
 def _part_shape(shape: tuple[int, ...], count: int) -> tuple[int, ...]:
     """The shape of each of `count` equal tensors whose rows, one after the other, make up a tensor of `shape`."""
+    if count == 1:
+        return shape
     rows, in_features = folded(shape)
-    return shape if count == 1 else (rows // count, in_features)
+    return rows // count, in_features
