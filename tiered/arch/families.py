@@ -107,6 +107,18 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+_PLAIN_TEXT = ("llama", "mistral", "ministral3", "qwen2", "qwen3", "qwen3_moe", "gpt_oss")
+"""Families whose logits are the head's product and nothing more: most models that also see compute no more than that,
+whatever their text half alone would (Cohere's scale its logits)."""
+
+TEXT_HALVES: dict[str, tuple[str, ...]] = {
+    "gemma3": ("gemma3_text",),
+    **dict.fromkeys(("mistral3", "llava", "llava_next", "vipllava", "internvl", "idefics3", "smolvlm"), _PLAIN_TEXT),
+}
+"""Models that also see, with the text families that compute, where no picture is among the tokens, what the whole model
+does. Of their checkpoints the text half is converted."""
+
+
 def family_for(model_type: str) -> Family:
     """The table entry of `model_type`.
 
