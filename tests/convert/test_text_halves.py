@@ -46,7 +46,8 @@ def whole_model(name: str, folder: Path) -> PreTrainedModel:
     model: PreTrainedModel = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
     randomize(model)
     model.save_pretrained(folder)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def test_every_text_half_is_tested() -> None:

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from tiered.arch.config import REMEDY
 from tiered.arch.families import Family, family_for
-from tiered.arch.modules import lent_weights
+from tiered.arch.modules import lent_weights, linear_size
 from tiered.errors import CheckpointError, ConfigError, TieredError, UnsupportedFamilyError, shortened
 from tiered.units import GIB, format_size
 
@@ -153,7 +153,8 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype = torch.float32)
     except AttributeError:
         layers = None
     embed, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if not isinstance(layers, nn.ModuleList) or not isinstance(embed, nn.Embedding) or not isinstance(head, nn.Linear):
+    is_plain_head = isinstance(head, nn.Linear) and linear_size(head) is not None
+    if not isinstance(layers, nn.ModuleList) or not isinstance(embed, nn.Embedding) or not is_plain_head:
         raise UnsupportedFamilyError(
             f"model family {config.model_type!r}: this version of transformers lays it out differently from what "
             f"tiered expects (layers at {family.layers!r}, an nn.Embedding, an nn.Linear head); "
