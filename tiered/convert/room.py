@@ -36,8 +36,8 @@ class RamCheck:
         self._ram_bytes, self._baseline = options.ram_bytes, process_rss_bytes()
         compresses = options.settings()["compress"] != "none"
         written = [_writing_nbytes(tensor, block, compresses) for block in blocks for tensor in block.tensors]
-        quantizes = any(tensor.scheme is not None for block in blocks for tensor in block.tensors)
-        self._writing = max(written, default=0) + SWEEP_NBYTES + (quantizing_nbytes() if quantizes else 0)
+        schemes = {tensor.scheme for block in blocks for tensor in block.tensors if tensor.scheme is not None}
+        self._writing = max(written, default=0) + SWEEP_NBYTES + quantizing_nbytes(schemes)
 
     def require(self, reading_nbytes: int) -> None:
         """Raise BudgetError where the conversion takes more than `--ram`, of which reading takes `reading_nbytes`."""

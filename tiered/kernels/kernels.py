@@ -19,7 +19,7 @@ from tiered.kernels.attention_native import NativeCall, serves
 from tiered.kernels.attention_torch import attention_reference
 from tiered.kernels.cancel import CancelFlag
 from tiered.kernels.library import Dtype, Format, Level, Library, Status, WeightArgument, load_library
-from tiered.quant import E8M0, CodebookScheme, QuantizedTensor, QuantizedWeight, Scheme, quantize
+from tiered.quant import E8M0, CodebookScheme, GroupScheme, QuantizedTensor, QuantizedWeight, Scheme, quantize
 from tiered.quant.quantize import out_of_range
 
 _DTYPES: Final = {torch.bfloat16: Dtype.BF16, torch.float32: Dtype.F32}
@@ -186,9 +186,9 @@ class Kernels:
         _check(status)
         return codes
 
-    def quantizes(self, dtype: torch.dtype) -> bool:
+    def quantizes(self, dtype: torch.dtype, scheme: Scheme) -> bool:
         """Whether `quantize` runs natively on weights of `dtype`, on all threads and without temporaries."""
-        return self._library is not None and dtype in quantize_native.DTYPES
+        return self._library is not None and dtype in quantize_native.DTYPES and isinstance(scheme, GroupScheme)
 
     def serves_attention(self, query: torch.Tensor) -> bool:
         """Whether the native library computes attention for such queries [..., head_dim]; else the reference does."""
