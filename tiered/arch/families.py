@@ -61,6 +61,7 @@ _MODEL_LAYERS = (
     "persimmon",
     "vaultgemma",
     "modernbert-decoder",
+    "minicpm3",
 )
 
 _MIXTURES = (
@@ -80,6 +81,11 @@ _MIXTURES = (
     "exaone_moe",
     "cohere2_moe",
     "solar_open",
+    "deepseek_v2",
+    "deepseek_v3",
+    "glm4_moe_lite",
+    "axk1",
+    "sarvam_mla",
     "mellum",
 )
 """Mixtures of experts, whose experts transformers keeps in one stack per layer: a store has each of them by itself."""

@@ -226,10 +226,28 @@ class PackedKV(MicroBatchKV):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store states [1, heads, tokens, head_dim]; returns `PagedKeys`, by which attention finds the pages."""
-        self.store(layer_idx, key_states[0], value_states[0], is_read=None in self._own[self.pool.group(layer_idx)])
+        """Store states [1, heads, tokens, width]; returns `PagedKeys`, by which attention finds the pages.
+
+        Raises ConfigError where they are not as wide as the cache was planned for.
+        """
+        group = self.pool.group(layer_idx)
+        shape, keys, values = self.pool.layouts[group].shape, key_states, value_states
+        if not shape.value_dim:
+            # What has positions follows what has none, in one page.
+            keys = torch.cat([key_states, value_states], dim=-1)
+            values = keys[..., :0]
+        found, expected = (
+            (keys.shape[1], keys.shape[3], values.shape[3]),
+            (shape.heads, shape.head_dim, shape.value_dim),
+        )
+        if found != expected:
+            raise ConfigError(
+                f"layer {layer_idx}: heads and widths of keys and values are {found}, the cache was planned for "
+                f"{expected}; this family needs another version of transformers"
+            )
+        self.store(layer_idx, keys[0], values[0], is_read=None in self._own[group])
         if self.outbox is not None:
-            self._states = key_states, value_states
+            self._states = keys, values
         self._stored = layer_idx
         return PagedKeys.of(key_states, self, layer_idx), value_states
 
@@ -250,7 +268,7 @@ class PackedKV(MicroBatchKV):
             else:
                 assert states is not None
                 # [sequences, heads, tokens, head_dim]
-                k, v = (x[0, :, token:stop].unflatten(1, (sequences, -1)).transpose(0, 1) for x in states)
+                k, v = (x[0, :, token:stop].unflatten(1, (sequences, call.tokens)).transpose(0, 1) for x in states)
                 beginning, start = own
                 keys, values = beginning.add(start, k.to(layout.dtype), v.to(layout.dtype))
                 found.append(PagedRead(token, stop, call.first, call.count, window, keys, values))

@@ -44,7 +44,7 @@ class KVShape:
     head_dim: int
     """Channels of a head's keys."""
     value_dim: int
-    """Channels of a head's values."""
+    """Channels of a head's values. 0: there are none but the keys, whose first channels are values too (latents)."""
     dtype: str
     """The name of the compute dtype, as torch spells it."""
 
@@ -57,6 +57,11 @@ class KVShape:
     def token_nbytes(self) -> int:
         """Bytes of one token's keys and values in one layer, in the compute dtype."""
         return self.heads * (self.head_dim + self.value_dim) * self.itemsize
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Channels of what a query is multiplied with, and of what its weights are."""
+        return self.head_dim, self.value_dim or self.head_dim
 
 
 def check_bits(shape: KVShape, bits: int) -> None:
@@ -78,9 +83,10 @@ def block_nbytes(shape: KVShape, bits: int, slots: int = PAGE_TOKENS) -> int:
         keys, values = (shape.heads * slots * width * shape.itemsize for width in (shape.head_dim, shape.value_dim))
         return round_up(round_up(keys, PART_ALIGNMENT) + values, PAGE)
     # Scales and zeros of keys are per channel, those of values per token and group of channels.
-    per_token = PAGE_TOKENS * (shape.value_dim // math.gcd(shape.value_dim, PAGE_TOKENS))
+    width = shape.widths[1]
+    of_values = width, PAGE_TOKENS * (width // math.gcd(width, PAGE_TOKENS))
     stop = 0
-    for width, per_head in ((shape.head_dim, shape.head_dim), (shape.value_dim, per_token)):
+    for width, per_head in ((shape.head_dim, shape.head_dim), of_values) if shape.value_dim else (of_values,):
         count = shape.heads * per_head
         stop = round_up(stop, PART_ALIGNMENT) + shape.heads * PAGE_TOKENS * (width * bits // 8)
         stop = round_up(stop, PART_ALIGNMENT) + 2 * count
