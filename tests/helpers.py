@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from tests.shared import made_once
 from tests.store.make import load_unit
+from tiered.arch.modules import lent_weights
 from tiered.cache import SequenceKV
 from tiered.convert import ConvertOptions, convert_checkpoint
 from tiered.host import Host
@@ -185,6 +186,9 @@ TINY: Final[dict[str, dict[str, Any]]] = {
     "axk1": {**_GROUPED_EXPERTS, **_LATENT},
     "sarvam_mla": {**_GROUPED_EXPERTS, **_LATENT},
     "mellum": {**_EXPERTS, **_MIXED},
+    "gpt2": {**_UNGROUPED, "tie_word_embeddings": True},
+    # Experts transposed, gate and up in turn, with biases; sinks.
+    "gpt_oss": {**_EXPERTS, **_MIXED, "intermediate_size": 64},
 }
 """Configurations by name, on top of `_SIZES`; the name is the model_type where none is given."""
 
@@ -291,6 +295,10 @@ def randomize(model: PreTrainedModel) -> None:
 def load_stored_weights(model: PreTrainedModel, store: Store) -> None:
     """Overwrite the parameters of `model` with those of `store`, dequantized, by reading its files whole."""
     state = model.state_dict()
+    for name, module in model.named_modules():
+        for attribute, is_transposed in lent_weights(module).items():
+            if is_transposed:
+                state[f"{name}.{attribute}"] = state[f"{name}.{attribute}"].mT
     with torch.no_grad():
         for block in store.manifest.blocks:
             for unit in store.layout(block).units:

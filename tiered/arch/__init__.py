@@ -2,14 +2,13 @@
 
 from tiered.arch.context import context_for, layer_windows, most_positions
 from tiered.arch.families import FAMILIES, Family, family_for
+from tiered.arch.modules import ExpertStacks, expert_stacks, linear_size
 from tiered.arch.order import order_of_use
 from tiered.arch.skeleton import (
     BlockTensors,
     ParameterInfo,
     Skeleton,
     build_skeleton,
-    is_expert_stack,
-    is_plain_linear,
     load_config,
     text_config,
 )
@@ -18,15 +17,16 @@ from tiered.arch.tokenizer import read_tokenizer
 __all__ = [
     "FAMILIES",
     "BlockTensors",
+    "ExpertStacks",
     "Family",
     "ParameterInfo",
     "Skeleton",
     "build_skeleton",
     "context_for",
+    "expert_stacks",
     "family_for",
-    "is_expert_stack",
-    "is_plain_linear",
     "layer_windows",
+    "linear_size",
     "load_config",
     "most_positions",
     "order_of_use",

@@ -87,6 +87,7 @@ _MIXTURES = (
     "axk1",
     "sarvam_mla",
     "mellum",
+    "gpt_oss",
 )
 """Mixtures of experts, whose experts transformers keeps in one stack per layer: a store has each of them by itself."""
 
@@ -101,6 +102,7 @@ FAMILIES: dict[str, Family] = {
         Family("codegen", "transformer.h", gathers=True),
         Family("mpt", "transformer.blocks", gathers=True),
         Family("gpt_bigcode", "transformer.h"),
+        Family("gpt2", "transformer.h"),
         Family("gpt_neo", "transformer.h", gathers=True),
         Family("gpt_neox_japanese", "gpt_neox_japanese.layers", gathers=True),
         Family("biogpt", "biogpt.layers"),
