@@ -179,6 +179,12 @@ TINY: Final[dict[str, dict[str, Any]]] = {
     "exaone_moe": {**_GROUPED_EXPERTS, **_MIXED, "is_moe_layer": [False, True, True]},
     "cohere2_moe": {**_EXPERTS, **_MIXED},
     "solar_open": _GROUPED_EXPERTS,
+    # Chunks instead of windows, and queries that are scaled by their position.
+    "llama4_text": {
+        **_EXPERTS,
+        **{"attention_chunk_size": WINDOW, "no_rope_layers": [1, 0, 1], "floor_scale": 4, "moe_layers": [1, 2]},
+        **{"intermediate_size": 64, "intermediate_size_mlp": 96, "rope_parameters": _ROPE},
+    },
     "minicpm3": {**_LATENT, "scale_emb": 2.0, "dim_model_base": 32},
     "deepseek_v2": {**_GROUPED_EXPERTS, **_LATENT, "q_lora_rank": None, "topk_method": "group_limited_greedy"},
     "deepseek_v3": {**_GROUPED_EXPERTS, **_LATENT},

@@ -81,6 +81,7 @@ _MIXTURES = (
     "exaone_moe",
     "cohere2_moe",
     "solar_open",
+    "llama4_text",
     "deepseek_v2",
     "deepseek_v3",
     "glm4_moe_lite",

@@ -165,7 +165,9 @@ def _recipe(block: BlockTensors, options: ConvertOptions, order: Mapping[str, in
     tensors = []
     for parameter in block.parameters:
         # Not of all parameters: one that is a number has no rows.
-        fits = _is_quantizable(parameter, block.role) and scheme is not None and scheme.accepts(*folded(parameter.shape))
+        fits = (
+            _is_quantizable(parameter, block.role) and scheme is not None and scheme.accepts(*folded(parameter.shape))
+        )
         used = scheme if fits else None
         kind = _kind(parameter, block.role)
         tensors.append(TensorRecipe(parameter.name, parameter.shape, used, kind, parameter.is_transposed))
