@@ -1,5 +1,6 @@
 """What a model family looks like: its table entry, its graph on the meta device, its blocks."""
 
+from tiered.arch.config import is_text_half, load_config, text_config
 from tiered.arch.context import chunked_layers, context_for, layer_windows, most_positions
 from tiered.arch.families import FAMILIES, Family, family_for
 from tiered.arch.modules import ExpertStacks, expert_stacks, linear_size
@@ -9,8 +10,6 @@ from tiered.arch.skeleton import (
     ParameterInfo,
     Skeleton,
     build_skeleton,
-    load_config,
-    text_config,
 )
 from tiered.arch.tokenizer import read_tokenizer
 
@@ -26,6 +25,7 @@ __all__ = [
     "context_for",
     "expert_stacks",
     "family_for",
+    "is_text_half",
     "layer_windows",
     "linear_size",
     "load_config",
