@@ -64,7 +64,7 @@ def test_a_family_gives_what_transformers_gives(tiny: Tiny, name: str) -> None:
 
 @pytest.mark.parametrize("quant", represented(["int4", "int8"], ["int4"]))
 @pytest.mark.parametrize(
-    "name", represented(["opt", "llama", "gpt_neox", "gpt2", "qwen3_moe", "gpt_oss"], ["opt", "gpt_oss"])
+    "name", represented(["opt", "llama", "gpt_neox", "gpt2", "qwen3_moe", "gpt_oss", "deepseek_v3"], ["opt", "gpt_oss"])
 )
 def test_a_quantized_store_gives_what_its_dequantized_weights_give(tiny: Tiny, name: str, quant: str) -> None:
     assert tiny.store(name, quant).manifest.quantization["layers"] is not None
