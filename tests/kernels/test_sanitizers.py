@@ -23,7 +23,7 @@ SANITIZERS: Final = {
         # These cost a third of the compiling, and what they find, the other sanitizer finds where it is used.
         "-fno-sanitize=null,object-size,vptr,nonnull-attribute,returns-nonnull-attribute",
     ),
-    "thread": ("-O0", "-g1", "-fsanitize=thread"),
+    "thread": ("-Og", "-g1", "-fsanitize=thread"),
 }
 
 
