@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from tests.shared import made_once
 from tests.store.make import load_unit
@@ -77,7 +77,7 @@ _LATENT: Final = {
 """For families that keep latents, of which attention makes keys and values."""
 _SOFT_CAPS: Final = {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0}
 
-TINY: Final[dict[str, dict[str, Any]]] = {
+_MODELS: Final[dict[str, dict[str, Any]]] = {
     "opt": _OPT,
     "opt-350m": {**_OPT, "word_embed_proj_dim": 32, "do_layer_norm_before": False},
     "gpt_neox": {**_UNGROUPED, "use_parallel_residual": True},
@@ -223,6 +223,9 @@ TINY: Final[dict[str, dict[str, Any]]] = {
     "jetmoe": {"num_local_experts": 4, "kv_channels": 16},
 }
 """Configurations by name, on top of `_SIZES`; the name is the model_type where none is given."""
+
+TINY: Final = {name: fields for name, fields in _MODELS.items() if fields.get("model_type", name) in CONFIG_MAPPING}
+"""Those that the installed transformers knows: the oldest version lacks a few."""
 
 
 SHORT_TEXT: Final = 16
