@@ -71,6 +71,21 @@ _GROUPED_EXPERTS: Final = {
 """For families that choose among groups of experts first, and have a first layer without."""
 _SOFT_CAPS: Final = {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0}
 
+_ALTERNATING: Final = {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
+_DELTA: Final = {
+    **_ALTERNATING,
+    **dict.fromkeys(("linear_num_key_heads", "linear_key_head_dim", "linear_value_head_dim"), 2),
+    **{"linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 16},
+}
+_MAMBA: Final = {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 16,
+    "mamba_n_groups": 2,
+    "mamba_d_state": 16,
+    "mamba_chunk_size": 8,
+    "mamba_expand": 2,
+}
+
 TINY: Final[dict[str, dict[str, Any]]] = {
     "opt": _OPT,
     "opt-350m": {**_OPT, "word_embed_proj_dim": 32, "do_layer_norm_before": False},
@@ -174,6 +189,21 @@ TINY: Final[dict[str, dict[str, Any]]] = {
     "cohere2_moe": {**_EXPERTS, **_MIXED},
     "solar_open": _GROUPED_EXPERTS,
     "mellum": {**_EXPERTS, **_MIXED},
+    "qwen3_next": {**_EXPERTS, **_DELTA, "shared_expert_intermediate_size": 48},
+    "qwen3_5_text": _DELTA,
+    "qwen3_5_moe_text": {**_EXPERTS, **_DELTA, "shared_expert_intermediate_size": 48},
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False},
+    "lfm2_moe": {**_EXPERTS, "layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 1},
+    "granitemoehybrid": {**_EXPERTS, **_ALTERNATING, **_MAMBA, "embedding_multiplier": 2.0},
+    "falcon_h1": {**_MAMBA, "mamba_d_ssm": 128, "embedding_multiplier": 2.0, "ssm_in_multiplier": 0.5},
+    "bamba": {**_MAMBA, "attn_layer_indices": [1]},
+    "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 2, "state_size": 16, "chunk_size": 8},
+    "nemotron_h": {
+        **_EXPERTS,
+        "layers_block_type": ["linear_attention", "mlp", "full_attention", "linear_attention"],
+        **{"mamba_num_heads": 8, "mamba_head_dim": 16, "n_groups": 2, "ssm_state_size": 16, "chunk_size": 8},
+    },
+    "jamba": {**_EXPERTS, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_offset": 1},
 }
 """Configurations by name, on top of `_SIZES`; the name is the model_type where none is given."""
 

@@ -1,7 +1,8 @@
 """What a model family looks like: its table entry, its graph on the meta device, its blocks."""
 
 from tiered.arch.context import context_for, layer_windows, most_positions
-from tiered.arch.families import FAMILIES, Family, family_for
+from tiered.arch.families import FAMILIES, Family, Scan, family_for
+from tiered.arch.mixers import is_mixer, state_shape
 from tiered.arch.order import order_of_use
 from tiered.arch.skeleton import (
     BlockTensors,
@@ -20,16 +21,19 @@ __all__ = [
     "BlockTensors",
     "Family",
     "ParameterInfo",
+    "Scan",
     "Skeleton",
     "build_skeleton",
     "context_for",
     "family_for",
     "is_expert_stack",
+    "is_mixer",
     "is_plain_linear",
     "layer_windows",
     "load_config",
     "most_positions",
     "order_of_use",
     "read_tokenizer",
+    "state_shape",
     "text_config",
 ]

@@ -25,6 +25,7 @@ class GatheredKV(MicroBatchKV):
         longest = max(part.stop for part in parts)
         super().__init__(blocks, parts, numbers, longest - count, outbox)
         self._grouped = [[self.call(group, [row]) for row in range(len(parts))] for group in range(len(blocks.maps))]
+        self.states = self._states_of([range(len(parts))])
         self._reads_cache = outbox is None or longest > count
         """Whether there are keys that are not of this micro-batch, or may be."""
         self.attention_mask = None

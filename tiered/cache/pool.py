@@ -16,6 +16,7 @@ import torch
 
 from tiered.cache.layout import PageLayout
 from tiered.cache.outbox import Outbox
+from tiered.cache.state import StatePool
 from tiered.errors import ConfigError
 from tiered.plan.kv import CachePlan
 
@@ -31,7 +32,7 @@ class SequenceKV:
     pages: tuple[int, ...]
     """How many blocks it holds in each group."""
     tail: int
-    """Number of its tail."""
+    """Number of its tail, and of its slot among recurrent states."""
     length: int = 0
     """Tokens stored in every layer. It grows when a pass has ended. After one that failed the sequence must be
     released: some layers may have overwritten what another try would need."""
@@ -69,10 +70,17 @@ class _Runs:
 class KVPool:
     """Lends out the blocks of `plan`. `memory` (uint8) is `plan.pool_nbytes` long, in the host's memory or a device's.
 
-    `outbox`: how states that a device has computed come to the pool, if that is in the host's memory.
+    `outbox`: how states that a device has computed come to the pool, if that is in the host's memory. `states`: uint8
+    of `plan.states_nbytes`, if the model has recurrent layers and they are in memory.
     """
 
-    def __init__(self, plan: CachePlan, memory: torch.Tensor, outbox: Outbox | None = None) -> None:
+    def __init__(
+        self,
+        plan: CachePlan,
+        memory: torch.Tensor,
+        outbox: Outbox | None = None,
+        states: torch.Tensor | None = None,
+    ) -> None:
         assert not (plan.on_device and outbox), "what is on the device need not be copied out"
         self.plan, self.shape, self.outbox = plan, plan.shape, outbox
         self.dtype: torch.dtype = getattr(torch, plan.shape.dtype)
@@ -80,6 +88,8 @@ class KVPool:
         self.where = memory.device
         """Where the blocks are; where tails and scratch are, if blocks are on disk."""
         self.layout, self.exact = PageLayout(plan.shape, plan.bits, plan.slots), PageLayout(plan.shape, 16, plan.slots)
+        self.states = None if plan.state is None else StatePool(plan, memory.new_empty(0) if states is None else states)
+        """Those of recurrent layers, if the model has any."""
         self._runs = [_Runs(plan.blocks(group)) for group in plan.groups]
         self._tails = _Runs(plan.sequences)
         self.group_of = [0] * self.shape.layers

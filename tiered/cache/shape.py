@@ -8,7 +8,7 @@ from tiered.plan.kv import KVShape
 
 def kv_shape(config: PretrainedConfig, dtype: torch.dtype) -> KVShape:
     """The cache's shape as the family's attention stores it."""
-    query_heads = int(config.num_attention_heads)
+    query_heads = int(getattr(config, "num_attention_heads", 1))
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // query_heads
     heads = getattr(config, "num_key_value_heads", None) or query_heads
     if config.model_type == "falcon":

@@ -17,6 +17,7 @@ from tiered.arch import Skeleton, is_expert_stack, is_plain_linear
 from tiered.kernels import LayerKernels
 from tiered.model.desk import Desk
 from tiered.model.experts import OffloadedExperts
+from tiered.model.mixers import split_mixers
 from tiered.store import ALIGNMENT
 from tiered.stream import AnyWeight, Loan
 from tiered.units import round_up
@@ -36,8 +37,14 @@ class OffloadedLinear(nn.Module):
         self.in_features, self.out_features = original.in_features, original.out_features
         # May be resident for good (BoundModel.keep); else it is lent beside the weight.
         self.register_parameter("bias", original.bias)
+        self._own = original.get_parameter("weight").detach()
         self._kernels, self._desk = kernels, desk
         self._weight_name, self._bias_name = _joined(path, "weight"), _joined(path, "bias")
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The graph's own tensor, which has no values: some modules look up the dtype that they compute in."""
+        return self._own
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] -> [..., out_features]."""
@@ -116,6 +123,7 @@ class BoundModel:
         self.layers: list[nn.Module] = list(skeleton.layers)
         for layer in self.layers:
             _offload(layer, kernels, self._desk, "")
+            split_mixers(layer)
         self.head = OffloadedLinear(_linear_at(skeleton.model, skeleton.head_name), kernels, self._desk, "")
         skeleton.model.set_output_embeddings(self.head)
         self.blocks: list[nn.Module] = [*self.layers, self.head]
@@ -138,10 +146,11 @@ class BoundModel:
             _keep(module, name, tensor.to(self.where, own.dtype if tensor.is_floating_point() else tensor.dtype))
 
     def embed(self, rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        """What the model's own embedding module returns for `index` [...], with `rows` [n, width] as its table."""
+        """What the model makes of the ids `index` [...] before its layers, with `rows` [n, width] as its table."""
         module = self.skeleton.embedding
         embedded: torch.Tensor = functional_call(module, {"weight": rows}, (index,))
-        return embedded
+        scale = self.skeleton.family.embedding_scale
+        return embedded if scale is None else embedded * getattr(self.skeleton.config, scale)
 
     @contextmanager
     def lend(self, module: nn.Module, loan: Loan) -> Iterator[nn.Module]:

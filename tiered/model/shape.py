@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from transformers import PretrainedConfig
 
-from tiered.arch import Skeleton, layer_windows
+from tiered.arch import Skeleton, layer_windows, state_shape
 from tiered.cache import kv_shape, layer_groups
 from tiered.io import CHUNK_BUFFERS
 from tiered.kernels import packed_row_nbytes
@@ -49,7 +49,7 @@ def model_shape(store: Store, skeleton: Skeleton, dtype: torch.dtype) -> ModelSh
         # Of a stack of experts only one counts, because they compute one after the other.
         widest=max(shape[-2:][0] for shape in layers),
         vocab=config.vocab_size,
-        heads=int(config.num_attention_heads),
+        heads=int(getattr(config, "num_attention_heads", 1)),
         kv=kv,
         groups=layer_groups(layer_windows(config)),
         eager_attention=config._attn_implementation == "eager",
@@ -58,6 +58,7 @@ def model_shape(store: Store, skeleton: Skeleton, dtype: torch.dtype) -> ModelSh
         quantization=store.manifest.quantization.get("layers"),
         experts=_expert_shape(store, config),
         head_weights=store.layout(store.tape[-1]).weight_count,
+        state=state_shape(skeleton),
     )
 
 

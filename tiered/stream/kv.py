@@ -110,7 +110,7 @@ class KVStream:
             yield
         finally:
             blocks.take_back(layer)
-        extents = blocks.map_of(layer).writes(layer) if lent.span is not None else []
+        extents = blocks.writes(layer) if lent.span is not None else []
         self._loop.call_soon_threadsafe(self._store, lent, layer, extents)
 
     # In the loop.
@@ -164,9 +164,9 @@ class KVStream:
 
     async def _start(self, number: int, blocks: LentBlocks, layer: int) -> None:
         """Find memory for a group's blocks and start their reads."""
-        places = blocks.map_of(layer)
-        span = await self._ring.borrow(places.lent_nbytes) if places.lent_nbytes else None
-        extents = places.reads(layer) if span is not None else []
+        nbytes = blocks.lent_nbytes(layer)
+        span = await self._ring.borrow(nbytes) if nbytes else None
+        extents = blocks.reads(layer) if span is not None else []
         lent = _Lent(span, self._task(self._read(span, extents)))
         self._lent.append(lent)
         lent.read.add_done_callback(lambda read: self._note_read(number, lent))
