@@ -91,7 +91,8 @@ def _peak(skeleton: Skeleton, mixer: nn.Module, states: "_States", tokens: int) 
     """Bytes that `mixer` takes at once for `tokens` tokens of a sequence."""
     hidden = torch.empty(1, tokens, skeleton.config.hidden_size, dtype=skeleton.model.dtype, device="meta")
     known = [hidden, *mixer.parameters(), *mixer.buffers(), *states.tensors]
-    with torch.no_grad(), _Peak(known) as peak:
+    peak = _Peak(known)
+    with torch.no_grad(), peak:
         mixer(hidden, cache=states, attention_mask=None)
     return peak.most
 
