@@ -65,7 +65,7 @@ class BlockMap:
     def __init__(self, pool: KVPool, group: int, parts: Sequence[Part]) -> None:
         self._pool, self._group, self.parts = pool, group, parts
         self.window = pool.plan.groups[group].window
-        self._nbytes = pool.layout.block_nbytes
+        self._nbytes = pool.layouts[group].block_nbytes
         self._starts = []
         """For each part, the byte of the lent memory at which its blocks begin."""
         position = 0
@@ -136,14 +136,15 @@ class LentBlocks:
 
     def __init__(self, pool: KVPool, parts: Sequence[Part]) -> None:
         self.pool, self.parts = pool, tuple(parts)
-        self.beginnings: dict[int, Beginning] = {}
-        """By number of the part: what micro-batches keep where they compute, if that is not where the blocks are."""
+        self.beginnings: dict[tuple[int, int], Beginning] = {}
+        """By number of the group and of the part: what micro-batches keep where they compute, if that is not where the
+        blocks are."""
         self.maps = tuple(BlockMap(pool, group, tuple(parts)) for group in range(len(pool.plan.groups)))
         self._lent: dict[int, torch.Tensor] = {}
 
     def map_of(self, layer: int) -> BlockMap:
-        """Where the blocks that `layer` reads and writes are."""
-        return self.maps[self.pool.group_of[layer]]
+        """Where the blocks that `layer` reads and writes are; it must keep keys and values."""
+        return self.maps[self.pool.group(layer)]
 
     def lent_nbytes(self, layer: int) -> int:
         """Bytes of memory that `layer` needs for blocks and states from disk."""
@@ -151,11 +152,13 @@ class LentBlocks:
 
     def reads(self, layer: int) -> list[Extent]:
         """The extents that must be read from disk before `layer` computes."""
-        return self.map_of(layer).reads(layer) + self._state_extents(layer, lambda part: part.start > 0)
+        blocks = [] if self.pool.group_of[layer] is None else self.map_of(layer).reads(layer)
+        return blocks + self._state_extents(layer, lambda part: part.start > 0)
 
     def writes(self, layer: int) -> list[Extent]:
         """The extents that go to disk once `layer` has computed."""
-        return self.map_of(layer).writes(layer) + self._state_extents(layer, lambda part: True)
+        blocks = [] if self.pool.group_of[layer] is None else self.map_of(layer).writes(layer)
+        return blocks + self._state_extents(layer, lambda part: True)
 
     def state_rows(self, layer: int, numbers: Sequence[int]) -> StateRows:
         """Where the recurrent states of the parts `numbers` are in `layer`, which has some."""
@@ -168,8 +171,8 @@ class LentBlocks:
         return StateRows(memory.view(len(self.parts), group.nbytes), numbers, group)
 
     def _states_start(self, layer: int) -> int:
-        """Bytes from the start of the lent memory to the states."""
-        return self.map_of(layer).lent_nbytes
+        """Bytes from the start of the lent memory to the states: those of the blocks."""
+        return 0 if self.pool.group_of[layer] is None else self.map_of(layer).lent_nbytes
 
     def _state_nbytes(self, layer: int) -> int:
         """Bytes of one sequence's recurrent state in `layer`."""
