@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from tests.shared import made_once
 from tests.store.make import load_unit
+from tiered.arch import FAMILIES
 from tiered.cache import SequenceKV
 from tiered.convert import ConvertOptions, convert_checkpoint
 from tiered.host import Host
@@ -329,6 +330,13 @@ def prompts_for(name: str) -> list[list[int]]:
     vocab = tiny_config(name).vocab_size
     generator = torch.Generator().manual_seed(2)
     return [torch.randint(3, vocab, (length,), generator=generator).tolist() for length in PROMPT_LENGTHS]
+
+
+def few_rows(name: str) -> int:
+    """Tokens of a micro-batch that is smaller than the prompts of tiny model `name`, if its family allows any."""
+    config = tiny_config(name)
+    scan = FAMILIES[config.model_type].scan
+    return 6 if scan is None else max(6, scan.grid_of(config).cell(max(PROMPT_LENGTHS)))
 
 
 def reference_logits(model: PreTrainedModel, ids: Tokens) -> torch.Tensor:

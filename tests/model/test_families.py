@@ -19,6 +19,7 @@ from tests.helpers import (
     Tiny,
     Tokens,
     assert_same,
+    few_rows,
     open_runtime,
     prompts_for,
     reference_logits,
@@ -35,6 +36,7 @@ from tiered.model import Segment
 REPRESENTATIVES: Final = (
     *("opt", "opt-350m", "gpt_neox", "bloom", "mpt", "gpt_bigcode", "gpt_neox_japanese", "biogpt", "diffllama"),
     *("llama-tied-biased", "gemma2", "mistral", "qwen3_moe", "glm4_moe"),
+    *("qwen3_next", "lfm2", "falcon_h1", "mamba2", "nemotron_h", "jamba"),
 )
 """For --quick: learned positions and rotary ones, ALiBi, windows, soft caps, tied weights, mixtures with and without
 shared experts; and whatever the table says of a family."""
@@ -57,7 +59,7 @@ def test_a_family_gives_what_transformers_gives(tiny: Tiny, name: str) -> None:
     prompts, expected = prompts_for(name), tiny.reference(name)
     with open_runtime(tiny.store(name)) as runtime:
         assert_same(run_greedy(runtime, prompts), expected)
-    with open_runtime(tiny.store(name), micro_batch_rows=6) as runtime:
+    with open_runtime(tiny.store(name), micro_batch_rows=few_rows(name)) as runtime:
         assert_same(run_greedy(runtime, prompts, steps=8), expected)
 
 

@@ -132,6 +132,16 @@ class KVPool:
             runs.give_back(start, count)
         self._tails.give_back(kv.tail, 1)
 
+    def overwritten(self, kv: SequenceKV) -> list[torch.Tensor]:
+        """uint8: what lies in memory of a sequence and later tokens overwrite, as it is: tails and recurrent states."""
+        found = []
+        if self.plan.has_tails and not self.plan.shares_layers:
+            kept = [layer for layer, group in enumerate(self.group_of) if group is not None]
+            found = [self.tails(layer).view(self.plan.sequences, -1)[kv.tail] for layer in kept]
+        if self.states is not None and not self.plan.on_disk:
+            found += [self.states.slots(layer)[kv.tail] for layer in self.states.group_of]
+        return found
+
     @property
     def is_empty(self) -> bool:
         """Whether no sequence holds anything."""

@@ -18,6 +18,18 @@ from tiered.plan.kv import CachePlan
 from tiered.plan.state import StateGroup, StateKind, StatePart
 
 
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """A sequence as it was after `length` tokens. Pages are not copied: later tokens only add to them, as long as they
+    are no more than one micro-batch has."""
+
+    length: int
+    in_memory: tuple[torch.Tensor, ...]
+    """Copies of what `KVPool.overwritten` lists."""
+    on_disk: tuple[torch.Tensor, ...]
+    """Copies of the states that `StatePool.extents` lists, if they are on disk."""
+
+
 class StatePool:
     """Slots for the sequences of `plan`, which has a state. `memory` (uint8) is `plan.states_nbytes` long."""
 
@@ -44,6 +56,10 @@ class StatePool:
     def file_offset(self, layer: int, slot: int) -> int:
         """Where a slot of `layer` lies in the file."""
         return self._file_start + self._start[layer] + slot * self.group_of[layer].nbytes
+
+    def extents(self, slot: int) -> dict[int, tuple[int, int]]:
+        """For each layer, where in the file the states of `slot` are: offset and bytes."""
+        return {layer: (self.file_offset(layer, slot), group.nbytes) for layer, group in self.group_of.items()}
 
 
 @dataclass(frozen=True)
