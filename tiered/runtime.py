@@ -230,8 +230,8 @@ class Runtime:
         most = self.plan.cache.tokens_at_once
         if not 0 <= kv.length - snapshot.length <= most:
             raise ConfigError(
-                f"restore: the sequence has {kv.length} tokens, the snapshot {snapshot.length}; expected as many, or at "
-                f"most {most} more"
+                f"restore: the sequence has {kv.length} tokens, the snapshot {snapshot.length}; expected as many, or "
+                f"at most {most} more"
             )
         with self.turn():
             for memory, kept in zip(pool.overwritten(kv), snapshot.in_memory, strict=True):
