@@ -7,7 +7,7 @@ transformers answers to some prompts and what the engine does have one form, `An
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -263,6 +263,11 @@ LENGTH_DEPENDENT: Final[dict[str, dict[str, Any]]] = {
 """More configurations: what these make of a token depends on how long the text is when it is computed."""
 
 
+STEPWISE: Final = ("nemotron_h",)
+"""Models of which transformers makes something else token by token than of a whole text: they are compared token by
+token, as they generate."""
+
+
 def tiny_config(name: str) -> Any:
     """The configuration of tiny model `name`."""
     fields = {"model_type": name, **_SIZES, **(TINY | LENGTH_DEPENDENT)[name]}
@@ -319,7 +324,11 @@ class Tiny:
         return Store.open(made_once(f"tiny-{name}-{quant}.tiered", make))
 
     def _reference(self, name: str, quant: str = "none", steps: int = STEPS) -> Answers:
-        return reference_answers(self.model(name, quant), prompts_for(name), steps)
+        if name not in STEPWISE:
+            return reference_answers(self.model(name, quant), prompts_for(name), steps)
+        make_model = partial(self.model, name, quant)
+        found = [cached_answers(make_model, prompt, steps) for prompt in prompts_for(name)]
+        return Answers(tuple(each.tokens[0] for each in found), tuple(each.logits[0] for each in found))
 
 
 def randomize(model: PreTrainedModel) -> None:
@@ -391,6 +400,21 @@ def reference_answers(model: PreTrainedModel, prompts: Sequence[Tokens], steps: 
         tokens.append(new)
         logits.append(reference_logits(model, [*prompt, *new[:-1]]))
     return Answers(tuple(tokens), tuple(logits))
+
+
+def cached_answers(make_model: Callable[[], PreTrainedModel], prompt: Tokens, steps: int) -> Answers:
+    """transformers' answer, token by token with its own cache, by models that have seen no other text."""
+    ids = torch.tensor([list(prompt)])
+    output = make_model().generate(  # type: ignore[operator]  # only exists on classes that mix it in
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=steps,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    logits = torch.cat([reference_logits(make_model(), prompt), *output.logits[1:]])
+    return Answers((output.sequences[0, len(prompt) :].tolist(),), (logits,))
 
 
 def run_greedy(runtime: Runtime, prompts: Sequence[Tokens], steps: int = STEPS, end: bool = True) -> Answers:

@@ -6,6 +6,7 @@ longer than the sliding windows.
 
 from contextlib import ExitStack
 from dataclasses import fields
+from functools import partial
 from typing import Final
 
 import pytest
@@ -17,12 +18,11 @@ from tests.helpers import (
     TINY,
     Answers,
     Tiny,
-    Tokens,
     assert_same,
+    cached_answers,
     few_rows,
     open_runtime,
     prompts_for,
-    reference_logits,
     reserved,
     run_greedy,
     run_segments,
@@ -79,30 +79,15 @@ def test_a_quantized_store_gives_what_its_dequantized_weights_give(tiny: Tiny, n
 def test_rotary_frequencies_follow_the_length_of_each_text(tiny: Tiny, name: str, rows: int | None) -> None:
     long, short = prompts_for(name)
     assert len(short) < SHORT_TEXT < len(long)
-    expected = cached_answers(tiny, name, long, steps=8)
+    expected = cached_answers(partial(tiny.model, name), long, steps=8)
     # A text that grows past the limit is another matter: `generate` of some families then starts over.
-    expected_short = cached_answers(tiny, name, short, steps=SHORT_TEXT - len(short))
+    expected_short = cached_answers(partial(tiny.model, name), short, steps=SHORT_TEXT - len(short))
     with open_runtime(tiny.store(name), micro_batch_rows=rows) as runtime:
         assert_same(run_greedy(runtime, [long], steps=8), expected)
         assert_same(run_greedy(runtime, [short], steps=2), expected_short)
         together = run_greedy(runtime, [short, long], steps=3)
     assert_same(Answers(together.tokens[:1], together.logits[:1]), expected_short)
     assert_same(Answers(together.tokens[1:], together.logits[1:]), expected)
-
-
-def cached_answers(tiny: Tiny, name: str, prompt: Tokens, steps: int) -> Answers:
-    """transformers' answer, token by token with its own cache, by a model that has seen no other text."""
-    ids = torch.tensor([list(prompt)])
-    output = tiny.model(name).generate(  # type: ignore[operator]  # only exists on classes that mix it in
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=steps,
-        do_sample=False,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
-    logits = torch.cat([reference_logits(tiny.model(name), prompt), *output.logits[1:]])
-    return Answers((output.sequences[0, len(prompt) :].tolist(),), (logits,))
 
 
 def test_only_the_positions_asked_for_get_logits(tiny: Tiny) -> None:

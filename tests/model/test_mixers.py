@@ -5,13 +5,14 @@ Parity with transformers is that of every family of the table (`test_families.py
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import pytest
 import torch
 
 from tests.helpers import Tiny, assert_same, open_runtime, prompts_for, reserved, run_greedy, run_segments
 from tests.model.test_kv_grid import Models, logits_of, runtime_of, text_of
+from tests.model.test_parity_grid import budget_for
 from tests.quick import represented
 from tiered.errors import BudgetError, ConfigError
 from tiered.kernels import load_library
@@ -86,18 +87,19 @@ def test_a_sequence_comes_back_to_a_snapshot_as_if_nothing_had_been_computed_sin
             runtime.restore(kvs[0], kept)
 
 
-@pytest.mark.parametrize("name", ["qwen3_next", "falcon_h1"])
+@pytest.mark.usefixtures("steady_baseline")
+@pytest.mark.parametrize("name", ["qwen3_5_text", "falcon_h1"])
 def test_streamed_weights_stay_for_all_scans_of_their_layer(tiny: Tiny, name: str) -> None:
     store = tiny.store(name)
-    with open_runtime(store, resident_cpu=0) as runtime:
-        assert not runtime.plan.placement.resident and runtime.plan.held.layers
+    with open_runtime(store, ram=budget_for(store, "ring of two blocks")) as runtime:
+        assert runtime.plan.streamed_nbytes and runtime.plan.held.layers
         assert_same(run_greedy(runtime, prompts_for(name), steps=6), tiny.reference(name))
     with pytest.raises(BudgetError, match="for recurrent states"), open_runtime(store, ram=MIB):
         pass
 
 
 def test_what_recurrent_layers_cannot_do_is_refused_by_name(tiny: Tiny) -> None:
-    on_device = {"tiers": tuple(Tier), "device": "emulated", "vram": GIB}
+    on_device: dict[str, Any] = {"tiers": tuple(Tier), "device": "emulated", "vram": GIB}
     with pytest.raises(ConfigError, match="whose states only the"), open_runtime(tiny.store("jamba"), **on_device):
         pass
     with (
