@@ -1,7 +1,7 @@
 """What a model family looks like: its table entry, its graph on the meta device, its blocks."""
 
 from tiered.arch.config import is_text_half, load_config, text_config
-from tiered.arch.context import context_for, layer_windows, most_positions
+from tiered.arch.context import chunked_layers, context_for, layer_windows, most_positions
 from tiered.arch.families import FAMILIES, Family, Scan, family_for
 from tiered.arch.mixers import is_mixer, state_shape
 from tiered.arch.modules import ExpertStacks, expert_stacks, linear_size
@@ -23,6 +23,7 @@ __all__ = [
     "Scan",
     "Skeleton",
     "build_skeleton",
+    "chunked_layers",
     "context_for",
     "expert_stacks",
     "family_for",

@@ -103,7 +103,7 @@ class Checkpoint:
         assert tensor.scheme is not None
         scheme = tensor.scheme
         # One allocation each: small results of every panel, kept between freed buffers, would fragment memory.
-        scale = torch.empty(scheme.scale_shape(*matrix), dtype=torch.float16)
+        scale = torch.empty(scheme.scale_shape(*matrix), dtype=scheme.scale_dtype)
         zero = torch.empty(scheme.zero_shape(*matrix), dtype=torch.uint8)
 
         def codes() -> Iterator[memoryview]:
@@ -112,10 +112,10 @@ class Checkpoint:
             for panel in self._panels(self._reads(part)):
                 for made in self._quantizers.quantize(panel, scheme, self._clip, f"{self._files.name}: {tensor.name}"):
                     # Plain copies: torch would wake its own threads for them.
-                    count = made.zero.nbytes
-                    scales[2 * done : 2 * (done + count)] = tensor_bytes(made.scale)
-                    zeros[done : done + count] = tensor_bytes(made.zero)
-                    done += count
+                    for whole, piece in ((scales, made.scale), (zeros, made.zero)):
+                        row_nbytes = len(whole) // matrix[0]
+                        whole[done * row_nbytes : (done + len(piece)) * row_nbytes] = tensor_bytes(piece)
+                    done += len(made.q)
                     yield tensor_bytes(made.q)
 
         return Packed(codes(), [tensor_bytes(scale)], [tensor_bytes(zero)])

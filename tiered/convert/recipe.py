@@ -12,12 +12,13 @@ from typing import Any, Final, Literal
 from tiered.arch import BlockTensors, ParameterInfo, Skeleton, order_of_use
 from tiered.convert.blocks import BlockRecipe, TensorRecipe
 from tiered.errors import ConfigError
-from tiered.quant import GroupScheme, folded
+from tiered.quant import CODEBOOKS, CodebookScheme, GroupScheme, Scheme, folded
 from tiered.store import BlockInfo, FileInfo, Manifest
 from tiered.store.file import Kind
 from tiered.units import MIB
 
 _QUANTS: Final = ("int4", "int8", "none")
+"""Besides the name of a codebook's scheme, as it is."""
 _COMPRESSIONS: Final = ("auto", "planes", "none")
 _FEW: Final = 0.05
 """Share of the layers' weights that may keep the source's precision without a word."""
@@ -27,7 +28,7 @@ _FEW: Final = 0.05
 class ConvertOptions:
     """Everything `tiered convert` can be told, besides what to convert and where to."""
 
-    quant: str = "int4"  # of the layers' linear weights: int4, int8 or none
+    quant: str = "int4"  # of the layers' linear weights: int4, int8, none, or a codebook's scheme: mxfp4-g32
     group_size: int = 64  # weights along `in` that share a scale and a zero
     clip: Literal["mse", "minmax"] = "mse"  # how int4 chooses each group's range
     compress: str = "auto"  # planes (wherever it shrinks), auto (only where the disk is slow enough) or none
@@ -43,8 +44,10 @@ class ConvertOptions:
     tokenizer: Path | None = None  # a folder or tokenizer.json to take instead of the source's tokenizer
 
     def __post_init__(self) -> None:
-        if self.quant not in _QUANTS:
-            raise ConfigError(f"quantization {self.quant!r}: expected one of {', '.join(_QUANTS)}")
+        if self.quant not in _QUANTS and self.codebook_scheme is None:
+            raise ConfigError(
+                f"quantization {self.quant!r}: expected one of {', '.join(_QUANTS)}, or a codebook such as mxfp4-g32"
+            )
         if self.compress not in _COMPRESSIONS:
             raise ConfigError(f"compression {self.compress!r}: expected one of {', '.join(_COMPRESSIONS)}")
         GroupScheme(8, self.group_size)  # raises for a group size there is no layout for
@@ -58,9 +61,20 @@ class ConvertOptions:
             raise ConfigError(f"--distinct-blocks {self.distinct_blocks}: expected at least 1")
 
     @property
-    def layer_scheme(self) -> GroupScheme | None:
+    def layer_scheme(self) -> Scheme | None:
         """The scheme of the layers' linear weights; None keeps the checkpoint's precision."""
-        return None if self.quant == "none" else GroupScheme(int(self.quant[3:]), self.group_size)
+        if self.quant == "none":
+            return None
+        return self.codebook_scheme or GroupScheme(int(self.quant[3:]), self.group_size)
+
+    @property
+    def codebook_scheme(self) -> CodebookScheme | None:
+        """The scheme that `quant` names with its group size, such as mxfp4-g32; None for integers and none."""
+        if self.quant.partition("-")[0] not in CODEBOOKS:
+            return None
+        scheme = Scheme.parse(self.quant)
+        assert isinstance(scheme, CodebookScheme)
+        return scheme
 
     @property
     def embed_scheme(self) -> GroupScheme | None:
@@ -144,7 +158,7 @@ def make_recipe(skeleton: Skeleton, options: ConvertOptions) -> StoreRecipe:
         "layers": None if layer_scheme is None else layer_scheme.name,
         "embed": None if embed_scheme is None else embed_scheme.name,
         "head": None if embed_scheme is None else embed_scheme.name,
-        "clip": options.clip if layer_scheme is not None and layer_scheme.bits == 4 else None,
+        "clip": options.clip if layer_scheme == GroupScheme(4, options.group_size) else None,
         "unquantized": list(unquantized),
     }
     architecture = {
