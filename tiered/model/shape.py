@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from transformers import PretrainedConfig
 
-from tiered.arch import Skeleton, chunked_layers, layer_windows
+from tiered.arch import Skeleton, chunked_layers, layer_windows, state_shape
 from tiered.cache import kv_shapes, layer_groups
 from tiered.io import CHUNK_BUFFERS
 from tiered.kernels import packed_row_nbytes
@@ -58,6 +58,7 @@ def model_shape(store: Store, skeleton: Skeleton, dtype: torch.dtype) -> ModelSh
         quantization=store.manifest.quantization.get("layers"),
         experts=_expert_shape(store, config),
         head_weights=store.layout(store.tape[-1]).weight_count,
+        state=state_shape(skeleton),
     )
 
 

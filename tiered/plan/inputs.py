@@ -13,6 +13,7 @@ from typing import Final, Literal
 from tiered.errors import ConfigError
 from tiered.plan.kv import Bits, KVShape, LayerGroup, itemsize
 from tiered.plan.placement import Tape
+from tiered.plan.state import StateShape
 from tiered.units import PAGE_TOKENS
 
 MAX_BATCHED_TOKENS: Final = 4096
@@ -135,6 +136,8 @@ class ModelShape:
     """None where the model is no mixture, or one whose experts are not taken apart."""
     head_weights: int = 0
     """Of the weights, those of the head, which only rows with logits go through."""
+    state: StateShape | None = None
+    """What recurrent layers keep of a sequence; None: there are none."""
 
     @property
     def itemsize(self) -> int:
