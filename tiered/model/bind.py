@@ -42,7 +42,8 @@ class OffloadedLinear(nn.Module):
         self.out_features, self.in_features = size
         # May be resident for good (BoundModel.keep); else it is lent beside the weight.
         self.register_parameter("bias", bias)
-        self._own = original.get_parameter("weight").detach()
+        # In a tuple: it is no parameter of this module.
+        self._own = (original.get_parameter("weight"),)
         self.latents: PagedKeys | None = None
         """Latents in pages whose product was asked for last."""
         self._kernels, self._desk = kernels, desk
@@ -51,7 +52,7 @@ class OffloadedLinear(nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         """The graph's own tensor, which has no values: some modules look up the dtype that they compute in."""
-        return self._own
+        return self._own[0]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] -> [..., out_features]; of latents in pages only what has that shape."""

@@ -75,7 +75,9 @@ def _expert_shape(store: Store, config: PretrainedConfig) -> ExpertShape | None:
     """The experts, if each is a unit, and all layers that have experts have one module of equally many."""
     layers = [units for units in store.expert_units if units]
     modules = [{unit.name.partition(RANGE)[0] for unit in units} for units in layers]
-    chosen = getattr(config, "num_experts_per_tok", None)
+    # Aria and Hunyuan have a name of their own for it, and Hunyuan may have a number for each layer.
+    chosen = getattr(config, "num_experts_per_tok", None) or getattr(config, "moe_topk", None)
+    chosen = max(chosen) if isinstance(chosen, list) and chosen else chosen
     if {*map(len, modules)} != {1} or len({*map(len, layers)}) != 1 or not isinstance(chosen, int):
         return None
     experts = [unit for units in layers for unit in units]
