@@ -13,7 +13,7 @@ from typing import Final
 
 import torch
 
-from tiered.bench.raw import advise_huge_pages, measure_raw
+from tiered.bench.raw import SECONDS_EACH, advise_huge_pages, measure_raw
 from tiered.io import ReadMode, probe_mode
 from tiered.kernels import AttentionCall, Kernels, contiguous_pages
 from tiered.plan import ComputeRate, Machine, ModelShape, Rate
@@ -50,14 +50,14 @@ def measure_machine(
     return machine
 
 
-def measure_disk(store: Store) -> float:
-    """Raw bandwidth of reading the tape's files, in bytes per second."""
+def measure_disk(store: Store, seconds: float = SECONDS_EACH) -> float:
+    """Raw bandwidth of reading the tape's files, in bytes per second, `seconds` per look."""
     files = [store.file_path(block) for block in store.tape]
     with mmap.mmap(-1, _DISK_MEMORY_NBYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
         advise_huge_pages(memory)
         view = memoryview(memory)
         try:
-            return measure_raw(files, view, probe_mode(files[0]).mode is ReadMode.DIRECT).bytes_per_second
+            return measure_raw(files, view, probe_mode(files[0]).mode is ReadMode.DIRECT, seconds).bytes_per_second
         finally:
             view.release()
 

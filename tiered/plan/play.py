@@ -6,7 +6,7 @@ In: a plan, its costs, the loads of passes. Out: what each pass took, and events
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Self
+from typing import Final, Self
 
 from tiered.plan.hardware import GpuRates
 from tiered.plan.inputs import Machine, ModelShape
@@ -19,6 +19,8 @@ from tiered.plan.plan import Plan
 from tiered.plan.play_kv import KVPlayer
 from tiered.plan.unit_cost import UnitCosts
 
+_LEAST_SECONDS: Final = 1e-7
+"""What is not worth a look at the disk."""
 Group = list[dict[int, range]]
 """Micro-batches with the same KV blocks in memory."""
 
@@ -70,6 +72,8 @@ class Player:
         """Units that are read once."""
         self._costs, self._disk_rate = UnitCosts(plan, model, machine), machine.disk_bytes_per_second
         self._expert_rate = machine.expert_bytes_per_second or self._disk_rate
+        self._kept_rate = machine.kept_bytes_per_second or self._disk_rate
+        self._reading_seconds = machine.reading_seconds
         self.clock = Clock()
         self.passes: list[SimulatedPass] = []
         self._disk = Server(self.clock, "disk", {"ahead": "urgent"})
@@ -114,7 +118,8 @@ class Player:
             if self._is_unwanted(turn):
                 continue
             nbytes, kind = tape.file_nbytes[turn.position], self._kind(turn.position)
-            read = self._disk.move("ahead", self._names[turn.position], kind, nbytes, self._disk_rate)
+            rate = self._kept_rate if turn.position in placement.resident else self._disk_rate
+            read = self._disk.move("ahead", self._names[turn.position], kind, nbytes, rate)
             self._host[self._key(turn, self._stay)] = read
 
     def _copy(self, device: Device) -> Process:
@@ -244,9 +249,15 @@ class Player:
             self.clock.events.append(Event("wait", name, kind, start, seconds))
 
     def _busy(self, name: str, kind: Kind, seconds: float) -> Process:
-        """Compute."""
-        start = self.clock.now
-        yield seconds
+        """Compute, and as much longer as the bytes that are read meanwhile take of the processor."""
+        start, left = self.clock.now, seconds
+        while True:
+            before = self._disk.nbytes
+            yield left
+            left = (self._disk.nbytes - before) * self._reading_seconds
+            if left < _LEAST_SECONDS:
+                break
+        seconds = self.clock.now - start
         self._computed += seconds
         self.clock.events.append(Event("compute", name, kind, start, seconds))
 
