@@ -22,9 +22,10 @@ from tiered.store import Store
 from tiered.units import MIB
 
 _ROWS: Final = (1, 4, 16, 64, 256)
-_NBYTES: Final = 16 << 20
-_SECONDS: Final = 0.1
+NBYTES: Final = 16 << 20
+_SECONDS: Final = 0.12
 """Least time that one measurement takes, after one run that does not count."""
+_LOOKS: Final = 4
 _DISK_MEMORY_NBYTES: Final = 32 * MIB
 
 
@@ -68,7 +69,7 @@ def measure_compute(
     in_features: int,
     dtype: torch.dtype,
     counts: Sequence[int] = _ROWS,
-    nbytes: int = _NBYTES,
+    nbytes: int = NBYTES,
 ) -> ComputeRate:
     """Time `kernels.linear` for each number of rows in `counts`, with a weight whose codes take `nbytes`."""
     bits = dtype.itemsize * 8 if scheme is None else scheme.bits
@@ -83,7 +84,7 @@ def measure_compute(
 
 def measure_attention(kernels: Kernels, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> float:
     """Seconds per token of context that one query of one sequence takes in one layer."""
-    tokens = max(64, _NBYTES // (2 * kv_heads * head_dim * dtype.itemsize))
+    tokens = max(64, NBYTES // (2 * kv_heads * head_dim * dtype.itemsize))
     call = _attention_call(1, tokens, heads, kv_heads, head_dim, dtype)
     return _time(lambda: kernels.attention(call)) / tokens
 
@@ -115,10 +116,16 @@ def _attention_call(
 
 
 def _time(work: Callable[[], object]) -> float:
-    """Seconds per call of `work`: the mean of as many as `_SECONDS` allow, after one that does not count."""
+    """Seconds per call of `work`, after one that does not count: of `_LOOKS` looks, each as many calls as its share of
+    `_SECONDS` allows, the quickest, because other programs, and threads that wait on each other's processor until they
+    are moved, only make them slower."""
     work()
+    return min(_look(work) for _ in range(_LOOKS))
+
+
+def _look(work: Callable[[], object]) -> float:
     runs, start = 0, time.perf_counter()
-    while (elapsed := time.perf_counter() - start) < _SECONDS or not runs:
+    while (elapsed := time.perf_counter() - start) < _SECONDS / _LOOKS or not runs:
         work()
         runs += 1
     return elapsed / runs

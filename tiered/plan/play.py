@@ -55,6 +55,8 @@ class SimulatedPass:
     disk_seconds: float
     """Seconds of the pass in which the disk was busy, for this pass or the next."""
     disk_nbytes: int
+    bus_seconds: float = 0.0
+    """The same of the bus to a device."""
 
     @property
     def disk_idle_seconds(self) -> float:
@@ -167,6 +169,7 @@ class Player:
             self._last = number if load.is_last else None
             self._waits, self._computed = {}, 0.0
             start, busy, moved = self.clock.now, self._disk.busy_seconds, self._disk.nbytes
+            copied = self._bus.busy_seconds
             groups = plan_micro_batches(load.segments, limits)
             if self._kv is not None:
                 self._kv.begin(load.segments, groups)
@@ -183,7 +186,10 @@ class Player:
             seconds, disk_seconds = self.clock.now - start, self._disk.busy_seconds - busy
             pace.note(load.decoding, load.prompt_tokens, self._computed, disk_seconds)
             waits, nbytes = tuple(self._waits.items()), round(self._disk.nbytes - moved)
-            self.passes.append(SimulatedPass(load, start, seconds, self._computed, waits, disk_seconds, nbytes))
+            bus_seconds = self._bus.busy_seconds - copied
+            self.passes.append(
+                SimulatedPass(load, start, seconds, self._computed, waits, disk_seconds, nbytes, bus_seconds)
+            )
         self._is_over = True
 
     def _group(self, number: int, layer: int, units: range, group: Group, index: int, is_held: bool) -> Process:
@@ -222,7 +228,8 @@ class Player:
         yield from self._busy(_layer(layer), kind, seconds)
 
     def _experts(self, layer: int, rows: int) -> Process:
-        """A layer's experts for one micro-batch: those in memory, then the others as they are read."""
+        """A layer's experts for one micro-batch: those in memory, then the others as they are read. A device gets a
+        copy of each, as none stays there."""
         cache, experts = self._plan.experts, self._model.experts
         assert cache is not None and experts is not None
         chosen, each = self._costs.experts(rows)
@@ -232,12 +239,20 @@ class Player:
         self._missing += lacking - count
         name, nbytes = f"{_layer(layer)}/experts", experts.file_nbytes
         reads = [self._disk.move("urgent", name, "experts", nbytes, self._expert_rate) for _ in range(count)]
+        yield from self._copied(name, (chosen - lacking) * experts.nbytes)
         yield from self._busy(name, "experts", (chosen - lacking) * each)
         for read in reads:
             yield from self._wait(partial(getattr, read, "is_done"), name, "experts")
+            yield from self._copied(name, experts.nbytes)
             yield from self._busy(name, "experts", lacking / count * each)
         if not reads:
             yield from self._busy(name, "experts", lacking * each)
+
+    def _copied(self, name: str, nbytes: float) -> Process:
+        """Wait for a copy of experts to the device, if there is one."""
+        if self._device is not None:
+            copy = self._bus.move("experts", name, "experts", int(nbytes), self._device.rates.host_to_device)
+            yield from self._wait(partial(getattr, copy, "is_done"), name, "experts")
 
     def _wait(self, has_come: "partial[bool]", name: str, kind: Kind) -> Process:
         """Wait, and note for what."""
