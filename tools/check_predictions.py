@@ -26,7 +26,7 @@ from tiered.bench.facts import machine_name
 from tiered.bench.rates import NBYTES, measure_compute, measure_disk
 from tiered.bench.stores import Synthetic
 from tiered.kernels import Kernels
-from tiered.plan.hardware import Hardware
+from tiered.plan.hardware import Hardware, LinearRate
 from tiered.plan.machines import find_profile, load_hardware, profile_path, save_hardware
 from tiered.quant import GroupScheme
 from tiered.store import Store
@@ -91,7 +91,7 @@ def check(store: Path, setting: Setting, profile: Hardware) -> float:
     """Run `setting`, print its row, and return predicted over measured seconds per pass."""
     for _ in range(TRIES):
         before = now(store, setting, profile)
-        save_hardware(scaled(profile, *before), profile_path(store))
+        save_hardware(as_now(profile, setting, *before), profile_path(store))
         report = run(store, setting)
         after = now(store, setting, profile)
         is_steady = all(abs(a / b - 1) <= STEADY for a, b in zip(after, before, strict=True))
@@ -118,12 +118,15 @@ def now(store: Path, setting: Setting, profile: Hardware) -> tuple[float, float]
     return disk, expected / min(rate.seconds(setting.batch, 1) for rate in rates)
 
 
-def scaled(profile: Hardware, disk: float, kernels: float) -> Hardware:
-    """`profile` with the disk's rate, and linear layers so many times as fast."""
-    linear = tuple(
-        replace(one, rate=replace(one.rate, seconds_per_weight=tuple(s / kernels for s in one.rate.seconds_per_weight)))
-        for one in profile.cpu.linear
-    )
+def as_now(profile: Hardware, setting: Setting, disk: float, kernels: float) -> Hardware:
+    """`profile` with the disk's rate, and linear layers so many times as fast with as many rows as decode."""
+
+    def at_rows(one: LinearRate) -> LinearRate:
+        pairs = zip(one.rate.rows, one.rate.seconds_per_weight, strict=True)
+        seconds = tuple(each / kernels if rows == setting.batch else each for rows, each in pairs)
+        return replace(one, rate=replace(one.rate, seconds_per_weight=seconds))
+
+    linear = tuple(map(at_rows, profile.cpu.linear))
     return replace(profile, disk=replace(profile.disk, read=disk), cpu=replace(profile.cpu, linear=linear))
 
 

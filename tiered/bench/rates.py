@@ -23,7 +23,7 @@ from tiered.units import MIB
 
 _ROWS: Final = (1, 4, 16, 64, 256)
 NBYTES: Final = 16 << 20
-_SECONDS: Final = 0.12
+_SECONDS: Final = 0.2
 """Least time that one measurement takes, after one run that does not count."""
 _LOOKS: Final = 4
 _DISK_MEMORY_NBYTES: Final = 32 * MIB
