@@ -17,7 +17,7 @@ from typing import Final, Self
 
 import torch
 
-from tiered.cache import SequenceKV
+from tiered.cache import SequenceKV, Snapshot
 from tiered.device import Device
 from tiered.errors import BudgetError, ConfigError, shortened
 from tiered.host import PROCESS, Host, Member, wait_for
@@ -214,6 +214,32 @@ class Runtime:
         """Give a sequence's room back."""
         self._memory.pool.release(kv)
 
+    def snapshot(self, kv: SequenceKV) -> Snapshot:
+        """The sequence as it is now, to come back to by `restore`: a recurrent state cannot be computed backwards."""
+        pool, states = self._memory.pool, self._memory.pool.states
+        with self.turn():
+            on_disk: tuple[torch.Tensor, ...] = ()
+            if states is not None and (stream := self.start_streaming().kv) is not None:
+                on_disk = stream.read_states(states.extents(kv.tail))
+            return Snapshot(kv.length, tuple(memory.clone() for memory in pool.overwritten(kv)), on_disk)
+
+    def restore(self, kv: SequenceKV, snapshot: Snapshot) -> None:
+        """Take back the tokens since `snapshot`, which was made of `kv`. Raises ConfigError where they are more than a
+        micro-batch has: pages that the sequence would need may have been overwritten."""
+        pool, states = self._memory.pool, self._memory.pool.states
+        most = self.plan.cache.tokens_at_once
+        if not 0 <= kv.length - snapshot.length <= most:
+            raise ConfigError(
+                f"restore: the sequence has {kv.length} tokens, the snapshot {snapshot.length}; expected as many, or "
+                f"at most {most} more"
+            )
+        with self.turn():
+            for memory, kept in zip(pool.overwritten(kv), snapshot.in_memory, strict=True):
+                memory.copy_(kept)
+            if states is not None and (stream := self.start_streaming().kv) is not None:
+                stream.write_states(states.extents(kv.tail), snapshot.on_disk)
+            kv.length = snapshot.length
+
     def run(
         self, segments: Sequence[Segment], on_logits: OnLogits, on_block: OnBlock | None = None, is_last: bool = False
     ) -> Pass:
@@ -232,7 +258,7 @@ class Runtime:
         """
         for item in batch:
             check_token_ids(item.input_ids, self.store.vocab_size)
-        layers, seat = self.plan.cache.shape.layers, self.engine.seats.decode
+        layers, seat = self.plan.cache.layers, self.engine.seats.decode
         work = ForwardWork(batch, self.plan.micro_batch_rows, layers, seat)
         return self._run(work, on_block, is_last)
 
@@ -346,7 +372,7 @@ class Runtime:
         device = host.computer.device if host.computer is not None else None
         kv, fork = None, None
         if memory.spill is not None and memory.kv_ring is not None:
-            kv = KVStream(memory.spill, memory.kv_ring, plan.cache.shape.layers, host.trace, host.cancel)
+            kv = KVStream(memory.spill, memory.kv_ring, plan.cache.layers, host.trace, host.cancel)
         if device is not None and "cpu" in (plan.prefill_device, plan.decode_device):
             fork = Fork(plan.tape, plan.placement.resident, plan.placement.ring_nbytes)
 

@@ -8,9 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.cache.plans import FakeFile, plan_of, pool_of
+from tests.cache.plans import SHAPE, FakeFile, plan_of, pool_of
 from tiered.cache import Extent, KVPool, LentBlocks, Part, SequenceKV
 from tiered.kernels.attention import PAGE_TOKENS
+from tiered.plan.kv import LayerGroup
 from tiered.store import PAGE
 
 WINDOWS: Final = (0, 70, 200)
@@ -44,7 +45,12 @@ def test_a_part_knows_which_pages_it_touches_and_which_it_completes() -> None:
     [(500, 0, 0), (127, 64, 1), (126, 64, 0), (128, 64, 1), (128, 65, 1), (128, 66, 0), (3, 64, 0), (64, 1, 1)],
 )
 def test_the_oldest_page_read_is_the_one_the_window_begins_in(start: int, window: int, oldest: int) -> None:
-    assert part_of(start, 1).oldest_page(window) == oldest
+    assert part_of(start, 1).oldest_page(LayerGroup((0,), window, SHAPE)) == oldest
+
+
+@pytest.mark.parametrize(("start", "oldest"), [(99, 0), (100, 1), (199, 1), (200, 3), (299, 3)])
+def test_a_chunk_begins_at_a_multiple_of_its_length_wherever_a_query_is(start: int, oldest: int) -> None:
+    assert part_of(start, 1).oldest_page(LayerGroup((0,), 100, SHAPE, chunked=True)) == oldest
 
 
 def marker(layer: int, sequence: int, page: int) -> int:
@@ -66,7 +72,7 @@ class Sequences:
         members = [i for i, text in enumerate(self.texts) if number < len(text)]
         parts = [Part(self.kvs[i], self.kvs[i].length, self.texts[i][number]) for i in members]
         blocks = LentBlocks(self.pool, parts)
-        for layer in range(self.pool.shape.layers):
+        for layer in range(self.pool.plan.layers):
             places = blocks.map_of(layer)
             memory = torch.zeros(places.lent_nbytes, dtype=torch.uint8)
             self.file.read(places.reads(layer), memory)
@@ -79,9 +85,9 @@ class Sequences:
             part.kv.length = part.stop
 
     def _check_and_fill(self, blocks: LentBlocks, layer: int, position: int, sequence: int, part: Part) -> None:
-        places, nbytes = blocks.map_of(layer), self.pool.layout.block_nbytes
+        places, nbytes = blocks.map_of(layer), self.pool.layouts[0].block_nbytes
         numbers = blocks.memory(layer).view(torch.int64)
-        for page in range(part.oldest_page(places.window), part.first_page):
+        for page in range(part.oldest_page(places.kept), part.first_page):
             block = numbers[places.offset(position, page) // 8 :][: nbytes // 8]
             assert (block == marker(layer, sequence, page)).all()
             self.seen += 1
@@ -123,7 +129,7 @@ def assert_apart(spans: list[tuple[int, int]], nbytes: int) -> None:
 def test_what_a_layer_needs_of_a_sequence_is_one_extent() -> None:
     pool = disk_pool((0,), context=1000)
     other, kv = reserved(pool, 100), reserved(pool, 1000)
-    nbytes = pool.layout.block_nbytes
+    nbytes = pool.layouts[0].block_nbytes
     (found,) = LentBlocks(pool, [Part(kv, 640, 200)]).map_of(0).reads(0)
     assert found == Extent(pool.file_offset(0, kv.block(0, 0)), 0, 10 * nbytes)
     assert found.offset >= pool.file_offset(0, other.block(0, 1)) + nbytes
@@ -136,7 +142,7 @@ def test_a_ring_is_parted_only_where_it_ends() -> None:
     # Pages 5 and 6 lie in blocks 1 and 2; page 7 in block 3, page 8 in block 0.
     straight = LentBlocks(pool, [Part(kv, 500, 1)]).map_of(0).reads(0)
     parted = LentBlocks(pool, [Part(kv, 576 + 60, 1)]).map_of(0).reads(0)
-    assert [extent.nbytes // pool.layout.block_nbytes for extent in straight] == [2]
+    assert [extent.nbytes // pool.layouts[0].block_nbytes for extent in straight] == [2]
     assert [pool.file_offset(0, kv.block(0, page)) for page in (7, 8)] == [extent.offset for extent in parted]
 
 
@@ -144,15 +150,15 @@ def test_of_a_prompt_longer_than_the_ring_only_what_stays_is_written() -> None:
     pool = disk_pool((64, 0), context=2000, tokens_at_once=64)
     kv = reserved(pool, 2000)
     blocks = LentBlocks(pool, [Part(kv, 0, 1999)])
-    written = [sum(x.nbytes for x in blocks.map_of(n).writes(n)) // pool.layout.block_nbytes for n in (0, 1)]
-    assert written == [kv.pages[pool.group_of[0]], 1999 // PAGE_TOKENS] and written[0] < 5
+    written = [sum(x.nbytes for x in blocks.map_of(n).writes(n)) // pool.layouts[0].block_nbytes for n in (0, 1)]
+    assert written == [kv.pages[pool.group(0)], 1999 // PAGE_TOKENS] and written[0] < 5
 
 
 def test_a_token_inside_a_page_writes_nothing_and_reads_all_before_it() -> None:
     pool = disk_pool((0,), context=1000)
     places = LentBlocks(pool, [Part(reserved(pool, 1000), 200, 1)]).map_of(0)
     assert places.writes(0) == []
-    assert places.lent_nbytes == places.reads(0)[0].nbytes == 3 * pool.layout.block_nbytes
+    assert places.lent_nbytes == places.reads(0)[0].nbytes == 3 * pool.layouts[0].block_nbytes
 
 
 def test_a_first_short_prompt_moves_nothing() -> None:

@@ -7,7 +7,8 @@ import pytest
 
 from tiered.errors import ConfigError
 from tiered.plan import ComputeRate, KVShape
-from tiered.plan.hardware import DiskRates, Hardware, roofline
+from tiered.plan.hardware import DiskRates, Hardware, bytes_per_weight, roofline
+from tiered.quant import Scheme
 
 DESCRIBED = """
 name = "two cores"
@@ -45,7 +46,7 @@ def test_a_described_machine_computes_along_its_roofline() -> None:
     assert rate.seconds(512, 10**9) == pytest.approx(2 * 512 / 1e12 * 1e9)  # multiply-adds
     assert roofline("none", 1e12, 2e10).seconds(1, 1) == pytest.approx(1e-10)
     assert machine.cpu.attention == 2e10 and machine.gpu is not None and machine.gpu.name == "T4"
-    made = machine.machine("int8-g64", "invariant", KVShape(8, 128, 2, "bfloat16"), 7)
+    made = machine.machine("int8-g64", "invariant", KVShape(8, 128, 128, "bfloat16"), 7)
     assert (made.scratch_nbytes, made.disk_bytes_per_second) == (7, 2e9)
     assert made.attention_seconds == pytest.approx(2 * 8 * 128 * 2 / 2e10)
 
@@ -93,6 +94,15 @@ def test_groups_of_another_size_take_the_time_of_their_bytes() -> None:
     measured, finer = (cpu.linear_rate(scheme, "invariant") for scheme in ("int4-g64", "int4-g32"))
     assert finer.rows == measured.rows
     assert finer.seconds_per_weight[0] == pytest.approx(measured.seconds_per_weight[0] * (19 / 32) / (35 / 64))
+
+
+@pytest.mark.parametrize("name", ["int4-g64", "int8-g32", "mxfp4-g32", "nf4-g64", "iq4nl-g32"])
+def test_a_weight_takes_the_bytes_of_its_scheme_and_codes_that_are_looked_up_compute_as_int4(name: str) -> None:
+    assert bytes_per_weight(name) == Scheme.parse(name).nbytes(1, 128) / 128
+    cpu = Hardware.from_toml(DESCRIBED, "described").cpu
+    share = bytes_per_weight(name) / bytes_per_weight("int8-g64" if name.startswith("int8") else "int4-g64")
+    known = cpu.linear_rate("int8-g64" if name.startswith("int8") else "int4-g64", "fast")
+    assert cpu.linear_rate(name, "fast").seconds(1, 1) == pytest.approx(share * known.seconds(1, 1))
 
 
 def test_written_down_and_read_back_it_is_the_same_machine() -> None:

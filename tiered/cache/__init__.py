@@ -6,11 +6,13 @@ from tiered.cache.layout import PageLayout
 from tiered.cache.micro_batch import MicroBatchKV, PackedKV, PagedKeys, PagedRead, PositionCache
 from tiered.cache.outbox import Outbox
 from tiered.cache.pool import KVPool, SequenceKV
-from tiered.cache.shape import kv_shape
+from tiered.cache.shape import kv_shapes
+from tiered.cache.state import BundleStates, Snapshot, StatePool
 from tiered.plan.kv import Bits, CachePlan, KVShape, layer_groups
 
 __all__ = [
     "Bits",
+    "BundleStates",
     "CachePlan",
     "Extent",
     "GatheredKV",
@@ -26,6 +28,8 @@ __all__ = [
     "Part",
     "PositionCache",
     "SequenceKV",
-    "kv_shape",
+    "Snapshot",
+    "StatePool",
+    "kv_shapes",
     "layer_groups",
 ]

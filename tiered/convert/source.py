@@ -19,7 +19,8 @@ from tiered.quant import folded
 
 @dataclass(frozen=True)
 class Packed:
-    """A quantized weight as three streams of bytes, to be consumed in this order."""
+    """A quantized weight as three streams of bytes, to be consumed in this order; `zero` has none where the scheme has
+    no zeros."""
 
     q: Iterator[memoryview]
     scale: Iterable[memoryview]
@@ -78,6 +79,8 @@ class StoredTensor:
 
     dtype: torch.dtype
     shape: tuple[int, ...]
+    is_upright: bool = False
+    """It is [out, in], or [experts, out, in], even where transformers' model has it transposed."""
 
     @property
     def nbytes(self) -> int:

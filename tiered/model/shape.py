@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 from transformers import PretrainedConfig
 
-from tiered.arch import Skeleton, layer_windows
-from tiered.cache import kv_shape, layer_groups
+from tiered.arch import Skeleton, chunked_layers, layer_windows, state_shape
+from tiered.cache import kv_shapes, layer_groups
 from tiered.io import CHUNK_BUFFERS
 from tiered.kernels import packed_row_nbytes
 from tiered.plan import ExpertShape, ModelShape, Tape
@@ -27,7 +27,6 @@ def model_shape(store: Store, skeleton: Skeleton, dtype: torch.dtype) -> ModelSh
     `skeleton` must be as built: binding it takes its layers out.
     """
     config = skeleton.config
-    kv = kv_shape(config, dtype)
     blocks = store.units_of_pass(on_demand=False)
     (embed,) = store.layout(store.blocks["embed"]).weights.values()
     side = EmbeddingRows.side_nbytes(embed)
@@ -36,9 +35,10 @@ def model_shape(store: Store, skeleton: Skeleton, dtype: torch.dtype) -> ModelSh
     tables = side + CHUNK_NBYTES + buffers
     kept = _kept_units(store)
     tables += max((unit.memory_nbytes for unit in kept), default=0)
-    tables += sum(math.prod(weight.shape) for unit in kept for weight in unit.weights.values()) * kv.itemsize
+    tables += sum(math.prod(weight.shape) for unit in kept for weight in unit.weights.values()) * dtype.itemsize
     tables += _copied_nbytes(store, skeleton)
-    layers = [p.shape for block in skeleton.blocks() if block.role == "layer" for p in block.parameters]
+    # Parameters that are one number have no shape.
+    layers = [p.shape for block in skeleton.blocks() if block.role == "layer" for p in block.parameters if p.shape]
     return ModelShape(
         tape=_tape(blocks),
         weights=sum(store.layout(block).weight_count for block in store.tape),
@@ -49,15 +49,16 @@ def model_shape(store: Store, skeleton: Skeleton, dtype: torch.dtype) -> ModelSh
         # Of a stack of experts only one counts, because they compute one after the other.
         widest=max(shape[-2:][0] for shape in layers),
         vocab=config.vocab_size,
-        heads=int(config.num_attention_heads),
-        kv=kv,
-        groups=layer_groups(layer_windows(config)),
+        heads=int(getattr(config, "num_attention_heads", None) or 1),
+        dtype=str(dtype).removeprefix("torch."),
+        groups=layer_groups(layer_windows(config), kv_shapes(config, dtype), chunked_layers(config)),
         eager_attention=config._attn_implementation == "eager",
         dense_attention=skeleton.family.gathers,
         packed_nbytes=packed_row_nbytes(max(shape[-1] for shape in layers)),
         quantization=store.manifest.quantization.get("layers"),
         experts=_expert_shape(store, config),
         head_weights=store.layout(store.tape[-1]).weight_count,
+        state=state_shape(skeleton),
     )
 
 
@@ -74,7 +75,9 @@ def _expert_shape(store: Store, config: PretrainedConfig) -> ExpertShape | None:
     """The experts, if each is a unit, and all layers that have experts have one module of equally many."""
     layers = [units for units in store.expert_units if units]
     modules = [{unit.name.partition(RANGE)[0] for unit in units} for units in layers]
-    chosen = getattr(config, "num_experts_per_tok", None)
+    # Aria and Hunyuan have a name of their own for it, and Hunyuan may have a number for each layer.
+    chosen = getattr(config, "num_experts_per_tok", None) or getattr(config, "moe_topk", None)
+    chosen = max(chosen) if isinstance(chosen, list) and chosen else chosen
     if {*map(len, modules)} != {1} or len({*map(len, layers)}) != 1 or not isinstance(chosen, int):
         return None
     experts = [unit for units in layers for unit in units]

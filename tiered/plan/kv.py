@@ -5,11 +5,12 @@ taken. `cache/` puts them to use; how codes, scales and zeros lie inside a block
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Final, Literal
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import astuple, dataclass
+from typing import Any, Final, Literal
 
 from tiered.errors import ConfigError
+from tiered.plan.state import StateShape
 from tiered.units import PAGE, PAGE_TOKENS, round_up
 
 Bits = Literal[16, 8, 4]
@@ -31,37 +32,46 @@ def parse_bits(text: str) -> AnyBits:
     return "auto" if text == "auto" else BITS_BY_NAME[text]
 
 
+def itemsize(dtype: str) -> int:
+    """Bytes of a number in the compute dtype of this name."""
+    return _ITEMSIZES[dtype]
+
+
 @dataclass(frozen=True)
 class KVShape:
     """Keys and values one token adds to one layer."""
 
     heads: int
     head_dim: int
-    layers: int
+    """Channels of a head's keys."""
+    value_dim: int
+    """Channels of a head's values. 0: there are none but the keys, whose first channels are values too (latents)."""
     dtype: str
     """The name of the compute dtype, as torch spells it."""
 
     @property
     def itemsize(self) -> int:
         """Bytes of a number in the compute dtype."""
-        return _ITEMSIZES[self.dtype]
+        return itemsize(self.dtype)
 
     @property
     def token_nbytes(self) -> int:
         """Bytes of one token's keys and values in one layer, in the compute dtype."""
-        return 2 * self.heads * self.head_dim * self.itemsize
+        return self.heads * (self.head_dim + self.value_dim) * self.itemsize
 
-    def nbytes(self, sequences: int, tokens: int) -> int:
-        """Bytes of the whole cache for `sequences` sequences of `tokens` tokens."""
-        return self.layers * self.token_nbytes * sequences * tokens
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Channels of what a query is multiplied with, and of what its weights are."""
+        return self.head_dim, self.value_dim or self.head_dim
 
 
 def check_bits(shape: KVShape, bits: int) -> None:
-    """Raise ConfigError for bits other than 16, 8 and 4, and for 4 bits where head_dim is odd."""
+    """Raise ConfigError for bits other than 16, 8 and 4, and for 4 bits where a head has an odd number of channels."""
     if bits not in (16, 8, 4):
         raise ConfigError(f"KV cache: {bits} bits, expected 16, 8 or 4")
-    if bits == 4 and shape.head_dim % 2:
-        raise ConfigError(f"KV cache: heads of {shape.head_dim} channels cannot be packed in 4 bits; use 8 or 16")
+    odd = [width for width in (shape.head_dim, shape.value_dim) if width % 2]
+    if bits == 4 and odd:
+        raise ConfigError(f"KV cache: heads of {odd[0]} channels cannot be packed in 4 bits; use 8 or 16")
 
 
 def block_nbytes(shape: KVShape, bits: int, slots: int = PAGE_TOKENS) -> int:
@@ -71,14 +81,15 @@ def block_nbytes(shape: KVShape, bits: int, slots: int = PAGE_TOKENS) -> int:
     """
     check_bits(shape, bits)
     if bits == 16:
-        states = shape.heads * slots * shape.head_dim * shape.itemsize
-        return round_up(round_up(states, PART_ALIGNMENT) + states, PAGE)
-    codes = shape.heads * PAGE_TOKENS * (shape.head_dim * bits // 8)
+        keys, values = (shape.heads * slots * width * shape.itemsize for width in (shape.head_dim, shape.value_dim))
+        return round_up(round_up(keys, PART_ALIGNMENT) + values, PAGE)
     # Scales and zeros of keys are per channel, those of values per token and group of channels.
-    per_channel, per_token = shape.head_dim, PAGE_TOKENS * (shape.head_dim // math.gcd(shape.head_dim, PAGE_TOKENS))
+    width = shape.widths[1]
+    of_values = width, PAGE_TOKENS * (width // math.gcd(width, PAGE_TOKENS))
     stop = 0
-    for count in (shape.heads * per_channel, shape.heads * per_token):
-        stop = round_up(stop, PART_ALIGNMENT) + codes
+    for width, per_head in ((shape.head_dim, shape.head_dim), of_values) if shape.value_dim else (of_values,):
+        count = shape.heads * per_head
+        stop = round_up(stop, PART_ALIGNMENT) + shape.heads * PAGE_TOKENS * (width * bits // 8)
         stop = round_up(stop, PART_ALIGNMENT) + 2 * count
         stop = round_up(stop, PART_ALIGNMENT) + count
     return round_up(stop, PAGE)
@@ -86,18 +97,39 @@ def block_nbytes(shape: KVShape, bits: int, slots: int = PAGE_TOKENS) -> int:
 
 @dataclass(frozen=True)
 class LayerGroup:
-    """Layers that keep the same tokens."""
+    """Layers that keep the same tokens, in pages of the same shape."""
 
     layers: tuple[int, ...]
     window: int
     """Tokens that a query sees, itself included; 0: all before it."""
+    shape: KVShape
+    chunked: bool = False
+    """The window does not move with the query: positions are cut into chunks of so many, and a query sees what is
+    before it in its own."""
+
+    def first_seen(self, position: int) -> int:
+        """The position of the first token that a query at `position` sees."""
+        if self.chunked:
+            return position // self.window * self.window
+        return max(0, position - self.window + 1) if self.window else 0
+
+    @property
+    def token_nbytes(self) -> int:
+        """Bytes of one token's keys and values in all of these layers, in the compute dtype."""
+        return len(self.layers) * self.shape.token_nbytes
+
+
+def group_from_json(fields: Mapping[str, Any]) -> LayerGroup:
+    """The group that `dataclasses.asdict` has made `fields` of."""
+    return LayerGroup(**{**fields, "layers": tuple(fields["layers"]), "shape": KVShape(**fields["shape"])})
 
 
 @dataclass(frozen=True)
 class CachePlan:
     """How much memory and disk the cache takes, and for what; none of it is taken yet."""
 
-    shape: KVShape
+    layers: int
+    """Decoder layers; those in no group keep no keys and values of their own."""
     bits: Bits
     on_disk: bool
     groups: tuple[LayerGroup, ...]
@@ -116,6 +148,11 @@ class CachePlan:
     layers share the memory of one, if the cache is in memory."""
     on_device: bool = False
     """All of it is in the memory of the device that computes, and none in the host's."""
+    state: StateShape | None = None
+    """What recurrent layers keep of a sequence, which is where the blocks are."""
+    lent_states: int = 0
+    """Where the cache is on disk: sequences whose states of one layer a group of micro-batches has in memory, at
+    most."""
 
     @property
     def has_tails(self) -> bool:
@@ -139,15 +176,13 @@ class CachePlan:
         shared = (self.tokens + most * (PAGE_TOKENS - 1)) // PAGE_TOKENS
         return min(most * whole, shared)
 
-    @property
-    def block_nbytes(self) -> int:
-        """Bytes of a page's keys and values in one layer, as they are kept."""
-        return block_nbytes(self.shape, self.bits, self.slots)
+    def block_nbytes(self, group: LayerGroup) -> int:
+        """Bytes of a page's keys and values in one layer of `group`, as they are kept."""
+        return block_nbytes(group.shape, self.bits, self.slots)
 
-    @property
-    def exact_nbytes(self) -> int:
-        """Bytes of a page's keys and values in one layer in a tail, or while the page is being put together."""
-        return block_nbytes(self.shape, 16, self.slots)
+    def exact_nbytes(self, group: LayerGroup) -> int:
+        """Bytes of the same in a tail, or while the page is being put together."""
+        return block_nbytes(group.shape, 16, self.slots)
 
     @property
     def slots(self) -> int:
@@ -157,10 +192,7 @@ class CachePlan:
     @property
     def blocks_nbytes(self) -> int:
         """Bytes of all blocks, in memory or on disk."""
-        nbytes = self.block_nbytes
-        if self.shares_layers:
-            return max(self.blocks(group) for group in self.groups) * nbytes
-        return sum(self.blocks(group) * len(group.layers) * nbytes for group in self.groups)
+        return self._of_layers({group: self.blocks(group) * self.block_nbytes(group) for group in self.groups})
 
     @property
     def shares_layers(self) -> bool:
@@ -172,12 +204,38 @@ class CachePlan:
         """Bytes of the pages being filled, in memory."""
         if not self.has_tails:
             return 0
-        return self.exact_nbytes * self.sequences * (1 if self.shares_layers else self.shape.layers)
+        return self._of_layers({group: self.sequences * self.exact_nbytes(group) for group in self.groups})
+
+    def _of_layers(self, nbytes: Mapping[LayerGroup, int]) -> int:
+        """Bytes for all layers, from those for one layer of each group."""
+        if self.shares_layers:
+            return max(nbytes.values(), default=0)
+        return sum(len(group.layers) * each for group, each in nbytes.items())
 
     @property
     def ring_nbytes(self) -> int:
         """Bytes for blocks on their way from disk and back: one unit computes while the next ones are read."""
-        return GROUPS_AT_ONCE * self.lent_pages * self.block_nbytes if self.on_disk else 0
+        largest = max(map(self.block_nbytes, self.groups), default=0)
+        return GROUPS_AT_ONCE * self.lent_pages * largest if self.on_disk else 0
+
+    @property
+    def states_nbytes(self) -> int:
+        """Bytes of all sequences' recurrent states, in memory or on disk."""
+        if self.state is None:
+            return 0
+        return self.sequences * (self.state.layer_nbytes if self.shares_layers else self.state.nbytes)
+
+    @property
+    def states_memory_nbytes(self) -> int:
+        """Bytes of memory for recurrent states: all of them, or those on their way from disk and back."""
+        if self.state is None or not self.on_disk:
+            return self.states_nbytes
+        return GROUPS_AT_ONCE * self.lent_states * self.state.layer_nbytes
+
+    @property
+    def file_nbytes(self) -> int:
+        """Bytes of the file, where the cache is on disk."""
+        return self.blocks_nbytes + self.states_nbytes
 
     @property
     def pool_nbytes(self) -> int:
@@ -195,18 +253,27 @@ class CachePlan:
             return 0
         # A long part has a page more than its tokens fill.
         pages = 2 * (rows // PAGE_TOKENS + 1)
-        return (pages + STACKED_PAGES) * self.exact_nbytes
+        return (pages + STACKED_PAGES) * max(map(self.exact_nbytes, self.groups), default=0)
 
 
-def outbox_nbytes(shape: KVShape, rows: int) -> int:
+def outbox_nbytes(groups: Sequence[LayerGroup], rows: int) -> int:
     """Bytes, on the device and in the host's memory, for the new keys and values of two micro-batches of `rows` tokens
     on their way from one to the other: one is computed while the other is copied."""
-    return 2 * round_up(2 * rows * shape.heads * shape.head_dim * shape.itemsize, PART_ALIGNMENT)
+    return 2 * round_up(rows * max((group.shape.token_nbytes for group in groups), default=0), PART_ALIGNMENT)
 
 
-def layer_groups(windows: Sequence[int]) -> tuple[LayerGroup, ...]:
-    """Groups of the layers with equal windows, from the window of each layer (0: none)."""
-    found: dict[int, list[int]] = {}
-    for layer, window in enumerate(windows):
-        found.setdefault(window, []).append(layer)
-    return tuple(LayerGroup(tuple(layers), window) for window, layers in sorted(found.items()))
+def layer_groups(
+    windows: Sequence[int], shapes: KVShape | Sequence[KVShape | None], chunked: Collection[int] = ()
+) -> tuple[LayerGroup, ...]:
+    """Groups of the layers with equal windows and shapes, from the window of each layer (0: none).
+
+    `shapes`: of all layers, or of each; None: the layer keeps no keys and values of its own, and is in no group.
+    `chunked`: the layers whose windows are chunks.
+    """
+    each = [shapes] * len(windows) if isinstance(shapes, KVShape) else shapes
+    found: dict[tuple[int, KVShape, bool], list[int]] = {}
+    for layer, (window, shape) in enumerate(zip(windows, each, strict=True)):
+        if shape is not None:
+            found.setdefault((window, shape, layer in chunked), []).append(layer)
+    ordered = sorted(found.items(), key=lambda item: (item[0][0], astuple(item[0][1]), item[0][2]))
+    return tuple(LayerGroup(tuple(layers), *key) for key, layers in ordered)

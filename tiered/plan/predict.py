@@ -192,6 +192,7 @@ def memory_by_kind(plan: Plan) -> dict[str, int]:
         "process": needs.baseline,
         "tables": needs.outer,
         "kv_cache": needs.kv,
+        "state": needs.state,
         "workspace": needs.workspace,
         "resident": plan.placement.resident_nbytes,
         "ring": plan.placement.ring_nbytes,
@@ -261,7 +262,7 @@ class _Run:
             return 0.0, 0.0
         weights = plan.tape.total if is_first else self._bus_nbytes
         experts = expected_bus_nbytes(self.model, plan, tokens) / gpu.host_to_device
-        kv = 0 if plan.cache.on_device else tokens * self.model.kv.token_nbytes * self.model.kv.layers
+        kv = 0 if plan.cache.on_device else tokens * self.model.kv_token_nbytes
         return weights / gpu.host_to_device + experts + kv / gpu.device_to_host, experts
 
     def _disk(self, run: PassRun, tokens: int, is_first: bool) -> tuple[float, float, float, float]:
