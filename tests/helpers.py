@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from tests.shared import made_once
 from tests.store.make import load_unit
+from tiered.arch.modules import lent_weights
 from tiered.cache import SequenceKV
 from tiered.convert import ConvertOptions, convert_checkpoint
 from tiered.host import Host
@@ -69,9 +70,14 @@ _GROUPED_EXPERTS: Final = {
     **{"n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "n_shared_experts": 1, "norm_topk_prob": True},
 }
 """For families that choose among groups of experts first, and have a first layer without."""
+_LATENT: Final = {
+    **_UNGROUPED,
+    **{"q_lora_rank": 32, "kv_lora_rank": 64, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 24},
+}
+"""For families that keep latents, of which attention makes keys and values."""
 _SOFT_CAPS: Final = {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0}
 
-TINY: Final[dict[str, dict[str, Any]]] = {
+_MODELS: Final[dict[str, dict[str, Any]]] = {
     "opt": _OPT,
     "opt-350m": {**_OPT, "word_embed_proj_dim": 32, "do_layer_norm_before": False},
     "gpt_neox": {**_UNGROUPED, "use_parallel_residual": True},
@@ -173,9 +179,53 @@ TINY: Final[dict[str, dict[str, Any]]] = {
     "exaone_moe": {**_GROUPED_EXPERTS, **_MIXED, "is_moe_layer": [False, True, True]},
     "cohere2_moe": {**_EXPERTS, **_MIXED},
     "solar_open": _GROUPED_EXPERTS,
+    # Chunks instead of windows, and queries that are scaled by their position.
+    "llama4_text": {
+        **_EXPERTS,
+        **{"attention_chunk_size": WINDOW, "no_rope_layers": [1, 0, 1], "floor_scale": 4, "moe_layers": [1, 2]},
+        **{"intermediate_size": 64, "intermediate_size_mlp": 96, "rope_parameters": _ROPE},
+    },
+    "minicpm3": {**_LATENT, "scale_emb": 2.0, "dim_model_base": 32},
+    "deepseek_v2": {**_GROUPED_EXPERTS, **_LATENT, "q_lora_rank": None, "topk_method": "group_limited_greedy"},
+    "deepseek_v3": {**_GROUPED_EXPERTS, **_LATENT},
+    "glm4_moe_lite": {**_GROUPED_EXPERTS, **_LATENT},
+    "axk1": {**_GROUPED_EXPERTS, **_LATENT},
+    "sarvam_mla": {**_GROUPED_EXPERTS, **_LATENT},
     "mellum": {**_EXPERTS, **_MIXED},
+    "gpt2": {**_UNGROUPED, "tie_word_embeddings": True},
+    "dbrx": {
+        **{"d_model": 64, "n_heads": 4, "n_layers": 3, "max_seq_len": CONTEXT},
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "ctrl": {**_UNGROUPED, "n_ctx": CONTEXT, "dff": 96},
+    # Experts transposed, gate and up in turn, with biases; sinks.
+    "gpt_oss": {**_EXPERTS, **_MIXED, "intermediate_size": 64},
+    "apertus": {},
+    "apertus1p5_text": {},
+    "bitnet": {},
+    "cohere_compass_text": {
+        **_MIXED,
+        "rope_parameters": dict.fromkeys(("sliding_attention", "full_attention"), _ROPE),
+    },
+    "exaone": {},
+    "internlm3": {},
+    "iquestcoder": {},
+    "afmoe": {**_GROUPED_EXPERTS, **_MIXED, "num_dense_layers": 1, "n_group": 1, "num_shared_experts": 1},
+    "aria_text": {**_EXPERTS, "moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1},
+    "beam": {**_GROUPED_EXPERTS, **_MIXED, "mlp_layer_types": ["dense", "sparse", "sparse"]},
+    "flint": {**_EXPERTS, **_MIXED, "shared_expert_intermediate_size": 64},
+    "hunyuan_v1_moe": {**_EXPERTS, "moe_topk": 2},
+    "hy_v3": _GROUPED_EXPERTS,
+    "kolibri1": {**_GROUPED_EXPERTS, **_MIXED},
+    "laguna": {**_EXPERTS, **_MIXED, "shared_expert_intermediate_size": 64},
+    "doge": {},
+    "jetmoe": {"num_local_experts": 4, "kv_channels": 16},
 }
 """Configurations by name, on top of `_SIZES`; the name is the model_type where none is given."""
+
+TINY: Final = {name: fields for name, fields in _MODELS.items() if fields.get("model_type", name) in CONFIG_MAPPING}
+"""Those that the installed transformers knows: the oldest version lacks a few."""
 
 
 SHORT_TEXT: Final = 16
@@ -280,6 +330,10 @@ def randomize(model: PreTrainedModel) -> None:
 def load_stored_weights(model: PreTrainedModel, store: Store) -> None:
     """Overwrite the parameters of `model` with those of `store`, dequantized, by reading its files whole."""
     state = model.state_dict()
+    for name, module in model.named_modules():
+        for attribute, is_transposed in lent_weights(module).items():
+            if is_transposed:
+                state[f"{name}.{attribute}"] = state[f"{name}.{attribute}"].mT
     with torch.no_grad():
         for block in store.manifest.blocks:
             for unit in store.layout(block).units:

@@ -4,7 +4,7 @@ In: `ConvertOptions` and the skeleton of the model. Out: a `StoreRecipe` with on
 and the manifest that will list them. Decided before any weight is read.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -20,6 +20,8 @@ from tiered.units import MIB
 _QUANTS: Final = ("int4", "int8", "none")
 """Besides the name of a codebook's scheme, as it is."""
 _COMPRESSIONS: Final = ("auto", "planes", "none")
+_FEW: Final = 0.05
+"""Share of the layers' weights that may keep the source's precision without a word."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,9 @@ class StoreRecipe:
     architecture: Mapping[str, Any]
     quantization: Mapping[str, Any]
     unquantized: tuple[str, ...]
+    kept: tuple[str, ...]
+    """Matrices of layers that are not quantized because no linear layer multiplies by them, where they are more than a
+    few of the layers' weights."""
     synthetic: bool
     distinct_blocks: int | None
 
@@ -148,6 +153,7 @@ def make_recipe(skeleton: Skeleton, options: ConvertOptions) -> StoreRecipe:
     files = tuple(_recipe(block, options, order) for block in blocks if block.parameters)
     layer_scheme, embed_scheme = options.layer_scheme, options.embed_scheme
     unquantized = () if layer_scheme is None else tuple(_unquantized(blocks, files))
+    kept = () if layer_scheme is None else _kept(files, {*unquantized})
     quantization = {
         "layers": None if layer_scheme is None else layer_scheme.name,
         "embed": None if embed_scheme is None else embed_scheme.name,
@@ -168,6 +174,7 @@ def make_recipe(skeleton: Skeleton, options: ConvertOptions) -> StoreRecipe:
         architecture,
         quantization,
         unquantized,
+        kept,
         options.synthetic,
         distinct if distinct is not None and distinct < len(layers) else None,
     )
@@ -178,9 +185,13 @@ def _recipe(block: BlockTensors, options: ConvertOptions, order: Mapping[str, in
     scheme = options.layer_scheme if block.role == "layer" else options.embed_scheme
     tensors = []
     for parameter in block.parameters:
-        fits = scheme is not None and scheme.accepts(*folded(parameter.shape))
-        used = scheme if fits and _is_quantizable(parameter, block.role) else None
-        tensors.append(TensorRecipe(parameter.name, parameter.shape, used, _kind(parameter, block.role)))
+        # Not of all parameters: one that is a number has no rows.
+        fits = (
+            _is_quantizable(parameter, block.role) and scheme is not None and scheme.accepts(*folded(parameter.shape))
+        )
+        used = scheme if fits else None
+        kind = _kind(parameter, block.role)
+        tensors.append(TensorRecipe(parameter.name, parameter.shape, used, kind, parameter.is_transposed))
     tensors.sort(key=lambda tensor: (tensor.kind != "small", order.get(tensor.name, -1)))
     return BlockRecipe(block.name, block.role, block.prefix, tuple(tensors))
 
@@ -205,6 +216,14 @@ def _unquantized(blocks: Iterable[BlockTensors], files: Iterable[BlockRecipe]) -
         for parameter in block.parameters:
             if parameter.name in plain and _is_quantizable(parameter, block.role):
                 yield parameter.name
+
+
+def _kept(files: Iterable[BlockRecipe], unquantized: Collection[str]) -> tuple[str, ...]:
+    """Names of the matrices in layers that no scheme is meant for; none where they are few (routers)."""
+    layers = [tensor for file in files if file.role == "layer" for tensor in file.tensors]
+    kept = [t for t in layers if t.scheme is None and t.name not in unquantized and len(t.shape) > 1]
+    many = sum(tensor.numel for tensor in kept) > _FEW * sum(tensor.numel for tensor in layers)
+    return tuple(tensor.name for tensor in kept) if many else ()
 
 
 def _entries(files: tuple[BlockRecipe, ...], layers: list[BlockTensors], tied: bool) -> tuple[BlockEntry, ...]:
