@@ -199,7 +199,7 @@ _REASONS: dict[str, tuple[str, ...]] = {
         *("emu3", "fuyu", "git", "got_ocr2", "mllama", "moshi", "moss_transcribe_diarize", "musicgen"),
         *("musicgen_melody", "phi4_multimodal"),
     ),
-    "how its recurrent layers hand on their state is not known here": (
+    "its layers keep a recurrent state that is not driven yet": (
         *("bailing_hybrid", "inkling_text", "inkling2_text", "lara_mini", "lfm3", "minimax", "rwkv", "xlstm", "zamba"),
         *("zamba2", "zaya"),
     ),
