@@ -128,13 +128,15 @@ FAMILIES: Final = ("llama", "gemma3_text", "bloom", "mixtral")
 KV: Final = (("cpu", 16), ("cpu", 8), ("cpu", 4), ("disk", 16), ("disk", 4))
 PLACES: Final = (PROMPTS, ALL, DECODING)
 CELLS: Final = [
-    (name, place, kv, bits, rows)
-    for first, name in enumerate(FAMILIES)
-    for second, place in enumerate(PLACES)
-    for third, (kv, bits) in enumerate(KV)
-    for rows in ((None, 40)[(first + second + third) % 2],)
+    *(
+        (name, place, kv, bits, rows)
+        for first, name in enumerate(FAMILIES)
+        for second, place in enumerate(PLACES)
+        for third, (kv, bits) in enumerate(KV)
+        for rows in ((None, 40)[(first + second + third) % 2],)
+    ),
+    *(("deepseek_v3", PROMPTS, "cpu", 8, 40), ("llama4_text", PROMPTS, "disk", 16, 40)),
 ]
-CELLS += [("deepseek_v3", PROMPTS, "cpu", 8, 40), ("llama4_text", PROMPTS, "disk", 16, 40)]
 
 
 @pytest.mark.parametrize(
