@@ -66,7 +66,12 @@ def cli() -> None:
 @cli.command(short_help="Convert a checkpoint into a store of quantized blocks.")
 @click.argument("source")
 @click.option("-o", "--output", type=ANY_PATH, help="The store to write. [default: ./NAME.tiered]")
-@click.option("--quant", default="int4", show_default=True, type=click.Choice(["int4", "int8", "none"]))
+@click.option(
+    "--quant",
+    type=click.Choice(["keep", "int4", "int8", "none"]),
+    help="Of the layers' weights. keep takes what is quantized already as it is, or in 8 bits if no scheme holds it. "
+    "[default: keep where weights are quantized already, else int4]",
+)
 @click.option("--group-size", default="64", show_default=True, type=click.Choice(["32", "64", "128"]))
 @click.option(
     "--compress",
