@@ -9,7 +9,6 @@ from math import prod
 from pathlib import Path
 from typing import Final
 
-import torch
 import xxhash
 
 from tiered.convert.blocks import BlockRecipe, RangeRecipe
@@ -105,11 +104,10 @@ def _units_of(block: BlockRecipe, layout: BlockLayout) -> tuple[UnitInfo, ...]:
 def _add_packed(writer: BlockWriter, part: RangeRecipe, source: Weights, advance: Advance) -> None:
     scheme = part.whole.scheme
     assert scheme is not None
-    out, in_ = folded(part.shape)
-    packed, scale = source.packed(part), scheme.scale_shape(out, in_)
-    writer.add(f"{part.name}.q", torch.uint8, scheme.q_shape(out, in_), _counted(packed.q, advance))
-    writer.add(f"{part.name}.scale", torch.float16, scale, _counted(iter(packed.scale), advance))
-    writer.add(f"{part.name}.zero", torch.uint8, scale, _counted(iter(packed.zero), advance))
+    packed = source.packed(part)
+    streams = {"q": packed.q, "scale": packed.scale, "zero": packed.zero}
+    for suffix, (dtype, shape) in scheme.parts(*folded(part.shape)).items():
+        writer.add(f"{part.name}.{suffix}", dtype, shape, _counted(iter(streams[suffix]), advance))
 
 
 def _add_plain(

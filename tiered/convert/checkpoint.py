@@ -109,7 +109,7 @@ class Checkpoint:
         assert tensor.scheme is not None
         scheme = tensor.scheme
         # One allocation each: small results of every panel, kept between freed buffers, would fragment memory.
-        scale = torch.empty(scheme.scale_shape(*matrix), dtype=torch.float16)
+        scale = torch.empty(scheme.scale_shape(*matrix), dtype=scheme.scale_dtype)
         zero = torch.empty(scheme.zero_shape(*matrix), dtype=torch.uint8)
 
         def codes() -> Iterator[memoryview]:

@@ -14,12 +14,13 @@ from tiered.arch import BlockTensors, ParameterInfo, Skeleton, order_of_use
 from tiered.convert.blocks import BlockRecipe, TensorRecipe
 from tiered.convert.source import StoredTensor
 from tiered.errors import ConfigError
-from tiered.quant import GroupScheme, folded
+from tiered.quant import CODEBOOKS, CodebookScheme, GroupScheme, Scheme, folded
 from tiered.store import BlockInfo, FileInfo, Manifest
 from tiered.store.file import Kind
 from tiered.units import MIB
 
 _QUANTS: Final = ("keep", "int4", "int8", "none")
+"""Besides the name of a codebook's scheme, as it is."""
 _COMPRESSIONS: Final = ("auto", "planes", "none")
 
 
@@ -27,7 +28,9 @@ _COMPRESSIONS: Final = ("auto", "planes", "none")
 class ConvertOptions:
     """Everything `tiered convert` can be told, besides what to convert and where to."""
 
-    quant: str | None = None  # keep, int4, int8 or none, see `scheme_of`; None: keep what is quantized, else int4
+    quant: str | None = None
+    """keep, int4, int8, none or a codebook's scheme (mxfp4-g32), see `scheme_of`; None keeps what is quantized already,
+    and is int4 where nothing is."""
     group_size: int = 64  # weights along `in` that share a scale and a zero
     clip: Literal["mse", "minmax"] = "mse"  # how int4 chooses each group's range
     compress: str = "auto"  # planes (wherever it shrinks), auto (only where the disk is slow enough) or none
@@ -43,8 +46,10 @@ class ConvertOptions:
     tokenizer: Path | None = None  # a folder or tokenizer.json to take instead of the source's tokenizer
 
     def __post_init__(self) -> None:
-        if self.quant is not None and self.quant not in _QUANTS:
-            raise ConfigError(f"quantization {self.quant!r}: expected one of {', '.join(_QUANTS)}")
+        if self.quant is not None and self.quant not in _QUANTS and self.codebook_scheme is None:
+            raise ConfigError(
+                f"quantization {self.quant!r}: expected one of {', '.join(_QUANTS)}, or a codebook such as mxfp4-g32"
+            )
         if self.compress not in _COMPRESSIONS:
             raise ConfigError(f"compression {self.compress!r}: expected one of {', '.join(_COMPRESSIONS)}")
         GroupScheme(8, self.group_size)  # raises for a group size there is no layout for
@@ -59,6 +64,15 @@ class ConvertOptions:
         if self.distinct_blocks is not None and self.distinct_blocks < 1:
             raise ConfigError(f"--distinct-blocks {self.distinct_blocks}: expected at least 1")
 
+    @property
+    def codebook_scheme(self) -> CodebookScheme | None:
+        """The scheme that `quant` names with its group size, such as mxfp4-g32; None for any other."""
+        if self.quant is None or self.quant.partition("-")[0] not in CODEBOOKS:
+            return None
+        scheme = Scheme.parse(self.quant)
+        assert isinstance(scheme, CodebookScheme)
+        return scheme
+
     def of_source(self, is_quantized: bool) -> "ConvertOptions":
         """These options for a source whose weights are quantized already, or are not: `quant` is no longer None.
 
@@ -71,21 +85,23 @@ class ConvertOptions:
             )
         return self if self.quant is not None else replace(self, quant="keep" if is_quantized else "int4")
 
-    def scheme_of(self, role: str, stored: StoredTensor | None = None) -> GroupScheme | None:
+    def scheme_of(self, role: str, stored: StoredTensor | None = None) -> Scheme | None:
         """The scheme of a linear weight in a block of this `role`, which the source holds as `stored`; None where it
         is not quantized in the store.
 
-        "int4" and "int8" are for layers; embedding and head have 8 bits even then, as every token passes both. What is
-        quantized already in no more bits is taken as it is: to quantize it anew adds an error and saves nothing.
+        "int4", "int8" and codebooks are for layers; embedding and head have 8 bits even then, as every token passes
+        both. What is quantized already in no more bits is taken as it is: to quantize it anew adds an error and saves
+        nothing.
         "keep" takes all that is quantized as it is, what no scheme holds in 8 bits, and leaves the rest in the source's
         precision.
         """
         own = None if stored is None else stored.scheme
         if self.quant == "none" or (self.quant == "keep" and (stored is None or stored.method is None)):
             return None
-        bits = 4 if self.quant in ("int4", None) and role == "layer" else 8
+        bits = 8 if self.quant in ("int8", "keep") or role != "layer" else 4
         keeps = own is not None and (self.quant == "keep" or own.bits <= bits)
-        return own if keeps else GroupScheme(bits, self.group_size)
+        codebook = self.codebook_scheme if role == "layer" else None
+        return own if keeps else codebook or GroupScheme(bits, self.group_size)
 
     def settings(self) -> dict[str, Any]:
         """The options that decide what the store's bytes are: a resumed conversion must repeat them."""
@@ -232,9 +248,9 @@ def _unquantized(
                 yield name
 
 
-def _most_used(files: Iterable[BlockRecipe], role: str) -> GroupScheme | None:
+def _most_used(files: Iterable[BlockRecipe], role: str) -> Scheme | None:
     """The scheme of most weights in the blocks of this `role`; None where most are not quantized."""
-    numels: Counter[GroupScheme | None] = Counter()
+    numels: Counter[Scheme | None] = Counter()
     for tensor in (tensor for file in files if file.role == role for tensor in file.tensors):
         numels[tensor.scheme] += tensor.numel
     return numels.most_common(1)[0][0] if numels else None

@@ -101,10 +101,10 @@ def _writing_nbytes(tensor: TensorRecipe, block: BlockRecipe, compresses: bool) 
     """Memory of writing a tensor: a panel of codes, scales and zeros (written after all codes), and compression."""
     nbytes = 0
     if tensor.scheme is not None:
-        scale = tensor.scheme.scale_shape(*tensor.matrix)
+        parts = tensor.scheme.parts(*tensor.matrix)
         # A byte of codes for each weight of a panel; the panel itself has at least two bytes for it.
         nbytes += min(PANEL_NBYTES // 2, tensor.numel)
-        nbytes += tensor_nbytes(torch.float16, scale) + tensor_nbytes(torch.uint8, scale)
+        nbytes += sum(tensor_nbytes(*part) for name, part in parts.items() if name != "q")
     if compresses and is_candidate(tensor, block.role, torch.bfloat16):
         nbytes += min(COMPRESSING_NBYTES, 8 * tensor.numel)
     return nbytes

@@ -20,7 +20,8 @@ from tiered.quant import GroupScheme, QuantizedTensor, folded
 
 @dataclass(frozen=True)
 class Packed:
-    """A quantized weight as three streams of bytes, to be consumed in this order."""
+    """A quantized weight as three streams of bytes, to be consumed in this order; `zero` has none where the scheme has
+    no zeros."""
 
     q: Iterator[memoryview]
     scale: Iterable[memoryview]

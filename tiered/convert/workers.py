@@ -14,7 +14,7 @@ from typing import Final, Literal
 import torch
 
 from tiered.kernels import Kernels
-from tiered.quant import GroupScheme, QuantizedTensor, quantize
+from tiered.quant import QuantizedTensor, Scheme, quantize
 from tiered.units import MIB
 
 _MOST_WORKERS: Final = 8
@@ -56,7 +56,7 @@ class Quantizers:
         self._torch_threads = torch.get_num_threads()
 
     def quantize(
-        self, panel: torch.Tensor, scheme: GroupScheme, clip: Literal["mse", "minmax"], name: str
+        self, panel: torch.Tensor, scheme: Scheme, clip: Literal["mse", "minmax"], name: str
     ) -> Iterator[QuantizedTensor]:
         """Quantize `panel` [rows, in]; yields its parts in order. After the last one the panel is no longer needed."""
         if self._kernels is None:

@@ -15,7 +15,7 @@ import xxhash
 
 from tiered.errors import DiskFullError
 from tiered.files import errors_of
-from tiered.quant import GroupScheme
+from tiered.quant import Scheme
 from tiered.store.block import METADATA_KEY, PAD_PREFIX, PLANES_SUFFIX, WeightInfo, block_metadata
 from tiered.store.file import FileInfo, Kind, UnitInfo
 from tiered.store.format import (
@@ -96,10 +96,8 @@ class BlockWriter:
         """Append one tensor, whose bytes come in `pieces`, in order and of any sizes."""
         self._append(name, dtype, shape, pieces)
 
-    def add_weight(
-        self, name: str, shape: Sequence[int], scheme: GroupScheme | None, ranges: int | None = None
-    ) -> None:
-        """Record that tensors NAME.q, NAME.scale and NAME.zero together are weight NAME; or, where it is stored in
+    def add_weight(self, name: str, shape: Sequence[int], scheme: Scheme | None, ranges: int | None = None) -> None:
+        """Record that the parts of `scheme`, NAME.q and so on, together are weight NAME; or, where it is stored in
         `ranges` of its rows, those of NAME#0, NAME#1 and so on. Without a `scheme` a range is the tensor NAME#k."""
         self._weights[name] = WeightInfo(tuple(shape), scheme, ranges)
 

@@ -2,6 +2,7 @@
 // Internal linkage throughout, see pool.h.
 #pragma once
 
+#include "nibbles_avx2.h"
 #include "numbers.h"
 
 #include <immintrin.h>
@@ -51,7 +52,7 @@ struct Avx2 {
 
     // A unit's weights vector by vector; vector s holds those from position(s) on.
     template <int group> struct Int4 {
-        static constexpr bool kScaled = true;
+        static constexpr bool kScaled = true, kLookedUp = false;
         static constexpr int kWeights = group, kNbytes = group / 2;
         static constexpr int position(int s) { return s % 2 * (group / 2) + s / 2 * kLanes; }
 
@@ -67,8 +68,23 @@ struct Avx2 {
         }
     };
 
+    template <int group> struct Codebook {
+        static constexpr bool kScaled = true, kLookedUp = true;
+        static constexpr int kWeights = group, kNbytes = group / 2;
+        static constexpr int position(int s) { return Int4<group>::position(s); }
+
+        const uint8_t *q;
+        NibbleTable table;
+
+        Codebook(const uint8_t *q, float scale, const float *values) : q(q), table(values, scale) {}
+        F at(int s) const {
+            const __m256i both = codes(q + s / 2 * kLanes);
+            return table.weights(s % 2 ? _mm256_srli_epi32(both, 4) : both);
+        }
+    };
+
     struct Int8 {
-        static constexpr bool kScaled = true;
+        static constexpr bool kScaled = true, kLookedUp = false;
         static constexpr int kWeights = 32, kNbytes = 32;
         static constexpr int position(int s) { return s * kLanes; }
 
@@ -81,7 +97,7 @@ struct Avx2 {
     };
 
     struct Bf16 {
-        static constexpr bool kScaled = false;
+        static constexpr bool kScaled = false, kLookedUp = false;
         static constexpr int kWeights = 32, kNbytes = 64;
         static constexpr int position(int s) { return s * kLanes; }
 
