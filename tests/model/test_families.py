@@ -70,6 +70,11 @@ def test_a_quantized_store_gives_what_its_dequantized_weights_give(tiny: Tiny, n
         assert_same(run_greedy(runtime, prompts_for(name)), expected)
 
 
+@pytest.mark.parametrize(("name", "quant"), [("llama", "nf4-g64"), ("qwen3_moe", "mxfp4-g32")])
+def test_codes_that_are_looked_up_give_what_they_stand_for(tiny: Tiny, name: str, quant: str) -> None:
+    test_a_quantized_store_gives_what_its_dequantized_weights_give(tiny, name, quant)
+
+
 @pytest.mark.parametrize("rows", [None, 6])
 @pytest.mark.parametrize("name", LENGTH_DEPENDENT)
 def test_rotary_frequencies_follow_the_length_of_each_text(tiny: Tiny, name: str, rows: int | None) -> None:
