@@ -69,8 +69,8 @@ def cli() -> None:
 @click.option(
     "--quant",
     type=click.Choice(["keep", "int4", "int8", "none", "mxfp4-g32", "nf4-g64", "iq4nl-g32"]),
-    help="Of the layers' weights. keep: what is quantized already as it is, or in 8 bits if no scheme holds it. The last "
-    "three are looked up in 16 values.  [default: keep where weights are quantized already, else int4]",
+    help="Of the layers' weights. keep: what is quantized already as it is, or in 8 bits if no scheme holds it. The "
+    "last three are looked up in 16 values.  [default: keep where weights are quantized already, else int4]",
 )
 @click.option("--group-size", default="64", show_default=True, type=click.Choice(["32", "64", "128"]))
 @click.option(
