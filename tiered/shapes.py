@@ -19,7 +19,7 @@ from tiered.convert.headers import HubHeaders
 from tiered.convert.hollow import DtypeOf, hollow_store
 from tiered.convert.open import open_checkpoint, resolve_checkpoint
 from tiered.convert.place import HubId
-from tiered.convert.quantized import configured_method, refuse_unread
+from tiered.convert.quantized import configured_method, quantization_config, refuse_unread
 from tiered.convert.recipe import ConvertOptions
 from tiered.model import check_layers, check_match, model_shape
 from tiered.options import compute_dtype
@@ -85,7 +85,7 @@ def outline(source: str, quants: Sequence[str] = QUANTS) -> Outline:
             place = HubHeaders(place.repo_id, Path(folder))
         files = place.open(ConvertOptions(), _NoDownloads())
         config = load_config(files.config_folder())
-        method = configured_method(config)
+        method = configured_method(quantization_config(config))
         refuse_unread(files.name, method)
         if method is not None:
             note = (

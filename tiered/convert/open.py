@@ -3,6 +3,7 @@
 In: a folder, a hub id, a known name, or a shape to fill with noise. Called by `tiered.convert.convert_checkpoint`.
 """
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -11,11 +12,12 @@ from typing import Final
 import torch
 from transformers import PretrainedConfig
 
-from tiered.arch import build_skeleton, load_config, text_config
+from tiered.arch import build_skeleton, is_text_half, load_config, text_config
 from tiered.configs_path import config_dir
 from tiered.convert.checkpoint import Checkpoint
 from tiered.convert.checksums import check_md5
-from tiered.convert.index import NameMap, WeightIndex, find_weights, has_weights, map_names
+from tiered.convert.index import WeightIndex, find_weights, has_weights
+from tiered.convert.names import NameMap, has_head, map_names
 from tiered.convert.opt import check_shape, opt_config, opt_files, read_opt
 from tiered.convert.place import Folder, HubId, Ledger, LocalFiles, WeightFiles
 from tiered.convert.quantized import configured_method, quantization_config, refuse_quantized, refuse_unread
@@ -106,7 +108,8 @@ def open_checkpoint(
     if tokenizer is None:
         check_packages(files.name, files.names, files.read)
     _refuse_adapter(files)
-    method = configured_method(config)
+    quantization = quantization_config(config)
+    method = configured_method(quantization)
     refuse_unread(files.name, method)
     claimed = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     skeleton = build_skeleton(config)
@@ -116,14 +119,23 @@ def open_checkpoint(
     index = index or find_weights(files, getattr(config, "transformers_weights", None), ram.require)
     if options.md5 is not None:
         check_md5(options.md5, {name: files.path(name) for name in index.files})
-    index = quantized_index(index, files, quantization_config(config))
+    index = quantized_index(index, files, quantization)
+    made: dict[str, bytes] = {}
+    if is_text_half(files.config_folder()):
+        # What its two configurations say of it may differ, and neither is sure to be right.
+        if skeleton.tied == has_head(skeleton, index.file_of):
+            config.tie_word_embeddings = not skeleton.tied
+            skeleton = build_skeleton(config)
+        made["config.json"] = json.dumps(
+            {**config.to_diff_dict(), "dtype": str(claimed).removeprefix("torch.")}, indent=2
+        ).encode()
     names = map_names(skeleton, index.file_of)
     stored = _quantized(files, index, names)
     if method is not None and not stored:
         refuse_quantized(files.name, f"{method}, by config.json, but none of its tensors is")
     recipe = make_recipe(skeleton, options.of_source(bool(stored)), stored)
     ram.writes(recipe.files)
-    return Checkpoint(files, index, names, recipe.files, claimed, options.clip, ram.require), recipe
+    return Checkpoint(files, index, names, recipe.files, claimed, options.clip, ram.require, made), recipe
 
 
 def _find_opt(

@@ -65,10 +65,9 @@ def quantization_config(config: PretrainedConfig) -> Mapping[str, Any]:
     return {}
 
 
-def configured_method(config: PretrainedConfig) -> str | None:
-    """How config.json says that the weights are quantized; None where it says nothing."""
-    found = quantization_config(config)
-    return str(found.get("quant_method") or "quantization_config in config.json") if found else None
+def configured_method(quantization: Mapping[str, Any]) -> str | None:
+    """The method that `quantization_config` names; None where it says nothing."""
+    return str(quantization.get("quant_method") or "quantization_config in config.json") if quantization else None
 
 
 def refuse_unread(name: str, method: str | None) -> None:

@@ -37,7 +37,8 @@ def model_shape(store: Store, skeleton: Skeleton, dtype: torch.dtype) -> ModelSh
     tables += max((unit.memory_nbytes for unit in kept), default=0)
     tables += sum(math.prod(weight.shape) for unit in kept for weight in unit.weights.values()) * dtype.itemsize
     tables += _copied_nbytes(store, skeleton)
-    layers = [p.shape for block in skeleton.blocks() if block.role == "layer" for p in block.parameters]
+    # Parameters that are one number have no shape.
+    layers = [p.shape for block in skeleton.blocks() if block.role == "layer" for p in block.parameters if p.shape]
     return ModelShape(
         tape=_tape(blocks),
         weights=sum(store.layout(block).weight_count for block in store.tape),
