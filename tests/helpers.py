@@ -7,15 +7,16 @@ transformers answers to some prompts and what the engine does have one form, `An
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Final
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from tests.shared import made_once
 from tests.store.make import load_unit
+from tiered.arch import FAMILIES
 from tiered.arch.modules import lent_weights
 from tiered.cache import SequenceKV
 from tiered.convert import ConvertOptions, convert_checkpoint
@@ -70,9 +71,24 @@ _GROUPED_EXPERTS: Final = {
     **{"n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "n_shared_experts": 1, "norm_topk_prob": True},
 }
 """For families that choose among groups of experts first, and have a first layer without."""
+_LATENT: Final = {
+    **_UNGROUPED,
+    **{"q_lora_rank": 32, "kv_lora_rank": 64, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 24},
+}
+"""For families that keep latents, of which attention makes keys and values."""
 _SOFT_CAPS: Final = {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0}
 
-TINY: Final[dict[str, dict[str, Any]]] = {
+_ALTERNATING: Final = {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
+_DELTA: Final = {
+    **_ALTERNATING,
+    **{"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 16},
+}
+_MAMBA: Final = {
+    **{"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 2, "mamba_d_state": 16, "mamba_chunk_size": 8},
+    "mamba_expand": 2,
+}
+
+_MODELS: Final[dict[str, dict[str, Any]]] = {
     "opt": _OPT,
     "opt-350m": {**_OPT, "word_embed_proj_dim": 32, "do_layer_norm_before": False},
     "gpt_neox": {**_UNGROUPED, "use_parallel_residual": True},
@@ -174,7 +190,34 @@ TINY: Final[dict[str, dict[str, Any]]] = {
     "exaone_moe": {**_GROUPED_EXPERTS, **_MIXED, "is_moe_layer": [False, True, True]},
     "cohere2_moe": {**_EXPERTS, **_MIXED},
     "solar_open": _GROUPED_EXPERTS,
+    # Chunks instead of windows, and queries that are scaled by their position.
+    "llama4_text": {
+        **_EXPERTS,
+        **{"attention_chunk_size": WINDOW, "no_rope_layers": [1, 0, 1], "floor_scale": 4, "moe_layers": [1, 2]},
+        **{"intermediate_size": 64, "intermediate_size_mlp": 96, "rope_parameters": _ROPE},
+    },
+    "minicpm3": {**_LATENT, "scale_emb": 2.0, "dim_model_base": 32},
+    "deepseek_v2": {**_GROUPED_EXPERTS, **_LATENT, "q_lora_rank": None, "topk_method": "group_limited_greedy"},
+    "deepseek_v3": {**_GROUPED_EXPERTS, **_LATENT},
+    "glm4_moe_lite": {**_GROUPED_EXPERTS, **_LATENT},
+    "axk1": {**_GROUPED_EXPERTS, **_LATENT},
+    "sarvam_mla": {**_GROUPED_EXPERTS, **_LATENT},
     "mellum": {**_EXPERTS, **_MIXED},
+    "qwen3_next": {**_EXPERTS, **_DELTA, "shared_expert_intermediate_size": 48},
+    "qwen3_5_text": _DELTA,
+    "qwen3_5_moe_text": {**_EXPERTS, **_DELTA, "shared_expert_intermediate_size": 48},
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False},
+    "lfm2_moe": {**_EXPERTS, "layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 1},
+    "granitemoehybrid": {**_EXPERTS, **_ALTERNATING, **_MAMBA, "embedding_multiplier": 2.0},
+    "falcon_h1": {**_MAMBA, "mamba_d_ssm": 128, "embedding_multiplier": 2.0, "ssm_in_multiplier": 0.5},
+    "bamba": {**_MAMBA, "attn_layer_indices": [1]},
+    "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 2, "state_size": 16, "chunk_size": 8},
+    "nemotron_h": {
+        **_EXPERTS,
+        "layers_block_type": ["linear_attention", "mlp", "full_attention", "linear_attention"],
+        **{"mamba_num_heads": 8, "mamba_head_dim": 16, "n_groups": 2, "ssm_state_size": 16, "chunk_size": 8},
+    },
+    "jamba": {**_EXPERTS, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_offset": 1},
     "gpt2": {**_UNGROUPED, "tie_word_embeddings": True},
     "dbrx": {
         **{"d_model": 64, "n_heads": 4, "n_layers": 3, "max_seq_len": CONTEXT},
@@ -195,10 +238,10 @@ TINY: Final[dict[str, dict[str, Any]]] = {
     "internlm3": {},
     "iquestcoder": {},
     "afmoe": {**_GROUPED_EXPERTS, **_MIXED, "num_dense_layers": 1, "n_group": 1, "num_shared_experts": 1},
-    "aria_text": {**_EXPERTS, "moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1},
+    "aria_text": {"moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1},
     "beam": {**_GROUPED_EXPERTS, **_MIXED, "mlp_layer_types": ["dense", "sparse", "sparse"]},
     "flint": {**_EXPERTS, **_MIXED, "shared_expert_intermediate_size": 64},
-    "hunyuan_v1_moe": {**_EXPERTS, "moe_topk": 2},
+    "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": [2, 2, 2]},
     "hy_v3": _GROUPED_EXPERTS,
     "kolibri1": {**_GROUPED_EXPERTS, **_MIXED},
     "laguna": {**_EXPERTS, **_MIXED, "shared_expert_intermediate_size": 64},
@@ -206,6 +249,9 @@ TINY: Final[dict[str, dict[str, Any]]] = {
     "jetmoe": {"num_local_experts": 4, "kv_channels": 16},
 }
 """Configurations by name, on top of `_SIZES`; the name is the model_type where none is given."""
+
+TINY: Final = {name: fields for name, fields in _MODELS.items() if fields.get("model_type", name) in CONFIG_MAPPING}
+"""Those that the installed transformers knows: the oldest version lacks a few."""
 
 
 SHORT_TEXT: Final = 16
@@ -230,6 +276,11 @@ LENGTH_DEPENDENT: Final[dict[str, dict[str, Any]]] = {
     },
 }
 """More configurations: what these make of a token depends on how long the text is when it is computed."""
+
+
+STEPWISE: Final = ("nemotron_h",)
+"""Models of which transformers makes something else token by token than of a whole text: they are compared token by
+token, as they generate."""
 
 
 def tiny_config(name: str) -> Any:
@@ -288,7 +339,11 @@ class Tiny:
         return Store.open(made_once(f"tiny-{name}-{quant}.tiered", make))
 
     def _reference(self, name: str, quant: str = "none", steps: int = STEPS) -> Answers:
-        return reference_answers(self.model(name, quant), prompts_for(name), steps)
+        if name not in STEPWISE:
+            return reference_answers(self.model(name, quant), prompts_for(name), steps)
+        make_model = partial(self.model, name, quant)
+        found = [cached_answers(make_model, prompt, steps) for prompt in prompts_for(name)]
+        return Answers(tuple(each.tokens[0] for each in found), tuple(each.logits[0] for each in found))
 
 
 def randomize(model: PreTrainedModel) -> None:
@@ -335,6 +390,13 @@ def prompts_for(name: str) -> list[list[int]]:
     return [torch.randint(3, vocab, (length,), generator=generator).tolist() for length in PROMPT_LENGTHS]
 
 
+def few_rows(name: str) -> int:
+    """Tokens of a micro-batch that is smaller than the prompts of tiny model `name`, if its family allows any."""
+    config = tiny_config(name)
+    scan = FAMILIES[config.model_type].scan
+    return 6 if scan is None else max(6, scan.grid_of(config).cell(max(PROMPT_LENGTHS)))
+
+
 def reference_logits(model: PreTrainedModel, ids: Tokens) -> torch.Tensor:
     """What transformers computes without cache, padding or neighbours: [tokens, vocab]."""
     with torch.inference_mode():
@@ -353,6 +415,21 @@ def reference_answers(model: PreTrainedModel, prompts: Sequence[Tokens], steps: 
         tokens.append(new)
         logits.append(reference_logits(model, [*prompt, *new[:-1]]))
     return Answers(tuple(tokens), tuple(logits))
+
+
+def cached_answers(make_model: Callable[[], PreTrainedModel], prompt: Tokens, steps: int) -> Answers:
+    """transformers' answer, token by token with its own cache, by models that have seen no other text."""
+    ids = torch.tensor([list(prompt)])
+    output = make_model().generate(  # type: ignore[operator]  # only exists on classes that mix it in
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=steps,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    logits = torch.cat([reference_logits(make_model(), prompt), *output.logits[1:]])
+    return Answers((output.sequences[0, len(prompt) :].tolist(),), (logits,))
 
 
 def run_greedy(runtime: Runtime, prompts: Sequence[Tokens], steps: int = STEPS, end: bool = True) -> Answers:

@@ -6,7 +6,28 @@ forward and replaying it block by block gives the same logits as transformers.
 
 from dataclasses import dataclass
 
+from transformers import PretrainedConfig
+
 from tiered.errors import UnsupportedFamilyError
+from tiered.plan.state import Grid
+
+
+@dataclass(frozen=True)
+class Scan:
+    """How recurrent layers compute several tokens of a sequence at once: on a grid that begins with the text."""
+
+    grid: int | str = 1
+    """Tokens from one line of the grid to the next, or the field of the configuration that has them. A prompt that is
+    cut there, and nowhere else, has the bits of one that is not. 1: anywhere; 0: nowhere, as a scan of several tokens
+    begins without the state that earlier ones have left."""
+    one_cell: bool = False
+    """What is computed at once ends with the cell of the grid that it begins in: over several cells the family's code
+    sums in another order."""
+
+    def grid_of(self, config: PretrainedConfig) -> Grid:
+        """The grid of the model with this configuration."""
+        tokens = self.grid if isinstance(self.grid, int) else int(getattr(config, self.grid))
+        return Grid(tokens, self.one_cell)
 
 
 @dataclass(frozen=True)
@@ -21,6 +42,11 @@ class Family:
     gathers: bool = False
     """Dense attention: the family has attention code of its own, which takes keys and values as whole tensors. They
     are gathered from the cache for every layer, and sequences are padded to equal length."""
+    scan: Scan | None = None
+    """Some of its layers keep a state of fixed size instead of keys and values, or beside them."""
+    embedding_scale: str | None = None
+    """The field of the configuration that its forward multiplies embeddings by, but only those that it has looked up
+    itself."""
 
 
 _MODEL_LAYERS = (
@@ -61,6 +87,7 @@ _MODEL_LAYERS = (
     "persimmon",
     "vaultgemma",
     "modernbert-decoder",
+    "minicpm3",
     "apertus",
     "apertus1p5_text",
     "bitnet",
@@ -87,6 +114,12 @@ _MIXTURES = (
     "exaone_moe",
     "cohere2_moe",
     "solar_open",
+    "llama4_text",
+    "deepseek_v2",
+    "deepseek_v3",
+    "glm4_moe_lite",
+    "axk1",
+    "sarvam_mla",
     "mellum",
     "gpt_oss",
     "afmoe",
@@ -99,6 +132,10 @@ _MIXTURES = (
     "laguna",
 )
 """Mixtures of experts, whose experts transformers keeps in one stack per layer: a store has each of them by itself."""
+
+_DELTA = Scan(64)
+"""Gated delta rule: 64 is a constant of the families' code."""
+_MAMBA2 = Scan("mamba_chunk_size", one_cell=True)
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
@@ -122,6 +159,13 @@ FAMILIES: dict[str, Family] = {
         Family("doge", "model.layers", gathers=True),
         Family("jetmoe", "model.layers", gathers=True),
         *(Family(name, "model.layers") for name in (*_MODEL_LAYERS, *_MIXTURES)),
+        *(Family(name, "model.layers", scan=_DELTA) for name in ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")),
+        *(Family(name, "model.layers", scan=Scan()) for name in ("lfm2", "lfm2_moe")),
+        *(Family(name, "model.layers", scan=_MAMBA2) for name in ("bamba", "granitemoehybrid")),
+        Family("falcon_h1", "model.layers", scan=_MAMBA2, embedding_scale="embedding_multiplier"),
+        Family("mamba2", "backbone.layers", scan=Scan("chunk_size", one_cell=True)),
+        Family("nemotron_h", "model.layers", scan=Scan("chunk_size", one_cell=True)),
+        Family("jamba", "model.layers", scan=Scan(0)),
     )
 }
 
@@ -132,6 +176,7 @@ whatever their text half alone would (Cohere's scale its logits)."""
 
 TEXT_HALVES: dict[str, tuple[str, ...]] = {
     "gemma3": ("gemma3_text",),
+    "llama4": ("llama4_text",),
     **dict.fromkeys(("mistral3", "llava", "llava_next", "vipllava", "internvl", "idefics3", "smolvlm"), _PLAIN_TEXT),
 }
 """Models that also see, with the text families that compute, where no picture is among the tokens, what the whole model
@@ -162,14 +207,11 @@ _REASONS: dict[str, tuple[str, ...]] = {
     ),
     "its published queries, keys and values are put together from parts of unequal height, which are not taken apart "
     "or put together here": ("kimi_linear", "olmo_hybrid", "sarvam_moe"),
-    "its attention keeps latents, keys and values of different width, which is not driven yet": (
-        *("axk1", "axk2", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "longcat_flash", "minicpm3", "sarvam_mla"),
-    ),
+    "each of its layers attends twice, to latents of its own": ("longcat_flash",),
     "its attention chooses what it reads by an index of its own beside keys and values": (
-        *("deepseek_v32", "deepseek_v4", "dots3_note", "dots3_note_text", "glm_moe_dsa", "hy_v4"),
+        *("axk2", "deepseek_v32", "deepseek_v4", "dots3_note", "dots3_note_text", "glm_moe_dsa", "hy_v4"),
         *("minimax_m3_vl_text", "qwen4_exp", "qwen4_exp_text"),
     ),
-    "its attention sees chunks of the text, which is not driven yet": ("llama4", "llama4_text"),
     "its layers have keys and values of different shapes, or share them, which is not driven yet": (
         *("gemma3n", "gemma3n_text", "gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"),
         *("mimo_v2_flash",),

@@ -73,6 +73,11 @@ class Segments:
                     f"segment {number}: tokens {segment.kv.length} to {segment.stop} of a sequence with room for "
                     f"{segment.kv.capacity}; expected at least one, and reserve as many as it will have"
                 )
+            if not limits.grid.tokens and segment.kv.length and len(segment.input_ids) > 1:
+                raise ConfigError(
+                    f"segment {number}: several tokens behind {segment.kv.length} others; this family's recurrent "
+                    "layers compute prompts whole and all later tokens one by one"
+                )
         self._segments, self._pool, self._limits = segments, pool, limits
         self._head_rows, self._on_logits = head_rows, on_logits
         self._seat_of = [seats.of(len(segment.input_ids), segment.text_length > 0) for segment in segments]
@@ -135,6 +140,7 @@ class Segments:
                     cache=kv,
                     use_cache=True,
                 )
+            kv.is_recorded = True
         self._plan.append(dict(zip(tokens_of, parts, strict=True)))
         return MicroBatch(recording.hidden, recording.calls, len(self._plan) - 1, kv)
 

@@ -13,6 +13,7 @@ from typing import Final, Literal
 from tiered.errors import ConfigError
 from tiered.plan.kv import Bits, KVShape, LayerGroup, itemsize
 from tiered.plan.placement import Tape
+from tiered.plan.state import StateShape
 from tiered.units import PAGE_TOKENS
 
 MAX_BATCHED_TOKENS: Final = 4096
@@ -135,6 +136,8 @@ class ModelShape:
     """None where the model is no mixture, or one whose experts are not taken apart."""
     head_weights: int = 0
     """Of the weights, those of the head, which only rows with logits go through."""
+    state: StateShape | None = None
+    """What recurrent layers keep of a sequence; None: there are none."""
 
     @property
     def itemsize(self) -> int:
@@ -151,6 +154,11 @@ class ModelShape:
         """What one token adds to one of the layers that keep most; None where no layer keeps any."""
         most = max(self.groups, key=lambda group: group.token_nbytes, default=None)
         return None if most is None else most.shape
+
+    @property
+    def latent_dim(self) -> int:
+        """Channels of a token's latents; 0: no layer attends to latents."""
+        return max((group.shape.head_dim for group in self.groups if not group.shape.value_dim), default=0)
 
     @property
     def kv_token_nbytes(self) -> int:
