@@ -7,12 +7,12 @@ are taken too, as long as it is clear which are meant.
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from tiered.convert.place import WeightFiles
 from tiered.convert.safetensors_reader import SafetensorsReader
-from tiered.convert.source import WeightReader
+from tiered.convert.source import StoredTensor, WeightReader
 from tiered.convert.torch_reader import TorchReader
 from tiered.errors import CheckpointError
 from tiered.files import read_json
@@ -34,6 +34,16 @@ class WeightIndex:
     files: tuple[str, ...]
     file_of: Mapping[str, str]
     """Checkpoint name -> file."""
+    others: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    """Checkpoint name -> further files that have parts of it; only of quantized tensors that lie in several."""
+
+    declared: Mapping[str, StoredTensor] = field(default_factory=dict)
+    """Checkpoint name -> what config.json says of a quantized tensor; its shape is left out. It counts until its files
+    are here."""
+
+    def files_of(self, name: str) -> frozenset[str]:
+        """The files that the tensor `name` is read from."""
+        return self.others.get(name, frozenset()) | {self.file_of[name]}
 
 
 def has_weights(files: WeightFiles) -> bool:

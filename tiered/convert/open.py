@@ -5,6 +5,7 @@ In: a folder, a hub id, a known name, or a shape to fill with noise. Called by `
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -16,13 +17,14 @@ from tiered.configs_path import config_dir
 from tiered.convert.checkpoint import Checkpoint
 from tiered.convert.checksums import check_md5
 from tiered.convert.index import WeightIndex, find_weights, has_weights
-from tiered.convert.names import has_head, map_names
+from tiered.convert.names import NameMap, has_head, map_names
 from tiered.convert.opt import check_shape, opt_config, opt_files, read_opt
 from tiered.convert.place import Folder, HubId, Ledger, LocalFiles, WeightFiles
-from tiered.convert.quantized import configured_method, method_of_float, refuse_quantized
+from tiered.convert.quantized import configured_method, quantization_config, refuse_quantized, refuse_unread
+from tiered.convert.quantized_reader import quantized_index
 from tiered.convert.recipe import ConvertOptions, StoreRecipe, make_recipe
 from tiered.convert.room import RamCheck
-from tiered.convert.source import WeightSource
+from tiered.convert.source import StoredTensor, WeightSource
 from tiered.convert.synthetic import ShapeFile, Synthetic, shape_config
 from tiered.convert.tokenizer import GivenTokenizer
 from tiered.errors import CheckpointError, ConfigError
@@ -106,28 +108,33 @@ def open_checkpoint(
     if tokenizer is None:
         check_packages(files.name, files.names, files.read)
     _refuse_adapter(files)
-    refuse_quantized(files.name, configured_method(config))
+    quantization = quantization_config(config)
+    method = configured_method(quantization)
+    refuse_unread(files.name, method)
     claimed = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     skeleton = build_skeleton(config)
     if tokenizer is not None:
         tokenizer.check(files.read("config.json"), skeleton.embedding.num_embeddings)
-    recipe = make_recipe(skeleton, options)
-    ram = RamCheck(options, recipe.files)
+    ram = RamCheck(options, make_recipe(skeleton, options).files)
     index = index or find_weights(files, getattr(config, "transformers_weights", None), ram.require)
     if options.md5 is not None:
         check_md5(options.md5, {name: files.path(name) for name in index.files})
-    refuse_quantized(files.name, _method_of_types(files, index))
+    index = quantized_index(index, files, quantization)
     made: dict[str, bytes] = {}
     if is_text_half(files.config_folder()):
         # What its two configurations say of it may differ, and neither is sure to be right.
         if skeleton.tied == has_head(skeleton, index.file_of):
             config.tie_word_embeddings = not skeleton.tied
             skeleton = build_skeleton(config)
-            recipe = make_recipe(skeleton, options)
         made["config.json"] = json.dumps(
             {**config.to_diff_dict(), "dtype": str(claimed).removeprefix("torch.")}, indent=2
         ).encode()
     names = map_names(skeleton, index.file_of)
+    stored = _quantized(files, index, names)
+    if method is not None and not stored:
+        refuse_quantized(files.name, f"{method}, by config.json, but none of its tensors is")
+    recipe = make_recipe(skeleton, options.of_source(bool(stored)), stored)
+    ram.writes(recipe.files)
     return Checkpoint(files, index, names, recipe.files, claimed, options.clip, ram.require, made), recipe
 
 
@@ -186,11 +193,28 @@ def _known_names() -> str:
     return ", ".join(sorted(path.stem for path in (config_dir() / "models").glob("*.toml")))
 
 
-def _method_of_types(files: WeightFiles, index: WeightIndex) -> str | None:
-    """The quantization method that dtypes in the files that are here tell of, or None; no file is read whole for it."""
-    here = [files.path(name) for name in index.files if files.is_here(name)]
-    types = {stored.dtype for path in here for stored in (index.reader.known(path) or {}).values()}
-    return next((method for dtype in types if (method := method_of_float(dtype)) is not None), None)
+def _quantized(files: WeightFiles, index: WeightIndex, names: NameMap) -> dict[str, StoredTensor]:
+    """What the source has of those of the model's tensors that it holds quantized, by their names in the model.
+
+    Of a tensor that is several in the source, the method of the first; and the scheme that all have, if any.
+    """
+    found: dict[str, StoredTensor] = {}
+    for name, sources in names.sources.items():
+        parts = [_stored(files, index, source) for source in sources]
+        quantized = [part for part in parts if part is not None and part.method is not None]
+        if quantized:
+            same = all(part is not None and part.scheme == quantized[0].scheme for part in parts)
+            found[name] = quantized[0] if same else replace(quantized[0], scheme=None)
+    return found
+
+
+def _stored(files: WeightFiles, index: WeightIndex, name: str) -> StoredTensor | None:
+    """A tensor of the source: by its files, if they are here, else by what config.json says of a quantized one."""
+    declared = index.declared.get(name)
+    if not all(files.is_here(file) for file in index.files_of(name)):
+        return declared
+    known = index.reader.known(files.path(index.file_of[name]))
+    return declared if known is None else known.get(name)
 
 
 def _refuse_adapter(files: WeightFiles) -> None:
