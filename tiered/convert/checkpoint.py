@@ -138,7 +138,7 @@ class Checkpoint:
         scheme, method = tensor.scheme, self._method(tensor)
         assert scheme is not None and method is not None
         with one_torch_thread():
-            made = panel._replace(scale=panel.scale.to(torch.float16))
+            made = panel._replace(scale=panel.scale.to(scheme.scale_dtype))
             before, after = panel.scale.float(), made.scale.float()
             if torch.equal(before, after):
                 self._tally.add(tensor.name, method, scheme.name)
