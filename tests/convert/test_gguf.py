@@ -105,6 +105,8 @@ def test_an_architecture_is_the_model_that_it_was_made_from(name: str, tmp_path:
 
 
 KINDS = {
+    "embed_tokens": Type.IQ4_NL,
+    "lm_head": Type.Q4_0,
     "0.self_attn.q_proj": Type.Q4_0,
     "0.self_attn.k_proj": Type.Q8_0,
     "0.self_attn.v_proj": Type.Q5_0,

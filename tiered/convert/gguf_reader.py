@@ -96,7 +96,7 @@ class GgufReader(WeightReader):
         return self._stored
 
     def working_nbytes(self, path: Path) -> int:
-        return max((_working_nbytes(weight) for weight in self._weights.values()), default=0)
+        return max((_working_nbytes(weight, self._stored[name]) for name, weight in self._weights.items()), default=0)
 
     def close(self) -> None:
         self._gatherer.close()
@@ -165,11 +165,11 @@ def _row_nbytes(weight: GgufWeight) -> int:
     return weight.tensor.extent.nbytes // weight.rows
 
 
-def _working_nbytes(weight: GgufWeight) -> int:
+def _working_nbytes(weight: GgufWeight, stored: StoredTensor) -> int:
     """Memory that reading a tensor takes at most: panels of bytes (one in use, its copy in the model's order, one that
     is read, and the first of the tensor that comes next), and of numbers (gguf's parts, their sum, the one in use)."""
     raw = min(PANEL_NBYTES, weight.tensor.extent.nbytes)
-    return 4 * raw + 3 * min(PANEL_NBYTES, weight.stored.nbytes)
+    return 4 * raw + 3 * min(PANEL_NBYTES, stored.nbytes)
 
 
 def _codes(kind: str, raw: torch.Tensor, name: str) -> QuantizedTensor:

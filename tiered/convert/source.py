@@ -15,7 +15,7 @@ import torch
 
 from tiered.convert.blocks import BlockRecipe, RangeRecipe, TensorRecipe
 from tiered.convert.taken import Taken
-from tiered.quant import GroupScheme, QuantizedTensor, folded
+from tiered.quant import QuantizedTensor, Scheme, folded
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class StoredTensor:
     method: str | None = None
     """How it is quantized, such as "gptq"; None: it is plain. A quantized one is always [..., out, in], whatever
     layout the model gives its plain tensor."""
-    scheme: GroupScheme | None = None
+    scheme: Scheme | None = None
     """The scheme of a store that holds the very codes of a quantized one; None where there is none."""
 
     @property
