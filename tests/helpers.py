@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from tests.shared import made_once
 from tests.store.make import load_unit
+from tiered.arch.modules import lent_weights
 from tiered.cache import SequenceKV
 from tiered.convert import ConvertOptions, convert_checkpoint
 from tiered.host import Host
@@ -174,6 +175,35 @@ TINY: Final[dict[str, dict[str, Any]]] = {
     "cohere2_moe": {**_EXPERTS, **_MIXED},
     "solar_open": _GROUPED_EXPERTS,
     "mellum": {**_EXPERTS, **_MIXED},
+    "gpt2": {**_UNGROUPED, "tie_word_embeddings": True},
+    "dbrx": {
+        **{"d_model": 64, "n_heads": 4, "n_layers": 3, "max_seq_len": CONTEXT},
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "ctrl": {**_UNGROUPED, "n_ctx": CONTEXT, "dff": 96},
+    # Experts transposed, gate and up in turn, with biases; sinks.
+    "gpt_oss": {**_EXPERTS, **_MIXED, "intermediate_size": 64},
+    "apertus": {},
+    "apertus1p5_text": {},
+    "bitnet": {},
+    "cohere_compass_text": {
+        **_MIXED,
+        "rope_parameters": dict.fromkeys(("sliding_attention", "full_attention"), _ROPE),
+    },
+    "exaone": {},
+    "internlm3": {},
+    "iquestcoder": {},
+    "afmoe": {**_GROUPED_EXPERTS, **_MIXED, "num_dense_layers": 1, "n_group": 1, "num_shared_experts": 1},
+    "aria_text": {**_EXPERTS, "moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1},
+    "beam": {**_GROUPED_EXPERTS, **_MIXED, "mlp_layer_types": ["dense", "sparse", "sparse"]},
+    "flint": {**_EXPERTS, **_MIXED, "shared_expert_intermediate_size": 64},
+    "hunyuan_v1_moe": {**_EXPERTS, "moe_topk": 2},
+    "hy_v3": _GROUPED_EXPERTS,
+    "kolibri1": {**_GROUPED_EXPERTS, **_MIXED},
+    "laguna": {**_EXPERTS, **_MIXED, "shared_expert_intermediate_size": 64},
+    "doge": {},
+    "jetmoe": {"num_local_experts": 4, "kv_channels": 16},
 }
 """Configurations by name, on top of `_SIZES`; the name is the model_type where none is given."""
 
@@ -280,6 +310,10 @@ def randomize(model: PreTrainedModel) -> None:
 def load_stored_weights(model: PreTrainedModel, store: Store) -> None:
     """Overwrite the parameters of `model` with those of `store`, dequantized, by reading its files whole."""
     state = model.state_dict()
+    for name, module in model.named_modules():
+        for attribute, is_transposed in lent_weights(module).items():
+            if is_transposed:
+                state[f"{name}.{attribute}"] = state[f"{name}.{attribute}"].mT
     with torch.no_grad():
         for block in store.manifest.blocks:
             for unit in store.layout(block).units:

@@ -50,7 +50,8 @@ def main() -> int:
         "bnb-fp4": bitsandbytes_4bit(weight, "fp4", nested=True),
         "bnb-int8": bitsandbytes_int8(weight),
     }
-    tensors, formats = {}, {}
+    tensors: dict[str, Tensor] = {}
+    formats: dict[str, Any] = {}
     for name, (parts, values, library, config) in made.items():
         tensors |= {f"{name}.{part}": tensor.detach().contiguous().clone() for part, tensor in parts.items()}
         digest = hashlib.sha256(values.float().contiguous().numpy().tobytes()).hexdigest()

@@ -30,7 +30,7 @@ from tiered.arch import build_skeleton, load_config, text_config
 from tiered.convert import convert_checkpoint
 from tiered.convert.gguf import parts_of, read_gguf
 from tiered.convert.gguf_tokenizer import tokenizer_of
-from tiered.convert.index import map_names
+from tiered.convert.names import map_names
 from tiered.convert.open import resolve_checkpoint
 from tiered.convert.place import Folder, LocalFiles
 from tiered.errors import CheckpointError, ConfigError, TieredError

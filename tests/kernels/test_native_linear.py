@@ -142,6 +142,17 @@ def test_one_row_with_outliers_is_no_worse(level: Level) -> None:
     assert error(run(level, case, Mode.FAST), case.exact()) <= OUTLIER_TOLERANCE
 
 
+@pytest.mark.parametrize("mode", Mode)
+def test_zeros_of_4_bits_may_be_16_as_in_gptq(level: Level, mode: Mode) -> None:
+    for rows in (1, 9):
+        case = random_case(GroupScheme(4, 32), out=40, units=9, rows=rows)
+        case.tensors[2].fill_(16)
+        assert (
+            relative_error(run(level, case, mode), case.exact(), case)
+            <= (FAST_TOLERANCE, TOLERANCE)[mode is Mode.INVARIANT]
+        )
+
+
 def with_outliers(scheme: Scheme) -> Case:
     generator = torch.Generator().manual_seed(5)
     weight = torch.randn(192, 4096, generator=generator)

@@ -34,7 +34,7 @@ from tiered.model import Segment
 
 REPRESENTATIVES: Final = (
     *("opt", "opt-350m", "gpt_neox", "bloom", "mpt", "gpt_bigcode", "gpt_neox_japanese", "biogpt", "diffllama"),
-    *("llama-tied-biased", "gemma2", "mistral", "qwen3_moe", "glm4_moe"),
+    *("llama-tied-biased", "gemma2", "mistral", "qwen3_moe", "glm4_moe", "gpt2", "gpt_oss"),
 )
 """For --quick: learned positions and rotary ones, ALiBi, windows, soft caps, tied weights, mixtures with and without
 shared experts; and whatever the table says of a family."""
@@ -62,12 +62,19 @@ def test_a_family_gives_what_transformers_gives(tiny: Tiny, name: str) -> None:
 
 
 @pytest.mark.parametrize("quant", represented(["int4", "int8"], ["int4"]))
-@pytest.mark.parametrize("name", represented(["opt", "llama", "gpt_neox", "qwen3_moe"], ["opt", "qwen3_moe"]))
+@pytest.mark.parametrize(
+    "name", represented(["opt", "llama", "gpt_neox", "gpt2", "qwen3_moe", "gpt_oss"], ["opt", "gpt_oss"])
+)
 def test_a_quantized_store_gives_what_its_dequantized_weights_give(tiny: Tiny, name: str, quant: str) -> None:
     assert tiny.store(name, quant).manifest.quantization["layers"] is not None
     expected = tiny.reference(name, quant)
     with open_runtime(tiny.store(name, quant), micro_batch_rows=6) as runtime:
         assert_same(run_greedy(runtime, prompts_for(name)), expected)
+
+
+@pytest.mark.parametrize(("name", "quant"), [("llama", "nf4-g64"), ("qwen3_moe", "mxfp4-g32")])
+def test_codes_that_are_looked_up_give_what_they_stand_for(tiny: Tiny, name: str, quant: str) -> None:
+    test_a_quantized_store_gives_what_its_dequantized_weights_give(tiny, name, quant)
 
 
 @pytest.mark.parametrize("rows", [None, 6])

@@ -6,48 +6,39 @@ contain, `model/` to run it.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from tiered.arch.config import REMEDY
 from tiered.arch.families import Family, family_for
+from tiered.arch.modules import lent_weights, linear_size
 from tiered.errors import CheckpointError, ConfigError, TieredError, UnsupportedFamilyError, shortened
-from tiered.files import errors_of, read_json
 from tiered.units import GIB, format_size
 
-_MOST_LAYERS: Final = 500
-_MOST: Final = {
-    **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layers", "n_layer"), _MOST_LAYERS),
-    "num_labels": 10_000,
-}
-"""Largest value of fields that count parts: transformers makes an object for each, which takes seconds for so many."""
 _MOST_TABLES_NBYTES: Final = GIB
 """Most bytes of buffers that a graph makes for itself (masks, rotary frequencies): they stay in memory."""
 _MOST_TENSOR_NBYTES: Final = 1 << 40
 """Most bytes of one parameter; a stack of all experts of a layer is one."""
-_LEAST: Final = {
-    **dict.fromkeys(("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size"), 1),
-    **dict.fromkeys(("max_position_embeddings", "num_key_value_heads", "head_dim", "sliding_window"), 0),
-}
-"""Least value of each size that tiered itself reads. Sizes that may be 0 may be None: others are then used instead."""
-_REMEDY: Final = "put the model's own config.json there"
 
 
 @dataclass(frozen=True)
 class ParameterInfo:
-    """One tensor a block holds: its full Hugging Face name and its shape."""
+    """One tensor a block holds: its full Hugging Face name and its shape in a store."""
 
     name: str
     shape: tuple[int, ...]
     is_linear: bool
-    """A linear layer multiplies by it; or it is a stack [experts, out, in] of such weights."""
+    """A linear layer multiplies by it, [out, in]; or it is a stack [experts, out, in] of such weights."""
+    is_transposed: bool = False
+    """The model's own is [in, out], or [experts, in, out], and so is that of a checkpoint as transformers saves it."""
 
     @property
     def numel(self) -> int:
@@ -96,12 +87,15 @@ class Skeleton:
         """embed, outer, every layer, and head where it is not tied to embed; in that order."""
         head = self.head_name.removesuffix("weight")
         layer_prefixes = [f"{self.family.layers}.{i}." for i in range(len(self.layers))]
-        linear = set(_linear_weights(self.model))
+        lent = _lent_weights(self.model)
         by_prefix: dict[str, list[ParameterInfo]] = {prefix: [] for prefix in layer_prefixes}
         outer: list[ParameterInfo] = []
         heads: list[ParameterInfo] = []
         for name, tensor in _stored_tensors(self.model):
-            info = ParameterInfo(name, tuple(tensor.shape), name in linear)
+            shape, is_transposed = tuple(tensor.shape), lent.get(name, False)
+            if is_transposed:
+                shape = (*shape[:-2], shape[-1], shape[-2])
+            info = ParameterInfo(name, shape, name in lent, is_transposed)
             if name == self.embed_name:
                 yield BlockTensors("embed", "embed", name.removesuffix("weight"), (info,))
             elif name.startswith(self.family.layers + "."):
@@ -119,29 +113,13 @@ class Skeleton:
             yield BlockTensors("head", "head", head, tuple(heads))
 
 
-def is_plain_linear(module: nn.Module) -> bool:
-    """Whether `module` is a linear layer and nothing more: some routers are a subclass that does more."""
-    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
-
-
-def is_expert_stack(module: nn.Module) -> bool:
-    """Whether `module` holds the experts of a mixture in transformers' plainest form.
-
-    It has a forward(hidden, top_k_index, top_k_weights) over `gate_up_proj` [experts, 2 * inner, hidden], gate above
-    up, and `down_proj` [experts, hidden, inner]. The attributes are those by which transformers' own implementations
-    (eager, grouped) know what to compute.
-    """
-    expected = {"has_gate": True, "is_concatenated": True, "is_transposed": False, "has_bias": False}
-    expected["has_post_expert_norm"] = False
-    return all(getattr(module, name, None) is value for name, value in expected.items())
-
-
-def _linear_weights(model: nn.Module) -> Iterator[str]:
-    for name, module in model.named_modules():
-        if is_plain_linear(module):
-            yield f"{name}.weight"
-        elif is_expert_stack(module):
-            yield from (f"{name}.gate_up_proj", f"{name}.down_proj")
+def _lent_weights(model: nn.Module) -> dict[str, bool]:
+    """Full names of the weights that modules of `model` borrow, and whether theirs are transposed."""
+    return {
+        f"{name}.{attribute}": is_transposed
+        for name, module in model.named_modules()
+        for attribute, is_transposed in lent_weights(module).items()
+    }
 
 
 def _stored_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -151,79 +129,6 @@ def _stored_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     for name in model.state_dict(keep_vars=True):
         if name not in parameters:
             yield name, model.get_buffer(name)
-
-
-def load_config(folder: Path) -> PretrainedConfig:
-    """The configuration in `folder`/config.json, without running code from the folder.
-
-    A wrapper configuration around a text model is an error: its checkpoint holds more than a language model.
-    Raises CheckpointError where the file is missing or is no configuration, UnsupportedFamilyError where the model
-    is of a family that is not in the table.
-    """
-    path = folder / "config.json"
-    try:
-        raw = read_json(path, CheckpointError, _REMEDY)
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{folder}: no config.json; expected a Hugging Face model folder (config.json, tokenizer files, weights)"
-        ) from None
-    if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
-        raise CheckpointError(f"{path}: has no 'model_type'; expected a Hugging Face model configuration")
-    family_for(raw["model_type"])
-    try:
-        _check_counts(raw)
-        with errors_of(path):
-            config: PretrainedConfig = AutoConfig.from_pretrained(
-                folder, trust_remote_code=False, local_files_only=True
-            )
-        _check_read_here(config)
-    except MemoryError:
-        raise  # an error of the machine, not of the file
-    except Exception as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise  # an error of the disk, not of the file
-        # Each family has code of its own that checks and converts fields and computes with them; it may raise anything.
-        raise CheckpointError(f"{path}: transformers cannot read it: {shortened(error)}; {_REMEDY}") from error
-    return config
-
-
-def text_config(values: dict[str, Any]) -> PretrainedConfig:
-    """A configuration from keyword arguments, as `configs/models/*.toml` hold them: model_type and its fields."""
-    fields = dict(values)
-    model_type = fields.pop("model_type", None)
-    if not isinstance(model_type, str):
-        raise ConfigError("model shape: [config] has no model_type")
-    family_for(model_type)
-    _check_counts(fields)
-    config: PretrainedConfig = AutoConfig.for_model(model_type, **fields)
-    _check_read_here(config)
-    return config
-
-
-def _check_counts(values: Mapping[str, Any]) -> None:
-    """Raises ValueError where a configuration asks for so many parts that even reading it would never end."""
-    counts = [(name, values[name], most) for name, most in _MOST.items() if isinstance(values.get(name), int)]
-    # GPT-Neo's: [[["global", "local"], 12]] are 24 layers.
-    pairs = values.get("attention_types")
-    for pair in pairs if isinstance(pairs, list) else ():
-        if isinstance(pair, list) and isinstance(pair[-1], int):
-            counts.append(("attention_types", pair[-1], _MOST_LAYERS))
-    for name, count, most in counts:
-        if count > most:
-            raise ValueError(f"{name} is {count}, expected at most {most:,}")
-
-
-def _check_read_here(config: PretrainedConfig) -> None:
-    """Raises ValueError for bad values that tiered itself computes with: some families accept anything there."""
-    for name, least in _LEAST.items():
-        value = getattr(config, name, least)
-        if value is None and not least:
-            continue
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"{name} is {value!r}, expected a whole number" + " above 0" * least)
-    types = getattr(config, "layer_types", None)
-    if types is not None and (not isinstance(types, list | tuple) or len(types) != config.num_hidden_layers):
-        raise ValueError(f"layer_types is {types!r}, expected a name for each of {config.num_hidden_layers} layers")
 
 
 def build_skeleton(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> Skeleton:
@@ -248,7 +153,8 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype = torch.float32)
     except AttributeError:
         layers = None
     embed, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if not isinstance(layers, nn.ModuleList) or not isinstance(embed, nn.Embedding) or not isinstance(head, nn.Linear):
+    is_plain_head = isinstance(head, nn.Linear) and linear_size(head) is not None
+    if not isinstance(layers, nn.ModuleList) or not isinstance(embed, nn.Embedding) or not is_plain_head:
         raise UnsupportedFamilyError(
             f"model family {config.model_type!r}: this version of transformers lays it out differently from what "
             f"tiered expects (layers at {family.layers!r}, an nn.Embedding, an nn.Linear head); "
@@ -305,7 +211,7 @@ def _naming(config: PretrainedConfig) -> Iterator[None]:
         reason = f"transformers cannot build the {config.model_type} model that it describes: {shortened(error)}"
         if not config.name_or_path:
             raise ConfigError(f"model shape: {reason}") from error
-        raise CheckpointError(f"{Path(config.name_or_path) / 'config.json'}: {reason}; {_REMEDY}") from error
+        raise CheckpointError(f"{Path(config.name_or_path) / 'config.json'}: {reason}; {REMEDY}") from error
 
 
 def _keep_in_float32(model: PreTrainedModel) -> None:

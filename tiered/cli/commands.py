@@ -68,9 +68,9 @@ def cli() -> None:
 @click.option("-o", "--output", type=ANY_PATH, help="The store to write. [default: ./NAME.tiered]")
 @click.option(
     "--quant",
-    type=click.Choice(["keep", "int4", "int8", "none"]),
-    help="Of the layers' weights. keep takes what is quantized already as it is, or in 8 bits if no scheme holds it. "
-    "[default: keep where weights are quantized already, else int4]",
+    type=click.Choice(["keep", "int4", "int8", "none", "mxfp4-g32", "nf4-g64", "iq4nl-g32"]),
+    help="Of the layers' weights. keep: what is quantized already as it is, or in 8 bits if no scheme holds it. The "
+    "last three are looked up in 16 values.  [default: keep where weights are quantized already, else int4]",
 )
 @click.option("--group-size", default="64", show_default=True, type=click.Choice(["32", "64", "128"]))
 @click.option(

@@ -38,6 +38,8 @@ class TensorRecipe:
     """None keeps the source's dtype."""
     kind: Kind = "dense"
     """Of the unit it goes into."""
+    is_transposed: bool = False
+    """A checkpoint as transformers saves it has each of its matrices as [in, out]."""
 
     def nbytes(self, dtype: torch.dtype) -> int:
         """Bytes in the block file, where the source holds it as `dtype`."""

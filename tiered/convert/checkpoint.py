@@ -1,22 +1,27 @@
 """A checkpoint as a source of weights: names mapped, shapes checked, tensors read in row panels."""
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final, Literal, NamedTuple
 
 import torch
 import xxhash
 
 from tiered.convert.blocks import BlockRecipe, RangeRecipe, TensorRecipe
-from tiered.convert.index import NameMap, Require, WeightIndex
+from tiered.convert.index import Require, WeightIndex
+from tiered.convert.names import NameMap
 from tiered.convert.place import WeightFiles
 from tiered.convert.quantized import PLAIN, method_of_type, refuse_quantized
 from tiered.convert.source import Fetching, Packed, StoredTensor, tensor_bytes
 from tiered.convert.taken import Taken, Tally
 from tiered.convert.tokenizer import files_beside
+from tiered.convert.transposed import transposed_panels, turned
 from tiered.convert.workers import Quantizers, one_torch_thread
 from tiered.errors import CheckpointError
 from tiered.quant import QuantizedTensor, dequantize, folded
@@ -39,14 +44,17 @@ class Checkpoint:
         claimed_dtype: torch.dtype,
         clip: Literal["mse", "minmax"],
         require: Require,
+        made: Mapping[str, bytes] = MappingProxyType({}),
     ) -> None:
-        """`blocks` are all block files of the store.
+        """`blocks` are all block files of the store, `made` the files beside them that are not as the checkpoint has
+        them.
 
         Raises CheckpointError where files that are here hold other tensors than `blocks` need (files that would have
         to be read whole are not compared), and what `require` raises for the memory that reading takes.
         """
         self._files, self._index, self._names, self._blocks = files, index, names, blocks
         self._claimed_dtype, self._clip, self._require = claimed_dtype, clip, require
+        self._made = made
         self.warnings = names.warnings
         self._released: frozenset[str] = frozenset()
         self._following: dict[_Read, _Read] = {}
@@ -70,7 +78,8 @@ class Checkpoint:
         return tuple(self._tally.taken())
 
     def extra_files(self) -> Mapping[str, Callable[[], bytes]]:
-        return files_beside(self._files.name, self._files.names, self._files.read)
+        made = {name: partial(bytes, content) for name, content in self._made.items()}
+        return {**files_beside(self._files.name, self._files.names, self._files.read), **made}
 
     def room_nbytes(self, blocks: Sequence[BlockRecipe]) -> Mapping[Path, int]:
         return self._files.room_nbytes(self._files_of(blocks))
@@ -116,7 +125,7 @@ class Checkpoint:
             scales, zeros = tensor_bytes(scale), tensor_bytes(zero)
             done = 0
             for panel in self._panels(self._reads(part)):
-                for made in self._made(panel, tensor):
+                for made in self._rows_of(panel, tensor):
                     # Plain copies: torch would wake its own threads for them.
                     for whole, piece in ((scales, made.scale), (zeros, made.zero)):
                         row_nbytes = len(whole) // matrix[0]
@@ -126,7 +135,7 @@ class Checkpoint:
 
         return Packed(codes(), [tensor_bytes(scale)], [tensor_bytes(zero)])
 
-    def _made(self, panel: torch.Tensor | QuantizedTensor, tensor: TensorRecipe) -> Iterator[QuantizedTensor]:
+    def _rows_of(self, panel: torch.Tensor | QuantizedTensor, tensor: TensorRecipe) -> Iterator[QuantizedTensor]:
         """Rows of `tensor` as the store holds them, in order."""
         if isinstance(panel, torch.Tensor):
             yield from self._quantized(panel, tensor)
@@ -213,8 +222,9 @@ class Checkpoint:
                     continue
                 refuse_quantized(f"{self._files.name}: {name}", method_of_type(stored.dtype))
                 dtype = dtype or self._plain_dtype(stored)
-                if stored.shape != shape:
-                    wrong.append(f"{name} is {list(stored.shape)}, expected {list(shape)}")
+                expected = turned(shape) if self._is_turned(tensor) else shape
+                if stored.shape != expected:
+                    wrong.append(f"{name} is {list(stored.shape)}, expected {list(expected)}")
                 elif stored.dtype not in PLAIN:
                     wrong.append(f"{name} holds {stored.dtype}, expected floating point")
                 elif self._plain_dtype(stored) != dtype:
@@ -236,7 +246,14 @@ class Checkpoint:
     def _working_nbytes(self) -> int:
         """Bytes of memory that reading the files that are here takes at most."""
         here = [self._files.path(name) for name in self._index.files if self._files.is_here(name)]
-        return max((self._index.reader.working_nbytes(path) for path in here), default=0)
+        turned_nbytes = (
+            math.prod(tensor.shape[-2:]) * self.dtype(tensor).itemsize
+            for block in self._blocks
+            for tensor in block.tensors
+            if self._is_turned(tensor)
+        )
+        reading = max((self._index.reader.working_nbytes(path) for path in here), default=0)
+        return reading + max(turned_nbytes, default=0)
 
     def _files_of(self, blocks: Iterable[BlockRecipe]) -> frozenset[str]:
         """The weight files that the blocks are read from."""
@@ -260,9 +277,19 @@ class Checkpoint:
             raise CheckpointError(f"{path}: lacks tensor {name}, which the checkpoint's index places there")
         return None if tensors is None else tensors[name]
 
+    def _is_turned(self, tensor: TensorRecipe) -> bool:
+        """Whether the checkpoint has the tensor transposed. What is put together from several are linear layers'."""
+        names = self._names.sources[tensor.name]
+        if not tensor.is_transposed or len(names) > 1:
+            return False
+        stored = self._stored(names[0])
+        return stored is None or stored.method is None
+
     def _reads(self, part: RangeRecipe) -> list["_Read"]:
         """Where the rows of `part` are: its tensor may be the rows of several, of equal size, one after the other."""
         names = self._names.sources[part.whole.name]
+        if self._is_turned(part.whole):
+            return [_Read(names[0], None if part.number is None else part.rows, is_turned=True)]
         if part.number is None:
             return [_Read(name, None, self._has_codes(name, part.whole)) for name in names]
         each = part.whole.matrix[0] // len(names)
@@ -300,9 +327,11 @@ class Checkpoint:
             yield from panels
 
     def _begin(self, read: "_Read") -> Iterator[torch.Tensor] | Iterator[QuantizedTensor]:
-        reader = self._index.reader
-        begin = reader.packed if read.packed else reader.panels
-        return begin(self._files.path(self._index.file_of[read.name]), read.name, read.rows)
+        reader, path = self._index.reader, self._files.path(self._index.file_of[read.name])
+        if read.is_turned:
+            return transposed_panels(reader, path, read.name, read.rows)
+        begin = reader.packed if read.is_packed else reader.panels
+        return begin(path, read.name, read.rows)
 
     def _check_duplicate_head(self, head: str, embed: str) -> None:
         """Raise CheckpointError unless `head`, the stored copy of a tied head, equals the embedding `embed`."""
@@ -331,8 +360,10 @@ class _Read(NamedTuple):
 
     name: str
     rows: range | None = None
-    packed: bool = False
+    is_packed: bool = False
     """As the codes that the checkpoint has, rather than as numbers."""
+    is_turned: bool = False
+    """The checkpoint has its columns as rows."""
 
 
 def _same_bytes(one: torch.Tensor | QuantizedTensor, other: torch.Tensor | QuantizedTensor) -> bool:
@@ -360,5 +391,7 @@ def _check_finite(values: torch.Tensor, name: str) -> None:
 
 def _part_shape(shape: tuple[int, ...], count: int) -> tuple[int, ...]:
     """The shape of each of `count` equal tensors whose rows, one after the other, make up a tensor of `shape`."""
+    if count == 1:
+        return shape
     rows, in_features = folded(shape)
-    return shape if count == 1 else (rows // count, in_features)
+    return rows // count, in_features

@@ -3,6 +3,7 @@
 In: a folder, a hub id, a known name, or a shape to fill with noise. Called by `tiered.convert.convert_checkpoint`.
 """
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -11,16 +12,18 @@ from typing import Final
 import torch
 from transformers import PretrainedConfig
 
-from tiered.arch import build_skeleton, load_config, text_config
+from tiered.arch import build_skeleton, is_text_half, load_config, text_config
 from tiered.configs_path import config_dir
 from tiered.convert.checkpoint import Checkpoint
 from tiered.convert.checksums import check_md5
 from tiered.convert.gguf import SUFFIX, find_gguf, parts_of, read_gguf
 from tiered.convert.gguf_tokenizer import tokenizer_of
-from tiered.convert.index import NameMap, WeightIndex, find_weights, has_weights, map_names
+from tiered.convert.index import WeightIndex, find_weights, has_weights
+from tiered.convert.names import NameMap, has_head, map_names
 from tiered.convert.opt import check_shape, opt_config, opt_files, read_opt
 from tiered.convert.place import Folder, HubId, Ledger, LocalFiles, WeightFiles
-from tiered.convert.quantized import configured_method, method_of_float, refuse_quantized
+from tiered.convert.quantized import configured_method, quantization_config, refuse_quantized, refuse_unread
+from tiered.convert.quantized_reader import quantized_index
 from tiered.convert.recipe import ConvertOptions, StoreRecipe, make_recipe
 from tiered.convert.room import RamCheck
 from tiered.convert.source import StoredTensor, WeightSource
@@ -110,7 +113,9 @@ def open_checkpoint(
     if tokenizer is None:
         check_packages(files.name, files.names, files.read)
     _refuse_adapter(files)
-    refuse_quantized(files.name, configured_method(config))
+    quantization = quantization_config(config)
+    method = configured_method(quantization)
+    refuse_unread(files.name, method)
     claimed = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     skeleton = build_skeleton(config)
     if tokenizer is not None:
@@ -119,14 +124,25 @@ def open_checkpoint(
     index = index or find_weights(files, getattr(config, "transformers_weights", None), ram.require)
     if options.md5 is not None:
         check_md5(options.md5, {name: files.path(name) for name in index.files})
-    refuse_quantized(files.name, _method_of_types(files, index))
+    index = quantized_index(index, files, quantization)
+    made: dict[str, bytes] = {}
+    if found is None and is_text_half(files.config_folder()):
+        # What its two configurations say of it may differ, and neither is sure to be right.
+        if skeleton.tied == has_head(skeleton, index.file_of):
+            config.tie_word_embeddings = not skeleton.tied
+            skeleton = build_skeleton(config)
+        made["config.json"] = json.dumps(
+            {**config.to_diff_dict(), "dtype": str(claimed).removeprefix("torch.")}, indent=2
+        ).encode()
     names = map_names(skeleton, index.file_of)
     if index.is_exact and names.warnings:
         raise CheckpointError(f"{files.name}: {names.warnings[0]}; convert the original Hugging Face checkpoint")
     stored = _quantized(files, index, names)
+    if method is not None and not stored:
+        refuse_quantized(files.name, f"{method}, by config.json, but none of its tensors is")
     recipe = make_recipe(skeleton, options.of_source(bool(stored)), stored)
     ram.writes(recipe.files)
-    return Checkpoint(files, index, names, recipe.files, claimed, options.clip, ram.require), recipe
+    return Checkpoint(files, index, names, recipe.files, claimed, options.clip, ram.require, made), recipe
 
 
 def _find_gguf(
@@ -241,15 +257,6 @@ def _stored(files: WeightFiles, index: WeightIndex, name: str) -> StoredTensor |
         return declared
     known = index.reader.known(files.path(index.file_of[name]))
     return declared if known is None else known.get(name)
-
-
-def _method_of_types(files: WeightFiles, index: WeightIndex) -> str | None:
-    """The quantization method that dtypes in the files that are here tell of, or None; no file is read whole for it."""
-    here = [files.path(name) for name in index.files if files.is_here(name)]
-    plain = {
-        stored.dtype for path in here for stored in (index.reader.known(path) or {}).values() if stored.method is None
-    }
-    return next((method for dtype in plain if (method := method_of_float(dtype)) is not None), None)
 
 
 def _refuse_adapter(files: WeightFiles) -> None:

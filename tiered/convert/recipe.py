@@ -5,7 +5,7 @@ and the manifest that will list them. Decided before any weight is read.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -22,6 +22,8 @@ from tiered.units import MIB
 _QUANTS: Final = ("keep", "int4", "int8", "none")
 """Besides the name of a codebook's scheme, as it is."""
 _COMPRESSIONS: Final = ("auto", "planes", "none")
+_FEW: Final = 0.05
+"""Share of the layers' weights that may keep the source's precision without a word."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,9 @@ class StoreRecipe:
     architecture: Mapping[str, Any]
     quantization: Mapping[str, Any]
     unquantized: tuple[str, ...]
+    kept: tuple[str, ...]
+    """Matrices of layers that are not quantized because no linear layer multiplies by them, where they are more than a
+    few of the layers' weights."""
     synthetic: bool
     distinct_blocks: int | None
 
@@ -177,6 +182,7 @@ def make_recipe(
     # A family may have no `outer` tensors.
     files = tuple(_recipe(block, options, order, stored) for block in blocks if block.parameters)
     unquantized = tuple(_unquantized(blocks, files, options, stored))
+    kept = () if options.quant in ("none", "keep") else _kept(files, {*unquantized})
     roles = {
         kind: options.scheme_of(role) if options.quant != "keep" else _most_used(files, role)
         for kind, role in (("layers", "layer"), ("embed", "embed"), ("head", "embed" if skeleton.tied else "head"))
@@ -201,6 +207,7 @@ def make_recipe(
         architecture,
         quantization,
         unquantized,
+        kept,
         options.synthetic,
         distinct if distinct is not None and distinct < len(layers) else None,
     )
@@ -213,9 +220,13 @@ def _recipe(
     tensors = []
     for parameter in block.parameters:
         scheme = options.scheme_of(block.role, stored.get(parameter.name))
-        fits = scheme is not None and scheme.accepts(*folded(parameter.shape))
-        used = scheme if fits and _is_quantizable(parameter, block.role) else None
-        tensors.append(TensorRecipe(parameter.name, parameter.shape, used, _kind(parameter, block.role)))
+        # Not of all parameters: one that is a number has no rows.
+        fits = (
+            _is_quantizable(parameter, block.role) and scheme is not None and scheme.accepts(*folded(parameter.shape))
+        )
+        used = scheme if fits else None
+        kind = _kind(parameter, block.role)
+        tensors.append(TensorRecipe(parameter.name, parameter.shape, used, kind, parameter.is_transposed))
     tensors.sort(key=lambda tensor: (tensor.kind != "small", order.get(tensor.name, -1)))
     return BlockRecipe(block.name, block.role, block.prefix, tuple(tensors))
 
@@ -254,6 +265,14 @@ def _most_used(files: Iterable[BlockRecipe], role: str) -> Scheme | None:
     for tensor in (tensor for file in files if file.role == role for tensor in file.tensors):
         numels[tensor.scheme] += tensor.numel
     return numels.most_common(1)[0][0] if numels else None
+
+
+def _kept(files: Iterable[BlockRecipe], unquantized: Collection[str]) -> tuple[str, ...]:
+    """Names of the matrices in layers that no scheme is meant for; none where they are few (routers)."""
+    layers = [tensor for file in files if file.role == "layer" for tensor in file.tensors]
+    kept = [t for t in layers if t.scheme is None and t.name not in unquantized and len(t.shape) > 1]
+    many = sum(tensor.numel for tensor in kept) > _FEW * sum(tensor.numel for tensor in layers)
+    return tuple(tensor.name for tensor in kept) if many else ()
 
 
 def _entries(files: tuple[BlockRecipe, ...], layers: list[BlockTensors], tied: bool) -> tuple[BlockEntry, ...]:

@@ -89,8 +89,8 @@ class StoredTensor:
     dtype: torch.dtype
     shape: tuple[int, ...]
     method: str | None = None
-    """How it is quantized, such as "gptq"; None: it is plain. A quantized one is always [..., out, in], whatever
-    layout the model gives its plain tensor."""
+    """How it is quantized, such as "gptq"; None: it is plain. A quantized one is [..., out, in] even where
+    transformers' model has it transposed."""
     scheme: Scheme | None = None
     """The scheme of a store that holds the very codes of a quantized one; None where there is none."""
 

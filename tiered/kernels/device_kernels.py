@@ -29,7 +29,7 @@ from tiered.kernels.linear_torch import (
     round_activations,
     widen_in_torch,
 )
-from tiered.quant import CodebookScheme, GroupScheme, QuantizedTensor, QuantizedWeight, quantize
+from tiered.quant import GroupScheme, QuantizedTensor, QuantizedWeight, quantize
 
 DEVICE_KERNEL_NAMES: Final = ("auto", "triton", "torch")
 _LEAST_CAPABILITY: Final = (7, 5)
@@ -174,8 +174,7 @@ class DeviceKernels:
     def _linear(self, x: torch.Tensor, weight: Weight, bias: torch.Tensor | None, y: torch.Tensor) -> None:
         """Write the product for x [rows, in] to y [rows, out]."""
         fixed = self.mode is Mode.INVARIANT
-        looks_up = isinstance(weight, QuantizedWeight) and isinstance(weight.scheme, CodebookScheme)
-        if isinstance(weight, QuantizedWeight) and x.dtype in _HALVES and not looks_up:
+        if isinstance(weight, QuantizedWeight) and x.dtype in _HALVES:
             triton = self._triton
             rounds = self._has_products or (triton is None and self.where.type == "cpu")
             if rounds and not fixed and weight.scheme.bits == 8:
@@ -229,8 +228,7 @@ class DeviceKernels:
 
     def _widen(self, weight: QuantizedWeight, out: torch.Tensor) -> None:
         """Fill `out` with what a quantized weight stands for."""
-        looks_up = isinstance(weight.scheme, CodebookScheme)
-        if self._triton is None or looks_up or out.dtype not in (*_HALVES, torch.float32):
+        if self._triton is None or out.dtype not in (*_HALVES, torch.float32):
             widen_in_torch(weight, out)
             return
         with _current(self.where):

@@ -54,7 +54,7 @@ class Codebook:
     def nearest(self, levels: Tensor) -> Tensor:
         """The code, u8, of the value nearest to each of `levels`, the lower one on a tie."""
         values, order = torch.tensor(self.values, dtype=torch.float32).sort(stable=True)
-        return order.to(torch.uint8)[torch.bucketize(levels, (values[1:] + values[:-1]) / 2)]
+        return order.to(torch.uint8)[torch.bucketize(levels.contiguous(), (values[1:] + values[:-1]) / 2)]
 
 
 CODEBOOKS: Final = {

@@ -1,7 +1,7 @@
 // Dequantization for AVX2; see dequantize_rows.h.
 
+#include "codebook_avx2.h"
 #include "dequantize_rows.h"
-#include "nibbles_avx2.h"
 
 #include <immintrin.h>
 

@@ -37,14 +37,6 @@ struct Pass {
     size_t sums_nbytes() const { return static_cast<size_t>(item_rows * tokens) * sizeof(float); }
 };
 
-// Scales of up to kLanes groups of a codebook's weight from `at` on in fp32; 0 beyond `count`.
-template <class V> typename V::F codebook_scales(const tk_weight &w, int64_t at, int64_t count) {
-    if (w.scale_dtype == TK_F16) return V::scales(w.scale + at, count);
-    float some[V::kLanes] = {};
-    for (int64_t g = 0; g < at_most(count, V::kLanes); g++) some[g] = scale_at(w, at + g);
-    return V::load(some);
-}
-
 // Some weight rows' codes, and one block's scales and offsets: a weight is scale * code + offset, where offset is
 // -scale * zero; the offset and the sum are exact in fp32. One of a codebook is scale * value.
 template <class V, class Unit> struct Strip {
@@ -68,7 +60,7 @@ template <class V, class Unit> struct Strip {
         for (int r = 0; r < kStrip; r++) {
             const int64_t i = row[r] * pass.l->groups + first;
             if constexpr (Unit::kLookedUp) {
-                for (int64_t g = 0; g < count; g += V::kLanes) V::store(scale[r] + g, codebook_scales<V>(w, i + g, count - g));
+                for (int64_t g = 0; g < count; g += V::kLanes) V::store(scale[r] + g, V::codebook_scales(w, i + g, count - g));
                 continue;
             }
             for (int64_t g = 0; g < count; g += V::kLanes) {

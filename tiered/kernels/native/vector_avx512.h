@@ -2,6 +2,8 @@
 // throughout, see pool.h.
 #pragma once
 
+#include "codebook_avx512.h"
+
 #include <cstdint>
 #include <immintrin.h>
 
@@ -42,6 +44,9 @@ struct Avx512 {
     }
     static F zeros(const uint8_t *u8, int64_t count) {
         return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(first(count), u8)));
+    }
+    static F codebook_scales(const tk_weight &w, int64_t at, int64_t count) {
+        return tk::codebook_scales(w, at, first(count));
     }
     static __mmask16 first(int64_t count) { return static_cast<__mmask16>(count >= 16 ? 0xffff : (1 << count) - 1); }
 

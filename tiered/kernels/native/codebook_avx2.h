@@ -1,4 +1,4 @@
-// 16 fp32 values looked up by nibbles, for AVX2. Internal linkage throughout, see pool.h.
+// Codebooks for AVX2: 16 fp32 values looked up by nibbles. Internal linkage throughout, see pool.h.
 #pragma once
 
 #include <immintrin.h>
