@@ -34,12 +34,6 @@ PARAMETERS: Final = {
     "glm-4.5-air": 106.852e9,  # without the layer that predicts further tokens
     "gpt-oss-20b": 20.915e9,
     "gpt-oss-120b": 116.829e9,
-    "qwen3-next-80b-a3b": 79.674e9,  # of these, too, what the model itself has
-    "qwen3.5-9b": 8.954e9,
-    "qwen3.5-35b-a3b": 34.661e9,
-    "deepseek-v3": 671.026e9,
-    "lfm2-1.2b": 1.170e9,
-    "llama-4-scout": 107.770e9,  # the text half, as of Qwen3.5's
 }
 
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.cache.passes import LONGEST, Passes
-from tests.cache.plans import LATENT, SHAPE, plan_of, pool_of
+from tests.cache.plans import MIXED, SHAPE, plan_of, pool_of
 from tests.quick import represented
 from tiered.cache import GatheredKV, KVShape, LentBlocks, PackedKV, PageLayout, Part
 from tiered.errors import ConfigError
@@ -27,13 +27,17 @@ TEXTS: Final = st.lists(st.tuples(st.integers(0, 2), st.lists(COUNTS, min_size=1
 
 
 def passes_of(
-    bits: int, on_disk: bool, windows: tuple[int, ...] = (0, 0, WINDOW, WINDOW), outbox_rows: int = 0, **limits: Any
+    bits: int,
+    on_disk: bool,
+    windows: tuple[int, ...] = (0, 0, WINDOW, WINDOW, WINDOW),
+    outbox_rows: int = 0,
+    **limits: Any,
 ) -> Passes:
-    """A cache of layers of several shapes, with room for three of the longest, and passes in micro-batches of at most
-    100 tokens."""
+    """A cache of layers of several shapes, the fifth of which has chunks, with room for three of the longest, and
+    passes in micro-batches of at most 100 tokens."""
     found = MicroBatchLimits(**({"rows": 100} | limits))
     fields = {"context": LONGEST, "tokens_at_once": found.rows, "lent_pages": 12 if on_disk else 0}
-    plan = plan_of(windows, (LATENT, None, LATENT, SHAPE)[: len(windows)], bits=bits, on_disk=on_disk, **fields)
+    plan = plan_of(windows, (*MIXED, SHAPE)[: len(windows)], [4], bits=bits, on_disk=on_disk, **fields)
     return Passes(plan, replace(found, lent_pages=plan.lent_pages), outbox_rows)
 
 
@@ -139,6 +143,16 @@ def test_attention_that_does_not_come_back_for_the_pages_is_found_out() -> None:
         packed.check(0)
     packed.reads(0)
     packed.check(0)
+
+
+def test_states_that_are_not_what_the_cache_was_planned_for_are_refused() -> None:
+    pool = pool_of(plan_of((0,), [MIXED[2]]))
+    kv = pool.reserve(10)
+    assert kv is not None
+    parts = [Part(kv, 0, 4)]
+    expanded = torch.zeros(1, 2, 4, 16, dtype=torch.bfloat16)
+    with pytest.raises(ConfigError, match=r"layer 0: .* are \(2, 32, 0\), the cache was planned for \(1, 24, 0\)"):
+        PackedKV(LentBlocks(pool, parts), parts, [0]).update(expanded, expanded, 0)
 
 
 def test_scratch_memory_stays_within_what_is_planned() -> None:

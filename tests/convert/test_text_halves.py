@@ -33,6 +33,7 @@ WHOLE: Final[dict[str, tuple[str, dict[str, Any]]]] = {
     "internvl": ("qwen2", {"tie_word_embeddings": False}),
     "idefics3": ("llama", {"tie_word_embeddings": False}),
     "smolvlm": ("llama", {"tie_word_embeddings": False}),
+    "llama4": ("llama4_text", {"tie_word_embeddings": False}),
 }
 """Text family and what else the whole configuration has, by the model's type."""
 

@@ -1,7 +1,7 @@
 """What a model family looks like: its table entry, its graph on the meta device, its blocks."""
 
 from tiered.arch.config import is_text_half, load_config, text_config
-from tiered.arch.context import context_for, layer_windows, most_positions
+from tiered.arch.context import chunked_layers, context_for, layer_windows, most_positions
 from tiered.arch.families import FAMILIES, Family, family_for
 from tiered.arch.modules import ExpertStacks, expert_stacks, linear_size
 from tiered.arch.order import order_of_use
@@ -21,6 +21,7 @@ __all__ = [
     "ParameterInfo",
     "Skeleton",
     "build_skeleton",
+    "chunked_layers",
     "context_for",
     "expert_stacks",
     "family_for",

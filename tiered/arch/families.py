@@ -61,6 +61,7 @@ _MODEL_LAYERS = (
     "persimmon",
     "vaultgemma",
     "modernbert-decoder",
+    "minicpm3",
     "apertus",
     "apertus1p5_text",
     "bitnet",
@@ -87,6 +88,12 @@ _MIXTURES = (
     "exaone_moe",
     "cohere2_moe",
     "solar_open",
+    "llama4_text",
+    "deepseek_v2",
+    "deepseek_v3",
+    "glm4_moe_lite",
+    "axk1",
+    "sarvam_mla",
     "mellum",
     "gpt_oss",
     "afmoe",
@@ -132,6 +139,7 @@ whatever their text half alone would (Cohere's scale its logits)."""
 
 TEXT_HALVES: dict[str, tuple[str, ...]] = {
     "gemma3": ("gemma3_text",),
+    "llama4": ("llama4_text",),
     **dict.fromkeys(("mistral3", "llava", "llava_next", "vipllava", "internvl", "idefics3", "smolvlm"), _PLAIN_TEXT),
 }
 """Models that also see, with the text families that compute, where no picture is among the tokens, what the whole model
@@ -162,14 +170,11 @@ _REASONS: dict[str, tuple[str, ...]] = {
     ),
     "its published queries, keys and values are put together from parts of unequal height, which are not taken apart "
     "or put together here": ("kimi_linear", "olmo_hybrid", "sarvam_moe"),
-    "its attention keeps latents, keys and values of different width, which is not driven yet": (
-        *("axk1", "axk2", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "longcat_flash", "minicpm3", "sarvam_mla"),
-    ),
+    "each of its layers attends twice, to latents of its own": ("longcat_flash",),
     "its attention chooses what it reads by an index of its own beside keys and values": (
-        *("deepseek_v32", "deepseek_v4", "dots3_note", "dots3_note_text", "glm_moe_dsa", "hy_v4"),
+        *("axk2", "deepseek_v32", "deepseek_v4", "dots3_note", "dots3_note_text", "glm_moe_dsa", "hy_v4"),
         *("minimax_m3_vl_text", "qwen4_exp", "qwen4_exp_text"),
     ),
-    "its attention sees chunks of the text, which is not driven yet": ("llama4", "llama4_text"),
     "its layers have keys and values of different shapes, or share them, which is not driven yet": (
         *("gemma3n", "gemma3n_text", "gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"),
         *("mimo_v2_flash",),

@@ -40,8 +40,8 @@ class RamCheck:
     def writes(self, blocks: Sequence[BlockRecipe]) -> None:
         """From now on the conversion is one of `blocks`."""
         written = [_writing_nbytes(tensor, block, self._compresses) for block in blocks for tensor in block.tensors]
-        quantizes = any(tensor.scheme is not None for block in blocks for tensor in block.tensors)
-        self._writing = max(written, default=0) + SWEEP_NBYTES + (quantizing_nbytes() if quantizes else 0)
+        schemes = {tensor.scheme for block in blocks for tensor in block.tensors if tensor.scheme is not None}
+        self._writing = max(written, default=0) + SWEEP_NBYTES + quantizing_nbytes(schemes)
 
     def require(self, reading_nbytes: int) -> None:
         """Raise BudgetError where the conversion takes more than `--ram`, of which reading takes `reading_nbytes`."""

@@ -14,6 +14,7 @@ from torch import nn
 from torch.func import functional_call
 
 from tiered.arch import Skeleton, expert_stacks, linear_size
+from tiered.cache import PagedKeys
 from tiered.kernels import LayerKernels
 from tiered.model.desk import Desk
 from tiered.model.experts import InputScaledMixture, OffloadedExperts
@@ -41,6 +42,8 @@ class OffloadedLinear(nn.Module):
         # May be resident for good (BoundModel.keep); else it is lent beside the weight.
         self.register_parameter("bias", bias)
         self._own = original.get_parameter("weight").detach()
+        self.latents: PagedKeys | None = None
+        """Latents in pages whose product was asked for last."""
         self._kernels, self._desk = kernels, desk
         self._weight_name, self._bias_name = _joined(path, "weight"), _joined(path, "bias")
 
@@ -50,7 +53,11 @@ class OffloadedLinear(nn.Module):
         return self._own
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., in_features] -> [..., out_features]."""
+        """x [..., in_features] -> [..., out_features]; of latents in pages only what has that shape."""
+        if isinstance(x, PagedKeys):
+            # Attention does without their expansion, and takes them from here (latent.py).
+            self.latents = x
+            return x.new_zeros(1).expand(*x.shape[:-1], self.out_features)
         loan = self._desk.loan
         assert loan is not None, "used outside its block"
         own: torch.Tensor | None = self._parameters["bias"]
@@ -62,6 +69,16 @@ class OffloadedLinear(nn.Module):
         if bias is not own:
             loan.release(self._bias_name)
         return y
+
+    @contextmanager
+    def borrowing(self) -> Iterator[Sequence[AnyWeight]]:
+        """The weight for the duration of the context: its parts, whose rows in order are its own."""
+        loan = self._desk.loan
+        assert loan is not None, "used outside its block"
+        keys = loan.parts(self._weight_name)
+        yield [loan.borrow(key) for key in keys]
+        for key in keys:
+            loan.release(key)
 
     def _product(self, loan: Loan, x: torch.Tensor, key: str, bias: torch.Tensor | None) -> torch.Tensor:
         y = self._kernels.linear(x, loan.borrow(key), bias)
