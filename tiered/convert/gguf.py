@@ -39,14 +39,20 @@ _PARTS: Final = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_EXPERTS: Final = {
+_ROUTED: Final = {
     "ffn_gate_inp": "mlp.gate",
     "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
     "ffn_up_shexp": "mlp.shared_expert.up_proj",
     "ffn_down_shexp": "mlp.shared_expert.down_proj",
     "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
 }
-_STACK: Final = re.compile(r"ffn_(gate|up|down)_exps")
+_EXPERTS: Final = {f"ffn_{name}_exps": f"mlp.experts.{{}}.{name}_proj" for name in ("gate", "up", "down")}
+_MIXTRAL_EXPERTS: Final = {
+    "ffn_gate_exps": "block_sparse_moe.experts.{}.w1",
+    "ffn_up_exps": "block_sparse_moe.experts.{}.w3",
+    "ffn_down_exps": "block_sparse_moe.experts.{}.w2",
+}
+"""Stacks of experts: the names that published checkpoints have for the matrix of one, by its number."""
 _GEMMA: Final = {
     "ffn_norm": "pre_feedforward_layernorm",
     "post_attention_norm": "post_attention_layernorm",
@@ -61,6 +67,8 @@ class _Architecture:
     model_type: str
     parts: Mapping[str, str] = field(default_factory=dict)
     """Names within a layer that are other ones, or not in every architecture: the file's -> the model's."""
+    experts: Mapping[str, str] = field(default_factory=dict)
+    """The stacks of a mixture: the file's name -> what its matrices are called."""
     interleaved: bool = False
     """The halves of query and key heads are."""
     shifted: bool = False
@@ -70,15 +78,17 @@ class _Architecture:
 _ARCHITECTURES: Final = {
     "llama": _Architecture("llama", interleaved=True),
     "qwen2": _Architecture("qwen2"),
-    "qwen2moe": _Architecture("qwen2_moe", _EXPERTS),
+    "qwen2moe": _Architecture("qwen2_moe", _ROUTED, _EXPERTS),
     "qwen3": _Architecture("qwen3"),
-    "qwen3moe": _Architecture("qwen3_moe", _EXPERTS),
+    "qwen3moe": _Architecture("qwen3_moe", _ROUTED, _EXPERTS),
     "gemma": _Architecture("gemma", shifted=True),
     "gemma2": _Architecture("gemma2", _GEMMA, shifted=True),
     "gemma3": _Architecture("gemma3_text", _GEMMA, shifted=True),
     "phi3": _Architecture("phi3", {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}),
 }
-_MIXTRAL: Final = _Architecture("mixtral", _EXPERTS, interleaved=True)
+_MIXTRAL: Final = _Architecture(
+    "mixtral", {"ffn_gate_inp": "block_sparse_moe.gate"}, _MIXTRAL_EXPERTS, interleaved=True
+)
 """Is called llama in files, with experts."""
 
 
@@ -192,8 +202,8 @@ def _weights(
         own = (parts if layer else _OUTER).get(part)
         shift = -1.0 if architecture.shifted and part.endswith("norm") else 0.0
         interleaved = architecture.interleaved and part in ("attn_q", "attn_k") and tensor.shape[0] % head_dim == 0
-        if layer and architecture.parts is _EXPERTS and (stack := _STACK.fullmatch(part)):
-            yield from _experts(f"{prefix}mlp.experts", stack[1], tensor)
+        if layer and part in architecture.experts:
+            yield from _experts(f"{prefix}{architecture.experts[part]}.{leaf}", tensor)
         elif own is None or leaf not in ("weight", "bias"):
             raise CheckpointError(
                 f"{path}: holds {name}, for which a {architecture.model_type} model has no place here; convert the "
@@ -205,12 +215,12 @@ def _weights(
             yield f"{prefix}{own}.{leaf}", GgufWeight(tensor, head_dim if interleaved else 0, shift)
 
 
-def _experts(prefix: str, matrix: str, stack: GgufTensor) -> Iterator[tuple[str, GgufWeight]]:
-    """The matrices of a stack [experts, out, in], under the names that published checkpoints have for them."""
+def _experts(name: str, stack: GgufTensor) -> Iterator[tuple[str, GgufWeight]]:
+    """The matrices of a stack [experts, out, in]; `name` is what they are called, with a place for the number."""
     path, offset, nbytes = stack.extent
     if len(stack.shape) != 3:
-        raise CheckpointError(f"{path}: {prefix}'s {matrix} is {list(stack.shape)}, expected [experts, out, in]")
+        raise CheckpointError(f"{path}: {name.format('*')} are {list(stack.shape)}, expected [experts, out, in]")
     each = nbytes // stack.shape[0]
     for number in range(stack.shape[0]):
         extent = Extent(path, offset + number * each, each)
-        yield f"{prefix}.{number}.{matrix}_proj.weight", GgufWeight(GgufTensor(stack.kind, stack.shape[1:], extent))
+        yield name.format(number), GgufWeight(GgufTensor(stack.kind, stack.shape[1:], extent))
