@@ -7,12 +7,22 @@ from typing import Any, Final
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from tests.convert.models import read_store
 from tests.convert.test_published import FORMATS, KEPT, opened, parts_of, read
-from tests.helpers import assert_same, load_stored_weights, open_runtime, randomize, reference_answers, run_greedy
+from tests.helpers import (
+    Tiny,
+    assert_same,
+    load_stored_weights,
+    open_runtime,
+    prompts_for,
+    randomize,
+    reference_answers,
+    run_greedy,
+)
 from tiered.cli.convert import summary
 from tiered.convert import ConvertOptions, ConvertResult, convert_checkpoint
 from tiered.errors import CheckpointError, ConfigError
@@ -24,10 +34,11 @@ QUANTIZED: Final = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", 
 """Those of a layer's modules that have the shape of the libraries' weights, [64, 128]."""
 
 
-def model(layers: int = 1) -> PreTrainedModel:
-    """A Llama model in float32; its head has the shape of the libraries' weights too."""
+def model(layers: int = 1, family: str = "llama", **fields: Any) -> PreTrainedModel:
+    """A model in float32; its head has the shape of the libraries' weights too."""
     config = AutoConfig.for_model(
-        "llama",
+        family,
+        **fields,
         vocab_size=64,
         hidden_size=128,
         intermediate_size=64,
@@ -140,13 +151,66 @@ def test_every_module_may_have_a_format_of_its_own_and_the_head_too(tmp_path: Pa
         assert_same(run_greedy(runtime, PROMPTS, steps=STEPS), reference_answers(made, PROMPTS, STEPS))
 
 
+def test_a_stack_is_put_together_from_the_codes_of_its_experts(tmp_path: Path) -> None:
+    """As mixtures are published, each expert's matrices by themselves; of one stack no gates are quantized."""
+    made = model(family="qwen3_moe", layers=2, num_experts=3, num_experts_per_tok=2, moe_intermediate_size=64)
+    made.save_pretrained(tmp_path / "source")
+    path = tmp_path / "source" / "model.safetensors"
+    state, parts = load_file(path), parts_of("ct-int4")
+    given = {f"x.{part}": tensor for part, tensor in parts.items()}
+    index, file = opened(tmp_path / "parts", given, {})
+    values = read(index, file)
+    index.reader.close()
+    for layer, expert, matrix in ((0, n, m) for n in range(3) for m in ("gate_proj", "up_proj")):
+        del state[f"model.layers.{layer}.mlp.experts.{expert}.{matrix}.weight"]
+        name = f"model.layers.{layer}.mlp.experts.{expert}.{matrix}"
+        state |= {f"{name}.{part}": tensor.clone() for part, tensor in parts.items()}
+    del state["model.layers.1.mlp.experts.0.up_proj.weight"]
+    state |= {f"model.layers.1.mlp.experts.0.up_proj.{part}": tensor for part, tensor in parts.items()}
+    save_file(state, path)
+    with torch.no_grad():
+        made.get_parameter("model.layers.0.mlp.experts.gate_up_proj").copy_(values.repeat(6, 1).view(3, 128, 128))
+    result = convert_checkpoint(tmp_path / "source", tmp_path / "out", ConvertOptions(compress="none"))
+    assert taken(result) == {("compressed-tensors int4", "int4-g32"): 1, ("compressed-tensors int4", "int8-g64"): 1}
+    store = Store.open(result.store)
+    stored = read_store(store.path)
+    assert torch.equal(stored["model.layers.0.mlp.experts.gate_up_proj"], values.repeat(6, 1).view(3, 128, 128))
+    load_stored_weights(made, store)
+    with open_runtime(store) as runtime:
+        assert_same(run_greedy(runtime, PROMPTS, steps=STEPS), reference_answers(made, PROMPTS, STEPS))
+
+
+def test_the_experts_of_gpt_oss_are_taken_in_mxfp4_as_they_lie(tiny: Tiny, tmp_path: Path) -> None:
+    """Its model has them as [experts, in, out], its checkpoint as blocks of [experts, out, in]."""
+    made = tiny.model("gpt_oss")
+    made.save_pretrained(tmp_path / "source")
+    path = tmp_path / "source" / "model.safetensors"
+    state = load_file(path)
+    generator = torch.Generator().manual_seed(5)
+    for name in [name for name in state if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, in_, out = state.pop(name).shape
+        blocks = torch.randint(0, 256, (experts, out, in_ // 32, 16), dtype=torch.uint8, generator=generator)
+        scales = torch.randint(122, 125, (experts, out, in_ // 32), dtype=torch.uint8, generator=generator)
+        state |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        with torch.no_grad():
+            values = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
+            made.get_parameter(name).copy_(values)
+    save_file(state, path)
+    config = json.loads((path.parent / "config.json").read_text())
+    given = {**config, "quantization_config": {"quant_method": "mxfp4"}}
+    (path.parent / "config.json").write_text(json.dumps(given))
+    result = convert_checkpoint(path.parent, tmp_path / "out", ConvertOptions(compress="none"))
+    assert taken(result) == {("mxfp4", "mxfp4-g32"): 6}
+    prompts = prompts_for("gpt_oss")
+    with open_runtime(Store.open(result.store)) as runtime:
+        assert_same(run_greedy(runtime, prompts, steps=STEPS), reference_answers(made, prompts, STEPS))
+
+
 def test_an_unknown_companion_of_a_quantized_weight_is_refused(tmp_path: Path) -> None:
     """ModelOpt's AWQ divides what comes into a layer by it."""
     made = model()
     source = checkpoint(tmp_path / "source", made, {"model.layers.0.mlp.up_proj": "ct-fp8"}, {"quant_method": "fp8"})
     path = source / "model.safetensors"
-    from safetensors.torch import load_file
-
     save_file({**load_file(path), "model.layers.0.mlp.up_proj.pre_quant_scale": torch.ones(128)}, path)
     with pytest.raises(CheckpointError, match=r"1 parts of weights that the model has no place for .*pre_quant_scale"):
         convert_checkpoint(source, tmp_path / "out")

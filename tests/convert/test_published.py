@@ -17,6 +17,7 @@ from tiered.convert.place import Folder, LocalFiles
 from tiered.convert.quantized_reader import quantized_index
 from tiered.convert.safetensors_reader import SafetensorsReader
 from tiered.convert.source import StoredTensor
+from tiered.convert.torch_reader import TorchReader
 from tiered.errors import CheckpointError
 from tiered.quant import dequantize
 
@@ -192,6 +193,17 @@ def test_zeros_of_gptq_are_told_by_the_weights_not_by_the_configuration(name: st
                 assert name == "gptq" and version != said
             index.reader.close()
     assert all(found.values()) and len(found) == 4
+
+
+def test_files_of_torch_are_read_alike(tmp_path: Path) -> None:
+    path = tmp_path / "pytorch_model.bin"
+    torch.save({f"x.{part}": tensor for part, tensor in parts_of("gptq").items()}, path)
+    reader = TorchReader()
+    index = WeightIndex(reader, (path.name,), dict.fromkeys(reader.tensors(path), path.name))
+    index = quantized_index(index, LocalFiles(Folder(tmp_path)), {})
+    digest = hashlib.sha256(read(index, path).numpy().tobytes()).hexdigest()
+    assert digest == FORMATS["gptq"]["sha256"]
+    index.reader.close()
 
 
 def test_parts_in_several_files_are_one_weight(tmp_path: Path) -> None:
