@@ -2,6 +2,7 @@
 
 from contextlib import ExitStack
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any, Final
 
@@ -133,6 +134,7 @@ CELLS: Final = [
     for third, (kv, bits) in enumerate(KV)
     for rows in ((None, 40)[(first + second + third) % 2],)
 ]
+CELLS += [("deepseek_v3", PROMPTS, "cpu", 8, 40), ("llama4_text", PROMPTS, "disk", 16, 40)]
 
 
 @pytest.mark.parametrize(
@@ -152,8 +154,10 @@ def test_sequences_that_come_and_go_get_the_tokens_of_one_processor(
     assert runtime.device.copied_out > 0
 
 
-@pytest.mark.parametrize("bits", [16, 8, 4])
-@pytest.mark.parametrize("name", ["llama", "gemma3_text", "bloom"])
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    [*product(("llama", "gemma3_text", "bloom"), (16, 8, 4)), ("deepseek_v3", 8), ("llama4_text", 16)],
+)
 def test_a_cache_at_the_device_gives_the_tokens_of_one_processor(name: str, bits: Bits) -> None:
     with SeatedRuntime(store_of(name), workload(), ALL, on_device=True, kv_bits=bits) as runtime:
         found = run_crowd(runtime)
