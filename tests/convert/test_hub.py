@@ -13,7 +13,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from tests.convert.models import save_bin, save_model, store_digest, tiny_model
-from tests.convert.test_kept import FORMATS, checkpoint, model
+from tests.convert.test_kept import checkpoint, model
+from tests.convert.test_published import FORMATS
 from tiered.convert import ConvertOptions, convert_checkpoint
 from tiered.errors import ConfigError, ReadError
 from tiered.store import BlockWriter, Store

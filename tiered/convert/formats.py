@@ -9,7 +9,7 @@ A format's rows are those of the weight's matrix [rows, in]; its numbers are flo
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from tiered.convert.source import StoredTensor
 from tiered.quant import CodebookScheme, GroupScheme, QuantizedTensor, pack_int4
 from tiered.quant.codebook import widened_scales
 from tiered.quant.schemes import GROUP_SIZES
+
+_COUNTED: Final = torch.arange(16, dtype=torch.float32)
 
 
 class Read(Protocol):
@@ -42,9 +44,10 @@ class Format(Protocol):
 
 @dataclass(frozen=True)
 class Group:
-    """Rows of a weight as unsigned codes, one each: what `codes` and `numbers` of integer formats are made from."""
+    """Rows of a weight as unsigned codes: what `codes` and `numbers` of integer formats are made from."""
 
-    q: Tensor  # u8 [rows, in]
+    q: Tensor  # u8 [rows, in * bits / 8], the first code of a byte in its lowest bits
+    bits: int  # that each code takes there
     scale: Tensor  # [rows, groups]
     zero: Tensor  # [rows, groups], integers
 
@@ -64,25 +67,30 @@ class Integers:
     def codes(self, read: Read, rows: range) -> QuantizedTensor:
         scheme, found = self.stored.scheme, self.unpack(read, rows)
         assert isinstance(scheme, GroupScheme)
-        q = pack_int4(found.q, scheme.group_size) if scheme.bits == 4 else found.q
-        repeats = found.q.shape[1] // scheme.group_size // found.scale.shape[1]
+        if found.bits == scheme.bits:
+            q = found.q if scheme.bits == 8 else planar(found.q, scheme.group_size)
+        else:
+            q = pack_int4(unpacked(found.q, found.bits), scheme.group_size)
+        repeats = self.stored.shape[1] // scheme.group_size // found.scale.shape[1]
         scale, zero = (each.repeat_interleave(repeats, 1) for each in (found.scale, found.zero))
         return QuantizedTensor(q, scale, zero.to(torch.uint8))
 
     def numbers(self, read: Read, rows: range) -> Tensor:
         found = self.unpack(read, rows)
         scale, zero = found.scale.float(), found.zero.float()
+        q = looked_up(found.q, _COUNTED) if found.bits == 4 else unpacked(found.q, found.bits).float()
         if self.group_of is not None:
-            return (found.q.float() - zero[:, self.group_of]) * scale[:, self.group_of]
-        groups = found.q.view(*scale.shape, -1).float()
+            return q.sub_(zero[:, self.group_of]).mul_(scale[:, self.group_of])
+        groups = q.view(*scale.shape, -1)
         return groups.sub_(zero.unsqueeze(-1)).mul_(scale.unsqueeze(-1)).flatten(1)
 
 
 @dataclass(frozen=True)
 class Table:
-    """Nibbles that are looked up in `table`, float32 [16], and multiplied by a scale for each `group_size` values.
+    """Nibbles that are looked up in `table`, float32 [16], and multiplied by a scale for each group of values.
 
-    `unpack` reads codes u8 [rows, in] and scales [rows, groups], of a floating dtype or exponents (`E8M0`).
+    `unpack` reads them, u8 [rows, in / 2], the first of a byte in its lowest bits, and scales [rows, groups], of a
+    floating dtype or exponents (`E8M0`).
     """
 
     stored: StoredTensor
@@ -92,13 +100,12 @@ class Table:
     def codes(self, read: Read, rows: range) -> QuantizedTensor:
         scheme, (q, scale) = self.stored.scheme, self.unpack(read, rows)
         assert isinstance(scheme, CodebookScheme)
-        repeats = q.shape[1] // scheme.group_size // scale.shape[1]
-        packed = pack_int4(q, scheme.group_size)
-        return QuantizedTensor(packed, scale.repeat_interleave(repeats, 1), torch.empty(len(q), 0, dtype=torch.uint8))
+        scale = scale.repeat_interleave(2 * q.shape[1] // scheme.group_size // scale.shape[1], 1)
+        return QuantizedTensor(planar(q, scheme.group_size), scale, torch.empty(len(q), 0, dtype=torch.uint8))
 
     def numbers(self, read: Read, rows: range) -> Tensor:
         q, scale = self.unpack(read, rows)
-        groups = self.table[q.view(*scale.shape, -1).int()]
+        groups = looked_up(q, self.table).view(*scale.shape, -1)
         return groups.mul_(widened_scales(scale).unsqueeze(-1)).flatten(1)
 
 
@@ -124,8 +131,13 @@ class Floats:
         scales = read(self.scale).view(-1, 1)[first:stop] if self.is_vector else read(self.scale, range(first, stop))
         # A byte is an exponent.
         scales = scales.float() if scales.dtype != torch.uint8 else widened_scales(scales)
-        each = scales[places - first].repeat_interleave(self.block[1], 1)[:, :width]
-        return read(self.weight, rows).float().mul_(each)
+        each, weight = scales[places - first], read(self.weight, rows)
+        # Looked up: torch takes five times as long to widen each by itself.
+        table = torch.arange(256, dtype=torch.int32).to(torch.uint8).view(weight.dtype).float()
+        values = looked_up(weight.view(torch.uint8), table)
+        if width % self.block[1]:
+            return values.mul_(each.repeat_interleave(self.block[1], 1)[:, :width])
+        return values.view(*each.shape, -1).mul_(each.unsqueeze(-1)).flatten(1)
 
 
 def group_scheme(bits: int, group_size: int) -> GroupScheme | None:
@@ -144,3 +156,30 @@ def unpacked(packed: Tensor, bits: int) -> Tensor:
     for place in range(8 // bits):
         torch.bitwise_and(parts >> (bits * place), mask, out=codes[..., place])
     return codes.flatten(1)
+
+
+def planar(pairs: Tensor, group_size: int) -> Tensor:
+    """What `pack_int4` makes of the codes in `pairs`, u8 [rows, in / 2], the first of a byte in its lowest bits.
+
+    A byte of the first half of a group and the one as far into its second half are two bytes of the result, with the
+    two nibbles in the middle changed over: 16 bits at a time that is several times as fast as code by code.
+    """
+    halves = pairs.view(-1, 2, group_size // 4)
+    first, second = (halves[:, half].to(torch.int16) for half in range(2))
+    both = second.bitwise_left_shift_(8).bitwise_or_(first)
+    found = both & ~0x0FF0
+    found |= (both & 0x0F00) >> 4
+    found |= (both & 0x00F0) << 4
+    return found.view(torch.uint8).view(pairs.shape)
+
+
+def looked_up(codes: Tensor, table: Tensor) -> Tensor:
+    """The values in `table`, float32, of codes u8 [rows, n]: one for each byte if it has 256, for each nibble, the
+    lowest first, if it has 16."""
+    if len(table) == 16:
+        # Two at a time.
+        entries = torch.stack((table.repeat(16), table.repeat_interleave(16)), 1).view(torch.int64).view(-1)
+    else:
+        entries = table
+    found = entries.index_select(0, codes.reshape(-1).int())
+    return found.view(torch.float32).view(len(codes), -1)

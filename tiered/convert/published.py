@@ -21,8 +21,8 @@ from tiered.convert.source import StoredTensor
 from tiered.quant import CODEBOOKS, CodebookScheme, Scheme
 from tiered.quant.schemes import GROUP_SIZES
 
-_AWQ_NIBBLES: Final = (0, 4, 1, 5, 2, 6, 3, 7)
-"""Which nibble of a word of AWQ's holds the first of its columns, the second, and so on."""
+_AWQ_COLUMNS: Final = (0, 2, 4, 6, 1, 3, 5, 7)
+"""Which of its columns the first nibble of a word of AWQ's holds, the second, and so on."""
 _SAMPLE_ROWS: Final = 64
 """Rows whose mean tells whether zeros are stored as they are."""
 _NEAR: Final = 0.25
@@ -59,13 +59,13 @@ def gptq(parts: Parts, read: Read, settings: Settings) -> Format:
     scheme = group_scheme(bits, in_ // groups) if order is None and most < 256 else None
 
     def unpack(read: Read, rows: range) -> Group:
-        q = unpacked(read("qweight", columns=rows).t().contiguous(), bits)
+        q = read("qweight", columns=rows).t().contiguous().view(torch.uint8)
         first = rows.start // per
         words = read("qzeros", columns=range(first, -(-rows.stop // per)))
         zero = unpacked(words, bits)[:, rows.start - first * per :][:, : len(rows)]
         # One more than 15 is 16, as in auto-gptq's layer for any order of columns.
         zero = zero.to(torch.int16) + offset
-        return Group(q, read("scales", columns=rows).t(), zero.t())
+        return Group(q, bits, read("scales", columns=rows).t(), zero.t())
 
     return Integers(_stored((out, in_), f"gptq int{bits}", scheme), unpack, order)
 
@@ -103,14 +103,17 @@ def _awq(parts: Parts) -> Format:
     def columns(read: Read, part: str, rows: range) -> Tensor:
         first = rows.start // 8
         words = read(part, columns=range(first, -(-rows.stop // 8))).t().contiguous()
-        codes = torch.empty(words.shape[0], 8, words.shape[1], dtype=torch.uint8)
-        for place, nibble in enumerate(_AWQ_NIBBLES):
-            codes[:, place] = (words >> (4 * nibble)) & 15
+        count, length = words.shape
+        codes = torch.empty(count, 8, length, dtype=torch.uint8)
+        for byte in range(4):
+            pair = words.view(torch.uint8).view(count, length, 4)[..., byte].contiguous()
+            codes[:, _AWQ_COLUMNS[2 * byte]] = pair & 15
+            codes[:, _AWQ_COLUMNS[2 * byte + 1]] = pair >> 4
         return codes.flatten(0, 1)[rows.start - 8 * first :][: len(rows)]
 
     def unpack(read: Read, rows: range) -> Group:
         scale = read("scales", columns=rows).t()
-        return Group(columns(read, "qweight", rows), scale, columns(read, "qzeros", rows))
+        return Group(columns(read, "qweight", rows), 8, scale, columns(read, "qzeros", rows))
 
     return Integers(_stored((out, in_), "awq int4", group_scheme(4, in_ // groups)), unpack)
 
@@ -133,14 +136,14 @@ def packed(parts: Parts, read: Read, settings: Settings) -> Format:
     per, has_zero = 32 // bits, "weight_zero_point" in parts
 
     def unpack(read: Read, rows: range) -> Group:
-        q, scale = unpacked(read("weight_packed", rows), bits), _rows(read, parts, "weight_scale", rows)
+        q, scale = read("weight_packed", rows).view(torch.uint8), _rows(read, parts, "weight_scale", rows)
         # Numbers are signed, and what is stored is that much more: zeros too.
         zero = torch.full(scale.shape, 1 << (bits - 1), dtype=torch.uint8)
         if has_zero:
             first = rows.start // per
             words = read("weight_zero_point", range(first, -(-rows.stop // per)))
             zero = unpacked(words.t().contiguous(), bits)[:, rows.start - first * per :][:, : len(rows)].t()
-        return Group(q[:, :in_], scale, zero)
+        return Group(q, bits, scale, zero)
 
     return Integers(_stored((out, in_), f"compressed-tensors int{bits}", scheme), unpack, order)
 
@@ -190,7 +193,7 @@ def _int8(parts: Parts, method: str) -> Format:
         zero = torch.full(scale.shape, 128, dtype=torch.uint8)
         if "zero_point" in parts:
             zero = _rows(read, parts, "zero_point", rows).view(torch.uint8) ^ 128
-        return Group(read("weight", rows).view(torch.uint8) ^ 128, scale, zero)
+        return Group(read("weight", rows).view(torch.uint8) ^ 128, 8, scale, zero)
 
     return Integers(_stored((out, in_), method, group_scheme(8, in_ // groups)), unpack)
 
@@ -206,7 +209,7 @@ def bitsandbytes_int8(parts: Parts, read: Read, settings: Settings) -> Format:
 
     def unpack(read: Read, rows: range) -> Group:
         found = inner(read, rows)
-        return Group(found.q, found.scale.float() / 127, found.zero)
+        return Group(found.q, 8, found.scale.float() / 127, found.zero)
 
     return Integers(integers.stored, unpack)
 
@@ -226,7 +229,7 @@ def _fp4(
     _expect("zero_point" not in parts and "weight_zero_point" not in parts, "no zeros beside floats")
 
     def unpack(read: Read, rows: range) -> tuple[Tensor, Tensor]:
-        q, scales = unpacked(read(weight, rows), 4), read(scale, rows)
+        q, scales = read(weight, rows), read(scale, rows)
         if is_mx:
             return q, scales.view(torch.uint8)
         scales = scales.float()
@@ -245,7 +248,7 @@ def mxfp4_experts(parts: Parts, read: Read, settings: Settings) -> Format:
 
     def unpack(read: Read, rows: range) -> tuple[Tensor, Tensor]:
         blocks = read("blocks", range(rows.start * groups, rows.stop * groups))
-        return unpacked(blocks.view(len(rows), -1), 4), read("scales", rows).view(torch.uint8)
+        return blocks.view(len(rows), -1), read("scales", rows).view(torch.uint8)
 
     shape = (*leading, 32 * groups)
     return Table(_stored(shape, "mxfp4", CodebookScheme("mxfp4", 32)), unpack, _table("mxfp4"))
@@ -264,7 +267,7 @@ def bitsandbytes_4bit(parts: Parts, read: Read, settings: Settings) -> Format:
     def unpack(read: Read, rows: range) -> tuple[Tensor, Tensor]:
         words = read("weight", range(rows.start * in_ // 2 // itemsize, rows.stop * in_ // 2 // itemsize))
         nibbles = words.view(torch.uint8).view(len(rows), -1)
-        q = torch.stack((nibbles >> 4, nibbles & 15), -1).flatten(1)
+        q = (nibbles >> 4) | (nibbles << 4)
         blocks = range(rows.start * in_ // size, rows.stop * in_ // size)
         scale = read("absmax", columns=blocks).view(-1)
         if "nested_absmax" in parts:

@@ -30,6 +30,8 @@ from tiered.quant import QuantizedTensor, folded
 _PANEL_NUMEL: Final = PANEL_NBYTES // 4
 _MOST_THREADS: Final = 2
 """Panels that are taken apart at a time."""
+_STRIP_NBYTES: Final = PANEL_NBYTES
+"""Bytes of a strip of columns: each of its rows is a read of its own, which is to be worth one."""
 _PANEL_PARTS: Final = 3
 """Times the bytes of a panel in float32 that taking it apart takes: tensors, codes, numbers."""
 _NOT_ITS_FORMAT: Final = (ValueError, KeyError, TypeError, IndexError, ZeroDivisionError, RuntimeError)
@@ -101,7 +103,8 @@ class QuantizedReader(WeightReader):
         return self._made(name, rows, self.format_of(name).codes)
 
     def working_nbytes(self, path: Path) -> int:
-        return self._inner.working_nbytes(path) + (self._thread_count + 1) * _PANEL_PARTS * PANEL_NBYTES
+        panels = (self._thread_count + 1) * _PANEL_PARTS * PANEL_NBYTES
+        return self._inner.working_nbytes(path) + panels + 2 * _STRIP_NBYTES
 
     def close(self) -> None:
         if self._threads is not None:
@@ -148,10 +151,25 @@ class QuantizedReader(WeightReader):
         return self._files.path(self._index.file_of[name])
 
     def _reader(self, name: str) -> Callable[..., torch.Tensor]:
+        """Reads rectangles of the tensors of `name`, each strip of columns together with those beside it."""
         names = self._found[name].names
+        strips: dict[str, tuple[range, torch.Tensor]] = {}
+
+        def strip(part: str, columns: range) -> torch.Tensor:
+            within, found = strips.get(part, (range(0), torch.empty(0)))
+            if columns.start not in within or columns.stop > within.stop:
+                stored = self._stored(names[part])
+                rows, width = folded(stored.shape or (1,))
+                wanted = max(len(columns), _STRIP_NBYTES // (rows * stored.dtype.itemsize))
+                within = range(columns.start, min(columns.start + wanted, width))
+                found = self._inner.rectangle(self._path(names[part]), names[part], None, within)
+                strips[part] = within, found
+            return found[:, columns.start - within.start : columns.stop - within.start]
 
         def read(part: str, rows: range | None = None, columns: range | None = None) -> torch.Tensor:
             with self._reading:
+                if rows is None and columns is not None:
+                    return strip(part, columns)
                 return self._inner.rectangle(self._path(names[part]), names[part], rows, columns)
 
         return read
