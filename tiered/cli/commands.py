@@ -93,9 +93,9 @@ def cli() -> None:
 def convert(source: str, output: Path | None, **options: Any) -> None:
     """Convert SOURCE into a store that 'tiered generate' runs.
 
-    SOURCE is a Hugging Face folder, a hub id such as facebook/opt-6.7b, or a known name such as opt-125m. OPT may be in
-    metaseq's files (a folder, or one of its *.pt) or in FlexGen's too: 'tiered convert opt-175b --from PATH'. An
-    interrupted conversion is resumed by the same command.
+    SOURCE is a Hugging Face folder, a hub id such as facebook/opt-6.7b, a known name such as opt-125m, or a .gguf file.
+    OPT may be in metaseq's files (a folder, or one of its *.pt) or in FlexGen's too: 'tiered convert opt-175b --from
+    PATH'. An interrupted conversion is resumed by the same command.
 
     A SOURCE that is a store of an earlier format version is upgraded in place; its weights stay the same. With
     --tokenizer a store of any version gets another tokenizer, or its first.

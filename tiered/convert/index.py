@@ -40,6 +40,8 @@ class WeightIndex:
     declared: Mapping[str, StoredTensor] = field(default_factory=dict)
     """Checkpoint name -> what config.json says of a quantized tensor; its shape is left out. It counts until its files
     are here."""
+    is_exact: bool = False
+    """A tensor that the model has no place for is an error: there are none that others leave beside a model."""
 
     def files_of(self, name: str) -> frozenset[str]:
         """The files that the tensor `name` is read from."""
@@ -72,6 +74,8 @@ def find_weights(files: WeightFiles, named: object, require: Require) -> WeightI
             return _of_headers(files, make_reader(), _shards(found, files), require)
     other = sorted(name for name in files.names if name.endswith((".gguf", ".pt", ".pth", ".h5", ".msgpack", ".bin")))
     hint = f"it has {', '.join(other[:5])}, which tiered does not read; " if other else ""
+    if other and other[0].endswith(".gguf"):
+        hint = f"it has {', '.join(other[:5])}; download the GGUF file of a model and pass that, or "
     raise CheckpointError(
         f"{files.name}: no weights; expected model*.safetensors or pytorch_model*.bin, {hint}"
         "pass a Hugging Face checkpoint in one of these formats"

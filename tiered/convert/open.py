@@ -16,6 +16,8 @@ from tiered.arch import build_skeleton, is_text_half, load_config, text_config
 from tiered.configs_path import config_dir
 from tiered.convert.checkpoint import Checkpoint
 from tiered.convert.checksums import check_md5
+from tiered.convert.gguf import SUFFIX, find_gguf, parts_of, read_gguf
+from tiered.convert.gguf_tokenizer import tokenizer_of
 from tiered.convert.index import WeightIndex, find_weights, has_weights
 from tiered.convert.names import NameMap, has_head, map_names
 from tiered.convert.opt import check_shape, opt_config, opt_files, read_opt
@@ -27,7 +29,7 @@ from tiered.convert.room import RamCheck
 from tiered.convert.source import StoredTensor, WeightSource
 from tiered.convert.synthetic import ShapeFile, Synthetic, shape_config
 from tiered.convert.tokenizer import GivenTokenizer
-from tiered.errors import CheckpointError, ConfigError
+from tiered.errors import CheckpointError, ConfigError, TieredError, shortened
 from tiered.store.beside import check_packages
 
 _HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -55,20 +57,22 @@ def resolve_checkpoint(source: str | Path) -> Folder | HubId:
         if shape.hub_id is None:
             raise ConfigError(f"{text}: a shape without published weights; pass --synthetic for random ones")
         return HubId(shape.hub_id)
-    if isinstance(source, str) and _HUB_ID.fullmatch(text):
+    if isinstance(source, str) and _HUB_ID.fullmatch(text) and path.suffix != SUFFIX:
         return HubId(text)
     raise ConfigError(f"{text}: no such folder, no hub id (owner/name) and no known name; known are {_known_names()}")
 
 
 def resolve_folder(path: Path) -> Folder:
-    """The checkpoint in the folder `path`, or the one that the file `path` of metaseq's belongs to."""
+    """The checkpoint in the folder `path`, or the one that the file `path`, of metaseq's or in GGUF, belongs to."""
     path = path.expanduser()
     if path.is_dir():
         return Folder(path)
-    if path.suffix == ".pt" and path.exists():
+    if path.suffix in (".pt", SUFFIX) and path.exists():
         return Folder(path.parent, path.name)
     if path.exists():
-        raise ConfigError(f"{path}: a file; expected a model folder, a .pt file of metaseq's, a hub id or a known name")
+        raise ConfigError(
+            f"{path}: a file; expected a model folder, a .gguf file, a .pt file of metaseq's, a hub id or a known name"
+        )
     raise ConfigError(f"{path}: no such folder; pass the one that holds the weights")
 
 
@@ -102,7 +106,8 @@ def open_checkpoint(
     weight files that have to be read whole to know which tensors they hold.
     """
     files = place.open(options, ledger)
-    index, config = _find_opt(place, files, shape) or (None, load_config(files.config_folder()))
+    found = _find_gguf(place, files, tokenizer is None) or _find_opt(place, files, shape)
+    index, config = found or (None, load_config(files.config_folder()))
     if shape is not None:
         check_shape(files.name, shape, config.to_dict())
     if tokenizer is None:
@@ -121,7 +126,7 @@ def open_checkpoint(
         check_md5(options.md5, {name: files.path(name) for name in index.files})
     index = quantized_index(index, files, quantization)
     made: dict[str, bytes] = {}
-    if is_text_half(files.config_folder()):
+    if found is None and is_text_half(files.config_folder()):
         # What its two configurations say of it may differ, and neither is sure to be right.
         if skeleton.tied == has_head(skeleton, index.file_of):
             config.tie_word_embeddings = not skeleton.tied
@@ -130,12 +135,49 @@ def open_checkpoint(
             {**config.to_diff_dict(), "dtype": str(claimed).removeprefix("torch.")}, indent=2
         ).encode()
     names = map_names(skeleton, index.file_of)
+    if index.is_exact and names.warnings:
+        raise CheckpointError(f"{files.name}: {names.warnings[0]}; convert the original Hugging Face checkpoint")
     stored = _quantized(files, index, names)
     if method is not None and not stored:
         refuse_quantized(files.name, f"{method}, by config.json, but none of its tensors is")
     recipe = make_recipe(skeleton, options.of_source(bool(stored)), stored)
     ram.writes(recipe.files)
     return Checkpoint(files, index, names, recipe.files, claimed, options.clip, ram.require, made), recipe
+
+
+def _find_gguf(
+    place: Folder | HubId, files: WeightFiles, with_tokenizer: bool
+) -> tuple[WeightIndex, PretrainedConfig] | None:
+    """The weights and the configuration of a model in GGUF; None where there is none, or weights in another format.
+
+    Whatever lies beside it is left out: the model is what its file says. The files that Hugging Face's checkpoint has
+    besides its weights are made, those of the tokenizer if `with_tokenizer`.
+    """
+    if not isinstance(files, LocalFiles) or not isinstance(place, Folder):
+        return None
+    file = place.only if place.only is not None or has_weights(files) else find_gguf(files.names, place.path)
+    if file is None or not file.endswith(SUFFIX):
+        return None
+    parts = parts_of(file, files.names)
+    files.leave_out_all_but(parts)
+    model = read_gguf(files, parts)
+    try:
+        config = text_config(dict(model.config))
+    except (TieredError, MemoryError):
+        raise
+    except Exception as error:
+        # Each family has code of its own that checks and converts fields; it may raise anything.
+        raise CheckpointError(
+            f"{model.first}: transformers cannot use its metadata: {shortened(error)}; convert the original Hugging "
+            "Face checkpoint"
+        ) from error
+    made = dict(model.files)
+    if with_tokenizer:
+        made |= tokenizer_of(model.first, model.metadata, config.vocab_size)
+    for name, content in made.items():
+        files.make(name, content)
+    config.name_or_path = str(model.first)
+    return model.index, config
 
 
 def _find_opt(

@@ -7,8 +7,11 @@ checkpoint and form in the store, for `tiered convert` to print.
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import sqrt
+from typing import Final
 
 import torch
+
+_PART_NUMEL: Final = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,10 @@ class Tally:
         """Rows of the weight `name` were `before`, float32, and are `after` in the store."""
         self.add(name, method, form)
         sums = self._sums[method, form]
-        sums.changed += float((after.float() - before).double().square().sum())
-        sums.values += float(before.double().square().sum())
+        # Part by part: what is made of them on the way is memory that no budget knows of.
+        for one, other in zip(before.flatten().split(_PART_NUMEL), after.flatten().split(_PART_NUMEL), strict=True):
+            sums.changed += float((other.float() - one).double().square().sum())
+            sums.values += float(one.double().square().sum())
 
     def taken(self) -> Iterator[Taken]:
         """What has been added up, the weights of most methods first."""
