@@ -34,6 +34,8 @@ PARAMETERS: Final = {
     "glm-4.5-air": 106.852e9,  # without the layer that predicts further tokens
     "gpt-oss-20b": 20.915e9,
     "gpt-oss-120b": 116.829e9,
+    "deepseek-v3": 671.026e9,  # without that layer, as well
+    "llama-4-scout": 107.770e9,  # the text half
 }
 
 

@@ -1,5 +1,7 @@
 """The table against transformers' own list: whatever it can build as a causal language model is driven or refused."""
 
+from pathlib import Path
+
 import pytest
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -16,6 +18,10 @@ def test_every_causal_language_model_of_transformers_is_in_the_table_or_refused_
     missing = sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - known)
     assert not missing, "new in transformers: add a line to FAMILIES and to TINY, or a reason to REFUSED"
     assert not FAMILIES.keys() & REFUSED.keys() and not TEXT_HALVES.keys() & (FAMILIES.keys() | REFUSED.keys())
+
+
+def test_the_readme_says_how_many_families_there_are() -> None:
+    assert f"\n{len(FAMILIES)} decoder-only families" in (Path(__file__).parents[2] / "README.md").read_text()
 
 
 def test_a_refused_family_is_told_why_and_any_other_what_there_is() -> None:

@@ -6,6 +6,7 @@ longer than the sliding windows.
 
 from contextlib import ExitStack
 from dataclasses import fields
+from functools import partial
 from typing import Final
 
 import pytest
@@ -18,11 +19,11 @@ from tests.helpers import (
     TINY,
     Answers,
     Tiny,
-    Tokens,
     assert_same,
+    cached_answers,
+    few_rows,
     open_runtime,
     prompts_for,
-    reference_logits,
     reserved,
     run_greedy,
     run_segments,
@@ -36,6 +37,7 @@ from tiered.model import Segment
 REPRESENTATIVES: Final = (
     *("opt", "opt-350m", "gpt_neox", "bloom", "mpt", "gpt_bigcode", "gpt_neox_japanese", "biogpt", "diffllama"),
     *("llama-tied-biased", "gemma2", "mistral", "qwen3_moe", "glm4_moe", "gpt2", "gpt_oss"),
+    *("qwen3_next", "lfm2", "falcon_h1", "mamba2", "nemotron_h", "jamba"),
 )
 """For --quick: learned positions and rotary ones, ALiBi, windows, soft caps, tied weights, mixtures with and without
 shared experts; and whatever the table says of a family."""
@@ -58,7 +60,7 @@ def test_a_family_gives_what_transformers_gives(tiny: Tiny, name: str) -> None:
     prompts, expected = prompts_for(name), tiny.reference(name)
     with open_runtime(tiny.store(name)) as runtime:
         assert_same(run_greedy(runtime, prompts), expected)
-    with open_runtime(tiny.store(name), micro_batch_rows=6) as runtime:
+    with open_runtime(tiny.store(name), micro_batch_rows=few_rows(name)) as runtime:
         assert_same(run_greedy(runtime, prompts, steps=8), expected)
 
 
@@ -83,30 +85,15 @@ def test_codes_that_are_looked_up_give_what_they_stand_for(tiny: Tiny, name: str
 def test_rotary_frequencies_follow_the_length_of_each_text(tiny: Tiny, name: str, rows: int | None) -> None:
     long, short = prompts_for(name)
     assert len(short) < SHORT_TEXT < len(long)
-    expected = cached_answers(tiny, name, long, steps=8)
+    expected = cached_answers(partial(tiny.model, name), long, steps=8)
     # A text that grows past the limit is another matter: `generate` of some families then starts over.
-    expected_short = cached_answers(tiny, name, short, steps=SHORT_TEXT - len(short))
+    expected_short = cached_answers(partial(tiny.model, name), short, steps=SHORT_TEXT - len(short))
     with open_runtime(tiny.store(name), micro_batch_rows=rows) as runtime:
         assert_same(run_greedy(runtime, [long], steps=8), expected)
         assert_same(run_greedy(runtime, [short], steps=2), expected_short)
         together = run_greedy(runtime, [short, long], steps=3)
     assert_same(Answers(together.tokens[:1], together.logits[:1]), expected_short)
     assert_same(Answers(together.tokens[1:], together.logits[1:]), expected)
-
-
-def cached_answers(tiny: Tiny, name: str, prompt: Tokens, steps: int) -> Answers:
-    """transformers' answer, token by token with its own cache, by a model that has seen no other text."""
-    ids = torch.tensor([list(prompt)])
-    output = tiny.model(name).generate(  # type: ignore[operator]  # only exists on classes that mix it in
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=steps,
-        do_sample=False,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
-    logits = torch.cat([reference_logits(tiny.model(name), prompt), *output.logits[1:]])
-    return Answers((output.sequences[0, len(prompt) :].tolist(),), (logits,))
 
 
 def test_only_the_positions_asked_for_get_logits(tiny: Tiny) -> None:

@@ -2,7 +2,8 @@
 
 from tiered.arch.config import is_text_half, load_config, text_config
 from tiered.arch.context import chunked_layers, context_for, layer_windows, most_positions
-from tiered.arch.families import FAMILIES, Family, family_for
+from tiered.arch.families import FAMILIES, Family, Scan, family_for
+from tiered.arch.mixers import is_mixer, state_shape
 from tiered.arch.modules import ExpertStacks, expert_stacks, linear_size
 from tiered.arch.order import order_of_use
 from tiered.arch.skeleton import (
@@ -19,12 +20,14 @@ __all__ = [
     "ExpertStacks",
     "Family",
     "ParameterInfo",
+    "Scan",
     "Skeleton",
     "build_skeleton",
     "chunked_layers",
     "context_for",
     "expert_stacks",
     "family_for",
+    "is_mixer",
     "is_text_half",
     "layer_windows",
     "linear_size",
@@ -32,5 +35,6 @@ __all__ = [
     "most_positions",
     "order_of_use",
     "read_tokenizer",
+    "state_shape",
     "text_config",
 ]

@@ -6,7 +6,28 @@ forward and replaying it block by block gives the same logits as transformers.
 
 from dataclasses import dataclass
 
+from transformers import PretrainedConfig
+
 from tiered.errors import UnsupportedFamilyError
+from tiered.plan.state import Grid
+
+
+@dataclass(frozen=True)
+class Scan:
+    """How recurrent layers compute several tokens of a sequence at once: on a grid that begins with the text."""
+
+    grid: int | str = 1
+    """Tokens from one line of the grid to the next, or the field of the configuration that has them. A prompt that is
+    cut there, and nowhere else, has the bits of one that is not. 1: anywhere; 0: nowhere, as a scan of several tokens
+    begins without the state that earlier ones have left."""
+    one_cell: bool = False
+    """What is computed at once ends with the cell of the grid that it begins in: over several cells the family's code
+    sums in another order."""
+
+    def grid_of(self, config: PretrainedConfig) -> Grid:
+        """The grid of the model with this configuration."""
+        tokens = self.grid if isinstance(self.grid, int) else int(getattr(config, self.grid))
+        return Grid(tokens, self.one_cell)
 
 
 @dataclass(frozen=True)
@@ -21,6 +42,11 @@ class Family:
     gathers: bool = False
     """Dense attention: the family has attention code of its own, which takes keys and values as whole tensors. They
     are gathered from the cache for every layer, and sequences are padded to equal length."""
+    scan: Scan | None = None
+    """Some of its layers keep a state of fixed size instead of keys and values, or beside them."""
+    embedding_scale: str | None = None
+    """The field of the configuration that its forward multiplies embeddings by, but only those that it has looked up
+    itself."""
 
 
 _MODEL_LAYERS = (
@@ -107,6 +133,10 @@ _MIXTURES = (
 )
 """Mixtures of experts, whose experts transformers keeps in one stack per layer: a store has each of them by itself."""
 
+_DELTA = Scan(64)
+"""Gated delta rule: 64 is a constant of the families' code."""
+_MAMBA2 = Scan("mamba_chunk_size", one_cell=True)
+
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
@@ -129,6 +159,13 @@ FAMILIES: dict[str, Family] = {
         Family("doge", "model.layers", gathers=True),
         Family("jetmoe", "model.layers", gathers=True),
         *(Family(name, "model.layers") for name in (*_MODEL_LAYERS, *_MIXTURES)),
+        *(Family(name, "model.layers", scan=_DELTA) for name in ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")),
+        *(Family(name, "model.layers", scan=Scan()) for name in ("lfm2", "lfm2_moe")),
+        *(Family(name, "model.layers", scan=_MAMBA2) for name in ("bamba", "granitemoehybrid")),
+        Family("falcon_h1", "model.layers", scan=_MAMBA2, embedding_scale="embedding_multiplier"),
+        Family("mamba2", "backbone.layers", scan=Scan("chunk_size", one_cell=True)),
+        Family("nemotron_h", "model.layers", scan=Scan("chunk_size", one_cell=True)),
+        Family("jamba", "model.layers", scan=Scan(0)),
     )
 }
 
@@ -140,6 +177,8 @@ whatever their text half alone would (Cohere's scale its logits)."""
 TEXT_HALVES: dict[str, tuple[str, ...]] = {
     "gemma3": ("gemma3_text",),
     "llama4": ("llama4_text",),
+    "qwen3_5": ("qwen3_5_text",),
+    "qwen3_5_moe": ("qwen3_5_moe_text",),
     **dict.fromkeys(("mistral3", "llava", "llava_next", "vipllava", "internvl", "idefics3", "smolvlm"), _PLAIN_TEXT),
 }
 """Models that also see, with the text families that compute, where no picture is among the tokens, what the whole model
@@ -161,9 +200,8 @@ _REASONS: dict[str, tuple[str, ...]] = {
         *("musicgen_melody", "phi4_multimodal"),
     ),
     "its layers keep a recurrent state that is not driven yet": (
-        *("bailing_hybrid", "bamba", "falcon_h1", "granitemoehybrid", "inkling_text", "inkling2_text", "jamba"),
-        *("lara_mini", "lfm2", "lfm2_moe", "lfm3", "mamba2", "minimax", "nemotron_h", "qwen3_next", "qwen3_5"),
-        *("qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text", "rwkv", "xlstm", "zamba", "zamba2", "zaya"),
+        *("bailing_hybrid", "inkling_text", "inkling2_text", "lara_mini", "lfm3", "minimax", "rwkv", "xlstm", "zamba"),
+        *("zamba2", "zaya"),
     ),
     "its recurrent state is kept in a way in which a second part of a prompt gives other logits without an error": (
         *("falcon_mamba", "mamba", "recurrent_gemma"),

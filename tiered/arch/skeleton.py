@@ -139,6 +139,8 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype = torch.float32)
     UnsupportedFamilyError where the graph is not what the family's table entry says.
     """
     family = family_for(config.model_type)
+    # Linear layers are called, where some families would multiply by a weight that is elsewhere.
+    config._is_quantized = True
     if getattr(config, "output_router_logits", False):
         config.output_router_logits = False  # for a loss in training, of logits that nobody notes here
     with _naming(config):

@@ -63,6 +63,7 @@ class Inspection:
             "bytes_per_pass": summary.tape_nbytes,
             "experts": self._experts_json(),
             "dtype": self.model.dtype,
+            "state_bytes_per_sequence": 0 if self.model.state is None else self.model.state.nbytes,
             "kv_bytes_per_token": self.model.kv_token_nbytes,
             "load": self._load_json(),
             "baseline_bytes": self.smallest.needs.baseline,
@@ -216,6 +217,8 @@ def _about(inspection: Inspection) -> list[str]:
     ]
     if inspection.is_mixture:
         rows.insert(-1, ("experts", _experts(inspection.model)))
+    if (state := inspection.model.state) is not None:
+        rows.append(("state", f"{format_size(state.nbytes)} per sequence, whatever its length"))
     if manifest.synthetic:
         distinct = manifest.distinct_blocks
         layers = "" if distinct is None else f"; {distinct} distinct layer files stand for all layers"
@@ -272,10 +275,11 @@ def _budgets(inspection: Inspection) -> Iterator[str]:
     if any(fit.plan.experts is not None for fit in inspection.fits):
         yield "experts are counted as if all were chosen equally often; routers that prefer some read less of them"
     needs = inspection.smallest.needs
+    state = f"{format_size(needs.state)} for recurrent states, " if needs.state else ""
     yield (
         f"of the smallest, {format_size(needs.baseline)} are for the process itself (measured here), "
         f"{format_size(needs.outer)} for tables that stay in memory, {format_size(needs.kv)} for the KV cache, "
-        f"{format_size(needs.workspace)} for activations"
+        f"{state}{format_size(needs.workspace)} for activations"
     )
     if device is not None:
         on_gpu = device.needs

@@ -13,6 +13,7 @@ from typing import Final, Literal
 from tiered.errors import ConfigError
 from tiered.plan.kv import Bits, KVShape, LayerGroup, itemsize
 from tiered.plan.placement import Tape
+from tiered.plan.state import StateShape
 from tiered.units import PAGE_TOKENS
 
 MAX_BATCHED_TOKENS: Final = 4096
@@ -135,6 +136,8 @@ class ModelShape:
     """None where the model is no mixture, or one whose experts are not taken apart."""
     head_weights: int = 0
     """Of the weights, those of the head, which only rows with logits go through."""
+    state: StateShape | None = None
+    """What recurrent layers keep of a sequence; None: there are none."""
 
     @property
     def itemsize(self) -> int:
@@ -221,6 +224,15 @@ class Machine:
     sums."""
     bus_bytes_per_second: float | None = None
     """Sustained rate of copies from memory to the device."""
+    layer_seconds: float = 0.0
+    """Seconds that a micro-batch takes in a layer beside linear layers and attention, however few its rows are."""
+    element_seconds: float = 0.0
+    """Seconds that a row takes beside them, for each element of the hidden state, in a layer."""
+    reading_seconds: float = 0.0
+    """Seconds by which computing takes longer for each byte that is read meanwhile: readers want processors, too."""
+    kept_bytes_per_second: float | None = None
+    """Rate at which a first pass reads what then stays in memory, which it tests and takes memory for; None: as fast as
+    the rest."""
 
 
 Objective = Literal["latency", "throughput"]

@@ -4,13 +4,13 @@
 budget that works. `rates_wanted` says beforehand what would have to be measured for the choice of a batch size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Final, Literal
 
 from tiered.errors import BudgetError, ConfigError, DeviceBudgetError
-from tiered.plan.batch_size import BatchChoice, choose_batch_size, choose_windows_per_pass
+from tiered.plan.batch_size import BatchChoice, BatchOption, choose_batch_size, choose_windows_per_pass
 from tiered.plan.cost import decode_computing, seen_tokens
 from tiered.plan.inputs import Budgets, Machine, ModelShape, Tier, Workload, tiers_text
 from tiered.plan.kv import Bits, check_bits
@@ -37,6 +37,7 @@ def make_plan(model: ModelShape, machine: Machine, workload: Workload, budgets: 
         raise ConfigError(
             f"--tiers {tiers_text(budgets.tiers)}, --vram {budgets.vram}: a GPU and its memory go together"
         )
+    _check_state(model, workload, budgets)
     if budgets.choose_kv_bits:
         return _plan_with_most_bits(Asked(model, machine, workload, budgets))
     asked = Asked(model, machine, workload, budgets)
@@ -47,6 +48,23 @@ def make_plan(model: ModelShape, machine: Machine, workload: Workload, budgets: 
     if workload.one_pass:
         return _scoring_plan(asked)
     return _most_throughput(asked)
+
+
+def _check_state(model: ModelShape, workload: Workload, budgets: Budgets) -> None:
+    """Raises ConfigError for what a model with recurrent layers cannot be asked for."""
+    if model.state is None:
+        return
+    if budgets.has_device:
+        raise ConfigError(
+            f"--tiers {tiers_text(budgets.tiers)}: this model has recurrent layers, whose states only the processor "
+            "keeps; use --tiers disk,cpu"
+        )
+    cell = model.state.grid.cell(workload.max_prompt or workload.max_context)
+    if budgets.micro_batch is not None and budgets.micro_batch < cell:
+        raise ConfigError(
+            f"--micro-batch {budgets.micro_batch}: this model's recurrent layers compute {cell} tokens of a prompt "
+            "together; ask for at least that many"
+        )
 
 
 def pace_for(model: ModelShape, machine: Machine, workload: Workload) -> Pace:
@@ -64,7 +82,7 @@ def expected_pass(model: ModelShape, machine: Machine, workload: Workload, budge
     plan = make_plan(model, machine, workload, budgets)
     option = _way_of(Asked(model, machine, workload, budgets), plan).option(plan)
     seconds = partial(_compute_seconds, model, machine, workload)
-    choice = choose_batch_size([option], machine.disk_bytes_per_second, seconds, machine.bus_bytes_per_second)
+    choice = _chosen([option], machine, seconds)
     assert choice is not None
     return choice
 
@@ -204,7 +222,9 @@ def _scoring_plan(asked: Asked) -> Plan:
     try:
         return _plan_for(asked, _windows_per_pass(asked), "for the fewest bytes to read")
     except BudgetError as refusal:
-        workload = replace(asked.workload, one_pass=False, max_batched_tokens=HEAD_ROWS)
+        state = asked.model.state
+        tokens = HEAD_ROWS if state is None else max(HEAD_ROWS, state.grid.cell(asked.workload.max_context))
+        workload = replace(asked.workload, one_pass=False, max_batched_tokens=tokens)
         try:
             return _plan_for(replace(asked, workload=workload), 1, "a part of it in a pass, as all of it does not fit")
         except BudgetError as error:
@@ -236,9 +256,17 @@ def _most_throughput(asked: Asked) -> Plan:
         option = max(found, key=lambda option: (option.sequences, not option.kv_on_disk, option.kv_on_device))
         return _reasoned(asked, found[option], "as fit")
     seconds = partial(_compute_seconds, asked.model, machine, asked.workload)
-    choice = choose_batch_size(found, machine.disk_bytes_per_second, seconds, machine.bus_bytes_per_second)
+    choice = _chosen(found, machine, seconds)
     assert choice is not None
     return _reasoned(asked, found[choice.option], _expected(choice, machine))
+
+
+def _chosen(
+    options: Iterable[BatchOption], machine: Machine, compute_seconds: Callable[[int], float]
+) -> BatchChoice | None:
+    """The option with most tokens per second by the machine's rates."""
+    disk, bus = machine.disk_bytes_per_second, machine.bus_bytes_per_second
+    return choose_batch_size(options, disk, compute_seconds, bus, machine.reading_seconds)
 
 
 def _compute_seconds(model: ModelShape, machine: Machine, workload: Workload, count: int) -> float:
