@@ -11,13 +11,23 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from tests.helpers import CONTEXT, Tiny, assert_same, open_runtime, prompts_for, reserved, run_greedy, run_segments
+from tests.helpers import (
+    CONTEXT,
+    Tiny,
+    assert_same,
+    open_runtime,
+    prompts_for,
+    reserved,
+    run_greedy,
+    run_segments,
+    tiny_config,
+)
 from tests.model.test_kv_grid import Models, logits_of, runtime_of, text_of
 from tests.model.test_parity_grid import budget_for
 from tests.quick import represented
 from tiered.api import OffloadedModel
-from tiered.arch import load_config
-from tiered.errors import BudgetError, ConfigError, NotSupportedError
+from tiered.arch import build_skeleton, load_config, state_shape
+from tiered.errors import BudgetError, CheckpointError, ConfigError, NotSupportedError
 from tiered.kernels import load_library
 from tiered.model import Segment
 from tiered.plan import Tier, Workload
@@ -131,6 +141,14 @@ def test_transformers_own_generate_gives_what_it_gives_of_the_model_in_memory(ti
         assert torch.equal(model.generate(ids, **asked), expected)
         with pytest.raises(ValueError, match="not supported with stateful models"):
             model.generate(ids[:1], max_new_tokens=6, prompt_lookup_num_tokens=3)
+
+
+@pytest.mark.parametrize(("field", "value"), [("chunk_size", 0), ("time_step_limit", [1.0])])
+def test_a_configuration_that_no_scan_can_follow_is_refused(field: str, value: Any) -> None:
+    config = tiny_config("mamba2")
+    setattr(config, field, value)
+    with pytest.raises(CheckpointError, match="put the model's own"):
+        state_shape(build_skeleton(config))
 
 
 def test_a_second_part_of_a_prompt_that_must_be_whole_is_refused(tiny: Tiny) -> None:
