@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from transformers import PretrainedConfig
 
-from tiered.errors import UnsupportedFamilyError
+from tiered.errors import CheckpointError, UnsupportedFamilyError
 from tiered.plan.state import Grid
 
 
@@ -25,8 +25,15 @@ class Scan:
     sums in another order."""
 
     def grid_of(self, config: PretrainedConfig) -> Grid:
-        """The grid of the model with this configuration."""
-        tokens = self.grid if isinstance(self.grid, int) else int(getattr(config, self.grid))
+        """The grid of the model with this configuration. Raises CheckpointError where that has none."""
+        if isinstance(self.grid, int):
+            return Grid(self.grid, self.one_cell)
+        tokens = getattr(config, self.grid, None)
+        if not isinstance(tokens, int) or tokens < 1:
+            raise CheckpointError(
+                f"{config.name_or_path or config.model_type}: {self.grid} is {tokens!r}, expected a whole number above "
+                "0; put the model's own config.json there"
+            )
         return Grid(tokens, self.one_cell)
 
 
