@@ -39,7 +39,7 @@ CHOICES: Final = (
     ("int8", "mxfp4-g32", "layer", "mxfp4-g32"),
     ("int8", None, "layer", "int8-g64"),
     ("keep", "int4-g32", "embed", "int4-g32"),
-    ("keep", "mxfp4-g32", "embed", "int8-g64"),  # rows of a table are read with their zeros
+    ("keep", "mxfp4-g32", "embed", "mxfp4-g32"),
     ("none", "int4-g128", "layer", None),
 )
 

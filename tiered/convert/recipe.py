@@ -98,8 +98,6 @@ class ConvertOptions:
         precision.
         """
         own = None if stored is None else stored.scheme
-        if role == "embed" and not isinstance(own, GroupScheme):
-            own = None  # rows of the table are read with their zeros
         if self.quant == "none" or (self.quant == "keep" and (stored is None or stored.method is None)):
             return None
         bits = 8 if self.quant in ("int8", "keep") or role != "layer" else 4
