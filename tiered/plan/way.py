@@ -260,6 +260,8 @@ class Way(AtOnce):
         kv = 0
         if self.on_disk:
             kv = int(kv_block_nbytes(plan.cache, self.asked.workload.mean_context * HALFWAY, self.batch_size))
+            # A recurrent state is read and written in each pass.
+            kv += 2 * plan.cache.states_nbytes
         experts = expected_expert_nbytes(self.asked.model, plan, self.batch_size)
         disk, bus = plan.read_nbytes + kv + experts, 0
         if plan.decode_device == "gpu":

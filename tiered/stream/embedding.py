@@ -96,7 +96,7 @@ class EmbeddingRows:
         side, position = [], 0
         for part in self._ranges:
             views = []
-            for entry in (part.weight.parts["scale"], part.weight.parts["zero"]):
+            for entry in (part.weight.parts[name] for name in ("scale", "zero") if name in part.weight.parts):
                 offset = part.unit_offset + entry.offset
                 await self._verify(offset, offset + entry.nbytes)
                 first, last = round_down(offset, PAGE), round_up(offset + entry.nbytes, PAGE)
@@ -104,7 +104,8 @@ class EmbeddingRows:
                 raw = slab.tensor()[position + offset - first :][: entry.nbytes]
                 views.append(raw.view(entry.dtype).view(entry.shape))
                 position += last - first
-            side.append((views[0], views[1]))
+            scale = views[0]
+            side.append((scale, views[1] if len(views) > 1 else scale.new_empty(len(scale), 0, dtype=torch.uint8)))
         self._side = side
 
     async def fetch(self, ids: Sequence[int]) -> torch.Tensor:
