@@ -70,6 +70,15 @@ _GROUPED_EXPERTS: Final = {
 }
 """For families that choose among groups of experts first, and have a first layer without."""
 _SOFT_CAPS: Final = {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0}
+_GEMMA4: Final = {
+    **_SLIDING,
+    "num_hidden_layers": 6,
+    "layer_types": ["sliding_attention", "full_attention"] * 3,
+    "vocab_size_per_layer_input": 160,
+    "hidden_size_per_layer_input": 32,
+    "final_logit_softcapping": 3.0,
+    "global_head_dim": 16,
+}
 
 TINY: Final[dict[str, dict[str, Any]]] = {
     "opt": _OPT,
@@ -113,6 +122,7 @@ TINY: Final[dict[str, dict[str, Any]]] = {
     "gemma": {},
     "gemma2": {**_MIXED, **_SOFT_CAPS, "query_pre_attn_scalar": 16},
     "gemma3_text": {**_MIXED, "query_pre_attn_scalar": 16},
+    "gemma4_text": _GEMMA4,
     "stablelm": {"use_qkv_bias": True},
     "stablelm-parallel": {"model_type": "stablelm", "use_parallel_residual": True, "qk_layernorm": True},
     "starcoder2": _SLIDING,

@@ -28,7 +28,7 @@ from tiered.model import ForwardBatch, ForwardWork, Seat, Seats, Segment, Segmen
 from tiered.model.work import Embedded
 from tiered.plan.kv import outbox_nbytes
 from tiered.plan.passes import MicroBatchLimits
-from tiered.stream import AnyWeight
+from tiered.stream import AnyWeight, FetchedRows
 
 WHERE: Final = torch.device("privateuseone:0")
 HOST: Final = torch.device("cpu")
@@ -138,7 +138,9 @@ def _expect_host(number: int, index: int, logits: torch.Tensor) -> None:
 def _run(work: Work, seat: Seat, blocks: Sequence[BlockTensors]) -> None:
     model = seat.model
     loans = [_loan(block) for block in blocks if block.role == "layer"]
-    groups = work.record(Embedded(torch.empty(len(IDS), model.skeleton.embedding.embedding_dim), IDS))
+    modules = {name: model.skeleton.model.get_submodule(table.module) for name, table in model.skeleton.tables.items()}
+    tables = {name: _fetched(module) for name, module in modules.items()}
+    groups = work.record(Embedded({"embed": _fetched(model.skeleton.embedding)} | tables, torch.float32))
     for number, (layer, loan) in enumerate(zip(model.layers, loans, strict=True)):
         with model.lend(layer, loan):
             for group in groups:
@@ -152,6 +154,12 @@ def _run(work: Work, seat: Seat, blocks: Sequence[BlockTensors]) -> None:
     with model.lend(model.head, head):
         for logits in work.finish(groups):
             assert logits.device == HOST
+
+
+def _fetched(table: nn.Module) -> FetchedRows:
+    assert isinstance(table, nn.Embedding)
+    width = table.embedding_dim
+    return FetchedRows(IDS, lambda positions, dtype: torch.empty(len(positions), width, dtype=dtype))
 
 
 def _loan(block: BlockTensors) -> GivenLoan:

@@ -35,6 +35,11 @@ def context_for(config: PretrainedConfig, asked: int | None, option: str, defaul
     return asked
 
 
+def layer_configs(config: PretrainedConfig) -> list[PretrainedConfig]:
+    """The configuration of each decoder layer, where they differ in sizes; else the model's alone."""
+    return list(config.per_layer_config) if getattr(config, "is_heterogeneous", False) else [config]
+
+
 def layer_windows(config: PretrainedConfig) -> tuple[int, ...]:
     """For each decoder layer, how many tokens a query sees, its own included; 0: all up to its own."""
     count = int(config.num_hidden_layers)

@@ -10,6 +10,18 @@ from tiered.errors import UnsupportedFamilyError
 
 
 @dataclass(frozen=True)
+class IdTable:
+    """A table, beside the token embedding, whose rows the tokens of a pass choose by their ids: it stays on disk."""
+
+    module: str
+    """Path of the nn.Embedding inside the causal LM. A configuration may do without it."""
+    look_up: str
+    """Path of what returns the model's own values for ids [rows, tokens]: the module itself, or a method around it."""
+    argument: str
+    """By this name the forward takes them; without, it would look them up itself."""
+
+
+@dataclass(frozen=True)
 class Family:
     """What the engine has to know of one `model_type`."""
 
@@ -21,6 +33,7 @@ class Family:
     gathers: bool = False
     """Dense attention: the family has attention code of its own, which takes keys and values as whole tensors. They
     are gathered from the cache for every layer, and sequences are padded to equal length."""
+    tables: tuple[IdTable, ...] = ()
 
 
 _MODEL_LAYERS = (
@@ -84,6 +97,8 @@ _MIXTURES = (
 )
 """Mixtures of experts, whose experts transformers keeps in one stack per layer: a store has each of them by itself."""
 
+_PER_LAYER = IdTable("model.embed_tokens_per_layer", "model.get_per_layer_inputs", "per_layer_inputs")
+
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
@@ -100,6 +115,7 @@ FAMILIES: dict[str, Family] = {
         Family("biogpt", "biogpt.layers"),
         Family("xglm", "model.layers", gathers=True),
         Family("diffllama", "model.layers", gathers=True),
+        Family("gemma4_text", "model.layers", tables=(_PER_LAYER,)),
         *(Family(name, "model.layers") for name in (*_MODEL_LAYERS, *_MIXTURES)),
     )
 }

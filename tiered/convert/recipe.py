@@ -19,6 +19,8 @@ from tiered.units import MIB
 
 _QUANTS: Final = ("int4", "int8", "none")
 _COMPRESSIONS: Final = ("auto", "planes", "none")
+_BY_ROW: Final = ("embed", "table")
+"""Roles of blocks whose rows are read one by one."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,8 @@ class ConvertOptions:
 
     @property
     def embed_scheme(self) -> GroupScheme | None:
-        """The scheme of token embedding and head: 8 bits even where layers have 4, as every token passes both."""
+        """The scheme of token embedding, tables beside it and head: 8 bits even where layers have 4, as every token
+        passes all of them."""
         return None if self.quant == "none" else GroupScheme(8, self.group_size)
 
     def settings(self) -> dict[str, Any]:
@@ -166,7 +169,8 @@ def _recipe(block: BlockTensors, options: ConvertOptions, order: Mapping[str, in
     for parameter in block.parameters:
         fits = scheme is not None and scheme.accepts(*folded(parameter.shape))
         used = scheme if fits and _is_quantizable(parameter, block.role) else None
-        tensors.append(TensorRecipe(parameter.name, parameter.shape, used, _kind(parameter, block.role)))
+        kind, by_row = _kind(parameter, block.role), block.role == "table"
+        tensors.append(TensorRecipe(parameter.name, parameter.shape, used, kind, by_row))
     tensors.sort(key=lambda tensor: (tensor.kind != "small", order.get(tensor.name, -1)))
     return BlockRecipe(block.name, block.role, block.prefix, tuple(tensors))
 
@@ -175,13 +179,14 @@ def _kind(parameter: ParameterInfo, role: str) -> Kind:
     """The kind of the unit it goes into. Whether 1 MiB is reached is told in 16 bits, whatever the source has."""
     if parameter.is_linear and len(parameter.shape) == 3:
         return "expert"
-    is_lent = parameter.is_linear or role == "embed"
+    is_lent = parameter.is_linear or role in _BY_ROW
     return "small" if not is_lent and 2 * parameter.numel < MIB else "dense"
 
 
 def _is_quantizable(parameter: ParameterInfo, role: str) -> bool:
-    """Whether a scheme is meant for it: the embedding, linear weights of layers and head. `outer` tensors are small."""
-    return role == "embed" or (role in ("layer", "head") and parameter.is_linear)
+    """Whether a scheme is meant for it: tables that are read row by row, linear weights of layers and head. `outer`
+    tensors are small."""
+    return role in _BY_ROW or (role in ("layer", "head") and parameter.is_linear)
 
 
 def _unquantized(blocks: Iterable[BlockTensors], files: Iterable[BlockRecipe]) -> Iterator[str]:
@@ -194,13 +199,14 @@ def _unquantized(blocks: Iterable[BlockTensors], files: Iterable[BlockRecipe]) -
 
 
 def _entries(files: tuple[BlockRecipe, ...], layers: list[BlockTensors], tied: bool) -> tuple[BlockEntry, ...]:
-    """embed, outer, every layer in order, head."""
+    """embed, outer, tables, every layer in order, head."""
     by_role: dict[str, list[BlockRecipe]] = {}
     for file in files:
         by_role.setdefault(file.role, []).append(file)
     (embed,) = by_role["embed"]
     stored = by_role["layer"]
-    entries = [BlockEntry(b.name, b.role, b.path, b.prefix) for b in (embed, *by_role.get("outer", []))]
+    before = (embed, *by_role.get("outer", []), *by_role.get("table", []))
+    entries = [BlockEntry(b.name, b.role, b.path, b.prefix) for b in before]
     for index, layer in enumerate(layers):
         file = stored[index % len(stored)]
         entries.append(BlockEntry(layer.name, "layer", file.path, file.prefix))

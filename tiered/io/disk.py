@@ -229,15 +229,16 @@ class DiskReader:
     async def read_pages(self, file: FileInfo, offset: int, memory: memoryview) -> None:
         """Read `memory.nbytes` from `offset` (both multiples of 4096) without touching checksums, as `read_parts`."""
         parts = _parts(offset, memory.nbytes)
-        await self.read_parts(file, [(start, memory[start - offset :][:nbytes]) for start, nbytes in parts])
+        await self.read_parts([(file, start, memory[start - offset :][:nbytes]) for start, nbytes in parts])
 
-    async def read_parts(self, file: FileInfo, parts: Sequence[tuple[int, memoryview]]) -> None:
-        """Read pairs (offset, memory), mostly small ones; each thread takes a share of them. The reads of units give
-        way: nothing can be computed before these, and behind what is read ahead they would wait for most of a pass."""
+    async def read_parts(self, parts: Sequence[tuple[FileInfo, int, memoryview]]) -> None:
+        """Read triples (file, offset, memory), mostly small ones; each thread takes a share of them. The reads of units
+        give way: nothing can be computed before these, and behind what is read ahead they would wait for most of a
+        pass."""
         count = min(len(parts), self._count)
 
-        def read(share: Sequence[tuple[int, memoryview]], check: Check) -> None:
-            for offset, memory in share:
+        def read(share: Sequence[tuple[FileInfo, int, memoryview]], check: Check) -> None:
+            for file, offset, memory in share:
                 self._read(file, offset, memory, check)
 
         self._way.begin()

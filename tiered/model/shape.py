@@ -39,6 +39,8 @@ def model_shape(store: Store, skeleton: Skeleton, dtype: torch.dtype) -> ModelSh
     tables += sum(math.prod(weight.shape) for unit in kept for weight in unit.weights.values()) * kv.itemsize
     tables += _copied_nbytes(store, skeleton)
     layers = [p.shape for block in skeleton.blocks() if block.role == "layer" for p in block.parameters]
+    by_id = (store.layout(store.blocks[name]) for name in skeleton.tables)
+    tables_by_id = [weight for layout in by_id for weight in layout.weights.values()]
     return ModelShape(
         tape=_tape(blocks),
         weights=sum(store.layout(block).weight_count for block in store.tape),
@@ -58,6 +60,8 @@ def model_shape(store: Store, skeleton: Skeleton, dtype: torch.dtype) -> ModelSh
         quantization=store.manifest.quantization.get("layers"),
         experts=_expert_shape(store, config),
         head_weights=store.layout(store.tape[-1]).weight_count,
+        table_numbers=sum(weight.shape[1] for weight in tables_by_id),
+        table_row_nbytes=sum(weight.nbytes // weight.shape[0] for weight in tables_by_id),
     )
 
 
