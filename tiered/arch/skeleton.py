@@ -272,6 +272,11 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype = torch.float32)
     UnsupportedFamilyError where the graph is not what the family's table entry says.
     """
     family = family_for(config.model_type)
+    if getattr(config, "use_bidirectional_attention", None) in (True, "all"):
+        raise UnsupportedFamilyError(
+            f"{config.name_or_path or 'model shape'}: attention sees later tokens, too (use_bidirectional_attention is "
+            f"{config.use_bidirectional_attention!r}), so it cannot generate; expected a model that sees earlier ones"
+        )
     if getattr(config, "output_router_logits", False):
         config.output_router_logits = False  # for a loss in training, of logits that nobody notes here
     with _naming(config):
