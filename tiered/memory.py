@@ -56,7 +56,7 @@ def open_memory(store: Store, plan: Plan, options: Options, host: Host, has_pool
     the device is left to others, who keep keys and values there themselves."""
     placement, cache, device = plan.placement, plan.cache, host.computer.device if host.computer is not None else None
     tables = CHUNK_NBYTES + plan.side_nbytes + plan.buffers_nbytes
-    outbox_size = 0 if device is None or cache.on_device else outbox_nbytes(cache.shape, plan.micro_batch_rows)
+    outbox_size = 0 if device is None or cache.on_device else outbox_nbytes(cache.groups, plan.micro_batch_rows)
     total = plan.nbytes - plan.needs.total + tables + plan.needs.kv + PAGE * (len(plan.tape.nbytes) + 9)
     with contextlib.ExitStack() as stack:
         arena = stack.enter_context(Arena(total))

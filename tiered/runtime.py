@@ -240,7 +240,7 @@ class Runtime:
         """
         for item in batch:
             check_token_ids(item.input_ids, self.store.vocab_size)
-        layers, seat = self.plan.cache.shape.layers, self.engine.seats.decode
+        layers, seat = self.plan.cache.layers, self.engine.seats.decode
         work = ForwardWork(batch, self.plan.micro_batch_rows, layers, seat)
         return self._run(work, on_block, is_last)
 
@@ -354,7 +354,7 @@ class Runtime:
         device = host.computer.device if host.computer is not None else None
         kv, fork = None, None
         if memory.spill is not None and memory.kv_ring is not None:
-            kv = KVStream(memory.spill, memory.kv_ring, plan.cache.shape.layers, host.trace, host.cancel)
+            kv = KVStream(memory.spill, memory.kv_ring, plan.cache.layers, host.trace, host.cancel)
         if device is not None and "cpu" in (plan.prefill_device, plan.decode_device):
             fork = Fork(plan.tape, plan.placement.resident, plan.placement.ring_nbytes)
 

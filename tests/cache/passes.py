@@ -5,17 +5,17 @@ file. After every micro-batch, all that its queries may read is compared with wh
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from functools import cache
 from typing import Final
 
 import torch
 
-from tests.cache.plans import FakeFile, plan_of, pool_of
+from tests.cache.plans import FakeFile, pool_of
 from tests.late_device import LateDevice
 from tiered.cache import (
     CachePlan,
     GatheredKV,
+    KVShape,
     LentBlocks,
     MicroBatchKV,
     Outbox,
@@ -32,15 +32,20 @@ from tiered.plan.passes import MicroBatchLimits, plan_micro_batches
 
 LONGEST: Final = 700
 States = tuple[torch.Tensor, torch.Tensor]
-"""Keys and values, [heads, tokens, head_dim]."""
+"""Keys and values, [heads, tokens, width]."""
 
 
 @cache
-def truth(layer: int, sequence: int, heads: int, head_dim: int) -> States:
+def truth(layer: int, sequence: int, shape: KVShape) -> States:
     """All keys and values that a sequence will ever have in a layer."""
     generator = torch.Generator().manual_seed(1000 * layer + sequence)
-    keys, values = (torch.randn(heads, LONGEST, head_dim, generator=generator).bfloat16() for _ in range(2))
+    keys, values = (torch.randn(shape.heads, LONGEST, width, generator=generator).bfloat16() for width in widths(shape))
     return keys, values
+
+
+def widths(shape: KVShape) -> tuple[int, int]:
+    """Channels of keys, and of values."""
+    return shape.head_dim, shape.value_dim
 
 
 @cache
@@ -49,13 +54,13 @@ def as_stored(layer: int, sequence: int, layout: PageLayout) -> States:
     whole = LONGEST // PAGE_TOKENS
     found = []
     shape = layout.shape
-    size = (shape.heads, PAGE_TOKENS, shape.head_dim)
-    states = truth(layer, sequence, shape.heads, shape.head_dim)
+    states = truth(layer, sequence, shape)
     paged = [x[:, : whole * PAGE_TOKENS].unflatten(1, (whole, PAGE_TOKENS)).transpose(0, 1) for x in states]
     offsets = torch.arange(whole) * layout.block_nbytes
     memory = torch.zeros(whole * layout.block_nbytes, dtype=torch.uint8)
     layout.store(memory, offsets, paged[0], paged[1])
-    for pages in layout.pages(BlockTable(memory, offsets[None])):
+    for pages, width in zip(layout.pages(BlockTable(memory, offsets[None])), widths(shape), strict=True):
+        size = (shape.heads, PAGE_TOKENS, width)
         found.append(torch.cat([pages.widen(0, page, size, False, torch.float64) for page in range(whole)], dim=1))
     return found[0], found[1]
 
@@ -69,11 +74,9 @@ class Passes:
         self.device: LateDevice | None = None
         if outbox_rows:
             self.device = LateDevice()
-            nbytes = outbox_nbytes(plan.shape, outbox_rows)
+            nbytes = outbox_nbytes(plan.groups, outbox_rows)
             memory = torch.full((nbytes,), 255, dtype=torch.uint8)
             self.pool.outbox = Outbox(self.device, self.device.borrow(nbytes, "kv"), memory)
-        # The same object for equal plans: `as_stored` remembers by it.
-        self.layout = layout_of(plan.bits, len(plan.groups))
         self.file = FakeFile(plan.blocks_nbytes if plan.on_disk else 0)
         self.kvs: dict[int, SequenceKV] = {}
 
@@ -107,7 +110,7 @@ class Passes:
         segments = [Segment(self.kvs[i], [0] * tokens[i]) for i in members]
         cut = plan_micro_batches([segment.tokens for segment in segments], self.limits)
         groups = [self._group(members, segments, micro_batches) for micro_batches in cut]
-        for layer in range(self.pool.shape.layers):
+        for layer in (layer for layer, group in enumerate(self.pool.group_of) if group is not None):
             for blocks, micro_batches in groups:
                 self._lend(blocks, layer)
                 for kv, sequences in micro_batches:
@@ -143,9 +146,8 @@ class Passes:
             blocks.take_back(layer)
 
     def _compute(self, kv: MicroBatchKV, sequences: list[int], layer: int) -> None:
-        size = (self.pool.shape.heads, self.pool.shape.head_dim)
         states = [
-            [x[:, part.start : part.stop] for x in truth(layer, sequence, *size)]
+            [x[:, part.start : part.stop] for x in truth(layer, sequence, self._shape(layer))]
             for part, sequence in zip(kv.parts, sequences, strict=True)
         ]
         if isinstance(kv, GatheredKV):
@@ -162,13 +164,13 @@ class Passes:
             if self.device is not None:
                 # Only what begins in this pass attends at the device.
                 begins = all(kv.blocks.parts[n].start == 0 for n in kv.numbers[member : member + count])
-                assert read.is_away == (not begins)
+                assert (read.away is None) == begins
             self._check_read(read, kv.parts[member : member + count], sequences[member : member + count], layer)
             token, member = read.stop, member + count
         assert (token, member) == (sum(part.count for part in kv.parts), len(kv.parts))
 
     def _check_read(self, read: PagedRead, parts: Sequence[Part], sequences: Sequence[int], layer: int) -> None:
-        window = self.plan.groups[self.pool.group_of[layer]].window
+        window = self.plan.groups[self.pool.group(layer)].window
         assert read.window == window
         for row, (part, sequence) in enumerate(zip(parts, sequences, strict=True)):
             assert part.count * len(parts) == read.stop - read.start
@@ -179,7 +181,7 @@ class Passes:
                 # Queries with their own slot in the page, and those in later ones.
                 readers = [own for own, there in ((True, end > part.start), (False, end < part.stop)) if there]
                 for own in readers:
-                    found = self._widened((read.keys, read.values), row, page, end - begin, own)
+                    found = self._widened(layer, (read.keys, read.values), row, page, end - begin, own)
                     expected = self._expected(layer, sequence, slice(begin, end), own)
                     for x, y in zip(found, expected, strict=True):
                         assert torch.equal(x, y)
@@ -199,17 +201,24 @@ class Passes:
                     assert torch.equal(found[row, :, padding + where.start : padding + where.stop], y.bfloat16())
 
     def _widened(
-        self, states: tuple[Pages, Pages], row: int, page: int, tokens: int, own: bool
+        self, layer: int, states: tuple[Pages, Pages], row: int, page: int, tokens: int, own: bool
     ) -> Iterator[torch.Tensor]:
-        size = (self.pool.shape.heads, tokens, self.pool.shape.head_dim)
-        return (pages.widen(row, page, size, own, torch.float64) for pages in states)
+        shape = self._shape(layer)
+        for pages, width in zip(states, widths(shape), strict=True):
+            yield pages.widen(row, page, (shape.heads, tokens, width), own, torch.float64)
 
     def _expected(self, layer: int, sequence: int, slots: slice, own: bool) -> list[torch.Tensor]:
-        shape = self.pool.shape
-        exact = truth(layer, sequence, shape.heads, shape.head_dim)
-        return [x[:, slots].double() for x in (exact if own else as_stored(layer, sequence, self.layout))]
+        shape = self._shape(layer)
+        states = truth(layer, sequence, shape)
+        if not own:
+            states = as_stored(layer, sequence, layout_of(shape, self.plan.bits))
+        return [x[:, slots].double() for x in states]
+
+    def _shape(self, layer: int) -> KVShape:
+        return self.plan.groups[self.pool.group(layer)].shape
 
 
 @cache
-def layout_of(bits: int, layers: int) -> PageLayout:
-    return PageLayout(replace(plan_of().shape, layers=layers), bits)
+def layout_of(shape: KVShape, bits: int) -> PageLayout:
+    """The same object for equal arguments: `as_stored` remembers by it."""
+    return PageLayout(shape, bits)

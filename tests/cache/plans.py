@@ -1,23 +1,28 @@
 """Small cache plans, and a file in memory: what the tests of the paged cache share."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 import torch
 
 from tiered.cache import CachePlan, Extent, KVPool, KVShape, layer_groups
 
+SHAPE: Final = KVShape(2, 16, 16, "bfloat16")
+LATENT: Final = KVShape(1, 24, 8, "bfloat16")
+MIXED: Final = (SHAPE, None, LATENT, SHAPE)
+"""Shapes of layers: one of them keeps no keys, one has values of another width."""
 UNTOUCHED: Final = 171
 """What memory holds that nothing has been written to."""
 
 
-def plan_of(windows: tuple[int, ...] = (0,), **fields: Any) -> CachePlan:
-    """A plan for layers with the given windows; all that is not named is small."""
-    shape = KVShape(2, 16, len(windows), fields.pop("dtype", "bfloat16"))
+def plan_of(
+    windows: tuple[int, ...] = (0,), shapes: KVShape | Sequence[KVShape | None] = SHAPE, **fields: Any
+) -> CachePlan:
+    """A plan for layers with the given windows and shapes; all that is not named is small."""
     small: dict[str, Any] = {"bits": 16, "on_disk": False, "sequences": 3, "context": 320, "tokens_at_once": 64}
     fields = small | fields
     fields.setdefault("tokens", fields["sequences"] * fields["context"])
-    return CachePlan(shape=shape, groups=layer_groups(windows), **fields)
+    return CachePlan(layers=len(windows), groups=layer_groups(windows, shapes), **fields)
 
 
 def pool_of(plan: CachePlan) -> KVPool:

@@ -66,7 +66,7 @@ class Sequences:
         members = [i for i, text in enumerate(self.texts) if number < len(text)]
         parts = [Part(self.kvs[i], self.kvs[i].length, self.texts[i][number]) for i in members]
         blocks = LentBlocks(self.pool, parts)
-        for layer in range(self.pool.shape.layers):
+        for layer in range(self.pool.plan.layers):
             places = blocks.map_of(layer)
             memory = torch.zeros(places.lent_nbytes, dtype=torch.uint8)
             self.file.read(places.reads(layer), memory)
@@ -79,7 +79,7 @@ class Sequences:
             part.kv.length = part.stop
 
     def _check_and_fill(self, blocks: LentBlocks, layer: int, position: int, sequence: int, part: Part) -> None:
-        places, nbytes = blocks.map_of(layer), self.pool.layout.block_nbytes
+        places, nbytes = blocks.map_of(layer), self.pool.layouts[0].block_nbytes
         numbers = blocks.memory(layer).view(torch.int64)
         for page in range(part.oldest_page(places.window), part.first_page):
             block = numbers[places.offset(position, page) // 8 :][: nbytes // 8]
@@ -123,7 +123,7 @@ def assert_apart(spans: list[tuple[int, int]], nbytes: int) -> None:
 def test_what_a_layer_needs_of_a_sequence_is_one_extent() -> None:
     pool = disk_pool((0,), context=1000)
     other, kv = reserved(pool, 100), reserved(pool, 1000)
-    nbytes = pool.layout.block_nbytes
+    nbytes = pool.layouts[0].block_nbytes
     (found,) = LentBlocks(pool, [Part(kv, 640, 200)]).map_of(0).reads(0)
     assert found == Extent(pool.file_offset(0, kv.block(0, 0)), 0, 10 * nbytes)
     assert found.offset >= pool.file_offset(0, other.block(0, 1)) + nbytes
@@ -136,7 +136,7 @@ def test_a_ring_is_parted_only_where_it_ends() -> None:
     # Pages 5 and 6 lie in blocks 1 and 2; page 7 in block 3, page 8 in block 0.
     straight = LentBlocks(pool, [Part(kv, 500, 1)]).map_of(0).reads(0)
     parted = LentBlocks(pool, [Part(kv, 576 + 60, 1)]).map_of(0).reads(0)
-    assert [extent.nbytes // pool.layout.block_nbytes for extent in straight] == [2]
+    assert [extent.nbytes // pool.layouts[0].block_nbytes for extent in straight] == [2]
     assert [pool.file_offset(0, kv.block(0, page)) for page in (7, 8)] == [extent.offset for extent in parted]
 
 
@@ -144,15 +144,15 @@ def test_of_a_prompt_longer_than_the_ring_only_what_stays_is_written() -> None:
     pool = disk_pool((64, 0), context=2000, tokens_at_once=64)
     kv = reserved(pool, 2000)
     blocks = LentBlocks(pool, [Part(kv, 0, 1999)])
-    written = [sum(x.nbytes for x in blocks.map_of(n).writes(n)) // pool.layout.block_nbytes for n in (0, 1)]
-    assert written == [kv.pages[pool.group_of[0]], 1999 // PAGE_TOKENS] and written[0] < 5
+    written = [sum(x.nbytes for x in blocks.map_of(n).writes(n)) // pool.layouts[0].block_nbytes for n in (0, 1)]
+    assert written == [kv.pages[pool.group(0)], 1999 // PAGE_TOKENS] and written[0] < 5
 
 
 def test_a_token_inside_a_page_writes_nothing_and_reads_all_before_it() -> None:
     pool = disk_pool((0,), context=1000)
     places = LentBlocks(pool, [Part(reserved(pool, 1000), 200, 1)]).map_of(0)
     assert places.writes(0) == []
-    assert places.lent_nbytes == places.reads(0)[0].nbytes == 3 * pool.layout.block_nbytes
+    assert places.lent_nbytes == places.reads(0)[0].nbytes == 3 * pool.layouts[0].block_nbytes
 
 
 def test_a_first_short_prompt_moves_nothing() -> None:

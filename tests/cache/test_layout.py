@@ -32,7 +32,7 @@ def name(request: pytest.FixtureRequest) -> str:
 
 
 def shape_of(heads: int = 2, head_dim: int = 64, dtype: torch.dtype = torch.bfloat16) -> KVShape:
-    return KVShape(heads, head_dim, 3, str(dtype).removeprefix("torch."))
+    return KVShape(heads, head_dim, head_dim, str(dtype).removeprefix("torch."))
 
 
 def dtype_of(shape: KVShape) -> torch.dtype:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.cache.passes import LONGEST, Passes
-from tests.cache.plans import plan_of, pool_of
+from tests.cache.plans import LATENT, SHAPE, plan_of, pool_of
 from tests.quick import represented
 from tiered.cache import GatheredKV, KVShape, LentBlocks, PackedKV, PageLayout, Part
 from tiered.errors import ConfigError
@@ -27,13 +27,13 @@ TEXTS: Final = st.lists(st.tuples(st.integers(0, 2), st.lists(COUNTS, min_size=1
 
 
 def passes_of(
-    bits: int, on_disk: bool, windows: tuple[int, ...] = (0, WINDOW), outbox_rows: int = 0, **limits: Any
+    bits: int, on_disk: bool, windows: tuple[int, ...] = (0, 0, WINDOW, WINDOW), outbox_rows: int = 0, **limits: Any
 ) -> Passes:
-    """A cache with room for three of the longest, and passes in micro-batches of at most 100 tokens."""
+    """A cache of layers of several shapes, with room for three of the longest, and passes in micro-batches of at most
+    100 tokens."""
     found = MicroBatchLimits(**({"rows": 100} | limits))
-    plan = plan_of(
-        windows, bits=bits, on_disk=on_disk, context=LONGEST, tokens_at_once=found.rows, lent_pages=12 if on_disk else 0
-    )
+    fields = {"context": LONGEST, "tokens_at_once": found.rows, "lent_pages": 12 if on_disk else 0}
+    plan = plan_of(windows, (LATENT, None, LATENT, SHAPE)[: len(windows)], bits=bits, on_disk=on_disk, **fields)
     return Passes(plan, replace(found, lent_pages=plan.lent_pages), outbox_rows)
 
 
@@ -163,18 +163,17 @@ class Watched(PageLayout):
 def test_pages_that_many_sequences_complete_together_take_no_more_than_is_planned() -> None:
     plan = plan_of((0,), bits=8, sequences=40, context=64)
     passes = Passes(plan, MicroBatchLimits(rows=40))
-    passes.pool.layout = watched = Watched(plan.shape, 8)
+    passes.pool.layouts[0] = watched = Watched(SHAPE, 8)
     passes.run_texts([(0, [63, 1])] * 40)
     assert sum(watched.given) == 40
-    assert max(watched.given) * plan.exact_nbytes <= plan.scratch_nbytes(40)
+    assert max(watched.given) * plan.exact_nbytes(plan.groups[0]) <= plan.scratch_nbytes(40)
 
 
 @BITS
 @ON_DISK
 def test_sequences_shorter_than_a_page_take_no_more_than_they_fill(bits: int, on_disk: bool) -> None:
     heads, head_dim = 8, 64
-    shape = KVShape(heads, head_dim, 1, "bfloat16")
-    short = replace(plan_of(bits=bits, on_disk=on_disk, context=20), shape=shape)
+    short = plan_of((0,), KVShape(heads, head_dim, head_dim, "bfloat16"), bits=bits, on_disk=on_disk, context=20)
     whole = replace(short, context=PAGE_TOKENS)
     assert short.pool_nbytes == 3 * 2 * heads * head_dim * 24 * 2 < whole.pool_nbytes
     passes = Passes(plan_of(bits=bits, on_disk=on_disk, context=20), MicroBatchLimits(rows=16))

@@ -6,23 +6,23 @@ import pytest
 import torch
 
 from tests.late_device import LateDevice
-from tiered.cache import KVShape, Outbox
+from tiered.cache import KVShape, Outbox, layer_groups
 from tiered.plan.kv import outbox_nbytes
 
-SHAPE = KVShape(2, 16, 1, "bfloat16")
+GROUPS = layer_groups((0,), KVShape(2, 16, 8, "bfloat16"))
 Stored = list[tuple[torch.Tensor, torch.Tensor]]
 
 
 def outbox_of(rows: int) -> tuple[Outbox, LateDevice]:
     """With room for two micro-batches of `rows` tokens."""
-    device, nbytes = LateDevice(), outbox_nbytes(SHAPE, rows)
+    device, nbytes = LateDevice(), outbox_nbytes(GROUPS, rows)
     return Outbox(device, device.borrow(nbytes, "kv"), torch.empty(nbytes, dtype=torch.uint8)), device
 
 
 def states(tokens: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    # As a family's code hands them over: [tokens, heads, head_dim], turned round.
-    keys, values = (torch.randn(tokens, 2, 16, generator=generator).bfloat16().transpose(0, 1) for _ in range(2))
+    # As a family's code hands them over: [tokens, heads, width], turned round.
+    keys, values = (torch.randn(tokens, 2, n, generator=generator).bfloat16().transpose(0, 1) for n in (16, 8))
     return keys, values
 
 

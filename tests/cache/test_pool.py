@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.cache.plans import plan_of, pool_of
+from tests.cache.plans import LATENT, MIXED, SHAPE, plan_of, pool_of
 from tiered.cache import CachePlan, KVPool, Part, SequenceKV, layer_groups
 from tiered.errors import ConfigError
 from tiered.kernels.attention import PAGE_TOKENS
@@ -14,7 +14,8 @@ from tiered.plan.kv import GROUPS_AT_ONCE
 
 PLANS = st.builds(
     plan_of,
-    st.sampled_from([(0,), (0, 0, 0), (8, 0, 8), (100, 100), (8, 100, 0)]),
+    st.sampled_from([(0, 0, 0, 0), (8, 0, 8, 8), (100, 8, 100, 0)]),
+    st.sampled_from([SHAPE, MIXED, (None,) * 4]),
     bits=st.sampled_from([16, 8]),
     on_disk=st.booleans(),
     sequences=st.integers(1, 5),
@@ -26,11 +27,13 @@ PLANS = st.builds(
 def bytes_of(pool: KVPool, kv: SequenceKV) -> list[tuple[int, int]]:
     """Where all of a sequence's blocks lie, as (start, stop) from the first block of the first layer."""
     found = []
-    for layer in range(pool.shape.layers):
+    for layer in range(pool.plan.layers):
         group = pool.group_of[layer]
+        if group is None:
+            continue
         for page in range(kv.pages[group]):
             start = pool.file_offset(layer, kv.block(group, page))
-            found.append((start, start + pool.layout.block_nbytes))
+            found.append((start, start + pool.layouts[group].block_nbytes))
     return found
 
 
@@ -142,8 +145,8 @@ def test_layers_with_a_window_take_no_more_for_longer_contexts() -> None:
 def test_on_disk_only_tails_and_the_ring_are_in_memory() -> None:
     there, here = plan_of(on_disk=True, lent_pages=5, context=6400), plan_of(context=6400)
     assert there.blocks_nbytes == here.blocks_nbytes == here.pool_nbytes
-    assert there.pool_nbytes == 3 * there.exact_nbytes
-    assert there.memory_nbytes == there.pool_nbytes + GROUPS_AT_ONCE * 5 * there.block_nbytes
+    assert there.pool_nbytes == 3 * there.exact_nbytes(there.groups[0])
+    assert there.memory_nbytes == there.pool_nbytes + GROUPS_AT_ONCE * 5 * there.block_nbytes(there.groups[0])
 
 
 @pytest.mark.parametrize("tokens", [0, -1, 321])
@@ -152,6 +155,8 @@ def test_a_sequence_that_fits_no_empty_cache_is_refused(tokens: int) -> None:
         pool_of(plan_of()).reserve(tokens)
 
 
-def test_layers_are_grouped_by_their_window() -> None:
-    groups = layer_groups((8, 0, 8, 100))
+def test_layers_are_grouped_by_their_window_and_by_what_they_keep() -> None:
+    groups = layer_groups((8, 0, 8, 100), SHAPE)
     assert {group.window: group.layers for group in groups} == {0: (1,), 8: (0, 2), 100: (3,)}
+    found = layer_groups((0, 0, 0, 0), MIXED)
+    assert [(group.layers, group.shape) for group in found] == [((2,), LATENT), ((0, 3), SHAPE)]

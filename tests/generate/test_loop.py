@@ -47,10 +47,10 @@ class Runner:
         tokens = min(most, max(max_batched_tokens, sequences)) if max_batched_tokens else most
         self.plan, self.pace, self.vocab_size = plan_of(max_batched_tokens=tokens), Pace(), VOCAB
         cache = CachePlan(
-            KVShape(1, 2, 1, "bfloat16"),
+            1,
             16,
             False,
-            layer_groups((0,)),
+            layer_groups((0,), KVShape(1, 2, 2, "bfloat16")),
             sequences,
             context,
             kv_tokens or sequences * context,

@@ -22,7 +22,7 @@ from transformers.cache_utils import DynamicCache
 from tests.helpers import LENGTH_DEPENDENT, TINY, tiny_config
 from tests.model.loans import GivenLoan
 from tiered.arch import BlockTensors, build_skeleton, layer_windows
-from tiered.cache import Bits, CachePlan, KVPool, Outbox, PagedKeys, kv_shape, layer_groups
+from tiered.cache import Bits, CachePlan, KVPool, Outbox, PagedKeys, kv_shapes, layer_groups
 from tiered.kernels import AttentionCall, Kernels, Pages
 from tiered.model import ForwardBatch, ForwardWork, Seat, Seats, Segment, Segments, Work, registered_attention
 from tiered.model.work import Embedded
@@ -100,11 +100,11 @@ def _segments(seat: Seat, bits: Bits, is_away: bool, prompt: int) -> Work:
     """Sequences that decode beside a prompt of so many tokens, with their cache where the model is or at the host."""
     config = seat.model.skeleton.config
     windows, gathered = layer_windows(config), seat.model.skeleton.family.gathers
-    shape, groups, context = kv_shape(config, torch.float32), layer_groups(windows), len(IDS)
-    plan = CachePlan(shape, bits, False, groups, 3, context, 3 * context, 128, on_device=not is_away)
+    groups, context = layer_groups(windows, kv_shapes(config, torch.float32)), len(IDS)
+    plan = CachePlan(len(windows), bits, False, groups, 3, context, 3 * context, 128, on_device=not is_away)
     outbox = None
     if is_away:
-        nbytes = outbox_nbytes(shape, 128)
+        nbytes = outbox_nbytes(groups, 128)
         source, target = (torch.empty(nbytes, dtype=torch.uint8, device=where) for where in (WHERE, HOST))
         outbox = Outbox(_Device(), source, target)  # type: ignore[arg-type]
     memory = torch.empty(plan.pool_nbytes, dtype=torch.uint8, device=HOST if is_away else WHERE)

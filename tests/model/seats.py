@@ -143,7 +143,7 @@ class SeatedRuntime(Runtime):
         if self._on_device:
             pool.plan = replace(pool.plan, on_device=True)
         else:
-            nbytes = outbox_nbytes(pool.shape, self._outbox_rows or self.plan.micro_batch_rows)
+            nbytes = outbox_nbytes(pool.plan.groups, self._outbox_rows or self.plan.micro_batch_rows)
             source, target = self.device.borrow(nbytes, "kv"), torch.empty(nbytes, dtype=torch.uint8)
             pool.outbox = Outbox(self.device, source, target)
         own = engine.seats.decode

@@ -23,7 +23,7 @@ from tiered.plan.passes import MicroBatchLimits
 
 
 def pool_of(sequences: int = 2, context: int = 100) -> KVPool:
-    plan = CachePlan(KVShape(1, 2, 1, "bfloat16"), 16, False, layer_groups((0,)), sequences, context, 200, context)
+    plan = CachePlan(1, 16, False, layer_groups((0,), KVShape(1, 2, 2, "bfloat16")), sequences, context, 200, context)
     return KVPool(plan, torch.zeros(plan.pool_nbytes, dtype=torch.uint8))
 
 

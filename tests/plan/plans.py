@@ -21,7 +21,7 @@ from tiered.units import MIB
 
 STREAMING, LOADED = (Tier.DISK, Tier.CPU), (Tier.CPU,)
 NOTHING = Needs(0, 0, 0, 0)
-CACHE = CachePlan(KVShape(1, 2, 1, "bfloat16"), 16, False, layer_groups((0,)), 1, 100, 100, 100)
+CACHE = CachePlan(1, 16, False, layer_groups((0,), KVShape(1, 2, 2, "bfloat16")), 1, 100, 100, 100)
 
 
 def tape_of(sizes: Sequence[int], file_sizes: Sequence[int] = (), counts: Sequence[int] = ()) -> Tape:
@@ -41,8 +41,8 @@ def model_of(tape_sizes: Sequence[int] = (MIB,), layers: int = 2, dtype: str = "
         "widest": 16384,
         "vocab": 50272,
         "heads": 32,
-        "kv": KVShape(8, 128, layers, dtype),
-        "groups": layer_groups((0,) * layers),
+        "dtype": dtype,
+        "groups": layer_groups((0,) * layers, KVShape(8, 128, 128, dtype)),
         "eager_attention": False,
         "dense_attention": False,
         "packed_nbytes": 40 << 10,

@@ -44,7 +44,7 @@ def test_a_described_machine_computes_along_its_roofline() -> None:
     assert rate.seconds(512, 10**9) == pytest.approx(2 * 512 / 1e12 * 1e9)  # multiply-adds
     assert roofline("none", 1e12, 2e10).seconds(1, 1) == pytest.approx(1e-10)
     assert machine.cpu.attention == 2e10 and machine.gpu is not None and machine.gpu.name == "T4"
-    made = machine.machine("int8-g64", "invariant", KVShape(8, 128, 2, "bfloat16"), 7)
+    made = machine.machine("int8-g64", "invariant", KVShape(8, 128, 128, "bfloat16"), 7)
     assert (made.scratch_nbytes, made.disk_bytes_per_second) == (7, 2e9)
     assert made.attention_seconds == pytest.approx(2 * 8 * 128 * 2 / 2e10)
 

@@ -44,6 +44,8 @@ def tapes(draw: st.DrawFn) -> Tape:
     return tape_of([n * 100_000 for n in units], counts=counts)
 
 
+WIDTHS = st.sampled_from([64, 80])
+KEPT = st.none() | st.builds(KVShape, st.integers(1, 8), WIDTHS, WIDTHS, st.just("bfloat16"))
 MODELS = st.builds(
     lambda base, mixture, **fields: replace(base or mixture, **fields),
     st.none() | st.builds(model_of, tape=tapes()),
@@ -57,8 +59,11 @@ MODELS = st.builds(
     ),
     dense_attention=st.booleans(),
     eager_attention=st.booleans(),
-    kv=st.builds(KVShape, st.integers(1, 8), st.sampled_from([64, 80]), st.just(2), st.sampled_from(["bfloat16"])),
-    groups=st.sampled_from([layer_groups((0, 0)), layer_groups((0, 100))]),
+    groups=st.builds(
+        layer_groups,
+        st.sampled_from([(0, 0), (0, 100)]),
+        st.tuples(KEPT, KEPT),
+    ),
 )
 WORKLOADS = st.builds(
     Workload,
@@ -214,7 +219,7 @@ def test_a_context_that_is_not_asked_for_is_what_an_eighth_of_the_budget_holds_o
     for ram in (700 * MIB, 2 * GIB, 64 * GIB):
         plan = make_plan(model, UNMEASURED, workload, Budgets(ram, 300 * MIB))
         contexts.append(plan.max_context)
-        assert model.kv.nbytes(1, plan.max_context) <= ram / 8 or plan.max_context == 128
+        assert model.kv_token_nbytes * plan.max_context <= ram / 8 or plan.max_context == 128
     assert 128 <= contexts[0] < contexts[1] < contexts[2] == 2048
     with pytest.raises(BudgetError, match=r", for a context of 128 tokens$"):
         make_plan(model, UNMEASURED, workload, Budgets(2 * GIB, 2 * GIB - 10 * MIB))
@@ -261,14 +266,14 @@ def test_the_cache_has_as_many_bits_as_cost_little() -> None:
 
 
 def test_heads_that_four_bits_cannot_hold_are_no_obstacle() -> None:
-    model = model_of([100 * MIB] * 20, kv=KVShape(8, 127, 40, "bfloat16"))
+    model = model_of([100 * MIB] * 20, groups=layer_groups((0, 0), KVShape(8, 127, 128, "bfloat16")))
     budgets = Budgets(1200 * MIB, 300 * MIB, kv="auto", choose_kv_bits=True)
     assert make_plan(model, UNMEASURED, Workload(1, 16384, 16), budgets).cache.bits == 16
 
 
 @pytest.mark.parametrize("bits", [4, 5])
 def test_kv_blocks_that_cannot_be_are_explained(bits: Bits) -> None:
-    model = model_of(kv=KVShape(2, 63, 2, "bfloat16"))
+    model = model_of(groups=layer_groups((0, 0), KVShape(2, 64, 63, "bfloat16")))
     with pytest.raises(ConfigError, match="KV cache: "):
         make_plan(model, UNMEASURED, Workload(), Budgets(GIB, 0, kv_bits=bits))
 
@@ -320,7 +325,7 @@ def test_a_long_prompt_takes_one_pass_where_a_layer_and_a_unit_fit_and_more_wher
 
 
 def test_what_needs_a_whole_layer_gets_it() -> None:
-    fields: dict[str, Any] = {"dense_attention": True, "kv": KVShape(8, 128, 2, "bfloat16")}
+    fields: dict[str, Any] = {"dense_attention": True, "groups": layer_groups((0, 0), KVShape(8, 128, 128, "bfloat16"))}
     plan = planned(2 * GIB, **fields)
     assert plan.held.layers and not plan.missing_overlap_nbytes
     with pytest.raises(BudgetError, match="80 MiB for the"):

@@ -122,7 +122,7 @@ def check(plan: Plan, model: ModelShape, asked: Budgets) -> None:
         assert device.needs.kv >= cache.memory_nbytes and plan.needs.kv == 0
     else:
         # New keys and values of two micro-batches are on their way.
-        outbox = outbox_nbytes(model.kv, plan.micro_batch_rows)
+        outbox = outbox_nbytes(model.groups, plan.micro_batch_rows)
         assert device.needs.kv >= outbox and plan.needs.kv >= cache.memory_nbytes + outbox
     assert plan.held.layers or plan.max_batched_tokens <= plan.micro_batch_rows
     assert device.needs.workspace >= plan.micro_batch_rows * model.hidden * model.itemsize

@@ -12,7 +12,7 @@ from tiered.errors import ConfigError
 from tiered.plan import Budgets, ComputeRate, Computes, Machine, ModelShape, Plan, Tier, Workload, make_plan
 from tiered.plan.cost import pass_seconds, prompt_pairs
 from tiered.plan.hardware import GpuRates
-from tiered.plan.kv import LayerGroup, layer_groups
+from tiered.plan.kv import KVShape, layer_groups
 from tiered.plan.load import pass_loads
 from tiered.plan.pace import Pace
 from tiered.plan.predict import Prediction, predict
@@ -21,6 +21,7 @@ from tiered.units import GIB, MIB
 
 RATE = 1e9
 MACHINE = Machine(0, RATE, ComputeRate((1, 1024), (1e-12, 1e-9)), 1e-9, 1e12, RATE)
+SHAPE = KVShape(8, 128, 128, "bfloat16")
 MODEL = model_of([64 * MIB] * 32, layers=31, head_weights=1000)
 
 
@@ -106,13 +107,13 @@ def test_a_cache_on_disk_is_read_in_every_pass_and_written_once() -> None:
     workload = Workload(8, 400, 300, max_batched_tokens=4096, batch_size=8)
     plan = make_plan(MODEL, MACHINE, workload, Budgets(GIB, 100 * MIB, kv="disk"))
     found = predict(plan, MODEL, MACHINE, workload)
-    assert found.written_nbytes == pytest.approx(MODEL.kv.nbytes(8, 399), rel=0.01)
+    assert found.written_nbytes == pytest.approx(8 * 399 * MODEL.kv_token_nbytes, rel=0.01)
     assert found.decode.read_nbytes > found.decode.passes * plan.read_nbytes
 
 
 def test_a_window_bounds_what_is_read_of_a_cache_on_disk() -> None:
     workload = Workload(8, 4400, 4300, max_batched_tokens=64000, batch_size=8)
-    whole, windowed = (replace(MODEL, groups=groups) for groups in (layer_groups([0] * 31), layer_groups([128] * 31)))
+    whole, windowed = (replace(MODEL, groups=layer_groups([window] * 31, SHAPE)) for window in (0, 128))
     every, few = (
         predict(plan, model, MACHINE, workload).decode.read_nbytes - 99 * plan.read_nbytes
         for model in (whole, windowed)
@@ -135,7 +136,7 @@ def test_experts_on_demand_are_read_as_often_as_the_cache_lacks_them() -> None:
 
 
 def test_windows_bound_what_a_prompt_attends_to() -> None:
-    model = replace(MODEL, groups=(LayerGroup((0,), 0), LayerGroup((1,), 10)))
+    model = replace(MODEL, groups=layer_groups((0, 10), SHAPE))
     assert prompt_pairs(model, 100) == 100 * 101 / 2 + 10 * 11 / 2 + 90 * 10
 
 

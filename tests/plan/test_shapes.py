@@ -9,7 +9,7 @@ import pytest
 
 from tests.plan.plans import mixture_of, model_of
 from tiered.configs_path import config_dir
-from tiered.plan import ModelShape, layer_groups
+from tiered.plan import KVShape, ModelShape, layer_groups
 from tiered.plan.shapes import (
     QUANTS,
     SHAPES_NAME,
@@ -24,11 +24,13 @@ from tiered.plan.shapes import (
 )
 
 MODELS = config_dir() / "models"
+SMALL = KVShape(1, 8, 8, "bfloat16")
 MIXTURE = mixture_of([5, 5, 7, 9], count=4, chosen=2, nbytes=3)
 
 
 def test_a_shape_is_read_back_as_it_was() -> None:
-    windows = replace(model_of([3, 3, 3, 4], layers=4), groups=layer_groups((0, 8, 0, 8)))
+    shapes = (SMALL, None, SMALL, replace(SMALL, value_dim=64))
+    windows = replace(model_of([3, 3, 3, 4], layers=4), groups=layer_groups((0, 8, 0, 8), shapes))
     for shape in (model_of(), windows, MIXTURE):
         assert shape_from_json(json.loads(json.dumps(shape_to_json(shape)))) == shape
 

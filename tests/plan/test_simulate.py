@@ -9,7 +9,18 @@ import pytest
 
 from tests.plan.plans import mixture_of, model_of, tape_of
 from tiered.errors import ConfigError
-from tiered.plan import Budgets, ComputeRate, Machine, ModelShape, Placement, Plan, Workload, make_plan
+from tiered.plan import (
+    Budgets,
+    ComputeRate,
+    KVShape,
+    Machine,
+    ModelShape,
+    Placement,
+    Plan,
+    Workload,
+    layer_groups,
+    make_plan,
+)
 from tiered.plan.hardware import GpuRates
 from tiered.plan.lanes import Event
 from tiered.plan.play import Device
@@ -163,11 +174,14 @@ def test_speed_is_that_of_passes_in_which_no_sequence_has_ended() -> None:
 def test_a_cache_on_disk_shares_the_disk() -> None:
     work = Workload(8, 6000, 5990, max_batched_tokens=64000, objective="throughput")
     model = model_with(layers=8)
+    # Keys and values of every second layer, half of which are narrower.
+    wide, narrow = (group for width in (128, 64) for group in layer_groups((0,), KVShape(8, 128, width, "bfloat16")))
+    model = replace(model, groups=(replace(wide, layers=(0, 2)), replace(narrow, layers=(4, 6))))
     machine = machine_with(0.01, model)
     plan = plan_with(model, machine, work, 0.5, kv="disk")
     found = simulate(plan, model, machine, work)
     pages = 8 * (5990 // 64)
-    expected = plan.read_nbytes + pages * plan.cache.block_nbytes * 8
+    expected = plan.read_nbytes + pages * 2 * sum(map(plan.cache.block_nbytes, plan.cache.groups))
     each = found.steady[-1]
     assert each.disk_nbytes == pytest.approx(expected, rel=0.05)
     assert each.seconds == pytest.approx(expected / DISK, rel=0.1)

@@ -27,14 +27,15 @@ from tiered.trace import Tracer
 
 SECONDS: Final = 20.0
 LAYERS: Final = 3
+ALL_LAYERS: Final = LAYERS + 1
+"""One of them keeps no keys."""
 CONTEXT: Final = 10 * PAGE_TOKENS
 
 
 def cache_plan(sequences: int, lent_pages: int) -> CachePlan:
-    shape = KVShape(2, 16, LAYERS, "bfloat16")
-    return CachePlan(
-        shape, 8, True, layer_groups((0,) * LAYERS), sequences, CONTEXT, sequences * CONTEXT, 64, lent_pages
-    )
+    shape = KVShape(2, 16, 16, "bfloat16")
+    groups = layer_groups((0,) * ALL_LAYERS, (shape, None, shape, shape))
+    return CachePlan(ALL_LAYERS, 8, True, groups, sequences, CONTEXT, sequences * CONTEXT, 64, lent_pages)
 
 
 @dataclass
@@ -78,7 +79,7 @@ async def streaming(folder: Path, sequences: int = 4, lent_pages: int = 10) -> A
         ring = arena.borrow(plan.ring_nbytes, "ring")
         trace = Tracer()
         with SpillFile(folder, plan.blocks_nbytes, 4, trace, preadv=reads, pwritev=writes) as spill:
-            async with KVStream(spill, ring, LAYERS, trace, cancel := CancelFlag()) as stream:
+            async with KVStream(spill, ring, ALL_LAYERS, trace, cancel := CancelFlag()) as stream:
                 yield Setup(stream, pool, reads, writes, spill, ring, cancel)
 
 
@@ -93,8 +94,11 @@ def marker(layer: int, kv: SequenceKV, page: int) -> int:
 
 def check_and_fill(setup: Setup, group: LentBlocks, layer: int) -> None:
     """What a group computes: it finds every page it completed before, and completes more."""
+    if setup.pool.group_of[layer] is None:
+        assert not len(group.memory(layer))
+        return
     places, memory = group.map_of(layer), group.memory(layer)
-    numbers, count = memory.view(torch.int64), setup.pool.layout.block_nbytes // 8
+    numbers, count = memory.view(torch.int64), setup.pool.layouts[0].block_nbytes // 8
     for number, part in enumerate(places.parts):
         for page in range(part.stop // PAGE_TOKENS):
             block = numbers[places.offset(number, page) // 8 :][:count]
@@ -113,7 +117,7 @@ async def run_pass(
 
 def _run_pass(setup: Setup, groups: list[LentBlocks], stop_at: tuple[int, int] | None, pause: float) -> None:
     with setup.stream.serving(groups):
-        for layer in range(LAYERS):
+        for layer in range(ALL_LAYERS):
             for number, group in enumerate(groups):
                 if (layer, number) == stop_at:
                     return
@@ -136,7 +140,7 @@ def test_pages_come_back_in_the_next_passes(tmp_path: Path) -> None:
             for tokens in (100, 28, 1, 200, 1, 63):
                 await run_pass(setup, setup.groups(kvs, tokens))
             read = sum(before // PAGE_TOKENS for before in (100, 128, 129, 329, 330))
-            nbytes = 4 * LAYERS * setup.pool.layout.block_nbytes
+            nbytes = 4 * LAYERS * setup.pool.layouts[0].block_nbytes
             assert setup.spill.bytes_read == read * nbytes
         # Every complete page has been written once, and whole.
         assert setup.spill.bytes_written == 393 // PAGE_TOKENS * nbytes
@@ -296,7 +300,7 @@ def test_leaving_waits_for_what_is_being_written(tmp_path: Path) -> None:
             await run_pass(setup, setup.groups(setup.sequences(2), 64))
             assert setup.spill.bytes_written == 0
             asyncio.get_running_loop().call_later(0.05, go.set)
-        assert setup.spill.bytes_written == 2 * LAYERS * setup.pool.layout.block_nbytes
+        assert setup.spill.bytes_written == 2 * LAYERS * setup.pool.layouts[0].block_nbytes
 
     run(passes())
 
@@ -307,7 +311,7 @@ def test_no_more_is_read_ahead_than_the_ring_holds(tmp_path: Path) -> None:
             kvs = setup.sequences(8)
             await run_pass(setup, setup.groups(kvs, 500))
             before, groups = setup.spill.bytes_read, setup.groups(kvs, 1)
-            one = 500 // PAGE_TOKENS * setup.pool.layout.block_nbytes
+            one = 500 // PAGE_TOKENS * setup.pool.layouts[0].block_nbytes
 
             def first() -> None:
                 with setup.stream.serving(groups):

@@ -210,7 +210,7 @@ def _measure_cpu(threads: int, memory: float, say: Say) -> tuple[CpuRates, str]:
     with Kernels(threads) as kernels:
         say("measuring attention")
         shape = (_HEADS, _HEADS, _HEAD_DIM, torch.bfloat16)
-        attention = KVShape(_HEADS, _HEAD_DIM, 1, "bfloat16").token_nbytes / measure_attention(kernels, *shape)
+        attention = KVShape(_HEADS, _HEAD_DIM, _HEAD_DIM, "bfloat16").token_nbytes / measure_attention(kernels, *shape)
         prefill = measure_prefill_attention(kernels, *shape)
         level = "torch reference" if kernels.level is None else kernels.level.name.lower()
     return CpuRates(threads, memory, attention, prefill, tuple(linear)), f"{level}, {threads} threads"

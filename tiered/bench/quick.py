@@ -16,7 +16,7 @@ from tiered.convert.compression import read_bandwidth
 from tiered.errors import ConfigError
 from tiered.host import Host
 from tiered.kernels import Kernels
-from tiered.plan import ModelShape
+from tiered.plan import KVShape, ModelShape
 from tiered.plan.hardware import CpuRates, DiskRates, Hardware, LinearRate
 from tiered.plan.system import meminfo
 from tiered.quant import GroupScheme
@@ -32,11 +32,13 @@ def quick_hardware(folder: Path, models: Sequence[ModelShape], is_store: bool) -
     model = models[0]
     with Host() as host:
         read = measure_disk(Store.open(folder)) if is_store else _folder_rate(folder)
-        dtype: torch.dtype = getattr(torch, model.kv.dtype)
+        dtype: torch.dtype = getattr(torch, model.dtype)
         linear = tuple(_linear(host.kernels, one, dtype) for one in models)
-        seconds = measure_attention(host.kernels, model.heads, model.kv.heads, model.kv.head_dim, dtype)
+        # Of any shape, where no layer attends.
+        heads, kv = (model.heads, model.kv) if model.kv else (1, KVShape(1, 64, 64, model.dtype))
+        seconds = measure_attention(host.kernels, heads, kv.heads, kv.head_dim, dtype)
         cores = host.threads
-    attention = model.kv.token_nbytes / seconds
+    attention = kv.token_nbytes / seconds
     return Hardware(
         platform.node() or "this machine",
         "measured in seconds: rough; prompts' attention, writes and random reads are guessed",
@@ -44,7 +46,7 @@ def quick_hardware(folder: Path, models: Sequence[ModelShape], is_store: bool) -
         meminfo("MemTotal"),
         DiskRates(read, read),
         # A prompt's attention as slow as decoding's, which it never is.
-        CpuRates(cores, attention, attention, 4 * model.heads * model.kv.head_dim / seconds, linear),
+        CpuRates(cores, attention, attention, 4 * heads * kv.head_dim / seconds, linear),
     )
 
 

@@ -43,9 +43,10 @@ def measure_machine(
     if "compute" in wanted:
         say("measuring the processor")
         scheme = None if model.quantization is None else GroupScheme.parse(model.quantization)
-        dtype: torch.dtype = getattr(torch, model.kv.dtype)
+        dtype: torch.dtype = getattr(torch, model.dtype)
         linear = measure_compute(kernels, scheme, model.hidden, dtype)
-        attention = measure_attention(kernels, model.heads, model.kv.heads, model.kv.head_dim, dtype)
+        kv = model.kv
+        attention = measure_attention(kernels, model.heads, kv.heads, kv.head_dim, dtype) if kv else 0.0
         machine = replace(machine, linear=linear, attention_seconds=attention)
     return machine
 

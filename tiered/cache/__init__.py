@@ -6,7 +6,7 @@ from tiered.cache.layout import PageLayout
 from tiered.cache.micro_batch import MicroBatchKV, PackedKV, PagedKeys, PagedRead, PositionCache
 from tiered.cache.outbox import Outbox
 from tiered.cache.pool import KVPool, SequenceKV
-from tiered.cache.shape import kv_shape
+from tiered.cache.shape import kv_shapes
 from tiered.plan.kv import Bits, CachePlan, KVShape, layer_groups
 
 __all__ = [
@@ -26,6 +26,6 @@ __all__ = [
     "Part",
     "PositionCache",
     "SequenceKV",
-    "kv_shape",
+    "kv_shapes",
     "layer_groups",
 ]

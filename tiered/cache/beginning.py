@@ -16,7 +16,7 @@ class Beginning:
     def __init__(self, layout: PageLayout, tokens: int) -> None:
         self._layout, self._tokens = layout, tokens
         self._keys = self._values = torch.empty(0)
-        """[1, heads, tokens, head_dim] in the layer that computes, if the pass has them in several micro-batches."""
+        """[1, heads, tokens, width] in the layer that computes, if the pass has them in several micro-batches."""
         self._blocks = torch.empty(0, dtype=torch.uint8)
         """The complete pages, as the cache stores them, if it does not store them as they were computed."""
         self._stored = 0
@@ -46,8 +46,7 @@ class Beginning:
     def _joined(self, start: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """All states so far."""
         if not start:
-            shape = (*keys.shape[:2], self._tokens, keys.shape[3])
-            self._keys, self._values = keys.new_empty(shape), values.new_empty(shape)
+            self._keys, self._values = (x.new_empty((*x.shape[:2], self._tokens, x.shape[3])) for x in (keys, values))
         stop = start + keys.shape[2]
         self._keys[:, :, start:stop], self._values[:, :, start:stop] = keys, values
         return self._keys[:, :, :stop], self._values[:, :, :stop]

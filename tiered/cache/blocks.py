@@ -64,7 +64,7 @@ class BlockMap:
     def __init__(self, pool: KVPool, group: int, parts: Sequence[Part]) -> None:
         self._pool, self._group, self.parts = pool, group, parts
         self.window = pool.plan.groups[group].window
-        self._nbytes = pool.layout.block_nbytes
+        self._nbytes = pool.layouts[group].block_nbytes
         self._starts = []
         """For each part, the byte of the lent memory at which its blocks begin."""
         position = 0
@@ -135,14 +135,19 @@ class LentBlocks:
 
     def __init__(self, pool: KVPool, parts: Sequence[Part]) -> None:
         self.pool, self.parts = pool, tuple(parts)
-        self.beginnings: dict[int, Beginning] = {}
-        """By number of the part: what micro-batches keep where they compute, if that is not where the blocks are."""
+        self.beginnings: dict[tuple[int, int], Beginning] = {}
+        """By number of the group and of the part: what micro-batches keep where they compute, if that is not where the
+        blocks are."""
         self.maps = tuple(BlockMap(pool, group, tuple(parts)) for group in range(len(pool.plan.groups)))
         self._lent: dict[int, torch.Tensor] = {}
 
     def map_of(self, layer: int) -> BlockMap:
-        """Where the blocks that `layer` reads and writes are."""
-        return self.maps[self.pool.group_of[layer]]
+        """Where the blocks that `layer` reads and writes are; it must keep keys and values."""
+        return self.maps[self.pool.group(layer)]
+
+    def lent_nbytes(self, layer: int) -> int:
+        """Bytes of memory that must be lent for the blocks of `layer`, if it has any."""
+        return 0 if self.pool.group_of[layer] is None else self.map_of(layer).lent_nbytes
 
     def lend(self, layer: int, memory: torch.Tensor) -> None:
         """Lend `memory`: the blocks of `layer` that were read from disk, with room for those that will be completed."""

@@ -41,10 +41,12 @@ class GatheredKV(MicroBatchKV):
         self.store(layer_idx, keys, values, self._reads_cache)
         if not self._reads_cache:
             return key_states, value_states  # in 16 bits, or inside one page: read as they were computed
-        calls = self._grouped[self.pool.group_of[layer_idx]]
+        calls = self._grouped[self.pool.group(layer_idx)]
         longest = max(part.stop for part in self.parts)
-        shape = (len(self.parts), self.pool.shape.heads, longest, self.pool.shape.head_dim)
-        gathered = [torch.zeros(shape, dtype=key_states.dtype, device=self.pool.where) for _ in range(2)]
+        gathered = [
+            torch.zeros((*new.shape[:2], longest, new.shape[3]), dtype=new.dtype, device=self.pool.where)
+            for new in (key_states, value_states)
+        ]
         for row, (part, call) in enumerate(zip(self.parts, calls, strict=True)):
             for pages, states in zip(self.pages(call, layer_idx), gathered, strict=True):
                 _gather(pages, part, states[row, :, longest - part.stop :])

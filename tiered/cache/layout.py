@@ -42,8 +42,10 @@ class PageLayout:
         self.block_nbytes = block_nbytes(shape, bits, slots)
         self.shape, self.bits = shape, bits
         self.keys_format, self.values_format = _FORMATS[bits]
-        self._keys = _Parts.of(shape, self.keys_format, 0, slots)
-        self._values = _Parts.of(shape, self.values_format, self._keys.stop, slots)
+        self.dtype: torch.dtype = getattr(torch, shape.dtype)
+        """Of states that are not quantized."""
+        self._keys = _Parts.of(shape, shape.head_dim, self.keys_format, 0, slots)
+        self._values = _Parts.of(shape, shape.value_dim, self.values_format, self._keys.stop, slots)
         assert self._values.stop <= self.block_nbytes < self._values.stop + PAGE
 
     def pages(self, table: BlockTable, recent: tuple[Pages, Pages] | None = None) -> tuple[Pages, Pages]:
@@ -55,15 +57,17 @@ class PageLayout:
         return self._keys.pages(table, new_keys), self._values.pages(table, new_values)
 
     def dense(self, memory: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values [blocks, heads, 64, head_dim] of all blocks in `memory`, in place. 16 bits only."""
+        """Keys [blocks, heads, 64, head_dim] and values [blocks, heads, 64, value_dim] of all blocks in `memory`, in
+        place. 16 bits only."""
         assert self.bits == 16, "these blocks are quantized; a complete page is stored at once"
         blocks = memory.view(-1, self.block_nbytes)
         return self._keys.codes.every(blocks), self._values.codes.every(blocks)
 
     def store(self, memory: torch.Tensor, offsets: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Write complete pages, keys and values [pages, heads, 64, head_dim], to the blocks at `offsets` [pages]."""
-        expected = (len(offsets), self.shape.heads, PAGE_TOKENS, self.shape.head_dim)
-        for states in (keys, values):
+        """Write complete pages to the blocks at `offsets` [pages]: keys [pages, heads, 64, head_dim] and values
+        [pages, heads, 64, value_dim]."""
+        for states, width in ((keys, self.shape.head_dim), (values, self.shape.value_dim)):
+            expected = (len(offsets), self.shape.heads, PAGE_TOKENS, width)
             if states.shape != expected:
                 raise ConfigError(f"KV cache: pages {list(states.shape)}, expected {list(expected)}")
         starts: list[int] = offsets.tolist()
@@ -71,7 +75,9 @@ class PageLayout:
             self._keys.codes.write(memory, starts, keys)
             self._values.codes.write(memory, starts, values)
             return
-        step = max(1, _PIECE_ELEMENTS // (self.shape.heads * PAGE_TOKENS * self.shape.head_dim))
+        step = max(
+            1, _PIECE_ELEMENTS // (self.shape.heads * PAGE_TOKENS * max(self.shape.head_dim, self.shape.value_dim))
+        )
         for i in range(0, len(starts), step):
             rows = slice(i, i + step)
             self._keys.write(memory, starts[rows], quantize_keys(keys[rows], self.bits))
@@ -117,14 +123,14 @@ class _Parts:
     zero: _Part | None = None
 
     @classmethod
-    def of(cls, shape: KVShape, kind: CacheFormat, start: int, slots: int = PAGE_TOKENS) -> Self:
-        """The parts from byte `start` of the block on."""
+    def of(cls, shape: KVShape, width: int, kind: CacheFormat, start: int, slots: int) -> Self:
+        """The parts from byte `start` of the block on, for heads of `width` channels."""
         start = round_up(start, PART_ALIGNMENT)
         if kind is CacheFormat.BF16:
-            return cls(kind, _Part(start, (shape.heads, slots, shape.head_dim), getattr(torch, shape.dtype)))
-        codes = _Part(start, (shape.heads, PAGE_TOKENS, shape.head_dim * kind.bits // 8), torch.uint8)
-        groups = shape.head_dim // group_size(shape.head_dim)
-        side = (shape.heads, 1, shape.head_dim) if kind.per_channel else (shape.heads, PAGE_TOKENS, groups)
+            return cls(kind, _Part(start, (shape.heads, slots, width), getattr(torch, shape.dtype)))
+        codes = _Part(start, (shape.heads, PAGE_TOKENS, width * kind.bits // 8), torch.uint8)
+        groups = width // group_size(width)
+        side = (shape.heads, 1, width) if kind.per_channel else (shape.heads, PAGE_TOKENS, groups)
         scale = _Part(round_up(codes.stop, PART_ALIGNMENT), side, torch.float16)
         return cls(kind, codes, scale, _Part(round_up(scale.stop, PART_ALIGNMENT), side, torch.uint8))
 

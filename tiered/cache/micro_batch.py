@@ -78,7 +78,7 @@ class MicroBatchKV(PositionCache):
     def __init__(
         self, blocks: LentBlocks, parts: Sequence[Part], numbers: Sequence[int], length: int, outbox: Outbox | None
     ) -> None:
-        super().__init__(length, blocks.pool.shape.layers)
+        super().__init__(length, blocks.pool.plan.layers)
         self.pool, self.blocks, self.outbox = blocks.pool, blocks, outbox
         self.parts, self.numbers = tuple(parts), tuple(numbers)
         self._tails = TailWriter(blocks, parts, numbers) if self.pool.plan.has_tails else None
@@ -92,7 +92,8 @@ class MicroBatchKV(PositionCache):
         if self.outbox is None:
             self._writer.store(layer, keys, values)
             return
-        self.outbox.send(keys, values, self.pool.dtype, functools.partial(self._writer.store, layer))
+        dtype = self.pool.layouts[self.pool.group(layer)].dtype
+        self.outbox.send(keys, values, dtype, functools.partial(self._writer.store, layer))
         if is_read:
             self.outbox.flush()
 
@@ -108,13 +109,13 @@ class MicroBatchKV(PositionCache):
             count=torch.tensor([part.stop for part in parts]),
             tokens=parts[0].count,
             offsets=torch.tensor(offsets),
-            recent=None if self._tails is None else self._recent(self._tails, parts, pages),
+            recent=None if self._tails is None else self._recent(group, self._tails, parts, pages),
             reads_fresh=not parts[0].is_within_a_page,
         )
 
-    def _recent(self, tails: TailWriter, parts: Sequence[Part], pages: int) -> torch.Tensor:
+    def _recent(self, group: int, tails: TailWriter, parts: Sequence[Part], pages: int) -> torch.Tensor:
         """[parts, pages]: offsets of the pages that queries of `parts` read as they were computed; else -1."""
-        nbytes = self.pool.exact.block_nbytes
+        nbytes = self.pool.exact[group].block_nbytes
         offsets = torch.full((len(parts), pages), -1)
         for row, part in enumerate(parts):
             if part.is_within_a_page:
@@ -125,11 +126,11 @@ class MicroBatchKV(PositionCache):
 
     def pages(self, call: "PagedCall", layer: int) -> tuple[Pages, Pages]:
         """The keys and values that `call` reads in `layer`."""
-        table, recent = BlockTable(self.blocks.memory(layer), call.offsets), None
+        group, table, recent = self.pool.group(layer), BlockTable(self.blocks.memory(layer), call.offsets), None
         if self._tails is not None and call.recent is not None:
-            memory = self._tails.fresh() if call.reads_fresh else self.pool.tails(layer)
-            recent = self.pool.exact.pages(BlockTable(memory, call.recent))
-        return self.pool.layout.pages(table, recent)
+            memory = self._tails.fresh(group) if call.reads_fresh else self.pool.tails(layer)
+            recent = self.pool.exact[group].pages(BlockTable(memory, call.recent))
+        return self.pool.layouts[group].pages(table, recent)
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,8 +167,8 @@ class PagedRead:
     window: int
     keys: Pages
     values: Pages
-    is_away: bool = False
-    """Whether the pages are in the host's memory, and the queries in a device's."""
+    away: torch.dtype | None = None
+    """The cache's dtype, if the pages are in the host's memory and the queries in a device's."""
 
 
 class PagedKeys(torch.Tensor):
@@ -198,10 +199,10 @@ class PackedKV(MicroBatchKV):
         bundles = self._bundles()
         self._grouped = [[self.call(group, bundle) for bundle in bundles] for group in range(len(blocks.maps))]
         """For each group of layers, the attention calls."""
-        self._own: list[tuple[Beginning, int] | None] = [None] * len(bundles)
-        """For each call, what it reads where it is computed, and its first token; None: it reads the cache."""
+        self._own: list[list[tuple[Beginning, int] | None]] = [[None] * len(bundles) for _ in blocks.maps]
+        """The same, what each call reads where it is computed, and its first token; None: it reads the cache."""
         if outbox is not None:
-            self._own = [self._beginning(bundle) for bundle in bundles]
+            self._own = [[self._beginning(group, bundle) for bundle in bundles] for group in range(len(blocks.maps))]
         self._states: States | None = None
         self._stored: int | None = None
 
@@ -210,22 +211,23 @@ class PackedKV(MicroBatchKV):
         singles = list(itertools.takewhile(lambda number: self.parts[number].count == 1, range(len(self.parts))))
         return [singles] * bool(singles) + [[number] for number in range(len(singles), len(self.parts))]
 
-    def _beginning(self, bundle: Sequence[int]) -> tuple[Beginning, int] | None:
+    def _beginning(self, group: int, bundle: Sequence[int]) -> tuple[Beginning, int] | None:
         """Of the parts of a call, if all of their sequences begin in this pass."""
+        layout = self.pool.layouts[group]
         numbers = [self.numbers[number] for number in bundle]
         if any(self.blocks.parts[number].start for number in numbers):
             return None
         if len(bundle) > 1:
-            return Beginning(self.pool.layout, 1), 0
+            return Beginning(layout, 1), 0
         # Shared by the micro-batches that its tokens are in.
-        made = Beginning(self.pool.layout, self.blocks.parts[numbers[0]].count)
-        return self.blocks.beginnings.setdefault(numbers[0], made), self.parts[bundle[0]].start
+        made = Beginning(layout, self.blocks.parts[numbers[0]].count)
+        return self.blocks.beginnings.setdefault((group, numbers[0]), made), self.parts[bundle[0]].start
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store states [1, heads, tokens, head_dim]; returns `PagedKeys`, by which attention finds the pages."""
-        self.store(layer_idx, key_states[0], value_states[0], is_read=None in self._own)
+        self.store(layer_idx, key_states[0], value_states[0], is_read=None in self._own[self.pool.group(layer_idx)])
         if self.outbox is not None:
             self._states = key_states, value_states
         self._stored = layer_idx
@@ -235,21 +237,22 @@ class PackedKV(MicroBatchKV):
         """What attention in `layer` reads; `update` must have stored the layer's new states before."""
         assert self._stored == layer, f"layer {layer} attends, layer {self._stored} has stored"
         states, self._states, self._stored = self._states, None, None
-        group = self.pool.group_of[layer]
-        window, is_away = self.blocks.maps[group].window, self.outbox is not None
+        group = self.pool.group(layer)
+        layout = self.pool.layouts[group]
+        window, away = self.blocks.maps[group].window, None if self.outbox is None else layout.dtype
         found, token = [], 0
-        for call, own in zip(self._grouped[group], self._own, strict=True):
+        for call, own in zip(self._grouped[group], self._own[group], strict=True):
             sequences = len(call.count)
             stop = token + call.tokens * sequences
             if own is None:
                 keys, values = self.pages(call, layer)
-                found.append(PagedRead(token, stop, call.first, call.count, window, keys, values, is_away))
+                found.append(PagedRead(token, stop, call.first, call.count, window, keys, values, away))
             else:
                 assert states is not None
                 # [sequences, heads, tokens, head_dim]
                 k, v = (x[0, :, token:stop].unflatten(1, (sequences, -1)).transpose(0, 1) for x in states)
                 beginning, start = own
-                keys, values = beginning.add(start, k.to(self.pool.dtype), v.to(self.pool.dtype))
+                keys, values = beginning.add(start, k.to(layout.dtype), v.to(layout.dtype))
                 found.append(PagedRead(token, stop, call.first, call.count, window, keys, values))
             token = stop
         return found

@@ -24,8 +24,8 @@ Store = Callable[[torch.Tensor, torch.Tensor], None]
 class _Sent:
     """States on their way."""
 
-    arriving: torch.Tensor
-    """[2, heads, tokens, head_dim] in the host's memory."""
+    arriving: tuple[torch.Tensor, torch.Tensor]
+    """Keys and values in the host's memory."""
     event: Event
     store: Store
 
@@ -57,18 +57,18 @@ class Outbox:
 
     def send(self, keys: torch.Tensor, values: torch.Tensor, dtype: torch.dtype, store: Store) -> None:
         """Begin to copy keys and values [heads, tokens, head_dim] as `dtype`; `store` gets them once they are there."""
-        shape, nbytes = (2, *keys.shape), 2 * keys.numel() * dtype.itemsize
+        nbytes = (keys.numel() + values.numel()) * dtype.itemsize
         assert nbytes <= len(self._source), f"{nbytes:,} bytes of states, planned for {len(self._source):,}"
         if self._used + nbytes > len(self._source):
             self.flush()
         part = slice(self._used, self._used + nbytes)
         source, target = self._source[part], self._target[part]
         self._used = round_up(part.stop, _ALIGNMENT)
-        states = source.view(dtype).view(shape)
         self._device.uses(source, writes=True)
-        states[0], states[1] = keys, values
+        for leaving, states in zip(_apart(source.view(dtype), keys, values), (keys, values), strict=True):
+            leaving.copy_(states)
         event = self._device.copy_out(source, target, after=[self._device.record()])
-        self._sent.append(_Sent(target.view(dtype).view(shape), event, store))
+        self._sent.append(_Sent(_apart(target.view(dtype), keys, values), event, store))
         self._last = event
 
     def flush(self) -> None:
@@ -77,7 +77,7 @@ class Outbox:
         for number, item in enumerate(sent):
             try:
                 item.event.wait()
-                item.store(item.arriving[0], item.arriving[1])
+                item.store(*item.arriving)
             except BaseException:
                 _settle(sent[number:])
                 raise
@@ -92,6 +92,11 @@ class Outbox:
         if self._last is not None:
             with contextlib.suppress(Exception):  # whoever waited for it first has been told
                 self._last.wait()
+
+
+def _apart(both: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The parts of `both`, which holds as many numbers as `keys` and `values`, for either of them."""
+    return both[: keys.numel()].view(keys.shape), both[keys.numel() :].view(values.shape)
 
 
 def _settle(sent: list[_Sent]) -> None:

@@ -74,23 +74,26 @@ class KVPool:
 
     def __init__(self, plan: CachePlan, memory: torch.Tensor, outbox: Outbox | None = None) -> None:
         assert not (plan.on_device and outbox), "what is on the device need not be copied out"
-        self.plan, self.shape, self.outbox = plan, plan.shape, outbox
-        self.dtype: torch.dtype = getattr(torch, plan.shape.dtype)
-        """Of states that are not quantized."""
+        self.plan, self.outbox = plan, outbox
         self.where = memory.device
         """Where the blocks are; where tails and scratch are, if blocks are on disk."""
-        self.layout, self.exact = PageLayout(plan.shape, plan.bits, plan.slots), PageLayout(plan.shape, 16, plan.slots)
+        self.layouts = [PageLayout(group.shape, plan.bits, plan.slots) for group in plan.groups]
+        """For each group, how its blocks lie."""
+        self.exact = [PageLayout(group.shape, 16, plan.slots) for group in plan.groups]
+        """For each group, how its tails lie, and pages that are being put together."""
         self._runs = [_Runs(plan.blocks(group)) for group in plan.groups]
         self._tails = _Runs(plan.sequences)
-        self.group_of = [0] * self.shape.layers
-        self._layer_start = [0] * self.shape.layers
-        """Bytes from the start of the memory, or of the file, to each layer's blocks."""
-        position = 0
+        self.group_of: list[int | None] = [None] * plan.layers
+        """For each layer, the number of its group; None: it keeps no keys and values of its own."""
+        self._layer_start, self._tails_start = [0] * plan.layers, [0] * plan.layers
+        """Bytes from the start of the memory, or of the file, to each layer's blocks; and from that of the tails."""
+        blocks = tails = 0
         for number, group in enumerate(plan.groups):
             for layer in group.layers:
-                self.group_of[layer], self._layer_start[layer] = number, position
+                self.group_of[layer], self._layer_start[layer], self._tails_start[layer] = number, blocks, tails
                 if not plan.shares_layers:
-                    position += plan.blocks(group) * self.layout.block_nbytes
+                    blocks += plan.blocks(group) * plan.block_nbytes(group)
+                    tails += plan.sequences * plan.exact_nbytes(group)
         self._memory = None if plan.on_disk else memory[plan.tails_nbytes : plan.tails_nbytes + plan.blocks_nbytes]
         self._tails_memory = memory[: plan.tails_nbytes]
         self._scratch = memory.new_empty(0)
@@ -124,22 +127,27 @@ class KVPool:
         """Whether no sequence holds anything."""
         return not self._tails.taken
 
+    def group(self, layer: int) -> int:
+        """The number of the group of `layer`, which must keep keys and values."""
+        found = self.group_of[layer]
+        assert found is not None, f"layer {layer} keeps no keys and values of its own"
+        return found
+
     def layer_blocks(self, layer: int) -> torch.Tensor:
         """uint8: the blocks of `layer`, in memory."""
         assert self._memory is not None, "the blocks are on disk"
-        start = self._layer_start[layer]
-        return self._memory[start : start + self._runs[self.group_of[layer]].count * self.layout.block_nbytes]
+        start, group = self._layer_start[layer], self.group(layer)
+        return self._memory[start : start + self._runs[group].count * self.layouts[group].block_nbytes]
 
     def file_offset(self, layer: int, block: int) -> int:
         """Where a block of `layer` lies in the file."""
-        return self._layer_start[layer] + block * self.layout.block_nbytes
+        return self._layer_start[layer] + block * self.layouts[self.group(layer)].block_nbytes
 
     def tails(self, layer: int) -> torch.Tensor:
         """uint8: the tails of `layer`, one block in the compute dtype per sequence."""
         assert self.plan.has_tails, "blocks hold the compute dtype themselves"
-        return self._tails_memory.view(-1, self.plan.sequences * self.exact.block_nbytes)[
-            0 if self.plan.shares_layers else layer
-        ]
+        start, nbytes = self._tails_start[layer], self.exact[self.group(layer)].block_nbytes
+        return self._tails_memory[start : start + self.plan.sequences * nbytes]
 
     def scratch(self, nbytes: int) -> torch.Tensor:
         """uint8: memory in which a micro-batch puts pages together. All share it, as they compute one by one."""

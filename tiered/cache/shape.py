@@ -1,17 +1,31 @@
 """What one token adds to the KV cache, as a family's attention stores it."""
 
+from typing import Final
+
 import torch
 from transformers import PretrainedConfig
 
 from tiered.plan.kv import KVShape
 
+_KEYLESS: Final = ("linear_attention", "conv", "mamba", "moe", "mlp")
+"""What `layer_types` calls layers whose tokens leave no keys."""
 
-def kv_shape(config: PretrainedConfig, dtype: torch.dtype) -> KVShape:
-    """The cache's shape as the family's attention stores it."""
+
+def kv_shapes(config: PretrainedConfig, dtype: torch.dtype) -> tuple[KVShape | None, ...]:
+    """For each decoder layer, what one token adds to it; None for a layer that keeps no keys and values."""
+    types = getattr(config, "layer_types", None) or [""] * config.num_hidden_layers
+    if all(kind in _KEYLESS for kind in types):
+        return (None,) * len(types)
+    shape = _kv_shape(config, dtype)
+    return tuple(None if kind in _KEYLESS else shape for kind in types)
+
+
+def _kv_shape(config: PretrainedConfig, dtype: torch.dtype) -> KVShape:
+    """What one token adds to a layer, as the family's attention stores it."""
     query_heads = int(config.num_attention_heads)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // query_heads
     heads = getattr(config, "num_key_value_heads", None) or query_heads
     if config.model_type == "falcon":
         # Its grouped variant broadcasts keys to every query head before they are cached; multi-query keeps one.
         heads = 1 if config.multi_query and not config.new_decoder_architecture else query_heads
-    return KVShape(int(heads), int(head_dim), int(config.num_hidden_layers), str(dtype).removeprefix("torch."))
+    return KVShape(int(heads), int(head_dim), int(head_dim), str(dtype).removeprefix("torch."))

@@ -41,8 +41,8 @@ class BlockWriter:
         """For each group, where each token goes: the block of its page, and its slot in there."""
 
     def store(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        places = self._places[self._pool.group_of[layer]]
-        places.write(self._pool.layout.dense(self._pool.layer_blocks(layer)), (keys, values))
+        group = self._pool.group(layer)
+        self._places[group].write(self._pool.layouts[group].dense(self._pool.layer_blocks(layer)), (keys, values))
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,12 +118,13 @@ class TailWriter:
         first = next(item.fresh for item in self._long if item.part is part)
         return range(first, first + (part.stop - 1) // PAGE_TOKENS - part.first_page + 1)
 
-    def fresh(self) -> torch.Tensor:
-        """uint8: the pages that long parts have put together in the layer that stored last."""
-        return self._pool.scratch(max(1, self._fresh_pages) * self._pool.exact.block_nbytes)
+    def fresh(self, group: int) -> torch.Tensor:
+        """uint8: the pages that long parts have put together in the layer that stored last, which is of `group`."""
+        return self._pool.scratch(max(1, self._fresh_pages) * self._pool.exact[group].block_nbytes)
 
     def store(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        tails, fresh = self._pool.exact.dense(self._pool.tails(layer)), self._pool.exact.dense(self.fresh())
+        group = self._pool.group(layer)
+        tails, fresh = map(self._pool.exact[group].dense, (self._pool.tails(layer), self.fresh(group)))
         if self._short:
             tokens = slice(None) if not self._long else self._tokens
             self._tails.write(tails, (keys[:, tokens], values[:, tokens]))
@@ -134,7 +135,8 @@ class TailWriter:
 
     def _complete(self, layer: int, tails: States, fresh: States) -> None:
         """Write the pages that have become complete to their blocks."""
-        blocks = self._blocks.map_of(layer)
+        group = self._pool.group(layer)
+        blocks = self._blocks.maps[group]
         found = [(number, page, tails, part.kv.tail) for part, number in self._short for page in part.complete_pages]
         found += [
             (item.number, page, fresh, item.fresh + page - item.part.first_page)
@@ -149,7 +151,7 @@ class TailWriter:
             some = placed[begin : begin + STACKED_PAGES]
             keys, values = (torch.stack([source[i][row] for _, source, row in some]) for i in (0, 1))
             offsets = torch.tensor([offset for offset, _, _ in some])
-            self._pool.layout.store(self._blocks.memory(layer), offsets, keys, values)
+            self._pool.layouts[group].store(self._blocks.memory(layer), offsets, keys, values)
 
 
 def _fill(tail: torch.Tensor, fresh: torch.Tensor, item: _Long, states: torch.Tensor) -> None:

@@ -62,8 +62,8 @@ class Inspection:
             "bits_per_weight": summary.bits_per_weight,
             "bytes_per_pass": summary.tape_nbytes,
             "experts": self._experts_json(),
-            "dtype": self.model.kv.dtype,
-            "kv_bytes_per_token": self.model.kv.nbytes(1, 1),
+            "dtype": self.model.dtype,
+            "kv_bytes_per_token": self.model.kv_token_nbytes,
             "load": self._load_json(),
             "baseline_bytes": self.smallest.needs.baseline,
             "default_budget_bytes": self.default_budget,
@@ -162,7 +162,8 @@ def _inspect(
     measured_in = "bfloat16" if options.dtype == "float16" else options.dtype
     model, machine, budgets = measure_inputs(store, Options(dtype=measured_in))
     if measured_in != options.dtype:
-        model = replace(model, kv=replace(model.kv, dtype=options.dtype))
+        groups = (replace(group, shape=replace(group.shape, dtype=options.dtype)) for group in model.groups)
+        model = replace(model, dtype=options.dtype, groups=tuple(groups))
     rows = fits(model, machine, workload, _with_device(budgets, options))
     is_mixture = bool(getattr(config, "num_experts_per_tok", None))
     return Inspection(store, summary, workload, model, is_mixture, rows, budgets.ram, disk_bandwidth, bus_bandwidth)
@@ -197,7 +198,6 @@ def _lines(inspection: Inspection) -> Iterator[str]:
 
 def _about(inspection: Inspection) -> list[str]:
     manifest, summary = inspection.store.manifest, inspection.summary
-    kv = inspection.model.kv
     quantization, source = manifest.quantization, manifest.source
     schemes = ", ".join(f"{kind} {quantization[kind]}" for kind in ("layers", "embed", "head") if kind in quantization)
     kept = list(quantization.get("unquantized", ()))
@@ -211,7 +211,7 @@ def _about(inspection: Inspection) -> list[str]:
         ("per pass", f"{format_size(summary.tape_nbytes)} streamed when nothing is resident (S)"),
         (
             "KV cache",
-            f"{format_size(kv.nbytes(1, 1))} per token in {kv.dtype}",
+            f"{format_size(inspection.model.kv_token_nbytes)} per token in {inspection.model.dtype}",
         ),
     ]
     if inspection.is_mixture:

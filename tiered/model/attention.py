@@ -139,8 +139,8 @@ class KernelAttention:
             # [sequences, queries, heads, head_dim]
             queries = query[0, :, read.start : read.stop].unflatten(1, (sequences, -1)).permute(1, 2, 0, 3)
             kernels, sinks = self._kernels, kwargs.get("s_aux")
-            if read.is_away:
-                kernels, queries = self._host, queries.to("cpu", key.kv.pool.dtype)
+            if read.away is not None:
+                kernels, queries = self._host, queries.to("cpu", read.away)
                 sinks = None if sinks is None else sinks.cpu()
             call = AttentionCall(
                 query=queries,
@@ -155,7 +155,7 @@ class KernelAttention:
                 sinks=sinks,
             )
             output = kernels.attention(call).flatten(0, 1)
-            outputs.append(output.to(query.device, query.dtype) if read.is_away else output)
+            outputs.append(output if read.away is None else output.to(query.device, query.dtype))
         return (torch.cat(outputs) if len(outputs) > 1 else outputs[0])[None]
 
     def _serves(

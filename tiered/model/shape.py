@@ -11,7 +11,7 @@ import torch
 from transformers import PretrainedConfig
 
 from tiered.arch import Skeleton, layer_windows
-from tiered.cache import kv_shape, layer_groups
+from tiered.cache import kv_shapes, layer_groups
 from tiered.io import CHUNK_BUFFERS
 from tiered.kernels import packed_row_nbytes
 from tiered.plan import ExpertShape, ModelShape, Tape
@@ -27,7 +27,6 @@ def model_shape(store: Store, skeleton: Skeleton, dtype: torch.dtype) -> ModelSh
     `skeleton` must be as built: binding it takes its layers out.
     """
     config = skeleton.config
-    kv = kv_shape(config, dtype)
     blocks = store.units_of_pass(on_demand=False)
     (embed,) = store.layout(store.blocks["embed"]).weights.values()
     side = EmbeddingRows.side_nbytes(embed)
@@ -36,7 +35,7 @@ def model_shape(store: Store, skeleton: Skeleton, dtype: torch.dtype) -> ModelSh
     tables = side + CHUNK_NBYTES + buffers
     kept = _kept_units(store)
     tables += max((unit.memory_nbytes for unit in kept), default=0)
-    tables += sum(math.prod(weight.shape) for unit in kept for weight in unit.weights.values()) * kv.itemsize
+    tables += sum(math.prod(weight.shape) for unit in kept for weight in unit.weights.values()) * dtype.itemsize
     tables += _copied_nbytes(store, skeleton)
     layers = [p.shape for block in skeleton.blocks() if block.role == "layer" for p in block.parameters]
     by_id = (store.layout(store.blocks[name]) for name in skeleton.tables)
@@ -51,9 +50,9 @@ def model_shape(store: Store, skeleton: Skeleton, dtype: torch.dtype) -> ModelSh
         # Of a stack of experts only one counts, because they compute one after the other.
         widest=max(shape[-2:][0] for shape in layers),
         vocab=config.vocab_size,
-        heads=int(config.num_attention_heads),
-        kv=kv,
-        groups=layer_groups(layer_windows(config)),
+        heads=int(getattr(config, "num_attention_heads", None) or 1),
+        dtype=str(dtype).removeprefix("torch."),
+        groups=layer_groups(layer_windows(config), kv_shapes(config, dtype)),
         eager_attention=config._attn_implementation == "eager",
         dense_attention=skeleton.family.gathers,
         packed_nbytes=packed_row_nbytes(max(shape[-1] for shape in layers)),

@@ -62,10 +62,11 @@ class AtOnce:
         lent_pages = 0
         if self.on_disk:
             # At least the pages of one sequence; more at a time make longer reads and fuller micro-batches.
-            share = int(ram * _LENT_SHARE) // block_nbytes(model.kv, budgets.kv_bits)
+            largest = max((block_nbytes(group.shape, budgets.kv_bits) for group in model.groups), default=1)
+            share = int(ram * _LENT_SHARE) // largest
             lent_pages = max(self._pages, min(self.batch_size * self._pages, share))
         return CachePlan(
-            model.kv,
+            model.layers,
             budgets.kv_bits,
             self.on_disk,
             model.groups,
@@ -148,7 +149,7 @@ class AtOnce:
         pages = 2 * PAGE
         nbytes = cache.memory_nbytes + pages if is_device == self.on_device else 0
         is_between = self.asked.budgets.has_device and not self.on_device
-        return nbytes + (outbox_nbytes(self.asked.model.kv, workspace.rows) + pages if is_between else 0)
+        return nbytes + (outbox_nbytes(self.asked.model.groups, workspace.rows) + pages if is_between else 0)
 
     def is_one_micro_batch(self, tokens: int, rows: int, cache: CachePlan) -> bool:
         """Whether a pass of `tokens` tokens never has more than one micro-batch of `rows`."""

@@ -69,7 +69,7 @@ def seen_tokens(model: ModelShape, context: float) -> float:
 def prompt_attention_seconds(model: ModelShape, pairs: float, flops: float) -> float:
     """Seconds of a prompt's attention over `pairs` pairs of a query and a key, at `flops` operations per second."""
     # A query times a key, and a weight times a value: each a multiply-add per channel.
-    return 4 * pairs * model.heads * model.kv.head_dim / flops
+    return 2 * pairs * model.heads * (model.kv.head_dim + model.kv.value_dim) / flops if model.kv else 0.0
 
 
 def prompt_pairs(model: ModelShape, prompt: int) -> float:
@@ -85,10 +85,10 @@ def prompt_pairs(model: ModelShape, prompt: int) -> float:
 def kv_block_nbytes(cache: CachePlan, tokens: float, sequences: float = 1) -> float:
     """Bytes of the KV blocks, in all layers, that a pass reads of `sequences` sequences of `tokens` tokens each; a
     layer with a window reads no more than that."""
-    kept = sum(len(group.layers) * min(tokens, group.window or tokens) for group in cache.groups)
-    return sequences * kept / PAGE_TOKENS * cache.block_nbytes
+    kept = (len(g.layers) * min(tokens, g.window or tokens) * cache.block_nbytes(g) for g in cache.groups)
+    return sequences * sum(kept) / PAGE_TOKENS
 
 
 def kv_written_nbytes(cache: CachePlan, tokens: float) -> float:
     """Bytes that `tokens` new tokens add to the KV blocks, in all layers: windows bound what is read, not this."""
-    return tokens / PAGE_TOKENS * cache.block_nbytes * cache.shape.layers
+    return tokens / PAGE_TOKENS * sum(len(group.layers) * cache.block_nbytes(group) for group in cache.groups)

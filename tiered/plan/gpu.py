@@ -23,7 +23,7 @@ def on_gpu(machine: Machine, model: ModelShape, cache: CachePlan, gpu: GpuRates)
 
     Raises ConfigError for a quantization whose bytes are not known.
     """
-    in_bits = model.kv.token_nbytes * cache.bits / 16
+    in_bits = model.kv.token_nbytes * cache.bits / 16 if model.kv else 0.0
     return replace(
         machine,
         linear=roofline(model.quantization or "none", gpu.flops, gpu.memory),

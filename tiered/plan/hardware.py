@@ -111,13 +111,13 @@ class Hardware:
     gpu: GpuRates | None = None
     usd_per_hour: float | None = None
 
-    def machine(self, scheme: str | None, mode: Mode, kv: KVShape, scratch_nbytes: int) -> Machine:
-        """The machine as a plan wants it, for a model whose layers are in `scheme` and whose cache is `kv`."""
+    def machine(self, scheme: str | None, mode: Mode, kv: KVShape | None, scratch_nbytes: int) -> Machine:
+        """The machine as a plan wants it, for a model whose layers are in `scheme` and keep keys and values of `kv`."""
         return Machine(
             scratch_nbytes=scratch_nbytes,
             disk_bytes_per_second=self.disk.read,
             linear=self.cpu.linear_rate(scheme, mode),
-            attention_seconds=kv.token_nbytes / self.cpu.attention,
+            attention_seconds=kv.token_nbytes / self.cpu.attention if kv else 0.0,
         )
 
     @classmethod

@@ -11,7 +11,7 @@ from enum import Enum
 from typing import Final, Literal
 
 from tiered.errors import ConfigError
-from tiered.plan.kv import Bits, KVShape, LayerGroup
+from tiered.plan.kv import Bits, KVShape, LayerGroup, itemsize
 from tiered.plan.placement import Tape
 from tiered.units import PAGE_TOKENS
 
@@ -119,9 +119,10 @@ class ModelShape:
     vocab: int
     heads: int
     """Query heads."""
-    kv: KVShape
+    dtype: str
+    """The name of the compute dtype, as torch spells it."""
     groups: tuple[LayerGroup, ...]
-    """Layers, grouped by how far they look back."""
+    """Layers that keep keys and values, grouped by how far they look back and by the shape of what they keep."""
     eager_attention: bool
     """The family holds all attention scores in memory at once."""
     dense_attention: bool
@@ -142,7 +143,23 @@ class ModelShape:
     @property
     def itemsize(self) -> int:
         """Bytes of the compute dtype."""
-        return self.kv.itemsize
+        return itemsize(self.dtype)
+
+    @property
+    def layers(self) -> int:
+        """Decoder layers: the head comes after them."""
+        return len(self.tape.counts) - 1
+
+    @property
+    def kv(self) -> KVShape | None:
+        """What one token adds to one of the layers that keep most; None where no layer keeps any."""
+        most = max(self.groups, key=lambda group: group.token_nbytes, default=None)
+        return None if most is None else most.shape
+
+    @property
+    def kv_token_nbytes(self) -> int:
+        """Bytes of one token's keys and values in all layers, in the compute dtype."""
+        return sum(group.token_nbytes for group in self.groups)
 
     @property
     def outer_nbytes(self) -> int:
@@ -153,7 +170,11 @@ class ModelShape:
     def gathered_nbytes(self) -> int:
         """Bytes that one token of a context adds to the keys and values of dense attention, in all copies: as cached,
         and repeated for every query head. 0 without dense attention."""
-        return 2 * (self.kv.heads + self.heads) * self.kv.head_dim * self.itemsize if self.dense_attention else 0
+        if not self.dense_attention:
+            return 0
+        shapes = [group.shape for group in self.groups]
+        most = max(((kv.heads + self.heads) * (kv.head_dim + kv.value_dim) for kv in shapes), default=0)
+        return most * self.itemsize
 
 
 @dataclass(frozen=True)

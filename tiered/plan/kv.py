@@ -5,9 +5,9 @@ taken. `cache/` puts them to use; how codes, scales and zeros lie inside a block
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Final, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass
+from typing import Any, Final, Literal
 
 from tiered.errors import ConfigError
 from tiered.units import PAGE, PAGE_TOKENS, round_up
@@ -31,37 +31,41 @@ def parse_bits(text: str) -> AnyBits:
     return "auto" if text == "auto" else BITS_BY_NAME[text]
 
 
+def itemsize(dtype: str) -> int:
+    """Bytes of a number in the compute dtype of this name."""
+    return _ITEMSIZES[dtype]
+
+
 @dataclass(frozen=True)
 class KVShape:
     """Keys and values one token adds to one layer."""
 
     heads: int
     head_dim: int
-    layers: int
+    """Channels of a head's keys."""
+    value_dim: int
+    """Channels of a head's values."""
     dtype: str
     """The name of the compute dtype, as torch spells it."""
 
     @property
     def itemsize(self) -> int:
         """Bytes of a number in the compute dtype."""
-        return _ITEMSIZES[self.dtype]
+        return itemsize(self.dtype)
 
     @property
     def token_nbytes(self) -> int:
         """Bytes of one token's keys and values in one layer, in the compute dtype."""
-        return 2 * self.heads * self.head_dim * self.itemsize
-
-    def nbytes(self, sequences: int, tokens: int) -> int:
-        """Bytes of the whole cache for `sequences` sequences of `tokens` tokens."""
-        return self.layers * self.token_nbytes * sequences * tokens
+        return self.heads * (self.head_dim + self.value_dim) * self.itemsize
 
 
 def check_bits(shape: KVShape, bits: int) -> None:
-    """Raise ConfigError for bits other than 16, 8 and 4, and for 4 bits where head_dim is odd."""
+    """Raise ConfigError for bits other than 16, 8 and 4, and for 4 bits where a head has an odd number of channels."""
     if bits not in (16, 8, 4):
         raise ConfigError(f"KV cache: {bits} bits, expected 16, 8 or 4")
-    if bits == 4 and shape.head_dim % 2:
-        raise ConfigError(f"KV cache: heads of {shape.head_dim} channels cannot be packed in 4 bits; use 8 or 16")
+    odd = [width for width in (shape.head_dim, shape.value_dim) if width % 2]
+    if bits == 4 and odd:
+        raise ConfigError(f"KV cache: heads of {odd[0]} channels cannot be packed in 4 bits; use 8 or 16")
 
 
 def block_nbytes(shape: KVShape, bits: int, slots: int = PAGE_TOKENS) -> int:
@@ -71,14 +75,14 @@ def block_nbytes(shape: KVShape, bits: int, slots: int = PAGE_TOKENS) -> int:
     """
     check_bits(shape, bits)
     if bits == 16:
-        states = shape.heads * slots * shape.head_dim * shape.itemsize
-        return round_up(round_up(states, PART_ALIGNMENT) + states, PAGE)
-    codes = shape.heads * PAGE_TOKENS * (shape.head_dim * bits // 8)
+        keys, values = (shape.heads * slots * width * shape.itemsize for width in (shape.head_dim, shape.value_dim))
+        return round_up(round_up(keys, PART_ALIGNMENT) + values, PAGE)
     # Scales and zeros of keys are per channel, those of values per token and group of channels.
-    per_channel, per_token = shape.head_dim, PAGE_TOKENS * (shape.head_dim // math.gcd(shape.head_dim, PAGE_TOKENS))
+    per_token = PAGE_TOKENS * (shape.value_dim // math.gcd(shape.value_dim, PAGE_TOKENS))
     stop = 0
-    for count in (shape.heads * per_channel, shape.heads * per_token):
-        stop = round_up(stop, PART_ALIGNMENT) + codes
+    for width, per_head in ((shape.head_dim, shape.head_dim), (shape.value_dim, per_token)):
+        count = shape.heads * per_head
+        stop = round_up(stop, PART_ALIGNMENT) + shape.heads * PAGE_TOKENS * (width * bits // 8)
         stop = round_up(stop, PART_ALIGNMENT) + 2 * count
         stop = round_up(stop, PART_ALIGNMENT) + count
     return round_up(stop, PAGE)
@@ -86,18 +90,30 @@ def block_nbytes(shape: KVShape, bits: int, slots: int = PAGE_TOKENS) -> int:
 
 @dataclass(frozen=True)
 class LayerGroup:
-    """Layers that keep the same tokens."""
+    """Layers that keep the same tokens, in pages of the same shape."""
 
     layers: tuple[int, ...]
     window: int
     """Tokens that a query sees, itself included; 0: all before it."""
+    shape: KVShape
+
+    @property
+    def token_nbytes(self) -> int:
+        """Bytes of one token's keys and values in all of these layers, in the compute dtype."""
+        return len(self.layers) * self.shape.token_nbytes
+
+
+def group_from_json(fields: Mapping[str, Any]) -> LayerGroup:
+    """The group that `dataclasses.asdict` has made `fields` of."""
+    return LayerGroup(tuple(fields["layers"]), fields["window"], KVShape(**fields["shape"]))
 
 
 @dataclass(frozen=True)
 class CachePlan:
     """How much memory and disk the cache takes, and for what; none of it is taken yet."""
 
-    shape: KVShape
+    layers: int
+    """Decoder layers; those in no group keep no keys and values of their own."""
     bits: Bits
     on_disk: bool
     groups: tuple[LayerGroup, ...]
@@ -139,15 +155,13 @@ class CachePlan:
         shared = (self.tokens + most * (PAGE_TOKENS - 1)) // PAGE_TOKENS
         return min(most * whole, shared)
 
-    @property
-    def block_nbytes(self) -> int:
-        """Bytes of a page's keys and values in one layer, as they are kept."""
-        return block_nbytes(self.shape, self.bits, self.slots)
+    def block_nbytes(self, group: LayerGroup) -> int:
+        """Bytes of a page's keys and values in one layer of `group`, as they are kept."""
+        return block_nbytes(group.shape, self.bits, self.slots)
 
-    @property
-    def exact_nbytes(self) -> int:
-        """Bytes of a page's keys and values in one layer in a tail, or while the page is being put together."""
-        return block_nbytes(self.shape, 16, self.slots)
+    def exact_nbytes(self, group: LayerGroup) -> int:
+        """Bytes of the same in a tail, or while the page is being put together."""
+        return block_nbytes(group.shape, 16, self.slots)
 
     @property
     def slots(self) -> int:
@@ -157,10 +171,7 @@ class CachePlan:
     @property
     def blocks_nbytes(self) -> int:
         """Bytes of all blocks, in memory or on disk."""
-        nbytes = self.block_nbytes
-        if self.shares_layers:
-            return max(self.blocks(group) for group in self.groups) * nbytes
-        return sum(self.blocks(group) * len(group.layers) * nbytes for group in self.groups)
+        return self._of_layers({group: self.blocks(group) * self.block_nbytes(group) for group in self.groups})
 
     @property
     def shares_layers(self) -> bool:
@@ -172,12 +183,19 @@ class CachePlan:
         """Bytes of the pages being filled, in memory."""
         if not self.has_tails:
             return 0
-        return self.exact_nbytes * self.sequences * (1 if self.shares_layers else self.shape.layers)
+        return self._of_layers({group: self.sequences * self.exact_nbytes(group) for group in self.groups})
+
+    def _of_layers(self, nbytes: Mapping[LayerGroup, int]) -> int:
+        """Bytes for all layers, from those for one layer of each group."""
+        if self.shares_layers:
+            return max(nbytes.values(), default=0)
+        return sum(len(group.layers) * each for group, each in nbytes.items())
 
     @property
     def ring_nbytes(self) -> int:
         """Bytes for blocks on their way from disk and back: one unit computes while the next ones are read."""
-        return GROUPS_AT_ONCE * self.lent_pages * self.block_nbytes if self.on_disk else 0
+        largest = max(map(self.block_nbytes, self.groups), default=0)
+        return GROUPS_AT_ONCE * self.lent_pages * largest if self.on_disk else 0
 
     @property
     def pool_nbytes(self) -> int:
@@ -195,18 +213,24 @@ class CachePlan:
             return 0
         # A long part has a page more than its tokens fill.
         pages = 2 * (rows // PAGE_TOKENS + 1)
-        return (pages + STACKED_PAGES) * self.exact_nbytes
+        return (pages + STACKED_PAGES) * max(map(self.exact_nbytes, self.groups), default=0)
 
 
-def outbox_nbytes(shape: KVShape, rows: int) -> int:
+def outbox_nbytes(groups: Sequence[LayerGroup], rows: int) -> int:
     """Bytes, on the device and in the host's memory, for the new keys and values of two micro-batches of `rows` tokens
     on their way from one to the other: one is computed while the other is copied."""
-    return 2 * round_up(2 * rows * shape.heads * shape.head_dim * shape.itemsize, PART_ALIGNMENT)
+    return 2 * round_up(rows * max((group.shape.token_nbytes for group in groups), default=0), PART_ALIGNMENT)
 
 
-def layer_groups(windows: Sequence[int]) -> tuple[LayerGroup, ...]:
-    """Groups of the layers with equal windows, from the window of each layer (0: none)."""
-    found: dict[int, list[int]] = {}
-    for layer, window in enumerate(windows):
-        found.setdefault(window, []).append(layer)
-    return tuple(LayerGroup(tuple(layers), window) for window, layers in sorted(found.items()))
+def layer_groups(windows: Sequence[int], shapes: KVShape | Sequence[KVShape | None]) -> tuple[LayerGroup, ...]:
+    """Groups of the layers with equal windows and shapes, from the window of each layer (0: none).
+
+    `shapes`: of all layers, or of each; None: the layer keeps no keys and values of its own, and is in no group.
+    """
+    each = [shapes] * len(windows) if isinstance(shapes, KVShape) else shapes
+    found: dict[tuple[int, KVShape], list[int]] = {}
+    for layer, (window, shape) in enumerate(zip(windows, each, strict=True)):
+        if shape is not None:
+            found.setdefault((window, shape), []).append(layer)
+    ordered = sorted(found.items(), key=lambda item: (item[0][0], astuple(item[0][1])))
+    return tuple(LayerGroup(tuple(layers), window, shape) for (window, shape), layers in ordered)

@@ -124,7 +124,8 @@ def _plan_with_most_bits(asked: Asked) -> Plan:
     for bits in _BITS:
         budgets = replace(asked.budgets, kv_bits=bits, choose_kv_bits=False)
         try:
-            check_bits(asked.model.kv, bits)
+            for group in asked.model.groups:
+                check_bits(group.shape, bits)
             plan = make_plan(asked.model, asked.machine, asked.workload, budgets)
         except BudgetError as error:
             refusals.append(error)
@@ -142,7 +143,7 @@ def _plan_with_most_bits(asked: Asked) -> Plan:
 def _plan_for(asked: Asked, batch_size: int, why: str) -> Plan:
     """The plan with the longest context that fits, with the KV cache in the first place where it fits: in memory rather
     than on disk, and on the device unless a pass is expected to be quicker without."""
-    per_token = asked.model.kv.nbytes(batch_size, 1)
+    per_token = max(1, batch_size * asked.model.kv_token_nbytes)
     why = f"{batch_size} of {asked.workload.sequences} sequences at once, {why}"
     contexts = list(asked.workload.contexts(int(asked.budgets.ram * _MODEST_KV_SHARE) // per_token))
     for context in contexts:

@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from tiered.errors import BudgetError, DeviceBudgetError
 from tiered.plan.inputs import Computes, Objective, Tier, tiers_text
-from tiered.plan.kv import CachePlan, KVShape, LayerGroup
+from tiered.plan.kv import CachePlan, group_from_json
 from tiered.plan.on_device import DeviceNeeds, DevicePlan
 from tiered.plan.placement import UNHELD, Held, Placement, Tape, full_ring, place, smallest_ring, wished
 from tiered.units import MIB, format_budget, format_size, round_up
@@ -205,7 +205,7 @@ class Plan:
     def from_json(cls, fields: dict[str, Any]) -> Self:
         """The plan that `to_json` has written."""
         placement, cache, tape = fields["placement"], fields["cache"], fields["tape"]
-        groups = tuple(LayerGroup(tuple(group["layers"]), group["window"]) for group in cache["groups"])
+        groups = tuple(map(group_from_json, cache["groups"]))
         return cls(
             **{
                 **fields,
@@ -213,7 +213,7 @@ class Plan:
                 "placement": Placement(**{**placement, "resident": frozenset(placement["resident"])}),
                 "tape": Tape(**{name: tuple(values) for name, values in tape.items()}),
                 "held": Held(**fields["held"]),
-                "cache": CachePlan(**{**cache, "shape": KVShape(**cache["shape"]), "groups": groups}),
+                "cache": CachePlan(**{**cache, "groups": groups}),
                 "experts": ExpertCachePlan(**fields["experts"]) if fields["experts"] else None,
                 "device": _device_from_json(fields["device"]) if fields.get("device") else None,
             }

@@ -33,18 +33,21 @@ class KVPlayer:
         self._clock.start(self._feed())
 
     def has_come(self, layer: int, group: int) -> bool:
-        """Whether a group's pages of a layer are in memory."""
+        """Whether a group's pages of a layer, if it has any, are in memory."""
         read = self._reads.get((layer, group))
-        return read is not None and read.is_done
+        return layer not in self._group_of or (read is not None and read.is_done)
 
     def give_back(self, layer: int, group: int) -> None:
         """A group has been computed through a layer: what it has completed is written, then its memory is free."""
-        of, block = self._group_of[layer], self._plan.cache.block_nbytes
+        of = self._group_of.get(layer)
+        if of is None:
+            return
         pages = sum(
             min(tokens.stop // PAGE_TOKENS - tokens.start // PAGE_TOKENS, self._plan.cache.pages(of, tokens.stop))
             for tokens in self._sequences[group]
         )
-        write = self._disk.move("kv write", f"kv of layer {layer}", "kv", pages * block, self._write_rate)
+        nbytes = pages * self._plan.cache.block_nbytes(of)
+        write = self._disk.move("kv write", f"kv of layer {layer}", "kv", nbytes, self._write_rate)
         self._writes.setdefault(layer, []).append(write)
         self._clock.start(self._free(write, self._nbytes(of, group)))
 
@@ -59,7 +62,7 @@ class KVPlayer:
                 pages = sum(tokens.start // PAGE_TOKENS - _oldest(of, tokens) for tokens in sequences)
                 name = f"kv of layer {layer}"
                 self._reads[layer, group] = self._disk.move(
-                    "kv read", name, "kv", pages * cache.block_nbytes, self._read_rate
+                    "kv read", name, "kv", pages * cache.block_nbytes(of), self._read_rate
                 )
 
     def _lend(self, nbytes: int) -> bool:
@@ -76,7 +79,7 @@ class KVPlayer:
     def _nbytes(self, of: LayerGroup, group: int) -> int:
         """Bytes of the ring for a group's pages in a layer."""
         pages = sum(tokens.stop // PAGE_TOKENS - _oldest(of, tokens) for tokens in self._sequences[group])
-        return pages * self._plan.cache.block_nbytes
+        return pages * self._plan.cache.block_nbytes(of)
 
 
 def _have_ended(transfers: Sequence[Transfer]) -> bool:

@@ -258,7 +258,7 @@ class _Run:
             return 0.0, 0.0
         weights = plan.tape.total if is_first else self._bus_nbytes
         experts = expected_bus_nbytes(self.model, plan, tokens) / gpu.host_to_device
-        kv = 0 if plan.cache.on_device else tokens * self.model.kv.token_nbytes * self.model.kv.layers
+        kv = 0 if plan.cache.on_device else tokens * self.model.kv_token_nbytes
         return weights / gpu.host_to_device + experts + kv / gpu.device_to_host, experts
 
     def _disk(self, run: PassRun, tokens: int, is_first: bool) -> tuple[float, float, float, float]:

@@ -15,7 +15,7 @@ from typing import Any, Final
 from tiered.errors import CorruptError, StoreError
 from tiered.files import MOST_JSON_NBYTES, read_whole
 from tiered.plan.inputs import ExpertShape, ModelShape
-from tiered.plan.kv import KVShape, LayerGroup
+from tiered.plan.kv import group_from_json
 from tiered.plan.placement import Tape
 
 QUANTS: Final = ("int4", "int8", "none")
@@ -25,7 +25,7 @@ STORE_SHAPE_NAME: Final = "shape.json"
 """In a store's folder."""
 _POSITIONS: Final = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
 """What families call the number of positions that they are made for. BLOOM's seq_length is none: it goes beyond."""
-_VERSION: Final = 1
+_VERSION: Final = 2
 """Of what the numbers of a shape mean: shapes that stores keep from before are made anew."""
 
 
@@ -33,8 +33,7 @@ def shape_to_json(shape: ModelShape) -> dict[str, Any]:
     """`shape` as plain dictionaries, lists and numbers."""
     experts = shape.experts
     found = {field.name: getattr(shape, field.name) for field in fields(shape)}
-    found |= {"tape": _tape_to_json(shape.tape), "kv": asdict(shape.kv)}
-    found["groups"] = [[list(group.layers), group.window] for group in shape.groups]
+    found |= {"tape": _tape_to_json(shape.tape), "groups": [asdict(group) for group in shape.groups]}
     if experts is not None:
         found["experts"] = vars(experts) | {"dense": _tape_to_json(experts.dense)}
     return found
@@ -43,8 +42,7 @@ def shape_to_json(shape: ModelShape) -> dict[str, Any]:
 def shape_from_json(value: dict[str, Any]) -> ModelShape:
     """The shape that `shape_to_json` wrote; raises KeyError, TypeError or ValueError where `value` is no such."""
     found = dict(value)
-    found |= {"tape": _tape_from_json(found["tape"]), "kv": KVShape(**found["kv"])}
-    found["groups"] = tuple(LayerGroup(tuple(layers), window) for layers, window in found["groups"])
+    found |= {"tape": _tape_from_json(found["tape"]), "groups": tuple(map(group_from_json, found["groups"]))}
     if found["experts"] is not None:
         dense = _tape_from_json(found["experts"]["dense"])
         found["experts"] = ExpertShape(**{**found["experts"], "dense": dense})

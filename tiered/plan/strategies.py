@@ -255,7 +255,8 @@ def _rows(
 def _bits(model: ModelShape) -> Iterator[Bits]:
     for bits in _BITS:
         try:
-            check_bits(model.kv, bits)
+            for group in model.groups:
+                check_bits(group.shape, bits)
         except ConfigError:
             continue
         yield bits

@@ -164,9 +164,9 @@ class KVStream:
 
     async def _start(self, number: int, blocks: LentBlocks, layer: int) -> None:
         """Find memory for a group's blocks and start their reads."""
-        places = blocks.map_of(layer)
-        span = await self._ring.borrow(places.lent_nbytes) if places.lent_nbytes else None
-        extents = places.reads(layer) if span is not None else []
+        nbytes = blocks.lent_nbytes(layer)
+        span = await self._ring.borrow(nbytes) if nbytes else None
+        extents = blocks.map_of(layer).reads(layer) if span is not None else []
         lent = _Lent(span, self._task(self._read(span, extents)))
         self._lent.append(lent)
         lent.read.add_done_callback(lambda read: self._note_read(number, lent))
