@@ -1,6 +1,6 @@
 """What a model family looks like: its table entry, its graph on the meta device, its blocks."""
 
-from tiered.arch.context import context_for, layer_configs, layer_windows, most_positions
+from tiered.arch.context import context_for, kv_sources, layer_configs, layer_windows, most_positions
 from tiered.arch.families import FAMILIES, Family, family_for
 from tiered.arch.order import order_of_use
 from tiered.arch.skeleton import (
@@ -26,6 +26,7 @@ __all__ = [
     "family_for",
     "is_expert_stack",
     "is_plain_linear",
+    "kv_sources",
     "layer_configs",
     "layer_windows",
     "load_config",

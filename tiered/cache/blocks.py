@@ -96,12 +96,14 @@ class BlockMap:
             there = [(first + page % ring) * nbytes for page in range(oldest, stop)]
         return [-1] * oldest + there + [-1] * (pages - max(stop, oldest))
 
-    def reads(self, layer: int) -> list[Extent]:
-        """The extents that must be read from disk before `layer` computes."""
+    def reads(self, layer: int, is_complete: bool = False) -> list[Extent]:
+        """The extents that must be read from disk before `layer` computes; if it `is_complete`, with the pages that the
+        parts have completed in it."""
+        stops = [part.complete_pages.stop if is_complete else part.first_page for part in self.parts]
         return [
             extent
             for number, part in enumerate(self.parts)
-            for extent in self._extents(layer, number, range(part.oldest_page(self.window), part.first_page))
+            for extent in self._extents(layer, number, range(part.oldest_page(self.window), stops[number]))
         ]
 
     def writes(self, layer: int) -> list[Extent]:
@@ -146,16 +148,27 @@ class LentBlocks:
         return self.maps[self.pool.group(layer)]
 
     def lent_nbytes(self, layer: int) -> int:
-        """Bytes of memory that must be lent for the blocks of `layer`, if it has any."""
-        return 0 if self.pool.group_of[layer] is None else self.map_of(layer).lent_nbytes
+        """Bytes of memory that must be lent for the blocks that `layer` reads and writes, if there are any."""
+        source = self.pool.source_of[layer]
+        return 0 if self.pool.group_of[source] is None else self.map_of(source).lent_nbytes
+
+    def reads(self, layer: int) -> list[Extent]:
+        """The extents that must be read from disk before `layer` computes."""
+        source = self.pool.source_of[layer]
+        return self.map_of(source).reads(source, is_complete=source != layer)
+
+    def writes(self, layer: int) -> list[Extent]:
+        """The extents that go to disk once `layer` has computed."""
+        return self.map_of(layer).writes(layer) if self.pool.source_of[layer] == layer else []
 
     def lend(self, layer: int, memory: torch.Tensor) -> None:
-        """Lend `memory`: the blocks of `layer` that were read from disk, with room for those that will be completed."""
-        self._lent[layer] = memory
+        """Lend `memory`: the blocks that `layer` reads and that were read from disk, with room for those that it will
+        complete."""
+        self._lent[self.pool.source_of[layer]] = memory
 
     def take_back(self, layer: int) -> None:
         """End the loan of the memory for `layer`."""
-        del self._lent[layer]
+        del self._lent[self.pool.source_of[layer]]
 
     def memory(self, layer: int) -> torch.Tensor:
         """uint8: the memory that holds the blocks of `layer`, at the offsets of `map_of(layer)`."""

@@ -109,19 +109,24 @@ class MicroBatchKV(PositionCache):
             count=torch.tensor([part.stop for part in parts]),
             tokens=parts[0].count,
             offsets=torch.tensor(offsets),
-            recent=None if self._tails is None else self._recent(group, self._tails, parts, pages),
-            reads_fresh=not parts[0].is_within_a_page,
+            recent=None if self._tails is None else self._recent(group, self._tails, bundle, pages),
+            reads_fresh=self._is_fresh(bundle[0]),
         )
 
-    def _recent(self, group: int, tails: TailWriter, parts: Sequence[Part], pages: int) -> torch.Tensor:
-        """[parts, pages]: offsets of the pages that queries of `parts` read as they were computed; else -1."""
+    def _is_fresh(self, number: int) -> bool:
+        """Whether queries of part `number` read their own pages in fresh memory."""
+        return self._tails is not None and self._tails.is_fresh(self.parts[number], self.numbers[number])
+
+    def _recent(self, group: int, tails: TailWriter, bundle: Sequence[int], pages: int) -> torch.Tensor:
+        """[parts, pages]: offsets of the pages that queries of parts `bundle` read as they were computed; else -1."""
         nbytes = self.pool.exact[group].block_nbytes
-        offsets = torch.full((len(parts), pages), -1)
-        for row, part in enumerate(parts):
-            if part.is_within_a_page:
-                offsets[row, part.first_page] = part.kv.tail * nbytes
-            else:
+        offsets = torch.full((len(bundle), pages), -1)
+        for row, number in enumerate(bundle):
+            part = self.parts[number]
+            if self._is_fresh(number):
                 offsets[row, part.first_page :] = torch.tensor(tails.fresh_pages(part)) * nbytes
+            else:
+                offsets[row, part.first_page] = part.kv.tail * nbytes
         return offsets
 
     def pages(self, call: "PagedCall", layer: int) -> tuple[Pages, Pages]:
@@ -203,13 +208,16 @@ class PackedKV(MicroBatchKV):
         """The same, what each call reads where it is computed, and its first token; None: it reads the cache."""
         if outbox is not None:
             self._own = [[self._beginning(group, bundle) for bundle in bundles] for group in range(len(blocks.maps))]
-        self._states: States | None = None
+        self._states: dict[int, States] = {}
+        """New states of layers whose queries still read them where they were computed, if that is not at the pool."""
         self._stored: int | None = None
 
     def _bundles(self) -> list[list[int]]:
-        """Numbers of parts that share a call: all parts of one token, and every other part by itself."""
+        """Numbers of parts that share a call: parts of one token, and every other part by itself; neighbours."""
         singles = list(itertools.takewhile(lambda number: self.parts[number].count == 1, range(len(self.parts))))
-        return [singles] * bool(singles) + [[number] for number in range(len(singles), len(self.parts))]
+        runs = [(fresh, list(numbers)) for fresh, numbers in itertools.groupby(singles, self._is_fresh)]
+        alike = [each for fresh, run in runs for each in ([[number] for number in run] if fresh else [run])]
+        return alike + [[number] for number in range(len(singles), len(self.parts))]
 
     def _beginning(self, group: int, bundle: Sequence[int]) -> tuple[Beginning, int] | None:
         """Of the parts of a call, if all of their sequences begin in this pass."""
@@ -229,15 +237,20 @@ class PackedKV(MicroBatchKV):
         """Store states [1, heads, tokens, head_dim]; returns `PagedKeys`, by which attention finds the pages."""
         self.store(layer_idx, key_states[0], value_states[0], is_read=None in self._own[self.pool.group(layer_idx)])
         if self.outbox is not None:
-            self._states = key_states, value_states
+            self._states[layer_idx] = key_states, value_states
         self._stored = layer_idx
         return PagedKeys.of(key_states, self, layer_idx), value_states
 
     def reads(self, layer: int) -> list[PagedRead]:
-        """What attention in `layer` reads; `update` must have stored the layer's new states before."""
-        assert self._stored == layer, f"layer {layer} attends, layer {self._stored} has stored"
-        states, self._states, self._stored = self._states, None, None
+        """What attention to the keys of `layer` reads; `update` must have stored the layer's new states before. Layers
+        that have none of their own ask again."""
         group = self.pool.group(layer)
+        is_read_again = bool(self.pool.plan.groups[group].readers)
+        is_right = self._stored == layer or (self._stored is None and is_read_again)
+        assert is_right, f"layer {layer} attends, layer {self._stored} has stored"
+        self._stored, states = None, self._states.get(layer)
+        if not is_read_again:
+            self._states.pop(layer, None)
         layout = self.pool.layouts[group]
         window, away = self.blocks.maps[group].window, None if self.outbox is None else layout.dtype
         found, token = [], 0

@@ -134,8 +134,7 @@ def make_recipe(skeleton: Skeleton, options: ConvertOptions) -> StoreRecipe:
         blocks = [block for block in blocks if block.role != "layer" or block in layers[:distinct]]
     order = {name: number for number, name in enumerate(order_of_use(skeleton))}
     # A family may have no `outer` tensors.
-    by_row = ("table",) if skeleton.tied else ("table", "embed")
-    files = tuple(_recipe(block, options, order, block.role in by_row) for block in blocks if block.parameters)
+    files = tuple(_recipe(block, options, order) for block in blocks if block.parameters)
     layer_scheme, embed_scheme = options.layer_scheme, options.embed_scheme
     unquantized = () if layer_scheme is None else tuple(_unquantized(blocks, files))
     quantization = {
@@ -163,14 +162,15 @@ def make_recipe(skeleton: Skeleton, options: ConvertOptions) -> StoreRecipe:
     )
 
 
-def _recipe(block: BlockTensors, options: ConvertOptions, order: Mapping[str, int], by_row: bool) -> BlockRecipe:
+def _recipe(block: BlockTensors, options: ConvertOptions, order: Mapping[str, int]) -> BlockRecipe:
     """Small tensors, then large ones that are not lent, then lent ones in the `order` of their use."""
     scheme = options.layer_scheme if block.role == "layer" else options.embed_scheme
     tensors = []
     for parameter in block.parameters:
         fits = scheme is not None and scheme.accepts(*folded(parameter.shape))
         used = scheme if fits and _is_quantizable(parameter, block.role) else None
-        tensors.append(TensorRecipe(parameter.name, parameter.shape, used, _kind(parameter, block.role), by_row))
+        kind, by_row = _kind(parameter, block.role), block.role == "table"
+        tensors.append(TensorRecipe(parameter.name, parameter.shape, used, kind, by_row))
     tensors.sort(key=lambda tensor: (tensor.kind != "small", order.get(tensor.name, -1)))
     return BlockRecipe(block.name, block.role, block.prefix, tuple(tensors))
 

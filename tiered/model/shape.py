@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from transformers import PretrainedConfig
 
-from tiered.arch import Skeleton, layer_windows
+from tiered.arch import Skeleton, kv_sources, layer_windows
 from tiered.cache import kv_shapes, layer_groups
 from tiered.io import CHUNK_BUFFERS
 from tiered.kernels import packed_row_nbytes
@@ -52,7 +52,7 @@ def model_shape(store: Store, skeleton: Skeleton, dtype: torch.dtype) -> ModelSh
         vocab=config.vocab_size,
         heads=int(getattr(config, "num_attention_heads", None) or 1),
         dtype=str(dtype).removeprefix("torch."),
-        groups=layer_groups(layer_windows(config), kv_shapes(config, dtype)),
+        groups=layer_groups(layer_windows(config), kv_shapes(config, dtype), kv_sources(config)),
         eager_attention=config._attn_implementation == "eager",
         dense_attention=skeleton.family.gathers,
         packed_nbytes=packed_row_nbytes(max(shape[-1] for shape in layers)),
@@ -77,7 +77,7 @@ def _expert_shape(store: Store, config: PretrainedConfig) -> ExpertShape | None:
     """The experts, if each is a unit, and all layers that have experts have one module of equally many."""
     layers = [units for units in store.expert_units if units]
     modules = [{unit.name.partition(RANGE)[0] for unit in units} for units in layers]
-    chosen = getattr(config, "num_experts_per_tok", None)
+    chosen = getattr(config, "num_experts_per_tok", None) or getattr(config, "top_k_experts", None)
     if {*map(len, modules)} != {1} or len({*map(len, layers)}) != 1 or not isinstance(chosen, int):
         return None
     experts = [unit for units in layers for unit in units]
