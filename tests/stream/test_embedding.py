@@ -293,7 +293,7 @@ def test_rows_of_several_tables_come_together(tmp_path: Path) -> None:
             rows, index = fetched["table-000"].of(torch.tensor([[5, 699, 5]]), torch.float32)
             assert torch.equal(rows[index], extra.rows[torch.tensor([[5, 699, 5]])])
             rows, index = fetched["embed"].of(torch.tensor([79, 3]), torch.float32)
-            assert len(rows) == 2 and rows.shape[1] == 96
+            assert rows[index].shape == (2, 96)
 
     asyncio.run(scenario())
 

@@ -40,10 +40,9 @@ class FetchedRows:
         self._ids, self._widen = torch.tensor(ids), widen
 
     def of(self, wanted: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """A small table [n, width] of `dtype` that has the rows of the ids `wanted`, and for each its number there."""
+        """A small table [n, width] of `dtype` with the rows of the `n` ids `wanted`, and for each its number there."""
         positions = torch.searchsorted(self._ids, wanted.contiguous())
-        used, index = positions.unique(return_inverse=True)
-        return self._widen(used, dtype), index
+        return self._widen(positions.view(-1), dtype), torch.arange(positions.numel()).view(wanted.shape)
 
 
 @dataclass(frozen=True)
@@ -118,13 +117,10 @@ class _Table:
             return packed.view(self._dtype).to(dtype)
         assert self.side, "load_side comes first"
         rows = torch.tensor(ids)[positions]
-        sides, start = [], 0
+        scales, zeros = (side.new_empty(len(rows), side.shape[1]) for side in self.side[0])
         for part, (scale, zero) in zip(self.ranges, self.side, strict=True):
-            stop = int(torch.searchsorted(rows, part.stop))
-            index = rows[start:stop] - part.first
-            sides.append((scale[index], zero[index]))
-            start = stop
-        scales, zeros = (torch.cat(found) for found in zip(*sides, strict=True))
+            inside = (rows >= part.first) & (rows < part.stop)
+            scales[inside], zeros[inside] = scale[rows[inside] - part.first], zero[rows[inside] - part.first]
         return QuantizedWeight(QuantizedTensor(packed, scales, zeros), self._scheme).rows(0, len(packed), dtype)
 
 
