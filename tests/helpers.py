@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from tests.shared import made_once
 from tests.store.make import load_unit
+from tiered.arch.modules import lent_weights
 from tiered.cache import SequenceKV
 from tiered.convert import ConvertOptions, convert_checkpoint
 from tiered.host import Host
@@ -69,6 +70,11 @@ _GROUPED_EXPERTS: Final = {
     **{"n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "n_shared_experts": 1, "norm_topk_prob": True},
 }
 """For families that choose among groups of experts first, and have a first layer without."""
+_LATENT: Final = {
+    **_UNGROUPED,
+    **{"q_lora_rank": 32, "kv_lora_rank": 64, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 24},
+}
+"""For families that keep latents, of which attention makes keys and values."""
 _SOFT_CAPS: Final = {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0}
 _GEMMA4: Final = {
     **_SLIDING,
@@ -201,7 +207,22 @@ TINY: Final[dict[str, dict[str, Any]]] = {
     "exaone_moe": {**_GROUPED_EXPERTS, **_MIXED, "is_moe_layer": [False, True, True]},
     "cohere2_moe": {**_EXPERTS, **_MIXED},
     "solar_open": _GROUPED_EXPERTS,
+    # Chunks instead of windows, and queries that are scaled by their position.
+    "llama4_text": {
+        **_EXPERTS,
+        **{"attention_chunk_size": WINDOW, "no_rope_layers": [1, 0, 1], "floor_scale": 4, "moe_layers": [1, 2]},
+        **{"intermediate_size": 64, "intermediate_size_mlp": 96, "rope_parameters": _ROPE},
+    },
+    "minicpm3": {**_LATENT, "scale_emb": 2.0, "dim_model_base": 32},
+    "deepseek_v2": {**_GROUPED_EXPERTS, **_LATENT, "q_lora_rank": None, "topk_method": "group_limited_greedy"},
+    "deepseek_v3": {**_GROUPED_EXPERTS, **_LATENT},
+    "glm4_moe_lite": {**_GROUPED_EXPERTS, **_LATENT},
+    "axk1": {**_GROUPED_EXPERTS, **_LATENT},
+    "sarvam_mla": {**_GROUPED_EXPERTS, **_LATENT},
     "mellum": {**_EXPERTS, **_MIXED},
+    "gpt2": {**_UNGROUPED, "tie_word_embeddings": True},
+    # Experts transposed, gate and up in turn, with biases; sinks.
+    "gpt_oss": {**_EXPERTS, **_MIXED, "intermediate_size": 64},
 }
 """Configurations by name, on top of `_SIZES`; the name is the model_type where none is given."""
 
@@ -308,6 +329,10 @@ def randomize(model: PreTrainedModel) -> None:
 def load_stored_weights(model: PreTrainedModel, store: Store) -> None:
     """Overwrite the parameters of `model` with those of `store`, dequantized, by reading its files whole."""
     state = model.state_dict()
+    for name, module in model.named_modules():
+        for attribute, is_transposed in lent_weights(module).items():
+            if is_transposed:
+                state[f"{name}.{attribute}"] = state[f"{name}.{attribute}"].mT
     with torch.no_grad():
         for block in store.manifest.blocks:
             for unit in store.layout(block).units:

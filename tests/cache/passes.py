@@ -31,6 +31,7 @@ from tiered.plan.kv import outbox_nbytes
 from tiered.plan.passes import MicroBatchLimits, plan_micro_batches
 
 LONGEST: Final = 700
+LATENT_RANK: Final = 16
 States = tuple[torch.Tensor, torch.Tensor]
 """Keys and values, [heads, tokens, width]."""
 
@@ -39,13 +40,8 @@ States = tuple[torch.Tensor, torch.Tensor]
 def truth(layer: int, sequence: int, shape: KVShape) -> States:
     """All keys and values that a sequence will ever have in a layer."""
     generator = torch.Generator().manual_seed(1000 * layer + sequence)
-    keys, values = (torch.randn(shape.heads, LONGEST, width, generator=generator).bfloat16() for width in widths(shape))
-    return keys, values
-
-
-def widths(shape: KVShape) -> tuple[int, int]:
-    """Channels of keys, and of values."""
-    return shape.head_dim, shape.value_dim
+    keys, values = (torch.randn(shape.heads, LONGEST, width, generator=generator).bfloat16() for width in shape.widths)
+    return keys, values if shape.value_dim else keys
 
 
 @cache
@@ -58,8 +54,8 @@ def as_stored(layer: int, sequence: int, layout: PageLayout) -> States:
     paged = [x[:, : whole * PAGE_TOKENS].unflatten(1, (whole, PAGE_TOKENS)).transpose(0, 1) for x in states]
     offsets = torch.arange(whole) * layout.block_nbytes
     memory = torch.zeros(whole * layout.block_nbytes, dtype=torch.uint8)
-    layout.store(memory, offsets, paged[0], paged[1])
-    for pages, width in zip(layout.pages(BlockTable(memory, offsets[None])), widths(shape), strict=True):
+    layout.store(memory, offsets, paged[0], paged[1] if shape.value_dim else paged[1][..., :0])
+    for pages, width in zip(layout.pages(BlockTable(memory, offsets[None])), shape.widths, strict=True):
         size = (shape.heads, PAGE_TOKENS, width)
         found.append(torch.cat([pages.widen(0, page, size, False, torch.float64) for page in range(whole)], dim=1))
     return found[0], found[1]
@@ -156,25 +152,37 @@ class Passes:
             return
         assert isinstance(kv, PackedKV)
         keys, values = (torch.cat([part[i] for part in states], dim=1)[None] for i in (0, 1))
+        if not self._shape(layer).value_dim:
+            # As a family hands them over: what has no positions, and what has.
+            keys, values = keys[..., :LATENT_RANK], keys[..., LATENT_RANK:]
         kv.update(keys, values, layer)
-        token = member = 0
+        token = member = position = 0
         for read in kv.reads(layer):
             assert read.start == token
-            count = len(read.count)
+            count, tokens = len(read.count), read.stop - read.start
+            parts = kv.parts[member : member + count]
+            if count == 1:
+                # Where a chunk ends in a part, there is a call for the tokens up to there.
+                position = max(position, parts[0].start)
+                parts = (Part(parts[0].kv, position, tokens),)
+                position += tokens
             if self.device is not None:
                 # Only what begins in this pass attends at the device.
                 begins = all(kv.blocks.parts[n].start == 0 for n in kv.numbers[member : member + count])
                 assert (read.away is None) == begins
-            self._check_read(read, kv.parts[member : member + count], sequences[member : member + count], layer)
-            token, member = read.stop, member + count
+            self._check_read(read, parts, sequences[member : member + count], layer)
+            token = read.stop
+            if parts[-1].stop == kv.parts[member + count - 1].stop:
+                member, position = member + count, 0
         assert (token, member) == (sum(part.count for part in kv.parts), len(kv.parts))
 
     def _check_read(self, read: PagedRead, parts: Sequence[Part], sequences: Sequence[int], layer: int) -> None:
-        window = self.plan.groups[self.pool.group(layer)].window
-        assert read.window == window
+        kept = self.plan.groups[self.pool.group(layer)]
+        assert read.window == kept.window
         for row, (part, sequence) in enumerate(zip(parts, sequences, strict=True)):
             assert part.count * len(parts) == read.stop - read.start
-            first = max(0, part.start - window + 1) if window else 0
+            first = kept.first_seen(part.start)
+            assert not kept.chunked or first == kept.first_seen(part.stop - 1)
             assert (int(read.first[row]), int(read.count[row])) == (first, part.stop)
             for page in range(first // PAGE_TOKENS, (part.stop - 1) // PAGE_TOKENS + 1):
                 begin, end = page * PAGE_TOKENS, min(part.stop, (page + 1) * PAGE_TOKENS)
@@ -204,7 +212,7 @@ class Passes:
         self, layer: int, states: tuple[Pages, Pages], row: int, page: int, tokens: int, own: bool
     ) -> Iterator[torch.Tensor]:
         shape = self._shape(layer)
-        for pages, width in zip(states, widths(shape), strict=True):
+        for pages, width in zip(states, shape.widths, strict=True):
             yield pages.widen(row, page, (shape.heads, tokens, width), own, torch.float64)
 
     def _expected(self, layer: int, sequence: int, slots: slice, own: bool) -> list[torch.Tensor]:

@@ -1,6 +1,6 @@
 """Small cache plans, and a file in memory: what the tests of the paged cache share."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, Final
 
 import torch
@@ -8,21 +8,25 @@ import torch
 from tiered.cache import CachePlan, Extent, KVPool, KVShape, layer_groups
 
 SHAPE: Final = KVShape(2, 16, 16, "bfloat16")
-LATENT: Final = KVShape(1, 24, 8, "bfloat16")
-MIXED: Final = (SHAPE, None, LATENT, SHAPE)
-"""Shapes of layers: one of them keeps no keys, one has values of another width."""
+UNEQUAL: Final = KVShape(1, 24, 8, "bfloat16")
+LATENT: Final = KVShape(1, 24, 0, "bfloat16")
+MIXED: Final = (UNEQUAL, None, LATENT, SHAPE)
+"""Shapes of layers: one has values of another width, one keeps no keys, one keeps latents."""
 UNTOUCHED: Final = 171
 """What memory holds that nothing has been written to."""
 
 
 def plan_of(
-    windows: tuple[int, ...] = (0,), shapes: KVShape | Sequence[KVShape | None] = SHAPE, **fields: Any
+    windows: tuple[int, ...] = (0,),
+    shapes: KVShape | Sequence[KVShape | None] = SHAPE,
+    chunked: Collection[int] = (),
+    **fields: Any,
 ) -> CachePlan:
-    """A plan for layers with the given windows and shapes; all that is not named is small."""
+    """A plan for layers with the given windows, or chunks, and shapes; all that is not named is small."""
     small: dict[str, Any] = {"bits": 16, "on_disk": False, "sequences": 3, "context": 320, "tokens_at_once": 64}
     fields = small | fields
     fields.setdefault("tokens", fields["sequences"] * fields["context"])
-    return CachePlan(layers=len(windows), groups=layer_groups(windows, shapes), **fields)
+    return CachePlan(layers=len(windows), groups=layer_groups(windows, shapes, chunked), **fields)
 
 
 def pool_of(plan: CachePlan) -> KVPool:

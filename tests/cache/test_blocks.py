@@ -8,9 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.cache.plans import FakeFile, plan_of, pool_of
+from tests.cache.plans import SHAPE, FakeFile, plan_of, pool_of
 from tiered.cache import Extent, KVPool, LentBlocks, Part, SequenceKV
 from tiered.kernels.attention import PAGE_TOKENS
+from tiered.plan.kv import LayerGroup
 from tiered.store import PAGE
 
 WINDOWS: Final = (0, 70, 200)
@@ -44,7 +45,12 @@ def test_a_part_knows_which_pages_it_touches_and_which_it_completes() -> None:
     [(500, 0, 0), (127, 64, 1), (126, 64, 0), (128, 64, 1), (128, 65, 1), (128, 66, 0), (3, 64, 0), (64, 1, 1)],
 )
 def test_the_oldest_page_read_is_the_one_the_window_begins_in(start: int, window: int, oldest: int) -> None:
-    assert part_of(start, 1).oldest_page(window) == oldest
+    assert part_of(start, 1).oldest_page(LayerGroup((0,), window, SHAPE)) == oldest
+
+
+@pytest.mark.parametrize(("start", "oldest"), [(99, 0), (100, 1), (199, 1), (200, 3), (299, 3)])
+def test_a_chunk_begins_at_a_multiple_of_its_length_wherever_a_query_is(start: int, oldest: int) -> None:
+    assert part_of(start, 1).oldest_page(LayerGroup((0,), 100, SHAPE, chunked=True)) == oldest
 
 
 def marker(layer: int, sequence: int, page: int) -> int:
@@ -81,7 +87,7 @@ class Sequences:
     def _check_and_fill(self, blocks: LentBlocks, layer: int, position: int, sequence: int, part: Part) -> None:
         places, nbytes = blocks.map_of(layer), self.pool.layouts[0].block_nbytes
         numbers = blocks.memory(layer).view(torch.int64)
-        for page in range(part.oldest_page(places.window), part.first_page):
+        for page in range(part.oldest_page(places.kept), part.first_page):
             block = numbers[places.offset(position, page) // 8 :][: nbytes // 8]
             assert (block == marker(layer, sequence, page)).all()
             self.seen += 1

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.cache.passes import LONGEST, Passes
-from tests.cache.plans import LATENT, SHAPE, plan_of, pool_of
+from tests.cache.plans import MIXED, SHAPE, plan_of, pool_of
 from tests.quick import represented
 from tiered.cache import GatheredKV, KVShape, LentBlocks, PackedKV, PageLayout, Part
 from tiered.errors import ConfigError
@@ -27,13 +27,17 @@ TEXTS: Final = st.lists(st.tuples(st.integers(0, 2), st.lists(COUNTS, min_size=1
 
 
 def passes_of(
-    bits: int, on_disk: bool, windows: tuple[int, ...] = (0, 0, WINDOW, WINDOW), outbox_rows: int = 0, **limits: Any
+    bits: int,
+    on_disk: bool,
+    windows: tuple[int, ...] = (0, 0, WINDOW, WINDOW, WINDOW),
+    outbox_rows: int = 0,
+    **limits: Any,
 ) -> Passes:
-    """A cache of layers of several shapes, with room for three of the longest, and passes in micro-batches of at most
-    100 tokens."""
+    """A cache of layers of several shapes, the fifth of which has chunks, with room for three of the longest, and
+    passes in micro-batches of at most 100 tokens."""
     found = MicroBatchLimits(**({"rows": 100} | limits))
     fields = {"context": LONGEST, "tokens_at_once": found.rows, "lent_pages": 12 if on_disk else 0}
-    plan = plan_of(windows, (LATENT, None, LATENT, SHAPE)[: len(windows)], bits=bits, on_disk=on_disk, **fields)
+    plan = plan_of(windows, (*MIXED, SHAPE)[: len(windows)], [4], bits=bits, on_disk=on_disk, **fields)
     return Passes(plan, replace(found, lent_pages=plan.lent_pages), outbox_rows)
 
 

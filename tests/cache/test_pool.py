@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.cache.plans import LATENT, MIXED, SHAPE, plan_of, pool_of
+from tests.cache.plans import LATENT, MIXED, SHAPE, UNEQUAL, plan_of, pool_of
 from tiered.cache import CachePlan, KVPool, Part, SequenceKV, layer_groups
 from tiered.errors import ConfigError
 from tiered.kernels.attention import PAGE_TOKENS
@@ -120,16 +120,17 @@ def test_blocks_may_run_out_before_sequences_do() -> None:
     window=st.integers(1, 300),
     most=st.integers(1, 300),
     start=st.integers(0, 2000),
+    chunked=st.booleans(),
     data=st.data(),
 )
 def test_a_ring_holds_all_that_a_micro_batch_reads_and_adds(
-    window: int, most: int, start: int, data: st.DataObject
+    window: int, most: int, start: int, chunked: bool, data: st.DataObject
 ) -> None:
-    pool = pool_of(plan_of((window,), context=2400, tokens_at_once=most, sequences=1))
+    pool = pool_of(plan_of((window,), chunked=[0] if chunked else (), context=2400, tokens_at_once=most, sequences=1))
     kv = pool.reserve(2400)
     assert kv is not None
     part = Part(kv, start, data.draw(st.integers(1, most)))
-    pages = range(part.oldest_page(window), (part.stop - 1) // PAGE_TOKENS + 1)
+    pages = range(part.oldest_page(pool.plan.groups[0]), (part.stop - 1) // PAGE_TOKENS + 1)
     assert len({kv.block(0, page) for page in pages}) == len(pages)
 
 
@@ -159,4 +160,4 @@ def test_layers_are_grouped_by_their_window_and_by_what_they_keep() -> None:
     groups = layer_groups((8, 0, 8, 100), SHAPE)
     assert {group.window: group.layers for group in groups} == {0: (1,), 8: (0, 2), 100: (3,)}
     found = layer_groups((0, 0, 0, 0), MIXED)
-    assert [(group.layers, group.shape) for group in found] == [((2,), LATENT), ((0, 3), SHAPE)]
+    assert [(group.layers, group.shape) for group in found] == [((2,), LATENT), ((0,), UNEQUAL), ((3,), SHAPE)]

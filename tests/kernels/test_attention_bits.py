@@ -45,6 +45,18 @@ def test_parts_and_single_steps_give_the_bits_of_one_call(
                 assert torch.equal(kernels.attention(rows_of(call, start, stop)), whole[:, start:stop]), (step, start)
 
 
+@pytest.mark.parametrize("kind", [CacheFormat.BF16, CacheFormat.INT8])
+def test_many_heads_that_share_one_key_head_give_the_bits_of_fewer(name: str, kind: CacheFormat) -> None:
+    # Latents, as wide as they come: what decodes is taken a few heads at a time, what is a prompt all at once.
+    call = random_call(Shape(2, 5, 40, 1, 140, 576), kind, kind)
+    call = replace(call, values=call.keys)
+    with Kernels(2, name=name) as kernels:
+        whole = kernels.attention(call)
+        for query in range(5):
+            assert torch.equal(kernels.attention(rows_of(call, query, query + 1)), whole[:, query : query + 1])
+        assert torch.equal(kernels.attention(replace(call, query=call.query[:, :, 7:9])), whole[:, :, 7:9])
+
+
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_threads_change_nothing(name: str, threads: int) -> None:
     call = random_call(Shape(3, 40, 4, 2, 300, 80), CacheFormat.INT4, CacheFormat.INT8)

@@ -21,7 +21,7 @@ from transformers.cache_utils import DynamicCache
 
 from tests.helpers import LENGTH_DEPENDENT, TINY, tiny_config
 from tests.model.loans import GivenLoan
-from tiered.arch import BlockTensors, build_skeleton, kv_sources, layer_windows
+from tiered.arch import BlockTensors, build_skeleton, chunked_layers, kv_sources, layer_windows
 from tiered.cache import Bits, CachePlan, KVPool, Outbox, PagedKeys, kv_shapes, layer_groups
 from tiered.kernels import AttentionCall, Kernels, Pages
 from tiered.model import ForwardBatch, ForwardWork, Seat, Seats, Segment, Segments, Work, registered_attention
@@ -100,7 +100,8 @@ def _segments(seat: Seat, bits: Bits, is_away: bool, prompt: int) -> Work:
     """Sequences that decode beside a prompt of so many tokens, with their cache where the model is or at the host."""
     config = seat.model.skeleton.config
     windows, gathered = layer_windows(config), seat.model.skeleton.family.gathers
-    groups, context = layer_groups(windows, kv_shapes(config, torch.float32), kv_sources(config)), len(IDS)
+    shapes, context = kv_shapes(config, torch.float32), len(IDS)
+    groups = layer_groups(windows, shapes, chunked_layers(config), kv_sources(config))
     plan = CachePlan(len(windows), bits, False, groups, 3, context, 3 * context, 128, on_device=not is_away)
     outbox = None
     if is_away:

@@ -34,7 +34,7 @@ from tiered.model import Segment
 
 REPRESENTATIVES: Final = (
     *("opt", "opt-350m", "gpt_neox", "bloom", "mpt", "gpt_bigcode", "gpt_neox_japanese", "biogpt", "diffllama"),
-    *("llama-tied-biased", "gemma2", "mistral", "qwen3_moe", "glm4_moe", "gemma4_text"),
+    *("llama-tied-biased", "gemma2", "mistral", "qwen3_moe", "glm4_moe", "gpt2", "gpt_oss", "gemma4_text"),
 )
 """For --quick: learned positions and rotary ones, ALiBi, windows, soft caps, tied weights, mixtures with and without
 shared experts; and whatever the table says of a family."""
@@ -63,7 +63,8 @@ def test_a_family_gives_what_transformers_gives(tiny: Tiny, name: str) -> None:
 
 @pytest.mark.parametrize("quant", represented(["int4", "int8"], ["int4"]))
 @pytest.mark.parametrize(
-    "name", represented(["opt", "llama", "gpt_neox", "qwen3_moe", "gemma4_text"], ["opt", "qwen3_moe"])
+    "name",
+    represented(["opt", "llama", "gpt_neox", "gpt2", "qwen3_moe", "gpt_oss", "gemma4_text"], ["opt", "gpt_oss"]),
 )
 def test_a_quantized_store_gives_what_its_dequantized_weights_give(tiny: Tiny, name: str, quant: str) -> None:
     assert tiny.store(name, quant).manifest.quantization["layers"] is not None

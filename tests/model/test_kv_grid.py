@@ -162,7 +162,7 @@ GRID: Final[dict[str, dict[str, Any]]] = {
 BITS: Final = (16, 8, 4)
 CELLS: Final = [
     (name, bits, setting)
-    for first, name in enumerate(("opt", "llama", "gemma3_text", "gemma4_text"))
+    for first, name in enumerate(("opt", "llama", "gemma3_text", "deepseek_v3", "llama4_text", "gemma4_text"))
     for second, setting in enumerate(GRID)
     for third, bits in enumerate(BITS)
     if (first + second + third) % 3 == 0 or name == "gemma3_text"
@@ -206,7 +206,14 @@ def test_fewer_bits_do_change_logits(models: Models) -> None:
 
 @pytest.mark.parametrize("kv", ["cpu", "disk"])
 @pytest.mark.parametrize(
-    "name", represented(["gemma3_text", "gemma4_text", "mistral", "cohere2", "bloom", "diffllama"], ["gemma3_text"])
+    "name",
+    represented(
+        [
+            *("gemma3_text", "gemma4_text", "mistral", "cohere2", "bloom", "diffllama"),
+            *("deepseek_v2", "llama4_text"),
+        ],
+        ["gemma3_text"],
+    ),
 )
 def test_a_text_much_longer_than_windows_gives_what_transformers_gives(
     models: Models, tmp_path: Path, name: str, kv: str

@@ -1,15 +1,21 @@
 """What a model family looks like: its table entry, its graph on the meta device, its blocks."""
 
-from tiered.arch.context import context_for, kv_sources, layer_configs, layer_windows, most_positions
+from tiered.arch.context import (
+    chunked_layers,
+    context_for,
+    kv_sources,
+    layer_configs,
+    layer_windows,
+    most_positions,
+)
 from tiered.arch.families import FAMILIES, Family, family_for
+from tiered.arch.modules import ExpertStacks, expert_stacks, linear_size
 from tiered.arch.order import order_of_use
 from tiered.arch.skeleton import (
     BlockTensors,
     ParameterInfo,
     Skeleton,
     build_skeleton,
-    is_expert_stack,
-    is_plain_linear,
     load_config,
     text_config,
 )
@@ -18,17 +24,19 @@ from tiered.arch.tokenizer import read_tokenizer
 __all__ = [
     "FAMILIES",
     "BlockTensors",
+    "ExpertStacks",
     "Family",
     "ParameterInfo",
     "Skeleton",
     "build_skeleton",
+    "chunked_layers",
     "context_for",
+    "expert_stacks",
     "family_for",
-    "is_expert_stack",
-    "is_plain_linear",
     "kv_sources",
     "layer_configs",
     "layer_windows",
+    "linear_size",
     "load_config",
     "most_positions",
     "order_of_use",

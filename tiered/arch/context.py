@@ -15,6 +15,7 @@ from tiered.plan.shapes import positions_of
 _DEFAULT_CONTEXT: Final = 2048
 """max_context where none is asked for; a model that is made for fewer tokens gets those."""
 _SLIDING: Final = ("sliding_attention", "local_attention")
+_CHUNKED: Final = "chunked_attention"
 
 
 def most_positions(config: PretrainedConfig) -> int | None:
@@ -48,11 +49,21 @@ def kv_sources(config: PretrainedConfig) -> tuple[int, ...]:
 
 
 def layer_windows(config: PretrainedConfig) -> tuple[int, ...]:
-    """For each decoder layer, how many tokens a query sees, its own included; 0: all up to its own."""
+    """For each decoder layer, how many tokens a query sees, its own included; 0: all up to its own. Of
+    `chunked_layers`, the length of their chunks."""
     count = int(config.num_hidden_layers)
+    chunked = chunked_layers(config)
+    if chunked:
+        return tuple(int(config.attention_chunk_size) if layer in chunked else 0 for layer in range(count))
     window = getattr(config, "sliding_window", None)
     family = FAMILIES.get(config.model_type)
     if not window or (family is not None and family.gathers) or getattr(config, "use_sliding_window", True) is False:
         return (0,) * count
     types = getattr(config, "layer_types", None) or [_SLIDING[0]] * count
     return tuple(int(window) if kind in _SLIDING else 0 for kind in types)
+
+
+def chunked_layers(config: PretrainedConfig) -> frozenset[int]:
+    """The decoder layers whose queries see what is before them in their own chunk of positions, and nothing else."""
+    types = getattr(config, "layer_types", None) or ()
+    return frozenset(layer for layer, kind in enumerate(types) if kind == _CHUNKED and config.attention_chunk_size)

@@ -74,6 +74,7 @@ _MODEL_LAYERS = (
     "persimmon",
     "vaultgemma",
     "modernbert-decoder",
+    "minicpm3",
 )
 
 _MIXTURES = (
@@ -93,7 +94,14 @@ _MIXTURES = (
     "exaone_moe",
     "cohere2_moe",
     "solar_open",
+    "llama4_text",
+    "deepseek_v2",
+    "deepseek_v3",
+    "glm4_moe_lite",
+    "axk1",
+    "sarvam_mla",
     "mellum",
+    "gpt_oss",
 )
 """Mixtures of experts, whose experts transformers keeps in one stack per layer: a store has each of them by itself."""
 
@@ -110,6 +118,7 @@ FAMILIES: dict[str, Family] = {
         Family("codegen", "transformer.h", gathers=True),
         Family("mpt", "transformer.blocks", gathers=True),
         Family("gpt_bigcode", "transformer.h"),
+        Family("gpt2", "transformer.h"),
         Family("gpt_neo", "transformer.h", gathers=True),
         Family("gpt_neox_japanese", "gpt_neox_japanese.layers", gathers=True),
         Family("biogpt", "biogpt.layers"),

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tiered.arch.skeleton import Skeleton, is_expert_stack, is_plain_linear
+from tiered.arch.modules import lent_weights, linear_size
+from tiered.arch.skeleton import Skeleton
 
 _TOKENS: Final = 2
 _PRODUCTS: Final = {torch.ops.aten.mm.default: 2, torch.ops.aten.bmm.default: 2, torch.ops.aten.addmm.default: 3}
@@ -88,14 +89,11 @@ def _stand_ins(model: nn.Module, base: nn.Module, noted: list[str]) -> Iterator[
     of_model = {id(module): name for name, module in model.named_modules()}
     for parent in list(base.modules()):
         for attribute, child in list(parent.named_children()):
-            name = of_model[id(child)]
-            if is_plain_linear(child):
-                assert isinstance(child, nn.Linear)
-                stand_in = _StandIn(child, (f"{name}.weight",), child.out_features, noted)
-            elif is_expert_stack(child):
-                stand_in = _StandIn(child, (f"{name}.gate_up_proj", f"{name}.down_proj"), None, noted)
-            else:
+            name, lent, size = of_model[id(child)], lent_weights(child), linear_size(child)
+            if not lent:
                 continue
+            names = tuple(f"{name}.{weight}" for weight in lent)
+            stand_in = _StandIn(child, names, None if size is None else size[0], noted)
             setattr(parent, attribute, stand_in)
             replaced.append((parent, attribute, child))
     try:

@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from tiered.arch.context import layer_configs
 from tiered.arch.families import Family, IdTable, family_for
+from tiered.arch.modules import lent_weights
 from tiered.errors import CheckpointError, ConfigError, TieredError, UnsupportedFamilyError, shortened
 from tiered.files import errors_of, read_json
 from tiered.units import GIB, format_size
@@ -45,12 +46,14 @@ _REMEDY: Final = "put the model's own config.json there"
 
 @dataclass(frozen=True)
 class ParameterInfo:
-    """One tensor a block holds: its full Hugging Face name and its shape."""
+    """One tensor a block holds: its full Hugging Face name and its shape in a store."""
 
     name: str
     shape: tuple[int, ...]
     is_linear: bool
-    """A linear layer multiplies by it; or it is a stack [experts, out, in] of such weights."""
+    """A linear layer multiplies by it, [out, in]; or it is a stack [experts, out, in] of such weights."""
+    is_transposed: bool = False
+    """The model's own is [in, out], or [experts, in, out], and so is that of a checkpoint as transformers saves it."""
 
     @property
     def numel(self) -> int:
@@ -130,13 +133,16 @@ class Skeleton:
         head = self.head_name.removesuffix("weight")
         tables = {f"{table.module}.weight": name for name, table in self.tables.items()}
         layer_prefixes = [f"{self.family.layers}.{i}." for i in range(len(self.layers))]
-        linear = set(_linear_weights(self.model))
+        lent = _lent_weights(self.model)
         by_prefix: dict[str, list[ParameterInfo]] = {prefix: [] for prefix in layer_prefixes}
         outer: list[ParameterInfo] = []
         heads: list[ParameterInfo] = []
         found: list[BlockTensors] = []
         for name, tensor in _stored_tensors(self.model):
-            info = ParameterInfo(name, tuple(tensor.shape), name in linear)
+            shape, is_transposed = tuple(tensor.shape), lent.get(name, False)
+            if is_transposed:
+                shape = (*shape[:-2], shape[-1], shape[-2])
+            info = ParameterInfo(name, shape, name in lent, is_transposed)
             if name == self.embed_name:
                 yield BlockTensors("embed", "embed", name.removesuffix("weight"), (info,))
             elif name in tables:
@@ -157,29 +163,13 @@ class Skeleton:
             yield BlockTensors("head", "head", head, tuple(heads))
 
 
-def is_plain_linear(module: nn.Module) -> bool:
-    """Whether `module` is a linear layer and nothing more: some routers are a subclass that does more."""
-    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
-
-
-def is_expert_stack(module: nn.Module) -> bool:
-    """Whether `module` holds the experts of a mixture in transformers' plainest form.
-
-    It has a forward(hidden, top_k_index, top_k_weights) over `gate_up_proj` [experts, 2 * inner, hidden], gate above
-    up, and `down_proj` [experts, hidden, inner]. The attributes are those by which transformers' own implementations
-    (eager, grouped) know what to compute.
-    """
-    expected = {"has_gate": True, "is_concatenated": True, "is_transposed": False, "has_bias": False}
-    expected["has_post_expert_norm"] = False
-    return all(getattr(module, name, None) is value for name, value in expected.items())
-
-
-def _linear_weights(model: nn.Module) -> Iterator[str]:
-    for name, module in model.named_modules():
-        if is_plain_linear(module):
-            yield f"{name}.weight"
-        elif is_expert_stack(module):
-            yield from (f"{name}.gate_up_proj", f"{name}.down_proj")
+def _lent_weights(model: nn.Module) -> dict[str, bool]:
+    """Full names of the weights that modules of `model` borrow, and whether theirs are transposed."""
+    return {
+        f"{name}.{attribute}": is_transposed
+        for name, module in model.named_modules()
+        for attribute, is_transposed in lent_weights(module).items()
+    }
 
 
 def _stored_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -32,7 +32,8 @@ class Beginning:
         if keys.shape[2] < self._tokens:
             keys, values = self._joined(start, keys, values)
         keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (keys, values))
-        recent = contiguous_pages(keys), contiguous_pages(values)
+        # Latents have no values of their own.
+        recent = contiguous_pages(keys), contiguous_pages(values if values.shape[-1] else keys)
         pages = recent
         # Queries in the first page read it as it was computed.
         if self._layout.bits != 16 and stop > PAGE_TOKENS:

@@ -12,6 +12,7 @@ import torch
 from tiered.cache.beginning import Beginning
 from tiered.cache.pool import KVPool, SequenceKV
 from tiered.kernels.attention import PAGE_TOKENS
+from tiered.plan.kv import LayerGroup
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,9 +41,9 @@ class Part:
     def is_within_a_page(self) -> bool:
         return self.first_page == (self.stop - 1) // PAGE_TOKENS
 
-    def oldest_page(self, window: int) -> int:
-        """Number of the first page that its queries read, if they see `window` tokens (0: all)."""
-        return max(0, self.start - window + 1) // PAGE_TOKENS if window else 0
+    def oldest_page(self, kept: LayerGroup) -> int:
+        """Number of the first page that its queries read in layers of this group."""
+        return kept.first_seen(self.start) // PAGE_TOKENS
 
 
 @dataclass(frozen=True)
@@ -63,20 +64,20 @@ class BlockMap:
 
     def __init__(self, pool: KVPool, group: int, parts: Sequence[Part]) -> None:
         self._pool, self._group, self.parts = pool, group, parts
-        self.window = pool.plan.groups[group].window
+        self.kept = pool.plan.groups[group]
         self._nbytes = pool.layouts[group].block_nbytes
         self._starts = []
         """For each part, the byte of the lent memory at which its blocks begin."""
         position = 0
         for part in parts:
             self._starts.append(position)
-            position += (part.stop // PAGE_TOKENS - part.oldest_page(self.window)) * self._nbytes
+            position += (part.stop // PAGE_TOKENS - part.oldest_page(self.kept)) * self._nbytes
         self.lent_nbytes = position
 
     def offset(self, number: int, page: int) -> int:
         """Bytes from the start of the memory to the block of `page` of part `number`; -1: there is none."""
         part = self.parts[number]
-        oldest = part.oldest_page(self.window)
+        oldest = part.oldest_page(self.kept)
         if page < oldest or (self._pool.plan.has_tails and page >= part.stop // PAGE_TOKENS):
             return -1
         if not self._pool.plan.on_disk:
@@ -87,7 +88,7 @@ class BlockMap:
         """`offset` of the pages 0 to `pages` - 1 of part `number`."""
         part = self.parts[number]
         kv, nbytes = part.kv, self._nbytes
-        oldest = min(part.oldest_page(self.window), pages)
+        oldest = min(part.oldest_page(self.kept), pages)
         stop = min(pages, part.stop // PAGE_TOKENS) if self._pool.plan.has_tails else pages
         if self._pool.plan.on_disk:
             there = [self._starts[number] + (page - oldest) * nbytes for page in range(oldest, stop)]
@@ -103,7 +104,7 @@ class BlockMap:
         return [
             extent
             for number, part in enumerate(self.parts)
-            for extent in self._extents(layer, number, range(part.oldest_page(self.window), stops[number]))
+            for extent in self._extents(layer, number, range(part.oldest_page(self.kept), stops[number]))
         ]
 
     def writes(self, layer: int) -> list[Extent]:

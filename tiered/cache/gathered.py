@@ -24,7 +24,9 @@ class GatheredKV(MicroBatchKV):
         count = parts[0].count
         longest = max(part.stop for part in parts)
         super().__init__(blocks, parts, numbers, longest - count, outbox)
-        self._grouped = [[self.call(group, [row]) for row in range(len(parts))] for group in range(len(blocks.maps))]
+        self._grouped = [
+            [self.call(group, [row], [part]) for row, part in enumerate(parts)] for group in range(len(blocks.maps))
+        ]
         self._reads_cache = outbox is None or longest > count
         """Whether there are keys that are not of this micro-batch, or may be."""
         self.attention_mask = None

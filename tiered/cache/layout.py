@@ -42,10 +42,15 @@ class PageLayout:
         self.block_nbytes = block_nbytes(shape, bits, slots)
         self.shape, self.bits = shape, bits
         self.keys_format, self.values_format = _FORMATS[bits]
+        if not shape.value_dim:
+            # What are values too has scales per token, as values have.
+            self.keys_format = self.values_format
         self.dtype: torch.dtype = getattr(torch, shape.dtype)
         """Of states that are not quantized."""
         self._keys = _Parts.of(shape, shape.head_dim, self.keys_format, 0, slots)
-        self._values = _Parts.of(shape, shape.value_dim, self.values_format, self._keys.stop, slots)
+        self._values = self._keys
+        if shape.value_dim:
+            self._values = _Parts.of(shape, shape.value_dim, self.values_format, self._keys.stop, slots)
         assert self._values.stop <= self.block_nbytes < self._values.stop + PAGE
 
     def pages(self, table: BlockTable, recent: tuple[Pages, Pages] | None = None) -> tuple[Pages, Pages]:
@@ -61,7 +66,8 @@ class PageLayout:
         place. 16 bits only."""
         assert self.bits == 16, "these blocks are quantized; a complete page is stored at once"
         blocks = memory.view(-1, self.block_nbytes)
-        return self._keys.codes.every(blocks), self._values.codes.every(blocks)
+        keys = self._keys.codes.every(blocks)
+        return keys, self._values.codes.every(blocks) if self.shape.value_dim else keys[..., :0]
 
     def store(self, memory: torch.Tensor, offsets: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Write complete pages to the blocks at `offsets` [pages]: keys [pages, heads, 64, head_dim] and values
@@ -73,15 +79,18 @@ class PageLayout:
         starts: list[int] = offsets.tolist()
         if self.bits == 16:
             self._keys.codes.write(memory, starts, keys)
-            self._values.codes.write(memory, starts, values)
+            if self.shape.value_dim:
+                self._values.codes.write(memory, starts, values)
             return
         step = max(
             1, _PIECE_ELEMENTS // (self.shape.heads * PAGE_TOKENS * max(self.shape.head_dim, self.shape.value_dim))
         )
         for i in range(0, len(starts), step):
             rows = slice(i, i + step)
-            self._keys.write(memory, starts[rows], quantize_keys(keys[rows], self.bits))
-            self._values.write(memory, starts[rows], quantize_values(values[rows], self.bits))
+            if self.shape.value_dim:
+                self._keys.write(memory, starts[rows], quantize_keys(keys[rows], self.bits))
+            both = values if self.shape.value_dim else keys
+            self._values.write(memory, starts[rows], quantize_values(both[rows], self.bits))
 
 
 @dataclass(frozen=True)

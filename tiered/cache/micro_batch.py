@@ -97,17 +97,17 @@ class MicroBatchKV(PositionCache):
         if is_read:
             self.outbox.flush()
 
-    def call(self, group: int, bundle: Sequence[int]) -> "PagedCall":
-        """The call of attention for the parts `bundle`, which have equally many tokens."""
-        blocks, parts = self.blocks.maps[group], [self.parts[number] for number in bundle]
-        counts = [(part.stop - 1) // PAGE_TOKENS + 1 for part in parts]
-        pages, window = max(counts), blocks.window
+    def call(self, group: int, bundle: Sequence[int], queries: Sequence[Part]) -> "PagedCall":
+        """The call of attention for `queries`, equally many tokens of each of the parts `bundle`."""
+        blocks = self.blocks.maps[group]
+        counts = [(part.stop - 1) // PAGE_TOKENS + 1 for part in queries]
+        pages = max(counts)
         rows = zip(bundle, counts, strict=True)
         offsets = [blocks.offsets(self.numbers[number], count) + [-1] * (pages - count) for number, count in rows]
         return PagedCall(
-            first=torch.tensor([max(0, part.start - window + 1) if window else 0 for part in parts]),
-            count=torch.tensor([part.stop for part in parts]),
-            tokens=parts[0].count,
+            first=torch.tensor([blocks.kept.first_seen(part.start) for part in queries]),
+            count=torch.tensor([part.stop for part in queries]),
+            tokens=queries[0].count,
             offsets=torch.tensor(offsets),
             recent=None if self._tails is None else self._recent(group, self._tails, bundle, pages),
             reads_fresh=self._is_fresh(bundle[0]),
@@ -124,7 +124,8 @@ class MicroBatchKV(PositionCache):
         for row, number in enumerate(bundle):
             part = self.parts[number]
             if self._is_fresh(number):
-                offsets[row, part.first_page :] = torch.tensor(tails.fresh_pages(part)) * nbytes
+                fresh = tails.fresh_pages(part)[: pages - part.first_page]
+                offsets[row, part.first_page :] = torch.tensor(fresh) * nbytes
             else:
                 offsets[row, part.first_page] = part.kv.tail * nbytes
         return offsets
@@ -201,16 +202,28 @@ class PackedKV(MicroBatchKV):
         self, blocks: LentBlocks, parts: Sequence[Part], numbers: Sequence[int], outbox: Outbox | None = None
     ) -> None:
         super().__init__(blocks, parts, numbers, 0, outbox)
-        bundles = self._bundles()
-        self._grouped = [[self.call(group, bundle) for bundle in bundles] for group in range(len(blocks.maps))]
+        bundles, groups = self._bundles(), range(len(blocks.maps))
+        cut = [[(bundle, piece) for bundle in bundles for piece in self._pieces(group, bundle)] for group in groups]
+        self._grouped = [[self.call(group, *each) for each in cut[group]] for group in groups]
         """For each group of layers, the attention calls."""
-        self._own: list[list[tuple[Beginning, int] | None]] = [[None] * len(bundles) for _ in blocks.maps]
+        self._own: list[list[tuple[Beginning, int] | None]] = [[None] * len(each) for each in cut]
         """The same, what each call reads where it is computed, and its first token; None: it reads the cache."""
         if outbox is not None:
-            self._own = [[self._beginning(group, bundle) for bundle in bundles] for group in range(len(blocks.maps))]
+            self._own = [[self._beginning(group, *each) for each in cut[group]] for group in groups]
         self._states: dict[int, States] = {}
         """New states of layers whose queries still read them where they were computed, if that is not at the pool."""
         self._stored: int | None = None
+        self.is_recorded = False
+        """Masks and positions have been made: whoever asks for a length now is a layer."""
+
+    def get_seq_length(self, layer_idx: int | None = None) -> Any:
+        """0 while masks are made, which know of no past; for a layer, what added to the number of each token in the
+        row is its position: a tensor [tokens]."""
+        if layer_idx is None or not self.is_recorded:
+            return 0
+        positions = itertools.chain.from_iterable(range(part.start, part.stop) for part in self.parts)
+        offsets = torch.tensor([position - token for token, position in enumerate(positions)])
+        return offsets.to(self.pool.where if self.outbox is None else self.outbox.where)
 
     def _bundles(self) -> list[list[int]]:
         """Numbers of parts that share a call: parts of one token, and every other part by itself; neighbours."""
@@ -219,7 +232,17 @@ class PackedKV(MicroBatchKV):
         alike = [each for fresh, run in runs for each in ([[number] for number in run] if fresh else [run])]
         return alike + [[number] for number in range(len(singles), len(self.parts))]
 
-    def _beginning(self, group: int, bundle: Sequence[int]) -> tuple[Beginning, int] | None:
+    def _pieces(self, group: int, bundle: Sequence[int]) -> list[list[Part]]:
+        """The tokens of a call's parts, cut where a chunk of the group ends: queries of a call see one chunk."""
+        parts, kept = [self.parts[number] for number in bundle], self.blocks.maps[group].kept
+        if not kept.chunked or len(parts) > 1:
+            return [parts]
+        (part,) = parts
+        cuts = range(kept.first_seen(part.start) + kept.window, part.stop, kept.window)
+        bounds = itertools.pairwise((part.start, *cuts, part.stop))
+        return [[Part(part.kv, start, stop - start)] for start, stop in bounds]
+
+    def _beginning(self, group: int, bundle: Sequence[int], queries: Sequence[Part]) -> tuple[Beginning, int] | None:
         """Of the parts of a call, if all of their sequences begin in this pass."""
         layout = self.pool.layouts[group]
         numbers = [self.numbers[number] for number in bundle]
@@ -229,15 +252,33 @@ class PackedKV(MicroBatchKV):
             return Beginning(layout, 1), 0
         # Shared by the micro-batches that its tokens are in.
         made = Beginning(layout, self.blocks.parts[numbers[0]].count)
-        return self.blocks.beginnings.setdefault((group, numbers[0]), made), self.parts[bundle[0]].start
+        return self.blocks.beginnings.setdefault((group, numbers[0]), made), queries[0].start
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store states [1, heads, tokens, head_dim]; returns `PagedKeys`, by which attention finds the pages."""
-        self.store(layer_idx, key_states[0], value_states[0], is_read=None in self._own[self.pool.group(layer_idx)])
+        """Store states [1, heads, tokens, width]; returns `PagedKeys`, by which attention finds the pages.
+
+        Raises ConfigError where they are not as wide as the cache was planned for.
+        """
+        group = self.pool.group(layer_idx)
+        shape, keys, values = self.pool.layouts[group].shape, key_states, value_states
+        if not shape.value_dim:
+            # What has positions follows what has none, in one page.
+            keys = torch.cat([key_states, value_states], dim=-1)
+            values = keys[..., :0]
+        found, expected = (
+            (keys.shape[1], keys.shape[3], values.shape[3]),
+            (shape.heads, shape.head_dim, shape.value_dim),
+        )
+        if found != expected:
+            raise ConfigError(
+                f"layer {layer_idx}: heads and widths of keys and values are {found}, the cache was planned for "
+                f"{expected}; this family needs another version of transformers"
+            )
+        self.store(layer_idx, keys[0], values[0], is_read=None in self._own[group])
         if self.outbox is not None:
-            self._states[layer_idx] = key_states, value_states
+            self._states[layer_idx] = keys, values
         self._stored = layer_idx
         return PagedKeys.of(key_states, self, layer_idx), value_states
 
@@ -252,7 +293,7 @@ class PackedKV(MicroBatchKV):
         if not is_read_again:
             self._states.pop(layer, None)
         layout = self.pool.layouts[group]
-        window, away = self.blocks.maps[group].window, None if self.outbox is None else layout.dtype
+        window, away = self.blocks.maps[group].kept.window, None if self.outbox is None else layout.dtype
         found, token = [], 0
         for call, own in zip(self._grouped[group], self._own[group], strict=True):
             sequences = len(call.count)
@@ -263,7 +304,7 @@ class PackedKV(MicroBatchKV):
             else:
                 assert states is not None
                 # [sequences, heads, tokens, head_dim]
-                k, v = (x[0, :, token:stop].unflatten(1, (sequences, -1)).transpose(0, 1) for x in states)
+                k, v = (x[0, :, token:stop].unflatten(1, (sequences, call.tokens)).transpose(0, 1) for x in states)
                 beginning, start = own
                 keys, values = beginning.add(start, k.to(layout.dtype), v.to(layout.dtype))
                 found.append(PagedRead(token, stop, call.first, call.count, window, keys, values))

@@ -31,6 +31,9 @@ def _kv_shape(config: PretrainedConfig, dtype: torch.dtype) -> KVShape:
     query_heads = int(config.num_attention_heads)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // query_heads
     heads = getattr(config, "num_key_value_heads", None) or query_heads
+    if getattr(config, "kv_lora_rank", None):
+        # Latents, of which attention makes every head's keys and values, and the channels that know positions.
+        return KVShape(1, config.kv_lora_rank + config.qk_rope_head_dim, 0, str(dtype).removeprefix("torch."))
     if config.model_type == "falcon":
         # Its grouped variant broadcasts keys to every query head before they are cached; multi-query keeps one.
         heads = 1 if config.multi_query and not config.new_decoder_architecture else query_heads

@@ -47,6 +47,9 @@ class TensorRecipe:
             return None
         return RowLayout(self.shape[1], self.scheme, dtype if self.scheme is None else torch.uint8)
 
+    is_transposed: bool = False
+    """A checkpoint as transformers saves it has each of its matrices as [in, out]."""
+
     def nbytes(self, dtype: torch.dtype) -> int:
         """Bytes in the block file, where the source holds it as `dtype`."""
         if (layout := self.row_layout(dtype)) is not None:

@@ -1,6 +1,7 @@
 """A checkpoint as a source of weights: names mapped, shapes checked, tensors read in row panels."""
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
@@ -11,11 +12,13 @@ import torch
 import xxhash
 
 from tiered.convert.blocks import BlockRecipe, RangeRecipe, TensorRecipe
-from tiered.convert.index import NameMap, Require, WeightIndex
+from tiered.convert.index import Require, WeightIndex
+from tiered.convert.names import NameMap
 from tiered.convert.place import WeightFiles
 from tiered.convert.quantized import PLAIN, method_of_type, refuse_quantized
 from tiered.convert.source import Fetching, Packed, StoredTensor, tensor_bytes
 from tiered.convert.tokenizer import files_beside
+from tiered.convert.transposed import transposed_panels, turned
 from tiered.convert.workers import Quantizers, one_torch_thread
 from tiered.errors import CheckpointError
 from tiered.quant import folded
@@ -155,8 +158,9 @@ class Checkpoint:
                     continue
                 refuse_quantized(f"{self._files.name}: {name}", method_of_type(stored.dtype))
                 dtype = dtype or stored.dtype
-                if stored.shape != shape:
-                    wrong.append(f"{name} is {list(stored.shape)}, expected {list(shape)}")
+                expected = turned(shape) if self._is_turned(tensor) else shape
+                if stored.shape != expected:
+                    wrong.append(f"{name} is {list(stored.shape)}, expected {list(expected)}")
                 elif stored.dtype not in PLAIN:
                     wrong.append(f"{name} holds {stored.dtype}, expected floating point")
                 elif stored.dtype != dtype:
@@ -178,7 +182,14 @@ class Checkpoint:
     def _working_nbytes(self) -> int:
         """Bytes of memory that reading the files that are here takes at most."""
         here = [self._files.path(name) for name in self._index.files if self._files.is_here(name)]
-        return max((self._index.reader.working_nbytes(path) for path in here), default=0)
+        turned_nbytes = (
+            math.prod(tensor.shape[-2:]) * self.dtype(tensor).itemsize
+            for block in self._blocks
+            for tensor in block.tensors
+            if self._is_turned(tensor)
+        )
+        reading = max((self._index.reader.working_nbytes(path) for path in here), default=0)
+        return reading + max(turned_nbytes, default=0)
 
     def _files_of(self, blocks: Iterable[BlockRecipe]) -> frozenset[str]:
         """The weight files that the blocks are read from."""
@@ -201,9 +212,19 @@ class Checkpoint:
             raise CheckpointError(f"{path}: lacks tensor {name}, which the checkpoint's index places there")
         return None if tensors is None else tensors[name]
 
+    def _is_turned(self, tensor: TensorRecipe) -> bool:
+        """Whether the checkpoint has the tensor transposed. What is put together from several are linear layers'."""
+        names = self._names.sources[tensor.name]
+        if not tensor.is_transposed or len(names) > 1:
+            return False
+        stored = self._stored(names[0])
+        return stored is None or not stored.is_upright
+
     def _reads(self, part: RangeRecipe) -> list["_Read"]:
         """Where the rows of `part` are: its tensor may be the rows of several, of equal size, one after the other."""
         names = self._names.sources[part.whole.name]
+        if self._is_turned(part.whole):
+            return [_Read(names[0], None if part.number is None else part.rows, is_turned=True)]
         if part.number is None:
             return [_Read(name) for name in names]
         each = part.whole.matrix[0] // len(names)
@@ -222,7 +243,10 @@ class Checkpoint:
             yield from panels
 
     def _begin(self, read: "_Read") -> Iterator[torch.Tensor]:
-        return self._index.reader.panels(self._files.path(self._index.file_of[read.name]), read.name, read.rows)
+        reader, path = self._index.reader, self._files.path(self._index.file_of[read.name])
+        if read.is_turned:
+            return transposed_panels(reader, path, read.name, read.rows)
+        return reader.panels(path, read.name, read.rows)
 
     def _check_duplicate_head(self, head: str, embed: str) -> None:
         """Raise CheckpointError unless `head`, the stored copy of a tied head, equals the embedding `embed`."""
@@ -251,6 +275,8 @@ class _Read(NamedTuple):
 
     name: str
     rows: range | None = None
+    is_turned: bool = False
+    """The checkpoint has its columns as rows."""
 
 
 def _check_finite(values: torch.Tensor, name: str) -> None:
@@ -273,5 +299,7 @@ def _check_finite(values: torch.Tensor, name: str) -> None:
 
 def _part_shape(shape: tuple[int, ...], count: int) -> tuple[int, ...]:
     """The shape of each of `count` equal tensors whose rows, one after the other, make up a tensor of `shape`."""
+    if count == 1:
+        return shape
     rows, in_features = folded(shape)
-    return shape if count == 1 else (rows // count, in_features)
+    return rows // count, in_features

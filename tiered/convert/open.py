@@ -14,7 +14,8 @@ from tiered.arch import build_skeleton, load_config, text_config
 from tiered.configs_path import config_dir
 from tiered.convert.checkpoint import Checkpoint
 from tiered.convert.checksums import check_md5
-from tiered.convert.index import WeightIndex, find_weights, has_weights, map_names
+from tiered.convert.index import WeightIndex, find_weights, has_weights
+from tiered.convert.names import map_names
 from tiered.convert.opt import check_shape, opt_config, opt_files, read_opt
 from tiered.convert.place import Folder, HubId, Ledger, LocalFiles, WeightFiles
 from tiered.convert.quantized import configured_method, method_of_float, refuse_quantized

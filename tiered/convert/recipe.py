@@ -167,10 +167,13 @@ def _recipe(block: BlockTensors, options: ConvertOptions, order: Mapping[str, in
     scheme = options.layer_scheme if block.role == "layer" else options.embed_scheme
     tensors = []
     for parameter in block.parameters:
-        fits = scheme is not None and scheme.accepts(*folded(parameter.shape))
-        used = scheme if fits and _is_quantizable(parameter, block.role) else None
+        # Not of all parameters: one that is a number has no rows.
+        fits = (
+            _is_quantizable(parameter, block.role) and scheme is not None and scheme.accepts(*folded(parameter.shape))
+        )
+        used = scheme if fits else None
         kind, by_row = _kind(parameter, block.role), block.role == "table"
-        tensors.append(TensorRecipe(parameter.name, parameter.shape, used, kind, by_row))
+        tensors.append(TensorRecipe(parameter.name, parameter.shape, used, kind, by_row, parameter.is_transposed))
     tensors.sort(key=lambda tensor: (tensor.kind != "small", order.get(tensor.name, -1)))
     return BlockRecipe(block.name, block.role, block.prefix, tuple(tensors))
 

@@ -78,6 +78,8 @@ class StoredTensor:
 
     dtype: torch.dtype
     shape: tuple[int, ...]
+    is_upright: bool = False
+    """It is [out, in], or [experts, out, in], even where transformers' model has it transposed."""
 
     @property
     def nbytes(self) -> int:

@@ -2,6 +2,7 @@
 
 import ctypes
 from ctypes import c_float, c_int32, c_int64, c_void_p
+from dataclasses import replace
 from typing import Final
 
 import torch
@@ -9,8 +10,12 @@ import torch
 from tiered.kernels.attention import AttentionCall, BlockTable, CacheFormat, Pages, Plane
 from tiered.kernels.library import Level
 
-MOST_HEAD_DIM: Final = 512
+MOST_HEAD_DIM: Final = 576
 HEAD_DIM_MULTIPLE: Final = 8
+_SHARED_HEADS: Final = 16
+"""Heads of an item of work that share every key: more save little, and are fewer items."""
+_LEAST_HEADS: Final = 4
+"""Fewer read the keys more often than they save time."""
 
 
 class _Table(ctypes.Structure):
@@ -68,6 +73,28 @@ def serves(level: Level | None, query: torch.Tensor) -> bool:
     head_dim = query.shape[-1]
     fits = 0 < head_dim <= MOST_HEAD_DIM and head_dim % HEAD_DIM_MULTIPLE == 0
     return level is not None and query.dtype == torch.bfloat16 and query.device.type == "cpu" and fits
+
+
+def shared_out(call: AttentionCall) -> tuple[AttentionCall, int]:
+    """The same attention as more sequences of fewer heads, and how many of each: a sequence's key head is an item of
+    work, and of queries that decode with one key head there would be no more items than sequences."""
+    _, q_len, heads, _ = call.query.shape
+    if q_len > 1 or call.kv_heads > 1 or any(each is not None for each in (call.mask, call.bias, call.sinks)):
+        return call, 1
+    most = min(_SHARED_HEADS, heads // 2)
+    pieces = next((n for n in range(2, heads + 1) if heads % n == 0 and heads // n <= most), 1)
+    if pieces == 1 or heads // pieces < _LEAST_HEADS:
+        return call, 1
+    query = call.query.unflatten(2, (pieces, -1)).transpose(1, 2).flatten(0, 1)
+    first, count = (each.repeat_interleave(pieces) for each in (call.first, call.count))
+    keys, values = (_repeated(pages, pieces) for pages in (call.keys, call.values))
+    return replace(call, query=query, keys=keys, values=values, first=first, count=count), pieces
+
+
+def _repeated(pages: Pages, times: int) -> Pages:
+    """The pages of every sequence so many times."""
+    table = replace(pages.table, offsets=pages.table.offsets.repeat_interleave(times, 0))
+    return replace(pages, table=table, recent=None if pages.recent is None else _repeated(pages.recent, times))
 
 
 class NativeCall:

@@ -19,6 +19,7 @@ import torch
 from tiered.errors import ConfigError
 from tiered.kernels.attention import AttentionCall
 from tiered.kernels.attention_torch import attention_nbytes, attention_reference
+from tiered.kernels.by_head import by_head_reference
 from tiered.kernels.cancel import CancelFlag
 from tiered.kernels.kernels import Mode, as_rows
 from tiered.kernels.linear_torch import (
@@ -166,6 +167,12 @@ class DeviceKernels:
         """
         with _sums_in_float32(self.where):
             return attention_reference(call, self._cancel, fixed=self.mode is Mode.INVARIANT)
+
+    def by_head(self, x: torch.Tensor, w: torch.Tensor, transposed: bool) -> torch.Tensor:
+        """As `Kernels.by_head`."""
+        self._cancel.check()
+        with _sums_in_float32(self.where):
+            return by_head_reference(x, w, transposed, fixed=self.mode is Mode.INVARIANT)
 
     def serves_attention(self, query: torch.Tensor) -> bool:
         """Whether `attention` takes such queries: of any size, at this device."""

@@ -6,6 +6,7 @@ device), the torch reference does, with the same results up to rounding.
 """
 
 import ctypes
+from ctypes import c_int64
 from enum import Enum
 from types import TracebackType
 from typing import Final, Literal, Self
@@ -15,8 +16,9 @@ import torch
 from tiered.errors import ConfigError, InterruptedRun
 from tiered.kernels import quantize_native, reference
 from tiered.kernels.attention import AttentionCall
-from tiered.kernels.attention_native import NativeCall, serves
+from tiered.kernels.attention_native import NativeCall, serves, shared_out
 from tiered.kernels.attention_torch import attention_reference
+from tiered.kernels.by_head import by_head_reference
 from tiered.kernels.cancel import CancelFlag
 from tiered.kernels.library import Dtype, Format, Level, Library, Status, WeightArgument, load_library
 from tiered.quant import GroupScheme, QuantizedTensor, QuantizedWeight, quantize
@@ -164,10 +166,31 @@ class Kernels:
         if not self.serves_attention(call.query):
             return attention_reference(call, self._cancel)
         assert self._library is not None
+        call, pieces = shared_out(call)
         out = torch.empty(call.query.shape, dtype=call.query.dtype)
         native = NativeCall(call, out)
         _check(self._library.tk_attention(self._context, ctypes.byref(native.arguments), self._cancel.address))
-        return out
+        return out.unflatten(0, (-1, pieces)).transpose(1, 2).flatten(2, 3) if pieces > 1 else out
+
+    def by_head(self, x: torch.Tensor, w: torch.Tensor, transposed: bool) -> torch.Tensor:
+        """x [tokens, heads, rows] times w [heads, rows, in], in x's dtype: [tokens, heads, in]. Not `transposed`: x
+        [tokens, heads, in] times every w transposed: [tokens, heads, rows].
+
+        With the native library (x of bfloat16, w of float32) a result is the same bits whatever else is computed with
+        it. Raises InterruptedRun once the cancel flag is set.
+        """
+        self._cancel.check()
+        if self._library is None or x.dtype != torch.bfloat16 or w.dtype != torch.float32 or x.device.type != "cpu":
+            return by_head_reference(x, w, transposed)
+        heads, rows, in_ = w.shape
+        x = x if x.stride(-1) == 1 else x.contiguous()
+        y = x.new_empty(len(x), heads, in_ if transposed else rows)
+        strides = [(c_int64 * 2)(*tensor.stride()[:2]) for tensor in (x, y)]
+        assert w.stride()[1:] == (in_, 1), "matrices of heads have gaps inside"
+        matrix = w.data_ptr(), heads, rows, in_, w.stride(0), int(transposed)
+        of_x, of_y = (x.data_ptr(), len(x), strides[0]), (y.data_ptr(), strides[1])
+        _check(self._library.tk_by_head(self._context, *matrix, *of_x, *of_y, self._cancel.address))
+        return y
 
     def quantize(
         self, weight: torch.Tensor, scheme: GroupScheme, *, clip: Literal["mse", "minmax"] = "mse", name: str = "weight"

@@ -20,5 +20,11 @@ class LayerKernels(Protocol):
         """As `Kernels.attention`. The call's tables, `first` and `count` are in the host's memory wherever the query
         and the pages are."""
 
+    def dequantize(self, weight: QuantizedWeight, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
+        """As `Kernels.dequantize`."""
+
+    def by_head(self, x: torch.Tensor, w: torch.Tensor, transposed: bool) -> torch.Tensor:
+        """As `Kernels.by_head`."""
+
     def serves_attention(self, query: torch.Tensor) -> bool:
         """As `Kernels.serves_attention`."""

@@ -85,6 +85,13 @@ _FUNCTIONS: Final[dict[str, tuple[object, Sequence[object]]]] = {
         ],
     ),
     "tk_dequantize": (c_int32, [c_void_p, POINTER(WeightArgument), c_int64, c_int64, c_void_p, c_int32]),
+    "tk_by_head": (
+        c_int32,
+        [
+            *(c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int64, c_int32),
+            *(c_void_p, c_int64, POINTER(c_int64), c_void_p, POINTER(c_int64), c_void_p),
+        ],
+    ),
     "tk_encode_planes": (c_int64, [c_int32, c_void_p, c_int64, c_void_p, c_int64]),
     "tk_decode_planes": (c_int32, [c_int32, c_void_p, POINTER(c_int64), c_int64, c_int64, c_void_p, c_int64]),
     "tk_attention": (c_int32, [c_void_p, c_void_p, c_void_p]),

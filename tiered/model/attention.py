@@ -6,9 +6,10 @@ open; a runtime sets its name on the skeleton. What the native kernel does not t
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -19,9 +20,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
-from tiered.cache import PagedKeys
+from tiered.cache import PagedKeys, PagedRead
 from tiered.errors import ConfigError
 from tiered.kernels import AttentionCall, LayerKernels, contiguous_pages
+from tiered.model.latent import Latents
 
 Output = tuple[torch.Tensor, torch.Tensor | None]
 
@@ -75,7 +77,14 @@ class KernelAttention:
         nothing here takes the arguments.
         """
         if isinstance(key, PagedKeys):
-            return self._packed(query, key, attention_mask, dropout, scaling, kwargs), None
+            reads = self._reads(key, attention_mask, dropout, kwargs)
+            return self._over_pages(query, key.shape[1], reads, scaling, kwargs), None
+        latents = Latents.taken(module)
+        if latents is not None:
+            reads = self._reads(latents.keys, attention_mask, dropout, kwargs)
+            scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+            attend = partial(self._over_pages, kv_heads=1, reads=reads, scaling=scaling, kwargs=kwargs)
+            return latents.attend(query, self._kernels, attend), None
         unknown = any(item is not None for name, item in kwargs.items() if name not in _HARMLESS)
         causal = kwargs.get("is_causal")
         causal = getattr(module, "is_causal", True) if causal is None else causal
@@ -115,26 +124,31 @@ class KernelAttention:
         finally:
             self._is_packing = False
 
-    def _packed(
-        self,
-        query: torch.Tensor,
-        key: PagedKeys,
-        mask: Any,
-        dropout: float,
-        scaling: float | None,
-        kwargs: dict[str, Any],
-    ) -> torch.Tensor:
-        """[1, tokens, heads, head_dim] of query [1, heads, tokens, head_dim], sequence by sequence."""
+    def _reads(self, key: PagedKeys, mask: Any, dropout: float, kwargs: dict[str, Any]) -> list[PagedRead]:
+        """What `key` stands for, sequence by sequence."""
         unknown = sorted(name for name, item in kwargs.items() if item is not None and name not in _HARMLESS)
         if unknown or dropout or not isinstance(mask, PackedMask):
             raise ConfigError(f"attention over pages: takes no {unknown or 'dropout, nor masks of its own'}")
-        outputs = []
-        for read in key.kv.reads(key.layer):
+        reads = key.kv.reads(key.layer)
+        for read in reads:
             if read.window != mask.window:
                 raise ConfigError(
                     f"layer {key.layer}: the cache keeps a window of {read.window} tokens, attention asks for "
                     f"{mask.window}; list the family in tiered/arch/families.py as one with attention of its own"
                 )
+        return reads
+
+    def _over_pages(
+        self,
+        query: torch.Tensor,
+        kv_heads: int,
+        reads: Sequence[PagedRead],
+        scaling: float | None,
+        kwargs: dict[str, Any],
+    ) -> torch.Tensor:
+        """[1, tokens, heads, head_dim] of query [1, heads, tokens, head_dim], sequence by sequence."""
+        outputs = []
+        for read in reads:
             sequences = len(read.count)
             # [sequences, queries, heads, head_dim]
             queries = query[0, :, read.start : read.stop].unflatten(1, (sequences, -1)).permute(1, 2, 0, 3)
@@ -144,7 +158,7 @@ class KernelAttention:
                 sinks = None if sinks is None else sinks.cpu()
             call = AttentionCall(
                 query=queries,
-                kv_heads=key.shape[1],
+                kv_heads=kv_heads,
                 keys=read.keys,
                 values=read.values,
                 first=read.first,

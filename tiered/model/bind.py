@@ -13,10 +13,11 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from tiered.arch import Skeleton, is_expert_stack, is_plain_linear
+from tiered.arch import Skeleton, expert_stacks, linear_size
+from tiered.cache import PagedKeys
 from tiered.kernels import LayerKernels
 from tiered.model.desk import Desk
-from tiered.model.experts import OffloadedExperts
+from tiered.model.experts import InputScaledMixture, OffloadedExperts
 from tiered.store import ALIGNMENT
 from tiered.stream import AnyWeight, Loan
 from tiered.units import round_up
@@ -26,21 +27,37 @@ PROCESSOR: Final = torch.device("cpu")
 
 
 class OffloadedLinear(nn.Module):
-    """Takes an nn.Linear's place: the same function, of a weight that is borrowed while it is computed.
+    """Takes the place of a linear layer that `linear_size` knows: the same function, of a weight [out, in] that is
+    borrowed while it is computed.
 
     `path` is the module's own, inside the block's module: "" where it is the block's.
     """
 
-    def __init__(self, original: nn.Linear, kernels: LayerKernels, desk: Desk, path: str) -> None:
+    def __init__(self, original: nn.Module, kernels: LayerKernels, desk: Desk, path: str) -> None:
         super().__init__()
-        self.in_features, self.out_features = original.in_features, original.out_features
+        size, bias = linear_size(original), original.bias
+        assert size is not None
+        assert bias is None or isinstance(bias, nn.Parameter)
+        self.out_features, self.in_features = size
         # May be resident for good (BoundModel.keep); else it is lent beside the weight.
-        self.register_parameter("bias", original.bias)
+        self.register_parameter("bias", bias)
+        self._own = original.get_parameter("weight").detach()
+        self.latents: PagedKeys | None = None
+        """Latents in pages whose product was asked for last."""
         self._kernels, self._desk = kernels, desk
         self._weight_name, self._bias_name = _joined(path, "weight"), _joined(path, "bias")
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """The graph's own tensor, which has no values: some modules look up the dtype that they compute in."""
+        return self._own
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., in_features] -> [..., out_features]."""
+        """x [..., in_features] -> [..., out_features]; of latents in pages only what has that shape."""
+        if isinstance(x, PagedKeys):
+            # Attention does without their expansion, and takes them from here (latent.py).
+            self.latents = x
+            return x.new_zeros(1).expand(*x.shape[:-1], self.out_features)
         loan = self._desk.loan
         assert loan is not None, "used outside its block"
         own: torch.Tensor | None = self._parameters["bias"]
@@ -52,6 +69,16 @@ class OffloadedLinear(nn.Module):
         if bias is not own:
             loan.release(self._bias_name)
         return y
+
+    @contextmanager
+    def borrowing(self) -> Iterator[Sequence[AnyWeight]]:
+        """The weight for the duration of the context: its parts, whose rows in order are its own."""
+        loan = self._desk.loan
+        assert loan is not None, "used outside its block"
+        keys = loan.parts(self._weight_name)
+        yield [loan.borrow(key) for key in keys]
+        for key in keys:
+            loan.release(key)
 
     def _product(self, loan: Loan, x: torch.Tensor, key: str, bias: torch.Tensor | None) -> torch.Tensor:
         y = self._kernels.linear(x, loan.borrow(key), bias)
@@ -102,7 +129,7 @@ class _Place:
         """None where the module that has the weight borrows it when it computes."""
         path, _, attribute = name.rpartition(".")
         target = module.get_submodule(path)
-        if isinstance(target, OffloadedLinear | OffloadedExperts):
+        if isinstance(target, OffloadedLinear) or (isinstance(target, OffloadedExperts) and target.borrows(attribute)):
             return None
         return cls(target, attribute, getattr(target, attribute))
 
@@ -245,21 +272,22 @@ def _keep(module: nn.Module, name: str, value: torch.Tensor) -> None:
 def _offload(module: nn.Module, kernels: LayerKernels, desk: Desk, path: str) -> None:
     for name, child in module.named_children():
         inside = _joined(path, name)
-        if is_plain_linear(child):
-            assert isinstance(child, nn.Linear)
+        if linear_size(child) is not None:
             setattr(module, name, OffloadedLinear(child, kernels, desk, inside))
-        elif is_expert_stack(child):
-            setattr(module, name, OffloadedExperts(child, kernels, desk, inside))
+        elif (stacks := expert_stacks(child)) is not None:
+            setattr(module, name, OffloadedExperts(child, stacks, kernels, desk, inside))
         else:
             _offload(child, kernels, desk, inside)
+            experts = child._modules.get("experts")
+            if isinstance(experts, OffloadedExperts) and experts.scales_input:
+                setattr(module, name, InputScaledMixture(child))
 
 
 def _keep_linears(model: nn.Module, kernels: LayerKernels) -> None:
     """Have the linear layers that are left compute with the kernels, too."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if is_plain_linear(child):
-                assert isinstance(child, nn.Linear)
+            if isinstance(child, nn.Linear) and linear_size(child) is not None:
                 setattr(parent, name, ResidentLinear(child, kernels))
 
 

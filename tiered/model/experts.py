@@ -13,19 +13,30 @@ from typing import cast
 import torch
 from torch import nn
 
+from tiered.arch import ExpertStacks
 from tiered.kernels import LayerKernels
 from tiered.model.desk import Desk
 
 
 class OffloadedExperts(nn.Module):
-    """Takes the place of a module that `tiered.arch.is_expert_stack` accepts."""
+    """Takes the place of a module whose `stacks` are those that `tiered.arch.expert_stacks` has found."""
 
-    def __init__(self, original: nn.Module, kernels: LayerKernels, desk: Desk, path: str) -> None:
+    def __init__(self, original: nn.Module, stacks: ExpertStacks, kernels: LayerKernels, desk: Desk, path: str) -> None:
         super().__init__()
-        self.num_experts = int(original.get_parameter("down_proj").shape[0])
-        self._names = f"{path}.gate_up_proj", f"{path}.down_proj"
-        self._apply_gate = cast(Callable[[torch.Tensor], torch.Tensor], original._apply_gate)
+        first, last = stacks.weights
+        self.num_experts = int(original.get_parameter(last).shape[0])
+        self.scales_input = stacks.scales_input
+        self._names = f"{path}.{first}", f"{path}.{last}"
+        activate = _gate_of(original) if stacks.is_gated else original.act_fn
+        self._activate = cast(Callable[[torch.Tensor], torch.Tensor], activate)
+        for name in stacks.biases:
+            self.register_parameter(name, original.get_parameter(name))
+        self._biases = stacks.biases
         self._kernels, self._desk = kernels, desk
+
+    def borrows(self, attribute: str) -> bool:
+        """Whether the parameter `attribute` of the original module is borrowed while it computes."""
+        return attribute not in self._biases
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -37,18 +48,24 @@ class OffloadedExperts(nn.Module):
         uses = _uses(of_token, self.num_experts)
         chosen = {expert: len(choices) for expert, choices in uses.items()}
         rows = _Rows(hidden_states, top_k_weights, uses) if len(of_token) > 1 else None
+        biases = [self.get_parameter(name) for name in self._biases]
         result = torch.zeros_like(hidden_states)
         waiting = deque(chosen)
         """Experts that have not been added to the result, ascending: the sum does not depend on which come first."""
         outputs: dict[int, tuple[torch.Tensor | None, torch.Tensor]] = {}
-        for expert, (gate_up, down) in loan.each_expert(chosen, self._names):
+        for expert, stacks in loan.each_expert(chosen, self._names):
             token: torch.Tensor | None = None
             if rows is None:
                 # Nearly all passes of a sequence that decodes: picking and scattering rows would take longer than they.
                 x, weight = hidden_states, top_k_weights[:, of_token[0].index(expert), None]
             else:
                 token, x, weight = rows.of(expert)
-            out = self._kernels.linear(self._apply_gate(self._kernels.linear(x, gate_up)), down) * weight
+            first, last = zip(stacks, [bias[expert] for bias in biases] or (None, None), strict=True)
+            if self.scales_input:
+                x = x * weight
+            out = self._kernels.linear(self._activate(self._kernels.linear(x, *first)), *last)
+            if not self.scales_input:
+                out = out * weight
             outputs[expert] = token, out.to(result.dtype)
             while waiting and waiting[0] in outputs:
                 token, out = outputs.pop(waiting.popleft())
@@ -57,6 +74,42 @@ class OffloadedExperts(nn.Module):
 
     def extra_repr(self) -> str:
         return f"num_experts={self.num_experts}"
+
+
+class InputScaledMixture(nn.Module):
+    """Takes the place of a mixture that hands its experts every token times every routing weight, most of them 0
+    (Llama 4): the same function, which gives each token to the experts that its router has chosen, and to no other.
+
+    `original` has a router, a shared expert and the experts, which are offloaded.
+    """
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        self.router, self.shared_expert = original.get_submodule("router"), original.get_submodule("shared_expert")
+        self.experts = original.get_submodule("experts")
+        self._chosen = int(cast(int, original.top_k))
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[..., hidden] -> [tokens, hidden], and what the router computed, [tokens, experts]."""
+        hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
+        weights, logits = self.router(hidden)  # both [tokens, experts]
+        index = logits.topk(self._chosen, dim=1).indices
+        shared: torch.Tensor = self.shared_expert(hidden)
+        return shared + self.experts(hidden, index, weights.gather(1, index)), logits
+
+
+def _gate_of(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What joins the halves of the first product: the module's own, or activation of the first times the second."""
+    own = getattr(module, "_apply_gate", None)
+    if own is not None:
+        return cast(Callable[[torch.Tensor], torch.Tensor], own)
+    activation = cast(Callable[[torch.Tensor], torch.Tensor], module.act_fn)
+
+    def gated(product: torch.Tensor) -> torch.Tensor:
+        gate, up = product.chunk(2, dim=-1)
+        return activation(gate) * up
+
+    return gated
 
 
 def _uses(of_token: Sequence[Sequence[int]], experts: int) -> dict[int, list[int]]:

@@ -135,6 +135,7 @@ class Segments:
                     cache=kv,
                     use_cache=True,
                 )
+            kv.is_recorded = True
         self._plan.append(dict(zip(tokens_of, parts, strict=True)))
         return MicroBatch(recording.hidden, recording.calls, len(self._plan) - 1, kv)
 

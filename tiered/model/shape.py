@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from transformers import PretrainedConfig
 
-from tiered.arch import Skeleton, kv_sources, layer_windows
+from tiered.arch import Skeleton, chunked_layers, kv_sources, layer_windows
 from tiered.cache import kv_shapes, layer_groups
 from tiered.io import CHUNK_BUFFERS
 from tiered.kernels import packed_row_nbytes
@@ -52,7 +52,9 @@ def model_shape(store: Store, skeleton: Skeleton, dtype: torch.dtype) -> ModelSh
         vocab=config.vocab_size,
         heads=int(getattr(config, "num_attention_heads", None) or 1),
         dtype=str(dtype).removeprefix("torch."),
-        groups=layer_groups(layer_windows(config), kv_shapes(config, dtype), kv_sources(config)),
+        groups=layer_groups(
+            layer_windows(config), kv_shapes(config, dtype), chunked_layers(config), kv_sources(config)
+        ),
         eager_attention=config._attn_implementation == "eager",
         dense_attention=skeleton.family.gathers,
         packed_nbytes=packed_row_nbytes(max(shape[-1] for shape in layers)),

@@ -69,7 +69,7 @@ def seen_tokens(model: ModelShape, context: float) -> float:
 def prompt_attention_seconds(model: ModelShape, pairs: float, flops: float) -> float:
     """Seconds of a prompt's attention over `pairs` pairs of a query and a key, at `flops` operations per second."""
     # A query times a key, and a weight times a value: each a multiply-add per channel.
-    return 2 * pairs * model.heads * (model.kv.head_dim + model.kv.value_dim) / flops if model.kv else 0.0
+    return 2 * pairs * model.heads * sum(model.kv.widths) / flops if model.kv else 0.0
 
 
 def prompt_pairs(model: ModelShape, prompt: int) -> float:

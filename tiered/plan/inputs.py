@@ -157,6 +157,11 @@ class ModelShape:
         return None if most is None else most.shape
 
     @property
+    def latent_dim(self) -> int:
+        """Channels of a token's latents; 0: no layer attends to latents."""
+        return max((group.shape.head_dim for group in self.groups if not group.shape.value_dim), default=0)
+
+    @property
     def kv_token_nbytes(self) -> int:
         """Bytes of one token's keys and values in all layers, in the compute dtype."""
         return sum(group.token_nbytes for group in self.groups)

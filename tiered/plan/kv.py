@@ -5,7 +5,7 @@ taken. `cache/` puts them to use; how codes, scales and zeros lie inside a block
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any, Final, Literal
 
@@ -44,7 +44,7 @@ class KVShape:
     head_dim: int
     """Channels of a head's keys."""
     value_dim: int
-    """Channels of a head's values."""
+    """Channels of a head's values. 0: there are none but the keys, whose first channels are values too (latents)."""
     dtype: str
     """The name of the compute dtype, as torch spells it."""
 
@@ -57,6 +57,11 @@ class KVShape:
     def token_nbytes(self) -> int:
         """Bytes of one token's keys and values in one layer, in the compute dtype."""
         return self.heads * (self.head_dim + self.value_dim) * self.itemsize
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Channels of what a query is multiplied with, and of what its weights are."""
+        return self.head_dim, self.value_dim or self.head_dim
 
 
 def check_bits(shape: KVShape, bits: int) -> None:
@@ -78,9 +83,10 @@ def block_nbytes(shape: KVShape, bits: int, slots: int = PAGE_TOKENS) -> int:
         keys, values = (shape.heads * slots * width * shape.itemsize for width in (shape.head_dim, shape.value_dim))
         return round_up(round_up(keys, PART_ALIGNMENT) + values, PAGE)
     # Scales and zeros of keys are per channel, those of values per token and group of channels.
-    per_token = PAGE_TOKENS * (shape.value_dim // math.gcd(shape.value_dim, PAGE_TOKENS))
+    width = shape.widths[1]
+    of_values = width, PAGE_TOKENS * (width // math.gcd(width, PAGE_TOKENS))
     stop = 0
-    for width, per_head in ((shape.head_dim, shape.head_dim), (shape.value_dim, per_token)):
+    for width, per_head in ((shape.head_dim, shape.head_dim), of_values) if shape.value_dim else (of_values,):
         count = shape.heads * per_head
         stop = round_up(stop, PART_ALIGNMENT) + shape.heads * PAGE_TOKENS * (width * bits // 8)
         stop = round_up(stop, PART_ALIGNMENT) + 2 * count
@@ -96,8 +102,17 @@ class LayerGroup:
     window: int
     """Tokens that a query sees, itself included; 0: all before it."""
     shape: KVShape
+    chunked: bool = False
+    """The window does not move with the query: positions are cut into chunks of so many, and a query sees what is
+    before it in its own."""
     readers: tuple[int, ...] = ()
     """Later layers that keep none and read these: those of one layer, which is then the only one here."""
+
+    def first_seen(self, position: int) -> int:
+        """The position of the first token that a query at `position` sees."""
+        if self.chunked:
+            return position // self.window * self.window
+        return max(0, position - self.window + 1) if self.window else 0
 
     @property
     def token_nbytes(self) -> int:
@@ -107,8 +122,8 @@ class LayerGroup:
 
 def group_from_json(fields: Mapping[str, Any]) -> LayerGroup:
     """The group that `dataclasses.asdict` has made `fields` of."""
-    readers = tuple(fields.get("readers", ()))
-    return LayerGroup(tuple(fields["layers"]), fields["window"], KVShape(**fields["shape"]), readers)
+    lists = {name: tuple(fields.get(name, ())) for name in ("layers", "readers")}
+    return LayerGroup(**{**fields, **lists, "shape": KVShape(**fields["shape"])})
 
 
 @dataclass(frozen=True)
@@ -229,18 +244,22 @@ def outbox_nbytes(groups: Sequence[LayerGroup], rows: int) -> int:
 
 
 def layer_groups(
-    windows: Sequence[int], shapes: KVShape | Sequence[KVShape | None], sources: Sequence[int] = ()
+    windows: Sequence[int],
+    shapes: KVShape | Sequence[KVShape | None],
+    chunked: Collection[int] = (),
+    sources: Sequence[int] = (),
 ) -> tuple[LayerGroup, ...]:
     """Groups of the layers with equal windows and shapes, from the window of each layer (0: none).
 
     `shapes`: of all layers, or of each; None: the layer keeps no keys and values of its own, and is in no group.
-    `sources`: for each layer, whose keys and values it reads; none: its own. A layer that others read is by itself.
+    `chunked`: the layers whose windows are chunks. `sources`: for each layer, whose keys and values it reads; none: its
+    own. A layer that others read is by itself.
     """
     each = [shapes] * len(windows) if isinstance(shapes, KVShape) else shapes
-    found: dict[tuple[int, KVShape, tuple[int, ...]], list[int]] = {}
+    found: dict[tuple[int, KVShape, bool, tuple[int, ...]], list[int]] = {}
     for layer, (window, shape) in enumerate(zip(windows, each, strict=True)):
         if shape is not None:
             readers = tuple(other for other, source in enumerate(sources) if source == layer and other != layer)
-            found.setdefault((window, shape, readers), []).append(layer)
-    ordered = sorted(found.items(), key=lambda item: (item[0][0], astuple(item[0][1]), item[0][2]))
-    return tuple(LayerGroup(tuple(layers), window, shape, readers) for (window, shape, readers), layers in ordered)
+            found.setdefault((window, shape, layer in chunked, readers), []).append(layer)
+    ordered = sorted(found.items(), key=lambda item: (item[0][0], astuple(item[0][1]), *item[0][2:]))
+    return tuple(LayerGroup(tuple(layers), *key) for key, layers in ordered)

@@ -88,4 +88,4 @@ def _have_ended(transfers: Sequence[Transfer]) -> bool:
 
 def _oldest(of: LayerGroup, tokens: range) -> int:
     """The first page that these tokens see."""
-    return max(0, tokens.start - of.window + 1) // PAGE_TOKENS if of.window else 0
+    return of.first_seen(tokens.start) // PAGE_TOKENS

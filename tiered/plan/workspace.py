@@ -13,6 +13,10 @@ HEAD_ROWS: Final = 64
 """More logits at once gain nothing where the head's weights are in memory."""
 _SHARE: Final = 1 / 16
 """Part of the budget that activations of one micro-batch may take."""
+LATENT_HEADS: Final = 16
+"""Heads of latent attention that are taken at once, at most: as many share the keys that a kernel reads."""
+LATENT_WEIGHTS: Final = 1 << 20
+"""Weights widened at once for them, unless one head has more: 4 MiB as float32 stay in a processor's cache."""
 _FIXED_NBYTES: Final = 8 * MIB
 """JIT code, logits processing, Python objects made while running."""
 
@@ -43,7 +47,9 @@ def row_nbytes(shape: ModelShape, context: int, waiting: int = 0) -> int:
     feed_forward = 3 * shape.widest * shape.itemsize
     mask = 2 * context * max(shape.itemsize, 4)
     scores = 3 * context * shape.heads * 4 if shape.eager_attention else context * 4
-    inside = hidden + feed_forward + mask + scores + shape.packed_nbytes
+    # Queries of latents and what attention makes of them, of the heads that are taken at once.
+    latents = 4 * min(shape.heads, LATENT_HEADS) * shape.latent_dim * max(shape.itemsize, 4)
+    inside = hidden + feed_forward + mask + scores + latents + shape.packed_nbytes
     return max(inside, shape.table_numbers * (4 * shape.itemsize + 12))
 
 
@@ -74,6 +80,8 @@ def workspace_for(
     in_flight = tokens * _token_nbytes(shape)
     head_rows = min(logits or sequences, rows, HEAD_ROWS)
     live = rows * per_row + in_flight + gathered_rows * gathered
+    # Widened weights of these heads.
+    live += LATENT_WEIGHTS * 4 if shape.latent_dim else 0
     live += _logits_nbytes(shape, max(head_rows, min(sequences, rows)), 0 if is_device else sequences)
     nbytes = live + scratch_nbytes if is_device else _with_heap(live, budget) + scratch_nbytes
     return Workspace(rows, nbytes, gathered_rows, head_rows)

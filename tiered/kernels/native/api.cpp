@@ -3,6 +3,7 @@
 #include "tiered_kernels.h"
 
 #include "attention.h"
+#include "by_head.h"
 #include "cpu.h"
 #include "dequantize.h"
 #include "linear.h"
@@ -162,6 +163,30 @@ int32_t tk_quantize(tk_context *context, const void *weight, int32_t dtype, int6
     quantize.zero = zero;
     quantize.cancel = cancel;
     return quantize_of(context->level)(quantize, context->pool);
+}
+
+int32_t tk_by_head(tk_context *context, const float *w, int64_t heads, int64_t rows, int64_t in, int64_t w_stride,
+                   int32_t transposed, const uint16_t *x, int64_t tokens, const int64_t *x_stride, uint16_t *y,
+                   const int64_t *y_stride, const int32_t *cancel) {
+    if (!context || heads < 0 || rows < 1 || in < 1 || tokens < 0) return TK_BAD_ARGUMENT;
+    if (heads == 0 || tokens == 0) return TK_OK;
+    if (!w || !x || !y || !x_stride || !y_stride || w_stride < rows * in) return TK_BAD_ARGUMENT;
+    tk::ByHead by_head = {};
+    by_head.w = w;
+    by_head.heads = heads;
+    by_head.rows = rows;
+    by_head.in = in;
+    by_head.w_stride = w_stride;
+    by_head.transposed = transposed != 0;
+    by_head.x = x;
+    by_head.tokens = tokens;
+    by_head.y = y;
+    for (int i = 0; i < 2; i++) {
+        by_head.x_stride[i] = x_stride[i];
+        by_head.y_stride[i] = y_stride[i];
+    }
+    by_head.cancel = cancel;
+    return tk::by_head(by_head, context->pool);
 }
 
 int32_t tk_attention(tk_context *context, const tk_attention_args *args, const int32_t *cancel) {

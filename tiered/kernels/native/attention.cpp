@@ -7,7 +7,7 @@ namespace tk {
 namespace {
 
 constexpr int64_t kPage = 64;
-constexpr int64_t kMostHeadDim = 512;
+constexpr int64_t kMostHeadDim = 576; // latents of 512 channels and 64 that know positions
 constexpr int64_t kRows = 64; // of queries times heads in a work item: they share every key that is loaded
 
 bool is_pages(const tk_pages &pages) {

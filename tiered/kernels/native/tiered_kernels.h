@@ -68,6 +68,13 @@ TK_API int32_t tk_linear(tk_context *context, const tk_weight *weight, const uin
 TK_API int32_t tk_dequantize(tk_context *context, const tk_weight *weight, int64_t first_row, int64_t rows, void *out,
                              int32_t out_dtype);
 
+/* For each head h, y[t][h] [in] = x[t][h] [rows] (bf16) times w[h] [rows, in], where `transposed`; else y[t][h] [rows] =
+ * x[t][h] [in] times w[h] transposed. Strides, in elements: of w from one head to the next; of x and y from one token to
+ * the next, and from one head. A result is the same bits alone, in any batch, at any number of threads. */
+TK_API int32_t tk_by_head(tk_context *context, const float *w, int64_t heads, int64_t rows, int64_t in,
+                          int64_t w_stride, int32_t transposed, const uint16_t *x, int64_t tokens,
+                          const int64_t *x_stride, uint16_t *y, const int64_t *y_stride, const int32_t *cancel);
+
 /* The codes, scales and zeros of a weight [rows, in] of any tk_dtype, as tiered/quant/quantize.py computes them, bit for
  * bit; `ld` is its row stride. `bits` 4 or 8, `group` 32, 64 or 128, of which `in` is a multiple; `clip` 0 keeps each
  * group's whole range, 1 narrows it to where the squared error is least (at 4 bits). Outputs have no gaps: q [rows,
@@ -124,7 +131,7 @@ typedef struct tk_pages {
 } tk_pages;
 
 typedef struct tk_attention_args {
-    int64_t sequences, q_len, q_heads, kv_heads, head_dim; /* head_dim: a multiple of 8, at most 512 */
+    int64_t sequences, q_len, q_heads, kv_heads, head_dim; /* head_dim: a multiple of 8, at most 576 */
     const uint16_t *q; /* bf16; strides from one sequence, query and head to the next */
     int64_t q_stride[3];
     uint16_t *out; /* bf16, the same shape; 0 where a query sees no key */
