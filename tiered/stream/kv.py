@@ -163,12 +163,13 @@ class KVStream:
                 return
 
     async def _await_writes(self, layer: int) -> None:
-        """Wait for writes in `layer` that an earlier pass began: this pass may read what they write."""
-        writes = self._writes.get(layer)
+        """Wait for writes in `layer` that have begun: what is read next may be what they write."""
+        writes = self._writes.get(layer, [])[:]
         if writes:
             await asyncio.wait(writes)
-            # Only now: if the pass is interrupted in the line above, the next one must wait for them.
-            del self._writes[layer]
+            # Only now: if the pass is interrupted in the line above, the next one must wait for them. Others may have
+            # begun meanwhile.
+            self._writes[layer] = [write for write in self._writes[layer] if write not in writes]
             for write in writes:
                 write.result()
 
