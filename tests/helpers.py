@@ -7,15 +7,16 @@ transformers answers to some prompts and what the engine does have one form, `An
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Final
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from tests.shared import made_once
 from tests.store.make import load_unit
+from tiered.arch import FAMILIES
 from tiered.arch.modules import lent_weights
 from tiered.cache import SequenceKV
 from tiered.convert import ConvertOptions, convert_checkpoint
@@ -103,7 +104,17 @@ _GEMMA4_EXPERTS: Final = {
 }
 """Gemma 4 as the small models have it, and as the mixture."""
 
-TINY: Final[dict[str, dict[str, Any]]] = {
+_ALTERNATING: Final = {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
+_DELTA: Final = {
+    **_ALTERNATING,
+    **{"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 16},
+}
+_MAMBA: Final = {
+    **{"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 2, "mamba_d_state": 16, "mamba_chunk_size": 8},
+    "mamba_expand": 2,
+}
+
+_MODELS: Final[dict[str, dict[str, Any]]] = {
     "opt": _OPT,
     "opt-350m": {**_OPT, "word_embed_proj_dim": 32, "do_layer_norm_before": False},
     "gpt_neox": {**_UNGROUPED, "use_parallel_residual": True},
@@ -220,11 +231,55 @@ TINY: Final[dict[str, dict[str, Any]]] = {
     "axk1": {**_GROUPED_EXPERTS, **_LATENT},
     "sarvam_mla": {**_GROUPED_EXPERTS, **_LATENT},
     "mellum": {**_EXPERTS, **_MIXED},
+    "qwen3_next": {**_EXPERTS, **_DELTA, "shared_expert_intermediate_size": 48},
+    "qwen3_5_text": _DELTA,
+    "qwen3_5_moe_text": {**_EXPERTS, **_DELTA, "shared_expert_intermediate_size": 48},
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False},
+    "lfm2_moe": {**_EXPERTS, "layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 1},
+    "granitemoehybrid": {**_EXPERTS, **_ALTERNATING, **_MAMBA, "embedding_multiplier": 2.0},
+    "falcon_h1": {**_MAMBA, "mamba_d_ssm": 128, "embedding_multiplier": 2.0, "ssm_in_multiplier": 0.5},
+    "bamba": {**_MAMBA, "attn_layer_indices": [1]},
+    "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 2, "state_size": 16, "chunk_size": 8},
+    "nemotron_h": {
+        **_EXPERTS,
+        "layers_block_type": ["linear_attention", "mlp", "full_attention", "linear_attention"],
+        **{"mamba_num_heads": 8, "mamba_head_dim": 16, "n_groups": 2, "ssm_state_size": 16, "chunk_size": 8},
+    },
+    "jamba": {**_EXPERTS, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_offset": 1},
     "gpt2": {**_UNGROUPED, "tie_word_embeddings": True},
+    "dbrx": {
+        **{"d_model": 64, "n_heads": 4, "n_layers": 3, "max_seq_len": CONTEXT},
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "ctrl": {**_UNGROUPED, "n_ctx": CONTEXT, "dff": 96},
     # Experts transposed, gate and up in turn, with biases; sinks.
     "gpt_oss": {**_EXPERTS, **_MIXED, "intermediate_size": 64},
+    "apertus": {},
+    "apertus1p5_text": {},
+    "bitnet": {},
+    "cohere_compass_text": {
+        **_MIXED,
+        "rope_parameters": dict.fromkeys(("sliding_attention", "full_attention"), _ROPE),
+    },
+    "exaone": {},
+    "internlm3": {},
+    "iquestcoder": {},
+    "afmoe": {**_GROUPED_EXPERTS, **_MIXED, "num_dense_layers": 1, "n_group": 1, "num_shared_experts": 1},
+    "aria_text": {"moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1},
+    "beam": {**_GROUPED_EXPERTS, **_MIXED, "mlp_layer_types": ["dense", "sparse", "sparse"]},
+    "flint": {**_EXPERTS, **_MIXED, "shared_expert_intermediate_size": 64},
+    "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": [2, 2, 2]},
+    "hy_v3": _GROUPED_EXPERTS,
+    "kolibri1": {**_GROUPED_EXPERTS, **_MIXED},
+    "laguna": {**_EXPERTS, **_MIXED, "shared_expert_intermediate_size": 64},
+    "doge": {},
+    "jetmoe": {"num_local_experts": 4, "kv_channels": 16},
 }
 """Configurations by name, on top of `_SIZES`; the name is the model_type where none is given."""
+
+TINY: Final = {name: fields for name, fields in _MODELS.items() if fields.get("model_type", name) in CONFIG_MAPPING}
+"""Those that the installed transformers knows: the oldest version lacks a few."""
 
 
 SHORT_TEXT: Final = 16
@@ -249,6 +304,11 @@ LENGTH_DEPENDENT: Final[dict[str, dict[str, Any]]] = {
     },
 }
 """More configurations: what these make of a token depends on how long the text is when it is computed."""
+
+
+STEPWISE: Final = ("nemotron_h",)
+"""Models of which transformers makes something else token by token than of a whole text: they are compared token by
+token, as they generate."""
 
 
 def tiny_config(name: str) -> Any:
@@ -307,7 +367,11 @@ class Tiny:
         return Store.open(made_once(f"tiny-{name}-{quant}.tiered", make))
 
     def _reference(self, name: str, quant: str = "none", steps: int = STEPS) -> Answers:
-        return reference_answers(self.model(name, quant), prompts_for(name), steps)
+        if name not in STEPWISE:
+            return reference_answers(self.model(name, quant), prompts_for(name), steps)
+        make_model = partial(self.model, name, quant)
+        found = [cached_answers(make_model, prompt, steps) for prompt in prompts_for(name)]
+        return Answers(tuple(each.tokens[0] for each in found), tuple(each.logits[0] for each in found))
 
 
 def randomize(model: PreTrainedModel) -> None:
@@ -354,6 +418,13 @@ def prompts_for(name: str) -> list[list[int]]:
     return [torch.randint(3, vocab, (length,), generator=generator).tolist() for length in PROMPT_LENGTHS]
 
 
+def few_rows(name: str) -> int:
+    """Tokens of a micro-batch that is smaller than the prompts of tiny model `name`, if its family allows any."""
+    config = tiny_config(name)
+    scan = FAMILIES[config.model_type].scan
+    return 6 if scan is None else max(6, scan.grid_of(config).cell(max(PROMPT_LENGTHS)))
+
+
 def reference_logits(model: PreTrainedModel, ids: Tokens) -> torch.Tensor:
     """What transformers computes without cache, padding or neighbours: [tokens, vocab]."""
     with torch.inference_mode():
@@ -372,6 +443,21 @@ def reference_answers(model: PreTrainedModel, prompts: Sequence[Tokens], steps: 
         tokens.append(new)
         logits.append(reference_logits(model, [*prompt, *new[:-1]]))
     return Answers(tuple(tokens), tuple(logits))
+
+
+def cached_answers(make_model: Callable[[], PreTrainedModel], prompt: Tokens, steps: int) -> Answers:
+    """transformers' answer, token by token with its own cache, by models that have seen no other text."""
+    ids = torch.tensor([list(prompt)])
+    output = make_model().generate(  # type: ignore[operator]  # only exists on classes that mix it in
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=steps,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    logits = torch.cat([reference_logits(make_model(), prompt), *output.logits[1:]])
+    return Answers((output.sequences[0, len(prompt) :].tolist(),), (logits,))
 
 
 def run_greedy(runtime: Runtime, prompts: Sequence[Tokens], steps: int = STEPS, end: bool = True) -> Answers:

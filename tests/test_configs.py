@@ -32,6 +32,10 @@ PARAMETERS: Final = {
     "qwen3-30b-a3b": 30.532e9,
     "qwen3-235b-a22b": 235.094e9,
     "glm-4.5-air": 106.852e9,  # without the layer that predicts further tokens
+    "gpt-oss-20b": 20.915e9,
+    "gpt-oss-120b": 116.829e9,
+    "deepseek-v3": 671.026e9,  # without that layer, as well
+    "llama-4-scout": 107.770e9,  # the text half
 }
 
 

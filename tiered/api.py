@@ -33,7 +33,15 @@ from tiered.errors import BudgetError, ConfigError, NotSupportedError
 from tiered.generate.tokenizer import load_generation_config, load_tokenizer
 from tiered.io import VerifyPolicy
 from tiered.kernels import Mode
-from tiered.model import CACHE_NAMES, ForwardBatch, cache_name, check_token_ids, keep_positions, slice_mask
+from tiered.model import (
+    CACHE_NAMES,
+    ForwardBatch,
+    cache_name,
+    check_token_ids,
+    keep_positions,
+    past_tokens,
+    slice_mask,
+)
 from tiered.plan import Tier, Workload, parse_tiers
 from tiered.runtime import Options, Runtime, compute_dtype
 from tiered.store import Store
@@ -188,6 +196,11 @@ class OffloadedModel(PreTrainedModel, GenerationMixin):
         counted = (b for b in blocks if not (exclude_embeddings and b.role == "embed"))
         return sum(store.layout(block).weight_count for block in counted)
 
+    @property
+    def _is_stateful(self) -> bool:  # type: ignore[override]
+        """transformers asks before it drafts tokens that it may take back: a recurrent state cannot be."""
+        return self._runtime.plan.cache.state is not None
+
     def generate(
         self,
         inputs: torch.Tensor | None = None,
@@ -259,7 +272,9 @@ class OffloadedModel(PreTrainedModel, GenerationMixin):
     def _passes(self, batch: ForwardBatch) -> torch.Tensor:
         """Logits [rows, kept, vocab] of `batch`, in as many passes as it takes."""
         rows, tokens = batch.input_ids.shape
-        self._check_room(rows, int(batch.cache.get_seq_length()) + tokens)
+        past = past_tokens(batch)
+        self._check_room(rows, past + tokens)
+        self._check_whole(rows, tokens, past)
         self._check_logits(rows, tokens, batch.logits_to_keep)
         parts = [batch] if _fits_one_pass(batch, self._runtime.plan.micro_batch_rows) else self._split(batch)
         logits = [self._runtime.forward([part]).logits[0] for part in parts]
@@ -269,8 +284,10 @@ class OffloadedModel(PreTrainedModel, GenerationMixin):
     def _split(self, batch: ForwardBatch) -> list[ForwardBatch]:
         """A prompt too long for one micro-batch, with a cache that one pass cannot fill in several: several passes."""
         rows, tokens = batch.input_ids.shape
-        past = int(batch.cache.get_seq_length())
+        past = past_tokens(batch)
         step = max(1, self._runtime.plan.micro_batch_rows // rows)
+        # Two parts have the bits of the whole where they meet on a line of the grid.
+        step = self._runtime.plan.grid.share(step, tokens) or step
         parts = []
         for start in range(0, tokens, step):
             stop = min(start + step, tokens)
@@ -286,6 +303,16 @@ class OffloadedModel(PreTrainedModel, GenerationMixin):
             raise BudgetError(
                 f"{rows} sequences of {tokens} tokens: memory was set aside for {plan.batch_size} of "
                 f"{plan.max_context}; pass context= and sequences= to tiered.load (beams count as sequences)"
+            )
+
+    def _check_whole(self, rows: int, tokens: int, past: int) -> None:
+        """Raises NotSupportedError where a prompt would be computed in parts, and the family's code cannot."""
+        plan = self._runtime.plan
+        if tokens > 1 and not plan.grid.tokens and (past or rows * tokens > plan.micro_batch_rows):
+            raise NotSupportedError(
+                f"{rows} x {tokens} tokens behind {past} others: the recurrent layers of model family "
+                f"{self.config.model_type!r} compute prompts whole, {plan.micro_batch_rows} tokens together at most; "
+                "pass fewer rows, or a larger ram= to tiered.load, and later tokens one by one"
             )
 
     def _check_logits(self, rows: int, tokens: int, logits_to_keep: int | torch.Tensor) -> None:

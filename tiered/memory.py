@@ -57,7 +57,9 @@ def open_memory(store: Store, plan: Plan, options: Options, host: Host, has_pool
     placement, cache, device = plan.placement, plan.cache, host.computer.device if host.computer is not None else None
     tables = CHUNK_NBYTES + plan.side_nbytes + plan.buffers_nbytes
     outbox_size = 0 if device is None or cache.on_device else outbox_nbytes(cache.groups, plan.micro_batch_rows)
-    total = plan.nbytes - plan.needs.total + tables + plan.needs.kv + PAGE * (len(plan.tape.nbytes) + 9)
+    total = (
+        plan.nbytes - plan.needs.total + tables + plan.needs.kv + plan.needs.state + PAGE * (len(plan.tape.nbytes) + 9)
+    )
     with contextlib.ExitStack() as stack:
         arena = stack.enter_context(Arena(total))
 
@@ -83,18 +85,22 @@ def open_memory(store: Store, plan: Plan, options: Options, host: Host, has_pool
                 register(device, [slab], stack)
                 outbox = Outbox(device, keep_on_device(outbox_size, "kv to the host"), slab.tensor()[:outbox_size])
                 stack.callback(outbox.close)
-            return KVPool(cache, keep(cache.pool_nbytes, "kv").tensor(), outbox)
+            # Without a pool nothing is reserved in it, and memory that nobody touches takes none.
+            states = None
+            if cache.states_nbytes and not cache.on_disk:
+                states = keep(cache.states_nbytes, "recurrent states").tensor()
+            return KVPool(cache, keep(cache.pool_nbytes, "kv").tensor(), outbox, states)
 
         part = plan.buffers_nbytes // CHUNK_BUFFERS
         chunks = keep(plan.buffers_nbytes, "compressed chunks").view if part else memoryview(b"")
         pool, spill = make_pool(), None
         if cache.on_disk:
-            folder, nbytes = options.kv_folder or store.path, cache.blocks_nbytes
+            folder, nbytes = options.kv_folder or store.path, cache.file_nbytes
             spill = stack.enter_context(SpillFile(folder, nbytes, SPILL_THREADS, host.trace, clock=host.clock))
         yield Memory(
             arena,
             pool,
-            kv_ring=keep(cache.ring_nbytes, "kv ring") if cache.on_disk else None,
+            kv_ring=keep(cache.ring_nbytes + cache.states_memory_nbytes, "kv ring") if cache.on_disk else None,
             spill=spill,
             staging=keep(CHUNK_NBYTES, "staging"),
             side=keep(plan.side_nbytes, "embedding scales") if plan.side_nbytes else None,

@@ -17,7 +17,7 @@ from typing import Final, Self
 
 import torch
 
-from tiered.cache import SequenceKV
+from tiered.cache import SequenceKV, Snapshot
 from tiered.device import Device
 from tiered.errors import BudgetError, ConfigError, shortened
 from tiered.host import PROCESS, Host, Member, wait_for
@@ -221,6 +221,32 @@ class Runtime:
     def release(self, kv: SequenceKV) -> None:
         """Give a sequence's room back."""
         self._memory.pool.release(kv)
+
+    def snapshot(self, kv: SequenceKV) -> Snapshot:
+        """The sequence as it is now, to come back to by `restore`: a recurrent state cannot be computed backwards."""
+        pool, states = self._memory.pool, self._memory.pool.states
+        with self.turn():
+            on_disk: tuple[torch.Tensor, ...] = ()
+            if states is not None and (stream := self.start_streaming().kv) is not None:
+                on_disk = stream.read_states(states.extents(kv.tail))
+            return Snapshot(kv.length, tuple(memory.clone() for memory in pool.overwritten(kv)), on_disk)
+
+    def restore(self, kv: SequenceKV, snapshot: Snapshot) -> None:
+        """Take back the tokens since `snapshot`, which was made of `kv`. Raises ConfigError where they are more than a
+        micro-batch has: pages that the sequence would need may have been overwritten."""
+        pool, states = self._memory.pool, self._memory.pool.states
+        most = self.plan.cache.tokens_at_once
+        if not 0 <= kv.length - snapshot.length <= most:
+            raise ConfigError(
+                f"restore: the sequence has {kv.length} tokens, the snapshot {snapshot.length}; expected as many, or "
+                f"at most {most} more"
+            )
+        with self.turn():
+            for memory, kept in zip(pool.overwritten(kv), snapshot.in_memory, strict=True):
+                memory.copy_(kept)
+            if states is not None and (stream := self.start_streaming().kv) is not None:
+                stream.write_states(states.extents(kv.tail), snapshot.on_disk)
+            kv.length = snapshot.length
 
     def run(
         self, segments: Sequence[Segment], on_logits: OnLogits, on_block: OnBlock | None = None, is_last: bool = False

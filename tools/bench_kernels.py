@@ -3,6 +3,7 @@
     tools/bench-kernels                                    the layers of OPT-13B, OPT-175B and Llama-70B; some minutes
     tools/bench-kernels --quick                            one shape, fewer rows
     tools/bench-kernels --kernels auto,avx2 --json figures.json --plot roofline.svg
+    tools/bench-kernels --quick --also mxfp4-g32,nf4-g64   the first kernel with other weights, in the same turns
 
 For each shape and number of rows (M) it times, in turns: our kernels (`--kernels`, each in `--modes`), torch's
 `_weight_int4pack_mm_for_cpu`, bf16 `linear` and `_int_mm` (the raw int8 product, to which quantizing the activations
@@ -17,6 +18,7 @@ The plot needs matplotlib.
 import argparse
 import contextlib
 import json
+import math
 import os
 import platform
 import sys
@@ -29,6 +31,7 @@ import torch
 
 from tiered.kernels import Kernels, Mode, load_library
 from tiered.plan import system
+from tiered.quant import Scheme
 from tiered.units import MIB, format_size
 from tools import kernel_race as race
 from tools.kernel_race import TORCH_BF16, TORCH_INT4, TORCH_INT8, Inputs, LayerShape
@@ -56,7 +59,7 @@ class Row:
     shape: LayerShape
     rows: int
     seconds: Mapping[str, float]
-    """Per call, by contestant; one that would have taken too long is missing."""
+    """Per call, by contestant or scheme of `--also`; one that would have taken too long is missing."""
     read_bandwidth: float
 
     def packed_rate(self, name: str) -> float:
@@ -110,7 +113,7 @@ def main() -> int:
     bandwidth = max(row.read_bandwidth for row in rows)
     peak = max(peaks, default=None)
     checks = [*speed_checks(rows, next(iter(opened)), bandwidth), *checks]
-    print_all(rows, list(opened), bandwidth, peak, checks, arguments.threads)
+    print_all(rows, list(opened), bandwidth, peak, checks, arguments.threads, arguments.also)
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(to_json(rows, bandwidth, peak, checks, arguments.threads), indent=1))
     if arguments.plot is not None:
@@ -122,6 +125,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kernels", type=words, default=["auto"], metavar="NAME,...", help="auto, amx, avx512, ...")
     parser.add_argument("--modes", type=words, default=["invariant", "fast"], metavar="MODE,...")
+    parser.add_argument("--also", type=words, default=[], metavar="SCHEME,...", help="weights beside int4-g64")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--quick", action="store_true", help="only 12288 x 12288, fewer rows")
     parser.add_argument("--shapes", type=parse_shapes, default=list(SHAPES), metavar="OUTxIN,...")
@@ -167,6 +171,10 @@ def measure_shape(
     cache = arguments.cache * MIB
     weight = race.random_weight(shape.out, shape.in_)
     contestants = race.our_contestants(opened, weight, cache) + race.torch_contestants(weight, cache)
+    kernels = next(iter(opened.values()))
+    for name in arguments.also:
+        other = race.random_weight(shape.out, shape.in_, Scheme.parse(name))
+        contestants += race.our_contestants({name: kernels}, other, cache)
     per_row = {contestant.name: 0.0 for contestant in contestants}
     for rows in arguments.rows:
         print(f"{shape.out} x {shape.in_}, M={rows}", file=sys.stderr, flush=True)
@@ -215,6 +223,7 @@ def print_all(
     peak: float | None,
     checks: Sequence[Check],
     threads: int,
+    also: Sequence[str],
 ) -> None:
     """Print everything as Markdown."""
     cpu = system.cpu()
@@ -236,6 +245,13 @@ def print_all(
             for row in rows:
                 if row.shape == shape and name in row.seconds:
                     print("| " + " | ".join(cells(row, name, bandwidth)) + " |")
+        if also:
+            print(f"\n{ours[0]}, ms by scheme\n\n| M | int4-g64 | {' | '.join(also)} |")
+            print("|---" * (2 + len(also)) + "|")
+            for row in rows:
+                if row.shape == shape:
+                    found = (row.seconds.get(name, math.nan) * 1e3 for name in (ours[0], *also))
+                    print(f"| {row.rows} | {' | '.join(f'{milliseconds:.2f}' for milliseconds in found)} |")
     if checks:
         print("\n### Must hold\n\n```")
         print("\n".join(map(str, checks)))

@@ -21,7 +21,7 @@ import torch
 from torch.nn import functional
 
 from tiered.kernels import Kernels
-from tiered.quant import GroupScheme, QuantizedTensor, QuantizedWeight
+from tiered.quant import E8M0, GroupScheme, QuantizedTensor, QuantizedWeight, Scheme
 from tiered.quant.pack import unpack_int4
 from tiered.units import MIB
 from tools.machine_limits import settled
@@ -99,18 +99,20 @@ def measure(contestants: Sequence[Contestant], inputs: Inputs, seconds: float) -
     return {contestant.name: statistics.median(found) for contestant, found in zip(contestants, samples, strict=True)}
 
 
-def random_weight(out: int, in_: int) -> QuantizedWeight:
-    """Weights of about unit variance times 1 / sqrt(in); no kernel's speed depends on the values."""
-    groups = in_ // SCHEME.group_size
-    scale = torch.rand(out, groups).add_(0.5).mul_(0.22 / in_**0.5).to(torch.float16)
-    q = torch.randint(0, 256, (out, in_ // 2), dtype=torch.uint8)
-    zero = torch.randint(6, 10, (out, groups), dtype=torch.uint8)
-    return QuantizedWeight(QuantizedTensor(q, scale, zero), SCHEME)
+def random_weight(out: int, in_: int, scheme: Scheme = SCHEME) -> QuantizedWeight:
+    """4-bit weights, in SCHEME of about unit variance times 1 / sqrt(in); no kernel's speed depends on the values."""
+    scale = torch.rand(scheme.scale_shape(out, in_)).add_(0.5).mul_(0.22 / in_**0.5)
+    if scheme.scale_dtype == E8M0:
+        scale.fill_(118)
+    q = torch.randint(0, 256, scheme.q_shape(out, in_), dtype=torch.uint8)
+    zero = torch.randint(6, 10, scheme.zero_shape(out, in_), dtype=torch.uint8)
+    return QuantizedWeight(QuantizedTensor(q, scale.to(scheme.scale_dtype), zero), scheme)
 
 
 def our_contestants(kernels: Mapping[str, Kernels], weight: QuantizedWeight, cache_nbytes: int) -> list[Contestant]:
     """One for each of `kernels`, all with the same copies of `weight`."""
-    copies = [QuantizedWeight(QuantizedTensor(*parts), SCHEME) for parts in _copies(tuple(weight.codes), cache_nbytes)]
+    parts = _copies(tuple(weight.codes), cache_nbytes)
+    copies = [QuantizedWeight(QuantizedTensor(*copy), weight.scheme) for copy in parts]
     return [Contestant(name, partial(_ours, each), copies) for name, each in kernels.items()]
 
 

@@ -106,6 +106,8 @@ def compile_loops() -> ctypes.CDLL | None:
 
 def settled(tensor: torch.Tensor) -> torch.Tensor:
     """A copy in huge pages, where the kernel has them."""
+    if not tensor.nbytes:
+        return tensor.clone()
     memory = mmap.mmap(-1, round_up(tensor.nbytes, mmap.PAGESIZE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):
         memory.madvise(mmap.MADV_HUGEPAGE)

@@ -145,6 +145,16 @@ def test_attention_that_does_not_come_back_for_the_pages_is_found_out() -> None:
     packed.check(0)
 
 
+def test_states_that_are_not_what_the_cache_was_planned_for_are_refused() -> None:
+    pool = pool_of(plan_of((0,), [MIXED[2]]))
+    kv = pool.reserve(10)
+    assert kv is not None
+    parts = [Part(kv, 0, 4)]
+    expanded = torch.zeros(1, 2, 4, 16, dtype=torch.bfloat16)
+    with pytest.raises(ConfigError, match=r"layer 0: .* are \(2, 32, 0\), the cache was planned for \(1, 24, 0\)"):
+        PackedKV(LentBlocks(pool, parts), parts, [0]).update(expanded, expanded, 0)
+
+
 def test_scratch_memory_stays_within_what_is_planned() -> None:
     passes = passes_of(8, True, (0,), rows=512)
     passes.run_texts([(0, [63, 600])])

@@ -95,8 +95,9 @@ def test_an_unfinished_store_tells_how_to_go_on(tmp_path: Path) -> None:
 def test_the_summary_lists_what_stayed_unquantized_and_warnings() -> None:
     fields = {"store": Path("x.tiered"), "blocks": 3, "nbytes": 1000, "weights": 2000, "seconds": 1.0}
     rest = {"resumed_blocks": 2, "scheme": "int4-g64", "warnings": ("odd names",), "synthetic": False}
-    text = summary(ConvertResult(unquantized=tuple("abcdef"), **fields, **rest))  # type: ignore[arg-type]
-    assert "not quantized: 6 weights" in text and "(a, b, c, d, …)" in text
+    text = summary(ConvertResult(unquantized=tuple("abcdef"), kept=("g",), **fields, **rest))  # type: ignore[arg-type]
+    assert "not quantized: 6 weights whose rows" in text and "(a, b, c, d, …)" in text
+    assert "not quantized: 1 weights that the model's own code computes with, and no linear layer (g)" in text
     assert "warning: odd names" in text and "resumed: 2" in text and "4.00 bits per weight" in text
 
 

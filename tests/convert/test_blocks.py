@@ -121,18 +121,8 @@ def test_weights_follow_in_the_order_of_their_use() -> None:
     assert "self_attn.q_proj.bias" in small and "final_layer_norm.weight" in small
 
 
-def test_large_tensors_that_nothing_borrows_are_dense_in_the_graph_s_order() -> None:
-    # Falcon's linear layers are a class of their own.
-    values = {"hidden_size": 1024, "num_attention_heads": 16, "num_hidden_layers": 1, "bias": True}
-    block = layer_recipe({"model_type": "falcon", **values})
-    assert [t.name.removeprefix(block.prefix) for t in block.tensors if t.kind == "dense"] == [
-        "self_attention.query_key_value.weight",
-        "self_attention.dense.weight",
-        "mlp.dense_h_to_4h.weight",
-        "mlp.dense_4h_to_h.weight",
-    ]
-    assert all(tensor.scheme is None and tensor.numel < 1 << 19 for tensor in block.tensors if tensor.kind == "small")
-    # A router of 1 MiB and more is not lent either: it comes before the weights that are.
+def test_large_tensors_that_nothing_borrows_are_dense_and_come_first() -> None:
+    # A router of 1 MiB and more is not lent: it comes before the weights that are.
     values = {"hidden_size": 4096, "num_attention_heads": 32, "num_hidden_layers": 1, "num_local_experts": 256}
     block = layer_recipe({"model_type": "mixtral", **values, "intermediate_size": 64})
     lent = [t.name.removeprefix(block.prefix) for t in block.tensors if t.kind != "small"]

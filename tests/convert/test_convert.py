@@ -58,7 +58,7 @@ def test_the_trained_checkpoint_keeps_its_bits(tmp_path: Path) -> None:
         assert (tmp_path / "out" / name).read_bytes() == (TRAINED / name).read_bytes()
 
 
-@pytest.mark.parametrize(("quant", "error"), [("int4", 0.12), ("int8", 0.01)])
+@pytest.mark.parametrize(("quant", "error"), [("int4", 0.12), ("int8", 0.01), ("mxfp4-g32", 0.15), ("nf4-g64", 0.12)])
 def test_quantized_weights_are_close_and_the_rest_is_exact(quant: str, error: float, tmp_path: Path) -> None:
     convert_checkpoint(TRAINED, tmp_path / "out", ConvertOptions(quant=quant))
     source, found = load_file(TRAINED / "model.safetensors"), read_store(tmp_path / "out")

@@ -33,7 +33,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "compressed": ("opt", {"quant": "none", "compress": "planes"}),
     "groups of 32": ("granitemoe", {"group_size": 32}),
     "minmax": ("mixtral", {"clip": "minmax"}),
-    "nothing lent": ("falcon", {}),
+    "linear layers of a class of their own": ("falcon", {}),
 }
 
 

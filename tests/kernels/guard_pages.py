@@ -35,6 +35,8 @@ class Guarded:
         """A tensor that ends, or else begins, at a forbidden page."""
         count = torch.Size(shape).numel()
         nbytes = count * dtype.itemsize
+        if not nbytes:
+            return torch.empty(shape, dtype=dtype)
         assert nbytes <= self.nbytes
         start = self.start + (self.nbytes - nbytes if at_end else 0)
         buffer = (ctypes.c_char * nbytes).from_address(start)

@@ -13,12 +13,15 @@ import pytest
 import torch
 
 from tiered.kernels import Level, Library, Mode, load_library
+from tiered.kernels.kernels import quantized_argument
 from tiered.kernels.library import Dtype, Format, Status, WeightArgument
-from tiered.quant import GroupScheme, QuantizedTensor, QuantizedWeight, dequantize
+from tiered.quant import E8M0, CodebookScheme, GroupScheme, QuantizedTensor, QuantizedWeight, Scheme, dequantize
 
 DTYPES = {torch.bfloat16: Dtype.BF16, torch.float32: Dtype.F32}
-SCHEMES = [GroupScheme(bits, group) for bits in (4, 8) for group in (32, 64, 128)]
-FORMATS: list[GroupScheme | None] = [*SCHEMES, None]
+CODEBOOKS = [CodebookScheme("mxfp4", 32), CodebookScheme("nf4", 64), CodebookScheme("iq4nl", 32)]
+INTEGERS = [GroupScheme(bits, group) for bits in (4, 8) for group in (32, 64, 128)]
+SCHEMES: list[Scheme] = [*INTEGERS, *CODEBOOKS]
+FORMATS: list[Scheme | None] = [*SCHEMES, CodebookScheme("nf4", 32), CodebookScheme("iq4nl", 128), None]
 """How a weight may be stored; None is plain bf16."""
 
 
@@ -54,7 +57,7 @@ def context(level: Level, threads: int) -> Iterator[int]:
 class Case:
     """A linear layer and what is put through it."""
 
-    scheme: GroupScheme | None
+    scheme: Scheme | None
     tensors: tuple[torch.Tensor, ...]  # q, scale, zero; or the bf16 weight alone
     x: torch.Tensor  # bf16 [rows, in], rows contiguous in themselves
     bias: torch.Tensor | None = None
@@ -81,7 +84,7 @@ class Case:
 
 
 def random_case(
-    scheme: GroupScheme | None,
+    scheme: Scheme | None,
     out: int,
     units: int,
     rows: int,
@@ -97,21 +100,25 @@ def random_case(
     if scheme is None:
         return Case(None, (torch.randn(out, in_, generator=generator).bfloat16(),), x, made)
     # Not from `quantize`: every code with every zero, and scales down to the least (which fp16 holds as subnormals).
+    # GPTQ's zeros reach 16 at 4 bits.
     q = torch.randint(0, 256, scheme.q_shape(out, in_), generator=generator, dtype=torch.uint8)
-    scale = torch.exp2(torch.randint(-18, 4, scheme.scale_shape(out, in_), generator=generator).float())
-    scale *= 1 + torch.rand(scale.shape, generator=generator)
-    zero = torch.randint(0, scheme.max_code + 1, scheme.zero_shape(out, in_), generator=generator, dtype=torch.uint8)
-    return Case(scheme, (q, scale.half(), zero), x, made)
+    exponent = torch.randint(-18, 4, scheme.scale_shape(out, in_), generator=generator)
+    scale = torch.exp2(exponent.float()) * (1 + torch.rand(exponent.shape, generator=generator))
+    zero_shape, most = scheme.zero_shape(out, in_), 16 if scheme.bits == 4 else 255
+    zero = torch.randint(0, most + 1, zero_shape, generator=generator, dtype=torch.uint8)
+    if isinstance(scheme, CodebookScheme):
+        scale *= torch.randint(0, 2, scale.shape, generator=generator) * 2 - 1
+    stored = (exponent + 127).to(E8M0) if scheme.scale_dtype == E8M0 else scale.to(scheme.scale_dtype)
+    return Case(scheme, (q, stored, zero), x, made)
 
 
 def argument(case: Case) -> WeightArgument:
-    in_ = case.x.shape[1]
-    pointers = [tensor.data_ptr() for tensor in case.tensors]
-    if case.scheme is None:
-        return WeightArgument(Format.DENSE_BF16, 0, case.out, in_, pointers[0], None, None)
-    return WeightArgument(
-        Format.INT4 if case.scheme.bits == 4 else Format.INT8, case.scheme.group_size, case.out, in_, *pointers
-    )
+    weight = case.weight
+    if isinstance(weight, QuantizedWeight):
+        argument = quantized_argument(weight)
+        argument.in_ = case.x.shape[1]
+        return argument
+    return WeightArgument(Format.DENSE_BF16, 0, case.out, case.x.shape[1], weight.data_ptr())
 
 
 def into(made: int, case: Case, y: torch.Tensor, mode: Mode = Mode.INVARIANT, cancel: int | None = None) -> Status:

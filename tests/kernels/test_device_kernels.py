@@ -44,7 +44,7 @@ from tiered.kernels import (
 )
 from tiered.kernels.attention_torch import attention_nbytes
 from tiered.kernels.linear_torch import Sizes, round_activations
-from tiered.quant import GroupScheme, QuantizedWeight
+from tiered.quant import GroupScheme, QuantizedWeight, Scheme
 
 pytestmark = pytest.mark.inputs("tiered/kernels", "tiered/quant", "tests/kernels")
 
@@ -65,7 +65,7 @@ def made(mode: Mode = Mode.INVARIANT, cancel: CancelFlag | None = None) -> Devic
     return DeviceKernels(HOST, mode, cancel, "torch")
 
 
-def case_of(scheme: GroupScheme | None, dtype: torch.dtype, out: int = 67, units: int = 5, rows: int = 9) -> Case:
+def case_of(scheme: Scheme | None, dtype: torch.dtype, out: int = 67, units: int = 5, rows: int = 9) -> Case:
     case = random_case(scheme, out, units, rows, torch.float32)
     # So small that results fit float16.
     return replace(case, x=(case.x.float() / 256).to(dtype))
@@ -75,7 +75,7 @@ def case_of(scheme: GroupScheme | None, dtype: torch.dtype, out: int = 67, units
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scheme", FORMATS, ids=str)
 @pytest.mark.usefixtures("tiny")
-def test_products_agree_with_the_reference(scheme: GroupScheme | None, dtype: torch.dtype, mode: Mode) -> None:
+def test_products_agree_with_the_reference(scheme: Scheme | None, dtype: torch.dtype, mode: Mode) -> None:
     case = case_of(scheme, dtype)
     rounded = mode is Mode.FAST and scheme is not None and scheme.bits == 8 and dtype != torch.float32
     for bias in (None, case.bias):
@@ -88,7 +88,7 @@ def test_products_agree_with_the_reference(scheme: GroupScheme | None, dtype: to
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scheme", FORMATS, ids=str)
-def test_a_row_alone_has_the_bits_of_the_row_in_any_batch(scheme: GroupScheme | None, dtype: torch.dtype) -> None:
+def test_a_row_alone_has_the_bits_of_the_row_in_any_batch(scheme: Scheme | None, dtype: torch.dtype) -> None:
     case = case_of(scheme, dtype, out=301, units=1024 // (scheme.group_size if scheme else 32), rows=37)
     kernels = made()
     together = kernels.linear(case.x, case.weight, case.bias)
@@ -132,7 +132,7 @@ def test_fast_rounds_activations_of_8_bit_weights_by_the_group(group: int, dtype
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 @pytest.mark.usefixtures("tiny")
-def test_weights_are_widened_bit_for_bit(scheme: GroupScheme, dtype: torch.dtype) -> None:
+def test_weights_are_widened_bit_for_bit(scheme: Scheme, dtype: torch.dtype) -> None:
     weight = random_case(scheme, 70, 3, 1).weight
     assert isinstance(weight, QuantizedWeight)
     for start, stop in ((0, 70), (13, 14), (5, 69)):

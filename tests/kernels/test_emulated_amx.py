@@ -33,8 +33,8 @@ def emulated(build: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     emulating = [path for path in build.sources() if build.level_of(path) == "amx"]
     others = [path for path in build.sources() if path not in emulating]
     # Only the tiles, of which every one takes thousands of operations, gain more by optimization than it costs.
-    objects = build.compile_all(program, emulating, folder, *flags)
-    objects += build.compile_all(program, others, folder, *flags, "-Og")
+    objects = build.compile_all(program, emulating, folder, *flags, "-O1")
+    objects += build.compile_all(program, others, folder, *flags, "-O0")
     build.run([*program, *map(str, objects), *build.LINK_FLAGS, "-o", str(made)])
     refusal = Library(made).refusal(Level.AMX)
     if refusal is not None:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from tests.kernels import guard_pages
 from tests.kernels.native_linear import (
+    CODEBOOKS,
     FORMATS,
     SCHEMES,
     Case,
@@ -32,7 +33,7 @@ from tests.warm import call_warm
 from tiered.errors import InterruptedRun
 from tiered.kernels import CancelFlag, Kernels, Level, Mode, packed_row_nbytes, reference, scratch_nbytes
 from tiered.kernels.library import Dtype, Status
-from tiered.quant import GroupScheme, QuantizedWeight, quantize
+from tiered.quant import GroupScheme, QuantizedWeight, Scheme, quantize
 
 pytestmark = pytest.mark.inputs("tiered/kernels", "tiered/quant", "tests/kernels")
 
@@ -123,7 +124,7 @@ def test_blocks_of_rows_leave_no_trace(level: Level, rows: int) -> None:
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.name)
-def test_outliers_among_the_channels_do_no_harm(level: Level, scheme: GroupScheme) -> None:
+def test_outliers_among_the_channels_do_no_harm(level: Level, scheme: Scheme) -> None:
     case = with_outliers(scheme)
     exact = case.exact()
     assert error(run(level, case), exact) <= TOLERANCE
@@ -141,7 +142,18 @@ def test_one_row_with_outliers_is_no_worse(level: Level) -> None:
     assert error(run(level, case, Mode.FAST), case.exact()) <= OUTLIER_TOLERANCE
 
 
-def with_outliers(scheme: GroupScheme) -> Case:
+@pytest.mark.parametrize("mode", Mode)
+def test_zeros_of_4_bits_may_be_16_as_in_gptq(level: Level, mode: Mode) -> None:
+    for rows in (1, 9):
+        case = random_case(GroupScheme(4, 32), out=40, units=9, rows=rows)
+        case.tensors[2].fill_(16)
+        assert (
+            relative_error(run(level, case, mode), case.exact(), case)
+            <= (FAST_TOLERANCE, TOLERANCE)[mode is Mode.INVARIANT]
+        )
+
+
+def with_outliers(scheme: Scheme) -> Case:
     generator = torch.Generator().manual_seed(5)
     weight = torch.randn(192, 4096, generator=generator)
     x = torch.randn(16, 4096, generator=generator)
@@ -216,7 +228,7 @@ def test_dequantized_rows_have_the_bits_of_the_reference(level: Level, data: st.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.name)
 def test_other_dtypes_of_x_get_what_the_reference_computes(
-    level: Level, scheme: GroupScheme, dtype: torch.dtype, rows: int, monkeypatch: pytest.MonkeyPatch
+    level: Level, scheme: Scheme, dtype: torch.dtype, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reference, "PANEL_WEIGHTS", 4000)  # several panels, with a tail
     case = random_case(scheme, out=31, units=5, rows=rows, bias=torch.float32)
@@ -301,10 +313,10 @@ def test_arguments_that_make_no_sense_are_refused() -> None:
 
 
 @pytest.mark.parametrize("mode", list(Mode), ids=lambda mode: mode.value)
-@pytest.mark.parametrize("scheme", [GroupScheme(4), GroupScheme(8), None], ids=str)
+@pytest.mark.parametrize("scheme", [GroupScheme(4), GroupScheme(8), *CODEBOOKS[:2], None], ids=str)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_what_is_no_number_stays_none_and_in_its_own_row(
-    level: Level, scheme: GroupScheme | None, mode: Mode, bad: float
+    level: Level, scheme: Scheme | None, mode: Mode, bad: float
 ) -> None:
     for rows in (1, 3, 9, 40):
         case = random_case(scheme, out=40, units=5, rows=rows)

@@ -77,7 +77,7 @@ def assert_equal(found: QuantizedTensor, expected: QuantizedTensor) -> None:
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.name)
 def test_every_bit_is_the_references(scheme: GroupScheme, dtype: torch.dtype, level: Level) -> None:
     with kernels(level) as native:
-        assert native.quantizes(dtype)
+        assert native.quantizes(dtype, scheme)
         for rows, groups in ((1, 1), (1, 16), (3, 5), (7, 9), (33, 2), (64, 33)):
             for clip in CLIPS:
                 for magnitude in (0.02, 1e-6, 1e-8, 300.0):
@@ -184,7 +184,7 @@ def test_bad_arguments_are_the_references_errors(level: Level) -> None:
 def test_without_the_library_torch_quantizes() -> None:
     weight, scheme = weights(5, 128), GroupScheme(4)
     with Kernels(1, name="torch") as reference:
-        assert not reference.quantizes(weight.dtype)
+        assert not reference.quantizes(weight.dtype, scheme)
         assert_equal(reference.quantize(weight, scheme), quantize(weight, scheme))
 
 

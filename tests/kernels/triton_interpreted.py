@@ -15,7 +15,7 @@ import torch
 
 from tests.kernels.native_linear import SCHEMES, Case, random_case, relative_error
 from tiered.kernels import DeviceKernels, Mode
-from tiered.quant import GroupScheme, QuantizedWeight
+from tiered.quant import GroupScheme, QuantizedWeight, Scheme
 
 HOST: Final = torch.device("cpu")
 GROUPS: Final = (32, 64, 128)
@@ -46,7 +46,7 @@ def found() -> Iterator[tuple[str, float, float]]:
     yield "int8 activations, many rows", _error_of_int8(GroupScheme(8), rows=70), EXACT
 
 
-def _case(scheme: GroupScheme, rows: int, out: int = 67) -> Case:
+def _case(scheme: Scheme, rows: int, out: int = 67) -> Case:
     case = random_case(scheme, out, 3, rows, torch.float32, padding=5)
     return replace(case, x=(case.x.float() / 256).half())
 
@@ -55,14 +55,14 @@ def _kernels(mode: Mode) -> DeviceKernels:
     return DeviceKernels(HOST, mode, name="triton")
 
 
-def _error(scheme: GroupScheme, mode: Mode, rows: int, out: int = 67, has_products: bool = True) -> float:
+def _error(scheme: Scheme, mode: Mode, rows: int, out: int = 67, has_products: bool = True) -> float:
     case = _case(scheme, rows, out)
     kernels = _kernels(mode)
     kernels._has_products = has_products
     return relative_error(kernels.linear(case.x, case.weight, case.bias), case.exact(), case)
 
 
-def _error_of_bf16(scheme: GroupScheme) -> float:
+def _error_of_bf16(scheme: Scheme) -> float:
     from triton import language
 
     from tiered.kernels import triton_kernels
@@ -84,7 +84,7 @@ def _error_of_int8(scheme: GroupScheme, rows: int) -> float:
     return relative_error(_kernels(Mode.FAST).linear(case.x, case.weight, case.bias), expected, case)
 
 
-def _differing_weights(scheme: GroupScheme) -> float:
+def _differing_weights(scheme: Scheme) -> float:
     weight = _case(scheme, 1, out=70).weight
     assert isinstance(weight, QuantizedWeight)
     different = [

@@ -13,7 +13,7 @@ from triton.backends.compiler import GPUTarget
 
 from tests.kernels.native_linear import random_case
 from tiered.kernels import triton_kernels as kernels
-from tiered.quant import GroupScheme, QuantizedWeight
+from tiered.quant import CodebookScheme, GroupScheme, QuantizedWeight
 
 ROWS: Final = (1, 2, 16, 70)
 
@@ -49,7 +49,7 @@ def main() -> None:
 
 def launches() -> Iterator[str]:
     """Names of what is launched next."""
-    for scheme in (GroupScheme(4), GroupScheme(8, 32)):
+    for scheme in (GroupScheme(4), GroupScheme(8, 32), CodebookScheme("mxfp4", 32)):
         for has_bias in (False, True):
             yield f"{scheme.name}{' bias' if has_bias else ''}"
             for rows in ROWS:

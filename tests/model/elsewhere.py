@@ -33,7 +33,7 @@ from tiered.stream import AnyWeight, FetchedRows
 WHERE: Final = torch.device("privateuseone:0")
 HOST: Final = torch.device("cpu")
 IDS: Final = list(range(3, 83))
-BY_CACHE: Final = ("llama", "gemma3_text", "bloom")
+BY_CACHE: Final = ("llama", "gemma3_text", "bloom", "deepseek_v3", "llama4_text")
 """Tried with other kinds of cache, over more than a page: one of each kind of attention."""
 CACHES: Final[tuple[tuple[Bits, bool], ...]] = ((4, False), (16, True), (4, True))
 """Their bits, and whether they are at the host."""

@@ -6,10 +6,12 @@ longer than the sliding windows.
 
 from contextlib import ExitStack
 from dataclasses import fields
+from functools import partial
 from typing import Final
 
 import pytest
 import torch
+from transformers import CONFIG_MAPPING
 
 from tests.helpers import (
     LENGTH_DEPENDENT,
@@ -17,11 +19,11 @@ from tests.helpers import (
     TINY,
     Answers,
     Tiny,
-    Tokens,
     assert_same,
+    cached_answers,
+    few_rows,
     open_runtime,
     prompts_for,
-    reference_logits,
     reserved,
     run_greedy,
     run_segments,
@@ -35,13 +37,14 @@ from tiered.model import Segment
 REPRESENTATIVES: Final = (
     *("opt", "opt-350m", "gpt_neox", "bloom", "mpt", "gpt_bigcode", "gpt_neox_japanese", "biogpt", "diffllama"),
     *("llama-tied-biased", "gemma2", "mistral", "qwen3_moe", "glm4_moe", "gpt2", "gpt_oss", "gemma4_text"),
+    *("qwen3_next", "lfm2", "falcon_h1", "mamba2", "nemotron_h", "jamba"),
 )
 """For --quick: learned positions and rotary ones, ALiBi, windows, soft caps, tied weights, mixtures with and without
 shared experts; and whatever the table says of a family."""
 
 
 def test_every_family_of_the_table_is_tested() -> None:
-    assert {tiny_config(name).model_type for name in TINY} == set(FAMILIES)
+    assert {tiny_config(name).model_type for name in TINY} == set(FAMILIES) & set(CONFIG_MAPPING)
 
 
 def test_the_representatives_have_every_value_of_every_column_of_the_table() -> None:
@@ -57,14 +60,16 @@ def test_a_family_gives_what_transformers_gives(tiny: Tiny, name: str) -> None:
     prompts, expected = prompts_for(name), tiny.reference(name)
     with open_runtime(tiny.store(name)) as runtime:
         assert_same(run_greedy(runtime, prompts), expected)
-    with open_runtime(tiny.store(name), micro_batch_rows=6) as runtime:
+    with open_runtime(tiny.store(name), micro_batch_rows=few_rows(name)) as runtime:
         assert_same(run_greedy(runtime, prompts, steps=8), expected)
 
 
 @pytest.mark.parametrize("quant", represented(["int4", "int8"], ["int4"]))
 @pytest.mark.parametrize(
     "name",
-    represented(["opt", "llama", "gpt_neox", "gpt2", "qwen3_moe", "gpt_oss", "gemma4_text"], ["opt", "gpt_oss"]),
+    represented(
+        ["opt", "llama", "gpt_neox", "gpt2", "qwen3_moe", "gpt_oss", "deepseek_v3", "gemma4_text"], ["opt", "gpt_oss"]
+    ),
 )
 def test_a_quantized_store_gives_what_its_dequantized_weights_give(tiny: Tiny, name: str, quant: str) -> None:
     assert tiny.store(name, quant).manifest.quantization["layers"] is not None
@@ -73,35 +78,25 @@ def test_a_quantized_store_gives_what_its_dequantized_weights_give(tiny: Tiny, n
         assert_same(run_greedy(runtime, prompts_for(name)), expected)
 
 
+@pytest.mark.parametrize(("name", "quant"), [("llama", "nf4-g64"), ("qwen3_moe", "mxfp4-g32")])
+def test_codes_that_are_looked_up_give_what_they_stand_for(tiny: Tiny, name: str, quant: str) -> None:
+    test_a_quantized_store_gives_what_its_dequantized_weights_give(tiny, name, quant)
+
+
 @pytest.mark.parametrize("rows", [None, 6])
 @pytest.mark.parametrize("name", LENGTH_DEPENDENT)
 def test_rotary_frequencies_follow_the_length_of_each_text(tiny: Tiny, name: str, rows: int | None) -> None:
     long, short = prompts_for(name)
     assert len(short) < SHORT_TEXT < len(long)
-    expected = cached_answers(tiny, name, long, steps=8)
+    expected = cached_answers(partial(tiny.model, name), long, steps=8)
     # A text that grows past the limit is another matter: `generate` of some families then starts over.
-    expected_short = cached_answers(tiny, name, short, steps=SHORT_TEXT - len(short))
+    expected_short = cached_answers(partial(tiny.model, name), short, steps=SHORT_TEXT - len(short))
     with open_runtime(tiny.store(name), micro_batch_rows=rows) as runtime:
         assert_same(run_greedy(runtime, [long], steps=8), expected)
         assert_same(run_greedy(runtime, [short], steps=2), expected_short)
         together = run_greedy(runtime, [short, long], steps=3)
     assert_same(Answers(together.tokens[:1], together.logits[:1]), expected_short)
     assert_same(Answers(together.tokens[1:], together.logits[1:]), expected)
-
-
-def cached_answers(tiny: Tiny, name: str, prompt: Tokens, steps: int) -> Answers:
-    """transformers' answer, token by token with its own cache, by a model that has seen no other text."""
-    ids = torch.tensor([list(prompt)])
-    output = tiny.model(name).generate(  # type: ignore[operator]  # only exists on classes that mix it in
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=steps,
-        do_sample=False,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
-    logits = torch.cat([reference_logits(tiny.model(name), prompt), *output.logits[1:]])
-    return Answers((output.sequences[0, len(prompt) :].tolist(),), (logits,))
 
 
 def test_only_the_positions_asked_for_get_logits(tiny: Tiny) -> None:

@@ -2,6 +2,7 @@
 
 from contextlib import ExitStack
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any, Final
 
@@ -135,6 +136,7 @@ CELLS: Final = [
     if name != "gemma4_text" or (second + third) % 3 == 0
 ]
 """Gemma 4 differs from Gemma 3 in whose pages a layer reads, and meets every tier and format once."""
+CELLS += [("deepseek_v3", PROMPTS, "cpu", 8, 40), ("llama4_text", PROMPTS, "disk", 16, 40)]
 
 
 @pytest.mark.parametrize(
@@ -154,8 +156,10 @@ def test_sequences_that_come_and_go_get_the_tokens_of_one_processor(
     assert runtime.device.copied_out > 0
 
 
-@pytest.mark.parametrize("bits", [16, 8, 4])
-@pytest.mark.parametrize("name", ["llama", "gemma3_text", "bloom"])
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    [*product(("llama", "gemma3_text", "bloom"), (16, 8, 4)), ("deepseek_v3", 8), ("llama4_text", 16)],
+)
 def test_a_cache_at_the_device_gives_the_tokens_of_one_processor(name: str, bits: Bits) -> None:
     with SeatedRuntime(store_of(name), workload(), ALL, on_device=True, kv_bits=bits) as runtime:
         found = run_crowd(runtime)

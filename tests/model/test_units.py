@@ -223,7 +223,7 @@ def test_weights_in_ranges_of_rows_and_units_of_several_weights(
 
 SPLIT: Final = ("opt", "opt-350m", "llama", "llama-tied-biased", "gemma2", "phi", "falcon", "glm4_moe")
 """Tied heads and heads of their own, biases (Phi's head has one), soft caps, projections around the layers, dense
-attention, experts, and matrices that nothing borrows (Falcon's, routers)."""
+attention, linear layers of a class of their own (Falcon's), experts, and matrices that nothing borrows (routers)."""
 
 
 @pytest.mark.parametrize(

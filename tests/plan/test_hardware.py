@@ -6,7 +6,8 @@ import pytest
 
 from tiered.errors import ConfigError
 from tiered.plan import ComputeRate, KVShape
-from tiered.plan.hardware import DiskRates, Hardware, roofline
+from tiered.plan.hardware import DiskRates, Hardware, bytes_per_weight, roofline
+from tiered.quant import Scheme
 
 DESCRIBED = """
 name = "two cores"
@@ -91,6 +92,15 @@ def test_groups_of_another_size_take_the_time_of_their_bytes() -> None:
     measured, finer = (cpu.linear_rate(scheme, "invariant") for scheme in ("int4-g64", "int4-g32"))
     assert finer.rows == measured.rows
     assert finer.seconds_per_weight[0] == pytest.approx(measured.seconds_per_weight[0] * (19 / 32) / (35 / 64))
+
+
+@pytest.mark.parametrize("name", ["int4-g64", "int8-g32", "mxfp4-g32", "nf4-g64", "iq4nl-g32"])
+def test_a_weight_takes_the_bytes_of_its_scheme_and_codes_that_are_looked_up_compute_as_int4(name: str) -> None:
+    assert bytes_per_weight(name) == Scheme.parse(name).nbytes(1, 128) / 128
+    cpu = Hardware.from_toml(DESCRIBED, "described").cpu
+    share = bytes_per_weight(name) / bytes_per_weight("int8-g64" if name.startswith("int8") else "int4-g64")
+    known = cpu.linear_rate("int8-g64" if name.startswith("int8") else "int4-g64", "fast")
+    assert cpu.linear_rate(name, "fast").seconds(1, 1) == pytest.approx(share * known.seconds(1, 1))
 
 
 def test_written_down_and_read_back_it_is_the_same_machine() -> None:

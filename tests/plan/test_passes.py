@@ -1,15 +1,18 @@
 """Passes and their micro-batches: prompts share what room there is; every token once and in order, none too large."""
 
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any, Final
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.plan.plans import plan_of
+from tests.plan.plans import CACHE, plan_of
+from tiered.plan import Plan
 from tiered.plan.pace import LEAST, Pace
 from tiered.plan.passes import MicroBatchLimits, plan_micro_batches, share_pass
+from tiered.plan.state import Grid, StateShape
 from tiered.units import PAGE_TOKENS
 
 LENGTHS: Final = st.sampled_from([1, 1, 1, 2, 6, 7, 8, 63, 64, 65, 200])
@@ -21,6 +24,11 @@ LENT: Final = 10
 
 def tokens_of(past: int, tokens: int) -> range:
     return range(past, past + tokens)
+
+
+def plan_on(grid: Grid, **fields: Any) -> Plan:
+    """A plan of a model whose prompts are cut on `grid`."""
+    return plan_of(cache=replace(CACHE, state=StateShape((), grid, 0, 0)), **fields)
 
 
 def is_within_a_page(tokens: range) -> bool:
@@ -152,3 +160,35 @@ def test_where_latency_counts_prompts_keep_to_the_pace_while_others_decode() -> 
     plan = plan_of(max_batched_tokens=1000, objective="latency")
     assert share_pass(plan, Pace(), 1, [500]) == [LEAST]
     assert share_pass(plan, Pace(), 0, [500]) == [500]
+
+
+@given(
+    text=st.integers(2, 400), rows=st.integers(1, 300), tokens=st.sampled_from([0, 1, 8, 64]), one_cell=st.booleans()
+)
+def test_on_a_grid_parts_begin_on_its_lines_however_a_prompt_is_cut(
+    text: int, rows: int, tokens: int, one_cell: bool
+) -> None:
+    grid = Grid(tokens, one_cell and tokens > 1)
+    plan = plan_on(grid, max_batched_tokens=max(rows, grid.cell(text)), objective="throughput")
+    limits, done, parts = limits_of(rows=rows, grid=grid), 0, list[range]()
+    while done < text:
+        (share,) = share_pass(plan, Pace(), 0, [text - done])
+        assert share, "a prompt must get on"
+        groups = plan_micro_batches([range(done, done + share)], limits)
+        parts += [part for group in groups for micro_batch in group for part in micro_batch.values()]
+        done += share
+    assert [token for part in parts for token in part] == list(range(text))
+    if not tokens:
+        assert parts == [range(text)]
+    elif tokens > 1:
+        assert all(part.start % tokens == 0 for part in parts)
+        assert all(len(part) == 1 for part in parts if part.stop % tokens == 1)
+        assert max(map(len, parts)) <= (tokens if grid.one_cell else max(rows, tokens))
+
+
+def test_where_latency_counts_a_prompt_takes_at_least_a_cell_of_its_grid() -> None:
+    plan = plan_on(Grid(256), max_batched_tokens=1000, objective="latency")
+    assert share_pass(plan, Pace(), 1, [500]) == [256]
+    assert share_pass(plan, Pace(), 900, [500]) == [0]
+    assert share_pass(plan, Pace(), 0, [300, 90]) == [300, 90]
+    assert share_pass(plan, Pace(), 0, [900, 300]) == [512, 300]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tiered.errors import ConfigError
-from tiered.quant import GroupScheme, SyntheticPool, dequantize
+from tiered.quant import GroupScheme, Scheme, SyntheticPool, dequantize
 from tiered.units import MIB
 
 INT4 = GroupScheme(4)
@@ -27,23 +27,29 @@ def pool() -> SyntheticPool:
 def weight_of(pool: SyntheticPool, out_features: int, in_features: int, key: str, std: float) -> Tensor:
     """The dequantized weight of three streams."""
     scheme = pool.scheme
-    q = b"".join(pool.q_pieces(range(out_features), in_features, key))
-    scale = b"".join(pool.scale_pieces(range(out_features), in_features, key, std))
-    zero = b"".join(pool.zero_pieces(range(out_features), in_features, key))
+    shape = out_features, in_features
+    pieces = (
+        pool.q_pieces(range(out_features), in_features, key),
+        pool.scale_pieces(range(out_features), in_features, key, std),
+        pool.zero_pieces(range(out_features), in_features, key),
+    )
+    q, scale, zero = (torch.from_numpy(np.frombuffer(b"".join(stream), np.uint8).copy()) for stream in pieces)
     return dequantize(
-        torch.from_numpy(np.frombuffer(q, np.uint8).copy()).view(scheme.q_shape(out_features, in_features)),
-        torch.from_numpy(np.frombuffer(scale, np.float16).copy()).view(scheme.scale_shape(out_features, in_features)),
-        torch.from_numpy(np.frombuffer(zero, np.uint8).copy()).view(scheme.zero_shape(out_features, in_features)),
+        q.view(scheme.q_shape(*shape)),
+        scale.view(scheme.scale_dtype).view(scheme.scale_shape(*shape)),
+        zero.view(scheme.zero_shape(*shape)),
         scheme,
     )
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_weights_have_the_mean_and_the_deviation_asked_for(bits: int) -> None:
-    pool = SyntheticPool(GroupScheme(bits), nbytes=MIB)
-    weight = weight_of(pool, 1000, 3072, "fc1", std=0.02)
+@pytest.mark.parametrize("name", ["int4-g64", "int8-g64", "mxfp4-g32", "nf4-g64", "iq4nl-g32"])
+def test_weights_have_the_mean_and_the_deviation_asked_for(name: str) -> None:
+    pool = SyntheticPool(Scheme.parse(name), nbytes=MIB)
+    # Scales that are exponents can follow powers of two only.
+    std = 2.0**-6 if name == "mxfp4-g32" else 0.02
+    weight = weight_of(pool, 1000, 3072, "fc1", std)
     assert abs(float(weight.mean())) < 1e-4
-    assert float(weight.std()) == pytest.approx(0.02, rel=0.02)
+    assert float(weight.std()) == pytest.approx(std, rel=0.02)
     # Scales that belonged to other groups would betray themselves by clipped or hollow ranges.
     assert float(weight.abs().max()) < 0.02 * 7
 

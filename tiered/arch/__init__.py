@@ -1,5 +1,6 @@
 """What a model family looks like: its table entry, its graph on the meta device, its blocks."""
 
+from tiered.arch.config import is_text_half, load_config, text_config
 from tiered.arch.context import (
     chunked_layers,
     context_for,
@@ -8,7 +9,8 @@ from tiered.arch.context import (
     layer_windows,
     most_positions,
 )
-from tiered.arch.families import FAMILIES, Family, family_for
+from tiered.arch.families import FAMILIES, Family, Scan, family_for
+from tiered.arch.mixers import is_mixer, state_shape
 from tiered.arch.modules import ExpertStacks, expert_stacks, linear_size
 from tiered.arch.order import order_of_use
 from tiered.arch.skeleton import (
@@ -16,8 +18,6 @@ from tiered.arch.skeleton import (
     ParameterInfo,
     Skeleton,
     build_skeleton,
-    load_config,
-    text_config,
 )
 from tiered.arch.tokenizer import read_tokenizer
 
@@ -27,12 +27,15 @@ __all__ = [
     "ExpertStacks",
     "Family",
     "ParameterInfo",
+    "Scan",
     "Skeleton",
     "build_skeleton",
     "chunked_layers",
     "context_for",
     "expert_stacks",
     "family_for",
+    "is_mixer",
+    "is_text_half",
     "kv_sources",
     "layer_configs",
     "layer_windows",
@@ -41,5 +44,6 @@ __all__ = [
     "most_positions",
     "order_of_use",
     "read_tokenizer",
+    "state_shape",
     "text_config",
 ]

@@ -15,6 +15,8 @@ from transformers.pytorch_utils import Conv1D
 
 _GATED: Final = ("gate_up_proj", "down_proj")
 _UNGATED: Final = ("up_proj", "down_proj")
+_LINEAR_CLASSES: Final = ("FalconLinear",)
+"""Subclasses of nn.Linear whose own forward computes the same."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,8 @@ def linear_size(module: nn.Module) -> tuple[int, int] | None:
     nn.Linear that does more."""
     if isinstance(module, Conv1D):
         return module.nf, module.nx
-    if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
+    own = type(module)
+    if isinstance(module, nn.Linear) and (own.forward is nn.Linear.forward or own.__name__ in _LINEAR_CLASSES):
         return module.out_features, module.in_features
     return None
 

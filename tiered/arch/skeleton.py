@@ -6,42 +6,29 @@ contain, `model/` to run it.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from tiered.arch.context import layer_configs
+from tiered.arch.config import REMEDY
 from tiered.arch.families import Family, IdTable, family_for
-from tiered.arch.modules import lent_weights
+from tiered.arch.modules import lent_weights, linear_size
 from tiered.errors import CheckpointError, ConfigError, TieredError, UnsupportedFamilyError, shortened
-from tiered.files import errors_of, read_json
 from tiered.units import GIB, format_size
 
-_MOST_LAYERS: Final = 500
-_MOST: Final = {
-    **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layers", "n_layer"), _MOST_LAYERS),
-    "num_labels": 10_000,
-}
-"""Largest value of fields that count parts: transformers makes an object for each, which takes seconds for so many."""
 _MOST_TABLES_NBYTES: Final = GIB
 """Most bytes of buffers that a graph makes for itself (masks, rotary frequencies): they stay in memory."""
 _MOST_TENSOR_NBYTES: Final = 1 << 40
 """Most bytes of one parameter; a stack of all experts of a layer is one."""
-_LEAST: Final = {
-    **dict.fromkeys(("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size"), 1),
-    **dict.fromkeys(("max_position_embeddings", "num_key_value_heads", "head_dim", "sliding_window"), 0),
-}
-"""Least value of each size that tiered itself reads. Sizes that may be 0 may be None: others are then used instead."""
-_REMEDY: Final = "put the model's own config.json there"
 
 
 @dataclass(frozen=True)
@@ -181,79 +168,6 @@ def _stored_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
             yield name, model.get_buffer(name)
 
 
-def load_config(folder: Path) -> PretrainedConfig:
-    """The configuration in `folder`/config.json, without running code from the folder.
-
-    A wrapper configuration around a text model is an error: its checkpoint holds more than a language model.
-    Raises CheckpointError where the file is missing or is no configuration, UnsupportedFamilyError where the model
-    is of a family that is not in the table.
-    """
-    path = folder / "config.json"
-    try:
-        raw = read_json(path, CheckpointError, _REMEDY)
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{folder}: no config.json; expected a Hugging Face model folder (config.json, tokenizer files, weights)"
-        ) from None
-    if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
-        raise CheckpointError(f"{path}: has no 'model_type'; expected a Hugging Face model configuration")
-    family_for(raw["model_type"])
-    try:
-        _check_counts(raw)
-        with errors_of(path):
-            config: PretrainedConfig = AutoConfig.from_pretrained(
-                folder, trust_remote_code=False, local_files_only=True
-            )
-        _check_read_here(config)
-    except MemoryError:
-        raise  # an error of the machine, not of the file
-    except Exception as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise  # an error of the disk, not of the file
-        # Each family has code of its own that checks and converts fields and computes with them; it may raise anything.
-        raise CheckpointError(f"{path}: transformers cannot read it: {shortened(error)}; {_REMEDY}") from error
-    return config
-
-
-def text_config(values: dict[str, Any]) -> PretrainedConfig:
-    """A configuration from keyword arguments, as `configs/models/*.toml` hold them: model_type and its fields."""
-    fields = dict(values)
-    model_type = fields.pop("model_type", None)
-    if not isinstance(model_type, str):
-        raise ConfigError("model shape: [config] has no model_type")
-    family_for(model_type)
-    _check_counts(fields)
-    config: PretrainedConfig = AutoConfig.for_model(model_type, **fields)
-    _check_read_here(config)
-    return config
-
-
-def _check_counts(values: Mapping[str, Any]) -> None:
-    """Raises ValueError where a configuration asks for so many parts that even reading it would never end."""
-    counts = [(name, values[name], most) for name, most in _MOST.items() if isinstance(values.get(name), int)]
-    # GPT-Neo's: [[["global", "local"], 12]] are 24 layers.
-    pairs = values.get("attention_types")
-    for pair in pairs if isinstance(pairs, list) else ():
-        if isinstance(pair, list) and isinstance(pair[-1], int):
-            counts.append(("attention_types", pair[-1], _MOST_LAYERS))
-    for name, count, most in counts:
-        if count > most:
-            raise ValueError(f"{name} is {count}, expected at most {most:,}")
-
-
-def _check_read_here(config: PretrainedConfig) -> None:
-    """Raises ValueError for bad values that tiered itself computes with: some families accept anything there."""
-    for name, least in _LEAST.items():
-        for value in (getattr(each, name, least) for each in layer_configs(config)):
-            if value is None and not least:
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"{name} is {value!r}, expected a whole number" + " above 0" * least)
-    types = getattr(config, "layer_types", None)
-    if types is not None and (not isinstance(types, list | tuple) or len(types) != config.num_hidden_layers):
-        raise ValueError(f"layer_types is {types!r}, expected a name for each of {config.num_hidden_layers} layers")
-
-
 def build_skeleton(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> Skeleton:
     """The model of `config` with parameters on the meta device and real buffers, ready for evaluation.
 
@@ -267,6 +181,8 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype = torch.float32)
             f"{config.name_or_path or 'model shape'}: attention sees later tokens, too (use_bidirectional_attention is "
             f"{config.use_bidirectional_attention!r}), so it cannot generate; expected a model that sees earlier ones"
         )
+    # Linear layers are called, where some families would multiply by a weight that is elsewhere.
+    config._is_quantized = True
     if getattr(config, "output_router_logits", False):
         config.output_router_logits = False  # for a loss in training, of logits that nobody notes here
     with _naming(config):
@@ -281,7 +197,8 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype = torch.float32)
     except AttributeError:
         layers = None
     embed, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if not isinstance(layers, nn.ModuleList) or not isinstance(embed, nn.Embedding) or not isinstance(head, nn.Linear):
+    is_plain_head = isinstance(head, nn.Linear) and linear_size(head) is not None
+    if not isinstance(layers, nn.ModuleList) or not isinstance(embed, nn.Embedding) or not is_plain_head:
         raise UnsupportedFamilyError(
             f"model family {config.model_type!r}: this version of transformers lays it out differently from what "
             f"tiered expects (layers at {family.layers!r}, an nn.Embedding, an nn.Linear head); "
@@ -304,7 +221,7 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype = torch.float32)
         if module.num_embeddings < embed.num_embeddings:
             raise CheckpointError(
                 f"{config.name_or_path or 'model shape'}: {table.module} has {module.num_embeddings:,} rows for "
-                f"{embed.num_embeddings:,} tokens, expected one for each; {_REMEDY}"
+                f"{embed.num_embeddings:,} tokens, expected one for each; {REMEDY}"
             )
     return skeleton
 
@@ -349,7 +266,7 @@ def _naming(config: PretrainedConfig) -> Iterator[None]:
         reason = f"transformers cannot build the {config.model_type} model that it describes: {shortened(error)}"
         if not config.name_or_path:
             raise ConfigError(f"model shape: {reason}") from error
-        raise CheckpointError(f"{Path(config.name_or_path) / 'config.json'}: {reason}; {_REMEDY}") from error
+        raise CheckpointError(f"{Path(config.name_or_path) / 'config.json'}: {reason}; {REMEDY}") from error
 
 
 def _keep_in_float32(model: PreTrainedModel) -> None:

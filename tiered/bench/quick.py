@@ -19,7 +19,7 @@ from tiered.kernels import Kernels
 from tiered.plan import KVShape, ModelShape
 from tiered.plan.hardware import CpuRates, DiskRates, Hardware, LinearRate
 from tiered.plan.system import meminfo
-from tiered.quant import GroupScheme
+from tiered.quant import Scheme
 from tiered.store import Store
 
 
@@ -51,7 +51,7 @@ def quick_hardware(folder: Path, models: Sequence[ModelShape], is_store: bool) -
 
 
 def _linear(kernels: Kernels, model: ModelShape, dtype: torch.dtype) -> LinearRate:
-    scheme = None if model.quantization is None else GroupScheme.parse(model.quantization)
+    scheme = None if model.quantization is None else Scheme.parse(model.quantization)
     return LinearRate(model.quantization or "none", "invariant", measure_compute(kernels, scheme, model.hidden, dtype))
 
 

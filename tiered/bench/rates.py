@@ -17,7 +17,7 @@ from tiered.bench.raw import advise_huge_pages, measure_raw
 from tiered.io import ReadMode, probe_mode
 from tiered.kernels import AttentionCall, Kernels, contiguous_pages
 from tiered.plan import ComputeRate, Machine, ModelShape, Rate
-from tiered.quant import GroupScheme, QuantizedTensor, QuantizedWeight
+from tiered.quant import QuantizedTensor, QuantizedWeight, Scheme
 from tiered.store import Store
 from tiered.units import MIB
 
@@ -42,7 +42,7 @@ def measure_machine(
         machine = replace(machine, disk_bytes_per_second=measure_disk(store))
     if "compute" in wanted:
         say("measuring the processor")
-        scheme = None if model.quantization is None else GroupScheme.parse(model.quantization)
+        scheme = None if model.quantization is None else Scheme.parse(model.quantization)
         dtype: torch.dtype = getattr(torch, model.dtype)
         linear = measure_compute(kernels, scheme, model.hidden, dtype)
         kv = model.kv
@@ -65,7 +65,7 @@ def measure_disk(store: Store) -> float:
 
 def measure_compute(
     kernels: Kernels,
-    scheme: GroupScheme | None,
+    scheme: Scheme | None,
     in_features: int,
     dtype: torch.dtype,
     counts: Sequence[int] = _ROWS,
@@ -126,15 +126,16 @@ def _time(work: Callable[[], object]) -> float:
 
 
 def _random_weight(
-    scheme: GroupScheme | None, out: int, in_features: int, dtype: torch.dtype
+    scheme: Scheme | None, out: int, in_features: int, dtype: torch.dtype
 ) -> torch.Tensor | QuantizedWeight:
     """A constant weight [out, in_features]; kernels take as long for it as for any other."""
     if scheme is None:
         return torch.full((out, in_features), 0.01, dtype=dtype)
-    groups = in_features // scheme.group_size
+    shape = out, in_features
+    scale = 0.01 if scheme.scale_dtype.is_floating_point else 120  # an exponent
     codes = QuantizedTensor(
-        torch.full((out, in_features * scheme.bits // 8), 0x77, dtype=torch.uint8),
-        torch.full((out, groups), 0.01, dtype=torch.float16),
-        torch.full((out, groups), 7, dtype=torch.uint8),
+        torch.full(scheme.q_shape(*shape), 0x77, dtype=torch.uint8),
+        torch.full(scheme.scale_shape(*shape), scale, dtype=scheme.scale_dtype),
+        torch.full(scheme.zero_shape(*shape), 7, dtype=torch.uint8),
     )
     return QuantizedWeight(codes, scheme)

@@ -7,10 +7,12 @@ from tiered.cache.micro_batch import MicroBatchKV, PackedKV, PagedKeys, PagedRea
 from tiered.cache.outbox import Outbox
 from tiered.cache.pool import KVPool, SequenceKV
 from tiered.cache.shape import kv_shapes
+from tiered.cache.state import BundleStates, Snapshot, StatePool
 from tiered.plan.kv import Bits, CachePlan, KVShape, layer_groups
 
 __all__ = [
     "Bits",
+    "BundleStates",
     "CachePlan",
     "Extent",
     "GatheredKV",
@@ -26,6 +28,8 @@ __all__ = [
     "Part",
     "PositionCache",
     "SequenceKV",
+    "Snapshot",
+    "StatePool",
     "kv_shapes",
     "layer_groups",
 ]

@@ -4,13 +4,14 @@ In: parts, which are consecutive tokens of sequences, with their places in the p
 tables, and extents for the disk.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from tiered.cache.beginning import Beginning
 from tiered.cache.pool import KVPool, SequenceKV
+from tiered.cache.state import StateRows
 from tiered.kernels.attention import PAGE_TOKENS
 from tiered.plan.kv import LayerGroup
 
@@ -149,18 +150,52 @@ class LentBlocks:
         return self.maps[self.pool.group(layer)]
 
     def lent_nbytes(self, layer: int) -> int:
-        """Bytes of memory that must be lent for the blocks that `layer` reads and writes, if there are any."""
-        source = self.pool.source_of[layer]
-        return 0 if self.pool.group_of[source] is None else self.map_of(source).lent_nbytes
+        """Bytes of memory that `layer` needs for blocks and states from disk."""
+        return self._states_start(layer) + self._state_nbytes(layer) * len(self.parts)
 
     def reads(self, layer: int) -> list[Extent]:
         """The extents that must be read from disk before `layer` computes."""
         source = self.pool.source_of[layer]
-        return self.map_of(source).reads(source, is_complete=source != layer)
+        keeps = self.pool.group_of[source] is not None
+        blocks = self.map_of(source).reads(source, is_complete=source != layer) if keeps else []
+        return blocks + self._state_extents(layer, lambda part: part.start > 0)
 
     def writes(self, layer: int) -> list[Extent]:
         """The extents that go to disk once `layer` has computed."""
-        return self.map_of(layer).writes(layer) if self.pool.source_of[layer] == layer else []
+        blocks = [] if self.pool.group_of[layer] is None else self.map_of(layer).writes(layer)
+        return blocks + self._state_extents(layer, lambda part: True)
+
+    def state_rows(self, layer: int, numbers: Sequence[int]) -> StateRows:
+        """Where the recurrent states of the parts `numbers` are in `layer`, which has some."""
+        states = self.pool.states
+        assert states is not None, f"layer {layer} keeps no state"
+        group = states.group_of[layer]
+        if not self.pool.plan.on_disk:
+            return StateRows(states.slots(layer), [self.parts[number].kv.tail for number in numbers], group)
+        memory = self._lent[layer][self._states_start(layer) :][: len(self.parts) * group.nbytes]
+        return StateRows(memory.view(len(self.parts), group.nbytes), numbers, group)
+
+    def _states_start(self, layer: int) -> int:
+        """Bytes from the start of the lent memory to the states: those of the blocks."""
+        source = self.pool.source_of[layer]
+        return 0 if self.pool.group_of[source] is None else self.map_of(source).lent_nbytes
+
+    def _state_nbytes(self, layer: int) -> int:
+        """Bytes of one sequence's recurrent state in `layer`."""
+        states = self.pool.states
+        group = None if states is None else states.group_of.get(layer)
+        return 0 if group is None else group.nbytes
+
+    def _state_extents(self, layer: int, wanted: Callable[[Part], bool]) -> list[Extent]:
+        """The states of the parts that are `wanted`."""
+        states, nbytes, start = self.pool.states, self._state_nbytes(layer), self._states_start(layer)
+        if states is None or not nbytes:
+            return []
+        return [
+            Extent(states.file_offset(layer, part.kv.tail), start + number * nbytes, nbytes)
+            for number, part in enumerate(self.parts)
+            if wanted(part)
+        ]
 
     def lend(self, layer: int, memory: torch.Tensor) -> None:
         """Lend `memory`: the blocks that `layer` reads and that were read from disk, with room for those that it will

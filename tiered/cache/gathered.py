@@ -27,6 +27,7 @@ class GatheredKV(MicroBatchKV):
         self._grouped = [
             [self.call(group, [row], [part]) for row, part in enumerate(parts)] for group in range(len(blocks.maps))
         ]
+        self.states = self._states_of([range(len(parts))])
         self._reads_cache = outbox is None or longest > count
         """Whether there are keys that are not of this micro-batch, or may be."""
         self.attention_mask = None

@@ -25,6 +25,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from tiered.cache.beginning import Beginning
 from tiered.cache.blocks import LentBlocks, Part
 from tiered.cache.outbox import Outbox
+from tiered.cache.state import BundleStates
 from tiered.cache.writer import BlockWriter, States, TailWriter, Writer
 from tiered.errors import ConfigError
 from tiered.kernels.attention import PAGE_TOKENS, BlockTable, Pages
@@ -83,6 +84,20 @@ class MicroBatchKV(PositionCache):
         self.parts, self.numbers = tuple(parts), tuple(numbers)
         self._tails = TailWriter(blocks, parts, numbers) if self.pool.plan.has_tails else None
         self._writer: Writer = self._tails or BlockWriter(blocks, parts)
+        self.states: list[BundleStates] = []
+        """For recurrent layers: sequences that are computed together, in the order of their tokens."""
+
+    def _states_of(self, bundles: Sequence[Sequence[int]]) -> list[BundleStates]:
+        """For each of `bundles`, which are parts with equally many tokens."""
+        if self.pool.states is None:
+            return []
+        found = []
+        for bundle in bundles:
+            parts, numbers = [self.parts[i] for i in bundle], [self.numbers[i] for i in bundle]
+            find = functools.partial(self.blocks.state_rows, numbers=numbers)
+            fresh = [index for index, part in enumerate(parts) if part.start == 0]
+            found.append(BundleStates(find, len(parts), parts[0].count, fresh))
+        return found
 
     def check(self, layer: int) -> None:
         """Called when `layer` has computed. Raises ConfigError if it did not read its keys from the cache."""
@@ -203,6 +218,7 @@ class PackedKV(MicroBatchKV):
     ) -> None:
         super().__init__(blocks, parts, numbers, 0, outbox)
         bundles, groups = self._bundles(), range(len(blocks.maps))
+        self.states = self._states_of(bundles)
         cut = [[(bundle, piece) for bundle in bundles for piece in self._pieces(group, bundle)] for group in groups]
         self._grouped = [[self.call(group, *each) for each in cut[group]] for group in groups]
         """For each group of layers, the attention calls."""

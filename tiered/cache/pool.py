@@ -16,6 +16,7 @@ import torch
 
 from tiered.cache.layout import PageLayout
 from tiered.cache.outbox import Outbox
+from tiered.cache.state import StatePool
 from tiered.errors import ConfigError
 from tiered.plan.kv import CachePlan
 
@@ -31,7 +32,7 @@ class SequenceKV:
     pages: tuple[int, ...]
     """How many blocks it holds in each group."""
     tail: int
-    """Number of its tail."""
+    """Number of its tail, and of its slot among recurrent states."""
     length: int = 0
     """Tokens stored in every layer. It grows when a pass has ended. After one that failed the sequence must be
     released: some layers may have overwritten what another try would need."""
@@ -69,14 +70,23 @@ class _Runs:
 class KVPool:
     """Lends out the blocks of `plan`. `memory` (uint8) is `plan.pool_nbytes` long, in the host's memory or a device's.
 
-    `outbox`: how states that a device has computed come to the pool, if that is in the host's memory.
+    `outbox`: how states that a device has computed come to the pool, if that is in the host's memory. `states`: uint8
+    of `plan.states_nbytes`, if the model has recurrent layers and they are in memory.
     """
 
-    def __init__(self, plan: CachePlan, memory: torch.Tensor, outbox: Outbox | None = None) -> None:
+    def __init__(
+        self,
+        plan: CachePlan,
+        memory: torch.Tensor,
+        outbox: Outbox | None = None,
+        states: torch.Tensor | None = None,
+    ) -> None:
         assert not (plan.on_device and outbox), "what is on the device need not be copied out"
         self.plan, self.outbox = plan, outbox
         self.where = memory.device
         """Where the blocks are; where tails and scratch are, if blocks are on disk."""
+        self.states = None if plan.state is None else StatePool(plan, memory.new_empty(0) if states is None else states)
+        """Those of recurrent layers, if the model has any."""
         self.layouts = [PageLayout(group.shape, plan.bits, plan.slots) for group in plan.groups]
         """For each group, how its blocks lie."""
         self.exact = [PageLayout(group.shape, 16, plan.slots) for group in plan.groups]
@@ -125,6 +135,16 @@ class KVPool:
         for runs, start, count in zip(self._runs, kv.first, kv.pages, strict=True):
             runs.give_back(start, count)
         self._tails.give_back(kv.tail, 1)
+
+    def overwritten(self, kv: SequenceKV) -> list[torch.Tensor]:
+        """uint8: what lies in memory of a sequence and later tokens overwrite, as it is: tails and recurrent states."""
+        found = []
+        if self.plan.has_tails and not self.plan.shares_layers:
+            kept = [layer for layer, group in enumerate(self.group_of) if group is not None]
+            found = [self.tails(layer).view(self.plan.sequences, -1)[kv.tail] for layer in kept]
+        if self.states is not None and not self.plan.on_disk:
+            found += [self.states.slots(layer)[kv.tail] for layer in self.states.group_of]
+        return found
 
     @property
     def is_empty(self) -> bool:

@@ -66,7 +66,13 @@ def cli() -> None:
 @cli.command(short_help="Convert a checkpoint into a store of quantized blocks.")
 @click.argument("source")
 @click.option("-o", "--output", type=ANY_PATH, help="The store to write. [default: ./NAME.tiered]")
-@click.option("--quant", default="int4", show_default=True, type=click.Choice(["int4", "int8", "none"]))
+@click.option(
+    "--quant",
+    default="int4",
+    show_default=True,
+    type=click.Choice(["int4", "int8", "none", "mxfp4-g32", "nf4-g64", "iq4nl-g32"]),
+    help="The last three are looked up in 16 values, of groups of their own.",
+)
 @click.option("--group-size", default="64", show_default=True, type=click.Choice(["32", "64", "128"]))
 @click.option(
     "--compress",

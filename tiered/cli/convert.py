@@ -59,13 +59,12 @@ def summary(result: ConvertResult) -> str:
     ]
     if result.resumed_blocks:
         lines.append(f"resumed: {result.resumed_blocks} block files were there already")
-    if result.unquantized:
-        shown = ", ".join(result.unquantized[:_NAMES_SHOWN])
-        more = ", …" if len(result.unquantized) > _NAMES_SHOWN else ""
-        lines.append(
-            f"not quantized: {len(result.unquantized)} weights whose rows are no multiple of the group size "
-            f"({shown}{more})"
-        )
+    why = {"whose rows are no multiple of the group size": result.unquantized}
+    why["that the model's own code computes with, and no linear layer"] = result.kept
+    for reason, names in why.items():
+        if names:
+            more = ", …" if len(names) > _NAMES_SHOWN else ""
+            lines.append(f"not quantized: {len(names)} weights {reason} ({', '.join(names[:_NAMES_SHOWN])}{more})")
     lines += [f"warning: {warning}" for warning in result.warnings]
     if not result.has_tokenizer:
         lines.append(

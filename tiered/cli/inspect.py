@@ -63,6 +63,7 @@ class Inspection:
             "bytes_per_pass": summary.tape_nbytes,
             "experts": self._experts_json(),
             "dtype": self.model.dtype,
+            "state_bytes_per_sequence": 0 if self.model.state is None else self.model.state.nbytes,
             "kv_bytes_per_token": self.model.kv_token_nbytes,
             "load": self._load_json(),
             "baseline_bytes": self.smallest.needs.baseline,
@@ -272,10 +273,11 @@ def _budgets(inspection: Inspection) -> Iterator[str]:
     if any(fit.plan.experts is not None for fit in inspection.fits):
         yield "experts are counted as if all were chosen equally often; routers that prefer some read less of them"
     needs = inspection.smallest.needs
+    state = f"{format_size(needs.state)} for recurrent states, " if needs.state else ""
     yield (
         f"of the smallest, {format_size(needs.baseline)} are for the process itself (measured here), "
         f"{format_size(needs.outer)} for tables that stay in memory, {format_size(needs.kv)} for the KV cache, "
-        f"{format_size(needs.workspace)} for activations"
+        f"{state}{format_size(needs.workspace)} for activations"
     )
     if device is not None:
         on_gpu = device.needs

@@ -118,27 +118,28 @@ def _records(layout: RowLayout, tensor: TensorRecipe, source: Weights) -> Iterat
         if tensor.scheme is None:
             rows: torch.Tensor | QuantizedTensor = _joined(source.plain(part), layout.dtype, part.shape)
         else:
-            packed, shape = source.packed(part), tensor.scheme.scale_shape(*part.shape)
-            q = _joined(packed.q, torch.uint8, tensor.scheme.q_shape(*part.shape))
-            rows = QuantizedTensor(
-                q, _joined(packed.scale, torch.float16, shape), _joined(packed.zero, torch.uint8, shape)
-            )
+            packed, scheme = source.packed(part), tensor.scheme
+            # In this order: scales and zeros are there when all codes have been made.
+            q = _joined(packed.q, torch.uint8, scheme.q_shape(*part.shape))
+            scale = _joined(packed.scale, scheme.scale_dtype, scheme.scale_shape(*part.shape))
+            zero = _joined(packed.zero, torch.uint8, scheme.zero_shape(*part.shape))
+            rows = QuantizedTensor(q, scale, zero)
         yield tensor_bytes(layout.pack(rows, start))
 
 
 def _joined(pieces: Iterable[memoryview], dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
     """The tensor whose bytes come in `pieces`."""
-    return torch.frombuffer(bytearray().join(pieces), dtype=dtype).view(*shape)
+    joined = bytearray().join(pieces)
+    return torch.frombuffer(joined, dtype=dtype).view(*shape) if joined else torch.empty(shape, dtype=dtype)
 
 
 def _add_packed(writer: BlockWriter, part: RangeRecipe, source: Weights, advance: Advance) -> None:
     scheme = part.whole.scheme
     assert scheme is not None
-    out, in_ = folded(part.shape)
-    packed, scale = source.packed(part), scheme.scale_shape(out, in_)
-    writer.add(f"{part.name}.q", torch.uint8, scheme.q_shape(out, in_), _counted(packed.q, advance))
-    writer.add(f"{part.name}.scale", torch.float16, scale, _counted(iter(packed.scale), advance))
-    writer.add(f"{part.name}.zero", torch.uint8, scale, _counted(iter(packed.zero), advance))
+    packed = source.packed(part)
+    streams = {"q": packed.q, "scale": packed.scale, "zero": packed.zero}
+    for suffix, (dtype, shape) in scheme.parts(*folded(part.shape)).items():
+        writer.add(f"{part.name}.{suffix}", dtype, shape, _counted(iter(streams[suffix]), advance))
 
 
 def _add_plain(

@@ -12,7 +12,7 @@ from typing import Final
 
 import torch
 
-from tiered.quant import GroupScheme, folded
+from tiered.quant import Scheme, folded
 from tiered.store import CHUNK_NBYTES, RowLayout
 from tiered.store.block import BlockLayout
 from tiered.store.file import Kind
@@ -34,7 +34,7 @@ class TensorRecipe:
 
     name: str
     shape: tuple[int, ...]
-    scheme: GroupScheme | None
+    scheme: Scheme | None
     """None keeps the source's dtype."""
     kind: Kind = "dense"
     """Of the unit it goes into."""
@@ -56,11 +56,8 @@ class TensorRecipe:
             return round_up(self.shape[0] * layout.nbytes, ALIGNMENT)
         if self.scheme is None:
             return round_up(tensor_nbytes(dtype, self.shape), ALIGNMENT)
-        out, in_ = self.matrix
-        scale = self.scheme.scale_shape(out, in_)
-        sizes = [tensor_nbytes(torch.uint8, self.scheme.q_shape(out, in_))]
-        sizes += [tensor_nbytes(torch.float16, scale), tensor_nbytes(torch.uint8, scale)]
-        return sum(round_up(size, ALIGNMENT) for size in sizes)
+        parts = self.scheme.parts(*self.matrix).values()
+        return sum(round_up(tensor_nbytes(*part), ALIGNMENT) for part in parts)
 
     @property
     def matrix(self) -> tuple[int, int]:

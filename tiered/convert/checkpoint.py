@@ -4,8 +4,10 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final, Literal, NamedTuple
 
 import torch
@@ -39,14 +41,17 @@ class Checkpoint:
         claimed_dtype: torch.dtype,
         clip: Literal["mse", "minmax"],
         require: Require,
+        made: Mapping[str, bytes] = MappingProxyType({}),
     ) -> None:
-        """`blocks` are all block files of the store.
+        """`blocks` are all block files of the store, `made` the files beside them that are not as the checkpoint has
+        them.
 
         Raises CheckpointError where files that are here hold other tensors than `blocks` need (files that would have
         to be read whole are not compared), and what `require` raises for the memory that reading takes.
         """
         self._files, self._index, self._names, self._blocks = files, index, names, blocks
         self._claimed_dtype, self._clip, self._require = claimed_dtype, clip, require
+        self._made = made
         self.warnings = names.warnings
         self._released: frozenset[str] = frozenset()
         self._following: dict[_Read, _Read] = {}
@@ -65,7 +70,8 @@ class Checkpoint:
         require(self._working_nbytes())
 
     def extra_files(self) -> Mapping[str, Callable[[], bytes]]:
-        return files_beside(self._files.name, self._files.names, self._files.read)
+        made = {name: partial(bytes, content) for name, content in self._made.items()}
+        return {**files_beside(self._files.name, self._files.names, self._files.read), **made}
 
     def room_nbytes(self, blocks: Sequence[BlockRecipe]) -> Mapping[Path, int]:
         return self._files.room_nbytes(self._files_of(blocks))
@@ -97,7 +103,7 @@ class Checkpoint:
         assert tensor.scheme is not None
         scheme = tensor.scheme
         # One allocation each: small results of every panel, kept between freed buffers, would fragment memory.
-        scale = torch.empty(scheme.scale_shape(*matrix), dtype=torch.float16)
+        scale = torch.empty(scheme.scale_shape(*matrix), dtype=scheme.scale_dtype)
         zero = torch.empty(scheme.zero_shape(*matrix), dtype=torch.uint8)
 
         def codes() -> Iterator[memoryview]:
@@ -106,10 +112,10 @@ class Checkpoint:
             for panel in self._panels(self._reads(part)):
                 for made in self._quantizers.quantize(panel, scheme, self._clip, f"{self._files.name}: {tensor.name}"):
                     # Plain copies: torch would wake its own threads for them.
-                    count = made.zero.nbytes
-                    scales[2 * done : 2 * (done + count)] = tensor_bytes(made.scale)
-                    zeros[done : done + count] = tensor_bytes(made.zero)
-                    done += count
+                    for whole, piece in ((scales, made.scale), (zeros, made.zero)):
+                        row_nbytes = len(whole) // matrix[0]
+                        whole[done * row_nbytes : (done + len(piece)) * row_nbytes] = tensor_bytes(piece)
+                    done += len(made.q)
                     yield tensor_bytes(made.q)
 
         return Packed(codes(), [tensor_bytes(scale)], [tensor_bytes(zero)])

@@ -74,6 +74,9 @@ class ConvertResult:
     """Linear weights that keep the checkpoint's precision because their shape does not fit the groups."""
     warnings: tuple[str, ...]
     synthetic: bool
+    kept: tuple[str, ...] = ()
+    """Matrices of layers that keep the checkpoint's precision because no linear layer multiplies by them, where they
+    are more than a few of the layers' weights."""
     upgraded_from: int | None = None
     """The format version of a store that was upgraded; that of today where it was one already. None: converted."""
     has_tokenizer: bool = True
@@ -131,6 +134,7 @@ class Conversion:
             resumed_blocks=resumed,
             scheme=recipe.quantization["layers"] or "none",
             unquantized=recipe.unquantized,
+            kept=recipe.kept,
             warnings=source.warnings,
             synthetic=recipe.synthetic,
             tokenizer=None if self._tokenizer is None else self._tokenizer.path,

@@ -69,10 +69,10 @@ class _Holes:
     def packed(self, part: RangeRecipe) -> Packed:
         scheme = part.whole.scheme
         assert scheme is not None
-        out, in_ = folded(part.shape)
-        scale = scheme.scale_shape(out, in_)
-        sizes = tensor_nbytes(torch.uint8, scheme.q_shape(out, in_)), tensor_nbytes(torch.float16, scale)
-        q, scales, zeros = map(self._pieces, (*sizes, tensor_nbytes(torch.uint8, scale)))
+        parts = scheme.parts(*folded(part.shape))
+        q, scales, zeros = (
+            self._pieces(tensor_nbytes(*parts[name]) if name in parts else 0) for name in ("q", "scale", "zero")
+        )
         return Packed(q, scales, zeros)
 
     def _pieces(self, nbytes: int) -> Iterator[memoryview]:

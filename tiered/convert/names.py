@@ -94,6 +94,11 @@ def map_names(skeleton: Skeleton, checkpoint: Collection[str]) -> NameMap:
     )
 
 
+def has_head(skeleton: Skeleton, checkpoint: Collection[str]) -> bool:
+    """Whether `checkpoint` has an output projection of its own, be it a copy of the embedding."""
+    return skeleton.head_name in _find_all(skeleton, text_names(checkpoint), {})
+
+
 def text_names(checkpoint: Collection[str]) -> dict[str, str]:
     """The names of `checkpoint` as a model that only reads has them -> as they are. Names of the other half stay as
     they are.

@@ -3,6 +3,7 @@
 In: a folder, a hub id, a known name, or a shape to fill with noise. Called by `tiered.convert.convert_checkpoint`.
 """
 
+import json
 import re
 from pathlib import Path
 from typing import Final
@@ -10,12 +11,12 @@ from typing import Final
 import torch
 from transformers import PretrainedConfig
 
-from tiered.arch import build_skeleton, load_config, text_config
+from tiered.arch import build_skeleton, is_text_half, load_config, text_config
 from tiered.configs_path import config_dir
 from tiered.convert.checkpoint import Checkpoint
 from tiered.convert.checksums import check_md5
 from tiered.convert.index import WeightIndex, find_weights, has_weights
-from tiered.convert.names import map_names
+from tiered.convert.names import has_head, map_names
 from tiered.convert.opt import check_shape, opt_config, opt_files, read_opt
 from tiered.convert.place import Folder, HubId, Ledger, LocalFiles, WeightFiles
 from tiered.convert.quantized import configured_method, method_of_float, refuse_quantized
@@ -116,8 +117,18 @@ def open_checkpoint(
     if options.md5 is not None:
         check_md5(options.md5, {name: files.path(name) for name in index.files})
     refuse_quantized(files.name, _method_of_types(files, index))
+    made: dict[str, bytes] = {}
+    if is_text_half(files.config_folder()):
+        # What its two configurations say of it may differ, and neither is sure to be right.
+        if skeleton.tied == has_head(skeleton, index.file_of):
+            config.tie_word_embeddings = not skeleton.tied
+            skeleton = build_skeleton(config)
+            recipe = make_recipe(skeleton, options)
+        made["config.json"] = json.dumps(
+            {**config.to_diff_dict(), "dtype": str(claimed).removeprefix("torch.")}, indent=2
+        ).encode()
     names = map_names(skeleton, index.file_of)
-    return Checkpoint(files, index, names, recipe.files, claimed, options.clip, ram.require), recipe
+    return Checkpoint(files, index, names, recipe.files, claimed, options.clip, ram.require, made), recipe
 
 
 def _find_opt(

@@ -4,7 +4,7 @@ In: `ConvertOptions` and the skeleton of the model. Out: a `StoreRecipe` with on
 and the manifest that will list them. Decided before any weight is read.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -12,22 +12,25 @@ from typing import Any, Final, Literal
 from tiered.arch import BlockTensors, ParameterInfo, Skeleton, order_of_use
 from tiered.convert.blocks import BlockRecipe, TensorRecipe
 from tiered.errors import ConfigError
-from tiered.quant import GroupScheme, folded
+from tiered.quant import CODEBOOKS, CodebookScheme, GroupScheme, Scheme, folded
 from tiered.store import BlockInfo, FileInfo, Manifest
 from tiered.store.file import Kind
 from tiered.units import MIB
 
 _QUANTS: Final = ("int4", "int8", "none")
+"""Besides the name of a codebook's scheme, as it is."""
 _COMPRESSIONS: Final = ("auto", "planes", "none")
 _BY_ROW: Final = ("embed", "table")
 """Roles of blocks whose rows are read one by one."""
+_FEW: Final = 0.05
+"""Share of the layers' weights that may keep the source's precision without a word."""
 
 
 @dataclass(frozen=True)
 class ConvertOptions:
     """Everything `tiered convert` can be told, besides what to convert and where to."""
 
-    quant: str = "int4"  # of the layers' linear weights: int4, int8 or none
+    quant: str = "int4"  # of the layers' linear weights: int4, int8, none, or a codebook's scheme: mxfp4-g32
     group_size: int = 64  # weights along `in` that share a scale and a zero
     clip: Literal["mse", "minmax"] = "mse"  # how int4 chooses each group's range
     compress: str = "auto"  # planes (wherever it shrinks), auto (only where the disk is slow enough) or none
@@ -43,8 +46,10 @@ class ConvertOptions:
     tokenizer: Path | None = None  # a folder or tokenizer.json to take instead of the source's tokenizer
 
     def __post_init__(self) -> None:
-        if self.quant not in _QUANTS:
-            raise ConfigError(f"quantization {self.quant!r}: expected one of {', '.join(_QUANTS)}")
+        if self.quant not in _QUANTS and self.codebook_scheme is None:
+            raise ConfigError(
+                f"quantization {self.quant!r}: expected one of {', '.join(_QUANTS)}, or a codebook such as mxfp4-g32"
+            )
         if self.compress not in _COMPRESSIONS:
             raise ConfigError(f"compression {self.compress!r}: expected one of {', '.join(_COMPRESSIONS)}")
         GroupScheme(8, self.group_size)  # raises for a group size there is no layout for
@@ -58,9 +63,20 @@ class ConvertOptions:
             raise ConfigError(f"--distinct-blocks {self.distinct_blocks}: expected at least 1")
 
     @property
-    def layer_scheme(self) -> GroupScheme | None:
+    def layer_scheme(self) -> Scheme | None:
         """The scheme of the layers' linear weights; None keeps the checkpoint's precision."""
-        return None if self.quant == "none" else GroupScheme(int(self.quant[3:]), self.group_size)
+        if self.quant == "none":
+            return None
+        return self.codebook_scheme or GroupScheme(int(self.quant[3:]), self.group_size)
+
+    @property
+    def codebook_scheme(self) -> CodebookScheme | None:
+        """The scheme that `quant` names with its group size, such as mxfp4-g32; None for integers and none."""
+        if self.quant.partition("-")[0] not in CODEBOOKS:
+            return None
+        scheme = Scheme.parse(self.quant)
+        assert isinstance(scheme, CodebookScheme)
+        return scheme
 
     @property
     def embed_scheme(self) -> GroupScheme | None:
@@ -101,6 +117,9 @@ class StoreRecipe:
     architecture: Mapping[str, Any]
     quantization: Mapping[str, Any]
     unquantized: tuple[str, ...]
+    kept: tuple[str, ...]
+    """Matrices of layers that are not quantized because no linear layer multiplies by them, where they are more than a
+    few of the layers' weights."""
     synthetic: bool
     distinct_blocks: int | None
 
@@ -137,11 +156,12 @@ def make_recipe(skeleton: Skeleton, options: ConvertOptions) -> StoreRecipe:
     files = tuple(_recipe(block, options, order) for block in blocks if block.parameters)
     layer_scheme, embed_scheme = options.layer_scheme, options.embed_scheme
     unquantized = () if layer_scheme is None else tuple(_unquantized(blocks, files))
+    kept = () if layer_scheme is None else _kept(files, {*unquantized})
     quantization = {
         "layers": None if layer_scheme is None else layer_scheme.name,
         "embed": None if embed_scheme is None else embed_scheme.name,
         "head": None if embed_scheme is None else embed_scheme.name,
-        "clip": options.clip if layer_scheme is not None and layer_scheme.bits == 4 else None,
+        "clip": options.clip if layer_scheme == GroupScheme(4, options.group_size) else None,
         "unquantized": list(unquantized),
     }
     architecture = {
@@ -157,6 +177,7 @@ def make_recipe(skeleton: Skeleton, options: ConvertOptions) -> StoreRecipe:
         architecture,
         quantization,
         unquantized,
+        kept,
         options.synthetic,
         distinct if distinct is not None and distinct < len(layers) else None,
     )
@@ -199,6 +220,14 @@ def _unquantized(blocks: Iterable[BlockTensors], files: Iterable[BlockRecipe]) -
         for parameter in block.parameters:
             if parameter.name in plain and _is_quantizable(parameter, block.role):
                 yield parameter.name
+
+
+def _kept(files: Iterable[BlockRecipe], unquantized: Collection[str]) -> tuple[str, ...]:
+    """Names of the matrices in layers that no scheme is meant for; none where they are few (routers)."""
+    layers = [tensor for file in files if file.role == "layer" for tensor in file.tensors]
+    kept = [t for t in layers if t.scheme is None and t.name not in unquantized and len(t.shape) > 1]
+    many = sum(tensor.numel for tensor in kept) > _FEW * sum(tensor.numel for tensor in layers)
+    return tuple(tensor.name for tensor in kept) if many else ()
 
 
 def _entries(files: tuple[BlockRecipe, ...], layers: list[BlockTensors], tied: bool) -> tuple[BlockEntry, ...]:

@@ -37,8 +37,8 @@ class RamCheck:
         self._ram_bytes, self._baseline = options.ram_bytes, process_rss_bytes()
         compresses = options.settings()["compress"] != "none"
         written = [_writing_nbytes(tensor, block, compresses) for block in blocks for tensor in block.tensors]
-        quantizes = any(tensor.scheme is not None for block in blocks for tensor in block.tensors)
-        self._writing = max(written, default=0) + SWEEP_NBYTES + (quantizing_nbytes() if quantizes else 0)
+        schemes = {tensor.scheme for block in blocks for tensor in block.tensors if tensor.scheme is not None}
+        self._writing = max(written, default=0) + SWEEP_NBYTES + quantizing_nbytes(schemes)
 
     def require(self, reading_nbytes: int) -> None:
         """Raise BudgetError where the conversion takes more than `--ram`, of which reading takes `reading_nbytes`."""
@@ -101,10 +101,10 @@ def _writing_nbytes(tensor: TensorRecipe, block: BlockRecipe, compresses: bool) 
     if tensor.by_row:
         return 4 * min(RECORDS_NBYTES, tensor.nbytes(torch.float32)) + PANEL_NBYTES // 2
     if tensor.scheme is not None:
-        scale = tensor.scheme.scale_shape(*tensor.matrix)
+        parts = tensor.scheme.parts(*tensor.matrix)
         # A byte of codes for each weight of a panel; the panel itself has at least two bytes for it.
         nbytes += min(PANEL_NBYTES // 2, tensor.numel)
-        nbytes += tensor_nbytes(torch.float16, scale) + tensor_nbytes(torch.uint8, scale)
+        nbytes += sum(tensor_nbytes(*part) for name, part in parts.items() if name != "q")
     if compresses and is_candidate(tensor, block.role, torch.bfloat16):
         nbytes += min(COMPRESSING_NBYTES, 8 * tensor.numel)
     return nbytes

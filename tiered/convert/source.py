@@ -19,7 +19,8 @@ from tiered.quant import folded
 
 @dataclass(frozen=True)
 class Packed:
-    """A quantized weight as three streams of bytes, to be consumed in this order."""
+    """A quantized weight as three streams of bytes, to be consumed in this order; `zero` has none where the scheme has
+    no zeros."""
 
     q: Iterator[memoryview]
     scale: Iterable[memoryview]

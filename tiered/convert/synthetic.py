@@ -27,7 +27,7 @@ from tiered.convert.source import Fetching, Packed
 from tiered.convert.workers import one_torch_thread
 from tiered.errors import ConfigError, CorruptError, shortened
 from tiered.files import MOST_JSON_NBYTES, read_whole
-from tiered.quant import GroupScheme, SyntheticPool
+from tiered.quant import GroupScheme, Scheme, SyntheticPool
 from tiered.units import MIB
 
 _DTYPE: Final = torch.bfloat16
@@ -94,7 +94,7 @@ class Synthetic:
         self._linear = {p.name for block in skeleton.blocks() for p in block.parameters if p.is_linear}
         largest = max(p.numel for block in skeleton.blocks() for p in block.parameters)
         self._pool_nbytes = min(_POOL_NBYTES, max(_LEAST_POOL_NBYTES, largest))
-        self._pools: dict[GroupScheme, SyntheticPool] = {}
+        self._pools: dict[Scheme, SyntheticPool] = {}
         self._seed = options.seed
         self._files = _model_files(config)
         fingerprint = xxhash.xxh3_128(json.dumps([_VERSION, self._seed]).encode() + self._files["config.json"])
@@ -156,7 +156,7 @@ class Synthetic:
             return 1.0 if tensor.name.endswith(".weight") else 0.0, _SMALL_STD
         return 0.0, 1 / sqrt(tensor.shape[-1])  # token and position embeddings
 
-    def _pool(self, scheme: GroupScheme) -> SyntheticPool:
+    def _pool(self, scheme: Scheme) -> SyntheticPool:
         if scheme not in self._pools:
             with one_torch_thread():
                 self._pools[scheme] = SyntheticPool(scheme, self._seed, nbytes=self._pool_nbytes)

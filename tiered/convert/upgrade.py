@@ -27,7 +27,7 @@ from tiered.convert.room import RamCheck, check_space, os_errors_named
 from tiered.convert.stored import READING_NBYTES, StoredBlock
 from tiered.errors import ConfigError, StoreError
 from tiered.files import read_json, read_whole
-from tiered.quant import GroupScheme
+from tiered.quant import GroupScheme, Scheme
 from tiered.store import FileInfo, Manifest, atomic_write
 from tiered.store.beside import VOCABULARIES
 from tiered.store.block import BlockLayout, read_layout
@@ -178,7 +178,9 @@ def _recipe_of(folder: Path, old: Manifest) -> StoreRecipe:
     skeleton = build_skeleton(load_config(folder))
     try:
         layers = old.quantization.get("layers")
-        scheme = None if layers is None else GroupScheme.parse(str(layers))
+        scheme = None if layers is None else Scheme.parse(str(layers))
+        if scheme is not None and not isinstance(scheme, GroupScheme):
+            raise ConfigError(f"layers in {scheme.name}, which stores of version 1 never have")
         options = ConvertOptions(
             quant="none" if scheme is None else f"int{scheme.bits}",
             group_size=64 if scheme is None else scheme.group_size,

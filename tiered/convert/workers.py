@@ -6,7 +6,7 @@ slices nor the native kernel change a bit of the result: groups lie within rows.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Final, Literal
@@ -14,7 +14,7 @@ from typing import Final, Literal
 import torch
 
 from tiered.kernels import Kernels
-from tiered.quant import GroupScheme, QuantizedTensor, quantize
+from tiered.quant import QuantizedTensor, Scheme, quantize
 from tiered.units import MIB
 
 _MOST_WORKERS: Final = 8
@@ -29,10 +29,11 @@ def worker_count() -> int:
     return min(len(os.sched_getaffinity(0)), _MOST_WORKERS)
 
 
-def quantizing_nbytes() -> int:
-    """Bytes of memory that quantizing takes besides its input and its results."""
+def quantizing_nbytes(schemes: Iterable[Scheme]) -> int:
+    """Bytes of memory that quantizing to `schemes` takes besides its input and its results."""
     with Kernels(1) as kernels:
-        return 0 if kernels.quantizes(torch.float32) else worker_count() * _WORKER_NBYTES
+        is_native = all(kernels.quantizes(torch.float32, scheme) for scheme in schemes)
+    return 0 if is_native else worker_count() * _WORKER_NBYTES
 
 
 @contextmanager
@@ -56,12 +57,12 @@ class Quantizers:
         self._torch_threads = torch.get_num_threads()
 
     def quantize(
-        self, panel: torch.Tensor, scheme: GroupScheme, clip: Literal["mse", "minmax"], name: str
+        self, panel: torch.Tensor, scheme: Scheme, clip: Literal["mse", "minmax"], name: str
     ) -> Iterator[QuantizedTensor]:
         """Quantize `panel` [rows, in]; yields its parts in order. After the last one the panel is no longer needed."""
         if self._kernels is None:
             self._kernels = Kernels(worker_count(), name=self._name)
-        if self._kernels.quantizes(panel.dtype):
+        if self._kernels.quantizes(panel.dtype, scheme):
             yield self._kernels.quantize(panel, scheme, clip=clip, name=name)
             return
         if self._pool is None:

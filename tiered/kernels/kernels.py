@@ -21,10 +21,11 @@ from tiered.kernels.attention_torch import attention_reference
 from tiered.kernels.by_head import by_head_reference
 from tiered.kernels.cancel import CancelFlag
 from tiered.kernels.library import Dtype, Format, Level, Library, Status, WeightArgument, load_library
-from tiered.quant import GroupScheme, QuantizedTensor, QuantizedWeight, quantize
+from tiered.quant import E8M0, CodebookScheme, GroupScheme, QuantizedTensor, QuantizedWeight, Scheme, quantize
 from tiered.quant.quantize import out_of_range
 
 _DTYPES: Final = {torch.bfloat16: Dtype.BF16, torch.float32: Dtype.F32}
+_SCALES: Final = {torch.float16: Dtype.F16, torch.float32: Dtype.F32, E8M0: Dtype.E8M0}
 _DENSE_MULTIPLE: Final = 32
 """`in` of an unquantized weight must be a multiple of this for the native kernels."""
 
@@ -148,7 +149,7 @@ class Kernels:
         if self._library is None or weight.codes.q.device.type != "cpu":
             return weight.rows(start, stop, dtype)
         rows = torch.empty(stop - start, weight.shape[1], dtype=dtype if dtype in _DTYPES else torch.float32)
-        argument = _quantized_argument(weight)
+        argument = quantized_argument(weight)
         _check(
             self._library.tk_dequantize(
                 self._context, argument, start, stop - start, rows.data_ptr(), _DTYPES[rows.dtype]
@@ -193,7 +194,7 @@ class Kernels:
         return y
 
     def quantize(
-        self, weight: torch.Tensor, scheme: GroupScheme, *, clip: Literal["mse", "minmax"] = "mse", name: str = "weight"
+        self, weight: torch.Tensor, scheme: Scheme, *, clip: Literal["mse", "minmax"] = "mse", name: str = "weight"
     ) -> QuantizedTensor:
         """Returns and raises what `tiered.quant.quantize` does, bit for bit; InterruptedRun once the flag is set."""
         self._cancel.check()
@@ -208,9 +209,9 @@ class Kernels:
         _check(status)
         return codes
 
-    def quantizes(self, dtype: torch.dtype) -> bool:
+    def quantizes(self, dtype: torch.dtype, scheme: Scheme) -> bool:
         """Whether `quantize` runs natively on weights of `dtype`, on all threads and without temporaries."""
-        return self._library is not None and dtype in quantize_native.DTYPES
+        return self._library is not None and dtype in quantize_native.DTYPES and isinstance(scheme, GroupScheme)
 
     def serves_attention(self, query: torch.Tensor) -> bool:
         """Whether the native library computes attention for such queries [..., head_dim]; else the reference does."""
@@ -221,22 +222,27 @@ class Kernels:
         if self._library is None or x.dtype != torch.bfloat16 or x.device.type != "cpu" or x.shape[-1] == 0:
             return None
         if isinstance(weight, QuantizedWeight):
-            return _quantized_argument(weight)
+            return quantized_argument(weight)
         out, in_ = weight.shape
         if weight.dtype != torch.bfloat16 or in_ % _DENSE_MULTIPLE or not weight.is_contiguous():
             return None
         return WeightArgument(Format.DENSE_BF16, 0, out, in_, weight.data_ptr(), None, None)
 
 
-def _quantized_argument(weight: QuantizedWeight) -> WeightArgument:
+def quantized_argument(weight: QuantizedWeight) -> WeightArgument:
+    """`weight` as the library takes it; the weight's memory must outlive it."""
     known: WeightArgument | None = weight.prepared.get("native")
     if known is not None:
         return known
     q, scale, zero = weight.codes
     assert q.is_contiguous() and scale.is_contiguous() and zero.is_contiguous()
-    kind = Format.INT4 if weight.scheme.bits == 4 else Format.INT8
-    pointers = q.data_ptr(), scale.data_ptr(), zero.data_ptr()
-    argument = WeightArgument(kind, weight.scheme.group_size, *weight.shape, *pointers)
+    scheme = weight.scheme
+    shape, pointers = (scheme.group_size, *weight.shape), (q.data_ptr(), scale.data_ptr())
+    if isinstance(scheme, CodebookScheme):
+        values = scheme.values.table(q.device).data_ptr()  # which is kept for good
+        argument = WeightArgument(Format.CODEBOOK, *shape, *pointers, None, values, _SCALES[scheme.scale_dtype])
+    else:
+        argument = WeightArgument(Format.INT4 if scheme.bits == 4 else Format.INT8, *shape, *pointers, zero.data_ptr())
     weight.prepared["native"] = argument
     return argument
 

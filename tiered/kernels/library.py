@@ -18,7 +18,7 @@ from tiered.errors import ConfigError
 LIBRARY_PATH: Final = Path(__file__).with_name("libtiered_kernels.so")
 LIBRARY_VARIABLE: Final = "TIERED_KERNEL_LIBRARY"
 """Environment variable that names another file, for developers: a build for sanitizers, or one that emulates tiles."""
-ABI_VERSION: Final = 3
+ABI_VERSION: Final = 4
 
 
 class Level(IntEnum):
@@ -41,11 +41,12 @@ class Status(IntEnum):
 
 
 class Dtype(IntEnum):
-    """Element types of activations, and of weights to be quantized."""
+    """Element types of activations, of weights to be quantized, and of a codebook's scales."""
 
     BF16 = 0
     F32 = 1
     F16 = 2
+    E8M0 = 3
 
 
 class Format(IntEnum):
@@ -54,6 +55,7 @@ class Format(IntEnum):
     INT4 = 0
     INT8 = 1
     DENSE_BF16 = 2
+    CODEBOOK = 3
 
 
 class WeightArgument(ctypes.Structure):
@@ -67,6 +69,8 @@ class WeightArgument(ctypes.Structure):
         ("q", c_void_p),
         ("scale", c_void_p),
         ("zero", c_void_p),
+        ("values", c_void_p),
+        ("scale_dtype", c_int32),
     ]
 
 

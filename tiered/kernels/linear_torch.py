@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional
 
 from tiered.kernels.cancel import CancelFlag
-from tiered.quant import QuantizedWeight
+from tiered.quant import CodebookScheme, QuantizedWeight, dequantize
 
 Weight = torch.Tensor | QuantizedWeight
 Widen = Callable[[QuantizedWeight, torch.Tensor], None]
@@ -100,8 +100,12 @@ def linear_in_tiles(
 
 
 def widen_in_torch(weight: QuantizedWeight, out: torch.Tensor) -> None:
-    """Fill `out` with what `weight.rows` returns, bit for bit; no temporaries but codes."""
+    """Fill `out` with what `weight.rows` returns, bit for bit; no temporaries but codes, or a few MiB of what is looked
+    up in a codebook."""
     q, scale, zero = weight.codes
+    if isinstance(weight.scheme, CodebookScheme):
+        dequantize(q, scale, zero, weight.scheme, out=out)
+        return
     groups = out.unflatten(1, (-1, weight.scheme.group_size))
     if weight.scheme.bits == 8:
         groups.copy_(q.view_as(groups))

@@ -5,21 +5,23 @@ from typing import Final, Literal
 import torch
 
 from tiered.kernels.library import Dtype
-from tiered.quant import GroupScheme, QuantizedTensor
+from tiered.quant import GroupScheme, QuantizedTensor, Scheme
 
 DTYPES: Final = {torch.bfloat16: Dtype.BF16, torch.float32: Dtype.F32, torch.float16: Dtype.F16}
 """Dtypes of weights that the native kernel takes; the others go through torch."""
 
 
-def serves(weight: torch.Tensor, scheme: GroupScheme, clip: str) -> bool:
+def serves(weight: torch.Tensor, scheme: Scheme, clip: str) -> bool:
     """Whether the native kernel takes `weight`. It takes no wrong arguments, so the reference raises their errors."""
-    if weight.dim() != 2 or weight.dtype not in DTYPES or weight.device.type != "cpu" or clip not in ("mse", "minmax"):
+    if not isinstance(scheme, GroupScheme) or clip not in ("mse", "minmax"):
+        return False
+    if weight.dim() != 2 or weight.dtype not in DTYPES or weight.device.type != "cpu":
         return False
     rows, columns = weight.shape
     return scheme.accepts(rows, columns) and weight.stride(1) == 1 and (rows == 1 or weight.stride(0) >= columns)
 
 
-def empty_codes(weight: torch.Tensor, scheme: GroupScheme) -> QuantizedTensor:
+def empty_codes(weight: torch.Tensor, scheme: Scheme) -> QuantizedTensor:
     """Uninitialized codes, scales and zeros for the result."""
     shape = weight.shape
     return QuantizedTensor(
@@ -30,7 +32,7 @@ def empty_codes(weight: torch.Tensor, scheme: GroupScheme) -> QuantizedTensor:
 
 
 def arguments(
-    weight: torch.Tensor, scheme: GroupScheme, clip: Literal["mse", "minmax"], codes: QuantizedTensor
+    weight: torch.Tensor, scheme: Scheme, clip: Literal["mse", "minmax"], codes: QuantizedTensor
 ) -> tuple[int, ...]:
     """tk_quantize's arguments between the context and the cancel flag."""
     rows, columns = weight.shape

@@ -1,9 +1,10 @@
 """Kernels for CUDA devices, in Triton. Importing this imports Triton, so `device_kernels.py` does so only to serve.
 
 Weights are read as they lie on disk: 4-bit codes planar within a group, or 8-bit ones, a scale (fp16) and a zero (u8)
-per group. In products the rows of the weight are the first operand's, so that few rows of activations are padded to 16
-and no further. Codes less zeros are small integers, exact in 16 bits; scales go on sums in float32: weights are never
-rounded.
+per group; of a codebook scales of its own, and its 16 values, in float32, in the place of zeros. In products the rows
+of the weight are the first operand's, so that few rows of activations are padded to 16 and no further. Codes less
+zeros, and the values of mxfp4 and iq4nl, are exact in 16 bits, and those of nf4 as precise as 16-bit weights; scales go
+on sums in float32: weights are never rounded again.
 
 A kernel computes an element of the result from one row of the weight and one of the activations, group after group, in
 a tile of one shape: so the result does not depend on what else is computed.
@@ -16,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tiered.quant import QuantizedWeight
+from tiered.quant import CodebookScheme, QuantizedWeight
 
 
 @triton.jit
@@ -34,21 +35,45 @@ def _halves(q, row, inside, k, g, in_features, bits: tl.constexpr, group: tl.con
 
 
 @triton.jit
+def _unscaled(low, high, zero, at, inside):
+    """What both halves' codes stand for before they are scaled, in float32. `at`: the group's place, by row."""
+    if zero.dtype.element_ty == tl.float32:
+        return tl.load(zero + low.to(tl.int32)), tl.load(zero + high.to(tl.int32))
+    else:
+        z = tl.load(zero + at, mask=inside, other=0).to(low.dtype)[:, None]
+        return (low - z).to(tl.float32), (high - z).to(tl.float32)
+
+
+@triton.jit
+def _scales(scale, at, inside):
+    """Scales in float32; a byte is an exponent."""
+    s = tl.load(scale + at, mask=inside, other=0)
+    if scale.dtype.element_ty == tl.uint8:
+        exponent = s.to(tl.int32)
+        bits = tl.where(exponent == 0, 1 << 22, exponent << 23)
+        return tl.where(exponent == 255, 0x7FC00000, bits).to(tl.float32, bitcast=True)
+    else:
+        return s.to(tl.float32)
+
+
+@triton.jit
 def dequantize_kernel(
     q, scale, zero, y, rows, in_features, bits: tl.constexpr, group: tl.constexpr, tile_out: tl.constexpr
 ):
-    """y [rows, in] = scale * (q - zero) in float32, rounded once. A program: `tile_out` rows of one group."""
+    """y [rows, in] = scale * (q - zero) or scale * value in float32, rounded once. A program: `tile_out` rows of a
+    group."""
     half: tl.constexpr = group // 2
     row = tl.program_id(0) * tile_out + tl.arange(0, tile_out)
     inside = row < rows
     row = row.to(tl.int64)
     g, k = tl.program_id(1), tl.arange(0, half)
-    s = tl.load(scale + row * (in_features // group) + g, mask=inside, other=0.0).to(tl.float32)
-    z = tl.load(zero + row * (in_features // group) + g, mask=inside, other=0).to(tl.int32)
+    at = row * (in_features // group) + g
+    s = _scales(scale, at, inside)
     low, high = _halves(q, row, inside, k, g, in_features, bits, group, tl.int32)
+    low, high = _unscaled(low, high, zero, at, inside)
     to = y + row[:, None] * in_features + g * group + k[None, :]
-    tl.store(to, ((low - z[:, None]).to(tl.float32) * s[:, None]).to(y.dtype.element_ty), mask=inside[:, None])
-    tl.store(to + half, ((high - z[:, None]).to(tl.float32) * s[:, None]).to(y.dtype.element_ty), mask=inside[:, None])
+    tl.store(to, (low * s[:, None]).to(y.dtype.element_ty), mask=inside[:, None])
+    tl.store(to + half, (high * s[:, None]).to(y.dtype.element_ty), mask=inside[:, None])
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -70,14 +95,14 @@ def linear_kernel(
     groups = in_features // group
     total = tl.zeros([tile_out, tile_rows], dtype=tl.float32)
     for g in range(0, groups):
-        s = tl.load(scale + o * groups + g, mask=is_out, other=0.0).to(tl.float32)
-        z = tl.load(zero + o * groups + g, mask=is_out, other=0).to(tl.int16)
+        s = _scales(scale, o * groups + g, is_out)
         low, high = _halves(q, o, is_out, k, g, in_features, bits, group, tl.int16)
+        low, high = _unscaled(low, high, zero, o * groups + g, is_out)
         of = x + m[None, :] * x_stride + g * group + k[:, None]
         x_low = tl.load(of, mask=is_row[None, :], other=0.0).to(dot)
         x_high = tl.load(of + half, mask=is_row[None, :], other=0.0).to(dot)
-        part = tl.dot((low - z[:, None]).to(tl.float32).to(dot), x_low, input_precision="ieee")
-        part = tl.dot((high - z[:, None]).to(tl.float32).to(dot), x_high, part, input_precision="ieee")
+        part = tl.dot(low.to(dot), x_low, input_precision="ieee")
+        part = tl.dot(high.to(dot), x_high, part, input_precision="ieee")
         total += part * s[:, None]
     if has_bias:
         total += tl.load(bias + o, mask=is_out, other=0.0).to(tl.float32)[:, None]
@@ -100,13 +125,13 @@ def linear_by_sums_kernel(
     groups = in_features // group
     total = tl.zeros([tile_out, half], dtype=tl.float32)
     for g in range(0, groups):
-        s = tl.load(scale + o * groups + g, mask=is_out, other=0.0).to(tl.float32)
-        z = tl.load(zero + o * groups + g, mask=is_out, other=0).to(tl.int16)
+        s = _scales(scale, o * groups + g, is_out)
         low, high = _halves(q, o, is_out, k, g, in_features, bits, group, tl.int16)
+        low, high = _unscaled(low, high, zero, o * groups + g, is_out)
         of = x + m * x_stride + g * group + k
         x_low, x_high = tl.load(of).to(tl.float32), tl.load(of + half).to(tl.float32)
-        part = (low - z[:, None]).to(tl.float32) * x_low[None, :]
-        part += (high - z[:, None]).to(tl.float32) * x_high[None, :]
+        part = low * x_low[None, :]
+        part += high * x_high[None, :]
         total += part * s[:, None]
     found = tl.sum(total, axis=1)
     if has_bias:
@@ -176,7 +201,7 @@ def dequantize(weight: QuantizedWeight, out: torch.Tensor) -> None:
     rows, in_ = weight.shape
     grid = triton.cdiv(rows, DEQUANTIZE.out), in_ // weight.scheme.group_size
     scheme = {"bits": weight.scheme.bits, "group": weight.scheme.group_size}
-    dequantize_kernel[grid](*weight.codes, out, rows, in_, **scheme, tile_out=DEQUANTIZE.out, **_threads(DEQUANTIZE))
+    dequantize_kernel[grid](*_parts(weight), out, rows, in_, **scheme, tile_out=DEQUANTIZE.out, **_threads(DEQUANTIZE))
 
 
 def linear(
@@ -185,7 +210,7 @@ def linear(
     """Write the product for 16-bit x [rows, in] to y [rows, out]."""
     constants = _constants(weight, bias, tiling) | {"bits": weight.scheme.bits, "dot": _DTYPES[x.dtype]}
     sizes = len(x), *weight.shape, _stride(x), y.stride(0)
-    linear_kernel[_tiles(tiling, x, y)](x, *weight.codes, _or(bias, y), y, *sizes, **constants, **_threads(tiling))
+    linear_kernel[_tiles(tiling, x, y)](x, *_parts(weight), _or(bias, y), y, *sizes, **constants, **_threads(tiling))
 
 
 def linear_by_sums(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None, y: torch.Tensor) -> None:
@@ -194,7 +219,7 @@ def linear_by_sums(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor 
     del constants["tile_rows"]
     sizes = *weight.shape, _stride(x), y.stride(0)
     grid = triton.cdiv(y.shape[1], SUMS.out), len(x)
-    linear_by_sums_kernel[grid](x, *weight.codes, _or(bias, y), y, *sizes, **constants, **_threads(SUMS))
+    linear_by_sums_kernel[grid](x, *_parts(weight), _or(bias, y), y, *sizes, **constants, **_threads(SUMS))
 
 
 def linear_int8(
@@ -210,6 +235,12 @@ def linear_int8(
     sizes = len(x), *weight.shape, y.stride(0)
     pointers = x, x_scale, *weight.codes, _or(bias, y), y
     linear_int8_kernel[_tiles(tiling, x, y)](*pointers, *sizes, **constants, **_threads(tiling))
+
+
+def _parts(weight: QuantizedWeight) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes, scales, and zeros or a codebook's values."""
+    q, scale, zero = weight.codes
+    return q, scale, weight.scheme.values.table(q.device) if isinstance(weight.scheme, CodebookScheme) else zero
 
 
 def _constants(weight: QuantizedWeight, bias: torch.Tensor | None, tiling: Tiling) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from tiered.model.attention import KernelAttention, registered_attention, use_attention
 from tiered.model.bind import BoundModel
 from tiered.model.engine import Engine, OnBlock, Pass
-from tiered.model.forward import ForwardBatch, ForwardWork, check_token_ids, keep_positions, slice_mask
+from tiered.model.forward import ForwardBatch, ForwardWork, check_token_ids, keep_positions, past_tokens, slice_mask
 from tiered.model.match import check_layers, check_match
 from tiered.model.record import CACHE_NAMES, Recorder, cache_name
 from tiered.model.seat import Seat, Seats
@@ -35,6 +35,7 @@ __all__ = [
     "keep_positions",
     "load_tables",
     "model_shape",
+    "past_tokens",
     "registered_attention",
     "slice_mask",
     "use_attention",

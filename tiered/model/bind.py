@@ -18,6 +18,7 @@ from tiered.cache import PagedKeys
 from tiered.kernels import LayerKernels
 from tiered.model.desk import Desk
 from tiered.model.experts import InputScaledMixture, OffloadedExperts
+from tiered.model.mixers import split_mixers
 from tiered.store import ALIGNMENT
 from tiered.stream import AnyWeight, Loan
 from tiered.units import round_up
@@ -41,7 +42,8 @@ class OffloadedLinear(nn.Module):
         self.out_features, self.in_features = size
         # May be resident for good (BoundModel.keep); else it is lent beside the weight.
         self.register_parameter("bias", bias)
-        self._own = original.get_parameter("weight").detach()
+        # In a tuple: it is no parameter of this module.
+        self._own = (original.get_parameter("weight"),)
         self.latents: PagedKeys | None = None
         """Latents in pages whose product was asked for last."""
         self._kernels, self._desk = kernels, desk
@@ -50,7 +52,7 @@ class OffloadedLinear(nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         """The graph's own tensor, which has no values: some modules look up the dtype that they compute in."""
-        return self._own
+        return self._own[0]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] -> [..., out_features]; of latents in pages only what has that shape."""
@@ -159,6 +161,7 @@ class BoundModel:
         self.layers: list[nn.Module] = list(skeleton.layers)
         for layer in self.layers:
             _offload(layer, kernels, self._desk, "")
+            split_mixers(layer)
         self.head = OffloadedLinear(_linear_at(skeleton.model, skeleton.head_name), kernels, self._desk, "")
         skeleton.model.set_output_embeddings(self.head)
         _keep_linears(skeleton.model, kernels)
@@ -182,10 +185,11 @@ class BoundModel:
             _keep(module, name, tensor.to(self.where, own.dtype if tensor.is_floating_point() else tensor.dtype))
 
     def embed(self, rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        """What the model's own embedding module returns for `index` [...], with `rows` [n, width] as its table."""
+        """What the model makes of the ids `index` [...] before its layers, with `rows` [n, width] as its table."""
         module = self.skeleton.embedding
         embedded: torch.Tensor = functional_call(module, {"weight": rows}, (index,))
-        return embedded
+        scale = self.skeleton.family.embedding_scale
+        return embedded if scale is None else embedded * getattr(self.skeleton.config, scale)
 
     @contextmanager
     def lend(self, module: nn.Module, loan: Loan) -> Iterator[nn.Module]:

@@ -106,7 +106,7 @@ class _Turn:
     lender: Streamer
     groups: Sequence[Group]
     is_held: bool
-    """Whether several micro-batches use a layer."""
+    """Whether a layer's weights are used more than once: by several micro-batches, or by several scans of one."""
 
 
 class Engine:
@@ -243,4 +243,6 @@ def _lender(seat: Seat, streams: Streams) -> Streamer:
 
 def _turn(seat: Seat, lender: Streamer, groups: Sequence[Group]) -> _Turn:
     mine = [group for group in groups if group.seat is seat]
-    return _Turn(seat, lender, mine, sum(len(group.micro_batches) for group in mine) > 1)
+    micro_batches = [micro_batch for group in mine for micro_batch in group.micro_batches]
+    scans = max((len(each.kv.states) for each in micro_batches if each.kv is not None), default=0)
+    return _Turn(seat, lender, mine, len(micro_batches) > 1 or scans > 1)

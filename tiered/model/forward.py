@@ -50,7 +50,7 @@ class ForwardWork:
         for number, batch in enumerate(self._batch):
             count, tokens = batch.input_ids.shape
             step = max(1, self._rows_per_micro_batch // count)
-            past = int(batch.cache.get_seq_length())
+            past = past_tokens(batch)
             for start in range(0, tokens, step):
                 stop = min(start + step, tokens)
                 inputs = embedded(seat, batch.input_ids[:, start:stop].cpu())
@@ -104,6 +104,15 @@ class ForwardWork:
 
     def commit(self) -> None:
         """Nothing to do: the caches have grown while the layers computed."""
+
+
+def past_tokens(batch: ForwardBatch) -> int:
+    """Tokens that the cache of `batch` holds. One of recurrent layers only does not know; the mask does, if there is
+    one."""
+    if all(getattr(batch.cache, "is_linear", (False,))):
+        mask = batch.attention_mask
+        return mask.shape[1] - batch.input_ids.shape[1] if isinstance(mask, torch.Tensor) and mask.ndim == 2 else 0
+    return int(batch.cache.get_seq_length())
 
 
 def check_token_ids(input_ids: torch.Tensor, vocab: int) -> None:

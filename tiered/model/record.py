@@ -7,7 +7,7 @@ own norm, projection, head and soft caps run on it. No family's code is repeated
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -143,10 +143,10 @@ class Recorder:
 
 
 class _LayerOutput(torch.Tensor):
-    """Hidden states that also serve as a tuple (hidden, ...): their element 0 is the whole tensor.
+    """Hidden states that also serve as a tuple (hidden, weights): their element 0 is the whole tensor.
 
     Layers return hidden states or such a tuple, by family and transformers' version, and the base model takes what they
-    return or its element 0. Any other operation gives a plain tensor.
+    return, its element 0, or both elements. Any other operation gives a plain tensor.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -154,6 +154,9 @@ class _LayerOutput(torch.Tensor):
     @classmethod
     def of(cls, hidden: torch.Tensor) -> "_LayerOutput":
         return hidden.as_subclass(cls)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self[0], None))
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         plain = self.as_subclass(torch.Tensor)

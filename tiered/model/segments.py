@@ -73,6 +73,11 @@ class Segments:
                     f"segment {number}: tokens {segment.kv.length} to {segment.stop} of a sequence with room for "
                     f"{segment.kv.capacity}; expected at least one, and reserve as many as it will have"
                 )
+            if not limits.grid.tokens and segment.kv.length and len(segment.input_ids) > 1:
+                raise ConfigError(
+                    f"segment {number}: several tokens behind {segment.kv.length} others; this family's recurrent "
+                    "layers compute prompts whole and all later tokens one by one"
+                )
         self._segments, self._pool, self._limits = segments, pool, limits
         self._head_rows, self._on_logits = head_rows, on_logits
         self._seat_of = [seats.of(len(segment.input_ids), segment.text_length > 0) for segment in segments]

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from transformers import PretrainedConfig
 
-from tiered.arch import Skeleton, chunked_layers, kv_sources, layer_windows
+from tiered.arch import Skeleton, chunked_layers, kv_sources, layer_windows, state_shape
 from tiered.cache import kv_shapes, layer_groups
 from tiered.io import CHUNK_BUFFERS
 from tiered.kernels import packed_row_nbytes
@@ -37,7 +37,8 @@ def model_shape(store: Store, skeleton: Skeleton, dtype: torch.dtype) -> ModelSh
     tables += max((unit.memory_nbytes for unit in kept), default=0)
     tables += sum(math.prod(weight.shape) for unit in kept for weight in unit.weights.values()) * dtype.itemsize
     tables += _copied_nbytes(store, skeleton)
-    layers = [p.shape for block in skeleton.blocks() if block.role == "layer" for p in block.parameters]
+    # Parameters that are one number have no shape.
+    layers = [p.shape for block in skeleton.blocks() if block.role == "layer" for p in block.parameters if p.shape]
     by_id = (store.layout(store.blocks[name]) for name in skeleton.tables)
     tables_by_id = [weight for layout in by_id for weight in layout.weights.values()]
     return ModelShape(
@@ -63,6 +64,7 @@ def model_shape(store: Store, skeleton: Skeleton, dtype: torch.dtype) -> ModelSh
         head_weights=store.layout(store.tape[-1]).weight_count,
         table_numbers=sum(weight.shape[1] for weight in tables_by_id),
         table_row_nbytes=sum(weight.nbytes // weight.shape[0] for weight in tables_by_id),
+        state=state_shape(skeleton),
     )
 
 
@@ -79,7 +81,10 @@ def _expert_shape(store: Store, config: PretrainedConfig) -> ExpertShape | None:
     """The experts, if each is a unit, and all layers that have experts have one module of equally many."""
     layers = [units for units in store.expert_units if units]
     modules = [{unit.name.partition(RANGE)[0] for unit in units} for units in layers]
-    chosen = getattr(config, "num_experts_per_tok", None) or getattr(config, "top_k_experts", None)
+    # Some have a name of their own for it, and Hunyuan may have a number for each layer.
+    names = ("num_experts_per_tok", "moe_topk", "top_k_experts")
+    chosen = next((found for name in names if (found := getattr(config, name, None))), None)
+    chosen = max(chosen) if isinstance(chosen, list) and chosen else chosen
     if {*map(len, modules)} != {1} or len({*map(len, layers)}) != 1 or not isinstance(chosen, int):
         return None
     experts = [unit for units in layers for unit in units]

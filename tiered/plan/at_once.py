@@ -49,7 +49,14 @@ class AtOnce:
     @property
     def tokens(self) -> int:
         """Tokens in flight at most, if prompts take as few passes as asked for."""
-        return self.asked.workload.tokens_in_flight(self.batch_size, self.context)
+        return max(self._least_rows, self.asked.workload.tokens_in_flight(self.batch_size, self.context))
+
+    @property
+    def _least_rows(self) -> int:
+        """Tokens that a pass, and a micro-batch, must be able to take: of a prompt what cannot be cut, while all others
+        decode."""
+        state, prompt = self.asked.model.state, self.asked.workload.max_prompt or self.context
+        return 1 if state is None else state.grid.cell(min(prompt, self.context)) + self.batch_size - 1
 
     @property
     def _pages(self) -> int:
@@ -59,7 +66,10 @@ class AtOnce:
     def cache(self, ram: int) -> CachePlan:
         """The KV cache's pages and memory."""
         model, workload, budgets = self.asked.model, self.asked.workload, self.asked.budgets
-        lent_pages = 0
+        lent_pages = lent_states = 0
+        if self.on_disk and model.state is not None:
+            share = int(ram * _LENT_SHARE) // model.state.layer_nbytes
+            lent_states = max(1, min(self.batch_size, share))
         if self.on_disk:
             # At least the pages of one sequence; more at a time make longer reads and fuller micro-batches.
             largest = max((block_nbytes(group.shape, budgets.kv_bits) for group in model.groups), default=1)
@@ -73,10 +83,12 @@ class AtOnce:
             sequences=self.batch_size,
             context=self.context,
             tokens=workload.kv_tokens(self.batch_size, self.context),
-            tokens_at_once=min(budgets.micro_batch or MAX_ROWS, self.tokens),
+            tokens_at_once=min(max(budgets.micro_batch or MAX_ROWS, self._least_rows), self.tokens),
             one_pass=workload.one_pass,
             lent_pages=lent_pages,
             on_device=self.on_device,
+            state=model.state,
+            lent_states=lent_states,
         )
 
     def passes_of(self, ram: int, tokens: int, experts: ExpertShape | None) -> "Passes":
@@ -91,7 +103,8 @@ class AtOnce:
         workspace = host.nbytes + cache.scratch_nbytes(host.rows, tokens)
         if self.on_device:
             workspace = transit_nbytes(model, tokens, self.batch_size, max(self.batch_size, head_rows), ram)
-        needs = Needs(budgets.baseline, model.tables_nbytes, self._kv_nbytes(cache, host), workspace)
+        state = cache.states_memory_nbytes + PAGE if model.state is not None else 0
+        needs = Needs(budgets.baseline, model.tables_nbytes, self._kv_nbytes(cache, host), workspace, state)
         # Without a limit on their tokens, passes are the caller's own, who may want logits at any positions.
         is_head_held = not workload.max_batched_tokens or (logits or self.batch_size) > head_rows
         is_layer_held = not self.is_one_micro_batch(tokens, rows, cache)
@@ -125,6 +138,7 @@ class AtOnce:
             budget,
             logits=self._logits(tokens),
             most_rows=self.asked.budgets.micro_batch or MAX_ROWS,
+            least_rows=self._least_rows,
             waiting=experts.chosen if experts is not None else 0,
             is_device=is_device,
         )
@@ -155,6 +169,11 @@ class AtOnce:
         """Whether a pass of `tokens` tokens never has more than one micro-batch of `rows`."""
         if tokens > rows or (self.on_disk and cache.lent_pages < self.batch_size * self._pages):
             return False
+        state = self.asked.model.state
+        if state is not None and (self.batch_size > 1 or tokens > state.grid.cell(tokens)):
+            # Recurrent layers compute several sequences, or what lies on both sides of a line of the grid, one after
+            # the other.
+            return state.grid.tokens == 1 and self.batch_size == 1
         # Dense attention takes each prompt by itself, and a page at a time where pages are quantized.
         return not self.asked.model.dense_attention or tokens == 1 or (self.batch_size == 1 and cache.bits == 16)
 

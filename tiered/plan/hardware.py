@@ -22,7 +22,9 @@ ROWS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 """Rows for which a described machine's kernels get a figure."""
 SCHEMES: Final = ("int4-g64", "int8-g64", "none")
 """Of which described machines have figures; "none": 16 bits."""
-_SCHEME: Final = re.compile(r"int([48])-g([1-9]\d*)")
+_SCHEME: Final = re.compile(r"(int4|int8|mxfp4|nf4|iq4nl)-g([1-9]\d*)")
+_SCALES_NBYTES: Final = {"mxfp4": 1, "nf4": 4, "iq4nl": 2}
+"""Of a group, in codes that are looked up; integers have a scale of 16 bits and a zero of 8."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +74,10 @@ class CpuRates:
 
     def linear_rate(self, scheme: str | None, mode: Mode) -> ComputeRate:
         """The rate of a scheme, or of one with as many bits and other groups, in proportion to the bytes of a weight;
-        raises ConfigError where there is none."""
+        codes that are looked up count as int4. Raises ConfigError where there is none."""
         name = scheme or "none"
         bits = name.partition("-")[0]
+        bits = "int4" if bits in _SCALES_NBYTES else bits
         alike = [found for found in self.linear if found.mode == mode and found.scheme.partition("-")[0] == bits]
         for found in sorted(alike, key=lambda found: found.scheme != name):
             share = bytes_per_weight(name) / bytes_per_weight(found.scheme)
@@ -179,14 +182,16 @@ class Hardware:
 
 
 def bytes_per_weight(scheme: str) -> float:
-    """Of a layer's scheme: codes and, for each group, a scale of 16 bits and a zero of 8; "none": 16 bits.
+    """Of a layer's scheme: codes and, for each group, a scale and, for integers, a zero; "none": 16 bits.
 
     Raises ConfigError for any other.
     """
     found = _SCHEME.fullmatch(scheme)
     if found is None and scheme != "none":
-        raise ConfigError(f"scheme {scheme!r}: expected none, or int4 or int8 with a group, such as int4-g64")
-    return 2.0 if found is None else int(found[1]) / 8 + 3 / int(found[2])
+        raise ConfigError(f"scheme {scheme!r}: expected none, or a scheme with a group, such as int4-g64")
+    if found is None:
+        return 2.0
+    return (1 if found[1] == "int8" else 0.5) + _SCALES_NBYTES.get(found[1], 3) / int(found[2])
 
 
 def roofline(scheme: str, flops: float, memory: float, rows: Sequence[int] = ROWS) -> ComputeRate:

@@ -13,6 +13,7 @@ from typing import Final, Literal
 from tiered.errors import ConfigError
 from tiered.plan.kv import Bits, KVShape, LayerGroup, itemsize
 from tiered.plan.placement import Tape
+from tiered.plan.state import StateShape
 from tiered.units import PAGE_TOKENS
 
 MAX_BATCHED_TOKENS: Final = 4096
@@ -139,6 +140,8 @@ class ModelShape:
     """Numbers that each token takes from tables which are read row by row, beside its embedding."""
     table_row_nbytes: int = 0
     """Bytes of the rows with these numbers, as they are stored."""
+    state: StateShape | None = None
+    """What recurrent layers keep of a sequence; None: there are none."""
 
     @property
     def itemsize(self) -> int:

@@ -10,6 +10,7 @@ from dataclasses import astuple, dataclass
 from typing import Any, Final, Literal
 
 from tiered.errors import ConfigError
+from tiered.plan.state import StateShape
 from tiered.units import PAGE, PAGE_TOKENS, round_up
 
 Bits = Literal[16, 8, 4]
@@ -150,6 +151,11 @@ class CachePlan:
     layers share the memory of one, if the cache is in memory."""
     on_device: bool = False
     """All of it is in the memory of the device that computes, and none in the host's."""
+    state: StateShape | None = None
+    """What recurrent layers keep of a sequence, which is where the blocks are."""
+    lent_states: int = 0
+    """Where the cache is on disk: sequences whose states of one layer a group of micro-batches has in memory, at
+    most."""
 
     @property
     def has_tails(self) -> bool:
@@ -215,6 +221,25 @@ class CachePlan:
         """Bytes for blocks on their way from disk and back: one unit computes while the next ones are read."""
         largest = max(map(self.block_nbytes, self.groups), default=0)
         return GROUPS_AT_ONCE * self.lent_pages * largest if self.on_disk else 0
+
+    @property
+    def states_nbytes(self) -> int:
+        """Bytes of all sequences' recurrent states, in memory or on disk."""
+        if self.state is None:
+            return 0
+        return self.sequences * (self.state.layer_nbytes if self.shares_layers else self.state.nbytes)
+
+    @property
+    def states_memory_nbytes(self) -> int:
+        """Bytes of memory for recurrent states: all of them, or those on their way from disk and back."""
+        if self.state is None or not self.on_disk:
+            return self.states_nbytes
+        return GROUPS_AT_ONCE * self.lent_states * self.state.layer_nbytes
+
+    @property
+    def file_nbytes(self) -> int:
+        """Bytes of the file, where the cache is on disk."""
+        return self.blocks_nbytes + self.states_nbytes
 
     @property
     def pool_nbytes(self) -> int:

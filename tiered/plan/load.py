@@ -13,6 +13,7 @@ from tiered.plan.inputs import Objective, Workload
 from tiered.plan.pace import Pace
 from tiered.plan.passes import share_pass
 from tiered.plan.plan import Plan
+from tiered.plan.state import ANYWHERE, Grid
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class Alike:
     """Tokens of a pass, at most."""
     objective: Objective
     all_logits: bool = False
+    grid: Grid = ANYWHERE
+    """Where prompts may be cut."""
 
     @classmethod
     def of(cls, plan: Plan, workload: Workload, share: float = 1.0) -> Self:
@@ -46,6 +49,7 @@ class Alike:
             plan.max_batched_tokens,
             plan.objective,
             workload.all_logits,
+            plan.grid,
         )
 
     @property

@@ -37,6 +37,7 @@ def make_plan(model: ModelShape, machine: Machine, workload: Workload, budgets: 
         raise ConfigError(
             f"--tiers {tiers_text(budgets.tiers)}, --vram {budgets.vram}: a GPU and its memory go together"
         )
+    _check_state(model, workload, budgets)
     if budgets.choose_kv_bits:
         return _plan_with_most_bits(Asked(model, machine, workload, budgets))
     asked = Asked(model, machine, workload, budgets)
@@ -47,6 +48,23 @@ def make_plan(model: ModelShape, machine: Machine, workload: Workload, budgets: 
     if workload.one_pass:
         return _scoring_plan(asked)
     return _most_throughput(asked)
+
+
+def _check_state(model: ModelShape, workload: Workload, budgets: Budgets) -> None:
+    """Raises ConfigError for what a model with recurrent layers cannot be asked for."""
+    if model.state is None:
+        return
+    if budgets.has_device:
+        raise ConfigError(
+            f"--tiers {tiers_text(budgets.tiers)}: this model has recurrent layers, whose states only the processor "
+            "keeps; use --tiers disk,cpu"
+        )
+    cell = model.state.grid.cell(workload.max_prompt or workload.max_context)
+    if budgets.micro_batch is not None and budgets.micro_batch < cell:
+        raise ConfigError(
+            f"--micro-batch {budgets.micro_batch}: this model's recurrent layers compute {cell} tokens of a prompt "
+            "together; ask for at least that many"
+        )
 
 
 def pace_for(model: ModelShape, machine: Machine, workload: Workload) -> Pace:
@@ -204,7 +222,9 @@ def _scoring_plan(asked: Asked) -> Plan:
     try:
         return _plan_for(asked, _windows_per_pass(asked), "for the fewest bytes to read")
     except BudgetError as refusal:
-        workload = replace(asked.workload, one_pass=False, max_batched_tokens=HEAD_ROWS)
+        state = asked.model.state
+        tokens = HEAD_ROWS if state is None else max(HEAD_ROWS, state.grid.cell(asked.workload.max_context))
+        workload = replace(asked.workload, one_pass=False, max_batched_tokens=tokens)
         try:
             return _plan_for(replace(asked, workload=workload), 1, "a part of it in a pass, as all of it does not fit")
         except BudgetError as error:

@@ -13,6 +13,7 @@ from tiered.plan.inputs import Computes, Objective, Tier, tiers_text
 from tiered.plan.kv import CachePlan, group_from_json
 from tiered.plan.on_device import DeviceNeeds, DevicePlan
 from tiered.plan.placement import UNHELD, Held, Placement, Tape, full_ring, place, smallest_ring, wished
+from tiered.plan.state import ANYWHERE, Grid, StateShape
 from tiered.units import MIB, format_budget, format_size, round_up
 
 
@@ -27,10 +28,12 @@ class Needs:
     are read through."""
     kv: int
     workspace: int
+    state: int = 0
+    """What recurrent layers keep of all sequences at once."""
 
     @property
     def total(self) -> int:
-        return self.baseline + self.outer + self.kv + self.workspace
+        return self.baseline + self.outer + self.kv + self.workspace + self.state
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,11 @@ class Plan:
     def nbytes(self) -> int:
         """Bytes of the budget that the plan takes, of the host's memory."""
         return self.needs.total + self.placement.nbytes + self._experts_nbytes
+
+    @property
+    def grid(self) -> Grid:
+        """Where prompts may be cut."""
+        return ANYWHERE if self.cache.state is None else self.cache.state.grid
 
     @property
     def _experts_nbytes(self) -> int:
@@ -206,6 +214,7 @@ class Plan:
         """The plan that `to_json` has written."""
         placement, cache, tape = fields["placement"], fields["cache"], fields["tape"]
         groups = tuple(map(group_from_json, cache["groups"]))
+        state = StateShape.from_json(cache["state"]) if cache["state"] else None
         return cls(
             **{
                 **fields,
@@ -213,7 +222,7 @@ class Plan:
                 "placement": Placement(**{**placement, "resident": frozenset(placement["resident"])}),
                 "tape": Tape(**{name: tuple(values) for name, values in tape.items()}),
                 "held": Held(**fields["held"]),
-                "cache": CachePlan(**{**cache, "groups": groups}),
+                "cache": CachePlan(**{**cache, "groups": groups, "state": state}),
                 "experts": ExpertCachePlan(**fields["experts"]) if fields["experts"] else None,
                 "device": _device_from_json(fields["device"]) if fields.get("device") else None,
             }
@@ -268,11 +277,12 @@ def fit_units(
     if most is not None and (asked := wished(host, 3 * tape.total, held, most, through)) and asked.resident:
         least, what = asked.nbytes, f"--resident-cpu {format_budget(most)} and a ring for the others"
     smallest = needs.total + experts_nbytes + least
+    state = f"{format_size(needs.state)} for recurrent states, " if needs.state else ""
     experts = f"{format_size(experts_nbytes)} for the experts that one token chooses, " if experts_nbytes else ""
     raise BudgetError(
         f"a budget of {format_size(budget)} is too small. Needed: {format_size(needs.baseline)} for the process "
         f"itself, {format_size(needs.outer)} for tables that stay in memory, {format_size(needs.kv)} for the "
-        f"KV cache, {format_size(needs.workspace)} for activations, {experts}{format_size(least)} for {what}. "
+        f"KV cache, {state}{format_size(needs.workspace)} for activations, {experts}{format_size(least)} for {what}. "
         f"The smallest budget that works is --ram {format_budget(smallest)}"
         + (f"; or use --tiers disk,{tiers_text(tiers)}" if all_resident and Tier.CPU in tiers else ""),
         smallest_bytes=smallest,

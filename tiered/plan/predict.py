@@ -191,6 +191,7 @@ def memory_by_kind(plan: Plan) -> dict[str, int]:
         "process": needs.baseline,
         "tables": needs.outer,
         "kv_cache": needs.kv,
+        "state": needs.state,
         "workspace": needs.workspace,
         "resident": plan.placement.resident_nbytes,
         "ring": plan.placement.ring_nbytes,

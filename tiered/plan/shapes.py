@@ -17,6 +17,7 @@ from tiered.files import MOST_JSON_NBYTES, read_whole
 from tiered.plan.inputs import ExpertShape, ModelShape
 from tiered.plan.kv import group_from_json
 from tiered.plan.placement import Tape
+from tiered.plan.state import StateShape
 
 QUANTS: Final = ("int4", "int8", "none")
 SHAPES_NAME: Final = "shapes.json"
@@ -34,6 +35,7 @@ def shape_to_json(shape: ModelShape) -> dict[str, Any]:
     experts = shape.experts
     found = {field.name: getattr(shape, field.name) for field in fields(shape)}
     found |= {"tape": _tape_to_json(shape.tape), "groups": [asdict(group) for group in shape.groups]}
+    found["state"] = None if shape.state is None else asdict(shape.state)
     if experts is not None:
         found["experts"] = vars(experts) | {"dense": _tape_to_json(experts.dense)}
     return found
@@ -43,6 +45,8 @@ def shape_from_json(value: dict[str, Any]) -> ModelShape:
     """The shape that `shape_to_json` wrote; raises KeyError, TypeError or ValueError where `value` is no such."""
     found = dict(value)
     found |= {"tape": _tape_from_json(found["tape"]), "groups": tuple(map(group_from_json, found["groups"]))}
+    state = found.get("state")  # configs/models has shapes from before there were any
+    found["state"] = None if state is None else StateShape.from_json(state)
     if found["experts"] is not None:
         dense = _tape_from_json(found["experts"]["dense"])
         found["experts"] = ExpertShape(**{**found["experts"], "dense": dense})

@@ -84,6 +84,8 @@ class Way(AtOnce):
         in memory together."""
         asked = self.passes_of(ram, self.tokens, experts)
         rows = asked.rows
+        if (state := self.asked.model.state) is not None and self.batch_size == 1:
+            rows = state.grid.cell(rows)
         if not asked.held.layers or not self._may_take_more_passes(rows, self.cache(ram)):
             return asked
         return asked if self._has_full_rings(asked, ram) else self.passes_of(ram, rows, experts)

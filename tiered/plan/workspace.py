@@ -40,16 +40,17 @@ def row_nbytes(shape: ModelShape, context: int, waiting: int = 0) -> int:
     Hidden states: residual, normalized, q, k, v, attention output, and a float32 copy where a norm widens; what
     `waiting` experts have made of it, until that is summed; the feed-forward's result, its activation and gate (experts
     compute one after the other); what a kernel packs of its input; one mask row, and for eager families the scores of
-    all heads before and after softmax, in float32. Or, if that is more, what it needs before the first layer, while its
-    rows of tables are widened, projected and normalized.
+    all heads before and after softmax, in float32; what a recurrent layer's scan takes. Or, if that is more, what it
+    needs before the first layer, while its rows of tables are widened, projected and normalized.
     """
     hidden = shape.hidden * ((6 + waiting) * shape.itemsize + 8)
     feed_forward = 3 * shape.widest * shape.itemsize
     mask = 2 * context * max(shape.itemsize, 4)
     scores = 3 * context * shape.heads * 4 if shape.eager_attention else context * 4
+    scan = 0 if shape.state is None else shape.state.row_nbytes
     # Queries of latents and what attention makes of them, of the heads that are taken at once.
     latents = 4 * min(shape.heads, LATENT_HEADS) * shape.latent_dim * max(shape.itemsize, 4)
-    inside = hidden + feed_forward + mask + scores + latents + shape.packed_nbytes
+    inside = hidden + feed_forward + mask + scores + scan + latents + shape.packed_nbytes
     return max(inside, shape.table_numbers * (4 * shape.itemsize + 12))
 
 
@@ -63,18 +64,19 @@ def workspace_for(
     *,
     logits: int = 0,
     most_rows: int = MAX_ROWS,
+    least_rows: int = 1,
     waiting: int = 0,
     is_device: bool = False,
 ) -> Workspace:
     """Rows per micro-batch for at most `tokens` in flight in `sequences` sequences, and the reserve they need.
 
     `scratch_nbytes` are the kernels'; `logits` positions may get logits in one pass (0: one per sequence);
-    `most_rows` bounds the rows; results of `waiting` experts per row wait until they are summed. `is_device`: in the
-    memory of a device, where no heap of ours is and no logits are kept.
+    `most_rows` bounds the rows, of which there are `least_rows` all the same; results of `waiting` experts per row wait
+    until they are summed. `is_device`: in the memory of a device, where no heap of ours is and no logits are kept.
     """
     per_row = row_nbytes(shape, context, waiting)
     share = int(budget * _SHARE)
-    rows = max(1, min(most_rows, tokens, share // per_row))
+    rows = min(tokens, max(least_rows, min(most_rows, share // per_row)))
     gathered = shape.gathered_nbytes * context
     gathered_rows = max(1, min(sequences, rows, share // gathered)) if gathered else 1
     in_flight = tokens * _token_nbytes(shape)
@@ -82,6 +84,8 @@ def workspace_for(
     live = rows * per_row + in_flight + gathered_rows * gathered
     # Widened weights of these heads.
     live += LATENT_WEIGHTS * 4 if shape.latent_dim else 0
+    if shape.state is not None:
+        live += min(sequences, rows) * shape.state.step_nbytes
     live += _logits_nbytes(shape, max(head_rows, min(sequences, rows)), 0 if is_device else sequences)
     nbytes = live + scratch_nbytes if is_device else _with_heap(live, budget) + scratch_nbytes
     return Workspace(rows, nbytes, gathered_rows, head_rows)

@@ -1,29 +1,33 @@
-"""How a quantized weight is laid out: its bits, its groups, and the shapes and bytes that follow.
+"""How a quantized weight is laid out: its codes, its groups, and the shapes and bytes that follow.
 
 A store records a scheme by its name, the converter follows it, and kernels are chosen by it. It holds no data.
 
-    w[o, i] = scale[o, i // group_size] * (q[o, i] - zero[o, i // group_size])
+    GroupScheme      w[o, i] = scale[o, i // group_size] * (q[o, i] - zero[o, i // group_size])
+    CodebookScheme   w[o, i] = scale[o, i // group_size] * values[q[o, i]]
 
-`scale` is fp16 and `zero` u8, both [out, in / group_size]. `q` is u8: at 8 bits one code per byte, [out, in];
-at 4 bits two per byte, [out, in / 2], in the order that `pack.py` describes.
+`scale` is [out, in / group_size], of fp16, or of what belongs to the codebook; so is `zero`, in u8, where there is one.
+`q` is u8: at 8 bits one code per byte, [out, in]; at 4 bits two per byte, [out, in / 2], in the order that `pack.py`
+describes.
 """
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from math import prod
-from typing import Final, Self
+from typing import Final
+
+import torch
 
 from tiered.errors import ConfigError
+from tiered.quant.codebook import CODEBOOKS, Codebook
 
 BITS: Final = (4, 8)
 GROUP_SIZES: Final = (32, 64, 128)
 DEFAULT_GROUP_SIZE: Final = 64
 
-_NAME = re.compile(r"int(\d+)(?:-g(\d+))?")
-_SCALE_NBYTES: Final = 2  # fp16
-_ZERO_NBYTES: Final = 1  # u8
+_NAME: Final = re.compile(r"int(\d+)(?:-g(\d+))?")
+_CODEBOOK_NAME: Final = re.compile(rf"({'|'.join(CODEBOOKS)})-g(\d+)")
 
 
 def folded(shape: Sequence[int]) -> tuple[int, int]:
@@ -36,42 +40,42 @@ def folded(shape: Sequence[int]) -> tuple[int, int]:
     return prod(leading), in_features
 
 
-@dataclass(frozen=True)
-class GroupScheme:
-    """A linear weight [out, in] in asymmetric integer codes, one scale and zero per group along `in`.
+class Scheme:
+    """What all schemes have in common: a linear weight [out, in] in groups along `in`, which share a scale."""
 
-    >>> GroupScheme(bits=4).nbytes(1, 64)
-    35
-    """
+    bits: int
+    """Per code: 4 or 8."""
+    group_size: int
+    """Weights along `in` that share a scale: 32, 64 or 128."""
 
-    bits: int  # per code: 4 or 8
-    group_size: int = DEFAULT_GROUP_SIZE  # weights along `in` that share a scale and a zero: 32, 64 or 128
-
-    def __post_init__(self) -> None:
-        if type(self.bits) is not int or self.bits not in BITS:
-            raise ConfigError(f"quantization bits {self.bits!r}: expected 4 or 8")
-        if type(self.group_size) is not int or self.group_size not in GROUP_SIZES:
-            raise ConfigError(f"quantization group size {self.group_size!r}: expected 32, 64 or 128")
-
-    @classmethod
+    @staticmethod
     @lru_cache
-    def parse(cls, name: str) -> Self:
-        """The scheme called `name`: "int4-g64", or "int4" for the default group size."""
-        match = _NAME.fullmatch(name)
-        if match is None:
-            raise ConfigError(f"quantization {name!r}: expected a name such as int4-g64 or int8-g64")
-        bits, group_size = match.groups()
-        return cls(int(bits), DEFAULT_GROUP_SIZE if group_size is None else int(group_size))
+    def parse(name: str) -> "Scheme":
+        """The scheme called `name`: "int4-g64", "int4" for the default group size, or that of a codebook, "mxfp4-g32".
+
+        Raises ConfigError for any other name.
+        """
+        if (match := _NAME.fullmatch(name)) is not None:
+            bits, group_size = match.groups()
+            return GroupScheme(int(bits), DEFAULT_GROUP_SIZE if group_size is None else int(group_size))
+        if (match := _CODEBOOK_NAME.fullmatch(name)) is not None:
+            return CodebookScheme(match[1], int(match[2]))
+        raise ConfigError(f"quantization {name!r}: expected a name such as int4-g64, int8-g64 or mxfp4-g32")
 
     @property
     def name(self) -> str:
-        """Its name in options, manifests and block files: "int4-g64"."""
-        return f"int{self.bits}-g{self.group_size}"
+        """Its name in options, manifests and block files."""
+        raise NotImplementedError
 
     @property
-    def max_code(self) -> int:
-        """The largest code and the largest zero: 15 or 255."""
-        return (1 << self.bits) - 1
+    def scale_dtype(self) -> torch.dtype:
+        """The dtype of `scale`: float16, float32, or uint8, which is an exponent (`codebook.E8M0`)."""
+        raise NotImplementedError
+
+    @property
+    def has_zero(self) -> bool:
+        """Whether there are zeros; `zero` is [out, 0] where there are none."""
+        raise NotImplementedError
 
     @property
     def group_q_nbytes(self) -> int:
@@ -91,13 +95,20 @@ class GroupScheme:
         return out_features, self._groups(out_features, in_features)
 
     def zero_shape(self, out_features: int, in_features: int) -> tuple[int, int]:
-        """Shape of `zero`, which is that of `scale`."""
-        return self.scale_shape(out_features, in_features)
+        """Shape of `zero`: that of `scale`, or of no columns where there are no zeros."""
+        out, groups = self.scale_shape(out_features, in_features)
+        return out, groups if self.has_zero else 0
+
+    def parts(self, out_features: int, in_features: int) -> Mapping[str, tuple[torch.dtype, tuple[int, int]]]:
+        """The tensors that a store keeps for a weight, in order: dtype and shape of "q", "scale" and maybe "zero"."""
+        shape = out_features, in_features
+        parts = {"q": (torch.uint8, self.q_shape(*shape)), "scale": (self.scale_dtype, self.scale_shape(*shape))}
+        return {**parts, "zero": (torch.uint8, self.zero_shape(*shape))} if self.has_zero else parts
 
     def nbytes(self, out_features: int, in_features: int) -> int:
-        """Bytes of `q`, `scale` and `zero` together, without padding."""
-        groups = out_features * self._groups(out_features, in_features)
-        return groups * (self.group_q_nbytes + _SCALE_NBYTES + _ZERO_NBYTES)
+        """Bytes of all parts together, without padding."""
+        parts = self.parts(out_features, in_features).values()
+        return sum(dtype.itemsize * prod(shape) for dtype, shape in parts)
 
     def _groups(self, out_features: int, in_features: int) -> int:
         """Groups in one row."""
@@ -107,3 +118,78 @@ class GroupScheme:
                 f"of {self.group_size}; keep it 16-bit or choose another group size"
             )
         return in_features // self.group_size
+
+
+@dataclass(frozen=True)
+class GroupScheme(Scheme):
+    """Asymmetric integer codes, one scale (fp16) and zero (u8) per group.
+
+    >>> GroupScheme(bits=4).nbytes(1, 64)
+    35
+    """
+
+    bits: int
+    group_size: int = DEFAULT_GROUP_SIZE
+
+    def __post_init__(self) -> None:
+        if type(self.bits) is not int or self.bits not in BITS:
+            raise ConfigError(f"quantization bits {self.bits!r}: expected 4 or 8")
+        _check_group_size(self.group_size)
+
+    @property
+    def name(self) -> str:
+        return f"int{self.bits}-g{self.group_size}"
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        return torch.float16
+
+    @property
+    def has_zero(self) -> bool:
+        return True
+
+    @property
+    def max_code(self) -> int:
+        """The largest code, 15 or 255, and the largest zero that `quantize` makes. GPTQ's zeros reach 16 at 4 bits,
+        which every kernel takes."""
+        return (1 << self.bits) - 1
+
+
+@dataclass(frozen=True)
+class CodebookScheme(Scheme):
+    """Nibbles that are looked up in one of `CODEBOOKS`, one scale per group and no zeros.
+
+    >>> CodebookScheme("mxfp4", 32).nbytes(1, 64)
+    34
+    """
+
+    codebook: str
+    group_size: int
+    bits: int = field(default=4, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.codebook not in CODEBOOKS:
+            raise ConfigError(f"codebook {self.codebook!r}: expected one of {', '.join(CODEBOOKS)}")
+        _check_group_size(self.group_size)
+
+    @property
+    def name(self) -> str:
+        return f"{self.codebook}-g{self.group_size}"
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        return self.values.scale_dtype
+
+    @property
+    def has_zero(self) -> bool:
+        return False
+
+    @property
+    def values(self) -> Codebook:
+        """What the codes stand for."""
+        return CODEBOOKS[self.codebook]
+
+
+def _check_group_size(group_size: int) -> None:
+    if type(group_size) is not int or group_size not in GROUP_SIZES:
+        raise ConfigError(f"quantization group size {group_size!r}: expected 32, 64 or 128")

@@ -12,6 +12,7 @@ generated from such weights means nothing.
 """
 
 import hashlib
+import math
 from collections.abc import Iterator
 from typing import Final
 
@@ -21,8 +22,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tiered.errors import ConfigError
+from tiered.quant.codebook import E8M0, widened_scales
 from tiered.quant.quantize import quantize
-from tiered.quant.schemes import GroupScheme
+from tiered.quant.schemes import Scheme
 from tiered.units import MIB
 
 PIECE_NBYTES: Final = 8 * MIB  # no piece is larger; also the length of one run through the pool
@@ -41,7 +43,7 @@ class SyntheticPool:
     the same (seed, key) gives the same bytes under one version of torch.
     """
 
-    def __init__(self, scheme: GroupScheme, seed: int = 0, *, nbytes: int = POOL_NBYTES) -> None:
+    def __init__(self, scheme: Scheme, seed: int = 0, *, nbytes: int = POOL_NBYTES) -> None:
         """Make `nbytes` of packed codes of normally distributed weights."""
         groups = nbytes // scheme.group_q_nbytes
         if groups < 1:
@@ -50,8 +52,8 @@ class SyntheticPool:
         self.seed = seed
         generator = torch.Generator().manual_seed(seed)
         self._q = np.empty((groups, scheme.group_q_nbytes), np.uint8)
-        self._scale = np.empty(groups, np.float32)  # of unit-variance weights; cast to fp16 once scaled
-        self._zero = np.empty(groups, np.uint8)
+        self._scale = np.empty(groups, np.float32)  # of unit-variance weights; cast once scaled
+        self._zero = np.empty(groups if scheme.has_zero else 0, np.uint8)
         # Plain values, as many bytes as the codes take.
         normal = torch.empty(groups, scheme.group_q_nbytes // 4, dtype=torch.float32)
         for start in range(0, groups, _MAKING_GROUPS):
@@ -59,8 +61,9 @@ class SyntheticPool:
             values = torch.randn(part.stop - start, scheme.group_size, generator=generator, dtype=torch.float32)
             q, scale, zero = quantize(values, scheme)
             self._q[part] = q.numpy()
-            self._scale[part] = scale[:, 0].numpy()
-            self._zero[part] = zero[:, 0].numpy()
+            self._scale[part] = widened_scales(scale)[:, 0].numpy()
+            if self.scheme.has_zero:
+                self._zero[part] = zero[:, 0].numpy()
             normal[part] = values[:, : normal.shape[1]]
         self._normal = normal.flatten()
         self._last: tuple[tuple[float, float, torch.dtype], NDArray[np.uint8]] | None = None
@@ -73,15 +76,24 @@ class SyntheticPool:
             yield _view(self._q[run])
 
     def scale_pieces(self, rows: range, in_features: int, key: str, std: float) -> Iterator[memoryview]:
-        """The bytes of NAME.scale, such that the dequantized weight's standard deviation is `std`."""
-        largest = float(self._scale.max()) * std
+        """The bytes of NAME.scale, such that the dequantized weight's standard deviation is `std`; of scales that are
+        exponents, the power of two that is nearest to it."""
+        largest = float(np.abs(self._scale).max()) * std
         if not 0 < largest <= _GREATEST_FP16:
             raise ConfigError(f"{key}: standard deviation {std!r}: expected more than 0 and scales within fp16")
+        dtype = self.scheme.scale_dtype
         for run in self._runs(rows, in_features, key):
-            yield _view((self._scale[run] * np.float32(std)).astype(np.float16))
+            if dtype == E8M0:
+                exponents = np.frexp(self._scale[run])[1] + (126 + round(math.log2(std)))
+                yield _view(np.clip(exponents, 0, 254).astype(np.uint8))
+            else:
+                made = self._scale[run] * np.float32(std)
+                yield _view(made.astype(np.float16) if dtype == torch.float16 else made)
 
     def zero_pieces(self, rows: range, in_features: int, key: str) -> Iterator[memoryview]:
-        """The bytes of NAME.zero."""
+        """The bytes of NAME.zero, if the scheme has zeros."""
+        if not self.scheme.has_zero:
+            return
         for run in self._runs(rows, in_features, key):
             yield _view(self._zero[run])
 

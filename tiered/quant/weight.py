@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, dtype
 
 from tiered.quant.quantize import QuantizedTensor, dequantize
-from tiered.quant.schemes import GroupScheme
+from tiered.quant.schemes import Scheme
 
 
 @dataclass(frozen=True, eq=False)
@@ -14,7 +14,7 @@ class QuantizedWeight:
     """A linear weight [out, in] as codes; the tensors are views of a block's memory. A stack has its matrices' rows."""
 
     codes: QuantizedTensor
-    scheme: GroupScheme
+    scheme: Scheme
     prepared: dict[str, Any] = field(default_factory=dict, repr=False)
     """What a kernel has prepared for this weight, by the kernel's name, so that it need not be made for every token."""
 

@@ -12,7 +12,7 @@ import torch
 
 from tiered.errors import ConfigError, StoreError
 from tiered.files import check_regular
-from tiered.quant import PLANE_DTYPES, GroupScheme, folded
+from tiered.quant import PLANE_DTYPES, Scheme, folded
 from tiered.store.file import FileInfo, UnitInfo
 from tiered.store.format import (
     ALIGNMENT,
@@ -33,7 +33,7 @@ PAD_PREFIX: Final = "__pad"
 PLANES_SUFFIX: Final = ".planes"
 _ZSTD_SUFFIX: Final = ".zst"  # of stores of version 1
 PARTS: Final = ("q", "scale", "zero")
-"""Suffixes of the tensors that make a quantized weight, in the order in which they lie."""
+"""Suffixes of the tensors that make a quantized weight, in the order in which they lie; not every scheme has zeros."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class WeightInfo:
     """What a block's metadata says of a weight that is quantized, or stored in ranges of its rows, or row by row."""
 
     shape: tuple[int, ...]
-    scheme: GroupScheme | None
+    scheme: Scheme | None
     ranges: int | None = None
     """How many; None where it is stored whole. A stack [experts, out, in] has one for each expert."""
     rows: RowLayout | None = None
@@ -102,7 +102,7 @@ class WeightInfo:
         scheme, ranges, row = value["scheme"], value.get("ranges"), value.get("rows")
         if ranges is not None:
             (ranges,) = whole_numbers([ranges])
-        parsed, shape = None if scheme is None else GroupScheme.parse(scheme), whole_numbers(value["shape"])
+        parsed, shape = None if scheme is None else Scheme.parse(scheme), whole_numbers(value["shape"])
         if ranges is None and parsed is None and row is None:
             raise ValueError("a weight that is neither quantized nor stored in ranges")
         if ranges is not None and len(shape) not in (2, 3):
@@ -267,15 +267,14 @@ def _weights(stored: Mapping[str, TensorEntry], infos: Mapping[str, WeightInfo])
         name, _, part = tensor.rpartition(".")
         info = infos.get(name.partition(RANGE)[0])
         if part == ROWS and info is not None and info.rows is not None:
-            expected = (info.shape[0], info.rows.nbytes)
-            if (entry.shape, entry.dtype) != (expected, torch.uint8):
-                raise ValueError(f"{entry.name}: shape {entry.shape} {entry.dtype}, expected {expected} {torch.uint8}")
+            _check_parts({ROWS: entry}, {ROWS: (torch.uint8, (info.shape[0], info.rows.nbytes))})
             yield Weight(name, info.shape, info.scheme, {ROWS: entry}, rows=info.rows)
         elif part in PARTS and info is not None and info.scheme is not None:
             if part == PARTS[0]:
-                parts = {part: stored[f"{name}.{part}"] for part in PARTS}
                 shape = info.shape if info.ranges is None else (entry.shape[0], info.shape[-1])
-                _check_parts(parts, info.scheme, shape)
+                expected = info.scheme.parts(*folded(shape))
+                parts = {part: stored[f"{name}.{part}"] for part in expected}
+                _check_parts(parts, expected)
                 yield Weight(name, shape, info.scheme, parts, None if info.ranges is None else info.shape)
         else:
             info = infos.get(tensor.partition(RANGE)[0])
@@ -283,13 +282,11 @@ def _weights(stored: Mapping[str, TensorEntry], infos: Mapping[str, WeightInfo])
             yield Weight(tensor, entry.shape, None, {"": entry}, info.shape if info and is_range else None)
 
 
-def _check_parts(parts: Mapping[str, TensorEntry], scheme: GroupScheme, shape: tuple[int, ...]) -> None:
-    out, in_ = folded(shape)
-    q, scale = scheme.q_shape(out, in_), scheme.scale_shape(out, in_)
+def _check_parts(parts: Mapping[str, TensorEntry], expected: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
     for part, entry in parts.items():
-        expected, dtype = q if part == "q" else scale, torch.float16 if part == "scale" else torch.uint8
-        if entry.shape != expected or entry.dtype != dtype:
-            raise ValueError(f"{entry.name}: shape {entry.shape} {entry.dtype}, expected {expected} {dtype}")
+        dtype, shape = expected[part]
+        if entry.shape != shape or entry.dtype != dtype:
+            raise ValueError(f"{entry.name}: shape {entry.shape} {entry.dtype}, expected {shape} {dtype}")
 
 
 def _check_weights(infos: Mapping[str, WeightInfo], found: Sequence[Weight]) -> None:

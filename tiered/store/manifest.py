@@ -14,7 +14,7 @@ import torch
 
 from tiered.errors import ConfigError, StoreError
 from tiered.files import parse_json
-from tiered.quant import GroupScheme, QuantizedTensor, QuantizedWeight
+from tiered.quant import QuantizedTensor, QuantizedWeight, Scheme
 from tiered.store.file import FileInfo, field
 from tiered.store.format import CHUNK_NBYTES, TensorEntry
 from tiered.store.rows import ROWS, RowLayout
@@ -51,14 +51,14 @@ class BlockInfo:
 class Weight:
     """One logical weight of a block and where its parts lie in the memory of its unit.
 
-    `scheme` is None for a plain tensor (`parts` holds one entry, ""); a quantized one has parts "q", "scale" and
-    "zero"; one of `rows` has the part "rows", whatever its scheme. Where `shape` is a stack's, [experts, out, in], the
-    parts have the rows of all its matrices.
+    `scheme` is None for a plain tensor (`parts` holds one entry, ""); a quantized one has those of its scheme: "q",
+    "scale" and, if it has zeros, "zero"; one of `rows` has the part "rows", whatever its scheme. Where `shape` is a
+    stack's, [experts, out, in], the parts have the rows of all its matrices.
     """
 
     name: str
     shape: tuple[int, ...]
-    scheme: GroupScheme | None
+    scheme: Scheme | None
     parts: Mapping[str, TensorEntry]
     whole: tuple[int, ...] | None = None
     """Where this is part NAME#k of a weight NAME that is stored in several: the shape of NAME."""
@@ -88,7 +88,9 @@ class Weight:
             return self.rows.view(views[ROWS])
         if self.scheme is None:
             return views[""]
-        return QuantizedWeight(QuantizedTensor(views["q"], views["scale"], views["zero"]), self.scheme)
+        q, scale = views["q"], views["scale"]
+        zero = views["zero"] if self.scheme.has_zero else q.new_empty(len(q), 0)
+        return QuantizedWeight(QuantizedTensor(q, scale, zero), self.scheme)
 
 
 @dataclass(frozen=True)

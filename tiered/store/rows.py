@@ -10,12 +10,13 @@ no other.
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import Final
 
 import torch
 import xxhash
 
-from tiered.quant import GroupScheme, QuantizedTensor, QuantizedWeight
+from tiered.quant import QuantizedTensor, QuantizedWeight, Scheme
 from tiered.store.format import DTYPE_NAMES, DTYPES
 from tiered.units import round_up
 
@@ -30,7 +31,7 @@ class RowLayout:
     """What a record holds: `width` numbers in the codes of `scheme`, or, where that is None, as `dtype`."""
 
     width: int
-    scheme: GroupScheme | None
+    scheme: Scheme | None
     dtype: torch.dtype = torch.uint8
 
     def __post_init__(self) -> None:
@@ -39,7 +40,7 @@ class RowLayout:
         _ = self.nbytes  # raises for a width that the scheme cannot hold
 
     @classmethod
-    def parse(cls, name: str, width: int, scheme: GroupScheme | None) -> "RowLayout":
+    def parse(cls, name: str, width: int, scheme: Scheme | None) -> "RowLayout":
         """The layout that a block's metadata calls `name`, the dtype of what is in a record. Raises KeyError,
         ValueError or ConfigError."""
         return cls(width, scheme, DTYPES[name])
@@ -53,9 +54,10 @@ class RowLayout:
         """Where in a record each part ends."""
         if self.scheme is None:
             return (self.width * self.dtype.itemsize,)
-        scale = 2 * self.scheme.scale_shape(1, self.width)[1]  # first, so that it is aligned
-        codes = scale + self.scheme.q_shape(1, self.width)[1]
-        return scale, codes, codes + self.scheme.zero_shape(1, self.width)[1]
+        # Scales come first, so that they are aligned.
+        columns = self.scheme.scale_shape, self.scheme.q_shape, self.scheme.zero_shape
+        scale, codes, zeros = (shape(1, self.width)[1] for shape in columns)
+        return tuple(accumulate((scale * self.scheme.scale_dtype.itemsize, codes, zeros)))
 
     @cached_property
     def nbytes(self) -> int:
@@ -86,7 +88,7 @@ class RowLayout:
             return records[:, : self._stops[0]].view(self.dtype)
         scale, codes, zero = self._stops
         q, zeros = records[:, scale:codes], records[:, codes:zero]
-        return QuantizedWeight(QuantizedTensor(q, records[:, :scale].view(torch.float16), zeros), self.scheme)
+        return QuantizedWeight(QuantizedTensor(q, records[:, :scale].view(self.scheme.scale_dtype), zeros), self.scheme)
 
     @staticmethod
     def _checksum(record: memoryview, row: int) -> int:

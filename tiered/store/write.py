@@ -15,7 +15,7 @@ import xxhash
 
 from tiered.errors import DiskFullError
 from tiered.files import errors_of
-from tiered.quant import GroupScheme
+from tiered.quant import Scheme
 from tiered.store.block import METADATA_KEY, PAD_PREFIX, PLANES_SUFFIX, WeightInfo, block_metadata
 from tiered.store.file import FileInfo, Kind, UnitInfo
 from tiered.store.format import (
@@ -101,11 +101,11 @@ class BlockWriter:
         self,
         name: str,
         shape: Sequence[int],
-        scheme: GroupScheme | None,
+        scheme: Scheme | None,
         ranges: int | None = None,
         rows: RowLayout | None = None,
     ) -> None:
-        """Record that tensors NAME.q, NAME.scale and NAME.zero together are weight NAME; or, where it is stored in
+        """Record that the parts of `scheme`, NAME.q and so on, together are weight NAME; or, where it is stored in
         `ranges` of its rows, those of NAME#0, NAME#1 and so on. Without a `scheme` a range is the tensor NAME#k. With
         `rows` the tensor NAME.rows has all of it."""
         self._weights[name] = WeightInfo(tuple(shape), scheme, ranges, rows)

@@ -19,7 +19,7 @@ meanwhile.
 import asyncio
 import contextlib
 from collections import defaultdict, deque
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -118,7 +118,35 @@ class KVStream:
         extents = blocks.writes(layer) if lent.span is not None else []
         self._loop.call_soon_threadsafe(self._store, number, lent, layer, extents)
 
+    def read_states(self, extents: Mapping[int, tuple[int, int]]) -> tuple[torch.Tensor, ...]:
+        """Copies (uint8) of what is in the file at `extents` (offset and bytes, by layer), between two passes. Raises
+        what reading or earlier writing raised."""
+        return run_in(self._loop, self._move(extents, [None] * len(extents)))
+
+    def write_states(self, extents: Mapping[int, tuple[int, int]], states: Sequence[torch.Tensor]) -> None:
+        """Put back what `read_states` gave."""
+        run_in(self._loop, self._move(extents, states))
+
     # In the loop.
+
+    async def _move(
+        self, extents: Mapping[int, tuple[int, int]], states: Sequence[torch.Tensor | None]
+    ) -> tuple[torch.Tensor, ...]:
+        """Write `states` to `extents`, or read where there is None; returns copies of what is there then."""
+        found = []
+        for (layer, (offset, nbytes)), state in zip(extents.items(), states, strict=True):
+            await self._await_writes(layer)
+            span = await self._ring.borrow(nbytes)
+            memory, extent = self._memory(span), [Extent(offset, 0, nbytes)]
+            if state is not None:
+                memory[:nbytes] = state
+            moved = self._task(self._read(span, extent) if state is None else self._write(span, extent))
+            try:
+                await moved
+                found.append(memory[:nbytes].clone())
+            finally:
+                self._give_back(span, moved)
+        return tuple(found)
 
     def _begin(self) -> None:
         assert self._feed is None or self._feed.done(), "one pass at a time"

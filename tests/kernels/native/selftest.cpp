@@ -23,18 +23,23 @@ void test_bad_arguments() {
     Context context(1, TK_SCALAR);
     uint8_t q[32] = {}, zero = 0;
     uint16_t scale = 0, x[64] = {}, y[2] = {};
-    const tk_weight good = {TK_INT4, 64, 1, 64, q, &scale, &zero};
+    const tk_weight good = {TK_INT4, 64, 1, 64, q, &scale, &zero, nullptr, 0};
     auto call = [&](const tk_weight &w, int64_t rows, int64_t ldx, int64_t ldy, int32_t dtype, int32_t mode) {
         return tk_linear(context.context, &w, x, rows, ldx, nullptr, 0, y, ldy, dtype, mode, nullptr);
     };
     CHECK(call(good, 1, 64, 1, TK_BF16, TK_INVARIANT) == TK_OK, "the good call");
     CHECK(call(good, 0, 0, 0, TK_BF16, TK_INVARIANT) == TK_OK, "no rows");
-    tk_weight bad[] = {good, good, good, good, good};
+    const float values[16] = {};
+    const tk_weight looked_up = {TK_CODEBOOK, 64, 1, 64, q, &scale, nullptr, values, TK_F16};
+    CHECK(call(looked_up, 1, 64, 1, TK_BF16, TK_INVARIANT) == TK_OK, "a codebook");
+    tk_weight bad[] = {good, good, good, good, good, looked_up, looked_up};
     bad[0].format = 99;
     bad[1].group = 48;
     bad[2].in = 96;
     bad[3].out = 0;
     bad[4].scale = nullptr;
+    bad[5].values = nullptr;
+    bad[6].scale_dtype = TK_BF16;
     for (const tk_weight &w : bad) CHECK(call(w, 1, 128, 1, TK_BF16, TK_INVARIANT) == TK_BAD_ARGUMENT, "a weight");
     CHECK(call(good, -1, 64, 1, TK_BF16, TK_INVARIANT) == TK_BAD_ARGUMENT, "rows");
     CHECK(call(good, 1, 63, 1, TK_BF16, TK_INVARIANT) == TK_BAD_ARGUMENT, "ldx");

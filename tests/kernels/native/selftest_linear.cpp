@@ -17,36 +17,20 @@ struct Shape {
     int64_t shift;               // elements by which every buffer is off its alignment
 };
 
-int64_t q_nbytes(const Shape &s) {
-    return s.out * (s.format == TK_INT4 ? s.in / 2 : s.format == TK_INT8 ? s.in : s.in * 2);
-}
-
-int64_t groups(const Shape &s) { return s.format == TK_DENSE_BF16 ? 0 : s.in / s.group; }
-
 struct Problem {
     Shape s;
-    Exact<uint8_t> q, zero;
-    Exact<uint16_t> scale, x, short_bias;
+    Packed packed;         // unless it is plain
+    Exact<uint16_t> plain; // bf16
+    Exact<uint16_t> x, short_bias;
     Exact<float> long_bias;
     std::vector<double> y;     // [rows, out]
     std::vector<double> size2; // of the terms of each sum, squared, and of the sum
 
     Problem(const Shape &shape, Random &random)
-        : s(shape), q(q_nbytes(s), s.shift), zero(s.out * groups(s), s.shift), scale(s.out * groups(s), s.shift),
-          x((s.rows - 1) * s.ldx + s.in, s.shift), short_bias(s.out, s.shift), long_bias(s.out, s.shift),
+        : s(shape), packed(is_plain() ? TK_INT4 : s.format, is_plain() ? 64 : s.group, is_plain() ? 64 : s.out * s.in, s.shift, random),
+          plain(is_plain() ? s.out * s.in : 0, s.shift), x((s.rows - 1) * s.ldx + s.in, s.shift), short_bias(s.out, s.shift), long_bias(s.out, s.shift),
           y(static_cast<size_t>(s.rows * s.out)), size2(y.size()) {
-        const int64_t values = s.format == TK_DENSE_BF16 ? q.count() / 2 : 0;
-        for (int64_t i = 0; i < q.count(); i++) q.set(i, static_cast<uint8_t>(random.bits()));
-        for (int64_t i = 0; i < values; i++) {
-            const uint16_t value = cut_to_bf16(random.normal());
-            q.set(2 * i, static_cast<uint8_t>(value));
-            q.set(2 * i + 1, static_cast<uint8_t>(value >> 8));
-        }
-        for (int64_t i = 0; i < zero.count(); i++) {
-            zero.set(i, static_cast<uint8_t>(random.below(s.format == TK_INT4 ? 16 : 256)));
-            // Some are 0 or subnormal.
-            scale.set(i, static_cast<uint16_t>(random.below(16) ? 0x2000 + random.below(0x1000) : random.below(600)));
-        }
+        for (int64_t i = 0; i < plain.count(); i++) plain.set(i, cut_to_bf16(random.normal()));
         for (int64_t i = 0; i < x.count(); i++) x.set(i, cut_to_bf16(random.normal() * (random.below(50) ? 1 : 20)));
         for (int64_t o = 0; o < s.out; o++) {
             long_bias.set(o, random.normal());
@@ -55,20 +39,10 @@ struct Problem {
         expect();
     }
 
+    bool is_plain() const { return s.format == TK_DENSE_BF16; }
+
     double weight(int64_t o, int64_t i) const {
-        if (s.format == TK_DENSE_BF16) {
-            const int64_t at = (o * s.in + i) * 2;
-            return bf16(static_cast<uint16_t>(q.get(at) | q.get(at + 1) << 8));
-        }
-        const int64_t g = i / s.group, half = s.group / 2, within = i % s.group, at = o * groups(s) + g;
-        int code;
-        if (s.format == TK_INT8) {
-            code = q.get(o * s.in + i);
-        } else {
-            const uint8_t byte = q.get(o * s.in / 2 + g * half + within % half);
-            code = within < half ? byte & 15 : byte >> 4;
-        }
-        return fp16(scale.get(at)) * (code - zero.get(at));
+        return is_plain() ? bf16(plain.get(o * s.in + i)) : packed.weight(o * s.in + i);
     }
 
     double bias_of(int64_t o) const {
@@ -95,7 +69,8 @@ struct Problem {
 
     int run(tk_context *context, int32_t mode, int64_t first, int64_t count, Exact<uint8_t> &found,
             const int32_t *cancel = nullptr) {
-        const tk_weight w = {s.format, s.group, s.out, s.in, q.data(), scale.data(), zero.data()};
+        tk_weight w = packed.of(s.out, s.in);
+        if (is_plain()) w = {s.format, 0, s.out, s.in, plain.data(), nullptr, nullptr, nullptr, 0};
         const void *bias = nullptr;
         if (s.bias_dtype == TK_BF16) bias = short_bias.data();
         if (s.bias_dtype == TK_F32) bias = long_bias.data();
@@ -186,7 +161,7 @@ void check(const Shape &shape, Random &random, const std::vector<std::vector<std
 }
 
 Shape random_shape(Random &random) {
-    static const int32_t formats[] = {TK_INT4, TK_INT4, TK_INT8, TK_DENSE_BF16}, group_sizes[] = {32, 64, 64, 128};
+    static const int32_t formats[] = {TK_INT4, TK_INT4, TK_INT8, TK_CODEBOOK, TK_DENSE_BF16}, group_sizes[] = {32, 64, 64, 128};
     static const int64_t outs[] = {1, 2, 7, 15, 16, 17, 31, 33, 48, 70};
     static const int64_t rows[] = {1, 1, 2, 3, 4, 5, 8, 9, 16, 17, 33, 40};
     Shape s = {};
@@ -244,6 +219,7 @@ void test_linear(int cases) {
     if (cases >= 10) { // panels, blocks of the sum and their tails
         check({TK_INT4, 64, 530, 576, 70, 576, 530, TK_BF16, TK_BF16, 0}, random, contexts);
         check({TK_INT8, 64, 90, 1088, 37, 1090, 95, -1, TK_F32, 0}, random, contexts);
+        check({TK_CODEBOOK, 32, 530, 576, 70, 576, 530, TK_BF16, TK_BF16, 0}, random, contexts);
         check({TK_INT4, 128, 35, 1152, 280, 1152, 35, -1, TK_BF16, 0}, random, contexts);
     }
     for (int level = 0; level < TK_LEVELS; level++) {

@@ -71,9 +71,36 @@ bool is_group(int32_t group) { return group == 32 || group == 64 || group == 128
 bool is_weight(const tk_weight *w) {
     if (!w || !w->q || w->out < 1 || w->in < 1) return false;
     if (w->format == TK_DENSE_BF16) return w->in % 32 == 0;
-    if (w->format != TK_INT4 && w->format != TK_INT8) return false;
-    if (!is_group(w->group)) return false;
-    return w->scale && w->zero && w->in % w->group == 0;
+    if (!is_group(w->group) || !w->scale || w->in % w->group) return false;
+    if (w->format == TK_CODEBOOK) {
+        return w->values && (w->scale_dtype == TK_F16 || w->scale_dtype == TK_F32 || w->scale_dtype == TK_E8M0);
+    }
+    return (w->format == TK_INT4 || w->format == TK_INT8) && w->zero;
+}
+
+int64_t row_nbytes_of(const tk_weight &w) {
+    if (w.format == TK_DENSE_BF16) return w.in * 2;
+    return w.format == TK_INT8 ? w.in : w.in / 2;
+}
+
+// A codebook's values in whole steps; see linear.h.
+void set_steps(tk::Linear &l) {
+    if (l.w.format != TK_CODEBOOK || l.w.group != 32) return;
+    for (float step = 0.5f; step <= 1; step *= 2) {
+        float least = 0, most = 0;
+        bool whole = true;
+        for (int i = 0; i < 16; i++) {
+            const float steps = l.w.values[i] / step;
+            whole = whole && steps >= -255 && steps <= 255 && steps == static_cast<float>(static_cast<int>(steps));
+            least = steps < least ? steps : least;
+            most = steps > most ? steps : most;
+        }
+        if (!whole || most - least > 255) continue;
+        l.step = step;
+        l.zero_steps = static_cast<uint8_t>(-least);
+        for (int i = 0; i < 16; i++) l.steps[i] = static_cast<uint8_t>(l.w.values[i] / step - least);
+        return;
+    }
 }
 
 } // namespace
@@ -107,7 +134,7 @@ int32_t tk_linear(tk_context *context, const tk_weight *weight, const uint16_t *
     tk::Linear linear = {};
     linear.w = *weight;
     const bool dense = weight->format == TK_DENSE_BF16;
-    linear.row_nbytes = weight->format == TK_INT4 ? weight->in / 2 : dense ? weight->in * 2 : weight->in;
+    linear.row_nbytes = row_nbytes_of(*weight);
     linear.groups = dense ? 0 : weight->in / weight->group;
     linear.x = x;
     linear.rows = rows;
@@ -119,6 +146,7 @@ int32_t tk_linear(tk_context *context, const tk_weight *weight, const uint16_t *
     linear.y_dtype = y_dtype;
     linear.mode = mode;
     linear.cancel = cancel;
+    set_steps(linear);
     return linear_of(context->level)(linear, context->pool);
 }
 
@@ -132,7 +160,7 @@ int32_t tk_dequantize(tk_context *context, const tk_weight *weight, int64_t firs
     if (!out) return TK_BAD_ARGUMENT;
     tk::Dequantize dequantize = {};
     dequantize.w = *weight;
-    dequantize.row_nbytes = weight->format == TK_INT4 ? weight->in / 2 : weight->in;
+    dequantize.row_nbytes = row_nbytes_of(*weight);
     dequantize.groups = weight->in / weight->group;
     dequantize.first = first_row;
     dequantize.rows = rows;

@@ -1,6 +1,7 @@
 // Small pieces that the AVX-512 and AMX files share. Internal linkage throughout; see pool.h.
 #pragma once
 
+#include "codebook_avx512.h"
 #include "linear.h"
 
 #include <cstdint>

@@ -17,8 +17,8 @@ struct Dequantize {
     int64_t item_rows;
 };
 
-// Each value is scale * (code - zero) in fp32, which is exact, rounded once to bf16 where that is asked for: the bits
-// of tiered.quant.dequantize.
+// Each value is scale * (code - zero) in fp32, which is exact, or scale * values[code], rounded once more to bf16 where
+// that is asked for: the bits of tiered.quant.dequantize.
 void dequantize_scalar(Dequantize &dequantize, Pool &pool);
 void dequantize_avx2(Dequantize &dequantize, Pool &pool);
 void dequantize_avx512(Dequantize &dequantize, Pool &pool);

@@ -1,5 +1,6 @@
 // Dequantization for AVX2; see dequantize_rows.h.
 
+#include "codebook_avx2.h"
 #include "dequantize_rows.h"
 
 #include <immintrin.h>
@@ -19,6 +20,8 @@ struct DequantizeAvx2 {
             return _mm256_mul_ps(_mm256_sub_ps(_mm256_cvtepi32_ps(codes), zero), scale);
         }
     };
+
+    using Table = NibbleTable;
 
     static Codes codes(const uint8_t *q) {
         return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(q)));

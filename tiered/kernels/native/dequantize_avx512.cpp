@@ -20,6 +20,12 @@ struct DequantizeAvx512 {
         }
     };
 
+    struct Table {
+        __m512 values;
+        Table(const float *values, float scale) : values(_mm512_mul_ps(_mm512_loadu_ps(values), _mm512_set1_ps(scale))) {}
+        __m512 weights(Codes codes) const { return _mm512_permutexvar_ps(codes, values); }
+    };
+
     static Codes codes(const uint8_t *q) {
         return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(q)));
     }

@@ -10,14 +10,8 @@ namespace {
 
 constexpr int64_t kItemWeights = 1 << 15;
 
-template <class V, class Out>
-void dequantize_group(const Dequantize &d, const uint8_t *q, float scale, float zero, Out *out) {
-    const typename V::Factors factors(scale, zero);
-    if (d.w.format == TK_INT8) {
-        for (int i = 0; i < d.w.group; i += V::kLanes) V::store(out + i, factors.weights(V::codes(q + i)));
-        return;
-    }
-    const int half = d.w.group / 2;
+template <class V, class Factors, class Out>
+void dequantize_nibbles(const uint8_t *q, int half, const Factors &factors, Out *out) {
     for (int i = 0; i < half; i += V::kLanes) {
         const typename V::Codes both = V::codes(q + i);
         V::store(out + i, factors.weights(V::low(both)));
@@ -25,14 +19,23 @@ void dequantize_group(const Dequantize &d, const uint8_t *q, float scale, float 
     }
 }
 
+// Group `g` of all, whose codes begin at `q`.
+template <class V, class Out> void dequantize_group(const Dequantize &d, const uint8_t *q, int64_t g, Out *out) {
+    const float scale = scale_at(d.w, g);
+    if (d.w.format == TK_CODEBOOK) {
+        dequantize_nibbles<V>(q, d.w.group / 2, typename V::Table(d.w.values, scale), out);
+        return;
+    }
+    const typename V::Factors factors(scale, d.w.zero[g]);
+    if (d.w.format == TK_INT4) return dequantize_nibbles<V>(q, d.w.group / 2, factors, out);
+    for (int i = 0; i < d.w.group; i += V::kLanes) V::store(out + i, factors.weights(V::codes(q + i)));
+}
+
 template <class V, class Out> void dequantize_row(const Dequantize &d, int64_t row, Out *out) {
     const uint8_t *q = static_cast<const uint8_t *>(d.w.q) + row * d.row_nbytes;
     const int64_t group_nbytes = d.row_nbytes / d.groups;
     for (int64_t g = 0; g < d.groups; g++) {
-        uint16_t scale;
-        std::memcpy(&scale, d.w.scale + row * d.groups + g, sizeof scale);
-        const float zero = d.w.zero[row * d.groups + g];
-        dequantize_group<V>(d, q + g * group_nbytes, from_fp16(scale), zero, out + g * d.w.group);
+        dequantize_group<V>(d, q + g * group_nbytes, row * d.groups + g, out + g * d.w.group);
     }
 }
 

@@ -16,6 +16,13 @@ struct Scalar {
         float weights(Codes code) const { return (static_cast<float>(code) - zero) * scale; }
     };
 
+    struct Table {
+        const float *values;
+        float scale;
+        Table(const float *values, float scale) : values(values), scale(scale) {}
+        float weights(Codes code) const { return values[code] * scale; }
+    };
+
     static Codes codes(const uint8_t *q) { return *q; }
     static Codes low(Codes both) { return both & 15; }
     static Codes high(Codes both) { return both >> 4; }

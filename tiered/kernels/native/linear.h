@@ -19,6 +19,10 @@ struct Linear {
     int32_t y_dtype;
     int32_t mode;
     const int32_t *cancel;
+    // Of TK_CODEBOOK in groups of 32 whose values are small multiples of one step, which integer kernels multiply:
+    // values[i] is step * (steps[i] - zero_steps). Of any other the step is 0.
+    float step;
+    uint8_t steps[16], zero_steps;
 };
 
 // Each returns a tk_status.

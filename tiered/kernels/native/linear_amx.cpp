@@ -88,7 +88,7 @@ template <class F, int S> struct Widening {
             for (int i = 0; i < F::kUnitNbytes; i += 64) {
                 _mm_prefetch(reinterpret_cast<const char *>(rows.q[r] + at + ahead + i), _MM_HINT_T0);
             }
-            F::widen(rows.q[r] + at, left, &scales.scale[r][slot], &scales.shift[r][slot], to + r * 64);
+            F::widen(rows.q[r] + at, left, &scales.scale[r][slot], beside<F>(l, scales, r, slot), to + r * 64);
         }
     }
 };
@@ -123,7 +123,7 @@ template <class F, int kTiles> void few(void *argument, int, int64_t item) {
     constexpr int kPerScales = F::kGroups ? kScaleGroups / F::kGroups : 1; // units
     for (int64_t u = 0; u <= call.units; u++) {
         const int slot = static_cast<int>(u % kPerScales) * F::kGroups;
-        if (F::kGroups && slot == 0 && u < call.units) load_scales(l, rows, u * F::kGroups, scales);
+        if (F::kGroups && slot == 0 && u < call.units) load_scales<F>(l, rows, u * F::kGroups, scales);
         uint8_t *to = widened[u & 1];
         const uint8_t *from = widened[~u & 1], *x = call.x.data + (u - 1) * call.x.unit_nbytes;
         // Beyond a row's end comes the row of the next 16, 15 rows further on.
@@ -184,7 +184,7 @@ TK_INLINE void widen_panel(const Linear &l, int64_t row, int64_t first, int64_t 
         const Rows rows = rows_at(l, row + 16 * tile);
         Scales scales;
         // A block of units needs fewer groups than are loaded; the loading is a small part of widening.
-        if (F::kGroups) load_scales(l, rows, first * F::kGroups, scales);
+        if (F::kGroups) load_scales<F>(l, rows, first * F::kGroups, scales);
         for (int64_t u = 0; u < count; u++) {
             uint8_t *to = out + (tile * kBlockUnits + u) * kUnitTilesNbytes;
             const int64_t at = (first + u) * F::kUnitNbytes, slot = u * F::kGroups;
@@ -193,8 +193,8 @@ TK_INLINE void widen_panel(const Linear &l, int64_t row, int64_t first, int64_t 
                     const uint8_t *line = rows.q[r] + at + kBlockUnits * F::kUnitNbytes + i;
                     _mm_prefetch(reinterpret_cast<const char *>(line), _MM_HINT_T1);
                 }
-                F::widen(rows.q[r] + at, l.w.in - (first + u) * kUnit, &scales.scale[r][slot], &scales.shift[r][slot],
-                         to + r * 64);
+                F::widen(rows.q[r] + at, l.w.in - (first + u) * kUnit, &scales.scale[r][slot],
+                         beside<F>(l, scales, r, slot), to + r * 64);
             }
         }
     }
@@ -267,18 +267,19 @@ template <class F> int run(const Linear &linear, Pool &pool) {
     return in_parts(linear, kMostTokens, [&pool](const Linear &part) { return run_tokens<F>(part, pool); });
 }
 
+template <template <int> class Tiles> int run_group(const Linear &l, Pool &pool) {
+    if (l.w.group == 32) return run<Tiles<32>>(l, pool);
+    return l.w.group == 64 ? run<Tiles<64>>(l, pool) : run<Tiles<128>>(l, pool);
+}
+
 } // namespace
 
 int linear_amx(const Linear &l, Pool &pool) {
     if (l.w.format == TK_DENSE_BF16) return run<DenseTiles>(l, pool);
     // A tile multiplication takes as long for one token as for sixteen: for few, 8-bit products are faster.
     if (l.mode == TK_FAST && l.rows <= kFastTokens) return linear_fast_avx512(l, pool);
-    const bool int4 = l.w.format == TK_INT4;
-    switch (l.w.group) {
-        case 32: return int4 ? run<Int4Tiles<32>>(l, pool) : run<Int8Tiles<32>>(l, pool);
-        case 64: return int4 ? run<Int4Tiles<64>>(l, pool) : run<Int8Tiles<64>>(l, pool);
-        default: return int4 ? run<Int4Tiles<128>>(l, pool) : run<Int8Tiles<128>>(l, pool);
-    }
+    if (l.w.format == TK_INT4) return run_group<Int4Tiles>(l, pool);
+    return l.w.format == TK_INT8 ? run_group<Int8Tiles>(l, pool) : run_group<CodebookTiles>(l, pool);
 }
 
 } // namespace tk

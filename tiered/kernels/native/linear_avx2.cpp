@@ -7,7 +7,7 @@ namespace tk {
 
 int linear_avx2(const Linear &linear, Pool &pool) {
     // The fast kernel has been measured to be faster at up to 64 rows; more were not compared.
-    const bool fast = linear.mode == TK_FAST && linear.w.format != TK_DENSE_BF16;
+    const bool fast = linear.mode == TK_FAST && (linear.w.format == TK_INT4 || linear.w.format == TK_INT8);
     return fast ? linear_fast_avx2(linear, pool) : linear_vector<Avx2>(linear, pool);
 }
 

@@ -74,7 +74,7 @@ struct Codes8 {
 int linear_fast_avx2(const Linear &linear, Pool &pool) {
     if (linear.w.format == TK_INT4) return linear_fast_vector<FastAvx2, Codes4>(linear, pool);
     if (linear.w.format == TK_INT8) return linear_fast_vector<FastAvx2, Codes8>(linear, pool);
-    Linear exact = linear; // weights without groups
+    Linear exact = linear; // weights without groups, or looked up
     exact.mode = TK_INVARIANT;
     return linear_avx2(exact, pool);
 }

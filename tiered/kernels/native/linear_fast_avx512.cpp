@@ -70,7 +70,7 @@ int linear_fast_avx512(const Linear &linear, Pool &pool) {
     if (transposed) return linear_int8_avx512(linear, pool);
     if (linear.w.format == TK_INT4) return linear_fast_vector<FastAvx512, Codes4>(linear, pool);
     if (linear.w.format == TK_INT8) return linear_fast_vector<FastAvx512, Codes8>(linear, pool);
-    Linear exact = linear; // weights without groups
+    Linear exact = linear; // weights without groups, or looked up
     exact.mode = TK_INVARIANT;
     return linear_avx512(exact, pool);
 }

@@ -119,17 +119,16 @@ template <int kSets> struct Panel {
     Rows<kSets> rows;
 };
 
-template <int kSets> TK_INLINE void load_scales(const Linear &l, int64_t block, Panel<kSets> &panel) {
+template <class F, int kSets> TK_INLINE void load_scales(const Linear &l, int64_t block, Panel<kSets> &panel) {
     const int64_t group = block * kBlockGroups;
-    fetch_scales(l, block, panel.rows);
+    fetch_scales<F>(l, block, panel.rows);
     const __mmask16 groups = first16(l.groups - group);
     for (int set = 0; set < kSets; set++) {
         for (int r = 0; r < kLanes; r++) {
             const int64_t at = panel.rows.row[set][r] * l.groups + group;
-            const __m512 scale = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(groups, l.w.scale + at));
-            const __m512i zero = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(groups, l.w.zero + at));
+            const __m512 scale = F::scales(l, at, groups);
             _mm512_store_ps(panel.scale[set][r], scale);
-            _mm512_store_ps(panel.shift[set][r], _mm512_mul_ps(scale, _mm512_cvtepi32_ps(zero)));
+            _mm512_store_ps(panel.shift[set][r], _mm512_mul_ps(scale, _mm512_cvtepi32_ps(F::zeros(l, at, groups))));
         }
         transpose_matrix(panel.scale[set][0]);
         transpose_matrix(panel.shift[set][0]);
@@ -158,7 +157,7 @@ TK_INLINE void multiply_packed(const Linear &l, int64_t unit, const Panel<1> &pa
         for (int i = 0; i < 16 * F::kShifts; i++) {
             const int n = part * 16 * F::kShifts + i, p = n % kParts;
             if (i < 16) ahead.fetch(part * 16 + i);
-            const __m512i codes = F::quad(columns[i / F::kShifts], i % F::kShifts);
+            const __m512i codes = F::quad(l, columns[i / F::kShifts], i % F::kShifts);
             const bool first = n % kGroupQuads < kParts;
             for (int t = 0; t < kCount; t++) {
                 const int8_t *at = x + t * kUnitNbytes + n * 4;
@@ -286,7 +285,7 @@ TK_INLINE void multiply_panel(const Product &p, int64_t first, Panel<kSets> &pan
     }
     panel.rows.set(first, l.w.out);
     for (int64_t block = 0; block < p.x.blocks; block++) {
-        load_scales(l, block, panel);
+        load_scales<F>(l, block, panel);
         const int64_t begin = block * p.x.block_units;
         for (int64_t unit = begin; unit < least(begin + p.x.block_units, p.x.units); unit++) {
             multiply_unit<F>(p, panel, block, unit, sums);

@@ -95,15 +95,15 @@ struct Panel {
     Rows<kSets> rows;
 };
 
-TK_INLINE void load_scales(const Linear &l, int64_t block, Panel &panel) {
+template <class F> TK_INLINE void load_scales(const Linear &l, int64_t block, Panel &panel) {
     const int64_t group = block * kBlockGroups;
-    fetch_scales(l, block, panel.rows);
+    fetch_scales<F>(l, block, panel.rows);
     const __mmask16 groups = first16(l.groups - group);
     for (int set = 0; set < kSets; set++) {
         for (int r = 0; r < kLanes; r++) {
             const int64_t at = panel.rows.row[set][r] * l.groups + group;
-            _mm512_store_ps(panel.scale[set][r], _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(groups, l.w.scale + at)));
-            _mm512_store_si512(panel.zero[set][r], _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(groups, l.w.zero + at)));
+            _mm512_store_ps(panel.scale[set][r], F::scales(l, at, groups));
+            _mm512_store_si512(panel.zero[set][r], F::zeros(l, at, groups));
         }
         transpose_matrix(panel.scale[set][0]);
         transpose_matrix(panel.zero[set][0]);
@@ -180,7 +180,7 @@ template <class F> void multiply_panel(const Product &p, int64_t first, Panel &p
     std::memset(sums, 0, static_cast<size_t>(l.rows * kSets * kLanes) * sizeof(float));
     panel.rows.set(first, l.w.out);
     for (int64_t unit = 0; unit < p.x.units; unit++) {
-        if (unit % kBlockUnits == 0) load_scales(l, unit / kBlockUnits, panel);
+        if (unit % kBlockUnits == 0) load_scales<F>(l, unit / kBlockUnits, panel);
         panel.codes.unpack<F>(l, panel.rows, unit);
         multiply_all<F>(p, panel, unit, sums);
     }

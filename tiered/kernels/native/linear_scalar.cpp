@@ -21,9 +21,8 @@ void widen(const Linear &l, int64_t o, int64_t start, float *out) {
         return;
     }
     const int64_t g = start / l.w.group;
-    uint16_t scale_bits;
-    std::memcpy(&scale_bits, l.w.scale + o * l.groups + g, sizeof scale_bits);
-    const float scale = from_fp16(scale_bits), zero = l.w.zero[o * l.groups + g];
+    const bool looked_up = l.w.format == TK_CODEBOOK;
+    const float scale = scale_at(l.w, o * l.groups + g), zero = looked_up ? 0 : l.w.zero[o * l.groups + g];
     for (int i = 0; i < 32; i++) {
         int code;
         if (l.w.format == TK_INT8) {
@@ -33,7 +32,7 @@ void widen(const Linear &l, int64_t o, int64_t start, float *out) {
             const uint8_t byte = row[g * half + within % half];
             code = within < half ? byte & 15 : byte >> 4;
         }
-        out[i] = scale * (static_cast<float>(code) - zero);
+        out[i] = scale * (looked_up ? l.w.values[code] : static_cast<float>(code) - zero);
     }
 }
 

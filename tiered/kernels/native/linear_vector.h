@@ -38,7 +38,7 @@ struct Pass {
 };
 
 // Some weight rows' codes, and one block's scales and offsets: a weight is scale * code + offset, where offset is
-// -scale * zero; the offset and the sum are exact in fp32.
+// -scale * zero; the offset and the sum are exact in fp32. One of a codebook is scale * value.
 template <class V, class Unit> struct Strip {
     const Pass &pass;
     const uint8_t *q[kStrip];
@@ -59,6 +59,10 @@ template <class V, class Unit> struct Strip {
         const int64_t first = start / w.group, count = at_most(kBlock / w.group, pass.l->groups - first);
         for (int r = 0; r < kStrip; r++) {
             const int64_t i = row[r] * pass.l->groups + first;
+            if constexpr (Unit::kLookedUp) {
+                for (int64_t g = 0; g < count; g += V::kLanes) V::store(scale[r] + g, V::codebook_scales(w, i + g, count - g));
+                continue;
+            }
             for (int64_t g = 0; g < count; g += V::kLanes) {
                 const typename V::F factor = V::scales(w.scale + i + g, count - g);
                 V::store(scale[r] + g, factor);
@@ -71,7 +75,9 @@ template <class V, class Unit> struct Strip {
 
     Unit unit(int r, int64_t start, int64_t u) const {
         const int64_t i = Unit::kScaled ? u >> pass.group_shift : 0;
-        return Unit(q[r] + (start / Unit::kWeights + u) * Unit::kNbytes, scale[r][i], offset[r][i]);
+        const uint8_t *at = q[r] + (start / Unit::kWeights + u) * Unit::kNbytes;
+        if constexpr (Unit::kLookedUp) return Unit(at, scale[r][i], pass.l->w.values);
+        else return Unit(at, scale[r][i], offset[r][i]);
     }
 };
 
@@ -256,12 +262,16 @@ template <class V, class Unit> int linear_of_unit(const Linear &l, Pool &pool) {
     return TK_OK;
 }
 
+template <class V, template <int> class Unit> int linear_of_group(const Linear &l, Pool &pool) {
+    if (l.w.group == 32) return linear_of_unit<V, Unit<32>>(l, pool);
+    return l.w.group == 64 ? linear_of_unit<V, Unit<64>>(l, pool) : linear_of_unit<V, Unit<128>>(l, pool);
+}
+
 template <class V> int linear_vector(const Linear &l, Pool &pool) {
     if (l.w.format == TK_DENSE_BF16) return linear_of_unit<V, typename V::Bf16>(l, pool);
     if (l.w.format == TK_INT8) return linear_of_unit<V, typename V::Int8>(l, pool);
-    if (l.w.group == 32) return linear_of_unit<V, typename V::template Int4<32>>(l, pool);
-    if (l.w.group == 64) return linear_of_unit<V, typename V::template Int4<64>>(l, pool);
-    return linear_of_unit<V, typename V::template Int4<128>>(l, pool);
+    if (l.w.format == TK_CODEBOOK) return linear_of_group<V, V::template Codebook>(l, pool);
+    return linear_of_group<V, V::template Int4>(l, pool);
 }
 
 } // namespace

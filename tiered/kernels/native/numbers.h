@@ -1,6 +1,8 @@
 // 16-bit floats in plain C++: exact, portable, branch-light. Everything here has internal linkage; see pool.h.
 #pragma once
 
+#include "tiered_kernels.h"
+
 #include <cstdint>
 #include <cstring>
 
@@ -37,6 +39,24 @@ namespace {
         return as_float(as_bits(value) | sign);
     }
     return as_float(sign | (exponent + 112) << 23 | mantissa << 13);
+}
+
+[[maybe_unused]] inline float from_e8m0(uint8_t exponent) {
+    return as_float(exponent == 255 ? 0x7fc00000u : exponent ? static_cast<uint32_t>(exponent) << 23 : 1u << 22);
+}
+
+// Scale number `i` of a quantized weight.
+[[maybe_unused]] inline float scale_at(const tk_weight &w, int64_t i) {
+    const bool looked_up = w.format == TK_CODEBOOK;
+    if (looked_up && w.scale_dtype == TK_E8M0) return from_e8m0(reinterpret_cast<const uint8_t *>(w.scale)[i]);
+    if (looked_up && w.scale_dtype == TK_F32) {
+        float scale;
+        std::memcpy(&scale, reinterpret_cast<const char *>(w.scale) + i * 4, sizeof scale);
+        return scale;
+    }
+    uint16_t bits;
+    std::memcpy(&bits, w.scale + i, sizeof bits);
+    return from_fp16(bits);
 }
 
 } // namespace

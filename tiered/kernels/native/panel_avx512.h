@@ -37,20 +37,25 @@ template <class Word> TK_INLINE void transpose_matrix(Word *matrix) {
     for (int i = 0; i < 16; i++) _mm512_store_si512(matrix + i * 16, r[i]);
 }
 
-// The next panel's scales and zeros lie right behind this one's; each block fetches its part of them.
-template <int kSets> TK_INLINE void fetch_scales(const Linear &l, int64_t block, const Rows<kSets> &rows) {
-    constexpr int64_t kCount = kSets * kLanes * kBlockGroups;
-    const int64_t at = (rows.row[0][0] + kSets * kLanes) * l.groups + block * kCount;
-    for (int64_t i = at; i < at + kCount; i += 32) __builtin_prefetch(l.w.scale + i);
-    for (int64_t i = at; i < at + kCount; i += 64) __builtin_prefetch(l.w.zero + i);
-}
+// ---- formats: kColumns 32-bit columns of a unit's stored codes; each holds kShifts quads. Weights are scale * (code -
+// zero), of codes as `quad` makes them.
 
-// ---- formats: kColumns 32-bit columns of a unit's stored codes; each holds kShifts quads
+struct Integers {
+    static constexpr bool kHasZeros = true;
 
-template <int G> struct Int4Quads {
+    static TK_INLINE int64_t scale_nbytes(const Linear &) { return 2; }
+    static TK_INLINE __m512 scales(const Linear &l, int64_t at, __mmask16 groups) {
+        return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(groups, l.w.scale + at));
+    }
+    static TK_INLINE __m512i zeros(const Linear &l, int64_t at, __mmask16 groups) {
+        return _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(groups, l.w.zero + at));
+    }
+};
+
+template <int G> struct Int4Quads : Integers {
     static constexpr int kGroup = G, kColumns = 16, kShifts = 2;
 
-    static TK_INLINE __m512i quad(__m512i column, int s) {
+    static TK_INLINE __m512i quad(const Linear &, __m512i column, int s) {
         return _mm512_and_si512(s ? _mm512_srli_epi16(column, 4) : column, _mm512_set1_epi8(15));
     }
     // A group of activations, in the order of the quads. Byte i of stored codes holds values i and i + G/2, so quads of
@@ -63,10 +68,27 @@ template <int G> struct Int4Quads {
     }
 };
 
-template <int G> struct Int8Quads {
+// A codebook's steps, looked up.
+struct CodebookQuads : Int4Quads<32> {
+    static constexpr bool kHasZeros = false; // that are stored
+
+    static TK_INLINE int64_t scale_nbytes(const Linear &l) {
+        return l.w.scale_dtype == TK_F32 ? 4 : l.w.scale_dtype == TK_F16 ? 2 : 1;
+    }
+    static TK_INLINE __m512 scales(const Linear &l, int64_t at, __mmask16 groups) {
+        return _mm512_mul_ps(codebook_scales(l.w, at, groups), _mm512_set1_ps(l.step));
+    }
+    static TK_INLINE __m512i zeros(const Linear &l, int64_t, __mmask16) { return _mm512_set1_epi32(l.zero_steps); }
+    static TK_INLINE __m512i quad(const Linear &l, __m512i column, int s) {
+        const __m128i steps = _mm_loadu_si128(reinterpret_cast<const __m128i *>(l.steps));
+        return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(steps), Int4Quads<32>::quad(l, column, s));
+    }
+};
+
+template <int G> struct Int8Quads : Integers {
     static constexpr int kGroup = G, kColumns = 32, kShifts = 1;
 
-    static TK_INLINE __m512i quad(__m512i column, int) { return column; }
+    static TK_INLINE __m512i quad(const Linear &, __m512i column, int) { return column; }
     static TK_INLINE void put(const __m128i *rounded, __m128i *codes) {
         for (int i = 0; i < G / 16; i++) codes[i] = rounded[i];
     }
@@ -74,12 +96,22 @@ template <int G> struct Int8Quads {
 
 // Calls `run` with an object of the type that stands for the format of l's codes; returns what it returns.
 template <class Run> TK_INLINE int with_format(const Linear &l, Run run) {
+    if (l.w.format == TK_CODEBOOK) return run(CodebookQuads{});
     if (l.w.format == TK_INT4) {
         if (l.w.group == 32) return run(Int4Quads<32>{});
         return l.w.group == 64 ? run(Int4Quads<64>{}) : run(Int4Quads<128>{});
     }
     if (l.w.group == 32) return run(Int8Quads<32>{});
     return l.w.group == 64 ? run(Int8Quads<64>{}) : run(Int8Quads<128>{});
+}
+
+// The next panel's scales and zeros lie right behind this one's; each block fetches its part of them.
+template <class F, int kSets> TK_INLINE void fetch_scales(const Linear &l, int64_t block, const Rows<kSets> &rows) {
+    constexpr int64_t kCount = kSets * kLanes * kBlockGroups;
+    const int64_t at = (rows.row[0][0] + kSets * kLanes) * l.groups + block * kCount, nbytes = F::scale_nbytes(l);
+    const char *scales = reinterpret_cast<const char *>(l.w.scale);
+    for (int64_t i = at * nbytes; i < (at + kCount) * nbytes; i += 64) __builtin_prefetch(scales + i);
+    for (int64_t i = at; F::kHasZeros && i < at + kCount; i += 64) __builtin_prefetch(l.w.zero + i);
 }
 
 // ---- codes
@@ -106,7 +138,7 @@ template <int kSets> struct Codes {
                 load_columns(l, rows, set, unit * F::kColumns * 4 + part * 64, columns);
                 for (int c = 0; c < 16; c++) {
                     for (int s = 0; s < F::kShifts; s++) {
-                        _mm512_store_si512(quad[set][(part * 16 + c) * F::kShifts + s], F::quad(columns[c], s));
+                        _mm512_store_si512(quad[set][(part * 16 + c) * F::kShifts + s], F::quad(l, columns[c], s));
                     }
                 }
             }

@@ -16,17 +16,19 @@ extern "C" {
 
 #define TK_API __attribute__((visibility("default")))
 
-enum { TK_ABI_VERSION = 3 };
+enum { TK_ABI_VERSION = 4 };
 
 enum tk_status { TK_OK = 0, TK_CANCELLED = 1, TK_BAD_ARGUMENT = 2, TK_NO_MEMORY = 3, TK_NOT_FINITE = 4 };
 
 /* Instruction sets, each a superset of the one before it. */
 enum tk_level { TK_SCALAR = 0, TK_AVX2 = 1, TK_AVX512 = 2, TK_AMX = 3, TK_LEVELS = 4 };
 
-enum tk_dtype { TK_BF16 = 0, TK_F32 = 1, TK_F16 = 2 }; /* TK_F16 is known to tk_quantize and planes alone */
+/* Of the last two, TK_F16 is known to tk_quantize, planes and scales alone, and TK_E8M0 to scales: a byte s that stands
+ * for 2^(s - 127), 255 for no number. */
+enum tk_dtype { TK_BF16 = 0, TK_F32 = 1, TK_F16 = 2, TK_E8M0 = 3 };
 
 /* How a weight is stored; see docs/design.md, section 5. */
-enum tk_format { TK_INT4 = 0, TK_INT8 = 1, TK_DENSE_BF16 = 2 };
+enum tk_format { TK_INT4 = 0, TK_INT8 = 1, TK_DENSE_BF16 = 2, TK_CODEBOOK = 3 };
 
 enum tk_mode {
     TK_INVARIANT = 0, /* a row's result is the same bits alone, in any batch, at any number of threads */
@@ -40,8 +42,11 @@ typedef struct tk_weight {
     int32_t group;        /* 32, 64 or 128; ignored for TK_DENSE_BF16 */
     int64_t out, in;      /* in: a multiple of group, or of 32 for TK_DENSE_BF16 */
     const void *q;        /* [out, in/2] nibbles, group-planar; [out, in] u8; or [out, in] bf16 */
-    const uint16_t *scale; /* [out, in/group] fp16 */
-    const uint8_t *zero;  /* [out, in/group] */
+    const uint16_t *scale; /* [out, in/group] fp16; of TK_CODEBOOK as `scale_dtype` says */
+    const uint8_t *zero;  /* [out, in/group]; null for TK_CODEBOOK */
+    /* Of TK_CODEBOOK, whose q is that of TK_INT4: what the 16 codes stand for, before scaling. */
+    const float *values;
+    int32_t scale_dtype; /* TK_F16, TK_F32 or TK_E8M0 */
 } tk_weight;
 
 TK_API int32_t tk_abi_version(void);
@@ -64,7 +69,7 @@ TK_API int32_t tk_linear(tk_context *context, const tk_weight *weight, const uin
                          const int32_t *cancel);
 
 /* Rows first_row to first_row + rows of a quantized weight as numbers: out [rows, in] without gaps, scale * (q - zero),
- * which is exact in fp32, rounded once where out_dtype is TK_BF16. */
+ * which is exact in fp32, or scale * values[q], rounded once more where out_dtype is TK_BF16. */
 TK_API int32_t tk_dequantize(tk_context *context, const tk_weight *weight, int64_t first_row, int64_t rows, void *out,
                              int32_t out_dtype);
 

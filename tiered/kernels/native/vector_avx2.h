@@ -2,6 +2,7 @@
 // Internal linkage throughout, see pool.h.
 #pragma once
 
+#include "codebook_avx2.h"
 #include "numbers.h"
 
 #include <immintrin.h>
@@ -49,9 +50,28 @@ struct Avx2 {
         return _mm256_cvtepi32_ps(codes(count < kLanes ? some : u8));
     }
 
+    // Of a codebook's weight those of groups `at` on, as its dtype says.
+    static F codebook_scales(const tk_weight &w, int64_t at, int64_t count) {
+        if (w.scale_dtype == TK_F16) return scales(w.scale + at, count);
+        if (w.scale_dtype == TK_F32) {
+            float some[kLanes] = {};
+            const float *from = reinterpret_cast<const float *>(w.scale) + at;
+            if (count < kLanes) std::memcpy(some, from, static_cast<size_t>(count) * sizeof(float));
+            return load(count < kLanes ? some : from);
+        }
+        uint8_t some[kLanes] = {};
+        const uint8_t *from = reinterpret_cast<const uint8_t *>(w.scale) + at;
+        if (count < kLanes) std::memcpy(some, from, static_cast<size_t>(count));
+        const __m256i exponent = codes(count < kLanes ? some : from);
+        const __m256i is_least = _mm256_cmpeq_epi32(exponent, _mm256_setzero_si256()); // which is subnormal
+        const __m256i is_nan = _mm256_cmpeq_epi32(exponent, _mm256_set1_epi32(255));
+        const __m256i bits = _mm256_blendv_epi8(_mm256_slli_epi32(exponent, 23), _mm256_set1_epi32(1 << 22), is_least);
+        return _mm256_castsi256_ps(_mm256_blendv_epi8(bits, _mm256_set1_epi32(0x7fc00000), is_nan));
+    }
+
     // A unit's weights vector by vector; vector s holds those from position(s) on.
     template <int group> struct Int4 {
-        static constexpr bool kScaled = true;
+        static constexpr bool kScaled = true, kLookedUp = false;
         static constexpr int kWeights = group, kNbytes = group / 2;
         static constexpr int position(int s) { return s % 2 * (group / 2) + s / 2 * kLanes; }
 
@@ -67,8 +87,23 @@ struct Avx2 {
         }
     };
 
+    template <int group> struct Codebook {
+        static constexpr bool kScaled = true, kLookedUp = true;
+        static constexpr int kWeights = group, kNbytes = group / 2;
+        static constexpr int position(int s) { return Int4<group>::position(s); }
+
+        const uint8_t *q;
+        NibbleTable table;
+
+        Codebook(const uint8_t *q, float scale, const float *values) : q(q), table(values, scale) {}
+        F at(int s) const {
+            const __m256i both = codes(q + s / 2 * kLanes);
+            return table.weights(s % 2 ? _mm256_srli_epi32(both, 4) : both);
+        }
+    };
+
     struct Int8 {
-        static constexpr bool kScaled = true;
+        static constexpr bool kScaled = true, kLookedUp = false;
         static constexpr int kWeights = 32, kNbytes = 32;
         static constexpr int position(int s) { return s * kLanes; }
 
@@ -81,7 +116,7 @@ struct Avx2 {
     };
 
     struct Bf16 {
-        static constexpr bool kScaled = false;
+        static constexpr bool kScaled = false, kLookedUp = false;
         static constexpr int kWeights = 32, kNbytes = 64;
         static constexpr int position(int s) { return s * kLanes; }
 

@@ -2,6 +2,8 @@
 // throughout, see pool.h.
 #pragma once
 
+#include "codebook_avx512.h"
+
 #include <cstdint>
 #include <immintrin.h>
 
@@ -43,11 +45,14 @@ struct Avx512 {
     static F zeros(const uint8_t *u8, int64_t count) {
         return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(first(count), u8)));
     }
+    static F codebook_scales(const tk_weight &w, int64_t at, int64_t count) {
+        return tk::codebook_scales(w, at, first(count));
+    }
     static __mmask16 first(int64_t count) { return static_cast<__mmask16>(count >= 16 ? 0xffff : (1 << count) - 1); }
 
     // A unit's weights vector by vector; vector s holds those from position(s) on.
     template <int group> struct Int4 {
-        static constexpr bool kScaled = true;
+        static constexpr bool kScaled = true, kLookedUp = false;
         static constexpr int kWeights = group, kNbytes = group / 2;
         static constexpr int position(int s) { return s % 2 * (group / 2) + s / 2 * kLanes; }
 
@@ -58,6 +63,7 @@ struct Avx512 {
             const F codes = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
             table = fma(codes, _mm512_set1_ps(scale), _mm512_set1_ps(offset));
         }
+        Int4(const uint8_t *q, F table) : q(q), table(table) {}
         F at(int s) const {
             const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i *>(q + s / 2 * kLanes));
             const __m512i codes = _mm512_cvtepu8_epi32(bytes);
@@ -66,8 +72,15 @@ struct Avx512 {
         }
     };
 
+    template <int group> struct Codebook : Int4<group> {
+        static constexpr bool kLookedUp = true;
+
+        Codebook(const uint8_t *q, float scale, const float *values)
+            : Int4<group>(q, multiply(load(values), _mm512_set1_ps(scale))) {}
+    };
+
     struct Int8 {
-        static constexpr bool kScaled = true;
+        static constexpr bool kScaled = true, kLookedUp = false;
         static constexpr int kWeights = 32, kNbytes = 32;
         static constexpr int position(int s) { return s * kLanes; }
 
@@ -83,7 +96,7 @@ struct Avx512 {
     };
 
     struct Bf16 {
-        static constexpr bool kScaled = false;
+        static constexpr bool kScaled = false, kLookedUp = false;
         static constexpr int kWeights = 32, kNbytes = 64;
         static constexpr int position(int s) { return s * kLanes; }
 

@@ -59,10 +59,14 @@ TK_INLINE Rows rows_at(const Linear &l, int64_t first) {
     return rows;
 }
 
-TK_INLINE void load_scales(const Linear &l, const Rows &rows, int64_t group, Scales &out) {
+template <class F> TK_INLINE void load_scales(const Linear &l, const Rows &rows, int64_t group, Scales &out) {
     const __mmask16 mask = first16(l.groups - group);
     for (int r = 0; r < 16; r++) {
         const int64_t at = rows.row[r] * l.groups + group;
+        if (F::kLookedUp) {
+            _mm512_store_ps(out.scale[r], codebook_scales(l.w, at, mask));
+            continue;
+        }
         const __m512 scale = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, l.w.scale + at));
         const __m512i zero = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, l.w.zero + at));
         _mm512_store_ps(out.scale[r], scale);
@@ -70,11 +74,17 @@ TK_INLINE void load_scales(const Linear &l, const Rows &rows, int64_t group, Sca
     }
 }
 
+// What goes with the scales of row `r` from `slot` on.
+template <class F> TK_INLINE const float *beside(const Linear &l, const Scales &scales, int r, int64_t slot) {
+    return F::kLookedUp ? l.w.values : &scales.shift[r][slot];
+}
+
 TK_INLINE __m512i pair_bf16(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
 
 // Nibbles are looked up: a group's 16 weights are made once and picked by vpermw, two or four groups at a time.
 template <int G> struct Int4Tiles {
     static constexpr int kUnitNbytes = 64, kGroups = kUnit / G;
+    static constexpr bool kLookedUp = false;
 
     // Word w of the 64 bytes holds four nibbles; step s takes the s-th of each.
     static constexpr int source(int s, int w) {
@@ -88,11 +98,16 @@ template <int G> struct Int4Tiles {
 
     // `left`: weights of the row from the unit on. out + s * kTileNbytes receives step s.
     static TK_INLINE void widen(const uint8_t *q, int64_t left, const float *scale, const float *shift, uint8_t *out) {
+        pick(q, left, [=](int g) __attribute__((always_inline)) { return values(scale + g, shift + g); }, out);
+    }
+
+    // `table(g)`: the 16 weights that a code of group g of the unit may stand for.
+    template <class Table> static TK_INLINE void pick(const uint8_t *q, int64_t left, Table table, uint8_t *out) {
         const __m512i w = left >= kUnit ? _mm512_loadu_si512(q) : _mm512_maskz_loadu_epi8(first64(left / 2), q);
         const __m512i words[kSteps] = {w, _mm512_srli_epi16(w, 4), _mm512_srli_epi16(w, 8), _mm512_srli_epi16(w, 12)};
-        const __m512 first = values(scale, shift);
-        const __m512i low = pair_bf16(first, G == 128 ? first : values(scale + 1, shift + 1));
-        const __m512i high = G == 32 ? pair_bf16(values(scale + 2, shift + 2), values(scale + 3, shift + 3)) : low;
+        const __m512 first = table(0);
+        const __m512i low = pair_bf16(first, G == 128 ? first : table(1));
+        const __m512i high = G == 32 ? pair_bf16(table(2), table(3)) : low;
         // Which table of the pair, and at G == 32 which pair: bits 4 and 5 of each index, by the word's group.
         constexpr int64_t kOne = 0x0010001000100010;
         const __m512i select = G == 32 ? _mm512_setr_epi64(0, 0, kOne, kOne, 2 * kOne, 2 * kOne, 3 * kOne, 3 * kOne)
@@ -107,8 +122,20 @@ template <int G> struct Int4Tiles {
     }
 };
 
+// `values`: what the codes of a codebook stand for, before scaling, in the place of shifts.
+template <int G> struct CodebookTiles : Int4Tiles<G> {
+    static constexpr bool kLookedUp = true;
+
+    static TK_INLINE void widen(const uint8_t *q, int64_t left, const float *scale, const float *values, uint8_t *out) {
+        const __m512 table = _mm512_loadu_ps(values);
+        const auto scaled = [=](int g) __attribute__((always_inline)) { return _mm512_mul_ps(table, _mm512_set1_ps(scale[g])); };
+        Int4Tiles<G>::pick(q, left, scaled, out);
+    }
+};
+
 template <int G> struct Int8Tiles {
     static constexpr int kUnitNbytes = 128, kGroups = kUnit / G;
+    static constexpr bool kLookedUp = false;
 
     static constexpr int source(int s, int w) { return 32 * s + w; }
 
@@ -129,6 +156,7 @@ template <int G> struct Int8Tiles {
 
 struct DenseTiles {
     static constexpr int kUnitNbytes = 256, kGroups = 0;
+    static constexpr bool kLookedUp = false;
 
     static constexpr int source(int s, int w) { return 32 * s + w; }
 

@@ -1,0 +1,114 @@
+"""Recurrent layers inside packed micro-batches: the same bits however a text is cut, alone and among others.
+
+Parity with transformers is that of every family of the table (`test_families.py`).
+"""
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+import torch
+
+from tests.helpers import Tiny, assert_same, open_runtime, prompts_for, reserved, run_greedy, run_segments
+from tests.model.test_kv_grid import Models, logits_of, runtime_of, text_of
+from tests.model.test_parity_grid import budget_for
+from tests.quick import represented
+from tiered.errors import BudgetError, ConfigError
+from tiered.kernels import load_library
+from tiered.model import Segment
+from tiered.plan import Tier
+from tiered.units import GIB, MIB
+
+PROMPT: Final = 129
+"""Tokens: one more than the cells of any of these models' grids."""
+DECODED: Final = 6
+NEIGHBOURS: Final[dict[int, list[int]]] = {0: [33, 1, 1], 1: [90, 1, 1], 3: [1, 1, 1], 5: [64, 1]}
+"""Of other sequences: their tokens in each pass, by the pass they enter in."""
+CUTS: Final[dict[str, list[list[int]]]] = {
+    "qwen3_next": [[64, 64, 1], [64, 65]],
+    "lfm2": [[64, 64, 1], [50, 79]],
+    "falcon_h1": [[64, 64, 1], [8, 120, 1], [40, 89]],
+    "mamba2": [[64, 64, 1], [40, 89]],
+    "jamba": [],
+}
+"""Tokens of the prompt in each pass, instead of all in one."""
+ON_DISK: Final = ("falcon_h1", "mamba2")
+"""Pages and states in each layer; states only."""
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    if isinstance(load_library(), str):
+        pytest.skip(str(load_library()))
+    return Models(tmp_path_factory.mktemp("mixers"))
+
+
+@pytest.mark.parametrize("name", represented(CUTS, ["qwen3_next", "falcon_h1"]))
+def test_a_text_has_the_same_bits_however_it_is_cut_and_beside_any_others(
+    models: Models, tmp_path: Path, name: str
+) -> None:
+    store, ids = models.store(name, torch.bfloat16), text_of(PROMPT + DECODED)
+    steps = [1] * DECODED
+    with runtime_of(store) as runtime:
+        assert runtime.host.kernels.level is not None
+        expected = logits_of(runtime, ids, [PROMPT, *steps])
+        assert torch.equal(logits_of(runtime, ids, [PROMPT, *steps], NEIGHBOURS), expected)
+        for cut in CUTS[name]:
+            assert torch.equal(logits_of(runtime, ids, [*cut, *steps], NEIGHBOURS), expected), cut
+        assert runtime._memory.pool.is_empty
+    if name in ON_DISK:
+        with runtime_of(store, kv="disk", kv_folder=tmp_path, micro_batch_rows=64) as runtime:
+            assert torch.equal(logits_of(runtime, ids, [*CUTS[name][0], *steps], NEIGHBOURS), expected)
+            assert runtime.kv_bytes_read
+
+
+@pytest.mark.parametrize("kv", ["cpu", "disk"])
+def test_a_sequence_comes_back_to_a_snapshot_as_if_nothing_had_been_computed_since(
+    models: Models, tmp_path: Path, kv: str
+) -> None:
+    ids = text_of(70)
+    with (
+        runtime_of(models.store("falcon_h1", torch.bfloat16), kv=kv, kv_bits=8, kv_folder=tmp_path) as runtime,
+        ExitStack() as stack,
+    ):
+        kvs = [reserved(stack, runtime, len(ids)) for _ in range(2)]
+        run_segments(runtime, [Segment(each, ids[:62]) for each in kvs])
+        kept = runtime.snapshot(kvs[0])
+        # Across the end of a page, which is then stored in 8 bits.
+        wrong = run_segments(runtime, [Segment(kvs[0], text_of(5)[::-1], keep=5)])
+        runtime.restore(kvs[0], kept)
+        found, expected = run_segments(runtime, [Segment(each, ids[62:67], keep=5) for each in kvs])
+        assert torch.equal(found, expected)
+        assert not torch.equal(found, wrong[0])
+        runtime.restore(kvs[0], kept)
+        kvs[0].length += runtime.plan.cache.tokens_at_once + 1
+        with pytest.raises(ConfigError, match="or at most"):
+            runtime.restore(kvs[0], kept)
+
+
+@pytest.mark.usefixtures("steady_baseline")
+@pytest.mark.parametrize("name", ["qwen3_5_text", "falcon_h1"])
+def test_streamed_weights_stay_for_all_scans_of_their_layer(tiny: Tiny, name: str) -> None:
+    store = tiny.store(name)
+    with open_runtime(store, ram=budget_for(store, "ring of two blocks")) as runtime:
+        assert runtime.plan.streamed_nbytes and runtime.plan.held.layers
+        assert_same(run_greedy(runtime, prompts_for(name), steps=6), tiny.reference(name))
+    with pytest.raises(BudgetError, match="for recurrent states"), open_runtime(store, ram=MIB):
+        pass
+
+
+def test_what_recurrent_layers_cannot_do_is_refused_by_name(tiny: Tiny) -> None:
+    on_device: dict[str, Any] = {"tiers": tuple(Tier), "device": "emulated", "vram": GIB}
+    with pytest.raises(ConfigError, match="whose states only the"), open_runtime(tiny.store("jamba"), **on_device):
+        pass
+    with (
+        pytest.raises(ConfigError, match="compute 21 tokens of a prompt together"),
+        open_runtime(tiny.store("jamba"), micro_batch_rows=20),
+    ):
+        pass
+    with open_runtime(tiny.store("jamba")) as runtime, ExitStack() as stack:
+        kv = reserved(stack, runtime, 30)
+        run_segments(runtime, [Segment(kv, [5] * 10)])
+        with pytest.raises(ConfigError, match="compute prompts whole"):
+            run_segments(runtime, [Segment(kv, [5] * 10)])
