@@ -242,7 +242,8 @@ _MODELS: Final[dict[str, dict[str, Any]]] = {
     "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 2, "state_size": 16, "chunk_size": 8},
     "nemotron_h": {
         **_EXPERTS,
-        "layers_block_type": ["linear_attention", "mlp", "full_attention", "linear_attention"],
+        "layers_block_type": ["linear_attention", "mlp", "full_attention", "moe", "linear_attention"],
+        "moe_shared_expert_intermediate_size": 48,
         **{"mamba_num_heads": 8, "mamba_head_dim": 16, "n_groups": 2, "ssm_state_size": 16, "chunk_size": 8},
     },
     "jamba": {**_EXPERTS, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_offset": 1},

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from tiered.bench import profile
+from tiered.bench import passes, profile
 from tiered.bench.gpu import measure_gpu
 from tiered.bench.memory import measure_memory
+from tiered.bench.passes import PassRates, Size, measure_passes
 from tiered.bench.raw import RawBandwidth
 from tiered.errors import ConfigError, DiskFullError
 from tiered.io.filesystem import mount_of
@@ -64,6 +65,7 @@ def processor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(profile, "measure_attention", lambda *_: 1e-6)
     monkeypatch.setattr(profile, "measure_prefill_attention", lambda *_: 1e11)
     monkeypatch.setattr(profile, "measure_memory", lambda *_: 2e10)
+    monkeypatch.setattr(profile, "measure_passes", lambda *_: PassRates(1e-3, None, 1e-10, 0.9, 1e9))
 
 
 def skip_in_memory(folder: Path) -> None:
@@ -86,6 +88,8 @@ def test_a_folder_is_measured_with_a_file_that_nobody_sees(disk: Disk, processor
     assert len(disk.read) == 1 and len(disk.found[0]) == MIB and len(set(disk.found[0])) > 200  # nothing to compress
     assert disk.sizes == [size for size in profile.RANDOM_NBYTES if size <= 16 * MIB]
     assert (found.disk.read, found.disk.random[0]) == (2e9, (1_000_000, 1e9)) and found.disk.write > 0
+    assert (found.disk.streamed, found.disk.kept, found.cpu.layer_seconds) == (0.9, 1e9, 1e-3)
+    assert (found.cpu.element_seconds, found.cpu.reading_seconds) == (None, 1e-10)
     assert found.is_measured and "temporary file of 16 MiB" in found.source and found.source.startswith("measured 2")
     assert found.cpu.cores == 2 and found.cpu.attention == pytest.approx(2 * 32 * 128 * 2 / 1e-6)
     assert {(one.scheme, one.mode) for one in found.cpu.linear} == {
@@ -174,6 +178,20 @@ def test_whatever_ends_it_nothing_is_left(
 
 def test_memory_is_read_at_a_plausible_speed() -> None:
     assert 1e8 < measure_memory(2, 16 * MIB) < 1e13
+
+
+def test_passes_over_a_small_model_are_measured_and_leave_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    skip_in_memory(tmp_path)
+    monkeypatch.setattr(passes, "_ROUNDS", 1)
+    monkeypatch.setattr(passes, "measure_disk", lambda *_: 1e12)
+    found = measure_passes(tmp_path, 1, Size(64, 3), Size(256, 6))
+    assert found is not None and found.kept is not None
+    # Other programs may take the processor from a measurement, never from all.
+    assert 1e-6 < max(found.layer_seconds or 0.0, (found.element_seconds or 0.0) * 64) < 1
+    assert 0 < found.kept < 1e12
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_without_a_gpu_there_are_no_figures_of_one() -> None:

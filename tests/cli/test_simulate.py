@@ -24,6 +24,15 @@ cores = 8
 memory = 5e10
 flops = 1e12
 """
+GPU: Final = """
+[gpu]
+name = "T4"
+vram = 15_000_000_000
+host_to_device = 1e9
+device_to_host = 1e9
+memory = 3e11
+flops = 5e13
+"""
 
 
 @pytest.fixture
@@ -62,6 +71,19 @@ def test_passes_and_totals_are_numbers_for_programs(machine: Path) -> None:
     assert found["bottleneck"] == "disk" and found["seconds_per_pass"] >= found["bound_seconds_per_pass"]
 
 
+def test_with_a_gpu_weights_pass_over_the_bus(machine: Path, tmp_path: Path) -> None:
+    machine.write_text(f"{MACHINE}{GPU}", encoding="utf-8")
+    words = ("simulate", "opt-6.7b", "--hardware", machine, "--ram", "8GiB", "--tiers", "disk,cpu,gpu")
+    done = run_here(*words, "--vram", "3GiB", "--plot", tmp_path / "plot.png")
+    assert done.code == 0, done.err
+    assert "on the GPU" in done.out and "by the bus to the GPU" in done.out and "its GPU is idle" not in done.out
+    streamed, resident = (json.loads(run_here(*words, "--vram", vram, "--json").out) for vram in ("3GiB", "8GiB"))
+    copied = streamed["plan"]["device"]["copied_bytes_per_pass"]
+    assert streamed["bottleneck"] == "bus" and streamed["bus_busy_share"] > 0.9
+    assert streamed["seconds_per_pass"] == pytest.approx(copied / 1e9, rel=0.05)
+    assert resident["plan"]["device"]["copied_bytes_per_pass"] == resident["bus_busy_share"] == 0
+
+
 def test_a_store_is_played_through_in_its_own_scheme(machine: Path, tmp_path: Path) -> None:
     store = make_store(tmp_path, "int8")
     done = run_here("simulate", store, "--hardware", machine, "--ram", "1GiB", "--prompt-len", "8", "--gen-len", "4")
@@ -88,6 +110,8 @@ def test_what_cannot_be_is_refused_in_a_line(machine: Path, tmp_path: Path) -> N
         (("--prompt-len", "3000"), 2, "opt-6.7b has positions for 2048"),
         (("--plot", tmp_path / "plot.gif"), 2, "expected a name that ends in .png or .svg"),
         (("--trace", tmp_path / "none/trace.json"), 2, "cannot be written"),
+        (("--tiers", "disk,cpu,gpu"), 2, "a machine has no GPU; drop it, or name another --hardware"),
+        (("--vram", "2GiB"), 2, "is for a GPU, and --tiers disk,cpu has none; add --tiers disk,cpu,gpu"),
     ):
         done = run_here("simulate", "opt-6.7b", "--hardware", machine, *words)
         assert (done.code, done.out) == (code, "") and message in done.err, done.err

@@ -1,5 +1,6 @@
 """A machine in TOML: read, written and read again, and what is wrong with one named."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -71,6 +72,7 @@ def test_random_reads_lie_between_what_was_measured() -> None:
         ("flops = 1e12", "linear = []", "described, cpu: linear = .*expected one or more tables"),
         ("ram = 16", "format = 2\nram = 16", "described: is in format 2, expected 1"),
         ('name = "two cores"', "name = 2", "name = 2, expected a text"),
+        ("write = 1e9", "write = 1e9\nkept = 0", "described, disk: kept = 0, expected a number above 0"),
         ("[disk]", "[disk", "is no TOML file"),
         ("[disk]", "disk = 1\n[disc]", "disk = 1, expected a table"),
         ("[[1_000_000, 5e8]", "[[1_000_000]", "expected a list of pairs"),
@@ -105,7 +107,18 @@ def test_a_weight_takes_the_bytes_of_its_scheme_and_codes_that_are_looked_up_com
 
 def test_written_down_and_read_back_it_is_the_same_machine() -> None:
     machine = Hardware.from_toml(DESCRIBED, "described")
-    assert Hardware.from_toml(as_toml(machine.to_tables()), "again") == machine
+    disk = replace(machine.disk, streamed=0.9, kept=1e9)
+    cpu = replace(machine.cpu, layer_seconds=1e-3, element_seconds=1e-8, reading_seconds=1e-10)
+    for each in (machine, replace(machine, disk=disk, cpu=cpu)):
+        assert Hardware.from_toml(as_toml(each.to_tables()), "again") == each
+
+
+def test_what_passes_take_beyond_raw_reading_is_counted_where_it_was_measured() -> None:
+    machine = Hardware.from_toml(DESCRIBED.replace("write = 1e9", "write = 1e9\nstreamed = 0.9\nkept = 1e9"), "mine")
+    kv = KVShape(8, 128, 2, "bfloat16")
+    made = machine.machine("int8-g64", "invariant", kv, 7)
+    assert made.disk_bytes_per_second == pytest.approx(1.8e9) and made.kept_bytes_per_second == 1e9
+    assert made.layer_seconds == made.element_seconds == made.reading_seconds == 0
 
 
 def as_toml(tables: dict[str, Any], path: str = "") -> str:

@@ -45,6 +45,27 @@ def test_a_pass_reads_what_is_not_resident_and_the_first_one_everything() -> Non
     assert found.bottleneck == "disk"
 
 
+@pytest.mark.parametrize("ratio", [0.3, 0.9, 2.0])
+def test_computing_takes_longer_for_what_is_read_meanwhile_and_for_what_is_beside_linear_layers(ratio: float) -> None:
+    plain = prediction().decode
+    reading, layers, elements = plain.disk_seconds / plain.passes, MODEL.layers, MODEL.layers * MODEL.hidden
+    each = replace(MACHINE, layer_seconds=ratio * reading / layers, element_seconds=0.1 * reading / elements)
+    slowed = replace(each, reading_seconds=0.2 / RATE)
+    assert prediction(machine=slowed).decode.seconds / plain.passes == pytest.approx(
+        max(reading, plain.compute_seconds / plain.passes + (ratio + 0.1 + 0.2) * reading)
+    )
+    # Nothing is read any more.
+    resident = prediction(machine=slowed, ram=8 * GIB).decode
+    assert resident.compute_seconds / plain.passes == pytest.approx((ratio + 0.1) * reading, rel=0.01)
+
+
+def test_what_stays_in_memory_is_put_there_at_a_rate_of_its_own() -> None:
+    slow = replace(MACHINE, kept_bytes_per_second=RATE / 4)
+    kept, all_of_it = prediction().memory["resident"], 2 * GIB
+    assert prediction(machine=slow).prefill.seconds == pytest.approx((all_of_it + 3 * kept) / RATE)
+    assert prediction(machine=slow).decode == prediction().decode
+
+
 def test_speed_counts_the_prompts_and_decoding_speed_does_not() -> None:
     found = prediction(batch=4, sequences=4)
     assert found.generated_tokens == 32

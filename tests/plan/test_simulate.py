@@ -24,6 +24,7 @@ from tiered.plan import (
 from tiered.plan.hardware import GpuRates
 from tiered.plan.lanes import Event
 from tiered.plan.play import Device
+from tiered.plan.predict import predict
 from tiered.plan.simulate import Simulation, simulate
 from tiered.units import GIB, MIB
 
@@ -70,6 +71,27 @@ def test_a_full_ring_takes_the_longer_of_reading_and_computing(units: int, share
     for each in found.steady:
         assert each.seconds == pytest.approx(max(reading, ratio * reading), rel=0.03)
         assert each.disk_nbytes == pytest.approx(plan.read_nbytes, rel=0.02)
+
+
+@pytest.mark.parametrize("ratio", [0.5, 1.0, 1.5])
+def test_computing_is_slower_while_others_read(ratio: float) -> None:
+    model = model_with()
+    plan = plan_with(model, machine_with(1.0, model), ONE, 0.3)
+    reading = plan.read_nbytes / DISK
+    machine = replace(machine_with(ratio * reading, model), reading_seconds=0.2 / DISK)
+    each = simulate(with_ring(plan, 8 * UNIT), model, machine, ONE).steady[-1]
+    assert each.seconds == pytest.approx(max(reading, (ratio + 0.2) * reading), rel=0.03)
+    decode = predict(plan, model, machine, ONE).decode
+    assert each.seconds == pytest.approx(decode.seconds / decode.passes, rel=0.03)
+    assert each.compute_seconds == pytest.approx(decode.compute_seconds / decode.passes, rel=0.03)
+
+
+def test_a_first_pass_reads_what_stays_at_a_rate_of_its_own_and_layers_take_time_of_their_own() -> None:
+    model = model_with()
+    machine = replace(machine_with(0.1, model), kept_bytes_per_second=DISK / 4, layer_seconds=1e-3)
+    first, *others = simulate(plan_with(model, machine, ONE, 1.01), model, machine, ONE).passes
+    assert first.seconds == pytest.approx(4 * model.tape.total / DISK, rel=0.05)
+    assert others[0].seconds == pytest.approx(0.1 + 24e-3)
 
 
 @SHARES

@@ -193,6 +193,8 @@ TEXT_HALVES: dict[str, tuple[str, ...]] = {
     "gemma3": ("gemma3_text",),
     "gemma4": ("gemma4_text",),
     "llama4": ("llama4_text",),
+    "qwen3_5": ("qwen3_5_text",),
+    "qwen3_5_moe": ("qwen3_5_moe_text",),
     **dict.fromkeys(("mistral3", "llava", "llava_next", "vipllava", "internvl", "idefics3", "smolvlm"), _PLAIN_TEXT),
 }
 """Models that also see, with the text families that compute, where no picture is among the tokens, what the whole model
@@ -214,9 +216,8 @@ _REASONS: dict[str, tuple[str, ...]] = {
         *("musicgen_melody", "phi4_multimodal"),
     ),
     "its layers keep a recurrent state that is not driven yet": (
-        *("bailing_hybrid", "bamba", "falcon_h1", "granitemoehybrid", "inkling_text", "inkling2_text", "jamba"),
-        *("lara_mini", "lfm2", "lfm2_moe", "lfm3", "mamba2", "minimax", "nemotron_h", "qwen3_next", "qwen3_5"),
-        *("qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text", "rwkv", "xlstm", "zamba", "zamba2", "zaya"),
+        *("bailing_hybrid", "inkling_text", "inkling2_text", "lara_mini", "lfm3", "minimax", "rwkv", "xlstm", "zamba"),
+        *("zamba2", "zaya"),
     ),
     "its recurrent state is kept in a way in which a second part of a prompt gives other logits without an error": (
         *("falcon_mamba", "mamba", "recurrent_gemma"),

@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -24,6 +25,7 @@ import torch
 
 from tiered.bench.gpu import measure_gpu
 from tiered.bench.memory import measure_memory
+from tiered.bench.passes import measure_passes
 from tiered.bench.rates import measure_attention, measure_compute, measure_prefill_attention
 from tiered.bench.raw import RANDOM_THREADS, advise_huge_pages, measure_random, measure_raw, measure_write
 from tiered.errors import ConfigError, DiskFullError
@@ -78,6 +80,14 @@ def measure_hardware(folder: Path, files: Sequence[Path], threads: int, say: Say
     ram = system.meminfo("MemTotal")
     memory = measure_memory(threads, min(512 * MIB, round_down(ram // 8, MIB)))
     rates, kernels = _measure_cpu(threads, memory, say)
+    say("measuring passes over a small model")
+    passes = measure_passes(folder, threads)
+    if passes is None:
+        how += "; no memory for passes over a small model"
+    else:
+        disk = replace(disk, streamed=passes.streamed, kept=passes.kept)
+        beside = {name: getattr(passes, name) for name in ("layer_seconds", "element_seconds", "reading_seconds")}
+        rates = replace(rates, **beside)
     say("measuring the GPU")
     gpu = measure_gpu()
     if (share := others.share()) > _MOST_OTHERS:

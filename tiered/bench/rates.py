@@ -13,7 +13,7 @@ from typing import Final
 
 import torch
 
-from tiered.bench.raw import advise_huge_pages, measure_raw
+from tiered.bench.raw import SECONDS_EACH, advise_huge_pages, measure_raw
 from tiered.io import ReadMode, probe_mode
 from tiered.kernels import AttentionCall, Kernels, contiguous_pages
 from tiered.plan import ComputeRate, Machine, ModelShape, Rate
@@ -22,9 +22,10 @@ from tiered.store import Store
 from tiered.units import MIB
 
 _ROWS: Final = (1, 4, 16, 64, 256)
-_NBYTES: Final = 16 << 20
-_SECONDS: Final = 0.1
+NBYTES: Final = 16 << 20
+_SECONDS: Final = 0.2
 """Least time that one measurement takes, after one run that does not count."""
+_LOOKS: Final = 4
 _DISK_MEMORY_NBYTES: Final = 32 * MIB
 
 
@@ -51,14 +52,14 @@ def measure_machine(
     return machine
 
 
-def measure_disk(store: Store) -> float:
-    """Raw bandwidth of reading the tape's files, in bytes per second."""
+def measure_disk(store: Store, seconds: float = SECONDS_EACH) -> float:
+    """Raw bandwidth of reading the tape's files, in bytes per second, `seconds` per look."""
     files = [store.file_path(block) for block in store.tape]
     with mmap.mmap(-1, _DISK_MEMORY_NBYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
         advise_huge_pages(memory)
         view = memoryview(memory)
         try:
-            return measure_raw(files, view, probe_mode(files[0]).mode is ReadMode.DIRECT).bytes_per_second
+            return measure_raw(files, view, probe_mode(files[0]).mode is ReadMode.DIRECT, seconds).bytes_per_second
         finally:
             view.release()
 
@@ -69,7 +70,7 @@ def measure_compute(
     in_features: int,
     dtype: torch.dtype,
     counts: Sequence[int] = _ROWS,
-    nbytes: int = _NBYTES,
+    nbytes: int = NBYTES,
 ) -> ComputeRate:
     """Time `kernels.linear` for each number of rows in `counts`, with a weight whose codes take `nbytes`."""
     bits = dtype.itemsize * 8 if scheme is None else scheme.bits
@@ -84,7 +85,7 @@ def measure_compute(
 
 def measure_attention(kernels: Kernels, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> float:
     """Seconds per token of context that one query of one sequence takes in one layer."""
-    tokens = max(64, _NBYTES // (2 * kv_heads * head_dim * dtype.itemsize))
+    tokens = max(64, NBYTES // (2 * kv_heads * head_dim * dtype.itemsize))
     call = _attention_call(1, tokens, heads, kv_heads, head_dim, dtype)
     return _time(lambda: kernels.attention(call)) / tokens
 
@@ -116,10 +117,16 @@ def _attention_call(
 
 
 def _time(work: Callable[[], object]) -> float:
-    """Seconds per call of `work`: the mean of as many as `_SECONDS` allow, after one that does not count."""
+    """Seconds per call of `work`, after one that does not count: of `_LOOKS` looks, each as many calls as its share of
+    `_SECONDS` allows, the quickest, because other programs, and threads that wait on each other's processor until they
+    are moved, only make them slower."""
     work()
+    return min(_look(work) for _ in range(_LOOKS))
+
+
+def _look(work: Callable[[], object]) -> float:
     runs, start = 0, time.perf_counter()
-    while (elapsed := time.perf_counter() - start) < _SECONDS or not runs:
+    while (elapsed := time.perf_counter() - start) < _SECONDS / _LOOKS or not runs:
         work()
         runs += 1
     return elapsed / runs

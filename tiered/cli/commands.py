@@ -375,10 +375,14 @@ def plan(**options: Any) -> None:
     "--kv",
     default="auto",
     show_default=True,
-    type=click.Choice(["auto", "cpu", "disk"]),
-    help="Where the KV cache is; auto: in memory if it fits.",
+    type=click.Choice(["auto", "gpu", "cpu", "disk"]),
+    help="Where the KV cache is; auto: on the GPU if there is one and it gains, in memory if it fits.",
 )
 @kv_bits()
+@click.option(
+    "--tiers", default="disk,cpu", show_default=True, help="Where weights may be; with disk,cpu,gpu a GPU computes."
+)
+@click.option("--vram", help="Budget of the GPU's memory, such as 14GiB. [default: 90% of what it has]")
 @click.option("--passes", type=POSITIVE, help="Passes to simulate. [default: the prompts', and three more]")
 @click.option("--trace", "trace_path", type=FILE, help="Write a Perfetto trace, as 'tiered generate --trace' does.")
 @click.option("--plot", type=FILE, help="Draw a prompt's pass and two more (.png, .svg); needs matplotlib.")

@@ -217,6 +217,8 @@ def _about(inspection: Inspection) -> list[str]:
     ]
     if inspection.is_mixture:
         rows.insert(-1, ("experts", _experts(inspection.model)))
+    if (state := inspection.model.state) is not None:
+        rows.append(("state", f"{format_size(state.nbytes)} per sequence, whatever its length"))
     if manifest.synthetic:
         distinct = manifest.distinct_blocks
         layers = "" if distinct is None else f"; {distinct} distinct layer files stand for all layers"

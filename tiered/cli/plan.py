@@ -80,21 +80,18 @@ def run(
     size = _batch(batch)
     if ram is not None:
         parse_option("--ram", ram)  # before anything is looked for or measured
-    vram_limit = None if vram is None else parse_option("--vram", vram)
+    if vram is not None:
+        parse_option("--vram", vram)
     found = find_model(model)
     check_positions(found, prompt_len, gen_len)
     machine = hardware_for(found, hardware)
-    if vram_limit is not None and machine.gpu is None:
-        raise ConfigError(f"--vram {vram}: {machine.name} has no GPU; drop it, or name another --hardware")
-    if vram_limit is not None and machine.gpu is not None and vram_limit > machine.gpu.vram:
-        raise ConfigError(f"--vram {vram}: {machine.gpu.name} has {format_size(machine.gpu.vram)}; ask for less")
     ask = Ask(
         prompt_len,
         gen_len,
         sequences or size or (1 if objective == "latency" else _JOB),
         size,
         ram_budget(ram, machine, is_here=hardware is None),
-        vram_limit or vram_budget(machine),
+        None if vram is None and machine.gpu is None else vram_limit(vram, machine),
         objective,
     )
     compared = compare(found.shapes.__getitem__, tuple(found.shapes), machine, ask)
@@ -177,9 +174,15 @@ def ram_budget(text: str | None, machine: Hardware, is_here: bool) -> int:
     return asked
 
 
-def vram_budget(machine: Hardware) -> int | None:
-    """The budget of the GPU's memory, about as a run would take without being told; None where there is no GPU."""
-    return None if machine.gpu is None else int(machine.gpu.vram * DEFAULT_SHARE)
+def vram_limit(text: str | None, machine: Hardware) -> int:
+    """The budget of the GPU's memory: as `text` asks for, or about what a run would take without being told. Raises
+    ConfigError."""
+    if machine.gpu is None:
+        raise ConfigError(f"--vram {text}: {machine.name} has no GPU; drop it, or name another --hardware")
+    asked = int(machine.gpu.vram * DEFAULT_SHARE) if text is None else parse_option("--vram", text)
+    if asked > machine.gpu.vram:
+        raise ConfigError(f"--vram {text}: {machine.gpu.name} has {format_size(machine.gpu.vram)}; ask for less")
+    return asked
 
 
 def _batch(text: str) -> int | None:

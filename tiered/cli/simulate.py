@@ -5,7 +5,7 @@ models and machines are found as `tiered plan` finds them.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +14,30 @@ import click
 from tiered.bench.plot import check_can_draw
 from tiered.cli import timeline
 from tiered.cli.lines import print_json
-from tiered.cli.plan import Model, check_positions, find_model, hardware_for, ram_budget, wrapped
+from tiered.cli.plan import Model, check_positions, find_model, hardware_for, ram_budget, vram_limit, wrapped
 from tiered.cli.writable import check_writable
-from tiered.plan.hardware import Hardware
-from tiered.plan.inputs import MAX_BATCHED_TOKENS, Budgets, KVTier, ModelShape, Objective, Workload
+from tiered.errors import ConfigError
+from tiered.plan.gpu import on_gpu
+from tiered.plan.hardware import GpuRates, Hardware
+from tiered.plan.inputs import (
+    MAX_BATCHED_TOKENS,
+    Budgets,
+    KVTier,
+    ModelShape,
+    Objective,
+    Tier,
+    Workload,
+    parse_tiers,
+    tiers_text,
+)
 from tiered.plan.kv import BITS_BY_NAME
 from tiered.plan.lanes import Event
 from tiered.plan.make import make_plan
+from tiered.plan.on_device import CONTEXT_NBYTES, DevicePlan
 from tiered.plan.plan import Plan
-from tiered.plan.play import SimulatedPass
+from tiered.plan.play import Device, SimulatedPass
 from tiered.plan.simulate import Simulation, simulate
-from tiered.plan.strategies import BASELINE_NBYTES, machine_for
+from tiered.plan.strategies import BASELINE_NBYTES, GPU_TIERS, machine_for
 from tiered.trace import Tracer
 from tiered.units import format_seconds, format_size
 
@@ -35,7 +48,7 @@ _WORDS = {
     "experts": "experts",
     "kv": "the KV cache",
 }
-_BOUNDS = {"disk": "the disk", "compute": "computing"}
+_BOUNDS = {"disk": "the disk", "bus": "the bus to the GPU", "compute": "computing"}
 
 
 @dataclass(frozen=True)
@@ -73,14 +86,26 @@ class Played:
                 "batch_size": plan.batch_size,
                 "micro_batch": plan.micro_batch_rows,
                 "kv_on_disk": plan.cache.on_disk,
+                "device": None if plan.device is None else self._device_json(plan.device),
             },
             "passes": [_pass_json(each) for each in self.found.passes],
             "seconds_per_pass": steady.seconds,
             "tokens_per_second": steady.tokens / steady.seconds,
             "disk_busy_share": steady.disk_seconds / steady.seconds,
+            "bus_busy_share": steady.bus_seconds / steady.seconds,
             "compute_busy_share": steady.compute_seconds / steady.seconds,
             "bound_seconds_per_pass": steady.bound,
             "bottleneck": steady.bottleneck,
+        }
+
+    def _device_json(self, device: DevicePlan) -> dict[str, Any]:
+        placement, on_device = device.placement, self.plan.cache.on_device
+        return {
+            "vram_bytes": device.vram,
+            "resident_bytes": placement.resident_nbytes,
+            "ring_bytes": placement.ring_nbytes,
+            "copied_bytes_per_pass": self.plan.bus_nbytes,
+            "kv_on_device": on_device,
         }
 
 
@@ -106,6 +131,10 @@ class Mean:
         return self._mean(each.disk_seconds for each in self.passes)
 
     @property
+    def bus_seconds(self) -> float:
+        return self._mean(each.bus_seconds for each in self.passes)
+
+    @property
     def tokens(self) -> float:
         """Tokens that a pass gives."""
         return self._mean(each.load.logits for each in self.passes)
@@ -121,8 +150,8 @@ class Mean:
 
     @property
     def bound(self) -> float:
-        """Seconds that the busier of disk and processor takes."""
-        return max(self.compute_seconds, self.disk_seconds)
+        """Seconds that the busiest of disk, bus and what computes takes."""
+        return max(self.compute_seconds, self.disk_seconds, self.bus_seconds)
 
     @property
     def above_bound(self) -> float:
@@ -131,6 +160,8 @@ class Mean:
 
     @property
     def bottleneck(self) -> str:
+        if self.bus_seconds > max(self.disk_seconds, self.compute_seconds):
+            return "bus"
         return "disk" if self.disk_seconds > self.compute_seconds else "compute"
 
 
@@ -146,12 +177,19 @@ def run(
     objective: Objective,
     kv: KVTier,
     kv_bits: str,
+    tiers: str,
+    vram: str | None,
     passes: int | None,
     trace_path: Path | None,
     plot: Path | None,
     as_json: bool,
 ) -> None:
     """Simulate `model` on a machine. Raises ConfigError, StoreError, BudgetError."""
+    has_gpu = Tier.GPU in (places := parse_tiers(tiers))
+    if vram is not None and not has_gpu:
+        raise ConfigError(
+            f"--vram {vram} is for a GPU, and --tiers {tiers} has none; add --tiers {tiers_text(GPU_TIERS)}"
+        )
     if plot is not None:
         check_can_draw("--plot", plot)
     for option, path in (("--plot", plot), ("--trace", trace_path)):
@@ -163,10 +201,17 @@ def run(
     machine = hardware_for(found, hardware)
     work = Workload(batch, prompt_len + gen_len, prompt_len, max_batched_tokens=MAX_BATCHED_TOKENS, objective=objective)
     budget = ram_budget(ram, machine, is_here=hardware is None)
-    budgets = Budgets(budget, BASELINE_NBYTES, kv=kv, kv_bits=BITS_BY_NAME[kv_bits], micro_batch=micro_batch)
+    bits = BITS_BY_NAME[kv_bits]
+    budgets = Budgets(budget, BASELINE_NBYTES, tiers=places, kv=kv, kv_bits=bits, micro_batch=micro_batch)
+    gpu = _gpu(machine, tiers) if has_gpu else None
+    if gpu is not None:
+        limit = vram_limit(vram, machine)
+        budgets = replace(budgets, vram=limit, context_nbytes=CONTEXT_NBYTES)
     rates = machine_for(shape, machine)
     plan = make_plan(shape, rates, work, budgets)
-    played = Played(found, name, machine, work, plan, simulate(plan, shape, rates, work, passes))
+    device = None if gpu is None else Device.of(plan, gpu)
+    rates = rates if gpu is None else on_gpu(rates, shape, plan.cache, gpu)
+    played = Played(found, name, machine, work, plan, simulate(plan, shape, rates, work, passes, device))
     if trace_path is not None:
         _trace(played.found.events).write(trace_path)
     if plot is not None:
@@ -176,6 +221,13 @@ def run(
     else:
         for line in _lines(played):
             click.echo(line)
+
+
+def _gpu(machine: Hardware, tiers: str) -> GpuRates:
+    """The GPU of `machine`; raises ConfigError where it has none."""
+    if machine.gpu is None:
+        raise ConfigError(f"--tiers {tiers}: {machine.name} has no GPU; drop it, or name another --hardware")
+    return machine.gpu
 
 
 def _shape(model: Model, quant: str) -> tuple[str, ModelShape]:
@@ -201,6 +253,7 @@ def _pass_json(each: SimulatedPass) -> dict[str, Any]:
         "compute_seconds": each.compute_seconds,
         "disk_seconds": each.disk_seconds,
         "disk_bytes": each.disk_nbytes,
+        "bus_seconds": each.bus_seconds,
         "waits": dict(each.waits),
     }
 
@@ -212,15 +265,19 @@ def _lines(played: Played) -> Iterator[str]:
     tokens = f"{work.max_prompt} + {work.max_context - work.max_prompt} tokens"
     yield f"{played.model.name} {played.quant}: {sequences} of {tokens}, in {format_size(plan.budget)} of RAM"
     yield from wrapped("machine", f"{played.hardware.name}, {played.hardware.source}")
-    if played.hardware.gpu is not None:
-        yield "          its GPU is idle: what is played is a plan of the processor's"
     placement, experts = plan.placement, plan.experts
+    if played.hardware.gpu is not None and plan.device is None:
+        yield "          its GPU is idle: what is played is a plan of the processor's"
     kept = "" if experts is None else f", experts on demand ({experts.slots} in memory)"
     total = format_size(plan.tape.total)
+    place = "on disk" if plan.cache.on_disk else "on the GPU" if plan.cache.on_device else "in memory"
     yield (
         f"plan      {format_size(placement.resident_nbytes)} of {total} resident, ring "
-        f"{format_size(placement.ring_nbytes)}{kept}, KV cache {'on disk' if plan.cache.on_disk else 'in memory'}"
+        f"{format_size(placement.ring_nbytes)}{kept}, KV cache {place}"
     )
+    if plan.device is not None:
+        held, ring = plan.device.placement.resident_nbytes, plan.device.placement.ring_nbytes
+        yield f"          on the GPU {format_size(held)} resident, ring {format_size(ring)}; not tried on a GPU yet"
     if plan.missing_overlap_nbytes:
         yield f"          the ring lacks {format_size(plan.missing_overlap_nbytes)}: reading and computing take turns"
     if played.prefill:
@@ -231,7 +288,8 @@ def _lines(played: Played) -> Iterator[str]:
         those = "" if decoding == most else f" with {decoding} of {most} sequences"
         yield f"decode    {rate:.3g} tokens/s, {format_seconds(steady.seconds)} per pass, of {count} simulated{those}"
     disk, compute = steady.disk_seconds / steady.seconds, steady.compute_seconds / steady.seconds
-    yield f"busy      disk {disk:.0%}, computing {compute:.0%}"
+    bus = f"bus {steady.bus_seconds / steady.seconds:.0%}, " if plan.device is not None else ""
+    yield f"busy      disk {disk:.0%}, {bus}computing {compute:.0%}"
     waits = [f"{format_seconds(seconds)} for {_WORDS[kind]}" for kind, seconds in steady.waits.items() if seconds]
     yield f"waits     per pass: computing {', '.join(waits) or 'for nothing'}; the disk {_idle(played)}"
     yield (

@@ -40,6 +40,11 @@ class BatchOption:
     """Bytes copied to the device per pass."""
     kv_on_device: bool = False
 
+    @property
+    def ahead_nbytes(self) -> int:
+        """Bytes that are read while others are computed with."""
+        return self.disk_nbytes - self.expert_nbytes
+
 
 @dataclass(frozen=True)
 class BatchChoice:
@@ -78,17 +83,18 @@ def choose_batch_size(
     bytes_per_second: float | None,
     compute_seconds: Callable[[int], float],
     bus_bytes_per_second: float | None = None,
+    reading_seconds: float = 0.0,
 ) -> BatchChoice | None:
     """The option with most tokens per second; of nearly equal ones the one with fewest sequences, then the first.
 
     `bytes_per_second` None: nothing is read; `bus_bytes_per_second` None: nothing is copied, or nobody knows how fast.
-    None where there are no options.
+    By `reading_seconds` computing takes longer for each byte that is read ahead. None where there are no options.
     """
     found = [
         BatchChoice(
             option,
             option.disk_nbytes / bytes_per_second if bytes_per_second else 0.0,
-            max(compute_seconds(option.sequences), 1e-9),
+            max(compute_seconds(option.sequences) + option.ahead_nbytes * reading_seconds, 1e-9),
             option.expert_nbytes / bytes_per_second if bytes_per_second else 0.0,
             option.bus_nbytes / bus_bytes_per_second if bus_bytes_per_second else 0.0,
         )

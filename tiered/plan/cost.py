@@ -32,8 +32,8 @@ def pass_seconds(
 
 
 def linear_computing(model: ModelShape, machine: Machine, tokens: int, logits: int, most_rows: int) -> Computing:
-    """Seconds of all linear layers for `tokens` tokens in micro-batches of at most `most_rows`, of which `logits` go
-    through the head. The machine's rate must be known."""
+    """Seconds of everything but attention for `tokens` tokens in micro-batches of at most `most_rows`, of which
+    `logits` go through the head. The machine's rate must be known."""
     assert machine.linear is not None
     full, rest = divmod(tokens, max(1, most_rows))
     total = Computing(machine.linear.seconds(logits, model.head_weights) if logits else 0.0)
@@ -44,15 +44,30 @@ def linear_computing(model: ModelShape, machine: Machine, tokens: int, logits: i
     return total
 
 
+def beside_seconds(model: ModelShape, machine: Machine, rows: int) -> float:
+    """Seconds of a layer for one micro-batch, beside its linear layers and attention: norms, activations, new keys and
+    values, and what it takes to have them done."""
+    return machine.layer_seconds + rows * model.hidden * machine.element_seconds
+
+
+def slowed(machine: Machine, seconds: float, read_nbytes: float) -> float:
+    """Seconds in which `seconds` are computed while `read_nbytes` are read: readers want processors, too."""
+    most = read_nbytes * machine.reading_seconds
+    share = machine.reading_seconds * (machine.disk_bytes_per_second or 0.0)
+    # What computes for a shorter time than the disk reads is slowed by what is read in that time.
+    return seconds + (min(most, seconds * share / (1 - share)) if share < 1 else most)
+
+
 def _layers(model: ModelShape, machine: Machine, rows: int) -> Computing:
-    """Seconds of the layers' linear weights for one micro-batch."""
+    """Seconds of the layers for one micro-batch, without attention."""
     assert machine.linear is not None
     dense, experts, seconds = model.weights - model.head_weights, model.experts, 0.0
     if experts is not None:
         dense -= experts.total * experts.weights
         weights = int(experts.layers * experts.distinct(rows) * experts.weights)
         seconds = machine.linear.seconds(experts.rows_each(rows), weights)
-    return Computing(seconds + machine.linear.seconds(rows, dense), seconds)
+    beside = model.layers * beside_seconds(model, machine, rows)
+    return Computing(seconds + machine.linear.seconds(rows, dense) + beside, seconds)
 
 
 def decode_computing(model: ModelShape, machine: Machine, count: int, context: float, most_rows: int) -> Computing:

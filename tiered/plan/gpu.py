@@ -19,7 +19,8 @@ SCRATCH_NBYTES: Final = 96 * MIB
 
 def on_gpu(machine: Machine, model: ModelShape, cache: CachePlan, gpu: GpuRates) -> Machine:
     """`machine`, with the GPU's speed for all that it computes: linear layers, prompts' attention, and that of decoding
-    if `cache` is on it; else the processor attends.
+    if `cache` is on it; else the processor attends. What else a row takes is counted as nothing there, and whoever
+    reads takes nothing from it; having a layer done takes as long as on the processor, which gives the orders.
 
     Raises ConfigError for a quantization whose bytes are not known.
     """
@@ -29,4 +30,6 @@ def on_gpu(machine: Machine, model: ModelShape, cache: CachePlan, gpu: GpuRates)
         linear=roofline(model.quantization or "none", gpu.flops, gpu.memory),
         attention_seconds=in_bits / gpu.memory if cache.on_device else machine.attention_seconds,
         prompt_attention_flops=gpu.flops,
+        element_seconds=0.0,
+        reading_seconds=0.0,
     )

@@ -8,7 +8,7 @@ import bisect
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Final, Literal, Self
 
 from tiered.errors import ConfigError
@@ -36,6 +36,10 @@ class DiskRates:
     write: float
     random: tuple[tuple[int, float], ...] = ()
     """Pairs (bytes of a read, bandwidth) of reads at random places, in ascending order; none: as in file order."""
+    streamed: float | None = None
+    """The share of `read` that passes over a model reach while hardly anything computes; None: all of it."""
+    kept: float | None = None
+    """Bandwidth of a first pass for what then stays in memory, which it tests and takes memory for; None: as any."""
 
     def random_read(self, nbytes: int) -> float:
         """Bandwidth of reads of `nbytes` at random places; between measured sizes it is interpolated."""
@@ -71,6 +75,12 @@ class CpuRates:
     prefill_attention: float
     """Multiply-adds times two per second of a prompt's attention."""
     linear: tuple[LinearRate, ...]
+    layer_seconds: float | None = None
+    """What a layer takes beside linear layers and attention, however few the rows are; None: nothing is known of it."""
+    element_seconds: float | None = None
+    """What a row takes beside them, for each element of the hidden state, in a layer."""
+    reading_seconds: float | None = None
+    """By how much computing takes longer for each byte that is read meanwhile."""
 
     def linear_rate(self, scheme: str | None, mode: Mode) -> ComputeRate:
         """The rate of a scheme, or of one with as many bits and other groups, in proportion to the bytes of a weight;
@@ -116,11 +126,16 @@ class Hardware:
 
     def machine(self, scheme: str | None, mode: Mode, kv: KVShape | None, scratch_nbytes: int) -> Machine:
         """The machine as a plan wants it, for a model whose layers are in `scheme` and keep keys and values of `kv`."""
+        cpu, disk = self.cpu, self.disk
         return Machine(
             scratch_nbytes=scratch_nbytes,
-            disk_bytes_per_second=self.disk.read,
-            linear=self.cpu.linear_rate(scheme, mode),
-            attention_seconds=kv.token_nbytes / self.cpu.attention if kv else 0.0,
+            disk_bytes_per_second=disk.read * (disk.streamed or 1.0),
+            linear=cpu.linear_rate(scheme, mode),
+            attention_seconds=kv.token_nbytes / cpu.attention if kv else 0.0,
+            layer_seconds=cpu.layer_seconds or 0.0,
+            element_seconds=cpu.element_seconds or 0.0,
+            reading_seconds=cpu.reading_seconds or 0.0,
+            kept_bytes_per_second=disk.kept,
         )
 
     @classmethod
@@ -150,10 +165,12 @@ class Hardware:
                 disk.number("read"),
                 disk.number("write"),
                 tuple((int(size), rate) for size, rate in sorted(disk.pairs("random"))),
+                disk.optional("streamed"),
+                disk.optional("kept"),
             ),
             cpu=_cpu(cpu),
             gpu=None if gpu is None else _gpu(gpu),
-            usd_per_hour=found.number("usd_per_hour") if "usd_per_hour" in tables else None,
+            usd_per_hour=found.optional("usd_per_hour"),
         )
         for table in (found, cpu, disk, *([] if gpu is None else [gpu])):
             table.check_empty()
@@ -161,15 +178,15 @@ class Hardware:
 
     def to_tables(self) -> dict[str, Any]:
         """What `from_toml` reads, as plain tables."""
-        disk: dict[str, Any] = {"read": self.disk.read, "write": self.disk.write}
-        if self.disk.random:
-            disk["random"] = [list(pair) for pair in self.disk.random]
+        disk = _known(self.disk)
+        if random := disk.pop("random"):
+            disk["random"] = [list(pair) for pair in random]
         linear = [
             {"scheme": one.scheme, "mode": one.mode, "rows": list(one.rate.rows)}
             | {"seconds_per_weight": list(one.rate.seconds_per_weight)}
             for one in self.cpu.linear
         ]
-        cpu = {field.name: getattr(self.cpu, field.name) for field in fields(self.cpu)} | {"linear": linear}
+        cpu = _known(self.cpu) | {"linear": linear}
         tables: dict[str, Any] = {"format": FORMAT, "name": self.name, "source": self.source}
         tables["is_measured"] = self.is_measured
         tables["ram"] = self.ram
@@ -177,8 +194,13 @@ class Hardware:
             tables["usd_per_hour"] = self.usd_per_hour
         tables |= {"disk": disk, "cpu": cpu}
         if self.gpu is not None:
-            tables["gpu"] = {field.name: getattr(self.gpu, field.name) for field in fields(self.gpu)}
+            tables["gpu"] = _known(self.gpu)
         return tables
+
+
+def _known(rates: DiskRates | CpuRates | GpuRates) -> dict[str, Any]:
+    """What is known of them: TOML has no word for the rest."""
+    return {name: value for name, value in vars(rates).items() if value is not None}
 
 
 def bytes_per_weight(scheme: str) -> float:
@@ -212,7 +234,8 @@ def _cpu(table: "_Reader") -> CpuRates:
     else:
         linear = [_linear(entry) for entry in table.tables("linear")]
         attention, prefill_attention = table.number("attention"), table.number("prefill_attention")
-    return CpuRates(table.whole("cores"), memory, attention, prefill_attention, tuple(linear))
+    beside = map(table.optional, ("layer_seconds", "element_seconds", "reading_seconds"))
+    return CpuRates(table.whole("cores"), memory, attention, prefill_attention, tuple(linear), *beside)
 
 
 def _linear(table: "_Reader") -> LinearRate:
@@ -260,6 +283,10 @@ class _Reader:
         """A number above 0."""
         found = self._take(key, "a number above 0")
         return self._checked(key, found)
+
+    def optional(self, key: str) -> float | None:
+        """A number above 0; None where there is no such key."""
+        return self.number(key) if key in self.values else None
 
     def whole(self, key: str) -> int:
         """A whole number above 0."""

@@ -228,6 +228,15 @@ class Machine:
     sums."""
     bus_bytes_per_second: float | None = None
     """Sustained rate of copies from memory to the device."""
+    layer_seconds: float = 0.0
+    """Seconds that a micro-batch takes in a layer beside linear layers and attention, however few its rows are."""
+    element_seconds: float = 0.0
+    """Seconds that a row takes beside them, for each element of the hidden state, in a layer."""
+    reading_seconds: float = 0.0
+    """Seconds by which computing takes longer for each byte that is read meanwhile: readers want processors, too."""
+    kept_bytes_per_second: float | None = None
+    """Rate at which a first pass reads what then stays in memory, which it tests and takes memory for; None: as fast as
+    the rest."""
 
 
 Objective = Literal["latency", "throughput"]

@@ -4,13 +4,13 @@
 budget that works. `rates_wanted` says beforehand what would have to be measured for the choice of a batch size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Final, Literal
 
 from tiered.errors import BudgetError, ConfigError, DeviceBudgetError
-from tiered.plan.batch_size import BatchChoice, choose_batch_size, choose_windows_per_pass
+from tiered.plan.batch_size import BatchChoice, BatchOption, choose_batch_size, choose_windows_per_pass
 from tiered.plan.cost import decode_computing, seen_tokens
 from tiered.plan.inputs import Budgets, Machine, ModelShape, Tier, Workload, tiers_text
 from tiered.plan.kv import Bits, check_bits
@@ -82,7 +82,7 @@ def expected_pass(model: ModelShape, machine: Machine, workload: Workload, budge
     plan = make_plan(model, machine, workload, budgets)
     option = _way_of(Asked(model, machine, workload, budgets), plan).option(plan)
     seconds = partial(_compute_seconds, model, machine, workload)
-    choice = choose_batch_size([option], machine.disk_bytes_per_second, seconds, machine.bus_bytes_per_second)
+    choice = _chosen([option], machine, seconds)
     assert choice is not None
     return choice
 
@@ -256,9 +256,17 @@ def _most_throughput(asked: Asked) -> Plan:
         option = max(found, key=lambda option: (option.sequences, not option.kv_on_disk, option.kv_on_device))
         return _reasoned(asked, found[option], "as fit")
     seconds = partial(_compute_seconds, asked.model, machine, asked.workload)
-    choice = choose_batch_size(found, machine.disk_bytes_per_second, seconds, machine.bus_bytes_per_second)
+    choice = _chosen(found, machine, seconds)
     assert choice is not None
     return _reasoned(asked, found[choice.option], _expected(choice, machine))
+
+
+def _chosen(
+    options: Iterable[BatchOption], machine: Machine, compute_seconds: Callable[[int], float]
+) -> BatchChoice | None:
+    """The option with most tokens per second by the machine's rates."""
+    disk, bus = machine.disk_bytes_per_second, machine.bus_bytes_per_second
+    return choose_batch_size(options, disk, compute_seconds, bus, machine.reading_seconds)
 
 
 def _compute_seconds(model: ModelShape, machine: Machine, workload: Workload, count: int) -> float:

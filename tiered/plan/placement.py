@@ -44,10 +44,23 @@ class Tape:
     counts: tuple[int, ...]
     """Units of each block; the last block is the head."""
 
+    def __hash__(self) -> int:
+        # What is found out about a tape is kept by it, and it may have 12,000 units.
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.nbytes, self.file_nbytes, self.counts))
+
     @cached_property
     def total(self) -> int:
         """Bytes of all units in memory."""
         return sum(self.nbytes)
+
+    @cached_property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """Bytes of each unit in memory, and of its file."""
+        return tuple(zip(self.nbytes, self.file_nbytes, strict=True))
 
     @cached_property
     def blocks(self) -> tuple[range, ...]:
@@ -57,15 +70,15 @@ class Tape:
     def without(self, units: frozenset[int]) -> "Tape":
         """The tape of the other units, in the same blocks, some of which may have none left. Its unit i is the i-th
         number of `numbers_without(units)` on this one."""
-        if not units:
-            return self
-        kept = self.numbers_without(units)
-        counts = tuple(sum(unit not in units for unit in block) for block in self.blocks)
-        return Tape(tuple(self.nbytes[n] for n in kept), tuple(self.file_nbytes[n] for n in kept), counts)
+        return _without(self, units)[0] if units else self
 
     def numbers_without(self, units: frozenset[int]) -> tuple[int, ...]:
         """The numbers of all other units, in order."""
-        return tuple(unit for unit in range(len(self.nbytes)) if unit not in units)
+        return _without(self, units)[1]
+
+    def full_ring(self, held: Held, resident: frozenset[int] = frozenset()) -> int:
+        """Bytes of a full ring for all units that are not resident."""
+        return _full_ring(self, replace(held, ahead_nbytes=0), resident)
 
     def nbytes_of(self, units: frozenset[int]) -> int:
         """Bytes of these units in memory."""
@@ -93,6 +106,29 @@ class Tape:
         pieces = [[nbytes] for unit, nbytes in enumerate(self.nbytes[:alone]) if unit not in resident]
         last = [self.nbytes[unit] for unit in range(alone, head.stop) if unit not in resident]
         return [*pieces, last] if last else pieces
+
+
+@lru_cache(maxsize=64)
+def _without(tape: Tape, units: frozenset[int]) -> tuple[Tape, tuple[int, ...]]:
+    """The tape of the other units, and their numbers: many plans leave the same ones out."""
+    kept = tuple(unit for unit in range(len(tape.nbytes)) if unit not in units)
+    counts = tuple(sum(unit not in units for unit in block) for block in tape.blocks)
+    return Tape(tuple(tape.nbytes[n] for n in kept), tuple(tape.file_nbytes[n] for n in kept), counts), kept
+
+
+@lru_cache(maxsize=256)
+def _full_ring(tape: Tape, held: Held, resident: frozenset[int]) -> int:
+    return full_ring(tape.streamed(held, resident))
+
+
+@lru_cache(maxsize=32)
+def _pieces(tape: Tape, held: Held) -> tuple[range, ...]:
+    return tape.pieces(held)
+
+
+@lru_cache(maxsize=32)
+def _smallest_ring(tape: Tape, held: Held) -> int:
+    return smallest_ring(tape.streamed(held))
 
 
 @dataclass(frozen=True)
@@ -141,11 +177,10 @@ def place(
     most = tape.total if most is None else most
     if tape.total <= most and tape.total + least_ring <= available:
         return Placement(frozenset(range(len(tape.nbytes))), tape.total, least_ring)
-    pieces = tape.streamed(held)
-    if max(smallest_ring(pieces), least_ring) > available:
-        return None
     # What is read ahead differs from batch size to batch size, the spreads do not.
     least = replace(held, ahead_nbytes=0)
+    if max(_smallest_ring(tape, least), least_ring) > available:
+        return None
     spreads = _spreads(tape, least)
     for wanted in dict.fromkeys((held, least)):
         room = _Room(tape, wanted, available, least_ring, most)
@@ -201,8 +236,7 @@ class _Room:
 
     def wanted_ring(self, resident: frozenset[int] = frozenset()) -> int:
         """Bytes of the ring beside `resident`."""
-        pieces = self.tape.streamed(self.held, resident)
-        return self.ring_of(full_ring(pieces), sum(map(sum, pieces)))
+        return self.ring_of(self.tape.full_ring(self.held, resident), self.tape.total - self.tape.nbytes_of(resident))
 
     def ring_of(self, full: int, streamed: int) -> int:
         """A full ring, and what is to be read ahead beyond it: half as much at most, and not more than is streamed."""
@@ -263,5 +297,5 @@ def _file_nbytes_of(tape: Tape, resident: frozenset[int]) -> int:
 def _fill(room: _Room, resident: frozenset[int]) -> Placement:
     """Add units to `resident` until none fits beside a full ring."""
     tape = room.tape
-    sizes = list(zip(tape.nbytes, tape.file_nbytes, strict=True))
-    return Placement(*fill(sizes, tape.blocks, tape.pieces(room.held), resident, room.ring_of, room.holds))
+    pieces = _pieces(tape, replace(room.held, ahead_nbytes=0))
+    return Placement(*fill(tape.sizes, tape.blocks, pieces, resident, room.ring_of, room.holds))

@@ -6,6 +6,7 @@ reads it back as it was.
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any, Self
 
 from tiered.errors import BudgetError, DeviceBudgetError
@@ -129,7 +130,7 @@ class Plan:
         """Bytes that pass through the host's ring in a pass."""
         return self.host_tape.total - self.placement.resident_nbytes
 
-    @property
+    @cached_property
     def read_nbytes(self) -> int:
         """Bytes of the tape read per pass once its resident units are in memory."""
         resident = self.placement.resident | self.on_device
@@ -154,16 +155,15 @@ class Plan:
     def missing_overlap_nbytes(self) -> int:
         """Bytes that the host's ring lacks to be full: if there are any, reading and computing (or copying) take
         turns."""
-        streamed = self.tape.streamed(self.host_held, self.placement.resident | self.on_device)
-        return max(0, full_ring(streamed) - self.placement.ring_nbytes)
+        full = self.tape.full_ring(self.host_held, self.placement.resident | self.on_device)
+        return max(0, full - self.placement.ring_nbytes)
 
     @property
     def missing_copy_overlap_nbytes(self) -> int:
         """The same of the device's ring: copying and computing take turns."""
         if self.device is None:
             return 0
-        streamed = self.tape.streamed(self.held, self.on_device)
-        return max(0, full_ring(streamed) - self.device.placement.ring_nbytes)
+        return max(0, self.tape.full_ring(self.held, self.on_device) - self.device.placement.ring_nbytes)
 
     @property
     def bound_resident_nbytes(self) -> int:
@@ -179,7 +179,7 @@ class Plan:
             return min(total, on_device + self.placement.resident_nbytes)
         if total - on_device <= free:
             return total
-        in_ram = max(self.placement.resident_nbytes, free - full_ring(self.tape.streamed(UNHELD)))
+        in_ram = max(self.placement.resident_nbytes, free - self.tape.full_ring(UNHELD))
         return min(total, on_device + in_ram)
 
     @property
@@ -193,7 +193,7 @@ class Plan:
             return placement.resident_nbytes
         if total <= free:
             return total
-        return max(placement.resident_nbytes, min(total, free - full_ring(self.tape.streamed(UNHELD))))
+        return max(placement.resident_nbytes, min(total, free - self.tape.full_ring(UNHELD)))
 
     @property
     def returned_logits_nbytes(self) -> int:

@@ -6,7 +6,7 @@ In: a plan, its costs, the loads of passes. Out: what each pass took, and events
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Self
+from typing import Final, Self
 
 from tiered.plan.hardware import GpuRates
 from tiered.plan.inputs import Machine, ModelShape
@@ -19,6 +19,8 @@ from tiered.plan.plan import Plan
 from tiered.plan.play_kv import KVPlayer
 from tiered.plan.unit_cost import UnitCosts
 
+_LEAST_SECONDS: Final = 1e-7
+"""What is not worth a look at the disk."""
 Group = list[dict[int, range]]
 """Micro-batches with the same KV blocks in memory."""
 
@@ -53,6 +55,8 @@ class SimulatedPass:
     disk_seconds: float
     """Seconds of the pass in which the disk was busy, for this pass or the next."""
     disk_nbytes: int
+    bus_seconds: float = 0.0
+    """The same of the bus to a device."""
 
     @property
     def disk_idle_seconds(self) -> float:
@@ -70,6 +74,8 @@ class Player:
         """Units that are read once."""
         self._costs, self._disk_rate = UnitCosts(plan, model, machine), machine.disk_bytes_per_second
         self._expert_rate = machine.expert_bytes_per_second or self._disk_rate
+        self._kept_rate = machine.kept_bytes_per_second or self._disk_rate
+        self._reading_seconds = machine.reading_seconds
         self.clock = Clock()
         self.passes: list[SimulatedPass] = []
         self._disk = Server(self.clock, "disk", {"ahead": "urgent"})
@@ -114,7 +120,8 @@ class Player:
             if self._is_unwanted(turn):
                 continue
             nbytes, kind = tape.file_nbytes[turn.position], self._kind(turn.position)
-            read = self._disk.move("ahead", self._names[turn.position], kind, nbytes, self._disk_rate)
+            rate = self._kept_rate if turn.position in placement.resident else self._disk_rate
+            read = self._disk.move("ahead", self._names[turn.position], kind, nbytes, rate)
             self._host[self._key(turn, self._stay)] = read
 
     def _copy(self, device: Device) -> Process:
@@ -162,6 +169,7 @@ class Player:
             self._last = number if load.is_last else None
             self._waits, self._computed = {}, 0.0
             start, busy, moved = self.clock.now, self._disk.busy_seconds, self._disk.nbytes
+            copied = self._bus.busy_seconds
             groups = plan_micro_batches(load.segments, limits)
             if self._kv is not None:
                 self._kv.begin(load.segments, groups)
@@ -178,7 +186,10 @@ class Player:
             seconds, disk_seconds = self.clock.now - start, self._disk.busy_seconds - busy
             pace.note(load.decoding, load.prompt_tokens, self._computed, disk_seconds)
             waits, nbytes = tuple(self._waits.items()), round(self._disk.nbytes - moved)
-            self.passes.append(SimulatedPass(load, start, seconds, self._computed, waits, disk_seconds, nbytes))
+            bus_seconds = self._bus.busy_seconds - copied
+            self.passes.append(
+                SimulatedPass(load, start, seconds, self._computed, waits, disk_seconds, nbytes, bus_seconds)
+            )
         self._is_over = True
 
     def _group(self, number: int, layer: int, units: range, group: Group, index: int, is_held: bool) -> Process:
@@ -217,7 +228,8 @@ class Player:
         yield from self._busy(_layer(layer), kind, seconds)
 
     def _experts(self, layer: int, rows: int) -> Process:
-        """A layer's experts for one micro-batch: those in memory, then the others as they are read."""
+        """A layer's experts for one micro-batch: those in memory, then the others as they are read. A device gets a
+        copy of each, as none stays there."""
         cache, experts = self._plan.experts, self._model.experts
         assert cache is not None and experts is not None
         chosen, each = self._costs.experts(rows)
@@ -227,12 +239,20 @@ class Player:
         self._missing += lacking - count
         name, nbytes = f"{_layer(layer)}/experts", experts.file_nbytes
         reads = [self._disk.move("urgent", name, "experts", nbytes, self._expert_rate) for _ in range(count)]
+        yield from self._copied(name, (chosen - lacking) * experts.nbytes)
         yield from self._busy(name, "experts", (chosen - lacking) * each)
         for read in reads:
             yield from self._wait(partial(getattr, read, "is_done"), name, "experts")
+            yield from self._copied(name, experts.nbytes)
             yield from self._busy(name, "experts", lacking / count * each)
         if not reads:
             yield from self._busy(name, "experts", lacking * each)
+
+    def _copied(self, name: str, nbytes: float) -> Process:
+        """Wait for a copy of experts to the device, if there is one."""
+        if self._device is not None:
+            copy = self._bus.move("experts", name, "experts", int(nbytes), self._device.rates.host_to_device)
+            yield from self._wait(partial(getattr, copy, "is_done"), name, "experts")
 
     def _wait(self, has_come: "partial[bool]", name: str, kind: Kind) -> Process:
         """Wait, and note for what."""
@@ -244,9 +264,15 @@ class Player:
             self.clock.events.append(Event("wait", name, kind, start, seconds))
 
     def _busy(self, name: str, kind: Kind, seconds: float) -> Process:
-        """Compute."""
-        start = self.clock.now
-        yield seconds
+        """Compute, and as much longer as the bytes that are read meanwhile take of the processor."""
+        start, left = self.clock.now, seconds
+        while True:
+            before = self._disk.nbytes
+            yield left
+            left = (self._disk.nbytes - before) * self._reading_seconds
+            if left < _LEAST_SECONDS:
+                break
+        seconds = self.clock.now - start
         self._computed += seconds
         self.clock.events.append(Event("compute", name, kind, start, seconds))
 

@@ -23,6 +23,7 @@ from tiered.plan.cost import (
     prompt_attention_seconds,
     prompt_pairs,
     seen_tokens,
+    slowed,
 )
 from tiered.plan.gpu import on_gpu
 from tiered.plan.hardware import GpuRates
@@ -219,8 +220,10 @@ class _Run:
     def phase(self, run: PassRun, is_first: bool) -> Phase:
         """What `run` takes; `is_first`: nothing is in memory yet."""
         tokens = run.rows + run.prompt_tokens
-        computing = self._linear(run) + Computing(self._attention_seconds(run))
         disk, expert_seconds, read, written = self._disk(run, tokens, is_first)
+        computing = self._linear(run) + Computing(self._attention_seconds(run))
+        if not self._takes_turns:
+            computing = replace(computing, seconds=slowed(self._slowest(run), computing.seconds, read))
         bus, expert_bus = self._bus(run, is_first)
         # In turns, computing waits for all that is read, experts among it.
         waited = 0.0 if self._takes_turns else max(expert_seconds, expert_bus)
@@ -283,7 +286,17 @@ class _Run:
         assert rate is not None
         expert_seconds = experts / (machine.expert_bytes_per_second or rate)
         seconds = read / rate + expert_seconds + written / (machine.disk_write_bytes_per_second or rate)
+        if is_first and machine.kept_bytes_per_second is not None:
+            kept = sum(map(plan.tape.file_nbytes.__getitem__, plan.placement.resident))
+            seconds += kept / machine.kept_bytes_per_second - kept / rate
         return seconds, expert_seconds, read + experts, written
+
+    def _slowest(self, run: PassRun) -> Machine:
+        """Of what computes in each pass that from which readers take most."""
+        prompts, rest = self._machines
+        return max(
+            [rest] * (run.rows > 0) + [prompts] * (run.prompt_tokens > 0), key=lambda machine: machine.reading_seconds
+        )
 
     def _attention_seconds(self, run: PassRun) -> float:
         """Seconds of each pass. A device that has no KV cache attends to prompts in the pass in which they begin."""

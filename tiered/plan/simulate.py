@@ -10,7 +10,8 @@ Order of reading, places in the ring and micro-batches are the runtime's own fun
     copy      where a device computes: takes each unit from host memory to the device, over the bus
 
 What is not in the model: sampling, bookkeeping, embedding rows, checksums, decoding of compressed weights, chunks (a
-unit can be computed with when all of it is there). A KV ring lends bytes, wherever they are. Experts are chosen equally
+unit can be computed with when all of it is there), what comes back from a device, and passes that processor and device
+share. A KV ring lends bytes, wherever they are. Experts are chosen equally
 often, and in whole numbers only over several layers.
 """
 
@@ -56,7 +57,8 @@ def simulate(
     passes: int | None = None,
     device: Device | None = None,
 ) -> Simulation:
-    """The first `passes` passes of `workload`; None: those that read prompts first, and `DECODES` more.
+    """The first `passes` passes of `workload`; None: those that read prompts first, and `DECODES` more. Where a
+    `device` computes, `machine` has its speed (`gpu.on_gpu`).
 
     Raises ConfigError where `machine` does not say how fast it is.
     """

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from functools import cached_property
 
 from tiered.errors import ConfigError
-from tiered.plan.cost import prompt_attention_seconds
+from tiered.plan.cost import beside_seconds, prompt_attention_seconds
 from tiered.plan.inputs import Machine, ModelShape
 from tiered.plan.plan import Plan
 
@@ -18,7 +18,7 @@ class UnitCosts:
     def __init__(self, plan: Plan, model: ModelShape, machine: Machine) -> None:
         if machine.linear is None:
             raise ConfigError("no simulation without the speed of linear layers: run 'tiered profile'")
-        self._tape, self._model, self._linear = plan.tape, model, machine.linear
+        self._tape, self._model, self._machine, self._linear = plan.tape, model, machine, machine.linear
         self._attention, self._prompt_flops = machine.attention_seconds or 0.0, machine.prompt_attention_flops
         self._window_of = {layer: group.window for group in plan.cache.groups for layer in group.layers}
         self._block_of = [number for number, units in enumerate(self._tape.blocks) for _ in units]
@@ -71,6 +71,7 @@ class UnitCosts:
         weights = model.weights - model.head_weights - (0 if experts is None else experts.total * experts.weights)
         nbytes = [sum(dense.nbytes[unit] for unit in units) for units in dense.blocks[:-1]]
         seconds = self._linear.seconds(rows, round(weights * nbytes[block] / sum(nbytes)))
+        seconds += beside_seconds(model, self._machine, rows)
         if self.expert_layers[block] and not self._on_demand:
             chosen, each = self.experts(rows)
             seconds += chosen * each

@@ -25,7 +25,7 @@ from tiered.plan.cost import kv_block_nbytes
 from tiered.plan.inputs import Budgets, ExpertShape, ModelShape, Tier
 from tiered.plan.kv import CachePlan
 from tiered.plan.on_device import DevicePlan, device_refusal, fit_on_device
-from tiered.plan.placement import Placement, full_ring
+from tiered.plan.placement import Placement
 from tiered.plan.plan import ExpertCachePlan, Plan, fit_units, smallest_budget
 from tiered.units import MIB, round_up
 
@@ -97,10 +97,10 @@ class Way(AtOnce):
         except BudgetError:
             return False
         on_device = frozenset[int]() if device is None else device.resident
-        if device is not None and full_ring(passes.tape.streamed(passes.held, on_device)) > device.ring_nbytes:
+        if device is not None and passes.tape.full_ring(passes.held, on_device) > device.ring_nbytes:
             return False
         resident = on_device | placement.resident
-        return full_ring(passes.tape.streamed(passes.host_held, resident)) <= placement.ring_nbytes
+        return passes.tape.full_ring(passes.host_held, resident) <= placement.ring_nbytes
 
     def _may_take_more_passes(self, rows: int, cache: CachePlan) -> bool:
         """Whether passes of one micro-batch of `rows` can do what is asked for."""
@@ -260,6 +260,8 @@ class Way(AtOnce):
         kv = 0
         if self.on_disk:
             kv = int(kv_block_nbytes(plan.cache, self.asked.workload.mean_context * HALFWAY, self.batch_size))
+            # A recurrent state is read and written in each pass.
+            kv += 2 * plan.cache.states_nbytes
         experts = expected_expert_nbytes(self.asked.model, plan, self.batch_size)
         disk, bus = plan.read_nbytes + kv + experts, 0
         if plan.decode_device == "gpu":
