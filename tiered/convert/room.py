@@ -35,8 +35,12 @@ class RamCheck:
 
     def __init__(self, options: ConvertOptions, blocks: Sequence[BlockRecipe]) -> None:
         self._ram_bytes, self._baseline = options.ram_bytes, process_rss_bytes()
-        compresses = options.settings()["compress"] != "none"
-        written = [_writing_nbytes(tensor, block, compresses) for block in blocks for tensor in block.tensors]
+        self._compresses = options.settings()["compress"] != "none"
+        self.writes(blocks)
+
+    def writes(self, blocks: Sequence[BlockRecipe]) -> None:
+        """From now on the conversion is one of `blocks`."""
+        written = [_writing_nbytes(tensor, block, self._compresses) for block in blocks for tensor in block.tensors]
         schemes = {tensor.scheme for block in blocks for tensor in block.tensors if tensor.scheme is not None}
         self._writing = max(written, default=0) + SWEEP_NBYTES + quantizing_nbytes(schemes)
 

@@ -168,7 +168,7 @@ class EmbeddingRows:
         side, position = [], 0
         for part in table.ranges:
             views = []
-            for entry in (part.weight.parts["scale"], part.weight.parts["zero"]):
+            for entry in (part.weight.parts[name] for name in ("scale", "zero") if name in part.weight.parts):
                 offset = part.unit_offset + entry.offset
                 await self._verify(table.file, offset, offset + entry.nbytes)
                 first, last = round_down(offset, PAGE), round_up(offset + entry.nbytes, PAGE)
@@ -176,7 +176,8 @@ class EmbeddingRows:
                 raw = slab.tensor()[position + offset - first :][: entry.nbytes]
                 views.append(raw.view(entry.dtype).view(entry.shape))
                 position += last - first
-            side.append((views[0], views[1]))
+            scale = views[0]
+            side.append((scale, views[1] if len(views) > 1 else scale.new_empty(len(scale), 0, dtype=torch.uint8)))
         table.side = side
 
     async def fetch(self, ids: Mapping[str, Sequence[int]]) -> dict[str, FetchedRows]:
