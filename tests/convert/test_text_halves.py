@@ -25,6 +25,7 @@ _SEES: Final = {
 }
 WHOLE: Final[dict[str, tuple[str, dict[str, Any]]]] = {
     "gemma3": ("gemma3_text", {"mm_tokens_per_image": 1, "tie_word_embeddings": True}),
+    "gemma4": ("gemma4_text", {"tie_word_embeddings": True}),
     # The whole says that they are tied, its text half that they are not; the file has no head.
     "mistral3": ("mistral", {"tie_word_embeddings": True}),
     "llava": ("llama", {"tie_word_embeddings": False}),
