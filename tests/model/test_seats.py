@@ -133,8 +133,7 @@ CELLS: Final = [
     for second, place in enumerate(PLACES)
     for third, (kv, bits) in enumerate(KV)
     for rows in ((None, 40)[(first + second + third) % 2],)
-]
-CELLS += [("deepseek_v3", PROMPTS, "cpu", 8, 40), ("llama4_text", PROMPTS, "disk", 16, 40)]
+] + [("deepseek_v3", PROMPTS, "cpu", 8, 40), ("llama4_text", PROMPTS, "disk", 16, 40)]
 
 
 @pytest.mark.parametrize(
