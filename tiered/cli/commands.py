@@ -437,7 +437,7 @@ def doctor(**options: Any) -> None:
 @click.option("-o", "--output", type=FILE, help="Write the profile here, not to where plans look for it.")
 @json_output()
 def profile(**options: Any) -> None:
-    """Measure this machine in about a minute: disk, memory, linear layers, attention, GPU.
+    """Measure this machine in some two minutes: disk, memory, linear layers, attention, passes over small models, GPU.
 
     The disk is that of the current folder, or of --dir, measured with a temporary file of up to 2 GiB; or that of
     STORE, whose files are read (and 512 MiB written to a temporary file). The profile is kept in the user's cache
