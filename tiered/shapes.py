@@ -19,7 +19,7 @@ from tiered.convert.headers import HubHeaders
 from tiered.convert.hollow import DtypeOf, hollow_store
 from tiered.convert.open import open_checkpoint, resolve_checkpoint
 from tiered.convert.place import HubId
-from tiered.convert.quantized import configured_method, refuse_quantized
+from tiered.convert.quantized import configured_method, quantization_config, refuse_unread
 from tiered.convert.recipe import ConvertOptions
 from tiered.model import check_layers, check_match, model_shape
 from tiered.options import compute_dtype
@@ -85,7 +85,14 @@ def outline(source: str, quants: Sequence[str] = QUANTS) -> Outline:
             place = HubHeaders(place.repo_id, Path(folder))
         files = place.open(ConvertOptions(), _NoDownloads())
         config = load_config(files.config_folder())
-        refuse_quantized(files.name, configured_method(config))
+        method = configured_method(quantization_config(config))
+        refuse_unread(files.name, method)
+        if method is not None:
+            note = (
+                f"{files.name}: its weights are quantized already ({method}); without --quant they are taken as they "
+                "are, in some 4 to 8 bits: figures are of what --quant says"
+            )
+            return Outline(config_shapes(config, quants), most_positions(config), (note,))
         if not any(name.endswith(".safetensors") for name in files.names):
             note = f"{files.name}: no safetensors files were found, so weights are taken to be what config.json says"
             return Outline(config_shapes(config, quants), most_positions(config), (note,))

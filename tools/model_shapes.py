@@ -27,9 +27,10 @@ def main(names: list[str]) -> None:
         path = models / f"{name}.toml"
         shapes = config_shapes(shape_config(ShapeFile.read(path)))
         table[name] = {"of": digest(path)} | {quant: shape_to_json(shape) for quant, shape in shapes.items()}
+        lines = (f"{json.dumps(each)}:{json.dumps(table[each], separators=(',', ':'))}" for each in sorted(table))
+        # After each: a large mixture takes a while, and what was made before it stays.
+        target.write_text("{\n" + ",\n".join(lines) + "\n}\n")
         print(f"{name}: {time.perf_counter() - started:.1f} s", flush=True)
-    lines = (f"{json.dumps(name)}:{json.dumps(table[name], separators=(',', ':'))}" for name in sorted(table))
-    target.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 if __name__ == "__main__":

@@ -3,10 +3,17 @@
 import pytest
 import torch
 
+from tiered.bench import rates
 from tiered.bench.rates import measure_attention, measure_compute, measure_prefill_attention
 from tiered.kernels import Kernels
 from tiered.plan import ComputeRate
 from tiered.quant import GroupScheme
+
+
+@pytest.fixture(autouse=True)
+def short_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rates, "_SECONDS", 0.02)
+
 
 RATE = ComputeRate((1, 4, 16), (1.0, 2.0, 6.0))
 

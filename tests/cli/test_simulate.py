@@ -71,17 +71,16 @@ def test_passes_and_totals_are_numbers_for_programs(machine: Path) -> None:
     assert found["bottleneck"] == "disk" and found["seconds_per_pass"] >= found["bound_seconds_per_pass"]
 
 
-def test_with_a_gpu_weights_pass_over_the_bus(machine: Path, tmp_path: Path) -> None:
+def test_with_a_gpu_weights_pass_over_the_bus(machine: Path) -> None:
     machine.write_text(f"{MACHINE}{GPU}", encoding="utf-8")
     words = ("simulate", "opt-6.7b", "--hardware", machine, "--ram", "8GiB", "--tiers", "disk,cpu,gpu")
-    done = run_here(*words, "--vram", "3GiB", "--plot", tmp_path / "plot.png")
+    done = run_here(*words, "--vram", "3GiB")
     assert done.code == 0, done.err
     assert "on the GPU" in done.out and "by the bus to the GPU" in done.out and "its GPU is idle" not in done.out
-    streamed, resident = (json.loads(run_here(*words, "--vram", vram, "--json").out) for vram in ("3GiB", "8GiB"))
-    copied = streamed["plan"]["device"]["copied_bytes_per_pass"]
-    assert streamed["bottleneck"] == "bus" and streamed["bus_busy_share"] > 0.9
-    assert streamed["seconds_per_pass"] == pytest.approx(copied / 1e9, rel=0.05)
-    assert resident["plan"]["device"]["copied_bytes_per_pass"] == resident["bus_busy_share"] == 0
+    found = json.loads(run_here(*words, "--vram", "3GiB", "--json").out)
+    assert found["bottleneck"] == "bus" and found["bus_busy_share"] > 0.9
+    copied = found["plan"]["device"]["copied_bytes_per_pass"]
+    assert copied and found["seconds_per_pass"] == pytest.approx(copied / 1e9, rel=0.05)
 
 
 def test_a_store_is_played_through_in_its_own_scheme(machine: Path, tmp_path: Path) -> None:

@@ -131,7 +131,7 @@ def test_large_tensors_that_nothing_borrows_are_dense_and_come_first() -> None:
 
 def test_a_finished_block_is_recognized_with_its_units_and_no_other(tmp_path: Path) -> None:
     for options in (ConvertOptions(quant="int8", compress="planes"), ConvertOptions(quant="none", compress="planes")):
-        out = tmp_path / options.quant
+        out = tmp_path / str(options.quant)
         _, made = open_checkpoint(Folder(TRAINED), options, Conversion(out, options, None))
         store = Store.open(convert_checkpoint(TRAINED, out, options).store)
         files = {file.path: file for file in store.manifest.files}

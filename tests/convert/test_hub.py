@@ -10,8 +10,11 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+from safetensors.torch import load_file, save_file
 
 from tests.convert.models import save_bin, save_model, store_digest, tiny_model
+from tests.convert.test_kept import checkpoint, model
+from tests.convert.test_published import FORMATS
 from tiered.convert import ConvertOptions, convert_checkpoint
 from tiered.errors import ConfigError, ReadError
 from tiered.store import BlockWriter, Store
@@ -256,3 +259,25 @@ def test_an_unknown_revision_is_named(hub: FakeHub, tmp_path: Path) -> None:
 def test_opt_175b_explains_where_its_weights_are(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"992 metaseq shards.*--synthetic"):
         convert_checkpoint("opt-175b", tmp_path / "out", ConvertOptions())
+
+
+def test_what_is_quantized_is_planned_by_its_configuration_until_its_files_come(
+    hub: FakeHub, cache: Path, tmp_path: Path
+) -> None:
+    """A weight's parts may lie in two files; both are fetched for it, and go when nothing needs them any more."""
+    made = model(layers=2)
+    formats = {f"model.layers.{layer}.mlp.{name}": "gptq" for layer in (0, 1) for name in ("gate_proj", "up_proj")}
+    source = checkpoint(tmp_path / "source", made, formats, FORMATS["gptq"]["config"])
+    whole = convert_checkpoint(source, tmp_path / "whole", ConvertOptions(compress="none"))
+    names = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+    tensors = load_file(source / "model.safetensors")
+    weight_map = {name: names[name.endswith((".scales", ".qzeros")) or "layers.1" in name] for name in tensors}
+    for file in names:
+        save_file({name: tensors[name] for name in tensors if weight_map[name] == file}, source / file)
+    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (source / "model.safetensors").unlink()
+    hub.folder = source
+    options = ConvertOptions(compress="none", delete_downloads=True)
+    result = convert_checkpoint(REPO, tmp_path / "out", options)
+    assert blocks(store_digest(result.store)) == blocks(store_digest(whole.store))
+    assert result.taken == whole.taken and weights_in(cache) == set()

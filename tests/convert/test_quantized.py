@@ -1,4 +1,5 @@
-"""A checkpoint that is quantized already is refused, however it says so; what transformers leaves out is harmless."""
+"""A checkpoint whose quantization is not read is refused, however it says so, and so is one whose tensors are not what
+their format has; what transformers leaves out is harmless."""
 
 import json
 from collections.abc import Callable
@@ -18,14 +19,6 @@ PROJ = "model.layers.0.self_attn.q_proj"
 STACK = "model.layers.0.mlp.experts.gate_up_proj"
 
 
-def fp8(tensors: Tensors) -> Tensors:
-    """As ModelOpt writes it: weights in a byte each, a scale beside every one."""
-    scaled = {name: tensor for name, tensor in tensors.items() if name.endswith("proj.weight")}
-    codes = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in scaled.items()}
-    scales = {f"{name}_scale": torch.tensor(0.5) for name in scaled}
-    return {**tensors, **codes, **scales}
-
-
 def instead(**parts: torch.Tensor) -> Callable[[Tensors], Tensors]:
     """A weight replaced by `parts`, as which a method keeps it."""
 
@@ -43,44 +36,55 @@ def beside(*names: str) -> Callable[[Tensors], Tensors]:
 
 CODES = torch.zeros(64, 8, dtype=torch.int32)
 BYTES = torch.zeros(64, 32, dtype=torch.uint8)
-QUANTIZED: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
-    "fp8 with scales": (fp8, "fp8"),
-    "fp8 without": (lambda t: {**t, f"{PROJ}.weight": t[f"{PROJ}.weight"].to(torch.float8_e5m2)}, "fp8"),
-    "fp8 whose scales are a type of their own": (
-        lambda t: {**t, f"{PROJ}.weight_scale_inv": torch.ones(64).to(torch.float8_e8m0fnu)},
-        "fp8",
-    ),
-    "fp8 by blocks, in the model's type": (beside(f"{PROJ}.weight_scale_inv"), "fp8"),
-    "a scale in the model's type": (beside(f"{PROJ}.weight_scale"), "fp8 or int8"),
+REFUSED: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
+    "fp8 without scales": (lambda t: {**t, f"{PROJ}.weight": t[f"{PROJ}.weight"].to(torch.float8_e5m2)}, "fp8"),
     "a scale of activations": (beside(f"{PROJ}.input_scale"), "fp8 or int8"),
-    "nvfp4": (instead(weight=BYTES, weight_scale=torch.ones(64, 4), weight_scale_2=torch.ones(1)), "nvfp4"),
-    "gptq": (
-        instead(qweight=CODES, qzeros=CODES, scales=torch.ones(1, 64), g_idx=torch.zeros(64, dtype=torch.int32)),
-        "gptq or awq",
-    ),
-    "awq": (instead(qweight=CODES, qzeros=CODES, scales=torch.ones(1, 64)), "gptq or awq"),
-    "bitsandbytes 4 bits": (
-        instead(
-            weight=BYTES,
-            **{"weight.absmax": torch.ones(64), "weight.quant_map": torch.ones(16)},
-            **{"weight.quant_state.bitsandbytes__nf4": torch.zeros(9, dtype=torch.uint8)},
-        ),
-        "bitsandbytes",
-    ),
-    "bitsandbytes 8 bits": (instead(weight=BYTES.repeat(1, 2).view(torch.int8), SCB=torch.ones(64)), "bitsandbytes"),
-    "compressed-tensors": (instead(weight_packed=CODES, weight_shape=torch.tensor([64, 64])), "compressed-tensors"),
     "hqq": (instead(W_q=BYTES, scale=torch.ones(64, 1), zero=torch.ones(64, 1)), "hqq"),
     "aqlm": (instead(codes=BYTES, codebooks=torch.ones(1, 16, 8), scales=torch.ones(64)), "codebooks"),
     "quanto": (instead(**{"weight._data": BYTES, "weight._scale": torch.ones(64)}), "quanto"),
     "eetq": (instead(weight=BYTES.repeat(1, 2).view(torch.int8), weight_scales=torch.ones(64)), "mxfp4|fp8"),
     "int8 in the weight's place": (lambda t: {**t, f"{PROJ}.weight": t[f"{PROJ}.weight"].to(torch.int8)}, "int8"),
     "packed bytes in the weight's place": (lambda t: {**t, f"{PROJ}.weight": BYTES}, "packed in uint8"),
+    "gptq without scales": (instead(qweight=CODES, qzeros=CODES), "gptq or awq"),
+}
+MISFITS: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
+    "a scale in the model's type": (beside(f"{PROJ}.weight_scale"), r"expected 8 bits, found torch.float32"),
+    "nvfp4 of another group size": (
+        instead(weight=BYTES, weight_scale=torch.ones(64, 8).to(torch.float8_e4m3fn), weight_scale_2=torch.ones(1)),
+        "expected one scale for all beside groups of 16",
+    ),
+    "nvfp4 without the scale for all": (
+        instead(weight=BYTES, weight_scale=torch.ones(64, 4).to(torch.float8_e4m3fn)),
+        "expected one scale for all",
+    ),
+    "gptq of another shape": (instead(qweight=CODES, qzeros=CODES, scales=torch.ones(1, 60)), "that fit"),
+    "gptq in 3 bits": (
+        instead(
+            qweight=torch.zeros(6, 64, dtype=torch.int32),
+            qzeros=torch.zeros(1, 6, dtype=torch.int32),
+            scales=torch.ones(1, 64),
+        ),
+        "expected 2, 4 or 8 bits, found 3",
+    ),
+    "words without their shape": (instead(weight_packed=CODES, weight_scale=torch.ones(64, 1)), "weight_shape"),
+    "fp8 in other blocks": (
+        instead(weight=torch.zeros(64, 64).to(torch.float8_e4m3fn), weight_scale_inv=torch.ones(3, 3)),
+        r"one for each 128 x 128 values of \[64, 64\], found \[3, 3\]",
+    ),
+    "bitsandbytes without its state": (
+        instead(
+            weight=BYTES.view(-1, 1),
+            **{"weight.absmax": torch.ones(64), "weight.quant_map": torch.ones(16)},
+            **{"weight.quant_state.bitsandbytes__nf4": torch.zeros(9, dtype=torch.uint8)},
+        ),
+        "not what their format has",
+    ),
 }
 
 
-@pytest.mark.parametrize(("change", "method"), QUANTIZED.values(), ids=QUANTIZED.keys())
+@pytest.mark.parametrize(("change", "method"), REFUSED.values(), ids=REFUSED.keys())
 @pytest.mark.parametrize("form", ["safetensors", "bin"])
-def test_a_quantized_checkpoint_is_refused_without_a_word_in_its_configuration(
+def test_what_is_not_read_is_refused_without_a_word_in_its_configuration(
     change: Callable[[Tensors], Tensors], method: str, form: str, tmp_path: Path
 ) -> None:
     source = tmp_path / "source"
@@ -89,8 +93,18 @@ def test_a_quantized_checkpoint_is_refused_without_a_word_in_its_configuration(
     else:
         path = save_bin(source, tiny_model("llama")) / "pytorch_model.bin"
         torch.save(change(torch.load(path)), path)
-    (source / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8"}}')
-    with pytest.raises(CheckpointError, match=rf"already quantized \(({method})\b.*pass the original"):
+    with pytest.raises(CheckpointError, match=rf"already quantized \(({method})\b.*not read; pass one that is"):
+        convert_checkpoint(source, tmp_path / "out", PLAIN)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("change", "reason"), MISFITS.values(), ids=MISFITS.keys())
+def test_tensors_that_are_not_what_their_format_has_are_named(
+    change: Callable[[Tensors], Tensors], reason: str, tmp_path: Path
+) -> None:
+    source = save_model(tmp_path / "source", tiny_model("llama"))
+    rewrite(source, change)
+    with pytest.raises(CheckpointError, match=rf"{PROJ}.weight: its tensors .*q_proj.*{reason}"):
         convert_checkpoint(source, tmp_path / "out", PLAIN)
     assert not (tmp_path / "out").exists()
 
@@ -114,9 +128,10 @@ def test_four_bit_types_that_torch_has_no_size_for_are_refused(tmp_path: Path) -
 def test_what_the_configuration_says_is_named(key: str, tmp_path: Path) -> None:
     source = save_model(tmp_path / "source", tiny_model("llama"))
     config = json.loads((source / "config.json").read_text())
-    (source / "config.json").write_text(json.dumps({**config, key: {"quant_method": "gptq"}}))
-    with pytest.raises(CheckpointError, match=r"already quantized \(gptq\)"):
-        convert_checkpoint(source, tmp_path / "out", PLAIN)
+    for method, error in (("hqq", r"already quantized \(hqq\)"), ("gptq", r"\(gptq, by config.json, but none")):
+        (source / "config.json").write_text(json.dumps({**config, key: {"quant_method": method}}))
+        with pytest.raises(CheckpointError, match=error):
+            convert_checkpoint(source, tmp_path / "out", PLAIN)
 
 
 def test_parts_of_weights_are_not_left_out_whatever_they_are_called(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A profile: this machine in numbers, and the disk of one folder, measured in about a minute.
+"""A profile: this machine in numbers, and the disk of one folder, measured in some two minutes.
 
 In: a folder, the files of a store that are to be read (or none), a number of threads. Out: a `Hardware`. Called by
 `tiered profile`, which keeps it where `plan/machines.py` finds it.

@@ -68,10 +68,9 @@ def cli() -> None:
 @click.option("-o", "--output", type=ANY_PATH, help="The store to write. [default: ./NAME.tiered]")
 @click.option(
     "--quant",
-    default="int4",
-    show_default=True,
-    type=click.Choice(["int4", "int8", "none", "mxfp4-g32", "nf4-g64", "iq4nl-g32"]),
-    help="The last three are looked up in 16 values, of groups of their own.",
+    type=click.Choice(["keep", "int4", "int8", "none", "mxfp4-g32", "nf4-g64", "iq4nl-g32"]),
+    help="Of the layers' weights. keep: what is quantized already as it is, or in 8 bits if no scheme holds it. The "
+    "last three are looked up in 16 values.  [default: keep where weights are quantized already, else int4]",
 )
 @click.option("--group-size", default="64", show_default=True, type=click.Choice(["32", "64", "128"]))
 @click.option(
@@ -94,9 +93,9 @@ def cli() -> None:
 def convert(source: str, output: Path | None, **options: Any) -> None:
     """Convert SOURCE into a store that 'tiered generate' runs.
 
-    SOURCE is a Hugging Face folder, a hub id such as facebook/opt-6.7b, or a known name such as opt-125m. OPT may be in
-    metaseq's files (a folder, or one of its *.pt) or in FlexGen's too: 'tiered convert opt-175b --from PATH'. An
-    interrupted conversion is resumed by the same command.
+    SOURCE is a Hugging Face folder, a hub id such as facebook/opt-6.7b, a known name such as opt-125m, or a .gguf file.
+    OPT may be in metaseq's files (a folder, or one of its *.pt) or in FlexGen's too: 'tiered convert opt-175b --from
+    PATH'. An interrupted conversion is resumed by the same command.
 
     A SOURCE that is a store of an earlier format version is upgraded in place; its weights stay the same. With
     --tokenizer a store of any version gets another tokenizer, or its first.
@@ -438,7 +437,7 @@ def doctor(**options: Any) -> None:
 @click.option("-o", "--output", type=FILE, help="Write the profile here, not to where plans look for it.")
 @json_output()
 def profile(**options: Any) -> None:
-    """Measure this machine in about a minute: disk, memory, linear layers, attention, GPU.
+    """Measure this machine in some two minutes: disk, memory, linear layers, attention, passes over small models, GPU.
 
     The disk is that of the current folder, or of --dir, measured with a temporary file of up to 2 GiB; or that of
     STORE, whose files are read (and 512 MiB written to a temporary file). The profile is kept in the user's cache

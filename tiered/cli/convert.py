@@ -12,6 +12,7 @@ import click
 from tiered.cli.progress import ByteProgress
 from tiered.cli.screen import StatusLine, is_terminal
 from tiered.convert import ConvertOptions, ConvertProgress, ConvertResult, convert_checkpoint
+from tiered.convert.taken import Taken
 from tiered.errors import InterruptedRun, TieredError
 from tiered.plan.shapes import read_store_shape
 from tiered.shapes import store_shape
@@ -65,6 +66,7 @@ def summary(result: ConvertResult) -> str:
         if names:
             more = ", …" if len(names) > _NAMES_SHOWN else ""
             lines.append(f"not quantized: {len(names)} weights {reason} ({', '.join(names[:_NAMES_SHOWN])}{more})")
+    lines += [_taken(taken) for taken in result.taken]
     lines += [f"warning: {warning}" for warning in result.warnings]
     if not result.has_tokenizer:
         lines.append(
@@ -73,6 +75,12 @@ def summary(result: ConvertResult) -> str:
         following = f"next: tiered generate {where} --prompt-ids 2,100,524"
     lines.append(following)
     return "\n".join(lines)
+
+
+def _taken(taken: Taken) -> str:
+    """What became of weights that were quantized already."""
+    added = f"which adds an error of {100 * taken.added:.2g} % (relative RMS)" if taken.added else "as they were"
+    return f"{taken.method}: {taken.weights} weights in {taken.form}, {added}"
 
 
 class _Screen:

@@ -267,7 +267,7 @@ def _profile(found: Examination, path: Path) -> Iterable[Fact]:
         yield Fact("measured", "damaged, see the warnings", None)
         return
     if known is None:
-        yield Fact("measured", f"not yet; to measure this machine and disk in about a minute: {command}", None)
+        yield Fact("measured", f"not yet; to measure this machine and disk in two minutes: {command}", None)
         return
     yield from (Fact(label, text, value) for label, text, value in summary(known))
     yield plain_fact("file", str(profile_path(path)))

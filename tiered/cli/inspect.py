@@ -51,7 +51,7 @@ class Inspection:
             "family": manifest.architecture.get("model_type"),
             "layers": manifest.architecture.get("layers"),
             "parameters": summary.parameters,
-            "quantization": dict(manifest.quantization),
+            "quantization": {"source": [], **manifest.quantization},
             "synthetic": manifest.synthetic,
             "distinct_blocks": manifest.distinct_blocks,
             "source": dict(manifest.source),
@@ -202,11 +202,13 @@ def _about(inspection: Inspection) -> list[str]:
     quantization, source = manifest.quantization, manifest.source
     schemes = ", ".join(f"{kind} {quantization[kind]}" for kind in ("layers", "embed", "head") if kind in quantization)
     kept = list(quantization.get("unquantized", ()))
+    methods = quantization.get("source")
+    before = f"; quantized before ({', '.join(methods)})" if methods else ""
     rows = [
         ("name", inspection.store.name),
         ("family", f"{manifest.architecture.get('model_type')}, {manifest.architecture.get('layers')} layers"),
         ("parameters", f"{summary.parameters:,} ({_short_count(summary.parameters)})"),
-        ("quantization", schemes + (f"; not quantized for their shape: {len(kept)} weights" if kept else "")),
+        ("quantization", schemes + before + (f"; not quantized for their shape: {len(kept)} weights" if kept else "")),
         ("source", " ".join(str(source[key]) for key in ("kind", "name", "revision") if source.get(key))),
         ("size", _size(summary)),
         ("per pass", f"{format_size(summary.tape_nbytes)} streamed when nothing is resident (S)"),

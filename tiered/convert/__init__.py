@@ -23,10 +23,10 @@ def convert_checkpoint(
 ) -> ConvertResult:
     """Convert `source` into the store `output` (default: NAME.tiered in the current folder).
 
-    `source` is a local folder, a hub id or a known name. With `options.synthetic` or `options.weights` it is a known
-    shape, or a toml file of one. Raises ConfigError for bad usage, UnsupportedFamilyError, CheckpointError for a
-    damaged or foreign checkpoint, BudgetError, DiskFullError and ReadError. Whatever ends it, finished blocks are kept
-    and the same call resumes. A `source` that is a store of format version 1 is upgraded where it is; one of any
+    `source` is a local folder, a GGUF file, a hub id or a known name. With `options.synthetic` or `options.weights` it
+    is a known shape, or a toml file of one. Raises ConfigError for bad usage, UnsupportedFamilyError, CheckpointError
+    for a damaged or foreign checkpoint, BudgetError, DiskFullError and ReadError. Whatever ends it, finished blocks are
+    kept and the same call resumes. A `source` that is a store of format version 1 is upgraded where it is; one of any
     version gets the tokenizer of `options`.
     """
     options = options or ConvertOptions()

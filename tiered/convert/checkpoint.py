@@ -19,13 +19,16 @@ from tiered.convert.names import NameMap
 from tiered.convert.place import WeightFiles
 from tiered.convert.quantized import PLAIN, method_of_type, refuse_quantized
 from tiered.convert.source import Fetching, Packed, StoredTensor, tensor_bytes
+from tiered.convert.taken import Taken, Tally
 from tiered.convert.tokenizer import files_beside
 from tiered.convert.transposed import transposed_panels, turned
 from tiered.convert.workers import Quantizers, one_torch_thread
 from tiered.errors import CheckpointError
-from tiered.quant import folded
+from tiered.quant import QuantizedTensor, dequantize, folded
 
 _PIECE_NUMEL: Final = 1 << 20
+_SAMPLE_NUMEL: Final = 1 << 17
+"""Weights of each panel that are compared with what they were, where they had been quantized before."""
 _GREATEST: Final = torch.finfo(torch.bfloat16).max
 
 
@@ -56,9 +59,10 @@ class Checkpoint:
         self._released: frozenset[str] = frozenset()
         self._following: dict[_Read, _Read] = {}
         """What is read after what, within the open block."""
-        self._begun: dict[_Read, Iterator[torch.Tensor]] = {}
+        self._begun: dict[_Read, Iterator[torch.Tensor] | Iterator[QuantizedTensor]] = {}
         """Panels of what has begun to be read ahead of its turn."""
         self._quantizers = Quantizers()
+        self._tally = Tally()
         self.identity: Mapping[str, Any] = {
             "kind": files.kind,
             "name": files.name,
@@ -68,6 +72,10 @@ class Checkpoint:
         for block in blocks:
             self._check(block)
         require(self._working_nbytes())
+
+    @property
+    def taken(self) -> tuple[Taken, ...]:
+        return tuple(self._tally.taken())
 
     def extra_files(self) -> Mapping[str, Callable[[], bytes]]:
         made = {name: partial(bytes, content) for name, content in self._made.items()}
@@ -89,14 +97,21 @@ class Checkpoint:
 
     def dtype(self, tensor: TensorRecipe) -> torch.dtype:
         stored = self._stored(self._names.sources[tensor.name][0])
-        return self._claimed_dtype if stored is None else stored.dtype
+        return self._claimed_dtype if stored is None else self._plain_dtype(stored)
 
     def plain(self, part: RangeRecipe) -> Iterator[memoryview]:
+        name, dtype, method = part.whole.name, self.dtype(part.whole), self._method(part.whole)
         for panel in self._panels(self._reads(part)):
+            assert isinstance(panel, torch.Tensor)
             # In pieces that are mostly still in the cache when they are copied and hashed.
             for piece in panel.view(-1).split(_PIECE_NUMEL):
-                _check_finite(piece, part.whole.name)
-                yield tensor_bytes(piece)
+                _check_finite(piece, name)
+                kept = piece
+                if method is not None:
+                    with one_torch_thread():
+                        kept = piece.to(dtype)
+                        self._tally.add_changed(name, method, str(dtype).removeprefix("torch."), piece, kept)
+                yield tensor_bytes(kept)
 
     def packed(self, part: RangeRecipe) -> Packed:
         tensor, matrix = part.whole, folded(part.shape)
@@ -110,7 +125,7 @@ class Checkpoint:
             scales, zeros = tensor_bytes(scale), tensor_bytes(zero)
             done = 0
             for panel in self._panels(self._reads(part)):
-                for made in self._quantizers.quantize(panel, scheme, self._clip, f"{self._files.name}: {tensor.name}"):
+                for made in self._rows_of(panel, tensor):
                     # Plain copies: torch would wake its own threads for them.
                     for whole, piece in ((scales, made.scale), (zeros, made.zero)):
                         row_nbytes = len(whole) // matrix[0]
@@ -119,6 +134,49 @@ class Checkpoint:
                     yield tensor_bytes(made.q)
 
         return Packed(codes(), [tensor_bytes(scale)], [tensor_bytes(zero)])
+
+    def _rows_of(self, panel: torch.Tensor | QuantizedTensor, tensor: TensorRecipe) -> Iterator[QuantizedTensor]:
+        """Rows of `tensor` as the store holds them, in order."""
+        if isinstance(panel, torch.Tensor):
+            yield from self._quantized(panel, tensor)
+        else:
+            yield self._taken_over(panel, tensor)
+
+    def _taken_over(self, panel: QuantizedTensor, tensor: TensorRecipe) -> QuantizedTensor:
+        """Rows of `tensor` as the checkpoint quantizes them, with scales of the store's dtype."""
+        scheme, method = tensor.scheme, self._method(tensor)
+        assert scheme is not None and method is not None
+        with one_torch_thread():
+            made = panel._replace(scale=panel.scale.to(scheme.scale_dtype))
+            before, after = panel.scale.float(), made.scale.float()
+            if torch.equal(before, after):
+                self._tally.add(tensor.name, method, scheme.name)
+            else:
+                if not after.isfinite().all():
+                    raise CheckpointError(
+                        f"{self._files.name}: {tensor.name}: expected scales that fit {made.scale.dtype}, found one of "
+                        f"{float(before.abs().max()):,.4g}; check the source checkpoint"
+                    )
+                # Of each group all values change by the same share.
+                numbers = dequantize(*made._replace(scale=torch.ones_like(made.scale)), scheme)
+                groups = numbers.view(*before.shape, -1)
+                form = f"{scheme.name}, scales rounded"
+                values = (groups * each.unsqueeze(-1) for each in (before, after))
+                self._tally.add_changed(tensor.name, method, form, *values)
+        return made
+
+    def _quantized(self, panel: torch.Tensor, tensor: TensorRecipe) -> Iterator[QuantizedTensor]:
+        """Rows of `tensor` quantized here."""
+        scheme, method, done = tensor.scheme, self._method(tensor), 0
+        assert scheme is not None
+        for made in self._quantizers.quantize(panel, scheme, self._clip, f"{self._files.name}: {tensor.name}"):
+            if method is not None:
+                rows = min(len(made.q), max(1, _SAMPLE_NUMEL // panel.shape[1]))
+                with one_torch_thread():
+                    after = dequantize(made.q[:rows], made.scale[:rows], made.zero[:rows], scheme)
+                    self._tally.add_changed(tensor.name, method, scheme.name, panel[done : done + rows], after)
+            done += len(made.q)
+            yield made
 
     def _one_by_one(self, blocks: Sequence[BlockRecipe], fetching: Fetching) -> Iterator[BlockRecipe]:
         """The blocks, ordered by the last of the files that each needs, so that few files are needed at once.
@@ -163,13 +221,13 @@ class Checkpoint:
                 if stored is None:
                     continue
                 refuse_quantized(f"{self._files.name}: {name}", method_of_type(stored.dtype))
-                dtype = dtype or stored.dtype
+                dtype = dtype or self._plain_dtype(stored)
                 expected = turned(shape) if self._is_turned(tensor) else shape
                 if stored.shape != expected:
                     wrong.append(f"{name} is {list(stored.shape)}, expected {list(expected)}")
                 elif stored.dtype not in PLAIN:
                     wrong.append(f"{name} holds {stored.dtype}, expected floating point")
-                elif stored.dtype != dtype:
+                elif self._plain_dtype(stored) != dtype:
                     wrong.append(f"{name} holds {stored.dtype}, others of {tensor.name} {dtype}")
         if wrong:
             raise CheckpointError(
@@ -199,7 +257,8 @@ class Checkpoint:
 
     def _files_of(self, blocks: Iterable[BlockRecipe]) -> frozenset[str]:
         """The weight files that the blocks are read from."""
-        return frozenset(self._index.file_of[name] for block in blocks for name in self._checkpoint_names(block))
+        names = [name for block in blocks for name in self._checkpoint_names(block)]
+        return frozenset(file for name in names for file in self._index.files_of(name))
 
     def _checkpoint_names(self, block: BlockRecipe) -> list[str]:
         names = [name for tensor in block.tensors for name in self._names.sources[tensor.name]]
@@ -224,7 +283,7 @@ class Checkpoint:
         if not tensor.is_transposed or len(names) > 1:
             return False
         stored = self._stored(names[0])
-        return stored is None or not stored.is_upright
+        return stored is None or stored.method is None
 
     def _reads(self, part: RangeRecipe) -> list["_Read"]:
         """Where the rows of `part` are: its tensor may be the rows of several, of equal size, one after the other."""
@@ -232,14 +291,33 @@ class Checkpoint:
         if self._is_turned(part.whole):
             return [_Read(names[0], None if part.number is None else part.rows, is_turned=True)]
         if part.number is None:
-            return [_Read(name) for name in names]
+            return [_Read(name, None, self._has_codes(name, part.whole)) for name in names]
         each = part.whole.matrix[0] // len(names)
         return [
-            _Read(names[index], range(max(part.start - index * each, 0), min(part.stop - index * each, each)))
+            _Read(
+                names[index],
+                range(max(part.start - index * each, 0), min(part.stop - index * each, each)),
+                self._has_codes(names[index], part.whole),
+            )
             for index in range(part.start // each, -(-part.stop // each))
         ]
 
-    def _panels(self, reads: Iterable["_Read"]) -> Iterator[torch.Tensor]:
+    def _has_codes(self, name: str, tensor: TensorRecipe) -> bool:
+        """Whether the checkpoint has the very codes of `tensor`, of which `name` is a part, that the store is to
+        hold."""
+        stored = self._stored(name)
+        return tensor.scheme is not None and stored is not None and stored.scheme == tensor.scheme
+
+    def _method(self, tensor: TensorRecipe) -> str | None:
+        """How the checkpoint quantizes `tensor`, whose files are here; None where it does not."""
+        stored = (self._stored(name) for name in self._names.sources[tensor.name])
+        return next((found.method for found in stored if found is not None and found.method), None)
+
+    def _plain_dtype(self, stored: StoredTensor) -> torch.dtype:
+        """The dtype of `stored` where it is not quantized in the store."""
+        return stored.dtype if stored.method is None else self._claimed_dtype
+
+    def _panels(self, reads: Iterable["_Read"]) -> Iterator[torch.Tensor | QuantizedTensor]:
         """Panels of the rows of these tensors, one tensor after the other."""
         for read in reads:
             panels = self._begun.pop(read, None) or self._begin(read)
@@ -248,11 +326,12 @@ class Checkpoint:
                 self._begun[following] = self._begin(following)
             yield from panels
 
-    def _begin(self, read: "_Read") -> Iterator[torch.Tensor]:
+    def _begin(self, read: "_Read") -> Iterator[torch.Tensor] | Iterator[QuantizedTensor]:
         reader, path = self._index.reader, self._files.path(self._index.file_of[read.name])
         if read.is_turned:
             return transposed_panels(reader, path, read.name, read.rows)
-        return reader.panels(path, read.name, read.rows)
+        begin = reader.packed if read.is_packed else reader.panels
+        return begin(path, read.name, read.rows)
 
     def _check_duplicate_head(self, head: str, embed: str) -> None:
         """Raise CheckpointError unless `head`, the stored copy of a tied head, equals the embedding `embed`."""
@@ -260,7 +339,7 @@ class Checkpoint:
         same = self._stored(head) == self._stored(embedding)
         if same:
             pairs = zip(self._panels([_Read(embedding)]), self._panels([_Read(head)]), strict=True)
-            same = all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in pairs)
+            same = all(_same_bytes(a, b) for a, b in pairs)
         if not same:
             raise CheckpointError(
                 f"{self._files.name}: config.json ties the output projection to the embedding, but {head} differs from "
@@ -281,8 +360,15 @@ class _Read(NamedTuple):
 
     name: str
     rows: range | None = None
+    is_packed: bool = False
+    """As the codes that the checkpoint has, rather than as numbers."""
     is_turned: bool = False
     """The checkpoint has its columns as rows."""
+
+
+def _same_bytes(one: torch.Tensor | QuantizedTensor, other: torch.Tensor | QuantizedTensor) -> bool:
+    assert isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)
+    return torch.equal(one.view(torch.uint8), other.view(torch.uint8))
 
 
 def _check_finite(values: torch.Tensor, name: str) -> None:

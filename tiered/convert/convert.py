@@ -29,6 +29,7 @@ from tiered.convert.folder import (
 from tiered.convert.recipe import ConvertOptions, StoreRecipe
 from tiered.convert.room import check_space, on_same_disk, os_errors_named
 from tiered.convert.source import WeightSource
+from tiered.convert.taken import Taken
 from tiered.convert.tokenizer import BesideFiles, GivenTokenizer
 from tiered.errors import ConfigError
 from tiered.store import FileInfo, atomic_write
@@ -81,6 +82,8 @@ class ConvertResult:
     """The format version of a store that was upgraded; that of today where it was one already. None: converted."""
     has_tokenizer: bool = True
     """Whether the store has a tokenizer: one without takes and gives token ids only."""
+    taken: tuple[Taken, ...] = ()
+    """What became of weights that the checkpoint holds quantized, as far as this attempt converted them."""
     tokenizer: Path | None = None
     """Where the tokenizer is from that the store got instead of the source's."""
 
@@ -136,6 +139,7 @@ class Conversion:
             unquantized=recipe.unquantized,
             kept=recipe.kept,
             warnings=source.warnings,
+            taken=source.taken,
             synthetic=recipe.synthetic,
             tokenizer=None if self._tokenizer is None else self._tokenizer.path,
             has_tokenizer=not self._beside(source).keys().isdisjoint(VOCABULARIES),

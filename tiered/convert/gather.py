@@ -17,7 +17,7 @@ from typing import Final, NamedTuple
 import numpy as np
 import torch
 
-from tiered.convert.source import PANEL_NBYTES, StoredTensor, panel_rows, tensor_bytes
+from tiered.convert.source import PANEL_NBYTES, StoredTensor, WeightReader, panel_rows, tensor_bytes
 from tiered.errors import CheckpointError, ReadError
 from tiered.files import reading
 
@@ -134,11 +134,35 @@ class Gatherer:
 
         return _read_ahead(begin, len(starts))
 
+    def rectangle(self, extent: Extent, row_nbytes: int, rows: range, columns: range) -> torch.Tensor:
+        """u8 [rows, columns], counted in bytes, of the matrix of rows of `row_nbytes` that lies in `extent`."""
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, "read-ahead")
+        target = torch.empty(len(rows), len(columns), dtype=torch.uint8)
+        self._thread.submit(self._fill_rectangle, target, extent, row_nbytes, rows.start, columns).result()
+        return target
+
     def close(self) -> None:
         if self._thread is not None:
             self._thread.shutdown(cancel_futures=True)
             self._thread = None
         self._close_files()
+
+    def _fill_rectangle(
+        self, target: torch.Tensor, extent: Extent, row_nbytes: int, first: int, columns: range
+    ) -> None:
+        fd, begin = self._fd(extent.path), extent.offset + first * row_nbytes + columns.start
+        data, width = tensor_bytes(target), len(columns)
+        if width == row_nbytes:
+            _read(fd, extent.path, begin, data)
+            return
+        # Short reads far apart: asked for together, the disk does many at a time.
+        for row in range(target.shape[0]):
+            os.posix_fadvise(fd, begin + row * row_nbytes, width, os.POSIX_FADV_WILLNEED)
+        for row in range(target.shape[0]):
+            _read(fd, extent.path, begin + row * row_nbytes, data[row * width : (row + 1) * width], keep=True)
+        if columns.stop == row_nbytes:  # the rows have been read through
+            os.posix_fadvise(fd, extent.offset, extent.nbytes, os.POSIX_FADV_DONTNEED)
 
     def _submit(
         self, pieces: Sequence[Piece], start: int, row_nbytes: int, panel: torch.Tensor
@@ -195,7 +219,7 @@ class Gatherer:
         self._open.clear()
 
 
-class GatheredReader:
+class GatheredReader(WeightReader):
     """A `WeightReader` of one checkpoint whose tensors are spread over its files: a path says nothing of them."""
 
     def __init__(self, tensors: Mapping[str, Gathered]) -> None:
@@ -239,8 +263,8 @@ def _read_ahead(begin: Callable[[int], Future[torch.Tensor]], count: int) -> Ite
     return deliver()
 
 
-def _read(fd: int, path: Path, offset: int, data: memoryview) -> None:
-    """Fill `data` from `offset` of the file, leaving nothing of it in the page cache."""
+def _read(fd: int, path: Path, offset: int, data: memoryview, *, keep: bool = False) -> None:
+    """Fill `data` from `offset` of the file, leaving nothing of it in the page cache unless it is to `keep` it."""
     done = 0
     while done < len(data):
         try:
@@ -250,4 +274,5 @@ def _read(fd: int, path: Path, offset: int, data: memoryview) -> None:
         if count == 0:
             raise CheckpointError(f"{path}: ends at byte {offset + done:,}, its header promises more; it was truncated")
         done += count
-    os.posix_fadvise(fd, offset, len(data), os.POSIX_FADV_DONTNEED)
+    if not keep:
+        os.posix_fadvise(fd, offset, len(data), os.POSIX_FADV_DONTNEED)

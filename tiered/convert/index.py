@@ -7,12 +7,12 @@ are taken too, as long as it is clear which are meant.
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from tiered.convert.place import WeightFiles
 from tiered.convert.safetensors_reader import SafetensorsReader
-from tiered.convert.source import WeightReader
+from tiered.convert.source import StoredTensor, WeightReader
 from tiered.convert.torch_reader import TorchReader
 from tiered.errors import CheckpointError
 from tiered.files import read_json
@@ -34,6 +34,18 @@ class WeightIndex:
     files: tuple[str, ...]
     file_of: Mapping[str, str]
     """Checkpoint name -> file."""
+    others: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    """Checkpoint name -> further files that have parts of it; only of quantized tensors that lie in several."""
+
+    declared: Mapping[str, StoredTensor] = field(default_factory=dict)
+    """Checkpoint name -> what config.json says of a quantized tensor; its shape is left out. It counts until its files
+    are here."""
+    is_exact: bool = False
+    """A tensor that the model has no place for is an error: there are none that others leave beside a model."""
+
+    def files_of(self, name: str) -> frozenset[str]:
+        """The files that the tensor `name` is read from."""
+        return self.others.get(name, frozenset()) | {self.file_of[name]}
 
 
 def has_weights(files: WeightFiles) -> bool:
@@ -62,6 +74,8 @@ def find_weights(files: WeightFiles, named: object, require: Require) -> WeightI
             return _of_headers(files, make_reader(), _shards(found, files), require)
     other = sorted(name for name in files.names if name.endswith((".gguf", ".pt", ".pth", ".h5", ".msgpack", ".bin")))
     hint = f"it has {', '.join(other[:5])}, which tiered does not read; " if other else ""
+    if other and other[0].endswith(".gguf"):
+        hint = f"it has {', '.join(other[:5])}; download the GGUF file of a model and pass that, or "
     raise CheckpointError(
         f"{files.name}: no weights; expected model*.safetensors or pytorch_model*.bin, {hint}"
         "pass a Hugging Face checkpoint in one of these formats"

@@ -5,6 +5,7 @@ In: a folder, a hub id, a known name, or a shape to fill with noise. Called by `
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -15,17 +16,20 @@ from tiered.arch import build_skeleton, is_text_half, load_config, text_config
 from tiered.configs_path import config_dir
 from tiered.convert.checkpoint import Checkpoint
 from tiered.convert.checksums import check_md5
+from tiered.convert.gguf import SUFFIX, find_gguf, parts_of, read_gguf
+from tiered.convert.gguf_tokenizer import tokenizer_of
 from tiered.convert.index import WeightIndex, find_weights, has_weights
-from tiered.convert.names import has_head, map_names
+from tiered.convert.names import NameMap, has_head, map_names
 from tiered.convert.opt import check_shape, opt_config, opt_files, read_opt
 from tiered.convert.place import Folder, HubId, Ledger, LocalFiles, WeightFiles
-from tiered.convert.quantized import configured_method, method_of_float, refuse_quantized
+from tiered.convert.quantized import configured_method, quantization_config, refuse_quantized, refuse_unread
+from tiered.convert.quantized_reader import quantized_index
 from tiered.convert.recipe import ConvertOptions, StoreRecipe, make_recipe
 from tiered.convert.room import RamCheck
-from tiered.convert.source import WeightSource
+from tiered.convert.source import StoredTensor, WeightSource
 from tiered.convert.synthetic import ShapeFile, Synthetic, shape_config
 from tiered.convert.tokenizer import GivenTokenizer
-from tiered.errors import CheckpointError, ConfigError
+from tiered.errors import CheckpointError, ConfigError, TieredError, shortened
 from tiered.store.beside import check_packages
 
 _HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -53,20 +57,22 @@ def resolve_checkpoint(source: str | Path) -> Folder | HubId:
         if shape.hub_id is None:
             raise ConfigError(f"{text}: a shape without published weights; pass --synthetic for random ones")
         return HubId(shape.hub_id)
-    if isinstance(source, str) and _HUB_ID.fullmatch(text):
+    if isinstance(source, str) and _HUB_ID.fullmatch(text) and path.suffix != SUFFIX:
         return HubId(text)
     raise ConfigError(f"{text}: no such folder, no hub id (owner/name) and no known name; known are {_known_names()}")
 
 
 def resolve_folder(path: Path) -> Folder:
-    """The checkpoint in the folder `path`, or the one that the file `path` of metaseq's belongs to."""
+    """The checkpoint in the folder `path`, or the one that the file `path`, of metaseq's or in GGUF, belongs to."""
     path = path.expanduser()
     if path.is_dir():
         return Folder(path)
-    if path.suffix == ".pt" and path.exists():
+    if path.suffix in (".pt", SUFFIX) and path.exists():
         return Folder(path.parent, path.name)
     if path.exists():
-        raise ConfigError(f"{path}: a file; expected a model folder, a .pt file of metaseq's, a hub id or a known name")
+        raise ConfigError(
+            f"{path}: a file; expected a model folder, a .gguf file, a .pt file of metaseq's, a hub id or a known name"
+        )
     raise ConfigError(f"{path}: no such folder; pass the one that holds the weights")
 
 
@@ -100,35 +106,78 @@ def open_checkpoint(
     weight files that have to be read whole to know which tensors they hold.
     """
     files = place.open(options, ledger)
-    index, config = _find_opt(place, files, shape) or (None, load_config(files.config_folder()))
+    found = _find_gguf(place, files, tokenizer is None) or _find_opt(place, files, shape)
+    index, config = found or (None, load_config(files.config_folder()))
     if shape is not None:
         check_shape(files.name, shape, config.to_dict())
     if tokenizer is None:
         check_packages(files.name, files.names, files.read)
     _refuse_adapter(files)
-    refuse_quantized(files.name, configured_method(config))
+    quantization = quantization_config(config)
+    method = configured_method(quantization)
+    refuse_unread(files.name, method)
     claimed = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     skeleton = build_skeleton(config)
     if tokenizer is not None:
         tokenizer.check(files.read("config.json"), skeleton.embedding.num_embeddings)
-    recipe = make_recipe(skeleton, options)
-    ram = RamCheck(options, recipe.files)
+    ram = RamCheck(options, make_recipe(skeleton, options).files)
     index = index or find_weights(files, getattr(config, "transformers_weights", None), ram.require)
     if options.md5 is not None:
         check_md5(options.md5, {name: files.path(name) for name in index.files})
-    refuse_quantized(files.name, _method_of_types(files, index))
+    index = quantized_index(index, files, quantization)
     made: dict[str, bytes] = {}
-    if is_text_half(files.config_folder()):
+    if found is None and is_text_half(files.config_folder()):
         # What its two configurations say of it may differ, and neither is sure to be right.
         if skeleton.tied == has_head(skeleton, index.file_of):
             config.tie_word_embeddings = not skeleton.tied
             skeleton = build_skeleton(config)
-            recipe = make_recipe(skeleton, options)
         made["config.json"] = json.dumps(
             {**config.to_diff_dict(), "dtype": str(claimed).removeprefix("torch.")}, indent=2
         ).encode()
     names = map_names(skeleton, index.file_of)
+    if index.is_exact and names.warnings:
+        raise CheckpointError(f"{files.name}: {names.warnings[0]}; convert the original Hugging Face checkpoint")
+    stored = _quantized(files, index, names)
+    if method is not None and not stored:
+        refuse_quantized(files.name, f"{method}, by config.json, but none of its tensors is")
+    recipe = make_recipe(skeleton, options.of_source(bool(stored)), stored)
+    ram.writes(recipe.files)
     return Checkpoint(files, index, names, recipe.files, claimed, options.clip, ram.require, made), recipe
+
+
+def _find_gguf(
+    place: Folder | HubId, files: WeightFiles, with_tokenizer: bool
+) -> tuple[WeightIndex, PretrainedConfig] | None:
+    """The weights and the configuration of a model in GGUF; None where there is none, or weights in another format.
+
+    Whatever lies beside it is left out: the model is what its file says. The files that Hugging Face's checkpoint has
+    besides its weights are made, those of the tokenizer if `with_tokenizer`.
+    """
+    if not isinstance(files, LocalFiles) or not isinstance(place, Folder):
+        return None
+    file = place.only if place.only is not None or has_weights(files) else find_gguf(files.names, place.path)
+    if file is None or not file.endswith(SUFFIX):
+        return None
+    parts = parts_of(file, files.names)
+    files.leave_out_all_but(parts)
+    model = read_gguf(files, parts)
+    try:
+        config = text_config(dict(model.config))
+    except (TieredError, MemoryError):
+        raise
+    except Exception as error:
+        # Each family has code of its own that checks and converts fields; it may raise anything.
+        raise CheckpointError(
+            f"{model.first}: transformers cannot use its metadata: {shortened(error)}; convert the original Hugging "
+            "Face checkpoint"
+        ) from error
+    made = dict(model.files)
+    if with_tokenizer:
+        made |= tokenizer_of(model.first, model.metadata, config.vocab_size)
+    for name, content in made.items():
+        files.make(name, content)
+    config.name_or_path = str(model.first)
+    return model.index, config
 
 
 def _find_opt(
@@ -186,11 +235,28 @@ def _known_names() -> str:
     return ", ".join(sorted(path.stem for path in (config_dir() / "models").glob("*.toml")))
 
 
-def _method_of_types(files: WeightFiles, index: WeightIndex) -> str | None:
-    """The quantization method that dtypes in the files that are here tell of, or None; no file is read whole for it."""
-    here = [files.path(name) for name in index.files if files.is_here(name)]
-    types = {stored.dtype for path in here for stored in (index.reader.known(path) or {}).values()}
-    return next((method for dtype in types if (method := method_of_float(dtype)) is not None), None)
+def _quantized(files: WeightFiles, index: WeightIndex, names: NameMap) -> dict[str, StoredTensor]:
+    """What the source has of those of the model's tensors that it holds quantized, by their names in the model.
+
+    Of a tensor that is several in the source, the method of the first; and the scheme that all have, if any.
+    """
+    found: dict[str, StoredTensor] = {}
+    for name, sources in names.sources.items():
+        parts = [_stored(files, index, source) for source in sources]
+        quantized = [part for part in parts if part is not None and part.method is not None]
+        if quantized:
+            same = all(part is not None and part.scheme == quantized[0].scheme for part in parts)
+            found[name] = quantized[0] if same else replace(quantized[0], scheme=None)
+    return found
+
+
+def _stored(files: WeightFiles, index: WeightIndex, name: str) -> StoredTensor | None:
+    """A tensor of the source: by its files, if they are here, else by what config.json says of a quantized one."""
+    declared = index.declared.get(name)
+    if not all(files.is_here(file) for file in index.files_of(name)):
+        return declared
+    known = index.reader.known(files.path(index.file_of[name]))
+    return declared if known is None else known.get(name)
 
 
 def _refuse_adapter(files: WeightFiles) -> None:

@@ -6,7 +6,7 @@ huggingface_hub does the work, so HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFL
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,9 @@ from tiered.files import check_regular, read_whole, reading
 
 _SAMPLES: Final = 64
 _SAMPLE_NBYTES: Final = 4096
-_MODEL_FILE: Final = re.compile(r".*\.(safetensors|bin|json|jinja|model|txt)")
+_MODEL_FILE: Final = re.compile(r".*\.(safetensors|bin|gguf|json|jinja|model|txt)")
+GGUF_PART: Final = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
+"""A part of a model in GGUF: its name, the part's number from 1 on, and how many there are."""
 _CACHED_MODEL: Final = "models--"
 """How huggingface_hub's cache begins the name of a model's folder; "--" stands for the slash of its id."""
 _WEIGHT_SUFFIXES: Final = (".safetensors", ".bin")
@@ -91,7 +93,9 @@ class Folder:
 
     @property
     def name(self) -> str:
-        """The model's name: the folder's, or in huggingface_hub's cache the repository's."""
+        """The model's name: the folder's, or in huggingface_hub's cache the repository's; or that of a file in GGUF."""
+        if self.only is not None and self.only.endswith(".gguf"):
+            return gguf_name(self.only)
         real = self.path.resolve()
         cached = _cached_repository(real)
         return real.name if cached is None else cached.name.removeprefix(_CACHED_MODEL).rpartition("--")[2]
@@ -138,6 +142,11 @@ class LocalFiles:
         self.names = frozenset(path.name for path in found)
         self._found_good: set[str] = set()
         self._made: dict[str, bytes] = {}
+
+    def leave_out_all_but(self, names: Collection[str]) -> None:
+        """Have no files but `names`, and be called by the first: what lies beside them is another checkpoint's."""
+        self.names &= frozenset(names)
+        self.name = min(names)
 
     def make(self, name: str, content: bytes) -> None:
         """Have a file that the folder lacks."""
@@ -240,6 +249,12 @@ class HubFiles:
     def _cached(self, name: str) -> Path | None:
         found = huggingface_hub.try_to_load_from_cache(self.name, name, revision=self.revision)
         return Path(found) if isinstance(found, str) else None
+
+
+def gguf_name(file: str) -> str:
+    """What the model in `file` is called: the file without its number among parts and its ending."""
+    match = GGUF_PART.fullmatch(file)
+    return match[1] if match else file.removesuffix(".gguf")
 
 
 def _cached_repository(real: Path) -> Path | None:

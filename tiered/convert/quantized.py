@@ -1,4 +1,4 @@
-"""Whether a checkpoint's weights are quantized already: by config.json, by their dtypes, by tensors beside them.
+"""Whether a checkpoint's weights are quantized in a form that is not read: by config.json, by dtypes, by names.
 
 In: configuration, dtypes and names. Out: the name of the quantization method, for the one error that refuses them all.
 A conversion that left out a scale would not fail, it would give another model: so no tensor that belongs to a weight
@@ -6,8 +6,8 @@ may be left over.
 """
 
 import re
-from collections.abc import Collection, Iterator, Sequence
-from typing import Final
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any, Final
 
 import torch
 from transformers import PretrainedConfig
@@ -16,6 +16,10 @@ from tiered.errors import CheckpointError
 
 PLAIN: Final = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 """The types of weights that are not quantized."""
+READ_METHODS: Final = (
+    *("gptq", "auto-round", "awq", "compressed-tensors", "fp8", "fbgemm_fp8", "modelopt", "mxfp4", "bitsandbytes"),
+)
+"""Methods whose formats are read (`published.py`), as config.json calls them."""
 _TYPES: Final = {
     torch.int8: "int8",
     torch.uint8: "packed in uint8",
@@ -47,18 +51,28 @@ def refuse_quantized(name: str, method: str | None) -> None:
     """Raise CheckpointError unless `method`, by which the weights of the checkpoint `name` are quantized, is None."""
     if method is not None:
         raise CheckpointError(
-            f"{name}: its weights are already quantized ({method}); pass the original checkpoint, of 16 or 32 bits"
+            f"{name}: its weights are already quantized ({method}), in a form that is not read; pass one that is "
+            "(docs/folders.md lists them), or the original checkpoint, of 16 or 32 bits"
         )
 
 
-def configured_method(config: PretrainedConfig) -> str | None:
-    """How config.json says that the weights are quantized; None where it says nothing."""
+def quantization_config(config: PretrainedConfig) -> Mapping[str, Any]:
+    """What config.json says of how the weights are quantized; empty where it says nothing."""
     for key in ("quantization_config", "compression_config"):
         found = getattr(config, key, None)
         if found:
-            method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
-            return str(getattr(method, "value", method) or f"{key} in config.json")
-    return None
+            return found if isinstance(found, dict) else dict(found.to_dict())
+    return {}
+
+
+def configured_method(quantization: Mapping[str, Any]) -> str | None:
+    """The method that `quantization_config` names; None where it says nothing."""
+    return str(quantization.get("quant_method") or "quantization_config in config.json") if quantization else None
+
+
+def refuse_unread(name: str, method: str | None) -> None:
+    """Raise CheckpointError where `method`, which config.json names, is one that is not read."""
+    refuse_quantized(name, None if method in READ_METHODS else method)
 
 
 def method_of_float(dtype: torch.dtype) -> str | None:

@@ -4,22 +4,26 @@ In: `ConvertOptions` and the skeleton of the model. Out: a `StoreRecipe` with on
 and the manifest that will list them. Decided before any weight is read.
 """
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
 from tiered.arch import BlockTensors, ParameterInfo, Skeleton, order_of_use
 from tiered.convert.blocks import BlockRecipe, TensorRecipe
+from tiered.convert.source import StoredTensor
 from tiered.errors import ConfigError
 from tiered.quant import CODEBOOKS, CodebookScheme, GroupScheme, Scheme, folded
 from tiered.store import BlockInfo, FileInfo, Manifest
 from tiered.store.file import Kind
 from tiered.units import MIB
 
-_QUANTS: Final = ("int4", "int8", "none")
+_QUANTS: Final = ("keep", "int4", "int8", "none")
 """Besides the name of a codebook's scheme, as it is."""
 _COMPRESSIONS: Final = ("auto", "planes", "none")
+_BY_ROW: Final = ("embed", "table")
+"""Roles of blocks whose rows are read one by one."""
 _FEW: Final = 0.05
 """Share of the layers' weights that may keep the source's precision without a word."""
 
@@ -28,7 +32,9 @@ _FEW: Final = 0.05
 class ConvertOptions:
     """Everything `tiered convert` can be told, besides what to convert and where to."""
 
-    quant: str = "int4"  # of the layers' linear weights: int4, int8, none, or a codebook's scheme: mxfp4-g32
+    quant: str | None = None
+    """keep, int4, int8, none or a codebook's scheme (mxfp4-g32), see `scheme_of`; None keeps what is quantized already,
+    and is int4 where nothing is."""
     group_size: int = 64  # weights along `in` that share a scale and a zero
     clip: Literal["mse", "minmax"] = "mse"  # how int4 chooses each group's range
     compress: str = "auto"  # planes (wherever it shrinks), auto (only where the disk is slow enough) or none
@@ -44,7 +50,7 @@ class ConvertOptions:
     tokenizer: Path | None = None  # a folder or tokenizer.json to take instead of the source's tokenizer
 
     def __post_init__(self) -> None:
-        if self.quant not in _QUANTS and self.codebook_scheme is None:
+        if self.quant is not None and self.quant not in _QUANTS and self.codebook_scheme is None:
             raise ConfigError(
                 f"quantization {self.quant!r}: expected one of {', '.join(_QUANTS)}, or a codebook such as mxfp4-g32"
             )
@@ -57,34 +63,54 @@ class ConvertOptions:
             raise ConfigError("--distinct-blocks repeats random layers; it needs --synthetic")
         if self.synthetic and (self.delete_downloads or self.revision or self.weights or self.md5):
             raise ConfigError("--synthetic reads no checkpoint; drop --revision, --delete-downloads, --from and --md5")
+        if self.synthetic and self.quant == "keep":
+            raise ConfigError("--quant keep takes a checkpoint's quantized weights; --synthetic reads none")
         if self.distinct_blocks is not None and self.distinct_blocks < 1:
             raise ConfigError(f"--distinct-blocks {self.distinct_blocks}: expected at least 1")
 
     @property
-    def layer_scheme(self) -> Scheme | None:
-        """The scheme of the layers' linear weights; None keeps the checkpoint's precision."""
-        if self.quant == "none":
-            return None
-        return self.codebook_scheme or GroupScheme(int(self.quant[3:]), self.group_size)
-
-    @property
     def codebook_scheme(self) -> CodebookScheme | None:
-        """The scheme that `quant` names with its group size, such as mxfp4-g32; None for integers and none."""
-        if self.quant.partition("-")[0] not in CODEBOOKS:
+        """The scheme that `quant` names with its group size, such as mxfp4-g32; None for any other."""
+        if self.quant is None or self.quant.partition("-")[0] not in CODEBOOKS:
             return None
         scheme = Scheme.parse(self.quant)
         assert isinstance(scheme, CodebookScheme)
         return scheme
 
-    @property
-    def embed_scheme(self) -> GroupScheme | None:
-        """The scheme of token embedding and head: 8 bits even where layers have 4, as every token passes both."""
-        return None if self.quant == "none" else GroupScheme(8, self.group_size)
+    def of_source(self, is_quantized: bool) -> "ConvertOptions":
+        """These options for a source whose weights are quantized already, or are not: `quant` is no longer None.
+
+        Raises ConfigError where there is nothing to keep.
+        """
+        if self.quant == "keep" and not is_quantized:
+            raise ConfigError(
+                "--quant keep: no weights of this checkpoint are quantized; pass --quant int4, int8, or none to keep "
+                "its precision"
+            )
+        return self if self.quant is not None else replace(self, quant="keep" if is_quantized else "int4")
+
+    def scheme_of(self, role: str, stored: StoredTensor | None = None) -> Scheme | None:
+        """The scheme of a linear weight in a block of this `role`, which the source holds as `stored`; None where it
+        is not quantized in the store.
+
+        "int4", "int8" and codebooks are for layers; embedding, tables beside it and head have 8 bits even then, as
+        every token passes all of them. What is quantized already in no more bits is taken as it is: to quantize it anew
+        adds an error and saves nothing.
+        "keep" takes all that is quantized as it is, what no scheme holds in 8 bits, and leaves the rest in the source's
+        precision.
+        """
+        own = None if stored is None else stored.scheme
+        if self.quant == "none" or (self.quant == "keep" and (stored is None or stored.method is None)):
+            return None
+        bits = 8 if self.quant in ("int8", "keep") or role != "layer" else 4
+        keeps = own is not None and (self.quant == "keep" or own.bits <= bits)
+        codebook = self.codebook_scheme if role == "layer" else None
+        return own if keeps else codebook or GroupScheme(bits, self.group_size)
 
     def settings(self) -> dict[str, Any]:
         """The options that decide what the store's bytes are: a resumed conversion must repeat them."""
         return {
-            "quant": self.quant,
+            "quant": self.quant or "int4",
             "group_size": self.group_size,
             "clip": self.clip,
             # Without being asked, random weights are written at the speed of the disk.
@@ -140,8 +166,14 @@ class StoreRecipe:
         )
 
 
-def make_recipe(skeleton: Skeleton, options: ConvertOptions) -> StoreRecipe:
-    """The recipe of a store of `skeleton`'s model; raises ConfigError where its layers cannot be repeated as asked."""
+def make_recipe(
+    skeleton: Skeleton, options: ConvertOptions, stored: Mapping[str, StoredTensor] | None = None
+) -> StoreRecipe:
+    """The recipe of a store of `skeleton`'s model; raises ConfigError where its layers cannot be repeated as asked.
+
+    `stored`: those of the model's tensors, by their names in it, that the source holds quantized.
+    """
+    stored = stored or {}
     blocks = list(skeleton.blocks())
     layers = [block for block in blocks if block.role == "layer"]
     distinct = options.distinct_blocks
@@ -150,16 +182,19 @@ def make_recipe(skeleton: Skeleton, options: ConvertOptions) -> StoreRecipe:
         blocks = [block for block in blocks if block.role != "layer" or block in layers[:distinct]]
     order = {name: number for number, name in enumerate(order_of_use(skeleton))}
     # A family may have no `outer` tensors.
-    files = tuple(_recipe(block, options, order) for block in blocks if block.parameters)
-    layer_scheme, embed_scheme = options.layer_scheme, options.embed_scheme
-    unquantized = () if layer_scheme is None else tuple(_unquantized(blocks, files))
-    kept = () if layer_scheme is None else _kept(files, {*unquantized})
+    files = tuple(_recipe(block, options, order, stored) for block in blocks if block.parameters)
+    unquantized = tuple(_unquantized(blocks, files, options, stored))
+    kept = () if options.quant in ("none", "keep") else _kept(files, {*unquantized})
+    roles = {
+        kind: options.scheme_of(role) if options.quant != "keep" else _most_used(files, role)
+        for kind, role in (("layers", "layer"), ("embed", "embed"), ("head", "embed" if skeleton.tied else "head"))
+    }
+    clips = options.quant != "keep" and options.scheme_of("layer") == GroupScheme(4, options.group_size)
     quantization = {
-        "layers": None if layer_scheme is None else layer_scheme.name,
-        "embed": None if embed_scheme is None else embed_scheme.name,
-        "head": None if embed_scheme is None else embed_scheme.name,
-        "clip": options.clip if layer_scheme == GroupScheme(4, options.group_size) else None,
+        **{kind: None if scheme is None else scheme.name for kind, scheme in roles.items()},
+        "clip": options.clip if clips else None,
         "unquantized": list(unquantized),
+        **({"source": sorted({each.method for each in stored.values() if each.method})} if stored else {}),
     }
     architecture = {
         "model_type": skeleton.config.model_type,
@@ -180,18 +215,20 @@ def make_recipe(skeleton: Skeleton, options: ConvertOptions) -> StoreRecipe:
     )
 
 
-def _recipe(block: BlockTensors, options: ConvertOptions, order: Mapping[str, int]) -> BlockRecipe:
+def _recipe(
+    block: BlockTensors, options: ConvertOptions, order: Mapping[str, int], stored: Mapping[str, StoredTensor]
+) -> BlockRecipe:
     """Small tensors, then large ones that are not lent, then lent ones in the `order` of their use."""
-    scheme = options.layer_scheme if block.role == "layer" else options.embed_scheme
     tensors = []
     for parameter in block.parameters:
+        scheme = options.scheme_of(block.role, stored.get(parameter.name))
         # Not of all parameters: one that is a number has no rows.
         fits = (
             _is_quantizable(parameter, block.role) and scheme is not None and scheme.accepts(*folded(parameter.shape))
         )
         used = scheme if fits else None
-        kind = _kind(parameter, block.role)
-        tensors.append(TensorRecipe(parameter.name, parameter.shape, used, kind, parameter.is_transposed))
+        kind, by_row = _kind(parameter, block.role), block.role == "table"
+        tensors.append(TensorRecipe(parameter.name, parameter.shape, used, kind, by_row, parameter.is_transposed))
     tensors.sort(key=lambda tensor: (tensor.kind != "small", order.get(tensor.name, -1)))
     return BlockRecipe(block.name, block.role, block.prefix, tuple(tensors))
 
@@ -200,22 +237,37 @@ def _kind(parameter: ParameterInfo, role: str) -> Kind:
     """The kind of the unit it goes into. Whether 1 MiB is reached is told in 16 bits, whatever the source has."""
     if parameter.is_linear and len(parameter.shape) == 3:
         return "expert"
-    is_lent = parameter.is_linear or role == "embed"
+    is_lent = parameter.is_linear or role in _BY_ROW
     return "small" if not is_lent and 2 * parameter.numel < MIB else "dense"
 
 
 def _is_quantizable(parameter: ParameterInfo, role: str) -> bool:
-    """Whether a scheme is meant for it: the embedding, linear weights of layers and head. `outer` tensors are small."""
-    return role == "embed" or (role in ("layer", "head") and parameter.is_linear)
+    """Whether a scheme is meant for it: tables that are read row by row, linear weights of layers and head. `outer`
+    tensors are small."""
+    return role in _BY_ROW or (role in ("layer", "head") and parameter.is_linear)
 
 
-def _unquantized(blocks: Iterable[BlockTensors], files: Iterable[BlockRecipe]) -> Iterator[str]:
+def _unquantized(
+    blocks: Iterable[BlockTensors],
+    files: Iterable[BlockRecipe],
+    options: ConvertOptions,
+    stored: Mapping[str, StoredTensor],
+) -> Iterator[str]:
     """Names of weights that a scheme is meant for, but whose shape does not fit: they keep the source's precision."""
     plain = {tensor.name for file in files for tensor in file.tensors if tensor.scheme is None}
     for block in blocks:
         for parameter in block.parameters:
-            if parameter.name in plain and _is_quantizable(parameter, block.role):
-                yield parameter.name
+            name, is_meant = parameter.name, _is_quantizable(parameter, block.role)
+            if name in plain and is_meant and options.scheme_of(block.role, stored.get(name)) is not None:
+                yield name
+
+
+def _most_used(files: Iterable[BlockRecipe], role: str) -> Scheme | None:
+    """The scheme of most weights in the blocks of this `role`; None where most are not quantized."""
+    numels: Counter[Scheme | None] = Counter()
+    for tensor in (tensor for file in files if file.role == role for tensor in file.tensors):
+        numels[tensor.scheme] += tensor.numel
+    return numels.most_common(1)[0][0] if numels else None
 
 
 def _kept(files: Iterable[BlockRecipe], unquantized: Collection[str]) -> tuple[str, ...]:
@@ -227,13 +279,14 @@ def _kept(files: Iterable[BlockRecipe], unquantized: Collection[str]) -> tuple[s
 
 
 def _entries(files: tuple[BlockRecipe, ...], layers: list[BlockTensors], tied: bool) -> tuple[BlockEntry, ...]:
-    """embed, outer, every layer in order, head."""
+    """embed, outer, tables, every layer in order, head."""
     by_role: dict[str, list[BlockRecipe]] = {}
     for file in files:
         by_role.setdefault(file.role, []).append(file)
     (embed,) = by_role["embed"]
     stored = by_role["layer"]
-    entries = [BlockEntry(b.name, b.role, b.path, b.prefix) for b in (embed, *by_role.get("outer", []))]
+    before = (embed, *by_role.get("outer", []), *by_role.get("table", []))
+    entries = [BlockEntry(b.name, b.role, b.path, b.prefix) for b in before]
     for index, layer in enumerate(layers):
         file = stored[index % len(stored)]
         entries.append(BlockEntry(layer.name, "layer", file.path, file.prefix))

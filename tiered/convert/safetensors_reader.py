@@ -6,11 +6,12 @@ from pathlib import Path
 import torch
 
 from tiered.convert.gather import Extent, Gathered, Gatherer, Region, panels_nbytes
-from tiered.convert.source import StoredTensor
+from tiered.convert.source import StoredTensor, WeightReader
+from tiered.quant import folded
 from tiered.store import TensorEntry, checkpoint_header
 
 
-class SafetensorsReader:
+class SafetensorsReader(WeightReader):
     """A `WeightReader` of safetensors files. It keeps headers."""
 
     def __init__(self) -> None:
@@ -29,6 +30,20 @@ class SafetensorsReader:
         entry, stored = self._header(path)[name], self.tensors(path)[name]
         region = Region(entry.dtype, entry.shape, (Extent(path, entry.offset, stored.nbytes),))
         return self._gatherer.panels(Gathered.of([region]), rows)
+
+    def rectangle(self, path: Path, name: str, rows: range | None = None, columns: range | None = None) -> torch.Tensor:
+        entry = self._header(path)[name]
+        count, width = folded(entry.shape or (1,))
+        itemsize = entry.dtype.itemsize
+        inside = range(width) if columns is None else columns
+        extent = Extent(path, entry.offset, entry.nbytes)
+        read = self._gatherer.rectangle(
+            extent,
+            width * itemsize,
+            range(count) if rows is None else rows,
+            range(inside.start * itemsize, inside.stop * itemsize),
+        )
+        return read.view(entry.dtype)
 
     def known(self, path: Path) -> Mapping[str, StoredTensor] | None:
         return self.tensors(path)

@@ -14,7 +14,8 @@ from typing import Any, Protocol
 import torch
 
 from tiered.convert.blocks import BlockRecipe, RangeRecipe, TensorRecipe
-from tiered.quant import folded
+from tiered.convert.taken import Taken
+from tiered.quant import QuantizedTensor, Scheme, folded
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,10 @@ class WeightSource(Weights, Protocol):
     def warnings(self) -> tuple[str, ...]:
         """What the user should know of the weights."""
 
+    @property
+    def taken(self) -> tuple[Taken, ...]:
+        """What has become, so far, of weights that were quantized already."""
+
     def extra_files(self) -> Mapping[str, Callable[[], bytes]]:
         """What lies beside the blocks (configuration, tokenizer), by file name."""
 
@@ -75,12 +80,19 @@ class WeightSource(Weights, Protocol):
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor as a checkpoint file holds it."""
+    """A tensor as a checkpoint file holds it.
+
+    One that is quantized there looks like a plain one: float32, by the name and of the shape [..., out, in] that it
+    would have in 16 bits.
+    """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
-    is_upright: bool = False
-    """It is [out, in], or [experts, out, in], even where transformers' model has it transposed."""
+    method: str | None = None
+    """How it is quantized, such as "gptq"; None: it is plain. A quantized one is [..., out, in] even where
+    transformers' model has it transposed."""
+    scheme: Scheme | None = None
+    """The scheme of a store that holds the very codes of a quantized one; None where there is none."""
 
     @property
     def nbytes(self) -> int:
@@ -88,7 +100,7 @@ class StoredTensor:
 
 
 class WeightReader(Protocol):
-    """Reads weight files of one format."""
+    """Reads weight files of one format, which say what `StoredTensor` does of each tensor."""
 
     def tensors(self, path: Path) -> Mapping[str, StoredTensor]:
         """What `path` holds; raises CheckpointError where it is damaged or of another format."""
@@ -96,6 +108,20 @@ class WeightReader(Protocol):
     def panels(self, path: Path, name: str, rows: range | None = None) -> Iterator[torch.Tensor]:
         """The tensor, or these of its rows, in panels of whole rows, each valid until the next is asked for; a stack is
         one matrix."""
+
+    def packed(self, path: Path, name: str, rows: range | None = None) -> Iterator[QuantizedTensor]:
+        """As `panels`, for a tensor that has a `scheme`: its codes, scales and zeros in the layout of that scheme.
+
+        Scales come in the source's own dtype; whoever stores them in another one answers for the rounding.
+        """
+        raise AssertionError(f"{name} of {path} is not quantized")
+
+    def rectangle(self, path: Path, name: str, rows: range | None = None, columns: range | None = None) -> torch.Tensor:
+        """These rows and columns of the tensor's matrix [rows, last dimension], read at once; a vector is one row.
+
+        For readers below one of quantized weights, which asks from one thread at a time.
+        """
+        raise AssertionError(f"{name} of {path} is not read by rectangles")
 
     def known(self, path: Path) -> Mapping[str, StoredTensor] | None:
         """As `tensors`, or None where the whole file would have to be read for it and has not been read yet."""

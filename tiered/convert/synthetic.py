@@ -24,6 +24,7 @@ from tiered.arch import Skeleton, text_config
 from tiered.convert.blocks import BlockRecipe, RangeRecipe, TensorRecipe
 from tiered.convert.recipe import ConvertOptions
 from tiered.convert.source import Fetching, Packed
+from tiered.convert.taken import Taken
 from tiered.convert.workers import one_torch_thread
 from tiered.errors import ConfigError, CorruptError, shortened
 from tiered.files import MOST_JSON_NBYTES, read_whole
@@ -85,6 +86,7 @@ class Synthetic:
     """A `WeightSource` that draws random weights instead of reading them."""
 
     warnings: tuple[str, ...] = ()
+    taken: tuple[Taken, ...] = ()
 
     def __init__(self, shape: ShapeFile, skeleton: Skeleton, options: ConvertOptions) -> None:
         config = skeleton.config

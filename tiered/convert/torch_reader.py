@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import torch
 
-from tiered.convert.source import PANEL_NBYTES, StoredTensor, panel_rows
+from tiered.convert.source import PANEL_NBYTES, StoredTensor, WeightReader, panel_rows
 from tiered.errors import BudgetError, CheckpointError, ReadError
 from tiered.files import reading
 
@@ -21,7 +21,7 @@ _REMAP_NBYTES: Final = 32 << 20
 ZIP_MAGIC: Final = b"PK\x03\x04"
 
 
-class TorchReader:
+class TorchReader(WeightReader):
     """Holds at most one file: mapped (zip) or in memory (legacy)."""
 
     def __init__(self) -> None:
@@ -48,10 +48,18 @@ class TorchReader:
             part = _folded(self._load(path)[name])[start : min(rows.stop, start + step)]
             panel = part.clone(memory_format=torch.contiguous_format)
             del part
-            self._touched += panel.nbytes
-            if self._touched >= _REMAP_NBYTES and is_zip(path):
-                self.close()
+            self._count(path, panel.nbytes)
             yield panel
+
+    def rectangle(self, path: Path, name: str, rows: range | None = None, columns: range | None = None) -> torch.Tensor:
+        whole = self._load(path)[name]
+        matrix = _folded(whole) if whole.ndim > 1 else whole.view(1, -1)
+        rows = range(matrix.shape[0]) if rows is None else rows
+        columns = range(matrix.shape[1]) if columns is None else columns
+        part = matrix[rows.start : rows.stop, columns.start : columns.stop].clone(memory_format=torch.contiguous_format)
+        del whole, matrix  # they must not keep the mapping alive
+        self._count(path, part.nbytes)
+        return part
 
     def known(self, path: Path) -> Mapping[str, StoredTensor] | None:
         return self.tensors(path) if path in self._tensors or is_zip(path) else None
@@ -65,6 +73,12 @@ class TorchReader:
     def close(self) -> None:
         self._held = None
         self._touched = 0
+
+    def _count(self, path: Path, nbytes: int) -> None:
+        """Map `path` anew once so much of it has been read."""
+        self._touched += nbytes
+        if self._touched >= _REMAP_NBYTES and is_zip(path):
+            self.close()
 
     def _load(self, path: Path) -> dict[str, torch.Tensor]:
         if self._held is None or self._held[0] != path:

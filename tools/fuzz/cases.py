@@ -161,6 +161,15 @@ def _opt(chance: random.Random, folder: Path, originals: Originals, case: Case) 
     case.words = ["convert", *source, "-o", "out.tiered", "--compress", "none"]
 
 
+def _gguf(chance: random.Random, folder: Path, originals: Originals, case: Case) -> None:
+    """A model in GGUF is damaged, more often in its header."""
+    path = next(_copy(originals.gguf, folder).iterdir())
+    case.damaged, raw = path.name, path.read_bytes()
+    header = raw.index(b"token_embd.weight") if chance.random() < 0.8 else len(raw)
+    _write(path, mutate_bytes(chance, raw[:header]) + raw[header:])
+    case.words = ["convert", str(path), "-o", "out.tiered", "--compress", "none"]
+
+
 _EXPRESSIONS: Final = (
     *(
         "'a' * 10**10",
@@ -351,6 +360,7 @@ KINDS: Final[dict[str, Callable[[random.Random, Path, Originals, Case], None]]] 
     "checkpoint-config": _checkpoint_config,
     "weights": _weights,
     "opt": _opt,
+    "gguf": _gguf,
     "template": _template,
     "requests": _requests,
     "arguments": _arguments,

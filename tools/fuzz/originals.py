@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from gguf import GGMLQuantizationType as Type
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import tiered
@@ -15,6 +16,7 @@ from tiered.cli import cli
 from tiered.configs_path import config_dir
 from tiered.convert import ConvertOptions, ConvertProgress, convert_checkpoint
 from tiered.convert.synthetic import BOS_ID, EOS_ID, PAD_ID, tokenizer_files
+from tools.gguf_form import add_tokenizer, write_gguf
 from tools.opt_forms import write_form
 
 CONTEXT: Final = 256
@@ -56,6 +58,8 @@ class Originals:
     """The first checkpoint's conversion, interrupted."""
     forms: tuple[Path, ...]
     """The OPT checkpoint in other forms than Hugging Face's."""
+    gguf: Path
+    """The Llama in GGUF."""
     job: Path
     """A folder with the input, the results and the job file of a finished batch over the first store."""
 
@@ -68,6 +72,7 @@ def find(folder: Path) -> Originals:
         tuple(folder / f"{name}.tiered" for name in names),
         folder / "unfinished.tiered",
         tuple(folder / f"form-{name}" for name in _FORMS),
+        folder / "gguf",
         folder / "job",
     )
 
@@ -95,6 +100,14 @@ def make(folder: Path) -> None:
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **{**_SIZES, **fields}))
         # Shards with an index for one, a pickle for another.
         model.save_pretrained(checkpoint, max_shard_size="100KB" if name == "llama" else "1GB")
+        if name == "llama":
+            (folder / "gguf").mkdir()
+            write_gguf(
+                folder / "gguf" / "llama.gguf",
+                model,
+                lambda _: Type.Q4_0,
+                change=lambda writer: add_tokenizer(writer, 272),
+            )
         if name == "opt":
             for form, split in _FORMS.items():
                 write_form(form, folder / f"form-{form}", model.state_dict(), **split)

@@ -1,0 +1,452 @@
+"""The quantized formats in which checkpoints are published: which tensors hold a weight, and what they hold of it.
+
+In: the tensors of one weight, by the part of it that they are. Out: its `Format`. What a format says of itself in
+config.json is often out of date, and to believe it gives another model without an error: bits, groups, orders and zeros
+are taken from the tensors, and what they leave open from config.json, as `Settings`. Called by `quantized_reader.py`.
+
+Every function raises ValueError where the tensors are not what it expects of its format.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from tiered.convert.formats import Floats, Format, Group, Integers, Read, Table, group_scheme, unpacked
+from tiered.convert.source import StoredTensor
+from tiered.quant import CODEBOOKS, CodebookScheme, Scheme
+from tiered.quant.schemes import GROUP_SIZES
+
+_AWQ_COLUMNS: Final = (0, 2, 4, 6, 1, 3, 5, 7)
+"""Which of its columns the first nibble of a word of AWQ's holds, the second, and so on."""
+_SAMPLE_ROWS: Final = 64
+"""Rows whose mean tells whether zeros are stored as they are."""
+_NEAR: Final = 0.25
+"""Steps that the mean of those weights is from zero at most; a step is some 0.4 of their deviation."""
+_EXPONENTS: Final = (torch.uint8, torch.float8_e8m0fnu)
+"""Dtypes of scales that are powers of two."""
+
+Parts = Mapping[str, StoredTensor]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What config.json says of the quantization, as far as tensors do not tell."""
+
+    block: tuple[int, int] = (128, 128)
+    """Rows and columns of an FP8 weight that share a scale, the last ones cut off."""
+    zeros_as_they_are: bool = False
+    """GPTQ's zeros are stored as they are ("gptq_v2"), not one less."""
+
+
+def gptq(parts: Parts, read: Read, settings: Settings) -> Format:
+    """`qweight` i32 [in * bits / 32, out], `qzeros` i32 [groups, out * bits / 32], `scales` [groups, out] and `g_idx`
+    [in], the group of each column. AWQ has the same names, but words along `out`.
+    """
+    (words, out), (groups, width) = parts["qweight"].shape, parts["scales"].shape
+    if width == 8 * out:
+        return _awq(parts)
+    bits, rest = divmod(32 * parts["qzeros"].shape[-1], out)
+    _expect(width == out and not rest and parts["qzeros"].shape[0] == groups, "qweight, qzeros and scales that fit")
+    _expect(bits in (2, 4, 8), f"2, 4 or 8 bits, found {bits}")
+    in_ = 32 * words // bits
+    order = _group_of("g_idx", parts, read, in_, groups)
+    per, (offset, most) = 32 // bits, _zero_offset(bits, read, settings)
+    scheme = group_scheme(bits, in_ // groups) if order is None and most < 256 else None
+
+    def unpack(read: Read, rows: range) -> Group:
+        q = read("qweight", columns=rows).t().contiguous().view(torch.uint8)
+        first = rows.start // per
+        words = read("qzeros", columns=range(first, -(-rows.stop // per)))
+        zero = unpacked(words, bits)[:, rows.start - first * per :][:, : len(rows)]
+        # One more than 15 is 16, as in auto-gptq's layer for any order of columns.
+        zero = zero.to(torch.int16) + offset
+        return Group(q, bits, read("scales", columns=rows).t(), zero.t())
+
+    return Integers(_stored((out, in_), f"gptq int{bits}", scheme), unpack, order)
+
+
+def _zero_offset(bits: int, read: Read, settings: Settings) -> tuple[int, int]:
+    """What is to be added to GPTQ's zeros, 1, or 0 where they are stored as they are; and the largest zero.
+
+    Symmetric weights have the middle for a zero, so what is stored tells. Of others the mean does: it is close to 0,
+    so codes are as much above as below the zero.
+    """
+    zeros, middle = unpacked(read("qzeros"), bits), 1 << (bits - 1)
+    low, high = (int(end) for end in zeros.aminmax())
+    if low == high and low in (middle - 1, middle):
+        return middle - low, middle
+    offset = 0 if settings.zeros_as_they_are else 1
+    if bits == 4:  # with more the difference is too small to be seen
+        rows = range(min(_SAMPLE_ROWS, zeros.shape[1]))
+        q = unpacked(read("qweight", columns=rows).t().contiguous(), bits)
+        found = float(q.float().mean() - zeros[:, : len(rows)].float().mean())
+        said, other = ("as they are", "less one") if offset == 0 else ("less one", "as they are")
+        _expect(
+            abs(found - (1 - offset)) > _NEAR,
+            f"zeros that are stored {said}, as config.json says (checkpoint_format: gptq or gptq_v2); but weights have "
+            f"a mean of zero where they are stored {other}",
+        )
+    return offset, high + offset
+
+
+def _awq(parts: Parts) -> Format:
+    """`qweight` i32 [in, out / 8], `qzeros` i32 [groups, out / 8], `scales` [groups, out]; zeros are as they are."""
+    (in_, words), (groups, out) = parts["qweight"].shape, parts["scales"].shape
+    fits = in_ % groups == 0 and parts["qzeros"].shape == (groups, words)
+    _expect(fits and "g_idx" not in parts, "qweight, qzeros and scales of the version gemm")
+
+    def columns(read: Read, part: str, rows: range) -> Tensor:
+        first = rows.start // 8
+        words = read(part, columns=range(first, -(-rows.stop // 8))).t().contiguous()
+        count, length = words.shape
+        codes = torch.empty(count, 8, length, dtype=torch.uint8)
+        for byte in range(4):
+            pair = words.view(torch.uint8).view(count, length, 4)[..., byte].contiguous()
+            codes[:, _AWQ_COLUMNS[2 * byte]] = pair & 15
+            codes[:, _AWQ_COLUMNS[2 * byte + 1]] = pair >> 4
+        return codes.flatten(0, 1)[rows.start - 8 * first :][: len(rows)]
+
+    def unpack(read: Read, rows: range) -> Group:
+        scale = read("scales", columns=rows).t()
+        return Group(columns(read, "qweight", rows), 8, scale, columns(read, "qzeros", rows))
+
+    return Integers(_stored((out, in_), "awq int4", group_scheme(4, in_ // groups)), unpack)
+
+
+def packed(parts: Parts, read: Read, settings: Settings) -> Format:
+    """What compressed-tensors calls `weight_packed`: integers in words, or nibbles of floats in bytes."""
+    if parts["weight_packed"].dtype == torch.uint8:
+        divisor = "weight_global_scale" if "weight_global_scale" in parts else None
+        return _fp4(parts, "weight_packed", "weight_scale", read, divisor=divisor)
+    _expect(parts["weight_packed"].dtype == torch.int32, f"words, found {parts['weight_packed'].dtype}")
+    _expect("weight_shape" in parts, "a tensor weight_shape beside it")
+    out, in_ = (int(size) for size in read("weight_shape").view(-1))
+    words = parts["weight_packed"].shape[1]
+    bits = 32 * words // in_
+    whole = 32 * words == in_ * bits and parts["weight_packed"].shape[0] == out
+    _expect(whole and bits in (2, 4, 8), f"2, 4 or 8 bits, found {words} words for rows of {in_}")
+    groups = _columns(parts["weight_scale"], out)
+    order = _group_of("weight_g_idx", parts, read, in_, groups)
+    scheme = group_scheme(bits, in_ // groups) if order is None else None
+    per, has_zero = 32 // bits, "weight_zero_point" in parts
+
+    def unpack(read: Read, rows: range) -> Group:
+        q, scale = read("weight_packed", rows).view(torch.uint8), _rows(read, parts, "weight_scale", rows)
+        # Numbers are signed, and what is stored is that much more: zeros too.
+        zero = torch.full(scale.shape, 1 << (bits - 1), dtype=torch.uint8)
+        if has_zero:
+            first = rows.start // per
+            words = read("weight_zero_point", range(first, -(-rows.stop // per)))
+            zero = unpacked(words.t().contiguous(), bits)[:, rows.start - first * per :][:, : len(rows)].t()
+        return Group(q, bits, scale, zero)
+
+    return Integers(_stored((out, in_), f"compressed-tensors int{bits}", scheme), unpack, order)
+
+
+def scaled(parts: Parts, read: Read, settings: Settings) -> Format:
+    """A weight in 8 bits, or in nibbles of floats, with a scale beside it: FP8, integers, NVFP4 of ModelOpt."""
+    weight, scale = parts["weight"], parts["scale"]
+    if weight.dtype == torch.uint8:
+        return _fp4(parts, "weight", "scale", read, factor="scale_2" if "scale_2" in parts else None)
+    _expect("scale_2" not in parts, "no second scale")
+    if weight.dtype == torch.int8:
+        return _int8(parts, "int8")
+    _expect(weight.dtype.is_floating_point and weight.dtype.itemsize == 1, f"8 bits, found {weight.dtype}")
+    _expect("zero_point" not in parts, "no zeros beside floats")
+    block = _fp8_block(weight.shape, scale, settings)
+    is_vector = len(scale.shape) < 2
+    return Floats(_stored(weight.shape, "fp8", None), "weight", "scale", block, is_vector)
+
+
+def _fp8_block(shape: tuple[int, ...], scale: StoredTensor, settings: Settings) -> tuple[int, int]:
+    """Rows and columns of a weight of this `shape` that share one of the scales."""
+    *stack, out, in_ = shape
+    found = scale.shape
+    high, wide = settings.block
+    if prod(found) == prod(stack):
+        return out, in_
+    if prod(found) == prod(stack) * out:
+        return 1, in_
+    if found == (*stack, -(-out // high), -(-in_ // wide)):
+        return high, wide
+    if found[:-1] == (*stack, out) and in_ % found[-1] == 0:
+        return 1, in_ // found[-1]
+    raise ValueError(
+        f"expected one scale, one for each row, or one for each {high} x {wide} values of {list(shape)}, found "
+        f"{list(found)}"
+    )
+
+
+def _int8(parts: Parts, method: str) -> Format:
+    """`weight` i8 [out, in], `scale` [out, groups] and perhaps `zero_point` i8."""
+    out, in_ = parts["weight"].shape
+    groups = _columns(parts["scale"], out)
+    _expect(in_ % groups == 0, f"groups of equal size, found {groups} for rows of {in_}")
+
+    def unpack(read: Read, rows: range) -> Group:
+        scale = _rows(read, parts, "scale", rows)
+        zero = torch.full(scale.shape, 128, dtype=torch.uint8)
+        if "zero_point" in parts:
+            zero = _rows(read, parts, "zero_point", rows).view(torch.uint8) ^ 128
+        return Group(read("weight", rows).view(torch.uint8) ^ 128, 8, scale, zero)
+
+    return Integers(_stored((out, in_), method, group_scheme(8, in_ // groups)), unpack)
+
+
+def bitsandbytes_int8(parts: Parts, read: Read, settings: Settings) -> Format:
+    """`weight` i8 [out, in], and `scale`, the largest magnitude of each row, which is 127."""
+    _expect(parts["weight"].dtype == torch.int8, f"int8, found {parts['weight'].dtype}")
+    # Others are orders of a device's memory, in which nothing has been published for years.
+    _expect("format" not in parts or int(read("format").max()) == 0, "the format of rows")
+    integers = _int8(parts, "bitsandbytes int8")
+    assert isinstance(integers, Integers)
+    inner = integers.unpack
+
+    def unpack(read: Read, rows: range) -> Group:
+        found = inner(read, rows)
+        return Group(found.q, 8, found.scale.float() / 127, found.zero)
+
+    return Integers(integers.stored, unpack)
+
+
+def _fp4(
+    parts: Parts, weight: str, scale: str, read: Read, *, factor: str | None = None, divisor: str | None = None
+) -> Format:
+    """Nibbles of E2M1, the first value in the low one, with scales E4M3 for 16 values and one for all (NVFP4), or with
+    scales E8M0 for 32 (MXFP4)."""
+    (out, nbytes), (rows, groups) = parts[weight].shape, parts[scale].shape
+    size, rest = divmod(2 * nbytes, groups)
+    _expect(rows == out and not rest, f"scales of {out} rows, found {list(parts[scale].shape)}")
+    is_mx = parts[scale].dtype in _EXPONENTS
+    whole = factor or divisor
+    _expect(is_mx or parts[scale].dtype == torch.float8_e4m3fn, f"scales of FP8, found {parts[scale].dtype}")
+    _expect((size, whole is None) == ((32, True) if is_mx else (16, False)), "one scale for all beside groups of 16")
+    _expect("zero_point" not in parts and "weight_zero_point" not in parts, "no zeros beside floats")
+
+    def unpack(read: Read, rows: range) -> tuple[Tensor, Tensor]:
+        q, scales = read(weight, rows), read(scale, rows)
+        if is_mx:
+            return q, scales.view(torch.uint8)
+        scales = scales.float()
+        return q, scales * read(factor).float().view(()) if factor else scales / read(str(divisor)).float().view(())
+
+    stored = _stored((out, 2 * nbytes), "mxfp4" if is_mx else "nvfp4", CodebookScheme("mxfp4", 32) if is_mx else None)
+    return Table(stored, unpack, _table("mxfp4"))
+
+
+def mxfp4_experts(parts: Parts, read: Read, settings: Settings) -> Format:
+    """`blocks` u8 [experts, out, groups, 16]: nibbles of E2M1, the first value in the low one; `scales`: exponents."""
+    *leading, groups, nbytes = parts["blocks"].shape
+    _expect(parts["blocks"].dtype == torch.uint8 and nbytes == 16, "blocks of 16 bytes")
+    _expect(parts["scales"].shape == (*leading, groups), f"scales {[*leading, groups]}")
+    _expect(parts["scales"].dtype in _EXPONENTS, f"scales that are exponents, found {parts['scales'].dtype}")
+
+    def unpack(read: Read, rows: range) -> tuple[Tensor, Tensor]:
+        blocks = read("blocks", range(rows.start * groups, rows.stop * groups))
+        return blocks.view(len(rows), -1), read("scales", rows).view(torch.uint8)
+
+    shape = (*leading, 32 * groups)
+    return Table(_stored(shape, "mxfp4", CodebookScheme("mxfp4", 32)), unpack, _table("mxfp4"))
+
+
+def bitsandbytes_4bit(parts: Parts, read: Read, settings: Settings) -> Format:
+    """`weight`, nibbles of all values in one row, the first in the high one; `absmax` for each block of them, perhaps
+    quantized itself; `quant_map`, the 16 values; `quant_state`, JSON."""
+    state: dict[str, Any] = json.loads(bytes(read("quant_state").view(torch.uint8).view(-1).tolist()))
+    kind, size, (out, in_) = str(state["quant_type"]), int(state["blocksize"]), map(int, state["shape"])
+    _expect(in_ % size == 0, f"rows of whole blocks of {size} values, found rows of {in_}")
+    table, itemsize = read("quant_map").float().view(-1), parts["weight"].dtype.itemsize
+    fitting = [group for group in GROUP_SIZES if size % group == 0]
+    is_known = bool(fitting) and torch.equal(table, _table("nf4")) and kind == "nf4"
+
+    def unpack(read: Read, rows: range) -> tuple[Tensor, Tensor]:
+        words = read("weight", range(rows.start * in_ // 2 // itemsize, rows.stop * in_ // 2 // itemsize))
+        nibbles = words.view(torch.uint8).view(len(rows), -1)
+        q = (nibbles >> 4) | (nibbles << 4)
+        blocks = range(rows.start * in_ // size, rows.stop * in_ // size)
+        scale = read("absmax", columns=blocks).view(-1)
+        if "nested_absmax" in parts:
+            places = torch.arange(blocks.start, blocks.stop) // int(state["nested_blocksize"])
+            nested = read("nested_quant_map").view(-1)[scale.int()]
+            scale = nested * read("nested_absmax").view(-1)[places] + float(state["nested_offset"])
+        return q, scale.view(len(rows), -1)
+
+    scheme = CodebookScheme("nf4", max(fitting)) if is_known else None
+    return Table(_stored((out, in_), f"bitsandbytes {kind}", scheme), unpack, table)
+
+
+def _group_of(part: str, parts: Parts, read: Read, in_: int, groups: int) -> Tensor | None:
+    """The group of each column, by the tensor `part`; None where they are in order, in groups of equal size."""
+    in_order = torch.arange(in_) // (in_ // groups)
+    if part not in parts:
+        _expect(in_ % groups == 0, f"groups of equal size, found {groups} for rows of {in_}")
+        return None
+    found = read(part).view(-1).long()
+    _expect(len(found) == in_, f"{part} of {in_} columns, found {len(found)}")
+    low, high = (int(end) for end in found.aminmax())
+    if low < 0 and low == high:  # none is given
+        found = in_order
+    else:
+        _expect(low == 0 and high == groups - 1, f"{part} of {groups} groups, found {low} to {high}")
+    return None if torch.equal(found, in_order) and in_ % groups == 0 else found
+
+
+def _columns(scale: StoredTensor, out: int) -> int:
+    """The groups in each row that `scale`, of one, of `out`, or of [out, groups] numbers, is for."""
+    fits = prod(scale.shape) in (1, out) or (len(scale.shape) == 2 and scale.shape[0] == out)
+    _expect(fits, f"scales of {out} rows, found {list(scale.shape)}")
+    return scale.shape[1] if len(scale.shape) == 2 and scale.shape[0] == out else 1
+
+
+def _rows(read: Read, parts: Parts, part: str, rows: range) -> Tensor:
+    """Rows of a tensor of which there may be one number for all, or one for each row."""
+    shape = parts[part].shape
+    if prod(shape) == 1:
+        return read(part).view(1, 1).expand(len(rows), 1)
+    return read(part, rows) if len(shape) == 2 else read(part, columns=rows).view(-1, 1)
+
+
+def _stored(shape: tuple[int, ...], method: str, scheme: Scheme | None) -> StoredTensor:
+    return StoredTensor(torch.float32, shape, method, scheme)
+
+
+def _table(codebook: str) -> Tensor:
+    return torch.tensor(CODEBOOKS[codebook].values, dtype=torch.float32)
+
+
+def _expect(fits: bool, what: str) -> None:
+    if not fits:
+        raise ValueError(f"expected {what}")
+
+
+def _declared_words(config: Mapping[str, Any]) -> tuple[str, Scheme | None]:
+    bits, size = config.get("bits"), config.get("group_size")
+    method = f"{config.get('quant_method', 'gptq')} int{bits}"
+    if config.get("desc_act") or not isinstance(bits, int) or not isinstance(size, int):
+        return method, None
+    return method, group_scheme(bits, size if size > 0 else max(GROUP_SIZES))
+
+
+def _declared_groups(config: Mapping[str, Any]) -> tuple[str, Scheme | None]:
+    groups = config.get("config_groups")
+    found = [group["weights"] for group in groups.values()] if isinstance(groups, dict) else []
+    schemes = set()
+    for weights in found:
+        bits, size = weights.get("num_bits"), weights.get("group_size") or max(GROUP_SIZES)
+        is_plain = weights.get("type") == "int" and not weights.get("actorder")
+        schemes.add(group_scheme(bits, size) if is_plain else CodebookScheme("mxfp4", 32) if size == 32 else None)
+    return "compressed-tensors", schemes.pop() if len(schemes) == 1 else None
+
+
+def _declared_mxfp4(config: Mapping[str, Any]) -> tuple[str, Scheme | None]:
+    return "mxfp4", CodebookScheme("mxfp4", 32)
+
+
+def _declared_nf4(config: Mapping[str, Any]) -> tuple[str, Scheme | None]:
+    kind = config.get("bnb_4bit_quant_type", "fp4")
+    return f"bitsandbytes {kind}", CodebookScheme("nf4", 64) if kind == "nf4" else None
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How the tensors of one weight are called: NAME + `mark` makes it one of these, and others may belong to it."""
+
+    mark: str
+    name: str
+    """What follows NAME in the name that the weight has in 16 bits."""
+    parts: Mapping[str, str]
+    """What follows NAME in the name of each tensor -> the part of the weight that it is; "" is not read."""
+    needed: tuple[str, ...]
+    main: str
+    """The part with the codes, whose file the weight counts to."""
+    describe: Callable[[Parts, Read, Settings], Format]
+    declared: Callable[[Mapping[str, Any]], tuple[str, Scheme | None]]
+    """The method, and the scheme that holds its codes, if any, by config.json: for weights that are not here yet."""
+
+
+_ACTIVATIONS: Final = {
+    f".{name}": ""
+    for name in ("input_scale", "input_global_scale", "input_zero_point", "input_scale_ub", "output_scale")
+}
+"""Scales of what a weight is multiplied by: weights do not depend on them."""
+
+
+def _scaled(mark: str, weight: str) -> Kind:
+    """A weight NAME + `weight` with scales NAME + `weight` + `mark`."""
+    parts = {weight: "weight", f"{weight}{mark}": "scale", f"{weight}_scale_2": "scale_2"}
+    parts[f"{weight}_zero_point"] = "zero_point"
+    return Kind(
+        f"{weight}{mark}",
+        weight,
+        {**parts, **_ACTIVATIONS},
+        ("weight", "scale"),
+        "weight",
+        scaled,
+        lambda _: ("fp8", None),
+    )
+
+
+KINDS: Final = (
+    Kind(
+        ".qweight",
+        ".weight",
+        {f".{part}": part for part in ("qweight", "qzeros", "scales", "g_idx")},
+        ("qweight", "qzeros", "scales"),
+        "qweight",
+        gptq,
+        _declared_words,
+    ),
+    Kind(
+        ".weight_packed",
+        ".weight",
+        {
+            **{
+                f".weight_{part}": f"weight_{part}"
+                for part in ("packed", "scale", "shape", "zero_point", "g_idx", "global_scale")
+            },
+            **_ACTIVATIONS,
+        },
+        ("weight_packed", "weight_scale"),
+        "weight_packed",
+        packed,
+        _declared_groups,
+    ),
+    Kind(
+        "_blocks",
+        "",
+        {"_blocks": "blocks", "_scales": "scales"},
+        ("blocks", "scales"),
+        "blocks",
+        mxfp4_experts,
+        _declared_mxfp4,
+    ),
+    Kind(
+        ".weight.absmax",
+        ".weight",
+        {
+            ".weight": "weight",
+            **{f".weight.{part}": part for part in ("absmax", "quant_map", "nested_absmax", "nested_quant_map")},
+            **{f".weight.quant_state.bitsandbytes__{kind}": "quant_state" for kind in ("nf4", "fp4")},
+        },
+        ("weight", "absmax", "quant_map", "quant_state"),
+        "weight",
+        bitsandbytes_4bit,
+        _declared_nf4,
+    ),
+    Kind(
+        ".SCB",
+        ".weight",
+        {".weight": "weight", ".SCB": "scale", ".weight_format": "format"},
+        ("weight", "scale"),
+        "weight",
+        bitsandbytes_int8,
+        lambda _: ("bitsandbytes int8", None),
+    ),
+    *(_scaled(mark, weight) for weight in (".weight", "_proj") for mark in ("_scale_inv", "_scale")),
+)
+"""All formats that are read; of a name that several fit, the first counts."""

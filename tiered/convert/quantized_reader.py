@@ -1,0 +1,263 @@
+"""Weights that a checkpoint holds quantized look like plain ones: a reader above the reader of its files.
+
+In: the index of the files, in which a weight is several tensors (`X.qweight`, `X.scales`, ...), and what config.json
+says. Out: an index in which it is one, by the name that it has in 16 bits (`X.weight`), whose rows come as codes or as
+numbers. Called by `open.py`.
+
+A panel of rows is a rectangle of each tensor, which is read and taken apart by one of a few threads while the panels
+before it are used: nothing is ever whole in memory.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import torch
+
+from tiered.convert.formats import Format
+from tiered.convert.index import WeightIndex
+from tiered.convert.place import WeightFiles
+from tiered.convert.published import KINDS, Kind, Settings
+from tiered.convert.source import PANEL_NBYTES, StoredTensor, WeightReader
+from tiered.convert.workers import worker_count
+from tiered.errors import CheckpointError, shortened
+from tiered.quant import QuantizedTensor, folded
+
+_PANEL_NUMEL: Final = PANEL_NBYTES // 4
+_MOST_THREADS: Final = 2
+"""Panels that are taken apart at a time."""
+_STRIP_NBYTES: Final = PANEL_NBYTES
+"""Bytes of a strip of columns: each of its rows is a read of its own, which is to be worth one."""
+_PANEL_PARTS: Final = 3
+"""Times the bytes of a panel in float32 that taking it apart takes: tensors, codes, numbers."""
+_NOT_ITS_FORMAT: Final = (ValueError, KeyError, TypeError, IndexError, ZeroDivisionError, RuntimeError)
+"""What arithmetic with tensors that do not fit each other raises."""
+
+Made = TypeVar("Made", torch.Tensor, QuantizedTensor)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A quantized weight: of which kind, and which of the checkpoint's tensors are which part of it."""
+
+    kind: Kind
+    names: Mapping[str, str]
+    """Part -> name."""
+    unread: tuple[str, ...]
+
+
+def quantized_index(index: WeightIndex, files: WeightFiles, config: Mapping[str, Any]) -> WeightIndex:
+    """`index` with each quantized weight in place of its tensors; itself where there is none. `config` is what
+    config.json says of the quantization.
+
+    Raises CheckpointError where tensors are not what their format has; so does whatever reads such a weight later.
+    """
+    found = _find(index.file_of)
+    if not found:
+        return index
+    used = {name for each in found.values() for name in (*each.names.values(), *each.unread)}
+    file_of = {name: file for name, file in index.file_of.items() if name not in used}
+    others: dict[str, frozenset[str]] = {}
+    for logical, each in found.items():
+        file_of[logical] = index.file_of[each.names[each.kind.main]]
+        all_files = frozenset(index.file_of[name] for name in each.names.values())
+        if len(all_files) > 1:
+            others[logical] = all_files
+    reader = QuantizedReader(index, files, found, _settings(config))
+    declared = {name: StoredTensor(torch.float32, (), *each.kind.declared(config)) for name, each in found.items()}
+    return replace(index, reader=reader, file_of=file_of, others=others, declared=declared)
+
+
+class QuantizedReader(WeightReader):
+    """A `WeightReader` of the weights `found`, and of the plain ones beside them. It keeps what each weight is."""
+
+    def __init__(self, index: WeightIndex, files: WeightFiles, found: Mapping[str, _Found], settings: Settings) -> None:
+        self._index, self._files, self._found, self._settings = index, files, found, settings
+        self._inner = index.reader
+        self._of_main = {each.names[each.kind.main]: logical for logical, each in found.items()}
+        self._used = {name for each in found.values() for name in (*each.names.values(), *each.unread)}
+        self._formats: dict[str, Format] = {}
+        self._known: dict[Path, Mapping[str, StoredTensor]] = {}
+        self._reading = threading.Lock()
+        self._threads: ThreadPoolExecutor | None = None
+        self._torch_threads = torch.get_num_threads()
+
+    def tensors(self, path: Path) -> Mapping[str, StoredTensor]:
+        if path not in self._known:
+            self._known[path] = _Tensors(self, self._inner.tensors(path), self._of_main, self._used)
+        return self._known[path]
+
+    def known(self, path: Path) -> Mapping[str, StoredTensor] | None:
+        return self.tensors(path) if self._inner.known(path) is not None else None
+
+    def panels(self, path: Path, name: str, rows: range | None = None) -> Iterator[torch.Tensor]:
+        if name not in self._found:
+            return self._plain(self._inner.panels(path, name, rows))
+        return self._made(name, rows, self.format_of(name).numbers)
+
+    def packed(self, path: Path, name: str, rows: range | None = None) -> Iterator[QuantizedTensor]:
+        return self._made(name, rows, self.format_of(name).codes)
+
+    def working_nbytes(self, path: Path) -> int:
+        panels = (self._thread_count + 1) * _PANEL_PARTS * PANEL_NBYTES
+        return self._inner.working_nbytes(path) + panels + 2 * _STRIP_NBYTES
+
+    def close(self) -> None:
+        if self._threads is not None:
+            self._threads.shutdown(cancel_futures=True)
+            self._threads = None
+            torch.set_num_threads(self._torch_threads)  # new threads would start with the workers' setting
+        self._inner.close()
+
+    def _plain(self, panels: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """What `panels` of the reader below yields, while no thread reads there."""
+        while True:
+            with self._reading:
+                panel = next(panels, None)
+            if panel is None:
+                return
+            yield panel
+
+    def format_of(self, name: str) -> Format:
+        """The quantized weight `name`, whose files are here."""
+        if name not in self._formats:
+            found = self._found[name]
+            try:
+                parts = {part: self._stored(full) for part, full in found.names.items()}
+                self._formats[name] = found.kind.describe(parts, self._reader(name), self._settings)
+            except _NOT_ITS_FORMAT as error:
+                raise self._misfit(name, error) from None
+        return self._formats[name]
+
+    def _misfit(self, name: str, error: Exception) -> CheckpointError:
+        names = ", ".join(sorted(self._found[name].names.values()))
+        return CheckpointError(
+            f"{self._files.name}: {name}: its tensors ({names}) are not what their format has: "
+            f"{shortened(error)}; download the checkpoint again, or pass the original one, of 16 or 32 bits"
+        )
+
+    @property
+    def _thread_count(self) -> int:
+        return min(worker_count(), _MOST_THREADS)
+
+    def _stored(self, name: str) -> StoredTensor:
+        return self._inner.tensors(self._path(name))[name]
+
+    def _path(self, name: str) -> Path:
+        return self._files.path(self._index.file_of[name])
+
+    def _reader(self, name: str) -> Callable[..., torch.Tensor]:
+        """Reads rectangles of the tensors of `name`, each strip of columns together with those beside it."""
+        names = self._found[name].names
+        strips: dict[str, tuple[range, torch.Tensor]] = {}
+
+        def strip(part: str, columns: range) -> torch.Tensor:
+            within, found = strips.get(part, (range(0), torch.empty(0)))
+            if columns.start not in within or columns.stop > within.stop:
+                stored = self._stored(names[part])
+                rows, width = folded(stored.shape or (1,))
+                wanted = max(len(columns), _STRIP_NBYTES // (rows * stored.dtype.itemsize))
+                within = range(columns.start, min(columns.start + wanted, width))
+                found = self._inner.rectangle(self._path(names[part]), names[part], None, within)
+                strips[part] = within, found
+            return found[:, columns.start - within.start : columns.stop - within.start]
+
+        def read(part: str, rows: range | None = None, columns: range | None = None) -> torch.Tensor:
+            with self._reading:
+                if rows is None and columns is not None:
+                    return strip(part, columns)
+                return self._inner.rectangle(self._path(names[part]), names[part], rows, columns)
+
+        return read
+
+    def _made(
+        self, name: str, rows: range | None, make: Callable[[Callable[..., torch.Tensor], range], Made]
+    ) -> Iterator[Made]:
+        """Panels of these rows as `make` makes them, the first ones being made already when this returns."""
+        count, width = folded(self.format_of(name).stored.shape)
+        rows = range(count) if rows is None else rows
+        step = max(1, _PANEL_NUMEL // max(1, width))
+        read = self._reader(name)
+        waiting = deque(range(start, min(start + step, rows.stop)) for start in range(rows.start, rows.stop, step))
+        if self._threads is None:
+            self._threads = ThreadPoolExecutor(self._thread_count, "take-apart", torch.set_num_threads, (1,))
+        threads, begun = self._threads, deque[Future[Made]]()
+
+        def made(rows: range) -> Made:
+            try:
+                return make(read, rows)
+            except _NOT_ITS_FORMAT as error:
+                raise self._misfit(name, error) from None
+
+        def begin() -> None:
+            if waiting:
+                begun.append(threads.submit(made, waiting.popleft()))
+
+        begin()
+
+        def deliver() -> Iterator[Made]:
+            while begun:
+                while waiting and len(begun) < self._thread_count:
+                    begin()
+                yield begun.popleft().result()
+                begin()
+
+        return deliver()
+
+
+class _Tensors(Mapping[str, StoredTensor]):
+    """The tensors of a file, quantized weights in place of theirs. What a weight is, is found out when it is asked
+    for: its parts may lie in files that are not here yet."""
+
+    def __init__(
+        self, reader: QuantizedReader, inner: Mapping[str, StoredTensor], of_main: Mapping[str, str], used: set[str]
+    ) -> None:
+        self._reader, self._inner = reader, inner
+        self._quantized = frozenset(of_main[name] for name in inner if name in of_main)
+        self._used = used
+
+    def __getitem__(self, name: str) -> StoredTensor:
+        if name in self._quantized:
+            return self._reader.format_of(name).stored
+        if name in self._used:
+            raise KeyError(name)
+        return self._inner[name]
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._quantized
+        yield from (name for name in self._inner if name not in self._used)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._quantized or (name in self._inner and name not in self._used)
+
+
+def _find(names: Collection[str]) -> dict[str, _Found]:
+    """The quantized weights among the tensors `names` of a checkpoint, by the names they have in 16 bits."""
+    found: dict[str, _Found] = {}
+    taken: set[str] = set()
+    for kind in KINDS:
+        for base in [name.removesuffix(kind.mark) for name in names if name.endswith(kind.mark)]:
+            there = {f"{base}{end}": part for end, part in kind.parts.items() if f"{base}{end}" in names}
+            parts = {part: name for name, part in there.items() if part}
+            if all(part in parts for part in kind.needed) and taken.isdisjoint(parts.values()):
+                unread = tuple(name for name, part in there.items() if not part)
+                found[f"{base}{kind.name}"] = _Found(kind, parts, unread)
+                taken.update(there)
+    return found
+
+
+def _settings(config: Mapping[str, Any]) -> Settings:
+    """What config.json says that tensors do not; fields that make no sense are passed over, as tensors will tell."""
+    block = config.get("weight_block_size")
+    is_block = isinstance(block, list) and len(block) == 2 and all(type(size) is int and size > 0 for size in block)
+    return Settings(
+        (block[0], block[1]) if is_block and isinstance(block, list) else Settings.block,
+        str(config.get("checkpoint_format")) == "gptq_v2",
+    )
