@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from tests.shared import made_once
@@ -77,6 +78,32 @@ _LATENT: Final = {
 }
 """For families that keep latents, of which attention makes keys and values."""
 _SOFT_CAPS: Final = {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0}
+_GEMMA4: Final = {
+    **_SLIDING,
+    "num_hidden_layers": 6,
+    "layer_types": ["sliding_attention", "full_attention"] * 3,
+    "vocab_size_per_layer_input": 160,
+    "final_logit_softcapping": 3.0,
+    "global_head_dim": 32,
+}
+_GEMMA4_SHARING: Final = {
+    **_GEMMA4,
+    "hidden_size_per_layer_input": 32,
+    "num_kv_shared_layers": 3,
+    "use_double_wide_mlp": True,
+}
+_GEMMA4_EXPERTS: Final = {
+    **_GEMMA4,
+    "model_type": "gemma4_text",
+    "hidden_size_per_layer_input": 0,
+    "attention_k_eq_v": True,
+    "num_global_key_value_heads": 1,
+    "enable_moe_block": True,
+    "num_experts": 4,
+    "top_k_experts": 2,
+    "moe_intermediate_size": 64,
+}
+"""Gemma 4 as the small models have it, and as the mixture."""
 
 _ALTERNATING: Final = {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
 _DELTA: Final = {
@@ -130,6 +157,8 @@ _MODELS: Final[dict[str, dict[str, Any]]] = {
     "gemma": {},
     "gemma2": {**_MIXED, **_SOFT_CAPS, "query_pre_attn_scalar": 16},
     "gemma3_text": {**_MIXED, "query_pre_attn_scalar": 16},
+    "gemma4_text": _GEMMA4_SHARING,
+    "gemma4_text-experts": _GEMMA4_EXPERTS,
     "stablelm": {"use_qkv_bias": True},
     "stablelm-parallel": {"model_type": "stablelm", "use_parallel_residual": True, "qk_layernorm": True},
     "starcoder2": _SLIDING,
@@ -251,8 +280,14 @@ _MODELS: Final[dict[str, dict[str, Any]]] = {
 }
 """Configurations by name, on top of `_SIZES`; the name is the model_type where none is given."""
 
-TINY: Final = {name: fields for name, fields in _MODELS.items() if fields.get("model_type", name) in CONFIG_MAPPING}
-"""Those that the installed transformers knows: the oldest version lacks a few."""
+_HANDS_ON_STATES: Final = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 24)
+"""Before that version mixers took their states from the cache in other ways."""
+DRIVEN: Final = frozenset(
+    name for name in FAMILIES.keys() & CONFIG_MAPPING if _HANDS_ON_STATES or FAMILIES[name].scan is None
+)
+"""Families of the table that the installed transformers knows in the form that is driven."""
+TINY: Final = {name: fields for name, fields in _MODELS.items() if fields.get("model_type", name) in DRIVEN}
+"""Those of these families: the oldest version lacks a few."""
 
 
 SHORT_TEXT: Final = 16

@@ -36,6 +36,10 @@ PARAMETERS: Final = {
     "gpt-oss-120b": 116.829e9,
     "deepseek-v3": 671.026e9,  # without that layer, as well
     "llama-4-scout": 107.770e9,  # the text half
+    "qwen3-next-80b-a3b": 79.674e9,  # without its further layer, too
+    "qwen3.5-9b": 8.954e9,  # the text half, and of the next
+    "qwen3.5-35b-a3b": 34.661e9,
+    "lfm2-1.2b": 1.170e9,
 }
 
 

@@ -58,6 +58,9 @@ __all__ = ["READ_THREADS", "Options", "Runtime", "compute_dtype"]
 
 READ_THREADS: Final = 8
 """Reads of weights in flight at most."""
+ROW_THREADS: Final = 32
+"""Rows of tables that are read at once: disks serve the more small reads the more are asked for. On a virtual disk, of
+a machine with other work, 2,000 rows of 9 KB took 0.8 s with 8, 0.24 s with 32 and 0.22 s with 64."""
 
 MeasureMachine = Callable[[Store, Kernels, ModelShape, Machine, Collection[Rate]], Machine]
 """Measures the wanted rates and returns the machine with them. A runtime that chooses its batch size is given one."""
@@ -166,7 +169,12 @@ class Runtime:
         verifier = ChunkVerifier(self.options.verify, self.host.trace, self.store.path)
         mode, clock = self.options.read_mode, self.host.clock
         self.reader = stack.enter_context(
-            DiskReader(self.store.path, verifier, self.host.trace, READ_THREADS, mode, clock=clock, preadv=self._preadv)
+            DiskReader(
+                *(self.store.path, verifier, self.host.trace, READ_THREADS, mode),
+                clock=clock,
+                preadv=self._preadv,
+                scattered=ROW_THREADS,
+            )
         )
         embedding = EmbeddingRows(self.store, self.reader, verifier, self._memory.staging)
         pool = self._memory.pool

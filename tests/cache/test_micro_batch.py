@@ -159,7 +159,7 @@ def test_scratch_memory_stays_within_what_is_planned() -> None:
     passes = passes_of(8, True, (0,), rows=512)
     passes.run_texts([(0, [63, 600])])
     # The memory that all micro-batches put pages together in.
-    assert passes.pool.scratch(0).untyped_storage().nbytes() <= passes.plan.scratch_nbytes(512)
+    assert passes.pool.scratch(0).untyped_storage().nbytes() <= passes.plan.scratch_nbytes(512, 512)
 
 
 class Watched(PageLayout):
@@ -180,7 +180,7 @@ def test_pages_that_many_sequences_complete_together_take_no_more_than_is_planne
     passes.pool.layouts[0] = watched = Watched(SHAPE, 8)
     passes.run_texts([(0, [63, 1])] * 40)
     assert sum(watched.given) == 40
-    assert max(watched.given) * plan.exact_nbytes(plan.groups[0]) <= plan.scratch_nbytes(40)
+    assert max(watched.given) * plan.exact_nbytes(plan.groups[0]) <= plan.scratch_nbytes(40, 40)
 
 
 @BITS

@@ -180,7 +180,7 @@ def test_scattered_pages_each_land_where_they_belong(
     places = [(7 * i % 40 * PAGE, i * 2 * PAGE) for i in range(count)]
     trace = Tracer()
     with reader_of(root, threads=4, trace=trace) as reader:
-        asyncio.run(reader.read_parts(file, [(offset, memory[at : at + PAGE]) for offset, at in places]))
+        asyncio.run(reader.read_parts([(file, offset, memory[at : at + PAGE]) for offset, at in places]))
         assert reader.bytes_read == count * PAGE
     whole = (root / file.path).read_bytes()
     for offset, at in places:
@@ -188,9 +188,9 @@ def test_scattered_pages_each_land_where_they_belong(
 
 
 def test_nothing_to_read_scattered_is_nothing_read(large: tuple[Path, FileInfo]) -> None:
-    root, file = large
+    root, _ = large
     with reader_of(root) as reader:
-        asyncio.run(reader.read_parts(file, []))
+        asyncio.run(reader.read_parts([]))
         assert reader.bytes_read == 0
 
 
@@ -200,9 +200,9 @@ def test_an_error_among_scattered_pages_is_raised_when_none_is_read_any_more(
     root, file = large
     calls = Calls(lambda number, offset, wanted: failing(errno.EIO)(number, offset, wanted) if offset == 0 else None)
     with reader_of(root, calls, mode=ReadMode.BUFFERED, threads=2) as reader:
-        parts = [(i * PAGE, memory[i * PAGE : (i + 1) * PAGE]) for i in range(6)]
+        parts = [(file, i * PAGE, memory[i * PAGE : (i + 1) * PAGE]) for i in range(6)]
         with pytest.raises(ReadError, match="at 0 failed"):
-            asyncio.run(reader.read_parts(file, parts))
+            asyncio.run(reader.read_parts(parts))
         # The other thread's share was read to its end.
         assert {offset for offset, _ in calls.asked} == {0, PAGE, 3 * PAGE, 5 * PAGE}
 
@@ -540,7 +540,7 @@ def test_neither_rows_nor_checksums_wait_behind_queued_reads(
                     assert trace.total("verify").spans == 1
                 else:
                     page = memory[WHOLE + PAGE :][:PAGE]
-                    await asyncio.wait_for(reader.read_parts(file, [(0, page)]), SECONDS)
+                    await asyncio.wait_for(reader.read_parts([(file, 0, page)]), SECONDS)
                     assert page == (root / file.path).read_bytes()[:PAGE]
             finally:
                 gate.set()

@@ -21,14 +21,14 @@ from transformers.cache_utils import DynamicCache
 
 from tests.helpers import LENGTH_DEPENDENT, TINY, tiny_config
 from tests.model.loans import GivenLoan
-from tiered.arch import BlockTensors, build_skeleton, chunked_layers, layer_windows
+from tiered.arch import BlockTensors, build_skeleton, chunked_layers, kv_sources, layer_windows
 from tiered.cache import Bits, CachePlan, KVPool, Outbox, PagedKeys, kv_shapes, layer_groups
 from tiered.kernels import AttentionCall, Kernels, Pages
 from tiered.model import ForwardBatch, ForwardWork, Seat, Seats, Segment, Segments, Work, registered_attention
 from tiered.model.work import Embedded
 from tiered.plan.kv import outbox_nbytes
 from tiered.plan.passes import MicroBatchLimits
-from tiered.stream import AnyWeight
+from tiered.stream import AnyWeight, FetchedRows
 
 WHERE: Final = torch.device("privateuseone:0")
 HOST: Final = torch.device("cpu")
@@ -100,7 +100,8 @@ def _segments(seat: Seat, bits: Bits, is_away: bool, prompt: int) -> Work:
     """Sequences that decode beside a prompt of so many tokens, with their cache where the model is or at the host."""
     config = seat.model.skeleton.config
     windows, gathered = layer_windows(config), seat.model.skeleton.family.gathers
-    groups, context = layer_groups(windows, kv_shapes(config, torch.float32), chunked_layers(config)), len(IDS)
+    shapes, context = kv_shapes(config, torch.float32), len(IDS)
+    groups = layer_groups(windows, shapes, chunked_layers(config), kv_sources(config))
     plan = CachePlan(len(windows), bits, False, groups, 3, context, 3 * context, 128, on_device=not is_away)
     outbox = None
     if is_away:
@@ -138,7 +139,9 @@ def _expect_host(number: int, index: int, logits: torch.Tensor) -> None:
 def _run(work: Work, seat: Seat, blocks: Sequence[BlockTensors]) -> None:
     model = seat.model
     loans = [_loan(block) for block in blocks if block.role == "layer"]
-    groups = work.record(Embedded(torch.empty(len(IDS), model.skeleton.embedding.embedding_dim), IDS))
+    modules = {name: model.skeleton.model.get_submodule(table.module) for name, table in model.skeleton.tables.items()}
+    tables = {name: _fetched(module) for name, module in modules.items()}
+    groups = work.record(Embedded({"embed": _fetched(model.skeleton.embedding)} | tables, torch.float32))
     for number, (layer, loan) in enumerate(zip(model.layers, loans, strict=True)):
         with model.lend(layer, loan):
             for group in groups:
@@ -152,6 +155,12 @@ def _run(work: Work, seat: Seat, blocks: Sequence[BlockTensors]) -> None:
     with model.lend(model.head, head):
         for logits in work.finish(groups):
             assert logits.device == HOST
+
+
+def _fetched(table: nn.Module) -> FetchedRows:
+    assert isinstance(table, nn.Embedding)
+    width = table.embedding_dim
+    return FetchedRows(IDS, lambda positions, dtype: torch.empty(len(positions), width, dtype=dtype))
 
 
 def _loan(block: BlockTensors) -> GivenLoan:

@@ -162,18 +162,21 @@ GRID: Final[dict[str, dict[str, Any]]] = {
 BITS: Final = (16, 8, 4)
 CELLS: Final = [
     (name, bits, setting)
-    for first, name in enumerate(("opt", "llama", "gemma3_text", "deepseek_v3", "llama4_text"))
+    for first, name in enumerate(("opt", "llama", "gemma3_text", "deepseek_v3", "llama4_text", "gemma4_text"))
     for second, setting in enumerate(GRID)
     for third, bits in enumerate(BITS)
     if (first + second + third) % 3 == 0 or name == "gemma3_text"
 ]
 """All combinations for the family with windows, whose rings depend on bits, tier and micro-batches together. The other
-families differ only in what they compute between pages: each of them meets every format and every setting once."""
+families differ only in what they compute between pages, and in whose pages a layer reads: each of them meets every
+format and every setting once."""
 
 
 @pytest.mark.parametrize(
     ("name", "bits", "setting"),
-    represented(CELLS, [cell for cell in CELLS if cell[0] == "llama" or cell[:2] == ("gemma3_text", 4)]),
+    represented(
+        CELLS, [cell for cell in CELLS if cell[0] in ("llama", "gemma4_text") or cell[:2] == ("gemma3_text", 4)]
+    ),
 )
 def test_logits_are_the_same_bits_however_they_are_computed(
     models: Models, tmp_path: Path, name: str, bits: int, setting: str
@@ -205,7 +208,11 @@ def test_fewer_bits_do_change_logits(models: Models) -> None:
 @pytest.mark.parametrize(
     "name",
     represented(
-        ["gemma3_text", "mistral", "cohere2", "bloom", "diffllama", "deepseek_v2", "llama4_text"], ["gemma3_text"]
+        [
+            *("gemma3_text", "gemma4_text", "mistral", "cohere2", "bloom", "diffllama"),
+            *("deepseek_v2", "llama4_text"),
+        ],
+        ["gemma3_text"],
     ),
 )
 def test_a_text_much_longer_than_windows_gives_what_transformers_gives(

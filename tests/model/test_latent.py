@@ -34,7 +34,8 @@ def expanded(query: torch.Tensor, latents: torch.Tensor, weight: torch.Tensor) -
     both = (latents[..., :RANK] @ weight.double().T).unflatten(-1, (HEADS, KEY + VALUE)).transpose(0, 1)
     shared = latents[:, RANK:].expand(HEADS, -1, -1)
     scores = query[0].double() @ torch.cat([both[..., :KEY], shared], dim=-1).mT
-    return (scores.softmax(-1) @ both[..., KEY:]).transpose(0, 1)[None]
+    result: torch.Tensor = scores.softmax(-1) @ both[..., KEY:]
+    return result.transpose(0, 1)[None]
 
 
 @pytest.mark.parametrize("quantized", [False, True])

@@ -124,17 +124,21 @@ def assert_same(found: dict[str, Text], expected: dict[str, Text], bits: Bits = 
             assert float((a - b).abs().max() / b.abs().max()) < tolerance, name
 
 
-FAMILIES: Final = ("llama", "gemma3_text", "bloom", "mixtral")
+FAMILIES: Final = ("llama", "gemma3_text", "bloom", "mixtral", "gemma4_text")
 KV: Final = (("cpu", 16), ("cpu", 8), ("cpu", 4), ("disk", 16), ("disk", 4))
 PLACES: Final = (PROMPTS, ALL, DECODING)
 CELLS: Final = [
-    (name, place, kv, bits, rows)
-    for first, name in enumerate(FAMILIES)
-    for second, place in enumerate(PLACES)
-    for third, (kv, bits) in enumerate(KV)
-    for rows in ((None, 40)[(first + second + third) % 2],)
+    *(
+        (name, place, kv, bits, rows)
+        for first, name in enumerate(FAMILIES)
+        for second, place in enumerate(PLACES)
+        for third, (kv, bits) in enumerate(KV)
+        for rows in ((None, 40)[(first + second + third) % 2],)
+        if name != "gemma4_text" or (second + third) % 3 == 0
+    ),
+    *(("deepseek_v3", PROMPTS, "cpu", 8, 40), ("llama4_text", PROMPTS, "disk", 16, 40)),
 ]
-CELLS += [("deepseek_v3", PROMPTS, "cpu", 8, 40), ("llama4_text", PROMPTS, "disk", 16, 40)]
+"""Gemma 4 differs from Gemma 3 in whose pages a layer reads, and meets every tier and format once."""
 
 
 @pytest.mark.parametrize(

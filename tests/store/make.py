@@ -129,8 +129,8 @@ def _write_experts(root: Path, path: str, prefix: str, experts: int, seed: int) 
 
 
 def write_manifest(root: Path, blocks: Sequence[BlockInfo]) -> Store:
-    """The store of these blocks, the first of which is the embedding and all others the tape."""
-    names = tuple(block.name for block in blocks[1:])
+    """The store of these blocks, the first of which is the embedding; layers and head are the tape."""
+    names = tuple(block.name for block in blocks if block.role in ("layer", "head"))
     manifest = Manifest(
         source={"kind": "test", "name": "test", "revision": None, "fingerprint": "0"},
         architecture={"model_type": "opt", "layers": len(names) - 1, "embed": "embed.weight", "head": "head.weight"},

@@ -15,12 +15,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from tests.store.make import bytes_of, random_quantized, write_block, write_store
+from tests.store.make import bytes_of, random_quantized, write_block, write_manifest, write_store
 from tiered.convert import ConvertOptions, convert_checkpoint
 from tiered.errors import ReadError, StoreError
 from tiered.io import Arena, ChunkVerifier, DiskReader, Faults, VerifyPolicy
-from tiered.quant import GroupScheme, dequantize
-from tiered.store import CHUNK_NBYTES, PAGE, BlockWriter, Store
+from tiered.io.scrub import scrub
+from tiered.quant import GroupScheme, QuantizedTensor, dequantize
+from tiered.store import CHUNK_NBYTES, PAGE, BlockInfo, BlockWriter, RowLayout, Store
 from tiered.stream import EmbeddingRows
 from tiered.stream.embedding import STAGING_NBYTES
 from tiered.trace import Tracer
@@ -38,12 +39,18 @@ class Table:
 
 
 @pytest.fixture(
-    scope="module", params=["int8", "int8, three ranges", "bfloat16", "bfloat16, three ranges", "float16, two chunks"]
+    scope="module",
+    params=[
+        *("int8", "int8, three ranges", "bfloat16", "bfloat16, three ranges", "float16, two chunks"),
+        *("int8 records", "int4 records", "bfloat16 records"),
+    ],
 )
 def table(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Table:
     """Rows that straddle pages, and chunks."""
     root = tmp_path_factory.mktemp("embedding") / "x"
     path = "blocks/embed.safetensors"
+    if "records" in request.param:
+        return in_records(root, path, GroupScheme(int(request.param[3])) if request.param[:3] == "int" else None)
     if "ranges" in request.param:
         return in_ranges(root, path, INT8 if "int8" in request.param else None)
     if request.param == "int8":
@@ -73,6 +80,29 @@ def in_ranges(root: Path, path: str, scheme: GroupScheme | None) -> Table:
     return Table(write_store(root, [100, 100], file), rows.float())
 
 
+def in_records(root: Path, path: str, scheme: GroupScheme | None) -> Table:
+    """A table of 700 rows, each with its own scales, zeros and checksum."""
+    codes = random_quantized(700, 320, scheme or INT8)
+    rows = dequantize(*codes, scheme or INT8)
+    rows = rows if scheme else rows.bfloat16()
+    layout = RowLayout(320, scheme, torch.uint8 if scheme else torch.bfloat16)
+    with BlockWriter(root / path, root, ["embed.weight"]) as writer:
+        writer.start_unit("embed")
+        # Packed in two goes: a row's checksum depends on its number.
+        packed = [
+            layout.pack(codes if scheme else rows, 0)[:300],
+            layout.pack(_from(codes if scheme else rows, 300), 300),
+        ]
+        writer.add("embed.weight.rows", torch.uint8, (700, layout.nbytes), map(bytes_of, packed))
+        writer.add_weight("embed.weight", (700, 320), scheme, rows=layout)
+        file = writer.finish()
+    return Table(write_store(root, [100, 100], file), rows.float())
+
+
+def _from(rows: torch.Tensor | QuantizedTensor, first: int) -> torch.Tensor | QuantizedTensor:
+    return rows[first:] if isinstance(rows, torch.Tensor) else QuantizedTensor(*(part[first:] for part in rows))
+
+
 @dataclass
 class Setup:
     embedding: EmbeddingRows
@@ -80,8 +110,9 @@ class Setup:
     trace: Tracer
 
     async def rows(self, ids: Sequence[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        packed = await asyncio.wait_for(self.embedding.fetch(ids), SECONDS)
-        return self.embedding.widen(packed, ids, dtype)
+        fetched = await asyncio.wait_for(self.embedding.fetch({"embed": ids}), SECONDS)
+        rows, index = fetched["embed"].of(torch.tensor(ids), dtype)
+        return rows[index]
 
 
 @asynccontextmanager
@@ -165,7 +196,7 @@ def test_a_converted_model_s_rows_are_its_embedding(quant: str, tmp_path: Path) 
 
 def test_neighbours_are_read_together_and_nothing_else(table: Table) -> None:
     (weight,) = table.store.layout(table.store.blocks["embed"]).weights.values()
-    codes = [e.nbytes for part, e in weight.parts.items() if part.partition("#")[0] in ("", "q")]
+    codes = [e.nbytes for part, e in weight.parts.items() if part.partition("#")[0] in ("", "q", "rows")]
     row = sum(codes) // weight.shape[0]
     ids = list(range(10, 10 + 3 * PAGE // row))
 
@@ -187,7 +218,9 @@ def test_the_chunks_of_rows_are_tested_as_the_policy_says(table: Table, policy: 
             loaded = table.store.blocks["embed"].file.nbytes <= CHUNK_NBYTES and before > 0
             for _ in range(3):
                 await setup.rows([1])  # of the first unit
-            expected = 0 if loaded and policy == "first" else times
+            # Rows with checksums of their own are tested without their chunks.
+            in_records = next(iter(table.store.layout(table.store.blocks["embed"]).weights.values())).rows is not None
+            expected = 0 if in_records or (loaded and policy == "first") else times
             assert setup.trace.total("verify").spans - before == expected
 
     asyncio.run(scenario())
@@ -211,6 +244,56 @@ def test_a_damaged_table_is_found_before_any_row_is_used(tmp_path: Path) -> None
             for _ in range(2):
                 with pytest.raises(StoreError, match=r"embed\.safetensors: chunk 1 .* is corrupt"):
                     await setup.rows([0])
+
+    asyncio.run(scenario())
+
+
+def test_a_damaged_record_is_named_and_others_are_used(tmp_path: Path) -> None:
+    table = in_records(tmp_path / "x", "blocks/embed.safetensors", INT8)
+    file = table.store.blocks["embed"].file
+    record = RowLayout(320, INT8).nbytes
+    with (table.store.path / file.path).open("r+b") as opened_file:
+        opened_file.seek(file.units[0].offset + 5 * record)
+        fifth = opened_file.read(record)
+        opened_file.seek(file.units[0].offset + 9 * record)
+        opened_file.write(fifth)  # a whole row, of another place
+        opened_file.seek(file.units[0].offset + 11 * record + 100)
+        opened_file.write(b"flipped")
+
+    async def scenario() -> None:
+        async with opened(table.store) as setup:
+            before = setup.reader.bytes_read
+            for row in (9, 11):
+                with pytest.raises(StoreError, match=rf"embed\.safetensors: row {row} is corrupt.*tiered verify"):
+                    await setup.rows([4, row])
+            ids = [4, 5, 10, 12]
+            assert torch.equal(await setup.rows(ids), table.rows[ids])
+            assert setup.reader.bytes_read - before <= 3 * 2 * PAGE
+        async with opened(table.store, VerifyPolicy.NEVER) as setup:
+            assert torch.equal(await setup.rows([9]), table.rows[[5]])
+
+    asyncio.run(scenario())
+    assert {finding.chunk for finding in scrub(table.store.path, table.store.manifest).corrupt} == {1}
+
+
+def test_rows_of_several_tables_come_together(tmp_path: Path) -> None:
+    embed = write_block(tmp_path / "x", "blocks/embed.safetensors", {"embed.weight": torch.randn(80, 96)})
+    extra = in_records(tmp_path / "other", "blocks/table-000.safetensors", INT8)
+    folder = tmp_path / "x/blocks"
+    (folder / "table-000.safetensors").write_bytes((extra.store.path / "blocks/table-000.safetensors").read_bytes())
+    plain = write_store(tmp_path / "x", [100, 100], embed)
+    table = BlockInfo("table-000", "table", extra.store.blocks["embed"].file, "embed.")
+    store = write_manifest(tmp_path / "x", [*plain.manifest.blocks, table])
+
+    async def scenario() -> None:
+        async with opened(store, VerifyPolicy.NEVER) as setup:
+            assert setup.embedding.tables == ("embed", "table-000")
+            ids = [3, 5, 79]
+            fetched = await setup.embedding.fetch({"embed": ids, "table-000": [*ids, 699]})
+            rows, index = fetched["table-000"].of(torch.tensor([[5, 699, 5]]), torch.float32)
+            assert torch.equal(rows[index], extra.rows[torch.tensor([[5, 699, 5]])])
+            rows, index = fetched["embed"].of(torch.tensor([79, 3]), torch.float32)
+            assert rows[index].shape == (2, 96)
 
     asyncio.run(scenario())
 

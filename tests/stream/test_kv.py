@@ -32,9 +32,12 @@ ALL_LAYERS: Final = LAYERS + 1
 CONTEXT: Final = 10 * PAGE_TOKENS
 
 
-def cache_plan(sequences: int, lent_pages: int) -> CachePlan:
+def cache_plan(sequences: int, lent_pages: int, sources: Sequence[int] = range(ALL_LAYERS)) -> CachePlan:
     shape = KVShape(2, 16, 16, "bfloat16")
-    groups = layer_groups((0,) * ALL_LAYERS, (shape, None, shape, shape))
+    shapes = [shape if source == layer else None for layer, source in enumerate(sources)]
+    if not any(shape is None for shape in shapes):
+        shapes[1] = None
+    groups = layer_groups((0,) * ALL_LAYERS, shapes, sources=sources)
     return CachePlan(ALL_LAYERS, 8, True, groups, sequences, CONTEXT, sequences * CONTEXT, 64, lent_pages)
 
 
@@ -70,9 +73,11 @@ class Setup:
 
 
 @asynccontextmanager
-async def streaming(folder: Path, sequences: int = 4, lent_pages: int = 10) -> AsyncIterator[Setup]:
-    """A stream with memory for some groups of the longest sequence."""
-    plan = cache_plan(sequences, lent_pages)
+async def streaming(
+    folder: Path, sequences: int = 4, lent_pages: int = 10, sources: Sequence[int] = range(ALL_LAYERS)
+) -> AsyncIterator[Setup]:
+    """A stream with memory for some groups of the longest sequence; `sources`: whose pages each layer reads."""
+    plan = cache_plan(sequences, lent_pages, sources)
     reads, writes = Calls(os.preadv), Calls(os.pwritev)
     with Arena(plan.ring_nbytes + plan.pool_nbytes + 3 * 4096) as arena:
         pool = KVPool(plan, arena.borrow(plan.pool_nbytes, "kv").tensor())
@@ -93,17 +98,19 @@ def marker(layer: int, kv: SequenceKV, page: int) -> int:
 
 
 def check_and_fill(setup: Setup, group: LentBlocks, layer: int) -> None:
-    """What a group computes: it finds every page it completed before, and completes more."""
-    if setup.pool.group_of[layer] is None:
+    """What a group computes: it finds every page it completed before, and completes more. A layer that reads those of
+    another finds these, too."""
+    source = setup.pool.source_of[layer]
+    if setup.pool.group_of[source] is None:
         assert not len(group.memory(layer))
         return
-    places, memory = group.map_of(layer), group.memory(layer)
+    places, memory = group.map_of(source), group.memory(source)
     numbers, count = memory.view(torch.int64), setup.pool.layouts[0].block_nbytes // 8
     for number, part in enumerate(places.parts):
         for page in range(part.stop // PAGE_TOKENS):
             block = numbers[places.offset(number, page) // 8 :][:count]
-            if page < part.first_page:
-                assert (block == marker(layer, part.kv, page)).all()
+            if page < part.first_page or source != layer:
+                assert (block == marker(source, part.kv, page)).all()
             else:
                 block[:] = marker(layer, part.kv, page)
 
@@ -192,6 +199,30 @@ def test_a_layer_is_read_only_when_its_earlier_writes_have_ended(tmp_path: Path)
             assert not read.is_set()
             go.set()
             await second
+
+    run(passes())
+
+
+def test_layers_without_pages_read_those_of_another_when_they_are_written(tmp_path: Path) -> None:
+    async def passes() -> None:
+        async with streaming(tmp_path, sources=(0, 1, 0, 1)) as setup:
+            kvs, is_read_early = setup.sequences(4), threading.Event()
+            writing: list[int] = []
+
+            def write(offset: int) -> None:
+                writing.append(offset)
+                # The others' writes begin while the first one's is waited for, and end later.
+                is_read_early.wait(0.1 if len(writing) == 1 else 0.5)
+                writing[writing.index(offset)] = -1
+
+            setup.writes.on_call = write
+            setup.reads.on_call = lambda offset: is_read_early.set() if offset in writing else None
+            await run_pass(setup, setup.groups(kvs, 64), pause=0.02)
+            assert not is_read_early.is_set() and len(writing) == 4 * 2
+            setup.writes.on_call = lambda offset: None
+            for tokens in (70, 1):
+                await run_pass(setup, setup.groups(kvs, tokens))
+            assert setup.spill.bytes_written == 4 * 2 * 2 * setup.pool.layouts[0].block_nbytes
 
     run(passes())
 

@@ -1,7 +1,14 @@
 """What a model family looks like: its table entry, its graph on the meta device, its blocks."""
 
 from tiered.arch.config import is_text_half, load_config, text_config
-from tiered.arch.context import chunked_layers, context_for, layer_windows, most_positions
+from tiered.arch.context import (
+    chunked_layers,
+    context_for,
+    kv_sources,
+    layer_configs,
+    layer_windows,
+    most_positions,
+)
 from tiered.arch.families import FAMILIES, Family, Scan, family_for
 from tiered.arch.mixers import is_mixer, state_shape
 from tiered.arch.modules import ExpertStacks, expert_stacks, linear_size
@@ -29,6 +36,8 @@ __all__ = [
     "family_for",
     "is_mixer",
     "is_text_half",
+    "kv_sources",
+    "layer_configs",
     "layer_windows",
     "linear_size",
     "load_config",

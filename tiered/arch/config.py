@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from transformers import AutoConfig, PretrainedConfig
 
+from tiered.arch.context import layer_configs
 from tiered.arch.families import TEXT_HALVES, family_for
 from tiered.errors import CheckpointError, ConfigError, UnsupportedFamilyError, shortened
 from tiered.files import errors_of, read_json
@@ -128,11 +129,11 @@ def _check_counts(values: Mapping[str, Any]) -> None:
 def _check_read_here(config: PretrainedConfig) -> None:
     """Raises ValueError for bad values that tiered itself computes with: some families accept anything there."""
     for name, least in _LEAST.items():
-        value = getattr(config, name, least)
-        if value is None and not least:
-            continue
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"{name} is {value!r}, expected a whole number" + " above 0" * least)
+        for value in (getattr(each, name, least) for each in layer_configs(config)):
+            if value is None and not least:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{name} is {value!r}, expected a whole number" + " above 0" * least)
     types = getattr(config, "layer_types", None)
     if types is not None and (not isinstance(types, list | tuple) or len(types) != config.num_hidden_layers):
         raise ValueError(f"layer_types is {types!r}, expected a name for each of {config.num_hidden_layers} layers")

@@ -36,6 +36,18 @@ def context_for(config: PretrainedConfig, asked: int | None, option: str, defaul
     return asked
 
 
+def layer_configs(config: PretrainedConfig) -> list[PretrainedConfig]:
+    """The configuration of each decoder layer, where they differ in sizes; else the model's alone."""
+    return list(config.per_layer_config) if getattr(config, "is_heterogeneous", False) else [config]
+
+
+def kv_sources(config: PretrainedConfig) -> tuple[int, ...]:
+    """For each decoder layer, the layer whose keys and values its queries read: itself, or an earlier one."""
+    modes = getattr(config, "kv_sharing_modes", None) or [None] * int(config.num_hidden_layers)
+    stored = {config.layer_types[layer]: layer for layer, mode in enumerate(modes) if mode == "store"}
+    return tuple(stored[config.layer_types[n]] if mode == "reuse" else n for n, mode in enumerate(modes))
+
+
 def layer_windows(config: PretrainedConfig) -> tuple[int, ...]:
     """For each decoder layer, how many tokens a query sees, its own included; 0: all up to its own. Of
     `chunked_layers`, the length of their chunks."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from transformers import PretrainedConfig
 
-from tiered.errors import UnsupportedFamilyError
+from tiered.errors import CheckpointError, UnsupportedFamilyError
 from tiered.plan.state import Grid
 
 
@@ -25,9 +25,28 @@ class Scan:
     sums in another order."""
 
     def grid_of(self, config: PretrainedConfig) -> Grid:
-        """The grid of the model with this configuration."""
-        tokens = self.grid if isinstance(self.grid, int) else int(getattr(config, self.grid))
+        """The grid of the model with this configuration. Raises CheckpointError where that has none."""
+        if isinstance(self.grid, int):
+            return Grid(self.grid, self.one_cell)
+        tokens = getattr(config, self.grid, None)
+        if not isinstance(tokens, int) or tokens < 1:
+            raise CheckpointError(
+                f"{config.name_or_path or config.model_type}: {self.grid} is {tokens!r}, expected a whole number above "
+                "0; put the model's own config.json there"
+            )
         return Grid(tokens, self.one_cell)
+
+
+@dataclass(frozen=True)
+class IdTable:
+    """A table, beside the token embedding, whose rows the tokens of a pass choose by their ids: it stays on disk."""
+
+    module: str
+    """Path of the nn.Embedding inside the causal LM. A configuration may do without it."""
+    look_up: str
+    """Path of what returns the model's own values for ids [rows, tokens]: the module itself, or a method around it."""
+    argument: str
+    """By this name the forward takes them; without, it would look them up itself."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +61,7 @@ class Family:
     gathers: bool = False
     """Dense attention: the family has attention code of its own, which takes keys and values as whole tensors. They
     are gathered from the cache for every layer, and sequences are padded to equal length."""
+    tables: tuple[IdTable, ...] = ()
     scan: Scan | None = None
     """Some of its layers keep a state of fixed size instead of keys and values, or beside them."""
     embedding_scale: str | None = None
@@ -133,6 +153,7 @@ _MIXTURES = (
 )
 """Mixtures of experts, whose experts transformers keeps in one stack per layer: a store has each of them by itself."""
 
+_PER_LAYER = IdTable("model.embed_tokens_per_layer", "model.get_per_layer_inputs", "per_layer_inputs")
 _DELTA = Scan(64)
 """Gated delta rule: 64 is a constant of the families' code."""
 _MAMBA2 = Scan("mamba_chunk_size", one_cell=True)
@@ -156,6 +177,7 @@ FAMILIES: dict[str, Family] = {
         Family("biogpt", "biogpt.layers"),
         Family("xglm", "model.layers", gathers=True),
         Family("diffllama", "model.layers", gathers=True),
+        Family("gemma4_text", "model.layers", tables=(_PER_LAYER,)),
         Family("doge", "model.layers", gathers=True),
         Family("jetmoe", "model.layers", gathers=True),
         *(Family(name, "model.layers") for name in (*_MODEL_LAYERS, *_MIXTURES)),
@@ -176,6 +198,7 @@ whatever their text half alone would (Cohere's scale its logits)."""
 
 TEXT_HALVES: dict[str, tuple[str, ...]] = {
     "gemma3": ("gemma3_text",),
+    "gemma4": ("gemma4_text",),
     "llama4": ("llama4_text",),
     "qwen3_5": ("qwen3_5_text",),
     "qwen3_5_moe": ("qwen3_5_moe_text",),
@@ -213,10 +236,10 @@ _REASONS: dict[str, tuple[str, ...]] = {
         *("axk2", "deepseek_v32", "deepseek_v4", "dots3_note", "dots3_note_text", "glm_moe_dsa", "hy_v4"),
         *("minimax_m3_vl_text", "qwen4_exp", "qwen4_exp_text"),
     ),
-    "its layers have keys and values of different shapes, or share them, which is not driven yet": (
-        *("gemma3n", "gemma3n_text", "gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"),
-        *("mimo_v2_flash",),
+    "its layers have keys and values of different shapes, or share them, in a way which is not driven yet": (
+        *("gemma4_unified", "gemma4_unified_text", "mimo_v2_flash"),
     ),
+    "several versions of a token's hidden state go through its layers": ("gemma3n", "gemma3n_text"),
     "it drafts tokens for another model, whose hidden states it reads": (
         *("gemma4_assistant", "gemma4_unified_assistant"),
     ),

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tiered.arch.skeleton import Skeleton
-from tiered.errors import UnsupportedFamilyError
+from tiered.errors import CheckpointError, UnsupportedFamilyError, shortened
 from tiered.plan.state import StateGroup, StateKind, StatePart, StateShape
 
 _UPDATES: Final = frozenset(("update_conv_state", "update_recurrent_state"))
@@ -34,7 +34,7 @@ def state_shape(skeleton: Skeleton) -> StateShape | None:
     """What the recurrent layers of `skeleton` keep of a sequence; None where it has none.
 
     Raises UnsupportedFamilyError where the family is not listed as one with such layers, or where this version of
-    transformers hands their states over in another way.
+    transformers hands their states over in another way, and CheckpointError where the configuration makes no sense.
     """
     measured: dict[object, _Measured] = {}
     layers: dict[tuple[StatePart, ...], list[int]] = {}
@@ -92,8 +92,18 @@ def _peak(skeleton: Skeleton, mixer: nn.Module, states: "_States", tokens: int) 
     hidden = torch.empty(1, tokens, skeleton.config.hidden_size, dtype=skeleton.model.dtype, device="meta")
     known = [hidden, *mixer.parameters(), *mixer.buffers(), *states.tensors]
     peak = _Peak(known)
-    with torch.no_grad(), peak:
-        mixer(hidden, cache=states, attention_mask=None)
+    try:
+        with torch.no_grad(), peak:
+            mixer(hidden, cache=states, attention_mask=None)
+    except MemoryError:
+        raise
+    # Each family has code of its own, which may raise anything where its configuration is unusual.
+    except Exception as error:
+        path = skeleton.config.name_or_path or skeleton.family.model_type
+        raise CheckpointError(
+            f"{path}: transformers cannot compute {type(mixer).__name__} as it is described: {shortened(error)}; put "
+            "the model's own config.json there"
+        ) from error
     return peak.most
 
 

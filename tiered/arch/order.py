@@ -43,7 +43,7 @@ def record_order(skeleton: Skeleton) -> tuple[str, ...]:
     noted: list[str] = []
     with torch.no_grad(), _stand_ins(skeleton.model, base, noted), _zeros(base), _NoProducts():
         hidden = torch.zeros(1, _TOKENS, skeleton.embedding.embedding_dim, dtype=skeleton.model.dtype)
-        base(inputs_embeds=hidden, use_cache=False)
+        base(inputs_embeds=hidden, use_cache=False, **skeleton.table_zeros(hidden))
     return tuple(dict.fromkeys(noted))
 
 

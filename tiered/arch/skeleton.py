@@ -9,6 +9,8 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
 from typing import Final
 
@@ -18,7 +20,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from tiered.arch.config import REMEDY
-from tiered.arch.families import Family, family_for
+from tiered.arch.families import Family, IdTable, family_for
 from tiered.arch.modules import lent_weights, linear_size
 from tiered.errors import CheckpointError, ConfigError, TieredError, UnsupportedFamilyError, shortened
 from tiered.units import GIB, format_size
@@ -51,7 +53,8 @@ class BlockTensors:
 
     name: str
     role: str
-    """"embed" (token embedding), "outer" (position tables, projections, final norms), "layer" or "head"."""
+    """"embed" (token embedding), "outer" (position tables, projections, final norms), "table" (chosen by ids, as the
+    embedding is), "layer" or "head"."""
     prefix: str
     parameters: tuple[ParameterInfo, ...]
 
@@ -83,14 +86,45 @@ class Skeleton:
         assert isinstance(module, nn.Embedding)
         return module
 
+    @cached_property
+    def tables(self) -> dict[str, IdTable]:
+        """The tables beside the embedding that this model has, by the name of their block."""
+        modules = dict(self.model.named_modules())
+        found = (table for table in self.family.tables if isinstance(modules.get(table.module), nn.Embedding))
+        return {f"table-{number:03d}": table for number, table in enumerate(found)}
+
+    def look_up(self, table: IdTable, rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """What the model's own code makes of `index` [rows, tokens], with `rows` [n, width] as the table."""
+        module = self.model.get_submodule(table.module)
+        own = module._parameters["weight"]
+        # Bypasses nn.Module's checks: it is no nn.Parameter.
+        module._parameters["weight"] = rows  # type: ignore[assignment]
+        try:
+            found: torch.Tensor = attrgetter(table.look_up)(self.model)(index)
+        finally:
+            module._parameters["weight"] = own
+        return found
+
+    def table_zeros(self, hidden: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Arguments for a forward over embeddings like `hidden` [rows, tokens, ...] that needs no table's values."""
+        index = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
+        found = {}
+        for table in self.tables.values():
+            module = self.model.get_submodule(table.module)
+            assert isinstance(module, nn.Embedding)
+            found[table.argument] = self.look_up(table, hidden.new_zeros(1, module.embedding_dim), index)
+        return found
+
     def blocks(self) -> Iterator[BlockTensors]:
-        """embed, outer, every layer, and head where it is not tied to embed; in that order."""
+        """embed, outer, tables, every layer, and head where it is not tied to embed; in that order."""
         head = self.head_name.removesuffix("weight")
+        tables = {f"{table.module}.weight": name for name, table in self.tables.items()}
         layer_prefixes = [f"{self.family.layers}.{i}." for i in range(len(self.layers))]
         lent = _lent_weights(self.model)
         by_prefix: dict[str, list[ParameterInfo]] = {prefix: [] for prefix in layer_prefixes}
         outer: list[ParameterInfo] = []
         heads: list[ParameterInfo] = []
+        found: list[BlockTensors] = []
         for name, tensor in _stored_tensors(self.model):
             shape, is_transposed = tuple(tensor.shape), lent.get(name, False)
             if is_transposed:
@@ -98,6 +132,8 @@ class Skeleton:
             info = ParameterInfo(name, shape, name in lent, is_transposed)
             if name == self.embed_name:
                 yield BlockTensors("embed", "embed", name.removesuffix("weight"), (info,))
+            elif name in tables:
+                found.append(BlockTensors(tables[name], "table", name.removesuffix("weight"), (info,)))
             elif name.startswith(self.family.layers + "."):
                 index = int(name[len(self.family.layers) + 1 :].split(".", 1)[0])
                 by_prefix[layer_prefixes[index]].append(info)
@@ -107,6 +143,7 @@ class Skeleton:
             else:
                 outer.append(info)
         yield BlockTensors("outer", "outer", "", tuple(p for p in outer if p.name != self.head_name))
+        yield from found
         for index, prefix in enumerate(layer_prefixes):
             yield BlockTensors(f"layer-{index:03d}", "layer", prefix, tuple(by_prefix[prefix]))
         if not self.tied:
@@ -139,6 +176,11 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype = torch.float32)
     UnsupportedFamilyError where the graph is not what the family's table entry says.
     """
     family = family_for(config.model_type)
+    if getattr(config, "use_bidirectional_attention", None) in (True, "all"):
+        raise UnsupportedFamilyError(
+            f"{config.name_or_path or 'model shape'}: attention sees later tokens, too (use_bidirectional_attention is "
+            f"{config.use_bidirectional_attention!r}), so it cannot generate; expected a model that sees earlier ones"
+        )
     # Linear layers are called, where some families would multiply by a weight that is elsewhere.
     config._is_quantized = True
     if getattr(config, "output_router_logits", False):
@@ -163,7 +205,7 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype = torch.float32)
             "install a version of transformers within tiered's range"
         )
     names = {id(module): name for name, module in model.named_modules()}
-    return Skeleton(
+    skeleton = Skeleton(
         model=model,
         config=config,
         family=family,
@@ -171,6 +213,17 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype = torch.float32)
         head_name=f"{names[id(head)]}.weight",
         tied=bool(config.tie_word_embeddings),
     )
+    for table in skeleton.tables.values():
+        module = model.get_submodule(table.module)
+        assert isinstance(module, nn.Embedding)
+        # It matters in training only, and torch would demand that it is among the few rows that are looked up.
+        module.padding_idx = None
+        if module.num_embeddings < embed.num_embeddings:
+            raise CheckpointError(
+                f"{config.name_or_path or 'model shape'}: {table.module} has {module.num_embeddings:,} rows for "
+                f"{embed.num_embeddings:,} tokens, expected one for each; {REMEDY}"
+            )
+    return skeleton
 
 
 def _check_probabilities(config: PretrainedConfig) -> None:

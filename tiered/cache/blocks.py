@@ -98,12 +98,14 @@ class BlockMap:
             there = [(first + page % ring) * nbytes for page in range(oldest, stop)]
         return [-1] * oldest + there + [-1] * (pages - max(stop, oldest))
 
-    def reads(self, layer: int) -> list[Extent]:
-        """The extents that must be read from disk before `layer` computes."""
+    def reads(self, layer: int, is_complete: bool = False) -> list[Extent]:
+        """The extents that must be read from disk before `layer` computes; if it `is_complete`, with the pages that the
+        parts have completed in it."""
+        stops = [part.complete_pages.stop if is_complete else part.first_page for part in self.parts]
         return [
             extent
             for number, part in enumerate(self.parts)
-            for extent in self._extents(layer, number, range(part.oldest_page(self.kept), part.first_page))
+            for extent in self._extents(layer, number, range(part.oldest_page(self.kept), stops[number]))
         ]
 
     def writes(self, layer: int) -> list[Extent]:
@@ -153,7 +155,9 @@ class LentBlocks:
 
     def reads(self, layer: int) -> list[Extent]:
         """The extents that must be read from disk before `layer` computes."""
-        blocks = [] if self.pool.group_of[layer] is None else self.map_of(layer).reads(layer)
+        source = self.pool.source_of[layer]
+        keeps = self.pool.group_of[source] is not None
+        blocks = self.map_of(source).reads(source, is_complete=source != layer) if keeps else []
         return blocks + self._state_extents(layer, lambda part: part.start > 0)
 
     def writes(self, layer: int) -> list[Extent]:
@@ -173,7 +177,8 @@ class LentBlocks:
 
     def _states_start(self, layer: int) -> int:
         """Bytes from the start of the lent memory to the states: those of the blocks."""
-        return 0 if self.pool.group_of[layer] is None else self.map_of(layer).lent_nbytes
+        source = self.pool.source_of[layer]
+        return 0 if self.pool.group_of[source] is None else self.map_of(source).lent_nbytes
 
     def _state_nbytes(self, layer: int) -> int:
         """Bytes of one sequence's recurrent state in `layer`."""
@@ -193,12 +198,13 @@ class LentBlocks:
         ]
 
     def lend(self, layer: int, memory: torch.Tensor) -> None:
-        """Lend `memory`: the blocks of `layer` that were read from disk, with room for those that will be completed."""
-        self._lent[layer] = memory
+        """Lend `memory`: the blocks that `layer` reads and that were read from disk, with room for those that it will
+        complete."""
+        self._lent[self.pool.source_of[layer]] = memory
 
     def take_back(self, layer: int) -> None:
         """End the loan of the memory for `layer`."""
-        del self._lent[layer]
+        del self._lent[self.pool.source_of[layer]]
 
     def memory(self, layer: int) -> torch.Tensor:
         """uint8: the memory that holds the blocks of `layer`, at the offsets of `map_of(layer)`."""

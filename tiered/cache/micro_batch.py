@@ -125,19 +125,24 @@ class MicroBatchKV(PositionCache):
             tokens=queries[0].count,
             offsets=torch.tensor(offsets),
             recent=None if self._tails is None else self._recent(group, self._tails, bundle, pages),
-            reads_fresh=not self.parts[bundle[0]].is_within_a_page,
+            reads_fresh=self._is_fresh(bundle[0]),
         )
 
+    def _is_fresh(self, number: int) -> bool:
+        """Whether queries of part `number` read their own pages in fresh memory."""
+        return self._tails is not None and self._tails.is_fresh(self.parts[number], self.numbers[number])
+
     def _recent(self, group: int, tails: TailWriter, bundle: Sequence[int], pages: int) -> torch.Tensor:
-        """[parts, pages]: offsets of the pages that queries of these parts read as they were computed; else -1."""
+        """[parts, pages]: offsets of the pages that queries of parts `bundle` read as they were computed; else -1."""
         nbytes = self.pool.exact[group].block_nbytes
         offsets = torch.full((len(bundle), pages), -1)
-        for row, part in enumerate(self.parts[number] for number in bundle):
-            if part.is_within_a_page:
-                offsets[row, part.first_page] = part.kv.tail * nbytes
-            else:
+        for row, number in enumerate(bundle):
+            part = self.parts[number]
+            if self._is_fresh(number):
                 fresh = tails.fresh_pages(part)[: pages - part.first_page]
                 offsets[row, part.first_page :] = torch.tensor(fresh) * nbytes
+            else:
+                offsets[row, part.first_page] = part.kv.tail * nbytes
         return offsets
 
     def pages(self, call: "PagedCall", layer: int) -> tuple[Pages, Pages]:
@@ -221,7 +226,8 @@ class PackedKV(MicroBatchKV):
         """The same, what each call reads where it is computed, and its first token; None: it reads the cache."""
         if outbox is not None:
             self._own = [[self._beginning(group, *each) for each in cut[group]] for group in groups]
-        self._states: States | None = None
+        self._states: dict[int, States] = {}
+        """New states of layers whose queries still read them where they were computed, if that is not at the pool."""
         self._stored: int | None = None
         self.is_recorded = False
         """Masks and positions have been made: whoever asks for a length now is a layer."""
@@ -236,9 +242,11 @@ class PackedKV(MicroBatchKV):
         return offsets.to(self.pool.where if self.outbox is None else self.outbox.where)
 
     def _bundles(self) -> list[list[int]]:
-        """Numbers of parts that share a call: all parts of one token, and every other part by itself."""
+        """Numbers of parts that share a call: parts of one token, and every other part by itself; neighbours."""
         singles = list(itertools.takewhile(lambda number: self.parts[number].count == 1, range(len(self.parts))))
-        return [singles] * bool(singles) + [[number] for number in range(len(singles), len(self.parts))]
+        runs = [(fresh, list(numbers)) for fresh, numbers in itertools.groupby(singles, self._is_fresh)]
+        alike = [each for fresh, run in runs for each in ([[number] for number in run] if fresh else [run])]
+        return alike + [[number] for number in range(len(singles), len(self.parts))]
 
     def _pieces(self, group: int, bundle: Sequence[int]) -> list[list[Part]]:
         """The tokens of a call's parts, cut where a chunk of the group ends: queries of a call see one chunk."""
@@ -286,15 +294,20 @@ class PackedKV(MicroBatchKV):
             )
         self.store(layer_idx, keys[0], values[0], is_read=None in self._own[group])
         if self.outbox is not None:
-            self._states = keys, values
+            self._states[layer_idx] = keys, values
         self._stored = layer_idx
         return PagedKeys.of(key_states, self, layer_idx), value_states
 
     def reads(self, layer: int) -> list[PagedRead]:
-        """What attention in `layer` reads; `update` must have stored the layer's new states before."""
-        assert self._stored == layer, f"layer {layer} attends, layer {self._stored} has stored"
-        states, self._states, self._stored = self._states, None, None
+        """What attention to the keys of `layer` reads; `update` must have stored the layer's new states before. Layers
+        that have none of their own ask again."""
         group = self.pool.group(layer)
+        is_read_again = bool(self.pool.plan.groups[group].readers)
+        is_right = self._stored == layer or (self._stored is None and is_read_again)
+        assert is_right, f"layer {layer} attends, layer {self._stored} has stored"
+        self._stored, states = None, self._states.get(layer)
+        if not is_read_again:
+            self._states.pop(layer, None)
         layout = self.pool.layouts[group]
         window, away = self.blocks.maps[group].kept.window, None if self.outbox is None else layout.dtype
         found, token = [], 0

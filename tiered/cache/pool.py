@@ -95,10 +95,14 @@ class KVPool:
         self._tails = _Runs(plan.sequences)
         self.group_of: list[int | None] = [None] * plan.layers
         """For each layer, the number of its group; None: it keeps no keys and values of its own."""
+        self.source_of = [*range(plan.layers)]
+        """For each layer, the one whose keys and values it reads: another's, if it keeps none."""
         self._layer_start, self._tails_start = [0] * plan.layers, [0] * plan.layers
         """Bytes from the start of the memory, or of the file, to each layer's blocks; and from that of the tails."""
         blocks = tails = 0
         for number, group in enumerate(plan.groups):
+            for reader in group.readers:
+                self.source_of[reader] = group.layers[0]
             for layer in group.layers:
                 self.group_of[layer], self._layer_start[layer], self._tails_start[layer] = number, blocks, tails
                 if not plan.shares_layers:

@@ -5,6 +5,7 @@ from typing import Final
 import torch
 from transformers import PretrainedConfig
 
+from tiered.arch import kv_sources, layer_configs
 from tiered.plan.kv import KVShape
 
 _KEYLESS: Final = ("linear_attention", "conv", "mamba", "moe", "mlp")
@@ -12,12 +13,17 @@ _KEYLESS: Final = ("linear_attention", "conv", "mamba", "moe", "mlp")
 
 
 def kv_shapes(config: PretrainedConfig, dtype: torch.dtype) -> tuple[KVShape | None, ...]:
-    """For each decoder layer, what one token adds to it; None for a layer that keeps no keys and values."""
+    """For each decoder layer, what one token adds to it; None for a layer that keeps no keys and values of its own."""
     types = getattr(config, "layer_types", None) or [""] * config.num_hidden_layers
     if all(kind in _KEYLESS for kind in types):
         return (None,) * len(types)
-    shape = _kv_shape(config, dtype)
-    return tuple(None if kind in _KEYLESS else shape for kind in types)
+    shapes = [_kv_shape(each, dtype) for each in layer_configs(config)]
+    shapes = shapes if len(shapes) == len(types) else shapes * len(types)
+    keeps = [source == layer for layer, source in enumerate(kv_sources(config))]
+    return tuple(
+        shape if keeps[layer] and kind not in _KEYLESS else None
+        for layer, (shape, kind) in enumerate(zip(shapes, types, strict=True))
+    )
 
 
 def _kv_shape(config: PretrainedConfig, dtype: torch.dtype) -> KVShape:

@@ -73,7 +73,8 @@ class _Places:
 
 @dataclass(frozen=True)
 class _Long:
-    """A part that ends in another page than it begins in: its pages are put together in fresh memory."""
+    """A part that ends in another page than it begins in, or whose page a later micro-batch completes before all have
+    read it: its pages are put together in fresh memory."""
 
     part: Part
     number: int
@@ -93,6 +94,9 @@ class TailWriter:
 
     def __init__(self, blocks: LentBlocks, parts: Sequence[Part], numbers: Sequence[int]) -> None:
         self._pool, self._blocks = blocks.pool, blocks
+        self._are_read_later = any(group.readers for group in blocks.pool.plan.groups)
+        self._kept: dict[int, torch.Tensor] = {}
+        """Fresh memory of the groups that other layers read when it would have been used again."""
         self._short: list[tuple[Part, int]] = []
         self._long: list[_Long] = []
         tokens: list[int] = []
@@ -100,7 +104,7 @@ class TailWriter:
         slots: list[int] = []
         token = fresh = 0
         for part, number in zip(parts, numbers, strict=True):
-            if part.is_within_a_page:
+            if not self.is_fresh(part, number):
                 self._short.append((part, number))
                 tokens += range(token, token + part.count)
                 tails += [part.kv.tail] * part.count
@@ -113,6 +117,12 @@ class TailWriter:
         self._tails = _Places.of(tails, slots, self._pool.where)
         self._fresh_pages = fresh
 
+    def is_fresh(self, part: Part, number: int) -> bool:
+        """Whether queries of `part`, which lies within part `number` of the blocks, read their pages in fresh memory;
+        else in the tail, which holds the last page of all that the pass adds to the sequence."""
+        last = (self._blocks.parts[number].stop - 1) // PAGE_TOKENS
+        return not part.is_within_a_page or (self._are_read_later and part.first_page < last)
+
     def fresh_pages(self, part: Part) -> range:
         """Numbers of a long part's pages in fresh memory, from the page of its first token on."""
         first = next(item.fresh for item in self._long if item.part is part)
@@ -120,7 +130,12 @@ class TailWriter:
 
     def fresh(self, group: int) -> torch.Tensor:
         """uint8: the pages that long parts have put together in the layer that stored last, which is of `group`."""
-        return self._pool.scratch(max(1, self._fresh_pages) * self._pool.exact[group].block_nbytes)
+        nbytes = max(1, self._fresh_pages) * self._pool.exact[group].block_nbytes
+        if not self._pool.plan.groups[group].readers:
+            return self._pool.scratch(nbytes)
+        if group not in self._kept:
+            self._kept[group] = torch.empty(nbytes, dtype=torch.uint8, device=self._pool.where)
+        return self._kept[group]
 
     def store(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         group = self._pool.group(layer)
@@ -169,4 +184,5 @@ def _fill(tail: torch.Tensor, fresh: torch.Tensor, item: _Long, states: torch.Te
         fresh[page, :, slot : slot + count] = states[:, token : token + count]
         token, page, slot = token + count, page + 1, 0
     if left:
-        tail[:, :left] = states[:, -left:]
+        new = min(left, item.part.count)
+        tail[:, left - new : left] = states[:, -new:]

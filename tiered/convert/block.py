@@ -2,28 +2,33 @@
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import Final
 
+import torch
 import xxhash
 
-from tiered.convert.blocks import BlockRecipe, RangeRecipe
+from tiered.convert.blocks import BlockRecipe, RangeRecipe, TensorRecipe
 from tiered.convert.compression import Compression, is_candidate
-from tiered.convert.source import Weights
+from tiered.convert.source import Weights, tensor_bytes
 from tiered.errors import StoreError
 from tiered.files import errors_of
-from tiered.quant import folded
+from tiered.quant import QuantizedTensor, folded
 from tiered.quant.planes import FRAME_NBYTES
-from tiered.store import BlockWriter, FileInfo, UnitInfo, read_header
+from tiered.store import BlockWriter, FileInfo, RowLayout, UnitInfo, read_header
 from tiered.store.block import BlockLayout, read_layout
+from tiered.store.rows import ROWS
+from tiered.units import MIB
 
 Advance = Callable[[int], None]
 """Called with the number of bytes written to the store since the last call, counted before compression."""
 
+RECORDS_NBYTES: Final = 4 * MIB
+"""Records of rows that are put together at a time, beside which their parts are in memory."""
 _HASH_READ_NBYTES: Final = 4 << 20
 
 
@@ -51,13 +56,17 @@ def write_block(
             writer.start_unit(unit.name, unit.kind)
             for part in unit.ranges:
                 tensor = part.whole
-                if tensor.scheme is None:
+                layout = tensor.row_layout(source.dtype(tensor))
+                if layout is not None:
+                    records = _counted(_records(layout, tensor, source), advance)
+                    writer.add(f"{tensor.name}.{ROWS}", torch.uint8, (tensor.shape[0], layout.nbytes), records)
+                elif tensor.scheme is None:
                     _add_plain(writer, part, source, compression if tensor.name in candidates else None, advance)
                 else:
                     _add_packed(writer, part, source, advance)
-                if part.number is not None or tensor.scheme is not None:
+                if part.number is not None or tensor.scheme is not None or layout is not None:
                     ranges = None if part.number is None else counts[tensor.name]
-                    writer.add_weight(tensor.name, tensor.shape, tensor.scheme, ranges)
+                    writer.add_weight(tensor.name, tensor.shape, tensor.scheme, ranges, layout)
         return writer.finish()
 
 
@@ -88,7 +97,7 @@ def _units_of(block: BlockRecipe, layout: BlockLayout) -> tuple[UnitInfo, ...]:
     if not block.fits(layout):
         raise ValueError(f"{layout.file.path}: holds other tensors than {block.name}")
     first = {w.name: next(iter(w.parts.values())) for unit in layout.units for w in unit.weights.values()}
-    dtypes = {name: next(iter(weight.parts.values())).dtype for name, weight in layout.weights.items()}
+    dtypes = {name: weight.dtype for name, weight in layout.weights.items()}
     stored = layout.units[0].stored
     recipes = block.units(lambda tensor: dtypes[tensor.name])
     if not first.keys() == {*BlockRecipe.names(recipes)}:
@@ -99,6 +108,29 @@ def _units_of(block: BlockRecipe, layout: BlockLayout) -> tuple[UnitInfo, ...]:
         UnitInfo(unit.name, unit.kind, start, stop - start)
         for unit, (start, stop) in zip(recipes, pairwise([*starts, layout.file.nbytes]), strict=True)
     )
+
+
+def _records(layout: RowLayout, tensor: TensorRecipe, source: Weights) -> Iterator[memoryview]:
+    """The records of a table's rows, as many at a time as are RECORDS_NBYTES."""
+    step = max(1, RECORDS_NBYTES // layout.nbytes)
+    for start in range(0, tensor.shape[0], step):
+        part = RangeRecipe(tensor, 0, start, min(start + step, tensor.shape[0]))
+        if tensor.scheme is None:
+            rows: torch.Tensor | QuantizedTensor = _joined(source.plain(part), layout.dtype, part.shape)
+        else:
+            packed, scheme = source.packed(part), tensor.scheme
+            # In this order: scales and zeros are there when all codes have been made.
+            q = _joined(packed.q, torch.uint8, scheme.q_shape(*part.shape))
+            scale = _joined(packed.scale, scheme.scale_dtype, scheme.scale_shape(*part.shape))
+            zero = _joined(packed.zero, torch.uint8, scheme.zero_shape(*part.shape))
+            rows = QuantizedTensor(q, scale, zero)
+        yield tensor_bytes(layout.pack(rows, start))
+
+
+def _joined(pieces: Iterable[memoryview], dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
+    """The tensor whose bytes come in `pieces`."""
+    joined = bytearray().join(pieces)
+    return torch.frombuffer(joined, dtype=dtype).view(*shape) if joined else torch.empty(shape, dtype=dtype)
 
 
 def _add_packed(writer: BlockWriter, part: RangeRecipe, source: Weights, advance: Advance) -> None:

@@ -5,7 +5,7 @@ Its size in bytes is exact but for what compression saves. Pure: `recipe.py` mak
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, groupby
 from pathlib import PurePosixPath
 from typing import Final
@@ -13,7 +13,7 @@ from typing import Final
 import torch
 
 from tiered.quant import Scheme, folded
-from tiered.store import CHUNK_NBYTES
+from tiered.store import CHUNK_NBYTES, RowLayout
 from tiered.store.block import BlockLayout
 from tiered.store.file import Kind
 from tiered.store.format import ALIGNMENT, header_room_nbytes, tensor_nbytes
@@ -38,11 +38,22 @@ class TensorRecipe:
     """None keeps the source's dtype."""
     kind: Kind = "dense"
     """Of the unit it goes into."""
+    by_row: bool = False
+    """Each row is a record of its own (`tiered/store/rows.py`)."""
+
+    def row_layout(self, dtype: torch.dtype) -> RowLayout | None:
+        """How its rows lie, where each is a record of its own and the source holds it as `dtype`."""
+        if not self.by_row:
+            return None
+        return RowLayout(self.shape[1], self.scheme, dtype if self.scheme is None else torch.uint8)
+
     is_transposed: bool = False
     """A checkpoint as transformers saves it has each of its matrices as [in, out]."""
 
     def nbytes(self, dtype: torch.dtype) -> int:
         """Bytes in the block file, where the source holds it as `dtype`."""
+        if (layout := self.row_layout(dtype)) is not None:
+            return round_up(self.shape[0] * layout.nbytes, ALIGNMENT)
         if self.scheme is None:
             return round_up(tensor_nbytes(dtype, self.shape), ALIGNMENT)
         parts = self.scheme.parts(*self.matrix).values()
@@ -61,7 +72,8 @@ class TensorRecipe:
             count = self.shape[0]
             step = rows // count
         else:
-            count = -(-self.nbytes(dtype) // RANGE_NBYTES) if self.kind == "dense" and len(self.shape) == 2 else 1
+            is_cut = self.kind == "dense" and len(self.shape) == 2 and not self.by_row
+            count = -(-self.nbytes(dtype) // RANGE_NBYTES) if is_cut else 1
             step = round_up(-(-rows // count), _ROWS)
             count = -(-rows // step)
         if count == 1 and self.kind != "expert":
@@ -108,7 +120,7 @@ class RangeRecipe:
 
     def nbytes(self, dtype: torch.dtype) -> int:
         """Bytes in the block file, where the source holds the tensor as `dtype`."""
-        return TensorRecipe(self.name, self.shape, self.whole.scheme).nbytes(dtype)
+        return replace(self.whole, name=self.name, shape=self.shape).nbytes(dtype)
 
 
 @dataclass(frozen=True)
@@ -133,8 +145,8 @@ class BlockRecipe:
 
     def fits(self, layout: BlockLayout) -> bool:
         """Whether the file of `layout` holds exactly these tensors, in this form."""
-        found = {name: (weight.shape, weight.scheme) for name, weight in layout.weights.items()}
-        return found == {tensor.name: (tensor.shape, tensor.scheme) for tensor in self.tensors}
+        found = {name: (w.shape, w.scheme, w.rows is not None) for name, w in layout.weights.items()}
+        return found == {tensor.name: (tensor.shape, tensor.scheme, tensor.by_row) for tensor in self.tensors}
 
     @property
     def path(self) -> str:

@@ -22,6 +22,8 @@ from tiered.units import MIB
 _QUANTS: Final = ("keep", "int4", "int8", "none")
 """Besides the name of a codebook's scheme, as it is."""
 _COMPRESSIONS: Final = ("auto", "planes", "none")
+_BY_ROW: Final = ("embed", "table")
+"""Roles of blocks whose rows are read one by one."""
 _FEW: Final = 0.05
 """Share of the layers' weights that may keep the source's precision without a word."""
 
@@ -91,9 +93,9 @@ class ConvertOptions:
         """The scheme of a linear weight in a block of this `role`, which the source holds as `stored`; None where it
         is not quantized in the store.
 
-        "int4", "int8" and codebooks are for layers; embedding and head have 8 bits even then, as every token passes
-        both. What is quantized already in no more bits is taken as it is: to quantize it anew adds an error and saves
-        nothing.
+        "int4", "int8" and codebooks are for layers; embedding, tables beside it and head have 8 bits even then, as
+        every token passes all of them. What is quantized already in no more bits is taken as it is: to quantize it anew
+        adds an error and saves nothing.
         "keep" takes all that is quantized as it is, what no scheme holds in 8 bits, and leaves the rest in the source's
         precision.
         """
@@ -225,8 +227,8 @@ def _recipe(
             _is_quantizable(parameter, block.role) and scheme is not None and scheme.accepts(*folded(parameter.shape))
         )
         used = scheme if fits else None
-        kind = _kind(parameter, block.role)
-        tensors.append(TensorRecipe(parameter.name, parameter.shape, used, kind, parameter.is_transposed))
+        kind, by_row = _kind(parameter, block.role), block.role == "table"
+        tensors.append(TensorRecipe(parameter.name, parameter.shape, used, kind, by_row, parameter.is_transposed))
     tensors.sort(key=lambda tensor: (tensor.kind != "small", order.get(tensor.name, -1)))
     return BlockRecipe(block.name, block.role, block.prefix, tuple(tensors))
 
@@ -235,13 +237,14 @@ def _kind(parameter: ParameterInfo, role: str) -> Kind:
     """The kind of the unit it goes into. Whether 1 MiB is reached is told in 16 bits, whatever the source has."""
     if parameter.is_linear and len(parameter.shape) == 3:
         return "expert"
-    is_lent = parameter.is_linear or role == "embed"
+    is_lent = parameter.is_linear or role in _BY_ROW
     return "small" if not is_lent and 2 * parameter.numel < MIB else "dense"
 
 
 def _is_quantizable(parameter: ParameterInfo, role: str) -> bool:
-    """Whether a scheme is meant for it: the embedding, linear weights of layers and head. `outer` tensors are small."""
-    return role == "embed" or (role in ("layer", "head") and parameter.is_linear)
+    """Whether a scheme is meant for it: tables that are read row by row, linear weights of layers and head. `outer`
+    tensors are small."""
+    return role in _BY_ROW or (role in ("layer", "head") and parameter.is_linear)
 
 
 def _unquantized(
@@ -276,13 +279,14 @@ def _kept(files: Iterable[BlockRecipe], unquantized: Collection[str]) -> tuple[s
 
 
 def _entries(files: tuple[BlockRecipe, ...], layers: list[BlockTensors], tied: bool) -> tuple[BlockEntry, ...]:
-    """embed, outer, every layer in order, head."""
+    """embed, outer, tables, every layer in order, head."""
     by_role: dict[str, list[BlockRecipe]] = {}
     for file in files:
         by_role.setdefault(file.role, []).append(file)
     (embed,) = by_role["embed"]
     stored = by_role["layer"]
-    entries = [BlockEntry(b.name, b.role, b.path, b.prefix) for b in (embed, *by_role.get("outer", []))]
+    before = (embed, *by_role.get("outer", []), *by_role.get("table", []))
+    entries = [BlockEntry(b.name, b.role, b.path, b.prefix) for b in before]
     for index, layer in enumerate(layers):
         file = stored[index % len(stored)]
         entries.append(BlockEntry(layer.name, "layer", file.path, file.prefix))

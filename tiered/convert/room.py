@@ -13,6 +13,7 @@ from typing import Final
 
 import torch
 
+from tiered.convert.block import RECORDS_NBYTES
 from tiered.convert.blocks import BlockRecipe, TensorRecipe
 from tiered.convert.compression import COMPRESSING_NBYTES, is_candidate
 from tiered.convert.recipe import ConvertOptions
@@ -98,8 +99,11 @@ def on_same_disk(one: Path, other: Path) -> bool:
 
 
 def _writing_nbytes(tensor: TensorRecipe, block: BlockRecipe, compresses: bool) -> int:
-    """Memory of writing a tensor: a panel of codes, scales and zeros (written after all codes), and compression."""
+    """Memory of writing a tensor: a panel of codes, scales and zeros (written after all codes), and compression; or
+    records of rows, in the making and made."""
     nbytes = 0
+    if tensor.by_row:
+        return 4 * min(RECORDS_NBYTES, tensor.nbytes(torch.float32)) + PANEL_NBYTES // 2
     if tensor.scheme is not None:
         parts = tensor.scheme.parts(*tensor.matrix)
         # A byte of codes for each weight of a panel; the panel itself has at least two bytes for it.

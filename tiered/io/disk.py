@@ -82,7 +82,9 @@ class DiskReader:
         mode: ReadMode | None = None,
         preadv: Faults = os.preadv,
         clock: IdleClock | None = None,
+        scattered: int | None = None,
     ) -> None:
+        """`scattered` small reads of `read_parts` are in flight at once; None: as many as others."""
         self._root = root
         self._verifier = verifier
         self._trace = trace
@@ -91,8 +93,9 @@ class DiskReader:
         self._files: dict[str, TransferFile] = {}
         self._lock = threading.Lock()
         self._read_so_far = ByteCounter()
-        self._count = threads
+        self._count = threads if scattered is None else scattered
         self._threads = IOThreads(threads, "tiered-read", clock)
+        self._scattered = IOThreads(self._count, "tiered-rows", clock)
         self._urgent = IOThreads(threads, "tiered-urgent", clock)
         self._checks = IOThreads(threads, "tiered-check", clock)
         self._way = RightOfWay()
@@ -229,20 +232,21 @@ class DiskReader:
     async def read_pages(self, file: FileInfo, offset: int, memory: memoryview) -> None:
         """Read `memory.nbytes` from `offset` (both multiples of 4096) without touching checksums, as `read_parts`."""
         parts = _parts(offset, memory.nbytes)
-        await self.read_parts(file, [(start, memory[start - offset :][:nbytes]) for start, nbytes in parts])
+        await self.read_parts([(file, start, memory[start - offset :][:nbytes]) for start, nbytes in parts])
 
-    async def read_parts(self, file: FileInfo, parts: Sequence[tuple[int, memoryview]]) -> None:
-        """Read pairs (offset, memory), mostly small ones; each thread takes a share of them. The reads of units give
-        way: nothing can be computed before these, and behind what is read ahead they would wait for most of a pass."""
+    async def read_parts(self, parts: Sequence[tuple[FileInfo, int, memoryview]]) -> None:
+        """Read triples (file, offset, memory), mostly small ones; each thread takes a share of them. The reads of units
+        give way: nothing can be computed before these, and behind what is read ahead they would wait for most of a
+        pass."""
         count = min(len(parts), self._count)
 
-        def read(share: Sequence[tuple[int, memoryview]], check: Check) -> None:
-            for offset, memory in share:
+        def read(share: Sequence[tuple[FileInfo, int, memoryview]], check: Check) -> None:
+            for file, offset, memory in share:
                 self._read(file, offset, memory, check)
 
         self._way.begin()
         try:
-            await self._urgent.transfer(*(functools.partial(read, parts[i::count]) for i in range(count)))
+            await self._scattered.transfer(*(functools.partial(read, parts[i::count]) for i in range(count)))
         finally:
             self._way.end()
 
@@ -255,6 +259,7 @@ class DiskReader:
         """Drop queued reads, wait for running ones, close the files: nothing touches memory afterwards."""
         self._threads.close()
         self._urgent.close()
+        self._scattered.close()
         self._checks.close()
         with self._lock:
             for file in self._files.values():

@@ -6,7 +6,7 @@ from enum import Enum
 from pathlib import Path
 
 from tiered.errors import StoreError
-from tiered.store import FileInfo, hash_chunk
+from tiered.store import FileInfo, RowLayout, hash_chunk
 from tiered.trace import Tracer
 
 
@@ -50,3 +50,12 @@ class ChunkVerifier:
             )
         with self._lock:
             self._good[file.path].add(chunk)
+
+    def check_row(self, file: FileInfo, layout: RowLayout, row: int, record: memoryview) -> None:
+        """Test `record`, row number `row` of a table with a checksum in each row, unless nothing is to be tested;
+        raises StoreError naming file and row. It is cheaper to test a row again than to know that it has been."""
+        if self._policy is not VerifyPolicy.NEVER and not layout.is_good(record, row):
+            raise StoreError(
+                f"{self._folder / file.path}: row {row:,} is corrupt: its checksum does not fit its {len(record):,} "
+                "bytes; see 'tiered verify', then convert the model again"
+            )

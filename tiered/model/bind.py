@@ -101,6 +101,22 @@ class OffloadedLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
+class ResidentLinear(nn.Module):
+    """Takes the place of an nn.Linear outside layers and head: the same function by the kernels, so that a row's result
+    does not depend on the rows beside it. `BoundModel.set_outer` gives it its tensors."""
+
+    def __init__(self, original: nn.Linear, kernels: LayerKernels) -> None:
+        super().__init__()
+        self.in_features, self.out_features = original.in_features, original.out_features
+        self.weight = original.weight
+        self.register_parameter("bias", original.bias)
+        self._kernels = kernels
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., in_features] -> [..., out_features]."""
+        return self._kernels.linear(x, self.weight, self._parameters["bias"])
+
+
 @dataclass(frozen=True, eq=False)
 class _Place:
     """Where the weight of one name belongs that no module borrows."""
@@ -148,6 +164,7 @@ class BoundModel:
             split_mixers(layer)
         self.head = OffloadedLinear(_linear_at(skeleton.model, skeleton.head_name), kernels, self._desk, "")
         skeleton.model.set_output_embeddings(self.head)
+        _keep_linears(skeleton.model, kernels)
         self.blocks: list[nn.Module] = [*self.layers, self.head]
         """The modules of the tape's blocks."""
         # It matters in training only, and torch would demand that it is among the few rows that `embed` is given.
@@ -268,6 +285,14 @@ def _offload(module: nn.Module, kernels: LayerKernels, desk: Desk, path: str) ->
             experts = child._modules.get("experts")
             if isinstance(experts, OffloadedExperts) and experts.scales_input:
                 setattr(module, name, InputScaledMixture(child))
+
+
+def _keep_linears(model: nn.Module, kernels: LayerKernels) -> None:
+    """Have the linear layers that are left compute with the kernels, too."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Linear) and linear_size(child) is not None:
+                setattr(parent, name, ResidentLinear(child, kernels))
 
 
 def _joined(path: str, name: str) -> str:

@@ -1,6 +1,6 @@
 """One pass over the tape: while a block is lent, all micro-batches of the work compute with its weights.
 
-    embeddings of all tokens -> record every micro-batch
+    rows of tables for all tokens -> record every micro-batch
     for each layer: for each seat: for each micro-batch: hidden = layer(hidden), in which each linear layer waits for
         its weight
     head: replay -> logits
@@ -153,12 +153,11 @@ class Engine:
     def _record(self, work: Work, streams: Streams, clock: _Clock) -> list[Group]:
         """The micro-batches of `work`, ready for the first layer."""
         ids = work.ids
-        packed = run_in(streams.loop, self.embedding.fetch(ids), self._cancel)
+        fetched = run_in(streams.loop, self.embedding.fetch(dict.fromkeys(self.embedding.tables, ids)), self._cancel)
         with clock.computing("record"), contextlib.ExitStack() as stack:
             for seat in work.seats:
                 stack.enter_context(seat.computing())
-            rows = self.embedding.widen(packed, ids, self.seats.decode.model.dtype)
-            return work.record(Embedded(rows, ids))
+            return work.record(Embedded(fetched, self.seats.decode.model.dtype))
 
     def _run(
         self, work: Work, turns: Sequence[_Turn], streams: Streams, clock: _Clock, on_block: OnBlock | None

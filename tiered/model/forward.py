@@ -4,7 +4,7 @@ A prompt may pass through each block in several micro-batches, one behind the ot
 ones in the cache. So a long prompt costs one pass, and activations stay small.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,7 +59,7 @@ class ForwardWork:
         return [Group(seat, tuple(micro_batches))]
 
     def _record_micro_batch(
-        self, batch: ForwardBatch, embedded: torch.Tensor, past: int, start: int, stop: int
+        self, batch: ForwardBatch, embedded: Mapping[str, torch.Tensor], past: int, start: int, stop: int
     ) -> tuple[torch.Tensor, tuple[LayerCall, ...]]:
         """Hidden states that enter layer 0 and the layers' arguments, for tokens start..stop of `batch`."""
         whole = stop - start == batch.input_ids.shape[1]
@@ -70,9 +70,9 @@ class ForwardWork:
         mask = batch.attention_mask if whole else slice_mask(batch.attention_mask, past, start, stop)
         recording = self.head.recorder.record(
             _last_positions(batch, past),
-            inputs_embeds=embedded,
-            attention_mask=_moved(mask, embedded.device),
-            position_ids=None if position_ids is None else position_ids[:, start:stop].to(embedded.device),
+            **embedded,
+            attention_mask=_moved(mask, self.head.where),
+            position_ids=None if position_ids is None else position_ids[:, start:stop].to(self.head.where),
             cache=cache,
             use_cache=True,
         )

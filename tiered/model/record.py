@@ -22,6 +22,9 @@ from tiered.model.rotary import stand_in_for_rotaries
 CACHE_NAMES: Final = ("cache", "past_key_values")
 """Names of a cache among transformers' arguments and results; the second is that of versions before 5.24."""
 
+_NO_POSITIONS: Final = torch.zeros(0, dtype=torch.int64)
+"""Of which logits are wanted while recording, which ends before any are computed."""
+
 
 @dataclass(frozen=True)
 class LayerCall:
@@ -57,7 +60,7 @@ class Recorder:
     """Owns the stand-ins of one skeleton. The layers themselves are kept by the caller."""
 
     def __init__(self, skeleton: Skeleton) -> None:
-        self._model = skeleton.model
+        self._skeleton, self._model = skeleton, skeleton.model
         self._model_type = skeleton.family.model_type
         self._calls: list[LayerCall] = []
         self._first_hidden: torch.Tensor | None = None
@@ -69,14 +72,15 @@ class Recorder:
         setattr(skeleton.model.get_submodule(path), name, stand_ins)
         self._count = len(layers)
         self._rotaries = stand_in_for_rotaries(skeleton.model)
-        self._accepts_positions = "position_ids" in inspect.signature(skeleton.model.forward).parameters
+        parameters = inspect.signature(skeleton.model.forward).parameters
+        self._accepts_positions, self._keeps = "position_ids" in parameters, "logits_to_keep" in parameters
         taken = cache_name(skeleton.model.forward)
         if taken is None:
             raise self._unsupported(f"takes no cache by any name that tiered knows ({' or '.join(CACHE_NAMES)})")
         self._cache_name = taken
 
     def record(self, last_positions: torch.Tensor | None = None, *, cache: Cache, **kwargs: Any) -> Recording:
-        """Run the model's forward (with `inputs_embeds`) up to its last layer.
+        """Run the model's forward (with `inputs_embeds`, and what it takes of tables) up to its last layer.
 
         `last_positions` is that of `WholeTextRotary`. Every layer's call in the result holds `cache`; raises
         UnsupportedFamilyError where transformers calls a layer without it.
@@ -86,6 +90,9 @@ class Recorder:
         # A family without positions (ALiBi) takes none, and would pass them on to its layers.
         given = {name: value for name, value in kwargs.items() if name != "position_ids" or self._accepts_positions}
         given[self._cache_name] = cache
+        if self._keeps:
+            # A number would have some families drop positions before their last layers; indices do not.
+            given["logits_to_keep"] = _NO_POSITIONS
         try:
             self._model(**given)
         except _Recorded:
@@ -106,7 +113,8 @@ class Recorder:
         try:
             # Embeddings of the right shape, whose values are not used: neither table nor cache is touched again.
             stand_in = hidden.new_zeros((*hidden.shape[:2], self._width))
-            logits: torch.Tensor = self._model(inputs_embeds=stand_in, use_cache=False).logits
+            zeros = self._skeleton.table_zeros(stand_in)
+            logits: torch.Tensor = self._model(inputs_embeds=stand_in, use_cache=False, **zeros).logits
             return logits
         finally:
             self._final = None

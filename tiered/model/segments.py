@@ -122,7 +122,7 @@ class Segments:
             gathered = kv = GatheredKV(blocks, parts, part_numbers, outbox)
             recording = seat.recorder.record(
                 torch.tensor(ends),
-                inputs_embeds=embedded(seat, torch.tensor(ids)),
+                **embedded(seat, torch.tensor(ids)),
                 attention_mask=gathered.attention_mask,
                 position_ids=torch.tensor(positions).to(seat.where),
                 cache=kv,
@@ -134,7 +134,7 @@ class Segments:
             with seat.attention.packing():
                 recording = seat.recorder.record(
                     torch.tensor([lasts]),
-                    inputs_embeds=embedded(seat, torch.tensor([list(chain.from_iterable(ids))])),
+                    **embedded(seat, torch.tensor([list(chain.from_iterable(ids))])),
                     attention_mask=None,
                     position_ids=torch.tensor([list(chain.from_iterable(positions))]).to(seat.where),
                     cache=kv,

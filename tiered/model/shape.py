@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from transformers import PretrainedConfig
 
-from tiered.arch import Skeleton, chunked_layers, layer_windows, state_shape
+from tiered.arch import Skeleton, chunked_layers, kv_sources, layer_windows, state_shape
 from tiered.cache import kv_shapes, layer_groups
 from tiered.io import CHUNK_BUFFERS
 from tiered.kernels import packed_row_nbytes
@@ -39,6 +39,8 @@ def model_shape(store: Store, skeleton: Skeleton, dtype: torch.dtype) -> ModelSh
     tables += _copied_nbytes(store, skeleton)
     # Parameters that are one number have no shape.
     layers = [p.shape for block in skeleton.blocks() if block.role == "layer" for p in block.parameters if p.shape]
+    by_id = (store.layout(store.blocks[name]) for name in skeleton.tables)
+    tables_by_id = [weight for layout in by_id for weight in layout.weights.values()]
     return ModelShape(
         tape=_tape(blocks),
         weights=sum(store.layout(block).weight_count for block in store.tape),
@@ -51,13 +53,17 @@ def model_shape(store: Store, skeleton: Skeleton, dtype: torch.dtype) -> ModelSh
         vocab=config.vocab_size,
         heads=int(getattr(config, "num_attention_heads", None) or 1),
         dtype=str(dtype).removeprefix("torch."),
-        groups=layer_groups(layer_windows(config), kv_shapes(config, dtype), chunked_layers(config)),
+        groups=layer_groups(
+            layer_windows(config), kv_shapes(config, dtype), chunked_layers(config), kv_sources(config)
+        ),
         eager_attention=config._attn_implementation == "eager",
         dense_attention=skeleton.family.gathers,
         packed_nbytes=packed_row_nbytes(max(shape[-1] for shape in layers)),
         quantization=store.manifest.quantization.get("layers"),
         experts=_expert_shape(store, config),
         head_weights=store.layout(store.tape[-1]).weight_count,
+        table_numbers=sum(weight.shape[1] for weight in tables_by_id),
+        table_row_nbytes=sum(weight.nbytes // weight.shape[0] for weight in tables_by_id),
         state=state_shape(skeleton),
     )
 
@@ -75,8 +81,9 @@ def _expert_shape(store: Store, config: PretrainedConfig) -> ExpertShape | None:
     """The experts, if each is a unit, and all layers that have experts have one module of equally many."""
     layers = [units for units in store.expert_units if units]
     modules = [{unit.name.partition(RANGE)[0] for unit in units} for units in layers]
-    # Aria and Hunyuan have a name of their own for it, and Hunyuan may have a number for each layer.
-    chosen = getattr(config, "num_experts_per_tok", None) or getattr(config, "moe_topk", None)
+    # Some have a name of their own for it, and Hunyuan may have a number for each layer.
+    names = ("num_experts_per_tok", "moe_topk", "top_k_experts")
+    chosen = next((found for name in names if (found := getattr(config, name, None))), None)
     chosen = max(chosen) if isinstance(chosen, list) and chosen else chosen
     if {*map(len, modules)} != {1} or len({*map(len, layers)}) != 1 or not isinstance(chosen, int):
         return None

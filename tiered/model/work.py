@@ -1,12 +1,12 @@
 """What a pass computes, in the form the engine takes: micro-batches of rows that go through every block together.
 
-    Work.ids -> embedding rows read -> Work.record -> groups of micro-batches -> layers -> Work.finish
+    Work.ids -> rows of tables read -> Work.record -> groups of micro-batches -> layers -> Work.finish
 
 Two kinds: `Segments` (`segments.py`), tokens of many sequences over the paged cache, and `ForwardWork`
 (`forward.py`), what transformers' own `generate` passes, over whatever cache it brings.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,6 +15,7 @@ import torch
 from tiered.cache import LentBlocks, MicroBatchKV
 from tiered.model.record import LayerCall
 from tiered.model.seat import Seat
+from tiered.stream import FetchedRows
 
 
 @dataclass(eq=False)
@@ -39,20 +40,24 @@ class Group:
 
 
 class Embedded:
-    """Gives the embeddings of a pass's tokens. `rows` [len(ids), width] are the table's rows of `ids`, ascending, in
-    the host's memory."""
+    """Gives what tables that are read row by row have for a pass's tokens. `fetched` are the rows that were read of
+    each, by its block, in the host's memory; a micro-batch's become numbers of `dtype` when it is recorded."""
 
-    def __init__(self, rows: torch.Tensor, ids: Sequence[int]) -> None:
-        self._rows, self._table = rows, torch.tensor(ids)
-        self._at: dict[Seat, torch.Tensor] = {}
-        """The rows where each seat is, moved there once for all micro-batches."""
+    def __init__(self, fetched: Mapping[str, FetchedRows], dtype: torch.dtype) -> None:
+        self._fetched, self._dtype = fetched, dtype
 
-    def __call__(self, seat: Seat, input_ids: torch.Tensor) -> torch.Tensor:
-        """Embeddings [rows, tokens, width], where `seat` is, of `input_ids` [rows, tokens] in the host's memory."""
-        if seat not in self._at:
-            self._at[seat] = self._rows.to(seat.where, seat.model.dtype)
-        index = torch.searchsorted(self._table, input_ids.contiguous())
-        return seat.model.embed(self._at[seat], index.to(seat.where))
+    def __call__(self, seat: Seat, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Arguments of the model's forward for `input_ids` [rows, tokens] in the host's memory: the embeddings
+        [rows, tokens, width] and what it makes of other tables, where `seat` is."""
+        model = seat.model
+        arguments = {"inputs_embeds": model.embed(*self._rows("embed", seat, input_ids))}
+        for name, table in model.skeleton.tables.items():
+            arguments[table.argument] = model.skeleton.look_up(table, *self._rows(name, seat, input_ids))
+        return arguments
+
+    def _rows(self, table: str, seat: Seat, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        rows, index = self._fetched[table].of(input_ids, self._dtype)
+        return rows.to(seat.where, seat.model.dtype), index.to(seat.where)
 
 
 class Work(Protocol):

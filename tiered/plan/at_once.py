@@ -100,7 +100,7 @@ class AtOnce:
         # A processor that has nothing to do but to pass on embedded tokens and logits bounds no rows.
         sides = [side for side in (None if self.on_device else host, device) if side is not None]
         rows, head_rows = min(tokens, *(side.rows for side in sides)), min(side.head_rows for side in sides)
-        workspace = host.nbytes + cache.scratch_nbytes(host.rows)
+        workspace = host.nbytes + cache.scratch_nbytes(host.rows, tokens)
         if self.on_device:
             workspace = transit_nbytes(model, tokens, self.batch_size, max(self.batch_size, head_rows), ram)
         state = cache.states_memory_nbytes + PAGE if model.state is not None else 0
@@ -153,7 +153,7 @@ class AtOnce:
 
     def _device_needs(self, workspace: Workspace, cache: CachePlan, experts: ExpertShape | None) -> DeviceNeeds:
         nbytes = workspace.nbytes + (0 if experts is None else EXPERT_SLOTS * experts.nbytes)
-        nbytes += cache.scratch_nbytes(workspace.rows) if self.on_device else 0
+        nbytes += cache.scratch_nbytes(workspace.rows, self.tokens) if self.on_device else 0
         context, outer = self.asked.budgets.context_nbytes, self.asked.model.outer_nbytes
         return DeviceNeeds(context, outer, self._kv_nbytes(cache, workspace, is_device=True), nbytes)
 

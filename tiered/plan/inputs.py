@@ -136,6 +136,10 @@ class ModelShape:
     """None where the model is no mixture, or one whose experts are not taken apart."""
     head_weights: int = 0
     """Of the weights, those of the head, which only rows with logits go through."""
+    table_numbers: int = 0
+    """Numbers that each token takes from tables which are read row by row, beside its embedding."""
+    table_row_nbytes: int = 0
+    """Bytes of the rows with these numbers, as they are stored."""
     state: StateShape | None = None
     """What recurrent layers keep of a sequence; None: there are none."""
 

@@ -106,6 +106,8 @@ class LayerGroup:
     chunked: bool = False
     """The window does not move with the query: positions are cut into chunks of so many, and a query sees what is
     before it in its own."""
+    readers: tuple[int, ...] = ()
+    """Later layers that keep none and read these: those of one layer, which is then the only one here."""
 
     def first_seen(self, position: int) -> int:
         """The position of the first token that a query at `position` sees."""
@@ -121,7 +123,8 @@ class LayerGroup:
 
 def group_from_json(fields: Mapping[str, Any]) -> LayerGroup:
     """The group that `dataclasses.asdict` has made `fields` of."""
-    return LayerGroup(**{**fields, "layers": tuple(fields["layers"]), "shape": KVShape(**fields["shape"])})
+    lists = {name: tuple(fields.get(name, ())) for name in ("layers", "readers")}
+    return LayerGroup(**{**fields, **lists, "shape": KVShape(**fields["shape"])})
 
 
 @dataclass(frozen=True)
@@ -163,7 +166,8 @@ class CachePlan:
         """Blocks that a sequence of `tokens` tokens holds in each layer of `group`."""
         # Where there are tails, the page that is being filled has no block yet.
         pages = tokens // PAGE_TOKENS if self.has_tails else -(-tokens // PAGE_TOKENS)
-        if group.window:
+        # What other layers read when all micro-batches of a pass have been stored may not be overwritten by then.
+        if group.window and not group.readers:
             # The oldest page a query sees, all up to its own, and those that its micro-batch fills before it attends.
             pages = min(pages, -(-(group.window + self.tokens_at_once) // PAGE_TOKENS) + 1)
         return pages
@@ -197,7 +201,7 @@ class CachePlan:
     @property
     def shares_layers(self) -> bool:
         """Whether all layers use the same memory."""
-        return self.one_pass and not self.on_disk
+        return self.one_pass and not self.on_disk and not any(group.readers for group in self.groups)
 
     @property
     def tails_nbytes(self) -> int:
@@ -247,13 +251,15 @@ class CachePlan:
         """Bytes of all memory set aside for the cache."""
         return self.pool_nbytes + self.ring_nbytes
 
-    def scratch_nbytes(self, rows: int) -> int:
-        """Bytes that a micro-batch of `rows` tokens takes while it puts pages together, and while they are stored."""
+    def scratch_nbytes(self, rows: int, tokens: int) -> int:
+        """Bytes that a micro-batch of `rows` tokens takes while it puts pages together, and while they are stored; and
+        that a pass of `tokens` tokens keeps of them for layers that read them later."""
         if not self.has_tails:
             return 0
         # A long part has a page more than its tokens fill.
-        pages = 2 * (rows // PAGE_TOKENS + 1)
-        return (pages + STACKED_PAGES) * max(map(self.exact_nbytes, self.groups), default=0)
+        pages, kept = (2 * (count // PAGE_TOKENS + 1) for count in (rows, tokens))
+        nbytes = (pages + STACKED_PAGES) * max(map(self.exact_nbytes, self.groups), default=0)
+        return nbytes + kept * sum(self.exact_nbytes(group) for group in self.groups if group.readers)
 
 
 def outbox_nbytes(groups: Sequence[LayerGroup], rows: int) -> int:
@@ -263,17 +269,22 @@ def outbox_nbytes(groups: Sequence[LayerGroup], rows: int) -> int:
 
 
 def layer_groups(
-    windows: Sequence[int], shapes: KVShape | Sequence[KVShape | None], chunked: Collection[int] = ()
+    windows: Sequence[int],
+    shapes: KVShape | Sequence[KVShape | None],
+    chunked: Collection[int] = (),
+    sources: Sequence[int] = (),
 ) -> tuple[LayerGroup, ...]:
     """Groups of the layers with equal windows and shapes, from the window of each layer (0: none).
 
     `shapes`: of all layers, or of each; None: the layer keeps no keys and values of its own, and is in no group.
-    `chunked`: the layers whose windows are chunks.
+    `chunked`: the layers whose windows are chunks. `sources`: for each layer, whose keys and values it reads; none: its
+    own. A layer that others read is by itself.
     """
     each = [shapes] * len(windows) if isinstance(shapes, KVShape) else shapes
-    found: dict[tuple[int, KVShape, bool], list[int]] = {}
+    found: dict[tuple[int, KVShape, bool, tuple[int, ...]], list[int]] = {}
     for layer, (window, shape) in enumerate(zip(windows, each, strict=True)):
         if shape is not None:
-            found.setdefault((window, shape, layer in chunked), []).append(layer)
-    ordered = sorted(found.items(), key=lambda item: (item[0][0], astuple(item[0][1]), item[0][2]))
+            readers = tuple(other for other, source in enumerate(sources) if source == layer and other != layer)
+            found.setdefault((window, shape, layer in chunked, readers), []).append(layer)
+    ordered = sorted(found.items(), key=lambda item: (item[0][0], astuple(item[0][1]), *item[0][2:]))
     return tuple(LayerGroup(tuple(layers), *key) for key, layers in ordered)

@@ -40,7 +40,8 @@ def row_nbytes(shape: ModelShape, context: int, waiting: int = 0) -> int:
     Hidden states: residual, normalized, q, k, v, attention output, and a float32 copy where a norm widens; what
     `waiting` experts have made of it, until that is summed; the feed-forward's result, its activation and gate (experts
     compute one after the other); what a kernel packs of its input; one mask row, and for eager families the scores of
-    all heads before and after softmax, in float32; what a recurrent layer's scan takes.
+    all heads before and after softmax, in float32; what a recurrent layer's scan takes. Or, if that is more, what it
+    needs before the first layer, while its rows of tables are widened, projected and normalized.
     """
     hidden = shape.hidden * ((6 + waiting) * shape.itemsize + 8)
     feed_forward = 3 * shape.widest * shape.itemsize
@@ -49,7 +50,8 @@ def row_nbytes(shape: ModelShape, context: int, waiting: int = 0) -> int:
     scan = 0 if shape.state is None else shape.state.row_nbytes
     # Queries of latents and what attention makes of them, of the heads that are taken at once.
     latents = 4 * min(shape.heads, LATENT_HEADS) * shape.latent_dim * max(shape.itemsize, 4)
-    return hidden + feed_forward + mask + scores + scan + latents + shape.packed_nbytes
+    inside = hidden + feed_forward + mask + scores + scan + latents + shape.packed_nbytes
+    return max(inside, shape.table_numbers * (4 * shape.itemsize + 12))
 
 
 def workspace_for(
@@ -77,8 +79,7 @@ def workspace_for(
     rows = min(tokens, max(least_rows, min(most_rows, share // per_row)))
     gathered = shape.gathered_nbytes * context
     gathered_rows = max(1, min(sequences, rows, share // gathered)) if gathered else 1
-    # Hidden states of everything in flight live through the whole pass, two generations of them.
-    in_flight = 2 * tokens * shape.hidden * shape.itemsize
+    in_flight = tokens * _token_nbytes(shape)
     head_rows = min(logits or sequences, rows, HEAD_ROWS)
     live = rows * per_row + in_flight + gathered_rows * gathered
     # Widened weights of these heads.
@@ -93,8 +94,14 @@ def workspace_for(
 def transit_nbytes(shape: ModelShape, tokens: int, sequences: int, logits: int, budget: int) -> int:
     """Bytes of the host's memory that `tokens` embedded tokens take on their way to a device which computes all, and
     `logits` positions' logits on their way back, for at most `sequences` sequences."""
-    live = 2 * tokens * shape.hidden * shape.itemsize + _logits_nbytes(shape, logits, sequences)
+    live = tokens * _token_nbytes(shape) + _logits_nbytes(shape, logits, sequences)
     return _with_heap(live, budget)
+
+
+def _token_nbytes(shape: ModelShape) -> int:
+    """Bytes that a token in flight takes through the whole pass: two generations of its hidden states, its rows of
+    tables, and what each layer will be given of them."""
+    return (2 * shape.hidden + shape.table_numbers) * shape.itemsize + shape.table_row_nbytes
 
 
 def _logits_nbytes(shape: ModelShape, positions: int, kept: int) -> int:

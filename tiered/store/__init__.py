@@ -11,6 +11,7 @@ from tiered.store.format import (
 )
 from tiered.store.manifest import BlockInfo, Manifest, Weight
 from tiered.store.open import Store, read_manifest
+from tiered.store.rows import RowLayout
 from tiered.store.unit import Move, Unit
 from tiered.store.write import BlockWriter, atomic_write
 from tiered.units import PAGE
@@ -24,6 +25,7 @@ __all__ = [
     "FileInfo",
     "Manifest",
     "Move",
+    "RowLayout",
     "Store",
     "TensorEntry",
     "Unit",

@@ -24,6 +24,7 @@ from tiered.store.format import (
     whole_numbers,
 )
 from tiered.store.manifest import RANGE, VERSION, Weight
+from tiered.store.rows import ROWS, RowLayout
 from tiered.store.unit import Compressed, Unit
 from tiered.units import PAGE, round_up
 
@@ -81,29 +82,34 @@ class BlockLayout:
 
 @dataclass(frozen=True)
 class WeightInfo:
-    """What a block's metadata says of a weight that is quantized, or stored in ranges of its rows."""
+    """What a block's metadata says of a weight that is quantized, or stored in ranges of its rows, or row by row."""
 
     shape: tuple[int, ...]
     scheme: Scheme | None
     ranges: int | None = None
     """How many; None where it is stored whole. A stack [experts, out, in] has one for each expert."""
+    rows: RowLayout | None = None
+    """How its rows lie, where each is a record of its own."""
 
     def to_json(self) -> dict[str, Any]:
-        value = {"scheme": self.scheme.name if self.scheme is not None else None, "shape": list(self.shape)}
-        return value if self.ranges is None else {**value, "ranges": self.ranges}
+        value: dict[str, Any] = {"scheme": self.scheme.name if self.scheme is not None else None}
+        value |= {"shape": list(self.shape)} | ({} if self.ranges is None else {"ranges": self.ranges})
+        return value if self.rows is None else {**value, "rows": self.rows.name}
 
     @classmethod
     def from_json(cls, value: Any) -> "WeightInfo":
         """Raises KeyError, TypeError, ValueError or ConfigError."""
-        scheme, ranges = value["scheme"], value.get("ranges")
+        scheme, ranges, row = value["scheme"], value.get("ranges"), value.get("rows")
         if ranges is not None:
             (ranges,) = whole_numbers([ranges])
         parsed, shape = None if scheme is None else Scheme.parse(scheme), whole_numbers(value["shape"])
-        if ranges is None and parsed is None:
+        if ranges is None and parsed is None and row is None:
             raise ValueError("a weight that is neither quantized nor stored in ranges")
         if ranges is not None and len(shape) not in (2, 3):
             raise ValueError(f"ranges of a weight of shape {shape}")
-        return cls(shape, parsed, ranges)
+        if row is not None and (ranges is not None or len(shape) != 2):
+            raise ValueError(f"rows of a weight of shape {shape}, in {ranges} ranges")
+        return cls(shape, parsed, ranges, None if row is None else RowLayout.parse(row, shape[1], parsed))
 
 
 def block_metadata(weights: Mapping[str, WeightInfo], compressed: Sequence[Compressed]) -> str:
@@ -260,7 +266,10 @@ def _weights(stored: Mapping[str, TensorEntry], infos: Mapping[str, WeightInfo])
     for tensor, entry in stored.items():
         name, _, part = tensor.rpartition(".")
         info = infos.get(name.partition(RANGE)[0])
-        if part in PARTS and info is not None and info.scheme is not None:
+        if part == ROWS and info is not None and info.rows is not None:
+            _check_parts({ROWS: entry}, {ROWS: (torch.uint8, (info.shape[0], info.rows.nbytes))})
+            yield Weight(name, info.shape, info.scheme, {ROWS: entry}, rows=info.rows)
+        elif part in PARTS and info is not None and info.scheme is not None:
             if part == PARTS[0]:
                 shape = info.shape if info.ranges is None else (entry.shape[0], info.shape[-1])
                 expected = info.scheme.parts(*folded(shape))
@@ -287,7 +296,7 @@ def _check_weights(infos: Mapping[str, WeightInfo], found: Sequence[Weight]) -> 
         ranges.setdefault(weight.whole_name, []).append(weight)
     _check_found("weight", infos, iter(ranges))
     for name, info in infos.items():
-        if any(weight.scheme != info.scheme for weight in ranges[name]):
+        if any((weight.scheme, weight.rows) != (info.scheme, info.rows) for weight in ranges[name]):
             raise ValueError(f"{name} is not stored as {info.scheme.name if info.scheme else 'plain ranges'}")
         if info.ranges is None:
             continue

@@ -8,12 +8,18 @@ import io
 import json
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
+import torch
+
+from tiered.store.format import tensor_nbytes
 from tiered.store.sweep import Sweep
 from tiered.store.write import BlockWriter
+from tiered.units import MIB
+
+_PIECE: Final = bytes(4 * MIB)
 
 
 def write_hollow(path: Path, tensors: Mapping[str, Mapping[str, Any]]) -> None:
@@ -28,7 +34,11 @@ def write_hollow(path: Path, tensors: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 class HollowWriter(BlockWriter):
-    """Writes headers only; of what is added no byte is looked at."""
+    """Writes headers only; what is added is not even asked for."""
+
+    def add(self, name: str, dtype: torch.dtype, shape: Sequence[int], pieces: Iterable[memoryview]) -> None:
+        nbytes = tensor_nbytes(dtype, shape)
+        super().add(name, dtype, shape, (memoryview(_PIECE)[: nbytes - at] for at in range(0, nbytes, len(_PIECE))))
 
     def _start_sweep(self, file: io.RawIOBase) -> Sweep:
         return _Hole(file)

@@ -17,6 +17,7 @@ from tiered.files import parse_json
 from tiered.quant import QuantizedTensor, QuantizedWeight, Scheme
 from tiered.store.file import FileInfo, field
 from tiered.store.format import CHUNK_NBYTES, TensorEntry
+from tiered.store.rows import ROWS, RowLayout
 
 MANIFEST_NAME: Final = "manifest.json"
 FORMAT: Final = "tiered-store"
@@ -24,7 +25,7 @@ VERSION: Final = 2
 DAMAGED: Final = "the store is damaged, convert it again"
 RANGE: Final = "#"
 """Between the name of a weight that is stored in several ranges of its rows and the number of a range."""
-ROLES: Final = ("embed", "outer", "layer", "head")
+ROLES: Final = ("embed", "outer", "table", "layer", "head")
 
 
 class OldStoreError(StoreError):
@@ -37,7 +38,7 @@ class BlockInfo:
 
     name: str
     role: str
-    """"embed", "outer", "layer" or "head"."""
+    """"embed", "outer", "table", "layer" or "head"."""
     file: FileInfo
     prefix: str
     """What to strip from the file's tensor names to get the names inside the block's module."""
@@ -51,8 +52,8 @@ class Weight:
     """One logical weight of a block and where its parts lie in the memory of its unit.
 
     `scheme` is None for a plain tensor (`parts` holds one entry, ""); a quantized one has those of its scheme: "q",
-    "scale" and, if it has zeros, "zero". Where `shape` is a stack's, [experts, out, in], the parts have the rows of all
-    its matrices.
+    "scale" and, if it has zeros, "zero"; one of `rows` has the part "rows", whatever its scheme. Where `shape` is a
+    stack's, [experts, out, in], the parts have the rows of all its matrices.
     """
 
     name: str
@@ -61,6 +62,8 @@ class Weight:
     parts: Mapping[str, TensorEntry]
     whole: tuple[int, ...] | None = None
     """Where this is part NAME#k of a weight NAME that is stored in several: the shape of NAME."""
+    rows: RowLayout | None = None
+    """How its rows lie, where each is a record of its own."""
 
     @property
     def whole_name(self) -> str:
@@ -71,11 +74,18 @@ class Weight:
     def nbytes(self) -> int:
         return sum(entry.nbytes for entry in self.parts.values())
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of its numbers, or of its codes."""
+        return next(iter(self.parts.values())).dtype if self.rows is None else self.rows.dtype
+
     def view(self, memory: torch.Tensor) -> torch.Tensor | QuantizedWeight:
         """This weight inside `memory`, a uint8 tensor that holds the unit from its first byte. Nothing is copied."""
         views = {
             part: memory[e.offset : e.offset + e.nbytes].view(e.dtype).view(e.shape) for part, e in self.parts.items()
         }
+        if self.rows is not None:
+            return self.rows.view(views[ROWS])
         if self.scheme is None:
             return views[""]
         q, scale = views["q"], views["scale"]

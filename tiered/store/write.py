@@ -27,6 +27,7 @@ from tiered.store.format import (
     header_room_nbytes,
     tensor_nbytes,
 )
+from tiered.store.rows import RowLayout
 from tiered.store.sweep import Sweep
 from tiered.store.unit import Compressed
 from tiered.units import PAGE, format_size, round_up
@@ -96,10 +97,18 @@ class BlockWriter:
         """Append one tensor, whose bytes come in `pieces`, in order and of any sizes."""
         self._append(name, dtype, shape, pieces)
 
-    def add_weight(self, name: str, shape: Sequence[int], scheme: Scheme | None, ranges: int | None = None) -> None:
+    def add_weight(
+        self,
+        name: str,
+        shape: Sequence[int],
+        scheme: Scheme | None,
+        ranges: int | None = None,
+        rows: RowLayout | None = None,
+    ) -> None:
         """Record that the parts of `scheme`, NAME.q and so on, together are weight NAME; or, where it is stored in
-        `ranges` of its rows, those of NAME#0, NAME#1 and so on. Without a `scheme` a range is the tensor NAME#k."""
-        self._weights[name] = WeightInfo(tuple(shape), scheme, ranges)
+        `ranges` of its rows, those of NAME#0, NAME#1 and so on. Without a `scheme` a range is the tensor NAME#k. With
+        `rows` the tensor NAME.rows has all of it."""
+        self._weights[name] = WeightInfo(tuple(shape), scheme, ranges, rows)
 
     def add_planes(
         self, name: str, dtype: torch.dtype, shape: Sequence[int], frames: Iterable[memoryview], frame_nbytes: int

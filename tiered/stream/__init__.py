@@ -1,7 +1,7 @@
-"""Reading ahead of the computation: units of the tape, the KV cache's pages on disk, embedding rows."""
+"""Reading ahead of the computation: units of the tape, the KV cache's pages on disk, rows of tables."""
 
 from tiered.stream.bus import register
-from tiered.stream.embedding import EmbeddingRows
+from tiered.stream.embedding import EmbeddingRows, FetchedRows
 from tiered.stream.experts import NO_EXPERTS, ExpertCache, ExpertUse
 from tiered.stream.fork import Fork
 from tiered.stream.handover import Handover, run_in
@@ -18,6 +18,7 @@ __all__ = [
     "EmbeddingRows",
     "ExpertCache",
     "ExpertUse",
+    "FetchedRows",
     "Fork",
     "Handover",
     "KVStream",

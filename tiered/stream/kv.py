@@ -6,6 +6,9 @@
       free), wait for writes of the same layer that                then the pages that it has completed are
       an earlier pass began, start the reads                       written, and its memory is free again
 
+A layer that has no pages of its own reads those of an earlier layer again, when that has computed and what it wrote is
+on disk: to keep them in memory meanwhile would take as much as all sequences have there.
+
 `lend` raises the error of a read or write that failed; that of a write perhaps only in the next pass. The sequences of
 the pass must then be released, because some of their pages are missing.
 
@@ -15,7 +18,7 @@ meanwhile.
 
 import asyncio
 import contextlib
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -60,6 +63,8 @@ class KVStream:
         self._feed: asyncio.Task[None] | None = None
         self._writes: dict[int, list[asyncio.Task[None]]] = {}
         """For each layer, the writes whose end nobody has waited for yet."""
+        self._computed: defaultdict[int, asyncio.Event] = defaultdict(asyncio.Event)
+        """By number, which loans of this pass have ended."""
         self._returned: asyncio.Task[None] | None = None
         """The task that returns the last span: the ring takes spans back in order."""
 
@@ -111,7 +116,7 @@ class KVStream:
         finally:
             blocks.take_back(layer)
         extents = blocks.writes(layer) if lent.span is not None else []
-        self._loop.call_soon_threadsafe(self._store, lent, layer, extents)
+        self._loop.call_soon_threadsafe(self._store, number, lent, layer, extents)
 
     def read_states(self, extents: Mapping[int, tuple[int, int]]) -> tuple[torch.Tensor, ...]:
         """Copies (uint8) of what is in the file at `extents` (offset and bytes, by layer), between two passes. Raises
@@ -145,16 +150,17 @@ class KVStream:
 
     def _begin(self) -> None:
         assert self._feed is None or self._feed.done(), "one pass at a time"
+        self._computed.clear()
         self._feed = self._task(self._feed_pass(self._groups))
 
-    def _store(self, lent: _Lent, layer: int, extents: Sequence[Extent]) -> None:
-        """Write what a group has completed in `layer`; then its memory is free again."""
+    def _store(self, number: int, lent: _Lent, layer: int, extents: Sequence[Extent]) -> None:
+        """Write what a group has completed in `layer`, in loan `number`; then its memory is free again."""
         self._lent.remove(lent)
-        if lent.span is None:
-            return
-        write = self._task(self._write(lent.span, extents))
-        self._writes.setdefault(layer, []).append(write)
-        self._give_back(lent.span, write)
+        if lent.span is not None:
+            write = self._task(self._write(lent.span, extents))
+            self._writes.setdefault(layer, []).append(write)
+            self._give_back(lent.span, write)
+        self._computed[number].set()
 
     async def _end(self) -> None:
         """End the pass, whether it succeeded or not: stop its reads and take its memory back."""
@@ -172,8 +178,12 @@ class KVStream:
         for number in range(self._layers * len(groups)):
             layer, group = divmod(number, len(groups))
             try:
-                if group == 0:
-                    await self._await_writes(layer)
+                source = groups[group].pool.source_of[layer]
+                if source != layer:
+                    # What the pass adds to the pages of the other layer is read with them.
+                    await self._computed[source * len(groups) + group].wait()
+                if group == 0 or source != layer:
+                    await self._await_writes(source)
                 await self._start(number, groups[group], layer)
             except Exception as error:
                 # A feed that dies silently would leave the computation waiting for ever.
@@ -181,12 +191,13 @@ class KVStream:
                 return
 
     async def _await_writes(self, layer: int) -> None:
-        """Wait for writes in `layer` that an earlier pass began: this pass may read what they write."""
-        writes = self._writes.get(layer)
+        """Wait for writes in `layer` that have begun: what is read next may be what they write."""
+        writes = self._writes.get(layer, [])[:]
         if writes:
             await asyncio.wait(writes)
-            # Only now: if the pass is interrupted in the line above, the next one must wait for them.
-            del self._writes[layer]
+            # Only now: if the pass is interrupted in the line above, the next one must wait for them. Others may have
+            # begun meanwhile.
+            self._writes[layer] = [write for write in self._writes[layer] if write not in writes]
             for write in writes:
                 write.result()
 
