@@ -5,6 +5,7 @@ that each block (embed, outer, every layer, head) must hold. `convert/` uses it 
 contain, `model/` to run it.
 """
 
+import inspect
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Final
 
 import torch
+import transformers
 from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
@@ -191,6 +193,11 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype = torch.float32)
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     model.eval().requires_grad_(False)
+    if family.scan is not None and "cache" not in inspect.signature(model.forward).parameters:
+        raise UnsupportedFamilyError(
+            f"model family {config.model_type!r}: transformers {transformers.__version__} hands recurrent layers their "
+            "states in another way than tiered expects; install transformers 5.24 or newer within tiered's range"
+        )
     _keep_in_float32(model)
     try:
         layers = model.get_submodule(family.layers)
