@@ -241,7 +241,7 @@ def _check_probabilities(config: PretrainedConfig) -> None:
 
 
 def _check_sizes(config: PretrainedConfig) -> None:
-    """Raises ValueError where the graph's tensors would be larger than any real model's.
+    """Raises ValueError where the graph's tensors would be larger than any real model's, or have no elements.
 
     Found out by building it once with everything on the meta device, which takes a moment and no memory: for the real
     graph buffers are filled, and address space is taken for each parameter before it becomes a meta tensor.
@@ -255,6 +255,9 @@ def _check_sizes(config: PretrainedConfig) -> None:
             f"its tables would take {format_size(nbytes)} of memory ({largest} alone {format_size(most)}), "
             f"expected at most {format_size(_MOST_TABLES_NBYTES)}"
         )
+    empty = [name for name, parameter in model.named_parameters() if not parameter.numel()]
+    if empty:
+        raise ValueError(f"{empty[0]} would have no elements: one of its sizes is 0")
     most, largest = max((parameter.nbytes, name) for name, parameter in model.named_parameters())
     if most > _MOST_TENSOR_NBYTES:
         raise ValueError(
