@@ -93,6 +93,27 @@ def test_fields_that_tiered_computes_with_are_sizes_in_every_family(
 
 
 @pytest.mark.parametrize(
+    ("name", "changes", "told"),
+    [
+        ("deepseek_v3", {"qk_rope_head_dim": 0}, "qk_rope_head_dim is 0, expected a whole number above 0"),
+        ("deepseek_v3", {"qk_nope_head_dim": 0}, "qk_nope_head_dim is 0, expected a whole number above 0"),
+        ("deepseek_v3", {"kv_lora_rank": 0}, "would have no elements: one of its sizes is 0"),
+        ("llama4_text", {"attention_chunk_size": 0}, "expected an attention_chunk_size above 0"),
+        ("llama4_text", {"attention_chunk_size": -8}, "attention_chunk_size is -8, expected a whole number"),
+        ("llama4_text", {"attention_chunk_size": None}, "expected an attention_chunk_size above 0"),
+        ("mamba2", {"conv_kernel": 0}, "would have no elements: one of its sizes is 0"),
+        ("gpt_oss", {"num_local_experts": 0}, "would have no elements: one of its sizes is 0"),
+    ],
+)
+def test_sizes_of_latents_chunks_states_and_experts_are_looked_at_too(
+    name: str, changes: dict[str, Any], told: str, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        build(write(tmp_path, name, **changes))
+    assert told in str(caught.value)
+
+
+@pytest.mark.parametrize(
     ("content", "told"),
     [
         (b"", "not valid JSON"),

@@ -24,7 +24,9 @@ _MOST: Final = {
 """Largest value of fields that count parts: transformers makes an object for each, which takes seconds for so many."""
 _LEAST: Final = {
     **dict.fromkeys(("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size"), 1),
+    **dict.fromkeys(("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), 1),
     **dict.fromkeys(("max_position_embeddings", "num_key_value_heads", "head_dim", "sliding_window"), 0),
+    "attention_chunk_size": 0,
 }
 """Least value of each size that tiered itself reads. Sizes that may be 0 may be None: others are then used instead."""
 REMEDY: Final = "put the model's own config.json there"
@@ -137,3 +139,5 @@ def _check_read_here(config: PretrainedConfig) -> None:
     types = getattr(config, "layer_types", None)
     if types is not None and (not isinstance(types, list | tuple) or len(types) != config.num_hidden_layers):
         raise ValueError(f"layer_types is {types!r}, expected a name for each of {config.num_hidden_layers} layers")
+    if "chunked_attention" in (types or ()) and not getattr(config, "attention_chunk_size", None):
+        raise ValueError("layer_types has chunked_attention, expected an attention_chunk_size above 0")
