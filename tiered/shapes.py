@@ -85,8 +85,9 @@ def outline(source: str, quants: Sequence[str] = QUANTS) -> Outline:
             place = HubHeaders(place.repo_id, Path(folder))
         files = place.open(ConvertOptions(), _NoDownloads())
         config = load_config(files.config_folder())
-        method = configured_method(quantization_config(config))
-        refuse_unread(files.name, method)
+        quantization = quantization_config(config)
+        refuse_unread(files.name, quantization)
+        method = configured_method(quantization)
         if method is not None:
             note = (
                 f"{files.name}: its weights are quantized already ({method}); without --quant they are taken as they "

@@ -115,7 +115,7 @@ def open_checkpoint(
     _refuse_adapter(files)
     quantization = quantization_config(config)
     method = configured_method(quantization)
-    refuse_unread(files.name, method)
+    refuse_unread(files.name, quantization)
     claimed = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     skeleton = build_skeleton(config)
     if tokenizer is not None:

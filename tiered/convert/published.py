@@ -8,7 +8,7 @@ Every function raises ValueError where the tensors are not what it expects of it
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any, Final
@@ -48,6 +48,7 @@ def gptq(parts: Parts, read: Read, settings: Settings) -> Format:
     [in], the group of each column. AWQ has the same names, but words along `out`.
     """
     (words, out), (groups, width) = parts["qweight"].shape, parts["scales"].shape
+    _check_dtypes(parts, words=("qweight", "qzeros"), scale="scales")
     if width == 8 * out:
         return _awq(parts)
     bits, rest = divmod(32 * parts["qzeros"].shape[-1], out)
@@ -123,7 +124,8 @@ def packed(parts: Parts, read: Read, settings: Settings) -> Format:
     if parts["weight_packed"].dtype == torch.uint8:
         divisor = "weight_global_scale" if "weight_global_scale" in parts else None
         return _fp4(parts, "weight_packed", "weight_scale", read, divisor=divisor)
-    _expect(parts["weight_packed"].dtype == torch.int32, f"words, found {parts['weight_packed'].dtype}")
+    has_zero = "weight_zero_point" in parts
+    _check_dtypes(parts, ("weight_packed", *(["weight_zero_point"] if has_zero else [])), "weight_scale")
     _expect("weight_shape" in parts, "a tensor weight_shape beside it")
     out, in_ = (int(size) for size in read("weight_shape").view(-1))
     words = parts["weight_packed"].shape[1]
@@ -133,7 +135,8 @@ def packed(parts: Parts, read: Read, settings: Settings) -> Format:
     groups = _columns(parts["weight_scale"], out)
     order = _group_of("weight_g_idx", parts, read, in_, groups)
     scheme = group_scheme(bits, in_ // groups) if order is None else None
-    per, has_zero = 32 // bits, "weight_zero_point" in parts
+    per = 32 // bits
+    _expect(not has_zero or parts["weight_zero_point"].shape == (-(-out // per), groups), f"zeros of {groups} groups")
 
     def unpack(read: Read, rows: range) -> Group:
         q, scale = read("weight_packed", rows).view(torch.uint8), _rows(read, parts, "weight_scale", rows)
@@ -158,22 +161,25 @@ def scaled(parts: Parts, read: Read, settings: Settings) -> Format:
         return _int8(parts, "int8")
     _expect(weight.dtype.is_floating_point and weight.dtype.itemsize == 1, f"8 bits, found {weight.dtype}")
     _expect("zero_point" not in parts, "no zeros beside floats")
-    block = _fp8_block(weight.shape, scale, settings)
-    is_vector = len(scale.shape) < 2
+    block = _fp8_block(weight.shape, scale.shape, settings)
+    # Rows of a matrix are read as they are needed; any other shape with one number for each row, or for all, whole.
+    is_vector = block[1] == weight.shape[-1] and scale.shape[-1:] != (1,)
     return Floats(_stored(weight.shape, "fp8", None), "weight", "scale", block, is_vector)
 
 
-def _fp8_block(shape: tuple[int, ...], scale: StoredTensor, settings: Settings) -> tuple[int, int]:
-    """Rows and columns of a weight of this `shape` that share one of the scales."""
+def _fp8_block(shape: tuple[int, ...], found: tuple[int, ...], settings: Settings) -> tuple[int, int]:
+    """Rows and columns of a weight of this `shape` that share one of the scales, which are of shape `found`.
+
+    Shapes tell, not counts: of rows of 128 * 128 values there are as many scales for blocks as there are rows.
+    """
     *stack, out, in_ = shape
-    found = scale.shape
     high, wide = settings.block
     if prod(found) == prod(stack):
         return out, in_
-    if prod(found) == prod(stack) * out:
-        return 1, in_
     if found == (*stack, -(-out // high), -(-in_ // wide)):
         return high, wide
+    if found in ((*stack, out), (*stack, out, 1)):
+        return 1, in_
     if found[:-1] == (*stack, out) and in_ % found[-1] == 0:
         return 1, in_ // found[-1]
     raise ValueError(
@@ -185,6 +191,7 @@ def _fp8_block(shape: tuple[int, ...], scale: StoredTensor, settings: Settings) 
 def _int8(parts: Parts, method: str) -> Format:
     """`weight` i8 [out, in], `scale` [out, groups] and perhaps `zero_point` i8."""
     out, in_ = parts["weight"].shape
+    _check_dtypes(parts, (), "scale")
     groups = _columns(parts["scale"], out)
     _expect(in_ % groups == 0, f"groups of equal size, found {groups} for rows of {in_}")
 
@@ -296,11 +303,19 @@ def _group_of(part: str, parts: Parts, read: Read, in_: int, groups: int) -> Ten
     return None if torch.equal(found, in_order) and in_ % groups == 0 else found
 
 
+def _check_dtypes(parts: Parts, words: Sequence[str], scale: str) -> None:
+    """Raise ValueError unless these parts are words of 32 bits, and the scales floats."""
+    for part in words:
+        _expect(parts[part].dtype == torch.int32, f"{part} in words of 32 bits, found {parts[part].dtype}")
+    _expect(parts[scale].dtype.is_floating_point, f"scales that are floats, found {parts[scale].dtype}")
+
+
 def _columns(scale: StoredTensor, out: int) -> int:
     """The groups in each row that `scale`, of one, of `out`, or of [out, groups] numbers, is for."""
-    fits = prod(scale.shape) in (1, out) or (len(scale.shape) == 2 and scale.shape[0] == out)
-    _expect(fits, f"scales of {out} rows, found {list(scale.shape)}")
-    return scale.shape[1] if len(scale.shape) == 2 and scale.shape[0] == out else 1
+    shape = scale.shape
+    is_one = prod(shape) == 1
+    _expect(is_one or (len(shape) in (1, 2) and shape[0] == out), f"scales of {out} rows, found {list(shape)}")
+    return 1 if is_one or len(shape) == 1 else shape[1]
 
 
 def _rows(read: Read, parts: Parts, part: str, rows: range) -> Tensor:

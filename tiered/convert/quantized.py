@@ -70,9 +70,14 @@ def configured_method(quantization: Mapping[str, Any]) -> str | None:
     return str(quantization.get("quant_method") or "quantization_config in config.json") if quantization else None
 
 
-def refuse_unread(name: str, method: str | None) -> None:
-    """Raise CheckpointError where `method`, which config.json names, is one that is not read."""
+def refuse_unread(name: str, quantization: Mapping[str, Any]) -> None:
+    """Raise CheckpointError where `quantization`, of config.json, is of a method that is not read, or says that what
+    comes into layers is transformed: tensors alone would not tell."""
+    method = configured_method(quantization)
     refuse_quantized(name, None if method in READ_METHODS else method)
+    transforms = quantization.get("transform_config")
+    if transforms and (not isinstance(transforms, Mapping) or transforms.get("config_groups")):
+        refuse_quantized(name, f"{method}, with rotated weights: transform_config in config.json")
 
 
 def method_of_float(dtype: torch.dtype) -> str | None:

@@ -167,6 +167,10 @@ class QuantizedReader(WeightReader):
             return found[:, columns.start - within.start : columns.stop - within.start]
 
         def read(part: str, rows: range | None = None, columns: range | None = None) -> torch.Tensor:
+            # Beyond a tensor the file goes on with others.
+            for wanted, count in zip((rows, columns), folded(self._stored(names[part]).shape or (1,)), strict=True):
+                if wanted is not None and not 0 <= wanted.start <= wanted.stop <= count:
+                    raise IndexError(f"expected {names[part]} to have {wanted.stop} rows or columns, found {count}")
             with self._reading:
                 if rows is None and columns is not None:
                     return strip(part, columns)
