@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -167,7 +167,7 @@ def test_scales_of_blocks_are_not_taken_for_those_of_as_many_rows(tmp_path: Path
     index.reader.close()
 
 
-CHANGED: Final = {
+CHANGED: Final[Mapping[str, tuple[str, str, Callable[[torch.Tensor], torch.Tensor]]]] = {
     "words of 16 bits": ("gptq", "qweight", lambda part: part.to(torch.int16)),
     "scales of whole numbers": ("gptq", "scales", lambda part: part.to(torch.int32)),
     "scales for fewer rows": ("ct-int8", "weight_scale", lambda part: part.view(1, -1)),

@@ -19,7 +19,7 @@ PLAIN: Final = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 READ_METHODS: Final = (
     *("gptq", "auto-round", "awq", "compressed-tensors", "fp8", "fbgemm_fp8", "modelopt", "mxfp4", "bitsandbytes"),
 )
-"""Methods whose formats are read (`published.py`), as config.json calls them."""
+"""Methods whose formats are read (`kinds.py`), as config.json calls them."""
 _TYPES: Final = {
     torch.int8: "int8",
     torch.uint8: "packed in uint8",

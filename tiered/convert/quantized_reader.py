@@ -20,8 +20,9 @@ import torch
 
 from tiered.convert.formats import Format
 from tiered.convert.index import WeightIndex
+from tiered.convert.kinds import KINDS, Kind
 from tiered.convert.place import WeightFiles
-from tiered.convert.published import KINDS, Kind, Settings
+from tiered.convert.published import Settings
 from tiered.convert.source import PANEL_NBYTES, StoredTensor, WeightReader
 from tiered.convert.workers import worker_count
 from tiered.errors import CheckpointError, shortened
