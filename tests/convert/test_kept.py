@@ -103,6 +103,8 @@ def test_a_quantized_model_generates_what_its_dequantized_weights_do(name: str, 
         load_stored_weights(made, store)
     else:
         assert one.added == 0.0 and f"{method}: 5 weights in {form}, as they were" in said
+    plain = "not quantized: 2 weights that the checkpoint has not quantized either; --quant int4 or int8 does (model.la"
+    assert plain in said
     assert store.manifest.quantization["layers"] == form and store.manifest.quantization["source"] == [method]
     with open_runtime(store) as runtime:
         assert_same(run_greedy(runtime, PROMPTS, steps=STEPS), reference_answers(made, PROMPTS, STEPS))
