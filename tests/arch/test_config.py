@@ -24,12 +24,12 @@ def build(folder: Path) -> None:
     build_skeleton(load_config(folder))
 
 
-@pytest.mark.parametrize("moment", ["AutoConfig.from_pretrained", "AutoModelForCausalLM.from_config"])
+@pytest.mark.parametrize("moment", ["config.AutoConfig.from_pretrained", "skeleton.AutoModelForCausalLM.from_config"])
 def test_a_lack_of_memory_is_not_the_files(moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(*_: Any, **__: Any) -> Any:
         raise MemoryError
 
-    monkeypatch.setattr(f"tiered.arch.skeleton.{moment}", failing)
+    monkeypatch.setattr(f"tiered.arch.{moment}", failing)
     with pytest.raises(MemoryError):
         build(write(tmp_path))
 

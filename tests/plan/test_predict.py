@@ -17,6 +17,7 @@ from tiered.plan.load import pass_loads
 from tiered.plan.pace import Pace
 from tiered.plan.predict import Prediction, predict
 from tiered.plan.simulate import simulate
+from tiered.plan.state import Grid, StateGroup, StatePart, StateShape
 from tiered.units import GIB, MIB
 
 RATE = 1e9
@@ -130,6 +131,23 @@ def test_a_cache_on_disk_is_read_in_every_pass_and_written_once() -> None:
     found = predict(plan, MODEL, MACHINE, workload)
     assert found.written_nbytes == pytest.approx(8 * 399 * MODEL.kv_token_nbytes, rel=0.01)
     assert found.decode.read_nbytes > found.decode.passes * plan.read_nbytes
+
+
+def test_recurrent_states_on_disk_are_read_and_written_in_every_pass() -> None:
+    group = StateGroup(tuple(range(16)), (StatePart("recurrent", 0, (1 << 20,), "float32"),))
+    model = replace(MODEL, state=StateShape((group,), Grid(64), 0, 0))
+    workload = Workload(8, 72, 64, max_batched_tokens=4096, batch_size=8)
+    budgets = Budgets(GIB, 100 * MIB, kv="disk")
+    plan = make_plan(model, MACHINE, workload, budgets)
+    found, without = (
+        predict(plan, model, MACHINE, workload),
+        predict(replace(plan, cache=replace(plan.cache, state=None)), model, MACHINE, workload),
+    )
+    states = 8 * group.nbytes * 16
+    assert found.written_nbytes - without.written_nbytes == (found.decode.passes + 1) * states
+    assert found.decode.read_nbytes - without.decode.read_nbytes == found.decode.passes * states
+    each = simulate(plan, model, MACHINE, workload).steady[-1]
+    assert each.disk_nbytes == pytest.approx(plan.read_nbytes + 2 * states, rel=0.05)
 
 
 def test_a_window_bounds_what_is_read_of_a_cache_on_disk() -> None:

@@ -41,7 +41,7 @@ def record_order(skeleton: Skeleton) -> tuple[str, ...]:
     """Full names of the lent weights that a pass uses, each where it is used first. Raises what the forward raises."""
     base = skeleton.model.base_model
     noted: list[str] = []
-    with torch.no_grad(), _stand_ins(skeleton.model, base, noted), _zeros(base), _NoProducts():
+    with torch.no_grad(), _zeros(base), _stand_ins(skeleton.model, base, noted), _NoProducts():
         hidden = torch.zeros(1, _TOKENS, skeleton.embedding.embedding_dim, dtype=skeleton.model.dtype)
         base(inputs_embeds=hidden, use_cache=False, **skeleton.table_zeros(hidden))
     return tuple(dict.fromkeys(noted))

@@ -11,13 +11,18 @@ from tiered.units import PAGE_TOKENS
 
 
 class KVPlayer:
-    """Moves the pages of each pass, layer by layer, group by group, in a ring that lends bytes."""
+    """Moves the pages and recurrent states of each pass, layer by layer, group by group, in a ring that lends bytes."""
 
     def __init__(self, plan: Plan, clock: Clock, disk: Server, machine: Machine) -> None:
         assert machine.disk_bytes_per_second is not None
         self._plan, self._clock, self._disk, self._read_rate = plan, clock, disk, machine.disk_bytes_per_second
         self._write_rate = machine.disk_write_bytes_per_second or self._read_rate
         self._group_of = {layer: group for group in plan.cache.groups for layer in group.layers}
+        state = plan.cache.state
+        self._state_of = {} if state is None else {n: group.nbytes for group in state.groups for n in group.layers}
+        """Bytes of a sequence's recurrent state, by layer."""
+        self._layers = sorted(self._group_of.keys() | self._state_of.keys())
+        self._ring_nbytes = plan.cache.ring_nbytes + plan.cache.states_memory_nbytes
         self._lent = 0
         """Bytes of the ring in use."""
         self._writes: dict[int, list[Transfer]] = {}
@@ -33,41 +38,41 @@ class KVPlayer:
         self._clock.start(self._feed())
 
     def has_come(self, layer: int, group: int) -> bool:
-        """Whether a group's pages of a layer, if it has any, are in memory."""
+        """Whether a group's pages and states of a layer, if it has any, are in memory."""
         read = self._reads.get((layer, group))
-        return layer not in self._group_of or (read is not None and read.is_done)
+        return layer not in self._layers or (read is not None and read.is_done)
 
     def give_back(self, layer: int, group: int) -> None:
         """A group has been computed through a layer: what it has completed is written, then its memory is free."""
-        of = self._group_of.get(layer)
-        if of is None:
+        if layer not in self._layers:
             return
-        pages = sum(
-            min(tokens.stop // PAGE_TOKENS - tokens.start // PAGE_TOKENS, self._plan.cache.pages(of, tokens.stop))
-            for tokens in self._sequences[group]
-        )
-        nbytes = pages * self._plan.cache.block_nbytes(of)
+        of, nbytes = self._group_of.get(layer), len(self._sequences[group]) * self._state_of.get(layer, 0)
+        if of is not None:
+            pages = sum(
+                min(tokens.stop // PAGE_TOKENS - tokens.start // PAGE_TOKENS, self._plan.cache.pages(of, tokens.stop))
+                for tokens in self._sequences[group]
+            )
+            nbytes += pages * self._plan.cache.block_nbytes(of)
         write = self._disk.move("kv write", f"kv of layer {layer}", "kv", nbytes, self._write_rate)
         self._writes.setdefault(layer, []).append(write)
-        self._clock.start(self._free(write, self._nbytes(of, group)))
+        self._clock.start(self._free(write, self._nbytes(layer, group)))
 
     def _feed(self) -> Process:
-        cache = self._plan.cache
-        for layer, of in sorted(self._group_of.items()):
+        for layer in self._layers:
             writes = self._writes.pop(layer, [])
             yield partial(_have_ended, writes)
             for group, sequences in enumerate(self._sequences):
-                nbytes = self._nbytes(of, group)
-                yield partial(self._lend, nbytes)
-                pages = sum(tokens.start // PAGE_TOKENS - _oldest(of, tokens) for tokens in sequences)
+                yield partial(self._lend, self._nbytes(layer, group))
+                nbytes = sum(tokens.start > 0 for tokens in sequences) * self._state_of.get(layer, 0)
+                if (of := self._group_of.get(layer)) is not None:
+                    pages = sum(tokens.start // PAGE_TOKENS - _oldest(of, tokens) for tokens in sequences)
+                    nbytes += pages * self._plan.cache.block_nbytes(of)
                 name = f"kv of layer {layer}"
-                self._reads[layer, group] = self._disk.move(
-                    "kv read", name, "kv", pages * cache.block_nbytes(of), self._read_rate
-                )
+                self._reads[layer, group] = self._disk.move("kv read", name, "kv", nbytes, self._read_rate)
 
     def _lend(self, nbytes: int) -> bool:
         """Lend bytes of the ring if they are free."""
-        if self._lent + nbytes > self._plan.cache.ring_nbytes:
+        if self._lent + nbytes > self._ring_nbytes:
             return False
         self._lent += nbytes
         return True
@@ -76,10 +81,14 @@ class KVPlayer:
         yield lambda: write.is_done
         self._lent -= nbytes
 
-    def _nbytes(self, of: LayerGroup, group: int) -> int:
-        """Bytes of the ring for a group's pages in a layer."""
-        pages = sum(tokens.stop // PAGE_TOKENS - _oldest(of, tokens) for tokens in self._sequences[group])
-        return pages * self._plan.cache.block_nbytes(of)
+    def _nbytes(self, layer: int, group: int) -> int:
+        """Bytes of the ring for a group's pages and states in a layer."""
+        sequences, of = self._sequences[group], self._group_of.get(layer)
+        nbytes = len(sequences) * self._state_of.get(layer, 0)
+        if of is None:
+            return nbytes
+        pages = sum(tokens.stop // PAGE_TOKENS - _oldest(of, tokens) for tokens in sequences)
+        return nbytes + pages * self._plan.cache.block_nbytes(of)
 
 
 def _have_ended(transfers: Sequence[Transfer]) -> bool:

@@ -282,6 +282,9 @@ class _Run:
             read += sum(kv_block_nbytes(cache, each) for each in begun)
             read += kv_block_nbytes(cache, run.context, run.rows)
             written = kv_written_nbytes(cache, tokens)
+            if cache.state is not None:
+                read += (run.rows + sum(part.start > 0 for part in run.parts)) * cache.state.nbytes
+                written += (run.rows + len(run.parts)) * cache.state.nbytes
         rate = machine.disk_bytes_per_second
         assert rate is not None
         expert_seconds = experts / (machine.expert_bytes_per_second or rate)
