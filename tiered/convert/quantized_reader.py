@@ -28,7 +28,8 @@ from tiered.convert.workers import worker_count
 from tiered.errors import CheckpointError, shortened
 from tiered.quant import QuantizedTensor, folded
 
-_PANEL_NUMEL: Final = PANEL_NBYTES // 4
+_PANEL_NBYTES: Final = PANEL_NBYTES // 2
+"""Bytes of a panel in float32. Larger ones are taken apart no faster, and several are in memory at a time."""
 _MOST_THREADS: Final = 2
 """Panels that are taken apart at a time."""
 _STRIP_NBYTES: Final = PANEL_NBYTES
@@ -104,7 +105,7 @@ class QuantizedReader(WeightReader):
         return self._made(name, rows, self.format_of(name).codes)
 
     def working_nbytes(self, path: Path) -> int:
-        panels = (self._thread_count + 1) * _PANEL_PARTS * PANEL_NBYTES
+        panels = (self._thread_count + 1) * _PANEL_PARTS * _PANEL_NBYTES
         return self._inner.working_nbytes(path) + panels + 2 * _STRIP_NBYTES
 
     def close(self) -> None:
@@ -185,7 +186,7 @@ class QuantizedReader(WeightReader):
         """Panels of these rows as `make` makes them, the first ones being made already when this returns."""
         count, width = folded(self.format_of(name).stored.shape)
         rows = range(count) if rows is None else rows
-        step = max(1, _PANEL_NUMEL // max(1, width))
+        step = max(1, _PANEL_NBYTES // max(1, 4 * width))
         read = self._reader(name)
         waiting = deque(range(start, min(start + step, rows.stop)) for start in range(rows.start, rows.stop, step))
         if self._threads is None:
