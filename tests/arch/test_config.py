@@ -178,3 +178,11 @@ def test_refusing_takes_no_time(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError):
             load_config(write(tmp_path, **changes))
     assert time.monotonic() - began < 20, "reading it would not have ended today"
+
+
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3", "gpt_oss"])
+def test_more_experts_for_a_token_than_there_are_are_refused_by_name(name: str, tmp_path: Path) -> None:
+    fields = {**tiny_config(name).to_dict(), "num_experts_per_tok": 99}
+    (tmp_path / "config.json").write_text(json.dumps(fields), encoding="utf-8")
+    with pytest.raises(CheckpointError, match="99 experts compute for a token, expected at most the"):
+        load_config(tmp_path)

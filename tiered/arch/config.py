@@ -36,6 +36,10 @@ _OF_WHOLE: Final = ("dtype", "bos_token_id", "eos_token_id", "pad_token_id")
 _OF_WEIGHTS: Final = ("quantization_config", "compression_config", "transformers_weights")
 """Fields that say how the weights are stored, of both halves."""
 
+_EXPERTS: Final = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_CHOSEN: Final = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")
+"""What families call the experts of a layer, and those of them that compute for a token."""
+
 
 def load_config(folder: Path) -> PretrainedConfig:
     """The configuration in `folder`/config.json, without running code from the folder.
@@ -139,5 +143,11 @@ def _check_read_here(config: PretrainedConfig) -> None:
     types = getattr(config, "layer_types", None)
     if types is not None and (not isinstance(types, list | tuple) or len(types) != config.num_hidden_layers):
         raise ValueError(f"layer_types is {types!r}, expected a name for each of {config.num_hidden_layers} layers")
+    count, chosen = (
+        next((value for name in names if isinstance(value := getattr(config, name, None), int)), None)
+        for names in (_EXPERTS, _CHOSEN)
+    )
+    if count and chosen and chosen > count:
+        raise ValueError(f"{chosen} experts compute for a token, expected at most the {count} that a layer has")
     if "chunked_attention" in (types or ()) and not getattr(config, "attention_chunk_size", None):
         raise ValueError("layer_types has chunked_attention, expected an attention_chunk_size above 0")
