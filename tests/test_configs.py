@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
+from tiered.arch import layer_configs
 from tiered.configs_path import config_dir
 from tiered.plan.machines import hardware_files, load_hardware
 
@@ -40,6 +41,7 @@ PARAMETERS: Final = {
     "qwen3.5-9b": 8.954e9,  # the text half, and of the next
     "qwen3.5-35b-a3b": 34.661e9,
     "lfm2-1.2b": 1.170e9,
+    "gemma-4-e2b": 4.629e9,  # the text half
 }
 
 
@@ -62,6 +64,9 @@ def test_shape_builds_its_config(path: Path) -> None:
     known = config.to_dict()
     expected = dict(shape["config"])
     assert config.dtype == getattr(torch, expected.pop("dtype"))
+    # Gemma 4 gives its layers of the other kind this one.
+    wide = expected.pop("global_head_dim", None)
+    assert wide is None or wide in {layer.head_dim for layer in layer_configs(config)}
     for key, value in expected.items():
         assert known[key] == value, key
     # A misspelt key would be kept as an attribute that no class knows.

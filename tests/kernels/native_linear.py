@@ -160,7 +160,10 @@ def run(
 def relative_error(found: torch.Tensor, expected: torch.Tensor, case: Case) -> float:
     """L2 of the difference over that of a result of these magnitudes.
 
-    The latter is |weight row| * |x row|, not the result's own: a few outputs may all but cancel, and then say nothing.
+    The latter is |weight row| * |x row| and the bias, not the result's own: a few outputs may all but cancel, and then
+    say nothing.
     """
     sizes = case.x.double().norm(dim=1).unsqueeze(1) * case.plain().double().norm(dim=1)
+    if case.bias is not None:
+        sizes = sizes + case.bias.double().abs()
     return float((found.double() - expected.double()).norm() / sizes.norm())
