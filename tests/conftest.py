@@ -1,19 +1,25 @@
 """What tests of different modules share."""
 
+import importlib.util
 import os
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 import torch
 import transformers
 
-from tests.helpers import Tiny
 from tests.quick import Quick
 from tests.shared import FOLDER_VARIABLE
 from tiered.units import MIB
 from tools.pins import read_pins
+
+if TYPE_CHECKING:
+    from tests.helpers import Tiny
+
+ROOT: Final = Path(__file__).parent.parent
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -64,9 +70,25 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def tiny() -> Tiny:
+def tiny() -> "Tiny":
     """Tiny models of every family, made when first asked for."""
+    # The process that only hands out tests to others need not import what it takes.
+    from tests.helpers import Tiny
+
     return Tiny()
+
+
+@pytest.fixture(scope="module")
+def build() -> Iterator[Any]:
+    """setup.py as a module: the native sources, the flags, and how they are compiled."""
+    pytest.importorskip("setuptools")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)  # its paths are relative
+        spec = importlib.util.spec_from_file_location("tiered_setup", ROOT / "setup.py")
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        yield module
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,7 @@ CONTEXT: Final = 64
 """Tokens that each tiny model has positions for."""
 WINDOW: Final = 8
 """Sliding window of the families that have one: shorter than the prompts."""
-STEPS: Final = 24
+STEPS: Final = 12
 PROMPT_LENGTHS: Final = (21, 13)
 TOLERANCE: Final = 1e-4
 """Relative error of float32 logits that still counts as the same."""

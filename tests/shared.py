@@ -4,7 +4,7 @@ import fcntl
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 FOLDER_VARIABLE: Final = "TIERED_TESTS_SHARED"
 """Names the folder that all workers of a run share; tests/conftest.py sets it."""
@@ -20,3 +20,10 @@ def made_once(name: str, make: Callable[[Path], object]) -> Path:
             make(unfinished)
             unfinished.rename(path)
     return path
+
+
+def unoptimized_objects(build: Any) -> list[Path]:
+    """The native library's objects, compiled by `build` (setup.py) without the optimization that takes most of it."""
+    sources = build.sources()
+    folder = made_once("objects", lambda made: build.compile_all(build.compiler(), sources, made, "-O0"))
+    return [folder / f"{path.stem}.o" for path in sources]

@@ -119,7 +119,9 @@ CELLS: Final = [
     for first, name in enumerate(FAMILIES)
     for second, on_device in enumerate(ROOM)
     for third, (in_ram, rows) in enumerate((("all", None), ("some", 3), ("a ring", 5)))
+    if name in ("llama", "gemma3_text") or (first + second + third) % 3 == 0
 ]
+"""All rooms for a family without windows and one with; the others meet every room here and every room there."""
 
 
 @pytest.mark.parametrize(
@@ -154,6 +156,7 @@ HYBRID: Final = [
     (name, in_ram, *KV[2 + (first + second) % 4])
     for first, name in enumerate(FAMILIES)
     for second, in_ram in enumerate(("all", "some", "a ring"))
+    if name in ("opt", "gemma3_text") or (first + second) % 3 == 0
 ]
 
 

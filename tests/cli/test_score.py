@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.commands import CHECKPOINT, ROOT, TIERED, TerminalInput, copy_store, make_store, run_apart, run_here
+from tests.commands import CHECKPOINT, ROOT, TerminalInput, copy_store, make_store, run_here
 from tests.commands import smallest_ram as named_ram
 from tests.damage import ADDED, poisoned, with_added_token, without_tokenizer
 from tests.quick import represented
@@ -249,18 +249,6 @@ def test_in_little_memory_windows_share_passes_over_the_streamed_weights(tmp_pat
     assert shared["report"]["passes"] < alone["report"]["passes"]
     assert shared["report"]["bytes_read"] < 0.8 * alone["report"]["bytes_read"]
     assert shared["texts"] == alone["texts"]
-
-
-@pytest.mark.inputs("tiered/plan", "tiered/model")
-def test_exactly_the_budget_that_a_refusal_names_works_and_is_kept(store: Path, text: Path) -> None:
-    words = (*TIERED, "score", store, "-f", text, "--context", "128", "--batch", "30", *QUIET, "--json")
-    refused = run_apart((*words, "--ram", "100MiB"))
-    assert (refused.code, refused.out) == (3, "")
-    ram = named_ram(refused.err)
-    done = run_apart((*words, "--ram", ram))
-    assert done.code == 0, done.err
-    report = json.loads(done.out)["report"]
-    assert report["peak_rss_bytes"] <= report["ram_budget_bytes"] == parse_size(ram)
 
 
 # What is shown.

@@ -26,6 +26,7 @@ from tests.helpers import (
     run_greedy,
     tiny_config,
 )
+from tests.quick import represented
 from tiered.arch import build_skeleton, load_config, text_config
 from tiered.convert import convert_checkpoint
 from tiered.convert.gguf import parts_of, read_gguf
@@ -82,7 +83,7 @@ def opened(path: Path) -> Any:
     return read_gguf(files, parts_of(path.name, files.names))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", represented(MODELS, ["llama", "qwen2_moe", "gemma3_text", "phi3-longrope"]))
 def test_an_architecture_is_the_model_that_it_was_made_from(name: str, tmp_path: Path) -> None:
     model = made(name, **MODELS[name])
     write_gguf(tmp_path / "model.gguf", model)

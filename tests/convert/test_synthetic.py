@@ -47,9 +47,12 @@ def test_a_known_shape_becomes_a_store(name: str, quant: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    "family", represented(["llama", "opt", "gpt_neox", "bloom", "falcon", "mixtral"], ["llama", "mixtral"])
+    ("family", "quant"),
+    represented(
+        [("llama", "none"), *((name, "int4") for name in ("llama", "opt", "gpt_neox", "bloom", "falcon", "mixtral"))],
+        [("llama", "none"), ("llama", "int4"), ("mixtral", "int4")],
+    ),
 )
-@pytest.mark.parametrize("quant", ["int4", "none"])
 def test_logits_stay_finite_and_of_size_one_at_depth(family: str, quant: str, tmp_path: Path) -> None:
     shape = tmp_path / "deep.toml"
     shape.write_text(DEEP.format(family=family) + SIZES.get(family, ""))

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.kernels.native_linear import native
+from tests.shared import unoptimized_objects
 from tiered.kernels import Level
 from tiered.kernels.library import LIBRARY_VARIABLE, Library
 
@@ -29,12 +30,12 @@ def emulated(build: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("no C++ compiler here")
     folder = tmp_path_factory.mktemp("emulated")
     made = folder / "libemulated.so"
-    flags = (*build.FLAGS, "-DTK_EMULATE_TILES")
-    emulating = [path for path in build.sources() if build.level_of(path) == "amx"]
-    others = [path for path in build.sources() if path not in emulating]
+    # What has tiles, and what says whether there are any.
+    emulating = [path for path in build.sources() if build.level_of(path) == "amx" or path.stem == "cpu"]
     # Only the tiles, of which every one takes thousands of operations, gain more by optimization than it costs.
-    objects = build.compile_all(program, emulating, folder, *flags, "-O1")
-    objects += build.compile_all(program, others, folder, *flags, "-O0")
+    objects = build.compile_all(program, emulating, folder, "-DTK_EMULATE_TILES", "-O1")
+    names = {path.name for path in objects}
+    objects += [path for path in unoptimized_objects(build) if path.name not in names]
     build.run([*program, *map(str, objects), *build.LINK_FLAGS, "-o", str(made)])
     refusal = Library(made).refusal(Level.AMX)
     if refusal is not None:

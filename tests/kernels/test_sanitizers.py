@@ -13,6 +13,10 @@ from typing import Any, Final
 
 import pytest
 
+from tests.kernels.native_linear import native
+from tests.shared import unoptimized_objects
+from tiered.kernels import Level
+
 pytestmark = pytest.mark.inputs("tiered/kernels/native", "tests/kernels/native", "setup.py")
 
 SELF_TEST: Final = Path(__file__).with_name("native")
@@ -35,7 +39,12 @@ def test_no_sanitizer_finds_anything(build: Any, sanitizer: str, tmp_path: Path)
         pytest.skip("no C++ compiler here")
     flags = SANITIZERS[sanitizer]
     skip_without(program, flags, tmp_path)
-    made = self_test(build, program, build.sources(), tmp_path, flags)
+    # A sanitizer sees only what runs: levels that this processor does not have are linked as they are.
+    absent = {level.name.lower() for level in Level if native().refusal(level) is not None}
+    sources = [path for path in build.sources() if build.level_of(path) not in absent]
+    objects = build.compile_all(program, sources, tmp_path, *flags)
+    objects += [path for path in unoptimized_objects(build) if build.level_of(path) in absent]
+    made = linked(build, program, objects, tmp_path, flags)
     assert_passes([str(made), "20" if sanitizer == "thread" else "40"])
 
 
@@ -44,7 +53,9 @@ def test_the_portable_kernels_are_right_on_arm(build: Any, tmp_path: Path) -> No
     for name in (compiler, emulator):
         if shutil.which(name) is None:
             pytest.skip(f"no {name} here; Debian and Ubuntu: g++-aarch64-linux-gnu, qemu-user-static")
-    made = self_test(build, [compiler], build.sources("aarch64"), tmp_path, ("-O2", "-Werror"), "-static")
+    flags = ("-O2", "-Werror")
+    objects = build.compile_all([compiler], build.sources("aarch64"), tmp_path, *flags)
+    made = linked(build, [compiler], objects, tmp_path, flags, "-static")
     assert_passes([emulator, str(made), "20"])
 
 
@@ -53,11 +64,11 @@ def test_an_older_processor_meets_no_instruction_that_it_does_not_have(build: An
     program, emulator = build.compiler(), "qemu-x86_64-static"
     if not program or shutil.which(program[0]) is None:
         pytest.skip("no C++ compiler here")
-    objects = build.compile_all(program, build.sources(), tmp_path, "-O0")
-    for path in build.sources():
+    objects = unoptimized_objects(build)
+    for path in objects:
         if build.level_of(path) in build.LEVEL_FLAGS:
             # Of functions with such symbols the linker keeps one copy, which may be a level's, for all files.
-            assert not shared_symbols(tmp_path / f"{path.stem}.o")
+            assert not shared_symbols(path)
     if shutil.which(emulator) is None:
         pytest.skip(f"no {emulator} here; Debian and Ubuntu: qemu-user-static")
     made = linked(build, program, objects, tmp_path, ("-O0",))
@@ -69,13 +80,6 @@ def test_clang_has_nothing_to_warn_of(build: Any, tmp_path: Path) -> None:
     if shutil.which("clang++") is None:
         pytest.skip("no clang++ here")
     build.compile_all(["clang++"], build.sources(), tmp_path, "-fsyntax-only", "-Werror")
-
-
-def self_test(
-    build: Any, program: Sequence[str], sources: Sequence[Path], folder: Path, flags: Sequence[str], *link: str
-) -> Path:
-    """The program, of the library's sources and the self-test's."""
-    return linked(build, program, build.compile_all(program, sources, folder, *flags), folder, flags, *link)
 
 
 def linked(

@@ -2,7 +2,8 @@
 
 A program of its own: `python -m tests.model.elsewhere`. The device "emu" has shapes and no numbers (a fake tensor's
 operations raise where tensors of two devices meet, and where somebody asks for a number), and can be set up only once
-per process. Prints a line of JSON per tiny model: its name, and what was raised, or null.
+per process. Prints a line of JSON per tiny model: its name, and what was raised, or null; and one for a model of which
+a table was left at the host on purpose.
 """
 
 import json
@@ -37,6 +38,8 @@ BY_CACHE: Final = ("llama", "gemma3_text", "bloom", "deepseek_v3", "llama4_text"
 """Tried with other kinds of cache, over more than a page: one of each kind of attention."""
 CACHES: Final[tuple[tuple[Bits, bool], ...]] = ((4, False), (16, True), (4, True))
 """Their bits, and whether they are at the host."""
+LEFT_BEHIND: Final = "gptj"
+"""Has a table of positions outside its layers."""
 CHOSEN: Final = [1, 2]
 """The experts of every token, as there are no numbers to choose by."""
 
@@ -229,13 +232,19 @@ def _nothing_but_shapes(model: nn.Module) -> Iterator[None]:
 def main() -> None:
     _setup_privateuseone_for_python_backend("emu")
     for name in sys.argv[1:] or [*TINY, *LENGTH_DEPENDENT]:
-        try:
-            check(name)
-        except Exception as error:
-            found: str | None = f"{type(error).__name__}: {error}".splitlines()[0]
-        else:
-            found = None
+        found = _raised_by(name)
         print(json.dumps([name, found]), flush=True)
+    with mock.patch("tiered.model.bind._move_tables", lambda model, where: None):
+        found = _raised_by(LEFT_BEHIND)
+    print(json.dumps([f"{LEFT_BEHIND}, left", found]), flush=True)
+
+
+def _raised_by(name: str) -> str | None:
+    try:
+        check(name)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    return None
 
 
 if __name__ == "__main__":

@@ -36,20 +36,6 @@ def test_every_family_computes_with_all_its_tensors_elsewhere() -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     found = dict(json.loads(line) for line in done.stdout.splitlines())
+    # Or else nothing would be found of the others either.
+    assert found.pop("gptj, left").partition(":")[0] == "FakeTensorDeviceMismatchError"
     assert found == dict.fromkeys(names)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(300)
-def test_a_tensor_that_is_left_at_the_host_is_found() -> None:
-    program = (
-        "from tests.model import elsewhere\n"
-        "from tiered.model import bind\n"
-        "bind._move_tables = lambda model, where: None\n"
-        "elsewhere.main()"
-    )
-    command = [sys.executable, "-c", program, "gptj"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    (name, found) = json.loads(done.stdout)
-    assert (name, found.partition(":")[0]) == ("gptj", "FakeTensorDeviceMismatchError")

@@ -134,16 +134,17 @@ CELLS: Final = [
         for second, place in enumerate(PLACES)
         for third, (kv, bits) in enumerate(KV)
         for rows in ((None, 40)[(first + second + third) % 2],)
-        if name != "gemma4_text" or (second + third) % 3 == 0
+        if name == "gemma3_text" or (first + second + third) % 3 == 0
     ),
     *(("deepseek_v3", PROMPTS, "cpu", 8, 40), ("llama4_text", PROMPTS, "disk", 16, 40)),
 ]
-"""Gemma 4 differs from Gemma 3 in whose pages a layer reads, and meets every tier and format once."""
+"""Gemma 3 has layers with windows and layers without, as all others have the one or the other. These differ in what
+they compute between pages, or in whose pages a layer reads, and meet every place, and every tier and format once."""
 
 
 @pytest.mark.parametrize(
     ("name", "place", "kv", "bits", "rows"),
-    represented(CELLS, [cell for cell in CELLS if cell[0] in ("llama", "gemma3_text") and cell[3] in (16, 4)]),
+    represented(CELLS, [cell for cell in CELLS if cell[0] == "gemma3_text" and cell[3] in (16, 4)]),
 )
 def test_sequences_that_come_and_go_get_the_tokens_of_one_processor(
     tmp_path: Path, name: str, place: str, kv: str, bits: Bits, rows: int | None

@@ -19,8 +19,7 @@ TINY: Final = ("--shapes", "128x256", "--rows", "1,3", "--seconds", "0.01", "--r
 
 
 def run(*words: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-    environment |= {"PYTHONPATH": str(TOOL.parent.parent)} | variables
+    environment = {**os.environ, "PYTHONPATH": str(TOOL.parent.parent), "OMP_WAIT_POLICY": "passive", **variables}
     command = [sys.executable, str(TOOL), *TINY, *map(str, words)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
 

@@ -2,34 +2,39 @@
 
 import ctypes
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from tiered.kernels import Level, load_library
 from tools import machine_limits
+from tools.machine_limits import Limits, compile_loops
 
 
-def test_limits_are_measured_with_and_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    library, compiled = load_library(), machine_limits.compile_loops()
-    with machine_limits.Limits(2, 1 << 22) as limits:
+@pytest.fixture(scope="module")
+def loops() -> ctypes.CDLL | None:
+    return compile_loops()
+
+
+def test_limits_are_measured_with_and_without_a_compiler(
+    loops: ctypes.CDLL | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = load_library()
+    with Limits(2, 1 << 22) as limits:
         assert limits.read_bandwidth(1) > 0
         peak = limits.peak(10)
-        if compiled is None or isinstance(library, str) or library.best_level() is Level.SCALAR:
+        if loops is None or isinstance(library, str) or library.best_level() is Level.SCALAR:
             assert peak is None
         else:
             assert peak is not None and peak > 0
     monkeypatch.setenv("CXX", "/nonexistent/compiler")
-    with machine_limits.Limits(2, 1 << 22) as limits:
+    with Limits(2, 1 << 22) as limits:
         assert limits.read_bandwidth(1) > 0
         assert limits.peak(10) is None
 
 
 @pytest.mark.parametrize("level", Level)
-def test_every_level_reads_every_word_once(level: Level) -> None:
-    loops, library = machine_limits.compile_loops(), load_library()
+def test_every_level_reads_every_word_once(loops: ctypes.CDLL | None, level: Level) -> None:
+    library = load_library()
     if loops is None:
         pytest.skip("no C++ compiler here")
     if isinstance(library, str) or library.refusal(level) is not None:
@@ -40,8 +45,10 @@ def test_every_level_reads_every_word_once(level: Level) -> None:
     assert operations == 0 if level is Level.SCALAR else operations > 0
 
 
-@pytest.mark.slow
-def test_the_program_prints_both_figures() -> None:
-    tool = Path(machine_limits.__file__)
-    done = subprocess.run([sys.executable, str(tool)], capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout).keys() == {"read_bandwidth", "peak_flops"}
+def test_the_program_prints_both_figures(
+    loops: ctypes.CDLL | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(machine_limits, "compile_loops", lambda: loops)
+    monkeypatch.setattr(machine_limits, "Limits", lambda threads: Limits(threads, 1 << 22))
+    assert machine_limits.main() == 0
+    assert json.loads(capsys.readouterr().out).keys() == {"read_bandwidth", "peak_flops"}
