@@ -266,8 +266,7 @@ class Runtime:
         """
         for item in batch:
             check_token_ids(item.input_ids, self.store.vocab_size)
-        layers, seat = self.plan.cache.layers, self.engine.seats.decode
-        work = ForwardWork(batch, self.plan.micro_batch_rows, layers, seat)
+        work = ForwardWork(batch, self.plan.micro_batch_rows, self.plan.cache.layers, self.engine.seats)
         return self._run(work, on_block, is_last)
 
     def _run(self, work: Work, on_block: OnBlock | None, is_last: bool) -> Pass:
