@@ -229,7 +229,7 @@ def test_what_a_refusal_names_is_enough(tiny: Tiny, devices: Devices, tmp_path: 
         pass
     assert refused.value.smallest_bytes is not None
     vram = -(-refused.value.smallest_bytes // MIB) * MIB
-    with pytest.raises(DeviceBudgetError), open_runtime(store, **options, vram=vram - 2 * MIB, ram=PLENTY):
+    with pytest.raises(DeviceBudgetError), open_runtime(store, **options, vram=vram - MIB, ram=PLENTY):
         pass
     with pytest.raises(BudgetError) as short, open_runtime(store, **options, vram=vram, ram=64 * MIB):
         pass
