@@ -306,7 +306,7 @@ def test_transformers_own_generate_has_prompts_computed_on_the_device_and_the_re
     hybrid = ["--tiers", "disk,cpu,gpu", "--device", devices.name, "--vram", "1GiB", "--decode-device", "cpu"]
     with tiered.load(store, context=60, ram=PLENTY, dtype="float32") as loaded:
         whole = loaded.model(ids).logits
-        text = loaded.tokenizer.decode(ids[0])
+        text = str(loaded.tokenizer.decode(ids[0]))
         prompt = loaded.tokenizer(text, return_tensors="pt")["input_ids"]
         expected = loaded.model.generate(prompt, max_new_tokens=STEPS, do_sample=False)
     options: dict[str, Any] = {"tiers": "disk,cpu,gpu", "device": devices.name, "vram": GIB, "decode_device": "cpu"}

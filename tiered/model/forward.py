@@ -154,8 +154,8 @@ class _Homebound(PositionCache):
         if stop == self._tokens:
             home.keys = home.values = None
             seat = home.seat
-            kept = (x.to(seat.where, seat.model.dtype, copy=True) for x in (keys, values))
-            home.cache.update(*kept, layer_idx, *args, **kwargs)
+            kept = [x.to(seat.where, seat.model.dtype, copy=True) for x in (keys, values)]
+            home.cache.update(kept[0], kept[1], layer_idx, *args, **kwargs)
         return keys, values
 
 
