@@ -15,6 +15,7 @@ from unittest import mock
 from tests.shared import made_once
 from tiered.cli import main
 from tiered.convert import ConvertOptions, convert_checkpoint
+from tiered.plan.hardware import Hardware
 
 ROOT: Final = Path(__file__).parent.parent
 CHECKPOINT: Final = ROOT / "tests/data/models/opt-docs-8m"
@@ -38,6 +39,31 @@ num_experts_per_tok = 2
 max_position_embeddings = 1024
 """
 """27 MiB in 4 bits, nearly all of them experts."""
+
+
+SLOW_TOKENS: Final = Hardware.from_toml(
+    """
+    name = "machine"
+    source = "made up"
+    ram = 64e9
+    [disk]
+    read = 2e9
+    write = 1e9
+    [cpu]
+    cores = 1
+    memory = 50e9
+    flops = 1e8
+    [gpu]
+    name = "emulated"
+    vram = 16e9
+    host_to_device = 12e9
+    device_to_host = 12e9
+    memory = 16e6
+    flops = 1e13
+    """,
+    "machine",
+)
+"""A machine with one thread and an emulated device, to which a prompt is a trifle and a single token is not."""
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ The device is the emulated one in its chaotic mode: copies come early, late and 
 is poison, and vector clocks find every wait that is missing (tests/device, tests/stream/test_device_feed.py).
 """
 
+import json
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +17,7 @@ import pytest
 import torch
 
 import tiered
-from tests.commands import make_store
+from tests.commands import make_store, run_here
 from tests.helpers import Answers, Tiny, assert_same, open_runtime, prompts_for, reserved, run_greedy, run_segments
 from tests.quick import represented
 from tiered.device import Device, open_device
@@ -231,7 +232,7 @@ def test_what_a_refusal_names_is_enough(tiny: Tiny, devices: Devices, tmp_path: 
         pass
     assert refused.value.smallest_bytes is not None
     vram = -(-refused.value.smallest_bytes // MIB) * MIB
-    with pytest.raises(DeviceBudgetError), open_runtime(store, **options, vram=vram - 2 * MIB, ram=PLENTY):
+    with pytest.raises(DeviceBudgetError), open_runtime(store, **options, vram=vram - MIB, ram=PLENTY):
         pass
     with pytest.raises(BudgetError) as short, open_runtime(store, **options, vram=vram, ram=64 * MIB):
         pass
@@ -299,6 +300,36 @@ def test_transformers_own_generate_computes_on_the_device_with_beams_and_caches_
 
     expected = generated()
     assert torch.equal(generated(tiers="disk,cpu,gpu", device=devices.name, vram=PLENTY), expected)
+
+
+def test_transformers_own_generate_has_prompts_computed_on_the_device_and_the_rest_on_the_processor(
+    devices: Devices, tmp_path: Path
+) -> None:
+    store, ids = make_store(tmp_path), torch.tensor([[5, 300, 41, 7, 99]])
+    hybrid = ["--tiers", "disk,cpu,gpu", "--device", devices.name, "--vram", "1GiB", "--decode-device", "cpu"]
+    with tiered.load(store, context=60, ram=PLENTY, dtype="float32") as loaded:
+        whole = loaded.model(ids).logits
+        text = str(loaded.tokenizer.decode(ids[0]))
+        prompt = loaded.tokenizer(text, return_tensors="pt")["input_ids"]
+        expected = loaded.model.generate(prompt, max_new_tokens=STEPS, do_sample=False)
+    options: dict[str, Any] = {"tiers": "disk,cpu,gpu", "device": devices.name, "vram": GIB, "decode_device": "cpu"}
+    with tiered.load(store, context=60, ram=PLENTY, dtype="float32", **options) as loaded:
+        runtime = loaded.runtime
+        assert not runtime.plan.cache.on_device
+        # A prompt passes in several micro-batches, and goes on in a forward that finds a cache.
+        runtime.plan = replace(runtime.plan, micro_batch_rows=2)
+        first = loaded.model(ids[:, :3], use_cache=True)
+        # What the device is given is copied to it: all weights, for the prompt.
+        assert runtime.bus_nbytes >= runtime.plan.tape.total
+        rest = loaded.model(ids[:, 3:], past_key_values=first.past_key_values)
+        found = torch.cat([first.logits, rest.logits], dim=1)
+        torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-4)
+        assert torch.equal(loaded.model.generate(prompt, max_new_tokens=STEPS, do_sample=False), expected)
+        assert all(device.peak_nbytes <= GIB for device in devices)
+    words = ["--dtype", "float32", "-p", text, "-n", str(STEPS), "--ignore-eos", "--no-measure", "--json", *hybrid]
+    done = run_here("generate", store, *words)
+    (completion,) = json.loads(done.out)["completions"]
+    assert completion["token_ids"] == expected[0, prompt.shape[1] :].tolist()
 
 
 def test_two_runtimes_share_the_memory_of_a_device(tiny: Tiny, devices: Devices, tmp_path: Path) -> None:

@@ -53,6 +53,30 @@ def test_options_that_contradict_each_other_are_explained(fields: dict[str, Any]
     assert message in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("fields", "choices"),
+    [
+        ({}, []),
+        ({"tiers": THREE}, ["gpu gpu", "gpu cpu", "cpu cpu"]),
+        ({"tiers": LOADED}, ["gpu gpu", "gpu cpu", "cpu cpu"]),
+        ({"tiers": ALONE}, ["gpu gpu"]),
+        ({"tiers": THREE, "decode_device": "cpu"}, ["gpu cpu", "cpu cpu"]),
+        ({"tiers": THREE, "prefill_device": "gpu"}, ["gpu gpu", "gpu cpu"]),
+        ({"tiers": THREE, "prefill_device": "gpu", "decode_device": "cpu"}, []),
+        ({"tiers": THREE, "kv": "gpu"}, ["gpu gpu"]),
+        ({"tiers": THREE, "resident_gpu": GIB}, ["gpu gpu"]),
+        ({"tiers": THREE, "resident_cpu": GIB}, ["gpu gpu", "gpu cpu"]),
+        ({"tiers": THREE, "dtype": "float16"}, ["gpu gpu"]),
+    ],
+)
+def test_auto_may_stand_for_whatever_the_other_options_allow(fields: dict[str, Any], choices: list[str]) -> None:
+    options = Options(**fields)
+    assert [" ".join(phases) for phases in options.phase_choices] == choices
+    for phases in options.phase_choices:
+        chosen = options.with_phases(phases)
+        assert chosen.computes == phases and chosen.has_device == ("gpu" in phases) and not chosen.phase_choices
+
+
 def test_phases_are_the_gpu_s_where_there_is_one() -> None:
     assert Options().computes == ("cpu", "cpu") and Options().device_name is None
     assert Options(tiers=THREE).computes == ("gpu", "gpu")

@@ -42,6 +42,7 @@ from tiered.model import (
     past_tokens,
     slice_mask,
 )
+from tiered.options import PhaseDevice
 from tiered.plan import Tier, Workload, parse_tiers
 from tiered.runtime import Options, Runtime, compute_dtype
 from tiered.store import Store
@@ -72,6 +73,8 @@ def load(
     device: str = "auto",
     resident_gpu: str | int | None = None,
     resident_cpu: str | int | None = None,
+    prefill_device: PhaseDevice = "auto",
+    decode_device: PhaseDevice = "auto",
     fallback: Literal["cpu"] | None = None,
 ) -> "LoadedModel":
     """Open `store` as a model that runs within `ram` ("4GiB" or bytes; default 90 % of what is free).
@@ -83,8 +86,10 @@ def load(
 
     With a GPU among the tiers ("disk,cpu,gpu", "cpu,gpu", "gpu") `device` computes: "cuda", "cuda:1", "emulated", or
     "auto", the first CUDA device. `vram` bounds its memory (default 90 % of what is free there); `resident_gpu` and
-    `resident_cpu` ("4GiB" or bytes, 0 for none) are the weights that stay on it and in memory. `fallback="cpu"` lets
-    the processor compute where the device cannot be used, which is an error otherwise.
+    `resident_cpu` ("4GiB" or bytes, 0 for none) are the weights that stay on it and in memory. `decode_device="cpu"`
+    leaves to the device only prompts that begin a cache, of transformers' growing kinds, in forwards of several tokens;
+    the cache and all else are the processor's. "auto" is the GPU. `fallback="cpu"` lets the processor compute where the
+    device cannot be used, which is an error otherwise.
 
     Raises StoreError, ConfigError, or, when the context is entered, BudgetError.
     """
@@ -110,9 +115,11 @@ def load(
         vram=_bytes("vram", vram),
         resident_gpu=_bytes("resident_gpu", resident_gpu, or_none=True),
         resident_cpu=_bytes("resident_cpu", resident_cpu, or_none=True),
+        prefill_device=prefill_device,
+        decode_device=decode_device,
         fallback=fallback,
-        # transformers' own caches grow where the model computes.
-        kv="gpu" if Tier.GPU in parsed else "cpu",
+        # transformers' own caches grow where the model decodes.
+        kv="gpu" if Tier.GPU in parsed and decode_device != "cpu" else "cpu",
     )
     config = load_config(opened.path)
     compute_dtype(dtype, config, options.has_device)  # raises ConfigError for an unknown dtype

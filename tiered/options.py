@@ -13,9 +13,10 @@ from tiered.io import ReadMode, VerifyPolicy
 from tiered.kernels import Mode
 from tiered.plan import AnyBits, Computes, KVTier, Tier
 from tiered.plan.inputs import tiers_text
+from tiered.plan.phases import PHASES, Phases
 
 PhaseDevice = Literal["auto", "cpu", "gpu"]
-"""What is to compute a phase; auto: the GPU, if a tier."""
+"""What is to compute a phase; auto: what is quickest where a profile tells, else the GPU, if a tier."""
 _DEVICE: Final = re.compile(r"auto|cuda(:\d{1,3})?|emulated")
 
 
@@ -95,11 +96,38 @@ class Options:
         return Tier.GPU in self.tiers
 
     @property
-    def computes(self) -> tuple[Computes, Computes]:
-        """What computes prompts, and what computes the rest."""
+    def computes(self) -> Phases:
+        """What computes prompts, and what computes the rest; auto is the GPU here, if a tier."""
         default: Computes = "gpu" if self.has_device else "cpu"
         prefill = default if self.prefill_device == "auto" else self.prefill_device
         return prefill, default if self.decode_device == "auto" else self.decode_device
+
+    @property
+    def phase_choices(self) -> tuple[Phases, ...]:
+        """The phases that "auto" may stand for, where what each takes is known; one or none: nothing is to choose."""
+        if not self.has_device or "auto" not in (self.prefill_device, self.decode_device):
+            return ()
+        return tuple(phases for phases in PHASES if self._allows(phases))
+
+    def _allows(self, phases: Phases) -> bool:
+        given = self.prefill_device, self.decode_device
+        if any(asked not in ("auto", each) for asked, each in zip(given, phases, strict=True)):
+            return False
+        if phases == ("cpu", "cpu"):
+            # Wishes for the device are wishes to use it.
+            wishes = self.kv == "gpu", self.resident_gpu is not None, self.resident_cpu is not None
+            return Tier.CPU in self.tiers and self.dtype != "float16" and not any(wishes)
+        try:
+            self.with_phases(phases)
+        except ConfigError:
+            return False
+        return True
+
+    def with_phases(self, phases: Phases) -> "Options":
+        """The options with which these compute, without the device if that has nothing to do."""
+        if "gpu" not in phases:
+            return self.without_device() if self.has_device else self
+        return replace(self, prefill_device=phases[0], decode_device=phases[1])
 
     @property
     def device_name(self) -> str | None:

@@ -4,7 +4,6 @@ In: a store, options, a host. Out: what computes, and the numbers that its plan 
 by commands that plan without running.
 """
 
-import contextlib
 import functools
 from dataclasses import dataclass, replace
 
@@ -13,9 +12,8 @@ from transformers import PretrainedConfig
 
 from tiered.arch import build_skeleton, load_config
 from tiered.device import Device
-from tiered.errors import ConfigError
-from tiered.host import PROCESS, Host, Member, open_named
-from tiered.kernels import DeviceKernels, device_dtype, device_scratch_nbytes, scratch_nbytes
+from tiered.host import PROCESS, DeviceComputer, Host, Member
+from tiered.kernels import device_dtype, device_scratch_nbytes, scratch_nbytes
 from tiered.model import Seat, Seats, check_layers, check_match, model_shape
 from tiered.options import Options, compute_dtype
 from tiered.plan import Bits, Budgets, Machine, ModelShape, process_rss_bytes
@@ -77,19 +75,14 @@ class DeviceArithmetic:
     """"triton" or "torch"."""
 
 
-def with_usable_device(options: Options, config: PretrainedConfig) -> tuple[Options, DeviceArithmetic | None]:
-    """The options that a runtime comes to: without the device where it cannot be used and `fallback` says what computes
-    then. Raises ConfigError where it does not. And how the device computes, if there is one."""
-    if options.device_name is None:
-        return options, None
-    try:
-        device = open_named(options.device_name, options.vram)
-    except ConfigError:
-        if options.fallback is None:
-            raise
-        return options.without_device(), None
-    with contextlib.closing(device), DeviceKernels(device.where, options.kernel_mode) as kernels:
-        return options, DeviceArithmetic(_dtype_of(device, options, config), kernels.kind)
+def device_arithmetic(computer: DeviceComputer, options: Options, config: PretrainedConfig) -> DeviceArithmetic:
+    """How the device of a host computes."""
+    return DeviceArithmetic(_dtype_of(computer.device, options, config), computer.kernels.kind)
+
+
+def usable(options: Options, host: Host) -> Options:
+    """The options that a runtime comes to on `host`, which is open: without the device where it cannot be used."""
+    return options if host.device_refusal is None else options.without_device()
 
 
 def host_for(options: Options) -> Host:
@@ -138,6 +131,6 @@ def measure_inputs(store: Store, options: Options) -> tuple[ModelShape, Machine,
     with PROCESS.opening, PROCESS.member() as member:
         before = process_rss_bytes()
         with host_for(replace(options, keep_spans=False)) as host:
-            options = options if host.device_refusal is None else options.without_device()
+            options = usable(options, host)
             made = prepare(store, options, host)
             return made.shape, made.machine, budgets_of(options, member, before, host)

@@ -50,7 +50,7 @@ from tiered.plan import (
     rates_wanted,
 )
 from tiered.plan.passes import limits_of
-from tiered.prepare import Prepared, budgets_of, host_for, prepare
+from tiered.prepare import Prepared, budgets_of, host_for, prepare, usable
 from tiered.store import Store
 from tiered.stream import EmbeddingRows, Fork, KVStream, Streamer, Streams, StreamThread
 
@@ -158,7 +158,7 @@ class Runtime:
         before = process_rss_bytes()
         member = stack.enter_context(PROCESS.member())
         stack.enter_context(self.host)
-        self.options = self._asked if self.host.device_refusal is None else self._asked.without_device()
+        self.options = usable(self._asked, self.host)
         with _device_memory():
             made = prepare(self.store, self.options, self.host)
         self.plan = self._choose_plan(made, member, before)
@@ -266,8 +266,7 @@ class Runtime:
         """
         for item in batch:
             check_token_ids(item.input_ids, self.store.vocab_size)
-        layers, seat = self.plan.cache.layers, self.engine.seats.decode
-        work = ForwardWork(batch, self.plan.micro_batch_rows, layers, seat)
+        work = ForwardWork(batch, self.plan.micro_batch_rows, self.plan.cache.layers, self.engine.seats)
         return self._run(work, on_block, is_last)
 
     def _run(self, work: Work, on_block: OnBlock | None, is_last: bool) -> Pass:

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from tests.commands import TIERED, copy_store, make_store, run_apart, run_here, smallest_ram
+from tests.commands import SLOW_TOKENS, TIERED, copy_store, make_store, run_apart, run_here, smallest_ram
 from tests.damage import ADDED, poisoned, with_added_token, without_tokenizer
 from tests.jobs.fakes import request, results_of, write_lines
 from tests.warm import run_warm
+from tiered.device import Device, open_device
 from tiered.units import MIB, parse_size
 
 QUIET = ("--no-measure", "--batch", "3")
@@ -197,7 +198,7 @@ def test_results_of_another_job_are_refused_by_name(store: Path, source: Path, t
         (store, source, ("--kv-bits", "8"), "kv-bits is 8, it was 16"),
         (store, source, ("--kernels", "torch"), "kernels is torch, it was"),
         (store, source, ("--kernel-mode", "fast"), "kernel-mode is fast, it was invariant"),
-        (store, source, (*ON_DEVICE, "--vram", "1GiB"), "device is emulated, it was unset"),
+        (store, source, (*ON_DEVICE, "--vram", "1GiB", "--prefill-device", "gpu"), "device is emulated, it was unset"),
     ]
     for which, input_, words, told in cases:
         done = run_here("batch", which, "-i", input_, "-o", results, *QUIET, *words)
@@ -223,6 +224,33 @@ def test_a_job_of_a_device_that_computes_otherwise_is_refused_by_name(
     monkeypatch.setattr(patched, value)
     done = run_here("batch", store, *words)
     assert done.code == 2 and told in done.err
+
+
+def test_a_job_opens_its_device_once_and_goes_on_where_it_was_begun(
+    store: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+
+    def open_counted(name: str, vram: int | None) -> Device:
+        opened.append(name)
+        return open_device(name, vram)
+
+    monkeypatch.setattr("tiered.host.open_device", open_counted)
+    monkeypatch.setattr("tiered.cli.measuring.find_profile", lambda folder: SLOW_TOKENS)
+    results = tmp_path / "out.jsonl"
+    words = ("batch", store, "-i", source, "-o", results, *QUIET, *ON_DEVICE, "--vram", "1GiB", "--threads", "1")
+    done = run_here(*words, "--max-tokens", "20")
+    assert done.code == 0 and opened == ["emulated"], done.err
+    assert sum(line.startswith("phases    prompts on the GPU, the rest on the") for line in done.err.splitlines()) == 1
+    settings = json.loads((tmp_path / "out.jsonl.job").read_text(encoding="utf-8"))["settings"]
+    assert (settings["prefill-device"], settings["decode-device"]) == ("gpu", "cpu")
+    whole = results.read_bytes()
+    results.write_bytes(b"".join(whole.splitlines(keepends=True)[:-2]))
+    # What a profile says now, or none, does not matter to a job that has begun.
+    monkeypatch.setattr("tiered.cli.measuring.find_profile", lambda folder: None)
+    again = run_here(*words, "--max-tokens", "20")
+    assert again.code == 0 and "phases " not in again.err and len(opened) == 2, again.err
+    assert sorted(results.read_bytes().splitlines()) == sorted(whole.splitlines())
 
 
 def test_a_job_that_falls_back_is_the_processor_s(store: Path, source: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.commands import CHECKPOINT, TerminalInput, copy_store, make_mixture, make_store, run_here
+from tests.commands import CHECKPOINT, SLOW_TOKENS, TerminalInput, copy_store, make_mixture, make_store, run_here
 from tests.commands import smallest_ram as named_ram
 from tests.damage import ADDED, poisoned, with_added_token, without_tokenizer
 from tests.generate.tokenizers import byte_fallback
@@ -660,3 +660,32 @@ def test_a_profile_foretells_what_it_has_measured_and_nothing_of_an_emulated_gpu
     emulated = ["--tiers", "disk,cpu,gpu", "--device", "emulated", "--vram", "256MiB"]
     assert answer(*words)["report"]["predicted_seconds_per_pass"] > 0
     assert answer(*words, *emulated)["report"]["predicted_seconds_per_pass"] is None
+
+
+@pytest.mark.parametrize(
+    ("rates", "chosen"),
+    [
+        ({}, "prompts on the GPU, the rest on the processor"),
+        ({"memory": 1e6}, "all on the processor"),
+        ({"name": "Tesla T4", "memory": 1e6}, None),
+    ],
+    ids=["both", "processor", "of another device"],
+)
+def test_who_computes_is_chosen_by_a_profile_of_the_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rates: dict[str, Any], chosen: str | None
+) -> None:
+    assert SLOW_TOKENS.gpu is not None
+    profile = replace(SLOW_TOKENS, gpu=replace(SLOW_TOKENS.gpu, **rates))
+    monkeypatch.setattr("tiered.cli.measuring.find_profile", lambda folder: profile)
+    words: list[str | Path] = ["generate", make_store(tmp_path, "int8"), "-p", "The function " * 20, "-n", "6"]
+    words += ["--threads", "1", "--no-measure", "--tiers", "disk,cpu,gpu", "--device", "emulated", "--vram", "1GiB"]
+    done = run_here(*words)
+    assert done.code == 0, done.err
+    told = [line for line in done.err.splitlines() if line.startswith("phases ")]
+    assert len(told) == (chosen is not None) and all(f"  {chosen}, which is expected" in line for line in told)
+    found = answer(*words[1:])
+    device = found["report"]["device"]
+    computes = None if device is None else (device["prefill_device"], device["decode_device"])
+    by_name = {"prompts on the GPU, the rest on the processor": ("gpu", "cpu"), None: ("gpu", "gpu")}
+    assert computes == by_name.get(chosen)
+    assert found["completions"][0]["text"].strip() in done.out

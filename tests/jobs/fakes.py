@@ -111,7 +111,7 @@ def run_fake(path: Path, results: Path, generate: FakeGenerate | None = None, **
     """Run the job of the input at `path`, or go on with it; returns the journal, closed."""
     job, identity = fake_job(path, **fields)
     with Journal(results) as journal:
-        journal.begin(JobFile(identity, job.label.created, *measure_input(job)), job.input.lines)
+        journal.begin(JobFile(identity, job.label.created, *measure_input(job)[:3]), job.input.lines)
 
         @contextlib.contextmanager
         def start() -> Iterator[FakeGenerate]:

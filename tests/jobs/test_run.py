@@ -199,7 +199,7 @@ def test_with_nothing_to_compute_nothing_is_started(tmp_path: Path, lines: list[
 
     for _ in range(2):
         with Journal(tmp_path / "out") as journal:
-            journal.begin(JobFile(identity, 0, *measure_input(job)), job.input.lines)
+            journal.begin(JobFile(identity, 0, *measure_input(job)[:3]), job.input.lines)
             assert run_job(job, journal, start) is None
     assert len(results_of(tmp_path / "out")) == sum(bool(line) for line in lines)
 
@@ -227,7 +227,7 @@ def test_requests_are_read_no_further_than_there_is_room(tmp_path: Path, monkeyp
 
     job, identity = fake_job(path)
     with Journal(tmp_path / "out") as journal:
-        journal.begin(JobFile(identity, 0, *measure_input(job)), job.input.lines)
+        journal.begin(JobFile(identity, 0, *measure_input(job)[:3]), job.input.lines)
         monkeypatch.setattr(Input, "read", counted)
         run_job(job, journal, lambda: contextlib.nullcontext(Watching(5)))
     assert read == 100
@@ -272,17 +272,17 @@ def test_a_line_with_its_own_seed_is_answered_alike_in_any_file_and_any_job(tmp_
 
 def test_the_input_is_measured_by_what_can_be_run(source: Path) -> None:
     job, _ = fake_job(source)
-    sequences, longest, tokens = measure_input(job)
+    sequences, longest, tokens, prompt_tokens = measure_input(job)
     # Twenty requests, four of them with three choices, and the chat.
     assert sequences == 20 + 4 * 2 + 1
-    assert longest <= LIMIT and longest <= tokens <= sequences * longest
+    assert longest <= LIMIT and longest <= tokens <= sequences * longest and 0 < prompt_tokens < tokens
 
 
 def test_progress_ends_with_every_sequence(source: Path, tmp_path: Path) -> None:
     seen: list[str] = []
     job, identity = fake_job(source)
     with Journal(tmp_path / "out") as journal:
-        journal.begin(JobFile(identity, 0, *measure_input(job)), job.input.lines)
+        journal.begin(JobFile(identity, 0, *measure_input(job)[:3]), job.input.lines)
 
         def note(progress: Progress) -> None:
             seen.append(progress.line().split("  ")[0])

@@ -132,7 +132,7 @@ def _forward(seat: Seat) -> Work:
         torch.arange(6).expand(2, 6),
         logits_to_keep=2,
     )
-    return ForwardWork([batch], 64, len(seat.model.layers), seat)
+    return ForwardWork([batch], 64, len(seat.model.layers), Seats(seat, seat))
 
 
 def _expect_host(number: int, index: int, logits: torch.Tensor) -> None:

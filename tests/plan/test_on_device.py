@@ -76,6 +76,10 @@ def named(
         assert written is not None and parse_size(written.group(1)) == -(-smallest // MIB) * MIB
         raised: dict[str, Any] = {option: smallest}
         asked = replace(asked, **raised)
+        # What is named is for the shortest context. A longer one computes fewer rows at once, which may take less.
+        if option == "vram" and smallest > MIB and not workload.least_context:
+            with pytest.raises(BudgetError):
+                make_plan(model, machine, workload, replace(asked, vram=smallest - MIB))
         try:
             return make_plan(model, machine, workload, asked), asked
         except BudgetError as error:
@@ -123,7 +127,9 @@ def check(plan: Plan, model: ModelShape, asked: Budgets) -> None:
     else:
         # New keys and values of two micro-batches are on their way.
         outbox = outbox_nbytes(model.groups, plan.micro_batch_rows)
-        assert device.needs.kv >= outbox and plan.needs.kv >= cache.memory_nbytes + outbox
+        # Prompts attend where they are computed.
+        assert device.needs.kv >= outbox + cache.beginning_nbytes(plan.micro_batch_rows, plan.micro_batch_rows)
+        assert plan.needs.kv >= cache.memory_nbytes + outbox
     assert plan.held.layers or plan.max_batched_tokens <= plan.micro_batch_rows
     assert device.needs.workspace >= plan.micro_batch_rows * model.hidden * model.itemsize
 
@@ -175,6 +181,19 @@ def test_the_smallest_budgets_work_and_less_is_refused(fields: dict[str, Any]) -
         make_plan(MODEL, UNMEASURED, WORK, replace(asked, ram=ram - MIB))
     with pytest.raises(DeviceBudgetError, match="--vram"):
         make_plan(MODEL, UNMEASURED, WORK, replace(asked, ram=64 * GIB, vram=vram - MIB))
+
+
+@pytest.mark.parametrize(("bits", "decode"), [(16, "gpu"), (16, "cpu"), (4, "cpu")])
+def test_a_device_has_room_for_the_keys_and_values_of_prompts_whose_cache_is_elsewhere(bits: Any, decode: Any) -> None:
+    asked = {"kv": "cpu", "kv_bits": bits, "decode_device": decode, "micro_batch": 64}
+    short, long = (
+        planned(8 * GIB, GIB, Workload(4, 2048, prompt, max_batched_tokens=4096), **asked) for prompt in (64, 1024)
+    )
+    assert short.device is not None and long.device is not None
+    more = long.device.needs.kv - short.device.needs.kv
+    # Where one prompt ends in a micro-batch and another begins, the keys and values of both are there, in one layer.
+    token = MODEL.groups[0].shape.token_nbytes
+    assert more >= 2 * 960 * token and (bits == 16) == (more == 2 * 960 * token)
 
 
 def test_units_on_the_device_are_spread_and_those_in_memory_are_spread_among_the_others() -> None:

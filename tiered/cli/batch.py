@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Final
@@ -15,16 +15,18 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from tiered.arch import context_for, load_config
 from tiered.bench.rates import measure_machine
 from tiered.cli.lines import print_json
-from tiered.cli.measuring import measured, predicted
+from tiered.cli.measuring import measured, predicted, with_chosen_phases
 from tiered.cli.progress import JobScreen
 from tiered.cli.run_request import RunRequest
 from tiered.errors import BudgetError, ConfigError
 from tiered.generate import Generation, Report, Sequence, generate, make_report
 from tiered.generate.tokenizer import load_generation_settings, load_tokenizer_if_any
+from tiered.host import Host
 from tiered.jobs import (
     Generate,
     Identity,
     Input,
+    InputSize,
     Job,
     JobFile,
     Journal,
@@ -38,10 +40,9 @@ from tiered.jobs import (
 )
 from tiered.jobs.identity import Setting
 from tiered.jobs.input import open_input
-from tiered.kernels import Kernels, Mode
 from tiered.options import Options
 from tiered.plan import MAX_BATCHED_TOKENS, Workload
-from tiered.prepare import DeviceArithmetic, with_usable_device
+from tiered.prepare import DeviceArithmetic, device_arithmetic, host_for, usable
 from tiered.runtime import Runtime, compute_dtype
 from tiered.store import Store
 
@@ -97,12 +98,16 @@ def run(request: BatchRequest) -> None:
     tokenizer = load_tokenizer_if_any(store)
     with JobScreen() as screen, Journal(request.output_path) as journal:
         input_ = scan_input(request.input_path, partial(screen.on_scan, "reading the input"))
-        identity = _identity(request, store, config, input_)
-        journal.check(identity)
-        job = _job(request, store, tokenizer, input_, identity, limit, screen)
+        job = _job(request, store, tokenizer, input_, limit, screen)
         with job.encoder:
-            job, begun = _begin(journal, job, identity, screen)
-            summary, report = _work(request, store, journal, job, begun, screen)
+            count = cache(partial(measure_input, job, partial(screen.on_scan, "looking for the longest request")))
+            options = _options(request, store, journal, count, screen)
+            # Opened once, for the job's identity and for its passes.
+            with host_for(options) as host:
+                identity = _identity(request, usable(options, host), host, store, config, input_)
+                journal.check(identity)
+                job, begun = _begin(journal, job, identity, count)
+                summary, report = _work(request, store, options, host, journal, job, begun, screen)
     if request.as_json:
         print_json({"job": asdict(summary), "report": None if report is None else report.to_json()})
         return
@@ -111,7 +116,14 @@ def run(request: BatchRequest) -> None:
 
 
 def _work(
-    request: BatchRequest, store: Store, journal: Journal, job: Job, begun: JobFile, screen: JobScreen
+    request: BatchRequest,
+    store: Store,
+    options: Options,
+    host: Host,
+    journal: Journal,
+    job: Job,
+    begun: JobFile,
+    screen: JobScreen,
 ) -> tuple[_Summary, Report | None]:
     """Do all passes that are left. No report where nothing was left to compute."""
     before, began = len(journal.done), time.monotonic()
@@ -122,7 +134,7 @@ def _work(
     def start() -> Iterator[Generate]:
         with (
             _saying_how_long_requests_are(begun),
-            Runtime(store, _workload(request, journal, begun), request.options(), measure) as runtime,
+            Runtime(store, _workload(request, begun, journal.sequences), options, measure, host) as runtime,
         ):
             if request.batch is None and not request.as_json:
                 screen.say(f"batch     {runtime.plan.why}")
@@ -142,14 +154,36 @@ def _work(
     return summary, reports[0] if reports else None
 
 
-def _workload(request: BatchRequest, journal: Journal, begun: JobFile) -> Workload:
-    """The workload of what is left of the job."""
-    left = begun.sequences - journal.sequences
+def _options(
+    request: BatchRequest, store: Store, journal: Journal, count: Callable[[], InputSize], screen: JobScreen
+) -> Options:
+    """The options with what "auto" stands for: what the job was begun with; for a new one what is quickest, if that can
+    be told, for which its input is counted."""
+    options = request.options()
+    if journal.job is None:
+        say = None if request.as_json else screen.say
+        return with_chosen_phases(options, store, lambda: _expected(request, count()), say)
+    begun = journal.job.identity.settings
+    phases = tuple(begun.get(name, "cpu") for name in ("prefill-device", "decode-device"))
+    return next((options.with_phases(each) for each in options.phase_choices if each == phases), options)
+
+
+def _expected(request: BatchRequest, size: InputSize) -> Workload:
+    """The workload of a job that is still to be begun, with prompts as long as they are."""
+    if not size.sequences:
+        return Workload()
+    prompt = round(size.longest * size.prompt_tokens / size.tokens)
+    return replace(_workload(request, size, 0), max_prompt=max(1, prompt))
+
+
+def _workload(request: BatchRequest, job: JobFile | InputSize, done: int) -> Workload:
+    """The workload of what is left of the job, of whose sequences so many are `done`."""
+    left = job.sequences - done
     return Workload(
         left,
-        begun.longest,
-        begun.longest,
-        tokens=round(begun.tokens * left / begun.sequences),
+        job.longest,
+        job.longest,
+        tokens=round(job.tokens * left / job.sequences),
         max_batched_tokens=MAX_BATCHED_TOKENS,
         batch_size=request.batch,
         objective=request.objective,
@@ -191,18 +225,19 @@ def _check(request: BatchRequest) -> None:
         raise ConfigError(f"-o {request.output_path}: is the input; name another file")
 
 
-def _identity(request: BatchRequest, store: Store, config: PretrainedConfig, input_: Input) -> Identity:
-    """Everything that the results depend on."""
-    with Kernels(1, mode=Mode(request.kernel_mode), name=request.kernels) as kernels:
-        computes = "torch" if kernels.level is None else kernels.level.name.lower()
-    options, arithmetic = with_usable_device(request.options(), config)
+def _identity(
+    request: BatchRequest, options: Options, host: Host, store: Store, config: PretrainedConfig, input_: Input
+) -> Identity:
+    """Everything that the results depend on: `options` and `host`, which is open, compute them."""
+    level = host.kernels.level
+    arithmetic = None if host.computer is None else device_arithmetic(host.computer, options, config)
     settings: dict[str, Setting] = {
         "seed": request.seed,
         "max-tokens": request.max_tokens,
         "context": request.context,
         "dtype": str(compute_dtype(options.dtype, config, options.has_device)).removeprefix("torch."),
         "kv-bits": int(request.kv_bits),
-        "kernels": computes,
+        "kernels": "torch" if level is None else level.name.lower(),
         "kernel-mode": request.kernel_mode,
         "tiered": version("tiered"),
         **_device_settings(options, arithmetic),
@@ -231,11 +266,10 @@ def _job(
     store: Store,
     tokenizer: PreTrainedTokenizerBase | None,
     input_: Input,
-    identity: Identity,
     limit: int,
     screen: JobScreen,
 ) -> Job:
-    """The job, as if it began now."""
+    """The job, as if it began now; what it is called is still to be known."""
     settings = load_generation_settings(store, tokenizer)
     # Lines sample unless they say otherwise, so do_sample of the store need not be reported as ignored.
     lengths = {"max_new_tokens", "max_length"} if "max_tokens" in request.stated else set()
@@ -243,7 +277,7 @@ def _job(
         screen.say(ignored)
     return Job(
         input=input_,
-        label=Label(identity.key, int(time.time()), store.name),
+        label=Label("", int(time.time()), store.name),
         encoder=PromptEncoder(tokenizer, store.vocab_size, limit - 1),
         decoder=tokenizer,
         eos_ids=settings.eos_ids,
@@ -254,14 +288,14 @@ def _job(
     )
 
 
-def _begin(journal: Journal, job: Job, identity: Identity, screen: JobScreen) -> tuple[Job, JobFile]:
+def _begin(journal: Journal, job: Job, identity: Identity, count: Callable[[], InputSize]) -> tuple[Job, JobFile]:
     """The job as it was begun; a new job is begun now."""
     begun = journal.job
     if begun is None:
-        counted = measure_input(job, partial(screen.on_scan, "looking for the longest request"))
-        begun = JobFile(identity, job.label.created, *counted)
+        size = count()
+        begun = JobFile(identity, job.label.created, size.sequences, size.longest, size.tokens)
     journal.begin(begun, job.input.lines)
-    return replace(job, label=replace(job.label, created=begun.created)), begun
+    return replace(job, label=replace(job.label, key=identity.key, created=begun.created)), begun
 
 
 @contextmanager

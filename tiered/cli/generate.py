@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,7 +13,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from tiered.arch import load_config, most_positions
 from tiered.cli.lines import Failure, end_failed, print_json
-from tiered.cli.measuring import measured, predicted
+from tiered.cli.measuring import measured, predicted, with_chosen_phases
 from tiered.cli.progress import PassProgress
 from tiered.cli.run_request import RunRequest
 from tiered.cli.screen import StatusLine, TextWriter
@@ -140,6 +141,8 @@ def _run(
         batch_size=request.batch,
         objective=request.objective,
     )
+    say = None if request.as_json else partial(click.echo, err=True)
+    options = with_chosen_phases(options, store, lambda: workload, say)
     with Runtime(store, workload, options) as runtime:
         if request.kv_bits == "auto" and not request.as_json:
             cache = runtime.plan.cache

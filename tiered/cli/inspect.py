@@ -163,8 +163,7 @@ def _inspect(
     measured_in = "bfloat16" if options.dtype == "float16" else options.dtype
     model, machine, budgets = measure_inputs(store, Options(dtype=measured_in))
     if measured_in != options.dtype:
-        groups = (replace(group, shape=replace(group.shape, dtype=options.dtype)) for group in model.groups)
-        model = replace(model, dtype=options.dtype, groups=tuple(groups))
+        model = model.in_dtype(options.dtype)
     rows = fits(model, machine, workload, _with_device(budgets, options))
     is_mixture = bool(getattr(config, "num_experts_per_tok", None))
     return Inspection(store, summary, workload, model, is_mixture, rows, budgets.ram, disk_bandwidth, bus_bandwidth)

@@ -1,7 +1,8 @@
-"""What is measured around a run: the process, the raw disk after it, the kernel's own counters."""
+"""What is measured around a run: the process, the raw disk after it, the kernel's own counters; and what the machine's
+profile says before it."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,17 +10,35 @@ from typing import Final
 
 import torch
 
+from tiered.arch import load_config
 from tiered.bench import RawBandwidth, measure_raw
 from tiered.bench.gpu import measure_bus
 from tiered.cli.screen import StatusLine
 from tiered.errors import ConfigError
 from tiered.generate import DeviceFigures, Figures, Surroundings
 from tiered.io import ReadMode
-from tiered.plan import process_peak_rss_bytes
+from tiered.options import Options, compute_dtype
+from tiered.plan import (
+    Bits,
+    Budgets,
+    Workload,
+    available_budget,
+    cpu_count,
+    process_peak_rss_bytes,
+    process_rss_bytes,
+)
+from tiered.plan.budget import DEFAULT_SHARE
+from tiered.plan.hardware import GpuRates, Hardware
 from tiered.plan.machines import find_profile
+from tiered.plan.on_device import CONTEXT_NBYTES
+from tiered.plan.phases import PhaseChoice, choose_phases
 from tiered.plan.predict import Prediction, predict
-from tiered.plan.strategies import machine_for
+from tiered.plan.shapes import read_store_shape
+from tiered.plan.strategies import BASELINE_NBYTES, machine_for
+from tiered.prepare import device_budgets
 from tiered.runtime import Runtime
+from tiered.shapes import store_shape
+from tiered.store import Store
 
 _LOG: Final = logging.getLogger(__name__)
 
@@ -135,14 +154,69 @@ def predicted(runtime: Runtime) -> Prediction | None:
     if computer is not None and computer.device.where.type == "cpu":
         return None
     try:
-        profile = find_profile(runtime.store.path)
-        if profile is None or profile.cpu.cores != runtime.host.threads:
+        profile = _profile(runtime.store, runtime.host.threads)
+        if profile is None:
             return None
         machine = machine_for(runtime.shape, profile, runtime.options.kernel_mode.value)
         return predict(runtime.plan, runtime.shape, machine, runtime.workload, profile.gpu)
     except ConfigError as error:
         _LOG.info("no prediction: %s", error)
         return None
+
+
+def _profile(store: Store, threads: int) -> Hardware | None:
+    """This machine's profile for the store's disk, if it is one of so many threads."""
+    found = find_profile(store.path)
+    return None if found is None or found.cpu.cores != threads else found
+
+
+def with_chosen_phases(
+    options: Options, store: Store, workload: Callable[[], Workload], say: Callable[[str], object] | None
+) -> Options:
+    """`options` with what "auto" stands for in a run of `workload`, which is asked for, and told to `say`, only where
+    there is a choice."""
+    choice = _chosen_phases(options, store, workload)
+    if choice is None:
+        return options
+    if say is not None:
+        say(f"phases    {choice.why}")
+    return options.with_phases(choice.computes)
+
+
+def _chosen_phases(options: Options, store: Store, workload: Callable[[], Workload]) -> PhaseChoice | None:
+    """What "auto" stands for in `options`, where there is a choice and this machine's profile tells what each takes:
+    for the first CUDA device, or, if that is what it calls its GPU, for the emulated one. None: the GPU, if a tier."""
+    if len(choices := options.phase_choices) < 2:
+        return None
+    try:
+        profile = _profile(store, options.threads or cpu_count())
+        if profile is None or profile.gpu is None or not _is_of(profile.gpu, options.device_name):
+            return None
+        dtype = compute_dtype(options.dtype, load_config(store.path), on_device=True)
+        shape = (read_store_shape(store.path) or store_shape(store.path)).in_dtype(str(dtype).removeprefix("torch."))
+        budgets = {each: _budgets(options.with_phases(each), profile.gpu) for each in choices}
+        machine = machine_for(shape, profile, options.kernel_mode.value)
+        return choose_phases(budgets, shape, machine, workload(), profile.gpu)
+    except ConfigError as error:
+        _LOG.info("no choice by prediction: %s", error)
+        return None
+
+
+def _is_of(gpu: GpuRates, device: str | None) -> bool:
+    """Whether `gpu` are the rates of the device of that name."""
+    return (device == "emulated") if gpu.name == "emulated" else device in ("cuda", "cuda:0")
+
+
+def _budgets(options: Options, gpu: GpuRates) -> Budgets:
+    """About what a run would have, whose process nobody has measured yet."""
+    baseline = max(BASELINE_NBYTES, process_rss_bytes())
+    bits: Bits = 16 if options.kv_bits == "auto" else options.kv_bits
+    ram, is_auto = options.ram or available_budget(), options.kv_bits == "auto"
+    budgets = Budgets(ram, baseline, options.tiers, options.kv, bits, is_auto, options.micro_batch_rows)
+    if not options.has_device:
+        return budgets
+    vram = options.vram or int(gpu.vram * DEFAULT_SHARE)
+    return device_budgets(budgets, options, vram, 0 if options.device_name == "emulated" else CONTEXT_NBYTES)
 
 
 def _is_one_disk(runtime: Runtime) -> bool:

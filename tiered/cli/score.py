@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import starmap
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from tiered.arch import context_for, load_config
 from tiered.cli.lines import Failure, end_failed, print_json
-from tiered.cli.measuring import measured, predicted
+from tiered.cli.measuring import measured, predicted, with_chosen_phases
 from tiered.cli.progress import ScoreProgress
 from tiered.cli.run_request import RunRequest
 from tiered.cli.score_output import (
@@ -107,7 +108,10 @@ def run(request: ScoreRequest) -> None:
     report: ScoreReport | None = None
     if not _has_none(texts):
         cut = _Cut(texts, context, stride)
-        with Runtime(store, cut.workload(request.windows_per_pass), options) as runtime:
+        workload = cut.workload(request.windows_per_pass)
+        say = None if request.as_json else partial(click.echo, err=True)
+        options = with_chosen_phases(options, store, lambda: workload, say)
+        with Runtime(store, workload, options) as runtime:
             per_pass = request.windows_per_pass or runtime.plan.batch_size
             report = _score(request, runtime, cut, per_pass, tokenizer)
     if request.as_json:

@@ -6,12 +6,13 @@ from tiered.jobs.journal import Journal
 from tiered.jobs.progress import Progress
 from tiered.jobs.prompts import PromptEncoder
 from tiered.jobs.results import Label
-from tiered.jobs.run import Generate, Job, measure_input, run_job
+from tiered.jobs.run import Generate, InputSize, Job, measure_input, run_job
 
 __all__ = [
     "Generate",
     "Identity",
     "Input",
+    "InputSize",
     "Job",
     "JobFile",
     "Journal",

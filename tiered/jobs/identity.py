@@ -13,6 +13,7 @@ import xxhash
 
 from tiered.errors import ConfigError, CorruptError, DiskFullError, StoreError
 from tiered.files import MOST_JSON_NBYTES, check_regular, parse_json, read_whole, reading
+from tiered.plan.shapes import STORE_SHAPE_NAME
 from tiered.store import atomic_write
 
 FORMAT: Final = "tiered-job"
@@ -127,9 +128,9 @@ def check_same(results: Path, now: Identity, begun: Identity) -> None:
 
 def store_fingerprint(folder: Path) -> str:
     """xxh3_128 over the files beside the blocks: the manifest, which has the blocks' checksums, the
-    configuration and the tokenizer."""
+    configuration and the tokenizer. Not over what plans keep there, which follows from these."""
     digest = xxhash.xxh3_128()
-    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+    for path in sorted(path for path in folder.iterdir() if path.is_file() and path.name != STORE_SHAPE_NAME):
         # In pieces, as any file that lies there counts, however large it is.
         digest.update(f"{path.name}\0{check_regular(path, StoreError)}\0".encode())
         with reading(path), path.open("rb") as file:

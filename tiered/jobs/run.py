@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import chain
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from tiered.errors import ConfigError, ModelError, TieredError, contained
 from tiered.generate import Generation, Sampler, Sequence
@@ -71,6 +71,19 @@ class _Running:
     ended: int = 0
 
 
+class InputSize(NamedTuple):
+    """What an input asks for."""
+
+    sequences: int
+    """Each choice of a request is one."""
+    longest: int
+    """Tokens of the longest sequence, prompt and completion; 0 where there is none."""
+    tokens: int
+    """Tokens of all sequences together, at most."""
+    prompt_tokens: int
+    """Of these, those of prompts."""
+
+
 def read_request(job: Job, line: Line) -> tuple[Request, list[int], int] | Problem:
     """A line's request, the token ids of its prompt, and how many tokens may follow."""
     if line.is_too_long:
@@ -93,20 +106,19 @@ def read_request(job: Job, line: Line) -> tuple[Request, list[int], int] | Probl
     return most if isinstance(most, Problem) else (request, ids, most)
 
 
-def measure_input(job: Job, on_progress: Callable[[int, int], None] = lambda done, total: None) -> tuple[int, int, int]:
-    """How many sequences the input asks for; the tokens of the longest one, prompt and completion; the tokens of all.
-
-    Reads and encodes all of the input. `on_progress` is called with the bytes done and the bytes of the input.
-    """
-    sequences = longest = tokens = 0
+def measure_input(job: Job, on_progress: Callable[[int, int], None] = lambda done, total: None) -> InputSize:
+    """What the input asks for. Reads and encodes all of it. `on_progress` is called with the bytes done and the bytes
+    of the input."""
+    sequences = longest = tokens = prompt_tokens = 0
     for line in job.input.read():
         found = read_request(job, line)
         if not isinstance(found, Problem):
             request, ids, most = found
             sequences, longest = sequences + request.choices, max(longest, len(ids) + most)
             tokens += request.choices * (len(ids) + most)
+            prompt_tokens += request.choices * len(ids)
         on_progress(line.offset, job.input.nbytes)
-    return sequences, longest, tokens
+    return InputSize(sequences, longest, tokens, prompt_tokens)
 
 
 def run_job(

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from tiered.cache import PositionCache
 from tiered.errors import ConfigError
 from tiered.model.record import LayerCall
-from tiered.model.seat import Seat
+from tiered.model.seat import Seat, Seats
 from tiered.model.work import Embedded, Group, MicroBatch
 
 
@@ -32,29 +32,36 @@ class ForwardBatch:
 
 
 class ForwardWork:
-    """A pass over `batch` at one seat; its result is logits [rows, kept, vocab] per `ForwardBatch`.
+    """A pass over `batch` at one seat; its result is logits [rows, kept, vocab] per `ForwardBatch`, which the seat that
+    decodes computes.
 
-    Caches of transformers keep what they are given where it is: the seat must be the same in all passes with a cache.
+    Caches of transformers keep what they are given where it is, and that is where decoding is. So prompts that begin
+    their caches, and no others, compute at a seat of their own, and `_Homebound` gives the caches what they keep.
     """
 
-    def __init__(self, batch: Sequence[ForwardBatch], rows_per_micro_batch: int, layers: int, seat: Seat) -> None:
+    def __init__(self, batch: Sequence[ForwardBatch], rows_per_micro_batch: int, layers: int, seats: Seats) -> None:
         self._batch, self._rows_per_micro_batch, self._layers = batch, rows_per_micro_batch, layers
-        self.seats, self.head = (seat,), seat
+        self._seat, self.head = seats.prefill if all(map(_begins, batch)) else seats.decode, seats.decode
+        self.seats = seats.of_pass([self._seat])
 
     @property
     def ids(self) -> list[int]:
         return sorted({int(i) for batch in self._batch for i in batch.input_ids.unique()})
 
     def record(self, embedded: Embedded) -> list[Group]:
-        seat, micro_batches = self.head, []
+        seat, micro_batches = self._seat, []
         for number, batch in enumerate(self._batch):
             count, tokens = batch.input_ids.shape
+            home = None if seat is self.head else _Home(batch.cache, self.head)
             step = max(1, self._rows_per_micro_batch // count)
             past = past_tokens(batch)
             for start in range(0, tokens, step):
                 stop = min(start + step, tokens)
                 inputs = embedded(seat, batch.input_ids[:, start:stop].cpu())
                 hidden, calls = self._record_micro_batch(batch, inputs, past, start, stop)
+                if home is not None:
+                    away = _Homebound(home, start, tokens, self._layers)
+                    calls = tuple(_with_cache(call, batch.cache, away) for call in calls)
                 micro_batches.append(MicroBatch(hidden, calls, number))
         return [Group(seat, tuple(micro_batches))]
 
@@ -68,11 +75,12 @@ class ForwardWork:
         position_ids = batch.position_ids
         # Untouched where possible: a preallocating cache wants masks wider than what is filled.
         mask = batch.attention_mask if whole else slice_mask(batch.attention_mask, past, start, stop)
-        recording = self.head.recorder.record(
+        where = self._seat.where
+        recording = self._seat.recorder.record(
             _last_positions(batch, past),
             **embedded,
-            attention_mask=_moved(mask, self.head.where),
-            position_ids=None if position_ids is None else position_ids[:, start:stop].to(self.head.where),
+            attention_mask=_moved(mask, where),
+            position_ids=None if position_ids is None else position_ids[:, start:stop].to(where),
             cache=cache,
             use_cache=True,
         )
@@ -85,9 +93,9 @@ class ForwardWork:
         return sum(map(len, self._steps(groups)))
 
     def finish(self, groups: Sequence[Group]) -> tuple[torch.Tensor, ...]:
-        logits, recorder = [], self.head.recorder
+        logits, seat = [], self.head
         for steps in self._steps(groups):
-            pieces = [recorder.replay(part).cpu() for part in steps]
+            pieces = [seat.recorder.replay(part.to(seat.where, seat.model.dtype)).cpu() for part in steps]
             logits.append(torch.cat(pieces, dim=1) if len(pieces) > 1 else pieces[0])
         return tuple(logits)
 
@@ -104,6 +112,51 @@ class ForwardWork:
 
     def commit(self) -> None:
         """Nothing to do: the caches have grown while the layers computed."""
+
+
+def _begins(batch: ForwardBatch) -> bool:
+    """Whether `batch` are prompts that begin a cache which takes what it is given, and returns that."""
+    if batch.input_ids.shape[1] == 1 or past_tokens(batch):
+        return False
+    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in batch.cache.layers)
+
+
+@dataclass(eq=False)
+class _Home:
+    """Where the keys and values of a prompt go, and, in the layer that computes, those that are not there yet."""
+
+    cache: Cache
+    seat: Seat
+    keys: torch.Tensor | None = None
+    values: torch.Tensor | None = None
+    """[rows, heads, tokens, width], where they were computed."""
+
+
+class _Homebound(PositionCache):
+    """Stands for `home.cache` in the layers of a micro-batch that begins at token `start` of a prompt of `tokens`: what
+    it is given is attended to where it is, and is in the cache's own memory once the prompt has passed the layer."""
+
+    def __init__(self, home: _Home, start: int, tokens: int, layers: int) -> None:
+        super().__init__(start, layers)
+        self._home, self._start, self._tokens = home, start, tokens
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """All keys and values of the prompt so far, where these are."""
+        home, stop = self._home, self._start + key_states.shape[2]
+        keys, values = key_states, value_states
+        if stop - self._start < self._tokens:
+            if home.keys is None or home.values is None:
+                home.keys, home.values = (x.new_empty(*x.shape[:2], self._tokens, x.shape[3]) for x in (keys, values))
+            home.keys[:, :, self._start : stop], home.values[:, :, self._start : stop] = keys, values
+            keys, values = home.keys[:, :, :stop], home.values[:, :, :stop]
+        if stop == self._tokens:
+            home.keys = home.values = None
+            seat = home.seat
+            kept = [x.to(seat.where, seat.model.dtype, copy=True) for x in (keys, values)]
+            home.cache.update(kept[0], kept[1], layer_idx, *args, **kwargs)
+        return keys, values
 
 
 def past_tokens(batch: ForwardBatch) -> int:

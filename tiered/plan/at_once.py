@@ -117,7 +117,7 @@ class AtOnce:
             held=Held(is_layer_held, is_head_held, min((self.batch_size - 1) * _AHEAD_PER_ROW, _MOST_AHEAD)),
             whole=model.tape,
             experts=experts,
-            device_needs=None if device is None else self._device_needs(device, cache, experts),
+            device_needs=None if device is None else self._device_needs(device, cache, tokens, experts),
             computes=budgets.computes,
         )
 
@@ -143,19 +143,34 @@ class AtOnce:
             is_device=is_device,
         )
 
-    def _device_workspace(self, tokens: int) -> Workspace:
-        """The same of the device's: as much as for the most tokens of one micro-batch, even if the host's memory leaves
-        room for fewer, so that a larger `--ram` never asks for a larger `--vram`."""
+    def _device_tokens(self, tokens: int) -> int:
+        """The tokens that a device has memory for: as many as one micro-batch may have at most, even if the host's
+        memory leaves room for fewer, so that a larger `--ram` never asks for a larger `--vram`."""
         vram, scratch = self.asked.budgets.vram, self.asked.machine.device_scratch_nbytes
-        experts = self.asked.model.experts
-        most = self._workspace(self.tokens, vram, scratch, experts, is_device=True).rows
-        return self._workspace(max(tokens, min(self.tokens, most)), vram, scratch, experts, is_device=True)
+        most = self._workspace(self.tokens, vram, scratch, self.asked.model.experts, is_device=True).rows
+        return max(tokens, min(self.tokens, most))
 
-    def _device_needs(self, workspace: Workspace, cache: CachePlan, experts: ExpertShape | None) -> DeviceNeeds:
+    def _device_workspace(self, tokens: int) -> Workspace:
+        """The same of the device's."""
+        vram, scratch = self.asked.budgets.vram, self.asked.machine.device_scratch_nbytes
+        return self._workspace(self._device_tokens(tokens), vram, scratch, self.asked.model.experts, is_device=True)
+
+    def _device_needs(
+        self, workspace: Workspace, cache: CachePlan, tokens: int, experts: ExpertShape | None
+    ) -> DeviceNeeds:
         nbytes = workspace.nbytes + (0 if experts is None else EXPERT_SLOTS * experts.nbytes)
         nbytes += cache.scratch_nbytes(workspace.rows, self.tokens) if self.on_device else 0
-        context, outer = self.asked.budgets.context_nbytes, self.asked.model.outer_nbytes
-        return DeviceNeeds(context, outer, self._kv_nbytes(cache, workspace, is_device=True), nbytes)
+        kv = self._kv_nbytes(cache, workspace, is_device=True)
+        if not self.on_device:
+            kv += cache.beginning_nbytes(workspace.rows, self._begun_at_once(workspace.rows, tokens))
+        return DeviceNeeds(self.asked.budgets.context_nbytes, self.asked.model.outer_nbytes, kv, nbytes)
+
+    def _begun_at_once(self, rows: int, tokens: int) -> int:
+        """Tokens of prompts, of a pass of `tokens`, whose keys and values are on the device together: those of a
+        micro-batch, and of the prompts that go on before and behind it. A caller's own passes take prompts together."""
+        workload, most = self.asked.workload, self._device_tokens(tokens)
+        prompt = min(workload.max_prompt or self.context, self.context)
+        return min(most, 2 * prompt + rows) if workload.max_batched_tokens else most
 
     def _kv_nbytes(self, cache: CachePlan, workspace: Workspace, is_device: bool = False) -> int:
         """Bytes of the KV cache in the host's memory or in the device's, which has this `workspace`; and what new keys

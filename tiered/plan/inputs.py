@@ -6,7 +6,7 @@ Workload, and the runtime adds to the Budgets what the process itself takes. `ma
 
 import bisect
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Final, Literal
 
@@ -142,6 +142,11 @@ class ModelShape:
     """Bytes of the rows with these numbers, as they are stored."""
     state: StateShape | None = None
     """What recurrent layers keep of a sequence; None: there are none."""
+
+    def in_dtype(self, dtype: str) -> "ModelShape":
+        """The shape as computed in another dtype, by its name, but for what tables take."""
+        groups = (replace(group, shape=replace(group.shape, dtype=dtype)) for group in self.groups)
+        return replace(self, dtype=dtype, groups=tuple(groups))
 
     @property
     def itemsize(self) -> int:

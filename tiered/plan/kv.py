@@ -261,6 +261,16 @@ class CachePlan:
         nbytes = (pages + STACKED_PAGES) * max(map(self.exact_nbytes, self.groups), default=0)
         return nbytes + kept * sum(self.exact_nbytes(group) for group in self.groups if group.readers)
 
+    def beginning_nbytes(self, rows: int, tokens: int) -> int:
+        """Bytes that a device takes in the layer that computes, where the cache is elsewhere: keys and values of
+        `tokens` tokens of prompts that begin in a pass, as they are computed and as pages hold them, while those of a
+        micro-batch of `rows` are put together."""
+        nbytes = tokens * max((group.shape.token_nbytes for group in self.groups), default=0)
+        if self.bits == 16:
+            return nbytes
+        pages = tokens // PAGE_TOKENS * max(map(self.block_nbytes, self.groups), default=0)
+        return nbytes + pages + self.scratch_nbytes(rows, 0)
+
 
 def outbox_nbytes(groups: Sequence[LayerGroup], rows: int) -> int:
     """Bytes, on the device and in the host's memory, for the new keys and values of two micro-batches of `rows` tokens

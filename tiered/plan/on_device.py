@@ -71,9 +71,9 @@ def device_refusal(
     tape: Tape, needs: DeviceNeeds, budgets: Budgets, held: Held, smallest: int = 0
 ) -> DeviceBudgetError:
     """What says that `budgets.vram` is too little, with what takes the bytes and the smallest budget that would do:
-    `smallest`, where that is known to be enough for needs that grow with it."""
+    `smallest`, where that is known; else what is enough for these needs, which grow with it."""
     least, what = _least(tape, held, budgets.tiers, _most(budgets))
-    smallest = max(smallest, needs.total + least)
+    smallest = smallest or needs.total + least
     return DeviceBudgetError(
         f"{format_size(budgets.vram)} of GPU memory are too little. Needed: {format_size(needs.context)} for driver "
         f"and libraries, {format_size(needs.outer)} for tables, {format_size(needs.kv)} for the KV cache, "

@@ -6,7 +6,6 @@ one, and what does not fit with the nearest ask that does. Pure: same numbers, s
 Rows are the plans that `make_plan`'s ways give, with a GPU as without one, so what is predicted is what a run does.
 """
 
-from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -317,11 +316,6 @@ def _more_ram(way: Way) -> int | None:
 
 
 def _more_vram(way: Way, ask: Ask) -> int | None:
-    """The least budget of the GPU's memory, a whole number of MiB; None where RAM does not suffice."""
-
-    def fits(count: int) -> bool:
-        return _fits(way.within(replace(way.asked.budgets, vram=count * MIB)), ask.ram)
-
-    # A refusal names what is enough, which may be more than the least.
-    enough = min(way.smallest_vram(experts) for experts in way.asked.expert_choices) // MIB
-    return MIB * (1 + bisect_left(range(1, enough), True, key=fits)) if fits(enough) else None
+    """The least budget of the GPU's memory; None where RAM does not suffice."""
+    vram = min(way.smallest_vram(experts) for experts in way.asked.expert_choices)
+    return vram if _fits(way.within(replace(way.asked.budgets, vram=vram)), ask.ram) else None

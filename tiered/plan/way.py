@@ -12,6 +12,7 @@ others, each evenly spread. What the device takes depends on `--vram` alone, but
 budgets can be named one after the other.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from operator import itemgetter
@@ -215,18 +216,23 @@ class Way(AtOnce):
         `experts` read on demand.
 
         A refusal names what is enough for the needs at the refused budget, which grow with it, as `smallest_budget`
-        says.
+        says; that may be more than the least, which is looked for below it.
         """
-        budgets, vram = self.asked.budgets, MIB
-        while True:
+        ram = self.asked.budgets.ram
+
+        def refusal(count: int) -> DeviceBudgetError | None:
+            tried = self.within(replace(self.asked.budgets, vram=count * MIB))
             try:
-                tried = self.within(replace(budgets, vram=vram))
-                tried._place_on_device(tried.passes(budgets.ram, experts))
+                tried._place_on_device(tried.passes(ram, experts))
             except DeviceBudgetError as error:
-                assert error.smallest_bytes is not None and error.smallest_bytes > vram, error
-                vram = round_up(error.smallest_bytes, MIB)
-            else:
-                return vram
+                return error
+            return None
+
+        enough = 1
+        while (error := refusal(enough)) is not None:
+            assert error.smallest_bytes is not None and error.smallest_bytes > enough * MIB, error
+            enough = round_up(error.smallest_bytes, MIB) // MIB
+        return MIB * (1 + bisect_left(range(1, enough), True, key=lambda count: refusal(count) is None))
 
     def within(self, budgets: Budgets) -> "Way":
         """The same way with other budgets."""
