@@ -91,12 +91,13 @@ def test_what_best_saves_reading_is_added_where_most_is_left_to_read(
 ) -> None:
     first = interleave(data.draw(st.integers(0, len(tape.nbytes))), len(tape.nbytes))
     streamed = Streamed(tape.nbytes, tape.blocks, [piece.start for piece in tape.pieces(held)], first)
-    expected, left = first, set(zip(tape.sizes, _blocks_of(tape), range(len(tape.nbytes)), strict=True))
+    sizes = list(zip(tape.nbytes, tape.file_nbytes, strict=True))
+    expected, left = first, set(zip(sizes, _blocks_of(tape), range(len(sizes)), strict=True))
 
     def taken(resident: frozenset[int]) -> int:
         return tape.nbytes_of(resident) + full_ring(tape.streamed(held, resident))
 
-    for size, saved in sorted(set(tape.sizes), key=lambda kind: (kind[1] / kind[0], kind[0]), reverse=True):
+    for size, saved in sorted(set(sizes), key=lambda kind: (kind[1] / kind[0], kind[0]), reverse=True):
         while alike := [(block, unit) for kind, block, unit in left if kind == (size, saved) and unit not in expected]:
             unread = [tape.nbytes_of(frozenset(block) - expected) for block in tape.blocks]
             _, unit = min(alike, key=lambda each: (-unread[each[0]], each))
@@ -106,7 +107,8 @@ def test_what_best_saves_reading_is_added_where_most_is_left_to_read(
     for _ in range(2):  # what is kept for the next placement has not changed
         filled = fill(
             streamed,
-            kinds_of(tape.sizes, tape.blocks),
+            tape.file_nbytes,
+            kinds_of(tape.nbytes, tape.file_nbytes, tape.blocks),
             lambda full, _: full,
             lambda nbytes, ring: nbytes + ring <= available,
         )

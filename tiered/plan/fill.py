@@ -12,41 +12,47 @@ from heapq import heapify, heappop, heapreplace
 from itertools import pairwise
 from operator import add
 
-Kinds = Sequence[Sequence[tuple[int, Sequence[int]]]]
-"""Of units that are alike: the number of each block that has some, and which."""
+Kinds = Sequence[tuple[tuple[int, int], Sequence[int]]]
+"""Bytes of alike units in memory, and of the file of each; and the numbers of the blocks that have some."""
 
 
-def kinds_of(sizes: Sequence[tuple[int, int]], blocks: Sequence[range]) -> Kinds:
-    """Kinds in the order in which `fill` adds units. `sizes` are bytes in memory and in the file of each unit."""
-    kinds: dict[tuple[int, int], dict[int, list[int]]] = {}
+def kinds_of(nbytes: Sequence[int], file_nbytes: Sequence[int], blocks: Sequence[range]) -> Kinds:
+    """Kinds of units, in the order in which `fill` adds them."""
+    kinds: dict[tuple[int, int], list[int]] = {}
     for number, block in enumerate(blocks):
-        for unit in block:
-            kinds.setdefault(sizes[unit], {}).setdefault(number, []).append(unit)
-    order = sorted(kinds, key=lambda kind: (kind[1] / kind[0], kind[0]), reverse=True)
-    return [list(kinds[kind].items()) for kind in order]
+        units = slice(block.start, block.stop)
+        for kind in set(zip(nbytes[units], file_nbytes[units], strict=True)):
+            kinds.setdefault(kind, []).append(number)
+    return sorted(kinds.items(), key=lambda each: (each[0][1] / each[0][0], each[0][0]), reverse=True)
 
 
 def fill(
-    streamed: "Streamed", kinds: Kinds, ring_of: Callable[[int, int], int], fits: Callable[[int, int], bool]
+    streamed: "Streamed",
+    file_nbytes: Sequence[int],
+    kinds: Kinds,
+    ring_of: Callable[[int, int], int],
+    fits: Callable[[int, int], bool],
 ) -> tuple[frozenset[int], int, int]:
     """Add units to those that are resident until none fits: first those that save most bytes per byte held, then the
     largest; of equal ones that of the block with most bytes to read. Gives them all, their bytes, and those of the ring
     beside them.
 
-    `ring_of` tells the ring by bytes of a full one and of all that is streamed; `fits` whether resident bytes and a
-    ring do.
+    `file_nbytes` are those of each unit on disk. `ring_of` tells the ring by bytes of a full one and of all that is
+    streamed; `fits` whether resident bytes and a ring do.
     """
     left = copy(streamed)
     ring = ring_of(left.full_ring, left.nbytes)
-    for kind in kinds:
-        units = {number: iter(each) for number, each in kind}
+    for kind, numbers in kinds:
+        units = {number: iter(left.blocks[number]) for number in numbers}
         # The block with most bytes to read is the first one.
         order = [(-left.unread[number], number) for number in units]
         heapify(order)
         while order:
             number = order[0][1]
-            unit = next((unit for unit in units[number] if unit not in streamed.resident), None)
-            if unit is None:
+            for unit in units[number]:
+                if (left.sizes[unit], file_nbytes[unit]) == kind and unit not in streamed.resident:
+                    break
+            else:
                 heappop(order)
                 continue
             left.flip(unit)
@@ -71,7 +77,7 @@ class Streamed:
         self.resident = resident
         self.taken: set[int] = set()
         """Units that have become resident since."""
-        self._sizes = nbytes
+        self.sizes, self.blocks = nbytes, blocks
         units = [unit for unit in range(len(nbytes)) if unit not in resident]
         sizes = [nbytes[unit] for unit in units]
         self.nbytes = sum(sizes)
@@ -105,13 +111,18 @@ class Streamed:
         return other
 
     @property
+    def largest(self) -> int:
+        """Bytes of the largest piece: with a smaller ring a pass cannot run at all."""
+        return max(self._sums, default=0)
+
+    @property
     def full_ring(self) -> int:
         """Bytes for any piece and the unit after it, on the cyclic tape."""
         return max(self._pairs, default=0)
 
     def flip(self, unit: int) -> None:
         """`unit` becomes resident, or, if it has become so before, is streamed again."""
-        piece, size = bisect_right(self._starts, unit) - 1, self._sizes[unit]
+        piece, size = bisect_right(self._starts, unit) - 1, self.sizes[unit]
         changed = {piece, self._next(piece, -1)}
         self._count(-1, changed)
         if unit in self.taken:
@@ -134,7 +145,7 @@ class Streamed:
     def _count(self, by: int, pieces: Iterable[int]) -> None:
         for piece in pieces:
             if self._sums[piece]:
-                pair = self._sums[piece] + self._sizes[self._first(self._next(piece))]
+                pair = self._sums[piece] + self.sizes[self._first(self._next(piece))]
                 self._pairs[pair] += by
                 if not self._pairs[pair]:
                     del self._pairs[pair]

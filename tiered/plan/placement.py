@@ -58,11 +58,6 @@ class Tape:
         return sum(self.nbytes)
 
     @cached_property
-    def sizes(self) -> tuple[tuple[int, int], ...]:
-        """Bytes of each unit in memory, and of its file."""
-        return tuple(zip(self.nbytes, self.file_nbytes, strict=True))
-
-    @cached_property
     def blocks(self) -> tuple[range, ...]:
         """The units of each block, by their numbers."""
         return tuple(range(start, stop) for start, stop in pairwise(accumulate(self.counts, initial=0)))
@@ -111,7 +106,7 @@ class Tape:
 @lru_cache(maxsize=64)
 def _without(tape: Tape, units: frozenset[int]) -> tuple[Tape, tuple[int, ...]]:
     """The tape of the other units, and their numbers: many plans leave the same ones out."""
-    kept = tuple(unit for unit in range(len(tape.nbytes)) if unit not in units)
+    kept = tuple([unit for unit in range(len(tape.nbytes)) if unit not in units])
     counts = tuple(len(block) - len(units.intersection(block)) for block in tape.blocks)
     nbytes, file_nbytes = (tuple(map(each.__getitem__, kept)) for each in (tape.nbytes, tape.file_nbytes))
     return Tape(nbytes, file_nbytes, counts), kept
@@ -130,7 +125,7 @@ def _streamed(tape: Tape, held: Held, resident: frozenset[int]) -> Streamed:
 
 @lru_cache(maxsize=32)
 def _kinds(tape: Tape) -> Kinds:
-    return kinds_of(tape.sizes, tape.blocks)
+    return kinds_of(tape.nbytes, tape.file_nbytes, tape.blocks)
 
 
 def _starts(tape: Tape, held: Held) -> Sequence[int]:
@@ -140,7 +135,7 @@ def _starts(tape: Tape, held: Held) -> Sequence[int]:
 
 @lru_cache(maxsize=32)
 def _smallest_ring(tape: Tape, held: Held) -> int:
-    return smallest_ring(tape.streamed(held))
+    return _streamed(tape, held, frozenset()).largest
 
 
 @dataclass(frozen=True)
@@ -306,4 +301,4 @@ def _spreads(tape: Tape, held: Held) -> _Spreads:
 def _fill(room: _Room, resident: frozenset[int]) -> Placement:
     """Add units to `resident` until none fits beside a full ring."""
     streamed = _streamed(room.tape, replace(room.held, ahead_nbytes=0), resident)
-    return Placement(*fill(streamed, _kinds(room.tape), room.ring_of, room.holds))
+    return Placement(*fill(streamed, room.tape.file_nbytes, _kinds(room.tape), room.ring_of, room.holds))
