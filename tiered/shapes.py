@@ -17,7 +17,7 @@ from transformers import PretrainedConfig
 from tiered.arch import build_skeleton, load_config, most_positions
 from tiered.convert.headers import HubHeaders
 from tiered.convert.hollow import DtypeOf, hollow_store
-from tiered.convert.open import open_checkpoint, resolve_checkpoint
+from tiered.convert.open import open_checkpoint, open_gguf, resolve_checkpoint
 from tiered.convert.place import HubId
 from tiered.convert.quantized import configured_method, quantization_config, refuse_unread
 from tiered.convert.recipe import ConvertOptions
@@ -74,8 +74,8 @@ def config_shapes(
 
 
 def outline(source: str, quants: Sequence[str] = QUANTS) -> Outline:
-    """The checkpoint called `source`: a Hugging Face folder, or a hub id, of which config.json, the index and the
-    headers of safetensors files are fetched, by range. Without such files the configuration alone counts.
+    """The checkpoint called `source`: a Hugging Face folder, a file in GGUF, or a hub id, of which config.json, the
+    index and the headers of safetensors files are fetched, by range. Without such files the configuration alone counts.
 
     Raises ConfigError, CheckpointError, UnsupportedFamilyError, ReadError, as converting it would.
     """
@@ -84,9 +84,11 @@ def outline(source: str, quants: Sequence[str] = QUANTS) -> Outline:
         if isinstance(place, HubId):
             place = HubHeaders(place.repo_id, Path(folder))
         files = place.open(ConvertOptions(), _NoDownloads())
-        config = load_config(files.config_folder())
-        method = configured_method(quantization_config(config))
-        refuse_unread(files.name, method)
+        gguf = open_gguf(place, files, with_tokenizer=False)
+        config = load_config(files.config_folder()) if gguf is None else gguf[1]
+        quantization = quantization_config(config)
+        refuse_unread(files.name, quantization)
+        method = configured_method(quantization) if gguf is None else "GGUF"
         if method is not None:
             note = (
                 f"{files.name}: its weights are quantized already ({method}); without --quant they are taken as they "

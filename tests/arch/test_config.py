@@ -93,6 +93,27 @@ def test_fields_that_tiered_computes_with_are_sizes_in_every_family(
 
 
 @pytest.mark.parametrize(
+    ("name", "changes", "told"),
+    [
+        ("deepseek_v3", {"qk_rope_head_dim": 0}, "qk_rope_head_dim is 0, expected a whole number above 0"),
+        ("deepseek_v3", {"qk_nope_head_dim": 0}, "qk_nope_head_dim is 0, expected a whole number above 0"),
+        ("deepseek_v3", {"kv_lora_rank": 0}, "would have no elements: one of its sizes is 0"),
+        ("llama4_text", {"attention_chunk_size": 0}, "expected an attention_chunk_size above 0"),
+        ("llama4_text", {"attention_chunk_size": -8}, "attention_chunk_size is -8, expected a whole number"),
+        ("llama4_text", {"attention_chunk_size": None}, "expected an attention_chunk_size above 0"),
+        ("mamba2", {"conv_kernel": 0}, "would have no elements: one of its sizes is 0"),
+        ("gpt_oss", {"num_local_experts": 0}, "would have no elements: one of its sizes is 0"),
+    ],
+)
+def test_sizes_of_latents_chunks_states_and_experts_are_looked_at_too(
+    name: str, changes: dict[str, Any], told: str, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        build(write(tmp_path, name, **changes))
+    assert told in str(caught.value)
+
+
+@pytest.mark.parametrize(
     ("content", "told"),
     [
         (b"", "not valid JSON"),
@@ -157,3 +178,11 @@ def test_refusing_takes_no_time(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError):
             load_config(write(tmp_path, **changes))
     assert time.monotonic() - began < 20, "reading it would not have ended today"
+
+
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3", "gpt_oss"])
+def test_more_experts_for_a_token_than_there_are_are_refused_by_name(name: str, tmp_path: Path) -> None:
+    fields = {**tiny_config(name).to_dict(), "num_experts_per_tok": 99}
+    (tmp_path / "config.json").write_text(json.dumps(fields), encoding="utf-8")
+    with pytest.raises(CheckpointError, match="99 experts compute for a token, expected at most the"):
+        load_config(tmp_path)

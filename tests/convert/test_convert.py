@@ -310,8 +310,8 @@ def test_shards_without_an_index_are_read_by_their_names(tmp_path: Path) -> None
 
 def test_a_folder_without_weights_says_what_it_has(tmp_path: Path) -> None:
     source = save_model(tmp_path / "source", tiny_model("llama"))
-    (source / "model.safetensors").rename(source / "model.gguf")
-    with pytest.raises(CheckpointError, match=r"no weights.*model\.gguf"):
+    (source / "model.safetensors").rename(source / "model.msgpack")
+    with pytest.raises(CheckpointError, match=r"no weights.*model\.msgpack"):
         convert_checkpoint(source, tmp_path / "out")
 
 

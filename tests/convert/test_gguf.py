@@ -35,6 +35,7 @@ from tiered.convert.open import resolve_checkpoint
 from tiered.convert.place import Folder, LocalFiles
 from tiered.errors import CheckpointError, ConfigError, TieredError
 from tiered.quant import GroupScheme, dequantize, quantize
+from tiered.shapes import outline
 from tiered.store import Store
 from tools.gguf_form import Written, add_merges, add_tokenizer, write_gguf
 
@@ -222,6 +223,12 @@ def test_weights_are_those_that_transformers_reads(tmp_path: Path) -> None:
 
 def first_part(written: Written) -> Path:
     return next(written.path.parent.glob("tiny-00001-of-*.gguf"))
+
+
+def test_the_shape_of_a_file_is_known_before_it_is_converted(written: Written) -> None:
+    found = outline(str(first_part(written)), ("int4",))
+    assert found.shapes["int4"].layers == opened(first_part(written)).config["num_hidden_layers"]
+    assert "quantized already (GGUF); without --quant they are taken as they are" in found.notes[0]
 
 
 @NEW_TOKENIZERS

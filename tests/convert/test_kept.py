@@ -103,6 +103,8 @@ def test_a_quantized_model_generates_what_its_dequantized_weights_do(name: str, 
         load_stored_weights(made, store)
     else:
         assert one.added == 0.0 and f"{method}: 5 weights in {form}, as they were" in said
+    plain = "not quantized: 2 weights that the checkpoint has not quantized either; --quant int4 or int8 does (model.la"
+    assert plain in said
     assert store.manifest.quantization["layers"] == form and store.manifest.quantization["source"] == [method]
     with open_runtime(store) as runtime:
         assert_same(run_greedy(runtime, PROMPTS, steps=STEPS), reference_answers(made, PROMPTS, STEPS))
@@ -213,6 +215,30 @@ def test_an_unknown_companion_of_a_quantized_weight_is_refused(tmp_path: Path) -
     path = source / "model.safetensors"
     save_file({**load_file(path), "model.layers.0.mlp.up_proj.pre_quant_scale": torch.ones(128)}, path)
     with pytest.raises(CheckpointError, match=r"1 parts of weights that the model has no place for .*pre_quant_scale"):
+        convert_checkpoint(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "scale"),
+    [("gptq", "scales", torch.inf), ("ct-int4", "weight_scale", 1e6), ("ct-mxfp4", "weight_scale", 255)],
+)
+def test_a_scale_that_is_no_number_is_not_kept(name: str, part: str, scale: float, tmp_path: Path) -> None:
+    source = checkpoint(tmp_path / "source", model(), {"model.layers.0.mlp.up_proj": name}, FORMATS[name]["config"])
+    path = source / "model.safetensors"
+    tensors = load_file(path)
+    key = f"model.layers.0.mlp.up_proj.{part}"
+    tensors[key] = tensors[key].float() if scale == 1e6 else tensors[key]
+    tensors[key].view(-1)[3] = scale
+    save_file(tensors, path)
+    with pytest.raises(CheckpointError, match=r"up_proj.weight: expected finite scales that fit"):
+        convert_checkpoint(source, tmp_path / "out")
+
+
+def test_weights_that_are_rotated_are_refused_as_no_tensor_tells(tmp_path: Path) -> None:
+    """Their layers turn what comes in."""
+    config = {**FORMATS["ct-int4"]["config"], "transform_config": {"config_groups": {"R4": {"type": "hadamard"}}}}
+    source = checkpoint(tmp_path / "source", model(), {"model.layers.0.mlp.up_proj": "ct-int4"}, config)
+    with pytest.raises(CheckpointError, match="rotated weights: transform_config"):
         convert_checkpoint(source, tmp_path / "out")
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -142,6 +142,52 @@ def test_scales_of_fp8_are_for_blocks_as_the_configuration_says_for_rows_or_for_
         assert torch.equal(read(index, path, name), values), name
         assert torch.equal(read(index, path, name, range(120, 190)), values[120:190]), name
     assert torch.equal(read(index, path, "experts.up_proj", range(190, 410)), expected["experts.up_proj"][190:410])
+    index.reader.close()
+
+
+def test_scales_of_blocks_are_not_taken_for_those_of_as_many_rows(tmp_path: Path) -> None:
+    """There may be as many scales as rows: DeepSeek V3's output projection has 128 blocks in each row. And a stack may
+    have its scales of rows in a vector for each matrix."""
+    torch.manual_seed(5)
+    weight, blocks = torch.randn(200, 128 * 100).to(torch.float8_e4m3fn), torch.rand(2, 100)
+    stack, rows = torch.randn(2, 3, 64).to(torch.float8_e4m3fn), torch.rand(2, 3)
+    tensors = {
+        "a.weight": weight,
+        "a.weight_scale_inv": blocks,
+        "b.up_proj": stack,
+        "b.up_proj_scale": rows,
+    }
+    index, path = opened(tmp_path, tensors, {})
+    expected = weight.float() * blocks.repeat_interleave(128, 0)[:200].repeat_interleave(128, 1)
+    assert torch.equal(read(index, path, "a.weight", range(120, 200)), expected[120:])
+    assert torch.equal(read(index, path, "b.up_proj"), (stack.float() * rows.unsqueeze(-1)).flatten(0, 1))
+    assert torch.equal(
+        read(index, path, "b.up_proj", range(2, 5)), (stack.float() * rows.unsqueeze(-1)).view(6, 64)[2:5]
+    )
+    index.reader.close()
+
+
+CHANGED: Final[Mapping[str, tuple[str, str, Callable[[torch.Tensor], torch.Tensor]]]] = {
+    "words of 16 bits": ("gptq", "qweight", lambda part: part.to(torch.int16)),
+    "scales of whole numbers": ("gptq", "scales", lambda part: part.to(torch.int32)),
+    "scales for fewer rows": ("ct-int8", "weight_scale", lambda part: part.view(1, -1)),
+    "zeros that are not packed": ("ct-int4", "weight_zero_point", lambda part: torch.zeros(64, 4, dtype=torch.int8)),
+    "zeros for fewer groups": ("ct-int4", "weight_zero_point", lambda part: part[:, :2]),
+}
+"""Tensors that are not what their format has: the format, the part, what it is instead."""
+
+
+@pytest.mark.parametrize("case", CHANGED)
+def test_tensors_that_do_not_fit_each_other_are_one_error_and_nothing_beyond_them_is_read(
+    case: str, tmp_path: Path
+) -> None:
+    name, part, change = CHANGED[case]
+    parts = parts_of(name)
+    given = {f"x.{key}": change(tensor) if key == part else tensor for key, tensor in parts.items()}
+    index, path = opened(tmp_path, {**given, "z.weight": torch.ones(4096)}, FORMATS[name]["config"])
+    with pytest.raises(CheckpointError, match="are not what their format has"):
+        index.reader.tensors(path)["x.weight"]
+        read(index, path)
     index.reader.close()
 
 

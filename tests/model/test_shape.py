@@ -7,6 +7,7 @@ from typing import Final
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from tests.helpers import TINY, Tiny, prompts_for
 from tiered.arch import build_skeleton, expert_stacks, load_config
@@ -70,6 +71,15 @@ def test_measuring_takes_no_memory_and_reads_no_weights(store: Store) -> None:
 MIXTURES: Final = [n for n, fields in TINY.items() if not fields.keys().isdisjoint(("num_experts_per_tok", "moe_topk"))]
 
 
+def chosen(model: PreTrainedModel, args: tuple[torch.Tensor, ...]) -> int:
+    """Experts of a token, by what a stack of experts is called with. Llama 4's gets a row for every expert: of those
+    that are not chosen it is zeros."""
+    if len(args) > 1:
+        return args[1].shape[-1]
+    rows = args[0].unflatten(0, (-1, len(prompts_for("llama4_text")[0])))
+    return int((rows != 0).any(-1).sum(0).max())
+
+
 @pytest.mark.parametrize("name", MIXTURES)
 def test_the_experts_of_a_mixture_are_as_many_as_transformers_chooses_among(tiny: Tiny, name: str) -> None:
     store, seen = tiny.store(name), set[tuple[int, int]]()
@@ -78,7 +88,7 @@ def test_the_experts_of_a_mixture_are_as_many_as_transformers_chooses_among(tiny
     stacks = [module for module in model.modules() if expert_stacks(module) is not None]
     for stack in stacks:
         count = stack.get_parameter("down_proj").shape[0]
-        stack.register_forward_pre_hook(lambda _, args, count=count: seen.add((count, args[1].shape[-1])))
+        stack.register_forward_pre_hook(lambda _, args, count=count: seen.add((count, chosen(model, args))))
     model(torch.tensor([prompts_for(name)[0]]))
     assert shape.experts is not None
     assert seen == {(shape.experts.count, shape.experts.chosen)}

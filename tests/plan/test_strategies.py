@@ -16,6 +16,7 @@ from tiered.plan.inputs import Budgets
 from tiered.plan.make import make_plan
 from tiered.plan.on_device import CONTEXT_NBYTES
 from tiered.plan.shapes import known_shapes
+from tiered.plan.state import Grid, StateGroup, StatePart, StateShape
 from tiered.plan.strategies import (
     BASELINE_NBYTES,
     BOTH,
@@ -187,6 +188,15 @@ def test_cost_is_that_of_the_hours() -> None:
 def test_the_best_says_what_bounds_it_and_what_the_next_loses() -> None:
     found = compared("opt-30b", ram=4 * GIB, prompt=4)
     assert re.search(r"bound by the disk: .* per pass; cpu int8 takes [12]\.\d+ times as long", found.why)
+
+
+def test_what_no_run_would_do_with_recurrent_layers_is_no_row() -> None:
+    group = StateGroup((0,), (StatePart("recurrent", 0, (1 << 10,), "float32"),))
+    shape = replace(model_of([64 * MIB] * 3), state=StateShape((group,), Grid(64), 0, 0))
+    found = compare(lambda _: shape, ("int4",), GPU_MACHINE, ask(vram=16 * GIB))
+    assert [row.strategy for row in found.rows] == [CPU]
+    refusals = {one.strategy: one.message for one in found.refusals}
+    assert refusals.keys() == {GPU, BOTH} and all("recurrent layers" in message for message in refusals.values())
 
 
 def test_figures_that_make_no_sense_are_refused_by_name() -> None:

@@ -24,7 +24,9 @@ _MOST: Final = {
 """Largest value of fields that count parts: transformers makes an object for each, which takes seconds for so many."""
 _LEAST: Final = {
     **dict.fromkeys(("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size"), 1),
+    **dict.fromkeys(("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), 1),
     **dict.fromkeys(("max_position_embeddings", "num_key_value_heads", "head_dim", "sliding_window"), 0),
+    "attention_chunk_size": 0,
 }
 """Least value of each size that tiered itself reads. Sizes that may be 0 may be None: others are then used instead."""
 REMEDY: Final = "put the model's own config.json there"
@@ -33,6 +35,10 @@ _OF_WHOLE: Final = ("dtype", "bos_token_id", "eos_token_id", "pad_token_id")
 """Fields that a configuration of a model that sees or hears may have beside that of its text half, for both."""
 _OF_WEIGHTS: Final = ("quantization_config", "compression_config", "transformers_weights")
 """Fields that say how the weights are stored, of both halves."""
+
+_EXPERTS: Final = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_CHOSEN: Final = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")
+"""What families call the experts of a layer, and those of them that compute for a token."""
 
 
 def load_config(folder: Path) -> PretrainedConfig:
@@ -137,3 +143,11 @@ def _check_read_here(config: PretrainedConfig) -> None:
     types = getattr(config, "layer_types", None)
     if types is not None and (not isinstance(types, list | tuple) or len(types) != config.num_hidden_layers):
         raise ValueError(f"layer_types is {types!r}, expected a name for each of {config.num_hidden_layers} layers")
+    count, chosen = (
+        next((value for name in names if isinstance(value := getattr(config, name, None), int)), None)
+        for names in (_EXPERTS, _CHOSEN)
+    )
+    if count and chosen and chosen > count:
+        raise ValueError(f"{chosen} experts compute for a token, expected at most the {count} that a layer has")
+    if "chunked_attention" in (types or ()) and not getattr(config, "attention_chunk_size", None):
+        raise ValueError("layer_types has chunked_attention, expected an attention_chunk_size above 0")

@@ -71,11 +71,6 @@ def _measure(skeleton: Skeleton, module: nn.Module) -> _Measured:
             f"model family {family.model_type!r}: {type(module).__name__} keeps a recurrent state, expected attention "
             "only; this version of tiered does not know where its prompts may be cut"
         )
-    if "cache" not in inspect.signature(type(module).forward).parameters:
-        raise UnsupportedFamilyError(
-            f"model family {family.model_type!r}: this version of transformers hands {type(module).__name__} no cache "
-            "by the name 'cache'; install transformers 5.24 or newer within tiered's range"
-        )
     tokens = family.scan.grid_of(skeleton.config).tokens
     tokens = tokens if tokens > 1 else _TOKENS
     mixer = copy.deepcopy(module).to("meta")

@@ -5,6 +5,7 @@ that each block (embed, outer, every layer, head) must hold. `convert/` uses it 
 contain, `model/` to run it.
 """
 
+import inspect
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Final
 
 import torch
+import transformers
 from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
@@ -191,6 +193,11 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype = torch.float32)
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     model.eval().requires_grad_(False)
+    if family.scan is not None and "cache" not in inspect.signature(model.forward).parameters:
+        raise UnsupportedFamilyError(
+            f"model family {config.model_type!r}: transformers {transformers.__version__} hands recurrent layers their "
+            "states in another way than tiered expects; install transformers 5.24 or newer within tiered's range"
+        )
     _keep_in_float32(model)
     try:
         layers = model.get_submodule(family.layers)
@@ -234,7 +241,7 @@ def _check_probabilities(config: PretrainedConfig) -> None:
 
 
 def _check_sizes(config: PretrainedConfig) -> None:
-    """Raises ValueError where the graph's tensors would be larger than any real model's.
+    """Raises ValueError where the graph's tensors would be larger than any real model's, or have no elements.
 
     Found out by building it once with everything on the meta device, which takes a moment and no memory: for the real
     graph buffers are filled, and address space is taken for each parameter before it becomes a meta tensor.
@@ -248,6 +255,9 @@ def _check_sizes(config: PretrainedConfig) -> None:
             f"its tables would take {format_size(nbytes)} of memory ({largest} alone {format_size(most)}), "
             f"expected at most {format_size(_MOST_TABLES_NBYTES)}"
         )
+    empty = [name for name, parameter in model.named_parameters() if not parameter.numel()]
+    if empty:
+        raise ValueError(f"{empty[0]} would have no elements: one of its sizes is 0")
     most, largest = max((parameter.nbytes, name) for name, parameter in model.named_parameters())
     if most > _MOST_TENSOR_NBYTES:
         raise ValueError(

@@ -62,6 +62,7 @@ def summary(result: ConvertResult) -> str:
         lines.append(f"resumed: {result.resumed_blocks} block files were there already")
     why = {"whose rows are no multiple of the group size": result.unquantized}
     why["that the model's own code computes with, and no linear layer"] = result.kept
+    why["that the checkpoint has not quantized either; --quant int4 or int8 does"] = result.plain
     for reason, names in why.items():
         if names:
             more = ", …" if len(names) > _NAMES_SHOWN else ""

@@ -200,7 +200,11 @@ def _lines(inspection: Inspection) -> Iterator[str]:
 def _about(inspection: Inspection) -> list[str]:
     manifest, summary = inspection.store.manifest, inspection.summary
     quantization, source = manifest.quantization, manifest.source
-    schemes = ", ".join(f"{kind} {quantization[kind]}" for kind in ("layers", "embed", "head") if kind in quantization)
+    schemes = ", ".join(
+        f"{kind} {quantization[kind] or 'not quantized'}"
+        for kind in ("layers", "embed", "head")
+        if kind in quantization
+    )
     kept = list(quantization.get("unquantized", ()))
     methods = quantization.get("source")
     before = f"; quantized before ({', '.join(methods)})" if methods else ""

@@ -25,6 +25,7 @@ from tiered.convert.transposed import transposed_panels, turned
 from tiered.convert.workers import Quantizers, one_torch_thread
 from tiered.errors import CheckpointError
 from tiered.quant import QuantizedTensor, dequantize, folded
+from tiered.quant.codebook import widened_scales
 
 _PIECE_NUMEL: Final = 1 << 20
 _SAMPLE_NUMEL: Final = 1 << 17
@@ -148,15 +149,15 @@ class Checkpoint:
         assert scheme is not None and method is not None
         with one_torch_thread():
             made = panel._replace(scale=panel.scale.to(scheme.scale_dtype))
-            before, after = panel.scale.float(), made.scale.float()
+            before, after = widened_scales(panel.scale), widened_scales(made.scale)
+            if not after.isfinite().all():
+                raise CheckpointError(
+                    f"{self._files.name}: {tensor.name}: expected finite scales that fit {scheme.scale_dtype}, found "
+                    f"one of {float(before.abs().max()):,.4g}; check the source checkpoint"
+                )
             if torch.equal(before, after):
                 self._tally.add(tensor.name, method, scheme.name)
             else:
-                if not after.isfinite().all():
-                    raise CheckpointError(
-                        f"{self._files.name}: {tensor.name}: expected scales that fit {made.scale.dtype}, found one of "
-                        f"{float(before.abs().max()):,.4g}; check the source checkpoint"
-                    )
                 # Of each group all values change by the same share.
                 numbers = dequantize(*made._replace(scale=torch.ones_like(made.scale)), scheme)
                 groups = numbers.view(*before.shape, -1)

@@ -78,6 +78,8 @@ class ConvertResult:
     kept: tuple[str, ...] = ()
     """Matrices of layers that keep the checkpoint's precision because no linear layer multiplies by them, where they
     are more than a few of the layers' weights."""
+    plain: tuple[str, ...] = ()
+    """Those that were not to be quantized because the checkpoint has not quantized them either."""
     upgraded_from: int | None = None
     """The format version of a store that was upgraded; that of today where it was one already. None: converted."""
     has_tokenizer: bool = True
@@ -138,6 +140,7 @@ class Conversion:
             scheme=recipe.quantization["layers"] or "none",
             unquantized=recipe.unquantized,
             kept=recipe.kept,
+            plain=recipe.plain,
             warnings=source.warnings,
             taken=source.taken,
             synthetic=recipe.synthetic,

@@ -112,7 +112,7 @@ class Table:
 @dataclass(frozen=True)
 class Floats:
     """Floats of 8 bits in `weight`, each rectangle of `block` (rows, columns) multiplied by one of the scales in
-    `scale`, a matrix or a vector. No scheme of a store holds them."""
+    `scale`, a matrix, or one number after the other. No scheme of a store holds them."""
 
     stored: StoredTensor
     weight: str
@@ -128,7 +128,7 @@ class Floats:
         blocks = -(-height // self.block[0])  # of each matrix of a stack; the last one may be cut
         places = torch.tensor([row // height * blocks + row % height // self.block[0] for row in rows])
         first, stop = int(places[0]), int(places[-1]) + 1
-        scales = read(self.scale).view(-1, 1)[first:stop] if self.is_vector else read(self.scale, range(first, stop))
+        scales = read(self.scale).reshape(-1, 1)[first:stop] if self.is_vector else read(self.scale, range(first, stop))
         # A byte is an exponent.
         scales = scales.float() if scales.dtype != torch.uint8 else widened_scales(scales)
         each, weight = scales[places - first], read(self.weight, rows)

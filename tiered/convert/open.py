@@ -106,7 +106,7 @@ def open_checkpoint(
     weight files that have to be read whole to know which tensors they hold.
     """
     files = place.open(options, ledger)
-    found = _find_gguf(place, files, tokenizer is None) or _find_opt(place, files, shape)
+    found = open_gguf(place, files, tokenizer is None) or _find_opt(place, files, shape)
     index, config = found or (None, load_config(files.config_folder()))
     if shape is not None:
         check_shape(files.name, shape, config.to_dict())
@@ -115,7 +115,7 @@ def open_checkpoint(
     _refuse_adapter(files)
     quantization = quantization_config(config)
     method = configured_method(quantization)
-    refuse_unread(files.name, method)
+    refuse_unread(files.name, quantization)
     claimed = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     skeleton = build_skeleton(config)
     if tokenizer is not None:
@@ -145,7 +145,7 @@ def open_checkpoint(
     return Checkpoint(files, index, names, recipe.files, claimed, options.clip, ram.require, made), recipe
 
 
-def _find_gguf(
+def open_gguf(
     place: Folder | HubId, files: WeightFiles, with_tokenizer: bool
 ) -> tuple[WeightIndex, PretrainedConfig] | None:
     """The weights and the configuration of a model in GGUF; None where there is none, or weights in another format.

@@ -2,13 +2,14 @@
 
 In: the tensors of one weight, by the part of it that they are. Out: its `Format`. What a format says of itself in
 config.json is often out of date, and to believe it gives another model without an error: bits, groups, orders and zeros
-are taken from the tensors, and what they leave open from config.json, as `Settings`. Called by `quantized_reader.py`.
+are taken from the tensors, and what they leave open from config.json, as `Settings`. `kinds.py` says which function is
+for which tensors.
 
 Every function raises ValueError where the tensors are not what it expects of its format.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any, Final
@@ -48,6 +49,7 @@ def gptq(parts: Parts, read: Read, settings: Settings) -> Format:
     [in], the group of each column. AWQ has the same names, but words along `out`.
     """
     (words, out), (groups, width) = parts["qweight"].shape, parts["scales"].shape
+    _check_dtypes(parts, words=("qweight", "qzeros"), scale="scales")
     if width == 8 * out:
         return _awq(parts)
     bits, rest = divmod(32 * parts["qzeros"].shape[-1], out)
@@ -123,7 +125,8 @@ def packed(parts: Parts, read: Read, settings: Settings) -> Format:
     if parts["weight_packed"].dtype == torch.uint8:
         divisor = "weight_global_scale" if "weight_global_scale" in parts else None
         return _fp4(parts, "weight_packed", "weight_scale", read, divisor=divisor)
-    _expect(parts["weight_packed"].dtype == torch.int32, f"words, found {parts['weight_packed'].dtype}")
+    has_zero = "weight_zero_point" in parts
+    _check_dtypes(parts, ("weight_packed", *(["weight_zero_point"] if has_zero else [])), "weight_scale")
     _expect("weight_shape" in parts, "a tensor weight_shape beside it")
     out, in_ = (int(size) for size in read("weight_shape").view(-1))
     words = parts["weight_packed"].shape[1]
@@ -133,7 +136,8 @@ def packed(parts: Parts, read: Read, settings: Settings) -> Format:
     groups = _columns(parts["weight_scale"], out)
     order = _group_of("weight_g_idx", parts, read, in_, groups)
     scheme = group_scheme(bits, in_ // groups) if order is None else None
-    per, has_zero = 32 // bits, "weight_zero_point" in parts
+    per = 32 // bits
+    _expect(not has_zero or parts["weight_zero_point"].shape == (-(-out // per), groups), f"zeros of {groups} groups")
 
     def unpack(read: Read, rows: range) -> Group:
         q, scale = read("weight_packed", rows).view(torch.uint8), _rows(read, parts, "weight_scale", rows)
@@ -158,22 +162,25 @@ def scaled(parts: Parts, read: Read, settings: Settings) -> Format:
         return _int8(parts, "int8")
     _expect(weight.dtype.is_floating_point and weight.dtype.itemsize == 1, f"8 bits, found {weight.dtype}")
     _expect("zero_point" not in parts, "no zeros beside floats")
-    block = _fp8_block(weight.shape, scale, settings)
-    is_vector = len(scale.shape) < 2
+    block = _fp8_block(weight.shape, scale.shape, settings)
+    # Rows of a matrix are read as they are needed; any other shape with one number for each row, or for all, whole.
+    is_vector = block[1] == weight.shape[-1] and scale.shape[-1:] != (1,)
     return Floats(_stored(weight.shape, "fp8", None), "weight", "scale", block, is_vector)
 
 
-def _fp8_block(shape: tuple[int, ...], scale: StoredTensor, settings: Settings) -> tuple[int, int]:
-    """Rows and columns of a weight of this `shape` that share one of the scales."""
+def _fp8_block(shape: tuple[int, ...], found: tuple[int, ...], settings: Settings) -> tuple[int, int]:
+    """Rows and columns of a weight of this `shape` that share one of the scales, which are of shape `found`.
+
+    Shapes tell, not counts: of rows of 128 * 128 values there are as many scales for blocks as there are rows.
+    """
     *stack, out, in_ = shape
-    found = scale.shape
     high, wide = settings.block
     if prod(found) == prod(stack):
         return out, in_
-    if prod(found) == prod(stack) * out:
-        return 1, in_
     if found == (*stack, -(-out // high), -(-in_ // wide)):
         return high, wide
+    if found in ((*stack, out), (*stack, out, 1)):
+        return 1, in_
     if found[:-1] == (*stack, out) and in_ % found[-1] == 0:
         return 1, in_ // found[-1]
     raise ValueError(
@@ -185,6 +192,7 @@ def _fp8_block(shape: tuple[int, ...], scale: StoredTensor, settings: Settings) 
 def _int8(parts: Parts, method: str) -> Format:
     """`weight` i8 [out, in], `scale` [out, groups] and perhaps `zero_point` i8."""
     out, in_ = parts["weight"].shape
+    _check_dtypes(parts, (), "scale")
     groups = _columns(parts["scale"], out)
     _expect(in_ % groups == 0, f"groups of equal size, found {groups} for rows of {in_}")
 
@@ -296,11 +304,19 @@ def _group_of(part: str, parts: Parts, read: Read, in_: int, groups: int) -> Ten
     return None if torch.equal(found, in_order) and in_ % groups == 0 else found
 
 
+def _check_dtypes(parts: Parts, words: Sequence[str], scale: str) -> None:
+    """Raise ValueError unless these parts are words of 32 bits, and the scales floats."""
+    for part in words:
+        _expect(parts[part].dtype == torch.int32, f"{part} in words of 32 bits, found {parts[part].dtype}")
+    _expect(parts[scale].dtype.is_floating_point, f"scales that are floats, found {parts[scale].dtype}")
+
+
 def _columns(scale: StoredTensor, out: int) -> int:
     """The groups in each row that `scale`, of one, of `out`, or of [out, groups] numbers, is for."""
-    fits = prod(scale.shape) in (1, out) or (len(scale.shape) == 2 and scale.shape[0] == out)
-    _expect(fits, f"scales of {out} rows, found {list(scale.shape)}")
-    return scale.shape[1] if len(scale.shape) == 2 and scale.shape[0] == out else 1
+    shape = scale.shape
+    is_one = prod(shape) == 1
+    _expect(is_one or (len(shape) in (1, 2) and shape[0] == out), f"scales of {out} rows, found {list(shape)}")
+    return 1 if is_one or len(shape) == 1 else shape[1]
 
 
 def _rows(read: Read, parts: Parts, part: str, rows: range) -> Tensor:
@@ -322,131 +338,3 @@ def _table(codebook: str) -> Tensor:
 def _expect(fits: bool, what: str) -> None:
     if not fits:
         raise ValueError(f"expected {what}")
-
-
-def _declared_words(config: Mapping[str, Any]) -> tuple[str, Scheme | None]:
-    bits, size = config.get("bits"), config.get("group_size")
-    method = f"{config.get('quant_method', 'gptq')} int{bits}"
-    if config.get("desc_act") or not isinstance(bits, int) or not isinstance(size, int):
-        return method, None
-    return method, group_scheme(bits, size if size > 0 else max(GROUP_SIZES))
-
-
-def _declared_groups(config: Mapping[str, Any]) -> tuple[str, Scheme | None]:
-    groups = config.get("config_groups")
-    found = [group["weights"] for group in groups.values()] if isinstance(groups, dict) else []
-    schemes = set()
-    for weights in found:
-        bits, size = weights.get("num_bits"), weights.get("group_size") or max(GROUP_SIZES)
-        is_plain = weights.get("type") == "int" and not weights.get("actorder")
-        schemes.add(group_scheme(bits, size) if is_plain else CodebookScheme("mxfp4", 32) if size == 32 else None)
-    return "compressed-tensors", schemes.pop() if len(schemes) == 1 else None
-
-
-def _declared_mxfp4(config: Mapping[str, Any]) -> tuple[str, Scheme | None]:
-    return "mxfp4", CodebookScheme("mxfp4", 32)
-
-
-def _declared_nf4(config: Mapping[str, Any]) -> tuple[str, Scheme | None]:
-    kind = config.get("bnb_4bit_quant_type", "fp4")
-    return f"bitsandbytes {kind}", CodebookScheme("nf4", 64) if kind == "nf4" else None
-
-
-@dataclass(frozen=True)
-class Kind:
-    """How the tensors of one weight are called: NAME + `mark` makes it one of these, and others may belong to it."""
-
-    mark: str
-    name: str
-    """What follows NAME in the name that the weight has in 16 bits."""
-    parts: Mapping[str, str]
-    """What follows NAME in the name of each tensor -> the part of the weight that it is; "" is not read."""
-    needed: tuple[str, ...]
-    main: str
-    """The part with the codes, whose file the weight counts to."""
-    describe: Callable[[Parts, Read, Settings], Format]
-    declared: Callable[[Mapping[str, Any]], tuple[str, Scheme | None]]
-    """The method, and the scheme that holds its codes, if any, by config.json: for weights that are not here yet."""
-
-
-_ACTIVATIONS: Final = {
-    f".{name}": ""
-    for name in ("input_scale", "input_global_scale", "input_zero_point", "input_scale_ub", "output_scale")
-}
-"""Scales of what a weight is multiplied by: weights do not depend on them."""
-
-
-def _scaled(mark: str, weight: str) -> Kind:
-    """A weight NAME + `weight` with scales NAME + `weight` + `mark`."""
-    parts = {weight: "weight", f"{weight}{mark}": "scale", f"{weight}_scale_2": "scale_2"}
-    parts[f"{weight}_zero_point"] = "zero_point"
-    return Kind(
-        f"{weight}{mark}",
-        weight,
-        {**parts, **_ACTIVATIONS},
-        ("weight", "scale"),
-        "weight",
-        scaled,
-        lambda _: ("fp8", None),
-    )
-
-
-KINDS: Final = (
-    Kind(
-        ".qweight",
-        ".weight",
-        {f".{part}": part for part in ("qweight", "qzeros", "scales", "g_idx")},
-        ("qweight", "qzeros", "scales"),
-        "qweight",
-        gptq,
-        _declared_words,
-    ),
-    Kind(
-        ".weight_packed",
-        ".weight",
-        {
-            **{
-                f".weight_{part}": f"weight_{part}"
-                for part in ("packed", "scale", "shape", "zero_point", "g_idx", "global_scale")
-            },
-            **_ACTIVATIONS,
-        },
-        ("weight_packed", "weight_scale"),
-        "weight_packed",
-        packed,
-        _declared_groups,
-    ),
-    Kind(
-        "_blocks",
-        "",
-        {"_blocks": "blocks", "_scales": "scales"},
-        ("blocks", "scales"),
-        "blocks",
-        mxfp4_experts,
-        _declared_mxfp4,
-    ),
-    Kind(
-        ".weight.absmax",
-        ".weight",
-        {
-            ".weight": "weight",
-            **{f".weight.{part}": part for part in ("absmax", "quant_map", "nested_absmax", "nested_quant_map")},
-            **{f".weight.quant_state.bitsandbytes__{kind}": "quant_state" for kind in ("nf4", "fp4")},
-        },
-        ("weight", "absmax", "quant_map", "quant_state"),
-        "weight",
-        bitsandbytes_4bit,
-        _declared_nf4,
-    ),
-    Kind(
-        ".SCB",
-        ".weight",
-        {".weight": "weight", ".SCB": "scale", ".weight_format": "format"},
-        ("weight", "scale"),
-        "weight",
-        bitsandbytes_int8,
-        lambda _: ("bitsandbytes int8", None),
-    ),
-    *(_scaled(mark, weight) for weight in (".weight", "_proj") for mark in ("_scale_inv", "_scale")),
-)
-"""All formats that are read; of a name that several fit, the first counts."""

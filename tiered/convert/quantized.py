@@ -19,7 +19,7 @@ PLAIN: Final = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 READ_METHODS: Final = (
     *("gptq", "auto-round", "awq", "compressed-tensors", "fp8", "fbgemm_fp8", "modelopt", "mxfp4", "bitsandbytes"),
 )
-"""Methods whose formats are read (`published.py`), as config.json calls them."""
+"""Methods whose formats are read (`kinds.py`), as config.json calls them."""
 _TYPES: Final = {
     torch.int8: "int8",
     torch.uint8: "packed in uint8",
@@ -70,9 +70,14 @@ def configured_method(quantization: Mapping[str, Any]) -> str | None:
     return str(quantization.get("quant_method") or "quantization_config in config.json") if quantization else None
 
 
-def refuse_unread(name: str, method: str | None) -> None:
-    """Raise CheckpointError where `method`, which config.json names, is one that is not read."""
+def refuse_unread(name: str, quantization: Mapping[str, Any]) -> None:
+    """Raise CheckpointError where `quantization`, of config.json, is of a method that is not read, or says that what
+    comes into layers is transformed: tensors alone would not tell."""
+    method = configured_method(quantization)
     refuse_quantized(name, None if method in READ_METHODS else method)
+    transforms = quantization.get("transform_config")
+    if transforms and (not isinstance(transforms, Mapping) or transforms.get("config_groups")):
+        refuse_quantized(name, f"{method}, with rotated weights: transform_config in config.json")
 
 
 def method_of_float(dtype: torch.dtype) -> str | None:

@@ -20,14 +20,16 @@ import torch
 
 from tiered.convert.formats import Format
 from tiered.convert.index import WeightIndex
+from tiered.convert.kinds import KINDS, Kind
 from tiered.convert.place import WeightFiles
-from tiered.convert.published import KINDS, Kind, Settings
+from tiered.convert.published import Settings
 from tiered.convert.source import PANEL_NBYTES, StoredTensor, WeightReader
 from tiered.convert.workers import worker_count
 from tiered.errors import CheckpointError, shortened
 from tiered.quant import QuantizedTensor, folded
 
-_PANEL_NUMEL: Final = PANEL_NBYTES // 4
+_PANEL_NBYTES: Final = PANEL_NBYTES // 2
+"""Bytes of a panel in float32. Larger ones are taken apart no faster, and several are in memory at a time."""
 _MOST_THREADS: Final = 2
 """Panels that are taken apart at a time."""
 _STRIP_NBYTES: Final = PANEL_NBYTES
@@ -103,7 +105,7 @@ class QuantizedReader(WeightReader):
         return self._made(name, rows, self.format_of(name).codes)
 
     def working_nbytes(self, path: Path) -> int:
-        panels = (self._thread_count + 1) * _PANEL_PARTS * PANEL_NBYTES
+        panels = (self._thread_count + 1) * _PANEL_PARTS * _PANEL_NBYTES
         return self._inner.working_nbytes(path) + panels + 2 * _STRIP_NBYTES
 
     def close(self) -> None:
@@ -167,6 +169,10 @@ class QuantizedReader(WeightReader):
             return found[:, columns.start - within.start : columns.stop - within.start]
 
         def read(part: str, rows: range | None = None, columns: range | None = None) -> torch.Tensor:
+            # Beyond a tensor the file goes on with others.
+            for wanted, count in zip((rows, columns), folded(self._stored(names[part]).shape or (1,)), strict=True):
+                if wanted is not None and not 0 <= wanted.start <= wanted.stop <= count:
+                    raise IndexError(f"expected {names[part]} to have {wanted.stop} rows or columns, found {count}")
             with self._reading:
                 if rows is None and columns is not None:
                     return strip(part, columns)
@@ -180,7 +186,7 @@ class QuantizedReader(WeightReader):
         """Panels of these rows as `make` makes them, the first ones being made already when this returns."""
         count, width = folded(self.format_of(name).stored.shape)
         rows = range(count) if rows is None else rows
-        step = max(1, _PANEL_NUMEL // max(1, width))
+        step = max(1, _PANEL_NBYTES // max(1, 4 * width))
         read = self._reader(name)
         waiting = deque(range(start, min(start + step, rows.stop)) for start in range(rows.start, rows.stop, step))
         if self._threads is None:

@@ -143,6 +143,8 @@ class StoreRecipe:
     kept: tuple[str, ...]
     """Matrices of layers that are not quantized because no linear layer multiplies by them, where they are more than a
     few of the layers' weights."""
+    plain: tuple[str, ...]
+    """Those that "keep" leaves as they are because the source has not quantized them either, where they are more."""
     synthetic: bool
     distinct_blocks: int | None
 
@@ -184,7 +186,8 @@ def make_recipe(
     # A family may have no `outer` tensors.
     files = tuple(_recipe(block, options, order, stored) for block in blocks if block.parameters)
     unquantized = tuple(_unquantized(blocks, files, options, stored))
-    kept = () if options.quant in ("none", "keep") else _kept(files, {*unquantized})
+    kept = () if options.quant == "none" else _kept(files, {*unquantized})
+    kept, plain = ((), kept) if options.quant == "keep" else (kept, ())
     roles = {
         kind: options.scheme_of(role) if options.quant != "keep" else _most_used(files, role)
         for kind, role in (("layers", "layer"), ("embed", "embed"), ("head", "embed" if skeleton.tied else "head"))
@@ -210,6 +213,7 @@ def make_recipe(
         quantization,
         unquantized,
         kept,
+        plain,
         options.synthetic,
         distinct if distinct is not None and distinct < len(layers) else None,
     )
@@ -271,7 +275,7 @@ def _most_used(files: Iterable[BlockRecipe], role: str) -> Scheme | None:
 
 
 def _kept(files: Iterable[BlockRecipe], unquantized: Collection[str]) -> tuple[str, ...]:
-    """Names of the matrices in layers that no scheme is meant for; none where they are few (routers)."""
+    """Names of the matrices in layers that no scheme is used for; none where they are few (routers)."""
     layers = [tensor for file in files if file.role == "layer" for tensor in file.tensors]
     kept = [t for t in layers if t.scheme is None and t.name not in unquantized and len(t.shape) > 1]
     many = sum(tensor.numel for tensor in kept) > _FEW * sum(tensor.numel for tensor in layers)

@@ -48,7 +48,7 @@ class OffloadedExperts(nn.Module):
         uses = _uses(of_token, self.num_experts)
         chosen = {expert: len(choices) for expert, choices in uses.items()}
         rows = _Rows(hidden_states, top_k_weights, uses) if len(of_token) > 1 else None
-        biases = [self.get_parameter(name) for name in self._biases]
+        biases: list[torch.Tensor] = [getattr(self, name) for name in self._biases]
         result = torch.zeros_like(hidden_states)
         waiting = deque(chosen)
         """Experts that have not been added to the result, ascending: the sum does not depend on which come first."""
