@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import accumulate, pairwise
+from operator import add
 from typing import Final
 
 from tiered.plan.fill import Kinds, Streamed, fill, kinds_of
@@ -114,7 +115,7 @@ def _without(tape: Tape, units: frozenset[int]) -> tuple[Tape, tuple[int, ...]]:
 
 @lru_cache(maxsize=256)
 def _full_ring(tape: Tape, held: Held, resident: frozenset[int]) -> int:
-    return _streamed(tape, held, resident).full_ring
+    return Streamed(tape.nbytes, tape.blocks, _starts(tape, held), resident).full_ring
 
 
 @lru_cache(maxsize=32)
@@ -167,8 +168,8 @@ def smallest_ring(pieces: Sequence[Sequence[int]]) -> int:
 
 def full_ring(pieces: Sequence[Sequence[int]]) -> int:
     """Bytes for any piece that computes and the unit after it, which is read meanwhile, on the cyclic tape."""
-    following = [*pieces[1:], *pieces[:1]]
-    return max((sum(piece) + after[0] for piece, after in zip(pieces, following, strict=True)), default=0)
+    firsts = [piece[0] for piece in pieces]
+    return max(map(add, map(sum, pieces), firsts[1:] + firsts[:1]), default=0)
 
 
 @lru_cache(maxsize=256)
