@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from tests.plan.plans import tape_of
 from tiered.plan import Held, Tape, full_ring, interleave, place
+from tiered.plan.fill import Streamed, fill, kinds_of
 from tiered.plan.placement import UNHELD, smallest_ring
 
 SIZES = st.lists(st.integers(1, 1000), min_size=1, max_size=24)
@@ -82,6 +83,41 @@ def test_less_is_left_over_than_any_unit_takes(tape: Tape, available: int, held:
             more = placement.resident | {unit}
             taken = sum(tape.nbytes[i] for i in more) + full_ring(tape.streamed(held, more))
             assert taken > available or len(more) == len(tape.nbytes)
+
+
+@given(tapes(), st.integers(0, 6_000), HELD, st.data())
+def test_what_best_saves_reading_is_added_where_most_is_left_to_read(
+    tape: Tape, available: int, held: Held, data: st.DataObject
+) -> None:
+    first = interleave(data.draw(st.integers(0, len(tape.nbytes))), len(tape.nbytes))
+    streamed = Streamed(tape.nbytes, tape.blocks, [piece.start for piece in tape.pieces(held)], first)
+    sizes = list(zip(tape.nbytes, tape.file_nbytes, strict=True))
+    expected, left = first, set(zip(sizes, _blocks_of(tape), range(len(sizes)), strict=True))
+
+    def taken(resident: frozenset[int]) -> int:
+        return tape.nbytes_of(resident) + full_ring(tape.streamed(held, resident))
+
+    for size, saved in sorted(set(sizes), key=lambda kind: (kind[1] / kind[0], kind[0]), reverse=True):
+        while alike := [(block, unit) for kind, block, unit in left if kind == (size, saved) and unit not in expected]:
+            unread = [tape.nbytes_of(frozenset(block) - expected) for block in tape.blocks]
+            _, unit = min(alike, key=lambda each: (-unread[each[0]], each))
+            if taken(expected | {unit}) > available:
+                break
+            expected |= {unit}
+    for _ in range(2):  # what is kept for the next placement has not changed
+        filled = fill(
+            streamed,
+            tape.file_nbytes,
+            kinds_of(tape.nbytes, tape.file_nbytes, tape.blocks),
+            lambda full, _: full,
+            lambda nbytes, ring: nbytes + ring <= available,
+        )
+        assert filled == (expected, tape.nbytes_of(expected), full_ring(tape.streamed(held, expected)))
+
+
+def _blocks_of(tape: Tape) -> list[int]:
+    """The block of each unit, by its number."""
+    return [number for number, block in enumerate(tape.blocks) for _ in block]
 
 
 @given(SIZES, st.integers(0, 30_000), st.integers(0, 3_000))

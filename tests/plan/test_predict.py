@@ -15,7 +15,7 @@ from tiered.plan.hardware import GpuRates
 from tiered.plan.kv import KVShape, layer_groups
 from tiered.plan.load import pass_loads
 from tiered.plan.pace import Pace
-from tiered.plan.predict import Prediction, predict
+from tiered.plan.predict import Prediction, Predictor, predict
 from tiered.plan.simulate import simulate
 from tiered.plan.state import Grid, StateGroup, StatePart, StateShape
 from tiered.units import GIB, MIB
@@ -206,6 +206,20 @@ def on_device(decode: Computes = "gpu", gpu: GpuRates = T4, vram: int = GIB, **w
     budgets = Budgets(GIB, 100 * MIB, tiers, kv="auto", vram=vram, context_nbytes=100 * MIB, decode_device=decode)
     plan = make_plan(MODEL, MACHINE, workload, budgets)
     return plan, predict(plan, MODEL, MACHINE, workload, gpu)
+
+
+def test_plans_that_are_compared_are_predicted_as_each_by_itself() -> None:
+    predictor = Predictor(MODEL, MACHINE, T4)
+    workload = Workload(6, 300, 200, max_batched_tokens=128, batch_size=6)
+    plans = [
+        make_plan(MODEL, MACHINE, workload, Budgets(GIB, 100 * MIB, kv=kv, micro_batch=rows))
+        for kv in ("cpu", "disk")
+        for rows in (16, None)
+    ]
+    plans += [on_device(decode)[0] for decode in ("gpu", "cpu")]
+    alone = [predict(plan, MODEL, MACHINE, workload, T4) for plan in plans]
+    assert [predictor.predict(plan, workload) for plan in plans] == alone
+    assert len({found.seconds for found in alone}) > 3
 
 
 def test_a_gpu_gets_all_weights_once_and_then_those_that_do_not_stay_there() -> None:

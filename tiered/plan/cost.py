@@ -100,10 +100,10 @@ def prompt_pairs(model: ModelShape, prompt: int) -> float:
 def kv_block_nbytes(cache: CachePlan, tokens: float, sequences: float = 1) -> float:
     """Bytes of the KV blocks, in all layers, that a pass reads of `sequences` sequences of `tokens` tokens each; a
     layer with a window reads no more than that."""
-    kept = (len(g.layers) * min(tokens, g.window or tokens) * cache.block_nbytes(g) for g in cache.groups)
+    kept = (layers * min(tokens, window or tokens) * nbytes for layers, window, nbytes in cache.layer_nbytes)
     return sequences * sum(kept) / PAGE_TOKENS
 
 
 def kv_written_nbytes(cache: CachePlan, tokens: float) -> float:
     """Bytes that `tokens` new tokens add to the KV blocks, in all layers: windows bound what is read, not this."""
-    return tokens / PAGE_TOKENS * sum(len(group.layers) * cache.block_nbytes(group) for group in cache.groups)
+    return tokens / PAGE_TOKENS * sum(layers * nbytes for layers, _, nbytes in cache.layer_nbytes)

@@ -1,103 +1,158 @@
 """Which more units fit in memory beside a full ring: pure functions of sizes, called by `placement.py`.
 
-Of the ring only what changes is computed anew, as a tape may have 12,000 units and many placements are compared.
+A tape may have 12,000 units, and hundreds of placements are compared. So what is streamed beside a set of resident
+units is found out once (`Streamed`) for all placements that begin with it, and then only what changes.
 """
 
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from copy import copy
+from heapq import heapify, heappop, heapreplace
+from itertools import pairwise
+from operator import add
+
+Kinds = Sequence[tuple[tuple[int, int], Sequence[int]]]
+"""Bytes of alike units in memory, and of the file of each; and the numbers of the blocks that have some."""
+
+
+def kinds_of(nbytes: Sequence[int], file_nbytes: Sequence[int], blocks: Sequence[range]) -> Kinds:
+    """Kinds of units, in the order in which `fill` adds them."""
+    kinds: dict[tuple[int, int], list[int]] = {}
+    for number, block in enumerate(blocks):
+        units = slice(block.start, block.stop)
+        for kind in set(zip(nbytes[units], file_nbytes[units], strict=True)):
+            kinds.setdefault(kind, []).append(number)
+    return sorted(kinds.items(), key=lambda each: (each[0][1] / each[0][0], each[0][0]), reverse=True)
 
 
 def fill(
-    sizes: Sequence[tuple[int, int]],
-    blocks: Sequence[range],
-    pieces: Sequence[range],
-    resident: frozenset[int],
+    streamed: "Streamed",
+    file_nbytes: Sequence[int],
+    kinds: Kinds,
     ring_of: Callable[[int, int], int],
     fits: Callable[[int, int], bool],
 ) -> tuple[frozenset[int], int, int]:
-    """Add units to `resident` until none fits: first those that save most bytes per byte held, then the largest; of
-    equal ones that of the block with most bytes to read. Gives them, their bytes, and those of the ring beside them.
+    """Add units to those that are resident until none fits: first those that save most bytes per byte held, then the
+    largest; of equal ones that of the block with most bytes to read. Gives them all, their bytes, and those of the ring
+    beside them.
 
-    `sizes` are bytes in memory and in the file of each unit; `pieces` are units that are in memory together. `ring_of`
-    tells the ring by bytes of a full one and of all that is streamed; `fits` whether resident bytes and a ring do.
+    `file_nbytes` are those of each unit on disk. `ring_of` tells the ring by bytes of a full one and of all that is
+    streamed; `fits` whether resident bytes and a ring do.
     """
-    streamed = _Streamed([size for size, _ in sizes], pieces, resident)
-    held, nbytes = set(resident), sum(sizes[unit][0] for unit in resident)
-    total = sum(size for size, _ in sizes)
-    ring = ring_of(streamed.full_ring, total - nbytes)
-    unread = [sum(sizes[unit][0] for unit in block if unit not in resident) for block in blocks]
-    kinds: dict[tuple[float, int], dict[int, list[int]]] = {}
-    for number, block in enumerate(blocks):
-        for unit in reversed(block):
-            if unit not in resident:
-                size, saved = sizes[unit]
-                kinds.setdefault((saved / size, size), {}).setdefault(number, []).append(unit)
-    for (_, size), left in sorted(kinds.items(), reverse=True):
-        while left:
-            number = max(left, key=unread.__getitem__)
-            put_back = streamed.take(left[number][-1])
-            ring_after = ring_of(streamed.full_ring, total - nbytes - size)
-            if not fits(nbytes + size, ring_after):
-                put_back()
+    left = copy(streamed)
+    ring = ring_of(left.full_ring, left.nbytes)
+    for kind, numbers in kinds:
+        units = {number: iter(left.blocks[number]) for number in numbers}
+        # The block with most bytes to read is the first one.
+        order = [(-left.unread[number], number) for number in units]
+        heapify(order)
+        while order:
+            number = order[0][1]
+            for unit in units[number]:
+                if (left.sizes[unit], file_nbytes[unit]) == kind and unit not in streamed.resident:
+                    break
+            else:
+                heappop(order)
+                continue
+            left.flip(unit)
+            ring_after = ring_of(left.full_ring, left.nbytes)
+            if not fits(left.total - left.nbytes, ring_after):
+                left.flip(unit)
                 break
-            held.add(left[number].pop())
-            if not left[number]:
-                del left[number]
-            unread[number] -= size
-            nbytes, ring = nbytes + size, ring_after
-    return frozenset(held), nbytes, ring
+            heapreplace(order, (-left.unread[number], number))
+            ring = ring_after
+    return streamed.resident | left.taken, left.total - left.nbytes, ring
 
 
-class _Streamed:
-    """The pieces that pass through the ring, as their units become resident one after the other."""
+class Streamed:
+    """What passes through the ring beside `resident` units. Copies are cheap, and changed one unit after the other.
 
-    def __init__(self, nbytes: Sequence[int], pieces: Sequence[range], resident: Iterable[int]) -> None:
-        resident = frozenset(resident)
-        self._nbytes = nbytes
-        self._pieces = [kept for piece in pieces if (kept := [unit for unit in piece if unit not in resident])]
-        self._number_of = {unit: number for number, piece in enumerate(self._pieces) for unit in piece}
-        self._sums = [sum(map(nbytes.__getitem__, piece)) for piece in self._pieces]
-        count = len(self._pieces)
-        self._after = {number: (number + 1) % count for number in range(count)}
-        self._before = {after: number for number, after in self._after.items()}
-        self._pairs = Counter(map(self._pair, self._after))
+    `nbytes` are those of each unit in memory; `starts` are the first units of pieces, which are in memory together.
+    """
+
+    def __init__(
+        self, nbytes: Sequence[int], blocks: Sequence[range], starts: Sequence[int], resident: frozenset[int]
+    ) -> None:
+        self.resident = resident
+        self.taken: set[int] = set()
+        """Units that have become resident since."""
+        self.sizes, self.blocks = nbytes, blocks
+        units = [unit for unit in range(len(nbytes)) if unit not in resident]
+        sizes = [nbytes[unit] for unit in units]
+        self.nbytes = sum(sizes)
+        """Bytes of all that is streamed."""
+        self.total = sum(nbytes)
+        cuts = [bisect_left(units, block.start) for block in blocks] + [len(units)]
+        self.unread = [sum(sizes[start:stop]) for start, stop in pairwise(cuts)]
+        """Bytes that are streamed of each block."""
+        self._block_starts = [block.start for block in blocks]
+        self._starts = starts
+        """Of every piece, even if none of its units is streamed."""
+        self._sums, firsts = list(nbytes), sizes
+        """Bytes that are streamed of each piece."""
+        if len(starts) == len(nbytes):
+            for unit in resident:
+                self._sums[unit] = 0
+            sums = sizes
+        else:
+            cuts = [bisect_left(units, start) for start in starts] + [len(units)]
+            self._sums = [sum(sizes[start:stop]) for start, stop in pairwise(cuts)]
+            sums = [nbytes for nbytes in self._sums if nbytes]
+            firsts = [sizes[start] for start, nbytes in zip(cuts, self._sums, strict=False) if nbytes]
+        self._pairs = Counter(map(add, sums, firsts[1:] + firsts[:1]))
+        """Bytes of each piece and of the unit after it, and how often they occur."""
+
+    def __copy__(self) -> "Streamed":
+        other = object.__new__(Streamed)
+        other.__dict__ |= self.__dict__
+        other.taken, other.unread = set(self.taken), list(self.unread)
+        other._sums, other._pairs = list(self._sums), Counter(self._pairs)
+        return other
+
+    @property
+    def largest(self) -> int:
+        """Bytes of the largest piece: with a smaller ring a pass cannot run at all."""
+        return max(self._sums, default=0)
 
     @property
     def full_ring(self) -> int:
         """Bytes for any piece and the unit after it, on the cyclic tape."""
         return max(self._pairs, default=0)
 
-    def take(self, unit: int) -> Callable[[], None]:
-        """`unit` becomes resident. Called at once, what is returned undoes that."""
-        number = self._number_of.pop(unit)
-        before, after = self._before[number], self._after[number]
-        self._count(-1, {before, number})
-        place = self._pieces[number].index(unit)
-        del self._pieces[number][place]
-        self._sums[number] -= self._nbytes[unit]
-        if not self._pieces[number]:
-            del self._after[number], self._before[number]
-            if before != number:
-                self._after[before], self._before[after] = after, before
-        self._count(1, {before, number} & self._after.keys())
+    def flip(self, unit: int) -> None:
+        """`unit` becomes resident, or, if it has become so before, is streamed again."""
+        piece, size = bisect_right(self._starts, unit) - 1, self.sizes[unit]
+        changed = {piece, self._next(piece, -1)}
+        self._count(-1, changed)
+        if unit in self.taken:
+            self.taken.remove(unit)
+        else:
+            self.taken.add(unit)
+            size = -size
+        self._sums[piece] += size
+        self.nbytes += size
+        self.unread[bisect_right(self._block_starts, unit) - 1] += size
+        self._count(1, changed)
 
-        def put_back() -> None:
-            self._count(-1, {before, number} & self._after.keys())
-            self._number_of[unit] = number
-            self._pieces[number].insert(place, unit)
-            self._sums[number] += self._nbytes[unit]
-            self._after[before], self._before[after] = number, number
-            self._after[number], self._before[number] = after, before
-            self._count(1, {before, number})
+    def _next(self, piece: int, step: int = 1) -> int:
+        """The next piece of which something is streamed, or, with a `step` of -1, the last one before it."""
+        count, other = len(self._sums), (piece + step) % len(self._sums)
+        while other != piece and not self._sums[other]:
+            other = (other + step) % count
+        return other
 
-        return put_back
+    def _count(self, by: int, pieces: Iterable[int]) -> None:
+        for piece in pieces:
+            if self._sums[piece]:
+                pair = self._sums[piece] + self.sizes[self._first(self._next(piece))]
+                self._pairs[pair] += by
+                if not self._pairs[pair]:
+                    del self._pairs[pair]
 
-    def _pair(self, number: int) -> int:
-        """Bytes of a piece and of the unit after it."""
-        return self._sums[number] + self._nbytes[self._pieces[self._after[number]][0]]
-
-    def _count(self, by: int, numbers: Iterable[int]) -> None:
-        for pair in map(self._pair, numbers):
-            self._pairs[pair] += by
-            if not self._pairs[pair]:
-                del self._pairs[pair]
+    def _first(self, piece: int) -> int:
+        """The first unit of `piece` that is streamed."""
+        unit = self._starts[piece]
+        while unit in self.resident or unit in self.taken:
+            unit += 1
+        return unit

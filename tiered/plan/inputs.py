@@ -8,6 +8,7 @@ import bisect
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from enum import Enum
+from functools import cached_property
 from typing import Final, Literal
 
 from tiered.errors import ConfigError
@@ -158,7 +159,7 @@ class ModelShape:
         """Decoder layers: the head comes after them."""
         return len(self.tape.counts) - 1
 
-    @property
+    @cached_property
     def kv(self) -> KVShape | None:
         """What one token adds to one of the layers that keep most; None where no layer keeps any."""
         most = max(self.groups, key=lambda group: group.token_nbytes, default=None)

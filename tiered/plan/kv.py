@@ -7,6 +7,7 @@ taken. `cache/` puts them to use; how codes, scales and zeros lie inside a block
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import astuple, dataclass
+from functools import cached_property
 from typing import Any, Final, Literal
 
 from tiered.errors import ConfigError
@@ -192,6 +193,11 @@ class CachePlan:
     def slots(self) -> int:
         """Slots of a page, no more than sequences fill."""
         return min(PAGE_TOKENS, round_up(self.context, 8))
+
+    @cached_property
+    def layer_nbytes(self) -> tuple[tuple[int, int, int], ...]:
+        """Of each group how many layers it has, their window, and the bytes of a page's keys and values in one."""
+        return tuple((len(group.layers), group.window, self.block_nbytes(group)) for group in self.groups)
 
     @property
     def blocks_nbytes(self) -> int:

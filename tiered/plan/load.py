@@ -6,7 +6,6 @@ Predictions take runs of equal passes (`pass_runs`), simulations each pass (`pas
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import repeat
 from typing import Self
 
 from tiered.plan.inputs import Objective, Workload
@@ -74,6 +73,8 @@ class PassRun:
     """Tokens that they have before the first pass, together."""
     parts: tuple[range, ...]
     """Positions of the tokens of each prompt in the first pass; in each later one the next as many."""
+    prompt_tokens: int
+    """Of each pass."""
     logits: int
     """Positions whose logits are computed, in all passes together."""
     is_last: bool
@@ -81,11 +82,6 @@ class PassRun:
     """Tokens that the sequences of an age of 0 would have before the first pass."""
     ages: tuple[tuple[int, int], ...]
     """Of the sequences that decode, which come first: pairs of an age and how many have it."""
-
-    @property
-    def prompt_tokens(self) -> int:
-        """Of each pass."""
-        return sum(map(len, self.parts))
 
     @property
     def context(self) -> float:
@@ -110,21 +106,28 @@ def pass_runs(alike: Alike, pace: Pace, most: int = 1) -> Iterator[PassRun]:
     shared = None
     while waiting or rows or begun:
         fresh = min(waiting, alike.batch_size - rows - len(begun))
-        left = [*(prompt - done for done in begun), *repeat(prompt, min(fresh, fit))]
+        left = [prompt - done for done in begun] + [prompt] * min(fresh, fit)
         shares = share_pass(alike, pace, rows, left)
-        before, shared = shared, (rows, sum(shares))
-        ends = [stop - prompt - clock + ages[0][0]] if ages else []
-        ends += [each // share for each, share in zip(left, shares, strict=True) if share] if before == shared else [1]
-        times = ends[0] if not left else max(1, min(most, *ends)) if any(shares) else 1
-        done = [prompt - each + times * share for each, share in zip(left, shares, strict=True)]
-        parts = tuple(
-            range(prompt - each, prompt - each + share) for each, share in zip(left, shares, strict=True) if share
-        )
-        ended = sum(each >= prompt for each in done)
-        run = {"rows": rows, "before": rows * (prompt + clock) - weighted, "oldest": prompt + clock}
-        logits = times * (rows + sum(shares)) if alike.all_logits else times * rows + ended
-        waiting -= sum(1 for each in done[len(begun) :] if each)
-        begun, clock, before_ages = [each for each in done if 0 < each < prompt], clock + times, tuple(ages)
+        taken = sum(shares)
+        before, shared = shared, (rows, taken)
+        times = stop - prompt - clock + ages[0][0] if ages else most
+        if left:
+            times = min(most, times) if taken and before == shared else 1
+            times = max(1, min([times, *(each // share for each, share in zip(left, shares, strict=True) if share)]))
+        parts, begun, ended = list[range](), list[int](), 0
+        for each, share in zip(left, shares, strict=True):
+            done = prompt - each
+            if share:
+                parts.append(range(done, done + share))
+                waiting -= not done
+                done += times * share
+            if done >= prompt:
+                ended += 1
+            elif done:
+                begun.append(done)
+        start, seen, before_ages = prompt + clock, rows * (prompt + clock) - weighted, tuple(ages)
+        logits = times * (rows + taken) if alike.all_logits else times * rows + ended
+        clock, decoding = clock + times, rows
         while ages and prompt + clock - ages[0][0] >= stop:
             age, count = ages.popleft()
             rows, weighted = rows - count, weighted - age * count
@@ -132,7 +135,7 @@ def pass_runs(alike: Alike, pace: Pace, most: int = 1) -> Iterator[PassRun]:
             ages.append((clock, ended))
             rows, weighted = rows + ended, weighted + clock * ended
         is_last = not (waiting or rows or begun)
-        yield PassRun(times, parts=parts, logits=logits, is_last=is_last, ages=before_ages, **run)
+        yield PassRun(times, decoding, seen, tuple(parts), taken, logits, is_last, start, before_ages)
 
 
 @dataclass(frozen=True)

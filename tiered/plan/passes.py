@@ -44,7 +44,7 @@ def share_pass(plan: Shared, pace: Pace, decoding: int, left: Sequence[int]) -> 
         wanted = room - min(room // 2, sum(left[1:]))
         shares[0] = plan.grid.share(wanted if wanted >= least else min(room, least), left[0])
         room -= shares[0]
-    for number in sorted(range(1, len(left)), key=left.__getitem__):
+    for number in sorted(range(1, len(left)), key=left.__getitem__) if room else ():
         if not room:
             break
         shares[number] = plan.grid.share(room, left[number])

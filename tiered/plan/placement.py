@@ -10,9 +10,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import accumulate, pairwise
+from operator import add
 from typing import Final
 
-from tiered.plan.fill import fill
+from tiered.plan.fill import Kinds, Streamed, fill, kinds_of
 
 _SPREADS: Final = 128
 """How many numbers of resident units are compared: all of them on a tape that has no more units."""
@@ -58,11 +59,6 @@ class Tape:
         return sum(self.nbytes)
 
     @cached_property
-    def sizes(self) -> tuple[tuple[int, int], ...]:
-        """Bytes of each unit in memory, and of its file."""
-        return tuple(zip(self.nbytes, self.file_nbytes, strict=True))
-
-    @cached_property
     def blocks(self) -> tuple[range, ...]:
         """The units of each block, by their numbers."""
         return tuple(range(start, stop) for start, stop in pairwise(accumulate(self.counts, initial=0)))
@@ -82,7 +78,7 @@ class Tape:
 
     def nbytes_of(self, units: frozenset[int]) -> int:
         """Bytes of these units in memory."""
-        return sum(self.nbytes[unit] for unit in units)
+        return sum(map(self.nbytes.__getitem__, units))
 
     def pieces(self, held: Held) -> tuple[range, ...]:
         """Units that are in memory together, in order: those of a block that is held, else each by itself."""
@@ -100,7 +96,7 @@ class Tape:
         if held.layers:
             sizes = ([self.nbytes[unit] for unit in piece if unit not in resident] for piece in self.pieces(held))
             return [piece for piece in sizes if piece]
-        # A store may have 12,000 units, and hundreds of placements are compared: each unit is a piece, without ranges.
+        # A store may have 12,000 units: each is a piece, without ranges.
         head = self.blocks[-1]
         alone = head.start if held.head else head.stop
         pieces = [[nbytes] for unit, nbytes in enumerate(self.nbytes[:alone]) if unit not in resident]
@@ -111,24 +107,36 @@ class Tape:
 @lru_cache(maxsize=64)
 def _without(tape: Tape, units: frozenset[int]) -> tuple[Tape, tuple[int, ...]]:
     """The tape of the other units, and their numbers: many plans leave the same ones out."""
-    kept = tuple(unit for unit in range(len(tape.nbytes)) if unit not in units)
-    counts = tuple(sum(unit not in units for unit in block) for block in tape.blocks)
-    return Tape(tuple(tape.nbytes[n] for n in kept), tuple(tape.file_nbytes[n] for n in kept), counts), kept
+    kept = tuple([unit for unit in range(len(tape.nbytes)) if unit not in units])
+    counts = tuple(len(block) - len(units.intersection(block)) for block in tape.blocks)
+    nbytes, file_nbytes = (tuple(map(each.__getitem__, kept)) for each in (tape.nbytes, tape.file_nbytes))
+    return Tape(nbytes, file_nbytes, counts), kept
 
 
 @lru_cache(maxsize=256)
 def _full_ring(tape: Tape, held: Held, resident: frozenset[int]) -> int:
-    return full_ring(tape.streamed(held, resident))
+    return Streamed(tape.nbytes, tape.blocks, _starts(tape, held), resident).full_ring
 
 
 @lru_cache(maxsize=32)
-def _pieces(tape: Tape, held: Held) -> tuple[range, ...]:
-    return tape.pieces(held)
+def _streamed(tape: Tape, held: Held, resident: frozenset[int]) -> Streamed:
+    """What is streamed beside `resident` units: many placements begin with the same ones."""
+    return Streamed(tape.nbytes, tape.blocks, _starts(tape, held), resident)
+
+
+@lru_cache(maxsize=32)
+def _kinds(tape: Tape) -> Kinds:
+    return kinds_of(tape.nbytes, tape.file_nbytes, tape.blocks)
+
+
+def _starts(tape: Tape, held: Held) -> Sequence[int]:
+    """The first unit of each piece."""
+    return [piece.start for piece in tape.pieces(held)] if held.layers or held.head else range(len(tape.nbytes))
 
 
 @lru_cache(maxsize=32)
 def _smallest_ring(tape: Tape, held: Held) -> int:
-    return smallest_ring(tape.streamed(held))
+    return _streamed(tape, held, frozenset()).largest
 
 
 @dataclass(frozen=True)
@@ -160,8 +168,8 @@ def smallest_ring(pieces: Sequence[Sequence[int]]) -> int:
 
 def full_ring(pieces: Sequence[Sequence[int]]) -> int:
     """Bytes for any piece that computes and the unit after it, which is read meanwhile, on the cyclic tape."""
-    following = [*pieces[1:], *pieces[:1]]
-    return max((sum(piece) + after[0] for piece, after in zip(pieces, following, strict=True)), default=0)
+    firsts = [piece[0] for piece in pieces]
+    return max(map(add, map(sum, pieces), firsts[1:] + firsts[:1]), default=0)
 
 
 @lru_cache(maxsize=256)
@@ -279,8 +287,9 @@ class _Spreads:
     def _spread(self, count: int) -> _Spread:
         if count not in self._found:
             tape, resident = self._tape, interleave(count, len(self._tape.nbytes))
-            ring = full_ring(tape.streamed(self._held, resident))
-            self._found[count] = _Spread(count, tape.nbytes_of(resident), _file_nbytes_of(tape, resident), ring)
+            streamed = _streamed(tape, self._held, resident)
+            saved = sum(map(tape.file_nbytes.__getitem__, resident))
+            self._found[count] = _Spread(count, tape.total - streamed.nbytes, saved, streamed.full_ring)
         return self._found[count]
 
 
@@ -290,12 +299,7 @@ def _spreads(tape: Tape, held: Held) -> _Spreads:
     return _Spreads(tape, held)
 
 
-def _file_nbytes_of(tape: Tape, resident: frozenset[int]) -> int:
-    return sum(map(tape.file_nbytes.__getitem__, resident))
-
-
 def _fill(room: _Room, resident: frozenset[int]) -> Placement:
     """Add units to `resident` until none fits beside a full ring."""
-    tape = room.tape
-    pieces = _pieces(tape, replace(room.held, ahead_nbytes=0))
-    return Placement(*fill(tape.sizes, tape.blocks, pieces, resident, room.ring_of, room.holds))
+    streamed = _streamed(room.tape, replace(room.held, ahead_nbytes=0), resident)
+    return Placement(*fill(streamed, room.tape.file_nbytes, _kinds(room.tape), room.ring_of, room.holds))

@@ -6,7 +6,7 @@ reads it back as it was.
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Self
 
 from tiered.errors import BudgetError, DeviceBudgetError
@@ -133,8 +133,8 @@ class Plan:
     @cached_property
     def read_nbytes(self) -> int:
         """Bytes of the tape read per pass once its resident units are in memory."""
-        resident = self.placement.resident | self.on_device
-        return sum(nbytes for unit, nbytes in enumerate(self.tape.file_nbytes) if unit not in resident)
+        file_nbytes, resident = self.tape.file_nbytes, self.placement.resident | self.on_device
+        return sum(file_nbytes) - sum(map(file_nbytes.__getitem__, resident))
 
     @property
     def bus_nbytes(self) -> int:
@@ -265,7 +265,7 @@ def fit_units(
     """
     all_resident, host = Tier.DISK not in tiers, tape.without(on_device)
     available = budget - needs.total - experts_nbytes
-    through = max((tape.nbytes[unit] for unit in on_device), default=0)
+    through = max(map(tape.nbytes.__getitem__, on_device), default=0)
     if most is None:
         placement = place(host, available, held, through)
     else:
@@ -295,10 +295,15 @@ def _on_tape(placement: Placement, tape: Tape, on_device: frozenset[int], availa
         return placement
     numbers = tape.numbers_without(on_device)
     # What is left lets one unit be read while another is copied, when those that stay on the device pass through.
-    passing = full_ring([[tape.nbytes[unit]] for unit in sorted(on_device)])
-    ring = max(placement.ring_nbytes, min(passing, available - placement.resident_nbytes))
-    resident = frozenset(numbers[unit] for unit in placement.resident)
+    ring = max(placement.ring_nbytes, min(_passing_ring(tape, on_device), available - placement.resident_nbytes))
+    resident = frozenset(map(numbers.__getitem__, placement.resident))
     return replace(placement, resident=resident, ring_nbytes=ring)
+
+
+@lru_cache(maxsize=64)
+def _passing_ring(tape: Tape, on_device: frozenset[int]) -> int:
+    """Bytes of a full ring through which units pass that are `on_device`, which many plans leave the same."""
+    return full_ring([[tape.nbytes[unit]] for unit in sorted(on_device)])
 
 
 def _what_is_least(host: Tape, held: Held, tiers: tuple[Tier, ...]) -> str:

@@ -14,24 +14,14 @@ from functools import cached_property
 from typing import Any, Final, Literal
 
 from tiered.errors import ConfigError
-from tiered.plan.cost import (
-    Computing,
-    kv_block_nbytes,
-    kv_written_nbytes,
-    linear_computing,
-    pass_seconds,
-    prompt_attention_seconds,
-    prompt_pairs,
-    seen_tokens,
-    slowed,
-)
-from tiered.plan.gpu import on_gpu
+from tiered.plan.cost import kv_block_nbytes, kv_written_nbytes, pass_seconds, slowed
 from tiered.plan.hardware import GpuRates
 from tiered.plan.inputs import Machine, ModelShape, Workload
 from tiered.plan.load import Alike, PassRun, pass_runs
 from tiered.plan.make import pace_for
 from tiered.plan.pace import Pace
 from tiered.plan.plan import Plan
+from tiered.plan.run_cost import RunCosts
 from tiered.plan.way import expected_bus_nbytes, expected_expert_nbytes
 
 Bottleneck = Literal["disk", "bus", "compute", "memory"]
@@ -138,26 +128,48 @@ def predict(
 ) -> Prediction:
     """What `plan` is expected to take on `machine`, and on `gpu` what its device computes. Rates must be known: raises
     ConfigError where one is not."""
-    if machine.linear is None or machine.disk_bytes_per_second is None:
-        raise ConfigError("no prediction without the machine's rates; run 'tiered profile'")
-    if plan.device is not None and gpu is None:
-        raise ConfigError("no prediction without the GPU's rates; run 'tiered profile'")
-    alike = Alike.of(plan, workload, workload.mean_context / workload.max_context)
-    run = _Run(plan, model, machine, gpu)
+    return Predictor(model, machine, gpu).predict(plan, workload)
 
-    def new_pace() -> Pace:
-        # As in a run: rates are the processor's, so where a device computes the pace knows none.
-        return pace_for(model, machine, workload) if plan.device is None else Pace()
 
-    prefill, decode = walk(alike, new_pace, run.phase)
-    count = alike.sequences
-    memory = memory_by_kind(plan)
-    return Prediction(count * alike.prompt, count * alike.generated, prefill, decode, memory, count)
+class Predictor:
+    """Predictions for plans of one model on one machine, to be compared: what they have in common is computed once."""
+
+    def __init__(self, model: ModelShape, machine: Machine, gpu: GpuRates | None = None) -> None:
+        self._model, self._machine, self._gpu = model, machine, gpu
+        self._costs: dict[tuple[object, ...], RunCosts] = {}
+
+    def predict(self, plan: Plan, workload: Workload) -> Prediction:
+        """As `predict` does."""
+        model, machine = self._model, self._machine
+        if machine.linear is None or machine.disk_bytes_per_second is None:
+            raise ConfigError("no prediction without the machine's rates; run 'tiered profile'")
+        if plan.device is not None and self._gpu is None:
+            raise ConfigError("no prediction without the GPU's rates; run 'tiered profile'")
+        alike = Alike.of(plan, workload, workload.mean_context / workload.max_context)
+        run = _Run(plan, model, machine, self._gpu, self._costs_of(plan))
+
+        def new_pace() -> Pace:
+            # As in a run: rates are the processor's, so where a device computes the pace knows none.
+            return pace_for(model, machine, workload) if plan.device is None else Pace()
+
+        prefill, decode = walk(alike, new_pace, run.phase)
+        count = alike.sequences
+        memory = memory_by_kind(plan)
+        return Prediction(count * alike.prompt, count * alike.generated, prefill, decode, memory, count)
+
+    def _costs_of(self, plan: Plan) -> RunCosts:
+        """Those of all plans that compute as `plan` does."""
+        alike: tuple[object, ...] = (plan.micro_batch_rows,)
+        if plan.device is not None:
+            alike = (*alike, plan.prefill_device, plan.decode_device, plan.cache.on_device, plan.cache.bits)
+        if alike not in self._costs:
+            self._costs[alike] = RunCosts(plan, self._model, self._machine, self._gpu)
+        return self._costs[alike]
 
 
 def walk(alike: Alike, new_pace: Callable[[], Pace], phase: Callable[[PassRun, bool], Phase]) -> tuple[Phase, Phase]:
-    """Passes with prompt tokens, and those that only decode, by what `phase` says of runs of equal ones; it is told,
-    too, whether a run is the first of all, which finds nothing in memory."""
+    """Passes with prompt tokens, and those that only decode, by what `phase` says of each of a run of equal
+    ones; it is told, too, whether a run is the first of all, which finds nothing in memory."""
     full, rest = divmod(alike.sequences, alike.batch_size)
     walked = [
         _walked(replace(alike, sequences=sequences), new_pace(), phase)
@@ -172,17 +184,19 @@ def walk(alike: Alike, new_pace: Callable[[], Pace], phase: Callable[[PassRun, b
 
 
 def _walked(alike: Alike, pace: Pace, phase: Callable[[PassRun, bool], Phase]) -> tuple[Phase, Phase]:
-    prefill, decode = Phase(), Phase()
+    prefill = decode = list(vars(Phase()).values())
     for number, run in enumerate(pass_runs(alike, pace, _ALIKE)):
-        found = phase(run, not number)
-        each = (run.rows, run.prompt_tokens, found.compute_seconds / run.times, found.disk_seconds / run.times)
-        for _ in range(min(run.times, _NOTED)):
-            pace.note(*each)
+        each, times = phase(run, not number), run.times
+        # Nobody asks for the pace where throughput counts.
+        for _ in range(min(times, _NOTED) if alike.objective == "latency" else 0):
+            pace.note(run.rows, run.prompt_tokens, each.compute_seconds, each.disk_seconds)
+        # Numbers one by one: there are tens of thousands of runs where many plans are compared.
+        found = vars(each).values()
         if run.parts:
-            prefill += found
+            prefill = [total + times * value for total, value in zip(prefill, found, strict=True)]
         else:
-            decode += found
-    return prefill, decode
+            decode = [total + times * value for total, value in zip(decode, found, strict=True)]
+    return Phase(*prefill), Phase(*decode)
 
 
 def memory_by_kind(plan: Plan) -> dict[str, int]:
@@ -216,41 +230,23 @@ class _Run:
     model: ModelShape
     machine: Machine
     gpu: GpuRates | None
+    costs: RunCosts
 
     def phase(self, run: PassRun, is_first: bool) -> Phase:
-        """What `run` takes; `is_first`: nothing is in memory yet."""
+        """What each pass of `run` takes; `is_first`: nothing is in memory yet."""
         tokens = run.rows + run.prompt_tokens
         disk, expert_seconds, read, written = self._disk(run, tokens, is_first)
-        computing = self._linear(run) + Computing(self._attention_seconds(run))
+        computing = self.costs.computing(run)
+        computes = computing.seconds
         if not self._takes_turns:
-            computing = replace(computing, seconds=slowed(self._slowest(run), computing.seconds, read))
+            computes = slowed(self.costs.slowest(run), computes, read)
         bus, expert_bus = self._bus(run, is_first)
         # In turns, computing waits for all that is read, experts among it.
         waited = 0.0 if self._takes_turns else max(expert_seconds, expert_bus)
-        computed = pass_seconds(0.0, computing.seconds, waited, computing.expert_seconds)
+        computed = pass_seconds(0.0, computes, waited, computing.expert_seconds)
         copied = bus + computed if self._copies_in_turns else max(bus, computed)
         seconds = disk + copied if self._takes_turns else max(disk, copied)
-        each = Phase(1, seconds, disk, computing.seconds, read, written, bus, run.rows)
-        return each * run.times
-
-    @cached_property
-    def _machines(self) -> tuple[Machine, Machine]:
-        """What computes prompts, and what computes the rest."""
-        if self.gpu is None:
-            return self.machine, self.machine
-        there = on_gpu(self.machine, self.model, self.plan.cache, self.gpu)
-        prefill, decode = (each == "gpu" for each in (self.plan.prefill_device, self.plan.decode_device))
-        return there if prefill else self.machine, there if decode else self.machine
-
-    def _linear(self, run: PassRun) -> Computing:
-        """Of each pass. Where its prompts are computed elsewhere than the rest, one after the other."""
-        logits, rows = -(-run.logits // run.times), self.plan.micro_batch_rows
-        prompts, rest = self._machines
-        if prompts is rest:
-            return linear_computing(self.model, rest, run.rows + run.prompt_tokens, logits, rows)
-        of_rest = min(run.rows, logits)
-        found = linear_computing(self.model, prompts, run.prompt_tokens, logits - of_rest, rows)
-        return found + linear_computing(self.model, rest, run.rows, of_rest, rows)
+        return Phase(1, seconds, disk, computes, read, written, bus, run.rows)
 
     def _bus(self, run: PassRun, is_first: bool) -> tuple[float, float]:
         """Of each pass: seconds of copying weights to the device and new keys and values back, and those of them for
@@ -294,28 +290,6 @@ class _Run:
             seconds += kept / machine.kept_bytes_per_second - kept / rate
         return seconds, expert_seconds, read + experts, written
 
-    def _slowest(self, run: PassRun) -> Machine:
-        """Of what computes in each pass that from which readers take most."""
-        prompts, rest = self._machines
-        return max(
-            [rest] * (run.rows > 0) + [prompts] * (run.prompt_tokens > 0), key=lambda machine: machine.reading_seconds
-        )
-
-    def _attention_seconds(self, run: PassRun) -> float:
-        """Seconds of each pass. A device that has no KV cache attends to prompts in the pass in which they begin."""
-        model, (prompts, rest) = self.model, self._machines
-        seconds = (rest.attention_seconds or 0.0) * seen_tokens(model, run.context) * run.rows if run.rows else 0.0
-        pairs = run_pairs(model, run)
-        here = pairs
-        if self.plan.prefill_device == "gpu" and not self.plan.cache.on_device:
-            here = sum(prompt_pairs(model, len(part)) for part in run.parts if not part.start) / run.times
-        return seconds + self._prompt_seconds(prompts, here) + self._prompt_seconds(self.machine, pairs - here)
-
-    def _prompt_seconds(self, machine: Machine, pairs: float) -> float:
-        if machine.prompt_attention_flops is None:
-            return pairs * (machine.attention_seconds or 0.0)
-        return prompt_attention_seconds(self.model, pairs, machine.prompt_attention_flops)
-
     @cached_property
     def _read_nbytes(self) -> int:
         return self.plan.read_nbytes
@@ -333,9 +307,3 @@ class _Run:
     def _copies_in_turns(self) -> bool:
         """The same of copying to the device."""
         return self.plan.missing_copy_overlap_nbytes > 0
-
-
-def run_pairs(model: ModelShape, run: PassRun) -> float:
-    """Pairs of a query and a key that it sees, of the prompts in each pass of `run`, summed over layers."""
-    ends = ((part.start, part.start + run.times * len(part)) for part in run.parts)
-    return sum(prompt_pairs(model, stop) - prompt_pairs(model, start) for start, stop in ends) / run.times

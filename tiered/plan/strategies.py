@@ -13,13 +13,13 @@ from typing import Any, Final
 from tiered.errors import BudgetError, ConfigError, DeviceBudgetError
 from tiered.plan.batch_size import candidates
 from tiered.plan.gpu import SCRATCH_NBYTES
-from tiered.plan.hardware import GpuRates, Hardware, Mode
+from tiered.plan.hardware import Hardware, Mode
 from tiered.plan.inputs import MAX_BATCHED_TOKENS, Budgets, Machine, ModelShape, Objective, Tier, Workload
 from tiered.plan.kv import Bits, check_bits
 from tiered.plan.make import WORTH_OF_BITS
 from tiered.plan.on_device import CONTEXT_NBYTES
 from tiered.plan.plan import Plan, smallest_budget
-from tiered.plan.predict import Prediction, predict
+from tiered.plan.predict import Prediction, Predictor
 from tiered.plan.way import Asked, Way
 from tiered.units import MIB, format_budget, format_seconds, format_size
 
@@ -194,13 +194,14 @@ def compare(shapes: Callable[[str], ModelShape], quants: tuple[str, ...], hardwa
     for quant in quants:
         model = shapes(quant)
         machine = machine_for(model, hardware, ask.mode)
+        predictor = Predictor(model, machine, hardware.gpu)
         for strategy in (CPU, GPU, BOTH) if hardware.gpu is not None and ask.vram is not None else (CPU,):
             if strategy != CPU and model.state is not None:
                 refusals.append(
                     Refusal(strategy, quant, "this model has recurrent layers, whose states only the processor keeps")
                 )
                 continue
-            ways = list(_rows(strategy, model, machine, hardware.gpu, quant, ask))
+            ways = list(_rows(strategy, model, machine, predictor, quant, ask))
             if not ways:
                 refusals.append(Refusal(strategy, quant, _nearest(strategy, model, machine, hardware, ask)))
                 continue
@@ -242,7 +243,7 @@ def _ways(strategy: str, model: ModelShape, machine: Machine, ask: Ask, batch: i
 
 
 def _rows(
-    strategy: str, model: ModelShape, machine: Machine, gpu: GpuRates | None, quant: str, ask: Ask
+    strategy: str, model: ModelShape, machine: Machine, predictor: Predictor, quant: str, ask: Ask
 ) -> Iterator[Row]:
     for batch in ask.batches(strategy):
         for bits in _bits(model):
@@ -251,7 +252,7 @@ def _rows(
                     plan = way.plan_at(ask.ram)
                 except BudgetError:
                     continue
-                yield _row(strategy, plan, model, predict(plan, model, machine, ask.workload(batch), gpu), quant)
+                yield _row(strategy, plan, model, predictor.predict(plan, ask.workload(batch)), quant)
                 if not plan.read_nbytes and not (way.on_device and plan.bus_nbytes):
                     break  # elsewhere the cache would leave no more room for weights, and only be slower
 
