@@ -280,10 +280,9 @@ _MODELS: Final[dict[str, dict[str, Any]]] = {
 }
 """Configurations by name, on top of `_SIZES`; the name is the model_type where none is given."""
 
-_HANDS_ON_STATES: Final = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 24)
-"""Before that version mixers took their states from the cache in other ways."""
+_IS_RECENT: Final = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 24)
 DRIVEN: Final = frozenset(
-    name for name in FAMILIES.keys() & CONFIG_MAPPING if _HANDS_ON_STATES or FAMILIES[name].scan is None
+    name for name in FAMILIES.keys() & CONFIG_MAPPING if _IS_RECENT or not FAMILIES[name].needs_recent
 )
 """Families of the table that the installed transformers knows in the form that is driven."""
 TINY: Final = {name: fields for name, fields in _MODELS.items() if fields.get("model_type", name) in DRIVEN}

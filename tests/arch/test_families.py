@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from transformers import Lfm2Config, Lfm2ForCausalLM
+from transformers import DogeConfig, DogeForCausalLM, Lfm2Config, Lfm2ForCausalLM, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from tests.helpers import TINY, tiny_config
@@ -46,11 +46,14 @@ def test_nearly_all_weights_of_every_family_s_layers_are_quantized_or_said_not_t
         assert not recipe.kept or name in ("dbrx", "jetmoe"), (name, recipe.kept)
 
 
-def test_recurrent_families_of_a_transformers_that_keeps_states_elsewhere_are_refused(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("config", [Lfm2Config(num_hidden_layers=1), DogeConfig(num_hidden_layers=1)])
+def test_what_an_older_transformers_computes_otherwise_is_refused_by_name(
+    config: PretrainedConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def forward(self: object, input_ids: object = None, past_key_values: object = None, **kwargs: object) -> None: ...
 
-    monkeypatch.setattr(Lfm2ForCausalLM, "forward", forward)
-    with pytest.raises(UnsupportedFamilyError, match=r"'lfm2': transformers .* install transformers 5\.24 or newer"):
-        build_skeleton(Lfm2Config(num_hidden_layers=1))
+    for model in (Lfm2ForCausalLM, DogeForCausalLM):
+        monkeypatch.setattr(model, "forward", forward)
+    told = rf"'{config.model_type}': transformers .* install transformers 5\.24 or newer"
+    with pytest.raises(UnsupportedFamilyError, match=told):
+        build_skeleton(config)

@@ -67,6 +67,14 @@ class Family:
     embedding_scale: str | None = None
     """The field of the configuration that its forward multiplies embeddings by, but only those that it has looked up
     itself."""
+    is_recent: bool = False
+    """It is driven as transformers computes it from 5.24 on: earlier versions take other arguments, or give the cache
+    to it in another way."""
+
+    @property
+    def needs_recent(self) -> bool:
+        """Whether transformers must be 5.24 or newer: before, mixers took their states in other ways, too."""
+        return self.is_recent or self.scan is not None
 
 
 _MODEL_LAYERS = (
@@ -177,8 +185,8 @@ FAMILIES: dict[str, Family] = {
         Family("biogpt", "biogpt.layers"),
         Family("xglm", "model.layers", gathers=True),
         Family("diffllama", "model.layers", gathers=True),
-        Family("gemma4_text", "model.layers", tables=(_PER_LAYER,)),
-        Family("doge", "model.layers", gathers=True),
+        Family("gemma4_text", "model.layers", tables=(_PER_LAYER,), is_recent=True),
+        Family("doge", "model.layers", gathers=True, is_recent=True),
         Family("jetmoe", "model.layers", gathers=True),
         *(Family(name, "model.layers") for name in (*_MODEL_LAYERS, *_MIXTURES)),
         *(Family(name, "model.layers", scan=_DELTA) for name in ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")),

@@ -193,10 +193,10 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype = torch.float32)
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     model.eval().requires_grad_(False)
-    if family.scan is not None and "cache" not in inspect.signature(model.forward).parameters:
+    if family.needs_recent and "cache" not in inspect.signature(model.forward).parameters:
         raise UnsupportedFamilyError(
-            f"model family {config.model_type!r}: transformers {transformers.__version__} hands recurrent layers their "
-            "states in another way than tiered expects; install transformers 5.24 or newer within tiered's range"
+            f"model family {config.model_type!r}: transformers {transformers.__version__} computes it in another way "
+            "than tiered expects; install transformers 5.24 or newer within tiered's range"
         )
     _keep_in_float32(model)
     try:
