@@ -11,7 +11,7 @@ before it are used: nothing is ever whole in memory.
 import threading
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -24,7 +24,7 @@ from tiered.convert.kinds import KINDS, Kind
 from tiered.convert.place import WeightFiles
 from tiered.convert.published import Settings
 from tiered.convert.source import PANEL_NBYTES, StoredTensor, WeightReader
-from tiered.convert.workers import worker_count
+from tiered.convert.workers import TorchThreads, worker_count
 from tiered.errors import CheckpointError, shortened
 from tiered.quant import QuantizedTensor, folded
 
@@ -85,8 +85,7 @@ class QuantizedReader(WeightReader):
         self._formats: dict[str, Format] = {}
         self._known: dict[Path, Mapping[str, StoredTensor]] = {}
         self._reading = threading.Lock()
-        self._threads: ThreadPoolExecutor | None = None
-        self._torch_threads = torch.get_num_threads()
+        self._threads = TorchThreads(self._thread_count, "take-apart")
 
     def tensors(self, path: Path) -> Mapping[str, StoredTensor]:
         if path not in self._known:
@@ -109,10 +108,7 @@ class QuantizedReader(WeightReader):
         return self._inner.working_nbytes(path) + panels + 2 * _STRIP_NBYTES
 
     def close(self) -> None:
-        if self._threads is not None:
-            self._threads.shutdown(cancel_futures=True)
-            self._threads = None
-            torch.set_num_threads(self._torch_threads)  # new threads would start with the workers' setting
+        self._threads.close()
         self._inner.close()
 
     def _plain(self, panels: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
@@ -189,9 +185,7 @@ class QuantizedReader(WeightReader):
         step = max(1, _PANEL_NBYTES // max(1, 4 * width))
         read = self._reader(name)
         waiting = deque(range(start, min(start + step, rows.stop)) for start in range(rows.start, rows.stop, step))
-        if self._threads is None:
-            self._threads = ThreadPoolExecutor(self._thread_count, "take-apart", torch.set_num_threads, (1,))
-        threads, begun = self._threads, deque[Future[Made]]()
+        begun = deque[Future[Made]]()
 
         def made(rows: range) -> Made:
             try:
@@ -201,7 +195,7 @@ class QuantizedReader(WeightReader):
 
         def begin() -> None:
             if waiting:
-                begun.append(threads.submit(made, waiting.popleft()))
+                begun.append(self._threads.submit(made, waiting.popleft()))
 
         begin()
 

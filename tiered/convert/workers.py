@@ -6,16 +6,18 @@ slices nor the native kernel change a bit of the result: groups lie within rows.
 """
 
 import os
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Final, Literal
+from typing import Any, Final, Literal, TypeVar
 
 import torch
 
 from tiered.kernels import Kernels
 from tiered.quant import QuantizedTensor, Scheme, quantize
 from tiered.units import MIB
+
+Result = TypeVar("Result")
 
 _MOST_WORKERS: Final = 8
 """Enough for any disk; each takes _WORKER_NBYTES where torch quantizes."""
@@ -47,14 +49,34 @@ def one_torch_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+class TorchThreads:
+    """`count` threads, started when first used, on each of which torch computes alone."""
+
+    def __init__(self, count: int, name: str) -> None:
+        self._count, self._name = count, name
+        self._pool: ThreadPoolExecutor | None = None
+        self._torch_threads = torch.get_num_threads()
+
+    def submit(self, call: Callable[..., Result], *args: Any, **kwargs: Any) -> Future[Result]:
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(self._count, self._name, torch.set_num_threads, (1,))
+        return self._pool.submit(call, *args, **kwargs)
+
+    def close(self) -> None:
+        """End the threads; what has not begun is not done."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+            self._pool = None
+            torch.set_num_threads(self._torch_threads)  # new threads would start with the workers' setting
+
+
 class Quantizers:
     """Threads that quantize, started when first used; `kernels` is the name of the kernels to use."""
 
     def __init__(self, kernels: str = "auto") -> None:
         self._name = kernels
         self._kernels: Kernels | None = None
-        self._pool: ThreadPoolExecutor | None = None
-        self._torch_threads = torch.get_num_threads()
+        self._threads = TorchThreads(worker_count(), "quantize")
 
     def quantize(
         self, panel: torch.Tensor, scheme: Scheme, clip: Literal["mse", "minmax"], name: str
@@ -65,10 +87,8 @@ class Quantizers:
         if self._kernels.quantizes(panel.dtype, scheme):
             yield self._kernels.quantize(panel, scheme, clip=clip, name=name)
             return
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(worker_count(), "quantize", torch.set_num_threads, (1,))
         rows = -(-panel.shape[0] // worker_count())
-        futures = [self._pool.submit(quantize, part, scheme, clip=clip, name=name) for part in panel.split(rows)]
+        futures = [self._threads.submit(quantize, part, scheme, clip=clip, name=name) for part in panel.split(rows)]
         for future in futures:
             yield future.result()
 
@@ -76,7 +96,4 @@ class Quantizers:
         if self._kernels is not None:
             self._kernels.close()
             self._kernels = None
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
-            self._pool = None
-            torch.set_num_threads(self._torch_threads)  # new threads would start with the workers' setting
+        self._threads.close()
