@@ -72,8 +72,14 @@ def _layers(model: ModelShape, machine: Machine, rows: int) -> Computing:
 
 def decode_computing(model: ModelShape, machine: Machine, count: int, context: float, most_rows: int) -> Computing:
     """Seconds that a pass over `count` decoding sequences computes, each with `context` tokens before it."""
-    attention = (machine.attention_seconds or 0.0) * seen_tokens(model, context) * count
+    attention = decode_attention_seconds(model, machine, count, context)
     return linear_computing(model, machine, count, count, most_rows) + Computing(attention)
+
+
+def decode_attention_seconds(model: ModelShape, machine: Machine, count: int, context: float) -> float:
+    """Seconds of attention by `count` queries, each of a sequence with `context` tokens before it; 0 where the rate is
+    not known."""
+    return (machine.attention_seconds or 0.0) * seen_tokens(model, context) * count
 
 
 def seen_tokens(model: ModelShape, context: float) -> float:

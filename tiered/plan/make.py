@@ -11,7 +11,7 @@ from typing import Final, Literal
 
 from tiered.errors import BudgetError, ConfigError, DeviceBudgetError
 from tiered.plan.batch_size import BatchChoice, BatchOption, choose_batch_size, choose_windows_per_pass
-from tiered.plan.cost import decode_computing, seen_tokens
+from tiered.plan.cost import decode_attention_seconds, decode_computing
 from tiered.plan.inputs import Budgets, Machine, ModelShape, Tier, Workload, tiers_text
 from tiered.plan.kv import Bits, check_bits
 from tiered.plan.pace import Pace
@@ -204,7 +204,7 @@ def _pass_seconds(way_and_plan: tuple[Way, Plan]) -> float:
     way, plan = way_and_plan
     asked, option = way.asked, way.option(plan)
     machine, context = asked.machine, asked.workload.mean_context * HALFWAY
-    attention = (machine.attention_seconds or 0.0) * seen_tokens(asked.model, context) * way.batch_size
+    attention = decode_attention_seconds(asked.model, machine, way.batch_size, context)
     disk, bus = machine.disk_bytes_per_second, machine.bus_bytes_per_second
     return max(
         option.disk_nbytes / disk if disk else 0.0,

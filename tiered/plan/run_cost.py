@@ -5,7 +5,13 @@ Plans that differ only in what they read have the same runs, so each run's secon
 
 from functools import lru_cache
 
-from tiered.plan.cost import Computing, linear_computing, prompt_attention_seconds, prompt_pairs, seen_tokens
+from tiered.plan.cost import (
+    Computing,
+    decode_attention_seconds,
+    linear_computing,
+    prompt_attention_seconds,
+    prompt_pairs,
+)
 from tiered.plan.gpu import on_gpu
 from tiered.plan.hardware import GpuRates
 from tiered.plan.inputs import Machine, ModelShape
@@ -54,8 +60,7 @@ class RunCosts:
 
     def _attention_seconds(self, run: PassRun) -> float:
         """Seconds of each pass. A device that has no KV cache attends to prompts in the pass in which they begin."""
-        model, rest = self._model, self._rest
-        seconds = (rest.attention_seconds or 0.0) * seen_tokens(model, run.context) * run.rows if run.rows else 0.0
+        seconds = decode_attention_seconds(self._model, self._rest, run.rows, run.context) if run.rows else 0.0
         pairs = self._run_pairs(run)
         here = pairs
         if self._attends_elsewhere:
