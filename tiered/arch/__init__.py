@@ -11,7 +11,7 @@ from tiered.arch.context import (
 )
 from tiered.arch.families import FAMILIES, Family, Scan, family_for
 from tiered.arch.mixers import is_mixer, state_shape
-from tiered.arch.modules import ExpertStacks, expert_stacks, linear_size
+from tiered.arch.modules import ExpertStacks, StandIn, expert_stacks, linear_size
 from tiered.arch.order import order_of_use
 from tiered.arch.skeleton import (
     BlockTensors,
@@ -29,6 +29,7 @@ __all__ = [
     "ParameterInfo",
     "Scan",
     "Skeleton",
+    "StandIn",
     "build_skeleton",
     "chunked_layers",
     "context_for",

@@ -8,7 +8,7 @@ by `model/`, which puts modules that borrow in their places.
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -17,6 +17,23 @@ _GATED: Final = ("gate_up_proj", "down_proj")
 _UNGATED: Final = ("up_proj", "down_proj")
 _LINEAR_CLASSES: Final = ("FalconLinear",)
 """Subclasses of nn.Linear whose own forward computes the same."""
+
+
+class StandIn(nn.Module):
+    """Takes the place of `original` in a graph; attributes that it has not itself are the original's."""
+
+    original: nn.Module
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        # Bypasses nn.Module's bookkeeping: the original must not become a submodule.
+        object.__setattr__(self, "original", original)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(object.__getattribute__(self, "original"), name)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tiered.arch.modules import lent_weights, linear_size
+from tiered.arch.modules import StandIn, lent_weights, linear_size
 from tiered.arch.skeleton import Skeleton
 
 _TOKENS: Final = 2
@@ -47,20 +47,12 @@ def record_order(skeleton: Skeleton) -> tuple[str, ...]:
     return tuple(dict.fromkeys(noted))
 
 
-class _StandIn(nn.Module):
+class _StandIn(StandIn):
     """Takes the place of a linear layer, or of a stack of experts (`width` None): returns zeros of the right shape."""
 
     def __init__(self, original: nn.Module, names: tuple[str, ...], width: int | None, noted: list[str]) -> None:
-        super().__init__()
-        # Bypasses nn.Module's bookkeeping: the original must not become a submodule.
-        object.__setattr__(self, "_original", original)
+        super().__init__(original)
         self._names, self._width, self._noted = names, width, noted
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(object.__getattribute__(self, "_original"), name)
 
     def forward(self, hidden: torch.Tensor, *_args: Any, **_kwargs: Any) -> torch.Tensor:
         """hidden [..., in] -> zeros [..., out]; a stack's result has the shape of `hidden`."""

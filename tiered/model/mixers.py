@@ -9,32 +9,24 @@ from typing import Any
 import torch
 from torch import nn
 
-from tiered.arch import is_mixer
+from tiered.arch import StandIn, is_mixer
 from tiered.cache import MicroBatchKV
 
 
-class SequenceMixer(nn.Module):
+class SequenceMixer(StandIn):
     """Takes the place of `original`, a module with a recurrent state; its parts are its own, under the same names."""
 
     def __init__(self, original: nn.Module) -> None:
-        super().__init__()
+        super().__init__(original)
         # The same dictionaries: weights that are put into the one are the other's.
         self._modules, self._parameters, self._buffers = original._modules, original._parameters, original._buffers
-        # Bypasses nn.Module's bookkeeping: the original must not become a submodule.
-        object.__setattr__(self, "_original", original)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(object.__getattribute__(self, "_original"), name)
 
     def forward(
         self, hidden_states: torch.Tensor, cache: Any = None, attention_mask: Any = None, **kwargs: Any
     ) -> torch.Tensor:
         """hidden_states [rows, tokens, hidden] -> [rows, tokens, hidden]. With a cache of transformers' kind it is the
         original."""
-        original: nn.Module = object.__getattribute__(self, "_original")
+        original = self.original
         if not isinstance(cache, MicroBatchKV):
             mixed: torch.Tensor = original(hidden_states, cache=cache, attention_mask=attention_mask, **kwargs)
             return mixed

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
-from tiered.arch import Skeleton
+from tiered.arch import Skeleton, StandIn
 from tiered.errors import UnsupportedFamilyError
 from tiered.model.rotary import stand_in_for_rotaries
 
@@ -163,22 +163,12 @@ class _LayerOutput(torch.Tensor):
         return plain if isinstance(index, int) and index == 0 else plain[index]
 
 
-class _StandIn(nn.Module):
+class _StandIn(StandIn):
     """A layer's stand-in; attributes the base model asks for (an attention type, say) are the layer's own."""
 
     def __init__(self, recorder: Recorder, index: int, layer: nn.Module) -> None:
-        super().__init__()
-        # Bypasses nn.Module's bookkeeping: the layer must not become a submodule.
-        object.__setattr__(self, "_real", layer)
-        object.__setattr__(self, "_recorder", recorder)
-        object.__setattr__(self, "_index", index)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(object.__getattribute__(self, "_real"), name)
+        super().__init__(layer)
+        self._recorder, self._index = recorder, index
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        recorder: Recorder = object.__getattribute__(self, "_recorder")
-        return recorder.on_layer(object.__getattribute__(self, "_index"), hidden_states, args, kwargs)
+        return self._recorder.on_layer(self._index, hidden_states, args, kwargs)
