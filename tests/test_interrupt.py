@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 
 from tests.commands import make_store
-from tests.helpers import run_greedy
+from tests.helpers import reserved, run_greedy, run_segments
 from tests.quick import represented
 from tests.warm import WarmProcess, tiered
 from tiered.convert import ConvertOptions, convert_checkpoint
 from tiered.errors import BudgetError, InterruptedRun
+from tiered.model import Segment
 from tiered.plan import Workload
 from tiered.runtime import Options, Runtime
 from tiered.store import Store
@@ -227,9 +228,16 @@ def test_a_pass_that_another_thread_cancels_ends_as_interrupted(
     store: Store, expected: Sequence[Sequence[int]]
 ) -> None:
     with streaming(store, disk=SlowDisk(0.01)) as runtime:
-        timer = threading.Timer(0.2, runtime.host.cancel.set)
-        timer.start()
-        with pytest.raises(InterruptedRun):
-            run_greedy(runtime, PROMPT, 100)
-        timer.join()
+
+        def cancel(done: int, total: int) -> None:
+            # In the pass and before its last block: between two passes there would be nothing to interrupt.
+            if done == 1:
+                other = threading.Thread(target=runtime.host.interrupt, args=(runtime,))
+                other.start()
+                other.join()
+
+        with contextlib.ExitStack() as stack:
+            segment = Segment(reserved(stack, runtime, len(PROMPT[0])), PROMPT[0])
+            with pytest.raises(InterruptedRun):
+                run_segments(runtime, [segment], on_block=cancel)
         assert run_greedy(runtime, PROMPT, STEPS).tokens == expected

@@ -5,14 +5,17 @@ side by side. Used by the tests in this folder and by `guard_pages.py`.
 """
 
 import ctypes
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pytest
 import torch
 
-from tiered.kernels import Level, Library, Mode, load_library
+from tiered.errors import InterruptedRun
+from tiered.kernels import CancelFlag, Level, Library, Mode, load_library
 from tiered.kernels.kernels import quantized_argument
 from tiered.kernels.library import Dtype, Format, Status, WeightArgument
 from tiered.quant import E8M0, CodebookScheme, GroupScheme, QuantizedTensor, QuantizedWeight, Scheme, dequantize
@@ -51,6 +54,27 @@ def context(level: Level, threads: int) -> Iterator[int]:
         yield made
     finally:
         library.tk_destroy(made)
+
+
+def seconds_until_ended(call: Callable[[], object], flag: CancelFlag) -> float:
+    """How long after `flag` is set the `call` in which that happens ends.
+
+    `call` is repeated until then: a fast machine ends one before the other thread gets to set the flag.
+    """
+    set_at: list[float] = []
+
+    def interrupt() -> None:
+        set_at.append(time.monotonic())
+        flag.set()
+
+    timer = threading.Timer(0.05, interrupt)
+    timer.start()
+    with pytest.raises(InterruptedRun):
+        while True:
+            call()
+    ended = time.monotonic()
+    timer.join()
+    return ended - set_at[0]
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,6 @@
 import ctypes
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -15,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.kernels.native_linear import context, require
+from tests.kernels.native_linear import context, require, seconds_until_ended
 from tiered.convert.workers import one_torch_thread
 from tiered.errors import CheckpointError, ConfigError, InterruptedRun
 from tiered.kernels import CancelFlag, Kernels, Level
@@ -205,13 +203,7 @@ def test_a_flag_set_on_the_way_ends_it_soon(threads: int) -> None:
     flag = CancelFlag()
     weight = torch.zeros(20_000, 4096, dtype=torch.bfloat16)  # 0.6 s on one thread of the portable kernel, at least
     with kernels(Level.SCALAR, threads, flag) as native:
-        timer = threading.Timer(0.05, flag.set)
-        start = time.perf_counter()
-        timer.start()
-        with pytest.raises(InterruptedRun):
-            native.quantize(weight, GroupScheme(4))
-        timer.join()
-        assert time.perf_counter() - start < 0.5
+        assert seconds_until_ended(lambda: native.quantize(weight, GroupScheme(4)), flag) < 0.4
 
 
 @LEVELS
