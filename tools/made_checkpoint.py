@@ -3,11 +3,15 @@
 In: a configuration. Out: files by name, in two forms: metaseq's shards as `tools.opt_forms` writes them, and Hugging
 Face's safetensors. Both hold the same model. Only what is around the tensors exists (headers, pickles, directories of
 zips); values come from one block of random numbers that is repeated, beginning elsewhere for each tensor. Called by
-`tools.fuse_checkpoint` and `tools.hub_stand_in`.
+`tools.fuse_checkpoint` and `tools.hub_stand_in`; by itself it writes the second form to a disk:
+
+    python -m tools.made_checkpoint configs/models/opt-2.7b.toml FOLDER
 """
 
+import argparse
 import json
 import struct
+import sys
 import tempfile
 import zipfile
 from bisect import bisect_right
@@ -27,7 +31,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from tiered.arch import text_config
 from tiered.convert.synthetic import ShapeFile
-from tiered.errors import ConfigError
+from tiered.errors import ConfigError, TieredError
 from tools.opt_forms import flattened, fsdp_shard, metaseq_names, part_rules, part_tensors, save_checkpoint
 
 MOST_READ_NBYTES: Final = 1 << 20
@@ -38,6 +42,8 @@ _ITEM: Final = 2
 """Bytes of a value in float16."""
 _LOCAL_HEADER: Final = struct.Struct("<26xHH")
 """Of a file in a zip: how long its name and further fields are."""
+_SHARD_NBYTES: Final = 2_000_000_000
+_WRITTEN_NBYTES: Final = 64 << 20
 _ROOT: Final = "checkpoint_last-model_part-{}-shard{}"
 
 
@@ -265,3 +271,27 @@ def _repeated(values: np.ndarray[Any, np.dtype[np.float16]]) -> memoryview:
     """The bytes of `values` and, so that a read need not be put together, of their next periods."""
     period = values.tobytes()
     return memoryview(period * (1 + -(-MOST_READ_NBYTES // len(period))))
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description="Write such a checkpoint of an OPT shape in Hugging Face's form.")
+    parser.add_argument("shape", type=Path, help="a file of configs/models, such as configs/models/opt-2.7b.toml")
+    parser.add_argument("folder", type=Path, help="the folder to make")
+    arguments = parser.parse_args()
+    try:
+        files = MadeModel.of_shape(ShapeFile.read(arguments.shape)).huggingface(_SHARD_NBYTES)
+    except TieredError as error:
+        print(f"made_checkpoint: error: {error}", file=sys.stderr)
+        return error.exit_code
+    arguments.folder.mkdir(parents=True)
+    # What says that there is a model comes last.
+    for name in sorted(files, reverse=True):
+        with (arguments.folder / name).open("wb") as file:
+            for offset in range(0, files[name].nbytes, _WRITTEN_NBYTES):
+                file.write(files[name].read(offset, _WRITTEN_NBYTES))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

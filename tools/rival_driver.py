@@ -27,7 +27,9 @@ _HEAD_BYTES: Final = 8
 _MOST_SHOWN: Final = 120
 """Characters of an error."""
 _GGUF_CHUNK: Final = 2048
-"""Tokens that llama.cpp gets at once."""
+"""Tokens that llama.cpp gets at once, at most: each time it reads all weights."""
+_PROBE: Final = 1024
+"""Rows and columns of the matrix by which the dtype is chosen that Hugging Face's modules compute in."""
 
 
 @dataclass(frozen=True)
@@ -187,17 +189,34 @@ def prompts(batch: int, tokens: int, vocab: int, seed: int) -> list[list[int]]:
     return [[chance.randrange(min(16, vocab - 1), vocab) for _ in range(tokens)] for _ in range(batch)]
 
 
+def quickest_dtype(rows: int) -> Any:
+    """The dtype in which torch multiplies `rows` rows quickest here: many processors only emulate bfloat16."""
+    import torch
+
+    def seconds(dtype: Any) -> float:
+        weight, some = (torch.ones(count, _PROBE, dtype=dtype) for count in (_PROBE, rows))
+        times = []
+        for _ in range(4):
+            began = time.perf_counter()
+            torch.nn.functional.linear(some, weight)
+            times.append(time.perf_counter() - began)
+        return min(times)
+
+    return min((torch.bfloat16, torch.float32), key=seconds)
+
+
 def hugging_face(options: argparse.Namespace) -> Iterator[float]:
     """accelerate's offload to disk: weights are read from the checkpoint's files, layer by layer, in each pass."""
     import torch
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(options.threads)
+    dtype = quickest_dtype(options.batch)
     limits: dict[str, Any] = {"device_map": {"": "disk"}} if not options.kept else {"device_map": "auto"}
     if options.kept:
         limits["max_memory"] = {"cpu": options.kept}
     model = AutoModelForCausalLM.from_pretrained(
-        options.model, dtype=torch.bfloat16, offload_folder=str(options.scratch), **limits
+        options.model, dtype=dtype, offload_folder=str(options.scratch), **limits
     )
     yield from _generate(model, options)
 
@@ -208,7 +227,10 @@ def airllm(options: argparse.Namespace) -> Iterator[float]:
 
     torch.set_num_threads(options.threads)
     model = importlib.import_module("airllm").AutoModel.from_pretrained(
-        str(options.model), device="cpu", dtype=torch.bfloat16, layer_shards_saving_path=str(options.scratch)
+        str(options.model),
+        device="cpu",
+        dtype=quickest_dtype(options.batch),
+        layer_shards_saving_path=str(options.scratch),
     )
     yield from _generate(model, options)
 
@@ -252,9 +274,10 @@ def llama_cpp(options: argparse.Namespace) -> Iterator[float]:
         about_model.use_extra_bufts = False  # weights in another order would all be copied to memory
     model = library.llama_model_load_from_file(str(options.model).encode(), about_model)
     about = library.llama_context_default_params()
-    each = -(-(options.prompt + options.new) // 256) * 256
-    about.n_ctx, about.n_seq_max = each * options.batch, options.batch
-    about.n_batch = about.n_ubatch = _GGUF_CHUNK
+    # One cache for all sequences: llama.cpp rounds up the tokens of each cache to 256, which is memory for weights.
+    about.kv_unified, about.n_seq_max = True, options.batch
+    about.n_ctx = (options.prompt + options.new) * options.batch
+    about.n_batch = about.n_ubatch = min(_GGUF_CHUNK, options.prompt * options.batch)
     about.n_threads = about.n_threads_batch = options.threads
     context = library.llama_init_from_model(model, about) if model else None
     if not context:

@@ -2,12 +2,15 @@
 
     python -m tools.rivals setup --work DIR [--only hf llama.cpp airllm] [--sites FOLDER]
     python -m tools.rivals run CHECKPOINT --work DIR --memory 2GiB [--batch 1 8 32] [--prompt 128] [--new 16] [-r 3]
+        [--only tiered llama.cpp]
 
 `setup` makes an environment in DIR for each system and installs it there; llama.cpp is compiled from its sources. What
 cannot be installed is left out of `run`'s table with the reason, and so is what does not run. `run` converts the
 checkpoint (OPT or Llama, of 16 bits, whose matrices have rows of a multiple of 64) for those that want it, once, and
 prints Markdown: medians of rounds in which all systems take turns with the same random prompts, page cache dropped.
-`tools/inflate.py` makes checkpoints of any size. Figures come from tools/rival_driver.py, one process a run.
+Each run is added to DIR/runs.jsonl when it ends, and is not run again: an interrupted table goes on where it was.
+`tools/made_checkpoint.py` and `tools/inflate.py` make checkpoints of any size. Figures come from
+tools/rival_driver.py, one process a run.
 """
 
 import argparse
@@ -17,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -26,7 +29,7 @@ from typing import Any, Final
 
 from tiered.bench import limit
 from tiered.bench.facts import machine_facts
-from tiered.bench.runs import TIERED, Way, drop_pages, run_once
+from tiered.bench.runs import TIERED, StoppedError, Way, drop_pages, run_once
 from tiered.bench.workload import Setting
 from tiered.errors import TieredError, named
 from tiered.plan import cpu_count
@@ -54,9 +57,9 @@ class Rival:
 
 
 RIVALS: Final = (
-    Rival("hf", ("torch", "transformers", "accelerate"), "bf16"),
+    Rival("hf", ("torch", "transformers", "accelerate"), "16 bits"),
     Rival("llama.cpp", ("llama-cpp-python", "gguf", "numpy"), "Q4_0", "Q4_0"),
-    Rival("airllm", ("torch", "transformers", "airllm"), "bf16"),
+    Rival("airllm", ("torch", "transformers", "airllm"), "16 bits"),
 )
 
 
@@ -111,7 +114,7 @@ def setup(work: Path, names: Sequence[str], sites: Path | None) -> None:
             (folder / "sites.pth").write_text(f"{sites.resolve()}\n", encoding="utf-8")
         words = [_python(work, rival.name), "-m", "pip", "install", "--disable-pip-version-check", *rival.packages]
         # Of llama.cpp's sources those that run texts are enough.
-        built = {"CMAKE_ARGS": "-DLLAVA_BUILD=OFF", **os.environ}
+        built = {"CMAKE_ARGS": "-DLLAVA_BUILD=OFF", "SKBUILD_BUILD_TARGETS": "llama", **os.environ}
         done = subprocess.run(words, stdout=2, stderr=subprocess.PIPE, text=True, env=built, check=False)
         if done.returncode:
             lines = [line.strip() for line in done.stderr.splitlines() if line.strip()] or ["pip failed"]
@@ -181,12 +184,40 @@ def failure(usage: limit.Report, said: str) -> str:
 def run_ours(store: Path, ours: str, asked: Asked, seed: int) -> Figures:
     """One run of `tiered` in the limit. Raises TieredError."""
     setting = Setting(memory=asked.memory, batch=asked.batch, prompt_tokens=asked.prompt, new_tokens=asked.new)
-    done = run_once(store, setting, seed, Way())
+    try:
+        done = run_once(store, setting, seed, Way())
+    except StoppedError:
+        raise KeyboardInterrupt from None
     if done.report is None:
         raise TieredError(done.failure or "no report")
     report: Mapping[str, Any] = done.report
     read = report["bytes_read_kernel"] or report["bytes_read"]
     return Figures(ours, report["prefill_seconds"], report["decode_seconds"], read, done.peak_bytes)
+
+
+class Kept:
+    """Runs that have ended, a line of a file each."""
+
+    def __init__(self, path: Path, model: str) -> None:
+        self._path, self._model = path, model
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        self._found = [json.loads(line) for line in lines]
+
+    def run(self, name: str, run: Run, asked: Asked, seed: int) -> Figures:
+        """What `run` gave of `asked` before, or gives now. Raises TieredError where it failed, or fails."""
+        what = {"system": name, "model": self._model, "seed": seed, **asdict(asked)}
+        known = next((line for line in self._found if line["asked"] == what), None)
+        if known is None:
+            known = {"asked": what, "figures": None, "failure": None}
+            try:
+                known["figures"] = asdict(run(asked, seed))
+            except TieredError as error:
+                known["failure"] = str(error)
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(known) + "\n")
+        if known["failure"] is not None:
+            raise TieredError(known["failure"])
+        return Figures(**known["figures"])
 
 
 def alternate(runs: Mapping[str, Run], asked: Asked, repeat: int) -> dict[str, list[Figures] | str]:
@@ -251,14 +282,17 @@ def run(options: argparse.Namespace) -> None:
     vocab = _vocabulary(checkpoint)
     store = _store(work, checkpoint)
     machine = machine_facts(store)
-    runs: dict[str, Run] = {OURS: partial(run_ours, store, version(OURS))}
+    kept = Kept(work / "runs.jsonl", checkpoint.resolve().name)
+    runs: dict[str, Run] = {OURS: partial(kept.run, OURS, partial(run_ours, store, version(OURS)))}
     weights, left = {OURS: "int4-g64"}, dict[str, str]()
     for rival in RIVALS:
         weights[rival.name] = rival.weights
+        if rival.name not in options.only:
+            continue
         if (reason := refusal(work, rival)) is not None:
             left[rival.name] = reason
         else:
-            runs[rival.name] = partial(run_rival, work, checkpoint, rival)
+            runs[rival.name] = partial(kept.run, rival.name, partial(run_rival, work, checkpoint, rival))
     for title, text in machine.lines().items():
         print(f"- {title}: {text}")
     print(f"- limit: {options.memory}; {options.prompt} + {options.new} tokens; medians of {options.repeat}")
@@ -315,6 +349,7 @@ def _parser() -> argparse.ArgumentParser:
     ran.add_argument("--prompt", type=_count, default=128)
     ran.add_argument("--new", type=_count, default=16)
     ran.add_argument("-r", "--repeat", type=_count, default=3)
+    ran.add_argument("--only", nargs="+", choices=names, default=names, help="which others (default: all)")
     ran.add_argument("--kept", type=_size, help="weights that accelerate keeps in memory, such as 1GiB (default: none)")
     for each in (made, ran):
         each.add_argument("--work", type=Path, required=True, help="where environments and models go")

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,11 @@ from safetensors.torch import save_file
 
 from tests.bench.made_up import usage
 from tests.commands import CHECKPOINT
+from tiered.bench.runs import StoppedError
 from tiered.errors import TieredError
 from tools import rivals
 from tools.rival_driver import Tensors, llama_parts, measured, opt_parts, prompts
-from tools.rivals import COLUMNS, RIVALS, Asked, Figures, alternate, failure, main, refusal, row
+from tools.rivals import COLUMNS, RIVALS, Asked, Figures, Kept, alternate, failure, main, refusal, row, run_ours
 
 ASKED = Asked("1GiB", batch=4, prompt=8, new=3, vocab=100, kept=None)
 
@@ -39,11 +41,45 @@ def test_systems_take_turns_with_the_same_prompts_and_one_that_fails_is_left_out
     assert found == {"whole": [figures(1), figures(2), figures(3)], "fails": "killed for more than 1GiB"}
 
 
+def test_what_has_ended_is_not_run_again(tmp_path: Path) -> None:
+    turns: list[int] = []
+
+    def run(asked: Asked, seed: int) -> Figures:
+        turns.append(seed)
+        if seed == 2:
+            raise TieredError("killed for more than 1GiB")
+        if seed == 3:
+            raise KeyboardInterrupt
+        return figures(seed)
+
+    for _ in range(2):
+        kept = Kept(tmp_path / "runs.jsonl", "model")
+        assert kept.run("one", run, ASKED, 1) == figures(1)
+        with pytest.raises(TieredError, match="more than 1GiB"):
+            kept.run("one", run, ASKED, 2)
+        with pytest.raises(KeyboardInterrupt):
+            kept.run("one", run, ASKED, 3)
+    assert turns == [1, 2, 3, 3]
+    others = [("other", "model", ASKED), ("one", "larger", ASKED), ("one", "model", replace(ASKED, batch=8))]
+    for name, model, asked in others:
+        Kept(tmp_path / "runs.jsonl", model).run(name, run, asked, 1)
+    assert turns == [1, 2, 3, 3, 1, 1, 1]
+
+
+def test_an_interruption_is_no_failure_of_a_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: object) -> None:
+        raise StoppedError("interrupted")
+
+    monkeypatch.setattr(rivals, "run_once", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run_ours(tmp_path, "1.0", ASKED, 1)
+
+
 def test_a_row_has_medians_or_the_reason() -> None:
-    cells = dict(zip(COLUMNS, row("hf", "bf16", ASKED, [figures(1), figures(5), figures(2)]), strict=True))
+    cells = dict(zip(COLUMNS, row("hf", "16 bits", ASKED, [figures(1), figures(5), figures(2)]), strict=True))
     assert (cells["prefill s"], cells["decode t/s"], cells["all t/s"]) == ("2", "2", "2")
     assert (cells["GB read"], cells["peak RSS"]) == ("3", "1 GiB")
-    cells = dict(zip(COLUMNS, row("airllm", "bf16", ASKED, "not installable: no such wheel"), strict=True))
+    cells = dict(zip(COLUMNS, row("airllm", "16 bits", ASKED, "not installable: no such wheel"), strict=True))
     assert cells["version"] == "not installable: no such wheel" and cells["decode t/s"] == "-"
 
 
@@ -71,7 +107,7 @@ def test_the_table_tells_of_systems_that_are_not_there(
     assert main(words) == 0
     out = capsys.readouterr().out
     assert "- machine: made up" in out and "| tiered | " in out
-    assert "| hf | not installed: run 'python -m tools.rivals setup' | bf16 | 1 | - |" in out
+    assert "| hf | not installed: run 'python -m tools.rivals setup' | 16 bits | 1 | - |" in out
 
 
 def test_every_tensor_of_an_opt_is_used_once() -> None:

@@ -1,0 +1,80 @@
+"""What planners choose against sweeps: what is run, that it goes on where it was, and what the table says of it."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tiered.configs_path import config_dir
+from tiered.plan.inputs import ModelShape
+from tiered.plan.machines import load_hardware, save_hardware
+from tiered.plan.shapes import known_shapes
+from tools import sweep_planner
+from tools.sweep_planner import Job, Planners, Way, main
+
+JOB = Job("opt-1.3b", "1300MiB", 32, 64, 16)
+
+
+def shape(*_: object) -> ModelShape:
+    known = known_shapes(config_dir() / "models", JOB.shape)
+    assert known is not None
+    return known["int4"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """With a profile, where one job is swept on a store that is not there."""
+    save_hardware(load_hardware("laptop-16gb"), tmp_path / "profile.toml")
+    monkeypatch.setattr(sweep_planner, "JOBS", [JOB])
+    monkeypatch.setattr(sweep_planner, "read_store_shape", shape)
+    monkeypatch.setattr(sweep_planner, "disk_rate", lambda store: 2e9)
+    monkeypatch.setattr(sweep_planner.Synthetic, "make", lambda self, compress: self.path(compress))
+    return tmp_path
+
+
+def test_a_sweep_has_the_choices_and_what_they_were_chosen_among() -> None:
+    planners = Planners(shape(), load_hardware("laptop-16gb"), JOB)
+    choices, swept = planners.choices(), planners.sweep()
+    assert set(choices) == {"plan", "batch"} and set(choices.values()) <= set(swept) and len(set(swept)) == len(swept)
+    assert {way.batch for way in swept} >= {choices["plan"].batch // 2, choices["plan"].batch}
+    assert {(way.kv, way.bits) for way in swept} >= {("cpu", 16), ("cpu", 4), ("disk", 16), ("disk", 4)}
+    assert any(way.kept is not None for way in swept) and all(1 <= way.batch <= JOB.sequences for way in swept)
+    # `tiered plan` chooses what is predicted to be about the best of all that is run.
+    assert planners.tokens_per_second(choices["plan"]) > 0.85 * max(map(planners.tokens_per_second, swept))
+    assert planners.tokens_per_second(Way(32, "cpu", 16, kept=1 << 40)) == 0
+
+
+def test_a_sweep_goes_on_where_it_was_and_its_table_names_what_is_behind(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hardware = load_hardware("laptop-16gb")
+    done: list[Way] = []
+    chosen = Planners(shape(), replace(hardware, disk=replace(hardware.disk, read=2e9)), JOB).choices()["plan"]
+
+    def run(store: Path, job: Job, way: Way) -> dict[str, Any]:
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        done.append(way)
+        return {"seconds": 4.0 if way == chosen else 2.0}
+
+    monkeypatch.setattr(sweep_planner, "run", run)
+    words = ["--dir", str(folder)]
+    assert main(words) == 130
+    assert main([*words, "--minutes", "0"]) == 0 and len(done) == 3
+    first, done = done, []
+    assert main(words) == 130
+    assert not set(first) & set(done)
+
+    capsys.readouterr()
+    assert main([*words, "--table"]) == 0
+    out = capsys.readouterr().out
+    # 512 tokens in 4 s, where others take 2.
+    assert f"| opt-1.3b, 1300MiB, 32 x (64 + 16) | plan | {chosen} | 128, " in out
+    assert "| 50% **behind** | 256 (" in out and " choices reach 90% of the best" in out
+
+
+def test_what_does_not_fit_is_no_failure(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep_planner, "call", lambda *words, or_code=0: None)
+    assert sweep_planner.run(folder, JOB, Way(1, "cpu", 16)) == {"seconds": None}
+    assert sweep_planner.tokens_per_second(JOB, [float("inf")]) == 0
