@@ -95,8 +95,8 @@ class Way:
 JOBS: Final = [
     Job(shape, ram, *lengths)
     for shape, rams, kinds in (
-        ("opt-1.3b", ("750MiB", "1000MiB", "1300MiB"), ((64, 8, 16), (32, 64, 16))),
-        ("opt-6.7b", ("1500MiB", "2500MiB", "3500MiB"), ((32, 8, 8), (16, 48, 6))),
+        ("opt-1.3b", ("750MiB", "900MiB", "1200MiB"), ((12, 4, 8), (4, 32, 4))),
+        ("opt-6.7b", ("1500MiB", "2500MiB", "3500MiB"), ((4, 4, 4),)),
     )
     for ram in rams
     for lengths in kinds

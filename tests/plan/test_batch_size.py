@@ -6,7 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tiered.plan.batch_size import BatchOption, candidates, choose_batch_size, choose_windows_per_pass
+from tiered.plan.batch_size import (
+    BatchOption,
+    candidates,
+    choose_batch_size,
+    choose_windows_per_pass,
+    even_candidates,
+)
 
 GB = 10**9
 
@@ -81,6 +87,25 @@ def test_candidates_ascend_from_one_to_all(most: int) -> None:
     found = candidates(most)
     assert found[0] == 1 and found[-1] == most and found == sorted(set(found))
     assert all(later <= 2 * earlier for earlier, later in pairwise(found))
+
+
+@given(st.integers(1, 5000), st.integers(1, 600))
+def test_waves_of_a_job_are_about_equal(sequences: int, most: int) -> None:
+    found = even_candidates(sequences, most)
+    assert found[0] == 1 and found[-1] <= min(most, sequences) and found == sorted(set(found))
+    for count in candidates(min(sequences, most)):
+        waves = -(-sequences // count)
+        # Some candidate takes as many waves, with no more sequences at once than that needs.
+        assert any(-(-sequences // each) == waves and (each - 1) * waves < sequences for each in found)
+
+
+def test_a_last_wave_that_is_nearly_empty_counts_as_a_whole_one() -> None:
+    sizes = [BatchOption(count, False, GB) for count in (50, 96, 100)]
+    for sequences, chosen in ((100, 100), (96, 96), (None, 100)):
+        choice = choose_batch_size(sizes, 1e9, lambda rows: 0.001, sequences=sequences)
+        assert choice is not None and choice.option.sequences == chosen
+    choice = choose_batch_size(sizes[:2], 1e9, lambda rows: 0.001, sequences=100)
+    assert choice is not None and choice.option.sequences == 50
 
 
 # Windows that are scored share a pass where that spares the disk, and not where it only takes memory.

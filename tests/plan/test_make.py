@@ -168,7 +168,8 @@ def test_what_is_asked_for_runs_at_once() -> None:
 def test_without_rates_as_many_run_at_once_as_fit() -> None:
     workload = Workload(600, 1024, choose_batch_size=True)
     few, many = plan_for(workload, 1200 * MIB), plan_for(workload, 64 * GIB)
-    assert 1 < few.batch_size < many.batch_size == 512
+    # 512 at once would take as many waves.
+    assert 1 < few.batch_size < many.batch_size == 300
     assert few.why.startswith(f"{few.batch_size} of 600 sequences at once, as fit; KV cache ")
     assert few.why.endswith(" in memory")
 

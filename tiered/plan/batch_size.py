@@ -1,7 +1,9 @@
 """How many sequences run at once: those that get most tokens per second out of disk, memory and processor together.
 
-    throughput = n / max((streamed(n) + kv(n) + experts(n)) / B, copied(n) / P, C(n) + experts(n) / B)
+    throughput = N / waves(n) / max((streamed(n) + kv(n) + experts(n)) / B, copied(n) / P, C(n) + experts(n) / B)
 
+N sequences in all take ceil(N / n) waves, the last of which may be nearly empty: so sizes are compared that make waves
+about equal (of 100 sequences 50 at once rather than 64 or 96, which take as many waves and more memory).
 More sequences share each reading of the weights, until computing takes longer than reading. Their KV cache takes
 memory that could hold weights (`cpu`), or is read in every pass like them (`disk`). Experts that are read when they are
 chosen are waited for; more sequences choose more of them. Pure functions: what each batch
@@ -78,15 +80,22 @@ def candidates(most: int) -> list[int]:
     return sorted({*doublings, *(3 * n // 2 for n in doublings[1:] if 3 * n // 2 < most), most})
 
 
+def even_candidates(sequences: int, most: int) -> list[int]:
+    """`candidates` up to `most` for so many sequences in all, each lowered as far as it takes no more waves."""
+    return sorted({-(-sequences // _passes(sequences, count)) for count in candidates(min(sequences, most))})
+
+
 def choose_batch_size(
     options: Iterable[BatchOption],
     bytes_per_second: float | None,
     compute_seconds: Callable[[int], float],
     bus_bytes_per_second: float | None = None,
     reading_seconds: float = 0.0,
+    sequences: int | None = None,
 ) -> BatchChoice | None:
     """The option with most tokens per second; of nearly equal ones the one with fewest sequences, then the first.
 
+    `sequences` are those of the whole job, whose last wave counts as a whole one; None: there is no end of them.
     `bytes_per_second` None: nothing is read; `bus_bytes_per_second` None: nothing is copied, or nobody knows how fast.
     By `reading_seconds` computing takes longer for each byte that is read ahead. None where there are no options.
     """
@@ -102,8 +111,14 @@ def choose_batch_size(
     ]
     if not found:
         return None
-    most = max(choice.tokens_per_second for choice in found)
-    enough = [choice for choice in found if choice.tokens_per_second * _WORTH >= most]
+
+    def speed(choice: BatchChoice) -> float:
+        if sequences is None:
+            return choice.tokens_per_second
+        return sequences / _passes(sequences, choice.option.sequences) / choice.pass_seconds
+
+    most = max(map(speed, found))
+    enough = [choice for choice in found if speed(choice) * _WORTH >= most]
     return min(enough, key=lambda choice: choice.option.sequences)
 
 

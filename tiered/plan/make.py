@@ -256,17 +256,20 @@ def _most_throughput(asked: Asked) -> Plan:
         option = max(found, key=lambda option: (option.sequences, not option.kv_on_disk, option.kv_on_device))
         return _reasoned(asked, found[option], "as fit")
     seconds = partial(_compute_seconds, asked.model, machine, asked.workload)
-    choice = _chosen(found, machine, seconds)
+    choice = _chosen(found, machine, seconds, asked.workload.sequences)
     assert choice is not None
     return _reasoned(asked, found[choice.option], _expected(choice, machine))
 
 
 def _chosen(
-    options: Iterable[BatchOption], machine: Machine, compute_seconds: Callable[[int], float]
+    options: Iterable[BatchOption],
+    machine: Machine,
+    compute_seconds: Callable[[int], float],
+    sequences: int | None = None,
 ) -> BatchChoice | None:
-    """The option with most tokens per second by the machine's rates."""
+    """The option with most tokens per second by the machine's rates, for so many sequences in all."""
     disk, bus = machine.disk_bytes_per_second, machine.bus_bytes_per_second
-    return choose_batch_size(options, disk, compute_seconds, bus, machine.reading_seconds)
+    return choose_batch_size(options, disk, compute_seconds, bus, machine.reading_seconds, sequences)
 
 
 def _compute_seconds(model: ModelShape, machine: Machine, workload: Workload, count: int) -> float:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from tiered.errors import BudgetError, ConfigError, DeviceBudgetError
-from tiered.plan.batch_size import candidates
+from tiered.plan.batch_size import candidates, even_candidates
 from tiered.plan.gpu import SCRATCH_NBYTES
 from tiered.plan.hardware import Hardware, Mode
 from tiered.plan.inputs import MAX_BATCHED_TOKENS, Budgets, Machine, ModelShape, Objective, Tier, Workload
@@ -67,8 +67,10 @@ class Ask:
         """Batch sizes to compare: with a GPU, whose plans take longer to make, only each twice the one before."""
         if self.batch is not None:
             return [min(self.batch, self.sequences)]
+        if strategy == CPU:
+            return even_candidates(self.sequences, _MOST_BATCH)
         found = candidates(min(self.sequences, _MOST_BATCH))
-        return [each for each in found if strategy == CPU or each == found[-1] or each.bit_count() == 1]
+        return [each for each in found if each == found[-1] or each.bit_count() == 1]
 
     def workload(self, batch: int) -> Workload:
         """What a run with `batch` sequences at once is planned for."""
