@@ -25,6 +25,7 @@ from tiered.plan.strategies import (
     GPU_TIERS,
     Ask,
     Comparison,
+    Row,
     compare,
     machine_for,
 )
@@ -177,6 +178,23 @@ def test_a_batch_is_chosen_for_the_job_and_not_beyond_what_helps() -> None:
     chosen = compared(sequences=64, ram=2 * GIB, prompt=8, objective="throughput").rows[0]
     assert chosen.batch_size > 1
     assert chosen.prediction.seconds < alone.prediction.seconds
+
+
+def test_bits_and_few_sequences_together_cost_no_more_than_bits_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    (row,) = compared(objective="throughput", sequences=8, batch=8).rows[:1]
+
+    def made(bits: int, batch: int, seconds: float) -> Row:
+        decode = replace(row.prediction.decode, seconds=seconds)
+        prediction = replace(row.prediction, prefill=replace(row.prediction.prefill, seconds=0.0), decode=decode)
+        return replace(row, kv_bits=bits, batch_size=batch, prediction=prediction)
+
+    few = [made(4, 8, 100.0), made(16, 8, 109.0), made(16, 6, 110.5)]
+    monkeypatch.setattr("tiered.plan.strategies._rows", lambda *_: iter(few))
+    found = compared(objective="throughput", sequences=8).best
+    assert found is not None and (found.kv_bits, found.batch_size) == (16, 8)
+    few[2] = made(16, 6, 109.9)
+    found = compared(objective="throughput", sequences=8).best
+    assert found is not None and (found.kv_bits, found.batch_size) == (16, 6)
 
 
 def test_cost_is_that_of_the_hours() -> None:

@@ -226,8 +226,9 @@ def _chosen(found: Sequence[Row], ask: Ask) -> Row:
     most = min(map(ask.cost, found)) * WORTH_OF_BITS
     bits = max(row.kv_bits for row in found if ask.cost(row) <= most)
     same = [row for row in found if row.kv_bits == bits]
-    least = min(map(ask.cost, same)) * _WORTH
-    return min((row for row in same if ask.cost(row) <= least), key=lambda row: row.batch_size)
+    # Both together cost no more than bits alone may.
+    most = min(most, min(map(ask.cost, same)) * _WORTH)
+    return min((row for row in same if ask.cost(row) <= most), key=lambda row: row.batch_size)
 
 
 def _ways(strategy: str, model: ModelShape, machine: Machine, ask: Ask, batch: int, bits: Bits) -> list[Way]:
