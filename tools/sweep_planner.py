@@ -6,8 +6,9 @@
 A job is so many sequences of one length in one budget. Two planners are asked, that of `tiered plan` (the whole job's
 seconds decide) and that of `tiered batch` (a decode pass's do), and the job is run as they say, with a quarter to four
 times that many sequences at once, with the KV cache elsewhere or in other bits (at the batch size that is predicted to
-be best there), and with half of the weights that stay in memory. Each run is one `tiered generate` on a synthetic
-store, which is made in DIR where it is not there yet; its line in DIR/planner.jsonl is written when it ends.
+be best there), and with so much less memory that half of the weights stay there. Each run is one `tiered generate` on
+a synthetic store, which is made in DIR where it is not there yet; its line in DIR/planner.jsonl is written when it
+ends.
 
 Planners are asked with the profile DIR/profile.toml, which is measured once, and the rate of the disk as it was when
 the job's first run began. Plans are pure, so the table asks them again: a change of a planner asks for new runs only
@@ -16,6 +17,7 @@ where it chooses what has not been run.
 
 import argparse
 import contextlib
+import itertools
 import json
 import statistics
 import subprocess
@@ -80,27 +82,32 @@ class Way:
     batch: int
     kv: str
     bits: int
-    kept: int | None = None
-    """Bytes of weights that stay in memory; None: as many as fit."""
+    less: int = 0
+    """Bytes of the budget that it leaves unused, which hold fewer weights then."""
 
     @classmethod
     def of(cls, plan: Plan) -> "Way":
         return cls(plan.batch_size, "disk" if plan.cache.on_disk else "cpu", plan.cache.bits)
 
     def __str__(self) -> str:
-        kept = "" if self.kept is None else f", {format_size(self.kept)} kept"
-        return f"{self.batch}, {self.kv} {self.bits}{kept}"
+        less = f", {format_size(self.less)} less" if self.less else ""
+        return f"{self.batch}, {self.kv} {self.bits}{less}"
 
 
+SHORT: Final = (12, 4, 8)
+LONG: Final = (4, 32, 4)
+FEW: Final = (4, 4, 4)
+"""Sequences, and tokens of their prompts and completions: runs of half a minute on two slow cores."""
 JOBS: Final = [
     Job(shape, ram, *lengths)
-    for shape, rams, kinds in (
-        ("opt-1.3b", ("750MiB", "900MiB", "1200MiB"), ((12, 4, 8), (4, 32, 4))),
-        ("opt-6.7b", ("1500MiB", "2500MiB", "3500MiB"), ((4, 4, 4),)),
+    for shape, ram, lengths in (
+        *(("opt-1.3b", "750MiB", SHORT), ("opt-1.3b", "1200MiB", SHORT), ("opt-6.7b", "2500MiB", FEW)),
+        *(("opt-1.3b", "900MiB", LONG), ("opt-6.7b", "1500MiB", FEW), ("opt-6.7b", "3500MiB", FEW)),
+        *(("opt-1.3b", "900MiB", SHORT), ("opt-1.3b", "750MiB", LONG), ("opt-1.3b", "1200MiB", LONG)),
     )
-    for ram in rams
-    for lengths in kinds
 ]
+NEAR: Final = 6
+"""Ways of each job that are run before others of any: an interrupted sweep is one of most jobs."""
 
 
 class Planners:
@@ -124,7 +131,7 @@ class Planners:
     def plan(self, way: Way) -> Plan | None:
         """The plan of `way`; None where it does not fit."""
         bits: Any = way.bits
-        budgets = Budgets(parse_size(self._job.ram), BASELINE_NBYTES, kv_bits=bits, resident_cpu=way.kept)
+        budgets = Budgets(parse_size(self._job.ram) - way.less, BASELINE_NBYTES, kv_bits=bits)
         asked = Asked(self._model, self._machine, self._job.ask.workload(way.batch), budgets)
         try:
             return asked.way(way.batch, way.kv == "disk").plan_at(budgets.ram)
@@ -139,20 +146,22 @@ class Planners:
         return predict(plan, self._model, self._machine, workload).tokens_per_second
 
     def sweep(self) -> list[Way]:
-        """The choices, and what else is run, without what does not fit."""
-        choices = self.choices()
-        found = list(choices.values())
-        for chosen in choices.values():
-            batches = (chosen.batch * 2**power // 4 for power in range(5))
-            found += [replace(chosen, batch=batch) for batch in batches if 1 <= batch <= self._job.sequences]
+        """The choices, and what else is run, without what does not fit; those of most interest come first."""
+        choices = list(self.choices().values())
+        found = list(choices)
+        for power in (1, 3):
+            found += [replace(chosen, batch=chosen.batch * 2**power // 4) for chosen in choices]
         for place, bits in PLACES:
             ways = [Way(batch, place, bits) for batch in self._job.ask.batches(CPU)]
             found.append(max(ways, key=self.tokens_per_second))
-        for chosen in choices.values():
+        for chosen in choices:
             plan = self.plan(chosen)
             if plan is not None and plan.placement.resident_nbytes:
-                found.append(replace(chosen, kept=plan.placement.resident_nbytes // 2))
-        return [way for way in dict.fromkeys(found) if self.plan(way) is not None]
+                found.append(replace(chosen, less=plan.placement.resident_nbytes // 2))
+        for power in (0, 4):
+            found += [replace(chosen, batch=chosen.batch * 2**power // 4) for chosen in choices]
+        right = (way for way in dict.fromkeys(found) if 1 <= way.batch <= self._job.sequences)
+        return [way for way in right if self.plan(way) is not None]
 
 
 class Results:
@@ -213,17 +222,16 @@ def measure(folder: Path, results: Results, rounds: int, until: float) -> None:
     profile = folder / "profile.toml"
     if not profile.exists():
         call("profile", str(stores[JOBS[-1].shape]), "-o", str(profile))
-    for round_ in range(1, rounds + 1):
-        for job in JOBS:
+    for round_, most, job in itertools.product(range(1, rounds + 1), (NEAR, None), JOBS):
+        if time.monotonic() > until:
+            return
+        if results.disk(job) is None:
+            results.add(job, None, disk=disk_rate(stores[job.shape]))
+        for way in planners(folder, stores[job.shape], results, job).sweep()[:most]:
             if time.monotonic() > until:
                 return
-            if results.disk(job) is None:
-                results.add(job, None, disk=disk_rate(stores[job.shape]))
-            for way in planners(folder, stores[job.shape], results, job).sweep():
-                if time.monotonic() > until:
-                    return
-                if len(results.seconds(job, way)) < round_:
-                    results.add(job, way, **run(stores[job.shape], job, way))
+            if len(results.seconds(job, way)) < round_:
+                results.add(job, way, **run(stores[job.shape], job, way))
 
 
 def disk_rate(store: Path) -> float:
@@ -246,9 +254,15 @@ def run(store: Path, job: Job, way: Way) -> dict[str, Any]:
     """Seconds of the whole job, all passes together, and what its report says of memory; seconds are None where it
     does not fit."""
     words = ["generate", str(store), "--json", "--ignore-eos", "--no-measure", "--objective", "throughput"]
-    words += ["--ram", job.ram, "--sequences", str(job.sequences), "--prompt-tokens", str(job.prompt)]
+    words += [
+        "--ram",
+        str(parse_size(job.ram) - way.less),
+        "--sequences",
+        str(job.sequences),
+        "--prompt-tokens",
+        str(job.prompt),
+    ]
     words += ["-n", str(job.new), "--batch", str(way.batch), "--kv", way.kv, "--kv-bits", str(way.bits)]
-    words += [] if way.kept is None else ["--resident-cpu", str(way.kept)]
     print(f"sweep_planner: {job.shape} in {job.ram}, {job.prompt} + {job.new}: {way}", file=sys.stderr)
     said = call(*words, or_code=_NO_BUDGET)
     if said is None:

@@ -39,10 +39,10 @@ def test_a_sweep_has_the_choices_and_what_they_were_chosen_among() -> None:
     assert set(choices) == {"plan", "batch"} and set(choices.values()) <= set(swept) and len(set(swept)) == len(swept)
     assert {way.batch for way in swept} >= {choices["plan"].batch // 2, choices["plan"].batch}
     assert {(way.kv, way.bits) for way in swept} >= {("cpu", 16), ("cpu", 4), ("disk", 16), ("disk", 4)}
-    assert any(way.kept is not None for way in swept) and all(1 <= way.batch <= JOB.sequences for way in swept)
+    assert any(way.less for way in swept) and all(1 <= way.batch <= JOB.sequences for way in swept)
     # `tiered plan` chooses what is predicted to be about the best of all that is run.
     assert planners.tokens_per_second(choices["plan"]) > 0.85 * max(map(planners.tokens_per_second, swept))
-    assert planners.tokens_per_second(Way(32, "cpu", 16, kept=1 << 40)) == 0
+    assert planners.tokens_per_second(Way(32, "cpu", 16, less=1 << 30)) == 0
 
 
 def test_a_sweep_goes_on_where_it_was_and_its_table_names_what_is_behind(
