@@ -189,12 +189,15 @@ def prompts(batch: int, tokens: int, vocab: int, seed: int) -> list[list[int]]:
     return [[chance.randrange(min(16, vocab - 1), vocab) for _ in range(tokens)] for _ in range(batch)]
 
 
-def quickest_dtype(rows: int) -> Any:
-    """The dtype in which torch multiplies `rows` rows quickest here: many processors only emulate bfloat16."""
+def quickest_dtype(options: argparse.Namespace) -> Any:
+    """The dtype in which torch multiplies a row of each sequence quickest here, with the threads that are asked for:
+    many processors only emulate bfloat16."""
     import torch
 
+    torch.set_num_threads(options.threads)
+
     def seconds(dtype: Any) -> float:
-        weight, some = (torch.ones(count, _PROBE, dtype=dtype) for count in (_PROBE, rows))
+        weight, some = (torch.ones(count, _PROBE, dtype=dtype) for count in (_PROBE, options.batch))
         times = []
         for _ in range(4):
             began = time.perf_counter()
@@ -207,29 +210,25 @@ def quickest_dtype(rows: int) -> Any:
 
 def hugging_face(options: argparse.Namespace) -> Iterator[float]:
     """accelerate's offload to disk: weights are read from the checkpoint's files, layer by layer, in each pass."""
-    import torch
     from transformers import AutoModelForCausalLM
 
-    torch.set_num_threads(options.threads)
-    dtype = quickest_dtype(options.batch)
+    options.dtype = quickest_dtype(options)
     limits: dict[str, Any] = {"device_map": {"": "disk"}} if not options.kept else {"device_map": "auto"}
     if options.kept:
         limits["max_memory"] = {"cpu": options.kept}
     model = AutoModelForCausalLM.from_pretrained(
-        options.model, dtype=dtype, offload_folder=str(options.scratch), **limits
+        options.model, dtype=options.dtype, offload_folder=str(options.scratch), **limits
     )
     yield from _generate(model, options)
 
 
 def airllm(options: argparse.Namespace) -> Iterator[float]:
     """AirLLM cuts the checkpoint into files of a layer, once, and loads them one after the other."""
-    import torch
-
-    torch.set_num_threads(options.threads)
+    options.dtype = quickest_dtype(options)
     model = importlib.import_module("airllm").AutoModel.from_pretrained(
         str(options.model),
         device="cpu",
-        dtype=quickest_dtype(options.batch),
+        dtype=options.dtype,
         layer_shards_saving_path=str(options.scratch),
     )
     yield from _generate(model, options)
@@ -360,7 +359,8 @@ def main() -> int:
         first = next(iter(str(error).splitlines()), type(error).__name__)
         print(json.dumps({"error": first[:_MOST_SHOWN]}), flush=True)
         raise
-    print(json.dumps({"version": version(package), **found}))
+    computed_in = f", {options.dtype}".replace("torch.", "") if "dtype" in options else ""
+    print(json.dumps({"version": version(package) + computed_in, **found}))
     return 0
 
 

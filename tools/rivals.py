@@ -128,7 +128,7 @@ def refusal(work: Path, rival: Rival) -> str | None:
     """Why `rival` cannot run at all."""
     reason = work / rival.name / _REASON
     if reason.exists():
-        return f"not installable: {reason.read_text(encoding='utf-8')}"
+        return f"not installable: {reason.read_text(encoding='utf-8').strip()}"
     if not Path(_python(work, rival.name)).exists():
         return "not installed: run 'python -m tools.rivals setup'"
     return None

@@ -93,7 +93,7 @@ def test_a_system_without_its_environment_is_named_with_the_reason(tmp_path: Pat
     (rival,) = (one for one in RIVALS if one.name == "llama.cpp")
     assert refusal(tmp_path, rival) == "not installed: run 'python -m tools.rivals setup'"
     (tmp_path / rival.name).mkdir()
-    (tmp_path / rival.name / "refusal").write_text("no compiler")
+    (tmp_path / rival.name / "refusal").write_text("no compiler\n")
     assert refusal(tmp_path, rival) == "not installable: no compiler"
 
 
