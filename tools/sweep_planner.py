@@ -119,7 +119,7 @@ class Planners:
 
     def choices(self) -> dict[str, Way]:
         """By planner; of one that finds no plan, nothing."""
-        found = {}
+        found: dict[str, Way] = {}
         best = compare({QUANT: self._model}.__getitem__, (QUANT,), self._hardware, self._job.ask).best
         if best is not None:
             found["plan"] = Way.of(best.plan)

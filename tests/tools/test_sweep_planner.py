@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from tiered.bench.stores import Synthetic
 from tiered.configs_path import config_dir
 from tiered.plan.inputs import ModelShape
 from tiered.plan.machines import load_hardware, save_hardware
@@ -29,7 +30,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(sweep_planner, "JOBS", [JOB])
     monkeypatch.setattr(sweep_planner, "read_store_shape", shape)
     monkeypatch.setattr(sweep_planner, "disk_rate", lambda store: 2e9)
-    monkeypatch.setattr(sweep_planner.Synthetic, "make", lambda self, compress: self.path(compress))
+    monkeypatch.setattr(Synthetic, "make", lambda self, compress: self.path(compress))
     return tmp_path
 
 
