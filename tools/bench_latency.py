@@ -14,9 +14,10 @@ With --first, each run is a process of its own that opens a runtime and computes
 the seconds of the first pass, and what it is held against, of the same process: S bytes of the tape at the raw
 bandwidth B (the better of two measurements, before the first pass and after the second), C, what the second pass
 computes, and touch, what writing one byte to each page of as much memory as the pass takes costs by itself, in one
-thread: half of it before the first pass, half after the second, and kept, so that neither finds the other's. Then a
-command `tiered generate`, from its start to the first byte of its text, imports included. All reads bypass the page
-cache.
+thread: half of it before the first pass, half after the second, and kept, so that neither finds the other's. Beside
+these the processor seconds of the first pass in all threads, divided by how many processors there are: where touching,
+computing, checksums and reads want more than that, they are the bound. Then a command `tiered generate`, from its
+start to the first byte of its text, imports included. All reads bypass the page cache.
 --against names other checkouts of tiered, which take turns.
 """
 
@@ -39,7 +40,7 @@ import torch
 from tiered.bench import measure_raw
 from tiered.generate import Sampler, SamplingParams, Scheduler, Sequence, generate
 from tiered.io import Arena
-from tiered.plan import MAX_BATCHED_TOKENS, Workload
+from tiered.plan import MAX_BATCHED_TOKENS, Workload, cpu_count
 from tiered.plan.inputs import Objective
 from tiered.runtime import Options, Runtime
 from tiered.store import Store
@@ -110,7 +111,10 @@ def row(path: Path, objective: Objective, arguments: argparse.Namespace) -> str:
     return f"| {objective} | {figures} | {len(during)} | {sum(during):.2f} s |"
 
 
-FIRST: Final = ("first pass s", "S GB", "S/B s", "C s", "touch GB", "touch s", "times the largest", "first text s")
+FIRST: Final = (
+    *("first pass s", "S GB", "S/B s", "C s", "touch GB", "touch s", "times the largest"),
+    *("processor s / processors", "first text s"),
+)
 
 
 def print_first(path: Path, arguments: argparse.Namespace) -> None:
@@ -141,17 +145,18 @@ def first_pass(path: Path, ram: str) -> list[float]:
             raw = [measure_raw(files, memory[: 256 * MIB], direct=True).bytes_per_second]
             costs = []
             for _ in range(2):
-                began = time.perf_counter()
+                began, used = time.perf_counter(), time.process_time()
                 generation = generate(runtime, [sequence(store, 8, 1, 1)], 1)
-                costs.append((time.perf_counter() - began, generation.prefill.compute_seconds))
+                took, used = time.perf_counter() - began, time.process_time() - used
+                costs.append((took, used, generation.prefill.compute_seconds))
             runtime.stop_streaming()
             raw.append(measure_raw(files, memory[: 256 * MIB], direct=True).bytes_per_second)
             touch += touched(halves[1])
             del memory, halves
-    (first, _), (_, compute) = costs
+    (first, used, _), (_, _, compute) = costs
     reading = store.tape_nbytes / max(raw)
     share = first / max(reading, compute, touch)
-    return [first, store.tape_nbytes / 1e9, reading, compute, nbytes / 1e9, touch, share]
+    return [first, store.tape_nbytes / 1e9, reading, compute, nbytes / 1e9, touch, share, used / cpu_count()]
 
 
 def touched(memory: memoryview) -> float:
