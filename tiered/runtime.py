@@ -177,8 +177,8 @@ class Runtime:
             )
         )
         embedding = EmbeddingRows(self.store, self.reader, verifier, self._memory.staging)
-        pool = self._memory.pool
-        self.engine = Engine(made.seats, embedding, self.host.cancel, self.host.trace, pool.outbox)
+        outbox, room = self._memory.pool.outbox, self._memory.room
+        self.engine = Engine(made.seats, embedding, self.host.cancel, self.host.trace, outbox, room)
         self.dtype = made.dtype
         stack.callback(self.stop_streaming)
         self._member = member
