@@ -102,8 +102,8 @@ class Runtime:
         self._streaming: StreamThread | None = None
         self._copied = 0
         """Bytes that streams which have ended have copied to the device."""
-        self._device_is_used = False
-        """Whether a pass has computed on the device since its memory was given back."""
+        self._device_is_held = False
+        """Whether streams have been opened, or a pass has computed on the device, since its memory was given back."""
         self.rested_nbytes: int | None = None
         """Bytes of the device's memory that were kept when it was last given back; None: it never was."""
         self._member: Member | None = None
@@ -288,8 +288,8 @@ class Runtime:
 
     @property
     def may_rest(self) -> bool:
-        """Whether `rest_device` would give anything back: the device computes prompts only, and has computed some."""
-        return self.plan.device is not None and self.plan.decode_device == "cpu" and self._device_is_used
+        """Whether `rest_device` would give anything back, as the device computes prompts only."""
+        return self.plan.device is not None and self.plan.decode_device == "cpu" and self._device_is_held
 
     def rest_device(self) -> None:
         """Give back the memory that the device computes prompts with, until the next one comes. For callers who know
@@ -314,13 +314,13 @@ class Runtime:
             if self._streaming is not None:
                 self.start_streaming().rest_device()
             self.host.compute(rest)
-        self._device_is_used, self.rested_nbytes = False, computer.device.held_nbytes
+        self._device_is_held, self.rested_nbytes = False, computer.device.held_nbytes
 
     def _run_alone(self, work: Work, on_block: OnBlock | None, is_last: bool) -> Pass:
         streams = self.start_streaming()
         assert self._member is not None
         self._member.has_run = True
-        self._device_is_used |= any(seat.device is not None for seat in work.seats)
+        self._device_is_held |= any(seat.device is not None for seat in work.seats)
         try:
             return self.host.compute(functools.partial(self._pass, work, streams, on_block, is_last), owner=self)
         except Exception:
@@ -355,6 +355,7 @@ class Runtime:
         """Start the loop thread and the reading; done by the first pass if not before."""
         if self._streaming is None:
             self._streaming = StreamThread(self._load_tables, self._make_streams)
+            self._device_is_held = True
         try:
             return wait_for(self._streaming.ready)
         except BaseException:

@@ -294,6 +294,8 @@ def waiting(store: Path) -> int:
     """Greedy tokens of prompts whose hidden states wait in memory, as the device's is short."""
     checks, vram = Checks(), short_vram(store, "cuda")
     checks.check(vram is not None, f"hidden states of a pass wait in memory with {vram} bytes of the device's")
+    if vram is None:
+        return checks.failures
     sequences, prompt, tokens = WAITING
     common = ("--prompt-tokens", str(prompt), "-n", str(tokens), "--sequences", str(sequences), "--ignore-eos")
     common = (*common, "--dtype", "float32", "--no-measure", "--micro-batch", str(WAITING_ROWS), "--kv", "cpu")
@@ -323,7 +325,7 @@ def short_vram(store: Path, device: str) -> int | None:
     asked = Options(
         tiers=(Tier.DISK, Tier.CPU, Tier.GPU),
         device=device,
-        vram=4 * GIB,
+        vram=2 * GIB,
         ram=4 * GIB,
         dtype="float32",
         kv="cpu",
@@ -331,18 +333,19 @@ def short_vram(store: Path, device: str) -> int | None:
     )
     model, machine, budgets = measure_inputs(Store.open(store), asked)
 
-    def has_room(vram: int) -> bool:
+    def waits(vram: int) -> bool | None:
         try:
             plan = make_plan(model, machine, work, dataclasses.replace(budgets, vram=vram))
         except BudgetError:
-            return False
+            return None
         assert plan.device is not None
-        return plan.device.waiting is None and plan.max_batched_tokens > WAITING_ROWS
+        is_cut = plan.max_batched_tokens <= WAITING_ROWS
+        return None if is_cut else plan.device.waiting is not None
 
-    enough = bisect.bisect_left(range(budgets.vram // MIB), True, key=lambda count: has_room(count * MIB)) * MIB
+    sizes = range(budgets.vram // MIB)
+    enough = bisect.bisect_left(sizes, True, key=lambda count: waits(count * MIB) is False) * MIB
     short = enough - sequences * prompt * model.hidden * model.itemsize
-    plan = make_plan(model, machine, work, dataclasses.replace(budgets, vram=short))
-    return short if plan.device is not None and plan.device.waiting is not None else None
+    return short if waits(short) else None
 
 
 def streams(folder: Path) -> int:

@@ -130,5 +130,5 @@ class _Heads:
 
     def _of_heads(self, rows: torch.Tensor) -> torch.Tensor:
         """What of `rows` [queries, q_heads, head_dim] belongs to these heads: [kv_heads, group, queries, head_dim]."""
-        of_all = rows.unflatten(1, (-1, self._group))
+        of_all: torch.Tensor = rows.unflatten(1, (-1, self._group))
         return of_all[:, self._heads.start : self._heads.stop].permute(1, 2, 0, 3)

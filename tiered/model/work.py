@@ -100,7 +100,7 @@ class Work(Protocol):
     def head(self) -> Seat:
         """Which of them computes logits. It may have nothing else to compute."""
 
-    def record(self, embedded: Embedded, room: WaitingRoom | None) -> list[Group]:
+    def record(self, embedded: Embedded, room: WaitingRoom | None = None) -> list[Group]:
         """The micro-batches, ready for the first layer; a device's wait in `room`, if there is one. In the compute
         thread."""
 
