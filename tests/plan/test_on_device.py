@@ -229,12 +229,12 @@ def test_hidden_states_wait_in_memory_where_the_device_has_no_room_for_them() ->
     assert plan.device is not None and plan.device.waiting is not None and plan.needs.waiting >= tokens * token
     # They cross the bus for each layer, unless each micro-batch has a slot to itself.
     assert plan.waiting_nbytes(tokens) == 20 * tokens * token and not plan.waiting_nbytes(3 * plan.micro_batch_rows)
-    # Two generations of them would have been on the device.
-    roomy = make_plan(MODEL, UNMEASURED, work, replace(asked, vram=least + 2 * tokens * token))
-    check(roomy, MODEL, replace(asked, vram=least + 2 * tokens * token))
+    # With plenty, all of them are on the device.
+    roomy = make_plan(MODEL, UNMEASURED, work, replace(asked, vram=16 * GIB))
+    check(roomy, MODEL, replace(asked, vram=16 * GIB))
     assert roomy.device is not None and roomy.device.waiting is None and not roomy.waiting_nbytes(tokens)
     with pytest.raises(BudgetError, match="for what waits for the GPU"):
-        make_plan(MODEL, UNMEASURED, work, replace(asked, vram=least, ram=plan.nbytes - plan.placement.nbytes))
+        make_plan(MODEL, UNMEASURED, work, replace(asked, vram=least, ram=GIB))
 
 
 def test_predictions_count_what_crosses_the_bus_for_hidden_states_that_wait() -> None:
