@@ -344,7 +344,7 @@ def short_vram(store: Path, device: str) -> int | None:
 
     sizes = range(budgets.vram // MIB)
     enough = bisect.bisect_left(sizes, True, key=lambda count: waits(count * MIB) is False) * MIB
-    short = enough - sequences * prompt * model.hidden * model.itemsize
+    short = enough - work.tokens_in_flight(sequences, work.max_context) * model.hidden * model.itemsize
     return short if waits(short) else None
 
 
