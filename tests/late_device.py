@@ -55,6 +55,13 @@ class LateDevice:
     def release(self, memory: torch.Tensor) -> None:
         self._borrowed.remove(memory.untyped_storage().data_ptr())
 
+    @property
+    def held_nbytes(self) -> int:
+        return 0
+
+    def trim(self) -> None:
+        pass
+
     def register(self, address: int, nbytes: int) -> str | None:
         return None
 

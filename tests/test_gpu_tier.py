@@ -7,7 +7,8 @@ is poison, and vector clocks find every wait that is missing (tests/device, test
 import json
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Items
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, Final
 
 import pytest
 import torch
+from transformers.cache_utils import DynamicCache
 
 import tiered
 from tests.commands import make_store, run_here
@@ -23,8 +25,11 @@ from tests.quick import represented
 from tiered.device import Device, open_device
 from tiered.device.emulated import EmulatedDevice
 from tiered.errors import BudgetError, ConfigError, DeviceBudgetError
+from tiered.generate.sampling import Sampler, SamplingParams
+from tiered.generate.scheduler import Scheduler
+from tiered.generate.sequence import Sequence
 from tiered.host import Host
-from tiered.model import Segment
+from tiered.model import ForwardBatch, Segment
 from tiered.plan import ComputeRate, Machine, Plan, Tier, Workload, full_ring, make_plan
 from tiered.plan.hardware import GpuRates
 from tiered.plan.play import Device as SimulatedDevice
@@ -40,7 +45,7 @@ STEPS: Final = 4
 PLENTY: Final = 4 * GIB
 
 
-def two_units(sizes: Sequence[int]) -> int:
+def two_units(sizes: Items[int]) -> int:
     return full_ring([[nbytes] for nbytes in sizes])
 
 
@@ -203,6 +208,94 @@ def stream_of_sequences(runtime: Runtime, name: str) -> Answers:
             if len(tokens[number]) == STEPS:
                 runtime.release(running.pop(number)[0])
     return Answers(tuple(tokens), tuple(torch.cat(parts) for parts in logits))
+
+
+@pytest.mark.parametrize(("name", "kv"), [("llama", "cpu"), ("mixtral", "disk")])
+def test_the_device_keeps_no_memory_for_prompts_while_only_the_processor_decodes(
+    tiny: Tiny, devices: Devices, tmp_path: Path, name: str, kv: str
+) -> None:
+    store = tiny.store(name)
+    asked = {"kv": kv, "micro_batch_rows": 9, "prefill_device": "gpu", "decode_device": "cpu"}
+    options = options_for(store, devices, "a ring", "some", tmp_path, **asked)
+    with open_runtime(store, kv=kv, kv_folder=tmp_path) as runtime:
+        expected = [each.token_ids for each, _ in generated(runtime, devices, name)]
+    with opened(store, devices, **options) as runtime:
+        assert runtime.plan.device is not None
+        ring, kept = runtime.plan.device.placement.ring_nbytes, []
+        for each, held in generated(runtime, devices, name):
+            assert each.token_ids == expected[len(kept)]
+            with_prompts, without = (max(nbytes for found, nbytes in held if found is way) for way in (True, False))
+            assert with_prompts >= ring > 0
+            kept.append(without)
+        assert kept == [runtime.rested_nbytes] * 3
+        assert devices.name == "cuda" or kept == [0] * 3
+
+
+def generated(runtime: Runtime, devices: Devices, name: str) -> Iterator[tuple[Sequence, list[tuple[bool, int]]]]:
+    """Prompts one after the other, each with its text, and what the device's memory holds behind passes with prompts
+    and without."""
+    prompts = prompts_for(name)
+    with Scheduler[Sequence](runtime, 2, lambda: False) as scheduler:
+        for prompt in (*prompts, prompts[0][::-1]):
+            sequence, held = Sequence(prompt, Sampler(SamplingParams(), 0), None, STEPS, frozenset()), []
+            scheduler.add(sequence)
+            while not scheduler.is_idle:
+                scheduler.step()
+                is_prompt = scheduler.costs.recent[-1].prompt_tokens > 0
+                held.append((is_prompt, devices[-1].held_nbytes if devices else 0))
+            yield sequence, held
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hidden states wait in the host's memory wherever they may, as they do where the device's is short."""
+    monkeypatch.setattr("tiered.plan.way.Way._has_full_device_ring", lambda way, passes: False)
+
+
+WAITING: Final = (
+    ("llama", "gpu", 16, "gpu"),
+    ("gemma3_text", "cpu", 8, "gpu"),
+    ("bloom", "cpu", 16, "gpu"),
+    ("mixtral", "disk", 16, "cpu"),
+    ("opt", "disk", 8, "gpu"),
+    ("opt", "cpu", 16, "cpu"),
+)
+
+
+@pytest.mark.parametrize(("name", "kv", "bits", "decode"), represented(WAITING, [WAITING[0], WAITING[3]]))
+@pytest.mark.usefixtures("waits")
+def test_hidden_states_wait_in_memory_and_come_back_for_each_layer(
+    tiny: Tiny, devices: Devices, tmp_path: Path, name: str, kv: str, bits: int, decode: str
+) -> None:
+    store = tiny.store(name)
+    asked = {"kv": kv, "kv_bits": bits, "micro_batch_rows": 2, "decode_device": decode}
+    with open_runtime(store, kv="cpu", kv_bits=bits) as runtime:
+        expected = run_greedy(runtime, prompts_for(name), STEPS)
+    options = {"tiers": ALL, "device": devices.name, "vram": PLENTY, "kv_folder": tmp_path, **asked}
+    with opened(store, devices, **options) as runtime:
+        plan = runtime.plan
+        assert plan.device is not None and plan.device.waiting is not None
+        tokens = sum(map(len, prompts_for(name)))
+        assert plan.needs.waiting >= tokens * plan.device.waiting.token_nbytes
+        assert_same(run_greedy(runtime, prompts_for(name), STEPS, end=False), expected)
+        assert_same(run_greedy(runtime, prompts_for(name), STEPS), expected)
+        # Those of the prompts, not those of decoding, which are in a slot each.
+        crossed = runtime.host.trace.total("bus").nbytes - runtime.bus_nbytes
+        assert crossed == 2 * plan.waiting_nbytes(tokens)
+
+
+@pytest.mark.usefixtures("waits")
+def test_hidden_states_of_a_caller_s_own_passes_wait_as_well(tiny: Tiny, devices: Devices, tmp_path: Path) -> None:
+    store, ids = tiny.store("llama"), torch.tensor([prompt[:12] for prompt in prompts_for("llama")])
+
+    def logits(**options: Any) -> torch.Tensor:
+        with open_runtime(store, micro_batch_rows=4, **options) as runtime:
+            (found,) = runtime.forward([ForwardBatch(ids, DynamicCache(), logits_to_keep=0)]).logits
+            assert runtime.plan.device is None or runtime.plan.device.waiting is not None
+            return found
+
+    expected = logits()
+    torch.testing.assert_close(logits(tiers=ALL, device=devices.name, vram=PLENTY, kv_folder=tmp_path), expected)
 
 
 @pytest.mark.parametrize("tiers", [(Tier.CPU, Tier.GPU), (Tier.GPU,)], ids=["cpu,gpu", "gpu"])

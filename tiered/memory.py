@@ -8,8 +8,10 @@ from typing import Final
 import torch
 
 from tiered.cache import KVPool, Outbox
+from tiered.device import Lease
 from tiered.host import Host
 from tiered.io import CHUNK_BUFFERS, Arena, Slab, SpillFile
+from tiered.model import WaitingRoom
 from tiered.options import Options
 from tiered.plan import Plan
 from tiered.plan.kv import outbox_nbytes
@@ -42,6 +44,8 @@ class Memory:
     """Memory of each resident unit, by its number on the tape."""
     experts: Slab | None
     """Memory of the cache of experts; None where layers are read whole."""
+    room: WaitingRoom | None
+    """Where hidden states wait that have no room on the device."""
 
     @property
     def largest(self) -> Slab:
@@ -57,9 +61,9 @@ def open_memory(store: Store, plan: Plan, options: Options, host: Host, has_pool
     placement, cache, device = plan.placement, plan.cache, host.computer.device if host.computer is not None else None
     tables = CHUNK_NBYTES + plan.side_nbytes + plan.buffers_nbytes
     outbox_size = 0 if device is None or cache.on_device else outbox_nbytes(cache.groups, plan.micro_batch_rows)
-    total = (
-        plan.nbytes - plan.needs.total + tables + plan.needs.kv + plan.needs.state + PAGE * (len(plan.tape.nbytes) + 9)
-    )
+    needs = plan.needs
+    kept = needs.kv + needs.state + needs.waiting
+    total = plan.nbytes - needs.total + tables + kept + PAGE * (len(plan.tape.nbytes) + 9)
     with contextlib.ExitStack() as stack:
         arena = stack.enter_context(Arena(total))
 
@@ -68,28 +72,40 @@ def open_memory(store: Store, plan: Plan, options: Options, host: Host, has_pool
             stack.callback(arena.release, slab)
             return slab
 
-        def keep_on_device(nbytes: int, label: str) -> torch.Tensor:
+        def lease(nbytes: int, label: str) -> Lease:
             assert device is not None, f"{label}: the plan has a device, the host none"
-            memory = device.borrow(nbytes, label)
-            stack.callback(device.release, memory)
-            return memory
+            made = Lease(device, nbytes, label)
+            made.take()
+            stack.callback(made.end)
+            return made
 
         def make_pool() -> KVPool:
             if cache.on_device and device is not None and not has_pool:
                 return KVPool(cache, torch.empty(0, dtype=torch.uint8, device=device.where))
             if cache.on_device:
-                return KVPool(cache, keep_on_device(cache.pool_nbytes, "kv"))
+                return KVPool(cache, lease(cache.pool_nbytes, "kv").take())
             outbox = None
             if device is not None:
                 slab = keep(outbox_size, "kv from the device")
                 register(device, [slab], stack)
-                outbox = Outbox(device, keep_on_device(outbox_size, "kv to the host"), slab.tensor()[:outbox_size])
+                outbox = Outbox(lease(outbox_size, "kv to the host"), slab.tensor()[:outbox_size])
                 stack.callback(outbox.close)
             # Without a pool nothing is reserved in it, and memory that nobody touches takes none.
             states = None
             if cache.states_nbytes and not cache.on_disk:
                 states = keep(cache.states_nbytes, "recurrent states").tensor()
             return KVPool(cache, keep(cache.pool_nbytes, "kv").tensor(), outbox, states)
+
+        def make_room() -> WaitingRoom | None:
+            waiting = None if plan.device is None else plan.device.waiting
+            if waiting is None or device is None:
+                return None
+            slab = keep(waiting.host_nbytes, "hidden states")
+            register(device, [slab], stack)
+            there, here = lease(waiting.device_nbytes, "hidden states"), slab.tensor()[: waiting.host_nbytes]
+            room = WaitingRoom(there, here, host.trace)
+            stack.callback(room.close)
+            return room
 
         part = plan.buffers_nbytes // CHUNK_BUFFERS
         chunks = keep(plan.buffers_nbytes, "compressed chunks").view if part else memoryview(b"")
@@ -108,4 +124,5 @@ def open_memory(store: Store, plan: Plan, options: Options, host: Host, has_pool
             ring=keep(placement.ring_nbytes, "ring") if placement.ring_nbytes else None,
             resident={unit: keep(plan.tape.nbytes[unit], "resident") for unit in sorted(placement.resident)},
             experts=keep(plan.experts.nbytes, "experts") if plan.experts else None,
+            room=make_room(),
         )

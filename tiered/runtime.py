@@ -102,6 +102,10 @@ class Runtime:
         self._streaming: StreamThread | None = None
         self._copied = 0
         """Bytes that streams which have ended have copied to the device."""
+        self._device_is_held = False
+        """Whether streams have been opened, or a pass has computed on the device, since its memory was given back."""
+        self.rested_nbytes: int | None = None
+        """Bytes of the device's memory that were kept when it was last given back; None: it never was."""
         self._member: Member | None = None
         self._calls = threading.RLock()
         """Held by the thread whose turn it is, for its whole call with all passes of it."""
@@ -177,8 +181,8 @@ class Runtime:
             )
         )
         embedding = EmbeddingRows(self.store, self.reader, verifier, self._memory.staging)
-        pool = self._memory.pool
-        self.engine = Engine(made.seats, embedding, self.host.cancel, self.host.trace, pool.outbox)
+        outbox, room = self._memory.pool.outbox, self._memory.room
+        self.engine = Engine(made.seats, embedding, self.host.cancel, self.host.trace, outbox, room)
         self.dtype = made.dtype
         stack.callback(self.stop_streaming)
         self._member = member
@@ -267,6 +271,8 @@ class Runtime:
         for item in batch:
             check_token_ids(item.input_ids, self.store.vocab_size)
         work = ForwardWork(batch, self.plan.micro_batch_rows, self.plan.cache.layers, self.engine.seats)
+        if self.may_rest and all(seat.device is None for seat in work.seats):
+            self.rest_device()  # the next prompt is another call's
         return self._run(work, on_block, is_last)
 
     def _run(self, work: Work, on_block: OnBlock | None, is_last: bool) -> Pass:
@@ -280,10 +286,41 @@ class Runtime:
                     raise
                 raise ConfigError("the model was closed while this ran: let calls end before 'with' does") from error
 
+    @property
+    def may_rest(self) -> bool:
+        """Whether `rest_device` would give anything back, as the device computes prompts only."""
+        return self.plan.device is not None and self.plan.decode_device == "cpu" and self._device_is_held
+
+    def rest_device(self) -> None:
+        """Give back the memory that the device computes prompts with, until the next one comes. For callers who know
+        that none waits: a pass does not."""
+        with self.turn(), self._passing:
+            self._check_open()
+            if self.may_rest:
+                self._rest_device()
+
+    def _rest_device(self) -> None:
+        computer, outbox, room = self.host.computer, self._memory.pool.outbox, self._memory.room
+        assert computer is not None
+
+        def rest() -> None:
+            with computer.device.computing():
+                for each in filter(None, (outbox, room)):
+                    each.rest()
+            computer.kernels.close()
+            computer.device.trim()
+
+        with self.host.trace.span("bus", "memory of the device given back"):
+            if self._streaming is not None:
+                self.start_streaming().rest_device()
+            self.host.compute(rest)
+        self._device_is_held, self.rested_nbytes = False, computer.device.held_nbytes
+
     def _run_alone(self, work: Work, on_block: OnBlock | None, is_last: bool) -> Pass:
         streams = self.start_streaming()
         assert self._member is not None
         self._member.has_run = True
+        self._device_is_held |= any(seat.device is not None for seat in work.seats)
         try:
             return self.host.compute(functools.partial(self._pass, work, streams, on_block, is_last), owner=self)
         except Exception:
@@ -318,6 +355,7 @@ class Runtime:
         """Start the loop thread and the reading; done by the first pass if not before."""
         if self._streaming is None:
             self._streaming = StreamThread(self._load_tables, self._make_streams)
+            self._device_is_held = True
         try:
             return wait_for(self._streaming.ready)
         except BaseException:

@@ -8,15 +8,19 @@ process of its own, prints as it goes, and is ended where it takes too long; one
 At the end a table says what passed, in Markdown, for docs/benchmarks/gpu.md.
 
     facts    the device, driver, versions
-    kernels  int4 and int8 against float64, few rows and many, the same bits alone and in a batch; GB/s
+    kernels  int4 and int8 against float64, few rows and many, the same bits alone and in a batch; GB/s; prompts'
+             attention by fused kernels and by our own
     bus      copies from registered memory beside copies from memory that torch has pinned, in both directions
     tests    the tests that run on an emulated device elsewhere, here on this one: pytest -m gpu
-    tiers    greedy tokens of a small model over tiers and places of the KV cache, beside those of the processor
+    tiers    greedy tokens of a small model over tiers and places of the KV cache, beside those of the processor; with
+             hidden states that wait in memory, and memory that goes back while the processor decodes
     streams  a model larger than the device's budget: seconds per pass beside bytes over the measured bandwidth of the
              bus, and of the disk where the host's memory is short, too
 """
 
 import argparse
+import bisect
+import dataclasses
 import functools
 import importlib.util
 import json
@@ -28,7 +32,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from tiered.kernels import DeviceKernels
 
 NEEDED: Final = (
     *("torch", "triton", "transformers", "safetensors", "tokenizers", "huggingface_hub", "accelerate", "click"),
@@ -38,6 +45,9 @@ SECONDS: Final = {"facts": 30, "kernels": 110, "bus": 40, "tests": 140, "tiers":
 """How long each part may take: all together less than ten minutes, whatever hangs."""
 SHAPE: Final = "opt-13b"
 SMALL: Final = "opt-125m"
+WAITING: Final = (3, 1000, 4)
+"""Sequences, tokens of their prompts, tokens generated, of what waits."""
+WAITING_ROWS: Final = 64
 
 
 def main() -> int:
@@ -146,7 +156,40 @@ def kernels(folder: Path) -> int:
                     x = torch.randn(70, side, device=where, dtype=torch.bfloat16)
                     alone = torch.cat([ours.linear(row[None], weight) for row in x])
                     checks.check(torch.equal(alone, ours.linear(x, weight)), "a row's bits are the same in a batch")
+    for mode in Mode:
+        with DeviceKernels(where, mode) as ours:
+            attention(checks, ours, 2048, 2048)
+            attention(checks, ours, 512, 4096)
     return checks.failures
+
+
+def attention(checks: Checks, ours: "DeviceKernels", queries: int, slots: int) -> None:
+    """The last `queries` queries of a prompt of `slots` tokens, beside float64."""
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention
+
+    from tiered.kernels import AttentionCall, contiguous_pages
+
+    heads, group, width = 8, 4, 128
+    query = torch.randn(1, queries, heads * group, width, device=ours.where, dtype=torch.bfloat16)
+    keys, values = (torch.randn(1, heads, slots, width, device=ours.where).bfloat16() for _ in range(2))
+    call = AttentionCall(
+        query=query,
+        kv_heads=heads,
+        keys=contiguous_pages(keys),
+        values=contiguous_pages(values),
+        first=torch.zeros(1, dtype=torch.int64),
+        count=torch.tensor([slots]),
+        scaling=width**-0.5,
+    )
+    seen = torch.ones(queries, slots, dtype=torch.bool, device=ours.where).tril(slots - queries)
+    exact = (states.double().repeat_interleave(group, 1) for states in (keys, values))
+    expected = scaled_dot_product_attention(query.double().transpose(1, 2), *exact, attn_mask=seen).transpose(1, 2)
+    error = float((ours.attention(call).double() - expected).norm() / expected.norm())
+    seconds = timed(functools.partial(ours.attention, call), runs=5)
+    rate = f"{4 * int(seen.sum()) * heads * group * width / seconds / 1e12:.1f} TFLOP/s"
+    what = f"attention, {ours.mode.value}, {queries} queries of {slots}"
+    checks.check(error < 1e-2, f"{what}: error {error:.1e}, {seconds * 1e6:.0f} us, {rate}")
 
 
 def timed(work: Callable[[], object], runs: int = 20) -> float:
@@ -239,8 +282,70 @@ def tiers(folder: Path) -> int:
             same = [c["token_ids"] for c in found["completions"]] == [c["token_ids"] for c in expected]
             within = device["vram_peak_bytes"] <= device["vram_budget_bytes"]
             peak = f"peak {device['vram_peak_bytes'] / 2**20:.0f} MiB"
+            if "--decode-device" in words:
+                kept = device["vram_decode_bytes"]
+                within = within and kept is not None and kept < device["vram_peak_bytes"]
+                peak += f", {(kept or 0) / 2**20:.0f} MiB while the processor decodes"
             checks.check(same and within, f"{' '.join(words)}: {'equal' if same else 'OTHER'} tokens, {peak}")
+    return checks.failures + waiting(store)
+
+
+def waiting(store: Path) -> int:
+    """Greedy tokens of prompts whose hidden states wait in memory, as the device's is short."""
+    checks, vram = Checks(), short_vram(store, "cuda")
+    checks.check(vram is not None, f"hidden states of a pass wait in memory with {vram} bytes of the device's")
+    if vram is None:
+        return checks.failures
+    sequences, prompt, tokens = WAITING
+    common = ("--prompt-tokens", str(prompt), "-n", str(tokens), "--sequences", str(sequences), "--ignore-eos")
+    common = (*common, "--dtype", "float32", "--no-measure", "--micro-batch", str(WAITING_ROWS), "--kv", "cpu")
+    with failing(checks, f"waiting, {vram} bytes"):
+        expected = generate(store, *common)["completions"]
+        found = generate(store, *common, "--device", "cuda", "--tiers", "disk,cpu,gpu", "--vram", str(vram))
+        device = found["report"]["device"]
+        same = [c["token_ids"] for c in found["completions"]] == [c["token_ids"] for c in expected]
+        within = device["vram_peak_bytes"] <= device["vram_budget_bytes"]
+        told = f"{device['waiting_tokens']} tokens may wait, peak {device['vram_peak_bytes'] / 2**20:.0f} MiB"
+        checks.check(same and within and device["waiting_tokens"] > 0, f"{'equal' if same else 'OTHER'} tokens, {told}")
     return checks.failures
+
+
+def short_vram(store: Path, device: str) -> int | None:
+    """Bytes of the device's memory with which hidden states of `WAITING` wait in the host's: what is missing for all of
+    them is half of what they take. None: they never wait."""
+    from tiered.errors import BudgetError
+    from tiered.options import Options
+    from tiered.plan import Tier, Workload, make_plan
+    from tiered.prepare import measure_inputs
+    from tiered.store import Store
+    from tiered.units import GIB, MIB
+
+    sequences, prompt, tokens = WAITING
+    work = Workload(sequences, prompt + tokens, prompt, max_batched_tokens=4096)
+    asked = Options(
+        tiers=(Tier.DISK, Tier.CPU, Tier.GPU),
+        device=device,
+        vram=2 * GIB,
+        ram=4 * GIB,
+        dtype="float32",
+        kv="cpu",
+        micro_batch_rows=WAITING_ROWS,
+    )
+    model, machine, budgets = measure_inputs(Store.open(store), asked)
+
+    def waits(vram: int) -> bool | None:
+        try:
+            plan = make_plan(model, machine, work, dataclasses.replace(budgets, vram=vram))
+        except BudgetError:
+            return None
+        assert plan.device is not None
+        is_cut = plan.max_batched_tokens <= WAITING_ROWS
+        return None if is_cut else plan.device.waiting is not None
+
+    sizes = range(budgets.vram // MIB)
+    enough = bisect.bisect_left(sizes, True, key=lambda count: waits(count * MIB) is False) * MIB
+    short = enough - work.tokens_in_flight(sequences, work.max_context) * model.hidden * model.itemsize
+    return short if waits(short) else None
 
 
 def streams(folder: Path) -> int:

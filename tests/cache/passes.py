@@ -25,6 +25,7 @@ from tiered.cache import (
     Part,
     SequenceKV,
 )
+from tiered.device import Lease
 from tiered.kernels.attention import PAGE_TOKENS, BlockTable, Pages
 from tiered.model import Segment
 from tiered.plan.kv import outbox_nbytes
@@ -72,7 +73,7 @@ class Passes:
             self.device = LateDevice()
             nbytes = outbox_nbytes(plan.groups, outbox_rows)
             memory = torch.full((nbytes,), 255, dtype=torch.uint8)
-            self.pool.outbox = Outbox(self.device, self.device.borrow(nbytes, "kv"), memory)
+            self.pool.outbox = Outbox(Lease(self.device, nbytes, "kv"), memory)
         self.file = FakeFile(plan.blocks_nbytes if plan.on_disk else 0)
         self.kvs: dict[int, SequenceKV] = {}
 

@@ -7,6 +7,7 @@ import torch
 
 from tests.late_device import LateDevice
 from tiered.cache import KVShape, Outbox, layer_groups
+from tiered.device import Lease
 from tiered.plan.kv import outbox_nbytes
 
 GROUPS = layer_groups((0,), KVShape(2, 16, 8, "bfloat16"))
@@ -16,7 +17,7 @@ Stored = list[tuple[torch.Tensor, torch.Tensor]]
 def outbox_of(rows: int) -> tuple[Outbox, LateDevice]:
     """With room for two micro-batches of `rows` tokens."""
     device, nbytes = LateDevice(), outbox_nbytes(GROUPS, rows)
-    return Outbox(device, device.borrow(nbytes, "kv"), torch.empty(nbytes, dtype=torch.uint8)), device
+    return Outbox(Lease(device, nbytes, "kv"), torch.empty(nbytes, dtype=torch.uint8)), device
 
 
 def states(tokens: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -72,6 +72,11 @@ class Runner:
             self.texts[kv] = []
         return kv
 
+    may_rest = False
+
+    def rest_device(self) -> None:
+        raise AssertionError("there is no device")
+
     def release(self, kv: SequenceKV) -> None:
         self.pool.release(kv)
         del self.texts[kv]

@@ -63,6 +63,11 @@ class FakeRunner:
         self.held.append(SequenceKV(tokens, first=(0,), pages=(1,), tail=0))
         return self.held[-1]
 
+    may_rest = False
+
+    def rest_device(self) -> None:
+        raise AssertionError("there is no device")
+
     def release(self, kv: SequenceKV) -> None:
         self.held.remove(kv)
 

@@ -24,6 +24,7 @@ from tests.helpers import LENGTH_DEPENDENT, TINY, tiny_config
 from tests.model.loans import GivenLoan
 from tiered.arch import BlockTensors, build_skeleton, chunked_layers, kv_sources, layer_windows
 from tiered.cache import Bits, CachePlan, KVPool, Outbox, PagedKeys, kv_shapes, layer_groups
+from tiered.device import Lease
 from tiered.kernels import AttentionCall, Kernels, Pages
 from tiered.model import ForwardBatch, ForwardWork, Seat, Seats, Segment, Segments, Work, registered_attention
 from tiered.model.work import Embedded
@@ -64,6 +65,9 @@ class _Device:
     """What seats and outboxes need of a device; it is its own event."""
 
     where, name = WHERE, "emu"
+
+    def borrow(self, nbytes: int, label: str) -> torch.Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, device=WHERE)
 
     def computing(self) -> nullcontext[None]:
         return nullcontext()
@@ -109,8 +113,8 @@ def _segments(seat: Seat, bits: Bits, is_away: bool, prompt: int) -> Work:
     outbox = None
     if is_away:
         nbytes = outbox_nbytes(groups, 128)
-        source, target = (torch.empty(nbytes, dtype=torch.uint8, device=where) for where in (WHERE, HOST))
-        outbox = Outbox(_Device(), source, target)  # type: ignore[arg-type]
+        source = Lease(_Device(), nbytes, "kv")  # type: ignore[arg-type]
+        outbox = Outbox(source, torch.empty(nbytes, dtype=torch.uint8, device=HOST))
     memory = torch.empty(plan.pool_nbytes, dtype=torch.uint8, device=HOST if is_away else WHERE)
     pool = KVPool(plan, memory, outbox)
     segments = []

@@ -12,6 +12,7 @@ from tests.late_device import LateDevice
 from tests.store.make import load_unit
 from tiered.arch import build_skeleton, load_config
 from tiered.cache import Outbox
+from tiered.device import Lease
 from tiered.kernels import AttentionCall, Kernels
 from tiered.model import Engine, Seat, Seats, registered_attention
 from tiered.plan import Workload
@@ -144,8 +145,7 @@ class SeatedRuntime(Runtime):
             pool.plan = replace(pool.plan, on_device=True)
         else:
             nbytes = outbox_nbytes(pool.plan.groups, self._outbox_rows or self.plan.micro_batch_rows)
-            source, target = self.device.borrow(nbytes, "kv"), torch.empty(nbytes, dtype=torch.uint8)
-            pool.outbox = Outbox(self.device, source, target)
+            pool.outbox = Outbox(Lease(self.device, nbytes, "kv"), torch.empty(nbytes, dtype=torch.uint8))
         own = engine.seats.decode
         prefill, decode = {ALL: (seat, seat), PROMPTS: (seat, own), DECODING: (own, seat)}[self._place]
         self.engine = Engine(Seats(prefill, decode), engine.embedding, self.host.cancel, self.host.trace, pool.outbox)

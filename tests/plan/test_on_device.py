@@ -14,12 +14,26 @@ from hypothesis import strategies as st
 from tests.plan.plans import CACHE, NOTHING, STREAMING, mixture_of, model_of, plan_of, tape_of
 from tests.plan.test_make import MEASURED, MODELS, UNMEASURED, WORKLOADS
 from tiered.errors import BudgetError, ConfigError, DeviceBudgetError
-from tiered.plan import Budgets, ComputeRate, Machine, ModelShape, Plan, Tape, Tier, Workload, make_plan, parse_tiers
+from tiered.plan import (
+    WAITING_SLOTS,
+    Budgets,
+    ComputeRate,
+    Machine,
+    ModelShape,
+    Plan,
+    Tape,
+    Tier,
+    Workload,
+    make_plan,
+    parse_tiers,
+)
+from tiered.plan.hardware import GpuRates
 from tiered.plan.kv import outbox_nbytes
 from tiered.plan.make import expected_pass, rates_wanted, smallest_ram, smallest_vram
 from tiered.plan.on_device import DeviceNeeds, DevicePlan, fit_on_device
 from tiered.plan.order import ring_starts
 from tiered.plan.placement import UNHELD, Held, Placement, full_ring, interleave, place, smallest_ring, wished
+from tiered.plan.predict import predict
 from tiered.units import GIB, MIB, parse_size
 
 THREE, LOADED, ALONE = (Tier.DISK, Tier.CPU, Tier.GPU), (Tier.CPU, Tier.GPU), (Tier.GPU,)
@@ -132,6 +146,15 @@ def check(plan: Plan, model: ModelShape, asked: Budgets) -> None:
         assert plan.needs.kv >= cache.memory_nbytes + outbox
     assert plan.held.layers or plan.max_batched_tokens <= plan.micro_batch_rows
     assert device.needs.workspace >= plan.micro_batch_rows * model.hidden * model.itemsize
+    waiting, token = device.waiting, model.hidden * model.itemsize
+    if waiting is None:
+        assert plan.needs.waiting == plan.waiting_nbytes(plan.max_batched_tokens) == 0
+        return
+    # Several micro-batches use the layer that is held.
+    assert plan.held.layers and (waiting.tokens, waiting.token_nbytes) == (plan.max_batched_tokens, token)
+    assert waiting.tokens > WAITING_SLOTS * waiting.rows == WAITING_SLOTS * plan.micro_batch_rows
+    assert plan.needs.waiting >= waiting.tokens * token
+    assert device.needs.workspace > waiting.device_nbytes >= WAITING_SLOTS * waiting.rows * token
 
 
 def numbers(plan: Plan) -> frozenset[int]:
@@ -194,6 +217,38 @@ def test_a_device_has_room_for_the_keys_and_values_of_prompts_whose_cache_is_els
     # Where one prompt ends in a micro-batch and another begins, the keys and values of both are there, in one layer.
     token = MODEL.groups[0].shape.token_nbytes
     assert more >= 2 * 960 * token and (bits == 16) == (more == 2 * 960 * token)
+
+
+def test_hidden_states_wait_in_memory_where_the_device_has_no_room_for_them() -> None:
+    work = Workload(64, 2048, 256, batch_size=64)
+    tokens, asked = 64 * 256, Budgets(64 * GIB, 300 * MIB, THREE, vram=GIB, kv="cpu", micro_batch=512)
+    token = MODEL.hidden * MODEL.itemsize
+    least = smallest_vram(MODEL, UNMEASURED, work, asked)
+    plan = make_plan(MODEL, UNMEASURED, work, replace(asked, vram=least))
+    check(plan, MODEL, replace(asked, vram=least))
+    assert plan.device is not None and plan.device.waiting is not None and plan.needs.waiting >= tokens * token
+    # They cross the bus for each layer, unless each micro-batch has a slot to itself.
+    assert plan.waiting_nbytes(tokens) == 20 * tokens * token and not plan.waiting_nbytes(3 * plan.micro_batch_rows)
+    # With plenty, all of them are on the device.
+    roomy = make_plan(MODEL, UNMEASURED, work, replace(asked, vram=16 * GIB))
+    check(roomy, MODEL, replace(asked, vram=16 * GIB))
+    assert roomy.device is not None and roomy.device.waiting is None and not roomy.waiting_nbytes(tokens)
+    with pytest.raises(BudgetError, match="for what waits for the GPU"):
+        make_plan(MODEL, UNMEASURED, work, replace(asked, vram=least, ram=GIB))
+
+
+def test_predictions_count_what_crosses_the_bus_for_hidden_states_that_wait() -> None:
+    work, gpu = Workload(64, 2048, 256, batch_size=64), GpuRates("gpu", GIB, 1e9, 5e8, 1e12, 1e14)
+    asked = Budgets(64 * GIB, 300 * MIB, THREE, vram=GIB, kv="cpu", micro_batch=512)
+    plan = make_plan(MODEL, MEASURED, work, replace(asked, vram=smallest_vram(MODEL, MEASURED, work, asked)))
+    assert plan.device is not None and plan.device.waiting is not None
+    without = replace(plan, device=replace(plan.device, waiting=None))
+    found, before = (predict(each, MODEL, MEASURED, work, gpu) for each in (plan, without))
+    assert found.memory["waiting"] == plan.needs.waiting > 0
+    # Both ways at once, at the slower rate.
+    more = plan.waiting_nbytes(64 * 256) / 5e8
+    assert found.prefill.bus_seconds - before.prefill.bus_seconds == pytest.approx(more)
+    assert found.decode.bus_seconds == before.decode.bus_seconds
 
 
 def test_units_on_the_device_are_spread_and_those_in_memory_are_spread_among_the_others() -> None:

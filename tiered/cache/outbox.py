@@ -11,7 +11,7 @@ from typing import Final
 
 import torch
 
-from tiered.device import Device, Event
+from tiered.device import Event, Lease
 from tiered.units import round_up
 
 _ALIGNMENT: Final = 64
@@ -31,15 +31,15 @@ class _Sent:
 
 
 class Outbox:
-    """Copies states out of `device`, from `source` to `target` (uint8 of as many bytes, the device's and the host's).
+    """Copies states out of a device, from `source` there to `target` (uint8 of as many bytes, the host's).
 
     States are stored in the order in which they were sent: when they are asked for by `flush`, or when memory for
     others is wanted. For the thread that computes.
     """
 
-    def __init__(self, device: Device, source: torch.Tensor, target: torch.Tensor) -> None:
-        assert len(source) == len(target), (len(source), len(target))
-        self._device, self._source, self._target = device, source, target
+    def __init__(self, source: Lease, target: torch.Tensor) -> None:
+        assert source.nbytes == len(target), (source.nbytes, len(target))
+        self._device, self._source, self._target = source.device, source, target
         self._sent: list[_Sent] = []
         self._used = 0
         self._last: Event | None = None
@@ -58,11 +58,11 @@ class Outbox:
     def send(self, keys: torch.Tensor, values: torch.Tensor, dtype: torch.dtype, store: Store) -> None:
         """Begin to copy keys and values [heads, tokens, head_dim] as `dtype`; `store` gets them once they are there."""
         nbytes = (keys.numel() + values.numel()) * dtype.itemsize
-        assert nbytes <= len(self._source), f"{nbytes:,} bytes of states, planned for {len(self._source):,}"
-        if self._used + nbytes > len(self._source):
+        assert nbytes <= len(self._target), f"{nbytes:,} bytes of states, planned for {len(self._target):,}"
+        if self._used + nbytes > len(self._target):
             self.flush()
         part = slice(self._used, self._used + nbytes)
-        source, target = self._source[part], self._target[part]
+        source, target = self._source.take()[part], self._target[part]
         self._used = round_up(part.stop, _ALIGNMENT)
         self._device.uses(source, writes=True)
         for leaving, states in zip(_apart(source.view(dtype), keys, values), (keys, values), strict=True):
@@ -86,6 +86,11 @@ class Outbox:
         """After a pass that failed: wait until nothing is on its way any more, and store none of it."""
         sent, self._sent, self._used = self._sent, [], 0
         _settle(sent)
+
+    def rest(self) -> None:
+        """Give the device's memory back until something is sent again. Nothing is on its way."""
+        self.close()
+        self._source.end()
 
     def close(self) -> None:
         """For the thread that gives the memory back, when nothing is sent any more: wait for the last copy."""

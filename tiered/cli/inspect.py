@@ -281,6 +281,7 @@ def _budgets(inspection: Inspection) -> Iterator[str]:
         yield "experts are counted as if all were chosen equally often; routers that prefer some read less of them"
     needs = inspection.smallest.needs
     state = f"{format_size(needs.state)} for recurrent states, " if needs.state else ""
+    state += f"{format_size(needs.waiting)} for what waits for the GPU, " if needs.waiting else ""
     yield (
         f"of the smallest, {format_size(needs.baseline)} are for the process itself (measured here), "
         f"{format_size(needs.outer)} for tables that stay in memory, {format_size(needs.kv)} for the KV cache, "

@@ -117,6 +117,8 @@ class Measured:
             vram_peak_bytes=computer.device.peak_nbytes,
             resident_bytes=plan.device.placement.resident_nbytes,
             kv_on_device=plan.cache.on_device,
+            vram_decode_bytes=runtime.rested_nbytes,
+            waiting_tokens=0 if plan.device.waiting is None else plan.device.waiting.tokens,
             emulated_bytes=plan.device.vram if computer.device.where.type == "cpu" else 0,
             raw_bus_bandwidth=self.raw_bus,
             unregistered=computer.device.unregistered,

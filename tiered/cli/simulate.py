@@ -47,6 +47,7 @@ _WORDS = {
     "head": "the head",
     "experts": "experts",
     "kv": "the KV cache",
+    "hidden": "hidden states",
 }
 _BOUNDS = {"disk": "the disk", "bus": "the bus to the GPU", "compute": "computing"}
 

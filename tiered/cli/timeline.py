@@ -24,6 +24,7 @@ _COLOURS: Final[dict[Kind, tuple[float, float, float]]] = {
     "experts": (0.90, 0.52, 0.12),
     "attention": (0.80, 0.24, 0.28),
     "kv": (0.55, 0.40, 0.32),
+    "hidden": (0.45, 0.60, 0.75),
 }
 _LABELS: Final[dict[Kind, str]] = {
     "layer": "streamed layers",
@@ -32,6 +33,7 @@ _LABELS: Final[dict[Kind, str]] = {
     "experts": "experts on demand",
     "attention": "attention",
     "kv": "KV cache",
+    "hidden": "hidden states that wait",
 }
 _LANES: Final = {"disk": "disk", "bus": "bus", "compute": "computing", "wait": "computing waits"}
 _CLOSE_LAYERS: Final = 4

@@ -3,10 +3,11 @@
 import re
 
 from tiered.device.device import Device, Event
+from tiered.device.lease import Lease
 from tiered.errors import ConfigError
 from tiered.units import format_size
 
-__all__ = ["Device", "Event", "open_device"]
+__all__ = ["Device", "Event", "Lease", "open_device"]
 
 
 def open_device(name: str, vram: int | None) -> Device:

@@ -171,6 +171,15 @@ class CudaDevice:
     def peak_nbytes(self) -> int:
         return self._outside + torch.cuda.max_memory_reserved(self._index)
 
+    @property
+    def held_nbytes(self) -> int:
+        return self._outside + torch.cuda.memory_reserved(self._index)
+
+    def trim(self) -> None:
+        for copies in (self._in, self._out):
+            copies.drain()  # or they would keep it
+        torch.cuda.empty_cache()
+
     def register(self, address: int, nbytes: int) -> str | None:
         assert address % PAGE == 0 and nbytes > 0, f"{nbytes} bytes at {address:#x} are no pages"
         runtime: Any = torch.cuda.cudart()

@@ -82,6 +82,13 @@ class Device(Protocol):
         what was borrowed, and what computing took besides. Where it is emulated what was
         borrowed alone: slots, weights and the KV cache."""
 
+    @property
+    def held_nbytes(self) -> int:
+        """The same now: what `trim` leaves."""
+
+    def trim(self) -> None:
+        """Give memory back to the system that was borrowed, or that computing took, and that nothing uses any more."""
+
     def register(self, address: int, nbytes: int) -> str | None:
         """Make page-aligned host memory known to the device, so that copies need no staging and do not block. Returns
         why that was refused, or None. Memory that is not registered is copied all the same, more slowly, and by a

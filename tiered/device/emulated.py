@@ -69,7 +69,7 @@ class EmulatedDevice:
     def in_use(self) -> Mapping[str, int]:
         """Bytes borrowed now, by label."""
         used: dict[str, int] = {}
-        for borrowed in self._borrowed.values():
+        for borrowed in list(self._borrowed.values()):
             used[borrowed.label] = used.get(borrowed.label, 0) + borrowed.nbytes
         return used
 
@@ -98,6 +98,13 @@ class EmulatedDevice:
             self._forget(address, borrowed.nbytes)
             borrowed.memory.fill_(POISON)
             del self._borrowed[address]
+
+    @property
+    def held_nbytes(self) -> int:
+        return sum(self.in_use.values())
+
+    def trim(self) -> None:
+        """Nothing: what is given back is the system's at once."""
 
     def register(self, address: int, nbytes: int) -> str | None:
         assert address % PAGE == 0 and nbytes > 0, f"{nbytes} bytes at {address:#x} are no pages"

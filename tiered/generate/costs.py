@@ -58,6 +58,8 @@ class PassTotals:
     bus_bytes: int = 0
     bus_wait_seconds: float = 0.0
     """Of `wait_seconds`."""
+    waiting_bytes: int = 0
+    """Of hidden states that came back to a device, having waited in the host's memory."""
 
     def add(self, cost: PassCost) -> None:
         """Count one more pass."""
@@ -73,6 +75,7 @@ class PassTotals:
         self.experts += cost.pass_.experts
         self.bus_bytes += cost.bus_bytes
         self.bus_wait_seconds += cost.bus_wait_seconds
+        self.waiting_bytes += cost.pass_.waiting_nbytes
 
 
 @dataclass

@@ -59,6 +59,9 @@ class DeviceFigures:
     """Bytes of weights that stayed on it."""
     kv_on_device: bool
     """Whether the KV cache was there."""
+    vram_decode_bytes: int | None = None
+    """What was kept of its memory while only the processor decoded and no prompt waited; None: all, as the device
+    decoded, or a prompt was always there."""
     emulated_bytes: int = 0
     """Bytes of its budget that are the process's own memory, beside the budget of that: all where it is emulated."""
     raw_bus_bandwidth: float | None = None
@@ -66,6 +69,11 @@ class DeviceFigures:
     unregistered: str | None = None
     """Why copies went through a staging buffer: the reason for which host memory could not be pinned."""
     bytes_copied_per_pass: float = 0.0
+    """To it: weights, and hidden states that had waited."""
+    waiting_tokens: int = 0
+    """Tokens of a pass whose hidden states wait in the host's memory, at most; 0: all were on it."""
+    waiting_bytes_per_pass: float = 0.0
+    """Of `bytes_copied_per_pass`, those of hidden states; as many came back."""
     bus_bandwidth: float | None = None
     compute_wait_seconds: float = 0.0
     """How long computing waited for copies of what was in memory."""
@@ -81,7 +89,10 @@ class DeviceFigures:
             + (", and the KV cache" if self.kv_on_device else ""),
         ]
         if self.decode_device == "cpu":
-            lines.append("          prompts were computed on it, and the rest by the processor")
+            kept = ""
+            if self.vram_decode_bytes is not None:
+                kept = f", while which it kept {format_size(self.vram_decode_bytes)} of its memory"
+            lines.append(f"          prompts were computed on it, and the rest by the processor{kept}")
         if self.bus_bandwidth is not None and self.bytes_copied_per_pass:
             bus = f"bus       {format_size(round(self.bytes_copied_per_pass))} copied per pass, "
             bus += f"{format_rate(self.bus_bandwidth)} while {while_}"
@@ -89,6 +100,11 @@ class DeviceFigures:
                 bus += f", {self.bus_bandwidth / self.raw_bus_bandwidth:.0%} of the "
                 bus += f"{format_rate(self.raw_bus_bandwidth)} measured raw"
             lines.append(bus)
+        if self.waiting_tokens:
+            waited = f"          hidden states of up to {self.waiting_tokens} tokens of a pass wait in memory"
+            if self.waiting_bytes_per_pass:
+                waited += f": {format_size(round(self.waiting_bytes_per_pass))} of what was copied, and as much back"
+            lines.append(waited)
         if self.unregistered is not None:
             lines.append(f"          copies were staged, as memory could not be pinned: {self.unregistered}")
         return lines

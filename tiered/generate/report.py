@@ -54,8 +54,9 @@ class Surroundings:
             return None
         return replace(
             device,
-            bytes_copied_per_pass=cost.bus_bytes / max(cost.passes, 1),
-            bus_bandwidth=cost.bus_bytes / cost.seconds if cost.seconds else None,
+            bytes_copied_per_pass=(cost.bus_bytes + cost.waiting_bytes) / max(cost.passes, 1),
+            waiting_bytes_per_pass=cost.waiting_bytes / max(cost.passes, 1),
+            bus_bandwidth=(cost.bus_bytes + cost.waiting_bytes) / cost.seconds if cost.seconds else None,
             compute_wait_seconds=cost.bus_wait_seconds,
         )
 
@@ -87,14 +88,15 @@ class Surroundings:
         return round(share * self.figures.tape_bytes)
 
     def bus_seconds(self, cost: PassTotals) -> float:
-        """The least seconds in which what the device's memory does not hold can be copied in the passes of `cost`; 0
-        where nothing was copied, or P is not known."""
+        """The least seconds in which what the device's memory does not hold, weights and hidden states that wait, can
+        be copied in the passes of `cost`; 0 where nothing was copied, or P is not known."""
         rate = None if self.figures.device is None else self.figures.device.raw_bus_bandwidth
         if not rate:
             return 0.0
         # Of chosen experts the run's own; and what came before the passes began is no part of them.
         again = (self.plan.tape.total - self.plan.bound_device_nbytes) * cost.passes
-        return (cost.bus_bytes if self.plan.experts is not None else min(again, cost.bus_bytes)) / rate
+        weights = cost.bus_bytes if self.plan.experts is not None else min(again, cost.bus_bytes)
+        return (weights + cost.waiting_bytes) / rate
 
 
 Bottleneck = Literal["disk", "bus", "compute", "memory"]
@@ -206,7 +208,7 @@ def make_report(generation: Generation, around: Surroundings, predicted: Predict
     decode, prefill = generation.decode, generation.prefill
     if around.plan.decode_device == "cpu":
         # What is copied while the processor decodes is for the next prompt.
-        decode = replace(decode, bus_bytes=0, bus_wait_seconds=0.0)
+        decode = replace(decode, bus_bytes=0, waiting_bytes=0, bus_wait_seconds=0.0)
     figures = around.figures_of(decode, decode.new_tokens)
     per_pass = decode.seconds / decode.passes if decode.passes else None
     compute = decode.compute_seconds / decode.passes if decode.passes else None

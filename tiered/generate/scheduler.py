@@ -71,6 +71,11 @@ class PassRunner(Protocol):
         self, segments: Items[Segment], on_logits: OnLogits, on_block: OnBlock | None = None, is_last: bool = False
     ) -> Pass: ...
 
+    @property
+    def may_rest(self) -> bool: ...
+
+    def rest_device(self) -> None: ...
+
 
 class Scheduled(Protocol):
     """What can be scheduled: a sequence that is generated, or one that is scored."""
@@ -230,6 +235,8 @@ class Scheduler(Generic[T]):
 
         decoding = sum(ticket.is_decoding for ticket in members)
         prompt_tokens = sum(len(s.input_ids) for s, t in zip(segments, members, strict=True) if not t.is_decoding)
+        if not prompt_tokens and self._runner.may_rest and not self._has_prompts():
+            self._runner.rest_device()
         try:
             pass_ = self._runner.run(segments, on_logits, on_block, self._is_last(segments, members))
         except BaseException:
@@ -278,6 +285,12 @@ class Scheduler(Generic[T]):
         shares = dict(zip(prompts, counts, strict=True))
         members = decoding + [ticket for ticket in prompts if shares.get(ticket)]
         return [_segment(ticket, shares.get(ticket, 1)) for ticket in members], members
+
+    def _has_prompts(self) -> bool:
+        """Whether prompts are left, or may be added as soon as there is room for them."""
+        if self._waiting or not all(ticket.is_decoding for ticket in self._running):
+            return True
+        return len(self._running) >= self._batch_size and self._may_grow()
 
     def _is_last(self, segments: Items[Segment], members: Items[Ticket[T]]) -> bool:
         """Whether this is certainly the last pass, so that nothing is read ahead for another one."""

@@ -40,14 +40,16 @@ class PageSource:
     fetched by itself.
     """
 
-    def __init__(self, pages: Pages, heads: int, head_dim: int, dtype: torch.dtype) -> None:
+    def __init__(self, pages: Pages, heads: int, head_dim: int, dtype: torch.dtype, first_head: int = 0) -> None:
+        """`heads` heads from number `first_head` on."""
         self._pages, self._shape, self._dtype = pages, (heads, PAGE_TOKENS, head_dim), dtype
+        self._first_head = first_head
         self._offsets = pages.table.offsets.cpu().numpy()
-        self._recent = None if pages.recent is None else PageSource(pages.recent, heads, head_dim, dtype)
+        self._recent = None if pages.recent is None else PageSource(pages.recent, heads, head_dim, dtype, first_head)
         memory = pages.table.memory
         room = memory.untyped_storage().nbytes() - memory.storage_offset() * memory.dtype.itemsize
         planes = [plane for plane in (pages.codes, pages.scale, pages.zero) if plane is not None]
-        self._last = room - max(_nbytes(plane, heads, self._tokens(plane)) for plane in planes)
+        self._last = room - max(_nbytes(plane, first_head + heads, self._tokens(plane)) for plane in planes)
         """Blocks that begin after it are not whole."""
         whole = self._offsets[(self._offsets >= 0) & (self._offsets <= self._last)]
         self._first = int(whole.min()) if whole.size else 0
@@ -83,9 +85,10 @@ class PageSource:
             for source, chosen in rows.items():
                 pages.index_copy_(0, sent(places[source], pages.device), source._widened(chosen))
         for place, tile, page in single:
-            shape = self._shape[0], min(PAGE_TOKENS, tile.end - page * PAGE_TOKENS), self._shape[2]
+            heads, tokens = self._first_head + self._shape[0], min(PAGE_TOKENS, tile.end - page * PAGE_TOKENS)
+            shape = heads, tokens, self._shape[2]
             found = self._pages.widen(tile.sequence, page, shape, page == tile.page, self._dtype)
-            pages[place, :, : shape[1]] = found
+            pages[place, :, :tokens] = found[self._first_head :]
         states: torch.Tensor = pages.unflatten(0, (len(tiles), -1)).transpose(1, 2).flatten(2, 3)
         low, high = start * PAGE_TOKENS, stop * PAGE_TOKENS
         if clean and any(tile.first > low or tile.end < high for tile in tiles):
@@ -118,7 +121,8 @@ class PageSource:
         numbers, itemsize = self._pages.table.memory.view(plane.dtype), plane.dtype.itemsize
         size = self._rows, self._shape[0], self._tokens(plane), plane.width
         strides = self._step // itemsize, plane.head_stride, plane.token_stride, 1
-        return numbers.as_strided(size, strides, numbers.storage_offset() + (self._first + plane.start) // itemsize)
+        start = (self._first + plane.start) // itemsize + self._first_head * plane.head_stride
+        return numbers.as_strided(size, strides, numbers.storage_offset() + start)
 
     def _tokens(self, plane: Plane) -> int:
         return 1 if plane is not self._pages.codes and self._pages.format.per_channel else PAGE_TOKENS

@@ -31,7 +31,7 @@ _PIECES_AT_ONCE: Final = 7
 
 def attention_nbytes(where: torch.device) -> int:
     """An upper bound on what `attention_reference` allocates besides its result; masks and biases not counted."""
-    return _piece_nbytes(where) * _PIECES_AT_ONCE
+    return piece_nbytes(where) * _PIECES_AT_ONCE
 
 
 def attention_reference(call: AttentionCall, cancel: CancelFlag | None = None, *, fixed: bool = False) -> torch.Tensor:
@@ -65,13 +65,13 @@ class _Attention:
         keys_nbytes = call.kv_heads * head_dim * PAGE_TOKENS * self._dtype.itemsize
         scores_nbytes = q_heads * self._tile * PAGE_TOKENS * self._dtype.itemsize
         page_nbytes = max(keys_nbytes, scores_nbytes)
-        piece_nbytes = _piece_nbytes(call.query.device)
-        self._pages = min(_PIECE_PAGES, max(1, piece_nbytes // page_nbytes))
+        piece = piece_nbytes(call.query.device)
+        self._pages = min(_PIECE_PAGES, max(1, piece // page_nbytes))
         """Pages of a piece."""
         longest = -(-int(call.count.max()) // PAGE_TOKENS) if len(call.count) else 0
         pages = self._pages if fixed else max(1, min(self._pages, longest))
         tile_nbytes = page_nbytes if self._is_decoding else scores_nbytes
-        self._tiles_at_once = max(1, piece_nbytes // (tile_nbytes * pages))
+        self._tiles_at_once = max(1, piece // (tile_nbytes * pages))
         self._keys = PageSource(call.keys, call.kv_heads, head_dim, self._dtype)
         self._values = PageSource(call.values, call.kv_heads, head_dim, self._dtype)
 
@@ -248,5 +248,6 @@ def _hide(call: AttentionCall, scores: torch.Tensor, rows: _Rows, low: int, high
     by_query.masked_fill_(~seen, -math.inf)
 
 
-def _piece_nbytes(where: torch.device) -> int:
+def piece_nbytes(where: torch.device) -> int:
+    """Bytes of widened keys, or of scores, that are computed with at a time."""
     return _HOST_PIECE_NBYTES if where.type == "cpu" else _PIECE_NBYTES

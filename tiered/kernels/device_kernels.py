@@ -18,6 +18,7 @@ import torch
 
 from tiered.errors import ConfigError
 from tiered.kernels.attention import AttentionCall
+from tiered.kernels.attention_fused import attention_fused, serves_fused
 from tiered.kernels.attention_torch import attention_nbytes, attention_reference
 from tiered.kernels.by_head import by_head_reference
 from tiered.kernels.cancel import CancelFlag
@@ -163,8 +164,11 @@ class DeviceKernels:
         """[sequences, q_len, q_heads, head_dim] in the query's dtype; 0 for queries that see no key.
 
         With `Mode.INVARIANT` a query's result is the same bits whatever else is in the call, and however a prompt is
-        cut. Raises InterruptedRun once the cancel flag is set.
+        cut. `Mode.FAST` has torch's fused kernels compute prompts where they can, in the query's own dtype. Raises
+        InterruptedRun once the cancel flag is set.
         """
+        if self.mode is Mode.FAST and serves_fused(call):
+            return attention_fused(call, self._cancel)
         with _sums_in_float32(self.where):
             return attention_reference(call, self._cancel, fixed=self.mode is Mode.INVARIANT)
 

@@ -10,6 +10,7 @@ from tiered.model.seat import Seat, Seats
 from tiered.model.segments import OnLogits, Segment, Segments
 from tiered.model.shape import model_shape
 from tiered.model.tables import load_tables
+from tiered.model.waiting import WaitingRoom
 from tiered.model.work import Work
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "Seats",
     "Segment",
     "Segments",
+    "WaitingRoom",
     "Work",
     "cache_name",
     "check_layers",

@@ -26,6 +26,7 @@ from torch import nn
 from tiered.cache import Outbox
 from tiered.kernels import CancelFlag
 from tiered.model.seat import Seat, Seats
+from tiered.model.waiting import WaitingRoom
 from tiered.model.work import Embedded, Group, MicroBatch, Work
 from tiered.stream import NO_EXPERTS, EmbeddingRows, ExpertUse, KVStream, Streamer, Streams, run_in
 from tiered.trace import Tracer
@@ -48,6 +49,8 @@ class Pass:
     """Seconds of each block beyond waiting and computing: lending weights and bookkeeping."""
     experts: ExpertUse = NO_EXPERTS
     """Of experts that are read when they are chosen."""
+    waiting_nbytes: int = 0
+    """Bytes of hidden states that came back to a device, having waited in the host's memory."""
 
 
 @dataclass
@@ -113,10 +116,17 @@ class Engine:
     """Runs passes over what streams lend, at the seats that the work has. For use in the compute thread."""
 
     def __init__(
-        self, seats: Seats, embedding: EmbeddingRows, cancel: CancelFlag, trace: Tracer, outbox: Outbox | None = None
+        self,
+        seats: Seats,
+        embedding: EmbeddingRows,
+        cancel: CancelFlag,
+        trace: Tracer,
+        outbox: Outbox | None = None,
+        room: WaitingRoom | None = None,
     ) -> None:
-        """`outbox`: that of the pool which the works' sequences are in."""
-        self.seats, self.embedding, self._outbox = seats, embedding, outbox
+        """`outbox`: that of the pool which the works' sequences are in. `room`: where a device's micro-batches wait;
+        None: on it."""
+        self.seats, self.embedding, self._outbox, self._room = seats, embedding, outbox, room
         self.passes = 0
         """Passes begun so far."""
         self._cancel, self._trace = cancel, trace
@@ -131,6 +141,7 @@ class Engine:
         start, clock = time.perf_counter(), _Clock([*lenders, *filter(None, [streams.kv])], self._trace)
         waited, used = clock.waited, [lender.expert_use for lender in lenders]
         stalled = sum(lender.unseen_stalls for lender in lenders)
+        returned = 0 if self._room is None else self._room.nbytes
         self.passes += 1
         for lender in lenders:
             lender.begin(is_last, clock.on_wait)
@@ -139,8 +150,8 @@ class Engine:
             turns = [_turn(seat, lender, groups) for seat, lender in zip(work.seats, lenders, strict=True)]
             logits = self._run(work, turns, streams, clock, on_block)
         except BaseException:
-            if self._outbox is not None:
-                self._outbox.drop()
+            for each in filter(None, (self._outbox, self._room)):
+                each.drop()
             raise
         work.commit()
         seconds, waits = time.perf_counter() - start, clock.waited - waited
@@ -148,7 +159,8 @@ class Engine:
         hidden = min(sum(lender.unseen_stalls for lender in lenders) - stalled, clock.compute_seconds)
         experts = sum((lender.expert_use - before for lender, before in zip(lenders, used, strict=True)), NO_EXPERTS)
         computed = clock.compute_seconds - hidden
-        return Pass(logits, seconds, computed, waits + hidden, tuple(clock.block_seconds), experts)
+        returned = 0 if self._room is None else self._room.nbytes - returned
+        return Pass(logits, seconds, computed, waits + hidden, tuple(clock.block_seconds), experts, returned)
 
     def _record(self, work: Work, streams: Streams, clock: _Clock) -> list[Group]:
         """The micro-batches of `work`, ready for the first layer."""
@@ -157,7 +169,7 @@ class Engine:
         with clock.computing("record"), contextlib.ExitStack() as stack:
             for seat in work.seats:
                 stack.enter_context(seat.computing())
-            return work.record(Embedded(fetched, self.seats.decode.model.dtype))
+            return work.record(Embedded(fetched, self.seats.decode.model.dtype), self._room)
 
     def _run(
         self, work: Work, turns: Sequence[_Turn], streams: Streams, clock: _Clock, on_block: OnBlock | None
@@ -206,8 +218,8 @@ class Engine:
         for micro_batch in micro_batches:
             self._cancel.check()
             call = micro_batch.calls[number]
-            output = layer(micro_batch.hidden, *call.args, **call.kwargs)
-            micro_batch.hidden = output[0] if isinstance(output, tuple) else output
+            output = layer(micro_batch.take(), *call.args, **call.kwargs)
+            micro_batch.put(output[0] if isinstance(output, tuple) else output)
             if micro_batch.kv is not None:
                 micro_batch.kv.check(number)
 
@@ -226,6 +238,10 @@ class Engine:
             # What another seat's device has computed is fetched behind it, in its own stream.
             for each in turns:
                 stack.enter_context(each.seat.computing())
+            if self._room is not None:
+                with clock.computing("hidden"):
+                    for micro_batch in (each for group in groups for each in group.micro_batches):
+                        micro_batch.settle()
             loan = stack.enter_context(turn.lender.lend(layers, work.head_steps(groups) > 1))
             stack.enter_context(model.lend(model.head, loan))
             with clock.computing(loan.block):

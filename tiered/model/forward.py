@@ -15,6 +15,7 @@ from tiered.cache import PositionCache
 from tiered.errors import ConfigError
 from tiered.model.record import LayerCall
 from tiered.model.seat import Seat, Seats
+from tiered.model.waiting import WaitingRoom
 from tiered.model.work import Embedded, Group, MicroBatch
 
 
@@ -48,22 +49,31 @@ class ForwardWork:
     def ids(self) -> list[int]:
         return sorted({int(i) for batch in self._batch for i in batch.input_ids.unique()})
 
-    def record(self, embedded: Embedded) -> list[Group]:
+    def record(self, embedded: Embedded, room: WaitingRoom | None = None) -> list[Group]:
         seat, micro_batches = self._seat, []
+        waiting = room if seat.device is not None else None
+        if waiting is not None:
+            waiting.begin(sum(len(range(*self._cuts(batch))) for batch in self._batch), self._layers)
         for number, batch in enumerate(self._batch):
-            count, tokens = batch.input_ids.shape
+            tokens = batch.input_ids.shape[1]
             home = None if seat is self.head else _Home(batch.cache, self.head)
-            step = max(1, self._rows_per_micro_batch // count)
-            past = past_tokens(batch)
-            for start in range(0, tokens, step):
-                stop = min(start + step, tokens)
+            past, cuts = past_tokens(batch), self._cuts(batch)
+            for start in range(*cuts):
+                stop = min(start + cuts[2], tokens)
                 inputs = embedded(seat, batch.input_ids[:, start:stop].cpu())
                 hidden, calls = self._record_micro_batch(batch, inputs, past, start, stop)
                 if home is not None:
                     away = _Homebound(home, start, tokens, self._layers)
                     calls = tuple(_with_cache(call, batch.cache, away) for call in calls)
                 micro_batches.append(MicroBatch(hidden, calls, number))
+                if waiting is not None:
+                    micro_batches[-1].wait_in(waiting)
         return [Group(seat, tuple(micro_batches))]
+
+    def _cuts(self, batch: ForwardBatch) -> tuple[int, int, int]:
+        """Where micro-batches of `batch` begin, as arguments of `range`."""
+        count, tokens = batch.input_ids.shape
+        return 0, tokens, max(1, self._rows_per_micro_batch // count)
 
     def _record_micro_batch(
         self, batch: ForwardBatch, embedded: Mapping[str, torch.Tensor], past: int, start: int, stop: int

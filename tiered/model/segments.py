@@ -16,6 +16,7 @@ import torch
 from tiered.cache import GatheredKV, KVPool, LentBlocks, MicroBatchKV, PackedKV, Part, SequenceKV
 from tiered.errors import ConfigError
 from tiered.model.seat import Seat, Seats
+from tiered.model.waiting import WaitingRoom
 from tiered.model.work import Embedded, Group, MicroBatch
 from tiered.plan.passes import MicroBatchLimits, plan_micro_batches
 
@@ -88,15 +89,21 @@ class Segments:
     def ids(self) -> list[int]:
         return sorted({token for segment in self._segments for token in segment.input_ids})
 
-    def record(self, embedded: Embedded) -> list[Group]:
+    def record(self, embedded: Embedded, room: WaitingRoom | None = None) -> list[Group]:
         groups = []
         for seat in self.seats:
             mine = [number for number, found in enumerate(self._seat_of) if found is seat]
-            for found in plan_micro_batches([self._segments[number].tokens for number in mine], self._limits):
+            cut = plan_micro_batches([self._segments[number].tokens for number in mine], self._limits)
+            waiting = room if seat.device is not None else None
+            if waiting is not None:
+                waiting.begin(sum(map(len, cut)), len(seat.model.layers))
+            for found in cut:
                 micro_batches = [{mine[i]: tokens for i, tokens in each.items()} for each in found]
                 numbers = sorted({number for tokens_of in micro_batches for number in tokens_of})
                 blocks = LentBlocks(self._pool, [self._segments[number].part for number in numbers])
-                made = [self._record_micro_batch(seat, embedded, blocks, numbers, each) for each in micro_batches]
+                made = [
+                    self._record_micro_batch(seat, embedded, blocks, numbers, each, waiting) for each in micro_batches
+                ]
                 groups.append(Group(seat, tuple(made), blocks))
         return groups
 
@@ -107,8 +114,10 @@ class Segments:
         blocks: LentBlocks,
         numbers: Sequence[int],
         tokens_of: dict[int, range],
+        room: WaitingRoom | None,
     ) -> MicroBatch:
-        """Record a micro-batch: some tokens of each segment in `tokens_of`. `blocks` are those of `numbers`."""
+        """Record a micro-batch: some tokens of each segment in `tokens_of`. `blocks` are those of `numbers`. It waits
+        in `room`, if there is one: before the next one is recorded."""
         segments = [self._segments[number] for number in tokens_of]
         kvs = (segment.kv for segment in segments)
         parts = [Part(kv, tokens.start, len(tokens)) for kv, tokens in zip(kvs, tokens_of.values(), strict=True)]
@@ -142,7 +151,10 @@ class Segments:
                 )
             kv.is_recorded = True
         self._plan.append(dict(zip(tokens_of, parts, strict=True)))
-        return MicroBatch(recording.hidden, recording.calls, len(self._plan) - 1, kv)
+        made = MicroBatch(recording.hidden, recording.calls, len(self._plan) - 1, kv)
+        if room is not None:
+            made.wait_in(room)
+        return made
 
     def head_steps(self, groups: Sequence[Group]) -> int:
         return len(self._steps(groups))

@@ -15,6 +15,7 @@ import torch
 from tiered.cache import LentBlocks, MicroBatchKV
 from tiered.model.record import LayerCall
 from tiered.model.seat import Seat
+from tiered.model.waiting import Place, WaitingRoom
 from tiered.stream import FetchedRows
 
 
@@ -22,12 +23,35 @@ from tiered.stream import FetchedRows
 class MicroBatch:
     """Rows on their way through the layers."""
 
-    hidden: torch.Tensor  # [rows, tokens, hidden]
+    hidden: torch.Tensor  # [rows, tokens, hidden]; anything while they wait in `place`
     calls: tuple[LayerCall, ...]
     number: int
     """Number of the `ForwardBatch` it belongs to; with `Segments`, its own number in the pass."""
     kv: MicroBatchKV | None = None
     """Its view of the paged cache; None where the calls hold a cache of their own."""
+    place: Place | None = None
+    """Where its hidden states wait between two layers; None: they stay where they are computed."""
+
+    def wait_in(self, room: WaitingRoom) -> None:
+        """From now on the hidden states wait in `room`."""
+        self.place = room.add(self.hidden)
+        self.hidden = self.hidden.new_empty(0)
+
+    def take(self) -> torch.Tensor:
+        """What the next layer is given."""
+        return self.hidden if self.place is None else self.place.take()
+
+    def put(self, hidden: torch.Tensor) -> None:
+        """What a layer has made of it."""
+        if self.place is None:
+            self.hidden = hidden
+        else:
+            self.place.put(hidden)
+
+    def settle(self) -> None:
+        """All layers have computed: `hidden` is what they have made of it, on the device or in the host's memory."""
+        if self.place is not None:
+            self.hidden, self.place = self.place.settled(), None
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,8 +100,9 @@ class Work(Protocol):
     def head(self) -> Seat:
         """Which of them computes logits. It may have nothing else to compute."""
 
-    def record(self, embedded: Embedded) -> list[Group]:
-        """The micro-batches, ready for the first layer. In the compute thread."""
+    def record(self, embedded: Embedded, room: WaitingRoom | None = None) -> list[Group]:
+        """The micro-batches, ready for the first layer; a device's wait in `room`, if there is one. In the compute
+        thread."""
 
     def head_steps(self, groups: Sequence[Group]) -> int:
         """How often `finish` uses the head's weights."""

@@ -18,13 +18,14 @@ from tiered.plan.inputs import (
 )
 from tiered.plan.kv import AnyBits, Bits, CachePlan, KVShape, layer_groups, parse_bits
 from tiered.plan.make import Rate, expected_pass, make_plan, pace_for, rates_wanted
-from tiered.plan.on_device import DeviceNeeds, DevicePlan
+from tiered.plan.on_device import WAITING_SLOTS, DeviceNeeds, DevicePlan, WaitingPlan
 from tiered.plan.placement import Held, Placement, Tape, full_ring, interleave, place
 from tiered.plan.plan import ExpertCachePlan, Needs, Plan, fit_units
 from tiered.proc import process_peak_rss_bytes, process_rss_bytes
 
 __all__ = [
     "MAX_BATCHED_TOKENS",
+    "WAITING_SLOTS",
     "AnyBits",
     "Bits",
     "Budgets",
@@ -47,6 +48,7 @@ __all__ = [
     "Rate",
     "Tape",
     "Tier",
+    "WaitingPlan",
     "Workload",
     "available_budget",
     "cpu_count",

@@ -9,7 +9,7 @@ from typing import Final
 
 from tiered.plan.inputs import Budgets, Computes, ExpertShape, Machine, ModelShape, Workload
 from tiered.plan.kv import CachePlan, block_nbytes, outbox_nbytes
-from tiered.plan.on_device import EXPERT_SLOTS, DeviceNeeds
+from tiered.plan.on_device import EXPERT_SLOTS, WAITING_SLOTS, DeviceNeeds, WaitingPlan
 from tiered.plan.placement import Held, Tape
 from tiered.plan.plan import Needs, host_held_of
 from tiered.plan.workspace import MAX_ROWS, Workspace, transit_nbytes, workspace_for
@@ -91,12 +91,13 @@ class AtOnce:
             lent_states=lent_states,
         )
 
-    def passes_of(self, ram: int, tokens: int, experts: ExpertShape | None) -> "Passes":
-        """Passes of at most `tokens` tokens, with `experts` read on demand."""
+    def passes_of(self, ram: int, tokens: int, experts: ExpertShape | None, waits: bool = False) -> "Passes":
+        """Passes of at most `tokens` tokens, with `experts` read on demand. `waits`: hidden states of a device's
+        micro-batches wait in the host's memory."""
         model, workload, budgets = self.asked.model, self.asked.workload, self.asked.budgets
         logits, cache = self._logits(tokens), self.cache(ram)
         host = self._workspace(tokens, ram, self.asked.machine.scratch_nbytes, experts)
-        device = self._device_workspace(tokens) if budgets.has_device else None
+        device = self._device_workspace(tokens, waits) if budgets.has_device else None
         # A processor that has nothing to do but to pass on embedded tokens and logits bounds no rows.
         sides = [side for side in (None if self.on_device else host, device) if side is not None]
         rows, head_rows = min(tokens, *(side.rows for side in sides)), min(side.head_rows for side in sides)
@@ -104,7 +105,10 @@ class AtOnce:
         if self.on_device:
             workspace = transit_nbytes(model, tokens, self.batch_size, max(self.batch_size, head_rows), ram)
         state = cache.states_memory_nbytes + PAGE if model.state is not None else 0
-        needs = Needs(budgets.baseline, model.tables_nbytes, self._kv_nbytes(cache, host), workspace, state)
+        waiting = WaitingPlan(tokens, rows, model.hidden * model.itemsize) if waits else None
+        waiting_nbytes = 0 if waiting is None else waiting.host_nbytes + PAGE
+        kv = self._kv_nbytes(cache, host)
+        needs = Needs(budgets.baseline, model.tables_nbytes, kv, workspace, state, waiting_nbytes)
         # Without a limit on their tokens, passes are the caller's own, who may want logits at any positions.
         is_head_held = not workload.max_batched_tokens or (logits or self.batch_size) > head_rows
         is_layer_held = not self.is_one_micro_batch(tokens, rows, cache)
@@ -117,8 +121,9 @@ class AtOnce:
             held=Held(is_layer_held, is_head_held, min((self.batch_size - 1) * _AHEAD_PER_ROW, _MOST_AHEAD)),
             whole=model.tape,
             experts=experts,
-            device_needs=None if device is None else self._device_needs(device, cache, tokens, experts),
+            device_needs=None if device is None else self._device_needs(device, cache, tokens, experts, waiting),
             computes=budgets.computes,
+            waiting=waiting,
         )
 
     def _logits(self, tokens: int) -> int:
@@ -126,7 +131,13 @@ class AtOnce:
         return min(self.batch_size * self.context, tokens) if self.asked.workload.all_logits else 0
 
     def _workspace(
-        self, tokens: int, budget: int, scratch: int, experts: ExpertShape | None, is_device: bool = False
+        self,
+        tokens: int,
+        budget: int,
+        scratch: int,
+        experts: ExpertShape | None,
+        is_device: bool = False,
+        waits: bool = False,
     ) -> Workspace:
         """What passes of `tokens` tokens take of the host's memory, or of the device's, which has `budget` bytes."""
         return workspace_for(
@@ -141,6 +152,7 @@ class AtOnce:
             least_rows=self._least_rows,
             waiting=experts.chosen if experts is not None else 0,
             is_device=is_device,
+            hidden_elsewhere=waits,
         )
 
     def _device_tokens(self, tokens: int) -> int:
@@ -150,15 +162,23 @@ class AtOnce:
         most = self._workspace(self.tokens, vram, scratch, self.asked.model.experts, is_device=True).rows
         return max(tokens, min(self.tokens, most))
 
-    def _device_workspace(self, tokens: int) -> Workspace:
+    def _device_workspace(self, tokens: int, waits: bool) -> Workspace:
         """The same of the device's."""
         vram, scratch = self.asked.budgets.vram, self.asked.machine.device_scratch_nbytes
-        return self._workspace(self._device_tokens(tokens), vram, scratch, self.asked.model.experts, is_device=True)
+        tokens, experts = self._device_tokens(tokens), self.asked.model.experts
+        return self._workspace(tokens, vram, scratch, experts, is_device=True, waits=waits)
 
     def _device_needs(
-        self, workspace: Workspace, cache: CachePlan, tokens: int, experts: ExpertShape | None
+        self,
+        workspace: Workspace,
+        cache: CachePlan,
+        tokens: int,
+        experts: ExpertShape | None,
+        waiting: WaitingPlan | None,
     ) -> DeviceNeeds:
         nbytes = workspace.nbytes + (0 if experts is None else EXPERT_SLOTS * experts.nbytes)
+        # For as many rows as the device's own memory allows, as all that is counted of it.
+        nbytes += 0 if waiting is None else replace(waiting, rows=workspace.rows).device_nbytes + PAGE
         nbytes += cache.scratch_nbytes(workspace.rows, self.tokens) if self.on_device else 0
         kv = self._kv_nbytes(cache, workspace, is_device=True)
         if not self.on_device:
@@ -213,6 +233,13 @@ class Passes:
     """None: no device computes."""
     computes: tuple[Computes, Computes] = ("cpu", "cpu")
     """What computes prompts, and the rest."""
+    waiting: WaitingPlan | None = None
+    """None: hidden states stay where they are computed."""
+
+    @property
+    def may_wait(self) -> bool:
+        """Whether a pass of a device has more micro-batches than it takes for those that wait to be worth it."""
+        return self.device_needs is not None and self.waiting is None and self.tokens > WAITING_SLOTS * self.rows
 
     @property
     def host_held(self) -> Held:

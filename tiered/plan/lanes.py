@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
-Kind = Literal["resident", "layer", "head", "experts", "attention", "kv"]
+Kind = Literal["resident", "layer", "head", "experts", "attention", "kv", "hidden"]
 """What is moved or computed: units that stay in memory, streamed units of layers, and of the head, ..."""
 Process = Generator[float | Callable[[], bool], None, None]
 _ROUNDING: Final = 1e-3

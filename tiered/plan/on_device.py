@@ -10,12 +10,16 @@ from typing import Final
 from tiered.errors import DeviceBudgetError
 from tiered.plan.inputs import Budgets, Tier
 from tiered.plan.placement import Held, Placement, Tape, place, smallest_ring, wished
-from tiered.units import GIB, format_budget, format_size
+from tiered.units import GIB, format_budget, format_size, round_up
 
 CONTEXT_NBYTES: Final = GIB // 2
 """What a CUDA device's driver and libraries take, where nobody has measured it: an assumption."""
 EXPERT_SLOTS: Final = 2
 """Where experts are read when they are chosen, so many are on the device: one computes while the next is copied."""
+WAITING_SLOTS: Final = 3
+"""Where hidden states wait in the host's memory, those of so many micro-batches are on the device: one computes, one
+comes and one goes."""
+_SLOT_ALIGNMENT: Final = 256
 _ONLY: Final = (Tier.GPU,)
 
 
@@ -37,6 +41,33 @@ class DeviceNeeds:
 
 
 @dataclass(frozen=True)
+class WaitingPlan:
+    """Hidden states of a device's micro-batches wait in the host's memory, and cross the bus for each layer."""
+
+    tokens: int
+    """Tokens of a pass, at most."""
+    rows: int
+    """Tokens of a micro-batch, at most."""
+    token_nbytes: int
+    """Bytes of a token's hidden states."""
+
+    @property
+    def host_nbytes(self) -> int:
+        """Bytes of the host's memory for those of a whole pass."""
+        return self.tokens * self.token_nbytes
+
+    @property
+    def device_nbytes(self) -> int:
+        """Bytes of the device's memory for those of the micro-batches that come, compute and go."""
+        return WAITING_SLOTS * round_up(self.rows * self.token_nbytes, _SLOT_ALIGNMENT)
+
+    def layer_nbytes(self, tokens: int) -> int:
+        """Bytes that go to the device, and as many that come from it, in a layer of a pass of `tokens` tokens there; 0
+        where all have room on the device."""
+        return tokens * self.token_nbytes if tokens > WAITING_SLOTS * self.rows else 0
+
+
+@dataclass(frozen=True)
 class DevicePlan:
     """What is on the device that computes."""
 
@@ -47,6 +78,8 @@ class DevicePlan:
     """Units that stay on the device, by their number on the plan's tape, and the ring of slots through which all others
     pass, from RAM, in every pass. Units that stay are read once, before the first pass, and are in the host's memory
     neither resident nor streamed."""
+    waiting: WaitingPlan | None = None
+    """None: hidden states of a whole pass are on the device."""
 
     @property
     def nbytes(self) -> int:

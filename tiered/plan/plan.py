@@ -12,7 +12,7 @@ from typing import Any, Self
 from tiered.errors import BudgetError, DeviceBudgetError
 from tiered.plan.inputs import Computes, Objective, Tier, tiers_text
 from tiered.plan.kv import CachePlan, group_from_json
-from tiered.plan.on_device import DeviceNeeds, DevicePlan
+from tiered.plan.on_device import DeviceNeeds, DevicePlan, WaitingPlan
 from tiered.plan.placement import UNHELD, Held, Placement, Tape, full_ring, place, smallest_ring, wished
 from tiered.plan.state import ANYWHERE, Grid, StateShape
 from tiered.units import MIB, format_budget, format_size, round_up
@@ -31,10 +31,12 @@ class Needs:
     workspace: int
     state: int = 0
     """What recurrent layers keep of all sequences at once."""
+    waiting: int = 0
+    """Hidden states of a device's micro-batches that wait."""
 
     @property
     def total(self) -> int:
-        return self.baseline + self.outer + self.kv + self.workspace + self.state
+        return self.baseline + self.outer + self.kv + self.workspace + self.state + self.waiting
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,13 @@ class Plan:
         """The same of a pass in which all sequences decode."""
         return self.bus_nbytes if self.decode_device == "gpu" else 0
 
+    def waiting_nbytes(self, tokens: int) -> int:
+        """Bytes of hidden states that are copied to the device, and as many from it, in a pass of which it computes
+        `tokens` tokens."""
+        if self.device is None or self.device.waiting is None:
+            return 0
+        return (len(self.tape.counts) - 1) * self.device.waiting.layer_nbytes(tokens)
+
     @property
     def resident_blocks(self) -> int:
         """Blocks all of whose units on the tape are resident, in RAM or on the device."""
@@ -244,7 +253,8 @@ def host_held_of(held: Held, computes: tuple[Computes, Computes]) -> Held:
 def _device_from_json(fields: dict[str, Any]) -> DevicePlan:
     placement = fields["placement"]
     on_device = Placement(**{**placement, "resident": frozenset(placement["resident"])})
-    return DevicePlan(fields["vram"], DeviceNeeds(**fields["needs"]), on_device)
+    waiting = WaitingPlan(**fields["waiting"]) if fields.get("waiting") else None
+    return DevicePlan(fields["vram"], DeviceNeeds(**fields["needs"]), on_device, waiting)
 
 
 def fit_units(
@@ -278,6 +288,7 @@ def fit_units(
         least, what = asked.nbytes, f"--resident-cpu {format_budget(most)} and a ring for the others"
     smallest = needs.total + experts_nbytes + least
     state = f"{format_size(needs.state)} for recurrent states, " if needs.state else ""
+    state += f"{format_size(needs.waiting)} for what waits for the GPU, " if needs.waiting else ""
     experts = f"{format_size(experts_nbytes)} for the experts that one token chooses, " if experts_nbytes else ""
     raise BudgetError(
         f"a budget of {format_size(budget)} is too small. Needed: {format_size(needs.baseline)} for the process "

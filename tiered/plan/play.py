@@ -99,6 +99,10 @@ class Player:
         """Experts in memory, and the fraction of one that has not been read yet."""
         self._waits: dict[Kind, float] = {}
         self._computed = 0.0
+        self._turns = 0
+        """How often hidden states of the pass, which wait in the host's memory, still have to come back."""
+        self._returning: Transfer | None = None
+        """The copy of those that are next."""
 
     def run(self, loads: Iterator[PassLoad], pace: Pace) -> None:
         """Play `loads`; `pace` learns from each before the next one is asked for."""
@@ -174,6 +178,8 @@ class Player:
             if self._kv is not None:
                 self._kv.begin(load.segments, groups)
             is_held = sum(map(len, groups)) > 1
+            waits = self._plan.waiting_nbytes(sum(map(len, load.segments))) > 0
+            self._turns = (len(self._plan.tape.blocks) - 1) * sum(map(len, groups)) if waits else 0
             *layers, head = self._plan.tape.blocks
             for layer, units in enumerate(layers):
                 for index, group in enumerate(groups):
@@ -200,6 +206,7 @@ class Player:
             parts = list(tokens_of.values())
             rows = sum(map(len, parts))
             attention = self._costs.attention(layer, parts)
+            yield from self._hidden_states(layer, rows)
             if index or part:
                 yield from self._again(layer, units, rows, attention)
             else:
@@ -208,6 +215,23 @@ class Player:
                 yield from self._experts(layer, rows)
         if self._kv is not None:
             self._kv.give_back(layer, index)
+
+    def _hidden_states(self, layer: int, rows: int) -> Process:
+        """Wait for hidden states that have waited, if they did, and have those of the next micro-batch come, which is
+        taken to be as large. On their way back they cross the bus beside that."""
+        if not self._turns and self._returning is None:
+            return
+        coming = self._returning or self._return(layer, rows)
+        self._returning = self._return(layer, rows) if self._turns else None
+        yield from self._wait(partial(getattr, coming, "is_done"), _layer(layer), "hidden")
+
+    def _return(self, layer: int, rows: int) -> Transfer:
+        """Begin to copy hidden states to the device."""
+        waiting = None if self._plan.device is None else self._plan.device.waiting
+        assert waiting is not None and self._device is not None
+        self._turns -= 1
+        nbytes, rate = rows * waiting.token_nbytes, self._device.rates.host_to_device
+        return self._bus.move("copies", _layer(layer), "hidden", nbytes, rate)
 
     def _units(self, number: int, units: range, rows: int, is_held: bool, attention: float = 0.0) -> Process:
         """`rows` rows through a block's dense units, with attention after the first one: queries, keys and values are

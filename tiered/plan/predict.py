@@ -208,6 +208,7 @@ def memory_by_kind(plan: Plan) -> dict[str, int]:
         "kv_cache": needs.kv,
         "state": needs.state,
         "workspace": needs.workspace,
+        "waiting": needs.waiting,
         "resident": plan.placement.resident_nbytes,
         "ring": plan.placement.ring_nbytes,
         "experts": 0 if plan.experts is None else plan.experts.nbytes,
@@ -249,8 +250,8 @@ class _Run:
         return Phase(1, seconds, disk, computes, read, written, bus, run.rows)
 
     def _bus(self, run: PassRun, is_first: bool) -> tuple[float, float]:
-        """Of each pass: seconds of copying weights to the device and new keys and values back, and those of them for
-        experts."""
+        """Of each pass: seconds of copying weights to the device and new keys and values back, and hidden states that
+        wait both ways at once; and those of them for experts."""
         plan, gpu = self.plan, self.gpu
         tokens = run.prompt_tokens if plan.prefill_device == "gpu" else 0
         tokens += run.rows if plan.decode_device == "gpu" else 0
@@ -259,7 +260,8 @@ class _Run:
         weights = plan.tape.total if is_first else self._bus_nbytes
         experts = expected_bus_nbytes(self.model, plan, tokens) / gpu.host_to_device
         kv = 0 if plan.cache.on_device else tokens * self.model.kv_token_nbytes
-        return weights / gpu.host_to_device + experts + kv / gpu.device_to_host, experts
+        waiting = plan.waiting_nbytes(tokens) / min(gpu.host_to_device, gpu.device_to_host)
+        return weights / gpu.host_to_device + experts + kv / gpu.device_to_host + waiting, experts
 
     def _disk(self, run: PassRun, tokens: int, is_first: bool) -> tuple[float, float, float, float]:
         """Of each pass: seconds of the disk, those of them for experts, bytes read, bytes written."""

@@ -81,9 +81,16 @@ class Way(AtOnce):
 
     def passes(self, ram: int, experts: ExpertShape | None) -> Passes:
         """How passes run with a budget of `ram`, with `experts` read on demand: as asked for if that leaves a full
-        ring. If it does not, and if that is possible, a pass is one micro-batch, so that a layer's units need not be
-        in memory together."""
+        ring. If it does not on the device, hidden states wait in the host's memory, if that makes it full; they cross
+        the bus once for each layer, where weights would once for each pass. If that is not enough, and if it is
+        possible, a pass is one micro-batch, so that a layer's units need not be in memory together."""
         asked = self.passes_of(ram, self.tokens, experts)
+        if asked.may_wait and not self._has_full_device_ring(asked):
+            waiting = self.passes_of(ram, self.tokens, experts, waits=True)
+            if self._has_full_rings(waiting, ram):
+                return waiting
+            if not self._fits_on_device(asked):
+                asked = waiting
         rows = asked.rows
         if (state := self.asked.model.state) is not None and self.batch_size == 1:
             rows = state.grid.cell(rows)
@@ -98,10 +105,26 @@ class Way(AtOnce):
         except BudgetError:
             return False
         on_device = frozenset[int]() if device is None else device.resident
-        if device is not None and passes.tape.full_ring(passes.held, on_device) > device.ring_nbytes:
+        if device is not None and not _is_full(passes, device):
             return False
         resident = on_device | placement.resident
         return passes.tape.full_ring(passes.host_held, resident) <= placement.ring_nbytes
+
+    def _has_full_device_ring(self, passes: Passes) -> bool:
+        """The same of the device's ring alone."""
+        try:
+            device = self._place_on_device(passes)
+        except DeviceBudgetError:
+            return False
+        return device is None or _is_full(passes, device)
+
+    def _fits_on_device(self, passes: Passes) -> bool:
+        """Whether there is any placement on the device."""
+        try:
+            self._place_on_device(passes)
+        except DeviceBudgetError:
+            return False
+        return True
 
     def _may_take_more_passes(self, rows: int, cache: CachePlan) -> bool:
         """Whether passes of one micro-batch of `rows` can do what is asked for."""
@@ -128,7 +151,7 @@ class Way(AtOnce):
         on_device, placement = self._place(passes, ram)
         device = None
         if on_device is not None and passes.device_needs is not None:
-            device = DevicePlan(budgets.vram, passes.device_needs, on_device)
+            device = DevicePlan(budgets.vram, passes.device_needs, on_device, passes.waiting)
         return Plan(
             budget=ram,
             needs=passes.needs,
@@ -256,9 +279,9 @@ class Way(AtOnce):
         return plan.read_nbytes + expected_expert_nbytes(self.asked.model, plan, tokens)
 
     def moved_nbytes(self, plan: Plan, tokens: int, is_decode: bool = False) -> int:
-        """Bytes of weights that such a pass reads, and copies to the device, if that computes it."""
+        """Bytes of weights that such a pass reads, and of all that it copies to the device, if that computes it."""
         device = plan.decode_device if is_decode else plan.prefill_device
-        copied = plan.bus_nbytes + expected_bus_nbytes(self.asked.model, plan, tokens) if device == "gpu" else 0
+        copied = copied_nbytes(self.asked.model, plan, tokens) if device == "gpu" else 0
         return self.read_nbytes(plan, tokens) + copied
 
     def option(self, plan: Plan) -> BatchOption:
@@ -271,7 +294,7 @@ class Way(AtOnce):
         experts = expected_expert_nbytes(self.asked.model, plan, self.batch_size)
         disk, bus = plan.read_nbytes + kv + experts, 0
         if plan.decode_device == "gpu":
-            bus = plan.bus_nbytes + expected_bus_nbytes(self.asked.model, plan, self.batch_size)
+            bus = copied_nbytes(self.asked.model, plan, self.batch_size)
         return BatchOption(self.batch_size, self.on_disk, disk, experts, bus, self.on_device)
 
 
@@ -298,6 +321,17 @@ def expected_bus_nbytes(model: ModelShape, plan: Plan, tokens: int) -> int:
     that are asked for, as none stays there."""
     experts = model.experts
     return 0 if plan.experts is None or experts is None else int(_chosen(experts, plan, tokens) * experts.nbytes)
+
+
+def copied_nbytes(model: ModelShape, plan: Plan, tokens: int) -> int:
+    """Bytes that a pass of `plan` over `tokens` tokens, which the device computes, is expected to copy to it: weights,
+    and hidden states that have waited."""
+    return plan.bus_nbytes + expected_bus_nbytes(model, plan, tokens) + plan.waiting_nbytes(tokens)
+
+
+def _is_full(passes: Passes, device: Placement) -> bool:
+    """Whether a device's ring of this placement is full."""
+    return passes.tape.full_ring(passes.held, device.resident) <= device.ring_nbytes
 
 
 def _chosen(experts: ExpertShape, plan: Plan, tokens: int) -> float:

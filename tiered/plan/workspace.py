@@ -67,19 +67,21 @@ def workspace_for(
     least_rows: int = 1,
     waiting: int = 0,
     is_device: bool = False,
+    hidden_elsewhere: bool = False,
 ) -> Workspace:
     """Rows per micro-batch for at most `tokens` in flight in `sequences` sequences, and the reserve they need.
 
     `scratch_nbytes` are the kernels'; `logits` positions may get logits in one pass (0: one per sequence);
     `most_rows` bounds the rows, of which there are `least_rows` all the same; results of `waiting` experts per row wait
     until they are summed. `is_device`: in the memory of a device, where no heap of ours is and no logits are kept.
+    `hidden_elsewhere`: hidden states of tokens that do not compute are in other memory, which is not counted here.
     """
     per_row = row_nbytes(shape, context, waiting)
     share = int(budget * _SHARE)
     rows = min(tokens, max(least_rows, min(most_rows, share // per_row)))
     gathered = shape.gathered_nbytes * context
     gathered_rows = max(1, min(sequences, rows, share // gathered)) if gathered else 1
-    in_flight = tokens * _token_nbytes(shape)
+    in_flight = tokens * (_call_nbytes(shape) if hidden_elsewhere else _token_nbytes(shape))
     head_rows = min(logits or sequences, rows, HEAD_ROWS)
     live = rows * per_row + in_flight + gathered_rows * gathered
     # Widened weights of these heads.
@@ -102,6 +104,13 @@ def _token_nbytes(shape: ModelShape) -> int:
     """Bytes that a token in flight takes through the whole pass: two generations of its hidden states, its rows of
     tables, and what each layer will be given of them."""
     return (2 * shape.hidden + shape.table_numbers) * shape.itemsize + shape.table_row_nbytes
+
+
+def _call_nbytes(shape: ModelShape) -> int:
+    """Of these, bytes of what each layer will be given beside hidden states: its rows of tables, its position, and the
+    sine and cosine of each channel of a head for it, in float32, of two kinds of layers."""
+    channels = max((group.shape.head_dim for group in shape.groups), default=0)
+    return shape.table_numbers * shape.itemsize + shape.table_row_nbytes + 8 + 2 * 2 * 4 * channels
 
 
 def _logits_nbytes(shape: ModelShape, positions: int, kept: int) -> int:

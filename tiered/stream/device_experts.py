@@ -9,7 +9,7 @@ from typing import Final
 
 import torch
 
-from tiered.device import Device, Event
+from tiered.device import Device, Event, Lease
 from tiered.stream.bus import Bus
 from tiered.stream.loan import AnyWeight
 
@@ -22,7 +22,7 @@ class DeviceExperts:
 
     def __init__(self, device: Device, slot_nbytes: int, bus: Bus) -> None:
         self._device, self._slot_nbytes, self._bus = device, slot_nbytes, bus
-        self._memory: Sequence[torch.Tensor] = ()
+        self._memory = Lease(device, SLOTS * slot_nbytes, "chosen experts")
         self._freed: list[Sequence[Event]] = [()] * SLOTS
         """The last use of each slot."""
         self._next = 0
@@ -31,20 +31,19 @@ class DeviceExperts:
 
     def open(self) -> None:
         """Borrow the slots. Raises BudgetError."""
-        whole = self._device.borrow(SLOTS * self._slot_nbytes, "chosen experts")
-        self._memory = [whole[slot * self._slot_nbytes :][: self._slot_nbytes] for slot in range(SLOTS)]
+        self._memory.take()
 
     def close(self) -> None:
-        """Give them back, when they have been computed with."""
+        """Give them back, when they have been computed with. They are borrowed again when an expert is brought."""
         self._device.record().wait()
-        self._device.release(self._memory[0])
-        self._memory = ()
+        self._memory.end()
+        self._freed = [()] * SLOTS
         self.views.clear()
 
     def bring(self, source: torch.Tensor, name: str) -> tuple[int, torch.Tensor]:
         """Copy an expert; its slot's number and the slot. `source` may be read into again when this returns."""
         slot, self._next = self._next, (self._next + 1) % SLOTS
-        memory = self._memory[slot]
+        memory = self._slot(slot)
         arrived = self._device.copy_in(source, memory[: source.nbytes], self._freed[slot])
         arrived.wait()
         self._bus.count(name, source.nbytes, arrived.seconds)
@@ -55,8 +54,11 @@ class DeviceExperts:
     def release(self) -> None:
         """What was brought last has been computed with."""
         slot = (self._next - 1) % SLOTS
-        self._device.discards(self._memory[slot])
+        self._device.discards(self._slot(slot))
         self._freed[slot] = (self._device.record(),)
+
+    def _slot(self, number: int) -> torch.Tensor:
+        return self._memory.take()[number * self._slot_nbytes :][: self._slot_nbytes]
 
     def release_all(self) -> None:
         """Nothing that was brought will be computed with any more."""

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
-from tiered.device import Device, Event
+from tiered.device import Device, Event, Lease
 from tiered.io import Slab
 from tiered.plan import Held, Plan, Tape
 from tiered.plan.order import Reading, feed_order
@@ -79,7 +79,9 @@ class DeviceFeed(Walk[Brought]):
         self._on_device: set[int] = set()
         """Those of them that have been copied, or are being copied."""
         self._memory = contextlib.ExitStack()
-        self._slots = torch.empty(0, dtype=torch.uint8)
+        self._slots = Lease(device, placement.ring_nbytes, "ring of weights")
+        self._is_resting = False
+        """Nothing is brought, and no slot is there, until a pass begins."""
         self._own: dict[int, torch.Tensor] = {}
         """The memory of units that stay on the device, by position."""
         self._ending = asyncio.Lock()
@@ -96,7 +98,9 @@ class DeviceFeed(Walk[Brought]):
 
     async def start(self) -> None:
         with contextlib.ExitStack() as stack:
-            self._slots = self._borrow(stack, self._ring_nbytes, "ring of weights")
+            if self._ring_nbytes:
+                self._slots.take()
+            stack.callback(self._slots.end)
             own = self._borrow(stack, sum(self._sizes[position] for position in self._kept), "resident weights")
             ends = itertools.accumulate((self._sizes[position] for position in self._kept), initial=0)
             for position, (start, stop) in zip(self._kept, itertools.pairwise(ends), strict=True):
@@ -128,7 +132,6 @@ class DeviceFeed(Walk[Brought]):
         finally:
             self._bus.close()
             self._own.clear()
-            self._slots = torch.empty(0, dtype=torch.uint8)
             self._memory.close()
 
     async def _settle(self) -> None:
@@ -149,11 +152,36 @@ class DeviceFeed(Walk[Brought]):
         # Whatever was computed last may still use any of the slots.
         self._freed = [(0, self._ring_nbytes, self._device.record())]
 
+    async def rest(self) -> None:
+        """Between two passes, where the processor computes as well: drop what was copied ahead, and give the slots back
+        until the next pass begins. Numbers of units begin anew."""
+        assert self._share is not None and self._task is not None
+        self._is_resting = True
+        self._task.cancel()
+        await asyncio.wait([self._task])
+        async with self._ending:
+            await self._bus.settled()
+            self._share.rest()
+            self._units.clear(kept=0)
+            self._restart()
+            await self._bus.until_done(self._device.record())
+            self._slots.end()
+
+    def _wake(self) -> None:
+        """A pass begins."""
+        if self._is_resting and not self._is_closing:
+            self._is_resting = False
+            self._begin_walk()
+
+    def _begin_walk(self) -> None:
+        if not self._is_resting:
+            super()._begin_walk()
+
     # What the computation says.
 
     def begin_pass(self) -> None:
         if self._share is not None:
-            self._share.begin_pass()
+            self._share.begin_pass(self._wake)
 
     def begin_lending(self) -> None:
         if self._share is not None:
@@ -268,7 +296,7 @@ class DeviceFeed(Walk[Brought]):
             _give_back(host, host_number)
             self._units.put(number, found)
             return
-        slot = self._slots[span.start : span.start + self._sizes[turn.position]]
+        slot = self._slots.take()[span.start : span.start + self._sizes[turn.position]]
         self._units.put(
             number, self._copy(turn.position, found, slot, self._last_uses(span), host, host_number, number)
         )

@@ -93,6 +93,16 @@ class Fork:
             self._is_open = False
             await self.feed.close()
 
+    def leave(self, share: "Share") -> None:
+        """Between two passes: a share has done with all units, those among them that it has not come to."""
+        for users in self._users.values():
+            users.discard(share)
+        for number, shares in list(self._left.items()):
+            shares.discard(share)
+            if not shares:
+                del self._left[number]
+                self.feed.take_back(deque([number]))
+
     async def rewind(self, share: "Share") -> None:
         """A share begins anew; when all do, the feed does."""
         for shares in (*self._users.values(), *self._left.values()):
@@ -178,8 +188,10 @@ class Share:
         """None where the feed has no last pass; else it is to be said again."""
         return None if self._fork.feed.last_pass is None else -1
 
-    def begin_pass(self) -> None:
+    def begin_pass(self, on_join: Callable[[], None] = lambda: None) -> None:
+        """`on_join` is called in the loop before anything is brought for the pass."""
         assert self._loop is not None
+        self._loop.call_soon_threadsafe(on_join)
         self._loop.call_soon_threadsafe(self._join, self._fork.begin(self))
 
     def begin_lending(self) -> None:
@@ -203,10 +215,19 @@ class Share:
         await self._fork.close()
 
     async def rewind(self) -> None:
+        self._begin_anew()
+        await self._fork.rewind(self)
+
+    def rest(self) -> None:
+        """Between two passes: its next one is its first."""
+        self._begin_anew()
+        self._fork.leave(self)
+        self._units.clear(0)
+
+    def _begin_anew(self) -> None:
         self._passes.clear()
         self._own.clear()
         self._next = 0
-        await self._fork.rewind(self)
 
     def key(self, number: int) -> int:
         key = self._fork.feed.key(number)

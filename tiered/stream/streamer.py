@@ -261,6 +261,18 @@ class Streamer:
         self._returned.clear()
         self._pass, self._next = 0, 0
 
+    async def rest(self) -> None:
+        """Where the processor computes beside the device: give the device's memory back until the next pass begins. No
+        block may be lent meanwhile."""
+        assert isinstance(self._feed, DeviceFeed), "what the processor computes with is not a device's"
+        await self._feed.rest()
+        for loan in self._loans:
+            loan.forget()
+        if self._there is not None:
+            self._there.close()
+        self._returned.clear()
+        self._pass, self._next = 0, 0
+
     async def _rewind_experts(self) -> None:
         if self._experts is not None:
             await asyncio.to_thread(self._experts.rewind)

@@ -38,6 +38,12 @@ class Streams:
         """Bytes of weights that have been copied to a device so far."""
         return self.device_blocks.bus_nbytes if self.device_blocks is not None else 0
 
+    def rest_device(self) -> None:
+        """Between two passes, where the processor computes beside a device: give the device's memory back until it
+        computes again. Not for the loop."""
+        assert self.device_blocks is not None and self.device_blocks is not self.blocks
+        run_in(self.loop, self.device_blocks.rest())
+
     def rewind(self) -> None:
         """After a pass that did not reach its end: make the next one begin at the first block. Not for the loop."""
         run_in(self.loop, self._rewind())
