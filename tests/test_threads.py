@@ -175,15 +175,17 @@ def test_a_call_that_waits_for_its_turn_can_be_interrupted(loaded: LoadedModel) 
 def test_leaving_ends_what_other_threads_run_and_wait_for(store: Path) -> None:
     threads = set(threading.enumerate())
     results: list[Future[list[int]]] = []
+    opened: list[LoadedModel] = []
 
     def stay(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         """Do not end before the model is closed, however late this thread comes to that."""
-        while ids.shape[1] > 95 and loaded.runtime.is_open:
+        while ids.shape[1] > 95 and opened[0].runtime.is_open:
             time.sleep(0.001)
         return torch.zeros(len(ids), dtype=torch.bool)
 
     with ThreadPoolExecutor(3) as pool:
         with open_model(store) as loaded:
+            opened.append(loaded)
             staying = {"stopping_criteria": StoppingCriteriaList([stay])}
             results = [pool.submit(complete, loaded, prompt, 100, **staying) for prompt in PROMPTS]
             while not loaded.runtime.passes:
