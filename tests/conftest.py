@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
-import torch
-import transformers
 
 from tests.quick import Quick
 from tests.shared import FOLDER_VARIABLE
@@ -38,14 +36,22 @@ def pytest_configure(config: pytest.Config) -> None:
     pins = read_pins(path.read_text(encoding="utf-8"))
     # Some are for other systems, and the lowest file has none for the programs that test.
     found = {distribution.name: distribution.version for distribution in reversed(list(metadata.distributions()))}
-    found |= {module.__name__: module.__version__ for module in (torch, transformers)}
+    found |= {name: imported_version(name) for name in ("torch", "transformers")}
     wrong = {name: found[name] for name in pins.keys() & found.keys() if found[name].partition("+")[0] != pins[name]}
     if wrong:
         pytest.exit(f"{path}: pins other versions than are imported here: {wrong}; run tools/setup", returncode=3)
 
 
+def imported_version(name: str) -> str:
+    """The version of what `import name` would find, which takes seconds: this process may only hand out tests."""
+    spec = importlib.util.find_spec(name)
+    assert spec is not None and spec.origin is not None
+    beside = metadata.distributions(name=name, path=[str(Path(spec.origin).parents[1])])
+    return next((distribution.version for distribution in beside), f"of {spec.origin}")
+
+
 def pytest_report_header(config: pytest.Config) -> str:
-    return f"transformers {transformers.__version__} (pins: {config.getoption('--pins') or 'not looked at'})"
+    return f"transformers {metadata.version('transformers')} (pins: {config.getoption('--pins') or 'not looked at'})"
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -54,6 +60,8 @@ def pytest_runtest_setup() -> None:
 
     What tests compute is so small that a second one only costs time, many times over where workers share the cores.
     """
+    import torch
+
     torch.set_num_threads(1)
 
 
@@ -72,7 +80,6 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiny() -> "Tiny":
     """Tiny models of every family, made when first asked for."""
-    # The process that only hands out tests to others need not import what it takes.
     from tests.helpers import Tiny
 
     return Tiny()
@@ -97,6 +104,8 @@ def steady_baseline() -> Iterator[None]:
 
     The blocks of tiny models are smaller than the noise in the size of a process that imports and compares.
     """
+    import torch
+
     torch.ones(512 * MIB, dtype=torch.uint8)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tiered.host.reset_peak_rss", lambda: None)

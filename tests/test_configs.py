@@ -73,6 +73,7 @@ def test_shape_builds_its_config(path: Path) -> None:
     assert set(expected) <= set(type(config)().to_dict()) | {"head_dim"}
 
 
+@pytest.mark.inputs("configs/models")
 @pytest.mark.parametrize("path", SHAPES, ids=lambda path: path.stem)
 def test_shape_has_the_parameters_of_its_name(path: Path) -> None:
     config = build_config(load(path))

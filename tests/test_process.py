@@ -167,6 +167,47 @@ def test_an_interrupt_in_a_destructor_is_not_lost() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "seen\n", "")
 
 
+def test_an_interrupt_that_comes_while_a_condition_takes_its_lock_comes_after_it() -> None:
+    code = (
+        "import os, signal, threading, time; from tiered.process import catch_interrupts; catch_interrupts()\n"
+        "class Lock:\n"
+        "    taken = 0\n"
+        "    def acquire(self): pass\n"
+        "    def release(self): pass\n"
+        "    def __enter__(self): self.taken += 1; os.kill(os.getpid(), signal.SIGINT); time.sleep(0.1)\n"
+        "    def __exit__(self, *_): self.taken -= 1\n"
+        "lock = Lock()\n"
+        "try:\n"
+        "    with threading.Condition(lock): time.sleep(20)\n"
+        "except KeyboardInterrupt: print(lock.taken)"
+    )
+    done = shell((sys.executable, "-c", code), "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "0\n", "")
+
+
+@pytest.mark.parametrize("waits", ["threading.Thread(target=time.sleep, args=(60,)).start()", "pass"])
+def test_interrupts_end_a_command_that_has_ended_with_its_exit_code(waits: str) -> None:
+    code = (
+        "import sys, threading, time; from tiered import process\n"
+        "process._PATIENCE_SECONDS = 0.1\n"
+        f"process.catch_interrupts(); {waits}; process.no_more_interrupts(5)\n"
+        "print('ended', flush=True); sys.exit(5)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    ) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"ended\n"
+        while process.poll() is None:
+            process.send_signal(signal.SIGINT)
+            signal.sigtimedwait([], 0.01)
+        _, err = process.communicate()
+    assert (process.returncode, err) == (5, b"")
+
+
 def wait_for_import(pid: int, library: str) -> None:
     """Until the process has mapped a file of `library`, whose import then goes on for seconds."""
     while f"/{library}/" not in Path(f"/proc/{pid}/maps").read_text():

@@ -150,13 +150,23 @@ def test_what_generate_calls_may_call_the_model(loaded: LoadedModel) -> None:
 def test_a_call_that_waits_for_its_turn_can_be_interrupted(loaded: LoadedModel) -> None:
     expected = complete(loaded, PROMPTS[0])
 
-    def wait_and_be_interrupted() -> None:
-        timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
-        timer.start()
-        with pytest.raises(KeyboardInterrupt):
-            complete(loaded, PROMPTS[1])
-        timer.join()
+    class Turns:
+        """The lock for turns; whoever is about to wait for it is interrupted."""
 
+        def __enter__(self) -> None:
+            threading.Timer(0.05, signal.pthread_kill, (threading.get_ident(), signal.SIGINT)).start()
+            lock.acquire()
+
+        def __exit__(self, *_: object) -> None:
+            lock.release()
+
+    def wait_and_be_interrupted() -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loaded.runtime, "_calls", Turns())
+            with pytest.raises(KeyboardInterrupt):
+                complete(loaded, PROMPTS[1])
+
+    lock = loaded.runtime._calls
     running = during_generate(loaded, wait_and_be_interrupted)
     assert running.result() == expected
     assert complete(loaded, PROMPTS[0]) == expected
@@ -165,9 +175,19 @@ def test_a_call_that_waits_for_its_turn_can_be_interrupted(loaded: LoadedModel) 
 def test_leaving_ends_what_other_threads_run_and_wait_for(store: Path) -> None:
     threads = set(threading.enumerate())
     results: list[Future[list[int]]] = []
+    opened: list[LoadedModel] = []
+
+    def stay(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        """Do not end before the model is closed, however late this thread comes to that."""
+        while ids.shape[1] > 95 and opened[0].runtime.is_open:
+            time.sleep(0.001)
+        return torch.zeros(len(ids), dtype=torch.bool)
+
     with ThreadPoolExecutor(3) as pool:
         with open_model(store) as loaded:
-            results = [pool.submit(complete, loaded, prompt, 100) for prompt in PROMPTS]
+            opened.append(loaded)
+            staying = {"stopping_criteria": StoppingCriteriaList([stay])}
+            results = [pool.submit(complete, loaded, prompt, 100, **staying) for prompt in PROMPTS]
             while not loaded.runtime.passes:
                 time.sleep(0.001)
         for result in results:
@@ -246,7 +266,7 @@ def in_child(call: Callable[[], Any]) -> str:
         os.write(writing, message.encode()[:4096])
         os._exit(0)
     os.close(writing)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + SECONDS
     while not (ended := os.waitpid(pid, os.WNOHANG)[0]) and time.monotonic() < deadline:
         time.sleep(0.01)
     if not ended:

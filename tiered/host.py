@@ -5,18 +5,17 @@ clocks of disk and trace; several runtimes may share one. `PROCESS` is the one o
 as do the things it manages: the plans of all open runtimes, the interpreter's switch interval, glibc's heap.
 """
 
-import concurrent.futures
 import contextlib
 import logging
 import os
+import queue
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Final, Self, TypeVar
+from typing import Any, Final, Generic, Self, TypeVar
 
 import torch
 
@@ -24,11 +23,13 @@ from tiered.device import Device, open_device
 from tiered.errors import ConfigError, InterruptedRun
 from tiered.io import IdleClock
 from tiered.io.arena import populate_refusal
+from tiered.io.threads import Outcome
 from tiered.kernels import CancelFlag, DeviceKernels, Kernels, Mode
 from tiered.model import KernelAttention, registered_attention
 from tiered.plan import available_budget, cpu_count, process_peak_rss_bytes, process_rss_bytes
 from tiered.plan.budget import GROWTH_NBYTES, pin_malloc
 from tiered.proc import reset_peak_rss
+from tiered.process import interrupts_later
 from tiered.trace import Tracer
 from tiered.units import MIB
 
@@ -41,8 +42,6 @@ _ANOTHER_NBYTES: Final = 96 * MIB
 varied by 60 MB with what the allocator had kept, so that a budget named by a refusal was refused again."""
 _SETTLE_SECONDS: Final = 5.0
 """After an interruption, how long work in flight may take to end before a warning says what is waited for."""
-_POLL_SECONDS: Final = 0.1
-"""Seconds between two looks for a signal, while the caller's thread waits."""
 
 T = TypeVar("T")
 _LOG: Final = logging.getLogger(__name__)
@@ -78,9 +77,10 @@ class Host:
         self.promised_nbytes = 0
         """Bytes of the device's memory that the plans of open runtimes take."""
         self._users, self._lock = 0, threading.Lock()
-        self._calls: list[_Call] = []
+        self._calls: set[_Call[Any]] = set()
         """What `compute` runs or is about to run."""
-        self._current: _Call | None = None
+        self._current: _Call[Any] | None = None
+        self._queue: queue.SimpleQueue[_Call[Any] | None] = queue.SimpleQueue()
         self._resources = contextlib.ExitStack()
 
     def check(
@@ -123,10 +123,10 @@ class Host:
                 _LOG.warning("memory is not taken ahead of reads, the first pass takes longer: %s", refusal)
             self.attention: KernelAttention = stack.enter_context(registered_attention(self.kernels))
             self.computer = self._begin_device(stack)
-            self._compute = ThreadPoolExecutor(1, thread_name_prefix="tiered-compute")
-            stack.callback(self._compute.shutdown, wait=True)
-            # The pool's thread starts now: an interrupt during a later start would leave a pool with two threads.
-            self._compute.submit(lambda: None).result()
+            with interrupts_later():
+                thread = threading.Thread(target=self._serve, name="tiered-compute", daemon=True)
+                thread.start()
+                stack.callback(self._end_thread, thread)
             self._resources = stack.pop_all()
 
     def _begin_device(self, stack: contextlib.ExitStack) -> "DeviceComputer | None":
@@ -152,6 +152,11 @@ class Host:
         attention = stack.enter_context(registered_attention(kernels, self.kernels))
         return DeviceComputer(device, kernels, attention)
 
+    def _end_thread(self, thread: threading.Thread) -> None:
+        """Let the compute thread end when it has done what is queued."""
+        self._queue.put(None)
+        thread.join()
+
     @contextlib.contextmanager
     def promised(self, nbytes: int) -> Iterator[None]:
         """So many bytes of the device's memory are a runtime's, until the context ends."""
@@ -167,24 +172,21 @@ class Host:
         Work of several callers runs one after the other. Whatever ends the waiting here, an interruption too, this
         `work` has ended then, and that of others goes on. `owner` is whom `interrupt` may end it for.
         """
-        call = _Call(owner)
-        future: Future[T] | None = None
+        call = _Call(owner, work)
         try:
             with self._lock:
-                self._calls.append(call)
-            future = self._compute.submit(self._run, call, work)
-            return wait_for(future)
+                assert self._users, "the host is closed: nobody would run it"
+                self._calls.add(call)
+            self._queue.put(call)
+            return call.outcome.result()
         except BaseException:
-            # Work that has failed by itself has ended: there is nothing to interrupt.
-            if future is not None and not future.done():
-                with self._lock:
-                    self._end(call)
-                _settle(future)
+            self._settle(call)
             raise
         finally:
             with self._lock:
-                self._calls.remove(call)
-            del future  # as in `wait_for`
+                self._calls.discard(call)
+            # An error holds this frame, and the call the error: a cycle that only the garbage collector would free.
+            del call
 
     def interrupt(self, owner: object) -> None:
         """End what `compute` runs, or is about to run, for `owner`: it raises InterruptedRun."""
@@ -193,24 +195,56 @@ class Host:
                 if call.owner is owner:
                     self._end(call)
 
-    def _end(self, call: "_Call") -> None:
+    def _end(self, call: "_Call[Any]") -> None:
         """Interrupt `call`, or keep it from beginning. With `_lock` held."""
         call.is_ended = True
         if call is self._current:
             self.cancel.set()
 
-    def _run(self, call: "_Call", work: Callable[[], T]) -> T:
-        """In the compute thread: `work`, with the cancel flag meant for it alone."""
+    def _settle(self, call: "_Call[Any]") -> None:
+        """End `call`, whether or not it has been queued or has begun, and wait until it computes nothing any more;
+        interrupts meanwhile mean what the first one meant."""
+        began = time.monotonic()
+        while True:
+            try:
+                with self._lock:
+                    if call is not self._current:
+                        call.is_ended = True
+                        return
+                    self._end(call)
+                call.outcome.wait()
+                if time.monotonic() - began > _SETTLE_SECONDS:
+                    _LOG.warning("interrupted: waiting for reads in flight to end before their memory is released")
+                    began = float("inf")
+            except KeyboardInterrupt:
+                pass
+
+    def _serve(self) -> None:
+        """The compute thread."""
+        while (call := self._queue.get()) is not None:
+            self._run(call)
+            del call  # and what it holds, while nothing comes
+
+    def _run(self, call: "_Call[Any]") -> None:
+        """In the compute thread: a call, with the cancel flag meant for it alone."""
+        result, error = None, None
         with self._lock:
-            if call.is_ended:
-                raise InterruptedRun("interrupted")
-            self._current = call
+            if not call.is_ended:
+                self._current = call
         try:
-            return work()
-        finally:
-            with self._lock:
-                self._current = None
-                self.cancel.clear()
+            if self._current is None:
+                raise InterruptedRun("interrupted")
+            result = call.work()
+        except BaseException as raised:
+            error = raised
+        with self._lock:
+            self._current = None
+            self.cancel.clear()
+        if error is None:
+            call.outcome.bring(result)
+        else:
+            call.outcome.fail(error)
+        del call, result, error  # as in `compute`
 
     def warm_up(self, dtype: torch.dtype) -> None:
         """Use what every run uses (thread pool, linear algebra, attention), so that the memory it takes is part of
@@ -224,34 +258,6 @@ def open_named(name: str, vram: int | None) -> Device:
         return open_device(name, vram)
     except ConfigError as error:
         raise ConfigError(str(error).removeprefix("--device ")) from error
-
-
-def wait_for(future: Future[T]) -> T:
-    """The result of `future`, waited for in slices, because a signal is only seen between them."""
-    try:
-        while True:
-            try:
-                return future.result(timeout=_POLL_SECONDS)
-            except concurrent.futures.TimeoutError:
-                if future.done():
-                    return future.result()
-    except BaseException:
-        future.cancel()
-        raise
-    finally:
-        # An error holds this frame, and the future the error: a cycle that only the garbage collector would free.
-        del future
-
-
-def _settle(future: Future[T]) -> None:
-    """Wait until `future` has ended; interrupts meanwhile mean what the first one meant."""
-    began = time.monotonic()
-    while not future.done():
-        with contextlib.suppress(KeyboardInterrupt, concurrent.futures.TimeoutError, concurrent.futures.CancelledError):
-            future.exception(timeout=_SETTLE_SECONDS)
-        if not future.done() and time.monotonic() - began > _SETTLE_SECONDS:
-            _LOG.warning("interrupted: waiting for reads in flight to end before their memory is released")
-            began = float("inf")
 
 
 def _warm_up(threads: int, dtype: torch.dtype) -> None:
@@ -273,10 +279,12 @@ class DeviceComputer:
 
 
 @dataclass(eq=False)
-class _Call:
+class _Call(Generic[T]):
     """One call of `Host.compute`."""
 
     owner: object
+    work: Callable[[], T]
+    outcome: Outcome[T] = field(default_factory=Outcome)
     is_ended: bool = False
     """Whether somebody has asked for its end."""
 

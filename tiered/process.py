@@ -3,6 +3,7 @@
 `tiered.__main__` and `tiered.cli.main` call it. It imports nothing that takes long, because it must act at once.
 """
 
+import atexit
 import contextlib
 import gc
 import io
@@ -12,7 +13,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, Final, NoReturn, TextIO
 
@@ -20,7 +21,15 @@ _INTERRUPTED: Final = 130
 _PATIENCE_SECONDS: Final = 2.0
 """Seconds that a command has for cleaning up before another interrupt ends it at once."""
 _AGAIN_SECONDS: Final = 0.01
-"""Seconds after which an interrupt that was lost is sent again."""
+"""Seconds after which an interrupt that was lost, or came at a wrong moment, comes again."""
+_WHOLE: Final = frozenset(
+    {
+        *(("threading", "Condition.__enter__"), ("threading", "Condition.__exit__"), ("threading", "Thread.start")),
+        ("concurrent.futures.thread", "ThreadPoolExecutor.submit"),
+    }
+)
+"""Functions of Python that an exception must not end halfway: the lock that one has just taken would stay locked for
+ever, also for the thread that is to end, and a thread or a task would run of which nobody knows."""
 
 
 def restart_in_utf8() -> None:
@@ -132,24 +141,48 @@ class Interrupts:
 
     def __init__(self) -> None:
         self._first: float | None = None
+        self._status: int | None = None
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         """The signal's handler."""
         now, begun = time.monotonic(), self._first
-        if begun is None and not _is_importing(frame):
-            self._first = now
-            raise KeyboardInterrupt
+        if begun is not None:
+            if now - begun > _PATIENCE_SECONDS:
+                self._end_at_once()
+            return
         # What an exception does to an import cannot be known, and there is nothing to clean up yet.
-        if begun is None or now - begun > _PATIENCE_SECONDS:
+        if _is_in(frame, _is_of_the_importer):
             end_at_once()
+        if _is_in(frame, _is_whole):
+            self._come_again()
+            return
+        self._first = now
+        raise KeyboardInterrupt
 
     def handle_unraisable(self, lost: "sys.UnraisableHookArgs") -> None:
-        """Called for an exception that is lost, in a destructor or a callback: a KeyboardInterrupt is sent again."""
+        """Called for an exception that is lost, in a destructor or a callback: a KeyboardInterrupt comes again."""
         if lost.exc_type is not KeyboardInterrupt:
             sys.__unraisablehook__(lost)
             return
-        self._first = None
-        threading.Timer(_AGAIN_SECONDS, os.kill, (os.getpid(), signal.SIGINT)).start()
+        if self._status is None:
+            self._first = None
+            self._come_again()
+
+    def end(self, status: int) -> None:
+        """The command has ended, and `status` is its exit code: interrupts do not change it any more. One that comes
+        when ending takes too long, because a thread does not end, ends the process with it."""
+        self._first, self._status = time.monotonic(), status
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+    def _come_again(self) -> None:
+        # A timer of the system's: a thread that sends the signal would have to be started here.
+        signal.signal(signal.SIGALRM, self.handle)
+        signal.setitimer(signal.ITIMER_REAL, _AGAIN_SECONDS)
+
+    def _end_at_once(self) -> None:
+        if self._status is None:
+            end_at_once()
+        os._exit(self._status)
 
 
 def end_at_once() -> NoReturn:
@@ -164,15 +197,44 @@ def catch_interrupts() -> None:
         interrupts = Interrupts()
         signal.signal(signal.SIGINT, interrupts.handle)
         sys.unraisablehook = interrupts.handle_unraisable
+        # The last thing that the interpreter does before it takes handlers back, after which a signal would kill.
+        atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
 
 
-def ignore_interrupts() -> None:
-    """Ignore SIGINT if `catch_interrupts` handled it: the command has ended, and its exit code is decided."""
-    if isinstance(getattr(signal.getsignal(signal.SIGINT), "__self__", None), Interrupts):
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+def no_more_interrupts(status: int) -> None:
+    """Where `catch_interrupts` handles SIGINT: the command has ended, and `status` is its exit code."""
+    interrupts = getattr(signal.getsignal(signal.SIGINT), "__self__", None)
+    if isinstance(interrupts, Interrupts):
+        interrupts.end(status)
 
 
-def _is_importing(frame: FrameType | None) -> bool:
-    while frame is not None and frame.f_code.co_filename != "<frozen importlib._bootstrap>":
+@contextlib.contextmanager
+def interrupts_later() -> Iterator[None]:
+    """Hold a SIGINT back until the context ends, for the few steps of the main thread that must happen together."""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or before is None:
+        yield
+        return
+    caught: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, frame: caught.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if caught:
+            signal.raise_signal(signal.SIGINT)
+
+
+def _is_in(frame: FrameType | None, is_meant: Callable[[FrameType], bool]) -> bool:
+    """Whether `frame`, or one that has called it, is meant."""
+    while frame is not None and not is_meant(frame):
         frame = frame.f_back
     return frame is not None
+
+
+def _is_of_the_importer(frame: FrameType) -> bool:
+    return frame.f_code.co_filename == "<frozen importlib._bootstrap>"
+
+
+def _is_whole(frame: FrameType) -> bool:
+    return (frame.f_globals.get("__name__"), frame.f_code.co_qualname) in _WHOLE

@@ -20,7 +20,7 @@ import torch
 from tiered.cache import SequenceKV, Snapshot
 from tiered.device import Device
 from tiered.errors import BudgetError, ConfigError, shortened
-from tiered.host import PROCESS, Host, Member, wait_for
+from tiered.host import PROCESS, Host, Member
 from tiered.io import ChunkVerifier, DiskReader, Faults, ReadMode, probe_mode
 from tiered.kernels import Kernels
 from tiered.memory import open_memory
@@ -51,6 +51,7 @@ from tiered.plan import (
 )
 from tiered.plan.passes import limits_of
 from tiered.prepare import Prepared, budgets_of, host_for, prepare, usable
+from tiered.process import interrupts_later
 from tiered.store import Store
 from tiered.stream import EmbeddingRows, Fork, KVStream, Streamer, Streams, StreamThread
 
@@ -353,11 +354,13 @@ class Runtime:
 
     def start_streaming(self) -> Streams:
         """Start the loop thread and the reading; done by the first pass if not before."""
-        if self._streaming is None:
-            self._streaming = StreamThread(self._load_tables, self._make_streams)
-            self._device_is_held = True
         try:
-            return wait_for(self._streaming.ready)
+            if self._streaming is None:
+                # A thread that nobody knows would read into memory that is released.
+                with interrupts_later():
+                    self._streaming = StreamThread(self._load_tables, self._make_streams)
+                    self._device_is_held = True
+            return self._streaming.ready.result()
         except BaseException:
             self.stop_streaming()
             raise
@@ -367,7 +370,7 @@ class Runtime:
         thread, self._streaming = self._streaming, None
         if thread is not None:
             thread.stop()
-            if thread.ready.exception() is None:
+            if thread.ready.error is None:
                 self._copied += thread.ready.result().bus_nbytes
 
     @property

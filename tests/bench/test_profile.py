@@ -180,6 +180,7 @@ def test_memory_is_read_at_a_plausible_speed() -> None:
     assert 1e8 < measure_memory(2, 16 * MIB) < 1e13
 
 
+@pytest.mark.inputs("tiered/bench", "tiered/plan")
 def test_passes_over_a_small_model_are_measured_and_leave_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

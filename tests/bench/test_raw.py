@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -206,10 +207,17 @@ def test_a_slow_disk_is_written_for_so_long_only(tmp_path: Path, memory: memoryv
 def test_an_interruption_ends_the_reads_before_files_and_memory_are_taken_back(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(bytes(4 * MIB))
-    timer = threading.Timer(0.05, signal.raise_signal, [signal.SIGINT])
-    timer.start()
+    before = threading.active_count() + 1
+
+    def interrupt() -> None:
+        while threading.active_count() <= before:  # until the first read has begun
+            time.sleep(0.001)
+        signal.pthread_kill(main, signal.SIGINT)
+
+    main, other = threading.get_ident(), threading.Thread(target=interrupt)
     # A read that went on after its file was closed would fail in its thread, which fails this test.
     with pytest.raises(KeyboardInterrupt):
+        other.start()
         measure_raw([path], memoryview(bytearray(16 * MIB)), direct=False, seconds=5.0)
-    timer.join()
+    other.join()
     assert not [t for t in threading.enumerate() if t is not threading.main_thread() and not t.daemon]

@@ -5,10 +5,11 @@ from typing import Any, Final
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.cache.plans import SHAPE, FakeFile, plan_of, pool_of
+from tests.quick import examples
 from tiered.cache import Extent, KVPool, LentBlocks, Part, SequenceKV
 from tiered.kernels.attention import PAGE_TOKENS
 from tiered.plan.kv import LayerGroup
@@ -97,7 +98,7 @@ class Sequences:
             numbers[start // 8 :][: nbytes // 8] = marker(layer, sequence, page)
 
 
-@settings(deadline=None, max_examples=40)
+@examples(40)
 @given(texts=st.lists(st.lists(COUNTS, min_size=1, max_size=9), min_size=1, max_size=3))
 def test_every_page_a_query_sees_comes_back_as_it_was_completed(texts: list[list[int]]) -> None:
     sequences = Sequences(disk_pool(context=2700, tokens_at_once=300), texts)
@@ -107,7 +108,7 @@ def test_every_page_a_query_sees_comes_back_as_it_was_completed(texts: list[list
     assert sequences.seen or not any(crossed)
 
 
-@settings(deadline=None, max_examples=40)
+@examples(40)
 @given(start=st.integers(0, 1200), count=st.integers(1, 300), window=st.sampled_from(WINDOWS), many=st.booleans())
 def test_extents_are_apart_aligned_and_within_what_is_lent(start: int, count: int, window: int, many: bool) -> None:
     pool = disk_pool((window,), context=1500, tokens_at_once=300)

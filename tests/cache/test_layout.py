@@ -5,11 +5,12 @@ from typing import Any, Final
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.kernels.attention_cases import TOLERANCE, attend, relative_error, truth
 from tests.kernels.native_linear import require
+from tests.quick import examples
 from tiered.cache import KVShape, PageLayout
 from tiered.errors import ConfigError
 from tiered.kernels import AttentionCall, BlockTable, CacheFormat, Level, Pages, contiguous_pages
@@ -116,7 +117,7 @@ def test_tokens_written_one_by_one_are_read_as_if_they_lay_together(name: str, d
 
 
 @BITS
-@settings(deadline=None, max_examples=40)
+@examples(40)
 @given(
     heads=st.integers(1, 5),
     head_dim=st.sampled_from([2, 8, 16, 64, 72, 80, 96, 128]),

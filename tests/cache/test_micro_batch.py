@@ -9,12 +9,12 @@ from typing import Any, Final
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.cache.passes import LONGEST, Passes
 from tests.cache.plans import MIXED, SHAPE, plan_of, pool_of
-from tests.quick import represented
+from tests.quick import examples, represented
 from tiered.cache import GatheredKV, KVShape, LentBlocks, PackedKV, PageLayout, Part
 from tiered.errors import ConfigError
 from tiered.kernels.attention import PAGE_TOKENS
@@ -47,7 +47,7 @@ ON_DISK: Final = pytest.mark.parametrize("on_disk", [False, True], ids=["memory"
 
 @BITS
 @ON_DISK
-@settings(deadline=None, max_examples=12)
+@examples(12)
 @given(texts=TEXTS, rows=st.sampled_from([7, 64, 100, 512]))
 def test_packed_micro_batches_read_what_was_put_in(
     bits: int, on_disk: bool, texts: list[tuple[int, list[int]]], rows: int
@@ -57,7 +57,7 @@ def test_packed_micro_batches_read_what_was_put_in(
 
 @BITS
 @ON_DISK
-@settings(deadline=None, max_examples=8)
+@examples(8)
 @given(texts=TEXTS, rows=st.sampled_from([7, 100]), together=st.integers(1, 3))
 def test_gathered_micro_batches_read_what_was_put_in(
     bits: int, on_disk: bool, texts: list[tuple[int, list[int]]], rows: int, together: int
@@ -109,7 +109,7 @@ def test_masks_of_a_packed_micro_batch_know_of_no_past_and_those_of_a_gathered_o
 
 @BITS
 @ON_DISK
-@settings(deadline=None, max_examples=12)
+@examples(12)
 @given(texts=TEXTS, rows=st.sampled_from([7, 64, 100, 512]), room=st.sampled_from([1, 3]))
 def test_what_a_device_computes_is_put_in_and_read_as_if_it_had_been_computed_beside_the_cache(
     bits: int, on_disk: bool, texts: list[tuple[int, list[int]]], rows: int, room: int
@@ -122,7 +122,7 @@ def test_what_a_device_computes_is_put_in_and_read_as_if_it_had_been_computed_be
 
 
 @BITS
-@settings(deadline=None, max_examples=8)
+@examples(8)
 @given(texts=TEXTS, rows=st.sampled_from([7, 100]), together=st.integers(1, 3))
 def test_what_a_device_computes_with_dense_attention_is_put_in_and_read_too(
     bits: int, texts: list[tuple[int, list[int]]], rows: int, together: int

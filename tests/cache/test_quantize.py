@@ -5,10 +5,11 @@ from typing import Final
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.kernels.attention_cases import scatter
+from tests.quick import examples
 from tiered.cache.quantize import QuantizedPages, group_size, quantize_keys, quantize_values
 from tiered.kernels import CacheFormat
 from tiered.kernels.attention import PAGE_TOKENS
@@ -62,7 +63,7 @@ def random_states(seed: int, head_dim: int, spread: float = 1.0, shift: float = 
 
 @BITS
 @BOTH
-@settings(deadline=None, max_examples=40)
+@examples(40)
 @given(
     seed=st.integers(0, 1000),
     head_dim=st.sampled_from(WIDTHS),

@@ -213,7 +213,10 @@ def test_results_of_another_job_are_refused_by_name(store: Path, source: Path, t
     ("patched", "value", "told"),
     [
         ("tiered.prepare.device_dtype", lambda *_: torch.float16, "device-dtype is float16, it was bfloat16"),
-        ("tiered.kernels.DeviceKernels.kind", "triton", "device-kernels is triton, it was torch"),
+        pytest.param(
+            *("tiered.kernels.DeviceKernels.kind", "triton", "device-kernels is triton, it was torch"),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_job_of_a_device_that_computes_otherwise_is_refused_by_name(

@@ -264,6 +264,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.inputs("tiered/bench", "tiered/cli")
 def test_a_real_run_of_a_tiny_store(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # What they ask other commands is tested by itself; each would load torch once more.
     monkeypatch.setattr(command, "store_facts", lambda store: STORE)
@@ -279,6 +280,7 @@ def test_a_real_run_of_a_tiny_store(tiny: Path, monkeypatch: pytest.MonkeyPatch)
     assert only["usage"]["exit_code"] == 0
 
 
+@pytest.mark.inputs("tiered/bench", "tiered/cli", "tiered/process.py")
 def test_a_signal_reaches_the_run_and_ends_the_benchmark(tiny: Path, tmp_path: Path) -> None:
     # In a process of its own, which gets a real signal while a run is going on.
     (tmp_path / "sitecustomize.py").write_text(FACTS)

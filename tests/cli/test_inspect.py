@@ -171,7 +171,14 @@ def test_what_fits_beside_a_gpu_can_be_asked_without_one(docs: Path) -> None:
     assert inspect_json(docs, *words, "--vram", "8GiB")["budgets"][0]["bytes_copied_per_pass"] == 0
 
 
-@pytest.mark.parametrize("more", [(), ("--decode-device", "cpu"), ("--resident-gpu", "1MiB")])
+@pytest.mark.parametrize(
+    "more",
+    [
+        (),
+        pytest.param(("--decode-device", "cpu"), marks=pytest.mark.slow),
+        pytest.param(("--resident-gpu", "1MiB"), marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_fits_the_gpu_memory_that_is_named_for_it(docs: Path, more: tuple[str, ...]) -> None:
     words: tuple[str, ...] = ("--tiers", "disk,cpu,gpu", "--device", "emulated", *more)
     with pytest.raises(DeviceBudgetError) as refused:

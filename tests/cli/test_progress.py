@@ -182,6 +182,7 @@ def test_two_at_once_do_not_write_to_one_file(store: Path, source: Path, tmp_pat
         while not (results.exists() and results.stat().st_size):
             assert first.poll() is None and time.monotonic() < deadline
             time.sleep(0.01)
+        first.send_signal(signal.SIGSTOP)  # it could be done before the other one looks
         second = run_here(*command)
         assert second.code == 2 and "another process is writing to it" in second.err
         first.send_signal(signal.SIGKILL)

@@ -1,5 +1,6 @@
 """A store of version 1 becomes what converting anew gives, wherever it is stopped; its checksums are believed first."""
 
+import itertools
 import json
 import os
 import random
@@ -126,8 +127,9 @@ def test_stopped_before_or_after_any_durable_write_the_result_is_the_same(
 
 
 def upgrade_slowly(folder: Path) -> None:
-    """Waits at each report of progress, so that a kill can fall anywhere."""
-    convert_checkpoint(folder, progress=lambda _: time.sleep(0.02))
+    """Waits at each report of progress, so that a kill can fall anywhere, and for a minute before a store is whole."""
+    reports = itertools.count()
+    convert_checkpoint(folder, progress=lambda _: time.sleep(0.02 if next(reports) < 12 else 60))
 
 
 @pytest.mark.inputs("tiered/convert", "tiered/store")

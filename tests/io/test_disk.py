@@ -17,6 +17,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.quick import examples
 from tests.store.make import bytes_of, random_bytes, write_block
 from tiered.errors import InterruptedRun, ReadError, StoreError, TieredError
 from tiered.io import (
@@ -224,7 +225,7 @@ def test_short_direct_reads_go_on_from_a_page(small: tuple[Path, FileInfo], memo
     assert all(offset % PAGE == 0 for offset, _ in calls.asked)
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(examples(20), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(counts=st.lists(st.integers(1, 3 * PIECE_NBYTES // 2), min_size=1, max_size=10))
 def test_any_sequence_of_short_reads_delivers_the_file(
     small: tuple[Path, FileInfo], memory: memoryview, counts: list[int]

@@ -16,6 +16,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.quick import examples
 from tests.store.make import bytes_of, random_bytes
 from tiered.errors import ConfigError, DiskFullError, InterruptedRun, ReadError, TieredError
 from tiered.io import PIECE_NBYTES, Arena, Faults, ReadMode, SpillFile, all_of
@@ -98,7 +99,7 @@ def test_what_was_written_comes_back(tmp_path: Path, memory: memoryview) -> None
         assert sum(nbytes for _, nbytes in calls.asked) == WHOLE
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(examples(20), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     extents=st.lists(st.tuples(st.integers(0, 63), st.integers(1, 64), st.integers(0, 9)), min_size=1, max_size=12),
     threads=st.integers(1, 5),

@@ -9,10 +9,11 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.jobs.fakes import request, write_lines
+from tests.quick import examples
 from tiered.errors import ConfigError
 from tiered.jobs import scan_input
 from tiered.jobs.input import LONGEST_LINE_NBYTES, LineSet, read_lines
@@ -23,7 +24,7 @@ def duplicates(path: Path, hash_id: Callable[[bytes], int] | None = None) -> lis
     return [line for line in range(1, found.lines + 1) if line in found.duplicates]
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(content=st.binary(max_size=60).map(lambda raw: raw.replace(b"\x00", b"\n")), nbytes=st.integers(0, 70))
 def test_lines_are_those_of_the_file_up_to_a_byte(content: bytes, nbytes: int) -> None:
     seen = bytearray()
@@ -127,7 +128,7 @@ def test_a_line_that_will_fail_still_owns_its_custom_id(tmp_path: Path) -> None:
     assert duplicates(path) == [2]
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(ids=st.lists(st.sampled_from("abcdefgh"), max_size=20), buckets=st.integers(1, 4))
 def test_hashes_that_collide_make_no_duplicates_and_hide_none(
     tmp_path_factory: pytest.TempPathFactory, ids: list[str], buckets: int
@@ -146,7 +147,7 @@ def test_a_custom_id_on_the_first_line_after_a_byte_order_mark_is_seen(tmp_path:
 # Memory.
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(lines=st.lists(st.integers(0, 70)))
 def test_a_line_set_is_a_set(lines: list[int]) -> None:
     found = LineSet(70)

@@ -5,10 +5,11 @@ import sys
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.jobs.fakes import request as line
+from tests.quick import examples
 from tiered.jobs.request import Problem, Request, parse_line
 
 
@@ -273,7 +274,7 @@ def test_a_byte_order_mark_may_begin_the_file_and_no_other_line() -> None:
     assert isinstance(parse_line(raw, 2, 0), Problem)
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(
     value=st.recursive(
         st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.kernels import guard_pages
@@ -29,6 +29,7 @@ from tests.kernels.native_linear import (
     run,
     seconds_until_ended,
 )
+from tests.quick import examples
 from tests.warm import call_warm
 from tiered.errors import InterruptedRun
 from tiered.kernels import CancelFlag, Kernels, Level, Mode, packed_row_nbytes, reference, scratch_nbytes
@@ -65,28 +66,28 @@ def cases(draw: st.DrawFn) -> Case:
     )
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(case=cases())
 def test_the_scalar_level_computes_what_the_weights_stand_for(case: Case) -> None:
     require(Level.SCALAR)
     assert relative_error(run(Level.SCALAR, case), case.exact(), case) < 1e-5
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(data=st.data(), dtype=st.sampled_from([torch.bfloat16, torch.float32]))
 def test_every_level_is_close_to_the_scalar_one(level: Level, data: st.DataObject, dtype: torch.dtype) -> None:
     case = data.draw(cases())
     assert relative_error(run(level, case, dtype=dtype), run(Level.SCALAR, case, dtype=dtype), case) <= TOLERANCE
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(data=st.data())
 def test_fast_mode_stays_within_its_documented_error(level: Level, data: st.DataObject) -> None:
     case = data.draw(cases())
     assert relative_error(run(level, case, Mode.FAST), run(Level.SCALAR, case), case) <= FAST_TOLERANCE
 
 
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(data=st.data())
 def test_a_row_is_the_same_bits_alone_in_any_batch_and_at_any_number_of_threads(
     level: Level, data: st.DataObject
@@ -102,7 +103,7 @@ def test_a_row_is_the_same_bits_alone_in_any_batch_and_at_any_number_of_threads(
         assert torch.equal(run(level, part), whole[start : start + count])
 
 
-@settings(max_examples=20, deadline=None)
+@examples(20)
 @given(data=st.data(), mode=st.sampled_from(Mode))
 def test_ranges_of_a_weight_s_rows_give_the_bits_of_the_whole(level: Level, data: st.DataObject, mode: Mode) -> None:
     case = data.draw(cases())
@@ -194,7 +195,7 @@ def test_a_flag_set_during_a_long_call_ends_it_soon(level: Level) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@settings(max_examples=15, deadline=None)
+@examples(15)
 @given(data=st.data())
 def test_dequantized_rows_have_the_bits_of_the_reference(level: Level, data: st.DataObject, dtype: torch.dtype) -> None:
     scheme = data.draw(st.sampled_from(SCHEMES))

@@ -10,10 +10,11 @@ from typing import Literal
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.kernels.native_linear import context, require, seconds_until_ended
+from tests.quick import examples
 from tiered.convert.workers import one_torch_thread
 from tiered.errors import CheckpointError, ConfigError, InterruptedRun
 from tiered.kernels import CancelFlag, Kernels, Level
@@ -104,7 +105,7 @@ def test_errors_are_added_in_the_documented_order(group_size: int, level: Level)
 
 
 @LEVELS
-@settings(max_examples=150, deadline=None)
+@examples(150)
 @given(
     values=st.lists(st.sampled_from(SPECIAL) | st.floats(-9e5, 9e5, width=32), min_size=1, max_size=40),
     broken=st.lists(st.tuples(st.integers(0, 10_000), st.sampled_from(NO_NUMBERS)), max_size=2),

@@ -4,10 +4,11 @@ import threading
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional
 
+from tests.quick import examples
 from tests.store.make import random_quantized
 from tiered.errors import InterruptedRun
 from tiered.kernels import CancelFlag, reference
@@ -31,7 +32,7 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=atol)
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(
     rows=st.integers(1, 37),
     groups=st.integers(1, 5),

@@ -8,7 +8,7 @@ from typing import Final
 
 import pytest
 
-from tests.helpers import LENGTH_DEPENDENT, TINY, tiny_config
+from tests.helpers import LENGTH_DEPENDENT, TINY
 from tiered.arch import FAMILIES
 
 ROOT: Final = Path(__file__).parents[2]
@@ -22,7 +22,7 @@ UNTRIED: Final = {
     "dbrx": BY_CHOICE,
     "jetmoe": BY_CHOICE,
     **dict.fromkeys(LENGTH_DEPENDENT, BY_LENGTH),
-    **{name: BY_STATE for name in TINY if FAMILIES[tiny_config(name).model_type].scan is not None},
+    **{name: BY_STATE for name, fields in TINY.items() if FAMILIES[fields.get("model_type", name)].scan is not None},
 }
 """Models that cannot be tried without numbers, and why."""
 

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from tests.helpers import TINY, Tiny, prompts_for
+from tests.quick import represented
 from tiered.arch import build_skeleton, expert_stacks, load_config
 from tiered.convert import ConvertOptions, convert_checkpoint
 from tiered.host import PROCESS
@@ -80,7 +81,7 @@ def chosen(model: PreTrainedModel, args: tuple[torch.Tensor, ...]) -> int:
     return int((rows != 0).any(-1).sum(0).max())
 
 
-@pytest.mark.parametrize("name", MIXTURES)
+@pytest.mark.parametrize("name", represented(MIXTURES, ["qwen3_moe", "deepseek_v3", "llama4_text", "gpt_oss"]))
 def test_the_experts_of_a_mixture_are_as_many_as_transformers_chooses_among(tiny: Tiny, name: str) -> None:
     store, seen = tiny.store(name), set[tuple[int, int]]()
     shape = model_shape(store, build_skeleton(load_config(store.path)), torch.float32)

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
@@ -70,16 +71,16 @@ def is_matrix(store: Store, block: str, name: str) -> bool:
     return len(store.layout(info).weights[info.prefix + name].shape) == 2
 
 
-@pytest.fixture
-def cut(tiny: Tiny, tmp_path: Path) -> Iterator[Callable[..., Store]]:
-    """Cuts a tiny model's store into units: one of small tensors, and dense ones as `arrange` says."""
-    made: list[Path] = []
+@pytest.fixture(scope="module")
+def cut(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Store]:
+    """Cuts a tiny model's store into units: one of small tensors, and dense ones as `arrange` says; read only."""
+    folder = tmp_path_factory.mktemp("cut")
 
+    @cache
     def make(
         name: str, arrange: Callable[[BlockInfo, list[str]], Sequence[Sequence[str | Rows]]] = each, quant: str = "none"
     ) -> Store:
-        store = copied(tiny.store(name, quant), tmp_path / f"{len(made)}.tiered")
-        made.append(store.path)
+        store = copied(tiny.store(name, quant), folder / f"{name}-{arrange.__name__}-{quant}.tiered")
         order = order_of_use(store)
 
         def groups(block: BlockInfo, names: Sequence[str]) -> list[Group]:
@@ -90,7 +91,7 @@ def cut(tiny: Tiny, tmp_path: Path) -> Iterator[Callable[..., Store]]:
 
         return in_units(store, store.path / "units", groups)
 
-    yield make
+    return make
 
 
 def copied(store: Store, folder: Path) -> Store:
@@ -155,16 +156,21 @@ ROOMS: Final[dict[str, Callable[[Tape], int]]] = {
 }
 
 
-PREFETCH: Final = (None, 0, 1)
-RINGS: Final = [
-    (name, room, prefetch)
-    for first, name in enumerate(("opt", "llama", "gemma3_text"))
-    for second, room in enumerate(ROOMS)
-    for third, prefetch in enumerate(PREFETCH)
-    if name == "opt" or (first + second + third) % 3 == 0
-]
-"""What is read when depends on sizes alone: one family has all combinations, the others meet every room and every
-read-ahead."""
+def in_rooms(values: Sequence[str]) -> list[tuple[str, str, int | None]]:
+    """Each of `values` with rooms and read-aheads. What is read when depends on sizes alone: the first one has all
+    combinations, the others meet every room and every read-ahead."""
+    return [
+        (value, room, prefetch)
+        for first, value in enumerate(values)
+        for second, room in enumerate(ROOMS)
+        for third, prefetch in enumerate((None, 0, 1))
+        if not first or (first + second + third) % 3 == 0
+    ]
+
+
+RINGS: Final = in_rooms(("opt", "llama", "gemma3_text"))
+SKIPPED: Final = in_rooms(("mlp.up_proj", "mlp.down_proj", "q_proj"))
+"""A unit in the middle of a layer, its last and its first."""
 
 
 @pytest.mark.parametrize(
@@ -298,13 +304,15 @@ def in_ranges(tiny: Tiny, name: str, quant: str, folder: Path) -> Store:
     return Store.open(made.store)
 
 
+def swapped(block: BlockInfo, names: list[str]) -> Sequence[Sequence[str | Rows]]:
+    """Every weight is a unit, and the last two have changed places."""
+    return [[name] for name in ([*names[:-2], names[-1], names[-2]] if len(names) > 1 else names)]
+
+
 @pytest.mark.parametrize("room", ["one unit", "two units", "half", "all"])
 def test_two_units_in_the_wrong_order_are_right_or_a_named_error(
     tiny: Tiny, cut: Callable[..., Store], room: str
 ) -> None:
-    def swapped(block: BlockInfo, names: list[str]) -> list[list[str]]:
-        return [[name] for name in ([*names[:-2], names[-1], names[-2]] if len(names) > 1 else names)]
-
     store = cut("llama", swapped)
     with opened(store, LIMITED, ROOMS[room]) as runtime:
         if room == "one unit":
@@ -335,16 +343,6 @@ def test_a_unit_that_is_used_twice_is_right_or_a_named_error(tiny: Tiny, cut: Ca
                 ):
                     run_greedy(runtime, prompts_for("llama"), 2)
         assert_same(run_greedy(runtime, prompts_for("llama"), 2), tiny.reference("llama"))
-
-
-SKIPPED: Final = [
-    (skipped, room, prefetch)
-    for first, skipped in enumerate(("mlp.up_proj", "mlp.down_proj", "q_proj"))
-    for second, room in enumerate(ROOMS)
-    for third, prefetch in enumerate(PREFETCH)
-    if skipped == "mlp.up_proj" or (first + second + third) % 3 == 0
-]
-"""All combinations for a unit in the middle; the first and the last of a layer in every room."""
 
 
 @pytest.mark.parametrize(

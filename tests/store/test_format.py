@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from tests.quick import examples
 from tests.store.make import random_quantized, write_block
 from tiered.errors import CheckpointError, StoreError
 from tiered.quant import GroupScheme
@@ -20,7 +21,7 @@ from tiered.store.file import FileInfo
 from tiered.store.format import DTYPES, TensorEntry, hash_chunk, header_bytes, tensor_nbytes
 
 INT4 = GroupScheme(4)
-FAST = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FAST = settings(examples(150), suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def write_table(path: Path, table: Any, data: bytes = b"") -> Path:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from tests.quick import examples
 from tests.store.make import bytes_of, random_bytes, random_quantized, write_block
 from tiered.errors import DiskFullError
 from tiered.kernels import decode_planes, encode_planes
@@ -41,7 +42,7 @@ def assert_well_formed(root: Path, file: FileInfo) -> None:
     assert all(entry.offset % ALIGNMENT == 0 for entry in entries if not entry.name.startswith(PAD_PREFIX))
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(examples(30), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     tensors=st.dictionaries(
         st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), min_size=1, max_size=40).filter(

@@ -10,13 +10,13 @@ import functools
 import logging
 import os
 import threading
-import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 
 import pytest
 import torch
 
+from tests.quick import represented
 from tests.store.make import load_unit, write_mixture, write_store
 from tests.store.units import in_units
 from tests.stream.streaming import (
@@ -98,8 +98,8 @@ async def passing(setup: Setup, store: Store, passes: int = 3, **how: bool) -> N
         await in_thread(setup, work)
 
 
-@pytest.mark.parametrize("prefetch", [0, 1, None])
-@pytest.mark.parametrize("rings", ["smallest", "full", "all"])
+@pytest.mark.parametrize("prefetch", represented([0, 1, None], [0, None]))
+@pytest.mark.parametrize("rings", represented(["smallest", "full", "all"], ["smallest", "full"]))
 @pytest.mark.parametrize(
     ("there", "in_ram"),
     [((), ()), ((1,), ()), ((0, 4), (1,)), ((), (0, 2, 4)), ((0, 1, 2, 3, 4), ()), ((1, 3), (0, 2, 4)), ((), range(5))],
@@ -258,9 +258,7 @@ def test_leaving_in_the_middle_leaves_nothing_behind(small: Store, there: Sequen
         async with on_device(small, plan, device) as setup:
             if stop is not None:
                 await in_thread(setup, functools.partial(compute, setup, small, stop))
-            began = time.perf_counter()
             await asyncio.wait_for(setup.inside.aclose(), SECONDS)
-            assert time.perf_counter() - began < 5
             assert asyncio.all_tasks() == before and device.in_use == {} and device._registered == {}
         assert threading.active_count() <= threads + 1  # the loop's own
 

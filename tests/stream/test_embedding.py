@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from tests.quick import examples
 from tests.store.make import bytes_of, random_quantized, write_block, write_manifest, write_store
 from tiered.convert import ConvertOptions, convert_checkpoint
 from tiered.errors import ReadError, StoreError
@@ -29,7 +30,7 @@ from tiered.trace import Tracer
 DOCS = Path(__file__).parents[1] / "data/models/opt-docs-8m"
 SECONDS = 20.0
 INT8 = GroupScheme(8)
-FAST = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FAST = settings(examples(25), suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,7 @@ class TestLimited:
         ]
         environment = {**os.environ, "PYTHONPATH": str(TOOL.parent.parent)}
         with subprocess.Popen(words, cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL) as tool:
-            deadline = time.monotonic() + 20
+            deadline = time.monotonic() + 60
             while not (tmp_path / "started").exists() and time.monotonic() < deadline:
                 time.sleep(0.02)
             tool.send_signal(number)

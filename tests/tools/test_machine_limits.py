@@ -15,6 +15,7 @@ def loops() -> ctypes.CDLL | None:
     return compile_loops()
 
 
+@pytest.mark.inputs("tools")
 def test_limits_are_measured_with_and_without_a_compiler(
     loops: ctypes.CDLL | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Final
 
 from tiered.errors import ReadError
+from tiered.process import interrupts_later
 from tiered.units import MIB, PAGE, round_up
 
 BLOCK_SIZES: Final = (MIB // 2, MIB, 4 * MIB, 8 * MIB)
@@ -190,7 +191,9 @@ def _run(look: _Look, memory: memoryview) -> tuple[float, int]:
         call = os.pwritev if look.writes else os.preadv
         try:
             for number in itertools.count():
-                if stopped.is_set() or time.perf_counter() >= deadline or (at := next(position)) >= last:
+                # A thread that others keep from the processor until the time is over still finds out something.
+                is_over = number > 0 and time.perf_counter() >= deadline
+                if is_over or stopped.is_set() or (at := next(position)) >= last:
                     return
                 file, start = pieces[at % len(pieces)]
                 place = (number % lap * threads + worker) * size
@@ -204,8 +207,10 @@ def _run(look: _Look, memory: memoryview) -> tuple[float, int]:
     workers = [threading.Thread(target=transfer, args=(worker,)) for worker in range(threads)]
     began = time.perf_counter()
     try:
-        for worker in workers:
-            worker.start()
+        # One whose start is interrupted may run and not be known to have begun.
+        with interrupts_later():
+            for worker in workers:
+                worker.start()
         for worker in workers:
             worker.join()
     finally:

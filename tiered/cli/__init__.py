@@ -16,7 +16,7 @@ import click
 from tiered.cli.commands import cli
 from tiered.cli.lines import in_one_line, say
 from tiered.errors import InterruptedRun, TieredError, named
-from tiered.process import end_streams, ignore_interrupts, open_streams
+from tiered.process import end_streams, no_more_interrupts, open_streams
 
 __all__ = ["cli", "main"]
 
@@ -39,7 +39,7 @@ def main() -> NoReturn:
         status = end_streams(_run())
     except KeyboardInterrupt:
         status = _INTERRUPTED
-    ignore_interrupts()
+    no_more_interrupts(status)
     sys.exit(status)
 
 

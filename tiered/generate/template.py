@@ -15,10 +15,9 @@ import json
 import os
 import resource
 import signal
-import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from types import TracebackType
@@ -27,6 +26,7 @@ from typing import Any, Final, NoReturn, Self
 from transformers import PreTrainedTokenizerBase
 
 from tiered.errors import shortened
+from tiered.process import interrupts_later
 from tiered.units import MIB, format_size
 
 _SECONDS: Final = 10.0
@@ -97,7 +97,9 @@ class _Helper:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         ours, theirs = Pipe()
         self._ends_at = time.monotonic() + _LIFE_SECONDS
-        with _interrupts_later(), warnings.catch_warnings():
+        # Raised in a function that Python itself calls around a fork, a KeyboardInterrupt is swallowed, and a lock
+        # that the function holds (logging's) stays locked for ever.
+        with interrupts_later(), warnings.catch_warnings():
             # Forking beside threads is safe for a child that takes none of their locks.
             warnings.simplefilter("ignore", DeprecationWarning)
             self._pid = os.fork()
@@ -127,24 +129,6 @@ class _Helper:
         with contextlib.suppress(ProcessLookupError, ChildProcessError):
             os.kill(self._pid, signal.SIGKILL)
             os.waitpid(self._pid, 0)
-
-
-@contextlib.contextmanager
-def _interrupts_later() -> Iterator[None]:
-    """Hold a SIGINT back until the fork is done. Raised in a function that Python itself calls around a fork, a
-    KeyboardInterrupt is swallowed, and a lock that the function holds (logging's) stays locked for ever."""
-    before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or before is None:
-        yield
-        return
-    caught: list[int] = []
-    signal.signal(signal.SIGINT, lambda number, frame: caught.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-        if caught:
-            signal.raise_signal(signal.SIGINT)
 
 
 def _serve(connection: Connection, tokenizer: PreTrainedTokenizerBase) -> NoReturn:

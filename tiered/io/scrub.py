@@ -19,6 +19,7 @@ import xxhash
 from tiered.errors import InterruptedRun, ReadError, StoreError
 from tiered.io.arena import Arena, Slab
 from tiered.io.transfer import PIECE_NBYTES, ByteCounter, Faults, Ladder, describe
+from tiered.process import interrupts_later
 from tiered.store import FileInfo, Manifest
 from tiered.store.block import read_layout
 from tiered.store.open import check_config_is_there
@@ -147,8 +148,10 @@ class _Scrub:
         """Run one thread per slab; when this returns or raises, no thread runs any more."""
         workers = [threading.Thread(target=self._work, args=(slab.view,), name="tiered-scrub") for slab in slabs]
         try:
-            for worker in workers:
-                worker.start()
+            # One whose start is interrupted may run and not be known to have begun.
+            with interrupts_later():
+                for worker in workers:
+                    worker.start()
             for worker in workers:
                 while worker.is_alive():
                     worker.join(_POLL_SECONDS)

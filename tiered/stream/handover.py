@@ -12,7 +12,9 @@ from collections.abc import Callable, Collection, Coroutine
 from typing import Any, Final, Generic, TypeVar
 
 from tiered.errors import InterruptedRun
+from tiered.io.threads import Outcome
 from tiered.kernels import CancelFlag
+from tiered.process import interrupts_later
 from tiered.trace import Tracer
 
 T = TypeVar("T")
@@ -102,21 +104,22 @@ def run_in(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, T], cancel
 
     Once `cancel` is set, `work` is cancelled, and InterruptedRun raised.
     """
-    ended = threading.Event()
+    ended: Outcome[None] = Outcome()
     task: asyncio.Task[T] | None = None
 
     def start() -> None:
         nonlocal task
         task = loop.create_task(work)
-        task.add_done_callback(lambda _: ended.set())
+        task.add_done_callback(lambda _: ended.bring(None))
 
     interrupt: KeyboardInterrupt | None = None
     try:
-        loop.call_soon_threadsafe(start)
+        with interrupts_later():
+            loop.call_soon_threadsafe(start)
     except RuntimeError:
         work.close()
         raise InterruptedRun("the loop has ended") from None
-    while not ended.is_set() and not loop.is_closed():
+    while not ended.is_there and not loop.is_closed():
         try:
             ended.wait(_POLL_SECONDS)
         except KeyboardInterrupt as error:

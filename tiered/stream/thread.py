@@ -5,10 +5,10 @@ import contextlib
 import logging
 import threading
 from collections.abc import Awaitable, Callable, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 
 from tiered.errors import InterruptedRun
+from tiered.io.threads import Outcome
 from tiered.stream.handover import run_in
 from tiered.stream.kv import KVStream
 from tiered.stream.streamer import Streamer
@@ -58,28 +58,34 @@ class StreamThread:
 
     def __init__(self, prepare: Callable[[], Awaitable[None]], make_streams: Callable[[], Streams]) -> None:
         self._prepare, self._make_streams = prepare, make_streams
-        self.ready: Future[Streams] = Future()
+        self.ready: Outcome[Streams] = Outcome()
         """The open streams, or the error because of which there are none."""
-        # A thread that gives up waiting must not cancel it: setting the result would then raise.
-        self.ready.set_running_or_notify_cancel()
-        self._running = threading.Event()
-        """Set when the loop runs, or when it never will."""
+        self._running: Outcome[None] = Outcome()
+        """There when the loop runs, or when it never will."""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="tiered-loop", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
         """End all reading, whether the streams are open yet or not, and wait until nothing runs any more."""
-        self._running.wait()
-        if self._loop is not None:
-            # A loop that has ended by itself cannot be called any more; `ready` says why it ended.
-            with contextlib.suppress(RuntimeError):
-                self._loop.call_soon_threadsafe(self._end)
-        self._thread.join()
+        interrupt: KeyboardInterrupt | None = None
+        while self._thread.is_alive():
+            try:
+                self._running.result()
+                if self._loop is not None:
+                    # A loop that has ended by itself cannot be called any more; `ready` says why it ended.
+                    with contextlib.suppress(RuntimeError):
+                        self._loop.call_soon_threadsafe(self._end)
+                self._thread.join()
+            except KeyboardInterrupt as error:
+                # What it reads into is released after this.
+                interrupt = error
+        if interrupt is not None:
+            raise interrupt
 
     def _end(self) -> None:
         """In the loop: let the open streams close, or cancel the preparation."""
-        if self.ready.done():
+        if self.ready.is_there:
             self._stop.set()
         else:
             self._task.cancel()
@@ -88,20 +94,21 @@ class StreamThread:
         try:
             asyncio.run(self._serve())
         except asyncio.CancelledError:
-            self.ready.set_exception(InterruptedRun("interrupted"))
+            self.ready.fail(InterruptedRun("interrupted"))
         except BaseException as error:
-            if self.ready.done():
+            if self.ready.is_there:
                 logger.exception("the reading loop ended with an error")
             else:
-                self.ready.set_exception(error)
+                self.ready.fail(error)
         finally:
-            self._running.set()
+            if not self._running.is_there:
+                self._running.bring(None)
 
     async def _serve(self) -> None:
         task = asyncio.current_task()
         assert task is not None
         self._task, self._loop, self._stop = task, asyncio.get_running_loop(), asyncio.Event()
-        self._running.set()
+        self._running.bring(None)
         await self._prepare()
         streams = self._make_streams()
         async with contextlib.AsyncExitStack() as stack:
@@ -109,5 +116,5 @@ class StreamThread:
                 await stack.enter_async_context(lender)
             if streams.kv is not None:
                 await stack.enter_async_context(streams.kv)
-            self.ready.set_result(streams)
+            self.ready.bring(streams)
             await self._stop.wait()
