@@ -389,8 +389,10 @@ def test_a_job_s_prediction_is_that_of_its_own_passes(
 
     monkeypatch.setattr("tiered.cli.measuring.find_profile", lambda folder: SLOW_TOKENS)
     monkeypatch.setattr("tiered.cli.measuring.predict", noted)
-    found = batch(store, source, tmp_path / "out.jsonl", "--threads", "1")
-    report = found["report"]
+    words = ("batch", store, "-i", source, "-o", tmp_path / "out.jsonl", *QUIET, "--json", "--threads", "1")
+    done = run_here(*words)
+    assert done.code == 0, done.err
+    report = json.loads(done.out)["report"]
     (workload,) = asked
     sequences = 8  # of those that were answered, one twice
     assert workload.sequences == sequences
