@@ -66,14 +66,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dir", type=Path, default=Path(tempfile.gettempdir()), help="where stores go")
     parser.add_argument("--profile", type=Path, help="of this machine and that disk; without, one is measured")
+    parser.add_argument("--shape", action="append", help="only settings of this shape; may be repeated")
     arguments = parser.parse_args()
+    settings = [each for each in SETTINGS if arguments.shape is None or each.shape in arguments.shape]
     with tempfile.TemporaryDirectory() as cache:
         os.environ["XDG_CACHE_HOME"] = cache  # a profile of somebody's stays as it is
         stores = {
-            setting.shape: Synthetic(setting.shape, "int4", 4, arguments.dir).make("none") for setting in SETTINGS
+            setting.shape: Synthetic(setting.shape, "int4", 4, arguments.dir).make("none") for setting in settings
         }
         if arguments.profile is None:
-            tiered("profile", str(stores["opt-13b"]))
+            tiered("profile", str(stores[settings[0].shape]))
         else:
             save_hardware(load_hardware(str(arguments.profile)), profile_path(arguments.dir))
         profile = find_profile(arguments.dir)
@@ -81,7 +83,7 @@ def main() -> int:
         print(f"{machine_name()}; prompts of {PROMPT_TOKENS} tokens, {NEW_TOKENS} new ones\n")
         print("| shape | --ram | batch | disk GB/s | kernels | s/pass predicted | measured | ratio | bound | prefill |")
         print("|" + "---|" * 10)
-        ratios = [check(stores[setting.shape], setting, profile) for setting in SETTINGS]
+        ratios = [check(stores[setting.shape], setting, profile) for setting in settings]
     close = sum(abs(ratio - 1) <= WITHIN for ratio in ratios)
     print(f"\n{close} of {len(ratios)} within {WITHIN:.0%}; median ratio {statistics.median(ratios):.2f}")
     return 0

@@ -13,6 +13,8 @@ from tests.damage import ADDED, poisoned, with_added_token, without_tokenizer
 from tests.jobs.fakes import request, results_of, write_lines
 from tests.warm import run_warm
 from tiered.device import Device, open_device
+from tiered.plan import Machine, ModelShape, Plan, Workload
+from tiered.plan.predict import Prediction, predict
 from tiered.units import MIB, parse_size
 
 QUIET = ("--no-measure", "--batch", "3")
@@ -377,3 +379,26 @@ def test_a_refusal_names_the_longest_request_and_how_to_refuse_it_alone(store: P
     assert parse_size(smallest_ram(done.err)) > 64 * MIB
     summary = batch(store, source, tmp_path / "other.jsonl", "--context", "100")["job"]
     assert (summary["done"], summary["failed"]) == (2, 1)
+
+
+def test_a_job_s_prediction_is_that_of_its_own_passes(
+    store: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Workload] = []
+
+    def noted(plan: Plan, model: ModelShape, machine: Machine, workload: Workload, gpu: None) -> Prediction:
+        asked.append(workload)
+        return predict(plan, model, machine, workload, gpu)
+
+    monkeypatch.setattr("tiered.cli.measuring.find_profile", lambda folder: SLOW_TOKENS)
+    monkeypatch.setattr("tiered.cli.measuring.predict", noted)
+    words = ("batch", store, "-i", source, "-o", tmp_path / "out.jsonl", *QUIET, "--json", "--threads", "1")
+    done = run_here(*words)
+    assert done.code == 0, done.err
+    report = json.loads(done.out)["report"]
+    (workload,) = asked
+    sequences = 8  # of those that were answered, one twice
+    assert workload.sequences == sequences
+    assert workload.max_prompt == round(report["prompt_tokens"] / sequences)
+    assert workload.max_context == round((report["prompt_tokens"] + report["generated_tokens"]) / sequences)
+    assert report["predicted_seconds_per_pass"] > 0 and report["predicted_prefill_seconds"] > 0

@@ -12,6 +12,7 @@ from tests.commands import CHECKPOINT, ROOT, make_store, run_here
 from tiered.cli.commands import cli
 from tiered.options import Options
 from tiered.plan import parse_tiers
+from tiered.plan.machines import load_hardware
 from tiered.units import GIB, parse_size
 
 HERE = ("--hardware", "vm-small")
@@ -116,3 +117,11 @@ def test_an_unknown_model_is_refused_with_the_known_ones() -> None:
     done = run_here("plan", "opt-5b", *HERE)
     assert done.code == 2
     assert "opt-66b" in done.err
+
+
+def test_a_card_is_asked_for_by_the_size_that_it_is_sold_as() -> None:
+    # A driver has taken some of its 24 GiB.
+    done = run_here("plan", "opt-125m", "--hardware", "desktop-2025", "--vram", "24GiB", "--json")
+    assert done.code == 0 and "--vram 24GiB: " in done.err and "which are taken" in done.err
+    gpu = load_hardware("desktop-2025").gpu
+    assert gpu is not None and json.loads(done.out)["ask"]["vram"] == gpu.vram < 24 * GIB

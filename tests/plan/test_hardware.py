@@ -70,7 +70,7 @@ def test_random_reads_lie_between_what_was_measured() -> None:
         ("flops = 1e12", "attention = 1.0\nprefill_attention = 1.0\n" + LINEAR, "whole rows in ascending order"),
         ("cores = 2", "cores = 2\nsockets = 1", "described, cpu: unknown 'sockets'"),
         ("flops = 1e12", "linear = []", "described, cpu: linear = .*expected one or more tables"),
-        ("ram = 16", "format = 2\nram = 16", "described: is in format 2, expected 1"),
+        ("ram = 16", "format = 3\nram = 16", "described: is in format 3, expected 2"),
         ('name = "two cores"', "name = 2", "name = 2, expected a text"),
         ("write = 1e9", "write = 1e9\nkept = 0", "described, disk: kept = 0, expected a number above 0"),
         ("[disk]", "[disk", "is no TOML file"),
@@ -108,7 +108,7 @@ def test_a_weight_takes_the_bytes_of_its_scheme_and_codes_that_are_looked_up_com
 def test_written_down_and_read_back_it_is_the_same_machine() -> None:
     machine = Hardware.from_toml(DESCRIBED, "described")
     disk = replace(machine.disk, streamed=0.9, kept=1e9)
-    cpu = replace(machine.cpu, layer_seconds=1e-3, element_seconds=1e-8, reading_seconds=1e-10)
+    cpu = replace(machine.cpu, operation_seconds=1e-6, element_seconds=1e-8, reading_seconds=1e-10)
     for each in (machine, replace(machine, disk=disk, cpu=cpu)):
         assert Hardware.from_toml(as_toml(each.to_tables()), "again") == each
 
@@ -118,7 +118,7 @@ def test_what_passes_take_beyond_raw_reading_is_counted_where_it_was_measured() 
     kv = KVShape(8, 128, 2, "bfloat16")
     made = machine.machine("int8-g64", "invariant", kv, 7)
     assert made.disk_bytes_per_second == pytest.approx(1.8e9) and made.kept_bytes_per_second == 1e9
-    assert made.layer_seconds == made.element_seconds == made.reading_seconds == 0
+    assert made.operation_seconds == made.element_seconds == made.reading_seconds == 0
 
 
 def as_toml(tables: dict[str, Any], path: str = "") -> str:

@@ -88,8 +88,8 @@ def test_another_host_with_the_same_processor_has_a_profile_of_its_own(
     [
         ("[disk", "is no TOML file"),
         ("", "has no"),
-        ("format = 0\n", "is in format 0, expected 1: another version of tiered wrote it"),
-        ("format = 2\n", "is in format 2, expected 1: another version of tiered wrote it"),
+        ("format = 1\n", "is in format 1, expected 2: another version of tiered wrote it"),
+        ("format = 3\n", "is in format 3, expected 2: another version of tiered wrote it"),
     ],
 )
 def test_a_damaged_profile_and_one_of_another_format_say_what_to_run(text: str, message: str, tmp_path: Path) -> None:

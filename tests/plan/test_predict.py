@@ -9,8 +9,19 @@ from hypothesis import strategies as st
 
 from tests.plan.plans import mixture_of, model_of
 from tiered.errors import ConfigError
-from tiered.plan import Budgets, ComputeRate, Computes, Machine, ModelShape, Plan, Tier, Workload, make_plan
-from tiered.plan.cost import pass_seconds, prompt_pairs
+from tiered.plan import (
+    Budgets,
+    ComputeRate,
+    Computes,
+    ExpertShape,
+    Machine,
+    ModelShape,
+    Plan,
+    Tier,
+    Workload,
+    make_plan,
+)
+from tiered.plan.cost import expert_seconds, pass_seconds, prompt_pairs
 from tiered.plan.hardware import GpuRates
 from tiered.plan.kv import KVShape, layer_groups
 from tiered.plan.load import pass_loads
@@ -49,15 +60,23 @@ def test_a_pass_reads_what_is_not_resident_and_the_first_one_everything() -> Non
 @pytest.mark.parametrize("ratio", [0.3, 0.9, 2.0])
 def test_computing_takes_longer_for_what_is_read_meanwhile_and_for_what_is_beside_linear_layers(ratio: float) -> None:
     plain = prediction().decode
-    reading, layers, elements = plain.disk_seconds / plain.passes, MODEL.layers, MODEL.layers * MODEL.hidden
-    each = replace(MACHINE, layer_seconds=ratio * reading / layers, element_seconds=0.1 * reading / elements)
+    reading, model = plain.disk_seconds / plain.passes, replace(MODEL, operations=500, elements=10_000)
+    each = replace(MACHINE, operation_seconds=ratio * reading / 500, element_seconds=0.1 * reading / 10_000)
     slowed = replace(each, reading_seconds=0.2 / RATE)
-    assert prediction(machine=slowed).decode.seconds / plain.passes == pytest.approx(
+    assert prediction(model, slowed).decode.seconds / plain.passes == pytest.approx(
         max(reading, plain.compute_seconds / plain.passes + (ratio + 0.1 + 0.2) * reading)
     )
     # Nothing is read any more.
-    resident = prediction(machine=slowed, ram=8 * GIB).decode
+    resident = prediction(model, slowed, ram=8 * GIB).decode
     assert resident.compute_seconds / plain.passes == pytest.approx((ratio + 0.1) * reading, rel=0.01)
+
+
+def test_experts_take_time_beside_their_products_for_each_that_is_chosen_and_each_of_its_rows() -> None:
+    experts = ExpertShape(MODEL.tape, 4, 8, 2, 1000, 1000, 500, operations=10, elements=30)
+    machine = replace(MACHINE, operation_seconds=1e-6, element_seconds=1e-9)
+    products = replace(experts, operations=0, elements=0)
+    beside = expert_seconds(experts, machine, 7) - expert_seconds(products, machine, 7)
+    assert beside == pytest.approx(10 * 1e-6 + 7 * 30 * 1e-9)
 
 
 def test_what_stays_in_memory_is_put_there_at_a_rate_of_its_own() -> None:
@@ -220,6 +239,15 @@ def test_plans_that_are_compared_are_predicted_as_each_by_itself() -> None:
     alone = [predict(plan, MODEL, MACHINE, workload, T4) for plan in plans]
     assert [predictor.predict(plan, workload) for plan in plans] == alone
     assert len({found.seconds for found in alone}) > 3
+
+
+@pytest.mark.parametrize("sequences", [2, 9, 40])
+def test_a_prediction_beyond_what_may_be_taken_is_none_and_others_are_the_same(sequences: int) -> None:
+    workload = Workload(sequences, 300, 200, max_batched_tokens=128, batch_size=4)
+    plan, predictor = make_plan(MODEL, MACHINE, workload, Budgets(GIB, 100 * MIB)), Predictor(MODEL, MACHINE)
+    whole = predict(plan, MODEL, MACHINE, workload)
+    assert predictor.predict(plan, workload, whole.seconds * 1.001) == whole
+    assert predictor.predict(plan, workload, whole.seconds * 0.999) is None
 
 
 def test_a_gpu_gets_all_weights_once_and_then_those_that_do_not_stay_there() -> None:

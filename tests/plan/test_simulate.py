@@ -17,6 +17,7 @@ from tiered.plan import (
     ModelShape,
     Placement,
     Plan,
+    Tier,
     Workload,
     layer_groups,
     make_plan,
@@ -87,8 +88,8 @@ def test_computing_is_slower_while_others_read(ratio: float) -> None:
 
 
 def test_a_first_pass_reads_what_stays_at_a_rate_of_its_own_and_layers_take_time_of_their_own() -> None:
-    model = model_with()
-    machine = replace(machine_with(0.1, model), kept_bytes_per_second=DISK / 4, layer_seconds=1e-3)
+    model = replace(model_with(), operations=24)
+    machine = replace(machine_with(0.1, model), kept_bytes_per_second=DISK / 4, operation_seconds=1e-3)
     first, *others = simulate(plan_with(model, machine, ONE, 1.01), model, machine, ONE).passes
     assert first.seconds == pytest.approx(4 * model.tape.total / DISK, rel=0.05)
     assert others[0].seconds == pytest.approx(0.1 + 24e-3)
@@ -255,3 +256,13 @@ def with_ring(plan: Plan, nbytes: int) -> Plan:
 def names_of(model: ModelShape) -> list[str]:
     layers = len(model.tape.counts) - 1
     return [f"layer-{layer:03}/{unit}" for layer in range(layers) for unit in range(4)] + ["head"]
+
+
+def test_passes_that_processor_and_device_share_are_refused_by_name() -> None:
+    model = model_with()
+    budgets = Budgets(8 * GIB, 100 * MIB, tiers=tuple(Tier), vram=4 * GIB, decode_device="cpu")
+    machine = replace(machine_with(0.1, model), bus_bytes_per_second=8e9)
+    plan = make_plan(model, machine, ONE, budgets)
+    device = Device.of(plan, GpuRates("T4", 16 * GIB, 8e9, 8e9, 300e9, 50e12))
+    with pytest.raises(ConfigError, match="no simulation of prompts on the gpu beside decoding on the cpu"):
+        simulate(plan, model, machine, ONE, device=device)

@@ -228,3 +228,13 @@ def test_a_scheme_without_a_speed_is_named(tmp_path: Path) -> None:
     model = model_of([MIB] * 3, quantization="int3-g64")
     with pytest.raises(ConfigError, match="int3-g64"):
         compare(lambda _: model, ("int4",), MACHINE, ask())
+
+
+@pytest.mark.parametrize("objective", ["latency", "throughput"])
+def test_what_cannot_be_chosen_is_not_predicted_to_its_end_and_that_changes_nothing(
+    objective: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = {"machine": GPU_MACHINE, "sequences": 40, "vram": 4 * GIB, "objective": objective}
+    found = compared(**asked)  # type: ignore[arg-type]
+    monkeypatch.setattr("tiered.plan.strategies._CHOOSABLE", float("inf"))
+    assert compared(**asked) == found  # type: ignore[arg-type]

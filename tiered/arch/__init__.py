@@ -11,8 +11,8 @@ from tiered.arch.context import (
 )
 from tiered.arch.families import FAMILIES, Family, Scan, family_for
 from tiered.arch.mixers import is_mixer, state_shape
-from tiered.arch.modules import ExpertStacks, StandIn, expert_stacks, linear_size
-from tiered.arch.order import order_of_use
+from tiered.arch.modules import ExpertStacks, StandIn, activation_of, expert_stacks, linear_size
+from tiered.arch.order import Work, order_of_use, work_of_layers
 from tiered.arch.skeleton import (
     BlockTensors,
     ParameterInfo,
@@ -30,6 +30,8 @@ __all__ = [
     "Scan",
     "Skeleton",
     "StandIn",
+    "Work",
+    "activation_of",
     "build_skeleton",
     "chunked_layers",
     "context_for",
@@ -47,4 +49,5 @@ __all__ = [
     "read_tokenizer",
     "state_shape",
     "text_config",
+    "work_of_layers",
 ]

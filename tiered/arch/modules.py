@@ -6,10 +6,11 @@ by `model/`, which puts modules that borrow in their places.
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, cast
 
+import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -82,6 +83,21 @@ def expert_stacks(module: nn.Module) -> ExpertStacks | None:
     ]:
         return ExpertStacks(_GATED, (), is_gated=True, is_transposed=True, scales_input=True)
     return None
+
+
+def activation_of(module: nn.Module, stacks: ExpertStacks) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What makes of an expert's first product what its last one multiplies: the module's own, or activation of the
+    first half times the second."""
+    own = getattr(module, "_apply_gate", None) if stacks.is_gated else None
+    activation = cast(Callable[[torch.Tensor], torch.Tensor], own or module.act_fn)
+    if own is not None or not stacks.is_gated:
+        return activation
+
+    def gated(product: torch.Tensor) -> torch.Tensor:
+        gate, up = product.chunk(2, dim=-1)
+        return activation(gate) * up
+
+    return gated
 
 
 def lent_weights(module: nn.Module) -> Mapping[str, bool]:

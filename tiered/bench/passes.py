@@ -84,7 +84,7 @@ _LONGER: Final = 1.3
 class PassRates:
     """As `plan.hardware` has them; None: could not be told."""
 
-    layer_seconds: float | None = None
+    operation_seconds: float | None = None
     element_seconds: float | None = None
     reading_seconds: float | None = None
     streamed: float | None = None
@@ -103,8 +103,8 @@ def measure_passes(folder: Path, threads: int, narrow: Size = NARROW, wide: Size
                 passes.measure_streamed()
         except BudgetError:
             return None
-        layer, element = beside.seconds()
-        return PassRates(layer, element, passes.reading_seconds, passes.streamed, passes.kept)
+        operation, element = beside.seconds()
+        return PassRates(operation, element, passes.reading_seconds, passes.streamed, passes.kept)
 
 
 def _made(place: Path, size: Size) -> Store:
@@ -135,7 +135,7 @@ class _Beside:
 
     def measure(self) -> None:
         with _open(self._store, self._host) as runtime:
-            self._hidden, linear = runtime.shape.hidden, _linear(runtime, (1, _BATCH))
+            self._shape, linear = runtime.shape, _linear(runtime, (1, _BATCH))
             weights = (runtime.shape.weights - runtime.shape.head_weights) // runtime.shape.layers
             _passes(runtime, 1, 1, 1)
             for found, rows in ((self._few, 1), (self._many, _BATCH)):
@@ -145,10 +145,11 @@ class _Beside:
                 found.append(statistics.quantiles(layers)[0] - linear.seconds(rows, weights))
 
     def seconds(self) -> tuple[float | None, float | None]:
-        """Of a layer, however few its rows, and of each further row for each element of the hidden state."""
+        """Of an operation, however few its rows, and of each number that one writes."""
         few, many = statistics.median(self._few), statistics.median(self._many)
-        element = max(0.0, (many - few) / (_BATCH - 1) / self._hidden)
-        return _positive(few - element * self._hidden), _positive(element)
+        operations, elements = (of / self._shape.layers for of in (self._shape.operations, self._shape.elements))
+        element = max(0.0, (many - few) / (_BATCH - 1) / elements)
+        return _positive((few - element * elements) / operations), _positive(element)
 
 
 class _Wide:

@@ -86,7 +86,7 @@ def measure_hardware(folder: Path, files: Sequence[Path], threads: int, say: Say
         how += "; no memory for passes over a small model"
     else:
         disk = replace(disk, streamed=passes.streamed, kept=passes.kept)
-        beside = {name: getattr(passes, name) for name in ("layer_seconds", "element_seconds", "reading_seconds")}
+        beside = {name: getattr(passes, name) for name in ("operation_seconds", "element_seconds", "reading_seconds")}
         rates = replace(rates, **beside)
     say("measuring the GPU")
     gpu = measure_gpu()

@@ -149,9 +149,10 @@ def measured(runtime: Runtime, status: StatusLine, measure: bool) -> Iterator[Me
         found.raw += [_raw_bandwidth(runtime) for _ in range(2)]
 
 
-def predicted(runtime: Runtime) -> Prediction | None:
+def predicted(runtime: Runtime, workload: Workload | None = None) -> Prediction | None:
     """What the run is expected to take, by this machine's profile; None where there is none for this disk, for this
-    kind of layers, for so many threads or for the GPU. What an emulated device takes nobody knows."""
+    kind of layers, for so many threads or for the GPU. What an emulated device takes nobody knows. `workload`: what is
+    run, where that is not what the runtime was planned for."""
     computer = runtime.host.computer
     if computer is not None and computer.device.where.type == "cpu":
         return None
@@ -160,7 +161,7 @@ def predicted(runtime: Runtime) -> Prediction | None:
         if profile is None:
             return None
         machine = machine_for(runtime.shape, profile, runtime.options.kernel_mode.value)
-        return predict(runtime.plan, runtime.shape, machine, runtime.workload, profile.gpu)
+        return predict(runtime.plan, runtime.shape, machine, workload or runtime.workload, profile.gpu)
     except ConfigError as error:
         _LOG.info("no prediction: %s", error)
         return None

@@ -30,6 +30,8 @@ from tiered.units import format_budget, format_seconds, format_size, parse_optio
 _QUANTS: Final = ("int4", "int8")
 _WIDTH: Final = 100
 """Of what people read; commands to copy are not cut."""
+_SOLD_AS: Final = 1.05
+"""So many times what programs get of its memory a card may be called by: a driver takes some of "24 GB"."""
 _JOB: Final = 128
 """Sequences of a job of unknown size."""
 
@@ -179,10 +181,13 @@ def vram_limit(text: str | None, machine: Hardware) -> int:
     ConfigError."""
     if machine.gpu is None:
         raise ConfigError(f"--vram {text}: {machine.name} has no GPU; drop it, or name another --hardware")
-    asked = int(machine.gpu.vram * DEFAULT_SHARE) if text is None else parse_option("--vram", text)
-    if asked > machine.gpu.vram:
-        raise ConfigError(f"--vram {text}: {machine.gpu.name} has {format_size(machine.gpu.vram)}; ask for less")
-    return asked
+    most = machine.gpu.vram
+    asked = int(most * DEFAULT_SHARE) if text is None else parse_option("--vram", text)
+    if asked > most * _SOLD_AS:
+        raise ConfigError(f"--vram {text}: {machine.gpu.name} has {format_size(most)}; ask for less")
+    if asked > most:
+        click.echo(f"tiered: --vram {text}: {machine.gpu.name} has {format_size(most)}, which are taken", err=True)
+    return min(asked, most)
 
 
 def _batch(text: str) -> int | None:

@@ -17,7 +17,7 @@ from tiered.plan import cpu_count
 from tiered.plan.hardware import ROWS, Hardware
 from tiered.plan.machines import load_hardware, profile_path, save_hardware
 from tiered.store import read_manifest
-from tiered.units import format_rate, format_seconds, format_size
+from tiered.units import format_rate, format_size
 
 
 def run(
@@ -101,10 +101,10 @@ def _figures(hardware: Hardware) -> Iterator[tuple[str, str, str]]:
     yield "memory", format_rate(cpu.memory), f"read by {cpu.cores} threads; {format_size(hardware.ram)} in all"
     yield "attention", format_rate(cpu.attention), "of keys and values that decoding attends over"
     yield "", f"{cpu.prefill_attention / 1e9:.0f} GFLOP/s", "of a prompt"
-    if cpu.layer_seconds is not None:
-        yield "layer", format_seconds(cpu.layer_seconds), "beside its linear layers, however few the rows"
+    if cpu.operation_seconds is not None:
+        yield "operation", f"{cpu.operation_seconds * 1e6:.3g} us", "beside linear layers, however few the rows"
     if cpu.element_seconds is not None:
-        yield "", f"{cpu.element_seconds * 1e9:.3g} ns", "more for a row, for each element of the hidden state"
+        yield "", f"{cpu.element_seconds * 1e9:.3g} ns", "more for each number that it writes"
     if cpu.reading_seconds is not None:
         yield "reading", f"{cpu.reading_seconds * 1e9:.3g} s", "that computing takes longer per GB read meanwhile"
     if gpu is None:

@@ -7,13 +7,13 @@ panels.
 
 import itertools
 from collections import defaultdict, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch
 from torch import nn
 
-from tiered.arch import ExpertStacks
+from tiered.arch import ExpertStacks, activation_of
 from tiered.kernels import LayerKernels
 from tiered.model.desk import Desk
 
@@ -27,8 +27,7 @@ class OffloadedExperts(nn.Module):
         self.num_experts = int(original.get_parameter(last).shape[0])
         self.scales_input = stacks.scales_input
         self._names = f"{path}.{first}", f"{path}.{last}"
-        activate = _gate_of(original) if stacks.is_gated else original.act_fn
-        self._activate = cast(Callable[[torch.Tensor], torch.Tensor], activate)
+        self._activate = activation_of(original, stacks)
         for name in stacks.biases:
             self.register_parameter(name, original.get_parameter(name))
         self._biases = stacks.biases
@@ -96,20 +95,6 @@ class InputScaledMixture(nn.Module):
         index = logits.topk(self._chosen, dim=1).indices
         shared: torch.Tensor = self.shared_expert(hidden)
         return shared + self.experts(hidden, index, weights.gather(1, index)), logits
-
-
-def _gate_of(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What joins the halves of the first product: the module's own, or activation of the first times the second."""
-    own = getattr(module, "_apply_gate", None)
-    if own is not None:
-        return cast(Callable[[torch.Tensor], torch.Tensor], own)
-    activation = cast(Callable[[torch.Tensor], torch.Tensor], module.act_fn)
-
-    def gated(product: torch.Tensor) -> torch.Tensor:
-        gate, up = product.chunk(2, dim=-1)
-        return activation(gate) * up
-
-    return gated
 
 
 def _uses(of_token: Sequence[Sequence[int]], experts: int) -> dict[int, list[int]]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from transformers import PretrainedConfig
 
-from tiered.arch import Skeleton, chunked_layers, kv_sources, layer_windows, state_shape
+from tiered.arch import Skeleton, Work, chunked_layers, kv_sources, layer_windows, state_shape, work_of_layers
 from tiered.cache import kv_shapes, layer_groups
 from tiered.io import CHUNK_BUFFERS
 from tiered.kernels import packed_row_nbytes
@@ -41,6 +41,7 @@ def model_shape(store: Store, skeleton: Skeleton, dtype: torch.dtype) -> ModelSh
     layers = [p.shape for block in skeleton.blocks() if block.role == "layer" for p in block.parameters if p.shape]
     by_id = (store.layout(store.blocks[name]) for name in skeleton.tables)
     tables_by_id = [weight for layout in by_id for weight in layout.weights.values()]
+    layers_work, expert_work = work_of_layers(skeleton)
     return ModelShape(
         tape=_tape(blocks),
         weights=sum(store.layout(block).weight_count for block in store.tape),
@@ -60,11 +61,13 @@ def model_shape(store: Store, skeleton: Skeleton, dtype: torch.dtype) -> ModelSh
         dense_attention=skeleton.family.gathers,
         packed_nbytes=packed_row_nbytes(max(shape[-1] for shape in layers)),
         quantization=store.manifest.quantization.get("layers"),
-        experts=_expert_shape(store, config),
+        experts=_expert_shape(store, config, expert_work),
         head_weights=store.layout(store.tape[-1]).weight_count,
         table_numbers=sum(weight.shape[1] for weight in tables_by_id),
         table_row_nbytes=sum(weight.nbytes // weight.shape[0] for weight in tables_by_id),
         state=state_shape(skeleton),
+        operations=layers_work.operations,
+        elements=layers_work.elements,
     )
 
 
@@ -77,7 +80,7 @@ def _tape(blocks: Sequence[Sequence[Unit]]) -> Tape:
     )
 
 
-def _expert_shape(store: Store, config: PretrainedConfig) -> ExpertShape | None:
+def _expert_shape(store: Store, config: PretrainedConfig, work: Work) -> ExpertShape | None:
     """The experts, if each is a unit, and all layers that have experts have one module of equally many."""
     layers = [units for units in store.expert_units if units]
     modules = [{unit.name.partition(RANGE)[0] for unit in units} for units in layers]
@@ -97,6 +100,8 @@ def _expert_shape(store: Store, config: PretrainedConfig) -> ExpertShape | None:
         nbytes=max(unit.memory_nbytes for unit in experts),
         file_nbytes=sum(unit.nbytes for unit in experts) // len(experts),
         weights=sum(math.prod(weight.shape) for weight in experts[0].weights.values()),
+        operations=work.operations,
+        elements=work.elements,
     )
 
 

@@ -6,7 +6,7 @@ prompts, predictions and reports all use these and no others.
 
 from dataclasses import dataclass
 
-from tiered.plan.inputs import Machine, ModelShape
+from tiered.plan.inputs import ExpertShape, Machine, ModelShape
 from tiered.plan.kv import CachePlan
 from tiered.units import PAGE_TOKENS
 
@@ -45,9 +45,20 @@ def linear_computing(model: ModelShape, machine: Machine, tokens: int, logits: i
 
 
 def beside_seconds(model: ModelShape, machine: Machine, rows: int) -> float:
-    """Seconds of a layer for one micro-batch, beside its linear layers and attention: norms, activations, new keys and
-    values, and what it takes to have them done."""
-    return machine.layer_seconds + rows * model.hidden * machine.element_seconds
+    """Seconds of a layer, on average, for one micro-batch, beside its linear layers, experts and attention: norms,
+    activations, new keys and values, and what it takes to have them done."""
+    return _work_seconds(machine, model.operations, rows * model.elements) / model.layers
+
+
+def expert_seconds(experts: ExpertShape, machine: Machine, rows: int) -> float:
+    """Seconds of an expert that computes `rows` rows. The machine's rate must be known."""
+    assert machine.linear is not None
+    beside = _work_seconds(machine, experts.operations, rows * experts.elements)
+    return machine.linear.seconds(rows, experts.weights) + beside
+
+
+def _work_seconds(machine: Machine, operations: int, elements: int) -> float:
+    return operations * machine.operation_seconds + elements * machine.element_seconds
 
 
 def slowed(machine: Machine, seconds: float, read_nbytes: float) -> float:
@@ -64,8 +75,8 @@ def _layers(model: ModelShape, machine: Machine, rows: int) -> Computing:
     dense, experts, seconds = model.weights - model.head_weights, model.experts, 0.0
     if experts is not None:
         dense -= experts.total * experts.weights
-        weights = int(experts.layers * experts.distinct(rows) * experts.weights)
-        seconds = machine.linear.seconds(experts.rows_each(rows), weights)
+        each = expert_seconds(experts, machine, experts.rows_each(rows))
+        seconds = experts.layers * experts.distinct(rows) * each
     beside = model.layers * beside_seconds(model, machine, rows)
     return Computing(seconds + machine.linear.seconds(rows, dense) + beside, seconds)
 

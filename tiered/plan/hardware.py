@@ -16,7 +16,7 @@ from tiered.plan.inputs import ComputeRate, Machine
 from tiered.plan.kv import KVShape
 
 Mode = Literal["invariant", "fast"]
-FORMAT: Final = 1
+FORMAT: Final = 2
 """Of files; another one has other tables, or means other things by them."""
 ROWS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 """Rows for which a described machine's kernels get a figure."""
@@ -75,10 +75,11 @@ class CpuRates:
     prefill_attention: float
     """Multiply-adds times two per second of a prompt's attention."""
     linear: tuple[LinearRate, ...]
-    layer_seconds: float | None = None
-    """What a layer takes beside linear layers and attention, however few the rows are; None: nothing is known of it."""
+    operation_seconds: float | None = None
+    """What an operation beside linear layers and attention takes, however few the rows are (`ModelShape.operations`);
+    None: nothing is known of it."""
     element_seconds: float | None = None
-    """What a row takes beside them, for each element of the hidden state, in a layer."""
+    """What each number that these operations write takes."""
     reading_seconds: float | None = None
     """By how much computing takes longer for each byte that is read meanwhile."""
 
@@ -132,7 +133,7 @@ class Hardware:
             disk_bytes_per_second=disk.read * (disk.streamed or 1.0),
             linear=cpu.linear_rate(scheme, mode),
             attention_seconds=kv.token_nbytes / cpu.attention if kv else 0.0,
-            layer_seconds=cpu.layer_seconds or 0.0,
+            operation_seconds=cpu.operation_seconds or 0.0,
             element_seconds=cpu.element_seconds or 0.0,
             reading_seconds=cpu.reading_seconds or 0.0,
             kept_bytes_per_second=disk.kept,
@@ -234,7 +235,7 @@ def _cpu(table: "_Reader") -> CpuRates:
     else:
         linear = [_linear(entry) for entry in table.tables("linear")]
         attention, prefill_attention = table.number("attention"), table.number("prefill_attention")
-    beside = map(table.optional, ("layer_seconds", "element_seconds", "reading_seconds"))
+    beside = map(table.optional, ("operation_seconds", "element_seconds", "reading_seconds"))
     return CpuRates(table.whole("cores"), memory, attention, prefill_attention, tuple(linear), *beside)
 
 

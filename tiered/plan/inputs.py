@@ -83,6 +83,10 @@ class ExpertShape:
     """Bytes that reading one takes, on average."""
     weights: int
     """Number of weights of one."""
+    operations: int = 0
+    """What computing one takes beside its matrix products: operations, and calls of these products."""
+    elements: int = 0
+    """Numbers that these operations write for each of its rows."""
 
     @property
     def total(self) -> int:
@@ -143,6 +147,11 @@ class ModelShape:
     """Bytes of the rows with these numbers, as they are stored."""
     state: StateShape | None = None
     """What recurrent layers keep of a sequence; None: there are none."""
+    operations: int = 0
+    """What all layers take for a micro-batch beside linear layers and experts: operations, and calls of linear layers.
+    0: not known, as it is of a graph that cannot be tried."""
+    elements: int = 0
+    """Numbers that these operations write for each row."""
 
     def in_dtype(self, dtype: str) -> "ModelShape":
         """The shape as computed in another dtype, by its name, but for what tables take."""
@@ -234,10 +243,10 @@ class Machine:
     sums."""
     bus_bytes_per_second: float | None = None
     """Sustained rate of copies from memory to the device."""
-    layer_seconds: float = 0.0
-    """Seconds that a micro-batch takes in a layer beside linear layers and attention, however few its rows are."""
+    operation_seconds: float = 0.0
+    """Seconds that a micro-batch takes for each operation of `ModelShape.operations`, however few its rows are."""
     element_seconds: float = 0.0
-    """Seconds that a row takes beside them, for each element of the hidden state, in a layer."""
+    """Seconds that a row takes for each number that these operations write."""
     reading_seconds: float = 0.0
     """Seconds by which computing takes longer for each byte that is read meanwhile: readers want processors, too."""
     kept_bytes_per_second: float | None = None

@@ -8,6 +8,7 @@ are counted as one. A pass takes the longest of reading, copying to a GPU and co
 copies) every weight. Experts are taken to be chosen equally often, so a real router reads less of them.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -31,6 +32,8 @@ _WAVES: Final = 2
 """Full batches that are walked through one after the other; later ones take as long as the last of them."""
 _ALIKE: Final = 16
 """Passes that share a prompt in the same way and count as equal, at most: what they attend to grows."""
+_SECONDS: Final = 1
+"""Where a `Phase` has its seconds."""
 _NOTED: Final = 6
 """Equal passes that a pace learns from, at most: after so many it knows next to nothing else."""
 
@@ -128,7 +131,9 @@ def predict(
 ) -> Prediction:
     """What `plan` is expected to take on `machine`, and on `gpu` what its device computes. Rates must be known: raises
     ConfigError where one is not."""
-    return Predictor(model, machine, gpu).predict(plan, workload)
+    found = Predictor(model, machine, gpu).predict(plan, workload)
+    assert found is not None
+    return found
 
 
 class Predictor:
@@ -138,8 +143,8 @@ class Predictor:
         self._model, self._machine, self._gpu = model, machine, gpu
         self._costs: dict[tuple[object, ...], RunCosts] = {}
 
-    def predict(self, plan: Plan, workload: Workload) -> Prediction:
-        """As `predict` does."""
+    def predict(self, plan: Plan, workload: Workload, most_seconds: float = math.inf) -> Prediction | None:
+        """As `predict` does; None where `plan` takes more than `most_seconds`, which is then found out early."""
         model, machine = self._model, self._machine
         if machine.linear is None or machine.disk_bytes_per_second is None:
             raise ConfigError("no prediction without the machine's rates; run 'tiered profile'")
@@ -152,7 +157,10 @@ class Predictor:
             # As in a run: rates are the processor's, so where a device computes the pace knows none.
             return pace_for(model, machine, workload) if plan.device is None else Pace()
 
-        prefill, decode = walk(alike, new_pace, run.phase)
+        walked = walk(alike, new_pace, run.phase, most_seconds)
+        if walked is None:
+            return None
+        prefill, decode = walked
         count = alike.sequences
         memory = memory_by_kind(plan)
         return Prediction(count * alike.prompt, count * alike.generated, prefill, decode, memory, count)
@@ -167,23 +175,33 @@ class Predictor:
         return self._costs[alike]
 
 
-def walk(alike: Alike, new_pace: Callable[[], Pace], phase: Callable[[PassRun, bool], Phase]) -> tuple[Phase, Phase]:
+def walk(
+    alike: Alike,
+    new_pace: Callable[[], Pace],
+    phase: Callable[[PassRun, bool], Phase],
+    most_seconds: float = math.inf,
+) -> tuple[Phase, Phase] | None:
     """Passes with prompt tokens, and those that only decode, by what `phase` says of each of a run of equal
-    ones; it is told, too, whether a run is the first of all, which finds nothing in memory."""
+    ones; it is told, too, whether a run is the first of all, which finds nothing in memory. None where they take more
+    than `most_seconds` together."""
     full, rest = divmod(alike.sequences, alike.batch_size)
-    walked = [
-        _walked(replace(alike, sequences=sequences), new_pace(), phase)
-        for waves in ([_WAVES - 1, _WAVES] if full > _WAVES else [full])
-        if (sequences := waves * alike.batch_size + rest)
-    ]
-    prefill, decode = walked[-1]
-    if full > _WAVES:
-        prefill += (prefill + walked[0][0] * -1) * (full - _WAVES)
-        decode += (decode + walked[0][1] * -1) * (full - _WAVES)
+    later = max(0, full - _WAVES)
+    few = replace(alike, sequences=(_WAVES - 1) * alike.batch_size + rest)
+    first = _walked(few, new_pace(), phase, most_seconds) if later else (Phase(), Phase())
+    if first is None:
+        return None
+    # All is the second walk, and as often as there are later batches what it takes longer than the first.
+    most = (most_seconds + later * (first[0].seconds + first[1].seconds)) / (later + 1)
+    walked = _walked(replace(alike, sequences=(full - later) * alike.batch_size + rest), new_pace(), phase, most)
+    if walked is None:
+        return None
+    prefill, decode = (each + (each + before * -1) * later for each, before in zip(walked, first, strict=True))
     return prefill, decode
 
 
-def _walked(alike: Alike, pace: Pace, phase: Callable[[PassRun, bool], Phase]) -> tuple[Phase, Phase]:
+def _walked(
+    alike: Alike, pace: Pace, phase: Callable[[PassRun, bool], Phase], most_seconds: float
+) -> tuple[Phase, Phase] | None:
     prefill = decode = list(vars(Phase()).values())
     for number, run in enumerate(pass_runs(alike, pace, _ALIKE)):
         each, times = phase(run, not number), run.times
@@ -196,6 +214,8 @@ def _walked(alike: Alike, pace: Pace, phase: Callable[[PassRun, bool], Phase]) -
             prefill = [total + times * value for total, value in zip(prefill, found, strict=True)]
         else:
             decode = [total + times * value for total, value in zip(decode, found, strict=True)]
+        if prefill[_SECONDS] + decode[_SECONDS] > most_seconds:
+            return None
     return Phase(*prefill), Phase(*decode)
 
 

@@ -60,10 +60,15 @@ def simulate(
     """The first `passes` passes of `workload`; None: those that read prompts first, and `DECODES` more. Where a
     `device` computes, `machine` has its speed (`gpu.on_gpu`).
 
-    Raises ConfigError where `machine` does not say how fast it is.
+    Raises ConfigError where `machine` does not say how fast it is, and where processor and device both compute.
     """
     if machine.disk_bytes_per_second is None:
         raise ConfigError("no simulation without the disk's bandwidth: run 'tiered profile'")
+    if plan.device is not None and plan.prefill_device != plan.decode_device:
+        raise ConfigError(
+            f"no simulation of prompts on the {plan.prefill_device} beside decoding on the {plan.decode_device}: only "
+            "one of them can compute in it; 'tiered plan' predicts such runs by formula"
+        )
     player = Player(plan, model, machine, device)
     pace = pace_for(model, machine, workload)
     player.run(_first(pass_loads(plan, workload, pace), passes), pace)

@@ -6,6 +6,7 @@ one, and what does not fit with the nearest ask that does. Pure: same numbers, s
 Rows are the plans that `make_plan`'s ways give, with a GPU as without one, so what is predicted is what a run does.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -32,6 +33,8 @@ _MOST_BATCH: Final = 512
 _BITS: Final[tuple[Bits, ...]] = (16, 4)
 _WORTH: Final = 1.02
 """So many times quicker a larger batch must be."""
+_CHOOSABLE: Final = 1.001 * WORTH_OF_BITS * _WORTH
+"""So many times the least cost what is chosen may cost: what costs more need not be predicted to its end."""
 _SAME: Final = 1.005
 CPU, GPU, BOTH = "cpu", "gpu", "gpu+cpu"
 """The processor computes; the GPU does; prompts are the GPU's, and decoding is the processor's."""
@@ -86,11 +89,12 @@ class Ask:
     def cost(self, row: "Row") -> float:
         """What a batch size is chosen by: the seconds of the whole job, or, where latency counts, those after which a
         sequence is finished, on average."""
-        seconds = row.prediction.seconds
-        if self.objective == "throughput":
-            return seconds
-        waves = -(-self.sequences // row.batch_size)
-        return seconds * (waves + 1) / (2 * waves)
+        return row.prediction.seconds * self.share(row.batch_size)
+
+    def share(self, batch: int) -> float:
+        """The share of the job's seconds that counts, with so many sequences at once."""
+        waves = 1 if self.objective == "throughput" else -(-self.sequences // batch)
+        return (waves + 1) / (2 * waves)
 
 
 @dataclass(frozen=True)
@@ -248,6 +252,9 @@ def _ways(strategy: str, model: ModelShape, machine: Machine, ask: Ask, batch: i
 def _rows(
     strategy: str, model: ModelShape, machine: Machine, predictor: Predictor, quant: str, ask: Ask
 ) -> Iterator[Row]:
+    """Every way that fits, but for those that `_chosen` could not choose beside the ones before them."""
+    # The least costs so far, of all and of those that hold all weights in memory.
+    least = {False: math.inf, True: math.inf}
     for batch in ask.batches(strategy):
         for bits in _bits(model):
             for way in _ways(strategy, model, machine, ask, batch, bits):
@@ -255,7 +262,14 @@ def _rows(
                     plan = way.plan_at(ask.ram)
                 except BudgetError:
                     continue
-                yield _row(strategy, plan, model, predictor.predict(plan, ask.workload(batch)), quant)
+                is_resident = _is_resident(plan, model)
+                most = least[is_resident] * _CHOOSABLE / ask.share(plan.batch_size)
+                prediction = predictor.predict(plan, ask.workload(batch), most)
+                if prediction is not None:
+                    row = _row(strategy, plan, model, prediction, quant)
+                    for each in (False, is_resident):
+                        least[each] = min(least[each], ask.cost(row))
+                    yield row
                 if not plan.read_nbytes and not (way.on_device and plan.bus_nbytes):
                     break  # elsewhere the cache would leave no more room for weights, and only be slower
 
@@ -275,12 +289,19 @@ def _row(strategy: str, plan: Plan, model: ModelShape, prediction: Prediction, q
     on_device = 0 if plan.device is None else plan.device.placement.resident_nbytes
     tier = "disk" if plan.cache.on_disk else "gpu" if plan.cache.on_device else "cpu"
     share = min(1.0, (held + on_device) / model.tape.total)
-    is_resident = plan.experts is None and (
-        (plan.device is None and not plan.placement.ring_nbytes) or on_device == model.tape.total
-    )
+    is_resident = _is_resident(plan, model)
     return Row(
         strategy, quant, plan.batch_size, tier, plan.cache.bits, share, prediction, plan, is_resident=is_resident
     )
+
+
+def _is_resident(plan: Plan, model: ModelShape) -> bool:
+    """Whether all weights stay in the memory of what computes."""
+    if plan.experts is not None:
+        return False
+    if plan.device is None:
+        return not plan.placement.ring_nbytes
+    return plan.device.placement.resident_nbytes == model.tape.total
 
 
 def _nearest(strategy: str, model: ModelShape, machine: Machine, hardware: Hardware, ask: Ask) -> str:

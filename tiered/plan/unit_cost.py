@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from functools import cached_property
 
 from tiered.errors import ConfigError
-from tiered.plan.cost import beside_seconds, prompt_attention_seconds
+from tiered.plan.cost import beside_seconds, expert_seconds, prompt_attention_seconds
 from tiered.plan.inputs import Machine, ModelShape
 from tiered.plan.plan import Plan
 
@@ -49,7 +49,7 @@ class UnitCosts:
         """How many experts of a layer `rows` rows are expected to choose, and the seconds of each."""
         experts = self._model.experts
         assert experts is not None
-        return experts.distinct(rows), self._linear.seconds(experts.rows_each(rows), experts.weights)
+        return experts.distinct(rows), expert_seconds(experts, self._machine, experts.rows_each(rows))
 
     @cached_property
     def expert_layers(self) -> list[bool]:
