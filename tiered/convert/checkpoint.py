@@ -28,7 +28,7 @@ from tiered.quant import QuantizedTensor, dequantize, folded
 from tiered.quant.codebook import widened_scales
 
 _PIECE_NUMEL: Final = 1 << 20
-_SAMPLE_NUMEL: Final = 1 << 17
+_SAMPLE_NUMEL: Final = 1 << 14
 """Weights of each panel that are compared with what they were, where they had been quantized before."""
 _GREATEST: Final = torch.finfo(torch.bfloat16).max
 
@@ -159,10 +159,12 @@ class Checkpoint:
                 self._tally.add(tensor.name, method, scheme.name)
             else:
                 # Of each group all values change by the same share.
-                numbers = dequantize(*made._replace(scale=torch.ones_like(made.scale)), scheme)
-                groups = numbers.view(*before.shape, -1)
+                rows = slice(max(1, _SAMPLE_NUMEL // folded(tensor.shape)[1]))
+                ones = torch.ones_like(made.scale[rows])
+                numbers = dequantize(made.q[rows], ones, made.zero[rows], scheme)
+                groups = numbers.view(*ones.shape, -1)
                 form = f"{scheme.name}, scales rounded"
-                values = (groups * each.unsqueeze(-1) for each in (before, after))
+                values = (groups * each[rows].unsqueeze(-1) for each in (before, after))
                 self._tally.add_changed(tensor.name, method, form, *values)
         return made
 

@@ -29,13 +29,14 @@ from tiered.errors import CheckpointError, shortened
 from tiered.quant import QuantizedTensor, folded
 
 _PANEL_NBYTES: Final = PANEL_NBYTES // 2
-"""Bytes of a panel in float32. Larger ones are taken apart no faster, and several are in memory at a time."""
+"""Bytes of a panel, as numbers or as codes. Larger ones are taken apart no faster, and several are in memory at a time.
+"""
+_PANEL_ROWS: Final = 64
+"""Rows of a panel of codes are a multiple of this: a cache line of words, in formats that keep weights transposed."""
 _MOST_THREADS: Final = 2
 """Panels that are taken apart at a time."""
-_STRIP_NBYTES: Final = PANEL_NBYTES
-"""Bytes of a strip of columns: each of its rows is a read of its own, which is to be worth one."""
-_PANEL_PARTS: Final = 3
-"""Times the bytes of a panel in float32 that taking it apart takes: tensors, codes, numbers."""
+_PANEL_PARTS: Final = 2
+"""Times its bytes that taking a panel apart takes: what is read, and what is made of it."""
 _NOT_ITS_FORMAT: Final = (ValueError, KeyError, TypeError, IndexError, ZeroDivisionError, RuntimeError)
 """What arithmetic with tensors that do not fit each other raises."""
 
@@ -98,14 +99,18 @@ class QuantizedReader(WeightReader):
     def panels(self, path: Path, name: str, rows: range | None = None) -> Iterator[torch.Tensor]:
         if name not in self._found:
             return self._plain(self._inner.panels(path, name, rows))
-        return self._made(name, rows, self.format_of(name).numbers)
+        found = self.format_of(name)
+        return self._made(name, rows, 4 * found.stored.shape[-1], found.numbers)
 
     def packed(self, path: Path, name: str, rows: range | None = None) -> Iterator[QuantizedTensor]:
-        return self._made(name, rows, self.format_of(name).codes)
+        found = self.format_of(name)
+        assert found.stored.scheme is not None
+        row_nbytes = found.stored.shape[-1] * found.stored.scheme.bits // 8
+        return self._made(name, rows, row_nbytes, found.codes)
 
     def working_nbytes(self, path: Path) -> int:
         panels = (self._thread_count + 1) * _PANEL_PARTS * _PANEL_NBYTES
-        return self._inner.working_nbytes(path) + panels + 2 * _STRIP_NBYTES
+        return self._inner.working_nbytes(path) + panels
 
     def close(self) -> None:
         self._threads.close()
@@ -149,20 +154,8 @@ class QuantizedReader(WeightReader):
         return self._files.path(self._index.file_of[name])
 
     def _reader(self, name: str) -> Callable[..., torch.Tensor]:
-        """Reads rectangles of the tensors of `name`, each strip of columns together with those beside it."""
+        """Reads rectangles of the tensors of `name`."""
         names = self._found[name].names
-        strips: dict[str, tuple[range, torch.Tensor]] = {}
-
-        def strip(part: str, columns: range) -> torch.Tensor:
-            within, found = strips.get(part, (range(0), torch.empty(0)))
-            if columns.start not in within or columns.stop > within.stop:
-                stored = self._stored(names[part])
-                rows, width = folded(stored.shape or (1,))
-                wanted = max(len(columns), _STRIP_NBYTES // (rows * stored.dtype.itemsize))
-                within = range(columns.start, min(columns.start + wanted, width))
-                found = self._inner.rectangle(self._path(names[part]), names[part], None, within)
-                strips[part] = within, found
-            return found[:, columns.start - within.start : columns.stop - within.start]
 
         def read(part: str, rows: range | None = None, columns: range | None = None) -> torch.Tensor:
             # Beyond a tensor the file goes on with others.
@@ -170,19 +163,19 @@ class QuantizedReader(WeightReader):
                 if wanted is not None and not 0 <= wanted.start <= wanted.stop <= count:
                     raise IndexError(f"expected {names[part]} to have {wanted.stop} rows or columns, found {count}")
             with self._reading:
-                if rows is None and columns is not None:
-                    return strip(part, columns)
                 return self._inner.rectangle(self._path(names[part]), names[part], rows, columns)
 
         return read
 
     def _made(
-        self, name: str, rows: range | None, make: Callable[[Callable[..., torch.Tensor], range], Made]
+        self, name: str, rows: range | None, row_nbytes: int, make: Callable[[Callable[..., torch.Tensor], range], Made]
     ) -> Iterator[Made]:
-        """Panels of these rows as `make` makes them, the first ones being made already when this returns."""
-        count, width = folded(self.format_of(name).stored.shape)
+        """Panels of these rows as `make` makes them, of `row_nbytes` each, the first ones being made already when this
+        returns."""
+        count, _ = folded(self.format_of(name).stored.shape)
         rows = range(count) if rows is None else rows
-        step = max(1, _PANEL_NBYTES // max(1, 4 * width))
+        step = max(1, _PANEL_NBYTES // max(1, row_nbytes))
+        step = max(step // _PANEL_ROWS * _PANEL_ROWS, min(step, _PANEL_ROWS))
         read = self._reader(name)
         waiting = deque(range(start, min(start + step, rows.stop)) for start in range(rows.start, rows.stop, step))
         begun = deque[Future[Made]]()

@@ -1,0 +1,79 @@
+"""Codes of published checkpoints put in the order of a store, or made numbers, by the native library, or by torch where
+there is none; and rows of a file that lie far apart.
+
+In: tensors as checkpoints have them. Out: the same bits either way (`tiered/quant/published.py`). Called by `convert/`,
+from several threads.
+"""
+
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from tiered.kernels.library import Library, Packing, Status, load_library
+from tiered.quant import published
+
+_GROUPS: Final = (2, 32, 64, 128)
+_PACKINGS: Final = {each: Packing[each.upper()] for each in ("rows", "rows_high_first", "columns", "awq")}
+
+
+def repacked(data: Tensor, packing: published.Packing, bits: int, group_size: int) -> Tensor:
+    """The codes, of 4 or 8 bits, as a store has them, u8 [rows, in * bits / 8]: of 4 bits planar in groups of
+    `group_size`; where that is 2, neighbours share a byte."""
+    if packing == "rows" and (bits == 8 or group_size == 2):
+        return data.view(torch.uint8)  # as they lie
+    library, (height, width) = load_library(), data.shape
+    rows = {"columns": width, "awq": 8 * width}.get(packing, height)
+    in_ = {"columns": height * 32 // bits, "awq": height}.get(packing, width * data.itemsize * 8 // bits)
+    is_whole = in_ % max(group_size, 16) == 0 if bits == 4 else in_ % 4 == 0
+    is_words = data.dtype == torch.int32 if packing in ("columns", "awq") else True
+    fits = is_whole and is_words and bits in (4, 8) and group_size in _GROUPS and data.stride(1) == 1
+    if not isinstance(library, Library) or not fits or (packing == "awq" and bits != 4):
+        return published.repacked(data, packing, bits, group_size)
+    q = torch.empty(rows, in_ * bits // 8, dtype=torch.uint8)
+    stride = data.stride(0) * data.itemsize
+    status = library.tk_repack(data.data_ptr(), stride, _PACKINGS[packing], rows, in_, bits, group_size, q.data_ptr())
+    assert status == Status.OK, (data.shape, packing, bits, group_size)
+    return q
+
+
+def widened(codes: Tensor, table: Tensor, scale: Tensor, zero: Tensor | None, groups: int | Tensor) -> Tensor:
+    """(table[code] - zero) * scale in float32 [rows, in], each operation rounded on its own.
+
+    `codes` u8 [rows, in] where `table` has 256 values, [rows, in / 2] where it has 16, the first code in the low
+    nibble. `scale` and `zero` float32 [rows, n]. `groups`: how many columns share a number of them, the last ones
+    perhaps fewer; or i64 [in], which of the n each column has.
+    """
+    library, bits = load_library(), 8 if len(table) == 256 else 4
+    if not isinstance(library, Library) or (bits == 4 and isinstance(groups, int) and groups % 2):
+        return published.widened(codes, table, scale, zero, groups)
+    in_ = codes.shape[1] * 8 // bits
+    parts = [part.contiguous() for part in (codes, table.float(), scale.float())]
+    zeros = None if zero is None else zero.float().contiguous()
+    group_of = None if isinstance(groups, int) else groups.int().contiguous()
+    found = torch.empty(len(codes), in_, dtype=torch.float32)
+    status = library.tk_widen(
+        parts[0].data_ptr(),
+        bits,
+        parts[1].data_ptr(),
+        len(codes),
+        in_,
+        parts[2].data_ptr(),
+        None if zeros is None else zeros.data_ptr(),
+        groups if isinstance(groups, int) else 0,
+        scale.shape[1],
+        None if group_of is None else group_of.data_ptr(),
+        found.data_ptr(),
+    )
+    if status != Status.OK or (zeros is not None and zeros.shape != scale.shape) or len(scale) != len(codes):
+        raise ValueError(f"expected scales and zeros of {in_} columns, found {list(scale.shape)}")
+    return found
+
+
+def read_rows(fd: int, offset: int, stride: int, nbytes: int, out: Tensor) -> int:
+    """Read as many pieces of `nbytes`, `stride` bytes apart in a file, as fill `out` u8. Returns how many are whole:
+    none without the native library, and those before the first that cannot be read. The caller reads the others."""
+    library = load_library()
+    if not isinstance(library, Library):
+        return 0
+    return int(library.tk_read_rows(fd, offset, stride, out.numel() // nbytes, nbytes, out.data_ptr()))
