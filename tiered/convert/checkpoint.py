@@ -149,13 +149,14 @@ class Checkpoint:
         assert scheme is not None and method is not None
         with one_torch_thread():
             made = panel._replace(scale=panel.scale.to(scheme.scale_dtype))
-            before, after = widened_scales(panel.scale), widened_scales(made.scale)
+            after = widened_scales(made.scale)
+            before = after if panel.scale.dtype == made.scale.dtype else widened_scales(panel.scale)
             if not after.isfinite().all():
                 raise CheckpointError(
                     f"{self._files.name}: {tensor.name}: expected finite scales that fit {scheme.scale_dtype}, found "
                     f"one of {float(before.abs().max()):,.4g}; check the source checkpoint"
                 )
-            if torch.equal(before, after):
+            if before is after or torch.equal(before, after):
                 self._tally.add(tensor.name, method, scheme.name)
             else:
                 # Of each group all values change by the same share.

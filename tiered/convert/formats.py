@@ -39,11 +39,12 @@ class Format(Protocol):
     def stored(self) -> StoredTensor:
         """What it looks like."""
 
-    def codes(self, read: Read, rows: range) -> QuantizedTensor:
-        """These rows as `stored.scheme` lays them out, with scales in the source's dtype."""
+    def codes(self, read: Read, rows: range, out: Tensor | None = None) -> QuantizedTensor:
+        """These rows as `stored.scheme` lays them out, with scales in the source's dtype. The codes are in the memory
+        `out`, u8, if that is large enough; they do not refer to what was read where it is given."""
 
-    def numbers(self, read: Read, rows: range) -> Tensor:
-        """These rows in float32 [rows, in]."""
+    def numbers(self, read: Read, rows: range, out: Tensor | None = None) -> Tensor:
+        """These rows in float32 [rows, in], in the memory `out`, u8, if that is large enough."""
 
 
 @dataclass(frozen=True)
@@ -59,12 +60,13 @@ class Group:
     zero: Tensor  # [rows, groups], integers
     skipped: int = 0
 
-    def in_groups(self, group_size: int) -> Tensor:
-        """The codes in 4 bits, planar in groups of `group_size`, or in 8 bits: u8 [rows, in * bits / 8]."""
+    def in_groups(self, group_size: int, out: Tensor | None = None) -> Tensor:
+        """The codes in 4 bits, planar in groups of `group_size`, or in 8 bits: u8 [rows, in * bits / 8], as
+        `repacked` says."""
         if self.bits == 2:  # of which nothing holds so many in a byte
             q = pack_int4(published_codes(self.words, self.packing, 2), group_size)
         else:
-            q = repacked(self.words, self.packing, self.bits, group_size)
+            q = repacked(self.words, self.packing, self.bits, group_size, out)
         return q[self.skipped :][: len(self.scale)]
 
 
@@ -80,17 +82,18 @@ class Integers:
     unpack: Callable[[Read, range], Group]
     group_of: Tensor | None = None
 
-    def codes(self, read: Read, rows: range) -> QuantizedTensor:
+    def codes(self, read: Read, rows: range, out: Tensor | None = None) -> QuantizedTensor:
         scheme, found = self.stored.scheme, self.unpack(read, rows)
         assert isinstance(scheme, GroupScheme)
         repeats = self.stored.shape[1] // scheme.group_size // found.scale.shape[1]
         scale, zero = (each.repeat_interleave(repeats, 1) for each in (found.scale, found.zero))
-        return QuantizedTensor(found.in_groups(scheme.group_size), scale, zero.to(torch.uint8))
+        return QuantizedTensor(found.in_groups(scheme.group_size, out), scale, zero.to(torch.uint8))
 
-    def numbers(self, read: Read, rows: range) -> Tensor:
+    def numbers(self, read: Read, rows: range, out: Tensor | None = None) -> Tensor:
         found, in_ = self.unpack(read, rows), self.stored.shape[1]
         groups = in_ // found.scale.shape[1] if self.group_of is None else self.group_of
-        return widened(found.in_groups(_PAIRS), _COUNTED[max(found.bits, 4)], found.scale.float(), found.zero, groups)
+        table = _COUNTED[max(found.bits, 4)]
+        return widened(found.in_groups(_PAIRS), table, found.scale.float(), found.zero, groups, out)
 
 
 @dataclass(frozen=True)
@@ -106,17 +109,17 @@ class Table:
     table: Tensor
     packing: Packing = "rows"
 
-    def codes(self, read: Read, rows: range) -> QuantizedTensor:
+    def codes(self, read: Read, rows: range, out: Tensor | None = None) -> QuantizedTensor:
         scheme, (q, scale) = self.stored.scheme, self.unpack(read, rows)
         assert isinstance(scheme, CodebookScheme)
         scale = scale.repeat_interleave(2 * q.shape[1] // scheme.group_size // scale.shape[1], 1)
-        q = repacked(q, self.packing, 4, scheme.group_size)
+        q = repacked(q, self.packing, 4, scheme.group_size, out)
         return QuantizedTensor(q, scale, torch.empty(len(q), 0, dtype=torch.uint8))
 
-    def numbers(self, read: Read, rows: range) -> Tensor:
+    def numbers(self, read: Read, rows: range, out: Tensor | None = None) -> Tensor:
         q, scale = self.unpack(read, rows)
         groups = self.stored.shape[-1] // scale.shape[1]
-        return widened(repacked(q, self.packing, 4, _PAIRS), self.table, widened_scales(scale), None, groups)
+        return widened(repacked(q, self.packing, 4, _PAIRS), self.table, widened_scales(scale), None, groups, out)
 
 
 @dataclass(frozen=True)
@@ -130,10 +133,10 @@ class Floats:
     block: tuple[int, int]
     is_vector: bool = False
 
-    def codes(self, read: Read, rows: range) -> QuantizedTensor:
+    def codes(self, read: Read, rows: range, out: Tensor | None = None) -> QuantizedTensor:
         raise AssertionError("no scheme holds them")
 
-    def numbers(self, read: Read, rows: range) -> Tensor:
+    def numbers(self, read: Read, rows: range, out: Tensor | None = None) -> Tensor:
         height = self.stored.shape[-2]
         blocks = -(-height // self.block[0])  # of each matrix of a stack; the last one may be cut
         places = torch.tensor([row // height * blocks + row % height // self.block[0] for row in rows])
@@ -143,7 +146,7 @@ class Floats:
         scales = scales.float() if scales.dtype != torch.uint8 else widened_scales(scales)
         weight = read(self.weight, rows)
         table = torch.arange(256, dtype=torch.int32).to(torch.uint8).view(weight.dtype).float()
-        return widened(weight.view(torch.uint8), table, scales[places - first], None, self.block[1])
+        return widened(weight.view(torch.uint8), table, scales[places - first], None, self.block[1], out)
 
 
 def group_scheme(bits: int, group_size: int) -> GroupScheme | None:

@@ -20,7 +20,7 @@ import torch
 from tiered.convert.source import PANEL_NBYTES, StoredTensor, WeightReader, panel_rows, tensor_bytes
 from tiered.errors import CheckpointError, ReadError
 from tiered.files import reading
-from tiered.kernels import read_rows
+from tiered.kernels import read_rows, room_in
 from tiered.units import round_up
 
 _BUFFERS: Final = 3
@@ -138,11 +138,14 @@ class Gatherer:
 
         return _read_ahead(begin, len(starts))
 
-    def rectangle(self, extent: Extent, row_nbytes: int, rows: range, columns: range) -> torch.Tensor:
-        """u8 [rows, columns], counted in bytes, of the matrix of rows of `row_nbytes` that lies in `extent`."""
+    def rectangle(
+        self, extent: Extent, row_nbytes: int, rows: range, columns: range, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """u8 [rows, columns], counted in bytes, of the matrix of rows of `row_nbytes` that lies in `extent`; in `out`,
+        u8, if that is large enough."""
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, "read-ahead")
-        target = torch.empty(len(rows), len(columns), dtype=torch.uint8)
+        target = room_in(out, (len(rows), len(columns)), torch.uint8)
         self._thread.submit(self._fill_rectangle, target, extent, row_nbytes, rows.start, columns).result()
         return target
 

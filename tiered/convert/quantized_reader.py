@@ -8,6 +8,7 @@ A panel of rows is a rectangle of each tensor, which is read and taken apart by 
 before it are used: nothing is ever whole in memory.
 """
 
+import mmap
 import threading
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -109,7 +110,8 @@ class QuantizedReader(WeightReader):
         return self._made(name, rows, row_nbytes, found.codes)
 
     def working_nbytes(self, path: Path) -> int:
-        panels = (self._thread_count + 1) * _PANEL_PARTS * _PANEL_NBYTES
+        # One in use, the first of the tensor that comes next, and a part more for scales and what is made of them.
+        panels = (self._thread_count + 2) * (_PANEL_PARTS + 1) * _PANEL_NBYTES
         return self._inner.working_nbytes(path) + panels
 
     def close(self) -> None:
@@ -153,9 +155,9 @@ class QuantizedReader(WeightReader):
     def _path(self, name: str) -> Path:
         return self._files.path(self._index.file_of[name])
 
-    def _reader(self, name: str) -> Callable[..., torch.Tensor]:
-        """Reads rectangles of the tensors of `name`."""
-        names = self._found[name].names
+    def _reader(self, name: str, out: torch.Tensor | None = None) -> Callable[..., torch.Tensor]:
+        """Reads rectangles of the tensors of `name`, those with its codes into `out`."""
+        names, main = self._found[name].names, self._found[name].kind.main
 
         def read(part: str, rows: range | None = None, columns: range | None = None) -> torch.Tensor:
             # Beyond a tensor the file goes on with others.
@@ -163,32 +165,33 @@ class QuantizedReader(WeightReader):
                 if wanted is not None and not 0 <= wanted.start <= wanted.stop <= count:
                     raise IndexError(f"expected {names[part]} to have {wanted.stop} rows or columns, found {count}")
             with self._reading:
-                return self._inner.rectangle(self._path(names[part]), names[part], rows, columns)
+                return self._inner.rectangle(
+                    self._path(names[part]), names[part], rows, columns, out if part == main else None
+                )
 
         return read
 
-    def _made(
-        self, name: str, rows: range | None, row_nbytes: int, make: Callable[[Callable[..., torch.Tensor], range], Made]
-    ) -> Iterator[Made]:
+    def _made(self, name: str, rows: range | None, row_nbytes: int, make: Callable[..., Made]) -> Iterator[Made]:
         """Panels of these rows as `make` makes them, of `row_nbytes` each, the first ones being made already when this
         returns."""
         count, _ = folded(self.format_of(name).stored.shape)
         rows = range(count) if rows is None else rows
         step = max(1, _PANEL_NBYTES // max(1, row_nbytes))
         step = max(step // _PANEL_ROWS * _PANEL_ROWS, min(step, _PANEL_ROWS))
-        read = self._reader(name)
+        rooms: list[torch.Tensor] = []  # that nobody uses: memory that is new each time is filled with zeros first
         waiting = deque(range(start, min(start + step, rows.stop)) for start in range(rows.start, rows.stop, step))
-        begun = deque[Future[Made]]()
+        begun = deque[tuple[Future[Made], torch.Tensor]]()
 
-        def made(rows: range) -> Made:
+        def made(rows: range, room: torch.Tensor) -> Made:
             try:
-                return make(read, rows)
+                return make(self._reader(name, room[:_PANEL_NBYTES]), rows, room[_PANEL_NBYTES:])
             except _NOT_ITS_FORMAT as error:
                 raise self._misfit(name, error) from None
 
         def begin() -> None:
             if waiting:
-                begun.append(self._threads.submit(made, waiting.popleft()))
+                room = rooms.pop() if rooms else _new_room()
+                begun.append((self._threads.submit(made, waiting.popleft(), room), room))
 
         begin()
 
@@ -196,10 +199,17 @@ class QuantizedReader(WeightReader):
             while begun:
                 while waiting and len(begun) < self._thread_count:
                     begin()
-                yield begun.popleft().result()
+                panel, room = begun.popleft()
+                yield panel.result()
+                rooms.append(room)
                 begin()
 
         return deliver()
+
+
+def _new_room() -> torch.Tensor:
+    """Memory for what is read of a panel, and for what is made of it; the system has it back as soon as it is free."""
+    return torch.frombuffer(mmap.mmap(-1, _PANEL_PARTS * _PANEL_NBYTES), dtype=torch.uint8)
 
 
 class _Tensors(Mapping[str, StoredTensor]):
