@@ -151,7 +151,7 @@ class Checkpoint:
             made = panel._replace(scale=panel.scale.to(scheme.scale_dtype))
             after = widened_scales(made.scale)
             before = after if panel.scale.dtype == made.scale.dtype else widened_scales(panel.scale)
-            if not after.isfinite().all():
+            if not all(math.isfinite(float(end)) for end in after.aminmax()):  # both NaN where one is
                 raise CheckpointError(
                     f"{self._files.name}: {tensor.name}: expected finite scales that fit {scheme.scale_dtype}, found "
                     f"one of {float(before.abs().max()):,.4g}; check the source checkpoint"
