@@ -66,6 +66,8 @@ def widened(
     if not isinstance(library, Library) or (bits == 4 and isinstance(groups, int) and groups % 2):
         return _moved(published.widened(codes, table, scale, zero, groups), out)
     in_ = codes.shape[1] * 8 // bits
+    if len(scale) != len(codes) or (zero is not None and zero.shape != scale.shape):
+        raise ValueError(f"expected scales and zeros of {len(codes)} rows, found {list(scale.shape)}")
     parts = [part.contiguous() for part in (codes, table.float(), scale.float())]
     zeros = None if zero is None else zero.float().contiguous()
     group_of = None if isinstance(groups, int) else groups.int().contiguous()
@@ -83,7 +85,7 @@ def widened(
         None if group_of is None else group_of.data_ptr(),
         found.data_ptr(),
     )
-    if status != Status.OK or (zeros is not None and zeros.shape != scale.shape) or len(scale) != len(codes):
+    if status != Status.OK:
         raise ValueError(f"expected scales and zeros of {in_} columns, found {list(scale.shape)}")
     return found
 
