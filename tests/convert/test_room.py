@@ -3,6 +3,7 @@
 In memory it takes its panels and little else, however large the layers are.
 """
 
+import json
 import os
 import subprocess
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.convert.models import TRAINED, save_bin, store_digest
@@ -158,3 +160,49 @@ def test_the_peak_is_at_most_one_layer_and_within_the_budget(
     assert peak < budget
     print(f"grew by {(peak - before) >> 20} MiB to {peak >> 20} MiB")
     assert peak - before < 160 << 20, f"grew by {(peak - before) >> 20} MiB"  # the layer and small change
+
+
+def random_codes(weight: torch.Tensor, method: str) -> dict[str, torch.Tensor]:
+    """The tensors of a weight [out, in] as `method` has them, with any codes."""
+    out, in_ = weight.shape
+    if method == "fp8":
+        scale = torch.ones(out // 128, in_ // 128)
+        return {"weight": weight.to(torch.float8_e4m3fn), "weight_scale_inv": scale}
+    shape = (in_ // 8, out) if method == "gptq" else (in_, out // 8)
+    words = torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32)
+    zeros = torch.full((in_ // 128, out // 8), 0x77777777, dtype=torch.int32)
+    return {"qweight": words, "qzeros": zeros, "scales": torch.full((in_ // 128, out), 0.01, dtype=torch.float16)}
+
+
+@pytest.fixture(scope="module")
+def plain_growth(large: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> int:
+    """By how many bytes a conversion of the source in 16 bits makes the process grow."""
+    folder = tmp_path_factory.mktemp("plain")
+    done = call_warm(folder, print_peaks, large["safetensors"], folder / "out", "int4", "none", 720 * MIB)
+    assert done.code == 0, done.err
+    before, peak = map(int, done.out.split())
+    return peak - before
+
+
+@pytest.mark.inputs("tiered/convert", "tiered/kernels", "tiered/quant", "tiered/store")
+@pytest.mark.parametrize(("method", "quant"), [("gptq", "int4"), ("awq", "int4"), ("fp8", "int8")])
+def test_a_quantized_source_takes_hardly_more_memory_than_one_in_16_bits(
+    method: str, quant: str, large: dict[str, Path], plain_growth: int, tmp_path: Path
+) -> None:
+    """Whether its codes are kept, turned on the way, or made numbers and quantized anew."""
+    source = tmp_path / "source"
+    source.mkdir()
+    tensors: dict[str, torch.Tensor] = {}
+    for name, tensor in load_file(large["safetensors"] / "model.safetensors").items():
+        module = name.removesuffix(".weight")
+        parts = random_codes(tensor, method) if module.endswith("_proj") else {"weight": tensor}
+        tensors |= {f"{module}.{part}": value for part, value in parts.items()}
+    save_file(tensors, source / "model.safetensors")
+    config = json.loads((large["safetensors"] / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": method}}))
+    done = call_warm(tmp_path, print_peaks, source, tmp_path / "out", quant, "none", 720 * MIB)
+    assert done.code == 0, done.err
+    before, peak = map(int, done.out.split())
+    grew = f"grew by {(peak - before) / MIB:.1f} MiB, from 16 bits by {plain_growth / MIB:.1f} MiB"
+    print(grew)
+    assert peak - before <= plain_growth + 16 * MIB, grew

@@ -28,7 +28,7 @@ from tiered.quant import QuantizedTensor, dequantize, folded
 from tiered.quant.codebook import widened_scales
 
 _PIECE_NUMEL: Final = 1 << 20
-_SAMPLE_NUMEL: Final = 1 << 17
+_SAMPLE_NUMEL: Final = 1 << 14
 """Weights of each panel that are compared with what they were, where they had been quantized before."""
 _GREATEST: Final = torch.finfo(torch.bfloat16).max
 
@@ -149,20 +149,23 @@ class Checkpoint:
         assert scheme is not None and method is not None
         with one_torch_thread():
             made = panel._replace(scale=panel.scale.to(scheme.scale_dtype))
-            before, after = widened_scales(panel.scale), widened_scales(made.scale)
-            if not after.isfinite().all():
+            after = widened_scales(made.scale)
+            before = after if panel.scale.dtype == made.scale.dtype else widened_scales(panel.scale)
+            if not all(math.isfinite(float(end)) for end in after.aminmax()):  # both NaN where one is
                 raise CheckpointError(
                     f"{self._files.name}: {tensor.name}: expected finite scales that fit {scheme.scale_dtype}, found "
                     f"one of {float(before.abs().max()):,.4g}; check the source checkpoint"
                 )
-            if torch.equal(before, after):
+            if before is after or torch.equal(before, after):
                 self._tally.add(tensor.name, method, scheme.name)
             else:
                 # Of each group all values change by the same share.
-                numbers = dequantize(*made._replace(scale=torch.ones_like(made.scale)), scheme)
-                groups = numbers.view(*before.shape, -1)
+                rows = slice(max(1, _SAMPLE_NUMEL // folded(tensor.shape)[1]))
+                ones = torch.ones_like(made.scale[rows])
+                numbers = dequantize(made.q[rows], ones, made.zero[rows], scheme)
+                groups = numbers.view(*ones.shape, -1)
                 form = f"{scheme.name}, scales rounded"
-                values = (groups * each.unsqueeze(-1) for each in (before, after))
+                values = (groups * each[rows].unsqueeze(-1) for each in (before, after))
                 self._tally.add_changed(tensor.name, method, form, *values)
         return made
 

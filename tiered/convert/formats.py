@@ -15,11 +15,15 @@ import torch
 from torch import Tensor
 
 from tiered.convert.source import StoredTensor
+from tiered.kernels import repacked, widened
 from tiered.quant import CodebookScheme, GroupScheme, QuantizedTensor, pack_int4
 from tiered.quant.codebook import widened_scales
+from tiered.quant.published import Packing, published_codes
 from tiered.quant.schemes import GROUP_SIZES
 
-_COUNTED: Final = torch.arange(16, dtype=torch.float32)
+_COUNTED: Final = {bits: torch.arange(1 << bits, dtype=torch.float32) for bits in (4, 8)}
+_PAIRS: Final = 2
+"""As the size of a group: the codes of neighbours share a byte."""
 
 
 class Read(Protocol):
@@ -35,21 +39,35 @@ class Format(Protocol):
     def stored(self) -> StoredTensor:
         """What it looks like."""
 
-    def codes(self, read: Read, rows: range) -> QuantizedTensor:
-        """These rows as `stored.scheme` lays them out, with scales in the source's dtype."""
+    def codes(self, read: Read, rows: range, out: Tensor | None = None) -> QuantizedTensor:
+        """These rows as `stored.scheme` lays them out, with scales in the source's dtype. The codes are in the memory
+        `out`, u8, if that is large enough; they do not refer to what was read where it is given."""
 
-    def numbers(self, read: Read, rows: range) -> Tensor:
-        """These rows in float32 [rows, in]."""
+    def numbers(self, read: Read, rows: range, out: Tensor | None = None) -> Tensor:
+        """These rows in float32 [rows, in], in the memory `out`, u8, if that is large enough."""
 
 
 @dataclass(frozen=True)
 class Group:
     """Rows of a weight as unsigned codes: what `codes` and `numbers` of integer formats are made from."""
 
-    q: Tensor  # u8 [rows, in * bits / 8], the first code of a byte in its lowest bits
-    bits: int  # that each code takes there
+    words: Tensor
+    """The codes of these rows as `packing` and `bits` say; `skipped` rows before them and some after them may be in
+    the same words."""
+    packing: Packing
+    bits: int
     scale: Tensor  # [rows, groups]
     zero: Tensor  # [rows, groups], integers
+    skipped: int = 0
+
+    def in_groups(self, group_size: int, out: Tensor | None = None) -> Tensor:
+        """The codes in 4 bits, planar in groups of `group_size`, or in 8 bits: u8 [rows, in * bits / 8], as
+        `repacked` says."""
+        if self.bits == 2:  # of which nothing holds so many in a byte
+            q = pack_int4(published_codes(self.words, self.packing, 2), group_size)
+        else:
+            q = repacked(self.words, self.packing, self.bits, group_size, out)
+        return q[self.skipped :][: len(self.scale)]
 
 
 @dataclass(frozen=True)
@@ -64,49 +82,44 @@ class Integers:
     unpack: Callable[[Read, range], Group]
     group_of: Tensor | None = None
 
-    def codes(self, read: Read, rows: range) -> QuantizedTensor:
+    def codes(self, read: Read, rows: range, out: Tensor | None = None) -> QuantizedTensor:
         scheme, found = self.stored.scheme, self.unpack(read, rows)
         assert isinstance(scheme, GroupScheme)
-        if found.bits == scheme.bits:
-            q = found.q if scheme.bits == 8 else planar(found.q, scheme.group_size)
-        else:
-            q = pack_int4(unpacked(found.q, found.bits), scheme.group_size)
         repeats = self.stored.shape[1] // scheme.group_size // found.scale.shape[1]
         scale, zero = (each.repeat_interleave(repeats, 1) for each in (found.scale, found.zero))
-        return QuantizedTensor(q, scale, zero.to(torch.uint8))
+        return QuantizedTensor(found.in_groups(scheme.group_size, out), scale, zero.to(torch.uint8))
 
-    def numbers(self, read: Read, rows: range) -> Tensor:
-        found = self.unpack(read, rows)
-        scale, zero = found.scale.float(), found.zero.float()
-        q = looked_up(found.q, _COUNTED) if found.bits == 4 else unpacked(found.q, found.bits).float()
-        if self.group_of is not None:
-            return q.sub_(zero[:, self.group_of]).mul_(scale[:, self.group_of])
-        groups = q.view(*scale.shape, -1)
-        return groups.sub_(zero.unsqueeze(-1)).mul_(scale.unsqueeze(-1)).flatten(1)
+    def numbers(self, read: Read, rows: range, out: Tensor | None = None) -> Tensor:
+        found, in_ = self.unpack(read, rows), self.stored.shape[1]
+        groups = in_ // found.scale.shape[1] if self.group_of is None else self.group_of
+        table = _COUNTED[max(found.bits, 4)]
+        return widened(found.in_groups(_PAIRS), table, found.scale.float(), found.zero, groups, out)
 
 
 @dataclass(frozen=True)
 class Table:
     """Nibbles that are looked up in `table`, float32 [16], and multiplied by a scale for each group of values.
 
-    `unpack` reads them, u8 [rows, in / 2], the first of a byte in its lowest bits, and scales [rows, groups], of a
-    floating dtype or exponents (`E8M0`).
+    `unpack` reads them, u8 [rows, in / 2], packed as `packing` says, and scales [rows, groups], of a floating dtype or
+    exponents (`E8M0`).
     """
 
     stored: StoredTensor
     unpack: Callable[[Read, range], tuple[Tensor, Tensor]]
     table: Tensor
+    packing: Packing = "rows"
 
-    def codes(self, read: Read, rows: range) -> QuantizedTensor:
+    def codes(self, read: Read, rows: range, out: Tensor | None = None) -> QuantizedTensor:
         scheme, (q, scale) = self.stored.scheme, self.unpack(read, rows)
         assert isinstance(scheme, CodebookScheme)
         scale = scale.repeat_interleave(2 * q.shape[1] // scheme.group_size // scale.shape[1], 1)
-        return QuantizedTensor(planar(q, scheme.group_size), scale, torch.empty(len(q), 0, dtype=torch.uint8))
+        q = repacked(q, self.packing, 4, scheme.group_size, out)
+        return QuantizedTensor(q, scale, torch.empty(len(q), 0, dtype=torch.uint8))
 
-    def numbers(self, read: Read, rows: range) -> Tensor:
+    def numbers(self, read: Read, rows: range, out: Tensor | None = None) -> Tensor:
         q, scale = self.unpack(read, rows)
-        groups = looked_up(q, self.table).view(*scale.shape, -1)
-        return groups.mul_(widened_scales(scale).unsqueeze(-1)).flatten(1)
+        groups = self.stored.shape[-1] // scale.shape[1]
+        return widened(repacked(q, self.packing, 4, _PAIRS), self.table, widened_scales(scale), None, groups, out)
 
 
 @dataclass(frozen=True)
@@ -120,66 +133,23 @@ class Floats:
     block: tuple[int, int]
     is_vector: bool = False
 
-    def codes(self, read: Read, rows: range) -> QuantizedTensor:
+    def codes(self, read: Read, rows: range, out: Tensor | None = None) -> QuantizedTensor:
         raise AssertionError("no scheme holds them")
 
-    def numbers(self, read: Read, rows: range) -> Tensor:
-        height, width = self.stored.shape[-2:]
+    def numbers(self, read: Read, rows: range, out: Tensor | None = None) -> Tensor:
+        height = self.stored.shape[-2]
         blocks = -(-height // self.block[0])  # of each matrix of a stack; the last one may be cut
         places = torch.tensor([row // height * blocks + row % height // self.block[0] for row in rows])
         first, stop = int(places[0]), int(places[-1]) + 1
         scales = read(self.scale).reshape(-1, 1)[first:stop] if self.is_vector else read(self.scale, range(first, stop))
         # A byte is an exponent.
         scales = scales.float() if scales.dtype != torch.uint8 else widened_scales(scales)
-        each, weight = scales[places - first], read(self.weight, rows)
-        # Looked up: torch takes five times as long to widen each by itself.
+        weight = read(self.weight, rows)
         table = torch.arange(256, dtype=torch.int32).to(torch.uint8).view(weight.dtype).float()
-        values = looked_up(weight.view(torch.uint8), table)
-        if width % self.block[1]:
-            return values.mul_(each.repeat_interleave(self.block[1], 1)[:, :width])
-        return values.view(*each.shape, -1).mul_(each.unsqueeze(-1)).flatten(1)
+        return widened(weight.view(torch.uint8), table, scales[places - first], None, self.block[1], out)
 
 
 def group_scheme(bits: int, group_size: int) -> GroupScheme | None:
     """The scheme whose groups a group of `group_size` codes consists of; None where there is none."""
     fitting = [size for size in GROUP_SIZES if group_size % size == 0]
     return GroupScheme(max(bits, 4), max(fitting)) if fitting and bits in (2, 4, 8) else None
-
-
-def unpacked(packed: Tensor, bits: int) -> Tensor:
-    """u8 codes [rows, n * 32 / bits] of words i32 [rows, n], or of bytes, that hold several each, the lowest first."""
-    parts = packed.view(torch.uint8)
-    if bits == 8:
-        return parts
-    mask = (1 << bits) - 1
-    codes = torch.empty(*parts.shape, 8 // bits, dtype=torch.uint8)
-    for place in range(8 // bits):
-        torch.bitwise_and(parts >> (bits * place), mask, out=codes[..., place])
-    return codes.flatten(1)
-
-
-def planar(pairs: Tensor, group_size: int) -> Tensor:
-    """What `pack_int4` makes of the codes in `pairs`, u8 [rows, in / 2], the first of a byte in its lowest bits.
-
-    A byte of the first half of a group and the one as far into its second half are two bytes of the result, with the
-    two nibbles in the middle changed over: 16 bits at a time that is several times as fast as code by code.
-    """
-    halves = pairs.view(-1, 2, group_size // 4)
-    first, second = (halves[:, half].to(torch.int16) for half in range(2))
-    both = second.bitwise_left_shift_(8).bitwise_or_(first)
-    found = both & ~0x0FF0
-    found |= (both & 0x0F00) >> 4
-    found |= (both & 0x00F0) << 4
-    return found.view(torch.uint8).view(pairs.shape)
-
-
-def looked_up(codes: Tensor, table: Tensor) -> Tensor:
-    """The values in `table`, float32, of codes u8 [rows, n]: one for each byte if it has 256, for each nibble, the
-    lowest first, if it has 16."""
-    if len(table) == 16:
-        # Two at a time.
-        entries = torch.stack((table.repeat(16), table.repeat_interleave(16)), 1).view(torch.int64).view(-1)
-    else:
-        entries = table
-    found = entries.index_select(0, codes.reshape(-1).int())
-    return found.view(torch.float32).view(len(codes), -1)

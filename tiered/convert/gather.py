@@ -20,11 +20,15 @@ import torch
 from tiered.convert.source import PANEL_NBYTES, StoredTensor, WeightReader, panel_rows, tensor_bytes
 from tiered.errors import CheckpointError, ReadError
 from tiered.files import reading
+from tiered.kernels import read_rows, room_in
+from tiered.units import round_up
 
 _BUFFERS: Final = 3
 """Panels of one tensor in memory: the one that is used, and those that are read meanwhile."""
 _MOST_OPEN: Final = 64
 """Files that are open at once: a checkpoint may have a thousand, about as many as a process may open."""
+_AHEAD_NBYTES: Final = 128 << 10
+"""Bytes of a row that are asked for together where only some columns are read."""
 
 
 class Extent(NamedTuple):
@@ -134,11 +138,14 @@ class Gatherer:
 
         return _read_ahead(begin, len(starts))
 
-    def rectangle(self, extent: Extent, row_nbytes: int, rows: range, columns: range) -> torch.Tensor:
-        """u8 [rows, columns], counted in bytes, of the matrix of rows of `row_nbytes` that lies in `extent`."""
+    def rectangle(
+        self, extent: Extent, row_nbytes: int, rows: range, columns: range, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """u8 [rows, columns], counted in bytes, of the matrix of rows of `row_nbytes` that lies in `extent`; in `out`,
+        u8, if that is large enough."""
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, "read-ahead")
-        target = torch.empty(len(rows), len(columns), dtype=torch.uint8)
+        target = room_in(out, (len(rows), len(columns)), torch.uint8)
         self._thread.submit(self._fill_rectangle, target, extent, row_nbytes, rows.start, columns).result()
         return target
 
@@ -156,10 +163,15 @@ class Gatherer:
         if width == row_nbytes:
             _read(fd, extent.path, begin, data)
             return
-        # Short reads far apart: asked for together, the disk does many at a time.
-        for row in range(target.shape[0]):
-            os.posix_fadvise(fd, begin + row * row_nbytes, width, os.POSIX_FADV_WILLNEED)
-        for row in range(target.shape[0]):
+        # Short reads far apart, and those beside them come next: asked for together, the disk does many at a time.
+        for start in range(round_up(columns.start, _AHEAD_NBYTES), columns.stop, _AHEAD_NBYTES):
+            if row_nbytes <= _AHEAD_NBYTES:
+                os.posix_fadvise(fd, extent.offset, extent.nbytes, os.POSIX_FADV_WILLNEED)
+                break
+            for row in range(target.shape[0]):
+                place = extent.offset + (first + row) * row_nbytes + start
+                os.posix_fadvise(fd, place, min(_AHEAD_NBYTES, row_nbytes - start), os.POSIX_FADV_WILLNEED)
+        for row in range(read_rows(fd, begin, row_nbytes, width, target), target.shape[0]):
             _read(fd, extent.path, begin + row * row_nbytes, data[row * width : (row + 1) * width], keep=True)
         if columns.stop == row_nbytes:  # the rows have been read through
             os.posix_fadvise(fd, extent.offset, extent.nbytes, os.POSIX_FADV_DONTNEED)

@@ -10,20 +10,19 @@ Every function raises ValueError where the tensors are not what it expects of it
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-from tiered.convert.formats import Floats, Format, Group, Integers, Read, Table, group_scheme, unpacked
+from tiered.convert.formats import Floats, Format, Group, Integers, Read, Table, group_scheme
 from tiered.convert.source import StoredTensor
 from tiered.quant import CODEBOOKS, CodebookScheme, Scheme
+from tiered.quant.published import published_codes
 from tiered.quant.schemes import GROUP_SIZES
 
-_AWQ_COLUMNS: Final = (0, 2, 4, 6, 1, 3, 5, 7)
-"""Which of its columns the first nibble of a word of AWQ's holds, the second, and so on."""
 _SAMPLE_ROWS: Final = 64
 """Rows whose mean tells whether zeros are stored as they are."""
 _NEAR: Final = 0.25
@@ -61,13 +60,13 @@ def gptq(parts: Parts, read: Read, settings: Settings) -> Format:
     scheme = group_scheme(bits, in_ // groups) if order is None and most < 256 else None
 
     def unpack(read: Read, rows: range) -> Group:
-        q = read("qweight", columns=rows).t().contiguous().view(torch.uint8)
         first = rows.start // per
         words = read("qzeros", columns=range(first, -(-rows.stop // per)))
-        zero = unpacked(words, bits)[:, rows.start - first * per :][:, : len(rows)]
+        zero = published_codes(words, "rows", bits)[:, rows.start - first * per :][:, : len(rows)]
         # One more than 15 is 16, as in auto-gptq's layer for any order of columns.
         zero = zero.to(torch.int16) + offset
-        return Group(q, bits, read("scales", columns=rows).t(), zero.t())
+        scale = read("scales", columns=rows).t()
+        return Group(read("qweight", columns=rows), "columns", bits, scale, zero.t())
 
     return Integers(_stored((out, in_), f"gptq int{bits}", scheme), unpack, order)
 
@@ -78,14 +77,14 @@ def _zero_offset(bits: int, read: Read, settings: Settings) -> tuple[int, int]:
     Symmetric weights have the middle for a zero, so what is stored tells. Of others the mean does: it is close to 0,
     so codes are as much above as below the zero.
     """
-    zeros, middle = unpacked(read("qzeros"), bits), 1 << (bits - 1)
+    zeros, middle = published_codes(read("qzeros"), "rows", bits), 1 << (bits - 1)
     low, high = (int(end) for end in zeros.aminmax())
     if low == high and low in (middle - 1, middle):
         return middle - low, middle
     offset = 0 if settings.zeros_as_they_are else 1
     if bits == 4:  # with more the difference is too small to be seen
         rows = range(min(_SAMPLE_ROWS, zeros.shape[1]))
-        q = unpacked(read("qweight", columns=rows).t().contiguous(), bits)
+        q = published_codes(read("qweight", columns=rows), "columns", bits)
         found = float(q.float().mean() - zeros[:, : len(rows)].float().mean())
         said, other = ("as they are", "less one") if offset == 0 else ("less one", "as they are")
         _expect(
@@ -102,20 +101,12 @@ def _awq(parts: Parts) -> Format:
     fits = in_ % groups == 0 and parts["qzeros"].shape == (groups, words)
     _expect(fits and "g_idx" not in parts, "qweight, qzeros and scales of the version gemm")
 
-    def columns(read: Read, part: str, rows: range) -> Tensor:
-        first = rows.start // 8
-        words = read(part, columns=range(first, -(-rows.stop // 8))).t().contiguous()
-        count, length = words.shape
-        codes = torch.empty(count, 8, length, dtype=torch.uint8)
-        for byte in range(4):
-            pair = words.view(torch.uint8).view(count, length, 4)[..., byte].contiguous()
-            codes[:, _AWQ_COLUMNS[2 * byte]] = pair & 15
-            codes[:, _AWQ_COLUMNS[2 * byte + 1]] = pair >> 4
-        return codes.flatten(0, 1)[rows.start - 8 * first :][: len(rows)]
-
     def unpack(read: Read, rows: range) -> Group:
+        words = range(rows.start // 8, -(-rows.stop // 8))
+        skipped = rows.start - 8 * words.start
+        zero = published_codes(read("qzeros", columns=words), "awq", 4)[skipped:][: len(rows)]
         scale = read("scales", columns=rows).t()
-        return Group(columns(read, "qweight", rows), 8, scale, columns(read, "qzeros", rows))
+        return Group(read("qweight", columns=words), "awq", 4, scale, zero, skipped)
 
     return Integers(_stored((out, in_), "awq int4", group_scheme(4, in_ // groups)), unpack)
 
@@ -140,14 +131,14 @@ def packed(parts: Parts, read: Read, settings: Settings) -> Format:
     _expect(not has_zero or parts["weight_zero_point"].shape == (-(-out // per), groups), f"zeros of {groups} groups")
 
     def unpack(read: Read, rows: range) -> Group:
-        q, scale = read("weight_packed", rows).view(torch.uint8), _rows(read, parts, "weight_scale", rows)
+        words, scale = read("weight_packed", rows), _rows(read, parts, "weight_scale", rows)
         # Numbers are signed, and what is stored is that much more: zeros too.
         zero = torch.full(scale.shape, 1 << (bits - 1), dtype=torch.uint8)
         if has_zero:
             first = rows.start // per
-            words = read("weight_zero_point", range(first, -(-rows.stop // per)))
-            zero = unpacked(words.t().contiguous(), bits)[:, rows.start - first * per :][:, : len(rows)].t()
-        return Group(q, bits, scale, zero)
+            zeros = read("weight_zero_point", range(first, -(-rows.stop // per)))
+            zero = published_codes(zeros, "columns", bits)[:, rows.start - first * per :][:, : len(rows)].t()
+        return Group(words, "rows", bits, scale, zero)
 
     return Integers(_stored((out, in_), f"compressed-tensors int{bits}", scheme), unpack, order)
 
@@ -201,7 +192,7 @@ def _int8(parts: Parts, method: str) -> Format:
         zero = torch.full(scale.shape, 128, dtype=torch.uint8)
         if "zero_point" in parts:
             zero = _rows(read, parts, "zero_point", rows).view(torch.uint8) ^ 128
-        return Group(read("weight", rows).view(torch.uint8) ^ 128, 8, scale, zero)
+        return Group(read("weight", rows).view(torch.uint8) ^ 128, "rows", 8, scale, zero)
 
     return Integers(_stored((out, in_), method, group_scheme(8, in_ // groups)), unpack)
 
@@ -217,7 +208,7 @@ def bitsandbytes_int8(parts: Parts, read: Read, settings: Settings) -> Format:
 
     def unpack(read: Read, rows: range) -> Group:
         found = inner(read, rows)
-        return Group(found.q, 8, found.scale.float() / 127, found.zero)
+        return replace(found, scale=found.scale.float() / 127)
 
     return Integers(integers.stored, unpack)
 
@@ -274,8 +265,7 @@ def bitsandbytes_4bit(parts: Parts, read: Read, settings: Settings) -> Format:
 
     def unpack(read: Read, rows: range) -> tuple[Tensor, Tensor]:
         words = read("weight", range(rows.start * in_ // 2 // itemsize, rows.stop * in_ // 2 // itemsize))
-        nibbles = words.view(torch.uint8).view(len(rows), -1)
-        q = (nibbles >> 4) | (nibbles << 4)
+        q = words.view(torch.uint8).view(len(rows), -1)
         blocks = range(rows.start * in_ // size, rows.stop * in_ // size)
         scale = read("absmax", columns=blocks).view(-1)
         if "nested_absmax" in parts:
@@ -285,7 +275,7 @@ def bitsandbytes_4bit(parts: Parts, read: Read, settings: Settings) -> Format:
         return q, scale.view(len(rows), -1)
 
     scheme = CodebookScheme("nf4", max(fitting)) if is_known else None
-    return Table(_stored((out, in_), f"bitsandbytes {kind}", scheme), unpack, table)
+    return Table(_stored((out, in_), f"bitsandbytes {kind}", scheme), unpack, table, "rows_high_first")
 
 
 def _group_of(part: str, parts: Parts, read: Read, in_: int, groups: int) -> Tensor | None:

@@ -8,6 +8,7 @@ A panel of rows is a rectangle of each tensor, which is read and taken apart by 
 before it are used: nothing is ever whole in memory.
 """
 
+import mmap
 import threading
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -29,13 +30,14 @@ from tiered.errors import CheckpointError, shortened
 from tiered.quant import QuantizedTensor, folded
 
 _PANEL_NBYTES: Final = PANEL_NBYTES // 2
-"""Bytes of a panel in float32. Larger ones are taken apart no faster, and several are in memory at a time."""
+"""Bytes of a panel, as numbers or as codes. Larger ones are taken apart no faster, and several are in memory at a time.
+"""
+_PANEL_ROWS: Final = 64
+"""Rows of a panel of codes are a multiple of this: a cache line of words, in formats that keep weights transposed."""
 _MOST_THREADS: Final = 2
 """Panels that are taken apart at a time."""
-_STRIP_NBYTES: Final = PANEL_NBYTES
-"""Bytes of a strip of columns: each of its rows is a read of its own, which is to be worth one."""
-_PANEL_PARTS: Final = 3
-"""Times the bytes of a panel in float32 that taking it apart takes: tensors, codes, numbers."""
+_PANEL_PARTS: Final = 2
+"""Times its bytes that taking a panel apart takes: what is read, and what is made of it."""
 _NOT_ITS_FORMAT: Final = (ValueError, KeyError, TypeError, IndexError, ZeroDivisionError, RuntimeError)
 """What arithmetic with tensors that do not fit each other raises."""
 
@@ -98,14 +100,19 @@ class QuantizedReader(WeightReader):
     def panels(self, path: Path, name: str, rows: range | None = None) -> Iterator[torch.Tensor]:
         if name not in self._found:
             return self._plain(self._inner.panels(path, name, rows))
-        return self._made(name, rows, self.format_of(name).numbers)
+        found = self.format_of(name)
+        return self._made(name, rows, 4 * found.stored.shape[-1], found.numbers)
 
     def packed(self, path: Path, name: str, rows: range | None = None) -> Iterator[QuantizedTensor]:
-        return self._made(name, rows, self.format_of(name).codes)
+        found = self.format_of(name)
+        assert found.stored.scheme is not None
+        row_nbytes = found.stored.shape[-1] * found.stored.scheme.bits // 8
+        return self._made(name, rows, row_nbytes, found.codes)
 
     def working_nbytes(self, path: Path) -> int:
-        panels = (self._thread_count + 1) * _PANEL_PARTS * _PANEL_NBYTES
-        return self._inner.working_nbytes(path) + panels + 2 * _STRIP_NBYTES
+        # One in use, the first of the tensor that comes next, and a part more for scales and what is made of them.
+        panels = (self._thread_count + 2) * (_PANEL_PARTS + 1) * _PANEL_NBYTES
+        return self._inner.working_nbytes(path) + panels
 
     def close(self) -> None:
         self._threads.close()
@@ -148,21 +155,9 @@ class QuantizedReader(WeightReader):
     def _path(self, name: str) -> Path:
         return self._files.path(self._index.file_of[name])
 
-    def _reader(self, name: str) -> Callable[..., torch.Tensor]:
-        """Reads rectangles of the tensors of `name`, each strip of columns together with those beside it."""
-        names = self._found[name].names
-        strips: dict[str, tuple[range, torch.Tensor]] = {}
-
-        def strip(part: str, columns: range) -> torch.Tensor:
-            within, found = strips.get(part, (range(0), torch.empty(0)))
-            if columns.start not in within or columns.stop > within.stop:
-                stored = self._stored(names[part])
-                rows, width = folded(stored.shape or (1,))
-                wanted = max(len(columns), _STRIP_NBYTES // (rows * stored.dtype.itemsize))
-                within = range(columns.start, min(columns.start + wanted, width))
-                found = self._inner.rectangle(self._path(names[part]), names[part], None, within)
-                strips[part] = within, found
-            return found[:, columns.start - within.start : columns.stop - within.start]
+    def _reader(self, name: str, out: torch.Tensor | None = None) -> Callable[..., torch.Tensor]:
+        """Reads rectangles of the tensors of `name`, those with its codes into `out`."""
+        names, main = self._found[name].names, self._found[name].kind.main
 
         def read(part: str, rows: range | None = None, columns: range | None = None) -> torch.Tensor:
             # Beyond a tensor the file goes on with others.
@@ -170,32 +165,33 @@ class QuantizedReader(WeightReader):
                 if wanted is not None and not 0 <= wanted.start <= wanted.stop <= count:
                     raise IndexError(f"expected {names[part]} to have {wanted.stop} rows or columns, found {count}")
             with self._reading:
-                if rows is None and columns is not None:
-                    return strip(part, columns)
-                return self._inner.rectangle(self._path(names[part]), names[part], rows, columns)
+                return self._inner.rectangle(
+                    self._path(names[part]), names[part], rows, columns, out if part == main else None
+                )
 
         return read
 
-    def _made(
-        self, name: str, rows: range | None, make: Callable[[Callable[..., torch.Tensor], range], Made]
-    ) -> Iterator[Made]:
-        """Panels of these rows as `make` makes them, the first ones being made already when this returns."""
-        count, width = folded(self.format_of(name).stored.shape)
+    def _made(self, name: str, rows: range | None, row_nbytes: int, make: Callable[..., Made]) -> Iterator[Made]:
+        """Panels of these rows as `make` makes them, of `row_nbytes` each, the first ones being made already when this
+        returns."""
+        count, _ = folded(self.format_of(name).stored.shape)
         rows = range(count) if rows is None else rows
-        step = max(1, _PANEL_NBYTES // max(1, 4 * width))
-        read = self._reader(name)
+        step = max(1, _PANEL_NBYTES // max(1, row_nbytes))
+        step = max(step // _PANEL_ROWS * _PANEL_ROWS, min(step, _PANEL_ROWS))
+        rooms: list[torch.Tensor] = []  # that nobody uses: memory that is new each time is filled with zeros first
         waiting = deque(range(start, min(start + step, rows.stop)) for start in range(rows.start, rows.stop, step))
-        begun = deque[Future[Made]]()
+        begun = deque[tuple[Future[Made], torch.Tensor]]()
 
-        def made(rows: range) -> Made:
+        def made(rows: range, room: torch.Tensor) -> Made:
             try:
-                return make(read, rows)
+                return make(self._reader(name, room[:_PANEL_NBYTES]), rows, room[_PANEL_NBYTES:])
             except _NOT_ITS_FORMAT as error:
                 raise self._misfit(name, error) from None
 
         def begin() -> None:
             if waiting:
-                begun.append(self._threads.submit(made, waiting.popleft()))
+                room = rooms.pop() if rooms else _new_room()
+                begun.append((self._threads.submit(made, waiting.popleft(), room), room))
 
         begin()
 
@@ -203,10 +199,17 @@ class QuantizedReader(WeightReader):
             while begun:
                 while waiting and len(begun) < self._thread_count:
                     begin()
-                yield begun.popleft().result()
+                panel, room = begun.popleft()
+                yield panel.result()
+                rooms.append(room)
                 begin()
 
         return deliver()
+
+
+def _new_room() -> torch.Tensor:
+    """Memory for what is read of a panel, and for what is made of it; the system has it back as soon as it is free."""
+    return torch.frombuffer(mmap.mmap(-1, _PANEL_PARTS * _PANEL_NBYTES), dtype=torch.uint8)
 
 
 class _Tensors(Mapping[str, StoredTensor]):

@@ -31,7 +31,14 @@ class SafetensorsReader(WeightReader):
         region = Region(entry.dtype, entry.shape, (Extent(path, entry.offset, stored.nbytes),))
         return self._gatherer.panels(Gathered.of([region]), rows)
 
-    def rectangle(self, path: Path, name: str, rows: range | None = None, columns: range | None = None) -> torch.Tensor:
+    def rectangle(
+        self,
+        path: Path,
+        name: str,
+        rows: range | None = None,
+        columns: range | None = None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         entry = self._header(path)[name]
         count, width = folded(entry.shape or (1,))
         itemsize = entry.dtype.itemsize
@@ -42,6 +49,7 @@ class SafetensorsReader(WeightReader):
             width * itemsize,
             range(count) if rows is None else rows,
             range(inside.start * itemsize, inside.stop * itemsize),
+            out,
         )
         return read.view(entry.dtype)
 

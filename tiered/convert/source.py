@@ -116,8 +116,16 @@ class WeightReader(Protocol):
         """
         raise AssertionError(f"{name} of {path} is not quantized")
 
-    def rectangle(self, path: Path, name: str, rows: range | None = None, columns: range | None = None) -> torch.Tensor:
-        """These rows and columns of the tensor's matrix [rows, last dimension], read at once; a vector is one row.
+    def rectangle(
+        self,
+        path: Path,
+        name: str,
+        rows: range | None = None,
+        columns: range | None = None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """These rows and columns of the tensor's matrix [rows, last dimension], read at once; a vector is one row. They
+        may be in the memory `out`, u8, if that is large enough.
 
         For readers below one of quantized weights, which asks from one thread at a time.
         """

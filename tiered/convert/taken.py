@@ -26,7 +26,7 @@ class Taken:
     """How many weights (not values) of this run; those that an earlier attempt had finished are not among them."""
     added: float
     """RMS of what the form in the store changed, as a share of the RMS of the weights; 0.0 where they are the same
-    values. Of those quantized anew it is that of a sample of rows from all of them."""
+    values. It is that of a sample of rows from all of them."""
 
 
 @dataclass

@@ -51,7 +51,14 @@ class TorchReader(WeightReader):
             self._count(path, panel.nbytes)
             yield panel
 
-    def rectangle(self, path: Path, name: str, rows: range | None = None, columns: range | None = None) -> torch.Tensor:
+    def rectangle(
+        self,
+        path: Path,
+        name: str,
+        rows: range | None = None,
+        columns: range | None = None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         whole = self._load(path)[name]
         matrix = _folded(whole) if whole.ndim > 1 else whole.view(1, -1)
         rows = range(matrix.shape[0]) if rows is None else rows

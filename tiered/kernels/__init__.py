@@ -21,6 +21,7 @@ from tiered.kernels.kernels import KERNEL_NAMES, Kernels, Mode, packed_row_nbyte
 from tiered.kernels.layers import LayerKernels
 from tiered.kernels.library import Level, Library, load_library
 from tiered.kernels.planes import decode_planes, encode_planes
+from tiered.kernels.published import read_rows, repacked, room_in, widened
 
 __all__ = [
     "DEVICE_KERNEL_NAMES",
@@ -45,6 +46,10 @@ __all__ = [
     "encode_planes",
     "load_library",
     "packed_row_nbytes",
+    "read_rows",
+    "repacked",
+    "room_in",
     "scratch_nbytes",
     "triton_refusal",
+    "widened",
 ]

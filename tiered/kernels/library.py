@@ -18,7 +18,7 @@ from tiered.errors import ConfigError
 LIBRARY_PATH: Final = Path(__file__).with_name("libtiered_kernels.so")
 LIBRARY_VARIABLE: Final = "TIERED_KERNEL_LIBRARY"
 """Environment variable that names another file, for developers: a build for sanitizers, or one that emulates tiles."""
-ABI_VERSION: Final = 4
+ABI_VERSION: Final = 5
 
 
 class Level(IntEnum):
@@ -56,6 +56,15 @@ class Format(IntEnum):
     INT8 = 1
     DENSE_BF16 = 2
     CODEBOOK = 3
+
+
+class Packing(IntEnum):
+    """How a published checkpoint packs codes; `tiered/quant/published.py` says what each is."""
+
+    ROWS = 0
+    ROWS_HIGH_FIRST = 1
+    COLUMNS = 2
+    AWQ = 3
 
 
 class WeightArgument(ctypes.Structure):
@@ -96,6 +105,15 @@ _FUNCTIONS: Final[dict[str, tuple[object, Sequence[object]]]] = {
             *(c_void_p, c_int64, POINTER(c_int64), c_void_p, POINTER(c_int64), c_void_p),
         ],
     ),
+    "tk_repack": (c_int32, [c_void_p, c_int64, c_int32, c_int64, c_int64, c_int32, c_int32, c_void_p]),
+    "tk_widen": (
+        c_int32,
+        [
+            *(c_void_p, c_int32, c_void_p, c_int64, c_int64, c_void_p),
+            *(c_void_p, c_int64, c_int64, c_void_p, c_void_p),
+        ],
+    ),
+    "tk_read_rows": (c_int64, [c_int32, c_int64, c_int64, c_int64, c_int64, c_void_p]),
     "tk_encode_planes": (c_int64, [c_int32, c_void_p, c_int64, c_void_p, c_int64]),
     "tk_decode_planes": (c_int32, [c_int32, c_void_p, POINTER(c_int64), c_int64, c_int64, c_void_p, c_int64]),
     "tk_attention": (c_int32, [c_void_p, c_void_p, c_void_p]),

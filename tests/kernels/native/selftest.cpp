@@ -57,6 +57,7 @@ int main(int count, char **arguments) {
     test_linear(cases);
     test_quantize(cases / 2);
     test_dequantize(cases / 2);
+    test_published(cases / 2);
     test_attention(cases / 2);
     std::printf("levels:");
     for (int level = 0; level < TK_LEVELS; level++) {

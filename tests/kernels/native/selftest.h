@@ -173,4 +173,5 @@ inline int &failures() {
 void test_linear(int cases);
 void test_quantize(int cases);
 void test_dequantize(int cases);
+void test_published(int cases);
 void test_attention(int cases);

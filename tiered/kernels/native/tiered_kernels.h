@@ -16,7 +16,7 @@ extern "C" {
 
 #define TK_API __attribute__((visibility("default")))
 
-enum { TK_ABI_VERSION = 4 };
+enum { TK_ABI_VERSION = 5 };
 
 enum tk_status { TK_OK = 0, TK_CANCELLED = 1, TK_BAD_ARGUMENT = 2, TK_NO_MEMORY = 3, TK_NOT_FINITE = 4 };
 
@@ -88,6 +88,31 @@ TK_API int32_t tk_by_head(tk_context *context, const float *w, int64_t heads, in
 TK_API int32_t tk_quantize(tk_context *context, const void *weight, int32_t dtype, int64_t rows, int64_t in, int64_t ld,
                            int32_t bits, int32_t group, int32_t clip, uint8_t *q, uint16_t *scale, uint8_t *zero,
                            const int32_t *cancel);
+
+/* How a published checkpoint packs the codes of a weight [rows, in]. */
+enum tk_packing {
+    TK_ROWS = 0,            /* row after row, the first code of a byte in its lowest bits */
+    TK_ROWS_HIGH_FIRST = 1, /* nibbles, the first of a byte in its high half */
+    TK_COLUMNS = 2,         /* [in * bits / 32, rows] words of 32 bits: consecutive codes of a row, the lowest first */
+    TK_AWQ = 3              /* [in, rows / 8] words: a nibble of each of the rows 0, 2, 4, 6, 1, 3, 5, 7, the lowest first */
+};
+
+/* The codes in `data`, whose rows are `stride` bytes apart, as a store has them: q [rows, in * bits / 8] without gaps,
+ * of 4 bits planar in groups of `group` (32, 64 or 128; or 2: neighbours share a byte). `in` is a multiple of the group,
+ * and of 16 at 4 bits; 8 bits come in TK_ROWS or TK_COLUMNS. Of one thread, the caller's, as all that has no context. */
+TK_API int32_t tk_repack(const void *data, int64_t stride, int32_t packing, int64_t rows, int64_t in, int32_t bits,
+                         int32_t group, uint8_t *q);
+
+/* out [rows, in] = (table[code] - zero) * scale in fp32, each operation rounded on its own. Codes of 8 bits, or nibbles,
+ * the first of a byte in its low half; table [256] or [16]; scale and zero (or null) [rows, groups]. A column's group is
+ * column / group, or group_of[column]. */
+TK_API int32_t tk_widen(const uint8_t *codes, int32_t bits, const float *table, int64_t rows, int64_t in,
+                        const float *scale, const float *zero, int64_t group, int64_t groups, const int32_t *group_of,
+                        float *out);
+
+/* Reads `rows` pieces of `nbytes` of a file, `stride` bytes apart, into `out` without gaps. Returns how many are whole;
+ * the next one is what an ordinary read fails with. */
+TK_API int64_t tk_read_rows(int32_t fd, int64_t offset, int64_t stride, int64_t rows, int64_t nbytes, uint8_t *out);
 
 /* Frames of 16-bit floats with their exponents coded (native/planes.h says what a frame holds; tiered/quant/planes.py
  * makes and reads the same bytes). Of one thread, the caller's, and without a context. */
