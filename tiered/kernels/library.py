@@ -18,7 +18,7 @@ from tiered.errors import ConfigError
 LIBRARY_PATH: Final = Path(__file__).with_name("libtiered_kernels.so")
 LIBRARY_VARIABLE: Final = "TIERED_KERNEL_LIBRARY"
 """Environment variable that names another file, for developers: a build for sanitizers, or one that emulates tiles."""
-ABI_VERSION: Final = 4
+ABI_VERSION: Final = 5
 
 
 class Level(IntEnum):
@@ -98,7 +98,9 @@ _FUNCTIONS: Final[dict[str, tuple[object, Sequence[object]]]] = {
     ),
     "tk_encode_planes": (c_int64, [c_int32, c_void_p, c_int64, c_void_p, c_int64]),
     "tk_decode_planes": (c_int32, [c_int32, c_void_p, POINTER(c_int64), c_int64, c_int64, c_void_p, c_int64]),
-    "tk_attention": (c_int32, [c_void_p, c_void_p, c_void_p]),
+    **dict.fromkeys(
+        ("tk_attention", "tk_delta_step", "tk_scan_step", "tk_conv"), (c_int32, [c_void_p, c_void_p, c_void_p])
+    ),
     "tk_quantize": (
         c_int32,
         [

@@ -174,3 +174,4 @@ void test_linear(int cases);
 void test_quantize(int cases);
 void test_dequantize(int cases);
 void test_attention(int cases);
+void test_recurrent(int cases);
