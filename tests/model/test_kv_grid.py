@@ -26,7 +26,6 @@ from tests.helpers import (
     run_segments,
     tiny_config,
 )
-from tests.model.test_parity_grid import budget_for
 from tests.quick import represented
 from tiered.cache import SequenceKV
 from tiered.convert import ConvertOptions, convert_checkpoint
@@ -192,42 +191,6 @@ def test_logits_are_the_same_bits_however_they_are_computed(
         assert torch.equal(logits_of(runtime, ids, SPLITS["with decoding"]), expected)
         assert runtime._memory.pool.is_empty
         assert bool(runtime.kv_bytes_written) == bool(runtime.kv_bytes_read) == (GRID[setting]["kv"] == "disk")
-
-
-KINDS: Final = {
-    "full": "llama",
-    "sliding": "gemma3_text",
-    "chunked": "llama4_text",
-    "latent": "deepseek_v3",
-    "of shared keys": "gemma4_text",
-    "recurrent, and full": "qwen3_next",
-    "both in each layer": "falcon_h1",
-}
-"""Attention, or what is in its place, with a family that has it."""
-
-
-@pytest.mark.usefixtures("steady_baseline")
-@pytest.mark.parametrize(
-    ("kind", "bits"), represented([(k, b) for k in KINDS for b in (16, 8)], [("recurrent, and full", 8)])
-)
-def test_every_kind_of_attention_has_the_same_bits_with_weights_and_pages_on_disk(
-    models: Models, tmp_path: Path, kind: str, bits: int
-) -> None:
-    name, ids, steps = KINDS[kind], text_of(134), [1] * 6
-    if name not in TINY:
-        pytest.skip("transformers hands states on in another way")
-    if isinstance(load_library(), str):
-        pytest.skip(str(load_library()))
-    store = models.store(name, torch.bfloat16)
-    with runtime_of(store, kv_bits=bits) as runtime:
-        assert not runtime.plan.streamed_nbytes
-        expected = logits_of(runtime, ids, [128, *steps])
-    options: dict[str, Any] = {"kv": "disk", "kv_folder": tmp_path, "kv_bits": bits}
-    ram = budget_for(store, "ring of two blocks", runtime_of, **options)
-    with runtime_of(store, ram=ram, **options) as runtime:
-        assert runtime.plan.streamed_nbytes
-        assert torch.equal(logits_of(runtime, ids, [64, 64, *steps], NEIGHBOURS), expected)
-        assert runtime.kv_bytes_read
 
 
 def test_fewer_bits_do_change_logits(models: Models) -> None:
