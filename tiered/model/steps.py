@@ -57,8 +57,8 @@ def _delta_step(
     and the state, which is `initial_state` itself."""
     recurrent, found = kernels.recurrent, None
     if recurrent is not None and initial_state is not None and output_final_state and query.shape[1] == 1:
-        inputs = (each[:, 0] for each in (query, key, value, _each(torch.exp, g), beta))
-        found = recurrent.delta_step(initial_state, *inputs, use_qk_l2norm_in_kernel)
+        q, k, v, decay, gate = (each[:, 0] for each in (query, key, value, _each(torch.exp, g), beta))
+        found = recurrent.delta_step(initial_state, q, k, v, decay, gate, use_qk_l2norm_in_kernel)
     if found is None:
         result: tuple[torch.Tensor, torch.Tensor | None] = own(
             query,
