@@ -119,7 +119,9 @@ class BundleStates:
     def update_recurrent_state(
         self, recurrent_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
     ) -> torch.Tensor:
-        return self._lend(layer_idx, "recurrent", state_idx).copy_(recurrent_states)
+        lent = self._lend(layer_idx, "recurrent", state_idx)
+        # A step may have updated it where it lies.
+        return lent if recurrent_states is lent else lent.copy_(recurrent_states)
 
     def is_recording_past(self, layer_idx: int) -> bool:
         return False

@@ -178,6 +178,11 @@ class DeviceKernels:
         with _sums_in_float32(self.where):
             return by_head_reference(x, w, transposed, fixed=self.mode is Mode.INVARIANT)
 
+    @property
+    def recurrent(self) -> None:
+        """None: recurrent layers compute by their families' own code."""
+        return None
+
     def serves_attention(self, query: torch.Tensor) -> bool:
         """Whether `attention` takes such queries: of any size, at this device."""
         return query.is_floating_point() and query.device.type == self.where.type

@@ -21,6 +21,7 @@ from tiered.kernels.attention_torch import attention_reference
 from tiered.kernels.by_head import by_head_reference
 from tiered.kernels.cancel import CancelFlag
 from tiered.kernels.library import Dtype, Format, Level, Library, Status, WeightArgument, load_library
+from tiered.kernels.recurrent import Recurrent
 from tiered.quant import E8M0, CodebookScheme, GroupScheme, QuantizedTensor, QuantizedWeight, Scheme, quantize
 from tiered.quant.quantize import out_of_range
 
@@ -166,11 +167,10 @@ class Kernels:
         """
         if not self.serves_attention(call.query):
             return attention_reference(call, self._cancel)
-        assert self._library is not None
         call, pieces = shared_out(call)
         out = torch.empty(call.query.shape, dtype=call.query.dtype)
         native = NativeCall(call, out)
-        _check(self._library.tk_attention(self._context, ctypes.byref(native.arguments), self._cancel.address))
+        self._call("tk_attention", native.arguments)
         return out.unflatten(0, (-1, pieces)).transpose(1, 2).flatten(2, 3) if pieces > 1 else out
 
     def by_head(self, x: torch.Tensor, w: torch.Tensor, transposed: bool) -> torch.Tensor:
@@ -192,6 +192,11 @@ class Kernels:
         of_x, of_y = (x.data_ptr(), len(x), strides[0]), (y.data_ptr(), strides[1])
         _check(self._library.tk_by_head(self._context, *matrix, *of_x, *of_y, self._cancel.address))
         return y
+
+    @property
+    def recurrent(self) -> Recurrent | None:
+        """Computes what recurrent layers do beside their products; None: the families' own code does."""
+        return None if self._library is None else Recurrent(self._call)
 
     def quantize(
         self, weight: torch.Tensor, scheme: Scheme, *, clip: Literal["mse", "minmax"] = "mse", name: str = "weight"
@@ -216,6 +221,11 @@ class Kernels:
     def serves_attention(self, query: torch.Tensor) -> bool:
         """Whether the native library computes attention for such queries [..., head_dim]; else the reference does."""
         return self._library is not None and serves(self.level, query)
+
+    def _call(self, name: str, arguments: ctypes.Structure) -> None:
+        """Call the library's function `name`, which takes a structure. Raises InterruptedRun once the flag is set."""
+        assert self._library is not None
+        _check(getattr(self._library, name)(self._context, ctypes.byref(arguments), self._cancel.address))
 
     def _native_weight(self, x: torch.Tensor, weight: torch.Tensor | QuantizedWeight) -> WeightArgument | None:
         """`weight` as the library takes it; None where it cannot serve."""

@@ -5,6 +5,7 @@ from typing import Protocol
 import torch
 
 from tiered.kernels.attention import AttentionCall
+from tiered.kernels.recurrent import Recurrent
 from tiered.quant import QuantizedWeight
 
 
@@ -25,6 +26,10 @@ class LayerKernels(Protocol):
 
     def by_head(self, x: torch.Tensor, w: torch.Tensor, transposed: bool) -> torch.Tensor:
         """As `Kernels.by_head`."""
+
+    @property
+    def recurrent(self) -> Recurrent | None:
+        """As `Kernels.recurrent`."""
 
     def serves_attention(self, query: torch.Tensor) -> bool:
         """As `Kernels.serves_attention`."""

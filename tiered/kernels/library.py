@@ -116,7 +116,9 @@ _FUNCTIONS: Final[dict[str, tuple[object, Sequence[object]]]] = {
     "tk_read_rows": (c_int64, [c_int32, c_int64, c_int64, c_int64, c_int64, c_void_p]),
     "tk_encode_planes": (c_int64, [c_int32, c_void_p, c_int64, c_void_p, c_int64]),
     "tk_decode_planes": (c_int32, [c_int32, c_void_p, POINTER(c_int64), c_int64, c_int64, c_void_p, c_int64]),
-    "tk_attention": (c_int32, [c_void_p, c_void_p, c_void_p]),
+    **dict.fromkeys(
+        ("tk_attention", "tk_delta_step", "tk_scan_step", "tk_conv"), (c_int32, [c_void_p, c_void_p, c_void_p])
+    ),
     "tk_quantize": (
         c_int32,
         [

@@ -161,7 +161,7 @@ class BoundModel:
         self.layers: list[nn.Module] = list(skeleton.layers)
         for layer in self.layers:
             _offload(layer, kernels, self._desk, "")
-            split_mixers(layer)
+            split_mixers(layer, kernels)
         self.head = OffloadedLinear(_linear_at(skeleton.model, skeleton.head_name), kernels, self._desk, "")
         skeleton.model.set_output_embeddings(self.head)
         _keep_linears(skeleton.model, kernels)

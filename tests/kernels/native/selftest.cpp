@@ -59,6 +59,7 @@ int main(int count, char **arguments) {
     test_dequantize(cases / 2);
     test_published(cases / 2);
     test_attention(cases / 2);
+    test_recurrent(cases / 2);
     std::printf("levels:");
     for (int level = 0; level < TK_LEVELS; level++) {
         if (!tk_refusal(level)) std::printf(" %d", level);

@@ -175,3 +175,4 @@ void test_quantize(int cases);
 void test_dequantize(int cases);
 void test_published(int cases);
 void test_attention(int cases);
+void test_recurrent(int cases);

@@ -10,6 +10,7 @@
 #include "planes.h"
 #include "pool.h"
 #include "quantize.h"
+#include "step.h"
 
 #include <cstring>
 #include <exception>
@@ -214,13 +215,28 @@ int32_t tk_by_head(tk_context *context, const float *w, int64_t heads, int64_t r
         by_head.y_stride[i] = y_stride[i];
     }
     by_head.cancel = cancel;
-    return tk::by_head(by_head, context->pool);
+    return tk::by_head(by_head, context->level, context->pool);
 }
 
 int32_t tk_attention(tk_context *context, const tk_attention_args *args, const int32_t *cancel) {
     if (!context || !args || !tk::is_valid(*args)) return TK_BAD_ARGUMENT;
     if (args->sequences == 0 || args->q_len == 0) return TK_OK;
     return tk::attention(*args, context->level, context->pool, cancel);
+}
+
+int32_t tk_delta_step(tk_context *context, const tk_delta_args *args, const int32_t *cancel) {
+    if (!context || !args || !tk::is_valid(*args)) return TK_BAD_ARGUMENT;
+    return args->sequences == 0 ? TK_OK : tk::delta_step(*args, context->level, context->pool, cancel);
+}
+
+int32_t tk_scan_step(tk_context *context, const tk_scan_args *args, const int32_t *cancel) {
+    if (!context || !args || !tk::is_valid(*args)) return TK_BAD_ARGUMENT;
+    return args->sequences == 0 ? TK_OK : tk::scan_step(*args, context->level, context->pool, cancel);
+}
+
+int32_t tk_conv(tk_context *context, const tk_conv_args *args, const int32_t *cancel) {
+    if (!context || !args || !tk::is_valid(*args)) return TK_BAD_ARGUMENT;
+    return args->sequences == 0 || args->tokens == 0 ? TK_OK : tk::conv(*args, context->pool, cancel);
 }
 
 int64_t tk_encode_planes(int32_t dtype, const uint16_t *values, int64_t count, uint8_t *frame, int64_t room) {

@@ -1,4 +1,5 @@
-// Products with a matrix for each head, of numbers that are dense already. See pool.h about inline functions.
+// Products with a matrix for each head, of numbers that are dense already: what latent attention makes of its queries,
+// and of what attention returns. See pool.h about inline functions.
 #pragma once
 
 #include "pool.h"
@@ -16,7 +17,12 @@ struct ByHead {
     const int32_t *cancel;
 };
 
-// Returns a tk_status.
-int by_head(ByHead &by_head, Pool &pool);
+// Each returns a tk_status.
+int by_head_scalar(const ByHead &by_head, Pool &pool);
+int by_head_avx2(const ByHead &by_head, Pool &pool);
+int by_head_avx512(const ByHead &by_head, Pool &pool);
+
+// At `level`.
+int by_head(const ByHead &by_head, int level, Pool &pool);
 
 } // namespace tk

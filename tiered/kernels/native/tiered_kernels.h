@@ -184,6 +184,58 @@ typedef struct tk_attention_args {
 /* Softmax attention. A query's result is a function of itself and of the keys it sees, in their order, bit for bit. */
 TK_API int32_t tk_attention(tk_context *context, const tk_attention_args *args, const int32_t *cancel);
 
+/* What layers do that keep a state of fixed size of a sequence. States are updated where they lie, each read and written
+ * once; `state_stride` leads from one sequence to the next, within a sequence there are no gaps, nor in anything else
+ * that has no stride. A sequence's result is the same bits alone, in any batch, at any number of threads. */
+
+/* The gated delta rule. Of each head, with state S [keys, values]:
+ *   S = decay * S;  S += k (x) beta * (v - k . S);  out = q . S */
+typedef struct tk_delta_args {
+    int64_t sequences, heads, key_heads, keys, values; /* head h has q and k of key head h / (heads / key_heads) */
+    float *state;                                      /* [sequences, heads, keys, values] */
+    int64_t state_stride;
+    const float *q, *k;        /* [sequences, key_heads, keys] */
+    const float *v;            /* [sequences, heads, values] */
+    const float *decay, *beta; /* [sequences, heads] */
+    float *out;                /* [sequences, heads, values] */
+    float scaling;             /* of q */
+    int32_t normalized;        /* q and k are divided by their lengths first */
+} tk_delta_args;
+
+TK_API int32_t tk_delta_step(tk_context *context, const tk_delta_args *args, const int32_t *cancel);
+
+/* The step of a state space model. Of each row, with state S [size]:
+ *   S = decay * S + x * b;  out = S . c */
+typedef struct tk_scan_args {
+    int64_t sequences, rows, size;
+    int64_t decay_rows, decay_size; /* rows that share a decay; decay_size: 1 or `size` */
+    int64_t group_rows;             /* rows that share b and c */
+    float *state;                   /* [sequences, rows, size] */
+    int64_t state_stride;
+    const float *decay;  /* [sequences, rows / decay_rows, decay_size] */
+    const float *x;      /* [sequences, rows] */
+    const float *b, *c;  /* [sequences, rows / group_rows, size] */
+    float *out;          /* [sequences, rows] */
+} tk_scan_args;
+
+TK_API int32_t tk_scan_step(tk_context *context, const tk_scan_args *args, const int32_t *cancel);
+
+/* A causal convolution of each channel by itself, over its last `kept` inputs. */
+enum { TK_MOST_KEPT = 64 };
+
+typedef struct tk_conv_args {
+    int64_t sequences, channels, tokens, kept; /* kept: at most TK_MOST_KEPT */
+    void *state; /* [sequences, channels, kept], the inputs before these, oldest first, which these follow; null: zeros */
+    int64_t state_stride;
+    const void *x; /* [sequences, channels, tokens], and from one to the next in each of them: */
+    int64_t x_stride[3];
+    const void *weight, *bias; /* [channels, kept]; [channels] or null */
+    void *out;                 /* [sequences, channels, tokens] */
+    int32_t dtype;             /* of all of these: TK_BF16 or TK_F32 */
+} tk_conv_args;
+
+TK_API int32_t tk_conv(tk_context *context, const tk_conv_args *args, const int32_t *cancel);
+
 #ifdef __cplusplus
 }
 #endif
