@@ -225,7 +225,7 @@ class Runtime:
     def snapshot(self, kv: SequenceKV) -> Snapshot:
         """The sequence as it is now, to come back to by `restore`: a recurrent state cannot be computed backwards."""
         pool, states = self._memory.pool, self._memory.pool.states
-        with self.turn():
+        with self.turn(), self.computing():
             on_disk: tuple[torch.Tensor, ...] = ()
             if states is not None and (stream := self.start_streaming().kv) is not None:
                 on_disk = stream.read_states(states.extents(kv.tail))
@@ -241,7 +241,7 @@ class Runtime:
                 f"restore: the sequence has {kv.length} tokens, the snapshot {snapshot.length}; expected as many, or "
                 f"at most {most} more"
             )
-        with self.turn():
+        with self.turn(), self.computing():
             for memory, kept in zip(pool.overwritten(kv), snapshot.in_memory, strict=True):
                 memory.copy_(kept)
             if states is not None and (stream := self.start_streaming().kv) is not None:
@@ -266,7 +266,8 @@ class Runtime:
         """
         for item in batch:
             check_token_ids(item.input_ids, self.store.vocab_size)
-        work = ForwardWork(batch, self.plan.micro_batch_rows, self.plan.cache.layers, self.engine.seats)
+        plan = self.plan
+        work = ForwardWork(batch, plan.micro_batch_rows, plan.cache.layers, self.engine.seats, plan.grid)
         return self._run(work, on_block, is_last)
 
     def _run(self, work: Work, on_block: OnBlock | None, is_last: bool) -> Pass:

@@ -11,6 +11,7 @@ from torch import nn
 
 from tiered.arch import StandIn, is_mixer
 from tiered.cache import MicroBatchKV
+from tiered.model.homebound import Homebound
 
 
 class SequenceMixer(StandIn):
@@ -29,12 +30,15 @@ class SequenceMixer(StandIn):
         original = self.original
         if not isinstance(cache, MicroBatchKV):
             mixed: torch.Tensor = original(hidden_states, cache=cache, attention_mask=attention_mask, **kwargs)
+            if isinstance(cache, Homebound):
+                cache.settle()
             return mixed
         found, start = [], 0
         rows = hidden_states.flatten(0, 1)
         for states in cache.states:
             stop = start + states.sequences * states.tokens
             inside = rows[start:stop].unflatten(0, (states.sequences, states.tokens))
+            states.begin(hidden_states.dtype)
             found.append(original(inside, cache=states, attention_mask=None, **kwargs).flatten(0, 1))
             states.settle()
             start = stop

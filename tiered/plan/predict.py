@@ -218,6 +218,7 @@ def memory_by_kind(plan: Plan) -> dict[str, int]:
         "vram_context": device.needs.context,
         "vram_tables": device.needs.outer,
         "vram_kv_cache": device.needs.kv,
+        "vram_state": device.needs.state,
         "vram_workspace": device.needs.workspace,
         "vram_resident": device.placement.resident_nbytes,
         "vram_ring": device.placement.ring_nbytes,
