@@ -205,6 +205,32 @@ def stream_of_sequences(runtime: Runtime, name: str) -> Answers:
     return Answers(tuple(tokens), tuple(torch.cat(parts) for parts in logits))
 
 
+KINDS: Final = {
+    "deepseek_v3": "latents, and experts in groups",
+    "llama4_text": "chunks, and experts that get scaled inputs",
+    "gemma4_text": "a table of rows by id, and layers that read another's pages",
+    "gpt_oss": "sinks",
+    "falcon-new": "linear layers of its own",
+    "dbrx": "experts of its own",
+    "gpt_bigcode": "one head of keys, and positions in a table",
+    "bitnet": "norms inside projections",
+}
+"""What families above have not. Those with recurrent layers are in `test_gpu_states.py`; `model/test_elsewhere.py` goes
+through all, without numbers."""
+
+
+@pytest.mark.parametrize(
+    ("name", "decode"),
+    represented([(name, ("gpu", "cpu")[number % 2]) for number, name in enumerate(KINDS)], [("deepseek_v3", "gpu")]),
+)
+def test_every_kind_of_family_computes_there(
+    tiny: Tiny, devices: Devices, tmp_path: Path, name: str, decode: str
+) -> None:
+    options: dict[str, Any] = {"tiers": ALL, "device": devices.name, "vram": GIB, "decode_device": decode}
+    with opened(tiny.store(name), devices, **options, ram=PLENTY, resident_cpu=0, kv_folder=tmp_path) as runtime:
+        assert_same(run_greedy(runtime, prompts_for(name), STEPS), tiny.reference(name))
+
+
 @pytest.mark.parametrize("tiers", [(Tier.CPU, Tier.GPU), (Tier.GPU,)], ids=["cpu,gpu", "gpu"])
 def test_without_the_disk_nothing_is_read_after_the_first_pass(
     tiny: Tiny, devices: Devices, tmp_path: Path, tiers: tuple[Tier, ...]
