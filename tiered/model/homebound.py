@@ -26,8 +26,9 @@ _KEPT: tuple[type, ...] = (DynamicLayer, DynamicSlidingWindowLayer, *_LINEAR)
 
 def can_come_home(cache: Cache) -> bool:
     """Whether `Homebound` can stand for `cache`, which must be empty."""
-    return all(type(layer) in _KEPT for layer in cache.layers) and not any(
-        any(layer.has_previous_state.values()) for layer in cache.layers if isinstance(layer, _LINEAR)
+    layers: list[Any] = cache.layers
+    return all(type(layer) in _KEPT for layer in layers) and not any(
+        any(layer.has_previous_state.values()) for layer in layers if isinstance(layer, _LINEAR)
     )
 
 
@@ -48,13 +49,14 @@ class Home:
 
     def keep(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *args: Any, **kwargs: Any) -> None:
         """Give the cache a layer's keys and values [rows, heads, tokens, width] of the whole prompt."""
-        cache, skipped = self.cache, 0
-        kept = cache.layers[layer] if layer < len(cache.layers) else None
+        layers: list[Any] = self.cache.layers
+        kept, skipped = layers[layer] if layer < len(layers) else None, 0
         is_sliding = isinstance(kept, DynamicSlidingWindowLayer) and not getattr(kept, "record_past", False)
         if is_sliding and kept.sliding_window > 1:
             # It would keep a view of the last ones, and so the memory of all of them.
             skipped = max(0, keys.shape[2] - kept.sliding_window + 1)
-        cache.update(*(self._at_home(x[:, :, skipped:]) for x in (keys, values)), layer, *args, **kwargs)
+        keys, values = (self._at_home(x[:, :, skipped:]) for x in (keys, values))
+        self.cache.update(keys, values, layer, *args, **kwargs)
         if skipped:
             kept.cumulative_length += skipped
 
@@ -102,11 +104,15 @@ class Homebound(PositionCache):
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
         states = self._states(layer_idx)
-        return states.conv_states[state_idx] if states.has_previous_state[state_idx] else None
+        found: torch.Tensor | None = states.conv_states[state_idx] if states.has_previous_state[state_idx] else None
+        return found
 
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
         states = self._states(layer_idx)
-        return states.recurrent_states[state_idx] if states.has_previous_state[state_idx] else None
+        found: torch.Tensor | None = (
+            states.recurrent_states[state_idx] if states.has_previous_state[state_idx] else None
+        )
+        return found
 
     def update_conv_state(
         self, conv_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
@@ -132,6 +138,6 @@ class Homebound(PositionCache):
         home = self._home
         if home.states is None:
             assert not self._start, f"layer {layer}: no state of the tokens before {self._start}"
-            home.layer = layer
-            home.states = cache_utils.LinearAttentionLayer(home.cache.layers[layer].number_of_states)
+            layers: list[Any] = home.cache.layers
+            home.layer, home.states = layer, _LINEAR[0](layers[layer].number_of_states)
         return home.states
