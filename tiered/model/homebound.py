@@ -50,7 +50,8 @@ class Home:
     def keep(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *args: Any, **kwargs: Any) -> None:
         """Give the cache a layer's keys and values [rows, heads, tokens, width] of the whole prompt."""
         layers: list[Any] = self.cache.layers
-        kept, skipped = layers[layer] if layer < len(layers) else None, 0
+        kept: Any = layers[layer] if layer < len(layers) else None
+        skipped = 0
         is_sliding = isinstance(kept, DynamicSlidingWindowLayer) and not getattr(kept, "record_past", False)
         if is_sliding and kept.sliding_window > 1:
             # It would keep a view of the last ones, and so the memory of all of them.
