@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 
 from tiered.cache import PositionCache
 
-_LINEAR: tuple[type, ...] = tuple(
+_LINEAR: tuple[Any, ...] = tuple(
     getattr(cache_utils, name)
     for name in ("LinearAttentionLayer", "LinearAttentionAndFullAttentionLayer")
     if hasattr(cache_utils, name)
