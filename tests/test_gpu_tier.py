@@ -211,7 +211,7 @@ def stream_of_sequences(runtime: Runtime, name: str) -> Answers:
     return Answers(tuple(tokens), tuple(torch.cat(parts) for parts in logits))
 
 
-@pytest.mark.parametrize(("name", "kv"), [("llama", "cpu"), ("mixtral", "disk")])
+@pytest.mark.parametrize(("name", "kv"), [("llama", "cpu"), ("mixtral", "disk"), ("falcon_h1", "cpu")])
 def test_the_device_keeps_no_memory_for_prompts_while_only_the_processor_decodes(
     tiny: Tiny, devices: Devices, tmp_path: Path, name: str, kv: str
 ) -> None:
@@ -222,7 +222,8 @@ def test_the_device_keeps_no_memory_for_prompts_while_only_the_processor_decodes
         expected = [each.token_ids for each, _ in generated(runtime, devices, name)]
     with opened(store, devices, **options) as runtime:
         assert runtime.plan.device is not None
-        ring, kept = runtime.plan.device.placement.ring_nbytes, []
+        kept: list[int] = []
+        ring = runtime.plan.device.placement.ring_nbytes
         for each, held in generated(runtime, devices, name):
             assert each.token_ids == expected[len(kept)]
             with_prompts, without = (max(nbytes for found, nbytes in held if found is way) for way in (True, False))
@@ -297,6 +298,32 @@ def test_hidden_states_of_a_caller_s_own_passes_wait_as_well(tiny: Tiny, devices
 
     expected = logits()
     torch.testing.assert_close(logits(tiers=ALL, device=devices.name, vram=PLENTY, kv_folder=tmp_path), expected)
+
+
+KINDS: Final = {
+    "deepseek_v3": "latents, and experts in groups",
+    "llama4_text": "chunks, and experts that get scaled inputs",
+    "gemma4_text": "a table of rows by id, and layers that read another's pages",
+    "gpt_oss": "sinks",
+    "falcon-new": "linear layers of its own",
+    "dbrx": "experts of its own",
+    "gpt_bigcode": "one head of keys, and positions in a table",
+    "bitnet": "norms inside projections",
+}
+"""What families above have not. Those with recurrent layers are in `test_gpu_states.py`; `model/test_elsewhere.py` goes
+through all, without numbers."""
+
+
+@pytest.mark.parametrize(
+    ("name", "decode"),
+    represented([(name, ("gpu", "cpu")[number % 2]) for number, name in enumerate(KINDS)], [("deepseek_v3", "gpu")]),
+)
+def test_every_kind_of_family_computes_there(
+    tiny: Tiny, devices: Devices, tmp_path: Path, name: str, decode: str
+) -> None:
+    options: dict[str, Any] = {"tiers": ALL, "device": devices.name, "vram": GIB, "decode_device": decode}
+    with opened(tiny.store(name), devices, **options, ram=PLENTY, resident_cpu=0, kv_folder=tmp_path) as runtime:
+        assert_same(run_greedy(runtime, prompts_for(name), STEPS), tiny.reference(name))
 
 
 @pytest.mark.parametrize("tiers", [(Tier.CPU, Tier.GPU), (Tier.GPU,)], ids=["cpu,gpu", "gpu"])

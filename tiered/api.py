@@ -24,7 +24,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import ModelOutput
 
@@ -38,6 +38,7 @@ from tiered.model import (
     ForwardBatch,
     cache_name,
     check_token_ids,
+    fits_one_pass,
     keep_positions,
     past_tokens,
     slice_mask,
@@ -283,7 +284,9 @@ class OffloadedModel(PreTrainedModel, GenerationMixin):
         self._check_room(rows, past + tokens)
         self._check_whole(rows, tokens, past)
         self._check_logits(rows, tokens, batch.logits_to_keep)
-        parts = [batch] if _fits_one_pass(batch, self._runtime.plan.micro_batch_rows) else self._split(batch)
+        seats = self._runtime.engine.seats
+        is_one = fits_one_pass(batch, self._runtime.plan.micro_batch_rows, seats)
+        parts = [batch] if is_one else self._split(batch)
         logits = [self._runtime.forward([part]).logits[0] for part in parts]
         # With several parts each pass has returned logits of all its positions: those to keep are chosen here.
         return logits[0] if len(parts) == 1 else keep_positions(torch.cat(logits, dim=1), batch.logits_to_keep)
@@ -420,14 +423,3 @@ def _by_both_names(output: T) -> T:
     if isinstance(output, ModelOutput) and not hasattr(output, new):
         setattr(output, new, getattr(output, old))
     return output
-
-
-def _fits_one_pass(batch: ForwardBatch, micro_batch_rows: int) -> bool:
-    """Whether the engine can take `batch` as it is: in one micro-batch, or in several that grow the cache in turn."""
-    rows, tokens = batch.input_ids.shape
-    if rows * tokens <= micro_batch_rows or tokens == 1:
-        return True
-    # The lengths of a cache that drops or preallocates keys are known only to its own `update`.
-    return all(type(layer) is DynamicLayer for layer in batch.cache.layers) and not isinstance(
-        batch.attention_mask, dict
-    )

@@ -7,7 +7,7 @@ from typing import Final
 
 import torch
 
-from tiered.cache import KVPool, Outbox
+from tiered.cache import AwayStates, KVPool, Outbox
 from tiered.device import Lease
 from tiered.host import Host
 from tiered.io import CHUNK_BUFFERS, Arena, Slab, SpillFile
@@ -53,6 +53,16 @@ class Memory:
         slabs = [self.staging, *filter(None, (self.ring, self.experts)), *self.resident.values()]
         return max(slabs, key=lambda slab: slab.nbytes)
 
+    def rest(self) -> None:
+        """Give back what is borrowed from a device to bring states and hidden states there, until they are brought
+        again. For the thread that computes, in which nothing does."""
+        if self.pool.outbox is not None:
+            self.pool.outbox.rest()
+        if self.pool.away is not None:
+            self.pool.away.rest()
+        if self.room is not None:
+            self.room.rest()
+
 
 @contextlib.contextmanager
 def open_memory(store: Store, plan: Plan, options: Options, host: Host, has_pool: bool = True) -> Iterator[Memory]:
@@ -83,18 +93,23 @@ def open_memory(store: Store, plan: Plan, options: Options, host: Host, has_pool
             if cache.on_device and device is not None and not has_pool:
                 return KVPool(cache, torch.empty(0, dtype=torch.uint8, device=device.where))
             if cache.on_device:
-                return KVPool(cache, lease(cache.pool_nbytes, "kv").take())
-            outbox = None
+                states = lease(cache.states_nbytes, "recurrent states").take() if cache.states_nbytes else None
+                return KVPool(cache, lease(cache.pool_nbytes, "kv").take(), states=states)
+            # Without a pool nothing is reserved in it, and memory that nobody touches takes none.
+            slots = keep(cache.states_nbytes, "recurrent states") if cache.states_nbytes and not cache.on_disk else None
+            outbox = away = None
             if device is not None:
                 slab = keep(outbox_size, "kv from the device")
-                register(device, [slab], stack)
+                # States are copied from where they are, and to there.
+                register(device, [slab, *filter(None, (slots, kv_ring if cache.state is not None else None))], stack)
                 outbox = Outbox(lease(outbox_size, "kv to the host"), slab.tensor()[:outbox_size])
+                if cache.state is not None and has_pool:
+                    nbytes = cache.away_states_nbytes(plan.micro_batch_rows)
+                    away = AwayStates(outbox, lease(nbytes, "recurrent states of a layer"), cache.state.layer_nbytes)
+                # Before any of its memory is given back.
                 stack.callback(outbox.close)
-            # Without a pool nothing is reserved in it, and memory that nobody touches takes none.
-            states = None
-            if cache.states_nbytes and not cache.on_disk:
-                states = keep(cache.states_nbytes, "recurrent states").tensor()
-            return KVPool(cache, keep(cache.pool_nbytes, "kv").tensor(), outbox, states)
+            states = None if slots is None else slots.tensor()
+            return KVPool(cache, keep(cache.pool_nbytes, "kv").tensor(), outbox, states, away)
 
         def make_room() -> WaitingRoom | None:
             waiting = None if plan.device is None else plan.device.waiting
@@ -109,6 +124,7 @@ def open_memory(store: Store, plan: Plan, options: Options, host: Host, has_pool
 
         part = plan.buffers_nbytes // CHUNK_BUFFERS
         chunks = keep(plan.buffers_nbytes, "compressed chunks").view if part else memoryview(b"")
+        kv_ring = keep(cache.ring_nbytes + cache.states_memory_nbytes, "kv ring") if cache.on_disk else None
         pool, spill = make_pool(), None
         if cache.on_disk:
             folder, nbytes = options.kv_folder or store.path, cache.file_nbytes
@@ -116,7 +132,7 @@ def open_memory(store: Store, plan: Plan, options: Options, host: Host, has_pool
         yield Memory(
             arena,
             pool,
-            kv_ring=keep(cache.ring_nbytes + cache.states_memory_nbytes, "kv ring") if cache.on_disk else None,
+            kv_ring=kv_ring,
             spill=spill,
             staging=keep(CHUNK_NBYTES, "staging"),
             side=keep(plan.side_nbytes, "embedding scales") if plan.side_nbytes else None,

@@ -230,7 +230,7 @@ class Runtime:
     def snapshot(self, kv: SequenceKV) -> Snapshot:
         """The sequence as it is now, to come back to by `restore`: a recurrent state cannot be computed backwards."""
         pool, states = self._memory.pool, self._memory.pool.states
-        with self.turn():
+        with self.turn(), self.computing():
             on_disk: tuple[torch.Tensor, ...] = ()
             if states is not None and (stream := self.start_streaming().kv) is not None:
                 on_disk = stream.read_states(states.extents(kv.tail))
@@ -246,7 +246,7 @@ class Runtime:
                 f"restore: the sequence has {kv.length} tokens, the snapshot {snapshot.length}; expected as many, or "
                 f"at most {most} more"
             )
-        with self.turn():
+        with self.turn(), self.computing():
             for memory, kept in zip(pool.overwritten(kv), snapshot.in_memory, strict=True):
                 memory.copy_(kept)
             if states is not None and (stream := self.start_streaming().kv) is not None:
@@ -271,7 +271,8 @@ class Runtime:
         """
         for item in batch:
             check_token_ids(item.input_ids, self.store.vocab_size)
-        work = ForwardWork(batch, self.plan.micro_batch_rows, self.plan.cache.layers, self.engine.seats)
+        plan = self.plan
+        work = ForwardWork(batch, plan.micro_batch_rows, plan.cache.layers, self.engine.seats, plan.grid)
         if self.may_rest and all(seat.device is None for seat in work.seats):
             self.rest_device()  # the next prompt is another call's
         return self._run(work, on_block, is_last)
@@ -301,13 +302,12 @@ class Runtime:
                 self._rest_device()
 
     def _rest_device(self) -> None:
-        computer, outbox, room = self.host.computer, self._memory.pool.outbox, self._memory.room
+        computer = self.host.computer
         assert computer is not None
 
         def rest() -> None:
             with computer.device.computing():
-                for each in filter(None, (outbox, room)):
-                    each.rest()
+                self._memory.rest()
             computer.kernels.close()
             computer.device.trim()
 

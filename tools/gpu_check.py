@@ -183,8 +183,8 @@ def attention(checks: Checks, ours: "DeviceKernels", queries: int, slots: int) -
         scaling=width**-0.5,
     )
     seen = torch.ones(queries, slots, dtype=torch.bool, device=ours.where).tril(slots - queries)
-    exact = (states.double().repeat_interleave(group, 1) for states in (keys, values))
-    expected = scaled_dot_product_attention(query.double().transpose(1, 2), *exact, attn_mask=seen).transpose(1, 2)
+    k, v = (states.double().repeat_interleave(group, 1) for states in (keys, values))
+    expected = scaled_dot_product_attention(query.double().transpose(1, 2), k, v, attn_mask=seen).transpose(1, 2)
     error = float((ours.attention(call).double() - expected).norm() / expected.norm())
     seconds = timed(functools.partial(ours.attention, call), runs=5)
     rate = f"{4 * int(seen.sum()) * heads * group * width / seconds / 1e12:.1f} TFLOP/s"
@@ -297,8 +297,8 @@ def waiting(store: Path) -> int:
     if vram is None:
         return checks.failures
     sequences, prompt, tokens = WAITING
-    common = ("--prompt-tokens", str(prompt), "-n", str(tokens), "--sequences", str(sequences), "--ignore-eos")
-    common = (*common, "--dtype", "float32", "--no-measure", "--micro-batch", str(WAITING_ROWS), "--kv", "cpu")
+    asked = ("--prompt-tokens", str(prompt), "-n", str(tokens), "--sequences", str(sequences), "--ignore-eos")
+    common = (*asked, "--dtype", "float32", "--no-measure", "--micro-batch", str(WAITING_ROWS), "--kv", "cpu")
     with failing(checks, f"waiting, {vram} bytes"):
         expected = generate(store, *common)["completions"]
         found = generate(store, *common, "--device", "cuda", "--tiers", "disk,cpu,gpu", "--vram", str(vram))

@@ -43,7 +43,8 @@ def numbers(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> torch
 def slots(*shape: int) -> torch.Tensor:
     """States of sequences, with gaps between them."""
     size = torch.Size(shape).numel()
-    return numbers(SEQUENCES, size + 16, seed=0)[:, :size].unflatten(1, shape)
+    found: torch.Tensor = numbers(SEQUENCES, size + 16, seed=0)[:, :size].unflatten(1, shape)
+    return found
 
 
 def never(*_: Any, **__: Any) -> None:
@@ -69,9 +70,9 @@ def test_a_step_of_the_delta_rule_is_that_of_transformers(
     assert found.dtype == dtype
     torch.testing.assert_close(state, left, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found, expected, rtol=1e-5 if dtype == torch.float32 else 2**-8, atol=1e-5)
-    alone = slots(heads, keys, values)[1:2]
-    inputs = (each[1:2] for each in (query, key, value, decay, beta))
-    assert torch.equal(steps._delta_step(kernels, never, *inputs, initial_state=alone, **given)[0], found[1:2])
+    given["initial_state"] = alone = slots(heads, keys, values)[1:2]
+    query, key, value, decay, beta = (each[1:2] for each in (query, key, value, decay, beta))
+    assert torch.equal(steps._delta_step(kernels, never, query, key, value, decay, beta, **given)[0], found[1:2])
     assert torch.equal(alone, state[1:2])
 
 
@@ -103,19 +104,20 @@ def _compare_scans(
     own: Callable[..., Any],
     state: torch.Tensor,
     inputs: tuple[torch.Tensor, ...],
-    more: dict[str, torch.Tensor],
+    more: dict[str, Any],
 ) -> None:
     """A step of ours and of transformers', and of one sequence alone."""
     hidden, dt, rate, b, c, skip = inputs
+    more = {"dt_softplus": True, **more}
     before, left = state.clone(), state.clone()
-    expected = own(left, *inputs, dt_softplus=True, **more)
-    found = steps._scan_step(kernels, never, state, *inputs, dt_softplus=True, **more)
+    expected = own(left, *inputs, **more)
+    found = steps._scan_step(kernels, never, state, hidden, dt, rate, b, c, skip, **more)
     torch.testing.assert_close(state, left, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-5)
     alone = before[1:2]
-    some = (*(each[1:2] for each in (hidden, dt)), rate, *(each[1:2] for each in (b, c)), skip)
+    hidden, dt, b, c = (each[1:2] for each in (hidden, dt, b, c))
     less = {name: each[1:2] if name == "z" else each for name, each in more.items()}
-    assert torch.equal(steps._scan_step(kernels, never, alone, *some, dt_softplus=True, **less), found[1:2])
+    assert torch.equal(steps._scan_step(kernels, never, alone, hidden, dt, rate, b, c, skip, **less), found[1:2])
     assert torch.equal(alone, state[1:2])
 
 
@@ -131,7 +133,7 @@ def test_a_convolution_is_that_of_transformers_in_one_piece_and_token_by_token(
     bias = numbers(channels, seed=3, dtype=dtype) if has_bias else None
     expected = transformers_own("mamba2", "causal_conv1d_fn")(x, weight, bias, activation="silu")
     found = steps._convolve(kernels, never, x, weight, bias, activation="silu")
-    near: dict[str, float] = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2**-6, "atol": 2**-6}
+    near: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2**-6, "atol": 2**-6}
     torch.testing.assert_close(found, expected, **near)
     # Of so many channels torch computes the last activations in another way than the others.
     plain = steps._convolve(kernels, never, x, weight, bias)

@@ -22,21 +22,22 @@ from transformers.cache_utils import DynamicCache
 
 from tests.helpers import LENGTH_DEPENDENT, TINY, tiny_config
 from tests.model.loans import GivenLoan
-from tiered.arch import BlockTensors, build_skeleton, chunked_layers, kv_sources, layer_windows
-from tiered.cache import Bits, CachePlan, KVPool, Outbox, PagedKeys, kv_shapes, layer_groups
+from tiered.arch import BlockTensors, build_skeleton, chunked_layers, kv_sources, layer_windows, state_shape
+from tiered.cache import AwayStates, Bits, CachePlan, KVPool, Outbox, PagedKeys, kv_shapes, layer_groups
 from tiered.device import Lease
 from tiered.kernels import AttentionCall, Kernels, Pages
 from tiered.model import ForwardBatch, ForwardWork, Seat, Seats, Segment, Segments, Work, registered_attention
 from tiered.model.work import Embedded
 from tiered.plan.kv import outbox_nbytes
 from tiered.plan.passes import MicroBatchLimits
+from tiered.plan.state import ANYWHERE, StateShape
 from tiered.stream import AnyWeight, FetchedRows
 
 WHERE: Final = torch.device("privateuseone:0")
 HOST: Final = torch.device("cpu")
 IDS: Final = list(range(3, 83))
-BY_CACHE: Final = ("llama", "gemma3_text", "bloom", "deepseek_v3", "llama4_text")
-"""Tried with other kinds of cache, over more than a page: one of each kind of attention."""
+BY_CACHE: Final = ("llama", "gemma3_text", "bloom", "deepseek_v3", "llama4_text", "qwen3_next")
+"""Tried with other kinds of cache, over more than a page: one of each kind of attention, and one with states."""
 CACHES: Final[tuple[tuple[Bits, bool], ...]] = ((4, False), (16, True), (4, True))
 """Their bits, and whether they are at the host."""
 LEFT_BEHIND: Final = "gptj"
@@ -78,6 +79,9 @@ class _Device:
     def record(self) -> "_Device":
         return self
 
+    def copy_in(self, source: torch.Tensor, target: torch.Tensor, after: object) -> "_Device":
+        return self.copy_out(target, source, after)
+
     def copy_out(self, source: torch.Tensor, target: torch.Tensor, after: object) -> "_Device":
         assert (source.device, target.device) == (WHERE, HOST)
         return self
@@ -85,38 +89,49 @@ class _Device:
     def wait(self) -> None:
         pass
 
+    def wait_for(self, event: object) -> None:
+        pass
+
 
 def check(name: str) -> None:
     """Run a tiny model over segments, and over a batch of transformers' kind."""
     skeleton = build_skeleton(tiny_config(name))
-    blocks = list(skeleton.blocks())
+    blocks, state = list(skeleton.blocks()), state_shape(skeleton)
     kernels = KernelsAt(WHERE)
     with registered_attention(kernels, KernelsAt(HOST)) as attention, _nothing_but_shapes(skeleton.model):
         seat = Seat.take(skeleton, torch.float32, kernels, attention, _Device())  # type: ignore[arg-type]
         for block in blocks:
             if block.role == "outer":
                 seat.model.set_outer({item.name: torch.empty(item.shape) for item in block.parameters})
-        works = [_segments(seat, 16, False, 11), _forward(seat)]
+        works = [_segments(seat, 16, False, 11, state), _forward(seat)]
         if name in BY_CACHE:
-            works += [_segments(seat, bits, is_away, 70) for bits, is_away in CACHES]
+            works += [_segments(seat, bits, is_away, 70, state) for bits, is_away in CACHES]
         for work in works:
             _run(work, seat, blocks)
 
 
-def _segments(seat: Seat, bits: Bits, is_away: bool, prompt: int) -> Work:
+def _segments(seat: Seat, bits: Bits, is_away: bool, prompt: int, state: StateShape | None) -> Work:
     """Sequences that decode beside a prompt of so many tokens, with their cache where the model is or at the host."""
     config = seat.model.skeleton.config
     windows, gathered = layer_windows(config), seat.model.skeleton.family.gathers
     shapes, context = kv_shapes(config, torch.float32), len(IDS)
     groups = layer_groups(windows, shapes, chunked_layers(config), kv_sources(config))
-    plan = CachePlan(len(windows), bits, False, groups, 3, context, 3 * context, 128, on_device=not is_away)
-    outbox = None
+    plan = CachePlan(
+        len(windows), bits, False, groups, 3, context, 3 * context, 128, on_device=not is_away, state=state
+    )
+    outbox = away = None
     if is_away:
         nbytes = outbox_nbytes(groups, 128)
-        source = Lease(_Device(), nbytes, "kv")  # type: ignore[arg-type]
-        outbox = Outbox(source, torch.empty(nbytes, dtype=torch.uint8, device=HOST))
-    memory = torch.empty(plan.pool_nbytes, dtype=torch.uint8, device=HOST if is_away else WHERE)
-    pool = KVPool(plan, memory, outbox)
+        device: Any = _Device()
+        outbox = Outbox(Lease(device, nbytes, "kv"), torch.empty(nbytes, dtype=torch.uint8, device=HOST))
+        if state is not None:
+            rows = Lease(device, 3 * state.layer_nbytes, "states")
+            away = AwayStates(outbox, rows, state.layer_nbytes)
+    memory, states = (
+        torch.empty(nbytes, dtype=torch.uint8, device=HOST if is_away else WHERE)
+        for nbytes in (plan.pool_nbytes, plan.states_nbytes)
+    )
+    pool = KVPool(plan, memory, outbox, states, away)
     segments = []
     # Two that decode: of a tensor with a single number a fake tensor knows the number, and would compute with it.
     for number, (length, tokens) in enumerate(((5, 1), (63, 1), (0, prompt))):
@@ -124,14 +139,15 @@ def _segments(seat: Seat, bits: Bits, is_away: bool, prompt: int) -> Work:
         assert kv is not None
         kv.length = length
         segments.append(Segment(kv, IDS[number : number + tokens], 1))
-    limits = MicroBatchLimits(128, gathered, gathered_rows=2, within_pages=bits != 16)
+    grid = ANYWHERE if state is None else state.grid
+    limits = MicroBatchLimits(128, gathered, gathered_rows=2, within_pages=bits != 16, grid=grid)
     return Segments(segments, pool, limits, 4, Seats(seat, seat), _expect_host)
 
 
 def _forward(seat: Seat) -> Work:
     batch = ForwardBatch(
         torch.tensor([IDS[:6], IDS[6:12]]),
-        DynamicCache(),
+        DynamicCache(config=seat.model.skeleton.config),
         torch.ones(2, 6, dtype=torch.int64),
         torch.arange(6).expand(2, 6),
         logits_to_keep=2,

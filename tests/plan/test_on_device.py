@@ -34,6 +34,7 @@ from tiered.plan.on_device import DeviceNeeds, DevicePlan, fit_on_device
 from tiered.plan.order import ring_starts
 from tiered.plan.placement import UNHELD, Held, Placement, full_ring, interleave, place, smallest_ring, wished
 from tiered.plan.predict import predict
+from tiered.plan.state import Grid, StateGroup, StatePart, StateShape
 from tiered.units import GIB, MIB, parse_size
 
 THREE, LOADED, ALONE = (Tier.DISK, Tier.CPU, Tier.GPU), (Tier.CPU, Tier.GPU), (Tier.GPU,)
@@ -42,6 +43,8 @@ MACHINES = st.sampled_from(
 )
 SIZES = st.integers(20, 20_000).map(lambda n: n * MIB)
 HELD = st.builds(Held, st.booleans(), st.booleans())
+STATE = StateShape((StateGroup((0,), (StatePart("recurrent", 0, (1 << 20,), "float32"),)),), Grid(64), 3 << 10, 8 * MIB)
+STATES = st.sampled_from([None, STATE, replace(STATE, grid=Grid(1)), replace(STATE, grid=Grid(0))])
 WISHES = st.none() | st.integers(0, 300).map(lambda n: n * MIB)
 
 
@@ -66,10 +69,13 @@ def budgets(draw: st.DrawFn) -> Budgets:
 
 
 @settings(deadline=None)
-@given(MODELS, MACHINES, WORKLOADS, budgets())
+@given(MODELS, STATES, MACHINES, WORKLOADS, budgets())
 def test_a_plan_is_within_both_budgets_or_refusals_name_those_that_work(
-    model: ModelShape, machine: Machine, workload: Workload, asked: Budgets
+    model: ModelShape, state: StateShape | None, machine: Machine, workload: Workload, asked: Budgets
 ) -> None:
+    model = replace(model, state=state)
+    if state is not None:
+        asked = replace(asked, micro_batch=None)  # fewer rows than a scan takes are refused
     try:
         plan = make_plan(model, machine, workload, asked)
     except BudgetError as refused:
@@ -117,6 +123,11 @@ def check(plan: Plan, model: ModelShape, asked: Budgets) -> None:
     assert device.nbytes == device.needs.total + device.placement.nbytes <= device.vram == asked.vram
     assert (plan.needs.baseline, device.needs.context) == (asked.baseline, asked.context_nbytes)
     assert (plan.prefill_device, plan.decode_device) == ("gpu", asked.decode_device)
+    states = 0 if model.state is None else plan.cache.sequences * MIB
+    assert bool(device.needs.state) == bool(states) and bool(plan.needs.state) == bool(
+        states and not plan.cache.on_device
+    )
+    assert not plan.cache.on_device or device.needs.state >= states
     on_device = device.placement.resident
     assert not on_device & host.resident
     assert device.placement.resident_nbytes == tape.nbytes_of(on_device)
@@ -505,13 +516,13 @@ def test_a_wish_is_the_same_units_whatever_memory_there_is() -> None:
 
 
 def test_a_refusal_of_the_device_says_what_takes_the_bytes() -> None:
-    needs = DeviceNeeds(context=300 * MIB, outer=5 * MIB, kv=40 * MIB, workspace=30 * MIB)
+    needs = DeviceNeeds(context=300 * MIB, outer=5 * MIB, kv=40 * MIB, workspace=20 * MIB, state=10 * MIB)
     with pytest.raises(DeviceBudgetError) as refused:
         fit_on_device(tape_of([20 * MIB, 60 * MIB]), needs, Budgets(1, 1, THREE, vram=400 * MIB), UNHELD)
     assert str(refused.value) == (
         "400 MiB of GPU memory are too little. Needed: 300 MiB for driver and libraries, 5 MiB for tables, 40 MiB for "
-        "the KV cache, 30 MiB for activations, 60 MiB for the largest part of a layer. The smallest budget that works "
-        "is --vram 435MiB"
+        "the KV cache, 10 MiB for recurrent states, 20 MiB for activations, 60 MiB for the largest part of a layer. "
+        "The smallest budget that works is --vram 435MiB"
     )
     assert refused.value.exit_code == 3
     with pytest.raises(DeviceBudgetError, match=r"80 MiB for all weights, .* or use --tiers disk,cpu,gpu"):

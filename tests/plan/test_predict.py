@@ -262,6 +262,21 @@ def test_a_gpu_gets_all_weights_once_and_then_those_that_do_not_stay_there() -> 
     assert sum(n for name, n in found.memory.items() if name.startswith("vram")) <= GIB
 
 
+def test_recurrent_states_of_a_cache_elsewhere_cross_the_bus_in_every_pass() -> None:
+    group = StateGroup(tuple(range(16)), (StatePart("recurrent", 0, (1 << 20,), "float32"),))
+    model = replace(MODEL, state=StateShape((group,), Grid(64), 0, 0))
+    workload = Workload(2, 72, 64, max_batched_tokens=4096, batch_size=2)
+    here, there = (
+        make_plan(model, MACHINE, workload, Budgets(GIB, 0, tuple(Tier), kv=kv, vram=8 * GIB)) for kv in ("cpu", "gpu")
+    )
+    seconds = [predict(plan, model, MACHINE, workload, T4).decode.bus_seconds for plan in (here, there)]
+    # In, and out beside new keys and values.
+    states = 7 * 2 * 16 * group.nbytes * (1 / T4.host_to_device + 1 / T4.device_to_host)
+    tokens = 7 * 2 * MODEL.kv_token_nbytes / T4.device_to_host
+    weights = 7 * (here.bus_nbytes - there.bus_nbytes) / T4.host_to_device
+    assert seconds[0] - seconds[1] == pytest.approx(states + tokens + weights)
+
+
 def test_prompts_on_the_gpu_leave_it_no_weights_and_decoding_needs_no_bus() -> None:
     plan, found = on_device("cpu")
     assert found.memory["vram_resident"] == 0 and plan.bus_nbytes == 2 * GIB

@@ -208,13 +208,13 @@ def test_the_best_says_what_bounds_it_and_what_the_next_loses() -> None:
     assert re.search(r"bound by the disk: .* per pass; cpu int8 takes [12]\.\d+ times as long", found.why)
 
 
-def test_what_no_run_would_do_with_recurrent_layers_is_no_row() -> None:
+def test_recurrent_layers_compute_on_a_gpu_too_and_their_states_are_said() -> None:
     group = StateGroup((0,), (StatePart("recurrent", 0, (1 << 10,), "float32"),))
     shape = replace(model_of([64 * MIB] * 3), state=StateShape((group,), Grid(64), 0, 0))
     found = compare(lambda _: shape, ("int4",), GPU_MACHINE, ask(vram=16 * GIB))
-    assert [row.strategy for row in found.rows] == [CPU]
-    refusals = {one.strategy: one.message for one in found.refusals}
-    assert refusals.keys() == {GPU, BOTH} and all("recurrent layers" in message for message in refusals.values())
+    assert {row.strategy for row in found.rows} == {CPU, GPU, BOTH} and not found.refusals
+    for row in found.rows:
+        assert bool(row.prediction.memory.get("vram_state")) == (row.strategy != CPU)
 
 
 def test_figures_that_make_no_sense_are_refused_by_name() -> None:

@@ -182,7 +182,7 @@ class _ExpertsStandIn(StandIn):
 @contextmanager
 def _counting(skeleton: Skeleton, mode: _Recording) -> Iterator[None]:
     """Count what layers do, and nothing of what mixers do inside them, until the context ends."""
-    tallies = [(layer, mode.layers) for layer in skeleton.layers]
+    tallies: list[tuple[nn.Module, _Tally | None]] = [(layer, mode.layers) for layer in skeleton.layers]
     tallies += [(module, None) for layer in skeleton.layers for module in layer.modules() if is_mixer(module)]
     before: list[_Tally | None] = []
 

@@ -7,10 +7,11 @@ from tiered.cache.micro_batch import MicroBatchKV, PackedKV, PagedKeys, PagedRea
 from tiered.cache.outbox import Outbox
 from tiered.cache.pool import KVPool, SequenceKV
 from tiered.cache.shape import kv_shapes
-from tiered.cache.state import BundleStates, Snapshot, StatePool
+from tiered.cache.state import AwayStates, BundleStates, Snapshot, StatePool
 from tiered.plan.kv import Bits, CachePlan, KVShape, layer_groups
 
 __all__ = [
+    "AwayStates",
     "Bits",
     "BundleStates",
     "CachePlan",

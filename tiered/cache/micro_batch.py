@@ -25,7 +25,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from tiered.cache.beginning import Beginning
 from tiered.cache.blocks import LentBlocks, Part
 from tiered.cache.outbox import Outbox
-from tiered.cache.state import BundleStates
+from tiered.cache.state import BundleStates, Trip
 from tiered.cache.writer import BlockWriter, States, TailWriter, Writer
 from tiered.errors import ConfigError
 from tiered.kernels.attention import PAGE_TOKENS, BlockTable, Pages
@@ -91,13 +91,24 @@ class MicroBatchKV(PositionCache):
         """For each of `bundles`, which are parts with equally many tokens."""
         if self.pool.states is None:
             return []
-        found = []
+        found, row = [], 0
         for bundle in bundles:
             parts, numbers = [self.parts[i] for i in bundle], [self.numbers[i] for i in bundle]
             find = functools.partial(self.blocks.state_rows, numbers=numbers)
             fresh = [index for index, part in enumerate(parts) if part.start == 0]
-            found.append(BundleStates(find, len(parts), parts[0].count, fresh))
+            trip = self._trip(parts[0], numbers[0], range(row, row + len(parts)))
+            found.append(BundleStates(find, len(parts), parts[0].count, fresh, trip))
+            row += len(parts)
         return found
+
+    def _trip(self, part: Part, number: int, rows: range) -> Trip | None:
+        """How the states of a bundle, whose first part is part `number` of the blocks or within it, come to the device
+        that computes. A part that several micro-batches share has these for itself, and the same row in each."""
+        if self.outbox is None:
+            return None
+        assert self.pool.away is not None, "the device has no memory for states that are elsewhere"
+        whole = self.blocks.parts[number]
+        return Trip(self.pool.away, rows, part.start > whole.start, part.stop < whole.stop)
 
     def check(self, layer: int) -> None:
         """Called when `layer` has computed. Raises ConfigError if it did not read its keys from the cache."""

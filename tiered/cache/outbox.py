@@ -2,9 +2,11 @@
 
 In: a micro-batch's states in one layer, computed on the device. Out: the same states in the host's memory, given to
 whoever stores them. The copy is one transfer and runs beside computing: what is computed next need not wait for it.
+Other copies between the two that a layer must not end without are waited for with these (`away.py`).
 """
 
 import contextlib
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
@@ -22,12 +24,11 @@ Store = Callable[[torch.Tensor, torch.Tensor], None]
 
 @dataclass(frozen=True, eq=False)
 class _Sent:
-    """States on their way."""
+    """What is on its way."""
 
-    arriving: tuple[torch.Tensor, torch.Tensor]
-    """Keys and values in the host's memory."""
     event: Event
-    store: Store
+    store: Callable[[], None]
+    """Called when it has arrived."""
 
 
 class Outbox:
@@ -39,16 +40,16 @@ class Outbox:
 
     def __init__(self, source: Lease, target: torch.Tensor) -> None:
         assert source.nbytes == len(target), (source.nbytes, len(target))
-        self._device, self._source, self._target = source.device, source, target
+        self.device, self._source, self._target = source.device, source, target
         self._sent: list[_Sent] = []
         self._used = 0
-        self._last: Event | None = None
-        """The end of the last copy."""
+        self._last: dict[bool, Event] = {}
+        """The ends of the last copies, by whether these are to the device."""
 
     @property
     def where(self) -> torch.device:
         """The torch device that states come from."""
-        return self._device.where
+        return self.device.where
 
     @property
     def is_empty(self) -> bool:
@@ -64,12 +65,17 @@ class Outbox:
         part = slice(self._used, self._used + nbytes)
         source, target = self._source.take()[part], self._target[part]
         self._used = round_up(part.stop, _ALIGNMENT)
-        self._device.uses(source, writes=True)
+        self.device.uses(source, writes=True)
         for leaving, states in zip(_apart(source.view(dtype), keys, values), (keys, values), strict=True):
             leaving.copy_(states)
-        event = self._device.copy_out(source, target, after=[self._device.record()])
-        self._sent.append(_Sent(_apart(target.view(dtype), keys, values), event, store))
-        self._last = event
+        event = self.device.copy_out(source, target, after=[self.device.record()])
+        self.follow(event, functools.partial(store, *_apart(target.view(dtype), keys, values)))
+
+    def follow(self, copied: Event, store: Callable[[], None] = lambda: None, is_in: bool = False) -> None:
+        """Wait for the end of a copy out of the device (or into it: `is_in`) with those that have been sent, and call
+        `store` then."""
+        self._sent.append(_Sent(copied, store))
+        self._last[is_in] = copied
 
     def flush(self) -> None:
         """Wait for all that is on its way, and store it. Raises what copying raised."""
@@ -77,7 +83,7 @@ class Outbox:
         for number, item in enumerate(sent):
             try:
                 item.event.wait()
-                item.store(*item.arriving)
+                item.store()
             except BaseException:
                 _settle(sent[number:])
                 raise
@@ -93,10 +99,10 @@ class Outbox:
         self._source.end()
 
     def close(self) -> None:
-        """For the thread that gives the memory back, when nothing is sent any more: wait for the last copy."""
-        if self._last is not None:
+        """For the thread that gives the memory back, when nothing is sent any more: wait for the last copies."""
+        for last in self._last.values():
             with contextlib.suppress(Exception):  # whoever waited for it first has been told
-                self._last.wait()
+                last.wait()
 
 
 def _apart(both: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

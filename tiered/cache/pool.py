@@ -16,7 +16,7 @@ import torch
 
 from tiered.cache.layout import PageLayout
 from tiered.cache.outbox import Outbox
-from tiered.cache.state import StatePool
+from tiered.cache.state import AwayStates, StatePool
 from tiered.errors import ConfigError
 from tiered.plan.kv import CachePlan
 
@@ -71,7 +71,8 @@ class KVPool:
     """Lends out the blocks of `plan`. `memory` (uint8) is `plan.pool_nbytes` long, in the host's memory or a device's.
 
     `outbox`: how states that a device has computed come to the pool, if that is in the host's memory. `states`: uint8
-    of `plan.states_nbytes`, if the model has recurrent layers and they are in memory.
+    of `plan.states_nbytes`, where the pool is, if the model has recurrent layers and they are in memory. `away`: what
+    brings them to a device that computes, and is elsewhere.
     """
 
     def __init__(
@@ -80,9 +81,10 @@ class KVPool:
         memory: torch.Tensor,
         outbox: Outbox | None = None,
         states: torch.Tensor | None = None,
+        away: AwayStates | None = None,
     ) -> None:
         assert not (plan.on_device and outbox), "what is on the device need not be copied out"
-        self.plan, self.outbox = plan, outbox
+        self.plan, self.outbox, self.away = plan, outbox, away
         self.where = memory.device
         """Where the blocks are; where tails and scratch are, if blocks are on disk."""
         self.states = None if plan.state is None else StatePool(plan, memory.new_empty(0) if states is None else states)

@@ -289,11 +289,12 @@ def _budgets(inspection: Inspection) -> Iterator[str]:
     )
     if device is not None:
         on_gpu = device.needs
+        state = f"{format_size(on_gpu.state)} for recurrent states, " if on_gpu.state else ""
         yield (
             f"of --vram {_budget(device.vram)}, {format_size(on_gpu.context)} are for driver and libraries (assumed), "
             f"{format_size(on_gpu.outer)} for tables, {format_size(on_gpu.kv)} for the KV cache, "
-            f"{format_size(on_gpu.workspace)} for activations, {format_size(device.placement.ring_nbytes)} for weights "
-            "that pass through"
+            f"{state}{format_size(on_gpu.workspace)} for activations, {format_size(device.placement.ring_nbytes)} for "
+            "weights that pass through"
         )
     if inspection.disk_bandwidth is not None or inspection.bus_bandwidth is not None:
         others = ", or copies to the GPU" if device is not None else ""

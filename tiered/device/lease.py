@@ -19,6 +19,8 @@ class Lease:
 
     def take(self) -> torch.Tensor:
         """uint8 [nbytes], borrowed now if they were not: their address is another one then. Raises BudgetError."""
+        if not self.nbytes:
+            return torch.empty(0, dtype=torch.uint8, device=self.device.where)
         if self._memory is None:
             self._memory = self.device.borrow(self.nbytes, self._label)
         return self._memory

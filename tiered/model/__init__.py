@@ -3,7 +3,15 @@
 from tiered.model.attention import KernelAttention, registered_attention, use_attention
 from tiered.model.bind import BoundModel
 from tiered.model.engine import Engine, OnBlock, Pass
-from tiered.model.forward import ForwardBatch, ForwardWork, check_token_ids, keep_positions, past_tokens, slice_mask
+from tiered.model.forward import (
+    ForwardBatch,
+    ForwardWork,
+    check_token_ids,
+    fits_one_pass,
+    keep_positions,
+    past_tokens,
+    slice_mask,
+)
 from tiered.model.match import check_layers, check_match
 from tiered.model.record import CACHE_NAMES, Recorder, cache_name
 from tiered.model.seat import Seat, Seats
@@ -34,6 +42,7 @@ __all__ = [
     "check_layers",
     "check_match",
     "check_token_ids",
+    "fits_one_pass",
     "keep_positions",
     "load_tables",
     "model_shape",

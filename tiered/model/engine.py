@@ -150,8 +150,10 @@ class Engine:
             turns = [_turn(seat, lender, groups) for seat, lender in zip(work.seats, lenders, strict=True)]
             logits = self._run(work, turns, streams, clock, on_block)
         except BaseException:
-            for each in filter(None, (self._outbox, self._room)):
-                each.drop()
+            if self._outbox is not None:
+                self._outbox.drop()
+            if self._room is not None:
+                self._room.drop()
             raise
         work.commit()
         seconds, waits = time.perf_counter() - start, clock.waited - waited

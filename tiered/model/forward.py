@@ -9,14 +9,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicLayer
 
 from tiered.cache import PositionCache
 from tiered.errors import ConfigError
+from tiered.model.homebound import Home, Homebound, can_come_home
 from tiered.model.record import LayerCall
-from tiered.model.seat import Seat, Seats
+from tiered.model.seat import Seats
 from tiered.model.waiting import WaitingRoom
 from tiered.model.work import Embedded, Group, MicroBatch
+from tiered.plan.state import ANYWHERE, Grid
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,11 +39,19 @@ class ForwardWork:
     decodes computes.
 
     Caches of transformers keep what they are given where it is, and that is where decoding is. So prompts that begin
-    their caches, and no others, compute at a seat of their own, and `_Homebound` gives the caches what they keep.
+    their caches, and no others, compute at a seat of their own, and `Homebound` gives the caches what they keep. There
+    they are cut on `grid` only.
     """
 
-    def __init__(self, batch: Sequence[ForwardBatch], rows_per_micro_batch: int, layers: int, seats: Seats) -> None:
-        self._batch, self._rows_per_micro_batch, self._layers = batch, rows_per_micro_batch, layers
+    def __init__(
+        self,
+        batch: Sequence[ForwardBatch],
+        rows_per_micro_batch: int,
+        layers: int,
+        seats: Seats,
+        grid: Grid = ANYWHERE,
+    ) -> None:
+        self._batch, self._rows_per_micro_batch, self._layers, self._grid = batch, rows_per_micro_batch, layers, grid
         self._seat, self.head = seats.prefill if all(map(_begins, batch)) else seats.decode, seats.decode
         self.seats = seats.of_pass([self._seat])
 
@@ -53,27 +63,33 @@ class ForwardWork:
         seat, micro_batches = self._seat, []
         waiting = room if seat.device is not None else None
         if waiting is not None:
-            waiting.begin(sum(len(range(*self._cuts(batch))) for batch in self._batch), self._layers)
+            waiting.begin(sum(len(self._cuts(batch)) for batch in self._batch), self._layers)
         for number, batch in enumerate(self._batch):
             tokens = batch.input_ids.shape[1]
-            home = None if seat is self.head else _Home(batch.cache, self.head)
-            past, cuts = past_tokens(batch), self._cuts(batch)
-            for start in range(*cuts):
-                stop = min(start + cuts[2], tokens)
+            home = None if seat is self.head else Home(batch.cache, self.head.where, self.head.model.dtype)
+            past = past_tokens(batch)
+            for start, stop in self._cuts(batch):
                 inputs = embedded(seat, batch.input_ids[:, start:stop].cpu())
                 hidden, calls = self._record_micro_batch(batch, inputs, past, start, stop)
                 if home is not None:
-                    away = _Homebound(home, start, tokens, self._layers)
+                    away = Homebound(home, start, stop, tokens, self._layers)
                     calls = tuple(_with_cache(call, batch.cache, away) for call in calls)
                 micro_batches.append(MicroBatch(hidden, calls, number))
                 if waiting is not None:
                     micro_batches[-1].wait_in(waiting)
         return [Group(seat, tuple(micro_batches))]
 
-    def _cuts(self, batch: ForwardBatch) -> tuple[int, int, int]:
-        """Where micro-batches of `batch` begin, as arguments of `range`."""
+    def _cuts(self, batch: ForwardBatch) -> list[tuple[int, int]]:
+        """Where micro-batches of `batch` begin and end."""
         count, tokens = batch.input_ids.shape
-        return 0, tokens, max(1, self._rows_per_micro_batch // count)
+        step = max(1, self._rows_per_micro_batch // count)
+        # Several rows may leave no memory for what has to be computed together to have the bits of the whole.
+        is_cut = self._seat is not self.head and step >= self._grid.cell(tokens)
+        grid, cuts, stop = self._grid if is_cut else ANYWHERE, [], 0
+        while stop < tokens:
+            start, stop = stop, grid.next_stop(stop, tokens, step)
+            cuts.append((start, stop))
+        return cuts
 
     def _record_micro_batch(
         self, batch: ForwardBatch, embedded: Mapping[str, torch.Tensor], past: int, start: int, stop: int
@@ -128,45 +144,18 @@ def _begins(batch: ForwardBatch) -> bool:
     """Whether `batch` are prompts that begin a cache which takes what it is given, and returns that."""
     if batch.input_ids.shape[1] == 1 or past_tokens(batch):
         return False
-    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in batch.cache.layers)
+    return can_come_home(batch.cache)
 
 
-@dataclass(eq=False)
-class _Home:
-    """Where the keys and values of a prompt go, and, in the layer that computes, those that are not there yet."""
-
-    cache: Cache
-    seat: Seat
-    keys: torch.Tensor | None = None
-    values: torch.Tensor | None = None
-    """[rows, heads, tokens, width], where they were computed."""
-
-
-class _Homebound(PositionCache):
-    """Stands for `home.cache` in the layers of a micro-batch that begins at token `start` of a prompt of `tokens`: what
-    it is given is attended to where it is, and is in the cache's own memory once the prompt has passed the layer."""
-
-    def __init__(self, home: _Home, start: int, tokens: int, layers: int) -> None:
-        super().__init__(start, layers)
-        self._home, self._start, self._tokens = home, start, tokens
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """All keys and values of the prompt so far, where these are."""
-        home, stop = self._home, self._start + key_states.shape[2]
-        keys, values = key_states, value_states
-        if stop - self._start < self._tokens:
-            if home.keys is None or home.values is None:
-                home.keys, home.values = (x.new_empty(*x.shape[:2], self._tokens, x.shape[3]) for x in (keys, values))
-            home.keys[:, :, self._start : stop], home.values[:, :, self._start : stop] = keys, values
-            keys, values = home.keys[:, :, :stop], home.values[:, :, :stop]
-        if stop == self._tokens:
-            home.keys = home.values = None
-            seat = home.seat
-            kept = [x.to(seat.where, seat.model.dtype, copy=True) for x in (keys, values)]
-            home.cache.update(kept[0], kept[1], layer_idx, *args, **kwargs)
-        return keys, values
+def fits_one_pass(batch: ForwardBatch, rows_per_micro_batch: int, seats: Seats) -> bool:
+    """Whether the engine can take `batch` as it is: in one micro-batch, or in several that grow the cache in turn."""
+    rows, tokens = batch.input_ids.shape
+    if rows * tokens <= rows_per_micro_batch or tokens == 1 or (seats.prefill is not seats.decode and _begins(batch)):
+        return True
+    # The lengths of a cache that drops or preallocates keys are known only to its own `update`.
+    return all(type(layer) is DynamicLayer for layer in batch.cache.layers) and not isinstance(
+        batch.attention_mask, dict
+    )
 
 
 def past_tokens(batch: ForwardBatch) -> int:

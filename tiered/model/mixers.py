@@ -13,6 +13,7 @@ from torch import nn
 from tiered.arch import StandIn, is_mixer
 from tiered.cache import MicroBatchKV
 from tiered.kernels import LayerKernels
+from tiered.model.homebound import Homebound
 from tiered.model.steps import forward_with
 
 
@@ -31,12 +32,16 @@ class SequenceMixer(StandIn):
         """hidden_states [rows, tokens, hidden] -> [rows, tokens, hidden]."""
         mix = partial(self._mix, self.original)
         if not isinstance(cache, MicroBatchKV):
-            return mix(hidden_states, cache=cache, attention_mask=attention_mask, **kwargs)
+            mixed = mix(hidden_states, cache=cache, attention_mask=attention_mask, **kwargs)
+            if isinstance(cache, Homebound):
+                cache.settle()
+            return mixed
         found, start = [], 0
         rows = hidden_states.flatten(0, 1)
         for states in cache.states:
             stop = start + states.sequences * states.tokens
             inside = rows[start:stop].unflatten(0, (states.sequences, states.tokens))
+            states.begin(hidden_states.dtype)
             found.append(mix(inside, cache=states, attention_mask=None, **kwargs).flatten(0, 1))
             states.settle()
             start = stop

@@ -27,6 +27,7 @@ def model_shape(store: Store, skeleton: Skeleton, dtype: torch.dtype) -> ModelSh
     `skeleton` must be as built: binding it takes its layers out.
     """
     config = skeleton.config
+    state, own_dtype = state_shape(skeleton), str(skeleton.model.dtype).removeprefix("torch.")
     blocks = store.units_of_pass(on_demand=False)
     (embed,) = store.layout(store.blocks["embed"]).weights.values()
     side = EmbeddingRows.side_nbytes(embed)
@@ -65,7 +66,7 @@ def model_shape(store: Store, skeleton: Skeleton, dtype: torch.dtype) -> ModelSh
         head_weights=store.layout(store.tape[-1]).weight_count,
         table_numbers=sum(weight.shape[1] for weight in tables_by_id),
         table_row_nbytes=sum(weight.nbytes // weight.shape[0] for weight in tables_by_id),
-        state=state_shape(skeleton),
+        state=None if state is None else state.in_dtype(str(dtype).removeprefix("torch."), own_dtype),
         operations=layers_work.operations,
         elements=layers_work.elements,
     )

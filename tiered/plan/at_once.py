@@ -104,7 +104,7 @@ class AtOnce:
         workspace = host.nbytes + cache.scratch_nbytes(host.rows, tokens)
         if self.on_device:
             workspace = transit_nbytes(model, tokens, self.batch_size, max(self.batch_size, head_rows), ram)
-        state = cache.states_memory_nbytes + PAGE if model.state is not None else 0
+        state = cache.states_memory_nbytes + PAGE if model.state is not None and not self.on_device else 0
         waiting = WaitingPlan(tokens, rows, model.hidden * model.itemsize) if waits else None
         waiting_nbytes = 0 if waiting is None else waiting.host_nbytes + PAGE
         kv = self._kv_nbytes(cache, host)
@@ -183,7 +183,14 @@ class AtOnce:
         kv = self._kv_nbytes(cache, workspace, is_device=True)
         if not self.on_device:
             kv += cache.beginning_nbytes(workspace.rows, self._begun_at_once(workspace.rows, tokens))
-        return DeviceNeeds(self.asked.budgets.context_nbytes, self.asked.model.outer_nbytes, kv, nbytes)
+        state = cache.states_nbytes if self.on_device else cache.away_states_nbytes(workspace.rows)
+        return DeviceNeeds(
+            self.asked.budgets.context_nbytes,
+            self.asked.model.outer_nbytes,
+            kv,
+            nbytes,
+            state + PAGE if self.asked.model.state is not None else 0,
+        )
 
     def _begun_at_once(self, rows: int, tokens: int) -> int:
         """Tokens of prompts, of a pass of `tokens`, whose keys and values are on the device together: those of a

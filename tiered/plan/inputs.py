@@ -156,7 +156,8 @@ class ModelShape:
     def in_dtype(self, dtype: str) -> "ModelShape":
         """The shape as computed in another dtype, by its name, but for what tables take."""
         groups = (replace(group, shape=replace(group.shape, dtype=dtype)) for group in self.groups)
-        return replace(self, dtype=dtype, groups=tuple(groups))
+        state = None if self.state is None else self.state.in_dtype(dtype, self.dtype)
+        return replace(self, dtype=dtype, groups=tuple(groups), state=state)
 
     @property
     def itemsize(self) -> int:

@@ -237,10 +237,16 @@ class CachePlan:
 
     @property
     def states_memory_nbytes(self) -> int:
-        """Bytes of memory for recurrent states: all of them, or those on their way from disk and back."""
+        """Bytes of memory for recurrent states, of the device's if the cache is there: all of them, or those on their
+        way from disk and back."""
         if self.state is None or not self.on_disk:
             return self.states_nbytes
         return GROUPS_AT_ONCE * self.lent_states * self.state.layer_nbytes
+
+    def away_states_nbytes(self, rows: int) -> int:
+        """Bytes that a device takes for recurrent states in the layer that computes, where the cache is elsewhere:
+        those of the sequences that a micro-batch of `rows` tokens may have."""
+        return 0 if self.state is None else min(self.sequences, rows) * self.state.layer_nbytes
 
     @property
     def file_nbytes(self) -> int:

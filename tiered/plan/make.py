@@ -54,11 +54,6 @@ def _check_state(model: ModelShape, workload: Workload, budgets: Budgets) -> Non
     """Raises ConfigError for what a model with recurrent layers cannot be asked for."""
     if model.state is None:
         return
-    if budgets.has_device:
-        raise ConfigError(
-            f"--tiers {tiers_text(budgets.tiers)}: this model has recurrent layers, whose states only the processor "
-            "keeps; use --tiers disk,cpu"
-        )
     cell = model.state.grid.cell(workload.max_prompt or workload.max_context)
     if budgets.micro_batch is not None and budgets.micro_batch < cell:
         raise ConfigError(

@@ -34,10 +34,13 @@ class DeviceNeeds:
     kv: int
     workspace: int
     """Activations, logits, what kernels take, and slots for chosen experts."""
+    state: int = 0
+    """What recurrent layers keep of all sequences at once, if the cache is here; else of those of a micro-batch, in the
+    layer that computes."""
 
     @property
     def total(self) -> int:
-        return self.context + self.outer + self.kv + self.workspace
+        return self.context + self.outer + self.kv + self.workspace + self.state
 
 
 @dataclass(frozen=True)
@@ -107,10 +110,11 @@ def device_refusal(
     `smallest`, where that is known; else what is enough for these needs, which grow with it."""
     least, what = _least(tape, held, budgets.tiers, _most(budgets))
     smallest = smallest or needs.total + least
+    state = f"{format_size(needs.state)} for recurrent states, " if needs.state else ""
     return DeviceBudgetError(
         f"{format_size(budgets.vram)} of GPU memory are too little. Needed: {format_size(needs.context)} for driver "
         f"and libraries, {format_size(needs.outer)} for tables, {format_size(needs.kv)} for the KV cache, "
-        f"{format_size(needs.workspace)} for activations, {format_size(least)} for {what}. "
+        f"{state}{format_size(needs.workspace)} for activations, {format_size(least)} for {what}. "
         f"The smallest budget that works is --vram {format_budget(smallest)}"
         + ("; or use --tiers disk,cpu,gpu" if budgets.tiers == _ONLY else ""),
         smallest_bytes=smallest,

@@ -191,10 +191,10 @@ class Player:
             self._give_back(number, head)
             seconds, disk_seconds = self.clock.now - start, self._disk.busy_seconds - busy
             pace.note(load.decoding, load.prompt_tokens, self._computed, disk_seconds)
-            waits, nbytes = tuple(self._waits.items()), round(self._disk.nbytes - moved)
+            waited, nbytes = tuple(self._waits.items()), round(self._disk.nbytes - moved)
             bus_seconds = self._bus.busy_seconds - copied
             self.passes.append(
-                SimulatedPass(load, start, seconds, self._computed, waits, disk_seconds, nbytes, bus_seconds)
+                SimulatedPass(load, start, seconds, self._computed, waited, disk_seconds, nbytes, bus_seconds)
             )
         self._is_over = True
 

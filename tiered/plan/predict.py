@@ -9,7 +9,7 @@ copies) every weight. Experts are taken to be chosen equally often, so a real ro
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, Final, Literal
@@ -239,6 +239,7 @@ def memory_by_kind(plan: Plan) -> dict[str, int]:
         "vram_context": device.needs.context,
         "vram_tables": device.needs.outer,
         "vram_kv_cache": device.needs.kv,
+        "vram_state": device.needs.state,
         "vram_workspace": device.needs.workspace,
         "vram_resident": device.placement.resident_nbytes,
         "vram_ring": device.placement.ring_nbytes,
@@ -270,18 +271,27 @@ class _Run:
         return Phase(1, seconds, disk, computes, read, written, bus, run.rows)
 
     def _bus(self, run: PassRun, is_first: bool) -> tuple[float, float]:
-        """Of each pass: seconds of copying weights to the device and new keys and values back, and hidden states that
-        wait both ways at once; and those of them for experts."""
+        """Of each pass: seconds of copying weights and recurrent states to the device, new keys and values and states
+        back, and hidden states that wait both ways at once; and those of them for experts."""
         plan, gpu = self.plan, self.gpu
-        tokens = run.prompt_tokens if plan.prefill_device == "gpu" else 0
-        tokens += run.rows if plan.decode_device == "gpu" else 0
+        rows = run.rows if plan.decode_device == "gpu" else 0
+        parts = run.parts if plan.prefill_device == "gpu" else ()
+        tokens = rows + (run.prompt_tokens if parts else 0)
         if gpu is None or not tokens:
             return 0.0, 0.0
         weights = plan.tape.total if is_first else self._bus_nbytes
         experts = expected_bus_nbytes(self.model, plan, tokens) / gpu.host_to_device
         kv = 0 if plan.cache.on_device else tokens * self.model.kv_token_nbytes
         waiting = plan.waiting_nbytes(tokens) / min(gpu.host_to_device, gpu.device_to_host)
+        if not plan.cache.on_device:
+            arriving, leaving = self._state_nbytes(rows, parts)
+            weights, kv = weights + arriving, kv + leaving
         return weights / gpu.host_to_device + experts + kv / gpu.device_to_host + waiting, experts
+
+    def _state_nbytes(self, rows: int, parts: Sequence[range]) -> tuple[int, int]:
+        """Bytes of recurrent states that `rows` decoding sequences and `parts` of prompts begin with, and leave."""
+        nbytes = 0 if self.plan.cache.state is None else self.plan.cache.state.nbytes
+        return (rows + sum(part.start > 0 for part in parts)) * nbytes, (rows + len(parts)) * nbytes
 
     def _disk(self, run: PassRun, tokens: int, is_first: bool) -> tuple[float, float, float, float]:
         """Of each pass: seconds of the disk, those of them for experts, bytes read, bytes written."""
@@ -300,9 +310,8 @@ class _Run:
             read += sum(kv_block_nbytes(cache, each) for each in begun)
             read += kv_block_nbytes(cache, run.context, run.rows)
             written = kv_written_nbytes(cache, tokens)
-            if cache.state is not None:
-                read += (run.rows + sum(part.start > 0 for part in run.parts)) * cache.state.nbytes
-                written += (run.rows + len(run.parts)) * cache.state.nbytes
+            states_read, states_written = self._state_nbytes(run.rows, run.parts)
+            read, written = read + states_read, written + states_written
         rate = machine.disk_bytes_per_second
         assert rate is not None
         expert_seconds = experts / (machine.expert_bytes_per_second or rate)

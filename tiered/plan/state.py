@@ -5,7 +5,7 @@ In: what a model's mixers hand to the cache (`arch/mixers.py` finds it out). Out
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Literal, Self
 
 from tiered.units import PAGE, round_up
@@ -119,6 +119,17 @@ class StateShape:
     def layer_nbytes(self) -> int:
         """Bytes of one sequence in the layer that keeps most."""
         return max(group.nbytes for group in self.groups)
+
+    def in_dtype(self, dtype: str, before: str) -> Self:
+        """The shape as computed in another dtype than `before`, by their names. What is in 16 bits follows the compute
+        dtype; recurrences that a family keeps in float32 do not, and where all is, they cannot be told apart."""
+        if _ITEMSIZES[before] > 2:
+            return self
+        groups = (
+            replace(group, parts=tuple(replace(p, dtype=dtype) if p.dtype == before else p for p in group.parts))
+            for group in self.groups
+        )
+        return replace(self, groups=tuple(groups))
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Self:

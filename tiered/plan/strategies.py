@@ -202,11 +202,6 @@ def compare(shapes: Callable[[str], ModelShape], quants: tuple[str, ...], hardwa
         machine = machine_for(model, hardware, ask.mode)
         predictor = Predictor(model, machine, hardware.gpu)
         for strategy in (CPU, GPU, BOTH) if hardware.gpu is not None and ask.vram is not None else (CPU,):
-            if strategy != CPU and model.state is not None:
-                refusals.append(
-                    Refusal(strategy, quant, "this model has recurrent layers, whose states only the processor keeps")
-                )
-                continue
             ways = list(_rows(strategy, model, machine, predictor, quant, ask))
             if not ways:
                 refusals.append(Refusal(strategy, quant, _nearest(strategy, model, machine, hardware, ask)))
