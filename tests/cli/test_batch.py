@@ -13,6 +13,7 @@ from tests.damage import ADDED, poisoned, with_added_token, without_tokenizer
 from tests.jobs.fakes import request, results_of, write_lines
 from tests.warm import run_warm
 from tiered.device import Device, open_device
+from tiered.errors import ConfigError
 from tiered.plan import Machine, ModelShape, Plan, Workload
 from tiered.plan.predict import Prediction, predict
 from tiered.units import MIB, parse_size
@@ -381,10 +382,16 @@ def test_a_refusal_names_the_longest_request_and_how_to_refuse_it_alone(store: P
     assert (summary["done"], summary["failed"]) == (2, 1)
 
 
+@pytest.mark.parametrize("refused", [0, 2])
 def test_a_job_s_prediction_is_that_of_its_own_passes(
-    store: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: int
 ) -> None:
     asked: list[Workload] = []
+    admitted = iter(range(100))
+
+    def refuse(ids: torch.Tensor, vocab_size: int) -> None:
+        if next(admitted) < refused:
+            raise ConfigError("refused before it has begun")
 
     def noted(plan: Plan, model: ModelShape, machine: Machine, workload: Workload, gpu: None) -> Prediction:
         asked.append(workload)
@@ -392,12 +399,13 @@ def test_a_job_s_prediction_is_that_of_its_own_passes(
 
     monkeypatch.setattr("tiered.cli.measuring.find_profile", lambda folder: SLOW_TOKENS)
     monkeypatch.setattr("tiered.cli.measuring.predict", noted)
+    monkeypatch.setattr("tiered.generate.scheduler.check_token_ids", refuse)
     words = ("batch", store, "-i", source, "-o", tmp_path / "out.jsonl", *QUIET, "--json", "--threads", "1")
     done = run_here(*words)
     assert done.code == 0, done.err
     report = json.loads(done.out)["report"]
     (workload,) = asked
-    sequences = 8  # of those that were answered, one twice
+    sequences = 8 - refused  # of those that were answered, one twice
     assert workload.sequences == sequences
     assert workload.max_prompt == round(report["prompt_tokens"] / sequences)
     assert workload.max_context == round((report["prompt_tokens"] + report["generated_tokens"]) / sequences)

@@ -13,7 +13,7 @@ from tiered.cli.commands import cli
 from tiered.options import Options
 from tiered.plan import parse_tiers
 from tiered.plan.machines import load_hardware
-from tiered.units import GIB, parse_size
+from tiered.units import GIB, MIB, parse_size
 
 HERE = ("--hardware", "vm-small")
 
@@ -119,9 +119,11 @@ def test_an_unknown_model_is_refused_with_the_known_ones() -> None:
     assert "opt-66b" in done.err
 
 
-def test_a_card_is_asked_for_by_the_size_that_it_is_sold_as() -> None:
-    # A driver has taken some of its 24 GiB.
-    done = run_here("plan", "opt-125m", "--hardware", "desktop-2025", "--vram", "24GiB", "--json")
-    assert done.code == 0 and "--vram 24GiB: " in done.err and "which are taken" in done.err
-    gpu = load_hardware("desktop-2025").gpu
-    assert gpu is not None and json.loads(done.out)["ask"]["vram"] == gpu.vram < 24 * GIB
+@pytest.mark.parametrize(("machine", "gib", "has"), [("desktop-2025", 24, 24564), ("t4-208gb", 16, 15360)])
+def test_a_card_is_asked_for_by_the_size_that_it_is_sold_as(machine: str, gib: int, has: int) -> None:
+    # A driver has taken some of its memory, or what corrects errors.
+    done = run_here("plan", "opt-125m", "--hardware", machine, "--vram", f"{gib}GiB", "--json")
+    assert done.code == 0 and f"--vram {gib}GiB: " in done.err
+    assert f"has {has} MiB; planning with all of it" in done.err
+    gpu = load_hardware(machine).gpu
+    assert gpu is not None and json.loads(done.out)["ask"]["vram"] == gpu.vram == has * MIB < gib * GIB

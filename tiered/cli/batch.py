@@ -1,6 +1,5 @@
 """`tiered batch`, step by step: input, identity, results so far, passes, report."""
 
-import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -203,31 +202,26 @@ def _generate(
     on_finished: Callable[[Sequence], None],
 ) -> Generation:
     """Run `sequences` to their ends, and report on it."""
-    ended = itertools.count()
-
-    def on_end(sequence: Sequence) -> None:
-        next(ended)
-        on_finished(sequence)
-
     with measured(runtime, screen.status, request.measure) as around:
         generation = generate(
             runtime,
             sequences,
             runtime.plan.batch_size,
             on_pass=on_pass,
-            on_finished=on_end,
+            on_finished=on_finished,
             on_block=screen.on_block,
         )
     surroundings = around.surroundings(runtime, generation.decode.disk_idle_seconds)
-    done = _as_run(runtime.workload, generation, next(ended))
+    done = _as_run(runtime.workload, generation)
     on_report(make_report(generation, surroundings, predicted(runtime, done)))
     return generation
 
 
-def _as_run(workload: Workload, generation: Generation, sequences: int) -> Workload:
-    """`workload` with prompts and completions as long, on average, as those of the `sequences` that were run: plans
+def _as_run(workload: Workload, generation: Generation) -> Workload:
+    """`workload` with prompts and completions as long, on average, as those of the sequences that have begun: plans
     count every prompt as long as it may be, and where completions end nobody knows before."""
-    count, prompt, generated = max(1, sequences), generation.prompt_tokens, generation.generated_tokens
+    count, prompt = max(1, generation.sequences), generation.prompt_tokens
+    generated = generation.generated_tokens
     context = max(1, round((prompt + generated) / count))
     return replace(workload, sequences=count, max_context=context, max_prompt=max(1, round(prompt / count)), tokens=0)
 

@@ -25,13 +25,14 @@ from tiered.plan.machines import find_profile, load_hardware
 from tiered.plan.shapes import known_shapes, positions_of, read_store_shape
 from tiered.plan.strategies import BOTH, CPU, GPU_TIERS, Ask, Comparison, Row, compare
 from tiered.process import importing
-from tiered.units import format_budget, format_seconds, format_size, parse_option
+from tiered.units import MIB, format_budget, format_seconds, format_size, parse_option
 
 _QUANTS: Final = ("int4", "int8")
 _WIDTH: Final = 100
 """Of what people read; commands to copy are not cut."""
-_SOLD_AS: Final = 1.05
-"""So many times what programs get of its memory a card may be called by: a driver takes some of "24 GB"."""
+_SOLD_AS: Final = 1.08
+"""So many times what programs get of its memory a card may be called by: a driver takes some of "24 GB", and a card that
+corrects errors keeps a sixteenth for that."""
 _JOB: Final = 128
 """Sequences of a job of unknown size."""
 
@@ -186,7 +187,7 @@ def vram_limit(text: str | None, machine: Hardware) -> int:
     if asked > most * _SOLD_AS:
         raise ConfigError(f"--vram {text}: {machine.gpu.name} has {format_size(most)}; ask for less")
     if asked > most:
-        click.echo(f"tiered: --vram {text}: {machine.gpu.name} has {format_size(most)}, which are taken", err=True)
+        click.echo(f"tiered: --vram {text}: {machine.gpu.name} has {most // MIB} MiB; planning with all of it", err=True)
     return min(asked, most)
 
 
