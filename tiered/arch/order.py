@@ -25,15 +25,16 @@ _PRODUCTS: Final = {torch.ops.aten.mm.default: 2, torch.ops.aten.bmm.default: 2,
 """Matrix products, and how many tensors each takes: the last two are multiplied."""
 _ATTENTION: Final = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _EXPERT_OPERATIONS: Final = 6
-"""Of `model/experts.py` for an expert beside its activation: rows are picked, multiplied twice, weighted and added."""
+"""Of `model/experts.py` for an expert beside its activation: its rows are picked, two linear layers are called, and
+their result is weighted, put in the dtype of the sum, and added to it."""
 _EXPERT_ROWS: Final = 3
 """Rows as wide as the hidden state that these write for each row of the expert."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """What is computed beside matrix products. Recurrent layers' own work between their products is left out: it is
-    another for a step than for a scan."""
+    """What is computed beside matrix products. All that recurrent mixers do is left out, calls of linear layers inside
+    them too: it is another for a step than for a scan."""
 
     operations: int = 0
     """Operations that write something, and calls of linear layers: for a micro-batch in all layers, or for an expert

@@ -91,7 +91,7 @@ class DeviceFigures:
         if self.decode_device == "cpu":
             kept = ""
             if self.vram_decode_bytes is not None:
-                kept = f", while which it kept {format_size(self.vram_decode_bytes)} of its memory"
+                kept = f", during which it kept {format_size(self.vram_decode_bytes)} of its memory"
             lines.append(f"          prompts were computed on it, and the rest by the processor{kept}")
         if self.bus_bandwidth is not None and self.bytes_copied_per_pass:
             bus = f"bus       {format_size(round(self.bytes_copied_per_pass))} copied per pass, "
