@@ -184,6 +184,14 @@ def test_with_rates_the_batch_is_as_large_as_gains() -> None:
     assert "; expected per pass: disk " in plan_for(workload, 1200 * MIB, MEASURED).why
 
 
+def test_sequences_of_different_lengths_make_no_waves() -> None:
+    # 16 fit. Of 20 that are equally long 10 at once take two waves, too; where lengths differ more at once end sooner.
+    machine = replace(MEASURED, linear=ComputeRate((1, 16, 256), (1e-11, 1e-11, 4e-10)))
+    alike = Workload(20, 1024, 8, choose_batch_size=True, max_batched_tokens=512)
+    found = [plan_for(replace(alike, tokens=n), 660 * MIB, machine).batch_size for n in (0, 20 * 950, 20 * 900)]
+    assert found == [10, 10, 16]
+
+
 def test_the_more_rows_compute_the_further_reading_goes_ahead() -> None:
     def ring(sequences: int, nbytes: int = 100 * MIB) -> int:
         model = model_of([nbytes] * 20)

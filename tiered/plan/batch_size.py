@@ -1,9 +1,11 @@
 """How many sequences run at once: those that get most tokens per second out of disk, memory and processor together.
 
-    throughput = N / waves(n) / max((streamed(n) + kv(n) + experts(n)) / B, copied(n) / P, C(n) + experts(n) / B)
+    throughput = rows(n) / max((streamed(n) + kv(n) + experts(n)) / B, copied(n) / P, C(n) + experts(n) / B)
 
-N sequences in all take ceil(N / n) waves, the last of which may be nearly empty: so sizes are compared that make waves
-about equal (of 100 sequences 50 at once rather than 64 or 96, which take as many waves and more memory).
+N sequences that are about equally long take ceil(N / n) waves, the last of which may be nearly empty: so rows(n) is
+N / ceil(N / n), and sizes are compared that make waves about equal (of 100 sequences 50 at once rather than 64 or 96,
+which take as many waves and more memory). Others make no waves: each that ends makes room for the next one, so rows(n)
+is n, and all sizes are compared.
 More sequences share each reading of the weights, until computing takes longer than reading. Their KV cache takes
 memory that could hold weights (`cpu`), or is read in every pass like them (`disk`). Experts that are read when they are
 chosen are waited for; more sequences choose more of them. Pure functions: what each batch
@@ -85,6 +87,11 @@ def even_candidates(sequences: int, most: int) -> list[int]:
     return sorted({-(-sequences // _passes(sequences, count)) for count in candidates(min(sequences, most))})
 
 
+def all_candidates(sequences: int, most: int) -> list[int]:
+    """`candidates` up to `most` for so many sequences in all, and those that would make waves about equal."""
+    return sorted({*candidates(min(sequences, most)), *even_candidates(sequences, most)})
+
+
 def choose_batch_size(
     options: Iterable[BatchOption],
     bytes_per_second: float | None,
@@ -95,7 +102,7 @@ def choose_batch_size(
 ) -> BatchChoice | None:
     """The option with most tokens per second; of nearly equal ones the one with fewest sequences, then the first.
 
-    `sequences` are those of the whole job, whose last wave counts as a whole one; None: there is no end of them.
+    `sequences` are those of the whole job, whose last wave counts as a whole one; None: there are no waves.
     `bytes_per_second` None: nothing is read; `bus_bytes_per_second` None: nothing is copied, or nobody knows how fast.
     By `reading_seconds` computing takes longer for each byte that is read ahead. None where there are no options.
     """

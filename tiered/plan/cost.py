@@ -47,7 +47,7 @@ def linear_computing(model: ModelShape, machine: Machine, tokens: int, logits: i
 def beside_seconds(model: ModelShape, machine: Machine, rows: int) -> float:
     """Seconds of a layer, on average, for one micro-batch, beside its linear layers, experts and attention: norms,
     activations, new keys and values, and what it takes to have them done."""
-    return _work_seconds(machine, model.operations, rows * model.elements) / model.layers
+    return _work_seconds(machine, model.operations, rows * model.elements) / max(1, model.layers)
 
 
 def expert_seconds(experts: ExpertShape, machine: Machine, rows: int) -> float:

@@ -21,6 +21,8 @@ MAX_BATCHED_TOKENS: Final = 4096
 """Tokens of a pass at most, in commands: so many take any processor far longer than the weights take any disk."""
 _SPARE: Final = 1.1
 """Room in the cache, as a multiple of what sequences take on average; while several long ones run, fewer run."""
+_ALIKE: Final = 0.9
+"""So much of the longest sequence the mean one has where all count as equally long."""
 
 KVTier = Literal["auto", "cpu", "disk", "gpu"]
 Computes = Literal["cpu", "gpu"]
@@ -294,6 +296,12 @@ class Workload:
     def mean_context(self) -> float:
         """Tokens of a sequence on average."""
         return self.tokens / self.sequences if self.tokens else float(self.max_context)
+
+    @property
+    def runs_in_waves(self) -> bool:
+        """Whether sequences are about equally long, so that those which begin together end together. Of others each
+        makes room for the next one when it ends."""
+        return self.mean_context >= _ALIKE * self.max_context
 
     def tokens_in_flight(self, batch_size: int, context: int) -> int:
         """Tokens of a pass at most, with `batch_size` sequences of up to `context` tokens at once."""

@@ -251,7 +251,8 @@ def _most_throughput(asked: Asked) -> Plan:
         option = max(found, key=lambda option: (option.sequences, not option.kv_on_disk, option.kv_on_device))
         return _reasoned(asked, found[option], "as fit")
     seconds = partial(_compute_seconds, asked.model, machine, asked.workload)
-    choice = _chosen(found, machine, seconds, asked.workload.sequences)
+    waves_of = asked.workload.sequences if asked.workload.runs_in_waves else None
+    choice = _chosen(found, machine, seconds, waves_of)
     assert choice is not None
     return _reasoned(asked, found[choice.option], _expected(choice, machine))
 
@@ -262,7 +263,8 @@ def _chosen(
     compute_seconds: Callable[[int], float],
     sequences: int | None = None,
 ) -> BatchChoice | None:
-    """The option with most tokens per second by the machine's rates, for so many sequences in all."""
+    """The option with most tokens per second by the machine's rates, for so many sequences in all, if they make
+    waves."""
     disk, bus = machine.disk_bytes_per_second, machine.bus_bytes_per_second
     return choose_batch_size(options, disk, compute_seconds, bus, machine.reading_seconds, sequences)
 

@@ -20,7 +20,7 @@ from typing import Final
 
 from tiered.errors import BudgetError, ConfigError, DeviceBudgetError
 from tiered.plan.at_once import AtOnce, Inputs, Passes
-from tiered.plan.batch_size import BatchOption, even_candidates
+from tiered.plan.batch_size import BatchOption, all_candidates, even_candidates
 from tiered.plan.budget import BASELINE_VARIES_NBYTES
 from tiered.plan.cost import kv_block_nbytes
 from tiered.plan.inputs import Budgets, ExpertShape, ModelShape, Tier
@@ -65,7 +65,8 @@ class Asked(Inputs):
 
     def each_way(self) -> Iterator[tuple["Way", Plan]]:
         """Every way that fits, with its plan: each batch size to compare, with the cache in every place."""
-        for count in even_candidates(self.workload.sequences, _MOST_SEQUENCES):
+        counts = even_candidates if self.workload.runs_in_waves else all_candidates
+        for count in counts(self.workload.sequences, _MOST_SEQUENCES):
             for way in self.ways(count):
                 try:
                     yield way, way.plan_at(self.budgets.ram)
