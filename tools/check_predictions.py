@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -61,13 +62,14 @@ SETTINGS: Final = [
 ]
 
 
-def main() -> int:
+def main(words: Sequence[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dir", type=Path, default=Path(tempfile.gettempdir()), help="where stores go")
     parser.add_argument("--profile", type=Path, help="of this machine and that disk; without, one is measured")
-    parser.add_argument("--shape", action="append", help="only settings of this shape; may be repeated")
-    arguments = parser.parse_args()
+    shapes = list(dict.fromkeys(setting.shape for setting in SETTINGS))
+    parser.add_argument("--shape", action="append", choices=shapes, help="only settings of this shape; may be repeated")
+    arguments = parser.parse_args(words)
     settings = [each for each in SETTINGS if arguments.shape is None or each.shape in arguments.shape]
     with tempfile.TemporaryDirectory() as cache:
         os.environ["XDG_CACHE_HOME"] = cache  # a profile of somebody's stays as it is

@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from tiered.arch import text_config
 from tiered.convert.synthetic import ShapeFile
-from tiered.errors import ConfigError, TieredError
+from tiered.errors import ConfigError, TieredError, named
 from tools.opt_forms import flattened, fsdp_shard, metaseq_names, part_rules, part_tensors, save_checkpoint
 
 MOST_READ_NBYTES: Final = 1 << 20
@@ -273,24 +273,34 @@ def _repeated(values: np.ndarray[Any, np.dtype[np.float16]]) -> memoryview:
     return memoryview(period * (1 + -(-MOST_READ_NBYTES // len(period))))
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description="Write such a checkpoint of an OPT shape in Hugging Face's form.")
     parser.add_argument("shape", type=Path, help="a file of configs/models, such as configs/models/opt-2.7b.toml")
-    parser.add_argument("folder", type=Path, help="the folder to make")
-    arguments = parser.parse_args()
+    parser.add_argument("folder", type=Path, help="the folder to make, or an empty one")
+    options = parser.parse_args(arguments)
     try:
-        files = MadeModel.of_shape(ShapeFile.read(arguments.shape)).huggingface(_SHARD_NBYTES)
+        files = MadeModel.of_shape(ShapeFile.read(options.shape)).huggingface(_SHARD_NBYTES)
+        _write(files, options.folder)
     except TieredError as error:
         print(f"made_checkpoint: error: {error}", file=sys.stderr)
         return error.exit_code
-    arguments.folder.mkdir(parents=True)
-    # What says that there is a model comes last.
-    for name in sorted(files, reverse=True):
-        with (arguments.folder / name).open("wb") as file:
-            for offset in range(0, files[name].nbytes, _WRITTEN_NBYTES):
-                file.write(files[name].read(offset, _WRITTEN_NBYTES))
     return 0
+
+
+def _write(files: Mapping[str, MadeFile], folder: Path) -> None:
+    """Write `files` into `folder`. Raises ConfigError where it has something in it, TieredError where writing fails."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if next(folder.iterdir(), None) is not None:
+            raise ConfigError(f"{folder}: expected an empty folder, or none; name another, or delete it")
+        # What says that there is a model comes last.
+        for name in sorted(files, reverse=True):
+            with (folder / name).open("wb") as file:
+                for offset in range(0, files[name].nbytes, _WRITTEN_NBYTES):
+                    file.write(files[name].read(offset, _WRITTEN_NBYTES))
+    except OSError as error:
+        raise TieredError(f"{folder}: {named(error)}") from error
 
 
 if __name__ == "__main__":

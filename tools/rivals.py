@@ -2,18 +2,19 @@
 
     python -m tools.rivals setup --work DIR [--only hf llama.cpp airllm] [--sites FOLDER]
     python -m tools.rivals run CHECKPOINT --work DIR --memory 2GiB [--batch 1 8 32] [--prompt 128] [--new 16] [-r 3]
-        [--only tiered llama.cpp]
+        [--only llama.cpp]
 
 `setup` makes an environment in DIR for each system and installs it there; llama.cpp is compiled from its sources. What
 cannot be installed is left out of `run`'s table with the reason, and so is what does not run. `run` converts the
 checkpoint (OPT or Llama, of 16 bits, whose matrices have rows of a multiple of 64) for those that want it, once, and
-prints Markdown: medians of rounds in which all systems take turns with the same random prompts, page cache dropped.
-Each run is added to DIR/runs.jsonl when it ends, and is not run again: an interrupted table goes on where it was.
-`tools/made_checkpoint.py` and `tools/inflate.py` make checkpoints of any size. Figures come from
-tools/rival_driver.py, one process a run.
+prints Markdown: medians of rounds in which all systems take turns with the same random prompts, page cache dropped;
+`tiered` is always among them, and `--only` names the others. Each run is added to DIR/runs.jsonl when it ends, and is
+not run again unless checkpoint, code or a package changed, or the reason why it failed may pass, such as a full disk.
+`tools/made_checkpoint.py` and `tools/inflate.py` make checkpoints. Figures come from tools/rival_driver.py.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import subprocess
@@ -21,17 +22,18 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any, Final
 
+import tiered
 from tiered.bench import limit
 from tiered.bench.facts import machine_facts
 from tiered.bench.runs import TIERED, StoppedError, Way, drop_pages, run_once
 from tiered.bench.workload import Setting
-from tiered.errors import TieredError, named
+from tiered.errors import BudgetError, TieredError, named
 from tiered.plan import cpu_count
 from tiered.units import format_size, parse_size
 
@@ -41,6 +43,10 @@ _REASON: Final = "refusal"
 """In a system's environment: the file that says why it is not there."""
 _KILLED: Final = 137
 COLUMNS: Final = ("system", "version", "weights", "batch", "prefill s", "decode t/s", "all t/s", "GB read", "peak RSS")
+
+
+class UnableError(TieredError):
+    """What is asked is more than a system does, now and whenever it is asked again."""
 
 
 @dataclass(frozen=True)
@@ -134,11 +140,32 @@ def refusal(work: Path, rival: Rival) -> str | None:
     return None
 
 
+def identity(work: Path, rival: Rival) -> str:
+    """What decides which code `rival` runs: its packages' versions, and how it is called. Raises TieredError."""
+    asked = "import sys; from importlib.metadata import version; print(*(f'{n} {version(n)}' for n in sys.argv[1:]))"
+    words = [_python(work, rival.name), "-c", asked, *rival.packages]
+    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise TieredError(f"{rival.name}: its packages' versions cannot be told; see above")
+    return f"{done.stdout.strip()}, driver {digest(DRIVER)}"
+
+
+@cache
+def digest(place: Path, *endings: str) -> str:
+    """What tells whether a file, or those files in a folder that end so (without `endings`: all), have changed."""
+    found = hashlib.sha256()
+    for path in [place] if place.is_file() else sorted(place.rglob("*")):
+        if path.is_file() and (not endings or path.suffix in endings):
+            with path.open("rb") as file:
+                found.update(str(path.relative_to(place)).encode() + hashlib.file_digest(file, "sha256").digest())
+    return found.hexdigest()[:12]
+
+
 def prepare(work: Path, checkpoint: Path, rival: Rival) -> Path:
     """The model in the form that `rival` reads, which is made where it is not there. Raises TieredError."""
     if rival.form is None:
         return checkpoint
-    path = work / "gguf" / f"{checkpoint.resolve().name}-{rival.form}.gguf"
+    path = work / "gguf" / f"{_name(checkpoint)}-{rival.form}.gguf"
     if not path.exists():
         path.parent.mkdir(exist_ok=True)
         part = path.with_suffix(".part")
@@ -152,7 +179,7 @@ def prepare(work: Path, checkpoint: Path, rival: Rival) -> Path:
 def run_rival(work: Path, checkpoint: Path, rival: Rival, asked: Asked, seed: int) -> Figures:
     """One run in the limit. Raises TieredError."""
     model = prepare(work, checkpoint, rival)
-    scratch = work / f"{checkpoint.resolve().name}-{rival.name}"
+    scratch = work / f"{_name(checkpoint)}-{rival.name}"
     scratch.mkdir(exist_ok=True)
     words = [_python(work, rival.name), str(DRIVER), rival.name, str(model), *asked.words(seed)]
     words += ["--scratch", str(scratch), *(["--kept", asked.kept] if asked.kept else [])]
@@ -165,20 +192,22 @@ def run_rival(work: Path, checkpoint: Path, rival: Rival, asked: Asked, seed: in
     if usage.interrupted:
         raise KeyboardInterrupt
     if usage.exit_code:
-        raise TieredError(failure(usage, said[-1] if said else ""))
+        raise failure(usage, said[-1] if said else "")
     found = json.loads(said[-1])
     peak = max(usage.max_rss_bytes, usage.vm_hwm_bytes)
     return Figures(found["version"], found["prefill_seconds"], found["decode_seconds"], found["bytes_read"], peak)
 
 
-def failure(usage: limit.Report, said: str) -> str:
-    """Why a run failed, of which `said` is the last line."""
+def failure(usage: limit.Report, said: str) -> TieredError:
+    """Why a run failed, of which `said` is the last line; an UnableError where it would fail again."""
     if usage.oom_kills or usage.exit_code == _KILLED:
-        return f"killed for more than {format_size(usage.limit_bytes or 0)}"
+        return UnableError(f"killed for more than {format_size(usage.limit_bytes or 0)}")
     try:
-        return f"does not run: {json.loads(said)['error'].replace('|', '/')}"
+        found = json.loads(said)
+        text = f"does not run: {found['error'].replace('|', '/')}"
+        return TieredError(text) if found["may_pass"] else UnableError(text)
     except (ValueError, TypeError, KeyError):
-        return f"exit status {usage.exit_code}; see above"
+        return TieredError(f"exit status {usage.exit_code}; see above")
 
 
 def run_ours(store: Path, ours: str, asked: Asked, seed: int) -> Figures:
@@ -189,7 +218,8 @@ def run_ours(store: Path, ours: str, asked: Asked, seed: int) -> Figures:
     except StoppedError:
         raise KeyboardInterrupt from None
     if done.report is None:
-        raise TieredError(done.failure or "no report")
+        lasts = done.usage.oom_kills or done.usage.exit_code in (_KILLED, BudgetError.exit_code)
+        raise (UnableError if lasts else TieredError)(done.failure or "no report")
     report: Mapping[str, Any] = done.report
     read = report["bytes_read_kernel"] or report["bytes_read"]
     return Figures(ours, report["prefill_seconds"], report["decode_seconds"], read, done.peak_bytes)
@@ -200,23 +230,26 @@ class Kept:
 
     def __init__(self, path: Path, model: str) -> None:
         self._path, self._model = path, model
+        self.asked = self.reused = 0  # runs, and those of them that had ended before
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         self._found = [json.loads(line) for line in lines]
 
-    def run(self, name: str, run: Run, asked: Asked, seed: int) -> Figures:
-        """What `run` gave of `asked` before, or gives now. Raises TieredError where it failed, or fails."""
-        what = {"system": name, "model": self._model, "seed": seed, **asdict(asked)}
+    def run(self, name: str, identity: str, run: Run, asked: Asked, seed: int) -> Figures:
+        """What `run` gave of `asked` before with the code that `identity` stands for, or gives now. Raises TieredError
+        where it failed, or fails; what is no UnableError is not kept."""
+        what = {"system": name, "code": identity, "model": self._model, "seed": seed, **asdict(asked)}
         known = next((line for line in self._found if line["asked"] == what), None)
+        self.asked, self.reused = self.asked + 1, self.reused + (known is not None)
         if known is None:
             known = {"asked": what, "figures": None, "failure": None}
             try:
                 known["figures"] = asdict(run(asked, seed))
-            except TieredError as error:
+            except UnableError as error:
                 known["failure"] = str(error)
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(known) + "\n")
         if known["failure"] is not None:
-            raise TieredError(known["failure"])
+            raise UnableError(known["failure"])
         return Figures(**known["figures"])
 
 
@@ -255,9 +288,14 @@ def _python(work: Path, name: str) -> str:
     return str(work.resolve() / name / "bin/python")
 
 
+def _name(checkpoint: Path) -> str:
+    """Of what is made of the checkpoint: another one of this name has another."""
+    return f"{checkpoint.resolve().name}-{digest(checkpoint.resolve())}"
+
+
 def _store(work: Path, checkpoint: Path) -> Path:
     """The checkpoint as a store of 4 bits."""
-    store = work / f"{checkpoint.resolve().name}.tiered"
+    store = work / f"{_name(checkpoint)}.tiered"
     if not (store / "manifest.json").exists():
         words = [*TIERED, "convert", str(checkpoint), "-o", str(store), "--quant", "int4"]
         if subprocess.run(words, stdout=2, check=False).returncode:
@@ -281,9 +319,10 @@ def run(options: argparse.Namespace) -> None:
     work, checkpoint = options.work, options.checkpoint
     vocab = _vocabulary(checkpoint)
     store = _store(work, checkpoint)
-    machine = machine_facts(store)
-    kept = Kept(work / "runs.jsonl", checkpoint.resolve().name)
-    runs: dict[str, Run] = {OURS: partial(kept.run, OURS, partial(run_ours, store, version(OURS)))}
+    kept = Kept(work / "runs.jsonl", _name(checkpoint))
+    # Its files rather than a commit: what is not committed counts, and other files do not.
+    code = f"{version(OURS)}, code {digest(Path(tiered.__file__).parent, '.py', '.so')}"
+    runs: dict[str, Run] = {OURS: partial(kept.run, OURS, code, partial(run_ours, store, version(OURS)))}
     weights, left = {OURS: "int4-g64"}, dict[str, str]()
     for rival in RIVALS:
         weights[rival.name] = rival.weights
@@ -291,9 +330,10 @@ def run(options: argparse.Namespace) -> None:
             continue
         if (reason := refusal(work, rival)) is not None:
             left[rival.name] = reason
-        else:
-            runs[rival.name] = partial(kept.run, rival.name, partial(run_rival, work, checkpoint, rival))
-    for title, text in machine.lines().items():
+            continue
+        run_one = partial(run_rival, work, checkpoint, rival)
+        runs[rival.name] = partial(kept.run, rival.name, identity(work, rival), run_one)
+    for title, text in machine_facts(store).lines().items():
         print(f"- {title}: {text}")
     print(f"- limit: {options.memory}; {options.prompt} + {options.new} tokens; medians of {options.repeat}")
     print(f"- command: `python -m tools.rivals {' '.join(sys.argv[1:])}`\n")
@@ -302,6 +342,7 @@ def run(options: argparse.Namespace) -> None:
         asked = Asked(options.memory, batch, options.prompt, options.new, vocab, options.kept)
         for name, found in {**alternate(runs, asked, options.repeat), **left}.items():
             print(f"| {' | '.join(row(name, weights[name], asked, found))} |", flush=True)
+    print(f"\n{kept.reused} of these {kept.asked} runs are of earlier calls of this program ({work / 'runs.jsonl'}).")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -244,10 +244,14 @@ def disk_rate(store: Path) -> float:
 
 
 def planners(folder: Path, store: Path, results: Results, job: Job) -> Planners:
-    """Those of a job whose disk's rate is known."""
+    """Those of a job, with the profile's rate of the disk as long as it has not begun."""
     hardware, model, disk = load_hardware(str(folder / "profile.toml")), read_store_shape(store), results.disk(job)
-    assert model is not None and disk is not None
-    return Planners(model, replace(hardware, disk=replace(hardware.disk, read=disk)), job)
+    if model is None:  # of an earlier version
+        # Loads torch, which the table does without otherwise.
+        from tiered.shapes import store_shape
+
+        model = store_shape(store)
+    return Planners(model, replace(hardware, disk=replace(hardware.disk, read=disk or hardware.disk.read)), job)
 
 
 def run(store: Path, job: Job, way: Way) -> dict[str, Any]:
@@ -283,29 +287,32 @@ def call(*words: str, or_code: int = 0) -> str | None:
 
 
 def print_table(folder: Path, results: Results) -> None:
-    """A row for each job: what was chosen, what was best, and all that was run."""
+    """A row for each choice: what was chosen, what was best, and all that was run. One that was not run counts as one
+    that is behind."""
     print(f"{machine_name()}; tokens/s are generated tokens over all seconds of a job; medians\n")
     print("| job | planner | chosen | tokens/s, predicted | of the best | best | all that was run |\n|" + "---|" * 7)
     shares = []
     for job in JOBS:
-        if results.disk(job) is None:
-            continue
         asked = planners(folder, Synthetic(job.shape, QUANT, 4, folder).path("none"), results, job)
         speeds = {way: tokens_per_second(job, results.seconds(job, way)) for way in results.ways(job)}
         best = max(speeds, key=speeds.__getitem__, default=None)
         name = f"{job.shape}, {job.ram}, {job.sequences} x ({job.prompt} + {job.new})"
         others = ", ".join(f"{speed:.3g} ({way})" for way, speed in speeds.items())
         for planner, chosen in asked.choices().items():
+            predicted, fastest = (
+                asked.tokens_per_second(chosen),
+                "-" if best is None else f"{speeds[best]:.3g} ({best})",
+            )
+            share = 0.0
             if best is None or chosen not in speeds:
-                continue
-            share = speeds[chosen] / speeds[best]
+                cells = [f"not run, {predicted:.3g}", "not run"]
+            else:
+                # Where all failed, so did the best.
+                share = speeds[chosen] / speeds[best] if speeds[best] else 0.0
+                cells = [f"{speeds[chosen]:.3g}, {predicted:.3g}"]
+                cells += [f"{share:.0%}" + ("" if share >= CLOSE else " **behind**")]
             shares.append(share)
-            cells = [name, planner, str(chosen), f"{speeds[chosen]:.3g}, {asked.tokens_per_second(chosen):.3g}"]
-            cells += [
-                f"{share:.0%}" + ("" if share >= CLOSE else " **behind**"),
-                f"{speeds[best]:.3g} ({best})",
-                others,
-            ]
+            cells = [name, planner, str(chosen), *cells, fastest, others or "-"]
             print("| " + " | ".join(cells) + " |")
     print(f"\n{sum(share >= CLOSE for share in shares)} of {len(shares)} choices reach {CLOSE:.0%} of the best")
 

@@ -11,11 +11,12 @@ from safetensors.torch import load
 
 from tests.convert.models import store_digest
 from tests.convert.opt import SHAPE
+from tiered.configs_path import config_dir
 from tiered.convert import convert_checkpoint
 from tiered.convert.synthetic import ShapeFile
 from tiered.convert.torch_file import load_torch_file
 from tiered.errors import ConfigError
-from tools.made_checkpoint import MadeFile, MadeModel, Span
+from tools.made_checkpoint import MadeFile, MadeModel, Span, main
 from tools.opt_forms import write_form
 
 
@@ -74,3 +75,14 @@ def test_a_read_may_begin_and_end_anywhere(monkeypatch: pytest.MonkeyPatch) -> N
 def test_other_families_are_refused() -> None:
     with pytest.raises(ConfigError, match="model_type 'llama', expected 'opt'"):
         MadeModel.of_shape(ShapeFile("x", {"model_type": "llama"}, None))
+
+
+def test_a_checkpoint_goes_into_an_empty_folder_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [str(config_dir() / "models" / "tiny-opt.toml"), str(tmp_path / "made")]
+    (tmp_path / "made").mkdir()
+    assert main(words) == 0 and (tmp_path / "made" / "config.json").exists()
+    assert main(words) == 2
+    assert f"{tmp_path / 'made'}: expected an empty folder" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    assert main([words[0], str(tmp_path / "file")]) == 1
+    assert f"{tmp_path / 'file'}: FileExistsError" in capsys.readouterr().err

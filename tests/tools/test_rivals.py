@@ -2,7 +2,9 @@
 
 import argparse
 import json
+import sys
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,21 @@ from tiered.bench.runs import StoppedError
 from tiered.errors import TieredError
 from tools import rivals
 from tools.rival_driver import Tensors, llama_parts, measured, opt_parts, prompts
-from tools.rivals import COLUMNS, RIVALS, Asked, Figures, Kept, alternate, failure, main, refusal, row, run_ours
+from tools.rivals import (
+    COLUMNS,
+    RIVALS,
+    Asked,
+    Figures,
+    Kept,
+    UnableError,
+    alternate,
+    digest,
+    failure,
+    main,
+    refusal,
+    row,
+    run_ours,
+)
 
 ASKED = Asked("1GiB", batch=4, prompt=8, new=3, vocab=100, kept=None)
 
@@ -47,23 +63,47 @@ def test_what_has_ended_is_not_run_again(tmp_path: Path) -> None:
     def run(asked: Asked, seed: int) -> Figures:
         turns.append(seed)
         if seed == 2:
-            raise TieredError("killed for more than 1GiB")
+            raise UnableError("killed for more than 1GiB")
         if seed == 3:
             raise KeyboardInterrupt
+        if seed == 4:
+            raise TieredError("no space left")
         return figures(seed)
 
-    for _ in range(2):
+    for reused in (0, 2):
         kept = Kept(tmp_path / "runs.jsonl", "model")
-        assert kept.run("one", run, ASKED, 1) == figures(1)
+        assert kept.run("one", "1.0", run, ASKED, 1) == figures(1)
         with pytest.raises(TieredError, match="more than 1GiB"):
-            kept.run("one", run, ASKED, 2)
+            kept.run("one", "1.0", run, ASKED, 2)
         with pytest.raises(KeyboardInterrupt):
-            kept.run("one", run, ASKED, 3)
-    assert turns == [1, 2, 3, 3]
-    others = [("other", "model", ASKED), ("one", "larger", ASKED), ("one", "model", replace(ASKED, batch=8))]
-    for name, model, asked in others:
-        Kept(tmp_path / "runs.jsonl", model).run(name, run, asked, 1)
-    assert turns == [1, 2, 3, 3, 1, 1, 1]
+            kept.run("one", "1.0", run, ASKED, 3)
+        with pytest.raises(TieredError, match="no space left"):
+            kept.run("one", "1.0", run, ASKED, 4)
+        assert (kept.asked, kept.reused) == (4, reused)
+    assert turns == [1, 2, 3, 4, 3, 4]
+    turns.clear()
+    more = replace(ASKED, batch=8)
+    others = [("other", "1.0", "model", ASKED), ("one", "1.1", "model", ASKED), ("one", "1.0", "larger", ASKED)]
+    for name, code, model, asked in [*others, ("one", "1.0", "model", more)]:
+        Kept(tmp_path / "runs.jsonl", model).run(name, code, run, asked, 1)
+    assert turns == [1, 1, 1, 1]
+
+
+def test_a_file_that_has_changed_is_another(tmp_path: Path) -> None:
+    (tmp_path / "weights").write_bytes(b"one")
+    (tmp_path / "code.py").write_bytes(b"one")
+    before, code = digest(tmp_path), digest(tmp_path, ".py")
+    (tmp_path / "weights").write_bytes(b"two")
+    digest.cache_clear()
+    assert digest(tmp_path) != before and digest(tmp_path, ".py") == code
+
+
+def test_what_a_system_is_includes_its_packages_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rivals, "_python", lambda work, name: sys.executable)
+    found = rivals.identity(tmp_path, replace(RIVALS[0], packages=("torch", "transformers")))
+    assert found.startswith(f"torch {version('torch')} transformers {version('transformers')}, driver ")
+    with pytest.raises(TieredError, match="hf: its packages' versions cannot be told"):
+        rivals.identity(tmp_path, replace(RIVALS[0], packages=("no-such-package",)))
 
 
 def test_an_interruption_is_no_failure_of_a_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,9 +124,14 @@ def test_a_row_has_medians_or_the_reason() -> None:
 
 
 def test_why_a_run_failed_is_said_in_a_few_words() -> None:
-    assert failure(usage(1), '{"error": "no | such model"}') == "does not run: no / such model"
-    assert failure(usage(137), "") == "killed for more than 1 GiB"
-    assert failure(usage(1), "Loading") == "exit status 1; see above"
+    said = '{"error": "no | such model", "may_pass": false}'
+    for found, text, is_kept in (
+        (failure(usage(1), said), "does not run: no / such model", True),
+        (failure(usage(1), said.replace("false", "true")), "does not run: no / such model", False),
+        (failure(usage(137), ""), "killed for more than 1 GiB", True),
+        (failure(usage(1), "Loading"), "exit status 1; see above", False),
+    ):
+        assert (str(found), isinstance(found, UnableError)) == (text, is_kept)
 
 
 def test_a_system_without_its_environment_is_named_with_the_reason(tmp_path: Path) -> None:
@@ -105,8 +150,10 @@ def test_the_table_tells_of_systems_that_are_not_there(
     monkeypatch.setattr(rivals, "run_ours", lambda *_: figures())
     words = ["run", str(CHECKPOINT), "--work", str(tmp_path), "--memory", "1GiB", "--batch", "1", "-r", "1"]
     assert main(words) == 0
+    assert "0 of these 1 runs are of earlier calls" in capsys.readouterr().out
+    assert main(words) == 0
     out = capsys.readouterr().out
-    assert "- machine: made up" in out and "| tiered | " in out
+    assert "- machine: made up" in out and "| tiered | " in out and "1 of these 1 runs are of earlier calls" in out
     assert "| hf | not installed: run 'python -m tools.rivals setup' | 16 bits | 1 | - |" in out
 
 

@@ -75,6 +75,28 @@ def test_a_sweep_goes_on_where_it_was_and_its_table_names_what_is_behind(
     assert "| 50% **behind** | 256 (" in out and " choices reach 90% of the best" in out
 
 
+def test_a_choice_that_was_not_run_is_in_the_table_and_counts(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # A store that has its shape from an earlier version is read anew.
+    monkeypatch.setattr(sweep_planner, "read_store_shape", lambda store: None)
+    monkeypatch.setattr("tiered.shapes.store_shape", shape)
+    words = ["--dir", str(folder), "--table"]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert out.count("| not run | - | - |") == 2 and "\n0 of 2 choices reach" in out
+
+    # One that failed, as all did.
+    hardware = load_hardware("laptop-16gb")
+    results = sweep_planner.Results(folder / "planner.jsonl")
+    results.add(JOB, None, disk=2e9)
+    asked = Planners(shape(), replace(hardware, disk=replace(hardware.disk, read=2e9)), JOB)
+    results.add(JOB, asked.choices()["plan"], seconds=None)
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert "| 0% **behind** | 0 (" in out and "\n0 of 2 choices reach" in out
+
+
 def test_what_does_not_fit_is_no_failure(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweep_planner, "call", lambda *words, or_code=0: None)
     assert sweep_planner.run(folder, JOB, Way(1, "cpu", 16)) == {"seconds": None}
