@@ -1,11 +1,13 @@
 """The host: runtimes share it, each with a budget of its own, and the process's settings are put back with the last."""
 
 import os
+import queue
 import signal
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from typing import Any
 
 import pytest
 
@@ -146,6 +148,25 @@ def test_a_runtime_cannot_want_other_kernels_than_its_host_has(tiny: Tiny) -> No
     with Host(threads=1) as host, pytest.raises(ConfigError, match="all runtimes of a host compute alike"):
         options = Options(dtype="float32", kernel_mode=Mode.FAST)
         Runtime(tiny.store("opt"), Workload(max_context=16), options, host=host)
+
+
+def test_what_is_asked_for_while_the_host_closes_is_run_or_refused() -> None:
+    class Queue(queue.SimpleQueue[Any]):
+        """Somebody leaves the host at the moment at which a call is queued."""
+
+        def put(self, item: Any, block: bool = True, timeout: float | None = None) -> None:
+            if item is not None:
+                leaving.start()
+                leaving.join(0.2)  # for good, if nothing keeps it from leaving
+            super().put(item)
+
+    host = Host(threads=1)
+    leaving = threading.Thread(target=host.__exit__, args=(None, None, None))
+    host._queue = Queue()
+    host.__enter__()
+    with ThreadPoolExecutor(1) as caller:
+        assert caller.submit(host.compute, lambda: 7).result(20) == 7
+    leaving.join()
 
 
 def test_an_interruption_leaves_the_host_ready_for_more() -> None:

@@ -185,6 +185,36 @@ def test_an_interrupt_that_comes_while_a_condition_takes_its_lock_comes_after_it
     assert (done.returncode, done.stdout, done.stderr) == (0, "0\n", "")
 
 
+def test_an_interrupt_that_comes_again_waits_like_others_and_comes_once() -> None:
+    code = (
+        "import os, signal, time; from tiered.process import catch_interrupts, interrupts_later; catch_interrupts()\n"
+        "interrupts = signal.getsignal(signal.SIGINT).__self__\n"
+        "done = []\n"
+        "try:\n"
+        "    with interrupts_later():\n"
+        "        interrupts._come_again()\n"
+        "        with interrupts_later(): time.sleep(0.1)\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "        done.append('held')\n"
+        "except KeyboardInterrupt: done.append('seen')\n"
+        "time.sleep(0.1); print(*done)"
+    )
+    done = shell((sys.executable, "-c", code), "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "held seen\n", "")
+
+
+def test_an_interrupt_long_after_one_that_is_held_back_ends_the_process() -> None:
+    code = (
+        "import os, signal, time; from tiered import process; process._PATIENCE_SECONDS = 0.1\n"
+        "process.catch_interrupts()\n"
+        "with process.interrupts_later():\n"
+        "    for _ in range(2): os.kill(os.getpid(), signal.SIGINT); time.sleep(0.2)\n"
+        "print('not reached')"
+    )
+    done = shell((sys.executable, "-c", code), "")
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "tiered: interrupted\n")
+
+
 @pytest.mark.parametrize("waits", ["threading.Thread(target=time.sleep, args=(60,)).start()", "pass"])
 def test_interrupts_end_a_command_that_has_ended_with_its_exit_code(waits: str) -> None:
     code = (

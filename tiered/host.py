@@ -154,8 +154,9 @@ class Host:
 
     def _end_thread(self, thread: threading.Thread) -> None:
         """Let the compute thread end when it has done what is queued."""
-        self._queue.put(None)
-        thread.join()
+        with interrupts_later():
+            self._queue.put(None)
+            thread.join()
 
     @contextlib.contextmanager
     def promised(self, nbytes: int) -> Iterator[None]:
@@ -177,7 +178,8 @@ class Host:
             with self._lock:
                 assert self._users, "the host is closed: nobody would run it"
                 self._calls.add(call)
-            self._queue.put(call)
+                # Behind the end of the thread nobody would run it.
+                self._queue.put(call)
             return call.outcome.result()
         except BaseException:
             self._settle(call)

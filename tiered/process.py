@@ -15,7 +15,10 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any, Final, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TextIO
+
+if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor
 
 _INTERRUPTED: Final = 130
 _PATIENCE_SECONDS: Final = 2.0
@@ -148,7 +151,11 @@ class Interrupts:
         now, begun = time.monotonic(), self._first
         if begun is not None:
             if now - begun > _PATIENCE_SECONDS:
-                self._end_at_once()
+                self.end_now()
+            return
+        # One that comes again, by an alarm, waits like the others.
+        if isinstance(held := signal.getsignal(signal.SIGINT), _Held):
+            held(number, frame)
             return
         # What an exception does to an import cannot be known, and there is nothing to clean up yet.
         if _is_in(frame, _is_of_the_importer):
@@ -179,7 +186,13 @@ class Interrupts:
         signal.signal(signal.SIGALRM, self.handle)
         signal.setitimer(signal.ITIMER_REAL, _AGAIN_SECONDS)
 
-    def _end_at_once(self) -> None:
+    @property
+    def has_come(self) -> bool:
+        """Whether the one that counts has come: none raises anything any more."""
+        return self._first is not None
+
+    def end_now(self) -> None:
+        """End the process without more cleaning up."""
         if self._status is None:
             end_at_once()
         os._exit(self._status)
@@ -203,26 +216,59 @@ def catch_interrupts() -> None:
 
 def no_more_interrupts(status: int) -> None:
     """Where `catch_interrupts` handles SIGINT: the command has ended, and `status` is its exit code."""
-    interrupts = getattr(signal.getsignal(signal.SIGINT), "__self__", None)
-    if isinstance(interrupts, Interrupts):
+    if (interrupts := _interrupts_of(signal.getsignal(signal.SIGINT))) is not None:
         interrupts.end(status)
+
+
+def _interrupts_of(handler: object) -> Interrupts | None:
+    """Whose method `handler` is."""
+    owner = getattr(handler, "__self__", None)
+    return owner if isinstance(owner, Interrupts) else None
+
+
+class _Held:
+    """What SIGINT does while interrupts are held back: it is noted. In a command, one that comes long after another
+    one ends the process at once, as ever."""
+
+    def __init__(self, interrupts: Interrupts | None) -> None:
+        self._interrupts, self._since = interrupts, 0.0
+        self.has_come = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if self._interrupts is not None and self._interrupts.has_come:
+            self._interrupts.handle(number, frame)
+            return
+        now = time.monotonic()
+        if self._interrupts is not None and self._since and now - self._since > _PATIENCE_SECONDS:
+            self._interrupts.end_now()
+        self.has_come, self._since = True, self._since or now
 
 
 @contextlib.contextmanager
 def interrupts_later() -> Iterator[None]:
-    """Hold a SIGINT back until the context ends, for the few steps of the main thread that must happen together."""
+    """Hold interrupts back until the context ends, for steps of the main thread that must happen together; above all
+    for `Thread.join`, which an exception ends for good: Python then takes the thread for one that has ended.
+
+    Contexts may lie in each other: the outermost counts.
+    """
     before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or before is None:
+    if threading.current_thread() is not threading.main_thread() or before is None or isinstance(before, _Held):
         yield
         return
-    caught: list[int] = []
-    signal.signal(signal.SIGINT, lambda number, frame: caught.append(number))
+    held = _Held(_interrupts_of(before))
     try:
+        signal.signal(signal.SIGINT, held)
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-        if caught:
+        if held.has_come:
             signal.raise_signal(signal.SIGINT)
+
+
+def shut_down(pool: "ThreadPoolExecutor", cancel_futures: bool = False) -> None:
+    """End a pool's threads and wait for them, whatever interrupts come meanwhile; they come after it."""
+    with interrupts_later():
+        pool.shutdown(cancel_futures=cancel_futures)
 
 
 def _is_in(frame: FrameType | None, is_meant: Callable[[FrameType], bool]) -> bool:

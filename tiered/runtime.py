@@ -127,12 +127,13 @@ class Runtime:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         if self._member is not None and self._member.is_forked:
             return  # its threads are in the parent only, and waiting for them would never end
-        self.is_open = False
-        # The host may compute for others: only a pass of this runtime's own is ended.
-        self.host.interrupt(self)
-        with self._passing:
-            self._resources.close()
-            self._member = None
+        with interrupts_later():  # what is closed halfway would never be closed
+            self.is_open = False
+            # The host may compute for others: only a pass of this runtime's own is ended.
+            self.host.interrupt(self)
+            with self._passing:
+                self._resources.close()
+                self._member = None
 
     @contextlib.contextmanager
     def turn(self) -> Iterator[None]:
@@ -312,9 +313,13 @@ class Runtime:
             computer.device.trim()
 
         with self.host.trace.span("bus", "memory of the device given back"):
-            if self._streaming is not None:
-                self.start_streaming().rest_device()
-            self.host.compute(rest)
+            try:
+                if self._streaming is not None:
+                    self.start_streaming().rest_device()
+                self.host.compute(rest)
+            except Exception:
+                self.stop_streaming()
+                raise
         self._device_is_held, self.rested_nbytes = False, computer.device.held_nbytes
 
     def _run_alone(self, work: Work, on_block: OnBlock | None, is_last: bool) -> Pass:
@@ -367,11 +372,13 @@ class Runtime:
 
     def stop_streaming(self) -> None:
         """End all reading ahead and wait for reads in flight. The next pass would start from the beginning."""
-        thread, self._streaming = self._streaming, None
-        if thread is not None:
-            thread.stop()
-            if thread.ready.error is None:
-                self._copied += thread.ready.result().bus_nbytes
+        # A thread that is forgotten before it has ended would read into memory that is released.
+        with interrupts_later():
+            thread, self._streaming = self._streaming, None
+            if thread is not None:
+                thread.stop()
+                if thread.ready.error is None:
+                    self._copied += thread.ready.result().bus_nbytes
 
     @property
     def passes(self) -> int:

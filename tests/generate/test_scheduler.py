@@ -200,6 +200,19 @@ def test_a_pass_that_fails_leaves_nothing_to_go_on_with() -> None:
         assert again.item.token_ids == completion(again.item)
 
 
+def test_a_device_that_cannot_be_rested_leaves_nothing_to_go_on_with() -> None:
+    def fail() -> None:
+        raise OSError(5, "input/output error")
+
+    with Scheduler[Sequence](runner := Runner(2), 2) as scheduler:
+        scheduler.add(sequence_of(prompt_of(4), 5))
+        scheduler.step()
+        runner.may_rest, runner.rest_device = True, fail  # type: ignore[method-assign,misc]
+        with pytest.raises(OSError, match="input/output"):
+            scheduler.step()
+        assert scheduler.is_idle and runner.pool.is_empty
+
+
 def test_what_has_ended_is_told_before_what_waits_is_refused() -> None:
     with Scheduler[Sequence](Runner(2, context=256, kv_tokens=64), 2) as scheduler:
         small = scheduler.add(sequence_of(prompt_of(4), 1))

@@ -2,7 +2,9 @@
 
 import errno
 import os
+import signal
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -95,6 +97,24 @@ def test_an_error_in_a_thread_reaches_the_caller(folder: Path, manifest: Manifes
 
     with pytest.raises(RuntimeError, match="broken"):
         scrub(folder, manifest, threads=2, preadv=preadv)
+
+
+def test_no_thread_reads_any_more_when_an_interruption_is_raised(folder: Path, manifest: Manifest) -> None:
+    reading, main = set[int](), threading.main_thread().ident
+    assert main is not None
+
+    def preadv(fd: int, buffers: Sequence[memoryview], offset: int, flags: int) -> int:
+        reading.add(threading.get_ident())
+        for _ in range(3):
+            signal.pthread_kill(main, signal.SIGINT)
+            time.sleep(0.05)
+        reading.discard(threading.get_ident())
+        return os.preadv(fd, buffers, offset, flags)
+
+    # The first interruption ends the wait; those that follow come while the threads are ended.
+    with pytest.raises(KeyboardInterrupt):
+        scrub(folder, manifest, threads=1, preadv=preadv)
+    assert not reading
 
 
 def test_a_file_that_shrinks_while_it_is_read_is_corrupt(folder: Path, manifest: Manifest) -> None:

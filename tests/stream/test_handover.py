@@ -1,6 +1,7 @@
 """Between loop and computing thread: items by key, errors where they were brought, no wait that cannot be cancelled."""
 
 import asyncio
+import signal
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
@@ -103,6 +104,37 @@ def test_the_loop_works_for_another_thread(loop: asyncio.AbstractEventLoop, canc
     assert run_in(loop, work(False)) == run_in(loop, work(False), cancel) != threading.current_thread().name
     with pytest.raises(ReadError, match="gone"):
         run_in(loop, work(True), cancel)
+
+
+def test_interrupted_work_has_ended_when_its_caller_goes_on(loop: asyncio.AbstractEventLoop) -> None:
+    ended = False
+
+    async def work() -> None:
+        nonlocal ended
+        for _ in range(3):
+            # Ctrl-C in the thread that waits, more than once.
+            signal.pthread_kill(main, signal.SIGINT)
+            await asyncio.sleep(0.07)
+        ended = True
+
+    class Loop:
+        """The loop; what is posted is interrupted, too."""
+
+        is_closed = loop.is_closed
+
+        def call_soon_threadsafe(self, call: Callable[[], object]) -> None:
+            loop.call_soon_threadsafe(call)
+            signal.raise_signal(signal.SIGINT)
+
+        def create_task(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+            return loop.create_task(coroutine)
+
+    main = threading.main_thread().ident
+    assert main is not None
+    posted: Any = Loop()
+    with pytest.raises(KeyboardInterrupt):
+        run_in(posted, work())
+    assert ended
 
 
 def test_cancelled_work_has_ended_when_its_caller_goes_on(loop: asyncio.AbstractEventLoop, cancel: CancelFlag) -> None:

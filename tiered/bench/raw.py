@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Final
 
 from tiered.errors import ReadError
+from tiered.io.threads import Outcome
 from tiered.process import interrupts_later
 from tiered.units import MIB, PAGE, round_up
 
@@ -187,6 +188,8 @@ def _run(look: _Look, memory: memoryview) -> tuple[float, int]:
     deadline = time.perf_counter() + look.seconds
     stopped = threading.Event()
 
+    ended = [Outcome[None]() for _ in range(threads)]
+
     def transfer(worker: int) -> None:
         call = os.pwritev if look.writes else os.preadv
         try:
@@ -203,6 +206,8 @@ def _run(look: _Look, memory: memoryview) -> tuple[float, int]:
         except OSError as error:
             error.filename = file.path
             errors.append(error)
+        finally:
+            ended[worker].bring(None)
 
     workers = [threading.Thread(target=transfer, args=(worker,)) for worker in range(threads)]
     began = time.perf_counter()
@@ -211,14 +216,15 @@ def _run(look: _Look, memory: memoryview) -> tuple[float, int]:
         with interrupts_later():
             for worker in workers:
                 worker.start()
-        for worker in workers:
-            worker.join()
+        for end in ended:
+            end.result()
     finally:
         # An interruption ends the wait, not the reads: the caller is about to take back files and memory.
-        stopped.set()
-        for worker in workers:
-            if worker.ident is not None:
-                worker.join()
+        with interrupts_later():
+            stopped.set()
+            for worker in workers:
+                if worker.ident is not None:
+                    worker.join()
     if errors:
         raise errors[0]
     return sum(counts) / (time.perf_counter() - began), sum(counts)

@@ -21,6 +21,7 @@ from tiered.convert.source import PANEL_NBYTES, StoredTensor, WeightReader, pane
 from tiered.errors import CheckpointError, ReadError
 from tiered.files import reading
 from tiered.kernels import read_rows, room_in
+from tiered.process import shut_down
 from tiered.units import round_up
 
 _BUFFERS: Final = 3
@@ -151,7 +152,7 @@ class Gatherer:
 
     def close(self) -> None:
         if self._thread is not None:
-            self._thread.shutdown(cancel_futures=True)
+            shut_down(self._thread, cancel_futures=True)
             self._thread = None
         self._close_files()
 

@@ -24,6 +24,7 @@ from tiered.convert.gguf_file import GgufTensor, gguf_package
 from tiered.convert.source import PANEL_NBYTES, StoredTensor, WeightReader
 from tiered.convert.workers import worker_count
 from tiered.errors import CheckpointError
+from tiered.process import shut_down
 from tiered.quant import QuantizedTensor, Scheme, folded
 
 PLAIN_KINDS: Final = {
@@ -101,7 +102,7 @@ class GgufReader(WeightReader):
     def close(self) -> None:
         self._gatherer.close()
         if self._threads is not None:
-            self._threads.shutdown(cancel_futures=True)
+            shut_down(self._threads, cancel_futures=True)
             self._threads = None
 
     def _numbers(self, weight: GgufWeight, stored: StoredTensor, raw: torch.Tensor) -> torch.Tensor:

@@ -22,6 +22,7 @@ from tiered.convert.blocks import RangeRecipe, TensorRecipe
 from tiered.convert.source import Packed
 from tiered.errors import StoreError
 from tiered.files import reading
+from tiered.process import shut_down
 from tiered.store import CHUNK_NBYTES, FileInfo, TensorEntry, hash_chunk
 from tiered.store.block import BlockLayout
 from tiered.store.sweep import bypass_cache
@@ -141,7 +142,7 @@ class _Chunks:
 
     def close(self) -> None:
         """Wait for reads in flight and free the memory."""
-        self._threads.shutdown(cancel_futures=True)
+        shut_down(self._threads, cancel_futures=True)
         self._file.close()
         for memory in self._memory:
             with suppress(BufferError):  # an error's traceback may still refer to it

@@ -14,6 +14,7 @@ from typing import Any, Final, Literal, TypeVar
 import torch
 
 from tiered.kernels import Kernels
+from tiered.process import shut_down
 from tiered.quant import QuantizedTensor, Scheme, quantize
 from tiered.units import MIB
 
@@ -65,7 +66,7 @@ class TorchThreads:
     def close(self) -> None:
         """End the threads; what has not begun is not done."""
         if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
+            shut_down(self._pool, cancel_futures=True)
             self._pool = None
             torch.set_num_threads(self._torch_threads)  # new threads would start with the workers' setting
 

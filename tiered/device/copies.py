@@ -14,6 +14,7 @@ from typing import Final
 import torch
 
 from tiered.device.clocks import Clock, Clocks
+from tiered.process import interrupts_later
 
 POISON: Final = 0xFF
 """Bytes that make no number of any kind of float, and the largest codes."""
@@ -159,8 +160,9 @@ class Copies:
 
     def close(self) -> None:
         """Wait for all copies."""
-        self._queue.put(None)
-        self._thread.join()
+        with interrupts_later():
+            self._queue.put(None)
+            self._thread.join()
 
     def _run(self) -> None:
         while (copy := self._queue.get()) is not None:

@@ -15,6 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 
 from tiered.device.device import Event
+from tiered.process import shut_down
 
 
 class CudaEvent:
@@ -111,7 +112,7 @@ class CopyStream:
     def close(self) -> None:
         """Wait for all copies, and let go of their memory."""
         if self._thread is not None:
-            self._thread.shutdown(wait=True)
+            shut_down(self._thread)
         self._stream.synchronize()
         self._left.clear()
 

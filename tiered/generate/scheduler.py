@@ -235,9 +235,9 @@ class Scheduler(Generic[T]):
 
         decoding = sum(ticket.is_decoding for ticket in members)
         prompt_tokens = sum(len(s.input_ids) for s, t in zip(segments, members, strict=True) if not t.is_decoding)
-        if not prompt_tokens and self._runner.may_rest and not self._has_prompts():
-            self._runner.rest_device()
         try:
+            if not prompt_tokens and self._runner.may_rest and not self._has_prompts():
+                self._runner.rest_device()
             pass_ = self._runner.run(segments, on_logits, on_block, self._is_last(segments, members))
         except BaseException:
             self._drop_all()

@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Final, Generic, TypeVar, cast
 
 from tiered.errors import InterruptedRun
+from tiered.process import shut_down
 
 T = TypeVar("T")
 _POLL_SECONDS: Final = 0.1
@@ -189,7 +190,7 @@ class IOThreads:
     def close(self) -> None:
         """Drop queued work and wait for what runs: nothing touches memory afterwards."""
         self._closing = True
-        self._pool.shutdown(wait=True)
+        shut_down(self._pool)
 
 
 async def all_of(transfers: Iterable[Awaitable[None]]) -> None:

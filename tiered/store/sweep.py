@@ -15,6 +15,8 @@ from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Final
 
+from tiered.process import shut_down
+
 PIECE_NBYTES: Final = 4 << 20
 """Bytes written at a time: as fast as any larger piece where this was measured."""
 _PIECES: Final = 3
@@ -56,7 +58,7 @@ class Sweep:
 
     def close(self) -> None:
         """Wait for the thread and free the pieces, finished or not; the file must still be open."""
-        self._thread.shutdown(wait=True)
+        shut_down(self._thread)
         for piece in self._pieces:
             with contextlib.suppress(BufferError):  # an error's traceback may still refer to the piece
                 piece.close()

@@ -112,24 +112,17 @@ def run_in(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, T], cancel
         task = loop.create_task(work)
         task.add_done_callback(lambda _: ended.bring(None))
 
-    interrupt: KeyboardInterrupt | None = None
-    try:
-        with interrupts_later():
-            loop.call_soon_threadsafe(start)
-    except RuntimeError:
-        work.close()
-        raise InterruptedRun("the loop has ended") from None
-    while not ended.is_there and not loop.is_closed():
+    # `work` must end before anything else begins; that takes as long as its reads in flight.
+    with interrupts_later():
         try:
-            ended.wait(_POLL_SECONDS)
-        except KeyboardInterrupt as error:
-            # `work` must end before anything else begins; that takes as long as its reads in flight.
-            interrupt = error
-        if cancel is not None and cancel.is_set and task is not None:
-            loop.call_soon_threadsafe(task.cancel)
-            cancel = None
-    if interrupt is not None:
-        raise interrupt
+            loop.call_soon_threadsafe(start)
+        except RuntimeError:
+            work.close()
+            raise InterruptedRun("the loop has ended") from None
+        while not ended.wait(_POLL_SECONDS) and not loop.is_closed():
+            if cancel is not None and cancel.is_set and task is not None:
+                loop.call_soon_threadsafe(task.cancel)
+                cancel = None
     if task is None or not task.done() or task.cancelled():
         raise InterruptedRun("interrupted")
     return task.result()

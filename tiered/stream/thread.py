@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from tiered.errors import InterruptedRun
 from tiered.io.threads import Outcome
+from tiered.process import interrupts_later
 from tiered.stream.handover import run_in
 from tiered.stream.kv import KVStream
 from tiered.stream.streamer import Streamer
@@ -68,20 +69,14 @@ class StreamThread:
 
     def stop(self) -> None:
         """End all reading, whether the streams are open yet or not, and wait until nothing runs any more."""
-        interrupt: KeyboardInterrupt | None = None
-        while self._thread.is_alive():
-            try:
-                self._running.result()
-                if self._loop is not None:
-                    # A loop that has ended by itself cannot be called any more; `ready` says why it ended.
-                    with contextlib.suppress(RuntimeError):
-                        self._loop.call_soon_threadsafe(self._end)
-                self._thread.join()
-            except KeyboardInterrupt as error:
-                # What it reads into is released after this.
-                interrupt = error
-        if interrupt is not None:
-            raise interrupt
+        # What it reads into is released after this.
+        with interrupts_later():
+            self._running.result()
+            if self._loop is not None:
+                # A loop that has ended by itself cannot be called any more; `ready` says why it ended.
+                with contextlib.suppress(RuntimeError):
+                    self._loop.call_soon_threadsafe(self._end)
+            self._thread.join()
 
     def _end(self) -> None:
         """In the loop: let the open streams close, or cancel the preparation."""
