@@ -37,6 +37,7 @@ from tiered.model import (
     CACHE_NAMES,
     ForwardBatch,
     cache_name,
+    check_padding,
     check_token_ids,
     fits_one_pass,
     keep_positions,
@@ -298,9 +299,9 @@ class OffloadedModel(PreTrainedModel, GenerationMixin):
         step = max(1, self._runtime.plan.micro_batch_rows // rows)
         # Two parts have the bits of the whole where they meet on a line of the grid.
         step = self._runtime.plan.grid.share(step, tokens) or step
-        parts = []
-        for start in range(0, tokens, step):
-            stop = min(start + step, tokens)
+        parts, cuts = [], [(start, min(start + step, tokens)) for start in range(0, tokens, step)]
+        check_padding(batch, cuts)
+        for start, stop in cuts:
             mask = slice_mask(batch.attention_mask, past, start, stop)
             positions = None if batch.position_ids is None else batch.position_ids[:, start:stop]
             parts.append(ForwardBatch(batch.input_ids[:, start:stop], batch.cache, mask, positions, 0))

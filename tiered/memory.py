@@ -118,7 +118,7 @@ def open_memory(store: Store, plan: Plan, options: Options, host: Host, has_pool
             slab = keep(waiting.host_nbytes, "hidden states")
             register(device, [slab], stack)
             there, here = lease(waiting.device_nbytes, "hidden states"), slab.tensor()[: waiting.host_nbytes]
-            room = WaitingRoom(there, here, host.trace)
+            room = WaitingRoom(there, here, waiting.token_nbytes, host.trace)
             stack.callback(room.close)
             return room
 

@@ -24,7 +24,7 @@ def waiting(device: EmulatedDevice, tokens: int) -> Iterator[WaitingRoom]:
     plan = WaitingPlan(tokens, ROWS, WIDTH * 4)
     slots = Lease(device, plan.device_nbytes, "hidden states")
     try:
-        room = WaitingRoom(slots, torch.empty(plan.host_nbytes, dtype=torch.uint8), Tracer())
+        room = WaitingRoom(slots, torch.empty(plan.host_nbytes, dtype=torch.uint8), plan.token_nbytes, Tracer())
         yield room
         room.close()
         slots.end()
@@ -78,6 +78,28 @@ def test_more_than_was_planned_for_is_refused() -> None:
         with pytest.raises(BudgetError, match=r"120 bytes of hidden states, behind 240 of .*--vram"):
             passed(room, [5, 5, 5])
         room.drop()
+
+
+@pytest.mark.parametrize("sizes", [[3], [5] * 4])
+def test_layers_may_return_wider_numbers_than_the_first_is_given(sizes: Sequence[int]) -> None:
+    """As those of Mamba 2 do, which add to the residual in float32."""
+    with waiting(EmulatedDevice(MIB), sum(sizes)) as room:
+        room.begin(len(sizes), LAYERS)
+        places = [room.add(states.bfloat16()) for states in states_of(sizes)]
+        for place in places * LAYERS:
+            place.put(place.take().float() + 1e-3)
+        expected = [states.bfloat16().float() for states in states_of(sizes)]
+        for _ in range(LAYERS):
+            expected = [states + 1e-3 for states in expected]
+        assert all(torch.equal(place.settled(), states) for place, states in zip(places, expected, strict=True))
+
+
+def test_numbers_that_are_wider_than_planned_are_refused() -> None:
+    with waiting(EmulatedDevice(MIB), 3) as room:
+        room.begin(1, LAYERS)
+        place = room.add(states_of([3])[0])
+        with pytest.raises(BudgetError, match=r"torch.float64 take 144 bytes, planned for 72"):
+            place.put(place.take().double())
 
 
 class NoWait(EmulatedDevice):

@@ -2,7 +2,7 @@
 
 In: a micro-batch's states in one layer, computed on the device. Out: the same states in the host's memory, given to
 whoever stores them. The copy is one transfer and runs beside computing: what is computed next need not wait for it.
-Other copies between the two that a layer must not end without are waited for with these (`away.py`).
+Other copies between the two that a layer must not end without are waited for with these (`state.py`).
 """
 
 import contextlib

@@ -127,7 +127,8 @@ class AwayStates:
             self._sent.update(dict.fromkeys(here, event))
 
     def rest(self) -> None:
-        """Give the device's memory back until states are brought again. The outbox has been flushed."""
+        """Give the device's memory back until states are brought again. `Outbox.rest` comes first: it waits
+        for the copies back, which read that memory."""
         self._device.record().wait()
         self._sent.clear()
         self._lease.end()

@@ -6,6 +6,7 @@ from tiered.model.engine import Engine, OnBlock, Pass
 from tiered.model.forward import (
     ForwardBatch,
     ForwardWork,
+    check_padding,
     check_token_ids,
     fits_one_pass,
     keep_positions,
@@ -41,6 +42,7 @@ __all__ = [
     "cache_name",
     "check_layers",
     "check_match",
+    "check_padding",
     "check_token_ids",
     "fits_one_pass",
     "keep_positions",

@@ -12,7 +12,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
 from tiered.cache import PositionCache
-from tiered.errors import ConfigError
+from tiered.errors import ConfigError, NotSupportedError
 from tiered.model.homebound import Home, Homebound, can_come_home
 from tiered.model.record import LayerCall
 from tiered.model.seat import Seats
@@ -67,8 +67,9 @@ class ForwardWork:
         for number, batch in enumerate(self._batch):
             tokens = batch.input_ids.shape[1]
             home = None if seat is self.head else Home(batch.cache, self.head.where, self.head.model.dtype)
-            past = past_tokens(batch)
-            for start, stop in self._cuts(batch):
+            past, cuts = past_tokens(batch), self._cuts(batch)
+            check_padding(batch, cuts)
+            for start, stop in cuts:
                 inputs = embedded(seat, batch.input_ids[:, start:stop].cpu())
                 hidden, calls = self._record_micro_batch(batch, inputs, past, start, stop)
                 if home is not None:
@@ -156,6 +157,22 @@ def fits_one_pass(batch: ForwardBatch, rows_per_micro_batch: int, seats: Seats) 
     return all(type(layer) is DynamicLayer for layer in batch.cache.layers) and not isinstance(
         batch.attention_mask, dict
     )
+
+
+def check_padding(batch: ForwardBatch, cuts: Sequence[tuple[int, int]]) -> None:
+    """Raises NotSupportedError where `cuts` of a prompt with recurrent layers leave a padded token to itself:
+    transformers masks none in the states of a single token."""
+    mask, tokens = batch.attention_mask, batch.input_ids.shape[1]
+    is_plain = isinstance(mask, torch.Tensor) and mask.ndim == 2
+    if tokens == 1 or not is_plain or not any(getattr(batch.cache, "is_linear", ())):
+        return
+    mine = mask[:, -tokens:]
+    if any(stop - start == 1 and not bool(mine[:, start].all()) for start, stop in cuts):
+        raise NotSupportedError(
+            f"{len(mine)} x {tokens} tokens with padding: memory was set aside for so few that they would be computed "
+            "one by one, and recurrent layers cannot leave out a single one; pass fewer rows or such of equal length, "
+            "or a larger ram= (vram= with a GPU) to tiered.load"
+        )
 
 
 def past_tokens(batch: ForwardBatch) -> int:

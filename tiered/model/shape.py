@@ -69,6 +69,7 @@ def model_shape(store: Store, skeleton: Skeleton, dtype: torch.dtype) -> ModelSh
         state=None if state is None else state.in_dtype(str(dtype).removeprefix("torch."), own_dtype),
         operations=layers_work.operations,
         elements=layers_work.elements,
+        float32_residual=bool(getattr(config, "residual_in_fp32", False)),
     )
 
 

@@ -23,11 +23,11 @@ from tiered.trace import Tracer
 
 class WaitingRoom:
     """Hidden states of one pass at a time. `slots` is memory of a device for `SLOTS` micro-batches of the largest
-    size, `host` uint8 memory of the host for all of a pass."""
+    size, `host` uint8 memory of the host for all of a pass; a token's take `token_nbytes` in either."""
 
-    def __init__(self, slots: Lease, host: torch.Tensor, trace: Tracer) -> None:
+    def __init__(self, slots: Lease, host: torch.Tensor, token_nbytes: int, trace: Tracer) -> None:
         self._device, self._slots, self._host, self._trace = slots.device, slots, host, trace
-        self._slot_nbytes = slots.nbytes // SLOTS
+        self._slot_nbytes, self._token_nbytes = slots.nbytes // SLOTS, token_nbytes
         self._places: list[Place] = []
         self._count = self._layers = self._used = 0
         self._gone: list[Event | None] = [None] * SLOTS
@@ -42,12 +42,13 @@ class WaitingRoom:
         self._count, self._layers, self._used = count, layers, 0
 
     def add(self, hidden: torch.Tensor) -> "Place":
-        """Take the hidden states that the next micro-batch enters the first layer with. Raises BudgetError where they
-        are more than was planned for."""
-        start, self._used = self._used, self._used + hidden.nbytes
-        if hidden.nbytes > self._slot_nbytes or self._used > len(self._host):
+        """Take the hidden states [rows, tokens, hidden] that the next micro-batch enters the first layer with. Raises
+        BudgetError where they are more than was planned for."""
+        nbytes = hidden.shape[:-1].numel() * self._token_nbytes
+        start, self._used = self._used, self._used + nbytes
+        if nbytes > self._slot_nbytes or self._used > len(self._host):
             raise BudgetError(
-                f"{hidden.nbytes:,} bytes of hidden states, behind {start:,} of the same pass: planned for "
+                f"{nbytes:,} bytes of hidden states, behind {start:,} of the same pass: planned for "
                 f"{self._slot_nbytes:,} and {len(self._host):,}; ask for fewer tokens at once, or give more with --vram"
             )
         place = Place(self, len(self._places), hidden.shape, hidden.dtype, self._host[start : self._used])
@@ -80,6 +81,12 @@ class WaitingRoom:
 
     def put(self, place: "Place", hidden: torch.Tensor) -> None:
         """`Place.put`."""
+        if hidden.nbytes > place.host.nbytes:
+            raise BudgetError(
+                f"hidden states {list(hidden.shape)} in {hidden.dtype} take {hidden.nbytes:,} bytes, planned for "
+                f"{place.host.nbytes:,}; ask for fewer tokens at once, so that none wait, or give more with --vram"
+            )
+        place.dtype = hidden.dtype
         slot, memory = self._slot(place, place.turns)
         gone = self._gone[slot]
         # Later, what was copied into the slot came behind that.
@@ -148,6 +155,7 @@ class Place:
     number: int
     shape: torch.Size
     dtype: torch.dtype
+    """Layers may return another one than the first of them is given."""
     host: torch.Tensor
     turns: int = 0
     """How many layers have been given them."""
@@ -170,4 +178,4 @@ class Place:
 
     def shown(self, memory: torch.Tensor) -> torch.Tensor:
         """`memory` as what they are."""
-        return memory.view(self.dtype).view(self.shape)
+        return memory[: self.shape.numel() * self.dtype.itemsize].view(self.dtype).view(self.shape)

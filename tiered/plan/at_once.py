@@ -105,7 +105,7 @@ class AtOnce:
         if self.on_device:
             workspace = transit_nbytes(model, tokens, self.batch_size, max(self.batch_size, head_rows), ram)
         state = cache.states_memory_nbytes + PAGE if model.state is not None and not self.on_device else 0
-        waiting = WaitingPlan(tokens, rows, model.hidden * model.itemsize) if waits else None
+        waiting = WaitingPlan(tokens, rows, model.hidden_nbytes) if waits else None
         waiting_nbytes = 0 if waiting is None else waiting.host_nbytes + PAGE
         kv = self._kv_nbytes(cache, host)
         needs = Needs(budgets.baseline, model.tables_nbytes, kv, workspace, state, waiting_nbytes)

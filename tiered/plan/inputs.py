@@ -154,6 +154,8 @@ class ModelShape:
     0: not known, as it is of a graph that cannot be tried."""
     elements: int = 0
     """Numbers that these operations write for each row."""
+    float32_residual: bool = False
+    """Layers return hidden states in float32, whatever the compute dtype."""
 
     def in_dtype(self, dtype: str) -> "ModelShape":
         """The shape as computed in another dtype, by its name, but for what tables take."""
@@ -165,6 +167,11 @@ class ModelShape:
     def itemsize(self) -> int:
         """Bytes of the compute dtype."""
         return itemsize(self.dtype)
+
+    @property
+    def hidden_nbytes(self) -> int:
+        """Bytes of a token's hidden states, as layers return them."""
+        return self.hidden * (4 if self.float32_residual else self.itemsize)
 
     @property
     def layers(self) -> int:

@@ -103,7 +103,7 @@ def transit_nbytes(shape: ModelShape, tokens: int, sequences: int, logits: int, 
 def _token_nbytes(shape: ModelShape) -> int:
     """Bytes that a token in flight takes through the whole pass: two generations of its hidden states, its rows of
     tables, and what each layer will be given of them."""
-    return (2 * shape.hidden + shape.table_numbers) * shape.itemsize + shape.table_row_nbytes
+    return 2 * shape.hidden_nbytes + shape.table_numbers * shape.itemsize + shape.table_row_nbytes
 
 
 def _call_nbytes(shape: ModelShape) -> int:

@@ -32,16 +32,18 @@ class DeviceExperts:
     def open(self) -> None:
         """Borrow the slots. Raises BudgetError."""
         self._memory.take()
+        self.release_all()  # what was computed there for others may not be done
 
     def close(self) -> None:
         """Give them back, when they have been computed with. They are borrowed again when an expert is brought."""
         self._device.record().wait()
         self._memory.end()
-        self._freed = [()] * SLOTS
         self.views.clear()
 
     def bring(self, source: torch.Tensor, name: str) -> tuple[int, torch.Tensor]:
         """Copy an expert; its slot's number and the slot. `source` may be read into again when this returns."""
+        if not self._memory.is_held:
+            self.open()
         slot, self._next = self._next, (self._next + 1) % SLOTS
         memory = self._slot(slot)
         arrived = self._device.copy_in(source, memory[: source.nbytes], self._freed[slot])

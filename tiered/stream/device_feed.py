@@ -98,8 +98,7 @@ class DeviceFeed(Walk[Brought]):
 
     async def start(self) -> None:
         with contextlib.ExitStack() as stack:
-            if self._ring_nbytes:
-                self._slots.take()
+            self._take_slots()
             stack.callback(self._slots.end)
             own = self._borrow(stack, sum(self._sizes[position] for position in self._kept), "resident weights")
             ends = itertools.accumulate((self._sizes[position] for position in self._kept), initial=0)
@@ -110,6 +109,12 @@ class DeviceFeed(Walk[Brought]):
             await self._share.start()
             self._host = self._share
         await super().start()
+
+    def _take_slots(self) -> None:
+        """Borrow the ring of slots, if it is not. What was computed there for others may not be done."""
+        if not self._slots.is_held:
+            self._slots.take()
+            self._freed = [(0, self._ring_nbytes, self._device.record())]
 
     def _borrow(self, stack: contextlib.ExitStack, nbytes: int, label: str) -> torch.Tensor:
         memory = self._device.borrow(nbytes, label) if nbytes else torch.empty(0, dtype=torch.uint8)
@@ -296,6 +301,7 @@ class DeviceFeed(Walk[Brought]):
             _give_back(host, host_number)
             self._units.put(number, found)
             return
+        self._take_slots()
         slot = self._slots.take()[span.start : span.start + self._sizes[turn.position]]
         self._units.put(
             number, self._copy(turn.position, found, slot, self._last_uses(span), host, host_number, number)
