@@ -1,5 +1,6 @@
 """Which units a block's tensors go into: whole weights, in order, small ones apart, none larger than it must be."""
 
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from tests.convert.models import TRAINED
 from tiered.arch import build_skeleton, text_config
 from tiered.convert import ConvertOptions, convert_checkpoint
-from tiered.convert.block import finished_block
+from tiered.convert.block import _joined, finished_block
 from tiered.convert.blocks import RANGE_NBYTES, BlockRecipe, RangeRecipe, TensorRecipe
 from tiered.convert.convert import Conversion
 from tiered.convert.open import open_checkpoint
@@ -141,3 +142,16 @@ def test_a_finished_block_is_recognized_with_its_units_and_no_other(tmp_path: Pa
         turned = BlockRecipe(layers[0].name, "layer", layers[0].prefix, tuple(reversed(layers[0].tensors)))
         assert finished_block(out, turned) is None
         assert finished_block(out, BlockRecipe("layer-000", "layer", layers[1].prefix, layers[1].tensors)) is None
+
+
+def test_pieces_are_joined_while_their_memory_is_theirs() -> None:
+    """Readers put the next panel where an earlier one was."""
+    memory = bytearray(4)
+
+    def pieces() -> Iterator[memoryview]:
+        for number in range(3):
+            memory[:] = bytes([number] * 4)
+            yield memoryview(memory)
+
+    assert _joined(pieces(), torch.uint8, (3, 4)).tolist() == [[0] * 4, [1] * 4, [2] * 4]
+    assert _joined(iter(()), torch.uint8, (3, 0)).shape == (3, 0)

@@ -247,3 +247,20 @@ def test_there_is_nothing_to_keep_in_a_plain_checkpoint(tmp_path: Path) -> None:
     made.save_pretrained(tmp_path / "source")
     with pytest.raises(ConfigError, match=r"--quant keep: no weights of this checkpoint are quantized; pass --quant"):
         convert_checkpoint(tmp_path / "source", tmp_path / "out", ConvertOptions(quant="keep"))
+
+
+def test_the_added_error_is_that_of_rows_from_all_over_a_weight(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first rows have scales that 16 bits hold: nothing changes in them."""
+    source = checkpoint(tmp_path / "source", model(), {"lm_head": "ct-int8"}, FORMATS["ct-int8"]["config"])
+    file = source / "model.safetensors"
+    tensors = load_file(file)
+    scale = tensors["lm_head.weight_scale"]
+    scale[:32] = scale[:32].half().float()
+    save_file(tensors, file)
+    monkeypatch.setattr("tiered.convert.checkpoint._SAMPLE_NUMEL", 256)  # two rows
+    (one,) = convert_checkpoint(source, tmp_path / "out", ConvertOptions(compress="none")).taken
+    assert "rounded" in one.form and 0 < one.added < 2**-11
+    (anew,) = convert_checkpoint(source, tmp_path / "int4", ConvertOptions(quant="int4", compress="none")).taken
+    assert anew.form == "int4-g64" and 0 < anew.added

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tiered.convert.gather import Extent, Gatherer
 from tiered.convert.safetensors_reader import SafetensorsReader
 from tiered.errors import CheckpointError, ReadError
 
@@ -99,3 +100,30 @@ def test_a_file_cut_while_it_is_read_is_named(file: Path) -> None:
         for name in ("a", "scalar"):
             list(reader.panels(file, name))
     reader.close()
+
+
+def test_whole_rows_are_asked_for_in_small_steps_before_columns_of_them_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Linux cuts what is asked for at once to the disk's read-ahead: of one piece only the beginning would come."""
+    path, count, row_nbytes = tmp_path / "matrix", 300, 50_000
+    path.write_bytes(bytes(1000) + os.urandom(count * row_nbytes))
+    asked: list[tuple[int, int]] = []
+
+    def advise(fd: int, offset: int, nbytes: int, advice: int) -> None:
+        if advice == os.POSIX_FADV_WILLNEED:
+            asked.append((offset, nbytes))
+
+    monkeypatch.setattr("os.posix_fadvise", advise)
+    gatherer, extent = Gatherer(), Extent(path, 1000, count * row_nbytes)
+    matrix = torch.frombuffer(bytearray(path.read_bytes()[1000:]), dtype=torch.uint8).view(count, row_nbytes)
+    for columns in (range(0, 700), range(700, 1400)):
+        found = gatherer.rectangle(extent, row_nbytes, range(10, count), columns)
+        assert torch.equal(found, matrix[10:, columns.start : columns.stop])
+    gatherer.close()
+    assert max(nbytes for _, nbytes in asked) <= 128 << 10
+    place = 1000 + 10 * row_nbytes
+    for offset, nbytes in asked:
+        assert offset == place
+        place += nbytes
+    assert place == 1000 + count * row_nbytes

@@ -306,6 +306,8 @@ def test_fused_kernels_compute_prompts_and_leave_the_rest_to_ours() -> None:
     others += [{"mask": torch.ones(1, 90, 150, dtype=torch.bool)}, {"first": torch.tensor([61, 0])}]
     assert not any(serves_fused(restricted(**more)) for more in others)
     assert not serves_fused(random_call(Shape(2, 1, 4, 2, 150, 64))), "decoding"
+    call, none = restricted(), torch.empty(0, dtype=torch.long)
+    assert not serves_fused(replace(call, query=call.query[:0], first=none, count=none)), "no sequences"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -2,13 +2,15 @@
 
 import importlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Final
 
 import pytest
 import torch
 
 from tests.helpers import TINY
-from tiered.kernels import Kernels, Level, load_library
+from tiered.errors import InterruptedRun
+from tiered.kernels import CancelFlag, Kernels, Level, load_library
 from tiered.kernels.kernels import KERNEL_NAMES
 from tiered.model import steps
 
@@ -157,3 +159,77 @@ def test_what_the_library_does_not_take_is_left_to_transformers(kernels: Kernels
     assert kernels.recurrent.convolve(x, weight[:, :4], state=numbers(1, 4, 3, seed=3)) is None
     with Kernels(1, name="torch") as plain:
         assert plain.recurrent is None
+
+
+def delta_inputs(heads: int = 4, key_heads: int = 2, keys: int = 5, values: int = 3) -> list[torch.Tensor]:
+    shapes = ((key_heads, keys), (key_heads, keys), (heads, values), (heads,), (heads,))
+    return [slots(heads, keys, values), *(numbers(SEQUENCES, *shape, seed=1) for shape in shapes)]
+
+
+def scan_inputs(rows: int = 6, size: int = 5, groups: int = 2) -> list[torch.Tensor]:
+    shapes = ((rows, size), (rows,), (groups, size), (groups, size))
+    return [slots(rows, size), *(numbers(SEQUENCES, *shape, seed=1) for shape in shapes)]
+
+
+def test_tensors_that_do_not_fit_together_never_reach_the_library(kernels: Kernels) -> None:
+    recurrent = kernels.recurrent
+    assert recurrent is not None
+    delta_step: Callable[..., Any] = partial(recurrent.delta_step, is_normalized=True)
+    assert delta_step(*delta_inputs()) is not None
+    assert recurrent.scan_step(*scan_inputs()) is not None
+    for step, inputs in ((delta_step, delta_inputs), (recurrent.scan_step, scan_inputs)):
+        for place in range(1, len(inputs())):
+            for change in (lambda x: x[:-1], lambda x: x[..., :-1], lambda x: x[:, :0]):
+                given = inputs()
+                before = given[0].clone()
+                given[place] = change(given[place])
+                assert step(*given) is None, (place, given[place].shape)
+                assert torch.equal(given[0], before)
+    assert delta_step(*delta_inputs(heads=5)) is None
+    assert recurrent.scan_step(*scan_inputs(rows=7)) is None
+    x, weight = numbers(2, 4, 9, seed=1), numbers(4, 3, seed=2)
+    assert recurrent.convolve(x, weight[:3]) is None and recurrent.convolve(x, weight, weight[:3, 0]) is None
+
+
+def test_what_says_more_than_ours_know_is_left_to_transformers(kernels: Kernels) -> None:
+    own: list[str] = []
+
+    def left(name: str) -> Callable[..., Any]:
+        def note(*_: Any, **__: Any) -> None:
+            own.append(name)
+
+        return note
+
+    some = torch.zeros(1)
+    x, weight = numbers(1, 4, 9, seed=1), numbers(4, 3, seed=2)
+    steps._convolve(kernels, left("convolve"), x, weight, seq_idx=some)
+    steps._convolve(kernels, never, x, weight, seq_idx=None)
+    state, _, x, b, c = scan_inputs(groups=1)
+    rate, b, c = -numbers(6, 5, seed=3).exp(), b[:, 0], c[:, 0]
+    steps._scan_step(kernels, left("scan"), state, x, x, rate, b, c, state_batch_indices=some)
+    steps._scan_step(kernels, never, state, x, x, rate, b, c, state_batch_indices=None)
+    state, query, key, value, decay, beta = delta_inputs()
+    given: dict[str, Any] = {"initial_state": state, "output_final_state": True}
+    inputs = [each[:, None] for each in (query, key, value, decay, beta)]
+    steps._delta_step(kernels, left("delta"), *inputs, **given, cu_seqlens=some)
+    steps._delta_step(kernels, never, *inputs, **given, cu_seqlens=None)
+    assert own == ["convolve", "scan", "delta"]
+
+
+@pytest.mark.parametrize("name", ["delta_step", "scan_step", "convolve"])
+def test_a_raised_flag_interrupts(name: str) -> None:
+    if isinstance(load_library(), str):
+        pytest.skip(str(load_library()))
+    cancel = CancelFlag()
+    with Kernels(2, cancel) as kernels:
+        assert kernels.recurrent is not None
+        given: dict[str, list[Any]] = {
+            "delta_step": [*delta_inputs(), True],
+            "scan_step": scan_inputs(),
+            "convolve": [numbers(1, 4, 9, seed=1), numbers(4, 3, seed=2)],
+        }
+        cancel.set()
+        with pytest.raises(InterruptedRun):
+            getattr(kernels.recurrent, name)(*given[name])
+        cancel.clear()
+        assert getattr(kernels.recurrent, name)(*given[name]) is not None

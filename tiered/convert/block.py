@@ -129,7 +129,9 @@ def _records(layout: RowLayout, tensor: TensorRecipe, source: Weights) -> Iterat
 
 def _joined(pieces: Iterable[memoryview], dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
     """The tensor whose bytes come in `pieces`."""
-    joined = bytearray().join(pieces)
+    joined = bytearray()
+    for piece in pieces:  # not `join`, which asks for all before it copies the first: their memory is used again
+        joined += piece
     return torch.frombuffer(joined, dtype=dtype).view(*shape) if joined else torch.empty(shape, dtype=dtype)
 
 

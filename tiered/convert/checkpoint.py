@@ -160,9 +160,9 @@ class Checkpoint:
                 self._tally.add(tensor.name, method, scheme.name)
             else:
                 # Of each group all values change by the same share.
-                rows = slice(max(1, _SAMPLE_NUMEL // folded(tensor.shape)[1]))
+                rows = _sampled(len(made.q), folded(tensor.shape)[1])
                 ones = torch.ones_like(made.scale[rows])
-                numbers = dequantize(made.q[rows], ones, made.zero[rows], scheme)
+                numbers = dequantize(made.q[rows].contiguous(), ones, made.zero[rows].contiguous(), scheme)
                 groups = numbers.view(*ones.shape, -1)
                 form = f"{scheme.name}, scales rounded"
                 values = (groups * each[rows].unsqueeze(-1) for each in (before, after))
@@ -175,10 +175,11 @@ class Checkpoint:
         assert scheme is not None
         for made in self._quantizers.quantize(panel, scheme, self._clip, f"{self._files.name}: {tensor.name}"):
             if method is not None:
-                rows = min(len(made.q), max(1, _SAMPLE_NUMEL // panel.shape[1]))
+                rows = _sampled(len(made.q), panel.shape[1])
                 with one_torch_thread():
-                    after = dequantize(made.q[:rows], made.scale[:rows], made.zero[:rows], scheme)
-                    self._tally.add_changed(tensor.name, method, scheme.name, panel[done : done + rows], after)
+                    after = dequantize(*(part[rows].contiguous() for part in made), scheme)
+                    before = panel[done : done + len(made.q)][rows]
+                    self._tally.add_changed(tensor.name, method, scheme.name, before, after)
             done += len(made.q)
             yield made
 
@@ -391,6 +392,11 @@ def _check_finite(values: torch.Tensor, name: str) -> None:
         f"{name}: expected finite weights, found {bad:,} among {values.numel():,} that are NaN, infinite or beyond "
         "what bfloat16 holds; check the source checkpoint"
     )
+
+
+def _sampled(rows: int, width: int) -> slice:
+    """Some of so many rows of `width` weights, from all over them: _SAMPLE_NUMEL weights, but one row at least."""
+    return slice(None, None, -(-rows // max(1, _SAMPLE_NUMEL // width)) or 1)
 
 
 def _part_shape(shape: tuple[int, ...], count: int) -> tuple[int, ...]:

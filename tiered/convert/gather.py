@@ -29,7 +29,10 @@ _BUFFERS: Final = 3
 _MOST_OPEN: Final = 64
 """Files that are open at once: a checkpoint may have a thousand, about as many as a process may open."""
 _AHEAD_NBYTES: Final = 128 << 10
-"""Bytes of a row that are asked for together where only some columns are read."""
+"""Bytes that are asked for together where only some columns are read. Of more Linux reads no more at once than the
+device's read-ahead, of which this is the usual size."""
+_WINDOW_NBYTES: Final = 4 << 20
+"""Bytes of whole rows between those that are read and the last ones that have been asked for."""
 
 
 class Extent(NamedTuple):
@@ -165,15 +168,24 @@ class Gatherer:
             _read(fd, extent.path, begin, data)
             return
         # Short reads far apart, and those beside them come next: asked for together, the disk does many at a time.
-        for start in range(round_up(columns.start, _AHEAD_NBYTES), columns.stop, _AHEAD_NBYTES):
-            if row_nbytes <= _AHEAD_NBYTES:
-                os.posix_fadvise(fd, extent.offset, extent.nbytes, os.POSIX_FADV_WILLNEED)
-                break
-            for row in range(target.shape[0]):
-                place = extent.offset + (first + row) * row_nbytes + start
-                os.posix_fadvise(fd, place, min(_AHEAD_NBYTES, row_nbytes - start), os.POSIX_FADV_WILLNEED)
-        for row in range(read_rows(fd, begin, row_nbytes, width, target), target.shape[0]):
-            _read(fd, extent.path, begin + row * row_nbytes, data[row * width : (row + 1) * width], keep=True)
+        count, together, asked = target.shape[0], target.shape[0], 0
+        is_whole = row_nbytes <= _AHEAD_NBYTES and columns.start == 0
+        if is_whole:
+            together = max(1, _WINDOW_NBYTES // row_nbytes)
+        elif row_nbytes > _AHEAD_NBYTES:
+            for start in range(round_up(columns.start, _AHEAD_NBYTES), columns.stop, _AHEAD_NBYTES):
+                for row in range(count):
+                    place = extent.offset + (first + row) * row_nbytes + start
+                    os.posix_fadvise(fd, place, min(_AHEAD_NBYTES, row_nbytes - start), os.POSIX_FADV_WILLNEED)
+        for row in range(0, count, together):
+            stop = min(count, row + together)
+            while is_whole and asked < (wanted := min(count, stop + together) * row_nbytes):
+                nbytes = min(_AHEAD_NBYTES, wanted - asked)
+                os.posix_fadvise(fd, extent.offset + first * row_nbytes + asked, nbytes, os.POSIX_FADV_WILLNEED)
+                asked += nbytes
+            done = read_rows(fd, begin + row * row_nbytes, row_nbytes, width, target[row:stop])
+            for each in range(row + done, stop):
+                _read(fd, extent.path, begin + each * row_nbytes, data[each * width : (each + 1) * width], keep=True)
         if columns.stop == row_nbytes:  # the rows have been read through
             os.posix_fadvise(fd, extent.offset, extent.nbytes, os.POSIX_FADV_DONTNEED)
 

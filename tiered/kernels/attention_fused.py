@@ -29,11 +29,13 @@ _NOBODYS: Final = -PAGE_TOKENS
 def serves_fused(call: AttentionCall) -> bool:
     """Whether `attention_fused` computes this call: several causal queries of each sequence, and nothing but that."""
     _, q_len, _, head_dim = call.query.shape
+    if q_len <= 1 or not len(call.count):
+        return False
     most, least = int(call.count.max()), int(call.count.min())
     is_plain = not call.softcap and call.mask is None and call.bias is None and call.sinks is None
     sees_all = call.causal and (not call.window or most <= call.window) and int(call.first.max()) <= least - q_len
     has_kernel = call.query.device.type != "cuda" or (head_dim <= _MOST_HEAD_DIM and not head_dim % _HEAD_DIM_UNIT)
-    return q_len > 1 and is_plain and sees_all and has_kernel and _heads_at_once(call, most) > 0
+    return is_plain and sees_all and has_kernel and _heads_at_once(call, most) > 0
 
 
 def attention_fused(call: AttentionCall, cancel: CancelFlag | None = None) -> torch.Tensor:

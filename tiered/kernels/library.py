@@ -58,15 +58,6 @@ class Format(IntEnum):
     CODEBOOK = 3
 
 
-class Packing(IntEnum):
-    """How a published checkpoint packs codes; `tiered/quant/published.py` says what each is."""
-
-    ROWS = 0
-    ROWS_HIGH_FIRST = 1
-    COLUMNS = 2
-    AWQ = 3
-
-
 class WeightArgument(ctypes.Structure):
     """tk_weight of tiered_kernels.h."""
 

@@ -7,16 +7,17 @@ from several threads.
 
 from collections.abc import Sequence
 from math import prod
-from typing import Final
+from typing import Final, get_args
 
 import torch
 from torch import Tensor
 
-from tiered.kernels.library import Library, Packing, Status, load_library
+from tiered.kernels.library import Library, Status, load_library
 from tiered.quant import published
 
 _GROUPS: Final = (2, 32, 64, 128)
-_PACKINGS: Final = {each: Packing[each.upper()] for each in ("rows", "rows_high_first", "columns", "awq")}
+_PACKINGS: Final = {name: number for number, name in enumerate(get_args(published.Packing))}
+"""The numbers of tk_packing (tiered_kernels.h)."""
 
 
 def room_in(out: Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -61,6 +62,9 @@ def widened(
     `codes` u8 [rows, in] where `table` has 256 values, [rows, in / 2] where it has 16, the first code in the low
     nibble. `scale` and `zero` float32 [rows, n]. `groups`: how many columns share a number of them, the last ones
     perhaps fewer; or i64 [in], which of the n each column has. In the memory `out`, u8, if that is large enough.
+
+    Raises ValueError where `scale` and `zero` have other rows, or other groups than all columns have. Where a number in
+    `groups` is beyond the n: ValueError, too, or torch's IndexError where the native library does not compute.
     """
     library, bits = load_library(), 8 if len(table) == 256 else 4
     if not isinstance(library, Library) or (bits == 4 and isinstance(groups, int) and groups % 2):
@@ -86,7 +90,7 @@ def widened(
         found.data_ptr(),
     )
     if status != Status.OK:
-        raise ValueError(f"expected scales and zeros of {in_} columns, found {list(scale.shape)}")
+        raise ValueError(f"expected scales and zeros for all groups of {in_} columns, found {list(scale.shape)}")
     return found
 
 

@@ -1,12 +1,13 @@
 """What layers do that keep a state of fixed size of a sequence, by the native library.
 
-In: torch tensors in the host's memory; states are updated where they lie. Out: results in float32, or None where the
-library does not serve such tensors and nothing has changed. A sequence has the same bits alone and among others. Called
-by the layers, in the place of functions of transformers' (`model/steps.py`).
+In: torch tensors in the host's memory; states are updated where they lie. Out: results, of steps in float32, of
+convolutions in their inputs' dtype; or None where the library does not serve such tensors, or they do not fit together,
+and nothing has changed. A sequence has the same bits alone and among others. Called by the layers, in the place of
+functions of transformers' (`model/steps.py`).
 """
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from ctypes import c_float, c_int32, c_int64, c_void_p
 from typing import Final
 
@@ -58,6 +59,10 @@ class Recurrent:
         """`call` runs a function of the library, by its name."""
         self._call = call
 
+    def takes(self, state: torch.Tensor) -> bool:
+        """Whether steps update a state such as this, where it lies."""
+        return _is_state(state)
+
     def delta_step(
         self,
         state: torch.Tensor,
@@ -74,9 +79,13 @@ class Recurrent:
         lengths if `is_normalized`; value [sequences, heads, values]; decay, by which the state is multiplied first, and
         beta [sequences, heads].
         """
-        if not _is_state(state):
+        if not _is_state(state) or state.ndim != 4:
             return None
         sequences, heads, keys, values = state.shape
+        of_keys = (sequences, query.shape[1] if query.ndim == 3 else 0, keys)
+        expected = (of_keys, of_keys, (sequences, heads, values), (sequences, heads), (sequences, heads))
+        if not _have(expected, query, key, value, decay, beta) or not of_keys[1] or heads % of_keys[1]:
+            return None
         given = [each.float().contiguous() for each in (query, key, value, decay, beta)]
         out = torch.empty(sequences, heads, values)
         arguments = DeltaArguments(
@@ -101,6 +110,11 @@ class Recurrent:
             return None
         sequences, size = len(state), state.shape[-1]
         rows = state[0].numel() // size
+        parts, groups = (each.shape[1] if each.ndim == 3 else 0 for each in (decay, b))
+        of_groups = (sequences, groups, size)
+        expected = ((sequences, parts, 1 if decay.shape[-1] == 1 else size), (sequences, rows), of_groups, of_groups)
+        if not _have(expected, decay, x, b, c) or not parts or not groups or rows % parts or rows % groups:
+            return None
         given = [each.float().contiguous() for each in (decay, x, b, c)]
         out = torch.empty(sequences, rows)
         arguments = ScanArguments(
@@ -125,6 +139,9 @@ class Recurrent:
         is the same bits whatever else is computed with it.
         """
         kept = weight.shape[-1]
+        channels = x.shape[1:2]
+        if x.ndim != 3 or weight.shape != (*channels, kept) or (bias is not None and bias.shape != channels):
+            return None
         given = [x, *(each.contiguous() for each in (weight, bias) if each is not None)]
         if x.dtype not in _CONVOLVED or any(each.dtype != x.dtype or each.device.type != "cpu" for each in given):
             return None
@@ -147,3 +164,8 @@ def _is_state(state: torch.Tensor, dtype: torch.dtype = torch.float32, shape: tu
     if state.dtype != dtype or state.device.type != "cpu" or state.numel() == 0 or shape not in (None, state.shape):
         return False
     return state[0].is_contiguous() and (len(state) == 1 or state.stride(0) >= state[0].numel())
+
+
+def _have(shapes: Sequence[Sequence[int]], *given: torch.Tensor) -> bool:
+    """Whether the tensors have these shapes, in the host's memory: the library reads as much as they say."""
+    return all(each.shape == shape and each.device.type == "cpu" for each, shape in zip(given, shapes, strict=True))

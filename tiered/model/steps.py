@@ -7,7 +7,7 @@ where the processor has no such products. What the library does not take is left
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import FunctionType
 from typing import Any, Final
@@ -15,29 +15,66 @@ from typing import Any, Final
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 from transformers.activations import ACT2FN
 
 from tiered.kernels import LayerKernels
+from tiered.kernels.recurrent import Recurrent
 
 Own = Callable[..., Any]
 """The function of transformers' whose place is taken."""
 
 
 def forward_with(module: nn.Module, kernels: LayerKernels) -> Callable[..., torch.Tensor]:
-    """The forward of the mixer `module`'s class, undecorated, with our functions in place of those that it calls."""
+    """The forward of the mixer `module`'s class, undecorated, with our functions in place of those that it calls.
+
+    Called with the mixer and hidden_states [sequences, tokens, hidden]; gates and activations, too, have the same bits
+    of a sequence alone and among others.
+    """
     forward = inspect.unwrap(type(module).forward)
     assert isinstance(forward, FunctionType)
     names = forward.__globals__
     ours = {
         name: partial(function, kernels, names[name])
         for name, function in _OURS.items()
-        if name in forward.__code__.co_names
+        if name in forward.__code__.co_names and name in names  # attributes are among the former, too
     }
     made = FunctionType(
         forward.__code__, {**names, **ours}, forward.__name__, forward.__defaults__, forward.__closure__
     )
     made.__kwdefaults__ = forward.__kwdefaults__
-    return made
+
+    def run(mixer: nn.Module, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if len(hidden_states) == 1 or hidden_states.device.type != "cpu":
+            result: torch.Tensor = made(mixer, hidden_states, *args, **kwargs)
+            return result
+        with _Apart(len(hidden_states)):
+            result = made(mixer, hidden_states, *args, **kwargs)
+        return result
+
+    return run
+
+
+class _Apart(TorchFunctionMode):
+    """What _UNEVEN has is computed of each of so many sequences by itself, whoever calls it: a mixer's forward, a norm
+    in it, a function of transformers' that is left to it."""
+
+    def __init__(self, sequences: int) -> None:
+        super().__init__()
+        self._sequences = sequences
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        call = partial(func, **(kwargs or {}))
+        if func not in _UNEVEN or not args or not isinstance(args[0], torch.Tensor) or not args[0].ndim:
+            return call(*args)
+        x, *more = args
+        # Sequences come first, perhaps with what follows folded into them. Less than one each: they are apart already.
+        each, rest = divmod(len(x), self._sequences)
+        if rest or not each:
+            return call(*args)
+        return torch.cat([call(part, *more) for part in x.split(each)])
 
 
 def _delta_step(
@@ -55,7 +92,7 @@ def _delta_step(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """query, key and value [sequences, 1, heads, width], g and beta [sequences, 1, heads]: one token of each sequence,
     and the state, which is `initial_state` itself."""
-    recurrent, found = kernels.recurrent, None
+    recurrent, found = _serving(kernels, kwargs), None
     if recurrent is not None and initial_state is not None and output_final_state and query.shape[1] == 1:
         q, k, v, decay, gate = (each[:, 0] for each in (query, key, value, _each(torch.exp, g), beta))
         found = recurrent.delta_step(initial_state, q, k, v, decay, gate, use_qk_l2norm_in_kernel)
@@ -95,9 +132,10 @@ def _scan_step(
     dt as hidden_states, rate [rows..., size], b and c [sequences, size] or [sequences, groups, size], skip and dt_bias
     [rows...]: A, B, C and D of transformers. Mamba 2 has one dt and rate of each head, expanded to its rows.
     """
-    recurrent, found = kernels.recurrent, None
-    if recurrent is not None:
+    recurrent, found = _serving(kernels, kwargs), None
+    if recurrent is not None and recurrent.takes(state):
         shares = rate.ndim == 3 and rate.stride()[1:] == (0, 0) and dt.stride(-1) == 0
+        shares = shares and (dt_bias is None or dt_bias.stride(-1) == 0)
         step = dt[..., :1] if shares else dt
         if dt_bias is not None:
             step = step + (dt_bias[..., :1] if shares else dt_bias).to(dt.dtype)
@@ -132,7 +170,7 @@ def _convolve_step(
 ) -> torch.Tensor:
     """hidden_states [sequences, channels, tokens] behind the inputs in conv_state [sequences, channels, kept], which
     is updated."""
-    recurrent = kernels.recurrent
+    recurrent = _serving(kernels, kwargs)
     found = None if recurrent is None else recurrent.convolve(hidden_states, weight, bias, conv_state)
     if found is None:
         result: torch.Tensor = own(hidden_states, conv_state, weight, bias, activation=activation, **kwargs)
@@ -150,12 +188,18 @@ def _convolve(
     **kwargs: Any,
 ) -> torch.Tensor:
     """hidden_states [sequences, channels, tokens] behind zeros."""
-    recurrent = kernels.recurrent
+    recurrent = _serving(kernels, kwargs)
     found = None if recurrent is None else recurrent.convolve(hidden_states, weight, bias)
     if found is None:
         result: torch.Tensor = own(hidden_states, weight, bias, activation=activation, **kwargs)
         return result
     return _activated(found, activation)
+
+
+def _serving(kernels: LayerKernels, more: Mapping[str, Any]) -> Recurrent | None:
+    """What serves a call with `more` arguments, which only transformers' own functions know: none may say anything
+    (`cu_seqlens`, `seq_idx`: several sequences in one row)."""
+    return kernels.recurrent if all(value is None for value in more.values()) else None
 
 
 def _activated(x: torch.Tensor, activation: str | None) -> torch.Tensor:
@@ -168,6 +212,11 @@ def _each(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> 
     return function(x) if len(x) == 1 else torch.cat([function(each) for each in x.split(1)])
 
 
+_UNEVEN: Final[frozenset[Callable[..., Any]]] = frozenset(
+    (torch.sigmoid, torch.Tensor.sigmoid, functional.sigmoid, functional.silu, functional.softplus, functional.gelu)
+)
+"""Functions of each number of which torch computes what is left of its vectors otherwise than what fills them: where
+one sequence ends would decide which of the next that is. `exp` and `tanh` are none, measured."""
 _OURS: Final[Mapping[str, Callable[..., Any]]] = {
     "torch_recurrent_gated_delta_rule": _delta_step,
     "mamba2_selective_state_update": _scan_step,

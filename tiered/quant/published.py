@@ -17,6 +17,7 @@ from torch import Tensor
 from tiered.quant.pack import pack_int4
 
 Packing = Literal["rows", "rows_high_first", "columns", "awq"]
+"""In the order of the native library's numbers (tk_packing)."""
 
 _AWQ_ROWS: Final = (0, 2, 4, 6, 1, 3, 5, 7)
 

@@ -98,8 +98,9 @@ enum tk_packing {
 };
 
 /* The codes in `data`, whose rows are `stride` bytes apart, as a store has them: q [rows, in * bits / 8] without gaps,
- * of 4 bits planar in groups of `group` (32, 64 or 128; or 2: neighbours share a byte). `in` is a multiple of the group,
- * and of 16 at 4 bits; 8 bits come in TK_ROWS or TK_COLUMNS. Of one thread, the caller's, as all that has no context. */
+ * of 4 bits planar in groups of `group` (32, 64 or 128; or 2: neighbours share a byte). `in` is a multiple of
+ * the group and of 16 at 4 bits, of 4 at 8 bits, which come in TK_ROWS or TK_COLUMNS. Of one thread, the caller's, as
+ * all that has no context. */
 TK_API int32_t tk_repack(const void *data, int64_t stride, int32_t packing, int64_t rows, int64_t in, int32_t bits,
                          int32_t group, uint8_t *q);
 
