@@ -15,9 +15,12 @@ from tiered.configs_path import config_dir
 from tiered.convert import ConvertOptions, convert_checkpoint
 from tiered.convert.synthetic import ShapeFile, shape_config
 from tiered.errors import CheckpointError
+from tiered.options import Options
 from tiered.plan.shapes import QUANTS, known_shapes, read_store_shape
+from tiered.prepare import measure_inputs
 from tiered.shapes import config_shapes, outline, store_shape
 from tiered.store import Store
+from tiered.units import GIB
 
 MODELS = config_dir() / "models"
 
@@ -65,6 +68,17 @@ def test_the_shape_of_a_mixture_without_weights_is_that_of_its_store(tmp_path: P
     found = store_shape(store)
     assert found.experts is not None
     assert config_shapes(load_config(store), (quant,)) == {quant: found}
+
+
+def test_a_run_takes_what_is_counted_of_a_graph_from_the_shape_that_its_store_keeps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = tmp_path / "store"
+    shutil.copytree(make_mixture(), store)
+    kept = store_shape(store)
+    assert kept.experts is not None and kept.operations and kept.experts.operations
+    monkeypatch.setattr("tiered.model.shape.work_of_layers", lambda _: pytest.fail("counted again"))
+    assert measure_inputs(Store.open(store), Options(ram=8 * GIB))[0] == kept
 
 
 def test_a_store_keeps_the_shape_that_has_been_made(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from tiered.kernels import device_dtype, device_scratch_nbytes, scratch_nbytes
 from tiered.model import Seat, Seats, check_layers, check_match, model_shape
 from tiered.options import Options, compute_dtype
 from tiered.plan import Bits, Budgets, Machine, ModelShape, process_rss_bytes
+from tiered.plan.shapes import read_store_shape
 from tiered.store import Store
 
 
@@ -42,7 +43,7 @@ def prepare(store: Store, options: Options, host: Host) -> Prepared:
     check_layers(store, config)
     skeleton = build_skeleton(config, there)
     check_match(store, skeleton)
-    shape = model_shape(store, skeleton, dtype)
+    shape = model_shape(store, skeleton, dtype, read_store_shape(store.path))
     # Also without a device: plans may be asked for one that is elsewhere.
     machine = Machine(scratch_nbytes(host.threads), device_scratch_nbytes=device_scratch_nbytes())
     if computer is None:

@@ -24,9 +24,11 @@ from tiered.plan import (
 )
 from tiered.plan.hardware import GpuRates
 from tiered.plan.lanes import Event
+from tiered.plan.make import smallest_vram
 from tiered.plan.play import Device
 from tiered.plan.predict import predict
 from tiered.plan.simulate import Simulation, simulate
+from tiered.plan.state import Grid, StateGroup, StatePart, StateShape
 from tiered.units import GIB, MIB
 
 UNIT = 16 * MIB
@@ -239,6 +241,49 @@ def test_a_device_takes_its_weights_over_the_bus(bus: float) -> None:
     copying = model.tape.total / (bus * 1e9)
     assert found.steady[-1].seconds == pytest.approx(max(copying, plan.read_nbytes / DISK), rel=0.05)
     assert sum(event.nbytes for event in lane(found, "bus")) >= 3 * model.tape.total
+
+
+GPU = GpuRates("T4", 16 * GIB, 4e9, 2e9, 300e9, 50e12)
+
+
+def played_on_gpu(plan: Plan, model: ModelShape, machine: Machine, work: Workload) -> Simulation:
+    return simulate(plan, model, machine, work, passes=1000, device=Device.of(plan, GPU))
+
+
+@pytest.mark.parametrize("kv", ["cpu", "disk"])
+def test_recurrent_states_cross_the_bus_as_is_predicted(kv: Any) -> None:
+    group = StateGroup(tuple(range(0, 24, 2)), (StatePart("recurrent", 0, (1 << 20,), "float32"),))
+    model = replace(model_with(), state=StateShape((group,), Grid(64), 0, 0))
+    machine = machine_with(0.001, model)
+    # Prompts take two passes, and in each several micro-batches.
+    work = Workload(3, 264, 256, max_batched_tokens=512, batch_size=3, objective="throughput")
+    asked = Budgets(8 * GIB, 0, tuple(Tier), kv=kv, vram=GIB, micro_batch=64)
+    plan = make_plan(model, machine, work, asked)
+    found, said = played_on_gpu(plan, model, machine, work), predict(plan, model, machine, work, GPU)
+    states = [event.nbytes for event in lane(found, "bus") if event.kind == "kv"]
+    passes = [each.load.segments for each in found.passes]
+    moved = sum((tokens.start > 0) + 1 for segments in passes for tokens in segments)
+    assert sum(states) == moved * len(group.layers) * group.nbytes
+    # New keys and values on their way back are not played.
+    back = 3 * (256 + 7) * model.kv_token_nbytes / GPU.device_to_host
+    predicted = said.prefill.bus_seconds + said.decode.bus_seconds - back
+    assert sum(each.bus_seconds for each in found.passes) == pytest.approx(predicted, rel=0.02)
+
+
+def test_hidden_states_that_wait_take_their_time_on_the_bus() -> None:
+    model = model_with()
+    machine = machine_with(0.001, model)
+    work = Workload(16, 136, 128, batch_size=16)
+    asked = Budgets(8 * GIB, 0, tuple(Tier), kv="cpu", vram=GIB, micro_batch=256)
+    plan = make_plan(model, machine, work, replace(asked, vram=smallest_vram(model, machine, work, asked)))
+    assert plan.device is not None and plan.device.waiting is not None
+    without = replace(plan, device=replace(plan.device, waiting=None))
+    found, before = (
+        sum(each.bus_seconds for each in played_on_gpu(each_plan, model, machine, work).passes)
+        for each_plan in (plan, without)
+    )
+    assert plan.waiting_nbytes(16 * 128) == 24 * 16 * 128 * model.hidden * model.itemsize
+    assert found - before == pytest.approx(plan.waiting_nbytes(16 * 128) / GPU.host_to_device)
 
 
 def test_without_rates_there_is_no_simulation() -> None:

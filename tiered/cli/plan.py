@@ -31,8 +31,8 @@ _QUANTS: Final = ("int4", "int8")
 _WIDTH: Final = 100
 """Of what people read; commands to copy are not cut."""
 _SOLD_AS: Final = 1.08
-"""So many times what programs get of its memory a card may be called by: a driver takes some of "24 GB", and a card that
-corrects errors keeps a sixteenth for that."""
+"""So many times what programs get of its memory a card may be called by: a driver takes some of "24 GB", and what
+corrects errors a sixteenth."""
 _JOB: Final = 128
 """Sequences of a job of unknown size."""
 
@@ -187,7 +187,8 @@ def vram_limit(text: str | None, machine: Hardware) -> int:
     if asked > most * _SOLD_AS:
         raise ConfigError(f"--vram {text}: {machine.gpu.name} has {format_size(most)}; ask for less")
     if asked > most:
-        click.echo(f"tiered: --vram {text}: {machine.gpu.name} has {most // MIB} MiB; planning with all of it", err=True)
+        has = f"{machine.gpu.name} has {most // MIB} MiB"
+        click.echo(f"tiered: --vram {text}: {has}; planning with all of it", err=True)
     return min(asked, most)
 
 

@@ -21,10 +21,11 @@ from tiered.stream import EmbeddingRows
 from tiered.units import round_up
 
 
-def model_shape(store: Store, skeleton: Skeleton, dtype: torch.dtype) -> ModelShape:
+def model_shape(store: Store, skeleton: Skeleton, dtype: torch.dtype, of_store: ModelShape | None = None) -> ModelShape:
     """The shape of the model in `store`, computed in `dtype`.
 
-    `skeleton` must be as built: binding it takes its layers out.
+    `skeleton` must be as built: binding it takes its layers out. `of_store`, the shape that the store keeps, if any,
+    says how much layers compute beside products: counting that runs the graph, which takes a second for large ones.
     """
     config = skeleton.config
     state, own_dtype = state_shape(skeleton), str(skeleton.model.dtype).removeprefix("torch.")
@@ -42,7 +43,7 @@ def model_shape(store: Store, skeleton: Skeleton, dtype: torch.dtype) -> ModelSh
     layers = [p.shape for block in skeleton.blocks() if block.role == "layer" for p in block.parameters if p.shape]
     by_id = (store.layout(store.blocks[name]) for name in skeleton.tables)
     tables_by_id = [weight for layout in by_id for weight in layout.weights.values()]
-    layers_work, expert_work = work_of_layers(skeleton)
+    layers_work, expert_work = work_of_layers(skeleton) if of_store is None else _work_of(of_store)
     return ModelShape(
         tape=_tape(blocks),
         weights=sum(store.layout(block).weight_count for block in store.tape),
@@ -71,6 +72,13 @@ def model_shape(store: Store, skeleton: Skeleton, dtype: torch.dtype) -> ModelSh
         elements=layers_work.elements,
         float32_residual=bool(getattr(config, "residual_in_fp32", False)),
     )
+
+
+def _work_of(shape: ModelShape) -> tuple[Work, Work]:
+    """What `work_of_layers` gave when `shape` was made."""
+    experts = shape.experts
+    expert = Work() if experts is None else Work(experts.operations, experts.elements)
+    return Work(shape.operations, shape.elements), expert
 
 
 def _tape(blocks: Sequence[Sequence[Unit]]) -> Tape:

@@ -81,6 +81,9 @@ class Player:
         self._disk = Server(self.clock, "disk", {"ahead": "urgent"})
         self._bus = Server(self.clock, "bus")
         self._kv = KVPlayer(plan, self.clock, self._disk, machine) if plan.cache.on_disk else None
+        state = None if device is None or plan.cache.on_device else plan.cache.state
+        self._state_of = {} if state is None else {n: group.nbytes for group in state.groups for n in group.layers}
+        """Bytes of a sequence's recurrent state, by layer, where it crosses the bus."""
         self._host: dict[int, Transfer] = {}
         """Reads of units by number on the endless tape, or of resident ones by number on the tape less its length."""
         self._there: dict[int, Transfer] = self._host if device is None else {}
@@ -99,8 +102,8 @@ class Player:
         """Experts in memory, and the fraction of one that has not been read yet."""
         self._waits: dict[Kind, float] = {}
         self._computed = 0.0
-        self._turns = 0
-        """How often hidden states of the pass, which wait in the host's memory, still have to come back."""
+        self._hidden: Iterator[int] = iter(())
+        """Rows of the hidden states of the pass that wait in the host's memory, and still have to come back."""
         self._returning: Transfer | None = None
         """The copy of those that are next."""
 
@@ -179,8 +182,9 @@ class Player:
                 self._kv.begin(load.segments, groups)
             is_held = sum(map(len, groups)) > 1
             waits = self._plan.waiting_nbytes(sum(map(len, load.segments))) > 0
-            self._turns = (len(self._plan.tape.blocks) - 1) * sum(map(len, groups)) if waits else 0
             *layers, head = self._plan.tape.blocks
+            rows_of = [sum(map(len, part.values())) for group in groups for part in group]
+            self._hidden = iter(rows_of * len(layers) if waits else ())
             for layer, units in enumerate(layers):
                 for index, group in enumerate(groups):
                     yield from self._group(number, layer, units, group, index, is_held)
@@ -206,30 +210,52 @@ class Player:
             parts = list(tokens_of.values())
             rows = sum(map(len, parts))
             attention = self._costs.attention(layer, parts)
-            yield from self._hidden_states(layer, rows)
+            yield from self._hidden_states(layer)
+            yield from self._states(layer, group, part)
             if index or part:
                 yield from self._again(layer, units, rows, attention)
             else:
                 yield from self._units(number, units, rows, is_held, attention)
             if self._plan.experts is not None and self._costs.expert_layers[layer]:
                 yield from self._experts(layer, rows)
+            self._send_states_back(layer, group, part)
         if self._kv is not None:
             self._kv.give_back(layer, index)
 
-    def _hidden_states(self, layer: int, rows: int) -> Process:
-        """Wait for hidden states that have waited, if they did, and have those of the next micro-batch come, which is
-        taken to be as large. On their way back they cross the bus beside that."""
-        if not self._turns and self._returning is None:
-            return
-        coming = self._returning or self._return(layer, rows)
-        self._returning = self._return(layer, rows) if self._turns else None
-        yield from self._wait(partial(getattr, coming, "is_done"), _layer(layer), "hidden")
+    def _states(self, layer: int, group: Group, part: int) -> Process:
+        """Wait for the recurrent states that micro-batch `part` of `group` begins with: those of sequences that have
+        begun, if the one before has not left them on the device."""
+        if layer in self._state_of:
+            assert self._device is not None
+            before = group[part - 1] if part else {}
+            count = sum(tokens.start > 0 for number, tokens in group[part].items() if number not in before)
+            nbytes, name = count * self._state_of[layer], f"state of layer {layer}"
+            coming = self._bus.move("copies", name, "kv", nbytes, self._device.rates.host_to_device)
+            yield from self._wait(partial(getattr, coming, "is_done"), name, "kv")
 
-    def _return(self, layer: int, rows: int) -> Transfer:
-        """Begin to copy hidden states to the device."""
+    def _send_states_back(self, layer: int, group: Group, part: int) -> None:
+        """Begin to copy the states that micro-batch `part` of `group` leaves, unless the next one goes on with them."""
+        if layer in self._state_of:
+            assert self._device is not None
+            after = group[part + 1] if part + 1 < len(group) else {}
+            nbytes = sum(number not in after for number in group[part]) * self._state_of[layer]
+            self._bus.move("states", f"state of layer {layer}", "kv", nbytes, self._device.rates.device_to_host)
+
+    def _hidden_states(self, layer: int) -> Process:
+        """Wait for hidden states that have waited, if they did, and have those of the next micro-batch come. On their
+        way back they cross the bus beside that."""
+        coming = self._returning or self._return(layer)
+        if coming is not None:
+            self._returning = self._return(layer)
+            yield from self._wait(partial(getattr, coming, "is_done"), _layer(layer), "hidden")
+
+    def _return(self, layer: int) -> Transfer | None:
+        """Begin to copy the next hidden states to the device, if there are any."""
+        rows = next(self._hidden, None)
+        if rows is None:
+            return None
         waiting = None if self._plan.device is None else self._plan.device.waiting
         assert waiting is not None and self._device is not None
-        self._turns -= 1
         nbytes, rate = rows * waiting.token_nbytes, self._device.rates.host_to_device
         return self._bus.move("copies", _layer(layer), "hidden", nbytes, rate)
 

@@ -10,9 +10,9 @@ Order of reading, places in the ring and micro-batches are the runtime's own fun
     copy      where a device computes: takes each unit from host memory to the device, over the bus
 
 What is not in the model: sampling, bookkeeping, embedding rows, checksums, decoding of compressed weights, chunks (a
-unit can be computed with when all of it is there), what comes back from a device, and passes that processor and device
-share. A KV ring lends bytes, wherever they are. Experts are chosen equally
-often, and in whole numbers only over several layers.
+unit can be computed with when all of it is there), keys and values that come back from a device, and passes that
+processor and device share. A KV ring lends bytes, wherever they are. Experts are chosen equally often, and in whole
+numbers only over several layers.
 """
 
 from collections.abc import Iterator
