@@ -226,11 +226,10 @@ def run_ours(store: Path, ours: str, asked: Asked, seed: int) -> Figures:
 
 
 class Kept:
-    """Runs that have ended, a line of a file each."""
+    """Runs that have ended, a line of a file each; counts those `asked` for, and those of them that are `reused`."""
 
     def __init__(self, path: Path, model: str) -> None:
-        self._path, self._model = path, model
-        self.asked = self.reused = 0  # runs, and those of them that had ended before
+        self._path, self._model, self.asked, self.reused = path, model, 0, 0
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         self._found = [json.loads(line) for line in lines]
 
