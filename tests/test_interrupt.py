@@ -319,7 +319,7 @@ def test_ctrl_c_at_any_moment_of_leaving_a_runtime_leaves_no_thread(tiny: Tiny) 
     moments, runtime = Moments(), opened()
     moments.trace(lambda: leave(runtime))
     met = 0
-    for moment in list(moments.seen)[::4]:
+    for moment in list(moments.seen)[::8]:
         runtime = opened()
         met += is_interrupted_at(moment, functools.partial(leave, runtime))
         # It is left altogether, or leaving has not begun.
@@ -328,7 +328,7 @@ def test_ctrl_c_at_any_moment_of_leaving_a_runtime_leaves_no_thread(tiny: Tiny) 
         threads = [thread.name for thread in threading.enumerate() if thread.name.startswith("tiered")]
         assert not threads, (moment, threads)
         assert runtime._memory.arena.in_use == {}, moment
-    assert met > 5, moments.seen
+    assert met > 3, moments.seen
 
 
 def test_ctrl_c_while_tables_are_read_leaves_the_runtime_usable(

@@ -107,7 +107,8 @@ def test_the_loop_works_for_another_thread(loop: asyncio.AbstractEventLoop, canc
 
 
 def test_interrupted_work_has_ended_when_its_caller_goes_on(loop: asyncio.AbstractEventLoop) -> None:
-    ended = False
+    ended, main = False, threading.main_thread().ident
+    assert main is not None
 
     async def work() -> None:
         nonlocal ended
@@ -129,8 +130,6 @@ def test_interrupted_work_has_ended_when_its_caller_goes_on(loop: asyncio.Abstra
         def create_task(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
             return loop.create_task(coroutine)
 
-    main = threading.main_thread().ident
-    assert main is not None
     posted: Any = Loop()
     with pytest.raises(KeyboardInterrupt):
         run_in(posted, work())
