@@ -26,9 +26,10 @@ from tests.helpers import (
 from tests.quick import represented
 from tests.test_gpu_tier import ALL, PLENTY, STEPS, Devices, opened, options_for, stream_of_sequences
 from tests.test_gpu_tier import devices as devices
+from tests.test_gpu_tier import waits as waits
 from tiered.api import OffloadedModel
 from tiered.arch import load_config
-from tiered.errors import BudgetError, DeviceBudgetError
+from tiered.errors import BudgetError, DeviceBudgetError, NotSupportedError
 from tiered.model import Segment
 from tiered.plan import Workload
 from tiered.runtime import Options, Runtime
@@ -116,6 +117,45 @@ def test_what_a_refusal_names_is_enough_and_says_what_states_take(tiny: Tiny, de
         pass
     with opened(store, devices, **options, vram=vram) as runtime:
         assert_same(run_greedy(runtime, prompts_for("mamba2"), STEPS), tiny.reference("mamba2"))
+
+
+@pytest.mark.usefixtures("waits")
+def test_a_residual_in_float32_waits_as_it_is(tiny: Tiny, devices: Devices) -> None:
+    """Layers of Mamba 2 return float32, whatever they compute in."""
+    store, ids = tiny.store("mamba2"), torch.tensor([prompts_for("mamba2")[0][:16]] * 2)
+    layers = load_config(store.path).num_hidden_layers
+
+    def logits(**options: Any) -> torch.Tensor:
+        asked = {"dtype": "bfloat16", "micro_batch_rows": 8, **options}
+        runtime = Runtime(store, Workload(2, CONTEXT), Options(ram=PLENTY, threads=1, **asked), has_pool=False)
+        with runtime:
+            model = OffloadedModel(load_config(store.path), runtime, GenerationConfig(pad_token_id=0))
+            found = model(ids, logits_to_keep=1).logits
+            device = runtime.plan.device
+            if device is not None:
+                assert device.waiting is not None
+                assert device.waiting.token_nbytes == 4 * load_config(store.path).hidden_size
+                crossed = runtime.host.trace.total("bus").nbytes - runtime.bus_nbytes
+                assert crossed >= layers * ids.numel() * device.waiting.token_nbytes
+            return found  # type: ignore[no-any-return]
+
+    asked = {"tiers": ALL, "device": devices.name, "vram": PLENTY, "decode_device": "cpu"}
+    torch.testing.assert_close(logits(**asked), logits(), rtol=2e-3, atol=2e-3)
+
+
+def test_padding_that_would_be_computed_by_itself_is_refused_on_the_device(tiny: Tiny, devices: Devices) -> None:
+    store, (ids, _) = tiny.store("falcon_h1"), prompts_for("falcon_h1")
+    prompts = torch.tensor([ids, [0] * 3 + ids[3:]])
+    options = Options(
+        dtype="float32", ram=PLENTY, threads=1, tiers=ALL, device=devices.name, vram=GIB, decode_device="cpu"
+    )
+    runtime = Runtime(store, Workload(2, CONTEXT), options, has_pool=False)
+    model = OffloadedModel(load_config(store.path), runtime, GenerationConfig(pad_token_id=0))
+    with runtime:
+        runtime.plan = replace(runtime.plan, micro_batch_rows=2)
+        with pytest.raises(NotSupportedError, match=r"cannot leave out a single one.*vram="):
+            model(prompts, attention_mask=(prompts != 0).long(), logits_to_keep=1)
+        assert model(prompts, logits_to_keep=1).logits.shape[1] == 1
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ Parity with transformers is that of every family of the table (`test_families.py
 """
 
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -142,6 +143,24 @@ def test_transformers_own_generate_gives_what_it_gives_of_the_model_in_memory(ti
         assert torch.equal(model.generate(ids, **asked), expected)
         with pytest.raises(ValueError, match="not supported with stateful models"):
             model.generate(ids[:1], max_new_tokens=6, prompt_lookup_num_tokens=3)
+
+
+def test_padding_that_would_be_computed_by_itself_is_refused(tiny: Tiny) -> None:
+    """Nothing keeps a single token out of the states."""
+    store, (long, short) = tiny.store("falcon_h1"), prompts_for("falcon_h1")
+    options = Options(dtype="float32", ram=16 * GIB, threads=1)
+    runtime = Runtime(store, Workload(2, CONTEXT), options, has_pool=False)
+    model = OffloadedModel(load_config(store.path), runtime, GenerationConfig(pad_token_id=0))
+    ids = torch.tensor([long, [0] * (len(long) - len(short)) + short])
+    expected = tiny.model("falcon_h1")(ids, attention_mask=(ids != 0).long()).logits[:, -1]
+    with runtime:
+        runtime.plan = replace(runtime.plan, micro_batch_rows=4)
+        found = model(ids, attention_mask=(ids != 0).long(), logits_to_keep=1).logits[:, 0]
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        runtime.plan = replace(runtime.plan, micro_batch_rows=2)
+        with pytest.raises(NotSupportedError, match=r"with padding: .*cannot leave out a single one.*ram="):
+            model(ids, attention_mask=(ids != 0).long(), logits_to_keep=1)
+        assert model(ids[:, -3:], logits_to_keep=1).logits.shape[1] == 1
 
 
 @pytest.mark.parametrize(("field", "value"), [("chunk_size", 0), ("time_step_limit", [1.0])])

@@ -16,6 +16,7 @@ from tests.plan.plans import plan_of, tape_of
 from tests.store.make import load_unit
 from tests.store.units import Group, Rows
 from tiered.device import Device
+from tiered.device.emulated import EmulatedDevice
 from tiered.errors import InterruptedRun
 from tiered.io import Arena, ChunkVerifier, DiskReader, Faults, VerifyPolicy
 from tiered.kernels import CancelFlag
@@ -214,3 +215,16 @@ def device_plan(
     there = placed(on_device, ring(frozenset(on_device), held))
     device = DevicePlan(there.nbytes, DeviceNeeds(0, 0, 0, 0), there)
     return replace(plan_of(sizes, budget=GIB), tape=tape, held=held, placement=placed(in_ram, host), device=device)
+
+
+class Pending(EmulatedDevice):
+    """Memory that it lends may still be computed with on somebody else's behalf, as that of CUDA may: torch's allocator
+    gives out again what kernels use that have not run yet. From when `is_used` is set."""
+
+    is_used = False
+
+    def borrow(self, nbytes: int, label: str) -> torch.Tensor:
+        memory = super().borrow(nbytes, label)
+        if self.is_used:
+            self.uses(memory, writes=True)
+        return memory

@@ -21,6 +21,7 @@ from tests.store.make import load_unit, write_mixture, write_store
 from tests.store.units import in_units
 from tests.stream.streaming import (
     SECONDS,
+    Pending,
     Setup,
     compute,
     device_plan,
@@ -571,6 +572,15 @@ def test_an_expert_is_copied_only_behind_the_last_use_of_its_slot(mixture: Store
     device = EmulatedDevice(MIB)
     with pytest.raises(RaceError, match=r"^copying to the device"), caching(mixture, device, 4, Blind) as both:
         go_through(*both, mixture)
+
+
+def test_experts_come_into_memory_that_is_borrowed_again_behind_what_was_computed_there(mixture: Store) -> None:
+    device = Pending(MIB)
+    with caching(mixture, device, 4) as (cache, there):
+        for _ in range(2):
+            go_through(cache, there, mixture)
+            there.close()
+            device.is_used = True
 
 
 def test_a_rewind_in_the_middle_of_experts_loses_none(mixture: Store) -> None:

@@ -15,6 +15,7 @@ from tests.quick import represented
 from tests.store.make import load_unit, write_mixture, write_store
 from tests.store.units import in_units
 from tests.stream.streaming import (
+    Pending,
     Setup,
     compute_block,
     device_plan,
@@ -23,7 +24,6 @@ from tests.stream.streaming import (
     in_twenties,
     tensors_of,
 )
-from tiered.device.emulated import EmulatedDevice
 from tiered.errors import BudgetError, ReadError
 from tiered.io import Arena, ChunkVerifier, DiskReader, Faults, VerifyPolicy
 from tiered.kernels import CancelFlag
@@ -57,7 +57,7 @@ async def forked(
     trace, cancel, placement = Tracer(), CancelFlag(), plan.placement
     assert plan.device is not None
     slots = 2 * plan.experts.slot_nbytes if plan.experts else 0
-    device = EmulatedDevice(plan.device.vram + slots, seed)
+    device = Pending(plan.device.vram + slots, seed)
     nbytes = placement.nbytes + 4096 * (len(plan.tape.nbytes) + 1) + (plan.experts.nbytes if plan.experts else 0)
     with Arena(nbytes) as arena:
         resident = {i: arena.borrow(plan.tape.nbytes[i], "resident") for i in sorted(placement.resident)}
@@ -74,6 +74,14 @@ async def forked(
                 yield Setup(host, reader, trace, cancel, None), streams  # type: ignore[arg-type]
             assert device.in_use == {}
         device.close()
+
+
+def device_of(streams: Streams) -> Pending:
+    """The device that computes."""
+    assert streams.device_blocks is not None and isinstance(streams.device_blocks._feed, DeviceFeed)
+    device = streams.device_blocks._feed._device
+    assert isinstance(device, Pending)
+    return device
 
 
 def compute(streams: Streams, store: Store, who: str, blocks: int | None = None, is_last: bool = False) -> None:
@@ -110,6 +118,18 @@ def test_units_come_right_to_whoever_takes_part_and_are_read_once_for_both(
 
     for seed in range(3):
         asyncio.run(scenario(seed))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_after_a_rest_units_come_into_new_slots_behind_what_was_computed_there(cut: Store, seed: int) -> None:
+    async def scenario() -> None:
+        async with forked(cut, plan_for(cut), seed) as (setup, streams):
+            for who in ("g", "c", "cg", "g"):
+                await in_thread(setup, functools.partial(compute, streams, cut, who))
+                await asyncio.to_thread(streams.rest_device)
+                device_of(streams).is_used = True
+
+    asyncio.run(scenario())
 
 
 def test_a_limit_of_one_does_not_hold_for_a_later_pass_of_the_other(cut: Store) -> None:

@@ -164,7 +164,9 @@ def check_padding(batch: ForwardBatch, cuts: Sequence[tuple[int, int]]) -> None:
     transformers masks none in the states of a single token."""
     mask, tokens = batch.attention_mask, batch.input_ids.shape[1]
     is_plain = isinstance(mask, torch.Tensor) and mask.ndim == 2
-    if tokens == 1 or not is_plain or not any(getattr(batch.cache, "is_linear", ())):
+    # The cache's `is_linear` is of layers that keep nothing else.
+    has_states = any(hasattr(layer, "recurrent_states") for layer in getattr(batch.cache, "layers", ()))
+    if tokens == 1 or not is_plain or not has_states:
         return
     mine = mask[:, -tokens:]
     if any(stop - start == 1 and not bool(mine[:, start].all()) for start, stop in cuts):
