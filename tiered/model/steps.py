@@ -197,8 +197,8 @@ def _convolve(
 
 
 def _serving(kernels: LayerKernels, more: Mapping[str, Any]) -> Recurrent | None:
-    """What serves a call with `more` arguments: none where they say that several sequences are in one row. Others, which
-    layers hand to all that they call (`use_cache`), mean nothing here."""
+    """What serves a call with `more` arguments: none where they say that several sequences are in one row. Others mean
+    nothing here: layers hand them to all that they call (`use_cache`)."""
     return kernels.recurrent if all(more.get(name) is None for name in _PACKED) else None
 
 
