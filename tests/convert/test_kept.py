@@ -262,5 +262,3 @@ def test_the_added_error_is_that_of_rows_from_all_over_a_weight(
     monkeypatch.setattr("tiered.convert.checkpoint._SAMPLE_NUMEL", 256)  # two rows
     (one,) = convert_checkpoint(source, tmp_path / "out", ConvertOptions(compress="none")).taken
     assert "rounded" in one.form and 0 < one.added < 2**-11
-    (anew,) = convert_checkpoint(source, tmp_path / "int4", ConvertOptions(quant="int4", compress="none")).taken
-    assert anew.form == "int4-g64" and 0 < anew.added

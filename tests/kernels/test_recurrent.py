@@ -206,8 +206,8 @@ def test_what_says_more_than_ours_know_is_left_to_transformers(kernels: Kernels)
     steps._convolve(kernels, never, x, weight, seq_idx=None)
     state, _, x, b, c = scan_inputs(groups=1)
     rate, b, c = -numbers(6, 5, seed=3).exp(), b[:, 0], c[:, 0]
-    steps._scan_step(kernels, left("scan"), state, x, x, rate, b, c, state_batch_indices=some)
-    steps._scan_step(kernels, never, state, x, x, rate, b, c, state_batch_indices=None)
+    steps._scan_step(kernels, left("scan"), state, x, x, rate, b, c, seq_idx=some)
+    steps._scan_step(kernels, never, state, x, x, rate, b, c, seq_idx=None, use_cache=True)
     state, query, key, value, decay, beta = delta_inputs()
     given: dict[str, Any] = {"initial_state": state, "output_final_state": True}
     inputs = [each[:, None] for each in (query, key, value, decay, beta)]

@@ -70,7 +70,7 @@ def test_a_model_s_recurrent_layers_compute_in_the_native_library(
         run_greedy(runtime, prompts_for(name)[:1], steps=2)
     calls = [call for call, _ in found]
     prompt, decoding = calls[: -layers * len(CALLS[name])], calls[-layers * len(CALLS[name]) :]
-    assert {*prompt} == CONV and len(prompt) % layers == 0  # of each cell of a grid
+    assert CONV <= {*prompt} <= CALLS[name] and len(prompt) % layers == 0  # of each cell; a last token may be a step
     assert {*decoding} == CALLS[name]
     assert all(is_ours for _, is_ours in found)
 
@@ -128,9 +128,8 @@ def test_a_mixer_makes_the_same_of_a_sequence_alone_and_among_others(name: str, 
         if isinstance(child, nn.Linear):
             setattr(mixer, part, RowByRow(child))
     channels, kept = mixer.conv1d.weight.shape[0], mixer.conv1d.weight.shape[-1]  # type: ignore[union-attr,index]
-    sizes = (8, config.state_size)
-    if name != "mamba2":
-        sizes = (config.linear_key_head_dim, config.linear_value_head_dim)
+    fields = ("head_dim", "state_size") if name == "mamba2" else ("linear_key_head_dim", "linear_value_head_dim")
+    sizes = [getattr(config, field) for field in fields]
     conv = torch.randn(SEQUENCES, channels, kept).to(dtype)
     states, hidden = torch.randn(SEQUENCES, 24, *sizes), torch.randn(SEQUENCES, 20, 1, config.hidden_size).to(dtype)
     with Kernels(1) as kernels, torch.no_grad():

@@ -197,9 +197,9 @@ def _convolve(
 
 
 def _serving(kernels: LayerKernels, more: Mapping[str, Any]) -> Recurrent | None:
-    """What serves a call with `more` arguments, which only transformers' own functions know: none may say anything
-    (`cu_seqlens`, `seq_idx`: several sequences in one row)."""
-    return kernels.recurrent if all(value is None for value in more.values()) else None
+    """What serves a call with `more` arguments: none where they say that several sequences are in one row. Others mean
+    nothing here: layers hand them to all that they call (`use_cache`)."""
+    return kernels.recurrent if all(more.get(name) is None for name in _PACKED) else None
 
 
 def _activated(x: torch.Tensor, activation: str | None) -> torch.Tensor:
@@ -217,6 +217,7 @@ _UNEVEN: Final[frozenset[Callable[..., Any]]] = frozenset(
 )
 """Functions of each number of which torch computes what is left of its vectors otherwise than what fills them: where
 one sequence ends would decide which of the next that is. `exp` and `tanh` are none, measured."""
+_PACKED: Final = ("cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 _OURS: Final[Mapping[str, Callable[..., Any]]] = {
     "torch_recurrent_gated_delta_rule": _delta_step,
     "mamba2_selective_state_update": _scan_step,
