@@ -207,7 +207,7 @@ def test_a_device_that_cannot_be_rested_leaves_nothing_to_go_on_with() -> None:
     with Scheduler[Sequence](runner := Runner(2), 2) as scheduler:
         scheduler.add(sequence_of(prompt_of(4), 5))
         scheduler.step()
-        runner.may_rest, runner.rest_device = True, fail  # type: ignore[method-assign,misc]
+        runner.may_rest, runner.rest_device = True, fail  # type: ignore[method-assign]
         with pytest.raises(OSError, match="input/output"):
             scheduler.step()
         assert scheduler.is_idle and runner.pool.is_empty

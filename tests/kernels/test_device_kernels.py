@@ -281,7 +281,9 @@ def test_a_query_reads_its_own_page_as_computed(keys: CacheFormat, mode: Mode) -
                 whole[:, :, own * 64 : own * 64 + 64] = recent[:, own].double()
             parts.append(contiguous_pages(whole))
         alone = replace(rows_of(call, query, query + 1), keys=parts[0], values=parts[1])
-        assert relative_error(found[:, query : query + 1], truth(alone)) < TOLERANCE
+        assert relative_error(found[:, query : query + 1], truth(alone)) < (
+            FUSED_TOLERANCE if mode is Mode.FAST else TOLERANCE
+        )
 
 
 @pytest.mark.parametrize("shape", [Shape(2, 90, 4, 2, 150, 64), Shape(1, 150, 6, 3, 150, 64)], ids=str)

@@ -161,6 +161,13 @@ def test_what_the_library_does_not_take_is_left_to_transformers(kernels: Kernels
         assert plain.recurrent is None
 
 
+CUTS: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = (
+    lambda x: x[:-1],
+    lambda x: x[..., :-1],
+    lambda x: x[:, :0],
+)
+
+
 def delta_inputs(heads: int = 4, key_heads: int = 2, keys: int = 5, values: int = 3) -> list[torch.Tensor]:
     shapes = ((key_heads, keys), (key_heads, keys), (heads, values), (heads,), (heads,))
     return [slots(heads, keys, values), *(numbers(SEQUENCES, *shape, seed=1) for shape in shapes)]
@@ -179,7 +186,7 @@ def test_tensors_that_do_not_fit_together_never_reach_the_library(kernels: Kerne
     assert recurrent.scan_step(*scan_inputs()) is not None
     for step, inputs in ((delta_step, delta_inputs), (recurrent.scan_step, scan_inputs)):
         for place in range(1, len(inputs())):
-            for change in (lambda x: x[:-1], lambda x: x[..., :-1], lambda x: x[:, :0]):
+            for change in CUTS:
                 given = inputs()
                 before = given[0].clone()
                 given[place] = change(given[place])
@@ -210,9 +217,9 @@ def test_what_says_more_than_ours_know_is_left_to_transformers(kernels: Kernels)
     steps._scan_step(kernels, never, state, x, x, rate, b, c, seq_idx=None, use_cache=True)
     state, query, key, value, decay, beta = delta_inputs()
     given: dict[str, Any] = {"initial_state": state, "output_final_state": True}
-    inputs = [each[:, None] for each in (query, key, value, decay, beta)]
-    steps._delta_step(kernels, left("delta"), *inputs, **given, cu_seqlens=some)
-    steps._delta_step(kernels, never, *inputs, **given, cu_seqlens=None)
+    query, key, value, decay, beta = (each[:, None] for each in (query, key, value, decay, beta))
+    steps._delta_step(kernels, left("delta"), query, key, value, decay, beta, **given, cu_seqlens=some)
+    steps._delta_step(kernels, never, query, key, value, decay, beta, **given, cu_seqlens=None)
     assert own == ["convolve", "scan", "delta"]
 
 

@@ -145,9 +145,14 @@ def _segments(seat: Seat, bits: Bits, is_away: bool, prompt: int, state: StateSh
 
 
 def _forward(seat: Seat) -> Work:
+    cache = DynamicCache(config=seat.model.skeleton.config)
+    for layer in cache.layers:
+        if hasattr(layer, "_sliding_window_tensor"):
+            # Its number would be known, and moved by the device's own operations, of which there are none.
+            layer._sliding_window_tensor = torch.empty((), dtype=torch.long, device=WHERE)
     batch = ForwardBatch(
         torch.tensor([IDS[:6], IDS[6:12]]),
-        DynamicCache(config=seat.model.skeleton.config),
+        cache,
         torch.ones(2, 6, dtype=torch.int64),
         torch.arange(6).expand(2, 6),
         logits_to_keep=2,

@@ -60,9 +60,8 @@ def test_a_model_s_recurrent_layers_compute_in_the_native_library(
 ) -> None:
     """Names are found in transformers' code: one that is called otherwise there would go unnoticed, and be slow."""
     found: list[tuple[str, bool]] = []
-    own = Kernels.recurrent.fget
-    assert own is not None
-    monkeypatch.setattr(Kernels, "recurrent", property(lambda kernels: Recorder(own(kernels), found)))
+    own: Any = vars(Kernels)["recurrent"]
+    monkeypatch.setattr(Kernels, "recurrent", property(lambda kernels: Recorder(own.fget(kernels), found)))
     config = tiny_config(name)
     with torch.device("meta"):
         layers = sum(is_mixer(module) for module in AutoModelForCausalLM.from_config(config).modules())
@@ -127,7 +126,7 @@ def test_a_mixer_makes_the_same_of_a_sequence_alone_and_among_others(name: str, 
     for part, child in list(mixer.named_children()):
         if isinstance(child, nn.Linear):
             setattr(mixer, part, RowByRow(child))
-    channels, kept = mixer.conv1d.weight.shape[0], mixer.conv1d.weight.shape[-1]  # type: ignore[union-attr,index]
+    channels, kept = mixer.conv1d.weight.shape[0], mixer.conv1d.weight.shape[-1]
     fields = ("head_dim", "state_size") if name == "mamba2" else ("linear_key_head_dim", "linear_value_head_dim")
     sizes = [getattr(config, field) for field in fields]
     conv = torch.randn(SEQUENCES, channels, kept).to(dtype)

@@ -177,7 +177,7 @@ class Checkpoint:
             if method is not None:
                 rows = _sampled(len(made.q), panel.shape[1])
                 with one_torch_thread():
-                    after = dequantize(*(part[rows].contiguous() for part in made), scheme)
+                    after = dequantize(*QuantizedTensor(*(part[rows].contiguous() for part in made)), scheme)
                     before = panel[done : done + len(made.q)][rows]
                     self._tally.add_changed(tensor.name, method, scheme.name, before, after)
             done += len(made.q)

@@ -4,8 +4,6 @@
 #include "step.h"
 #include "vector_plain.h"
 
-#include <cmath>
-
 namespace tk {
 namespace {
 
@@ -20,7 +18,7 @@ template <class V> inline void scaled(const float *from, int64_t count, bool nor
         }
         float sum = sum_of<V>(squares);
         for (; i < count; i++) sum += from[i] * from[i];
-        factor /= std::sqrt(sum + 1e-6f);
+        factor /= __builtin_sqrtf(sum + 1e-6f); // std::sqrt might be shared with code for older processors
     }
     for (int64_t i = 0; i < count; i++) to[i] = from[i] * factor;
 }
