@@ -128,12 +128,14 @@ class NoWait(EmulatedDevice):
 
 def test_computing_must_wait_for_states_on_their_way_in_and_for_those_on_their_way_out() -> None:
     for fresh in ((), (0,)):
-        setup = Setup(NoWait(MIB))
+        device = NoWait(MIB)
+        setup = Setup(device)
         with pytest.raises(
             RaceError, match=r"^computing \(computing\), writing .* behind copying (to|from) the device"
         ):
             for slot in range(2):
                 setup.compute(setup.bundle([slot], fresh), 0)
+        device.close()
 
 
 def test_copies_must_wait_for_what_is_computed(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:

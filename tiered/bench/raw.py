@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Final
 
 from tiered.errors import ReadError
-from tiered.io.threads import Outcome
 from tiered.process import interrupts_later
 from tiered.units import MIB, PAGE, round_up
 
@@ -187,6 +186,8 @@ def _run(look: _Look, memory: memoryview) -> tuple[float, int]:
     counts, errors = [0] * threads, list[OSError]()
     deadline = time.perf_counter() + look.seconds
     stopped = threading.Event()
+
+    from tiered.io.threads import Outcome  # which loads torch
 
     ended = [Outcome[None]() for _ in range(threads)]
 
