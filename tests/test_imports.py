@@ -24,6 +24,7 @@ RANKS: Final = {
     "trace": 1,
     "plan": 1,
     "quant": 1,
+    "outcome": 2,
     "kernels": 2,
     "device": 2,
     "store": 2,

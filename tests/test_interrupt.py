@@ -217,7 +217,14 @@ def test_the_runtime_can_be_used_again_after_ctrl_c(
 
 LOOKS = ("RESUME", "CALL", "CALL_KW", "CALL_FUNCTION_EX", "JUMP_BACKWARD")
 """Instructions after which the interpreter looks whether a signal has come."""
-WAITING = ("/tiered/host.py", "/tiered/runtime.py", "/tiered/io/threads.py", "/tiered/stream/", "/threading.py")
+WAITING = (
+    "/tiered/host.py",
+    "/tiered/runtime.py",
+    "/tiered/io/threads.py",
+    "/tiered/outcome.py",
+    "/tiered/stream/",
+    "/threading.py",
+)
 """Where the main thread meets others while a pass runs."""
 
 

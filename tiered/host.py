@@ -23,9 +23,9 @@ from tiered.device import Device, open_device
 from tiered.errors import ConfigError, InterruptedRun
 from tiered.io import IdleClock
 from tiered.io.arena import populate_refusal
-from tiered.io.threads import Outcome
 from tiered.kernels import CancelFlag, DeviceKernels, Kernels, Mode
 from tiered.model import KernelAttention, registered_attention
+from tiered.outcome import Outcome
 from tiered.plan import available_budget, cpu_count, process_peak_rss_bytes, process_rss_bytes
 from tiered.plan.budget import GROWTH_NBYTES, pin_malloc
 from tiered.proc import reset_peak_rss

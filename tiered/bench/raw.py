@@ -22,11 +22,12 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 from tiered.errors import ReadError
-from tiered.process import interrupts_later
+from tiered.outcome import run_threads
 from tiered.units import MIB, PAGE, round_up
 
 BLOCK_SIZES: Final = (MIB // 2, MIB, 4 * MIB, 8 * MIB)
@@ -187,10 +188,6 @@ def _run(look: _Look, memory: memoryview) -> tuple[float, int]:
     deadline = time.perf_counter() + look.seconds
     stopped = threading.Event()
 
-    from tiered.io.threads import Outcome  # which loads torch
-
-    ended = [Outcome[None]() for _ in range(threads)]
-
     def transfer(worker: int) -> None:
         call = os.pwritev if look.writes else os.preadv
         try:
@@ -207,25 +204,10 @@ def _run(look: _Look, memory: memoryview) -> tuple[float, int]:
         except OSError as error:
             error.filename = file.path
             errors.append(error)
-        finally:
-            ended[worker].bring(None)
 
-    workers = [threading.Thread(target=transfer, args=(worker,)) for worker in range(threads)]
     began = time.perf_counter()
-    try:
-        # One whose start is interrupted may run and not be known to have begun.
-        with interrupts_later():
-            for worker in workers:
-                worker.start()
-        for end in ended:
-            end.result()
-    finally:
-        # An interruption ends the wait, not the reads: the caller is about to take back files and memory.
-        with interrupts_later():
-            stopped.set()
-            for worker in workers:
-                if worker.ident is not None:
-                    worker.join()
+    # The caller is about to take back files and memory.
+    run_threads([partial(transfer, worker) for worker in range(threads)], stopped)
     if errors:
         raise errors[0]
     return sum(counts) / (time.perf_counter() - began), sum(counts)

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,15 +19,13 @@ import xxhash
 
 from tiered.errors import InterruptedRun, ReadError, StoreError
 from tiered.io.arena import Arena, Slab
-from tiered.io.threads import Outcome
 from tiered.io.transfer import PIECE_NBYTES, ByteCounter, Faults, Ladder, describe
-from tiered.process import interrupts_later
+from tiered.outcome import run_threads
 from tiered.store import FileInfo, Manifest
 from tiered.store.block import read_layout
 from tiered.store.open import check_config_is_there
 
 DEFAULT_THREADS: Final = 8
-_POLL_SECONDS: Final = 0.1
 
 OnProgress = Callable[[int], None]
 """Called with the bytes read so far, a few times a second, in the caller's thread."""
@@ -147,26 +146,8 @@ class _Scrub:
 
     def _run_in(self, slabs: Sequence[Slab], on_progress: OnProgress | None) -> None:
         """Run one thread per slab; when this returns or raises, no thread runs any more."""
-        ended = [Outcome[None]() for _ in slabs]
-        workers = [
-            threading.Thread(target=self._work, args=(slab.view, end), name="tiered-scrub")
-            for slab, end in zip(slabs, ended, strict=True)
-        ]
-        try:
-            # One whose start is interrupted may run and not be known to have begun.
-            with interrupts_later():
-                for worker in workers:
-                    worker.start()
-            for end in ended:
-                while not end.wait(_POLL_SECONDS):
-                    if on_progress is not None:
-                        on_progress(self.read_so_far.nbytes)
-        finally:
-            with interrupts_later():
-                self._stop.set()
-                for worker in workers:
-                    if worker.ident is not None:
-                        worker.join()
+        on_wait = None if on_progress is None else lambda: on_progress(self.read_so_far.nbytes)
+        run_threads([partial(self._work, slab.view) for slab in slabs], self._stop, "tiered-scrub", on_wait)
 
     def _readable_chunks(self, manifest: Manifest) -> Iterator[tuple[FileInfo, int]]:
         """Chunks that lie entirely within the real size of their file; the header check reports the others."""
@@ -183,7 +164,7 @@ class _Scrub:
         with self._lock:
             return None if self._stop.is_set() else next(self._chunks, None)
 
-    def _work(self, memory: memoryview, ended: Outcome[None]) -> None:
+    def _work(self, memory: memoryview) -> None:
         try:
             while (item := self._next()) is not None:
                 self._test(*item, memory)
@@ -192,8 +173,6 @@ class _Scrub:
         except BaseException as error:
             self._errors.append(error)
             self._stop.set()
-        finally:
-            ended.bring(None)
 
     def _test(self, file: FileInfo, chunk: int, memory: memoryview) -> None:
         """Read one chunk and compare its checksum; what is wrong goes to the findings."""

@@ -1,7 +1,7 @@
 """Threads for reading and writing, and how an asynchronous caller waits for them.
 
 In: functions that block. Out: their end, or what they raised; and for how long there were none. Called by `disk.py` and
-`spill.py`. The event loop only waits. `Outcome` is for callers that are not asynchronous.
+`spill.py`. The event loop only waits. Callers that are not asynchronous have `outcome.py`.
 """
 
 import asyncio
@@ -11,14 +11,9 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
-from typing import Final, Generic, TypeVar, cast
 
 from tiered.errors import InterruptedRun
 from tiered.process import shut_down
-
-T = TypeVar("T")
-_POLL_SECONDS: Final = 0.1
-"""Seconds between two looks for a signal, while a caller waits."""
 
 Check = Callable[[], None]
 """Raises InterruptedRun once nobody waits for the work any more; the work calls it between two system calls."""
@@ -53,51 +48,6 @@ class IdleClock:
             self._in_flight -= 1
             if self._in_flight == 0:
                 self._idle_since = time.perf_counter()
-
-
-class Outcome(Generic[T]):
-    """What one thread brings another, which may be interrupted while it waits: a result or an error, once.
-
-    `Future`, `Event` and `Condition` are functions of Python around a lock. A KeyboardInterrupt may come between the
-    lock's taking and the statement that gives it back, and then whoever brings something waits for ever. Here nothing
-    is taken that must be given back.
-    """
-
-    def __init__(self) -> None:
-        self._closed = threading.Lock()
-        self._closed.acquire()
-        self._result: T | None = None
-        self.error: BaseException | None = None
-        self.is_there = False
-        """Whether it has been brought."""
-
-    def bring(self, result: T) -> None:
-        """The result is there."""
-        self._result, self.is_there = result, True
-        self._closed.release()
-
-    def fail(self, error: BaseException) -> None:
-        """There will be none, because of `error`."""
-        self.error, self.is_there = error, True
-        self._closed.release()
-
-    def wait(self, seconds: float = _POLL_SECONDS) -> bool:
-        """Wait until it is there, but no longer than `seconds`; returns whether it is."""
-        if not self.is_there and self._closed.acquire(timeout=seconds):
-            self._closed.release()
-        return self.is_there
-
-    def result(self) -> T:
-        """Wait for the result, or raise the error."""
-        while not self.wait():
-            pass
-        try:
-            if self.error is not None:
-                raise self.error
-            return cast(T, self._result)
-        finally:
-            # An error holds this frame, and this object the error: a cycle that only the garbage collector would free.
-            del self
 
 
 class IOThreads:

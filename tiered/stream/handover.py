@@ -12,8 +12,8 @@ from collections.abc import Callable, Collection, Coroutine
 from typing import Any, Final, Generic, TypeVar
 
 from tiered.errors import InterruptedRun
-from tiered.io.threads import Outcome
 from tiered.kernels import CancelFlag
+from tiered.outcome import Outcome
 from tiered.process import interrupts_later
 from tiered.trace import Tracer
 

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from tiered.errors import InterruptedRun
-from tiered.io.threads import Outcome
+from tiered.outcome import Outcome
 from tiered.process import interrupts_later
 from tiered.stream.handover import run_in
 from tiered.stream.kv import KVStream
