@@ -11,7 +11,6 @@ struct Attention2 : Avx2 {
     static constexpr int kQueries = 2; // times four keys: 8 sums
     static constexpr int kSums = 8;    // of 16 registers, in the weighted sum of values
 
-    static F set(float value) { return _mm256_set1_ps(value); }
     static F add(F a, F b) { return _mm256_add_ps(a, b); }
     static F sub(F a, F b) { return _mm256_sub_ps(a, b); }
     static F mul(F a, F b) { return _mm256_mul_ps(a, b); }

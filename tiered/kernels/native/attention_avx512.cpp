@@ -11,7 +11,6 @@ struct Attention512 : Avx512 {
     static constexpr int kQueries = 4; // times four keys: 16 sums
     static constexpr int kSums = 16;   // of 32 registers, in the weighted sum of values
 
-    static F set(float value) { return _mm512_set1_ps(value); }
     static F add(F a, F b) { return _mm512_add_ps(a, b); }
     static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
     static F mul(F a, F b) { return _mm512_mul_ps(a, b); }

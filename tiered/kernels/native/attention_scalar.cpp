@@ -1,51 +1,25 @@
 // Attention in plain C++: arrays of eight numbers that any compiler turns into whatever vectors the processor has.
 
 #include "attention_item.h"
+#include "vector_plain.h"
 
 namespace tk {
 
 namespace {
 
-struct Eight {
-    float lane[8];
-};
-
-template <class Function> inline Eight each(Function function) {
-    Eight result;
-    for (int i = 0; i < 8; i++) result.lane[i] = function(i);
-    return result;
-}
-
-struct Portable {
-    using F = Eight;
-    static constexpr int kLanes = 8;
+struct Portable : Plain {
     static constexpr int kQueries = 2;
     static constexpr int kSums = 8;
 
-    static F zero() { return set(0); }
-    static F set(float value) {
-        return each([=](int) { return value; });
-    }
-    static F load(const float *from) {
-        return each([=](int i) { return from[i]; });
-    }
-    static void store(float *to, const F &value) {
-        for (int i = 0; i < kLanes; i++) to[i] = value.lane[i];
-    }
     static F add(const F &a, const F &b) {
         return each([&](int i) { return a.lane[i] + b.lane[i]; });
     }
     static F sub(const F &a, const F &b) {
         return each([&](int i) { return a.lane[i] - b.lane[i]; });
     }
-    static F mul(const F &a, const F &b) {
-        return each([&](int i) { return a.lane[i] * b.lane[i]; });
-    }
+    static F mul(const F &a, const F &b) { return multiply(a, b); }
     static F div(const F &a, const F &b) {
         return each([&](int i) { return a.lane[i] / b.lane[i]; });
-    }
-    static F fma(const F &a, const F &b, const F &c) {
-        return each([&](int i) { return a.lane[i] * b.lane[i] + c.lane[i]; });
     }
     // As the vector instructions: b where either is NaN.
     static F max(const F &a, const F &b) {

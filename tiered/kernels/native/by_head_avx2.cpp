@@ -5,14 +5,6 @@
 
 namespace tk {
 
-namespace {
-
-struct Head : Avx2 {
-    static F set(float value) { return _mm256_set1_ps(value); }
-};
-
-} // namespace
-
-int by_head_avx2(const ByHead &by_head, Pool &pool) { return by_head_of<Head>(by_head, pool); }
+int by_head_avx2(const ByHead &by_head, Pool &pool) { return by_head_of<Avx2>(by_head, pool); }
 
 } // namespace tk

@@ -5,14 +5,6 @@
 
 namespace tk {
 
-namespace {
-
-struct Head : Avx512 {
-    static F set(float value) { return _mm512_set1_ps(value); }
-};
-
-} // namespace
-
-int by_head_avx512(const ByHead &by_head, Pool &pool) { return by_head_of<Head>(by_head, pool); }
+int by_head_avx512(const ByHead &by_head, Pool &pool) { return by_head_of<Avx512>(by_head, pool); }
 
 } // namespace tk

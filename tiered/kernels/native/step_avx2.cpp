@@ -9,7 +9,6 @@ namespace {
 
 struct Step2 : Avx2 {
     static constexpr int kColumns = 4; // vectors of sums and as many of changes, of 16 registers
-    static F set(float value) { return _mm256_set1_ps(value); }
 };
 
 } // namespace

@@ -9,7 +9,6 @@ namespace {
 
 struct Step512 : Avx512 {
     static constexpr int kColumns = 8; // vectors of sums and as many of changes, of 32 registers
-    static F set(float value) { return _mm512_set1_ps(value); }
 };
 
 } // namespace

@@ -16,6 +16,7 @@ struct Avx2 {
     static constexpr int kTokens = 3; // times four rows of weights: 12 of 16 registers
 
     static F zero() { return _mm256_setzero_ps(); }
+    static F set(float value) { return _mm256_set1_ps(value); }
     static F load(const float *from) { return _mm256_loadu_ps(from); }
     static void store(float *to, F value) { _mm256_storeu_ps(to, value); }
     static F multiply(F a, F b) { return _mm256_mul_ps(a, b); }

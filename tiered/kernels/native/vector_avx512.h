@@ -16,6 +16,7 @@ struct Avx512 {
     static constexpr int kTokens = 6; // times four rows of weights: 24 of 32 registers
 
     static F zero() { return _mm512_setzero_ps(); }
+    static F set(float value) { return _mm512_set1_ps(value); }
     static F load(const float *from) { return _mm512_loadu_ps(from); }
     static void store(float *to, F value) { _mm512_storeu_ps(to, value); }
     static F multiply(F a, F b) { return _mm512_mul_ps(a, b); }
