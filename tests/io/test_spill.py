@@ -303,10 +303,12 @@ def test_a_cancelled_read_has_ended_when_its_caller_goes_on(tmp_path: Path, memo
             slow.go.set()
             await asyncio.wait([read], timeout=SECONDS)
             assert read.cancelled()
-            # The memory is the caller's again, and the file works on.
+            # The memory is the caller's again, and the file works on. Only a thread that had begun has read into it:
+            # one or both, as the machine let them.
+            asked = len(slow.asked)
             memory[:WHOLE] = b"x" * WHOLE
             await asyncio.sleep(0.02)
-            assert len(slow.asked) == 2 and bytes(memory[:WHOLE]) == b"x" * WHOLE
+            assert len(slow.asked) == asked and bytes(memory[:WHOLE]) == b"x" * WHOLE
             await there_and_back(spill, memory)
             assert bytes(memory[WHOLE : 2 * WHOLE]) == b"x" * WHOLE
 
