@@ -257,7 +257,14 @@ class Runtime:
     def run(
         self, segments: Sequence[Segment], on_logits: OnLogits, on_block: OnBlock | None = None, is_last: bool = False
     ) -> Pass:
-        """One pass over tokens of many sequences; see `forward` for the rest."""
+        """One pass over tokens of many sequences; see `forward` for the rest.
+
+        Raises ConfigError where they are more than `plan.max_batched_tokens`: weights would have to stay for several
+        micro-batches, without a place.
+        """
+        tokens, most = sum(len(segment.input_ids) for segment in segments), self.plan.max_batched_tokens
+        if tokens > most:
+            raise ConfigError(f"a pass of {tokens} tokens, expected at most the {most} that are planned for: split it")
         for segment in segments:
             check_token_ids(torch.tensor([segment.input_ids]), self.store.vocab_size)
         seats = self.engine.seats

@@ -15,6 +15,7 @@ from tiered.bench.memory import measure_memory
 from tiered.bench.passes import PassRates, Size, measure_passes
 from tiered.bench.raw import RawBandwidth
 from tiered.errors import ConfigError, DiskFullError
+from tiered.host import Host
 from tiered.io.filesystem import mount_of
 from tiered.plan import ComputeRate
 from tiered.plan.hardware import ROWS, Hardware
@@ -196,6 +197,20 @@ def test_passes_over_a_small_model_are_measured_and_leave_nothing(
     assert 1e-6 < max((found.operation_seconds or 0.0) * 30, (found.element_seconds or 0.0) * 64 * 20) < 1
     assert 0 < found.kept < 1e12
     assert list(tmp_path.iterdir()) == []
+
+
+def test_no_measured_pass_is_larger_than_memory_is_planned_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    skip_in_memory(tmp_path)
+    monkeypatch.setattr(passes, "measure_disk", lambda *_: 1.0)  # so slow that many rows are wanted
+    monkeypatch.setattr(passes, "_STREAMED", -100.0)
+    with Host(1) as host:
+        wide = passes._Wide(passes._made(tmp_path, Size(256, 6)), host)
+        wide.measure_resident()
+        assert wide._tokens * passes._BATCH == 1024
+        # In little memory a plan has room for a few tokens only.
+        monkeypatch.setattr(passes, "MAX_BATCHED_TOKENS", 256)
+        wide.measure_streamed()
+        assert wide._tokens * passes._BATCH == 256
 
 
 def test_without_a_gpu_there_are_no_figures_of_one() -> None:

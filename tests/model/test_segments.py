@@ -1,6 +1,7 @@
 """Segments: passes over them give transformers' own logits, and what does not fit is refused."""
 
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import cast
 
 import pytest
@@ -77,6 +78,16 @@ def test_logits_come_in_pieces_of_bounded_size(tiny: Tiny) -> None:
     assert most < len(prompt)
     assert [index for _, index, _ in pieces] == list(range(0, len(prompt), most))
     assert max(rows for _, _, rows in pieces) == most
+
+
+def test_more_tokens_than_a_pass_is_planned_for_are_refused(tiny: Tiny) -> None:
+    (prompt, _) = prompts_for("llama")
+    with open_runtime(tiny.store("llama")) as runtime, ExitStack() as stack:
+        kv, most = reserved(stack, runtime, len(prompt)), len(prompt) - 1
+        runtime.plan = replace(runtime.plan, max_batched_tokens=most)
+        with pytest.raises(ConfigError, match=f"a pass of {most + 1} tokens, expected at most the {most} that are p"):
+            runtime.run([Segment(kv, list(prompt), 1)], lambda *_: None)
+        assert kv.length == 0
 
 
 def test_a_pass_that_fails_leaves_lengths_as_they_were(tiny: Tiny) -> None:

@@ -165,18 +165,21 @@ class _Wide:
     def measure_resident(self) -> None:
         """Passes over a model that stays in memory."""
         with _open(self._store, self._host) as runtime:
-            self._tape, self._needed = runtime.plan.tape, runtime.plan.nbytes
+            self._tape, self._needed = runtime.plan.tape, runtime.plan.nbytes - runtime.plan.needs.baseline
             self._first += _passes(runtime, 1, 1, 1)
             if not self._reading:
                 linear, reading = _linear(runtime, _HEAVY), self._tape.total / measure_disk(self._store, _RAW_SECONDS)
                 slow = (rows for rows in _HEAVY if linear.seconds(rows, runtime.shape.weights) > 2 * reading)
-                self._tokens = next(slow, _HEAVY[-1]) // _BATCH
+                self._tokens = min(next(slow, _HEAVY[-1]), runtime.plan.max_batched_tokens) // _BATCH
             self._resident += _passes(runtime, _BATCH, self._tokens, 4)[1:]
 
     def measure_streamed(self) -> None:
         """Passes over a model most of which is read each time, and the raw disk before and after."""
-        ram = self._needed - int(_STREAMED * self._tape.total)
-        with _open(self._store, self._host, ram) as runtime:
+        # What the process takes by itself has grown since the resident runtime, and grows with the tokens of a pass.
+        with _open(self._store, self._host) as runtime:
+            baseline = runtime.plan.needs.baseline
+        with _open(self._store, self._host, baseline + self._needed - int(_STREAMED * self._tape.total)) as runtime:
+            self._tokens = min(self._tokens, runtime.plan.max_batched_tokens // _BATCH)
             rates = [measure_disk(self._store, _RAW_SECONDS)]
             # The first pass reads what stays, and what the last one has left in the ring is none of the next.
             seconds = statistics.mean(_passes(runtime, 1, 1, 6)[2:])
