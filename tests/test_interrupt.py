@@ -308,7 +308,7 @@ def test_the_runtime_can_be_used_again_after_ctrl_c_at_any_moment(tiny: Tiny) ->
             if not is_interrupted_at(moment, lambda: run_greedy(runtime, prompt, 2, end=False)):
                 not_met.append(moment)
             assert run_greedy(runtime, prompt, 2, end=False).tokens == expected, moment
-    check_most_are_met(moments, not_met)
+    check_enough_are_met(moments, not_met)
 
 
 def is_interrupted_at(moment: tuple[CodeType, int], call: Callable[[], object]) -> bool:
@@ -322,10 +322,10 @@ def is_interrupted_at(moment: tuple[CodeType, int], call: Callable[[], object]) 
     return False
 
 
-def check_most_are_met(moments: Moments, not_met: Sequence[tuple[CodeType, int]]) -> None:
-    # A wait that is not needed this time is not met.
+def check_enough_are_met(moments: Moments, not_met: Sequence[tuple[CodeType, int]]) -> None:
+    # A wait that is not needed this time is not met: how many are depends on which thread is the first to come.
     names = [f"{Path(code.co_filename).name}: {code.co_qualname} at {offset}" for code, offset in not_met]
-    assert 10 < len(moments.seen) // 2 > len(not_met), "\n".join(("not met:", *names))
+    assert len(moments.seen) - len(not_met) > 10, "\n".join(("not met:", *names))
 
 
 def test_ctrl_c_at_any_moment_of_leaving_a_runtime_leaves_no_thread(tiny: Tiny) -> None:

@@ -192,7 +192,7 @@ def test_leaving_ends_what_other_threads_run_and_wait_for(store: Path) -> None:
             # A thread that has not come to its call before finds no model any more.
             with pytest.raises(ConfigError, match=r"closed|not open"):
                 result.result(SECONDS)
-    assert set(threading.enumerate()) == threads
+    assert set(threading.enumerate()) <= threads
 
 
 def test_leaving_between_two_passes_waits_for_nobody(store: Path) -> None:
