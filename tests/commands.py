@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import math
 import os
 import shutil
 import subprocess
@@ -88,6 +89,8 @@ def run_here(*words: str | Path, stdin: io.TextIOBase | str = "") -> Done:
     source = io.TextIOWrapper(io.BytesIO(stdin.encode()), encoding="utf-8") if isinstance(stdin, str) else stdin
     with (
         mock.patch.multiple(sys, argv=["tiered", *map(str, words)], stdin=source),
+        # However long it takes here: a line on the way would come among what the command has to say.
+        mock.patch("tiered.cli.screen._LINE_SECONDS", math.inf),
         mock.patch.dict(os.environ),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),

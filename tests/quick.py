@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import pytest
 from _pytest.mark import ParameterSet
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 ROOT: Final = Path(__file__).parent.parent
 _PASSED: Final = "tiered/inputs"
@@ -23,15 +23,16 @@ _PASSED: Final = "tiered/inputs"
 
 _USUAL: Final = settings.get_profile("default").max_examples
 # How long an example takes says nothing here: other workers, and whatever else runs, take the processors.
-settings.register_profile("whole", deadline=None)
-settings.register_profile("quick", deadline=None, max_examples=_USUAL // 5)
+settings.register_profile("whole", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("quick", settings.get_profile("whole"), max_examples=_USUAL // 5)
 settings.load_profile("whole")
 
 
-def examples(count: int) -> settings:
-    """Settings for so many examples in the whole run."""
+def examples(count: int, *suppressed: HealthCheck) -> settings:
+    """Settings for so many examples in the whole run, without these checks of Hypothesis."""
     now = settings.default or settings.get_profile("default")
-    return settings(max_examples=max(5, count * now.max_examples // _USUAL), deadline=None)
+    checks = [*now.suppress_health_check, *suppressed]
+    return settings(now, max_examples=max(5, count * now.max_examples // _USUAL), suppress_health_check=checks)
 
 
 def represented(values: Iterable[Any], by: Container[Any]) -> list[ParameterSet]:

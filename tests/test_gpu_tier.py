@@ -23,6 +23,7 @@ import tiered
 from tests.commands import make_store, run_here
 from tests.helpers import Answers, Tiny, assert_same, open_runtime, prompts_for, reserved, run_greedy, run_segments
 from tests.quick import represented
+from tests.waiting import SECONDS, wait_until
 from tiered.device import Device, open_device
 from tiered.device.emulated import EmulatedDevice
 from tiered.errors import BudgetError, ConfigError, DeviceBudgetError
@@ -281,7 +282,8 @@ def test_hidden_states_wait_in_memory_and_come_back_for_each_layer(
         assert plan.needs.waiting >= tokens * plan.device.waiting.token_nbytes
         assert_same(run_greedy(runtime, prompts_for(name), STEPS, end=False), expected)
         assert_same(run_greedy(runtime, prompts_for(name), STEPS), expected)
-        # Those of the prompts, not those of decoding, which are in a slot each.
+        # Those of the prompts, not those of decoding, which are in a slot each. Weights are counted behind computing.
+        runtime.stop_streaming()
         crossed = runtime.host.trace.total("bus").nbytes - runtime.bus_nbytes
         assert crossed == 2 * plan.waiting_nbytes(tokens)
 
@@ -336,13 +338,13 @@ def test_without_the_disk_nothing_is_read_after_the_first_pass(
     with opened(store, devices, **options) as runtime:
         assert not runtime.plan.read_nbytes
         first = run_greedy(runtime, prompts_for("llama"), 1, end=False)
+        wait_until(lambda: runtime.bus_nbytes >= sum(runtime.plan.tape.nbytes))  # it is counted behind computing
         tape = sum(unit.nbytes for units in store.dense_units for unit in units)
         read, copied = runtime.bytes_read, runtime.bus_nbytes
         assert_same(first, tiny.reference("llama"))
         assert_same(run_greedy(runtime, prompts_for("llama"), STEPS), tiny.reference("llama"))
         # Rows of the embedding are read in every pass.
         assert runtime.bytes_read - read < tape
-        assert copied >= sum(runtime.plan.tape.nbytes)
         assert bool(runtime.bus_nbytes - copied) == (Tier.CPU in tiers)
 
 
@@ -375,6 +377,7 @@ def test_a_device_that_cannot_be_used_is_an_error_or_the_processor_computes(
     assert sum("the processor computes instead" in record.message for record in caplog.records) == 1
 
 
+@pytest.mark.timeout(300)
 def test_a_simulation_foretells_the_passes_of_a_paced_device(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -398,7 +401,7 @@ def test_a_simulation_foretells_the_passes_of_a_paced_device(
             return seconds
 
     @cache
-    def expected(runtime: Runtime) -> float:
+    def expected(runtime: Runtime, rate: float) -> float:
         plan = runtime.plan
         assert plan.device is not None and 0 < plan.bus_nbytes < plan.tape.total
         machine = Machine(0, linear=ComputeRate((1,), (1e-15,)), disk_bytes_per_second=1e12, attention_seconds=0.0)
@@ -406,16 +409,25 @@ def test_a_simulation_foretells_the_passes_of_a_paced_device(
         found = simulate(plan, runtime.shape, machine, work, passes=steps, device=SimulatedDevice.of(plan, rates))
         return sum(each.seconds for each in found.passes[2:])
 
-    def is_foretold(runtime: Runtime, seconds: list[float]) -> bool:
-        wanted = expected(runtime)
-        assert len(seconds) < 20, (seconds, wanted)
-        return len(seconds) >= steps and sum(seconds[2 - steps :]) == pytest.approx(wanted, rel=0.1)
+    def is_foretold() -> bool:
+        # What this machine computes in a pass, and how other programs delay it now, is to be a trifle beside the bus.
+        fast = run(1e12, lambda _, seconds: len(seconds) == 6)
+        rate = min(2e6, store.tape_nbytes / (20 * max(fast[2:])))
 
-    # What this machine computes in a pass, and how other programs delay it, is to be a trifle beside the bus; three
-    # passes in a row are looked for that nothing delays.
-    fast = run(1e12, lambda _, seconds: len(seconds) == 6)
-    rate = min(2e6, store.tape_nbytes / (20 * max(fast[2:])))
-    run(rate, is_foretold)
+        def is_enough(runtime: Runtime, seconds: list[float]) -> bool:
+            wanted = expected(runtime, rate)
+            found.append((sum(seconds[2 - steps :]), wanted))
+            is_right = len(seconds) >= steps and found[-1][0] == pytest.approx(wanted, rel=0.1)
+            return is_right or len(seconds) == 20
+
+        run(rate, is_enough)
+        return found[-1][0] == pytest.approx(found[-1][1], rel=0.1)
+
+    # Three passes in a row are looked for that nothing delays, until other programs have left this one alone so long.
+    found: list[tuple[float, float]] = []
+    deadline = time.monotonic() + 2 * SECONDS
+    while not is_foretold():
+        assert time.monotonic() < deadline, found
 
 
 def test_transformers_own_generate_computes_on_the_device_with_beams_and_caches_of_its_own(
@@ -454,8 +466,8 @@ def test_transformers_own_generate_has_prompts_computed_on_the_device_and_the_re
         # A prompt passes in several micro-batches, and goes on in a forward that finds a cache.
         runtime.plan = replace(runtime.plan, micro_batch_rows=2)
         first = loaded.model(ids[:, :3], use_cache=True)
-        # What the device is given is copied to it: all weights, for the prompt.
-        assert runtime.bus_nbytes >= runtime.plan.tape.total
+        # What the device is given is copied to it, and counted by and by: all weights, for the prompt.
+        wait_until(lambda: runtime.bus_nbytes >= runtime.plan.tape.total)
         rest = loaded.model(ids[:, 3:], past_key_values=first.past_key_values)
         found = torch.cat([first.logits, rest.logits], dim=1)
         torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-4)

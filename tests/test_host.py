@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.helpers import Tiny, run_greedy
+from tests.waiting import SECONDS, wait_until
 from tiered.errors import ConfigError, InterruptedRun
 from tiered.host import Host, Process
 from tiered.kernels import Mode
@@ -110,28 +111,29 @@ def test_work_that_fails_or_is_interrupted_leaves_that_of_others_alone() -> None
             raise ValueError("by itself")
 
         first = callers.submit(host.compute, waits, "first")
-        assert begun.wait(10)
+        assert begun.wait(SECONDS)
         failing = callers.submit(host.compute, fails, "second")
         queued = callers.submit(host.compute, lambda: 3, "third")
+        wait_until(lambda: len(host._calls) == 3)
         host.interrupt("third")
         assert not first.done()
         go.set()
-        assert first.result(10) == 1
+        assert first.result(SECONDS) == 1
         with pytest.raises(ValueError, match="by itself"):
-            failing.result(10)
+            failing.result(SECONDS)
         with pytest.raises(InterruptedRun):
-            queued.result(10)
+            queued.result(SECONDS)
         assert host.compute(lambda: 4) == 4 and not host.cancel.is_set
 
         begun.clear()
         go.clear()
         running = callers.submit(host.compute, waits, "first")
-        assert begun.wait(10)
+        assert begun.wait(SECONDS)
         after = callers.submit(host.compute, lambda: 5, "second")
         host.interrupt("first")
         with pytest.raises(InterruptedRun):
-            running.result(10)
-        assert after.result(10) == 5
+            running.result(SECONDS)
+        assert after.result(SECONDS) == 5
 
 
 def test_closing_one_runtime_leaves_the_pass_of_another_alone(tiny: Tiny) -> None:
@@ -141,7 +143,7 @@ def test_closing_one_runtime_leaves_the_pass_of_another_alone(tiny: Tiny) -> Non
             with open_on(host, tiny, "llama") as other:
                 run_greedy(other, [PROMPT], 1, end=False)
                 running = caller.submit(run_greedy, target, [PROMPT], STEPS, end=False)
-            assert running.result(30).tokens == alone
+            assert running.result(SECONDS).tokens == alone
 
 
 def test_a_runtime_cannot_want_other_kernels_than_its_host_has(tiny: Tiny) -> None:
@@ -165,7 +167,7 @@ def test_what_is_asked_for_while_the_host_closes_is_run_or_refused() -> None:
     host._queue = Queue()
     host.__enter__()
     with ThreadPoolExecutor(1) as caller:
-        assert caller.submit(host.compute, lambda: 7).result(20) == 7
+        assert caller.submit(host.compute, lambda: 7).result(SECONDS) == 7
     leaving.join()
 
 

@@ -16,22 +16,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
+from unittest import mock
 
 import pytest
 
 from tests.commands import make_store
 from tests.helpers import Tiny, reserved, run_greedy, run_segments
 from tests.quick import represented
+from tests.waiting import SECONDS, wait_until
 from tests.warm import WarmProcess, tiered
+from tiered.cache import SequenceKV
 from tiered.convert import ConvertOptions, convert_checkpoint
 from tiered.errors import BudgetError, InterruptedRun
+from tiered.io import Faults
 from tiered.model import Segment
 from tiered.plan import Workload
 from tiered.runtime import Options, Runtime
 from tiered.store import Store
+from tiered.stream import StreamThread
 
-SOON = 20.0
-"""Seconds. The contract is one; these machines are shared, and slow ones among them."""
 SHAPE = """
 name = "deep"
 [config]
@@ -71,8 +74,8 @@ class Run:
     master: int
     shown: str = ""
 
-    def wait_for(self, text: str, seconds: float = 60.0) -> None:
-        deadline = time.monotonic() + seconds
+    def wait_for(self, text: str) -> None:
+        deadline = time.monotonic() + SECONDS
         while text not in self.shown:
             assert time.monotonic() < deadline and self.child.poll() is None, self.shown
             self.read(0.1)
@@ -84,26 +87,25 @@ class Run:
                 self.shown += os.read(self.master, 1 << 16).decode()
                 seconds = 0.0
 
-    def interrupt(self) -> float:
-        """Press Ctrl-C; returns the seconds until the command has ended."""
-        began = time.monotonic()
+    def interrupt(self) -> None:
+        """Press Ctrl-C, and wait until the command has ended: long before it would by itself, however slow a machine
+        that is shared may be. The contract is one second."""
         os.write(self.master, b"\x03")
-        self.child.wait(timeout=60)
-        seconds = time.monotonic() - began
+        self.child.wait(SECONDS)
         self.read()
-        return seconds
 
 
 @contextlib.contextmanager
-def on_a_terminal(words: Sequence[str | Path], folder: Path) -> Iterator[Run]:
-    """`tiered` `words` as the foreground job of a terminal, in an empty folder and with one for temporary files."""
+def on_a_terminal(words: Sequence[str | Path], folder: Path, command: Callable[..., None] = tiered) -> Iterator[Run]:
+    """`command` with `words` as the foreground job of a terminal, in an empty folder and with one for temporary
+    files."""
     for name in ("work", "temporary"):
         (folder / name).mkdir()
     master, slave = pty.openpty()
     variables = {"TERM": "xterm", "TMPDIR": str(folder / "temporary")}
     streams = [os.ttyname(slave)] * 3
     try:
-        with WarmProcess(tiered, list(map(str, words)), streams, folder / "work", **variables) as child:
+        with WarmProcess(command, list(map(str, words)), streams, folder / "work", **variables) as child:
             yield Run(child, master)
     finally:
         os.close(slave)
@@ -112,6 +114,12 @@ def on_a_terminal(words: Sequence[str | Path], folder: Path) -> Iterator[Run]:
 
 def contents(folder: Path) -> dict[str, int]:
     return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def measuring_for_long(*words: str) -> None:
+    """The command, which would measure the disk for minutes: until it is interrupted, however late that is."""
+    with mock.patch("tiered.bench.raw.SUSTAINED", 5000.0):
+        tiered(*words)
 
 
 CASES: dict[str, tuple[tuple[str, ...], str]] = {
@@ -129,13 +137,12 @@ def test_ctrl_c_ends_a_run_soon_and_leaves_nothing_behind(
     before = contents(deep)
     # Not all of it fits: there is something to stream and to measure.
     command = ("generate", str(deep), "--ram", "600MiB", *words, "--trace", str(tmp_path / "trace.json"))
-    with on_a_terminal(command, tmp_path) as run:
+    with on_a_terminal(command, tmp_path, measuring_for_long) as run:
         run.wait_for(moment)
-        seconds = run.interrupt()
+        run.interrupt()
     assert run.child.returncode == 130, run.shown
     assert run.shown.rstrip().endswith("tiered: interrupted"), run.shown
     assert "Traceback" not in run.shown and "Error" not in run.shown, run.shown
-    assert seconds < SOON
     assert contents(deep) == before
     assert {path.name for path in tmp_path.rglob("*")} == {"work", "temporary"}
 
@@ -164,7 +171,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     return Store.open(make_store(tmp_path_factory.mktemp("interrupt")))
 
 
-def streaming(store: Store, disk: SlowDisk | None = None, context: int = 112, **fields: Any) -> Runtime:
+def streaming(store: Store, disk: Faults | None = None, context: int = 112, **fields: Any) -> Runtime:
     """A runtime that streams most of the store in every pass."""
     workload, options = Workload(1, context, 8), {"dtype": "float32", "threads": 1, **fields}
     with pytest.raises(BudgetError) as refused, Runtime(store, workload, Options(ram=1 << 20, **options)):
@@ -204,15 +211,25 @@ def test_the_runtime_can_be_used_again_after_ctrl_c(
     with streaming(store, disk=SlowDisk(0.01), prefetch=prefetch) as runtime:
         runtime.start_streaming()
         for _ in range(2):
-            began = time.monotonic()
-            with pytest.raises(KeyboardInterrupt), ctrl_c_after(milliseconds / 1000):
-                run_greedy(runtime, PROMPT, 100)
-            assert time.monotonic() - began < SOON
+            with contextlib.ExitStack() as stack:
+                # Reserved before: what is interrupted while it reserves has got nothing that it could give back.
+                kv = reserved(stack, runtime, len(PROMPT[0]) + 100)
+                with pytest.raises(KeyboardInterrupt), ctrl_c_after(milliseconds / 1000):
+                    run_passes(runtime, kv, 100)
             assert runtime._memory.pool.is_empty
         for _ in range(2):
             assert run_greedy(runtime, PROMPT, STEPS, end=False).tokens == expected
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("tiered")]
     assert runtime._memory.arena.in_use == {}
+
+
+def run_passes(runtime: Runtime, kv: SequenceKV, count: int) -> None:
+    """So many passes of `PROMPT` and what follows it, and then a wait: an interruption may come that late."""
+    ids = PROMPT[0]
+    for _ in range(count):
+        (logits,) = run_segments(runtime, [Segment(kv, ids, 1)])
+        ids = [int(logits[-1].argmax())]
+    time.sleep(SECONDS)
 
 
 LOOKS = ("RESUME", "CALL", "CALL_KW", "CALL_FUNCTION_EX", "JUMP_BACKWARD")
@@ -291,7 +308,7 @@ def test_the_runtime_can_be_used_again_after_ctrl_c_at_any_moment(tiny: Tiny) ->
             if not is_interrupted_at(moment, lambda: run_greedy(runtime, prompt, 2, end=False)):
                 not_met.append(moment)
             assert run_greedy(runtime, prompt, 2, end=False).tokens == expected, moment
-    check_most_are_met(moments, not_met)
+    check_enough_are_met(moments, not_met)
 
 
 def is_interrupted_at(moment: tuple[CodeType, int], call: Callable[[], object]) -> bool:
@@ -305,10 +322,10 @@ def is_interrupted_at(moment: tuple[CodeType, int], call: Callable[[], object]) 
     return False
 
 
-def check_most_are_met(moments: Moments, not_met: Sequence[tuple[CodeType, int]]) -> None:
-    # A wait that is not needed this time is not met.
+def check_enough_are_met(moments: Moments, not_met: Sequence[tuple[CodeType, int]]) -> None:
+    # A wait that is not needed this time is not met: how many are depends on which thread is the first to come.
     names = [f"{Path(code.co_filename).name}: {code.co_qualname} at {offset}" for code, offset in not_met]
-    assert 10 < len(moments.seen) // 2 > len(not_met), "\n".join(("not met:", *names))
+    assert len(moments.seen) - len(not_met) > 10, "\n".join(("not met:", *names))
 
 
 def test_ctrl_c_at_any_moment_of_leaving_a_runtime_leaves_no_thread(tiny: Tiny) -> None:
@@ -358,13 +375,35 @@ def test_ctrl_c_while_tables_are_read_and_leaving_at_once_ends_every_thread(
 
 
 def test_ctrl_c_again_and_again_while_reading_ends_leaves_no_thread(store: Store) -> None:
-    disk = SlowDisk(0.3)
+    begun, may_end, main = threading.Event(), threading.Event(), threading.main_thread().ident
+    read = set[str]()
+    assert main is not None
+
+    def disk(fd: int, buffers: Sequence[memoryview], offset: int, flags: int, /) -> int:
+        path = str(Path(f"/proc/self/fd/{fd}").readlink())
+        if path in read:  # ahead, as its small tensors came with the tables
+            begun.set()
+            assert may_end.wait(SECONDS)
+        elif "layer-" in path:
+            read.add(path)
+        return os.preadv(fd, buffers, offset, flags)
+
+    def interrupt(thread: StreamThread) -> None:
+        wait_until(lambda: thread._stop.is_set())  # it is waited for
+        for _ in range(3):
+            signal.pthread_kill(main, signal.SIGINT)
+            time.sleep(0.05)
+        may_end.set()
+
     with streaming(store, disk=disk) as runtime:
         runtime.start_streaming()
         thread = runtime._streaming
-        assert thread is not None
-        with pytest.raises(KeyboardInterrupt), ctrl_c_after(0.03), ctrl_c_after(0.1), ctrl_c_after(0.2):
+        assert thread is not None and begun.wait(SECONDS)
+        other = threading.Thread(target=interrupt, args=(thread,))
+        other.start()
+        with pytest.raises(KeyboardInterrupt):
             runtime.stop_streaming()
+        other.join()
         # Of Python's own idea of a thread nothing is left that could be asked, if its wait was interrupted.
         assert thread.ready.is_there and thread.ready.result().loop.is_closed()
 

@@ -1,5 +1,6 @@
 """The process around a command: closed streams, readers that go, many interrupts, locales of ASCII."""
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from unittest import mock
 import pytest
 
 from tests.commands import ROOT, TIERED, make_store, run_here
+from tests.waiting import SECONDS
 
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 PROCESS = pytest.mark.inputs("tiered/__main__.py", "tiered/process.py")
@@ -140,6 +142,8 @@ def test_many_interrupts_are_one(store: Path, when: str) -> None:
     )
     with process:
         assert process.stdout is not None
+        # Of its text little fits, so that it does not end before, however late the interrupts are.
+        fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, 4096)
         if when == "while it runs":
             process.stdout.read(1)
         else:
@@ -147,20 +151,20 @@ def test_many_interrupts_are_one(store: Path, when: str) -> None:
         for _ in range(30):
             process.send_signal(signal.SIGINT)
             signal.sigtimedwait([], 0.01)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=SECONDS)
     assert process.returncode == 130, err
     *so_far, last = filter(None, err.splitlines())
     assert last == b"tiered: interrupted"
-    # A run that has begun says once how far it came.
+    # A run that has begun says once how far it came. It may have, while this process did not come to interrupt it.
     assert [line.partition(b" generated, ended in pass ")[1] != b"" for line in so_far] == [True] * len(so_far)
-    assert len(so_far) <= (1 if when == "while it runs" else 0)
+    assert len(so_far) <= 1
 
 
 def test_an_interrupt_in_a_destructor_is_not_lost() -> None:
     code = (
         "import os, signal, time; from tiered.process import catch_interrupts; catch_interrupts()\n"
         "class Ends:\n    def __del__(self): os.kill(os.getpid(), signal.SIGINT); time.sleep(0)\n"
-        "try:\n    Ends(); time.sleep(20)\n"
+        "try:\n    Ends(); time.sleep(60)\n"
         "except KeyboardInterrupt: print('seen')"
     )
     done = shell((sys.executable, "-c", code), "")
@@ -178,7 +182,7 @@ def test_an_interrupt_that_comes_while_a_condition_takes_its_lock_comes_after_it
         "    def __exit__(self, *_): self.taken -= 1\n"
         "lock = Lock()\n"
         "try:\n"
-        "    with threading.Condition(lock): time.sleep(20)\n"
+        "    with threading.Condition(lock): time.sleep(60)\n"
         "except KeyboardInterrupt: print(lock.taken)"
     )
     done = shell((sys.executable, "-c", code), "")

@@ -16,14 +16,13 @@ from transformers import AsyncTextIteratorStreamer, StoppingCriteriaList, TextIt
 
 import tiered
 from tests.commands import make_store
+from tests.waiting import SECONDS, wait_until
 from tiered.api import LoadedModel
 from tiered.errors import BudgetError, ConfigError
 from tiered.host import PROCESS
 from tiered.units import MIB
 
 PROMPTS: Final = ("The function returns", "To install the package, run the following", "Returns")
-SECONDS: Final = 60.0
-"""Longer than anything here takes: a wait that reaches it hangs."""
 
 
 @pytest.fixture(scope="module")
@@ -188,12 +187,12 @@ def test_leaving_ends_what_other_threads_run_and_wait_for(store: Path) -> None:
             opened.append(loaded)
             staying = {"stopping_criteria": StoppingCriteriaList([stay])}
             results = [pool.submit(complete, loaded, prompt, 100, **staying) for prompt in PROMPTS]
-            while not loaded.runtime.passes:
-                time.sleep(0.001)
+            wait_until(lambda: loaded.runtime.passes)
         for result in results:
-            with pytest.raises(ConfigError, match="closed"):
+            # A thread that has not come to its call before finds no model any more.
+            with pytest.raises(ConfigError, match=r"closed|not open"):
                 result.result(SECONDS)
-    assert set(threading.enumerate()) == threads
+    assert set(threading.enumerate()) <= threads
 
 
 def test_leaving_between_two_passes_waits_for_nobody(store: Path) -> None:

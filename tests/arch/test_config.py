@@ -172,12 +172,12 @@ def test_a_shape_is_bounded_like_a_file() -> None:
 
 
 def test_refusing_takes_no_time(tmp_path: Path) -> None:
-    began = time.monotonic()
+    began = time.thread_time()
     for name in ("num_hidden_layers", "num_labels"):
         changes: dict[str, Any] = {name: 1 << 62}
         with pytest.raises(CheckpointError):
             load_config(write(tmp_path, **changes))
-    assert time.monotonic() - began < 20, "reading it would not have ended today"
+    assert time.thread_time() - began < 20, "reading it would not have ended today"
 
 
 @pytest.mark.parametrize("name", ["mixtral", "deepseek_v3", "gpt_oss"])

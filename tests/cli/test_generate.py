@@ -381,7 +381,7 @@ def test_prompts_share_a_process_for_their_template_which_ends(store: Path, tmp_
     copy = copy_store(store, tmp_path)
     (copy / "chat_template.jinja").write_text("{{ raise_exception('no users') }}", encoding="utf-8")
     with (
-        mock.patch("tiered.generate.template._LIFE_SECONDS", 100.0),
+        mock.patch.multiple("tiered.generate.template", _LIFE_SECONDS=100.0, _IDLE_SECONDS=100.0),
         mock.patch("os.fork", wraps=os.fork) as fork,
         mock.patch("os.waitpid", wraps=os.waitpid) as wait,
     ):
@@ -581,7 +581,7 @@ def test_the_json_report_is_complete_and_agrees_with_itself(store: Path, streams
     assert report["seconds_per_pass"] == pytest.approx(report["decode_seconds"] / 9)
     assert report["prefill_seconds"] <= report["first_token_seconds"]
     assert report["first_token_seconds"] + report["decode_seconds"] <= wall
-    assert 0 < report["bound_share"] <= 1.05
+    assert report["bound_share"] > 0
     if report["bytes_read_kernel"] and report["read_mode"] == "O_DIRECT":
         # The kernel also counts what this process reads otherwise, such as modules imported meanwhile.
         assert 0 <= report["bytes_read_kernel"] - report["bytes_read"] <= 32 * MIB
@@ -590,6 +590,7 @@ def test_the_json_report_is_complete_and_agrees_with_itself(store: Path, streams
         assert report["disk_bandwidth"] * report["decode_seconds"] <= report["bytes_read"]
         assert report["bottleneck"] in ("disk", "compute")
     else:
+        assert report["bound_share"] <= 1.05  # with a disk it may be more, if that is slower now than it was
         assert report["bottleneck"] == "memory"
         assert report["ram_budget_bytes"] >= report["peak_rss_bytes"]
 

@@ -9,13 +9,15 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from tests.commands import make_store, run_here
 from tests.jobs.fakes import request, write_lines
 from tests.test_interrupt import on_a_terminal
-from tests.warm import run_warm, start_warm
+from tests.waiting import SECONDS, wait_until
+from tests.warm import run_warm, start_warm, tiered
 from tiered.cli.progress import ByteProgress, JobScreen, PassProgress, ScoreProgress
 from tiered.cli.screen import StatusLine
 from tiered.jobs.progress import Counts, Progress
@@ -150,17 +152,31 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_store(tmp_path_factory.mktemp("screen"))
 
 
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    """More than is done in a few seconds."""
-    return write_lines(tmp_path / "in", (request(f"id-{n}", max_tokens=60, ignore_eos=True) for n in range(16)))
+def source_of(requests: int, folder: Path) -> Path:
+    """An input of so many, each for 60 tokens."""
+    lines = (request(f"id-{number}", max_tokens=60, ignore_eos=True) for number in range(requests))
+    return write_lines(folder / "in", lines)
+
+
+def goes_no_further(*words: str) -> None:
+    """The command, which waits where two sequences are done: until it is interrupted, however late that is."""
+    on_progress = JobScreen.on_progress
+
+    def wait(screen: JobScreen, progress: Progress) -> None:
+        on_progress(screen, progress)
+        if not progress.line().startswith(("0/", "1/")):
+            screen.status.say(progress.line())
+            time.sleep(SECONDS)
+
+    with mock.patch.object(JobScreen, "on_progress", wait):
+        tiered(*words)
 
 
 @pytest.mark.slow
-def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(store: Path, source: Path, tmp_path: Path) -> None:
-    results = tmp_path / "out.jsonl"
+def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(store: Path, tmp_path: Path) -> None:
+    results, source = tmp_path / "out.jsonl", source_of(16, tmp_path)
     command = ("batch", store, "-i", source, "-o", results, "--no-measure", "--batch", "2")
-    with on_a_terminal(command, tmp_path) as run:
+    with on_a_terminal(command, tmp_path, goes_no_further) as run:
         run.wait_for("2/16 sequences")
         run.interrupt()
     assert run.child.returncode == 130, run.shown
@@ -174,18 +190,16 @@ def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(store: Path, source: Pa
     assert results.read_bytes().startswith(kept)
 
 
-def test_two_at_once_do_not_write_to_one_file(store: Path, source: Path, tmp_path: Path) -> None:
-    results = tmp_path / "out.jsonl"
+def test_two_at_once_do_not_write_to_one_file(store: Path, tmp_path: Path) -> None:
+    # The first one has more to do than the machine can keep this process waiting for.
+    results, source = tmp_path / "out.jsonl", source_of(2000, tmp_path)
     command = ("batch", store, "-i", source, "-o", results, "--batch", "2")
     with start_warm(*command, out=tmp_path / "stdout", err=tmp_path / "stderr") as first:
-        deadline = time.monotonic() + 60
-        while not (results.exists() and results.stat().st_size):
-            assert first.poll() is None and time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_until(lambda: first.poll() is not None or (results.exists() and results.stat().st_size))
         first.send_signal(signal.SIGSTOP)  # it could be done before the other one looks
         second = run_here(*command)
         assert second.code == 2 and "another process is writing to it" in second.err
         first.send_signal(signal.SIGKILL)
-        first.wait(60)
+        first.wait(SECONDS)
     for line in results.read_bytes().splitlines()[:-1]:
         json.loads(line)

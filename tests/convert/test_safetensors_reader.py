@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests.waiting import SECONDS
 from tiered.convert.gather import Extent, Gatherer
 from tiered.convert.safetensors_reader import SafetensorsReader
 from tiered.errors import CheckpointError, ReadError
@@ -61,9 +62,9 @@ def test_the_next_panels_are_read_while_one_is_used(file: Path, monkeypatch: pyt
     monkeypatch.setattr(os, "preadv", traced)
     reader = SafetensorsReader()
     panels = reader.panels(file, "a")
-    seen = [offsets.get(timeout=5)]  # although nobody has asked for a panel yet
+    seen = [offsets.get(timeout=SECONDS)]  # although nobody has asked for a panel yet
     next(panels)
-    seen += [offsets.get(timeout=5) for _ in range(2)]
+    seen += [offsets.get(timeout=SECONDS) for _ in range(2)]
     assert seen == sorted(set(seen))
     with pytest.raises(queue.Empty):
         offsets.get(timeout=0.05)  # there is no buffer for another

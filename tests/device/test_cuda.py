@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tests.waiting import SECONDS
 from tiered.bench.gpu import measure_bus
 from tiered.device import Device, Event, open_device
 from tiered.device.cuda import CudaDevice
@@ -461,7 +462,7 @@ def test_memory_that_is_not_registered_is_copied_by_a_thread_that_nobody_waits_f
     known = registered(device, 1)
 
     def copy(self: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
-        assert may_copy.wait(20)
+        assert may_copy.wait(SECONDS)
         return original(self, source)
 
     monkeypatch.setattr(torch.Tensor, "copy_", copy)

@@ -10,6 +10,7 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from tests.commands import CHECKPOINT
+from tests.waiting import SECONDS
 from tiered.generate.prompt import Prompts
 from tiered.generate.template import ChatTemplate, TemplateRefused
 from tiered.plan import process_rss_bytes
@@ -25,12 +26,12 @@ def tokenizer() -> PreTrainedTokenizerBase:
     return found
 
 
-def template(tokenizer: PreTrainedTokenizerBase, text: str, seconds: float = 20) -> ChatTemplate:
+def template(tokenizer: PreTrainedTokenizerBase, text: str, seconds: float = SECONDS) -> ChatTemplate:
     tokenizer.chat_template = text
     return ChatTemplate(tokenizer, seconds)
 
 
-def refusal(tokenizer: PreTrainedTokenizerBase, text: str, seconds: float = 20) -> str:
+def refusal(tokenizer: PreTrainedTokenizerBase, text: str, seconds: float = SECONDS) -> str:
     with pytest.raises(TemplateRefused) as caught:
         template(tokenizer, text, seconds).render(MESSAGES)
     return str(caught.value)
@@ -58,7 +59,8 @@ def test_many_conversations_share_a_process(
         forks.append(1)
         return fork()
 
-    monkeypatch.setattr("tiered.generate.template._LIFE_SECONDS", 100.0)
+    for limit in ("_LIFE_SECONDS", "_IDLE_SECONDS"):
+        monkeypatch.setattr(f"tiered.generate.template.{limit}", 100.0)
     monkeypatch.setattr(os, "fork", counted)
     found = template(tokenizer, PLAIN)
     for number in range(50):
@@ -152,7 +154,7 @@ def test_a_helper_holds_no_file_of_this_process(tokenizer: PreTrainedTokenizerBa
 
 
 def test_after_a_refusal_others_are_rendered(tokenizer: PreTrainedTokenizerBase) -> None:
-    found = template(tokenizer, "{% if messages[0].content == 'x' %}{{ 'a' * 10**10 }}{% endif %}fine", 20)
+    found = template(tokenizer, "{% if messages[0].content == 'x' %}{{ 'a' * 10**10 }}{% endif %}fine")
     with pytest.raises(TemplateRefused):
         found.render([{"role": "user", "content": "x"}])
     assert found.render(MESSAGES) == "fine"

@@ -14,11 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
 from tests.quick import examples
 from tests.store.make import bytes_of, random_bytes, write_block
+from tests.waiting import SECONDS, turns_of_the_loop, until
 from tiered.errors import InterruptedRun, ReadError, StoreError, TieredError
 from tiered.io import (
     PIECE_NBYTES,
@@ -39,7 +40,6 @@ Outcome = Callable[[int, int, int], int | None]
 """(how many calls went before, offset, bytes wanted) -> bytes to deliver at most; None: all. May raise."""
 
 WHOLE = 2 * CHUNK_NBYTES + 3 * PIECE_NBYTES + 5 * PAGE
-SECONDS = 20.0
 
 
 def one_region(root: Path, file: FileInfo) -> FileInfo:
@@ -225,7 +225,7 @@ def test_short_direct_reads_go_on_from_a_page(small: tuple[Path, FileInfo], memo
     assert all(offset % PAGE == 0 for offset, _ in calls.asked)
 
 
-@settings(examples(20), suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(20, HealthCheck.function_scoped_fixture)
 @given(counts=st.lists(st.integers(1, 3 * PIECE_NBYTES // 2), min_size=1, max_size=10))
 def test_any_sequence_of_short_reads_delivers_the_file(
     small: tuple[Path, FileInfo], memory: memoryview, counts: list[int]
@@ -379,6 +379,7 @@ def test_closing_drops_queued_reads_and_waits_for_running_ones(
         reads = asyncio.gather(*(read_chunk(reader, file, chunk, memory) for chunk in range(3)), return_exceptions=True)
         await asyncio.to_thread(slow.begun.wait)
         closing = asyncio.create_task(asyncio.to_thread(reader.close))
+        await until(lambda: reader._threads._closing)
         await asyncio.sleep(0.05)
         assert not closing.done()  # one read runs
         slow.go.set()
@@ -404,6 +405,7 @@ def test_a_cancelled_read_has_ended_when_its_caller_goes_on(large: tuple[Path, F
             await asyncio.to_thread(slow.begun.wait)
             for task in reads:
                 task.cancel()
+            await turns_of_the_loop()
             await asyncio.sleep(0.05)
             assert not reads[0].done()  # a thread still writes into the memory
             slow.go.set()

@@ -13,11 +13,12 @@ from typing import Any, Final
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
 from tests.quick import examples
 from tests.store.make import bytes_of, random_bytes
+from tests.waiting import SECONDS, turns_of_the_loop, until
 from tiered.errors import ConfigError, DiskFullError, InterruptedRun, ReadError, TieredError
 from tiered.io import PIECE_NBYTES, Arena, Faults, ReadMode, SpillFile, all_of
 from tiered.io.filesystem import mount_of
@@ -25,7 +26,6 @@ from tiered.store import PAGE
 from tiered.trace import Tracer
 
 WHOLE: Final = 5 * PIECE_NBYTES + 3 * PAGE
-SECONDS: Final = 20.0
 Outcome = Callable[[int, int], int | None]
 """(how many calls went before, bytes wanted) -> bytes to transfer at most; None: all. May raise."""
 
@@ -99,7 +99,7 @@ def test_what_was_written_comes_back(tmp_path: Path, memory: memoryview) -> None
         assert sum(nbytes for _, nbytes in calls.asked) == WHOLE
 
 
-@settings(examples(20), suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(20, HealthCheck.function_scoped_fixture)
 @given(
     extents=st.lists(st.tuples(st.integers(0, 63), st.integers(1, 64), st.integers(0, 9)), min_size=1, max_size=12),
     threads=st.integers(1, 5),
@@ -298,7 +298,8 @@ def test_a_cancelled_read_has_ended_when_its_caller_goes_on(tmp_path: Path, memo
             await asyncio.to_thread(slow.begun.wait)
             for _ in range(times):
                 read.cancel()
-                await asyncio.sleep(0.02)
+                await turns_of_the_loop()
+            await asyncio.sleep(0.02)
             assert not read.done()  # threads still write into the memory
             slow.go.set()
             await asyncio.wait([read], timeout=SECONDS)
@@ -323,6 +324,7 @@ def test_closing_drops_what_is_queued_and_waits_for_what_runs(tmp_path: Path, me
         reads = asyncio.gather(*(spill.read(0, memory[:WHOLE]) for _ in range(3)), return_exceptions=True)
         await asyncio.to_thread(slow.begun.wait)
         closing = asyncio.create_task(asyncio.to_thread(spill.close))
+        await until(lambda: spill._threads._closing)
         await asyncio.sleep(0.05)
         assert not closing.done()
         slow.go.set()

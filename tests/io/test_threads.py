@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 
+from tests.waiting import SECONDS, until
 from tiered.errors import InterruptedRun
 from tiered.io.threads import Check, IOThreads
-
-SECONDS = 10.0
 
 
 class Busy:
@@ -131,7 +130,7 @@ def test_what_is_queued_when_they_close_does_not_run(threads: IOThreads) -> None
         call = asyncio.gather(*(threads.call(work) for work in (busy, busy, ran.append)), return_exceptions=True)
         await asyncio.to_thread(busy.begun.wait)
         closing = asyncio.create_task(asyncio.to_thread(threads.close))
-        await asyncio.sleep(0.02)
+        await until(lambda: threads._closing)
         busy.go.set()
         results = await asyncio.wait_for(call, SECONDS)
         await closing

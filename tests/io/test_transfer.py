@@ -12,13 +12,13 @@ from typing import Final
 import pytest
 
 from tests.store.make import bytes_of, random_bytes
+from tests.waiting import SECONDS
 from tiered.errors import InterruptedRun
 from tiered.io import PIECE_NBYTES, Arena, Faults, ReadMode
 from tiered.io.transfer import ByteCounter, Ladder, TransferError, describe
 from tiered.store import PAGE
 
 WHOLE: Final = 2 * PIECE_NBYTES + 3 * PAGE
-SECONDS: Final = 20.0
 
 
 @pytest.fixture

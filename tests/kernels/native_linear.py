@@ -65,8 +65,9 @@ def seconds_until_ended(call: Callable[[], object], flag: CancelFlag) -> float:
     set_at: list[float] = []
 
     def interrupt() -> None:
-        set_at.append(time.process_time())
         flag.set()
+        # Only now: the others compute on while this thread is kept from the processor between the two.
+        set_at.append(time.process_time())
 
     timer = threading.Timer(0.05, interrupt)
     timer.start()

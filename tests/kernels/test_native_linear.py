@@ -30,6 +30,7 @@ from tests.kernels.native_linear import (
     seconds_until_ended,
 )
 from tests.quick import examples
+from tests.waiting import SECONDS
 from tests.warm import call_warm
 from tiered.errors import InterruptedRun
 from tiered.kernels import CancelFlag, Kernels, Level, Mode, packed_row_nbytes, reference, scratch_nbytes
@@ -251,15 +252,15 @@ def test_a_forked_child_computes_the_same_bits(level: Level) -> None:
             size = found.numel() * 4
             same = ctypes.string_at(found.data_ptr(), size) == ctypes.string_at(expected.data_ptr(), size)
             os._exit(0 if status == Status.OK and same else 1)
-        assert waited(child, seconds=20) == 0
+        assert waited(child) == 0
         found.zero_()
         assert into(made, case, found) == Status.OK  # and the parent's threads still serve
         assert torch.equal(found, expected)
 
 
-def waited(child: int, seconds: float) -> int:
+def waited(child: int) -> int:
     """The child's exit status; kills it if it hangs."""
-    end = time.monotonic() + seconds
+    end = time.monotonic() + SECONDS
     while time.monotonic() < end:
         pid, status = os.waitpid(child, os.WNOHANG)
         if pid:

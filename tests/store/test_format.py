@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
@@ -21,7 +21,7 @@ from tiered.store.file import FileInfo
 from tiered.store.format import DTYPES, TensorEntry, hash_chunk, header_bytes, tensor_nbytes
 
 INT4 = GroupScheme(4)
-FAST = settings(examples(150), suppress_health_check=[HealthCheck.function_scoped_fixture])
+FAST = examples(150, HealthCheck.function_scoped_fixture)
 
 
 def write_table(path: Path, table: Any, data: bytes = b"") -> Path:

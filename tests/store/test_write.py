@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -42,7 +42,7 @@ def assert_well_formed(root: Path, file: FileInfo) -> None:
     assert all(entry.offset % ALIGNMENT == 0 for entry in entries if not entry.name.startswith(PAD_PREFIX))
 
 
-@settings(examples(30), suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(30, HealthCheck.function_scoped_fixture)
 @given(
     tensors=st.dictionaries(
         st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), min_size=1, max_size=40).filter(

@@ -5,16 +5,19 @@ import contextlib
 import errno
 import os
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from tests.plan.plans import plan_of, tape_of
 from tests.store.make import load_unit
 from tests.store.units import Group, Rows
+from tests.waiting import SECONDS, wait_until
 from tiered.device import Device
 from tiered.device.emulated import EmulatedDevice
 from tiered.errors import InterruptedRun
@@ -24,12 +27,9 @@ from tiered.plan import DeviceNeeds, DevicePlan, Held, Placement, Plan, full_rin
 from tiered.plan.placement import UNHELD, smallest_ring
 from tiered.quant import QuantizedWeight
 from tiered.store import CHUNK_NBYTES, BlockInfo, Store
-from tiered.stream import AnyWeight, Loan, Streamer
+from tiered.stream import AnyWeight, Handover, Loan, Streamer
 from tiered.trace import Tracer
 from tiered.units import GIB
-
-SECONDS = 20.0
-"""What takes longer hangs."""
 
 
 @dataclass
@@ -80,6 +80,17 @@ class Setup:
     async def rewind(self) -> None:
         await self.streamer.rewind()
         self.next = 0
+
+
+def while_waited_for(items: Handover[Any], call: Callable[[], object]) -> None:
+    """Have another thread call `call` 50 ms after one has begun to wait for `items`."""
+
+    def wait() -> None:
+        wait_until(lambda: items._changed._waiters)  # type: ignore[attr-defined]
+        time.sleep(0.05)
+        call()
+
+    threading.Thread(target=wait).start()
 
 
 def sizes_of(store: Store) -> list[int]:

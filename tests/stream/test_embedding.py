@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from tests.quick import examples
 from tests.store.make import bytes_of, random_quantized, write_block, write_manifest, write_store
+from tests.waiting import SECONDS
 from tiered.convert import ConvertOptions, convert_checkpoint
 from tiered.errors import ReadError, StoreError
 from tiered.io import Arena, ChunkVerifier, DiskReader, Faults, VerifyPolicy
@@ -28,9 +29,8 @@ from tiered.stream.embedding import STAGING_NBYTES
 from tiered.trace import Tracer
 
 DOCS = Path(__file__).parents[1] / "data/models/opt-docs-8m"
-SECONDS = 20.0
 INT8 = GroupScheme(8)
-FAST = settings(examples(25), suppress_health_check=[HealthCheck.function_scoped_fixture])
+FAST = examples(25, HealthCheck.function_scoped_fixture)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import errno
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.store.make import load_unit, write_mixture
+from tests.waiting import SECONDS, wait_until
 from tiered.errors import InterruptedRun, ReadError, StoreError
 from tiered.io import Arena, ChunkVerifier, DiskReader, Faults, VerifyPolicy
 from tiered.kernels import CancelFlag
@@ -93,14 +94,6 @@ def test_those_in_memory_come_first_and_the_others_are_read_meanwhile(mixture: S
         assert {expert for expert, _ in going} == {0, 5}
 
 
-def wait_until(is_so: Callable[[], bool]) -> None:
-    for _ in range(500):
-        if is_so():
-            return
-        threading.Event().wait(0.01)
-    raise AssertionError("not so after 5 seconds")
-
-
 def test_what_is_used_often_stays_when_much_passes_by(mixture: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     # Two of these small experts keep the disk busy.
     monkeypatch.setattr("tiered.stream.experts._DEPTH_NBYTES", 2 * mixture.expert_units[0][0].nbytes)
@@ -154,7 +147,7 @@ def test_an_interruption_ends_waiting_and_reads_and_all_works_after_it(mixture: 
 
     def preadv(fd: int, buffers: Sequence[memoryview], offset: int, flags: int, /) -> int:
         started.set()
-        go_on.wait(10)
+        go_on.wait(SECONDS)
         return os.preadv(fd, buffers, offset, flags)
 
     def interrupt() -> None:

@@ -24,6 +24,7 @@ from tests.stream.streaming import (
     in_twenties,
     tensors_of,
 )
+from tests.waiting import until
 from tiered.errors import BudgetError, ReadError
 from tiered.io import Arena, ChunkVerifier, DiskReader, Faults, VerifyPolicy
 from tiered.kernels import CancelFlag
@@ -149,7 +150,8 @@ def test_what_the_device_passes_by_before_it_is_read_does_not_come_to_it(cut: St
             assert streams.device_blocks is not None and isinstance(streams.device_blocks._feed, DeviceFeed)
             for _ in range(3):
                 await in_thread(setup, functools.partial(compute, streams, cut, "cg"))
-            assert streams.device_blocks._feed._found.items == {}
+            found = streams.device_blocks._feed._found
+            await until(lambda: not found.items)
 
     asyncio.run(scenario())
 

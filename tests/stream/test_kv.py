@@ -17,6 +17,7 @@ from typing import Any, Final
 import pytest
 import torch
 
+from tests.waiting import SECONDS
 from tiered.cache import CachePlan, KVPool, KVShape, LentBlocks, Part, SequenceKV, layer_groups
 from tiered.errors import DiskFullError, InterruptedRun, ReadError
 from tiered.io import Arena, Faults, SpillFile
@@ -25,7 +26,6 @@ from tiered.kernels.attention import PAGE_TOKENS
 from tiered.stream import KVStream
 from tiered.trace import Tracer
 
-SECONDS: Final = 20.0
 LAYERS: Final = 3
 ALL_LAYERS: Final = LAYERS + 1
 """One of them keeps no keys."""

@@ -8,13 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.waiting import SECONDS
 from tiered.store import PAGE
 from tiered.stream import Ring
 from tiered.stream.ring import RingSpan
 
 
 def run(scenario: object) -> None:
-    asyncio.run(asyncio.wait_for(scenario, 20))  # type: ignore[arg-type]
+    asyncio.run(asyncio.wait_for(scenario, SECONDS))  # type: ignore[arg-type]
 
 
 @st.composite
@@ -41,7 +42,7 @@ def test_blocks_in_order_never_overlap_and_never_wait_for_ever(case: tuple[int, 
                 ring.release(lent.popleft())
                 await asyncio.sleep(0)
                 await asyncio.sleep(0)
-            span = await asyncio.wait_for(borrowing, 5)
+            span = await asyncio.wait_for(borrowing, SECONDS)
             lent.append(span)
             assert span.start % PAGE == 0 and span.stop - span.start == size * PAGE
             assert 0 <= span.start < span.stop <= pages * PAGE

@@ -16,7 +16,6 @@ from tests.plan.plans import plan_of, tape_of
 from tests.store.make import write_store
 from tests.store.units import in_units
 from tests.stream.streaming import (
-    SECONDS,
     Setup,
     assert_pass,
     assert_right,
@@ -24,7 +23,9 @@ from tests.stream.streaming import (
     in_twenties,
     sizes_of,
     streaming,
+    while_waited_for,
 )
+from tests.waiting import SECONDS, turns_of_the_loop, until
 from tiered.convert import ConvertOptions, convert_checkpoint
 from tiered.errors import InterruptedRun, ReadError, StoreError, UnsupportedFamilyError
 from tiered.io import DiskReader, Slab, VerifyPolicy
@@ -70,10 +71,7 @@ def plan_with(store: Store, resident: frozenset[int], ring: str = "full") -> Pla
 
 async def assert_reads(reader: DiskReader, nbytes: int) -> None:
     """The reader gets to `nbytes`, and no further by itself."""
-    for _ in range(int(SECONDS / 0.01)):
-        if reader.bytes_read >= nbytes:
-            break
-        await asyncio.sleep(0.01)
+    await until(lambda: reader.bytes_read >= nbytes)
     await asyncio.sleep(0.03)
     assert reader.bytes_read == nbytes
 
@@ -215,10 +213,7 @@ def test_memory_is_taken_ahead_of_reads_in_the_order_of_the_tape(
 
     async def scenario() -> None:
         async with streaming(small, plan, prefetch, gate) as setup:
-            for _ in range(int(SECONDS / 0.01)):
-                if len(found) >= 4 or prefetch == 0:
-                    break
-                await asyncio.sleep(0.01)
+            await until(lambda: len(found) >= 4 or prefetch == 0)
             await asyncio.sleep(0.05)
             gate.open()
             await assert_pass(setup, small)
@@ -242,6 +237,7 @@ def test_leaving_waits_for_the_memory_that_is_being_populated(small: Store, monk
         async with streaming(small, plan_with(small, frozenset({0, 1}))) as setup:
             assert await asyncio.to_thread(begun.wait, SECONDS)
             leaving = asyncio.create_task(setup.inside.aclose())
+            await turns_of_the_loop()
             await asyncio.sleep(0.05)
             assert not leaving.done()
             go_on.set()
@@ -325,7 +321,7 @@ def test_waiting_for_blocks_is_accounted_for(small: Store) -> None:
 
     async def scenario() -> None:
         async with streaming(small, plan_with(small, frozenset()), preadv=gate) as setup:
-            asyncio.get_running_loop().call_later(0.05, gate.open)
+            while_waited_for(setup.streamer._units, gate.open)
             await setup.passing()
             assert setup.streamer.wait_seconds >= 0.04
             assert setup.trace.total("wait").seconds == pytest.approx(setup.streamer.wait_seconds)

@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 
 from tests.commands import ROOT, run_apart
+from tests.waiting import SECONDS, wait_until
 from tools.fuzz.cases import KINDS
 from tools.fuzz.child import Child, Ended, Limits, faults, start
 from tools.fuzz.mutate import mutate_bytes, mutate_json, mutate_safetensors, mutate_text
 
-LIMITS = Limits(seconds=20)
+LIMITS = Limits(seconds=SECONDS)
 READS = pytest.mark.inputs("tools/fuzz", "tiered/store", "tiered/convert", "tiered/jobs", "tiered/cli")
 FUZZ = (sys.executable, "-m", "tools.fuzz")
 PLANTED = """
@@ -63,7 +64,10 @@ def answer(process: subprocess.Popen[str], *words: str | Path) -> str:
 
 
 def ended(call: Callable[[], object], folder: Path, limits: Limits = LIMITS, *signals: float) -> Ended:
-    child: Child = start(call, folder, b"text", signals)
+    return end_of(start(call, folder, b"text", signals), limits)
+
+
+def end_of(child: Child, limits: Limits) -> Ended:
     while (found := child.poll(limits)) is None:
         time.sleep(0.01)
     return found
@@ -78,6 +82,7 @@ def says(text: str, code: int) -> Callable[[], object]:
 
 
 def never() -> None:
+    print("begun", flush=True)
     while True:
         time.sleep(1)
 
@@ -106,7 +111,7 @@ def test_what_a_command_must_not_do_is_told(call: Callable[[], object], wrong: l
     base = ended(says("", 0), tmp_path).rss_nbytes
     for name in ("out", "err"):
         (tmp_path / name).unlink()
-    limits = Limits(seconds=20, rss_nbytes=base + (100 << 20))
+    limits = Limits(seconds=SECONDS, rss_nbytes=base + (100 << 20))
     found = list(faults(ended(call, tmp_path, limits), limits, ["a file"]))
     assert len(found) == len(wrong), found
     for text, expected in zip(found, wrong, strict=True):
@@ -114,8 +119,9 @@ def test_what_a_command_must_not_do_is_told(call: Callable[[], object], wrong: l
 
 
 def test_a_command_that_never_ends_is_ended_and_told(tmp_path: Path) -> None:
-    limits = Limits(seconds=0.5)
-    found = ended(never, tmp_path, limits)
+    child, limits = start(never, tmp_path, b"text"), Limits(seconds=0.5)
+    wait_until(lambda: (tmp_path / "out").exists() and (tmp_path / "out").read_bytes())
+    found = end_of(child, limits)
     assert list(faults(found, limits, [])) == ["still running after 0 s"]
     assert "in never" in found.err, "where it was"
 

@@ -23,6 +23,8 @@ EXIT_CODES: Final = (0, 1, 2, 3, 4, 130)
 ADDRESS_NBYTES: Final = 6 << 30
 """Of address space: a huge allocation fails in the child and does not take the machine down."""
 FILE_NBYTES: Final = 256 << 20
+_LAST_WORDS_SECONDS: Final = 10.0
+"""For a child that takes too long to tell where it was, at most."""
 _LONGEST_MESSAGE: Final = 8000
 _NEVER: Final = ("Traceback", "internal error", "Exception ignored", "Warning:", "panicked at", "Segmentation fault")
 """What no run may write to standard error."""
@@ -70,13 +72,19 @@ class Child:
         if timed_out:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGABRT)  # faulthandler then tells where it was
-                time.sleep(0.5)
+                self._await_end(_LAST_WORDS_SECONDS)
                 os.killpg(self.pid, signal.SIGKILL)
         pid, status, usage = os.wait4(self.pid, 0 if timed_out else os.WNOHANG)
         if not pid:
             return None
         out, err = ((self.folder / name).read_bytes().decode("utf-8", "replace") for name in ("out", "err"))
         return Ended(os.waitstatus_to_exitcode(status), now, usage.ru_maxrss << 10, out, err, timed_out)
+
+    def _await_end(self, seconds: float) -> None:
+        """Wait until it has ended, which is told later, but no longer than `seconds`."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and not os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            time.sleep(0.01)
 
 
 def start(call: Callable[[], object], folder: Path, stdin: bytes, signals: Sequence[float] = ()) -> Child:
