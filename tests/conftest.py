@@ -15,7 +15,7 @@ from tiered.units import MIB
 from tools.pins import read_pins
 
 if TYPE_CHECKING:
-    from tests.helpers import Tiny
+    from tests.tiny import Tiny
 
 ROOT: Final = Path(__file__).parent.parent
 
@@ -80,7 +80,7 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiny() -> "Tiny":
     """Tiny models of every family, made when first asked for."""
-    from tests.helpers import Tiny
+    from tests.tiny import Tiny
 
     return Tiny()
 

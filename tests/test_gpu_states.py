@@ -12,21 +12,14 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from tests.helpers import (
-    CONTEXT,
-    TINY,
-    Tiny,
-    assert_same,
-    open_runtime,
-    prompts_for,
-    reserved,
-    run_greedy,
-    run_segments,
-)
+from tests.answers import assert_same
 from tests.quick import represented
+from tests.runtimes import open_runtime, reserved, run_greedy, run_segments
 from tests.test_gpu_tier import ALL, PLENTY, STEPS, Devices, opened, options_for, stream_of_sequences
 from tests.test_gpu_tier import devices as devices
 from tests.test_gpu_tier import waits as waits
+from tests.tiny import Tiny, prompts_for
+from tests.tiny_configs import CONTEXT, TINY
 from tiered.api import OffloadedModel
 from tiered.arch import load_config
 from tiered.errors import BudgetError, DeviceBudgetError, NotSupportedError

@@ -20,9 +20,11 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 import tiered
+from tests.answers import Answers, assert_same
 from tests.commands import make_store, run_here
-from tests.helpers import Answers, Tiny, assert_same, open_runtime, prompts_for, reserved, run_greedy, run_segments
 from tests.quick import represented
+from tests.runtimes import open_runtime, reserved, run_greedy, run_segments
+from tests.tiny import Tiny, prompts_for
 from tiered.device import Device, open_device
 from tiered.device.emulated import EmulatedDevice
 from tiered.errors import BudgetError, ConfigError, DeviceBudgetError

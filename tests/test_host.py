@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from tests.helpers import Tiny, run_greedy
+from tests.runtimes import run_greedy
+from tests.tiny import Tiny
 from tiered.errors import ConfigError, InterruptedRun
 from tiered.host import Host, Process
 from tiered.kernels import Mode

@@ -20,8 +20,9 @@ from typing import Any
 import pytest
 
 from tests.commands import make_store
-from tests.helpers import Tiny, reserved, run_greedy, run_segments
 from tests.quick import represented
+from tests.runtimes import reserved, run_greedy, run_segments
+from tests.tiny import Tiny
 from tests.warm import WarmProcess, tiered
 from tiered.convert import ConvertOptions, convert_checkpoint
 from tiered.errors import BudgetError, InterruptedRun

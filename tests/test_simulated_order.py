@@ -11,7 +11,7 @@ from typing import Final
 import pytest
 
 from tests.commands import make_store
-from tests.helpers import reserved, run_segments
+from tests.runtimes import reserved, run_segments
 from tiered.io import VerifyPolicy
 from tiered.model import Segment
 from tiered.plan import ComputeRate, Machine, Tape, Workload, full_ring, make_plan

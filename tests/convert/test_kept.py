@@ -11,18 +11,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
+from tests.answers import assert_same, reference_answers
 from tests.convert.models import read_store
 from tests.convert.test_published import FORMATS, KEPT, opened, parts_of, read
-from tests.helpers import (
-    Tiny,
-    assert_same,
-    load_stored_weights,
-    open_runtime,
-    prompts_for,
-    randomize,
-    reference_answers,
-    run_greedy,
-)
+from tests.runtimes import open_runtime, run_greedy
+from tests.tiny import Tiny, load_stored_weights, prompts_for, randomize
 from tiered.cli.convert import summary
 from tiered.convert import ConvertOptions, ConvertResult, convert_checkpoint
 from tiered.errors import CheckpointError, ConfigError

@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import save_file
 
 from tests.convert.models import expected_weights, read_store, save_bin, save_model
-from tests.helpers import Tiny, tiny_config
+from tests.tiny import Tiny
+from tests.tiny_configs import tiny_config
 from tiered.arch import build_skeleton
 from tiered.convert import ConvertOptions, convert_checkpoint
 from tiered.convert.safetensors_reader import SafetensorsReader

@@ -20,8 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 from transformers.cache_utils import DynamicCache
 
-from tests.helpers import LENGTH_DEPENDENT, TINY, tiny_config
 from tests.model.loans import GivenLoan
+from tests.tiny_configs import LENGTH_DEPENDENT, TINY, tiny_config
 from tiered.arch import BlockTensors, build_skeleton, chunked_layers, kv_sources, layer_windows, state_shape
 from tiered.cache import AwayStates, Bits, CachePlan, KVPool, Outbox, PagedKeys, kv_shapes, layer_groups
 from tiered.device import Lease

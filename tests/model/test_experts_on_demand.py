@@ -9,8 +9,10 @@ from typing import Any, Final
 import pytest
 import torch
 
-from tests.helpers import Tiny, assert_same, open_runtime, prompts_for, run_greedy
+from tests.answers import assert_same
 from tests.quick import represented
+from tests.runtimes import open_runtime, run_greedy
+from tests.tiny import Tiny, prompts_for
 from tiered.arch.families import _MIXTURES
 from tiered.errors import InterruptedRun
 from tiered.plan import ExpertCachePlan, Held, Plan, Tape, make_plan, place

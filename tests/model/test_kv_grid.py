@@ -14,19 +14,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from tests.helpers import (
-    TINY,
-    TOLERANCE,
-    Answers,
-    Tokens,
-    randomize,
-    reference_logits,
-    relative_error,
-    reserved,
-    run_segments,
-    tiny_config,
-)
+from tests.answers import TOLERANCE, Answers, Tokens, reference_logits, relative_error
 from tests.quick import represented
+from tests.runtimes import reserved, run_segments
+from tests.tiny import randomize
+from tests.tiny_configs import TINY, tiny_config
 from tiered.cache import SequenceKV
 from tiered.convert import ConvertOptions, convert_checkpoint
 from tiered.kernels import load_library
@@ -51,7 +43,7 @@ NEIGHBOURS: Final[dict[int, list[int]]] = {0: [33, 1, 1], 1: [90, 1, 70], 4: [1,
 
 
 class Models:
-    """Tiny models with more positions than those of `tests/helpers.py`, and their stores, each made once."""
+    """Tiny models with more positions than those of `tests/tiny_configs.py`, and their stores, each made once."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder

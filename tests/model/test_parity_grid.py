@@ -13,19 +13,11 @@ from typing import Any, Final
 
 import pytest
 
+from tests.answers import STEPS, Answers, assert_same
 from tests.convert.models import TRAINED
-from tests.helpers import (
-    STEPS,
-    Answers,
-    Tiny,
-    assert_same,
-    open_runtime,
-    prompts_for,
-    reserved,
-    run_greedy,
-    run_segments,
-)
 from tests.quick import represented
+from tests.runtimes import open_runtime, reserved, run_greedy, run_segments
+from tests.tiny import Tiny, prompts_for
 from tiered.convert import ConvertOptions, convert_checkpoint
 from tiered.errors import BudgetError, InterruptedRun
 from tiered.io import CHUNK_BUFFERS, Arena, ChunkBuffers, DiskReader, VerifyPolicy

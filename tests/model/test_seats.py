@@ -10,10 +10,12 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tests.helpers import TINY, randomize, reserved, run_segments, tiny_config
 from tests.model.seats import ALL, DECODING, PROMPTS, SeatedRuntime
 from tests.quick import represented
+from tests.runtimes import reserved, run_segments
 from tests.shared import made_once
+from tests.tiny import randomize
+from tests.tiny_configs import TINY, tiny_config
 from tiered.cache import SequenceKV
 from tiered.convert import ConvertOptions, convert_checkpoint
 from tiered.model import Segment, Segments

@@ -10,8 +10,10 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from tests.helpers import TINY, Tiny, open_runtime, prompts_for, run_greedy, tiny_config
 from tests.quick import represented
+from tests.runtimes import open_runtime, run_greedy
+from tests.tiny import Tiny, prompts_for
+from tests.tiny_configs import TINY, tiny_config
 from tiered.arch import is_mixer
 from tiered.kernels import Kernels, load_library
 from tiered.model.steps import forward_with

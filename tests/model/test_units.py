@@ -17,19 +17,12 @@ from unittest import mock
 import pytest
 import torch
 
-from tests.helpers import (
-    CONTEXT,
-    TOLERANCE,
-    Tiny,
-    assert_same,
-    open_runtime,
-    prompts_for,
-    reserved,
-    run_greedy,
-    run_segments,
-)
+from tests.answers import TOLERANCE, assert_same
 from tests.quick import represented
+from tests.runtimes import open_runtime, reserved, run_greedy, run_segments
 from tests.store.units import Group, Rows, in_units
+from tests.tiny import Tiny, prompts_for
+from tests.tiny_configs import CONTEXT
 from tiered.convert import ConvertOptions, convert_checkpoint
 from tiered.errors import BudgetError, InterruptedRun, ReadError, UnsupportedFamilyError
 from tiered.generate.score import Window, cut_windows, score
