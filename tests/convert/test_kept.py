@@ -252,6 +252,6 @@ def test_the_added_error_is_that_of_rows_from_all_over_a_weight(
     scale = tensors["lm_head.weight_scale"]
     scale[:32] = scale[:32].half().float()
     save_file(tensors, file)
-    monkeypatch.setattr("tiered.convert.checkpoint._SAMPLE_NUMEL", 256)  # two rows
+    monkeypatch.setattr("tiered.convert.stored_rows._SAMPLE_NUMEL", 256)  # two rows
     (one,) = convert_checkpoint(source, tmp_path / "out", ConvertOptions(compress="none")).taken
     assert "rounded" in one.form and 0 < one.added < 2**-11
