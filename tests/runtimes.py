@@ -4,13 +4,16 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
+import pytest
 import torch
 
 from tests.answers import STEPS, Answers, Tokens
 from tests.tiny import PROMPT_LENGTHS
 from tests.tiny_configs import CONTEXT
 from tiered.cache import SequenceKV
+from tiered.errors import BudgetError
 from tiered.host import Host
+from tiered.io import Faults
 from tiered.model import Segment
 from tiered.plan import Workload
 from tiered.runtime import Options, Runtime
@@ -23,6 +26,19 @@ def open_runtime(store: Store, host: Host | None = None, **options: Any) -> Runt
     workload = Workload(len(PROMPT_LENGTHS), CONTEXT, max(PROMPT_LENGTHS))
     given = Options(**{"dtype": "float32", "ram": 16 * GIB, "threads": 1, **options})
     return Runtime(store, workload, given, host=host)
+
+
+def streaming(store: Store, preadv: Faults | None = None, context: int = 112, **fields: Any) -> Runtime:
+    """A runtime that streams most of the store in every pass, unless `ram` says otherwise."""
+    workload, options = Workload(1, context, 8), {"dtype": "float32", "threads": 1, **fields}
+    if "ram" not in options:
+        with pytest.raises(BudgetError) as refused, Runtime(store, workload, Options(ram=1 << 20, **options)):
+            pass
+        options["ram"] = refused.value.smallest_bytes
+    runtime = Runtime(store, workload, Options(**options))
+    if preadv is not None:
+        runtime._preadv = preadv
+    return runtime
 
 
 def run_greedy(runtime: Runtime, prompts: Sequence[Tokens], steps: int = STEPS, end: bool = True) -> Answers:

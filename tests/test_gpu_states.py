@@ -20,10 +20,10 @@ from tests.test_gpu_tier import devices as devices
 from tests.test_gpu_tier import waits as waits
 from tests.tiny import Tiny, prompts_for
 from tests.tiny_configs import CONTEXT, TINY
-from tiered.api import OffloadedModel
 from tiered.arch import load_config
 from tiered.errors import BudgetError, DeviceBudgetError, NotSupportedError
 from tiered.model import Segment
+from tiered.offloaded import OffloadedModel
 from tiered.plan import Workload
 from tiered.runtime import Options, Runtime
 from tiered.units import GIB, MIB

@@ -40,7 +40,7 @@ def on_demand(
         return dataclasses.replace(plan, tape=tape, placement=placement, held=held, experts=experts)
 
     with monkeypatch.context() as patch:
-        patch.setattr("tiered.runtime.make_plan", make)
+        patch.setattr("tiered.opening.make_plan", make)
         with open_runtime(store, **options) as runtime:
             yield runtime
 

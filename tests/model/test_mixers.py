@@ -19,11 +19,11 @@ from tests.quick import represented
 from tests.runtimes import open_runtime, reserved, run_greedy, run_segments
 from tests.tiny import Tiny, prompts_for
 from tests.tiny_configs import CONTEXT, TINY, tiny_config
-from tiered.api import OffloadedModel
 from tiered.arch import build_skeleton, load_config, state_shape
 from tiered.errors import BudgetError, CheckpointError, ConfigError, NotSupportedError
 from tiered.kernels import load_library
 from tiered.model import Segment
+from tiered.offloaded import OffloadedModel
 from tiered.plan import Workload
 from tiered.runtime import Options, Runtime
 from tiered.units import GIB, MIB
