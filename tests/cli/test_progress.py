@@ -174,6 +174,7 @@ def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(store: Path, source: Pa
     assert results.read_bytes().startswith(kept)
 
 
+@pytest.mark.slow
 def test_two_at_once_do_not_write_to_one_file(store: Path, source: Path, tmp_path: Path) -> None:
     results = tmp_path / "out.jsonl"
     command = ("batch", store, "-i", source, "-o", results, "--batch", "2")

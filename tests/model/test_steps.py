@@ -76,6 +76,7 @@ def test_a_model_s_recurrent_layers_compute_in_the_native_library(
     assert all(is_ours for _, is_ours in found)
 
 
+@pytest.mark.slow
 def test_every_family_with_recurrent_layers_is_listed() -> None:
     with torch.device("meta"):
         assert CALLS.keys() == {name for name in TINY if _has_mixers(name)}
