@@ -8,7 +8,7 @@ import os
 os.environ.update(TOKENIZERS_PARALLELISM="false", TRANSFORMERS_VERBOSITY="error")
 
 gc.disable()
-for name in ("convert", "generate", "batch", "score", "texts"):
+for name in ("convert", "generate", "batch", "score", "texts", "verify"):
     importlib.import_module(f"tiered.cli.{name}")
 importlib.import_module("tests.warm")
 # A forked process would otherwise look through all of it, and copy what it looks at.

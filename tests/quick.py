@@ -1,9 +1,9 @@
 """`tools/test --quick`: what a change runs first, and what it leaves to the whole run. tests/conftest.py installs it.
 
-Tests marked `slow` are left out: others stand for them. Those marked `inputs(path, ...)` compile, or begin processes by
-the dozen; they run only where something below their paths, or their own file, is not as it was when they last passed
-here (before that: as in the commit that is checked out). Hypothesis tries a fifth of its
-examples in tests that leave their number to the profile, or to `examples`.
+Tests marked `slow` are left out: others stand for them. Those marked `inputs(path, ...)` compile, begin processes by
+the dozen, or are many of one thing that little else touches; they run only where something below their paths, or their
+own file, is not as it was when they last passed here (before that: as in the commit that is checked out). Hypothesis
+tries a fifth of its examples in tests that leave their number to the profile, or to `examples`.
 """
 
 import hashlib
@@ -32,6 +32,13 @@ def examples(count: int) -> settings:
     """Settings for so many examples in the whole run."""
     now = settings.default or settings.get_profile("default")
     return settings(max_examples=max(5, count * now.max_examples // _USUAL), deadline=None)
+
+
+ONE_FORM: Final = pytest.mark.inputs(
+    *("tiered/convert", "tiered/quant", "tiered/store", "tiered/arch", "tiered/kernels"),
+    *("tests/convert", "tests/tiny.py", "tests/tiny_configs.py", "constraints.txt"),
+)
+"""For tests of one form of checkpoint, or of where one comes from: what all have in common is tested beside them."""
 
 
 def represented(values: Iterable[Any], by: Container[Any]) -> list[ParameterSet]:

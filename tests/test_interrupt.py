@@ -140,6 +140,7 @@ class SlowDisk:
 
     def __init__(self, seconds: float, interrupts: bool = False) -> None:
         self._seconds, self._interrupts = seconds, interrupts
+        self._reading = list[int]()
 
     def __call__(self, fd: int, buffers: Sequence[memoryview], offset: int, flags: int, /) -> int:
         interrupts, self._interrupts = self._interrupts, False
@@ -147,8 +148,19 @@ class SlowDisk:
             main = threading.main_thread().ident
             assert main is not None
             signal.pthread_kill(main, signal.SIGINT)
-        time.sleep(self._seconds)
-        return os.preadv(fd, buffers, offset, flags)
+        self._reading.append(offset)
+        try:
+            time.sleep(self._seconds)
+            return os.preadv(fd, buffers, offset, flags)
+        finally:
+            self._reading.pop()
+
+    def wait_until_it_reads(self) -> None:
+        """Until a read is under way."""
+        deadline = time.monotonic() + SOON
+        while not self._reading:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
 
 
 @pytest.fixture(scope="module")
@@ -221,6 +233,7 @@ def test_ctrl_c_again_and_again_while_reading_ends_leaves_no_thread(store: Store
         runtime.start_streaming()
         thread = runtime._streaming
         assert thread is not None
+        disk.wait_until_it_reads()
         with pytest.raises(KeyboardInterrupt), ctrl_c_after(0.03), ctrl_c_after(0.1), ctrl_c_after(0.2):
             runtime.stop_streaming()
         # Of Python's own idea of a thread nothing is left that could be asked, if its wait was interrupted.

@@ -170,6 +170,7 @@ def test_a_text_comes_from_a_file_or_from_standard_input_as_it_is(store: Path, t
     assert by_input == {**by_file, "file": "standard input"}
 
 
+@pytest.mark.slow
 def test_token_ids_get_the_score_of_their_text_with_and_without_a_tokenizer(
     store: Path, text: Path, tmp_path: Path
 ) -> None:

@@ -208,7 +208,7 @@ LONG: Final = [
 """Either tier holds the same bits, as the test above shows: one of them stands for both."""
 
 
-@pytest.mark.parametrize(("name", "kv"), represented(LONG, LONG[:2]))
+@pytest.mark.parametrize(("name", "kv"), represented(LONG, LONG[:1]))
 def test_a_text_much_longer_than_windows_gives_what_transformers_gives(
     models: Models, tmp_path: Path, name: str, kv: str
 ) -> None:
@@ -232,7 +232,7 @@ def error_of(found: torch.Tensor, expected: torch.Tensor) -> float:
     return relative_error(Answers((), (found,)), Answers((), (expected,)))
 
 
-@pytest.mark.parametrize(("name", "bits"), represented([("bloom", 4), ("diffllama", 8)], [("bloom", 4)]))
+@pytest.mark.parametrize(("name", "bits"), represented([("bloom", 4), ("diffllama", 8)], []))
 def test_families_with_attention_of_their_own_read_what_is_stored_whatever_the_micro_batches(
     models: Models, tmp_path: Path, name: str, bits: int
 ) -> None:
