@@ -1,13 +1,16 @@
 """What tests of different modules share."""
 
+import gc
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from importlib import metadata
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
+from _pytest.pathlib import LOCK_TIMEOUT, cleanup_numbered_dir
 
 from tests.quick import Quick
 from tests.shared import FOLDER_VARIABLE
@@ -15,7 +18,7 @@ from tiered.units import MIB
 from tools.pins import read_pins
 
 if TYPE_CHECKING:
-    from tests.helpers import Tiny
+    from tests.tiny import Tiny
 
 ROOT: Final = Path(__file__).parent.parent
 
@@ -30,6 +33,10 @@ def pytest_configure(config: pytest.Config) -> None:
     # For workers and the processes of tests: threads that wait must not take the processor from those that work.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     config.pluginmanager.register(Quick(config))
+    if hasattr(config, "workerinput"):
+        # What computes by default on every processor has one here, as other workers have the others: threads that wait
+        # for each other where processors are short take many times as long. Tests of several threads name them.
+        os.sched_getaffinity = lambda _: {0}
     path: Path | None = config.getoption("--pins")
     if path is None:
         return
@@ -42,6 +49,16 @@ def pytest_configure(config: pytest.Config) -> None:
         pytest.exit(f"{path}: pins other versions than are imported here: {wrong}; run tools/setup", returncode=3)
 
 
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Begin to remove the temporary folders of all but the last few runs. pytest would do it when this one has ended,
+    for half a minute; while tests run nobody waits for it."""
+    folders: pytest.TempPathFactory = session.config._tmp_path_factory  # type: ignore[attr-defined]
+    if folders._given_basetemp is None:  # as a worker's is
+        newest, count = folders.getbasetemp(), int(session.config.getini("tmp_path_retention_count"))
+        old = (newest.parent, "pytest-", count, newest.stat().st_mtime - LOCK_TIMEOUT)
+        Thread(target=cleanup_numbered_dir, args=old, daemon=True).start()
+
+
 def imported_version(name: str) -> str:
     """The version of what `import name` would find, which takes seconds: this process may only hand out tests."""
     spec = importlib.util.find_spec(name)
@@ -52,6 +69,21 @@ def imported_version(name: str) -> str:
 
 def pytest_report_header(config: pytest.Config) -> str:
     return f"transformers {metadata.version('transformers')} (pins: {config.getoption('--pins') or 'not looked at'})"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Leave what collecting makes, imported modules above all, out of all garbage collections to come.
+
+    A process that runs tests has a million objects from there that are no garbage, and would look through them all
+    again and again: see `tiered.process.importing`, which does the same for commands.
+    """
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -80,7 +112,7 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiny() -> "Tiny":
     """Tiny models of every family, made when first asked for."""
-    from tests.helpers import Tiny
+    from tests.tiny import Tiny
 
     return Tiny()
 

@@ -1,9 +1,9 @@
 """`tools/test --quick`: what a change runs first, and what it leaves to the whole run. tests/conftest.py installs it.
 
-Tests marked `slow` are left out: others stand for them. Those marked `inputs(path, ...)` compile, or begin processes by
-the dozen; they run only where something below their paths, or their own file, is not as it was when they last passed
-here (before that: as in the commit that is checked out). Hypothesis tries a fifth of its
-examples in tests that leave their number to the profile, or to `examples`.
+Tests marked `slow` are left out: others stand for them. Those marked `inputs(path, ...)` compile, begin processes by
+the dozen, or are many of one thing that little else touches; they run only where something below their paths, or their
+own file, is not as it was when they last passed here (before that: as in the commit that is checked out). Hypothesis
+tries a fifth of its examples in tests that leave their number to the profile, or to `examples`.
 """
 
 import hashlib
@@ -35,6 +35,13 @@ def examples(count: int, *suppressed: HealthCheck) -> settings:
     return settings(now, max_examples=max(5, count * now.max_examples // _USUAL), suppress_health_check=checks)
 
 
+ONE_FORM: Final = pytest.mark.inputs(
+    *("tiered/convert", "tiered/quant", "tiered/store", "tiered/arch", "tiered/kernels"),
+    *("tests/convert", "tests/tiny.py", "tests/tiny_configs.py", "constraints.txt"),
+)
+"""For tests of one form of checkpoint, or of where one comes from: what all have in common is tested beside them."""
+
+
 def represented(values: Iterable[Any], by: Container[Any]) -> list[ParameterSet]:
     """Values of a parameter (tuples: of several) of which --quick leaves out all that are not in `by`."""
     return [
@@ -50,7 +57,8 @@ class Quick:
         self._config, self._cache = config, getattr(config, "cache", None)  # with -p no:cacheprovider there is none
         self._is_quick: bool = config.getoption("--quick")
         self._passed: dict[str, str] = {}
-        self._unchanged: dict[str, str] = {}
+        self._unchanged: dict[str, list[pytest.Item]] = {}
+        """By the reason why they are not run."""
         if self._is_quick:
             settings.load_profile("quick")
 
@@ -58,27 +66,30 @@ class Quick:
         # Files with what takes longest come first, so that no worker is left alone with it at the end.
         dear = {item.path for item in items if item.get_closest_marker("slow") or item.get_closest_marker("inputs")}
         items.sort(key=lambda item: item.path not in dear)
-        if self._is_quick:
-            left_out = [item for item in items if item.get_closest_marker("slow")]
-            items[:] = [item for item in items if not item.get_closest_marker("slow")]
-            self._config.hook.pytest_deselected(items=left_out)
+        left_out = {item: None for item in items if self._is_quick and item.get_closest_marker("slow")}
         before: dict[str, str] = self._cache.get(_PASSED, {}) if self._cache else {}
         for item in items:
-            if marker := item.get_closest_marker("inputs"):
+            if item not in left_out and (marker := item.get_closest_marker("inputs")):
                 self._look_at_inputs(item, (*marker.args, str(item.path.relative_to(ROOT))), before)
+        # One of all that have one reason says it: each that is skipped would cost what a short test does.
+        for same in self._unchanged.values():
+            left_out |= dict.fromkeys(same[1:])
+        if left_out:
+            items[:] = [item for item in items if item not in left_out]
+            self._config.hook.pytest_deselected(items=list(left_out))
 
     def _look_at_inputs(self, item: pytest.Item, paths: tuple[str, ...], before: dict[str, str]) -> None:
         # Properties reach the process that reports, where no test is collected if others run them.
         item.user_properties.append((_PASSED, _digest(paths)))
         known = before.get(item.nodeid)
         if self._is_quick and (_is_as_committed(paths) if known is None else known == _digest(paths)):
-            self._unchanged[item.nodeid] = f"as when it passed: {', '.join(paths[:-1])}, and its own file"
+            self._unchanged.setdefault(", ".join(paths), []).append(item)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
-        # From here all that have one reason are told in one line.
-        if item.nodeid in self._unchanged:
-            pytest.skip(self._unchanged[item.nodeid])
+        for paths, (first, *others) in self._unchanged.items():
+            if item is first:
+                pytest.skip(f"with {len(others)} more, as when they passed: {paths}")
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         digest = dict(report.user_properties).get(_PASSED)

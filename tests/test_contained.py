@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from tests.commands import make_store
 from tests.damage import poisoned
-from tests.helpers import Tiny, randomize, tiny_config
 from tests.quick import represented
+from tests.tiny import Tiny, randomize
+from tests.tiny_configs import tiny_config
 from tiered.convert import ConvertOptions, convert_checkpoint
 from tiered.errors import ModelError
 from tiered.generate import Sampler, SamplingParams, Sequence, generate

@@ -15,8 +15,8 @@ from unittest import mock
 import pytest
 
 from tests.commands import CHECKPOINT, Done, copy_store, make_store, run_here, smallest_ram
-from tests.helpers import run_greedy
 from tests.quick import represented
+from tests.runtimes import run_greedy
 from tests.warm import run_warm
 from tiered.convert import ConvertOptions, ConvertProgress, convert_checkpoint
 from tiered.errors import BudgetError, ReadError, StoreError

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from tests.helpers import Tiny, run_greedy
+from tests.runtimes import run_greedy
+from tests.tiny import Tiny
 from tests.waiting import SECONDS, wait_until
 from tiered.errors import ConfigError, InterruptedRun
 from tiered.host import Host, Process

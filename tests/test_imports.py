@@ -40,12 +40,14 @@ RANKS: Final = {
     "memory": 8,
     "prepare": 8,
     "shapes": 8,
-    "runtime": 9,
-    "api": 10,
-    "bench": 10,
-    "jobs": 10,
-    "serve": 10,
-    "cli": 11,
+    "opening": 9,
+    "runtime": 10,
+    "offloaded": 11,
+    "bench": 11,
+    "jobs": 11,
+    "serve": 11,
+    "api": 12,
+    "cli": 12,
 }
 # Data that ships with the package, no module.
 NO_MODULES: Final = {"configs", "__pycache__"}

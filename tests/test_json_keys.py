@@ -79,6 +79,7 @@ def test_the_keys_are_as_they_were(command: str, store: Path, tmp_path: Path) ->
     } == {}
 
 
+@pytest.mark.slow
 def test_what_is_said_of_experts_has_keys_of_its_own() -> None:
     words: list[str | Path] = ["generate", make_mixture(), "--prompt-tokens", "4", "-n", "4", "--ignore-eos", "--json"]
     generated = run_here(*words, "--ram", smallest_ram(run_here(*words, "--ram", "1MiB").err))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-import tiered.runtime
+import tiered.opening
 from tests.commands import make_store, run_here
 from tests.jobs.fakes import request, write_lines
 from tiered.plan import Budgets, Machine, ModelShape, Plan, Workload, make_plan
@@ -25,7 +25,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
         plans.append(make_plan(model, machine, workload, budgets))
         return plans[-1]
 
-    monkeypatch.setattr(tiered.runtime, "make_plan", make_and_note)
+    monkeypatch.setattr(tiered.opening, "make_plan", make_and_note)
     return plans
 
 

@@ -11,7 +11,8 @@ from typing import Final
 import pytest
 
 from tests.commands import make_store
-from tests.helpers import reserved, run_segments
+from tests.quick import represented
+from tests.runtimes import reserved, run_segments
 from tiered.io import VerifyPolicy
 from tiered.model import Segment
 from tiered.plan import ComputeRate, Machine, Tape, Workload, full_ring, make_plan
@@ -36,12 +37,12 @@ def budget_for(store: Store, options: Options) -> int:
     return needs + full_ring(model.tape.streamed(UNHELD)) + model.tape.total // 3
 
 
-@pytest.mark.parametrize("micro_batch", [None, 8], ids=["one micro-batch", "held layers"])
+@pytest.mark.parametrize("micro_batch", represented([None, 8], [8]), ids=["one micro-batch", "held layers"])
 def test_a_run_reads_and_computes_in_the_order_of_its_simulation(
     micro_batch: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # One thread reads unit after unit; several begin in the same order, and end in any.
-    monkeypatch.setattr("tiered.runtime.READ_THREADS", 1)
+    monkeypatch.setattr("tiered.opening.READ_THREADS", 1)
     store = Store.open(make_store(tmp_path, "int4"))
     # A unit whose checksum is to be tested takes a turn of the loop more on its way to a thread, and may be overtaken.
     never = VerifyPolicy.NEVER

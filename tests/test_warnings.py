@@ -17,7 +17,13 @@ import pytest
 from tests.commands import CHECKPOINT, ROOT, make_store
 
 pytestmark = pytest.mark.inputs(
-    "constraints.txt", "tiered/__main__.py", "tiered/process.py", "tiered/api.py", "tiered/cli", "tiered/convert"
+    "constraints.txt",
+    "tiered/__main__.py",
+    "tiered/process.py",
+    "tiered/api.py",
+    "tiered/offloaded.py",
+    "tiered/cli",
+    "tiered/convert",
 )
 
 COMMANDS: Final = """

@@ -101,17 +101,25 @@ class Host:
             )
 
     def __enter__(self) -> Self:
-        with self._lock:
-            if not self._users:
-                self._begin()
-            self._users += 1
-        return self
+        is_in = False
+        try:
+            with interrupts_later(), self._lock:
+                if not self._users:
+                    self._begin()
+                self._users += 1
+                is_in = True
+            return self
+        except BaseException:
+            if is_in:
+                self.__exit__(None, None, None)
+            raise
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        with self._lock:
-            self._users -= 1
-            resources = contextlib.ExitStack() if self._users else self._resources
-        resources.close()
+        with interrupts_later():
+            with self._lock:
+                self._users -= 1
+                resources = contextlib.ExitStack() if self._users else self._resources
+            resources.close()
 
     def _begin(self) -> None:
         with contextlib.ExitStack() as stack:

@@ -154,7 +154,7 @@ class Interrupts:
                 self.end_now()
             return
         # One that comes again, by an alarm, waits like the others.
-        if isinstance(held := signal.getsignal(signal.SIGINT), _Held):
+        if isinstance(held := signal.getsignal(signal.SIGINT), Held):
             held(number, frame)
             return
         # What an exception does to an import cannot be known, and there is nothing to clean up yet.
@@ -226,13 +226,35 @@ def _interrupts_of(handler: object) -> Interrupts | None:
     return owner if isinstance(owner, Interrupts) else None
 
 
-class _Held:
+class Held:
     """What SIGINT does while interrupts are held back: it is noted. In a command, one that comes long after another
     one ends the process at once, as ever."""
 
-    def __init__(self, interrupts: Interrupts | None) -> None:
-        self._interrupts, self._since = interrupts, 0.0
+    def __init__(self, before: Any) -> None:
+        """`before`: the handler that they are held back from."""
+        self._before, self._interrupts, self._since = before, _interrupts_of(before), 0.0
         self.has_come = False
+
+    @contextlib.contextmanager
+    def let_come(self) -> Iterator[None]:
+        """Inside, interrupts come as ever, those first that have been held back: for a step that takes long, and owns
+        nothing that would have to be given back. Nothing changes where another context holds them back, too."""
+        handler: object = signal.getsignal(signal.SIGINT)
+        if handler is not self:
+            yield
+            return
+        try:
+            signal.signal(signal.SIGINT, self._before)
+            self.end()
+            yield
+        finally:
+            signal.signal(signal.SIGINT, self)
+
+    def end(self) -> None:
+        """Have those come that have been held back; where they go is the handler's affair that is there now."""
+        has_come, self.has_come, self._since = self.has_come, False, 0.0
+        if has_come:
+            signal.raise_signal(signal.SIGINT)
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         if self._interrupts is not None and self._interrupts.has_come:
@@ -245,24 +267,23 @@ class _Held:
 
 
 @contextlib.contextmanager
-def interrupts_later() -> Iterator[None]:
+def interrupts_later() -> Iterator[Held]:
     """Hold interrupts back until the context ends, for steps of the main thread that must happen together; above all
     for `Thread.join`, which an exception ends for good: Python then takes the thread for one that has ended.
 
     Contexts may lie in each other: the outermost counts.
     """
     before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or before is None or isinstance(before, _Held):
-        yield
+    held = Held(before)
+    if threading.current_thread() is not threading.main_thread() or before is None or isinstance(before, Held):
+        yield held
         return
-    held = _Held(_interrupts_of(before))
     try:
         signal.signal(signal.SIGINT, held)
-        yield
+        yield held
     finally:
         signal.signal(signal.SIGINT, before)
-        if held.has_come:
-            signal.raise_signal(signal.SIGINT)
+        held.end()
 
 
 def shut_down(pool: "ThreadPoolExecutor", cancel_futures: bool = False) -> None:

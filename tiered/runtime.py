@@ -4,67 +4,41 @@ Threads: a loop thread that schedules reading and never computes, the host's com
 caller's thread only waits, with a timeout, so that signals reach it.
 """
 
-import asyncio
 import contextlib
 import functools
 import itertools
 import os
 import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Self
+from typing import Self
 
 import torch
 
 from tiered.cache import SequenceKV, Snapshot
-from tiered.device import Device
-from tiered.errors import BudgetError, ConfigError, shortened
+from tiered.errors import ConfigError
 from tiered.host import PROCESS, Host, Member
-from tiered.io import ChunkVerifier, DiskReader, Faults, ReadMode, probe_mode
-from tiered.kernels import Kernels
-from tiered.memory import open_memory
-from tiered.model import (
-    Engine,
-    ForwardBatch,
-    ForwardWork,
-    OnBlock,
-    OnLogits,
-    Pass,
-    Segment,
-    Segments,
-    Work,
-    check_token_ids,
-    load_tables,
+from tiered.io import Faults, ReadMode, probe_mode
+from tiered.model import ForwardBatch, ForwardWork, OnBlock, OnLogits, Pass, Segment, Segments, Work, check_token_ids
+from tiered.opening import (
+    MeasureMachine,
+    Parts,
+    Wanted,
+    device_memory,
+    load_side_tables,
+    make_streams,
+    open_parts,
 )
 from tiered.options import Options, compute_dtype
-from tiered.plan import (
-    Machine,
-    ModelShape,
-    Plan,
-    Rate,
-    Workload,
-    make_plan,
-    pace_for,
-    process_rss_bytes,
-    rates_wanted,
-)
+from tiered.plan import Workload
 from tiered.plan.passes import limits_of
-from tiered.prepare import Prepared, budgets_of, host_for, prepare, usable
-from tiered.process import interrupts_later
+from tiered.prepare import host_for
+from tiered.process import Held, interrupts_later
 from tiered.store import Store
-from tiered.stream import EmbeddingRows, Fork, KVStream, Streamer, Streams, StreamThread
+from tiered.stream import Streams, StreamThread
 
-__all__ = ["READ_THREADS", "Options", "Runtime", "compute_dtype"]
-
-READ_THREADS: Final = 8
-"""Reads of weights in flight at most."""
-ROW_THREADS: Final = 32
-"""Rows of tables that are read at once: disks serve the more small reads the more are asked for. On a virtual disk, of
-a machine with other work, 2,000 rows of 9 KB took 0.8 s with 8, 0.24 s with 32 and 0.22 s with 64."""
-
-MeasureMachine = Callable[[Store, Kernels, ModelShape, Machine, Collection[Rate]], Machine]
-"""Measures the wanted rates and returns the machine with them. A runtime that chooses its batch size is given one."""
+__all__ = ["Options", "Runtime", "compute_dtype"]
 
 
 class Runtime:
@@ -97,7 +71,7 @@ class Runtime:
             host.check(options.threads, options.kernels, options.kernel_mode, options.device_name, options.vram)
         self.store, self.workload, self.options = store, workload, options
         self.host = host or host_for(options)
-        self._asked, self._measure, self._has_pool = options, measure, has_pool
+        self._wanted = Wanted(store, workload, options, measure, has_pool)
         self.is_open = False
         self._resources = contextlib.ExitStack()
         self._streaming: StreamThread | None = None
@@ -115,14 +89,26 @@ class Runtime:
 
     def __enter__(self) -> Self:
         self._check_not_forked()
-        with self._passing:
-            if self.is_open:
-                raise ConfigError("the model is open already: one 'with' at a time; threads may share what it gives")
-            with PROCESS.opening, contextlib.ExitStack() as stack:
-                self._build(stack)
-                self._resources = stack.pop_all()
-            self.is_open = True
-        return self
+        is_mine = False
+        try:
+            with self._passing:
+                if self.is_open:
+                    raise ConfigError(
+                        "the model is open already: one 'with' at a time; threads may share what it gives"
+                    )
+                is_mine = True
+                # What an interrupt finds between being made and being known to somebody, nobody would close.
+                with PROCESS.opening, interrupts_later() as held, contextlib.ExitStack() as stack:
+                    self._take(self._open(stack, held))
+                    stack.callback(self.stop_streaming)
+                    self._resources = stack.pop_all()
+                    self.is_open = True
+            return self
+        except BaseException:
+            # One that has waited comes when all is open, and leaves nobody who would leave the context.
+            if is_mine:
+                self.__exit__(None, None, None)
+            raise
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         if self._member is not None and self._member.is_forked:
@@ -160,49 +146,13 @@ class Runtime:
                 "tiered.load in the child itself"
             )
 
-    def _build(self, stack: contextlib.ExitStack) -> None:
-        before = process_rss_bytes()
-        member = stack.enter_context(PROCESS.member())
-        stack.enter_context(self.host)
-        self.options = usable(self._asked, self.host)
-        with _device_memory():
-            made = prepare(self.store, self.options, self.host)
-        self.plan = self._choose_plan(made, member, before)
-        member.planned_nbytes = self.plan.nbytes
-        if self.plan.device is not None:
-            stack.enter_context(self.host.promised(self.plan.device.nbytes - self.plan.device.needs.context))
-        self._memory = stack.enter_context(open_memory(self.store, self.plan, self.options, self.host, self._has_pool))
-        verifier = ChunkVerifier(self.options.verify, self.host.trace, self.store.path)
-        mode, clock = self.options.read_mode, self.host.clock
-        self.reader = stack.enter_context(
-            DiskReader(
-                *(self.store.path, verifier, self.host.trace, READ_THREADS, mode),
-                clock=clock,
-                preadv=self._preadv,
-                scattered=ROW_THREADS,
-            )
-        )
-        embedding = EmbeddingRows(self.store, self.reader, verifier, self._memory.staging)
-        outbox, room = self._memory.pool.outbox, self._memory.room
-        self.engine = Engine(made.seats, embedding, self.host.cancel, self.host.trace, outbox, room)
-        self.dtype = made.dtype
-        stack.callback(self.stop_streaming)
-        self._member = member
+    def _open(self, stack: contextlib.ExitStack, held: Held) -> Parts:
+        return open_parts(self._wanted, self.host, self._preadv, stack, held)
 
-    def _choose_plan(self, made: Prepared, member: Member, before: int) -> Plan:
-        """The plan for the process as it is now, with rates measured where the choice of a batch size wants them."""
-        budgets, machine = budgets_of(self.options, member, before, self.host), made.machine
-        # Rates are the processor's: where a device computes they would choose for another machine.
-        if (
-            self._measure is not None
-            and not budgets.has_device
-            and (wanted := rates_wanted(made.shape, machine, self.workload, budgets))
-        ):
-            machine = self._measure(self.store, self.host.kernels, made.shape, machine, wanted)
-            # Measuring has made the process grow, and its peak counts.
-            budgets = budgets_of(self.options, member, before, self.host)
-        self.shape, self.pace = made.shape, pace_for(made.shape, machine, self.workload)
-        return make_plan(made.shape, machine, self.workload, budgets)
+    def _take(self, parts: Parts) -> None:
+        self._parts, self._member, self._memory = parts, parts.member, parts.memory
+        self.options, self.dtype, self.shape, self.pace = parts.options, parts.dtype, parts.shape, parts.pace
+        self.plan, self.reader, self.engine = parts.plan, parts.reader, parts.engine
 
     # What callers use.
 
@@ -346,7 +296,7 @@ class Runtime:
     def _pass(self, work: Work, streams: Streams, on_block: OnBlock | None, is_last: bool) -> Pass:
         """In the compute thread. Closing interrupts what has begun here; what has not begun yet does not begin."""
         self._check_open()
-        with _device_memory():
+        with device_memory():
             return self.engine.run_pass(work, streams, on_block, is_last)
 
     @property
@@ -370,12 +320,16 @@ class Runtime:
             if self._streaming is None:
                 # A thread that nobody knows would read into memory that is released.
                 with interrupts_later():
-                    self._streaming = StreamThread(self._load_tables, self._make_streams)
+                    load = functools.partial(load_side_tables, self._parts, self.store)
+                    self._streaming = StreamThread(load, self._make_streams)
                     self._device_is_held = True
             return self._streaming.ready.result()
         except BaseException:
             self.stop_streaming()
             raise
+
+    def _make_streams(self) -> Streams:
+        return make_streams(self._parts, self.store, self.host)
 
     def stop_streaming(self) -> None:
         """End all reading ahead and wait for reads in flight. The next pass would start from the beginning."""
@@ -428,49 +382,3 @@ class Runtime:
     def disk_idle_seconds(self) -> float:
         """Seconds in which neither weights nor the KV cache kept the disk busy."""
         return self.host.clock.seconds
-
-    def _make_streams(self) -> Streams:
-        memory, host, plan = self._memory, self.host, self.plan
-        device = host.computer.device if host.computer is not None else None
-        kv, fork = None, None
-        if memory.spill is not None and memory.kv_ring is not None:
-            kv = KVStream(memory.spill, memory.kv_ring, plan.cache.layers, host.trace, host.cancel)
-        if device is not None and "cpu" in (plan.prefill_device, plan.decode_device):
-            fork = Fork(plan.tape, plan.placement.resident, plan.placement.ring_nbytes)
-
-        def streamer(device: Device | None) -> Streamer:
-            return Streamer(
-                self.store,
-                plan,
-                self.reader,
-                memory.resident,
-                memory.ring,
-                host.trace,
-                host.cancel,
-                self.options.prefetch,
-                memory.experts,
-                memory.buffers,
-                device,
-                fork,
-            )
-
-        blocks = streamer(device if fork is None else None)
-        device_blocks = streamer(device) if fork is not None else blocks if device is not None else None
-        return Streams(asyncio.get_running_loop(), blocks, kv, device_blocks)
-
-    async def _load_tables(self) -> None:
-        """Read what stays in memory beside the tape."""
-        await self.engine.embedding.load_side(self._memory.side)
-        await load_tables([seat.model for seat in self.engine.seats], self.store, self.reader)
-
-
-@contextlib.contextmanager
-def _device_memory() -> Iterator[None]:
-    """Raise BudgetError where computing on a device takes more of its memory than there is."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise BudgetError(
-            f"the GPU's memory did not suffice for what is computed: {shortened(error)}; give it more with --vram, or "
-            "lower --batch, the context or --micro-batch"
-        ) from error

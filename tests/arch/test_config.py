@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers import tiny_config
+from tests.tiny_configs import tiny_config
 from tiered.arch import build_skeleton, load_config, text_config
 from tiered.errors import CheckpointError, ConfigError, TieredError, UnsupportedFamilyError
 from tiered.plan import process_rss_bytes

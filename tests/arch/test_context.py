@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tests.helpers import TINY, WINDOW, randomize, tiny_config
+from tests.tiny import randomize
+from tests.tiny_configs import TINY, WINDOW, tiny_config
 from tiered.arch import FAMILIES, layer_windows
 
 TEXT: Final = 3 * WINDOW

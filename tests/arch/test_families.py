@@ -6,8 +6,8 @@ import pytest
 from transformers import DogeConfig, DogeForCausalLM, Lfm2Config, Lfm2ForCausalLM, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from tests.helpers import TINY, tiny_config
 from tests.quick import represented
+from tests.tiny_configs import TINY, tiny_config
 from tiered.arch import FAMILIES, build_skeleton, family_for
 from tiered.arch.families import REFUSED, TEXT_HALVES
 from tiered.convert import ConvertOptions

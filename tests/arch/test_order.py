@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.helpers import TINY, tiny_config
 from tests.quick import represented
+from tests.tiny_configs import TINY, tiny_config
 from tiered.arch import Skeleton, build_skeleton, order_of_use, text_config
 from tiered.arch.order import Work, record_pass
 

@@ -11,6 +11,8 @@ from tiered.bench.plot import check_can_draw, clip, draw, gaps, read_timeline, u
 from tiered.bench.rows import rows
 from tiered.errors import ConfigError
 
+pytestmark = pytest.mark.inputs("tiered/bench")
+
 
 @pytest.fixture
 def trace(tmp_path: Path) -> Path:

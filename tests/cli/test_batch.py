@@ -212,14 +212,12 @@ def test_results_of_another_job_are_refused_by_name(store: Path, source: Path, t
     batch(store, source, results, "--threads", "1", "--kv", "cpu", "--ram", "6GiB")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("patched", "value", "told"),
     [
         ("tiered.prepare.device_dtype", lambda *_: torch.float16, "device-dtype is float16, it was bfloat16"),
-        pytest.param(
-            *("tiered.kernels.DeviceKernels.kind", "triton", "device-kernels is triton, it was torch"),
-            marks=pytest.mark.slow,
-        ),
+        ("tiered.kernels.DeviceKernels.kind", "triton", "device-kernels is triton, it was torch"),
     ],
 )
 def test_a_job_of_a_device_that_computes_otherwise_is_refused_by_name(

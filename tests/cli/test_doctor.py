@@ -21,6 +21,10 @@ from tiered.kernels import Level, Library, load_library
 from tiered.plan import memory_limits
 from tiered.plan import system as machine
 
+pytestmark = pytest.mark.inputs(
+    *(f"tiered/{name}" for name in ("bench", "cli", "device", "io", "kernels", "plan", "store"))
+)
+
 SHM = Path("/dev/shm")
 
 

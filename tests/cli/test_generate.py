@@ -667,8 +667,8 @@ def test_a_profile_foretells_what_it_has_measured_and_nothing_of_an_emulated_gpu
     ("rates", "chosen"),
     [
         ({}, "prompts on the GPU, the rest on the processor"),
-        ({"memory": 1e6}, "all on the processor"),
-        ({"name": "Tesla T4", "memory": 1e6}, None),
+        pytest.param({"memory": 1e6}, "all on the processor", marks=pytest.mark.slow),
+        pytest.param({"name": "Tesla T4", "memory": 1e6}, None, marks=pytest.mark.slow),
     ],
     ids=["both", "processor", "of another device"],
 )

@@ -190,6 +190,7 @@ def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(store: Path, tmp_path: 
     assert results.read_bytes().startswith(kept)
 
 
+@pytest.mark.slow
 def test_two_at_once_do_not_write_to_one_file(store: Path, tmp_path: Path) -> None:
     # The first one has more to do than the machine can keep this process waiting for.
     results, source = tmp_path / "out.jsonl", source_of(2000, tmp_path)

@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.commands import CHECKPOINT, ROOT, TerminalInput, copy_store, make_store, run_here
 from tests.commands import smallest_ram as named_ram
 from tests.damage import ADDED, poisoned, with_added_token, without_tokenizer
-from tests.quick import represented
 from tiered.units import MIB, parse_size
 
 pytestmark = pytest.mark.usefixtures("steady_baseline")
@@ -171,6 +170,7 @@ def test_a_text_comes_from_a_file_or_from_standard_input_as_it_is(store: Path, t
     assert by_input == {**by_file, "file": "standard input"}
 
 
+@pytest.mark.slow
 def test_token_ids_get_the_score_of_their_text_with_and_without_a_tokenizer(
     store: Path, text: Path, tmp_path: Path
 ) -> None:
@@ -214,7 +214,8 @@ def test_without_a_tokenizer_a_text_is_refused_and_so_are_ids_that_are_none(
 # Precision.
 
 
-@pytest.mark.parametrize(("bits", "change"), represented([("8", 0.005), ("4", 0.01)], [("4", 0.01)]))
+@pytest.mark.slow
+@pytest.mark.parametrize(("bits", "change"), [("8", 0.005), ("4", 0.01)])
 def test_a_quantized_cache_costs_little_perplexity(store: Path, text: Path, bits: str, change: float) -> None:
     words = (store, "-f", text, "--context", "1024", *FLOAT32, *QUIET)
     exact, found = (answer(*words, "--kv-bits", kv_bits)["together"]["perplexity"] for kv_bits in ("16", bits))

@@ -5,13 +5,13 @@ import os
 import pty
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.commands import Done, run_here
 from tests.waiting import SECONDS, wait_until
+from tests.warm import WarmProcess, start_warm, tiered
 from tiered.convert import ConvertOptions, convert_checkpoint
 from tiered.store import CHUNK_NBYTES, Store
 
@@ -142,18 +142,17 @@ def test_json_counts_every_byte(store: Path) -> None:
 def test_a_terminal_sees_how_far_it_is(store: Path) -> None:
     own, theirs = pty.openpty()
     try:
-        command = [sys.executable, "-m", "tiered", "verify", str(store)]
-        environment = {**os.environ, "TERM": "xterm"}
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=theirs, timeout=100, env=environment)
+        streams = (os.devnull, os.devnull, os.ttyname(theirs))
+        with WarmProcess(tiered, ("verify", str(store)), streams, TERM="xterm") as process:
+            assert process.wait(SECONDS) == 0
         os.close(theirs)
-        assert done.returncode == 0
         assert b"copy.tiered" in os.read(own, 1 << 16)
     finally:
         os.close(own)
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_it_before_it_has_read_everything(store: Path) -> None:
+def test_ctrl_c_ends_it_before_it_has_read_everything(store: Path, tmp_path: Path) -> None:
     # A thousand names for one file are a store that takes long to read.
     manifest = json.loads((store / "manifest.json").read_text())
     layer = next(file for file in manifest["files"] if file["path"] == LAYER)
@@ -162,13 +161,12 @@ def test_ctrl_c_ends_it_before_it_has_read_everything(store: Path) -> None:
         (store / path).hardlink_to(store / LAYER)
         manifest["files"].append({**layer, "path": path})
     (store / "manifest.json").write_text(json.dumps(manifest))
-    command = [sys.executable, "-m", "tiered", "verify", str(store), "--threads", "1"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    out, err = tmp_path / "out", tmp_path / "err"
+    with start_warm("verify", store, "--threads", "1", out=out, err=err) as process:
         wait_until(lambda: is_reading_blocks(process.pid))
         process.send_signal(signal.SIGINT)
-        _, stderr = process.communicate(timeout=SECONDS)
-    assert process.returncode == 130
-    assert stderr.strip() == "tiered: interrupted"
+        assert process.wait(SECONDS) == 130
+    assert err.read_text(encoding="utf-8").strip() == "tiered: interrupted"
 
 
 def is_reading_blocks(pid: int) -> bool:

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tests.convert.models import expected_weights, read_store, rewrite, save_bin, save_model, tiny_model
-from tests.helpers import tiny_config
+from tests.tiny_configs import tiny_config
 from tiered.convert import ConvertOptions, convert_checkpoint
 from tiered.errors import CheckpointError
 from tiered.store import Store

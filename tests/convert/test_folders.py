@@ -18,12 +18,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES, tokenizer_class_from_name
 
 from tests.convert.models import TRAINED, read_store, save_bin, save_model, tiny_model
+from tests.quick import ONE_FORM
 from tiered.arch.families import FAMILIES
 from tiered.convert import ConvertOptions, convert_checkpoint
 from tiered.errors import CheckpointError
 from tiered.generate.tokenizer import load_tokenizer
 from tiered.store import Store
 from tiered.store.beside import COPIED
+
+pytestmark = ONE_FORM
 
 PLAIN = ConvertOptions(quant="none")
 INDEX = "model.safetensors.index.json"

@@ -14,19 +14,12 @@ import torch
 from gguf import GGMLQuantizationType as Type
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from tests.answers import assert_same, reference_answers, relative_error
 from tests.convert.models import read_store
-from tests.helpers import (
-    assert_same,
-    load_stored_weights,
-    open_runtime,
-    prompts_for,
-    randomize,
-    reference_answers,
-    relative_error,
-    run_greedy,
-    tiny_config,
-)
 from tests.quick import represented
+from tests.runtimes import open_runtime, run_greedy
+from tests.tiny import load_stored_weights, prompts_for, randomize
+from tests.tiny_configs import tiny_config
 from tiered.arch import build_skeleton, load_config, text_config
 from tiered.convert import convert_checkpoint
 from tiered.convert.gguf import parts_of, read_gguf
@@ -65,7 +58,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "phi3": {},
     "phi3-longrope": {},
 }
-"""Tiny models, and what of them is not as in `tests.helpers`."""
+"""Tiny models, and what of them is not as in `tests.tiny_configs`."""
 
 
 def made(name: str, **fields: Any) -> PreTrainedModel:

@@ -15,9 +15,12 @@ from safetensors.torch import load_file, save_file
 from tests.convert.models import save_bin, save_model, store_digest, tiny_model
 from tests.convert.test_kept import checkpoint, model
 from tests.convert.test_published import FORMATS
+from tests.quick import ONE_FORM
 from tiered.convert import ConvertOptions, convert_checkpoint
 from tiered.errors import ConfigError, ReadError
 from tiered.store import BlockWriter, Store
+
+pytestmark = ONE_FORM
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REPO = "someone/tiny"

@@ -11,18 +11,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
+from tests.answers import assert_same, reference_answers
 from tests.convert.models import read_store
 from tests.convert.test_published import FORMATS, KEPT, opened, parts_of, read
-from tests.helpers import (
-    Tiny,
-    assert_same,
-    load_stored_weights,
-    open_runtime,
-    prompts_for,
-    randomize,
-    reference_answers,
-    run_greedy,
-)
+from tests.runtimes import open_runtime, run_greedy
+from tests.tiny import Tiny, load_stored_weights, prompts_for, randomize
 from tiered.cli.convert import summary
 from tiered.convert import ConvertOptions, ConvertResult, convert_checkpoint
 from tiered.errors import CheckpointError, ConfigError
@@ -259,6 +252,6 @@ def test_the_added_error_is_that_of_rows_from_all_over_a_weight(
     scale = tensors["lm_head.weight_scale"]
     scale[:32] = scale[:32].half().float()
     save_file(tensors, file)
-    monkeypatch.setattr("tiered.convert.checkpoint._SAMPLE_NUMEL", 256)  # two rows
+    monkeypatch.setattr("tiered.convert.stored_rows._SAMPLE_NUMEL", 256)  # two rows
     (one,) = convert_checkpoint(source, tmp_path / "out", ConvertOptions(compress="none")).taken
     assert "rounded" in one.form and 0 < one.added < 2**-11

@@ -12,12 +12,15 @@ from transformers import AutoConfig
 
 from tests.convert.models import save_model, store_digest
 from tests.convert.opt import FORMS, SHAPE, opt_model, write
+from tests.quick import ONE_FORM
 from tiered.convert import ConvertOptions, ConvertProgress, convert_checkpoint
 from tiered.convert.opt import read_opt
 from tiered.convert.place import Folder, LocalFiles
 from tiered.convert.synthetic import tokenizer_files
 from tiered.errors import BudgetError, CheckpointError, ConfigError, TieredError
 from tiered.store import Store
+
+pytestmark = ONE_FORM
 
 
 @pytest.fixture(scope="module")

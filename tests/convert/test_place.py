@@ -9,10 +9,13 @@ import pytest
 
 from tests.commands import run_here
 from tests.convert.models import TRAINED, save_model, store_digest, tiny_model
+from tests.quick import ONE_FORM
 from tiered.convert import ConvertOptions, convert_checkpoint
 from tiered.convert.place import Folder
 from tiered.errors import CheckpointError
 from tiered.store import Store
+
+pytestmark = ONE_FORM
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

@@ -68,7 +68,8 @@ def opened(folder: Path, tensors: Tensors, config: Mapping[str, Any]) -> tuple[W
 
 def read(index: WeightIndex, path: Path, name: str = "x.weight", rows: range | None = None) -> torch.Tensor:
     """The numbers of a weight."""
-    return torch.cat(list(index.reader.panels(path, name, rows)))
+    # A panel's memory is the next one's, where a single processor makes them.
+    return torch.cat([panel.clone() for panel in index.reader.panels(path, name, rows)])
 
 
 def codes(index: WeightIndex, path: Path, stored: StoredTensor, rows: range | None = None) -> torch.Tensor:

@@ -9,9 +9,12 @@ import pytest
 import torch
 
 from tests.convert.models import expected_weights, read_store, rewrite, save_bin, save_model, tiny_model
+from tests.quick import ONE_FORM
 from tiered.convert import ConvertOptions, convert_checkpoint
 from tiered.convert.quantized import refuse_left_over
 from tiered.errors import CheckpointError
+
+pytestmark = ONE_FORM
 
 Tensors = dict[str, torch.Tensor]
 PLAIN = ConvertOptions(quant="none")

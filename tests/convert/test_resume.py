@@ -4,17 +4,16 @@ import itertools
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from tests.convert.models import save_model, store_digest, tiny_model
-from tests.waiting import SECONDS
-from tests.warm import WarmProcess
-from tiered.convert import ConvertOptions, convert_checkpoint
+from tests.waiting import SECONDS, wait_until
+from tests.warm import WarmProcess, tiered
+from tiered.convert import ConvertOptions, ConvertResult, convert_checkpoint
 from tiered.store import Store
 
 
@@ -80,24 +79,29 @@ def test_stopped_before_any_durable_write_the_store_is_the_same(tmp_path: Path) 
     assert step > 8  # every small file, every block and the manifest
 
 
+def convert_and_say(*words: str) -> None:
+    """`tiered` `words`, which says when it has begun to convert, and takes its time."""
+
+    def show(_: object) -> None:
+        print("go", flush=True)
+        time.sleep(SECONDS)  # until it is interrupted, however late that is
+
+    def slowly(source: str, out: Path, options: ConvertOptions, _: object) -> ConvertResult:
+        return convert_checkpoint(source, out, options, show)
+
+    with mock.patch("tiered.cli.convert.convert_checkpoint", slowly):
+        tiered(*words)
+
+
 @pytest.mark.inputs("tiered/convert", "tiered/cli")
 def test_interrupted_from_the_keyboard_it_says_how_to_go_on(tmp_path: Path) -> None:
-    code = (
-        "import sys, time, tiered.convert as c\n"
-        "original = c.convert_checkpoint\n"
-        "c.convert_checkpoint = lambda s, o, k, p: original(s, o, k, lambda now: (print('go', flush=True), "
-        "time.sleep(60)))\n"  # until it is interrupted, however late that is
-        "from tiered.cli import main\n"
-        "main()\n"
-    )
     source = save_model(tmp_path / "source", tiny_model("llama"))
-    command = [sys.executable, "-c", code, "convert", str(source), "-o", str(tmp_path / "out")]
-    with subprocess.Popen(
-        command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as child:
-        assert child.stdout is not None and child.stdout.readline() == "go\n"
+    out, err = tmp_path / "stdout", tmp_path / "stderr"
+    words = ("convert", str(source), "-o", str(tmp_path / "out"))
+    with WarmProcess(convert_and_say, words, (os.devnull, out, err)) as child:
+        wait_until(lambda: child.poll() is not None or (out.exists() and "go" in out.read_text(encoding="utf-8")))
         child.send_signal(signal.SIGINT)
-        _, said = child.communicate(timeout=SECONDS)
-    assert child.returncode == 130
+        assert child.wait(SECONDS) == 130
+    said = err.read_text(encoding="utf-8")
     assert "the same command resumes" in said and "Traceback" not in said
     convert_checkpoint(source, tmp_path / "out", ConvertOptions())

@@ -9,9 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
+from tests.answers import TOLERANCE, Answers, relative_error
 from tests.convert.models import rewrite
-from tests.helpers import TOLERANCE, Answers, open_runtime, randomize, relative_error, run_greedy, tiny_config
 from tests.quick import represented
+from tests.runtimes import open_runtime, run_greedy
+from tests.tiny import randomize
+from tests.tiny_configs import tiny_config
 from tiered.arch import FAMILIES
 from tiered.arch.families import TEXT_HALVES
 from tiered.convert import ConvertOptions, convert_checkpoint

@@ -11,12 +11,15 @@ from transformers import AutoTokenizer, GPT2Tokenizer
 from tests.commands import CHECKPOINT, make_store, run_here
 from tests.damage import without_tokenizer
 from tests.generate.tokenizers import byte_fallback
+from tests.quick import ONE_FORM
 from tiered.convert import ConvertOptions, convert_checkpoint
 from tiered.convert.tokenizer import GivenTokenizer
 from tiered.errors import CheckpointError, ConfigError
 from tiered.generate.tokenizer import load_tokenizer
 from tiered.store import Store
 from tiered.store.beside import TOKENIZER
+
+pytestmark = ONE_FORM
 
 TEXTS = ("A photo of a cat", " in  two\nlines: naïve €.", "", "a</s> b<pad>", "</s>def main():")
 

@@ -15,12 +15,15 @@ import pytest
 import torch
 
 from tests.convert.opt import SHAPE, opt_model, write
+from tests.quick import ONE_FORM
 from tiered.convert.gather import Gathered, Gatherer
 from tiered.convert.opt import read_opt
 from tiered.convert.place import Folder, LocalFiles
 from tiered.convert.torch_file import TorchTensor, load_torch_file
 from tiered.errors import CheckpointError, ReadError, TieredError
 from tools.fuzz.mutate import mutate_bytes
+
+pytestmark = ONE_FORM
 
 ZIPPED = pytest.mark.parametrize("zipped", [True, False])
 

@@ -9,9 +9,12 @@ import pytest
 import torch
 
 from tests.convert.models import save_bin, tiny_model
+from tests.quick import ONE_FORM
 from tiered.convert import ConvertOptions, convert_checkpoint
 from tiered.convert.torch_reader import TorchReader, is_zip
 from tiered.errors import BudgetError, CheckpointError
+
+pytestmark = ONE_FORM
 
 
 class Harmful:

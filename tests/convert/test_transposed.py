@@ -7,11 +7,15 @@ import torch
 from safetensors.torch import save_file
 
 from tests.convert.models import expected_weights, read_store, save_bin, save_model
-from tests.helpers import Tiny, tiny_config
+from tests.quick import ONE_FORM
+from tests.tiny import Tiny
+from tests.tiny_configs import tiny_config
 from tiered.arch import build_skeleton
 from tiered.convert import ConvertOptions, convert_checkpoint
 from tiered.convert.safetensors_reader import SafetensorsReader
 from tiered.convert.transposed import transposed_panels
+
+pytestmark = ONE_FORM
 
 
 @pytest.mark.parametrize("panel_nbytes", [1, 40, 1 << 20])

@@ -20,12 +20,15 @@ from tests.commands import run_here
 from tests.convert.models import TRAINED, read_store, save_model, store_digest, tiny_model
 from tests.convert.test_resume import Killed
 from tests.convert.version1 import make_old, old_manifest
+from tests.quick import ONE_FORM
 from tests.warm import WarmProcess
 from tiered.convert import ConvertOptions, ConvertProgress, convert_checkpoint, upgrade
 from tiered.errors import BudgetError, ConfigError, DiskFullError, StoreError
 from tiered.store import Store
 from tiered.store.manifest import MANIFEST_NAME
 from tiered.store.open import UPGRADE_NAME
+
+pytestmark = ONE_FORM
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "int4": ("llama", {}),
@@ -132,7 +135,6 @@ def upgrade_slowly(folder: Path) -> None:
     convert_checkpoint(folder, progress=lambda _: time.sleep(0.02 if next(reports) < 12 else 60))
 
 
-@pytest.mark.inputs("tiered/convert", "tiered/store")
 def test_killed_at_random_moments_it_goes_on(stores: tuple[Path, Path], old: Path) -> None:
     dice, kills = random.Random(4), 0
     for _ in range(4):

@@ -229,17 +229,17 @@ def test_what_goes_wrong_with_the_first_product_is_told(
 
 
 def test_memory_is_bounded_by_what_the_context_leaves_and_so_is_the_allocator(cuda: Cuda) -> None:
-    device: Device = CudaDevice(0, 2 * GIB)
+    device: Device = CudaDevice(0, GIB)
     assert device.context_nbytes == 522 * MIB + NOBODYS and device.description == "Mock, 24 GiB, compute capability 8.6"
     assert cuda.fraction == 1.0  # no plan has been made yet, which may refuse the budget
     memory = device.borrow(100 * MIB + 1, "ring")
     assert memory.nbytes == 100 * MIB + 1 and memory.data_ptr() % PAGE == 0
     # The allocator's own roundings are its to use; kernels that are loaded later are none of it.
-    assert cuda.fraction == pytest.approx((2 * GIB - 500 * MIB - 32 * MIB) / (24 * GIB))
-    with pytest.raises(BudgetError, match=r"kv: 1\.3\d* GiB do not fit the 2 GiB .* in use: context 618 MiB, ring 100"):
-        device.borrow(1400 * MIB, "kv")
+    assert cuda.fraction == pytest.approx((GIB - 500 * MIB - 32 * MIB) / (24 * GIB))
+    with pytest.raises(BudgetError, match=r"kv: 350 MiB do not fit the 1 GiB .* in use: context 618 MiB, ring 100"):
+        device.borrow(350 * MIB, "kv")
     device.release(memory)
-    assert device.borrow(1400 * MIB, "kv").nbytes == 1400 * MIB
+    assert device.borrow(350 * MIB, "kv").nbytes == 350 * MIB
     device.close()
     assert cuda.fraction == 1.0
 

@@ -11,8 +11,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.helpers import Tiny, reference_logits
+from tests.answers import reference_logits
 from tests.plan.plans import plan_of
+from tests.tiny import Tiny
 from tiered.cache import SequenceKV
 from tiered.errors import BudgetError, ConfigError, ModelError, TieredError
 from tiered.generate.score import (

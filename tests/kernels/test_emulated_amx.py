@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.kernels.native_linear import native
-from tests.shared import unoptimized_objects
+from tests.shared import compiled_once, unoptimized_objects
 from tiered.kernels import Level
 from tiered.kernels.library import LIBRARY_VARIABLE, Library
 
@@ -28,12 +28,11 @@ def emulated(build: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     program = build.compiler()
     if not program:
         pytest.skip("no C++ compiler here")
-    folder = tmp_path_factory.mktemp("emulated")
-    made = folder / "libemulated.so"
+    made = tmp_path_factory.mktemp("emulated") / "libemulated.so"
     # What has tiles, and what says whether there are any.
     emulating = [path for path in build.sources() if build.level_of(path) == "amx" or path.stem == "cpu"]
     # Only the tiles, of which every one takes thousands of operations, gain more by optimization than it costs.
-    objects = build.compile_all(program, emulating, folder, "-DTK_EMULATE_TILES", "-O1")
+    objects = compiled_once(build, program, emulating, "-DTK_EMULATE_TILES", "-O1")
     names = {path.name for path in objects}
     objects += [path for path in unoptimized_objects(build) if path.name not in names]
     build.run([*program, *map(str, objects), *build.LINK_FLAGS, "-o", str(made)])

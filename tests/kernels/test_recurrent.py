@@ -8,7 +8,7 @@ from typing import Any, Final
 import pytest
 import torch
 
-from tests.helpers import TINY
+from tests.tiny_configs import TINY
 from tiered.errors import InterruptedRun
 from tiered.kernels import CancelFlag, Kernels, Level, load_library
 from tiered.kernels.kernels import KERNEL_NAMES

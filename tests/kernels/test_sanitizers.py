@@ -14,7 +14,7 @@ from typing import Any, Final
 import pytest
 
 from tests.kernels.native_linear import native
-from tests.shared import unoptimized_objects
+from tests.shared import compiled_once, unoptimized_objects
 from tiered.kernels import Level
 
 pytestmark = pytest.mark.inputs("tiered/kernels/native", "tests/kernels/native", "setup.py")
@@ -42,7 +42,7 @@ def test_no_sanitizer_finds_anything(build: Any, sanitizer: str, tmp_path: Path)
     # A sanitizer sees only what runs: levels that this processor does not have are linked as they are.
     absent = {level.name.lower() for level in Level if native().refusal(level) is not None}
     sources = [path for path in build.sources() if build.level_of(path) not in absent]
-    objects = build.compile_all(program, sources, tmp_path, *flags)
+    objects = compiled_once(build, program, sources, *flags)
     objects += [path for path in unoptimized_objects(build) if build.level_of(path) in absent]
     made = linked(build, program, objects, tmp_path, flags)
     assert_passes([str(made), "20" if sanitizer == "thread" else "40"])
@@ -54,7 +54,7 @@ def test_the_portable_kernels_are_right_on_arm(build: Any, tmp_path: Path) -> No
         if shutil.which(name) is None:
             pytest.skip(f"no {name} here; Debian and Ubuntu: g++-aarch64-linux-gnu, qemu-user-static")
     flags = ("-O2", "-Werror")
-    objects = build.compile_all([compiler], build.sources("aarch64"), tmp_path, *flags)
+    objects = compiled_once(build, [compiler], build.sources("aarch64"), *flags)
     made = linked(build, [compiler], objects, tmp_path, flags, "-static")
     assert_passes([emulator, str(made), "20"])
 
@@ -87,7 +87,7 @@ def linked(
 ) -> Path:
     """The program, of the library's objects and the self-test's sources."""
     include = f"-I{build.NATIVE}"
-    tests = build.compile_all(program, sorted(SELF_TEST.glob("*.cpp")), folder / "test", *flags, include)
+    tests = compiled_once(build, program, sorted(SELF_TEST.glob("*.cpp")), *flags, include)
     made = folder / "selftest"
     build.run([*program, *flags, *map(str, [*library, *tests]), "-pthread", *link, "-o", str(made)])
     return made

@@ -6,6 +6,7 @@ per process. Prints a line of JSON per tiny model: its name, and what was raised
 a table was left at the host on purpose.
 """
 
+import gc
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -20,8 +21,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 from transformers.cache_utils import DynamicCache
 
-from tests.helpers import LENGTH_DEPENDENT, TINY, tiny_config
 from tests.model.loans import GivenLoan
+from tests.tiny_configs import LENGTH_DEPENDENT, TINY, tiny_config
 from tiered.arch import BlockTensors, build_skeleton, chunked_layers, kv_sources, layer_windows, state_shape
 from tiered.cache import AwayStates, Bits, CachePlan, KVPool, Outbox, PagedKeys, kv_shapes, layer_groups
 from tiered.device import Lease
@@ -256,6 +257,7 @@ def _nothing_but_shapes(model: nn.Module) -> Iterator[None]:
 
 def main() -> None:
     _setup_privateuseone_for_python_backend("emu")
+    gc.freeze()  # what has been imported is no garbage
     for name in sys.argv[1:] or [*TINY, *LENGTH_DEPENDENT]:
         found = _raised_by(name)
         print(json.dumps([name, found]), flush=True)

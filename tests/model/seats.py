@@ -15,8 +15,10 @@ from tiered.cache import Outbox
 from tiered.device import Lease
 from tiered.kernels import AttentionCall, Kernels
 from tiered.model import Engine, Seat, Seats, registered_attention
+from tiered.opening import Parts
 from tiered.plan import Workload
 from tiered.plan.kv import outbox_nbytes
+from tiered.process import Held
 from tiered.quant import QuantizedWeight
 from tiered.runtime import Options, Runtime
 from tiered.store import Store
@@ -134,21 +136,22 @@ class SeatedRuntime(Runtime):
         self.device_blocks = DeviceBlocks(store)
         self.device_kernels = DeviceKernels(self.device)
 
-    def _build(self, stack: contextlib.ExitStack) -> None:
-        super()._build(stack)
+    def _open(self, stack: contextlib.ExitStack, held: Held) -> Parts:
+        parts = super()._open(stack, held)
         attention = stack.enter_context(registered_attention(self.device_kernels, self.host.kernels))
-        dtype = self._device_dtype or self.dtype
+        dtype = self._device_dtype or parts.dtype
         skeleton = build_skeleton(load_config(self.store.path), dtype)
         seat = Seat.take(skeleton, dtype, self.device_kernels, attention, self.device)
-        pool, engine = self._memory.pool, self.engine
+        pool, engine = parts.memory.pool, parts.engine
         if self._on_device:
             pool.plan = replace(pool.plan, on_device=True)
         else:
-            nbytes = outbox_nbytes(pool.plan.groups, self._outbox_rows or self.plan.micro_batch_rows)
+            nbytes = outbox_nbytes(pool.plan.groups, self._outbox_rows or parts.plan.micro_batch_rows)
             pool.outbox = Outbox(Lease(self.device, nbytes, "kv"), torch.empty(nbytes, dtype=torch.uint8))
         own = engine.seats.decode
         prefill, decode = {ALL: (seat, seat), PROMPTS: (seat, own), DECODING: (own, seat)}[self._place]
-        self.engine = Engine(Seats(prefill, decode), engine.embedding, self.host.cancel, self.host.trace, pool.outbox)
+        engine = Engine(Seats(prefill, decode), engine.embedding, self.host.cancel, self.host.trace, pool.outbox)
+        return replace(parts, engine=engine)
 
     def _make_streams(self) -> Streams:
         streams = super()._make_streams()

@@ -6,8 +6,8 @@ from contextlib import AbstractContextManager
 import pytest
 import torch
 
-from tests.helpers import tiny_config
 from tests.model.loans import GivenLoan
+from tests.tiny_configs import tiny_config
 from tiered.arch import build_skeleton
 from tiered.kernels import Kernels
 from tiered.model.bind import BoundModel, OffloadedLinear

@@ -8,7 +8,7 @@ from typing import Final
 
 import pytest
 
-from tests.helpers import LENGTH_DEPENDENT, TINY
+from tests.tiny_configs import LENGTH_DEPENDENT, TINY
 from tiered.arch import FAMILIES
 
 ROOT: Final = Path(__file__).parents[2]

@@ -9,8 +9,9 @@ from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
-from tests.helpers import Tiny, tiny_config
 from tests.model.loans import GivenLoan
+from tests.tiny import Tiny
+from tests.tiny_configs import tiny_config
 from tiered.arch import build_skeleton, expert_stacks
 from tiered.errors import StoreError
 from tiered.kernels import Kernels

@@ -9,8 +9,10 @@ from typing import Any, Final
 import pytest
 import torch
 
-from tests.helpers import Tiny, assert_same, open_runtime, prompts_for, run_greedy
+from tests.answers import assert_same
 from tests.quick import represented
+from tests.runtimes import open_runtime, run_greedy
+from tests.tiny import Tiny, prompts_for
 from tiered.arch.families import _MIXTURES
 from tiered.errors import InterruptedRun
 from tiered.plan import ExpertCachePlan, Held, Plan, Tape, make_plan, place
@@ -38,7 +40,7 @@ def on_demand(
         return dataclasses.replace(plan, tape=tape, placement=placement, held=held, experts=experts)
 
     with monkeypatch.context() as patch:
-        patch.setattr("tiered.runtime.make_plan", make)
+        patch.setattr("tiered.opening.make_plan", make)
         with open_runtime(store, **options) as runtime:
             yield runtime
 

@@ -12,24 +12,11 @@ from typing import Final
 import pytest
 import torch
 
-from tests.helpers import (
-    DRIVEN,
-    LENGTH_DEPENDENT,
-    SHORT_TEXT,
-    TINY,
-    Answers,
-    Tiny,
-    assert_same,
-    cached_answers,
-    few_rows,
-    open_runtime,
-    prompts_for,
-    reserved,
-    run_greedy,
-    run_segments,
-    tiny_config,
-)
+from tests.answers import Answers, assert_same, cached_answers
 from tests.quick import represented
+from tests.runtimes import open_runtime, reserved, run_greedy, run_segments
+from tests.tiny import Tiny, few_rows, prompts_for
+from tests.tiny_configs import DRIVEN, LENGTH_DEPENDENT, SHORT_TEXT, TINY, tiny_config
 from tiered.arch import FAMILIES
 from tiered.arch.families import Family
 from tiered.model import Segment

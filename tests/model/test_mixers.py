@@ -12,26 +12,18 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from tests.helpers import (
-    CONTEXT,
-    TINY,
-    Tiny,
-    assert_same,
-    open_runtime,
-    prompts_for,
-    reserved,
-    run_greedy,
-    run_segments,
-    tiny_config,
-)
+from tests.answers import assert_same
 from tests.model.test_kv_grid import Models, logits_of, runtime_of, text_of
 from tests.model.test_parity_grid import budget_for
 from tests.quick import represented
-from tiered.api import OffloadedModel
+from tests.runtimes import open_runtime, reserved, run_greedy, run_segments
+from tests.tiny import Tiny, prompts_for
+from tests.tiny_configs import CONTEXT, TINY, tiny_config
 from tiered.arch import build_skeleton, load_config, state_shape
 from tiered.errors import BudgetError, CheckpointError, ConfigError, NotSupportedError
 from tiered.kernels import load_library
 from tiered.model import Segment
+from tiered.offloaded import OffloadedModel
 from tiered.plan import Workload
 from tiered.runtime import Options, Runtime
 from tiered.units import GIB, MIB

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers.cache_utils import Cache, DynamicCache
 
-from tests.helpers import tiny_config
+from tests.tiny_configs import tiny_config
 from tiered.arch import Skeleton, build_skeleton
 from tiered.errors import UnsupportedFamilyError
 from tiered.model import Recorder, cache_name

@@ -7,16 +7,10 @@ from typing import cast
 import pytest
 import torch
 
-from tests.helpers import (
-    LENGTH_DEPENDENT,
-    SHORT_TEXT,
-    Tiny,
-    open_runtime,
-    prompts_for,
-    reference_logits,
-    reserved,
-    run_segments,
-)
+from tests.answers import reference_logits
+from tests.runtimes import open_runtime, reserved, run_segments
+from tests.tiny import Tiny, prompts_for
+from tests.tiny_configs import LENGTH_DEPENDENT, SHORT_TEXT
 from tiered.cache import CachePlan, KVPool, KVShape, layer_groups
 from tiered.errors import ConfigError
 from tiered.model import Seats, Segment, Segments

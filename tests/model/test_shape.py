@@ -9,8 +9,9 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from tests.helpers import TINY, Tiny, prompts_for
 from tests.quick import represented
+from tests.tiny import Tiny, prompts_for
+from tests.tiny_configs import TINY
 from tiered.arch import build_skeleton, expert_stacks, load_config
 from tiered.convert import ConvertOptions, convert_checkpoint
 from tiered.host import PROCESS

@@ -10,8 +10,10 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from tests.helpers import TINY, Tiny, open_runtime, prompts_for, run_greedy, tiny_config
 from tests.quick import represented
+from tests.runtimes import open_runtime, run_greedy
+from tests.tiny import Tiny, prompts_for
+from tests.tiny_configs import TINY, tiny_config
 from tiered.arch import is_mixer
 from tiered.kernels import Kernels, load_library
 from tiered.model.steps import forward_with
@@ -74,6 +76,7 @@ def test_a_model_s_recurrent_layers_compute_in_the_native_library(
     assert all(is_ours for _, is_ours in found)
 
 
+@pytest.mark.slow
 def test_every_family_with_recurrent_layers_is_listed() -> None:
     with torch.device("meta"):
         assert CALLS.keys() == {name for name in TINY if _has_mixers(name)}

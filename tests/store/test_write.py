@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from tests.quick import examples
+from tests.quick import examples, represented
 from tests.store.make import bytes_of, random_bytes, random_quantized, write_block
 from tiered.errors import DiskFullError
 from tiered.kernels import decode_planes, encode_planes
@@ -107,7 +107,7 @@ def test_pieces_of_any_size_make_the_same_block(tmp_path: Path) -> None:
     assert len(files[0].checksums) == 7
 
 
-@pytest.mark.parametrize("refusal", ["at once", "while writing"])
+@pytest.mark.parametrize("refusal", represented(["at once", "while writing"], ["while writing"]))
 def test_where_the_page_cache_cannot_be_bypassed_the_bytes_are_the_same(
     refusal: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -195,7 +195,7 @@ def refusing(number: int) -> Callable[..., Any]:
     return refuse
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+@pytest.mark.parametrize("number", represented([errno.ENOSPC, errno.EDQUOT], [errno.ENOSPC]))
 @pytest.mark.parametrize("call", ["fsync", "fdatasync"])
 def test_a_disk_full_at_a_flush_is_told_and_the_part_stays(
     call: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

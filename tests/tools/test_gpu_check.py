@@ -6,15 +6,21 @@ from typing import Any
 import pytest
 
 from tests.commands import make_store
-from tools.gpu_check import PARTS, SECONDS, is_bound, short_vram
+from tools.gpu_check import PARTS, SECONDS, function_of
+from tools.gpu_runs import is_bound, short_vram
 
 
 def test_all_parts_end_within_ten_minutes_whatever_hangs() -> None:
     assert SECONDS.keys() == PARTS.keys() and sum(SECONDS.values()) <= 570
 
 
+@pytest.mark.parametrize("name", PARTS)
+def test_a_part_is_a_function_of_its_name(name: str) -> None:
+    assert function_of(name).__name__ == name
+
+
 def test_a_budget_is_found_with_which_hidden_states_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tools.gpu_check.WAITING", (3, 8000, 4))  # the store's states are small
+    monkeypatch.setattr("tools.gpu_runs.WAITING", (3, 8000, 4))  # the store's states are small
     assert short_vram(make_store(tmp_path), "emulated") is not None
 
 

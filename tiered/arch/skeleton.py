@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from tiered.arch.config import REMEDY
 from tiered.arch.families import Family, IdTable, family_for
 from tiered.arch.modules import lent_weights, linear_size
+from tiered.arch.unfilled import meta_unfilled
 from tiered.errors import CheckpointError, ConfigError, TieredError, UnsupportedFamilyError, shortened
 from tiered.units import GIB, format_size
 
@@ -190,7 +191,7 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype = torch.float32)
     with _naming(config):
         _check_probabilities(config)
         _check_sizes(config)
-        with init_empty_weights(include_buffers=False):
+        with init_empty_weights(include_buffers=False), meta_unfilled():
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     model.eval().requires_grad_(False)
     if family.needs_recent and "cache" not in inspect.signature(model.forward).parameters:
@@ -246,7 +247,7 @@ def _check_sizes(config: PretrainedConfig) -> None:
     Found out by building it once with everything on the meta device, which takes a moment and no memory: for the real
     graph buffers are filled, and address space is taken for each parameter before it becomes a meta tensor.
     """
-    with torch.device("meta"):
+    with torch.device("meta"), meta_unfilled():
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     nbytes = sum(buffer.nbytes for buffer in model.buffers())
     if nbytes > _MOST_TABLES_NBYTES:

@@ -8,7 +8,7 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import xxhash
@@ -19,18 +19,12 @@ from tiered.convert.names import NameMap
 from tiered.convert.place import WeightFiles
 from tiered.convert.quantized import PLAIN, method_of_type, refuse_quantized
 from tiered.convert.source import Fetching, Packed, StoredTensor, tensor_bytes
-from tiered.convert.taken import Taken, Tally
+from tiered.convert.stored_rows import StoredRows
+from tiered.convert.taken import Taken
 from tiered.convert.tokenizer import files_beside
 from tiered.convert.transposed import transposed_panels, turned
-from tiered.convert.workers import Quantizers, one_torch_thread
 from tiered.errors import CheckpointError
-from tiered.quant import QuantizedTensor, dequantize, folded
-from tiered.quant.codebook import widened_scales
-
-_PIECE_NUMEL: Final = 1 << 20
-_SAMPLE_NUMEL: Final = 1 << 14
-"""Weights of each panel that are compared with what they were, where they had been quantized before."""
-_GREATEST: Final = torch.finfo(torch.bfloat16).max
+from tiered.quant import QuantizedTensor, folded
 
 
 class Checkpoint:
@@ -54,7 +48,7 @@ class Checkpoint:
         to be read whole are not compared), and what `require` raises for the memory that reading takes.
         """
         self._files, self._index, self._names, self._blocks = files, index, names, blocks
-        self._claimed_dtype, self._clip, self._require = claimed_dtype, clip, require
+        self._claimed_dtype, self._require = claimed_dtype, require
         self._made = made
         self.warnings = names.warnings
         self._released: frozenset[str] = frozenset()
@@ -62,8 +56,7 @@ class Checkpoint:
         """What is read after what, within the open block."""
         self._begun: dict[_Read, Iterator[torch.Tensor] | Iterator[QuantizedTensor]] = {}
         """Panels of what has begun to be read ahead of its turn."""
-        self._quantizers = Quantizers()
-        self._tally = Tally()
+        self._rows = StoredRows(files.name, clip)
         self.identity: Mapping[str, Any] = {
             "kind": files.kind,
             "name": files.name,
@@ -76,7 +69,7 @@ class Checkpoint:
 
     @property
     def taken(self) -> tuple[Taken, ...]:
-        return tuple(self._tally.taken())
+        return self._rows.taken
 
     def extra_files(self) -> Mapping[str, Callable[[], bytes]]:
         made = {name: partial(bytes, content) for name, content in self._made.items()}
@@ -93,7 +86,7 @@ class Checkpoint:
             self._release(self._files_of(self._blocks))
         finally:
             self._begun.clear()
-            self._quantizers.close()
+            self._rows.close()
             self._index.reader.close()
 
     def dtype(self, tensor: TensorRecipe) -> torch.dtype:
@@ -101,23 +94,15 @@ class Checkpoint:
         return self._claimed_dtype if stored is None else self._plain_dtype(stored)
 
     def plain(self, part: RangeRecipe) -> Iterator[memoryview]:
-        name, dtype, method = part.whole.name, self.dtype(part.whole), self._method(part.whole)
+        dtype, method = self.dtype(part.whole), self._method(part.whole)
         for panel in self._panels(self._reads(part)):
             assert isinstance(panel, torch.Tensor)
-            # In pieces that are mostly still in the cache when they are copied and hashed.
-            for piece in panel.view(-1).split(_PIECE_NUMEL):
-                _check_finite(piece, name)
-                kept = piece
-                if method is not None:
-                    with one_torch_thread():
-                        kept = piece.to(dtype)
-                        self._tally.add_changed(name, method, str(dtype).removeprefix("torch."), piece, kept)
-                yield tensor_bytes(kept)
+            yield from map(tensor_bytes, self._rows.plain(panel, part.whole, dtype, method))
 
     def packed(self, part: RangeRecipe) -> Packed:
         tensor, matrix = part.whole, folded(part.shape)
         assert tensor.scheme is not None
-        scheme = tensor.scheme
+        scheme, method = tensor.scheme, self._method(tensor)
         # One allocation each: small results of every panel, kept between freed buffers, would fragment memory.
         scale = torch.empty(scheme.scale_shape(*matrix), dtype=scheme.scale_dtype)
         zero = torch.empty(scheme.zero_shape(*matrix), dtype=torch.uint8)
@@ -126,7 +111,7 @@ class Checkpoint:
             scales, zeros = tensor_bytes(scale), tensor_bytes(zero)
             done = 0
             for panel in self._panels(self._reads(part)):
-                for made in self._rows_of(panel, tensor):
+                for made in self._rows.quantized(panel, tensor, method):
                     # Plain copies: torch would wake its own threads for them.
                     for whole, piece in ((scales, made.scale), (zeros, made.zero)):
                         row_nbytes = len(whole) // matrix[0]
@@ -135,53 +120,6 @@ class Checkpoint:
                     yield tensor_bytes(made.q)
 
         return Packed(codes(), [tensor_bytes(scale)], [tensor_bytes(zero)])
-
-    def _rows_of(self, panel: torch.Tensor | QuantizedTensor, tensor: TensorRecipe) -> Iterator[QuantizedTensor]:
-        """Rows of `tensor` as the store holds them, in order."""
-        if isinstance(panel, torch.Tensor):
-            yield from self._quantized(panel, tensor)
-        else:
-            yield self._taken_over(panel, tensor)
-
-    def _taken_over(self, panel: QuantizedTensor, tensor: TensorRecipe) -> QuantizedTensor:
-        """Rows of `tensor` as the checkpoint quantizes them, with scales of the store's dtype."""
-        scheme, method = tensor.scheme, self._method(tensor)
-        assert scheme is not None and method is not None
-        with one_torch_thread():
-            made = panel._replace(scale=panel.scale.to(scheme.scale_dtype))
-            after = widened_scales(made.scale)
-            before = after if panel.scale.dtype == made.scale.dtype else widened_scales(panel.scale)
-            if not all(math.isfinite(float(end)) for end in after.aminmax()):  # both NaN where one is
-                raise CheckpointError(
-                    f"{self._files.name}: {tensor.name}: expected finite scales that fit {scheme.scale_dtype}, found "
-                    f"one of {float(before.abs().max()):,.4g}; check the source checkpoint"
-                )
-            if before is after or torch.equal(before, after):
-                self._tally.add(tensor.name, method, scheme.name)
-            else:
-                # Of each group all values change by the same share.
-                rows = _sampled(len(made.q), folded(tensor.shape)[1])
-                ones = torch.ones_like(made.scale[rows])
-                numbers = dequantize(made.q[rows].contiguous(), ones, made.zero[rows].contiguous(), scheme)
-                groups = numbers.view(*ones.shape, -1)
-                form = f"{scheme.name}, scales rounded"
-                values = (groups * each[rows].unsqueeze(-1) for each in (before, after))
-                self._tally.add_changed(tensor.name, method, form, *values)
-        return made
-
-    def _quantized(self, panel: torch.Tensor, tensor: TensorRecipe) -> Iterator[QuantizedTensor]:
-        """Rows of `tensor` quantized here."""
-        scheme, method, done = tensor.scheme, self._method(tensor), 0
-        assert scheme is not None
-        for made in self._quantizers.quantize(panel, scheme, self._clip, f"{self._files.name}: {tensor.name}"):
-            if method is not None:
-                rows = _sampled(len(made.q), panel.shape[1])
-                with one_torch_thread():
-                    after = dequantize(*QuantizedTensor(*(part[rows].contiguous() for part in made)), scheme)
-                    before = panel[done : done + len(made.q)][rows]
-                    self._tally.add_changed(tensor.name, method, scheme.name, before, after)
-            done += len(made.q)
-            yield made
 
     def _one_by_one(self, blocks: Sequence[BlockRecipe], fetching: Fetching) -> Iterator[BlockRecipe]:
         """The blocks, ordered by the last of the files that each needs, so that few files are needed at once.
@@ -374,29 +312,6 @@ class _Read(NamedTuple):
 def _same_bytes(one: torch.Tensor | QuantizedTensor, other: torch.Tensor | QuantizedTensor) -> bool:
     assert isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)
     return torch.equal(one.view(torch.uint8), other.view(torch.uint8))
-
-
-def _check_finite(values: torch.Tensor, name: str) -> None:
-    """Raise CheckpointError where one of `values` is NaN, infinite or beyond what bfloat16 holds.
-
-    This is for tensors that are not quantized; the quantizer tests the others.
-    """
-    if not values.numel():
-        return
-    with one_torch_thread():
-        low, high = (float(end) for end in values.aminmax())  # both NaN where a value is NaN
-    if max(abs(low), abs(high)) <= _GREATEST:
-        return
-    bad = int((~(values.abs() <= _GREATEST)).sum())
-    raise CheckpointError(
-        f"{name}: expected finite weights, found {bad:,} among {values.numel():,} that are NaN, infinite or beyond "
-        "what bfloat16 holds; check the source checkpoint"
-    )
-
-
-def _sampled(rows: int, width: int) -> slice:
-    """Some of so many rows of `width` weights, from all over them: _SAMPLE_NUMEL weights, but one row at least."""
-    return slice(None, None, -(-rows // max(1, _SAMPLE_NUMEL // width)) or 1)
 
 
 def _part_shape(shape: tuple[int, ...], count: int) -> tuple[int, ...]:

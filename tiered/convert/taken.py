@@ -1,6 +1,6 @@
 """What became of the weights that a checkpoint holds quantized: taken as they are, or quantized anew, at which error.
 
-In: what was read and what was stored of each, as `checkpoint.py` converts it. Out: one `Taken` for each method of the
+In: what was read and what was stored of each, as `stored_rows.py` converts it. Out: one `Taken` for each method of the
 checkpoint and form in the store, for `tiered convert` to print.
 """
 

@@ -1,0 +1,173 @@
+"""What a runtime opens, in order: the graph, the plan, its memory, the reader, the engine; and the streams over them.
+
+In: a store and what is wanted of it, on a host that is open. Out: `Parts`, which `runtime.py` uses, and which the stack
+that it brings closes.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+
+from tiered.device import Device
+from tiered.errors import BudgetError, shortened
+from tiered.host import PROCESS, Host, Member
+from tiered.io import ChunkVerifier, DiskReader, Faults
+from tiered.kernels import Kernels
+from tiered.memory import Memory, open_memory
+from tiered.model import Engine, load_tables
+from tiered.options import Options
+from tiered.plan import (
+    Machine,
+    ModelShape,
+    Plan,
+    Rate,
+    Workload,
+    make_plan,
+    pace_for,
+    process_rss_bytes,
+    rates_wanted,
+)
+from tiered.plan.pace import Pace
+from tiered.prepare import Prepared, budgets_of, prepare, usable
+from tiered.process import Held
+from tiered.store import Store
+from tiered.stream import EmbeddingRows, Fork, KVStream, Streamer, Streams
+
+READ_THREADS: Final = 8
+"""Reads of weights in flight at most."""
+ROW_THREADS: Final = 32
+"""Rows of tables that are read at once: disks serve the more small reads the more are asked for. On a virtual disk, of
+a machine with other work, 2,000 rows of 9 KB took 0.8 s with 8, 0.24 s with 32 and 0.22 s with 64."""
+
+MeasureMachine = Callable[[Store, Kernels, ModelShape, Machine, Collection[Rate]], Machine]
+"""Measures the wanted rates and returns the machine with them. A runtime that chooses its batch size is given one."""
+
+
+@dataclass(frozen=True, eq=False)
+class Wanted:
+    """What a runtime is asked for."""
+
+    store: Store
+    workload: Workload
+    options: Options
+    """As they were given: the device that they name may turn out not to be usable."""
+    measure: MeasureMachine | None
+    """Called if rates are wanted for the choice of a batch size."""
+    has_pool: bool
+    """Whether sequences are given room here; otherwise callers bring caches, for which the plan counts memory."""
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """What an open runtime has."""
+
+    member: Member
+    options: Options
+    """What was wanted, without the device where it cannot be used."""
+    dtype: torch.dtype
+    shape: ModelShape
+    pace: Pace
+    plan: Plan
+    memory: Memory
+    reader: DiskReader
+    engine: Engine
+
+
+def open_parts(wanted: Wanted, host: Host, preadv: Faults, stack: contextlib.ExitStack, held: Held) -> Parts:
+    """Open what is `wanted` on `host`, all of it until `stack` is closed. Interrupts wait but for steps that own
+    nothing, where `held` lets them come. Raises BudgetError if no plan fits."""
+    store, before = wanted.store, process_rss_bytes()
+    member = stack.enter_context(PROCESS.member())
+    stack.enter_context(host)
+    options = usable(wanted.options, host)
+    # The graph of a large model takes seconds, and so does measuring.
+    with held.let_come(), device_memory():
+        made = prepare(store, options, host)
+    with held.let_come():
+        plan, pace = _choose_plan(wanted, options, made, member, before, host)
+    member.planned_nbytes = plan.nbytes
+    if plan.device is not None:
+        stack.enter_context(host.promised(plan.device.nbytes - plan.device.needs.context))
+    memory = stack.enter_context(open_memory(store, plan, options, host, wanted.has_pool))
+    verifier = ChunkVerifier(options.verify, host.trace, store.path)
+    reader = stack.enter_context(
+        DiskReader(
+            *(store.path, verifier, host.trace, READ_THREADS, options.read_mode),
+            clock=host.clock,
+            preadv=preadv,
+            scattered=ROW_THREADS,
+        )
+    )
+    embedding = EmbeddingRows(store, reader, verifier, memory.staging)
+    engine = Engine(made.seats, embedding, host.cancel, host.trace, memory.pool.outbox, memory.room)
+    return Parts(member, options, made.dtype, made.shape, pace, plan, memory, reader, engine)
+
+
+def _choose_plan(
+    wanted: Wanted, options: Options, made: Prepared, member: Member, before: int, host: Host
+) -> tuple[Plan, Pace]:
+    """The plan for the process as it is now, with rates measured where the choice of a batch size wants them."""
+    budgets, machine, workload = budgets_of(options, member, before, host), made.machine, wanted.workload
+    # Rates are the processor's: where a device computes they would choose for another machine.
+    if (
+        wanted.measure is not None
+        and not budgets.has_device
+        and (rates := rates_wanted(made.shape, machine, workload, budgets))
+    ):
+        machine = wanted.measure(wanted.store, host.kernels, made.shape, machine, rates)
+        # Measuring has made the process grow, and its peak counts.
+        budgets = budgets_of(options, member, before, host)
+    return make_plan(made.shape, machine, workload, budgets), pace_for(made.shape, machine, workload)
+
+
+def make_streams(parts: Parts, store: Store, host: Host) -> Streams:
+    """What reads ahead for `parts`. In the loop that it runs in."""
+    memory, plan = parts.memory, parts.plan
+    device = host.computer.device if host.computer is not None else None
+    kv, fork = None, None
+    if memory.spill is not None and memory.kv_ring is not None:
+        kv = KVStream(memory.spill, memory.kv_ring, plan.cache.layers, host.trace, host.cancel)
+    if device is not None and "cpu" in (plan.prefill_device, plan.decode_device):
+        fork = Fork(plan.tape, plan.placement.resident, plan.placement.ring_nbytes)
+
+    def streamer(device: Device | None) -> Streamer:
+        return Streamer(
+            store,
+            plan,
+            parts.reader,
+            memory.resident,
+            memory.ring,
+            host.trace,
+            host.cancel,
+            parts.options.prefetch,
+            memory.experts,
+            memory.buffers,
+            device,
+            fork,
+        )
+
+    blocks = streamer(device if fork is None else None)
+    device_blocks = streamer(device) if fork is not None else blocks if device is not None else None
+    return Streams(asyncio.get_running_loop(), blocks, kv, device_blocks)
+
+
+async def load_side_tables(parts: Parts, store: Store) -> None:
+    """Read what stays in memory beside the tape."""
+    await parts.engine.embedding.load_side(parts.memory.side)
+    await load_tables([seat.model for seat in parts.engine.seats], store, parts.reader)
+
+
+@contextlib.contextmanager
+def device_memory() -> Iterator[None]:
+    """Raise BudgetError where computing on a device takes more of its memory than there is."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise BudgetError(
+            f"the GPU's memory did not suffice for what is computed: {shortened(error)}; give it more with --vram, or "
+            "lower --batch, the context or --micro-batch"
+        ) from error
