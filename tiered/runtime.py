@@ -10,7 +10,8 @@ import functools
 import itertools
 import os
 import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
@@ -22,7 +23,6 @@ from tiered.device import Device
 from tiered.errors import BudgetError, ConfigError, shortened
 from tiered.host import PROCESS, Host, Member
 from tiered.io import ChunkVerifier, DiskReader, Faults, ReadMode, probe_mode
-from tiered.kernels import Kernels
 from tiered.memory import open_memory
 from tiered.model import (
     Engine,
@@ -38,18 +38,11 @@ from tiered.model import (
     load_tables,
 )
 from tiered.options import Options, compute_dtype
-from tiered.plan import (
-    Machine,
-    ModelShape,
-    Plan,
-    Rate,
-    Workload,
-    make_plan,
-    pace_for,
-    process_rss_bytes,
-    rates_wanted,
-)
+from tiered.plan import ModelShape, Plan, Workload, make_plan, pace_for, process_rss_bytes, wants_rates
+from tiered.plan.hardware import Hardware
+from tiered.plan.pace import Pace
 from tiered.plan.passes import limits_of
+from tiered.plan.strategies import machine_for
 from tiered.prepare import Prepared, budgets_of, host_for, prepare, usable
 from tiered.process import interrupts_later
 from tiered.store import Store
@@ -63,8 +56,9 @@ ROW_THREADS: Final = 32
 """Rows of tables that are read at once: disks serve the more small reads the more are asked for. On a virtual disk, of
 a machine with other work, 2,000 rows of 9 KB took 0.8 s with 8, 0.24 s with 32 and 0.22 s with 64."""
 
-MeasureMachine = Callable[[Store, Kernels, ModelShape, Machine, Collection[Rate]], Machine]
-"""Measures the wanted rates and returns the machine with them. A runtime that chooses its batch size is given one."""
+FindHardware = Callable[[Host, ModelShape, bool], Hardware | None]
+"""Finds this machine's rates for a model on a host: its profile's, or, where that has none and they are wanted, ones
+that are measured in seconds; None where they are not known."""
 
 
 class Runtime:
@@ -84,12 +78,12 @@ class Runtime:
         store: Store,
         workload: Workload,
         options: Options,
-        measure: MeasureMachine | None = None,
+        find_hardware: FindHardware | None = None,
         host: Host | None = None,
         has_pool: bool = True,
     ) -> None:
-        """`measure` is called if rates are wanted for the choice of a batch size; without `host`, one is made. Without
-        `has_pool` nothing is reserved: callers bring caches of their own, for which the plan counts memory.
+        """`find_hardware` is asked before the plan is made; without it, plans go by bytes. Without `host`, one is made.
+        Without `has_pool` nothing is reserved: callers bring caches of their own, for which the plan counts memory.
 
         Raises ConfigError if `options` want another number of threads, or other kernels, than `host` has.
         """
@@ -97,7 +91,7 @@ class Runtime:
             host.check(options.threads, options.kernels, options.kernel_mode, options.device_name, options.vram)
         self.store, self.workload, self.options = store, workload, options
         self.host = host or host_for(options)
-        self._asked, self._measure, self._has_pool = options, measure, has_pool
+        self._asked, self._find_hardware, self._has_pool = options, find_hardware, has_pool
         self.is_open = False
         self._resources = contextlib.ExitStack()
         self._streaming: StreamThread | None = None
@@ -190,19 +184,25 @@ class Runtime:
         self._member = member
 
     def _choose_plan(self, made: Prepared, member: Member, before: int) -> Plan:
-        """The plan for the process as it is now, with rates measured where the choice of a batch size wants them."""
-        budgets, machine = budgets_of(self.options, member, before, self.host), made.machine
-        # Rates are the processor's: where a device computes they would choose for another machine.
-        if (
-            self._measure is not None
-            and not budgets.has_device
-            and (wanted := rates_wanted(made.shape, machine, self.workload, budgets))
-        ):
-            machine = self._measure(self.store, self.host.kernels, made.shape, machine, wanted)
-            # Measuring has made the process grow, and its peak counts.
-            budgets = budgets_of(self.options, member, before, self.host)
-        self.shape, self.pace = made.shape, pace_for(made.shape, machine, self.workload)
-        return make_plan(made.shape, machine, self.workload, budgets)
+        """The plan for the process as it is now, by the machine's rates, if they can be found."""
+        shape, machine = made.shape, made.machine
+        budgets, hardware = budgets_of(self.options, member, before, self.host), None
+        if self._find_hardware is not None:
+            # Those that can be measured in seconds are the processor's.
+            wanted = not budgets.has_device and wants_rates(shape, machine, self.workload, budgets)
+            hardware = self._find_hardware(self.host, shape, wanted)
+            # Measuring makes the process grow, and its peak counts.
+            budgets = budgets_of(self.options, member, before, self.host) if wanted else budgets
+        if hardware is not None:
+            known = machine_for(shape, hardware, self.options.kernel_mode.value)
+            scratch = machine.scratch_nbytes, machine.device_scratch_nbytes
+            machine = replace(known, scratch_nbytes=scratch[0], device_scratch_nbytes=scratch[1])
+        self.shape, self.machine = shape, machine
+        self.gpu = None if hardware is None else hardware.gpu
+        plan = make_plan(shape, machine, self.workload, budgets, self.gpu)
+        # Rates are the processor's.
+        self.pace = pace_for(shape, machine, self.workload) if plan.device is None else Pace()
+        return plan
 
     # What callers use.
 

@@ -59,6 +59,17 @@ class Tape:
         return sum(self.nbytes)
 
     @cached_property
+    def file_total(self) -> int:
+        """Bytes that reading all units takes."""
+        return sum(self.file_nbytes)
+
+    @cached_property
+    def most_packed(self) -> float:
+        """Bytes of its file that a byte of any unit in memory stands for, at most."""
+        pairs = zip(self.file_nbytes, self.nbytes, strict=True)
+        return max((file / nbytes for file, nbytes in pairs if nbytes), default=1.0)
+
+    @cached_property
     def blocks(self) -> tuple[range, ...]:
         """The units of each block, by their numbers."""
         return tuple(range(start, stop) for start, stop in pairwise(accumulate(self.counts, initial=0)))

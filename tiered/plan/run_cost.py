@@ -65,12 +65,8 @@ class RunCosts:
         here = pairs
         if self._attends_elsewhere:
             here = sum(self._pairs(len(part)) for part in run.parts if not part.start) / run.times
-        return seconds + self._prompt_seconds(self._prompts, here) + self._prompt_seconds(self._machine, pairs - here)
-
-    def _prompt_seconds(self, machine: Machine, pairs: float) -> float:
-        if machine.prompt_attention_flops is None:
-            return pairs * (machine.attention_seconds or 0.0)
-        return prompt_attention_seconds(self._model, pairs, machine.prompt_attention_flops)
+        seconds += prompt_attention_seconds(self._model, self._prompts, here)
+        return seconds + prompt_attention_seconds(self._model, self._machine, pairs - here)
 
     def _run_pairs(self, run: PassRun) -> float:
         """Pairs of a query and a key that it sees, of the prompts in each pass of `run`, summed over layers."""
