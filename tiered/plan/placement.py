@@ -87,6 +87,10 @@ class Tape:
         """Bytes of a full ring for all units that are not resident."""
         return _full_ring(self, replace(held, ahead_nbytes=0), resident)
 
+    def smallest_ring(self, held: Held) -> int:
+        """Bytes of the largest piece: with a smaller ring a pass cannot run at all."""
+        return _smallest_ring(self, replace(held, ahead_nbytes=0))
+
     def nbytes_of(self, units: frozenset[int]) -> int:
         """Bytes of these units in memory."""
         return sum(map(self.nbytes.__getitem__, units))
