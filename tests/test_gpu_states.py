@@ -21,7 +21,6 @@ from tests.test_gpu_tier import waits as waits
 from tests.tiny import Tiny, prompts_for
 from tests.tiny_configs import CONTEXT, TINY
 from tests.waiting import wait_until
-from tiered.api import OffloadedModel
 from tiered.arch import load_config
 from tiered.errors import BudgetError, DeviceBudgetError, NotSupportedError
 from tiered.model import Segment

@@ -9,6 +9,7 @@ import tiered.opening
 from tests.commands import make_store, run_here
 from tests.jobs.fakes import request, write_lines
 from tiered.plan import Budgets, Machine, ModelShape, Plan, Workload, make_plan
+from tiered.plan.hardware import GpuRates
 
 
 @pytest.fixture(scope="module")
@@ -21,8 +22,10 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
     """Every plan that a runtime makes."""
     plans: list[Plan] = []
 
-    def make_and_note(model: ModelShape, machine: Machine, workload: Workload, budgets: Budgets) -> Plan:
-        plans.append(make_plan(model, machine, workload, budgets))
+    def make_and_note(
+        model: ModelShape, machine: Machine, workload: Workload, budgets: Budgets, gpu: GpuRates | None
+    ) -> Plan:
+        plans.append(make_plan(model, machine, workload, budgets, gpu))
         return plans[-1]
 
     monkeypatch.setattr(tiered.opening, "make_plan", make_and_note)
@@ -57,4 +60,4 @@ def test_what_a_job_says_of_its_batch_size_is_the_plan_s_reason(store: Path, tmp
     assert done.code == 0, done.err
     (plan,) = made
     assert f"batch     {plan.why}\n" in done.err
-    assert plan.why.startswith(f"{plan.batch_size} of 5 sequences at once; expected per pass: ")
+    assert plan.why.startswith(f"{plan.batch_size} of 5 sequences at once; predicted per pass: ")

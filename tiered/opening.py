@@ -6,8 +6,8 @@ that it brings closes.
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
@@ -16,22 +16,13 @@ from tiered.device import Device
 from tiered.errors import BudgetError, shortened
 from tiered.host import PROCESS, Host, Member
 from tiered.io import ChunkVerifier, DiskReader, Faults
-from tiered.kernels import Kernels
 from tiered.memory import Memory, open_memory
 from tiered.model import Engine, load_tables
 from tiered.options import Options
-from tiered.plan import (
-    Machine,
-    ModelShape,
-    Plan,
-    Rate,
-    Workload,
-    make_plan,
-    pace_for,
-    process_rss_bytes,
-    rates_wanted,
-)
+from tiered.plan import Machine, ModelShape, Plan, Workload, make_plan, pace_for, process_rss_bytes, wants_rates
+from tiered.plan.hardware import GpuRates, Hardware
 from tiered.plan.pace import Pace
+from tiered.plan.strategies import machine_for
 from tiered.prepare import Prepared, budgets_of, prepare, usable
 from tiered.process import Held
 from tiered.store import Store
@@ -43,8 +34,9 @@ ROW_THREADS: Final = 32
 """Rows of tables that are read at once: disks serve the more small reads the more are asked for. On a virtual disk, of
 a machine with other work, 2,000 rows of 9 KB took 0.8 s with 8, 0.24 s with 32 and 0.22 s with 64."""
 
-MeasureMachine = Callable[[Store, Kernels, ModelShape, Machine, Collection[Rate]], Machine]
-"""Measures the wanted rates and returns the machine with them. A runtime that chooses its batch size is given one."""
+FindHardware = Callable[[Host, ModelShape, bool], Hardware | None]
+"""Finds this machine's rates for a model on a host: its profile's, or, where that has none and they are wanted, ones
+that are measured in seconds; None where they are not known."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,10 +47,21 @@ class Wanted:
     workload: Workload
     options: Options
     """As they were given: the device that they name may turn out not to be usable."""
-    measure: MeasureMachine | None
-    """Called if rates are wanted for the choice of a batch size."""
+    find_hardware: FindHardware | None
+    """Asked before the plan is made; without it, plans go by bytes."""
     has_pool: bool
     """Whether sequences are given room here; otherwise callers bring caches, for which the plan counts memory."""
+
+
+@dataclass(frozen=True, eq=False)
+class Chosen:
+    """A plan, and what it was made from."""
+
+    shape: ModelShape
+    machine: Machine
+    gpu: GpuRates | None
+    plan: Plan
+    pace: Pace
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,9 +72,7 @@ class Parts:
     options: Options
     """What was wanted, without the device where it cannot be used."""
     dtype: torch.dtype
-    shape: ModelShape
-    pace: Pace
-    plan: Plan
+    chosen: Chosen
     memory: Memory
     reader: DiskReader
     engine: Engine
@@ -88,7 +89,8 @@ def open_parts(wanted: Wanted, host: Host, preadv: Faults, stack: contextlib.Exi
     with held.let_come(), device_memory():
         made = prepare(store, options, host)
     with held.let_come():
-        plan, pace = _choose_plan(wanted, options, made, member, before, host)
+        chosen = _choose_plan(wanted, options, made, member, before, host)
+    plan = chosen.plan
     member.planned_nbytes = plan.nbytes
     if plan.device is not None:
         stack.enter_context(host.promised(plan.device.nbytes - plan.device.needs.context))
@@ -104,29 +106,33 @@ def open_parts(wanted: Wanted, host: Host, preadv: Faults, stack: contextlib.Exi
     )
     embedding = EmbeddingRows(store, reader, verifier, memory.staging)
     engine = Engine(made.seats, embedding, host.cancel, host.trace, memory.pool.outbox, memory.room)
-    return Parts(member, options, made.dtype, made.shape, pace, plan, memory, reader, engine)
+    return Parts(member, options, made.dtype, chosen, memory, reader, engine)
 
 
-def _choose_plan(
-    wanted: Wanted, options: Options, made: Prepared, member: Member, before: int, host: Host
-) -> tuple[Plan, Pace]:
-    """The plan for the process as it is now, with rates measured where the choice of a batch size wants them."""
-    budgets, machine, workload = budgets_of(options, member, before, host), made.machine, wanted.workload
-    # Rates are the processor's: where a device computes they would choose for another machine.
-    if (
-        wanted.measure is not None
-        and not budgets.has_device
-        and (rates := rates_wanted(made.shape, machine, workload, budgets))
-    ):
-        machine = wanted.measure(wanted.store, host.kernels, made.shape, machine, rates)
-        # Measuring has made the process grow, and its peak counts.
-        budgets = budgets_of(options, member, before, host)
-    return make_plan(made.shape, machine, workload, budgets), pace_for(made.shape, machine, workload)
+def _choose_plan(wanted: Wanted, options: Options, made: Prepared, member: Member, before: int, host: Host) -> Chosen:
+    """The plan for the process as it is now, by the machine's rates, if they can be found."""
+    shape, machine, workload = made.shape, made.machine, wanted.workload
+    budgets, hardware = budgets_of(options, member, before, host), None
+    if wanted.find_hardware is not None:
+        # Those that can be measured in seconds are the processor's.
+        is_measured = not budgets.has_device and wants_rates(shape, machine, workload, budgets)
+        hardware = wanted.find_hardware(host, shape, is_measured)
+        # Measuring makes the process grow, and its peak counts.
+        budgets = budgets_of(options, member, before, host) if is_measured else budgets
+    if hardware is not None:
+        known = machine_for(shape, hardware, options.kernel_mode.value)
+        scratch = machine.scratch_nbytes, machine.device_scratch_nbytes
+        machine = replace(known, scratch_nbytes=scratch[0], device_scratch_nbytes=scratch[1])
+    gpu = None if hardware is None else hardware.gpu
+    plan = make_plan(shape, machine, workload, budgets, gpu)
+    # Rates are the processor's.
+    pace = pace_for(shape, machine, workload) if plan.device is None else Pace()
+    return Chosen(shape, machine, gpu, plan, pace)
 
 
 def make_streams(parts: Parts, store: Store, host: Host) -> Streams:
     """What reads ahead for `parts`. In the loop that it runs in."""
-    memory, plan = parts.memory, parts.plan
+    memory, plan = parts.memory, parts.chosen.plan
     device = host.computer.device if host.computer is not None else None
     kv, fork = None, None
     if memory.spill is not None and memory.kv_ring is not None:

@@ -22,7 +22,7 @@ from tiered.host import PROCESS, Host, Member
 from tiered.io import Faults, ReadMode, probe_mode
 from tiered.model import ForwardBatch, ForwardWork, OnBlock, OnLogits, Pass, Segment, Segments, Work, check_token_ids
 from tiered.opening import (
-    MeasureMachine,
+    FindHardware,
     Parts,
     Wanted,
     device_memory,
@@ -58,12 +58,12 @@ class Runtime:
         store: Store,
         workload: Workload,
         options: Options,
-        measure: MeasureMachine | None = None,
+        find_hardware: FindHardware | None = None,
         host: Host | None = None,
         has_pool: bool = True,
     ) -> None:
-        """`measure` is called if rates are wanted for the choice of a batch size; without `host`, one is made. Without
-        `has_pool` nothing is reserved: callers bring caches of their own, for which the plan counts memory.
+        """`find_hardware` is asked before the plan is made; without it, plans go by bytes. Without `host`, one is made.
+        Without `has_pool` nothing is reserved: callers bring caches of their own, for which the plan counts memory.
 
         Raises ConfigError if `options` want another number of threads, or other kernels, than `host` has.
         """
@@ -71,7 +71,7 @@ class Runtime:
             host.check(options.threads, options.kernels, options.kernel_mode, options.device_name, options.vram)
         self.store, self.workload, self.options = store, workload, options
         self.host = host or host_for(options)
-        self._wanted = Wanted(store, workload, options, measure, has_pool)
+        self._wanted = Wanted(store, workload, options, find_hardware, has_pool)
         self.is_open = False
         self._resources = contextlib.ExitStack()
         self._streaming: StreamThread | None = None
@@ -151,8 +151,10 @@ class Runtime:
 
     def _take(self, parts: Parts) -> None:
         self._parts, self._member, self._memory = parts, parts.member, parts.memory
-        self.options, self.dtype, self.shape, self.pace = parts.options, parts.dtype, parts.shape, parts.pace
-        self.plan, self.reader, self.engine = parts.plan, parts.reader, parts.engine
+        self.options, self.dtype, self.reader, self.engine = parts.options, parts.dtype, parts.reader, parts.engine
+        chosen = parts.chosen
+        self.plan, self.pace, self.shape, self.machine = chosen.plan, chosen.pace, chosen.shape, chosen.machine
+        self.gpu = chosen.gpu
 
     # What callers use.
 

@@ -1,22 +1,20 @@
-"""Holds what planners choose against sweeps: batch size, place and bits of the KV cache, and what stays in memory.
+"""Holds what the planner chooses against sweeps: batch size, place and bits of the KV cache, what stays in memory.
 
     python -m tools.sweep_planner --dir DIR [--minutes 8] [--rounds 2]        measures, and goes on where it was
     python -m tools.sweep_planner --dir DIR --table
 
-A job is so many sequences of one length in one budget. Two planners are asked, that of `tiered plan` (the whole job's
-seconds decide) and that of `tiered batch` (a decode pass's do), and the job is run as they say, with a quarter to four
-times that many sequences at once, with the KV cache elsewhere or in other bits (at the batch size that is predicted to
-be best there), and with so much less memory that half of the weights stay there. Each run is one `tiered generate` on
-a synthetic store, which is made in DIR where it is not there yet; its line in DIR/planner.jsonl is written when it
-ends.
+A job is so many sequences of one length in one budget. It is run as the planner chooses (for `tiered plan` and for runs
+alike), with a quarter to four times that many sequences at once, with the KV cache elsewhere or in other bits (at the
+batch size that is predicted to be best there), and with so much less memory that half of the weights stay there. Each
+run is one `tiered generate` on a synthetic store, which is made in DIR where it is not there yet; its line in
+DIR/planner.jsonl is written when it ends.
 
-Planners are asked with the profile DIR/profile.toml, which is measured once, and the rate of the disk as it was when
-the job's first run began. Plans are pure, so the table asks them again: a change of a planner asks for new runs only
-where it chooses what has not been run.
+The planner is asked with the profile DIR/profile.toml, which is measured once, and the rate of the disk as it was when
+the job's first run began. Plans are pure, so the table asks again: a change of the planner asks for new runs only where
+it chooses what has not been run.
 """
 
 import argparse
-import contextlib
 import itertools
 import json
 import statistics
@@ -26,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
@@ -33,15 +32,15 @@ from tiered.bench.facts import machine_name
 from tiered.bench.runs import TIERED
 from tiered.bench.stores import Synthetic
 from tiered.errors import BudgetError, TieredError
+from tiered.plan.choose import batches
 from tiered.plan.hardware import Hardware
-from tiered.plan.inputs import MAX_BATCHED_TOKENS, Budgets, ModelShape, Workload
+from tiered.plan.inputs import Budgets, ModelShape
 from tiered.plan.kv import Bits
 from tiered.plan.machines import load_hardware
-from tiered.plan.make import make_plan
 from tiered.plan.plan import Plan
 from tiered.plan.predict import predict
 from tiered.plan.shapes import read_store_shape
-from tiered.plan.strategies import BASELINE_NBYTES, CPU, Ask, compare, machine_for
+from tiered.plan.strategies import BASELINE_NBYTES, Ask, compare, machine_for
 from tiered.plan.way import Asked
 from tiered.units import format_size, parse_size
 
@@ -66,13 +65,6 @@ class Job:
     def ask(self) -> Ask:
         """As `tiered plan` asks."""
         return Ask(self.prompt, self.new, self.sequences, None, parse_size(self.ram), None, "throughput")
-
-    @property
-    def workload(self) -> Workload:
-        """As `tiered batch` asks."""
-        longest = self.prompt + self.new
-        asked = Workload(self.sequences, longest, longest, tokens=self.sequences * longest, choose_batch_size=True)
-        return replace(asked, max_batched_tokens=MAX_BATCHED_TOKENS, objective="throughput")
 
 
 @dataclass(frozen=True)
@@ -110,29 +102,24 @@ NEAR: Final = 6
 """Ways of each job that are run before others of any: an interrupted sweep is one of most jobs."""
 
 
-class Planners:
+class Planner:
     """What is chosen for a job, and predicted of it; pure."""
 
     def __init__(self, model: ModelShape, hardware: Hardware, job: Job) -> None:
         self._model, self._hardware, self._job = model, hardware, job
         self._machine = machine_for(model, hardware)
 
-    def choices(self) -> dict[str, Way]:
-        """By planner; of one that finds no plan, nothing."""
-        found: dict[str, Way] = {}
+    @cached_property
+    def choice(self) -> Way | None:
+        """None where no plan is found."""
         best = compare({QUANT: self._model}.__getitem__, (QUANT,), self._hardware, self._job.ask).best
-        if best is not None:
-            found["plan"] = Way.of(best.plan)
-        budgets = Budgets(parse_size(self._job.ram), BASELINE_NBYTES, kv="auto")
-        with contextlib.suppress(BudgetError):
-            found["batch"] = Way.of(make_plan(self._model, self._machine, self._job.workload, budgets))
-        return found
+        return None if best is None else Way.of(best.plan)
 
     def plan(self, way: Way) -> Plan | None:
         """The plan of `way`; None where it does not fit."""
         bits: Any = way.bits
         budgets = Budgets(parse_size(self._job.ram) - way.less, BASELINE_NBYTES, kv_bits=bits)
-        asked = Asked(self._model, self._machine, self._job.ask.workload(way.batch), budgets)
+        asked = Asked(self._model, self._machine, self._job.ask.workload, budgets)
         try:
             return asked.way(way.batch, way.kv == "disk").plan_at(budgets.ram)
         except BudgetError:
@@ -140,26 +127,24 @@ class Planners:
 
     def tokens_per_second(self, way: Way) -> float:
         """As predicted; 0 where it does not fit."""
-        plan, workload = self.plan(way), self._job.ask.workload(way.batch)
+        plan, workload = self.plan(way), self._job.ask.workload
         if plan is None:
             return 0.0
         return predict(plan, self._model, self._machine, workload).tokens_per_second
 
     def sweep(self) -> list[Way]:
-        """The choices, and what else is run, without what does not fit; those of most interest come first."""
-        choices = list(self.choices().values())
-        found = list(choices)
-        for power in (1, 3):
-            found += [replace(chosen, batch=chosen.batch * 2**power // 4) for chosen in choices]
+        """The choice, and what else is run, without what does not fit; those of most interest come first."""
+        chosen = self.choice
+        if chosen is None:
+            return []
+        found = [chosen, *(replace(chosen, batch=chosen.batch * 2**power // 4) for power in (1, 3))]
         for place, bits in PLACES:
-            ways = [Way(batch, place, bits) for batch in self._job.ask.batches(CPU)]
+            ways = [Way(batch, place, bits) for batch in batches(self._job.ask.workload)]
             found.append(max(ways, key=self.tokens_per_second))
-        for chosen in choices:
-            plan = self.plan(chosen)
-            if plan is not None and plan.placement.resident_nbytes:
-                found.append(replace(chosen, less=plan.placement.resident_nbytes // 2))
-        for power in (0, 4):
-            found += [replace(chosen, batch=chosen.batch * 2**power // 4) for chosen in choices]
+        plan = self.plan(chosen)
+        if plan is not None and plan.placement.resident_nbytes:
+            found.append(replace(chosen, less=plan.placement.resident_nbytes // 2))
+        found += [replace(chosen, batch=chosen.batch * 2**power // 4) for power in (0, 4)]
         right = (way for way in dict.fromkeys(found) if 1 <= way.batch <= self._job.sequences)
         return [way for way in right if self.plan(way) is not None]
 
@@ -227,7 +212,7 @@ def measure(folder: Path, results: Results, rounds: int, until: float) -> None:
             return
         if results.disk(job) is None:
             results.add(job, None, disk=disk_rate(stores[job.shape]))
-        for way in planners(folder, stores[job.shape], results, job).sweep()[:most]:
+        for way in planner(folder, stores[job.shape], results, job).sweep()[:most]:
             if time.monotonic() > until:
                 return
             if len(results.seconds(job, way)) < round_:
@@ -243,15 +228,15 @@ def disk_rate(store: Path) -> float:
     return measure_disk(Store.open(store))
 
 
-def planners(folder: Path, store: Path, results: Results, job: Job) -> Planners:
-    """Those of a job, with the profile's rate of the disk as long as it has not begun."""
+def planner(folder: Path, store: Path, results: Results, job: Job) -> Planner:
+    """That of a job, with the profile's rate of the disk as long as it has not begun."""
     hardware, model, disk = load_hardware(str(folder / "profile.toml")), read_store_shape(store), results.disk(job)
     if model is None:  # of an earlier version
         # Loads torch, which the table does without otherwise.
         from tiered.shapes import store_shape
 
         model = store_shape(store)
-    return Planners(model, replace(hardware, disk=replace(hardware.disk, read=disk or hardware.disk.read)), job)
+    return Planner(model, replace(hardware, disk=replace(hardware.disk, read=disk or hardware.disk.read)), job)
 
 
 def run(store: Path, job: Job, way: Way) -> dict[str, Any]:
@@ -287,33 +272,31 @@ def call(*words: str, or_code: int = 0) -> str | None:
 
 
 def print_table(folder: Path, results: Results) -> None:
-    """A row for each choice: what was chosen, what was best, and all that was run. One that was not run counts as one
+    """A row for each job: what was chosen, what was best, and all that was run. A choice that was not run counts as one
     that is behind."""
     print(f"{machine_name()}; tokens/s are generated tokens over all seconds of a job; medians\n")
-    print("| job | planner | chosen | tokens/s, predicted | of the best | best | all that was run |\n|" + "---|" * 7)
+    print("| job | chosen | tokens/s, predicted | of the best | best | all that was run |\n|" + "---|" * 6)
     shares = []
     for job in JOBS:
-        asked = planners(folder, Synthetic(job.shape, QUANT, 4, folder).path("none"), results, job)
+        asked = planner(folder, Synthetic(job.shape, QUANT, 4, folder).path("none"), results, job)
+        chosen = asked.choice
+        if chosen is None:
+            continue
         speeds = {way: tokens_per_second(job, results.seconds(job, way)) for way in results.ways(job)}
         best = max(speeds, key=speeds.__getitem__, default=None)
         name = f"{job.shape}, {job.ram}, {job.sequences} x ({job.prompt} + {job.new})"
         others = ", ".join(f"{speed:.3g} ({way})" for way, speed in speeds.items())
-        for planner, chosen in asked.choices().items():
-            predicted, fastest = (
-                asked.tokens_per_second(chosen),
-                "-" if best is None else f"{speeds[best]:.3g} ({best})",
-            )
-            share = 0.0
-            if best is None or chosen not in speeds:
-                cells = [f"not run, {predicted:.3g}", "not run"]
-            else:
-                # Where all failed, so did the best.
-                share = speeds[chosen] / speeds[best] if speeds[best] else 0.0
-                cells = [f"{speeds[chosen]:.3g}, {predicted:.3g}"]
-                cells += [f"{share:.0%}" + ("" if share >= CLOSE else " **behind**")]
-            shares.append(share)
-            cells = [name, planner, str(chosen), *cells, fastest, others or "-"]
-            print("| " + " | ".join(cells) + " |")
+        predicted, fastest = asked.tokens_per_second(chosen), "-" if best is None else f"{speeds[best]:.3g} ({best})"
+        share = 0.0
+        if best is None or chosen not in speeds:
+            cells = [f"not run, {predicted:.3g}", "not run"]
+        else:
+            # Where all failed, so did the best.
+            share = speeds[chosen] / speeds[best] if speeds[best] else 0.0
+            cells = [f"{speeds[chosen]:.3g}, {predicted:.3g}"]
+            cells += [f"{share:.0%}" + ("" if share >= CLOSE else " **behind**")]
+        shares.append(share)
+        print("| " + " | ".join([name, str(chosen), *cells, fastest, others or "-"]) + " |")
     print(f"\n{sum(share >= CLOSE for share in shares)} of {len(shares)} choices reach {CLOSE:.0%} of the best")
 
 

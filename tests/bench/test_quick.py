@@ -8,13 +8,15 @@ import pytest
 from tiered.bench import profile, quick
 from tiered.configs_path import config_dir
 from tiered.errors import ConfigError
+from tiered.kernels import Kernels
 from tiered.plan.shapes import known_shapes
 
 
 def measure(folder: Path) -> None:
     shapes = known_shapes(config_dir() / "models", "opt-125m")
     assert shapes is not None
-    quick.quick_hardware(folder, [shapes["int4"]], is_store=False)
+    with Kernels(1) as kernels:
+        quick.quick_hardware(folder, [shapes["int4"]], False, kernels)
 
 
 def test_a_folder_in_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -321,13 +321,29 @@ def test_away_from_a_terminal_the_report_is_all_that_is_said(store: Path, source
     assert "\ndecode " in done.err and "\x1b" not in done.err
 
 
-def test_without_a_batch_size_the_run_says_what_it_chose_and_why(store: Path, tmp_path: Path) -> None:
+def test_without_a_batch_size_the_run_says_what_it_chose_and_why(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tiered.cli.measuring.find_profile", lambda folder: None)
     source = write_lines(tmp_path / "in.jsonl", [request(f"r{number}", max_tokens=4) for number in range(5)])
     done = run_here("batch", store, "-i", source, "-o", tmp_path / "out.jsonl", "--no-measure")
     assert done.code == 0
-    first = next(line for line in done.err.splitlines() if line)
-    assert first.startswith("batch     ") and "of 5 sequences at once; expected per pass: " in first
-    assert "compute" in first and "KV cache" in first and "in memory" in first
+    quick, chosen = [line for line in done.err.splitlines() if line][:2]
+    assert quick.startswith("rates     measured in ") and "there is no profile of this machine" in quick
+    assert chosen.startswith("batch     ") and "of 5 sequences at once; predicted per pass: " in chosen
+    assert "of computing" in chosen and "KV cache" in chosen and "in memory" in chosen
+    assert "predicted " in done.err
+
+
+def test_a_profile_spares_a_job_from_measuring(
+    store: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tiered.cli.measuring.find_profile", lambda folder: SLOW_TOKENS)
+    monkeypatch.setattr("tiered.cli.measuring.quick_hardware", None)
+    words = ("batch", store, "-i", source, "-o", tmp_path / "out.jsonl", "--no-measure", "--threads", "1")
+    done = run_here(*words)
+    assert done.code == 0 and "rates " not in done.err, done.err
+    assert "of 8 sequences at once; predicted per pass: " in done.err
 
 
 @pytest.fixture(scope="module")

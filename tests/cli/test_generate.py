@@ -690,3 +690,21 @@ def test_who_computes_is_chosen_by_a_profile_of_the_device(
     by_name = {"prompts on the GPU, the rest on the processor": ("gpu", "cpu"), None: ("gpu", "gpu")}
     assert computes == by_name.get(chosen)
     assert found["completions"][0]["text"].strip() in done.out
+
+
+@pytest.mark.parametrize(("prompts", "said"), [(12, True), (1, False)])
+def test_prompts_run_as_many_at_once_as_a_profile_makes_worth_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prompts: int, said: bool
+) -> None:
+    # Each further row takes as long as the first: whoever waits for a text has it soonest if they take turns.
+    monkeypatch.setattr("tiered.cli.measuring.find_profile", lambda folder: SLOW_TOKENS)
+    words: list[str | Path] = ["generate", make_store(tmp_path, "int8"), "-n", "3", "--threads", "1", "--no-measure"]
+    for number in range(prompts):
+        words += ["-p", f"The function {number}"]
+    done = run_here(*words)
+    assert done.code == 0, done.err
+    lines = [line for line in done.err.splitlines() if line.startswith("batch ")]
+    assert len(lines) == said and all(f"of {prompts} sequences at once; predicted per pass: " in one for one in lines)
+    assert "predicted prefill " in done.err
+    alone = run_here(*words, "--batch", str(prompts))
+    assert "batch  " not in alone.err

@@ -111,7 +111,7 @@ def test_what_was_predicted_stands_beside_what_was_measured() -> None:
     expected = Prediction(1400, 0, Phase(3, seconds=6.6), Phase(), {})
     report = make_score_report(scoring(passes=3), around(plan(5.0), raw_disk_bandwidth=RAW), expected)
     assert report.predicted_seconds == 6.6 and report.predicted_seconds_per_pass == pytest.approx(2.2)
-    assert "predicted 6.6 s, 2.2 s per pass, by this machine's profile" in report.lines()
+    assert "predicted 6.6 s, 2.2 s per pass, by this machine's rates" in report.lines()
     alone = make_score_report(scoring(passes=3), around(plan(5.0)))
     assert alone.predicted_seconds is None and not any(line.startswith("predicted") for line in alone.lines())
 

@@ -89,7 +89,8 @@ def test_a_store_is_known_by_everything_beside_its_blocks(tmp_path: Path) -> Non
     (tmp_path / "manifest.json").write_text("{}", encoding="utf-8")
     prints = [store_fingerprint(tmp_path)]
     (tmp_path / "blocks" / "layer").write_bytes(b"what is in it is in the manifest")
-    (tmp_path / "shape.json").write_text("{}", encoding="utf-8")  # which a plan has kept
+    for name in ("shape.json", "shape.json-123"):  # which a plan has kept, or is about to
+        (tmp_path / name).write_text("{}", encoding="utf-8")
     assert store_fingerprint(tmp_path) == prints[0]
     for name, content in (("tokenizer.json", "a"), ("tokenizer.json", "b"), ("manifest.json", "[]"), ("new", "")):
         (tmp_path / name).write_text(content, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""How many sequences run at once: most tokens per second, or fewest bytes read, by hand-made machines."""
+"""How many sequences at once are compared, and how many windows are scored in a pass: those that read fewest bytes."""
 
 from itertools import pairwise
 
@@ -6,80 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tiered.plan.batch_size import (
-    BatchOption,
-    candidates,
-    choose_batch_size,
-    choose_windows_per_pass,
-    even_candidates,
-)
-
-GB = 10**9
-
-
-def options(most: int, weights: int, kv: int, room: int, on_disk: bool = False) -> list[BatchOption]:
-    """A model of `weights` bytes in `room` bytes of memory, where a sequence's cache takes `kv`."""
-    found = []
-    for count in candidates(most):
-        if on_disk:
-            found.append(BatchOption(count, True, weights - room + count * kv))
-        elif count * kv <= room:
-            found.append(BatchOption(count, False, weights - room + count * kv))
-    return found
-
-
-def test_while_the_disk_is_the_bound_all_sequences_share_a_pass() -> None:
-    choice = choose_batch_size(options(64, 10 * GB, 1 << 20, GB), 2e9, lambda rows: 0.01 * rows)
-    assert choice is not None
-    assert (choice.option.sequences, choice.bottleneck) == (64, "disk")
-    assert choice.tokens_per_second == pytest.approx(64 / 4.53, rel=0.01)
-
-
-def test_a_batch_is_no_larger_than_what_computing_gains_from() -> None:
-    # Beyond 8 sequences a pass takes proportionally longer.
-    choice = choose_batch_size(options(64, 10 * GB, 0, GB), 2e9, lambda rows: 4.5 * rows / 8)
-    assert choice is not None
-    assert choice.option.sequences == 8
-
-
-def test_a_cache_that_takes_the_room_of_weights_is_weighed_against_them() -> None:
-    # Everything is resident without a cache: each sequence makes the disk slower than its token is worth.
-    resident = options(64, 10 * GB, GB // 2, 10 * GB)
-    choice = choose_batch_size(resident, 1e9, lambda rows: 0.2 + 0.01 * rows)
-    assert choice is not None
-    rates = {o.sequences: o.sequences / max(o.disk_nbytes / 1e9, 0.2 + 0.01 * o.sequences) for o in resident}
-    assert rates[choice.option.sequences] * 1.02 >= max(rates.values())
-
-
-def test_of_equal_ways_memory_is_taken_before_disk() -> None:
-    both = [BatchOption(4, False, GB), BatchOption(4, True, GB)]
-    choice = choose_batch_size(both, 1e9, lambda rows: 0.1)
-    assert choice is not None and not choice.option.kv_on_disk
-
-
-def test_a_cache_on_disk_is_used_where_memory_holds_too_few_sequences() -> None:
-    kv, weights, room = GB // 10, 10 * GB, GB
-    both = options(64, weights, kv, room) + options(64, weights, kv, room, on_disk=True)
-    choice = choose_batch_size(both, 2e9, lambda rows: 0.01 * rows)
-    assert choice is not None and choice.option.kv_on_disk and choice.option.sequences == 64
-
-
-def test_experts_that_are_waited_for_take_their_time_beside_computing() -> None:
-    waited, ahead = BatchOption(4, False, GB, expert_nbytes=GB), BatchOption(4, False, GB)
-    choice = choose_batch_size([waited, ahead], 1e9, lambda rows: 1.0)
-    assert choice is not None and choice.option == ahead and choice.pass_seconds == 1
-    choice = choose_batch_size([waited], 1e9, lambda rows: 1.0)
-    assert choice is not None and choice.pass_seconds == 2
-
-
-def test_without_options_there_is_no_choice() -> None:
-    assert choose_batch_size([], 1e9, lambda rows: 1.0) is None
-
-
-def test_where_nothing_is_read_only_computing_counts() -> None:
-    choice = choose_batch_size(options(16, GB, 0, GB), None, lambda rows: 1.0)
-    assert choice is not None
-    assert (choice.option.sequences, choice.bottleneck) == (16, "compute")
+from tiered.plan.batch_size import candidates, choose_windows_per_pass, even_candidates
 
 
 @given(st.integers(1, 5000))
@@ -97,15 +24,6 @@ def test_waves_of_a_job_are_about_equal(sequences: int, most: int) -> None:
         waves = -(-sequences // count)
         # Some candidate takes as many waves, with no more sequences at once than that needs.
         assert any(-(-sequences // each) == waves and (each - 1) * waves < sequences for each in found)
-
-
-def test_a_last_wave_that_is_nearly_empty_counts_as_a_whole_one() -> None:
-    sizes = [BatchOption(count, False, GB) for count in (50, 96, 100)]
-    for sequences, chosen in ((100, 100), (96, 96), (None, 100)):
-        choice = choose_batch_size(sizes, 1e9, lambda rows: 0.001, sequences=sequences)
-        assert choice is not None and choice.option.sequences == chosen
-    choice = choose_batch_size(sizes[:2], 1e9, lambda rows: 0.001, sequences=100)
-    assert choice is not None and choice.option.sequences == 50
 
 
 # Windows that are scored share a pass where that spares the disk, and not where it only takes memory.

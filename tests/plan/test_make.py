@@ -26,7 +26,7 @@ from tiered.plan import (
     layer_groups,
     make_plan,
     pace_for,
-    rates_wanted,
+    wants_rates,
 )
 from tiered.plan.pace import LEAST
 from tiered.plan.workspace import MAX_ROWS
@@ -175,21 +175,13 @@ def test_without_rates_as_many_run_at_once_as_fit() -> None:
 
 
 def test_with_rates_the_batch_is_as_large_as_gains() -> None:
-    workload = Workload(600, 1024, choose_batch_size=True)
+    workload = Workload(600, 1024, 8, choose_batch_size=True, max_batched_tokens=4096, objective="throughput")
     plan = plan_for(workload, 64 * GIB, MEASURED)
     # All weights are in memory, and 256 rows take twenty times as long as 16.
     assert plan.batch_size == 16
-    assert f"{plan.batch_size} of 600 sequences at once; expected per pass: compute " in plan.why
-    assert "disk" not in plan.why
-    assert "; expected per pass: disk " in plan_for(workload, 1200 * MIB, MEASURED).why
-
-
-def test_sequences_of_different_lengths_make_no_waves() -> None:
-    # 16 fit. Of 20 that are equally long 10 at once take two waves, too; where lengths differ more at once end sooner.
-    machine = replace(MEASURED, linear=ComputeRate((1, 16, 256), (1e-11, 1e-11, 4e-10)))
-    alike = Workload(20, 1024, 8, choose_batch_size=True, max_batched_tokens=512)
-    found = [plan_for(replace(alike, tokens=n), 660 * MIB, machine).batch_size for n in (0, 20 * 950, 20 * 900)]
-    assert found == [10, 10, 16]
+    assert f"{plan.batch_size} of 600 sequences at once; predicted per pass: " in plan.why
+    assert "disk" not in plan.why and "of computing; KV cache" in plan.why
+    assert " of disk and " in plan_for(workload, 1200 * MIB, MEASURED).why
 
 
 def test_the_more_rows_compute_the_further_reading_goes_ahead() -> None:
@@ -235,20 +227,27 @@ def test_a_context_that_is_not_asked_for_is_what_an_eighth_of_the_budget_holds_o
 
 
 def test_rates_are_wanted_only_where_they_decide_and_fit() -> None:
-    model, workload = model_of([100 * MIB] * 20), Workload(600, 1024, choose_batch_size=True)
+    model = model_of([100 * MIB] * 20)
+    workload = Workload(600, 1024, choose_batch_size=True, objective="throughput")
 
-    def wanted(ram: int, **changes: Any) -> frozenset[str]:
-        return rates_wanted(model, UNMEASURED, replace(workload, **changes), Budgets(ram, 300 * MIB))
+    def wants(ram: int, **changes: Any) -> bool:
+        return wants_rates(model, UNMEASURED, replace(workload, **changes), Budgets(ram, 300 * MIB))
 
-    assert wanted(1200 * MIB) == {"disk", "compute"}
-    assert wanted(64 * GIB) == {"compute"}
-    for changes in ({"batch_size": 3}, {"choose_batch_size": False}, {"one_pass": True}):
-        assert wanted(1200 * MIB, **changes) == frozenset()
+    assert wants(1200 * MIB) and wants(64 * GIB)
+    for changes in ({"batch_size": 3}, {"choose_batch_size": False}, {"one_pass": True}, {"sequences": 1}):
+        assert not wants(1200 * MIB, **changes)
     with pytest.raises(BudgetError) as refused:
         make_plan(model, UNMEASURED, replace(workload, batch_size=1), Budgets(1, 300 * MIB))
     assert refused.value.smallest_bytes is not None
-    assert wanted(1) == wanted(refused.value.smallest_bytes) == frozenset()
-    assert wanted(refused.value.smallest_bytes + 110 * MIB) != frozenset()
+    assert not wants(1) and not wants(refused.value.smallest_bytes)
+    assert wants(refused.value.smallest_bytes + 110 * MIB)
+
+
+def test_who_waits_for_a_text_does_not_wait_for_rates_unless_all_have_no_room() -> None:
+    workload = Workload(600, 1024, choose_batch_size=True, objective="latency")
+    model = model_of([100 * MIB] * 20)
+    assert wants_rates(model, UNMEASURED, workload, Budgets(1200 * MIB, 300 * MIB))
+    assert not wants_rates(model, UNMEASURED, workload, Budgets(64 * GIB, 300 * MIB))
 
 
 def test_windows_that_are_scored_share_passes_where_that_spares_the_disk() -> None:
@@ -401,17 +400,13 @@ def test_results_of_experts_that_wait_for_their_sum_are_counted() -> None:
 
 
 def test_a_batch_is_chosen_by_what_its_sequences_read_of_experts_and_compute_of_them() -> None:
-    workload = Workload(64, 256, choose_batch_size=True)
+    workload = Workload(64, 256, 16, choose_batch_size=True, max_batched_tokens=4096, objective="throughput")
     many, few = (mixture_plan(replace(workload, sequences=n), 2 * GIB, MEASURED) for n in (64, 2))
     assert (many.batch_size, many.experts) == (64, None)
     assert few.experts is not None and few.batch_size == 2
     # What two tokens choose of 64 experts a layer, less those that are in memory.
     read = 20 * 64 * (1 - (15 / 16) ** 2) * 5 * MIB * (1 - few.experts.slots / (20 * 64))
-    assert f"disk {format_seconds(read / 2e9)} at 2.00 GB/s" in few.why
-    # The weights that a token passes through are what a pass of one computes, not all there are.
-    one = mixture_plan(replace(workload, sequences=1), 16 * GIB, MEASURED)
-    used = (1100 + 20 * 4 * 5) * MIB * 2
-    assert f"compute {format_seconds(1e-11 * used + 1e-7 * 2 * 256 * 0.75)}" in one.why
+    assert f"predicted per pass: {format_seconds(read / 2e9)} of disk and " in few.why
 
 
 class BudgetNamed:

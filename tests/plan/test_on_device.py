@@ -29,7 +29,7 @@ from tiered.plan import (
 )
 from tiered.plan.hardware import GpuRates
 from tiered.plan.kv import outbox_nbytes
-from tiered.plan.make import expected_pass, rates_wanted, smallest_ram, smallest_vram
+from tiered.plan.make import smallest_ram, smallest_vram
 from tiered.plan.on_device import DeviceNeeds, DevicePlan, fit_on_device
 from tiered.plan.order import ring_starts
 from tiered.plan.placement import UNHELD, Held, Placement, full_ring, interleave, place, smallest_ring, wished
@@ -38,9 +38,7 @@ from tiered.plan.state import Grid, StateGroup, StatePart, StateShape
 from tiered.units import GIB, MIB, parse_size
 
 THREE, LOADED, ALONE = (Tier.DISK, Tier.CPU, Tier.GPU), (Tier.CPU, Tier.GPU), (Tier.GPU,)
-MACHINES = st.sampled_from(
-    [replace(UNMEASURED, device_scratch_nbytes=8 * MIB), replace(MEASURED, bus_bytes_per_second=12e9)]
-)
+MACHINES = st.sampled_from([replace(UNMEASURED, device_scratch_nbytes=8 * MIB), MEASURED])
 SIZES = st.integers(20, 20_000).map(lambda n: n * MIB)
 HELD = st.builds(Held, st.booleans(), st.booleans())
 STATE = StateShape((StateGroup((0,), (StatePart("recurrent", 0, (1 << 20,), "float32"),)),), Grid(64), 3 << 10, 8 * MIB)
@@ -362,13 +360,15 @@ def test_without_rates_the_cache_goes_to_the_device_if_it_fits_there_then_to_mem
 
 
 @pytest.mark.parametrize(("attention", "on_device"), [(1e-12, False), (1e-3, True)])
-def test_with_rates_it_goes_where_passes_are_quicker(attention: float, on_device: bool) -> None:
+def test_with_rates_it_goes_where_the_job_is_quicker(attention: float, on_device: bool) -> None:
     work = Workload(8, 8192, 16, max_batched_tokens=16)
-    machine = Machine(16 * MIB, 2e9, ComputeRate((1,), (1e-12,)), attention, bus_bytes_per_second=12e9)
+    machine = Machine(16 * MIB, 2e9, ComputeRate((1,), (1e-12,)), attention)
+    gpu = GpuRates("gpu", GIB, 12e9, 12e9, 1e12, 1e15)
+    asked = Budgets(8 * GIB, 300 * MIB, THREE, vram=1500 * MIB, kv="auto")
     # On the device it pushes weights out; in memory, where there is enough, the processor must attend.
-    plan = planned(8 * GIB, 1500 * MIB, work, machine, kv="auto")
+    plan = make_plan(MODEL, machine, work, asked, gpu)
     assert plan.cache.on_device == on_device
-    other = planned(8 * GIB, 1500 * MIB, work, machine, kv="cpu" if on_device else "gpu")
+    other = make_plan(MODEL, machine, work, replace(asked, kv="cpu" if on_device else "gpu"), gpu)
     assert (plan.bus_nbytes > other.bus_nbytes) == on_device
 
 
@@ -392,32 +392,6 @@ def test_a_refusal_with_the_cache_on_the_device_is_not_the_one_to_read_where_mem
 
 
 # What comes of it.
-
-
-def test_a_batch_is_chosen_by_what_crosses_the_bus_too() -> None:
-    work = Workload(64, 256, 16, max_batched_tokens=64, choose_batch_size=True)
-    rates = ComputeRate((1, 64), (1e-13, 64e-13))
-    slow, fast = (
-        planned(8 * GIB, GIB, work, Machine(0, 2e9, rates, 1e-12, bus_bytes_per_second=rate), resident_gpu=0, kv="auto")
-        for rate in (1e9, 1e12)
-    )
-    assert slow.batch_size > fast.batch_size
-    assert "bus 1.7 s at 1.00 GB/s" in slow.why and "on the GPU" in slow.why
-    asked = Budgets(8 * GIB, 300 * MIB, THREE, vram=GIB, resident_gpu=0)
-    machine = Machine(0, 2e9, rates, 1e-12, bus_bytes_per_second=1e9)
-    assert expected_pass(MODEL, machine, replace(work, batch_size=2), asked).bottleneck == "bus"
-
-
-def test_the_bus_is_to_be_measured_where_something_crosses_it() -> None:
-    work = Workload(64, 256, 16, max_batched_tokens=64, choose_batch_size=True)
-
-    def wanted(vram: int, **fields: Any) -> frozenset[str]:
-        return rates_wanted(MODEL, UNMEASURED, work, Budgets(8 * GIB, 300 * MIB, THREE, vram=vram, **fields))
-
-    assert wanted(GIB) == {"bus", "compute"}
-    assert wanted(16 * GIB) == {"compute"}
-    assert wanted(GIB, decode_device="cpu") == {"compute"}
-    assert wanted(GIB, resident_cpu=0) == {"disk", "bus", "compute"}
 
 
 def test_of_a_mixture_chosen_experts_are_copied_where_that_moves_clearly_less() -> None:

@@ -306,7 +306,7 @@ def names_of(model: ModelShape) -> list[str]:
 def test_passes_that_processor_and_device_share_are_refused_by_name() -> None:
     model = model_with()
     budgets = Budgets(8 * GIB, 100 * MIB, tiers=tuple(Tier), vram=4 * GIB, decode_device="cpu")
-    machine = replace(machine_with(0.1, model), bus_bytes_per_second=8e9)
+    machine = machine_with(0.1, model)
     plan = make_plan(model, machine, ONE, budgets)
     device = Device.of(plan, GpuRates("T4", 16 * GIB, 8e9, 8e9, 300e9, 50e12))
     with pytest.raises(ConfigError, match="no simulation of prompts on the gpu beside decoding on the cpu"):

@@ -25,7 +25,6 @@ from tiered.plan.strategies import (
     GPU_TIERS,
     Ask,
     Comparison,
-    Row,
     compare,
     machine_for,
 )
@@ -93,7 +92,9 @@ def test_rows_with_a_gpu_are_the_plans_that_runs_make_for_the_same_options() -> 
             device = {"vram": small["vram"], "context_nbytes": CONTEXT_NBYTES, "tiers": GPU_TIERS}
             decode = "cpu" if row.strategy == BOTH else "gpu"
             budgets = replace(budgets, **device, decode_device=decode)  # type: ignore[arg-type]
-        plan = make_plan(shapes["int4"], machine_for(shapes["int4"], GPU_MACHINE), ask(**small).workload(4), budgets)
+        plan = make_plan(
+            shapes["int4"], machine_for(shapes["int4"], GPU_MACHINE), ask(**small).workload, budgets, GPU_MACHINE.gpu
+        )
         assert replace(plan, why="") == row.plan
         assert ("vram_resident" in row.prediction.memory) == on_gpu
         vram = sum(nbytes for name, nbytes in row.prediction.memory.items() if name.startswith("vram"))
@@ -180,23 +181,6 @@ def test_a_batch_is_chosen_for_the_job_and_not_beyond_what_helps() -> None:
     assert chosen.prediction.seconds < alone.prediction.seconds
 
 
-def test_bits_and_few_sequences_together_cost_no_more_than_bits_may(monkeypatch: pytest.MonkeyPatch) -> None:
-    (row,) = compared(objective="throughput", sequences=8, batch=8).rows[:1]
-
-    def made(bits: int, batch: int, seconds: float) -> Row:
-        decode = replace(row.prediction.decode, seconds=seconds)
-        prediction = replace(row.prediction, prefill=replace(row.prediction.prefill, seconds=0.0), decode=decode)
-        return replace(row, kv_bits=bits, batch_size=batch, prediction=prediction)
-
-    few = [made(4, 8, 100.0), made(16, 8, 109.0), made(16, 6, 110.5)]
-    monkeypatch.setattr("tiered.plan.strategies._rows", lambda *_: iter(few))
-    found = compared(objective="throughput", sequences=8).best
-    assert found is not None and (found.kv_bits, found.batch_size) == (16, 8)
-    few[2] = made(16, 6, 109.9)
-    found = compared(objective="throughput", sequences=8).best
-    assert found is not None and (found.kv_bits, found.batch_size) == (16, 6)
-
-
 def test_cost_is_that_of_the_hours() -> None:
     row = compared().rows[0]
     assert row.usd_per_million_tokens == pytest.approx(2.0 / 3600 * row.prediction.seconds / 32 * 1e6)
@@ -228,13 +212,3 @@ def test_a_scheme_without_a_speed_is_named(tmp_path: Path) -> None:
     model = model_of([MIB] * 3, quantization="int3-g64")
     with pytest.raises(ConfigError, match="int3-g64"):
         compare(lambda _: model, ("int4",), MACHINE, ask())
-
-
-@pytest.mark.parametrize("objective", ["latency", "throughput"])
-def test_what_cannot_be_chosen_is_not_predicted_to_its_end_and_that_changes_nothing(
-    objective: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked = {"machine": GPU_MACHINE, "sequences": 40, "vram": 4 * GIB, "objective": objective}
-    found = compared(**asked)  # type: ignore[arg-type]
-    monkeypatch.setattr("tiered.plan.strategies._CHOOSABLE", float("inf"))
-    assert compared(**asked) == found  # type: ignore[arg-type]

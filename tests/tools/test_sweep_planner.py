@@ -1,4 +1,4 @@
-"""What planners choose against sweeps: what is run, that it goes on where it was, and what the table says of it."""
+"""What the planner chooses against sweeps: what is run, that it goes on where it was, and what the table says of it."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +12,7 @@ from tiered.plan.inputs import ModelShape
 from tiered.plan.machines import load_hardware, save_hardware
 from tiered.plan.shapes import known_shapes
 from tools import sweep_planner
-from tools.sweep_planner import Job, Planners, Way, main
+from tools.sweep_planner import Job, Planner, Way, main
 
 JOB = Job("opt-1.3b", "1300MiB", 32, 64, 16)
 
@@ -34,16 +34,16 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_a_sweep_has_the_choices_and_what_they_were_chosen_among() -> None:
-    planners = Planners(shape(), load_hardware("laptop-16gb"), JOB)
-    choices, swept = planners.choices(), planners.sweep()
-    assert set(choices) == {"plan", "batch"} and set(choices.values()) <= set(swept) and len(set(swept)) == len(swept)
-    assert {way.batch for way in swept} >= {choices["plan"].batch // 2, choices["plan"].batch}
+def test_a_sweep_has_the_choice_and_what_it_was_chosen_among() -> None:
+    planner = Planner(shape(), load_hardware("laptop-16gb"), JOB)
+    choice, swept = planner.choice, planner.sweep()
+    assert choice is not None and choice in swept and len(set(swept)) == len(swept)
+    assert {way.batch for way in swept} >= {choice.batch // 2, choice.batch}
     assert {(way.kv, way.bits) for way in swept} >= {("cpu", 16), ("cpu", 4), ("disk", 16), ("disk", 4)}
     assert any(way.less for way in swept) and all(1 <= way.batch <= JOB.sequences for way in swept)
-    # `tiered plan` chooses what is predicted to be about the best of all that is run.
-    assert planners.tokens_per_second(choices["plan"]) > 0.85 * max(map(planners.tokens_per_second, swept))
-    assert planners.tokens_per_second(Way(32, "cpu", 16, less=1 << 30)) == 0
+    # What is chosen is predicted to be about the best of all that is run.
+    assert planner.tokens_per_second(choice) > 0.85 * max(map(planner.tokens_per_second, swept))
+    assert planner.tokens_per_second(Way(32, "cpu", 16, less=1 << 30)) == 0
 
 
 def test_a_sweep_goes_on_where_it_was_and_its_table_names_what_is_behind(
@@ -51,7 +51,7 @@ def test_a_sweep_goes_on_where_it_was_and_its_table_names_what_is_behind(
 ) -> None:
     hardware = load_hardware("laptop-16gb")
     done: list[Way] = []
-    chosen = Planners(shape(), replace(hardware, disk=replace(hardware.disk, read=2e9)), JOB).choices()["plan"]
+    chosen = Planner(shape(), replace(hardware, disk=replace(hardware.disk, read=2e9)), JOB).choice
 
     def run(store: Path, job: Job, way: Way) -> dict[str, Any]:
         if len(done) == 3:
@@ -71,7 +71,7 @@ def test_a_sweep_goes_on_where_it_was_and_its_table_names_what_is_behind(
     assert main([*words, "--table"]) == 0
     out = capsys.readouterr().out
     # 512 tokens in 4 s, where others take 2.
-    assert f"| opt-1.3b, 1300MiB, 32 x (64 + 16) | plan | {chosen} | 128, " in out
+    assert f"| opt-1.3b, 1300MiB, 32 x (64 + 16) | {chosen} | 128, " in out
     assert "| 50% **behind** | 256 (" in out and " choices reach 90% of the best" in out
 
 
@@ -84,17 +84,17 @@ def test_a_choice_that_was_not_run_is_in_the_table_and_counts(
     words = ["--dir", str(folder), "--table"]
     assert main(words) == 0
     out = capsys.readouterr().out
-    assert out.count("| not run | - | - |") == 2 and "\n0 of 2 choices reach" in out
+    assert out.count("| not run | - | - |") == 1 and "\n0 of 1 choices reach" in out
 
     # One that failed, as all did.
     hardware = load_hardware("laptop-16gb")
     results = sweep_planner.Results(folder / "planner.jsonl")
     results.add(JOB, None, disk=2e9)
-    asked = Planners(shape(), replace(hardware, disk=replace(hardware.disk, read=2e9)), JOB)
-    results.add(JOB, asked.choices()["plan"], seconds=None)
+    asked = Planner(shape(), replace(hardware, disk=replace(hardware.disk, read=2e9)), JOB)
+    results.add(JOB, asked.choice, seconds=None)
     assert main(words) == 0
     out = capsys.readouterr().out
-    assert "| 0% **behind** | 0 (" in out and "\n0 of 2 choices reach" in out
+    assert "| 0% **behind** | 0 (" in out and "\n0 of 1 choices reach" in out
 
 
 def test_what_does_not_fit_is_no_failure(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,16 +14,18 @@ from typing import Final
 
 import click
 
-from tiered.bench.rates import measure_machine
+from tiered.bench.quick import quick_hardware
 from tiered.bench.workload import Setting
 from tiered.errors import BudgetError, TieredError
 from tiered.kernels import Kernels, Mode
-from tiered.plan import MAX_BATCHED_TOKENS, Workload, cpu_count, expected_pass, parse_bits
+from tiered.plan import MAX_BATCHED_TOKENS, Workload, cpu_count, make_plan, parse_bits
 from tiered.plan.batch_size import candidates
+from tiered.plan.predict import predict
+from tiered.plan.strategies import machine_for
 from tiered.prepare import measure_inputs
 from tiered.runtime import Options
 from tiered.store import Store
-from tiered.units import format_seconds, parse_size
+from tiered.units import parse_size
 
 MOST_SEQUENCES: Final = 256
 
@@ -35,17 +37,18 @@ def largest_disk_bound(path: Path, setting: Setting) -> int:
     options = Options(ram=ram, kernel_mode=mode, kv=setting.kv, kv_bits=parse_bits(setting.kv_bits))
     shape, unmeasured, budgets = measure_inputs(store, options)
     with Kernels(setting.threads or cpu_count(), mode=mode, name=setting.kernels) as kernels:
-        rates = measure_machine(store, kernels, shape, unmeasured, ("disk", "compute"))
-    longest = setting.prompt_tokens + setting.new_tokens
+        hardware = quick_hardware(path, (shape,), True, kernels)
+    machine = replace(machine_for(shape, hardware, mode.value), scratch_nbytes=unmeasured.scratch_nbytes)
+    longest = setting.prompt_tokens + max(2, setting.new_tokens)  # so that there is a pass that decodes
     workload = Workload(1, longest, setting.prompt_tokens, max_batched_tokens=MAX_BATCHED_TOKENS)
     best = 1
     for count in candidates(MOST_SEQUENCES):
         try:
-            expected = expected_pass(shape, rates, replace(workload, sequences=count), budgets)
+            plan = make_plan(shape, machine, replace(workload, sequences=count), budgets)
         except BudgetError:
             break
-        disk, compute = format_seconds(expected.disk_seconds), format_seconds(expected.compute_seconds)
-        click.echo(f"batch {count}: disk {disk}, compute {compute}", err=True)
+        expected = predict(plan, shape, machine, replace(workload, sequences=count)).decode
+        click.echo(f"batch {count}: {expected.of_a_pass}", err=True)
         if expected.bottleneck != "disk":
             break
         best = count

@@ -1,7 +1,8 @@
-"""This machine in rough numbers, in seconds: for a plan on a machine of which there is no profile.
+"""This machine in rough numbers, in seconds: for plans on a machine of which there is no profile.
 
-In: a folder on the disk that is meant, and shapes of the model. Out: a `Hardware` with the rates that a plan asks for,
-as the choice of a batch size measures them. What is not measured takes the place of what is nearest to it.
+In: a folder on the disk that is meant, shapes of the model, what computes. Out: a `Hardware` with the rates that a plan
+asks for. What is not measured takes the place of what is nearest to it. `tiered plan` and runs that choose how many
+sequences they take at once ask for it.
 """
 
 import platform
@@ -14,7 +15,6 @@ from tiered.bench.profile import check_on_disk
 from tiered.bench.rates import measure_attention, measure_compute, measure_disk
 from tiered.convert.compression import read_bandwidth
 from tiered.errors import ConfigError
-from tiered.host import Host
 from tiered.kernels import Kernels
 from tiered.plan import KVShape, ModelShape
 from tiered.plan.hardware import CpuRates, DiskRates, Hardware, LinearRate
@@ -23,21 +23,19 @@ from tiered.quant import Scheme
 from tiered.store import Store
 
 
-def quick_hardware(folder: Path, models: Sequence[ModelShape], is_store: bool) -> Hardware:
+def quick_hardware(folder: Path, models: Sequence[ModelShape], is_store: bool, kernels: Kernels) -> Hardware:
     """This machine for a model that comes in `models`, which differ in their quantization only.
 
     The disk is measured by reading the store at `folder`, or, where that is no store, a file of 64 MiB that is written
     there and removed. Raises ConfigError where that cannot be, or where that folder lies in memory.
     """
     model = models[0]
-    with Host() as host:
-        read = measure_disk(Store.open(folder)) if is_store else _folder_rate(folder)
-        dtype: torch.dtype = getattr(torch, model.dtype)
-        linear = tuple(_linear(host.kernels, one, dtype) for one in models)
-        # Of any shape, where no layer attends.
-        heads, kv = (model.heads, model.kv) if model.kv else (1, KVShape(1, 64, 64, model.dtype))
-        seconds = measure_attention(host.kernels, heads, kv.heads, kv.head_dim, dtype)
-        cores = host.threads
+    read = measure_disk(Store.open(folder)) if is_store else _folder_rate(folder)
+    dtype: torch.dtype = getattr(torch, model.dtype)
+    linear = tuple(_linear(kernels, one, dtype) for one in models)
+    # Of any shape, where no layer attends.
+    heads, kv = (model.heads, model.kv) if model.kv else (1, KVShape(1, 64, 64, model.dtype))
+    seconds = measure_attention(kernels, heads, kv.heads, kv.head_dim, dtype)
     attention = kv.token_nbytes / seconds
     return Hardware(
         platform.node() or "this machine",
@@ -46,13 +44,14 @@ def quick_hardware(folder: Path, models: Sequence[ModelShape], is_store: bool) -
         meminfo("MemTotal"),
         DiskRates(read, read),
         # A prompt's attention as slow as decoding's, which it never is.
-        CpuRates(cores, attention, attention, 4 * heads * kv.head_dim / seconds, linear),
+        CpuRates(kernels.threads, attention, attention, 4 * heads * kv.head_dim / seconds, linear),
     )
 
 
 def _linear(kernels: Kernels, model: ModelShape, dtype: torch.dtype) -> LinearRate:
     scheme = None if model.quantization is None else Scheme.parse(model.quantization)
-    return LinearRate(model.quantization or "none", "invariant", measure_compute(kernels, scheme, model.hidden, dtype))
+    rate = measure_compute(kernels, scheme, model.hidden, dtype)
+    return LinearRate(model.quantization or "none", kernels.mode.value, rate)
 
 
 def _folder_rate(folder: Path) -> float:

@@ -1,14 +1,13 @@
 """How fast this machine is: its disk, and its kernels timed on weights and keys of the model's kind, in a second or so.
 
-In: an open store's files, the kernels, and what the model's linear layers and its attention look like. Out: a
-`Machine` with the rates that a plan asks for. What is read is larger than the processor's own caches, as a model's
-layers are.
+In: an open store's files, the kernels, and what the model's linear layers and its attention look like. Out: rates, one
+by one, from which `quick.py` and `profile.py` make a machine. What is read is larger than the processor's own caches,
+as a model's layers are.
 """
 
 import mmap
 import time
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import torch
@@ -16,7 +15,7 @@ import torch
 from tiered.bench.raw import SECONDS_EACH, advise_huge_pages, measure_raw
 from tiered.io import ReadMode, probe_mode
 from tiered.kernels import AttentionCall, Kernels, contiguous_pages
-from tiered.plan import ComputeRate, Machine, ModelShape, Rate
+from tiered.plan import ComputeRate
 from tiered.quant import QuantizedTensor, QuantizedWeight, Scheme
 from tiered.store import Store
 from tiered.units import MIB
@@ -27,29 +26,6 @@ _SECONDS: Final = 0.2
 """Least time that one measurement takes, after one run that does not count."""
 _LOOKS: Final = 4
 _DISK_MEMORY_NBYTES: Final = 32 * MIB
-
-
-def measure_machine(
-    store: Store,
-    kernels: Kernels,
-    model: ModelShape,
-    machine: Machine,
-    wanted: Collection[Rate],
-    say: Callable[[str], None] = lambda text: None,
-) -> Machine:
-    """`machine` with the rates that are `wanted`; `say` is told what is being measured."""
-    if "disk" in wanted:
-        say("measuring the disk")
-        machine = replace(machine, disk_bytes_per_second=measure_disk(store))
-    if "compute" in wanted:
-        say("measuring the processor")
-        scheme = None if model.quantization is None else Scheme.parse(model.quantization)
-        dtype: torch.dtype = getattr(torch, model.dtype)
-        linear = measure_compute(kernels, scheme, model.hidden, dtype)
-        kv = model.kv
-        attention = measure_attention(kernels, model.heads, kv.heads, kv.head_dim, dtype) if kv else 0.0
-        machine = replace(machine, linear=linear, attention_seconds=attention)
-    return machine
 
 
 def measure_disk(store: Store, seconds: float = SECONDS_EACH) -> float:

@@ -13,9 +13,8 @@ import click
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from tiered.arch import context_for, load_config
-from tiered.bench.rates import measure_machine
 from tiered.cli.lines import print_json
-from tiered.cli.measuring import measured, predicted, with_chosen_phases
+from tiered.cli.measuring import hardware_of, measured, predicted, with_chosen_phases
 from tiered.cli.progress import JobScreen
 from tiered.cli.run_request import RunRequest
 from tiered.errors import BudgetError, ConfigError
@@ -128,13 +127,13 @@ def _work(
     """Do all passes that are left. No report where nothing was left to compute."""
     before, began = len(journal.done), time.monotonic()
     reports: list[Report] = []
-    measure = partial(measure_machine, say=screen.status.say)
+    find_hardware = hardware_of(store, options, None if request.as_json else screen.say, screen.status)
 
     @contextmanager
     def start() -> Iterator[Generate]:
         with (
             _saying_how_long_requests_are(begun),
-            Runtime(store, _workload(request, begun, journal.sequences), options, measure, host) as runtime,
+            Runtime(store, _workload(request, begun, journal.sequences), options, find_hardware, host) as runtime,
         ):
             if request.batch is None and not request.as_json:
                 screen.say(f"batch     {runtime.plan.why}")
@@ -162,28 +161,23 @@ def _options(
     options = request.options()
     if journal.job is None:
         say = None if request.as_json else screen.say
-        return with_chosen_phases(options, store, lambda: _expected(request, count()), say)
+        return with_chosen_phases(options, store, lambda: _workload(request, count(), 0), say)
     begun = journal.job.identity.settings
     phases = tuple(begun.get(name, "cpu") for name in ("prefill-device", "decode-device"))
     return next((options.with_phases(each) for each in options.phase_choices if each == phases), options)
 
 
-def _expected(request: BatchRequest, size: InputSize) -> Workload:
-    """The workload of a job that is still to be begun, with prompts as long as they are."""
-    if not size.sequences:
-        return Workload()
-    prompt = round(size.longest * size.prompt_tokens / size.tokens)
-    return replace(_workload(request, size, 0), max_prompt=max(1, prompt))
-
-
 def _workload(request: BatchRequest, job: JobFile | InputSize, done: int) -> Workload:
     """The workload of what is left of the job, of whose sequences so many are `done`."""
+    if not job.sequences:
+        return Workload()
     left = job.sequences - done
     return Workload(
         left,
         job.longest,
         job.longest,
         tokens=round(job.tokens * left / job.sequences),
+        prompt_tokens=round(job.prompt_tokens * left / job.sequences),
         max_batched_tokens=MAX_BATCHED_TOKENS,
         batch_size=request.batch,
         objective=request.objective,
@@ -223,7 +217,8 @@ def _as_run(workload: Workload, generation: Generation) -> Workload:
     count, prompt = max(1, generation.sequences), generation.prompt_tokens
     generated = generation.generated_tokens
     context = max(1, round((prompt + generated) / count))
-    return replace(workload, sequences=count, max_context=context, max_prompt=max(1, round(prompt / count)), tokens=0)
+    found = replace(workload, sequences=count, max_context=context, max_prompt=max(1, round(prompt / count)))
+    return replace(found, tokens=0, prompt_tokens=0)
 
 
 def _check(request: BatchRequest) -> None:
@@ -303,7 +298,7 @@ def _begin(journal: Journal, job: Job, identity: Identity, count: Callable[[], I
     begun = journal.job
     if begun is None:
         size = count()
-        begun = JobFile(identity, job.label.created, size.sequences, size.longest, size.tokens)
+        begun = JobFile(identity, job.label.created, size.sequences, size.longest, size.tokens, size.prompt_tokens)
     journal.begin(begun, job.input.lines)
     return replace(job, label=replace(job.label, key=identity.key, created=begun.created)), begun
 

@@ -126,7 +126,7 @@ def convert(source: str, output: Path | None, **options: Any) -> None:
 @click.option("--ignore-eos", is_flag=True, help="Go on past the end-of-text token.")
 @click.option("--prompt-tokens", type=POSITIVE, help="Random prompts of exactly N tokens, for measuring.")
 @click.option("--sequences", default=1, show_default=True, type=POSITIVE, help="So many --prompt-tokens prompts.")
-@click.option("--batch", type=POSITIVE, help="Prompts that run at once. [default: all]")
+@click.option("--batch", type=POSITIVE, help="Prompts that run at once. [default: as time and memory allow]")
 @MICRO_BATCH
 @objective("latency")
 @KV_PLACE
@@ -206,7 +206,7 @@ def batch(**options: Any) -> None:
     "--windows-per-pass",
     "windows_per_pass",
     type=POSITIVE,
-    help="Windows that share a pass. [default: as memory allows]",
+    help="Windows that share a pass. [default: as time and memory allow]",
 )
 @click.option(
     "--per-token",

@@ -13,7 +13,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from tiered.arch import load_config, most_positions
 from tiered.cli.lines import Failure, end_failed, print_json
-from tiered.cli.measuring import measured, predicted, with_chosen_phases
+from tiered.cli.measuring import hardware_of, measured, predicted, with_chosen_phases
 from tiered.cli.progress import PassProgress
 from tiered.cli.run_request import RunRequest
 from tiered.cli.screen import StatusLine, TextWriter
@@ -139,11 +139,14 @@ def _run(
         longest,
         max_batched_tokens=MAX_BATCHED_TOKENS,
         batch_size=request.batch,
+        choose_batch_size=request.prompt_tokens is None,  # what is measured runs as it was asked for
         objective=request.objective,
     )
     say = None if request.as_json else partial(click.echo, err=True)
     options = with_chosen_phases(options, store, lambda: workload, say)
-    with Runtime(store, workload, options) as runtime:
+    with Runtime(store, workload, options, hardware_of(store, options, say)) as runtime:
+        if request.batch is None and runtime.plan.batch_size < len(able) and say is not None:
+            say(f"batch     {runtime.plan.why}")
         if request.kv_bits == "auto" and not request.as_json:
             cache = runtime.plan.cache
             place = "on disk" if cache.on_disk else "on the GPU" if cache.on_device else "in memory"

@@ -1,10 +1,11 @@
-"""What is measured around a run: the process, the raw disk after it, the kernel's own counters; and what the machine's
-profile says before it."""
+"""What is measured around a run: the process, the raw disk after it, the kernel's own counters; and before it what is
+known of the machine: its profile, or quick rates."""
 
 import logging
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
@@ -13,14 +14,17 @@ import torch
 from tiered.arch import load_config
 from tiered.bench import RawBandwidth, measure_raw
 from tiered.bench.gpu import measure_bus
+from tiered.bench.quick import quick_hardware
 from tiered.cli.screen import StatusLine
 from tiered.errors import ConfigError
 from tiered.generate import DeviceFigures, Figures, Surroundings
+from tiered.host import Host
 from tiered.io import ReadMode
 from tiered.options import Options, compute_dtype
 from tiered.plan import (
     Bits,
     Budgets,
+    ModelShape,
     Workload,
     available_budget,
     cpu_count,
@@ -32,15 +36,18 @@ from tiered.plan.hardware import GpuRates, Hardware
 from tiered.plan.machines import find_profile
 from tiered.plan.on_device import CONTEXT_NBYTES
 from tiered.plan.phases import PhaseChoice, choose_phases
-from tiered.plan.predict import Prediction, predict
+from tiered.plan.predict import Prediction, can_predict, predict
 from tiered.plan.shapes import read_store_shape
 from tiered.plan.strategies import BASELINE_NBYTES, machine_for
 from tiered.prepare import device_budgets
-from tiered.runtime import Runtime
+from tiered.runtime import FindHardware, Runtime
 from tiered.shapes import store_shape
 from tiered.store import Store
+from tiered.units import format_seconds
 
 _LOG: Final = logging.getLogger(__name__)
+_FIRST: Final = ("cuda", "cuda:0")
+"""What the device is called whose rates a profile has."""
 
 
 @dataclass(frozen=True)
@@ -150,27 +157,56 @@ def measured(runtime: Runtime, status: StatusLine, measure: bool) -> Iterator[Me
 
 
 def predicted(runtime: Runtime, workload: Workload | None = None) -> Prediction | None:
-    """What the run is expected to take, by this machine's profile; None where there is none for this disk, for this
-    kind of layers, for so many threads or for the GPU. What an emulated device takes nobody knows. `workload`: what is
-    run, where that is not what the runtime was planned for."""
+    """What the run is expected to take, by the rates that its plan was made by; None where they were not known. What an
+    emulated device takes nobody knows. `workload`: what is run, where that is not what the runtime was planned for."""
     computer = runtime.host.computer
     if computer is not None and computer.device.where.type == "cpu":
         return None
-    try:
-        profile = _profile(runtime.store, runtime.host.threads)
-        if profile is None:
-            return None
-        machine = machine_for(runtime.shape, profile, runtime.options.kernel_mode.value)
-        return predict(runtime.plan, runtime.shape, machine, workload or runtime.workload, profile.gpu)
-    except ConfigError as error:
-        _LOG.info("no prediction: %s", error)
+    if not can_predict(runtime.machine, runtime.gpu, computer is not None):
         return None
+    return predict(runtime.plan, runtime.shape, runtime.machine, workload or runtime.workload, runtime.gpu)
 
 
-def _profile(store: Store, threads: int) -> Hardware | None:
-    """This machine's profile for the store's disk, if it is one of so many threads."""
-    found = find_profile(store.path)
-    return None if found is None or found.cpu.cores != threads else found
+def hardware_of(
+    store: Store, options: Options, say: Callable[[str], object] | None, status: StatusLine | None = None
+) -> FindHardware:
+    """What finds this machine's rates for runs of `store`: its profile, or quick rates, where a choice wants some.
+    `say` is told of these, with `status` beside while they are measured."""
+
+    def found(host: Host, model: ModelShape, is_wanted: bool) -> Hardware | None:
+        profile = _profile(store, host.threads, options.device_name)
+        try:
+            if profile is not None:
+                machine_for(model, profile, options.kernel_mode.value)
+                return profile
+        except ConfigError as error:
+            _LOG.info("no rates of this model: %s", error)
+        if not is_wanted:
+            return None
+        if status is not None:
+            status.say("measuring disk and processor")
+        began = time.monotonic()
+        quick = quick_hardware(store.path, (model,), True, host.kernels)
+        if say is not None:
+            took = format_seconds(time.monotonic() - began)
+            say(f"rates     measured in {took}, rough: there is no profile of this machine, see 'tiered profile'")
+        return quick
+
+    return found
+
+
+def _profile(store: Store, threads: int, device: str | None) -> Hardware | None:
+    """This machine's profile for the store's disk, if it is one of so many threads, with the rates of its GPU only if
+    that is the `device` that is called so: the first CUDA device, or, if the profile's is called so, the emulated."""
+    try:
+        found = find_profile(store.path)
+    except ConfigError as error:
+        _LOG.info("no profile: %s", error)
+        return None
+    if found is None or found.cpu.cores != threads:
+        return None
+    is_there = found.gpu is not None and device in (("emulated",) if found.gpu.name == "emulated" else _FIRST)
+    return found if is_there else replace(found, gpu=None)
 
 
 def with_chosen_phases(
@@ -192,8 +228,8 @@ def _chosen_phases(options: Options, store: Store, workload: Callable[[], Worklo
     if len(choices := options.phase_choices) < 2:
         return None
     try:
-        profile = _profile(store, options.threads or cpu_count())
-        if profile is None or profile.gpu is None or not _is_of(profile.gpu, options.device_name):
+        profile = _profile(store, options.threads or cpu_count(), options.device_name)
+        if profile is None or profile.gpu is None:
             return None
         dtype = compute_dtype(options.dtype, load_config(store.path), on_device=True)
         shape = (read_store_shape(store.path) or store_shape(store.path)).in_dtype(str(dtype).removeprefix("torch."))
@@ -203,11 +239,6 @@ def _chosen_phases(options: Options, store: Store, workload: Callable[[], Worklo
     except ConfigError as error:
         _LOG.info("no choice by prediction: %s", error)
         return None
-
-
-def _is_of(gpu: GpuRates, device: str | None) -> bool:
-    """Whether `gpu` are the rates of the device of that name."""
-    return (device == "emulated") if gpu.name == "emulated" else device in ("cuda", "cuda:0")
 
 
 def _budgets(options: Options, gpu: GpuRates) -> Budgets:

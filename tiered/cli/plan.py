@@ -163,7 +163,9 @@ def hardware_for(model: Model, name: str | None) -> Hardware:
         click.echo("tiered: no profile of this machine: measuring for seconds; 'tiered profile' is exact", err=True)
         with importing(is_command=True):
             from tiered.bench.quick import quick_hardware
-        found = quick_hardware(folder, tuple(model.shapes.values()), model.path is not None)
+            from tiered.host import Host
+        with Host() as host:
+            found = quick_hardware(folder, tuple(model.shapes.values()), model.path is not None, host.kernels)
     return found
 
 

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from tiered.arch import context_for, load_config
 from tiered.cli.lines import Failure, end_failed, print_json
-from tiered.cli.measuring import measured, predicted, with_chosen_phases
+from tiered.cli.measuring import hardware_of, measured, predicted, with_chosen_phases
 from tiered.cli.progress import ScoreProgress
 from tiered.cli.run_request import RunRequest
 from tiered.cli.score_output import (
@@ -111,7 +111,7 @@ def run(request: ScoreRequest) -> None:
         workload = cut.workload(request.windows_per_pass)
         say = None if request.as_json else partial(click.echo, err=True)
         options = with_chosen_phases(options, store, lambda: workload, say)
-        with Runtime(store, workload, options) as runtime:
+        with Runtime(store, workload, options, hardware_of(store, options, say)) as runtime:
             per_pass = request.windows_per_pass or runtime.plan.batch_size
             report = _score(request, runtime, cut, per_pass, tokenizer)
     if request.as_json:

@@ -192,7 +192,7 @@ class Report(Figures):
             said = f"predicted prefill {format_seconds(self.predicted_prefill_seconds)}"
             if self.predicted_seconds_per_pass is not None:
                 said += f", {format_seconds(self.predicted_seconds_per_pass)} per pass"
-            lines.append(f"{said}, by this machine's profile")
+            lines.append(f"{said}, by this machine's rates")
         if self.bottleneck in ("disk", "bus", "compute"):
             lines.append(f"waits     while decoding, {self.waits(self.compute_wait_seconds, self._has_read)}")
         return lines + self.machine_lines()
@@ -311,7 +311,7 @@ class ScoreReport(Figures):
         if self.predicted_seconds is not None and self.predicted_seconds_per_pass is not None:
             lines.append(
                 f"predicted {format_seconds(self.predicted_seconds)}, "
-                f"{format_seconds(self.predicted_seconds_per_pass)} per pass, by this machine's profile"
+                f"{format_seconds(self.predicted_seconds_per_pass)} per pass, by this machine's rates"
             )
         if self.bottleneck != "memory":
             has_read = bool(self.raw_disk_bandwidth) or self.bottleneck == "disk"

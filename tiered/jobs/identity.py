@@ -66,6 +66,8 @@ class JobFile:
     """Tokens of the longest sequence, prompt and completion; 0 where there is none."""
     tokens: int
     """Tokens of all sequences together, at most."""
+    prompt_tokens: int = 0
+    """Of these, those of prompts."""
 
     def to_json(self) -> str:
         """The text of the file."""
@@ -77,6 +79,7 @@ class JobFile:
             "sequences": self.sequences,
             "longest": self.longest,
             "tokens": self.tokens,
+            "prompt_tokens": self.prompt_tokens,
         }
         return json.dumps(value, indent=1) + "\n"
 
@@ -88,7 +91,10 @@ class JobFile:
             if value["format"] != FORMAT or value["version"] != VERSION:
                 raise ValueError(f"format {value['format']!r}, version {value['version']!r}")
             identity = Identity(_as(str, value["input"]), _as(str, value["store"]), _as(dict, value["settings"]))
-            return cls(identity, *(_as(int, value[name]) for name in ("created", "sequences", "longest", "tokens")))
+            # Jobs of earlier versions did not tell how many tokens are those of prompts.
+            value.setdefault("prompt_tokens", _as(int, value["tokens"]) // 2)
+            names = ("created", "sequences", "longest", "tokens", "prompt_tokens")
+            return cls(identity, *(_as(int, value[name]) for name in names))
         except (ValueError, KeyError, TypeError) as error:
             raise CorruptError(f"{path}: expected a {FORMAT} file of version {VERSION} ({error}); {_REMEDY}") from None
 
@@ -130,7 +136,8 @@ def store_fingerprint(folder: Path) -> str:
     """xxh3_128 over the files beside the blocks: the manifest, which has the blocks' checksums, the
     configuration and the tokenizer. Not over what plans keep there, which follows from these."""
     digest = xxhash.xxh3_128()
-    for path in sorted(path for path in folder.iterdir() if path.is_file() and path.name != STORE_SHAPE_NAME):
+    files = (path for path in folder.iterdir() if not path.name.startswith(STORE_SHAPE_NAME) and path.is_file())
+    for path in sorted(files):
         # In pieces, as any file that lies there counts, however large it is.
         digest.update(f"{path.name}\0{check_regular(path, StoreError)}\0".encode())
         with reading(path), path.open("rb") as file:

@@ -17,8 +17,9 @@ from tiered.plan.inputs import (
     parse_tiers,
 )
 from tiered.plan.kv import AnyBits, Bits, CachePlan, KVShape, layer_groups, parse_bits
-from tiered.plan.make import Rate, expected_pass, make_plan, pace_for, rates_wanted
+from tiered.plan.make import make_plan, wants_rates
 from tiered.plan.on_device import WAITING_SLOTS, DeviceNeeds, DevicePlan, WaitingPlan
+from tiered.plan.pace import pace_for
 from tiered.plan.placement import Held, Placement, Tape, full_ring, interleave, place
 from tiered.plan.plan import ExpertCachePlan, Needs, Plan, fit_units
 from tiered.proc import process_peak_rss_bytes, process_rss_bytes
@@ -45,14 +46,12 @@ __all__ = [
     "Objective",
     "Placement",
     "Plan",
-    "Rate",
     "Tape",
     "Tier",
     "WaitingPlan",
     "Workload",
     "available_budget",
     "cpu_count",
-    "expected_pass",
     "fit_units",
     "full_ring",
     "interleave",
@@ -66,5 +65,5 @@ __all__ = [
     "place",
     "process_peak_rss_bytes",
     "process_rss_bytes",
-    "rates_wanted",
+    "wants_rates",
 ]

@@ -5,10 +5,14 @@ prompts, predictions and reports all use these and no others.
 """
 
 from dataclasses import dataclass
+from typing import Final
 
 from tiered.plan.inputs import ExpertShape, Machine, ModelShape
 from tiered.plan.kv import CachePlan
 from tiered.units import PAGE_TOKENS
+
+HALFWAY: Final = 0.75
+"""Tokens that a sequence holds on average while it runs, as a share of those that it holds at its end."""
 
 
 @dataclass(frozen=True)
@@ -98,8 +102,12 @@ def seen_tokens(model: ModelShape, context: float) -> float:
     return sum(len(group.layers) * min(context, group.window or context) for group in model.groups)
 
 
-def prompt_attention_seconds(model: ModelShape, pairs: float, flops: float) -> float:
-    """Seconds of a prompt's attention over `pairs` pairs of a query and a key, at `flops` operations per second."""
+def prompt_attention_seconds(model: ModelShape, machine: Machine, pairs: float) -> float:
+    """Seconds of a prompt's attention over `pairs` pairs of a query and a key; as decoding's where no rate of its own
+    is known."""
+    flops = machine.prompt_attention_flops
+    if flops is None:
+        return pairs * (machine.attention_seconds or 0.0)
     # A query times a key, and a weight times a value: each a multiply-add per channel.
     return 2 * pairs * model.heads * sum(model.kv.widths) / flops if model.kv else 0.0
 

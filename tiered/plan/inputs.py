@@ -251,8 +251,6 @@ class Machine:
     device_scratch_nbytes: int = 0
     """Bytes of a device's memory that its kernels take besides results: what weights are widened into, and partial
     sums."""
-    bus_bytes_per_second: float | None = None
-    """Sustained rate of copies from memory to the device."""
     operation_seconds: float = 0.0
     """Seconds that a micro-batch takes for each operation of `ModelShape.operations`, however few its rows are."""
     element_seconds: float = 0.0
@@ -280,6 +278,9 @@ class Workload:
     """Tokens of the longest prompt; 0: as long as the context."""
     tokens: int = 0
     """Tokens of all sequences together, prompts and completions; 0: each may be as long as the longest."""
+    prompt_tokens: int = 0
+    """Tokens of all prompts together; 0: each is as long as the longest, or, in a sequence that is shorter than the
+    longest, as much shorter."""
     max_batched_tokens: int = 0
     """Tokens of a pass at most; prompts beyond it take several passes. 0: all prompts at once."""
     batch_size: int | None = None
@@ -303,6 +304,13 @@ class Workload:
     def mean_context(self) -> float:
         """Tokens of a sequence on average."""
         return self.tokens / self.sequences if self.tokens else float(self.max_context)
+
+    @property
+    def mean_prompt(self) -> float:
+        """Tokens of a prompt on average."""
+        if self.prompt_tokens:
+            return self.prompt_tokens / self.sequences
+        return (self.max_prompt or self.max_context) * self.mean_context / self.max_context
 
     @property
     def runs_in_waves(self) -> bool:

@@ -34,12 +34,20 @@ class Alike:
     """Where prompts may be cut."""
 
     @classmethod
-    def of(cls, plan: Plan, workload: Workload, share: float = 1.0) -> Self:
-        """The sequences of `workload`, each with `share` of the longest prompt and of the context, as `plan` runs
-        them."""
+    def of(cls, plan: Plan, workload: Workload) -> Self:
+        """The sequences of `workload`, each as long as the longest, as `plan` runs them."""
         longest = min(workload.max_context, plan.max_context)
-        context = max(1, round(longest * share))
-        prompt = min(max(1, round((workload.max_prompt or longest) * share)), context)
+        return cls._of(plan, workload, longest, min(workload.max_prompt or longest, longest))
+
+    @classmethod
+    def mean_of(cls, plan: Plan, workload: Workload) -> Self:
+        """The same, each as long as they are on average."""
+        share = workload.mean_context / workload.max_context
+        context = max(1, round(min(workload.max_context, plan.max_context) * share))
+        return cls._of(plan, workload, context, min(max(1, round(workload.mean_prompt)), context))
+
+    @classmethod
+    def _of(cls, plan: Plan, workload: Workload, context: int, prompt: int) -> Self:
         return cls(
             workload.sequences,
             plan.batch_size,

@@ -9,7 +9,7 @@ from typing import Final
 
 from tiered.errors import DeviceBudgetError
 from tiered.plan.inputs import Budgets, Tier
-from tiered.plan.placement import Held, Placement, Tape, place, smallest_ring, wished
+from tiered.plan.placement import Held, Placement, Tape, place, wished
 from tiered.units import GIB, format_budget, format_size, round_up
 
 CONTEXT_NBYTES: Final = GIB // 2
@@ -134,4 +134,4 @@ def _least(tape: Tape, held: Held, tiers: tuple[Tier, ...], most: int | None) ->
     if asked is not None and asked.resident:
         return asked.nbytes, f"--resident-gpu {format_budget(most or 0)} and a ring for the others"
     # A pass may have more than one micro-batch, which then use a whole layer one after the other.
-    return smallest_ring(tape.streamed(held)), "the largest layer" if held.layers else "the largest part of a layer"
+    return tape.smallest_ring(held), "the largest layer" if held.layers else "the largest part of a layer"

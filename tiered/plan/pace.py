@@ -12,6 +12,9 @@ from collections.abc import Callable
 from functools import cache
 from typing import Final
 
+from tiered.plan.cost import HALFWAY, decode_computing
+from tiered.plan.inputs import Machine, ModelShape, Workload
+
 SLACK: Final = 1.25
 """A pass with prompt tokens may compute so many times as long as the same pass takes without them."""
 LEAST: Final = 64
@@ -80,6 +83,14 @@ class Pace:
         if self._calibrated is not None:
             return self._calibrated(decoding)
         return self._added / self._tokens * decoding if self._tokens else 0.0
+
+
+def pace_for(model: ModelShape, machine: Machine, workload: Workload) -> Pace:
+    """The pace of prompts beside decoding; until it has seen passes it goes by the machine's rates, if measured."""
+    if machine.linear is None:
+        return Pace()
+    context = workload.mean_context * HALFWAY
+    return Pace(lambda rows: decode_computing(model, machine, rows, context, rows).seconds)
 
 
 def _average(before: float, new: float) -> float:

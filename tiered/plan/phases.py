@@ -48,10 +48,8 @@ def choose_phases(
     asked = [each for each in PHASES if each in budgets and not (workload.one_pass and each == ("gpu", "cpu"))]
     found: dict[Phases, float] = {}
     for phases in asked:
-        # A run with a device makes its plan without rates, which would be the processor's.
-        known = machine if "gpu" not in phases else _without_rates(machine)
         try:
-            plan = make_plan(model, known, workload, budgets[phases])
+            plan = make_plan(model, machine, workload, budgets[phases], gpu)
         except BudgetError:
             continue
         found[phases] = predict(plan, model, machine, workload, gpu).seconds
@@ -65,7 +63,3 @@ def choose_phases(
             took = format_seconds(found[phases]) if phases in found else "does not fit"
             said.append(f"{PHASES[phases]} {took}")
     return PhaseChoice(chosen, "; ".join(said))
-
-
-def _without_rates(machine: Machine) -> Machine:
-    return Machine(machine.scratch_nbytes, device_scratch_nbytes=machine.device_scratch_nbytes)

@@ -59,6 +59,17 @@ class Tape:
         return sum(self.nbytes)
 
     @cached_property
+    def file_total(self) -> int:
+        """Bytes that reading all units takes."""
+        return sum(self.file_nbytes)
+
+    @cached_property
+    def most_packed(self) -> float:
+        """Bytes of its file that a byte of any unit in memory stands for, at most."""
+        pairs = zip(self.file_nbytes, self.nbytes, strict=True)
+        return max((file / nbytes for file, nbytes in pairs if nbytes), default=1.0)
+
+    @cached_property
     def blocks(self) -> tuple[range, ...]:
         """The units of each block, by their numbers."""
         return tuple(range(start, stop) for start, stop in pairwise(accumulate(self.counts, initial=0)))
@@ -75,6 +86,10 @@ class Tape:
     def full_ring(self, held: Held, resident: frozenset[int] = frozenset()) -> int:
         """Bytes of a full ring for all units that are not resident."""
         return _full_ring(self, replace(held, ahead_nbytes=0), resident)
+
+    def smallest_ring(self, held: Held) -> int:
+        """Bytes of the largest piece: with a smaller ring a pass cannot run at all."""
+        return _smallest_ring(self, replace(held, ahead_nbytes=0))
 
     def nbytes_of(self, units: frozenset[int]) -> int:
         """Bytes of these units in memory."""

@@ -13,7 +13,7 @@ from tiered.errors import BudgetError, DeviceBudgetError
 from tiered.plan.inputs import Computes, Objective, Tier, tiers_text
 from tiered.plan.kv import CachePlan, group_from_json
 from tiered.plan.on_device import DeviceNeeds, DevicePlan, WaitingPlan
-from tiered.plan.placement import UNHELD, Held, Placement, Tape, full_ring, place, smallest_ring, wished
+from tiered.plan.placement import UNHELD, Held, Placement, Tape, full_ring, place, wished
 from tiered.plan.state import ANYWHERE, Grid, StateShape
 from tiered.units import MIB, format_budget, format_size, round_up
 
@@ -282,7 +282,7 @@ def fit_units(
         placement = wished(host, available, held, most, through)
     if placement is not None and (placement.resident_nbytes == host.total or not all_resident):
         return _on_tape(placement, tape, on_device, available)
-    least = host.total + through if all_resident else max(smallest_ring(host.streamed(held)), through)
+    least = host.total + through if all_resident else max(host.smallest_ring(held), through)
     what = _what_is_least(host, held, tiers)
     if most is not None and (asked := wished(host, 3 * tape.total, held, most, through)) and asked.resident:
         least, what = asked.nbytes, f"--resident-cpu {format_budget(most)} and a ring for the others"

@@ -19,11 +19,11 @@ from tiered.plan.cost import kv_block_nbytes, kv_written_nbytes, pass_seconds, s
 from tiered.plan.hardware import GpuRates
 from tiered.plan.inputs import Machine, ModelShape, Workload
 from tiered.plan.load import Alike, PassRun, pass_runs
-from tiered.plan.make import pace_for
-from tiered.plan.pace import Pace
+from tiered.plan.pace import Pace, pace_for
 from tiered.plan.plan import Plan
 from tiered.plan.run_cost import RunCosts
 from tiered.plan.way import expected_bus_nbytes, expected_expert_nbytes
+from tiered.units import format_seconds
 
 Bottleneck = Literal["disk", "bus", "compute", "memory"]
 """What most of the time goes by; "bus": to a GPU; "memory": nothing is read from disk any more, so computing bounds."""
@@ -59,6 +59,14 @@ class Phase:
 
     def __mul__(self, times: int) -> "Phase":
         return Phase(*(times * value for value in vars(self).values()))
+
+    @property
+    def of_a_pass(self) -> str:
+        """What one of them takes, in words."""
+        took = f"{format_seconds(self.compute_seconds / self.passes)} of computing"
+        if self.bus_seconds:
+            took = f"{format_seconds(self.bus_seconds / self.passes)} of copying and {took}"
+        return f"{format_seconds(self.disk_seconds / self.passes)} of disk and {took}" if self.disk_seconds else took
 
     @property
     def bottleneck(self) -> Bottleneck:
@@ -126,6 +134,12 @@ class Prediction:
         }
 
 
+def can_predict(machine: Machine, gpu: GpuRates | None, has_device: bool) -> bool:
+    """Whether all rates are known that a prediction wants."""
+    is_known = machine.linear is not None and machine.disk_bytes_per_second is not None
+    return is_known and (gpu is not None or not has_device)
+
+
 def predict(
     plan: Plan, model: ModelShape, machine: Machine, workload: Workload, gpu: GpuRates | None = None
 ) -> Prediction:
@@ -140,18 +154,18 @@ class Predictor:
     """Predictions for plans of one model on one machine, to be compared: what they have in common is computed once."""
 
     def __init__(self, model: ModelShape, machine: Machine, gpu: GpuRates | None = None) -> None:
-        self._model, self._machine, self._gpu = model, machine, gpu
+        self._model, self._machine, self.gpu = model, machine, gpu
         self._costs: dict[tuple[object, ...], RunCosts] = {}
 
     def predict(self, plan: Plan, workload: Workload, most_seconds: float = math.inf) -> Prediction | None:
         """As `predict` does; None where `plan` takes more than `most_seconds`, which is then found out early."""
         model, machine = self._model, self._machine
-        if machine.linear is None or machine.disk_bytes_per_second is None:
+        if not can_predict(machine, None, has_device=False):
             raise ConfigError("no prediction without the machine's rates; run 'tiered profile'")
-        if plan.device is not None and self._gpu is None:
+        if not can_predict(machine, self.gpu, plan.device is not None):
             raise ConfigError("no prediction without the GPU's rates; run 'tiered profile'")
-        alike = Alike.of(plan, workload, workload.mean_context / workload.max_context)
-        run = _Run(plan, model, machine, self._gpu, self._costs_of(plan))
+        alike = Alike.mean_of(plan, workload)
+        run = _Run(plan, model, machine, self.gpu, self._costs_of(plan))
 
         def new_pace() -> Pace:
             # As in a run: rates are the processor's, so where a device computes the pace knows none.
@@ -171,7 +185,7 @@ class Predictor:
         if plan.device is not None:
             alike = (*alike, plan.prefill_device, plan.decode_device, plan.cache.on_device, plan.cache.bits)
         if alike not in self._costs:
-            self._costs[alike] = RunCosts(plan, self._model, self._machine, self._gpu)
+            self._costs[alike] = RunCosts(plan, self._model, self._machine, self.gpu)
         return self._costs[alike]
 
 
@@ -331,10 +345,11 @@ class _Run:
 
     @cached_property
     def _takes_turns(self) -> bool:
-        """Whether there is no room to read ahead."""
-        return self.plan.missing_overlap_nbytes > 0
+        """Whether there is no room to read ahead, as there is beside any unit that stays in memory."""
+        return not self.plan.placement.resident and self.plan.missing_overlap_nbytes > 0
 
     @cached_property
     def _copies_in_turns(self) -> bool:
         """The same of copying to the device."""
-        return self.plan.missing_copy_overlap_nbytes > 0
+        device = self.plan.device
+        return device is not None and not device.placement.resident and self.plan.missing_copy_overlap_nbytes > 0

@@ -3,7 +3,8 @@
 Plans that differ only in what they read have the same runs, so each run's seconds are found once for all of them.
 """
 
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 
 from tiered.plan.cost import (
     Computing,
@@ -31,7 +32,16 @@ class RunCosts:
             self._rest = there if plan.decode_device == "gpu" else machine
         self._attends_elsewhere = plan.prefill_device == "gpu" and not plan.cache.on_device
         self._known: dict[tuple[object, ...], Computing] = {}
+        self._of_rest = self._linear_of(self._rest)
+        self._of_prompts = self._of_rest if self._prompts is self._rest else self._linear_of(self._prompts)
         self._pairs = lru_cache(maxsize=None)(lambda prompt: prompt_pairs(model, prompt))
+
+    def _linear_of(self, machine: Machine) -> Callable[[int, int], Computing]:
+        """What so many tokens, and so many of them through the head, take; many runs have as many."""
+        return lru_cache(maxsize=None)(partial(self._linear_computing, machine))
+
+    def _linear_computing(self, machine: Machine, tokens: int, logits: int) -> Computing:
+        return linear_computing(self._model, machine, tokens, logits, self._most_rows)
 
     def computing(self, run: PassRun) -> Computing:
         """Of each pass of `run`."""
@@ -50,13 +60,11 @@ class RunCosts:
 
     def _linear(self, run: PassRun) -> Computing:
         """Of each pass. Where its prompts are computed elsewhere than the rest, one after the other."""
-        logits, rows = -(-run.logits // run.times), self._most_rows
-        prompts, rest = self._prompts, self._rest
-        if prompts is rest:
-            return linear_computing(self._model, rest, run.rows + run.prompt_tokens, logits, rows)
+        logits = -(-run.logits // run.times)
+        if self._prompts is self._rest:
+            return self._of_rest(run.rows + run.prompt_tokens, logits)
         of_rest = min(run.rows, logits)
-        found = linear_computing(self._model, prompts, run.prompt_tokens, logits - of_rest, rows)
-        return found + linear_computing(self._model, rest, run.rows, of_rest, rows)
+        return self._of_prompts(run.prompt_tokens, logits - of_rest) + self._of_rest(run.rows, of_rest)
 
     def _attention_seconds(self, run: PassRun) -> float:
         """Seconds of each pass. A device that has no KV cache attends to prompts in the pass in which they begin."""
@@ -65,12 +73,8 @@ class RunCosts:
         here = pairs
         if self._attends_elsewhere:
             here = sum(self._pairs(len(part)) for part in run.parts if not part.start) / run.times
-        return seconds + self._prompt_seconds(self._prompts, here) + self._prompt_seconds(self._machine, pairs - here)
-
-    def _prompt_seconds(self, machine: Machine, pairs: float) -> float:
-        if machine.prompt_attention_flops is None:
-            return pairs * (machine.attention_seconds or 0.0)
-        return prompt_attention_seconds(self._model, pairs, machine.prompt_attention_flops)
+        seconds += prompt_attention_seconds(self._model, self._prompts, here)
+        return seconds + prompt_attention_seconds(self._model, self._machine, pairs - here)
 
     def _run_pairs(self, run: PassRun) -> float:
         """Pairs of a query and a key that it sees, of the prompts in each pass of `run`, summed over layers."""

@@ -23,7 +23,7 @@ from tiered.errors import ConfigError
 from tiered.plan.inputs import Machine, ModelShape, Workload
 from tiered.plan.lanes import Event
 from tiered.plan.load import PassLoad, pass_loads
-from tiered.plan.make import pace_for
+from tiered.plan.pace import pace_for
 from tiered.plan.plan import Plan
 from tiered.plan.play import Device, Player, SimulatedPass
 

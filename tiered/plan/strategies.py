@@ -3,38 +3,31 @@
 In: shapes of a model, a machine in numbers, what is asked for, budgets. Out: rows, the quickest first, why it is that
 one, and what does not fit with the nearest ask that does. Pure: same numbers, same rows. `tiered plan` prints them.
 
-Rows are the plans that `make_plan`'s ways give, with a GPU as without one, so what is predicted is what a run does.
+Rows are the plans that `make_plan` makes of the same ask, with a GPU as without one, so what is predicted is what a run
+does.
 """
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from tiered.errors import BudgetError, ConfigError, DeviceBudgetError
-from tiered.plan.batch_size import candidates, even_candidates
+from tiered.plan.batch_size import candidates
+from tiered.plan.choose import Option, batches, best, bits_of, options
 from tiered.plan.gpu import SCRATCH_NBYTES
 from tiered.plan.hardware import Hardware, Mode
 from tiered.plan.inputs import MAX_BATCHED_TOKENS, Budgets, Machine, ModelShape, Objective, Tier, Workload
-from tiered.plan.kv import Bits, check_bits
-from tiered.plan.make import WORTH_OF_BITS
 from tiered.plan.on_device import CONTEXT_NBYTES
 from tiered.plan.plan import Plan, smallest_budget
 from tiered.plan.predict import Prediction, Predictor
 from tiered.plan.way import Asked, Way
-from tiered.units import MIB, format_budget, format_seconds, format_size
+from tiered.units import MIB, format_budget, format_size
 
 BASELINE_NBYTES: Final = 390 * MIB
 """What a process takes by itself where none can be measured: interpreter, torch, transformers, graph and kernels."""
 _SCRATCH_NBYTES: Final = 16 * MIB
 """What linear kernels hold besides their results, or less, where few threads compute."""
 _THREAD_SCRATCH_NBYTES: Final = 2 * MIB
-_MOST_BATCH: Final = 512
-_BITS: Final[tuple[Bits, ...]] = (16, 4)
-_WORTH: Final = 1.02
-"""So many times quicker a larger batch must be."""
-_CHOOSABLE: Final = 1.001 * WORTH_OF_BITS * _WORTH
-"""So many times the least cost what is chosen may cost: what costs more need not be predicted to its end."""
 _SAME: Final = 1.005
 CPU, GPU, BOTH = "cpu", "gpu", "gpu+cpu"
 """The processor computes; the GPU does; prompts are the GPU's, and decoding is the processor's."""
@@ -66,35 +59,18 @@ class Ask:
             if value is not None and value < 1:
                 raise ConfigError(f"{name} {value!r}: expected a whole number above 0")
 
-    def batches(self, strategy: str) -> list[int]:
-        """Batch sizes to compare: with a GPU, whose plans take longer to make, only each twice the one before."""
-        if self.batch is not None:
-            return [min(self.batch, self.sequences)]
-        if strategy == CPU:
-            return even_candidates(self.sequences, _MOST_BATCH)
-        found = candidates(min(self.sequences, _MOST_BATCH))
-        return [each for each in found if each == found[-1] or each.bit_count() == 1]
-
-    def workload(self, batch: int) -> Workload:
-        """What a run with `batch` sequences at once is planned for."""
+    @property
+    def workload(self) -> Workload:
+        """What a run is planned for."""
         return Workload(
             self.sequences,
             self.prompt + self.generate,
             self.prompt,
             max_batched_tokens=MAX_BATCHED_TOKENS,
-            batch_size=batch,
+            batch_size=self.batch,
+            choose_batch_size=True,
             objective=self.objective,
         )
-
-    def cost(self, row: "Row") -> float:
-        """What a batch size is chosen by: the seconds of the whole job, or, where latency counts, those after which a
-        sequence is finished, on average."""
-        return row.prediction.seconds * self.share(row.batch_size)
-
-    def share(self, batch: int) -> float:
-        """The share of the job's seconds that counts, with so many sequences at once."""
-        waves = 1 if self.objective == "throughput" else -(-self.sequences // batch)
-        return (waves + 1) / (2 * waves)
 
 
 @dataclass(frozen=True)
@@ -157,18 +133,14 @@ class Comparison:
             return ""
         phase = "prefill" if best.prediction.prefill.seconds > best.prediction.decode.seconds else "decoding"
         passes = best.prediction.prefill if phase == "prefill" else best.prediction.decode
-        took = f"{format_seconds(passes.compute_seconds / passes.passes)} of computing"
-        if passes.bus_seconds:
-            took = f"{format_seconds(passes.bus_seconds / passes.passes)} of copying and {took}"
-        if passes.disk_seconds:
-            took = f"{format_seconds(passes.disk_seconds / passes.passes)} of disk and {took}"
         bound = {
             "disk": "the disk",
             "bus": "the bus to the GPU",
             "compute": "computing",
             "memory": "computing, as nothing is read again",
         }
-        said = f"{phase} takes most of the time and is bound by {bound[passes.bottleneck]}: {took} per pass"
+        said = f"{phase} takes most of the time and is bound by {bound[passes.bottleneck]}: "
+        said += f"{passes.of_a_pass} per pass"
         if len(self.rows) > 1:
             second = self.rows[1]
             slower = second.prediction.seconds / best.prediction.seconds
@@ -188,7 +160,6 @@ def machine_for(model: ModelShape, hardware: Hardware, mode: Mode = "invariant")
         disk_write_bytes_per_second=hardware.disk.write,
         expert_bytes_per_second=None if experts is None else hardware.disk.random_read(experts.file_nbytes),
         device_scratch_nbytes=SCRATCH_NBYTES,
-        bus_bytes_per_second=None if hardware.gpu is None else hardware.gpu.host_to_device,
     )
 
 
@@ -202,14 +173,15 @@ def compare(shapes: Callable[[str], ModelShape], quants: tuple[str, ...], hardwa
         machine = machine_for(model, hardware, ask.mode)
         predictor = Predictor(model, machine, hardware.gpu)
         for strategy in (CPU, GPU, BOTH) if hardware.gpu is not None and ask.vram is not None else (CPU,):
-            ways = list(_rows(strategy, model, machine, predictor, quant, ask))
-            if not ways:
-                refusals.append(Refusal(strategy, quant, _nearest(strategy, model, machine, hardware, ask)))
+            asked = Asked(model, machine, ask.workload, _budgets(strategy, ask))
+            found = options(asked, predictor)
+            if not found:
+                refusals.append(Refusal(strategy, quant, _nearest(strategy, asked, hardware, ask)))
                 continue
-            chosen, resident = [_chosen(ways, ask)], [row for row in ways if row.is_resident]
+            chosen, resident = [best(found)], [option for option in found if option.is_resident]
             if resident and not chosen[0].is_resident:
-                chosen.append(_chosen(resident, ask))
-            rows += [_priced(row, hardware) for row in chosen]
+                chosen.append(best(resident))
+            rows += [_priced(_row(strategy, option, model, quant), hardware) for option in chosen]
     return Comparison(tuple(sorted(rows, key=lambda row: row.prediction.seconds)), tuple(refusals))
 
 
@@ -220,91 +192,37 @@ def _priced(row: Row, hardware: Hardware) -> Row:
     return replace(row, usd_per_million_tokens=1e6 * per_token)
 
 
-def _chosen(found: Sequence[Row], ask: Ask) -> Row:
-    """The best of one strategy: that of most bits, then of fewest sequences, which costs little more than the least."""
-    most = min(map(ask.cost, found)) * WORTH_OF_BITS
-    bits = max(row.kv_bits for row in found if ask.cost(row) <= most)
-    same = [row for row in found if row.kv_bits == bits]
-    # Both together cost no more than bits alone may.
-    most = min(most, min(map(ask.cost, same)) * _WORTH)
-    return min((row for row in same if ask.cost(row) <= most), key=lambda row: row.batch_size)
+def _budgets(strategy: str, ask: Ask) -> Budgets:
+    budgets = Budgets(ask.ram, ask.baseline, kv="auto", choose_kv_bits=True)
+    if strategy == CPU:
+        return budgets
+    return replace(
+        budgets,
+        tiers=GPU_TIERS,
+        vram=ask.vram or 0,
+        context_nbytes=CONTEXT_NBYTES,
+        decode_device="cpu" if strategy == BOTH else "gpu",
+    )
 
 
-def _ways(strategy: str, model: ModelShape, machine: Machine, ask: Ask, batch: int, bits: Bits) -> list[Way]:
-    """A way for each place where the KV cache may be."""
-    budgets = Budgets(ask.ram, ask.baseline, kv="auto", kv_bits=bits)
-    if strategy != CPU:
-        budgets = replace(
-            budgets,
-            tiers=GPU_TIERS,
-            vram=ask.vram or 0,
-            context_nbytes=CONTEXT_NBYTES,
-            decode_device="cpu" if strategy == BOTH else "gpu",
-        )
-    return Asked(model, machine, ask.workload(batch), budgets).ways(batch)
-
-
-def _rows(
-    strategy: str, model: ModelShape, machine: Machine, predictor: Predictor, quant: str, ask: Ask
-) -> Iterator[Row]:
-    """Every way that fits, but for those that `_chosen` could not choose beside the ones before them."""
-    # The least costs so far, of all and of those that hold all weights in memory.
-    least = {False: math.inf, True: math.inf}
-    for batch in ask.batches(strategy):
-        for bits in _bits(model):
-            for way in _ways(strategy, model, machine, ask, batch, bits):
-                try:
-                    plan = way.plan_at(ask.ram)
-                except BudgetError:
-                    continue
-                is_resident = _is_resident(plan, model)
-                most = least[is_resident] * _CHOOSABLE / ask.share(plan.batch_size)
-                prediction = predictor.predict(plan, ask.workload(batch), most)
-                if prediction is not None:
-                    row = _row(strategy, plan, model, prediction, quant)
-                    for each in (False, is_resident):
-                        least[each] = min(least[each], ask.cost(row))
-                    yield row
-                if not plan.read_nbytes and not (way.on_device and plan.bus_nbytes):
-                    break  # elsewhere the cache would leave no more room for weights, and only be slower
-
-
-def _bits(model: ModelShape) -> Iterator[Bits]:
-    for bits in _BITS:
-        try:
-            for group in model.groups:
-                check_bits(group.shape, bits)
-        except ConfigError:
-            continue
-        yield bits
-
-
-def _row(strategy: str, plan: Plan, model: ModelShape, prediction: Prediction, quant: str) -> Row:
+def _row(strategy: str, option: Option, model: ModelShape, quant: str) -> Row:
+    plan = option.plan
     held = plan.placement.resident_nbytes + (0 if plan.experts is None else plan.experts.nbytes)
     on_device = 0 if plan.device is None else plan.device.placement.resident_nbytes
     tier = "disk" if plan.cache.on_disk else "gpu" if plan.cache.on_device else "cpu"
     share = min(1.0, (held + on_device) / model.tape.total)
-    is_resident = _is_resident(plan, model)
+    prediction, is_resident = option.prediction, option.is_resident
     return Row(
         strategy, quant, plan.batch_size, tier, plan.cache.bits, share, prediction, plan, is_resident=is_resident
     )
 
 
-def _is_resident(plan: Plan, model: ModelShape) -> bool:
-    """Whether all weights stay in the memory of what computes."""
-    if plan.experts is not None:
-        return False
-    if plan.device is None:
-        return not plan.placement.ring_nbytes
-    return plan.device.placement.resident_nbytes == model.tape.total
-
-
-def _nearest(strategy: str, model: ModelShape, machine: Machine, hardware: Hardware, ask: Ask) -> str:
+def _nearest(strategy: str, asked: Asked, hardware: Hardware, ask: Ask) -> str:
     """What does not fit, and what would, in words."""
-    least = min(ask.batches(strategy))
+    least = min(batches(ask.workload))
 
     def ways(batch: int) -> list[Way]:
-        return [way for bits in _bits(model) for way in _ways(strategy, model, machine, ask, batch, bits)]
+        return [way for bits in bits_of(asked.model, asked.budgets) for way in asked.with_bits(bits).ways(batch)]
 
     said, asks = f"does not fit in {format_size(ask.ram)}", []
     if strategy != CPU and hardware.gpu is not None:

@@ -19,7 +19,7 @@ class UnitCosts:
         if machine.linear is None:
             raise ConfigError("no simulation without the speed of linear layers: run 'tiered profile'")
         self._tape, self._model, self._machine, self._linear = plan.tape, model, machine, machine.linear
-        self._attention, self._prompt_flops = machine.attention_seconds or 0.0, machine.prompt_attention_flops
+        self._attention = machine.attention_seconds or 0.0
         self._window_of = {layer: group.window for group in plan.cache.groups for layer in group.layers}
         self._block_of = [number for number, units in enumerate(self._tape.blocks) for _ in units]
         self._nbytes = [sum(self._tape.nbytes[unit] for unit in units) for units in self._tape.blocks]
@@ -39,10 +39,10 @@ class UnitCosts:
         window, seconds = self._window_of.get(layer, 0), 0.0
         for part in parts:
             pairs = _pairs(part, window)
-            if len(part) == 1 or self._prompt_flops is None:
+            if len(part) == 1:
                 seconds += pairs * self._attention
             else:
-                seconds += prompt_attention_seconds(self._model, pairs, self._prompt_flops)
+                seconds += prompt_attention_seconds(self._model, self._machine, pairs)
         return seconds
 
     def experts(self, rows: int) -> tuple[float, float]:

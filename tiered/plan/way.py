@@ -13,27 +13,22 @@ budgets can be named one after the other.
 """
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from operator import itemgetter
 from typing import Final
 
 from tiered.errors import BudgetError, ConfigError, DeviceBudgetError
 from tiered.plan.at_once import AtOnce, Inputs, Passes
-from tiered.plan.batch_size import BatchOption, all_candidates, even_candidates
 from tiered.plan.budget import BASELINE_VARIES_NBYTES
-from tiered.plan.cost import kv_block_nbytes
+from tiered.plan.cost import HALFWAY, kv_block_nbytes
 from tiered.plan.inputs import Budgets, ExpertShape, ModelShape, Tier
-from tiered.plan.kv import CachePlan
+from tiered.plan.kv import Bits, CachePlan
 from tiered.plan.on_device import DevicePlan, device_refusal, fit_on_device
 from tiered.plan.placement import Placement
 from tiered.plan.plan import ExpertCachePlan, Plan, fit_units, smallest_budget
 from tiered.units import MIB, round_up
 
-_MOST_SEQUENCES: Final = 512
-"""Sequences at once that are considered at most, unless a batch size is asked for."""
-HALFWAY: Final = 0.75
-"""Tokens that a sequence holds on average while it runs, as a share of those that it holds at its end."""
 _CLEARLY_FEWER: Final = 2
 """Experts are read on demand where that reads so many times fewer bytes per pass than whole layers do. With R seconds
 of reading and C of computing, a pass over whole layers takes max(R, C), as both go on at once. Experts are waited for:
@@ -63,15 +58,9 @@ class Asked(Inputs):
         may_choose = self.model.experts is not None and Tier.DISK in self.budgets.tiers
         return (None, self.model.experts) if may_choose else (None,)
 
-    def each_way(self) -> Iterator[tuple["Way", Plan]]:
-        """Every way that fits, with its plan: each batch size to compare, with the cache in every place."""
-        counts = even_candidates if self.workload.runs_in_waves else all_candidates
-        for count in counts(self.workload.sequences, _MOST_SEQUENCES):
-            for way in self.ways(count):
-                try:
-                    yield way, way.plan_at(self.budgets.ram)
-                except BudgetError:
-                    continue
+    def with_bits(self, bits: Bits) -> "Asked":
+        """The same with a KV cache of so many bits."""
+        return replace(self, budgets=replace(self.budgets, kv_bits=bits, choose_kv_bits=False))
 
 
 @dataclass(frozen=True)
@@ -108,8 +97,10 @@ class Way(AtOnce):
         on_device = frozenset[int]() if device is None else device.resident
         if device is not None and not _is_full(passes, device):
             return False
-        resident = on_device | placement.resident
-        return passes.tape.full_ring(passes.host_held, resident) <= placement.ring_nbytes
+        # Residency never takes a ring below a full one.
+        if placement.resident:
+            return True
+        return passes.tape.full_ring(passes.host_held, on_device) <= placement.ring_nbytes
 
     def _has_full_device_ring(self, passes: Passes) -> bool:
         """The same of the device's ring alone."""
@@ -267,9 +258,10 @@ class Way(AtOnce):
         the workload does not know how long prompts are, in a pass in which all of them decode. It makes plans
         comparable: those on demand count `_CLEARLY_FEWER` times."""
         workload = self.asked.workload
-        is_known = workload.one_pass or 0 < workload.max_prompt < self.context
+        prompt, context = workload.mean_prompt, self.context * workload.mean_context / workload.max_context
+        is_known = workload.one_pass or prompt < context
         prompts = -(-self.tokens // plan.max_batched_tokens) if is_known else 0
-        decoding = self.context - workload.max_prompt - 1 if is_known else 1
+        decoding = round(context - prompt) - 1 if is_known else 1
         nbytes = prompts * self.moved_nbytes(plan, -(-self.tokens // max(prompts, 1)))
         if not workload.one_pass:
             nbytes += decoding * self.moved_nbytes(plan, self.batch_size, is_decode=True)
@@ -285,18 +277,14 @@ class Way(AtOnce):
         copied = copied_nbytes(self.asked.model, plan, tokens) if device == "gpu" else 0
         return self.read_nbytes(plan, tokens) + copied
 
-    def option(self, plan: Plan) -> BatchOption:
-        """This way, with the bytes that a pass of `plan` reads from disk, and copies to the device."""
-        kv = 0
+    def decode_nbytes(self, plan: Plan) -> float:
+        """Bytes that a pass of `plan` in which all sequences decode moves: weights, and a KV cache that is on disk."""
+        nbytes: float = self.moved_nbytes(plan, self.batch_size, is_decode=True)
         if self.on_disk:
-            kv = int(kv_block_nbytes(plan.cache, self.asked.workload.mean_context * HALFWAY, self.batch_size))
             # A recurrent state is read and written in each pass.
-            kv += 2 * plan.cache.states_nbytes
-        experts = expected_expert_nbytes(self.asked.model, plan, self.batch_size)
-        disk, bus = plan.read_nbytes + kv + experts, 0
-        if plan.decode_device == "gpu":
-            bus = copied_nbytes(self.asked.model, plan, self.batch_size)
-        return BatchOption(self.batch_size, self.on_disk, disk, experts, bus, self.on_device)
+            nbytes += 2 * plan.cache.states_nbytes
+            nbytes += kv_block_nbytes(plan.cache, self.asked.workload.mean_context * HALFWAY, self.batch_size)
+        return nbytes
 
 
 def least(refusals: Sequence[BudgetError]) -> BudgetError:
@@ -331,8 +319,8 @@ def copied_nbytes(model: ModelShape, plan: Plan, tokens: int) -> int:
 
 
 def _is_full(passes: Passes, device: Placement) -> bool:
-    """Whether a device's ring of this placement is full."""
-    return passes.tape.full_ring(passes.held, device.resident) <= device.ring_nbytes
+    """Whether a device's ring of this placement is full, as it is beside any unit that stays there."""
+    return bool(device.resident) or passes.tape.full_ring(passes.held, device.resident) <= device.ring_nbytes
 
 
 def _chosen(experts: ExpertShape, plan: Plan, tokens: int) -> float:
