@@ -146,7 +146,7 @@ class SeatedRuntime(Runtime):
         if self._on_device:
             pool.plan = replace(pool.plan, on_device=True)
         else:
-            nbytes = outbox_nbytes(pool.plan.groups, self._outbox_rows or parts.plan.micro_batch_rows)
+            nbytes = outbox_nbytes(pool.plan.groups, self._outbox_rows or parts.chosen.plan.micro_batch_rows)
             pool.outbox = Outbox(Lease(self.device, nbytes, "kv"), torch.empty(nbytes, dtype=torch.uint8))
         own = engine.seats.decode
         prefill, decode = {ALL: (seat, seat), PROMPTS: (seat, own), DECODING: (own, seat)}[self._place]

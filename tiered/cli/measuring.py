@@ -20,6 +20,7 @@ from tiered.errors import ConfigError
 from tiered.generate import DeviceFigures, Figures, Surroundings
 from tiered.host import Host
 from tiered.io import ReadMode
+from tiered.opening import FindHardware
 from tiered.options import Options, compute_dtype
 from tiered.plan import (
     Bits,
@@ -40,7 +41,7 @@ from tiered.plan.predict import Prediction, can_predict, predict
 from tiered.plan.shapes import read_store_shape
 from tiered.plan.strategies import BASELINE_NBYTES, machine_for
 from tiered.prepare import device_budgets
-from tiered.runtime import FindHardware, Runtime
+from tiered.runtime import Runtime
 from tiered.shapes import store_shape
 from tiered.store import Store
 from tiered.units import format_seconds
