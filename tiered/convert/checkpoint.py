@@ -1,11 +1,14 @@
-"""A checkpoint as a source of weights: names mapped, shapes checked, tensors read in row panels."""
+"""A checkpoint as a source of weights: names mapped, shapes checked, tensors read in row panels.
+
+What becomes of a panel, one thread does with it that reads it too (`panels.py`); what is made comes in order.
+"""
 
 import json
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, Literal, NamedTuple
@@ -16,14 +19,16 @@ import xxhash
 from tiered.convert.blocks import BlockRecipe, RangeRecipe, TensorRecipe
 from tiered.convert.index import Require, WeightIndex
 from tiered.convert.names import NameMap
+from tiered.convert.panels import Makers, Panels
 from tiered.convert.place import WeightFiles
 from tiered.convert.quantized import PLAIN, method_of_type, refuse_quantized
 from tiered.convert.source import Fetching, Packed, StoredTensor, tensor_bytes
 from tiered.convert.taken import Taken, Tally
 from tiered.convert.tokenizer import files_beside
 from tiered.convert.transposed import transposed_panels, turned
-from tiered.convert.workers import Quantizers, one_torch_thread
+from tiered.convert.workers import Quantizers
 from tiered.errors import CheckpointError
+from tiered.kernels import room_in
 from tiered.quant import QuantizedTensor, dequantize, folded
 from tiered.quant.codebook import widened_scales
 
@@ -58,10 +63,9 @@ class Checkpoint:
         self._made = made
         self.warnings = names.warnings
         self._released: frozenset[str] = frozenset()
-        self._following: dict[_Read, _Read] = {}
-        """What is read after what, within the open block."""
-        self._begun: dict[_Read, Iterator[torch.Tensor] | Iterator[QuantizedTensor]] = {}
-        """Panels of what has begun to be read ahead of its turn."""
+        self._line: deque[tuple[_Read, Iterator[_Rows]]] = deque()
+        """What is read of the open block, in order, and the rows that are made of it."""
+        self._makers = Makers()
         self._quantizers = Quantizers()
         self._tally = Tally()
         self.identity: Mapping[str, Any] = {
@@ -92,7 +96,8 @@ class Checkpoint:
             # Only now: with the last files gone, a resumed conversion could not even list the tensors.
             self._release(self._files_of(self._blocks))
         finally:
-            self._begun.clear()
+            self._makers.close()
+            self._line.clear()
             self._quantizers.close()
             self._index.reader.close()
 
@@ -101,18 +106,11 @@ class Checkpoint:
         return self._claimed_dtype if stored is None else self._plain_dtype(stored)
 
     def plain(self, part: RangeRecipe) -> Iterator[memoryview]:
-        name, dtype, method = part.whole.name, self.dtype(part.whole), self._method(part.whole)
-        for panel in self._panels(self._reads(part)):
-            assert isinstance(panel, torch.Tensor)
-            # In pieces that are mostly still in the cache when they are copied and hashed.
-            for piece in panel.view(-1).split(_PIECE_NUMEL):
-                _check_finite(piece, name)
-                kept = piece
-                if method is not None:
-                    with one_torch_thread():
-                        kept = piece.to(dtype)
-                        self._tally.add_changed(name, method, str(dtype).removeprefix("torch."), piece, kept)
-                yield tensor_bytes(kept)
+        for rows in self._rows_of(part):
+            assert isinstance(rows, torch.Tensor)
+            # In pieces that are still in the cache when they are hashed, having been copied.
+            for piece in rows.view(-1).split(_PIECE_NUMEL):
+                yield tensor_bytes(piece)
 
     def packed(self, part: RangeRecipe) -> Packed:
         tensor, matrix = part.whole, folded(part.shape)
@@ -125,63 +123,62 @@ class Checkpoint:
         def codes() -> Iterator[memoryview]:
             scales, zeros = tensor_bytes(scale), tensor_bytes(zero)
             done = 0
-            for panel in self._panels(self._reads(part)):
-                for made in self._rows_of(panel, tensor):
-                    # Plain copies: torch would wake its own threads for them.
-                    for whole, piece in ((scales, made.scale), (zeros, made.zero)):
-                        row_nbytes = len(whole) // matrix[0]
-                        whole[done * row_nbytes : (done + len(piece)) * row_nbytes] = tensor_bytes(piece)
-                    done += len(made.q)
-                    yield tensor_bytes(made.q)
+            for rows in self._rows_of(part):
+                assert isinstance(rows, QuantizedTensor)
+                # Plain copies: torch would wake its own threads for them.
+                for whole, piece in ((scales, rows.scale), (zeros, rows.zero)):
+                    row_nbytes = len(whole) // matrix[0]
+                    whole[done * row_nbytes : (done + len(piece)) * row_nbytes] = tensor_bytes(piece)
+                done += len(rows.q)
+                yield tensor_bytes(rows.q)
 
         return Packed(codes(), [tensor_bytes(scale)], [tensor_bytes(zero)])
 
-    def _rows_of(self, panel: torch.Tensor | QuantizedTensor, tensor: TensorRecipe) -> Iterator[QuantizedTensor]:
-        """Rows of `tensor` as the store holds them, in order."""
-        if isinstance(panel, torch.Tensor):
-            yield from self._quantized(panel, tensor)
-        else:
-            yield self._taken_over(panel, tensor)
+    def _rounded(
+        self, panel: torch.Tensor, room: torch.Tensor, tensor: TensorRecipe, method: str, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """Rows of `tensor`, which the checkpoint quantizes and the store does not."""
+        rounded = room_in(room, panel.shape, dtype).copy_(_checked(panel, tensor.name))
+        self._tally.add_changed(tensor.name, method, str(dtype).removeprefix("torch."), panel, rounded)
+        return rounded
 
-    def _taken_over(self, panel: QuantizedTensor, tensor: TensorRecipe) -> QuantizedTensor:
+    def _taken_over(self, panel: QuantizedTensor, tensor: TensorRecipe, method: str) -> QuantizedTensor:
         """Rows of `tensor` as the checkpoint quantizes them, with scales of the store's dtype."""
-        scheme, method = tensor.scheme, self._method(tensor)
-        assert scheme is not None and method is not None
-        with one_torch_thread():
-            made = panel._replace(scale=panel.scale.to(scheme.scale_dtype))
-            after = widened_scales(made.scale)
-            before = after if panel.scale.dtype == made.scale.dtype else widened_scales(panel.scale)
-            if not all(math.isfinite(float(end)) for end in after.aminmax()):  # both NaN where one is
-                raise CheckpointError(
-                    f"{self._files.name}: {tensor.name}: expected finite scales that fit {scheme.scale_dtype}, found "
-                    f"one of {float(before.abs().max()):,.4g}; check the source checkpoint"
-                )
-            if before is after or torch.equal(before, after):
-                self._tally.add(tensor.name, method, scheme.name)
-            else:
-                # Of each group all values change by the same share.
-                rows = _sampled(len(made.q), folded(tensor.shape)[1])
-                ones = torch.ones_like(made.scale[rows])
-                numbers = dequantize(made.q[rows].contiguous(), ones, made.zero[rows].contiguous(), scheme)
-                groups = numbers.view(*ones.shape, -1)
-                form = f"{scheme.name}, scales rounded"
-                values = (groups * each[rows].unsqueeze(-1) for each in (before, after))
-                self._tally.add_changed(tensor.name, method, form, *values)
+        scheme = tensor.scheme
+        assert scheme is not None
+        made = panel._replace(scale=panel.scale.to(scheme.scale_dtype))
+        after = widened_scales(made.scale)
+        before = after if panel.scale.dtype == made.scale.dtype else widened_scales(panel.scale)
+        if not all(math.isfinite(float(end)) for end in after.aminmax()):  # both NaN where one is
+            raise CheckpointError(
+                f"{self._files.name}: {tensor.name}: expected finite scales that fit {scheme.scale_dtype}, found "
+                f"one of {float(before.abs().max()):,.4g}; check the source checkpoint"
+            )
+        if before is after or torch.equal(before, after):
+            self._tally.add(tensor.name, method, scheme.name)
+        else:
+            # Of each group all values change by the same share.
+            rows = _sampled(len(made.q), folded(tensor.shape)[1])
+            ones = torch.ones_like(made.scale[rows])
+            numbers = dequantize(made.q[rows].contiguous(), ones, made.zero[rows].contiguous(), scheme)
+            groups = numbers.view(*ones.shape, -1)
+            form = f"{scheme.name}, scales rounded"
+            values = (groups * each[rows].unsqueeze(-1) for each in (before, after))
+            self._tally.add_changed(tensor.name, method, form, *values)
         return made
 
-    def _quantized(self, panel: torch.Tensor, tensor: TensorRecipe) -> Iterator[QuantizedTensor]:
-        """Rows of `tensor` quantized here."""
-        scheme, method, done = tensor.scheme, self._method(tensor), 0
+    def _quantized(
+        self, panel: torch.Tensor, room: torch.Tensor, tensor: TensorRecipe, method: str | None
+    ) -> QuantizedTensor:
+        """Rows of `tensor` quantized here; the checkpoint quantizes them by `method`, or not at all."""
+        scheme, name = tensor.scheme, f"{self._files.name}: {tensor.name}"
         assert scheme is not None
-        for made in self._quantizers.quantize(panel, scheme, self._clip, f"{self._files.name}: {tensor.name}"):
-            if method is not None:
-                rows = _sampled(len(made.q), panel.shape[1])
-                with one_torch_thread():
-                    after = dequantize(*QuantizedTensor(*(part[rows].contiguous() for part in made)), scheme)
-                    before = panel[done : done + len(made.q)][rows]
-                    self._tally.add_changed(tensor.name, method, scheme.name, before, after)
-            done += len(made.q)
-            yield made
+        made = self._quantizers.quantize(panel, scheme, self._clip, name, room)
+        if method is not None:
+            rows = _sampled(len(made.q), panel.shape[1])
+            after = dequantize(*QuantizedTensor(*(part[rows].contiguous() for part in made)), scheme)
+            self._tally.add_changed(tensor.name, method, scheme.name, panel[rows], after)
+        return made
 
     def _one_by_one(self, blocks: Sequence[BlockRecipe], fetching: Fetching) -> Iterator[BlockRecipe]:
         """The blocks, ordered by the last of the files that each needs, so that few files are needed at once.
@@ -211,9 +208,11 @@ class Checkpoint:
         self._check(block)
         if block.role == "embed" and self._names.duplicate_head is not None:
             self._check_duplicate_head(self._names.duplicate_head, block.tensors[0].name)
-        self._begun.clear()
-        reads = [read for unit in block.units(self.dtype) for part in unit.ranges for read in self._reads(part)]
-        self._following = dict(pairwise(reads))
+        # Tables are written in parts of their own.
+        parts = [part for unit in block.units(self.dtype) for part in unit.ranges if not part.whole.by_row]
+        reads = [(read, part.whole) for part in parts for read in self._reads(part)]
+        line = self._makers.line([self._rows(read, tensor) for read, tensor in reads])
+        self._line = deque(zip((read for read, _ in reads), line, strict=True))
 
     def _check(self, block: BlockRecipe) -> None:
         """Raise CheckpointError where files that are here hold other shapes or types than `block` needs."""
@@ -251,14 +250,7 @@ class Checkpoint:
     def _working_nbytes(self) -> int:
         """Bytes of memory that reading the files that are here takes at most."""
         here = [self._files.path(name) for name in self._index.files if self._files.is_here(name)]
-        turned_nbytes = (
-            math.prod(tensor.shape[-2:]) * self.dtype(tensor).itemsize
-            for block in self._blocks
-            for tensor in block.tensors
-            if self._is_turned(tensor)
-        )
-        reading = max((self._index.reader.working_nbytes(path) for path in here), default=0)
-        return reading + max(turned_nbytes, default=0)
+        return max((self._index.reader.working_nbytes(path) for path in here), default=0)
 
     def _files_of(self, blocks: Iterable[BlockRecipe]) -> frozenset[str]:
         """The weight files that the blocks are read from."""
@@ -322,29 +314,44 @@ class Checkpoint:
         """The dtype of `stored` where it is not quantized in the store."""
         return stored.dtype if stored.method is None else self._claimed_dtype
 
-    def _panels(self, reads: Iterable["_Read"]) -> Iterator[torch.Tensor | QuantizedTensor]:
-        """Panels of the rows of these tensors, one tensor after the other."""
-        for read in reads:
-            panels = self._begun.pop(read, None) or self._begin(read)
-            following = self._following.get(read)
-            if following is not None and following not in self._begun:
-                self._begun[following] = self._begin(following)
-            yield from panels
+    def _rows_of(self, part: RangeRecipe) -> Iterator["_Rows"]:
+        """The rows of `part` as the store holds them, in order."""
+        for read in self._reads(part):
+            if self._line and self._line[0][0] == read:
+                yield from self._line.popleft()[1]
+            else:
+                (made,) = self._makers.line([self._rows(read, part.whole)])
+                yield from made
 
-    def _begin(self, read: "_Read") -> Iterator[torch.Tensor] | Iterator[QuantizedTensor]:
-        reader, path = self._index.reader, self._files.path(self._index.file_of[read.name])
-        if read.is_turned:
-            return transposed_panels(reader, path, read.name, read.rows)
-        begin = reader.packed if read.is_packed else reader.panels
-        return begin(path, read.name, read.rows)
+    def _rows(self, read: "_Read", tensor: TensorRecipe) -> "Panels[_Rows]":
+        """How rows of `tensor` are made from what is read."""
+        method, dtype = self._method(tensor), self.dtype(tensor)
+        if read.is_packed:
+            assert method is not None
+            packed = self._index.reader.packed(self._path(read), read.name, read.rows)
+            return packed.then(lambda panel, _: self._taken_over(panel, tensor, method))
+        panels = self._panels(read)
+        if tensor.scheme is not None:
+            # Codes, scales and zeros are at most three quarters of numbers in 16 bits.
+            return panels.then(partial(self._quantized, tensor=tensor, method=method), panels.nbytes * 3 // 4)
+        if method is not None:
+            return panels.then(partial(self._rounded, tensor=tensor, method=method, dtype=dtype), panels.nbytes)
+        return panels.then(lambda panel, _: _checked(panel, tensor.name))
+
+    def _panels(self, read: "_Read") -> Panels[torch.Tensor]:
+        panels_of = partial(transposed_panels, self._index.reader) if read.is_turned else self._index.reader.panels
+        return panels_of(self._path(read), read.name, read.rows)
+
+    def _path(self, read: "_Read") -> Path:
+        return self._files.path(self._index.file_of[read.name])
 
     def _check_duplicate_head(self, head: str, embed: str) -> None:
         """Raise CheckpointError unless `head`, the stored copy of a tied head, equals the embedding `embed`."""
         (embedding,) = self._names.sources[embed]
         same = self._stored(head) == self._stored(embedding)
         if same:
-            pairs = zip(self._panels([_Read(embedding)]), self._panels([_Read(head)]), strict=True)
-            same = all(_same_bytes(a, b) for a, b in pairs)
+            pairs = zip(self._panels(_Read(embedding)), self._panels(_Read(head)), strict=True)
+            same = all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in pairs)
         if not same:
             raise CheckpointError(
                 f"{self._files.name}: config.json ties the output projection to the embedding, but {head} differs from "
@@ -360,6 +367,10 @@ class Checkpoint:
         return digest.hexdigest()
 
 
+_Rows = torch.Tensor | QuantizedTensor
+"""Rows as the store holds them."""
+
+
 class _Read(NamedTuple):
     """A tensor of the checkpoint, or some rows of it."""
 
@@ -371,25 +382,17 @@ class _Read(NamedTuple):
     """The checkpoint has its columns as rows."""
 
 
-def _same_bytes(one: torch.Tensor | QuantizedTensor, other: torch.Tensor | QuantizedTensor) -> bool:
-    assert isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)
-    return torch.equal(one.view(torch.uint8), other.view(torch.uint8))
-
-
-def _check_finite(values: torch.Tensor, name: str) -> None:
-    """Raise CheckpointError where one of `values` is NaN, infinite or beyond what bfloat16 holds.
+def _checked(panel: torch.Tensor, name: str) -> torch.Tensor:
+    """`panel`; raises CheckpointError where one of its values is NaN, infinite or beyond what bfloat16 holds.
 
     This is for tensors that are not quantized; the quantizer tests the others.
     """
-    if not values.numel():
-        return
-    with one_torch_thread():
-        low, high = (float(end) for end in values.aminmax())  # both NaN where a value is NaN
+    low, high = (float(end) for end in panel.aminmax()) if panel.numel() else (0.0, 0.0)  # both NaN where a value is
     if max(abs(low), abs(high)) <= _GREATEST:
-        return
-    bad = int((~(values.abs() <= _GREATEST)).sum())
+        return panel
+    bad = int((~(panel.abs() <= _GREATEST)).sum())
     raise CheckpointError(
-        f"{name}: expected finite weights, found {bad:,} among {values.numel():,} that are NaN, infinite or beyond "
+        f"{name}: expected finite weights, found {bad:,} among {panel.numel():,} that are NaN, infinite or beyond "
         "what bfloat16 holds; check the source checkpoint"
     )
 
