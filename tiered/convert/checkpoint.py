@@ -231,6 +231,12 @@ class Checkpoint:
                     wrong.append(f"{name} is {list(stored.shape)}, expected {list(expected)}")
                 elif stored.dtype not in PLAIN:
                     wrong.append(f"{name} holds {stored.dtype}, expected floating point")
+                elif self._differs_from_declared(name, tensor, stored):
+                    found = "in no scheme of a store" if stored.scheme is None else stored.scheme.name
+                    wrong.append(
+                        f"{name} is {found}, expected {tensor.scheme.name if tensor.scheme else ''} by what "
+                        "quantization_config says of it (download all and convert the folder, where tensors count)"
+                    )
                 elif self._plain_dtype(stored) != dtype:
                     wrong.append(f"{name} holds {stored.dtype}, others of {tensor.name} {dtype}")
         if wrong:
@@ -238,6 +244,13 @@ class Checkpoint:
                 f"{self._files.name}: {len(wrong)} tensors of {block.name} are not what config.json describes: "
                 f"{'; '.join(wrong[:5])}{'; …' if len(wrong) > 5 else ''}"
             )
+
+    def _differs_from_declared(self, name: str, tensor: TensorRecipe, stored: StoredTensor) -> bool:
+        """Whether `tensor` was to be kept as config.json says of it before its files came, and they say otherwise: to
+        quantize it anew would lose what was to be kept."""
+        declared = self._index.declared.get(name)
+        was_believed = self._files.kind == "hub" and declared is not None and declared.scheme == tensor.scheme
+        return was_believed and tensor.scheme is not None and stored.scheme != tensor.scheme
 
     def _release(self, files: frozenset[str]) -> None:
         """Release `files`, which no block needs any more."""

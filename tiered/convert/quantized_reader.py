@@ -16,7 +16,7 @@ import torch
 
 from tiered.convert.formats import Format
 from tiered.convert.index import WeightIndex
-from tiered.convert.kinds import KINDS, Kind
+from tiered.convert.kinds import KINDS, Kind, config_of
 from tiered.convert.panels import Panels, rooms_nbytes
 from tiered.convert.place import WeightFiles
 from tiered.convert.published import Settings
@@ -69,7 +69,10 @@ def quantized_index(index: WeightIndex, files: WeightFiles, config: Mapping[str,
         if len(all_files) > 1:
             others[logical] = all_files
     reader = QuantizedReader(index, files, found, _settings(config))
-    declared = {name: StoredTensor(torch.float32, (), *each.kind.declared(config)) for name, each in found.items()}
+    declared = {
+        name: StoredTensor(torch.float32, (), *each.kind.declared(config_of(config, name.removesuffix(".weight"))))
+        for name, each in found.items()
+    }
     return replace(index, reader=reader, file_of=file_of, others=others, declared=declared)
 
 
