@@ -103,8 +103,8 @@ def _writing_nbytes(tensor: TensorRecipe, block: BlockRecipe, compresses: bool) 
     """Memory of writing a tensor: panels of codes, scales and zeros (written after all codes), and compression; or
     records of rows, in the making and made."""
     nbytes = 0
-    # Two bytes of codes, scales and zeros at most for each weight, of which a panel itself has at least two.
-    codes_nbytes = rooms_nbytes(min(PANEL_NBYTES, 2 * tensor.numel))
+    # A byte and a tenth of codes, scales and zeros at most for each weight, of which a panel itself has at least two.
+    codes_nbytes = rooms_nbytes(min(PANEL_NBYTES, 2 * tensor.numel) * 5 // 8)
     if tensor.by_row:
         return 4 * min(RECORDS_NBYTES, tensor.nbytes(torch.float32)) + codes_nbytes
     if tensor.scheme is not None:
