@@ -17,7 +17,7 @@ from tests.convert.test_kept import checkpoint, model
 from tests.convert.test_published import FORMATS
 from tests.quick import ONE_FORM
 from tiered.convert import ConvertOptions, convert_checkpoint
-from tiered.errors import ConfigError, ReadError
+from tiered.errors import CheckpointError, ConfigError, ReadError
 from tiered.store import BlockWriter, Store
 
 pytestmark = ONE_FORM
@@ -272,6 +272,15 @@ def test_what_is_quantized_is_planned_by_its_configuration_until_its_files_come(
     formats = {f"model.layers.{layer}.mlp.{name}": "gptq" for layer in (0, 1) for name in ("gate_proj", "up_proj")}
     source = checkpoint(tmp_path / "source", made, formats, FORMATS["gptq"]["config"])
     whole = convert_checkpoint(source, tmp_path / "whole", ConvertOptions(compress="none"))
+    hub.folder = in_two_files(source)
+    options = ConvertOptions(compress="none", delete_downloads=True)
+    result = convert_checkpoint(REPO, tmp_path / "out", options)
+    assert blocks(store_digest(result.store)) == blocks(store_digest(whole.store))
+    assert result.taken == whole.taken and weights_in(cache) == set()
+
+
+def in_two_files(source: Path) -> Path:
+    """The checkpoint `source` in two files with an index, a weight's parts in either."""
     names = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
     tensors = load_file(source / "model.safetensors")
     weight_map = {name: names[name.endswith((".scales", ".qzeros")) or "layers.1" in name] for name in tensors}
@@ -279,8 +288,49 @@ def test_what_is_quantized_is_planned_by_its_configuration_until_its_files_come(
         save_file({name: tensors[name] for name in tensors if weight_map[name] == file}, source / file)
     (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     (source / "model.safetensors").unlink()
-    hub.folder = source
-    options = ConvertOptions(compress="none", delete_downloads=True)
-    result = convert_checkpoint(REPO, tmp_path / "out", options)
+    return source
+
+
+MIXED = {"model.layers.0.mlp.gate_proj": "gptq", "model.layers.1.mlp.gate_proj": "gptq-8bit"}
+"""The first in 4 bits in groups of 32, the second in 8 in groups of 64."""
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"dynamic": {"-:lm_head": {}, r"+:model\.layers\.1\.": {"bits": 8, "group_size": 64}, ".*": {}}},
+        {"dynamic": {r".*\.1\..*gate": {"bits": 8, "group_size": 64}}},
+        {"extra_config": {"model.layers.1.mlp.gate_proj": {"bits": 8, "group_size": 64}}},
+    ],
+)
+def test_what_is_said_of_single_modules_counts_before_their_files_come(
+    said: dict[str, Any], hub: FakeHub, tmp_path: Path
+) -> None:
+    source = checkpoint(tmp_path / "source", model(layers=2), MIXED, {**FORMATS["gptq"]["config"], **said})
+    whole = convert_checkpoint(source, tmp_path / "whole", ConvertOptions(compress="none"))
+    assert {each.form for each in whole.taken} == {"int4-g32", "int8-g64"} and not any(e.added for e in whole.taken)
+    hub.folder = in_two_files(source)
+    result = convert_checkpoint(REPO, tmp_path / "out", ConvertOptions(compress="none"))
     assert blocks(store_digest(result.store)) == blocks(store_digest(whole.store))
-    assert result.taken == whole.taken and weights_in(cache) == set()
+
+
+def test_a_module_in_another_form_than_is_said_of_it_is_not_quantized_anew_without_a_word(
+    hub: FakeHub, tmp_path: Path
+) -> None:
+    """Its 8 bits would become the 4 that all modules are said to have."""
+    source = checkpoint(tmp_path / "source", model(layers=2), MIXED, FORMATS["gptq"]["config"])
+    # Of a folder tensors count, whatever is said.
+    whole = convert_checkpoint(source, tmp_path / "whole", ConvertOptions(compress="none"))
+    assert not any(each.added for each in whole.taken)
+    hub.folder = in_two_files(source)
+    with pytest.raises(
+        CheckpointError, match=r"layers\.1\.mlp\.gate_proj\.weight is int8-g64, expected int4-g32.*download"
+    ):
+        convert_checkpoint(REPO, tmp_path / "out", ConvertOptions(compress="none"))
+
+
+def test_a_pattern_that_is_none_is_named(hub: FakeHub, tmp_path: Path) -> None:
+    config = {**FORMATS["gptq"]["config"], "dynamic": {"+:(": {"bits": 8}}}
+    source = checkpoint(tmp_path / "source", model(layers=2), MIXED, config)
+    with pytest.raises(CheckpointError, match="dynamic: expected regular expressions"):
+        convert_checkpoint(source, tmp_path / "out", ConvertOptions(compress="none"))

@@ -242,6 +242,46 @@ def test_zeros_of_gptq_are_told_by_the_weights_not_by_the_configuration(name: st
     assert all(found.values()) and len(found) == 4
 
 
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("version", ["gptq", "gptq_v2"])
+def test_a_step_that_a_zero_is_off_is_seen_in_any_bits(bits: int, version: str, tmp_path: Path) -> None:
+    """In 8 bits it is a fiftieth of the weights' deviation, so that it takes many of them."""
+    weight = torch.randn(64, 32, 128, generator=torch.Generator().manual_seed(8))
+    low, most = weight.amin(-1, keepdim=True), (1 << bits) - 1
+    scale = (weight.amax(-1, keepdim=True) - low) / most
+    zero = (-low / scale).round().clamp(1, most)
+    q = ((weight / scale).round() + zero).clamp(0, most).flatten(1)
+    tensors = {
+        "x.qweight": words_of(q.t(), bits).contiguous(),
+        "x.qzeros": words_of((zero.squeeze(-1) - int(version == "gptq")).contiguous(), bits).t().contiguous(),
+        "x.scales": scale.squeeze(-1).t().half().contiguous(),
+    }
+    for said in ("gptq", "gptq_v2"):
+        index, path = opened(tmp_path / said, tensors, {"checkpoint_format": said})
+        if said == version:
+            values = read(index, path)
+            torch.testing.assert_close(
+                values,
+                (
+                    (q - zero.squeeze(-1).repeat_interleave(128, 1))
+                    * scale.half().float().squeeze(-1).repeat_interleave(128, 1)
+                ),
+            )
+        else:
+            with pytest.raises(CheckpointError, match="weights have a mean of zero where they are stored"):
+                read(index, path)
+        index.reader.close()
+
+
+def words_of(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Words of 32 bits of the codes along the first dimension, the first in the lowest bits."""
+    per = 32 // bits
+    parts = codes.to(torch.int64).view(-1, per, codes.shape[1])
+    words = sum(parts[:, i] << (bits * i) for i in range(per))
+    assert isinstance(words, torch.Tensor)
+    return words.to(torch.int32)
+
+
 def test_files_of_torch_are_read_alike(tmp_path: Path) -> None:
     path = tmp_path / "pytorch_model.bin"
     torch.save({f"x.{part}": tensor for part, tensor in parts_of("gptq").items()}, path)

@@ -41,6 +41,11 @@ CUTS: Final[dict[str, list[list[int]]]] = {
     "jamba": [],
 }
 """Tokens of the prompt in each pass, instead of all in one."""
+HYBRIDS: Final = (
+    *("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "lfm2", "lfm2_moe", "granitemoehybrid", "falcon_h1", "bamba"),
+    *("nemotron_h", "jamba"),
+)
+"""Families with layers of both kinds."""
 ON_DISK: Final = ("falcon_h1", "mamba2")
 """Pages and states in each layer; states only."""
 
@@ -72,6 +77,25 @@ def test_a_text_has_the_same_bits_however_it_is_cut_and_beside_any_others(
         with runtime_of(store, kv="disk", kv_folder=tmp_path, micro_batch_rows=64) as runtime:
             assert torch.equal(logits_of(runtime, ids, [*CUTS[name][0], *steps], NEIGHBOURS), expected)
             assert runtime.kv_bytes_read
+
+
+@pytest.mark.usefixtures("steady_baseline")
+@pytest.mark.parametrize("name", represented(HYBRIDS, ()))
+def test_pages_in_8_bits_on_disk_beside_streamed_weights_change_no_bit(
+    models: Models, tmp_path: Path, name: str
+) -> None:
+    store, ids, split = models.store(name, torch.bfloat16), text_of(PROMPT + DECODED), [PROMPT, *[1] * DECODED]
+    with runtime_of(store, kv_bits=8) as runtime:
+        expected = logits_of(runtime, ids, split, NEIGHBOURS)
+    with runtime_of(store) as runtime:
+        assert not torch.equal(logits_of(runtime, ids, split, NEIGHBOURS), expected)
+    options: dict[str, Any] = {"kv": "disk", "kv_bits": 8, "kv_folder": tmp_path}
+    ram = budget_for(store, "ring of two blocks", runtime_of, **options)
+    with runtime_of(store, ram=ram, **options) as runtime:
+        assert runtime.plan.streamed_nbytes and not runtime.plan.placement.resident
+        assert torch.equal(logits_of(runtime, ids, split, NEIGHBOURS), expected)
+        assert runtime.kv_bytes_written and runtime.kv_bytes_read
+        assert runtime._memory.pool.is_empty
 
 
 @pytest.mark.parametrize("kv", ["cpu", "disk"])

@@ -53,9 +53,9 @@ MICRO_BATCHES: Final = (1, 3, 5, 30, None)
 pytestmark = pytest.mark.usefixtures("steady_baseline")
 
 
-def budget_for(store: Store, room: str, **options: Any) -> int:
-    """The budget that leaves the room for blocks that ROOM calls `room`."""
-    runtime = open_runtime(store, **options)
+def budget_for(store: Store, room: str, opening: Callable[..., Runtime] = open_runtime, **options: Any) -> int:
+    """The budget that leaves the room for blocks that ROOM calls `room` to what `opening` opens."""
+    runtime = opening(store, **options)
     model, machine, budgets = measure_inputs(store, runtime.options)
     # What a run needs besides grows a little with the budget: from a large one down, until both agree.
     nbytes, budget = ROOM[room](model.tape.nbytes), 64 * GIB

@@ -1,14 +1,16 @@
-"""A checkpoint as a source of weights: names mapped, shapes checked, tensors read in row panels."""
+"""A checkpoint as a source of weights: names mapped, shapes checked, tensors read in row panels.
+
+What becomes of a panel, one thread does with it that reads it too (`panels.py`); what is made comes in order.
+"""
 
 import json
-import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 import torch
 import xxhash
@@ -16,15 +18,18 @@ import xxhash
 from tiered.convert.blocks import BlockRecipe, RangeRecipe, TensorRecipe
 from tiered.convert.index import Require, WeightIndex
 from tiered.convert.names import NameMap
+from tiered.convert.panels import Makers, Panels
 from tiered.convert.place import WeightFiles
 from tiered.convert.quantized import PLAIN, method_of_type, refuse_quantized
 from tiered.convert.source import Fetching, Packed, StoredTensor, tensor_bytes
-from tiered.convert.stored_rows import StoredRows
+from tiered.convert.stored_rows import StoredRows, checked
 from tiered.convert.taken import Taken
 from tiered.convert.tokenizer import files_beside
 from tiered.convert.transposed import transposed_panels, turned
 from tiered.errors import CheckpointError
 from tiered.quant import QuantizedTensor, folded
+
+_PIECE_NUMEL: Final = 1 << 20
 
 
 class Checkpoint:
@@ -52,11 +57,10 @@ class Checkpoint:
         self._made = made
         self.warnings = names.warnings
         self._released: frozenset[str] = frozenset()
-        self._following: dict[_Read, _Read] = {}
-        """What is read after what, within the open block."""
-        self._begun: dict[_Read, Iterator[torch.Tensor] | Iterator[QuantizedTensor]] = {}
-        """Panels of what has begun to be read ahead of its turn."""
-        self._rows = StoredRows(files.name, clip)
+        self._line: deque[tuple[_Read, Iterator[_Rows]]] = deque()
+        """What is read of the open block, in order, and the rows that are made of it."""
+        self._makers = Makers()
+        self._made_rows = StoredRows(files.name, clip)
         self.identity: Mapping[str, Any] = {
             "kind": files.kind,
             "name": files.name,
@@ -69,7 +73,7 @@ class Checkpoint:
 
     @property
     def taken(self) -> tuple[Taken, ...]:
-        return self._rows.taken
+        return self._made_rows.taken
 
     def extra_files(self) -> Mapping[str, Callable[[], bytes]]:
         made = {name: partial(bytes, content) for name, content in self._made.items()}
@@ -85,8 +89,9 @@ class Checkpoint:
             # Only now: with the last files gone, a resumed conversion could not even list the tensors.
             self._release(self._files_of(self._blocks))
         finally:
-            self._begun.clear()
-            self._rows.close()
+            self._makers.close()
+            self._line.clear()
+            self._made_rows.close()
             self._index.reader.close()
 
     def dtype(self, tensor: TensorRecipe) -> torch.dtype:
@@ -94,15 +99,16 @@ class Checkpoint:
         return self._claimed_dtype if stored is None else self._plain_dtype(stored)
 
     def plain(self, part: RangeRecipe) -> Iterator[memoryview]:
-        dtype, method = self.dtype(part.whole), self._method(part.whole)
-        for panel in self._panels(self._reads(part)):
-            assert isinstance(panel, torch.Tensor)
-            yield from map(tensor_bytes, self._rows.plain(panel, part.whole, dtype, method))
+        for rows in self._rows_of(part):
+            assert isinstance(rows, torch.Tensor)
+            # In pieces that are still in the cache when they are hashed, having been copied.
+            for piece in rows.view(-1).split(_PIECE_NUMEL):
+                yield tensor_bytes(piece)
 
     def packed(self, part: RangeRecipe) -> Packed:
         tensor, matrix = part.whole, folded(part.shape)
         assert tensor.scheme is not None
-        scheme, method = tensor.scheme, self._method(tensor)
+        scheme = tensor.scheme
         # One allocation each: small results of every panel, kept between freed buffers, would fragment memory.
         scale = torch.empty(scheme.scale_shape(*matrix), dtype=scheme.scale_dtype)
         zero = torch.empty(scheme.zero_shape(*matrix), dtype=torch.uint8)
@@ -110,14 +116,14 @@ class Checkpoint:
         def codes() -> Iterator[memoryview]:
             scales, zeros = tensor_bytes(scale), tensor_bytes(zero)
             done = 0
-            for panel in self._panels(self._reads(part)):
-                for made in self._rows.quantized(panel, tensor, method):
-                    # Plain copies: torch would wake its own threads for them.
-                    for whole, piece in ((scales, made.scale), (zeros, made.zero)):
-                        row_nbytes = len(whole) // matrix[0]
-                        whole[done * row_nbytes : (done + len(piece)) * row_nbytes] = tensor_bytes(piece)
-                    done += len(made.q)
-                    yield tensor_bytes(made.q)
+            for rows in self._rows_of(part):
+                assert isinstance(rows, QuantizedTensor)
+                # Plain copies: torch would wake its own threads for them.
+                for whole, piece in ((scales, rows.scale), (zeros, rows.zero)):
+                    row_nbytes = len(whole) // matrix[0]
+                    whole[done * row_nbytes : (done + len(piece)) * row_nbytes] = tensor_bytes(piece)
+                done += len(rows.q)
+                yield tensor_bytes(rows.q)
 
         return Packed(codes(), [tensor_bytes(scale)], [tensor_bytes(zero)])
 
@@ -149,9 +155,11 @@ class Checkpoint:
         self._check(block)
         if block.role == "embed" and self._names.duplicate_head is not None:
             self._check_duplicate_head(self._names.duplicate_head, block.tensors[0].name)
-        self._begun.clear()
-        reads = [read for unit in block.units(self.dtype) for part in unit.ranges for read in self._reads(part)]
-        self._following = dict(pairwise(reads))
+        # Tables are written in parts of their own.
+        parts = [part for unit in block.units(self.dtype) for part in unit.ranges if not part.whole.by_row]
+        reads = [(read, part.whole) for part in parts for read in self._reads(part)]
+        line = self._makers.line([self._rows(read, tensor) for read, tensor in reads])
+        self._line = deque(zip((read for read, _ in reads), line, strict=True))
 
     def _check(self, block: BlockRecipe) -> None:
         """Raise CheckpointError where files that are here hold other shapes or types than `block` needs."""
@@ -170,6 +178,12 @@ class Checkpoint:
                     wrong.append(f"{name} is {list(stored.shape)}, expected {list(expected)}")
                 elif stored.dtype not in PLAIN:
                     wrong.append(f"{name} holds {stored.dtype}, expected floating point")
+                elif self._differs_from_declared(name, tensor, stored):
+                    found = "in no scheme of a store" if stored.scheme is None else stored.scheme.name
+                    wrong.append(
+                        f"{name} is {found}, expected {tensor.scheme.name if tensor.scheme else ''} by what "
+                        "quantization_config says of it (download all and convert the folder, where tensors count)"
+                    )
                 elif self._plain_dtype(stored) != dtype:
                     wrong.append(f"{name} holds {stored.dtype}, others of {tensor.name} {dtype}")
         if wrong:
@@ -177,6 +191,13 @@ class Checkpoint:
                 f"{self._files.name}: {len(wrong)} tensors of {block.name} are not what config.json describes: "
                 f"{'; '.join(wrong[:5])}{'; …' if len(wrong) > 5 else ''}"
             )
+
+    def _differs_from_declared(self, name: str, tensor: TensorRecipe, stored: StoredTensor) -> bool:
+        """Whether `tensor` was to be kept as config.json says of it before its files came, and they say otherwise: to
+        quantize it anew would lose what was to be kept."""
+        declared = self._index.declared.get(name)
+        was_believed = self._files.kind == "hub" and declared is not None and declared.scheme == tensor.scheme
+        return was_believed and tensor.scheme is not None and stored.scheme != tensor.scheme
 
     def _release(self, files: frozenset[str]) -> None:
         """Release `files`, which no block needs any more."""
@@ -189,14 +210,7 @@ class Checkpoint:
     def _working_nbytes(self) -> int:
         """Bytes of memory that reading the files that are here takes at most."""
         here = [self._files.path(name) for name in self._index.files if self._files.is_here(name)]
-        turned_nbytes = (
-            math.prod(tensor.shape[-2:]) * self.dtype(tensor).itemsize
-            for block in self._blocks
-            for tensor in block.tensors
-            if self._is_turned(tensor)
-        )
-        reading = max((self._index.reader.working_nbytes(path) for path in here), default=0)
-        return reading + max(turned_nbytes, default=0)
+        return max((self._index.reader.working_nbytes(path) for path in here), default=0)
 
     def _files_of(self, blocks: Iterable[BlockRecipe]) -> frozenset[str]:
         """The weight files that the blocks are read from."""
@@ -260,29 +274,46 @@ class Checkpoint:
         """The dtype of `stored` where it is not quantized in the store."""
         return stored.dtype if stored.method is None else self._claimed_dtype
 
-    def _panels(self, reads: Iterable["_Read"]) -> Iterator[torch.Tensor | QuantizedTensor]:
-        """Panels of the rows of these tensors, one tensor after the other."""
-        for read in reads:
-            panels = self._begun.pop(read, None) or self._begin(read)
-            following = self._following.get(read)
-            if following is not None and following not in self._begun:
-                self._begun[following] = self._begin(following)
-            yield from panels
+    def _rows_of(self, part: RangeRecipe) -> Iterator["_Rows"]:
+        """The rows of `part` as the store holds them, in order."""
+        for read in self._reads(part):
+            if self._line and self._line[0][0] == read:
+                yield from self._line.popleft()[1]
+            else:
+                (made,) = self._makers.line([self._rows(read, part.whole)])
+                yield from made
 
-    def _begin(self, read: "_Read") -> Iterator[torch.Tensor] | Iterator[QuantizedTensor]:
-        reader, path = self._index.reader, self._files.path(self._index.file_of[read.name])
-        if read.is_turned:
-            return transposed_panels(reader, path, read.name, read.rows)
-        begin = reader.packed if read.is_packed else reader.panels
-        return begin(path, read.name, read.rows)
+    def _rows(self, read: "_Read", tensor: TensorRecipe) -> "Panels[_Rows]":
+        """How rows of `tensor` are made from what is read."""
+        method, dtype = self._method(tensor), self.dtype(tensor)
+        if read.is_packed:
+            assert method is not None
+            packed = self._index.reader.packed(self._path(read), read.name, read.rows)
+            return packed.then(lambda panel, _: self._made_rows.taken_over(panel, tensor, method))
+        panels = self._panels(read)
+        if tensor.scheme is not None:
+            # Codes, scales and zeros are at most three quarters of numbers in 16 bits.
+            return panels.then(partial(self._made_rows.quantized, tensor=tensor, method=method), panels.nbytes * 3 // 4)
+        if method is not None:
+            return panels.then(
+                partial(self._made_rows.rounded, tensor=tensor, method=method, dtype=dtype), panels.nbytes
+            )
+        return panels.then(lambda panel, _: checked(panel, tensor.name))
+
+    def _panels(self, read: "_Read") -> Panels[torch.Tensor]:
+        panels_of = partial(transposed_panels, self._index.reader) if read.is_turned else self._index.reader.panels
+        return panels_of(self._path(read), read.name, read.rows)
+
+    def _path(self, read: "_Read") -> Path:
+        return self._files.path(self._index.file_of[read.name])
 
     def _check_duplicate_head(self, head: str, embed: str) -> None:
         """Raise CheckpointError unless `head`, the stored copy of a tied head, equals the embedding `embed`."""
         (embedding,) = self._names.sources[embed]
         same = self._stored(head) == self._stored(embedding)
         if same:
-            pairs = zip(self._panels([_Read(embedding)]), self._panels([_Read(head)]), strict=True)
-            same = all(_same_bytes(a, b) for a, b in pairs)
+            pairs = zip(self._panels(_Read(embedding)), self._panels(_Read(head)), strict=True)
+            same = all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in pairs)
         if not same:
             raise CheckpointError(
                 f"{self._files.name}: config.json ties the output projection to the embedding, but {head} differs from "
@@ -298,6 +329,10 @@ class Checkpoint:
         return digest.hexdigest()
 
 
+_Rows = torch.Tensor | QuantizedTensor
+"""Rows as the store holds them."""
+
+
 class _Read(NamedTuple):
     """A tensor of the checkpoint, or some rows of it."""
 
@@ -307,11 +342,6 @@ class _Read(NamedTuple):
     """As the codes that the checkpoint has, rather than as numbers."""
     is_turned: bool = False
     """The checkpoint has its columns as rows."""
-
-
-def _same_bytes(one: torch.Tensor | QuantizedTensor, other: torch.Tensor | QuantizedTensor) -> bool:
-    assert isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)
-    return torch.equal(one.view(torch.uint8), other.view(torch.uint8))
 
 
 def _part_shape(shape: tuple[int, ...], count: int) -> tuple[int, ...]:

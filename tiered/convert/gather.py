@@ -2,13 +2,12 @@
 memory.
 
 In: for each tensor, the pieces that it is put together from, and where in which files they lie. Out: panels of its
-rows. A thread reads ahead: while one panel is quantized and written, the next ones are on their way from the disk.
+rows, which any thread reads, one at a time: the disk is asked for them in order.
 """
 
 import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import threading
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -17,15 +16,13 @@ from typing import Final, NamedTuple
 import numpy as np
 import torch
 
+from tiered.convert.panels import Panels, rooms_nbytes
 from tiered.convert.source import PANEL_NBYTES, StoredTensor, WeightReader, panel_rows, tensor_bytes
 from tiered.errors import CheckpointError, ReadError
 from tiered.files import reading
 from tiered.kernels import read_rows, room_in
-from tiered.process import shut_down
 from tiered.units import round_up
 
-_BUFFERS: Final = 3
-"""Panels of one tensor in memory: the one that is used, and those that are read meanwhile."""
 _MOST_OPEN: Final = 64
 """Files that are open at once: a checkpoint may have a thousand, about as many as a process may open."""
 _AHEAD_NBYTES: Final = 128 << 10
@@ -120,44 +117,42 @@ class Gatherer:
     """Reads panels of gathered tensors; it keeps the last files open."""
 
     def __init__(self) -> None:
-        self._thread: ThreadPoolExecutor | None = None  # the only one that opens and reads weight files
+        self._reading = threading.Lock()  # of the only thread that opens and reads weight files just now
         self._open: dict[Path, int] = {}
 
-    def panels(self, tensor: Gathered, rows: range | None = None) -> Iterator[torch.Tensor]:
-        """The tensor, or these of its rows, as `WeightReader.panels` says; when this returns, the first panel is being
-        read already."""
+    def panels(self, tensor: Gathered, rows: range | None = None) -> Panels[torch.Tensor]:
+        """The tensor, or these of its rows, as `WeightReader.panels` says."""
         dtype, shape = tensor.stored.dtype, tensor.stored.shape
         count, row_numel, step = panel_rows(shape, dtype.itemsize)
         rows = range(count) if rows is None else rows
         starts = range(rows.start, rows.stop if row_numel else rows.start, step)
-        buffers: list[torch.Tensor] = []
+        row_nbytes = row_numel * dtype.itemsize
 
-        def begin(index: int) -> Future[torch.Tensor]:
-            if len(buffers) < _BUFFERS:
-                buffers.append(torch.empty(min(step, len(rows)) * row_numel, dtype=dtype))
-            start = starts[index]
-            flat = buffers[index % _BUFFERS][: min(step, rows.stop - start) * row_numel]
-            panel = flat.view(-1, row_numel) if len(shape) > 1 else flat.view(shape and (-1,))
-            return self._submit(tensor.pieces, start, row_numel * dtype.itemsize, panel)
+        def make(number: int, room: torch.Tensor) -> torch.Tensor:
+            start = starts[number]
+            flat = room_in(room, (min(step, rows.stop - start) * row_numel,), dtype)
+            # As bytes: numpy knows no bfloat16, and torch would wake its own threads for a copy.
+            target = np.frombuffer(tensor_bytes(flat), np.uint8).reshape(-1, row_nbytes)
+            with self._reading:
+                for piece in tensor.pieces:
+                    self._fill(piece, start, target)
+            return flat.view(-1, row_numel) if len(shape) > 1 else flat.view(shape and (-1,))
 
-        return _read_ahead(begin, len(starts))
+        return Panels(len(starts), make, min(step, len(rows)) * row_nbytes)
 
     def rectangle(
         self, extent: Extent, row_nbytes: int, rows: range, columns: range, out: torch.Tensor | None = None
     ) -> torch.Tensor:
         """u8 [rows, columns], counted in bytes, of the matrix of rows of `row_nbytes` that lies in `extent`; in `out`,
         u8, if that is large enough."""
-        if self._thread is None:
-            self._thread = ThreadPoolExecutor(1, "read-ahead")
         target = room_in(out, (len(rows), len(columns)), torch.uint8)
-        self._thread.submit(self._fill_rectangle, target, extent, row_nbytes, rows.start, columns).result()
+        with self._reading:
+            self._fill_rectangle(target, extent, row_nbytes, rows.start, columns)
         return target
 
     def close(self) -> None:
-        if self._thread is not None:
-            shut_down(self._thread, cancel_futures=True)
-            self._thread = None
-        self._close_files()
+        with self._reading:
+            self._close_files()
 
     def _fill_rectangle(
         self, target: torch.Tensor, extent: Extent, row_nbytes: int, first: int, columns: range
@@ -188,22 +183,6 @@ class Gatherer:
                 _read(fd, extent.path, begin + each * row_nbytes, data[each * width : (each + 1) * width], keep=True)
         if columns.stop == row_nbytes:  # the rows have been read through
             os.posix_fadvise(fd, extent.offset, extent.nbytes, os.POSIX_FADV_DONTNEED)
-
-    def _submit(
-        self, pieces: Sequence[Piece], start: int, row_nbytes: int, panel: torch.Tensor
-    ) -> Future[torch.Tensor]:
-        """Begin to fill `panel` from row `start` on; panels are filled in the order of the calls."""
-        if self._thread is None:
-            self._thread = ThreadPoolExecutor(1, "read-ahead")
-
-        def fill() -> torch.Tensor:
-            # As bytes: numpy knows no bfloat16, and torch would wake its own threads for a copy.
-            target = np.frombuffer(tensor_bytes(panel), np.uint8).reshape(-1, row_nbytes)
-            for piece in pieces:
-                self._fill(piece, start, target)
-            return panel
-
-        return self._thread.submit(fill)
 
     def _fill(self, piece: Piece, start: int, target: np.ndarray[tuple[int, int], np.dtype[np.uint8]]) -> None:
         """Read what `target` [rows, bytes of a row], which begins at row `start`, has of `piece`."""
@@ -254,7 +233,7 @@ class GatheredReader(WeightReader):
     def tensors(self, path: Path) -> Mapping[str, StoredTensor]:
         return self._stored
 
-    def panels(self, path: Path, name: str, rows: range | None = None) -> Iterator[torch.Tensor]:
+    def panels(self, path: Path, name: str, rows: range | None = None) -> Panels[torch.Tensor]:
         return self._gatherer.panels(self._gathered[name], rows)
 
     def known(self, path: Path) -> Mapping[str, StoredTensor]:
@@ -271,21 +250,7 @@ class GatheredReader(WeightReader):
 def panels_nbytes(tensors: Iterable[StoredTensor]) -> int:
     """Bytes of memory that the panels of `tensors` take at most."""
     largest = max((tensor.nbytes for tensor in tensors), default=0)
-    return (_BUFFERS + 1) * min(PANEL_NBYTES, largest)  # one for the first panel of the tensor that comes next
-
-
-def _read_ahead(begin: Callable[[int], Future[torch.Tensor]], count: int) -> Iterator[torch.Tensor]:
-    """`count` panels in order: the first is begun now, the others as soon as there is a buffer for them."""
-    begun = deque([begin(0)] if count else [])
-
-    def deliver() -> Iterator[torch.Tensor]:
-        for index in range(count):
-            panel = begun.popleft().result()
-            while (following := index + 1 + len(begun)) < min(count, index + _BUFFERS):
-                begun.append(begin(following))
-            yield panel
-
-    return deliver()
+    return rooms_nbytes(min(PANEL_NBYTES, largest))
 
 
 def _read(fd: int, path: Path, offset: int, data: memoryview, *, keep: bool = False) -> None:

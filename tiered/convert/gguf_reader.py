@@ -10,8 +10,7 @@ gguf, codes are the file's own bytes put in the store's order: of a block of 32 
     MXFP4   exponent, 16 bytes            2**(e - 127) * q   mxfp4-g32
 """
 
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -19,13 +18,13 @@ from typing import Final, NamedTuple
 import numpy as np
 import torch
 
-from tiered.convert.gather import Extent, Gathered, Gatherer, Region
+from tiered.convert.gather import Gatherer
 from tiered.convert.gguf_file import GgufTensor, gguf_package
+from tiered.convert.panels import Panels, rooms_nbytes
 from tiered.convert.source import PANEL_NBYTES, StoredTensor, WeightReader
-from tiered.convert.workers import worker_count
 from tiered.errors import CheckpointError
-from tiered.process import shut_down
 from tiered.quant import QuantizedTensor, Scheme, folded
+from tiered.units import round_up
 
 PLAIN_KINDS: Final = {
     "F16": torch.float16,
@@ -76,22 +75,21 @@ class GgufReader(WeightReader):
 
     def __init__(self, weights: Mapping[str, GgufWeight]) -> None:
         self._weights, self._gatherer = weights, Gatherer()
-        self._threads: ThreadPoolExecutor | None = None
         self._stored = {name: weight.stored for name, weight in weights.items()}
 
     def tensors(self, path: Path) -> Mapping[str, StoredTensor]:
         return self._stored
 
-    def panels(self, path: Path, name: str, rows: range | None = None) -> Iterator[torch.Tensor]:
-        """As `WeightReader` says; when this returns, the first panel is being read already."""
+    def panels(self, path: Path, name: str, rows: range | None = None) -> Panels[torch.Tensor]:
         weight, stored = self._weights[name], self._stored[name]
         # Of numbers, which are larger than what they are read from.
         read = self._read(weight, rows, stored.nbytes // weight.rows)
-        return (self._numbers(weight, stored, raw) for raw in read)
+        return read.then(lambda raw, _: _numbers(weight, stored, raw))
 
-    def packed(self, path: Path, name: str, rows: range | None = None) -> Iterator[QuantizedTensor]:
+    def packed(self, path: Path, name: str, rows: range | None = None) -> Panels[QuantizedTensor]:
         weight = self._weights[name]
-        return (_codes(weight.tensor.kind, raw, name) for raw in self._read(weight, rows, _row_nbytes(weight)))
+        read = self._read(weight, rows, _row_nbytes(weight))
+        return read.then(lambda raw, _: _codes(weight.tensor.kind, raw, name))
 
     def known(self, path: Path) -> Mapping[str, StoredTensor]:
         return self._stored
@@ -101,51 +99,37 @@ class GgufReader(WeightReader):
 
     def close(self) -> None:
         self._gatherer.close()
-        if self._threads is not None:
-            shut_down(self._threads, cancel_futures=True)
-            self._threads = None
 
-    def _numbers(self, weight: GgufWeight, stored: StoredTensor, raw: torch.Tensor) -> torch.Tensor:
-        """The values of rows of bytes."""
-        values = raw.view(stored.dtype) if weight.is_plain else self._dequantized(weight.tensor.kind, raw)
-        if weight.shift:
-            values = (values.to(torch.float32) + weight.shift).to(stored.dtype)
-        return values if len(stored.shape) > 1 else values.flatten()
-
-    def _dequantized(self, kind: str, raw: torch.Tensor) -> torch.Tensor:
-        """The values of rows of blocks, made on all cores: gguf's arithmetic is slower than a disk."""
-        if self._threads is None:
-            self._threads = ThreadPoolExecutor(worker_count(), "dequantize")
-        gguf = gguf_package()
-        number = gguf.GGMLQuantizationType[kind]
-        parts = np.array_split(raw.numpy(), min(len(raw), worker_count()))
-        made = list(self._threads.map(lambda part: gguf.dequantize(part, number), parts))
-        return torch.from_numpy(made[0] if len(made) == 1 else np.concatenate(made))
-
-    def _read(self, weight: GgufWeight, rows: range | None, panel_row_nbytes: int) -> Iterator[torch.Tensor]:
-        """u8 [rows, bytes of a row] in the model's order, for panels of rows of `panel_row_nbytes`; the next panel is
-        read while one is used."""
+    def _read(self, weight: GgufWeight, rows: range | None, panel_row_nbytes: int) -> Panels[torch.Tensor]:
+        """u8 [rows, bytes of a row] in the model's order, for panels of rows of `panel_row_nbytes`."""
         rows = range(weight.rows) if rows is None else rows
         unit, row_nbytes = weight.head_rows or 1, _row_nbytes(weight)
         step = max(1, PANEL_NBYTES // (panel_row_nbytes * unit)) * unit
         starts = range(rows.start // unit * unit, rows.stop, step)
 
-        def begin(start: int) -> Iterator[torch.Tensor]:
-            count = min(start + step, -(-rows.stop // unit) * unit) - start
-            path, offset, _ = weight.tensor.extent
-            extent = Extent(path, offset + start * row_nbytes, count * row_nbytes)
-            return self._gatherer.panels(Gathered.of([Region(torch.uint8, (count, row_nbytes), (extent,))]))
+        def make(number: int, room: torch.Tensor) -> torch.Tensor:
+            start = starts[number]
+            inside = range(start, min(start + step, -(-rows.stop // unit) * unit))
+            panel = self._gatherer.rectangle(weight.tensor.extent, row_nbytes, inside, range(row_nbytes), room)
+            if unit > 1:
+                panel = panel.view(-1, unit // 2, 2, row_nbytes).transpose(1, 2).reshape(-1, row_nbytes)
+            return panel[max(rows.start - start, 0) : rows.stop - start]
 
-        def deliver(ahead: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
-            for start in starts:
-                pieces = list(ahead)
-                ahead = begin(start + step) if start + step < rows.stop else iter(())
-                panel = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-                if unit > 1:
-                    panel = panel.view(-1, unit // 2, 2, row_nbytes).transpose(1, 2).reshape(-1, row_nbytes)
-                yield panel[max(rows.start - start, 0) : rows.stop - start]
+        return Panels(len(starts), make, min(step, round_up(len(rows) + unit, unit)) * row_nbytes)
 
-        return deliver(begin(starts[0]) if starts else iter(()))
+
+def _numbers(weight: GgufWeight, stored: StoredTensor, raw: torch.Tensor) -> torch.Tensor:
+    """The values of rows of bytes."""
+    values = raw.view(stored.dtype) if weight.is_plain else _dequantized(weight.tensor.kind, raw)
+    if weight.shift:
+        values = (values.to(torch.float32) + weight.shift).to(stored.dtype)
+    return values if len(stored.shape) > 1 else values.flatten()
+
+
+def _dequantized(kind: str, raw: torch.Tensor) -> torch.Tensor:
+    """The values of rows of blocks."""
+    gguf = gguf_package()
+    return torch.from_numpy(gguf.dequantize(raw.numpy(), gguf.GGMLQuantizationType[kind]))
 
 
 def small_values(weight: GgufWeight) -> list[float]:
@@ -167,10 +151,9 @@ def _row_nbytes(weight: GgufWeight) -> int:
 
 
 def _working_nbytes(weight: GgufWeight, stored: StoredTensor) -> int:
-    """Memory that reading a tensor takes at most: panels of bytes (one in use, its copy in the model's order, one that
-    is read, and the first of the tensor that comes next), and of numbers (gguf's parts, their sum, the one in use)."""
-    raw = min(PANEL_NBYTES, weight.tensor.extent.nbytes)
-    return 4 * raw + 3 * min(PANEL_NBYTES, stored.nbytes)
+    """Memory that reading a tensor takes at most: of each panel its bytes, their copy in the model's order, its numbers
+    and what gguf makes of them on the way."""
+    return rooms_nbytes(2 * min(PANEL_NBYTES, weight.tensor.extent.nbytes) + 2 * min(PANEL_NBYTES, stored.nbytes))
 
 
 def _codes(kind: str, raw: torch.Tensor, name: str) -> QuantizedTensor:

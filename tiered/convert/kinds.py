@@ -4,6 +4,7 @@ Out: `KINDS`, by which `quantized_reader.py` finds quantized weights among the n
 tensor is which part, what `published.py` makes of them, and what config.json says of them before they are here.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -19,8 +20,32 @@ from tiered.convert.published import (
     packed,
     scaled,
 )
+from tiered.errors import CheckpointError, shortened
 from tiered.quant import CodebookScheme, Scheme
 from tiered.quant.schemes import GROUP_SIZES
+
+
+def config_of(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """What `config`, of config.json, says of the module `name`: `dynamic` of GPTQModel and `extra_config` of AutoRound
+    may say something else of some modules than of all.
+
+    Of `dynamic` counts the first pattern that the name begins with; one after "-:" is for modules that are not
+    quantized. Raises CheckpointError where a pattern is no regular expression.
+    """
+    dynamic, extra = config.get("dynamic"), config.get("extra_config")
+    own = extra.get(name) if isinstance(extra, Mapping) else None
+    for pattern, said in dynamic.items() if isinstance(dynamic, Mapping) else ():
+        try:
+            found = re.match(re.sub("^[+-]:", "", pattern), name)
+        except re.error as error:
+            raise CheckpointError(
+                f"config.json: quantization_config: dynamic: expected regular expressions, found {shortened(error)} in "
+                f"{pattern!r}; download it again, or correct it"
+            ) from None
+        if found:
+            own = {"bits": None} if pattern.startswith("-:") else said
+            break
+    return {**config, **own} if isinstance(own, Mapping) else config
 
 
 def _declared_words(config: Mapping[str, Any]) -> tuple[str, Scheme | None]:

@@ -4,15 +4,10 @@ In: the index of the files, in which a weight is several tensors (`X.qweight`, `
 says. Out: an index in which it is one, by the name that it has in 16 bits (`X.weight`), whose rows come as codes or as
 numbers. Called by `open.py`.
 
-A panel of rows is a rectangle of each tensor, which is read and taken apart by one of a few threads while the panels
-before it are used: nothing is ever whole in memory.
+A panel of rows is a rectangle of each tensor: nothing is ever whole in memory.
 """
 
-import mmap
-import threading
-from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
-from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -21,23 +16,25 @@ import torch
 
 from tiered.convert.formats import Format
 from tiered.convert.index import WeightIndex
-from tiered.convert.kinds import KINDS, Kind
+from tiered.convert.kinds import KINDS, Kind, config_of
+from tiered.convert.panels import Panels, rooms_nbytes
 from tiered.convert.place import WeightFiles
 from tiered.convert.published import Settings
 from tiered.convert.source import PANEL_NBYTES, StoredTensor, WeightReader
-from tiered.convert.workers import TorchThreads, worker_count
 from tiered.errors import CheckpointError, shortened
 from tiered.quant import QuantizedTensor, folded
+from tiered.units import PAGE, round_up
 
 _PANEL_NBYTES: Final = PANEL_NBYTES // 2
 """Bytes of a panel, as numbers or as codes. Larger ones are taken apart no faster, and several are in memory at a time.
 """
 _PANEL_ROWS: Final = 64
 """Rows of a panel of codes are a multiple of this: a cache line of words, in formats that keep weights transposed."""
-_MOST_THREADS: Final = 2
-"""Panels that are taken apart at a time."""
-_PANEL_PARTS: Final = 2
-"""Times its bytes that taking a panel apart takes: what is read, and what is made of it."""
+_PANEL_PARTS: Final = 3
+"""Times its bytes that taking a panel apart takes: what is read, what is made of it, and scales with what is made of
+them on the way."""
+_WORD_ROWS: Final = 16
+"""Rows that share a word, at most."""
 _NOT_ITS_FORMAT: Final = (ValueError, KeyError, TypeError, IndexError, ZeroDivisionError, RuntimeError)
 """What arithmetic with tensors that do not fit each other raises."""
 
@@ -72,7 +69,10 @@ def quantized_index(index: WeightIndex, files: WeightFiles, config: Mapping[str,
         if len(all_files) > 1:
             others[logical] = all_files
     reader = QuantizedReader(index, files, found, _settings(config))
-    declared = {name: StoredTensor(torch.float32, (), *each.kind.declared(config)) for name, each in found.items()}
+    declared = {
+        name: StoredTensor(torch.float32, (), *each.kind.declared(config_of(config, name.removesuffix(".weight"))))
+        for name, each in found.items()
+    }
     return replace(index, reader=reader, file_of=file_of, others=others, declared=declared)
 
 
@@ -86,8 +86,6 @@ class QuantizedReader(WeightReader):
         self._used = {name for each in found.values() for name in (*each.names.values(), *each.unread)}
         self._formats: dict[str, Format] = {}
         self._known: dict[Path, Mapping[str, StoredTensor]] = {}
-        self._reading = threading.Lock()
-        self._threads = TorchThreads(self._thread_count, "take-apart")
 
     def tensors(self, path: Path) -> Mapping[str, StoredTensor]:
         if path not in self._known:
@@ -97,35 +95,34 @@ class QuantizedReader(WeightReader):
     def known(self, path: Path) -> Mapping[str, StoredTensor] | None:
         return self.tensors(path) if self._inner.known(path) is not None else None
 
-    def panels(self, path: Path, name: str, rows: range | None = None) -> Iterator[torch.Tensor]:
+    def panels(self, path: Path, name: str, rows: range | None = None) -> Panels[torch.Tensor]:
         if name not in self._found:
-            return self._plain(self._inner.panels(path, name, rows))
+            return self._inner.panels(path, name, rows)
         found = self.format_of(name)
-        return self._made(name, rows, 4 * found.stored.shape[-1], found.numbers)
+        return self._made(name, rows, 4 * found.stored.shape[-1], 4, found.numbers)
 
-    def packed(self, path: Path, name: str, rows: range | None = None) -> Iterator[QuantizedTensor]:
+    def packed(self, path: Path, name: str, rows: range | None = None) -> Panels[QuantizedTensor]:
         found = self.format_of(name)
         assert found.stored.scheme is not None
         row_nbytes = found.stored.shape[-1] * found.stored.scheme.bits // 8
-        return self._made(name, rows, row_nbytes, found.codes)
+        return self._made(name, rows, row_nbytes, 1, found.codes)
+
+    def rectangle(
+        self,
+        path: Path,
+        name: str,
+        rows: range | None = None,
+        columns: range | None = None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Of a plain tensor."""
+        return self._inner.rectangle(path, name, rows, columns, out)
 
     def working_nbytes(self, path: Path) -> int:
-        # One in use, the first of the tensor that comes next, and a part more for scales and what is made of them.
-        panels = (self._thread_count + 2) * (_PANEL_PARTS + 1) * _PANEL_NBYTES
-        return self._inner.working_nbytes(path) + panels
+        return max(self._inner.working_nbytes(path), rooms_nbytes(_PANEL_PARTS * _PANEL_NBYTES))
 
     def close(self) -> None:
-        self._threads.close()
         self._inner.close()
-
-    def _plain(self, panels: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
-        """What `panels` of the reader below yields, while no thread reads there."""
-        while True:
-            with self._reading:
-                panel = next(panels, None)
-            if panel is None:
-                return
-            yield panel
 
     def format_of(self, name: str) -> Format:
         """The quantized weight `name`, whose files are here."""
@@ -145,10 +142,6 @@ class QuantizedReader(WeightReader):
             f"{shortened(error)}; download the checkpoint again, or pass the original one, of 16 or 32 bits"
         )
 
-    @property
-    def _thread_count(self) -> int:
-        return min(worker_count(), _MOST_THREADS)
-
     def _stored(self, name: str) -> StoredTensor:
         return self._inner.tensors(self._path(name))[name]
 
@@ -164,52 +157,31 @@ class QuantizedReader(WeightReader):
             for wanted, count in zip((rows, columns), folded(self._stored(names[part]).shape or (1,)), strict=True):
                 if wanted is not None and not 0 <= wanted.start <= wanted.stop <= count:
                     raise IndexError(f"expected {names[part]} to have {wanted.stop} rows or columns, found {count}")
-            with self._reading:
-                return self._inner.rectangle(
-                    self._path(names[part]), names[part], rows, columns, out if part == main else None
-                )
+            path = self._path(names[part])
+            return self._inner.rectangle(path, names[part], rows, columns, out if part == main else None)
 
         return read
 
-    def _made(self, name: str, rows: range | None, row_nbytes: int, make: Callable[..., Made]) -> Iterator[Made]:
-        """Panels of these rows as `make` makes them, of `row_nbytes` each, the first ones being made already when this
-        returns."""
+    def _made(
+        self, name: str, rows: range | None, row_nbytes: int, times: int, make: Callable[..., Made]
+    ) -> Panels[Made]:
+        """Panels of these rows as `make` makes them, rows of `row_nbytes` from what is so many times smaller."""
         count, _ = folded(self.format_of(name).stored.shape)
         rows = range(count) if rows is None else rows
         step = max(1, _PANEL_NBYTES // max(1, row_nbytes))
         step = max(step // _PANEL_ROWS * _PANEL_ROWS, min(step, _PANEL_ROWS))
-        rooms: list[torch.Tensor] = []  # that nobody uses: memory that is new each time is filled with zeros first
-        waiting = deque(range(start, min(start + step, rows.stop)) for start in range(rows.start, rows.stop, step))
-        begun = deque[tuple[Future[Made], torch.Tensor]]()
+        starts, made_nbytes = range(rows.start, rows.stop, step), round_up(min(step, len(rows)) * row_nbytes, PAGE)
 
-        def made(rows: range, room: torch.Tensor) -> Made:
+        def made(number: int, room: torch.Tensor) -> Made:
+            inside = range(starts[number], min(starts[number] + step, rows.stop))
             try:
-                return make(self._reader(name, room[:_PANEL_NBYTES]), rows, room[_PANEL_NBYTES:])
+                return make(self._reader(name, room[made_nbytes:]), inside, room[:made_nbytes])
             except _NOT_ITS_FORMAT as error:
                 raise self._misfit(name, error) from None
 
-        def begin() -> None:
-            if waiting:
-                room = rooms.pop() if rooms else _new_room()
-                begun.append((self._threads.submit(made, waiting.popleft(), room), room))
-
-        begin()
-
-        def deliver() -> Iterator[Made]:
-            while begun:
-                while waiting and len(begun) < self._thread_count:
-                    begin()
-                panel, room = begun.popleft()
-                yield panel.result()
-                rooms.append(room)
-                begin()
-
-        return deliver()
-
-
-def _new_room() -> torch.Tensor:
-    """Memory for what is read of a panel, and for what is made of it; the system has it back as soon as it is free."""
-    return torch.frombuffer(mmap.mmap(-1, _PANEL_PARTS * _PANEL_NBYTES), dtype=torch.uint8)
+        # Of words that hold several rows, some are of those before and behind.
+        read_nbytes = (min(step, len(rows)) + _WORD_ROWS) * row_nbytes // times
+        return Panels(len(starts), made, made_nbytes + read_nbytes)
 
 
 class _Tensors(Mapping[str, StoredTensor]):

@@ -16,6 +16,7 @@ import torch
 from tiered.convert.block import RECORDS_NBYTES
 from tiered.convert.blocks import BlockRecipe, TensorRecipe
 from tiered.convert.compression import COMPRESSING_NBYTES, is_candidate
+from tiered.convert.panels import rooms_nbytes
 from tiered.convert.recipe import ConvertOptions
 from tiered.convert.source import PANEL_NBYTES
 from tiered.convert.workers import quantizing_nbytes
@@ -99,15 +100,16 @@ def on_same_disk(one: Path, other: Path) -> bool:
 
 
 def _writing_nbytes(tensor: TensorRecipe, block: BlockRecipe, compresses: bool) -> int:
-    """Memory of writing a tensor: a panel of codes, scales and zeros (written after all codes), and compression; or
+    """Memory of writing a tensor: panels of codes, scales and zeros (written after all codes), and compression; or
     records of rows, in the making and made."""
     nbytes = 0
+    # A byte and a tenth of codes, scales and zeros at most for each weight, of which a panel itself has at least two.
+    codes_nbytes = rooms_nbytes(min(PANEL_NBYTES, 2 * tensor.numel) * 5 // 8)
     if tensor.by_row:
-        return 4 * min(RECORDS_NBYTES, tensor.nbytes(torch.float32)) + PANEL_NBYTES // 2
+        return 4 * min(RECORDS_NBYTES, tensor.nbytes(torch.float32)) + codes_nbytes
     if tensor.scheme is not None:
         parts = tensor.scheme.parts(*tensor.matrix)
-        # A byte of codes for each weight of a panel; the panel itself has at least two bytes for it.
-        nbytes += min(PANEL_NBYTES // 2, tensor.numel)
+        nbytes += codes_nbytes
         nbytes += sum(tensor_nbytes(*part) for name, part in parts.items() if name != "q")
     if compresses and is_candidate(tensor, block.role, torch.bfloat16):
         nbytes += min(COMPRESSING_NBYTES, 8 * tensor.numel)

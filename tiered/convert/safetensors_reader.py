@@ -1,11 +1,12 @@
 """Checkpoints in safetensors: a tensor is one slice of one file."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from tiered.convert.gather import Extent, Gathered, Gatherer, Region, panels_nbytes
+from tiered.convert.panels import Panels
 from tiered.convert.source import StoredTensor, WeightReader
 from tiered.quant import folded
 from tiered.store import TensorEntry, checkpoint_header
@@ -25,8 +26,7 @@ class SafetensorsReader(WeightReader):
             self._tensors[path] = {name: StoredTensor(entry.dtype, entry.shape) for name, entry in entries.items()}
         return self._tensors[path]
 
-    def panels(self, path: Path, name: str, rows: range | None = None) -> Iterator[torch.Tensor]:
-        """As `WeightReader` says; when this returns, the first panel is being read already."""
+    def panels(self, path: Path, name: str, rows: range | None = None) -> Panels[torch.Tensor]:
         entry, stored = self._header(path)[name], self.tensors(path)[name]
         region = Region(entry.dtype, entry.shape, (Extent(path, entry.offset, stored.nbytes),))
         return self._gatherer.panels(Gathered.of([region]), rows)

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from tiered.convert.blocks import BlockRecipe, RangeRecipe, TensorRecipe
+from tiered.convert.panels import Panels
 from tiered.convert.taken import Taken
 from tiered.quant import QuantizedTensor, Scheme, folded
 
@@ -100,16 +101,16 @@ class StoredTensor:
 
 
 class WeightReader(Protocol):
-    """Reads weight files of one format, which say what `StoredTensor` does of each tensor."""
+    """Reads weight files of one format, which say what `StoredTensor` does of each tensor. Panels are made, and
+    rectangles read, by any threads; the files are one thread's at a time."""
 
     def tensors(self, path: Path) -> Mapping[str, StoredTensor]:
         """What `path` holds; raises CheckpointError where it is damaged or of another format."""
 
-    def panels(self, path: Path, name: str, rows: range | None = None) -> Iterator[torch.Tensor]:
-        """The tensor, or these of its rows, in panels of whole rows, each valid until the next is asked for; a stack is
-        one matrix."""
+    def panels(self, path: Path, name: str, rows: range | None = None) -> Panels[torch.Tensor]:
+        """The tensor, or these of its rows, in panels of whole rows; a stack is one matrix."""
 
-    def packed(self, path: Path, name: str, rows: range | None = None) -> Iterator[QuantizedTensor]:
+    def packed(self, path: Path, name: str, rows: range | None = None) -> Panels[QuantizedTensor]:
         """As `panels`, for a tensor that has a `scheme`: its codes, scales and zeros in the layout of that scheme.
 
         Scales come in the source's own dtype; whoever stores them in another one answers for the rounding.
@@ -127,7 +128,7 @@ class WeightReader(Protocol):
         """These rows and columns of the tensor's matrix [rows, last dimension], read at once; a vector is one row. They
         may be in the memory `out`, u8, if that is large enough.
 
-        For readers below one of quantized weights, which asks from one thread at a time.
+        For readers below one of quantized weights, and for what a checkpoint holds transposed.
         """
         raise AssertionError(f"{name} of {path} is not read by rectangles")
 

@@ -4,6 +4,7 @@ In: what was read and what was stored of each, as `stored_rows.py` converts it. 
 checkpoint and form in the store, for `tiered convert` to print.
 """
 
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import sqrt
@@ -37,23 +38,28 @@ class _Sums:
 
 
 class Tally:
-    """Adds up what a conversion does to weights that were quantized already."""
+    """Adds up what a conversion does to weights that were quantized already, in any threads."""
 
     def __init__(self) -> None:
+        self._adding = threading.Lock()
         self._sums: dict[tuple[str, str], _Sums] = {}
 
     def add(self, name: str, method: str, form: str) -> None:
         """The weight `name`, or rows of it, is stored as `form` with the values that it had."""
-        self._sums.setdefault((method, form), _Sums()).names.add(name)
+        with self._adding:
+            self._sums.setdefault((method, form), _Sums()).names.add(name)
 
     def add_changed(self, name: str, method: str, form: str, before: torch.Tensor, after: torch.Tensor) -> None:
         """Rows of the weight `name` were `before`, float32, and are `after` in the store."""
         self.add(name, method, form)
-        sums = self._sums[method, form]
+        changed = values = 0.0
         # Part by part: what is made of them on the way is memory that no budget knows of.
         for one, other in zip(before.flatten().split(_PART_NUMEL), after.flatten().split(_PART_NUMEL), strict=True):
-            sums.changed += float((other.float() - one).double().square().sum())
-            sums.values += float(one.double().square().sum())
+            changed += float((other.float() - one).double().square().sum())
+            values += float(one.double().square().sum())
+        with self._adding:
+            self._sums[method, form].changed += changed
+            self._sums[method, form].values += values
 
     def taken(self) -> Iterator[Taken]:
         """What has been added up, the weights of most methods first."""

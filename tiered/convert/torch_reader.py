@@ -6,16 +6,19 @@ The legacy format (before torch 1.6) can only be read whole: there the conversio
 
 import errno
 import pickle
+import threading
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 
+from tiered.convert.panels import Panels, rooms_nbytes
 from tiered.convert.source import PANEL_NBYTES, StoredTensor, WeightReader, panel_rows
 from tiered.errors import BudgetError, CheckpointError, ReadError
 from tiered.files import reading
+from tiered.kernels import room_in
 
 _REMAP_NBYTES: Final = 32 << 20
 ZIP_MAGIC: Final = b"PK\x03\x04"
@@ -28,6 +31,7 @@ class TorchReader(WeightReader):
         self._held: tuple[Path, dict[str, torch.Tensor]] | None = None
         self._tensors: dict[Path, dict[str, StoredTensor]] = {}
         self._touched = 0
+        self._reading = threading.Lock()
 
     def tensors(self, path: Path) -> Mapping[str, StoredTensor]:
         if path not in self._tensors:
@@ -36,20 +40,20 @@ class TorchReader(WeightReader):
             }
         return self._tensors[path]
 
-    def panels(self, path: Path, name: str, rows: range | None = None) -> Iterator[torch.Tensor]:
+    def panels(self, path: Path, name: str, rows: range | None = None) -> Panels[torch.Tensor]:
         stored = self.tensors(path)[name]
-        if not stored.shape:
-            yield self._load(path)[name].clone()
-            return
-        count, _, step = panel_rows(stored.shape, stored.dtype.itemsize)
+        count, row_numel, step = panel_rows(stored.shape, stored.dtype.itemsize)
         rows = range(count) if rows is None else rows
-        for start in range(rows.start, rows.stop, step):
-            # A copy: the tensor may be a strided view, and must not keep the mapping alive.
-            part = _folded(self._load(path)[name])[start : min(rows.stop, start + step)]
-            panel = part.clone(memory_format=torch.contiguous_format)
-            del part
-            self._count(path, panel.nbytes)
-            yield panel
+        starts = range(rows.start, rows.stop, step)
+
+        def make(number: int, room: torch.Tensor) -> torch.Tensor:
+            with self._reading:
+                whole = self._load(path)[name]
+                start = starts[number]
+                part = _folded(whole)[start : min(rows.stop, start + step)] if stored.shape else whole
+                return self._copied(path, part, room)
+
+        return Panels(len(starts), make, min(step, len(rows)) * row_numel * stored.dtype.itemsize)
 
     def rectangle(
         self,
@@ -59,33 +63,34 @@ class TorchReader(WeightReader):
         columns: range | None = None,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        whole = self._load(path)[name]
-        matrix = _folded(whole) if whole.ndim > 1 else whole.view(1, -1)
-        rows = range(matrix.shape[0]) if rows is None else rows
-        columns = range(matrix.shape[1]) if columns is None else columns
-        part = matrix[rows.start : rows.stop, columns.start : columns.stop].clone(memory_format=torch.contiguous_format)
-        del whole, matrix  # they must not keep the mapping alive
-        self._count(path, part.nbytes)
-        return part
+        with self._reading:
+            whole = self._load(path)[name]
+            matrix = _folded(whole) if whole.ndim > 1 else whole.view(1, -1)
+            rows = range(matrix.shape[0]) if rows is None else rows
+            columns = range(matrix.shape[1]) if columns is None else columns
+            return self._copied(path, matrix[rows.start : rows.stop, columns.start : columns.stop], out)
 
     def known(self, path: Path) -> Mapping[str, StoredTensor] | None:
         return self.tensors(path) if path in self._tensors or is_zip(path) else None
 
     def working_nbytes(self, path: Path) -> int:
         if is_zip(path):
-            # What is mapped until it is mapped anew, and copies of panels, which malloc keeps once they are free.
-            return min(_REMAP_NBYTES + 6 * PANEL_NBYTES, 3 * path.stat().st_size)
-        return path.stat().st_size + PANEL_NBYTES
+            # What is mapped until it is mapped anew, and copies of panels.
+            return min(_REMAP_NBYTES + rooms_nbytes(PANEL_NBYTES), rooms_nbytes(path.stat().st_size))
+        return path.stat().st_size + rooms_nbytes(PANEL_NBYTES)
 
     def close(self) -> None:
         self._held = None
         self._touched = 0
 
-    def _count(self, path: Path, nbytes: int) -> None:
-        """Map `path` anew once so much of it has been read."""
-        self._touched += nbytes
+    def _copied(self, path: Path, part: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+        """A copy of a part of `path`, in the memory `out` if that is large enough: it may be a strided view, and must
+        not keep the mapping alive. Map `path` anew once so much of it has been read."""
+        self._touched += part.nbytes
+        copy = room_in(out, part.shape, part.dtype).copy_(part)
         if self._touched >= _REMAP_NBYTES and is_zip(path):
             self.close()
+        return copy
 
     def _load(self, path: Path) -> dict[str, torch.Tensor]:
         if self._held is None or self._held[0] != path:

@@ -1,8 +1,8 @@
-"""Quantizing on all cores: natively, or with torch on a thread of its own for each slice of rows.
+"""Computing on all cores: threads that each work through what they have begun, natively or with torch.
 
 torch would split every small operation over its threads and wait for all of them each time; on a busy machine that
 is tens of times slower than one thread that works through, so torch's own threading is off there. Neither threads nor
-slices nor the native kernel change a bit of the result: groups lie within rows.
+the native kernel change a bit of what is quantized: groups lie within rows.
 """
 
 import os
@@ -14,29 +14,39 @@ from typing import Any, Final, Literal, TypeVar
 import torch
 
 from tiered.kernels import Kernels
+from tiered.kernels.library import Level, Library, load_library
 from tiered.process import shut_down
-from tiered.quant import QuantizedTensor, Scheme, quantize
+from tiered.quant import QuantizedTensor, Scheme
 from tiered.units import MIB
 
 Result = TypeVar("Result")
 
 _MOST_WORKERS: Final = 8
-"""Enough for any disk; each takes _WORKER_NBYTES where torch quantizes."""
+"""Enough for any disk, where torch computes; each takes _WORKER_NBYTES then."""
+_MOST_FAST_WORKERS: Final = 3
+"""Enough for any disk, where vectors compute; each takes a panel."""
 _WORKER_NBYTES: Final = 24 * MIB
 """Temporaries of one thread that quantizes with torch: about a dozen of `tiered.quant.quantize.PANEL_BYTES`. The
 native kernel needs a few KiB."""
 
 
 def worker_count() -> int:
-    """Threads that quantize."""
-    return min(len(os.sched_getaffinity(0)), _MOST_WORKERS)
+    """Threads that compute."""
+    library = load_library()
+    is_fast = isinstance(library, Library) and library.best_level() > Level.SCALAR
+    return min(len(os.sched_getaffinity(0)), _MOST_FAST_WORKERS if is_fast else _MOST_WORKERS)
+
+
+def maker_count() -> int:
+    """Threads that read and compute by turns: while one reads, all others compute."""
+    return worker_count() + 1
 
 
 def quantizing_nbytes(schemes: Iterable[Scheme]) -> int:
     """Bytes of memory that quantizing to `schemes` takes besides its input and its results."""
     with Kernels(1) as kernels:
         is_native = all(kernels.quantizes(torch.float32, scheme) for scheme in schemes)
-    return 0 if is_native else worker_count() * _WORKER_NBYTES
+    return 0 if is_native else maker_count() * _WORKER_NBYTES
 
 
 @contextmanager
@@ -72,29 +82,30 @@ class TorchThreads:
 
 
 class Quantizers:
-    """Threads that quantize, started when first used; `kernels` is the name of the kernels to use."""
+    """Kernels for threads that quantize, a thread's own for as long as it quantizes; `kernels` is their name."""
 
     def __init__(self, kernels: str = "auto") -> None:
         self._name = kernels
-        self._kernels: Kernels | None = None
-        self._threads = TorchThreads(worker_count(), "quantize")
+        self._free: list[Kernels] = []
 
     def quantize(
-        self, panel: torch.Tensor, scheme: Scheme, clip: Literal["mse", "minmax"], name: str
-    ) -> Iterator[QuantizedTensor]:
-        """Quantize `panel` [rows, in]; yields its parts in order. After the last one the panel is no longer needed."""
-        if self._kernels is None:
-            self._kernels = Kernels(worker_count(), name=self._name)
-        if self._kernels.quantizes(panel.dtype, scheme):
-            yield self._kernels.quantize(panel, scheme, clip=clip, name=name)
-            return
-        rows = -(-panel.shape[0] // worker_count())
-        futures = [self._threads.submit(quantize, part, scheme, clip=clip, name=name) for part in panel.split(rows)]
-        for future in futures:
-            yield future.result()
+        self,
+        panel: torch.Tensor,
+        scheme: Scheme,
+        clip: Literal["mse", "minmax"],
+        name: str,
+        out: torch.Tensor | None = None,
+    ) -> QuantizedTensor:
+        """Quantize `panel` [rows, in] in the calling thread; in the memory `out`, u8, if that is large enough."""
+        try:
+            kernels = self._free.pop()
+        except IndexError:
+            kernels = Kernels(1, name=self._name)
+        try:
+            return kernels.quantize(panel, scheme, clip=clip, name=name, out=out)
+        finally:
+            self._free.append(kernels)
 
     def close(self) -> None:
-        if self._kernels is not None:
-            self._kernels.close()
-            self._kernels = None
-        self._threads.close()
+        while self._free:
+            self._free.pop().close()

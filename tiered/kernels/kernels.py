@@ -199,14 +199,21 @@ class Kernels:
         return None if self._library is None else Recurrent(self._call)
 
     def quantize(
-        self, weight: torch.Tensor, scheme: Scheme, *, clip: Literal["mse", "minmax"] = "mse", name: str = "weight"
+        self,
+        weight: torch.Tensor,
+        scheme: Scheme,
+        *,
+        clip: Literal["mse", "minmax"] = "mse",
+        name: str = "weight",
+        out: torch.Tensor | None = None,
     ) -> QuantizedTensor:
-        """Returns and raises what `tiered.quant.quantize` does, bit for bit; InterruptedRun once the flag is set."""
+        """Returns and raises what `tiered.quant.quantize` does, bit for bit; InterruptedRun once the flag is set. What
+        the native library makes is in the memory `out`, u8, if that is large enough."""
         self._cancel.check()
         weight = weight.detach()
         if self._library is None or not quantize_native.serves(weight, scheme, clip):
             return quantize(weight, scheme, clip=clip, name=name)
-        codes = quantize_native.empty_codes(weight, scheme)
+        codes = quantize_native.empty_codes(weight, scheme, out)
         arguments = quantize_native.arguments(weight, scheme, clip, codes)
         status = self._library.tk_quantize(self._context, *arguments, self._cancel.address)
         if status == Status.NOT_FINITE:

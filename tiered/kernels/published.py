@@ -24,8 +24,8 @@ def room_in(out: Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> Ten
     """An uninitialized tensor, in the memory `out`, u8, if that is large enough."""
     nbytes = prod(shape) * dtype.itemsize
     if out is None or out.numel() < nbytes:
-        return torch.empty(*shape, dtype=dtype)
-    return out[:nbytes].view(dtype).view(*shape)
+        return torch.empty(tuple(shape), dtype=dtype)
+    return out[:nbytes].view(dtype).view(tuple(shape))
 
 
 def repacked(data: Tensor, packing: published.Packing, bits: int, group_size: int, out: Tensor | None = None) -> Tensor:

@@ -5,6 +5,7 @@ from typing import Final, Literal
 import torch
 
 from tiered.kernels.library import Dtype
+from tiered.kernels.published import room_in
 from tiered.quant import GroupScheme, QuantizedTensor, Scheme
 
 DTYPES: Final = {torch.bfloat16: Dtype.BF16, torch.float32: Dtype.F32, torch.float16: Dtype.F16}
@@ -21,14 +22,13 @@ def serves(weight: torch.Tensor, scheme: Scheme, clip: str) -> bool:
     return scheme.accepts(rows, columns) and weight.stride(1) == 1 and (rows == 1 or weight.stride(0) >= columns)
 
 
-def empty_codes(weight: torch.Tensor, scheme: Scheme) -> QuantizedTensor:
-    """Uninitialized codes, scales and zeros for the result."""
-    shape = weight.shape
-    return QuantizedTensor(
-        torch.empty(scheme.q_shape(*shape), dtype=torch.uint8),
-        torch.empty(scheme.scale_shape(*shape), dtype=torch.float16),
-        torch.empty(scheme.zero_shape(*shape), dtype=torch.uint8),
-    )
+def empty_codes(weight: torch.Tensor, scheme: Scheme, out: torch.Tensor | None = None) -> QuantizedTensor:
+    """Uninitialized codes, scales and zeros for the result, in the memory `out`, u8, if that is large enough."""
+    parts, done = [], 0
+    for dtype, shape in scheme.parts(*weight.shape).values():
+        parts.append(room_in(None if out is None else out[done:], shape, dtype))
+        done += parts[-1].nbytes
+    return QuantizedTensor(*parts)
 
 
 def arguments(

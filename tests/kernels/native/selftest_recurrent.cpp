@@ -104,37 +104,52 @@ void check_scan(Random &random) {
     }
 }
 
-void check_conv(Random &random) {
+float stored(float value, float) { return value; }
+uint16_t stored(float value, uint16_t) { return cut_to_bf16(value); }
+double value_of(float number) { return number; }
+double value_of(uint16_t number) { return bf16(number); }
+
+// `Number` is float, or what bfloat16 is stored as.
+template <typename Number> void check_conv(Random &random, int32_t dtype) {
+    using Numbers = Exact<Number>;
     const int64_t sequences = 1 + random.below(3), channels = 1 + random.below(40), tokens = 1 + random.below(80);
     const int64_t kept = 1 + random.below(6), shift = random.below(3), stride = channels * kept + random.below(9);
     const bool has_state = random.below(2), has_bias = random.below(2), by_token = random.below(2);
-    Floats state((sequences - 1) * stride + channels * kept, shift), x(sequences * channels * tokens, shift);
-    Floats weight(channels * kept, shift), bias(channels, shift), out(sequences * channels * tokens, shift);
-    for (Floats *each : {&state, &x, &weight, &bias}) fill(*each, random);
+    Numbers state((sequences - 1) * stride + channels * kept, shift), x(sequences * channels * tokens, shift);
+    Numbers weight(channels * kept, shift), bias(channels, shift), out(sequences * channels * tokens, shift);
+    for (Numbers *each : {&state, &x, &weight, &bias}) {
+        for (int64_t i = 0; i < each->count(); i++) each->set(i, stored(random.normal(), Number()));
+    }
     const int64_t of_channel = by_token ? 1 : tokens, of_token = by_token ? channels : 1;
     std::vector<double> before(static_cast<size_t>(state.count()));
-    for (int64_t i = 0; i < state.count(); i++) before[static_cast<size_t>(i)] = state.get(i);
+    for (int64_t i = 0; i < state.count(); i++) before[static_cast<size_t>(i)] = value_of(state.get(i));
     Context context(1 + static_cast<int>(random.below(3)), TK_SCALAR);
     tk_conv_args args = {sequences, channels, tokens, kept, has_state ? state.data() : nullptr, stride,
                          x.data(), {channels * tokens, of_channel, of_token}, weight.data(),
-                         has_bias ? bias.data() : nullptr, out.data(), TK_F32};
-    CHECK(tk_conv(context.context, &args, nullptr) == TK_OK, "kept %d", static_cast<int>(kept));
+                         has_bias ? bias.data() : nullptr, out.data(), dtype};
+    CHECK(tk_conv(context.context, &args, nullptr) == TK_OK, "dtype %d, kept %d", dtype, static_cast<int>(kept));
     args.kept = TK_MOST_KEPT + 1;
     CHECK(tk_conv(context.context, &args, nullptr) == TK_BAD_ARGUMENT, "kept %d", static_cast<int>(args.kept));
+    args.kept = kept;
+    args.dtype = TK_F16;
+    CHECK(tk_conv(context.context, &args, nullptr) == TK_BAD_ARGUMENT, "dtype %d", args.dtype);
+    // Sums are of float, and rounded once to what is stored.
+    const double rounding = dtype == TK_BF16 ? 1.0 / 256 : 0;
     for (int64_t sequence = 0; sequence < sequences; sequence++) {
         for (int64_t c = 0; c < channels; c++) {
             const auto input = [&](int64_t t) -> double {
-                if (t >= 0) return x.get(sequence * channels * tokens + c * of_channel + t * of_token);
+                if (t >= 0) return value_of(x.get(sequence * channels * tokens + c * of_channel + t * of_token));
                 return has_state ? before[static_cast<size_t>(sequence * stride + c * kept + kept + t)] : 0;
             };
             for (int64_t t = 0; t < tokens; t++) {
-                double sum = has_bias ? bias.get(c) : 0;
-                for (int64_t i = 0; i < kept; i++) sum += input(t - kept + 1 + i) * weight.get(c * kept + i);
-                CHECK(is_near(out.get((sequence * channels + c) * tokens + t), sum, 10), "%g", sum);
+                double sum = has_bias ? value_of(bias.get(c)) : 0;
+                for (int64_t i = 0; i < kept; i++) sum += input(t - kept + 1 + i) * value_of(weight.get(c * kept + i));
+                const double found = value_of(out.get((sequence * channels + c) * tokens + t));
+                CHECK(std::fabs(found - sum) <= std::fabs(sum) * rounding + 2e-5 * 11, "%g, dtype %d", sum, dtype);
             }
             for (int64_t i = 0; has_state && i < kept; i++) {
                 const double expected = input(tokens - kept + i);
-                CHECK(static_cast<double>(state.get(sequence * stride + c * kept + i)) == expected, "%g", expected);
+                CHECK(value_of(state.get(sequence * stride + c * kept + i)) == expected, "%g", expected);
             }
         }
     }
@@ -180,7 +195,8 @@ void test_recurrent(int cases) {
     for (int i = 0; i < cases; i++) {
         check_delta(random);
         check_scan(random);
-        check_conv(random);
+        check_conv<float>(random, TK_F32);
+        check_conv<uint16_t>(random, TK_BF16);
         check_by_head(random);
     }
 }
