@@ -4,6 +4,7 @@ In: a store, options, a host. Out: what computes, and the numbers that its plan 
 by commands that plan without running.
 """
 
+import contextlib
 import functools
 from dataclasses import dataclass, replace
 
@@ -17,7 +18,7 @@ from tiered.kernels import device_dtype, device_scratch_nbytes, scratch_nbytes
 from tiered.model import Seat, Seats, check_layers, check_match, model_shape
 from tiered.options import Options, compute_dtype
 from tiered.plan import Bits, Budgets, Machine, ModelShape, process_rss_bytes
-from tiered.plan.shapes import read_store_shape
+from tiered.plan.shapes import read_store_shape, write_store_shape
 from tiered.store import Store
 
 
@@ -34,7 +35,8 @@ class Prepared:
 def prepare(store: Store, options: Options, host: Host) -> Prepared:
     """Build what computes, with the numbers that plans are made from. Raises StoreError, ConfigError."""
     config = load_config(store.path)
-    computer = host.computer
+    # Before a graph is built, which sets the configuration's own.
+    computer, default = host.computer, compute_dtype("auto", config)
     dtype = there = compute_dtype(options.dtype, config, computer is not None)
     if computer is not None:
         there = _dtype_of(computer.device, options, config)
@@ -43,7 +45,12 @@ def prepare(store: Store, options: Options, host: Host) -> Prepared:
     check_layers(store, config)
     skeleton = build_skeleton(config, there)
     check_match(store, skeleton)
-    shape = model_shape(store, skeleton, dtype, read_store_shape(store.path))
+    known = read_store_shape(store.path)
+    shape = model_shape(store, skeleton, dtype, known)
+    if known is None and dtype == there == default:
+        # Counting the graph takes up to a second or two, which the next opening is spared.
+        with contextlib.suppress(OSError):
+            write_store_shape(store.path, shape)
     # Also without a device: plans may be asked for one that is elsewhere.
     machine = Machine(scratch_nbytes(host.threads), device_scratch_nbytes=device_scratch_nbytes())
     if computer is None:

@@ -11,11 +11,13 @@ from transformers import PreTrainedModel
 
 from tests.helpers import TINY, Tiny, prompts_for
 from tests.quick import represented
-from tiered.arch import build_skeleton, expert_stacks, load_config
+from tiered.arch import Skeleton, Work, build_skeleton, expert_stacks, load_config, work_of_layers
 from tiered.convert import ConvertOptions, convert_checkpoint
 from tiered.host import PROCESS
 from tiered.model import model_shape
-from tiered.plan import Plan, Workload, make_plan
+from tiered.options import compute_dtype
+from tiered.plan import ModelShape, Plan, Workload, make_plan
+from tiered.plan.shapes import STORE_SHAPE_NAME, read_store_shape
 from tiered.prepare import measure_inputs
 from tiered.runtime import Options, Runtime
 from tiered.store import Store
@@ -59,6 +61,42 @@ def test_plans_made_before_are_the_runtimes(store: Store, dtype: str, budget: in
     assert Plan.from_json(json.loads(json.dumps(planned.to_json()))) == planned
     if "mixture" in store.manifest.source["name"]:
         assert model.widest == 2 * 128  # one expert's, not the stack's
+
+
+def test_opening_a_store_keeps_its_shape_once_and_whatever_is_computed_in_uses_it(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def open_as(dtype: str) -> ModelShape:
+        with Runtime(store, Workload(max_context=16), Options(ram=8 * GIB, dtype=dtype)) as runtime:
+            return runtime.shape
+
+    (store.path / STORE_SHAPE_NAME).unlink(missing_ok=True)
+    counted: list[int] = []
+
+    def count(skeleton: Skeleton) -> tuple[Work, Work]:
+        counted.append(1)
+        return work_of_layers(skeleton)
+
+    monkeypatch.setattr("tiered.model.shape.work_of_layers", count)
+    own = str(compute_dtype("auto", load_config(store.path))).removeprefix("torch.")
+    other = "float32" if own == "bfloat16" else "bfloat16"
+    # What a store keeps is in the dtype that it is computed in by default.
+    open_as(other)
+    assert not (store.path / STORE_SHAPE_NAME).exists() and len(counted) == 1
+    shape = open_as(own)
+    assert read_store_shape(store.path) == shape and len(counted) == 2
+    open_as(other)
+    assert open_as("auto") == shape and len(counted) == 2
+
+
+def test_a_store_that_cannot_be_written_is_opened_all_the_same(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(folder: Path, shape: ModelShape) -> None:
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    (store.path / STORE_SHAPE_NAME).unlink(missing_ok=True)
+    monkeypatch.setattr("tiered.prepare.write_store_shape", refuse)
+    with Runtime(store, Workload(max_context=16), Options(ram=8 * GIB)):
+        assert not (store.path / STORE_SHAPE_NAME).exists()
 
 
 def test_measuring_takes_no_memory_and_reads_no_weights(store: Store) -> None:

@@ -67,6 +67,16 @@ def test_a_store_keeps_its_shape(tmp_path: Path) -> None:
     assert kept(tmp_path, MIXTURE) == MIXTURE
 
 
+def test_a_shape_that_cannot_be_kept_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Path, target: Path) -> Path:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    with pytest.raises(OSError, match="No space"):
+        kept(tmp_path, MIXTURE)
+    assert {path.name for path in tmp_path.iterdir()} == {"manifest.json", "config.json"}
+
+
 def test_a_store_that_has_changed_has_no_shape(tmp_path: Path) -> None:
     assert kept(tmp_path, MIXTURE) is not None
     (tmp_path / "config.json").write_text('{"changed": true}')

@@ -176,7 +176,9 @@ def owned_files(folder: Path) -> Iterator[Path]:
         yield from sorted(p for p in blocks.iterdir() if p.name.endswith((".safetensors", ".safetensors.part")))
     for name in COPIED:
         yield from (path for path in (folder / name, folder / f"{name}.part") if path.is_file())
-    yield from (folder / name for name in (PROBE_NAME, UPGRADE_NAME, STORE_SHAPE_NAME) if (folder / name).is_file())
+    yield from (folder / name for name in (PROBE_NAME, UPGRADE_NAME) if (folder / name).is_file())
+    # With what a process that was killed left half-written.
+    yield from (path for path in sorted(folder.glob(f"{STORE_SHAPE_NAME}*")) if path.is_file())
 
 
 def remove_stray_parts(folder: Path) -> None:

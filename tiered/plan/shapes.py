@@ -4,8 +4,10 @@ In: JSON. Out: a `ModelShape`, without torch or a graph. `tiered/shapes.py` make
 is to be answered before that. A run of equal blocks, and of equal units in a block, is written once with a count.
 """
 
+import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from itertools import groupby
@@ -74,10 +76,16 @@ def read_store_shape(folder: Path) -> ModelShape | None:
 
 
 def write_store_shape(folder: Path, shape: ModelShape) -> None:
-    """Keep `shape` with the store at `folder`; raises OSError where that cannot be written."""
-    part = folder / f"{STORE_SHAPE_NAME}.part"
-    part.write_text(json.dumps({"of": _identity(folder), "shape": shape_to_json(shape)}, separators=(",", ":")))
-    part.replace(folder / STORE_SHAPE_NAME)
+    """Keep `shape` with the store at `folder`: all of it, or nothing. Raises OSError where that cannot be written."""
+    # A name of its own: others may open the same store at the same time.
+    part = folder / f"{STORE_SHAPE_NAME}-{os.getpid()}"
+    try:
+        part.write_text(json.dumps({"of": _identity(folder), "shape": shape_to_json(shape)}, separators=(",", ":")))
+        part.replace(folder / STORE_SHAPE_NAME)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise
 
 
 def _identity(folder: Path) -> list[Any]:
