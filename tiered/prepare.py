@@ -35,7 +35,8 @@ class Prepared:
 def prepare(store: Store, options: Options, host: Host) -> Prepared:
     """Build what computes, with the numbers that plans are made from. Raises StoreError, ConfigError."""
     config = load_config(store.path)
-    computer = host.computer
+    # Before a graph is built, which sets the configuration's own.
+    computer, default = host.computer, compute_dtype("auto", config)
     dtype = there = compute_dtype(options.dtype, config, computer is not None)
     if computer is not None:
         there = _dtype_of(computer.device, options, config)
@@ -46,7 +47,7 @@ def prepare(store: Store, options: Options, host: Host) -> Prepared:
     check_match(store, skeleton)
     known = read_store_shape(store.path)
     shape = model_shape(store, skeleton, dtype, known)
-    if known is None and dtype == there == compute_dtype("auto", config):
+    if known is None and dtype == there == default:
         # Counting the graph takes up to a second or two, which the next opening is spared.
         with contextlib.suppress(OSError):
             write_store_shape(store.path, shape)

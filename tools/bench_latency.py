@@ -95,7 +95,7 @@ def row(path: Path, objective: Objective, arguments: argparse.Namespace) -> str:
     """One run; returns its row of the table."""
     store, context = Store.open(path), arguments.enter + 64
     tokens, count = context + arguments.decode * (16 + _DECODED), arguments.decode + 1
-    workload = Workload(count, context, context, tokens, MAX_BATCHED_TOKENS, objective=objective)
+    workload = Workload(count, context, context, tokens, max_batched_tokens=MAX_BATCHED_TOKENS, objective=objective)
     with (
         Runtime(store, workload, Options(ram=parse_size(arguments.ram))) as runtime,
         Scheduler[Sequence](runtime, count) as scheduler,
