@@ -37,7 +37,8 @@ class Options:
     micro_batch_rows: int | None = None
     """Tokens that are computed together at most; None: as many as memory allows and are useful."""
     kv: KVTier = "cpu"
-    """Where the KV cache is; auto: on the device if it fits there and gains, in memory if it fits there."""
+    """Where the KV cache is; auto: where a run is expected to be quicker, or, where no rates are known, on the
+    device if it fits there and gains, else in memory if it fits there."""
     kv_bits: AnyBits = 16
     kv_folder: Path | None = None
     """The folder for the KV cache's file, if it is on disk; None: the store's."""

@@ -329,7 +329,7 @@ def test_without_a_batch_size_the_run_says_what_it_chose_and_why(
     done = run_here("batch", store, "-i", source, "-o", tmp_path / "out.jsonl", "--no-measure")
     assert done.code == 0
     quick, chosen = [line for line in done.err.splitlines() if line][:2]
-    assert quick.startswith("rates     measured in ") and "there is no profile of this machine" in quick
+    assert quick.startswith("rates     measured in ") and "no profile of this machine fits this run" in quick
     assert chosen.startswith("batch     ") and "of 5 sequences at once; predicted per pass: " in chosen
     assert "of computing" in chosen and "KV cache" in chosen and "in memory" in chosen
     assert "predicted " in done.err

@@ -14,7 +14,7 @@ from tiered.errors import BudgetError
 from tiered.plan import Budgets, ComputeRate, Machine, ModelShape, Plan, Workload, make_plan
 from tiered.plan import choose as choosing
 from tiered.plan.bound import least_seconds
-from tiered.plan.choose import Option, best
+from tiered.plan.choose import Option, best, share_that_counts
 from tiered.plan.hardware import GpuRates
 from tiered.plan.machines import load_hardware
 from tiered.plan.predict import Phase, Prediction, Predictor, predict
@@ -128,6 +128,12 @@ def test_windows_that_are_scored_share_a_pass_where_the_disk_is_the_bound_and_no
     score = Workload(30, 512, 512, choose_batch_size=True, one_pass=True, all_logits=True)
     streams, resident = (planned(ram, machine(0.0005, 0.008, 0.128), score).batch_size for ram in (1500 * MIB, 8 * GIB))
     assert streams > 1 == resident
+
+
+def test_all_seconds_of_scoring_count_as_nothing_is_told_before_its_end() -> None:
+    score = Workload(30, 512, 512, choose_batch_size=True, one_pass=True, all_logits=True)
+    assert share_that_counts(score, 8) == 1 == share_that_counts(replace(JOB, objective="throughput"), 8)
+    assert share_that_counts(replace(JOB, objective="latency"), 8) == 9 / 16
 
 
 @pytest.mark.parametrize("objective", ["latency", "throughput"])

@@ -7,7 +7,7 @@ import pytest
 
 from tiered.errors import ConfigError
 from tiered.plan import ComputeRate, KVShape
-from tiered.plan.hardware import DiskRates, Hardware, bytes_per_weight, roofline
+from tiered.plan.hardware import DiskRates, Hardware, LinearRate, bytes_per_weight, roofline
 from tiered.quant import Scheme
 
 DESCRIBED = """
@@ -103,6 +103,9 @@ def test_a_weight_takes_the_bytes_of_its_scheme_and_codes_that_are_looked_up_com
     share = bytes_per_weight(name) / bytes_per_weight("int8-g64" if name.startswith("int8") else "int4-g64")
     known = cpu.linear_rate("int8-g64" if name.startswith("int8") else "int4-g64", "fast")
     assert cpu.linear_rate(name, "fast").seconds(1, 1) == pytest.approx(share * known.seconds(1, 1))
+    # As it is where a model's own scheme is all that was measured.
+    own = replace(cpu, linear=(LinearRate(name, "fast", known),))
+    assert own.linear_rate(name, "fast") == known
 
 
 def test_written_down_and_read_back_it_is_the_same_machine() -> None:

@@ -47,7 +47,9 @@ def largest_disk_bound(path: Path, setting: Setting) -> int:
             plan = make_plan(shape, machine, replace(workload, sequences=count), budgets)
         except BudgetError:
             break
-        expected = predict(plan, shape, machine, replace(workload, sequences=count)).decode
+        # All prompts in one pass, so that all decode in all others.
+        at_once = replace(plan, max_batched_tokens=count * setting.prompt_tokens)
+        expected = predict(at_once, shape, machine, replace(workload, sequences=count)).decode
         click.echo(f"batch {count}: {expected.of_a_pass}", err=True)
         if expected.bottleneck != "disk":
             break

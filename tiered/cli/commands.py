@@ -375,7 +375,8 @@ def plan(**options: Any) -> None:
     default="auto",
     show_default=True,
     type=click.Choice(["auto", "gpu", "cpu", "disk"]),
-    help="Where the KV cache is; auto: on the GPU if there is one and it gains, in memory if it fits.",
+    help="Where the KV cache is; auto: on the GPU if there is one and it gains, in memory or on disk as a run is "
+    "expected to be quicker.",
 )
 @kv_bits()
 @click.option(

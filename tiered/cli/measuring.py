@@ -175,7 +175,9 @@ def hardware_of(
     `say` is told of these, with `status` beside while they are measured."""
 
     def found(host: Host, model: ModelShape, is_wanted: bool) -> Hardware | None:
-        profile = _profile(store, host.threads, options.device_name)
+        # A profile's rates are of the best kernels, in 16 bits.
+        is_usual = options.kernels == "auto" and options.dtype != "float32"
+        profile = _profile(store, host.threads, options.device_name) if is_usual else None
         try:
             if profile is not None:
                 machine_for(model, profile, options.kernel_mode.value)
@@ -190,7 +192,7 @@ def hardware_of(
         quick = quick_hardware(store.path, (model,), True, host.kernels)
         if say is not None:
             took = format_seconds(time.monotonic() - began)
-            say(f"rates     measured in {took}, rough: there is no profile of this machine, see 'tiered profile'")
+            say(f"rates     measured in {took}, rough: no profile of this machine fits this run, see 'tiered profile'")
         return quick
 
     return found

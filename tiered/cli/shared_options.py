@@ -52,7 +52,8 @@ KV_PLACE: Final = together(
         default="auto",
         show_default=True,
         type=_KV_PLACES,
-        help="Where the KV cache is; auto: on the GPU if there is one and it gains, in memory if it fits.",
+        help="Where the KV cache is; auto: on the GPU if there is one and it gains, in memory or on disk as a run is "
+        "expected to be quicker.",
     ),
     click.option(
         "--kv-dir",

@@ -209,7 +209,7 @@ def run(
         limit = vram_limit(vram, machine)
         budgets = replace(budgets, vram=limit, context_nbytes=CONTEXT_NBYTES)
     rates = machine_for(shape, machine)
-    plan = make_plan(shape, rates, work, budgets)
+    plan = make_plan(shape, rates, work, budgets, gpu)
     device = None if gpu is None else Device.of(plan, gpu)
     rates = rates if gpu is None else on_gpu(rates, shape, plan.cache, gpu)
     played = Played(found, name, machine, work, plan, simulate(plan, shape, rates, work, passes, device))

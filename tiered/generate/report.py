@@ -155,7 +155,7 @@ class Report(Figures):
     block_overhead_seconds: float
     """Median wall time per block beyond computing and waiting for reads, of the last passes."""
     predicted_prefill_seconds: float | None = None
-    """By the machine's profile, before the run; None without one."""
+    """By the rates that the plan was made by, before the run; None where they were not known."""
     predicted_seconds_per_pass: float | None = None
     """Of decode passes."""
 
@@ -284,7 +284,7 @@ class ScoreReport(Figures):
     bottleneck: Bottleneck
     compute_wait_seconds: float
     predicted_seconds: float | None = None
-    """Of all passes, by the machine's profile, before the run; None without one."""
+    """Of all passes, by the rates that the plan was made by, before the run; None where they were not known."""
     predicted_seconds_per_pass: float | None = None
 
     def lines(self) -> list[str]:

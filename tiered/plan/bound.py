@@ -57,10 +57,13 @@ def least_share(plan: Plan, way: Way, gpu: GpuRates | None) -> float:
         or more.on_disk
         or (plan.experts is not None and experts is not None and plan.experts.slots < experts.total)
     ):
-        saved = (smaller + max(0, more.memory_nbytes - less.memory_nbytes) + plan.budget - plan.nbytes) / min(rates)
+        # With all in memory there is no ring.
+        room = plan.placement.ring_nbytes + plan.budget - plan.nbytes
+        saved = (smaller + max(0, more.memory_nbytes - less.memory_nbytes) + room) / min(rates)
     if device is not None and gpu is not None:
         if plan.bus_nbytes:
-            saved = max(saved, (smaller + device.vram - device.nbytes) / gpu.host_to_device)
+            room = device.placement.ring_nbytes + device.vram - device.nbytes
+            saved = max(saved, (smaller + room) / gpu.host_to_device)
         saved = max(saved, smaller / gpu.memory if plan.cache.on_device else 0.0)
         copied = plan.bus_nbytes + expected_bus_nbytes(way.asked.model, plan, 1)
         each = max(each, copied / gpu.host_to_device if plan.decode_device == "gpu" else 0.0)

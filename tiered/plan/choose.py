@@ -131,7 +131,9 @@ def _add_options(asked: Asked, predictor: Predictor, least: "_Least", found: lis
                 found.append(Option(plan, prediction, cost, is_resident))
                 least.note(found[-1])
             least.keep(way, plan, cost)
-            if not plan.read_nbytes and not (way.on_device and plan.bus_nbytes):
+            experts = asked.model.experts
+            reads_experts = plan.experts is not None and experts is not None and plan.experts.slots < experts.total
+            if not plan.read_nbytes and not reads_experts and not (way.on_device and plan.bus_nbytes):
                 break  # elsewhere the cache would leave no more room for weights, and only be slower
 
 
@@ -165,7 +167,9 @@ class _Least:
     def of_more_bits(self, way: Way, gpu: GpuRates | None) -> float:
         """What `way` costs at least by what it costs with more bits; 0 where that is not known."""
         kept = self._kept.get((way.batch_size, way.on_disk, way.on_device))
-        return 0.0 if kept is None else kept[1] * least_share(kept[0], way, gpu)
+        if kept is None or kept[0].cache.bits <= way.asked.budgets.kv_bits:
+            return 0.0
+        return kept[1] * least_share(kept[0], way, gpu)
 
     def choosable(self, is_resident: bool) -> float:
         """What an option may cost that `best` might choose, or by which it might choose another one."""
@@ -200,7 +204,13 @@ def _job(workload: Workload, batch: int) -> tuple[Workload, float]:
         each = {"tokens": workload.mean_context, "prompt_tokens": workload.mean_prompt}
         of_all = {name: round(full * batch * tokens) for name, tokens in each.items()}
         workload = replace(workload, sequences=full * batch, **of_all)  # type: ignore[arg-type]
-    return workload, of_job * (1.0 if workload.objective == "throughput" else (waves + 1) / (2 * waves))
+    return workload, of_job * share_that_counts(workload, waves)
+
+
+def share_that_counts(workload: Workload, waves: float) -> float:
+    """Of a job's seconds: all where throughput counts, and where nothing is given out before all is done; else those
+    after which a sequence is finished, on average."""
+    return 1.0 if workload.objective == "throughput" or workload.one_pass else (waves + 1) / (2 * waves)
 
 
 def _may_be_resident(way: Way) -> bool:

@@ -87,14 +87,18 @@ class CpuRates:
         """The rate of a scheme, or of one with as many bits and other groups, in proportion to the bytes of a weight;
         codes that are looked up count as int4. Raises ConfigError where there is none."""
         name = scheme or "none"
-        bits = name.partition("-")[0]
-        bits = "int4" if bits in _SCALES_NBYTES else bits
-        alike = [found for found in self.linear if found.mode == mode and found.scheme.partition("-")[0] == bits]
+        alike = [found for found in self.linear if found.mode == mode and _kind(found.scheme) == _kind(name)]
         for found in sorted(alike, key=lambda found: found.scheme != name):
             share = bytes_per_weight(name) / bytes_per_weight(found.scheme)
             return ComputeRate(found.rate.rows, tuple(share * seconds for seconds in found.rate.seconds_per_weight))
         known = ", ".join(f"{found.scheme} {found.mode}" for found in self.linear)
         raise ConfigError(f"no speed of linear layers in {name}, {mode} mode; there are {known}: run 'tiered profile'")
+
+
+def _kind(scheme: str) -> str:
+    """The schemes that are computed alike, but for the bytes of a weight."""
+    bits = scheme.partition("-")[0]
+    return "int4" if bits in _SCALES_NBYTES else bits
 
 
 @dataclass(frozen=True)

@@ -350,7 +350,8 @@ class Budgets:
     """Bytes of these that the process takes by itself: interpreter, torch, transformers, tokenizer, graph, kernels."""
     tiers: tuple[Tier, ...] = (Tier.DISK, Tier.CPU)
     kv: KVTier = "cpu"
-    """Where the KV cache is; auto: in memory if it fits there."""
+    """Where the KV cache is; auto: where the job is expected to be quicker, or, where no rates are known, in
+    memory if it fits there."""
     kv_bits: Bits = 16
     choose_kv_bits: bool = False
     """Choose the precision instead: as many bits as cost little."""

@@ -63,7 +63,9 @@ def _plan_by_bytes(asked: Asked) -> Plan:
         return _plan_for(asked, workload.sequences, "all there are")
     if workload.one_pass:
         return _scoring_plan(asked)
-    most = next((count for count in reversed(batches(workload)) if _fits(asked, count)), 1)
+    # Somebody waits for all of them.
+    counts = sorted({*batches(workload), *([workload.sequences] if workload.objective == "latency" else [])})
+    most = next((count for count in reversed(counts) if _fits(asked, count)), 1)
     plan = _plan_for(asked, evened(workload.sequences, most) if workload.runs_in_waves else most, "as fit")
     return replace(plan, why=f"{plan.why}; {_place_of(plan)}")
 

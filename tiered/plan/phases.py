@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from tiered.errors import BudgetError
+from tiered.plan.choose import share_that_counts
 from tiered.plan.hardware import GpuRates
 from tiered.plan.inputs import Budgets, Computes, Machine, ModelShape, Workload
 from tiered.plan.make import make_plan
@@ -47,16 +48,19 @@ def choose_phases(
     # Where sequences end in the pass in which they begin, nothing decodes.
     asked = [each for each in PHASES if each in budgets and not (workload.one_pass and each == ("gpu", "cpu"))]
     found: dict[Phases, float] = {}
+    costs: dict[Phases, float] = {}
     for phases in asked:
         try:
             plan = make_plan(model, machine, workload, budgets[phases], gpu)
         except BudgetError:
             continue
         found[phases] = predict(plan, model, machine, workload, gpu).seconds
+        # As the plan itself was chosen.
+        costs[phases] = found[phases] * share_that_counts(workload, -(-workload.sequences // plan.batch_size))
     if not found:
         return None
-    most = min(found.values()) * _WORTH
-    chosen = next(phases for phases, seconds in found.items() if seconds <= most)
+    most = min(costs.values()) * _WORTH
+    chosen = next(phases for phases, cost in costs.items() if cost <= most)
     said = [f"{PHASES[chosen]}, which is expected to take {format_seconds(found[chosen])}"]
     for phases in asked:
         if phases != chosen:
