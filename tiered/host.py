@@ -29,7 +29,7 @@ from tiered.outcome import Outcome
 from tiered.plan import available_budget, cpu_count, process_peak_rss_bytes, process_rss_bytes
 from tiered.plan.budget import GROWTH_NBYTES, pin_malloc
 from tiered.proc import reset_peak_rss
-from tiered.process import interrupts_later
+from tiered.process import interrupts_later, interrupts_now
 from tiered.trace import Tracer
 from tiered.units import MIB
 
@@ -152,7 +152,9 @@ class Host:
             _LOG.warning("the processor computes instead of a GPU, as --fallback cpu allows: %s", why)
             return None
         stack.callback(device.close)
-        kernels = stack.enter_context(DeviceKernels(device.where, self._mode, self.cancel))
+        with interrupts_now():  # compiling takes seconds
+            kernels = DeviceKernels(device.where, self._mode, self.cancel)
+        stack.enter_context(kernels)
         if kernels.refusal is not None and device.where.type == "cuda":
             _LOG.warning(
                 "torch's slower operators compute on %s: %s; see 'tiered doctor'", device.name, kernels.refusal

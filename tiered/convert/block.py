@@ -22,13 +22,10 @@ from tiered.quant.planes import FRAME_NBYTES
 from tiered.store import BlockWriter, FileInfo, RowLayout, UnitInfo, read_header
 from tiered.store.block import BlockLayout, read_layout
 from tiered.store.rows import ROWS
-from tiered.units import MIB
 
 Advance = Callable[[int], None]
 """Called with the number of bytes written to the store since the last call, counted before compression."""
 
-RECORDS_NBYTES: Final = 4 * MIB
-"""Records of rows that are put together at a time, beside which their parts are in memory."""
 _HASH_READ_NBYTES: Final = 4 << 20
 
 
@@ -111,10 +108,8 @@ def _units_of(block: BlockRecipe, layout: BlockLayout) -> tuple[UnitInfo, ...]:
 
 
 def _records(layout: RowLayout, tensor: TensorRecipe, source: Weights) -> Iterator[memoryview]:
-    """The records of a table's rows, as many at a time as are RECORDS_NBYTES."""
-    step = max(1, RECORDS_NBYTES // layout.nbytes)
-    for start in range(0, tensor.shape[0], step):
-        part = RangeRecipe(tensor, 0, start, min(start + step, tensor.shape[0]))
+    """The records of a table's rows, some at a time."""
+    for part in tensor.records(source.dtype(tensor)):
         if tensor.scheme is None:
             rows: torch.Tensor | QuantizedTensor = _joined(source.plain(part), layout.dtype, part.shape)
         else:
@@ -124,7 +119,7 @@ def _records(layout: RowLayout, tensor: TensorRecipe, source: Weights) -> Iterat
             scale = _joined(packed.scale, scheme.scale_dtype, scheme.scale_shape(*part.shape))
             zero = _joined(packed.zero, torch.uint8, scheme.zero_shape(*part.shape))
             rows = QuantizedTensor(q, scale, zero)
-        yield tensor_bytes(layout.pack(rows, start))
+        yield tensor_bytes(layout.pack(rows, part.start))
 
 
 def _joined(pieces: Iterable[memoryview], dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:

@@ -4,7 +4,7 @@ Its size in bytes is exact but for what compression saves. Pure: `recipe.py` mak
 `block.py` writes them.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain, groupby
 from pathlib import PurePosixPath
@@ -21,6 +21,8 @@ from tiered.store.manifest import RANGE
 from tiered.units import MIB, PAGE, round_up
 
 BLOCK_FOLDER: Final = "blocks"
+RECORDS_NBYTES: Final = 4 * MIB
+"""Records of rows that are put together at a time, beside which their parts are in memory."""
 RANGE_NBYTES: Final = 128 * MIB
 """A larger weight is stored in ranges of its rows: two units must fit in memory, or reading and computing take turns.
 """
@@ -81,6 +83,14 @@ class TensorRecipe:
         return tuple(
             RangeRecipe(self, number, number * step, min(rows, (number + 1) * step)) for number in range(count)
         )
+
+    def records(self, dtype: torch.dtype) -> Iterator["RangeRecipe"]:
+        """Of a table of records, as many rows at a time as are RECORDS_NBYTES."""
+        layout = self.row_layout(dtype)
+        assert layout is not None
+        step = max(1, RECORDS_NBYTES // layout.nbytes)
+        for start in range(0, self.shape[0], step):
+            yield RangeRecipe(self, 0, start, min(start + step, self.shape[0]))
 
     @property
     def stack(self) -> str:

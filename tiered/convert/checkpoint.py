@@ -4,6 +4,7 @@ What becomes of a panel, one thread does with it that reads it too (`panels.py`)
 """
 
 import json
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,10 +19,10 @@ import xxhash
 from tiered.convert.blocks import BlockRecipe, RangeRecipe, TensorRecipe
 from tiered.convert.index import Require, WeightIndex
 from tiered.convert.names import NameMap
-from tiered.convert.panels import Makers, Panels
+from tiered.convert.panels import Makers, Panels, rooms_nbytes
 from tiered.convert.place import WeightFiles
 from tiered.convert.quantized import PLAIN, method_of_type, refuse_quantized
-from tiered.convert.source import Fetching, Packed, StoredTensor, tensor_bytes
+from tiered.convert.source import PANEL_NBYTES, Fetching, Packed, StoredTensor, tensor_bytes
 from tiered.convert.stored_rows import StoredRows, checked
 from tiered.convert.taken import Taken
 from tiered.convert.tokenizer import files_beside
@@ -155,8 +156,12 @@ class Checkpoint:
         self._check(block)
         if block.role == "embed" and self._names.duplicate_head is not None:
             self._check_duplicate_head(self._names.duplicate_head, block.tensors[0].name)
-        # Tables are written in parts of their own.
-        parts = [part for unit in block.units(self.dtype) for part in unit.ranges if not part.whole.by_row]
+        ranges = [part for unit in block.units(self.dtype) for part in unit.ranges]
+        parts = [
+            part
+            for each in ranges
+            for part in (each.whole.records(self.dtype(each.whole)) if each.whole.by_row else (each,))
+        ]
         reads = [(read, part.whole) for part in parts for read in self._reads(part)]
         line = self._makers.line([self._rows(read, tensor) for read, tensor in reads])
         self._line = deque(zip((read for read, _ in reads), line, strict=True))
@@ -210,7 +215,15 @@ class Checkpoint:
     def _working_nbytes(self) -> int:
         """Bytes of memory that reading the files that are here takes at most."""
         here = [self._files.path(name) for name in self._index.files if self._files.is_here(name)]
-        return max((self._index.reader.working_nbytes(path) for path in here), default=0)
+        reading = max((self._index.reader.working_nbytes(path) for path in here), default=0)
+        # Of these a panel is there twice, as a strip of columns too.
+        strips = (
+            min(PANEL_NBYTES, math.prod(tensor.shape[-2:]) * self.dtype(tensor).itemsize)
+            for block in self._blocks
+            for tensor in block.tensors
+            if self._is_turned(tensor)
+        )
+        return reading + rooms_nbytes(max(strips, default=0))
 
     def _files_of(self, blocks: Iterable[BlockRecipe]) -> frozenset[str]:
         """The weight files that the blocks are read from."""

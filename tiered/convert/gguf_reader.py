@@ -171,7 +171,10 @@ def _codes(kind: str, raw: torch.Tensor, name: str) -> QuantizedTensor:
     q = blocks[..., scale_nbytes:]
     if kind == "Q5_0":
         high = np.unpackbits(q[..., :4], axis=-1, bitorder="little")
-        q = np.concatenate([q[..., 4:] & 15, q[..., 4:] >> 4], -1) | (high << 4)
+        high <<= 4
+        high[..., :16] |= q[..., 4:] & 15
+        high[..., 16:] |= q[..., 4:] >> 4
+        q = high
     elif kind == "Q8_0":
         q = q ^ 128
     zero = {"Q4_0": 8, "Q5_0": 16, "Q8_0": 128}.get(kind)

@@ -76,14 +76,16 @@ def _zero_offset(bits: int, read: Read, settings: Settings) -> tuple[int, int]:
     """What is to be added to GPTQ's zeros, 1, or 0 where they are stored as they are; and the largest zero.
 
     Symmetric weights have the middle for a zero, so what is stored tells. Of others the mean does: it is close to 0,
-    so codes are as much above as below the zero. Raises ValueError where that is not what config.json says; of a few
-    weights in 8 bits it tells nothing, and config.json is believed.
+    so codes are as much above as below the zero. Raises ValueError where that is not what config.json says. In 8 bits
+    config.json is believed: half a step is a hundredth of weights' deviation there, and their mean may be that far off.
     """
     zeros, middle = published_codes(read("qzeros"), "rows", bits), 1 << (bits - 1)
     low, high = (int(end) for end in zeros.aminmax())
     if low == high and low in (middle - 1, middle):
         return middle - low, middle
     offset = 0 if settings.zeros_as_they_are else 1
+    if bits == 8:
+        return offset, high + offset
     rows = range(min(_SAMPLE_ROWS, zeros.shape[1]))
     q = published_codes(read("qweight", columns=rows), "columns", bits)
     found = q.float().mean(1) - zeros[:, : len(rows)].float().mean(0)

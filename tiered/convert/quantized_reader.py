@@ -69,10 +69,12 @@ def quantized_index(index: WeightIndex, files: WeightFiles, config: Mapping[str,
         if len(all_files) > 1:
             others[logical] = all_files
     reader = QuantizedReader(index, files, found, _settings(config))
-    declared = {
-        name: StoredTensor(torch.float32, (), *each.kind.declared(config_of(config, name.removesuffix(".weight"))))
-        for name, each in found.items()
-    }
+
+    def said(name: str) -> Mapping[str, Any]:
+        # Of a folder tensors count.
+        return config_of(config, name.removesuffix(".weight")) if files.kind == "hub" else config
+
+    declared = {name: StoredTensor(torch.float32, (), *each.kind.declared(said(name))) for name, each in found.items()}
     return replace(index, reader=reader, file_of=file_of, others=others, declared=declared)
 
 

@@ -13,8 +13,7 @@ from typing import Final
 
 import torch
 
-from tiered.convert.block import RECORDS_NBYTES
-from tiered.convert.blocks import BlockRecipe, TensorRecipe
+from tiered.convert.blocks import RECORDS_NBYTES, BlockRecipe, TensorRecipe
 from tiered.convert.compression import COMPRESSING_NBYTES, is_candidate
 from tiered.convert.panels import rooms_nbytes
 from tiered.convert.recipe import ConvertOptions

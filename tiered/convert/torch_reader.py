@@ -86,7 +86,8 @@ class TorchReader(WeightReader):
     def _copied(self, path: Path, part: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
         """A copy of a part of `path`, in the memory `out` if that is large enough: it may be a strided view, and must
         not keep the mapping alive. Map `path` anew once so much of it has been read."""
-        self._touched += part.nbytes
+        # Of a strip of columns the pages of whole rows.
+        self._touched += max(part.nbytes, part.stride(0) * len(part) * part.itemsize if part.ndim > 1 else 0)
         copy = room_in(out, part.shape, part.dtype).copy_(part)
         if self._touched >= _REMAP_NBYTES and is_zip(path):
             self.close()
