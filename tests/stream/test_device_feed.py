@@ -483,8 +483,8 @@ def test_the_ring_is_used_again_only_when_what_stays_on_the_device_has_been_copi
     small: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Bus, "settled", not_settled)
-    # Half of the copies are still on their way when the ring is used again, however late that is.
-    monkeypatch.setattr("tiered.device.copies._LATE_SECONDS", 60.0)
+    # Of eight runs one is enough that uses the ring again while the copy is held back, a tenth of a second or so.
+    monkeypatch.setattr("tiered.device.copies._LATE_SECONDS", 0.2)
 
     async def scenario(seed: int) -> None:
         plan = device_plan(small, (4,))
