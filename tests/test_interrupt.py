@@ -23,6 +23,7 @@ from tiered.cache import SequenceKV
 from tiered.convert import ConvertOptions, convert_checkpoint
 from tiered.errors import InterruptedRun
 from tiered.model import Segment
+from tiered.plan.shapes import STORE_SHAPE_NAME
 from tiered.runtime import Runtime
 from tiered.store import Store
 from tiered.stream import StreamThread
@@ -105,7 +106,9 @@ def on_a_terminal(words: Sequence[str | Path], folder: Path, command: Callable[.
 
 
 def contents(folder: Path) -> dict[str, int]:
-    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*")}
+    """When each file was written; but for the shape, which the first run that comes so far leaves there."""
+    files = (path for path in folder.rglob("*") if path.name != STORE_SHAPE_NAME)
+    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in files}
 
 
 def measuring_for_long(*words: str) -> None:

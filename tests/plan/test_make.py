@@ -168,8 +168,9 @@ def test_what_is_asked_for_runs_at_once() -> None:
 def test_without_rates_as_many_run_at_once_as_fit() -> None:
     workload = Workload(600, 1024, choose_batch_size=True)
     few, many = plan_for(workload, 1200 * MIB), plan_for(workload, 64 * GIB)
+    assert 1 < few.batch_size < many.batch_size == 600
     # 512 at once would take as many waves.
-    assert 1 < few.batch_size < many.batch_size == 300
+    assert plan_for(replace(workload, objective="throughput"), 64 * GIB).batch_size == 300
     assert few.why.startswith(f"{few.batch_size} of 600 sequences at once, as fit; KV cache ")
     assert few.why.endswith(" in memory")
 

@@ -85,8 +85,9 @@ def test_a_plan_is_within_both_budgets_or_refusals_name_those_that_work(
 def named(
     refused: BudgetError, model: ModelShape, machine: Machine, workload: Workload, asked: Budgets
 ) -> tuple[Plan, Budgets]:
-    """The plan that fits after each budget has been raised at most once, to what a refusal names."""
-    for _ in range(2):
+    """The plan that fits after each budget has been raised to what a refusal names: at most once, but for the device's,
+    of which more may be wanted when the host has enough for more rows at once."""
+    for _ in range(3):
         option = "vram" if isinstance(refused, DeviceBudgetError) else "ram"
         smallest = refused.smallest_bytes
         assert smallest is not None and smallest > getattr(asked, option)
@@ -101,7 +102,7 @@ def named(
         try:
             return make_plan(model, machine, workload, asked), asked
         except BudgetError as error:
-            assert not isinstance(error, DeviceBudgetError) and option == "vram", error
+            assert option == "vram", error
             refused = error
     raise refused
 

@@ -203,14 +203,21 @@ class Way(AtOnce):
             return self.plan_at(budgets.ram, why)
         except DeviceBudgetError:
             raise self.vram_refusal() from None
-        except BudgetError:
+        except BudgetError as refused:
             spared = self.within(replace(budgets, baseline=budgets.baseline + BASELINE_VARIES_NBYTES))
+            # With a device not from the least: few rows would hold layers in its memory, and be its refusal.
+            tried = [max(budgets.ram, refused.smallest_bytes or 0) if budgets.has_device else MIB]
+
+            def plan_at(ram: int) -> Plan:
+                tried.append(ram)
+                return spared.plan_at(ram)
+
             try:
                 # A larger budget computes more rows at once, which takes more: budgets are tried until one is enough.
-                # With a device not from the least: few rows would hold layers in its memory, and be its refusal.
-                enough = smallest_budget(spared.plan_at, budgets.ram if budgets.has_device else MIB)
+                enough = smallest_budget(plan_at, tried[0])
             except DeviceBudgetError:
-                raise self.vram_refusal() from None
+                # So do more rows take of the device, with as much as the host needs.
+                raise spared.within(replace(spared.asked.budgets, ram=tried[-1])).vram_refusal() from None
             experts = None if spared.plan_at(enough).experts is None else self.asked.model.experts
             self._place(spared.passes(enough, experts), budgets.ram)
             raise
