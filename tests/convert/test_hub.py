@@ -332,5 +332,8 @@ def test_a_module_in_another_form_than_is_said_of_it_is_not_quantized_anew_witho
 def test_a_pattern_that_is_none_is_named(hub: FakeHub, tmp_path: Path) -> None:
     config = {**FORMATS["gptq"]["config"], "dynamic": {"+:(": {"bits": 8}}}
     source = checkpoint(tmp_path / "source", model(layers=2), MIXED, config)
+    # Of a folder tensors count, whatever is said.
+    convert_checkpoint(source, tmp_path / "whole", ConvertOptions(compress="none"))
+    hub.folder = in_two_files(source)
     with pytest.raises(CheckpointError, match="dynamic: expected regular expressions"):
-        convert_checkpoint(source, tmp_path / "out", ConvertOptions(compress="none"))
+        convert_checkpoint(REPO, tmp_path / "out", ConvertOptions(compress="none"))
