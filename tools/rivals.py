@@ -119,10 +119,11 @@ def setup(work: Path, names: Sequence[str], sites: Path | None) -> None:
             (folder,) = place.glob("lib/python*/site-packages")
             (folder / "sites.pth").write_text(f"{sites.resolve()}\n", encoding="utf-8")
         words = [_python(work, rival.name), "-m", "pip", "install", "--disable-pip-version-check", *rival.packages]
-        # Of llama.cpp's sources those that run texts are enough.
-        built = {"CMAKE_ARGS": "-DLLAVA_BUILD=OFF", "SKBUILD_BUILD_TARGETS": "llama", **os.environ}
+        # Of llama.cpp's sources those that run texts are enough, and what its installation asks for besides.
+        built = {"CMAKE_ARGS": "-DLLAVA_BUILD=OFF", "SKBUILD_BUILD_TARGETS": "llama;llama-common", **os.environ}
         done = subprocess.run(words, stdout=2, stderr=subprocess.PIPE, text=True, env=built, check=False)
         if done.returncode:
+            sys.stderr.write(done.stderr)
             lines = [line.strip() for line in done.stderr.splitlines() if line.strip()] or ["pip failed"]
             reason.write_text(lines[-1], encoding="utf-8")
             print(f"rivals: {rival.name}: {lines[-1]}", file=sys.stderr)
