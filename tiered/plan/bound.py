@@ -51,12 +51,7 @@ def least_share(plan: Plan, way: Way, gpu: GpuRates | None) -> float:
         return 0.0
     rates, smaller = (rate, machine.expert_bytes_per_second or rate), more.blocks_nbytes - less.blocks_nbytes
     each, saved = plan.read_nbytes / max(rates), 0.0
-    experts = way.asked.model.experts
-    if (
-        each
-        or more.on_disk
-        or (plan.experts is not None and experts is not None and plan.experts.slots < experts.total)
-    ):
+    if each or more.on_disk or plan.reads(way.asked.model.experts):
         # With all in memory there is no ring.
         room = plan.placement.ring_nbytes + plan.budget - plan.nbytes
         saved = (smaller + max(0, more.memory_nbytes - less.memory_nbytes) + room) / min(rates)

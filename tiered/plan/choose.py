@@ -131,9 +131,8 @@ def _add_options(asked: Asked, predictor: Predictor, least: "_Least", found: lis
                 found.append(Option(plan, prediction, cost, is_resident))
                 least.note(found[-1])
             least.keep(way, plan, cost)
-            experts = asked.model.experts
-            reads_experts = plan.experts is not None and experts is not None and plan.experts.slots < experts.total
-            if not plan.read_nbytes and not reads_experts and not (way.on_device and plan.bus_nbytes):
+            is_all_there = not plan.read_nbytes and not plan.reads(asked.model.experts)
+            if is_all_there and not (way.on_device and plan.bus_nbytes):
                 break  # elsewhere the cache would leave no more room for weights, and only be slower
 
 

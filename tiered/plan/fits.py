@@ -85,8 +85,7 @@ def fits(model: ModelShape, machine: Machine, workload: Workload, budgets: Budge
 
     def reads_at(ram: int) -> bool:
         plan = plan_at(ram)
-        held = plan.experts is None or (model.experts is not None and plan.experts.slots >= model.experts.total)
-        return plan.read_nbytes > 0 or not held
+        return plan.read_nbytes > 0 or plan.reads(model.experts)
 
     if budgets.resident_cpu is None:
         everything = _holding_all(everything, reads_at, everything + 4 * model.tape.total + GIB)

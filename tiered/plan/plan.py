@@ -10,7 +10,7 @@ from functools import cached_property, lru_cache
 from typing import Any, Self
 
 from tiered.errors import BudgetError, DeviceBudgetError
-from tiered.plan.inputs import Computes, Objective, Tier, tiers_text
+from tiered.plan.inputs import Computes, ExpertShape, Objective, Tier, tiers_text
 from tiered.plan.kv import CachePlan, group_from_json
 from tiered.plan.on_device import DeviceNeeds, DevicePlan, WaitingPlan
 from tiered.plan.placement import UNHELD, Held, Placement, Tape, full_ring, place, wished
@@ -97,6 +97,10 @@ class Plan:
     """What computes prompts."""
     decode_device: Computes = "cpu"
     """What computes the rest."""
+
+    def reads(self, experts: ExpertShape | None) -> bool:
+        """Whether `experts`, the model's, are read when they are chosen: on demand, and without room for all."""
+        return self.experts is not None and experts is not None and self.experts.slots < experts.total
 
     @property
     def nbytes(self) -> int:
