@@ -1,8 +1,10 @@
 """The cache of experts: what was chosen comes once and whole, what is used most stays, and nothing hangs or is lost."""
 
+import ctypes
 import errno
 import os
 import threading
+import tracemalloc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,12 +14,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.plan.plans import tape_of
 from tests.store.make import load_unit, write_mixture
 from tests.waiting import SECONDS, wait_until
 from tiered.errors import InterruptedRun, ReadError, StoreError
 from tiered.io import Arena, ChunkVerifier, DiskReader, Faults, VerifyPolicy
 from tiered.kernels import CancelFlag
 from tiered.plan import ExpertCachePlan
+from tiered.plan.inputs import ExpertShape
 from tiered.quant import QuantizedWeight
 from tiered.store import Store
 from tiered.stream import ExpertCache
@@ -107,6 +111,40 @@ def test_what_is_used_often_stays_when_much_passes_by(mixture: Store, monkeypatc
         cache.begin(None)
         borrow(cache, mixture, 0, [1, 2])
         assert (cache.use - before).hits == 2
+
+
+def test_objects_for_an_expert_in_memory_take_no_more_than_plans_count(tmp_path: Path) -> None:
+    """As often as slots: a mixture of many small experts has thousands of them, 6 KB each."""
+    store = write_mixture(tmp_path / "many.tiered", 2, 40)
+    counted = ExpertShape(tape_of([1]), 2, 40, 1, nbytes=1, file_nbytes=1, weights=1).objects_nbytes(ram=80) / 80
+
+    def use(layer: int) -> None:
+        cache.begin(None)
+        for _ in cache.each(layer, dict.fromkeys(range(40), 1), NAMES):
+            pass
+
+    with caching(store, 80) as (cache, _):
+        use(0)  # and what is made once for all of them
+        tracemalloc.start()
+        try:
+            before = native_heap_nbytes()
+            use(1)
+            found = native_heap_nbytes() - before - tracemalloc.get_tracemalloc_memory()
+            found += tracemalloc.get_traced_memory()[0]
+        finally:
+            tracemalloc.stop()
+    assert 0 < found / 40 <= counted
+
+
+def native_heap_nbytes() -> int:
+    """Bytes that malloc has given out in the main thread's arena."""
+
+    class Info(ctypes.Structure):
+        _fields_ = tuple((f"field{number}", ctypes.c_size_t) for number in range(10))
+
+    mallinfo = ctypes.CDLL(None).mallinfo2
+    mallinfo.restype = Info
+    return int(mallinfo().field7)  # uordblks
 
 
 def test_a_failed_read_is_raised_and_passes(mixture: Store) -> None:

@@ -108,7 +108,9 @@ class AtOnce:
         waiting = WaitingPlan(tokens, rows, model.hidden_nbytes) if waits else None
         waiting_nbytes = 0 if waiting is None else waiting.host_nbytes + PAGE
         kv = self._kv_nbytes(cache, host)
-        needs = Needs(budgets.baseline, model.tables_nbytes, kv, workspace, state, waiting_nbytes)
+        # Also where layers are read whole: views of what is resident are made once.
+        objects = 0 if model.experts is None else model.experts.objects_nbytes(ram)
+        needs = Needs(budgets.baseline, model.tables_nbytes + objects, kv, workspace, state, waiting_nbytes)
         # Without a limit on their tokens, passes are the caller's own, who may want logits at any positions.
         is_head_held = not workload.max_batched_tokens or (logits or self.batch_size) > head_rows
         is_layer_held = not self.is_one_micro_batch(tokens, rows, cache)

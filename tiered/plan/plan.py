@@ -25,8 +25,8 @@ class Needs:
     baseline: int
     """The process before any weight: interpreter, torch, transformers, tokenizer, skeleton."""
     outer: int
-    """Position tables, norms, biases, embedding scales: always resident; and what embedding rows and compressed chunks
-    are read through."""
+    """Position tables, norms, biases, embedding scales: always resident; what embedding rows and compressed chunks are
+    read through; and Python's objects for the experts of a mixture."""
     kv: int
     workspace: int
     state: int = 0
