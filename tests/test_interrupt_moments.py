@@ -19,9 +19,12 @@ import pytest
 from tests.moments import Moments, named
 from tests.runtimes import run_greedy, streaming
 from tests.tiny import Tiny
+from tests.waiting import wait_until
 from tiered.host import PROCESS
 from tiered.io import Arena
+from tiered.options import Options
 from tiered.plan import Tier
+from tiered.prepare import measure_inputs
 from tiered.units import GIB, MIB
 
 WAITING: Final = (
@@ -159,3 +162,16 @@ def test_ctrl_c_at_any_moment_of_opening_a_runtime_leaves_nothing(
     assert met > 20, moments.seen
     with runtime:
         assert run_greedy(runtime, PROMPT, 2).tokens == expected
+
+
+@pytest.mark.slow
+def test_ctrl_c_at_any_moment_of_measuring_what_plans_are_made_from_leaves_nothing(tiny: Tiny) -> None:
+    left = Left()
+    measure = functools.partial(measure_inputs, tiny.store("opt"), Options(ram=4 * GIB, threads=2))
+    measure()
+    before, moments, met = left.found(), Moments(OPENING), 0
+    moments.trace(measure)
+    for _, is_met in moments.interrupting(lambda: measure, every=9):
+        met += is_met
+        wait_until(lambda: left.found() == before)
+    assert met > 5, moments.seen

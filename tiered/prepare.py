@@ -19,6 +19,7 @@ from tiered.model import Seat, Seats, check_layers, check_match, model_shape
 from tiered.options import Options, compute_dtype
 from tiered.plan import Bits, Budgets, Machine, ModelShape, process_rss_bytes
 from tiered.plan.shapes import read_store_shape, write_store_shape
+from tiered.process import interrupts_later
 from tiered.store import Store
 
 
@@ -136,9 +137,9 @@ def measure_inputs(store: Store, options: Options) -> tuple[ModelShape, Machine,
 
     Builds what a runtime builds first, measures, and releases it. Takes no memory for weights and reads none.
     """
-    with PROCESS.opening, PROCESS.member() as member:
+    with PROCESS.opening, interrupts_later() as held, PROCESS.member() as member:
         before = process_rss_bytes()
-        with host_for(replace(options, keep_spans=False)) as host:
+        with host_for(replace(options, keep_spans=False)) as host, held.let_come():
             options = usable(options, host)
             made = prepare(store, options, host)
             return made.shape, made.machine, budgets_of(options, member, before, host)
