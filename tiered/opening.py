@@ -121,8 +121,12 @@ def _choose_plan(wanted: Wanted, options: Options, made: Prepared, member: Membe
         budgets = budgets_of(options, member, before, host) if is_measured else budgets
     if hardware is not None:
         known = machine_for(shape, hardware, options.kernel_mode.value)
-        scratch = machine.scratch_nbytes, machine.device_scratch_nbytes
-        machine = replace(known, scratch_nbytes=scratch[0], device_scratch_nbytes=scratch[1])
+        machine = replace(
+            known,
+            scratch_nbytes=machine.scratch_nbytes,
+            native_steps=machine.native_steps,
+            device_scratch_nbytes=machine.device_scratch_nbytes,
+        )
     gpu = None if hardware is None else hardware.gpu
     plan = make_plan(shape, machine, workload, budgets, gpu)
     # Rates are the processor's.

@@ -53,7 +53,11 @@ def prepare(store: Store, options: Options, host: Host) -> Prepared:
         with contextlib.suppress(OSError):
             write_store_shape(store.path, shape)
     # Also without a device: plans may be asked for one that is elsewhere.
-    machine = Machine(scratch_nbytes(host.threads), device_scratch_nbytes=device_scratch_nbytes())
+    machine = Machine(
+        scratch_nbytes(host.threads),
+        native_steps=host.kernels.recurrent is not None,
+        device_scratch_nbytes=device_scratch_nbytes(),
+    )
     if computer is None:
         seats = [Seat.take(skeleton, dtype, host.kernels, host.attention)]
     else:

@@ -23,6 +23,7 @@ from tiered.arch import build_skeleton, load_config, state_shape
 from tiered.errors import BudgetError, CheckpointError, ConfigError, NotSupportedError
 from tiered.kernels import load_library
 from tiered.model import Segment
+from tiered.model.steps import native_forward
 from tiered.offloaded import OffloadedModel
 from tiered.plan import Workload
 from tiered.runtime import Options, Runtime
@@ -185,6 +186,15 @@ def test_padding_that_would_be_computed_by_itself_is_refused(tiny: Tiny) -> None
         with pytest.raises(NotSupportedError, match=r"with padding: .*cannot leave out a single one.*ram="):
             model(ids, attention_mask=(ids != 0).long(), logits_to_keep=1)
         assert model(ids[:, -3:], logits_to_keep=1).logits.shape[1] == 1
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", "mamba2", "falcon_h1"])
+def test_steps_by_the_library_take_the_states_and_little_more(name: str) -> None:
+    """Transformers' own code makes several tensors as large as the states; the library makes none."""
+    shape = state_shape(build_skeleton(tiny_config(name)), native_forward)
+    assert shape is not None
+    recurrent = max(part.nbytes for part in shape.groups[0].parts if part.kind == "recurrent")
+    assert shape.layer_nbytes <= shape.native_step_nbytes < shape.layer_nbytes + recurrent <= shape.step_nbytes
 
 
 @pytest.mark.parametrize(("field", "value"), [("chunk_size", 0), ("time_step_limit", [1.0])])

@@ -41,7 +41,9 @@ THREE, LOADED, ALONE = (Tier.DISK, Tier.CPU, Tier.GPU), (Tier.CPU, Tier.GPU), (T
 MACHINES = st.sampled_from([replace(UNMEASURED, device_scratch_nbytes=8 * MIB), MEASURED])
 SIZES = st.integers(20, 20_000).map(lambda n: n * MIB)
 HELD = st.builds(Held, st.booleans(), st.booleans())
-STATE = StateShape((StateGroup((0,), (StatePart("recurrent", 0, (1 << 20,), "float32"),)),), Grid(64), 3 << 10, 8 * MIB)
+STATE = StateShape(
+    (StateGroup((0,), (StatePart("recurrent", 0, (1 << 20,), "float32"),)),), Grid(64), 3 << 10, 8 * MIB, 2 * MIB
+)
 STATES = st.sampled_from([None, STATE, replace(STATE, grid=Grid(1)), replace(STATE, grid=Grid(0))])
 WISHES = st.none() | st.integers(0, 300).map(lambda n: n * MIB)
 

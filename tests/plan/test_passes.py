@@ -28,7 +28,7 @@ def tokens_of(past: int, tokens: int) -> range:
 
 def plan_on(grid: Grid, **fields: Any) -> Plan:
     """A plan of a model whose prompts are cut on `grid`."""
-    return plan_of(cache=replace(CACHE, state=StateShape((), grid, 0, 0)), **fields)
+    return plan_of(cache=replace(CACHE, state=StateShape((), grid, 0, 0, 0)), **fields)
 
 
 def is_within_a_page(tokens: range) -> bool:

@@ -154,7 +154,7 @@ def test_a_cache_on_disk_is_read_in_every_pass_and_written_once() -> None:
 
 def test_recurrent_states_on_disk_are_read_and_written_in_every_pass() -> None:
     group = StateGroup(tuple(range(16)), (StatePart("recurrent", 0, (1 << 20,), "float32"),))
-    model = replace(MODEL, state=StateShape((group,), Grid(64), 0, 0))
+    model = replace(MODEL, state=StateShape((group,), Grid(64), 0, 0, 0))
     workload = Workload(8, 72, 64, max_batched_tokens=4096, batch_size=8)
     budgets = Budgets(GIB, 100 * MIB, kv="disk")
     plan = make_plan(model, MACHINE, workload, budgets)
@@ -264,7 +264,7 @@ def test_a_gpu_gets_all_weights_once_and_then_those_that_do_not_stay_there() -> 
 
 def test_recurrent_states_of_a_cache_elsewhere_cross_the_bus_in_every_pass() -> None:
     group = StateGroup(tuple(range(16)), (StatePart("recurrent", 0, (1 << 20,), "float32"),))
-    model = replace(MODEL, state=StateShape((group,), Grid(64), 0, 0))
+    model = replace(MODEL, state=StateShape((group,), Grid(64), 0, 0, 0))
     workload = Workload(2, 72, 64, max_batched_tokens=4096, batch_size=2)
     here, there = (
         make_plan(model, MACHINE, workload, Budgets(GIB, 0, tuple(Tier), kv=kv, vram=8 * GIB)) for kv in ("cpu", "gpu")

@@ -253,7 +253,7 @@ def played_on_gpu(plan: Plan, model: ModelShape, machine: Machine, work: Workloa
 @pytest.mark.parametrize("kv", ["cpu", "disk"])
 def test_recurrent_states_cross_the_bus_as_is_predicted(kv: Any) -> None:
     group = StateGroup(tuple(range(0, 24, 2)), (StatePart("recurrent", 0, (1 << 20,), "float32"),))
-    model = replace(model_with(), state=StateShape((group,), Grid(64), 0, 0))
+    model = replace(model_with(), state=StateShape((group,), Grid(64), 0, 0, 0))
     machine = machine_with(0.001, model)
     # Prompts take two passes, and in each several micro-batches.
     work = Workload(3, 264, 256, max_batched_tokens=512, batch_size=3, objective="throughput")

@@ -194,7 +194,7 @@ def test_the_best_says_what_bounds_it_and_what_the_next_loses() -> None:
 
 def test_recurrent_layers_compute_on_a_gpu_too_and_their_states_are_said() -> None:
     group = StateGroup((0,), (StatePart("recurrent", 0, (1 << 10,), "float32"),))
-    shape = replace(model_of([64 * MIB] * 3), state=StateShape((group,), Grid(64), 0, 0))
+    shape = replace(model_of([64 * MIB] * 3), state=StateShape((group,), Grid(64), 0, 0, 0))
     found = compare(lambda _: shape, ("int4",), GPU_MACHINE, ask(vram=16 * GIB))
     assert {row.strategy for row in found.rows} == {CPU, GPU, BOTH} and not found.refusals
     for row in found.rows:

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.plan.plans import model_of
+from tiered.plan.state import Grid, StateShape
 from tiered.plan.workspace import MAX_ROWS, row_nbytes, transit_nbytes, workspace_for
 from tiered.units import GIB, MIB
 
@@ -65,6 +66,17 @@ def test_a_device_computes_as_many_rows_in_as_much_memory_but_keeps_no_heap_and_
     assert (host.rows, host.head_rows) == (device.rows, device.head_rows)
     assert host.nbytes - device.nbytes > sequences * SHAPE.vocab * 4
     assert device.nbytes >= device.rows * row_nbytes(SHAPE, context) + 2 * tokens * SHAPE.hidden * 2 + SCRATCH
+
+
+def test_recurrent_steps_take_less_by_the_library_which_no_device_has() -> None:
+    shape = replace(SHAPE, state=StateShape((), Grid(64), 0, step_nbytes=8 * MIB, native_step_nbytes=2 * MIB))
+    native, own, device, same_device = (
+        workspace_for(shape, SCRATCH, 32, 32, 64, 1 << 40, native_steps=native, is_device=is_device).nbytes
+        for is_device in (False, True)
+        for native in (True, False)
+    )
+    assert own - native >= 32 * 6 * MIB
+    assert device == same_device >= 32 * 8 * MIB
 
 
 @given(tokens=COUNTS, sequences=COUNTS, budget=BUDGETS)

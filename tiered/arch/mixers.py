@@ -7,7 +7,8 @@ once on the meta device, where nothing is computed, with a cache that notes what
 import copy
 import inspect
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
@@ -30,8 +31,15 @@ def is_mixer(module: nn.Module) -> bool:
     return code is not None and not _UPDATES.isdisjoint(code.co_names)
 
 
-def state_shape(skeleton: Skeleton) -> StateShape | None:
+Forward = Callable[..., torch.Tensor]
+"""A mixer's forward, called with the mixer."""
+
+
+def state_shape(skeleton: Skeleton, native: Callable[[nn.Module], Forward] | None = None) -> StateShape | None:
     """What the recurrent layers of `skeleton` keep of a sequence; None where it has none.
+
+    `native` gives the forward of a mixer by which single tokens are computed where there is a library of kernels; None:
+    there is none.
 
     Raises UnsupportedFamilyError where the family is not listed as one with such layers, or where this version of
     transformers hands their states over in another way, and CheckpointError where the configuration makes no sense.
@@ -42,7 +50,7 @@ def state_shape(skeleton: Skeleton) -> StateShape | None:
         for module in filter(is_mixer, layer.modules()):
             key = type(module), tuple((name, p.shape, p.dtype) for name, p in module.named_parameters())
             if key not in measured:
-                measured[key] = _measure(skeleton, module)
+                measured[key] = _measure(skeleton, module, native)
             layers.setdefault(measured[key].parts, []).append(number)
     if not layers:
         return None
@@ -54,17 +62,21 @@ def state_shape(skeleton: Skeleton) -> StateShape | None:
         grid=scan.grid_of(skeleton.config),
         row_nbytes=max(found.row_nbytes for found in measured.values()),
         step_nbytes=max(found.step_nbytes for found in measured.values()),
+        native_step_nbytes=max(found.native_step_nbytes for found in measured.values()),
     )
 
 
+@dataclass(frozen=True)
 class _Measured:
-    """What one mixer keeps, and what it takes."""
+    """What one mixer keeps, and what it takes: see `StateShape`."""
 
-    def __init__(self, parts: tuple[StatePart, ...], row_nbytes: int, step_nbytes: int) -> None:
-        self.parts, self.row_nbytes, self.step_nbytes = parts, row_nbytes, step_nbytes
+    parts: tuple[StatePart, ...]
+    row_nbytes: int
+    step_nbytes: int
+    native_step_nbytes: int
 
 
-def _measure(skeleton: Skeleton, module: nn.Module) -> _Measured:
+def _measure(skeleton: Skeleton, module: nn.Module, native: Callable[[nn.Module], Forward] | None) -> _Measured:
     family = skeleton.family
     if family.scan is None:
         raise UnsupportedFamilyError(
@@ -74,22 +86,23 @@ def _measure(skeleton: Skeleton, module: nn.Module) -> _Measured:
     tokens = family.scan.grid_of(skeleton.config).tokens
     tokens = tokens if tokens > 1 else _TOKENS
     mixer = copy.deepcopy(module).to("meta")
-    states = _States()
-    scan = _peak(skeleton, mixer, states, tokens)
-    step = _peak(skeleton, mixer, states, 1)
+    states, own = _States(), type(module).forward
+    scan = _peak(skeleton, mixer, own, states, tokens)
+    step = _peak(skeleton, mixer, own, states, 1)
+    native_step = step if native is None else _peak(skeleton, mixer, native(module), states, 1)
     kept = sum(part.nbytes for part in states.parts)
     # Those of several sequences are put together in memory of their own, and written back.
-    return _Measured(states.parts, -(-scan // tokens), step + kept)
+    return _Measured(states.parts, -(-scan // tokens), step + kept, native_step + kept)
 
 
-def _peak(skeleton: Skeleton, mixer: nn.Module, states: "_States", tokens: int) -> int:
-    """Bytes that `mixer` takes at once for `tokens` tokens of a sequence."""
+def _peak(skeleton: Skeleton, mixer: nn.Module, forward: Forward, states: "_States", tokens: int) -> int:
+    """Bytes that `mixer` takes at once for `tokens` tokens of a sequence, by `forward`."""
     hidden = torch.empty(1, tokens, skeleton.config.hidden_size, dtype=skeleton.model.dtype, device="meta")
     known = [hidden, *mixer.parameters(), *mixer.buffers(), *states.tensors]
     peak = _Peak(known)
     try:
         with torch.no_grad(), peak:
-            mixer(hidden, cache=states, attention_mask=None)
+            forward(mixer, hidden, cache=states, attention_mask=None)
     except MemoryError:
         raise
     # Each family has code of its own, which may raise anything where its configuration is unusual.
@@ -99,6 +112,7 @@ def _peak(skeleton: Skeleton, mixer: nn.Module, states: "_States", tokens: int) 
             f"{path}: transformers cannot compute {type(mixer).__name__} as it is described: {shortened(error)}; put "
             "the model's own config.json there"
         ) from error
+    states.lay_out()
     return peak.most
 
 
@@ -118,6 +132,12 @@ class _States:
             StatePart(kind, number, tuple(tensor.shape[1:]), str(tensor.dtype).removeprefix("torch."))
             for (kind, number), tensor in sorted(self._tensors.items())
         )
+
+    def lay_out(self) -> None:
+        """From here on states lie as they do in memory that is kept for them."""
+        self._tensors = {
+            key: torch.empty_like(t, memory_format=torch.contiguous_format) for key, t in self._tensors.items()
+        }
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
         return self._tensors.get(("conv", state_idx))

@@ -55,13 +55,14 @@ class Recurrent:
     """The library's functions for recurrent layers. All raise InterruptedRun, states undefined, once the cancel flag is
     set."""
 
-    def __init__(self, call: Callable[[str, ctypes.Structure], None]) -> None:
-        """`call` runs a function of the library, by its name."""
-        self._call = call
+    def __init__(self, call: Callable[[str, ctypes.Structure], None], device: str = "cpu") -> None:
+        """`call` runs a function of the library, by its name. `device`: of all tensors; on "meta", where there is
+        nothing to compute with, results have their shapes."""
+        self._call, self._device = call, device
 
     def takes(self, state: torch.Tensor) -> bool:
         """Whether steps update a state such as this, where it lies."""
-        return _is_state(state)
+        return self._is_state(state)
 
     def delta_step(
         self,
@@ -79,15 +80,15 @@ class Recurrent:
         lengths if `is_normalized`; value [sequences, heads, values]; decay, by which the state is multiplied first, and
         beta [sequences, heads].
         """
-        if not _is_state(state) or state.ndim != 4:
+        if not self._is_state(state) or state.ndim != 4:
             return None
         sequences, heads, keys, values = state.shape
         of_keys = (sequences, query.shape[1] if query.ndim == 3 else 0, keys)
         expected = (of_keys, of_keys, (sequences, heads, values), (sequences, heads), (sequences, heads))
-        if not _have(expected, query, key, value, decay, beta) or not of_keys[1] or heads % of_keys[1]:
+        if not self._have(expected, query, key, value, decay, beta) or not of_keys[1] or heads % of_keys[1]:
             return None
         given = [each.float().contiguous() for each in (query, key, value, decay, beta)]
-        out = torch.empty(sequences, heads, values)
+        out = torch.empty(sequences, heads, values, device=self._device)
         arguments = DeltaArguments(
             *(sequences, heads, query.shape[1], keys, values),
             *(state.data_ptr(), state.stride(0)),
@@ -106,17 +107,17 @@ class Recurrent:
         state [sequences, ..., size], with `rows` rows of `size`; x [sequences, rows]; b and c [sequences, groups,
         size]; decay [sequences, n, 1 or size]. Neighbouring rows share what there is less of.
         """
-        if not _is_state(state):
+        if not self._is_state(state):
             return None
         sequences, size = len(state), state.shape[-1]
         rows = state[0].numel() // size
         parts, groups = (each.shape[1] if each.ndim == 3 else 0 for each in (decay, b))
         of_groups = (sequences, groups, size)
         expected = ((sequences, parts, 1 if decay.shape[-1] == 1 else size), (sequences, rows), of_groups, of_groups)
-        if not _have(expected, decay, x, b, c) or not parts or not groups or rows % parts or rows % groups:
+        if not self._have(expected, decay, x, b, c) or not parts or not groups or rows % parts or rows % groups:
             return None
         given = [each.float().contiguous() for each in (decay, x, b, c)]
-        out = torch.empty(sequences, rows)
+        out = torch.empty(sequences, rows, device=self._device)
         arguments = ScanArguments(
             *(sequences, rows, size, rows // decay.shape[1], decay.shape[2], rows // b.shape[1]),
             *(state.data_ptr(), state.stride(0)),
@@ -143,9 +144,13 @@ class Recurrent:
         if x.ndim != 3 or weight.shape != (*channels, kept) or (bias is not None and bias.shape != channels):
             return None
         given = [x, *(each.contiguous() for each in (weight, bias) if each is not None)]
-        if x.dtype not in _CONVOLVED or any(each.dtype != x.dtype or each.device.type != "cpu" for each in given):
+        if x.dtype not in _CONVOLVED or any(
+            each.dtype != x.dtype or each.device.type != self._device for each in given
+        ):
             return None
-        if not 0 < kept <= _MOST_KEPT or (state is not None and not _is_state(state, x.dtype, (*x.shape[:2], kept))):
+        if not 0 < kept <= _MOST_KEPT or (
+            state is not None and not self._is_state(state, x.dtype, (*x.shape[:2], kept))
+        ):
             return None
         out = x.new_empty(x.shape)
         arguments = ConvArguments(
@@ -158,14 +163,21 @@ class Recurrent:
         self._call("tk_conv", arguments)
         return out
 
+    def _is_state(
+        self, state: torch.Tensor, dtype: torch.dtype = torch.float32, shape: tuple[int, ...] | None = None
+    ) -> bool:
+        """Whether the library can update `state` [sequences, ...], of this dtype and shape, where it lies."""
+        if (
+            state.dtype != dtype
+            or state.device.type != self._device
+            or state.numel() == 0
+            or shape not in (None, state.shape)
+        ):
+            return False
+        return state[0].is_contiguous() and (len(state) == 1 or state.stride(0) >= state[0].numel())
 
-def _is_state(state: torch.Tensor, dtype: torch.dtype = torch.float32, shape: tuple[int, ...] | None = None) -> bool:
-    """Whether the library can update `state` [sequences, ...], of this dtype and shape, where it lies."""
-    if state.dtype != dtype or state.device.type != "cpu" or state.numel() == 0 or shape not in (None, state.shape):
-        return False
-    return state[0].is_contiguous() and (len(state) == 1 or state.stride(0) >= state[0].numel())
-
-
-def _have(shapes: Sequence[Sequence[int]], *given: torch.Tensor) -> bool:
-    """Whether the tensors have these shapes, in the host's memory: the library reads as much as they say."""
-    return all(each.shape == shape and each.device.type == "cpu" for each, shape in zip(given, shapes, strict=True))
+    def _have(self, shapes: Sequence[Sequence[int]], *given: torch.Tensor) -> bool:
+        """Whether the tensors have these shapes, in the host's memory: the library reads as much as they say."""
+        return all(
+            each.shape == shape and each.device.type == self._device for each, shape in zip(given, shapes, strict=True)
+        )

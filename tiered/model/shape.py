@@ -14,6 +14,7 @@ from tiered.arch import Skeleton, Work, chunked_layers, kv_sources, layer_window
 from tiered.cache import kv_shapes, layer_groups
 from tiered.io import CHUNK_BUFFERS
 from tiered.kernels import packed_row_nbytes
+from tiered.model.steps import native_forward
 from tiered.plan import ExpertShape, ModelShape, Tape
 from tiered.store import ALIGNMENT, CHUNK_NBYTES, Store, Unit
 from tiered.store.manifest import RANGE
@@ -28,7 +29,7 @@ def model_shape(store: Store, skeleton: Skeleton, dtype: torch.dtype, of_store: 
     says how much layers compute beside products: counting that runs the graph, which takes a second for large ones.
     """
     config = skeleton.config
-    state, own_dtype = state_shape(skeleton), str(skeleton.model.dtype).removeprefix("torch.")
+    state, own_dtype = state_shape(skeleton, native_forward), str(skeleton.model.dtype).removeprefix("torch.")
     blocks = store.units_of_pass(on_demand=False)
     (embed,) = store.layout(store.blocks["embed"]).weights.values()
     side = EmbeddingRows.side_nbytes(embed)

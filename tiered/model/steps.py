@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import FunctionType
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import torch
 from torch import nn
@@ -18,14 +18,32 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from transformers.activations import ACT2FN
 
-from tiered.kernels import LayerKernels
 from tiered.kernels.recurrent import Recurrent
 
 Own = Callable[..., Any]
 """The function of transformers' whose place is taken."""
 
 
-def forward_with(module: nn.Module, kernels: LayerKernels) -> Callable[..., torch.Tensor]:
+class StepKernels(Protocol):
+    """What computes here: all kernels for layers do."""
+
+    @property
+    def recurrent(self) -> Recurrent | None:
+        """As `Kernels.recurrent`."""
+
+
+class _Shapes:
+    """The library's functions, of shapes."""
+
+    recurrent = Recurrent(lambda name, arguments: None, device="meta")
+
+
+def native_forward(module: nn.Module) -> Callable[..., torch.Tensor]:
+    """`forward_with` the library, for a mixer on the meta device."""
+    return forward_with(module, _Shapes())
+
+
+def forward_with(module: nn.Module, kernels: StepKernels) -> Callable[..., torch.Tensor]:
     """The forward of the mixer `module`'s class, undecorated, with our functions in place of those that it calls.
 
     Called with the mixer and hidden_states [sequences, tokens, hidden]; gates and activations, too, have the same bits
@@ -78,7 +96,7 @@ class _Apart(TorchFunctionMode):
 
 
 def _delta_step(
-    kernels: LayerKernels,
+    kernels: StepKernels,
     own: Own,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -113,7 +131,7 @@ def _delta_step(
 
 
 def _scan_step(
-    kernels: LayerKernels,
+    kernels: StepKernels,
     own: Own,
     state: torch.Tensor,
     hidden_states: torch.Tensor,
@@ -159,7 +177,7 @@ def _scan_step(
 
 
 def _convolve_step(
-    kernels: LayerKernels,
+    kernels: StepKernels,
     own: Own,
     hidden_states: torch.Tensor,
     conv_state: torch.Tensor,
@@ -179,7 +197,7 @@ def _convolve_step(
 
 
 def _convolve(
-    kernels: LayerKernels,
+    kernels: StepKernels,
     own: Own,
     hidden_states: torch.Tensor,
     weight: torch.Tensor,
@@ -196,7 +214,7 @@ def _convolve(
     return _activated(found, activation)
 
 
-def _serving(kernels: LayerKernels, more: Mapping[str, Any]) -> Recurrent | None:
+def _serving(kernels: StepKernels, more: Mapping[str, Any]) -> Recurrent | None:
     """What serves a call with `more` arguments: none where they say that several sequences are in one row. Others mean
     nothing here: layers hand them to all that they call (`use_cache`)."""
     return kernels.recurrent if all(more.get(name) is None for name in _PACKED) else None

@@ -153,6 +153,7 @@ class AtOnce:
             most_rows=self.asked.budgets.micro_batch or MAX_ROWS,
             least_rows=self._least_rows,
             waiting=experts.chosen if experts is not None else 0,
+            native_steps=self.asked.machine.native_steps,
             is_device=is_device,
             hidden_elsewhere=waits,
         )

@@ -260,6 +260,8 @@ class Machine:
     """Sustained rate of writing, which a KV cache on disk asks for."""
     expert_bytes_per_second: float | None = None
     """Rate of reading experts, one by one at random places; None: as fast as in file order."""
+    native_steps: bool = True
+    """The library of kernels computes single tokens of recurrent layers."""
     device_scratch_nbytes: int = 0
     """Bytes of a device's memory that its kernels take besides results: what weights are widened into, and partial
     sums."""

@@ -28,7 +28,7 @@ STORE_SHAPE_NAME: Final = "shape.json"
 """In a store's folder."""
 _POSITIONS: Final = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
 """What families call the number of positions that they are made for. BLOOM's seq_length is none: it goes beyond."""
-_VERSION: Final = 4
+_VERSION: Final = 5
 """Of what the numbers of a shape mean: shapes that stores keep from before are made anew."""
 
 

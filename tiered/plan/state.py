@@ -108,7 +108,9 @@ class StateShape:
     row_nbytes: int
     """Bytes that a mixer takes for each token of a scan."""
     step_nbytes: int
-    """Bytes that it takes for each sequence of which it computes a single token."""
+    """Bytes that it takes for each sequence of which it computes a single token, in the family's own code."""
+    native_step_nbytes: int
+    """The same where the library of kernels computes it, which updates states where they lie."""
 
     @property
     def nbytes(self) -> int:

@@ -66,6 +66,7 @@ def workspace_for(
     most_rows: int = MAX_ROWS,
     least_rows: int = 1,
     waiting: int = 0,
+    native_steps: bool = True,
     is_device: bool = False,
     hidden_elsewhere: bool = False,
 ) -> Workspace:
@@ -74,6 +75,7 @@ def workspace_for(
     `scratch_nbytes` are the kernels'; `logits` positions may get logits in one pass (0: one per sequence);
     `most_rows` bounds the rows, of which there are `least_rows` all the same; results of `waiting` experts per row wait
     until they are summed. `is_device`: in the memory of a device, where no heap of ours is and no logits are kept.
+    `native_steps`: the library of kernels computes single tokens of recurrent layers; a device never has it.
     `hidden_elsewhere`: hidden states of tokens that do not compute are in other memory, which is not counted here.
     """
     per_row = row_nbytes(shape, context, waiting)
@@ -87,7 +89,8 @@ def workspace_for(
     # Widened weights of these heads.
     live += LATENT_WEIGHTS * 4 if shape.latent_dim else 0
     if shape.state is not None:
-        live += min(sequences, rows) * shape.state.step_nbytes
+        is_native = native_steps and not is_device
+        live += min(sequences, rows) * (shape.state.native_step_nbytes if is_native else shape.state.step_nbytes)
     live += _logits_nbytes(shape, max(head_rows, min(sequences, rows)), 0 if is_device else sequences)
     nbytes = live + scratch_nbytes if is_device else _with_heap(live, budget) + scratch_nbytes
     return Workspace(rows, nbytes, gathered_rows, head_rows)
