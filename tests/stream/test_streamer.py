@@ -250,6 +250,23 @@ def test_without_reading_ahead_no_memory_is_taken_ahead(small: Store, monkeypatc
     assert not found
 
 
+@pytest.mark.parametrize("prefetch", [None, 0])
+def test_threads_have_started_before_anything_is_read(small: Store, prefetch: int | None) -> None:
+    started: list[int] = []
+
+    def preadv(fd: int, buffers: Sequence[memoryview], offset: int, flags: int, /) -> int:
+        started.append(sum(thread.name.startswith("tiered-read") for thread in threading.enumerate()))
+        return os.preadv(fd, buffers, offset, flags)
+
+    async def scenario() -> None:
+        async with streaming(small, plan_with(small, frozenset({1})), prefetch, preadv) as setup:
+            await assert_pass(setup, small)
+
+    asyncio.run(scenario())
+    # What is read when it is asked for is read by whoever is there.
+    assert started[0] == (4 if prefetch is None else 1)
+
+
 def test_leaving_waits_for_the_memory_that_is_being_populated(small: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     # Unit 1 is not begun while unit 0 is being read.
     monkeypatch.setattr("tiered.stream.feed._READING_NBYTES", 1)
