@@ -137,3 +137,51 @@ def test_what_is_queued_when_they_close_does_not_run(threads: IOThreads) -> None
         assert isinstance(results[2], InterruptedRun) and not ran
 
     asyncio.run(run())
+
+
+def threads_of(threads: IOThreads) -> int:
+    """How many have started."""
+    return len(threads._pool._threads)
+
+
+@pytest.mark.parametrize("most", [None, 1, 99])
+def test_they_start_before_there_is_work(threads: IOThreads, most: int | None) -> None:
+    threads.start(most)
+    assert threads_of(threads) == (1 if most == 1 else 2)
+    threads.start()  # those that there are are no hindrance
+    assert threads_of(threads) == 2
+    ran: list[Check] = []
+    asyncio.run(threads.call(ran.append, ran.append))
+    assert len(ran) == 2
+
+
+def test_where_the_system_starts_no_more_those_that_there_are_work(
+    threads: IOThreads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = threading.Thread.start
+
+    def start_first(thread: threading.Thread) -> None:
+        if threads_of(threads):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", start_first)
+        threads.start()
+    ran: list[Check] = []
+    asyncio.run(asyncio.wait_for(threads.call(ran.append), SECONDS))
+    assert len(ran) == 1
+
+
+def test_starting_waits_for_none_that_is_busy_for_ever(threads: IOThreads, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tiered.io.threads._START_SECONDS", 0.05)
+    busy = Busy()
+
+    async def run() -> None:
+        call = asyncio.create_task(threads.call(busy))
+        await asyncio.to_thread(busy.begun.wait)
+        await asyncio.wait_for(asyncio.to_thread(threads.start), SECONDS)
+        busy.go.set()
+        await asyncio.wait_for(call, SECONDS)
+
+    asyncio.run(run())

@@ -33,6 +33,7 @@ from tiered.plan import Held, Placement, Plan, full_ring, interleave
 from tiered.plan.order import ring_starts
 from tiered.plan.placement import UNHELD, smallest_ring
 from tiered.store import CHUNK_NBYTES, Store
+from tiered.stream.feed import Feed
 from tiered.units import GIB
 
 DOCS = Path(__file__).parents[1] / "data/models/opt-docs-8m"
@@ -185,8 +186,13 @@ Populated = list[tuple[str, int, int]]
 """Label of the slab, start and bytes of what was populated."""
 
 
+def assert_set(event: threading.Event) -> None:
+    """In another thread than the loop's: wait for `event`."""
+    assert event.wait(SECONDS)
+
+
 def record_populating(monkeypatch: pytest.MonkeyPatch, before: Callable[[], None] = lambda: None) -> Populated:
-    """What is populated from now on, however near to the reads; `before` is called each time, in its thread."""
+    """What is populated from now on; `before` is called each time, in its thread."""
     found: Populated = []
     original = Slab.populate
 
@@ -196,46 +202,86 @@ def record_populating(monkeypatch: pytest.MonkeyPatch, before: Callable[[], None
         return original(slab, start, nbytes)
 
     monkeypatch.setattr(Slab, "populate", populate)
-    monkeypatch.setattr("tiered.stream.feed._AHEAD_NBYTES", 0)
     return found
 
 
-@pytest.mark.parametrize("prefetch", [None, 2, 0])
-def test_memory_is_taken_ahead_of_reads_in_the_order_of_the_tape(
-    small: Store, prefetch: int | None, monkeypatch: pytest.MonkeyPatch
+def test_memory_is_taken_in_the_order_of_the_tape_but_for_what_is_being_read(
+    small: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found, gate = record_populating(monkeypatch), Gate()
+    monkeypatch.setattr("tiered.stream.feed._READING_NBYTES", 1)
+    go_on, gate = threading.Event(), Gate()
+    found = record_populating(monkeypatch, lambda: assert_set(go_on))
     plan, sizes = plan_with(small, frozenset({1, 3})), sizes_of(small)
-    ring = plan.placement.ring_nbytes
-    starts = ring_starts([[sizes[i]] for i in (0, 2, 4)], ring)
+    starts = ring_starts([[sizes[i]] for i in (0, 2, 4)], plan.placement.ring_nbytes)
     places = [("resident", 0) if i in (1, 3) else ("ring", next(starts)) for i in range(len(sizes))]
     expected = [(label, start, size) for (label, start), size in zip(places, sizes, strict=True)]
 
     async def scenario() -> None:
-        async with streaming(small, plan, prefetch, gate) as setup:
-            await until(lambda: len(found) >= 4 or prefetch == 0)
-            await asyncio.sleep(0.05)
+        async with streaming(small, plan, preadv=gate) as setup:
+            feed = setup.streamer._feed
+            assert isinstance(feed, Feed)
+            # Unit 1 is being read, and for as long unit 3 is not begun.
+            await until(lambda: feed.begun == 2)
+            order = [(slab.label, start, nbytes) for _, slab, start, nbytes in feed._first_use()]
+            go_on.set()
+            await until(lambda: expected[3] in found)
             gate.open()
+            await assert_pass(setup, small)
+            # Once the ring has been used, the last unit comes where the first was.
+            assert order == expected[: len(order)] and len(order) in (4, 5)
+            ring = sum(nbytes for label, _, nbytes in order if label == "ring")
+            assert ring >= plan.placement.ring_nbytes - max(sizes)
+
+    asyncio.run(scenario())
+    # What had begun to be populated before its reads began is one piece at most.
+    assert found[found.index(expected[3]) :] == expected[3 : 3 + len(found) - found.index(expected[3])]
+    assert found.index(expected[3]) <= 1
+
+
+def test_without_reading_ahead_no_memory_is_taken_ahead(small: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = record_populating(monkeypatch)
+
+    async def scenario() -> None:
+        async with streaming(small, plan_with(small, frozenset({1, 3})), 0) as setup:
+            await asyncio.sleep(0.05)
             await assert_pass(setup, small)
 
     asyncio.run(scenario())
-    # Once the ring has been used, the last unit comes where the first was; without reading ahead nothing is done.
-    assert found == ([] if prefetch == 0 else expected[: len(found)]) and len(found) in (0, 4, 5)
-    assert prefetch == 0 or sum(nbytes for label, _, nbytes in found if label == "ring") >= ring - max(sizes)
+    assert not found
+
+
+@pytest.mark.parametrize("prefetch", [None, 0])
+def test_threads_have_started_before_anything_is_read(small: Store, prefetch: int | None) -> None:
+    started: list[int] = []
+
+    def preadv(fd: int, buffers: Sequence[memoryview], offset: int, flags: int, /) -> int:
+        started.append(sum(thread.name.startswith("tiered-read") for thread in threading.enumerate()))
+        return os.preadv(fd, buffers, offset, flags)
+
+    async def scenario() -> None:
+        async with streaming(small, plan_with(small, frozenset({1})), prefetch, preadv) as setup:
+            await assert_pass(setup, small)
+
+    asyncio.run(scenario())
+    # What is read when it is asked for is read by whoever is there.
+    assert started[0] == (4 if prefetch is None else 1)
 
 
 def test_leaving_waits_for_the_memory_that_is_being_populated(small: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    begun, go_on = threading.Event(), threading.Event()
+    # Unit 1 is not begun while unit 0 is being read.
+    monkeypatch.setattr("tiered.stream.feed._READING_NBYTES", 1)
+    begun, go_on, gate = threading.Event(), threading.Event(), Gate()
 
     def wait() -> None:
         begun.set()
-        assert go_on.wait(SECONDS)
+        assert_set(go_on)
 
     found = record_populating(monkeypatch, wait)
 
     async def scenario() -> None:
-        async with streaming(small, plan_with(small, frozenset({0, 1}))) as setup:
+        async with streaming(small, plan_with(small, frozenset({0, 1})), preadv=gate) as setup:
             assert await asyncio.to_thread(begun.wait, SECONDS)
+            gate.open()
             leaving = asyncio.create_task(setup.inside.aclose())
             await turns_of_the_loop()
             await asyncio.sleep(0.05)
@@ -250,11 +296,15 @@ def test_leaving_waits_for_the_memory_that_is_being_populated(small: Store, monk
 def test_where_the_kernel_populates_nothing_blocks_come_all_the_same(
     small: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tiered.stream.feed._AHEAD_NBYTES", 0)
-    monkeypatch.setattr(Slab, "populate", lambda *_: False)
+    monkeypatch.setattr("tiered.stream.feed._READING_NBYTES", 1)
+    refused = threading.Event()
+    monkeypatch.setattr(Slab, "populate", lambda *_: bool(refused.set()))
+    gate = Gate()
 
     async def scenario() -> None:
-        async with streaming(small, plan_with(small, frozenset({1}))) as setup:
+        async with streaming(small, plan_with(small, frozenset({0, 1})), preadv=gate) as setup:
+            assert await asyncio.to_thread(refused.wait, SECONDS)
+            gate.open()
             for _ in range(2):
                 await assert_pass(setup, small)
 

@@ -23,9 +23,10 @@ from tiered.units import MIB, PAGE, round_up
 BLOCK_FOLDER: Final = "blocks"
 RECORDS_NBYTES: Final = 4 * MIB
 """Records of rows that are put together at a time, beside which their parts are in memory."""
-RANGE_NBYTES: Final = 128 * MIB
-"""A larger weight is stored in ranges of its rows: two units must fit in memory, or reading and computing take turns.
-"""
+RANGE_NBYTES: Final = 32 * MIB
+"""A larger weight is stored in ranges of its rows: two units must fit in memory, or reading and computing take turns,
+the first must be there before anything is computed, and what they take weights cannot that would stay. Two chunks keep
+a disk as busy as eight (docs/benchmarks/streaming.md)."""
 _ROWS: Final = 64
 """Rows of a range are a multiple of this, which kernels like."""
 

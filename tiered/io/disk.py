@@ -93,7 +93,7 @@ class DiskReader:
         self._files: dict[str, TransferFile] = {}
         self._lock = threading.Lock()
         self._read_so_far = ByteCounter()
-        self._count = threads if scattered is None else scattered
+        self._most, self._count = threads, threads if scattered is None else scattered
         self._threads = IOThreads(threads, "tiered-read", clock)
         self._scattered = IOThreads(self._count, "tiered-rows", clock)
         self._urgent = IOThreads(threads, "tiered-urgent", clock)
@@ -105,6 +105,11 @@ class DiskReader:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
+
+    def start_threads(self) -> None:
+        """Start the threads that read units and rows and test them, as `IOThreads.start`."""
+        for threads in (self._threads, self._scattered, self._checks):
+            threads.start(self._most)
 
     @property
     def mode(self) -> ReadMode | None:

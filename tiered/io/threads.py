@@ -11,10 +11,13 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
+from typing import Final
 
 from tiered.errors import InterruptedRun
 from tiered.process import shut_down
 
+_START_SECONDS: Final = 1.0
+"""How long starting threads may take."""
 Check = Callable[[], None]
 """Raises InterruptedRun once nobody waits for the work any more; the work calls it between two system calls."""
 
@@ -54,7 +57,7 @@ class IOThreads:
     """`count` threads, until `close`. Several instances may share a `clock`."""
 
     def __init__(self, count: int, name: str, clock: IdleClock | None = None) -> None:
-        self._pool = ThreadPoolExecutor(count, thread_name_prefix=name)
+        self._count, self._pool = count, ThreadPoolExecutor(count, thread_name_prefix=name)
         self._clock = clock or IdleClock()
         self._closing = False
 
@@ -62,6 +65,21 @@ class IOThreads:
     def idle_seconds(self) -> float:
         """Seconds so far in which no transfer was queued or running."""
         return self._clock.seconds
+
+    def start(self, most: int | None = None) -> None:
+        """Start the threads, or `most` of them, where nothing has been queued yet; else each starts when there is work
+        for it. Starting one waits for all page faults of the process that are under way, so this is for the time before
+        memory is first touched. For a thread that may wait.
+        """
+        count = min(self._count, self._count if most is None else most)
+        all_there = threading.Barrier(count + 1, timeout=_START_SECONDS)
+        try:
+            for _ in range(count):
+                self._pool.submit(all_there.wait)
+            all_there.wait()
+        except RuntimeError:
+            # The system gives no more, or one is busy: those that wait go on, and others start when they are needed.
+            all_there.abort()
 
     async def transfer(self, *works: Callable[[Check], None]) -> None:
         """Run `works` in threads, as `call` does; they read or write, so the threads do not count as idle meanwhile."""
