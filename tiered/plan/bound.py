@@ -182,15 +182,16 @@ class _Bound:
             there = on_gpu(machine, self._model, self._cache, self.gpu)
             prompts, rest = (there if each == "gpu" else machine for each in budgets.computes)
         decoding, reading = self._decode_seconds(rest), self._tokens * self._token_seconds(prompts)
+        pairs = self.workload.sequences * prompt_pairs(self._model, self._prompt)
+        seen = min(prompt_attention_seconds(self._model, each, pairs) for each in (prompts, machine))
+        attended = decode_attention_seconds(self._model, rest, self._decoded, self._prompt)
         if prompts is rest:
             # They may share passes, and be the quicker for it.
-            seconds = max(decoding, reading + self._decoded * self._token_seconds(rest))
+            seconds = max(decoding, reading + self._decoded * self._token_seconds(rest)) + seen + attended
         else:
-            seconds = decoding + reading
-        pairs = self.workload.sequences * prompt_pairs(self._model, self._prompt)
-        seconds += min(prompt_attention_seconds(self._model, each, pairs) for each in (prompts, machine))
-        seconds += self._passes * self._model.operations * machine.operation_seconds
-        return seconds + decode_attention_seconds(self._model, rest, self._decoded, self._prompt)
+            # Both may go on at once.
+            seconds = max(decoding + attended, reading + seen)
+        return seconds + self._passes * self._model.operations * machine.operation_seconds
 
     def _decode_seconds(self, machine: Machine) -> float:
         """Of products of all rows that decode, in passes of a batch at most."""

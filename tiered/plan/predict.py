@@ -272,7 +272,7 @@ class _Run:
         """What each pass of `run` takes; `is_first`: nothing is in memory yet."""
         tokens = run.rows + run.prompt_tokens
         disk, expert_seconds, read, written = self._disk(run, tokens, is_first)
-        computing = self.costs.computing(run)
+        computing = self.costs.computing(run, self._seats_take_turns)
         computes = computing.seconds
         if not self._takes_turns:
             computes = slowed(self.costs.slowest(run), computes, read)
@@ -342,6 +342,12 @@ class _Run:
     @cached_property
     def _bus_nbytes(self) -> int:
         return self.plan.bus_nbytes
+
+    @cached_property
+    def _seats_take_turns(self) -> bool:
+        """Whether the processor waits inside each layer for what a device computes: a choice of experts, or pages whose
+        memory is only lent."""
+        return self.plan.experts is not None or self.plan.cache.on_disk
 
     @cached_property
     def _takes_turns(self) -> bool:
