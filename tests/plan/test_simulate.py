@@ -373,3 +373,21 @@ def test_the_processor_goes_on_while_the_device_computes_and_waits_for_what_it_k
         said = predict(plan, model, machine, work, rates)
         played = sum(each.seconds for each in found.passes)
         assert played == pytest.approx(said.seconds, rel=0.1)
+
+
+@pytest.mark.parametrize("share", [0.3, 1.01])
+def test_a_first_pass_touches_memory_as_is_predicted_and_later_ones_do_not(share: float) -> None:
+    model = model_with()
+    slow = replace(machine_with(0.05, model), touch_bytes_per_second=DISK / 8)
+    plan = plan_with(model, slow, ONE, share)
+    ring = min(plan.placement.ring_nbytes, plan.streamed_nbytes)
+    assert bool(ring) is (share < 1)
+    passes = {known: simulate(plan, model, known, ONE).passes for known in (slow, machine_with(0.05, model))}
+    (first, *later), (untouched, *others) = passes.values()
+    beside = plan.fresh_nbytes(64) / (DISK / 8)
+    took = first.seconds - untouched.seconds
+    # The ring is touched before anything is read into it, the rest while others read.
+    assert beside > 0 and (took == pytest.approx(8 * ring / DISK, rel=0.1) if ring else 0 <= took <= beside)
+    assert [each.seconds for each in later] == pytest.approx([each.seconds for each in others])
+    assert first.seconds == pytest.approx(predict(plan, model, slow, ONE).prefill.seconds, rel=0.1)
+    assert predict(plan, model, slow, ONE).decode == predict(plan, model, machine_with(0.05, model), ONE).decode

@@ -26,6 +26,7 @@ _COLOURS: Final[dict[Kind, tuple[float, float, float]]] = {
     "kv": (0.55, 0.40, 0.32),
     "hidden": (0.45, 0.60, 0.75),
     "gpu": (0.60, 0.60, 0.60),
+    "memory": (0.90, 0.75, 0.20),
 }
 _LABELS: Final[dict[Kind, str]] = {
     "layer": "streamed layers",
@@ -36,6 +37,7 @@ _LABELS: Final[dict[Kind, str]] = {
     "kv": "KV cache",
     "hidden": "hidden states that wait",
     "gpu": "what the GPU computes",
+    "memory": "memory touched for the first time",
 }
 _LANES: Final = {
     "disk": "disk",

@@ -260,6 +260,12 @@ class Machine:
     kept_bytes_per_second: float | None = None
     """Rate at which a first pass reads what then stays in memory, which it tests and takes memory for; None: as fast as
     the rest."""
+    touch_bytes_per_second: float | None = None
+    """Rate at which memory is touched for the first time; None: not known, and counted as nothing."""
+
+    def touch_seconds(self, nbytes: float) -> float:
+        """What touching `nbytes` of memory for the first time takes."""
+        return 0.0 if self.touch_bytes_per_second is None else nbytes / self.touch_bytes_per_second
 
 
 Objective = Literal["latency", "throughput"]

@@ -139,8 +139,10 @@ class Plan:
     @cached_property
     def read_nbytes(self) -> int:
         """Bytes of the tape read per pass once its resident units are in memory."""
-        file_nbytes, resident = self.tape.file_nbytes, self.placement.resident | self.on_device
-        return sum(file_nbytes) - sum(map(file_nbytes.__getitem__, resident))
+        resident = self.placement.resident | self.on_device if self.device is not None else self.placement.resident
+        if len(resident) == len(self.tape.nbytes):
+            return 0
+        return self.tape.file_total - sum(map(self.tape.file_nbytes.__getitem__, resident))
 
     @property
     def bus_nbytes(self) -> int:
@@ -158,6 +160,14 @@ class Plan:
         if self.device is None or self.device.waiting is None:
             return 0
         return (len(self.tape.counts) - 1) * self.device.waiting.layer_nbytes(tokens)
+
+    def fresh_nbytes(self, tokens: int) -> float:
+        """Bytes that a run's first pass, of `tokens` tokens, touches for the first time while it computes: pages of its
+        tokens, and its share of the workspace. A device's are its own, and what is copied to it is touched before."""
+        if self.device is not None:
+            return 0.0
+        pages = 0.0 if self.cache.on_disk else self.needs.kv * min(1.0, tokens / (self.batch_size * self.max_context))
+        return pages + self.needs.workspace * min(1.0, tokens / self.micro_batch_rows)
 
     @property
     def resident_blocks(self) -> int:

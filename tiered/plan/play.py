@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Final
 
 from tiered.plan.gpu import on_gpu
 from tiered.plan.inputs import Machine, ModelShape
@@ -29,9 +30,14 @@ from tiered.plan.play_seat import (
     Turn,
     Waits,
     kind_of,
+    layer_name,
     unit_names,
 )
 from tiered.plan.unit_cost import UnitCosts
+from tiered.units import MIB
+
+_TOUCHED_NBYTES: Final = 2 * MIB
+"""Memory is touched in huge pages."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,9 @@ class Player:
         """Units that are read once."""
         self._disk_rate = machine.disk_bytes_per_second
         self._kept_rate = machine.kept_bytes_per_second or self._disk_rate
+        self._machine = machine
+        self._untouched = set(range(0, plan.placement.ring_nbytes, _TOUCHED_NBYTES))
+        """Where the ring has not been touched."""
         self.clock = Clock()
         self.passes: list[SimulatedPass] = []
         self._disk = Server(self.clock, "disk", {"ahead": "urgent"})
@@ -144,8 +153,19 @@ class Player:
                 continue
             nbytes, kind = tape.file_nbytes[turn.position], kind_of(self._plan, turn.position)
             rate = self._kept_rate if turn.position in placement.resident else self._disk_rate
-            read = self._disk.move("ahead", self._names[turn.position], kind, nbytes, rate)
+            seconds = nbytes / rate + self._machine.touch_seconds(self._touch(turn))
+            read = self._disk.move("ahead", self._names[turn.position], kind, nbytes, nbytes / seconds)
             self._host[self._key(turn, self._stay)] = read
+
+    def _touch(self, turn: Reading) -> int:
+        """Bytes of a unit's place in the ring that have not been touched, and are now. A device's copies want memory
+        that has been touched before."""
+        if turn.start is None or self._prefill.device is not None or not self._untouched:
+            return 0
+        wanted = range(turn.start, turn.start + self._plan.tape.nbytes[turn.position])
+        fresh = {at for at in self._untouched if at < wanted.stop and at + _TOUCHED_NBYTES > wanted.start}
+        self._untouched -= fresh
+        return len(fresh) * _TOUCHED_NBYTES
 
     def _copy(self, seat: Seat, device: Device) -> Process:
         """Copy the tape to the device, unit by unit, each when it has been read: for each pass, or where the processor
@@ -233,6 +253,8 @@ class Player:
         for turn in turns:
             turn.seat.begin(turn, len(layers))
         for layer, units in enumerate(layers):
+            if not number and (seconds := self._machine.touch_seconds(self._plan.fresh_nbytes(load.tokens))):
+                yield from self._processor.busy(layer_name(layer), "memory", seconds / len(layers))
             for turn in turns:
                 work = turn.seat.layer(number, layer, units, turn)
                 # The memory of pages on disk is only lent while one computes.

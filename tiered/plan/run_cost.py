@@ -4,11 +4,13 @@ Plans that differ only in what they read have the same runs, so each run's secon
 """
 
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 
 from tiered.plan.cost import (
     Computing,
     decode_attention_seconds,
+    layers_computing,
+    least_token_seconds,
     linear_computing,
     prompt_attention_seconds,
     prompt_pairs,
@@ -36,12 +38,24 @@ class RunCosts:
         self._of_prompts = self._of_rest if self._prompts is self._rest else self._linear_of(self._prompts)
         self._pairs = lru_cache(maxsize=None)(lambda prompt: prompt_pairs(model, prompt))
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether prompts are computed elsewhere than the rest."""
+        return self._prompts is not self._rest
+
+    @cached_property
+    def least_token_seconds(self) -> tuple[float, float]:
+        """Of a token of a prompt, and of a sequence that decodes, at least."""
+        return least_token_seconds(self._model, self._prompts), least_token_seconds(self._model, self._rest)
+
     def _linear_of(self, machine: Machine) -> Callable[[int, int], Computing]:
         """What so many tokens, and so many of them through the head, take; many runs have as many."""
-        return lru_cache(maxsize=None)(partial(self._linear_computing, machine))
+        layers = lru_cache(maxsize=None)(partial(layers_computing, self._model, machine))
 
-    def _linear_computing(self, machine: Machine, tokens: int, logits: int) -> Computing:
-        return linear_computing(self._model, machine, tokens, logits, self._most_rows)
+        def computing(tokens: int, logits: int) -> Computing:
+            return linear_computing(self._model, machine, tokens, logits, self._most_rows, layers)
+
+        return lru_cache(maxsize=None)(computing)
 
     def computing(self, run: PassRun, in_turns: bool = False) -> Computing:
         """Of each pass of `run`. Prompts that a device computes for a processor that decodes go on beside that, unless
