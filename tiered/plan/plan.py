@@ -7,13 +7,14 @@ reads it back as it was.
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
+from operator import add
 from typing import Any, Self
 
 from tiered.errors import BudgetError, DeviceBudgetError
 from tiered.plan.inputs import Computes, ExpertShape, Objective, Tier, tiers_text
 from tiered.plan.kv import CachePlan, group_from_json
 from tiered.plan.on_device import DeviceNeeds, DevicePlan, WaitingPlan
-from tiered.plan.placement import UNHELD, Held, Placement, Tape, full_ring, place, wished
+from tiered.plan.placement import UNHELD, Held, Placement, Tape, place, wished
 from tiered.plan.state import ANYWHERE, Grid, StateShape
 from tiered.units import MIB, format_budget, format_size, round_up
 
@@ -328,7 +329,9 @@ def _on_tape(placement: Placement, tape: Tape, on_device: frozenset[int], availa
 @lru_cache(maxsize=64)
 def _passing_ring(tape: Tape, on_device: frozenset[int]) -> int:
     """Bytes of a full ring through which units pass that are `on_device`, which many plans leave the same."""
-    return full_ring([[tape.nbytes[unit]] for unit in sorted(on_device)])
+    sizes = list(map(tape.nbytes.__getitem__, sorted(on_device)))
+    # As `full_ring` of as many pieces of one unit each.
+    return max(map(add, sizes, sizes[1:] + sizes[:1]), default=0)
 
 
 def _what_is_least(host: Tape, held: Held, tiers: tuple[Tier, ...]) -> str:
