@@ -65,6 +65,11 @@ class Alike:
         return max(self.prompt, self.context - 1)
 
     @property
+    def tokens(self) -> tuple[int, int]:
+        """Tokens of all prompts, and rows of sequences that decode, of all passes."""
+        return self.sequences * self.prompt, self.sequences * (self.stop - self.prompt)
+
+    @property
     def generated(self) -> int:
         """Tokens that a sequence generates."""
         return self.context - self.prompt

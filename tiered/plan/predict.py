@@ -21,7 +21,7 @@ from tiered.plan.inputs import Machine, ModelShape, Workload
 from tiered.plan.load import Alike, PassRun, pass_runs
 from tiered.plan.pace import Pace, calibration_of
 from tiered.plan.plan import Plan
-from tiered.plan.run_cost import RunCosts
+from tiered.plan.run_cost import Least, RunCosts
 from tiered.plan.way import expected_bus_nbytes, expected_expert_nbytes
 from tiered.units import format_seconds
 
@@ -138,26 +138,6 @@ class Prediction:
         }
 
 
-@dataclass(frozen=True)
-class Least:
-    """What any passes take at least for tokens that are left."""
-
-    prompt_seconds: float = 0.0
-    """Of computing a token of a prompt."""
-    row_seconds: float = 0.0
-    """Of computing that of a sequence that decodes."""
-    read_seconds: float = 0.0
-    """The same of reading, by its share of a pass of as many as run at once."""
-    at_once: bool = False
-    """Prompts are computed beside those that decode."""
-
-    def seconds(self, prompts: int, rows: int) -> float:
-        """Seconds of so many tokens of prompts, and so many of sequences that decode."""
-        reading, decoding = prompts * self.prompt_seconds, rows * self.row_seconds
-        computing = max(reading, decoding) if self.at_once else reading + decoding
-        return 0.999 * max(computing, rows * self.read_seconds)
-
-
 def can_predict(machine: Machine, gpu: GpuRates | None, has_device: bool) -> bool:
     """Whether all rates are known that a prediction wants."""
     is_known = machine.linear is not None and machine.disk_bytes_per_second is not None
@@ -196,7 +176,9 @@ class Predictor:
             # As in a run: rates are the processor's, so where a device computes the pace knows none.
             return Pace(self._calibration(workload.mean_context)) if plan.device is None else Pace()
 
-        walked = walk(alike, new_pace, run.phase, most_seconds, self._least_of(plan))
+        assert machine.disk_bytes_per_second is not None
+        least = run.costs.least(plan.read_nbytes / machine.disk_bytes_per_second / plan.batch_size)
+        walked = walk(alike, new_pace, run.phase, most_seconds, least)
         if walked is None:
             return None
         prefill, decode = walked
@@ -210,12 +192,6 @@ class Predictor:
             found = calibration_of(self._model, self._machine, mean_context)
             self._calibrations[mean_context] = None if found is None else lru_cache(maxsize=None)(found)
         return self._calibrations[mean_context]
-
-    def _least_of(self, plan: Plan) -> "Least":
-        rate = self._machine.disk_bytes_per_second
-        assert rate is not None
-        costs = self._costs_of(plan)
-        return Least(*costs.least_token_seconds, plan.read_nbytes / rate / plan.batch_size, costs.is_shared)
 
     def _costs_of(self, plan: Plan) -> RunCosts:
         """Those of all plans that compute as `plan` does."""
@@ -231,8 +207,8 @@ def walk(
     alike: Alike,
     new_pace: Callable[[], Pace],
     phase: Callable[[PassRun, bool], Numbers],
-    most_seconds: float = math.inf,
-    least: Least = Least(),
+    most_seconds: float,
+    least: Least,
 ) -> tuple[Phase, Phase] | None:
     """Passes with prompt tokens, and those that only decode, by what `phase` says of each of a run of equal
     ones; it is told, too, whether a run is the first of all, which finds nothing in memory. None where they take more
@@ -241,7 +217,7 @@ def walk(
     later = max(0, full - _WAVES)
     few = replace(alike, sequences=(_WAVES - 1) * alike.batch_size + rest)
     # What is walked through twice is a batch, which is counted once more for each later one.
-    of_later = (later + 1) * least.seconds(*_tokens_of(replace(alike, sequences=alike.batch_size))) if later else 0.0
+    of_later = (later + 1) * least.seconds(*replace(alike, sequences=alike.batch_size).tokens) if later else 0.0
     first = _walked(few, new_pace(), phase, most_seconds - of_later, least) if later else (Phase(), Phase())
     if first is None:
         return None
@@ -255,16 +231,11 @@ def walk(
     return prefill, decode
 
 
-def _tokens_of(alike: Alike) -> tuple[int, int]:
-    """Tokens of all prompts, and rows of sequences that decode, of all passes."""
-    return alike.sequences * alike.prompt, alike.sequences * (alike.stop - alike.prompt)
-
-
 def _walked(
     alike: Alike, pace: Pace, phase: Callable[[PassRun, bool], Numbers], most_seconds: float, least: Least
 ) -> tuple[Phase, Phase] | None:
     prefill = decode = list(vars(Phase()).values())
-    prompts, rows = _tokens_of(alike)
+    prompts, rows = alike.tokens
     for number, run in enumerate(pass_runs(alike, pace, _ALIKE)):
         each, times = phase(run, not number), run.times
         # Nobody asks for the pace where throughput counts.

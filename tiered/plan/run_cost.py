@@ -4,6 +4,7 @@ Plans that differ only in what they read have the same runs, so each run's secon
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 
 from tiered.plan.cost import (
@@ -22,6 +23,26 @@ from tiered.plan.load import PassRun
 from tiered.plan.plan import Plan
 
 
+@dataclass(frozen=True)
+class Least:
+    """What any passes take at least for tokens that are left."""
+
+    prompt_seconds: float = 0.0
+    """Of computing a token of a prompt."""
+    row_seconds: float = 0.0
+    """Of computing that of a sequence that decodes."""
+    read_seconds: float = 0.0
+    """The same of reading, by its share of a pass of as many as run at once."""
+    at_once: bool = False
+    """Prompts are computed beside those that decode."""
+
+    def seconds(self, prompts: int, rows: int) -> float:
+        """Seconds of so many tokens of prompts, and so many of sequences that decode."""
+        reading, decoding = prompts * self.prompt_seconds, rows * self.row_seconds
+        computing = max(reading, decoding) if self.at_once else reading + decoding
+        return 0.999 * max(computing, rows * self.read_seconds)
+
+
 class RunCosts:
     """Seconds of computing by plans like `plan`: with the same devices and micro-batches. Rates must be known."""
 
@@ -38,14 +59,13 @@ class RunCosts:
         self._of_prompts = self._of_rest if self._prompts is self._rest else self._linear_of(self._prompts)
         self._pairs = lru_cache(maxsize=None)(lambda prompt: prompt_pairs(model, prompt))
 
-    @property
-    def is_shared(self) -> bool:
-        """Whether prompts are computed elsewhere than the rest."""
-        return self._prompts is not self._rest
+    def least(self, read_seconds: float) -> Least:
+        """What passes take at least, where reading takes `read_seconds` for each sequence that decodes in one."""
+        return Least(*self._least_token_seconds, read_seconds, self._prompts is not self._rest)
 
     @cached_property
-    def least_token_seconds(self) -> tuple[float, float]:
-        """Of a token of a prompt, and of a sequence that decodes, at least."""
+    def _least_token_seconds(self) -> tuple[float, float]:
+        """Of a token of a prompt, and of a sequence that decodes."""
         return least_token_seconds(self._model, self._prompts), least_token_seconds(self._model, self._rest)
 
     def _linear_of(self, machine: Machine) -> Callable[[int, int], Computing]:
