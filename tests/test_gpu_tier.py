@@ -34,10 +34,12 @@ from tiered.generate.scheduler import Scheduler
 from tiered.generate.sequence import Sequence
 from tiered.host import Host
 from tiered.model import ForwardBatch, Segment
-from tiered.plan import ComputeRate, Machine, Plan, Tier, Workload, full_ring, make_plan
+from tiered.plan import ComputeRate, Machine, Plan, Tier, full_ring, make_plan
 from tiered.plan.hardware import GpuRates
-from tiered.plan.play import Device as SimulatedDevice
-from tiered.plan.simulate import simulate
+from tiered.plan.load import PassLoad
+from tiered.plan.pace import Pace
+from tiered.plan.play import Player
+from tiered.plan.play_seat import Device as SimulatedDevice
 from tiered.prepare import measure_inputs
 from tiered.runtime import Runtime
 from tiered.store import Store
@@ -382,13 +384,16 @@ def test_a_device_that_cannot_be_used_is_an_error_or_the_processor_computes(
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.parametrize("decodes", ["gpu", "cpu"])
 def test_a_simulation_foretells_the_passes_of_a_paced_device(
-    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, decodes: Any
 ) -> None:
+    # Where the processor decodes, each pass has another prompt for the device beside a sequence that decodes.
+    is_hybrid = decodes == "cpu"
     paced, steps = Devices("emulated"), 5
     monkeypatch.setattr("tiered.host.open_device", paced.open)
     store = tiny.store("llama")
-    options = options_for(store, paced, "some", "all", tmp_path)
+    options = options_for(store, paced, "a ring" if is_hybrid else "some", "all", tmp_path, decode_device=decodes)
 
     def run(rate: float, is_enough: Callable[[Runtime, list[float]], bool]) -> list[float]:
         """Seconds of passes over a bus of `rate` bytes per second, until there are enough."""
@@ -398,20 +403,29 @@ def test_a_simulation_foretells_the_passes_of_a_paced_device(
         with open_runtime(store, **options) as runtime, ExitStack() as stack:
             kv, ids, seconds = reserved(stack, runtime, 40), [5, 6, 7], list[float]()
             while not is_enough(runtime, seconds):
-                start = time.perf_counter()
-                (logits,) = run_segments(runtime, [Segment(kv, ids, keep=1)])
-                seconds.append(time.perf_counter() - start)
+                with ExitStack() as newcomers:
+                    segments = [Segment(kv, ids, keep=1)]
+                    if is_hybrid and seconds:
+                        segments.append(Segment(reserved(newcomers, runtime, 8), [5, 6, 7], keep=1))
+                    start = time.perf_counter()
+                    logits, *_ = run_segments(runtime, segments)
+                    seconds.append(time.perf_counter() - start)
                 ids = [int(logits[-1].argmax())]
             return seconds
 
     @cache
     def expected(runtime: Runtime, rate: float) -> float:
         plan = runtime.plan
-        assert plan.device is not None and 0 < plan.bus_nbytes < plan.tape.total
+        assert plan.device is not None and plan.bus_nbytes > 0
+        assert (plan.bus_nbytes == plan.tape.total) is is_hybrid
         machine = Machine(0, linear=ComputeRate((1,), (1e-15,)), disk_bytes_per_second=1e12, attention_seconds=0.0)
-        work, rates = Workload(1, 40, 3, batch_size=1), GpuRates("paced", PLENTY, rate, rate, 1e12, 1e15)
-        found = simulate(plan, runtime.shape, machine, work, passes=steps, device=SimulatedDevice.of(plan, rates))
-        return sum(each.seconds for each in found.passes[2:])
+        device = SimulatedDevice.of(plan, GpuRates("paced", PLENTY, rate, rate, 1e12, 1e15))
+        player = Player(plan, runtime.shape, machine, device)
+        prompt = (range(3),)
+        beside = prompt if is_hybrid else ()
+        later = [PassLoad((range(at, at + 1), *beside), 1, 1 + len(beside), False) for at in range(3, 2 + steps)]
+        player.run(iter([PassLoad(prompt, 0, 1, False), *later]), Pace())
+        return sum(each.seconds for each in player.passes[2:])
 
     def is_foretold() -> bool:
         # What this machine computes in a pass, and how other programs delay it now, is to be a trifle beside the bus.

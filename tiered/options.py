@@ -38,7 +38,7 @@ class Options:
     """Tokens that are computed together at most; None: as many as memory allows and are useful."""
     kv: KVTier = "cpu"
     """Where the KV cache is; auto: where a run is expected to be quicker, or, where no rates are known, on the
-    device if it fits there and gains, else in memory if it fits there."""
+    device if it fits there and gains, else in memory if it fits there; host: the same, but not on the device."""
     kv_bits: AnyBits = 16
     kv_folder: Path | None = None
     """The folder for the KV cache's file, if it is on disk; None: the store's."""
@@ -70,7 +70,7 @@ class Options:
         for name, value in (("ram", self.ram), ("threads", self.threads), ("micro-batch", self.micro_batch_rows)):
             if value is not None and not _is_count(value, 1):
                 raise ConfigError(f"{name} {value!r}: expected a whole number above 0")
-        if self.kv not in ("auto", "cpu", "disk", "gpu"):
+        if self.kv not in ("auto", "cpu", "disk", "gpu", "host"):
             raise ConfigError(f"kv {self.kv!r}: expected auto, gpu, cpu or disk")
         if self.vram is not None and not _is_count(self.vram, 1):
             raise ConfigError(f"vram {self.vram!r}: expected a number of bytes above 0")

@@ -24,7 +24,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Final
 
@@ -187,8 +187,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=1, help="runs of each way (default: 1)")
     parser.add_argument("--table", action="store_true", help="print what there is as Markdown, and run nothing")
     options = parser.parse_args(arguments)
-    results = Results(options.dir / "planner.jsonl")
     try:
+        results = Results(options.dir / "planner.jsonl")
         if options.table:
             print_table(options.dir, results)
         else:
@@ -202,21 +202,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def measure(folder: Path, results: Results, rounds: int, until: float) -> None:
-    """Run what has not been run, round by round, until it is time to end."""
-    stores = {job.shape: Synthetic(job.shape, QUANT, 4, folder).make("none") for job in JOBS}
+    """Run what has not been run, round by round, until it is time to end. A store is made when it is first wanted."""
+    store_of = cache(lambda shape: Synthetic(shape, QUANT, 4, folder).make("none"))
     profile = folder / "profile.toml"
     if not profile.exists():
-        call("profile", str(stores[JOBS[-1].shape]), "-o", str(profile))
+        call("profile", str(store_of(JOBS[-1].shape)), "-o", str(profile))
     for round_, most, job in itertools.product(range(1, rounds + 1), (NEAR, None), JOBS):
         if time.monotonic() > until:
             return
         if results.disk(job) is None:
-            results.add(job, None, disk=disk_rate(stores[job.shape]))
-        for way in planner(folder, stores[job.shape], results, job).sweep()[:most]:
+            results.add(job, None, disk=disk_rate(store_of(job.shape)))
+        for way in planner(folder, store_of(job.shape), results, job).sweep()[:most]:
             if time.monotonic() > until:
                 return
             if len(results.seconds(job, way)) < round_:
-                results.add(job, way, **run(stores[job.shape], job, way))
+                results.add(job, way, **run(store_of(job.shape), job, way))
 
 
 def disk_rate(store: Path) -> float:

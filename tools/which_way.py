@@ -6,7 +6,7 @@
 
 Rows are those of `tiered plan` (`plan/strategies.py`): predictions of plans that run; those with a GPU have not been
 tried on one. Machines are the files of configs/hardware; a server without a GPU is given the T4 of the FlexGen paper,
-as in the discussion that asked the question. Pictures need matplotlib. One core, many minutes.
+as in the discussion that asked the question. Pictures need matplotlib, and each takes about a minute of one core.
 """
 
 import argparse

@@ -1,5 +1,6 @@
 """A profile measures everything once, reads what it is told to, and leaves nothing behind."""
 
+import itertools
 import os
 from collections import namedtuple
 from collections.abc import Iterator, Sequence
@@ -11,7 +12,7 @@ import torch
 
 from tiered.bench import passes, profile, rates
 from tiered.bench.gpu import measure_gpu
-from tiered.bench.memory import measure_memory
+from tiered.bench.memory import measure_memory, measure_touch
 from tiered.bench.passes import PassRates, Size, measure_passes
 from tiered.bench.raw import RawBandwidth
 from tiered.errors import ConfigError, DiskFullError
@@ -68,6 +69,8 @@ def processor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(profile, "measure_attention", lambda *_: 1e-6)
     monkeypatch.setattr(profile, "measure_prefill_attention", lambda *_: 1e11)
     monkeypatch.setattr(profile, "measure_memory", lambda *_: 2e10)
+    touches = itertools.cycle((1e8, 3e9, 1e9))
+    monkeypatch.setattr(profile, "measure_touch", lambda: next(touches))
     monkeypatch.setattr(profile, "measure_passes", lambda *_: PassRates(1e-3, None, 1e-10, 0.9, 1e9))
 
 
@@ -92,7 +95,7 @@ def test_a_folder_is_measured_with_a_file_that_nobody_sees(disk: Disk, processor
     assert disk.sizes == [size for size in profile.RANDOM_NBYTES if size <= 16 * MIB]
     assert (found.disk.read, found.disk.random[0]) == (2e9, (1_000_000, 1e9)) and found.disk.write > 0
     assert (found.disk.streamed, found.disk.kept, found.cpu.operation_seconds) == (0.9, 1e9, 1e-3)
-    assert (found.cpu.element_seconds, found.cpu.reading_seconds) == (None, 1e-10)
+    assert (found.cpu.element_seconds, found.cpu.reading_seconds, found.cpu.touch) == (None, 1e-10, 1e9)
     assert found.is_measured and "temporary file of 16 MiB" in found.source and found.source.startswith("measured 2")
     assert found.cpu.cores == 2 and found.cpu.attention == pytest.approx(2 * 32 * 128 * 2 / 1e-6)
     assert {(one.scheme, one.mode) for one in found.cpu.linear} == {
@@ -179,8 +182,9 @@ def test_whatever_ends_it_nothing_is_left(
     assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
-def test_memory_is_read_at_a_speed() -> None:
+def test_memory_is_read_and_touched_at_a_speed() -> None:
     assert 0 < measure_memory(2, 16 * MIB) < 1e13
+    assert 0 < measure_touch(16 * MIB) < 1e12
 
 
 @pytest.mark.inputs("tiered/bench", "tiered/plan")

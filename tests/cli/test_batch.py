@@ -257,6 +257,39 @@ def test_a_job_opens_its_device_once_and_goes_on_where_it_was_begun(
     assert sorted(results.read_bytes().splitlines()) == sorted(whole.splitlines())
 
 
+def settings_of_job(results: Path) -> Any:
+    return json.loads(results.with_name(results.name + ".job").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("place", ["gpu", "cpu", "disk"])
+def test_a_job_goes_on_with_its_cache_where_what_attended_attends(
+    store: Path, source: Path, tmp_path: Path, place: str
+) -> None:
+    results = tmp_path / "out.jsonl"
+    on_gpu = ("--prefill-device", "gpu", "--decode-device", "gpu", "--threads", "1", "--max-tokens", "6")
+    words = ("batch", store, "-i", source, "-o", results, *QUIET, *ON_DEVICE, "--vram", "1GiB", *on_gpu)
+    assert run_here(*words, "--kv", place).code == 0
+    begun, whole = settings_of_job(results), results.read_bytes()
+    assert begun["attention"] == ("gpu" if place == "gpu" else "cpu")
+
+    def again(*more: str) -> Any:
+        results.write_bytes(b"".join(whole.splitlines(keepends=True)[:-2]))
+        return run_here(*words, *more)
+
+    # Where nothing is said the plan of a new job would have it on the GPU.
+    done = again()
+    assert done.code == 0, done.err
+    assert sorted(results.read_bytes().splitlines()) == sorted(whole.splitlines())
+    assert settings_of_job(results) == begun
+    # Memory and disk hold the same bits, so these may be changed for each other.
+    assert place == "gpu" or again("--kv", "disk" if place == "cpu" else "cpu").code == 0
+    other = again("--kv", "cpu" if place == "gpu" else "gpu")
+    assert other.code == 2 and "whose results differ in bits. Run it with --kv" in other.err, other.err
+    if place == "gpu":
+        refused = again("--vram", "1MiB")
+        assert refused.code == 3 and "its KV cache is on the GPU, where the job was begun with it" in refused.err
+
+
 def test_a_job_that_falls_back_is_the_processor_s(store: Path, source: Path, tmp_path: Path) -> None:
     results = tmp_path / "out.jsonl"
     words = ("--tiers", "disk,cpu,gpu", "--device", "cuda:99", "--fallback", "cpu", "--dtype", "float16")

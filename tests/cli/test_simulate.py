@@ -110,6 +110,7 @@ def test_what_cannot_be_is_refused_in_a_line(machine: Path, tmp_path: Path) -> N
         (("--plot", tmp_path / "plot.gif"), 2, "expected a name that ends in .png or .svg"),
         (("--trace", tmp_path / "none/trace.json"), 2, "cannot be written"),
         (("--tiers", "disk,cpu,gpu"), 2, "a machine has no GPU; drop it, or name another --hardware"),
+        (("--decode-device", "gpu"), 2, "--tiers disk,cpu has none; add --tiers disk,cpu,gpu"),
         (("--vram", "2GiB"), 2, "is for a GPU, and --tiers disk,cpu has none; add --tiers disk,cpu,gpu"),
     ):
         done = run_here("simulate", "opt-6.7b", "--hardware", machine, *words)
@@ -125,3 +126,34 @@ def test_without_a_profile_quick_rates_are_taken_and_that_is_said(
     done = run_here("simulate", "opt-125m", "--ram", "1GiB")
     assert done.code == 0 and "a machine, made up" in done.out
     assert done.err == "tiered: no profile of this machine: measuring for seconds; 'tiered profile' is exact\n"
+
+
+def test_prompts_on_the_gpu_and_the_rest_on_the_processor_are_played_drawn_and_traced(
+    machine: Path, tmp_path: Path
+) -> None:
+    machine.write_text(f"{MACHINE}{GPU}", encoding="utf-8")
+    trace, plot = tmp_path / "trace.json", tmp_path / "plot.png"
+    words = (
+        "simulate",
+        "opt-6.7b",
+        "--hardware",
+        machine,
+        "--ram",
+        "3GiB",
+        "--tiers",
+        "disk,cpu,gpu",
+        "--vram",
+        "3GiB",
+    )
+    done = run_here(*words, "--decode-device", "cpu", "--trace", trace, "--plot", plot)
+    assert done.code == 0, done.err
+    assert "prompts on the GPU, all else on the processor" in done.out and "given back when no prompt waits" in done.out
+    assert "bus" in done.out[done.out.index("prefill ") : done.out.index("decode ")] and "by the disk" in done.out
+    events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
+    lanes = {event["args"]["name"] for event in events if event["ph"] == "M"}
+    assert lanes == {"disk", "bus", "gpu", "gpu wait", "compute", "wait"}
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    found = json.loads(run_here(*words, "--decode-device", "cpu", "--json").out)
+    assert found["plan"]["device"]["computes"] == {"prompts": "gpu", "rest": "cpu"}
+    first, *others = found["passes"]
+    assert first["gpu_seconds"] > 0 and first["bus_seconds"] > 0 and not any(each["bus_seconds"] for each in others)

@@ -111,7 +111,7 @@ def test_a_weight_takes_the_bytes_of_its_scheme_and_codes_that_are_looked_up_com
 def test_written_down_and_read_back_it_is_the_same_machine() -> None:
     machine = Hardware.from_toml(DESCRIBED, "described")
     disk = replace(machine.disk, streamed=0.9, kept=1e9)
-    cpu = replace(machine.cpu, operation_seconds=1e-6, element_seconds=1e-8, reading_seconds=1e-10)
+    cpu = replace(machine.cpu, operation_seconds=1e-6, element_seconds=1e-8, reading_seconds=1e-10, touch=1e9)
     for each in (machine, replace(machine, disk=disk, cpu=cpu)):
         assert Hardware.from_toml(as_toml(each.to_tables()), "again") == each
 
@@ -121,7 +121,7 @@ def test_what_passes_take_beyond_raw_reading_is_counted_where_it_was_measured() 
     kv = KVShape(8, 128, 2, "bfloat16")
     made = machine.machine("int8-g64", "invariant", kv, 7)
     assert made.disk_bytes_per_second == pytest.approx(1.8e9) and made.kept_bytes_per_second == 1e9
-    assert made.operation_seconds == made.element_seconds == made.reading_seconds == 0
+    assert made.operation_seconds == made.element_seconds == made.reading_seconds == made.touch_seconds(1e9) == 0
 
 
 def as_toml(tables: dict[str, Any], path: str = "") -> str:

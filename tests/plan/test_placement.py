@@ -107,7 +107,6 @@ def test_what_best_saves_reading_is_added_where_most_is_left_to_read(
     for _ in range(2):  # what is kept for the next placement has not changed
         filled = fill(
             streamed,
-            tape.file_nbytes,
             kinds_of(tape.nbytes, tape.file_nbytes, tape.blocks),
             lambda full, _: full,
             lambda nbytes, ring: nbytes + ring <= available,

@@ -12,6 +12,7 @@ import logging
 import mmap
 import os
 import platform
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +25,7 @@ import numpy as np
 import torch
 
 from tiered.bench.gpu import measure_gpu
-from tiered.bench.memory import measure_memory
+from tiered.bench.memory import measure_memory, measure_touch
 from tiered.bench.passes import measure_passes
 from tiered.bench.rates import measure_attention, measure_compute, measure_prefill_attention
 from tiered.bench.raw import RANDOM_THREADS, advise_huge_pages, measure_random, measure_raw, measure_write
@@ -75,13 +76,18 @@ def measure_hardware(folder: Path, files: Sequence[Path], threads: int, say: Say
     Raises ConfigError where the folder is none, or no place for a temporary file; ReadError where files cannot be read.
     """
     cpu, others = system.cpu(), _Others()
+    # At several moments: what the system has just got back it gives again for little.
+    touches = [measure_touch()]
     disk, how = _measure_disk(folder, files, say)
     say("measuring memory")
     ram = system.meminfo("MemTotal")
     memory = measure_memory(threads, min(512 * MIB, round_down(ram // 8, MIB)))
     rates, kernels = _measure_cpu(threads, memory, say)
+    touches.append(measure_touch())
     say("measuring passes over a small model")
     passes = measure_passes(folder, threads)
+    touches.append(measure_touch())
+    rates = replace(rates, touch=statistics.median(touches))
     if passes is None:
         how += "; no memory for passes over a small model"
     else:

@@ -37,7 +37,7 @@ from tiered.jobs import (
     scan_input,
     store_fingerprint,
 )
-from tiered.jobs.identity import Setting
+from tiered.jobs.identity import Setting, check_attention
 from tiered.jobs.input import open_input
 from tiered.options import Options
 from tiered.plan import MAX_BATCHED_TOKENS, Workload
@@ -135,6 +135,8 @@ def _work(
             _saying_how_long_requests_are(begun),
             Runtime(store, _workload(request, begun, journal.sequences), options, find_hardware, host) as runtime,
         ):
+            if runtime.plan.decode_device == "gpu":
+                journal.attends("gpu" if runtime.plan.cache.on_device else "cpu")
             if request.batch is None and not request.as_json:
                 screen.say(f"batch     {runtime.plan.why}")
             yield partial(_generate, request, runtime, screen, reports.append)
@@ -164,7 +166,18 @@ def _options(
         return with_chosen_phases(options, store, lambda: _workload(request, count(), 0), say)
     begun = journal.job.identity.settings
     phases = tuple(begun.get(name, "cpu") for name in ("prefill-device", "decode-device"))
-    return next((options.with_phases(each) for each in options.phase_choices if each == phases), options)
+    options = next((options.with_phases(each) for each in options.phase_choices if each == phases), options)
+    return _with_cache_as_begun(options, journal.path, journal.job.attention)
+
+
+def _with_cache_as_begun(options: Options, results: Path, attention: str | None) -> Options:
+    """`options` with the KV cache where what attends is what attended when the job was begun."""
+    if attention is None or not options.has_device or options.computes[1] == "cpu":
+        return options
+    if options.kv == "auto":
+        return replace(options, kv="gpu" if attention == "gpu" else "host")
+    check_attention(results, "gpu" if options.kv == "gpu" else "cpu", attention)
+    return options
 
 
 def _workload(request: BatchRequest, job: JobFile | InputSize, done: int) -> Workload:
@@ -312,6 +325,8 @@ def _saying_how_long_requests_are(begun: JobFile) -> Iterator[None]:
         hint = (
             f"the longest request comes to {begun.longest} tokens; --context, with another -o, refuses long ones alone"
         )
+        if begun.attention == "gpu":
+            hint = f"its KV cache is on the GPU, where the job was begun with it; {hint}"
         raise BudgetError(f"{error}; {hint}", error.smallest_bytes) from None
 
 

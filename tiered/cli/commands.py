@@ -383,6 +383,11 @@ def plan(**options: Any) -> None:
     "--tiers", default="disk,cpu", show_default=True, help="Where weights may be; with disk,cpu,gpu a GPU computes."
 )
 @click.option("--vram", help="Budget of the GPU's memory, such as 14GiB. [default: 90% of what it has]")
+@click.option(
+    "--decode-device",
+    type=click.Choice(["gpu", "cpu"]),
+    help="What computes the tokens after prompts. [default: the GPU, if among the tiers]",
+)
 @click.option("--passes", type=POSITIVE, help="Passes to simulate. [default: the prompts', and three more]")
 @click.option("--trace", "trace_path", type=FILE, help="Write a Perfetto trace, as 'tiered generate --trace' does.")
 @click.option("--plot", type=FILE, help="Draw a prompt's pass and two more (.png, .svg); needs matplotlib.")

@@ -99,6 +99,8 @@ def _figures(hardware: Hardware) -> Iterator[tuple[str, str, str]]:
         yield "", format_rate(disk.kept), "by a first pass, for what then stays in memory"
     yield "", format_rate(disk.write), "written"
     yield "memory", format_rate(cpu.memory), f"read by {cpu.cores} threads; {format_size(hardware.ram)} in all"
+    if cpu.touch is not None:
+        yield "", format_rate(cpu.touch), "touched for the first time, by one thread"
     yield "attention", format_rate(cpu.attention), "of keys and values that decoding attends over"
     yield "", f"{cpu.prefill_attention / 1e9:.0f} GFLOP/s", "of a prompt"
     if cpu.operation_seconds is not None:

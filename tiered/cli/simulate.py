@@ -17,11 +17,11 @@ from tiered.cli.lines import print_json
 from tiered.cli.plan import Model, check_positions, find_model, hardware_for, ram_budget, vram_limit, wrapped
 from tiered.cli.writable import check_writable
 from tiered.errors import ConfigError
-from tiered.plan.gpu import on_gpu
 from tiered.plan.hardware import GpuRates, Hardware
 from tiered.plan.inputs import (
     MAX_BATCHED_TOKENS,
     Budgets,
+    Computes,
     KVTier,
     ModelShape,
     Objective,
@@ -35,7 +35,8 @@ from tiered.plan.lanes import Event
 from tiered.plan.make import make_plan
 from tiered.plan.on_device import CONTEXT_NBYTES, DevicePlan
 from tiered.plan.plan import Plan
-from tiered.plan.play import Device, SimulatedPass
+from tiered.plan.play import SimulatedPass
+from tiered.plan.play_seat import Device
 from tiered.plan.simulate import Simulation, simulate
 from tiered.plan.strategies import BASELINE_NBYTES, GPU_TIERS, machine_for
 from tiered.trace import Tracer
@@ -48,8 +49,9 @@ _WORDS = {
     "experts": "experts",
     "kv": "the KV cache",
     "hidden": "hidden states",
+    "gpu": "the GPU",
 }
-_BOUNDS = {"disk": "the disk", "bus": "the bus to the GPU", "compute": "computing"}
+_BOUNDS = {"disk": "the disk", "bus": "the bus to the GPU", "gpu": "the GPU", "compute": "computing"}
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ class Played:
             "tokens_per_second": steady.tokens / steady.seconds,
             "disk_busy_share": steady.disk_seconds / steady.seconds,
             "bus_busy_share": steady.bus_seconds / steady.seconds,
+            "gpu_busy_share": steady.gpu_seconds / steady.seconds,
             "compute_busy_share": steady.compute_seconds / steady.seconds,
             "bound_seconds_per_pass": steady.bound,
             "bottleneck": steady.bottleneck,
@@ -105,8 +108,9 @@ class Played:
             "vram_bytes": device.vram,
             "resident_bytes": placement.resident_nbytes,
             "ring_bytes": placement.ring_nbytes,
-            "copied_bytes_per_pass": self.plan.bus_nbytes,
+            "copied_bytes_per_pass": self.plan.decode_bus_nbytes,
             "kv_on_device": on_device,
+            "computes": {"prompts": self.plan.prefill_device, "rest": self.plan.decode_device},
         }
 
 
@@ -126,6 +130,10 @@ class Mean:
     @property
     def compute_seconds(self) -> float:
         return self._mean(each.compute_seconds for each in self.passes)
+
+    @property
+    def gpu_seconds(self) -> float:
+        return self._mean(each.gpu_seconds for each in self.passes)
 
     @property
     def disk_seconds(self) -> float:
@@ -152,7 +160,7 @@ class Mean:
     @property
     def bound(self) -> float:
         """Seconds that the busiest of disk, bus and what computes takes."""
-        return max(self.compute_seconds, self.disk_seconds, self.bus_seconds)
+        return max(self._busy.values())
 
     @property
     def above_bound(self) -> float:
@@ -161,9 +169,12 @@ class Mean:
 
     @property
     def bottleneck(self) -> str:
-        if self.bus_seconds > max(self.disk_seconds, self.compute_seconds):
-            return "bus"
-        return "disk" if self.disk_seconds > self.compute_seconds else "compute"
+        return max(self._busy, key=self._busy.__getitem__)
+
+    @property
+    def _busy(self) -> dict[str, float]:
+        seconds = {"compute": self.compute_seconds, "gpu": self.gpu_seconds}
+        return seconds | {"disk": self.disk_seconds, "bus": self.bus_seconds}
 
 
 def run(
@@ -180,6 +191,7 @@ def run(
     kv_bits: str,
     tiers: str,
     vram: str | None,
+    decode_device: Computes | None,
     passes: int | None,
     trace_path: Path | None,
     plot: Path | None,
@@ -191,6 +203,8 @@ def run(
         raise ConfigError(
             f"--vram {vram} is for a GPU, and --tiers {tiers} has none; add --tiers {tiers_text(GPU_TIERS)}"
         )
+    if decode_device == "gpu" and not has_gpu:
+        raise ConfigError(f"--decode-device gpu: --tiers {tiers} has none; add --tiers {tiers_text(GPU_TIERS)}")
     if plot is not None:
         check_can_draw("--plot", plot)
     for option, path in (("--plot", plot), ("--trace", trace_path)):
@@ -207,11 +221,11 @@ def run(
     gpu = _gpu(machine, tiers) if has_gpu else None
     if gpu is not None:
         limit = vram_limit(vram, machine)
-        budgets = replace(budgets, vram=limit, context_nbytes=CONTEXT_NBYTES)
+        decodes = decode_device or "gpu"
+        budgets = replace(budgets, vram=limit, context_nbytes=CONTEXT_NBYTES, decode_device=decodes)
     rates = machine_for(shape, machine)
     plan = make_plan(shape, rates, work, budgets, gpu)
     device = None if gpu is None else Device.of(plan, gpu)
-    rates = rates if gpu is None else on_gpu(rates, shape, plan.cache, gpu)
     played = Played(found, name, machine, work, plan, simulate(plan, shape, rates, work, passes, device))
     if trace_path is not None:
         _trace(played.found.events).write(trace_path)
@@ -252,6 +266,7 @@ def _pass_json(each: SimulatedPass) -> dict[str, Any]:
         "decoding": each.load.decoding,
         "seconds": each.seconds,
         "compute_seconds": each.compute_seconds,
+        "gpu_seconds": each.gpu_seconds,
         "disk_seconds": each.disk_seconds,
         "disk_bytes": each.disk_nbytes,
         "bus_seconds": each.bus_seconds,
@@ -278,7 +293,11 @@ def _lines(played: Played) -> Iterator[str]:
     )
     if plan.device is not None:
         held, ring = plan.device.placement.resident_nbytes, plan.device.placement.ring_nbytes
-        yield f"          on the GPU {format_size(held)} resident, ring {format_size(ring)}; not tried on a GPU yet"
+        until = ", given back when no prompt waits" if plan.decode_device == "cpu" else ""
+        there = f"{format_size(held)} resident, ring {format_size(ring)}{until}"
+        yield f"          on the GPU {there}; not tried on a GPU yet"
+        if plan.decode_device == "cpu":
+            yield "          prompts on the GPU, all else on the processor"
     if plan.missing_overlap_nbytes:
         yield f"          the ring lacks {format_size(plan.missing_overlap_nbytes)}: reading and computing take turns"
     if played.prefill:
@@ -289,8 +308,11 @@ def _lines(played: Played) -> Iterator[str]:
         those = "" if decoding == most else f" with {decoding} of {most} sequences"
         yield f"decode    {rate:.3g} tokens/s, {format_seconds(steady.seconds)} per pass, of {count} simulated{those}"
     disk, compute = steady.disk_seconds / steady.seconds, steady.compute_seconds / steady.seconds
-    bus = f"bus {steady.bus_seconds / steady.seconds:.0%}, " if plan.device is not None else ""
-    yield f"busy      disk {disk:.0%}, {bus}computing {compute:.0%}"
+    there = ""
+    if plan.decode_device == "gpu":
+        there = f"bus {steady.bus_seconds / steady.seconds:.0%}, GPU {steady.gpu_seconds / steady.seconds:.0%}, "
+    of = "the processor" if plan.device is not None else "computing"
+    yield f"busy      disk {disk:.0%}, {there}{of} {compute:.0%}"
     waits = [f"{format_seconds(seconds)} for {_WORDS[kind]}" for kind, seconds in steady.waits.items() if seconds]
     yield f"waits     per pass: computing {', '.join(waits) or 'for nothing'}; the disk {_idle(played)}"
     yield (
@@ -314,4 +336,6 @@ def _prefill_line(passes: Sequence[SimulatedPass]) -> str:
     count = "a pass" if len(passes) == 1 else f"{len(passes)} passes"
     tokens = sum(each.load.prompt_tokens for each in passes)
     busy = f"disk busy {mean.disk_seconds / mean.seconds:.0%}, computing {mean.compute_seconds / mean.seconds:.0%}"
+    if mean.gpu_seconds:
+        busy += f", bus {mean.bus_seconds / mean.seconds:.0%}, GPU {mean.gpu_seconds / mean.seconds:.0%}"
     return f"prefill   {tokens} tokens in {format_seconds(seconds)}, {count}; {busy}"

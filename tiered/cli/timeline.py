@@ -25,6 +25,8 @@ _COLOURS: Final[dict[Kind, tuple[float, float, float]]] = {
     "attention": (0.80, 0.24, 0.28),
     "kv": (0.55, 0.40, 0.32),
     "hidden": (0.45, 0.60, 0.75),
+    "gpu": (0.60, 0.60, 0.60),
+    "memory": (0.90, 0.75, 0.20),
 }
 _LABELS: Final[dict[Kind, str]] = {
     "layer": "streamed layers",
@@ -34,8 +36,19 @@ _LABELS: Final[dict[Kind, str]] = {
     "attention": "attention",
     "kv": "KV cache",
     "hidden": "hidden states that wait",
+    "gpu": "what the GPU computes",
+    "memory": "memory touched for the first time",
 }
-_LANES: Final = {"disk": "disk", "bus": "bus", "compute": "computing", "wait": "computing waits"}
+_LANES: Final = {
+    "disk": "disk",
+    "bus": "bus",
+    "gpu": "GPU",
+    "gpu wait": "GPU waits",
+    "compute": "computing",
+    "wait": "computing waits",
+}
+_ALWAYS: Final = ("disk", "compute", "wait")
+"""Lanes that are drawn even if they are empty, unless a device is all that computes."""
 _CLOSE_LAYERS: Final = 4
 """Layers that are shown unit by unit."""
 _MOST_UNITS: Final = 60
@@ -91,7 +104,8 @@ def _describe(passes: Sequence[SimulatedPass]) -> str:
 def _draw_lanes(axes: Any, events: Sequence[Event], passes: Sequence[SimulatedPass]) -> None:
     """One row per lane; neighbouring layers differ in shade."""
     stop = passes[-1].start + passes[-1].seconds
-    lanes = [lane for lane in _LANES if lane != "bus" or any(event.lane == "bus" for event in events)]
+    used = {event.lane for event in events}
+    lanes = [lane for lane in _LANES if lane in used or (lane in _ALWAYS and "gpu" not in used)]
     labels = []
     for row, lane in enumerate(reversed(lanes)):
         mine = [event for event in events if event.lane == lane]
@@ -115,13 +129,13 @@ def _draw_close(axes: Any, events: Sequence[Event], passed: SimulatedPass) -> tu
     names = list(dict.fromkeys(event.name for event in sorted(mine, key=_place)))[:_MOST_UNITS]
     row_of = {name: row for row, name in enumerate(names)}
     mine = [event for event in mine if event.name in row_of]
-    computed = [event for event in mine if event.lane == "compute"]
+    computed = [event for event in mine if event.lane in ("compute", "gpu") and event.kind != "gpu"]
     left, right = computed[0].start, max(event.start + event.seconds for event in computed)
     # Its read may lie a pass before; what comes shortly before is shown.
     left -= (right - left) / 8
-    for lane, above in (("disk", 0.06), ("wait", 0.5), ("compute", 0.5)):
+    for lane, above in (("disk", 0.06), ("gpu wait", 0.5), ("wait", 0.5), ("gpu", 0.5), ("compute", 0.5)):
         bars = [event for event in mine if event.lane == lane]
-        colours = [(0.86, 0.86, 0.86) if lane == "wait" else _COLOURS[event.kind] for event in bars]
+        colours = [(0.86, 0.86, 0.86) if lane.endswith("wait") else _COLOURS[event.kind] for event in bars]
         rows, seconds = [row_of[event.name] + above for event in bars], [event.seconds for event in bars]
         starts = [event.start for event in bars]
         axes.barh(rows, seconds, 0.44 if lane == "disk" else 0.4, starts, align="edge", color=colours, linewidth=0)

@@ -5,7 +5,7 @@ Results of one job may be added to by another process only if that process would
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -68,6 +68,9 @@ class JobFile:
     """Tokens of all sequences together, at most."""
     prompt_tokens: int = 0
     """Of these, those of prompts."""
+    attention: str | None = None
+    """What attends while a GPU decodes, "gpu" or "cpu": that has the KV cache, and their results differ in bits. None:
+    no GPU decodes, or it is not known yet."""
 
     def to_json(self) -> str:
         """The text of the file."""
@@ -81,6 +84,8 @@ class JobFile:
             "tokens": self.tokens,
             "prompt_tokens": self.prompt_tokens,
         }
+        if self.attention is not None:
+            value["attention"] = self.attention
         return json.dumps(value, indent=1) + "\n"
 
     @classmethod
@@ -94,7 +99,9 @@ class JobFile:
             # Jobs of earlier versions did not tell how many tokens are those of prompts.
             value.setdefault("prompt_tokens", _as(int, value["tokens"]) // 2)
             names = ("created", "sequences", "longest", "tokens", "prompt_tokens")
-            return cls(identity, *(_as(int, value[name]) for name in names))
+            attention = _as(str, value["attention"]) if "attention" in value else None
+            found = cls(identity, *(_as(int, value[name]) for name in names))
+            return replace(found, attention=attention)
         except (ValueError, KeyError, TypeError) as error:
             raise CorruptError(f"{path}: expected a {FORMAT} file of version {VERSION} ({error}); {_REMEDY}") from None
 
@@ -130,6 +137,17 @@ def check_same(results: Path, now: Identity, begun: Identity) -> None:
             f"{results}: its results are of another job: {'; '.join(differences)}. "
             "Run it as it was begun, or name another file with -o"
         )
+
+
+def check_attention(results: Path, now: str, begun: str | None) -> None:
+    """Raises ConfigError unless a job of which `begun` attends, if that is known, may be continued where `now` does."""
+    if begun is None or now == begun:
+        return
+    place, way = ("on the GPU", "--kv gpu") if begun == "gpu" else ("in memory or on disk", "--kv cpu or disk")
+    raise ConfigError(
+        f"{results}: its results are of a job with the KV cache {place}, so that the {begun} attended, not the {now}, "
+        f"whose results differ in bits. Run it with {way}, or auto, or name another file with -o"
+    )
 
 
 def store_fingerprint(folder: Path) -> str:

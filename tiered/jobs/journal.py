@@ -9,13 +9,14 @@ import fcntl
 import json
 import os
 import stat
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Final, Self
 
 from tiered.errors import ConfigError, CorruptError, DiskFullError
 from tiered.files import errors_of
-from tiered.jobs.identity import Identity, JobFile, check_same, job_path, read_job, write_job
+from tiered.jobs.identity import Identity, JobFile, check_attention, check_same, job_path, read_job, write_job
 from tiered.jobs.input import LineSet
 from tiered.jobs.results import line_of_id
 from tiered.store.write import fsync_folder
@@ -90,6 +91,15 @@ class Journal:
             # The file's name and the cut must be on the disk before anything is appended.
             os.fsync(self._fd)
         fsync_folder(self.path.parent)
+
+    def attends(self, where: str) -> None:
+        """What attends while a GPU decodes is `where`, "gpu" or "cpu"; from the first result on it stays so. Raises
+        ConfigError where earlier results are of the other one."""
+        assert self.job is not None, "begin first"
+        check_attention(self.path, where, self.job.attention)
+        if self.job.attention is None:
+            self.job = replace(self.job, attention=where)
+            write_job(self.path, self.job)
 
     def append(self, line: int, record: bytes, sequences: int) -> None:
         """Add the result of a line of the input, durably: after this call, nothing short of a broken disk loses it.

@@ -9,27 +9,24 @@ Sums are of what any pass must do: weights that memory cannot hold are read agai
 the best company. How long one waits for the other is left out.
 """
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Final
 
 from tiered.plan.cost import (
     decode_attention_seconds,
     kv_block_nbytes,
     kv_written_nbytes,
+    least_row_seconds,
+    least_token_seconds,
     prompt_attention_seconds,
     prompt_pairs,
 )
 from tiered.plan.gpu import on_gpu
 from tiered.plan.hardware import GpuRates
-from tiered.plan.inputs import ComputeRate, Machine, ModelShape, Workload
+from tiered.plan.inputs import Machine, ModelShape, Workload
 from tiered.plan.kv import CachePlan
 from tiered.plan.plan import Plan
 from tiered.plan.way import Way, expected_bus_nbytes
-
-_ROUNDED: Final = 2 / 3
-"""Rows of an expert are counted in whole numbers: one where it could be nearly one and a half."""
 
 
 def least_seconds(way: Way, workload: Workload, gpu: GpuRates | None) -> float:
@@ -181,49 +178,34 @@ class _Bound:
         if self.gpu is not None and budgets.has_device:
             there = on_gpu(machine, self._model, self._cache, self.gpu)
             prompts, rest = (there if each == "gpu" else machine for each in budgets.computes)
-        decoding, reading = self._decode_seconds(rest), self._tokens * self._token_seconds(prompts)
+        decoding, reading = self._decode_seconds(rest), self._tokens * least_token_seconds(self._model, prompts)
+        pairs = self.workload.sequences * prompt_pairs(self._model, self._prompt)
+        seen = min(prompt_attention_seconds(self._model, each, pairs) for each in (prompts, machine))
+        attended = decode_attention_seconds(self._model, rest, self._decoded, self._prompt)
         if prompts is rest:
             # They may share passes, and be the quicker for it.
-            seconds = max(decoding, reading + self._decoded * self._token_seconds(rest))
+            together = reading + self._decoded * least_token_seconds(self._model, rest)
+            seconds = max(decoding, together) + seen + attended
         else:
-            seconds = decoding + reading
-        pairs = self.workload.sequences * prompt_pairs(self._model, self._prompt)
-        seconds += min(prompt_attention_seconds(self._model, each, pairs) for each in (prompts, machine))
-        seconds += self._passes * self._model.operations * machine.operation_seconds
-        return seconds + decode_attention_seconds(self._model, rest, self._decoded, self._prompt)
+            # Both may go on at once.
+            seconds = max(decoding + attended, reading + seen)
+        return seconds + self._passes * self._model.operations * machine.operation_seconds
 
     def _decode_seconds(self, machine: Machine) -> float:
         """Of products of all rows that decode, in passes of a batch at most."""
         model, batch, rate = self._model, self.way.batch_size, machine.linear
         assert rate is not None
-        each = _row_seconds(rate, self._dense_weights, batch) + _row_seconds(rate, model.head_weights, batch)
+        dense, head = self._dense_weights, model.head_weights
+        each = least_row_seconds(rate, dense, batch) + least_row_seconds(rate, head, batch)
         if model.experts is not None:
             weights = model.experts.weights
             least = min(rate.seconds(rows, weights) for rows in rate.rows)
-            each += max(self._chosen(batch) * least, self._expert_seconds(rate))
+            of_all = least_token_seconds(model, machine) - least_row_seconds(rate, dense)
+            each += max(self._chosen(batch) * least, of_all)
         return self._decoded * each
-
-    def _token_seconds(self, machine: Machine) -> float:
-        """Of products of a token in the best company, without the head."""
-        assert machine.linear is not None
-        return _row_seconds(machine.linear, self._dense_weights) + self._expert_seconds(machine.linear)
-
-    def _expert_seconds(self, rate: ComputeRate) -> float:
-        """The same of its experts."""
-        experts = self._model.experts
-        if experts is None:
-            return 0.0
-        return _ROUNDED * experts.layers * experts.chosen * _row_seconds(rate, experts.weights)
 
     @property
     def _dense_weights(self) -> int:
         experts = self._model.experts
         dense = self._model.weights - self._model.head_weights
         return dense if experts is None else dense - experts.total * experts.weights
-
-
-def _row_seconds(rate: ComputeRate, weights: int, most: float = math.inf) -> float:
-    """The least seconds of one of at most `most` rows, whatever others go through the weights beside them: between the
-    rows that were measured, seconds are linear, so one of the ends is the least."""
-    counts = rate.rows if most == math.inf else (*rate.rows, int(most))
-    return min(rate.seconds(rows, weights) / min(rows, most) for rows in counts)

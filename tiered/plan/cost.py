@@ -4,13 +4,17 @@ In: a model, the machine's rates, rows and contexts. Out: seconds and bytes. The
 prompts, predictions and reports all use these and no others.
 """
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from tiered.plan.inputs import ExpertShape, Machine, ModelShape
+from tiered.plan.inputs import ComputeRate, ExpertShape, Machine, ModelShape
 from tiered.plan.kv import CachePlan
 from tiered.units import PAGE_TOKENS
 
+_ROUNDED: Final = 2 / 3
+"""Rows of an expert are counted in whole numbers: one where it could be nearly one and a half."""
 HALFWAY: Final = 0.75
 """Tokens that a sequence holds on average while it runs, as a share of those that it holds at its end."""
 
@@ -35,15 +39,23 @@ def pass_seconds(
     return max(read_seconds, compute_seconds - expert_compute_seconds + waited)
 
 
-def linear_computing(model: ModelShape, machine: Machine, tokens: int, logits: int, most_rows: int) -> Computing:
+def linear_computing(
+    model: ModelShape,
+    machine: Machine,
+    tokens: int,
+    logits: int,
+    most_rows: int,
+    layers: Callable[[int], Computing] | None = None,
+) -> Computing:
     """Seconds of everything but attention for `tokens` tokens in micro-batches of at most `most_rows`, of which
-    `logits` go through the head. The machine's rate must be known."""
+    `logits` go through the head. `layers` is `layers_computing` of both, where that remembers what it has said. The
+    machine's rate must be known."""
     assert machine.linear is not None
     full, rest = divmod(tokens, max(1, most_rows))
     total = Computing(machine.linear.seconds(logits, model.head_weights) if logits else 0.0)
     for rows, times in ((most_rows, full), (rest, 1)):
         if rows and times:
-            found = _layers(model, machine, rows)
+            found = layers_computing(model, machine, rows) if layers is None else layers(rows)
             total += Computing(found.seconds * times, found.expert_seconds * times)
     return total
 
@@ -73,7 +85,7 @@ def slowed(machine: Machine, seconds: float, read_nbytes: float) -> float:
     return seconds + (min(most, seconds * share / (1 - share)) if share < 1 else most)
 
 
-def _layers(model: ModelShape, machine: Machine, rows: int) -> Computing:
+def layers_computing(model: ModelShape, machine: Machine, rows: int) -> Computing:
     """Seconds of the layers for one micro-batch, without attention."""
     assert machine.linear is not None
     dense, experts, seconds = model.weights - model.head_weights, model.experts, 0.0
@@ -83,6 +95,24 @@ def _layers(model: ModelShape, machine: Machine, rows: int) -> Computing:
         seconds = experts.layers * experts.distinct(rows) * each
     beside = model.layers * beside_seconds(model, machine, rows)
     return Computing(seconds + machine.linear.seconds(rows, dense) + beside, seconds)
+
+
+def least_token_seconds(model: ModelShape, machine: Machine) -> float:
+    """Seconds of the products of a token in the best company there is, without the head. Rates must be known."""
+    dense, experts, seconds = model.weights - model.head_weights, model.experts, 0.0
+    assert machine.linear is not None
+    if experts is not None:
+        dense -= experts.total * experts.weights
+        each = least_row_seconds(machine.linear, experts.weights)
+        seconds = _ROUNDED * experts.layers * experts.chosen * each
+    return seconds + least_row_seconds(machine.linear, dense)
+
+
+def least_row_seconds(rate: ComputeRate, weights: int, most: float = math.inf) -> float:
+    """The least seconds of one of at most `most` rows, whatever others go through the weights beside them: between the
+    rows that were measured, seconds are linear, so one of the ends is the least."""
+    counts = rate.rows if most == math.inf else (*rate.rows, int(most))
+    return min(rate.seconds(rows, weights) / min(rows, most) for rows in counts)
 
 
 def decode_computing(model: ModelShape, machine: Machine, count: int, context: float, most_rows: int) -> Computing:

@@ -6,29 +6,28 @@ units is found out once (`Streamed`) for all placements that begin with it, and 
 
 from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from heapq import heapify, heappop, heapreplace
 from itertools import pairwise
 from operator import add
 
-Kinds = Sequence[tuple[tuple[int, int], Sequence[int]]]
-"""Bytes of alike units in memory, and of the file of each; and the numbers of the blocks that have some."""
+Kinds = Sequence[Mapping[int, Sequence[int]]]
+"""Units that are alike in bytes, by the numbers of their blocks."""
 
 
 def kinds_of(nbytes: Sequence[int], file_nbytes: Sequence[int], blocks: Sequence[range]) -> Kinds:
     """Kinds of units, in the order in which `fill` adds them."""
-    kinds: dict[tuple[int, int], list[int]] = {}
+    kinds: dict[tuple[int, int], dict[int, list[int]]] = {}
     for number, block in enumerate(blocks):
-        units = slice(block.start, block.stop)
-        for kind in set(zip(nbytes[units], file_nbytes[units], strict=True)):
-            kinds.setdefault(kind, []).append(number)
-    return sorted(kinds.items(), key=lambda each: (each[0][1] / each[0][0], each[0][0]), reverse=True)
+        for unit in block:
+            kinds.setdefault((nbytes[unit], file_nbytes[unit]), {}).setdefault(number, []).append(unit)
+    # Those that save most bytes per byte held, then the largest.
+    return [kinds[kind] for kind in sorted(kinds, key=lambda kind: (kind[1] / kind[0], kind[0]), reverse=True)]
 
 
 def fill(
     streamed: "Streamed",
-    file_nbytes: Sequence[int],
     kinds: Kinds,
     ring_of: Callable[[int, int], int],
     fits: Callable[[int, int], bool],
@@ -37,20 +36,21 @@ def fill(
     largest; of equal ones that of the block with most bytes to read. Gives them all, their bytes, and those of the ring
     beside them.
 
-    `file_nbytes` are those of each unit on disk. `ring_of` tells the ring by bytes of a full one and of all that is
+    `ring_of` tells the ring by bytes of a full one and of all that is
     streamed; `fits` whether resident bytes and a ring do.
     """
     left = copy(streamed)
     ring = ring_of(left.full_ring, left.nbytes)
-    for kind, numbers in kinds:
-        units = {number: iter(left.blocks[number]) for number in numbers}
+    resident = streamed.resident
+    for kind in kinds:
+        units = {number: iter(alike) for number, alike in kind.items()}
         # The block with most bytes to read is the first one.
         order = [(-left.unread[number], number) for number in units]
         heapify(order)
         while order:
             number = order[0][1]
             for unit in units[number]:
-                if (left.sizes[unit], file_nbytes[unit]) == kind and unit not in streamed.resident:
+                if unit not in resident:
                     break
             else:
                 heappop(order)

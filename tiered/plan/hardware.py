@@ -82,6 +82,8 @@ class CpuRates:
     """What each number that these operations write takes."""
     reading_seconds: float | None = None
     """By how much computing takes longer for each byte that is read meanwhile."""
+    touch: float | None = None
+    """Bandwidth of touching memory for the first time, by one thread; None: nothing is known of it."""
 
     def linear_rate(self, scheme: str | None, mode: Mode) -> ComputeRate:
         """The rate of a scheme, or of one with as many bits and other groups, in proportion to the bytes of a weight;
@@ -141,6 +143,7 @@ class Hardware:
             element_seconds=cpu.element_seconds or 0.0,
             reading_seconds=cpu.reading_seconds or 0.0,
             kept_bytes_per_second=disk.kept,
+            touch_bytes_per_second=cpu.touch,
         )
 
     @classmethod
@@ -239,7 +242,7 @@ def _cpu(table: "_Reader") -> CpuRates:
     else:
         linear = [_linear(entry) for entry in table.tables("linear")]
         attention, prefill_attention = table.number("attention"), table.number("prefill_attention")
-    beside = map(table.optional, ("operation_seconds", "element_seconds", "reading_seconds"))
+    beside = map(table.optional, ("operation_seconds", "element_seconds", "reading_seconds", "touch"))
     return CpuRates(table.whole("cores"), memory, attention, prefill_attention, tuple(linear), *beside)
 
 

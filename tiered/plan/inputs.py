@@ -24,7 +24,7 @@ _SPARE: Final = 1.1
 _ALIKE: Final = 0.9
 """So much of the longest sequence the mean one has where all count as equally long."""
 
-KVTier = Literal["auto", "cpu", "disk", "gpu"]
+KVTier = Literal["auto", "cpu", "disk", "gpu", "host"]
 Computes = Literal["cpu", "gpu"]
 """What computes a phase: the processor, or the device."""
 
@@ -274,6 +274,12 @@ class Machine:
     kept_bytes_per_second: float | None = None
     """Rate at which a first pass reads what then stays in memory, which it tests and takes memory for; None: as fast as
     the rest."""
+    touch_bytes_per_second: float | None = None
+    """Rate at which memory is touched for the first time; None: not known, and counted as nothing."""
+
+    def touch_seconds(self, nbytes: float) -> float:
+        """What touching `nbytes` of memory for the first time takes."""
+        return 0.0 if self.touch_bytes_per_second is None else nbytes / self.touch_bytes_per_second
 
 
 Objective = Literal["latency", "throughput"]
@@ -365,7 +371,7 @@ class Budgets:
     tiers: tuple[Tier, ...] = (Tier.DISK, Tier.CPU)
     kv: KVTier = "cpu"
     """Where the KV cache is; auto: where the job is expected to be quicker, or, where no rates are known, in
-    memory if it fits there."""
+    memory if it fits there; host: the same, but not on a device."""
     kv_bits: Bits = 16
     choose_kv_bits: bool = False
     """Choose the precision instead: as many bits as cost little."""

@@ -7,7 +7,7 @@ taken. `cache/` puts them to use; how codes, scales and zeros lie inside a block
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import astuple, dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Final, Literal
 
 from tiered.errors import ConfigError
@@ -75,6 +75,7 @@ def check_bits(shape: KVShape, bits: int) -> None:
         raise ConfigError(f"KV cache: heads of {odd[0]} channels cannot be packed in 4 bits; use 8 or 16")
 
 
+@lru_cache(maxsize=256)
 def block_nbytes(shape: KVShape, bits: int, slots: int = PAGE_TOKENS) -> int:
     """Bytes of one page's keys and values in one layer; a page of 16 bits has `slots` tokens.
 

@@ -9,8 +9,9 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
-Kind = Literal["resident", "layer", "head", "experts", "attention", "kv", "hidden"]
-"""What is moved or computed: units that stay in memory, streamed units of layers, and of the head, ..."""
+Kind = Literal["resident", "layer", "head", "experts", "attention", "kv", "hidden", "gpu", "memory"]
+"""What is moved, computed or waited for: units that stay in memory, streamed units of layers, and of the head, ...,
+what a device computes, and memory that is touched for the first time."""
 Process = Generator[float | Callable[[], bool], None, None]
 _ROUNDING: Final = 1e-3
 """Bytes below which a transfer has ended."""

@@ -6,7 +6,7 @@ Predictions take runs of equal passes (`pass_runs`), simulations each pass (`pas
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Self
+from typing import NamedTuple, Self
 
 from tiered.plan.inputs import Objective, Workload
 from tiered.plan.pace import Pace
@@ -65,13 +65,17 @@ class Alike:
         return max(self.prompt, self.context - 1)
 
     @property
+    def tokens(self) -> tuple[int, int]:
+        """Tokens of all prompts, and rows of sequences that decode, of all passes."""
+        return self.sequences * self.prompt, self.sequences * (self.stop - self.prompt)
+
+    @property
     def generated(self) -> int:
         """Tokens that a sequence generates."""
         return self.context - self.prompt
 
 
-@dataclass(frozen=True)
-class PassRun:
+class PassRun(NamedTuple):
     """Passes one after the other, in which the same sequences take part with as many tokens in each."""
 
     times: int
@@ -115,7 +119,7 @@ def pass_runs(alike: Alike, pace: Pace, most: int = 1) -> Iterator[PassRun]:
     while waiting or rows or begun:
         fresh = min(waiting, alike.batch_size - rows - len(begun))
         left = [prompt - done for done in begun] + [prompt] * min(fresh, fit)
-        shares = share_pass(alike, pace, rows, left)
+        shares = share_pass(alike, pace, rows, left) if left else left
         taken = sum(shares)
         before, shared = shared, (rows, taken)
         times = stop - prompt - clock + ages[0][0] if ages else most

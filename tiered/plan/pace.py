@@ -87,10 +87,15 @@ class Pace:
 
 def pace_for(model: ModelShape, machine: Machine, workload: Workload) -> Pace:
     """The pace of prompts beside decoding; until it has seen passes it goes by the machine's rates, if measured."""
+    return Pace(calibration_of(model, machine, workload.mean_context))
+
+
+def calibration_of(model: ModelShape, machine: Machine, mean_context: float) -> Callable[[int], float] | None:
+    """Seconds that so many decoding rows compute, of sequences that have `mean_context` tokens in the end; None where
+    the machine's rates are not known."""
     if machine.linear is None:
-        return Pace()
-    context = workload.mean_context * HALFWAY
-    return Pace(lambda rows: decode_computing(model, machine, rows, context, rows).seconds)
+        return None
+    return lambda rows: decode_computing(model, machine, rows, mean_context * HALFWAY, rows).seconds
 
 
 def _average(before: float, new: float) -> float:

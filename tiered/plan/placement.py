@@ -54,6 +54,11 @@ class Tape:
         return hash((self.nbytes, self.file_nbytes, self.counts))
 
     @cached_property
+    def units(self) -> frozenset[int]:
+        """The numbers of all."""
+        return frozenset(range(len(self.nbytes)))
+
+    @cached_property
     def total(self) -> int:
         """Bytes of all units in memory."""
         return sum(self.nbytes)
@@ -170,6 +175,7 @@ class Placement:
         return self.resident_nbytes + self.ring_nbytes
 
 
+@lru_cache(maxsize=16)
 def interleave(count: int, of: int) -> frozenset[int]:
     """`count` of `of` positions, spread evenly: i is in where floor((i + 1) f) > floor(i f), f = count / of."""
     # The least i with (i + 1) f >= k, for each k: a tape may have 12,000 units, and many spreads are compared.
@@ -199,7 +205,7 @@ def place(
     """
     most = tape.total if most is None else most
     if tape.total <= most and tape.total + least_ring <= available:
-        return Placement(frozenset(range(len(tape.nbytes))), tape.total, least_ring)
+        return Placement(tape.units, tape.total, least_ring)
     # What is read ahead differs from batch size to batch size, the spreads do not.
     least = replace(held, ahead_nbytes=0)
     if max(_smallest_ring(tape, least), least_ring) > available:
@@ -317,4 +323,4 @@ def _spreads(tape: Tape, held: Held) -> _Spreads:
 def _fill(room: _Room, resident: frozenset[int]) -> Placement:
     """Add units to `resident` until none fits beside a full ring."""
     streamed = _streamed(room.tape, replace(room.held, ahead_nbytes=0), resident)
-    return Placement(*fill(streamed, room.tape.file_nbytes, _kinds(room.tape), room.ring_of, room.holds))
+    return Placement(*fill(streamed, _kinds(room.tape), room.ring_of, room.holds))

@@ -7,13 +7,14 @@ reads it back as it was.
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
+from operator import add
 from typing import Any, Self
 
 from tiered.errors import BudgetError, DeviceBudgetError
 from tiered.plan.inputs import Computes, ExpertShape, Objective, Tier, tiers_text
 from tiered.plan.kv import CachePlan, group_from_json
 from tiered.plan.on_device import DeviceNeeds, DevicePlan, WaitingPlan
-from tiered.plan.placement import UNHELD, Held, Placement, Tape, full_ring, place, wished
+from tiered.plan.placement import UNHELD, Held, Placement, Tape, place, wished
 from tiered.plan.state import ANYWHERE, Grid, StateShape
 from tiered.units import MIB, format_budget, format_size, round_up
 
@@ -139,8 +140,10 @@ class Plan:
     @cached_property
     def read_nbytes(self) -> int:
         """Bytes of the tape read per pass once its resident units are in memory."""
-        file_nbytes, resident = self.tape.file_nbytes, self.placement.resident | self.on_device
-        return sum(file_nbytes) - sum(map(file_nbytes.__getitem__, resident))
+        resident = self.placement.resident | self.on_device if self.device is not None else self.placement.resident
+        if len(resident) == len(self.tape.nbytes):
+            return 0
+        return self.tape.file_total - sum(map(self.tape.file_nbytes.__getitem__, resident))
 
     @property
     def bus_nbytes(self) -> int:
@@ -158,6 +161,14 @@ class Plan:
         if self.device is None or self.device.waiting is None:
             return 0
         return (len(self.tape.counts) - 1) * self.device.waiting.layer_nbytes(tokens)
+
+    def fresh_nbytes(self, tokens: int) -> float:
+        """Bytes that a run's first pass, of `tokens` tokens, touches for the first time while it computes: pages of its
+        tokens, and its share of the workspace. A device's are its own, and what is copied to it is touched before."""
+        if self.device is not None:
+            return 0.0
+        pages = 0.0 if self.cache.on_disk else self.needs.kv * min(1.0, tokens / (self.batch_size * self.max_context))
+        return pages + self.needs.workspace * min(1.0, tokens / self.micro_batch_rows)
 
     @property
     def resident_blocks(self) -> int:
@@ -318,7 +329,9 @@ def _on_tape(placement: Placement, tape: Tape, on_device: frozenset[int], availa
 @lru_cache(maxsize=64)
 def _passing_ring(tape: Tape, on_device: frozenset[int]) -> int:
     """Bytes of a full ring through which units pass that are `on_device`, which many plans leave the same."""
-    return full_ring([[tape.nbytes[unit]] for unit in sorted(on_device)])
+    sizes = list(map(tape.nbytes.__getitem__, sorted(on_device)))
+    # As `full_ring` of as many pieces of one unit each.
+    return max(map(add, sizes, sizes[1:] + sizes[:1]), default=0)
 
 
 def _what_is_least(host: Tape, held: Held, tiers: tuple[Tier, ...]) -> str:

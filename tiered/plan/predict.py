@@ -11,7 +11,7 @@ copies) every weight. Experts are taken to be chosen equally often, so a real ro
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Final, Literal
 
 from tiered.errors import ConfigError
@@ -19,9 +19,9 @@ from tiered.plan.cost import kv_block_nbytes, kv_written_nbytes, pass_seconds, s
 from tiered.plan.hardware import GpuRates
 from tiered.plan.inputs import Machine, ModelShape, Workload
 from tiered.plan.load import Alike, PassRun, pass_runs
-from tiered.plan.pace import Pace, pace_for
+from tiered.plan.pace import Pace, calibration_of
 from tiered.plan.plan import Plan
-from tiered.plan.run_cost import RunCosts
+from tiered.plan.run_cost import Least, RunCosts
 from tiered.plan.way import expected_bus_nbytes, expected_expert_nbytes
 from tiered.units import format_seconds
 
@@ -32,8 +32,10 @@ _WAVES: Final = 2
 """Full batches that are walked through one after the other; later ones take as long as the last of them."""
 _ALIKE: Final = 16
 """Passes that share a prompt in the same way and count as equal, at most: what they attend to grows."""
-_SECONDS: Final = 1
-"""Where a `Phase` has its seconds."""
+Numbers = tuple[float, ...]
+"""The fields of a `Phase`, in their order."""
+_SECONDS, _DISK_SECONDS, _COMPUTE_SECONDS = 1, 2, 3
+"""Where it has these."""
 _NOTED: Final = 6
 """Equal passes that a pace learns from, at most: after so many it knows next to nothing else."""
 
@@ -53,6 +55,8 @@ class Phase:
     """Of copying to a GPU and back."""
     decoded_tokens: int = 0
     """Of sequences that decode, alone or beside prompts."""
+    touch_seconds: float = 0.0
+    """Of touching memory for the first time, for which reading or computing waits, beside the units that stay."""
 
     def __add__(self, other: "Phase") -> "Phase":
         return Phase(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
@@ -156,6 +160,7 @@ class Predictor:
     def __init__(self, model: ModelShape, machine: Machine, gpu: GpuRates | None = None) -> None:
         self._model, self._machine, self.gpu = model, machine, gpu
         self._costs: dict[tuple[object, ...], RunCosts] = {}
+        self._calibrations: dict[float, Callable[[int], float] | None] = {}
 
     def predict(self, plan: Plan, workload: Workload, most_seconds: float = math.inf) -> Prediction | None:
         """As `predict` does; None where `plan` takes more than `most_seconds`, which is then found out early."""
@@ -169,15 +174,24 @@ class Predictor:
 
         def new_pace() -> Pace:
             # As in a run: rates are the processor's, so where a device computes the pace knows none.
-            return pace_for(model, machine, workload) if plan.device is None else Pace()
+            return Pace(self._calibration(workload.mean_context)) if plan.device is None else Pace()
 
-        walked = walk(alike, new_pace, run.phase, most_seconds)
+        assert machine.disk_bytes_per_second is not None
+        least = run.costs.least(plan.read_nbytes / machine.disk_bytes_per_second / plan.batch_size)
+        walked = walk(alike, new_pace, run.phase, most_seconds, least)
         if walked is None:
             return None
         prefill, decode = walked
         count = alike.sequences
         memory = memory_by_kind(plan)
         return Prediction(count * alike.prompt, count * alike.generated, prefill, decode, memory, count)
+
+    def _calibration(self, mean_context: float) -> Callable[[int], float] | None:
+        """That of a pace, which many plans ask alike."""
+        if mean_context not in self._calibrations:
+            found = calibration_of(self._model, self._machine, mean_context)
+            self._calibrations[mean_context] = None if found is None else lru_cache(maxsize=None)(found)
+        return self._calibrations[mean_context]
 
     def _costs_of(self, plan: Plan) -> RunCosts:
         """Those of all plans that compute as `plan` does."""
@@ -192,21 +206,25 @@ class Predictor:
 def walk(
     alike: Alike,
     new_pace: Callable[[], Pace],
-    phase: Callable[[PassRun, bool], Phase],
-    most_seconds: float = math.inf,
+    phase: Callable[[PassRun, bool], Numbers],
+    most_seconds: float,
+    least: Least,
 ) -> tuple[Phase, Phase] | None:
     """Passes with prompt tokens, and those that only decode, by what `phase` says of each of a run of equal
     ones; it is told, too, whether a run is the first of all, which finds nothing in memory. None where they take more
-    than `most_seconds` together."""
+    than `most_seconds` together; `least` helps to find that out early."""
     full, rest = divmod(alike.sequences, alike.batch_size)
     later = max(0, full - _WAVES)
     few = replace(alike, sequences=(_WAVES - 1) * alike.batch_size + rest)
-    first = _walked(few, new_pace(), phase, most_seconds) if later else (Phase(), Phase())
+    # What is walked through twice is a batch, which is counted once more for each later one.
+    of_later = (later + 1) * least.seconds(*replace(alike, sequences=alike.batch_size).tokens) if later else 0.0
+    first = _walked(few, new_pace(), phase, most_seconds - of_later, least) if later else (Phase(), Phase())
     if first is None:
         return None
     # All is the second walk, and as often as there are later batches what it takes longer than the first.
     most = (most_seconds + later * (first[0].seconds + first[1].seconds)) / (later + 1)
-    walked = _walked(replace(alike, sequences=(full - later) * alike.batch_size + rest), new_pace(), phase, most)
+    every = replace(alike, sequences=(full - later) * alike.batch_size + rest)
+    walked = _walked(every, new_pace(), phase, most, least)
     if walked is None:
         return None
     prefill, decode = (each + (each + before * -1) * later for each, before in zip(walked, first, strict=True))
@@ -214,23 +232,29 @@ def walk(
 
 
 def _walked(
-    alike: Alike, pace: Pace, phase: Callable[[PassRun, bool], Phase], most_seconds: float
+    alike: Alike, pace: Pace, phase: Callable[[PassRun, bool], Numbers], most_seconds: float, least: Least
 ) -> tuple[Phase, Phase] | None:
     prefill = decode = list(vars(Phase()).values())
+    prompts, rows = alike.tokens
     for number, run in enumerate(pass_runs(alike, pace, _ALIKE)):
         each, times = phase(run, not number), run.times
         # Nobody asks for the pace where throughput counts.
         for _ in range(min(times, _NOTED) if alike.objective == "latency" else 0):
-            pace.note(run.rows, run.prompt_tokens, each.compute_seconds, each.disk_seconds)
+            pace.note(run.rows, run.prompt_tokens, each[_COMPUTE_SECONDS], each[_DISK_SECONDS])
         # Numbers one by one: there are tens of thousands of runs where many plans are compared.
-        found = vars(each).values()
         if run.parts:
-            prefill = [total + times * value for total, value in zip(prefill, found, strict=True)]
+            prefill = [total + times * value for total, value in zip(prefill, each, strict=True)]
         else:
-            decode = [total + times * value for total, value in zip(decode, found, strict=True)]
-        if prefill[_SECONDS] + decode[_SECONDS] > most_seconds:
+            decode = [total + times * value for total, value in zip(decode, each, strict=True)]
+        prompts, rows = prompts - times * run.prompt_tokens, rows - times * run.rows
+        if prefill[_SECONDS] + decode[_SECONDS] + least.seconds(prompts, rows) > most_seconds:
             return None
-    return Phase(*prefill), Phase(*decode)
+    return _phase_of(prefill), _phase_of(decode)
+
+
+def _phase_of(numbers: Sequence[float]) -> Phase:
+    passes, seconds, disk, computes, read, written, bus, decoded, touched = numbers
+    return Phase(int(passes), seconds, disk, computes, read, written, bus, int(decoded), touched)
 
 
 def memory_by_kind(plan: Plan) -> dict[str, int]:
@@ -268,21 +292,34 @@ class _Run:
     gpu: GpuRates | None
     costs: RunCosts
 
-    def phase(self, run: PassRun, is_first: bool) -> Phase:
-        """What each pass of `run` takes; `is_first`: nothing is in memory yet."""
+    def phase(self, run: PassRun, is_first: bool) -> Numbers:
+        """What each pass of `run` takes, the fields of a `Phase`; `is_first`: nothing is in memory yet."""
         tokens = run.rows + run.prompt_tokens
         disk, expert_seconds, read, written = self._disk(run, tokens, is_first)
-        computing = self.costs.computing(run)
+        computing = self.costs.computing(run, self._seats_take_turns)
         computes = computing.seconds
         if not self._takes_turns:
             computes = slowed(self.costs.slowest(run), computes, read)
         bus, expert_bus = self._bus(run, is_first)
         # In turns, computing waits for all that is read, experts among it.
         waited = 0.0 if self._takes_turns else max(expert_seconds, expert_bus)
-        computed = pass_seconds(0.0, computes, waited, computing.expert_seconds)
+        reading, touched = self._touching(tokens) if is_first else (0.0, 0.0)
+        computed = touched + pass_seconds(0.0, computes, waited, computing.expert_seconds)
         copied = bus + computed if self._copies_in_turns else max(bus, computed)
-        seconds = disk + copied if self._takes_turns else max(disk, copied)
-        return Phase(1, seconds, disk, computes, read, written, bus, run.rows)
+        seconds = disk + reading + copied if self._takes_turns else max(disk + reading, copied)
+        return 1, seconds, disk, computes, read, written, bus, run.rows, reading + touched
+
+    def _touching(self, tokens: int) -> tuple[float, float]:
+        """Seconds in which a first pass touches what it reads into, and what it computes with. Nothing is read into a
+        ring that has not been touched; units that stay have a rate of their own."""
+        plan, machine = self.plan, self.machine
+        if plan.device is not None:
+            return 0.0, 0.0
+        nbytes = min(plan.placement.ring_nbytes, plan.streamed_nbytes)
+        if plan.experts is not None and self.model.experts is not None:
+            cold = self.model.experts.layers * self.model.experts.distinct(tokens)
+            nbytes += round(min(plan.experts.slots, cold) * plan.experts.slot_nbytes)
+        return machine.touch_seconds(nbytes), machine.touch_seconds(plan.fresh_nbytes(tokens))
 
     def _bus(self, run: PassRun, is_first: bool) -> tuple[float, float]:
         """Of each pass: seconds of copying weights and recurrent states to the device, new keys and values and states
@@ -342,6 +379,12 @@ class _Run:
     @cached_property
     def _bus_nbytes(self) -> int:
         return self.plan.bus_nbytes
+
+    @cached_property
+    def _seats_take_turns(self) -> bool:
+        """Whether the processor waits inside each layer for what a device computes: a choice of experts, or pages whose
+        memory is only lent."""
+        return self.plan.experts is not None or self.plan.cache.on_disk
 
     @cached_property
     def _takes_turns(self) -> bool:

@@ -4,11 +4,14 @@ Plans that differ only in what they read have the same runs, so each run's secon
 """
 
 from collections.abc import Callable
-from functools import lru_cache, partial
+from dataclasses import dataclass
+from functools import cached_property, lru_cache, partial
 
 from tiered.plan.cost import (
     Computing,
     decode_attention_seconds,
+    layers_computing,
+    least_token_seconds,
     linear_computing,
     prompt_attention_seconds,
     prompt_pairs,
@@ -18,6 +21,26 @@ from tiered.plan.hardware import GpuRates
 from tiered.plan.inputs import Machine, ModelShape
 from tiered.plan.load import PassRun
 from tiered.plan.plan import Plan
+
+
+@dataclass(frozen=True)
+class Least:
+    """What any passes take at least for tokens that are left."""
+
+    prompt_seconds: float = 0.0
+    """Of computing a token of a prompt."""
+    row_seconds: float = 0.0
+    """Of computing that of a sequence that decodes."""
+    read_seconds: float = 0.0
+    """The same of reading, by its share of a pass of as many as run at once."""
+    at_once: bool = False
+    """Prompts are computed beside those that decode."""
+
+    def seconds(self, prompts: int, rows: int) -> float:
+        """Seconds of so many tokens of prompts, and so many of sequences that decode."""
+        reading, decoding = prompts * self.prompt_seconds, rows * self.row_seconds
+        computing = max(reading, decoding) if self.at_once else reading + decoding
+        return 0.999 * max(computing, rows * self.read_seconds)
 
 
 class RunCosts:
@@ -36,19 +59,31 @@ class RunCosts:
         self._of_prompts = self._of_rest if self._prompts is self._rest else self._linear_of(self._prompts)
         self._pairs = lru_cache(maxsize=None)(lambda prompt: prompt_pairs(model, prompt))
 
+    def least(self, read_seconds: float) -> Least:
+        """What passes take at least, where reading takes `read_seconds` for each sequence that decodes in one."""
+        return Least(*self._least_token_seconds, read_seconds, self._prompts is not self._rest)
+
+    @cached_property
+    def _least_token_seconds(self) -> tuple[float, float]:
+        """Of a token of a prompt, and of a sequence that decodes."""
+        return least_token_seconds(self._model, self._prompts), least_token_seconds(self._model, self._rest)
+
     def _linear_of(self, machine: Machine) -> Callable[[int, int], Computing]:
         """What so many tokens, and so many of them through the head, take; many runs have as many."""
-        return lru_cache(maxsize=None)(partial(self._linear_computing, machine))
+        layers = lru_cache(maxsize=None)(partial(layers_computing, self._model, machine))
 
-    def _linear_computing(self, machine: Machine, tokens: int, logits: int) -> Computing:
-        return linear_computing(self._model, machine, tokens, logits, self._most_rows)
+        def computing(tokens: int, logits: int) -> Computing:
+            return linear_computing(self._model, machine, tokens, logits, self._most_rows, layers)
 
-    def computing(self, run: PassRun) -> Computing:
-        """Of each pass of `run`."""
-        key = (run.rows, run.before, run.times, run.parts, run.logits)
+        return lru_cache(maxsize=None)(computing)
+
+    def computing(self, run: PassRun, in_turns: bool = False) -> Computing:
+        """Of each pass of `run`. Prompts that a device computes for a processor that decodes go on beside that, unless
+        the two take turns inside each layer."""
+        key = (run.rows, run.before, run.times, run.parts, run.logits, in_turns)
         found = self._known.get(key)
         if found is None:
-            found = self._known[key] = self._linear(run) + Computing(self._attention_seconds(run))
+            found = self._known[key] = self._computing(run, in_turns)
         return found
 
     def slowest(self, run: PassRun) -> Machine:
@@ -58,23 +93,30 @@ class RunCosts:
             return prompts
         return max(rest, prompts, key=lambda machine: machine.reading_seconds) if run.parts else rest
 
-    def _linear(self, run: PassRun) -> Computing:
-        """Of each pass. Where its prompts are computed elsewhere than the rest, one after the other."""
+    def _computing(self, run: PassRun, in_turns: bool) -> Computing:
         logits = -(-run.logits // run.times)
+        decoding = decode_attention_seconds(self._model, self._rest, run.rows, run.context) if run.rows else 0.0
+        reading, elsewhere = self._prompt_attention(run)
         if self._prompts is self._rest:
-            return self._of_rest(run.rows + run.prompt_tokens, logits)
-        of_rest = min(run.rows, logits)
-        return self._of_prompts(run.prompt_tokens, logits - of_rest) + self._of_rest(run.rows, of_rest)
+            attention = decoding + reading + elsewhere
+            return self._of_rest(run.rows + run.prompt_tokens, logits) + Computing(attention)
+        # What decodes computes all logits.
+        alone = Computing(elsewhere) + self._of_rest(0, logits)
+        prompts = self._of_prompts(run.prompt_tokens, 0) + Computing(reading)
+        rest = self._of_rest(run.rows, 0) + Computing(decoding)
+        if in_turns:
+            return prompts + rest + alone
+        return max(prompts, rest, key=lambda each: each.seconds) + alone
 
-    def _attention_seconds(self, run: PassRun) -> float:
-        """Seconds of each pass. A device that has no KV cache attends to prompts in the pass in which they begin."""
-        seconds = decode_attention_seconds(self._model, self._rest, run.rows, run.context) if run.rows else 0.0
+    def _prompt_attention(self, run: PassRun) -> tuple[float, float]:
+        """Seconds of each pass at the seat of prompts, and at the processor's if that is another. A device that has no
+        KV cache attends to prompts in the pass in which they begin."""
         pairs = self._run_pairs(run)
         here = pairs
         if self._attends_elsewhere:
             here = sum(self._pairs(len(part)) for part in run.parts if not part.start) / run.times
-        seconds += prompt_attention_seconds(self._model, self._prompts, here)
-        return seconds + prompt_attention_seconds(self._model, self._machine, pairs - here)
+        seconds = prompt_attention_seconds(self._model, self._prompts, here)
+        return seconds, prompt_attention_seconds(self._model, self._machine, pairs - here)
 
     def _run_pairs(self, run: PassRun) -> float:
         """Pairs of a query and a key that it sees, of the prompts in each pass of `run`, summed over layers."""

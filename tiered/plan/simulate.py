@@ -1,18 +1,20 @@
 """A plan played through: which unit is read and computed when, in a discrete-event model of the runtime's schedule.
 
-In: a plan and what it was made from. Out: the events of each lane (disk, compute, wait, bus) and what each pass took.
-Order of reading, places in the ring and micro-batches are the runtime's own functions (`order.py`, `passes.py`).
+In: a plan and what it was made from. Out: the events of each lane (disk, bus, gpu, compute, waits) and what each pass
+took. Order of reading, places in the ring and micro-batches are the runtime's own functions (`order.py`, `passes.py`).
 
     feed      for every unit of the tape, for ever: waits until its place in the ring is free, and queues its read
     disk      moves bytes at its bandwidth, first come, first served; reads of the tape stand still for experts, and
               share the time with the KV cache
     compute   layer after layer, micro-batch after micro-batch, unit after unit: waits for each, computes, gives back
     copy      where a device computes: takes each unit from host memory to the device, over the bus
+    gpu       the device, behind the thread that computes: what it has been handed, layer after layer; new keys and
+              values, and queries that follow them, go back where the KV cache is the host's
 
-What is not in the model: sampling, bookkeeping, embedding rows, checksums, decoding of compressed weights, chunks (a
-unit can be computed with when all of it is there), keys and values that come back from a device, and passes that
-processor and device share. A KV ring lends bytes, wherever they are. Experts are chosen equally often, and in whole
-numbers only over several layers.
+Where prompts are the device's and decoding is the processor's, one feed serves both, and a unit's place is free when
+both have done with it. What is not in the model: sampling, bookkeeping, embedding rows, checksums, decoding of
+compressed weights, and chunks (a unit can be computed with when all of it is there). A KV ring lends bytes, wherever
+they are. Experts are chosen equally often, and in whole numbers only over several layers.
 """
 
 from collections.abc import Iterator
@@ -25,7 +27,8 @@ from tiered.plan.lanes import Event
 from tiered.plan.load import PassLoad, pass_loads
 from tiered.plan.pace import pace_for
 from tiered.plan.plan import Plan
-from tiered.plan.play import Device, Player, SimulatedPass
+from tiered.plan.play import Player, SimulatedPass
+from tiered.plan.play_seat import Device
 
 DECODES: Final = 3
 """Passes after the prompts' that are simulated unless asked otherwise."""
@@ -57,18 +60,13 @@ def simulate(
     passes: int | None = None,
     device: Device | None = None,
 ) -> Simulation:
-    """The first `passes` passes of `workload`; None: those that read prompts first, and `DECODES` more. Where a
-    `device` computes, `machine` has its speed (`gpu.on_gpu`).
+    """The first `passes` passes of `workload`; None: those that read prompts first, and `DECODES` more. `device`
+    computes what `plan` has its device compute, `machine` the rest.
 
-    Raises ConfigError where `machine` does not say how fast it is, and where processor and device both compute.
+    Raises ConfigError where `machine` does not say how fast it is.
     """
     if machine.disk_bytes_per_second is None:
         raise ConfigError("no simulation without the disk's bandwidth: run 'tiered profile'")
-    if plan.device is not None and plan.prefill_device != plan.decode_device:
-        raise ConfigError(
-            f"no simulation of prompts on the {plan.prefill_device} beside decoding on the {plan.decode_device}: only "
-            "one of them can compute in it; 'tiered plan' predicts such runs by formula"
-        )
     player = Player(plan, model, machine, device)
     pace = pace_for(model, machine, workload)
     player.run(_first(pass_loads(plan, workload, pace), passes), pace)

@@ -36,7 +36,9 @@ class UnitCosts:
 
     def attention(self, layer: int, parts: Iterable[range]) -> float:
         """Seconds in which these tokens of sequences attend to those before them, and to themselves."""
-        window, seconds = self._window_of.get(layer, 0), 0.0
+        if layer not in self._window_of:
+            return 0.0  # it keeps no keys
+        window, seconds = self._window_of[layer], 0.0
         for part in parts:
             pairs = _pairs(part, window)
             if len(part) == 1:

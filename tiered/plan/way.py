@@ -49,7 +49,9 @@ class Asked(Inputs):
         if budgets.kv == "gpu" and not has_room:
             raise ConfigError("kv gpu: no device computes while sequences decode; use auto, cpu or disk")
         places = ("gpu", "cpu", "disk") if has_room else ("cpu", "disk")
-        asked = places if budgets.kv == "auto" else (budgets.kv,)
+        if budgets.kv == "host":
+            places = places[-2:]
+        asked = places if budgets.kv in ("auto", "host") else (budgets.kv,)
         return [self.way(batch_size, place == "disk", context, place == "gpu") for place in asked]
 
     @property
