@@ -303,10 +303,16 @@ class Checkpoint:
             assert method is not None
             packed = self._index.reader.packed(self._path(read), read.name, read.rows)
             return packed.then(lambda panel, _: self._made_rows.taken_over(panel, tensor, method))
-        panels = self._panels(read)
         if tensor.scheme is not None:
-            # Codes, scales and zeros are at most three quarters of numbers in 16 bits.
-            return panels.then(partial(self._made_rows.quantized, tensor=tensor, method=method), panels.nbytes * 3 // 4)
+            quantized = partial(self._made_rows.quantized, tensor=tensor, method=method)
+            coded = self._index.reader.coded(self._path(read), read.name, read.rows)
+            # Codes, scales and zeros are at most three quarters of numbers in 16 bits, and of codes before and after
+            # they are put in order.
+            if coded is not None:
+                return coded.then(quantized, coded.nbytes * 3 // 4)
+            panels = self._panels(read)
+            return panels.then(quantized, panels.nbytes * 3 // 4)
+        panels = self._panels(read)
         if method is not None:
             return panels.then(
                 partial(self._made_rows.rounded, tensor=tensor, method=method, dtype=dtype), panels.nbytes

@@ -16,6 +16,7 @@ import torch
 from tiered.convert.blocks import BlockRecipe, RangeRecipe, TensorRecipe
 from tiered.convert.panels import Panels
 from tiered.convert.taken import Taken
+from tiered.kernels import CodedRows
 from tiered.quant import QuantizedTensor, Scheme, folded
 
 
@@ -116,6 +117,11 @@ class WeightReader(Protocol):
         Scales come in the source's own dtype; whoever stores them in another one answers for the rounding.
         """
         raise AssertionError(f"{name} of {path} is not quantized")
+
+    def coded(self, path: Path, name: str, rows: range | None = None) -> Panels[CodedRows] | None:
+        """As `panels`, but the codes that the numbers of a quantized tensor are looked up by; None where there are
+        none."""
+        return None
 
     def rectangle(
         self,
