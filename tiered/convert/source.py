@@ -95,6 +95,8 @@ class StoredTensor:
     transformers' model has it transposed."""
     scheme: Scheme | None = None
     """The scheme of a store that holds the very codes of a quantized one; None where there is none."""
+    is_certain: bool = True
+    """Whether its tensors alone tell the numbers of a quantized one; else config.json is believed in part."""
 
     @property
     def nbytes(self) -> int:
