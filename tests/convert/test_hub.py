@@ -4,6 +4,7 @@ import hashlib
 import json
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -324,9 +325,39 @@ def test_a_module_in_another_form_than_is_said_of_it_is_not_quantized_anew_witho
     assert not any(each.added for each in whole.taken)
     hub.folder = in_two_files(source)
     with pytest.raises(
-        CheckpointError, match=r"layers\.1\.mlp\.gate_proj\.weight is int8-g64, expected int4-g32.*download"
+        CheckpointError,
+        match=r"layers\.1\.mlp\.gate_proj\.weight is int8-g64, expected int4-g32.*download",
     ):
         convert_checkpoint(REPO, tmp_path / "out", ConvertOptions(compress="none"))
+
+
+def test_asked_for_int4_a_module_in_another_form_than_is_said_of_it_is_quantized_anew(
+    hub: FakeHub, tmp_path: Path
+) -> None:
+    """From a folder it would be, too: its numbers are known, as its zeros are the middle of 8 bits."""
+    source = checkpoint(tmp_path / "source", model(layers=2), MIXED, FORMATS["gptq"]["config"])
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.1.mlp.gate_proj.qzeros"].fill_(0x7F7F7F7F)
+    save_file(tensors, source / "model.safetensors")
+    options = ConvertOptions(quant="int4", compress="none")
+    whole = convert_checkpoint(source, tmp_path / "whole", options)
+    hub.folder = in_two_files(source)
+    result = convert_checkpoint(REPO, tmp_path / "out", replace(options, delete_downloads=True))
+    (said,) = [each for each in result.taken if each.method == "gptq int8"]
+    (of_folder,) = [each for each in whole.taken if each.method == "gptq int8"]
+    assert (said.form, said.weights, of_folder.form) == ("int4-g32", 1, "int4-g64")  # as its neighbours are
+    assert 0.01 < said.added <= of_folder.added
+    with pytest.raises(CheckpointError, match=r"is int8-g64, expected int4-g32.*or pass --quant int4"):
+        convert_checkpoint(REPO, tmp_path / "kept", ConvertOptions(compress="none"))
+
+
+def test_what_is_not_sure_to_be_known_is_not_quantized_anew(hub: FakeHub, tmp_path: Path) -> None:
+    """Only config.json tells whether zeros in 8 bits are one less than they are, and it is wrong of this module."""
+    hub.folder = in_two_files(checkpoint(tmp_path / "source", model(layers=2), MIXED, FORMATS["gptq"]["config"]))
+    with pytest.raises(
+        CheckpointError, match=r"layers\.1\.mlp\.gate_proj\.weight is int8-g64.*cannot be quantized anew"
+    ):
+        convert_checkpoint(REPO, tmp_path / "out", ConvertOptions(quant="int4", compress="none"))
 
 
 def test_a_pattern_that_is_none_is_named(hub: FakeHub, tmp_path: Path) -> None:

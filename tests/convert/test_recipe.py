@@ -6,13 +6,15 @@ from typing import Final
 import pytest
 import torch
 
-from tests.convert.models import TRAINED
+from tests.convert.models import TRAINED, save_model, tiny_model
 from tiered.convert import ConvertOptions, convert_checkpoint
 from tiered.convert.convert import Conversion
 from tiered.convert.open import open_checkpoint
 from tiered.convert.place import Folder
 from tiered.convert.source import StoredTensor
 from tiered.quant import Scheme
+from tiered.store import Store
+from tiered.stream import EmbeddingRows
 
 
 @pytest.mark.parametrize("quant", ["int4", "int8", "none"])
@@ -23,6 +25,21 @@ def test_without_zstd_blocks_are_as_large_as_their_recipes_say(quant: str, tmp_p
     sizes = {block.path: (result.store / block.path).stat().st_size for block in recipe.files}
     assert sizes == {block.path: block.nbytes(source.dtype) for block in recipe.files}
     assert result.weights == recipe.weights and result.unquantized == recipe.unquantized
+
+
+@pytest.mark.parametrize(
+    ("tied", "quant", "expected"),
+    [(False, "int4", ["rows"]), (True, "int4", ["q", "scale", "zero"]), (False, "none", [""])],
+)
+def test_an_embedding_that_is_not_the_head_too_has_its_scales_in_its_rows(
+    tied: bool, quant: str, expected: list[str], tmp_path: Path
+) -> None:
+    """So nothing of it is resident, and its plan counts nothing."""
+    source = save_model(tmp_path / "source", tiny_model("llama", tied=tied))
+    store = Store.open(convert_checkpoint(source, tmp_path / "out", ConvertOptions(quant=quant)).store)
+    (weight,) = store.layout(store.blocks["embed"]).weights.values()
+    assert sorted(weight.parts) == expected
+    assert (EmbeddingRows.side_nbytes(weight) > 0) == ("scale" in expected)
 
 
 CHOICES: Final = (

@@ -9,6 +9,8 @@ import zstandard
 
 from tests.store.make import load_unit
 from tiered.arch import build_skeleton, load_config
+from tiered.convert.source import tensor_bytes
+from tiered.quant import QuantizedWeight
 from tiered.store import ALIGNMENT, CHUNK_NBYTES, PAGE, Manifest, Store, TensorEntry, hash_chunk
 from tiered.store.block import BlockLayout
 from tiered.store.format import DTYPE_NAMES, header_bytes, header_room_nbytes, read_header
@@ -58,7 +60,7 @@ def write_old_block(folder: Path, layout: BlockLayout, order: list[str]) -> None
     entries: list[TensorEntry] = []
     data = bytearray()
 
-    def append(name: str, dtype: torch.dtype, shape: tuple[int, ...], piece: bytes) -> None:
+    def append(name: str, dtype: torch.dtype, shape: tuple[int, ...], piece: bytes | memoryview) -> None:
         entries.append(TensorEntry(name, dtype, shape, start + len(data), len(piece)))
         data.extend(piece)
         pad(ALIGNMENT)
@@ -70,6 +72,15 @@ def write_old_block(folder: Path, layout: BlockLayout, order: list[str]) -> None
             data.extend(bytes(gap))
 
     for weight in sorted(layout.weights.values(), key=lambda weight: order.index(weight.name)):
+        if weight.rows is not None:
+            # A record for each row, which has its scales inside, was three tensors.
+            (entry,) = weight.parts.values()
+            records = memory[entry.name][entry.offset : entry.offset + entry.nbytes].view(entry.shape)
+            rows_of = weight.rows.view(records)
+            assert isinstance(rows_of, QuantizedWeight)
+            for part, tensor in rows_of.codes._asdict().items():
+                append(f"{weight.name}.{part}", tensor.dtype, tuple(tensor.shape), tensor_bytes(tensor.contiguous()))
+            continue
         for part in ("", "q", "scale", "zero"):
             found = [entry for name, entry in weight.parts.items() if name.partition("#")[0] == part]
             if not found:
@@ -96,6 +107,7 @@ def write_old_block(folder: Path, layout: BlockLayout, order: list[str]) -> None
     described["zstd"] = zstd
     for name, value in list(described["weights"].items()):
         value.pop("ranges", None)
+        value.pop("rows", None)
         if value["scheme"] is None:
             del described["weights"][name]
     text = json.dumps(described, separators=(",", ":"), sort_keys=True)

@@ -17,9 +17,10 @@ from tests.kernels.native_linear import context, require, seconds_until_ended
 from tests.quick import examples
 from tiered.convert.workers import one_torch_thread
 from tiered.errors import CheckpointError, ConfigError, InterruptedRun
-from tiered.kernels import CancelFlag, Kernels, Level
-from tiered.kernels.library import Dtype, Status
+from tiered.kernels import CancelFlag, CodedRows, Kernels, Level
+from tiered.kernels.library import Dtype, LookupArgument, Status
 from tiered.quant import GroupScheme, QuantizedTensor, quantize
+from tiered.quant.published import widened
 
 pytestmark = pytest.mark.inputs("tiered/kernels", "tiered/quant", "tests/kernels")
 
@@ -83,6 +84,74 @@ def test_every_bit_is_the_references(scheme: GroupScheme, dtype: torch.dtype, le
                 for magnitude in (0.02, 1e-6, 1e-8, 300.0):
                     weight = weights(rows, groups * scheme.group_size, rows, magnitude).to(dtype)
                     assert_equal(native.quantize(weight, scheme, clip=clip), quantize(weight, scheme, clip=clip))
+
+
+def coded_rows(kind: str, rows: int, columns: int) -> CodedRows:
+    """Codes of a table of this `kind`, all of them where there is room, with scales of either sign."""
+    generator = torch.Generator().manual_seed(rows)
+    table_of, per = kind.split("/")
+    count = 16 if table_of == "nibbles" else 256
+    codes = torch.randperm(count * (1 + rows * columns // count), generator=generator)[: rows * columns] % count
+    if table_of.startswith("float8"):
+        table = torch.arange(256).to(torch.uint8).view(getattr(torch, table_of)).float()
+        codes[~table[codes].isfinite()] = 1
+    else:
+        table = torch.randn(count, generator=generator) if table_of == "nibbles" else torch.arange(256.0)
+    codes = codes.to(torch.uint8).view(rows, columns)
+    if count == 16:
+        codes = codes[:, ::2] | codes[:, 1::2] << 4
+    groups: int | torch.Tensor = columns if per in ("row", "any") else int(per)
+    if per == "any":
+        groups = torch.randint(0, 5, (columns,), generator=generator)
+    n = 5 if isinstance(groups, torch.Tensor) else -(-columns // groups)
+    scale = torch.randn(rows, n, generator=generator) / 100
+    zero = torch.randint(0, 256, (rows, n), generator=generator).float() if table_of == "integers" else None
+    return CodedRows(codes, table, scale, zero, groups)
+
+
+CODED = ["float8_e4m3fn/128", "float8_e4m3fn/row", "float8_e4m3fn/32", "float8_e5m2/128", "float8_e4m3fnuz/64"]
+CODED += ["nibbles/16", "nibbles/32", "integers/128", "integers/row", "float8_e4m3fn/96", "integers/any"]
+
+
+@LEVELS
+@pytest.mark.parametrize("kind", CODED)
+def test_codes_are_quantized_as_the_numbers_that_they_stand_for(kind: str, level: Level) -> None:
+    """Looked up group by group, or, where no native kernel takes such groups, made numbers first."""
+    with kernels(level) as native, Kernels(1, name="torch") as reference:
+        for scheme in SCHEMES:
+            for rows, columns in ((1, 128), (3, 384), (19, 128)):
+                coded = coded_rows(kind, rows, columns)
+                numbers = widened(coded.codes, coded.table, coded.scale, coded.zero, coded.groups)
+                expected = quantize(numbers, scheme)
+                assert_equal(native.quantize(coded, scheme), expected)
+                assert_equal(reference.quantize(coded, scheme), expected)
+                some = slice(rows // 2, None, 3)
+                found = native.quantize(coded.rows(some), scheme)
+                assert_equal(found, QuantizedTensor(*(part[some] for part in expected)))
+
+
+@LEVELS
+def test_a_code_or_a_scale_that_is_no_number_is_the_references_error(level: Level) -> None:
+    for place in (0, 5000):
+        coded, scheme = coded_rows("float8_e4m3fn/128", 40, 512), GroupScheme(8)
+        coded.codes.view(-1)[place] = 0xFF
+        with kernels(level) as native:
+            found = outcome(partial(native.quantize, coded, scheme, name="fc1.weight"))
+        assert isinstance(found, str) and "found 1 of 20,480 that are NaN" in found
+        assert found == outcome(partial(quantize, coded.numbers(), scheme, name="fc1.weight"))
+    coded = coded_rows("float8_e4m3fn/128", 40, 512)
+    coded.scale[7, 1] = torch.inf
+    with kernels(level) as native:
+        assert "that are NaN or infinite" in str(outcome(partial(native.quantize, coded, GroupScheme(8))))
+
+
+def test_scales_of_other_groups_than_the_columns_have_are_an_error() -> None:
+    codes, table = torch.zeros(4, 256, dtype=torch.uint8), torch.ones(256)
+    for scale in (torch.ones(4, 3), torch.ones(3, 2), torch.ones(4, 1)):
+        with pytest.raises(ValueError, match="4 rows and 2 groups"):
+            CodedRows(codes, table, scale, None, 128)
+    with pytest.raises(ValueError, match="found"):
+        CodedRows(codes, table, torch.ones(4, 2), torch.ones(4, 1), 128)
 
 
 @LEVELS
@@ -211,9 +280,18 @@ def test_a_flag_set_on_the_way_ends_it_soon(threads: int) -> None:
 def test_arguments_that_make_no_sense_are_refused(level: Level) -> None:
     library = require(level)
     w, q, scale, zero = torch.zeros(2, 64), *QuantizedTensor(*map(torch.zeros, ((2, 32), (2, 1), (2, 1))))
-    good = (w.data_ptr(), Dtype.F32, 2, 64, 64, 4, 64, 1, q.data_ptr(), scale.data_ptr(), zero.data_ptr(), None)
+    good = (w.data_ptr(), Dtype.F32, 2, 64, 64, 4, 64, 1, q.data_ptr(), scale.data_ptr(), zero.data_ptr(), None, None)
     with context(level, 1) as made:
         assert library.tk_quantize(made, *good) == Status.OK
+        table, ones = torch.zeros(256), torch.ones(2)
+        lookup = LookupArgument(table.data_ptr(), ones.data_ptr(), None, 1, 64)
+        codes = (q.data_ptr(), Dtype.CODE8, 2, 64, 64, *good[5:11])
+        assert library.tk_quantize(made, *codes, lookup, None) == Status.OK
+        assert library.tk_quantize(made, *good[:11], lookup, None) == Status.BAD_ARGUMENT
+        assert library.tk_quantize(made, *codes, None, None) == Status.BAD_ARGUMENT
+        for groups, group in ((2, 64), (3, 32), (8, 8), (0, 64), (2, 48)):
+            lookup = LookupArgument(table.data_ptr(), ones.data_ptr(), None, groups, group)
+            assert library.tk_quantize(made, *codes, lookup, None) == Status.BAD_ARGUMENT, (groups, group)
         changes = [(0, None), (1, 7), (2, -1), (3, 96), (3, 0), (4, 63), (5, 3), (6, 16), (7, 2), (8, None), (10, None)]
         for index, value in changes:
             bad = (*good[:index], value, *good[index + 1 :])
@@ -255,7 +333,7 @@ for bits in (4, 8):
                 ctypes.memmove(source, wide.data_ptr(), nbytes)
                 outputs = [guarded(part.nbytes) for part in expected]
                 what = (source, DTYPES[dtype], rows, groups * group, wide.shape[1], bits, group, 1)
-                assert library.tk_quantize(made, *what, *outputs, None) == 0
+                assert library.tk_quantize(made, *what, *outputs, None, None) == 0
                 for part, output in zip(expected, outputs):
                     assert ctypes.string_at(output, part.nbytes) == part.view(torch.uint8).numpy().tobytes()
 print("done")
@@ -280,6 +358,6 @@ def test_buffers_need_no_alignment(level: Level) -> None:
     addresses = [ctypes.addressof(output) + 1 for output in outputs]
     with context(level, 1) as made:
         what = (ctypes.addressof(source) + 1, Dtype.BF16, 3, 192, 192, 4, 64, 1)
-        assert library.tk_quantize(made, *what, *addresses, None) == Status.OK
+        assert library.tk_quantize(made, *what, *addresses, None, None) == Status.OK
     for part, output in zip(expected, outputs, strict=True):
         assert output.raw[1 : 1 + part.nbytes] == part.view(torch.uint8).numpy().tobytes()

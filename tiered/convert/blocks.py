@@ -154,10 +154,12 @@ class BlockRecipe:
     prefix: str
     tensors: tuple[TensorRecipe, ...]
 
-    def fits(self, layout: BlockLayout) -> bool:
-        """Whether the file of `layout` holds exactly these tensors, in this form."""
+    def fits(self, layout: BlockLayout, *, has_records: bool = True) -> bool:
+        """Whether the file of `layout` holds exactly these tensors, in this form; without records where it is of a
+        version that `has_records` not."""
         found = {name: (w.shape, w.scheme, w.rows is not None) for name, w in layout.weights.items()}
-        return found == {tensor.name: (tensor.shape, tensor.scheme, tensor.by_row) for tensor in self.tensors}
+        wanted = {t.name: (t.shape, t.scheme, t.by_row and has_records) for t in self.tensors}
+        return found == wanted
 
     @property
     def path(self) -> str:

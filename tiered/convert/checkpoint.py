@@ -28,7 +28,7 @@ from tiered.convert.taken import Taken
 from tiered.convert.tokenizer import files_beside
 from tiered.convert.transposed import transposed_panels, turned
 from tiered.errors import CheckpointError
-from tiered.quant import QuantizedTensor, folded
+from tiered.quant import GroupScheme, QuantizedTensor, folded
 
 _PIECE_NUMEL: Final = 1 << 20
 
@@ -44,17 +44,18 @@ class Checkpoint:
         blocks: Sequence[BlockRecipe],
         claimed_dtype: torch.dtype,
         clip: Literal["mse", "minmax"],
+        keeps: bool,
         require: Require,
         made: Mapping[str, bytes] = MappingProxyType({}),
     ) -> None:
         """`blocks` are all block files of the store, `made` the files beside them that are not as the checkpoint has
-        them.
+        them. Whatever is quantized already is to be kept where the conversion `keeps`; else it may be quantized anew.
 
         Raises CheckpointError where files that are here hold other tensors than `blocks` need (files that would have
         to be read whole are not compared), and what `require` raises for the memory that reading takes.
         """
         self._files, self._index, self._names, self._blocks = files, index, names, blocks
-        self._claimed_dtype, self._require = claimed_dtype, require
+        self._claimed_dtype, self._keeps, self._require = claimed_dtype, keeps, require
         self._made = made
         self.warnings = names.warnings
         self._released: frozenset[str] = frozenset()
@@ -184,11 +185,7 @@ class Checkpoint:
                 elif stored.dtype not in PLAIN:
                     wrong.append(f"{name} holds {stored.dtype}, expected floating point")
                 elif self._differs_from_declared(name, tensor, stored):
-                    found = "in no scheme of a store" if stored.scheme is None else stored.scheme.name
-                    wrong.append(
-                        f"{name} is {found}, expected {tensor.scheme.name if tensor.scheme else ''} by what "
-                        "quantization_config says of it (download all and convert the folder, where tensors count)"
-                    )
+                    wrong.append(self._difference(name, tensor, stored))
                 elif self._plain_dtype(stored) != dtype:
                     wrong.append(f"{name} holds {stored.dtype}, others of {tensor.name} {dtype}")
         if wrong:
@@ -198,11 +195,25 @@ class Checkpoint:
             )
 
     def _differs_from_declared(self, name: str, tensor: TensorRecipe, stored: StoredTensor) -> bool:
-        """Whether `tensor` was to be kept as config.json says of it before its files came, and they say otherwise: to
-        quantize it anew would lose what was to be kept."""
+        """Whether `tensor` was to be kept as config.json says of it before its files came, they say otherwise, and it
+        cannot be quantized anew: that would lose what was to be kept, or values are not known for sure where
+        config.json is wrong, or the scheme is one of checkpoints, whose codes are not made here."""
         declared = self._index.declared.get(name)
         was_believed = self._files.kind == "hub" and declared is not None and declared.scheme == tensor.scheme
-        return was_believed and tensor.scheme is not None and stored.scheme != tensor.scheme
+        if not was_believed or tensor.scheme is None or stored.scheme == tensor.scheme:
+            return False
+        return self._keeps or not stored.is_certain or not isinstance(tensor.scheme, GroupScheme)
+
+    def _difference(self, name: str, tensor: TensorRecipe, stored: StoredTensor) -> str:
+        """What differs from what config.json says, and what to do."""
+        assert tensor.scheme is not None
+        found = "in no scheme of a store" if stored.scheme is None else stored.scheme.name
+        advice = "download all and convert the folder, where tensors count"
+        if not stored.is_certain:
+            advice += "; it cannot be quantized anew, as its zeros are stored by a rule that only config.json tells"
+        elif self._keeps:
+            advice += ", or pass --quant int4 or int8, which quantizes it anew"
+        return f"{name} is {found}, expected {tensor.scheme.name} by what quantization_config says of it ({advice})"
 
     def _release(self, files: frozenset[str]) -> None:
         """Release `files`, which no block needs any more."""
@@ -303,10 +314,16 @@ class Checkpoint:
             assert method is not None
             packed = self._index.reader.packed(self._path(read), read.name, read.rows)
             return packed.then(lambda panel, _: self._made_rows.taken_over(panel, tensor, method))
-        panels = self._panels(read)
         if tensor.scheme is not None:
-            # Codes, scales and zeros are at most three quarters of numbers in 16 bits.
-            return panels.then(partial(self._made_rows.quantized, tensor=tensor, method=method), panels.nbytes * 3 // 4)
+            quantized = partial(self._made_rows.quantized, tensor=tensor, method=method)
+            coded = self._index.reader.coded(self._path(read), read.name, read.rows)
+            # Codes, scales and zeros are at most three quarters of numbers in 16 bits, and of codes before and after
+            # they are put in order.
+            if coded is not None:
+                return coded.then(quantized, coded.nbytes * 3 // 4)
+            panels = self._panels(read)
+            return panels.then(quantized, panels.nbytes * 3 // 4)
+        panels = self._panels(read)
         if method is not None:
             return panels.then(
                 partial(self._made_rows.rounded, tensor=tensor, method=method, dtype=dtype), panels.nbytes

@@ -3,10 +3,10 @@
 In: the tensors that hold one weight between them, and a function that reads rectangles of these. Out: a `Format`, which
 says what weight it is and reads rows of it. `published.py` makes these, `quantized_reader.py` reads them.
 
-A format's rows are those of the weight's matrix [rows, in]; its numbers are float32, each rounded once, as by
-`dequantize`.
+A format's rows are those of the weight's matrix [rows, in].
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Protocol
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tiered.convert.source import StoredTensor
-from tiered.kernels import repacked, widened
+from tiered.kernels import CodedRows, repacked
 from tiered.quant import CodebookScheme, GroupScheme, QuantizedTensor, pack_int4
 from tiered.quant.codebook import widened_scales
 from tiered.quant.published import Packing, published_codes
@@ -43,13 +43,14 @@ class Format(Protocol):
         """These rows as `stored.scheme` lays them out, with scales in the source's dtype. The codes are in the memory
         `out`, u8, if that is large enough; they do not refer to what was read where it is given."""
 
-    def numbers(self, read: Read, rows: range, out: Tensor | None = None) -> Tensor:
-        """These rows in float32 [rows, in], in the memory `out`, u8, if that is large enough."""
+    def coded(self, read: Read, rows: range, out: Tensor | None = None) -> CodedRows:
+        """What these rows stand for: numbers that are not made yet. Codes that do not lie in the checkpoint as they
+        are wanted are put in order in the memory `out`, u8, if that is large enough."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Rows of a weight as unsigned codes: what `codes` and `numbers` of integer formats are made from."""
+    """Rows of a weight as unsigned codes: what `codes` and `coded` of integer formats are made from."""
 
     words: Tensor
     """The codes of these rows as `packing` and `bits` say; `skipped` rows before them and some after them may be in
@@ -89,11 +90,11 @@ class Integers:
         scale, zero = (each.repeat_interleave(repeats, 1) for each in (found.scale, found.zero))
         return QuantizedTensor(found.in_groups(scheme.group_size, out), scale, zero.to(torch.uint8))
 
-    def numbers(self, read: Read, rows: range, out: Tensor | None = None) -> Tensor:
+    def coded(self, read: Read, rows: range, out: Tensor | None = None) -> CodedRows:
         found, in_ = self.unpack(read, rows), self.stored.shape[1]
         groups = in_ // found.scale.shape[1] if self.group_of is None else self.group_of
         table = _COUNTED[max(found.bits, 4)]
-        return widened(found.in_groups(_PAIRS), table, found.scale.float(), found.zero, groups, out)
+        return CodedRows(found.in_groups(_PAIRS, out), table, found.scale.float(), found.zero.float(), groups)
 
 
 @dataclass(frozen=True)
@@ -116,10 +117,10 @@ class Table:
         q = repacked(q, self.packing, 4, scheme.group_size, out)
         return QuantizedTensor(q, scale, torch.empty(len(q), 0, dtype=torch.uint8))
 
-    def numbers(self, read: Read, rows: range, out: Tensor | None = None) -> Tensor:
+    def coded(self, read: Read, rows: range, out: Tensor | None = None) -> CodedRows:
         q, scale = self.unpack(read, rows)
-        groups = self.stored.shape[-1] // scale.shape[1]
-        return widened(repacked(q, self.packing, 4, _PAIRS), self.table, widened_scales(scale), None, groups, out)
+        q = q if self.packing == "rows" else repacked(q, self.packing, 4, _PAIRS, out)
+        return CodedRows(q, self.table, widened_scales(scale), None, self.stored.shape[-1] // scale.shape[1])
 
 
 @dataclass(frozen=True)
@@ -136,17 +137,24 @@ class Floats:
     def codes(self, read: Read, rows: range, out: Tensor | None = None) -> QuantizedTensor:
         raise AssertionError("no scheme holds them")
 
-    def numbers(self, read: Read, rows: range, out: Tensor | None = None) -> Tensor:
+    def coded(self, read: Read, rows: range, out: Tensor | None = None) -> CodedRows:
         height = self.stored.shape[-2]
         blocks = -(-height // self.block[0])  # of each matrix of a stack; the last one may be cut
-        places = torch.tensor([row // height * blocks + row % height // self.block[0] for row in rows])
+        row = torch.arange(rows.start, rows.stop)
+        places = row // height * blocks + row % height // self.block[0]
         first, stop = int(places[0]), int(places[-1]) + 1
         scales = read(self.scale).reshape(-1, 1)[first:stop] if self.is_vector else read(self.scale, range(first, stop))
         # A byte is an exponent.
         scales = scales.float() if scales.dtype != torch.uint8 else widened_scales(scales)
         weight = read(self.weight, rows)
-        table = torch.arange(256, dtype=torch.int32).to(torch.uint8).view(weight.dtype).float()
-        return widened(weight.view(torch.uint8), table, scales[places - first], None, self.block[1], out)
+        codes = weight.view(torch.uint8)
+        return CodedRows(codes, _float_table(weight.dtype), scales[places - first], None, self.block[1])
+
+
+@functools.cache
+def _float_table(dtype: torch.dtype) -> Tensor:
+    """The numbers that the 256 codes of a float of 8 bits stand for, float32."""
+    return torch.arange(256, dtype=torch.int32).to(torch.uint8).view(dtype).float()
 
 
 def group_scheme(bits: int, group_size: int) -> GroupScheme | None:

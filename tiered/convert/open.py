@@ -140,9 +140,11 @@ def open_checkpoint(
     stored = _quantized(files, index, names)
     if method is not None and not stored:
         refuse_quantized(files.name, f"{method}, by config.json, but none of its tensors is")
-    recipe = make_recipe(skeleton, options.of_source(bool(stored)), stored)
+    options = options.of_source(bool(stored))
+    recipe = make_recipe(skeleton, options, stored)
     ram.writes(recipe.files)
-    return Checkpoint(files, index, names, recipe.files, claimed, options.clip, ram.require, made), recipe
+    keeps = options.quant == "keep"
+    return Checkpoint(files, index, names, recipe.files, claimed, options.clip, keeps, ram.require, made), recipe
 
 
 def open_gguf(

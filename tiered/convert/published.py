@@ -57,7 +57,7 @@ def gptq(parts: Parts, read: Read, settings: Settings) -> Format:
     _expect(bits in (2, 4, 8), f"2, 4 or 8 bits, found {bits}")
     in_ = 32 * words // bits
     order = _group_of("g_idx", parts, read, in_, groups)
-    per, (offset, most) = 32 // bits, _zero_offset(bits, read, settings)
+    per, (offset, most, is_certain) = 32 // bits, _zero_offset(bits, read, settings)
     scheme = group_scheme(bits, in_ // groups) if order is None and most < 256 else None
 
     def unpack(read: Read, rows: range) -> Group:
@@ -69,11 +69,13 @@ def gptq(parts: Parts, read: Read, settings: Settings) -> Format:
         scale = read("scales", columns=rows).t()
         return Group(read("qweight", columns=rows), "columns", bits, scale, zero.t())
 
-    return Integers(_stored((out, in_), f"gptq int{bits}", scheme), unpack, order)
+    stored = replace(_stored((out, in_), f"gptq int{bits}", scheme), is_certain=is_certain)
+    return Integers(stored, unpack, order)
 
 
-def _zero_offset(bits: int, read: Read, settings: Settings) -> tuple[int, int]:
-    """What is to be added to GPTQ's zeros, 1, or 0 where they are stored as they are; and the largest zero.
+def _zero_offset(bits: int, read: Read, settings: Settings) -> tuple[int, int, bool]:
+    """What is to be added to GPTQ's zeros, 1, or 0 where they are stored as they are; the largest zero; and whether
+    tensors tell so.
 
     Symmetric weights have the middle for a zero, so what is stored tells. Of others the mean does: it is close to 0,
     so codes are as much above as below the zero. Raises ValueError where that is not what config.json says. In 8 bits
@@ -82,10 +84,10 @@ def _zero_offset(bits: int, read: Read, settings: Settings) -> tuple[int, int]:
     zeros, middle = published_codes(read("qzeros"), "rows", bits), 1 << (bits - 1)
     low, high = (int(end) for end in zeros.aminmax())
     if low == high and low in (middle - 1, middle):
-        return middle - low, middle
+        return middle - low, middle, True
     offset = 0 if settings.zeros_as_they_are else 1
     if bits == 8:
-        return offset, high + offset
+        return offset, high + offset, False
     rows = range(min(_SAMPLE_ROWS, zeros.shape[1]))
     q = published_codes(read("qweight", columns=rows), "columns", bits)
     found = q.float().mean(1) - zeros[:, : len(rows)].float().mean(0)
@@ -98,7 +100,7 @@ def _zero_offset(bits: int, read: Read, settings: Settings) -> tuple[int, int]:
         f"zeros that are stored {said}, as config.json says (checkpoint_format: gptq or gptq_v2); but weights have "
         f"a mean of zero where they are stored {other}",
     )
-    return offset, high + offset
+    return offset, high + offset, True
 
 
 def _awq(parts: Parts) -> Format:

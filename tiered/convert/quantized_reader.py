@@ -22,6 +22,7 @@ from tiered.convert.place import WeightFiles
 from tiered.convert.published import Settings
 from tiered.convert.source import PANEL_NBYTES, StoredTensor, WeightReader
 from tiered.errors import CheckpointError, shortened
+from tiered.kernels import CodedRows
 from tiered.quant import QuantizedTensor, folded
 from tiered.units import PAGE, round_up
 
@@ -38,7 +39,7 @@ _WORD_ROWS: Final = 16
 _NOT_ITS_FORMAT: Final = (ValueError, KeyError, TypeError, IndexError, ZeroDivisionError, RuntimeError)
 """What arithmetic with tensors that do not fit each other raises."""
 
-Made = TypeVar("Made", torch.Tensor, QuantizedTensor)
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,17 @@ class QuantizedReader(WeightReader):
         if name not in self._found:
             return self._inner.panels(path, name, rows)
         found = self.format_of(name)
-        return self._made(name, rows, 4 * found.stored.shape[-1], 4, found.numbers)
+
+        def numbers(read: Callable[..., torch.Tensor], inside: range, out: torch.Tensor) -> torch.Tensor:
+            return found.coded(read, inside).numbers(out)
+
+        return self._made(name, rows, 4 * found.stored.shape[-1], 4, numbers)
+
+    def coded(self, path: Path, name: str, rows: range | None = None) -> Panels[CodedRows] | None:
+        if name not in self._found:
+            return None
+        found = self.format_of(name)
+        return self._made(name, rows, found.stored.shape[-1], 1, found.coded)
 
     def packed(self, path: Path, name: str, rows: range | None = None) -> Panels[QuantizedTensor]:
         found = self.format_of(name)

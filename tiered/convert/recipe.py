@@ -184,7 +184,7 @@ def make_recipe(
         blocks = [block for block in blocks if block.role != "layer" or block in layers[:distinct]]
     order = {name: number for number, name in enumerate(order_of_use(skeleton))}
     # A family may have no `outer` tensors.
-    files = tuple(_recipe(block, options, order, stored) for block in blocks if block.parameters)
+    files = tuple(_recipe(block, options, order, stored, skeleton.tied) for block in blocks if block.parameters)
     unquantized = tuple(_unquantized(blocks, files, options, stored))
     kept = () if options.quant == "none" else _kept(files, {*unquantized})
     kept, plain = ((), kept) if options.quant == "keep" else (kept, ())
@@ -220,7 +220,11 @@ def make_recipe(
 
 
 def _recipe(
-    block: BlockTensors, options: ConvertOptions, order: Mapping[str, int], stored: Mapping[str, StoredTensor]
+    block: BlockTensors,
+    options: ConvertOptions,
+    order: Mapping[str, int],
+    stored: Mapping[str, StoredTensor],
+    tied: bool,
 ) -> BlockRecipe:
     """Small tensors, then large ones that are not lent, then lent ones in the `order` of their use."""
     tensors = []
@@ -231,7 +235,9 @@ def _recipe(
             _is_quantizable(parameter, block.role) and scheme is not None and scheme.accepts(*folded(parameter.shape))
         )
         used = scheme if fits else None
-        kind, by_row = _kind(parameter, block.role), block.role == "table"
+        # An embedding that is the head, too, is stored as heads are; one without scales has nothing to keep with a row.
+        is_embedding = block.role == "embed" and not tied and used is not None
+        kind, by_row = _kind(parameter, block.role), block.role == "table" or is_embedding
         tensors.append(TensorRecipe(parameter.name, parameter.shape, used, kind, by_row, parameter.is_transposed))
     tensors.sort(key=lambda tensor: (tensor.kind != "small", order.get(tensor.name, -1)))
     return BlockRecipe(block.name, block.role, block.prefix, tuple(tensors))

@@ -16,6 +16,7 @@ import torch
 from tiered.convert.blocks import BlockRecipe, RangeRecipe, TensorRecipe
 from tiered.convert.panels import Panels
 from tiered.convert.taken import Taken
+from tiered.kernels import CodedRows
 from tiered.quant import QuantizedTensor, Scheme, folded
 
 
@@ -94,6 +95,8 @@ class StoredTensor:
     transformers' model has it transposed."""
     scheme: Scheme | None = None
     """The scheme of a store that holds the very codes of a quantized one; None where there is none."""
+    is_certain: bool = True
+    """Whether its tensors alone tell the numbers of a quantized one; else config.json is believed in part."""
 
     @property
     def nbytes(self) -> int:
@@ -116,6 +119,11 @@ class WeightReader(Protocol):
         Scales come in the source's own dtype; whoever stores them in another one answers for the rounding.
         """
         raise AssertionError(f"{name} of {path} is not quantized")
+
+    def coded(self, path: Path, name: str, rows: range | None = None) -> Panels[CodedRows] | None:
+        """As `panels`, but the codes that the numbers of a quantized tensor are looked up by; None where there are
+        none."""
+        return None
 
     def rectangle(
         self,

@@ -13,7 +13,7 @@ from tiered.convert.blocks import TensorRecipe
 from tiered.convert.taken import Taken, Tally
 from tiered.convert.workers import Quantizers
 from tiered.errors import CheckpointError
-from tiered.kernels import room_in
+from tiered.kernels import CodedRows, room_in
 from tiered.quant import QuantizedTensor, dequantize, folded
 from tiered.quant.codebook import widened_scales
 
@@ -72,7 +72,7 @@ class StoredRows:
         return made
 
     def quantized(
-        self, panel: torch.Tensor, room: torch.Tensor, tensor: TensorRecipe, method: str | None
+        self, panel: torch.Tensor | CodedRows, room: torch.Tensor, tensor: TensorRecipe, method: str | None
     ) -> QuantizedTensor:
         """Rows of `tensor` quantized here; the checkpoint quantizes them by `method`, or not at all."""
         scheme, name = tensor.scheme, f"{self._name}: {tensor.name}"
@@ -81,7 +81,8 @@ class StoredRows:
         if method is not None:
             rows = _sampled(len(made.q), panel.shape[1])
             after = dequantize(*QuantizedTensor(*(part[rows].contiguous() for part in made)), scheme)
-            self._tally.add_changed(tensor.name, method, scheme.name, panel[rows], after)
+            before = panel.rows(rows).numbers() if isinstance(panel, CodedRows) else panel[rows]
+            self._tally.add_changed(tensor.name, method, scheme.name, before, after)
         return made
 
 

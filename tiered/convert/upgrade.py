@@ -123,7 +123,7 @@ class _Upgrade:
                 raise
             self._infos[block.path] = info
             return
-        if not block.fits(layout):
+        if not block.fits(layout, has_records=False):
             raise StoreError(
                 f"{self._folder / block.path}: holds other tensors than config.json and manifest.json describe; "
                 f"{DAMAGED}"

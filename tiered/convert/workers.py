@@ -13,7 +13,7 @@ from typing import Any, Final, Literal, TypeVar
 
 import torch
 
-from tiered.kernels import Kernels
+from tiered.kernels import CodedRows, Kernels
 from tiered.kernels.library import Level, Library, load_library
 from tiered.process import shut_down
 from tiered.quant import QuantizedTensor, Scheme
@@ -90,7 +90,7 @@ class Quantizers:
 
     def quantize(
         self,
-        panel: torch.Tensor,
+        panel: torch.Tensor | CodedRows,
         scheme: Scheme,
         clip: Literal["mse", "minmax"],
         name: str,

@@ -21,7 +21,7 @@ from tiered.kernels.kernels import KERNEL_NAMES, Kernels, Mode, packed_row_nbyte
 from tiered.kernels.layers import LayerKernels
 from tiered.kernels.library import Level, Library, load_library
 from tiered.kernels.planes import decode_planes, encode_planes
-from tiered.kernels.published import read_rows, repacked, room_in, widened
+from tiered.kernels.published import CodedRows, read_rows, repacked, room_in
 
 __all__ = [
     "DEVICE_KERNEL_NAMES",
@@ -30,6 +30,7 @@ __all__ = [
     "BlockTable",
     "CacheFormat",
     "CancelFlag",
+    "CodedRows",
     "DeviceKernels",
     "Kernels",
     "LayerKernels",
@@ -51,5 +52,4 @@ __all__ = [
     "room_in",
     "scratch_nbytes",
     "triton_refusal",
-    "widened",
 ]

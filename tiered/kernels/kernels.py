@@ -21,9 +21,10 @@ from tiered.kernels.attention_torch import attention_reference
 from tiered.kernels.by_head import by_head_reference
 from tiered.kernels.cancel import CancelFlag
 from tiered.kernels.library import Dtype, Format, Level, Library, Status, WeightArgument, load_library
+from tiered.kernels.published import CodedRows
 from tiered.kernels.recurrent import Recurrent
 from tiered.quant import E8M0, CodebookScheme, GroupScheme, QuantizedTensor, QuantizedWeight, Scheme, quantize
-from tiered.quant.quantize import out_of_range
+from tiered.quant.quantize import PANEL_BYTES, out_of_range
 
 _DTYPES: Final = {torch.bfloat16: Dtype.BF16, torch.float32: Dtype.F32}
 _SCALES: Final = {torch.float16: Dtype.F16, torch.float32: Dtype.F32, E8M0: Dtype.E8M0}
@@ -200,24 +201,25 @@ class Kernels:
 
     def quantize(
         self,
-        weight: torch.Tensor,
+        weight: torch.Tensor | CodedRows,
         scheme: Scheme,
         *,
         clip: Literal["mse", "minmax"] = "mse",
         name: str = "weight",
         out: torch.Tensor | None = None,
     ) -> QuantizedTensor:
-        """Returns and raises what `tiered.quant.quantize` does, bit for bit; InterruptedRun once the flag is set. What
-        the native library makes is in the memory `out`, u8, if that is large enough."""
+        """Returns and raises what `tiered.quant.quantize` does, bit for bit, of the weight or of the numbers that its
+        codes stand for; InterruptedRun once the flag is set. What the native library makes is in the memory `out`, u8,
+        if that is large enough."""
         self._cancel.check()
-        weight = weight.detach()
         if self._library is None or not quantize_native.serves(weight, scheme, clip):
-            return quantize(weight, scheme, clip=clip, name=name)
-        codes = quantize_native.empty_codes(weight, scheme, out)
-        arguments = quantize_native.arguments(weight, scheme, clip, codes)
-        status = self._library.tk_quantize(self._context, *arguments, self._cancel.address)
+            return _quantized_by_reference(weight, scheme, clip, name)
+        rows, columns = weight.shape
+        codes = quantize_native.empty_codes(rows, columns, scheme, out)
+        call = quantize_native.QuantizeCall(weight, scheme, clip, codes)
+        status = self._library.tk_quantize(self._context, *call.arguments, self._cancel.address)
         if status == Status.NOT_FINITE:
-            raise out_of_range(weight, scheme, name)
+            raise out_of_range(weight.numbers() if isinstance(weight, CodedRows) else weight.detach(), scheme, name)
         _check(status)
         return codes
 
@@ -244,6 +246,20 @@ class Kernels:
         if weight.dtype != torch.bfloat16 or in_ % _DENSE_MULTIPLE or not weight.is_contiguous():
             return None
         return WeightArgument(Format.DENSE_BF16, 0, out, in_, weight.data_ptr(), None, None)
+
+
+def _quantized_by_reference(
+    weight: torch.Tensor | CodedRows, scheme: Scheme, clip: Literal["mse", "minmax"], name: str
+) -> QuantizedTensor:
+    """As `tiered.quant.quantize`; of codes, no more are numbers at a time than that takes in a panel."""
+    if isinstance(weight, torch.Tensor):
+        return quantize(weight.detach(), scheme, clip=clip, name=name)
+    rows, columns = weight.shape
+    step = max(1, PANEL_BYTES // (4 * columns))
+    panels = (weight.rows(slice(start, start + step)).numbers() for start in range(0, rows, step))
+    return QuantizedTensor(
+        *map(torch.cat, zip(*(quantize(p, scheme, clip=clip, name=name) for p in panels), strict=True))
+    )
 
 
 def quantized_argument(weight: QuantizedWeight) -> WeightArgument:

@@ -18,7 +18,7 @@ from tiered.errors import ConfigError
 LIBRARY_PATH: Final = Path(__file__).with_name("libtiered_kernels.so")
 LIBRARY_VARIABLE: Final = "TIERED_KERNEL_LIBRARY"
 """Environment variable that names another file, for developers: a build for sanitizers, or one that emulates tiles."""
-ABI_VERSION: Final = 6
+ABI_VERSION: Final = 7
 
 
 class Level(IntEnum):
@@ -41,12 +41,14 @@ class Status(IntEnum):
 
 
 class Dtype(IntEnum):
-    """Element types of activations, of weights to be quantized, and of a codebook's scales."""
+    """Element types of activations, of weights to be quantized and of a codebook's scales; codes to be looked up."""
 
     BF16 = 0
     F32 = 1
     F16 = 2
     E8M0 = 3
+    CODE8 = 4
+    CODE4 = 5
 
 
 class Format(IntEnum):
@@ -71,6 +73,18 @@ class WeightArgument(ctypes.Structure):
         ("zero", c_void_p),
         ("values", c_void_p),
         ("scale_dtype", c_int32),
+    ]
+
+
+class LookupArgument(ctypes.Structure):
+    """tk_lookup of tiered_kernels.h."""
+
+    _fields_ = [
+        ("table", c_void_p),
+        ("scale", c_void_p),
+        ("zero", c_void_p),
+        ("groups", c_int64),
+        ("group", c_int64),
     ]
 
 
@@ -114,7 +128,7 @@ _FUNCTIONS: Final[dict[str, tuple[object, Sequence[object]]]] = {
         c_int32,
         [
             *(c_void_p, c_void_p, c_int32, c_int64, c_int64, c_int64, c_int32, c_int32, c_int32),
-            *(c_void_p, c_void_p, c_void_p, c_void_p),
+            *(c_void_p, c_void_p, c_void_p, POINTER(LookupArgument), c_void_p),
         ],
     ),
 }

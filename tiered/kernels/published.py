@@ -6,6 +6,7 @@ from several threads.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Final, get_args
 
@@ -47,6 +48,44 @@ def repacked(data: Tensor, packing: published.Packing, bits: int, group_size: in
     status = library.tk_repack(data.data_ptr(), stride, _PACKINGS[packing], rows, in_, bits, group_size, q.data_ptr())
     assert status == Status.OK, (data.shape, packing, bits, group_size)
     return q
+
+
+@dataclass(frozen=True)
+class CodedRows:
+    """Rows of numbers as the codes that stand for them, which `widened` makes numbers, and `Kernels.quantize` others.
+
+    Raises ValueError where scales and zeros have other rows, or other groups than all columns have.
+    """
+
+    codes: Tensor
+    """u8 [rows, in] where `table` has 256 values, [rows, in / 2] where it has 16, the first code in the low nibble."""
+    table: Tensor
+    scale: Tensor  # float32 [rows, n]
+    zero: Tensor | None  # float32 [rows, n]
+    groups: int | Tensor
+    """How many columns share a scale, the last ones perhaps fewer; or i64 [in], which of the n each column has."""
+
+    def __post_init__(self) -> None:
+        rows, columns = self.shape
+        count = self.scale.shape[1] if isinstance(self.groups, Tensor) else -(-columns // self.groups)
+        if self.scale.shape != (rows, count) or (self.zero is not None and self.zero.shape != self.scale.shape):
+            raise ValueError(
+                f"expected scales and zeros of {rows} rows and {count} groups, found {list(self.scale.shape)}"
+            )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, in) of the numbers."""
+        return self.codes.shape[0], self.codes.shape[1] * (2 if len(self.table) == 16 else 1)
+
+    def rows(self, rows: slice) -> "CodedRows":
+        """Some of the rows."""
+        zero = None if self.zero is None else self.zero[rows]
+        return replace(self, codes=self.codes[rows], scale=self.scale[rows], zero=zero)
+
+    def numbers(self, out: Tensor | None = None) -> Tensor:
+        """float32 [rows, in], in the memory `out`, u8, if that is large enough."""
+        return widened(self.codes, self.table, self.scale, self.zero, self.groups, out)
 
 
 def widened(

@@ -126,7 +126,7 @@ class ModelShape:
     weights: int
     """Number of weights in all blocks of the tape, experts and the head among them."""
     side_nbytes: int
-    """Bytes of the embedding's scales and zeros."""
+    """Bytes of the embedding's scales and zeros, where they are apart from its rows."""
     tables_nbytes: int
     """Bytes in memory beside the tape: outer and small tensors in the compute dtype and the memory they are read
     through, copies of a layer's tensors that no module borrows, the embedding's scales and zeros, staging for its

@@ -4,9 +4,9 @@ In: for each table, distinct ids. Out: their rows, of tables that are never held
 the file, so it is read with the 4096-byte disk pages around it; rows whose disk pages touch become one read. All reads
 of all tables go out together.
 
-A row is a record with its own scales, zeros and checksum (`tiered/store/rows.py`), so nothing else is read for it. The
-token embedding is stored as heads are, because it may be one: the codes of a row are read, scales and zeros are
-resident, and a large one is stored in ranges of its rows, one behind the other.
+A row is a record with its own scales, zeros and checksum (`tiered/store/rows.py`), so nothing else is read for it. A
+token embedding that is the head too is stored as heads are, and so are those of older stores: the codes of a row are
+read, scales and zeros are resident, and a large one is stored in ranges of its rows, one behind the other.
 """
 
 import bisect

@@ -21,10 +21,16 @@ struct Codes {
     bool operator==(const Codes &other) const { return q == other.q && zero == other.zero && scale == other.scale; }
 };
 
-int call(const Shape &s, Exact<uint8_t> &weight, Codes &codes, int level, int threads, const int32_t *cancel) {
+int64_t nbytes_of_codes(const Shape &s) {
+    const int64_t codes = (s.rows - 1) * s.ld + s.in;
+    return s.dtype == TK_CODE8 ? codes : codes / 2;
+}
+
+int call(const Shape &s, Exact<uint8_t> &weight, Codes &codes, int level, int threads, const int32_t *cancel,
+         const tk_lookup *lookup = nullptr) {
     Context context(threads, level);
     return tk_quantize(context.context, weight.data(), s.dtype, s.rows, s.in, s.ld, s.bits, s.group, s.clip,
-                       codes.q.data(), codes.scale.data(), codes.zero.data(), cancel);
+                       codes.q.data(), codes.scale.data(), codes.zero.data(), lookup, cancel);
 }
 
 void put(const Shape &s, Exact<uint8_t> &weight, int64_t i, float value) {
@@ -49,6 +55,40 @@ double value_of(const Shape &s, const Codes &codes, int64_t row, int64_t i) {
         code = within < half ? byte & 15 : byte >> 4;
     }
     return fp16(codes.scale.get(at)) * (code - codes.zero.get(at));
+}
+
+// Codes looked up at every level beside the numbers that they stand for.
+void test_codes(const Shape &s, Random &random) {
+    const int64_t per = int64_t{16} << random.below(4), groups = random.below(3) ? (s.in + per - 1) / per : 1;
+    const int codes = s.dtype == TK_CODE8 ? 256 : 16;
+    Exact<uint8_t> packed(nbytes_of_codes(s), s.shift), plain(s.rows * s.in * 4, 0);
+    std::unique_ptr<float[]> table(new float[static_cast<size_t>(codes)]);
+    std::unique_ptr<float[]> scale(new float[static_cast<size_t>(s.rows * groups)]);
+    for (int i = 0; i < codes; i++) table[static_cast<size_t>(i)] = static_cast<float>(random.below(31) - 15);
+    for (int64_t i = 0; i < s.rows * groups; i++) {
+        scale[static_cast<size_t>(i)] = std::ldexp(1.0f, -static_cast<int>(random.below(8)));
+    }
+    for (int64_t i = 0; i < nbytes_of_codes(s); i++) packed.set(i, static_cast<uint8_t>(random.below(256)));
+    Shape numbers = s;
+    numbers.dtype = TK_F32;
+    numbers.ld = s.in;
+    for (int64_t row = 0; row < s.rows; row++) {
+        for (int64_t i = 0; i < s.in; i++) {
+            const int64_t at = row * s.ld + i;
+            const int code = s.dtype == TK_CODE8 ? packed.get(at) : packed.get(at / 2) >> (at & 1) * 4 & 15;
+            const float of = scale[static_cast<size_t>(row * groups + (groups == 1 ? 0 : i / per))];
+            put(numbers, plain, row * s.in + i, table[static_cast<size_t>(code)] * of);
+        }
+    }
+    Codes expected(s);
+    CHECK(call(numbers, plain, expected, TK_SCALAR, 1, nullptr) == TK_OK, "status");
+    const tk_lookup lookup = {table.get(), scale.get(), nullptr, groups, per};
+    for (int level = 0; level < TK_LEVELS; level++) {
+        if (tk_refusal(level)) continue;
+        Codes found(s);
+        CHECK(call(s, packed, found, level, 2, nullptr, &lookup) == TK_OK, "level %d", level);
+        CHECK(found == expected, "level %d, codes %d, %d bits, group %d", level, s.dtype, s.bits, s.group);
+    }
 }
 
 void test_shape(const Shape &s, Random &random) {
@@ -108,5 +148,8 @@ void test_quantize(int cases) {
         s.ld = s.in + random.below(2) * random.below(50);
         s.shift = random.below(3);
         test_shape(s, random);
+        s.dtype = random.below(2) ? TK_CODE8 : TK_CODE4;
+        s.ld += s.ld % 2;
+        test_codes(s, random);
     }
 }

@@ -67,6 +67,28 @@ QuantizeFunction quantize_of(int level) {
 
 bool is_dtype(int32_t dtype) { return dtype == TK_BF16 || dtype == TK_F32; }
 
+bool is_code(int32_t dtype) { return dtype == TK_CODE8 || dtype == TK_CODE4; }
+
+// Whether the numbers are those of E4M3: a byte is a sign, 4 bits of exponent (less 7) and 3 of mantissa, all ones are
+// NaN, and there is no infinity.
+bool is_e4m3(const float *table) {
+    for (int code = 0; code < 256; code++) {
+        const int exponent = code >> 3 & 15, mantissa = code & 7;
+        const int steps = exponent ? (8 + mantissa) << (exponent - 1) : mantissa; // of 2^-9
+        const float number = static_cast<float>(steps) / 512 * (code & 128 ? -1.0f : 1.0f);
+        const bool fits = (code & 127) == 127 ? table[code] != table[code] : !std::memcmp(table + code, &number, 4);
+        if (!fits) return false;
+    }
+    return true;
+}
+
+// Of rows of `in` codes. A vector's worth of columns has one scale.
+bool is_lookup(const tk_lookup *l, int64_t in) {
+    if (!l || !l->table || !l->scale) return false;
+    if (l->groups == 1) return true;
+    return l->group >= 16 && (l->group & (l->group - 1)) == 0 && l->groups == (in + l->group - 1) / l->group;
+}
+
 bool is_group(int32_t group) { return group == 32 || group == 64 || group == 128; }
 
 bool is_weight(const tk_weight *w) {
@@ -173,15 +195,26 @@ int32_t tk_dequantize(tk_context *context, const tk_weight *weight, int64_t firs
 
 int32_t tk_quantize(tk_context *context, const void *weight, int32_t dtype, int64_t rows, int64_t in, int64_t ld,
                     int32_t bits, int32_t group, int32_t clip, uint8_t *q, uint16_t *scale, uint8_t *zero,
-                    const int32_t *cancel) {
-    if (!context || (!is_dtype(dtype) && dtype != TK_F16) || !is_group(group)) return TK_BAD_ARGUMENT;
+                    const tk_lookup *lookup, const int32_t *cancel) {
+    if (!context || (!is_dtype(dtype) && dtype != TK_F16 && !is_code(dtype)) || !is_group(group)) {
+        return TK_BAD_ARGUMENT;
+    }
+    if (is_code(dtype) ? !is_lookup(lookup, in) || ld % 2 : lookup != nullptr) return TK_BAD_ARGUMENT;
     if (rows < 0 || in < 1 || in % group || (bits != 4 && bits != 8) || (clip != 0 && clip != 1)) return TK_BAD_ARGUMENT;
     if (rows == 0) return TK_OK;
     if (!weight || !q || !scale || !zero || (rows > 1 && ld < in)) return TK_BAD_ARGUMENT;
     tk::Quantize quantize = {};
     quantize.weight = static_cast<const unsigned char *>(weight);
     quantize.dtype = dtype;
-    quantize.row_nbytes = ld * (dtype == TK_F32 ? 4 : 2);
+    quantize.row_nbytes = tk::nbytes_of(dtype, ld);
+    if (lookup) {
+        quantize.lookup = *lookup;
+        if (dtype == TK_CODE8 && is_e4m3(lookup->table)) quantize.dtype = tk::kE4m3;
+        quantize.shift = 63; // of a column's number: one scale for all
+        for (int32_t bit = 4; lookup->groups > 1 && bit < 63; bit++) {
+            if (lookup->group == int64_t{1} << bit) quantize.shift = bit;
+        }
+    }
     quantize.groups = in / group;
     quantize.all_groups = rows * quantize.groups;
     quantize.bits = bits;

@@ -49,6 +49,20 @@ struct Avx2 {
         return kDtype == TK_BF16 ? as_float(_mm256_and_si256(a, _mm256_set1_epi32(static_cast<int>(0xffff0000u))))
                                  : from_fp16(_mm256_srli_epi32(a, 16));
     }
+    static TK_INLINE Words shift_left(Words a, int bits) { return _mm256_slli_epi32(a, bits); }
+    static TK_INLINE Words bits_of(Words a, int mask) { return _mm256_and_si256(a, _mm256_set1_epi32(mask)); }
+    static TK_INLINE Words plus(Words a, int b) { return _mm256_add_epi32(a, _mm256_set1_epi32(b)); }
+    static TK_INLINE F nan_where(Words a, int b, F c) {
+        return _mm256_or_ps(as_float(_mm256_cmpeq_epi32(a, _mm256_set1_epi32(b))), c);
+    }
+    static TK_INLINE F with_sign(F a, Words sign) { return _mm256_or_ps(a, as_float(sign)); }
+    static TK_INLINE Words shift_right(Words a, int bits) { return _mm256_srli_epi32(a, bits); }
+    template <int kBits> static TK_INLINE F look_up(const float *table, Words a) {
+        if (kBits == 8) return _mm256_i32gather_ps(table, _mm256_and_si256(a, _mm256_set1_epi32(255)), 4);
+        const F low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), a);
+        const F high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), a);
+        return select(as_float(_mm256_slli_epi32(a, 28)), high, low);
+    }
     static TK_INLINE void store_low16(uint16_t *to, Words a) {
         _mm_storeu_si128(reinterpret_cast<__m128i *>(to), low16(a));
     }

@@ -50,6 +50,18 @@ struct Avx512 {
         return kDtype == TK_BF16 ? as_float(_mm512_and_si512(a, _mm512_set1_epi32(static_cast<int>(0xffff0000u))))
                                  : from_fp16(_mm512_srli_epi32(a, 16));
     }
+    static TK_INLINE Words shift_left(Words a, int bits) { return _mm512_slli_epi32(a, static_cast<unsigned>(bits)); }
+    static TK_INLINE Words bits_of(Words a, int mask) { return _mm512_and_si512(a, _mm512_set1_epi32(mask)); }
+    static TK_INLINE Words plus(Words a, int b) { return _mm512_add_epi32(a, _mm512_set1_epi32(b)); }
+    static TK_INLINE F nan_where(Words a, int b, F c) {
+        return select(_mm512_cmpeq_epi32_mask(a, _mm512_set1_epi32(b)), as_float(_mm512_set1_epi32(-1)), c);
+    }
+    static TK_INLINE F with_sign(F a, Words sign) { return _mm512_or_ps(a, as_float(sign)); }
+    static TK_INLINE Words shift_right(Words a, int bits) { return _mm512_srli_epi32(a, static_cast<unsigned>(bits)); }
+    template <int kBits> static TK_INLINE F look_up(const float *table, Words a) {
+        if (kBits == 8) return _mm512_i32gather_ps(_mm512_and_si512(a, _mm512_set1_epi32(255)), table, 4);
+        return _mm512_permutexvar_ps(a, _mm512_loadu_ps(table)); // which looks at the lowest 4 bits alone
+    }
     static TK_INLINE void store_low16(uint16_t *to, Words a) {
         _mm256_storeu_si256(reinterpret_cast<__m256i *>(to), _mm512_cvtepi32_epi16(a));
     }

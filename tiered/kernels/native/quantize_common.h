@@ -19,12 +19,27 @@ constexpr float clip_factor(int index) { return static_cast<float>((40 - index) 
 
 constexpr int kItemWeights = 1 << 17; // some 50 us at the fastest level: few enough items, and soon cancelled
 
-const unsigned char *group_at(const Quantize &job, int64_t index, int itemsize) {
-    const int64_t row = index / job.groups, column = index % job.groups;
-    return job.weight + row * job.row_nbytes + column * job.group * itemsize;
+constexpr bool is_code(int32_t dtype) { return dtype == TK_CODE8 || dtype == TK_CODE4 || dtype == kE4m3; }
+
+constexpr int kRun = 16; // columns of which all have one scale, where codes are looked up
+
+// Where a group begins.
+struct Place {
+    int64_t row, column;
+};
+
+inline Place place_of(const Quantize &job, int64_t index) {
+    return {index / job.groups, index % job.groups * job.group};
 }
 
-inline int itemsize_of(int32_t dtype) { return dtype == TK_F32 ? 4 : 2; }
+inline const unsigned char *group_at(const Quantize &job, Place place, int32_t dtype) {
+    return job.weight + place.row * job.row_nbytes + nbytes_of(dtype, place.column);
+}
+
+// Where the scale, and the zero, of a run of the group's columns is.
+inline int64_t scale_at(const Quantize &job, Place place, int run) {
+    return place.row * job.lookup.groups + ((place.column + run * kRun) >> job.shift);
+}
 
 inline void refuse(Quantize &job) { __atomic_store_n(&job.not_finite, 1, __ATOMIC_RELAXED); }
 inline bool refused(const Quantize &job) { return __atomic_load_n(&job.not_finite, __ATOMIC_RELAXED) != 0; }

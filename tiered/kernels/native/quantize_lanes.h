@@ -12,6 +12,9 @@
 //   gather4(rows, at, out)            words at/4 .. at/4 + 3 of each row: out[w] holds word w of every row
 //   scatter4(words, to, stride)       the way back, to rows that are `stride` bytes apart
 //   first, second                     the two 16-bit numbers of each word as floats
+//   shift_left, shift_right(words, bits), bits_of(words, mask)    word by word
+//   nan_where(words, b, a)            NaN where words equal b, else a
+//   look_up<kBits>(table, words)      entries of a table [1 << kBits], whose numbers are the lowest kBits of each word
 #pragma once
 
 #include "quantize_common.h"
@@ -107,6 +110,51 @@ template <class V> TK_INLINE void take(typename V::F w, float *&out, Extent<V> &
     extent.poison = V::add(extent.poison, V::mul(w, V::set(0)));
 }
 
+// The numbers whose codes are the highest byte of each word: a sign, 4 bits of exponent, 3 of mantissa.
+template <class V> TK_INLINE typename V::F e4m3(typename V::Words a) {
+    const auto magnitude = V::bits_of(V::shift_right(a, 4), 0x07f00000); // where a float has its exponent and mantissa
+    const auto normal = V::as_float(V::plus(magnitude, (127 - 7) << 23));
+    // Twice the normal one less the least normal one is the number that it is where the exponent is 0, and larger than
+    // the normal one where it is not.
+    const auto subnormal = V::sub(V::as_float(V::plus(magnitude, (127 - 6) << 23)), V::set(1.0f / 64));
+    const auto number = V::nan_where(magnitude, 0x07f00000, V::min(normal, subnormal));
+    return V::with_sign(number, V::bits_of(a, static_cast<int>(0x80000000u)));
+}
+
+// Looks up the groups at `rows`, which begin at `places`, into `out` [group][lane].
+template <class V, int kGroup, int kDtype>
+TK_INLINE Extent<V> look_up(const Quantize &job, const unsigned char *const *rows, const Place *places, float *out) {
+    constexpr int kBits = kDtype == TK_CODE4 ? 4 : 8, kPerWord = 32 / kBits, kNbytes = kGroup * kBits / 8;
+    const tk_lookup &l = job.lookup;
+    alignas(64) float scales[kGroup / kRun][V::kLanes], zeros[kGroup / kRun][V::kLanes];
+    for (int lane = 0; lane < V::kLanes; lane++) {
+        for (int run = 0; run < kGroup / kRun; run++) {
+            const int64_t at = scale_at(job, places[lane], run);
+            scales[run][lane] = l.scale[at];
+            zeros[run][lane] = l.zero ? l.zero[at] : 0;
+        }
+    }
+    Extent<V> extent = {V::set(0), V::set(0), V::set(0)};
+    for (int at = 0; at < kNbytes; at += 16) {
+        typename V::Words words[4];
+        V::gather4(rows, at, words);
+        for (int i = 0; i < 4; i++) {
+            const int run = (at / 4 + i) * kPerWord / kRun;
+            const auto scale = V::load(scales[run]), zero = V::load(zeros[run]);
+            for (int k = 0; k < kPerWord; k++) {
+                typename V::F entry;
+                if constexpr (kDtype == kE4m3) {
+                    entry = e4m3<V>(V::shift_left(words[i], 24 - 8 * k));
+                } else {
+                    entry = V::template look_up<kBits>(l.table, V::shift_right(words[i], k * kBits));
+                }
+                take<V>(V::mul(V::sub(entry, zero), scale), out, extent); // less 0 is what there was
+            }
+        }
+    }
+    return extent;
+}
+
 // Widens the groups at `rows` into `out` [group][lane].
 template <class V, int kGroup, int kDtype>
 TK_INLINE Extent<V> widen(const unsigned char *const *rows, float *out) {
@@ -144,12 +192,21 @@ TK_INLINE typename V::Words pack_word(const float *w, int at, const Levels<V> &l
 
 // Quantizes `count` groups, at most kLanes, from group `first` on; lanes beyond them repeat the first one.
 template <class V, int kBits, int kGroup, int kDtype> void some_groups(Quantize &job, int64_t first, int count) {
-    constexpr int kQ = kGroup * kBits / 8, kItemsize = kDtype == TK_F32 ? 4 : 2;
+    constexpr int kQ = kGroup * kBits / 8;
     alignas(64) float w[kGroup * V::kLanes];
     alignas(64) uint8_t q[kQ * V::kLanes];
     const unsigned char *rows[V::kLanes];
-    for (int i = 0; i < V::kLanes; i++) rows[i] = group_at(job, first + (i < count ? i : 0), kItemsize);
-    const Extent<V> extent = widen<V, kGroup, kDtype>(rows, w);
+    Place places[V::kLanes];
+    for (int i = 0; i < V::kLanes; i++) {
+        places[i] = place_of(job, first + (i < count ? i : 0));
+        rows[i] = group_at(job, places[i], kDtype);
+    }
+    Extent<V> extent;
+    if constexpr (is_code(kDtype)) {
+        extent = look_up<V, kGroup, kDtype>(job, rows, places, w);
+    } else {
+        extent = widen<V, kGroup, kDtype>(rows, w);
+    }
     Levels<V> levels = levels_of<V, kBits>(extent, clip_factor(0));
     if (!V::all_finite(V::add(levels.scale, extent.poison))) return refuse(job);
     if (kBits == 4 && job.clip) levels = best_levels<V, kBits, kGroup>(w, extent, levels);
@@ -184,6 +241,9 @@ template <class V, int kBits, int kGroup> Job item_of_dtype(int32_t dtype) {
     switch (dtype) {
         case TK_BF16: return one_item<V, kBits, kGroup, TK_BF16>;
         case TK_F16: return one_item<V, kBits, kGroup, TK_F16>;
+        case TK_CODE8: return one_item<V, kBits, kGroup, TK_CODE8>;
+        case TK_CODE4: return one_item<V, kBits, kGroup, TK_CODE4>;
+        case kE4m3: return one_item<V, kBits, kGroup, kE4m3>;
         default: return one_item<V, kBits, kGroup, TK_F32>;
     }
 }

@@ -62,6 +62,15 @@ float squared_error(const float *w, int group, const Levels &levels) {
     return error[0];
 }
 
+void look_up(const Quantize &job, Place place, const unsigned char *source, float *out) {
+    const tk_lookup &l = job.lookup;
+    for (int i = 0; i < job.group; i++) {
+        const int code = job.dtype != TK_CODE4 ? source[i] : source[i / 2] >> (i & 1) * 4 & 15;
+        const int64_t at = scale_at(job, place, i / kRun);
+        out[i] = (l.zero ? l.table[code] - l.zero[at] : l.table[code]) * l.scale[at];
+    }
+}
+
 void widen(const unsigned char *source, int32_t dtype, int group, float *out) {
     if (dtype == TK_F32) {
         std::memcpy(out, source, static_cast<size_t>(group) * sizeof *out);
@@ -86,7 +95,13 @@ void pack(const float *nearest, int group, int bits, float least, uint8_t *out) 
 bool one_group(Quantize &job, int64_t index) {
     float w[kMostGroup], codes[kMostGroup];
     const int group = job.group;
-    widen(group_at(job, index, itemsize_of(job.dtype)), job.dtype, group, w);
+    const Place place = place_of(job, index);
+    const unsigned char *const source = group_at(job, place, job.dtype);
+    if (is_code(job.dtype)) {
+        look_up(job, place, source, w);
+    } else {
+        widen(source, job.dtype, group, w);
+    }
     float low = 0, high = 0, not_finite = 0;
     for (int i = 0; i < group; i++) {
         low = w[i] < low ? w[i] : low;

@@ -16,16 +16,16 @@ extern "C" {
 
 #define TK_API __attribute__((visibility("default")))
 
-enum { TK_ABI_VERSION = 6 };
+enum { TK_ABI_VERSION = 7 };
 
 enum tk_status { TK_OK = 0, TK_CANCELLED = 1, TK_BAD_ARGUMENT = 2, TK_NO_MEMORY = 3, TK_NOT_FINITE = 4 };
 
 /* Instruction sets, each a superset of the one before it. */
 enum tk_level { TK_SCALAR = 0, TK_AVX2 = 1, TK_AVX512 = 2, TK_AMX = 3, TK_LEVELS = 4 };
 
-/* Of the last two, TK_F16 is known to tk_quantize, planes and scales alone, and TK_E8M0 to scales: a byte s that stands
- * for 2^(s - 127), 255 for no number. */
-enum tk_dtype { TK_BF16 = 0, TK_F32 = 1, TK_F16 = 2, TK_E8M0 = 3 };
+/* TK_F16 is known to tk_quantize, planes and scales alone, and TK_E8M0 to scales: a byte s that stands for 2^(s - 127),
+ * 255 for no number. The last two are known to tk_quantize: codes that are looked up, a byte or a nibble each. */
+enum tk_dtype { TK_BF16 = 0, TK_F32 = 1, TK_F16 = 2, TK_E8M0 = 3, TK_CODE8 = 4, TK_CODE4 = 5 };
 
 /* How a weight is stored; see docs/design.md, section 5. */
 enum tk_format { TK_INT4 = 0, TK_INT8 = 1, TK_DENSE_BF16 = 2, TK_CODEBOOK = 3 };
@@ -80,14 +80,27 @@ TK_API int32_t tk_by_head(tk_context *context, const float *w, int64_t heads, in
                           int64_t w_stride, int32_t transposed, const uint16_t *x, int64_t tokens,
                           const int64_t *x_stride, uint16_t *y, const int64_t *y_stride, const int32_t *cancel);
 
+/* What the codes of a weight [rows, in] stand for: (table[code] - zero) * scale in fp32, each operation rounded on its
+ * own. */
+typedef struct tk_lookup {
+    const float *table; /* [256] for TK_CODE8, [16] for TK_CODE4 */
+    const float *scale; /* [rows, groups] */
+    const float *zero;  /* [rows, groups], or null */
+    int64_t groups;     /* 1, or as many as `in` columns have */
+    int64_t group;      /* columns that share a scale and a zero: a power of two, 16 at least; ignored where groups is 1 */
+} tk_lookup;
+
 /* The codes, scales and zeros of a weight [rows, in] of any tk_dtype, as tiered/quant/quantize.py computes them, bit for
  * bit; `ld` is its row stride. `bits` 4 or 8, `group` 32, 64 or 128, of which `in` is a multiple; `clip` 0 keeps each
  * group's whole range, 1 narrows it to where the squared error is least (at 4 bits). Outputs have no gaps: q [rows,
  * in * bits / 8], nibbles group-planar; scale [rows, in/group] fp16; zero [rows, in/group]. Returns TK_NOT_FINITE,
- * outputs undefined, where a weight is not finite or a group spans more than an fp16 scale can express. */
+ * outputs undefined, where a weight is not finite or a group spans more than an fp16 scale can express.
+ *
+ * Codes are looked up group by group, so their numbers are never in memory: `lookup` says what they stand for, and is
+ * null where `weight` has numbers. Of nibbles the first one is in the low half of a byte, and `ld` is even. */
 TK_API int32_t tk_quantize(tk_context *context, const void *weight, int32_t dtype, int64_t rows, int64_t in, int64_t ld,
                            int32_t bits, int32_t group, int32_t clip, uint8_t *q, uint16_t *scale, uint8_t *zero,
-                           const int32_t *cancel);
+                           const tk_lookup *lookup, const int32_t *cancel);
 
 /* How a published checkpoint packs the codes of a weight [rows, in]. */
 enum tk_packing {
