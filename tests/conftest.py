@@ -3,6 +3,7 @@
 import gc
 import importlib.util
 import os
+import sys
 from collections.abc import Generator, Iterator
 from importlib import metadata
 from pathlib import Path
@@ -106,6 +107,27 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     folder.mkdir(exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(FOLDER_VARIABLE, str(folder))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def sizes_checked_once() -> Iterator[None]:
+    """Check a configuration's sizes, for which its graph is built, once in this process, however often it is opened.
+
+    That is two fifths of building a graph, and tests build those of the same few models thousands of times.
+    """
+    if (skeleton := sys.modules.get("tiered.arch.skeleton")) is None:
+        yield
+        return
+    original, passed = skeleton._check_sizes, set()
+
+    def check(config: Any) -> None:
+        if (content := config.to_json_string(use_diff=False)) not in passed:
+            original(config)
+            passed.add(content)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(skeleton, "_check_sizes", check)
         yield
 
 
