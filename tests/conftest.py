@@ -3,6 +3,7 @@
 import gc
 import importlib.util
 import os
+import sys
 from collections.abc import Generator, Iterator
 from importlib import metadata
 from pathlib import Path
@@ -109,6 +110,27 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def sizes_checked_once() -> Iterator[None]:
+    """Check a configuration's sizes, for which its graph is built, once in this process, however often it is opened.
+
+    That is two fifths of building a graph, and tests build those of the same few models thousands of times.
+    """
+    if (skeleton := sys.modules.get("tiered.arch.skeleton")) is None:
+        yield
+        return
+    original, passed = skeleton._check_sizes, set()
+
+    def check(config: Any) -> None:
+        if (content := config.to_json_string(use_diff=False)) not in passed:
+            original(config)
+            passed.add(content)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(skeleton, "_check_sizes", check)
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny() -> "Tiny":
     """Tiny models of every family, made when first asked for."""
@@ -132,13 +154,16 @@ def build() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def steady_baseline() -> Iterator[None]:
-    """Raise this process's peak, which every plan begins with, above what a module's tests will reach, and keep it.
+    """Let this process's peak, which every plan begins with, be above what a module's tests will reach, and stay.
 
-    The blocks of tiny models are smaller than the noise in the size of a process that imports and compares.
+    The blocks of tiny models are smaller than the noise in the size of a process that imports and compares. The peak is
+    only said to be so high: touching as much memory takes up to two seconds, in every module and worker.
     """
-    import torch
+    from tiered.proc import process_peak_rss_bytes
 
-    torch.ones(512 * MIB, dtype=torch.uint8)
+    raised = process_peak_rss_bytes() + 512 * MIB
     with pytest.MonkeyPatch.context() as patch:
+        for reader in ("tiered.host", "tiered.cli.measuring"):
+            patch.setattr(f"{reader}.process_peak_rss_bytes", lambda: max(raised, process_peak_rss_bytes()))
         patch.setattr("tiered.host.reset_peak_rss", lambda: None)
         yield

@@ -17,11 +17,12 @@ from tests.commands import CHECKPOINT, LIMIT, TIERED, Done, make_store, run_apar
 from tests.convert.models import save_bin
 from tiered.convert import ConvertOptions, convert_checkpoint
 from tiered.store import Store
-from tiered.units import GIB, MIB, parse_size
+from tiered.units import MIB, parse_size
 from tools.inflate import inflate
 
 PROMPT = ("-p", "The function returns", "--ignore-eos")
-SIZE = 1_500_000_000
+LIMIT_NBYTES = 768 * MIB
+SIZE = 1_100_000_000
 PAGE_CACHE = 128 * MIB
 """What a run may take beside its budget: pages of files, which the kernel charges and can take back."""
 
@@ -53,7 +54,7 @@ def can_limit() -> None:
 
 @pytest.fixture(scope="module")
 def store(can_limit: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The trained model at 1.5 GB, which computes what the small one computes; removed after the last test."""
+    """The trained model at 1.1 GB, which computes what the small one computes; removed after the last test."""
     folder = tmp_path_factory.mktemp("large")
     inflate(CHECKPOINT, folder / "large", SIZE)
     convert_checkpoint(folder / "large", folder / "large.tiered", ConvertOptions(quant="none", compress="none"))
@@ -111,14 +112,14 @@ def assert_within(run: Limited, ram: int) -> None:
 
 @pytest.mark.slow
 def test_more_than_there_is_memory_for(store: Path, small: Path, tmp_path: Path) -> None:
-    assert Store.open(store).tape_nbytes > GIB + PAGE_CACHE
-    run = run_limited(tmp_path, ("generate", store, *PROMPT, "-n", "4"), GIB)
+    assert Store.open(store).tape_nbytes > LIMIT_NBYTES + PAGE_CACHE
+    run = run_limited(tmp_path, ("generate", store, *PROMPT, "-n", "4"), LIMIT_NBYTES)
     assert tokens(run.done) == expected_tokens(small, 4, *PROMPT)
-    assert_within(run, GIB)
+    assert_within(run, LIMIT_NBYTES)
     report = json.loads(run.done.out)["report"]
     # Much of it came from the disk in every pass, and nothing was written.
-    assert report["bytes_read"] > 2 * GIB
-    assert report["resident_bytes"] < GIB
+    assert report["bytes_read"] > 2 * LIMIT_NBYTES
+    assert report["resident_bytes"] < LIMIT_NBYTES
 
 
 @pytest.mark.slow
@@ -133,7 +134,7 @@ def test_the_smallest_budget_that_is_named(store: Path, small: Path, tmp_path: P
     refused = run_apart((*TIERED, *command, "--ram", "64MiB"))
     assert refused.code == 3, refused.err
     ram = parse_size(smallest_ram(refused.err))
-    assert ram < GIB
+    assert ram < LIMIT_NBYTES
     run = run_limited(tmp_path, command, ram)
     assert tokens(run.done) == expected_tokens(small, 2, *words)
     assert_within(run, ram)
@@ -143,12 +144,12 @@ def test_the_smallest_budget_that_is_named(store: Path, small: Path, tmp_path: P
 def test_by_default_the_budget_follows_from_the_group_that_the_process_is_in(store: Path, tmp_path: Path) -> None:
     path = tmp_path / "limit.json"
     words = ("generate", store, *PROMPT, "-n", "2", "--no-measure", "--json")
-    done = run_apart((*LIMIT, "--memory", "1GiB", "--json", path, "--", *TIERED, *words), seconds=500)
+    done = run_apart((*LIMIT, "--memory", str(LIMIT_NBYTES), "--json", path, "--", *TIERED, *words), seconds=500)
     assert done.code == 0, done.err
     seen = json.loads(path.read_text(encoding="utf-8"))
     budget = json.loads(done.out)["report"]["ram_budget_bytes"]
     assert seen["oom_kills"] == 0, seen
-    assert seen["vm_hwm_bytes"] <= budget < GIB
+    assert seen["vm_hwm_bytes"] <= budget < LIMIT_NBYTES
 
 
 @pytest.fixture(scope="module")

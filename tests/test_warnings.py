@@ -14,7 +14,8 @@ from typing import Final
 
 import pytest
 
-from tests.commands import CHECKPOINT, ROOT, make_store
+from tests.commands import CHECKPOINT, ROOT, make_store, run_apart
+from tests.warm import run_warm
 
 pytestmark = pytest.mark.inputs(
     "constraints.txt",
@@ -106,8 +107,8 @@ def test_a_damaged_file_says_no_more_than_its_error(folder: Path) -> None:
     (source / "config.json").write_bytes((CHECKPOINT / "config.json").read_bytes())
     # Protocol 22, which torch warns of before it fails.
     (source / "pytorch_model.bin").write_bytes(b"\x80\x16}.")
-    for settings, warned in (((), False), (("-W", "default"), True)):
-        command = [sys.executable, *settings, "-m", "tiered", "convert", str(source), "-o", str(folder / "out.tiered")]
-        done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
-        assert done.returncode == 4 and ("UserWarning" in done.stderr) == warned, done.stderr
-        assert warned or done.stderr.count("\n") == 1, done.stderr
+    words = ("convert", source, "-o", folder / "out.tiered")
+    quiet, asked = run_warm(folder, *words), run_apart((sys.executable, "-W", "default", "-m", "tiered", *words))
+    assert quiet.code == asked.code == 4
+    assert "UserWarning" in asked.err, asked.err
+    assert "UserWarning" not in quiet.err and quiet.err.count("\n") == 1, quiet.err

@@ -6,17 +6,20 @@ own only once it is touched, so it measures, and names, other budgets.
 """
 
 import contextlib
+import fcntl
+import json
 import os
 import signal
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from multiprocessing import get_context
+from multiprocessing import forkserver, get_context, resource_tracker
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
 from tests.commands import ROOT, Done
+from tests.shared import FOLDER_VARIABLE
 
 _CONTEXT: Final = get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tests.preload"])
@@ -41,6 +44,7 @@ class WarmProcess:
         settings = (tuple(map(str, streams)), str(folder or Path.cwd()), {**os.environ, **variables})
         self._process = _CONTEXT.Process(target=_run, args=(call, tuple(arguments), *settings))
         with contextlib.chdir(ROOT):  # where the server, which the first of them starts, finds tests/
+            _share_server()
             self._process.start()
         assert self._process.pid is not None
         self.pid: int = self._process.pid
@@ -101,6 +105,30 @@ def tiered(*words: str) -> None:
 
     sys.argv = ["tiered", *words]
     run()
+
+
+def _share_server() -> None:
+    """Fork from the server that another of the run's workers has started: its imports take four seconds of a processor.
+
+    It lives until nobody has the writing end of its pipe, which can be opened where that worker has it.
+    """
+    server: Any = forkserver._forkserver
+    if server._forkserver_address is not None:
+        return
+    with Path(os.environ[FOLDER_VARIABLE], "forkserver.json").open("a+", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        pipe, address = json.loads(file.read() or '["", null]')
+        try:
+            server._forkserver_alive_fd = os.open(pipe, os.O_WRONLY | os.O_CLOEXEC)
+        except FileNotFoundError:  # none has, or it has ended
+            server.ensure_running()
+            file.truncate(0)
+            pipe = f"/proc/{os.getpid()}/fd/{server._forkserver_alive_fd}"
+            json.dump((pipe, server._forkserver_address), file)
+        else:
+            server._forkserver_address = address
+            server.ensure_running = resource_tracker.ensure_running  # its own would wait for its own child
 
 
 def _run(

@@ -195,6 +195,7 @@ def test_passes_over_a_small_model_are_measured_and_leave_nothing(
     monkeypatch.setattr(passes, "_ROUNDS", 1)
     monkeypatch.setattr(passes, "measure_disk", lambda *_: 1e12)
     monkeypatch.setattr(rates, "_SECONDS", 0.01)
+    monkeypatch.setattr(rates, "_LOOKS", 1)
     # What a process takes varies by more than so small a model: more memory than asked for, so nothing streams.
     monkeypatch.setattr(passes, "_STREAMED", -100.0)
     found = measure_passes(tmp_path, 1, Size(64, 3), Size(256, 6))
@@ -205,10 +206,12 @@ def test_passes_over_a_small_model_are_measured_and_leave_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.inputs("tiered/bench", "tiered/plan", "tiered/kernels")
 def test_no_measured_pass_is_larger_than_memory_is_planned_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     skip_in_memory(tmp_path)
     monkeypatch.setattr(passes, "measure_disk", lambda *_: 1.0)  # so slow that many rows are wanted
     monkeypatch.setattr(passes, "_STREAMED", -100.0)
+    monkeypatch.setattr(rates, "_LOOKS", 1)
     with Host(1) as host:
         wide = passes._Wide(passes._made(tmp_path, Size(256, 6)), host)
         wide.measure_resident()

@@ -242,7 +242,7 @@ def test_neither_budget_nor_windows_per_pass_change_a_score(store: Path, text: P
 def test_in_little_memory_windows_share_passes_over_the_streamed_weights(tmp_path: Path) -> None:
     store, text = tmp_path / "opt-125m.tiered", tmp_path / "text.txt"
     assert run_here("convert", "--synthetic", "opt-125m", "--distinct-blocks", "1", "-o", store).code == 0
-    text.write_text(TEXT[:1200], encoding="utf-8")
+    text.write_text(TEXT[:700], encoding="utf-8")
     words = (store, "-f", text, "--context", "64", *QUIET)
     ram = f"{parse_size(smallest_ram(*words, '--batch', '1')) // MIB + 24}MiB"
     alone, shared = answer(*words, "--batch", "1", "--ram", ram), answer(*words, "--ram", ram)

@@ -20,7 +20,7 @@ from tiered.errors import ConfigError, ModelError
 from tiered.generate import Sampler, SamplingParams
 
 LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0])
-DRAWS = 4000
+DRAWS = 2000
 
 
 def sampler(request: int = 0, **params: Any) -> Sampler:

@@ -1,8 +1,6 @@
 """Native quantization: the bits of `tiered.quant.quantize`, its errors, at every level and number of threads."""
 
 import ctypes
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -15,6 +13,7 @@ from hypothesis import strategies as st
 
 from tests.kernels.native_linear import context, require, seconds_until_ended
 from tests.quick import examples
+from tests.warm import call_warm
 from tiered.convert.workers import one_torch_thread
 from tiered.errors import CheckpointError, ConfigError, InterruptedRun
 from tiered.kernels import CancelFlag, CodedRows, Kernels, Level
@@ -300,7 +299,7 @@ def test_arguments_that_make_no_sense_are_refused(level: Level) -> None:
 
 
 GUARDED = """
-import ctypes, mmap, sys
+import ctypes, mmap
 import torch
 from tiered.kernels.library import load_library
 from tiered.kernels.quantize_native import DTYPES
@@ -318,7 +317,7 @@ def guarded(nbytes):
     kept.append(memory)
     return start + room - nbytes
 
-level, library = int(sys.argv[1]), load_library()
+library = load_library()
 made = library.tk_create(2, level)
 for bits in (4, 8):
     for group in (32, 64, 128):
@@ -341,11 +340,10 @@ print("done")
 
 
 @LEVELS
-def test_nothing_is_touched_past_a_buffers_end(level: Level) -> None:
+def test_nothing_is_touched_past_a_buffers_end(level: Level, tmp_path: Path) -> None:
     require(level)
-    command = [sys.executable, "-c", GUARDED, str(int(level))]
-    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
+    done = call_warm(tmp_path, exec, GUARDED, {"level": int(level)})
+    assert (done.code, done.out) == (0, "done\n"), done.err
 
 
 @LEVELS

@@ -9,9 +9,10 @@ a table was left at the host on purpose.
 import gc
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from types import NoneType
 from typing import Any, Final
 from unittest import mock
 
@@ -171,7 +172,11 @@ def _run(work: Work, seat: Seat, blocks: Sequence[BlockTensors]) -> None:
     modules = {name: model.skeleton.model.get_submodule(table.module) for name, table in model.skeleton.tables.items()}
     tables = {name: _fetched(module) for name, module in modules.items()}
     groups = work.record(Embedded({"embed": _fetched(model.skeleton.embedding)} | tables, torch.float32))
+    tried = set()
     for number, (layer, loan) in enumerate(zip(model.layers, loans, strict=True)):
+        if (kind := _kind(seat, number)) in tried:
+            continue
+        tried.add(kind)
         with model.lend(layer, loan):
             for group in groups:
                 for micro_batch in group.micro_batches:
@@ -184,6 +189,20 @@ def _run(work: Work, seat: Seat, blocks: Sequence[BlockTensors]) -> None:
     with model.lend(model.head, head):
         for logits in work.finish(groups):
             assert logits.device == HOST
+
+
+def _kind(seat: Seat, number: int) -> Hashable:
+    """Equal for layers that do the same: their modules, what those were told (but for their number), and what they
+    attend to. Where their tensors are, the first says for all; operations without numbers take a millisecond each."""
+    config = seat.model.skeleton.config
+    told = [
+        (name, type(module), attribute, value)
+        for name, module in seat.model.layers[number].named_modules()
+        for attribute, value in vars(module).items()
+        if isinstance(value, (int, float, str, NoneType)) and not (type(value) is int and value == number)
+    ]
+    types = getattr(config, "layer_types", None)
+    return layer_windows(config)[number], types and types[number], tuple(told)
 
 
 def _fetched(table: nn.Module) -> FetchedRows:

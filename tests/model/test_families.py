@@ -49,7 +49,8 @@ def test_a_family_gives_what_transformers_gives(tiny: Tiny, name: str) -> None:
     with open_runtime(tiny.store(name)) as runtime:
         assert_same(run_greedy(runtime, prompts), expected)
     with open_runtime(tiny.store(name), micro_batch_rows=few_rows(name)) as runtime:
-        assert_same(run_greedy(runtime, prompts, steps=8), expected)
+        # What differs is in the prompts' passes; the rest computes on what these have stored.
+        assert_same(run_greedy(runtime, prompts, steps=4), expected)
 
 
 @pytest.mark.parametrize("quant", represented(["int4", "int8"], ["int4"]))

@@ -2,13 +2,15 @@
 
 import contextlib
 from collections.abc import Iterable
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any, Final
 
 import pytest
 
 from tests.plan.plans import model_of
 from tests.plan.test_strategies import GPU_MACHINE, MACHINE, ask
+from tests.quick import represented
 from tiered.configs_path import config_dir
 from tiered.errors import BudgetError
 from tiered.plan import Budgets, ComputeRate, Machine, ModelShape, Plan, Workload, make_plan
@@ -161,28 +163,49 @@ def test_bits_and_few_sequences_together_cost_no_more_than_bits_may() -> None:
     assert best(few) is few[2]
 
 
-@pytest.mark.parametrize("objective", ["latency", "throughput"])
-@pytest.mark.parametrize("vram", [0, 4])
-@pytest.mark.parametrize("name", ["opt-6.7b", "qwen3-30b-a3b"])
+@dataclass(frozen=True)
+class Job:
+    """A workload and the memory it gets, in GiB."""
+
+    sequences: int
+    prompt: int
+    ram: int
+
+
+WIDE, MANY, LONG = Job(40, 512, 2), Job(100, 32, 6), Job(7, 2000, 6)
+# Every model with every VRAM and objective, and each of these with every job.
+DROPPED: Final[list[tuple[str, int, str, Job]]] = [
+    *(("opt-6.7b", 0, "latency", WIDE), ("opt-6.7b", 4, "throughput", WIDE)),
+    *(("qwen3-30b-a3b", 0, "throughput", WIDE), ("qwen3-30b-a3b", 4, "latency", WIDE)),
+    *(("opt-6.7b", 0, "throughput", MANY), ("opt-6.7b", 4, "latency", MANY)),
+    *(("qwen3-30b-a3b", 0, "latency", MANY), ("qwen3-30b-a3b", 4, "throughput", MANY)),
+    *(("opt-6.7b", 0, "latency", LONG), ("qwen3-30b-a3b", 4, "throughput", LONG)),
+]
+
+
+@pytest.mark.parametrize(("name", "vram", "objective", "job"), represented(DROPPED, DROPPED[4:8]))
 def test_what_cannot_be_chosen_is_dropped_early_and_that_changes_nothing(
-    name: str, vram: int, objective: Any, monkeypatch: pytest.MonkeyPatch
+    name: str, vram: int, objective: Any, job: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shapes = known_shapes(config_dir() / "models", name)
     assert shapes is not None
     hardware = GPU_MACHINE if vram else MACHINE
-    asked = [
-        ask(sequences=count, vram=vram * GIB or None, ram=ram * GIB, prompt=prompt, objective=objective)
-        for count, ram, prompt in ((40, 2, 512), (100, 6, 32), (7, 6, 2000))
-    ]
-    found = [compare(shapes.__getitem__, ("int4", "int8"), hardware, each) for each in asked]
+    memory = {"vram": vram * GIB or None, "ram": job.ram * GIB}
+    asked = ask(sequences=job.sequences, prompt=job.prompt, objective=objective, **memory)
+    found = compare(shapes.__getitem__, ("int4", "int8"), hardware, asked)
     for name in ("_CHOOSABLE", "_DISPLACES"):
         monkeypatch.setattr(choosing, name, float("inf"))
-    assert [compare(shapes.__getitem__, ("int4", "int8"), hardware, each) for each in asked] == found
+    assert compare(shapes.__getitem__, ("int4", "int8"), hardware, asked) == found
 
 
-@pytest.mark.parametrize("objective", ["latency", "throughput"])
-@pytest.mark.parametrize("decode", ["cpu", "gpu", None])
-@pytest.mark.parametrize(("name", "ram"), [("opt-6.7b", 2), ("opt-6.7b", 8), ("qwen3-30b-a3b", 6), ("gemma-4-e2b", 3)])
+MODELS: Final = (("opt-6.7b", 2), ("opt-6.7b", 8), ("qwen3-30b-a3b", 6), ("gemma-4-e2b", 3))
+BOUNDED: Final = [
+    (*model, *rest) for model in MODELS for rest in product(("cpu", "gpu", None), ("latency", "throughput"))
+]
+
+
+# Every fifth has every model, device and objective.
+@pytest.mark.parametrize(("name", "ram", "decode", "objective"), represented(BOUNDED, BOUNDED[::5]))
 def test_no_plan_takes_less_than_the_bound(name: str, ram: int, decode: Any, objective: Any) -> None:
     shapes = known_shapes(config_dir() / "models", name)
     assert shapes is not None

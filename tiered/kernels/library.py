@@ -143,6 +143,7 @@ class Library:
         if not path.exists():
             why = refusal.read_text().strip() if refusal.exists() else "the package's build has not been run"
             raise ConfigError(f"{path.name} was not built: {why}")
+        self._best: Level | None = None
         try:
             self._opened = ctypes.CDLL(str(path))
             version = self._opened.tk_abi_version()
@@ -172,7 +173,9 @@ class Library:
 
     def best_level(self) -> Level:
         """The fastest instruction set that can run here."""
-        return next(level for level in reversed(Level) if self.refusal(level) is None)
+        if self._best is None:  # asked for once per tensor; a virtual machine's host answers each question
+            self._best = next(level for level in reversed(Level) if self.refusal(level) is None)
+        return self._best
 
 
 @functools.cache
