@@ -298,7 +298,12 @@ def test_where_the_kernel_populates_nothing_blocks_come_all_the_same(
 ) -> None:
     monkeypatch.setattr("tiered.stream.feed._READING_NBYTES", 1)
     refused = threading.Event()
-    monkeypatch.setattr(Slab, "populate", lambda *_: bool(refused.set()))
+
+    def refuse(slab: Slab, start: int, nbytes: int) -> bool:
+        refused.set()
+        return False
+
+    monkeypatch.setattr(Slab, "populate", refuse)
     gate = Gate()
 
     async def scenario() -> None:
