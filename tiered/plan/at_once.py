@@ -186,7 +186,8 @@ class AtOnce:
         kv = self._kv_nbytes(cache, workspace, is_device=True)
         if not self.on_device:
             begun = self._begun_at_once(workspace.rows, tokens)
-            kv += cache.beginning_nbytes(workspace.rows, begun, self._longest_prompt)
+            cut = 0 if self.asked.workload.one_pass else self._longest_prompt
+            kv += cache.beginning_nbytes(workspace.rows, begun, cut)
         state = cache.states_nbytes if self.on_device else cache.away_states_nbytes(workspace.rows)
         return DeviceNeeds(
             self.asked.budgets.context_nbytes,
