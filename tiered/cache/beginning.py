@@ -6,7 +6,7 @@ computes and the cache is the host's. A page that a pass goes on with is put tog
 """
 
 import itertools
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -95,6 +95,19 @@ class Beginning:
         """`table`, of pages from the first one on, for the pages of the whole sequence."""
         earlier = torch.full((1, self._first_page), -1)
         return BlockTable(table.memory, torch.cat([earlier, table.offsets], dim=1))
+
+
+@dataclass(frozen=True, eq=False)
+class OwnRead:
+    """What a call of attention reads where it is computed, while the pool is elsewhere."""
+
+    beginning: Beginning
+    start: int
+    """Its first token."""
+    number: int
+    """Of its part."""
+    past: torch.Tensor | None
+    """[1, pages] int64: offsets of the blocks of earlier passes; -1: its queries do not see the page."""
 
 
 def brought(table: BlockTable, past: BlockTable, nbytes: int) -> BlockTable:

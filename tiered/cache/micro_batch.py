@@ -23,7 +23,7 @@ from typing import Any, Self
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from tiered.cache.beginning import Beginning, States, brought
+from tiered.cache.beginning import Beginning, OwnRead, States, brought
 from tiered.cache.blocks import LentBlocks, Part
 from tiered.cache.outbox import Outbox
 from tiered.cache.state import BundleStates, Trip
@@ -187,19 +187,6 @@ class PagedCall:
 
 
 @dataclass(frozen=True, eq=False)
-class _Own:
-    """What a call of attention reads where it is computed, while the pool is elsewhere."""
-
-    beginning: Beginning
-    start: int
-    """Its first token."""
-    number: int
-    """Of its part."""
-    past: torch.Tensor | None
-    """[1, pages] int64: offsets of the blocks of earlier passes; -1: its queries do not see the page."""
-
-
-@dataclass(frozen=True, eq=False)
 class PagedRead:
     """What one call of the attention kernel takes from the cache."""
 
@@ -259,7 +246,7 @@ class PackedKV(MicroBatchKV):
         cut = [[(bundle, piece) for bundle in bundles for piece in self._pieces(group, bundle)] for group in groups]
         self._grouped = [[self.call(group, *each) for each in cut[group]] for group in groups]
         """For each group of layers, the attention calls."""
-        self._own: list[list[_Own | None]] = [[None] * len(each) for each in cut]
+        self._own: list[list[OwnRead | None]] = [[None] * len(each) for each in cut]
         """The same, what each call reads where it is computed; None: it reads the cache."""
         if outbox is not None:
             self._own = [[self._beginning(group, *each) for each in cut[group]] for group in groups]
@@ -306,7 +293,7 @@ class PackedKV(MicroBatchKV):
         whole = self.blocks.parts[self.numbers[number]]
         return self.outbox is not None and (whole.is_prompt or whole.count > 1 or not whole.start)
 
-    def _beginning(self, group: int, bundle: Sequence[int], queries: Sequence[Part]) -> "_Own | None":
+    def _beginning(self, group: int, bundle: Sequence[int], queries: Sequence[Part]) -> OwnRead | None:
         """What a call for `queries` of the parts `bundle` reads where it is computed."""
         if not self._attends_here(bundle[0]):
             return None
@@ -318,7 +305,7 @@ class PackedKV(MicroBatchKV):
         offsets = self.blocks.maps[group].offsets(self.numbers[number], whole.first_page)
         offsets[: min(first, whole.first_page)] = [-1] * min(first, whole.first_page)
         past = torch.tensor([offsets]) if max(offsets, default=-1) >= 0 else None
-        return _Own(made, query.start, number, past)
+        return OwnRead(made, query.start, number, past)
 
     def _before(self, layer: int) -> dict[int, States]:
         """By number of the part that attends where it is computed, and goes on inside a page: the states before it in
