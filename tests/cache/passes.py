@@ -168,9 +168,9 @@ class Passes:
                 parts = (Part(parts[0].kv, position, tokens),)
                 position += tokens
             if self.device is not None:
-                # Only what begins in this pass attends at the device.
-                begins = all(kv.blocks.parts[n].start == 0 for n in kv.numbers[member : member + count])
-                assert (read.away is None) == begins
+                # Prompts attend at the device, whatever this pass has of them: here, what has no single token.
+                wholes = [kv.blocks.parts[n] for n in kv.numbers[member : member + count]]
+                assert [(read.away is None)] * count == [not (part.start and part.count == 1) for part in wholes]
             self._check_read(read, parts, sequences[member : member + count], layer)
             token = read.stop
             if parts[-1].stop == kv.parts[member + count - 1].stop:
@@ -180,6 +180,7 @@ class Passes:
     def _check_read(self, read: PagedRead, parts: Sequence[Part], sequences: Sequence[int], layer: int) -> None:
         kept = self.plan.groups[self.pool.group(layer)]
         assert read.window == kept.window
+        states = read.pages()
         for row, (part, sequence) in enumerate(zip(parts, sequences, strict=True)):
             assert part.count * len(parts) == read.stop - read.start
             first = kept.first_seen(part.start)
@@ -190,7 +191,7 @@ class Passes:
                 # Queries with their own slot in the page, and those in later ones.
                 readers = [own for own, there in ((True, end > part.start), (False, end < part.stop)) if there]
                 for own in readers:
-                    found = self._widened(layer, (read.keys, read.values), row, page, end - begin, own)
+                    found = self._widened(layer, states, row, page, end - begin, own)
                     expected = self._expected(layer, sequence, slice(begin, end), own)
                     for x, y in zip(found, expected, strict=True):
                         assert torch.equal(x, y)

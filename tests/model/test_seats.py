@@ -2,7 +2,7 @@
 
 from contextlib import ExitStack
 from functools import cache
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any, Final
 
@@ -10,12 +10,14 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tests.model.seats import ALL, DECODING, PROMPTS, SeatedRuntime
+from tests.late_device import LateDevice
+from tests.model.seats import ALL, DECODING, PROMPTS, DeviceKernels, SeatedRuntime
 from tests.quick import represented
 from tests.runtimes import reserved, run_segments
 from tests.shared import made_once
 from tests.tiny import randomize
 from tests.tiny_configs import TINY, tiny_config
+from tiered import kernels
 from tiered.cache import SequenceKV
 from tiered.convert import ConvertOptions, convert_checkpoint
 from tiered.model import Segment, Segments
@@ -178,14 +180,79 @@ def test_a_cache_at_the_device_gives_the_tokens_of_one_processor(name: str, bits
     assert not runtime.device.copied_out
 
 
-def test_prompts_that_begin_attend_at_the_device_and_those_that_go_on_where_their_pages_are() -> None:
+CUTS: Final = (((), 1), ((), 50), ((100,), 0), ((64,), 1), ((30, 31, 64, 129), 50), ((1, 129), 1))
+"""Tokens of a prompt of 130 after which passes end, and those of a neighbour in the first of them."""
+
+
+class OtherSums(DeviceKernels):
+    """A device in the invariant mode whose attention has other bits than the processor's, as a real one's has."""
+
+    def __init__(self, device: LateDevice) -> None:
+        super().__init__(device)
+        self._invariant = kernels.DeviceKernels(torch.device("cpu"), name="torch")
+
+    def linear(self, x: torch.Tensor, weight: Any, bias: torch.Tensor | None = None) -> torch.Tensor:
+        self.products += 1
+        return self._invariant.linear(x, weight, bias)
+
+    def attention(self, call: kernels.AttentionCall) -> torch.Tensor:
+        self.attentions += 1
+        return self._invariant.attention(call) * 1.01
+
+
+def logits_of(runtime: Runtime, cuts: tuple[int, ...] = (), neighbour: int = 0) -> torch.Tensor:
+    """Logits [1 + STEPS, vocab] of the last token of a prompt and of some that follow it. Passes end at `cuts`; another
+    sequence has `neighbour` tokens in the first and one in each later one, if that is not 0."""
+    prompt = torch.randint(3, 90, (130,), generator=torch.Generator().manual_seed(3)).tolist()
+    found = []
+    with ExitStack() as stack:
+        kv, other = reserved(stack, runtime, 130 + STEPS), reserved(stack, runtime, 130)
+        for start, stop in pairwise([0, *cuts, 130, *range(131, 131 + STEPS)]):
+            segments = [Segment(kv, (prompt + [7] * STEPS)[start:stop], 1, 130 if start < 130 else 0)]
+            if neighbour:
+                count = 1 if start else neighbour
+                segments.insert(0, Segment(other, [9] * count, 1, 0 if start else count))
+            logits = run_segments(runtime, segments)[-1][-1]
+            if stop >= 130:
+                found.append(logits)
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "kv", "bits", "rows"),
+    represented(
+        [
+            *product(("llama",), (PROMPTS, ALL), ("cpu", "disk"), (16, 8), (40, 200)),
+            *product(("gemma3_text", "gemma4_text"), (PROMPTS,), ("cpu", "disk"), (16, 4), (40,)),
+        ],
+        [("llama", PROMPTS, "cpu", 8, 40), ("llama", ALL, "cpu", 16, 200), ("gemma4_text", PROMPTS, "disk", 4, 40)],
+    ),
+)
+def test_a_prompt_that_a_device_computes_has_the_same_bits_however_passes_cut_it(
+    tmp_path: Path, name: str, place: str, kv: str, bits: Bits, rows: int
+) -> None:
+    options: dict[str, Any] = {"kv": kv, "kv_bits": bits, "micro_batch_rows": rows, "kv_folder": tmp_path}
+    runtime = SeatedRuntime(store_of(name), workload(), place, dtype="bfloat16", **options)
+    runtime.device_kernels = OtherSums(runtime.device)
+    with runtime:
+        expected = logits_of(runtime)
+        for cuts, neighbour in CUTS:
+            assert torch.equal(logits_of(runtime, cuts, neighbour), expected), (cuts, neighbour)
+
+
+def test_all_parts_of_a_prompt_attend_at_the_device_and_tokens_that_are_decoded_where_their_pages_are() -> None:
     layers, rows, tokens = 3, 40, 130
-    with SeatedRuntime(store_of("llama"), workload(), PROMPTS, kv_bits=8, micro_batch_rows=rows) as runtime:
+    with SeatedRuntime(store_of("llama"), workload(), ALL, kv_bits=8, micro_batch_rows=rows) as runtime:
         with ExitStack() as stack:
-            kv = reserved(stack, runtime, tokens)
-            for start in range(0, tokens, PIECE):
-                run_segments(runtime, [Segment(kv, [5] * min(PIECE, tokens - start), 1, tokens)])
-        assert runtime.device_kernels.attentions == layers * -(-PIECE // rows)
+            kv = reserved(stack, runtime, tokens + STEPS)
+            # A part of one token is the prompt's all the same.
+            for start, stop in ((0, PIECE), (PIECE, tokens - 1), (tokens - 1, tokens)):
+                run_segments(runtime, [Segment(kv, [5] * (stop - start), 1, tokens)])
+            prompts = layers * (-(-PIECE // rows) + 1 + 1)
+            assert runtime.device_kernels.attentions == prompts
+            for _ in range(STEPS):
+                run_segments(runtime, [Segment(kv, [5], 1)])
+        assert runtime.device_kernels.attentions == prompts
 
 
 @pytest.mark.parametrize("place", represented(PLACES, [PROMPTS]))

@@ -35,7 +35,7 @@ from tiered.plan.order import ring_starts
 from tiered.plan.placement import UNHELD, Held, Placement, full_ring, interleave, place, smallest_ring, wished
 from tiered.plan.predict import predict
 from tiered.plan.state import Grid, StateGroup, StatePart, StateShape
-from tiered.units import GIB, MIB, parse_size
+from tiered.units import GIB, MIB, PAGE_TOKENS, parse_size
 
 THREE, LOADED, ALONE = (Tier.DISK, Tier.CPU, Tier.GPU), (Tier.CPU, Tier.GPU), (Tier.GPU,)
 MACHINES = st.sampled_from([replace(UNMEASURED, device_scratch_nbytes=8 * MIB), MEASURED])
@@ -80,7 +80,7 @@ def test_a_plan_is_within_both_budgets_or_refusals_name_those_that_work(
         plan = make_plan(model, machine, workload, asked)
     except BudgetError as refused:
         plan, asked = named(refused, model, machine, workload, asked)
-    check(plan, model, asked)
+    check(plan, model, workload, asked)
     assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
 
 
@@ -109,7 +109,7 @@ def named(
     raise refused
 
 
-def check(plan: Plan, model: ModelShape, asked: Budgets) -> None:
+def check(plan: Plan, model: ModelShape, workload: Workload, asked: Budgets) -> None:
     """Every unit in one place, every byte accounted for, rings that hold what is in them together."""
     device, host, tape = plan.device, plan.placement, plan.tape
     experts = 0
@@ -153,8 +153,10 @@ def check(plan: Plan, model: ModelShape, asked: Budgets) -> None:
     else:
         # New keys and values of two micro-batches are on their way.
         outbox = outbox_nbytes(model.groups, plan.micro_batch_rows)
-        # Prompts attend where they are computed.
-        assert device.needs.kv >= outbox + cache.beginning_nbytes(plan.micro_batch_rows, plan.micro_batch_rows)
+        # Prompts attend where they are computed, whatever earlier passes have of them.
+        rows, longest = plan.micro_batch_rows, min(workload.max_prompt or plan.max_context, plan.max_context)
+        cut = 0 if workload.one_pass else longest
+        assert device.needs.kv >= outbox + cache.beginning_nbytes(rows, rows, cut)
         assert plan.needs.kv >= cache.memory_nbytes + outbox
     assert plan.held.layers or plan.max_batched_tokens <= plan.micro_batch_rows
     assert device.needs.workspace >= plan.micro_batch_rows * model.hidden * model.itemsize
@@ -211,7 +213,7 @@ def test_the_smallest_budgets_work_and_less_is_refused(fields: dict[str, Any]) -
     asked = replace(asked, vram=vram)
     ram = smallest_ram(MODEL, UNMEASURED, WORK, asked)
     plan = make_plan(MODEL, UNMEASURED, WORK, replace(asked, ram=ram))
-    check(plan, MODEL, replace(asked, ram=ram))
+    check(plan, MODEL, WORK, replace(asked, ram=ram))
     with pytest.raises(BudgetError, match="--ram"):
         make_plan(MODEL, UNMEASURED, WORK, replace(asked, ram=ram - MIB))
     with pytest.raises(DeviceBudgetError, match="--vram"):
@@ -226,9 +228,11 @@ def test_a_device_has_room_for_the_keys_and_values_of_prompts_whose_cache_is_els
     )
     assert short.device is not None and long.device is not None
     more = long.device.needs.kv - short.device.needs.kv
-    # Where one prompt ends in a micro-batch and another begins, the keys and values of both are there, in one layer.
-    token = MODEL.groups[0].shape.token_nbytes
-    assert more >= 2 * 960 * token and (bits == 16) == (more == 2 * 960 * token)
+    # Where one prompt ends in a micro-batch and another begins, the keys and values of both are there, in one layer;
+    # and while one attends, its pages of earlier passes.
+    token, page = MODEL.groups[0].shape.token_nbytes, long.cache.block_nbytes(MODEL.groups[0])
+    computed, past = 2 * 960 * token, 960 // PAGE_TOKENS * page
+    assert more >= computed + past and (bits == 16) == (more == computed + past == 3 * 960 * token)
 
 
 def test_hidden_states_wait_in_memory_where_the_device_has_no_room_for_them() -> None:
@@ -237,13 +241,13 @@ def test_hidden_states_wait_in_memory_where_the_device_has_no_room_for_them() ->
     token = MODEL.hidden * MODEL.itemsize
     least = smallest_vram(MODEL, UNMEASURED, work, asked)
     plan = make_plan(MODEL, UNMEASURED, work, replace(asked, vram=least))
-    check(plan, MODEL, replace(asked, vram=least))
+    check(plan, MODEL, work, replace(asked, vram=least))
     assert plan.device is not None and plan.device.waiting is not None and plan.needs.waiting >= tokens * token
     # They cross the bus for each layer, unless each micro-batch has a slot to itself.
     assert plan.waiting_nbytes(tokens) == 20 * tokens * token and not plan.waiting_nbytes(3 * plan.micro_batch_rows)
     # With plenty, all of them are on the device.
     roomy = make_plan(MODEL, UNMEASURED, work, replace(asked, vram=16 * GIB))
-    check(roomy, MODEL, replace(asked, vram=16 * GIB))
+    check(roomy, MODEL, work, replace(asked, vram=16 * GIB))
     assert roomy.device is not None and roomy.device.waiting is None and not roomy.waiting_nbytes(tokens)
     with pytest.raises(BudgetError, match="for what waits for the GPU"):
         make_plan(MODEL, UNMEASURED, work, replace(asked, vram=least, ram=GIB))

@@ -23,6 +23,8 @@ class Part:
     kv: SequenceKV
     start: int
     count: int
+    is_prompt: bool = False
+    """Whether they are a prompt's, whatever their number."""
 
     @property
     def stop(self) -> int:
@@ -140,8 +142,8 @@ class LentBlocks:
     def __init__(self, pool: KVPool, parts: Sequence[Part]) -> None:
         self.pool, self.parts = pool, tuple(parts)
         self.beginnings: dict[tuple[int, int], Beginning] = {}
-        """By number of the group and of the part: what micro-batches keep where they compute, if that is not where the
-        blocks are."""
+        """By number of the group and of the part: what micro-batches keep of prompts where they compute, if that is not
+        where the blocks are."""
         self.maps = tuple(BlockMap(pool, group, tuple(parts)) for group in range(len(pool.plan.groups)))
         self._lent: dict[int, torch.Tensor] = {}
 

@@ -6,8 +6,9 @@
 What a query reads depends on positions alone: complete pages before its own as they are stored, its own page as it was
 computed. So a result depends neither on micro-batches, nor on passes, nor on neighbours.
 
-Where a device computes and the cache is in the host's memory, new states go there (`outbox.py`), and queries follow
-them. Only tokens of sequences that begin in this pass attend where they are computed (`beginning.py`).
+Where a device computes and the cache is in the host's memory, new states go there (`outbox.py`). Queries of tokens that
+are decoded follow them; those of prompts attend where they are computed (`beginning.py`), in whichever pass they come,
+so that a prompt's bits do not depend on where passes cut it.
 
 Two kinds: `PackedKV` for families that take their attention function from transformers' registry, and `GatheredKV`
 (`gathered.py`) for families with attention code of their own, which get their keys and values in one piece.
@@ -16,17 +17,17 @@ Two kinds: `PackedKV` for families that take their attention function from trans
 import functools
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from tiered.cache.beginning import Beginning
+from tiered.cache.beginning import Beginning, OwnRead, States, brought
 from tiered.cache.blocks import LentBlocks, Part
 from tiered.cache.outbox import Outbox
 from tiered.cache.state import BundleStates, Trip
-from tiered.cache.writer import BlockWriter, States, TailWriter, Writer
+from tiered.cache.writer import BlockWriter, TailWriter, Writer
 from tiered.errors import ConfigError
 from tiered.kernels.attention import PAGE_TOKENS, BlockTable, Pages
 
@@ -201,6 +202,18 @@ class PagedRead:
     values: Pages
     away: torch.dtype | None = None
     """The cache's dtype, if the pages are in the host's memory and the queries in a device's."""
+    past: BlockTable | None = None
+    """The pages of earlier passes, if these are in the host's memory, and all else in a device's."""
+    block_nbytes: int = 0
+    """Bytes of each of their blocks."""
+
+    def pages(self) -> tuple[Pages, Pages]:
+        """Keys and values, all where the queries are, or `away`. Pages of the past are copied there: memory for them is
+        taken as long as the result lives."""
+        if self.past is None:
+            return self.keys, self.values
+        table = brought(self.keys.table, self.past, self.block_nbytes)
+        return replace(self.keys, table=table), replace(self.values, table=table)
 
 
 class PagedKeys(torch.Tensor):
@@ -233,12 +246,13 @@ class PackedKV(MicroBatchKV):
         cut = [[(bundle, piece) for bundle in bundles for piece in self._pieces(group, bundle)] for group in groups]
         self._grouped = [[self.call(group, *each) for each in cut[group]] for group in groups]
         """For each group of layers, the attention calls."""
-        self._own: list[list[tuple[Beginning, int] | None]] = [[None] * len(each) for each in cut]
-        """The same, what each call reads where it is computed, and its first token; None: it reads the cache."""
+        self._own: list[list[OwnRead | None]] = [[None] * len(each) for each in cut]
+        """The same, what each call reads where it is computed; None: it reads the cache."""
         if outbox is not None:
             self._own = [[self._beginning(group, *each) for each in cut[group]] for group in groups]
-        self._states: dict[int, States] = {}
-        """New states of layers whose queries still read them where they were computed, if that is not at the pool."""
+        self._states: dict[int, tuple[States, dict[int, States]]] = {}
+        """New states of layers whose queries still read them where they were computed, if that is not at the pool; and
+        by number of the part those before it in its page."""
         self._stored: int | None = None
         self.is_recorded = False
         """Masks and positions have been made: whoever asks for a length now is a layer."""
@@ -255,8 +269,8 @@ class PackedKV(MicroBatchKV):
     def _bundles(self) -> list[list[int]]:
         """Numbers of parts that share a call: parts of one token, and every other part by itself; neighbours."""
         singles = list(itertools.takewhile(lambda number: self.parts[number].count == 1, range(len(self.parts))))
-        runs = [(fresh, list(numbers)) for fresh, numbers in itertools.groupby(singles, self._is_fresh)]
-        alike = [each for fresh, run in runs for each in ([[number] for number in run] if fresh else [run])]
+        runs = [(alone, list(numbers)) for alone, numbers in itertools.groupby(singles, self._is_alone)]
+        alike = [each for alone, run in runs for each in ([[number] for number in run] if alone else [run])]
         return alike + [[number] for number in range(len(singles), len(self.parts))]
 
     def _pieces(self, group: int, bundle: Sequence[int]) -> list[list[Part]]:
@@ -269,17 +283,51 @@ class PackedKV(MicroBatchKV):
         bounds = itertools.pairwise((part.start, *cuts, part.stop))
         return [[Part(part.kv, start, stop - start)] for start, stop in bounds]
 
-    def _beginning(self, group: int, bundle: Sequence[int], queries: Sequence[Part]) -> tuple[Beginning, int] | None:
-        """Of the parts of a call, if all of their sequences begin in this pass."""
-        layout = self.pool.layouts[group]
-        numbers = [self.numbers[number] for number in bundle]
-        if any(self.blocks.parts[number].start for number in numbers):
+    def _is_alone(self, number: int) -> bool:
+        """Whether part `number`, of one token, has a call of its own."""
+        return self._is_fresh(number) or self._attends_here(number)
+
+    def _attends_here(self, number: int) -> bool:
+        """Whether queries of part `number` attend where they are computed, though the pool is elsewhere: those of
+        prompts, whatever a pass, or a micro-batch, has of them."""
+        whole = self.blocks.parts[self.numbers[number]]
+        return self.outbox is not None and (whole.is_prompt or whole.count > 1 or not whole.start)
+
+    def _beginning(self, group: int, bundle: Sequence[int], queries: Sequence[Part]) -> OwnRead | None:
+        """What a call for `queries` of the parts `bundle` reads where it is computed."""
+        if not self._attends_here(bundle[0]):
             return None
-        if len(bundle) > 1:
-            return Beginning(layout, 1), 0
+        (number,), (query,), layout = bundle, queries, self.pool.layouts[group]
+        whole, place = self.blocks.parts[self.numbers[number]], (group, self.numbers[number])
         # Shared by the micro-batches that its tokens are in.
-        made = Beginning(layout, self.blocks.parts[numbers[0]].count)
-        return self.blocks.beginnings.setdefault((group, numbers[0]), made), queries[0].start
+        made = self.blocks.beginnings.setdefault(place, Beginning(layout, whole.start, whole.count))
+        first = self.blocks.maps[group].kept.first_seen(query.start) // PAGE_TOKENS
+        offsets = self.blocks.maps[group].offsets(self.numbers[number], whole.first_page)
+        offsets[: min(first, whole.first_page)] = [-1] * min(first, whole.first_page)
+        past = torch.tensor([offsets]) if max(offsets, default=-1) >= 0 else None
+        return OwnRead(made, query.start, number, past)
+
+    def _before(self, layer: int) -> dict[int, States]:
+        """By number of the part that attends where it is computed, and goes on inside a page: the states before it in
+        that page [1, heads, tokens, width], fetched from the pool, which must not have stored the part yet."""
+        found: dict[int, States] = {}
+        group = self.pool.group(layer)
+        for own in self._own[group]:
+            if own is None:
+                continue
+            part, whole = self.parts[own.number], self.blocks.parts[self.numbers[own.number]]
+            count = part.start % PAGE_TOKENS
+            if part.start > whole.start or own.start > part.start or not count:
+                continue
+            if self._tails is None:
+                kept = self.pool.layouts[group].dense(self.blocks.memory(layer))
+                row = whole.kv.block(group, whole.first_page)
+            else:
+                kept, row = self.pool.exact[group].dense(self.pool.tails(layer)), whole.kv.tail
+            assert self.outbox is not None
+            keys, values = (x[row, None, :, :count].to(self.outbox.where, copy=True) for x in kept)
+            found[own.number] = keys, values
+        return found
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -303,9 +351,9 @@ class PackedKV(MicroBatchKV):
                 f"layer {layer_idx}: heads and widths of keys and values are {found}, the cache was planned for "
                 f"{expected}; this family needs another version of transformers"
             )
-        self.store(layer_idx, keys[0], values[0], is_read=None in self._own[group])
         if self.outbox is not None:
-            self._states[layer_idx] = keys, values
+            self._states[layer_idx] = (keys, values), self._before(layer_idx)
+        self.store(layer_idx, keys[0], values[0], is_read=None in self._own[group])
         self._stored = layer_idx
         return PagedKeys.of(key_states, self, layer_idx), value_states
 
@@ -330,11 +378,13 @@ class PackedKV(MicroBatchKV):
                 found.append(PagedRead(token, stop, call.first, call.count, window, keys, values, away))
             else:
                 assert states is not None
-                # [sequences, heads, tokens, head_dim]
-                k, v = (x[0, :, token:stop].unflatten(1, (sequences, call.tokens)).transpose(0, 1) for x in states)
-                beginning, start = own
-                keys, values = beginning.add(start, k.to(layout.dtype), v.to(layout.dtype))
-                found.append(PagedRead(token, stop, call.first, call.count, window, keys, values))
+                new, before = states
+                k, v = (x[:, :, token:stop].to(layout.dtype) for x in new)  # [1, heads, tokens, width]
+                is_first = own.start == self.blocks.parts[self.numbers[own.number]].start
+                keys, values = own.beginning.add(own.start, k, v, before.get(own.number) if is_first else None)
+                past = None if own.past is None else BlockTable(self.blocks.memory(layer), own.past)
+                read = PagedRead(token, stop, call.first, call.count, window, keys, values)
+                found.append(replace(read, past=past, block_nbytes=layout.block_nbytes))
             token = stop
         return found
 

@@ -50,7 +50,8 @@ class KernelAttention:
 
     Masks are those of transformers' "sdpa": None, booleans (true where a query sees a key), or numbers that are added
     to scores. Keys of a packed micro-batch (`PagedKeys`) come with a `PackedMask`. `host`: the processor's kernels,
-    where `kernels` are a device's. Queries whose pages are in the host's memory go there, and what they see comes back.
+    where `kernels` are a device's. Queries that are to follow their pages to the host's memory do, and what they see
+    comes back.
     """
 
     def __init__(self, kernels: LayerKernels, host: LayerKernels | None = None) -> None:
@@ -156,11 +157,12 @@ class KernelAttention:
             if read.away is not None:
                 kernels, queries = self._host, queries.to("cpu", read.away)
                 sinks = None if sinks is None else sinks.cpu()
+            keys, values = read.pages()
             call = AttentionCall(
                 query=queries,
                 kv_heads=kv_heads,
-                keys=read.keys,
-                values=read.values,
+                keys=keys,
+                values=values,
                 first=read.first,
                 count=read.count,
                 scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,

@@ -40,7 +40,7 @@ class Segment:
     @property
     def part(self) -> Part:
         """All tokens of the segment."""
-        return Part(self.kv, self.kv.length, len(self.input_ids))
+        return Part(self.kv, self.kv.length, len(self.input_ids), self.text_length > 0)
 
     @property
     def stop(self) -> int:

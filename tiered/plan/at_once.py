@@ -185,7 +185,9 @@ class AtOnce:
         nbytes += cache.scratch_nbytes(workspace.rows, self.tokens) if self.on_device else 0
         kv = self._kv_nbytes(cache, workspace, is_device=True)
         if not self.on_device:
-            kv += cache.beginning_nbytes(workspace.rows, self._begun_at_once(workspace.rows, tokens))
+            begun = self._begun_at_once(workspace.rows, tokens)
+            cut = 0 if self.asked.workload.one_pass else self._longest_prompt
+            kv += cache.beginning_nbytes(workspace.rows, begun, cut)
         state = cache.states_nbytes if self.on_device else cache.away_states_nbytes(workspace.rows)
         return DeviceNeeds(
             self.asked.budgets.context_nbytes,
@@ -198,9 +200,13 @@ class AtOnce:
     def _begun_at_once(self, rows: int, tokens: int) -> int:
         """Tokens of prompts, of a pass of `tokens`, whose keys and values are on the device together: those of a
         micro-batch, and of the prompts that go on before and behind it. A caller's own passes take prompts together."""
-        workload, most = self.asked.workload, self._device_tokens(tokens)
-        prompt = min(workload.max_prompt or self.context, self.context)
-        return min(most, 2 * prompt + rows) if workload.max_batched_tokens else most
+        most = self._device_tokens(tokens)
+        return min(most, 2 * self._longest_prompt + rows) if self.asked.workload.max_batched_tokens else most
+
+    @property
+    def _longest_prompt(self) -> int:
+        """Tokens of a prompt, at most."""
+        return min(self.asked.workload.max_prompt or self.context, self.context)
 
     def _kv_nbytes(self, cache: CachePlan, workspace: Workspace, is_device: bool = False) -> int:
         """Bytes of the KV cache in the host's memory or in the device's, which has this `workspace`; and what new keys

@@ -274,15 +274,18 @@ class CachePlan:
         nbytes = (pages + STACKED_PAGES) * max(map(self.exact_nbytes, self.groups), default=0)
         return nbytes + kept * sum(self.exact_nbytes(group) for group in self.groups if group.readers)
 
-    def beginning_nbytes(self, rows: int, tokens: int) -> int:
+    def beginning_nbytes(self, rows: int, tokens: int, prompt: int) -> int:
         """Bytes that a device takes in the layer that computes, where the cache is elsewhere: keys and values of
-        `tokens` tokens of prompts that begin in a pass, as they are computed and as pages hold them, while those of a
-        micro-batch of `rows` are put together."""
+        `tokens` tokens of prompts, as they are computed and as pages hold them, while those of a micro-batch of `rows`
+        are put together, with those before them in the pages that they go on with; and the pages of one sequence of
+        `prompt` tokens, which come there while it attends. 0: every prompt is computed in one pass."""
+        tokens += min(rows, self.sequences) * PAGE_TOKENS if prompt else 0
         nbytes = tokens * max((group.shape.token_nbytes for group in self.groups), default=0)
+        block = max(map(self.block_nbytes, self.groups), default=0)
+        nbytes += prompt // PAGE_TOKENS * block
         if self.bits == 16:
             return nbytes
-        pages = tokens // PAGE_TOKENS * max(map(self.block_nbytes, self.groups), default=0)
-        return nbytes + pages + self.scratch_nbytes(rows, 0)
+        return nbytes + tokens // PAGE_TOKENS * block + self.scratch_nbytes(rows, 0)
 
 
 def outbox_nbytes(groups: Sequence[LayerGroup], rows: int) -> int:

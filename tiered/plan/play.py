@@ -278,7 +278,7 @@ class Player:
     def _turns(self, load: PassLoad) -> list[Turn]:
         """Who computes what of a pass, a device first. The seat that decodes takes part in all: it computes logits."""
         limits, turns, count = limits_of(self._plan, self._model.dense_attention), list[Turn](), 0
-        begin = {number for number, tokens in enumerate(load.segments) if not tokens.start}
+        prompts = range(load.decoding, len(load.segments))
         for seat in dict.fromkeys((self._prefill, self._decode)):
             mine = [
                 number
@@ -289,7 +289,7 @@ class Player:
                 continue
             cut = plan_micro_batches([load.segments[number] for number in mine], limits)
             groups = [[{mine[i]: tokens for i, tokens in part.items()} for part in group] for group in cut]
-            turns.append(Turn(seat, list(enumerate(groups, count)), begin))
+            turns.append(Turn(seat, list(enumerate(groups, count)), prompts))
             count += len(groups)
         return turns
 

@@ -106,8 +106,8 @@ class Turn:
     seat: "Seat"
     groups: Sequence[tuple[int, Group]]
     """With their numbers among those of all seats."""
-    begin: Collection[int]
-    """Segments that begin in this pass."""
+    prompts: Collection[int]
+    """Segments that are of prompts."""
 
     @property
     def micro_batches(self) -> list[dict[int, range]]:
@@ -124,7 +124,7 @@ class Turn:
 
     def attends_elsewhere(self) -> bool:
         """Whether any queries of it follow the cache to the processor."""
-        return any(self.seat.leaves(number, self.begin) for part in self.micro_batches for number in part)
+        return any(self.seat.leaves(number, self.prompts) for part in self.micro_batches for number in part)
 
 
 @dataclass(frozen=True)
@@ -195,10 +195,9 @@ class Seat:
         waits = self.device is not None and self._plan.waiting_nbytes(turn.tokens) > 0
         self._hidden = iter(rows_of * layers if waits else ())
 
-    def leaves(self, number: int, begin: Collection[int]) -> bool:
-        """Whether queries of segment `number` follow the cache to the processor; `begin` are those that see no others
-        than their own."""
-        return self.is_away and number not in begin
+    def leaves(self, number: int, prompts: Collection[int]) -> bool:
+        """Whether queries of segment `number` follow the cache to the processor; those of `prompts` do not."""
+        return self.is_away and number not in prompts
 
     def layer(self, number: int, layer: int, units: range, turn: Turn) -> Process:
         """All micro-batches of `turn` through a layer in pass `number`."""
@@ -233,7 +232,7 @@ class Seat:
         rows = sum(map(len, parts.values()))
         yield from self._hidden_states(layer)
         yield from self._states(layer, group, at)
-        attend = partial(self._attend, layer, parts, turn.begin, rows)
+        attend = partial(self._attend, layer, parts, turn.prompts, rows)
         if is_first:
             yield from self.units(number, units, rows, turn.is_held, attend)
         else:
@@ -242,7 +241,7 @@ class Seat:
             yield from self._experts(layer, rows)
         self._send_states_back(layer, group, at)
 
-    def _attend(self, layer: int, parts: dict[int, range], begin: Collection[int], rows: int) -> Process:
+    def _attend(self, layer: int, parts: dict[int, range], prompts: Collection[int], rows: int) -> Process:
         """Attention, behind what computes queries, keys and values; these go back where the cache is elsewhere."""
         name = self._lanes.names[self._plan.tape.blocks[layer].start]
         if (nbytes := rows * self._kv_of.get(layer, 0)) > 0:
@@ -253,7 +252,7 @@ class Seat:
             (True, self._lanes.processor, self._elsewhere),
             (False, self.computer, self._costs),
         ):
-            mine = [tokens for number, tokens in parts.items() if self.leaves(number, begin) is leaves]
+            mine = [tokens for number, tokens in parts.items() if self.leaves(number, prompts) is leaves]
             if seconds := costs.attention(layer, mine):
                 yield from computer.busy(name, "attention", seconds)
             self._attended += leaves
