@@ -114,6 +114,12 @@ class Left:
             "SIGINT": signal.getsignal(signal.SIGINT),
         }
 
+    def is_as(self, before: dict[str, Any]) -> bool:
+        """Whether nothing has been added. Native threads may have become fewer: what had ended already when they were
+        counted, is forgotten by the system some time later."""
+        found = self.found()
+        return found | {"native threads": max(found["native threads"], before["native threads"])} == before
+
 
 def _target(descriptor: Path) -> str:
     try:
@@ -156,9 +162,9 @@ def test_ctrl_c_at_any_moment_of_opening_a_runtime_leaves_nothing(
             close()
         assert not runtime.is_open
         deadline = time.monotonic() + 5  # what ends a native thread does not wait until the system has forgotten it
-        while left.found() != before and time.monotonic() < deadline:
+        while not left.is_as(before) and time.monotonic() < deadline:
             gc.collect()
-        assert left.found() == before, named(moment)
+        assert left.is_as(before), (named(moment), left.found(), before)
     assert met > 20, moments.seen
     with runtime:
         assert run_greedy(runtime, PROMPT, 2).tokens == expected
@@ -173,5 +179,5 @@ def test_ctrl_c_at_any_moment_of_measuring_what_plans_are_made_from_leaves_nothi
     moments.trace(measure)
     for _, is_met in moments.interrupting(lambda: measure, every=9):
         met += is_met
-        wait_until(lambda: left.found() == before)
+        wait_until(lambda: left.is_as(before))
     assert met > 5, moments.seen
