@@ -5,6 +5,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -84,6 +85,15 @@ def test_a_large_weight_is_stored_in_ranges_of_its_rows_and_an_expert_with_all_i
     ]
     assert units[4].ranges == (RangeRecipe(stacks[0], 1, 128, 256), RangeRecipe(stacks[1], 1, 64, 128))
     assert [part.shape for part in units[4].ranges] == list(EXPERT.values())
+
+
+@pytest.mark.parametrize(("rows", "columns", "scheme"), [(12288, 49152, None), (200, 1 << 20, GroupScheme(4))])
+def test_no_range_is_larger_because_its_rows_are_rounded(rows: int, columns: int, scheme: GroupScheme | None) -> None:
+    """Of a multiple of 64 rows each: 64 are a large part of a range here, or more than one."""
+    ranges = TensorRecipe("x.down.weight", (rows, columns), scheme).ranges(torch.float16)
+    assert all(part.nbytes(torch.float16) <= RANGE_NBYTES or len(part.rows) == 64 for part in ranges)
+    assert {len(part.rows) % 64 for part in ranges[:-1]} == {0}
+    assert [row for part in ranges for row in part.rows] == list(range(rows))
 
 
 def test_a_dense_unit_is_called_by_its_first_weight_and_how_many_follow() -> None:
