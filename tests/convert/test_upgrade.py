@@ -217,6 +217,20 @@ def test_a_finished_block_that_is_damaged_before_the_upgrade_goes_on_keeps_its_c
     assert done.code == 4 and "blocks/layer-000.safetensors: chunk" in done.out
 
 
+def test_a_block_in_units_of_another_version_that_nothing_tells_is_named(old: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("tiered.convert.blocks.RANGE_NBYTES", 8192)
+        convert_checkpoint(old, progress=stop_at("layer-001"))
+    entered = json.loads((old / UPGRADE_NAME).read_text(encoding="utf-8"))
+    kept = [file for file in entered["files"] if "layer-000" not in file["path"]]
+    (old / UPGRADE_NAME).write_text(json.dumps({"files": kept}), encoding="utf-8")
+    with pytest.raises(StoreError, match=r"layer-000\.safetensors: upgraded already, .* go on with that version"):
+        convert_checkpoint(old)
+    (old / UPGRADE_NAME).write_text(json.dumps(entered), encoding="utf-8")
+    convert_checkpoint(old)  # what is entered is known
+    Store.open(old)
+
+
 def flip(path: Path, position: int) -> None:
     content = bytearray(path.read_bytes())
     content[position] ^= 1
