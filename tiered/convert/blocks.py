@@ -164,8 +164,8 @@ class BlockRecipe:
     tensors: tuple[TensorRecipe, ...]
 
     def fits(self, layout: BlockLayout, *, has_records: bool = True) -> bool:
-        """Whether the file of `layout` holds exactly these tensors, in this form; without records where it is of a
-        version that `has_records` not."""
+        """Whether the file of `layout` holds exactly these tensors, in this form. Where not `has_records`, it is of a
+        format version that has rows of tables in no records."""
         found = {name: (w.shape, w.scheme, w.rows is not None) for name, w in layout.weights.items()}
         wanted = {t.name: (t.shape, t.scheme, t.by_row and has_records) for t in self.tensors}
         return found == wanted
