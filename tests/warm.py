@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import json
 import os
+import select
 import signal
 import sys
 import tempfile
@@ -118,17 +119,30 @@ def _share_server() -> None:
     with Path(os.environ[FOLDER_VARIABLE], "forkserver.json").open("a+", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
-        pipe, address = json.loads(file.read() or '["", null]')
+        pipe, inode, address = json.loads(file.read() or '["", 0, null]')
         try:
-            server._forkserver_alive_fd = os.open(pipe, os.O_WRONLY | os.O_CLOEXEC)
-        except FileNotFoundError:  # none has, or it has ended
+            server._forkserver_alive_fd = _opened_pipe(pipe, inode)
+        except OSError:  # none has, or it has ended, or what has its number now is another's
             server.ensure_running()
             file.truncate(0)
             pipe = f"/proc/{os.getpid()}/fd/{server._forkserver_alive_fd}"
-            json.dump((pipe, server._forkserver_address), file)
+            inode = os.fstat(server._forkserver_alive_fd).st_ino
+            json.dump((pipe, inode, server._forkserver_address), file)
         else:
             server._forkserver_address = address
             server.ensure_running = resource_tracker.ensure_running  # its own would wait for its own child
+
+
+def _opened_pipe(path: str, inode: int) -> int:
+    """The writing end of the pipe `inode`, which is at `path`. Raises OSError where that is another file, or where
+    nobody reads from it."""
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # of a named pipe it would wait for a reader
+    looking = select.poll()
+    looking.register(fd, 0)  # which tells of errors alone, as where the reading end is closed
+    if os.fstat(fd).st_ino != inode or looking.poll(0):
+        os.close(fd)
+        raise FileNotFoundError(path)
+    return fd
 
 
 def _run(

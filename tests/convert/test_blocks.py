@@ -5,6 +5,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -54,7 +55,7 @@ def test_units_hold_every_weight_once_in_order_and_merge_up_to_a_chunk(
         of_it = [part for part in parts if part.whole == tensor]
         rows = tensor.matrix[0] if len(tensor.shape) > 1 else 1
         assert [row for part in of_it for row in part.rows] == list(range(rows))
-        assert all(part.nbytes(torch.float16) <= RANGE_NBYTES for part in of_it)
+        assert tensor.kind == "small" or all(part.nbytes(torch.float16) <= RANGE_NBYTES for part in of_it)
     assert [unit.kind for unit in units] == sorted((unit.kind for unit in units), reverse=True)
     assert len({unit.name for unit in units}) == len(units)
     for unit in units:
@@ -67,7 +68,8 @@ def test_units_hold_every_weight_once_in_order_and_merge_up_to_a_chunk(
 
 
 def test_a_large_weight_is_stored_in_ranges_of_its_rows_and_an_expert_with_all_its_matrices() -> None:
-    large = TensorRecipe("x.up.weight", (49152, 12288), GroupScheme(4))
+    step = RANGE_NBYTES // (1024 * torch.float16.itemsize)
+    large = TensorRecipe("x.up.weight", (3 * step, 1024), None)
     stacks = [TensorRecipe(f"x.moe.{n}", (3, *shape), GroupScheme(4), "expert") for n, shape in EXPERT.items()]
     last = TensorRecipe("x.down.weight", (64, 64), None)
     units = BlockRecipe("layer-000", "layer", "x.", (large, *stacks, last)).units(half)
@@ -77,18 +79,27 @@ def test_a_large_weight_is_stored_in_ranges_of_its_rows_and_an_expert_with_all_i
         ("down", "dense"),
     ]
     assert [(part.start, part.stop) for unit in units[:3] for part in unit.ranges] == [
-        (0, 16384),
-        (16384, 32768),
-        (32768, 49152),
+        (0, step),
+        (step, 2 * step),
+        (2 * step, 3 * step),
     ]
     assert units[4].ranges == (RangeRecipe(stacks[0], 1, 128, 256), RangeRecipe(stacks[1], 1, 64, 128))
     assert [part.shape for part in units[4].ranges] == list(EXPERT.values())
 
 
+@pytest.mark.parametrize(("rows", "columns", "scheme"), [(12288, 49152, None), (200, 1 << 20, GroupScheme(4))])
+def test_no_range_is_larger_because_its_rows_are_rounded(rows: int, columns: int, scheme: GroupScheme | None) -> None:
+    """Of a multiple of 64 rows each: 64 are a large part of a range here, or more than one."""
+    ranges = TensorRecipe("x.down.weight", (rows, columns), scheme).ranges(torch.float16)
+    assert all(part.nbytes(torch.float16) <= RANGE_NBYTES or len(part.rows) == 64 for part in ranges)
+    assert {len(part.rows) % 64 for part in ranges[:-1]} == {0}
+    assert [row for part in ranges for row in part.rows] == list(range(rows))
+
+
 def test_a_dense_unit_is_called_by_its_first_weight_and_how_many_follow() -> None:
     units = recipe([(1, 1, 0), (1, 1, 0), (4096, 64, 1), (1, 1, 0)], small=1).units(half)
     assert [unit.name for unit in units] == ["small", "t1+2"]
-    units = recipe([(1 << 14, 64, 1), (1 << 14, 64, 1), (1, 1, 0)]).units(half)
+    units = recipe([(1 << 13, 64, 1), (1 << 13, 64, 1), (1, 1, 0)]).units(half)
     assert [unit.name for unit in units] == ["t0", "t1", "t2"]
 
 

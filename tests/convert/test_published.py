@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
+from tiered.convert.formats import Group
 from tiered.convert.index import WeightIndex
 from tiered.convert.place import Folder, LocalFiles
 from tiered.convert.quantized_reader import quantized_index
@@ -19,7 +20,8 @@ from tiered.convert.safetensors_reader import SafetensorsReader
 from tiered.convert.source import StoredTensor
 from tiered.convert.torch_reader import TorchReader
 from tiered.errors import CheckpointError
-from tiered.quant import dequantize
+from tiered.quant import dequantize, pack_int4
+from tiered.quant.published import Packing, published_codes
 
 LIBRARIES: Final = Path(__file__).parents[1] / "data" / "quantized.safetensors"
 Tensors = dict[str, torch.Tensor]
@@ -240,6 +242,19 @@ def test_zeros_of_gptq_are_told_by_the_weights_not_by_the_configuration(name: st
                 assert name == "gptq" and version != said
             index.reader.close()
     assert all(found.values()) and len(found) == 4
+
+
+@pytest.mark.parametrize("packing", ["columns", "rows"])
+def test_codes_in_2_bits_are_put_in_order_in_the_memory_that_is_given(packing: Packing) -> None:
+    rows, in_ = 700, 384  # some rows at a time, which 700 is no multiple of
+    shape = (in_ // 16, rows) if packing == "columns" else (rows, in_ // 16)
+    words = torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32)
+    scale, out = torch.ones(690, 3), torch.zeros(rows * in_ // 2, dtype=torch.uint8)
+    for group_size in (2, 128):
+        expected = pack_int4(published_codes(words, packing, 2), group_size)
+        found = Group(words, packing, 2, scale, scale, skipped=8).in_groups(group_size, out)
+        assert torch.equal(found, expected[8:698])
+        assert found.data_ptr() == out[8 * in_ // 2 :].data_ptr()
 
 
 @pytest.mark.parametrize("bits", [2, 4])

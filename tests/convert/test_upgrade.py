@@ -7,7 +7,9 @@ import random
 import shutil
 import signal
 import time
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +24,11 @@ from tests.convert.test_resume import Killed
 from tests.convert.version1 import make_old, old_manifest
 from tests.quick import ONE_FORM
 from tests.warm import WarmProcess
-from tiered.convert import ConvertOptions, ConvertProgress, convert_checkpoint, upgrade
+from tiered.convert import ConvertOptions, ConvertProgress, convert_checkpoint, stored, upgrade
+from tiered.convert.block import _records
 from tiered.errors import BudgetError, ConfigError, DiskFullError, StoreError
-from tiered.store import Store
+from tiered.store import PAGE, Store, hash_chunk
+from tiered.store.block import read_layout
 from tiered.store.manifest import MANIFEST_NAME
 from tiered.store.open import UPGRADE_NAME
 
@@ -213,6 +217,20 @@ def test_a_finished_block_that_is_damaged_before_the_upgrade_goes_on_keeps_its_c
     assert done.code == 4 and "blocks/layer-000.safetensors: chunk" in done.out
 
 
+def test_a_block_in_units_of_another_version_that_nothing_tells_is_named(old: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("tiered.convert.blocks.RANGE_NBYTES", 8192)
+        convert_checkpoint(old, progress=stop_at("layer-001"))
+    entered = json.loads((old / UPGRADE_NAME).read_text(encoding="utf-8"))
+    kept = [file for file in entered["files"] if "layer-000" not in file["path"]]
+    (old / UPGRADE_NAME).write_text(json.dumps({"files": kept}), encoding="utf-8")
+    with pytest.raises(StoreError, match=r"layer-000\.safetensors: upgraded already, .* go on with that version"):
+        convert_checkpoint(old)
+    (old / UPGRADE_NAME).write_text(json.dumps(entered), encoding="utf-8")
+    convert_checkpoint(old)  # what is entered is known
+    Store.open(old)
+
+
 def flip(path: Path, position: int) -> None:
     content = bytearray(path.read_bytes())
     content[position] ^= 1
@@ -281,6 +299,36 @@ def test_a_damaged_manifest_is_refused_before_anything_is_written(key: str, valu
     with pytest.raises(StoreError, match=rf"(manifest\.json|safetensors): .*({told})"):
         convert_checkpoint(old)
     assert store_digest(old) == before
+
+
+def test_rows_that_become_records_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Codes, scales and zeros of a few rows at a time come from three places of the file."""
+    model = tiny_model("llama", tied=False)
+    model.resize_token_embeddings(4000)
+    new = convert_checkpoint(save_model(tmp_path / "source", model), tmp_path / "new").store
+    old = make_old(shutil.copytree(new, tmp_path / "old"))
+    manifest = old_manifest(old)
+    for module in ("tiered.store.file", "tiered.convert.stored"):
+        monkeypatch.setattr(f"{module}.CHUNK_NBYTES", PAGE)
+    monkeypatch.setattr("tiered.convert.blocks.RECORDS_NBYTES", PAGE // 3)
+    reads: Counter[int] = Counter()
+    read_chunk = stored._Chunks._read_chunk
+
+    def counted(self: stored._Chunks, number: int, memory: Any) -> None:
+        reads[number] += 1
+        read_chunk(self, number, memory)
+
+    monkeypatch.setattr(stored._Chunks, "_read_chunk", counted)
+    block = next(block for block in upgrade._recipe_of(old, manifest).files if block.role == "embed")
+    content = (old / block.path).read_bytes()
+    checksums = tuple(hash_chunk(content[start : start + PAGE]) for start in range(0, len(content), PAGE))
+    file = next(replace(file, checksums=checksums) for file in manifest.files if file.path == block.path)
+    with stored.StoredBlock(old, read_layout(old, file, 1)) as source:
+        (tensor,) = block.tensors
+        assert tensor.scheme is not None and (rows := tensor.row_layout(torch.float32)) is not None
+        assert sum(map(len, _records(rows, tensor, source))) == 4000 * rows.nbytes
+    assert len(reads) == len(file.chunks) > 60
+    assert sum(reads.values()) <= len(file.chunks) + 3  # where one place ends and another begins
 
 
 def test_only_its_budget_can_be_chosen(old: Path) -> None:

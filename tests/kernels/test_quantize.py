@@ -130,6 +130,33 @@ def test_codes_are_quantized_as_the_numbers_that_they_stand_for(kind: str, level
 
 
 @LEVELS
+@pytest.mark.parametrize("kind", ["integers/any", "float8_e4m3fn/96"])  # act-order; groups of no power of two
+def test_codes_in_any_groups_are_quantized_natively(kind: str, level: Level, monkeypatch: pytest.MonkeyPatch) -> None:
+    coded, scheme = coded_rows(kind, 700, 384), GroupScheme(4)
+    expected = quantize(coded.numbers(), scheme)
+
+    def fail(*_: object, **__: object) -> None:
+        pytest.fail("the reference quantizes")
+
+    monkeypatch.setattr("tiered.kernels.kernels.quantize", fail)
+    out = torch.zeros(700 * 384, dtype=torch.uint8)
+    with kernels(level) as native:
+        found = native.quantize(coded, scheme, out=out)
+    assert_equal(found, expected)
+    assert found.q.data_ptr() == out.data_ptr()
+
+
+@LEVELS
+@pytest.mark.parametrize("kind", ["float8_e4m3fn/128", "float8_e4m3fn/96"])
+def test_errors_of_codes_count_all_of_their_numbers(kind: str, level: Level) -> None:
+    coded, scheme = coded_rows(kind, 700, 384), GroupScheme(8)
+    coded.codes.view(-1)[[5, 200_000]] = 0xFF
+    with kernels(level) as native:
+        found = outcome(partial(native.quantize, coded, scheme))
+    assert isinstance(found, str) and "found 2 of 268,800 that are NaN" in found
+
+
+@LEVELS
 def test_a_code_or_a_scale_that_is_no_number_is_the_references_error(level: Level) -> None:
     for place in (0, 5000):
         coded, scheme = coded_rows("float8_e4m3fn/128", 40, 512), GroupScheme(8)

@@ -72,18 +72,32 @@ def finished_block(folder: Path, block: BlockRecipe) -> FileInfo | None:
 
     None where the file is missing, is not whole, or holds other tensors or units than the recipe says.
     """
-    path = folder / block.path
     try:
-        nbytes, (*_, data_start) = path.stat().st_size, read_header(path)
         # Which units it has follows from the recipe and from where their first tensors lie.
-        whole = (UnitInfo("all", "dense", data_start, nbytes - data_start),)
-        layout = read_layout(folder, FileInfo(block.path, nbytes, (), whole))
+        layout = _in_one_unit(folder, block)
         file = replace(layout.file, units=_units_of(block, layout))
         file.check_units()
         read_layout(folder, file)
     except (FileNotFoundError, StoreError, ValueError):
         return None
-    return replace(file, checksums=_checksums(path, file))
+    return replace(file, checksums=_checksums(folder / block.path, file))
+
+
+def is_block(folder: Path, block: BlockRecipe) -> bool:
+    """Whether the file of `block` is one of this format version, whatever its units and tensors are."""
+    try:
+        _in_one_unit(folder, block)
+    except (FileNotFoundError, StoreError, ValueError):
+        return False
+    return True
+
+
+def _in_one_unit(folder: Path, block: BlockRecipe) -> BlockLayout:
+    """The layout of the file of `block` as if it had one unit. Raises FileNotFoundError, StoreError and ValueError."""
+    path = folder / block.path
+    nbytes, (*_, data_start) = path.stat().st_size, read_header(path)
+    whole = (UnitInfo("all", "dense", data_start, nbytes - data_start),)
+    return read_layout(folder, FileInfo(block.path, nbytes, (), whole))
 
 
 def _units_of(block: BlockRecipe, layout: BlockLayout) -> tuple[UnitInfo, ...]:

@@ -69,21 +69,30 @@ class TensorRecipe:
 
     def ranges(self, dtype: torch.dtype) -> tuple["RangeRecipe", ...]:
         """The ranges of rows that it is stored in: one for each expert of a stack, and of any other tensor as few as
-        do not exceed RANGE_NBYTES. Of one that is stored whole, all of it."""
+        do not exceed RANGE_NBYTES, or have no more than _ROWS rows. Of one that is stored whole, all of it."""
         rows, _ = self.matrix if len(self.shape) > 1 else (1, 0)
         if self.kind == "expert":
-            count = self.shape[0]
-            step = rows // count
+            step = rows // self.shape[0]
+        elif self.kind == "dense" and len(self.shape) == 2 and not self.by_row:
+            step = self._range_rows(dtype)
         else:
-            is_cut = self.kind == "dense" and len(self.shape) == 2 and not self.by_row
-            count = -(-self.nbytes(dtype) // RANGE_NBYTES) if is_cut else 1
-            step = round_up(-(-rows // count), _ROWS)
-            count = -(-rows // step)
-        if count == 1 and self.kind != "expert":
+            step = rows
+        if step >= rows and self.kind != "expert":
             return (RangeRecipe(self),)
         return tuple(
-            RangeRecipe(self, number, number * step, min(rows, (number + 1) * step)) for number in range(count)
+            RangeRecipe(self, number, start, min(rows, start + step))
+            for number, start in enumerate(range(0, rows, step))
         )
+
+    def _range_rows(self, dtype: torch.dtype) -> int:
+        """Rows of each range but perhaps the last, all alike as far as that goes."""
+        rows, columns = self.shape
+        count, step = 0, rows
+        while step > _ROWS and replace(self, shape=(step, columns)).nbytes(dtype) > RANGE_NBYTES:
+            # Rounding up may take a range beyond what so many of the exact size would not exceed.
+            count = max(count + 1, -(-self.nbytes(dtype) // RANGE_NBYTES))
+            step = round_up(-(-rows // count), _ROWS)
+        return step
 
     def records(self, dtype: torch.dtype) -> Iterator["RangeRecipe"]:
         """Of a table of records, as many rows at a time as are RECORDS_NBYTES."""
@@ -155,8 +164,8 @@ class BlockRecipe:
     tensors: tuple[TensorRecipe, ...]
 
     def fits(self, layout: BlockLayout, *, has_records: bool = True) -> bool:
-        """Whether the file of `layout` holds exactly these tensors, in this form; without records where it is of a
-        version that `has_records` not."""
+        """Whether the file of `layout` holds exactly these tensors, in this form. Where not `has_records`, it is of a
+        format version that has rows of tables in no records."""
         found = {name: (w.shape, w.scheme, w.rows is not None) for name, w in layout.weights.items()}
         wanted = {t.name: (t.shape, t.scheme, t.by_row and has_records) for t in self.tensors}
         return found == wanted

@@ -15,13 +15,15 @@ import torch
 from torch import Tensor
 
 from tiered.convert.source import StoredTensor
-from tiered.kernels import CodedRows, repacked
+from tiered.kernels import CodedRows, repacked, room_in
 from tiered.quant import CodebookScheme, GroupScheme, QuantizedTensor, pack_int4
 from tiered.quant.codebook import widened_scales
 from tiered.quant.published import Packing, published_codes
 from tiered.quant.schemes import GROUP_SIZES
 
 _COUNTED: Final = {bits: torch.arange(1 << bits, dtype=torch.float32) for bits in (4, 8)}
+_FEW_CODES: Final = 1 << 16
+"""That are one to a byte at a time."""
 _PAIRS: Final = 2
 """As the size of a group: the codes of neighbours share a byte."""
 
@@ -65,10 +67,22 @@ class Group:
         """The codes in 4 bits, planar in groups of `group_size`, or in 8 bits: u8 [rows, in * bits / 8], as
         `repacked` says."""
         if self.bits == 2:  # of which nothing holds so many in a byte
-            q = pack_int4(published_codes(self.words, self.packing, 2), group_size)
+            q = self._widened_to_nibbles(group_size, out)
         else:
             q = repacked(self.words, self.packing, self.bits, group_size, out)
         return q[self.skipped :][: len(self.scale)]
+
+    def _widened_to_nibbles(self, group_size: int, out: Tensor | None) -> Tensor:
+        """Codes of 2 bits in 4, a few rows at a time: torch's temporaries are several bytes for each."""
+        words = self.words if self.packing == "columns" else self.words.t()
+        rows, in_ = words.shape[1], self.words.numel() * self.words.itemsize * 4 // max(1, words.shape[1])
+        q = room_in(out, (rows, in_ // 2), torch.uint8)
+        step = max(1, _FEW_CODES // max(1, in_))
+        for start in range(0, rows, step):
+            some = words[:, start : start + step]
+            codes = published_codes(some if self.packing == "columns" else some.t(), self.packing, 2)
+            q[start : start + step] = pack_int4(codes, group_size)
+        return q
 
 
 @dataclass(frozen=True)

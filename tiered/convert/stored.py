@@ -30,9 +30,9 @@ from tiered.store.unit import Compressed
 from tiered.units import MIB
 
 _AHEAD: Final = 2
-"""Chunks that are read while one is used."""
-_HELD: Final = 2 * _AHEAD + 1
-"""Chunks in memory: the order of use may jump back and forth between two places of the file."""
+"""Chunks that are read while one is used; of scales and zeros, which come a few with many codes, none."""
+_HELD: Final = _AHEAD + 3
+"""Chunks in memory: the order of use may jump between codes, scales and zeros, in three places of the file."""
 _FRAME_NBYTES: Final = 2 * MIB
 """Bytes that a zstd frame decodes to, at most; stores of version 1 have frames of just so many."""
 READING_NBYTES: Final = (_HELD + 1) * CHUNK_NBYTES + 4 * _FRAME_NBYTES
@@ -71,10 +71,10 @@ class StoredBlock:
 
     def packed(self, part: RangeRecipe) -> Packed:
         parts = self._weights[part.whole.name].parts
-        q, scale, zero = (self._bytes(parts[name], part) for name in ("q", "scale", "zero"))
-        return Packed(q, scale, zero)
+        scale, zero = (self._bytes(parts[name], part, 0) for name in ("scale", "zero"))
+        return Packed(self._bytes(parts["q"], part), scale, zero)
 
-    def _bytes(self, entry: TensorEntry, part: RangeRecipe) -> Iterator[memoryview]:
+    def _bytes(self, entry: TensorEntry, part: RangeRecipe, ahead: int = _AHEAD) -> Iterator[memoryview]:
         """The bytes of the rows of `part` in `entry`, which has all rows of its tensor."""
         start, nbytes = 0, entry.nbytes
         if part.number is not None:
@@ -82,7 +82,7 @@ class StoredBlock:
             start, nbytes = part.start * row_nbytes, len(part.rows) * row_nbytes
         if entry.name in self._compressed:
             return self._decoded(self._compressed[entry.name], start, nbytes)
-        return self._chunks.pieces(self._stored[entry.name].offset + start, nbytes)
+        return self._chunks.pieces(self._stored[entry.name].offset + start, nbytes, ahead)
 
     def _decoded(self, item: Compressed, start: int, nbytes: int) -> Iterator[memoryview]:
         """Bytes [start, start + nbytes) of a tensor in zstd frames, which need not end where a range does."""
@@ -124,21 +124,24 @@ class _Chunks:
         self._memory = [mmap.mmap(-1, CHUNK_NBYTES) for _ in range(_HELD)]
         self._free = list(self._memory)
         self._read: OrderedDict[int, tuple[Future[None], mmap.mmap]] = OrderedDict()
-        """By number, the one that was used last at the end."""
+        """By number, in the order in which they are given up: the one that was used last at the end."""
 
-    def pieces(self, offset: int, nbytes: int) -> Iterator[memoryview]:
-        """Bytes [offset, offset + nbytes) of the file, in pieces. Each is valid until the next is asked for."""
+    def pieces(self, offset: int, nbytes: int, ahead: int = _AHEAD) -> Iterator[memoryview]:
+        """Bytes [offset, offset + nbytes) of the file, in pieces, while so many chunks `ahead` are being read. Each is
+        valid until the next is asked for."""
         stop = offset + nbytes
         while offset < stop:
             number = offset // CHUNK_NBYTES
             chunk = self._chunks[number]
-            for ahead in range(min(number + _AHEAD, len(self._chunks) - 1), number, -1):
-                self._begin(ahead)
+            for following in range(min(number + ahead, len(self._chunks) - 1), number, -1):
+                self._begin(following)
             read, memory = self._begin(number)
             read.result()
             piece = memoryview(memory)[offset - chunk.offset : min(stop, chunk.stop) - chunk.offset]
             yield piece
             offset += piece.nbytes
+            if offset == chunk.stop and number in self._read:
+                self._read.move_to_end(number, last=False)  # what comes next is not in it
 
     def close(self) -> None:
         """Wait for reads in flight and free the memory."""

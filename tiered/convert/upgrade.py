@@ -17,7 +17,7 @@ from time import perf_counter
 from typing import Any, Final
 
 from tiered.arch import build_skeleton, load_config
-from tiered.convert.block import finished_block, write_block
+from tiered.convert.block import finished_block, is_block, write_block
 from tiered.convert.blocks import BlockRecipe
 from tiered.convert.compression import Compression
 from tiered.convert.convert import ConvertProgress, ConvertResult, ProgressFunction
@@ -114,11 +114,18 @@ class _Upgrade:
         return manifest
 
     def _look_at(self, block: BlockRecipe, old: FileInfo) -> None:
-        """Find out whether the file of `block` is still of version 1. Raises StoreError where it is of neither."""
+        """Find out whether the file of `block` is still of version 1. Raises StoreError where it is of neither, and
+        where it is of version 2 in units that are not known."""
         try:
             layout = read_layout(self._folder, old, _OLD)
         except StoreError:
             info = self._finished(block)
+            if info is None and is_block(self._folder, block):
+                raise StoreError(
+                    f"{self._folder / block.path}: upgraded already, by a version of tiered with other units, which "
+                    "was stopped before it had entered them in upgrade.json; go on with that version, or convert the "
+                    "model again"
+                ) from None
             if info is None:
                 raise
             self._infos[block.path] = info

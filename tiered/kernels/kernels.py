@@ -13,7 +13,7 @@ from typing import Final, Literal, Self
 
 import torch
 
-from tiered.errors import ConfigError, InterruptedRun
+from tiered.errors import CheckpointError, ConfigError, InterruptedRun
 from tiered.kernels import quantize_native, reference
 from tiered.kernels.attention import AttentionCall
 from tiered.kernels.attention_native import NativeCall, serves, shared_out
@@ -43,6 +43,8 @@ class Mode(Enum):
 
 _THREAD_SCRATCH_NBYTES: Final = 2 << 20
 """Bytes of one native thread at most: sums of a panel of rows for 256 tokens, and widened weights."""
+_NUMBERS_NBYTES: Final = 256 << 10
+"""Of numbers that codes stand for, made to be quantized natively: they stay in a core's cache."""
 _PACKED_NBYTES: Final = 4.5
 """Bytes per activation packed for a native kernel: float32 below AMX, or 16 bits, sums and rounded-up blocks."""
 
@@ -213,7 +215,9 @@ class Kernels:
         if that is large enough."""
         self._cancel.check()
         if self._library is None or not quantize_native.serves(weight, scheme, clip):
-            return _quantized_by_reference(weight, scheme, clip, name)
+            if isinstance(weight, CodedRows):
+                return self._quantize_numbers(weight, scheme, clip, name, out)
+            return quantize(weight.detach(), scheme, clip=clip, name=name)
         rows, columns = weight.shape
         codes = quantize_native.empty_codes(rows, columns, scheme, out)
         call = quantize_native.QuantizeCall(weight, scheme, clip, codes)
@@ -221,6 +225,26 @@ class Kernels:
         if status == Status.NOT_FINITE:
             raise out_of_range(weight.numbers() if isinstance(weight, CodedRows) else weight.detach(), scheme, name)
         _check(status)
+        return codes
+
+    def _quantize_numbers(
+        self, weight: CodedRows, scheme: Scheme, clip: Literal["mse", "minmax"], name: str, out: torch.Tensor | None
+    ) -> QuantizedTensor:
+        """`quantize` of codes that the native library does not look up as it quantizes: a few rows at a time are
+        numbers, by whatever quantizes these."""
+        rows, columns = weight.shape
+        codes = quantize_native.empty_codes(rows, columns, scheme, out)
+        is_native = self.quantizes(torch.float32, scheme)
+        step = max(1, (_NUMBERS_NBYTES if is_native else PANEL_BYTES) // (4 * columns))
+        room = torch.empty(4 * columns * min(step, rows), dtype=torch.uint8)
+        for start in range(0, rows, step):
+            some = slice(start, start + step)
+            try:
+                found = self.quantize(weight.rows(some).numbers(room), scheme, clip=clip, name=name)
+            except CheckpointError:  # which counts these rows only
+                raise out_of_range(weight.numbers(), scheme, name) from None
+            for part, made in zip(codes, found, strict=True):
+                part[some] = made
         return codes
 
     def quantizes(self, dtype: torch.dtype, scheme: Scheme) -> bool:
@@ -246,20 +270,6 @@ class Kernels:
         if weight.dtype != torch.bfloat16 or in_ % _DENSE_MULTIPLE or not weight.is_contiguous():
             return None
         return WeightArgument(Format.DENSE_BF16, 0, out, in_, weight.data_ptr(), None, None)
-
-
-def _quantized_by_reference(
-    weight: torch.Tensor | CodedRows, scheme: Scheme, clip: Literal["mse", "minmax"], name: str
-) -> QuantizedTensor:
-    """As `tiered.quant.quantize`; of codes, no more are numbers at a time than that takes in a panel."""
-    if isinstance(weight, torch.Tensor):
-        return quantize(weight.detach(), scheme, clip=clip, name=name)
-    rows, columns = weight.shape
-    step = max(1, PANEL_BYTES // (4 * columns))
-    panels = (weight.rows(slice(start, start + step)).numbers() for start in range(0, rows, step))
-    return QuantizedTensor(
-        *map(torch.cat, zip(*(quantize(p, scheme, clip=clip, name=name) for p in panels), strict=True))
-    )
 
 
 def quantized_argument(weight: QuantizedWeight) -> WeightArgument:

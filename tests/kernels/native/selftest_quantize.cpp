@@ -57,18 +57,34 @@ double value_of(const Shape &s, const Codes &codes, int64_t row, int64_t i) {
     return fp16(codes.scale.get(at)) * (code - codes.zero.get(at));
 }
 
-// Codes looked up at every level beside the numbers that they stand for.
-void test_codes(const Shape &s, Random &random) {
+// What a byte is as a float of 8 bits, E4M3.
+float e4m3(int code) {
+    const int exponent = code >> 3 & 15, mantissa = code & 7;
+    const float magnitude = exponent ? std::ldexp(static_cast<float>(8 + mantissa), exponent - 10)
+                                     : std::ldexp(static_cast<float>(mantissa), -9);
+    if ((code & 0x7f) == 0x7f) return std::nanf("");
+    return code & 0x80 ? -magnitude : magnitude;
+}
+
+// Codes looked up at every level beside the numbers that they stand for. Those of E4M3 are computed, not looked up.
+void test_codes(const Shape &s, bool is_e4m3, Random &random) {
     const int64_t per = int64_t{16} << random.below(4), groups = random.below(3) ? (s.in + per - 1) / per : 1;
     const int codes = s.dtype == TK_CODE8 ? 256 : 16;
     Exact<uint8_t> packed(nbytes_of_codes(s), s.shift), plain(s.rows * s.in * 4, 0);
     std::unique_ptr<float[]> table(new float[static_cast<size_t>(codes)]);
     std::unique_ptr<float[]> scale(new float[static_cast<size_t>(s.rows * groups)]);
-    for (int i = 0; i < codes; i++) table[static_cast<size_t>(i)] = static_cast<float>(random.below(31) - 15);
+    std::unique_ptr<float[]> zero(random.below(2) ? new float[static_cast<size_t>(s.rows * groups)] : nullptr);
+    for (int i = 0; i < codes; i++) {
+        table[static_cast<size_t>(i)] = is_e4m3 ? e4m3(i) : static_cast<float>(random.below(31) - 15);
+    }
     for (int64_t i = 0; i < s.rows * groups; i++) {
         scale[static_cast<size_t>(i)] = std::ldexp(1.0f, -static_cast<int>(random.below(8)));
+        if (zero) zero[static_cast<size_t>(i)] = static_cast<float>(random.below(16));
     }
-    for (int64_t i = 0; i < nbytes_of_codes(s); i++) packed.set(i, static_cast<uint8_t>(random.below(256)));
+    for (int64_t i = 0; i < nbytes_of_codes(s); i++) {
+        const int64_t code = random.below(256);
+        packed.set(i, static_cast<uint8_t>(is_e4m3 && (code & 0x7f) == 0x7f ? code - 1 : code)); // no NaN
+    }
     Shape numbers = s;
     numbers.dtype = TK_F32;
     numbers.ld = s.in;
@@ -76,13 +92,14 @@ void test_codes(const Shape &s, Random &random) {
         for (int64_t i = 0; i < s.in; i++) {
             const int64_t at = row * s.ld + i;
             const int code = s.dtype == TK_CODE8 ? packed.get(at) : packed.get(at / 2) >> (at & 1) * 4 & 15;
-            const float of = scale[static_cast<size_t>(row * groups + (groups == 1 ? 0 : i / per))];
-            put(numbers, plain, row * s.in + i, table[static_cast<size_t>(code)] * of);
+            const size_t of = static_cast<size_t>(row * groups + (groups == 1 ? 0 : i / per));
+            const float less = zero ? table[static_cast<size_t>(code)] - zero[of] : table[static_cast<size_t>(code)];
+            put(numbers, plain, row * s.in + i, less * scale[of]);
         }
     }
     Codes expected(s);
     CHECK(call(numbers, plain, expected, TK_SCALAR, 1, nullptr) == TK_OK, "status");
-    const tk_lookup lookup = {table.get(), scale.get(), nullptr, groups, per};
+    const tk_lookup lookup = {table.get(), scale.get(), zero.get(), groups, per};
     for (int level = 0; level < TK_LEVELS; level++) {
         if (tk_refusal(level)) continue;
         Codes found(s);
@@ -148,8 +165,9 @@ void test_quantize(int cases) {
         s.ld = s.in + random.below(2) * random.below(50);
         s.shift = random.below(3);
         test_shape(s, random);
-        s.dtype = random.below(2) ? TK_CODE8 : TK_CODE4;
+        const bool is_e4m3 = i % 3 == 0;
+        s.dtype = is_e4m3 || random.below(2) ? TK_CODE8 : TK_CODE4;
         s.ld += s.ld % 2;
-        test_codes(s, random);
+        test_codes(s, is_e4m3, random);
     }
 }
