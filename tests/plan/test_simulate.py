@@ -270,6 +270,21 @@ def test_recurrent_states_cross_the_bus_as_is_predicted(kv: Any) -> None:
     assert sum(each.bus_seconds for each in found.passes) == pytest.approx(predicted, rel=0.02)
 
 
+@pytest.mark.parametrize("decode", ["cpu", "gpu"])
+def test_prompts_beside_decoding_are_paced_as_is_predicted_where_a_device_computes(decode: Any) -> None:
+    # By the processor's rates decoding would take so long that prompts cost next to nothing.
+    model = model_with()
+    machine = machine_with(1.0, model)
+    work = Workload(4, 320, 300, max_batched_tokens=600, batch_size=4)
+    asked = Budgets(8 * GIB, 0, tuple(Tier), kv="cpu", vram=GIB, decode_device=decode)
+    plan = make_plan(model, machine, work, asked)
+    found, said = played_on_gpu(plan, model, machine, work), predict(plan, model, machine, work, GPU)
+    prompts = [each for each in found.passes if each.load.prompt_tokens]
+    assert [each.load.prompt_tokens for each in prompts[:2]] == [600, 64]
+    assert len(prompts) == said.prefill.passes
+    assert sum(each.seconds for each in prompts) == pytest.approx(said.prefill.seconds, rel=0.1)
+
+
 def test_hidden_states_that_wait_take_their_time_on_the_bus() -> None:
     model = model_with()
     machine = machine_with(0.001, model)

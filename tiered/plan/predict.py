@@ -19,7 +19,7 @@ from tiered.plan.cost import kv_block_nbytes, kv_written_nbytes, pass_seconds, s
 from tiered.plan.hardware import GpuRates
 from tiered.plan.inputs import Machine, ModelShape, Workload
 from tiered.plan.load import Alike, PassRun, pass_runs
-from tiered.plan.pace import Pace, calibration_of
+from tiered.plan.pace import Pace, calibration_of, pace_for
 from tiered.plan.plan import Plan
 from tiered.plan.run_cost import Least, RunCosts
 from tiered.plan.way import expected_bus_nbytes, expected_expert_nbytes
@@ -173,8 +173,7 @@ class Predictor:
         run = _Run(plan, model, machine, self.gpu, self._costs_of(plan))
 
         def new_pace() -> Pace:
-            # As in a run: rates are the processor's, so where a device computes the pace knows none.
-            return Pace(self._calibration(workload.mean_context)) if plan.device is None else Pace()
+            return pace_for(plan, self._calibration(workload.mean_context))
 
         assert machine.disk_bytes_per_second is not None
         least = run.costs.least(plan.read_nbytes / machine.disk_bytes_per_second / plan.batch_size)
