@@ -406,3 +406,19 @@ def test_a_first_pass_touches_memory_as_is_predicted_and_later_ones_do_not(share
     assert [each.seconds for each in later] == pytest.approx([each.seconds for each in others])
     assert first.seconds == pytest.approx(predict(plan, model, slow, ONE).prefill.seconds, rel=0.1)
     assert predict(plan, model, slow, ONE).decode == predict(plan, model, machine_with(0.05, model), ONE).decode
+
+
+@pytest.mark.parametrize("room", [GIB, 6 * GIB])
+def test_a_first_pass_touches_memory_for_the_experts_that_it_reads_as_is_predicted(room: int) -> None:
+    model = mixture_of([UNIT] * 17, 64, 4, 8 * MIB, head_weights=2 * UNIT, layers=16)
+    known = replace(machine_with(0.05, model), linear=ComputeRate((1, 1024), (1e-12, 1e-11)))
+    slow = replace(known, touch_bytes_per_second=DISK / 8)
+    plan = make_plan(model, known, ONE, Budgets(plan_with(model, known, ONE, 1.0).needs.total + room, 0))
+    assert plan.experts is not None
+    (first, *later), (untouched, *others) = (simulate(plan, model, each, ONE).passes for each in (slow, known))
+    said, before = (predict(plan, model, each, ONE).prefill.seconds for each in (slow, known))
+    slots = plan.experts.nbytes / (DISK / 8)
+    # Played, a layer finds its share of what others have read; predicted, a first pass finds nothing.
+    assert first.seconds - untouched.seconds == pytest.approx(said - before, rel=0.15) and said - before > 0.9 * slots
+    # A slot that the first pass has not needed is touched when it gets its first expert.
+    assert 0 <= sum(each.seconds for each in later) - sum(each.seconds for each in others) < 0.1 * slots

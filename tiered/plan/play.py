@@ -112,8 +112,7 @@ class Player:
         """The seats for prompts and for the rest, which may be one."""
         plan, model = self._plan, self._model
         costs = UnitCosts(plan, model, machine)
-        rate = machine.expert_bytes_per_second or self._disk_rate
-        experts = None if plan.experts is None else ExpertReads(plan, model, self._disk, rate)
+        experts = None if plan.experts is None else ExpertReads(plan, model, machine, self._disk)
         lanes = Lanes(self.clock, self._disk, self._bus, self._waits, self._processor, experts, self._names)
 
         def seat(of: UnitCosts, there: dict[int, Transfer], device: Device | None) -> Seat:
