@@ -215,11 +215,9 @@ def walk(
     full, rest = divmod(alike.sequences, alike.batch_size)
     later = max(0, full - _WAVES)
     few = replace(alike, sequences=(_WAVES - 1) * alike.batch_size + rest)
-    # What is walked through twice is a batch, which is counted once more for each later one.
-    of_later = (later + 1) * least.seconds(*replace(alike, sequences=alike.batch_size).tokens) if later else 0.0
-    first = _walked(few, new_pace(), phase, most_seconds - of_later, least) if later else (Phase(), Phase())
-    if first is None:
-        return None
+    # Never ended early: beside others a batch may take less than any bound of it alone.
+    first = _walked(few, new_pace(), phase, math.inf, least) if later else (Phase(), Phase())
+    assert first is not None
     # All is the second walk, and as often as there are later batches what it takes longer than the first.
     most = (most_seconds + later * (first[0].seconds + first[1].seconds)) / (later + 1)
     every = replace(alike, sequences=(full - later) * alike.batch_size + rest)
