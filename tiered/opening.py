@@ -7,7 +7,7 @@ that it brings closes.
 import asyncio
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final
 
 import torch
@@ -120,13 +120,7 @@ def _choose_plan(wanted: Wanted, options: Options, made: Prepared, member: Membe
         # Measuring makes the process grow, and its peak counts.
         budgets = budgets_of(options, member, before, host) if is_measured else budgets
     if hardware is not None:
-        known = machine_for(shape, hardware, options.kernel_mode.value)
-        machine = replace(
-            known,
-            scratch_nbytes=machine.scratch_nbytes,
-            native_steps=machine.native_steps,
-            device_scratch_nbytes=machine.device_scratch_nbytes,
-        )
+        machine = machine_for(shape, hardware, options.kernel_mode.value).with_memory_of(machine)
     gpu = None if hardware is None else hardware.gpu
     plan = make_plan(shape, machine, workload, budgets, gpu)
     return Chosen(shape, machine, gpu, plan, pace_for(plan, calibration_of(shape, machine, workload.mean_context)))

@@ -283,6 +283,15 @@ class Machine:
     touch_bytes_per_second: float | None = None
     """Rate at which memory is touched for the first time; None: not known, and counted as nothing."""
 
+    def with_memory_of(self, process: "Machine") -> "Machine":
+        """These rates, with what kernels take in `process`: a description of a machine knows no process."""
+        return replace(
+            self,
+            scratch_nbytes=process.scratch_nbytes,
+            native_steps=process.native_steps,
+            device_scratch_nbytes=process.device_scratch_nbytes,
+        )
+
     def touch_seconds(self, nbytes: float) -> float:
         """What touching `nbytes` of memory for the first time takes."""
         return 0.0 if self.touch_bytes_per_second is None else nbytes / self.touch_bytes_per_second
