@@ -418,3 +418,10 @@ class BudgetNamed:
             plan_at(MIB)
         assert refused.value.smallest_bytes is not None
         self.smallest = refused.value.smallest_bytes
+
+
+def test_a_refusal_names_the_objects_of_experts_where_there_are_any() -> None:
+    mixture = mixture_of([MIB] * 9, count=64, chosen=2, nbytes=4 * MIB, layers=8)
+    for model, told in ((mixture, "for tables and experts' objects that stay"), (model_of(), "for tables that stay")):
+        with pytest.raises(BudgetError, match=told):
+            make_plan(model, Machine(0), Workload(1, 64), Budgets(2 * MIB, 0))

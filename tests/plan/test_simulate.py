@@ -25,6 +25,7 @@ from tiered.plan import (
 from tiered.plan.hardware import GpuRates
 from tiered.plan.lanes import Event
 from tiered.plan.make import smallest_vram
+from tiered.plan.pace import Pace
 from tiered.plan.play_seat import Device
 from tiered.plan.predict import predict
 from tiered.plan.simulate import Simulation, simulate
@@ -388,6 +389,21 @@ def test_the_processor_goes_on_while_the_device_computes_and_waits_for_what_it_k
         said = predict(plan, model, machine, work, rates)
         played = sum(each.seconds for each in found.passes)
         assert played == pytest.approx(said.seconds, rel=0.1)
+
+
+@pytest.mark.parametrize("kv", ["cpu", "disk"])
+def test_a_pace_learns_what_takes_longer_of_two_seats_and_all_where_they_take_turns(
+    kv: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noted: list[float] = []
+    monkeypatch.setattr(Pace, "note", lambda pace, rows, prompts, computing, disk: noted.append(computing))
+    model = model_with()
+    machine = machine_with(0.4, model)
+    work = Workload(7, 40, 30, max_batched_tokens=32, batch_size=3, objective="throughput")
+    found = played_on_gpu(hybrid(model, machine, work, kv=kv), model, machine, work)
+    both = max if kv == "cpu" else lambda *seconds: sum(seconds)
+    assert noted == [both(each.compute_seconds, each.gpu_seconds) for each in found.passes]
+    assert any(each.compute_seconds and each.gpu_seconds for each in found.passes)
 
 
 @pytest.mark.parametrize("share", [0.3, 1.01])
