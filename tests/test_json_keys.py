@@ -57,12 +57,19 @@ def words(command: str, store: Path, folder: Path) -> list[str | Path]:
         "verify": ["verify", store],
         "doctor": ["doctor"],
         "plan": ["plan", "opt-125m", "--hardware", "t4-208gb"],
+        "simulate a GPU": [
+            *("simulate", "opt-125m", "--hardware", "t4-208gb", "--ram", "8GiB", "--tiers", "disk,cpu,gpu"),
+            *("--passes", "2"),
+        ],
         "simulate": ["simulate", store, "--hardware", "laptop-16gb", "--ram", "1GiB", "--passes", "2"],
     }
     return known[command]
 
 
-@pytest.mark.parametrize("command", ["generate", "score", "batch", "inspect", "verify", "doctor", "plan", "simulate"])
+@pytest.mark.parametrize(
+    "command",
+    ["generate", "score", "batch", "inspect", "verify", "doctor", "plan", "simulate", "simulate a GPU"],
+)
 def test_the_keys_are_as_they_were(command: str, store: Path, tmp_path: Path) -> None:
     asked = words(command, store, tmp_path)
     if command == "generate":

@@ -7,7 +7,7 @@ that it brings closes.
 import asyncio
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final
 
 import torch
@@ -21,7 +21,7 @@ from tiered.model import Engine, load_tables
 from tiered.options import Options
 from tiered.plan import Machine, ModelShape, Plan, Workload, make_plan, pace_for, process_rss_bytes, wants_rates
 from tiered.plan.hardware import GpuRates, Hardware
-from tiered.plan.pace import Pace
+from tiered.plan.pace import Pace, calibration_of
 from tiered.plan.strategies import machine_for
 from tiered.prepare import Prepared, budgets_of, prepare, usable
 from tiered.process import Held
@@ -120,18 +120,10 @@ def _choose_plan(wanted: Wanted, options: Options, made: Prepared, member: Membe
         # Measuring makes the process grow, and its peak counts.
         budgets = budgets_of(options, member, before, host) if is_measured else budgets
     if hardware is not None:
-        known = machine_for(shape, hardware, options.kernel_mode.value)
-        machine = replace(
-            known,
-            scratch_nbytes=machine.scratch_nbytes,
-            native_steps=machine.native_steps,
-            device_scratch_nbytes=machine.device_scratch_nbytes,
-        )
+        machine = machine_for(shape, hardware, options.kernel_mode.value).with_memory_of(machine)
     gpu = None if hardware is None else hardware.gpu
     plan = make_plan(shape, machine, workload, budgets, gpu)
-    # Rates are the processor's.
-    pace = pace_for(shape, machine, workload) if plan.device is None else Pace()
-    return Chosen(shape, machine, gpu, plan, pace)
+    return Chosen(shape, machine, gpu, plan, pace_for(plan, calibration_of(shape, machine, workload.mean_context)))
 
 
 def make_streams(parts: Parts, store: Store, host: Host) -> Streams:

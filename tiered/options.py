@@ -12,7 +12,7 @@ from tiered.errors import ConfigError
 from tiered.io import ReadMode, VerifyPolicy
 from tiered.kernels import Mode
 from tiered.plan import AnyBits, Computes, KVTier, Tier
-from tiered.plan.inputs import tiers_text
+from tiered.plan.inputs import check_decodes_on_processor, tiers_text
 from tiered.plan.phases import PHASES, Phases
 
 PhaseDevice = Literal["auto", "cpu", "gpu"]
@@ -188,8 +188,8 @@ class Options:
         if self.device == "emulated" and self.vram is None:
             raise ConfigError("--device emulated: it has no memory of its own; say how much with --vram, such as 1GiB")
         is_hybrid = computes == ("gpu", "cpu")
-        if is_hybrid and Tier.CPU not in self.tiers:
-            raise ConfigError("--decode-device cpu: needs weights in memory; use --tiers disk,cpu,gpu or cpu,gpu")
+        if is_hybrid:
+            check_decodes_on_processor(self.tiers)
         if is_hybrid and self.kv == "gpu":
             raise ConfigError(
                 "--kv gpu --decode-device cpu: the cache is where decoding is; use --kv auto, cpu or disk"

@@ -33,6 +33,11 @@ class Prepared:
     machine: Machine
 
 
+def unmeasured_machine(threads: int, native_steps: bool) -> Machine:
+    """What kernels take in a process with so many threads, which know no rates; `native_steps`: by the library."""
+    return Machine(scratch_nbytes(threads), native_steps=native_steps, device_scratch_nbytes=device_scratch_nbytes())
+
+
 def prepare(store: Store, options: Options, host: Host) -> Prepared:
     """Build what computes, with the numbers that plans are made from. Raises StoreError, ConfigError."""
     config = load_config(store.path)
@@ -53,11 +58,7 @@ def prepare(store: Store, options: Options, host: Host) -> Prepared:
         with contextlib.suppress(OSError):
             write_store_shape(store.path, shape)
     # Also without a device: plans may be asked for one that is elsewhere.
-    machine = Machine(
-        scratch_nbytes(host.threads),
-        native_steps=host.kernels.recurrent is not None,
-        device_scratch_nbytes=device_scratch_nbytes(),
-    )
+    machine = unmeasured_machine(host.threads, host.kernels.recurrent is not None)
     if computer is None:
         seats = [Seat.take(skeleton, dtype, host.kernels, host.attention)]
     else:

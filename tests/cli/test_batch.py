@@ -286,8 +286,14 @@ def test_a_job_goes_on_with_its_cache_where_what_attended_attends(
     other = again("--kv", "cpu" if place == "gpu" else "gpu")
     assert other.code == 2 and "whose results differ in bits. Run it with --kv" in other.err, other.err
     if place == "gpu":
-        refused = again("--vram", "1MiB")
-        assert refused.code == 3 and "its KV cache is on the GPU, where the job was begun with it" in refused.err
+        held = "its KV cache is on the GPU, where the job was begun with it"
+        for word, size, is_told in (("--vram", "1MiB", True), ("--ram", "1MiB", False)):
+            refused = again(word, size)
+            assert refused.code == 3 and (held in refused.err) is is_told, refused.err
+        # Results that are gone hold it nowhere.
+        results.write_bytes(b"")
+        assert run_here(*words, "--kv", "cpu").code == 0
+        assert settings_of_job(results)["attention"] == "cpu"
 
 
 def test_a_job_that_falls_back_is_the_processor_s(store: Path, source: Path, tmp_path: Path) -> None:

@@ -110,6 +110,7 @@ def test_what_cannot_be_is_refused_in_a_line(machine: Path, tmp_path: Path) -> N
         (("--plot", tmp_path / "plot.gif"), 2, "expected a name that ends in .png or .svg"),
         (("--trace", tmp_path / "none/trace.json"), 2, "cannot be written"),
         (("--tiers", "disk,cpu,gpu"), 2, "a machine has no GPU; drop it, or name another --hardware"),
+        (("--tiers", "gpu", "--decode-device", "cpu"), 2, "needs weights in memory; use --tiers disk,cpu,gpu"),
         (("--decode-device", "gpu"), 2, "--tiers disk,cpu has none; add --tiers disk,cpu,gpu"),
         (("--vram", "2GiB"), 2, "is for a GPU, and --tiers disk,cpu has none; add --tiers disk,cpu,gpu"),
     ):

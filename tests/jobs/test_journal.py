@@ -141,6 +141,22 @@ def test_a_job_keeps_what_it_was_begun_with(results: Path) -> None:
         assert journal.job == JOB
 
 
+def test_what_attends_is_open_until_there_is_a_result_of_it_and_then_kept(results: Path) -> None:
+    with Journal(results) as journal:
+        journal.begin(JOB, LINES)
+        for where in ("gpu", "cpu", "gpu"):
+            journal.attends(where)
+            assert journal.attention is None
+        journal.append(1, record(1), 0)  # an error
+        journal.attends("cpu")
+        journal.append(2, record(2), 1)
+        assert journal.attention == "cpu"
+        journal.attends("cpu")
+        with pytest.raises(ConfigError, match="its results are of a job with the KV cache in memory or on disk"):
+            journal.attends("gpu")
+    assert JobFile.from_json(job_path(results).read_text(encoding="utf-8"), results).attention == "cpu"
+
+
 def test_two_cannot_write_to_one_file(results: Path) -> None:
     with Journal(results) as journal:
         journal.begin(JOB, LINES)

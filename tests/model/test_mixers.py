@@ -3,6 +3,7 @@
 Parity with transformers is that of every family of the table (`test_families.py`).
 """
 
+import copy
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -15,17 +16,19 @@ from transformers import GenerationConfig
 from tests.answers import assert_same
 from tests.model.test_kv_grid import Models, logits_of, runtime_of, text_of
 from tests.model.test_parity_grid import budget_for
+from tests.plan.plans import model_of
 from tests.quick import represented
 from tests.runtimes import open_runtime, reserved, run_greedy, run_segments
 from tests.tiny import Tiny, prompts_for
 from tests.tiny_configs import CONTEXT, TINY, tiny_config
-from tiered.arch import build_skeleton, load_config, state_shape
+from tiered.arch import build_skeleton, load_config, mixers, state_shape
 from tiered.errors import BudgetError, CheckpointError, ConfigError, NotSupportedError
 from tiered.kernels import load_library
 from tiered.model import Segment
 from tiered.model.steps import native_forward
 from tiered.offloaded import OffloadedModel
 from tiered.plan import Workload
+from tiered.plan.workspace import workspace_for
 from tiered.runtime import Options, Runtime
 from tiered.units import GIB, MIB
 
@@ -195,6 +198,22 @@ def test_steps_by_the_library_take_the_states_and_little_more(name: str) -> None
     assert shape is not None
     recurrent = max(part.nbytes for part in shape.groups[0].parts if part.kind == "recurrent")
     assert shape.layer_nbytes <= shape.native_step_nbytes < shape.layer_nbytes + recurrent <= shape.step_nbytes
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", "mamba2", "falcon_h1"])
+@pytest.mark.parametrize("tokens", [2, 7, 65])
+def test_a_scan_takes_no_more_than_is_planned_for_its_tokens(name: str, tokens: int) -> None:
+    skeleton = build_skeleton(tiny_config(name))
+    shape = state_shape(skeleton)
+    mixer = next(module for layer in skeleton.layers for module in layer.modules() if mixers.is_mixer(module))
+    assert shape is not None
+    # Behind the beginning of a text, where there is a state to begin with.
+    states, meta = mixers._States(), copy.deepcopy(mixer).to("meta")
+    peaks = [mixers._peak(skeleton, meta, type(mixer).forward, states, tokens) for _ in range(2)]
+    with_state, without = (
+        workspace_for(model_of(state=state), 0, tokens, 1, 128, GIB, is_device=True).nbytes for state in (shape, None)
+    )
+    assert max(peaks) <= with_state - without
 
 
 @pytest.mark.parametrize(("field", "value"), [("chunk_size", 0), ("time_step_limit", [1.0])])

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.plan.plans import LOADED, STREAMING, mixture_of, model_of, tape_of
+from tests.plan.plans import LOADED, STREAMING, mixture_of, model_of, plan_of, tape_of
 from tiered.errors import BudgetError, ConfigError
 from tiered.plan import (
     Bits,
@@ -28,7 +28,7 @@ from tiered.plan import (
     pace_for,
     wants_rates,
 )
-from tiered.plan.pace import LEAST
+from tiered.plan.pace import LEAST, calibration_of
 from tiered.plan.workspace import MAX_ROWS
 from tiered.units import GIB, MIB, format_seconds, round_up
 
@@ -304,13 +304,13 @@ def test_plans_need_neither_torch_nor_transformers() -> None:
 
 
 def test_prompts_are_paced_by_rates_where_they_have_been_measured() -> None:
-    workload = Workload(8, 512, choose_batch_size=True)
-    assert pace_for(model_of(), Machine(0), workload).prompt_tokens(4) == LEAST
+    plan, model = plan_of(), model_of()
+    assert pace_for(plan, calibration_of(model, Machine(0), 512)).prompt_tokens(4) == LEAST
     # Rows cost next to nothing up to 512: a quarter of a pass is more than all of them.
     fast = Machine(0, None, ComputeRate((1, 512), (1e-9, 1.1e-9)))
-    assert pace_for(model_of(), fast, workload).prompt_tokens(4) > 512
+    assert pace_for(plan, calibration_of(model, fast, 512)).prompt_tokens(4) > 512
     slow = Machine(0, None, ComputeRate((1, 512), (1e-9, 1e-6)))
-    assert pace_for(model_of(), slow, workload).prompt_tokens(4) == LEAST
+    assert pace_for(plan, calibration_of(model, slow, 512)).prompt_tokens(4) == LEAST
 
 
 def planned(ram: int, prompt: int = 4096, **fields: Any) -> Plan:
@@ -418,3 +418,10 @@ class BudgetNamed:
             plan_at(MIB)
         assert refused.value.smallest_bytes is not None
         self.smallest = refused.value.smallest_bytes
+
+
+def test_a_refusal_names_the_objects_of_experts_where_there_are_any() -> None:
+    mixture = mixture_of([MIB] * 9, count=64, chosen=2, nbytes=4 * MIB, layers=8)
+    for model, told in ((mixture, "for tables and experts' objects that stay"), (model_of(), "for tables that stay")):
+        with pytest.raises(BudgetError, match=told):
+            make_plan(model, Machine(0), Workload(1, 64), Budgets(2 * MIB, 0))

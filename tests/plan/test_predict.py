@@ -1,10 +1,11 @@
 """What a run takes, by a closed form: the formula of the design on small numbers, and properties of any prediction."""
 
+import math
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.plan.plans import mixture_of, model_of
@@ -24,9 +25,10 @@ from tiered.plan import (
 from tiered.plan.cost import expert_seconds, pass_seconds, prompt_pairs
 from tiered.plan.hardware import GpuRates
 from tiered.plan.kv import KVShape, layer_groups
-from tiered.plan.load import pass_loads
+from tiered.plan.load import Alike, PassRun, pass_loads
 from tiered.plan.pace import Pace
-from tiered.plan.predict import Prediction, Predictor, predict
+from tiered.plan.predict import Prediction, Predictor, predict, walk
+from tiered.plan.run_cost import Least
 from tiered.plan.simulate import simulate
 from tiered.plan.state import Grid, StateGroup, StatePart, StateShape
 from tiered.units import GIB, MIB
@@ -248,6 +250,37 @@ def test_a_prediction_beyond_what_may_be_taken_is_none_and_others_are_the_same(s
     whole = predict(plan, MODEL, MACHINE, workload)
     assert predictor.predict(plan, workload, whole.seconds * 1.001) == whole
     assert predictor.predict(plan, workload, whole.seconds * 0.999) is None
+
+
+def walked(alike: Alike, row_seconds: float, read_seconds: float, most_seconds: float) -> float | None:
+    """Seconds of all passes, each the longer of reading and of computing its rows; None where it is too long."""
+
+    def phase(run: PassRun, is_first: bool) -> tuple[float, ...]:
+        computing = row_seconds * (run.rows + run.prompt_tokens)
+        return 1, max(read_seconds, computing), read_seconds, computing, 0, 0, 0, run.rows, 0
+
+    def pace() -> Pace:
+        return Pace(lambda rows: row_seconds * rows)
+
+    least = Least(row_seconds, row_seconds, read_seconds / alike.batch_size)
+    found = walk(alike, pace, phase, most_seconds, least)
+    return None if found is None else found[0].seconds + found[1].seconds
+
+
+@given(
+    *(st.integers(1, 300), st.integers(1, 24), st.integers(1, 90), st.integers(1, 40), st.sampled_from([64, 512])),
+    st.sampled_from(["latency", "throughput"]),
+    st.sampled_from([1e-4, 0.01, 0.5]),
+)
+@example(92, 14, 50, 2, 512, "latency", 0.01)
+def test_nothing_is_dropped_that_takes_no_more_than_it_may(
+    sequences: int, batch: int, prompt: int, generated: int, most: int, objective: Any, row_seconds: float
+) -> None:
+    alike = Alike(sequences, min(batch, sequences), prompt, prompt + generated, most, objective)
+    total = walked(alike, row_seconds, 1.0, math.inf)
+    assert total is not None
+    assert walked(alike, row_seconds, 1.0, total * (1 + 1e-9)) == total
+    assert walked(alike, row_seconds, 1.0, total * 0.99) is None
 
 
 def test_a_gpu_gets_all_weights_once_and_then_those_that_do_not_stay_there() -> None:

@@ -25,6 +25,7 @@ from tiered.plan import (
 from tiered.plan.hardware import GpuRates
 from tiered.plan.lanes import Event
 from tiered.plan.make import smallest_vram
+from tiered.plan.pace import Pace
 from tiered.plan.play_seat import Device
 from tiered.plan.predict import predict
 from tiered.plan.simulate import Simulation, simulate
@@ -270,6 +271,21 @@ def test_recurrent_states_cross_the_bus_as_is_predicted(kv: Any) -> None:
     assert sum(each.bus_seconds for each in found.passes) == pytest.approx(predicted, rel=0.02)
 
 
+@pytest.mark.parametrize("decode", ["cpu", "gpu"])
+def test_prompts_beside_decoding_are_paced_as_is_predicted_where_a_device_computes(decode: Any) -> None:
+    # By the processor's rates decoding would take so long that prompts cost next to nothing.
+    model = model_with()
+    machine = machine_with(1.0, model)
+    work = Workload(4, 320, 300, max_batched_tokens=600, batch_size=4)
+    asked = Budgets(8 * GIB, 0, tuple(Tier), kv="cpu", vram=GIB, decode_device=decode)
+    plan = make_plan(model, machine, work, asked)
+    found, said = played_on_gpu(plan, model, machine, work), predict(plan, model, machine, work, GPU)
+    prompts = [each for each in found.passes if each.load.prompt_tokens]
+    assert [each.load.prompt_tokens for each in prompts[:2]] == [600, 64]
+    assert len(prompts) == said.prefill.passes
+    assert sum(each.seconds for each in prompts) == pytest.approx(said.prefill.seconds, rel=0.1)
+
+
 def test_hidden_states_that_wait_take_their_time_on_the_bus() -> None:
     model = model_with()
     machine = machine_with(0.001, model)
@@ -375,6 +391,21 @@ def test_the_processor_goes_on_while_the_device_computes_and_waits_for_what_it_k
         assert played == pytest.approx(said.seconds, rel=0.1)
 
 
+@pytest.mark.parametrize("kv", ["cpu", "disk"])
+def test_a_pace_learns_what_takes_longer_of_two_seats_and_all_where_they_take_turns(
+    kv: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noted: list[float] = []
+    monkeypatch.setattr(Pace, "note", lambda pace, rows, prompts, computing, disk: noted.append(computing))
+    model = model_with()
+    machine = machine_with(0.4, model)
+    work = Workload(7, 40, 30, max_batched_tokens=32, batch_size=3, objective="throughput")
+    found = played_on_gpu(hybrid(model, machine, work, kv=kv), model, machine, work)
+    both = max if kv == "cpu" else lambda *seconds: sum(seconds)
+    assert noted == [both(each.compute_seconds, each.gpu_seconds) for each in found.passes]
+    assert any(each.compute_seconds and each.gpu_seconds for each in found.passes)
+
+
 @pytest.mark.parametrize("share", [0.3, 1.01])
 def test_a_first_pass_touches_memory_as_is_predicted_and_later_ones_do_not(share: float) -> None:
     model = model_with()
@@ -391,3 +422,19 @@ def test_a_first_pass_touches_memory_as_is_predicted_and_later_ones_do_not(share
     assert [each.seconds for each in later] == pytest.approx([each.seconds for each in others])
     assert first.seconds == pytest.approx(predict(plan, model, slow, ONE).prefill.seconds, rel=0.1)
     assert predict(plan, model, slow, ONE).decode == predict(plan, model, machine_with(0.05, model), ONE).decode
+
+
+@pytest.mark.parametrize("room", [GIB, 6 * GIB])
+def test_a_first_pass_touches_memory_for_the_experts_that_it_reads_as_is_predicted(room: int) -> None:
+    model = mixture_of([UNIT] * 17, 64, 4, 8 * MIB, head_weights=2 * UNIT, layers=16)
+    known = replace(machine_with(0.05, model), linear=ComputeRate((1, 1024), (1e-12, 1e-11)))
+    slow = replace(known, touch_bytes_per_second=DISK / 8)
+    plan = make_plan(model, known, ONE, Budgets(plan_with(model, known, ONE, 1.0).needs.total + room, 0))
+    assert plan.experts is not None
+    (first, *later), (untouched, *others) = (simulate(plan, model, each, ONE).passes for each in (slow, known))
+    said, before = (predict(plan, model, each, ONE).prefill.seconds for each in (slow, known))
+    slots = plan.experts.nbytes / (DISK / 8)
+    # Played, a layer finds its share of what others have read; predicted, a first pass finds nothing.
+    assert first.seconds - untouched.seconds == pytest.approx(said - before, rel=0.15) and said - before > 0.9 * slots
+    # A slot that the first pass has not needed is touched when it gets its first expert.
+    assert 0 <= sum(each.seconds for each in later) - sum(each.seconds for each in others) < 0.1 * slots

@@ -79,6 +79,29 @@ def test_recurrent_steps_take_less_by_the_library_which_no_device_has() -> None:
     assert device == same_device >= 32 * 8 * MIB
 
 
+@pytest.mark.parametrize("is_device", [False, True])
+@pytest.mark.parametrize(
+    ("grid", "tokens", "scanned"),
+    [
+        *[(Grid(64), 1, 1), (Grid(64), 2, 64), (Grid(64), 64, 64), (Grid(64), 70, 128)],
+        *[(Grid(64, one_cell=True), 2, 64), (Grid(64, one_cell=True), 70, 70), (Grid(1), 2, 2), (Grid(0), 2, 2)],
+    ],
+)
+def test_a_scan_takes_what_its_last_cell_takes_when_it_is_full(
+    grid: Grid, tokens: int, scanned: int, is_device: bool
+) -> None:
+    without, found = (
+        workspace_for(
+            replace(SHAPE, state=StateShape((), grid, nbytes, 0, 0)),
+            *(SCRATCH, tokens, 1, 128, 1 << 40),
+            is_device=is_device,
+        )
+        for nbytes in (0, MIB)
+    )
+    more = found.nbytes - without.nbytes
+    assert found.rows == tokens and (more == scanned * MIB if is_device else more >= scanned * MIB)
+
+
 @given(tokens=COUNTS, sequences=COUNTS, budget=BUDGETS)
 def test_what_passes_on_to_a_device_grows_with_tokens_and_logits(tokens: int, sequences: int, budget: int) -> None:
     through = transit_nbytes(SHAPE, tokens, sequences, sequences, budget)

@@ -38,7 +38,7 @@ def largest_disk_bound(path: Path, setting: Setting) -> int:
     shape, unmeasured, budgets = measure_inputs(store, options)
     with Kernels(setting.threads or cpu_count(), mode=mode, name=setting.kernels) as kernels:
         hardware = quick_hardware(path, (shape,), True, kernels)
-    machine = replace(machine_for(shape, hardware, mode.value), scratch_nbytes=unmeasured.scratch_nbytes)
+    machine = machine_for(shape, hardware, mode.value).with_memory_of(unmeasured)
     longest = setting.prompt_tokens + max(2, setting.new_tokens)  # so that there is a pass that decodes
     workload = Workload(1, longest, setting.prompt_tokens, max_batched_tokens=MAX_BATCHED_TOKENS)
     best = 1

@@ -17,7 +17,7 @@ from tiered.cli.lines import print_json
 from tiered.cli.measuring import hardware_of, measured, predicted, with_chosen_phases
 from tiered.cli.progress import JobScreen
 from tiered.cli.run_request import RunRequest
-from tiered.errors import BudgetError, ConfigError
+from tiered.errors import BudgetError, ConfigError, DeviceBudgetError
 from tiered.generate import Generation, Report, Sequence, generate, make_report
 from tiered.generate.tokenizer import load_generation_settings, load_tokenizer_if_any
 from tiered.host import Host
@@ -106,6 +106,7 @@ def run(request: BatchRequest) -> None:
                 identity = _identity(request, usable(options, host), host, store, config, input_)
                 journal.check(identity)
                 job, begun = _begin(journal, job, identity, count)
+                options = _with_cache_as_begun(options, journal)
                 summary, report = _work(request, store, options, host, journal, job, begun, screen)
     if request.as_json:
         print_json({"job": asdict(summary), "report": None if report is None else report.to_json()})
@@ -132,7 +133,7 @@ def _work(
     @contextmanager
     def start() -> Iterator[Generate]:
         with (
-            _saying_how_long_requests_are(begun),
+            _saying_how_long_requests_are(begun, journal.attention),
             Runtime(store, _workload(request, begun, journal.sequences), options, find_hardware, host) as runtime,
         ):
             if runtime.plan.decode_device == "gpu":
@@ -166,17 +167,17 @@ def _options(
         return with_chosen_phases(options, store, lambda: _workload(request, count(), 0), say)
     begun = journal.job.identity.settings
     phases = tuple(begun.get(name, "cpu") for name in ("prefill-device", "decode-device"))
-    options = next((options.with_phases(each) for each in options.phase_choices if each == phases), options)
-    return _with_cache_as_begun(options, journal.path, journal.job.attention)
+    return next((options.with_phases(each) for each in options.phase_choices if each == phases), options)
 
 
-def _with_cache_as_begun(options: Options, results: Path, attention: str | None) -> Options:
-    """`options` with the KV cache where what attends is what attended when the job was begun."""
+def _with_cache_as_begun(options: Options, journal: Journal) -> Options:
+    """`options` with the KV cache where what attends is what attended for the results of `journal`."""
+    attention = journal.attention
     if attention is None or not options.has_device or options.computes[1] == "cpu":
         return options
     if options.kv == "auto":
         return replace(options, kv="gpu" if attention == "gpu" else "host")
-    check_attention(results, "gpu" if options.kv == "gpu" else "cpu", attention)
+    check_attention(journal.path, "gpu" if options.kv == "gpu" else "cpu", attention)
     return options
 
 
@@ -317,15 +318,16 @@ def _begin(journal: Journal, job: Job, identity: Identity, count: Callable[[], I
 
 
 @contextmanager
-def _saying_how_long_requests_are(begun: JobFile) -> Iterator[None]:
-    """Around the plan: one request too long for the memory would stop all others, so the error names its length."""
+def _saying_how_long_requests_are(begun: JobFile, attention: str | None) -> Iterator[None]:
+    """Around the plan: one request too long for the memory would stop all others, so the error names its length; and
+    where the GPU's memory is too little, that results keep the cache there, if `attention` is the GPU's."""
     try:
         yield
     except BudgetError as error:
         hint = (
             f"the longest request comes to {begun.longest} tokens; --context, with another -o, refuses long ones alone"
         )
-        if begun.attention == "gpu":
+        if attention == "gpu" and isinstance(error, DeviceBudgetError):
             hint = f"its KV cache is on the GPU, where the job was begun with it; {hint}"
         raise BudgetError(f"{error}; {hint}", error.smallest_bytes) from None
 

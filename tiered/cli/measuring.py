@@ -20,6 +20,7 @@ from tiered.errors import ConfigError
 from tiered.generate import DeviceFigures, Figures, Surroundings
 from tiered.host import Host
 from tiered.io import ReadMode
+from tiered.kernels import load_library
 from tiered.opening import FindHardware
 from tiered.options import Options, compute_dtype
 from tiered.plan import (
@@ -40,7 +41,7 @@ from tiered.plan.phases import PhaseChoice, choose_phases
 from tiered.plan.predict import Prediction, can_predict, predict
 from tiered.plan.shapes import read_store_shape
 from tiered.plan.strategies import BASELINE_NBYTES, machine_for
-from tiered.prepare import device_budgets
+from tiered.prepare import device_budgets, unmeasured_machine
 from tiered.runtime import Runtime
 from tiered.shapes import store_shape
 from tiered.store import Store
@@ -237,7 +238,9 @@ def _chosen_phases(options: Options, store: Store, workload: Callable[[], Worklo
         dtype = compute_dtype(options.dtype, load_config(store.path), on_device=True)
         shape = (read_store_shape(store.path) or store_shape(store.path)).in_dtype(str(dtype).removeprefix("torch."))
         budgets = {each: _budgets(options.with_phases(each), profile.gpu) for each in choices}
-        machine = machine_for(shape, profile, options.kernel_mode.value)
+        is_native = options.kernels != "torch" and not isinstance(load_library(), str)
+        process = unmeasured_machine(options.threads or cpu_count(), is_native)
+        machine = machine_for(shape, profile, options.kernel_mode.value).with_memory_of(process)
         return choose_phases(budgets, shape, machine, workload(), profile.gpu)
     except ConfigError as error:
         _LOG.info("no choice by prediction: %s", error)

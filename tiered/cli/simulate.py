@@ -27,6 +27,7 @@ from tiered.plan.inputs import (
     Objective,
     Tier,
     Workload,
+    check_decodes_on_processor,
     parse_tiers,
     tiers_text,
 )
@@ -205,6 +206,8 @@ def run(
         )
     if decode_device == "gpu" and not has_gpu:
         raise ConfigError(f"--decode-device gpu: --tiers {tiers} has none; add --tiers {tiers_text(GPU_TIERS)}")
+    if decode_device == "cpu":
+        check_decodes_on_processor(places)
     if plot is not None:
         check_can_draw("--plot", plot)
     for option, path in (("--plot", plot), ("--trace", trace_path)):

@@ -121,7 +121,8 @@ def read_job(results: Path) -> JobFile | None:
 
 
 def write_job(results: Path, job: JobFile) -> None:
-    """Write, durably, the job file of the result file at `results`; called before that has its first result."""
+    """Write, durably, the job file of the result file at `results`: before that has its first result, and again when
+    the plan tells what attends. Raises DiskFullError."""
     path = job_path(results)
     try:
         atomic_write(path, job.to_json())

@@ -92,12 +92,18 @@ class Journal:
             os.fsync(self._fd)
         fsync_folder(self.path.parent)
 
+    @property
+    def attention(self) -> str | None:
+        """What attends while a GPU decodes, "gpu" or "cpu", where there are results of it; None: that is open yet.
+        Known when the job has begun; error results are of neither."""
+        return self.job.attention if self.job is not None and self.sequences else None
+
     def attends(self, where: str) -> None:
         """What attends while a GPU decodes is `where`, "gpu" or "cpu"; from the first result on it stays so. Raises
         ConfigError where earlier results are of the other one."""
         assert self.job is not None, "begin first"
-        check_attention(self.path, where, self.job.attention)
-        if self.job.attention is None:
+        check_attention(self.path, where, self.attention)
+        if self.job.attention != where:
             self.job = replace(self.job, attention=where)
             write_job(self.path, self.job)
 

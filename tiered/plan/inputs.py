@@ -67,6 +67,12 @@ def tiers_text(tiers: tuple[Tier, ...]) -> str:
     return ",".join(tier.value for tier in tiers)
 
 
+def check_decodes_on_processor(tiers: tuple[Tier, ...]) -> None:
+    """Raise ConfigError unless the processor can decode beside a GPU: what it computes with must be in memory."""
+    if Tier.CPU not in tiers:
+        raise ConfigError("--decode-device cpu: needs weights in memory; use --tiers disk,cpu,gpu or cpu,gpu")
+
+
 _VIEWS_NBYTES: Final = 10 * 1024
 """Bytes of the views of an expert's matrices: three tensors for a quantized one, 1 KB each. 6.3 KB were measured with
 two matrices."""
@@ -276,6 +282,15 @@ class Machine:
     the rest."""
     touch_bytes_per_second: float | None = None
     """Rate at which memory is touched for the first time; None: not known, and counted as nothing."""
+
+    def with_memory_of(self, process: "Machine") -> "Machine":
+        """These rates, with what kernels take in `process`: a description of a machine knows no process."""
+        return replace(
+            self,
+            scratch_nbytes=process.scratch_nbytes,
+            native_steps=process.native_steps,
+            device_scratch_nbytes=process.device_scratch_nbytes,
+        )
 
     def touch_seconds(self, nbytes: float) -> float:
         """What touching `nbytes` of memory for the first time takes."""

@@ -13,7 +13,8 @@ from functools import cache
 from typing import Final
 
 from tiered.plan.cost import HALFWAY, decode_computing
-from tiered.plan.inputs import Machine, ModelShape, Workload
+from tiered.plan.inputs import Machine, ModelShape
+from tiered.plan.plan import Plan
 
 SLACK: Final = 1.25
 """A pass with prompt tokens may compute so many times as long as the same pass takes without them."""
@@ -85,9 +86,10 @@ class Pace:
         return self._added / self._tokens * decoding if self._tokens else 0.0
 
 
-def pace_for(model: ModelShape, machine: Machine, workload: Workload) -> Pace:
-    """The pace of prompts beside decoding; until it has seen passes it goes by the machine's rates, if measured."""
-    return Pace(calibration_of(model, machine, workload.mean_context))
+def pace_for(plan: Plan, calibration: Callable[[int], float] | None) -> Pace:
+    """The pace of prompts beside decoding in runs, predictions and simulations of `plan`. Until it has seen passes it
+    goes by `calibration` (`calibration_of`), whose rates are the processor's: where a device computes it knows none."""
+    return Pace(calibration if plan.device is None else None)
 
 
 def calibration_of(model: ModelShape, machine: Machine, mean_context: float) -> Callable[[int], float] | None:

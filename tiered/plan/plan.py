@@ -34,6 +34,13 @@ class Needs:
     """What recurrent layers keep of all sequences at once."""
     waiting: int = 0
     """Hidden states of a device's micro-batches that wait."""
+    has_objects: bool = False
+    """Whether objects for experts are among `outer`."""
+
+    @property
+    def outer_text(self) -> str:
+        """What `outer` is for, in words."""
+        return "tables and experts' objects that stay in memory" if self.has_objects else "tables that stay in memory"
 
     @property
     def total(self) -> int:
@@ -307,7 +314,7 @@ def fit_units(
     experts = f"{format_size(experts_nbytes)} for the experts that one token chooses, " if experts_nbytes else ""
     raise BudgetError(
         f"a budget of {format_size(budget)} is too small. Needed: {format_size(needs.baseline)} for the process "
-        f"itself, {format_size(needs.outer)} for tables that stay in memory, {format_size(needs.kv)} for the "
+        f"itself, {format_size(needs.outer)} for {needs.outer_text}, {format_size(needs.kv)} for the "
         f"KV cache, {state}{format_size(needs.workspace)} for activations, {experts}{format_size(least)} for {what}. "
         f"The smallest budget that works is --ram {format_budget(smallest)}"
         + (f"; or use --tiers disk,{tiers_text(tiers)}" if all_resident and Tier.CPU in tiers else ""),

@@ -48,11 +48,12 @@ class SimulatedPass:
     start: float
     seconds: float
     compute_seconds: float
-    """Seconds in which the processor computed."""
+    """Seconds in which the processor computed, or touched memory for the first time."""
     waits: tuple[tuple[Kind, float], ...]
-    """Seconds in which computing waited, by what for."""
+    """Seconds in which computing waited, by what for; of both seats together, where there are two."""
     disk_seconds: float
-    """Seconds of the pass in which the disk was busy, for this pass or the next."""
+    """Seconds of the pass in which the disk was busy, for this pass or the next, what it reads into being touched for
+    the first time among them."""
     disk_nbytes: int
     bus_seconds: float = 0.0
     """The same of the bus to a device."""
@@ -112,8 +113,7 @@ class Player:
         """The seats for prompts and for the rest, which may be one."""
         plan, model = self._plan, self._model
         costs = UnitCosts(plan, model, machine)
-        rate = machine.expert_bytes_per_second or self._disk_rate
-        experts = None if plan.experts is None else ExpertReads(plan, model, self._disk, rate)
+        experts = None if plan.experts is None else ExpertReads(plan, model, machine, self._disk)
         lanes = Lanes(self.clock, self._disk, self._bus, self._waits, self._processor, experts, self._names)
 
         def seat(of: UnitCosts, there: dict[int, Transfer], device: Device | None) -> Seat:
@@ -130,6 +130,11 @@ class Player:
     def _is_shared(self) -> bool:
         """Whether prompts are computed elsewhere than the rest."""
         return self._prefill is not self._decode
+
+    @property
+    def _goes_on_beside(self) -> bool:
+        """Whether the processor computes beside a device, and does not take turns with it inside each layer."""
+        return self._is_shared and self._plan.experts is None and self._kv is None
 
     def run(self, loads: Iterator[PassLoad], pace: Pace) -> None:
         """Play `loads`; `pace` learns from each before the next one is asked for."""
@@ -236,7 +241,9 @@ class Player:
             yield from self._pass(number, load)
             seconds = self.clock.now - start
             disk, nbytes, bus, computed, gpu = (now - then for now, then in zip(self._so_far(), before, strict=True))
-            pace.note(load.decoding, load.prompt_tokens, computed + gpu, disk)
+            # As predictions count it.
+            computing = max(computed, gpu) if self._goes_on_beside else computed + gpu
+            pace.note(load.decoding, load.prompt_tokens, computing, disk)
             waited = tuple(self._waits.seconds.items())
             self.passes.append(SimulatedPass(load, start, seconds, computed, waited, disk, round(nbytes), bus, gpu))
         self._is_over = True

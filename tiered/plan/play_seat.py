@@ -9,7 +9,7 @@ from functools import partial
 from typing import Final, Self
 
 from tiered.plan.hardware import GpuRates
-from tiered.plan.inputs import ModelShape
+from tiered.plan.inputs import Machine, ModelShape
 from tiered.plan.lanes import Clock, Event, Kind, Process, Server, Transfer
 from tiered.plan.plan import Plan
 from tiered.plan.play_kv import KVPlayer
@@ -82,10 +82,15 @@ class Waits:
 class ExpertReads:
     """The cache of experts, in numbers: how many are in memory, whichever they are."""
 
-    def __init__(self, plan: Plan, model: ModelShape, disk: Server, rate: float) -> None:
-        self._plan, self._model, self._disk, self._rate = plan, model, disk, rate
+    def __init__(self, plan: Plan, model: ModelShape, machine: Machine, disk: Server) -> None:
+        rate = machine.expert_bytes_per_second or machine.disk_bytes_per_second
+        assert rate is not None
+        self._plan, self._model, self._machine, self._disk, self._rate = plan, model, machine, disk, rate
         self._cached, self._missing = 0.0, 0.0
         """Experts in memory, and the fraction of one that has not been read yet."""
+        # What is copied to a device has been touched before.
+        self._untouched = 0 if plan.experts is None or plan.device is not None else plan.experts.slots
+        """Slots whose memory has not been touched."""
 
     def read(self, name: str, chosen: float) -> tuple[float, list[Transfer]]:
         """Of `chosen` experts, how many are not in memory, and the reads that bring them."""
@@ -95,8 +100,15 @@ class ExpertReads:
         self._cached = min(cache.slots, self._cached + lacking)
         count = int(self._missing + lacking + 1e-9)
         self._missing += lacking - count
-        nbytes = experts.file_nbytes
-        return lacking, [self._disk.move("urgent", name, "experts", nbytes, self._rate) for _ in range(count)]
+        return lacking, [self._read(name, experts.file_nbytes, cache.slot_nbytes) for _ in range(count)]
+
+    def _read(self, name: str, nbytes: int, slot_nbytes: int) -> Transfer:
+        """Begin to read an expert into a slot, which is touched meanwhile if nothing has been in it."""
+        seconds = nbytes / self._rate
+        if self._untouched:
+            self._untouched -= 1
+            seconds += self._machine.touch_seconds(slot_nbytes)
+        return self._disk.move("urgent", name, "experts", nbytes, nbytes / seconds)
 
 
 @dataclass(frozen=True, eq=False)

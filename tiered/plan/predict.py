@@ -19,7 +19,7 @@ from tiered.plan.cost import kv_block_nbytes, kv_written_nbytes, pass_seconds, s
 from tiered.plan.hardware import GpuRates
 from tiered.plan.inputs import Machine, ModelShape, Workload
 from tiered.plan.load import Alike, PassRun, pass_runs
-from tiered.plan.pace import Pace, calibration_of
+from tiered.plan.pace import Pace, calibration_of, pace_for
 from tiered.plan.plan import Plan
 from tiered.plan.run_cost import Least, RunCosts
 from tiered.plan.way import expected_bus_nbytes, expected_expert_nbytes
@@ -173,8 +173,7 @@ class Predictor:
         run = _Run(plan, model, machine, self.gpu, self._costs_of(plan))
 
         def new_pace() -> Pace:
-            # As in a run: rates are the processor's, so where a device computes the pace knows none.
-            return Pace(self._calibration(workload.mean_context)) if plan.device is None else Pace()
+            return pace_for(plan, self._calibration(workload.mean_context))
 
         assert machine.disk_bytes_per_second is not None
         least = run.costs.least(plan.read_nbytes / machine.disk_bytes_per_second / plan.batch_size)
@@ -216,11 +215,9 @@ def walk(
     full, rest = divmod(alike.sequences, alike.batch_size)
     later = max(0, full - _WAVES)
     few = replace(alike, sequences=(_WAVES - 1) * alike.batch_size + rest)
-    # What is walked through twice is a batch, which is counted once more for each later one.
-    of_later = (later + 1) * least.seconds(*replace(alike, sequences=alike.batch_size).tokens) if later else 0.0
-    first = _walked(few, new_pace(), phase, most_seconds - of_later, least) if later else (Phase(), Phase())
-    if first is None:
-        return None
+    # Never ended early: beside others a batch may take less than any bound of it alone.
+    first = _walked(few, new_pace(), phase, math.inf, least) if later else (Phase(), Phase())
+    assert first is not None
     # All is the second walk, and as often as there are later batches what it takes longer than the first.
     most = (most_seconds + later * (first[0].seconds + first[1].seconds)) / (later + 1)
     every = replace(alike, sequences=(full - later) * alike.batch_size + rest)

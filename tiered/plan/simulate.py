@@ -25,7 +25,7 @@ from tiered.errors import ConfigError
 from tiered.plan.inputs import Machine, ModelShape, Workload
 from tiered.plan.lanes import Event
 from tiered.plan.load import PassLoad, pass_loads
-from tiered.plan.pace import pace_for
+from tiered.plan.pace import calibration_of, pace_for
 from tiered.plan.plan import Plan
 from tiered.plan.play import Player, SimulatedPass
 from tiered.plan.play_seat import Device
@@ -68,7 +68,7 @@ def simulate(
     if machine.disk_bytes_per_second is None:
         raise ConfigError("no simulation without the disk's bandwidth: run 'tiered profile'")
     player = Player(plan, model, machine, device)
-    pace = pace_for(model, machine, workload)
+    pace = pace_for(plan, calibration_of(model, machine, workload.mean_context))
     player.run(_first(pass_loads(plan, workload, pace), passes), pace)
     return Simulation(tuple(player.passes), tuple(sorted(player.clock.events, key=lambda event: event.start)))
 

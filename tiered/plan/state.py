@@ -72,6 +72,13 @@ class Grid:
         """Of a prompt of so many tokens, the most that must be computed together."""
         return min(self.tokens, prompt) if self.tokens else prompt
 
+    def padded(self, tokens: int) -> int:
+        """How many tokens a scan of at most so many computes: families' own code fills up the cell that it ends in. A
+        single one is no scan."""
+        if self.tokens < 2 or tokens < 2:
+            return tokens
+        return max(tokens, self.tokens) if self.one_cell else round_up(tokens, self.tokens)
+
     def share(self, wanted: int, left: int) -> int:
         """How many of at most `wanted` tokens a pass may take of a prompt that has `left`, from a line of the grid
         on."""

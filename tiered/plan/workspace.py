@@ -90,6 +90,7 @@ def workspace_for(
     live += LATENT_WEIGHTS * 4 if shape.latent_dim else 0
     if shape.state is not None:
         is_native = native_steps and not is_device
+        live += (shape.state.grid.padded(rows) - rows) * shape.state.row_nbytes
         live += min(sequences, rows) * (shape.state.native_step_nbytes if is_native else shape.state.step_nbytes)
     live += _logits_nbytes(shape, max(head_rows, min(sequences, rows)), 0 if is_device else sequences)
     nbytes = live + scratch_nbytes if is_device else _with_heap(live, budget) + scratch_nbytes
