@@ -422,6 +422,6 @@ class BudgetNamed:
 
 def test_a_refusal_names_the_objects_of_experts_where_there_are_any() -> None:
     mixture = mixture_of([MIB] * 9, count=64, chosen=2, nbytes=4 * MIB, layers=8)
-    for model, told in ((mixture, "for tables and experts' objects that stay"), (model_of(), "for tables that stay")):
+    for model, told in ((mixture, "for experts' objects, "), (model_of(), "for tables that stay in memory, ")):
         with pytest.raises(BudgetError, match=told):
             make_plan(model, Machine(0), Workload(1, 64), Budgets(2 * MIB, 0))

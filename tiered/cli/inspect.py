@@ -284,7 +284,7 @@ def _budgets(inspection: Inspection) -> Iterator[str]:
     state += f"{format_size(needs.waiting)} for what waits for the GPU, " if needs.waiting else ""
     yield (
         f"of the smallest, {format_size(needs.baseline)} are for the process itself (measured here), "
-        f"{format_size(needs.outer)} for {needs.outer_text}, {format_size(needs.kv)} for the KV cache, "
+        f"{needs.outer_text}, {format_size(needs.kv)} for the KV cache, "
         f"{state}{format_size(needs.workspace)} for activations"
     )
     if device is not None:

@@ -110,8 +110,7 @@ class AtOnce:
         kv = self._kv_nbytes(cache, host)
         # Also where layers are read whole: views of what is resident are made once.
         objects = 0 if model.experts is None else model.experts.objects_nbytes(ram)
-        outer = model.tables_nbytes + objects
-        needs = Needs(budgets.baseline, outer, kv, workspace, state, waiting_nbytes, objects > 0)
+        needs = Needs(budgets.baseline, model.tables_nbytes, kv, workspace, state, waiting_nbytes, objects)
         # Without a limit on their tokens, passes are the caller's own, who may want logits at any positions.
         is_head_held = not workload.max_batched_tokens or (logits or self.batch_size) > head_rows
         is_layer_held = not self.is_one_micro_batch(tokens, rows, cache)

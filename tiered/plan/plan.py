@@ -26,25 +26,26 @@ class Needs:
     baseline: int
     """The process before any weight: interpreter, torch, transformers, tokenizer, skeleton."""
     outer: int
-    """Position tables, norms, biases, embedding scales: always resident; what embedding rows and compressed chunks are
-    read through; and Python's objects for the experts of a mixture."""
+    """Position tables, norms, biases, embedding scales: always resident; and what embedding rows and compressed chunks
+    are read through."""
     kv: int
     workspace: int
     state: int = 0
     """What recurrent layers keep of all sequences at once."""
     waiting: int = 0
     """Hidden states of a device's micro-batches that wait."""
-    has_objects: bool = False
-    """Whether objects for experts are among `outer`."""
+    objects: int = 0
+    """Python's objects for the experts of a mixture."""
 
     @property
     def outer_text(self) -> str:
-        """What `outer` is for, in words."""
-        return "tables and experts' objects that stay in memory" if self.has_objects else "tables that stay in memory"
+        """`outer`, and `objects` if there are any, in words."""
+        objects = f", {format_size(self.objects)} for experts' objects" if self.objects else ""
+        return f"{format_size(self.outer)} for tables that stay in memory{objects}"
 
     @property
     def total(self) -> int:
-        return self.baseline + self.outer + self.kv + self.workspace + self.state + self.waiting
+        return self.baseline + self.outer + self.kv + self.workspace + self.state + self.waiting + self.objects
 
 
 @dataclass(frozen=True)
@@ -314,7 +315,7 @@ def fit_units(
     experts = f"{format_size(experts_nbytes)} for the experts that one token chooses, " if experts_nbytes else ""
     raise BudgetError(
         f"a budget of {format_size(budget)} is too small. Needed: {format_size(needs.baseline)} for the process "
-        f"itself, {format_size(needs.outer)} for {needs.outer_text}, {format_size(needs.kv)} for the "
+        f"itself, {needs.outer_text}, {format_size(needs.kv)} for the "
         f"KV cache, {state}{format_size(needs.workspace)} for activations, {experts}{format_size(least)} for {what}. "
         f"The smallest budget that works is --ram {format_budget(smallest)}"
         + (f"; or use --tiers disk,{tiers_text(tiers)}" if all_resident and Tier.CPU in tiers else ""),

@@ -259,7 +259,7 @@ def memory_by_kind(plan: Plan) -> dict[str, int]:
     needs, device = plan.needs, plan.device
     host = {
         "process": needs.baseline,
-        "tables": needs.outer,
+        "tables": needs.outer + needs.objects,
         "kv_cache": needs.kv,
         "state": needs.state,
         "workspace": needs.workspace,
