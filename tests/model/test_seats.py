@@ -218,15 +218,22 @@ def logits_of(runtime: Runtime, cuts: tuple[int, ...] = (), neighbour: int = 0) 
     return torch.stack(found)
 
 
+CUT_CELLS: Final[list[tuple[str, str, str, int, int]]] = [
+    *(
+        ("llama", place, kv, bits, (200, 40)[(a + b + c) % 2])
+        for a, place in enumerate((PROMPTS, ALL))
+        for b, kv in enumerate(("cpu", "disk"))
+        for c, bits in enumerate((8, 16))
+    ),
+    *(("gemma3_text", PROMPTS, "cpu", 4, 40), ("gemma3_text", PROMPTS, "disk", 16, 40)),
+    *(("gemma4_text", PROMPTS, "cpu", 16, 40), ("gemma4_text", PROMPTS, "disk", 4, 40)),
+]
+"""Every three of place, cache, bits and rows together."""
+
+
 @pytest.mark.parametrize(
     ("name", "place", "kv", "bits", "rows"),
-    represented(
-        [
-            *product(("llama",), (PROMPTS, ALL), ("cpu", "disk"), (16, 8), (40, 200)),
-            *product(("gemma3_text", "gemma4_text"), (PROMPTS,), ("cpu", "disk"), (16, 4), (40,)),
-        ],
-        [("llama", PROMPTS, "cpu", 8, 40), ("llama", ALL, "cpu", 16, 200), ("gemma4_text", PROMPTS, "disk", 4, 40)],
-    ),
+    represented(CUT_CELLS, [("llama", PROMPTS, "cpu", 16, 40), ("llama", ALL, "cpu", 8, 40), CUT_CELLS[-1]]),
 )
 def test_a_prompt_that_a_device_computes_has_the_same_bits_however_passes_cut_it(
     tmp_path: Path, name: str, place: str, kv: str, bits: Bits, rows: int
