@@ -28,7 +28,7 @@ from tiered.plan.kv import KVShape, layer_groups
 from tiered.plan.load import Alike, PassRun, pass_loads
 from tiered.plan.pace import Pace
 from tiered.plan.predict import Prediction, Predictor, predict, walk
-from tiered.plan.run_cost import Least
+from tiered.plan.run_cost import Least, RunCosts
 from tiered.plan.simulate import simulate
 from tiered.plan.state import Grid, StateGroup, StatePart, StateShape
 from tiered.units import GIB, MIB
@@ -316,6 +316,18 @@ def test_prompts_on_the_gpu_leave_it_no_weights_and_decoding_needs_no_bus() -> N
     assert found.prefill.bus_seconds > 2 * GIB / T4.host_to_device  # and keys and values come back
     assert found.decode.bus_seconds == 0
     assert found.decode.compute_seconds == pytest.approx(prediction().decode.compute_seconds)
+
+
+def test_all_parts_of_a_prompt_attend_where_prompts_are_computed() -> None:
+    """Also those of later passes, wherever the cache is: how fast the processor attends says nothing of them."""
+    plan, _ = on_device("cpu")
+    assert not plan.cache.on_device
+    part = PassRun(1, 0, 0, (range(512, 1024),), 512, 0, False, 0, ())
+    slow, fast = (
+        RunCosts(plan, MODEL, replace(MACHINE, prompt_attention_flops=flops), T4).computing(part)
+        for flops in (1e6, 1e15)
+    )
+    assert slow == fast
 
 
 def test_copying_and_computing_take_turns_where_there_is_no_room_to_copy_ahead() -> None:

@@ -180,7 +180,7 @@ class _Bound:
             prompts, rest = (there if each == "gpu" else machine for each in budgets.computes)
         decoding, reading = self._decode_seconds(rest), self._tokens * least_token_seconds(self._model, prompts)
         pairs = self.workload.sequences * prompt_pairs(self._model, self._prompt)
-        seen = min(prompt_attention_seconds(self._model, each, pairs) for each in (prompts, machine))
+        seen = prompt_attention_seconds(self._model, prompts, pairs)
         attended = decode_attention_seconds(self._model, rest, self._decoded, self._prompt)
         if prompts is rest:
             # They may share passes, and be the quicker for it.

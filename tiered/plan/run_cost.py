@@ -47,13 +47,12 @@ class RunCosts:
     """Seconds of computing by plans like `plan`: with the same devices and micro-batches. Rates must be known."""
 
     def __init__(self, plan: Plan, model: ModelShape, machine: Machine, gpu: GpuRates | None) -> None:
-        self._model, self._machine, self._most_rows = model, machine, plan.micro_batch_rows
+        self._model, self._most_rows = model, plan.micro_batch_rows
         self._prompts = self._rest = machine
         if gpu is not None and plan.device is not None:
             there = on_gpu(machine, model, plan.cache, gpu)
             self._prompts = there if plan.prefill_device == "gpu" else machine
             self._rest = there if plan.decode_device == "gpu" else machine
-        self._attends_elsewhere = plan.prefill_device == "gpu" and not plan.cache.on_device
         self._known: dict[tuple[object, ...], Computing] = {}
         self._of_rest = self._linear_of(self._rest)
         self._of_prompts = self._of_rest if self._prompts is self._rest else self._linear_of(self._prompts)
@@ -96,27 +95,17 @@ class RunCosts:
     def _computing(self, run: PassRun, in_turns: bool) -> Computing:
         logits = -(-run.logits // run.times)
         decoding = decode_attention_seconds(self._model, self._rest, run.rows, run.context) if run.rows else 0.0
-        reading, elsewhere = self._prompt_attention(run)
+        # Prompts attend where they are computed, wherever the KV cache is.
+        reading = prompt_attention_seconds(self._model, self._prompts, self._run_pairs(run))
         if self._prompts is self._rest:
-            attention = decoding + reading + elsewhere
-            return self._of_rest(run.rows + run.prompt_tokens, logits) + Computing(attention)
+            return self._of_rest(run.rows + run.prompt_tokens, logits) + Computing(decoding + reading)
         # What decodes computes all logits.
-        alone = Computing(elsewhere) + self._of_rest(0, logits)
+        alone = self._of_rest(0, logits)
         prompts = self._of_prompts(run.prompt_tokens, 0) + Computing(reading)
         rest = self._of_rest(run.rows, 0) + Computing(decoding)
         if in_turns:
             return prompts + rest + alone
         return max(prompts, rest, key=lambda each: each.seconds) + alone
-
-    def _prompt_attention(self, run: PassRun) -> tuple[float, float]:
-        """Seconds of each pass at the seat of prompts, and at the processor's if that is another. A device that has no
-        KV cache attends to prompts in the pass in which they begin."""
-        pairs = self._run_pairs(run)
-        here = pairs
-        if self._attends_elsewhere:
-            here = sum(self._pairs(len(part)) for part in run.parts if not part.start) / run.times
-        seconds = prompt_attention_seconds(self._model, self._prompts, here)
-        return seconds, prompt_attention_seconds(self._model, self._machine, pairs - here)
 
     def _run_pairs(self, run: PassRun) -> float:
         """Pairs of a query and a key that it sees, of the prompts in each pass of `run`, summed over layers."""
