@@ -24,7 +24,7 @@ THREE, LOADED, ALONE = (Tier.DISK, Tier.CPU, Tier.GPU), (Tier.CPU, Tier.GPU), (T
         ({"vram": GIB}, "--vram is for a GPU, and --tiers disk,cpu has none; add --tiers disk,cpu,gpu"),
         ({"device": "emulated"}, "--device is for a GPU"),
         ({"resident_gpu": 0}, "--resident-gpu is for a GPU"),
-        ({"resident_cpu": GIB}, "--resident-cpu is for a GPU"),
+        ({"tiers": (Tier.CPU,), "resident_cpu": GIB}, "--resident-cpu: --tiers cpu keeps in memory all"),
         ({"prefill_device": "gpu"}, "--prefill-device gpu is for a GPU"),
         ({"decode_device": "gpu"}, "--decode-device gpu is for a GPU"),
         ({"kv": "gpu"}, "--kv gpu is for a GPU"),
@@ -44,7 +44,7 @@ THREE, LOADED, ALONE = (Tier.DISK, Tier.CPU, Tier.GPU), (Tier.CPU, Tier.GPU), (T
         ({"tiers": THREE, "decode_device": "cpu", "resident_gpu": GIB}, "pass through"),
         ({"tiers": THREE, "decode_device": "cpu", "dtype": "float16"}, "the processor has no arithmetic for it"),
         ({"tiers": ALONE, "resident_gpu": GIB}, "--tiers gpu keeps all weights on the GPU"),
-        ({"tiers": LOADED, "resident_cpu": GIB}, "--tiers cpu,gpu keeps in memory all that is not on the GPU"),
+        ({"tiers": LOADED, "resident_cpu": GIB}, "--tiers cpu,gpu keeps in memory all that is not on a GPU"),
     ],
 )
 def test_options_that_contradict_each_other_are_explained(fields: dict[str, Any], message: str) -> None:

@@ -90,6 +90,11 @@ class Options:
             raise ConfigError(
                 f"--{given} is for a GPU, and --tiers {tiers_text(self.tiers)} has none; add --tiers disk,cpu,gpu"
             )
+        if self.resident_cpu is not None and Tier.DISK not in self.tiers:
+            raise ConfigError(
+                f"--resident-cpu: --tiers {tiers_text(self.tiers)} keeps in memory all that is not on a GPU; add disk "
+                "to --tiers"
+            )
 
     @property
     def has_device(self) -> bool:
@@ -164,7 +169,6 @@ class Options:
             "device": self.device not in (None, "auto"),
             "vram": self.vram is not None,
             "resident-gpu": self.resident_gpu is not None,
-            "resident-cpu": self.resident_cpu is not None,
             "prefill-device gpu": self.prefill_device == "gpu",
             "decode-device gpu": self.decode_device == "gpu",
             "kv gpu": self.kv == "gpu",
@@ -202,10 +206,6 @@ class Options:
             )
         if self.resident_gpu is not None and Tier.CPU not in self.tiers:
             raise ConfigError(f"--resident-gpu: --tiers {tiers} keeps all weights on the GPU; use --tiers disk,cpu,gpu")
-        if self.resident_cpu is not None and Tier.DISK not in self.tiers:
-            raise ConfigError(
-                f"--resident-cpu: --tiers {tiers} keeps in memory all that is not on the GPU; use --tiers disk,cpu,gpu"
-            )
 
 
 def _is_count(value: object, least: int) -> bool:

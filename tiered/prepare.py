@@ -17,7 +17,7 @@ from tiered.host import PROCESS, DeviceComputer, Host, Member
 from tiered.kernels import device_dtype, device_scratch_nbytes, scratch_nbytes
 from tiered.model import Seat, Seats, check_layers, check_match, model_shape
 from tiered.options import Options, compute_dtype
-from tiered.plan import Bits, Budgets, Machine, ModelShape, process_rss_bytes
+from tiered.plan import Budgets, Machine, ModelShape, process_rss_bytes
 from tiered.plan.shapes import read_store_shape, write_store_shape
 from tiered.process import interrupts_later
 from tiered.store import Store
@@ -109,14 +109,26 @@ def host_for(options: Options) -> Host:
 def budgets_of(options: Options, member: Member, before: int, host: Host) -> Budgets:
     """What may be used, and what the process takes of it by itself. `before`: its bytes before `prepare`."""
     baseline = PROCESS.measure_baseline(member, before, options.ram)
-    bits: Bits = 16 if options.kv_bits == "auto" else options.kv_bits
-    chosen, rows = options.kv_bits == "auto", options.micro_batch_rows
-    budgets = Budgets(member.budget, baseline, options.tiers, options.kv, bits, chosen, rows)
+    budgets = host_budgets(options, member.budget, baseline)
     if host.computer is None:
         return budgets
     device = host.computer.device
     vram = max(1, device.vram_nbytes - host.promised_nbytes)
     return device_budgets(budgets, options, vram, device.context_nbytes, device.name)
+
+
+def host_budgets(options: Options, ram: int, baseline: int) -> Budgets:
+    """What may be used of the host, of whose `ram` bytes the process takes `baseline` itself."""
+    return Budgets(
+        ram,
+        baseline,
+        options.tiers,
+        options.kv,
+        kv_bits=16 if options.kv_bits == "auto" else options.kv_bits,
+        choose_kv_bits=options.kv_bits == "auto",
+        micro_batch=options.micro_batch_rows,
+        resident_cpu=options.resident_cpu,
+    )
 
 
 def device_budgets(budgets: Budgets, options: Options, vram: int, context_nbytes: int, device: str = "") -> Budgets:
@@ -131,7 +143,6 @@ def device_budgets(budgets: Budgets, options: Options, vram: int, context_nbytes
         context_nbytes=context_nbytes,
         device=device,
         resident_gpu=options.resident_gpu,
-        resident_cpu=options.resident_cpu,
         prefill_device=prefill,
         decode_device=decode,
     )

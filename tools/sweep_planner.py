@@ -5,8 +5,8 @@
 
 A job is so many sequences of one length in one budget. It is run as the planner chooses (for `tiered plan` and for runs
 alike), with a quarter to four times that many sequences at once, with the KV cache elsewhere or in other bits (at the
-batch size that is predicted to be best there), and with so much less memory that half of the weights stay there. Each
-run is one `tiered generate` on a synthetic store, which is made in DIR where it is not there yet; its line in
+batch size that is predicted to be best there), and with half and none of the weights in memory that could stay there.
+Each run is one `tiered generate` on a synthetic store, which is made in DIR where it is not there yet; its line in
 DIR/planner.jsonl is written when it ends.
 
 The planner is asked with the profile DIR/profile.toml, which is measured once, and the rate of the disk as it was when
@@ -74,16 +74,17 @@ class Way:
     batch: int
     kv: str
     bits: int
-    less: int = 0
-    """Bytes of the budget that it leaves unused, which hold fewer weights then."""
+    resident: int | None = None
+    """Bytes of weights that stay in memory; None: as many as have room."""
 
     @classmethod
     def of(cls, plan: Plan) -> "Way":
-        return cls(plan.batch_size, "disk" if plan.cache.on_disk else "cpu", plan.cache.bits)
+        resident = plan.placement.resident_nbytes if plan.placement.is_wished else None
+        return cls(plan.batch_size, "disk" if plan.cache.on_disk else "cpu", plan.cache.bits, resident)
 
     def __str__(self) -> str:
-        less = f", {format_size(self.less)} less" if self.less else ""
-        return f"{self.batch}, {self.kv} {self.bits}{less}"
+        held = "" if self.resident is None else f", {format_size(self.resident)} of weights"
+        return f"{self.batch}, {self.kv} {self.bits}{held}"
 
 
 SHORT: Final = (12, 4, 8)
@@ -98,7 +99,7 @@ JOBS: Final = [
         *(("opt-1.3b", "900MiB", SHORT), ("opt-1.3b", "750MiB", LONG), ("opt-1.3b", "1200MiB", LONG)),
     )
 ]
-NEAR: Final = 6
+NEAR: Final = 7
 """Ways of each job that are run before others of any: an interrupted sweep is one of most jobs."""
 
 
@@ -118,7 +119,7 @@ class Planner:
     def plan(self, way: Way) -> Plan | None:
         """The plan of `way`; None where it does not fit."""
         bits: Any = way.bits
-        budgets = Budgets(parse_size(self._job.ram) - way.less, BASELINE_NBYTES, kv_bits=bits)
+        budgets = Budgets(parse_size(self._job.ram), BASELINE_NBYTES, kv_bits=bits, resident_cpu=way.resident)
         asked = Asked(self._model, self._machine, self._job.ask.workload, budgets)
         try:
             return asked.way(way.batch, way.kv == "disk").plan_at(budgets.ram)
@@ -141,9 +142,9 @@ class Planner:
         for place, bits in PLACES:
             ways = [Way(batch, place, bits) for batch in batches(self._job.ask.workload)]
             found.append(max(ways, key=self.tokens_per_second))
-        plan = self.plan(chosen)
-        if plan is not None and plan.placement.resident_nbytes:
-            found.append(replace(chosen, less=plan.placement.resident_nbytes // 2))
+        plan = self.plan(replace(chosen, resident=None))
+        if plan is not None and (most := plan.placement.resident_nbytes):
+            found += [replace(chosen, resident=resident) for resident in (most // 2, 0, None)]
         found += [replace(chosen, batch=chosen.batch * 2**power // 4) for power in (0, 4)]
         right = (way for way in dict.fromkeys(found) if 1 <= way.batch <= self._job.sequences)
         return [way for way in right if self.plan(way) is not None]
@@ -243,14 +244,8 @@ def run(store: Path, job: Job, way: Way) -> dict[str, Any]:
     """Seconds of the whole job, all passes together, and what its report says of memory; seconds are None where it
     does not fit."""
     words = ["generate", str(store), "--json", "--ignore-eos", "--no-measure", "--objective", "throughput"]
-    words += [
-        "--ram",
-        str(parse_size(job.ram) - way.less),
-        "--sequences",
-        str(job.sequences),
-        "--prompt-tokens",
-        str(job.prompt),
-    ]
+    words += ["--ram", job.ram, "--sequences", str(job.sequences), "--prompt-tokens", str(job.prompt)]
+    words += [] if way.resident is None else ["--resident-cpu", str(way.resident)]
     words += ["-n", str(job.new), "--batch", str(way.batch), "--kv", way.kv, "--kv-bits", str(way.bits)]
     print(f"sweep_planner: {job.shape} in {job.ram}, {job.prompt} + {job.new}: {way}", file=sys.stderr)
     said = call(*words, or_code=_NO_BUDGET)

@@ -506,6 +506,26 @@ def test_a_streaming_run_reads_what_is_not_resident_once_per_pass(store: Path) -
     assert 0 <= report["bytes_read"] - streamed <= _besides_the_tape(store, 12)
 
 
+def test_weights_stay_in_memory_as_wished_and_the_tokens_are_the_same(store: Path) -> None:
+    words = (store, "-p", PROMPTS[0], "-n", "4", *FLOAT32, *QUIET)
+    whole, none = answer(*words), answer(*words, "--resident-cpu", "0")
+    assert none["completions"] == whole["completions"]
+    assert whole["report"]["resident_bytes"] == whole["report"]["tape_bytes"] and not none["report"]["resident_bytes"]
+    assert none["report"]["bytes_read"] >= none["report"]["passes"] * none["report"]["tape_bytes"]
+
+
+def test_a_text_of_few_tokens_keeps_less_in_memory_where_taking_it_is_slow(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = load_hardware("laptop-16gb")
+    slow = replace(machine, gpu=None, cpu=replace(machine.cpu, cores=1), disk=replace(machine.disk, kept=1e7))
+    monkeypatch.setattr("tiered.cli.measuring.find_profile", lambda folder: slow)
+    words, measured = (store, "-n", "2", "--threads", "1", *QUIET), ("--prompt-tokens", "8")
+    assert answer(*words, "-p", PROMPTS[0])["report"]["resident_bytes"] == 0
+    report = answer(*words, *measured)["report"]
+    assert report["resident_bytes"] == report["tape_bytes"]
+
+
 def test_a_mixture_in_little_memory_reads_the_experts_that_are_chosen_and_answers_the_same() -> None:
     store, passes = Store.open(make_mixture()), 12
     words = (store.path, "--prompt-tokens", "6", "-n", str(passes), "--ignore-eos", *FLOAT32, *QUIET)

@@ -110,6 +110,44 @@ def test_a_last_wave_that_is_nearly_empty_counts_as_a_whole_one(name: str, shape
     assert seconds[plan.batch_size] <= 1.02 * min(seconds.values())
 
 
+SLOW_TO_TAKE: Final = replace(QUICK, kept_bytes_per_second=DISK / 8, touch_bytes_per_second=DISK / 7)
+"""A weight that stays takes eight times as long to read for the first time, as memory must be found for it."""
+TEXT: Final = Workload(4, 8, 4, max_batched_tokens=4096, is_whole=True)
+
+
+def test_in_a_job_of_few_passes_less_stays_in_memory_than_has_room() -> None:
+    # A unit that stays costs seven reads more in the first pass, and spares one in each of the others.
+    def held(passes: int, **fields: Any) -> int:
+        job = replace(TEXT, max_context=4 + passes)
+        return planned(1500 * MIB, SLOW_TO_TAKE, job, **fields).placement.resident_nbytes
+
+    assert held(4) == 0 and held(16) == planned(1500 * MIB, workload=TEXT).placement.resident_nbytes > 500 * MIB
+    assert held(4, resident_cpu=400 * MIB) == 400 * MIB
+
+
+def test_what_later_runs_may_use_stays_in_memory() -> None:
+    open_for_more = replace(TEXT, is_whole=False)
+    assert planned(1500 * MIB, SLOW_TO_TAKE, open_for_more).placement.resident_nbytes > 500 * MIB
+
+
+@pytest.mark.parametrize("passes", [2, 6, 9, 12, 30])
+@pytest.mark.parametrize("slow", [QUICK, machine(0.4, 0.9, 9.0)], ids=["quick", "slow"])
+def test_what_stays_in_memory_makes_the_job_the_quickest(slow: Machine, passes: int) -> None:
+    job = replace(TEXT, max_context=4 + passes)
+    slow = replace(slow, kept_bytes_per_second=DISK / 8, touch_bytes_per_second=DISK / 7)
+
+    def seconds(plan: Plan) -> float:
+        return predict(plan, MODEL, slow, job).seconds
+
+    found = seconds(planned(1500 * MIB, slow, job))
+    asked = (planned(1500 * MIB, slow, job, resident_cpu=size * MIB) for size in range(0, 1000, 100))
+    assert found <= 1.02 * min(map(seconds, asked))
+
+
+def test_the_reason_says_that_less_stays_than_has_room() -> None:
+    assert "0 B of weights stay in memory, as the passes are few" in planned(1500 * MIB, SLOW_TO_TAKE, TEXT).why
+
+
 def test_sequences_of_different_lengths_make_no_waves() -> None:
     # 16 fit. Of 20 that are equally long 10 at once take two waves, too; where lengths differ more at once end sooner.
     alike = Workload(20, 1024, 8, choose_batch_size=True, max_batched_tokens=512, objective="throughput")

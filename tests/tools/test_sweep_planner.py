@@ -40,10 +40,10 @@ def test_a_sweep_has_the_choice_and_what_it_was_chosen_among() -> None:
     assert choice is not None and choice in swept and len(set(swept)) == len(swept)
     assert {way.batch for way in swept} >= {choice.batch // 2, choice.batch}
     assert {(way.kv, way.bits) for way in swept} >= {("cpu", 16), ("cpu", 4), ("disk", 16), ("disk", 4)}
-    assert any(way.less for way in swept) and all(1 <= way.batch <= JOB.sequences for way in swept)
+    assert any(way.resident is not None for way in swept) and all(1 <= way.batch <= JOB.sequences for way in swept)
     # What is chosen is predicted to be about the best of all that is run.
     assert planner.tokens_per_second(choice) > 0.85 * max(map(planner.tokens_per_second, swept))
-    assert planner.tokens_per_second(Way(32, "cpu", 16, less=1 << 30)) == 0
+    assert planner.tokens_per_second(Way(32, "cpu", 16, resident=1 << 30)) == 0
 
 
 def test_a_sweep_goes_on_where_it_was_and_its_table_names_what_is_behind(

@@ -196,6 +196,7 @@ def _workload(request: BatchRequest, job: JobFile | InputSize, done: int) -> Wor
         batch_size=request.batch,
         objective=request.objective,
         choose_batch_size=True,
+        is_whole=True,
     )
 
 

@@ -141,6 +141,7 @@ def _run(
         batch_size=request.batch,
         choose_batch_size=request.prompt_tokens is None,  # what is measured runs as it was asked for
         objective=request.objective,
+        is_whole=request.prompt_tokens is None,
     )
     say = None if request.as_json else partial(click.echo, err=True)
     options = with_chosen_phases(options, store, lambda: workload, say)

@@ -171,8 +171,9 @@ def _inspect(
 
 def _with_device(budgets: Budgets, options: Options) -> Budgets:
     """The budgets for a device that need not be there: what its driver takes is assumed."""
+    budgets = replace(budgets, tiers=options.tiers, resident_cpu=options.resident_cpu)
     if not options.has_device or options.vram is None:
-        return replace(budgets, tiers=options.tiers)
+        return budgets
     context_nbytes = 0 if options.device == "emulated" else CONTEXT_NBYTES
     return device_budgets(budgets, options, options.vram, context_nbytes)
 

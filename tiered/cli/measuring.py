@@ -24,7 +24,6 @@ from tiered.kernels import load_library
 from tiered.opening import FindHardware
 from tiered.options import Options, compute_dtype
 from tiered.plan import (
-    Bits,
     Budgets,
     ModelShape,
     Workload,
@@ -41,7 +40,7 @@ from tiered.plan.phases import PhaseChoice, choose_phases
 from tiered.plan.predict import Prediction, can_predict, predict
 from tiered.plan.shapes import read_store_shape
 from tiered.plan.strategies import BASELINE_NBYTES, machine_for
-from tiered.prepare import device_budgets, unmeasured_machine
+from tiered.prepare import device_budgets, host_budgets, unmeasured_machine
 from tiered.runtime import Runtime
 from tiered.shapes import store_shape
 from tiered.store import Store
@@ -250,9 +249,7 @@ def _chosen_phases(options: Options, store: Store, workload: Callable[[], Worklo
 def _budgets(options: Options, gpu: GpuRates) -> Budgets:
     """About what a run would have, whose process nobody has measured yet."""
     baseline = max(BASELINE_NBYTES, process_rss_bytes())
-    bits: Bits = 16 if options.kv_bits == "auto" else options.kv_bits
-    ram, is_auto = options.ram or available_budget(), options.kv_bits == "auto"
-    budgets = Budgets(ram, baseline, options.tiers, options.kv, bits, is_auto, options.micro_batch_rows)
+    budgets = host_budgets(options, options.ram or available_budget(), baseline)
     if not options.has_device:
         return budgets
     vram = options.vram or int(gpu.vram * DEFAULT_SHARE)

@@ -60,6 +60,8 @@ class Model:
             words += ["--tiers", tiers_text(GPU_TIERS), "--vram", format_budget(ask.vram)]
             words += ["--prefill-device", "gpu", "--decode-device", "cpu"] if row.strategy == BOTH else []
         words += ["--kv", row.kv_tier, "--kv-bits", str(row.kv_bits)]
+        if row.plan.placement.is_wished:
+            words += ["--resident-cpu", format_budget(row.plan.placement.resident_nbytes)]
         if ask.objective == "latency":
             words += ["-n", str(ask.generate), "-p", "..."]
         else:

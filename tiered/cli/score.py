@@ -78,6 +78,7 @@ class _Cut:
             choose_batch_size=True,
             one_pass=True,
             all_logits=True,
+            is_whole=True,
         )
 
     def windows(self) -> Iterator[Window]:

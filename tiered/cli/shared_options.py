@@ -79,7 +79,9 @@ DEVICE: Final = together(
     click.option("--vram", help="Budget of the GPU's memory, such as 14GiB. [default: 90% of what is free there]"),
     click.option("--resident-gpu", metavar="SIZE", help="Weights that stay on the GPU. [default: as many as fit]"),
     click.option(
-        "--resident-cpu", metavar="SIZE", help="Weights that stay in memory besides. [default: as many as fit]"
+        "--resident-cpu",
+        metavar="SIZE",
+        help="Weights that stay in memory besides. [default: as many as fit, fewer where a short job is quicker so]",
     ),
     click.option(
         "--prefill-device",

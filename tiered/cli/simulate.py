@@ -217,7 +217,14 @@ def run(
     check_positions(found, prompt_len, gen_len)
     name, shape = _shape(found, quant)
     machine = hardware_for(found, hardware)
-    work = Workload(batch, prompt_len + gen_len, prompt_len, max_batched_tokens=MAX_BATCHED_TOKENS, objective=objective)
+    work = Workload(
+        batch,
+        prompt_len + gen_len,
+        prompt_len,
+        max_batched_tokens=MAX_BATCHED_TOKENS,
+        objective=objective,
+        is_whole=True,
+    )
     budget = ram_budget(ram, machine, is_here=hardware is None)
     bits = BITS_BY_NAME[kv_bits]
     budgets = Budgets(budget, BASELINE_NBYTES, tiers=places, kv=kv, kv_bits=bits, micro_batch=micro_batch)

@@ -11,10 +11,13 @@ that could hold weights, or is read in every pass like them. N sequences that ar
 waves, the last of which may be nearly empty. Others make no waves, as each that ends makes room for the next one: there
 n of them cost n / N of what as many full waves would. Where latency counts, a sequence has its result after a part of
 the job, on average.
+
+A weight that stays takes memory, which costs time when it is touched for the first time. In a job of a few passes that
+may be more than reading the weight again takes, so plans with fewer weights in memory are compared, too.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from operator import itemgetter
 from typing import Final
@@ -23,7 +26,7 @@ from tiered.errors import BudgetError, ConfigError
 from tiered.plan.batch_size import ENOUGH_TOKENS, all_candidates
 from tiered.plan.bound import least_seconds, least_share
 from tiered.plan.hardware import GpuRates
-from tiered.plan.inputs import Budgets, ModelShape, Workload
+from tiered.plan.inputs import Budgets, ModelShape, Tier, Workload
 from tiered.plan.kv import Bits, check_bits
 from tiered.plan.plan import Plan
 from tiered.plan.predict import Prediction, Predictor
@@ -40,6 +43,8 @@ _DISPLACES: Final = 1.001 * _WORTH / WORTH_OF_BITS
 """So many times the least cost of more bits fewer may cost where they make a difference: those of more bits are chosen
 beside any others, and what costs a fiftieth more is not too much for few sequences either."""
 _BITS: Final[tuple[Bits, ...]] = (16, 8, 4)
+_PARTS: Final = 8
+"""By so many steps less stays in memory, from all that has room down to nothing."""
 _OTHER: Final = 1.15
 _DOUBLED: Final = 1.9
 """Of two numbers of sequences at once the larger is so many times the smaller; with a device twice, about."""
@@ -124,16 +129,51 @@ def _add_options(asked: Asked, predictor: Predictor, least: "_Least", found: lis
             except BudgetError:
                 continue
             is_resident = _is_resident(plan, asked.model)
-            prediction = predictor.predict(plan, job, least.choosable(is_resident) / share)
             cost = least.choosable(is_resident)
+            taking = _taking_seconds(way, plan, job)
+            prediction = predictor.predict(plan, job, cost / share + taking)
             if prediction is not None:
                 cost = prediction.seconds * share
                 found.append(Option(plan, prediction, cost, is_resident))
                 least.note(found[-1])
+                if taking > (1 - 1 / _WORTH) * prediction.seconds:
+                    for option in _holding_less(way, found[-1], job, share, predictor):
+                        cost = min(cost, option.cost)
+                        found.append(option)
+                        least.note(option)
             least.keep(way, plan, cost)
             is_all_there = not plan.read_nbytes and not plan.reads(asked.model.experts)
             if is_all_there and not (way.on_device and plan.bus_nbytes):
                 break  # elsewhere the cache would leave no more room for weights, and only be slower
+
+
+def _taking_seconds(way: Way, plan: Plan, job: Workload) -> float:
+    """Seconds by which the first pass takes longer, as the units that then stay take memory; 0 where nobody knows, or
+    nothing is to be chosen."""
+    machine, budgets = way.asked.machine, way.asked.budgets
+    rate, kept = machine.disk_bytes_per_second, machine.kept_bytes_per_second
+    can_choose = job.is_whole and budgets.resident_cpu is None and Tier.DISK in budgets.tiers
+    if not can_choose or plan.device is not None or plan.experts is not None or rate is None or kept is None:
+        return 0.0
+    nbytes = sum(map(plan.tape.file_nbytes.__getitem__, plan.placement.resident))
+    return max(0.0, nbytes / kept - nbytes / rate)
+
+
+def _holding_less(way: Way, most: Option, job: Workload, share: float, predictor: Predictor) -> Iterator[Option]:
+    """Options with fewer units in memory than `most`, as long as each takes less time than the one before: what a pass
+    takes is the longest of sums, so no later one would be the quickest."""
+    nbytes, cost = most.plan.placement.resident_nbytes, most.cost
+    for part in reversed(range(_PARTS)):
+        budgets = replace(way.asked.budgets, resident_cpu=nbytes * part // _PARTS)
+        try:
+            plan = way.within(budgets).plan_at(budgets.ram)
+        except BudgetError:
+            return
+        prediction = predictor.predict(plan, job, cost / share)
+        if prediction is None or prediction.seconds * share >= cost:
+            return
+        cost = prediction.seconds * share
+        yield Option(plan, prediction, cost, _is_resident(plan, way.asked.model))
 
 
 class _Least:

@@ -327,6 +327,8 @@ class Workload:
     all_logits: bool = False
     """Every position gets logits, not only the last one of each sequence."""
     objective: Objective = "latency"
+    is_whole: bool = False
+    """Nothing else is run by the plan. Else what stays in memory may serve later runs, so as much stays as has room."""
     least_context: int = 0
     """If not 0, `max_context` is lowered to what the budget holds, but not below this."""
 

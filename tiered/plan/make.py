@@ -46,7 +46,8 @@ def _plan_by_prediction(asked: Asked, gpu: GpuRates | None) -> Plan | None:
     if not can_predict(asked.machine, gpu, budgets.has_device) or workload.least_context:
         return None
     ways = asked.ways(workload.sequences)
-    if len(batches(workload)) * len(bits_of(asked.model, budgets)) * len(ways) < 2:
+    may_hold_less = workload.is_whole and asked.machine.kept_bytes_per_second is not None
+    if len(batches(workload)) * len(bits_of(asked.model, budgets)) * len(ways) < 2 and not may_hold_less:
         return None
     found = options(asked, Predictor(asked.model, asked.machine, gpu))
     return _reasoned(asked, best(found)) if found else None
@@ -219,6 +220,9 @@ def _reasoned(asked: Asked, option: Option) -> Plan:
     plan, found = option.plan, option.prediction
     phase = found.decode if found.decode.passes else found.prefill
     why = f"{plan.batch_size} of {asked.workload.sequences} sequences at once; predicted per pass: {phase.of_a_pass}"
+    if plan.placement.is_wished and asked.budgets.resident_cpu is None:
+        held = format_size(plan.placement.resident_nbytes)
+        why = f"{why}; {held} of weights stay in memory, as the passes are few and taking more takes longer"
     return replace(plan, why=f"{why}; {_place_of(plan)}")
 
 

@@ -200,7 +200,7 @@ class Plan:
     @property
     def bound_resident_nbytes(self) -> int:
         """M of the bound, the bytes that need not be read: all that the budgets leave after needs, the cache of experts
-        and two units each, used or not, but at most S. Where somebody has wished for what is resident, that.
+        and two units each, used or not, but at most S. Where what is resident was wished for, that.
 
         Never less than what is resident: if a large unit is resident, a ring for the others may be smaller than the
         largest two neighbours.

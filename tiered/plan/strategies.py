@@ -70,6 +70,7 @@ class Ask:
             batch_size=self.batch,
             choose_batch_size=True,
             objective=self.objective,
+            is_whole=True,
         )
 
 
