@@ -95,7 +95,7 @@ def test_a_folder_is_measured_with_a_file_that_nobody_sees(disk: Disk, processor
     assert disk.sizes == [size for size in profile.RANDOM_NBYTES if size <= 16 * MIB]
     assert (found.disk.read, found.disk.random[0]) == (2e9, (1_000_000, 1e9)) and found.disk.write > 0
     assert (found.disk.streamed, found.disk.kept, found.cpu.operation_seconds) == (0.9, 1e9, 1e-3)
-    assert (found.cpu.element_seconds, found.cpu.reading_seconds, found.cpu.touch) == (None, 1e-10, 1e9)
+    assert (found.cpu.element_seconds, found.cpu.reading_seconds, found.cpu.touch) == (None, 1e-10, 1e8)
     assert found.is_measured and "temporary file of 16 MiB" in found.source and found.source.startswith("measured 2")
     assert found.cpu.cores == 2 and found.cpu.attention == pytest.approx(2 * 32 * 128 * 2 / 1e-6)
     assert {(one.scheme, one.mode) for one in found.cpu.linear} == {

@@ -121,6 +121,8 @@ def test_what_passes_take_beyond_raw_reading_is_counted_where_it_was_measured() 
     kv = KVShape(8, 128, 2, "bfloat16")
     made = machine.machine("int8-g64", "invariant", kv, 7)
     assert made.disk_bytes_per_second == pytest.approx(1.8e9) and made.kept_bytes_per_second == 1e9
+    slow = replace(machine, cpu=replace(machine.cpu, touch=3e8)).machine("int8-g64", "invariant", kv, 7)
+    assert slow.kept_bytes_per_second == 3e8, "what stays in memory is not read faster than memory is found for it"
     assert made.operation_seconds == made.element_seconds == made.reading_seconds == made.touch_seconds(1e9) == 0
 
 
