@@ -12,7 +12,6 @@ import logging
 import mmap
 import os
 import platform
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
