@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.open_files import open_below
 from tiered.bench import passes, profile, rates
 from tiered.bench.gpu import measure_gpu
 from tiered.bench.memory import measure_memory, measure_touch
@@ -175,11 +176,10 @@ def test_whatever_ends_it_nothing_is_left(
         raise error
 
     monkeypatch.setattr(profile, "measure_write", fail)
-    before = len(list(Path("/proc/self/fd").iterdir()))
     with pytest.raises((KeyboardInterrupt, DiskFullError)):
         profile.measure_hardware(tmp_path, [], 1)
     assert list(tmp_path.iterdir()) == []
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert open_below(tmp_path) == []
 
 
 def test_memory_is_read_and_touched_at_a_speed() -> None:

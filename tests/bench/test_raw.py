@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.open_files import open_below
 from tests.store.make import bytes_of, random_bytes
 from tiered.bench import measure_raw
 from tiered.bench.raw import BLOCK_SIZES, measure_random, measure_write
@@ -148,11 +149,10 @@ def test_a_file_named_twice_is_opened_once(
 
 
 def test_descriptors_are_closed_afterwards(files: list[Path], memory: memoryview) -> None:
-    before = len(list(Path("/proc/self/fd").iterdir()))
     measure_raw(files, memory, False, SECONDS)
     with pytest.raises(ReadError):
         measure_raw([*files, files[0] / "gone"], memory, False, SECONDS)
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert open_below(files[0].parent) == []
 
 
 def test_a_missing_file_is_named(tmp_path: Path, memory: memoryview) -> None:

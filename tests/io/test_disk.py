@@ -17,6 +17,7 @@ import torch
 from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
+from tests.open_files import open_below
 from tests.quick import examples
 from tests.store.make import bytes_of, random_bytes, write_block
 from tests.waiting import SECONDS, turns_of_the_loop, until
@@ -443,10 +444,9 @@ def test_the_first_error_surfaces_when_no_read_runs_any_more(large: tuple[Path, 
 
 def test_descriptors_are_closed_with_the_reader(large: tuple[Path, FileInfo], memory: memoryview) -> None:
     root, file = large
-    before = len(list(Path("/proc/self/fd").iterdir()))
     with reader_of(root, Calls(failing(errno.EINVAL, times=1)), mode=ReadMode.DIRECT) as reader:
         read(reader, file, memory)
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert open_below(root) == []
 
 
 def test_threads_end_with_the_reader(small: tuple[Path, FileInfo], memory: memoryview) -> None:

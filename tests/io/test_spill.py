@@ -16,6 +16,7 @@ import torch
 from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
+from tests.open_files import open_below
 from tests.quick import examples
 from tests.store.make import bytes_of, random_bytes
 from tests.waiting import SECONDS, turns_of_the_loop, until
@@ -242,10 +243,9 @@ def test_space_that_cannot_be_had_is_told_before_anything_runs(tmp_path: Path) -
     def allocate(fd: int, nbytes: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    before = open_files()
     with pytest.raises(DiskFullError, match="no space for the 10 MiB of the KV cache: No space left on device"):
         spill_of(tmp_path, allocate=allocate)
-    assert open_files() == before
+    assert open_below(tmp_path) == []
 
 
 def test_a_cache_larger_than_the_free_space_is_refused(tmp_path: Path) -> None:
@@ -382,16 +382,11 @@ def test_idle_time_is_time_without_transfers(tmp_path: Path, memory: memoryview)
     run(wait())
 
 
-def open_files() -> int:
-    return len(list(Path("/proc/self/fd").iterdir()))
-
-
 def test_the_file_and_its_threads_go_with_it(tmp_path: Path, memory: memoryview) -> None:
-    before = open_files()
     with spill_of(tmp_path) as spill:
         assert_comes_back(spill, memory)
     spill.close()
-    assert open_files() == before
+    assert open_below(tmp_path) == []
     assert not any(thread.name.startswith("tiered-spill") for thread in threading.enumerate())
 
 

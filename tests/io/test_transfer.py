@@ -11,6 +11,7 @@ from typing import Final
 
 import pytest
 
+from tests.open_files import open_below
 from tests.store.make import bytes_of, random_bytes
 from tests.waiting import SECONDS
 from tiered.errors import InterruptedRun
@@ -129,8 +130,7 @@ def test_threads_that_are_refused_together_step_down_one_rung(path: Path, memory
 
 
 def test_a_file_can_be_closed_twice(path: Path) -> None:
-    before = len(list(Path("/proc/self/fd").iterdir()))
     file = Ladder().open(path)
     file.close()
     file.close()
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert open_below(path.parent) == []
