@@ -24,7 +24,7 @@ THREE, LOADED, ALONE = (Tier.DISK, Tier.CPU, Tier.GPU), (Tier.CPU, Tier.GPU), (T
         ({"vram": GIB}, "--vram is for a GPU, and --tiers disk,cpu has none; add --tiers disk,cpu,gpu"),
         ({"device": "emulated"}, "--device is for a GPU"),
         ({"resident_gpu": 0}, "--resident-gpu is for a GPU"),
-        ({"tiers": (Tier.CPU,), "resident_cpu": GIB}, "--resident-cpu: --tiers cpu keeps in memory all"),
+        ({"tiers": (Tier.CPU,), "resident_cpu": GIB}, "--resident-cpu: --tiers cpu reads nothing again"),
         ({"prefill_device": "gpu"}, "--prefill-device gpu is for a GPU"),
         ({"decode_device": "gpu"}, "--decode-device gpu is for a GPU"),
         ({"kv": "gpu"}, "--kv gpu is for a GPU"),
@@ -44,7 +44,7 @@ THREE, LOADED, ALONE = (Tier.DISK, Tier.CPU, Tier.GPU), (Tier.CPU, Tier.GPU), (T
         ({"tiers": THREE, "decode_device": "cpu", "resident_gpu": GIB}, "pass through"),
         ({"tiers": THREE, "decode_device": "cpu", "dtype": "float16"}, "the processor has no arithmetic for it"),
         ({"tiers": ALONE, "resident_gpu": GIB}, "--tiers gpu keeps all weights on the GPU"),
-        ({"tiers": LOADED, "resident_cpu": GIB}, "--tiers cpu,gpu keeps in memory all that is not on a GPU"),
+        ({"tiers": LOADED, "resident_cpu": GIB}, "--tiers cpu,gpu reads nothing again, so all weights stay"),
     ],
 )
 def test_options_that_contradict_each_other_are_explained(fields: dict[str, Any], message: str) -> None:
@@ -65,7 +65,7 @@ def test_options_that_contradict_each_other_are_explained(fields: dict[str, Any]
         ({"tiers": THREE, "prefill_device": "gpu", "decode_device": "cpu"}, []),
         ({"tiers": THREE, "kv": "gpu"}, ["gpu gpu"]),
         ({"tiers": THREE, "resident_gpu": GIB}, ["gpu gpu"]),
-        ({"tiers": THREE, "resident_cpu": GIB}, ["gpu gpu", "gpu cpu"]),
+        ({"tiers": THREE, "resident_cpu": GIB}, ["gpu gpu", "gpu cpu", "cpu cpu"]),
         ({"tiers": THREE, "dtype": "float16"}, ["gpu gpu"]),
     ],
 )

@@ -57,7 +57,8 @@ class Options:
     resident_gpu: int | None = None
     """Bytes of weights that are to stay on the device; None: as many as there is room for."""
     resident_cpu: int | None = None
-    """Bytes of weights that are to stay in memory, beside those on the device; None: as many as there is room for."""
+    """Bytes of weights that are to stay in memory, beside those on a device; None: as many as there is room for,
+    or fewer where a short job is quicker so."""
     prefill_device: PhaseDevice = "auto"
     """What computes prompts."""
     decode_device: PhaseDevice = "auto"
@@ -92,7 +93,7 @@ class Options:
             )
         if self.resident_cpu is not None and Tier.DISK not in self.tiers:
             raise ConfigError(
-                f"--resident-cpu: --tiers {tiers_text(self.tiers)} keeps in memory all that is not on a GPU; add disk "
+                f"--resident-cpu: --tiers {tiers_text(self.tiers)} reads nothing again, so all weights stay; add disk "
                 "to --tiers"
             )
 
@@ -121,7 +122,7 @@ class Options:
             return False
         if phases == ("cpu", "cpu"):
             # Wishes for the device are wishes to use it.
-            wishes = self.kv == "gpu", self.resident_gpu is not None, self.resident_cpu is not None
+            wishes = self.kv == "gpu", self.resident_gpu is not None
             return Tier.CPU in self.tiers and self.dtype != "float16" and not any(wishes)
         try:
             self.with_phases(phases)
@@ -157,7 +158,6 @@ class Options:
             device=None,
             vram=None,
             resident_gpu=None,
-            resident_cpu=None,
             prefill_device="auto",
             decode_device="auto",
             fallback=None,

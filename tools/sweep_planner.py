@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Final
@@ -154,7 +154,10 @@ class Results:
     def __init__(self, path: Path) -> None:
         self._path = path
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        self._lines = [json.loads(line) for line in lines]
+        made = [json.loads(line) for line in lines]
+        # An earlier version's ways had other fields.
+        known = {field.name for field in fields(Way)}
+        self._lines = [line for line in made if line["way"] is None or line["way"].keys() <= known]
 
     def disk(self, job: Job) -> float | None:
         """Bytes per second."""
@@ -212,7 +215,7 @@ def measure(folder: Path, results: Results, rounds: int, until: float) -> None:
         if results.disk(job) is None:
             results.add(job, None, disk=disk_rate(store_of(job.shape)))
         ways = planner(folder, store_of(job.shape), results, job).sweep()[:most]
-        # Backwards every other time: what the first finds colder than the others do is not always the choice's.
+        # Backwards every other time, as the first run of a job may find its store colder than later ones do.
         for way in ways if round_ % 2 else reversed(ways):
             if time.monotonic() > until:
                 return

@@ -23,6 +23,7 @@ from tests.generate.tokenizers import byte_fallback
 from tiered.errors import BudgetError
 from tiered.plan import Workload
 from tiered.plan.machines import load_hardware
+from tiered.plan.plan import HOLDS_LESS
 from tiered.runtime import Options, Runtime
 from tiered.store import Store
 from tiered.units import MIB, parse_size
@@ -521,9 +522,11 @@ def test_a_text_of_few_tokens_keeps_less_in_memory_where_taking_it_is_slow(
     slow = replace(machine, gpu=None, cpu=replace(machine.cpu, cores=1), disk=replace(machine.disk, kept=1e7))
     monkeypatch.setattr("tiered.cli.measuring.find_profile", lambda folder: slow)
     words, measured = (store, "-n", "2", "--threads", "1", *QUIET), ("--prompt-tokens", "8")
-    assert answer(*words, "-p", PROMPTS[0])["report"]["resident_bytes"] == 0
+    report = answer(*words, "-p", PROMPTS[0])["report"]
+    assert report["resident_bytes"] == 0 and report["holds_less"]
+    assert HOLDS_LESS in run_here("generate", *words, "-p", PROMPTS[0]).err
     report = answer(*words, *measured)["report"]
-    assert report["resident_bytes"] == report["tape_bytes"]
+    assert report["resident_bytes"] == report["tape_bytes"] and not report["holds_less"]
 
 
 def test_a_mixture_in_little_memory_reads_the_experts_that_are_chosen_and_answers_the_same() -> None:

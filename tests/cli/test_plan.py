@@ -10,6 +10,8 @@ import pytest
 
 from tests.commands import CHECKPOINT, ROOT, make_store, run_here
 from tiered.cli.commands import cli
+from tiered.cli.run_request import DeviceRequest
+from tiered.configs_path import config_dir
 from tiered.options import Options
 from tiered.plan import parse_tiers
 from tiered.plan.machines import load_hardware
@@ -60,6 +62,22 @@ def test_every_row_has_a_command_that_asks_for_what_it_says() -> None:
         assert options.vram == (None if row["strategy"] == "cpu" else 8 * GIB)
         computes = {"cpu": ("cpu", "cpu"), "gpu": ("gpu", "gpu"), "gpu+cpu": ("gpu", "cpu")}
         assert options.computes == computes[row["strategy"]]
+
+
+def test_what_stays_of_a_short_job_is_said_and_its_command_can_be_typed(tmp_path: Path) -> None:
+    machine = tmp_path / "machine.toml"
+    machine.write_text((config_dir() / "hardware/laptop-16gb.toml").read_text().replace("[cpu]", "[cpu]\ntouch = 1e8"))
+    words = ("plan", "opt-1.3b", "--hardware", machine, "--ram", "3GiB", "--prompt-len", "4", "--gen-len", "3")
+    found = json.loads(run_here(*words, "--json").out)
+    less, whole = (row for row in found["rows"] if row["quant"] == "int4")
+    assert (less["resident_share"], whole["resident_share"]) == (0, 1) and less["seconds"] < whole["seconds"]
+    assert "0% of the weights stay in memory: for so few passes" in " ".join(run_here(*words).out.split())
+    for row, tiers, resident in ((less, "disk,cpu", 0), (whole, "cpu", None)):
+        typed = shlex.split(row["command"])[2:]
+        asked = cli.commands["generate"].make_context("generate", typed).params
+        request = DeviceRequest(tiers=asked["tiers"], resident_cpu=asked["resident_cpu"])
+        options = Options(**request.device_options())
+        assert (options.tiers, options.resident_cpu) == (parse_tiers(tiers), resident)
 
 
 def test_a_known_model_needs_neither_torch_nor_transformers() -> None:

@@ -74,6 +74,7 @@ def around(used: Plan, streamed_file_bytes: int = 700 * MIB, **changes: Any) -> 
         "tape_bytes": sum(SIZES),
         "resident_bytes": used.placement.resident_nbytes,
         "missing_overlap_bytes": used.missing_overlap_nbytes,
+        "holds_less": used.holds_less,
         "read_mode": "O_DIRECT",
         "kernels": "avx512, invariant, 2 threads",
         "synthetic": False,

@@ -131,6 +131,7 @@ def test_threads_that_are_refused_together_step_down_one_rung(path: Path, memory
 
 def test_a_file_can_be_closed_twice(path: Path) -> None:
     file = Ladder().open(path)
+    assert open_below(path.parent) == [str(path.resolve())]
     file.close()
     file.close()
     assert open_below(path.parent) == []

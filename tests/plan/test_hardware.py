@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from tiered.errors import ConfigError
-from tiered.plan import ComputeRate, KVShape
+from tiered.plan import ComputeRate, KVShape, Machine
 from tiered.plan.hardware import DiskRates, Hardware, LinearRate, bytes_per_weight, roofline
 from tiered.quant import Scheme
 
@@ -121,9 +121,18 @@ def test_what_passes_take_beyond_raw_reading_is_counted_where_it_was_measured() 
     kv = KVShape(8, 128, 2, "bfloat16")
     made = machine.machine("int8-g64", "invariant", kv, 7)
     assert made.disk_bytes_per_second == pytest.approx(1.8e9) and made.kept_bytes_per_second == 1e9
-    slow = replace(machine, cpu=replace(machine.cpu, touch=3e8)).machine("int8-g64", "invariant", kv, 7)
-    assert slow.kept_bytes_per_second == 3e8, "what stays in memory is not read faster than memory is found for it"
     assert made.operation_seconds == made.element_seconds == made.reading_seconds == made.touch_seconds(1e9) == 0
+
+
+@pytest.mark.parametrize(
+    ("kept", "touch", "rates"),
+    [(1e9, 3e8, (3e8, 1e9)), (1e9, 5e9, (1e9, 1e9)), (None, 5e9, (2e9, 2e9)), (None, 3e8, (3e8, 2e9))],
+)
+def test_what_stays_is_read_no_faster_than_the_disk_reads_nor_than_memory_is_found_for_it(
+    kept: float | None, touch: float, rates: tuple[float, float]
+) -> None:
+    made = Machine(0, 2e9, kept_bytes_per_second=kept, touch_bytes_per_second=touch)
+    assert (made.kept_rate(is_touched=False), made.kept_rate(is_touched=True)) == rates
 
 
 def as_toml(tables: dict[str, Any], path: str = "") -> str:

@@ -103,6 +103,19 @@ def test_a_plan_is_within_its_budget_or_the_refusal_names_one_that_works(
     check(plan, model, workload, budgets)
 
 
+def test_a_budget_that_is_named_is_enough_where_less_would_compute_in_several_micro_batches() -> None:
+    # 64 rows at once fit from 241 MiB on; below, layers are held for two micro-batches, which fit nowhere near.
+    mixture = mixture_of([19_000_000, 100_000], 1, 1, 9_200_000, None, eager_attention=True)
+    model = replace(mixture, dense_attention=False, groups=())
+    budgets = Budgets(200 * MIB, 128 * MIB, kv="auto")
+    with pytest.raises(BudgetError) as refused:
+        make_plan(model, UNMEASURED, Workload(1, 64), budgets)
+    assert refused.value.smallest_bytes is not None
+    for more in (0, 4 * MIB, 8 * MIB):
+        again = replace(budgets, ram=refused.value.smallest_bytes, baseline=budgets.baseline + more)
+        check(make_plan(model, UNMEASURED, Workload(1, 64), again), model, Workload(1, 64), again)
+
+
 def check(plan: Plan, model: ModelShape, workload: Workload, budgets: Budgets) -> None:
     """Every byte is accounted for, and no more is promised than was asked for."""
     cache, placement = plan.cache, plan.placement

@@ -417,8 +417,9 @@ def test_a_first_pass_touches_memory_as_is_predicted_and_later_ones_do_not(share
     (first, *later), (untouched, *others) = passes.values()
     beside = plan.fresh_nbytes(64) / (DISK / 8)
     took = first.seconds - untouched.seconds
-    # The ring is touched before anything is read into it, the rest while others read.
-    assert beside > 0 and (took == pytest.approx(8 * ring / DISK, rel=0.1) if ring else 0 <= took <= beside)
+    # The ring is touched before anything is read into it, what stays no slower than it is read, the rest beside that.
+    waited = (8 * ring + 7 * plan.placement.resident_nbytes) / DISK
+    assert beside > 0 and waited * 0.95 <= took <= waited * 1.05 + beside
     assert [each.seconds for each in later] == pytest.approx([each.seconds for each in others])
     assert first.seconds == pytest.approx(predict(plan, model, slow, ONE).prefill.seconds, rel=0.1)
     assert predict(plan, model, slow, ONE).decode == predict(plan, model, machine_with(0.05, model), ONE).decode
@@ -437,4 +438,4 @@ def test_a_first_pass_touches_memory_for_the_experts_that_it_reads_as_is_predict
     # Played, a layer finds its share of what others have read; predicted, a first pass finds nothing.
     assert first.seconds - untouched.seconds == pytest.approx(said - before, rel=0.15) and said - before > 0.9 * slots
     # A slot that the first pass has not needed is touched when it gets its first expert.
-    assert 0 <= sum(each.seconds for each in later) - sum(each.seconds for each in others) < 0.1 * slots
+    assert -1e-9 < sum(each.seconds for each in later) - sum(each.seconds for each in others) < 0.1 * slots

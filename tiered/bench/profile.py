@@ -75,8 +75,8 @@ def measure_hardware(folder: Path, files: Sequence[Path], threads: int, say: Say
     Raises ConfigError where the folder is none, or no place for a temporary file; ReadError where files cannot be read.
     """
     cpu, others = system.cpu(), _Others()
-    # At several moments, of which the slowest counts: what the system has just got back it gives again for a twentieth
-    # of what a run pays, which begins with memory that the host of a virtual machine has to find.
+    # At several moments, of which the slowest counts: memory that has just been given back is touched twenty times as
+    # fast as memory that the host of a virtual machine has to find, with which a run begins.
     touches = [measure_touch()]
     disk, how = _measure_disk(folder, files, say)
     say("measuring memory")

@@ -103,6 +103,7 @@ class Measured:
             tape_bytes=sum(plan.tape.file_nbytes),
             resident_bytes=plan.placement.resident_nbytes,
             missing_overlap_bytes=plan.missing_overlap_nbytes,
+            holds_less=plan.holds_less,
             read_mode=runtime.reader.mode.value if runtime.reader.mode is not None else "nothing read",
             kernels=runtime.host.kernels.description,
             synthetic=store.manifest.synthetic,

@@ -60,8 +60,11 @@ class Model:
             words += ["--tiers", tiers_text(GPU_TIERS), "--vram", format_budget(ask.vram)]
             words += ["--prefill-device", "gpu", "--decode-device", "cpu"] if row.strategy == BOTH else []
         words += ["--kv", row.kv_tier, "--kv-bits", str(row.kv_bits)]
-        if row.plan.placement.is_wished:
-            words += ["--resident-cpu", format_budget(row.plan.placement.resident_nbytes)]
+        if row.is_resident and row.strategy == CPU:
+            words += ["--tiers", "cpu"]
+        if row.plan.holds_less:
+            held = row.plan.placement.resident_nbytes
+            words += ["--resident-cpu", format_budget(held) if held else "0"]
         if ask.objective == "latency":
             words += ["-n", str(ask.generate), "-p", "..."]
         else:

@@ -7,6 +7,7 @@ or scored, and bounds.
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from tiered.plan.plan import HOLDS_LESS
 from tiered.units import format_rate, format_seconds, format_size
 
 
@@ -136,6 +137,8 @@ class Figures:
     resident_bytes: int
     missing_overlap_bytes: int
     """What the budget lacked to read one unit while the one before computes; 0 where it lacked nothing."""
+    holds_less: bool
+    """Fewer weights stayed than had room, as the job is quicker so."""
     read_mode: str
     kernels: str
     """What computed: instruction set, mode and threads."""
@@ -161,6 +164,8 @@ class Figures:
             f"memory    peak {format_size(self.peak_rss_bytes)} of {budget}{over}; "
             f"{format_size(self.resident_bytes)} of {format_size(self.tape_bytes)} {weights} resident",
         ]
+        if self.holds_less:
+            lines.append(f"          {HOLDS_LESS}")
         if self.fallback is not None:
             lines.append(f"fallback  the processor computed, as the GPU could not: {self.fallback}")
         if self.missing_overlap_bytes:

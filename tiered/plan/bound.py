@@ -149,7 +149,7 @@ class _Bound:
             again = (self._passes - 1) * max(0.0, dense.file_total - room * dense.most_packed)
             chosen = self._chosen_by_all * missing * experts.file_nbytes
             nbytes = min(nbytes, dense.file_total + again + chosen)
-        fastest = max(rate, machine.expert_bytes_per_second or 0.0, machine.kept_bytes_per_second or 0.0)
+        fastest = max(rate, machine.expert_bytes_per_second or 0.0)
         seconds = nbytes / fastest
         if cache.on_disk:
             seconds += self._decoded * kv_block_nbytes(cache, self._prompt) / rate

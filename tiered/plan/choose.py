@@ -26,7 +26,7 @@ from tiered.errors import BudgetError, ConfigError
 from tiered.plan.batch_size import ENOUGH_TOKENS, all_candidates
 from tiered.plan.bound import least_seconds, least_share
 from tiered.plan.hardware import GpuRates
-from tiered.plan.inputs import Budgets, ModelShape, Tier, Workload
+from tiered.plan.inputs import Budgets, Machine, ModelShape, Tier, Workload
 from tiered.plan.kv import Bits, check_bits
 from tiered.plan.plan import Plan
 from tiered.plan.predict import Prediction, Predictor
@@ -43,6 +43,10 @@ _DISPLACES: Final = 1.001 * _WORTH / WORTH_OF_BITS
 """So many times the least cost of more bits fewer may cost where they make a difference: those of more bits are chosen
 beside any others, and what costs a fiftieth more is not too much for few sequences either."""
 _BITS: Final[tuple[Bits, ...]] = (16, 8, 4)
+_WORTH_OF_MEMORY: Final = 1.1
+"""So many times quicker a job must be with fewer weights in memory than have room: what stays there does not depend on
+how fast the disk is by then."""
+_GAIN: Final = 1 - 1 / _WORTH_OF_MEMORY
 _PARTS: Final = 8
 """By so many steps less stays in memory, from all that has room down to nothing."""
 _OTHER: Final = 1.15
@@ -130,13 +134,13 @@ def _add_options(asked: Asked, predictor: Predictor, least: "_Least", found: lis
                 continue
             is_resident = _is_resident(plan, asked.model)
             cost = least.choosable(is_resident)
-            taking = _taking_seconds(way, plan, job)
+            taking = _taking_seconds(asked, plan)
             prediction = predictor.predict(plan, job, cost / share + taking)
             if prediction is not None:
                 cost = prediction.seconds * share
                 found.append(Option(plan, prediction, cost, is_resident))
                 least.note(found[-1])
-                if taking > (1 - 1 / _WORTH) * prediction.seconds:
+                if _most_gained(plan, prediction, taking, asked.machine) > _GAIN * prediction.seconds:
                     for option in _holding_less(way, found[-1], job, share, predictor):
                         cost = min(cost, option.cost)
                         found.append(option)
@@ -147,33 +151,63 @@ def _add_options(asked: Asked, predictor: Predictor, least: "_Least", found: lis
                 break  # elsewhere the cache would leave no more room for weights, and only be slower
 
 
-def _taking_seconds(way: Way, plan: Plan, job: Workload) -> float:
-    """Seconds by which the first pass takes longer, as the units that then stay take memory; 0 where nobody knows, or
-    nothing is to be chosen."""
-    machine, budgets = way.asked.machine, way.asked.budgets
-    rate, kept = machine.disk_bytes_per_second, machine.kept_bytes_per_second
-    can_choose = job.is_whole and budgets.resident_cpu is None and Tier.DISK in budgets.tiers
-    if not can_choose or plan.device is not None or plan.experts is not None or rate is None or kept is None:
+def may_hold_less(asked: Asked) -> bool:
+    """Whether fewer weights may stay in memory than have room: nothing else will use them, nobody has asked for
+    others, and what taking memory for them costs is known. Where a device computes, its copies want that memory."""
+    budgets, machine = asked.budgets, asked.machine
+    is_free = budgets.resident_cpu is None and Tier.DISK in budgets.tiers and not budgets.has_device
+    is_known = machine.kept_bytes_per_second is not None or machine.touch_bytes_per_second is not None
+    return asked.workload.is_whole and is_free and is_known
+
+
+def _taking_seconds(asked: Asked, plan: Plan) -> float:
+    """Seconds by which the first pass takes longer, as the units that then stay take memory; 0 where nothing is to be
+    chosen."""
+    rate = asked.machine.disk_bytes_per_second
+    if plan.experts is not None or rate is None or not may_hold_less(asked):
         return 0.0
     nbytes = sum(map(plan.tape.file_nbytes.__getitem__, plan.placement.resident))
-    return max(0.0, nbytes / kept - nbytes / rate)
+    return nbytes / asked.machine.kept_rate(is_touched=False) - nbytes / rate
+
+
+def _most_gained(plan: Plan, found: Prediction, taking: float, machine: Machine) -> float:
+    """Seconds that a job of `plan`, for which `found` was predicted, could gain at most where less stays in memory, and
+    taking memory for all of it costs `taking` seconds.
+
+    As much as the disk has time for beside what takes longer is read again for nothing. Each further byte gains what
+    taking memory for it costs, and is read in every pass but the first.
+    """
+    rate = machine.disk_bytes_per_second
+    nbytes = sum(map(plan.tape.file_nbytes.__getitem__, plan.placement.resident))
+    assert rate is not None
+    if not taking or not nbytes:
+        return 0.0
+    later = max(1, found.prefill.passes + found.decode.passes - 1)
+    spare = sum(max(0.0, phase.seconds - phase.disk_seconds) for phase in (found.prefill, found.decode))
+    free = min(nbytes, rate * spare / later)
+    return taking * free / nbytes + max(0.0, taking / nbytes - later / rate) * (nbytes - free)
 
 
 def _holding_less(way: Way, most: Option, job: Workload, share: float, predictor: Predictor) -> Iterator[Option]:
-    """Options with fewer units in memory than `most`, as long as each takes less time than the one before: what a pass
-    takes is the longest of sums, so no later one would be the quickest."""
-    nbytes, cost = most.plan.placement.resident_nbytes, most.cost
+    """Options with fewer units in memory than `most`, as long as each takes no longer than the one before: what a pass
+    takes is the longest of sums of its parts, so no later one would be the quickest. Only where all stay, and there is
+    no ring, that says nothing of the first of them."""
+    nbytes, cost, worth = most.plan.placement.resident_nbytes, math.inf, most.cost / _WORTH_OF_MEMORY
     for part in reversed(range(_PARTS)):
         budgets = replace(way.asked.budgets, resident_cpu=nbytes * part // _PARTS)
         try:
             plan = way.within(budgets).plan_at(budgets.ram)
         except BudgetError:
-            return
+            continue  # a ring takes what is left
+        if plan.experts is not None:
+            continue  # they would take the memory that is to stay free
         prediction = predictor.predict(plan, job, cost / share)
-        if prediction is None or prediction.seconds * share >= cost:
+        if prediction is None:
             return
         cost = prediction.seconds * share
-        yield Option(plan, prediction, cost, _is_resident(plan, way.asked.model))
+        if cost <= worth:
+            plan = replace(plan, placement=replace(plan.placement, is_wished=False), holds_less=True)
+            yield Option(plan, prediction, cost, is_resident=False)
 
 
 class _Least:

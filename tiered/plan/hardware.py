@@ -142,8 +142,7 @@ class Hardware:
             operation_seconds=cpu.operation_seconds or 0.0,
             element_seconds=cpu.element_seconds or 0.0,
             reading_seconds=cpu.reading_seconds or 0.0,
-            # Small models, with which `kept` is measured, may get memory that the last one has just given back.
-            kept_bytes_per_second=min(filter(None, (disk.kept, cpu.touch)), default=None),
+            kept_bytes_per_second=disk.kept,
             touch_bytes_per_second=cpu.touch,
         )
 

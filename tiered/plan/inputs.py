@@ -283,6 +283,17 @@ class Machine:
     touch_bytes_per_second: float | None = None
     """Rate at which memory is touched for the first time; None: not known, and counted as nothing."""
 
+    def kept_rate(self, is_touched: bool) -> float:
+        """Bytes per second that a first pass reads of what then stays in memory: no more than the disk's, nor, unless
+        that memory `is_touched` before, than is touched. The disk's rate must be known.
+
+        `kept_bytes_per_second` alone may be too much: small models, with which it is measured, get memory that the last
+        one has just given back, which is touched twenty times as fast as what the host of a virtual machine must find.
+        """
+        assert self.disk_bytes_per_second is not None
+        touch = None if is_touched else self.touch_bytes_per_second
+        return min(filter(None, (self.disk_bytes_per_second, self.kept_bytes_per_second, touch)))
+
     def with_memory_of(self, process: "Machine") -> "Machine":
         """These rates, with what kernels take in `process`: a description of a machine knows no process."""
         return replace(
@@ -404,7 +415,7 @@ class Budgets:
     resident_gpu: int | None = None
     """Bytes of weights that are wished to stay on the device; None: as many as there is room for."""
     resident_cpu: int | None = None
-    """The same of those that stay in memory."""
+    """The same of those that stay in memory; None: or fewer, where a short job is quicker so."""
     prefill_device: Computes = "gpu"
     """What computes prompts, where there is a device."""
     decode_device: Computes = "gpu"

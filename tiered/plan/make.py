@@ -11,10 +11,10 @@ from typing import Final
 
 from tiered.errors import BudgetError, ConfigError, DeviceBudgetError
 from tiered.plan.batch_size import choose_windows_per_pass, evened
-from tiered.plan.choose import WORTH_OF_BITS, Option, batches, best, bits_of, options
+from tiered.plan.choose import WORTH_OF_BITS, Option, batches, best, bits_of, may_hold_less, options
 from tiered.plan.hardware import GpuRates
 from tiered.plan.inputs import Budgets, Machine, ModelShape, Tier, Workload, tiers_text
-from tiered.plan.plan import Plan, smallest_budget
+from tiered.plan.plan import HOLDS_LESS, Plan, smallest_budget
 from tiered.plan.predict import Predictor, can_predict
 from tiered.plan.way import Asked, least
 from tiered.plan.workspace import HEAD_ROWS
@@ -46,8 +46,7 @@ def _plan_by_prediction(asked: Asked, gpu: GpuRates | None) -> Plan | None:
     if not can_predict(asked.machine, gpu, budgets.has_device) or workload.least_context:
         return None
     ways = asked.ways(workload.sequences)
-    may_hold_less = workload.is_whole and asked.machine.kept_bytes_per_second is not None
-    if len(batches(workload)) * len(bits_of(asked.model, budgets)) * len(ways) < 2 and not may_hold_less:
+    if len(batches(workload)) * len(bits_of(asked.model, budgets)) * len(ways) < 2 and not may_hold_less(asked):
         return None
     found = options(asked, Predictor(asked.model, asked.machine, gpu))
     return _reasoned(asked, best(found)) if found else None
@@ -220,9 +219,9 @@ def _reasoned(asked: Asked, option: Option) -> Plan:
     plan, found = option.plan, option.prediction
     phase = found.decode if found.decode.passes else found.prefill
     why = f"{plan.batch_size} of {asked.workload.sequences} sequences at once; predicted per pass: {phase.of_a_pass}"
-    if plan.placement.is_wished and asked.budgets.resident_cpu is None:
+    if plan.holds_less:
         held = format_size(plan.placement.resident_nbytes)
-        why = f"{why}; {held} of weights stay in memory, as the passes are few and taking more takes longer"
+        why = f"{why}; {held} of weights stay in memory: {HOLDS_LESS}"
     return replace(plan, why=f"{why}; {_place_of(plan)}")
 
 

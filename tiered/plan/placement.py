@@ -168,7 +168,7 @@ class Placement:
     ring_nbytes: int
     """Memory through which all other units pass; 0 where there are none."""
     is_wished: bool = False
-    """Whether so many bytes were to be resident, however many fit: somebody has wished for it, or a job is short."""
+    """Whether as many bytes were to be resident as somebody has wished for, however many fit."""
 
     @property
     def nbytes(self) -> int:

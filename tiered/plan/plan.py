@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
 from operator import add
-from typing import Any, Self
+from typing import Any, Final, Self
 
 from tiered.errors import BudgetError, DeviceBudgetError
 from tiered.plan.inputs import Computes, ExpertShape, Objective, Tier, tiers_text
@@ -17,6 +17,9 @@ from tiered.plan.on_device import DeviceNeeds, DevicePlan, WaitingPlan
 from tiered.plan.placement import UNHELD, Held, Placement, Tape, place, wished
 from tiered.plan.state import ANYWHERE, Grid, StateShape
 from tiered.units import MIB, format_budget, format_size, round_up
+
+HOLDS_LESS: Final = "for so few passes taking memory for more would take longer than reading it again"
+"""Why less stays than has room, for people."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,8 @@ class Plan:
     """What computes prompts."""
     decode_device: Computes = "cpu"
     """What computes the rest."""
+    holds_less: bool = False
+    """Fewer weights stay in memory than have room, because a job of few passes is quicker so."""
 
     def reads(self, experts: ExpertShape | None) -> bool:
         """Whether `experts`, the model's, are read when they are chosen: on demand, and without room for all."""
@@ -200,7 +205,7 @@ class Plan:
     @property
     def bound_resident_nbytes(self) -> int:
         """M of the bound, the bytes that need not be read: all that the budgets leave after needs, the cache of experts
-        and two units each, used or not, but at most S. Where what is resident was wished for, that.
+        and two units each, used or not, but at most S. Where somebody has wished for what is resident, that.
 
         Never less than what is resident: if a large unit is resident, a ring for the others may be smaller than the
         largest two neighbours.
@@ -289,12 +294,13 @@ def fit_units(
     experts_nbytes: int = 0,
     on_device: frozenset[int] = frozenset(),
     most: int | None = None,
+    named: int = 0,
 ) -> Placement:
     """Place the tape in what `budget` leaves after `needs` and `experts_nbytes` for experts that are not on it.
 
     Units that are `on_device` stay there, and pass through the ring only once; of the others, `most` bytes are to be
     resident, or as many as there is room for. Raises BudgetError, naming what takes the bytes and the smallest budget
-    that would do.
+    that would do, or `named`, if that is more: with less, other needs would be planned, which do not fit.
     """
     all_resident, host = Tier.DISK not in tiers, tape.without(on_device)
     available = budget - needs.total - experts_nbytes
@@ -309,7 +315,7 @@ def fit_units(
     what = _what_is_least(host, held, tiers)
     if most is not None and (asked := wished(host, 3 * tape.total, held, most, through)) and asked.resident:
         least, what = asked.nbytes, f"--resident-cpu {format_budget(most)} and a ring for the others"
-    smallest = needs.total + experts_nbytes + least
+    smallest = max(needs.total + experts_nbytes + least, named)
     state = f"{format_size(needs.state)} for recurrent states, " if needs.state else ""
     state += f"{format_size(needs.waiting)} for what waits for the GPU, " if needs.waiting else ""
     experts = f"{format_size(experts_nbytes)} for the experts that one token chooses, " if experts_nbytes else ""

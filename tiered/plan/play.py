@@ -76,7 +76,7 @@ class Player:
         self._stay = plan.placement.resident | (frozenset() if device is None else device.resident)
         """Units that are read once."""
         self._disk_rate = machine.disk_bytes_per_second
-        self._kept_rate = machine.kept_bytes_per_second or self._disk_rate
+        self._kept_rate = machine.kept_rate(is_touched=plan.device is not None)
         self._machine = machine
         self._untouched = set(range(0, plan.placement.ring_nbytes, _TOUCHED_NBYTES))
         """Where the ring has not been touched."""

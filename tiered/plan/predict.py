@@ -364,9 +364,9 @@ class _Run:
         assert rate is not None
         expert_seconds = experts / (machine.expert_bytes_per_second or rate)
         seconds = read / rate + expert_seconds + written / (machine.disk_write_bytes_per_second or rate)
-        if is_first and machine.kept_bytes_per_second is not None:
+        if is_first:
             kept = sum(map(plan.tape.file_nbytes.__getitem__, plan.placement.resident))
-            seconds += kept / machine.kept_bytes_per_second - kept / rate
+            seconds += kept / machine.kept_rate(is_touched=plan.device is not None) - kept / rate
         return seconds, expert_seconds, read + experts, written
 
     @cached_property

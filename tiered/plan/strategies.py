@@ -18,7 +18,7 @@ from tiered.plan.gpu import SCRATCH_NBYTES
 from tiered.plan.hardware import Hardware, Mode
 from tiered.plan.inputs import MAX_BATCHED_TOKENS, Budgets, Machine, ModelShape, Objective, Tier, Workload
 from tiered.plan.on_device import CONTEXT_NBYTES
-from tiered.plan.plan import Plan, smallest_budget
+from tiered.plan.plan import HOLDS_LESS, Plan, smallest_budget
 from tiered.plan.predict import Prediction, Predictor
 from tiered.plan.way import Asked, Way
 from tiered.units import MIB, format_budget, format_size
@@ -147,6 +147,8 @@ class Comparison:
             slower = second.prediction.seconds / best.prediction.seconds
             loses = "takes as long" if slower < _SAME else f"takes {slower:.3g} times as long"
             said += f"; {second.title} {second.quant} {loses}"
+        if best.plan.holds_less:
+            said += f"; {best.resident_share:.0%} of the weights stay in memory: {HOLDS_LESS}"
         return said
 
 

@@ -169,8 +169,9 @@ class Way(AtOnce):
             decode_device=passes.computes[1],
         )
 
-    def _place(self, passes: Passes, ram: int) -> tuple[Placement | None, Placement]:
-        """Where units are: on the device, if there is one, and in the host's memory. Raises BudgetError."""
+    def _place(self, passes: Passes, ram: int, named: int = 0) -> tuple[Placement | None, Placement]:
+        """Where units are: on the device, if there is one, and in the host's memory. Raises BudgetError, which names no
+        less than `named`."""
         budgets, device = self.asked.budgets, self._place_on_device(passes)
         return device, fit_units(
             passes.tape,
@@ -181,6 +182,7 @@ class Way(AtOnce):
             passes.experts_nbytes,
             frozenset() if device is None else device.resident,
             budgets.resident_cpu,
+            named,
         )
 
     def _place_on_device(self, passes: Passes) -> Placement | None:
@@ -221,7 +223,7 @@ class Way(AtOnce):
                 # So do more rows take of the device, with as much as the host needs.
                 raise spared.within(replace(spared.asked.budgets, ram=tried[-1])).vram_refusal() from None
             experts = None if spared.plan_at(enough).experts is None else self.asked.model.experts
-            self._place(spared.passes(enough, experts), budgets.ram)
+            self._place(spared.passes(enough, experts), budgets.ram, enough)
             raise
 
     def vram_refusal(self) -> DeviceBudgetError:
