@@ -46,6 +46,16 @@ def test_a_sweep_has_the_choice_and_what_it_was_chosen_among() -> None:
     assert planner.tokens_per_second(Way(32, "cpu", 16, resident=1 << 30)) == 0
 
 
+def test_a_choice_that_holds_less_than_has_room_is_run_so_beside_one_that_holds_all() -> None:
+    laptop = load_hardware("laptop-16gb")
+    slow = replace(laptop, cpu=replace(laptop.cpu, touch=laptop.disk.read / 9))
+    planner = Planner(shape(), slow, Job("opt-1.3b", "2GiB", 4, 4, 4))
+    choice = planner.choice
+    assert choice is not None and choice.resident is not None
+    assert {choice, replace(choice, resident=None)} <= set(planner.sweep())
+    assert planner.tokens_per_second(choice) > 1.1 * planner.tokens_per_second(replace(choice, resident=None))
+
+
 def test_a_sweep_goes_on_where_it_was_and_its_table_names_what_is_behind(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
