@@ -100,6 +100,10 @@ class Tape:
         """Bytes of these units in memory."""
         return sum(map(self.nbytes.__getitem__, units))
 
+    def file_nbytes_of(self, units: frozenset[int]) -> int:
+        """Bytes that reading these units takes."""
+        return sum(map(self.file_nbytes.__getitem__, units))
+
     def pieces(self, held: Held) -> tuple[range, ...]:
         """Units that are in memory together, in order: those of a block that is held, else each by itself."""
         return tuple(piece for number, block in enumerate(self.blocks) for piece in self._cut(number, block, held))
@@ -309,7 +313,7 @@ class _Spreads:
         if count not in self._found:
             tape, resident = self._tape, interleave(count, len(self._tape.nbytes))
             streamed = _streamed(tape, self._held, resident)
-            saved = sum(map(tape.file_nbytes.__getitem__, resident))
+            saved = tape.file_nbytes_of(resident)
             self._found[count] = _Spread(count, tape.total - streamed.nbytes, saved, streamed.full_ring)
         return self._found[count]
 

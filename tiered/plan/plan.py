@@ -156,7 +156,7 @@ class Plan:
         resident = self.placement.resident | self.on_device if self.device is not None else self.placement.resident
         if len(resident) == len(self.tape.nbytes):
             return 0
-        return self.tape.file_total - sum(map(self.tape.file_nbytes.__getitem__, resident))
+        return self.tape.file_total - self.tape.file_nbytes_of(resident)
 
     @property
     def bus_nbytes(self) -> int:

@@ -365,7 +365,7 @@ class _Run:
         expert_seconds = experts / (machine.expert_bytes_per_second or rate)
         seconds = read / rate + expert_seconds + written / (machine.disk_write_bytes_per_second or rate)
         if is_first:
-            kept = sum(map(plan.tape.file_nbytes.__getitem__, plan.placement.resident))
+            kept = plan.tape.file_nbytes_of(plan.placement.resident)
             seconds += kept / machine.kept_rate(is_touched=plan.device is not None) - kept / rate
         return seconds, expert_seconds, read + experts, written
 
