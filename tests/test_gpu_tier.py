@@ -34,14 +34,14 @@ from tiered.generate.scheduler import Scheduler
 from tiered.generate.sequence import Sequence
 from tiered.host import Host
 from tiered.model import ForwardBatch, Segment
-from tiered.plan import ComputeRate, Machine, Plan, Tier, full_ring, make_plan
+from tiered.plan import ComputeRate, Machine, Plan, Tier, Workload, full_ring, make_plan
 from tiered.plan.hardware import GpuRates
 from tiered.plan.load import PassLoad
-from tiered.plan.pace import Pace
+from tiered.plan.pace import LEAST, Pace
 from tiered.plan.play import Player
 from tiered.plan.play_seat import Device as SimulatedDevice
 from tiered.prepare import measure_inputs
-from tiered.runtime import Runtime
+from tiered.runtime import Options, Runtime
 from tiered.store import Store
 from tiered.units import GIB, MIB
 
@@ -446,6 +446,40 @@ def test_a_simulation_foretells_the_passes_of_a_paced_device(
     deadline = time.monotonic() + 2 * SECONDS
     while not is_foretold():
         assert time.monotonic() < deadline, found
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("decodes", ["gpu", "cpu"])
+def test_prompts_that_come_later_compute_while_weights_cross_the_bus_for_them(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, decodes: Any
+) -> None:
+    paced, store, count, length = Devices("emulated"), tiny.store("llama"), 4, 90
+    monkeypatch.setattr("tiered.host.open_device", paced.open)
+    options = options_for(store, paced, "a ring", "all", tmp_path, decode_device=decodes)
+    # A pass takes a second to copy, and next to nothing to compute.
+    monkeypatch.setattr(
+        "tiered.host.open_device",
+        lambda _, vram: EmulatedDevice(vram, mode="paced", copy_rate=float(store.tape_nbytes)),
+    )
+    given = Options(**{"dtype": "float32", "threads": 1, **options, "ram": PLENTY, "vram": PLENTY, "resident_gpu": 0})
+    work = Workload(count, 112, length, max_batched_tokens=1024)
+    with Runtime(store, work, given) as runtime, Scheduler[Sequence](runtime, count, lambda: False) as scheduler:
+        assert runtime.plan.bus_nbytes == runtime.plan.tape.total
+
+        def add(ids: list[int], tokens: int) -> Sequence:
+            made = Sequence(ids, Sampler(SamplingParams(), 0), None, tokens, frozenset())
+            scheduler.add(made)
+            return made
+
+        first = add([5, 6, 7], 20)
+        for _ in range(3):
+            scheduler.step()
+        later = [add([5 + number] * length, 2) for number in range(count - 1)]
+        while not all(sequence.token_ids for sequence in later):
+            scheduler.step()
+        shared = [cost.prompt_tokens for cost in scheduler.costs.recent if cost.prompt_tokens][1:]
+        assert shared[0] == LEAST and sum(shared) == (count - 1) * length
+        assert len(shared) == 3 and len(first.token_ids) < 20
 
 
 def test_transformers_own_generate_computes_on_the_device_with_beams_and_caches_of_its_own(

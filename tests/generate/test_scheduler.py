@@ -121,7 +121,9 @@ class Machine(Runner):
 class Clocked(Pace):
     """A pace that is told the disk time of the simulated machine, which no clock here measures."""
 
-    def note(self, decoding: int, prompt_tokens: int, compute_seconds: float, disk_seconds: float) -> None:
+    def note(
+        self, decoding: int, prompt_tokens: int, compute_seconds: float, disk_seconds: float, stalled: float = 0.0
+    ) -> None:
         super().note(decoding, prompt_tokens, compute_seconds, Machine.disk)
 
 

@@ -318,12 +318,12 @@ def test_plans_need_neither_torch_nor_transformers() -> None:
 
 def test_prompts_are_paced_by_rates_where_they_have_been_measured() -> None:
     plan, model = plan_of(), model_of()
-    assert pace_for(plan, calibration_of(model, Machine(0), 512)).prompt_tokens(4) == LEAST
+    assert pace_for(plan, model, None, calibration_of(model, Machine(0), 512)).prompt_tokens(4) == LEAST
     # Rows cost next to nothing up to 512: a quarter of a pass is more than all of them.
     fast = Machine(0, None, ComputeRate((1, 512), (1e-9, 1.1e-9)))
-    assert pace_for(plan, calibration_of(model, fast, 512)).prompt_tokens(4) > 512
+    assert pace_for(plan, model, None, calibration_of(model, fast, 512)).prompt_tokens(4) > 512
     slow = Machine(0, None, ComputeRate((1, 512), (1e-9, 1e-6)))
-    assert pace_for(plan, calibration_of(model, slow, 512)).prompt_tokens(4) == LEAST
+    assert pace_for(plan, model, None, calibration_of(model, slow, 512)).prompt_tokens(4) == LEAST
 
 
 def planned(ram: int, prompt: int = 4096, **fields: Any) -> Plan:

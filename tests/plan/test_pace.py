@@ -107,3 +107,39 @@ def test_rates_measured_beforehand_serve_until_passes_have_been_seen() -> None:
     assert pace.prompt_tokens(10) == pytest.approx(0.25 * 0.51 / 0.001, abs=1)
     pace.note(10, 100, 0.5 + 0.001 * 10 + 100 * 0.01, 0.1)
     assert pace.prompt_tokens(10) == LEAST
+
+
+def learns(bus_seconds: float | None, bus: float, decoding: int = 4) -> Pace:
+    """What a pace knows after a first pass and passes without prompts, where these need next to nothing and weights
+    take `bus` seconds to a device that computes prompts."""
+    pace = Pace(bus_seconds=bus_seconds)
+    pace.note(0, 500, compute(500), 0.0, stalled=3 * bus)
+    for _ in range(6):
+        pace.note(decoding, 0, compute(decoding), 0.0)
+    return pace
+
+
+def test_prompts_compute_while_weights_cross_the_bus() -> None:
+    tokens = learns(2.0, 2.0).prompt_tokens(4)
+    assert tokens > 900
+    assert compute(4 + tokens) <= SLACK * 2.0 + 0.1
+
+
+@pytest.mark.parametrize("bus", [0.02, 2.0])
+def test_how_long_the_bus_takes_is_learnt(bus: float) -> None:
+    pace = learns(None, bus)
+    assert pace.prompt_tokens(4) == LEAST  # the first pass also copied what stays
+    for _ in range(12):
+        tokens = pace.prompt_tokens(4)
+        seconds = compute(4 + tokens)
+        pace.note(4, tokens, seconds, 0.0, stalled=max(0.0, bus - seconds))
+    bound = SLACK * max(bus, compute(4))
+    assert tokens == LEAST or 0.7 * bound < compute(4 + tokens) <= 1.02 * bound
+    assert tokens > 900 or bus < 1
+
+
+def test_a_known_bus_is_not_learnt_anew() -> None:
+    pace = learns(2.0, 2.0)
+    for _ in range(3):
+        pace.note(4, 900, compute(904), 0.0, stalled=50.0)
+    assert compute(4 + pace.prompt_tokens(4)) <= 1.02 * SLACK * 2.0

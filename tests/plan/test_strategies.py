@@ -114,6 +114,16 @@ def test_kernels_of_a_gpu_take_no_more_than_is_planned_for() -> None:
     assert device_scratch_nbytes() <= SCRATCH_NBYTES
 
 
+@pytest.mark.parametrize("strategy", [GPU, BOTH])
+def test_prompts_that_weights_cross_the_bus_for_are_not_spread_over_many_passes(strategy: str) -> None:
+    """More sequences at once than a pass takes prompts of: the others' prompts come while these decode."""
+    ram = {"ram": 200 * GIB, "vram": 14 * GIB, "batch": 16, "sequences": 32, "objective": "latency"}
+    rows = compared("opt-175b", GPU_MACHINE, prompt=512, generate=32, **ram).rows
+    found = next(row.prediction for row in rows if (row.strategy, row.quant) == (strategy, "int4"))
+    full = 32 * 512 / 4096
+    assert full <= found.prefill.passes <= 3 * full
+
+
 def test_prompts_on_the_gpu_leave_decoding_as_it_is() -> None:
     found = {(row.strategy, row.quant): row.prediction for row in compared(machine=GPU_MACHINE, vram=16 * GIB).rows}
     both, cpu = found[BOTH, "int4"], found[CPU, "int4"]

@@ -316,7 +316,8 @@ class Scheduler(Generic[T]):
             counted.bus - self._counted.bus,
             counted.stalled_seconds - self._counted.stalled_seconds,
         )
-        self._runner.pace.note(decoding, prompt_tokens, pass_.compute_seconds, max(cost.seconds - idle, 0.0))
+        reading = max(cost.seconds - idle, 0.0)
+        self._runner.pace.note(decoding, prompt_tokens, pass_.compute_seconds, reading, cost.bus_wait_seconds)
         costs.add(cost)
         self._last, self._counted = now, counted
 

@@ -1,10 +1,14 @@
 """How many prompt tokens may share a pass with sequences that decode, so that these do not wait long.
 
-    seconds of a pass <= SLACK * max(disk, computing the decoding rows)          but LEAST tokens always pass
+    seconds of a pass <= SLACK * max(disk, bus, computing the decoding rows)     but LEAST tokens always pass
 
 In: what the passes so far have cost, and rates measured beforehand where there are some. Pure arithmetic. With a KV
 cache on disk, the time to read a long prompt's own pages is added to the pass, and so is that of reading the experts of
 its tokens where these are read on demand: the rule does not count them.
+
+Where a device computes prompts, all weights that do not stay there cross the bus for them, be they of one token or of
+thousands, even if the processor decodes without: tokens that compute meanwhile cost nobody anything, and fewer would
+only make more such passes.
 """
 
 from collections import deque
@@ -13,8 +17,10 @@ from functools import cache
 from typing import Final
 
 from tiered.plan.cost import HALFWAY, decode_computing
+from tiered.plan.hardware import GpuRates
 from tiered.plan.inputs import Machine, ModelShape
 from tiered.plan.plan import Plan
+from tiered.plan.way import copied_nbytes
 
 SLACK: Final = 1.25
 """A pass with prompt tokens may compute so many times as long as the same pass takes without them."""
@@ -29,11 +35,14 @@ _GROWTH: Final = 2
 
 
 class Pace:
-    """Learns from passes. Before it has seen any, it goes by `compute_seconds(rows)`."""
+    """Learns from passes. Before it has seen any, it goes by `compute_seconds(rows)`. The bus is busy for `bus_seconds`
+    in a pass with prompt tokens; None: that is learnt, too."""
 
-    def __init__(self, compute_seconds: Callable[[int], float] | None = None) -> None:
+    def __init__(self, compute_seconds: Callable[[int], float] | None = None, bus_seconds: float | None = None) -> None:
         # Asked once or more for every pass, and for few numbers of rows.
         self._calibrated = None if compute_seconds is None else cache(compute_seconds)
+        self._bus_seconds = bus_seconds or 0.0
+        self._learns_bus = bus_seconds is None
         self._passes = 0
         self._disk: deque[float] = deque(maxlen=_RECENT)
         """Seconds the disk was busy in each of the last passes without prompts; before there are any, in others."""
@@ -44,8 +53,11 @@ class Pace:
         self._timed = 0
         """Prompt tokens of the largest recent pass in these sums."""
 
-    def note(self, decoding: int, prompt_tokens: int, compute_seconds: float, disk_seconds: float) -> None:
-        """Learn from a pass over `decoding` rows that decode and `prompt_tokens` tokens of prompts."""
+    def note(
+        self, decoding: int, prompt_tokens: int, compute_seconds: float, disk_seconds: float, stalled: float = 0.0
+    ) -> None:
+        """Learn from a pass over `decoding` rows that decode and `prompt_tokens` tokens of prompts, in which a device
+        was `stalled` for so many seconds by what had not been copied yet."""
         self._passes += 1
         rows, seconds = self._decoding
         if not prompt_tokens:
@@ -58,6 +70,10 @@ class Pace:
         # The first pass also reads what stays in memory.
         if not rows and self._passes > 1:
             self._disk.append(disk_seconds)
+        if self._learns_bus and self._passes > 1:
+            # One that was hardly stalled says no more than that copying takes no longer than computing.
+            taken, is_bound = compute_seconds + stalled, stalled > (SLACK - 1) * compute_seconds
+            self._bus_seconds = taken if is_bound else min(self._bus_seconds, taken)
         # Passes vary by more than few tokens add, so these count only while nothing else is known.
         if prompt_tokens >= LEAST or not self._tokens:
             self._added = _KEPT * self._added + compute_seconds - self._base(decoding)
@@ -67,7 +83,7 @@ class Pace:
     def prompt_tokens(self, decoding: int) -> int:
         """How many prompt tokens the next pass may take beside `decoding` rows that decode."""
         base = self._base(decoding)
-        room = SLACK * max(min(self._disk, default=0.0), base) - base
+        room = SLACK * max(min(self._disk, default=0.0), self._bus_seconds, base) - base
         if self._tokens:
             each, most = max(self._added, 0.0) / self._tokens, _GROWTH * self._timed
         elif self._calibrated is not None:
@@ -86,10 +102,12 @@ class Pace:
         return self._added / self._tokens * decoding if self._tokens else 0.0
 
 
-def pace_for(plan: Plan, calibration: Callable[[int], float] | None) -> Pace:
+def pace_for(plan: Plan, model: ModelShape, gpu: GpuRates | None, calibration: Callable[[int], float] | None) -> Pace:
     """The pace of prompts beside decoding in runs, predictions and simulations of `plan`. Until it has seen passes it
     goes by `calibration` (`calibration_of`), whose rates are the processor's: where a device computes it knows none."""
-    return Pace(calibration if plan.device is None else None)
+    if plan.device is None:
+        return Pace(calibration, bus_seconds=0.0)
+    return Pace(bus_seconds=None if gpu is None else copied_nbytes(model, plan, LEAST) / gpu.host_to_device)
 
 
 def calibration_of(model: ModelShape, machine: Machine, mean_context: float) -> Callable[[int], float] | None:

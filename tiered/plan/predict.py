@@ -173,7 +173,7 @@ class Predictor:
         run = _Run(plan, model, machine, self.gpu, self._costs_of(plan))
 
         def new_pace() -> Pace:
-            return pace_for(plan, self._calibration(workload.mean_context))
+            return pace_for(plan, model, self.gpu, self._calibration(workload.mean_context))
 
         assert machine.disk_bytes_per_second is not None
         least = run.costs.least(plan.read_nbytes / machine.disk_bytes_per_second / plan.batch_size)

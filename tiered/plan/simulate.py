@@ -68,7 +68,8 @@ def simulate(
     if machine.disk_bytes_per_second is None:
         raise ConfigError("no simulation without the disk's bandwidth: run 'tiered profile'")
     player = Player(plan, model, machine, device)
-    pace = pace_for(plan, calibration_of(model, machine, workload.mean_context))
+    gpu = None if device is None else device.rates
+    pace = pace_for(plan, model, gpu, calibration_of(model, machine, workload.mean_context))
     player.run(_first(pass_loads(plan, workload, pace), passes), pace)
     return Simulation(tuple(player.passes), tuple(sorted(player.clock.events, key=lambda event: event.start)))
 
