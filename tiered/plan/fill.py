@@ -4,24 +4,32 @@ A tape may have 12,000 units, and hundreds of placements are compared. So what i
 units is found out once (`Streamed`) for all placements that begin with it, and then only what changes.
 """
 
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from heapq import heapify, heappop, heapreplace
-from itertools import pairwise
-from operator import add
+from itertools import accumulate, compress
+from operator import add, mul, sub
 
-Kinds = Sequence[Mapping[int, Sequence[int]]]
-"""Units that are alike in bytes, by the numbers of their blocks."""
+Kinds = Sequence[Mapping[int, tuple[int, Sequence[int]]]]
+"""Units that are alike in bytes, by the numbers of their blocks: the block's first unit, and how far behind it each of
+them is."""
 
 
 def kinds_of(nbytes: Sequence[int], file_nbytes: Sequence[int], blocks: Sequence[range]) -> Kinds:
     """Kinds of units, in the order in which `fill` adds them."""
-    kinds: dict[tuple[int, int], dict[int, list[int]]] = {}
+    kinds: dict[tuple[int, int], dict[int, tuple[int, Sequence[int]]]] = {}
+    # Most blocks are alike.
+    patterns: dict[tuple[Sequence[int], Sequence[int]], dict[tuple[int, int], list[int]]] = {}
     for number, block in enumerate(blocks):
-        for unit in block:
-            kinds.setdefault((nbytes[unit], file_nbytes[unit]), {}).setdefault(number, []).append(unit)
+        sizes = tuple(nbytes[block.start : block.stop]), tuple(file_nbytes[block.start : block.stop])
+        if sizes not in patterns:
+            patterns[sizes] = {}
+            for place, kind in enumerate(zip(*sizes, strict=True)):
+                patterns[sizes].setdefault(kind, []).append(place)
+        for kind, places in patterns[sizes].items():
+            kinds.setdefault(kind, {})[number] = block.start, places
     # Those that save most bytes per byte held, then the largest.
     return [kinds[kind] for kind in sorted(kinds, key=lambda kind: (kind[1] / kind[0], kind[0]), reverse=True)]
 
@@ -43,12 +51,15 @@ def fill(
     ring = ring_of(left.full_ring, left.nbytes)
     resident = streamed.resident
     for kind in kinds:
-        units = {number: iter(alike) for number, alike in kind.items()}
+        units = dict[int, Iterator[int]]()
         # The block with most bytes to read is the first one.
-        order = [(-left.unread[number], number) for number in units]
+        order = [(-left.unread[number], number) for number in kind]
         heapify(order)
         while order:
             number = order[0][1]
+            if number not in units:
+                start, places = kind[number]
+                units[number] = map(start.__add__, places)
             for unit in units[number]:
                 if unit not in resident:
                     break
@@ -65,6 +76,14 @@ def fill(
     return streamed.resident | left.taken, left.total - left.nbytes, ring
 
 
+def mask_without(count: int, units: Iterable[int]) -> bytearray:
+    """A byte for each of `count` units: 0 for those in `units`, 1 for the others."""
+    mask = bytearray(b"\1") * count
+    for unit in units:
+        mask[unit] = 0
+    return mask
+
+
 class Streamed:
     """What passes through the ring beside `resident` units. Copies are cheap, and changed one unit after the other.
 
@@ -78,29 +97,30 @@ class Streamed:
         self.taken: set[int] = set()
         """Units that have become resident since."""
         self.sizes, self.blocks = nbytes, blocks
-        units = [unit for unit in range(len(nbytes)) if unit not in resident]
-        sizes = [nbytes[unit] for unit in units]
-        self.nbytes = sum(sizes)
+        left = mask_without(len(nbytes), resident)
+        sizes = list(compress(nbytes, left))
+        # Units that are streamed before each unit, and bytes before each of those.
+        counts, before = list(accumulate(left, initial=0)), list(accumulate(sizes, initial=0))
+
+        def sums(starts: Sequence[int]) -> list[int]:
+            at = [before[counts[start]] for start in starts] + before[-1:]
+            return list(map(sub, at[1:], at))
+
+        self.nbytes = before[-1]
         """Bytes of all that is streamed."""
         self.total = sum(nbytes)
-        cuts = [bisect_left(units, block.start) for block in blocks] + [len(units)]
-        self.unread = [sum(sizes[start:stop]) for start, stop in pairwise(cuts)]
-        """Bytes that are streamed of each block."""
         self._block_starts = [block.start for block in blocks]
+        self.unread = sums(self._block_starts)
+        """Bytes that are streamed of each block."""
         self._starts = starts
         """Of every piece, even if none of its units is streamed."""
-        self._sums, firsts = list(nbytes), sizes
+        self._sums = list(map(mul, nbytes, left)) if len(starts) == len(nbytes) else sums(starts)
         """Bytes that are streamed of each piece."""
-        if len(starts) == len(nbytes):
-            for unit in resident:
-                self._sums[unit] = 0
-            sums = sizes
-        else:
-            cuts = [bisect_left(units, start) for start in starts] + [len(units)]
-            self._sums = [sum(sizes[start:stop]) for start, stop in pairwise(cuts)]
-            sums = [nbytes for nbytes in self._sums if nbytes]
-            firsts = [sizes[start] for start, nbytes in zip(cuts, self._sums, strict=False) if nbytes]
-        self._pairs = Counter(map(add, sums, firsts[1:] + firsts[:1]))
+        streamed = list(filter(None, self._sums))
+        firsts = streamed
+        if len(starts) != len(nbytes):
+            firsts = [sizes[counts[start]] for start, size in zip(starts, self._sums, strict=True) if size]
+        self._pairs = Counter(map(add, streamed, firsts[1:] + firsts[:1]))
         """Bytes of each piece and of the unit after it, and how often they occur."""
 
     def __copy__(self) -> "Streamed":

@@ -9,11 +9,11 @@ units computes.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from itertools import accumulate, pairwise
+from itertools import accumulate, compress, pairwise
 from operator import add
 from typing import Final
 
-from tiered.plan.fill import Kinds, Streamed, fill, kinds_of
+from tiered.plan.fill import Kinds, Streamed, fill, kinds_of, mask_without
 
 _SPREADS: Final = 128
 """How many numbers of resident units are compared: all of them on a tape that has no more units."""
@@ -67,6 +67,11 @@ class Tape:
     def file_total(self) -> int:
         """Bytes that reading all units takes."""
         return sum(self.file_nbytes)
+
+    @cached_property
+    def is_plain(self) -> bool:
+        """Whether units are files as they are in memory."""
+        return self.nbytes == self.file_nbytes
 
     @cached_property
     def most_packed(self) -> float:
@@ -131,10 +136,12 @@ class Tape:
 @lru_cache(maxsize=64)
 def _without(tape: Tape, units: frozenset[int]) -> tuple[Tape, tuple[int, ...]]:
     """The tape of the other units, and their numbers: many plans leave the same ones out."""
-    kept = tuple([unit for unit in range(len(tape.nbytes)) if unit not in units])
-    counts = tuple(len(block) - len(units.intersection(block)) for block in tape.blocks)
-    nbytes, file_nbytes = (tuple(map(each.__getitem__, kept)) for each in (tape.nbytes, tape.file_nbytes))
-    return Tape(nbytes, file_nbytes, counts), kept
+    kept = mask_without(len(tape.nbytes), units)
+    counts = tuple(kept.count(1, block.start, block.stop) for block in tape.blocks)
+    nbytes, file_nbytes, numbers = (
+        tuple(compress(each, kept)) for each in (tape.nbytes, tape.file_nbytes, range(len(kept)))
+    )
+    return Tape(nbytes, file_nbytes, counts), numbers
 
 
 @lru_cache(maxsize=256)
@@ -153,6 +160,7 @@ def _kinds(tape: Tape) -> Kinds:
     return kinds_of(tape.nbytes, tape.file_nbytes, tape.blocks)
 
 
+@lru_cache(maxsize=32)
 def _starts(tape: Tape, held: Held) -> Sequence[int]:
     """The first unit of each piece."""
     return [piece.start for piece in tape.pieces(held)] if held.layers or held.head else range(len(tape.nbytes))
@@ -313,8 +321,9 @@ class _Spreads:
         if count not in self._found:
             tape, resident = self._tape, interleave(count, len(self._tape.nbytes))
             streamed = _streamed(tape, self._held, resident)
-            saved = tape.file_nbytes_of(resident)
-            self._found[count] = _Spread(count, tape.total - streamed.nbytes, saved, streamed.full_ring)
+            nbytes = tape.total - streamed.nbytes
+            saved = nbytes if tape.is_plain else tape.file_nbytes_of(resident)
+            self._found[count] = _Spread(count, nbytes, saved, streamed.full_ring)
         return self._found[count]
 
 
