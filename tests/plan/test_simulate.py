@@ -249,8 +249,8 @@ def test_a_device_takes_its_weights_over_the_bus(bus: float) -> None:
 GPU = GpuRates("T4", 16 * GIB, 4e9, 2e9, 300e9, 50e12)
 
 
-def played_on_gpu(plan: Plan, model: ModelShape, machine: Machine, work: Workload) -> Simulation:
-    return simulate(plan, model, machine, work, passes=1000, device=Device.of(plan, GPU))
+def played_on_gpu(plan: Plan, model: ModelShape, machine: Machine, work: Workload, gpu: GpuRates = GPU) -> Simulation:
+    return simulate(plan, model, machine, work, passes=1000, device=Device.of(plan, gpu))
 
 
 @pytest.mark.parametrize("kv", ["cpu", "disk"])
@@ -272,16 +272,20 @@ def test_recurrent_states_cross_the_bus_as_is_predicted(kv: Any) -> None:
 
 
 @pytest.mark.parametrize("decode", ["cpu", "gpu"])
-def test_prompts_beside_decoding_are_paced_as_is_predicted_where_a_device_computes(decode: Any) -> None:
-    # By the processor's rates decoding would take so long that prompts cost next to nothing.
+@pytest.mark.parametrize(("bus", "second"), [(4e9, 598), (4e15, 64)])
+def test_prompts_beside_decoding_are_paced_as_is_predicted_where_a_device_computes(
+    decode: Any, bus: float, second: int
+) -> None:
+    # By the processor's rates decoding would take so long that prompts cost next to nothing. Beside a slow bus they do.
+    gpu = replace(GPU, host_to_device=bus)
     model = model_with()
     machine = machine_with(1.0, model)
     work = Workload(4, 320, 300, max_batched_tokens=600, batch_size=4)
     asked = Budgets(8 * GIB, 0, tuple(Tier), kv="cpu", vram=GIB, decode_device=decode)
     plan = make_plan(model, machine, work, asked)
-    found, said = played_on_gpu(plan, model, machine, work), predict(plan, model, machine, work, GPU)
+    found, said = played_on_gpu(plan, model, machine, work, gpu), predict(plan, model, machine, work, gpu)
     prompts = [each for each in found.passes if each.load.prompt_tokens]
-    assert [each.load.prompt_tokens for each in prompts[:2]] == [600, 64]
+    assert [each.load.prompt_tokens for each in prompts[:2]] == [600, second]
     assert len(prompts) == said.prefill.passes
     assert sum(each.seconds for each in prompts) == pytest.approx(said.prefill.seconds, rel=0.1)
 

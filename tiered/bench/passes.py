@@ -206,7 +206,7 @@ class _Wide:
     @property
     def kept(self) -> float:
         """Bytes per second of a first pass."""
-        return sum(self._tape.file_nbytes) / statistics.median(self._first)
+        return self._tape.file_total / statistics.median(self._first)
 
 
 def _passes(

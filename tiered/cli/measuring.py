@@ -100,7 +100,7 @@ class Measured:
             disk_wait_seconds=disk_wait_seconds,
             peak_rss_bytes=process_peak_rss_bytes(),
             ram_budget_bytes=plan.budget,
-            tape_bytes=sum(plan.tape.file_nbytes),
+            tape_bytes=plan.tape.file_total,
             resident_bytes=plan.placement.resident_nbytes,
             missing_overlap_bytes=plan.missing_overlap_nbytes,
             holds_less=plan.holds_less,

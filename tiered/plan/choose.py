@@ -166,7 +166,7 @@ def _taking_seconds(asked: Asked, plan: Plan) -> float:
     rate = asked.machine.disk_bytes_per_second
     if plan.experts is not None or rate is None or not may_hold_less(asked):
         return 0.0
-    nbytes = plan.tape.file_nbytes_of(plan.placement.resident)
+    nbytes = plan.resident_file_nbytes
     return nbytes / asked.machine.kept_rate(is_touched=False) - nbytes / rate
 
 
@@ -178,7 +178,7 @@ def _most_gained(plan: Plan, found: Prediction, taking: float, machine: Machine)
     taking memory for it costs, and is read in every pass but the first.
     """
     rate = machine.disk_bytes_per_second
-    nbytes = plan.tape.file_nbytes_of(plan.placement.resident)
+    nbytes = plan.resident_file_nbytes
     assert rate is not None
     if not taking or not nbytes:
         return 0.0

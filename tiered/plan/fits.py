@@ -74,7 +74,7 @@ def fits(model: ModelShape, machine: Machine, workload: Workload, budgets: Budge
     Raises DeviceBudgetError where that is too little.
     """
     smallest = smallest_ram(model, machine, workload, budgets)
-    total = sum(model.tape.file_nbytes)
+    total = model.tape.file_total
     loaded = tuple(tier for tier in budgets.tiers if tier is not Tier.DISK)
     everything = max(
         smallest, smallest_ram(model, machine, workload, replace(budgets, tiers=loaded, resident_cpu=None))
@@ -92,7 +92,7 @@ def fits(model: ModelShape, machine: Machine, workload: Workload, budgets: Budge
     rows = []
     for ram in ladder(smallest, everything):
         plan = plan_at(ram)
-        resident = sum(plan.tape.file_nbytes) - plan.read_nbytes
+        resident = plan.tape.file_total - plan.read_nbytes
         if plan.experts is not None and model.experts is not None:
             resident += plan.experts.slots * model.experts.file_nbytes
         read = plan.read_nbytes + expected_expert_nbytes(model, plan, plan.batch_size)

@@ -69,8 +69,8 @@ class Tape:
         return sum(self.file_nbytes)
 
     @cached_property
-    def is_plain(self) -> bool:
-        """Whether units are files as they are in memory."""
+    def _is_plain(self) -> bool:
+        """Whether files hold units as they are in memory."""
         return self.nbytes == self.file_nbytes
 
     @cached_property
@@ -105,9 +105,11 @@ class Tape:
         """Bytes of these units in memory."""
         return sum(map(self.nbytes.__getitem__, units))
 
-    def file_nbytes_of(self, units: frozenset[int]) -> int:
-        """Bytes that reading these units takes."""
-        return sum(map(self.file_nbytes.__getitem__, units))
+    def placed_file_nbytes(self, placement: "Placement") -> int:
+        """Bytes that reading the resident units of `placement` takes."""
+        if self._is_plain:
+            return placement.resident_nbytes
+        return sum(map(self.file_nbytes.__getitem__, placement.resident))
 
     def pieces(self, held: Held) -> tuple[range, ...]:
         """Units that are in memory together, in order: those of a block that is held, else each by itself."""
@@ -227,7 +229,7 @@ def place(
         room = _Room(tape, wanted, available, least_ring, most)
         best = spreads.best(room)
         if best is not None:
-            placement = _fill(room, interleave(best.count, len(tape.nbytes)))
+            placement = _fill(room, best.units)
             if placement.resident:
                 return placement
     return Placement(frozenset(), 0, min(available, _Room(tape, held, available, least_ring, most).wanted_ring()))
@@ -251,13 +253,28 @@ def wished(tape: Tape, available: int, held: Held, nbytes: int, least_ring: int 
 
 @dataclass(frozen=True)
 class _Spread:
-    """So many resident units, spread evenly."""
+    """So many resident units of a tape, spread evenly."""
 
+    tape: Tape
+    held: Held
     count: int
-    nbytes: int
-    saved_nbytes: int
-    """Bytes that a pass need not read."""
-    full_ring_nbytes: int
+
+    @property
+    def units(self) -> frozenset[int]:
+        return interleave(self.count, len(self.tape.nbytes))
+
+    @cached_property
+    def nbytes(self) -> int:
+        return self.tape.nbytes_of(self.units)
+
+    @cached_property
+    def saved_nbytes(self) -> int:
+        """Bytes that a pass need not read."""
+        return self.tape.placed_file_nbytes(Placement(self.units, self.nbytes, 0))
+
+    @cached_property
+    def full_ring_nbytes(self) -> int:
+        return _streamed(self.tape, self.held, self.units).full_ring
 
 
 @dataclass(frozen=True)
@@ -313,17 +330,18 @@ class _Spreads:
                 continue
             spread = self._spread(count)
             saves_most = best is None or spread.saved_nbytes >= best.saved_nbytes
-            if saves_most and room.holds(spread.nbytes, room.ring(spread)):
+            # How large a ring is wanted takes longer to find out.
+            if (
+                saves_most
+                and room.holds(spread.nbytes, room.least_ring)
+                and room.holds(spread.nbytes, room.ring(spread))
+            ):
                 best = spread
         return best
 
     def _spread(self, count: int) -> _Spread:
         if count not in self._found:
-            tape, resident = self._tape, interleave(count, len(self._tape.nbytes))
-            streamed = _streamed(tape, self._held, resident)
-            nbytes = tape.total - streamed.nbytes
-            saved = nbytes if tape.is_plain else tape.file_nbytes_of(resident)
-            self._found[count] = _Spread(count, nbytes, saved, streamed.full_ring)
+            self._found[count] = _Spread(self._tape, self._held, count)
         return self._found[count]
 
 

@@ -151,12 +151,15 @@ class Plan:
         return self.host_tape.total - self.placement.resident_nbytes
 
     @cached_property
+    def resident_file_nbytes(self) -> int:
+        """Bytes that reading the units takes that stay in the host's memory."""
+        return self.tape.placed_file_nbytes(self.placement)
+
+    @cached_property
     def read_nbytes(self) -> int:
         """Bytes of the tape read per pass once its resident units are in memory."""
-        resident = self.placement.resident | self.on_device if self.device is not None else self.placement.resident
-        if len(resident) == len(self.tape.nbytes):
-            return 0
-        return self.tape.file_total - self.tape.file_nbytes_of(resident)
+        on_device = 0 if self.device is None else self.tape.placed_file_nbytes(self.device.placement)
+        return self.tape.file_total - self.resident_file_nbytes - on_device
 
     @property
     def bus_nbytes(self) -> int:

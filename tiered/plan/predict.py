@@ -347,7 +347,7 @@ class _Run:
         experts: float = expected_expert_nbytes(self.model, plan, tokens)
         read = float(self._read_nbytes)
         if is_first:
-            read = sum(plan.tape.file_nbytes)
+            read = plan.tape.file_total
             if plan.experts is not None and self.model.experts is not None:
                 cold = self.model.experts.layers * self.model.experts.distinct(tokens)
                 experts = max(experts, cold * self.model.experts.file_nbytes)
@@ -365,7 +365,7 @@ class _Run:
         expert_seconds = experts / (machine.expert_bytes_per_second or rate)
         seconds = read / rate + expert_seconds + written / (machine.disk_write_bytes_per_second or rate)
         if is_first:
-            kept = plan.tape.file_nbytes_of(plan.placement.resident)
+            kept = plan.resident_file_nbytes
             seconds += kept / machine.kept_rate(is_touched=plan.device is not None) - kept / rate
         return seconds, expert_seconds, read + experts, written
 
