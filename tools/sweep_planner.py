@@ -88,6 +88,10 @@ class Way:
 
 
 JOBS: Final = [
+    Job("opt-125m", "550MiB", 16, 64, 128),
+    Job("opt-125m", "560MiB", 16, 128, 128),
+    Job("opt-350m", "700MiB", 16, 32, 64),
+    Job("opt-1.3b", "760MiB", 8, 64, 16),
     Job("opt-1.3b", "750MiB", 12, 4, 24),
     Job("opt-6.7b", "3500MiB", 4, 4, 4),
     Job("opt-1.3b", "1200MiB", 12, 4, 24),
@@ -95,10 +99,10 @@ JOBS: Final = [
     Job("opt-1.3b", "900MiB", 4, 32, 16),
     Job("opt-1.3b", "750MiB", 24, 4, 24),
 ]
-"""Runs of half a minute on two slow cores, of passes bound by the disk and by computing, and one of so few passes that
-memory takes most of its time."""
+"""Runs of half a minute on two slow cores: first of long contexts, whose caches take as much memory as weights do; then
+of passes bound by the disk and by computing, and one of so few passes that memory takes most of its time."""
 NEAR: Final = 7
-"""Ways of each job that are run before others of any: an interrupted sweep is one of most jobs."""
+"""Ways of each job that are run, in all rounds, before others of any: an interrupted sweep is one of most jobs."""
 
 
 class Planner:
@@ -204,12 +208,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def measure(folder: Path, results: Results, rounds: int, until: float) -> None:
-    """Run what has not been run, round by round, until it is time to end. A store is made when it is first wanted."""
+    """Run what has not been run, round by round, those of most interest first, until it is time to end. A store is made
+    when it is first wanted."""
     store_of = cache(lambda shape: Synthetic(shape, QUANT, 4, folder).make("none"))
     profile = folder / "profile.toml"
     if not profile.exists():
         call("profile", str(store_of(JOBS[-1].shape)), "-o", str(profile))
-    for round_, most, job in itertools.product(range(1, rounds + 1), (NEAR, None), JOBS):
+    for most, round_, job in itertools.product((NEAR, None), range(1, rounds + 1), JOBS):
         if time.monotonic() > until:
             return
         if results.disk(job) is None:
