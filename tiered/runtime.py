@@ -75,8 +75,8 @@ class Runtime:
         self.is_open = False
         self._resources = contextlib.ExitStack()
         self._streaming: StreamThread | None = None
-        self._copied = 0
-        """Bytes that streams which have ended have copied to the device."""
+        self._copied, self._copy_seconds = 0, 0.0
+        """Bytes that streams which have ended have copied to the device, and the seconds that took."""
         self._device_is_held = False
         """Whether streams have been opened, or a pass has computed on the device, since its memory was given back."""
         self.rested_nbytes: int | None = None
@@ -341,7 +341,11 @@ class Runtime:
             if thread is not None:
                 thread.stop()
                 if thread.ready.error is None:
-                    self._copied += thread.ready.result().bus_nbytes
+                    ended = thread.ready.result()
+                    self._copied, self._copy_seconds = (
+                        self._copied + ended.bus_nbytes,
+                        self._copy_seconds + ended.bus_seconds,
+                    )
 
     @property
     def passes(self) -> int:
@@ -362,6 +366,11 @@ class Runtime:
     def bus_nbytes(self) -> int:
         """Bytes of weights copied to the device; 0 without one."""
         return self._copied + (0 if self._streaming is None else self.start_streaming().bus_nbytes)
+
+    @property
+    def bus_seconds(self) -> float:
+        """Seconds in which they were."""
+        return self._copy_seconds + (0.0 if self._streaming is None else self.start_streaming().bus_seconds)
 
     @property
     def stalled_seconds(self) -> float:

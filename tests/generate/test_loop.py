@@ -64,7 +64,7 @@ class Runner:
         self.announced: list[bool] = []
         self.before_pass: Callable[[int], None] = lambda number: None
         self.bytes_read = self.kv_bytes_read = self.kv_bytes_written = 0
-        self.disk_idle_seconds = self.stalled_seconds = 0.0
+        self.disk_idle_seconds = self.stalled_seconds = self.bus_seconds = 0.0
         self.bus_nbytes = 0
 
     def reserve(self, tokens: int) -> SequenceKV | None:

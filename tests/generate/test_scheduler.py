@@ -122,9 +122,56 @@ class Clocked(Pace):
     """A pace that is told the disk time of the simulated machine, which no clock here measures."""
 
     def note(
-        self, decoding: int, prompt_tokens: int, compute_seconds: float, disk_seconds: float, stalled: float = 0.0
+        self,
+        decoding: int,
+        prompt_tokens: int,
+        compute_seconds: float,
+        disk_seconds: float,
+        bus_nbytes: int = 0,
+        bus_seconds: float = 0.0,
     ) -> None:
         super().note(decoding, prompt_tokens, compute_seconds, Machine.disk)
+
+
+class Copying(Runner):
+    """A runner whose passes copy to a device: the first one more than later ones do."""
+
+    def __init__(self) -> None:
+        super().__init__(1)
+        self.pace = self.told = Told()
+
+    def run(
+        self, segments: Items[Segment], on_logits: OnLogits, on_block: OnBlock | None = None, is_last: bool = False
+    ) -> Pass:
+        found = super().run(segments, on_logits, on_block, is_last)
+        self.bus_nbytes, self.bus_seconds = self.bus_nbytes + 600 // len(self.passes), self.bus_seconds + 0.5
+        return found
+
+
+class Told(Pace):
+    def __init__(self) -> None:
+        super().__init__()
+        self.copied: list[tuple[int, float]] = []
+
+    def note(
+        self,
+        decoding: int,
+        prompt_tokens: int,
+        compute_seconds: float,
+        disk_seconds: float,
+        bus_nbytes: int = 0,
+        bus_seconds: float = 0.0,
+    ) -> None:
+        self.copied.append((bus_nbytes, bus_seconds))
+
+
+def test_the_pace_is_told_what_each_pass_has_copied() -> None:
+    runner = Copying()
+    with Scheduler[Sequence](runner, 1) as scheduler:
+        scheduler.add(sequence_of(prompt_of(4), 3))
+        while not scheduler.is_idle:
+            scheduler.step()
+    assert runner.told.copied == [(600, 0.5), (300, 0.5), (200, 0.5)]
 
 
 def enter(objective: Objective) -> tuple[Machine, Sequence, list[int]]:

@@ -42,7 +42,7 @@ class FakeRunner:
         self.room, self.pieces = room, pieces
         self.plan, self.pace, self.vocab_size = plan_of(max_batched_tokens=1000 * (room or 1)), Pace(), VOCAB
         self.bytes_read = self.kv_bytes_read = self.kv_bytes_written = 0
-        self.disk_idle_seconds = self.stalled_seconds = 0.0
+        self.disk_idle_seconds = self.stalled_seconds = self.bus_seconds = 0.0
         self.bus_nbytes = 0
         self.held: list[SequenceKV] = []
         self.runs: list[tuple[int, bool]] = []

@@ -57,7 +57,7 @@ class DeviceBlocks:
     As `Streamer` does, to a device that shares nothing with the processor.
     """
 
-    wait_seconds, unseen_stalls, bus_nbytes = 0.0, 0.0, 0
+    wait_seconds, unseen_stalls, bus_nbytes, bus_seconds = 0.0, 0.0, 0, 0.0
 
     def __init__(self, store: Store) -> None:
         family = str(store.manifest.architecture["model_type"])

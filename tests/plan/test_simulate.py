@@ -276,7 +276,8 @@ def test_recurrent_states_cross_the_bus_as_is_predicted(kv: Any) -> None:
 def test_prompts_beside_decoding_are_paced_as_is_predicted_where_a_device_computes(
     decode: Any, bus: float, second: int
 ) -> None:
-    # By the processor's rates decoding would take so long that prompts cost next to nothing. Beside a slow bus they do.
+    # By the processor's rates decoding would take so long that prompts cost next to nothing. They do cost nothing while
+    # weights cross a slow bus.
     gpu = replace(GPU, host_to_device=bus)
     model = model_with()
     machine = machine_with(1.0, model)

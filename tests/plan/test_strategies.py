@@ -121,7 +121,7 @@ def test_prompts_that_weights_cross_the_bus_for_are_not_spread_over_many_passes(
     rows = compared("opt-175b", GPU_MACHINE, prompt=512, generate=32, **ram).rows
     found = next(row.prediction for row in rows if (row.strategy, row.quant) == (strategy, "int4"))
     full = 32 * 512 / 4096
-    assert full <= found.prefill.passes <= 4 * full  # 193 of 64 tokens, if they were
+    assert full <= found.prefill.passes <= 4 * full  # passes of 64 tokens would be 193
 
 
 def test_prompts_on_the_gpu_leave_decoding_as_it_is() -> None:

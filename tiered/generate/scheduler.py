@@ -61,6 +61,9 @@ class PassRunner(Protocol):
     def bus_nbytes(self) -> int: ...
 
     @property
+    def bus_seconds(self) -> float: ...
+
+    @property
     def stalled_seconds(self) -> float: ...
 
     def reserve(self, tokens: int) -> SequenceKV | None: ...
@@ -316,8 +319,9 @@ class Scheduler(Generic[T]):
             counted.bus - self._counted.bus,
             counted.stalled_seconds - self._counted.stalled_seconds,
         )
-        reading = max(cost.seconds - idle, 0.0)
-        self._runner.pace.note(decoding, prompt_tokens, pass_.compute_seconds, reading, cost.bus_wait_seconds)
+        bus_seconds, reading = counted.bus_seconds - self._counted.bus_seconds, max(cost.seconds - idle, 0.0)
+        pace = self._runner.pace
+        pace.note(decoding, prompt_tokens, pass_.compute_seconds, reading, cost.bus_bytes, bus_seconds)
         costs.add(cost)
         self._last, self._counted = now, counted
 
@@ -356,15 +360,17 @@ def _segment(ticket: Ticket[T], count: int) -> Segment:
 @dataclass(frozen=True)
 class _Counters:
     """What a runtime has counted so far: bytes of weights read, bytes of KV cache moved, seconds of an idle disk, bytes
-    of weights copied to a device, seconds in which that stood still for copies."""
+    of weights copied to a device, seconds in which they were, seconds in which that stood still for copies."""
 
     weights: int
     kv: int
     disk_idle_seconds: float
     bus: int
+    bus_seconds: float
     stalled_seconds: float
 
     @classmethod
     def of(cls, runner: PassRunner) -> "_Counters":
         kv = runner.kv_bytes_read + runner.kv_bytes_written
-        return cls(runner.bytes_read, kv, runner.disk_idle_seconds, runner.bus_nbytes, runner.stalled_seconds)
+        bus = runner.bus_nbytes, runner.bus_seconds
+        return cls(runner.bytes_read, kv, runner.disk_idle_seconds, *bus, runner.stalled_seconds)

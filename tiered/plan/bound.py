@@ -69,7 +69,7 @@ def _is_as_asked(plan: Plan, way: Way) -> bool:
         return False
     if not plan.placement.resident and plan.missing_overlap_nbytes:
         return False
-    return device is None or bool(device.placement.resident) or not plan.missing_copy_overlap_nbytes
+    return not plan.copies_in_turns
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """What a pass costs: seconds of computing and of reading, as closed forms of numbers.
 
 In: a model, the machine's rates, rows and contexts. Out: seconds and bytes. The choice of a batch size, the pace of
-prompts, predictions and reports all use these and no others.
+prompts, predictions and reports all use these; experts on demand and what crosses a bus are in `way.py`.
 """
 
 import math

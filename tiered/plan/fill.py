@@ -13,8 +13,8 @@ from itertools import accumulate, compress
 from operator import add, mul, sub
 
 Kinds = Sequence[Mapping[int, tuple[int, Sequence[int]]]]
-"""Units that are alike in bytes, by the numbers of their blocks: the block's first unit, and how far behind it each of
-them is."""
+"""For each kind of units, which are alike in bytes, and each block that has any: the block's first unit, and the
+offsets of these from it."""
 
 
 def kinds_of(nbytes: Sequence[int], file_nbytes: Sequence[int], blocks: Sequence[range]) -> Kinds:
@@ -102,8 +102,8 @@ class Streamed:
         # Units that are streamed before each unit, and bytes before each of those.
         counts, before = list(accumulate(left, initial=0)), list(accumulate(sizes, initial=0))
 
-        def sums(starts: Sequence[int]) -> list[int]:
-            at = [before[counts[start]] for start in starts] + before[-1:]
+        def sums(firsts: Iterable[int]) -> list[int]:
+            at = [before[counts[first]] for first in firsts] + before[-1:]
             return list(map(sub, at[1:], at))
 
         self.nbytes = before[-1]

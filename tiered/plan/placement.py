@@ -106,7 +106,7 @@ class Tape:
         return sum(map(self.nbytes.__getitem__, units))
 
     def placed_file_nbytes(self, placement: "Placement") -> int:
-        """Bytes that reading the resident units of `placement` takes."""
+        """Bytes that reading the units takes that `placement`, which is of this tape, has resident."""
         if self._is_plain:
             return placement.resident_nbytes
         return sum(map(self.file_nbytes.__getitem__, placement.resident))

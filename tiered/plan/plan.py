@@ -200,10 +200,16 @@ class Plan:
 
     @property
     def missing_copy_overlap_nbytes(self) -> int:
-        """The same of the device's ring: copying and computing take turns."""
+        """The same of the device's ring."""
         if self.device is None:
             return 0
         return max(0, self.tape.full_ring(self.held, self.on_device) - self.device.placement.ring_nbytes)
+
+    @cached_property
+    def copies_in_turns(self) -> bool:
+        """Whether copying and computing take turns, as there is no room on the device to copy ahead."""
+        # There is beside any unit that stays.
+        return self.device is not None and not self.device.placement.resident and self.missing_copy_overlap_nbytes > 0
 
     @property
     def bound_resident_nbytes(self) -> int:

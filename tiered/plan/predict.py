@@ -302,7 +302,7 @@ class _Run:
         waited = 0.0 if self._takes_turns else max(expert_seconds, expert_bus)
         reading, touched = self._touching(tokens) if is_first else (0.0, 0.0)
         computed = touched + pass_seconds(0.0, computes, waited, computing.expert_seconds)
-        copied = bus + computed if self._copies_in_turns else max(bus, computed)
+        copied = bus + computed if self.plan.copies_in_turns else max(bus, computed)
         seconds = disk + reading + copied if self._takes_turns else max(disk + reading, copied)
         return 1, seconds, disk, computes, read, written, bus, run.rows, reading + touched
 
@@ -387,9 +387,3 @@ class _Run:
     def _takes_turns(self) -> bool:
         """Whether there is no room to read ahead, as there is beside any unit that stays in memory."""
         return not self.plan.placement.resident and self.plan.missing_overlap_nbytes > 0
-
-    @cached_property
-    def _copies_in_turns(self) -> bool:
-        """The same of copying to the device."""
-        device = self.plan.device
-        return device is not None and not device.placement.resident and self.plan.missing_copy_overlap_nbytes > 0

@@ -39,6 +39,11 @@ class Streams:
         """Bytes of weights that have been copied to a device so far."""
         return self.device_blocks.bus_nbytes if self.device_blocks is not None else 0
 
+    @property
+    def bus_seconds(self) -> float:
+        """Seconds in which they were."""
+        return self.device_blocks.bus_seconds if self.device_blocks is not None else 0.0
+
     def rest_device(self) -> None:
         """Between two passes, where the processor computes beside a device: give the device's memory back until it
         computes again. Not for the loop."""
