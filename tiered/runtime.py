@@ -342,10 +342,8 @@ class Runtime:
                 thread.stop()
                 if thread.ready.error is None:
                     ended = thread.ready.result()
-                    self._copied, self._copy_seconds = (
-                        self._copied + ended.bus_nbytes,
-                        self._copy_seconds + ended.bus_seconds,
-                    )
+                    self._copied += ended.bus_nbytes
+                    self._copy_seconds += ended.bus_seconds
 
     @property
     def passes(self) -> int:

@@ -262,7 +262,8 @@ def _generate(model: Any, options: argparse.Namespace) -> Iterator[float]:
 
 
 def llama_cpp(options: argparse.Namespace) -> Iterator[float]:
-    """llama.cpp by its C interface, which takes many sequences at once; its pages come and go by mmap."""
+    """llama.cpp by its C interface, which takes many sequences at once; its pages come and go by mmap. Loading reads
+    them, which counts: others read theirs in their first pass."""
     import numpy as np
 
     library = importlib.import_module("llama_cpp")
@@ -271,6 +272,7 @@ def llama_cpp(options: argparse.Namespace) -> Iterator[float]:
     about_model.n_gpu_layers = 0
     if hasattr(about_model, "use_extra_bufts"):
         about_model.use_extra_bufts = False  # weights in another order would all be copied to memory
+    yield time.perf_counter()
     model = library.llama_model_load_from_file(str(options.model).encode(), about_model)
     about = library.llama_context_default_params()
     # One cache for all sequences: llama.cpp rounds up the tokens of each cache to 256, which is memory for weights.
@@ -303,7 +305,6 @@ def llama_cpp(options: argparse.Namespace) -> Iterator[float]:
         for sequence, prompt in enumerate(prompts(options.batch, options.prompt, options.vocab, options.seed))
         for position, token in enumerate(prompt)
     ]
-    yield time.perf_counter()
     newest: dict[int, int] = {}
     for start in range(0, len(rows), _GGUF_CHUNK):
         newest |= decode(rows[start : start + _GGUF_CHUNK])

@@ -142,6 +142,7 @@ def check(plan: Plan, model: ModelShape, workload: Workload, asked: Budgets) -> 
     # What stays on the device passes through the host's ring once.
     assert host.ring_nbytes >= max((tape.nbytes[unit] for unit in on_device), default=0)
     assert plan.bus_nbytes == tape.total - device.placement.resident_nbytes
+    assert plan.read_nbytes == sum(tape.file_nbytes[unit] for unit in units - on_device - host.resident)
     assert plan.streamed_nbytes == tape.total - device.placement.resident_nbytes - host.resident_nbytes
     check_ring(plan.tape.streamed(plan.held, on_device), device.placement)
     check_ring(plan.host_tape.streamed(plan.host_held, numbers(plan)), host)
@@ -277,6 +278,16 @@ def test_units_on_the_device_are_spread_and_those_in_memory_are_spread_among_the
         assert abs(halves[0] - halves[1]) <= 3
     on_tape = place(LAYERS.without(plan.on_device), plan.placement.nbytes)
     assert on_tape is not None and len(on_tape.resident) == len(plan.placement.resident)
+
+
+def test_compressed_units_that_stay_on_either_side_are_not_read_again() -> None:
+    files = [nbytes - number * MIB // 10 for number, nbytes in enumerate(LAYERS.nbytes)]
+    tape = replace(LAYERS, file_nbytes=tuple(files))
+    plan = planned(1200 * MIB, 800 * MIB, model=replace(MODEL, tape=tape))
+    assert plan.device is not None and plan.device.placement.resident and plan.placement.resident
+    left = tape.units - plan.on_device - plan.placement.resident
+    assert plan.read_nbytes == sum(files[unit] for unit in left) < tape.nbytes_of(left)
+    assert plan.resident_file_nbytes == sum(files[unit] for unit in plan.placement.resident)
 
 
 def test_what_fits_on_the_device_crosses_no_bus_and_asks_little_of_memory() -> None:

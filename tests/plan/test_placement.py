@@ -18,8 +18,8 @@ HELD = st.builds(Held, st.booleans(), st.booleans())
 
 @st.composite
 def tapes(draw: st.DrawFn) -> Tape:
-    """Blocks of one to five units, each of which may be compressed."""
-    counts = draw(st.lists(st.integers(1, 5), min_size=1, max_size=8))
+    """Blocks of five units at most, each of which may be compressed; some blocks may have none left."""
+    counts = draw(st.lists(st.integers(0, 5), min_size=1, max_size=8).filter(any))
     units = draw(st.lists(st.integers(1, 1000), min_size=sum(counts), max_size=sum(counts)))
     return tape_of(units, [draw(st.integers(1, nbytes)) for nbytes in units], counts)
 
