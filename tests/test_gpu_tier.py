@@ -454,7 +454,6 @@ def test_prompts_that_come_later_compute_while_weights_cross_the_bus_for_them(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, decodes: Any
 ) -> None:
     paced, store, count, length = Devices("emulated"), tiny.store("llama"), 4, 90
-    monkeypatch.setattr("tiered.host.open_device", paced.open)
     options = options_for(store, paced, "a ring", "all", tmp_path, decode_device=decodes)
     # A pass takes a second to copy, and next to nothing to compute.
     monkeypatch.setattr(

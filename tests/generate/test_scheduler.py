@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence as Items
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -121,15 +122,7 @@ class Machine(Runner):
 class Clocked(Pace):
     """A pace that is told the disk time of the simulated machine, which no clock here measures."""
 
-    def note(
-        self,
-        decoding: int,
-        prompt_tokens: int,
-        compute_seconds: float,
-        disk_seconds: float,
-        bus_nbytes: int = 0,
-        bus_seconds: float = 0.0,
-    ) -> None:
+    def note(self, decoding: int, prompt_tokens: int, compute_seconds: float, *told: Any, **named: Any) -> None:
         super().note(decoding, prompt_tokens, compute_seconds, Machine.disk)
 
 
@@ -151,18 +144,10 @@ class Copying(Runner):
 class Told(Pace):
     def __init__(self) -> None:
         super().__init__()
-        self.copied: list[tuple[int, float]] = []
+        self.copied: list[tuple[Any, ...]] = []
 
-    def note(
-        self,
-        decoding: int,
-        prompt_tokens: int,
-        compute_seconds: float,
-        disk_seconds: float,
-        bus_nbytes: int = 0,
-        bus_seconds: float = 0.0,
-    ) -> None:
-        self.copied.append((bus_nbytes, bus_seconds))
+    def note(self, *told: Any, **named: Any) -> None:
+        self.copied.append(told[4:])
 
 
 def test_the_pace_is_told_what_each_pass_has_copied() -> None:

@@ -67,9 +67,7 @@ def _is_as_asked(plan: Plan, way: Way) -> bool:
     device, tokens = plan.device, way.tokens
     if plan.max_batched_tokens != tokens or (device is not None and device.waiting is not None):
         return False
-    if not plan.placement.resident and plan.missing_overlap_nbytes:
-        return False
-    return not plan.copies_in_turns
+    return not (plan.reads_in_turns or plan.copies_in_turns)
 
 
 @dataclass(frozen=True)

@@ -48,15 +48,16 @@ class Copies:
     """None: learnt from passes."""
 
 
+NO_COPIES: Final = Copies()
+
+
 class Pace:
     """Learns from passes. Before it has seen any, it goes by `compute_seconds(rows)`."""
 
-    def __init__(self, compute_seconds: Callable[[int], float] | None = None, copies: Copies | None = None) -> None:
-        """`copies`: None where no device computes prompts."""
+    def __init__(self, compute_seconds: Callable[[int], float] | None = None, copies: Copies = NO_COPIES) -> None:
         # Asked once or more for every pass, and for few numbers of rows.
         self._calibrated = None if compute_seconds is None else cache(compute_seconds)
-        self._copies = Copies() if copies is None else copies
-        self._copied_per_second = self._copies.bytes_per_second
+        self._copies, self._copied_per_second = copies, copies.bytes_per_second
         self._passes = 0
         self._disk: deque[float] = deque(maxlen=_RECENT)
         """Seconds the disk was busy in each of the last passes without prompts; before there are any, in others."""

@@ -105,11 +105,9 @@ class Tape:
         """Bytes of these units in memory."""
         return sum(map(self.nbytes.__getitem__, units))
 
-    def placed_file_nbytes(self, placement: "Placement") -> int:
-        """Bytes that reading the units takes that `placement`, which is of this tape, has resident."""
-        if self._is_plain:
-            return placement.resident_nbytes
-        return sum(map(self.file_nbytes.__getitem__, placement.resident))
+    def file_nbytes_of(self, units: frozenset[int], nbytes: int) -> int:
+        """Bytes that reading these units takes, which have `nbytes` bytes in memory."""
+        return nbytes if self._is_plain else sum(map(self.file_nbytes.__getitem__, units))
 
     def pieces(self, held: Held) -> tuple[range, ...]:
         """Units that are in memory together, in order: those of a block that is held, else each by itself."""
@@ -270,7 +268,7 @@ class _Spread:
     @cached_property
     def saved_nbytes(self) -> int:
         """Bytes that a pass need not read."""
-        return self.tape.placed_file_nbytes(Placement(self.units, self.nbytes, 0))
+        return self.tape.file_nbytes_of(self.units, self.nbytes)
 
     @cached_property
     def full_ring_nbytes(self) -> int:

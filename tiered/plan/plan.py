@@ -153,15 +153,17 @@ class Plan:
     @cached_property
     def resident_file_nbytes(self) -> int:
         """Bytes that reading the units takes that stay in the host's memory."""
-        return self.tape.placed_file_nbytes(self.placement)
+        return self.tape.file_nbytes_of(self.placement.resident, self.placement.resident_nbytes)
 
     @cached_property
     def read_nbytes(self) -> int:
         """Bytes of the tape read per pass once its resident units are in memory."""
-        on_device = 0 if self.device is None else self.tape.placed_file_nbytes(self.device.placement)
-        return self.tape.file_total - self.resident_file_nbytes - on_device
+        left = self.tape.file_total - self.resident_file_nbytes
+        if self.device is None:
+            return left
+        return left - self.tape.file_nbytes_of(self.on_device, self.device.placement.resident_nbytes)
 
-    @property
+    @cached_property
     def bus_nbytes(self) -> int:
         """Bytes of weights that are copied to the device in a pass in which it computes."""
         return 0 if self.device is None else self.host_tape.total
@@ -206,9 +208,14 @@ class Plan:
         return max(0, self.tape.full_ring(self.held, self.on_device) - self.device.placement.ring_nbytes)
 
     @cached_property
-    def copies_in_turns(self) -> bool:
-        """Whether copying and computing take turns, as there is no room on the device to copy ahead."""
+    def reads_in_turns(self) -> bool:
+        """Whether reading and computing (or copying) take turns, as there is no room to read ahead."""
         # There is beside any unit that stays.
+        return not self.placement.resident and self.missing_overlap_nbytes > 0
+
+    @cached_property
+    def copies_in_turns(self) -> bool:
+        """The same of copying to the device and computing there."""
         return self.device is not None and not self.device.placement.resident and self.missing_copy_overlap_nbytes > 0
 
     @property

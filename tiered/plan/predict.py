@@ -295,15 +295,15 @@ class _Run:
         disk, expert_seconds, read, written = self._disk(run, tokens, is_first)
         computing = self.costs.computing(run, self._seats_take_turns)
         computes = computing.seconds
-        if not self._takes_turns:
+        if not self.plan.reads_in_turns:
             computes = slowed(self.costs.slowest(run), computes, read)
         bus, expert_bus = self._bus(run, is_first)
         # In turns, computing waits for all that is read, experts among it.
-        waited = 0.0 if self._takes_turns else max(expert_seconds, expert_bus)
+        waited = 0.0 if self.plan.reads_in_turns else max(expert_seconds, expert_bus)
         reading, touched = self._touching(tokens) if is_first else (0.0, 0.0)
         computed = touched + pass_seconds(0.0, computes, waited, computing.expert_seconds)
         copied = bus + computed if self.plan.copies_in_turns else max(bus, computed)
-        seconds = disk + reading + copied if self._takes_turns else max(disk + reading, copied)
+        seconds = disk + reading + copied if self.plan.reads_in_turns else max(disk + reading, copied)
         return 1, seconds, disk, computes, read, written, bus, run.rows, reading + touched
 
     def _touching(self, tokens: int) -> tuple[float, float]:
@@ -327,7 +327,7 @@ class _Run:
         tokens = rows + (run.prompt_tokens if parts else 0)
         if gpu is None or not tokens:
             return 0.0, 0.0
-        weights = plan.tape.total if is_first else self._bus_nbytes
+        weights = plan.tape.total if is_first else plan.bus_nbytes
         experts = expected_bus_nbytes(self.model, plan, tokens) / gpu.host_to_device
         kv = 0 if plan.cache.on_device else tokens * self.model.kv_token_nbytes
         waiting = plan.waiting_nbytes(tokens) / min(gpu.host_to_device, gpu.device_to_host)
@@ -345,7 +345,7 @@ class _Run:
         """Of each pass: seconds of the disk, those of them for experts, bytes read, bytes written."""
         plan, machine, cache = self.plan, self.machine, self.plan.cache
         experts: float = expected_expert_nbytes(self.model, plan, tokens)
-        read = float(self._read_nbytes)
+        read = float(plan.read_nbytes)
         if is_first:
             read = plan.tape.file_total
             if plan.experts is not None and self.model.experts is not None:
@@ -370,20 +370,7 @@ class _Run:
         return seconds, expert_seconds, read + experts, written
 
     @cached_property
-    def _read_nbytes(self) -> int:
-        return self.plan.read_nbytes
-
-    @cached_property
-    def _bus_nbytes(self) -> int:
-        return self.plan.bus_nbytes
-
-    @cached_property
     def _seats_take_turns(self) -> bool:
         """Whether the processor waits inside each layer for what a device computes: a choice of experts, or pages whose
         memory is only lent."""
         return self.plan.experts is not None or self.plan.cache.on_disk
-
-    @cached_property
-    def _takes_turns(self) -> bool:
-        """Whether there is no room to read ahead, as there is beside any unit that stays in memory."""
-        return not self.plan.placement.resident and self.plan.missing_overlap_nbytes > 0
