@@ -40,6 +40,19 @@ struct Attention512 : Avx512 {
         const __m512i both = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(first(count), u8));
         return _mm512_cvtepi32_ps(high ? _mm512_srli_epi32(both, 4) : _mm512_and_si512(both, _mm512_set1_epi32(15)));
     }
+    // Of a group's nibbles with one scale and zero: a look-up takes the lowest four bits.
+    struct Nibbles {
+        F table;
+
+        Nibbles(F scale, F zero) {
+            const F codes = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+            table = mul(sub(codes, zero), scale);
+        }
+        F at(const uint8_t *u8, int64_t count, bool high) const {
+            const __m512i both = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(first(count), u8));
+            return _mm512_permutexvar_ps(high ? _mm512_srli_epi32(both, 4) : both, table);
+        }
+    };
     static uint64_t nonzero(const uint8_t *u8, int64_t count) {
         const __m512i bytes = _mm512_maskz_loadu_epi8(~uint64_t(0) >> (64 - count), u8);
         return _mm512_test_epi8_mask(bytes, bytes);

@@ -18,7 +18,7 @@ struct Scratch {
     float *values;         // [64][64], and what the last row's vectors write beyond
     float *scores;         // [rows][64]
     float *factors;        // [rows][64]
-    float *channels;       // [2][ld]
+    float *channels;       // [2][ld + 16]
     float *references;     // [64]
     Running *running;      // [rows]
     uint64_t *visible;     // [queries]
@@ -37,7 +37,7 @@ struct Scratch {
         values = reinterpret_cast<float *>(take((kPage * kChannels + 16) * 4));
         scores = reinterpret_cast<float *>(take(rows * kPage * 4));
         factors = reinterpret_cast<float *>(take(rows * kPage * 4));
-        channels = reinterpret_cast<float *>(take(2 * ld * 4));
+        channels = reinterpret_cast<float *>(take(2 * (ld + 16) * 4));
         references = reinterpret_cast<float *>(take(kPage * 4));
         running = reinterpret_cast<Running *>(take(rows * static_cast<int64_t>(sizeof(Running))));
         visible = reinterpret_cast<uint64_t *>(take(queries * 8));
@@ -149,7 +149,8 @@ template <class V> class Item {
     void score(const Source &source, int64_t from, int64_t to, const Source &next) {
         const bool direct = is_direct(source);
         Ahead ahead = ahead_of(next, to, direct ? 0 : (to - from) * ld_ / V::kLanes * rows_ / V::kLanes);
-        if (!direct) widen_channels<V>(source, a_.head_dim, scratch_.channels, ld_);
+        const int64_t channels_ld = ld_ + V::kLanes;
+        if (!direct) widen_channels<V>(source, a_.head_dim, scratch_.channels, channels_ld);
         for (int64_t k = from / kKeys * kKeys; k < to; k += kKeys) {
             const int64_t begin = k < from ? from : k, end = k + kKeys < to ? k + kKeys : to;
             if (direct) {
@@ -157,7 +158,7 @@ template <class V> class Item {
                 continue;
             }
             float *keys = scratch_.keys + (begin - k) * ld_;
-            widen<V>(source, a_.head_dim, begin, end, 0, a_.head_dim, keys, ld_, scratch_.channels, ld_);
+            widen<V>(source, a_.head_dim, begin, end, 0, a_.head_dim, keys, ld_, scratch_.channels, channels_ld);
             score_keys<false>({scratch_.keys - k * ld_, ld_, ld_, begin, end}, k, ahead);
         }
     }
@@ -213,11 +214,11 @@ template <class V> class Item {
             }
             return;
         }
-        widen_channels<V>(source, a_.head_dim, scratch_.channels, ld_);
         for (int64_t begin = 0; begin < a_.head_dim; begin += kChannels) {
             const int64_t end = begin + kChannels < a_.head_dim ? begin + kChannels : a_.head_dim;
             const int64_t vectors = (end - begin + V::kLanes - 1) / V::kLanes;
-            widen<V>(source, a_.head_dim, from, to, begin, end, scratch_.values, kChannels, scratch_.channels, ld_);
+            // Values are never quantized per channel.
+            widen<V>(source, a_.head_dim, from, to, begin, end, scratch_.values, kChannels, nullptr, 0);
             const Rows values = {scratch_.values - from * kChannels, kChannels, kChannels, from, to};
             int64_t v = 0;
             for (; v + C <= vectors; v += C) add_columns<C, false>(values, v * V::kLanes, begin, ahead);

@@ -51,35 +51,59 @@ inline uint16_t load16(const char *from) {
     return bits;
 }
 
-// The codes of one group, as scale * (code - zero). Writes whole vectors: what comes after in `out` is overwritten.
-template <class V>
-inline void widen_group(const uint8_t *codes, bool nibbles, int64_t group, float scale, float zero, float *out) {
-    using F = typename V::F;
-    const F s = V::set(scale), z = V::set(zero);
-    if (!nibbles) {
-        for (int64_t i = 0; i < group; i += V::kLanes) {
-            const int64_t n = group - i < V::kLanes ? group - i : V::kLanes;
-            V::store(out + i, V::mul(V::sub(V::codes(codes + i, n), z), s));
-        }
-        return;
-    }
-    const int64_t half = group / 2;
-    for (int high = 0; high < 2; high++) {
-        for (int64_t i = 0; i < half; i += V::kLanes) {
-            const int64_t n = half - i < V::kLanes ? half - i : V::kLanes;
-            V::store(out + high * half + i, V::mul(V::sub(V::nibbles(codes + i, n, high), z), s));
-        }
-    }
-}
-
 inline bool is_nibbles(int32_t format) { return format == TK_KV_INT4 || format == TK_KV_INT4_CHANNEL; }
 inline bool is_per_channel(int32_t format) { return format == TK_KV_INT8_CHANNEL || format == TK_KV_INT4_CHANNEL; }
 
-// Where a page is quantized per channel: the scales of all channels, then the zeros, `ld` apart.
+// scale * (code - zero) for codes of a token and group of channels, which share both.
+template <class V> struct TokenGrid {
+    typename V::F scale, zero;
+    typename V::Nibbles nibbles;
+
+    TokenGrid(float s, float z) : scale(V::set(s)), zero(V::set(z)), nibbles(scale, zero) {}
+    typename V::F of_codes(const uint8_t *codes, int64_t count, int64_t) const {
+        return V::mul(V::sub(V::codes(codes, count), zero), scale);
+    }
+    typename V::F of_nibbles(const uint8_t *codes, int64_t count, bool high, int64_t) const {
+        return nibbles.at(codes, count, high);
+    }
+};
+
+// The same where every channel has its own, in fp32 from `scales` and `zeros` on.
+template <class V> struct ChannelGrid {
+    const float *scales, *zeros;
+
+    typename V::F of_codes(const uint8_t *codes, int64_t count, int64_t c) const {
+        return V::mul(V::sub(V::codes(codes, count), V::load(zeros + c)), V::load(scales + c));
+    }
+    typename V::F of_nibbles(const uint8_t *codes, int64_t count, bool high, int64_t c) const {
+        return V::mul(V::sub(V::nibbles(codes, count, high), V::load(zeros + c)), V::load(scales + c));
+    }
+};
+
+// The codes of one group. Writes whole vectors: what comes after in `out` is overwritten.
+template <class V, class Grid>
+inline void widen_group(const uint8_t *codes, bool nibbles, int64_t group, const Grid &grid, float *out) {
+    const int64_t stop = nibbles ? group / 2 : group;
+    for (int64_t i = 0; i < stop; i += V::kLanes) {
+        const int64_t n = stop - i < V::kLanes ? stop - i : V::kLanes;
+        V::store(out + i, nibbles ? grid.of_nibbles(codes + i, n, false, i) : grid.of_codes(codes + i, n, i));
+    }
+    for (int64_t i = 0; nibbles && i < stop; i += V::kLanes) {
+        const int64_t n = stop - i < V::kLanes ? stop - i : V::kLanes;
+        V::store(out + stop + i, grid.of_nibbles(codes + i, n, true, stop + i));
+    }
+}
+
+// Where a page is quantized per channel: the scales of all channels, then the zeros, `ld` apart; 0 beyond `width`, up to
+// `ld`, which is a vector more than whole vectors of channels take.
 template <class V> inline void widen_channels(const Source &source, int64_t width, float *channels, int64_t ld) {
-    for (int64_t i = 0; i < ld && is_per_channel(source.format); i++) {
-        channels[i] = i < width ? V::half(load16(source.scale + i * 2)) : 0;
-        channels[ld + i] = i < width ? static_cast<uint8_t>(source.zero[i]) : 0;
+    if (!is_per_channel(source.format)) return;
+    const uint16_t *scale = reinterpret_cast<const uint16_t *>(source.scale);
+    const uint8_t *zero = reinterpret_cast<const uint8_t *>(source.zero);
+    for (int64_t i = 0; i < ld; i += V::kLanes) {
+        const bool is_there = i < width;
+        V::store(channels + i, is_there ? V::scales(scale + i, width - i) : V::zero());
+        V::store(channels + ld + i, is_there ? V::zeros(zero + i, width - i) : V::zero());
     }
 }
 
@@ -87,19 +111,18 @@ template <class V> inline void widen_channels(const Source &source, int64_t widt
 template <class V>
 inline void widen_codes(const Source &source, int64_t group, int64_t k, int64_t begin, int64_t end, float *out,
                         const float *channels, int64_t channels_ld) {
-    const bool nibbles = is_nibbles(source.format), per_channel = is_per_channel(source.format);
+    const bool nibbles = is_nibbles(source.format);
     const uint8_t *codes = reinterpret_cast<const uint8_t *>(source.codes) + k * source.token_stride;
     for (int64_t c = begin; c < end; c += group) {
-        float scale = 1, zero = 0;
-        if (!per_channel) {
-            scale = V::half(load16(source.scale + (k * source.scale_stride + c / group) * 2));
-            zero = static_cast<uint8_t>(source.zero[k * source.zero_stride + c / group]);
+        const uint8_t *from = codes + (nibbles ? c / 2 : c);
+        if (is_per_channel(source.format)) {
+            const ChannelGrid<V> grid = {channels + c, channels + channels_ld + c};
+            widen_group<V>(from, nibbles, group, grid, out + c - begin);
+        } else {
+            const float scale = V::half(load16(source.scale + (k * source.scale_stride + c / group) * 2));
+            const float zero = static_cast<uint8_t>(source.zero[k * source.zero_stride + c / group]);
+            widen_group<V>(from, nibbles, group, TokenGrid<V>(scale, zero), out + c - begin);
         }
-        widen_group<V>(codes + (nibbles ? c / 2 : c), nibbles, group, scale, zero, out + c - begin);
-    }
-    for (int64_t c = begin; c < end && per_channel; c += V::kLanes) {
-        const auto less = V::sub(V::load(out + c - begin), V::load(channels + channels_ld + c));
-        V::store(out + c - begin, V::mul(less, V::load(channels + c)));
     }
 }
 

@@ -63,6 +63,19 @@ struct Portable : Plain {
     static F nibbles(const uint8_t *u8, int64_t count, bool high) {
         return each([=](int i) { return i < count ? static_cast<float>(high ? u8[i] >> 4 : u8[i] & 15) : 0; });
     }
+    struct Nibbles {
+        F scale, zero;
+
+        Nibbles(const F &scale, const F &zero) : scale(scale), zero(zero) {}
+        F at(const uint8_t *u8, int64_t count, bool high) const {
+            return mul(sub(nibbles(u8, count, high), zero), scale);
+        }
+    };
+    // Up to eight channels' scales and zeros in fp32; 0 beyond `count`.
+    static F scales(const uint16_t *fp16, int64_t count) {
+        return each([=](int i) { return i < count ? half(load16(reinterpret_cast<const char *>(fp16 + i))) : 0; });
+    }
+    static F zeros(const uint8_t *u8, int64_t count) { return codes(u8, count); }
     static uint64_t nonzero(const uint8_t *u8, int64_t count) {
         uint64_t bits = 0;
         for (int64_t i = 0; i < count; i++) bits |= static_cast<uint64_t>(u8[i] != 0) << i;
