@@ -21,6 +21,7 @@ from tiered.host import Host
 from tiered.io.filesystem import mount_of
 from tiered.plan import ComputeRate
 from tiered.plan.hardware import ROWS, Hardware
+from tiered.plan.kv import KVShape
 from tiered.units import MIB
 
 Usage = namedtuple("Usage", "free")
@@ -67,7 +68,8 @@ def processor(monkeypatch: pytest.MonkeyPatch) -> None:
         return ComputeRate(tuple(counts), tuple(1e-10 * rows for rows in counts))
 
     monkeypatch.setattr(profile, "measure_compute", compute)
-    monkeypatch.setattr(profile, "measure_attention", lambda *_: 1e-6)
+    monkeypatch.setattr(profile, "measure_attention", lambda *how: 1e-6 if how[3] == 16 else 2e-6)
+    monkeypatch.setattr(profile, "measure_quantizing", lambda *_: 1e-5)
     monkeypatch.setattr(profile, "measure_prefill_attention", lambda *_: 1e11)
     monkeypatch.setattr(profile, "measure_memory", lambda *_: 2e10)
     touches = itertools.cycle((1e8, 3e9, 1e9))
@@ -98,7 +100,13 @@ def test_a_folder_is_measured_with_a_file_that_nobody_sees(disk: Disk, processor
     assert (found.disk.streamed, found.disk.kept, found.cpu.operation_seconds) == (0.9, 1e9, 1e-3)
     assert (found.cpu.element_seconds, found.cpu.reading_seconds, found.cpu.touch) == (None, 1e-10, 1e8)
     assert found.is_measured and "temporary file of 16 MiB" in found.source and found.source.startswith("measured 2")
-    assert found.cpu.cores == 2 and found.cpu.attention == pytest.approx(2 * 32 * 128 * 2 / 1e-6)
+    token = 2 * 32 * 128 * 2
+    assert found.cpu.cores == 2 and found.cpu.attention == pytest.approx(token / 1e-6)
+    assert found.cpu.quantize == pytest.approx(token / 1e-5)
+    # Whatever the model's heads are, each was measured with as many as share a key.
+    made = found.machine("int4-g64", "fast", KVShape(8, 128, 128, "bfloat16"), 0, queries=4)
+    assert [made.keeping(bits).attention_seconds for bits in (16, 8, 4)] == pytest.approx([1e-6, 2e-6, 2e-6])
+    assert [made.keeping(bits).store_seconds for bits in (16, 8, 4)] == pytest.approx([0, 2.5e-6, 2.5e-6])
     assert {(one.scheme, one.mode) for one in found.cpu.linear} == {
         (scheme, mode) for scheme in ("int4-g64", "int8-g64", "none") for mode in ("invariant", "fast")
     }

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from tiered.bench import rates
-from tiered.bench.rates import measure_attention, measure_compute, measure_prefill_attention
+from tiered.bench.rates import measure_attention, measure_compute, measure_prefill_attention, measure_quantizing
 from tiered.kernels import Kernels
-from tiered.plan import ComputeRate
+from tiered.plan import ComputeRate, KVShape
 from tiered.quant import GroupScheme
 
 
@@ -42,9 +42,16 @@ def test_more_rows_take_longer_in_all_but_less_each(scheme: GroupScheme | None) 
     assert 0 < one < many < 64 * one
 
 
-def test_attention_takes_time_for_every_token() -> None:
+@pytest.mark.parametrize(("bits", "sequences"), [(16, 1), (8, 3), (4, 3)])
+def test_attention_takes_time_for_every_token_in_whatever_bits(bits: int, sequences: int) -> None:
+    shape = KVShape(2, 64, 64, "bfloat16")
     with Kernels(1) as kernels:
-        assert 0 < measure_attention(kernels, 8, 2, 64, torch.bfloat16) < 1e-3
+        assert 0 < measure_attention(kernels, 8, shape, bits, sequences, 1 << 20) < 1e-3
+
+
+@pytest.mark.parametrize("value_dim", [64, 0])
+def test_quantizing_takes_time_for_every_token(value_dim: int) -> None:
+    assert 0 < measure_quantizing(KVShape(2, 64, value_dim, "bfloat16")) < 1e-2
 
 
 def test_a_prompt_attends_at_a_speed() -> None:

@@ -18,6 +18,7 @@ from tiered.plan import choose as choosing
 from tiered.plan.bound import least_seconds
 from tiered.plan.choose import Option, best, share_that_counts
 from tiered.plan.hardware import GpuRates
+from tiered.plan.inputs import QuantizedRates
 from tiered.plan.machines import load_hardware
 from tiered.plan.predict import Phase, Prediction, Predictor, predict
 from tiered.plan.shapes import known_shapes
@@ -204,6 +205,14 @@ def test_a_run_and_a_table_choose_the_same(ram: int, sequences: int, objective: 
     assert row.strategy == CPU and row.plan == replace(plan, why="")
 
 
+def test_bits_are_chosen_by_what_their_attention_takes_too() -> None:
+    # In few bits more weights stay in memory.
+    job = replace(JOB, sequences=16, max_context=2048)
+    slow = replace(QUICK, quantized=tuple(QuantizedRates(bits, 1e-4, 0.0) for bits in (8, 4)))
+    quick, found = (planned(2000 * MIB, each, job, kv="cpu", choose_kv_bits=True) for each in (QUICK, slow))
+    assert (quick.cache.bits, found.cache.bits) == (4, 16)
+
+
 def option(bits: Any, batch: int, seconds: float) -> Option:
     plan = planned(8 * GIB, workload=replace(JOB, batch_size=batch), kv_bits=bits)
     prediction = Prediction(1, 1, Phase(), Phase(1, seconds), {})
@@ -268,6 +277,8 @@ def test_no_plan_takes_less_than_the_bound(name: str, ram: int, decode: Any, obj
     model, gpu = shapes["int4"], GPU_MACHINE.gpu
     hardware = replace(GPU_MACHINE, disk=replace(MACHINE.disk, kept=1e9, random=((1 << 20, 1e9), (1 << 24, 3e9))))
     known = replace(machine_for(model, hardware), operation_seconds=1e-6, element_seconds=1e-12, reading_seconds=1e-10)
+    assert known.attention_seconds
+    known = replace(known, quantized=(QuantizedRates(4, known.attention_seconds / 2, 1e-6),))
     budgets = Budgets(ram * GIB, BASELINE_NBYTES, kv="auto")
     if decode is not None:
         budgets = replace(budgets, tiers=GPU_TIERS, vram=2 * GIB, context_nbytes=GIB // 2, decode_device=decode)

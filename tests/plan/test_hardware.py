@@ -7,7 +7,7 @@ import pytest
 
 from tiered.errors import ConfigError
 from tiered.plan import ComputeRate, KVShape, Machine
-from tiered.plan.hardware import DiskRates, Hardware, LinearRate, bytes_per_weight, roofline
+from tiered.plan.hardware import AttendedRate, DiskRates, Hardware, LinearRate, bytes_per_weight, roofline
 from tiered.quant import Scheme
 
 DESCRIBED = """
@@ -32,6 +32,7 @@ memory = 3e11
 flops = 5e13
 """
 
+ATTENDED = "[[cpu.attended]]\nbits = {}\nqueries = {}\nseconds_per_byte = [1.0, 1.0]\n[gpu]"
 LINEAR = 'linear = [{ scheme = "none", mode = "fast", rows = [0.5, 1], seconds_per_weight = [1.0, 1.0] }]'
 
 
@@ -68,6 +69,9 @@ def test_random_reads_lie_between_what_was_measured() -> None:
         ("read = 2e9", "reads = 2e9", "described, disk: has no 'read', expected a number above 0"),
         ("cores = 2", "cores = 0.5", "cores = 0.5, expected a whole number above 0"),
         ("flops = 1e12", "attention = 1.0\nprefill_attention = 1.0\n" + LINEAR, "whole rows in ascending order"),
+        ("[gpu]", ATTENDED.format(2, "[1, 2]"), "described, cpu, attended 1: expected bits of 16, 8 or 4, found 2"),
+        ("[gpu]", ATTENDED.format(4, "[2, 1]"), "attended 1: expected whole queries in ascending order with as many"),
+        ("[gpu]", ATTENDED.format(4, "[1, 2]\nrows = 1"), "described, cpu, attended 1: unknown 'rows'"),
         ("cores = 2", "cores = 2\nsockets = 1", "described, cpu: unknown 'sockets'"),
         ("flops = 1e12", "linear = []", "described, cpu: linear = .*expected one or more tables"),
         ("ram = 16", "format = 3\nram = 16", "described: is in format 3, expected 2"),
@@ -112,6 +116,7 @@ def test_written_down_and_read_back_it_is_the_same_machine() -> None:
     machine = Hardware.from_toml(DESCRIBED, "described")
     disk = replace(machine.disk, streamed=0.9, kept=1e9)
     cpu = replace(machine.cpu, operation_seconds=1e-6, element_seconds=1e-8, reading_seconds=1e-10, touch=1e9)
+    cpu = replace(cpu, quantize=1e9, attended=(AttendedRate(4, ComputeRate((1, 8), (1e-10, 2e-10))),))
     for each in (machine, replace(machine, disk=disk, cpu=cpu)):
         assert Hardware.from_toml(as_toml(each.to_tables()), "again") == each
 
@@ -122,6 +127,20 @@ def test_what_passes_take_beyond_raw_reading_is_counted_where_it_was_measured() 
     made = machine.machine("int8-g64", "invariant", kv, 7)
     assert made.disk_bytes_per_second == pytest.approx(1.8e9) and made.kept_bytes_per_second == 1e9
     assert made.operation_seconds == made.element_seconds == made.reading_seconds == made.touch_seconds(1e9) == 0
+
+
+def test_attention_goes_by_bits_and_by_queries_that_share_a_key_where_that_was_measured() -> None:
+    machine, kv = Hardware.from_toml(DESCRIBED, "mine"), KVShape(8, 128, 128, "bfloat16")
+    plain = machine.machine("int8-g64", "invariant", kv, 7, queries=4)
+    assert plain.keeping(4) == plain
+    token, attended = 2 * 8 * 128 * 2, (AttendedRate(4, ComputeRate((1, 3), (1e-9, 3e-9))),)
+    made = replace(machine, cpu=replace(machine.cpu, quantize=1e6, attended=attended))
+    for queries, seconds in ((1, 1e-9), (2, 2e-9), (6, 6e-9)):
+        found = made.machine("int8-g64", "invariant", kv, 7, queries)
+        assert found.keeping(16) == found.keeping(8) == found
+        assert found.attention_seconds == pytest.approx(token / machine.cpu.attention) and not found.store_seconds
+        assert found.keeping(4).attention_seconds == pytest.approx(token * seconds)
+        assert found.keeping(4).store_seconds == pytest.approx(token / 1e6)
 
 
 @pytest.mark.parametrize(

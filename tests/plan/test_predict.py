@@ -24,7 +24,8 @@ from tiered.plan import (
 )
 from tiered.plan.cost import expert_seconds, pass_seconds, prompt_pairs
 from tiered.plan.hardware import GpuRates
-from tiered.plan.kv import KVShape, layer_groups
+from tiered.plan.inputs import QuantizedRates
+from tiered.plan.kv import Bits, KVShape, layer_groups
 from tiered.plan.load import Alike, PassRun, pass_loads
 from tiered.plan.pace import Pace
 from tiered.plan.predict import Prediction, Predictor, predict, walk
@@ -152,6 +153,23 @@ def test_a_cache_on_disk_is_read_in_every_pass_and_written_once() -> None:
     found = predict(plan, MODEL, MACHINE, workload)
     assert found.written_nbytes == pytest.approx(8 * 399 * MODEL.kv_token_nbytes, rel=0.01)
     assert found.decode.read_nbytes > found.decode.passes * plan.read_nbytes
+
+
+@pytest.mark.parametrize("kv", ["cpu", "disk"])
+def test_pages_of_few_bits_are_attended_and_filled_at_rates_of_their_own(kv: Any) -> None:
+    slow = replace(MACHINE, quantized=(QuantizedRates(4, 1e-6, 1e-4),))
+    workload = Workload(8, 400, 300, max_batched_tokens=4096, batch_size=8)
+    cases: list[tuple[Bits, int]] = [(16, 0), (8, 0), (4, 1)]
+    for bits, times in cases:
+        plan = make_plan(MODEL, MACHINE, workload, Budgets(GIB, 100 * MIB, kv=kv, kv_bits=bits))
+        found, plain = (predict(plan, MODEL, machine, workload) for machine in (slow, MACHINE))
+        layers = sum(len(group.layers) for group in MODEL.groups)
+        longer = found.decode.compute_seconds - plain.decode.compute_seconds
+        contexts = sum(range(300, 400))
+        attended, stored = 8 * contexts * layers * (1e-6 - 1e-9), 8 * 99 * layers * 1e-4
+        assert longer == pytest.approx(times * (attended + stored), rel=0.02)
+        longer = found.prefill.compute_seconds - plain.prefill.compute_seconds
+        assert longer == pytest.approx(times * 8 * 300 * layers * 1e-4, rel=0.01)
 
 
 def test_recurrent_states_on_disk_are_read_and_written_in_every_pass() -> None:

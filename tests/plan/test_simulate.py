@@ -23,6 +23,7 @@ from tiered.plan import (
     make_plan,
 )
 from tiered.plan.hardware import GpuRates
+from tiered.plan.inputs import QuantizedRates
 from tiered.plan.lanes import Event
 from tiered.plan.make import smallest_vram
 from tiered.plan.pace import Pace
@@ -214,6 +215,19 @@ def test_a_cache_on_disk_shares_the_disk() -> None:
     assert each.disk_nbytes == pytest.approx(expected, rel=0.05)
     assert each.seconds == pytest.approx(expected / DISK, rel=0.1)
     assert dict(each.waits)["kv"] > 0
+
+
+@pytest.mark.parametrize("kv", ["cpu", "disk"])
+def test_pages_of_few_bits_take_what_is_predicted(kv: Any) -> None:
+    work, model = Workload(4, 700, 690, max_batched_tokens=64000, objective="throughput"), model_with(layers=8)
+    machine = replace(machine_with(0.2, model, 1e-6), quantized=(QuantizedRates(4, 3e-5, 1e-4),))
+    plan = plan_with(model, machine, work, 0.9, kv=kv, kv_bits=4)
+    first, *_, last = simulate(plan, model, machine, work).passes
+    found = predict(plan, model, machine, work)
+    assert last.compute_seconds == pytest.approx(found.decode.compute_seconds / found.decode.passes, rel=0.03)
+    assert first.compute_seconds == pytest.approx(found.prefill.compute_seconds, rel=0.03)
+    exact = replace(machine, quantized=())
+    assert last.compute_seconds > 1.2 * simulate(plan, model, exact, work).passes[-1].compute_seconds
 
 
 def test_experts_are_waited_for_and_the_tape_stands_still() -> None:

@@ -26,7 +26,7 @@ import torch
 from tiered.bench.gpu import measure_gpu
 from tiered.bench.memory import measure_memory, measure_touch
 from tiered.bench.passes import measure_passes
-from tiered.bench.rates import measure_attention, measure_compute, measure_prefill_attention
+from tiered.bench.rates import measure_attention, measure_compute, measure_prefill_attention, measure_quantizing
 from tiered.bench.raw import RANDOM_THREADS, advise_huge_pages, measure_random, measure_raw, measure_write
 from tiered.errors import ConfigError, DiskFullError
 from tiered.io import ReadMode, probe_mode
@@ -34,8 +34,8 @@ from tiered.io.filesystem import free_nbytes, kind_of
 from tiered.kernels import Kernels
 from tiered.kernels import Mode as KernelMode
 from tiered.plan import ComputeRate, system
-from tiered.plan.hardware import ROWS, CpuRates, DiskRates, Hardware, LinearRate, Mode
-from tiered.plan.kv import KVShape
+from tiered.plan.hardware import ROWS, AttendedRate, CpuRates, DiskRates, Hardware, LinearRate, Mode
+from tiered.plan.kv import BITS_BY_NAME, KVShape
 from tiered.quant import GroupScheme
 from tiered.store.sweep import bypass_cache
 from tiered.units import GIB, MIB, PAGE, format_size, round_down, round_up
@@ -56,6 +56,10 @@ _LARGE_NBYTES: Final = 128 * MIB
 """Codes of the weight that few rows pass through: more than most caches hold, as memory is what bounds them."""
 _HEADS: Final = 32
 _HEAD_DIM: Final = 128
+_QUERIES: Final = (1, 4, 16)
+"""That share a key."""
+_SEQUENCES: Final = 16
+"""That attend at once, so that there is work for many threads where few heads have keys."""
 _SCHEMES: Final = {"int4-g64": GroupScheme(4), "int8-g64": GroupScheme(8), "none": None}
 _MODES: Final[tuple[Mode, ...]] = ("invariant", "fast")
 
@@ -225,11 +229,24 @@ def _measure_cpu(threads: int, memory: float, say: Say) -> tuple[CpuRates, str]:
                 linear.append(LinearRate(name, mode, _measure_linear(kernels, scheme)))
     with Kernels(threads) as kernels:
         say("measuring attention")
-        shape = (_HEADS, _HEADS, _HEAD_DIM, torch.bfloat16)
-        attention = KVShape(_HEADS, _HEAD_DIM, _HEAD_DIM, "bfloat16").token_nbytes / measure_attention(kernels, *shape)
-        prefill = measure_prefill_attention(kernels, *shape)
+        attended = tuple(_measure_attention(kernels, bits) for bits in BITS_BY_NAME.values())
+        prefill = measure_prefill_attention(kernels, _HEADS, _HEADS, _HEAD_DIM, torch.bfloat16)
+        whole = KVShape(_HEADS, _HEAD_DIM, _HEAD_DIM, "bfloat16")
+        quantize = whole.token_nbytes / measure_quantizing(whole)
         level = "torch reference" if kernels.level is None else kernels.level.name.lower()
-    return CpuRates(threads, memory, attention, prefill, tuple(linear)), f"{level}, {threads} threads"
+    attention = 1 / attended[0].rate.seconds_per_weight[0]
+    rates = CpuRates(threads, memory, attention, prefill, tuple(linear), quantize=quantize, attended=attended)
+    return rates, f"{level}, {threads} threads"
+
+
+def _measure_attention(kernels: Kernels, bits: int) -> AttendedRate:
+    """Of as many bytes as linear layers of few rows: what is attended over comes from memory, as layers lie between."""
+    seconds = []
+    for queries in _QUERIES:
+        shape = KVShape(_HEADS // queries, _HEAD_DIM, _HEAD_DIM, "bfloat16")
+        each = measure_attention(kernels, _HEADS, shape, bits, _SEQUENCES, _LARGE_NBYTES)
+        seconds.append(each / shape.token_nbytes)
+    return AttendedRate(bits, ComputeRate(_QUERIES, tuple(seconds)))
 
 
 def _measure_linear(kernels: Kernels, scheme: GroupScheme | None) -> ComputeRate:

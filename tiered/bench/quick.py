@@ -35,7 +35,7 @@ def quick_hardware(folder: Path, models: Sequence[ModelShape], is_store: bool, k
     linear = tuple(_linear(kernels, one, dtype) for one in models)
     # Of any shape, where no layer attends.
     heads, kv = (model.heads, model.kv) if model.kv else (1, KVShape(1, 64, 64, model.dtype))
-    seconds = measure_attention(kernels, heads, kv.heads, kv.head_dim, dtype)
+    seconds = measure_attention(kernels, heads, kv)
     attention = kv.token_nbytes / seconds
     return Hardware(
         platform.node() or "this machine",

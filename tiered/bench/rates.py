@@ -13,18 +13,21 @@ from typing import Final
 import torch
 
 from tiered.bench.raw import SECONDS_EACH, advise_huge_pages, measure_raw
+from tiered.cache.layout import PageLayout
 from tiered.io import ReadMode, probe_mode
-from tiered.kernels import AttentionCall, Kernels, contiguous_pages
-from tiered.plan import ComputeRate
+from tiered.kernels import AttentionCall, BlockTable, Kernels, contiguous_pages
+from tiered.plan import ComputeRate, KVShape
 from tiered.quant import QuantizedTensor, QuantizedWeight, Scheme
 from tiered.store import Store
-from tiered.units import MIB
+from tiered.units import MIB, PAGE_TOKENS
 
 _ROWS: Final = (1, 4, 16, 64, 256)
 NBYTES: Final = 16 << 20
 _SECONDS: Final = 0.2
 """Least time that one measurement takes, after one run that does not count."""
 _LOOKS: Final = 4
+_PAGES_BYTE: Final = 0x11
+"""Of pages of the KV cache: small numbers, whatever they are read as."""
 _DISK_MEMORY_NBYTES: Final = 32 * MIB
 
 
@@ -59,11 +62,38 @@ def measure_compute(
     return ComputeRate(tuple(counts), tuple(seconds))
 
 
-def measure_attention(kernels: Kernels, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> float:
-    """Seconds per token of context that one query of one sequence takes in one layer."""
-    tokens = max(64, NBYTES // (2 * kv_heads * head_dim * dtype.itemsize))
-    call = _attention_call(1, tokens, heads, kv_heads, head_dim, dtype)
-    return _time(lambda: kernels.attention(call)) / tokens
+def measure_attention(
+    kernels: Kernels, heads: int, shape: KVShape, bits: int = 16, sequences: int = 1, nbytes: int = NBYTES
+) -> float:
+    """Seconds per token of context that one query of one sequence takes in one layer, over a KV cache of `bits` bits in
+    which `sequences` sequences have pages of about `nbytes` bytes in all, counted as in 16 bits."""
+    pages = max(1, nbytes // shape.token_nbytes // PAGE_TOKENS // sequences)
+    layout = PageLayout(shape, bits)
+    # Written, because memory that never was is one page for the kernel, in the processor's caches.
+    memory = torch.full((sequences * pages * layout.block_nbytes,), _PAGES_BYTE, dtype=torch.uint8)
+    offsets = torch.arange(sequences * pages).view(sequences, pages) * layout.block_nbytes
+    keys, values = layout.pages(BlockTable(memory, offsets))
+    tokens = pages * PAGE_TOKENS
+    call = AttentionCall(
+        query=torch.ones(sequences, 1, heads, shape.head_dim, dtype=layout.dtype),
+        kv_heads=shape.heads,
+        keys=keys,
+        values=values,
+        first=torch.zeros(sequences, dtype=torch.int64),
+        count=torch.full((sequences,), tokens),
+        scaling=shape.head_dim**-0.5,
+    )
+    return _time(lambda: kernels.attention(call)) / (sequences * tokens)
+
+
+def measure_quantizing(shape: KVShape) -> float:
+    """Seconds per token that it takes to bring its keys and values, in one layer, into 4 bits, when a page is full; as
+    8 bits do."""
+    layout = PageLayout(shape, 4)
+    memory, offsets = torch.zeros(layout.block_nbytes, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64)
+    widths = shape.head_dim, shape.value_dim
+    keys, values = (torch.rand(1, shape.heads, PAGE_TOKENS, width).to(layout.dtype) for width in widths)
+    return _time(lambda: layout.store(memory, offsets, keys, values)) / PAGE_TOKENS
 
 
 def measure_prefill_attention(
@@ -71,18 +101,9 @@ def measure_prefill_attention(
 ) -> float:
     """Floating-point operations per second (a multiply-add counts as two) of a prompt of `tokens` tokens, each of which
     sees itself and what comes before it."""
-    call = _attention_call(tokens, tokens, heads, kv_heads, head_dim, dtype)
-    pairs = tokens * (tokens + 1) // 2
-    return 4 * heads * head_dim * pairs / _time(lambda: kernels.attention(call))
-
-
-def _attention_call(
-    queries: int, tokens: int, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype
-) -> AttentionCall:
-    """The last `queries` of one sequence's `tokens` tokens."""
     states = torch.ones(1, kv_heads, tokens, head_dim, dtype=dtype)
-    return AttentionCall(
-        query=torch.ones(1, queries, heads, head_dim, dtype=dtype),
+    call = AttentionCall(
+        query=torch.ones(1, tokens, heads, head_dim, dtype=dtype),
         kv_heads=kv_heads,
         keys=contiguous_pages(states),
         values=contiguous_pages(states.clone()),
@@ -90,6 +111,8 @@ def _attention_call(
         count=torch.tensor([tokens]),
         scaling=head_dim**-0.5,
     )
+    pairs = tokens * (tokens + 1) // 2
+    return 4 * heads * head_dim * pairs / _time(lambda: kernels.attention(call))
 
 
 def _time(work: Callable[[], object]) -> float:

@@ -102,6 +102,14 @@ def _figures(hardware: Hardware) -> Iterator[tuple[str, str, str]]:
     if cpu.touch is not None:
         yield "", format_rate(cpu.touch), "touched for the first time, by one thread"
     yield "attention", format_rate(cpu.attention), "of keys and values that decoding attends over"
+    for each in cpu.attended:
+        of_bits = "" if each.bits == 16 else f" in {each.bits} bits, counted as in 16"
+        for queries, seconds in zip(each.rate.rows, each.rate.seconds_per_weight, strict=True):
+            shared = "" if queries == 1 else f", {queries} queries to a key"
+            if (each.bits == 16) != (queries == 1):
+                yield "", format_rate(1 / seconds), f"of them{of_bits}{shared}"
+    if cpu.quantize is not None:
+        yield "", format_rate(cpu.quantize), "of new ones that 8 or 4 bits are made of"
     yield "", f"{cpu.prefill_attention / 1e9:.0f} GFLOP/s", "of a prompt"
     if cpu.operation_seconds is not None:
         yield "operation", f"{cpu.operation_seconds * 1e6:.3g} us", "beside linear layers, however few the rows"

@@ -171,7 +171,7 @@ class _Bound:
 
     @property
     def compute_seconds(self) -> float:
-        machine, budgets = self.way.asked.machine, self.way.asked.budgets
+        budgets, machine = self.way.asked.budgets, self.way.asked.machine.keeping(self._cache.bits)
         prompts = rest = machine
         if self.gpu is not None and budgets.has_device:
             there = on_gpu(machine, self._model, self._cache, self.gpu)

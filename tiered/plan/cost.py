@@ -127,6 +127,11 @@ def decode_attention_seconds(model: ModelShape, machine: Machine, count: int, co
     return (machine.attention_seconds or 0.0) * seen_tokens(model, context) * count
 
 
+def store_seconds(model: ModelShape, machine: Machine, tokens: int) -> float:
+    """Seconds of quantizing the keys and values of `tokens` new tokens, in all layers that keep some."""
+    return machine.store_seconds * sum(len(group.layers) for group in model.groups) * tokens
+
+
 def seen_tokens(model: ModelShape, context: float) -> float:
     """Tokens that a query sees with `context` before it, summed over layers."""
     return sum(len(group.layers) * min(context, group.window or context) for group in model.groups)

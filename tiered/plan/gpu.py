@@ -29,6 +29,7 @@ def on_gpu(machine: Machine, model: ModelShape, cache: CachePlan, gpu: GpuRates)
         machine,
         linear=roofline(model.quantization or "none", gpu.flops, gpu.memory),
         attention_seconds=in_bits / gpu.memory if cache.on_device else machine.attention_seconds,
+        store_seconds=0.0 if cache.on_device else machine.store_seconds,
         prompt_attention_flops=gpu.flops,
         element_seconds=0.0,
         reading_seconds=0.0,

@@ -7,13 +7,13 @@ second, sizes in bytes. Nothing here touches a machine: `bench/profile.py` measu
 import bisect
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal, Self
 
 from tiered.errors import ConfigError
-from tiered.plan.inputs import ComputeRate, Machine
-from tiered.plan.kv import KVShape
+from tiered.plan.inputs import ComputeRate, Machine, QuantizedRates
+from tiered.plan.kv import BITS_BY_NAME, KVShape
 
 Mode = Literal["invariant", "fast"]
 FORMAT: Final = 2
@@ -64,6 +64,15 @@ class LinearRate:
 
 
 @dataclass(frozen=True)
+class AttendedRate:
+    """Attention of tokens that are decoded, over a KV cache of so many bits."""
+
+    bits: int
+    rate: ComputeRate
+    """Seconds per byte of keys and values, counted as in 16 bits, by how many queries share a key."""
+
+
+@dataclass(frozen=True)
 class CpuRates:
     """What the processor does with all of its threads."""
 
@@ -71,7 +80,7 @@ class CpuRates:
     memory: float
     """Bandwidth of reading memory."""
     attention: float
-    """Bytes of keys and values per second that decoding attends over, in memory."""
+    """Bytes of keys and values per second that decoding attends over, in memory, where every query has its own."""
     prefill_attention: float
     """Multiply-adds times two per second of a prompt's attention."""
     linear: tuple[LinearRate, ...]
@@ -84,6 +93,19 @@ class CpuRates:
     """By how much computing takes longer for each byte that is read meanwhile."""
     touch: float | None = None
     """Bandwidth of touching memory for the first time, by one thread; None: nothing is known of it."""
+    quantize: float | None = None
+    """Bytes of new keys and values per second, counted as in 16 bits, of which 8 or 4 bits are made; None: nothing is
+    known of it."""
+    attended: tuple[AttendedRate, ...] = ()
+    """What decoding attends over, by bits and shared keys; of bits that are not there as `attention` says."""
+
+    def attention_seconds(self, kv: KVShape, queries: int, bits: int) -> float | None:
+        """Seconds per token of context, for one query of one sequence in one layer that keeps `kv` in so many bits and
+        whose keys `queries` queries share; None where nothing is known of these bits."""
+        found = next((each for each in self.attended if each.bits == bits), None)
+        if found is not None:
+            return found.rate.seconds(queries, kv.token_nbytes)
+        return kv.token_nbytes / self.attention if bits == 16 else None
 
     def linear_rate(self, scheme: str | None, mode: Mode) -> ComputeRate:
         """The rate of a scheme, or of one with as many bits and other groups, in proportion to the bytes of a weight;
@@ -95,6 +117,13 @@ class CpuRates:
             return ComputeRate(found.rate.rows, tuple(share * seconds for seconds in found.rate.seconds_per_weight))
         known = ", ".join(f"{found.scheme} {found.mode}" for found in self.linear)
         raise ConfigError(f"no speed of linear layers in {name}, {mode} mode; there are {known}: run 'tiered profile'")
+
+
+def _quantized(cpu: CpuRates, kv: KVShape, queries: int) -> Iterator[QuantizedRates]:
+    store = 0.0 if cpu.quantize is None else kv.token_nbytes / cpu.quantize
+    for bits in (8, 4):
+        if (seconds := cpu.attention_seconds(kv, queries, bits)) is not None:
+            yield QuantizedRates(bits, seconds, store)
 
 
 def _kind(scheme: str) -> str:
@@ -131,14 +160,19 @@ class Hardware:
     gpu: GpuRates | None = None
     usd_per_hour: float | None = None
 
-    def machine(self, scheme: str | None, mode: Mode, kv: KVShape | None, scratch_nbytes: int) -> Machine:
-        """The machine as a plan wants it, for a model whose layers are in `scheme` and keep keys and values of `kv`."""
+    def machine(
+        self, scheme: str | None, mode: Mode, kv: KVShape | None, scratch_nbytes: int, queries: int = 1
+    ) -> Machine:
+        """The machine as a plan wants it, for a model whose layers are in `scheme` and keep keys and values of `kv`,
+        each key for `queries` queries."""
         cpu, disk = self.cpu, self.disk
+        attention = None if kv is None else cpu.attention_seconds(kv, queries, 16)
         return Machine(
             scratch_nbytes=scratch_nbytes,
             disk_bytes_per_second=disk.read * (disk.streamed or 1.0),
             linear=cpu.linear_rate(scheme, mode),
-            attention_seconds=kv.token_nbytes / cpu.attention if kv else 0.0,
+            attention_seconds=attention or 0.0,
+            quantized=() if kv is None else tuple(_quantized(cpu, kv, queries)),
             operation_seconds=cpu.operation_seconds or 0.0,
             element_seconds=cpu.element_seconds or 0.0,
             reading_seconds=cpu.reading_seconds or 0.0,
@@ -195,6 +229,12 @@ class Hardware:
             for one in self.cpu.linear
         ]
         cpu = _known(self.cpu) | {"linear": linear}
+        attended = [
+            {"bits": one.bits, "queries": list(one.rate.rows), "seconds_per_byte": list(one.rate.seconds_per_weight)}
+            for one in cpu.pop("attended")
+        ]
+        if attended:
+            cpu["attended"] = attended
         tables: dict[str, Any] = {"format": FORMAT, "name": self.name, "source": self.source}
         tables["is_measured"] = self.is_measured
         tables["ram"] = self.ram
@@ -242,23 +282,41 @@ def _cpu(table: "_Reader") -> CpuRates:
     else:
         linear = [_linear(entry) for entry in table.tables("linear")]
         attention, prefill_attention = table.number("attention"), table.number("prefill_attention")
-    beside = map(table.optional, ("operation_seconds", "element_seconds", "reading_seconds", "touch"))
-    return CpuRates(table.whole("cores"), memory, attention, prefill_attention, tuple(linear), *beside)
+    attended = tuple(map(_attended, table.tables("attended"))) if "attended" in table.values else ()
+    operation, element, reading, touch, quantize = map(
+        table.optional, ("operation_seconds", "element_seconds", "reading_seconds", "touch", "quantize")
+    )
+    plain = table.whole("cores"), memory, attention, prefill_attention, tuple(linear)
+    return CpuRates(*plain, operation, element, reading, touch, quantize, attended)
 
 
 def _linear(table: "_Reader") -> LinearRate:
     mode = table.text("mode")
-    rows, seconds = table.numbers("rows"), table.numbers("seconds_per_weight")
-    is_table = len(rows) == len(seconds) and sorted(set(rows)) == list(rows) and all(map(_is_whole, rows))
-    if mode not in ("invariant", "fast") or not is_table:
-        raise ConfigError(
-            f"{table.name}: expected a mode of invariant or fast, and whole rows in ascending order with as many "
-            f"seconds_per_weight, found {mode!r}, {len(rows)} rows and {len(seconds)} times"
-        )
-    table_rate = ComputeRate(tuple(map(int, rows)), seconds)
-    rate = LinearRate(table.text("scheme"), "fast" if mode == "fast" else "invariant", table_rate)
+    if mode not in ("invariant", "fast"):
+        raise ConfigError(f"{table.name}: expected a mode of invariant or fast, found {mode!r}")
+    rate = _compute_rate(table, "rows", "seconds_per_weight")
+    found = LinearRate(table.text("scheme"), "fast" if mode == "fast" else "invariant", rate)
     table.check_empty()
-    return rate
+    return found
+
+
+def _attended(table: "_Reader") -> AttendedRate:
+    bits = table.whole("bits")
+    if bits not in BITS_BY_NAME.values():
+        raise ConfigError(f"{table.name}: expected bits of 16, 8 or 4, found {bits}")
+    found = AttendedRate(bits, _compute_rate(table, "queries", "seconds_per_byte"))
+    table.check_empty()
+    return found
+
+
+def _compute_rate(table: "_Reader", counts_key: str, seconds_key: str) -> ComputeRate:
+    counts, seconds = table.numbers(counts_key), table.numbers(seconds_key)
+    if len(counts) != len(seconds) or sorted(set(counts)) != list(counts) or not all(map(_is_whole, counts)):
+        raise ConfigError(
+            f"{table.name}: expected whole {counts_key} in ascending order with as many {seconds_key}, found "
+            f"{len(counts)} {counts_key} and {len(seconds)} times"
+        )
+    return ComputeRate(tuple(map(int, counts)), seconds)
 
 
 def _gpu(table: "_Reader") -> GpuRates:

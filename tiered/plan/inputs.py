@@ -203,6 +203,11 @@ class ModelShape:
         return None if most is None else most.shape
 
     @property
+    def queries_per_key(self) -> int:
+        """Query heads that share a key head, in the layers of `kv`."""
+        return 1 if self.kv is None else max(1, self.heads // self.kv.heads)
+
+    @property
     def latent_dim(self) -> int:
         """Channels of a token's latents; 0: no layer attends to latents."""
         return max((group.shape.head_dim for group in self.groups if not group.shape.value_dim), default=0)
@@ -250,6 +255,16 @@ class ComputeRate:
 
 
 @dataclass(frozen=True)
+class QuantizedRates:
+    """What a KV cache of so many bits takes."""
+
+    bits: int
+    attention_seconds: float
+    """As `Machine` has them for 16 bits."""
+    store_seconds: float
+
+
+@dataclass(frozen=True)
 class Machine:
     """How fast this machine is, where that has been measured, and what its kernels take."""
 
@@ -282,6 +297,10 @@ class Machine:
     the rest."""
     touch_bytes_per_second: float | None = None
     """Rate at which memory is touched for the first time; None: not known, and counted as nothing."""
+    store_seconds: float = 0.0
+    """Seconds that quantizing a new token's keys and values takes in one layer."""
+    quantized: tuple[QuantizedRates, ...] = ()
+    """This and `attention_seconds` for a KV cache of 8 and of 4 bits; none: as for 16."""
 
     def kept_rate(self, is_touched: bool) -> float:
         """Bytes per second that a first pass reads of what then stays in memory: no more than the disk's, nor, unless
@@ -293,6 +312,13 @@ class Machine:
         assert self.disk_bytes_per_second is not None
         touch = None if is_touched else self.touch_bytes_per_second
         return min(filter(None, (self.disk_bytes_per_second, self.kept_bytes_per_second, touch)))
+
+    def keeping(self, bits: int) -> "Machine":
+        """These rates with a KV cache of so many bits; those that a plan is made from are for 16."""
+        found = next((rates for rates in self.quantized if rates.bits == bits), None)
+        if found is None:
+            return self
+        return replace(self, attention_seconds=found.attention_seconds, store_seconds=found.store_seconds)
 
     def with_memory_of(self, process: "Machine") -> "Machine":
         """These rates, with what kernels take in `process`: a description of a machine knows no process."""

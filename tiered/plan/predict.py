@@ -194,9 +194,9 @@ class Predictor:
 
     def _costs_of(self, plan: Plan) -> RunCosts:
         """Those of all plans that compute as `plan` does."""
-        alike: tuple[object, ...] = (plan.micro_batch_rows,)
+        alike: tuple[object, ...] = (plan.micro_batch_rows, plan.cache.bits)
         if plan.device is not None:
-            alike = (*alike, plan.prefill_device, plan.decode_device, plan.cache.on_device, plan.cache.bits)
+            alike = (*alike, plan.prefill_device, plan.decode_device, plan.cache.on_device)
         if alike not in self._costs:
             self._costs[alike] = RunCosts(plan, self._model, self._machine, self.gpu)
         return self._costs[alike]

@@ -15,6 +15,7 @@ from tiered.plan.cost import (
     linear_computing,
     prompt_attention_seconds,
     prompt_pairs,
+    store_seconds,
 )
 from tiered.plan.gpu import on_gpu
 from tiered.plan.hardware import GpuRates
@@ -48,6 +49,7 @@ class RunCosts:
 
     def __init__(self, plan: Plan, model: ModelShape, machine: Machine, gpu: GpuRates | None) -> None:
         self._model, self._most_rows = model, plan.micro_batch_rows
+        machine = machine.keeping(plan.cache.bits)
         self._prompts = self._rest = machine
         if gpu is not None and plan.device is not None:
             there = on_gpu(machine, model, plan.cache, gpu)
@@ -94,7 +96,9 @@ class RunCosts:
 
     def _computing(self, run: PassRun, in_turns: bool) -> Computing:
         logits = -(-run.logits // run.times)
-        decoding = decode_attention_seconds(self._model, self._rest, run.rows, run.context) if run.rows else 0.0
+        # Pages are quantized where they are kept, which is where what decodes attends.
+        decoding = store_seconds(self._model, self._rest, run.rows + run.prompt_tokens)
+        decoding += decode_attention_seconds(self._model, self._rest, run.rows, run.context) if run.rows else 0.0
         # Prompts attend where they are computed, wherever the KV cache is.
         reading = prompt_attention_seconds(self._model, self._prompts, self._run_pairs(run))
         if self._prompts is self._rest:

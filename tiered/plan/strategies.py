@@ -155,7 +155,7 @@ class Comparison:
 def machine_for(model: ModelShape, hardware: Hardware, mode: Mode = "invariant") -> Machine:
     """`hardware` as plans and predictions for `model` want it."""
     scratch = max(_SCRATCH_NBYTES, hardware.cpu.cores * _THREAD_SCRATCH_NBYTES)
-    machine = hardware.machine(model.quantization, mode, model.kv, scratch)
+    machine = hardware.machine(model.quantization, mode, model.kv, scratch, model.queries_per_key)
     experts = model.experts
     return replace(
         machine,

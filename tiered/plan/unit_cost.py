@@ -13,7 +13,8 @@ from tiered.plan.plan import Plan
 
 
 class UnitCosts:
-    """Seconds of computing with `plan`. Raises ConfigError where the rates of `machine` are not known."""
+    """Seconds of computing with `plan`, on a `machine` that keeps its KV cache (`Machine.keeping`). Raises ConfigError
+    where rates are not known."""
 
     def __init__(self, plan: Plan, model: ModelShape, machine: Machine) -> None:
         if machine.linear is None:
@@ -41,6 +42,7 @@ class UnitCosts:
         window, seconds = self._window_of[layer], 0.0
         for part in parts:
             pairs = _pairs(part, window)
+            seconds += self._machine.store_seconds * len(part)
             if len(part) == 1:
                 seconds += pairs * self._attention
             else:

@@ -32,7 +32,7 @@ struct Ahead {
     int64_t step; // bytes
 
     void some() {
-        __builtin_prefetch(at);
+        for (int64_t line = 0; line < step || !line; line += 64) __builtin_prefetch(at + line);
         at += step;
     }
 };
