@@ -160,10 +160,11 @@ template <class F, int kSets> struct Ahead {
         const int64_t ahead = kAheadNbytes + (row_nbytes - at > kAheadNbytes ? 0 : further);
         q = static_cast<const uint8_t *>(l.w.q) + rows.row[0][0] * row_nbytes + at + ahead;
     }
-    // Beyond the weight's end this reads nothing: a prefetch is only a hint.
+    // To the second level: rows of a power of two bytes share sets of the first one, and sixteen of them push out what was
+    // fetched for them. Beyond the weight's end this reads nothing: a prefetch is only a hint.
     TK_INLINE void fetch(int line) const {
         const uint8_t *at = q + line / kRowLines * row_nbytes + line % kRowLines * 64;
-        _mm_prefetch(reinterpret_cast<const char *>(at), _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char *>(at), _MM_HINT_T1);
     }
 };
 
