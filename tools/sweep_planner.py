@@ -88,9 +88,10 @@ class Way:
 
 
 JOBS: Final = [
-    Job("opt-125m", "550MiB", 16, 64, 128),
-    Job("opt-125m", "560MiB", 16, 128, 128),
-    Job("opt-350m", "700MiB", 16, 32, 64),
+    Job("opt-1.3b", "760MiB", 8, 64, 64),
+    Job("opt-1.3b", "900MiB", 16, 64, 64),
+    Job("opt-1.3b", "1000MiB", 32, 32, 32),
+    Job("opt-6.7b", "2000MiB", 8, 64, 16),
     Job("opt-1.3b", "760MiB", 8, 64, 16),
     Job("opt-1.3b", "750MiB", 12, 4, 24),
     Job("opt-6.7b", "3500MiB", 4, 4, 4),
@@ -99,7 +100,7 @@ JOBS: Final = [
     Job("opt-1.3b", "900MiB", 4, 32, 16),
     Job("opt-1.3b", "750MiB", 24, 4, 24),
 ]
-"""Runs of half a minute on two slow cores: first of long contexts, whose caches take much of the memory; then of passes
+"""Runs of a few seconds to a minute on two cores: first of long contexts, whose caches take much of the memory; then of passes
 bound by the disk and by computing, and one of so few passes that memory takes most of its time."""
 NEAR: Final = 7
 """Ways of each job that are run, in all rounds, before others of any: an interrupted sweep is one of most jobs."""
