@@ -100,8 +100,8 @@ JOBS: Final = [
     Job("opt-1.3b", "900MiB", 4, 32, 16),
     Job("opt-1.3b", "750MiB", 24, 4, 24),
 ]
-"""Runs of a few seconds to a minute on two cores: first of long contexts, whose caches take much of the memory; then of passes
-bound by the disk and by computing, and one of so few passes that memory takes most of its time."""
+"""Runs of seconds to a minute on two cores: first of long contexts, whose caches take much of the memory; then of
+passes bound by the disk and by computing, and one of so few passes that memory takes most of its time."""
 NEAR: Final = 7
 """Ways of each job that are run, in all rounds, before others of any: an interrupted sweep is one of most jobs."""
 
