@@ -8,8 +8,9 @@ import torch
 
 from tiered.bench import rates
 from tiered.bench.rates import measure_attention, measure_compute, measure_prefill_attention, measure_quantizing
-from tiered.kernels import Kernels
+from tiered.kernels import AttentionCall, Kernels
 from tiered.plan import ComputeRate, KVShape
+from tiered.plan.kv import block_nbytes
 from tiered.quant import GroupScheme
 
 
@@ -43,10 +44,25 @@ def test_more_rows_take_longer_in_all_but_less_each(scheme: GroupScheme | None) 
 
 
 @pytest.mark.parametrize(("bits", "sequences"), [(16, 1), (8, 3), (4, 3)])
-def test_attention_takes_time_for_every_token_in_whatever_bits(bits: int, sequences: int) -> None:
-    shape = KVShape(2, 64, 64, "bfloat16")
+def test_attention_takes_time_for_every_token_in_whatever_bits(
+    bits: int, sequences: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape, calls = KVShape(2, 64, 64, "bfloat16"), list[AttentionCall]()
     with Kernels(1) as kernels:
+        attend = kernels.attention
+
+        def noted(call: AttentionCall) -> torch.Tensor:
+            calls.append(call)
+            return attend(call)
+
+        monkeypatch.setattr(kernels, "attention", noted)
         assert 0 < measure_attention(kernels, 8, shape, bits, sequences, 1 << 20) < 1e-3
+    call = calls[0]
+    block = block_nbytes(shape, bits)
+    assert call.keys.table.memory.nbytes == sequences * ((1 << 20) // block // sequences) * block
+    assert call.query.shape == (sequences, 1, 8, 64) and call.keys.format.bits == call.values.format.bits == bits
+    assert call.count.tolist() == [call.keys.table.offsets.shape[1] * 64] * sequences
+    assert call.keys.table.offsets.unique().numel() * block == call.keys.table.memory.nbytes
 
 
 @pytest.mark.parametrize("value_dim", [64, 0])

@@ -10,7 +10,8 @@ import pytest
 
 from tests.commands import Done, make_store, run_here
 from tiered.cli import profile as command
-from tiered.plan.hardware import GpuRates, Hardware
+from tiered.plan import ComputeRate
+from tiered.plan.hardware import AttendedRate, GpuRates, Hardware
 from tiered.plan.machines import find_profile, load_hardware, profile_path
 
 
@@ -55,6 +56,17 @@ def test_the_current_folder_is_measured_shown_and_kept(measuring: Measuring) -> 
     for text in ("2.00 GB/s  read in file order", "64.00 GB/s", "16 bits", "NVIDIA T4", "26.0 TFLOP/s"):
         assert text in out
     assert list(Path.cwd().iterdir()) == []
+
+
+def test_attention_is_shown_by_bits_and_by_queries_that_share_a_key(measuring: Measuring) -> None:
+    rate = ComputeRate((1, 4), (1e-10, 2e-10))
+    cpu = replace(measuring.found.cpu, quantize=5e8, attended=(AttendedRate(16, rate), AttendedRate(4, rate)))
+    measuring.found = replace(measuring.found, cpu=cpu)
+    out = ended_well().out
+    shared = "5.00 GB/s where 4 queries share a key"
+    assert f"10.00 GB/s  the same in 16 bits, {shared}\n" in out
+    assert f"10.00 GB/s  the same in 4 bits, counted as in 16, {shared}\n" in out
+    assert "0.50 GB/s  of new keys and values quantized" in out
 
 
 def test_a_stores_files_are_read(measuring: Measuring, tmp_path: Path) -> None:

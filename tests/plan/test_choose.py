@@ -17,7 +17,7 @@ from tiered.plan import Budgets, ComputeRate, Machine, ModelShape, Plan, Workloa
 from tiered.plan import choose as choosing
 from tiered.plan.bound import least_seconds
 from tiered.plan.choose import Option, best, share_that_counts
-from tiered.plan.hardware import GpuRates
+from tiered.plan.hardware import AttendedRate, GpuRates
 from tiered.plan.inputs import QuantizedRates
 from tiered.plan.machines import load_hardware
 from tiered.plan.predict import Phase, Prediction, Predictor, predict
@@ -213,6 +213,13 @@ def test_bits_are_chosen_by_what_their_attention_takes_too() -> None:
     assert (quick.cache.bits, found.cache.bits) == (4, 16)
 
 
+def test_fewer_bits_are_taken_where_they_attend_faster_though_all_fits_in_any() -> None:
+    job = replace(JOB, sequences=16, max_context=2048)
+    slow = replace(QUICK, attention_seconds=1e-5, quantized=(QuantizedRates(4, 1e-6, 0.0),))
+    found = planned(8 * GIB, slow, job, kv="cpu", choose_kv_bits=True)
+    assert found.cache.bits == 4 and not found.read_nbytes
+
+
 def option(bits: Any, batch: int, seconds: float) -> Option:
     plan = planned(8 * GIB, workload=replace(JOB, batch_size=batch), kv_bits=bits)
     prediction = Prediction(1, 1, Phase(), Phase(1, seconds), {})
@@ -254,7 +261,10 @@ def test_what_cannot_be_chosen_is_dropped_early_and_that_changes_nothing(
     shapes = known_shapes(config_dir() / "models", name)
     assert shapes is not None
     hardware = GPU_MACHINE if vram else MACHINE
-    hardware = replace(hardware, cpu=replace(hardware.cpu, touch=hardware.disk.read / 6))
+    # Fewer bits are not only smaller, but attended over twice as fast.
+    half = ComputeRate((1, 64), (0.5 / hardware.cpu.attention,) * 2)
+    cpu = replace(hardware.cpu, touch=hardware.disk.read / 6, attended=(AttendedRate(4, half), AttendedRate(8, half)))
+    hardware = replace(hardware, cpu=cpu)
     memory = {"vram": vram * GIB or None, "ram": job.ram * GIB}
     asked = ask(sequences=job.sequences, prompt=job.prompt, objective=objective, **memory)
     found = compare(shapes.__getitem__, ("int4", "int8"), hardware, asked)

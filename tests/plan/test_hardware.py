@@ -32,7 +32,7 @@ memory = 3e11
 flops = 5e13
 """
 
-ATTENDED = "[[cpu.attended]]\nbits = {}\nqueries = {}\nseconds_per_byte = [1.0, 1.0]\n[gpu]"
+ATTENDED = "[[cpu.attended]]\nbits = {}\nqueries = {}\nseconds_per_byte = [1.0, 1.0]\n"
 LINEAR = 'linear = [{ scheme = "none", mode = "fast", rows = [0.5, 1], seconds_per_weight = [1.0, 1.0] }]'
 
 
@@ -69,9 +69,18 @@ def test_random_reads_lie_between_what_was_measured() -> None:
         ("read = 2e9", "reads = 2e9", "described, disk: has no 'read', expected a number above 0"),
         ("cores = 2", "cores = 0.5", "cores = 0.5, expected a whole number above 0"),
         ("flops = 1e12", "attention = 1.0\nprefill_attention = 1.0\n" + LINEAR, "whole rows in ascending order"),
-        ("[gpu]", ATTENDED.format(2, "[1, 2]"), "described, cpu, attended 1: expected bits of 16, 8 or 4, found 2"),
-        ("[gpu]", ATTENDED.format(4, "[2, 1]"), "attended 1: expected whole queries in ascending order with as many"),
-        ("[gpu]", ATTENDED.format(4, "[1, 2]\nrows = 1"), "described, cpu, attended 1: unknown 'rows'"),
+        (
+            "[gpu]",
+            ATTENDED.format(2, "[1, 2]") + "[gpu]",
+            "attended 1: expected bits of 16, 8 or 4, found 2",
+        ),
+        (
+            "[gpu]",
+            ATTENDED.format(4, "[2, 1]") + "[gpu]",
+            "attended 1: expected whole queries in ascending order",
+        ),
+        ("[gpu]", 2 * ATTENDED.format(4, "[1, 2]") + "[gpu]", "expected one table of attended for each number of bits"),
+        ("[gpu]", ATTENDED.format(4, "[1, 2]\nrows = 1") + "[gpu]", "described, cpu, attended 1: unknown 'rows'"),
         ("cores = 2", "cores = 2\nsockets = 1", "described, cpu: unknown 'sockets'"),
         ("flops = 1e12", "linear = []", "described, cpu: linear = .*expected one or more tables"),
         ("ram = 16", "format = 3\nram = 16", "described: is in format 3, expected 2"),
@@ -141,6 +150,10 @@ def test_attention_goes_by_bits_and_by_queries_that_share_a_key_where_that_was_m
         assert found.attention_seconds == pytest.approx(token / machine.cpu.attention) and not found.store_seconds
         assert found.keeping(4).attention_seconds == pytest.approx(token * seconds)
         assert found.keeping(4).store_seconds == pytest.approx(token / 1e6)
+        assert found.keeping(4).recent_attention_seconds == found.attention_seconds
+    # Latents are multiplied as keys and as values.
+    latent = made.machine("int8-g64", "invariant", KVShape(1, 576, 0, "bfloat16"), 7, 2)
+    assert latent.keeping(4).attention_seconds == pytest.approx(2 * 576 * 4e-9)
 
 
 @pytest.mark.parametrize(

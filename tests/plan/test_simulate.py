@@ -366,6 +366,17 @@ def test_prompts_on_a_device_and_the_rest_on_the_processor_take_what_is_predicte
     assert not any(each.bus_seconds for each in found.steady)
 
 
+def test_the_processor_fills_the_pages_of_prompts_that_a_device_computes_as_is_predicted() -> None:
+    model = model_with(layers=8)
+    work = Workload(2, 1100, 1000, max_batched_tokens=4096, batch_size=2, objective="throughput")
+    machine = replace(machine_with(0.01, model), quantized=(QuantizedRates(4, 1e-6, 1e-3),))
+    plan = hybrid(model, machine, work, 1.01, kv="cpu", kv_bits=4)
+    first, said = played_on_gpu(plan, model, machine, work).passes[0], predict(plan, model, machine, work, GPU)
+    filled = 2 * (1000 // 64) * 64 * 8 * 1e-3
+    assert first.compute_seconds >= filled > first.gpu_seconds
+    assert said.prefill.compute_seconds == pytest.approx(first.compute_seconds, rel=0.05)
+
+
 def test_a_unit_is_read_once_for_both_and_a_newcomer_s_prompt_is_computed_beside_those_that_decode() -> None:
     model = model_with()
     work = Workload(7, 40, 30, max_batched_tokens=32, batch_size=3, objective="throughput")

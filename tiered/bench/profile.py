@@ -234,13 +234,13 @@ def _measure_cpu(threads: int, memory: float, say: Say) -> tuple[CpuRates, str]:
         whole = KVShape(_HEADS, _HEAD_DIM, _HEAD_DIM, "bfloat16")
         quantize = whole.token_nbytes / measure_quantizing(whole)
         level = "torch reference" if kernels.level is None else kernels.level.name.lower()
-    attention = 1 / attended[0].rate.seconds_per_weight[0]
+    attention = next(1 / one.rate.seconds(1, 1) for one in attended if one.bits == 16)
     rates = CpuRates(threads, memory, attention, prefill, tuple(linear), quantize=quantize, attended=attended)
     return rates, f"{level}, {threads} threads"
 
 
 def _measure_attention(kernels: Kernels, bits: int) -> AttendedRate:
-    """Of as many bytes as linear layers of few rows: what is attended over comes from memory, as layers lie between."""
+    """Over more bytes than most caches hold: between a layer's keys and those of the next token lie all others."""
     seconds = []
     for queries in _QUERIES:
         shape = KVShape(_HEADS // queries, _HEAD_DIM, _HEAD_DIM, "bfloat16")

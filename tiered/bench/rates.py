@@ -66,9 +66,9 @@ def measure_attention(
     kernels: Kernels, heads: int, shape: KVShape, bits: int = 16, sequences: int = 1, nbytes: int = NBYTES
 ) -> float:
     """Seconds per token of context that one query of one sequence takes in one layer, over a KV cache of `bits` bits in
-    which `sequences` sequences have pages of about `nbytes` bytes in all, counted as in 16 bits."""
-    pages = max(1, nbytes // shape.token_nbytes // PAGE_TOKENS // sequences)
+    which `sequences` sequences have equally many pages, of about `nbytes` bytes in all."""
     layout = PageLayout(shape, bits)
+    pages = max(1, nbytes // layout.block_nbytes // sequences)
     # Written, because memory that never was is one page for the kernel, in the processor's caches.
     memory = torch.full((sequences * pages * layout.block_nbytes,), _PAGES_BYTE, dtype=torch.uint8)
     offsets = torch.arange(sequences * pages).view(sequences, pages) * layout.block_nbytes
@@ -87,8 +87,7 @@ def measure_attention(
 
 
 def measure_quantizing(shape: KVShape) -> float:
-    """Seconds per token that it takes to bring its keys and values, in one layer, into 4 bits, when a page is full; as
-    8 bits do."""
+    """Seconds of quantizing a page in one layer, for each of its tokens: in 4 bits, which take some more than 8."""
     layout = PageLayout(shape, 4)
     memory, offsets = torch.zeros(layout.block_nbytes, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64)
     widths = shape.head_dim, shape.value_dim

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from tiered.plan.cost import (
-    decode_attention_seconds,
     kv_block_nbytes,
     kv_written_nbytes,
     least_row_seconds,
     least_token_seconds,
     prompt_attention_seconds,
     prompt_pairs,
+    seen_tokens,
 )
 from tiered.plan.gpu import on_gpu
 from tiered.plan.hardware import GpuRates
@@ -40,7 +40,7 @@ def least_share(plan: Plan, way: Way, gpu: GpuRates | None) -> float:
     and has fewer; 0 where that cannot be told.
 
     A pass saves no more than the bytes by which the cache is smaller, and those that had been left, of what is read and
-    copied in it at all.
+    copied in it at all; of computing it saves no larger share than attention does, if fewer bits attend faster.
     """
     machine, less, more, device = way.asked.machine, way.cache(plan.budget), plan.cache, plan.device
     rate = machine.disk_bytes_per_second
@@ -59,7 +59,14 @@ def least_share(plan: Plan, way: Way, gpu: GpuRates | None) -> float:
         saved = max(saved, smaller / gpu.memory if plan.cache.on_device else 0.0)
         copied = plan.bus_nbytes + expected_bus_nbytes(way.asked.model, plan, 1)
         each = max(each, copied / gpu.host_to_device if plan.decode_device == "gpu" else 0.0)
-    return max(0.0, 1 - saved / each) if each else float(not saved)
+    share = max(0.0, 1 - saved / each) if each else float(not saved)
+    return share if more.on_device else min(share, _attended_share(machine, more.bits, less.bits))
+
+
+def _attended_share(machine: Machine, more: int, less: int) -> float:
+    """Of the seconds in which decoding attends over a KV cache of `more` bits, what `less` take, 1 at most."""
+    before, after = (machine.keeping(bits).attention_seconds or 0.0 for bits in (more, less))
+    return min(1.0, after / before) if before else 1.0
 
 
 def _is_as_asked(plan: Plan, way: Way) -> bool:
@@ -179,7 +186,9 @@ class _Bound:
         decoding, reading = self._decode_seconds(rest), self._tokens * least_token_seconds(self._model, prompts)
         pairs = self.workload.sequences * prompt_pairs(self._model, self._prompt)
         seen = prompt_attention_seconds(self._model, prompts, pairs)
-        attended = decode_attention_seconds(self._model, rest, self._decoded, self._prompt)
+        # Of pages that are quantized and those that are not yet, whichever takes less.
+        rates = [each for each in (rest.attention_seconds, rest.recent_attention_seconds) if each is not None]
+        attended = min(rates, default=0.0) * seen_tokens(self._model, self._prompt) * self._decoded
         if prompts is rest:
             # They may share passes, and be the quicker for it.
             together = reading + self._decoded * least_token_seconds(self._model, rest)

@@ -124,12 +124,24 @@ def decode_computing(model: ModelShape, machine: Machine, count: int, context: f
 def decode_attention_seconds(model: ModelShape, machine: Machine, count: int, context: float) -> float:
     """Seconds of attention by `count` queries, each of a sequence with `context` tokens before it; 0 where the rate is
     not known."""
-    return (machine.attention_seconds or 0.0) * seen_tokens(model, context) * count
+    seen, each = seen_tokens(model, context), machine.attention_seconds or 0.0
+    seconds = seen * each
+    if machine.recent_attention_seconds is not None:
+        # The page that is being filled is half full on average.
+        recent = min(seen, kept_layers(model) * (context if context < PAGE_TOKENS else PAGE_TOKENS / 2))
+        seconds += recent * (machine.recent_attention_seconds - each)
+    return seconds * count
 
 
-def store_seconds(model: ModelShape, machine: Machine, tokens: int) -> float:
-    """Seconds of quantizing the keys and values of `tokens` new tokens, in all layers that keep some."""
-    return machine.store_seconds * sum(len(group.layers) for group in model.groups) * tokens
+def store_seconds(model: ModelShape, machine: Machine, start: float, stop: float) -> float:
+    """Seconds of quantizing the pages that one sequence fills with its tokens from `start` to `stop`."""
+    pages = stop // PAGE_TOKENS - start // PAGE_TOKENS
+    return machine.store_seconds * kept_layers(model) * pages * PAGE_TOKENS
+
+
+def kept_layers(model: ModelShape) -> int:
+    """Layers that keep keys and values."""
+    return sum(len(group.layers) for group in model.groups)
 
 
 def seen_tokens(model: ModelShape, context: float) -> float:

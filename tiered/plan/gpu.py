@@ -19,8 +19,9 @@ SCRATCH_NBYTES: Final = 96 * MIB
 
 def on_gpu(machine: Machine, model: ModelShape, cache: CachePlan, gpu: GpuRates) -> Machine:
     """`machine`, with the GPU's speed for all that it computes: linear layers, prompts' attention, and that of decoding
-    if `cache` is on it; else the processor attends. What else a row takes is counted as nothing there, and whoever
-    reads takes nothing from it; having a layer done takes as long as on the processor, which gives the orders.
+    if `cache` is on it; else the processor attends, and fills the cache's pages. What else a row takes is counted as
+    nothing there, and whoever reads takes nothing from it; having a layer done takes as long as on the processor, which
+    gives the orders.
 
     Raises ConfigError for a quantization whose bytes are not known.
     """
@@ -29,7 +30,9 @@ def on_gpu(machine: Machine, model: ModelShape, cache: CachePlan, gpu: GpuRates)
         machine,
         linear=roofline(model.quantization or "none", gpu.flops, gpu.memory),
         attention_seconds=in_bits / gpu.memory if cache.on_device else machine.attention_seconds,
-        store_seconds=0.0 if cache.on_device else machine.store_seconds,
+        recent_attention_seconds=None if cache.on_device else machine.recent_attention_seconds,
+        store_seconds=0.0,
+        quantized=(),
         prompt_attention_flops=gpu.flops,
         element_seconds=0.0,
         reading_seconds=0.0,

@@ -80,7 +80,7 @@ class CpuRates:
     memory: float
     """Bandwidth of reading memory."""
     attention: float
-    """Bytes of keys and values per second that decoding attends over, in memory, where every query has its own."""
+    """Bytes of keys and values per second that decoding attends over, in memory, in 16 bits."""
     prefill_attention: float
     """Multiply-adds times two per second of a prompt's attention."""
     linear: tuple[LinearRate, ...]
@@ -97,15 +97,25 @@ class CpuRates:
     """Bytes of new keys and values per second, counted as in 16 bits, of which 8 or 4 bits are made; None: nothing is
     known of it."""
     attended: tuple[AttendedRate, ...] = ()
-    """What decoding attends over, by bits and shared keys; of bits that are not there as `attention` says."""
+    """The same by bits and by queries that share a key; 16 bits that are not there are attended over as `attention`
+    says, and others as 16."""
 
     def attention_seconds(self, kv: KVShape, queries: int, bits: int) -> float | None:
         """Seconds per token of context, for one query of one sequence in one layer that keeps `kv` in so many bits and
         whose keys `queries` queries share; None where nothing is known of these bits."""
         found = next((each for each in self.attended if each.bits == bits), None)
         if found is not None:
-            return found.rate.seconds(queries, kv.token_nbytes)
+            # Latents are kept once, and multiplied as keys and as values.
+            times = sum(kv.widths) / (kv.head_dim + kv.value_dim)
+            return found.rate.seconds(round(queries * times), kv.token_nbytes)
         return kv.token_nbytes / self.attention if bits == 16 else None
+
+    def quantized(self, kv: KVShape, queries: int) -> Iterator[QuantizedRates]:
+        """What a KV cache of 8 and of 4 bits takes, where it is known."""
+        store = 0.0 if self.quantize is None else kv.token_nbytes / self.quantize
+        for bits in (8, 4):
+            if (seconds := self.attention_seconds(kv, queries, bits)) is not None:
+                yield QuantizedRates(bits, seconds, store)
 
     def linear_rate(self, scheme: str | None, mode: Mode) -> ComputeRate:
         """The rate of a scheme, or of one with as many bits and other groups, in proportion to the bytes of a weight;
@@ -117,13 +127,6 @@ class CpuRates:
             return ComputeRate(found.rate.rows, tuple(share * seconds for seconds in found.rate.seconds_per_weight))
         known = ", ".join(f"{found.scheme} {found.mode}" for found in self.linear)
         raise ConfigError(f"no speed of linear layers in {name}, {mode} mode; there are {known}: run 'tiered profile'")
-
-
-def _quantized(cpu: CpuRates, kv: KVShape, queries: int) -> Iterator[QuantizedRates]:
-    store = 0.0 if cpu.quantize is None else kv.token_nbytes / cpu.quantize
-    for bits in (8, 4):
-        if (seconds := cpu.attention_seconds(kv, queries, bits)) is not None:
-            yield QuantizedRates(bits, seconds, store)
 
 
 def _kind(scheme: str) -> str:
@@ -172,7 +175,7 @@ class Hardware:
             disk_bytes_per_second=disk.read * (disk.streamed or 1.0),
             linear=cpu.linear_rate(scheme, mode),
             attention_seconds=attention or 0.0,
-            quantized=() if kv is None else tuple(_quantized(cpu, kv, queries)),
+            quantized=() if kv is None else tuple(cpu.quantized(kv, queries)),
             operation_seconds=cpu.operation_seconds or 0.0,
             element_seconds=cpu.element_seconds or 0.0,
             reading_seconds=cpu.reading_seconds or 0.0,
@@ -283,6 +286,8 @@ def _cpu(table: "_Reader") -> CpuRates:
         linear = [_linear(entry) for entry in table.tables("linear")]
         attention, prefill_attention = table.number("attention"), table.number("prefill_attention")
     attended = tuple(map(_attended, table.tables("attended"))) if "attended" in table.values else ()
+    if len({one.bits for one in attended}) < len(attended):
+        raise ConfigError(f"{table.name}: expected one table of attended for each number of bits, found more of one")
     operation, element, reading, touch, quantize = map(
         table.optional, ("operation_seconds", "element_seconds", "reading_seconds", "touch", "quantize")
     )
@@ -314,7 +319,7 @@ def _compute_rate(table: "_Reader", counts_key: str, seconds_key: str) -> Comput
     if len(counts) != len(seconds) or sorted(set(counts)) != list(counts) or not all(map(_is_whole, counts)):
         raise ConfigError(
             f"{table.name}: expected whole {counts_key} in ascending order with as many {seconds_key}, found "
-            f"{len(counts)} {counts_key} and {len(seconds)} times"
+            f"{list(counts)} and {len(seconds)} times"
         )
     return ComputeRate(tuple(map(int, counts)), seconds)
 

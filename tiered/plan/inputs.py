@@ -297,10 +297,13 @@ class Machine:
     the rest."""
     touch_bytes_per_second: float | None = None
     """Rate at which memory is touched for the first time; None: not known, and counted as nothing."""
+    recent_attention_seconds: float | None = None
+    """The same as `attention_seconds` for tokens of the page that a sequence is filling, which is not quantized yet;
+    None: as for others."""
     store_seconds: float = 0.0
-    """Seconds that quantizing a new token's keys and values takes in one layer."""
+    """Seconds of quantizing a page in one layer, for each of its tokens."""
     quantized: tuple[QuantizedRates, ...] = ()
-    """This and `attention_seconds` for a KV cache of 8 and of 4 bits; none: as for 16."""
+    """What `attention_seconds` and `store_seconds` are for a KV cache of 8 and of 4 bits; none: as for 16."""
 
     def kept_rate(self, is_touched: bool) -> float:
         """Bytes per second that a first pass reads of what then stays in memory: no more than the disk's, nor, unless
@@ -318,7 +321,12 @@ class Machine:
         found = next((rates for rates in self.quantized if rates.bits == bits), None)
         if found is None:
             return self
-        return replace(self, attention_seconds=found.attention_seconds, store_seconds=found.store_seconds)
+        return replace(
+            self,
+            attention_seconds=found.attention_seconds,
+            recent_attention_seconds=self.attention_seconds,
+            store_seconds=found.store_seconds,
+        )
 
     def with_memory_of(self, process: "Machine") -> "Machine":
         """These rates, with what kernels take in `process`: a description of a machine knows no process."""

@@ -111,7 +111,8 @@ class Player:
 
     def _make_seats(self, machine: Machine, device: Device | None) -> None:
         """The seats for prompts and for the rest, which may be one."""
-        plan, model, machine = self._plan, self._model, machine.keeping(self._plan.cache.bits)
+        plan, model = self._plan, self._model
+        machine = machine.keeping(plan.cache.bits)
         costs = UnitCosts(plan, model, machine)
         experts = None if plan.experts is None else ExpertReads(plan, model, machine, self._disk)
         lanes = Lanes(self.clock, self._disk, self._bus, self._waits, self._processor, experts, self._names)

@@ -260,6 +260,9 @@ class Seat:
             self._leave(f"kv of layer {layer}", nbytes)
         if layer not in self._state_of:
             self._sent += 1
+        keeper = self._lanes.processor if self.is_away else self.computer
+        if seconds := self._elsewhere.storing(layer, parts.values()):
+            yield from keeper.busy(name, "attention", seconds)
         for leaves, computer, costs in (
             (True, self._lanes.processor, self._elsewhere),
             (False, self.computer, self._costs),

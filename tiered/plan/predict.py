@@ -160,7 +160,7 @@ class Predictor:
     def __init__(self, model: ModelShape, machine: Machine, gpu: GpuRates | None = None) -> None:
         self._model, self._machine, self.gpu = model, machine, gpu
         self._costs: dict[tuple[object, ...], RunCosts] = {}
-        self._calibrations: dict[float, Callable[[int], float] | None] = {}
+        self._calibrations: dict[tuple[float, int], Callable[[int], float] | None] = {}
 
     def predict(self, plan: Plan, workload: Workload, most_seconds: float = math.inf) -> Prediction | None:
         """As `predict` does; None where `plan` takes more than `most_seconds`, which is then found out early."""
@@ -173,7 +173,7 @@ class Predictor:
         run = _Run(plan, model, machine, self.gpu, self._costs_of(plan))
 
         def new_pace() -> Pace:
-            return pace_for(plan, model, self.gpu, self._calibration(workload.mean_context))
+            return pace_for(plan, model, self.gpu, self._calibration(workload.mean_context, plan.cache.bits))
 
         assert machine.disk_bytes_per_second is not None
         least = run.costs.least(plan.read_nbytes / machine.disk_bytes_per_second / plan.batch_size)
@@ -185,18 +185,19 @@ class Predictor:
         memory = memory_by_kind(plan)
         return Prediction(count * alike.prompt, count * alike.generated, prefill, decode, memory, count)
 
-    def _calibration(self, mean_context: float) -> Callable[[int], float] | None:
+    def _calibration(self, mean_context: float, bits: int) -> Callable[[int], float] | None:
         """That of a pace, which many plans ask alike."""
-        if mean_context not in self._calibrations:
-            found = calibration_of(self._model, self._machine, mean_context)
-            self._calibrations[mean_context] = None if found is None else lru_cache(maxsize=None)(found)
-        return self._calibrations[mean_context]
+        key = mean_context, bits if self._machine.quantized else 16
+        if key not in self._calibrations:
+            found = calibration_of(self._model, self._machine.keeping(bits), mean_context)
+            self._calibrations[key] = None if found is None else lru_cache(maxsize=None)(found)
+        return self._calibrations[key]
 
     def _costs_of(self, plan: Plan) -> RunCosts:
         """Those of all plans that compute as `plan` does."""
-        alike: tuple[object, ...] = (plan.micro_batch_rows, plan.cache.bits)
-        if plan.device is not None:
-            alike = (*alike, plan.prefill_device, plan.decode_device, plan.cache.on_device)
+        alike: tuple[object, ...] = (plan.micro_batch_rows,)
+        if plan.device is not None or self._machine.quantized:
+            alike = (*alike, plan.prefill_device, plan.decode_device, plan.cache.on_device, plan.cache.bits)
         if alike not in self._costs:
             self._costs[alike] = RunCosts(plan, self._model, self._machine, self.gpu)
         return self._costs[alike]

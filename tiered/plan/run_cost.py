@@ -51,6 +51,9 @@ class RunCosts:
         self._model, self._most_rows = model, plan.micro_batch_rows
         machine = machine.keeping(plan.cache.bits)
         self._prompts = self._rest = machine
+        # The processor fills the pages of a cache that is not on a device, whoever computes.
+        self._stores = machine.store_seconds > 0 and not plan.cache.on_device
+        self._processor = machine
         if gpu is not None and plan.device is not None:
             there = on_gpu(machine, model, plan.cache, gpu)
             self._prompts = there if plan.prefill_device == "gpu" else machine
@@ -96,20 +99,28 @@ class RunCosts:
 
     def _computing(self, run: PassRun, in_turns: bool) -> Computing:
         logits = -(-run.logits // run.times)
-        # Pages are quantized where they are kept, which is where what decodes attends.
-        decoding = store_seconds(self._model, self._rest, run.rows + run.prompt_tokens)
-        decoding += decode_attention_seconds(self._model, self._rest, run.rows, run.context) if run.rows else 0.0
+        decoding = decode_attention_seconds(self._model, self._rest, run.rows, run.context) if run.rows else 0.0
         # Prompts attend where they are computed, wherever the KV cache is.
         reading = prompt_attention_seconds(self._model, self._prompts, self._run_pairs(run))
+        storing = self._store_seconds(run) if self._stores else 0.0
         if self._prompts is self._rest:
-            return self._of_rest(run.rows + run.prompt_tokens, logits) + Computing(decoding + reading)
+            return self._of_rest(run.rows + run.prompt_tokens, logits) + Computing(decoding + reading + storing)
         # What decodes computes all logits.
         alone = self._of_rest(0, logits)
         prompts = self._of_prompts(run.prompt_tokens, 0) + Computing(reading)
-        rest = self._of_rest(run.rows, 0) + Computing(decoding)
+        rest = self._of_rest(run.rows, 0) + Computing(decoding + storing)
         if in_turns:
             return prompts + rest + alone
         return max(prompts, rest, key=lambda each: each.seconds) + alone
+
+    def _store_seconds(self, run: PassRun) -> float:
+        """Of each pass of `run`. Sequences that decode count as equally long."""
+        begun = run.before / run.rows if run.rows else 0.0
+        seconds = run.rows * store_seconds(self._model, self._processor, begun, begun + run.times)
+        for part in run.parts:
+            stop = part.start + run.times * len(part)
+            seconds += store_seconds(self._model, self._processor, part.start, stop)
+        return seconds / run.times
 
     def _run_pairs(self, run: PassRun) -> float:
         """Pairs of a query and a key that it sees, of the prompts in each pass of `run`, summed over layers."""

@@ -10,6 +10,7 @@ from tiered.errors import ConfigError
 from tiered.plan.cost import beside_seconds, expert_seconds, prompt_attention_seconds
 from tiered.plan.inputs import Machine, ModelShape
 from tiered.plan.plan import Plan
+from tiered.units import PAGE_TOKENS
 
 
 class UnitCosts:
@@ -21,6 +22,10 @@ class UnitCosts:
             raise ConfigError("no simulation without the speed of linear layers: run 'tiered profile'")
         self._tape, self._model, self._machine, self._linear = plan.tape, model, machine, machine.linear
         self._attention = machine.attention_seconds or 0.0
+        recent = machine.recent_attention_seconds
+        self._store = 0.0 if plan.cache.on_device else machine.store_seconds
+        self._recent = 0.0 if recent is None else recent - self._attention
+        """What a token of the page that is being filled takes more than others."""
         self._window_of = {layer: group.window for group in plan.cache.groups for layer in group.layers}
         self._block_of = [number for number, units in enumerate(self._tape.blocks) for _ in units]
         self._nbytes = [sum(self._tape.nbytes[unit] for unit in units) for units in self._tape.blocks]
@@ -42,12 +47,18 @@ class UnitCosts:
         window, seconds = self._window_of[layer], 0.0
         for part in parts:
             pairs = _pairs(part, window)
-            seconds += self._machine.store_seconds * len(part)
             if len(part) == 1:
-                seconds += pairs * self._attention
+                seconds += pairs * self._attention + min(pairs, part.start % PAGE_TOKENS + 1) * self._recent
             else:
                 seconds += prompt_attention_seconds(self._model, self._machine, pairs)
         return seconds
+
+    def storing(self, layer: int, parts: Iterable[range]) -> float:
+        """Seconds of quantizing the pages that sequences fill with these tokens."""
+        if layer not in self._window_of:
+            return 0.0
+        pages = sum(part.stop // PAGE_TOKENS - part.start // PAGE_TOKENS for part in parts)
+        return self._store * pages * PAGE_TOKENS
 
     def experts(self, rows: int) -> tuple[float, float]:
         """How many experts of a layer `rows` rows are expected to choose, and the seconds of each."""

@@ -51,12 +51,7 @@ struct Attention2 : Avx2 {
         const __m256i both = bytes(u8, count);
         return _mm256_cvtepi32_ps(high ? _mm256_srli_epi32(both, 4) : _mm256_and_si256(both, _mm256_set1_epi32(15)));
     }
-    struct Nibbles {
-        F scale, zero;
-
-        Nibbles(F scale, F zero) : scale(scale), zero(zero) {}
-        F at(const uint8_t *u8, int64_t count, bool high) const { return mul(sub(nibbles(u8, count, high), zero), scale); }
-    };
+    using Nibbles = PlainNibbles<Attention2>;
     static uint64_t nonzero(const uint8_t *u8, int64_t count) {
         uint64_t bits = 0;
         int64_t i = 0;

@@ -142,7 +142,10 @@ template <class V> class Item {
         const int64_t row = is_nibbles(next.format) ? a_.head_dim / 2 : a_.head_dim * element;
         // Rows with gaps between them are left to the processor.
         if (!next.codes || next.token_stride * element != row) return {reinterpret_cast<const char *>(scratch_.q), 0};
-        return {next.codes, requests ? (tokens * row + requests - 1) / requests : 64};
+        if (!requests) return {next.codes, 64};
+        // Of a page of which little is seen a step would be most of it.
+        const int64_t step = (tokens * row + requests - 1) / requests;
+        return {next.codes, step < kMostAhead ? step : kMostAhead};
     }
 
     // Scores of keys from .. to for all rows, while `next` is prefetched.
@@ -311,7 +314,7 @@ template <class V> class Item {
         }
     }
 
-    static constexpr int64_t kDirectRows = 2, kRowsAtOnce = 4;
+    static constexpr int64_t kDirectRows = 2, kRowsAtOnce = 4, kMostAhead = 256;
 
     const tk_attention_args &a_;
     int64_t group_;

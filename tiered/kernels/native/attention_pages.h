@@ -57,14 +57,14 @@ inline bool is_per_channel(int32_t format) { return format == TK_KV_INT8_CHANNEL
 // scale * (code - zero) for codes of a token and group of channels, which share both.
 template <class V> struct TokenGrid {
     typename V::F scale, zero;
-    typename V::Nibbles nibbles;
+    typename V::Nibbles table;
 
-    TokenGrid(float s, float z) : scale(V::set(s)), zero(V::set(z)), nibbles(scale, zero) {}
+    TokenGrid(float s, float z) : scale(V::set(s)), zero(V::set(z)), table(scale, zero) {}
     typename V::F of_codes(const uint8_t *codes, int64_t count, int64_t) const {
         return V::mul(V::sub(V::codes(codes, count), zero), scale);
     }
     typename V::F of_nibbles(const uint8_t *codes, int64_t count, bool high, int64_t) const {
-        return nibbles.at(codes, count, high);
+        return table.at(codes, count, high);
     }
 };
 
@@ -88,7 +88,8 @@ inline void widen_group(const uint8_t *codes, bool nibbles, int64_t group, const
         const int64_t n = stop - i < V::kLanes ? stop - i : V::kLanes;
         V::store(out + i, nibbles ? grid.of_nibbles(codes + i, n, false, i) : grid.of_codes(codes + i, n, i));
     }
-    for (int64_t i = 0; nibbles && i < stop; i += V::kLanes) {
+    if (!nibbles) return;
+    for (int64_t i = 0; i < stop; i += V::kLanes) {
         const int64_t n = stop - i < V::kLanes ? stop - i : V::kLanes;
         V::store(out + stop + i, grid.of_nibbles(codes + i, n, true, stop + i));
     }

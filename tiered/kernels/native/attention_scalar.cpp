@@ -63,14 +63,7 @@ struct Portable : Plain {
     static F nibbles(const uint8_t *u8, int64_t count, bool high) {
         return each([=](int i) { return i < count ? static_cast<float>(high ? u8[i] >> 4 : u8[i] & 15) : 0; });
     }
-    struct Nibbles {
-        F scale, zero;
-
-        Nibbles(const F &scale, const F &zero) : scale(scale), zero(zero) {}
-        F at(const uint8_t *u8, int64_t count, bool high) const {
-            return mul(sub(nibbles(u8, count, high), zero), scale);
-        }
-    };
+    using Nibbles = PlainNibbles<Portable>;
     // Up to eight channels' scales and zeros in fp32; 0 beyond `count`.
     static F scales(const uint16_t *fp16, int64_t count) {
         return each([=](int i) { return i < count ? half(load16(reinterpret_cast<const char *>(fp16 + i))) : 0; });

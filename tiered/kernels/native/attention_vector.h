@@ -25,8 +25,8 @@ struct Rows {
     int64_t from, to; // the rows that are there
 };
 
-// Prefetches memory that is needed next, line by line, while other memory is worked on: many requests at once would
-// stall the processor, and its own prefetching ends at each multiple of 4 KiB.
+// Prefetches memory that is needed next, a few lines at a time, while other memory is worked on: many requests at once
+// would stall the processor, and its own prefetching ends at each multiple of 4 KiB.
 struct Ahead {
     const char *at;
     int64_t step; // bytes
@@ -149,6 +149,16 @@ __attribute__((noinline)) void weigh(const float *weights, const Rows &values, i
     }
     next = ahead;
 }
+
+// Nibbles with one scale and zero, computed one by one: for levels that have no table of sixteen.
+template <class V> struct PlainNibbles {
+    typename V::F scale, zero;
+
+    PlainNibbles(const typename V::F &s, const typename V::F &z) : scale(s), zero(z) {}
+    typename V::F at(const uint8_t *u8, int64_t count, bool high) const {
+        return V::mul(V::sub(V::nibbles(u8, count, high), zero), scale);
+    }
+};
 
 // What has been added up for a query so far.
 struct Running {
