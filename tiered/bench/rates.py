@@ -5,6 +5,7 @@ by one, from which `quick.py` and `profile.py` make a machine. What is read is l
 as a model's layers are.
 """
 
+import math
 import mmap
 import time
 from collections.abc import Callable, Sequence
@@ -69,8 +70,7 @@ def measure_attention(
     which `sequences` sequences have equally many pages, of about `nbytes` bytes in all."""
     layout = PageLayout(shape, bits)
     pages = max(1, nbytes // layout.block_nbytes // sequences)
-    # Written, because memory that never was is one page for the kernel, in the processor's caches.
-    memory = torch.full((sequences * pages * layout.block_nbytes,), _PAGES_BYTE, dtype=torch.uint8)
+    memory = _filled((sequences * pages * layout.block_nbytes,), torch.uint8, _PAGES_BYTE)
     offsets = torch.arange(sequences * pages).view(sequences, pages) * layout.block_nbytes
     keys, values = layout.pages(BlockTable(memory, offsets))
     tokens = pages * PAGE_TOKENS
@@ -135,12 +135,23 @@ def _random_weight(
 ) -> torch.Tensor | QuantizedWeight:
     """A constant weight [out, in_features]; kernels take as long for it as for any other."""
     if scheme is None:
-        return torch.full((out, in_features), 0.01, dtype=dtype)
+        return _filled((out, in_features), dtype, 0.01)
     shape = out, in_features
     scale = 0.01 if scheme.scale_dtype.is_floating_point else 120  # an exponent
     codes = QuantizedTensor(
-        torch.full(scheme.q_shape(*shape), 0x77, dtype=torch.uint8),
-        torch.full(scheme.scale_shape(*shape), scale, dtype=scheme.scale_dtype),
-        torch.full(scheme.zero_shape(*shape), 7, dtype=torch.uint8),
+        _filled(scheme.q_shape(*shape), torch.uint8, 0x77),
+        _filled(scheme.scale_shape(*shape), scheme.scale_dtype, scale),
+        _filled(scheme.zero_shape(*shape), torch.uint8, 7),
     )
     return QuantizedWeight(codes, scheme)
+
+
+def _filled(shape: tuple[int, ...], dtype: torch.dtype, value: float) -> torch.Tensor:
+    """A tensor in huge pages, as what a run computes with is, if the kernel has them. Every element is written, because
+    memory that never was is one page for the kernel, in the processor's caches."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    if not nbytes:
+        return torch.empty(shape, dtype=dtype)
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    advise_huge_pages(memory)
+    return torch.frombuffer(memory, dtype=dtype).view(shape).fill_(value)

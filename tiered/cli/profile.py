@@ -14,7 +14,7 @@ from tiered.cli.screen import StatusLine
 from tiered.cli.writable import check_writable
 from tiered.errors import ConfigError, TieredError
 from tiered.plan import cpu_count
-from tiered.plan.hardware import ROWS, AttendedRate, Hardware
+from tiered.plan.hardware import ROWS, Hardware
 from tiered.plan.machines import load_hardware, profile_path, save_hardware
 from tiered.store import read_manifest
 from tiered.units import format_rate, format_size
@@ -75,6 +75,15 @@ def lines(hardware: Hardware) -> Iterator[str]:
     yield hardware.source
     yield ""
     yield from columns(list(_figures(hardware)), "<><")
+    if attended := hardware.cpu.attended:
+        yield ""
+        yield "attention of decoding: GB/s of keys and values, counted as in 16 bits"
+        header = ["queries to a key", *(f"{one.bits} bits" for one in attended)]
+        body = [
+            [str(queries), *(f"{1e-9 / one.rate.seconds(queries, 1):.2f}" for one in attended)]
+            for queries in attended[0].rate.rows
+        ]
+        yield from columns([header, *body], ">" * len(header))
     for title, mode in (("invariant kernels", "invariant"), ("fast kernels", "fast")):
         found = {one.scheme: one.rate for one in hardware.cpu.linear if one.mode == mode}
         if not found:
@@ -102,8 +111,6 @@ def _figures(hardware: Hardware) -> Iterator[tuple[str, str, str]]:
     if cpu.touch is not None:
         yield "", format_rate(cpu.touch), "touched for the first time, by one thread"
     yield "attention", format_rate(cpu.attention), "of keys and values that decoding attends over"
-    for each in cpu.attended:
-        yield "", format_rate(1 / each.rate.seconds_per_weight[0]), f"the same {_attended(each)}"
     if cpu.quantize is not None:
         yield "", format_rate(cpu.quantize), "of new keys and values quantized, to 8 or 4 bits"
     yield "", f"{cpu.prefill_attention / 1e9:.0f} GFLOP/s", "of a prompt"
@@ -121,13 +128,6 @@ def _figures(hardware: Hardware) -> Iterator[tuple[str, str, str]]:
     yield "", format_rate(gpu.device_to_host), "back"
     yield "", format_rate(gpu.memory), "of its memory"
     yield "", f"{gpu.flops / 1e12:.1f} TFLOP/s", "of matrix products in 16 bits"
-
-
-def _attended(of_bits: AttendedRate) -> str:
-    """In which bits, and how fast keys are that several queries share."""
-    shared = list(zip(of_bits.rate.rows, of_bits.rate.seconds_per_weight, strict=True))[1:]
-    rates = (f"{format_rate(1 / seconds)} where {queries} queries share a key" for queries, seconds in shared)
-    return ", ".join([f"in {of_bits.bits} bits{'' if of_bits.bits == 16 else ', counted as in 16'}", *rates])
 
 
 def _speed(seconds_per_weight: float, rows: int) -> str:
