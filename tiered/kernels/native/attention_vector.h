@@ -31,8 +31,10 @@ struct Ahead {
     const char *at;
     int64_t step; // bytes
 
-    void some() {
-        for (int64_t line = 0; line < step || !line; line += 64) __builtin_prefetch(at + line);
+    // `one_line`: a step is no more than that, as it is for direct rows.
+    template <bool one_line> void some() {
+        __builtin_prefetch(at);
+        for (int64_t line = 64; !one_line && line < step; line += 64) __builtin_prefetch(at + line);
         at += step;
     }
 };
@@ -91,7 +93,7 @@ __attribute__((noinline)) void dots(const float *q, int64_t ld, const Rows &keys
             for (int j = 0; j < Q; j++) x[j] = V::load(q + j * ld + c);
 #pragma GCC unroll 16
             for (int i = 0; i < K; i++) {
-                if (direct ? i % 2 : !i) ahead.some();
+                if (direct ? i % 2 : !i) ahead.some<direct>();
                 const F key = row_at<V, direct>(rows[i], c);
 #pragma GCC unroll 16
                 for (int j = 0; j < Q; j++) sums[j * K + i] = V::fma(x[j], key, sums[j * K + i]);
@@ -128,7 +130,7 @@ __attribute__((noinline)) void weigh(const float *weights, const Rows &values, i
         F value[C];
 #pragma GCC unroll 16
         for (int c = 0; c < C; c++) {
-            if (direct ? c % 2 == 0 : !c) ahead.some();
+            if (direct ? c % 2 == 0 : !c) ahead.some<direct>();
             if constexpr (part) {
                 value[c] = V::widen_part(reinterpret_cast<const uint16_t *>(row) + column, values.width - column);
             } else {
