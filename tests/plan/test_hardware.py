@@ -151,6 +151,10 @@ def test_attention_goes_by_bits_and_by_queries_that_share_a_key_where_that_was_m
         assert found.keeping(4).attention_seconds == pytest.approx(token * seconds)
         assert found.keeping(4).store_seconds == pytest.approx(token / 1e6)
         assert found.keeping(4).recent_attention_seconds == found.attention_seconds
+        assert found.keeping(4).keeping(16) == found.keeping(4)
+    wide = made.machine("int8-g64", "invariant", KVShape(8, 128, 128, "float32"), 7)
+    assert wide.keeping(4).attention_seconds == pytest.approx(token * 1e-9)
+    assert wide.attention_seconds == pytest.approx(2 * token / machine.cpu.attention)
     # Latents are multiplied as keys and as values.
     latent = made.machine("int8-g64", "invariant", KVShape(1, 576, 0, "bfloat16"), 7, 2)
     assert latent.keeping(4).attention_seconds == pytest.approx(2 * 576 * 4e-9)

@@ -22,7 +22,7 @@ from tiered.plan import (
     Workload,
     make_plan,
 )
-from tiered.plan.cost import expert_seconds, pass_seconds, prompt_pairs
+from tiered.plan.cost import expert_seconds, pass_seconds, prompt_pairs, store_seconds
 from tiered.plan.hardware import GpuRates
 from tiered.plan.inputs import QuantizedRates
 from tiered.plan.kv import Bits, KVShape, layer_groups
@@ -165,12 +165,21 @@ def test_pages_of_few_bits_are_attended_and_filled_at_rates_of_their_own(kv: Any
         found, plain = (predict(plan, MODEL, machine, workload) for machine in (slow, MACHINE))
         layers = sum(len(group.layers) for group in MODEL.groups)
         longer = found.decode.compute_seconds - plain.decode.compute_seconds
-        # The page that is being filled is not quantized yet; two are filled until 399 tokens are kept.
+        # The page that is being filled is not quantized yet; every token fills a part of one.
         contexts = sum(range(301, 400)) - 99 * 32
-        attended, stored = 8 * contexts * layers * (1e-6 - 1e-9), 8 * 2 * 64 * layers * 1e-4
+        attended, stored = 8 * contexts * layers * (1e-6 - 1e-9), 8 * 99 * layers * 1e-4
         assert longer == pytest.approx(times * (attended + stored), rel=0.001)
         longer = found.prefill.compute_seconds - plain.prefill.compute_seconds
         assert longer == pytest.approx(times * 8 * 4 * 64 * layers * 1e-4)
+
+
+def test_of_a_prompt_a_layer_with_a_window_stores_no_more_than_that() -> None:
+    windowed = replace(MODEL, groups=layer_groups((128,) * 31, SHAPE))
+    slow = replace(MACHINE, store_seconds=1e-4)
+    whole, part = (store_seconds(model, slow, 10, 1290) for model in (MODEL, windowed))
+    assert whole == pytest.approx(20 * 64 * len(MODEL.groups[0].layers) * 1e-4)
+    assert part == pytest.approx(3 * 64 * 31 * 1e-4)
+    assert store_seconds(windowed, slow, 10, 1290, passes=5) == pytest.approx(5 * part)
 
 
 def test_what_never_fills_a_page_is_attended_as_it_was_computed() -> None:

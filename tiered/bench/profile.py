@@ -53,7 +53,8 @@ _MEMORY_NBYTES: Final = 2 * RANDOM_THREADS * round_up(RANDOM_NBYTES[-1], PAGE)
 _FEATURES: Final = 8192
 _FEW_ROWS: Final = tuple(rows for rows in ROWS if rows <= 16)
 _LARGE_NBYTES: Final = 128 * MIB
-"""Codes of the weight that few rows pass through: more than most caches hold, as memory is what bounds them."""
+"""Codes of the weight that few rows pass through, and pages that few queries attend over: more than most caches hold,
+as memory is what bounds them."""
 _HEADS: Final = 32
 _HEAD_DIM: Final = 128
 _QUERIES: Final = (1, 4, 16)
@@ -240,7 +241,7 @@ def _measure_cpu(threads: int, memory: float, say: Say) -> tuple[CpuRates, str]:
 
 
 def _measure_attention(kernels: Kernels, bits: int) -> AttendedRate:
-    """Over more bytes than most caches hold: between a layer's keys and those of the next token lie all others."""
+    """By `bits` of the cache, over memory that caches do not hold: between two tokens of a sequence lie all layers."""
     seconds = []
     for queries in _QUERIES:
         shape = KVShape(_HEADS // queries, _HEAD_DIM, _HEAD_DIM, "bfloat16")

@@ -26,6 +26,7 @@ from tiered.store import Store
 def quick_hardware(folder: Path, models: Sequence[ModelShape], is_store: bool, kernels: Kernels) -> Hardware:
     """This machine for a model that comes in `models`, which differ in their quantization only.
 
+    Attention is, as linear layers are, over 16 MiB, which large caches hold, and the same for a KV cache of any bits.
     The disk is measured by reading the store at `folder`, or, where that is no store, a file of 64 MiB that is written
     there and removed. Raises ConfigError where that cannot be, or where that folder lies in memory.
     """

@@ -87,7 +87,8 @@ def measure_attention(
 
 
 def measure_quantizing(shape: KVShape) -> float:
-    """Seconds of quantizing a page in one layer, for each of its tokens: in 4 bits, which take some more than 8."""
+    """Seconds of quantizing a page in one layer, for each of its tokens: in 4 bits, which take some more than 8.
+    Several at once, as a prompt fills them, take less each where a page has few heads."""
     layout = PageLayout(shape, 4)
     memory, offsets = torch.zeros(layout.block_nbytes, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64)
     widths = shape.head_dim, shape.value_dim

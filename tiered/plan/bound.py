@@ -40,7 +40,8 @@ def least_share(plan: Plan, way: Way, gpu: GpuRates | None) -> float:
     and has fewer; 0 where that cannot be told.
 
     A pass saves no more than the bytes by which the cache is smaller, and those that had been left, of what is read and
-    copied in it at all; of computing it saves no larger share than attention does, if fewer bits attend faster.
+    copied in it at all; of computing it saves no larger share than attention does, if fewer bits attend faster. Where
+    latency counts that cannot be told of them, as what computes faster has room for more prompt tokens in each pass.
     """
     machine, less, more, device = way.asked.machine, way.cache(plan.budget), plan.cache, plan.device
     rate = machine.disk_bytes_per_second
@@ -60,7 +61,10 @@ def least_share(plan: Plan, way: Way, gpu: GpuRates | None) -> float:
         copied = plan.bus_nbytes + expected_bus_nbytes(way.asked.model, plan, 1)
         each = max(each, copied / gpu.host_to_device if plan.decode_device == "gpu" else 0.0)
     share = max(0.0, 1 - saved / each) if each else float(not saved)
-    return share if more.on_device else min(share, _attended_share(machine, more.bits, less.bits))
+    attended = 1.0 if more.on_device else _attended_share(machine, more.bits, less.bits)
+    if attended < 1 and device is None and plan.objective == "latency":
+        return 0.0
+    return min(share, attended)
 
 
 def _attended_share(machine: Machine, more: int, less: int) -> float:

@@ -133,10 +133,17 @@ def decode_attention_seconds(model: ModelShape, machine: Machine, count: int, co
     return seconds * count
 
 
-def store_seconds(model: ModelShape, machine: Machine, start: float, stop: float) -> float:
-    """Seconds of quantizing the pages that one sequence fills with its tokens from `start` to `stop`."""
+def store_seconds(model: ModelShape, machine: Machine, start: int, stop: int, passes: int = 1) -> float:
+    """Seconds of quantizing the pages that a prompt fills with its tokens from `start` to `stop` in so many passes."""
+    stored = (len(group.layers) * stored_tokens(start, stop, group.window, passes) for group in model.groups)
+    return machine.store_seconds * sum(stored)
+
+
+def stored_tokens(start: int, stop: int, window: int, passes: int = 1) -> int:
+    """Tokens of the pages that one sequence fills from `start` to `stop` in a layer: in one with a window no more than
+    the next query sees."""
     pages = stop // PAGE_TOKENS - start // PAGE_TOKENS
-    return machine.store_seconds * kept_layers(model) * pages * PAGE_TOKENS
+    return PAGE_TOKENS * (min(pages, passes * (window // PAGE_TOKENS + 1)) if window else pages)
 
 
 def kept_layers(model: ModelShape) -> int:

@@ -94,10 +94,10 @@ class CpuRates:
     touch: float | None = None
     """Bandwidth of touching memory for the first time, by one thread; None: nothing is known of it."""
     quantize: float | None = None
-    """Bytes of new keys and values per second, counted as in 16 bits, of which 8 or 4 bits are made; None: nothing is
-    known of it."""
+    """Bytes of new keys and values per second, counted as in 16 bits, of which 8 or 4 bits are made, a page of many
+    heads at a time; None: nothing is known of it."""
     attended: tuple[AttendedRate, ...] = ()
-    """The same by bits and by queries that share a key; 16 bits that are not there are attended over as `attention`
+    """As `attention`, by bits and by queries that share a key; 16 bits that are not there are attended over as that
     says, and others as 16."""
 
     def attention_seconds(self, kv: KVShape, queries: int, bits: int) -> float | None:
@@ -107,12 +107,12 @@ class CpuRates:
         if found is not None:
             # Latents are kept once, and multiplied as keys and as values.
             times = sum(kv.widths) / (kv.head_dim + kv.value_dim)
-            return found.rate.seconds(round(queries * times), kv.token_nbytes)
+            return found.rate.seconds(round(queries * times), kv.token_nbytes if bits == 16 else _in_16_bits(kv))
         return kv.token_nbytes / self.attention if bits == 16 else None
 
     def quantized(self, kv: KVShape, queries: int) -> Iterator[QuantizedRates]:
         """What a KV cache of 8 and of 4 bits takes, where it is known."""
-        store = 0.0 if self.quantize is None else kv.token_nbytes / self.quantize
+        store = 0.0 if self.quantize is None else _in_16_bits(kv) / self.quantize
         for bits in (8, 4):
             if (seconds := self.attention_seconds(kv, queries, bits)) is not None:
                 yield QuantizedRates(bits, seconds, store)
@@ -127,6 +127,11 @@ class CpuRates:
             return ComputeRate(found.rate.rows, tuple(share * seconds for seconds in found.rate.seconds_per_weight))
         known = ", ".join(f"{found.scheme} {found.mode}" for found in self.linear)
         raise ConfigError(f"no speed of linear layers in {name}, {mode} mode; there are {known}: run 'tiered profile'")
+
+
+def _in_16_bits(kv: KVShape) -> int:
+    """Bytes of a token's keys and values, whatever the compute dtype."""
+    return kv.token_nbytes * 2 // kv.itemsize
 
 
 def _kind(scheme: str) -> str:

@@ -326,6 +326,7 @@ class Machine:
             attention_seconds=found.attention_seconds,
             recent_attention_seconds=self.attention_seconds,
             store_seconds=found.store_seconds,
+            quantized=(),
         )
 
     def with_memory_of(self, process: "Machine") -> "Machine":

@@ -10,6 +10,7 @@ from functools import cached_property, lru_cache, partial
 from tiered.plan.cost import (
     Computing,
     decode_attention_seconds,
+    kept_layers,
     layers_computing,
     least_token_seconds,
     linear_computing,
@@ -22,6 +23,7 @@ from tiered.plan.hardware import GpuRates
 from tiered.plan.inputs import Machine, ModelShape
 from tiered.plan.load import PassRun
 from tiered.plan.plan import Plan
+from tiered.units import PAGE_TOKENS
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,8 @@ class Least:
 
 
 class RunCosts:
-    """Seconds of computing by plans like `plan`: with the same devices and micro-batches. Rates must be known."""
+    """Seconds of computing by plans like `plan`: with the same devices and micro-batches, and the KV cache in as many
+    bits in the same place. Rates must be known."""
 
     def __init__(self, plan: Plan, model: ModelShape, machine: Machine, gpu: GpuRates | None) -> None:
         self._model, self._most_rows = model, plan.micro_batch_rows
@@ -114,13 +117,13 @@ class RunCosts:
         return max(prompts, rest, key=lambda each: each.seconds) + alone
 
     def _store_seconds(self, run: PassRun) -> float:
-        """Of each pass of `run`. Sequences that decode count as equally long."""
-        begun = run.before / run.rows if run.rows else 0.0
-        seconds = run.rows * store_seconds(self._model, self._processor, begun, begun + run.times)
+        """Of each pass of `run`. Of sequences that decode every token counts, once they are as long as a page."""
+        rows = run.rows if run.context >= PAGE_TOKENS else 0
+        seconds = 0.0
         for part in run.parts:
             stop = part.start + run.times * len(part)
-            seconds += store_seconds(self._model, self._processor, part.start, stop)
-        return seconds / run.times
+            seconds += store_seconds(self._model, self._processor, part.start, stop, run.times)
+        return rows * self._processor.store_seconds * kept_layers(self._model) + seconds / run.times
 
     def _run_pairs(self, run: PassRun) -> float:
         """Pairs of a query and a key that it sees, of the prompts in each pass of `run`, summed over layers."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from functools import cached_property
 
 from tiered.errors import ConfigError
-from tiered.plan.cost import beside_seconds, expert_seconds, prompt_attention_seconds
+from tiered.plan.cost import beside_seconds, expert_seconds, prompt_attention_seconds, stored_tokens
 from tiered.plan.inputs import Machine, ModelShape
 from tiered.plan.plan import Plan
 from tiered.units import PAGE_TOKENS
@@ -57,8 +57,8 @@ class UnitCosts:
         """Seconds of quantizing the pages that sequences fill with these tokens."""
         if layer not in self._window_of:
             return 0.0
-        pages = sum(part.stop // PAGE_TOKENS - part.start // PAGE_TOKENS for part in parts)
-        return self._store * pages * PAGE_TOKENS
+        window = self._window_of[layer]
+        return self._store * sum(stored_tokens(part.start, part.stop, window) for part in parts)
 
     def experts(self, rows: int) -> tuple[float, float]:
         """How many experts of a layer `rows` rows are expected to choose, and the seconds of each."""

@@ -136,7 +136,8 @@ template <class V> class Item {
     // Few rows read bf16 where it lies; many share keys and values that are widened once. The numbers are the same.
     bool is_direct(const Source &source) const { return rows_ <= kDirectRows && source.format == TK_KV_BF16; }
 
-    // Fetches the first `tokens` tokens of `next` in `requests` steps; 0: one step per cache line, for direct rows.
+    // Fetches the first `tokens` tokens of `next` in `requests` steps, or as much as these reach; 0: one step per cache
+    // line, for direct rows.
     Ahead ahead_of(const Source &next, int64_t tokens, int64_t requests) const {
         const int64_t element = next.format == TK_KV_BF16 ? 2 : 1;
         const int64_t row = is_nibbles(next.format) ? a_.head_dim / 2 : a_.head_dim * element;
@@ -145,7 +146,7 @@ template <class V> class Item {
         if (!requests) return {next.codes, 64};
         // Of a page of which little is seen a step would be most of it.
         const int64_t step = (tokens * row + requests - 1) / requests;
-        return {next.codes, step < kMostAhead ? step : kMostAhead};
+        return {next.codes, step < kMostAheadNbytes ? step : kMostAheadNbytes};
     }
 
     // Scores of keys from .. to for all rows, while `next` is prefetched.
@@ -314,7 +315,8 @@ template <class V> class Item {
         }
     }
 
-    static constexpr int64_t kDirectRows = 2, kRowsAtOnce = 4, kMostAhead = 256;
+    static constexpr int64_t kDirectRows = 2, kRowsAtOnce = 4;
+    static constexpr int64_t kMostAheadNbytes = 4 * 64; // of a step
 
     const tk_attention_args &a_;
     int64_t group_;
