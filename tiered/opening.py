@@ -123,7 +123,7 @@ def _choose_plan(wanted: Wanted, options: Options, made: Prepared, member: Membe
         machine = machine_for(shape, hardware, options.kernel_mode.value).with_memory_of(machine)
     gpu = None if hardware is None else hardware.gpu
     plan = make_plan(shape, machine, workload, budgets, gpu)
-    calibration = calibration_of(shape, machine.keeping(plan.cache.bits), workload.mean_context)
+    calibration = calibration_of(shape, machine, workload.mean_context, plan.cache.bits)
     return Chosen(shape, machine, gpu, plan, pace_for(plan, shape, gpu, calibration))
 
 

@@ -6,15 +6,14 @@ more per second than hand-written loops (`tools/machine_limits.cpp`). Linear lay
 each weight is read once.
 """
 
-import contextlib
 import mmap
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 import numpy as np
 
+from tiered.bench.raw import huge_pages
 from tiered.units import MIB
 
 _PART_NBYTES: Final = 8 * MIB
@@ -24,7 +23,7 @@ _REPEATS: Final = 5
 def measure_touch(nbytes: int = 256 * MIB) -> float:
     """Bytes per second in which one thread touches `nbytes` of new memory, in huge pages if the kernel has them. Where
     the host of a virtual machine has to find it that is slower than many disks, and differs from look to look."""
-    with _mapped(nbytes) as memory:
+    with huge_pages(nbytes) as memory:
         pages = np.frombuffer(memory, dtype=np.uint8)[:: mmap.PAGESIZE]
         began = time.perf_counter()
         pages[:] = 1
@@ -33,17 +32,9 @@ def measure_touch(nbytes: int = 256 * MIB) -> float:
     return nbytes / seconds
 
 
-@contextlib.contextmanager
-def _mapped(nbytes: int) -> Iterator[mmap.mmap]:
-    with mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
-        with contextlib.suppress(OSError):  # kernels without huge pages
-            memory.madvise(mmap.MADV_HUGEPAGE)
-        yield memory
-
-
 def measure_memory(threads: int, nbytes: int = 512 * MIB) -> float:
     """Bytes per second that `threads` threads read of `nbytes`, the best of some repeats."""
-    with _mapped(nbytes) as memory:
+    with huge_pages(nbytes) as memory:
         return _read(memory, threads)
 
 

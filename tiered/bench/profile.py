@@ -9,7 +9,6 @@ read where there is no store: all over it, because the host of a virtual disk ma
 
 import datetime
 import logging
-import mmap
 import os
 import platform
 import tempfile
@@ -27,7 +26,7 @@ from tiered.bench.gpu import measure_gpu
 from tiered.bench.memory import measure_memory, measure_touch
 from tiered.bench.passes import measure_passes
 from tiered.bench.rates import measure_attention, measure_compute, measure_prefill_attention, measure_quantizing
-from tiered.bench.raw import RANDOM_THREADS, advise_huge_pages, measure_random, measure_raw, measure_write
+from tiered.bench.raw import RANDOM_THREADS, huge_pages, measure_random, measure_raw, measure_write
 from tiered.errors import ConfigError, DiskFullError
 from tiered.io import ReadMode, probe_mode
 from tiered.io.filesystem import free_nbytes, kind_of
@@ -208,8 +207,7 @@ def check_on_disk(folder: Path, remedy: str) -> None:
 @contextmanager
 def _memory() -> Iterator[memoryview]:
     """Memory full of random bytes: some disks compress, and do not store zeros at all."""
-    with mmap.mmap(-1, _MEMORY_NBYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
-        advise_huge_pages(memory)
+    with huge_pages(_MEMORY_NBYTES) as memory:
         view = memoryview(memory)
         numbers = np.random.default_rng()
         for start in range(0, _MEMORY_NBYTES, MIB):

@@ -6,17 +6,16 @@ as a model's layers are.
 """
 
 import math
-import mmap
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 import torch
 
-from tiered.bench.raw import SECONDS_EACH, advise_huge_pages, measure_raw
+from tiered.bench.raw import SECONDS_EACH, huge_pages, measure_raw
 from tiered.cache.layout import PageLayout
 from tiered.io import ReadMode, probe_mode
-from tiered.kernels import AttentionCall, BlockTable, Kernels, contiguous_pages
+from tiered.kernels import AttentionCall, BlockTable, Kernels, Pages, contiguous_pages
 from tiered.plan import ComputeRate, KVShape
 from tiered.quant import QuantizedTensor, QuantizedWeight, Scheme
 from tiered.store import Store
@@ -35,8 +34,7 @@ _DISK_MEMORY_NBYTES: Final = 32 * MIB
 def measure_disk(store: Store, seconds: float = SECONDS_EACH) -> float:
     """Raw bandwidth of reading the tape's files, in bytes per second, `seconds` per look."""
     files = [store.file_path(block) for block in store.tape]
-    with mmap.mmap(-1, _DISK_MEMORY_NBYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
-        advise_huge_pages(memory)
+    with huge_pages(_DISK_MEMORY_NBYTES) as memory:
         view = memoryview(memory)
         try:
             return measure_raw(files, view, probe_mode(files[0]).mode is ReadMode.DIRECT, seconds).bytes_per_second
@@ -72,17 +70,9 @@ def measure_attention(
     pages = max(1, nbytes // layout.block_nbytes // sequences)
     memory = _filled((sequences * pages * layout.block_nbytes,), torch.uint8, _PAGES_BYTE)
     offsets = torch.arange(sequences * pages).view(sequences, pages) * layout.block_nbytes
-    keys, values = layout.pages(BlockTable(memory, offsets))
     tokens = pages * PAGE_TOKENS
-    call = AttentionCall(
-        query=torch.ones(sequences, 1, heads, shape.head_dim, dtype=layout.dtype),
-        kv_heads=shape.heads,
-        keys=keys,
-        values=values,
-        first=torch.zeros(sequences, dtype=torch.int64),
-        count=torch.full((sequences,), tokens),
-        scaling=shape.head_dim**-0.5,
-    )
+    query = torch.ones(sequences, 1, heads, shape.head_dim, dtype=layout.dtype)
+    call = _attention_call(query, shape.heads, layout.pages(BlockTable(memory, offsets)), tokens)
     return _time(lambda: kernels.attention(call)) / (sequences * tokens)
 
 
@@ -102,17 +92,17 @@ def measure_prefill_attention(
     """Floating-point operations per second (a multiply-add counts as two) of a prompt of `tokens` tokens, each of which
     sees itself and what comes before it."""
     states = torch.ones(1, kv_heads, tokens, head_dim, dtype=dtype)
-    call = AttentionCall(
-        query=torch.ones(1, tokens, heads, head_dim, dtype=dtype),
-        kv_heads=kv_heads,
-        keys=contiguous_pages(states),
-        values=contiguous_pages(states.clone()),
-        first=torch.zeros(1, dtype=torch.int64),
-        count=torch.tensor([tokens]),
-        scaling=head_dim**-0.5,
-    )
+    query, pages = torch.ones(1, tokens, heads, head_dim, dtype=dtype), map(contiguous_pages, (states, states.clone()))
+    call = _attention_call(query, kv_heads, pages, tokens)
     pairs = tokens * (tokens + 1) // 2
     return 4 * heads * head_dim * pairs / _time(lambda: kernels.attention(call))
+
+
+def _attention_call(query: torch.Tensor, kv_heads: int, pages: Iterable[Pages], tokens: int) -> AttentionCall:
+    """Queries at the end of sequences of `tokens` tokens, and the pages of all their keys and values."""
+    keys, values = pages
+    first, count = (torch.full(query.shape[:1], position) for position in (0, tokens))
+    return AttentionCall(query, kv_heads, keys, values, first, count, scaling=query.shape[-1] ** -0.5)
 
 
 def _time(work: Callable[[], object]) -> float:
@@ -153,6 +143,4 @@ def _filled(shape: tuple[int, ...], dtype: torch.dtype, value: float) -> torch.T
     nbytes = math.prod(shape) * dtype.itemsize
     if not nbytes:
         return torch.empty(shape, dtype=dtype)
-    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    advise_huge_pages(memory)
-    return torch.frombuffer(memory, dtype=dtype).view(shape).fill_(value)
+    return torch.frombuffer(huge_pages(nbytes), dtype=dtype).view(shape).fill_(value)

@@ -316,8 +316,9 @@ class Machine:
         touch = None if is_touched else self.touch_bytes_per_second
         return min(filter(None, (self.disk_bytes_per_second, self.kept_bytes_per_second, touch)))
 
-    def keeping(self, bits: int) -> "Machine":
-        """These rates with a KV cache of so many bits; those that a plan is made from are for 16."""
+    def keeping(self, bits: int, on_device: bool = False) -> "Machine":
+        """These rates with a KV cache of so many bits; those that a plan is made from are for 16. On a device that
+        computes its pages are quantized there, which is counted as nothing."""
         found = next((rates for rates in self.quantized if rates.bits == bits), None)
         if found is None:
             return self
@@ -325,7 +326,7 @@ class Machine:
             self,
             attention_seconds=found.attention_seconds,
             recent_attention_seconds=self.attention_seconds,
-            store_seconds=found.store_seconds,
+            store_seconds=0.0 if on_device else found.store_seconds,
             quantized=(),
         )
 

@@ -135,11 +135,14 @@ def pace_for(plan: Plan, model: ModelShape, gpu: GpuRates | None, calibration: C
     return Pace(copies=Copies(beside, waited, None if gpu is None else gpu.host_to_device))
 
 
-def calibration_of(model: ModelShape, machine: Machine, mean_context: float) -> Callable[[int], float] | None:
-    """Seconds that so many decoding rows compute, of sequences that have `mean_context` tokens in the end; None where
-    the machine's rates are not known."""
+def calibration_of(
+    model: ModelShape, machine: Machine, mean_context: float, bits: int = 16
+) -> Callable[[int], float] | None:
+    """Seconds that so many decoding rows compute, of sequences that have `mean_context` tokens in the end, with a KV
+    cache of so many bits; None where the machine's rates are not known."""
     if machine.linear is None:
         return None
+    machine = machine.keeping(bits)
     return lambda rows: decode_computing(model, machine, rows, mean_context * HALFWAY, rows).seconds
 
 

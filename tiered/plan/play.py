@@ -112,7 +112,7 @@ class Player:
     def _make_seats(self, machine: Machine, device: Device | None) -> None:
         """The seats for prompts and for the rest, which may be one."""
         plan, model = self._plan, self._model
-        machine = machine.keeping(plan.cache.bits)
+        machine = machine.keeping(plan.cache.bits, plan.cache.on_device)
         costs = UnitCosts(plan, model, machine)
         experts = None if plan.experts is None else ExpertReads(plan, model, machine, self._disk)
         lanes = Lanes(self.clock, self._disk, self._bus, self._waits, self._processor, experts, self._names)

@@ -189,7 +189,7 @@ class Predictor:
         """That of a pace, which many plans ask alike."""
         key = mean_context, bits if self._machine.quantized else 16
         if key not in self._calibrations:
-            found = calibration_of(self._model, self._machine.keeping(bits), mean_context)
+            found = calibration_of(self._model, self._machine, mean_context, bits)
             self._calibrations[key] = None if found is None else lru_cache(maxsize=None)(found)
         return self._calibrations[key]
 

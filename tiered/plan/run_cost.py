@@ -52,11 +52,8 @@ class RunCosts:
 
     def __init__(self, plan: Plan, model: ModelShape, machine: Machine, gpu: GpuRates | None) -> None:
         self._model, self._most_rows = model, plan.micro_batch_rows
-        machine = machine.keeping(plan.cache.bits)
-        self._prompts = self._rest = machine
-        # The processor fills the pages of a cache that is not on a device, whoever computes.
-        self._stores = machine.store_seconds > 0 and not plan.cache.on_device
-        self._processor = machine
+        machine = machine.keeping(plan.cache.bits, plan.cache.on_device)
+        self._prompts = self._rest = self._processor = machine
         if gpu is not None and plan.device is not None:
             there = on_gpu(machine, model, plan.cache, gpu)
             self._prompts = there if plan.prefill_device == "gpu" else machine
@@ -105,7 +102,8 @@ class RunCosts:
         decoding = decode_attention_seconds(self._model, self._rest, run.rows, run.context) if run.rows else 0.0
         # Prompts attend where they are computed, wherever the KV cache is.
         reading = prompt_attention_seconds(self._model, self._prompts, self._run_pairs(run))
-        storing = self._store_seconds(run) if self._stores else 0.0
+        # The processor fills the pages of a cache that is not on a device, whoever computes.
+        storing = self._store_seconds(run) if self._processor.store_seconds else 0.0
         if self._prompts is self._rest:
             return self._of_rest(run.rows + run.prompt_tokens, logits) + Computing(decoding + reading + storing)
         # What decodes computes all logits.

@@ -69,7 +69,7 @@ def simulate(
         raise ConfigError("no simulation without the disk's bandwidth: run 'tiered profile'")
     player = Player(plan, model, machine, device)
     gpu = None if device is None else device.rates
-    calibration = calibration_of(model, machine.keeping(plan.cache.bits), workload.mean_context)
+    calibration = calibration_of(model, machine, workload.mean_context, plan.cache.bits)
     pace = pace_for(plan, model, gpu, calibration)
     player.run(_first(pass_loads(plan, workload, pace), passes), pace)
     return Simulation(tuple(player.passes), tuple(sorted(player.clock.events, key=lambda event: event.start)))

@@ -23,7 +23,6 @@ class UnitCosts:
         self._tape, self._model, self._machine, self._linear = plan.tape, model, machine, machine.linear
         self._attention = machine.attention_seconds or 0.0
         recent = machine.recent_attention_seconds
-        self._store = 0.0 if plan.cache.on_device else machine.store_seconds
         self._recent = 0.0 if recent is None else recent - self._attention
         """What a token of the page that is being filled takes more than others."""
         self._window_of = {layer: group.window for group in plan.cache.groups for layer in group.layers}
@@ -58,7 +57,7 @@ class UnitCosts:
         if layer not in self._window_of:
             return 0.0
         window = self._window_of[layer]
-        return self._store * sum(stored_tokens(part.start, part.stop, window) for part in parts)
+        return self._machine.store_seconds * sum(stored_tokens(part.start, part.stop, window) for part in parts)
 
     def experts(self, rows: int) -> tuple[float, float]:
         """How many experts of a layer `rows` rows are expected to choose, and the seconds of each."""
